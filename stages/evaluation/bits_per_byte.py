@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+# Maximum number of held-out documents of a source; two are needed for a standard error.
 HeldoutLimit = Annotated[int, Range(2, 1e6)]
-"""Maximum number of held-out documents of a source; two are needed for a standard error."""
 
 
 class DocumentScore(TypedDict):
@@ -53,8 +53,11 @@ DOCUMENT_SCORES = columns_of(DocumentScore)
 
 
 def scored_documents(documents: Sequence[DocumentScore]) -> list[DocumentScore]:
-    """The documents of which something was scored; all others are questions as long as the model's context. Raises
-    AtomError if a source has fewer than two."""
+    """Returns the documents of which something was scored; all others are questions as long as the model's context.
+
+    Raises:
+        AtomError: A source has fewer than two.
+    """
     scored = [row for row in documents if row["bytes"]]
     counts = Counter(row["source"] for row in scored)
     if few := next((row["source"] for row in documents if counts[row["source"]] < 2), None):
@@ -65,13 +68,15 @@ def scored_documents(documents: Sequence[DocumentScore]) -> list[DocumentScore]:
 def score_documents(
     model: LanguageModel, tokenizer: Any, documents: Sequence[HeldoutDocument], conversations: Sequence[str] = ()
 ) -> list[DocumentScore]:
-    """Bits and bytes of each document, cut to the model's context. conversations: sources whose documents contain
-    special tokens.
+    """Returns the bits and bytes of each document, cut to the model's context.
 
     A question, the first `prompt_chars` characters, is context and is not scored, because it carries no loss in
     training; it is tokenized separately, as in training. Documents start a row in training, without a preceding token,
     so the first token of a document without a question is scored after a lone end-of-document token, and all others in
     the context of training. By the chain rule this is a proper probability of the text that covers every byte.
+
+    Args:
+        conversations: Sources whose documents contain special tokens.
     """
     rows = []
     for row in documents:
@@ -92,8 +97,9 @@ def score_documents(
 
 
 def token_ids(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
-    """The tokens of a document; the name of a special token inside the text is plain text, as in training, unless the
-    document is a conversation in the release's template."""
+    """Returns the tokens of a document; the name of a special token inside the text is plain text, as in training,
+    unless the document is a conversation in the release's template.
+    """
     backend = tokenizer.backend_tokenizer if chat else _corpus_tokenizer(tokenizer)
     ids: list[int] = backend.encode(text, add_special_tokens=False).ids
     return ids
@@ -105,7 +111,7 @@ def _corpus_tokenizer(tokenizer: Any) -> Tokenizer:
 
 
 def token_bytes(tokenizer: Any, ids: list[int]) -> int:
-    """Bytes that tokens of a byte-level vocabulary stand for: one character of the byte alphabet is one byte.
+    """Returns the bytes that tokens of a byte-level vocabulary stand for: one character of its alphabet is one byte.
 
     A cut in the middle of a multi-byte character is counted exactly; decoding would insert a replacement character.
     """
@@ -113,8 +119,8 @@ def token_bytes(tokenizer: Any, ids: list[int]) -> int:
 
 
 MOST_DOCUMENTS = 100_000
+# Bounds of the held-out text for long contexts.
 MOST_BYTES = 2**27
-"""Bounds of the held-out text for long contexts."""
 
 
 class HeldoutDocument(TypedDict):
@@ -128,14 +134,18 @@ class HeldoutDocument(TypedDict):
     prompt_chars: int
 
 
+# content hash, id, file and row of a held-out document.
 Ticket = tuple[str, str, Path, int]
-"""content hash, id, file and row of a held-out document."""
 
 
 def heldout_documents(folder: Path, limit: int) -> list[HeldoutDocument]:
-    """Up to `limit` held-out documents of every source, by source and id. folder: of the kept documents.
+    """Returns up to `limit` held-out documents of every source, by source and id.
 
-    Raises AtomError if a source has a single one, or if there are none.
+    Args:
+        folder: Of the kept documents.
+
+    Raises:
+        AtomError: A source has a single one, or there are none.
     """
     documents: list[HeldoutDocument] = []
     for source in sources_of(folder):
@@ -149,8 +159,9 @@ def heldout_documents(folder: Path, limit: int) -> list[HeldoutDocument]:
 
 
 def heldout_texts(folder: Path) -> list[HeldoutDocument]:
-    """The held-out documents without a prompt of all sources, in the order of the lottery, up to MOST_DOCUMENTS and
-    until their texts have MOST_BYTES."""
+    """Returns the held-out documents without a prompt of all sources, in the order of the lottery, up to MOST_DOCUMENTS
+    and until their texts have MOST_BYTES.
+    """
     tickets = (
         ticket for source in sources_of(folder) for ticket in _tickets(part_files(folder, source), prompts=False)
     )
@@ -168,7 +179,11 @@ def heldout_texts(folder: Path) -> list[HeldoutDocument]:
 
 
 def _tickets(files: Sequence[Path], prompts: bool = True) -> Iterator[Ticket]:
-    """Every held-out document of some files. prompts: also those that begin with a prompt."""
+    """Yields every held-out document of some files.
+
+    Args:
+        prompts: Also those that begin with a prompt.
+    """
     import pyarrow.compute as pc
 
     for path in files:
@@ -184,7 +199,7 @@ def _tickets(files: Sequence[Path], prompts: bool = True) -> Iterator[Ticket]:
 
 
 def _read(tickets: Iterable[Ticket]) -> Iterator[HeldoutDocument]:
-    """The documents of the tickets, in the order of files and rows."""
+    """Yields the documents of the tickets, in the order of files and rows."""
     columns = list(HeldoutDocument.__annotations__)
     for path, drawn in groupby(sorted(tickets, key=lambda ticket: ticket[2:]), key=lambda ticket: ticket[2]):
         yield from rows_at(path, [ticket[3] for ticket in drawn], columns)

@@ -63,18 +63,23 @@ if TYPE_CHECKING:
 
 
 FORMS = ("verbatim", "spacing", "case", "embedded")
+# split (test, validation or fresh), kind, text.
 Item = tuple[str, str, str]
-"""split (test, validation or fresh), kind, text."""
 
 
 HOSTS = "hosts.json"
+# Ranges of hashes, which are sorted one after the other.
 RANGES = 256
-"""Of hashes that are sorted one after the other."""
 
 
 class PartFacts(TypedDict):
-    """Of a part. read: documents by phase; occurring: candidates whose characters occur; hosts: (draw, id) of the first
-    documents of the lottery, whose texts are in `hosts.json`."""
+    """The result of a part of the documents.
+
+    Attributes:
+        read: Documents by phase.
+        occurring: Candidates whose characters occur.
+        hosts: (draw, id) of the first documents of the lottery, whose texts are in `hosts.json`.
+    """
 
     read: dict[str, int]
     occurring: list[str]
@@ -115,7 +120,7 @@ class CorpusSearch:
         return {}
 
     def seal(self, source: str, number: int) -> Part:
-        """The result of a part of the kept documents: its facts, and the runs that occur in `<phase>.npy`."""
+        """Returns the result of a part of the kept documents: its facts, and the runs that occur in `<phase>.npy`."""
         path = part_files(self.kept, source)[number]
         return seal_part(self.work, f"{source}-{number:05d}", partial(self._search_part, path))
 
@@ -201,11 +206,14 @@ class Corpus:
                 self.unmatched = {id: item for id, item in self.unmatched.items() if item not in squeezed}
 
     def measure_detector(self, matched: set[int], ngram: int, threshold: float) -> Detector:
-        """Recall on planted items by form, and the false-positive rate on items that occur nowhere.
+        """Returns the recall on planted items by form, and the false-positive rate on items that occur nowhere.
 
-        matched: the runs that occur in the corpus, to which the planted copies are added; ngram: words of an n-gram;
-        threshold: the share of an item's n-grams from which it counts as detected. An independent test ensures that an
-        item occurs nowhere: no text contains its characters without spaces.
+        An independent test ensures that an item occurs nowhere: no text contains its characters without spaces.
+
+        Args:
+            matched: The runs that occur in the corpus, to which the planted copies are added.
+            ngram: Words of an n-gram.
+            threshold: The share of an item's n-grams from which it counts as detected.
         """
         count = min(self.canaries, len(self.unmatched) // 2, len(self.hosts))
         ids = list(self.unmatched)
@@ -231,7 +239,7 @@ class Corpus:
 
 
 def plant(item: str, host: str, form: str, seed: str) -> str:
-    """A copy of a text with an item in it, at a drawn place between two words."""
+    """Returns a copy of a text with an item in it, at a drawn place between two words."""
     cut = host.find(" ", random.Random(seed).randrange(len(host) + 1))
     head, tail = (host, "") if cut < 0 else (host[:cut], host[cut:])
     forms = {
@@ -244,14 +252,14 @@ def plant(item: str, host: str, form: str, seed: str) -> str:
 
 
 def _load(path: Path) -> Any:
-    """The sorted hashes of a file, mapped into memory."""
+    """Returns the sorted hashes of a file, mapped into memory."""
     import numpy as np
 
     return np.memmap(path, np.uint64, "r") if path.stat().st_size else np.empty(0, np.uint64)
 
 
 def _members(values: Any, sorted_values: Any) -> Any:
-    """Whether each value is in the sorted array."""
+    """Returns a bool for each value: it is in the sorted array."""
     import numpy as np
 
     places = np.searchsorted(sorted_values, values)
@@ -273,8 +281,13 @@ VERSION = 1
 
 
 class OverlapRow(TypedDict):
-    """An item and a phase. words: of the item; longest: words of its longest run that occurs; overlap: share of its
-    n-grams that occur."""
+    """An item and a phase.
+
+    Attributes:
+        words: Of the item.
+        longest: Words of its longest run that occurs.
+        overlap: Share of its n-grams that occur.
+    """
 
     id: String
     split: String
@@ -317,11 +330,16 @@ class ContaminationConfig(Config):
 
 
 def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs: dedup, items; order-<phase> and tasks-<phase> of every phase; fresh and benchmarks, if the recipe has
-    them; and of each model the tables evaluate-<model>, solve-<model>, fresh-solve-<model>.
+    """Seals `items.parquet`, one row for each item and phase, and `report.json`.
 
-    Seals `items.parquet`, one row for each item and phase, and `report.json`. Resumes after the last searched part.
-    Raises AtomError if a document in an order is not among the kept ones.
+    Resumes after the last searched part.
+
+    Args:
+        inputs: dedup and items; order-<phase> and tasks-<phase> of every phase; fresh and benchmarks, if the recipe has
+            them; and of each model the tables evaluate-<model>, solve-<model>, fresh-solve-<model>.
+
+    Raises:
+        AtomError: A document in an order is not among the kept ones.
     """
     items = items_of(inputs)
     search = _search(config, inputs, work, items)
@@ -379,7 +397,7 @@ def _search(config: ContaminationConfig, inputs: Inputs, work: Path, items: Mapp
 
 
 def items_of(inputs: Inputs) -> dict[str, Item]:
-    """Every evaluation item by id."""
+    """Returns every evaluation item by id."""
     items: dict[str, Item] = {}
     for row in read_table(inputs["items"] / "items.parquet", ["id", "task"]).to_pylist():
         items[row["id"]] = ("test", row["task"], "")
@@ -396,7 +414,7 @@ def items_of(inputs: Inputs) -> dict[str, Item]:
 
 
 def worst_verdicts(rows: Sequence[OverlapRow]) -> dict[str, str]:
-    """The worst verdict on each item over all phases."""
+    """Returns the worst verdict on each item over all phases."""
     verdicts: dict[str, str] = {}
     for row in rows:
         verdicts[row["id"]] = max(verdicts.get(row["id"], VERDICTS[0]), row["verdict"], key=VERDICTS.index)
@@ -439,8 +457,11 @@ def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
 def scores_by_verdict(
     scores: Mapping[str, tuple[str, float]], verdicts: Mapping[str, str]
 ) -> dict[str, ScoresByVerdict]:
-    """The scores by kind on all items, on those that are not contaminated, and on clean ones; null for fewer than two
-    items. The worst verdict over all phases counts, also for a model from before some of them."""
+    """Returns the scores by kind on all items, on those that are not contaminated, and on clean ones; null for fewer
+    than two items.
+
+    The worst verdict over all phases counts, also for a model from before some of them.
+    """
 
     def mean(kind: str, allowed: Collection[str]) -> Mean | None:
         subset = [x for id, (item_kind, x) in sorted(scores.items()) if item_kind == kind and verdicts[id] in allowed]

@@ -60,7 +60,10 @@ def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     tasks of each phase of reinforcement or preference learning.
 
     Seals `chat.jsonl`, rows as in the items artifact, and `meta.json`: digest, seed, the number of problems drawn, and
-    the removed ones with their places. Raises RecipeError if a task has too few problems.
+    the removed ones with their places.
+
+    Raises:
+        RecipeError: A task has too few problems.
     """
     digest = _digest(inputs, work)
     rows = draw(digest, config.problems)
@@ -90,7 +93,7 @@ def run_shard(config: FreshConfig, inputs: Inputs, work: Path, shard: int) -> No
 
 
 def _digest(inputs: Inputs, work: Path) -> str:
-    """The digest of the model, which every part needs."""
+    """Returns the digest of the model, which every part needs."""
     digest: str = once(work / "digest.json", lambda: digest_of(inputs["model"] / "model"))
     return digest
 
@@ -98,7 +101,8 @@ def _digest(inputs: Inputs, work: Path) -> str:
 def digest_of(folder: Path) -> str:
     """`sha256:…` over names, types, shapes and bytes of an exported model's tensors, as rollouts name a policy.
 
-    Raises AtomError if a file is missing or damaged.
+    Raises:
+        AtomError: A file is missing or damaged.
     """
     from stages.rl.rollout import rollouts
     from stages.train.checkpoint import release_checkpoint
@@ -107,12 +111,12 @@ def digest_of(folder: Path) -> str:
 
 
 def seed_from(digest: str) -> str:
-    """The seed in hexadecimal: the digest's 256 bits."""
+    """Returns the seed in hexadecimal: the digest's 256 bits."""
     return digest.removeprefix("sha256:")
 
 
 def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
-    """The problems of a model with that digest, before any removal."""
+    """Returns the problems of a model with that digest, before any removal."""
     rows: list[Row] = []
     for task in sorted(problems):
         rng = random.Random(seed_of(f"fresh/{task}", int(seed_from(digest), 16)))
@@ -129,7 +133,7 @@ def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
 def find_places(
     rows: list[Row], config: FreshConfig, inputs: Inputs, work: Path, report: Report
 ) -> dict[str, list[str]]:
-    """The places of questions that occur in the data: item id → training phases, task artifacts, EVALUATION.
+    """Returns the places of questions that occur in the data: item id → training phases, task artifacts, EVALUATION.
 
     A question occurs in a text that contains its words in sequence, as decontamination compares them. All kept
     documents of a phase's sources count, held-out ones too. Resumes after the last searched part.
@@ -165,7 +169,7 @@ def _runs(rows: Sequence[Row]) -> ItemRuns:
 
 
 def _search_part(runs: ItemRuns, work: Path, source: str, number: int, path: Path) -> list[int]:
-    """The runs that occur in a part of the kept documents, kept in `work`."""
+    """Returns the runs that occur in a part of the kept documents, kept in `work`."""
     import numpy as np
 
     def search(folder: Path) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def _search_part(runs: ItemRuns, work: Path, source: str, number: int, path: Pat
 
 
 def task_roles(inputs: Inputs) -> list[str]:
-    """The inputs with the tasks of reinforcement and preference learning."""
+    """Returns the inputs with the tasks of reinforcement and preference learning."""
     return sorted(role for role in inputs if role.startswith("tasks-"))
 
 
@@ -191,7 +195,7 @@ def searched_places(config: FreshConfig, inputs: Inputs) -> list[str]:
 
 
 def prompts(inputs: Inputs, role: str) -> Iterator[str]:
-    """The text of every message of the tasks of one artifact."""
+    """Yields the text of every message of the tasks of one artifact."""
     from stages.rl.rollout.tasks import read
 
     for row in read(inputs[role]):

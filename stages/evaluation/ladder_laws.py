@@ -23,19 +23,19 @@ import numpy as np
 
 from stages.evaluation.scaling_law import Band
 
+# A float64 array; its shape stands with each name.
 Array = Any
-"""A float64 array; its shape stands with each name."""
+# The share of a band, and the refits of a bootstrap.
 LEVEL, DRAWS, SEED = 0.9, 400, 0
-"""The share of a band, and the refits of a bootstrap."""
+# Residuals beyond so many standard deviations count less (Huber 1964: 95 % efficient for normal scatter).
 TUNING = 1.345
-"""Residuals beyond so many standard deviations count less (Huber 1964: 95 % efficient for normal scatter)."""
 ITERATIONS = 60
+# A prediction beyond so many times the points, or below the same part of them, is an extrapolation.
 WITHIN = 10.0
-"""A prediction beyond so many times the points, or below the same part of them, is an extrapolation."""
+# Scatter of ln tokens about a line in ln parameters: with less scatter the two cannot be told apart.
 COLLINEAR = 0.05
-"""Of ln tokens about a line in ln parameters: with less scatter the two cannot be told apart."""
+# Values of each column that a law needs: two do not tell a floor from a slope.
 DISTINCT = 3
-"""Values of each column that a law needs: two do not tell a floor from a slope."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law. points: columns [C, n]; parameters [P] and draws [DRAWS, P] are internal ones."""
+    """A fitted law.
+
+    Attributes:
+        points: Columns [C, n]; parameters [P] and draws [DRAWS, P] are internal ones.
+    """
 
     form: Form
     points: Array
@@ -75,7 +79,7 @@ class Fit:
     residuals: Array
 
     def published(self) -> dict[str, Band]:
-        """The parameters of the formula, with their bands."""
+        """Returns the parameters of the formula, with their bands."""
         value, drawn = self.form.published(self.parameters[None]), self.form.published(self.draws)
         return {name: band(float(value[name][0]), drawn[name]) for name in value}
 
@@ -86,7 +90,7 @@ class Fit:
         return value, np.minimum(low, value), np.maximum(high, value)
 
     def predict(self, point: Sequence[float]) -> Band:
-        """What is expected of one further run at a point."""
+        """Returns what is expected of one further run at a point."""
         at = np.asarray(point, float)[:, None]
         value, drawn = (self.form.value_of(p, at)[:, 0] for p in (self.parameters[None], self.draws))
         scatter = np.random.default_rng(SEED + 1).choice(self.residuals, len(drawn))
@@ -186,7 +190,8 @@ def _line(x: Array, y: Array) -> tuple[float, float]:
 def _minimize(form: Form, starts: Array, x: Array, y: Array, scale: float | None) -> tuple[Array, Array]:
     """Levenberg-Marquardt from each start [B, P] to its own values [B, n]; returns parameters and costs [B].
 
-    scale: standard deviation of the scatter, for Huber's weights; None: least squares.
+    Args:
+        scale: Standard deviation of the scatter, for Huber's weights; None: least squares.
     """
     theta, count = np.array(starts, float), starts.shape[1]
     damping = np.full(len(theta), 1e-2)

@@ -119,8 +119,11 @@ def pieces(
     """Returns the pieces of a model's evaluation: the rows of `passkey.parquet` of each length, and those of
     `positions.parquet`.
 
-    read: the documents in the order of a fixed lottery. encode: text to token ids, as in training. A piece raises
-    AtomError if a length leaves no room for a key, or if the documents are too few or too short.
+    A piece raises AtomError if a length leaves no room for a key, or if the documents are too few or too short.
+
+    Args:
+        read: The documents in the order of a fixed lottery.
+        encode: Text to token ids, as in training.
     """
 
     @cache
@@ -152,8 +155,10 @@ def report_passkeys(rows: Sequence[PasskeyRow], report: Report) -> None:
 def items(section: ContextSection, length: int, encode: Encode, filler: Sequence[int]) -> Iterator[tuple[Any, ...]]:
     """(id, depth, key, token ids [length], ids of the answer at their end) of every item of one length.
 
-    filler: the text around the keys, as tokens; an item starts at a drawn position of it. The items depend only on the
-    section and the filler.
+    The items depend only on the section and the filler.
+
+    Args:
+        filler: The text around the keys, as tokens; an item starts at a drawn position of it.
     """
     question = encode(passkeys.QUESTION)
     for depth in section.depths:
@@ -170,7 +175,7 @@ def items(section: ContextSection, length: int, encode: Encode, filler: Sequence
 
 
 def _require_room(setting: str, length: int, room: int, available: int, what: str) -> None:
-    """That an item leaves `room` tokens for text, and all held-out text has as many."""
+    """Raises AtomError unless an item leaves `room` tokens for text, and all held-out text has as many."""
     if room < 0:
         raise AtomError(f"evaluate: {setting} names {length} tokens, but {what} {length - room}; leave it out")
     if room > available:
@@ -181,7 +186,7 @@ def _require_room(setting: str, length: int, room: int, available: int, what: st
 
 
 def _answered(model: LanguageModel, tokenizer: Any, ids: Sequence[int], answer: list[int]) -> tuple[str, int]:
-    """What a greedy decoder writes in the place of the answer at the end of ids, and 1 if it is the answer."""
+    """Returns what a greedy decoder writes in place of the answer at the end of ids, and 1 if it is the answer."""
     predicted = model.likeliest(ids, len(answer))
     output = tokenizer.decode(predicted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return output, int(predicted == answer)
@@ -200,7 +205,7 @@ def _score_cells(
 def _loss_by_position(
     model: LanguageModel, encode: Encode, documents: Sequence[HeldoutDocument], length: int, limit: int
 ) -> list[PositionRow]:
-    """One row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""
+    """Returns one row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""
     rows: list[PositionRow] = []
     longest = count = 0
     for document in documents:

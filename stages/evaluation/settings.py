@@ -23,10 +23,12 @@ from stages.generation.engine import Engine
 from stages.tasks.eval_set import ChatItems, Problems
 from stages.tasks.task_sets import HarnessSection
 
+# Standard errors beyond which a difference is significant in one direction, at 95 %.
 SURE = 1.645
-"""Standard errors beyond which a difference is significant in one direction, at 95 %."""
 
 
+# The gates on the effect of training, and the section of the recipe with the phase that each judges. No other gate can
+# be waived.
 WAIVABLE_GATES = {
     "pretraining_lowers_bits_per_byte": "pretrain",
     "midtraining_raises_accuracy": "midtrain",
@@ -38,14 +40,12 @@ WAIVABLE_GATES = {
     "dpo_is_preferred": "dpo",
     "online-rlhf_is_preferred": "online_rlhf",
 }
-"""The gates on the effect of training, and the section of the recipe with the phase that each judges. No other gate can
-be waived."""
 if TYPE_CHECKING:
     WaivableGate = str
 else:
     WaivableGate = Literal[tuple(WAIVABLE_GATES)]
+# A gain that must be exceeded. A recipe that wants none waives the gate.
 Gain = Annotated[float, Range(0, 1, below=True)]
-"""A gain that must be exceeded. A recipe that wants none waives the gate."""
 
 
 class ChatSection(Config):
@@ -98,7 +98,7 @@ class EvaluationSection(Config):
     engine: Engine = Field(Engine(), description="what computes evaluations: the stages' processes, or vLLM")
 
     def tokens(self, sources: int) -> int:
-        """Tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""
+        """Returns tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""
         read = sources * self.heldout_documents * DOCUMENT_TOKENS
         if (context := self.context) is not None:
             read += context.tokens
@@ -111,7 +111,7 @@ class EvaluationSection(Config):
         return count(sources * self.heldout_documents, ROWS_PER_BATCH) + problems + long
 
     def chat_tokens(self) -> int:
-        """Tokens of one answer to each item in conversations, at most."""
+        """Returns tokens of one answer to each item in conversations, at most."""
         return self._chat_count() * (QUESTION_TOKENS + (0 if self.chat is None else self.chat.max_new_tokens))
 
     def chat_pieces(self) -> int:

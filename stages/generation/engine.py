@@ -1,4 +1,4 @@
-"""What computes an evaluation: plain transformers in the stage's process, or a vLLM server that the stage starts.
+"""The engine of an evaluation: plain transformers in the stage's process, or a vLLM server that the stage starts.
 
 In the process, models compute in fp32 on one core, and results are bitwise reproducible. A server computes in the data
 type of the exported weights, on GPUs if there are any, and adds in an order of its own: its results are those of the
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Config):
-    """What computes the evaluation of a model."""
+    """The engine that computes the evaluation of a model."""
 
     kind: Literal["in-process", "vllm"] = Field(
         default="in-process",
@@ -56,16 +56,21 @@ class Engine(Config):
 
     @property
     def lack(self) -> str | None:
-        """What this machine lacks to compute with it, in one sentence, if it lacks something."""
+        """The requirement that this machine lacks to compute with it, in one sentence; None if it lacks none."""
         return self.lack_of(SETTING)
 
     def lack_of(self, setting: str) -> str | None:
-        """The same, of the engine that this setting of a recipe chooses."""
+        """Returns `lack` of the engine that this setting of a recipe chooses."""
         return vllm_server.missing(setting) if self.kind == "vllm" else None
 
     def stated(self) -> dict[str, str]:
-        """What a scores.json says of it: `engine`, the package of vLLM with its version; nothing of the stage's
-        process. Raises MachineError if its environment does not say."""
+        """Returns the entries of a scores.json about it.
+
+        A server has `engine`, the package of vLLM with its version; the stage's process has none.
+
+        Raises:
+            MachineError: Its environment does not say.
+        """
         return {} if self.kind == "in-process" else {"engine": vllm_server.version(SETTING)}
 
 
@@ -73,15 +78,15 @@ SETTING = "evaluation.engine"
 
 
 def engine_field() -> Any:
-    """The field of a stage's config: without a value it is left out of the key."""
+    """Returns the field of a stage's config: without a value it is left out of the key."""
     return added(Engine(), "what computes the results")
 
 
 class LanguageModel(ABC):
     """An exported model, as evaluations ask it. All texts are token ids."""
 
+    # Tokens of the longest row that it was made for.
     context: int
-    """Tokens of the longest row that it was made for."""
 
     @abstractmethod
     def bits(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
@@ -90,11 +95,11 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """The likeliest continuation of each prompt, up to the end-of-document token or to so many tokens."""
+        """Returns the likeliest continuation of each prompt, up to the end-of-document token or to so many tokens."""
 
     @abstractmethod
     def likeliest(self, ids: Sequence[int], count: int) -> list[int]:
-        """The likeliest tokens at the last `count` positions, each after all the given tokens before it."""
+        """Returns the likeliest tokens at the last `count` positions, each after all the given tokens before it."""
 
     @abstractmethod
     def token_bits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -102,7 +107,10 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
-        """How many tokens after the prefix a greedy continuation has in common with each row; rows have one length."""
+        """Returns the number of tokens after the prefix that a greedy continuation has in common with each row.
+
+        All rows have one length.
+        """
 
     def close(self) -> None:  # noqa: B027 - a model in the process holds nothing
         """Ends what it has started."""

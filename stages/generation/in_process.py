@@ -22,10 +22,10 @@ from pipeline.core.errors import AtomError
 from stages.generation.protocols import Completion, Prompt, Sampler, SamplerContext, encode_routes
 from stages.mcore import gpu
 
+# Answers that are drawn in parallel, which bounds the cache.
 ROWS = 256
-"""Answers that are drawn in parallel, which bounds the cache."""
+# The share of unfinished rows below which the cache is copied without the finished ones.
 COMPACT_BELOW = 0.75
-"""The share of unfinished rows below which the cache is copied without the finished ones."""
 
 
 class InProcess(Sampler):
@@ -56,8 +56,8 @@ class InProcess(Sampler):
         self.routes = routes
         self.stops, self.max_new_tokens = frozenset(stops), max_new_tokens
         self.temperature, self.rows = temperature, rows
+        # The digest of the weights, if they have one.
         self.policy = ""
-        """The digest of the weights, if they have one."""
         self.lock = threading.Lock()
 
     @classmethod
@@ -129,8 +129,12 @@ class InProcess(Sampler):
         self, prompts: list[Prompt], completions: list[Completion],
         of_prompts: Mapping[tuple[int, ...], torch.Tensor], of_steps: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> list[Completion]:  # fmt: skip
-        """The completions with the experts of question and answer, without the last token. of_prompts: by prompt;
-        of_steps: rows and their experts, of each step."""
+        """Returns the completions with the experts of question and answer, without the last token.
+
+        Args:
+            of_prompts: By prompt.
+            of_steps: Rows and their experts, of each step.
+        """
         experts = self.model.config.num_experts
         answers: list[list[torch.Tensor]] = [[] for _ in prompts]
         for rows, chosen in of_steps:
@@ -150,8 +154,11 @@ class InProcess(Sampler):
         return torch.stack(rows).double()
 
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [rows] and their log-probabilities, by inverting the distribution function at the random number. It
-        computes where the logits are, and brings only the tokens to the host."""
+        """Returns tokens [rows] and their log-probabilities, by inverting the distribution function at the random
+        number.
+
+        It computes where the logits are, and brings only the tokens to the host.
+        """
         probabilities = (logits if noise is None else logits / self.temperature).softmax(-1)
         if noise is None:
             tokens = probabilities.argmax(-1)
@@ -163,8 +170,13 @@ class InProcess(Sampler):
 
 
 def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Loads weights by their exported names into a transformers model. Raises ValueError if a tensor is unexpected, and
-    KeyError or RuntimeError if one is missing or has another shape."""
+    """Loads weights by their exported names into a transformers model.
+
+    Raises:
+        ValueError: A tensor is unexpected.
+        KeyError: A tensor is missing.
+        RuntimeError: A tensor has another shape.
+    """
     parameters = model.state_dict()  # with biases of experts, which are buffers
     if model.config.tie_word_embeddings:
         parameters.pop("lm_head.weight", None)
@@ -187,11 +199,11 @@ def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
 
 CLASSES = (Qwen3ForCausalLM, Qwen3MoeForCausalLM)
 NAMES = " and ".join(kind.__name__ for kind in CLASSES)
+# Tokens of prompts that are read together, including padding: the activations of more do not fit into the processor's
+# caches.
 READ = 1024
-"""Tokens of prompts that are read together, including padding: the activations of more do not fit into the processor's
-caches."""
+# Minimum tokens by which the cache grows.
 ROOM = 64
-"""Minimum tokens by which the cache grows."""
 
 
 class Decoder:
@@ -209,10 +221,10 @@ class Decoder:
         self.device = model.device
         self.expert_ids = torch.arange(getattr(self.config, "num_experts", 0), device=model.device)
         self.records_routes = records_routes
+        # The experts of the latest tokens, [tokens, experts of a token], layer by layer.
         self.chosen: list[torch.Tensor] = []
-        """The experts of the latest tokens, [tokens, experts of a token], layer by layer."""
+        # By prompt: [tokens, layers with experts, experts of a token].
         self.prompt_routes: dict[tuple[int, ...], torch.Tensor] = {}
-        """By prompt: [tokens, layers with experts, experts of a token]."""
         if records_routes:
             for layer in self.model.layers:
                 if hasattr(layer.mlp, "experts"):
@@ -266,8 +278,13 @@ class Decoder:
         return [torch.zeros(shape, device=self.device) for _ in self.qkv]
 
     def start(self, cache: list[torch.Tensor], pads: torch.Tensor, longest: int) -> None:
-        """Continues from the cache that transformers has filled. cache: as `allocate_cache` returns it; pads: padding
-        on the left of each row, [rows]; longest: the maximum length of a row."""
+        """Continues from the cache that transformers has filled.
+
+        Args:
+            cache: As `allocate_cache` returns it.
+            pads: Padding on the left of each row, [rows].
+            longest: The maximum length of a row.
+        """
         self.cache, self.pads, self.length = cache, pads, cache[0].shape[3]
         positions = torch.arange(longest, device=pads.device)[None]
         cos, sin = self.model.rotary_emb(self.cache[0][0], positions)
@@ -278,7 +295,7 @@ class Decoder:
         )
 
     def step_routes(self) -> torch.Tensor:
-        """The experts of the latest tokens, [tokens, layers with experts, experts of a token], on the host."""
+        """Returns the experts of the latest tokens, [tokens, layers with experts, experts of a token], on the host."""
         routes = torch.stack(self.chosen, 1).cpu()
         self.chosen.clear()
         return routes
@@ -312,8 +329,14 @@ class Decoder:
         rotary: torch.Tensor,
         bias: torch.Tensor,
     ) -> torch.Tensor:
-        """projected: queries, keys and values of the new tokens, [rows, heads, dim]; layer_cache: keys and values so
-        far, [2, rows, groups, room, dim]. Queries that share a key are rows of one product, so no key is repeated."""
+        """Returns the output of an attention layer for the new tokens.
+
+        Queries that share a key are rows of one product, so no key is repeated.
+
+        Args:
+            projected: Queries, keys and values of the new tokens, [rows, heads, dim].
+            layer_cache: Keys and values so far, [2, rows, groups, room, dim].
+        """
         queries, keys, values = projected.split((self.queries, self.groups, self.groups), 1)
         queries, keys = (
             _rotate(_norm(queries, attention.q_norm), rotary),
@@ -327,7 +350,11 @@ class Decoder:
         return output
 
     def _experts(self, moe: Any, h: torch.Tensor) -> torch.Tensor:
-        """Tokens sorted by expert, so that each expert's are one product. h: [rows, hidden]."""
+        """Returns the output of the experts. Tokens are sorted by expert, so that each expert's are one product.
+
+        Args:
+            h: [rows, hidden].
+        """
         probabilities, selected = F.linear(h, moe.gate.weight).softmax(-1).topk(self.config.num_experts_per_tok, -1)
         if self.records_routes:
             self.chosen.append(selected)
@@ -357,12 +384,12 @@ def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding: x cos + (-second half, first half) sin; the sign is stored with the sine."""
+    """Returns the rotary embedding: x cos + (-second half, first half) sin; the sign is stored with the sine."""
     return x * rotary[0] + x.roll(x.shape[-1] // 2, -1) * rotary[1]
 
 
 def cache_argument(model: Any) -> str:
-    """The name of the cache's argument in this version of transformers."""
+    """Returns the name of the cache's argument in this version of transformers."""
     return "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
 
 
@@ -392,7 +419,7 @@ class LibraryDecoder:
         return self._forward(ids[:, None])
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """The logits after the last of some new tokens, [rows, vocabulary]."""
+        """Returns the logits after the last of some new tokens, [rows, vocabulary]."""
         positions = (self.mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         output = self.model(
             ids.to(self.model.device),

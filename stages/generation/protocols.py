@@ -27,8 +27,14 @@ class Prompt:
 
 
 class ToolCall(TypedDict):
-    """A call in an answer. request: the text of the model between the tags; tool: the name that it gives, empty if it
-    cannot be read; status: `ok` or what went wrong; result: the text that the model was given."""
+    """A call in an answer.
+
+    Attributes:
+        request: The text of the model between the tags.
+        tool: The name that it gives, empty if it cannot be read.
+        status: `ok` or what went wrong.
+        result: The text that the model was given.
+    """
 
     request: str
     tool: str
@@ -37,8 +43,13 @@ class ToolCall(TypedDict):
 
 
 class Turn(TypedDict):
-    """A turn of an answer. sampled: its tokens, which the policy drew; calls: those in it that were answered; appended:
-    the tokens after it that the policy did not draw, which are the results in the chat template."""
+    """A turn of an answer.
+
+    Attributes:
+        sampled: Its tokens, which the policy drew.
+        calls: Those in it that were answered.
+        appended: The tokens after it that the policy did not draw, which are the results in the chat template.
+    """
 
     sampled: int
     calls: list[ToolCall]
@@ -82,9 +93,12 @@ class SamplingSettings(Protocol):
 class SamplerContext:
     """The arguments for constructing a sampler.
 
-    config: the content of config.json; its `dtype` is the trainer's. stops: ids of the tokens that end an answer.
-    folder: for files of the sampler, in the stage's work folder. routes: whether completions are to have routes. note:
-    writes a line of the stage's log.
+    Attributes:
+        config: The content of config.json; its `dtype` is the trainer's.
+        stops: Ids of the tokens that end an answer.
+        folder: For files of the sampler, in the stage's work folder.
+        routes: Whether completions are to have routes.
+        note: Writes a line of the stage's log.
     """
 
     config: Mapping[str, Any]
@@ -111,13 +125,17 @@ class Sampler(ABC):
     An asynchronous phase calls it from several threads. Weights may change while it draws: the tokens after the change
     are of the new policy, given all tokens before. A sampler may also have `load` wait for the answers."""
 
+    # True if calls that overlap are drawn together, and not one after the other.
     serves_many: ClassVar[bool] = False
-    """Whether calls that overlap are drawn together, and not one after the other."""
 
     @classmethod
     @abstractmethod
     def create(cls, context: SamplerContext) -> Self:
-        """Creates the sampler of a phase. Raises AtomError if a requirement is missing."""
+        """Creates the sampler of a phase.
+
+        Raises:
+            AtomError: A requirement is missing.
+        """
 
     @abstractmethod
     def load(self, weights: Weights) -> None:
@@ -126,16 +144,19 @@ class Sampler(ABC):
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        """One completion for each prompt, in their order. greedy: of the likeliest tokens; log-probabilities are then
-        those at temperature 1."""
+        """Returns one completion for each prompt, in their order.
+
+        Args:
+            greedy: Of the likeliest tokens; log-probabilities are then those at temperature 1.
+        """
 
     @abstractmethod
     def close(self) -> None:
         """Frees what it holds, child processes included."""
 
 
+# Number of experts up to which one byte holds an expert.
 BYTE_EXPERTS = 256
-"""Number of experts up to which one byte holds an expert."""
 
 
 def encode_routes(routes: torch.Tensor, experts: int) -> bytes:
@@ -145,8 +166,12 @@ def encode_routes(routes: torch.Tensor, experts: int) -> bytes:
 
 
 def decode_routes(record: bytes, tokens: int, routing: Routing) -> torch.Tensor:
-    """int16 [tokens, layers, experts of a token]. Raises ValueError if the bytes are no such record: another number of
-    tokens, an expert that the model does not have, or one twice."""
+    """Returns the experts of a record, int16 [tokens, layers, experts of a token].
+
+    Raises:
+        ValueError: The bytes are no such record: another number of tokens, an expert that the model does not have, or
+            one twice.
+    """
     import numpy as np
     import torch
 

@@ -44,27 +44,42 @@ SAMPLERS = {
 
 
 def takes_servers(settings: SamplingSettings) -> bool:
-    """Whether servers in jobs of their own can draw: not if the recipe names some that others started."""
+    """Returns True if servers in jobs of their own can draw: not if the recipe names some that others started."""
     return SAMPLERS[settings.kind].serve is not None and not settings.url
 
 
 def serve(settings: SamplingSettings, place: ServerPlace) -> None:
-    """Runs a server until the stage has ended. Raises MachineError if it dies, AtomError where a requirement is
-    missing."""
+    """Runs a server until the stage has ended.
+
+    Raises:
+        MachineError: The server dies.
+        AtomError: A requirement is missing.
+    """
     function = SAMPLERS[settings.kind].serve
     assert function is not None, "only for samplers that take servers"
     function(settings, place)
 
 
 def make_sampler(name: str, context: SamplerContext) -> Sampler:
-    """The sampler of that name. Raises AtomError where a requirement is missing."""
+    """Returns the sampler of that name.
+
+    Raises:
+        AtomError: A requirement is missing.
+    """
     sampler: type[Sampler] = resolve_name(SAMPLERS[name].sampler)
     return sampler.create(context)
 
 
 def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest: int = 0) -> LanguageModel:
-    """The model of an exported folder. work: for the log of a server. longest: tokens of the longest row that will be
-    read, if that is more than the model's context. Raises AtomError if a server cannot start."""
+    """Returns the model of an exported folder.
+
+    Args:
+        work: For the log of a server.
+        longest: Tokens of the longest row that will be read, if that is more than the model's context.
+
+    Raises:
+        AtomError: A server cannot start.
+    """
     if engine.kind == "vllm":
         from stages.generation.vllm_model import Client, ServedModel
 
@@ -77,8 +92,12 @@ def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest
 def open_sampler(
     engine: Engine, folder: Path, stops: Sequence[int], max_new_tokens: int, work: Path, setting: str = SETTING
 ) -> AnswerGenerator:
-    """What draws answers of an exported model at temperature 1. work: for the log of a server. setting: the engine's
-    in the recipe, for messages."""
+    """Returns what draws answers of an exported model at temperature 1.
+
+    Args:
+        work: For the log of a server.
+        setting: The engine's in the recipe, for messages.
+    """
     if engine.kind == "vllm":
         from stages.generation.vllm_model import Client, ServedSampler
 

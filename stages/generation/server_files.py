@@ -1,4 +1,6 @@
-"""How a stage finds servers in jobs of their own: each writes a file into a folder that all see, and keeps it fresh.
+"""The files by which a stage finds servers in jobs of their own.
+
+Each server writes a file into a folder that all see, and keeps it fresh:
 
     server-<number>.json    url, host, Slurm job and start of a server that answers
     config.json             of the stage: the model to serve
@@ -27,8 +29,8 @@ from pipeline.core.errors import MachineError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import EXPIRY, HEARTBEAT, file_system_time
 
+# Bytes of the largest file that is read.
 LIMIT = 100_000
-"""Bytes of the largest file that is read."""
 
 
 class _Body(TypedDict):
@@ -46,7 +48,12 @@ _BODY = TypeAdapter(_Body)
 
 @dataclass(frozen=True)
 class Announced:
-    """A server. run: the run that it is of; job, start: its Slurm job, and how often that was started again."""
+    """A server.
+
+    Attributes:
+        run: The run that it is of.
+        job, start: Its Slurm job, and how often that was started again.
+    """
 
     run: str
     url: str
@@ -78,10 +85,14 @@ def announced(folder: Path, number: int, server: Announced) -> Iterator[None]:
 
 
 def read(folder: Path, run: str) -> list[Announced]:
-    """The servers of a run that live, by URL. A damaged file, and one of another run, is reported once. Of two files
-    with one URL the fresher one counts: its server took the port of one that died.
+    """Returns the servers of a run that live, by URL.
 
-    Raises MachineError if the folder is not there."""
+    A damaged file, and one of another run, is reported once. Of two files with one URL the fresher one counts: its
+    server took the port of one that died.
+
+    Raises:
+        MachineError: The folder is not there.
+    """
     try:
         now = file_system_time(folder)
     except OSError as error:

@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from stages.formats.tokenizer import END
 from stages.generation.engine import LanguageModel
 
+# Logits in memory together, of rows that are read at once.
 LOGITS = 1 << 24
-"""Logits in memory together, of rows that are read at once."""
+# Positions whose logits are in memory together: all logits of a long document over a large vocabulary would not fit.
 SLICE = 512
-"""Positions whose logits are in memory together: all logits of a long document over a large vocabulary would not
-fit."""
 
 
 class TransformersModel(LanguageModel):
@@ -57,7 +56,7 @@ class TransformersModel(LanguageModel):
         return bits
 
     def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """One left-padded batch."""
+        """Returns one left-padded batch."""
         width = max(map(len, prompts))
         tokens = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in prompts])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
@@ -85,7 +84,7 @@ class TransformersModel(LanguageModel):
         return torch.cat(parts)
 
     def log_probabilities(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Of the token after each position, in fp64: slices of (positions, vocab) in their order."""
+        """Yields log-probabilities of the token after each position, in fp64: slices of (positions, vocab) in order."""
         with torch.inference_mode():
             hidden = self.model.get_decoder()(torch.tensor([list(ids)])).last_hidden_state[0]
         for states in hidden.split(max(1, LOGITS // self.model.config.vocab_size)):

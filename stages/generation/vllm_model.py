@@ -27,8 +27,8 @@ from stages.generation.vllm_server import (
     interpreter,
 )
 
+# Bytes of weights that a server must read in a second, lest it is given up.
 SLOWEST_READ = 1e8
-"""Bytes of weights that a server must read in a second, lest it is given up."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,41 +43,56 @@ class Read(NamedTuple):
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The entries of config.json of the model in a folder; of one that reads more than text, with those of its text
-    model."""
+    """Returns the entries of config.json of the model in a folder; of one that reads more than text, with those of its
+    text model.
+    """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return {**config, **config.get("text_config", {})}
 
 
 def context_of(folder: Path) -> int:
-    """Tokens of the longest row that the model in a folder was made for."""
+    """Returns the tokens of the longest row that the model in a folder was made for."""
     return int(config_of(folder)["max_position_embeddings"])
 
 
 def dtype_of(folder: Path) -> str:
-    """The data type of the weights in a folder, which transformers 4 calls torch_dtype; `auto` if it is not stated."""
+    """Returns the data type of the weights in a folder, which transformers 4 calls torch_dtype; `auto` if it is not
+    stated.
+    """
     config = config_of(folder)
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def has_scaled_rope(folder: Path) -> bool:
-    """Whether the rotary embedding of the model in a folder is scaled, and so ends with its context."""
+    """Returns True if the rotary embedding of the model in a folder is scaled, and so ends with its context."""
     rope = config_of(folder).get("rope_parameters") or {}
     return bool(rope.get("rope_type", "default") != "default")
 
 
 class Client:
-    """A server of one exported model. context: tokens of the longest row that the model was made for; longest: of the
-    longest that the server reads; setting: of the recipe, which chose the server."""
+    """A server of one exported model.
+
+    Args:
+        context: Tokens of the longest row that the model was made for.
+        longest: Of the longest that the server reads.
+        setting: Of the recipe, which chose the server.
+    """
 
     def __init__(self, server: Server, context: int, longest: int, setting: str = SETTING) -> None:
         self.server, self.context, self.longest, self.setting = server, context, longest, setting
 
     @classmethod
     def start(cls, engine: Engine, folder: Path, work: Path, longest: int = 0, setting: str = SETTING) -> Self:
-        """Starts a server and waits for it. longest: if that is more than the model's context, the rotary embedding
-        extrapolates, as in transformers. setting: of the recipe, for messages. Raises AtomError if vLLM is missing, or
-        if a scaled embedding ends before, and ServerLost if the server does not start."""
+        """Starts a server and waits for it.
+
+        Args:
+            longest: If that is more than the model's context, the rotary embedding extrapolates, as in transformers.
+            setting: Of the recipe, for messages.
+
+        Raises:
+            AtomError: vLLM is missing, or a scaled embedding ends before `longest`.
+            ServerLost: The server does not start.
+        """
         context = context_of(folder)
         if longest > context and has_scaled_rope(folder):
             raise AtomError(
@@ -118,7 +133,7 @@ class Client:
             self.server.log.unlink(missing_ok=True)
 
     def map(self, request: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """The results in order, of requests at the same time; the first error ends all."""
+        """Returns the results in order, of requests at the same time; the first error ends all."""
         with ThreadPoolExecutor(IN_FLIGHT) as pool:
             try:
                 return list(pool.map(request, items))
@@ -127,7 +142,7 @@ class Client:
                 raise
 
     def read(self, ids: Sequence[int]) -> list[Read]:
-        """What the model makes of every token but the first."""
+        """Returns log-probability and rank of every token but the first."""
         answer = self._request(ids, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "detokenize": False})
         try:
             _, *positions = answer["prompt_logprobs"]
@@ -143,8 +158,10 @@ class Client:
     def draw(
         self, ids: Sequence[int], max_tokens: int, stops: Iterable[int], seed: int | None = None, **settings: float
     ) -> Completion:
-        """An answer at temperature 1 or by other settings, or greedily without a seed. It ends before the model's
-        longest row does."""
+        """Returns an answer at temperature 1 or by other settings, or greedily without a seed.
+
+        It ends before the model's longest row does.
+        """
         sampling = {
             "temperature": 0.0 if seed is None else 1.0, "max_tokens": min(max_tokens, self.longest + 1 - len(ids)),
             "stop_token_ids": sorted(stops), "logprobs": 0, "detokenize": False,
@@ -180,8 +197,8 @@ class ServedModel(LanguageModel):
     def __init__(self, client: Client, tokenizer: Any) -> None:
         self.client, self.context = client, client.context
         self.end = tokenizer.convert_tokens_to_ids(END)
+        # Bits of a document's first token, by token.
         self.first: dict[int, float] = {}
-        """Bits of a document's first token, by token."""
 
     def bits(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
         firsts = {ids[0] for ids, start in rows if ids and start == 0} - self.first.keys()

@@ -29,10 +29,10 @@ from stages.generation.server_files import Announced
 from stages.generation.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
 from stages.generation.weights import Sender, Weights
 
+# Seconds in which a server to which a broadcast failed may say why.
 REASON_SECONDS = 5.0
-"""How long a server to which a broadcast failed is asked why."""
+# Times that the servers of a step may all be lost before the stage ends.
 REVIVALS = 3
-"""How often the servers of a step may all be lost before the stage ends."""
 
 T = TypeVar("T")
 
@@ -59,11 +59,11 @@ class VllmServer(Sampler):
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.note, self.search = note, None if urls else search
         self.weights: Weights | None = None
+        # The servers that have the weights; the others are new or lost.
         self.serving: list[Server] = []
-        """The servers that have the weights; the others are new or lost."""
         self.lost: dict[Server, ServerLost] = {}
+        # The digests of all policies that were loaded, in order.
         self.handed_over: list[str] = []
-        """The digests of all policies that were loaded, in order."""
         self.renewing = threading.RLock()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -102,8 +102,12 @@ class VllmServer(Sampler):
         were. A server that fails while it loads stays paused. Every later answer states the weights that drew it, and
         each step compares its log-probabilities with the trainer's.
 
-        A lost server is started anew, or taken back if it answers again. Raises AtomError if one refuses, ServerLost if
-        all are lost and none comes back, MachineError if none comes within the time of the search.
+        A lost server is started anew, or taken back if it answers again.
+
+        Raises:
+            AtomError: One refuses.
+            ServerLost: All are lost and none comes back.
+            MachineError: None comes within the time of the search.
         """
         with self.renewing:
             if self.weights is not None and weights.digest == self.weights.digest:
@@ -123,8 +127,14 @@ class VllmServer(Sampler):
                 raise
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        """What a lost server did not answer is drawn by the others, or by itself once it is back: each answer has a
-        seed of its own. Raises ServerLost if all servers are lost again and again."""
+        """Returns one completion for each prompt, in order.
+
+        What a lost server did not answer is drawn by the others, or by itself once it is back: each answer has a seed
+        of its own.
+
+        Raises:
+            ServerLost: All servers are lost again and again.
+        """
         if self.weights is None:
             raise ValueError("weights are loaded before anything is drawn")
         answers: dict[int, Completion] = {}
@@ -152,7 +162,7 @@ class VllmServer(Sampler):
             server.close()
 
     def _map(self, items: Sequence[tuple[Server, Any]], request: Callable[[Server, Any], T]) -> list[T]:
-        """The answers in order; the first error ends all."""
+        """Returns the answers in order; the first error ends all."""
         with ThreadPoolExecutor(IN_FLIGHT * len(self.servers)) as pool:
             try:
                 return list(pool.map(lambda item: request(*item), items))
@@ -224,7 +234,7 @@ class VllmServer(Sampler):
             raise next(iter(self.lost.values()))
 
     def _unless_lost(self, request: Callable[[Server, Any], T]) -> Callable[[Server, Any], T | None]:
-        """The request, with None for an answer of a server that is lost by it."""
+        """Returns the request, with None for an answer of a server that is lost by it."""
 
         def attempt(server: Server, item: Any) -> T | None:
             try:
@@ -240,8 +250,14 @@ class VllmServer(Sampler):
         return attempt
 
     def _find(self, is_alone: bool) -> None:
-        """Makes `servers` those that are announced now, and those that serve. is_alone: waits for one that answers.
-        Raises MachineError if none comes within the time of the search."""
+        """Makes `servers` those that are announced now, and those that serve.
+
+        Args:
+            is_alone: Waits for one that answers.
+
+        Raises:
+            MachineError: None comes within the time of the search.
+        """
         if self.search is None:
             return
         end, is_noted = time.monotonic() + self.search.seconds, False
@@ -286,7 +302,7 @@ class VllmServer(Sampler):
                 server.post("/finish_weight_update", attempts=1)
 
     def _model(self) -> dict[str, Any]:
-        """What a server is told of the trainer's model."""
+        """Returns what a server is told of the trainer's model: the numbers of its config."""
         return {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
 
     def _receive(self, sender: Sender, is_alone: bool) -> None:
@@ -376,7 +392,7 @@ class VllmServer(Sampler):
 
 
 def _answers(server: Server) -> bool:
-    """Whether a server answers, and no other at its address."""
+    """Returns True if a server answers, and no other at its address."""
     try:
         return server.problem() is None
     except ServerLost:

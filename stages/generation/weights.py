@@ -42,31 +42,37 @@ from stages.train.checkpoint import release_checkpoint
 from stages.train.full_tensors import FullTensors
 from stages.train.parallel import Ranks
 
+# Largest file, unless one tensor is larger.
 FILE_BYTES = 250_000_000
-"""Largest file, unless one tensor is larger."""
 
+# The subfolder of files that are being written.
 PARTIAL = "partial"
-"""The subfolder of files that are being written."""
 Tensors = Iterator[tuple[str, torch.Tensor]]
+# The index's entry of each tensor.
 Rows = dict[str, dict[str, Any]]
-"""The index's entry of each tensor."""
+# The tensors of a rank: their entries, and their files.
 Share = tuple[Rows, dict[str, str]]
-"""The tensors of a rank: their entries, and their files."""
 
 
 class Sender(Protocol):
-    """What rank 0's sampler does with all ranks to have them send a policy to servers, which it names by their URLs."""
+    """The broadcast as rank 0's sampler uses it: all ranks send a policy to servers, which it names by their URLs."""
 
     def has_group(self, server: str) -> bool:
-        """Whether the ranks are in a group with a server."""
+        """Returns True if the ranks are in a group with a server."""
 
     @property
     def content(self) -> dict[str, Any]:
-        """What a server is told of the tensors that it receives."""
+        """The description of the tensors that a server receives."""
 
     def invite(self, server: str, secret: bytes) -> dict[str, Any]:
-        """What a server is told of a new group, which `join` then forms. secret: what it shares with the server. Raises
-        OSError if it cannot be reached."""
+        """Returns the invitation of a server to a new group, which `join` then forms.
+
+        Args:
+            secret: What it shares with the server.
+
+        Raises:
+            OSError: It cannot be reached.
+        """
 
     def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
         """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
@@ -86,9 +92,14 @@ class Receiver(Protocol):
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """A policy's tensors by transformers' names. digest: of the policy; folder: of the files with them, of which each
-    tensor is then read on access, or None for the trainer's live tensors. sender: sends them instead; there are then
-    no tensors here."""
+    """A policy's tensors by transformers' names.
+
+    Args:
+        digest: Of the policy.
+        folder: Of the files with them, of which each tensor is then read on access, or None for the trainer's live
+            tensors.
+        sender: Sends them instead; there are then no tensors here.
+    """
 
     def __init__(
         self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None,
@@ -112,22 +123,31 @@ def hf_tensors(full: FullTensors, model: ModelConfig, vocab_size: int) -> Tensor
 
 
 def digest_of(tensors: Tensors, ranks: Ranks) -> str:
-    """The digest of the policy with these `hf_tensors`, on every rank. Collective."""
+    """Returns the digest of the policy with these `hf_tensors`, on every rank. Collective."""
     return policy_digest(merge(*describe(tensors, ranks)))
 
 
 def describe(tensors: Tensors, ranks: Ranks) -> tuple[list[str], list[Rows]]:
-    """The names of all of a policy's `hf_tensors`, in order, and the entries of those of each rank. Collective."""
+    """Returns the names of all of a policy's `hf_tensors`, in order, and the entries of those of each rank.
+
+    Collective.
+    """
     names: list[str] = []
     rows = {name: row_of(tensor) for name, tensor in _held_tensors(tensors, names)}
     return names, ranks.gather(rows)
 
 
 def write(tensors: Tensors, ranks: Ranks, folder: Path) -> tuple[str, Path]:
-    """Writes the `hf_tensors` of a policy to a subfolder. Returns the policy's digest and, once it is there, the
-    subfolder, on every rank. folder: which all ranks see. Collective.
+    """Writes the `hf_tensors` of a policy to a subfolder.
 
-    Raises AtomError if the tensors of the ranks do not add up to the model, MachineError if a write fails.
+    Returns the policy's digest and, once it is there, the subfolder, on every rank. Collective.
+
+    Args:
+        folder: Which all ranks see.
+
+    Raises:
+        AtomError: The tensors of the ranks do not add up to the model.
+        MachineError: A write fails.
     """
     if ranks.first:
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)
@@ -185,7 +205,14 @@ def _held_tensors(tensors: Tensors, names: list[str]) -> Iterator[tuple[str, tor
 
 
 def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
-    """The tensors of all ranks. names: of the whole model. Raises AtomError if no rank has one, or more than one."""
+    """Returns the tensors of all ranks.
+
+    Args:
+        names: Of the whole model.
+
+    Raises:
+        AtomError: No rank has one, or more than one.
+    """
     merged: Rows = {}
     for rank, share in enumerate(shares):
         if repeated := sorted(share.keys() & merged.keys()):
@@ -196,8 +223,8 @@ def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
     return merged
 
 
+# Within which a group must form, and each of its broadcasts end.
 SECONDS = 120.0
-"""Within which a group must form, and each of its broadcasts end."""
 
 
 class Broadcast(Sender):
@@ -206,22 +233,25 @@ class Broadcast(Sender):
     def __init__(self, tensors: Callable[[bool], Tensors], ranks: Ranks) -> None:
         """tensors(by_turns): yields the policy's `hf_tensors`, of data ranks by turns or of the first alone."""
         self.tensors, self.ranks = tensors, ranks
+        # The ranks in the groups, in their order there.
         self.senders: list[int] = []
-        """The ranks in the groups, in their order there."""
         self.groups: dict[str, Group] = {}
+        # On rank 0, by server: that of the group which is to form.
         self.stores: dict[str, dist.TCPStore] = {}
-        """On rank 0, by server: that of the group which is to form."""
+        # On rank 0, by server: the key of the entries of that store, in hex.
         self.keys: dict[str, str] = {}
-        """On rank 0, by server: the key of the entries of that store, in hex."""
         self.names: list[str] = []
         self.rows: list[dict[str, Any]] = []
+        # For each tensor of the policy: name, entry of the index, and the place of its rank among `senders`.
         self.roots: list[int] = []
-        """Of each tensor of the policy: name, entry of the index, and the place of its rank among `senders`."""
 
     def load(self, sampler: Receiver | None) -> str:
-        """Hands the policy to the sampler, which rank 0 has. Returns the policy's digest, on every rank. Collective.
+        """Hands the policy to the sampler, which rank 0 has.
 
-        Raises AtomError if the tensors of the ranks do not add up to the model, and on rank 0 what `sampler` raises.
+        Returns the policy's digest, on every rank. Collective.
+
+        Raises:
+            AtomError: The tensors of the ranks do not add up to the model, and on rank 0 what `sampler` raises.
         """
         names, shares = describe(self.tensors(True), self.ranks)
         rows = merge(names, shares)
@@ -344,7 +374,11 @@ class Broadcast(Sender):
     def _send_packets(
         self, together: Sequence[Packet], local_tensors: Mapping[int, torch.Tensor], groups: Mapping[str, Group]
     ) -> set[str]:
-        """local_tensors: this rank's tensors by their numbers. Returns the servers to which it fails."""
+        """Returns the servers to which it fails.
+
+        Args:
+            local_tensors: This rank's tensors by their numbers.
+        """
         works, failed = [], set()
         for packet in together if groups else ():
             buffer = torch.empty(packet.size, dtype=torch.uint8, device=self.ranks.device)

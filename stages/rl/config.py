@@ -16,10 +16,10 @@ from stages.rl.rollout.tasks import Tasks, kinds_of
 from stages.rl.tools.settings import Tools
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
 
+# Prompts of one step.
 Prompts = Annotated[int, Range(1, 1e6)]
-"""Prompts of one step."""
+# Answers to one prompt.
 Answers = Annotated[int, Range(1, 4096, "DeepSeek-R1: 16")]
-"""Answers to one prompt."""
 Gap = Annotated[float, Range(0, 1, "nats; usual: 0.001 in one process, 0.05 with vLLM in bf16", above=True)]
 Coefficient = Annotated[float, Range(0, 1000)]
 Updates = Annotated[int, Range(1, 1e6)]
@@ -122,7 +122,7 @@ class PostTrainingPhase(PhaseBase):
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether answers are drawn while the policy is updated."""
+        """True if answers are drawn while the policy is updated."""
         return False
 
     @property
@@ -287,7 +287,7 @@ class RlPhase(PostTrainingPhase):
         return self.steps * self.updates
 
     def replay_rows(self) -> PhaseConfig:
-        """The replayed rows in the form of a training phase, in which their order is made and read."""
+        """Returns the replayed rows in the form of a training phase, in which their order is made and read."""
         assert self.replay is not None
         r = self.replay
         batch = BatchSizes(global_tokens=r.rows * r.sequence_length, micro_tokens=r.sequence_length)
@@ -355,7 +355,7 @@ class RewardPhase(PostTrainingPhase):
 
 
 def lack(phase: RlPhase | DpoPhase) -> str | None:
-    """The reason why the recipe's answers cannot be drawn or scored here; None if they can."""
+    """Returns the reason why the recipe's answers cannot be drawn or scored here; None if they can."""
     sources = phase.tasks if isinstance(phase, RlPhase) else phase.preferences.tasks
     if isinstance(phase, DpoPhase) and phase.sft_tasks is not None:
         sources += phase.sft_tasks.tasks

@@ -65,7 +65,7 @@ class PostTrainer(Trainer):
         """Takes a step; returns its metrics for the log."""
 
     def algorithm_state(self) -> dict[str, Any]:
-        """The algorithm's part of a checkpoint, as JSON."""
+        """Returns the algorithm's part of a checkpoint, as JSON."""
         return {}
 
     def restore_algorithm(self, state: dict[str, Any]) -> None:
@@ -102,8 +102,8 @@ class Policy:
         self.folder = work / "served" if needs_files else None
         tools = config.phase.tools if isinstance(config.phase, RlPhase) else None
         self.chat = generation.Chat(inputs["tokenizer"], tools)
+        # Bounds of an answer in turns; None without tools.
         self.limits: turns.Limits | None = None
-        """Of an answer in turns."""
         if tools is not None:
             self.limits = turns.Limits(
                 tools.max_turns, config.phase.sampling.max_new_tokens, config.model.context_length
@@ -165,7 +165,7 @@ class Policy:
         return self.verifiers.score(pairs)
 
     def validate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Mean reward of greedy answers by kind of task."""
+        """Returns the mean reward of greedy answers by kind of task."""
         completions = self.draw([(row, 0) for row in rows], greedy=True)
         return generation.mean_reward_by_kind(list(zip(rows, self.score(rows, completions), strict=True)))
 
@@ -176,7 +176,7 @@ class Policy:
 
 
 def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path, report: Report) -> Sampler:
-    """The sampler that the recipe names."""
+    """Returns the sampler that the recipe names."""
     dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
     model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
     context = SamplerContext(
@@ -200,8 +200,14 @@ class RolloutFiles:
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
-        """The wave's answers with their rewards: read from disk if an earlier attempt drew them with this policy, else
-        drawn. They are written when drawn and again when scored. requests: (task, seed)."""
+        """Returns the wave's answers with their rewards: read from disk if an earlier attempt drew them with this
+        policy, else drawn.
+
+        They are written when drawn and again when scored.
+
+        Args:
+            requests: (task, seed).
+        """
         scored_path, drawn_path = self.path(step, wave), self.path(step, wave).with_suffix(".drawn")
         answers = self._read(scored_path, digest, requests)
         if answers is not None:
@@ -227,7 +233,7 @@ class RolloutFiles:
                 path.unlink()
 
     def read(self, path: Path) -> list[Rollout] | None:
-        """The answers; None if the file is missing or damaged."""
+        """Returns the answers; None if the file is missing or damaged."""
         if not path.exists():
             return None
         try:
@@ -260,7 +266,11 @@ def unscored(
 
 
 def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> list[Rollout]:
-    """The answers with their rewards. rows: the task of each."""
+    """Returns the answers with their rewards.
+
+    Args:
+        rows: The task of each.
+    """
     parts = policy.score(rows, [completion_of(r) for r in answers])
     versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}
     return [
@@ -270,7 +280,7 @@ def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> l
 
 
 def completion_of(r: Rollout) -> Completion:
-    """The completion that an answer records, without its experts."""
+    """Returns the completion that an answer records, without its experts."""
     turns_of_answer = None if r.turns is None else tuple(r.turns)
     return Completion(tuple(r.ids), tuple(r.logprobs), r.finished, turns=turns_of_answer)
 
@@ -292,15 +302,19 @@ class RecordedRollouts(RolloutFiles):
         super().__init__(artifact.path, report)
         self.routing = routing
         self.file, self.step = artifact / "rollouts.parquet", 0
+        # The answers of `step`, the latest one that was asked for; step 0 has none.
         self.answers: list[Rollout] = []
-        """The answers of `step`, the latest one that was asked for; step 0 has none."""
         require_columns(self.file, rollouts.schema(routing is not None, asynchronous, tools))
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
-        """The wave's answers. Raises CheckFailed if they are not those that the phase asks for, or if another policy
-        than this one drew those of the first step."""
+        """Returns the wave's answers.
+
+        Raises:
+            CheckFailed: They are not those that the phase asks for, or another policy than this one drew those of the
+                first step.
+        """
         is_first = not self.step
         self.open(step)
         recorded = self._wave(wave)
@@ -338,7 +352,7 @@ class RecordedRollouts(RolloutFiles):
     def restore(
         self, step: int, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
-        """The recorded answers, of whose columns those are computed anew that follow from others."""
+        """Returns the recorded answers, of whose columns those are computed anew that follow from others."""
         return [
             replace(
                 unscored(step, wave, r.policy, row, seed, policy.chat, completion_of(r)),
@@ -380,8 +394,9 @@ class RecordedRollouts(RolloutFiles):
 
 
 def is_answer(r: Rollout, vocab_size: int) -> bool:
-    """Whether values from a file can be an answer: tokens of the vocabulary, a finite log-probability of each, and the
-    total of the reward's parts."""
+    """Returns True if values from a file can be an answer: tokens of the vocabulary, a finite log-probability of each,
+    and the total of the reward's parts.
+    """
     try:
         numbers = math.isfinite(r.reward) and all(map(math.isfinite, r.logprobs)) and r.parts["reward"] == r.reward
         return numbers and len(r.logprobs) == len(r.ids) and all(0 <= token < vocab_size for token in r.ids)
@@ -390,7 +405,7 @@ def is_answer(r: Rollout, vocab_size: int) -> bool:
 
 
 def has_routes(r: Rollout, routing: Routing | None) -> bool:
-    """Whether an answer from a file has a record of experts if routing is replayed, and none otherwise."""
+    """Returns True if an answer from a file has a record of experts if routing is replayed, and none otherwise."""
     if routing is None or r.routes is None:
         return routing is None and r.routes is None
     try:

@@ -162,7 +162,7 @@ def estimate(config: VariantConfig) -> Estimate:
     """Two models in fp32 in memory, which is the host's beside an engine with GPUs; on disk, for as long as it runs,
     the variant and its fp32 values for each shard."""
     if (expected := config.expected) is None:
-        return estimates.estimate(None)
+        return estimates.estimate(None, MODELS, config.engine)
     variant = VARIANTS[config.variant]
     size, whole = round(expected.parameters * variant.bits / 8), 4 * expected.parameters
     if config.adapter:

@@ -157,8 +157,11 @@ class GrpoTrainer(PolicyTrainer):
         return batches
 
     def _gap_of_own_routing(self, batches: Mapping[int, RankBatch]) -> float:
-        """The sum over tokens of the difference in log-probability between trainer and sampler, if the trainer's
-        routers choose. Collective."""
+        """Returns the sum over tokens of the difference in log-probability between trainer and sampler, if the
+        trainer's routers choose.
+
+        Collective.
+        """
 
         def gap(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             present = batch.extras["weight"][:, None] * batch.loss_mask > 0
@@ -168,7 +171,7 @@ class GrpoTrainer(PolicyTrainer):
         return sum(self.engine.figures(without_routes(batch), gap)[1]["gap"] for batch in batches.values())
 
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
-        """The answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
+        """Returns the answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
         phase = self.phase
         if self.intake is None:
             answers = self._draw_waves(step, policy_digest)
@@ -262,8 +265,15 @@ class GrpoTrainer(PolicyTrainer):
 
 
 def asynchronous_metrics(version: int, answers: Sequence[Rollout]) -> dict[str, Any]:
-    """version: of the policy that is updated. Staleness is the mean over tokens of the answers that are kept, in steps;
-    `dropped` counts answers by reason; `consumed` seals the answers in their order."""
+    """Returns the metrics of an asynchronous step.
+
+    `staleness` is the mean over tokens of the answers that are kept, in steps; `dropped` counts answers by reason;
+    `consumed` seals the answers in their order.
+
+    Args:
+        version: Version of the policy that is updated.
+        answers: All answers that the step took.
+    """
     spans = [span for r in answers if not r.dropped for span in r.versions or ()]
     ages = [(version - (span["version"] or 0), span["tokens"]) for span in spans]
     tokens = sum(count for _, count in ages)
@@ -276,14 +286,14 @@ def asynchronous_metrics(version: int, answers: Sequence[Rollout]) -> dict[str, 
 
 
 def tool_metrics(answers: Sequence[Rollout]) -> dict[str, Any]:
-    """The mean number of turns, and the number of calls by status."""
+    """Returns the mean number of turns, and the number of calls by status."""
     turns = [turn for r in answers for turn in r.turns or ()]
     calls = Counter(call["status"] for turn in turns for call in turn["calls"])
     return {"turns": len(turns) / len(answers), "calls": dict(sorted(calls.items()))}
 
 
 def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout], int]:
-    """The answers with their group, sample and drop reason, and the number of groups that are kept."""
+    """Returns the answers with their group, sample and drop reason, and the number of groups that are kept."""
     rewards = torch.tensor([r.reward for r in answers], dtype=torch.float64).view(-1, samples)
     equal = zero_variance(rewards).tolist()
     marked = []
@@ -297,8 +307,13 @@ def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout
 def training_groups(
     answers: Sequence[Rollout], algorithm: Algorithm, routing: Routing | None = None
 ) -> list[list[Example]]:
-    """The training rows of the answers that are not dropped, by group. Advantages are of all answers of the groups that
-    differ in reward, truncated ones among them. routing: of a model whose routing is replayed."""
+    """Returns the training rows of the answers that are not dropped, by group.
+
+    Advantages are of all answers of the groups that differ in reward, truncated ones among them.
+
+    Args:
+        routing: Of a model whose routing is replayed.
+    """
     groups: dict[tuple[int, int], list[Rollout]] = {}
     for r in answers:
         if r.dropped not in rollouts.WHOLE_GROUPS:
@@ -325,13 +340,15 @@ def _example(r: Rollout, advantage: float, algorithm: Algorithm, routing: Routin
 
 
 def without_routes(rank_batch: RankBatch) -> RankBatch:
-    """The batch for routers that choose."""
+    """Returns the batch for routers that choose."""
     return replace(rank_batch, micro=[replace(batch, routes=None) for batch in rank_batch.micro])
 
 
 def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch:
-    """The batch with the log-probabilities of its targets under the engine's present weights, among the `extras` of its
-    micro-batches where this rank computes the loss. The reference is another policy, whose routers choose. Collective.
+    """Returns the batch with the log-probabilities of its targets under the engine's present weights, among the
+    `extras` of its micro-batches where this rank computes the loss.
+
+    The reference is another policy, whose routers choose. Collective.
     """
     recorded: list[torch.Tensor] = []
 
@@ -350,7 +367,7 @@ def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch
 
 
 def objective(phase: RlPhase) -> Objective:
-    """The policy loss of the answers' tokens plus the weighted loss of replayed tokens."""
+    """Returns the policy loss of the answers' tokens plus the weighted loss of replayed tokens."""
     algorithm = policy_gradient.load(phase.algorithm)
 
     def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -29,8 +29,8 @@ ALGORITHMS = {
     "reinforce++": "stages.rl.algorithms.policy_gradient:REINFORCE_PP",
 }
 DEFAULT = "dapo-centered"
+# Added to the standard deviation of a group, as TRL does: rewards that hardly differ are no signal.
 TINY = 1e-4
-"""Added to the standard deviation of a group, as TRL does: rewards that hardly differ are no signal."""
 
 
 @dataclass(frozen=True)
@@ -236,24 +236,24 @@ def without_ratio(tokens: Tokens, clip_low: float, clip_high: float) -> tuple[to
     return -tokens.advantages * tokens.logprobs, tokens.mask.new_zeros(tokens.mask.shape)
 
 
+# The token-level loss and asymmetric clip of DAPO on the centered rewards of Dr. GRPO. The default.
 DAPO_CENTERED = Algorithm(centered, by_token, OverTokens(), clip_low=0.2, clip_high=0.28)
-"""The token-level loss and asymmetric clip of DAPO on the centered rewards of Dr. GRPO. The default."""
+# DAPO (arXiv 2503.14476): GRPO with the mean over all tokens of the update and a wider upper clip.
 DAPO = Algorithm(scaled, by_token, OverTokens(), clip_low=0.2, clip_high=0.28)
-"""DAPO (arXiv 2503.14476): GRPO with the mean over all tokens of the update and a wider upper clip."""
+# GRPO (DeepSeekMath, arXiv 2402.03300): rewards standardized by their group, PPO's clip, the mean over answers of the
+# mean over tokens.
 GRPO = Algorithm(scaled, by_token, OverAnswers(), clip_low=0.2, clip_high=0.2)
-"""GRPO (DeepSeekMath, arXiv 2402.03300): rewards standardized by their group, PPO's clip, the mean over answers of the
-mean over tokens."""
+# Dr. GRPO (arXiv 2503.20783): GRPO without the two biases that it found, the division by the deviation of the group and
+# the division by the length of the answer.
 DR_GRPO = Algorithm(centered, by_token, ByConstant(), clip_low=0.2, clip_high=0.2)
-"""Dr. GRPO (arXiv 2503.20783): GRPO without the two biases that it found, the division by the deviation of the group
-and the division by the length of the answer."""
+# GSPO (arXiv 2507.18071): GRPO with one ratio per answer. The ranges are those of the paper's section 5.1.
 GSPO = Algorithm(scaled, by_answer, OverAnswers(), clip_low=3e-4, clip_high=4e-4)
-"""GSPO (arXiv 2507.18071): GRPO with one ratio per answer. The ranges are those of the paper's section 5.1."""
+# CISPO (MiniMax-M1, arXiv 2506.13585). There is no lower clip; the paper leaves the upper one open, and 1 + 4 is among
+# the values of ScaleRL (arXiv 2510.13786).
 CISPO = Algorithm(scaled, bounded_weight, OverTokens(), clip_low=None, clip_high=4.0)
-"""CISPO (MiniMax-M1, arXiv 2506.13585). There is no lower clip; the paper leaves the upper one open, and 1 + 4 is among
-the values of ScaleRL (arXiv 2510.13786)."""
+# RLOO (arXiv 2402.14740): REINFORCE with the mean reward of the other answers to the prompt as its baseline. An answer
+# is one action, so the loss is summed over its tokens; without a ratio, a step is one update.
 RLOO = Algorithm(leave_one_out, without_ratio, OfSums(), clip_low=None, clip_high=None, updates=False)
-"""RLOO (arXiv 2402.14740): REINFORCE with the mean reward of the other answers to the prompt as its baseline. An answer
-is one action, so the loss is summed over its tokens; without a ratio, a step is one update."""
+# REINFORCE++ with baseline (arXiv 2501.03262), the variant for several answers to a prompt: rewards are centered by
+# their group and divided by the deviation of the whole batch, under PPO's clip.
 REINFORCE_PP = Algorithm(batch_scaled, by_token, OverAnswers(), clip_low=0.2, clip_high=0.2)
-"""REINFORCE++ with baseline (arXiv 2501.03262), the variant for several answers to a prompt: rewards are centered by
-their group and divided by the deviation of the whole batch, under PPO's clip."""

@@ -28,8 +28,8 @@ from stages.tasks.rows import Row, question
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 
+# The most held-out pairs that a reward model is evaluated on.
 HELDOUT_PAIRS = 400
-"""The most held-out pairs that a reward model is evaluated on."""
 PAIRS = {
     "round": "int32",
     "task": "string",
@@ -112,8 +112,10 @@ class Dpo(PolicyTrainer):
     def _update(
         self, step: int, number: int, pairs: Sequence[tuple[Rollout, Rollout]], correct: Sequence[Rollout]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """One update. The reference log-probabilities are those with which the answers were drawn. Returns the metrics
-        for the log, and the gap between policy and reference before the update."""
+        """Makes one update. Returns the metrics for the log, and the gap of policy and reference before it.
+
+        The reference log-probabilities are those with which the answers were drawn.
+        """
         tokens = sum(len(r.ids) for r in correct)
         weight = self.phase.nll_coef * len(pairs) / tokens if tokens else 0.0
         units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
@@ -135,7 +137,7 @@ class Dpo(PolicyTrainer):
         return figures.metrics(lr) | metrics, gap
 
     def _draw(self, step: int, digest: str) -> tuple[list[Rollout], dict[str, Any]]:
-        """The answers of a round and the trainer's state after them. Rank 0 only."""
+        """Returns the answers of a round and the trainer's state after them. Rank 0 only."""
         answers = self._draw_wave(step, 0, digest, self.prompts, self.phase.preferences)
         pairs = [best_and_worst(group_answers, self.phase.min_margin) for group_answers in group_by_task(answers)]
         drop_reason = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
@@ -176,7 +178,7 @@ class Dpo(PolicyTrainer):
 
 
 def group_by_task(answers: Sequence[Rollout]) -> list[list[Rollout]]:
-    """The answers of a round by task."""
+    """Returns the answers of a round by task."""
     groups: dict[int, list[Rollout]] = {}
     for r in answers:
         groups.setdefault(r.group, []).append(r)
@@ -184,8 +186,10 @@ def group_by_task(answers: Sequence[Rollout]) -> list[list[Rollout]]:
 
 
 def best_and_worst(group_answers: Sequence[Rollout], min_margin: float) -> tuple[Rollout, Rollout] | None:
-    """The best finished answer and the worst answer, if their rewards differ by more than `min_margin`. Ties take the
-    first."""
+    """Returns the best finished answer and the worst answer, if their rewards differ by more than `min_margin`.
+
+    Ties take the first.
+    """
     finished = [r for r in group_answers if r.finished]
     if not finished:
         return None
@@ -194,19 +198,25 @@ def best_and_worst(group_answers: Sequence[Rollout], min_margin: float) -> tuple
 
 
 def all_pairs(group_answers: Sequence[Rollout], min_margin: float) -> list[tuple[Rollout, Rollout]]:
-    """All pairs of answers to a task whose rewards differ by more than `min_margin`, the better first. DPO uses only
-    the best and the worst; a reward model also needs the pairs between the extremes."""
+    """Returns all pairs of answers to a task whose rewards differ by more than `min_margin`, the better first.
+
+    DPO uses only the best and the worst; a reward model also needs the pairs between the extremes.
+    """
     return [(a, b) for a in group_answers for b in group_answers if a.finished and a.reward - b.reward > min_margin]
 
 
 def pair_rows(answers: Sequence[Rollout], tasks: Mapping[str, Row], min_margin: float) -> list[dict[str, Any]]:
-    """The rows of pairs.parquet of the answers of a round. tasks: by id."""
+    """Returns the rows of pairs.parquet of the answers of a round.
+
+    Args:
+        tasks: By id.
+    """
     groups = group_by_task([r for r in answers if r.wave == 0])
     return [pair_row(tasks[better.task], better, r) for group in groups for better, r in all_pairs(group, min_margin)]
 
 
 def pair_row(row: Row, chosen: Rollout, rejected: Rollout) -> dict[str, Any]:
-    """A row of pairs.parquet: two answers, the source of both and of their order, and whether DPO used them."""
+    """Returns a row of pairs.parquet: two answers, the source of both and of their order, and whether DPO used them."""
     columns: dict[str, Any] = {
         "round": chosen.step,
         "task": chosen.task,
@@ -228,8 +238,10 @@ def _example(r: Rollout, pair: float, anchor: float) -> Example:
 
 
 def dpo(beta: float) -> Objective:
-    """The DPO loss of the pairs plus the weighted loss of correct answers. Figures include the gap between the pairs'
-    log-probabilities and the sampler's, which are the reference."""
+    """Returns the DPO loss of the pairs plus the weighted loss of correct answers.
+
+    Figures include the gap between the pairs' log-probabilities and the sampler's, which are the reference.
+    """
 
     def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         pair_rows = batch.extras["pair"] > 0
@@ -320,7 +332,7 @@ class Reward(PostTrainer):
 
 
 def bradley_terry(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The Bradley-Terry loss of pairs; a score is the log-probability of one token after the answer."""
+    """Returns the Bradley-Terry loss of pairs; a score is the log-probability of one token after the answer."""
     pair_rows = batch.loss_mask.any(1)
     return losses.dpo_loss(-cross_entropy[pair_rows], None, batch.loss_mask[pair_rows], 1.0)
 

@@ -27,11 +27,11 @@ from stages.rl.sandbox.cell import Cell, Running
 from stages.rl.sandbox.outcome import Job
 from stages.tasks.rows import Row
 
+# Characters of an answer beyond which it is not run.
 MAX_ANSWER_CHARACTERS = 256 << 10
-"""Characters of an answer beyond which it is not run."""
 
+# Return values of programs that compute nothing, in Python.
 CONSTANT_VALUES = ("None", "0", "1", "-1", "True", "False", '""', "[]", "{}", 'float("nan")', 'float("inf")')
-"""What programs return that compute nothing, in Python."""
 RETURNS = "a function that returns {}"
 NOT_A_NUMBER = RETURNS.format('float("nan")')
 
@@ -40,9 +40,11 @@ QUOTE = re.compile(r" {0,3}> ?")
 
 
 def code_of(answer: str, entry_point: str) -> str:
-    """The first fenced block that defines the entry point, with any name of the fence and any later blocks; if none
-    does, the last block; without blocks, the whole answer. Line ends are those of Python, and byte order marks are
-    ignored."""
+    """Returns the first fenced block that defines the entry point, with any name of the fence and any later blocks; if
+    none does, the last block; without blocks, the whole answer.
+
+    Line ends are those of Python, and byte order marks are ignored.
+    """
     answer = re.sub("^\ufeff", "", re.sub("\r\n?", "\n", answer), flags=re.MULTILINE)
     name = re.escape(entry_point)
     statement, assignment = rf"(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b", rf"{name}[ \t]*(?::[^=\n]*)?=(?!=)"
@@ -57,10 +59,13 @@ def code_of(answer: str, entry_point: str) -> str:
 
 
 def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
-    """The fenced blocks of Markdown, without the indentation of their fences and the markers of enclosing quotes
-    (CommonMark 0.31, sections 4.5 and 5.1). As an extension, a fence of backticks may open after words, if it has a
-    name or `bare_after_words` is set. An unclosed block extends to the end, or to the last line of code that ends in a
-    fence if the number of such lines is odd: fences inside a text of the code are paired."""
+    """Returns the fenced blocks of Markdown, without the indentation of their fences and the markers of enclosing
+    quotes (CommonMark 0.31, sections 4.5 and 5.1).
+
+    As an extension, a fence of backticks may open after words, if it has a name or `bare_after_words` is set. An
+    unclosed block extends to the end, or to the last line of code that ends in a fence if the number of such lines is
+    odd: fences inside a text of the code are paired.
+    """
     blocks: list[list[str]] = []
     fence, indent, depth = "", 0, 0
     for raw_line in answer.split("\n"):
@@ -120,8 +125,16 @@ class CodeVerifier(Verifier):
     Settings = CodeSettings
 
     def __init__(self, context: VerifierContext[CodeSettings], limits: Limits | None = None) -> None:
-        """limits: of an answer's program. No recipe sets them, because scores depend on them and they are not in the
-        key. Raises SandboxFailed if no sandbox starts."""
+        """Starts the sandboxes.
+
+        Args:
+            context: Settings of the recipe.
+            limits: Limits of an answer's program. No recipe sets them: scores depend on them, and they are not in the
+                key.
+
+        Raises:
+            SandboxFailed: No sandbox starts.
+        """
         limits = limits or Limits()
         check_limits = replace(limits, cpu_seconds=4 * limits.cpu_seconds, wall_seconds=4 * limits.wall_seconds)
         self._pool = Pool(context.settings.workers, limits, [check_limits])  # the second is for checks
@@ -205,12 +218,12 @@ def parts(passed: float, killed: bool = False) -> Parts:
 
 
 def ended_by_force(answer: Running) -> bool:
-    """Whether an ended answer was killed."""
+    """Returns True if an ended answer was killed."""
     return answer.finish().status not in ("ok", "error")
 
 
 def returns_expected(line: bytes, expected: Any) -> bool:
-    """Whether a line from an answer's sandbox, which may hold anything, reports the expected return value."""
+    """Returns True if a line from an answer's sandbox, which may hold anything, reports the expected return value."""
     try:
         return equal(decode(json.loads(line)["value"]), expected)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError):

@@ -25,8 +25,8 @@ from stages.rl.tools import gym_environment
 from stages.rl.tools.gym_environment import Session, Unanswered, functions_of
 from stages.tasks.rows import Row
 
+# The mark in a recorded result in place of its rest (stages/rl/rollout/turns.py).
 CUT_MARK = "\n[cut: "
-"""What stands in a recorded result in place of its rest (stages/rl/rollout/turns.py)."""
 
 
 class GymSettings(Config):
@@ -101,7 +101,7 @@ class GymServer(Verifier):
 
 
 def read_reply(payload: bytes) -> dict[str, Any] | None:
-    """The JSON object of a reply, if it is one."""
+    """Returns the JSON object of a reply, if it is one."""
     try:
         reply = json.loads(payload)
     except ValueError:
@@ -110,20 +110,22 @@ def read_reply(payload: bytes) -> dict[str, Any] | None:
 
 
 def is_of(call: ToolCall, functions: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the environment answered a call: no other tool, and no refusal before."""
+    """Returns True if the environment answered a call: no other tool, and no refusal before."""
     names = [function["name"] for function in functions]
     return call["tool"] in names and call["status"] in ("ok", "error")
 
 
 def as_recorded(text: str, result: str) -> bool:
-    """Whether a reply is the one that the model was given, as far as that was not cut."""
+    """Returns True if a reply is the one that the model was given, as far as that was not cut."""
     text = text.encode(errors="replace").decode()
     return text == result or (CUT_MARK in result and text.startswith(result[: result.rindex(CUT_MARK)]))
 
 
 def request(row: Row, response: Response) -> dict[str, Any]:
-    """The body of POST /verify: messages of the answer, and calls of tools with their results. Lone surrogates of the
-    answer, which UTF-8 cannot encode, become question marks."""
+    """Returns the body of POST /verify: messages of the answer, and calls of tools with their results.
+
+    Lone surrogates of the answer, which UTF-8 cannot encode, become question marks.
+    """
     output: list[dict[str, Any]] = []
     for text, calls in response.earlier:
         output.append(message(text.partition("<tool_call>")[0]))
@@ -147,6 +149,6 @@ def request(row: Row, response: Response) -> dict[str, Any]:
 
 
 def message(text: str) -> dict[str, Any]:
-    """A message of the assistant in the form of an OpenAI response."""
+    """Returns a message of the assistant in the form of an OpenAI response."""
     content = {"type": "output_text", "text": text.encode(errors="replace").decode(), "annotations": []}
     return {"id": "message", "type": "message", "role": "assistant", "status": "completed", "content": [content]}

@@ -101,7 +101,7 @@ class ScoringPool:
                 )
 
     def _request(self, row: Row, fields: str, answer: str) -> Reply:
-        """A worker's reply; `died` if no worker survived any of the ATTEMPTS."""
+        """Returns a worker's reply; `died` if no worker survived any of the ATTEMPTS."""
         worker = self.idle.get()
         try:
             reply = self._try(worker, row, fields, answer)
@@ -140,7 +140,15 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, fields: str, answer: str) -> Reply:
-        """The reply to a request. fields: the row's, as JSON. Raises WorkerDied."""
+        """Returns the reply to a request.
+
+        Args:
+            fields: Fields of the row, as JSON.
+            answer: The answer to score.
+
+        Raises:
+            WorkerDied: There is no reply.
+        """
         if self.process is None:
             self._start()
         process = self.process
@@ -212,10 +220,10 @@ class PoolSettings(Config):
 class PooledVerifier(Verifier):
     """Parts: `reward`, `finished`, `unreadable`. The version names that of each package."""
 
+    # Distributions that the score depends on; the first one is what a user installs.
     packages: ClassVar[tuple[str, ...]]
-    """Distributions that the score depends on; the first one is what a user installs."""
+    # The row's fields that the scorer reads.
     fields: ClassVar[tuple[str, ...]]
-    """The row's fields that the scorer reads."""
     Settings = PoolSettings
 
     def __init__(self, context: VerifierContext[PoolSettings]) -> None:
@@ -240,7 +248,7 @@ class PooledVerifier(Verifier):
     @staticmethod
     @abstractmethod
     def correct_answer(row: Row) -> str:
-        """A correct answer to the row, in the form of a model's answer."""
+        """Returns a correct answer to the row, in the form of a model's answer."""
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         return self._pool.score(answers)
@@ -289,7 +297,9 @@ class MathVerify(PooledVerifier):
 
 
 def boxed(answer: str) -> str:
-    """A correct answer in the form that math-verify parses best: in a box, unless it is marked as LaTeX already."""
+    """Returns a correct answer in the form that math-verify parses best: in a box, unless it is marked as LaTeX
+    already.
+    """
     return answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"
 
 

@@ -17,6 +17,7 @@ from pipeline.graph.recipe import explain
 from stages.rl.protocols import ChatTokenizer, Verifier, VerifierContext
 from stages.tasks.rows import Row
 
+# {verifier: its class}. Importing one is cheap; packages are imported when it is constructed.
 VERIFIERS = {
     "courtesy": "stages.rl.rewards.frozen_scorer:Courtesy",
     "exact": "stages.rl.rewards.frozen_scorer:Exact",
@@ -27,7 +28,6 @@ VERIFIERS = {
     "reasoning-gym": "stages.rl.rewards.pooled_verifier:ReasoningGym",
     "reward-model": "stages.rl.rewards.reward_model:RewardModel",
 }
-"""{verifier: its class}. Importing one is cheap; packages are imported when it is constructed."""
 
 
 def verifier_class(name: str) -> type[Verifier]:
@@ -44,7 +44,11 @@ def make_verifier(
     inputs: Inputs | None = None,
     chat: ChatTokenizer | None = None,
 ) -> Verifier:
-    """The verifier of that name. Raises RecipeError for an unknown name or setting, or a missing requirement."""
+    """Returns the verifier of that name.
+
+    Raises:
+        RecipeError: The name or a setting is unknown, or a requirement is missing.
+    """
     verifier = verifier_class(name)
     validated = _validate(verifier, settings or {})
     if reason := verifier.missing():
@@ -55,13 +59,13 @@ def make_verifier(
 def make_verifiers(
     rows: Sequence[Row], inputs: Inputs, chat: ChatTokenizer | None, settings: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Verifier]:
-    """The verifiers that tasks name, with their settings by name. Raises as `make_verifier` does."""
+    """Returns the verifiers that tasks name, with their settings by name. Raises as `make_verifier` does."""
     names = sorted({str(row["verifier"]) for row in rows})
     return {name: make_verifier(name, settings.get(name), inputs, chat) for name in names}
 
 
 def obstacle(names: Iterable[str], settings: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The reason why a verifier of these names cannot score here, if any."""
+    """Returns the reason why a verifier of these names cannot score here, if any."""
     for name in sorted(set(names)):
         try:
             verifier = verifier_class(name)

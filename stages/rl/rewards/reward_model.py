@@ -9,8 +9,8 @@ from stages.formats.chat import control_tokens
 from stages.rl.protocols import Answer, ChatTokenizer, NoSettings, Parts, Verifier, VerifierContext, VerifierFailed
 from stages.tasks.rows import question
 
+# Answers that are scored at once, on a core and on a GPU: all of their tokens have logits.
 ROWS, GPU_ROWS = 64, 8
-"""Answers that are scored at once, on a core and on a GPU: all of their tokens have logits."""
 
 
 class RewardModel(Verifier):
@@ -22,7 +22,12 @@ class RewardModel(Verifier):
 
     def __init__(self, context: VerifierContext[NoSettings]) -> None:
         """inputs["reward_model"]: the export; inputs["reward"]: its training, which measured the mean score of held-out
-        pairs. Raises RecipeError without them, and AtomError if the export has another tokenizer than the policy."""
+        pairs.
+
+        Raises:
+            RecipeError: The inputs are missing.
+            AtomError: The export has another tokenizer than the policy.
+        """
         if "reward" not in context.inputs:
             raise RecipeError(
                 "tasks name the verifier reward-model, which only online_rlhf has; use another reward function"
@@ -84,8 +89,11 @@ class RewardModel(Verifier):
 
 
 def reward_input(template: ChatTokenizer, prompt: str, text: str, finished: bool) -> list[int]:
-    """The token ids of a question and its answer in the chat template, and of the token whose probability is the
-    reward. Names of special tokens in both texts are ordinary text: an answer neither ends its turn nor opens another,
-    and reasoning is read as it is written."""
+    """Returns the token ids of a question and its answer in the chat template, and of the token whose probability is
+    the reward.
+
+    Names of special tokens in both texts are ordinary text: an answer neither ends its turn nor opens another, and
+    reasoning is read as it is written.
+    """
     ids = [*template.encode_question(prompt), *template.encode_text(text)]
     return [*ids, *([template.turn_end] if finished else []), template.end]

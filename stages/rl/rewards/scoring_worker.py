@@ -23,11 +23,11 @@ from typing import Any, TypedDict, cast
 
 from stages.tasks.rows import Row
 
+# Scores an answer in [0, 1].
 ScoreAnswer = Callable[[str], float]
-"""Scores an answer in [0, 1]."""
+# A function of a row's fields that returns a scorer of answers. Trusted work, such as parsing the correct answer, is
+# done here, once per row, and outside the limits.
 BindRow = Callable[[Row], ScoreAnswer]
-"""A function of a row's fields that returns a scorer of answers. Trusted work, such as parsing the correct answer, is
-done here, once per row, and outside the limits."""
 
 
 class Reply(TypedDict, total=False):
@@ -54,7 +54,7 @@ def refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def score_in_fork(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
-    """The reply of a fork that scores one answer."""
+    """Returns the reply of a fork that scores one answer."""
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -90,7 +90,11 @@ def _score_confined(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
 
 
 def serve(verifier: str, seconds: int) -> None:
-    """Answers requests until standard input closes. verifier: a pooled one, as `module:class`."""
+    """Answers requests until standard input closes.
+
+    Args:
+        verifier: A pooled one, as `module:class`.
+    """
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)  # output of a package is not a reply

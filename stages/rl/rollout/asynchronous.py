@@ -30,14 +30,18 @@ from stages.rl.rollout.rollouts import Rollout, Span
 from stages.tasks.rows import Row
 
 JOIN_SECONDS = 10.0
+# Seconds that a step waits for a group of answers while none is finished; then the phase stops.
 STARVED_SECONDS = 1500.0
-"""How long a step waits for a group of answers while none is finished; then the phase stops."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group that is issued and not yet taken. version: of the policy at that time; requests: (task, seed) of each
-    answer."""
+    """A group that is issued and not yet taken.
+
+    Attributes:
+        version: Of the policy at that time.
+        requests: (task, seed) of each answer.
+    """
 
     number: int
     row: Row
@@ -52,15 +56,18 @@ class Source(Protocol):
         """Groups to draw."""
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
-        """The group that the step takes next, at this place among its answers, as it was drawn and scored. history:
-        {digest of a policy: its version} of all policies so far."""
+        """Returns the group that the step takes next, at this place among its answers, as it was drawn and scored.
+
+        Args:
+            history: {digest of a policy: its version} of all policies so far.
+        """
 
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
         """The answers that the step took."""
 
 
 class Intake:
-    """What the steps take. Only rank 0 calls `take`; every rank holds the state."""
+    """The groups that the steps take. Only rank 0 calls `take`; every rank holds the state."""
 
     def __init__(self, phase: RlPhase, curriculum: Curriculum, label: str, seed: int) -> None:
         """label: of the phase's seeds."""
@@ -68,10 +75,10 @@ class Intake:
         self.phase, self.curriculum, self.label, self.seed = phase, curriculum, label, seed
         self.max_staleness = phase.asynchronous.max_staleness
         self.issued = 0
+        # By number: the groups that are issued and not taken.
         self.open: dict[int, Group] = {}
-        """By number: the groups that are issued and not taken."""
+        # {digest of a policy: the last step after which it was the trainer's}
         self.history: dict[str, int] = {}
-        """{digest of a policy: the last step after which it was the trainer's}"""
         self.source: Source | None = None
 
     def state(self) -> dict[str, Any]:
@@ -87,17 +94,25 @@ class Intake:
         self.open = {group.number: group for group in groups}
 
     def begin(self, source: Source, log: Iterable[Mapping[str, Any]]) -> None:
-        """log: lines of the steps so far, with their policies. Rank 0 only."""
+        """Begins to take groups. Rank 0 only.
+
+        Args:
+            source: Source of the answers.
+            log: Lines of the steps so far, with their policies.
+        """
         self.source = source
         self.history = {line["policy"]: line["step"] - 1 for line in log if "policy" in line}
         source.issue(self.open.values())
 
     def take(self, step: int, digest: str, mark: Callable[[list[Rollout]], list[Rollout]]) -> list[Rollout]:
-        """The answers of the groups that the step takes, in their order: until `prompts_per_step` can be used, or no
-        more may be replaced. digest: of the trainer's policy. mark: gives the answers of a group the reason why no
-        update uses them.
+        """Returns the answers of the groups that the step takes, in their order: until `prompts_per_step` can be used,
+        or no more may be replaced.
 
         Rank 0 only. Raises what the source raises.
+
+        Args:
+            digest: Of the trainer's policy.
+            mark: Gives the answers of a group the reason why no update uses them.
         """
         assert self.source is not None
         self.history[digest] = step - 1
@@ -120,8 +135,11 @@ class Intake:
         return answers
 
     def _spans(self, answer: Rollout) -> list[Span]:
-        """The policies of an answer's tokens, with their versions. A policy that another machine recorded, whose
-        arithmetic gives other digests, keeps the version that is stated there."""
+        """Returns the policies of an answer's tokens, with their versions.
+
+        A policy that another machine recorded, whose arithmetic gives other digests, keeps the version that is stated
+        there.
+        """
         return [
             {**span, "version": self.history.get(span["policy"], span["version"])} for span in answer.versions or ()
         ]
@@ -142,7 +160,7 @@ class Intake:
 
 
 def oldest_version(answers: Sequence[Rollout]) -> int:
-    """The version of the oldest token."""
+    """Returns the version of the oldest token."""
     return min(span["version"] or 0 for r in answers for span in r.versions or ())
 
 
@@ -151,25 +169,32 @@ class LiveGroups:
     drawn at once: `groups-<number of the draw>.parquet`, before they are scored `.drawn`."""
 
     def __init__(self, files: RolloutFiles, policy: Policy, phase: RlPhase, step: int) -> None:
-        """step: the last finished one. Later ones of an earlier attempt are taken again as they were."""
+        """Starts the threads that draw.
+
+        Args:
+            files: Files of the answers.
+            policy: The policy, which draws and scores.
+            phase: Settings of the phase.
+            step: The last finished step. Later ones of an earlier attempt are taken again as they were.
+        """
         assert phase.asynchronous is not None and policy.sampler is not None
         self.files, self.policy, self.note = files, policy, files.report.note
         self.samples = phase.num_generations
         self.changed = threading.Condition()
+        # Those that are issued and not taken.
         self.groups: dict[int, Group] = {}
-        """Those that are issued and not taken."""
+        # {step: the groups that it took in an earlier attempt}
         self.taken_before = self._read_steps(step)
-        """{step: the groups that it took in an earlier attempt}"""
+        # By number of a group: the file that holds its answers.
         self.on_disk: dict[int, Path] = {}
-        """By number of a group: the file that holds its answers."""
+        # By number of a group: the answers that an earlier attempt drew, and those that it scored too.
         self.unscored, self.scored = self._read("drawn"), self._read("parquet")
-        """By number of a group: the answers that an earlier attempt drew, and those that it scored too."""
         self.draws = 1 + max((int(path.stem.split("-")[1]) for path in files.folder.glob("groups-*")), default=0)
         self.pending: list[Group] = []
         self.finished: list[tuple[int, list[Rollout]]] = []
         self.error: BaseException | None = None
+        # Number of `pending` groups that may be drawn.
         self.released = 0
-        """How many of `pending` may be drawn."""
         self.closed = False
         self.since, self.drawing, self.idle, self.waited, self.all_waited = time.monotonic(), 0, 0.0, 0.0, 0.0
         self.idle_since: float | None = self.since
@@ -228,7 +253,7 @@ class LiveGroups:
     # -- the trainer's thread -----------------------------------------------------------------------------------------
 
     def _wait(self, step: int) -> list[Rollout]:
-        """The group that was finished first."""
+        """Returns the group that was finished first."""
         start = time.monotonic()
         with self.changed:
             if not self.finished:
@@ -286,7 +311,7 @@ class LiveGroups:
             unused.unlink(missing_ok=True)
 
     def _read_steps(self, last: int) -> dict[int, list[list[Rollout]]]:
-        """The groups of the steps after the last one, as far as they are on disk one by one."""
+        """Returns the groups of the steps after the last one, as far as they are on disk one by one."""
         steps: dict[int, list[list[Rollout]]] = {}
         step = last + 1
         while (answers := self.files.read(self.files.path(step, 0))) is not None:
@@ -389,13 +414,13 @@ class LiveGroups:
 
 
 def is_of(group: Group, answers: Sequence[Rollout]) -> bool:
-    """Whether the answers are to the tasks of the group, by their seeds."""
+    """Returns True if the answers are to the tasks of the group, by their seeds."""
     requested = [(row["id"], seed, group.number, group.version) for row, seed in group.requests]
     return requested == [(r.task, r.seed, r.group, r.issued) for r in answers]
 
 
 def policies_of(answers: Sequence[Rollout]) -> set[str]:
-    """The digests of the policies that drew the answers."""
+    """Returns the digests of the policies that drew the answers."""
     return {span["policy"] for r in answers for span in r.versions or ()}
 
 
@@ -446,8 +471,9 @@ class RecordedGroups:
 
 
 def has_versions(r: Rollout, issued: int, version: int) -> bool:
-    """Whether an answer from a file can be of the policies that it states: all its tokens, none before it was issued,
-    later ones after earlier ones, up to the present version."""
+    """Returns True if an answer from a file can be of the policies that it states: all its tokens, none before it was
+    issued, later ones after earlier ones, up to the present version.
+    """
     spans = r.versions or ()
     try:
         versions = [issued, *(span["version"] for span in spans), version]

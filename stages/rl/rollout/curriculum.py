@@ -15,12 +15,12 @@ from pipeline.core.errors import AtomError, RecipeError
 from stages.formats.seeds import seed_of
 from stages.tasks.rows import Row, bin_of
 
+# The pass rate at which the next level of a kind is unlocked.
 UNLOCK = 0.7
-"""The pass rate at which the next level of a kind is unlocked."""
+# The least weight of an unlocked bin; the most is 1.
 FLOOR = 0.05
-"""The least weight of an unlocked bin; the most is 1."""
+# The weight of the newest group in the moving average of the pass rate of its bin.
 NEWEST = 0.1
-"""The weight of the newest group in the moving average of the pass rate of its bin."""
 
 
 class BinState(TypedDict):
@@ -45,7 +45,7 @@ class Curriculum:
         self._orders: dict[str, tuple[int, list[int]]] = {}  # {bin: the latest epoch, and its order}
 
     def copy(self) -> dict[str, BinState]:
-        """A copy of the state: a checkpoint is written while the next step already changes the state."""
+        """Returns a copy of the state: a checkpoint is written while the next step already changes the state."""
         return {name: bin_state.copy() for name, bin_state in self.state.items()}
 
     def load(self, state: Mapping[str, BinState]) -> None:
@@ -73,7 +73,7 @@ class Curriculum:
         return sorted(names)
 
     def weights(self) -> dict[str, float]:
-        """The weight of each open bin: 4 p (1 - p), which is 1 for an unknown p, and at least the floor."""
+        """Returns the weight of each open bin: 4 p (1 - p), which is 1 for an unknown p, and at least the floor."""
         if self.uniform:
             return dict.fromkeys(self.open_bins(), 1.0)
         rates = {name: self.state[name]["rate"] for name in self.open_bins()}

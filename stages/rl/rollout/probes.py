@@ -27,15 +27,15 @@ from stages.rl.protocols import Answer, Parts, Response
 from stages.rl.rewards.registry import verifier_class
 from stages.tasks.rows import Row, bin_of, question
 
+# The file of the probes of a phase's tasks.
 PROBES = "probes.json"
-"""The file of the probes of a phase's tasks."""
+# The mean reward above chance that an answer may earn without solving the task.
 MARGIN = 0.05
-"""The mean reward above chance that an answer may earn without solving the task."""
+# The largest chance that follows from the right answers: of two that are equally frequent.
 EVEN = 0.5
-"""The largest chance that follows from the right answers: of two that are equally frequent."""
 SCREENED, PROBED, FINALISTS, FREQUENT = 16, 256, 3, 3
+# Half the width of a normal 99 % interval, in standard errors.
 Z = 2.576
-"""Half the width of a normal 99 % interval, in standard errors."""
 CONSTANTS = (
     "", " ", "\n", "nan", "inf", "-inf", "1e999", *"0123456789", "-1", "0.5", *"aeAx.?!-*$",
     '"', "Yes", "No", "True", "False", "None", "[]", "[0]", "{}", "()", "I do not know.",
@@ -44,7 +44,11 @@ Score = Callable[[Sequence[Answer]], Sequence[Parts]]
 
 
 class ProbedAnswer(TypedDict):
-    """An answer and its mean reward. name: what it is, such as the constant in quotes."""
+    """An answer and its mean reward.
+
+    Attributes:
+        name: What it is, such as the constant in quotes.
+    """
 
     name: str
     reward: Mean
@@ -111,13 +115,18 @@ def require_solving(name: str, probed: ProbedBin) -> None:
 
 
 def right_answer(row: Row) -> str | None:
-    """The right answer that a row states, if any."""
+    """Returns the right answer that a row states, if any."""
     gold = row.get("expected_answer", row.get("answer"))
     return None if gold is None else str(gold)
 
 
 def unsolved_answers(row: Row, frequent: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, text) of the answers to a task that solve nothing. frequent: the most frequent right answers."""
+    """Yields (name, text) of the answers to a task that solve nothing.
+
+    Args:
+        row: The task.
+        frequent: The most frequent right answers.
+    """
     for constant in CONSTANTS:
         yield repr(constant), constant
     for gold in frequent:
@@ -129,7 +138,11 @@ def unsolved_answers(row: Row, frequent: Sequence[str]) -> Iterator[tuple[str, s
 
 
 def _means(rows: Sequence[Row], frequent: Sequence[str], score: Score, names: set[str] | None) -> list[ProbedAnswer]:
-    """The mean reward of each answer over tasks, the best first. names: of the answers; None: all."""
+    """Returns the mean reward of each answer over tasks, the best first.
+
+    Args:
+        names: Of the answers; None: all.
+    """
     answers: list[tuple[str, Answer]] = [
         (name, (row, Response.parse(text, finished=True)))
         for row in rows
@@ -144,5 +157,5 @@ def _means(rows: Sequence[Row], frequent: Sequence[str], score: Score, names: se
 
 
 def _mean(values: Sequence[float]) -> Mean:
-    """A mean with its standard error over tasks; 0 for one task, which never decides."""
+    """Returns a mean with its standard error over tasks; 0 for one task, which never decides."""
     return clustered(values) if len(values) > 1 else {"value": values[0], "se": 0.0, "n": 1}

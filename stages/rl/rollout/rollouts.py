@@ -36,13 +36,18 @@ DROPPED = {
     "stale": "a token of the group is of a policy that is older than max_staleness",
 }
 
+# The reasons that hold for all answers of a group, which then is replaced.
 WHOLE_GROUPS = ("variance", "stale")
-"""The reasons that hold for all answers of a group, which then is replaced."""
 
 
 class Span(TypedDict):
-    """Successive tokens of an answer that one policy drew. policy: its digest; version: the number of the last step
-    after which the trainer had this policy, None before a step takes the answer."""
+    """Successive tokens of an answer that one policy drew.
+
+    Attributes:
+        policy: Its digest.
+        version: The number of the last step after which the trainer had this policy, None before a step takes the
+            answer.
+    """
 
     version: int | None
     policy: str
@@ -85,7 +90,7 @@ class Rollout:
 
     @property
     def is_sampled(self) -> list[bool]:
-        """Of each of `ids`, whether the policy drew it."""
+        """A bool for each of `ids`: the policy drew it."""
         if self.turns is None:
             return [True] * len(self.ids)
         return [flag for t in self.turns for flag in [True] * t["sampled"] + [False] * t["appended"]]
@@ -116,7 +121,11 @@ def schema(routes: bool = False, asynchronous: bool = False, tools: bool = False
 
 
 def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None:
-    """Writes the file atomically. durable: waits until it is on disk, so that a crash of the machine keeps it too."""
+    """Writes the file atomically.
+
+    Args:
+        durable: Waits until it is on disk, so that a crash of the machine keeps it too.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -129,14 +138,21 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
 
 
 def read(path: Path, step: int | None = None) -> list[Rollout]:
-    """The answers, or those of a step. Raises AtomError if the file is damaged."""
+    """Returns the answers, or those of a step.
+
+    Raises:
+        AtomError: The file is damaged.
+    """
     rows = read_table(path, filters=None if step is None else [("step", "=", step)]).to_pylist()
     return [Rollout(**{**row, "parts": json.loads(row["parts"])}) for row in rows]
 
 
 def is_of_earlier_version(path: Path) -> bool:
-    """Whether the file names policies by `digest`, and not by the digest of their tensors' digests. Raises AtomError if
-    it cannot be read."""
+    """Returns True if the file names policies by `digest`, and not by the digest of their tensors' digests.
+
+    Raises:
+        AtomError: It cannot be read.
+    """
     import pyarrow.parquet as pq
 
     with read_errors(path), pq.ParquetFile(path) as file:
@@ -145,8 +161,11 @@ def is_of_earlier_version(path: Path) -> bool:
 
 
 def merge(parts: Sequence[Path], target: Path, columns: pa.Schema) -> int:
-    """Merges all answers of a phase into one file, one row group per step. Returns their number. columns: a
-    `schema`."""
+    """Merges all answers of a phase into one file, one row group per step, and returns their number.
+
+    Args:
+        columns: A `schema`.
+    """
     import pyarrow.parquet as pq
 
     count = 0
@@ -161,12 +180,12 @@ def merge(parts: Sequence[Path], target: Path, columns: pa.Schema) -> int:
 
 
 def pass_rate(group: Sequence[Rollout]) -> float:
-    """Mean reward of a group, each between 0 and 1."""
+    """Returns the mean reward of a group, each between 0 and 1."""
     return sum(min(max(r.reward, 0.0), 1.0) for r in group) / len(group)
 
 
 def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean reward by kind of task, in the order of their names."""
+    """Returns the mean reward by kind of task, in the order of their names."""
     kinds: dict[str, list[float]] = {}
     for r in rollouts:
         kinds.setdefault(r.kind, []).append(r.reward)
@@ -174,9 +193,11 @@ def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def consumption_digest(rollouts: Sequence[Rollout]) -> str:
-    """SHA-256 over the answers of an asynchronous phase in their order. Of each: a line of JSON (sorted keys, no
-    spaces) with all columns but `logprobs` and `routes`, the log-probabilities as little-endian fp32, and the bytes of
-    `routes`, if any."""
+    """Returns SHA-256 over the answers of an asynchronous phase in their order.
+
+    Of each: a line of JSON (sorted keys, no spaces) with all columns but `logprobs` and `routes`, the log-probabilities
+    as little-endian fp32, and the bytes of `routes`, if any.
+    """
     hasher = hashlib.sha256()
     for r in rollouts:
         columns = {name: value for name, value in vars(r).items() if name not in ("logprobs", "routes", "turns")}
@@ -186,8 +207,10 @@ def consumption_digest(rollouts: Sequence[Rollout]) -> str:
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all tensors, by name, one after the other. Files of earlier
-    versions name a policy by it (`is_of_earlier_version`)."""
+    """Returns SHA-256 over the names, types, shapes and bytes of all tensors, by name, one after the other.
+
+    Files of earlier versions name a policy by it (`is_of_earlier_version`).
+    """
     import torch
 
     hasher = hashlib.sha256()
@@ -199,15 +222,21 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def hash_fraction(question: str) -> float:
-    """A hash of a text, as a number in [0, 1). Pairs whose question has less than `heldout_fraction` are held out."""
+    """Returns a hash of a text, as a number in [0, 1).
+
+    Pairs whose question has less than `heldout_fraction` are held out.
+    """
     return int(hashlib.sha256(question.encode()).hexdigest()[:8], 16) / 2**32
 
 
 class PairOrder:
     """The order of the pairs that a reward model learns from: all of them once an epoch, shuffled anew in each.
 
-    count: of the pairs that are not held out; per_step: pairs of a step; label: of the phase in seeds; seed: the
-    recipe's.
+    Args:
+        count: Of the pairs that are not held out.
+        per_step: Pairs of a step.
+        label: Of the phase in seeds.
+        seed: The recipe's.
     """
 
     def __init__(self, count: int, per_step: int, label: str, seed: int) -> None:
@@ -215,7 +244,7 @@ class PairOrder:
         self._epoch, self._shuffled = -1, list[int]()
 
     def of_step(self, step: int) -> list[int]:
-        """The numbers of the pairs of a step (from 1), from 0 to count - 1."""
+        """Returns the numbers of the pairs of a step (from 1), from 0 to count - 1."""
         numbers = []
         for number in range((step - 1) * self.per_step, step * self.per_step):
             epoch, position = divmod(number, self.count)

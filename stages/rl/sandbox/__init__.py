@@ -28,8 +28,8 @@ from stages.rl.sandbox.outcome import DEATHS, Limits, Outcome, SandboxFailed
 __all__ = ["Limits", "Outcome", "Pool", "Program", "SandboxFailed", "missing"]
 
 ATTEMPTS = 3
+# The outcome of a program that killed its sandbox, or was killed with it.
 KILLED = Outcome("killed", "", "", -9, 0.0)
-"""The outcome of a program that killed its sandbox, or was killed with it."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -65,7 +65,10 @@ class Pool:
     def map(self, work: Callable[[list[Cell], T], R], items: Iterable[T], killed: Callable[[T], R]) -> list[R]:
         """work(cells, item) for each item, as many at a time as there are workers; results in their order.
 
-        killed(item): the result for an item that kills its sandbox. Raises SandboxFailed if the sandbox itself fails.
+        killed(item): the result for an item that kills its sandbox.
+
+        Raises:
+            SandboxFailed: The sandbox itself fails.
         """
 
         def run_item(item: T) -> R:
@@ -97,7 +100,11 @@ class Pool:
                     self._free.put(cells)
 
     def run(self, programs: Sequence[Program]) -> list[Outcome]:
-        """The outcomes of programs, in order. Raises SandboxFailed if the sandbox failed."""
+        """Returns the outcomes of programs, in order.
+
+        Raises:
+            SandboxFailed: The sandbox failed.
+        """
         return self.map(lambda cells, program: cells[0].run(program), programs, lambda _: KILLED)
 
     def close(self) -> None:
@@ -132,7 +139,9 @@ def probe(cell: Cell) -> None:
 
 
 def missing() -> str | None:
-    """The reason why this machine cannot run a model's code safely, in one sentence; None if a sandbox runs here."""
+    """Returns the reason why this machine cannot run a model's code safely, in one sentence; None if a sandbox runs
+    here.
+    """
     if shutil.which("bwrap") is None:
         return "code of a model runs under bubblewrap, and there is no bwrap on PATH; apt-get install bubblewrap"
     try:

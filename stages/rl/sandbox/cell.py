@@ -206,12 +206,12 @@ INSIDE = ("inside.py", "calls.py", "syscalls.py")
 OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor
 OWN_MEMORY = 64 << 20
 SYSCTLS = Path("/proc/sys")
+# Settings of the kernel, each with the value that forbids user namespaces and one that allows them.
 USER_NAMESPACES = (
     ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
     ("kernel/unprivileged_userns_clone", "0", "1"),
     ("user/max_user_namespaces", "0", "15000"),
 )
-"""Settings of the kernel, each with the value that forbids user namespaces and one that allows them."""
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,12 @@ class Program:
 
 
 def command(limits: Limits) -> list[str]:
-    """The bwrap command. Read-only: this Python, the libraries it loads, the files of this package, four devices. No
-    /proc, no network, no user namespace. The capabilities to unshare, to mount a new /tmp and to start the loopback are
-    dropped before a program runs."""
+    """Returns the bwrap command.
+
+    Read-only: this Python, the libraries it loads, the files of this package, four devices. No /proc, no network, no
+    user namespace. The capabilities to unshare, to mount a new /tmp and to start the loopback are dropped before a
+    program runs.
+    """
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     base = str(Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})).parent)
     line = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
@@ -272,7 +275,11 @@ class Cell:
         self._ready = False
 
     def start(self) -> None:
-        """Starts it without waiting. Raises SandboxFailed if it cannot."""
+        """Starts it without waiting.
+
+        Raises:
+            SandboxFailed: It cannot.
+        """
         line, limits = command(self.limits), self.limits
         if os.geteuid() == 0:
             total = limits.memory_bytes + limits.disk_bytes + OWN_MEMORY
@@ -296,12 +303,20 @@ class Cell:
         self._ready = False
 
     def run(self, program: Program) -> Outcome:
-        """Runs a job to its end. Raises SandboxFailed if the sandbox failed, and one of DEATHS if it died."""
+        """Runs a job to its end.
+
+        Raises:
+            SandboxFailed: The sandbox failed. If it died, one of DEATHS is raised instead.
+        """
         with self.begin({"role": "program", "source": program.source, "stdin": program.stdin}) as running:
             return running.finish()
 
     def begin(self, job: Job) -> Running:
-        """Starts a job. Raises SandboxFailed if the sandbox does not start, and one of DEATHS if it dies."""
+        """Starts a job.
+
+        Raises:
+            SandboxFailed: The sandbox does not start. If it dies, one of DEATHS is raised instead.
+        """
         if self._process is None or self._process.poll() is not None:
             self.close()
             self.start()

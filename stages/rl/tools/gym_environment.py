@@ -27,17 +27,21 @@ from stages.tasks.rows import Row
 ATTEMPTS = 5
 BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further one
 PARALLEL = 16
+# Bytes of a reply that are read.
 MOST_BYTES = 1 << 24
-"""Of a reply, what is read."""
 CHUNK_BYTES = 1 << 16
+# The statuses of a server that may answer later.
 BUSY = (429, 502, 503, 504)
-"""The statuses of a server that may answer later."""
 
 T = TypeVar("T")
 
 
 class Unanswered(Exception):
-    """A server did not do what it was asked for, in words. again: whether it may the next time."""
+    """A server did not do what it was asked for, in words.
+
+    Args:
+        again: Whether it may the next time.
+    """
 
     def __init__(self, reason: str, again: bool = True) -> None:
         super().__init__(reason)
@@ -53,7 +57,11 @@ class Session:
         self.opener = urllib.request.build_opener(*handlers)
 
     def post(self, path: str, body: Any) -> bytes:
-        """The reply. Raises Unanswered for any other status than 2xx."""
+        """Returns the reply.
+
+        Raises:
+            Unanswered: The status is another one than 2xx.
+        """
         status, payload = self._send(path, body)
         if status >= 400:
             reason = f"{self.url}/{path} answered {status}: {payload[:500].decode(errors='replace')}"
@@ -61,8 +69,11 @@ class Session:
         return payload
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> tuple[int, str]:
-        """The status and the reply of a tool, which may refuse the arguments. Raises Unanswered if the server cannot be
-        reached, or is busy."""
+        """Returns the status and the reply of a tool, which may refuse the arguments.
+
+        Raises:
+            Unanswered: The server cannot be reached, or is busy.
+        """
         status, payload = self._send(name, arguments)
         if status in BUSY:
             raise Unanswered(f"{self.url}/{name} answered {status}")
@@ -88,8 +99,12 @@ class Session:
             raise Unanswered(f"{self.url}/{path} did not answer ({reason})") from None
 
     def _read(self, reply: Any) -> bytes:
-        """The first MOST_BYTES of a reply. Raises TimeoutError if they take longer than `timeout`, since a server that
-        sends a byte now and then would hold the phase for ever."""
+        """Returns the first MOST_BYTES of a reply.
+
+        Raises:
+            TimeoutError: They take longer than `timeout`, since a server that sends a byte now and then would hold the
+                phase for ever.
+        """
         end, payload = time.monotonic() + self.timeout, bytearray()
         while len(payload) < MOST_BYTES and (piece := reply.read1(min(CHUNK_BYTES, MOST_BYTES - len(payload)))):
             payload += piece
@@ -99,7 +114,7 @@ class Session:
 
 
 def attempt(url: str, timeout: float, work: Callable[[Session], T]) -> T:
-    """The result of work in a session, with a new one for each of ATTEMPTS. Raises Unanswered."""
+    """Returns the result of work in a session, with a new one for each of ATTEMPTS. Raises Unanswered."""
     reason = ""
     for number in range(ATTEMPTS):
         if number:
@@ -114,8 +129,8 @@ def attempt(url: str, timeout: float, work: Callable[[Session], T]) -> T:
 
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+# Paths of a server that are no tools.
 RESERVED = ("verify", "seed_session", "close_session", "aggregate_metrics", "mcp")
-"""Paths of a server that are no tools."""
 
 
 class GymTool(Tool):
@@ -132,7 +147,7 @@ class GymTool(Tool):
         return functions_of(row)
 
     def refusal(self, arguments: Mapping[str, Any]) -> str | None:
-        """The server decides."""
+        """Returns None: the server decides."""
         return None
 
     def open(self, inputs: Inputs, folder: Path) -> Environment:
@@ -140,7 +155,7 @@ class GymTool(Tool):
 
 
 def functions_of(row: Row) -> list[dict[str, Any]]:
-    """The functions that a task lists, in the form of OpenAI's responses or of its chats."""
+    """Returns the functions that a task lists, in the form of OpenAI's responses or of its chats."""
     functions = []
     for tool in row["responses_create_params"].get("tools") or ():
         function = tool.get("function") or tool

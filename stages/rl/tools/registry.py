@@ -16,12 +16,12 @@ from pipeline.core.errors import MachineError
 from pipeline.core.stage import Config, Inputs, Promise
 from stages.tasks.rows import Row
 
+# {tool: its class}.
 TOOLS = {
     "python": "stages.rl.tools.python_program:PythonTool",
     "nemo-gym": "stages.rl.tools.gym_environment:GymTool",
     "search": "stages.rl.tools.corpus_search:SearchTool",
 }
-"""{tool: its class}."""
 
 
 class ToolFailed(MachineError):
@@ -80,7 +80,7 @@ class Tool(Config):
     """The settings of a tool in a recipe. The docstring of a tool is its description in docs/configuration.md."""
 
     tool: str
-    # What the tool does, for the model.
+    # Description of the tool for the model.
     description: ClassVar[str] = ""
     # {argument: what it is, for the model}. All are texts, and all are required.
     parameters: ClassVar[Mapping[str, str]] = {}

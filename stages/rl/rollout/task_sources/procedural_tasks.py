@@ -119,9 +119,12 @@ class ReasoningGymTasks(SourceSettings):
 def reasoning_gym_rows(
     dataset: str, seed: int, count: int, level: int = 0, settings: Mapping[str, Any] | None = None
 ) -> list[Row]:
-    """`count` rows of a dataset with these settings of its own. Kind: the dataset's name.
+    """`count` rows of a dataset with these settings of its own.
 
-    Raises AtomError if there is no such dataset, it refuses the settings, or its answers cannot be scored here.
+    Kind: the dataset's name.
+
+    Raises:
+        AtomError: There is no such dataset, it refuses the settings, or its answers cannot be scored here.
     """
     from stages.rl.rewards.pooled_verifier import ReasoningGym
 

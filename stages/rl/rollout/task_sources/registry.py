@@ -13,14 +13,14 @@ from pipeline.core.bounds import Range, Share, Words
 from pipeline.core.stage import Config, operational
 from stages.rl.protocols import TaskSource
 
+# A level of difficulty.
 Level = Annotated[int, Range(0, 1000)]
-"""A level of difficulty."""
+# A number of tasks.
 Count = Annotated[int, Range(1, 1e7)]
-"""A number of tasks."""
+# A kind of tasks.
 Kind = Annotated[str, Words(64, "name of lower-case letters, digits, '_' and '-'", r"[a-z][a-z0-9_-]*")]
-"""A kind of tasks."""
+# Fields of a row that this project generates.
 PROVENANCE = {"license": "Apache-2.0", "origin": "procedural"}
-"""Fields of a row that this project generates."""
 
 
 class SourceSettings(Config):
@@ -33,10 +33,11 @@ class SourceSettings(Config):
     )
 
     def chance(self, level: int) -> float:
-        """The share of right answers among guesses between what a question shows; 0: it shows no choice."""
+        """Returns the share of right answers among guesses between what a question shows; 0: it shows no choice."""
         return 0.0
 
 
+# {source: its class}.
 TASK_SOURCES = {
     "problems": "stages.rl.rollout.task_sources.procedural_tasks:ProblemTasks",
     "courtesies": "stages.rl.rollout.task_sources.procedural_tasks:CourtesyTasks",
@@ -45,7 +46,6 @@ TASK_SOURCES = {
     "hub": "stages.rl.rollout.task_sources.stored_tasks:HubTasks",
     "rows": "stages.rl.rollout.task_sources.stored_tasks:FileTasks",
 }
-"""{source: its class}."""
 
 
 def source_classes() -> tuple[type[TaskSource], ...]:

@@ -70,10 +70,10 @@ CODE_PROMPT = (
     "{question}\n\nName the function {entry_point}. Your code must pass this test, among others:\n\n"
     "```python\n{test}\n```\n\nAnswer with all of the code in one ```python block."
 )
+# Least share of rows that are tasks; with fewer the settings are wrong.
 MIN_SHARE = 0.1
-"""Of rows that are tasks; with fewer the settings are wrong."""
+# Rows in memory for each task that is wanted, since not every row is one.
 ROWS_PER_TASK = 4
-"""Rows in memory for each task that is wanted, since not every row is one."""
 BATCH = 256
 
 
@@ -151,7 +151,7 @@ class HubTasks(SourceSettings):
         return (row for row in read if isinstance(row, DataRow))
 
     def _candidate(self, name: str, fields: Mapping[str, Any]) -> tuple[Row, str] | None:
-        """A row as a task, and its right answer; None if it has no question or no answer that could be checked."""
+        """Returns a row as a task, and its right answer; None without a question or an answer to check."""
         question, answer = field_at(fields, self.question_field), field_at(fields, self.answer_field)
         if not isinstance(question, str) or not question.strip() or not is_unicode(question):
             return None
@@ -184,8 +184,13 @@ class HubTasks(SourceSettings):
 
 
 def tests_of(value: object) -> tuple[str, list[str]] | None:
-    """The function that asserts test, and each assert in one line. value: a list of asserts, or its JSON. None unless
-    all are asserts that call one function of no builtin name."""
+    """Returns the function that asserts test, and each assert in one line.
+
+    None unless all are asserts that call one function of no builtin name.
+
+    Args:
+        value: A list of asserts, or its JSON.
+    """
     try:
         texts = json.loads(value) if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -205,14 +210,19 @@ def tests_of(value: object) -> tuple[str, list[str]] | None:
 
 
 def check_of(asserts: list[str]) -> str:
-    """The asserts as a check of the verifier python-tests, in which the function has its own name."""
+    """Returns the asserts as a check of the verifier python-tests, in which the function has its own name."""
     return "\n".join(["def check(candidate):", *(f"    {line}" for line in asserts)]) + "\n"
 
 
 def _with_right_answer(name: str, candidates: Iterator[tuple[Row, str]]) -> Iterator[Row]:
-    """The candidates whose right answer the verifier accepts. Tests that a function passes which returns no number are
-    weak: `abs(x - 1) > 0.1` is False for it. Their rows are left out. Raises VerifierFailed if the verifier can score
-    nothing here."""
+    """Yields the candidates whose right answer the verifier accepts.
+
+    Tests that a function passes which returns no number are weak: `abs(x - 1) > 0.1` is False for it. Their rows are
+    left out.
+
+    Raises:
+        VerifierFailed: The verifier can score nothing here.
+    """
     from stages.rl.rewards.code_verifier import NOT_A_NUMBER, CodeVerifier
 
     verifier = make_verifier(name)
@@ -239,6 +249,7 @@ def _with_right_answer(name: str, candidates: Iterator[tuple[Row, str]]) -> Iter
         verifier.close()
 
 
+# A task and its right answer, by which a broken verifier is told from a broken row.
 PROBES: dict[str, tuple[Row, str]] = {
     "math-verify": (to_row("probe", "1", "math-verify", "probe", 0, question="1 + 1", expected_answer="2"), "2"),
     "python-tests": (
@@ -246,4 +257,3 @@ PROBES: dict[str, tuple[Row, str]] = {
         "def one():\n    return 1\n",
     ),
 }
-"""A task and its right answer, by which a broken verifier is told from a broken row."""
