@@ -40,7 +40,13 @@ HeldoutLimit = Annotated[int, Range(2, 1e6)]
 
 
 class DocumentScore(TypedDict):
-    """bytes, tokens: of the scored part; nll_bits: minus log2 of its probability."""
+    """The score of a document.
+
+    Attributes:
+        bytes: Bytes of the scored part.
+        tokens: Tokens of the scored part.
+        nll_bits: Minus log2 of its probability.
+    """
 
     source: String
     id: String
@@ -83,6 +89,8 @@ def score_documents(
         chat = row["source"] in conversations
         prompt = token_ids(tokenizer, row["text"][: row["prompt_chars"]], chat)
         ids = prompt + token_ids(tokenizer, row["text"][row["prompt_chars"] :], chat)
+        # Tokens beyond the context have no probability under this model: they are not scored, nor are their bytes
+        # counted.
         rows.append((ids[: model.context], len(prompt)))
     return [
         {
@@ -97,9 +105,12 @@ def score_documents(
 
 
 def token_ids(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
-    """Returns the tokens of a document; the name of a special token inside the text is plain text, as in training,
-    unless the document is a conversation in the release's template.
+    """Returns the tokens of a document.
+
+    The name of a special token inside the text is plain text, as in training, unless the document is a conversation in
+    the release's template.
     """
+    # The corpus tokenizer knows no special tokens, so their names in a text are ordinary text.
     backend = tokenizer.backend_tokenizer if chat else _corpus_tokenizer(tokenizer)
     ids: list[int] = backend.encode(text, add_special_tokens=False).ids
     return ids
@@ -149,6 +160,7 @@ def heldout_documents(folder: Path, limit: int) -> list[HeldoutDocument]:
     """
     documents: list[HeldoutDocument] = []
     for source in sources_of(folder):
+        # By content hash, so that the same documents are drawn from any order of the files.
         drawn = heapq.nsmallest(limit, _tickets(part_files(folder, source)))
         if len(drawn) == 1:  # none: some sources have no held-out split, such as problems
             raise AtomError(f"evaluate: source {source} has 1 held-out document, two are needed for an error bar")
@@ -159,8 +171,9 @@ def heldout_documents(folder: Path, limit: int) -> list[HeldoutDocument]:
 
 
 def heldout_texts(folder: Path) -> list[HeldoutDocument]:
-    """Returns the held-out documents without a prompt of all sources, in the order of the lottery, up to MOST_DOCUMENTS
-    and until their texts have MOST_BYTES.
+    """Returns the held-out documents without a prompt of all sources, in the order of the lottery.
+
+    They end at MOST_DOCUMENTS, or where their texts have MOST_BYTES.
     """
     tickets = (
         ticket for source in sources_of(folder) for ticket in _tickets(part_files(folder, source), prompts=False)
@@ -171,6 +184,7 @@ def heldout_texts(folder: Path) -> list[HeldoutDocument]:
     size = 0
     for document in _read(drawn):
         length = len(document["text"].encode())
+        # The documents come in the order of files. Those last in the lottery make room for earlier ones.
         heapq.heappush(chosen, (-places[document["id"]], length, document))
         size += length
         while size - chosen[0][1] >= MOST_BYTES:

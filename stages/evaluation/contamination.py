@@ -95,6 +95,7 @@ class CorpusSearch:
         self.inputs, self.work, self.runs, self.canaries, self.seed = inputs, work, runs, canaries, seed
         self.kept = inputs["dedup"] / "kept"
         self.orders = sorted(role for role in inputs if role.startswith("order-"))
+        # Three times as many as are planted and left out: some occur in the corpus by themselves, and drop out.
         lottery = sorted(items, key=lambda id: _draw_hash("item", id, seed))
         self.candidates = {id: _without_spaces(items[id][2]) for id in lottery[: 3 * canaries] if runs.words[id]}
         index = seal_part(work, "order-hashes", self._write_index).folder
@@ -105,12 +106,14 @@ class CorpusSearch:
         holds one."""
         import numpy as np
 
+        # Hashes are spread evenly, so equal ranges of their values have about equal numbers.
         bounds = np.arange(1, RANGES, dtype=np.uint64) << np.uint64(64 - RANGES.bit_length() + 1)
         for role in self.orders:
             with ExitStack() as stack, open(folder / f"{role}.hashes", "wb") as sorted_hashes:
                 ranges = [stack.enter_context(tempfile.TemporaryFile(dir=self.work)) for _ in range(RANGES)]
                 for path in order_files(self.inputs[role].path):
                     ids = (id for batch in stream_batches(path, ["id"]) for id in batch["id"].unique().to_pylist())
+                    # An order names a document once for each of its rows; its hash is kept once.
                     hashes = np.unique(np.fromiter(map(short_hash, ids), np.uint64))
                     for file, piece in zip(ranges, np.split(hashes, np.searchsorted(hashes, bounds)), strict=True):
                         file.write(piece.tobytes())
@@ -134,6 +137,7 @@ class CorpusSearch:
             ids = batch["id"].to_pylist()
             hashes = np.fromiter(map(short_hash, ids), np.uint64, len(ids))
             members = {phase: _members(hashes, trained) for phase, trained in self.trained.items()}
+            # Only documents that some order reads are searched: the text of the others is never decoded.
             for n in np.flatnonzero(np.any(list(members.values()), axis=0)).tolist():
                 text = batch["text"][n].as_py()
                 nodes, squeezed = self.runs.search(text), _without_spaces(text)
@@ -143,6 +147,7 @@ class CorpusSearch:
                         read[phase] += 1
                 absent = {id: item_text for id, item_text in absent.items() if item_text not in squeezed}
                 hosts.append((_draw_hash("host", ids[n], self.seed), ids[n], text))
+            # Memory holds the texts of the first documents of the lottery alone.
             hosts = heapq.nsmallest(self.canaries, hosts)
         for phase, nodes in matched.items():
             np.save(folder / f"{phase}.npy", np.array(sorted(nodes), np.uint32))
@@ -155,7 +160,7 @@ class CorpusSearch:
         return dict(facts)
 
     def missing(self) -> str | None:
-        """The first id of the orders that is not among the kept documents; a join that the disk holds."""
+        """Returns the first id of the orders that is not among the kept documents; a join that the disk holds."""
         kept = [str(path) for source in sources_of(self.kept) for path in part_files(self.kept, source)]
         orders = [str(path) for role in self.orders for path in order_files(self.inputs[role].path)]
         query = (
@@ -171,7 +176,17 @@ class Corpus:
     """The training data. By phase: `matched`, the runs that occur, and `read`, the number of texts."""
 
     def __init__(self, search: CorpusSearch, items: Mapping[str, Item], sources: Sequence[str], report: Report) -> None:
-        """sources: those that are trained on. Raises AtomError if a document of an order is not among the kept ones."""
+        """Searches all parts.
+
+        Args:
+            search: The search through one part.
+            items: All items by id.
+            sources: Sources that are trained on.
+            report: Gets the progress.
+
+        Raises:
+            AtomError: A document of an order is not among the kept ones.
+        """
         import numpy as np
 
         self.runs, self.items, self.canaries, self.seed = search.runs, items, search.canaries, search.seed
@@ -191,6 +206,7 @@ class Corpus:
             part_hosts = ((draw, id, part.folder) for draw, id in part.facts["hosts"])
             hosts = heapq.nsmallest(self.canaries, [*hosts, *part_hosts])
             report.progress(done, len(parts), "parts")
+        # Each document of an order must have been met once; the join that names the missing one is slow.
         if any(self.read[phase] < len(trained) for phase, trained in search.trained.items()):
             raise AtomError(
                 f"contamination: document {search.missing()} was trained on but is not among the kept ones of "
@@ -215,6 +231,7 @@ class Corpus:
             ngram: Words of an n-gram.
             threshold: The share of an item's n-grams from which it counts as detected.
         """
+        # As many are planted as are left out, so that recall and false positives rest on equal numbers.
         count = min(self.canaries, len(self.unmatched) // 2, len(self.hosts))
         ids = list(self.unmatched)
         planted, others = ids[:count], ids[count : 2 * count]
@@ -240,6 +257,7 @@ class Corpus:
 
 def plant(item: str, host: str, form: str, seed: str) -> str:
     """Returns a copy of a text with an item in it, at a drawn place between two words."""
+    # At a space after a drawn place, so that no word of the host is cut.
     cut = host.find(" ", random.Random(seed).randrange(len(host) + 1))
     head, tail = (host, "") if cut < 0 else (host[:cut], host[cut:])
     forms = {
@@ -440,8 +458,11 @@ def _score_roles(inputs: Inputs) -> list[str]:
 
 
 def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
-    """(kind, score) of each item in one table. The score of an answer in conversation is the greedy answer's reward, or
-    without a greedy answer the mean reward of the samples."""
+    """Returns (kind, score) of each item in one table.
+
+    The score of an answer in conversation is the greedy answer's reward, or
+    without a greedy answer the mean reward of the samples.
+    """
     if role.startswith("evaluate-"):
         rows = read_table(inputs[role] / "items.parquet", ["id", "task", "score"]).to_pylist()
         return {row["id"]: (row["task"], float(row["score"])) for row in rows}
@@ -449,6 +470,7 @@ def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
     table = read_table(inputs[role] / "answers.parquet", ["id", "kind", "sample", "reward"]).to_pylist()
     greedy_ids = {row["id"] for row in table if row["sample"] == GREEDY}
     for row in table:
+        # Of an item with a greedy answer that one counts, of any other all samples.
         if (row["sample"] == GREEDY) == (row["id"] in greedy_ids):
             rewards_by_item.setdefault(row["id"], (row["kind"], []))[1].append(row["reward"])
     return {id: (kind, sum(rewards) / len(rewards)) for id, (kind, rewards) in rewards_by_item.items()}

@@ -12,6 +12,7 @@ This protects against leakage, not against training until a digest gives easy pr
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,8 +57,10 @@ class FreshConfig(Config):
 
 
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["model"]: the export of the final model; inputs["dedup"], inputs["items"]; inputs["tasks-<phase>"]: the
-    tasks of each phase of reinforcement or preference learning.
+    """Draws problems from the digest of the export inputs["model"], and removes those that occur in the data.
+
+    The data is inputs["dedup"], inputs["items"], and in inputs["tasks-<phase>"] the tasks of each phase of
+    reinforcement or preference learning.
 
     Seals `chat.jsonl`, rows as in the items artifact, and `meta.json`: digest, seed, the number of problems drawn, and
     the removed ones with their places.
@@ -99,15 +102,22 @@ def _digest(inputs: Inputs, work: Path) -> str:
 
 
 def digest_of(folder: Path) -> str:
-    """`sha256:…` over names, types, shapes and bytes of an exported model's tensors, as rollouts name a policy.
+    """Returns `sha256:…` over names, types, shapes and bytes of an exported model's tensors, by name.
 
     Raises:
         AtomError: A file is missing or damaged.
     """
-    from stages.rl.rollout import rollouts
+    import torch
+
     from stages.train.checkpoint import release_checkpoint
 
-    return rollouts.digest(release_checkpoint.Tensors(folder))
+    tensors = release_checkpoint.Tensors(folder)
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+    return f"sha256:{hasher.hexdigest()}"
 
 
 def seed_from(digest: str) -> str:
@@ -119,6 +129,7 @@ def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
     """Returns the problems of a model with that digest, before any removal."""
     rows: list[Row] = []
     for task in sorted(problems):
+        # All 256 bits of the digest: a shorter seed could be searched for weights that give easy problems.
         rng = random.Random(seed_of(f"fresh/{task}", int(seed_from(digest), 16)))
         try:
             generated = draw_distinct(task, problems[task], rng)
@@ -144,6 +155,7 @@ def find_places(
     def record_matches(name: str, nodes: set[int]) -> None:
         closed_runs = runs.with_prefixes(nodes)
         for row in rows:
+            # With n-grams longer than any question, the overlap is 1 if all of its words stand in sequence.
             if runs.overlap(row["id"], closed_runs, ngram=10**9)[0] == 1:
                 matches.setdefault(row["id"], []).append(name)
 
@@ -153,6 +165,7 @@ def find_places(
     for done, (source, number, path) in enumerate(parts, start=1):
         by_source.setdefault(source, set()).update(_search_part(runs, work, source, number, path))
         report.progress(done, len(parts), "parts")
+    # Sources are searched once, and belong to several phases.
     for phase, sources in config.phases.items():
         record_matches(phase, set().union(*(by_source[source] for source in sources)))
     for role in task_roles(inputs):
@@ -190,7 +203,7 @@ def task_roles(inputs: Inputs) -> list[str]:
 
 
 def searched_places(config: FreshConfig, inputs: Inputs) -> list[str]:
-    """The places that are searched beside the evaluation items."""
+    """Returns the places that are searched beside the evaluation items."""
     return [*config.phases, *task_roles(inputs)]
 
 

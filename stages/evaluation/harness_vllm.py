@@ -1,5 +1,8 @@
-"""The model of a vLLM server for lm-evaluation-harness. Log-probabilities are those of the given tokens; answers are
-cut at the harness's stop strings after they were drawn, because the server knows tokens alone."""
+"""The model of a vLLM server for lm-evaluation-harness.
+
+Log-probabilities are those of the given tokens; answers are cut at the harness's stop strings after they were drawn,
+because the server knows tokens alone.
+"""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def report_passkeys(rows: Sequence[PasskeyRow], report: Report) -> None:
 
 
 def items(section: ContextSection, length: int, encode: Encode, filler: Sequence[int]) -> Iterator[tuple[Any, ...]]:
-    """(id, depth, key, token ids [length], ids of the answer at their end) of every item of one length.
+    """Yields (id, depth, key, token ids [length], ids of the answer at their end) of every item of one length.
 
     The items depend only on the section and the filler.
 
@@ -162,12 +162,14 @@ def items(section: ContextSection, length: int, encode: Encode, filler: Sequence
     """
     question = encode(passkeys.QUESTION)
     for depth in section.depths:
+        # One stream for each length and depth, so that a further cell changes no item of another.
         rng = random.Random(seed_of(f"context/passkey/{length}/{depth:g}", section.digits))
         for n in range(section.per_cell):
             key = passkeys.draw_key(rng, section.digits, evaluation=True)
             statement, answer = encode(passkeys.STATEMENT.format(key)), encode(passkeys.ANSWER.format(key))
             available = length - len(statement) - len(question) - len(answer)
             _require_room("evaluation.context.lengths", length, available, len(filler), "key and question alone take")
+            # The key stands at the depth; the question is always last.
             start, cut = rng.randrange(len(filler) - available + 1), round(depth * available)
             text = filler[start : start + available]
             ids = [*text[:cut], *statement, *text[cut:], *question, *answer]
@@ -216,6 +218,7 @@ def _loss_by_position(
         count += 1
         bits = model.token_bits(ids)
         for first, last in buckets(length):
+            # The first token has no bits: it comes after nothing.
             bucket_bits = bits[max(first, 1) - 1 : last]
             rows.append(
                 {
@@ -238,7 +241,7 @@ def _loss_by_position(
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
-    """(first, last) position of each bucket: 0–63, then each as long as all before it, up to `length` - 1."""
+    """Returns (first, last) position of each bucket: 0–63, then each as long as all before it, up to `length` - 1."""
     edges = [0, FIRST_BUCKET]
     while edges[-1] < length:
         edges.append(2 * edges[-1])
@@ -246,7 +249,7 @@ def buckets(length: int) -> list[tuple[int, int]]:
 
 
 def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> LongContextScores:
-    """`passkey` and `loss_by_position` of scores.json, from the two tables alone.
+    """Returns `passkey` and `loss_by_position` of scores.json, from the two tables alone.
 
     Standard errors of the loss are over documents; these are the same in every bucket, so differences between buckets
     have smaller errors.

@@ -176,11 +176,13 @@ def _count_readings(config: MemorizationConfig, inputs: Inputs) -> list[Place]:
     # The sample is drawn by place and not while reading, so that a document is counted in all orders or in none.
     share = CANDIDATES / max(sum(inputs["tokens"].json("meta.json")["documents"]["train"].values()), 1)
     candidates: dict[str, Place] = {}
+    # Rows that hold prefix and continuation, with loss on all tokens that are compared.
     whole = (pc.field("length") >= config.length) & (pc.field("loss_from") < config.prefix_tokens)
     place_columns = ["id", "source", "part", "ordinal"]
     columns = [*place_columns, "offset", "length", "loss_from"]
     for role in sorted(role for role in inputs if role.startswith("order-")):
         for batch in stream_part_batches(order_files(inputs[role].path), columns):
+            # A row that continues a document does not begin with its prefix.
             beginnings = pa.Table.from_batches([batch]).filter(pc.field("offset") == 0)
             for row in _counted(_sampled(config, beginnings.filter(whole), share), place_columns):
                 place = _place(row, "train", row["part"])
@@ -196,6 +198,7 @@ def _sampled(config: MemorizationConfig, rows: pa.Table, share: float) -> pa.Tab
     if share >= 1:
         return rows
     part, ordinal = (rows[name].to_numpy().astype(np.uint64) for name in ("part", "ordinal"))
+    # Part and ordinal in one number: a place of the corpus, the same in every order.
     hashes = split_mix(part << np.uint64(40) | ordinal, "memorization/candidates", config.seed)
     return rows.filter(pa.array(hashes < np.uint64(share * 2**64)))
 
@@ -227,6 +230,7 @@ def _continue(
 ) -> list[DocumentRow]:
     """Returns the rows of the drawn documents of one source, which are sorted by shard."""
     tokens, rows = inputs["tokens"].path, list[DocumentRow]()
+    # One shard after the other, whose tokens are read in one pass.
     for (source, split, part), group in groupby(places, key=lambda row: (row["source"], row["split"], row["part"])):
         chosen = list(group)
         name = shard_name(split, source, part)
@@ -248,6 +252,7 @@ def _continue(
 
 def stratum(times_seen: int) -> str:
     """Returns the range of times seen of a document: `0`, `1`, `2-3`, `4-7`, …"""
+    # The largest power of two that is not above it.
     low = 1 << times_seen.bit_length() >> 1
     return str(times_seen) if low < 2 else f"{low}-{2 * low - 1}"
 

@@ -87,6 +87,7 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
         return []
     tasks = {spec.name: spec.name for spec in before if spec.stage == "tasks"}
     orders = {spec.name: spec for spec in before if spec.stage == "order"}
+    # The sources of each phase are those that its order mixes.
     mixes = {order.config["phase"]: sorted(order.config["mix"]) for order in orders.values()}
     sources = sorted({name for mix in mixes.values() for name in mix})
     corpus = {"parts": {source: data.parts[source] for source in sources}, "expected": data.expected}
@@ -99,6 +100,7 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
             # Each model is compared with the one before; one of online RLHF with the last before preferences.
             previous = chat_models[number - 2 if which == "online-rlhf" else number - 1]
             specs.append(_preference_node(measured, chat, which, previous))
+    # Last, since the search compares all scores before it with what it finds.
     scored = {spec.name: spec.name for spec in (*before, *specs) if spec.stage in ("evaluate", "solve")}
     inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
     if section.harness:

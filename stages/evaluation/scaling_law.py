@@ -29,13 +29,16 @@ class Band:
 
 
 def fit(flops: Sequence[float], losses: Sequence[float], floors: int = 400) -> dict[str, float]:
-    """a, b and c of L = a C^-b + c: least squares of log(L - c) against log C for each c of a grid, of which that with
-    the least error of log L is kept.
+    """Returns a, b and c of L = a C^-b + c.
+
+    For each c of a grid the rest is least squares of log(L - c) against log C; the c with the least error of log L is
+    kept.
 
     Args:
         floors: Values of c, from 0 on.
     """
     x, y = np.log(np.asarray(flops)), np.asarray(losses)
+    # The law is linear in log C for a given floor c, so that only c needs a search.
     c = np.linspace(0, 0.999 * y.min(), floors)[:, None]
     logs = np.log(y - c)  # [grid, runs]
     dx = x - x.mean()
@@ -64,6 +67,7 @@ def loss_band(flops: Sequence[float], losses: Sequence[float], target: float) ->
         raise ValueError("the losses of the runs do not fall with compute")
     rest = np.log(np.asarray(losses)) - np.log(predicted_loss(law, flops))
     freedom = len(losses) - parameters
+    # By singular values, and not by the inverse of a matrix that is nearly singular with few runs.
     _, sizes, axes = np.linalg.svd(_gradients(law, flops)[:, :parameters], full_matrices=False)
     (distance,) = _gradients(law, [target])[:, :parameters] @ axes.T / sizes
     reach = STUDENT[min(freedom, len(STUDENT)) - 1] * np.sqrt((rest**2).sum() / freedom * (1 + (distance**2).sum()))
@@ -73,7 +77,7 @@ def loss_band(flops: Sequence[float], losses: Sequence[float], target: float) ->
 
 
 def _gradients(law: dict[str, float], flops: Sequence[float]) -> Any:
-    """[runs, 3] the derivatives of log L by log a, b and c."""
+    """Returns the derivatives of log L by log a, b and c, [runs, 3]."""
     x = np.log(np.asarray(flops))
     power = law["a"] * np.exp(-law["b"] * x)
     return np.stack([power, -x * power, np.ones_like(x)], axis=-1) / (power + law["c"])[:, None]

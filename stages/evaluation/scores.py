@@ -22,7 +22,13 @@ HarnessScores = dict[str, dict[str, dict[str, Mean]]]
 
 
 class LongContextScores(TypedDict):
-    """passkey: by length of the text. passkey_by_depth: by length and depth. loss_by_position: by `first-last`."""
+    """The scores on long texts.
+
+    Attributes:
+        passkey: Share of keys found, by length of the text.
+        passkey_by_depth: The same by length and depth.
+        loss_by_position: Bits per token by `first-last`.
+    """
 
     passkey: dict[str, Mean]
     passkey_by_depth: dict[str, dict[str, Mean]]

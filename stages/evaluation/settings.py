@@ -48,6 +48,7 @@ else:
 Gain = Annotated[float, Range(0, 1, below=True)]
 
 
+# The thresholds of the gates are settings of the recipe, so that a release states them.
 class ChatSection(Config):
     """Evaluation in conversations, and the thresholds of its release gates."""
 
@@ -85,9 +86,10 @@ class EvaluationSection(Config):
         description="gain in accuracy from mid-training that must be exceeded, as far as there is room for it",
     )
     waived_gates: Annotated[dict[WaivableGate, Line], Field(max_length=len(WAIVABLE_GATES))] = Field(
-        {}, description="gates on the effect of training that do not refuse the release, each with the reason, which "
-        "the cards state"
-    )  # fmt: skip
+        {},
+        description="gates on the effect of training that do not refuse the release, each with the reason, which "
+        "the cards state",
+    )
     chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
     context: ContextSection | None = added(None, "evaluation on long texts: passkeys and loss by position; null: none")
     memorization: MemorizationSection | None = added(

@@ -38,10 +38,13 @@ class Engine(Config):
 
     @model_validator(mode="after")
     def _effective(self) -> Engine:
+        # A setting without effect is refused, as everywhere in a recipe.
         unused = [name for name in ("gpus", "options") if getattr(self, name)]
         if self.kind == "in-process" and unused:
-            raise ValueError(f"{unused[0]} has no effect with kind = in-process, which starts no server; leave it out, "
-                             "or set kind = vllm")  # fmt: skip
+            raise ValueError(
+                f"{unused[0]} has no effect with kind = in-process, which starts no server; leave it out, "
+                "or set kind = vllm"
+            )
         return self
 
     @property
@@ -90,8 +93,11 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def bits(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
-        """Minus log2 of the probability of ids[start:] after ids[:start], for each (ids, start). A first token comes
-        after a lone end-of-document token, all others without it; no tokens have 0 bits."""
+        """Returns minus log2 of the probability of ids[start:] after ids[:start], for each (ids, start).
+
+        A first token comes
+        after a lone end-of-document token, all others without it; no tokens have 0 bits.
+        """
 
     @abstractmethod
     def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -103,7 +109,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def token_bits(self, ids: Sequence[int]) -> torch.Tensor:
-        """(len(ids) - 1) bits of every token but the first, in the context of those before it."""
+        """Returns the bits of every token but the first, in the context of those before it, [len(ids) - 1]."""
 
     @abstractmethod
     def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:

@@ -32,11 +32,27 @@ class InProcess(Sampler):
     """Draws with the model of a Hugging Face config, on this process's device, in fp32 on CPU."""
 
     def __init__(
-        self, config: Mapping[str, Any] | Path, stops: Sequence[int], max_new_tokens: int, temperature: float = 1.0,
-        rows: int = ROWS, routes: bool = False,
-    ) -> None:  # fmt: skip
-        """config: the content of config.json, or the folder of an exported model, whose weights are then loaded.
-        routes: record the experts of each token. Raises AtomError if the decoder cannot."""
+        self,
+        config: Mapping[str, Any] | Path,
+        stops: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        rows: int = ROWS,
+        routes: bool = False,
+    ) -> None:
+        """Makes the model.
+
+        Args:
+            config: Content of config.json, or the folder of an exported model, whose weights are then loaded.
+            stops: Ids of the tokens that end an answer.
+            max_new_tokens: Maximum number of tokens of an answer.
+            temperature: Temperature of sampling.
+            rows: Answers that are drawn in parallel.
+            routes: True to record the experts of each token.
+
+        Raises:
+            AtomError: The decoder cannot record them.
+        """
         if isinstance(config, Path):
             self.model = AutoModelForCausalLM.from_pretrained(config, dtype=torch.float32, local_files_only=True).eval()
         else:
@@ -73,6 +89,7 @@ class InProcess(Sampler):
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         completions: dict[int, Completion] = {}
+        # Prompts of similar length share a batch, so that little of it is padding.
         by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
         with self.lock:
             for start in range(0, len(by_length), self.rows):
@@ -105,6 +122,7 @@ class InProcess(Sampler):
                 remaining = int(unfinished.sum())
                 if not remaining:
                     break
+                # Copying the cache costs as much as some steps, so it is done rarely.
                 if remaining <= COMPACT_BELOW * len(active):
                     kept = unfinished.nonzero()[:, 0]
                     self.decoder.select(kept.to(device))
@@ -126,9 +144,12 @@ class InProcess(Sampler):
         return completions
 
     def _with_routes(
-        self, prompts: list[Prompt], completions: list[Completion],
-        of_prompts: Mapping[tuple[int, ...], torch.Tensor], of_steps: list[tuple[torch.Tensor, torch.Tensor]],
-    ) -> list[Completion]:  # fmt: skip
+        self,
+        prompts: list[Prompt],
+        completions: list[Completion],
+        of_prompts: Mapping[tuple[int, ...], torch.Tensor],
+        of_steps: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> list[Completion]:
         """Returns the completions with the experts of question and answer, without the last token.
 
         Args:
@@ -147,9 +168,11 @@ class InProcess(Sampler):
         return recorded
 
     def _noise(self, prompts: list[Prompt]) -> torch.Tensor:
-        """Uniform numbers in (0, 1), [rows, steps]: one for each token that may be drawn."""
+        """Returns uniform numbers in (0, 1), [rows, steps]: one for each token that may be drawn."""
         rows = [
-            torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(p.seed % 2**63)) for p in prompts
+            # On the host, whose generator gives the same numbers on every machine.
+            torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(p.seed % 2**63))
+            for p in prompts
         ]
         return torch.stack(rows).double()
 
@@ -163,6 +186,7 @@ class InProcess(Sampler):
         if noise is None:
             tokens = probabilities.argmax(-1)
         else:
+            # In fp64: the rounding of an fp32 sum over a vocabulary would shift the probabilities of its last tokens.
             cumulative = probabilities.cumsum(-1, dtype=torch.float64)
             thresholds = noise[:, None].to(logits.device) * cumulative[:, -1:]
             tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
@@ -180,6 +204,7 @@ def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     parameters = model.state_dict()  # with biases of experts, which are buffers
     if model.config.tie_word_embeddings:
         parameters.pop("lm_head.weight", None)
+    # Where the export names each expert, the model has them stacked.
     experts = {name for name in parameters if ".mlp.experts." in name and name not in tensors}
     for name in parameters.keys() - experts:
         parameters[name].data.copy_(tensors[name])
@@ -210,7 +235,7 @@ class Decoder:
     """Decodes rows with the parameters of a model, which it reads in place, so that they may be overwritten."""
 
     def __init__(self, model: Any, records_routes: bool = False) -> None:
-        """records_routes: keep the experts of each token, those of prompts in `prompt_routes`."""
+        """Reads the model's parameters; `records_routes` keeps the experts of each token."""
         if not isinstance(model, CLASSES):
             raise TypeError(f"the decoder draws from {NAMES} models, not from {type(model).__name__}")
         self.reader, self.model = model, model.model
@@ -231,10 +256,15 @@ class Decoder:
                     layer.mlp.gate.register_forward_hook(lambda gate, inputs, output: self.chosen.append(output[2]))
 
     def read(self, prompts: Sequence[tuple[int, ...]], room: int) -> torch.Tensor:
-        """Fills the cache with prompts, the shortest first, with room for more tokens. Returns the logits after each,
-        [prompts, vocabulary]. Equal prompts, such as those of a group, are read once."""
+        """Fills the cache with prompts, the shortest first, with room for more tokens.
+
+        Returns the logits after each, [prompts, vocabulary]. Equal prompts, such as those of a group, are read
+        once.
+        """
         width = max(len(ids) for ids in prompts)
+        # The answers of a group have one question, which is read once and copied.
         unique_prompts = list(dict.fromkeys(prompts))
+        # Prompts are padded on the left to one width, so that all rows end at the same column.
         prompt_cache = self.allocate_cache(len(unique_prompts), width)
         logits, start = [], 0
         self.prompt_routes.clear()
@@ -273,7 +303,7 @@ class Decoder:
         return torch.cat(logits)[rows]
 
     def allocate_cache(self, rows: int, length: int) -> list[torch.Tensor]:
-        """Empty keys and values, for each layer [2, rows, groups, length, dim]."""
+        """Returns empty keys and values, for each layer [2, rows, groups, length, dim]."""
         shape = (2, rows, self.groups, length, self.dim)
         return [torch.zeros(shape, device=self.device) for _ in self.qkv]
 
@@ -288,6 +318,7 @@ class Decoder:
         self.cache, self.pads, self.length = cache, pads, cache[0].shape[3]
         positions = torch.arange(longest, device=pads.device)[None]
         cos, sin = self.model.rotary_emb(self.cache[0][0], positions)
+        # The sign of the rotation is stored with the sine, which saves an operation for each token.
         first, second = sin.chunk(2, -1)
         self.rotary = torch.cat((cos, torch.cat((-first, second), -1)))  # [2, longest, dim]
         self.bias = torch.zeros(len(pads), longest, device=pads.device).masked_fill_(
@@ -311,6 +342,7 @@ class Decoder:
         if self.cache[0].shape[3] == position:
             self.cache = [F.pad(layer_cache, (0, 0, 0, max(ROOM, position // 2))) for layer_cache in self.cache]
         rotary = self.rotary[:, position - self.pads, None]
+        # Padding is masked by minus infinity, once for each group of heads.
         bias = self.bias[:, : self.length].repeat_interleave(self.groups, 0)[:, None]
         x = self.model.embed_tokens(ids)
         for layer, qkv, layer_cache in zip(self.model.layers, self.qkv, self.cache, strict=True):
@@ -360,6 +392,7 @@ class Decoder:
             self.chosen.append(selected)
         if self.config.norm_topk_prob:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        # A stable sort, so that the sums of a token's experts have one order.
         experts, order = selected.flatten().sort(stable=True)
         ends = torch.searchsorted(experts, self.expert_ids, right=True, out_int32=True)
         rows = order // selected.shape[1]
@@ -401,8 +434,10 @@ class LibraryDecoder:
         self.model = model
 
     def read(self, prompts: Sequence[tuple[int, ...]], room: int) -> torch.Tensor:
-        """Fills the cache with prompts, padded on the left. Returns the logits after each, [prompts, vocabulary]. The
-        cache grows by itself: `room` is not needed."""
+        """Fills the cache with prompts, padded on the left.
+
+        Returns the logits after each, [prompts, vocabulary]. The cache grows by itself: `room` is not needed.
+        """
         width = max(len(ids) for ids in prompts)
         self.cache = DynamicCache(config=self.model.config)
         self.mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])

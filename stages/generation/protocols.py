@@ -1,6 +1,7 @@
 """The interface of a sampler: it answers prompts with token ids and their log-probabilities.
 
-Nothing heavy is imported here."""
+Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +124,8 @@ class Sampler(ABC):
     """Draws completions at temperature 1. Not collective: one process holds it.
 
     An asynchronous phase calls it from several threads. Weights may change while it draws: the tokens after the change
-    are of the new policy, given all tokens before. A sampler may also have `load` wait for the answers."""
+    are of the new policy, given all tokens before. A sampler may also have `load` wait for the answers.
+    """
 
     # True if calls that overlap are drawn together, and not one after the other.
     serves_many: ClassVar[bool] = False
@@ -160,7 +162,15 @@ BYTE_EXPERTS = 256
 
 
 def encode_routes(routes: torch.Tensor, experts: int) -> bytes:
-    """routes: [tokens, layers, experts of a token]; experts: of a layer."""
+    """Records the experts of an answer as bytes.
+
+    Each is an unsigned integer, in the order [tokens, layers with experts, experts of a token], as vLLM has them. The
+    tokens are those of question and answer without the last one, which no layer has read.
+
+    Args:
+        routes: The experts, [tokens, layers, experts of a token].
+        experts: Number of experts of a layer.
+    """
     record: bytes = routes.numpy().astype(_route_type(experts)).tobytes()
     return record
 

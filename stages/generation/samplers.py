@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.core.stage import Promise, ServerPlace
-from stages.generation import vllm_server
+from stages.generation import server_jobs, vllm_server
 from stages.generation.engine import SETTING, Engine, LanguageModel
 from stages.generation.protocols import AnswerGenerator, Sampler, SamplerContext, SamplingSettings
 
@@ -38,7 +38,7 @@ SAMPLERS = {
         promise="numeric",
         apart=True,
         obstacle=vllm_server.obstacle,
-        serve=vllm_server.serve,
+        serve=server_jobs.serve,
     ),
 }
 

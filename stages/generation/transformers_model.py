@@ -21,7 +21,7 @@ SLICE = 512
 
 
 class TransformersModel(LanguageModel):
-    """model: a transformers model in evaluation mode."""
+    """A transformers model in evaluation mode."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.context = model, model.config.max_position_embeddings
@@ -50,6 +50,7 @@ class TransformersModel(LanguageModel):
         if len(ids) > start:
             tokens = torch.tensor([ids])
             with torch.inference_mode():
+                # The logits at a position are of the token after it.
                 logits = self.model(tokens).logits[0, start - 1 : -1]
             log_probs = torch.log_softmax(logits.double(), -1).gather(1, tokens[0, start:, None])
             bits -= float(log_probs.sum()) / math.log(2)
@@ -77,6 +78,7 @@ class TransformersModel(LanguageModel):
         tokens = torch.tensor([list(ids)])
         parts = []
         with torch.inference_mode():
+            # The output layer is applied to slices, so that never all logits are in memory.
             hidden = self.model.get_decoder()(tokens).last_hidden_state[0, :-1]
             for states, targets in zip(hidden.split(SLICE), tokens[0, 1:].split(SLICE), strict=True):
                 logits = self.model.get_output_embeddings()(states).double()

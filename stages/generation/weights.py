@@ -102,9 +102,8 @@ class Weights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None,
-        sender: Sender | None = None,
-    ) -> None:  # fmt: skip
+        self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None, sender: Sender | None = None
+    ) -> None:
         self.digest, self.tensors, self.folder, self.sender = digest, tensors, folder, sender
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -118,7 +117,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def hf_tensors(full: FullTensors, model: ModelConfig, vocab_size: int) -> Tensors:
-    """transformers' names and tensors; those that another rank hands over are on `meta`. Collective."""
+    """Yields transformers' names and tensors; those that another rank hands over are on `meta`. Collective."""
     return model.spec().to_hf(full, model, vocab_size)
 
 
@@ -171,8 +170,10 @@ def write_share(folder: Path, rank: int, tensors: Iterable[tuple[str, torch.Tens
 
 
 def seal(folder: Path, names: Sequence[str], shares: Sequence[Share]) -> tuple[str, Path]:
-    """Writes the index of all shares and makes `partial` the subfolder of the policy. Returns the policy's digest and
-    that subfolder."""
+    """Writes the index of all shares and makes `partial` the subfolder of the policy.
+
+    Returns the policy's digest and that subfolder.
+    """
     tensors = merge(names, [rows for rows, _ in shares])
     files = {name: file for _, share in shares for name, file in share.items()}
     digest = policy_digest(tensors)
@@ -184,6 +185,7 @@ def seal(folder: Path, names: Sequence[str], shares: Sequence[Share]) -> tuple[s
     if place.exists():  # the policy is as before, and a sampler may read its files anew
         shutil.rmtree(replaced, ignore_errors=True)
         place.rename(replaced)
+    # A rename is atomic: a folder with its final name is complete.
     (folder / PARTIAL).rename(place)
     shutil.rmtree(replaced, ignore_errors=True)
     return digest, place
@@ -255,11 +257,13 @@ class Broadcast(Sender):
         """
         names, shares = describe(self.tensors(True), self.ranks)
         rows = merge(names, shares)
+        # All ranks know all entries, so that each can tell which tensors a packet has.
         self.rows, digest = [rows[name] for name in names], policy_digest(rows)
         if names != self.names:
             self.names = names
             self._choose_senders()
         if sampler is None:
+            # The sampler on rank 0 decides what happens with the groups; None ends the loop.
             while (command := self.ranks.from_first(None)) is not None:
                 self._run(*command)
             return digest
@@ -271,6 +275,7 @@ class Broadcast(Sender):
 
     def _choose_senders(self) -> None:
         """The ranks that send the tensors of these names. Collective."""
+        # Without turns the first data ranks alone have the tensors, and they send.
         held = [name for name, tensor in self.tensors(False) if not tensor.is_meta]
         root_of = {name: rank for rank, names in enumerate(self.ranks.gather(held)) for name in names}
         if (senders := sorted({0, *root_of.values()})) != self.senders:
@@ -287,6 +292,7 @@ class Broadcast(Sender):
 
     def invite(self, server: str, secret: bytes) -> dict[str, Any]:
         parts = urlsplit(server)
+        # This host's address on the way to the server is that of a connection to it.
         with socket.create_connection((parts.hostname or "", parts.port or 80), SECONDS) as line:
             host = str(line.getsockname()[0])
         if self.ranks.world > 1 and ip_address(host).is_loopback:  # other ranks may be elsewhere
@@ -295,15 +301,23 @@ class Broadcast(Sender):
         listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         address, nonce = f"{host}:{listener.getsockname()[1]}", secrets.token_hex(16)
         self.stores[server] = dist.TCPStore(
-            host, listener.getsockname()[1], is_master=True, wait_for_workers=False,
-            timeout=timedelta(seconds=SECONDS), master_listen_fd=listener.detach(),
-        )  # fmt: skip
+            host,
+            listener.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=SECONDS),
+            master_listen_fd=listener.detach(),
+        )
         self.keys[server] = sign(secret, GROUP, nonce)
         device = self.ranks.device
         return {
-            "store": address, "nonce": nonce, "ranks": len(self.senders), "seconds": SECONDS, "device": device.type,
+            "store": address,
+            "nonce": nonce,
+            "ranks": len(self.senders),
+            "seconds": SECONDS,
+            "device": device.type,
             "nccl": nccl_version(device),
-        }  # fmt: skip
+        }
 
     def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
         with suppress(RuntimeError):  # the store is gone: nobody waits any more
@@ -329,6 +343,7 @@ class Broadcast(Sender):
     def _run(self, action: str, argument: Any) -> set[str]:
         """Runs an action of all ranks. Returns the servers for which it succeeded on all of them."""
         succeeded = self._join(argument) if action == "join" else self._send(argument)
+        # A group works if all ranks are in it; the others leave a broken one.
         servers = set.intersection(*self.ranks.gather(succeeded))
         for server in set(argument) - servers:
             self._leave(server)
@@ -339,7 +354,7 @@ class Broadcast(Sender):
             group.close()
 
     def _join(self, places: Mapping[str, tuple[str, str]]) -> set[str]:
-        """places: address and key of each server's store."""
+        """Joins groups, given address and key of each server's store. Returns the servers that it is with."""
         if self.ranks.rank not in self.senders:
             return set(places)
         for server, (address, key) in places.items():
@@ -388,6 +403,7 @@ class Broadcast(Sender):
             # what another rank sends arrives here once in each group, with the same bytes
             works += [(server, buffer, packet.root) for server in groups]
         started = []
+        # All broadcasts are started before one is awaited, so that a slow server delays no other.
         for server, buffer, root in works:
             try:
                 started.append((server, groups[server].start(buffer, root)))

@@ -69,7 +69,7 @@ class Examples:
         """Returns the packed row of so many: the last token of an answer is no input, its first one is a target."""
         questions = -(-examples // self.shared)
         tokens = questions * self.question + examples * (self.answer - 1)
-        prefixed = examples * self.question * (self.answer > 1)
+        prefixed = examples * self.question if self.answer > 1 else 0
         longest = self.question + self.answer - 1
         return Rows(1, tokens, packed=True, targets=examples * self.answer, prefixed=prefixed, longest=longest)
 
@@ -141,7 +141,7 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
     )
     run = StepSetup(layout, phase.precision, Rows(1, length), micro_batches, bf16_layers=bf16_layers)
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
-    return TrainingTime(seconds * (1 + _readings(config) / 3), *UNFITTED_ERRORS)
+    return TrainingTime(seconds * (1 + readings(config) / 3), *UNFITTED_ERRORS)
 
 
 def _update_tokens(config: AnyConfig) -> int:
@@ -149,10 +149,12 @@ def _update_tokens(config: AnyConfig) -> int:
     return sum(kind.row(kind.count).length for kind in _examples(config))
 
 
-def _readings(config: AnyConfig) -> int:
-    """Forward passes before an update, beside its own: of the old and of the reference policy."""
+def readings(config: AnyConfig) -> int:
+    """Returns the forward passes before an update, beside its own: of the old and of the reference policy."""
     phase = config.phase
-    return (phase.updates > 1) + (phase.kl_coef is not None) if isinstance(phase, RlPhase) else 0
+    if not isinstance(phase, RlPhase):
+        return 0
+    return [phase.updates > 1, phase.kl_coef is not None].count(True)
 
 
 def _server_memory(config: AnyConfig, gpus: int) -> tuple[int, int]:

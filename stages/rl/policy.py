@@ -18,11 +18,11 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.stage import Inputs, Report
 from pipeline.core.store import Artifact, sha256_file
+from stages.formats.seeds import seed_of
 from stages.formats.table import require_columns
 from stages.generation import samplers as sampler_registry
 from stages.generation import weights
 from stages.generation.protocols import Completion, Sampler, SamplerContext, decode_routes
-from stages.generation.weights import Broadcast
 from stages.mcore.architectures.hf import hf_config
 from stages.models.base import Routing
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
@@ -31,6 +31,7 @@ from stages.rl.rewards.registry import make_verifiers
 from stages.rl.rollout import generation, rollouts, tasks, turns
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
+from stages.seed_labels import seed_label
 from stages.tasks.eval_set import chat_rows
 from stages.tasks.rows import Row
 from stages.train.checkpoint import release_checkpoint
@@ -39,7 +40,10 @@ from stages.train.trainer import Trainer
 
 
 class PostTrainer(Trainer):
-    """inputs["init"]: the previous phase, whose last weights are loaded; inputs["tokenizer"]."""
+    """The loop of post-training: each step returns its metrics, and the algorithm has a state of its own.
+
+    The inputs are `init`, the previous phase, whose last weights are loaded, and `tokenizer`.
+    """
 
     rng = "not used: every answer has a seed of its own, which follows from the recipe's"
 
@@ -83,35 +87,35 @@ class PostTrainer(Trainer):
 
 
 class Policy:
-    """A sampler with the engine's weights, its chat template and its verifiers. Only rank 0 calls methods other than
-    `load`. With inputs["rollouts"] there are no sampler and no verifiers."""
+    """A sampler with the engine's weights, its chat template and its verifiers.
+
+    Only rank 0 calls methods other than `load`. With inputs["rollouts"] there are no sampler and no verifiers.
+    """
 
     def __init__(
         self, config: RlTrainConfig | DpoTrainConfig, inputs: Inputs, engine: Engine, report: Report, work: Path
     ) -> None:
-        """work: the stage's work folder, for the files of a sampler."""
+        """Makes the sampler and the verifiers on rank 0. The files of a sampler are in the work folder `work`."""
         self.config, self.engine, self.report = config, engine, report
-        self.names_whole = "rollouts" in inputs and rollouts.is_of_earlier_version(
-            inputs["rollouts"] / "rollouts.parquet"
-        )
-        is_apart = sampler_registry.SAMPLERS[config.phase.sampling.kind].apart or engine.ranks.world > 1
-        self.broadcast: Broadcast | None = None
-        if config.phase.sampling.transfer == "broadcast" and "rollouts" not in inputs:
-            self.broadcast, is_apart = Broadcast(self._tensors, engine.ranks), False
-        needs_files = self.names_whole or (is_apart and "rollouts" not in inputs)
-        self.folder = work / "served" if needs_files else None
+        sampling, draws = config.phase.sampling, "rollouts" not in inputs
+        self.broadcast: weights.Broadcast | None = None
+        # The folder in which the weights go to a sampler that cannot read this process's tensors.
+        self.folder: Path | None = None
+        if draws and sampling.transfer == "broadcast":
+            self.broadcast = weights.Broadcast(self._tensors, engine.ranks)
+        elif draws and (sampler_registry.SAMPLERS[sampling.kind].apart or engine.ranks.world > 1):
+            self.folder = work / "served"
+
         tools = config.phase.tools if isinstance(config.phase, RlPhase) else None
         self.chat = generation.Chat(inputs["tokenizer"], tools)
         # Bounds of an answer in turns; None without tools.
         self.limits: turns.Limits | None = None
         if tools is not None:
-            self.limits = turns.Limits(
-                tools.max_turns, config.phase.sampling.max_new_tokens, config.model.context_length
-            )
+            self.limits = turns.Limits(tools.max_turns, sampling.max_new_tokens, config.model.context_length)
         self.toolbox: turns.Toolbox | None = None
         self.sampler: Sampler | None = None
         self.verifiers: generation.Verifiers | None = None
-        if engine.ranks.first and "rollouts" not in inputs:
+        if engine.ranks.first and draws:
             self.sampler = make_sampler(config, self.chat, work, report)
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
@@ -144,10 +148,8 @@ class Policy:
             if self.sampler is not None:
                 self.sampler.load(weights.Weights(digest, release_checkpoint.Tensors(place), place))
             if self.engine.ranks.first:
+                # Only now: until it has loaded the new weights, a sampler may read the files of the earlier ones.
                 weights.remove_earlier(place)
-            if self.names_whole:
-                whole = rollouts.digest(release_checkpoint.Tensors(place)) if self.engine.ranks.first else ""
-                digest = self.engine.ranks.from_first(whole)
         return digest
 
     def _tensors(self, by_turns: bool = True) -> weights.Tensors:
@@ -255,14 +257,30 @@ class RolloutFiles:
 def unscored(
     step: int, wave: int, digest: str, row: Row, seed: int, chat: generation.Chat, completion: Completion
 ) -> Rollout:
-    """An answer of a policy as it is drawn: without group, sample, reward and reason to drop it."""
+    """Returns an answer of a policy as it is drawn: without group, sample, reward and reason to drop it."""
     return Rollout(
-        step=step, wave=wave, group=0, sample=0, task=row["id"], kind=row["kind"], level=int(row["level"]),
-        policy=digest, seed=seed, prompt_ids=list(chat.encode_prompt(row)), ids=list(completion.ids),
-        logprobs=list(completion.logprobs), text=chat.response(completion).text, finished=completion.finished,
-        reward=0.0, parts={}, verifier=row["verifier"], verifier_version="", dropped="", routes=completion.routes,
+        step=step,
+        wave=wave,
+        group=0,
+        sample=0,
+        task=row["id"],
+        kind=row["kind"],
+        level=int(row["level"]),
+        policy=digest,
+        seed=seed,
+        prompt_ids=list(chat.encode_prompt(row)),
+        ids=list(completion.ids),
+        logprobs=list(completion.logprobs),
+        text=chat.response(completion).text,
+        finished=completion.finished,
+        reward=0.0,
+        parts={},
+        verifier=row["verifier"],
+        verifier_version="",
+        dropped="",
+        routes=completion.routes,
         turns=None if completion.turns is None else list(completion.turns),
-    )  # fmt: skip
+    )
 
 
 def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> list[Rollout]:
@@ -286,19 +304,32 @@ def completion_of(r: Rollout) -> Completion:
 
 
 class RecordedRollouts(RolloutFiles):
-    """The rollouts.parquet of an earlier run, from which a replay reads the answers that a step consumed, with their
-    rewards and log-probabilities, in that order.
+    """The rollouts.parquet of an earlier run, from which a replay reads the answers that a step consumed, in order.
 
     The file comes from others. An answer is used if the phase asked for it at this place (task and seed, which follow
     from the recipe and from all rewards before), and if its other columns follow from its task, tokens and rewards.
     """
 
     def __init__(
-        self, artifact: Artifact, report: Report, routing: Routing | None = None, asynchronous: bool = False,
+        self,
+        artifact: Artifact,
+        report: Report,
+        routing: Routing | None = None,
+        asynchronous: bool = False,
         tools: bool = False,
-    ) -> None:  # fmt: skip
-        """routing: of a phase with routing replay; asynchronous: of such a phase; tools: of one with tools. Raises
-        AtomError if the file is damaged or has other columns than this version writes."""
+    ) -> None:
+        """Opens the file.
+
+        Args:
+            artifact: Artifact with rollouts.parquet.
+            report: Report of the stage.
+            routing: Routing of the model, of a phase with routing replay.
+            asynchronous: True for an asynchronous phase.
+            tools: True for a phase with tools.
+
+        Raises:
+            AtomError: The file is damaged, or has other columns than this version writes.
+        """
         super().__init__(artifact.path, report)
         self.routing = routing
         self.file, self.step = artifact / "rollouts.parquet", 0
@@ -318,13 +349,13 @@ class RecordedRollouts(RolloutFiles):
         is_first = not self.step
         self.open(step)
         recorded = self._wave(wave)
-        self.check(step, wave, recorded, requests, policy)
+        self.check(wave, recorded, requests, policy)
         for number, answer in enumerate(recorded):
             if is_first and answer.policy != digest:
                 raise self.altered(
-                    step, wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
+                    wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
                 )
-        return self.restore(step, wave, recorded, requests, policy)
+        return self.restore(wave, recorded, requests, policy)
 
     def open(self, step: int) -> None:
         """Reads the answers of a step."""
@@ -332,30 +363,36 @@ class RecordedRollouts(RolloutFiles):
             self.step, self.answers = step, self._read_step(step)
 
     def check(
-        self, step: int, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy,
+        self,
+        wave: int,
+        recorded: Sequence[Rollout],
+        requests: Sequence[tuple[Row, int]],
+        policy: Policy,
         start: int = 0,
-    ) -> None:  # fmt: skip
-        """Raises CheckFailed if the recorded answers are not those that the phase asks for. start: the number of the
-        first one in its wave."""
+    ) -> None:
+        """Raises CheckFailed if the recorded answers are not those that the phase asks for.
+
+        The first of them has the number `start` in its wave.
+        """
         for number, (answer, request) in enumerate(zip_longest(recorded, requests), start):
             requested = "none" if request is None else f"one to {request[0]['id']} with seed {request[1]}"
             recorded_answer = "is missing" if answer is None else f"is one to {answer.task} with seed {answer.seed}"
             if recorded_answer != f"is {requested}":
-                raise self.altered(step, wave, number, f"{recorded_answer}, and the phase asked for {requested}")
+                raise self.altered(wave, number, f"{recorded_answer}, and the phase asked for {requested}")
             if not is_answer(answer, policy.chat.vocab_size):
-                raise self.altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
+                raise self.altered(wave, number, "has tokens, log-probabilities or a reward that no answer has")
             if not has_routes(answer, self.routing):
-                raise self.altered(step, wave, number, "has experts that its tokens cannot have visited")
+                raise self.altered(wave, number, "has experts that its tokens cannot have visited")
             if problem := turns.problem(answer, policy.chat, request[0], policy.limits):
-                raise self.altered(step, wave, number, problem)
+                raise self.altered(wave, number, problem)
 
     def restore(
-        self, step: int, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy
+        self, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
         """Returns the recorded answers, of whose columns those are computed anew that follow from others."""
         return [
             replace(
-                unscored(step, wave, r.policy, row, seed, policy.chat, completion_of(r)),
+                unscored(self.step, wave, r.policy, row, seed, policy.chat, completion_of(r)),
                 reward=r.reward,
                 parts=r.parts,
                 verifier_version=r.verifier_version,
@@ -369,13 +406,13 @@ class RecordedRollouts(RolloutFiles):
         for number, (answer, recorded) in enumerate(zip(answers, self._wave(wave), strict=True)):
             for column in (name for name in vars(answer) if getattr(answer, name) != getattr(recorded, name)):
                 raise self.altered(
-                    step, wave, number, f"has another `{column}` than follows from its task, tokens and rewards"
+                    wave, number, f"has another `{column}` than follows from its task, tokens and rewards"
                 )
 
     def finish_step(self, step: int, waves: int) -> None:
         """Raises CheckFailed if more waves of the step are recorded than were consumed."""
         if unused := [r.wave for r in self.answers if r.wave not in range(waves)]:
-            raise self.altered(step, unused[0], 0, "was used by no update and dropped for no reason")
+            raise self.altered(unused[0], 0, "was used by no update and dropped for no reason")
 
     def _wave(self, wave: int) -> list[Rollout]:
         return [r for r in self.answers if r.wave == wave]
@@ -386,10 +423,11 @@ class RecordedRollouts(RolloutFiles):
         except (TypeError, ValueError) as error:  # of `parts`
             raise CheckFailed(f"{self.file} has no answers of step {step} ({type(error).__name__}: {error})") from None
 
-    def altered(self, step: int, wave: int, number: int, finding: str) -> CheckFailed:
+    def altered(self, wave: int, number: int, finding: str) -> CheckFailed:
+        """Returns the error for an answer of `step` that is not what the phase asks for."""
         return CheckFailed(
-            f"{self.file.name}: answer {number} in step {step}, wave {wave} {finding}; answers or the settings of the "
-            "phase were changed"
+            f"{self.file.name}: answer {number} in step {self.step}, wave {wave} {finding}; answers or the settings of "
+            "the phase were changed"
         )
 
 
@@ -416,8 +454,11 @@ def has_routes(r: Rollout, routing: Routing | None) -> bool:
 
 
 class PolicyTrainer(PostTrainer):
-    """The loop of a phase that samples its policy: the sampler and verifiers, the answers on disk, and the validation
-    items of the kinds in its tasks. With inputs["rollouts"], the answers of an earlier run, it samples nothing."""
+    """The loop of a phase that samples its policy.
+
+    It has the sampler and verifiers, the answers on disk, and the validation items of the kinds in its tasks. With
+    inputs["rollouts"], the answers of an earlier run, it samples nothing.
+    """
 
     config: RlTrainConfig | DpoTrainConfig
 
@@ -429,12 +470,30 @@ class PolicyTrainer(PostTrainer):
         if "rollouts" in self.inputs:
             routing = self.config.model.routing if self.config.phase.replays_routing else None
             self.files: RolloutFiles = RecordedRollouts(
-                self.inputs["rollouts"], self.report, routing, self.config.phase.is_asynchronous,
+                self.inputs["rollouts"],
+                self.report,
+                routing,
+                self.config.phase.is_asynchronous,
                 self.policy.limits is not None,
-            )  # fmt: skip
+            )
         else:
             self.files, items = RolloutFiles(self.work / "rollouts", self.report), chat_rows(self.inputs["items"])
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
+
+    def requests(self, rows: Sequence[Row], samples: int, label: str) -> list[tuple[Row, int]]:
+        """Returns (task, seed) of each answer to tasks, `samples` to each. The seeds follow from the label."""
+        return [
+            (row, seed_of(f"{seed_label(self.name)}/answer/{label}/{group}/{sample}", self.config.seed))
+            for group, row in enumerate(rows)
+            for sample in range(samples)
+        ]
+
+    def reward_summary(self) -> dict[str, Any]:
+        """Returns the first and last mean reward of the log, and all validations."""
+        lines = self.log.lines()
+        rewards = [line["reward"] for line in lines if "reward" in line]
+        validations = [{"step": line["step"], **line["validation"]} for line in lines if "validation" in line]
+        return {"reward": {"first": rewards[0], "last": rewards[-1]}, "validation": validations}
 
     def measure(self, step: int) -> dict[str, Any] | None:
         phase = self.config.phase
@@ -447,8 +506,15 @@ class PolicyTrainer(PostTrainer):
         return {"validation": accuracy} if accuracy else None
 
     def require_small_gap(self, step: int, gap: float, digest: str, answers: Sequence[Rollout]) -> None:
-        """Raises CheckFailed if the log-probabilities of sampler and trainer differ by more than the recipe allows for
-        equal weights. digest: of the trainer's, which on another machine a replay does not keep equal."""
+        """Raises CheckFailed if sampler and trainer differ by more than the recipe allows for equal weights.
+
+        Args:
+            step: The step.
+            gap: Mean difference of their log-probabilities.
+            digest: Digest of the trainer's policy.
+            answers: All answers of the step.
+        """
+        # On another machine, a replay does not keep the digest of the policy equal, and the gap says nothing then.
         limit = self.config.phase.max_logprob_diff
         drew = {span["policy"] for r in answers for span in r.versions or ()} | {r.policy for r in answers}
         if not gap <= limit and drew == {digest}:

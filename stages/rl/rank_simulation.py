@@ -89,7 +89,7 @@ def _example(
 
 @contextmanager
 def _copies_on_host(engine: Engine, memory: LiveBytes) -> Iterator[None]:
-    """Within it, copies of a rank's weights count as the host's, where they are on a machine with GPUs."""
+    """Counts copies of a rank's weights within it as the host's, where they are on a machine with GPUs."""
     copy = engine.local_weights
 
     def on_host() -> list[torch.Tensor]:

@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.run_secret import atom_secret
-from stages.generation import server_files, vllm_server
-from stages.generation.server_files import Announced
+from stages.generation import server_jobs, vllm_server
+from stages.generation.server_jobs import Announced
 from stages.generation.vllm_server import ServerLost
 from stages.rl.config import Sampling
 from tests.fixtures import ROOT
@@ -76,7 +76,7 @@ def test_a_server_ends_with_all_its_processes(tmp_path: Path, monkeypatch: pytes
 def test_a_server_ends_when_the_stage_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from stages.rl.samplers import vllm_server as v\n"
+        "from stages.generation import vllm_server as v\n"
         f"v.command = lambda *given: [sys.executable, '-c', {CHILD!r}]\n"
         "folder = Path(sys.argv[1]); s = v.Server.start('python', folder, folder / 'server.log')\n"
         "while not (folder / 'server.log').read_text().endswith('\\n'): time.sleep(0.05)\n"
@@ -127,7 +127,7 @@ ANSWERING = (
 def test_a_server_in_a_job_is_announced_while_it_answers_and_ends_with_its_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_server, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(server_jobs, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(vllm_server, "interpreter", lambda: "python")
     monkeypatch.setattr(
         vllm_server, "command", lambda python, folder, host, port, options: [sys.executable, "-c", ANSWERING, str(port)]
@@ -141,13 +141,13 @@ def test_a_server_in_a_job_is_announced_while_it_answers_and_ends_with_its_stage
 
     def run() -> None:
         try:
-            outcomes.append(vllm_server.serve(settings, place))
+            outcomes.append(server_jobs.serve(settings, place))
         except ServerLost as error:
             outcomes.append(error)
 
     def announcements(count: int) -> list[Announced]:
         for _ in range(1000):
-            if len(present := server_files.read(tmp_path, "run-1")) == count:
+            if len(present := server_jobs.read(tmp_path, "run-1")) == count:
                 return present
             time.sleep(0.02)
         raise AssertionError(f"{present} were announced, not {count}; {outcomes}")

@@ -18,10 +18,10 @@ import torch
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerSearch
 from pipeline.run_secret import atom_secret
-from stages.generation import server_files, vllm_server, weights
+from stages.generation import server_jobs, vllm_server, weights
 from stages.generation.protocols import Completion, Prompt, SamplerContext
 from stages.generation.samplers import make_sampler
-from stages.generation.server_files import Announced
+from stages.generation.server_jobs import Announced
 from stages.generation.vllm_sampler import VllmServer
 from stages.generation.vllm_server import ServerLost
 from stages.generation.vllm_worker import atom_index
@@ -258,7 +258,7 @@ def test_servers_in_jobs_of_their_own_come_and_go(
     fakes: Any, secret: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by their files: one is enough, a dead one is left out, and one that was started again is a new one."""
-    monkeypatch.setattr(vllm_server, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(server_jobs, "POLL_SECONDS", 0.01)
     notes: list[str] = []
     (one, two), urls = fakes
     place, config = tmp_path / "announced", {"dtype": "float32", "hidden_size": 2}
@@ -275,7 +275,7 @@ def test_servers_in_jobs_of_their_own_come_and_go(
     assert notes == ["waits for a vLLM server, at most 0 min"]
 
     def announced(number: int, url: str, start: int = 0) -> Any:
-        return server_files.announced(place, number, Announced("run-1", url, "n1", "7", start))
+        return server_jobs.announced(place, number, Announced("run-1", url, "n1", "7", start))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(announced(0, "http://127.0.0.1:9"))  # nobody answers there

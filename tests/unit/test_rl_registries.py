@@ -24,17 +24,22 @@ from stages.rl.rollout.task_sources.registry import TASK_SOURCES, SourceSettings
 from stages.rl.tools.registry import TOOLS, Tool
 from tests.fixtures import ROOT
 
-FOLDERS: dict[str, tuple[Callable[[Any], bool], list[str]]] = {
-    "stages/rl/rewards": (lambda x: is_class(x, Verifier) and "name" in vars(x), [*VERIFIERS.values()]),
-    "stages/generation": (lambda x: is_class(x, Sampler), [entry.sampler for entry in SAMPLERS.values()]),
+FOLDERS: dict[str, tuple[str, Callable[[Any], bool], list[str]]] = {
+    "stages/rl/rewards": ("VERIFIERS", lambda x: is_class(x, Verifier) and "name" in vars(x), [*VERIFIERS.values()]),
+    "stages/generation": (
+        "SAMPLERS",
+        lambda x: is_class(x, Sampler),
+        [entry.sampler for entry in SAMPLERS.values()],
+    ),
     "stages/rl/rollout/task_sources": (
+        "TASK_SOURCES",
         lambda x: is_class(x, SourceSettings) and "source" in x.model_fields,
         [*TASK_SOURCES.values()],
     ),
-    "stages/rl/tools": (lambda x: is_class(x, Tool), [*TOOLS.values()]),
-    "stages/rl/algorithms": (lambda x: isinstance(x, Algorithm), [*ALGORITHMS.values()]),
+    "stages/rl/tools": ("TOOLS", lambda x: is_class(x, Tool), [*TOOLS.values()]),
+    "stages/rl/algorithms": ("ALGORITHMS", lambda x: isinstance(x, Algorithm), [*ALGORITHMS.values()]),
 }
-"""{folder: (whether a value of a module is an entry of the registry, the entries that the registry names)}"""
+"""{folder: (its registry, whether a value of a module is an entry, the entries that the registry names)}"""
 
 
 def is_class(value: Any, base: type) -> bool:
@@ -43,15 +48,15 @@ def is_class(value: Any, base: type) -> bool:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_files_and_registry_name_each_other(folder: str) -> None:
-    is_entry, registered = FOLDERS[folder]
+    registry, is_entry, registered = FOLDERS[folder]
     for path in sorted(Path(ROOT, folder).glob("[!_]*.py")):
         module = import_module(f"{folder.replace('/', '.')}.{path.stem}")
         for name, value in vars(module).items():
             if is_entry(value) and (not isinstance(value, type) or value.__module__ == module.__name__):
                 place = f"{module.__name__}:{name}"
-                assert place in registered, f"{folder}/{path.name} has {name}; add a line to its registry"
+                assert place in registered, f"{folder}/{path.name} has {name}; add a line to {registry}"
     for place in registered:
-        assert is_entry(resolve_name(place)), f"the registry of {folder} names {place}, which is no entry"
+        assert is_entry(resolve_name(place)), f"{registry} names {place}, which is no entry"
 
 
 def test_a_class_has_the_name_of_its_entry() -> None:

@@ -84,10 +84,18 @@ class Group:
     def __init__(
         self, store: SignedStore, rank: int, size: int, seconds: float, device: torch.device, patience: int = 1
     ) -> None:
-        """store: where the processes meet, which the group needs as long as it lives. device: of its tensors, on which
-        the backend depends. seconds: within which it must form, and each broadcast end, `patience` times over.
+        """Forms the group.
 
-        Raises RuntimeError if it does not form.
+        Args:
+            store: Place where the processes meet; the group needs it as long as it lives.
+            rank: Number of this process in the group.
+            size: Number of processes.
+            seconds: Time in which it must form, and each broadcast end, `patience` times over.
+            device: Device of its tensors, on which the backend depends.
+            patience: Factor of `seconds` for a broadcast.
+
+        Raises:
+            RuntimeError: It does not form.
         """
         self.store, self.seconds = store, patience * seconds
         # An operation of gloo that waits cannot be interrupted. It ends at its own limit, which is our deadline.
@@ -185,7 +193,7 @@ def _within(seconds: float, action: Callable[[], None]) -> None:
 
 
 def nccl_version(device: torch.device) -> str:
-    """The release of the NCCL that this process has loaded, such as 2.30.4; empty if the device is no GPU.
+    """Returns the release of the NCCL that this process has loaded, such as 2.30.4; empty if the device is no GPU.
 
     `torch.cuda.nccl.version()` is that with which PyTorch was built.
     """
@@ -197,7 +205,7 @@ def nccl_version(device: torch.device) -> str:
 
 
 def other_nccl(of_trainer: str, device: torch.device) -> str | None:
-    """A sentence if this process has another NCCL than the trainer, which NCCL would refuse while it connects."""
+    """Returns a sentence if this process has another NCCL than the trainer, with which it would not connect."""
     if (own := nccl_version(device)) == of_trainer:
         return None
     return (

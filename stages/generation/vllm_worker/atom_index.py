@@ -37,7 +37,7 @@ def row_of(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def policy_digest(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """`tensors-sha256:…`, over a line `<name> <type> <shape> <SHA-256 of its bytes>` for each tensor, by name."""
+    """Returns `tensors-sha256:…`, over a line `<name> <type> <shape> <SHA-256>` for each tensor, by name."""
     hasher = hashlib.sha256()
     for name, row in sorted(rows.items()):
         hasher.update(f"{name} {row['dtype']} {list(row['shape'])} {row['sha256']}\n".encode())

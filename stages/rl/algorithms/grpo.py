@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from stages.formats.seeds import seed_of
 from stages.generation.protocols import decode_routes
 from stages.models.base import Routing
 from stages.rl.algorithms import losses, policy_gradient
@@ -100,8 +99,9 @@ class GrpoTrainer(PolicyTrainer):
 
     def train_step(self, step: int) -> dict[str, Any]:
         policy_digest = self.policy.load()
-        wave_results = self.engine.ranks.from_first(self._draw(step, policy_digest) if self.first else ([], {}, {}))
-        answers, metrics, state = wave_results
+        # Rank 0 draws and scores; the others learn from its answers, and follow the state of its curriculum.
+        drawn = self._draw(step, policy_digest) if self.first else ([], {}, {})
+        answers, metrics, state = self.engine.ranks.from_first(drawn)
         self.restore_algorithm(state or self.algorithm_state())
         phase = self.phase
         routing = self.config.model.routing if phase.routing_replay else None
@@ -113,9 +113,12 @@ class GrpoTrainer(PolicyTrainer):
         if routing is not None and (step == 1 or step % phase.validate_every == 0):
             gap_of_own = self._gap_of_own_routing(batches)
             metrics["sampler_gap_own_routing"] = gap_of_own / targets
+
         for number, batch in batches.items():
             lr = self.learning_rate((step - 1) * phase.updates + number + 1)
             figures.append(self.engine.step(batch, lr, self.update_check(step), objective=minimize))
+
+        # Figures are sums over the tokens of an update; those of the step are over all of its updates.
         results = [(f, f.extras, batch.targets) for f, batch in zip(figures, batches.values(), strict=True)]
 
         def mean_of(name: str) -> float:
@@ -137,7 +140,7 @@ class GrpoTrainer(PolicyTrainer):
         return metrics
 
     def _batches(self, step: int, groups: Sequence[Sequence[Example]]) -> dict[int, RankBatch]:
-        """{number of an update of the step: its batch}, for those that have answers to learn from."""
+        """Returns {number of an update of the step: its batch}, for those that have answers to learn from."""
         phase, batches = self.phase, {}
         for number in range(phase.updates):
             part = [example for group in groups[number :: phase.updates] for example in group]
@@ -149,6 +152,7 @@ class GrpoTrainer(PolicyTrainer):
                 batches[number] = build_rank_batch(
                     units, phase.micro_batches, self.engine.ranks, self.policy.chat.pad, divisor
                 )
+        # Before the first update, under one policy for all of them: the ratio and the KL term compare with these.
         if phase.updates > 1:
             batches = {number: with_logprobs(self.engine, batch, "old") for number, batch in batches.items()}
         if self.reference is not None:
@@ -202,34 +206,26 @@ class GrpoTrainer(PolicyTrainer):
         return [replace(r, group=answers[0].group) for r in marked]
 
     def _draw_waves(self, step: int, policy_digest: str) -> list[Rollout]:
-        """The answers of a step that draws until it has `prompts_per_step` groups that differ in reward, or may draw no
-        more."""
+        """Draws until `prompts_per_step` groups differ in reward, or no more may be drawn. Returns all answers."""
         phase, groups, answers = self.phase, 0, []
         for wave in range(phase.max_resample_rounds + 1):
             if groups == phase.prompts_per_step:
                 break
             tasks = self.curriculum.draw(phase.prompts_per_step - groups, step, wave)
-            label = f"{seed_label(self.name)}/answer/{step}/{wave}"
-            requests = [
-                (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
-                for group, row in enumerate(tasks)
-                for sample in range(phase.num_generations)
-            ]
+            requests = self.requests(tasks, phase.num_generations, f"{step}/{wave}")
             wave_answers = self.files.load_or_draw(step, wave, policy_digest, requests, self.policy)
             wave_answers, groups_kept = mark_dropped(wave_answers, phase.num_generations)
             self.files.write(step, wave, wave_answers)
             for group, row in enumerate(tasks):
-                self.curriculum.update(
-                    row, pass_rate(wave_answers[group * phase.num_generations :][: phase.num_generations])
-                )
+                start = group * phase.num_generations
+                self.curriculum.update(row, pass_rate(wave_answers[start : start + phase.num_generations]))
             groups += groups_kept
             answers += wave_answers
         self.files.finish_step(step, answers[-1].wave + 1)
         return answers
 
     def _replay_examples(self, step: int, number: int, divisor: int) -> list[Example]:
-        """Rows of earlier data for an update of the step, weighted so that their mean loss has the weight
-        `replay.weight`."""
+        """Returns rows of earlier data for an update, weighted so that their mean loss has `replay.weight`."""
         if self.replay is None:
             return []
         assert self.phase.replay is not None
@@ -251,15 +247,12 @@ class GrpoTrainer(PolicyTrainer):
             out / "rollouts.parquet",
             rollouts.schema(self.phase.routing_replay, self.phase.is_asynchronous, self.phase.tools is not None),
         )
-        lines = self.log.lines()
-        validations = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
-        rewards = [x["reward"] for x in lines if "reward" in x]
+        gaps = [line["max_sampler_gap"] for line in self.log.lines() if "max_sampler_gap" in line]
         return {
             "answers": count,
             "generated_tokens": self.generated,
-            "reward": {"first": rewards[0], "last": rewards[-1]},
-            "validation": validations,
-            "largest_sampler_gap": max((x["max_sampler_gap"] for x in lines if "max_sampler_gap" in x), default=None),
+            **self.reward_summary(),
+            "largest_sampler_gap": max(gaps, default=None),
             "curriculum": self.curriculum.state,
         }
 

@@ -154,12 +154,7 @@ class Dpo(PolicyTrainer):
 
     def _draw_wave(self, step: int, wave: int, digest: str, curriculum: Curriculum, pool: PromptPool) -> list[Rollout]:
         rows = curriculum.draw(pool.count, step, wave)
-        label = f"{seed_label(self.name)}/answer/{step}/{wave}"
-        requests = [
-            (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
-            for group, row in enumerate(rows)
-            for sample in range(pool.num_generations)
-        ]
+        requests = self.requests(rows, pool.num_generations, f"{step}/{wave}")
         answers = self.files.load_or_draw(step, wave, digest, requests, self.policy)
         return [
             replace(r, group=i // pool.num_generations, sample=i % pool.num_generations) for i, r in enumerate(answers)
@@ -170,11 +165,8 @@ class Dpo(PolicyTrainer):
         margin = self.phase.min_margin
         rows = [row for path in self.files.all() for row in pair_rows(rollouts.read(path), self.by_id, margin)]
         write_rows(out / "pairs.parquet", PAIRS, rows)
-        log_lines = self.log.lines()
-        validations = [{"step": x["step"], **x["validation"]} for x in log_lines if "validation" in x]
-        rewards = [x["reward"] for x in log_lines if "reward" in x]
-        summary = {"reward": {"first": rewards[0], "last": rewards[-1]}, "validation": validations}
-        return {"answers": count, "pairs": sum(row["learnt"] for row in rows), "pairs_in_all": len(rows), **summary}
+        learnt = sum(row["learnt"] for row in rows)
+        return {"answers": count, "pairs": learnt, "pairs_in_all": len(rows), **self.reward_summary()}
 
 
 def group_by_task(answers: Sequence[Rollout]) -> list[list[Rollout]]:

@@ -170,8 +170,12 @@ class CodeVerifier(Verifier):
             return parts(0.0)
         source, prelude = code_of(response.answer, row["entry_point"]), row.get("prelude", "")
         job: Job = {
-            "role": "answer", "prelude": prelude, "source": source, "entry_point": row["entry_point"], "stdin": "",
-        }  # fmt: skip
+            "role": "answer",
+            "prelude": prelude,
+            "source": source,
+            "entry_point": row["entry_point"],
+            "stdin": "",
+        }
         return self._compare(cells, job, row) if row.get("tests") else self._check(cells, job, row)
 
     def _compare(self, cells: list[Cell], job: Job, row: Row) -> Parts:
@@ -231,7 +235,7 @@ def returns_expected(line: bytes, expected: Any) -> bool:
 
 
 def equal(value: Any, expected: Any) -> bool:
-    """Equality of plain data with JSON: True is not 1, a tuple is a list, a key that is no string is its JSON."""
+    """Returns True if plain data equals JSON: True is not 1, a tuple is a list, a key that is no string is its JSON."""
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(expected, float) and isinstance(value, int | float):

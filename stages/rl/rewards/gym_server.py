@@ -132,8 +132,15 @@ def request(row: Row, response: Response) -> dict[str, Any]:
         for call in calls:
             number = f"call-{len(output)}"
             arguments = (read_reply(call["request"].encode()) or {}).get("arguments")
-            output.append({"type": "function_call", "call_id": number, "name": call["tool"], "status": "completed",
-                           "arguments": json.dumps(arguments if isinstance(arguments, dict) else {})})  # fmt: skip
+            output.append(
+                {
+                    "type": "function_call",
+                    "call_id": number,
+                    "name": call["tool"],
+                    "status": "completed",
+                    "arguments": json.dumps(arguments if isinstance(arguments, dict) else {}),
+                }
+            )
             output.append({"type": "function_call_output", "call_id": number, "output": call["result"]})
     reply = {
         "id": "response",

@@ -44,8 +44,15 @@ class ScoringPool:
     def __init__(
         self, name: str, verifier: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int
     ) -> None:
-        """name, verifier: the verifier's, the latter as `module:class`; fields: those of a row that its scorer reads;
-        probe: the correct answer to a row; seconds: processor time for one answer."""
+        """Starts no worker yet: each starts at its first request.
+
+        Args:
+            name: Name of the verifier.
+            verifier: Its class, as `module:class`.
+            fields: Fields of a row that its scorer reads.
+            probe: Function that returns the correct answer to a row.
+            seconds: Processor time for one answer.
+        """
         self.name, self.fields, self.probe = name, fields, probe
         count = min(8, len(os.sched_getaffinity(0)))
         self.workers = [Worker(verifier, seconds) for _ in range(count)]
@@ -55,7 +62,7 @@ class ScoringPool:
             self.idle.put(worker)
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """`reward` in [0, 1], `finished` and `unreadable` of each answer. Raises VerifierFailed."""
+        """Returns `reward` in [0, 1], `finished` and `unreadable` of each answer. Raises VerifierFailed."""
         requests = [(row, json.dumps(self._fields_of(row)), response) for row, response in answers]
         rows = {fields: row for row, fields, response in requests if response.finished}
         with ThreadPoolExecutor(len(self.workers)) as pool:
@@ -258,11 +265,13 @@ class PooledVerifier(Verifier):
 
 
 class MathVerify(PooledVerifier):
-    """Verifier `math-verify`: mathematical equality. Row, as NeMo Gym's math_with_judge: question, expected_answer
-    (LaTeX or a plain expression).
+    """Verifier `math-verify`: mathematical equality.
+
+    Row, as NeMo Gym's math_with_judge: question, expected_answer (LaTeX or a plain expression).
 
     math-verify 0.9 passes only digits and operators of an answer to sympy's evaluating parser; the rest is parsed by
-    a grammar of LaTeX."""
+    a grammar of LaTeX.
+    """
 
     name = "math-verify"
     packages = ("math-verify", "latex2sympy2_extended", "sympy")
@@ -304,8 +313,9 @@ def boxed(answer: str) -> str:
 
 
 class ReasoningGym(PooledVerifier):
-    """Verifier `reasoning-gym`: the score by a dataset of that package. Row, as NeMo Gym's reasoning_gym: question,
-    answer, metadata with source_dataset.
+    """Verifier `reasoning-gym`: the score by a dataset of that package.
+
+    Row, as NeMo Gym's reasoning_gym: question, answer, metadata with source_dataset.
 
     Refuses datasets whose own answers do not get full marks here; the task source reports them before a run.
 

@@ -14,15 +14,18 @@ ROWS, GPU_ROWS = 64, 8
 
 
 class RewardModel(Verifier):
-    """The score of an answer is the log-probability that `<|endoftext|>` follows it. The reward is the probability, by
-    Bradley and Terry, that the answer is preferred to one of mean score; it is 0 for an answer with special tokens
-    that does not fit the context once these are written out."""
+    """The score of an answer is the log-probability that `<|endoftext|>` follows it.
+
+    The reward is the probability, by Bradley and Terry, that the answer is preferred to one of mean score; it is 0
+    for an answer with special tokens that does not fit the context once these are written out.
+    """
 
     name = "reward-model"
 
     def __init__(self, context: VerifierContext[NoSettings]) -> None:
-        """inputs["reward_model"]: the export; inputs["reward"]: its training, which measured the mean score of held-out
-        pairs.
+        """Loads the export inputs["reward_model"].
+
+        Its training, inputs["reward"], measured the mean score of held-out pairs.
 
         Raises:
             RecipeError: The inputs are missing.

@@ -46,8 +46,10 @@ FORBIDDEN = ("ctypes.", "os.exec", "os.fork", "os.kill", "os.posix", "os.re", "o
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook for a fork. It is not a sandbox for code, and no code of an answer runs here: it is a second
-    barrier."""
+    """An audit hook for a fork.
+
+    It is not a sandbox for code, and no code of an answer runs here: it is a second barrier.
+    """
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if writes or event.startswith(FORBIDDEN):
         raise PermissionError(f"a scorer must not call {event}")

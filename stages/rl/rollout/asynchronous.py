@@ -70,7 +70,7 @@ class Intake:
     """The groups that the steps take. Only rank 0 calls `take`; every rank holds the state."""
 
     def __init__(self, phase: RlPhase, curriculum: Curriculum, label: str, seed: int) -> None:
-        """label: of the phase's seeds."""
+        """Takes groups for a phase. `label` is that of the phase's seeds."""
         assert phase.asynchronous is not None
         self.phase, self.curriculum, self.label, self.seed = phase, curriculum, label, seed
         self.max_staleness = phase.asynchronous.max_staleness
@@ -82,7 +82,7 @@ class Intake:
         self.source: Source | None = None
 
     def state(self) -> dict[str, Any]:
-        """The groups that are issued, as JSON."""
+        """Returns the groups that are issued, as JSON."""
         groups = [{"number": g.number, "task": g.row["id"], "version": g.version} for g in self.open.values()]
         return {"issued": self.issued, "open": groups}
 
@@ -105,8 +105,9 @@ class Intake:
         source.issue(self.open.values())
 
     def take(self, step: int, digest: str, mark: Callable[[list[Rollout]], list[Rollout]]) -> list[Rollout]:
-        """Returns the answers of the groups that the step takes, in their order: until `prompts_per_step` can be used,
-        or no more may be replaced.
+        """Returns the answers of the groups that the step takes, in order.
+
+        It takes groups until `prompts_per_step` can be used, or no more may be replaced.
 
         Rank 0 only. Raises what the source raises.
 
@@ -124,10 +125,13 @@ class Intake:
             group, drawn = self.source.next(step, len(answers), self.history)
             del self.open[group.number]
             drawn = [replace(r, step=step, versions=self._spans(r)) for r in drawn]
-            is_stale = oldest_version(drawn) < step - 1 - self.max_staleness
-            taken = [replace(r, dropped="stale") for r in drawn] if is_stale else mark(drawn)
-            fresh += not is_stale
-            usable += taken[0].dropped not in rollouts.WHOLE_GROUPS
+            # A stale group is replaced too, and does not count toward the limit of resampling.
+            if oldest_version(drawn) < step - 1 - self.max_staleness:
+                taken = [replace(r, dropped="stale") for r in drawn]
+            else:
+                taken, fresh = mark(drawn), fresh + 1
+            if taken[0].dropped not in rollouts.WHOLE_GROUPS:
+                usable += 1
             self.curriculum.update(group.row, rollouts.pass_rate(taken))
             self._issue(step - 1)
             answers += taken
@@ -222,8 +226,11 @@ class LiveGroups:
                 if before:
                     before.pop(0)
                 return group, [replace(r, dropped="") for r in answers]
-            self.note(f"group {answers[0].group} of step {step} was drawn by a policy that an earlier attempt had, and "
-                      "is drawn again")  # fmt: skip
+            # Its policy is not in the log of this attempt, which went on from an earlier checkpoint.
+            self.note(
+                f"group {answers[0].group} of step {step} was drawn by a policy that an earlier attempt had, and "
+                "is drawn again"
+            )
             if before:
                 self._forget_from(step)
             elif group is not None:
@@ -295,7 +302,7 @@ class LiveGroups:
         groups: dict[int, list[Rollout]] = {}
         for path in sorted(self.files.folder.glob(f"groups-*.{suffix}")):
             answers = self.files.read(path) or []
-            here = {answers[n].group: answers[n : n + self.samples] for n in range(0, len(answers), self.samples)}
+            here = {group[0].group: group for group in in_groups(answers, self.samples)}
             self._store(here, path)
             groups |= here
         return groups
@@ -315,7 +322,7 @@ class LiveGroups:
         steps: dict[int, list[list[Rollout]]] = {}
         step = last + 1
         while (answers := self.files.read(self.files.path(step, 0))) is not None:
-            steps[step] = [answers[n : n + self.samples] for n in range(0, len(answers), self.samples)]
+            steps[step] = in_groups(answers, self.samples)
             step += 1
         self._remove_from(step)
         return steps
@@ -342,9 +349,13 @@ class LiveGroups:
                 self.idle, self.idle_since = self.idle + now - self.idle_since, now
             seconds = max(now - self.since, 1e-9)
             self.files.report.metric(
-                step, queued_groups=queued, trainer_idle_seconds=self.waited, trainer_idle_share=self.waited / seconds,
-                sampler_idle_seconds=self.idle, sampler_idle_share=self.idle / seconds,
-            )  # fmt: skip
+                step,
+                queued_groups=queued,
+                trainer_idle_seconds=self.waited,
+                trainer_idle_share=self.waited / seconds,
+                sampler_idle_seconds=self.idle,
+                sampler_idle_share=self.idle / seconds,
+            )
             self.all_waited += self.waited
             self.since, self.idle, self.waited = now, 0.0, 0.0
 
@@ -392,7 +403,7 @@ class LiveGroups:
                 self.idle_since = time.monotonic()
         rows = [row for group in groups for row, _ in group.requests]
         answers = scored(rows, [answer for each in drawn for answer in each], self.policy)
-        by_group = [answers[n : n + self.samples] for n in range(0, len(answers), self.samples)]
+        by_group = in_groups(answers, self.samples)
         self._write(path.with_suffix(".parquet"), groups, by_group)
         with self.changed:
             self.finished += zip((group.number for group in groups), by_group, strict=True)
@@ -419,6 +430,11 @@ def is_of(group: Group, answers: Sequence[Rollout]) -> bool:
     return requested == [(r.task, r.seed, r.group, r.issued) for r in answers]
 
 
+def in_groups(answers: Sequence[Rollout], samples: int) -> list[list[Rollout]]:
+    """Returns successive answers in groups of `samples`."""
+    return [list(answers[start : start + samples]) for start in range(0, len(answers), samples)]
+
+
 def policies_of(answers: Sequence[Rollout]) -> set[str]:
     """Returns the digests of the policies that drew the answers."""
     return {span["policy"] for r in answers for span in r.versions or ()}
@@ -428,7 +444,7 @@ class RecordedGroups:
     """The groups of the rollouts.parquet of an earlier run, in their order."""
 
     def __init__(self, files: RecordedRollouts, policy: Policy, samples: int, step: int) -> None:
-        """step: the last finished one."""
+        """Reads the groups of `files` from the step after the last finished one, `step`."""
         self.files, self.policy, self.samples, self.start = files, policy, samples, step
         self.groups: dict[int, Group] = {}
 
@@ -436,28 +452,33 @@ class RecordedGroups:
         self.groups |= {group.number: group for group in groups}
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
-        """Raises CheckFailed if the answers are not those of a group that is issued, or if policies drew them that did
-        not exist then."""
+        """Returns the group that the step takes next, with its answers.
+
+        Raises:
+            CheckFailed: The answers are not those of a group that is issued, or policies drew them that did not exist
+                then.
+        """
         self.files.open(step)
         recorded = self.files.answers[place : place + self.samples]
         if not recorded:
-            raise self.files.altered(step, 0, place, "is missing, and the phase asked for another group")
+            raise self.files.altered(0, place, "is missing, and the phase asked for another group")
         group = self.groups.pop(recorded[0].group, None)
         if group is None:
             raise self.files.altered(
-                step, 0, place, f"is of group {recorded[0].group}, which is not issued then or was taken before"
+                0, place, f"is of group {recorded[0].group}, which is not issued then or was taken before"
             )
-        self.files.check(step, 0, recorded, group.requests, self.policy, place)
+        self.files.check(0, recorded, group.requests, self.policy, place)
         for number, r in enumerate(recorded, place):
             if not has_versions(r, group.version, step - 1):
-                raise self.files.altered(step, 0, number, "states policies that cannot have drawn its tokens")
+                raise self.files.altered(0, number, "states policies that cannot have drawn its tokens")
             for span in r.versions or ():
                 if span["version"] == self.start and history.get(span["policy"]) != self.start:
                     raise self.files.altered(
-                        step, 0, number,
+                        0,
+                        number,
                         f"states the policy {span['policy']} after step {self.start}, which is not the checkpoint's",
-                    )  # fmt: skip
-        answers = self.files.restore(step, 0, recorded, group.requests, self.policy)
+                    )
+        answers = self.files.restore(0, recorded, group.requests, self.policy)
         return group, [
             replace(answer, group=group.number, sample=n, issued=group.version, versions=r.versions)
             for n, (answer, r) in enumerate(zip(answers, recorded, strict=True))
@@ -466,7 +487,7 @@ class RecordedGroups:
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
         """Raises CheckFailed if the step took more, or if a column is another than follows."""
         if len(self.files.answers) > len(answers):
-            raise self.files.altered(step, 0, len(answers), "was used by no update and dropped for no reason")
+            raise self.files.altered(0, len(answers), "was used by no update and dropped for no reason")
         self.files.write(step, 0, answers)
 
 

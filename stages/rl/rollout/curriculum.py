@@ -34,7 +34,17 @@ class Curriculum:
     """Draws tasks and tracks their pass rates."""
 
     def __init__(self, tasks: Sequence[Row], label: str, seed: int, uniform: bool = False) -> None:
-        """uniform: draws from every bin equally, for any pass rates. Raises RecipeError if there is no task."""
+        """Sorts tasks into bins.
+
+        Args:
+            tasks: All tasks.
+            label: Label of the phase in seeds.
+            seed: Seed of the recipe.
+            uniform: Draws from every bin equally, for any pass rates.
+
+        Raises:
+            RecipeError: There is no task.
+        """
         if not tasks:
             raise RecipeError("there is no task to draw from; give the phase a source of tasks")
         self.label, self.seed, self.uniform = label, seed, uniform
@@ -80,7 +90,7 @@ class Curriculum:
         return {n: 1.0 if p is None else max(FLOOR, 4 * p * (1 - p)) for n, p in rates.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:
-        """`count` tasks for a wave of a step. Each bin is read in a seeded order, and repeated from its end."""
+        """Returns `count` tasks for a wave of a step. Each bin is read in a seeded order, and repeated from its end."""
         weights = self.weights()
         rng = random.Random(seed_of(f"{self.label}/draw/{step}/{wave}", self.seed))
         names = rng.choices(list(weights), list(weights.values()), k=count)

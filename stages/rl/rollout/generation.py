@@ -74,7 +74,7 @@ class Chat:
         return [{"type": "function", "function": schema} for _, schema in functions.values()]
 
     def encode_results(self, results: Sequence[str]) -> list[int]:
-        """The token ids between a turn that calls tools and the next one. No result ends its turn or opens another."""
+        """Returns the token ids between a turn that calls tools and the next one. No result ends its turn."""
         return self._encode_pieces(chat.after_calls(results))
 
     def encode_question(self, text: str) -> list[int]:
@@ -87,8 +87,9 @@ class Chat:
         return ids
 
     def _encode_pieces(self, pieces: Sequence[str]) -> list[int]:
-        """A special token of the template is a piece of its own. A content never is: there it is the name alone, and
-        then the piece before it or after it has the template's line end."""
+        """Returns the token ids of a text in pieces."""
+        # A special token of the template is a piece of its own. A content never is: where it is the name alone, the
+        # piece before it or after it has the template's line end.
         ids: list[int] = []
         for piece in pieces:
             ids += [self._special[piece]] if piece in SPECIAL_TOKENS else self.encode_text(piece)
@@ -111,7 +112,7 @@ class Verifiers:
     """The verifiers of a phase by name, with retries."""
 
     def __init__(self, verifiers: Mapping[str, Verifier], note: Callable[[str], object]) -> None:
-        """note: prints a line to the log."""
+        """Takes the verifiers by name. `note` prints a line to the log."""
         self.by_name, self.note = dict(verifiers), note
         self.lock = threading.Lock()
 

@@ -99,7 +99,7 @@ def probe(rows: Sequence[Row], score: Score, seed: int, acknowledged: float | No
 
 
 def require_solving(name: str, probed: ProbedBin) -> None:
-    """Raises AtomError if an answer that solves nothing earns too much. name: of the bin."""
+    """Raises AtomError if an answer that solves nothing earns too much in the bin `name`."""
     limit = probed["chance"] + MARGIN
     if (acknowledged := probed["acknowledged"]) is not None:
         limit = max(limit, acknowledged)

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, TypedDict
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from stages.formats.seeds import seed_of
-from stages.formats.table import ROWS_PER_GROUP, read_errors, read_table
+from stages.formats.table import ROWS_PER_GROUP, read_table
 from stages.generation.protocols import ToolCall, Turn
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import torch
 
 
 DROPPED = {
@@ -56,13 +55,12 @@ class Span(TypedDict):
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer. `dropped`: the reason why no update used it, a key of DROPPED. `routes`: the experts of its tokens
-    (stages/generation/protocols.py), with routing replay. `turns`: of a phase with tools; `ids` then are those of all
-    turns and of the results between them, and `text` is that of the last turn.
+    """One answer, which is a row of rollouts.parquet (docs/formats.md).
 
-    Of an asynchronous phase `group` is the number in which the group was issued and `step` the one that took it, in the
-    order of the rows; `policy` drew the first token. `issued`: the version of the policy when the group was issued;
-    `versions`: the policies of its tokens."""
+    In an asynchronous phase, `group` is the number in which the group was issued, `step` the one that took it, in the
+    order of the rows, and `policy` drew the first token. In a phase with tools, `ids` are those of all turns and of the
+    results between them, and `text` is that of the last turn.
+    """
 
     step: int
     wave: int
@@ -82,11 +80,11 @@ class Rollout:
     parts: Mapping[str, float]
     verifier: str
     verifier_version: str
-    dropped: str
-    routes: bytes | None = None
-    issued: int | None = None
-    versions: Sequence[Span] | None = None
-    turns: Sequence[Turn] | None = None
+    dropped: str  # the reason why no update used it, a key of DROPPED
+    routes: bytes | None = None  # the experts of its tokens, with routing replay
+    issued: int | None = None  # the version of the policy when the group was issued
+    versions: Sequence[Span] | None = None  # the policies of its tokens
+    turns: Sequence[Turn] | None = None  # of a phase with tools
 
     @property
     def is_sampled(self) -> list[bool]:
@@ -102,8 +100,13 @@ class Rollout:
 
 
 def schema(routes: bool = False, asynchronous: bool = False, tools: bool = False) -> pa.Schema:
-    """routes: of a phase with routing replay, whose answers have a column more; asynchronous: of a phase whose answers
-    have two columns more; tools: of one with tools, a column more."""
+    """Returns the columns of rollouts.parquet.
+
+    Args:
+        routes: True for a phase with routing replay, whose answers have a column more.
+        asynchronous: True for an asynchronous phase, whose answers have two columns more.
+        tools: True for a phase with tools, whose answers have a column more.
+    """
     import pyarrow as pa
 
     ids, text = pa.list_(pa.int32()), pa.string()
@@ -145,19 +148,6 @@ def read(path: Path, step: int | None = None) -> list[Rollout]:
     """
     rows = read_table(path, filters=None if step is None else [("step", "=", step)]).to_pylist()
     return [Rollout(**{**row, "parts": json.loads(row["parts"])}) for row in rows]
-
-
-def is_of_earlier_version(path: Path) -> bool:
-    """Returns True if the file names policies by `digest`, and not by the digest of their tensors' digests.
-
-    Raises:
-        AtomError: It cannot be read.
-    """
-    import pyarrow.parquet as pq
-
-    with read_errors(path), pq.ParquetFile(path) as file:
-        first = next(file.iter_batches(1, columns=["policy"]), None)
-    return first is not None and first.num_columns == 1 and str(first["policy"][0]).startswith("sha256:")
 
 
 def merge(parts: Sequence[Path], target: Path, columns: pa.Schema) -> int:
@@ -206,21 +196,6 @@ def consumption_digest(rollouts: Sequence[Rollout]) -> str:
     return f"sha256:{hasher.hexdigest()}"
 
 
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns SHA-256 over the names, types, shapes and bytes of all tensors, by name, one after the other.
-
-    Files of earlier versions name a policy by it (`is_of_earlier_version`).
-    """
-    import torch
-
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        hasher.update(tensor.flatten().view(torch.uint8).numpy())
-    return f"sha256:{hasher.hexdigest()}"
-
-
 def hash_fraction(question: str) -> float:
     """Returns a hash of a text, as a number in [0, 1).
 
@@ -252,7 +227,7 @@ class PairOrder:
         return numbers
 
     def _of_epoch(self, epoch: int) -> list[int]:
-        """The last epoch is kept, since a step needs it for each pair."""
+        """Returns the order of an epoch. The last one is kept, since a step needs it for each pair."""
         if self._epoch != epoch:
             self._shuffled = list(range(self.count))
             random.Random(seed_of(f"{self.label}/epoch {epoch}", self.seed)).shuffle(self._shuffled)

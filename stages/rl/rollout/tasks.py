@@ -73,8 +73,10 @@ def kinds_of(sources: Iterable[TaskSource]) -> set[str]:
 
 
 def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seals `tasks.jsonl`, and `probes.json`: the rewards of answers that solve nothing. inputs["items"]: the
-    evaluation items, whose questions no task may have; inputs["benchmarks"], if there are task sets: their items.
+    """Seals `tasks.jsonl`, and `probes.json`: the rewards of answers that solve nothing.
+
+    No task may have a question of the evaluation items, inputs["items"], or, if there are task sets, words of their
+    items, inputs["benchmarks"].
 
     Raises:
         RecipeError: A source has no tasks.
@@ -139,7 +141,7 @@ def read(artifact: Artifact) -> list[dict[str, Any]]:
 
 
 def estimate(config: TasksConfig) -> Estimate:
-    """A verifier that starts a process for each answer takes some minutes of a core for each bin."""
+    """Returns the resources. A verifier that starts a process for each answer takes minutes of a core for each bin."""
     slow = sum(len(source.bins()) for source in config.sources if source.verifier in ("math-verify", "python-tests"))
     return Estimate(cpu_seconds=30 + 200 * slow, memory_bytes=300_000_000, disk_bytes=10_000_000)
 

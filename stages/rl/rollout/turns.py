@@ -57,8 +57,16 @@ class Toolbox:
     """The running tools of a phase."""
 
     def __init__(self, tools: Tools, inputs: Inputs, folder: Path) -> None:
-        """inputs: the artifacts of the stage; folder: for files of tools, emptied. Raises AtomError where a requirement
-        is missing."""
+        """Starts the tools.
+
+        Args:
+            tools: Section of the recipe.
+            inputs: Artifacts of the stage.
+            folder: Folder for files of tools; it is emptied.
+
+        Raises:
+            AtomError: A requirement is missing.
+        """
         shutil.rmtree(folder, ignore_errors=True)
         self.tools = tools
         self.running = {}
@@ -178,8 +186,10 @@ class Episode:
         return [Request(self.row, [*before, *calls[: n + 1]]) for n in range(len(calls))]
 
     def resume(self, calls: Sequence[ToolCall]) -> bool:
-        """Appends the results of the last turn's calls. Returns whether there is room for another turn; if not, the
-        answer ends unfinished, without the results."""
+        """Appends the results of the last turn's calls.
+
+        Returns whether there is room for another turn; if not, the answer ends unfinished, without the results.
+        """
         self.turns[-1]["calls"] = list(calls)
         appended = self.chat.encode_results([call["result"] for call in calls])
         self.ids += appended
@@ -192,15 +202,23 @@ class Episode:
 
     def completion(self) -> Completion:
         return Completion(
-            tuple(self.ids), tuple(self.logprobs), self.is_finished, self.routes, tuple(self.versions),
+            tuple(self.ids),
+            tuple(self.logprobs),
+            self.is_finished,
+            self.routes,
+            tuple(self.versions),
             tuple(self.turns),
-        )  # fmt: skip
+        )
 
 
 def draw(
-    sampler: AnswerGenerator, chat: Chat, toolbox: Toolbox, limits: Limits, requests: Sequence[tuple[Row, int]],
+    sampler: AnswerGenerator,
+    chat: Chat,
+    toolbox: Toolbox,
+    limits: Limits,
+    requests: Sequence[tuple[Row, int]],
     greedy: bool = False,
-) -> list[Completion]:  # fmt: skip
+) -> list[Completion]:
     """Returns one completion for each (task, seed), all of them turn by turn.
 
     Raises what the sampler raises, and ToolFailed if a tool cannot answer.
@@ -219,7 +237,8 @@ def problem(r: Rollout, chat: Chat, row: Row, limits: Limits | None) -> str | No
     """Returns the reason why the turns of an answer from a file cannot be those of its tokens; None if they can.
 
     The calls must
-    be in the drawn tokens, and the results in those between them; each turn must end or go on as it would."""
+    be in the drawn tokens, and the results in those between them; each turn must end or go on as it would.
+    """
     if limits is None or r.turns is None:
         return None if limits is None and r.turns is None else "has turns, or lacks them, unlike the phase"
     try:

@@ -41,10 +41,15 @@ class Pool:
     def __init__(
         self, workers: int | None = None, limits: Limits | None = None, extra_limits: Sequence[Limits] = ()
     ) -> None:
-        """workers: by default two for each core, because a worker often waits for its sandbox. extra_limits: the limits
-        of further cells of each worker.
+        """Starts the cells.
 
-        Raises SandboxFailed where no sandbox starts.
+        Args:
+            workers: By default two for each core, because a worker often waits for its sandbox.
+            limits: Limits of the first cell of each worker.
+            extra_limits: Limits of its further cells.
+
+        Raises:
+            SandboxFailed: No sandbox starts.
         """
         self.workers = workers or 2 * len(os.sched_getaffinity(0))
         self._cells = [
@@ -63,9 +68,9 @@ class Pool:
             raise
 
     def map(self, work: Callable[[list[Cell], T], R], items: Iterable[T], killed: Callable[[T], R]) -> list[R]:
-        """work(cells, item) for each item, as many at a time as there are workers; results in their order.
+        """Returns work(cells, item) for each item, in order; as many run at a time as there are workers.
 
-        killed(item): the result for an item that kills its sandbox.
+        `killed(item)` is the result for an item that kills its sandbox.
 
         Raises:
             SandboxFailed: The sandbox itself fails.

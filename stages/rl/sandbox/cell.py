@@ -16,29 +16,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 from stages.rl.sandbox.cgroups import PREFIX, Cgroup
 from stages.rl.sandbox.inside import DEVICES
 from stages.rl.sandbox.outcome import PATIENCE, Job, Limits, Outcome, SandboxFailed, Status
 
 
-class Host(Protocol):
-    """The interface of a cell for its program."""
-
-    limits: Limits
-    control: socket.socket
-
-    @property
-    def pid(self) -> int | None: ...
-
-    def close(self) -> None: ...
-
-
 class Running:
     """A program in its cell. As a context: its remaining processes are killed at the end."""
 
-    def __init__(self, cell: Host, job: Job, cgroup: Cgroup | None) -> None:
+    def __init__(self, cell: Cell, job: Job, cgroup: Cgroup | None) -> None:
         self.cell, self.limits, self._cgroup = cell, cell.limits, cgroup
         self._killed_before = cgroup.out_of_memory() if cgroup else 0
         self._reason: Status | None = None

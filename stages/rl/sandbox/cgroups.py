@@ -120,8 +120,12 @@ class Cgroup:
 
     def out_of_memory(self) -> int:
         """Returns the number of processes in the group that the kernel killed for memory."""
-        lines = [line.split() for f in self.folders for name in ("memory.oom_control", "memory.events")
-                 for line in _read(f / name).splitlines()]  # fmt: skip
+        lines = [
+            line.split()
+            for f in self.folders
+            for name in ("memory.oom_control", "memory.events")
+            for line in _read(f / name).splitlines()
+        ]
         return sum(int(count) for name, count in lines if name == "oom_kill")
 
     def close(self) -> None:

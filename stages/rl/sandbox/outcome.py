@@ -64,7 +64,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """exit_code: negative if a signal ended it. cpu_seconds: of its first process and those that this waited for."""
+    """The end of a program.
+
+    Attributes:
+        status: How it ended.
+        stdout: Its standard output.
+        stderr: Its standard error.
+        exit_code: Its exit code; negative if a signal ended it.
+        cpu_seconds: Time of its first process and those that this waited for.
+    """
 
     status: Status
     stdout: str

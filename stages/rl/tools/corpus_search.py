@@ -101,7 +101,7 @@ class Index:
     """The running tool."""
 
     def __init__(self, file: Path, passages: Iterator[tuple[str, str]], most: int) -> None:
-        """most: the maximum number of passages of a result."""
+        """Makes the index of (document, passage). A result has at most `most` of them."""
         import sqlite3
 
         self.most, self.error = most, sqlite3.Error

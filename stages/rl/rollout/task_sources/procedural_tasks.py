@@ -73,8 +73,10 @@ class CourtesyTasks(SourceSettings):
 
 
 class InstructionTasks(SourceSettings):
-    """Requests for a note of a form (stages/tasks/synthetic/instructions.py). The level is the number of
-    constraints."""
+    """Requests for a note of a form (stages/tasks/synthetic/instructions.py).
+
+    The level is the number of constraints.
+    """
 
     verifier: ClassVar[str] = "instructions"
     source: Literal["instructions"] = Field(description="selects this kind of tasks")
@@ -119,9 +121,7 @@ class ReasoningGymTasks(SourceSettings):
 def reasoning_gym_rows(
     dataset: str, seed: int, count: int, level: int = 0, settings: Mapping[str, Any] | None = None
 ) -> list[Row]:
-    """`count` rows of a dataset with these settings of its own.
-
-    Kind: the dataset's name.
+    """Returns `count` rows of a dataset with these settings of its own. Their kind is the dataset's name.
 
     Raises:
         AtomError: There is no such dataset, it refuses the settings, or its answers cannot be scored here.

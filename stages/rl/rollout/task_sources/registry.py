@@ -32,12 +32,7 @@ class SourceSettings(Config):
         "state; null: 0.05 above chance",
     )
 
-    def chance(self, level: int) -> float:
-        """Returns the share of right answers among guesses between what a question shows; 0: it shows no choice."""
-        return 0.0
 
-
-# {source: its class}.
 TASK_SOURCES = {
     "problems": "stages.rl.rollout.task_sources.procedural_tasks:ProblemTasks",
     "courtesies": "stages.rl.rollout.task_sources.procedural_tasks:CourtesyTasks",

@@ -78,8 +78,11 @@ BATCH = 256
 
 
 class HubTasks(SourceSettings):
-    """Rows of a dataset on the Hub, at a commit. A row without a question or an answer in its fields is no task, and
-    neither is a row of code whose own solution fails its tests, or whose tests pass what is no number."""
+    """Rows of a dataset on the Hub, at a commit.
+
+    A row without a question or an answer in its fields is no task, and neither is a row of code whose own solution
+    fails its tests, or whose tests pass what is no number.
+    """
 
     source: Literal["hub"] = Field(description="selects this kind of tasks")
     repo: Repo = Field(description="dataset repository")
@@ -136,7 +139,7 @@ class HubTasks(SourceSettings):
             yield {**task, "id": f"{self.kind}/{self.level}/{number:06d}"}
 
     def _read(self) -> Iterator[DataRow]:
-        """The rows that can be read."""
+        """Yields the rows that can be read."""
         from stages.data import hub_files
 
         settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path"})
@@ -201,8 +204,9 @@ def tests_of(value: object) -> tuple[str, list[str]] | None:
             for node in asserts
         ]
         called = set[str]().union(*names) - set(dir(builtins))
-        if len(called) != 1 or not all(isinstance(node, ast.Assert) and called <= each
-                                       for node, each in zip(asserts, names, strict=True)):  # fmt: skip
+        if len(called) != 1 or not all(
+            isinstance(node, ast.Assert) and called <= each for node, each in zip(asserts, names, strict=True)
+        ):
             return None
         return called.pop(), [ast.unparse(node) for node in asserts]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
