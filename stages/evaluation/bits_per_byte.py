@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 # Maximum number of held-out documents of a source; two are needed for a standard error.
 HeldoutLimit = Annotated[int, Range(2, 1e6)]
+MOST_DOCUMENTS = 100_000
+# Bounds of the held-out text for long contexts.
+MOST_BYTES = 2**27
 
 
 class DocumentScore(TypedDict):
@@ -129,11 +132,6 @@ def token_bytes(tokenizer: Any, ids: list[int]) -> int:
     return sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids))
 
 
-MOST_DOCUMENTS = 100_000
-# Bounds of the held-out text for long contexts.
-MOST_BYTES = 2**27
-
-
 class HeldoutDocument(TypedDict):
     """The columns that are read of a curated document."""
 
@@ -153,7 +151,7 @@ def heldout_documents(folder: Path, limit: int) -> list[HeldoutDocument]:
     """Returns up to `limit` held-out documents of every source, by source and id.
 
     Args:
-        folder: Of the kept documents.
+        folder: Folder of the kept documents.
 
     Raises:
         AtomError: A source has a single one, or there are none.

@@ -105,11 +105,6 @@ def compute_shard(pieces: Sequence[Piece[M]], work: Path, load: Callable[[], M],
     compute(pieces[shard::shards], work, load)
 
 
-def batches(rows: Sequence[R], size: int) -> list[Sequence[R]]:
-    """Returns the rows in batches of `size`; the last one may have fewer."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def batched_pieces(name: str, rows: Sequence[R], size: int, make: Callable[[M, Sequence[R]], Any]) -> list[Piece[M]]:
     """Returns a piece for each batch of rows.
 
@@ -123,7 +118,8 @@ def batched_pieces(name: str, rows: Sequence[R], size: int, make: Callable[[M, S
     def piece(number: int, batch: Sequence[R]) -> Piece[M]:
         return Piece(f"{name}-{number:05d}", lambda model: make(model, batch), len(batch))
 
-    return [piece(number, batch) for number, batch in enumerate(batches(rows, size))]
+    starts = range(0, len(rows), size)
+    return [piece(number, rows[start : start + size]) for number, start in enumerate(starts)]
 
 
 def count(items: int, size: int) -> int:

@@ -116,8 +116,9 @@ def _require_increasing(name: str, values: Sequence[float]) -> None:
 def pieces(
     section: ContextSection, tokenizer: Any, encode: Encode, read: Callable[[], Sequence[HeldoutDocument]]
 ) -> list[Piece[LanguageModel]]:
-    """Returns the pieces of a model's evaluation: the rows of `passkey.parquet` of each length, and those of
-    `positions.parquet`.
+    """Returns the pieces of a model's evaluation.
+
+    They give the rows of `passkey.parquet` of each length, and those of `positions.parquet`.
 
     A piece raises AtomError if a length leaves no room for a key, or if the documents are too few or too short.
 

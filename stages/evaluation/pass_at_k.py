@@ -271,8 +271,11 @@ def _majority_of(rows: Sequence[Answer], k: int) -> float:
 
 
 def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accuracy", "reward"]) -> AnswerStatistics:
-    """Returns statistics of answers by item: the mean reward under `name`, mean generated tokens, and the shares of
-    answers that are truncated at max_new_tokens or have a reasoning."""
+    """Returns statistics of answers by item.
+
+    They are the mean reward under `name`, mean generated tokens, and the shares of answers that are truncated at
+    max_new_tokens or have a reasoning.
+    """
     rows = [row for answers in items.values() for row in answers]
     statistics: AnswerStatistics = {
         "tokens": sum(row["tokens"] for row in rows) / len(rows),

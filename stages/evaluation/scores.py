@@ -1,5 +1,7 @@
-"""The fields of the JSON files of evaluation, which cards, gates and checks of a release read: `scores.json` of the
-stages evaluate, solve, fresh, prefer, memorization and harness, and `report.json` of the stage contamination.
+"""The fields of the JSON files of evaluation, which cards, gates and checks of a release read.
+
+They are `scores.json` of the stages evaluate, solve, prefer, memorization and harness, and `report.json` of the stage
+contamination.
 
 Each has `engine`, the package and version of vLLM, if a server computed it; without, transformers did, in fp32.
 
@@ -41,8 +43,8 @@ class ModelScores(TypedDict):
     The fields that may be absent exist for a recipe with long contexts, as in LongContextScores.
 
     Attributes:
-        bits_per_byte: By source.
-        accuracy: By task.
+        bits_per_byte: Bits per byte by source.
+        accuracy: Accuracy by task.
     """
 
     bits_per_byte: dict[str, Ratio]
@@ -73,7 +75,7 @@ class ProblemScores(TypedDict):
     """Problems of one kind.
 
     Attributes:
-        at: By k.
+        at: Scores of several answers, by k.
     """
 
     greedy: AnswerStatistics
@@ -122,7 +124,7 @@ class SideScores(TypedDict):
     """The answers of one of two compared models.
 
     Attributes:
-        parts: Of the reward.
+        parts: Parts of the reward.
     """
 
     parts: dict[str, Mean]
@@ -203,7 +205,7 @@ class ContaminationReport(VerdictCounts):
 
     Attributes:
         read: Texts by phase.
-        scores: By input and kind.
+        scores: Scores by input and kind.
     """
 
     thresholds: dict[str, Any]
@@ -228,7 +230,7 @@ class MemorizationScores(TypedDict):
     """`scores.json` of the stage memorization.
 
     Attributes:
-        by_times_seen: By range of times seen, `0` for held-out documents.
+        by_times_seen: Documents by range of times seen, `0` for held-out ones.
         by_source: The same by source.
     """
 

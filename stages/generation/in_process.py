@@ -1,5 +1,9 @@
-"""The in-process sampler: a transformers model with the trainer's tensors reads the prompts, and a decoder continues
-from its cache: this project's for the supported architectures, else the model's own forward pass.
+"""The in-process sampler: a transformers model reads the prompts, and a decoder continues from its cache.
+
+`Decoder` has the formulas of Qwen3, dense or with experts. After the prompts, a step of a small model spends most time
+around its arithmetic: modules, new masks, caches copied to grow by a token, keys repeated for each query head. This
+decoder needs some thirty operations a layer, on a cache that is written in place. Tests compare its logits with
+transformers'. `LibraryDecoder` is for all other architectures.
 
 The log-probabilities are those of the exact distribution from which a token was drawn. Every answer has a random stream
 of its own, so it does not depend on the other prompts of a batch, up to the rounding of a batched matrix product.
@@ -26,6 +30,13 @@ from stages.mcore import gpu
 ROWS = 256
 # The share of unfinished rows below which the cache is copied without the finished ones.
 COMPACT_BELOW = 0.75
+CLASSES = (Qwen3ForCausalLM, Qwen3MoeForCausalLM)
+NAMES = " and ".join(kind.__name__ for kind in CLASSES)
+# Tokens of prompts that are read together, including padding: the activations of more do not fit into the processor's
+# caches.
+READ_TOKENS = 1024
+# Minimum tokens by which the cache grows.
+ROOM_TOKENS = 64
 
 
 class InProcess(Sampler):
@@ -153,7 +164,7 @@ class InProcess(Sampler):
         """Returns the completions with the experts of question and answer, without the last token.
 
         Args:
-            of_prompts: By prompt.
+            of_prompts: Experts by prompt.
             of_steps: Rows and their experts, of each step.
         """
         experts = self.model.config.num_experts
@@ -163,8 +174,8 @@ class InProcess(Sampler):
                 answers[row].append(of_token)
         recorded = []
         for prompt, completion, steps in zip(prompts, completions, answers, strict=True):
-            both = torch.cat([of_prompts[prompt.ids], *(x[None] for x in steps[: len(completion.ids) - 1])])
-            recorded.append(replace(completion, routes=encode_routes(both, experts)))
+            visited = torch.cat([of_prompts[prompt.ids], *(x[None] for x in steps[: len(completion.ids) - 1])])
+            recorded.append(replace(completion, routes=encode_routes(visited, experts)))
         return recorded
 
     def _noise(self, prompts: list[Prompt]) -> torch.Tensor:
@@ -177,8 +188,9 @@ class InProcess(Sampler):
         return torch.stack(rows).double()
 
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns tokens [rows] and their log-probabilities, by inverting the distribution function at the random
-        number.
+        """Returns tokens [rows] and their log-probabilities.
+
+        A token is where the distribution function reaches the random number.
 
         It computes where the logits are, and brings only the tokens to the host.
         """
@@ -222,15 +234,6 @@ def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         raise ValueError(f"the sampler's model has no tensor {unexpected[0]}")
 
 
-CLASSES = (Qwen3ForCausalLM, Qwen3MoeForCausalLM)
-NAMES = " and ".join(kind.__name__ for kind in CLASSES)
-# Tokens of prompts that are read together, including padding: the activations of more do not fit into the processor's
-# caches.
-READ = 1024
-# Minimum tokens by which the cache grows.
-ROOM = 64
-
-
 class Decoder:
     """Decodes rows with the parameters of a model, which it reads in place, so that they may be overwritten."""
 
@@ -272,7 +275,7 @@ class Decoder:
             batch = [unique_prompts[start]]
             while (
                 start + len(batch) < len(unique_prompts)
-                and (len(batch) + 1) * len(unique_prompts[start + len(batch)]) <= READ
+                and (len(batch) + 1) * len(unique_prompts[start + len(batch)]) <= READ_TOKENS
             ):
                 batch.append(unique_prompts[start + len(batch)])
             longest = len(batch[-1])
@@ -340,7 +343,7 @@ class Decoder:
         """Appends a token to each row, [rows]; returns the logits of the next token, [rows, vocabulary]."""
         position, self.length = self.length, self.length + 1
         if self.cache[0].shape[3] == position:
-            self.cache = [F.pad(layer_cache, (0, 0, 0, max(ROOM, position // 2))) for layer_cache in self.cache]
+            self.cache = [F.pad(layer_cache, (0, 0, 0, max(ROOM_TOKENS, position // 2))) for layer_cache in self.cache]
         rotary = self.rotary[:, position - self.pads, None]
         # Padding is masked by minus infinity, once for each group of heads.
         bias = self.bias[:, : self.length].repeat_interleave(self.groups, 0)[:, None]
@@ -427,8 +430,11 @@ def cache_argument(model: Any) -> str:
 
 
 class LibraryDecoder:
-    """Decodes rows by a transformers model's own forward pass: slower, for any architecture whose cache transformers
-    can cut by rows. The model's parameters may be overwritten in place."""
+    """Decodes rows by a transformers model's own forward pass.
+
+    It is slower, and for any architecture whose cache transformers can cut by rows. The model's parameters may be
+    overwritten in place.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model

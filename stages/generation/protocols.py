@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from stages.generation.weights import Weights
 
+# Number of experts up to which one byte holds an expert.
+BYTE_EXPERTS = 256
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -97,7 +100,7 @@ class SamplerContext:
     Attributes:
         config: The content of config.json; its `dtype` is the trainer's.
         stops: Ids of the tokens that end an answer.
-        folder: For files of the sampler, in the stage's work folder.
+        folder: Folder for files of the sampler, in the stage's work folder.
         routes: Whether completions are to have routes.
         note: Writes a line of the stage's log.
     """
@@ -149,16 +152,12 @@ class Sampler(ABC):
         """Returns one completion for each prompt, in their order.
 
         Args:
-            greedy: Of the likeliest tokens; log-probabilities are then those at temperature 1.
+            greedy: True for the likeliest tokens; log-probabilities are then those at temperature 1.
         """
 
     @abstractmethod
     def close(self) -> None:
         """Frees what it holds, child processes included."""
-
-
-# Number of experts up to which one byte holds an expert.
-BYTE_EXPERTS = 256
 
 
 def encode_routes(routes: torch.Tensor, experts: int) -> bytes:

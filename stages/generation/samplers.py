@@ -1,4 +1,4 @@
-"""The samplers by name. A new one is a file in this folder and a line here.
+"""The samplers by name, and the models of evaluations. A new sampler is a file in this folder and a line here.
 
 The file defines a class derived from `Sampler` (stages/generation/protocols.py). It may import torch, because it is
 imported when a phase starts to draw; the data for a plan is stated here.
@@ -74,7 +74,7 @@ def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest
     """Returns the model of an exported folder.
 
     Args:
-        work: For the log of a server.
+        work: Folder for the log of a server.
         longest: Tokens of the longest row that will be read, if that is more than the model's context.
 
     Raises:
@@ -95,7 +95,7 @@ def open_sampler(
     """Returns what draws answers of an exported model at temperature 1.
 
     Args:
-        work: For the log of a server.
+        work: Folder for the log of a server.
         setting: The engine's in the recipe, for messages.
     """
     if engine.kind == "vllm":

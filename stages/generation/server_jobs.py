@@ -150,25 +150,13 @@ def serve(settings: SamplingSettings, place: ServerPlace) -> None:
     gpus = (torch.cuda.device_count(), 1.0) if torch.cuda.is_available() else None
     server = vllm_server.Server.start(python, place.folder, place.log, settings.options, gpus, place.folder / SECRET)
     try:
-        if not _await(server, place, vllm_server.START_SECONDS):
+        if not server.wait(None, place.ended, POLL_SECONDS):
             return
         place.ready()
         job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         announcement = Announced(place.run, server.url, node_name(), job, start)
         with announced(place.folder, place.number, announcement):
-            while _await(server, place, SILENCE_SECONDS):
+            while server.wait(SILENCE_SECONDS, place.ended, POLL_SECONDS):
                 time.sleep(POLL_SECONDS)
     finally:
         server.close()
-
-
-def _await(server: vllm_server.Server, place: ServerPlace, seconds: float) -> bool:
-    """Waits until the server answers; False if the stage ends before. Raises ServerLost as `Server.wait` does."""
-    end = time.monotonic() + seconds
-    while not place.ended():
-        if (problem := server.problem()) is None:
-            return True
-        if time.monotonic() > end:
-            raise server.lost(f"no answer within {seconds:.0f} s: {problem}")
-        time.sleep(POLL_SECONDS)
-    return False

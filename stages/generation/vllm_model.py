@@ -1,5 +1,6 @@
-"""A language model of a vLLM server, which the stage starts on its own node: for log-probabilities of given tokens
-(vLLM's `prompt_logprobs`), for greedy continuations, and for drawn answers."""
+"""A language model of a vLLM server, which the stage starts on its own node.
+
+It gives log-probabilities of given tokens (vLLM's `prompt_logprobs`), greedy continuations, and drawn answers."""
 
 from __future__ import annotations
 
@@ -58,9 +59,7 @@ def context_of(folder: Path) -> int:
 
 
 def dtype_of(folder: Path) -> str:
-    """Returns the data type of the weights in a folder, which transformers 4 calls torch_dtype; `auto` if it is not
-    stated.
-    """
+    """Returns the data type of the weights in a folder; `auto` if it is not stated."""
     config = config_of(folder)
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
@@ -76,8 +75,8 @@ class Client:
 
     Args:
         context: Tokens of the longest row that the model was made for.
-        longest: Of the longest that the server reads.
-        setting: Of the recipe, which chose the server.
+        longest: Tokens of the longest row that the server reads.
+        setting: Setting of the recipe that chose the server.
     """
 
     def __init__(self, server: Server, context: int, longest: int, setting: str = SETTING) -> None:
@@ -89,7 +88,7 @@ class Client:
 
         Args:
             longest: If that is more than the model's context, the rotary embedding extrapolates, as in transformers.
-            setting: Of the recipe, for messages.
+            setting: Setting of the recipe, for messages.
 
         Raises:
             AtomError: vLLM is missing, or a scaled embedding ends before `longest`.

@@ -12,7 +12,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -27,7 +27,7 @@ from stages.generation import server_jobs
 from stages.generation.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.generation.server_jobs import Announced
 from stages.generation.vllm_server import IN_FLIGHT, Server, ServerLost, in_parallel, interpreter
-from stages.generation.weights import Sender, Weights
+from stages.generation.weights import Broadcast, Weights
 
 # Seconds in which a server to which a broadcast failed may say why.
 REASON_SECONDS = 5.0
@@ -48,39 +48,21 @@ class VllmServer(Sampler):
 
     serves_many = True
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        stops: Sequence[int],
-        max_new_tokens: int,
-        temperature: float,
-        folder: Path,
-        urls: Sequence[str] = (),
-        options: Sequence[str] = (),
-        note: Callable[[str], None] = print,
-        search: ServerSearch | None = None,
-        secret: str | None = None,
-    ) -> None:
+    def __init__(self, context: SamplerContext, temperature: float = 1.0, search: ServerSearch | None = None) -> None:
         """Starts a server, or finds those of others.
 
         Args:
-            config: Content of config.json; its `dtype` is served.
-            stops: Ids of the tokens that end an answer.
-            max_new_tokens: Maximum number of tokens of an answer.
+            context: The model and the settings. All servers see its folder, which is emptied.
             temperature: Temperature of sampling.
-            folder: Folder that all servers see; it is emptied.
-            urls: Addresses of servers that others started.
-            options: Options of a server that this process starts.
-            note: Is told which server is lost.
             search: Place where servers in jobs of their own announce themselves.
-            secret: File of the servers at `urls`.
 
         Raises:
             AtomError: There is no vLLM to start, or the secret is unusable.
         """
-        self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.note, self.search = note, None if urls else search
+        settings = context.settings
+        self.config, self.stops, self.folder = dict(context.config), frozenset(context.stops), context.folder.absolute()
+        self.max_new_tokens, self.temperature = settings.max_new_tokens, temperature
+        self.note, self.search = context.note, None if settings.url else search
         self.weights: Weights | None = None
         # The servers that have the weights; the others are new or lost.
         self.serving: list[Server] = []
@@ -93,8 +75,8 @@ class VllmServer(Sampler):
         (self.folder / "config.json").write_text(json.dumps(self.config))
         self.servers: list[Server] = []
         self.announced: dict[Announced, Server] = {}
-        if urls:
-            self.servers = [Server(url, Path(str(secret))) for url in urls]
+        if settings.url:
+            self.servers = [Server(url, Path(str(settings.secret))) for url in settings.url]
         elif self.search is not None:
             place = Path(self.search.folder)
             place.mkdir(parents=True, exist_ok=True)
@@ -106,23 +88,11 @@ class VllmServer(Sampler):
             if torch.cuda.is_available():
                 free, total = torch.cuda.mem_get_info()
                 gpus = torch.cuda.device_count(), free / total
-            self.servers = [Server.start(interpreter(), self.folder, log, options, gpus)]
+            self.servers = [Server.start(interpreter(), self.folder, log, settings.options, gpus)]
 
     @classmethod
     def create(cls, context: SamplerContext) -> Self:
-        settings = context.settings
-        return cls(
-            context.config,
-            context.stops,
-            settings.max_new_tokens,
-            1.0,
-            context.folder,
-            settings.url,
-            settings.options,
-            context.note,
-            ServerSearch.of_environment(),
-            settings.secret,
-        )
+        return cls(context, search=ServerSearch.of_environment())
 
     def load(self, weights: Weights) -> None:
         """Loads the weights, which are in a folder, into every server, under the policy's digest as their version.
@@ -336,7 +306,7 @@ class VllmServer(Sampler):
         """Returns what a server is told of the trainer's model: the numbers of its config."""
         return {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
 
-    def _receive(self, sender: Sender, digest: str, is_alone: bool) -> list[Server]:
+    def _receive(self, sender: Broadcast, digest: str, is_alone: bool) -> list[Server]:
         """Has all servers that are there receive the weights by broadcast. Returns those that have them.
 
         A server that fails is left out, and breaks nothing else.

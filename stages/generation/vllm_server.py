@@ -79,6 +79,8 @@ _WORKER = os.pathsep.join([str(Path(__file__).parent / "vllm_worker"), str(Path(
 # stage is killed.
 _WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/null'
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+# The variable of a server that takes weights: vLLM has the routes for them in its development mode only.
+TRANSFER = {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 def interpreter(section: str = "sampling") -> str:
@@ -200,10 +202,6 @@ def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[di
     return {}, [f"--gpu-memory-utilization={SHARE * free:.2f}"]
 
 
-# The variable of a server that takes weights: vLLM has the routes for them in its development mode only.
-TRANSFER = {"VLLM_SERVER_DEV_MODE": "1"}
-
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -274,7 +272,7 @@ class Server:
             log: File for the server's output.
             options: Further options of vLLM.
             gpus: Number of GPUs that this process sees, and the free share of its own one's memory; None without GPUs.
-            secret: For a server without training beside it, on all its GPUs. See `local`.
+            secret: File of the secret, for a server without training beside it, on all its GPUs. See `local`.
         """
         variables: dict[str, str] = {}
         if gpus is None:
@@ -341,18 +339,26 @@ class Server:
             self.close()
             self.process, self.instance = self.run(), ""
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Waits until the server answers.
+    def wait(self, seconds: float | None = None, ended: Callable[[], bool] = lambda: False, poll: float = 0.25) -> bool:
+        """Waits until the server answers. Returns False if `ended` says that nobody waits any more.
+
+        Args:
+            seconds: Time to wait, by default START_SECONDS.
+            ended: Tells whether the waiting has ended.
+            poll: Seconds between two attempts.
 
         Raises:
             ServerLost: It dies before or takes longer.
         """
         seconds = START_SECONDS if seconds is None else seconds
         end = time.monotonic() + seconds
-        while (problem := self.problem()) is not None:
+        while not ended():
+            if (problem := self.problem()) is None:
+                return True
             if time.monotonic() > end:
                 raise self.lost(f"no answer within {seconds:.0f} s: {problem}") from None
-            time.sleep(0.25)
+            time.sleep(poll)
+        return False
 
     def problem(self) -> str | None:
         """Returns the reason why the server does not answer; None if it does.

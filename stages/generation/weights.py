@@ -1,8 +1,15 @@
 """A policy's weights on their way to a sampler: each rank of the trainer hands over the tensors that it puts together.
 
-The ranks write safetensors files with transformers' names into a folder that all see, each its own, and rank 0 writes
-the index last (stages/generation/vllm_worker/atom_index.py). A rank holds the tensor that it puts together and those
-of a file. The policy's digest follows from the digests of the tensors, so every rank reads its own only.
+By files, the ranks write safetensors with transformers' names into a folder that all see, each its own, and rank 0
+writes the index last (stages/generation/vllm_worker/atom_index.py). A rank holds the tensor that it puts together and
+those of a file. The policy's digest follows from the digests of the tensors, so every rank reads its own only.
+
+By broadcast, the first of the ranks that hold a tensor sends it to vLLM servers, over gloo on CPU and over NCCL on GPU.
+Each server has a group of its own with the ranks that send (stages/generation/vllm_worker/atom_group.py), so a server
+that is lost breaks its own group alone; all servers receive at the same time. A group lasts until it breaks. Data ranks
+after the first only compute digests, for which all take turns: the processes of a group are all connected with each
+other, so its connections grow with the square of its ranks. A rank holds the tensors of a packet, never the model.
+Rank 0 holds the sampler, which talks to the servers; the other ranks follow what it does with the groups.
 """
 
 from __future__ import annotations
@@ -52,36 +59,8 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 Rows = dict[str, dict[str, Any]]
 # The tensors of a rank: their entries, and their files.
 Share = tuple[Rows, dict[str, str]]
-
-
-class Sender(Protocol):
-    """The broadcast as rank 0's sampler uses it: all ranks send a policy to servers, which it names by their URLs."""
-
-    def has_group(self, server: str) -> bool:
-        """Returns True if the ranks are in a group with a server."""
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """The description of the tensors that a server receives."""
-
-    def invite(self, server: str, secret: bytes) -> dict[str, Any]:
-        """Returns the invitation of a server to a new group, which `join` then forms.
-
-        Args:
-            secret: What it shares with the server.
-
-        Raises:
-            OSError: It cannot be reached.
-        """
-
-    def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
-        """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
-
-    def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Forms the groups of invited servers. Returns those that have one."""
-
-    def send(self, servers: Sequence[str]) -> set[str]:
-        """Sends the policy to these servers, which must be receiving. Returns those that got all of it."""
+# Within which a group must form, and each of its broadcasts end.
+GROUP_SECONDS = 120.0
 
 
 class Receiver(Protocol):
@@ -95,14 +74,17 @@ class Weights(Mapping[str, torch.Tensor]):
     """A policy's tensors by transformers' names.
 
     Args:
-        digest: Of the policy.
-        folder: Of the files with them, of which each tensor is then read on access, or None for the trainer's live
-            tensors.
+        digest: Digest of the policy.
+        folder: Folder of their files, from which each is read on access; None for the trainer's live tensors.
         sender: Sends them instead; there are then no tensors here.
     """
 
     def __init__(
-        self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None, sender: Sender | None = None
+        self,
+        digest: str,
+        tensors: Mapping[str, torch.Tensor],
+        folder: Path | None = None,
+        sender: Broadcast | None = None,
     ) -> None:
         self.digest, self.tensors, self.folder, self.sender = digest, tensors, folder, sender
 
@@ -210,7 +192,7 @@ def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
     """Returns the tensors of all ranks.
 
     Args:
-        names: Of the whole model.
+        names: Names of all tensors of the model.
 
     Raises:
         AtomError: No rank has one, or more than one.
@@ -225,11 +207,7 @@ def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
     return merged
 
 
-# Within which a group must form, and each of its broadcasts end.
-SECONDS = 120.0
-
-
-class Broadcast(Sender):
+class Broadcast:
     """One on each rank. `load` is collective; what a `Sender` does, rank 0's sampler asks for meanwhile."""
 
     def __init__(self, tensors: Callable[[bool], Tensors], ranks: Ranks) -> None:
@@ -284,16 +262,27 @@ class Broadcast(Sender):
         self.roots = [senders.index(root_of[name]) for name in self.names]
 
     def has_group(self, server: str) -> bool:
+        """Returns True if the ranks are in a group with a server."""
         return server in self.groups
 
     @property
     def content(self) -> dict[str, Any]:
+        """The description of the tensors that a server receives."""
         return {"names": self.names, "rows": self.rows, "roots": self.roots}
 
     def invite(self, server: str, secret: bytes) -> dict[str, Any]:
+        """Returns the invitation of a server to a new group, which `join` then forms.
+
+        Args:
+            server: URL of the server.
+            secret: What this process shares with it.
+
+        Raises:
+            OSError: It cannot be reached.
+        """
         parts = urlsplit(server)
         # This host's address on the way to the server is that of a connection to it.
-        with socket.create_connection((parts.hostname or "", parts.port or 80), SECONDS) as line:
+        with socket.create_connection((parts.hostname or "", parts.port or 80), GROUP_SECONDS) as line:
             host = str(line.getsockname()[0])
         if self.ranks.world > 1 and ip_address(host).is_loopback:  # other ranks may be elsewhere
             host = own_address()[0] if os.environ["MASTER_ADDR"] != "127.0.0.1" else "127.0.0.1"
@@ -305,7 +294,7 @@ class Broadcast(Sender):
             listener.getsockname()[1],
             is_master=True,
             wait_for_workers=False,
-            timeout=timedelta(seconds=SECONDS),
+            timeout=timedelta(seconds=GROUP_SECONDS),
             master_listen_fd=listener.detach(),
         )
         self.keys[server] = sign(secret, GROUP, nonce)
@@ -314,21 +303,24 @@ class Broadcast(Sender):
             "store": address,
             "nonce": nonce,
             "ranks": len(self.senders),
-            "seconds": SECONDS,
+            "seconds": GROUP_SECONDS,
             "device": device.type,
             "nccl": nccl_version(device),
         }
 
     def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
+        """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
         with suppress(RuntimeError):  # the store is gone: nobody waits any more
-            connect(invitation["store"], self.keys[server], SECONDS).set(WORKERS, "0")
+            connect(invitation["store"], self.keys[server], GROUP_SECONDS).set(WORKERS, "0")
 
     def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Forms the groups of invited servers. Returns those that have one."""
         # to the other ranks in plain, as all within a job
         places = {server: (invitation["store"], self.keys[server]) for server, invitation in invitations.items()}
         return self._lead("join", places)
 
     def send(self, servers: Sequence[str]) -> set[str]:
+        """Sends the policy to these servers, which must be receiving. Returns those that got all of it."""
         return self._lead("send", list(servers))
 
     def close(self) -> None:
@@ -360,11 +352,13 @@ class Broadcast(Sender):
         for server, (address, key) in places.items():
             self._leave(server)
             try:
-                own = self.stores.pop(server) if self.ranks.first else None
-                store = SignedStore(own, key) if own else connect(address, key, SECONDS)
+                if self.ranks.first:  # its store listens in this process
+                    store = SignedStore(self.stores.pop(server), key)
+                else:
+                    store = connect(address, key, GROUP_SECONDS)
                 if workers := int(store.get(WORKERS)):
                     place, size = self.senders.index(self.ranks.rank), len(self.senders) + workers
-                    self.groups[server] = Group(store, place, size, SECONDS, self.ranks.device)
+                    self.groups[server] = Group(store, place, size, GROUP_SECONDS, self.ranks.device)
             except RuntimeError:  # too late, or unreachable: the sampler says so of a server that is not in the result
                 continue
         return places.keys() & self.groups.keys()

@@ -49,8 +49,15 @@ ANSWER_BYTES = 8
 
 @dataclass(frozen=True)
 class Examples:
-    """Equal examples of an update at their full length: `answer` tokens after `question` tokens, which each `shared`
-    examples have in common and which are computed once. A micro-batch has a multiple of `unit` of them."""
+    """Equal examples of an update at their full length.
+
+    Attributes:
+        count: Number of examples.
+        question: Tokens of a question, which `shared` examples have in common and which are computed once.
+        answer: Tokens of an answer.
+        shared: Examples of one question.
+        unit: A micro-batch has a multiple of so many examples.
+    """
 
     count: int
     question: int
@@ -59,9 +66,7 @@ class Examples:
     unit: int = 1
 
     def in_micro_batch(self, size: float) -> int:
-        """Returns the number of examples that fill a micro-batch of that many tokens, questions counted with each
-        example.
-        """
+        """Returns the number of examples that fill a micro-batch of so many tokens, with a question for each."""
         examples = -(-size // (self.question + self.answer))
         return min(self.count, int(-(-examples // self.unit)) * self.unit)
 
@@ -107,10 +112,12 @@ def _examples(config: AnyConfig) -> list[Examples]:
 
 
 def answer_tokens(phase: RlPhase, room: int) -> int:
-    """Returns the maximum number of tokens of an answer, with the results of tools, which have at most one for each
-    character of ordinary text.
+    """Returns the maximum number of tokens of an answer, with the results of tools.
+
+    A result has at most one token for each character of ordinary text.
 
     Args:
+        phase: Settings of the phase.
         room: What the question leaves in the context.
     """
     results = 0 if phase.tools is None else (phase.tools.max_turns - 1) * phase.tools.max_result_characters
@@ -125,14 +132,13 @@ def reference_bytes(config: AnyConfig) -> int:
     if not isinstance(config, RlTrainConfig) or config.phase.kl_coef is None:
         return 0
     layout, width = config.phase.parallelism, 4 if config.phase.precision == "fp32" else 2
+    # The stages of a pipeline hold different layers.
     shares = [memory_share(config.model, config.padded_vocab_size, layout, rank) for rank in range(layout.pp)]
     return 2 * width * max(share.all for share in shares)
 
 
 def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
-    """Returns the time of all updates (stages/mcore/throughput.py), with answers of full length in rows of equal
-    length.
-    """
+    """Returns the time of all updates (stages/mcore/throughput.py), with answers of full length in equal rows."""
     phase, layout = config.phase, config.phase.parallelism
     length = math.ceil(_update_tokens(config) / phase.micro_batches)
     micro_batches, bf16_layers = (
@@ -205,10 +211,10 @@ def estimate(
     Rank 0 holds the weights that go to the sampler, and a reward model, beside its own state.
 
     Args:
-        tokens: Of the phase.
-        passes: In units of a forward pass over them.
+        tokens: Tokens of the phase.
+        passes: Passes over them, in units of a forward pass.
         rate: FLOP/s of a core.
-        sampling: Of these tokens, in one of the passes.
+        sampling: How these tokens are drawn, in one of the passes.
         rollouts: The published answers.
     """
     parameters, phase = config.model.parameters(config.padded_vocab_size), config.phase

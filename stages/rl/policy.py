@@ -52,8 +52,12 @@ class PostTrainer(Trainer):
         return Chat(inputs["tokenizer"]).vocab_size
 
     def load_previous_phase(self) -> None:
-        """Raises AtomError as well if the earlier phase was trained on another tokenizer's tokens, which its checkpoint
-        states if the phase read text: neither a policy nor its reference could read this one's."""
+        """Loads the weights of the earlier phase, which must be of the same tokenizer.
+
+        Raises:
+            AtomError: The earlier phase was trained on another tokenizer's tokens, which its checkpoint states if the
+                phase read text: neither a policy nor its reference could read this one's.
+        """
         init = self.inputs["init"]
         last = init / release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])
         saved = release_checkpoint.load_state(last).get("tokenizer")
@@ -172,6 +176,7 @@ class Policy:
         return generation.mean_reward_by_kind(list(zip(rows, self.score(rows, completions), strict=True)))
 
     def close(self) -> None:
+        # The broadcast first: servers that still wait for its ranks are then freed.
         for resource in (self.broadcast, self.sampler, self.verifiers, self.toolbox):
             if resource is not None:
                 resource.close()
@@ -202,10 +207,10 @@ class RolloutFiles:
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
-        """Returns the wave's answers with their rewards: read from disk if an earlier attempt drew them with this
-        policy, else drawn.
+        """Returns the wave's answers with their rewards.
 
-        They are written when drawn and again when scored.
+        They are read from disk if an earlier attempt drew them with this policy, else drawn. They are written when
+        drawn and again when scored.
 
         Args:
             requests: (task, seed).
@@ -247,6 +252,8 @@ class RolloutFiles:
     def _read(self, path: Path, digest: str, requests: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
         if (answers := self.read(path)) is None:
             return None
+        # A file of an earlier attempt counts only if this policy drew it for the same tasks: after a change of
+        # arithmetic it may not have.
         requests_match = [(r.task, r.seed) for r in answers] == [(row["id"], seed) for row, seed in requests]
         if not requests_match or any(r.policy != digest for r in answers):
             self.report.note(f"{path.name} was drawn by another policy or for other tasks; its answers are drawn again")
@@ -351,6 +358,7 @@ class RecordedRollouts(RolloutFiles):
         recorded = self._wave(wave)
         self.check(wave, recorded, requests, policy)
         for number, answer in enumerate(recorded):
+            # Only of the first step that is read: on another machine, later policies have other digests.
             if is_first and answer.policy != digest:
                 raise self.altered(
                     wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
@@ -432,8 +440,9 @@ class RecordedRollouts(RolloutFiles):
 
 
 def is_answer(r: Rollout, vocab_size: int) -> bool:
-    """Returns True if values from a file can be an answer: tokens of the vocabulary, a finite log-probability of each,
-    and the total of the reward's parts.
+    """Returns True if values from a file can be an answer.
+
+    Its tokens are of the vocabulary, with a finite log-probability each, and its reward is the total of its parts.
     """
     try:
         numbers = math.isfinite(r.reward) and all(map(math.isfinite, r.logprobs)) and r.parts["reward"] == r.reward

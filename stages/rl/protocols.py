@@ -114,8 +114,9 @@ class Verifier(ABC):
 
     @classmethod
     def unsolved(cls, row: Row) -> dict[str, str]:
-        """Answers in the form that it reads which solve nothing, by what they are: beside those of
-        stages/rl/rollout/probes.py, they show what can be earned without solving a task."""
+        """Returns answers in the form that it reads which solve nothing, by what they are.
+
+        Like those of stages/rl/rollout/probes.py, they show what can be earned without solving a task."""
         return {}
 
     @abstractmethod

@@ -58,6 +58,7 @@ def full_batch(engine: Engine, config: AnyConfig, kind: Examples, number: int, m
     """Returns a rank's micro-batches, each of `number` examples; with routing replay, all tokens have experts."""
     phase, ranks = config.phase, engine.ranks
     routes = None
+    # Batches are built of real tensors: the places of tokens decide shapes.
     with unset_fake_temporarily():
         if phase.replays_routing and (routing := config.model.routing) is not None:
             tokens = kind.question + kind.answer - 1

@@ -1,5 +1,6 @@
-"""Reinforcement learning against verifiers (GRPO and its relatives) on top of supervised fine-tuning; as the node
-`online-rlhf`, against a trained reward model.
+"""Reinforcement learning against verifiers (GRPO and its relatives) on top of supervised fine-tuning.
+
+As the node `online-rlhf`, it is against a trained reward model.
 
     atom run atom-tiny --until rlvr
 

@@ -306,7 +306,7 @@ def test_what_a_stranger_writes_into_the_store_of_a_group_is_not_believed(
     sampler: VllmServer, fakes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It could say how many workers a server has, and with whom the ranks connect."""
-    monkeypatch.setattr(weights, "SECONDS", 30.0)
+    monkeypatch.setattr(weights, "GROUP_SECONDS", 30.0)
     sender = Broadcast(lambda by_turns: iter(TENSORS.items()), Ranks(0, 1, Layout(), 0, 1, True))
     sender.senders = [0]
     url = fakes[1][0]

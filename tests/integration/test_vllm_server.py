@@ -27,7 +27,7 @@ from stages.generation.vllm_server import ServerLost
 from stages.generation.vllm_worker import atom_index
 from stages.rl.config import Sampling
 from stages.train.checkpoint.release_checkpoint import save_tensors
-from tests.fixtures import rl_fixtures, weights_fixtures
+from tests.fixtures import rl_fixtures, vllm_fixtures, weights_fixtures
 from tests.fixtures.vllm_fixtures import CHANGED, PROMPT, TENSORS, Fake, answer, fakes, sampler, secret  # noqa: F401 - fixtures
 
 
@@ -236,7 +236,7 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert f"{sys.executable} has no vLLM" in (why(python=sys.executable) or "")
     assert why(url=("http://node1:8000",), secret="secret") is None
     with pytest.raises(AtomError, match="has no vLLM"):
-        VllmServer({"dtype": "float32"}, (1,), 7, 1.0, tmp_path / "served")
+        vllm_fixtures.make_sampler({"dtype": "float32"}, (1,), 7, 1.0, tmp_path / "served")
 
 
 def test_the_registry_makes_a_sampler_of_the_settings(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_servers_in_jobs_of_their_own_come_and_go(
     place.mkdir()
     shutil.copy2(secret, place / "secret")  # of an earlier start of the stage
     search = ServerSearch(str(place), "run-1", 0.1)
-    sampler = VllmServer(config, (1, 3), 7, 0.5, tmp_path / "served", note=notes.append, search=search)
+    sampler = vllm_fixtures.make_sampler(config, (1, 3), 7, 0.5, tmp_path / "served", note=notes.append, search=search)
     assert json.loads((place / "config.json").read_text()) == config, "which the servers wait for"
     first = weights_fixtures.written(sampler.folder, TENSORS)
     with pytest.raises(

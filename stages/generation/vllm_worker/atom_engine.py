@@ -54,7 +54,7 @@ class Model(WeightTransferInitInfo):  # type: ignore[misc]
     Attributes:
         sizes: Entries of the trainer's config.json that the server's model must have too.
         store: Host and port of the group's store; None without broadcasts.
-        nonce: Of it and of the run's secret the key of the store's entries is made.
+        nonce: Number of which, with the run's secret, the key of the store's entries is made.
         ranks: Number of the trainer's ranks in the group.
         seconds: Time in which the group must form, and each broadcast end on the ranks.
         device: Type of the trainer's device.

@@ -44,7 +44,7 @@ class SignedStore(dist.Store):  # type: ignore[misc]
     """A store with a signature on each entry: what somebody else writes into it raises RuntimeError when it is read.
 
     Args:
-        key: Of the group, in hex.
+        key: Key of the group, in hex.
     """
 
     def __init__(self, store: dist.Store, key: str) -> None:
@@ -218,7 +218,7 @@ def connect(address: str, key: str, seconds: float) -> SignedStore:
     """Returns the store at host:port.
 
     Args:
-        key: Of the group, in hex.
+        key: Key of the group, in hex.
     """
     host, port = address.rsplit(":", 1)
     return SignedStore(dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=seconds)), key)

@@ -1,5 +1,7 @@
-"""Policy gradients from groups of answers: draws answers, verifies them, and makes the updates of a step by the
-algorithm that the recipe names (stages/rl/algorithms/policy_gradient.py).
+"""Policy gradients from groups of answers.
+
+A step draws answers, verifies them, and makes its updates by the algorithm that the recipe names
+(stages/rl/algorithms/policy_gradient.py).
 
 Groups whose answers all have the same reward are dropped and replaced.
 """
@@ -47,6 +49,7 @@ class GrpoTrainer(PolicyTrainer):
         self.algorithm = policy_gradient.load(phase.algorithm)
         self.reference: list[torch.Tensor] | None = None
         if phase.kl_coef is not None:
+            # Also after a resume, whose weights come later: the reference is the policy at the start of the phase.
             self.load_previous_phase()
             self.reference = self.engine.local_weights()
         self.curriculum = Curriculum(self.rows, seed_label(self.name), self.config.seed)
@@ -161,13 +164,10 @@ class GrpoTrainer(PolicyTrainer):
         return batches
 
     def _gap_of_own_routing(self, batches: Mapping[int, RankBatch]) -> float:
-        """Returns the sum over tokens of the difference in log-probability between trainer and sampler, if the
-        trainer's routers choose.
-
-        Collective.
-        """
+        """Returns the gap to the sampler, summed over tokens, if the trainer's routers choose. Collective."""
 
         def gap(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            # Replayed rows have weight 0: no sampler drew them.
             present = batch.extras["weight"][:, None] * batch.loss_mask > 0
             total = (-cross_entropy - batch.extras["sampler"]).abs().masked_fill(~present, 0.0).sum()
             return total, {"gap": total}
@@ -231,6 +231,7 @@ class GrpoTrainer(PolicyTrainer):
         assert self.phase.replay is not None
         order, shards = self.replay
         rows = order.rows(step)[number :: self.phase.updates]
+        # The engine divides by the update's divisor, so the mean over replayed tokens is made here.
         weight = self.phase.replay.weight * divisor / sum(row.targets for row in rows)
         examples = []
         for row in rows:
@@ -292,7 +293,9 @@ def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout
     marked = []
     for i, r in enumerate(answers):
         group, sample = divmod(i, samples)
-        dropped = "variance" if equal[group] else "" if r.finished else "truncated"
+        dropped = "" if r.finished else "truncated"
+        if equal[group]:
+            dropped = "variance"
         marked.append(replace(r, group=group, sample=sample, dropped=dropped))
     return marked, equal.count(False)
 
@@ -305,7 +308,7 @@ def training_groups(
     Advantages are of all answers of the groups that differ in reward, truncated ones among them.
 
     Args:
-        routing: Of a model whose routing is replayed.
+        routing: Routing of a model whose routing is replayed.
     """
     groups: dict[tuple[int, int], list[Rollout]] = {}
     for r in answers:
@@ -338,10 +341,10 @@ def without_routes(rank_batch: RankBatch) -> RankBatch:
 
 
 def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch:
-    """Returns the batch with the log-probabilities of its targets under the engine's present weights, among the
-    `extras` of its micro-batches where this rank computes the loss.
+    """Returns the batch with the log-probabilities of its targets under the engine's present weights.
 
-    The reference is another policy, whose routers choose. Collective.
+    They are `name` among the `extras` of its micro-batches, where this rank computes the loss. The reference is another
+    policy, whose routers choose. Collective.
     """
     recorded: list[torch.Tensor] = []
 
@@ -350,7 +353,8 @@ def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch
         return cross_entropy.sum(), {}
 
     engine.figures(without_routes(rank_batch) if name == "reference" else rank_batch, record)
-    if not recorded:  # an earlier rank of the pipeline
+    # Of a pipeline, the last rank alone computes log-probabilities.
+    if not recorded:
         return rank_batch
     micro = [
         replace(batch, extras={**batch.extras, name: logprobs})

@@ -95,9 +95,11 @@ class Dpo(PolicyTrainer):
             "answers": len(answers),
             "policy": digest,
         }
+        # Every update needs a pair; a round with fewer learns nothing, and is sealed with that reason.
         if len(pairs) < self.phase.updates:
             return metrics | {"idle": True}
         rng = random.Random(seed_of(f"{seed_label(self.name)}/round/{step}", self.config.seed))
+        # The order is drawn anew for each round, since pairs come by task; all ranks draw the same.
         rng.shuffle(pairs)
         rng.shuffle(correct)
         for number in range(self.phase.updates):
@@ -201,7 +203,7 @@ def pair_rows(answers: Sequence[Rollout], tasks: Mapping[str, Row], min_margin: 
     """Returns the rows of pairs.parquet of the answers of a round.
 
     Args:
-        tasks: By id.
+        tasks: Tasks by id.
     """
     groups = group_by_task([r for r in answers if r.wave == 0])
     return [pair_row(tasks[better.task], better, r) for group in groups for better, r in all_pairs(group, min_margin)]
@@ -240,6 +242,7 @@ def dpo(beta: float) -> Objective:
         loss, figures = losses.dpo_loss(
             -cross_entropy[pair_rows], batch.extras["reference"][pair_rows], batch.loss_mask[pair_rows], beta
         )
+        # The weight of each token is in the extras: nll_coef, by the pairs of the update and the tokens of its anchors.
         anchor_loss = (cross_entropy * batch.extras["anchor"]).sum()
         mask = batch.loss_mask[pair_rows].bool()
         gap = (-cross_entropy[pair_rows] - batch.extras["reference"][pair_rows]).detach().abs().masked_fill(~mask, 0.0)
@@ -325,6 +328,7 @@ class Reward(PostTrainer):
 
 def bradley_terry(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Returns the Bradley-Terry loss of pairs; a score is the log-probability of one token after the answer."""
+    # An empty micro-batch has a masked row, which is half of no pair.
     pair_rows = batch.loss_mask.any(1)
     return losses.dpo_loss(-cross_entropy[pair_rows], None, batch.loss_mask[pair_rows], 1.0)
 

@@ -40,8 +40,10 @@ QUOTE = re.compile(r" {0,3}> ?")
 
 
 def code_of(answer: str, entry_point: str) -> str:
-    """Returns the first fenced block that defines the entry point, with any name of the fence and any later blocks; if
-    none does, the last block; without blocks, the whole answer.
+    """Returns the code of an answer.
+
+    It is the first fenced block that defines the entry point, with any name of the fence and any later blocks; if none
+    does, the last block; without blocks, the whole answer.
 
     Line ends are those of Python, and byte order marks are ignored.
     """
@@ -59,8 +61,9 @@ def code_of(answer: str, entry_point: str) -> str:
 
 
 def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
-    """Returns the fenced blocks of Markdown, without the indentation of their fences and the markers of enclosing
-    quotes (CommonMark 0.31, sections 4.5 and 5.1).
+    """Returns the fenced blocks of Markdown (CommonMark 0.31, sections 4.5 and 5.1).
+
+    They are without the indentation of their fences and the markers of enclosing quotes.
 
     As an extension, a fence of backticks may open after words, if it has a name or `bare_after_words` is set. An
     unclosed block extends to the end, or to the last line of code that ends in a fence if the number of such lines is
@@ -183,9 +186,11 @@ class CodeVerifier(Verifier):
         with cells[0].begin(job) as answer:
             alive = answer.ask() is not None
             for test in row["tests"]:
+                # Values travel as plain data: an object of the answer could compare equal to anything.
                 line = answer.ask(json.dumps({"call": encode([list(test["input"]), {}])}).encode()) if alive else None
                 alive = line is not None
-                passed += line is not None and returns_expected(line, test["expected"])
+                if line is not None and returns_expected(line, test["expected"]):
+                    passed += 1
             return parts(passed / len(row["tests"]), killed=not alive and ended_by_force(answer))
 
     def _check(self, cells: list[Cell], job: Job, row: Row) -> Parts:
@@ -243,6 +248,7 @@ def equal(value: Any, expected: Any) -> bool:
     if isinstance(expected, list) and isinstance(value, list | tuple):
         return len(value) == len(expected) and all(equal(*pair) for pair in zip(value, expected, strict=True))
     if isinstance(expected, dict) and isinstance(value, dict):
+        # Two keys with one JSON would hide a value, so their number must stay.
         by_name = {k if isinstance(k, str) else json.dumps(k): v for k, v in value.items()}
         return (
             len(by_name) == len(value)

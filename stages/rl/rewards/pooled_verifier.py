@@ -1,4 +1,19 @@
-"""Verifiers whose package parses answers, so that they run in limited processes (see `scoring_pool`)."""
+"""Verifiers whose package parses answers, and the pool of limited processes in which they run.
+
+A worker (`scoring_worker`) imports the scorer's package once and forks for every answer.
+
+If there is no score, a probe shows the cause. The probe is the row's own correct answer: a working scorer gives it full
+marks, and less to GARBAGE.
+
+- Before a row's answers are scored, its probe is. If the scorer fails that, the scorer or the row is broken:
+  VerifierFailed. The packages score most of their own exceptions as 0, so this distinguishes a broken installation
+  from a wrong answer.
+- An answer on which the scorer raised, crashed, or ran out of time or memory is followed by the probe. If that is
+  scored correctly, the answer was the cause: reward 0, with the part `unreadable`. If not: VerifierFailed.
+- A worker that died, or a fork that was killed by SIGKILL (which no limit here sends, but the kernel when memory runs
+  out), is no evidence about the answer: it is scored again, without other answers in parallel. After ATTEMPTS the probe
+  follows: if that is scored correctly, the answer was the cause: reward 0, `unreadable`. If not: VerifierFailed.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +79,7 @@ class ScoringPool:
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Returns `reward` in [0, 1], `finished` and `unreadable` of each answer. Raises VerifierFailed."""
         requests = [(row, json.dumps(self._fields_of(row)), response) for row, response in answers]
+        # One probe for each row, however many answers it has.
         rows = {fields: row for row, fields, response in requests if response.finished}
         with ThreadPoolExecutor(len(self.workers)) as pool:
             list(pool.map(lambda item: self._probe(item[1], item[0]), rows.items()))
@@ -306,9 +322,7 @@ class MathVerify(PooledVerifier):
 
 
 def boxed(answer: str) -> str:
-    """Returns a correct answer in the form that math-verify parses best: in a box, unless it is marked as LaTeX
-    already.
-    """
+    """Returns a correct answer as math-verify parses it best: in a box, unless it is marked as LaTeX already."""
     return answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"
 
 

@@ -1,6 +1,6 @@
 """The verifiers (reward functions) by name. A new one is a file in this folder and a line here.
 
-The file defines a class derived from `Verifier` (stages/generation/protocols.py), and is imported when a task names it.
+The file defines a class derived from `Verifier` (stages/rl/protocols.py), and is imported when a task names it.
 """
 
 from __future__ import annotations
@@ -49,10 +49,7 @@ def make_verifier(
     Raises:
         RecipeError: The name or a setting is unknown, or a requirement is missing.
     """
-    verifier = verifier_class(name)
-    validated = _validate(verifier, settings or {})
-    if reason := verifier.missing():
-        raise RecipeError(reason)
+    verifier, validated = _checked(name, settings or {})
     return verifier(VerifierContext(validated, inputs or {}, chat))
 
 
@@ -68,18 +65,20 @@ def obstacle(names: Iterable[str], settings: Mapping[str, Mapping[str, Any]]) ->
     """Returns the reason why a verifier of these names cannot score here, if any."""
     for name in sorted(set(names)):
         try:
-            verifier = verifier_class(name)
-            _validate(verifier, settings.get(name, {}))
+            _checked(name, settings.get(name, {}))
         except AtomError as error:
             return str(error)
-        if reason := verifier.missing():
-            return reason
     return None
 
 
-def _validate(verifier: type[Verifier], settings: Mapping[str, Any]) -> Config:
+def _checked(name: str, settings: Mapping[str, Any]) -> tuple[type[Verifier], Config]:
+    """Returns the class of a verifier and its validated settings, without making one. Raises as `make_verifier`."""
+    verifier = verifier_class(name)
     try:
-        return verifier.Settings.model_validate(settings)
+        validated = verifier.Settings.model_validate(settings)
     except ValidationError as error:
         title = f"verifier {verifier.name} with the settings {dict(settings)}"
         raise explain(error, verifier.Settings, title) from None
+    if reason := verifier.missing():
+        raise RecipeError(reason)
+    return verifier, validated

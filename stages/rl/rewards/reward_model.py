@@ -72,6 +72,7 @@ class RewardModel(Verifier):
                     f"verifier {self.name} cannot score row {row['id']}: {len(ids)} tokens are more than its context "
                     f"of {limit}; allow shorter answers"
                 )
+        # Rows of similar length share a batch, so that little of it is padding.
         order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
         rows_at_once = ROWS if self.device.type == "cpu" else GPU_ROWS
         for start in range(0, len(order), rows_at_once):
@@ -92,8 +93,7 @@ class RewardModel(Verifier):
 
 
 def reward_input(template: ChatTokenizer, prompt: str, text: str, finished: bool) -> list[int]:
-    """Returns the token ids of a question and its answer in the chat template, and of the token whose probability is
-    the reward.
+    """Returns the token ids of a question, its answer, and the token whose probability is the reward.
 
     Names of special tokens in both texts are ordinary text: an answer neither ends its turn nor opens another, and
     reasoning is read as it is written.

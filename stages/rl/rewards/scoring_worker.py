@@ -1,4 +1,4 @@
-"""The worker of `scoring_pool`: scores each answer in a limited fork.
+"""The worker of `ScoringPool`: scores each answer in a limited fork.
 
     python -m stages.rl.rewards.scoring_worker VERIFIER SECONDS
 

@@ -1,5 +1,7 @@
-"""The groups of answers of an asynchronous phase: issued in numbered order, drawn while the policy is updated, and
-taken by the steps in the order in which they are finished.
+"""The groups of answers of an asynchronous phase.
+
+They are issued in numbered order, drawn while the policy is updated, and taken by the steps in the order in which they
+are finished.
 
 Timing decides that order, and nothing else: group n is issued when n + 1 - `queue_groups` groups have been taken, its
 task comes from the curriculum as it is then, and its seeds from its number. So the order in which groups were taken,
@@ -39,7 +41,7 @@ class Group:
     """A group that is issued and not yet taken.
 
     Attributes:
-        version: Of the policy at that time.
+        version: Version of the policy at that time.
         requests: (task, seed) of each answer.
     """
 
@@ -112,7 +114,7 @@ class Intake:
         Rank 0 only. Raises what the source raises.
 
         Args:
-            digest: Of the trainer's policy.
+            digest: Digest of the trainer's policy.
             mark: Gives the answers of a group the reason why no update uses them.
         """
         assert self.source is not None
@@ -169,8 +171,11 @@ def oldest_version(answers: Sequence[Rollout]) -> int:
 
 
 class LiveGroups:
-    """Draws and scores groups in threads, and keeps those that are not taken in files, one for the groups that were
-    drawn at once: `groups-<number of the draw>.parquet`, before they are scored `.drawn`."""
+    """Draws and scores groups in threads, and keeps those that are not taken in files.
+
+    There is one file for the groups that were drawn at once: `groups-<number of the draw>.parquet`, before they are
+    scored `.drawn`.
+    """
 
     def __init__(self, files: RolloutFiles, policy: Policy, phase: RlPhase, step: int) -> None:
         """Starts the threads that draw.
@@ -212,8 +217,14 @@ class LiveGroups:
         taken = {answers[0].group for step in self.taken_before.values() for answers in step}
         for group in groups:
             self.groups[group.number] = group
-            if group.number not in taken:
-                self._restore_or_draw(group)
+            if group.number in taken:
+                continue
+            answers = self.scored.pop(group.number, [])
+            with self.changed:
+                if is_of(group, answers):  # an earlier attempt has scored them
+                    self.finished.append((group.number, answers))
+                else:
+                    self.pending.append(group)
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
         """Raises the error of the sampler or a verifier, and MachineError if no group is finished in time."""
@@ -234,7 +245,9 @@ class LiveGroups:
             if before:
                 self._forget_from(step)
             elif group is not None:
-                self._draw_again(group)
+                self._store([group.number], None)
+                with self.changed:
+                    self.pending.append(group)
 
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
         with self.changed:
@@ -278,25 +291,14 @@ class LiveGroups:
             return self.finished.pop(0)[1]
 
     def _release(self) -> None:
-        """Lets the threads draw all that is issued, unless steps of an earlier attempt come first: the answers would be
-        stale by then."""
+        """Lets the threads draw all that is issued, unless steps of an earlier attempt come first.
+
+        The answers would be stale by then.
+        """
         if not self.taken_before:
             with self.changed:
                 self.released = len(self.pending)
                 self.changed.notify_all()
-
-    def _restore_or_draw(self, group: Group) -> None:
-        answers = self.scored.pop(group.number, [])
-        with self.changed:
-            if is_of(group, answers):
-                self.finished.append((group.number, answers))
-            else:
-                self.pending.append(group)
-
-    def _draw_again(self, group: Group) -> None:
-        self._store([group.number], None)
-        with self.changed:
-            self.pending.append(group)
 
     def _read(self, suffix: str) -> dict[int, list[Rollout]]:
         groups: dict[int, list[Rollout]] = {}
@@ -492,8 +494,9 @@ class RecordedGroups:
 
 
 def has_versions(r: Rollout, issued: int, version: int) -> bool:
-    """Returns True if an answer from a file can be of the policies that it states: all its tokens, none before it was
-    issued, later ones after earlier ones, up to the present version.
+    """Returns True if an answer from a file can be of the policies that it states.
+
+    They drew all its tokens, none before it was issued, later ones after earlier ones, up to the present version.
     """
     spans = r.versions or ()
     try:

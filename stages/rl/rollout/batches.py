@@ -26,7 +26,7 @@ class Example:
     """A question and its answer.
 
     Attributes:
-        ids: Of both.
+        ids: Token ids of both.
         start: Index of the answer's first token.
         row: Numbers of the example by name.
         tokens: Numbers of each token of the answer by name.
@@ -66,6 +66,8 @@ def build_rank_batch(
     sizes = [sum(len(example.ids) for example in unit) for unit in units]
     parts: list[list[Example]] = [[] for _ in range(micro_batches)]
     for unit, size, end in zip(units, sizes, accumulate(sizes), strict=True):
+        # By the middle of each unit on the line of all tokens, so that the parts are about equal for any number of
+        # them.
         parts[(2 * end - size) * micro_batches // (2 * sum(sizes))] += unit  # where its middle is
     parts = [part or [_masked_example(units[0][0])] for part in parts]  # Megatron's balance loss of no token is NaN
     widths = [_round_up(_tokens(part), ranks) for part in parts]
@@ -73,6 +75,7 @@ def build_rank_batch(
         widths = [max(widths)] * len(widths)
     per_rank = micro_batches // ranks.data_ranks
     mine = slice(ranks.data_rank * per_rank, (ranks.data_rank + 1) * per_rank)
+    # Megatron needs routes for all micro-batches of an update, or for none.
     recorded = next((x.routes for unit in units for x in unit if x.routes is not None), None)
     batches = [_batch(part, width, pad_id, recorded) for part, width in zip(parts[mine], widths[mine], strict=True)]
     return RankBatch(batches, max(widths), targets)
@@ -139,6 +142,7 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
     answers = [segment for segment in segments if segment[3]]
     for i, (example, (begin, end, _, question_end, _)) in enumerate(zip(examples, answers, strict=True)):
         if count := len(example.ids) - example.start:
+            # Logits are computed for targets alone, and results of tools are none.
             columns = torch.arange(count) if example.mask is None else torch.tensor(example.mask).nonzero()[:, 0]
             labels[i, :count], mask[i, columns] = torch.tensor(example.ids[example.start :]), 1
             inputs.append(torch.cat((torch.tensor([question_end - 1]), torch.arange(begin, end)))[columns])

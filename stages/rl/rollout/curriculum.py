@@ -78,6 +78,7 @@ class Curriculum:
         for levels in kinds.values():
             for _, name in sorted(levels):
                 names.append(name)
+                # The first level that is not mastered ends the open ones.
                 if (self.state[name]["rate"] or 0.0) < UNLOCK:
                     break
         return sorted(names)
@@ -93,6 +94,7 @@ class Curriculum:
         """Returns `count` tasks for a wave of a step. Each bin is read in a seeded order, and repeated from its end."""
         weights = self.weights()
         rng = random.Random(seed_of(f"{self.label}/draw/{step}/{wave}", self.seed))
+        # From a generator of its own for each wave, so that a resumed phase draws the same tasks.
         names = rng.choices(list(weights), list(weights.values()), k=count)
         drawn = []
         for name in names:

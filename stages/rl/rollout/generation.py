@@ -123,12 +123,14 @@ class Verifiers:
         reward of 0, and neither does one that is no number. Calls of several threads take turns.
         """
         parts: dict[int, Parts] = {}
+        # Verifiers score in batches of their own, in a fixed order.
         for name in sorted({str(row["verifier"]) for row, _ in answers}):
             indices = [i for i, (row, _) in enumerate(answers) if row["verifier"] == name]
             with self.lock:
                 scored = self._score_with_retries(self.by_name[name], [answers[i] for i in indices])
             for i, part in zip(indices, scored, strict=True):
                 for part_name, value in part.items():
+                    # NaN would pass every comparison of rewards, and become an advantage.
                     if not math.isfinite(value):
                         raise VerifierFailed(
                             f"verifier {name}: the {part_name} of an answer to task {answers[i][0]['id']} is {value}, "

@@ -77,14 +77,16 @@ def probe(rows: Sequence[Row], score: Score, seed: int, acknowledged: float | No
 
     Args:
         rows: All tasks of the bin, which have one verifier.
-        score: Of their verifier, which raises VerifierFailed for a reward that is no finite number.
+        score: Scores answers by their verifier; raises VerifierFailed for a reward that is no finite number.
         seed: The recipe's.
         acknowledged: The mean reward that the recipe acknowledges.
     """
     salt = f"{seed_of(f'probes/{bin_of(rows[0])}', seed)}/"
     drawn = sorted(rows, key=lambda row: hashlib.sha256(f"{salt}{row['id']}".encode()).digest())
+    # The most frequent right answer is what the best constant answer would earn.
     golds = Counter(gold for row in rows if (gold := right_answer(row)) is not None)
     frequent = [gold for gold, _ in golds.most_common(FREQUENT)]
+    # In a small bin there are no other tasks for a second look.
     screened = SCREENED if len(drawn) >= 2 * SCREENED else len(drawn)
     best = _means(drawn[:screened], frequent, score, None)[:FINALISTS]
     if finals := drawn[screened : screened + PROBED]:
@@ -131,9 +133,9 @@ def unsolved_answers(row: Row, frequent: Sequence[str]) -> Iterator[tuple[str, s
         yield repr(constant), constant
     for gold in frequent:
         yield f"the frequent answer {gold[:40]!r}", gold
-    asked = question(row).strip()
-    yield "the question", asked
-    yield "the last line of the question", asked.splitlines()[-1] if asked else ""
+    text = question(row).strip()
+    yield "the question", text
+    yield "the last line of the question", text.splitlines()[-1] if text else ""
     yield from verifier_class(str(row["verifier"])).unsolved(row).items()
 
 
@@ -141,7 +143,7 @@ def _means(rows: Sequence[Row], frequent: Sequence[str], score: Score, names: se
     """Returns the mean reward of each answer over tasks, the best first.
 
     Args:
-        names: Of the answers; None: all.
+        names: Names of the answers; None: all.
     """
     answers: list[tuple[str, Answer]] = [
         (name, (row, Response.parse(text, finished=True)))

@@ -208,9 +208,9 @@ class PairOrder:
     """The order of the pairs that a reward model learns from: all of them once an epoch, shuffled anew in each.
 
     Args:
-        count: Of the pairs that are not held out.
+        count: Number of pairs that are not held out.
         per_step: Pairs of a step.
-        label: Of the phase in seeds.
+        label: Label of the phase in seeds.
         seed: The recipe's.
     """
 

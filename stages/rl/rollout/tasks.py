@@ -109,6 +109,7 @@ def _probe(config: TasksConfig, tasks: Sequence[Row], report: Report) -> dict[st
         by_bin.setdefault(bin_of(row), []).append(row)
     sources = {name: source for source in config.sources for name in source.bins()}
     probed: dict[str, ProbedBin] = {}
+    # The reward model does not exist yet, so its tasks are drawn unprobed.
     rows = [row for row in tasks if row["verifier"] != TRAINED]
     with closing(Verifiers(make_verifiers(rows, {}, None, config.verifiers), report.note)) as verifiers:
         for name, bin_rows in sorted(by_bin.items()):
@@ -120,9 +121,7 @@ def _probe(config: TasksConfig, tasks: Sequence[Row], report: Report) -> dict[st
 
 
 def _without_shared_words(tasks: list[Row], benchmarks: Artifact, ngram: int, report: Report) -> list[Row]:
-    """Returns the tasks whose question shares no `ngram` words with an item of a task set, nor all words of a shorter
-    item.
-    """
+    """Returns the tasks whose question shares no `ngram` words with an item, nor all words of a shorter item."""
     from stages.data.curation.decontamination import ContaminationIndex
 
     index = ContaminationIndex(item_texts(benchmarks), ngram)

@@ -46,7 +46,7 @@ class Request:
     """A call to answer.
 
     Attributes:
-        texts: Of all calls of its answer so far, its own the last.
+        texts: Texts of all calls of its answer so far, its own the last.
     """
 
     row: Row
@@ -84,6 +84,7 @@ class Toolbox:
         Raises:
             ToolFailed: A tool cannot answer.
         """
+        # A call that cannot be read has its error as the result, so that the model can correct it.
         calls = [read_call(r.texts[-1], self.tools, r.row, r.texts[:-1]) for r in requests]
         answered = {n: call for n, call in enumerate(calls) if not isinstance(call, Call)}
         for name, tool in self.running.items():
@@ -194,6 +195,7 @@ class Episode:
         appended = self.chat.encode_results([call["result"] for call in calls])
         self.ids += appended
         if len(self.question) + len(self.ids) + self.limits.max_new_tokens > self.limits.context_length:
+            # Results without room for another turn are no part of the answer, since nothing follows them.
             del self.ids[len(self.ids) - len(appended) :]
             return False
         self.logprobs += [0.0] * len(appended)

@@ -44,7 +44,7 @@ class Pool:
         """Starts the cells.
 
         Args:
-            workers: By default two for each core, because a worker often waits for its sandbox.
+            workers: Number of workers; by default two for each core, because a worker often waits for its sandbox.
             limits: Limits of the first cell of each worker.
             extra_limits: Limits of its further cells.
 
@@ -90,6 +90,7 @@ class Pool:
 
     def _retry_alone(self, work: Callable[[list[Cell], T], R], item: T, killed: Callable[[T], R]) -> R:
         with self._exclusive:
+            # All workers wait meanwhile: a parallel program may have taken the memory.
             all_cells = [self._free.get() for _ in range(self.workers)]
             try:
                 for _ in range(1, ATTEMPTS):
@@ -144,9 +145,7 @@ def probe(cell: Cell) -> None:
 
 
 def missing() -> str | None:
-    """Returns the reason why this machine cannot run a model's code safely, in one sentence; None if a sandbox runs
-    here.
-    """
+    """Returns the reason why this machine cannot run a model's code safely; None if a sandbox runs here."""
     if shutil.which("bwrap") is None:
         return "code of a model runs under bubblewrap, and there is no bwrap on PATH; apt-get install bubblewrap"
     try:

@@ -97,9 +97,7 @@ def answer(channel: Channel, load: Load, job: Job) -> None:
 
 
 def describe_exception(e: Exception) -> list[Any]:
-    """Returns the exception's builtin classes, nearest first, its text, and its arguments, if those are plain and
-    short.
-    """
+    """Returns the exception's builtin classes, nearest first, its text, and its arguments if plain and short."""
     names = [kind.__name__ for kind in type(e).__mro__ if kind.__module__ == "builtins"]
     text = ""
     try:
@@ -111,10 +109,10 @@ def describe_exception(e: Exception) -> list[Any]:
 
 
 def rebuild_exception(names: list[str], text: str, arguments: Any) -> Exception:
-    """Returns the exception of an answer as the nearest builtin one: for any message of the answer, it has a class of
-    this process and plain data.
+    """Returns the exception of an answer as the nearest builtin one.
 
-    It is never a StopIteration, which would end a loop of the check, and with it the check.
+    For any message of the answer, it has a class of this process and plain data. It is never a StopIteration, which
+    would end a loop of the check, and with it the check.
     """
     stops = (StopIteration, StopAsyncIteration)
     for kind in (*(getattr(builtins, str(name), None) for name in names), Exception):

@@ -1,4 +1,4 @@
-"""A warm process under bubblewrap that runs one program at a time."""
+"""A warm process under bubblewrap that runs one program at a time, and the program that runs in it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ from pathlib import Path
 from stages.rl.sandbox.cgroups import PREFIX, Cgroup
 from stages.rl.sandbox.inside import DEVICES
 from stages.rl.sandbox.outcome import PATIENCE, Job, Limits, Outcome, SandboxFailed, Status
+
+INSIDE = ("inside.py", "calls.py", "syscalls.py")
+OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor
+OWN_MEMORY = 64 << 20
+SYSCTLS = Path("/proc/sys")
+# Settings of the kernel, each with the value that forbids user namespaces and one that allows them.
+USER_NAMESPACES = (
+    ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+    ("kernel/unprivileged_userns_clone", "0", "1"),
+    ("user/max_user_namespaces", "0", "15000"),
+)
 
 
 class Running:
@@ -189,18 +200,6 @@ class Running:
         self.close()
 
 
-INSIDE = ("inside.py", "calls.py", "syscalls.py")
-OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor
-OWN_MEMORY = 64 << 20
-SYSCTLS = Path("/proc/sys")
-# Settings of the kernel, each with the value that forbids user namespaces and one that allows them.
-USER_NAMESPACES = (
-    ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
-    ("kernel/unprivileged_userns_clone", "0", "1"),
-    ("user/max_user_namespaces", "0", "15000"),
-)
-
-
 @dataclass(frozen=True)
 class Program:
     source: str
@@ -332,8 +331,11 @@ class Cell:
 
     @staticmethod
     def _kill(bwrap: subprocess.Popen[bytes]) -> None:
-        """Kills bwrap and its first child: if bwrap dies before the child has set its parent-death signal, the child
-        waits forever for a message from it, and holds its message pipe open."""
+        """Kills bwrap and its first child.
+
+        If bwrap dies before the child has set its parent-death signal, the child waits forever for a message from it,
+        and holds its message pipe open.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.killpg(bwrap.pid, signal.SIGKILL)
 

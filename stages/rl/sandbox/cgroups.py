@@ -31,8 +31,7 @@ class Home:
 
 
 def homes(mounts: str, membership: str) -> dict[str, Home]:
-    """Returns the home of "pids" and "memory" by /proc/self/mountinfo and /proc/self/cgroup; left out is one that has
-    none.
+    """Returns the home of "pids" and "memory", if it has one, by /proc/self/mountinfo and /proc/self/cgroup.
 
     Version 1 wins where both are mounted: a controller that it has is absent from version 2.
     """

@@ -18,13 +18,13 @@ DEATHS = (BrokenPipeError, ConnectionResetError)
 
 
 class Job(TypedDict):
-    """The job of a child in a sandbox: a whole program; or an answer's functions, which it calls on request; or a check
-    that calls them.
-
-    A program has neither.
+    """The job of a child in a sandbox.
 
     Attributes:
-        prelude: Source that runs before.
+        role: A whole program; or an answer's functions, which it calls on request; or a check that calls them.
+        source: Its source.
+        stdin: Its standard input.
+        prelude: Source that runs before; a program has none.
         entry_point: The name of the function.
     """
 
@@ -48,8 +48,8 @@ class Limits:
 
     Attributes:
         memory_bytes: Address space of each process, and, under root, memory of all together.
-        disk_bytes: Of /tmp.
-        output_bytes: Of standard output, of standard error, and of each message, separately.
+        disk_bytes: Size of /tmp.
+        output_bytes: Size of standard output, of standard error, and of each message, separately.
     """
 
     cpu_seconds: int = 4

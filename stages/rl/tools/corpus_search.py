@@ -123,6 +123,7 @@ class Index:
         if not words:
             return Result("error", "the query has no word")
         try:
+            # Each word in quotes: FTS5 would read some as operators.
             rows = self.connection.execute(QUERY, [" OR ".join(f'"{word}"' for word in words), self.most]).fetchall()
         except self.error as error:
             raise ToolFailed(f"tool search: its index cannot be read ({error}); see to the disk") from error

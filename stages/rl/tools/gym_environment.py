@@ -1,7 +1,10 @@
-"""Tool `nemo-gym`: the tools of an environment of NeMo Gym, whose resources server answers over HTTP.
+"""Tool `nemo-gym`: the tools of an environment of NeMo Gym, and sessions with its resources server over HTTP.
 
-A task lists them in `responses_create_params.tools`. The verifier of the same name scores the answer in a session in
-which its calls were made again (stages/rl/tools/gym_environment.py).
+NeMo Gym itself is not needed. A task lists the tools in `responses_create_params.tools`. A server keeps the state of an
+environment by a session cookie: `/seed_session` begins it with the row of a task, each tool is a path, and `/verify`
+scores, for the verifier of the same name. A session here lives for one request: it makes the earlier calls of the
+answer again. So an answer that is drawn in one process may be scored in another, and a call whose reply is lost has no
+effect on the next session.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ CHUNK_BYTES = 1 << 16
 BUSY = (429, 502, 503, 504)
 
 T = TypeVar("T")
+TOOL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+# Paths of a server that are no tools.
+RESERVED = ("verify", "seed_session", "close_session", "aggregate_metrics", "mcp")
 
 
 class Unanswered(Exception):
@@ -53,6 +59,7 @@ class Session:
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self.timeout = url, timeout
+        # Past any proxy of the environment, as for vLLM servers.
         handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor()
         self.opener = urllib.request.build_opener(*handlers)
 
@@ -105,6 +112,7 @@ class Session:
             TimeoutError: They take longer than `timeout`, since a server that sends a byte now and then would hold the
                 phase for ever.
         """
+        # The timeout of urllib is of each read alone.
         end, payload = time.monotonic() + self.timeout, bytearray()
         while len(payload) < MOST_BYTES and (piece := reply.read1(min(CHUNK_BYTES, MOST_BYTES - len(payload)))):
             payload += piece
@@ -126,11 +134,6 @@ def attempt(url: str, timeout: float, work: Callable[[Session], T]) -> T:
                 raise
             reason = str(error)
     raise Unanswered(f"{reason}, {ATTEMPTS} times", again=False)
-
-
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-# Paths of a server that are no tools.
-RESERVED = ("verify", "seed_session", "close_session", "aggregate_metrics", "mcp")
 
 
 class GymTool(Tool):
@@ -160,7 +163,7 @@ def functions_of(row: Row) -> list[dict[str, Any]]:
     for tool in row["responses_create_params"].get("tools") or ():
         function = tool.get("function") or tool
         name = function.get("name")
-        if isinstance(name, str) and NAME.fullmatch(name) and name not in RESERVED:
+        if isinstance(name, str) and TOOL_NAME.fullmatch(name) and name not in RESERVED:
             functions.append({key: function.get(key) for key in ("name", "description", "parameters")})
     return functions
 

@@ -1,4 +1,4 @@
-"""The task sources that this project generates: `problems`, `courtesies` and `instructions`."""
+"""The task sources that programs generate: `problems`, `courtesies`, `instructions`, and datasets of reasoning-gym."""
 
 from __future__ import annotations
 

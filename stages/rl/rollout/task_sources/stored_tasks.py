@@ -1,7 +1,7 @@
-"""Row source `hub`: rows of a dataset on the Hub at a pinned commit, with answers that a verifier checks.
+"""The task sources that read rows: `rows`, a file, and `hub`, a dataset on the Hub at a pinned commit.
 
-The commit is part of the key. The files are pulled when the tasks are made, with the digests that the Hub states for
-that commit, into the folder of the reader `hub`.
+The digest of a file and the commit of a dataset are part of the key. The files of a dataset are pulled when the tasks
+are made, with the digests that the Hub states for that commit, into the folder of the reader `hub`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.task_sources.registry import Count, Kind, Level, SourceSettings
 from stages.tasks.rows import Row, question, to_row
 
+CODE_PROMPT = (
+    "{question}\n\nName the function {entry_point}. Your code must pass this test, among others:\n\n"
+    "```python\n{test}\n```\n\nAnswer with all of the code in one ```python block."
+)
+# Least share of rows that are tasks; with fewer the settings are wrong.
+MIN_SHARE = 0.1
+# Rows in memory for each task that is wanted, since not every row is one.
+ROWS_PER_TASK = 4
+BATCH = 256
+
 
 class FileTasks(SourceSettings):
     """Rows of a file in the format of NeMo Gym, one JSON object per line."""
@@ -64,17 +74,6 @@ class FileTasks(SourceSettings):
                 raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); fix it") from None
             fields = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
             yield {"license": self.license, "origin": self.origin, **row, **fields, "id": f"{self.kind}/{number:06d}"}
-
-
-CODE_PROMPT = (
-    "{question}\n\nName the function {entry_point}. Your code must pass this test, among others:\n\n"
-    "```python\n{test}\n```\n\nAnswer with all of the code in one ```python block."
-)
-# Least share of rows that are tasks; with fewer the settings are wrong.
-MIN_SHARE = 0.1
-# Rows in memory for each task that is wanted, since not every row is one.
-ROWS_PER_TASK = 4
-BATCH = 256
 
 
 class HubTasks(SourceSettings):
@@ -127,6 +126,7 @@ class HubTasks(SourceSettings):
         """Raises AtomError if hardly any row is a task, or a file cannot be read; and what `hub_files.pull` raises."""
         salt = f"{seed_of(f'tasks/hub/{self.kind}/{self.level}', seed)}/"
         hashed = ((hashlib.sha256((salt + row.name).encode()).digest(), row.name, row.fields) for row in self._read())
+        # By hash, so that the same rows are drawn from any order of the files, in bounded memory.
         rows = heapq.nsmallest(ROWS_PER_TASK * self.count, hashed)
         candidates = (candidate for _, name, fields in rows if (candidate := self._candidate(name, fields)))
         tasks = list(islice(_with_right_answer(self.verifier, candidates), self.count))
@@ -203,6 +203,7 @@ def tests_of(value: object) -> tuple[str, list[str]] | None:
             {call.func.id for call in ast.walk(node) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
             for node in asserts
         ]
+        # The one function that all asserts call is what the answer must define.
         called = set[str]().union(*names) - set(dir(builtins))
         if len(called) != 1 or not all(
             isinstance(node, ast.Assert) and called <= each for node, each in zip(asserts, names, strict=True)
@@ -238,6 +239,7 @@ def _with_right_answer(name: str, candidates: Iterator[tuple[Row, str]]) -> Iter
         except VerifierFailed:
             if len(batch) > 1:
                 return [score for each in batch for score in scores([each])]
+            # If the probe fails too, the verifier is broken, and not the row.
             if batch[0] is PROBES[name] or scores([PROBES[name]]) != [1.0]:
                 raise
             return [0.0]  # its tests cannot run
