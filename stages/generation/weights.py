@@ -208,10 +208,19 @@ def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
 
 
 class Broadcast:
-    """One on each rank. `load` is collective; what a `Sender` does, rank 0's sampler asks for meanwhile."""
+    """The groups of the ranks with vLLM servers. Each rank has one.
+
+    `load` is collective. Meanwhile rank 0's sampler invites servers, and has all ranks join groups and send; it names
+    servers by their URLs.
+    """
 
     def __init__(self, tensors: Callable[[bool], Tensors], ranks: Ranks) -> None:
-        """tensors(by_turns): yields the policy's `hf_tensors`, of data ranks by turns or of the first alone."""
+        """Makes a broadcast without groups.
+
+        Args:
+            tensors: tensors(by_turns) yields the policy's `hf_tensors`, of data ranks by turns or of the first alone.
+            ranks: The ranks of the trainer.
+        """
         self.tensors, self.ranks = tensors, ranks
         # The ranks in the groups, in their order there.
         self.senders: list[int] = []
@@ -220,9 +229,9 @@ class Broadcast:
         self.stores: dict[str, dist.TCPStore] = {}
         # On rank 0, by server: the key of the entries of that store, in hex.
         self.keys: dict[str, str] = {}
+        # For each tensor of the policy: name, entry of the index, and the place of its rank among `senders`.
         self.names: list[str] = []
         self.rows: list[dict[str, Any]] = []
-        # For each tensor of the policy: name, entry of the index, and the place of its rank among `senders`.
         self.roots: list[int] = []
 
     def load(self, sampler: Receiver | None) -> str:
@@ -252,7 +261,7 @@ class Broadcast:
         return digest
 
     def _choose_senders(self) -> None:
-        """The ranks that send the tensors of these names. Collective."""
+        """Chooses the ranks that send the tensors of these names. Collective."""
         # Without turns the first data ranks alone have the tensors, and they send.
         held = [name for name, tensor in self.tensors(False) if not tensor.is_meta]
         root_of = {name: rank for rank, names in enumerate(self.ranks.gather(held)) for name in names}
@@ -286,7 +295,7 @@ class Broadcast:
             host = str(line.getsockname()[0])
         if self.ranks.world > 1 and ip_address(host).is_loopback:  # other ranks may be elsewhere
             host = own_address()[0] if os.environ["MASTER_ADDR"] != "127.0.0.1" else "127.0.0.1"
-        # by itself the store would listen on all interfaces
+        # By itself the store would listen on all interfaces.
         listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         address, nonce = f"{host}:{listener.getsockname()[1]}", secrets.token_hex(16)
         self.stores[server] = dist.TCPStore(
@@ -315,7 +324,7 @@ class Broadcast:
 
     def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
         """Forms the groups of invited servers. Returns those that have one."""
-        # to the other ranks in plain, as all within a job
+        # The keys go to the other ranks in plain, as all within a job.
         places = {server: (invitation["store"], self.keys[server]) for server, invitation in invitations.items()}
         return self._lead("join", places)
 
