@@ -164,8 +164,8 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
     import torch
 
     from stages.generation import weights
-    from stages.generation.broadcast import Broadcast
     from stages.generation.vllm_worker import atom_index
+    from stages.generation.weights import Broadcast
     from stages.mcore.model import build, named_tensors
     from stages.mcore.tensor_sharding import boxes, cut
     from stages.mcore.weight_init import Initial
@@ -212,7 +212,7 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
 def group_child(folder: Path, servers: int, everyone: bool, config: Qwen3MoeConfig) -> None:
     """A data rank, which all hold the whole model: forms the groups and sends twice; rank 0 prints what it took."""
     from stages.generation import weights
-    from stages.generation.broadcast import Broadcast
+    from stages.generation.weights import Broadcast
     from stages.mcore.weight_init import Initial
     from stages.models.parallel_layout import Layout
     from stages.train import parallel

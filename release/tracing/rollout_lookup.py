@@ -18,7 +18,7 @@ from release.layout import when
 from release.tracing.answers import PairRecord, SampledAnswer, TaskRecord
 from release.tracing.release_data import ReleaseData, select_rows
 from stages.formats.table import read_errors, rows_at, stream_part_batches
-from stages.rl.rollout.pair_order import PairOrder, hash_fraction
+from stages.rl.rollout.rollouts import PairOrder, hash_fraction
 from stages.seed_labels import seed_label
 
 TASKS, ANSWERS, PAIRS = "tasks.jsonl", "rollouts.parquet", "pairs.parquet"

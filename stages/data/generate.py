@@ -151,7 +151,7 @@ class Generator:
         import torch
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-        from stages.generation.open_model import open_sampler
+        from stages.generation.samplers import open_sampler
 
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)

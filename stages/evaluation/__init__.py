@@ -1,1 +1,1 @@
-"""What models are worth, and what is compared with what they were trained on. No torch at import."""
+"""Measurements of models, and the comparison of test items with training data. No torch at import."""

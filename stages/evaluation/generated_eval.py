@@ -12,6 +12,7 @@ This protects against leakage, not against training until a digest gives easy pr
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,11 +57,16 @@ class FreshConfig(Config):
 
 
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["model"]: the export of the final model; inputs["dedup"], inputs["items"]; inputs["tasks-<phase>"]: the
-    tasks of each phase of reinforcement or preference learning.
+    """Draws problems from the digest of the export inputs["model"], and removes those that occur in the data.
+
+    The data is inputs["dedup"], inputs["items"], and in inputs["tasks-<phase>"] the tasks of each phase of
+    reinforcement or preference learning.
 
     Seals `chat.jsonl`, rows as in the items artifact, and `meta.json`: digest, seed, the number of problems drawn, and
-    the removed ones with their places. Raises RecipeError if a task has too few problems.
+    the removed ones with their places.
+
+    Raises:
+        RecipeError: A task has too few problems.
     """
     digest = _digest(inputs, work)
     rows = draw(digest, config.problems)
@@ -90,31 +96,40 @@ def run_shard(config: FreshConfig, inputs: Inputs, work: Path, shard: int) -> No
 
 
 def _digest(inputs: Inputs, work: Path) -> str:
-    """The digest of the model, which every part needs."""
+    """Returns the digest of the model, which every part needs."""
     digest: str = once(work / "digest.json", lambda: digest_of(inputs["model"] / "model"))
     return digest
 
 
 def digest_of(folder: Path) -> str:
-    """`sha256:…` over names, types, shapes and bytes of an exported model's tensors, as rollouts name a policy.
+    """Returns `sha256:…` over names, types, shapes and bytes of an exported model's tensors, by name.
 
-    Raises AtomError if a file is missing or damaged.
+    Raises:
+        AtomError: A file is missing or damaged.
     """
-    from stages.rl.rollout import rollouts
+    import torch
+
     from stages.train.checkpoint import release_checkpoint
 
-    return rollouts.digest(release_checkpoint.Tensors(folder))
+    tensors = release_checkpoint.Tensors(folder)
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+    return f"sha256:{hasher.hexdigest()}"
 
 
 def seed_from(digest: str) -> str:
-    """The seed in hexadecimal: the digest's 256 bits."""
+    """Returns the seed in hexadecimal: the digest's 256 bits."""
     return digest.removeprefix("sha256:")
 
 
 def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
-    """The problems of a model with that digest, before any removal."""
+    """Returns the problems of a model with that digest, before any removal."""
     rows: list[Row] = []
     for task in sorted(problems):
+        # All 256 bits of the digest: a shorter seed could be searched for weights that give easy problems.
         rng = random.Random(seed_of(f"fresh/{task}", int(seed_from(digest), 16)))
         try:
             generated = draw_distinct(task, problems[task], rng)
@@ -129,7 +144,7 @@ def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
 def find_places(
     rows: list[Row], config: FreshConfig, inputs: Inputs, work: Path, report: Report
 ) -> dict[str, list[str]]:
-    """The places of questions that occur in the data: item id → training phases, task artifacts, EVALUATION.
+    """Returns the places of questions that occur in the data: item id → training phases, task artifacts, EVALUATION.
 
     A question occurs in a text that contains its words in sequence, as decontamination compares them. All kept
     documents of a phase's sources count, held-out ones too. Resumes after the last searched part.
@@ -140,6 +155,7 @@ def find_places(
     def record_matches(name: str, nodes: set[int]) -> None:
         closed_runs = runs.with_prefixes(nodes)
         for row in rows:
+            # With n-grams longer than any question, the overlap is 1 if all of its words stand in sequence.
             if runs.overlap(row["id"], closed_runs, ngram=10**9)[0] == 1:
                 matches.setdefault(row["id"], []).append(name)
 
@@ -149,6 +165,7 @@ def find_places(
     for done, (source, number, path) in enumerate(parts, start=1):
         by_source.setdefault(source, set()).update(_search_part(runs, work, source, number, path))
         report.progress(done, len(parts), "parts")
+    # Sources are searched once, and belong to several phases.
     for phase, sources in config.phases.items():
         record_matches(phase, set().union(*(by_source[source] for source in sources)))
     for role in task_roles(inputs):
@@ -165,7 +182,7 @@ def _runs(rows: Sequence[Row]) -> ItemRuns:
 
 
 def _search_part(runs: ItemRuns, work: Path, source: str, number: int, path: Path) -> list[int]:
-    """The runs that occur in a part of the kept documents, kept in `work`."""
+    """Returns the runs that occur in a part of the kept documents, kept in `work`."""
     import numpy as np
 
     def search(folder: Path) -> dict[str, Any]:
@@ -181,17 +198,17 @@ def _search_part(runs: ItemRuns, work: Path, source: str, number: int, path: Pat
 
 
 def task_roles(inputs: Inputs) -> list[str]:
-    """The inputs with the tasks of reinforcement and preference learning."""
+    """Returns the inputs with the tasks of reinforcement and preference learning."""
     return sorted(role for role in inputs if role.startswith("tasks-"))
 
 
 def searched_places(config: FreshConfig, inputs: Inputs) -> list[str]:
-    """The places that are searched beside the evaluation items."""
+    """Returns the places that are searched beside the evaluation items."""
     return [*config.phases, *task_roles(inputs)]
 
 
 def prompts(inputs: Inputs, role: str) -> Iterator[str]:
-    """The text of every message of the tasks of one artifact."""
+    """Yields the text of every message of the tasks of one artifact."""
     from stages.rl.rollout.tasks import read
 
     for row in read(inputs[role]):

@@ -10,68 +10,60 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 from pipeline.core.errors import AtomError, installing
-from pipeline.core.stage import Inputs, Report, Stage, operational
+from pipeline.core.stage import Inputs, Report, Stage
 from stages.confidence import clustered
 from stages.evaluation import estimates
-from stages.evaluation.pieces import Piece, compute, compute_shard
+from stages.evaluation.estimates import EngineConfig, Piece, compute, compute_shard
 from stages.evaluation.scores import HarnessScores
 from stages.formats.table import Double, Int32, String, columns_of, write_json, write_rows
-from stages.generation.engine import Engine, engine_field
 from stages.tasks.benchmarks import BenchmarksConfig, data_folder, in_folder, load_task, task_manager
 
 VERSION = 2
 BATCH = 32
+# Difference up to which two means are the same: of the same values, added up in other orders.
 EQUAL = 1e-9
-"""Two means of the same values, added up in other orders."""
 
 
 class ItemResult(TypedDict):
-    """A value of one metric on one item. response: what the model answered, or, as JSON, the log-probabilities of the
-    choices; filter: the harness's name of how the answer was taken from it."""
+    """A value of one metric on one item."""
 
     set: String
     task: String
     number: Int32
-    filter: String
+    filter: String  # the harness's name of how the answer was taken from the response
     metric: String
     value: Double
     target: String
-    response: String
+    response: String  # what the model answered, or, as JSON, the log-probabilities of the choices
 
 
 RESULTS = columns_of(ItemResult)
 
 
-class HarnessConfig(BenchmarksConfig):
+class HarnessConfig(BenchmarksConfig, EngineConfig):
     """The task sets, as in stage `benchmarks`."""
-
-    engine: Engine = engine_field()
-    expected: estimates.Expected | None = operational(
-        None, "the model and tokens, for `atom plan` alone; null: unknown"
-    )
 
 
 def run(config: HarnessConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["model"]: an export; inputs["benchmarks"]: the tasks.
+    """Runs the tasks of inputs["benchmarks"] on the export inputs["model"].
 
     Seals `items.parquet`, one row for each item, filter and metric, `scores.json`, which follows from it alone
     (`summary`), and a copy of the tasks. Resumes from `work`, which keeps every finished task. Only metrics that are
-    means over items are sealed; the others are named in the log. Raises AtomError if the harness or a task is missing.
+    means over items are sealed; the others are named in the log.
+
+    Raises:
+        AtomError: The harness or a task is missing.
     """
-    pieces, rows = _pieces(config, inputs), list[ItemResult]()
-    with ExitStack() as stack:
-        values = compute(pieces, work, partial(_load, stack, config, inputs, work))
-        for done, measured in enumerate(values, start=1):
-            rows += measured["rows"]
-            if left_out := measured["left_out"]:
-                report.note(f"{measured['task']}: not means over items, and left out: {', '.join(left_out)}")
-            report.progress(done, len(pieces), "tasks")
+    rows = list[ItemResult]()
+    for measured in compute(_pieces(config, inputs), work, partial(_load, config, inputs, work), report, "tasks"):
+        rows += measured["rows"]
+        if left_out := measured["left_out"]:
+            report.note(f"{measured['task']}: not means over items, and left out: {', '.join(left_out)}")
     write_rows(out / "items.parquet", RESULTS, rows)
     scores = summary(rows)
     write_json(out / "scores.json", scores)
@@ -86,39 +78,38 @@ def run(config: HarnessConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
 def run_shard(config: HarnessConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Measures the tasks of one shard."""
-    shards = estimates.shards(config.expected, engine=config.engine)
-    with ExitStack() as stack:
-        compute_shard(_pieces(config, inputs), work, partial(_load, stack, config, inputs, work), shard, shards)
+    shards = estimates.shards(config.expected, 1, config.engine)
+    compute_shard(_pieces(config, inputs), work, partial(_load, config, inputs, work), shard, shards)
 
 
-def _load(stack: ExitStack, config: HarnessConfig, inputs: Inputs, work: Path) -> Any:
-    """The harness's model; the stack ends its server, if it has one."""
+def _load(config: HarnessConfig, inputs: Inputs, work: Path) -> Any:
+    """Returns the harness's model, of a server if the engine is one."""
     import torch
 
     if config.engine.kind == "vllm":
         from stages.evaluation.harness_vllm import served_model
 
-        return served_model(stack, config.engine, inputs["model"] / "model", work)
+        return served_model(config.engine, inputs["model"] / "model", work)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     return language_model(inputs["model"] / "model")
 
 
 def _pieces(config: HarnessConfig, inputs: Inputs) -> list[Piece[Any]]:
-    """A piece for each task."""
+    """Returns a piece for each task."""
     benchmarks = inputs["benchmarks"]
-    return [
-        Piece(f"{task_set}-{number:04d}", partial(_measure, task_set=task_set, name=name, folder=folder,
-                                                  data=benchmarks / data_folder(name), limit=config.limit))
-        for task_set, stated in benchmarks.json("tasks.json").items()
-        for folder in [benchmarks / "folders" / task_set if stated["folder"] else None]
-        for number, name in enumerate(stated["tasks"])
-    ]  # fmt: skip
+    pieces: list[Piece[Any]] = []
+    for task_set, stated in benchmarks.json("tasks.json").items():
+        folder = benchmarks / "folders" / task_set if stated["folder"] else None
+        for number, name in enumerate(stated["tasks"]):
+            data = benchmarks / data_folder(name)
+            measure = partial(_measure, task_set=task_set, name=name, folder=folder, data=data, limit=config.limit)
+            pieces.append(Piece(f"{task_set}-{number:04d}", measure))
+    return pieces
 
 
 def summary(rows: Sequence[ItemResult]) -> HarnessScores:
-    """`scores.json` from the table alone: of each metric, with the harness's name of its filter, the mean over items
-    and its standard error."""
+    """Returns `scores.json` from the table alone: the mean over items of each metric and filter, with its error."""
     values: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in rows:
         by_metric = values.setdefault(row["set"], {}).setdefault(row["task"], {})
@@ -130,7 +121,11 @@ def summary(rows: Sequence[ItemResult]) -> HarnessScores:
 
 
 def language_model(folder: Path) -> Any:
-    """The harness's model of one model folder. Raises AtomError if the model or the harness is missing."""
+    """Returns the harness's model of one model folder.
+
+    Raises:
+        AtomError: The model or the harness is missing.
+    """
     if not (folder / "config.json").is_file():
         raise AtomError(f"{folder} contains no model; give a release folder made by `atom build`")
     try:
@@ -157,7 +152,7 @@ def language_model(folder: Path) -> Any:
 
 
 def evaluate(model: Any, tasks: list[Any], manager: Any, limit: int | None = None) -> dict[str, Any]:
-    """The harness's result: `results` by task, and `samples`. manager: its index of tasks."""
+    """Returns the harness's result: `results` by task, and `samples`. `manager` is its index of tasks."""
     import lm_eval
 
     results: dict[str, Any] = lm_eval.simple_evaluate(
@@ -169,31 +164,40 @@ def evaluate(model: Any, tasks: list[Any], manager: Any, limit: int | None = Non
 def _measure(
     model: Any, task_set: str, name: str, folder: Path | None, data: Path, limit: int | None
 ) -> dict[str, Any]:
-    """`rows` of one task, and the metrics that are `left_out`."""
+    """Returns the `rows` of one task, and the metrics that are `left_out`."""
     import datasets
 
+    # The splits that stage `benchmarks` keeps, so that nothing is read from the network.
     splits = {path.stem: datasets.Dataset.from_parquet(str(path)) for path in sorted(data.glob("*.parquet"))}
     manager = task_manager(folder)
     with in_folder(folder):
         task = load_task(manager, name, {"custom_dataset": lambda **_: splits})
         result = evaluate(model, [task], manager, limit)
     stated, samples = result["results"][name], sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+
     rows: list[ItemResult] = []
     left_out = []
     for metric, kind in sorted({(metric, sample["filter"]) for sample in samples for metric in sample["metrics"]}):
         scored = [sample for sample in samples if sample["filter"] == kind and metric in sample["metrics"]]
         values = [sample[metric] for sample in scored]
+        # Some metrics, such as a corpus BLEU, are no means over items, and could not be recomputed from the rows.
         numbers = all(isinstance(value, (int, float)) for value in values)
         if not numbers or abs(sum(values) / len(values) - stated[f"{metric},{kind}"]) > EQUAL:
             left_out.append(metric)
             continue
         rows += [
             ItemResult(
-                set=task_set, task=name, number=sample["doc_id"], filter=kind, metric=metric, value=float(value),
-                target=str(sample["target"]), response=_response(sample),
+                set=task_set,
+                task=name,
+                number=sample["doc_id"],
+                filter=kind,
+                metric=metric,
+                value=float(value),
+                target=str(sample["target"]),
+                response=_response(sample),
             )
             for sample, value in zip(scored, values, strict=True)
-        ]  # fmt: skip
+        ]
     return {"task": name, "rows": rows, "left_out": left_out}
 
 
@@ -202,7 +206,4 @@ def _response(sample: dict[str, Any]) -> str:
     return responses[0] if isinstance(responses[0], str) else json.dumps(responses, default=float)
 
 
-STAGE = Stage(
-    "harness", VERSION, HarnessConfig, run,
-    **estimates.of_engine(), run_shard=run_shard,
-)  # fmt: skip
+STAGE = Stage("harness", VERSION, HarnessConfig, run, **estimates.of_engine(), run_shard=run_shard)

@@ -1,10 +1,12 @@
-"""The model of a vLLM server for lm-evaluation-harness. Log-probabilities are those of the given tokens; answers are
-cut at the harness's stop strings after they were drawn, because the server knows tokens alone."""
+"""The model of a vLLM server for lm-evaluation-harness.
+
+Log-probabilities are those of the given tokens; answers are cut at the harness's stop strings after they were drawn,
+because the server knows tokens alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +19,37 @@ from stages.formats.tokenizer import END, without_special
 from stages.generation.engine import Engine
 from stages.generation.vllm_model import Client, context_of, has_scaled_rope
 
+# Tokens of an answer to a task that states no number, as the harness has it for transformers.
 MAX_NEW_TOKENS = 256
-"""Of a task that states no number, as the harness has it for transformers."""
 SAMPLING = ("temperature", "top_p", "top_k")
 
 
-def served_model(stack: ExitStack, engine: Engine, folder: Path, work: Path) -> Served:
-    """The harness's model of a server, which the stack ends."""
+def served_model(engine: Engine, folder: Path, work: Path) -> Served:
+    """Returns the harness's model of a server, which `close` ends."""
     from transformers import AutoTokenizer
 
     tokenizer = without_special(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    # A scaled rotary embedding ends with the context, so no longer row can be read.
     longest = 0 if has_scaled_rope(folder) else context_of(folder) + 1
-    return Served(stack.enter_context(closing(Client.start(engine, folder, work, longest))), tokenizer)
+    return Served(Client.start(engine, folder, work, longest), tokenizer)
 
 
 class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
-    """Tokenizes and truncates as the harness's model in transformers does (`HFLM`), but for one token less of a row
-    that is cut where the rotary embedding is scaled; and ends answers like the release's evaluation: at the end of a
-    document, with all tokens in the text."""
+    """A model that tokenizes and truncates as the harness's model in transformers does (`HFLM`).
+
+    A row that is cut has one token less where the rotary embedding is scaled. Answers end like those of the release's
+    evaluation: at the end of a document, with all tokens in the text.
+    """
 
     def __init__(self, client: Client, tokenizer: Any) -> None:
         super().__init__()
         self.client, self.tokenizer = client, tokenizer
         self.end = int(tokenizer.convert_tokens_to_ids(END))
+        # Tokens of a row with its last token, after which nothing is asked.
         self.longest = min(client.context + 1, client.longest)
-        """Tokens of a row with its last token, after which nothing is asked."""
+
+    def close(self) -> None:
+        self.client.close()
 
     @property
     def eot_token_id(self) -> int:
@@ -82,8 +90,11 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
             until = handle_stop_sequences(settings.get("until"), eos=self.tokenizer.decode([self.eot_token_id]))
             room = int(settings["max_gen_toks"])
             if room >= self.client.context:
-                raise AtomError(f"a task asks for answers of {room} tokens, and the model's context has "
-                                f"{self.client.context}; leave the task out of evaluation.harness")  # fmt: skip
+                raise AtomError(
+                    f"a task asks for answers of {room} tokens, and the model's context has {self.client.context}; "
+                    "leave the task out of evaluation.harness"
+                )
+            # As `HFLM` does, the question loses its beginning where answer and question do not fit.
             ids = self.tok_encode(text)[-(self.client.context - room) :]
             seed = number if settings["do_sample"] else None
             sampling = {name: settings[name] for name in SAMPLING if seed is not None and name in settings}

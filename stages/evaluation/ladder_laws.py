@@ -23,26 +23,35 @@ import numpy as np
 
 from stages.evaluation.scaling_law import Band
 
+# A float64 array; its shape stands with each name.
 Array = Any
-"""A float64 array; its shape stands with each name."""
+# The share of a band, and the refits of a bootstrap.
 LEVEL, DRAWS, SEED = 0.9, 400, 0
-"""The share of a band, and the refits of a bootstrap."""
+# Residuals beyond so many standard deviations count less (Huber 1964: 95 % efficient for normal scatter).
 TUNING = 1.345
-"""Residuals beyond so many standard deviations count less (Huber 1964: 95 % efficient for normal scatter)."""
 ITERATIONS = 60
+# A prediction beyond so many times the points, or below the same part of them, is an extrapolation.
 WITHIN = 10.0
-"""A prediction beyond so many times the points, or below the same part of them, is an extrapolation."""
+# Scatter of ln tokens about a line in ln parameters: with less scatter the two cannot be told apart.
 COLLINEAR = 0.05
-"""Of ln tokens about a line in ln parameters: with less scatter the two cannot be told apart."""
+# Values of each column that a law needs: two do not tell a floor from a slope.
 DISTINCT = 3
-"""Values of each column that a law needs: two do not tell a floor from a slope."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """columns, value: names of the figures of a point. count: P, the parameters. value_of: (internal parameters [B, P],
-    columns [C, n]) to [B, n], on the scale of the fit. published: internal parameters [B, P] to those of the formula.
-    starts: (columns [C, n], values [n]) to [S, P], where the search begins."""
+    """The form of a law.
+
+    Attributes:
+        name: Name of the law.
+        formula: Its formula, for people.
+        columns: Names of the figures of a point.
+        value: Name of the value.
+        count: Number of parameters, P.
+        value_of: (internal parameters [B, P], columns [C, n]) to [B, n], on the scale of the fit.
+        published: Internal parameters [B, P] to those of the formula.
+        starts: (columns [C, n], values [n]) to [S, P], where the search begins.
+    """
 
     name: str
     formula: str
@@ -66,7 +75,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law. points: columns [C, n]; parameters [P] and draws [DRAWS, P] are internal ones."""
+    """A fitted law.
+
+    Attributes:
+        points: Columns [C, n]; parameters [P] and draws [DRAWS, P] are internal ones.
+    """
 
     form: Form
     points: Array
@@ -75,25 +88,25 @@ class Fit:
     residuals: Array
 
     def published(self) -> dict[str, Band]:
-        """The parameters of the formula, with their bands."""
+        """Returns the parameters of the formula, with their bands."""
         value, drawn = self.form.published(self.parameters[None]), self.form.published(self.draws)
         return {name: band(float(value[name][0]), drawn[name]) for name in value}
 
     def curve(self, columns: Array) -> tuple[Array, Array, Array]:
-        """Value, low and high of the law itself at columns [C, n]: without the scatter of a run."""
+        """Returns value, low and high of the law itself at columns [C, n]: without the scatter of a run."""
         value, drawn = self._at(self.parameters[None], columns)[0], self._at(self.draws, columns)
         low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
         return value, np.minimum(low, value), np.maximum(high, value)
 
     def predict(self, point: Sequence[float]) -> Band:
-        """What is expected of one further run at a point."""
+        """Returns what is expected of one further run at a point."""
         at = np.asarray(point, float)[:, None]
         value, drawn = (self.form.value_of(p, at)[:, 0] for p in (self.parameters[None], self.draws))
         scatter = np.random.default_rng(SEED + 1).choice(self.residuals, len(drawn))
         return band(float(self.form.unscaled(value)[0]), self.form.unscaled(drawn + scatter))
 
     def extrapolates(self, point: Mapping[str, float]) -> list[str]:
-        """A sentence for each column whose value is far outside those of the points."""
+        """Returns a sentence for each column whose value is far outside those of the points."""
         sentences = []
         for name, row in zip(self.form.columns, self.points, strict=True):
             seen, value = row[row > 0], point[name]
@@ -131,17 +144,21 @@ def fit(form: Form, columns: Sequence[Sequence[float]], values: Sequence[float])
     _require_enough(form, x, y)
     starts = form.starts(x, y)
     y = form.scaled(y)
+    # From many starts: the loss of a fit has local minima.
     candidates, costs = _minimize(form, starts, x, np.broadcast_to(y, (len(starts), len(y))), None)
     best = candidates[int(np.argmin(costs))]
     plain = form.value_of(best[None], x)[0] - y
+    # The median absolute deviation of a normal scatter is 0.6745 standard deviations. A few bad points do not move it.
     scale = max(float(np.median(np.abs(plain))) / 0.6745, 1e-9)
     robust, _ = _minimize(form, best[None], x, y[None], scale)
     best = robust[0]
     law = form.value_of(best[None], x)[0]
+    # The fit takes up part of the scatter, by its number of parameters.
     freedom = len(y) - len(best)
     residuals = (y - law) * np.sqrt(len(y) / freedom)
     residuals = residuals - residuals.mean()
     drawn = law + np.random.default_rng(SEED).choice(residuals, (DRAWS, len(y)))
+    # Each refit begins at the law, which is near, so that one start is enough.
     draws, _ = _minimize(form, np.broadcast_to(best, (DRAWS, len(best))), x, drawn, scale)
     if form is PRETRAINING and min(best[3:]) <= 0:
         name = form.columns[int(np.argmin(best[3:]))]
@@ -163,6 +180,7 @@ def _require_enough(form: Form, x: Array, y: Array) -> None:
             )
     logs = np.log(np.maximum(x, 1e-300))
     if form is PRETRAINING:
+        # Tokens in a fixed ratio to parameters would let the two terms of the law trade places.
         slope, height = _line(logs[0], logs[1])
         if np.std(logs[1] - slope * logs[0] - height) < COLLINEAR:
             raise ValueError(
@@ -177,16 +195,19 @@ def _require_enough(form: Form, x: Array, y: Array) -> None:
 
 
 def _line(x: Array, y: Array) -> tuple[float, float]:
-    """Slope and height of the line of least squares."""
+    """Returns slope and height of the line of least squares."""
     dx = x - x.mean()
     slope = float((dx * y).sum() / (dx * dx).sum())
     return slope, float(y.mean() - slope * x.mean())
 
 
 def _minimize(form: Form, starts: Array, x: Array, y: Array, scale: float | None) -> tuple[Array, Array]:
-    """Levenberg-Marquardt from each start [B, P] to its own values [B, n]; returns parameters and costs [B].
+    """Minimizes by Levenberg-Marquardt, from each start [B, P] to its own values [B, n].
 
-    scale: standard deviation of the scatter, for Huber's weights; None: least squares.
+    Returns parameters and costs [B].
+
+    Args:
+        scale: Standard deviation of the scatter, for Huber's weights; None: least squares.
     """
     theta, count = np.array(starts, float), starts.shape[1]
     damping = np.full(len(theta), 1e-2)
@@ -196,6 +217,7 @@ def _minimize(form: Form, starts: Array, x: Array, y: Array, scale: float | None
         weights = (
             np.ones_like(rest) if scale is None else np.minimum(1, TUNING * scale / np.maximum(np.abs(rest), 1e-300))
         )
+        # Derivatives by differences, since a form states none.
         steps = 1e-6 * np.maximum(1.0, np.abs(theta))
         jacobian = np.empty((*rest.shape, count))
         for k in range(count):
@@ -208,10 +230,12 @@ def _minimize(form: Form, starts: Array, x: Array, y: Array, scale: float | None
         diagonal = np.einsum("bpp->bp", normal)
         damped = normal + (damping[:, None] * diagonal + 1e-12)[:, :, None] * np.eye(count)
         change = np.linalg.solve(damped, gradient[:, :, None])[:, :, 0]
+        # A step is bounded, since parameters are logarithms and exponents.
         tried = theta - np.clip(change, -2.0, 2.0)
         with np.errstate(all="ignore"):
             tried_rest = form.value_of(tried, x) - y
             tried_cost = np.where(np.isfinite(tried_rest).all(1), _cost(tried_rest, scale), np.inf)
+        # Each start has its own damping: less after a step that helps, more after one that does not.
         better = tried_cost < cost
         theta[better], rest[better], cost[better] = tried[better], tried_rest[better], tried_cost[better]
         damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-9, 1e9)
@@ -274,9 +298,13 @@ def _sigmoid_starts(x: Array, y: Array) -> Array:
     low, high = np.clip((y.min(), y.max()), 1e-3, 1 - 1e-3)
     first, won = np.log(low / (1 - low)), np.log(max(high - low, 1e-3) / (1 - high))
     return np.asarray(
-        [[first, won + rise, m, np.log(b)] for rise in (0.0, 1.5) for m in np.quantile(logs, (0.1, 0.5, 0.9))
-         for b in (0.5, 1.0, 2.0)]
-    )  # fmt: skip
+        [
+            [first, won + rise, m, np.log(b)]
+            for rise in (0.0, 1.5)
+            for m in np.quantile(logs, (0.1, 0.5, 0.9))
+            for b in (0.5, 1.0, 2.0)
+        ]
+    )
 
 
 def _coverage(p: Array, x: Array) -> Array:
@@ -309,21 +337,39 @@ def _published_coverage(p: Array) -> dict[str, Array]:
 
 
 PRETRAINING = Form(
-    "pretraining", "loss = E + A/parameters^alpha + B/tokens^beta", ("parameters", "tokens"), "loss", 5,
-    _joint, _published_joint, _joint_starts,
-)  # fmt: skip
+    "pretraining",
+    "loss = E + A/parameters^alpha + B/tokens^beta",
+    ("parameters", "tokens"),
+    "loss",
+    5,
+    _joint,
+    _published_joint,
+    _joint_starts,
+)
 FORMS = {
     form.name: form
     for form in (
         PRETRAINING,
         Form("compute", "loss = E + A/flops^alpha", ("flops",), "loss", 3, _power, _published_power, _power_starts),
         Form(
-            "reinforcement", "score = S0 + (S1 - S0)/(1 + (C_mid/compute)^B)", ("compute",), "score", 4,
-            _sigmoid, _published_sigmoid, _sigmoid_starts,
+            "reinforcement",
+            "score = S0 + (S1 - S0)/(1 + (C_mid/compute)^B)",
+            ("compute",),
+            "score",
+            4,
+            _sigmoid,
+            _published_sigmoid,
+            _sigmoid_starts,
         ),
         Form(
-            "inference", "score = exp(-a/compute^b)", ("compute",), "score", 2,
-            _coverage, _published_coverage, _coverage_starts,
+            "inference",
+            "score = exp(-a/compute^b)",
+            ("compute",),
+            "score",
+            2,
+            _coverage,
+            _published_coverage,
+            _coverage_starts,
         ),
     )
-}  # fmt: skip
+}

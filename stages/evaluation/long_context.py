@@ -28,8 +28,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Report
 from pipeline.core.text import shown
 from stages.confidence import binomial, ratio
-from stages.evaluation.heldout import HeldoutDocument
-from stages.evaluation.pieces import Piece
+from stages.evaluation.bits_per_byte import HeldoutDocument
+from stages.evaluation.estimates import Piece
 from stages.evaluation.scores import LongContextScores
 from stages.formats.seeds import seed_of
 from stages.formats.table import Double, Int32, String, columns_of
@@ -116,11 +116,15 @@ def _require_increasing(name: str, values: Sequence[float]) -> None:
 def pieces(
     section: ContextSection, tokenizer: Any, encode: Encode, read: Callable[[], Sequence[HeldoutDocument]]
 ) -> list[Piece[LanguageModel]]:
-    """Returns the pieces of a model's evaluation: the rows of `passkey.parquet` of each length, and those of
-    `positions.parquet`.
+    """Returns the pieces of a model's evaluation.
 
-    read: the documents in the order of a fixed lottery. encode: text to token ids, as in training. A piece raises
-    AtomError if a length leaves no room for a key, or if the documents are too few or too short.
+    They give the rows of `passkey.parquet` of each length, and those of `positions.parquet`.
+
+    A piece raises AtomError if a length leaves no room for a key, or if the documents are too few or too short.
+
+    Args:
+        read: The documents in the order of a fixed lottery.
+        encode: Text to token ids, as in training.
     """
 
     @cache
@@ -150,19 +154,23 @@ def report_passkeys(rows: Sequence[PasskeyRow], report: Report) -> None:
 
 
 def items(section: ContextSection, length: int, encode: Encode, filler: Sequence[int]) -> Iterator[tuple[Any, ...]]:
-    """(id, depth, key, token ids [length], ids of the answer at their end) of every item of one length.
+    """Yields (id, depth, key, token ids [length], ids of the answer at their end) of every item of one length.
 
-    filler: the text around the keys, as tokens; an item starts at a drawn position of it. The items depend only on the
-    section and the filler.
+    The items depend only on the section and the filler.
+
+    Args:
+        filler: The text around the keys, as tokens; an item starts at a drawn position of it.
     """
     question = encode(passkeys.QUESTION)
     for depth in section.depths:
+        # One stream for each length and depth, so that a further cell changes no item of another.
         rng = random.Random(seed_of(f"context/passkey/{length}/{depth:g}", section.digits))
         for n in range(section.per_cell):
             key = passkeys.draw_key(rng, section.digits, evaluation=True)
             statement, answer = encode(passkeys.STATEMENT.format(key)), encode(passkeys.ANSWER.format(key))
             available = length - len(statement) - len(question) - len(answer)
             _require_room("evaluation.context.lengths", length, available, len(filler), "key and question alone take")
+            # The key stands at the depth; the question is always last.
             start, cut = rng.randrange(len(filler) - available + 1), round(depth * available)
             text = filler[start : start + available]
             ids = [*text[:cut], *statement, *text[cut:], *question, *answer]
@@ -170,7 +178,7 @@ def items(section: ContextSection, length: int, encode: Encode, filler: Sequence
 
 
 def _require_room(setting: str, length: int, room: int, available: int, what: str) -> None:
-    """That an item leaves `room` tokens for text, and all held-out text has as many."""
+    """Raises AtomError unless an item leaves `room` tokens for text, and all held-out text has as many."""
     if room < 0:
         raise AtomError(f"evaluate: {setting} names {length} tokens, but {what} {length - room}; leave it out")
     if room > available:
@@ -181,7 +189,7 @@ def _require_room(setting: str, length: int, room: int, available: int, what: st
 
 
 def _answered(model: LanguageModel, tokenizer: Any, ids: Sequence[int], answer: list[int]) -> tuple[str, int]:
-    """What a greedy decoder writes in the place of the answer at the end of ids, and 1 if it is the answer."""
+    """Returns what a greedy decoder writes in place of the answer at the end of ids, and 1 if it is the answer."""
     predicted = model.likeliest(ids, len(answer))
     output = tokenizer.decode(predicted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return output, int(predicted == answer)
@@ -200,7 +208,7 @@ def _score_cells(
 def _loss_by_position(
     model: LanguageModel, encode: Encode, documents: Sequence[HeldoutDocument], length: int, limit: int
 ) -> list[PositionRow]:
-    """One row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""
+    """Returns one row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""
     rows: list[PositionRow] = []
     longest = count = 0
     for document in documents:
@@ -211,6 +219,7 @@ def _loss_by_position(
         count += 1
         bits = model.token_bits(ids)
         for first, last in buckets(length):
+            # The first token has no bits: it comes after nothing.
             bucket_bits = bits[max(first, 1) - 1 : last]
             rows.append(
                 {
@@ -233,7 +242,7 @@ def _loss_by_position(
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
-    """(first, last) position of each bucket: 0–63, then each as long as all before it, up to `length` - 1."""
+    """Returns (first, last) position of each bucket: 0–63, then each as long as all before it, up to `length` - 1."""
     edges = [0, FIRST_BUCKET]
     while edges[-1] < length:
         edges.append(2 * edges[-1])
@@ -241,7 +250,7 @@ def buckets(length: int) -> list[tuple[int, int]]:
 
 
 def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> LongContextScores:
-    """`passkey` and `loss_by_position` of scores.json, from the two tables alone.
+    """Returns `passkey` and `loss_by_position` of scores.json, from the two tables alone.
 
     Standard errors of the loss are over documents; these are the same in every bucket, so differences between buckets
     have smaller errors.

@@ -30,11 +30,12 @@ from pydantic import Field
 
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from pipeline.core.stage import Config, Inputs, Report, Stage
 from pipeline.core.store import once
 from stages.confidence import binomial, clustered, wilson
 from stages.data.shards import document_files, first_tokens, shard_name
 from stages.evaluation import estimates
+from stages.evaluation.estimates import EngineConfig
 from stages.evaluation.scores import MemorizationScores, Regurgitation
 from stages.formats.seeds import seed_of, split_mix
 from stages.formats.table import (
@@ -47,21 +48,21 @@ from stages.formats.table import (
     write_json,
     write_rows,
 )
-from stages.generation.engine import Engine, LanguageModel, engine_field
-from stages.generation.open_model import open_model
+from stages.generation.engine import LanguageModel
+from stages.generation.samplers import open_model
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 VERSION = 1
+# Training documents, drawn by their places, whose readings are counted; about as many are in memory.
 CANDIDATES = 1 << 18
-"""Training documents, drawn by their places, whose readings are counted; about as many are in memory."""
+# Assumed strata of a source, for `atom plan` alone.
 STRATA = 12
-"""Assumed strata of a source, for `atom plan` alone."""
 
 
 class DocumentRow(TypedDict):
-    """A drawn document. matching: tokens of the continuation before the first that the model does not predict."""
+    """A drawn document."""
 
     id: String
     source: String
@@ -69,7 +70,7 @@ class DocumentRow(TypedDict):
     times_seen: Int64
     prefix: Int32
     continuation: Int32
-    matching: Int32
+    matching: Int32  # tokens of the continuation before the first that the model does not predict
 
 
 DOCUMENTS = columns_of(DocumentRow)
@@ -100,34 +101,32 @@ class MemorizationSection(Config):
         return self.prefix_tokens + self.continuation_tokens
 
     def tokens(self, sources: int) -> int:
-        """Tokens that the evaluation of a model reads, at most."""
+        """Returns the tokens that the evaluation of a model reads, at most."""
         return sources * STRATA * self.documents * self.length
 
 
-class MemorizationConfig(MemorizationSection):
+class MemorizationConfig(MemorizationSection, EngineConfig):
     """Config of the stage."""
 
     seed: Seed = Field(description="seed of the recipe")
-    engine: Engine = engine_field()
-    expected: estimates.Expected | None = operational(
-        None, "the model and tokens, for `atom plan` alone; null: unknown"
-    )
 
     @cached_property
     def salt(self) -> int:
         return seed_of("memorization/documents", self.seed)
 
     def ticket(self, id: str) -> float:
-        """A document's number in the lottery, from 0 to 1; the least are drawn."""
+        """Returns a document's number in the lottery, from 0 to 1; the least are drawn."""
         return int.from_bytes(hashlib.blake2b(f"{self.salt}/{id}".encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def run(config: MemorizationConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["model"]: an export; inputs["tokens"]: token shards; order-<phase> of every phase that trained the model.
+    """Measures the export inputs["model"] on the token shards inputs["tokens"].
 
-    Seals `documents.parquet` and `scores.json`, which follows from it (`summary`). Resumes from `work`, which keeps the
-    lottery and every finished source.
-    Raises AtomError if the orders read no document that is long enough, or a shard is damaged.
+    The inputs order-<phase> are of every phase that trained the model. Seals `documents.parquet` and `scores.json`,
+    which follows from it (`summary`). Resumes from `work`, which keeps the lottery and every finished source.
+
+    Raises:
+        AtomError: The orders read no document that is long enough, or a shard is damaged.
     """
     from transformers import AutoTokenizer
 
@@ -174,13 +173,16 @@ def _count_readings(config: MemorizationConfig, inputs: Inputs) -> list[Place]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    # The sample is drawn by place and not while reading, so that a document is counted in all orders or in none.
     share = CANDIDATES / max(sum(inputs["tokens"].json("meta.json")["documents"]["train"].values()), 1)
     candidates: dict[str, Place] = {}
+    # Rows that hold prefix and continuation, with loss on all tokens that are compared.
     whole = (pc.field("length") >= config.length) & (pc.field("loss_from") < config.prefix_tokens)
     place_columns = ["id", "source", "part", "ordinal"]
     columns = [*place_columns, "offset", "length", "loss_from"]
     for role in sorted(role for role in inputs if role.startswith("order-")):
         for batch in stream_part_batches(order_files(inputs[role].path), columns):
+            # A row that continues a document does not begin with its prefix.
             beginnings = pa.Table.from_batches([batch]).filter(pc.field("offset") == 0)
             for row in _counted(_sampled(config, beginnings.filter(whole), share), place_columns):
                 place = _place(row, "train", row["part"])
@@ -189,24 +191,25 @@ def _count_readings(config: MemorizationConfig, inputs: Inputs) -> list[Place]:
 
 
 def _sampled(config: MemorizationConfig, rows: pa.Table, share: float) -> pa.Table:
-    """The rows of a share of all documents, chosen by a hash of their places in the corpus."""
+    """Returns the rows of a share of all documents, chosen by a hash of their places in the corpus."""
     import numpy as np
     import pyarrow as pa
 
     if share >= 1:
         return rows
     part, ordinal = (rows[name].to_numpy().astype(np.uint64) for name in ("part", "ordinal"))
+    # Part and ordinal in one number: a place of the corpus, the same in every order.
     hashes = split_mix(part << np.uint64(40) | ordinal, "memorization/candidates", config.seed)
     return rows.filter(pa.array(hashes < np.uint64(share * 2**64)))
 
 
 def _counted(table: pa.Table, columns: list[str]) -> Any:
-    """The distinct values of some columns, each with `count_all`, its number of rows."""
+    """Returns the distinct values of some columns, each with `count_all`, its number of rows."""
     return table.group_by(columns).aggregate([([], "count_all")]).to_pylist()
 
 
 def _heldout(config: MemorizationConfig, source: str, files: Sequence[tuple[int, Path]]) -> Iterator[Place]:
-    """The held-out documents of a source that are long enough."""
+    """Yields the held-out documents of a source that are long enough."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -225,24 +228,31 @@ def _place(row: Mapping[str, Any], split: str, part: int) -> Place:
 def _continue(
     config: MemorizationConfig, inputs: Inputs, model: LanguageModel, places: Sequence[Place]
 ) -> list[DocumentRow]:
-    """The rows of the drawn documents of one source, which are sorted by shard."""
+    """Returns the rows of the drawn documents of one source, which are sorted by shard."""
     tokens, rows = inputs["tokens"].path, list[DocumentRow]()
+    # One shard after the other, whose tokens are read in one pass.
     for (source, split, part), group in groupby(places, key=lambda row: (row["source"], row["split"], row["part"])):
         chosen = list(group)
         name = shard_name(split, source, part)
         ids = first_tokens(tokens, name, [place["ordinal"] for place in chosen], config.length)
         for place, matching in zip(chosen, model.matching_tokens(ids.tolist(), config.prefix_tokens), strict=True):
             rows.append(
-                DocumentRow(
-                    id=place["id"], source=source, split=split, times_seen=place["times_seen"],
-                    prefix=config.prefix_tokens, continuation=config.continuation_tokens, matching=matching,
-                )
-            )  # fmt: skip
+                {
+                    "id": place["id"],
+                    "source": source,
+                    "split": split,
+                    "times_seen": place["times_seen"],
+                    "prefix": config.prefix_tokens,
+                    "continuation": config.continuation_tokens,
+                    "matching": matching,
+                }
+            )
     return rows
 
 
 def stratum(times_seen: int) -> str:
-    """The range of times seen of a document: `0`, `1`, `2-3`, `4-7`, …"""
+    """Returns the range of times seen of a document: `0`, `1`, `2-3`, `4-7`, …"""
+    # The largest power of two that is not above it.
     low = 1 << times_seen.bit_length() >> 1
     return str(times_seen) if low < 2 else f"{low}-{2 * low - 1}"
 
@@ -275,7 +285,4 @@ def _summarize(rows: Sequence[DocumentRow]) -> Regurgitation:
     }
 
 
-STAGE = Stage(
-    "memorization", VERSION, MemorizationConfig, run,
-    **estimates.of_engine(),
-)  # fmt: skip
+STAGE = Stage("memorization", VERSION, MemorizationConfig, run, **estimates.of_engine())

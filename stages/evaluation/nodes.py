@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.core.errors import RecipeError
 from pipeline.graph.dag import NodeSpec
 from stages.data.recipe import DataRecipe
-from stages.evaluation import estimates
+from stages.evaluation import estimates, pass_at_k, win_rate
+from stages.evaluation.estimates import QUESTION_TOKENS, count
 from stages.evaluation.settings import ChatSection, EvaluationSection
 from stages.train.nodes import ExportedModel
 
@@ -44,7 +45,8 @@ def item_nodes(
     Raises:
         RecipeError: A task set of the recipe's own is missing, or differs from its pin.
     """
-    items = {"problems": section.problems, "seed": seed, "chat": section.chat_items}
+    chat = None if section.chat is None else section.chat.items.model_dump()
+    items = {"problems": section.problems, "seed": seed, "chat": chat}
     specs, roles = [NodeSpec("items", "items", items)], {"items": "items"}
     benchmarks: dict[str, Any] = {}
     if harness := section.harness:
@@ -87,6 +89,7 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
         return []
     tasks = {spec.name: spec.name for spec in before if spec.stage == "tasks"}
     orders = {spec.name: spec for spec in before if spec.stage == "order"}
+    # The sources of each phase are those that its order mixes.
     mixes = {order.config["phase"]: sorted(order.config["mix"]) for order in orders.values()}
     sources = sorted({name for mix in mixes.values() for name in mix})
     corpus = {"parts": {source: data.parts[source] for source in sources}, "expected": data.expected}
@@ -99,6 +102,7 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
             # Each model is compared with the one before; one of online RLHF with the last before preferences.
             previous = chat_models[number - 2 if which == "online-rlhf" else number - 1]
             specs.append(_preference_node(measured, chat, which, previous))
+    # Last, since the search compares all scores before it with what it finds.
     scored = {spec.name: spec.name for spec in (*before, *specs) if spec.stage in ("evaluate", "solve")}
     inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
     if section.harness:
@@ -110,8 +114,9 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
 
 def _solving_nodes(measured: Measured, chat: ChatSection, which: str) -> list[NodeSpec]:
     """Returns the nodes in which a model answers the items, and the items drawn after training."""
-    tokens = measured.section.chat_tokens() * chat.num_samples
-    expected = _expected(measured, measured.models[which], tokens, measured.section.chat_pieces())
+    items = sum(measured.section.problems.values()) + chat.items.courtesies
+    tokens = items * (QUESTION_TOKENS + chat.max_new_tokens) * chat.num_samples
+    expected = _expected(measured, measured.models[which], tokens, count(items, pass_at_k.ITEMS_PER_BATCH))
     config = _generation(measured, chat) | {"expected": expected, "num_samples": chat.num_samples}
     model = f"export-{which}"
     return [
@@ -122,7 +127,9 @@ def _solving_nodes(measured: Measured, chat: ChatSection, which: str) -> list[No
 
 def _preference_node(measured: Measured, chat: ChatSection, which: str, previous: str) -> NodeSpec:
     """Returns the node that compares the answers of two models."""
-    tokens, pieces = measured.section.chat_tokens(), measured.section.preference_pieces()
+    items = sum(measured.section.problems.values()) + chat.items.courtesies
+    tokens = items * (QUESTION_TOKENS + chat.max_new_tokens)
+    pieces = max(1, len(win_rate.SIDES) * count(chat.items.courtesies, win_rate.ITEMS_PER_BATCH))
     expected = _expected(measured, measured.models[which], tokens, pieces)
     config = _generation(measured, chat) | {"expected": expected, "model": which, "before": previous}
     inputs = {"model": f"export-{which}", "before": f"export-{previous}", "items": "items"}

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
@@ -28,88 +28,83 @@ from pydantic import Field
 
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from pipeline.core.stage import Inputs, Report, Stage
 from stages.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation import estimates
-from stages.evaluation.pieces import Piece, compute, compute_shard
+from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, compute, compute_shard
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
 from stages.formats.seeds import seed_of
 from stages.formats.table import Double, Int32, String, columns_of, write_json, write_rows
-from stages.generation.engine import Engine, engine_field
-from stages.generation.open_model import open_sampler
+from stages.generation.engine import Engine
+from stages.generation.samplers import open_sampler
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:
     from stages.tasks.rows import Row
 
 VERSION = 2
+# Number of the greedy answer among the samples.
 GREEDY = -1
 ITEMS_PER_BATCH = 32
+# Kinds of items without a single right answer.
 JUDGED = ("courtesy",)
-"""Kinds of items without a single right answer."""
 
 
 class Answer(TypedDict):
-    """A row of answers.parquet. sample: GREEDY or 0, 1, …; tokens: of the text, with the stop token; parts: those of
-    the reward, as JSON."""
+    """A row of answers.parquet."""
 
     id: String
     kind: String
-    sample: Int32
+    sample: Int32  # GREEDY or 0, 1, …
     seed: Annotated[int, "uint64"]
     text: String
     answer: String
     finished: Annotated[bool, "bool"]
-    tokens: Int32
+    tokens: Int32  # of the text, with the stop token
     reward: Double
-    parts: String
+    parts: String  # those of the reward, as JSON
     verifier: String
     verifier_version: String
 
 
 ANSWERS = columns_of(Answer)
 
+# Answers to one problem.
 NumSamples = Annotated[int, Range(1, 4096)]
-"""Answers to one problem."""
 
 
-class SolveConfig(Config):
+class SolveConfig(EngineConfig):
     """The items, the number of answers to each, and their maximum length."""
 
     num_samples: NumSamples = Field(description="answers per item")
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     split: Literal["test", "validation"] = Field("test", description="split of the items")
     seed: Seed = Field(description="seed of the recipe")
-    engine: Engine = engine_field()
-    expected: estimates.Expected | None = operational(
-        None, "the model and tokens, for `atom plan` alone; null: unknown"
-    )
 
 
 def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["model"]: an export; inputs["items"]: an artifact with chat.jsonl (items or fresh).
+    """Answers the items of an artifact with chat.jsonl, inputs["items"], with the export inputs["model"].
 
     Seals `answers.parquet`, one row for each answer, and `scores.json`, which follows from it alone (`summary`).
-    Resumes from `work`, which keeps every finished batch. Raises AtomError if a kind has fewer than two items, and the
-    errors of the verifiers.
+    Resumes from `work`, which keeps every finished batch.
+
+    Raises:
+        AtomError: A kind has fewer than two items; and the errors of the verifiers.
     """
-    rows, answered, completed = _rows(config, inputs), list[Answer](), 0
-    with ExitStack() as stack:
-        pieces = _pieces(rows, config)
-        values = compute(pieces, work, partial(_load, stack, rows, config, inputs, work, report.note))
-        for piece, answers in zip(pieces, values, strict=True):
-            answered += answers
-            completed += piece.size
-            report.progress(completed, len(rows), "items")
+    rows = _rows(config, inputs)
+    results = compute(_pieces(rows, config), work, _loader(rows, config, inputs, work, report.note), report)
+    answered: list[Answer] = [answer for answers in results for answer in answers]
     answered.sort(key=lambda row: (row["id"], row["sample"]))
     write_rows(out / "answers.parquet", ANSWERS, answered)
     scores = summary(answered)
     write_json(out / "scores.json", {**scores, **config.engine.stated()})
+
     for kind, part in scores["problems"].items():
         largest_k = max(part["at"], key=int)
         headline = {
             "greedy": part["greedy"]["accuracy"],
-            **{f"{x}@{largest_k}": part["at"][largest_k][x] for x in ("pass", "maj")},
+            f"pass@{largest_k}": part["at"][largest_k]["pass"],
+            f"maj@{largest_k}": part["at"][largest_k]["maj"],
         }
         report.note(f"{kind}: " + ", ".join(f"{x} {y['value']:.3f} ± {y['se']:.3f}" for x, y in headline.items()))
     for kind, judged in scores["judged"].items():
@@ -119,34 +114,34 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 def run_shard(config: SolveConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Answers the items of one shard."""
     rows = _rows(config, inputs)
-    with ExitStack() as stack:
-        load = partial(_load, stack, rows, config, inputs, work, partial(print, flush=True))
-        compute_shard(_pieces(rows, config), work, load, shard, estimates.shards(config.expected, engine=config.engine))
+    load = _loader(rows, config, inputs, work, partial(print, flush=True))
+    compute_shard(_pieces(rows, config), work, load, shard, estimates.shards(config.expected, 1, config.engine))
 
 
 def _rows(config: SolveConfig, inputs: Inputs) -> list[dict[str, Any]]:
     return select_split(chat_rows(inputs["items"]), config.split)
 
 
-def _load(
-    stack: ExitStack, rows: Sequence[Row], config: SolveConfig, inputs: Inputs, work: Path,
-    note: Callable[[str], object],
-) -> ChatModel:  # fmt: skip
-    """The model, which the stack closes."""
-    chat_model = ChatModel(config.engine, inputs["model"] / "model", config.max_new_tokens, rows, inputs, work, note)
-    return stack.enter_context(closing(chat_model))
+def _loader(
+    rows: Sequence[Row], config: SolveConfig, inputs: Inputs, work: Path, note: Callable[[str], object]
+) -> Callable[[], ChatModel]:
+    setup = ChatSetup(config.engine, config.max_new_tokens, rows, inputs, work, note)
+    return lambda: ChatModel(setup, inputs["model"] / "model")
 
 
 def _pieces(rows: Sequence[Row], config: SolveConfig) -> list[Piece[ChatModel]]:
-    batches = [rows[start : start + ITEMS_PER_BATCH] for start in range(0, len(rows), ITEMS_PER_BATCH)]
-    return [
-        Piece(f"answers-{number:05d}", partial(_answer_batch, batch=batch, config=config), len(batch))
-        for number, batch in enumerate(batches)
-    ]
+    def answer(chat_model: ChatModel, batch: Sequence[Row]) -> list[Answer]:
+        return _answer_batch(chat_model, batch, config)
+
+    return batched_pieces("answers", rows, ITEMS_PER_BATCH, answer)
 
 
 def select_split(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """The rows of a split, sorted by id. Raises AtomError if there is none, or a kind has a single item."""
+    """Returns the rows of a split, sorted by id.
+
+    Raises:
+        AtomError: There is none, or a kind has a single item.
+    """
     selected = sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"])
     kinds = [row["kind"] for row in selected]
     single = next((kind for kind in kinds if kinds.count(kind) < 2), None)
@@ -156,43 +151,71 @@ def select_split(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, A
     return selected
 
 
-class ChatModel:
-    """An exported model with its chat template, and the verifiers of its items."""
+@dataclass(frozen=True)
+class ChatSetup:
+    """The setting in which a model answers the items of a stage.
 
-    def __init__(
-        self, engine: Engine, folder: Path, max_new_tokens: int, rows: Sequence[Row], inputs: Inputs, work: Path,
-        note: Callable[[str], object],
-    ) -> None:  # fmt: skip
-        """work: for the log of a server; note: prints a line to the log."""
+    Attributes:
+        engine: What computes.
+        max_new_tokens: Maximum number of tokens of an answer.
+        rows: All items, whose verifiers are made.
+        inputs: Artifacts of the stage.
+        work: Work folder, for the log of a server.
+        note: Prints a line to the log.
+    """
+
+    engine: Engine
+    max_new_tokens: int
+    rows: Sequence[Row]
+    inputs: Inputs
+    work: Path
+    note: Callable[[str], object]
+
+
+class ChatModel:
+    """The exported model in a folder with its chat template, and the verifiers of its items."""
+
+    def __init__(self, setup: ChatSetup, folder: Path) -> None:
         import torch
 
         from stages.rl.rewards.registry import make_verifiers
         from stages.rl.rollout import generation
 
+        # One thread and deterministic kernels, so that the answers repeat bit for bit.
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         self.chat = generation.Chat(folder)
-        self.sampler = open_sampler(engine, folder, self.chat.stops, max_new_tokens, work)
-        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), note)
+        self.sampler = open_sampler(setup.engine, folder, self.chat.stops, setup.max_new_tokens, setup.work)
+        self.verifiers = generation.Verifiers(make_verifiers(setup.rows, setup.inputs, self.chat, {}), setup.note)
 
     def answer(self, requests: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
-        """The scored answers to requests, each (row, sample, seed)."""
+        """Returns the scored answers to requests, each (row, sample, seed)."""
         from stages.rl.rollout.generation import draw
 
         completions = draw(self.sampler, self.chat, [(row, seed) for row, _, seed in requests], greedy)
         responses = [self.chat.response(completion) for completion in completions]
         scored = self.verifiers.score([(row, r) for (row, _, _), r in zip(requests, responses, strict=True)])
-        return [
-            {
-                "id": row["id"], "kind": row["kind"], "sample": sample, "seed": seed, "text": response.text,
-                "answer": response.answer, "finished": response.finished, "tokens": len(completion.ids),
-                "reward": parts["reward"], "parts": json.dumps(parts, sort_keys=True), "verifier": row["verifier"],
-                "verifier_version": self.verifiers.by_name[row["verifier"]].version,
-            }
-            for (row, sample, seed), completion, response, parts in zip(
-                requests, completions, responses, scored, strict=True
+        answers: list[Answer] = []
+        for (row, sample, seed), completion, response, parts in zip(
+            requests, completions, responses, scored, strict=True
+        ):
+            answers.append(
+                {
+                    "id": row["id"],
+                    "kind": row["kind"],
+                    "sample": sample,
+                    "seed": seed,
+                    "text": response.text,
+                    "answer": response.answer,
+                    "finished": response.finished,
+                    "tokens": len(completion.ids),
+                    "reward": parts["reward"],
+                    "parts": json.dumps(parts, sort_keys=True),
+                    "verifier": row["verifier"],
+                    "verifier_version": self.verifiers.by_name[row["verifier"]].version,
+                }
             )
-        ]  # fmt: skip
+        return answers
 
     def close(self) -> None:
         self.sampler.close()
@@ -200,18 +223,20 @@ class ChatModel:
 
 
 def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
-    greedy_requests = [(row, GREEDY, 0) for row in batch if row["kind"] not in JUDGED]
-    sample_counts = {id(row): 1 if row["kind"] in JUDGED else config.num_samples for row in batch}
+    """Returns the greedy answers to the problems of a batch, then the samples to all of its items."""
+    problems = [row for row in batch if row["kind"] not in JUDGED]
+    answers = chat_model.answer([(row, GREEDY, 0) for row in problems], greedy=True) if problems else []
+    # A judged request is answered once: it has no right answer that a vote of several could find.
     sample_requests = [
-        (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(sample_counts[id(row)])
+        (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed))
+        for row in batch
+        for n in range(1 if row["kind"] in JUDGED else config.num_samples)
     ]
-    return (chat_model.answer(greedy_requests, greedy=True) if greedy_requests else []) + chat_model.answer(
-        sample_requests
-    )
+    return answers + chat_model.answer(sample_requests)
 
 
 def summary(answered: Sequence[Answer]) -> AnswerScores:
-    """`scores.json` from the table alone, so that it can be recomputed. A reward of 1 is a correct answer."""
+    """Returns `scores.json` from the table alone, so that it can be recomputed. A reward of 1 is a correct answer."""
     by_kind: dict[str, dict[str, list[Answer]]] = {}
     for row in answered:
         by_kind.setdefault(row["kind"], {}).setdefault(row["id"], []).append(row)
@@ -229,17 +254,14 @@ def _summarize_problems(items: Mapping[str, list[Answer]]) -> ProblemScores:
     samples = {id: [row for row in rows if row["sample"] != GREEDY] for id, rows in sorted(items.items())}
     greedy = {id: [row for row in rows if row["sample"] == GREEDY] for id, rows in sorted(items.items())}
     sample_statistics = _answer_statistics(samples, "accuracy")
-    n = min(len(rows) for rows in samples.values())
-    at: dict[str, SeveralAnswers] = {
-        str(k): {
+    correct = {id: sum(row["reward"] >= 1 for row in rows) for id, rows in samples.items()}
+    at: dict[str, SeveralAnswers] = {}
+    for k in powers_of_two(min(len(rows) for rows in samples.values())):
+        at[str(k)] = {
             "tokens": k * sample_statistics["tokens"],
-            "pass": clustered(
-                [pass_at(len(rows), sum(r["reward"] >= 1 for r in rows), k) for rows in samples.values()]
-            ),
+            "pass": clustered([pass_at(len(rows), correct[id], k) for id, rows in samples.items()]),
             "maj": clustered([_majority_of(rows, k) for rows in samples.values()]),
         }
-        for k in powers_of_two(n)
-    }
     return {"greedy": _answer_statistics(greedy, "accuracy"), "samples": sample_statistics, "at": at}
 
 
@@ -249,8 +271,11 @@ def _majority_of(rows: Sequence[Answer], k: int) -> float:
 
 
 def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accuracy", "reward"]) -> AnswerStatistics:
-    """Statistics of answers by item: the mean reward under `name`, mean generated tokens, and the shares of answers
-    that are truncated at max_new_tokens or have a reasoning."""
+    """Returns statistics of answers by item.
+
+    They are the mean reward under `name`, mean generated tokens, and the shares of answers that are truncated at
+    max_new_tokens or have a reasoning.
+    """
     rows = [row for answers in items.values() for row in answers]
     statistics: AnswerStatistics = {
         "tokens": sum(row["tokens"] for row in rows) / len(rows),
@@ -261,7 +286,4 @@ def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accurac
     return statistics
 
 
-STAGE = Stage(
-    "solve", VERSION, SolveConfig, run,
-    **estimates.of_engine(), run_shard=run_shard,
-)  # fmt: skip
+STAGE = Stage("solve", VERSION, SolveConfig, run, **estimates.of_engine(), run_shard=run_shard)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+# Student's t for a two-sided interval of 90 %, by degrees of freedom from 1; the last one for more, too.
 STUDENT = (
     6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771, 1.761, 1.753, 1.746,
     1.740, 1.734, 1.729, 1.725,
 )  # fmt: skip
-"""Student's t for a two-sided interval of 90 %, by degrees of freedom from 1; the last one for more, too."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,16 @@ class Band:
 
 
 def fit(flops: Sequence[float], losses: Sequence[float], floors: int = 400) -> dict[str, float]:
-    """a, b and c of L = a C^-b + c: least squares of log(L - c) against log C for each c of a grid, of which that with
-    the least error of log L is kept. floors: values of c, from 0 on."""
+    """Returns a, b and c of L = a C^-b + c.
+
+    For each c of a grid the rest is least squares of log(L - c) against log C; the c with the least error of log L is
+    kept.
+
+    Args:
+        floors: Values of c, from 0 on.
+    """
     x, y = np.log(np.asarray(flops)), np.asarray(losses)
+    # The law is linear in log C for a given floor c, so that only c needs a search.
     c = np.linspace(0, 0.999 * y.min(), floors)[:, None]
     logs = np.log(y - c)  # [grid, runs]
     dx = x - x.mean()
@@ -47,8 +54,10 @@ def predicted_loss(law: dict[str, float], flops: Any) -> Any:
 
 
 def loss_band(flops: Sequence[float], losses: Sequence[float], target: float) -> tuple[dict[str, float], Band]:
-    """The power law of runs, and what it says of `target` FLOPs. Three runs lie on a law of three parameters whatever
-    they are, so c is 0 with them; of more runs the band is that of the law made linear in a, b and c.
+    """Returns the power law of runs, and what it says of `target` FLOPs.
+
+    Three runs lie on a law of three parameters whatever they are, so c is 0 with them; of more runs the band is that of
+    the law made linear in a, b and c.
 
     Raises ValueError with a sentence if the losses do not fall.
     """
@@ -58,6 +67,7 @@ def loss_band(flops: Sequence[float], losses: Sequence[float], target: float) ->
         raise ValueError("the losses of the runs do not fall with compute")
     rest = np.log(np.asarray(losses)) - np.log(predicted_loss(law, flops))
     freedom = len(losses) - parameters
+    # By singular values, and not by the inverse of a matrix that is nearly singular with few runs.
     _, sizes, axes = np.linalg.svd(_gradients(law, flops)[:, :parameters], full_matrices=False)
     (distance,) = _gradients(law, [target])[:, :parameters] @ axes.T / sizes
     reach = STUDENT[min(freedom, len(STUDENT)) - 1] * np.sqrt((rest**2).sum() / freedom * (1 + (distance**2).sum()))
@@ -67,7 +77,7 @@ def loss_band(flops: Sequence[float], losses: Sequence[float], target: float) ->
 
 
 def _gradients(law: dict[str, float], flops: Sequence[float]) -> Any:
-    """[runs, 3] the derivatives of log L by log a, b and c."""
+    """Returns the derivatives of log L by log a, b and c, [runs, 3]."""
     x = np.log(np.asarray(flops))
     power = law["a"] * np.exp(-law["b"] * x)
     return np.stack([power, -x * power, np.ones_like(x)], axis=-1) / (power + law["c"])[:, None]
@@ -76,8 +86,12 @@ def _gradients(law: dict[str, float], flops: Sequence[float]) -> Any:
 def accuracy_band(
     flops: Sequence[float], accuracies: Sequence[float], items: int, target: float
 ) -> tuple[dict[str, float], Band]:
-    """The logistic curve of runs in log C, and what it says of `target` FLOPs. items: the number that each accuracy is
-    over; half an item is added to right and wrong ones, so that 0 and 1 have a logit."""
+    """Returns the logistic curve of runs in log C, and what it says of `target` FLOPs.
+
+    Args:
+        items: The number that each accuracy is over; half an item is added to right and wrong ones, so that 0 and 1
+            have a logit.
+    """
     share = (np.asarray(accuracies) * items + 0.5) / (items + 1)
     x, logits = np.log(np.asarray(flops)), np.log(share / (1 - share))
     slope = float(((x - x.mean()) * logits).sum() / ((x - x.mean()) ** 2).sum())
@@ -86,7 +100,7 @@ def accuracy_band(
 
 
 def _line(flops: Sequence[float], values: Any, target: float) -> tuple[float, float, float]:
-    """The line of least squares of values against log C at the target, and its prediction interval."""
+    """Returns the line of least squares of values against log C at the target, and its prediction interval."""
     x = np.log(np.asarray(flops))
     n, dx = len(x), x - x.mean()
     slope = (dx * values).sum() / (dx * dx).sum()

@@ -1,5 +1,7 @@
-"""The fields of the JSON files of evaluation, which cards, gates and checks of a release read: `scores.json` of the
-stages evaluate, solve, fresh, prefer, memorization and harness, and `report.json` of the stage contamination.
+"""The fields of the JSON files of evaluation, which cards, gates and checks of a release read.
+
+They are `scores.json` of the stages evaluate, solve, prefer, memorization and harness, and `report.json` of the stage
+contamination.
 
 Each has `engine`, the package and version of vLLM, if a server computed it; without, transformers did, in fp32.
 
@@ -13,16 +15,22 @@ from typing import Any, NotRequired, TypedDict
 
 from stages.confidence import Mean, Ratio
 
+# On a test item compared with the training data, from the best to the worst.
 VERDICTS = ("clean", "overlap", "contaminated")
-"""On a test item compared with the training data, from the best to the worst."""
 
 
+# `scores.json` of the stage harness: by task set, task, and `metric,filter`.
 HarnessScores = dict[str, dict[str, dict[str, Mean]]]
-"""Of the stage harness: by task set, task, and `metric,filter`."""
 
 
 class LongContextScores(TypedDict):
-    """passkey: by length of the text. passkey_by_depth: by length and depth. loss_by_position: by `first-last`."""
+    """The scores on long texts.
+
+    Attributes:
+        passkey: Share of keys found, by length of the text.
+        passkey_by_depth: The same by length and depth.
+        loss_by_position: Bits per token by `first-last`.
+    """
 
     passkey: dict[str, Mean]
     passkey_by_depth: dict[str, dict[str, Mean]]
@@ -30,8 +38,14 @@ class LongContextScores(TypedDict):
 
 
 class ModelScores(TypedDict):
-    """Of the stage evaluate. bits_per_byte: by source. accuracy: by task. The others exist for a recipe with long
-    contexts, as in LongContextScores."""
+    """`scores.json` of the stage evaluate.
+
+    The fields that may be absent exist for a recipe with long contexts, as in LongContextScores.
+
+    Attributes:
+        bits_per_byte: Bits per byte by source.
+        accuracy: Accuracy by task.
+    """
 
     bits_per_byte: dict[str, Ratio]
     bits_per_byte_all: Ratio
@@ -53,12 +67,16 @@ class AnswerStatistics(TypedDict):
     reasoning: float
 
 
+# k answers to each item: their tokens, pass@k and maj@k.
 SeveralAnswers = TypedDict("SeveralAnswers", {"tokens": float, "pass": Mean, "maj": Mean})
-"""k answers to each item: their tokens, pass@k and maj@k."""
 
 
 class ProblemScores(TypedDict):
-    """Problems of one kind. at: by k."""
+    """Problems of one kind.
+
+    Attributes:
+        at: Scores of several answers, by k.
+    """
 
     greedy: AnswerStatistics
     samples: AnswerStatistics
@@ -66,7 +84,11 @@ class ProblemScores(TypedDict):
 
 
 class AnswerScores(TypedDict):
-    """Of the stages solve and fresh. problems, judged: by kind."""
+    """`scores.json` of the stage solve.
+
+    Attributes:
+        problems, judged: By kind.
+    """
 
     problems: dict[str, ProblemScores]
     problems_all: ProblemScores | None
@@ -75,7 +97,9 @@ class AnswerScores(TypedDict):
 
 
 def pass_at_1(scores: Mapping[str, AnswerScores]) -> dict[str, Mean]:
-    """The accuracy of answers drawn at temperature 1 to all problems, by model; without models that answered none."""
+    """Returns the accuracy of answers drawn at temperature 1 to all problems, by model; without models that answered
+    none.
+    """
     totals = {name: model_scores["problems_all"] for name, model_scores in scores.items()}
     return {name: total["samples"]["accuracy"] for name, total in totals.items() if total}
 
@@ -97,7 +121,11 @@ class DecidedWins(TypedDict):
 
 
 class SideScores(TypedDict):
-    """The answers of one of two compared models. parts: of the reward."""
+    """The answers of one of two compared models.
+
+    Attributes:
+        parts: Parts of the reward.
+    """
 
     parts: dict[str, Mean]
     tokens: float
@@ -105,7 +133,12 @@ class SideScores(TypedDict):
 
 
 class PairScores(TypedDict):
-    """Of the stage prefer, without the models' names. sides: `model` and `before`. examples: some of the pairs."""
+    """`scores.json` of the stage prefer, without the models' names.
+
+    Attributes:
+        sides: `model` and `before`.
+        examples: Some of the pairs.
+    """
 
     win_rate: Proportion
     without_ties: DecidedWins | None
@@ -118,7 +151,7 @@ class PairScores(TypedDict):
 
 
 class ComparisonScores(PairScores):
-    """Of the stage prefer."""
+    """`scores.json` of the stage prefer."""
 
     model: str
     before: str
@@ -148,7 +181,11 @@ class FalsePositives(TypedDict):
 
 
 class Detector(TypedDict):
-    """What the detector finds. recall_by_form: {form: {planted, found}}."""
+    """The detection rates of the search.
+
+    Attributes:
+        recall_by_form: {form: {planted, found}}.
+    """
 
     recall: DetectorRecall
     recall_by_form: dict[str, dict[str, int]]
@@ -164,7 +201,12 @@ class ScoresByVerdict(TypedDict):
 
 
 class ContaminationReport(VerdictCounts):
-    """Of the stage contamination. read: texts by phase. scores: by input and kind."""
+    """`report.json` of the stage contamination.
+
+    Attributes:
+        read: Texts by phase.
+        scores: Scores by input and kind.
+    """
 
     thresholds: dict[str, Any]
     read: dict[str, int]
@@ -173,16 +215,24 @@ class ContaminationReport(VerdictCounts):
 
 
 class Regurgitation(TypedDict):
-    """Documents of one stratum. identical: the share that the model continues verbatim. matching: tokens before the
-    first other one; None for fewer than two documents."""
+    """Documents of one stratum.
+
+    Attributes:
+        identical: The share that the model continues verbatim.
+        matching: Tokens before the first other one; None for fewer than two documents.
+    """
 
     identical: Proportion
     matching: Mean | None
 
 
 class MemorizationScores(TypedDict):
-    """Of the stage memorization. by_times_seen: by range of times seen, `0` for held-out documents. by_source: the same
-    by source."""
+    """`scores.json` of the stage memorization.
+
+    Attributes:
+        by_times_seen: Documents by range of times seen, `0` for held-out ones.
+        by_source: The same by source.
+    """
 
     prefix_tokens: int
     continuation_tokens: int

@@ -5,29 +5,28 @@ No stage imports this module: a threshold changes a verdict of the release, not 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.core.bounds import Context, Line, Range
 from pipeline.core.stage import Config, added
 from stages.evaluation.bits_per_byte import HeldoutLimit
-from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS
+from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS, count
 from stages.evaluation.long_context import ContextSection
 from stages.evaluation.memorization import MemorizationSection
 from stages.evaluation.model_evaluation import ROWS_PER_BATCH
-from stages.evaluation.pass_at_k import ITEMS_PER_BATCH, NumSamples
-from stages.evaluation.pieces import count
-from stages.evaluation.win_rate import ITEMS_PER_BATCH as REQUESTS_PER_BATCH
-from stages.evaluation.win_rate import SIDES
+from stages.evaluation.pass_at_k import NumSamples
 from stages.generation.engine import Engine
 from stages.tasks.eval_set import ChatItems, Problems
 from stages.tasks.task_sets import HarnessSection
 
+# Standard errors beyond which a difference is significant in one direction, at 95 %.
 SURE = 1.645
-"""Standard errors beyond which a difference is significant in one direction, at 95 %."""
 
 
+# The gates on the effect of training, and the section of the recipe with the phase that each judges. No other gate can
+# be waived.
 WAIVABLE_GATES = {
     "pretraining_lowers_bits_per_byte": "pretrain",
     "midtraining_raises_accuracy": "midtrain",
@@ -39,16 +38,15 @@ WAIVABLE_GATES = {
     "dpo_is_preferred": "dpo",
     "online-rlhf_is_preferred": "online_rlhf",
 }
-"""The gates on the effect of training, and the section of the recipe with the phase that each judges. No other gate can
-be waived."""
 if TYPE_CHECKING:
     WaivableGate = str
 else:
     WaivableGate = Literal[tuple(WAIVABLE_GATES)]
+# A gain that must be exceeded. A recipe that wants none waives the gate.
 Gain = Annotated[float, Range(0, 1, below=True)]
-"""A gain that must be exceeded. A recipe that wants none waives the gate."""
 
 
+# The thresholds of the gates are settings of the recipe, so that a release states them.
 class ChatSection(Config):
     """Evaluation in conversations, and the thresholds of its release gates."""
 
@@ -86,9 +84,10 @@ class EvaluationSection(Config):
         description="gain in accuracy from mid-training that must be exceeded, as far as there is room for it",
     )
     waived_gates: Annotated[dict[WaivableGate, Line], Field(max_length=len(WAIVABLE_GATES))] = Field(
-        {}, description="gates on the effect of training that do not refuse the release, each with the reason, which "
-        "the cards state"
-    )  # fmt: skip
+        {},
+        description="gates on the effect of training that do not refuse the release, each with the reason, which "
+        "the cards state",
+    )
     chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
     context: ContextSection | None = added(None, "evaluation on long texts: passkeys and loss by position; null: none")
     memorization: MemorizationSection | None = added(
@@ -99,35 +98,13 @@ class EvaluationSection(Config):
     engine: Engine = Field(Engine(), description="what computes evaluations: the stages' processes, or vLLM")
 
     def tokens(self, sources: int) -> int:
-        """Tokens that the evaluation of one model reads and draws, at most, on documents of so many sources."""
-        read = sources * self.heldout_documents * DOCUMENT_TOKENS
-        if (context := self.context) is not None:
-            read += context.tokens
-        return read + sum(self.problems.values()) * (QUESTION_TOKENS + self.max_new_tokens)
+        """Returns the tokens that the evaluation of one model on so many sources reads and draws, at most."""
+        documents = sources * self.heldout_documents * DOCUMENT_TOKENS
+        long = 0 if self.context is None else self.context.tokens
+        return documents + long + sum(self.problems.values()) * (QUESTION_TOKENS + self.max_new_tokens)
 
     def pieces(self, sources: int) -> int:
-        """Pieces of the evaluation of one model, at most, on documents of so many sources."""
+        """Returns the pieces of the evaluation of one model on so many sources, at most."""
+        documents = count(sources * self.heldout_documents, ROWS_PER_BATCH)
         long = 0 if self.context is None else self.context.pieces
-        problems = count(sum(self.problems.values()), ROWS_PER_BATCH)
-        return count(sources * self.heldout_documents, ROWS_PER_BATCH) + problems + long
-
-    def chat_tokens(self) -> int:
-        """Tokens of one answer to each item in conversations, at most."""
-        return self._chat_count() * (QUESTION_TOKENS + (0 if self.chat is None else self.chat.max_new_tokens))
-
-    def chat_pieces(self) -> int:
-        """Pieces of the answers of one model to the items in conversations, at most."""
-        return count(self._chat_count(), ITEMS_PER_BATCH)
-
-    def preference_pieces(self) -> int:
-        """Pieces of a comparison of two models on requests, at most."""
-        courtesies = 0 if self.chat is None else self.chat.items.courtesies
-        return max(1, len(SIDES) * count(courtesies, REQUESTS_PER_BATCH))
-
-    def _chat_count(self) -> int:
-        return 0 if self.chat is None else sum(self.problems.values()) + self.chat.items.courtesies
-
-    @property
-    def chat_items(self) -> dict[str, Any] | None:
-        """The items in conversations, as config of stage `items`."""
-        return None if self.chat is None else self.chat.items.model_dump()
+        return documents + count(sum(self.problems.values()), ROWS_PER_BATCH) + long

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,14 @@ from pydantic import Field
 
 from pipeline.core.bounds import Context, Key, Seed
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from pipeline.core.stage import Inputs, Report, Stage
 from stages.confidence import clustered, wilson
 from stages.evaluation import estimates
-from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, select_split
-from stages.evaluation.pieces import Piece, compute, compute_shard
+from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, compute, compute_shard
+from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, ChatSetup, select_split
 from stages.evaluation.scores import ComparisonScores, PairScores, SideScores
 from stages.formats.seeds import seed_of
 from stages.formats.table import write_json, write_rows
-from stages.generation.engine import Engine, engine_field
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:
@@ -44,42 +42,30 @@ PAIRS = {"id": "string", "question": "string", "seed": "uint64", "verifier": "st
 PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**SIDE_COLUMNS, "parts": "string"}.items()}
 
 
-class PreferConfig(Config):
+class PreferConfig(EngineConfig):
     """The names of the two models in the recipe, and the maximum length of an answer."""
 
     model: Key = Field(description="name of the model")
     before: Key = Field(description="name of the model that it is compared with")
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     seed: Seed = Field(description="seed of the recipe")
-    engine: Engine = engine_field()
-    expected: estimates.Expected | None = operational(
-        None, "the model and tokens, for `atom plan` alone; null: unknown"
-    )
 
 
 def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["model"], inputs["before"]: exports; inputs["items"]: the items artifact with chat.jsonl.
+    """Compares the exports inputs["model"] and inputs["before"] on the requests of inputs["items"].
 
     Seals `pairs.parquet`, one row for each request, and `scores.json`, which follows from it alone (`summary`). Resumes
-    from `work`, which keeps every finished batch. Raises AtomError if fewer than two requests are held out.
-    """
-    from stages.tasks.rows import question
+    from `work`, which keeps every finished batch.
 
-    rows = _rows(inputs)
+    Raises:
+        AtomError: Fewer than two requests are held out.
+    """
+    rows, pieces = _rows(inputs), _pieces(_rows(inputs), config)
     sides: dict[str, list[Answer]] = {side: [] for side in SIDES}
-    completed, pieces = 0, _pieces(rows, config)
-    with closing(_Models(rows, config, inputs, work, report.note)) as models:
-        for piece, answers in zip(pieces, compute(pieces, work, lambda: models), strict=True):
-            sides[piece.name.partition("-")[0]] += answers
-            completed += piece.size
-            report.progress(completed, len(SIDES) * len(rows), "answers")
-    pairs = []
-    for row, *answers in zip(rows, *(sides[side] for side in SIDES), strict=True):
-        columns: dict[str, Mapping[str, Any]] = dict(zip(SIDES, answers, strict=True))
-        pair = {name: value for name, value in columns["model"].items() if name in PAIRS} | {"question": question(row)}
-        for side, answer in columns.items():
-            pair |= {f"{side}_{name}": answer[name] for name in (*SIDE_COLUMNS, "parts")}
-        pairs.append(pair)
+    results = compute(pieces, work, partial(_Models, rows, config, inputs, work, report.note), report, "answers")
+    for piece, answers in zip(pieces, results, strict=True):
+        sides[piece.name.partition("-")[0]] += answers
+    pairs = [_pair(row, *answers) for row, *answers in zip(rows, sides["model"], sides["before"], strict=True)]
     write_rows(out / "pairs.parquet", PAIRS, pairs)
     scores: ComparisonScores = {"model": config.model, "before": config.before, **summary(pairs)}
     write_json(out / "scores.json", {**scores, **config.engine.stated()})
@@ -93,9 +79,20 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 def run_shard(config: PreferConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Answers the requests of one shard."""
     rows = _rows(inputs)
+    load = partial(_Models, rows, config, inputs, work, partial(print, flush=True))
     shards = estimates.shards(config.expected, len(SIDES), config.engine)
-    with closing(_Models(rows, config, inputs, work, partial(print, flush=True))) as models:
-        compute_shard(_pieces(rows, config), work, lambda: models, shard, shards)
+    compute_shard(_pieces(rows, config), work, load, shard, shards)
+
+
+def _pair(row: Row, model: Answer, before: Answer) -> dict[str, Any]:
+    """Returns a row of pairs.parquet: columns that both answers share, and those of each side."""
+    from stages.tasks.rows import question
+
+    pair = {name: value for name, value in model.items() if name in PAIRS} | {"question": question(row)}
+    columns: dict[str, Mapping[str, Any]] = {"model": model, "before": before}
+    for side, answer in columns.items():
+        pair |= {f"{side}_{name}": answer[name] for name in (*SIDE_COLUMNS, "parts")}
+    return pair
 
 
 def _rows(inputs: Inputs) -> list[dict[str, Any]]:
@@ -106,21 +103,21 @@ def _rows(inputs: Inputs) -> list[dict[str, Any]]:
 
 
 class _Models:
-    """The models of both sides, of which one is open at a time."""
+    """The models of both sides, of which one is open at a time: memory may not hold two."""
 
     def __init__(
         self, rows: Sequence[Row], config: PreferConfig, inputs: Inputs, work: Path, note: Callable[[str], object]
     ) -> None:
-        self.arguments = config.engine, config.max_new_tokens, rows, inputs, work, note
+        self.setup = ChatSetup(config.engine, config.max_new_tokens, rows, inputs, work, note)
         self.side = ""
         self.model: ChatModel | None = None
 
-    def of(self, side: str) -> ChatModel:
+    def open(self, side: str) -> ChatModel:
+        """Returns the model of a side, after closing that of the other one."""
         if self.model is None or side != self.side:
             self.close()
-            engine, max_new_tokens, rows, inputs, work, note = self.arguments
             self.side = side
-            self.model = ChatModel(engine, inputs[side] / "model", max_new_tokens, rows, inputs, work, note)
+            self.model = ChatModel(self.setup, self.setup.inputs[side] / "model")
         return self.model
 
     def close(self) -> None:
@@ -130,22 +127,20 @@ class _Models:
 
 
 def _pieces(rows: Sequence[Row], config: PreferConfig) -> list[Piece[_Models]]:
-    """Batches of requests, all of one side before those of the other."""
+    """Returns batches of requests, all of one side before those of the other."""
+    # One seed for both sides, so that the comparison has less noise.
     requests = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
 
-    def answer(models: _Models, side: str, batch: Sequence[tuple[Row, int, int]]) -> list[Answer]:
-        return models.of(side).answer(batch)
+    def answer(models: _Models, batch: Sequence[tuple[Row, int, int]], side: str) -> list[Answer]:
+        return models.open(side).answer(batch)
 
-    batches = [requests[start : start + ITEMS_PER_BATCH] for start in range(0, len(requests), ITEMS_PER_BATCH)]
     return [
-        Piece(f"{side}-{number:05d}", partial(answer, side=side, batch=batch), len(batch))
-        for side in SIDES
-        for number, batch in enumerate(batches)
+        piece for side in SIDES for piece in batched_pieces(side, requests, ITEMS_PER_BATCH, partial(answer, side=side))
     ]
 
 
 def summary(pairs: Sequence[dict[str, Any]]) -> PairScores:
-    """`scores.json`, except for the models' names, from the table alone.
+    """Returns `scores.json`, except for the models' names, from the table alone.
 
     win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. without_ties is the
     share of wins among decided pairs with Wilson's interval; null without decided pairs. An answer whose part `task` is
@@ -174,7 +169,7 @@ def summary(pairs: Sequence[dict[str, Any]]) -> PairScores:
 
 
 def _margin(pair: dict[str, Any]) -> float:
-    """The difference of rewards, model less before; 0 if the better answer does not fulfill the request."""
+    """Returns the difference of rewards, model less before; 0 if the better answer does not fulfill the request."""
     margin = float(pair["model_reward"] - pair["before_reward"])
     better = json.loads(pair["model_parts" if margin > 0 else "before_parts"])
     return margin if better.get("task", 1) == 1 else 0.0
@@ -189,7 +184,4 @@ def _summarize_side(pairs: Sequence[dict[str, Any]], side: str) -> SideScores:
     }
 
 
-STAGE = Stage(
-    "prefer", VERSION, PreferConfig, run,
-    **estimates.of_engine(len(SIDES)), run_shard=run_shard,
-)  # fmt: skip
+STAGE = Stage("prefer", VERSION, PreferConfig, run, **estimates.of_engine(len(SIDES)), run_shard=run_shard)

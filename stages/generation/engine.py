@@ -1,4 +1,4 @@
-"""What computes an evaluation: plain transformers in the stage's process, or a vLLM server that the stage starts.
+"""The engine of an evaluation: plain transformers in the stage's process, or a vLLM server that the stage starts.
 
 In the process, models compute in fp32 on one core, and results are bitwise reproducible. A server computes in the data
 type of the exported weights, on GPUs if there are any, and adds in an order of its own: its results are those of the
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Config):
-    """What computes the evaluation of a model."""
+    """The engine that computes the evaluation of a model."""
 
     kind: Literal["in-process", "vllm"] = Field(
         default="in-process",
@@ -38,10 +38,13 @@ class Engine(Config):
 
     @model_validator(mode="after")
     def _effective(self) -> Engine:
+        # A setting without effect is refused, as everywhere in a recipe.
         unused = [name for name in ("gpus", "options") if getattr(self, name)]
         if self.kind == "in-process" and unused:
-            raise ValueError(f"{unused[0]} has no effect with kind = in-process, which starts no server; leave it out, "
-                             "or set kind = vllm")  # fmt: skip
+            raise ValueError(
+                f"{unused[0]} has no effect with kind = in-process, which starts no server; leave it out, "
+                "or set kind = vllm"
+            )
         return self
 
     @property
@@ -56,16 +59,21 @@ class Engine(Config):
 
     @property
     def lack(self) -> str | None:
-        """What this machine lacks to compute with it, in one sentence, if it lacks something."""
+        """The requirement that this machine lacks to compute with it, in one sentence; None if it lacks none."""
         return self.lack_of(SETTING)
 
     def lack_of(self, setting: str) -> str | None:
-        """The same, of the engine that this setting of a recipe chooses."""
+        """Returns `lack` of the engine that this setting of a recipe chooses."""
         return vllm_server.missing(setting) if self.kind == "vllm" else None
 
     def stated(self) -> dict[str, str]:
-        """What a scores.json says of it: `engine`, the package of vLLM with its version; nothing of the stage's
-        process. Raises MachineError if its environment does not say."""
+        """Returns the entries of a scores.json about it.
+
+        A server has `engine`, the package of vLLM with its version; the stage's process has none.
+
+        Raises:
+            MachineError: Its environment does not say.
+        """
         return {} if self.kind == "in-process" else {"engine": vllm_server.version(SETTING)}
 
 
@@ -73,36 +81,42 @@ SETTING = "evaluation.engine"
 
 
 def engine_field() -> Any:
-    """The field of a stage's config: without a value it is left out of the key."""
+    """Returns the field of a stage's config: without a value it is left out of the key."""
     return added(Engine(), "what computes the results")
 
 
 class LanguageModel(ABC):
     """An exported model, as evaluations ask it. All texts are token ids."""
 
+    # Tokens of the longest row that it was made for.
     context: int
-    """Tokens of the longest row that it was made for."""
 
     @abstractmethod
     def bits(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
-        """Minus log2 of the probability of ids[start:] after ids[:start], for each (ids, start). A first token comes
-        after a lone end-of-document token, all others without it; no tokens have 0 bits."""
+        """Returns minus log2 of the probability of ids[start:] after ids[:start], for each (ids, start).
+
+        A first token comes
+        after a lone end-of-document token, all others without it; no tokens have 0 bits.
+        """
 
     @abstractmethod
     def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """The likeliest continuation of each prompt, up to the end-of-document token or to so many tokens."""
+        """Returns the likeliest continuation of each prompt, up to the end-of-document token or to so many tokens."""
 
     @abstractmethod
     def likeliest(self, ids: Sequence[int], count: int) -> list[int]:
-        """The likeliest tokens at the last `count` positions, each after all the given tokens before it."""
+        """Returns the likeliest tokens at the last `count` positions, each after all the given tokens before it."""
 
     @abstractmethod
     def token_bits(self, ids: Sequence[int]) -> torch.Tensor:
-        """(len(ids) - 1) bits of every token but the first, in the context of those before it."""
+        """Returns the bits of every token but the first, in the context of those before it, [len(ids) - 1]."""
 
     @abstractmethod
     def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
-        """How many tokens after the prefix a greedy continuation has in common with each row; rows have one length."""
+        """Returns the number of tokens after the prefix that a greedy continuation has in common with each row.
+
+        All rows have one length.
+        """
 
     def close(self) -> None:  # noqa: B027 - a model in the process holds nothing
         """Ends what it has started."""

@@ -1,6 +1,7 @@
 """The interface of a sampler: it answers prompts with token ids and their log-probabilities.
 
-Nothing heavy is imported here."""
+Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypedDict
 
+from stages.models.base import Routing
+
 if TYPE_CHECKING:
+    import torch
+
     from stages.generation.weights import Weights
+
+# Number of experts up to which one byte holds an expert.
+BYTE_EXPERTS = 256
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,14 @@ class Prompt:
 
 
 class ToolCall(TypedDict):
-    """A call in an answer. request: the text of the model between the tags; tool: the name that it gives, empty if it
-    cannot be read; status: `ok` or what went wrong; result: the text that the model was given."""
+    """A call in an answer.
+
+    Attributes:
+        request: The text of the model between the tags.
+        tool: The name that it gives, empty if it cannot be read.
+        status: `ok` or what went wrong.
+        result: The text that the model was given.
+    """
 
     request: str
     tool: str
@@ -33,8 +47,13 @@ class ToolCall(TypedDict):
 
 
 class Turn(TypedDict):
-    """A turn of an answer. sampled: its tokens, which the policy drew; calls: those in it that were answered; appended:
-    the tokens after it that the policy did not draw, which are the results in the chat template."""
+    """A turn of an answer.
+
+    Attributes:
+        sampled: Its tokens, which the policy drew.
+        calls: Those in it that were answered.
+        appended: The tokens after it that the policy did not draw, which are the results in the chat template.
+    """
 
     sampled: int
     calls: list[ToolCall]
@@ -43,13 +62,18 @@ class Turn(TypedDict):
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampler's output: token ids with the stop token, if one came, and the log-probability of each under the
-    distribution that it was drawn from (temperature applied, nothing cut off). routes: the experts of its tokens, as
-    stages/generation/routes.py records them, if the sampler was asked for them. versions: the digest of the policy and
-    the number of tokens that it drew, in their order; empty if the weights have no digest.
+    """A sampler's output. An answer that may call tools is made of several of them.
 
-    turns: of an answer that may call tools, which several outputs of a sampler make up. Its ids are all tokens after
-    the question, and those that the policy did not draw have the log-probability 0."""
+    Attributes:
+        ids: Token ids with the stop token, if one came; of an answer in turns, all tokens after the question.
+        logprobs: Log-probability of each token under the distribution that it was drawn from (temperature applied,
+            nothing cut off); 0 for tokens that the policy did not draw.
+        finished: True if the answer ended by itself.
+        routes: Experts of its tokens, as `encode_routes` records them, if the sampler was asked for them.
+        versions: Digest of each policy and the number of tokens that it drew, in order; empty if the weights have no
+            digest.
+        turns: The turns of an answer that may call tools.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -73,9 +97,12 @@ class SamplingSettings(Protocol):
 class SamplerContext:
     """The arguments for constructing a sampler.
 
-    config: the content of config.json; its `dtype` is the trainer's. stops: ids of the tokens that end an answer.
-    folder: for files of the sampler, in the stage's work folder. routes: whether completions are to have routes. note:
-    writes a line of the stage's log.
+    Attributes:
+        config: The content of config.json; its `dtype` is the trainer's.
+        stops: Ids of the tokens that end an answer.
+        folder: Folder for files of the sampler, in the stage's work folder.
+        routes: Whether completions are to have routes.
+        note: Writes a line of the stage's log.
     """
 
     config: Mapping[str, Any]
@@ -100,15 +127,20 @@ class Sampler(ABC):
     """Draws completions at temperature 1. Not collective: one process holds it.
 
     An asynchronous phase calls it from several threads. Weights may change while it draws: the tokens after the change
-    are of the new policy, given all tokens before. A sampler may also have `load` wait for the answers."""
+    are of the new policy, given all tokens before. A sampler may also have `load` wait for the answers.
+    """
 
+    # True if calls that overlap are drawn together, and not one after the other.
     serves_many: ClassVar[bool] = False
-    """Whether calls that overlap are drawn together, and not one after the other."""
 
     @classmethod
     @abstractmethod
     def create(cls, context: SamplerContext) -> Self:
-        """Creates the sampler of a phase. Raises AtomError if a requirement is missing."""
+        """Creates the sampler of a phase.
+
+        Raises:
+            AtomError: A requirement is missing.
+        """
 
     @abstractmethod
     def load(self, weights: Weights) -> None:
@@ -117,9 +149,51 @@ class Sampler(ABC):
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        """One completion for each prompt, in their order. greedy: of the likeliest tokens; log-probabilities are then
-        those at temperature 1."""
+        """Returns one completion for each prompt, in their order.
+
+        Args:
+            greedy: True for the likeliest tokens; log-probabilities are then those at temperature 1.
+        """
 
     @abstractmethod
     def close(self) -> None:
         """Frees what it holds, child processes included."""
+
+
+def encode_routes(routes: torch.Tensor, experts: int) -> bytes:
+    """Records the experts of an answer as bytes.
+
+    Each is an unsigned integer, in the order [tokens, layers with experts, experts of a token], as vLLM has them. The
+    tokens are those of question and answer without the last one, which no layer has read.
+
+    Args:
+        routes: The experts, [tokens, layers, experts of a token].
+        experts: Number of experts of a layer.
+    """
+    record: bytes = routes.numpy().astype(_route_type(experts)).tobytes()
+    return record
+
+
+def decode_routes(record: bytes, tokens: int, routing: Routing) -> torch.Tensor:
+    """Returns the experts of a record, int16 [tokens, layers, experts of a token].
+
+    Raises:
+        ValueError: The bytes are no such record: another number of tokens, an expert that the model does not have, or
+            one twice.
+    """
+    import numpy as np
+    import torch
+
+    values = np.frombuffer(record, _route_type(routing.experts))
+    shape = tokens, len(routing.layers), routing.top_k
+    if values.size != tokens * shape[1] * shape[2]:
+        raise ValueError(f"{values.size} experts are not those of {tokens} tokens in {shape[1]} layers")
+    routes = torch.from_numpy(values.astype(np.int16)).view(shape)
+    ordered = routes.sort(-1).values
+    if bool((routes >= routing.experts).any() or (ordered[..., 1:] == ordered[..., :-1]).any()):
+        raise ValueError(f"a token visits an expert twice, or one that is not among {routing.experts}")
+    return routes
+
+
+def _route_type(experts: int) -> str:
+    return "u1" if experts <= BYTE_EXPERTS else "<u2"

@@ -1,4 +1,4 @@
-"""The samplers by name. A new one is a file in this folder and a line here.
+"""The samplers by name, and the models of evaluations. A new sampler is a file in this folder and a line here.
 
 The file defines a class derived from `Sampler` (stages/generation/protocols.py). It may import torch, because it is
 imported when a phase starts to draw; the data for a plan is stated here.
@@ -6,13 +6,16 @@ imported when a phase starts to draw; the data for a plan is stated here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 from pipeline.core.stage import Promise, ServerPlace
-from stages.generation import vllm_server
-from stages.generation.protocols import Sampler, SamplerContext, SamplingSettings
+from stages.generation import server_jobs, vllm_server
+from stages.generation.engine import SETTING, Engine, LanguageModel
+from stages.generation.protocols import AnswerGenerator, Sampler, SamplerContext, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -35,25 +38,70 @@ SAMPLERS = {
         promise="numeric",
         apart=True,
         obstacle=vllm_server.obstacle,
-        serve=vllm_server.serve,
+        serve=server_jobs.serve,
     ),
 }
 
 
 def takes_servers(settings: SamplingSettings) -> bool:
-    """Whether servers in jobs of their own can draw: not if the recipe names some that others started."""
+    """Returns True if servers in jobs of their own can draw: not if the recipe names some that others started."""
     return SAMPLERS[settings.kind].serve is not None and not settings.url
 
 
 def serve(settings: SamplingSettings, place: ServerPlace) -> None:
-    """Runs a server until the stage has ended. Raises MachineError if it dies, AtomError where a requirement is
-    missing."""
+    """Runs a server until the stage has ended.
+
+    Raises:
+        MachineError: The server dies.
+        AtomError: A requirement is missing.
+    """
     function = SAMPLERS[settings.kind].serve
     assert function is not None, "only for samplers that take servers"
     function(settings, place)
 
 
 def make_sampler(name: str, context: SamplerContext) -> Sampler:
-    """The sampler of that name. Raises AtomError where a requirement is missing."""
+    """Returns the sampler of that name.
+
+    Raises:
+        AtomError: A requirement is missing.
+    """
     sampler: type[Sampler] = resolve_name(SAMPLERS[name].sampler)
     return sampler.create(context)
+
+
+def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest: int = 0) -> LanguageModel:
+    """Returns the model of an exported folder.
+
+    Args:
+        work: Folder for the log of a server.
+        longest: Tokens of the longest row that will be read, if that is more than the model's context.
+
+    Raises:
+        AtomError: A server cannot start.
+    """
+    if engine.kind == "vllm":
+        from stages.generation.vllm_model import Client, ServedModel
+
+        return ServedModel(Client.start(engine, folder, work, longest), tokenizer)
+    from stages.generation.transformers_model import TransformersModel
+
+    return TransformersModel.load(folder, tokenizer)
+
+
+def open_sampler(
+    engine: Engine, folder: Path, stops: Sequence[int], max_new_tokens: int, work: Path, setting: str = SETTING
+) -> AnswerGenerator:
+    """Returns what draws answers of an exported model at temperature 1.
+
+    Args:
+        work: Folder for the log of a server.
+        setting: The engine's in the recipe, for messages.
+    """
+    if engine.kind == "vllm":
+        from stages.generation.vllm_model import Client, ServedSampler
+
+        return ServedSampler(Client.start(engine, folder, work, setting=setting), stops, max_new_tokens)
+    from stages.generation.in_process import InProcess
+
+    return InProcess(folder, stops, max_new_tokens)

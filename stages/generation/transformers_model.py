@@ -14,15 +14,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from stages.formats.tokenizer import END
 from stages.generation.engine import LanguageModel
 
+# Logits in memory together, of rows that are read at once.
 LOGITS = 1 << 24
-"""Logits in memory together, of rows that are read at once."""
+# Positions whose logits are in memory together: all logits of a long document over a large vocabulary would not fit.
 SLICE = 512
-"""Positions whose logits are in memory together: all logits of a long document over a large vocabulary would not
-fit."""
 
 
 class TransformersModel(LanguageModel):
-    """model: a transformers model in evaluation mode."""
+    """A transformers model in evaluation mode."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.context = model, model.config.max_position_embeddings
@@ -51,13 +50,14 @@ class TransformersModel(LanguageModel):
         if len(ids) > start:
             tokens = torch.tensor([ids])
             with torch.inference_mode():
+                # The logits at a position are of the token after it.
                 logits = self.model(tokens).logits[0, start - 1 : -1]
             log_probs = torch.log_softmax(logits.double(), -1).gather(1, tokens[0, start:, None])
             bits -= float(log_probs.sum()) / math.log(2)
         return bits
 
     def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """One left-padded batch."""
+        """Returns one left-padded batch."""
         width = max(map(len, prompts))
         tokens = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in prompts])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
@@ -78,6 +78,7 @@ class TransformersModel(LanguageModel):
         tokens = torch.tensor([list(ids)])
         parts = []
         with torch.inference_mode():
+            # The output layer is applied to slices, so that never all logits are in memory.
             hidden = self.model.get_decoder()(tokens).last_hidden_state[0, :-1]
             for states, targets in zip(hidden.split(SLICE), tokens[0, 1:].split(SLICE), strict=True):
                 logits = self.model.get_output_embeddings()(states).double()
@@ -85,7 +86,7 @@ class TransformersModel(LanguageModel):
         return torch.cat(parts)
 
     def log_probabilities(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Of the token after each position, in fp64: slices of (positions, vocab) in their order."""
+        """Yields log-probabilities of the token after each position, in fp64: slices of (positions, vocab) in order."""
         with torch.inference_mode():
             hidden = self.model.get_decoder()(torch.tensor([list(ids)])).last_hidden_state[0]
         for states in hidden.split(max(1, LOGITS // self.model.config.vocab_size)):

@@ -1,5 +1,6 @@
-"""A language model of a vLLM server, which the stage starts on its own node: for log-probabilities of given tokens
-(vLLM's `prompt_logprobs`), for greedy continuations, and for drawn answers."""
+"""A language model of a vLLM server, which the stage starts on its own node.
+
+It gives log-probabilities of given tokens (vLLM's `prompt_logprobs`), greedy continuations, and drawn answers."""
 
 from __future__ import annotations
 
@@ -7,28 +8,29 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
-from pipeline.core.errors import AtomError, MachineError
+from pipeline.core.errors import AtomError
 from stages.formats.tokenizer import END
 from stages.generation.engine import SETTING, Engine, LanguageModel
 from stages.generation.protocols import Completion, Prompt
-from stages.generation.server_memory import TOKENS_AT_ONCE
 from stages.generation.vllm_server import (
     CPU_OPTIONS,
+    GENERATE,
     IN_FLIGHT,
     START_SECONDS,
+    TOKENS_AT_ONCE,
     Server,
     entry_point,
+    in_parallel,
     interpreter,
 )
 
+# Bytes of weights that a server must read in a second, lest it is given up.
 SLOWEST_READ = 1e8
-"""Bytes of weights that a server must read in a second, lest it is given up."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,41 +45,55 @@ class Read(NamedTuple):
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The entries of config.json of the model in a folder; of one that reads more than text, with those of its text
-    model."""
+    """Returns the entries of config.json of the model in a folder.
+
+    Those of a model that reads more than text have the entries of its text model too.
+    """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return {**config, **config.get("text_config", {})}
 
 
 def context_of(folder: Path) -> int:
-    """Tokens of the longest row that the model in a folder was made for."""
+    """Returns the tokens of the longest row that the model in a folder was made for."""
     return int(config_of(folder)["max_position_embeddings"])
 
 
 def dtype_of(folder: Path) -> str:
-    """The data type of the weights in a folder, which transformers 4 calls torch_dtype; `auto` if it is not stated."""
+    """Returns the data type of the weights in a folder; `auto` if it is not stated."""
     config = config_of(folder)
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
 def has_scaled_rope(folder: Path) -> bool:
-    """Whether the rotary embedding of the model in a folder is scaled, and so ends with its context."""
+    """Returns True if the rotary embedding of the model in a folder is scaled, and so ends with its context."""
     rope = config_of(folder).get("rope_parameters") or {}
     return bool(rope.get("rope_type", "default") != "default")
 
 
 class Client:
-    """A server of one exported model. context: tokens of the longest row that the model was made for; longest: of the
-    longest that the server reads; setting: of the recipe, which chose the server."""
+    """A server of one exported model.
+
+    Args:
+        context: Tokens of the longest row that the model was made for.
+        longest: Tokens of the longest row that the server reads.
+        setting: Setting of the recipe that chose the server.
+    """
 
     def __init__(self, server: Server, context: int, longest: int, setting: str = SETTING) -> None:
         self.server, self.context, self.longest, self.setting = server, context, longest, setting
 
     @classmethod
     def start(cls, engine: Engine, folder: Path, work: Path, longest: int = 0, setting: str = SETTING) -> Self:
-        """Starts a server and waits for it. longest: if that is more than the model's context, the rotary embedding
-        extrapolates, as in transformers. setting: of the recipe, for messages. Raises AtomError if vLLM is missing, or
-        if a scaled embedding ends before, and ServerLost if the server does not start."""
+        """Starts a server and waits for it.
+
+        Args:
+            longest: If that is more than the model's context, the rotary embedding extrapolates, as in transformers.
+            setting: Setting of the recipe, for messages.
+
+        Raises:
+            AtomError: vLLM is missing, or a scaled embedding ends before `longest`.
+            ServerLost: The server does not start.
+        """
         context = context_of(folder)
         if longest > context and has_scaled_rope(folder):
             raise AtomError(
@@ -86,10 +102,13 @@ class Client:
             )
         longest = max(longest, context)
         settings: dict[str, Any] = {
-            "model": folder.absolute(), "dtype": dtype_of(folder), "max-num-seqs": IN_FLIGHT,
-            "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
+            "model": folder.absolute(),
+            "dtype": dtype_of(folder),
+            "max-num-seqs": IN_FLIGHT,
+            "logprobs-mode": "processed_logprobs",
+            "generation-config": "vllm",
             "max-model-len": longest + 1,  # with the token that vLLM draws after each row
-        }  # fmt: skip
+        }
         if longest > context:
             settings["hf-overrides"] = json.dumps({"max_position_embeddings": longest + 1})
         if on_gpu := torch.cuda.is_available():
@@ -99,11 +118,11 @@ class Client:
         with tempfile.NamedTemporaryFile(prefix="vllm-", suffix=".log", dir=work, delete=False) as log:
             path = Path(log.name)  # shards of a stage share its work folder
         server = Server.local(
-            lambda port: [*run, f"--port={port}"], folder, path,
-            {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
-        )  # fmt: skip
+            lambda _, port: [*run, f"--port={port}"], folder, path, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+        )
         try:
             weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            # A large model is read from a shared file system for longer than vLLM takes to start.
             server.wait(START_SECONDS + weights / SLOWEST_READ)
         except BaseException:
             server.close()
@@ -118,60 +137,49 @@ class Client:
             self.server.log.unlink(missing_ok=True)
 
     def map(self, request: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """The results in order, of requests at the same time; the first error ends all."""
-        with ThreadPoolExecutor(IN_FLIGHT) as pool:
-            try:
-                return list(pool.map(request, items))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        """Returns the results of requests to the server, in order."""
+        return in_parallel(request, items, IN_FLIGHT)
 
     def read(self, ids: Sequence[int]) -> list[Read]:
-        """What the model makes of every token but the first."""
-        answer = self._request(ids, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "detokenize": False})
+        """Returns log-probability and rank of every token but the first."""
+        self._require_room(ids)
+        sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "detokenize": False}
+        answer = self.server.post(GENERATE, {"token_ids": list(ids), "sampling_params": sampling})
+        reads = []
         try:
-            _, *positions = answer["prompt_logprobs"]
-            reads = []
+            _, *positions = answer["prompt_logprobs"]  # the first token has none
             for token, entries in zip(ids[1:], positions, strict=True):
                 stated = entries[str(token)]
                 best = next(int(name) for name, entry in entries.items() if entry["rank"] == 1)
                 reads.append(Read(float(stated["logprob"]), int(stated["rank"]), best))
         except (KeyError, TypeError, ValueError, StopIteration):
-            raise self._incomplete(answer) from None
+            raise self.server.incomplete(answer) from None
         return reads
 
     def draw(
         self, ids: Sequence[int], max_tokens: int, stops: Iterable[int], seed: int | None = None, **settings: float
     ) -> Completion:
-        """An answer at temperature 1 or by other settings, or greedily without a seed. It ends before the model's
-        longest row does."""
-        sampling = {
-            "temperature": 0.0 if seed is None else 1.0, "max_tokens": min(max_tokens, self.longest + 1 - len(ids)),
-            "stop_token_ids": sorted(stops), "logprobs": 0, "detokenize": False,
-        }  # fmt: skip
-        answer = self._request(ids, sampling if seed is None else {**sampling, "seed": seed % 2**63, **settings})
-        try:
-            (choice,) = answer["choices"]
-            drawn = tuple(int(token) for token in choice["token_ids"])
-            logprobs = tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"])
-        except (KeyError, TypeError, ValueError):
-            raise self._incomplete(answer) from None
-        if not drawn or len(logprobs) != len(drawn) or choice["finish_reason"] not in ("stop", "length"):
-            raise self._incomplete(answer)
-        return Completion(drawn, logprobs, drawn[-1] in set(stops))
+        """Returns an answer at temperature 1 or by other settings, or greedily without a seed.
 
-    def _request(self, ids: Sequence[int], sampling: dict[str, Any]) -> Any:
+        It ends before the model's longest row does.
+        """
+        self._require_room(ids)
+        sampling: dict[str, Any] = {
+            "temperature": 0.0,
+            "max_tokens": min(max_tokens, self.longest + 1 - len(ids)),
+            "stop_token_ids": sorted(stops),
+        }
+        if seed is not None:
+            sampling |= {"temperature": 1.0, "seed": seed % 2**63, **settings}
+        answer = self.server.generate(ids, sampling)
+        return Completion(answer.ids, answer.logprobs, answer.ids[-1] in set(stops))
+
+    def _require_room(self, ids: Sequence[int]) -> None:
         if len(ids) > self.longest:
-            raise AtomError(f"a row has {len(ids)} tokens, and the vLLM server reads at most {self.longest}; "
-                            f"shorten the texts, or use {self.setting}.kind = in-process")  # fmt: skip
-        body = {"token_ids": list(ids), "sampling_params": sampling}
-        return self.server.post("/inference/v1/generate", body)
-
-    def _incomplete(self, answer: Any) -> MachineError:
-        return MachineError(
-            f"the vLLM server at {self.server.url} gave no whole answer ({str(answer)[:300]}); see its log and run "
-            "again to go on"
-        )
+            raise AtomError(
+                f"a row has {len(ids)} tokens, and the vLLM server reads at most {self.longest}; "
+                f"shorten the texts, or use {self.setting}.kind = in-process"
+            )
 
 
 class ServedModel(LanguageModel):
@@ -180,16 +188,14 @@ class ServedModel(LanguageModel):
     def __init__(self, client: Client, tokenizer: Any) -> None:
         self.client, self.context = client, client.context
         self.end = tokenizer.convert_tokens_to_ids(END)
+        # Bits of a document's first token, by token.
         self.first: dict[int, float] = {}
-        """Bits of a document's first token, by token."""
 
     def bits(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
-        firsts = {ids[0] for ids, start in rows if ids and start == 0} - self.first.keys()
-        ordered = sorted(firsts)
-        for token, reads in zip(
-            ordered, self.client.map(lambda t: self.client.read([self.end, t]), ordered), strict=True
-        ):
-            self.first[token] = _bits(reads)
+        # The bits of a document's first token are asked once for each token, and kept.
+        firsts = sorted({ids[0] for ids, start in rows if ids and start == 0} - self.first.keys())
+        answers = self.client.map(lambda token: _bits(self.client.read([self.end, token])), firsts)
+        self.first |= zip(firsts, answers, strict=True)
         return self.client.map(lambda row: self._bits(*row), rows)
 
     def _bits(self, ids: Sequence[int], start: int) -> float:
@@ -199,6 +205,7 @@ class ServedModel(LanguageModel):
 
     def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         answers = self.client.map(lambda ids: self.client.draw(ids, max_new_tokens, [self.end]).ids, prompts)
+        # Without the end-of-document token, as transformers' answers are cut.
         return [[*ids[: ids.index(self.end)]] if self.end in ids else [*ids] for ids in answers]
 
     def likeliest(self, ids: Sequence[int], count: int) -> list[int]:
@@ -223,8 +230,10 @@ def _bits(reads: Iterable[Read]) -> float:
 
 
 class ServedSampler:
-    """Draws answers with a server. With equal seeds it draws equal tokens only up to rounding: the batches of requests
-    depend on time."""
+    """Draws answers with a server.
+
+    With equal seeds it draws equal tokens only up to rounding: the batches of requests depend on time.
+    """
 
     def __init__(self, client: Client, stops: Sequence[int], max_new_tokens: int) -> None:
         self.client, self.stops, self.max_new_tokens = client, frozenset(stops), max_new_tokens

@@ -12,8 +12,8 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -23,22 +23,23 @@ from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerSearch
 from pipeline.run_secret import atom_secret
-from stages.generation import server_files, vllm_server
+from stages.generation import server_jobs
 from stages.generation.protocols import Completion, Prompt, Sampler, SamplerContext
-from stages.generation.server_files import Announced
-from stages.generation.vllm_server import IN_FLIGHT, Server, ServerLost, interpreter
-from stages.generation.weights import Sender, Weights
+from stages.generation.server_jobs import Announced
+from stages.generation.vllm_server import IN_FLIGHT, Server, ServerLost, in_parallel, interpreter
+from stages.generation.weights import Broadcast, Weights
 
+# Seconds in which a server to which a broadcast failed may say why.
 REASON_SECONDS = 5.0
-"""How long a server to which a broadcast failed is asked why."""
+# Times that the servers of a step may all be lost before the stage ends.
 REVIVALS = 3
-"""How often the servers of a step may all be lost before the stage ends."""
 
 T = TypeVar("T")
 
 
 class VllmServer(Sampler):
     """Draws with one server of its own on this machine, with those at `urls`, or with those that announce themselves.
+
     Several threads may draw and another one load weights: a server finishes running answers with the new ones.
 
     With equal seeds it draws equal tokens only up to the rounding of a batched matrix product: the batches of requests
@@ -47,35 +48,39 @@ class VllmServer(Sampler):
 
     serves_many = True
 
-    def __init__(
-        self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
-        urls: Sequence[str] = (), options: Sequence[str] = (), note: Callable[[str], None] = print,
-        search: ServerSearch | None = None, secret: str | None = None,
-    ) -> None:  # fmt: skip
-        """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers. note:
-        is told which server is lost. search: where servers in jobs of their own announce themselves. secret: the file
-        of the servers at `urls`. Raises AtomError without a vLLM to start, or without a usable secret."""
-        self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
-        self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.note, self.search = note, None if urls else search
+    def __init__(self, context: SamplerContext, temperature: float = 1.0, search: ServerSearch | None = None) -> None:
+        """Starts a server, or finds those of others.
+
+        Args:
+            context: The model and the settings. All servers see its folder, which is emptied.
+            temperature: Temperature of sampling.
+            search: Place where servers in jobs of their own announce themselves.
+
+        Raises:
+            AtomError: There is no vLLM to start, or the secret is unusable.
+        """
+        settings = context.settings
+        self.config, self.stops, self.folder = dict(context.config), frozenset(context.stops), context.folder.absolute()
+        self.max_new_tokens, self.temperature = settings.max_new_tokens, temperature
+        self.note, self.search = context.note, None if settings.url else search
         self.weights: Weights | None = None
+        # The servers that have the weights; the others are new or lost.
         self.serving: list[Server] = []
-        """The servers that have the weights; the others are new or lost."""
         self.lost: dict[Server, ServerLost] = {}
+        # The digests of all policies that were loaded, in order.
         self.handed_over: list[str] = []
-        """The digests of all policies that were loaded, in order."""
         self.renewing = threading.RLock()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(self.config))
         self.servers: list[Server] = []
         self.announced: dict[Announced, Server] = {}
-        if urls:
-            self.servers = [Server(url, Path(str(secret))) for url in urls]
+        if settings.url:
+            self.servers = [Server(url, Path(str(settings.secret))) for url in settings.url]
         elif self.search is not None:
             place = Path(self.search.folder)
             place.mkdir(parents=True, exist_ok=True)
-            atom_secret.make(place / vllm_server.SECRET)
+            atom_secret.make(place / server_jobs.SECRET)
             atomic_files.write(place / "config.json", json.dumps(self.config))  # which the servers wait for
         else:
             log = self.folder / "server.log"
@@ -83,16 +88,11 @@ class VllmServer(Sampler):
             if torch.cuda.is_available():
                 free, total = torch.cuda.mem_get_info()
                 gpus = torch.cuda.device_count(), free / total
-            self.servers = [Server.start(interpreter(), self.folder, log, options, gpus)]
+            self.servers = [Server.start(interpreter(), self.folder, log, settings.options, gpus)]
 
     @classmethod
     def create(cls, context: SamplerContext) -> Self:
-        settings = context.settings
-        return cls(
-            context.config, context.stops, settings.max_new_tokens, 1.0, context.folder,
-            settings.url, settings.options, context.note, ServerSearch.of_environment(),
-            settings.secret,
-        )  # fmt: skip
+        return cls(context, search=ServerSearch.of_environment())
 
     def load(self, weights: Weights) -> None:
         """Loads the weights, which are in a folder, into every server, under the policy's digest as their version.
@@ -102,8 +102,12 @@ class VllmServer(Sampler):
         were. A server that fails while it loads stays paused. Every later answer states the weights that drew it, and
         each step compares its log-probabilities with the trainer's.
 
-        A lost server is started anew, or taken back if it answers again. Raises AtomError if one refuses, ServerLost if
-        all are lost and none comes back, MachineError if none comes within the time of the search.
+        A lost server is started anew, or taken back if it answers again.
+
+        Raises:
+            AtomError: One refuses.
+            ServerLost: All are lost and none comes back.
+            MachineError: None comes within the time of the search.
         """
         with self.renewing:
             if self.weights is not None and weights.digest == self.weights.digest:
@@ -123,8 +127,14 @@ class VllmServer(Sampler):
                 raise
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        """What a lost server did not answer is drawn by the others, or by itself once it is back: each answer has a
-        seed of its own. Raises ServerLost if all servers are lost again and again."""
+        """Returns one completion for each prompt, in order.
+
+        What a lost server did not answer is drawn by the others, or by itself once it is back: each answer has a seed
+        of its own.
+
+        Raises:
+            ServerLost: All servers are lost again and again.
+        """
         if self.weights is None:
             raise ValueError("weights are loaded before anything is drawn")
         answers: dict[int, Completion] = {}
@@ -133,122 +143,135 @@ class VllmServer(Sampler):
             with self.renewing:  # another thread may renew them
                 if not self.serving:
                     revivals += 1
-                    if revivals > REVIVALS or self.weights.sender is not None:  # the other ranks do not send now
+                    # A broadcast needs the other ranks, which do not send now.
+                    if revivals > REVIVALS or self.weights.sender is not None:
                         raise next(iter(self.lost.values()))
                     self._renew()
-            # neighbors are often answers to one question, so that one server keeps its cache
+
+            # Neighbors are often answers to one question, so that one server keeps its cache.
             servers = list(self.serving)
             dealt = [(servers[n * len(servers) // len(missing)], number) for n, number in enumerate(missing)]
 
-            def draw(server: Server, number: int) -> Completion | None:
-                return self._draw(server, prompts[number], greedy) if server in self.serving else None
+            def draw(server: Server, number: int) -> None:
+                if server in self.serving:
+                    answers[number] = self._draw(server, prompts[number], greedy)
 
-            drawn = self._map([(server, number) for server, number in dealt], self._unless_lost(draw))
-            answers |= {number: answer for (_, number), answer in zip(dealt, drawn, strict=True) if answer}
+            self._attempt(draw, dealt)
         return [answers[number] for number in range(len(prompts))]
 
     def close(self) -> None:
         for server in self.servers:
             server.close()
 
-    def _map(self, items: Sequence[tuple[Server, Any]], request: Callable[[Server, Any], T]) -> list[T]:
-        """The answers in order; the first error ends all."""
-        with ThreadPoolExecutor(IN_FLIGHT * len(self.servers)) as pool:
+    def _attempt(self, request: Callable[[Server, T], None], items: Sequence[tuple[Server, T]]) -> list[Server]:
+        """Sends requests at the same time; the first error ends all. Returns the servers that no request lost."""
+
+        def attempt(item: tuple[Server, T]) -> bool:
+            server = item[0]
             try:
-                return list(pool.map(lambda item: request(*item), items))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _draw(self, server: Server, prompt: Prompt, greedy: bool) -> Completion:
-        sampling = {
-            "temperature": 0.0 if greedy else self.temperature, "seed": prompt.seed % 2**63,
-            "max_tokens": self.max_new_tokens, "stop_token_ids": sorted(self.stops), "logprobs": 0, "detokenize": False,
-        }  # fmt: skip
-        body = {"token_ids": list(prompt.ids), "sampling_params": sampling}
-        before = len(self.handed_over) - 1
-        answer = server.post("/inference/v1/generate", body)
-        try:
-            (choice,) = answer["choices"]
-            ids = tuple(choice["token_ids"])
-            content = choice["logprobs"]["content"]
-            lengths = ((span["version"], span["end"] - span["start"]) for span in choice["weight_versions"])
-            versions = tuple((version, tokens) for version, tokens in lengths if tokens)
-            is_complete = choice["finish_reason"] in ("stop", "length") and [x["token_id"] for x in content] == list(
-                ids
-            )
-        except (KeyError, TypeError, ValueError):
-            ids, is_complete, versions = (), False, ()
-        if not ids or not is_complete:
-            raise MachineError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
-                            "see its log and run again to go on")  # fmt: skip
-        served, given = {digest for digest, _ in versions}, self.handed_over[before:]
-        if not served or not served <= set(given) or sum(tokens for _, tokens in versions) != len(ids):
-            raise ServerLost(
-                f"the vLLM server at {server.url} answered with the weights {', '.join(sorted(map(str, served)))} "
-                f"instead of {' or '.join(given)}; it started anew, or somebody else uses it: run again"
-            )
-        logprobs = tuple(float(x["logprob"]) for x in content)
-        return Completion(ids, logprobs, ids[-1] in self.stops, versions=versions)
-
-    def _renew(self) -> None:
-        """Gives the weights to all servers that are there."""
-        assert self.weights is not None
-        update = {"folder": str(self.weights.folder), "digest": self.weights.digest}
-        is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
-        self._find(is_alone)
-        if self.weights.sender is not None:
-            return self._receive(self.weights.sender, is_alone)
-
-        def check(server: Server, _: None) -> bool:
-            self._check(server, update, is_alone)
-            return True
-
-        def take(server: Server, _: None) -> bool:
-            self._take(server, update)
-            return True
-
-        try:
-            checked = self._map([(server, None) for server in self.servers], self._unless_lost(check))
-        except BaseException:
-            for server in self.servers:
-                with contextlib.suppress(AtomError):  # ends the update on the workers that did not refuse it
-                    server.post("/finish_weight_update", attempts=1)
-            raise
-        present, self.serving = [s for s, done in zip(self.servers, checked, strict=True) if done], []
-        taken = self._map([(server, None) for server in present], self._unless_lost(take))
-        self.serving = [server for server, done in zip(present, taken, strict=True) if done]
-        for server in self.serving:
-            self.lost.pop(server, None)
-        if not self.serving:
-            raise next(iter(self.lost.values()))
-
-    def _unless_lost(self, request: Callable[[Server, Any], T]) -> Callable[[Server, Any], T | None]:
-        """The request, with None for an answer of a server that is lost by it."""
-
-        def attempt(server: Server, item: Any) -> T | None:
-            try:
-                return request(server, item)
+                request(*item)
             except ServerLost as error:
                 if server not in self.lost:
                     self.lost[server] = error
                     self.note(f"left out until it is back: {error}")
                 with contextlib.suppress(ValueError):
                     self.serving.remove(server)
-                return None
+                return False
+            return True
 
-        return attempt
+        kept = in_parallel(attempt, items, IN_FLIGHT * len(self.servers))
+        return [server for (server, _), done in zip(items, kept, strict=True) if done]
+
+    def _each(self, request: Callable[[Server], None], servers: Sequence[Server]) -> list[Server]:
+        """Sends a request to each server. Returns those that it did not lose."""
+        return self._attempt(lambda server, _: request(server), [(server, None) for server in servers])
+
+    def _draw(self, server: Server, prompt: Prompt, greedy: bool) -> Completion:
+        sampling = {
+            "temperature": 0.0 if greedy else self.temperature,
+            "seed": prompt.seed % 2**63,
+            "max_tokens": self.max_new_tokens,
+            "stop_token_ids": sorted(self.stops),
+        }
+        # An answer may begin with the weights of now, and end with any that come while it is drawn.
+        first = len(self.handed_over) - 1
+        answer = server.generate(prompt.ids, sampling)
+        try:
+            is_complete = [entry["token_id"] for entry in answer.choice["logprobs"]["content"]] == list(answer.ids)
+            lengths = [(span["version"], span["end"] - span["start"]) for span in answer.choice["weight_versions"]]
+        except (KeyError, TypeError):
+            is_complete, lengths = False, []
+        if not is_complete:
+            raise server.incomplete(answer.choice)
+        versions = tuple((version, tokens) for version, tokens in lengths if tokens)
+        served, given = {digest for digest, _ in versions}, self.handed_over[first:]
+        if not served or not served <= set(given) or sum(tokens for _, tokens in versions) != len(answer.ids):
+            raise ServerLost(
+                f"the vLLM server at {server.url} answered with the weights {', '.join(sorted(map(str, served)))} "
+                f"instead of {' or '.join(given)}; it started anew, or somebody else uses it: run again"
+            )
+        return Completion(answer.ids, answer.logprobs, answer.ids[-1] in self.stops, versions=versions)
+
+    def _renew(self) -> None:
+        """Gives the weights to all servers that are there."""
+        assert self.weights is not None
+        is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
+        self._find(is_alone)
+        if self.weights.sender is not None:
+            serving = self._receive(self.weights.sender, self.weights.digest, is_alone)
+        else:
+            serving = self._read_folder(str(self.weights.folder), self.weights.digest, is_alone)
+        self.serving = serving
+        for server in serving:
+            self.lost.pop(server, None)
+        if not serving:
+            raise next(iter(self.lost.values()))
+
+    def _read_folder(self, folder: str, digest: str, is_alone: bool) -> list[Server]:
+        """Has all servers that are there read the weights from a folder. Returns those that have them."""
+        update = {"folder": folder, "digest": digest}
+
+        def check(server: Server) -> None:
+            if server not in self.serving:
+                self._greet(server, is_alone)
+                server.post("/init_weight_transfer_engine", {"init_info": self._model()})
+            server.post("/start_weight_update", attempts=1)
+            server.post("/update_weights", {"update_info": {**update, "load": False}}, attempts=1)
+
+        def take(server: Server) -> None:
+            # Running answers wait, and go on with the new weights, which read their tokens again.
+            server.post("/pause?mode=keep")
+            server.post("/update_weights", {"update_info": {**update, "load": True}}, attempts=1)
+            server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
+            server.post("/resume")
+
+        # All check before one of them loads, so that a refusal leaves the old weights everywhere.
+        try:
+            present = self._each(check, self.servers)
+        except BaseException:
+            for server in self.servers:
+                with contextlib.suppress(AtomError):  # ends the update on the workers that did not refuse it
+                    server.post("/finish_weight_update", attempts=1)
+            raise
+        self.serving = []
+        return self._each(take, present)
 
     def _find(self, is_alone: bool) -> None:
-        """Makes `servers` those that are announced now, and those that serve. is_alone: waits for one that answers.
-        Raises MachineError if none comes within the time of the search."""
+        """Makes `servers` those that are announced now, and those that serve.
+
+        Args:
+            is_alone: Waits for one that answers.
+
+        Raises:
+            MachineError: None comes within the time of the search.
+        """
         if self.search is None:
             return
         end, is_noted = time.monotonic() + self.search.seconds, False
         while True:
-            announced = server_files.read(Path(self.search.folder), self.search.run)
-            # one that was started again is another server, at the same address or not
-            secret = Path(self.search.folder) / vllm_server.SECRET
+            announced = server_jobs.read(Path(self.search.folder), self.search.run)
+            # One that was started again is another server, at the same address or not.
+            secret = Path(self.search.folder) / server_jobs.SECRET
             self.announced = {server: self.announced.get(server) or Server(server.url, secret) for server in announced}
             present = list(self.announced.values())
             urls = {server.url for server in present}
@@ -257,6 +280,7 @@ class VllmServer(Sampler):
             self.lost = {server: error for server, error in self.lost.items() if server in self.servers}
             if not is_alone or any(map(_answers, present)):
                 return
+
             if time.monotonic() > end:
                 raise MachineError(
                     f"no vLLM server in a job of its own answers after {self.search.seconds / 60:.0f} min "
@@ -266,14 +290,7 @@ class VllmServer(Sampler):
             if not is_noted:
                 self.note(f"waits for a vLLM server, at most {self.search.seconds / 60:.0f} min")
                 is_noted = True
-            time.sleep(vllm_server.POLL_SECONDS)
-
-    def _check(self, server: Server, update: Mapping[str, Any], is_alone: bool) -> None:
-        if server not in self.serving:
-            self._greet(server, is_alone)
-            server.post("/init_weight_transfer_engine", {"init_info": self._model()})
-        server.post("/start_weight_update", attempts=1)
-        server.post("/update_weights", {"update_info": {**update, "load": False}}, attempts=1)
+            time.sleep(server_jobs.POLL_SECONDS)
 
     def _greet(self, server: Server, is_alone: bool) -> None:
         """Makes a server that does not serve ready for an update."""
@@ -286,97 +303,86 @@ class VllmServer(Sampler):
                 server.post("/finish_weight_update", attempts=1)
 
     def _model(self) -> dict[str, Any]:
-        """What a server is told of the trainer's model."""
+        """Returns what a server is told of the trainer's model: the numbers of its config."""
         return {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
 
-    def _receive(self, sender: Sender, is_alone: bool) -> None:
-        """Has all servers that are there receive the weights. One that fails is left out, and breaks nothing else."""
-        assert self.weights is not None
-        digest = self.weights.digest
+    def _receive(self, sender: Broadcast, digest: str, is_alone: bool) -> list[Server]:
+        """Has all servers that are there receive the weights by broadcast. Returns those that have them.
+
+        A server that fails is left out, and breaks nothing else.
+        """
         invitations: dict[Server, dict[str, Any]] = {}
 
-        def greet(server: Server, _: None) -> bool:
-            if server not in self.serving or not sender.has_group(server.url):
-                self._greet(server, is_alone)
-                try:
-                    invitations[server] = sender.invite(server.url, server.key)
-                except OSError as error:
-                    raise server.lost(str(error)) from None
-            return True
+        def greet(server: Server) -> None:
+            if server in self.serving and sender.has_group(server.url):
+                return
+            self._greet(server, is_alone)
+            try:
+                invitations[server] = sender.invite(server.url, server.key)
+            except OSError as error:
+                raise server.lost(str(error)) from None
 
-        greeted = self._map([(server, None) for server in self.servers], self._unless_lost(greet))
-        present = [server for server, done in zip(self.servers, greeted, strict=True) if done]
-
-        def enter(server: Server, invitation: Mapping[str, Any]) -> None:
+        def enter(server: Server) -> None:
+            invitation = invitations[server]
             try:
                 server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
             except BaseException:
                 sender.give_up(server.url, invitation)
                 raise
 
-        def update(server: Server, _: None) -> None:
+        def update(server: Server) -> None:
             server.post("/start_weight_update", attempts=1)
             server.post("/pause?mode=keep")
             server.post("/update_weights", {"update_info": {"digest": digest, **sender.content}}, attempts=1)
 
-        def finish(server: Server, _: None) -> bool:
+        def finish(server: Server) -> None:
             server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
             server.post("/resume")
-            return True
 
+        present = self._each(greet, self.servers)
         if invitations:
-            joined = self._beside(enter, list(invitations.items()), lambda: sender.join(
-                {server.url: invitation for server, invitation in invitations.items()}
-            ))  # fmt: skip
+            # The group forms while the servers enter it: each side waits for the other.
+            by_url = {server.url: invitation for server, invitation in invitations.items()}
+            joined = self._beside(enter, list(invitations), lambda: sender.join(by_url))
             present = [server for server in present if server not in invitations or server in joined]
-        taken = self._beside(update, [(server, None) for server in present], lambda: sender.send(
-            [server.url for server in present]
-        ))  # fmt: skip
+        taken = self._beside(update, present, lambda: sender.send([server.url for server in present]))
         self.serving = []
-        finished = self._map([(server, None) for server in taken], self._unless_lost(finish))
-        self.serving = [server for server, done in zip(taken, finished, strict=True) if done]
-        for server in self.serving:
-            self.lost.pop(server, None)
-        if not self.serving:
-            raise next(iter(self.lost.values()))
+        return self._each(finish, taken)
 
     def _beside(
-        self, request: Callable[[Server, Any], None], items: Sequence[tuple[Server, Any]], act: Callable[[], set[str]]
+        self, request: Callable[[Server], None], servers: Sequence[Server], act: Callable[[], set[str]]
     ) -> list[Server]:
-        """The servers whose request is answered, and with which the trainer's ranks succeed meanwhile in `act`. Of the
-        others the reason is awaited for a moment, since a server that hangs may never answer."""
-        results: dict[Server, Future[None]] = {server: Future() for server, _ in items}
+        """Sends a request to each server while the trainer's ranks act.
 
-        def run(server: Server, item: Any) -> None:
+        Returns the servers that answered, and with which `act` succeeded. Of the others the reason is awaited for a
+        moment, since a server that hangs may never answer.
+        """
+        results: dict[Server, Future[None]] = {server: Future() for server in servers}
+
+        def run(server: Server) -> None:
             try:
-                request(server, item)
+                request(server)
                 results[server].set_result(None)
             except BaseException as error:
                 results[server].set_exception(error)
 
-        def confirm(server: Server, _: Any) -> bool:
+        def confirm(server: Server) -> None:
             with contextlib.suppress(TimeoutError):
                 results[server].result(None if server.url in succeeded else REASON_SECONDS)
             if server.url not in succeeded:
-                raise server.lost("its weights did not come through in time; see whether it and the ranks reach each "
-                                  "other, and what NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names")  # fmt: skip
-            return True
+                raise server.lost(
+                    "its weights did not come through in time; see whether it and the ranks reach each other, and what "
+                    "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names"
+                )
 
-        for server, item in items:
-            threading.Thread(target=run, args=(server, item), name="request", daemon=True).start()
+        for server in servers:
+            threading.Thread(target=run, args=(server,), name="request", daemon=True).start()
         succeeded = act()
-        return [server for server, _ in items if self._unless_lost(confirm)(server, None)]
-
-    def _take(self, server: Server, update: Mapping[str, Any]) -> None:
-        """Running answers wait, and go on with the new weights, which read their tokens again."""
-        server.post("/pause?mode=keep")
-        server.post("/update_weights", {"update_info": {**update, "load": True}}, attempts=1)
-        server.post("/finish_weight_update", {"weight_version": update["digest"]}, attempts=1)
-        server.post("/resume")
+        return [server for server in servers if self._each(confirm, [server])]
 
 
 def _answers(server: Server) -> bool:
-    """Whether a server answers, and no other at its address."""
+    """Returns True if a server answers, and no other at its address."""
     try:
         return server.problem() is None
     except ServerLost:

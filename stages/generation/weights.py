@@ -1,71 +1,91 @@
 """A policy's weights on their way to a sampler: each rank of the trainer hands over the tensors that it puts together.
 
-The ranks write safetensors files with transformers' names into a folder that all see, each its own, and rank 0 writes
-the index last (stages/generation/vllm_worker/atom_index.py). A rank holds the tensor that it puts together and those
-of a file. The policy's digest follows from the digests of the tensors, so every rank reads its own only.
+By files, the ranks write safetensors with transformers' names into a folder that all see, each its own, and rank 0
+writes the index last (stages/generation/vllm_worker/atom_index.py). A rank holds the tensor that it puts together and
+those of a file. The policy's digest follows from the digests of the tensors, so every rank reads its own only.
+
+By broadcast, the first of the ranks that hold a tensor sends it to vLLM servers, over gloo on CPU and over NCCL on GPU.
+Each server has a group of its own with the ranks that send (stages/generation/vllm_worker/atom_group.py), so a server
+that is lost breaks its own group alone; all servers receive at the same time. A group lasts until it breaks. Data ranks
+after the first only compute digests, for which all take turns: the processes of a group are all connected with each
+other, so its connections grow with the square of its ranks. A rank holds the tensors of a packet, never the model.
+Rank 0 holds the sampler, which talks to the servers; the other ranks follow what it does with the groups.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
 
+from pipeline.core.environment import own_address
 from pipeline.core.errors import AtomError
+from pipeline.run_secret.atom_secret import sign
+from stages.generation.vllm_worker.atom_group import (
+    GROUP,
+    WORKERS,
+    Group,
+    Packet,
+    SignedStore,
+    connect,
+    nccl_version,
+    packets,
+    view,
+)
 from stages.generation.vllm_worker.atom_index import policy_digest, row_of
 from stages.models.base import ModelConfig
 from stages.train.checkpoint import release_checkpoint
 from stages.train.full_tensors import FullTensors
 from stages.train.parallel import Ranks
 
+# Largest file, unless one tensor is larger.
 FILE_BYTES = 250_000_000
-"""Largest file, unless one tensor is larger."""
 
+# The subfolder of files that are being written.
 PARTIAL = "partial"
-"""The subfolder of files that are being written."""
 Tensors = Iterator[tuple[str, torch.Tensor]]
+# The index's entry of each tensor.
 Rows = dict[str, dict[str, Any]]
-"""The index's entry of each tensor."""
+# The tensors of a rank: their entries, and their files.
 Share = tuple[Rows, dict[str, str]]
-"""The tensors of a rank: their entries, and their files."""
+# Within which a group must form, and each of its broadcasts end.
+GROUP_SECONDS = 120.0
 
 
-class Sender(Protocol):
-    """What rank 0's sampler does with all ranks to have them send a policy to servers, which it names by their URLs."""
+class Receiver(Protocol):
+    """A sampler, as far as it takes weights."""
 
-    def has_group(self, server: str) -> bool:
-        """Whether the ranks are in a group with a server."""
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """What a server is told of the tensors that it receives."""
-
-    def invite(self, server: str, secret: bytes) -> dict[str, Any]:
-        """What a server is told of a new group, which `join` then forms. secret: what it shares with the server. Raises
-        OSError if it cannot be reached."""
-
-    def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
-        """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
-
-    def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
-        """Forms the groups of invited servers. Returns those that have one."""
-
-    def send(self, servers: Sequence[str]) -> set[str]:
-        """Sends the policy to these servers, which must be receiving. Returns those that got all of it."""
+    def load(self, weights: Weights) -> None:
+        """As `Sampler.load`."""
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """A policy's tensors by transformers' names. digest: of the policy; folder: of the files with them, of which each
-    tensor is then read on access, or None for the trainer's live tensors. sender: sends them instead; there are then
-    no tensors here."""
+    """A policy's tensors by transformers' names.
+
+    Args:
+        digest: Digest of the policy.
+        folder: Folder of their files, from which each is read on access; None for the trainer's live tensors.
+        sender: Sends them instead; there are then no tensors here.
+    """
 
     def __init__(
-        self, digest: str, tensors: Mapping[str, torch.Tensor], folder: Path | None = None,
-        sender: Sender | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        digest: str,
+        tensors: Mapping[str, torch.Tensor],
+        folder: Path | None = None,
+        sender: Broadcast | None = None,
+    ) -> None:
         self.digest, self.tensors, self.folder, self.sender = digest, tensors, folder, sender
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -79,27 +99,36 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def hf_tensors(full: FullTensors, model: ModelConfig, vocab_size: int) -> Tensors:
-    """transformers' names and tensors; those that another rank hands over are on `meta`. Collective."""
+    """Yields transformers' names and tensors; those that another rank hands over are on `meta`. Collective."""
     return model.spec().to_hf(full, model, vocab_size)
 
 
 def digest_of(tensors: Tensors, ranks: Ranks) -> str:
-    """The digest of the policy with these `hf_tensors`, on every rank. Collective."""
+    """Returns the digest of the policy with these `hf_tensors`, on every rank. Collective."""
     return policy_digest(merge(*describe(tensors, ranks)))
 
 
 def describe(tensors: Tensors, ranks: Ranks) -> tuple[list[str], list[Rows]]:
-    """The names of all of a policy's `hf_tensors`, in order, and the entries of those of each rank. Collective."""
+    """Returns the names of all of a policy's `hf_tensors`, in order, and the entries of those of each rank.
+
+    Collective.
+    """
     names: list[str] = []
     rows = {name: row_of(tensor) for name, tensor in _held_tensors(tensors, names)}
     return names, ranks.gather(rows)
 
 
 def write(tensors: Tensors, ranks: Ranks, folder: Path) -> tuple[str, Path]:
-    """Writes the `hf_tensors` of a policy to a subfolder. Returns the policy's digest and, once it is there, the
-    subfolder, on every rank. folder: which all ranks see. Collective.
+    """Writes the `hf_tensors` of a policy to a subfolder.
 
-    Raises AtomError if the tensors of the ranks do not add up to the model, MachineError if a write fails.
+    Returns the policy's digest and, once it is there, the subfolder, on every rank. Collective.
+
+    Args:
+        folder: Which all ranks see.
+
+    Raises:
+        AtomError: The tensors of the ranks do not add up to the model.
+        MachineError: A write fails.
     """
     if ranks.first:
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)
@@ -123,8 +152,10 @@ def write_share(folder: Path, rank: int, tensors: Iterable[tuple[str, torch.Tens
 
 
 def seal(folder: Path, names: Sequence[str], shares: Sequence[Share]) -> tuple[str, Path]:
-    """Writes the index of all shares and makes `partial` the subfolder of the policy. Returns the policy's digest and
-    that subfolder."""
+    """Writes the index of all shares and makes `partial` the subfolder of the policy.
+
+    Returns the policy's digest and that subfolder.
+    """
     tensors = merge(names, [rows for rows, _ in shares])
     files = {name: file for _, share in shares for name, file in share.items()}
     digest = policy_digest(tensors)
@@ -136,6 +167,7 @@ def seal(folder: Path, names: Sequence[str], shares: Sequence[Share]) -> tuple[s
     if place.exists():  # the policy is as before, and a sampler may read its files anew
         shutil.rmtree(replaced, ignore_errors=True)
         place.rename(replaced)
+    # A rename is atomic: a folder with its final name is complete.
     (folder / PARTIAL).rename(place)
     shutil.rmtree(replaced, ignore_errors=True)
     return digest, place
@@ -157,7 +189,14 @@ def _held_tensors(tensors: Tensors, names: list[str]) -> Iterator[tuple[str, tor
 
 
 def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
-    """The tensors of all ranks. names: of the whole model. Raises AtomError if no rank has one, or more than one."""
+    """Returns the tensors of all ranks.
+
+    Args:
+        names: Names of all tensors of the model.
+
+    Raises:
+        AtomError: No rank has one, or more than one.
+    """
     merged: Rows = {}
     for rank, share in enumerate(shares):
         if repeated := sorted(share.keys() & merged.keys()):
@@ -166,3 +205,217 @@ def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
     if missing := sorted(set(names) - merged.keys()):
         raise AtomError(f"the trainer's shards do not add up: no rank hands over {missing[0]}")
     return merged
+
+
+class Broadcast:
+    """The groups of the ranks with vLLM servers. Each rank has one.
+
+    `load` is collective. Meanwhile rank 0's sampler invites servers, and has all ranks join groups and send; it names
+    servers by their URLs.
+    """
+
+    def __init__(self, tensors: Callable[[bool], Tensors], ranks: Ranks) -> None:
+        """Makes a broadcast without groups.
+
+        Args:
+            tensors: tensors(by_turns) yields the policy's `hf_tensors`, of data ranks by turns or of the first alone.
+            ranks: The ranks of the trainer.
+        """
+        self.tensors, self.ranks = tensors, ranks
+        # The ranks in the groups, in their order there.
+        self.senders: list[int] = []
+        self.groups: dict[str, Group] = {}
+        # On rank 0, by server: that of the group which is to form.
+        self.stores: dict[str, dist.TCPStore] = {}
+        # On rank 0, by server: the key of the entries of that store, in hex.
+        self.keys: dict[str, str] = {}
+        # For each tensor of the policy: name, entry of the index, and the place of its rank among `senders`.
+        self.names: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.roots: list[int] = []
+
+    def load(self, sampler: Receiver | None) -> str:
+        """Hands the policy to the sampler, which rank 0 has.
+
+        Returns the policy's digest, on every rank. Collective.
+
+        Raises:
+            AtomError: The tensors of the ranks do not add up to the model, and on rank 0 what `sampler` raises.
+        """
+        names, shares = describe(self.tensors(True), self.ranks)
+        rows = merge(names, shares)
+        # All ranks know all entries, so that each can tell which tensors a packet has.
+        self.rows, digest = [rows[name] for name in names], policy_digest(rows)
+        if names != self.names:
+            self.names = names
+            self._choose_senders()
+        if sampler is None:
+            # The sampler on rank 0 decides what happens with the groups; None ends the loop.
+            while (command := self.ranks.from_first(None)) is not None:
+                self._run(*command)
+            return digest
+        try:
+            sampler.load(Weights(digest, {}, sender=self))
+        finally:
+            self.ranks.from_first(None)
+        return digest
+
+    def _choose_senders(self) -> None:
+        """Chooses the ranks that send the tensors of these names. Collective."""
+        # Without turns the first data ranks alone have the tensors, and they send.
+        held = [name for name, tensor in self.tensors(False) if not tensor.is_meta]
+        root_of = {name: rank for rank, names in enumerate(self.ranks.gather(held)) for name in names}
+        if (senders := sorted({0, *root_of.values()})) != self.senders:
+            self.close()
+            self.senders = senders
+        self.roots = [senders.index(root_of[name]) for name in self.names]
+
+    def has_group(self, server: str) -> bool:
+        """Returns True if the ranks are in a group with a server."""
+        return server in self.groups
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The description of the tensors that a server receives."""
+        return {"names": self.names, "rows": self.rows, "roots": self.roots}
+
+    def invite(self, server: str, secret: bytes) -> dict[str, Any]:
+        """Returns the invitation of a server to a new group, which `join` then forms.
+
+        Args:
+            server: URL of the server.
+            secret: What this process shares with it.
+
+        Raises:
+            OSError: It cannot be reached.
+        """
+        parts = urlsplit(server)
+        # This host's address on the way to the server is that of a connection to it.
+        with socket.create_connection((parts.hostname or "", parts.port or 80), GROUP_SECONDS) as line:
+            host = str(line.getsockname()[0])
+        if self.ranks.world > 1 and ip_address(host).is_loopback:  # other ranks may be elsewhere
+            host = own_address()[0] if os.environ["MASTER_ADDR"] != "127.0.0.1" else "127.0.0.1"
+        # By itself the store would listen on all interfaces.
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        address, nonce = f"{host}:{listener.getsockname()[1]}", secrets.token_hex(16)
+        self.stores[server] = dist.TCPStore(
+            host,
+            listener.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=GROUP_SECONDS),
+            master_listen_fd=listener.detach(),
+        )
+        self.keys[server] = sign(secret, GROUP, nonce)
+        device = self.ranks.device
+        return {
+            "store": address,
+            "nonce": nonce,
+            "ranks": len(self.senders),
+            "seconds": GROUP_SECONDS,
+            "device": device.type,
+            "nccl": nccl_version(device),
+        }
+
+    def give_up(self, server: str, invitation: Mapping[str, Any]) -> None:
+        """Ends the waiting for a server that does not join. Another thread may wait in `join`."""
+        with suppress(RuntimeError):  # the store is gone: nobody waits any more
+            connect(invitation["store"], self.keys[server], GROUP_SECONDS).set(WORKERS, "0")
+
+    def join(self, invitations: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Forms the groups of invited servers. Returns those that have one."""
+        # The keys go to the other ranks in plain, as all within a job.
+        places = {server: (invitation["store"], self.keys[server]) for server, invitation in invitations.items()}
+        return self._lead("join", places)
+
+    def send(self, servers: Sequence[str]) -> set[str]:
+        """Sends the policy to these servers, which must be receiving. Returns those that got all of it."""
+        return self._lead("send", list(servers))
+
+    def close(self) -> None:
+        """Leaves all groups. Not collective."""
+        for server in list(self.groups):
+            self._leave(server)
+
+    def _lead(self, action: str, argument: Any) -> set[str]:
+        self.ranks.from_first((action, argument))
+        return self._run(action, argument)
+
+    def _run(self, action: str, argument: Any) -> set[str]:
+        """Runs an action of all ranks. Returns the servers for which it succeeded on all of them."""
+        succeeded = self._join(argument) if action == "join" else self._send(argument)
+        # A group works if all ranks are in it; the others leave a broken one.
+        servers = set.intersection(*self.ranks.gather(succeeded))
+        for server in set(argument) - servers:
+            self._leave(server)
+        return servers
+
+    def _leave(self, server: str) -> None:
+        if (group := self.groups.pop(server, None)) is not None:
+            group.close()
+
+    def _join(self, places: Mapping[str, tuple[str, str]]) -> set[str]:
+        """Joins groups, given address and key of each server's store. Returns the servers that it is with."""
+        if self.ranks.rank not in self.senders:
+            return set(places)
+        for server, (address, key) in places.items():
+            self._leave(server)
+            try:
+                if self.ranks.first:  # its store listens in this process
+                    store = SignedStore(self.stores.pop(server), key)
+                else:
+                    store = connect(address, key, GROUP_SECONDS)
+                if workers := int(store.get(WORKERS)):
+                    place, size = self.senders.index(self.ranks.rank), len(self.senders) + workers
+                    self.groups[server] = Group(store, place, size, GROUP_SECONDS, self.ranks.device)
+            except RuntimeError:  # too late, or unreachable: the sampler says so of a server that is not in the result
+                continue
+        return places.keys() & self.groups.keys()
+
+    def _send(self, servers: Sequence[str]) -> set[str]:
+        groups = {server: self.groups[server] for server in servers if server in self.groups}  # none, if it sends none
+        remaining, tensors = set(servers), self.tensors(False)
+        for together in packets(self.rows, self.roots):
+            local_tensors: dict[int, torch.Tensor] = {}
+            for number in sorted(number for packet in together for number in packet.numbers):
+                name, tensor = next(tensors)  # collective
+                assert name == self.names[number], "the order of tensors is fixed"
+                if not tensor.is_meta:
+                    local_tensors[number] = tensor
+            failed = self._send_packets(together, local_tensors, groups)
+            for server in set().union(*self.ranks.gather(failed)):
+                self._leave(server)
+                groups.pop(server, None)
+                remaining.discard(server)
+        return remaining
+
+    def _send_packets(
+        self, together: Sequence[Packet], local_tensors: Mapping[int, torch.Tensor], groups: Mapping[str, Group]
+    ) -> set[str]:
+        """Returns the servers to which it fails.
+
+        Args:
+            local_tensors: This rank's tensors by their numbers.
+        """
+        works, failed = [], set()
+        for packet in together if groups else ():
+            buffer = torch.empty(packet.size, dtype=torch.uint8, device=self.ranks.device)
+            if self.senders[packet.root] == self.ranks.rank:
+                for number, offset in zip(packet.numbers, packet.offsets, strict=True):
+                    view(buffer, offset, self.rows[number]).copy_(local_tensors[number])
+            # what another rank sends arrives here once in each group, with the same bytes
+            works += [(server, buffer, packet.root) for server in groups]
+        started = []
+        # All broadcasts are started before one is awaited, so that a slow server delays no other.
+        for server, buffer, root in works:
+            try:
+                started.append((server, groups[server].start(buffer, root)))
+            except RuntimeError:
+                failed.add(server)
+        for server, work in started:
+            try:
+                if server not in failed:
+                    groups[server].end(work)
+            except RuntimeError:
+                failed.add(server)
+        return failed

@@ -10,16 +10,16 @@ from pipeline.core.bounds import Context, Flag, Key, LongLine, Mix, Range, Setti
 from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation.samplers import SAMPLERS
 from stages.models.base import ModelConfig
-from stages.rl.algorithms.policy_gradient import registry as policy_gradient
+from stages.rl.algorithms import policy_gradient
 from stages.rl.rewards import registry as reward_registry
 from stages.rl.rollout.tasks import Tasks, kinds_of
 from stages.rl.tools.settings import Tools
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
 
+# Prompts of one step.
 Prompts = Annotated[int, Range(1, 1e6)]
-"""Prompts of one step."""
+# Answers to one prompt.
 Answers = Annotated[int, Range(1, 4096, "DeepSeek-R1: 16")]
-"""Answers to one prompt."""
 Gap = Annotated[float, Range(0, 1, "nats; usual: 0.001 in one process, 0.05 with vLLM in bf16", above=True)]
 Coefficient = Annotated[float, Range(0, 1000)]
 Updates = Annotated[int, Range(1, 1e6)]
@@ -92,11 +92,15 @@ class Sampling(Config):
         defaults = {name: type(self).model_fields[name].default for name in _OF_VLLM}
         unused = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.kind != "vllm" and unused:
-            raise ValueError(f"{unused[0]} has no effect with kind = {self.kind}, which starts no server; leave it "
-                             "out, or set kind = vllm")  # fmt: skip
+            raise ValueError(
+                f"{unused[0]} has no effect with kind = {self.kind}, which starts no server; leave it "
+                "out, or set kind = vllm"
+            )
         if bool(self.url) != bool(self.secret):
-            raise ValueError("url and secret go together: the servers of url answer only requests that are signed with "
-                             "the secret that they were started with")  # fmt: skip
+            raise ValueError(
+                "url and secret go together: the servers of url answer only requests that are signed with "
+                "the secret that they were started with"
+            )
         return self
 
     @property
@@ -122,7 +126,7 @@ class PostTrainingPhase(PhaseBase):
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether answers are drawn while the policy is updated."""
+        """True if answers are drawn while the policy is updated."""
         return False
 
     @property
@@ -130,7 +134,7 @@ class PostTrainingPhase(PhaseBase):
         return [self.micro_batches]
 
     @model_validator(mode="after")
-    def _short(self) -> PostTrainingPhase:
+    def _updates_and_layout_fit(self) -> PostTrainingPhase:
         if self.optimizer.warmup_steps >= self.all_updates:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of {self.all_updates} updates; "
@@ -193,6 +197,7 @@ class RlPhase(PostTrainingPhase):
     @model_validator(mode="before")
     @classmethod
     def _clip_of_the_algorithm(cls, data: Any) -> Any:
+        # Before the fields are read, so that the ranges in effect are part of the key.
         name = data.get("algorithm", policy_gradient.DEFAULT) if isinstance(data, dict) else None
         if not isinstance(name, str) or name not in policy_gradient.ALGORITHMS:
             return data  # refused as a field
@@ -201,39 +206,60 @@ class RlPhase(PostTrainingPhase):
         return {**data, **{side: default for side, default in ranges.items() if data.get(side) is None}}
 
     @model_validator(mode="after")
-    def _effective(self) -> RlPhase:
+    def _clip_has_an_effect(self) -> RlPhase:
         algorithm = policy_gradient.load(self.algorithm)
-        for side, value, default in (
-            ("clip_low", self.clip_low, algorithm.clip_low),
-            ("clip_high", self.clip_high, algorithm.clip_high),
-        ):
+        defaults = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+        for side, default in defaults.items():
+            value = getattr(self, side)
             if value == default:
                 continue
             if default is None:
-                raise ValueError(f"{side} = {value} has no effect, as algorithm {self.algorithm} has no such clip; "
-                                 "leave it out")  # fmt: skip
+                raise ValueError(
+                    f"{side} = {value} has no effect, as algorithm {self.algorithm} has no such clip; leave it out"
+                )
             if self.updates == 1:
-                raise ValueError(f"{side} = {value} has no effect with updates = 1, since the policy that drew the "
-                                 "answers is the one that is updated; leave it out, or use more updates")  # fmt: skip
+                raise ValueError(
+                    f"{side} = {value} has no effect with updates = 1, since the policy that drew the answers is the "
+                    "one that is updated; leave it out, or use more updates"
+                )
         if self.updates > 1 and not algorithm.updates:
             raise ValueError(
                 f"updates = {self.updates} is not possible with algorithm {self.algorithm}, whose loss does not "
                 "correct for earlier updates; use 1, or another algorithm"
             )
-        if self.asynchronous is not None and self.queue_groups > (most := self.prompts_per_step * (
-            self.asynchronous.max_staleness + 1
-        )):  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _queue_is_not_too_long(self) -> RlPhase:
+        if self.asynchronous is None:
+            return self
+        most = self.prompts_per_step * (self.asynchronous.max_staleness + 1)
+        if self.queue_groups > most:
             raise ValueError(
                 f"asynchronous.queue_groups = {self.queue_groups} keeps answers in the queue for more than "
                 f"max_staleness = {self.asynchronous.max_staleness} steps of {self.prompts_per_step} prompts, so that "
                 f"they are dropped; use at most {most}"
             )
-        if self.tools is not None and self.asynchronous is not None:
-            raise ValueError("tools are not possible in an asynchronous phase, which draws an answer in one go; leave "
-                             "one of them out")  # fmt: skip
-        if self.tools is not None and (unknown := sorted(set(self.tools.kinds) - kinds_of(self.tasks))):
-            raise ValueError(f"tools.kinds names {unknown[0]}, of which the phase has no tasks; it has "
-                             f"{', '.join(sorted(kinds_of(self.tasks)))}")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _tools_fit_the_phase(self) -> RlPhase:
+        if self.tools is None:
+            return self
+        if self.asynchronous is not None:
+            raise ValueError(
+                "tools are not possible in an asynchronous phase, which draws an answer in one go; leave one of them "
+                "out"
+            )
+        kinds = kinds_of(self.tasks)
+        if unknown := sorted(set(self.tools.kinds) - kinds):
+            raise ValueError(
+                f"tools.kinds names {unknown[0]}, of which the phase has no tasks; it has {', '.join(sorted(kinds))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _routing_can_be_replayed(self) -> RlPhase:
         if self.routing_replay and self.sampling.kind == "vllm":
             raise ValueError(
                 f"routing_replay = true is not possible with sampling.kind = {self.sampling.kind}: vLLM records its "
@@ -244,6 +270,10 @@ class RlPhase(PostTrainingPhase):
                 "routing_replay = true has no effect on parallelism.fusions = router, whose kernel chooses the experts "
                 "by itself; leave one of them out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _every_update_has_prompts_and_rows(self) -> RlPhase:
         if self.updates > self.prompts_per_step:
             raise ValueError(
                 f"updates = {self.updates} is more than prompts_per_step = {self.prompts_per_step}, which are divided "
@@ -262,8 +292,9 @@ class RlPhase(PostTrainingPhase):
 
     @property
     def promise(self) -> Promise:
-        """The promise of the stage: an asynchronous phase draws other answers in another time, and a program that the
-        model writes can print the time, so only training from the recorded ones repeats bit for bit."""
+        """The promise of the stage."""
+        # An asynchronous phase draws other answers in another time, and a program that the model writes can print the
+        # time, so only training from the recorded ones repeats bit for bit.
         is_repeatable = self.asynchronous is None and (self.tools is None or self.tools.promise == "bitwise")
         return self.sampling.promise if is_repeatable else "numeric"
 
@@ -287,14 +318,19 @@ class RlPhase(PostTrainingPhase):
         return self.steps * self.updates
 
     def replay_rows(self) -> PhaseConfig:
-        """The replayed rows in the form of a training phase, in which their order is made and read."""
+        """Returns the replayed rows in the form of a training phase, in which their order is made and read."""
         assert self.replay is not None
         r = self.replay
         batch = BatchSizes(global_tokens=r.rows * r.sequence_length, micro_tokens=r.sequence_length)
         return PhaseConfig(
-            mix=r.mix, sequence_length=r.sequence_length, batch=batch, steps=self.steps, optimizer=self.optimizer,
-            validation=Validation(every=self.steps, rows=1), release_checkpoint_interval=self.steps,
-        )  # fmt: skip
+            mix=r.mix,
+            sequence_length=r.sequence_length,
+            batch=batch,
+            steps=self.steps,
+            optimizer=self.optimizer,
+            validation=Validation(every=self.steps, rows=1),
+            release_checkpoint_interval=self.steps,
+        )
 
 
 class PromptPool(Config):
@@ -331,11 +367,18 @@ class DpoPhase(PostTrainingPhase):
     validate_every: Steps = Field(description="rounds between evaluations on the validation items")
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
 
+    @property
+    def promise(self) -> Promise:
+        """The promise of the stage."""
+        return self.sampling.promise
+
     @model_validator(mode="after")
     def _effective(self) -> DpoPhase:
         if self.sft_tasks is None and self.nll_coef != type(self).model_fields["nll_coef"].default:
-            raise ValueError(f"nll_coef = {self.nll_coef} has no effect without sft_tasks, whose answers it weighs; "
-                             "leave it out, or name tasks")  # fmt: skip
+            raise ValueError(
+                f"nll_coef = {self.nll_coef} has no effect without sft_tasks, whose answers it weighs; "
+                "leave it out, or name tasks"
+            )
         return self
 
     @property
@@ -344,8 +387,11 @@ class DpoPhase(PostTrainingPhase):
 
 
 class RewardPhase(PostTrainingPhase):
-    """A reward model, trained on the pairs of dpo with the Bradley-Terry loss. The reward of an answer is the
-    probability that `<|endoftext|>` follows it, so the model keeps the architecture of the policy."""
+    """A reward model, trained on the pairs of dpo with the Bradley-Terry loss.
+
+    The reward of an answer is the probability that `<|endoftext|>` follows it, so the model keeps the architecture
+    of the policy.
+    """
 
     pairs: Prompts = Field(description="pairs per update")
     heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = Field(
@@ -355,7 +401,7 @@ class RewardPhase(PostTrainingPhase):
 
 
 def lack(phase: RlPhase | DpoPhase) -> str | None:
-    """The reason why the recipe's answers cannot be drawn or scored here; None if they can."""
+    """Returns the reason why the recipe's answers cannot be drawn or scored here; None if they can."""
     sources = phase.tasks if isinstance(phase, RlPhase) else phase.preferences.tasks
     if isinstance(phase, DpoPhase) and phase.sft_tasks is not None:
         sources += phase.sft_tasks.tasks
@@ -372,7 +418,7 @@ class RlTrainConfig(TrainerConfig):
     phase: RlPhase = Field(description="section of the phase")
 
     @model_validator(mode="after")
-    def _possible(self) -> RlTrainConfig:
+    def _model_fits_the_phase(self) -> RlTrainConfig:
         if self.phase.routing_replay and self.model.routing is None:
             raise ValueError("routing_replay = true has no effect on a dense model, which has no experts; leave it out")
         require_room(self.phase.sampling, self.model)
@@ -385,7 +431,7 @@ class DpoTrainConfig(TrainerConfig):
     phase: DpoPhase = Field(description="section of the phase")
 
     @model_validator(mode="after")
-    def _possible(self) -> DpoTrainConfig:
+    def _answers_fit_the_context(self) -> DpoTrainConfig:
         require_room(self.phase.sampling, self.model)
         return self
 

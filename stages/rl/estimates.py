@@ -1,4 +1,4 @@
-"""What a phase of post-training needs. No torch: `atom plan` imports this file."""
+"""The resources of a phase of post-training. No torch: `atom plan` imports this file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.core.stage import (
     TrainingEstimate,
     TrainingTime,
 )
-from stages.generation import server_memory
+from stages.generation import vllm_server
 from stages.mcore.memory import MASTER, MOMENTS, memory_share
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
@@ -25,32 +25,39 @@ from stages.train.estimate import checkpoints, fullest, layout_label, release_fi
 
 AnyConfig = RlTrainConfig | DpoTrainConfig | RewardTrainConfig
 START_SECONDS = 10.0
+# FLOP/s of a core that draws and trains in fp32.
 CPU_FLOPS = 2e10
-"""FLOP/s of a core that draws and trains in fp32."""
+# FLOP/s of a GPU that draws answers by vLLM. Derived from 925 tokens/s for each of 32 H100 that trained Qwen3-30B-A3B
+# by GRPO and drew for it in turn (NeMo RL v0.4, docs/about/performance-summary.md at c31fb937), less the time of the
+# update (6 FLOPs a parameter and token) and of one reading (2) at 0.19 of 989 TFLOP/s. The same gives 33e12 for Llama
+# 3.1 8B and 55e12 for Qwen3-32B (at 0.4), which are dense, and 2e12 for Qwen3-235B-A22B.
 DRAWING_FLOPS = 7e12
-"""FLOP/s of a GPU that draws answers by vLLM. Derived from 925 tokens/s for each of 32 H100 that trained Qwen3-30B-A3B
-by GRPO and drew for it in turn (NeMo RL v0.4, docs/about/performance-summary.md at c31fb937), less the time of the
-update (6 FLOPs a parameter and token) and of one reading (2) at 0.19 of 989 TFLOP/s. The same gives 33e12 for Llama 3.1
-8B and 55e12 for Qwen3-32B (at 0.4), which are dense, and 2e12 for Qwen3-235B-A22B."""
 ASSUMED = (
     f"answers of full length, drawn at {DRAWING_FLOPS / 1e12:.0f} TFLOP/s a GPU, as of a published run of "
     "Qwen3-30B-A3B; dense models of 8 to 32 billion parameters drew 5 to 8 times faster, Qwen3-235B-A22B 3 times slower"
 )
+# Assumed tokens of a question, which only the data tells.
 QUESTION_TOKENS = 64
-"""Of a question, which only the data tells."""
+# Assumed tokens of one side of a pair with its question, likewise.
 PAIR_TOKENS = 64
-"""Of one side of a pair with its question, likewise."""
+# Bytes of a file in which weights go to servers, unless one tensor is larger (stages/generation/weights.py).
 FILE_BYTES = 250_000_000
-"""Of a file in which weights go to servers, unless one tensor is larger (stages/generation/weights.py)."""
+# Bytes of a drawn token on disk: its id, its log-probability in fp32, which does not compress, and its text. They were
+# 6.8 on answers of a thousand ids by Zipf's law with prose of four characters a token.
 ANSWER_BYTES = 8
-"""Of a drawn token on disk: its id, its log-probability in fp32, which does not compress, and its text. 6.8 on answers
-of a thousand ids by Zipf's law with prose of four characters a token."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Equal examples of an update at their full length: `answer` tokens after `question` tokens, which each `shared`
-    examples have in common and which are computed once. A micro-batch has a multiple of `unit` of them."""
+    """Equal examples of an update at their full length.
+
+    Attributes:
+        count: Number of examples.
+        question: Tokens of a question, which `shared` examples have in common and which are computed once.
+        answer: Tokens of an answer.
+        shared: Examples of one question.
+        unit: A micro-batch has a multiple of so many examples.
+    """
 
     count: int
     question: int
@@ -59,22 +66,24 @@ class Examples:
     unit: int = 1
 
     def in_micro_batch(self, size: float) -> int:
-        """The number of examples that fill a micro-batch of that many tokens, questions counted with each example."""
+        """Returns the number of examples that fill a micro-batch of so many tokens, with a question for each."""
         examples = -(-size // (self.question + self.answer))
         return min(self.count, int(-(-examples // self.unit)) * self.unit)
 
     def row(self, examples: int) -> Rows:
-        """The packed row of so many: the last token of an answer is no input, its first one is a target."""
+        """Returns the packed row of so many: the last token of an answer is no input, its first one is a target."""
         questions = -(-examples // self.shared)
         tokens = questions * self.question + examples * (self.answer - 1)
-        prefixed = examples * self.question * (self.answer > 1)
+        prefixed = examples * self.question if self.answer > 1 else 0
         longest = self.question + self.answer - 1
         return Rows(1, tokens, packed=True, targets=examples * self.answer, prefixed=prefixed, longest=longest)
 
 
 def fullest_row(config: AnyConfig) -> tuple[Examples, int]:
-    """The examples of the fullest micro-batch of an update, and their number. Those of one kind stand together, so a
-    micro-batch is of one kind, or lies between them."""
+    """Returns the examples of the fullest micro-batch of an update, and their number.
+
+    Those of one kind stand together, so a micro-batch is of one kind, or lies between them.
+    """
     kinds = _examples(config)
     size = sum(kind.count * (kind.question + kind.answer) for kind in kinds) / config.phase.micro_batches
     rows = [(kind, kind.in_micro_batch(size)) for kind in kinds]
@@ -82,7 +91,7 @@ def fullest_row(config: AnyConfig) -> tuple[Examples, int]:
 
 
 def _examples(config: AnyConfig) -> list[Examples]:
-    """What an update trains on at most."""
+    """Returns the examples of an update, at most."""
     if isinstance(config, RewardTrainConfig):
         length = min(PAIR_TOKENS, config.model.context_length)
         return [Examples(2 * config.phase.pairs, length - 1, 1, unit=2)]
@@ -103,24 +112,33 @@ def _examples(config: AnyConfig) -> list[Examples]:
 
 
 def answer_tokens(phase: RlPhase, room: int) -> int:
-    """The maximum number of tokens of an answer, with the results of tools, which have at most one for each character
-    of ordinary text. room: what the question leaves in the context."""
+    """Returns the maximum number of tokens of an answer, with the results of tools.
+
+    A result has at most one token for each character of ordinary text.
+
+    Args:
+        phase: Settings of the phase.
+        room: What the question leaves in the context.
+    """
     results = 0 if phase.tools is None else (phase.tools.max_turns - 1) * phase.tools.max_result_characters
     return min(phase.max_sampled_tokens + results, room)
 
 
 def reference_bytes(config: AnyConfig) -> int:
-    """Bytes on the host of the fullest rank's weights, twice: the reference of the KL term, and the rank's own weights
-    while the model computes with those of the reference."""
+    """Returns the bytes on the host of the fullest rank's weights, twice.
+
+    They are the reference of the KL term, and the rank's own weights while the model computes with the reference.
+    """
     if not isinstance(config, RlTrainConfig) or config.phase.kl_coef is None:
         return 0
     layout, width = config.phase.parallelism, 4 if config.phase.precision == "fp32" else 2
+    # The stages of a pipeline hold different layers.
     shares = [memory_share(config.model, config.padded_vocab_size, layout, rank) for rank in range(layout.pp)]
     return 2 * width * max(share.all for share in shares)
 
 
 def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
-    """The time of all updates (stages/mcore/throughput.py), with answers of full length in rows of equal length."""
+    """Returns the time of all updates (stages/mcore/throughput.py), with answers of full length in equal rows."""
     phase, layout = config.phase, config.phase.parallelism
     length = math.ceil(_update_tokens(config) / phase.micro_batches)
     micro_batches, bf16_layers = (
@@ -129,33 +147,37 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
     )
     run = StepSetup(layout, phase.precision, Rows(1, length), micro_batches, bf16_layers=bf16_layers)
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
-    return TrainingTime(seconds * (1 + _readings(config) / 3), *UNFITTED_ERRORS)
+    return TrainingTime(seconds * (1 + readings(config) / 3), *UNFITTED_ERRORS)
 
 
 def _update_tokens(config: AnyConfig) -> int:
-    """Tokens of the packed rows of one update, at most."""
+    """Returns the tokens of the packed rows of one update, at most."""
     return sum(kind.row(kind.count).length for kind in _examples(config))
 
 
-def _readings(config: AnyConfig) -> int:
-    """Forward passes before an update, beside its own: of the old and of the reference policy."""
+def readings(config: AnyConfig) -> int:
+    """Returns the forward passes before an update, beside its own: of the old and of the reference policy."""
     phase = config.phase
-    return (phase.updates > 1) + (phase.kl_coef is not None) if isinstance(phase, RlPhase) else 0
+    if not isinstance(phase, RlPhase):
+        return 0
+    return [phase.updates > 1, phase.kl_coef is not None].count(True)
 
 
 def _server_memory(config: AnyConfig, gpus: int) -> tuple[int, int]:
-    """Bytes of a vLLM server of the policy, as `ServedWork.memory` has them."""
+    """Returns the bytes of a vLLM server of the policy, as `ServedWork.memory` has them."""
     width = 4 if config.phase.precision == "fp32" else 2
     weights = width * config.model.parameters(config.padded_vocab_size)["total"]
-    beside = server_memory.beside_weights(config.model, config.padded_vocab_size, width, gpus)
+    beside = vllm_server.memory_beside_weights(config.model, config.padded_vocab_size, width, gpus)
     if not gpus:
-        return 0, server_memory.on_cores(weights, beside)
-    return weights // gpus + beside, server_memory.host_bytes(gpus)
+        return 0, vllm_server.memory_on_cores(weights, beside)
+    return weights // gpus + beside, vllm_server.host_memory(gpus)
 
 
 def sampler_bytes(config: AnyConfig) -> int:
-    """Bytes on rank 0's host of the weights on their way to the sampler: all of them, or a file and a tensor for vLLM
-    servers, which get them from each rank."""
+    """Returns the bytes on rank 0's host of the weights on their way to the sampler.
+
+    They are all weights, or a file and a tensor for vLLM servers, which get them from each rank.
+    """
     if isinstance(config, RewardTrainConfig):
         return 0
     if config.phase.sampling.kind != "vllm":
@@ -165,13 +187,13 @@ def sampler_bytes(config: AnyConfig) -> int:
 
 
 def scorer_bytes(config: AnyConfig) -> int:
-    """Bytes of the reward model, in fp32 on the device of rank 0, if it scores answers."""
+    """Returns the bytes of the reward model, in fp32 on the device of rank 0, if it scores answers."""
     scores = isinstance(config, RlTrainConfig) and any(task.verifier == "reward-model" for task in config.phase.tasks)
     return MASTER * config.model.parameters(config.padded_vocab_size)["total"] if scores else 0
 
 
 def rollouts(phase: str, tokens: int) -> tuple[Published, ...]:
-    """The published answers of a phase, of at most so many tokens together."""
+    """Returns the published answers of a phase, of at most so many tokens together."""
     remedy = "the answers of a phase are one file: lower its steps, its answers of a step, or sampling.max_new_tokens"
     return (Published("dataset", f"rl/{phase}", 1, ANSWER_BYTES * tokens, remedy),)
 
@@ -184,9 +206,17 @@ def estimate(
     sampling: Sampling | None = None,
     rollouts: tuple[Published, ...] = (),
 ) -> Estimate:
-    """tokens: of the phase; passes: in units of a forward pass over them; rate: FLOP/s of a core; sampling: of
-    these tokens, in one of the passes; rollouts: the published answers. Rank 0 holds the weights that go to
-    the sampler, and a reward model, beside its own state."""
+    """Returns the resources of a phase.
+
+    Rank 0 holds the weights that go to the sampler, and a reward model, beside its own state.
+
+    Args:
+        tokens: Tokens of the phase.
+        passes: Passes over them, in units of a forward pass.
+        rate: FLOP/s of a core.
+        sampling: How these tokens are drawn, in one of the passes.
+        rollouts: The published answers.
+    """
     parameters, phase = config.model.parameters(config.padded_vocab_size), config.phase
     layout, forward = phase.parallelism, 2.0 * parameters["active"]
     flops = passes * forward * tokens

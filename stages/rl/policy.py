@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -16,56 +17,109 @@ from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.stage import Inputs, Report
-from pipeline.core.store import Artifact
+from pipeline.core.store import Artifact, sha256_file
+from stages.formats.seeds import seed_of
 from stages.formats.table import require_columns
-from stages.generation import routes, weights
 from stages.generation import samplers as sampler_registry
-from stages.generation.broadcast import Broadcast
-from stages.generation.protocols import Completion, Sampler, SamplerContext
+from stages.generation import weights
+from stages.generation.protocols import Completion, Sampler, SamplerContext, decode_routes
 from stages.mcore.architectures.hf import hf_config
 from stages.models.base import Routing
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
-from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Parts
 from stages.rl.rewards.registry import make_verifiers
 from stages.rl.rollout import generation, rollouts, tasks, turns
+from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
+from stages.seed_labels import seed_label
 from stages.tasks.eval_set import chat_rows
 from stages.tasks.rows import Row
 from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Engine
+from stages.train.trainer import Trainer
+
+
+class PostTrainer(Trainer):
+    """The loop of post-training: each step returns its metrics, and the algorithm has a state of its own.
+
+    The inputs are `init`, the previous phase, whose last weights are loaded, and `tokenizer`.
+    """
+
+    rng = "not used: every answer has a seed of its own, which follows from the recipe's"
+
+    @staticmethod
+    def vocab_size(inputs: Inputs) -> int:
+        return Chat(inputs["tokenizer"]).vocab_size
+
+    def load_previous_phase(self) -> None:
+        """Loads the weights of the earlier phase, which must be of the same tokenizer.
+
+        Raises:
+            AtomError: The earlier phase was trained on another tokenizer's tokens, which its checkpoint states if the
+                phase read text: neither a policy nor its reference could read this one's.
+        """
+        init = self.inputs["init"]
+        last = init / release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])
+        saved = release_checkpoint.load_state(last).get("tokenizer")
+        if saved and saved != sha256_file(self.inputs["tokenizer"] / "tokenizer.json"):
+            raise AtomError(
+                f"{self.name}: the policy {init.key} and reference of the phase was trained on another tokenizer's "
+                "tokens; begin with one of this recipe's tokenizer"
+            )
+        super().load_previous_phase()
+
+    @abstractmethod
+    def train_step(self, step: int) -> dict[str, Any]:
+        """Takes a step; returns its metrics for the log."""
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """Returns the algorithm's part of a checkpoint, as JSON."""
+        return {}
+
+    def restore_algorithm(self, state: dict[str, Any]) -> None:
+        """Restores the algorithm from `algorithm_state`."""
+
+    def step(self, step: int) -> int:
+        self.log_step(step, self.train_step(step))
+        return step
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {"rl": self.algorithm_state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.restore_algorithm(state["rl"])
 
 
 class Policy:
-    """A sampler with the engine's weights, its chat template and its verifiers. Only rank 0 calls methods other than
-    `load`. With inputs["rollouts"] there are no sampler and no verifiers."""
+    """A sampler with the engine's weights, its chat template and its verifiers.
+
+    Only rank 0 calls methods other than `load`. With inputs["rollouts"] there are no sampler and no verifiers.
+    """
 
     def __init__(
         self, config: RlTrainConfig | DpoTrainConfig, inputs: Inputs, engine: Engine, report: Report, work: Path
     ) -> None:
-        """work: the stage's work folder, for the files of a sampler."""
+        """Makes the sampler and the verifiers on rank 0. The files of a sampler are in the work folder `work`."""
         self.config, self.engine, self.report = config, engine, report
-        self.names_whole = "rollouts" in inputs and rollouts.is_of_earlier_version(
-            inputs["rollouts"] / "rollouts.parquet"
-        )
-        is_apart = sampler_registry.SAMPLERS[config.phase.sampling.kind].apart or engine.ranks.world > 1
-        self.broadcast: Broadcast | None = None
-        if config.phase.sampling.transfer == "broadcast" and "rollouts" not in inputs:
-            self.broadcast, is_apart = Broadcast(self._tensors, engine.ranks), False
-        needs_files = self.names_whole or (is_apart and "rollouts" not in inputs)
-        self.folder = work / "served" if needs_files else None
+        sampling, draws = config.phase.sampling, "rollouts" not in inputs
+        self.broadcast: weights.Broadcast | None = None
+        # The folder in which the weights go to a sampler that cannot read this process's tensors.
+        self.folder: Path | None = None
+        if draws and sampling.transfer == "broadcast":
+            self.broadcast = weights.Broadcast(self._tensors, engine.ranks)
+        elif draws and (sampler_registry.SAMPLERS[sampling.kind].apart or engine.ranks.world > 1):
+            self.folder = work / "served"
+
         tools = config.phase.tools if isinstance(config.phase, RlPhase) else None
         self.chat = generation.Chat(inputs["tokenizer"], tools)
+        # Bounds of an answer in turns; None without tools.
         self.limits: turns.Limits | None = None
-        """Of an answer in turns."""
         if tools is not None:
-            self.limits = turns.Limits(
-                tools.max_turns, config.phase.sampling.max_new_tokens, config.model.context_length
-            )
+            self.limits = turns.Limits(tools.max_turns, sampling.max_new_tokens, config.model.context_length)
         self.toolbox: turns.Toolbox | None = None
         self.sampler: Sampler | None = None
         self.verifiers: generation.Verifiers | None = None
-        if engine.ranks.first and "rollouts" not in inputs:
+        if engine.ranks.first and draws:
             self.sampler = make_sampler(config, self.chat, work, report)
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
@@ -98,10 +152,8 @@ class Policy:
             if self.sampler is not None:
                 self.sampler.load(weights.Weights(digest, release_checkpoint.Tensors(place), place))
             if self.engine.ranks.first:
+                # Only now: until it has loaded the new weights, a sampler may read the files of the earlier ones.
                 weights.remove_earlier(place)
-            if self.names_whole:
-                whole = rollouts.digest(release_checkpoint.Tensors(place)) if self.engine.ranks.first else ""
-                digest = self.engine.ranks.from_first(whole)
         return digest
 
     def _tensors(self, by_turns: bool = True) -> weights.Tensors:
@@ -119,18 +171,19 @@ class Policy:
         return self.verifiers.score(pairs)
 
     def validate(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Mean reward of greedy answers by kind of task."""
+        """Returns the mean reward of greedy answers by kind of task."""
         completions = self.draw([(row, 0) for row in rows], greedy=True)
         return generation.mean_reward_by_kind(list(zip(rows, self.score(rows, completions), strict=True)))
 
     def close(self) -> None:
+        # The broadcast first: servers that still wait for its ranks are then freed.
         for resource in (self.broadcast, self.sampler, self.verifiers, self.toolbox):
             if resource is not None:
                 resource.close()
 
 
 def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path, report: Report) -> Sampler:
-    """The sampler that the recipe names."""
+    """Returns the sampler that the recipe names."""
     dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
     model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
     context = SamplerContext(
@@ -154,8 +207,14 @@ class RolloutFiles:
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
-        """The wave's answers with their rewards: read from disk if an earlier attempt drew them with this policy, else
-        drawn. They are written when drawn and again when scored. requests: (task, seed)."""
+        """Returns the wave's answers with their rewards.
+
+        They are read from disk if an earlier attempt drew them with this policy, else drawn. They are written when
+        drawn and again when scored.
+
+        Args:
+            requests: (task, seed).
+        """
         scored_path, drawn_path = self.path(step, wave), self.path(step, wave).with_suffix(".drawn")
         answers = self._read(scored_path, digest, requests)
         if answers is not None:
@@ -181,7 +240,7 @@ class RolloutFiles:
                 path.unlink()
 
     def read(self, path: Path) -> list[Rollout] | None:
-        """The answers; None if the file is missing or damaged."""
+        """Returns the answers; None if the file is missing or damaged."""
         if not path.exists():
             return None
         try:
@@ -193,6 +252,8 @@ class RolloutFiles:
     def _read(self, path: Path, digest: str, requests: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
         if (answers := self.read(path)) is None:
             return None
+        # A file of an earlier attempt counts only if this policy drew it for the same tasks: after a change of
+        # arithmetic it may not have.
         requests_match = [(r.task, r.seed) for r in answers] == [(row["id"], seed) for row, seed in requests]
         if not requests_match or any(r.policy != digest for r in answers):
             self.report.note(f"{path.name} was drawn by another policy or for other tasks; its answers are drawn again")
@@ -203,18 +264,38 @@ class RolloutFiles:
 def unscored(
     step: int, wave: int, digest: str, row: Row, seed: int, chat: generation.Chat, completion: Completion
 ) -> Rollout:
-    """An answer of a policy as it is drawn: without group, sample, reward and reason to drop it."""
+    """Returns an answer of a policy as it is drawn: without group, sample, reward and reason to drop it."""
     return Rollout(
-        step=step, wave=wave, group=0, sample=0, task=row["id"], kind=row["kind"], level=int(row["level"]),
-        policy=digest, seed=seed, prompt_ids=list(chat.encode_prompt(row)), ids=list(completion.ids),
-        logprobs=list(completion.logprobs), text=chat.response(completion).text, finished=completion.finished,
-        reward=0.0, parts={}, verifier=row["verifier"], verifier_version="", dropped="", routes=completion.routes,
+        step=step,
+        wave=wave,
+        group=0,
+        sample=0,
+        task=row["id"],
+        kind=row["kind"],
+        level=int(row["level"]),
+        policy=digest,
+        seed=seed,
+        prompt_ids=list(chat.encode_prompt(row)),
+        ids=list(completion.ids),
+        logprobs=list(completion.logprobs),
+        text=chat.response(completion).text,
+        finished=completion.finished,
+        reward=0.0,
+        parts={},
+        verifier=row["verifier"],
+        verifier_version="",
+        dropped="",
+        routes=completion.routes,
         turns=None if completion.turns is None else list(completion.turns),
-    )  # fmt: skip
+    )
 
 
 def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> list[Rollout]:
-    """The answers with their rewards. rows: the task of each."""
+    """Returns the answers with their rewards.
+
+    Args:
+        rows: The task of each.
+    """
     parts = policy.score(rows, [completion_of(r) for r in answers])
     versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}
     return [
@@ -224,47 +305,65 @@ def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> l
 
 
 def completion_of(r: Rollout) -> Completion:
-    """The completion that an answer records, without its experts."""
+    """Returns the completion that an answer records, without its experts."""
     turns_of_answer = None if r.turns is None else tuple(r.turns)
     return Completion(tuple(r.ids), tuple(r.logprobs), r.finished, turns=turns_of_answer)
 
 
 class RecordedRollouts(RolloutFiles):
-    """The rollouts.parquet of an earlier run, from which a replay reads the answers that a step consumed, with their
-    rewards and log-probabilities, in that order.
+    """The rollouts.parquet of an earlier run, from which a replay reads the answers that a step consumed, in order.
 
     The file comes from others. An answer is used if the phase asked for it at this place (task and seed, which follow
     from the recipe and from all rewards before), and if its other columns follow from its task, tokens and rewards.
     """
 
     def __init__(
-        self, artifact: Artifact, report: Report, routing: Routing | None = None, asynchronous: bool = False,
+        self,
+        artifact: Artifact,
+        report: Report,
+        routing: Routing | None = None,
+        asynchronous: bool = False,
         tools: bool = False,
-    ) -> None:  # fmt: skip
-        """routing: of a phase with routing replay; asynchronous: of such a phase; tools: of one with tools. Raises
-        AtomError if the file is damaged or has other columns than this version writes."""
+    ) -> None:
+        """Opens the file.
+
+        Args:
+            artifact: Artifact with rollouts.parquet.
+            report: Report of the stage.
+            routing: Routing of the model, of a phase with routing replay.
+            asynchronous: True for an asynchronous phase.
+            tools: True for a phase with tools.
+
+        Raises:
+            AtomError: The file is damaged, or has other columns than this version writes.
+        """
         super().__init__(artifact.path, report)
         self.routing = routing
         self.file, self.step = artifact / "rollouts.parquet", 0
+        # The answers of `step`, the latest one that was asked for; step 0 has none.
         self.answers: list[Rollout] = []
-        """The answers of `step`, the latest one that was asked for; step 0 has none."""
         require_columns(self.file, rollouts.schema(routing is not None, asynchronous, tools))
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
-        """The wave's answers. Raises CheckFailed if they are not those that the phase asks for, or if another policy
-        than this one drew those of the first step."""
+        """Returns the wave's answers.
+
+        Raises:
+            CheckFailed: They are not those that the phase asks for, or another policy than this one drew those of the
+                first step.
+        """
         is_first = not self.step
         self.open(step)
         recorded = self._wave(wave)
-        self.check(step, wave, recorded, requests, policy)
+        self.check(wave, recorded, requests, policy)
         for number, answer in enumerate(recorded):
+            # Only of the first step that is read: on another machine, later policies have other digests.
             if is_first and answer.policy != digest:
                 raise self.altered(
-                    step, wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
+                    wave, number, f"was drawn by the policy {answer.policy}, and the checkpoint is {digest}"
                 )
-        return self.restore(step, wave, recorded, requests, policy)
+        return self.restore(wave, recorded, requests, policy)
 
     def open(self, step: int) -> None:
         """Reads the answers of a step."""
@@ -272,30 +371,36 @@ class RecordedRollouts(RolloutFiles):
             self.step, self.answers = step, self._read_step(step)
 
     def check(
-        self, step: int, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy,
+        self,
+        wave: int,
+        recorded: Sequence[Rollout],
+        requests: Sequence[tuple[Row, int]],
+        policy: Policy,
         start: int = 0,
-    ) -> None:  # fmt: skip
-        """Raises CheckFailed if the recorded answers are not those that the phase asks for. start: the number of the
-        first one in its wave."""
+    ) -> None:
+        """Raises CheckFailed if the recorded answers are not those that the phase asks for.
+
+        The first of them has the number `start` in its wave.
+        """
         for number, (answer, request) in enumerate(zip_longest(recorded, requests), start):
             requested = "none" if request is None else f"one to {request[0]['id']} with seed {request[1]}"
             recorded_answer = "is missing" if answer is None else f"is one to {answer.task} with seed {answer.seed}"
             if recorded_answer != f"is {requested}":
-                raise self.altered(step, wave, number, f"{recorded_answer}, and the phase asked for {requested}")
+                raise self.altered(wave, number, f"{recorded_answer}, and the phase asked for {requested}")
             if not is_answer(answer, policy.chat.vocab_size):
-                raise self.altered(step, wave, number, "has tokens, log-probabilities or a reward that no answer has")
+                raise self.altered(wave, number, "has tokens, log-probabilities or a reward that no answer has")
             if not has_routes(answer, self.routing):
-                raise self.altered(step, wave, number, "has experts that its tokens cannot have visited")
+                raise self.altered(wave, number, "has experts that its tokens cannot have visited")
             if problem := turns.problem(answer, policy.chat, request[0], policy.limits):
-                raise self.altered(step, wave, number, problem)
+                raise self.altered(wave, number, problem)
 
     def restore(
-        self, step: int, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy
+        self, wave: int, recorded: Sequence[Rollout], requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
-        """The recorded answers, of whose columns those are computed anew that follow from others."""
+        """Returns the recorded answers, of whose columns those are computed anew that follow from others."""
         return [
             replace(
-                unscored(step, wave, r.policy, row, seed, policy.chat, completion_of(r)),
+                unscored(self.step, wave, r.policy, row, seed, policy.chat, completion_of(r)),
                 reward=r.reward,
                 parts=r.parts,
                 verifier_version=r.verifier_version,
@@ -309,13 +414,13 @@ class RecordedRollouts(RolloutFiles):
         for number, (answer, recorded) in enumerate(zip(answers, self._wave(wave), strict=True)):
             for column in (name for name in vars(answer) if getattr(answer, name) != getattr(recorded, name)):
                 raise self.altered(
-                    step, wave, number, f"has another `{column}` than follows from its task, tokens and rewards"
+                    wave, number, f"has another `{column}` than follows from its task, tokens and rewards"
                 )
 
     def finish_step(self, step: int, waves: int) -> None:
         """Raises CheckFailed if more waves of the step are recorded than were consumed."""
         if unused := [r.wave for r in self.answers if r.wave not in range(waves)]:
-            raise self.altered(step, unused[0], 0, "was used by no update and dropped for no reason")
+            raise self.altered(unused[0], 0, "was used by no update and dropped for no reason")
 
     def _wave(self, wave: int) -> list[Rollout]:
         return [r for r in self.answers if r.wave == wave]
@@ -326,16 +431,19 @@ class RecordedRollouts(RolloutFiles):
         except (TypeError, ValueError) as error:  # of `parts`
             raise CheckFailed(f"{self.file} has no answers of step {step} ({type(error).__name__}: {error})") from None
 
-    def altered(self, step: int, wave: int, number: int, finding: str) -> CheckFailed:
+    def altered(self, wave: int, number: int, finding: str) -> CheckFailed:
+        """Returns the error for an answer of `step` that is not what the phase asks for."""
         return CheckFailed(
-            f"{self.file.name}: answer {number} in step {step}, wave {wave} {finding}; answers or the settings of the "
-            "phase were changed"
+            f"{self.file.name}: answer {number} in step {self.step}, wave {wave} {finding}; answers or the settings of "
+            "the phase were changed"
         )
 
 
 def is_answer(r: Rollout, vocab_size: int) -> bool:
-    """Whether values from a file can be an answer: tokens of the vocabulary, a finite log-probability of each, and the
-    total of the reward's parts."""
+    """Returns True if values from a file can be an answer.
+
+    Its tokens are of the vocabulary, with a finite log-probability each, and its reward is the total of its parts.
+    """
     try:
         numbers = math.isfinite(r.reward) and all(map(math.isfinite, r.logprobs)) and r.parts["reward"] == r.reward
         return numbers and len(r.logprobs) == len(r.ids) and all(0 <= token < vocab_size for token in r.ids)
@@ -344,19 +452,22 @@ def is_answer(r: Rollout, vocab_size: int) -> bool:
 
 
 def has_routes(r: Rollout, routing: Routing | None) -> bool:
-    """Whether an answer from a file has a record of experts if routing is replayed, and none otherwise."""
+    """Returns True if an answer from a file has a record of experts if routing is replayed, and none otherwise."""
     if routing is None or r.routes is None:
         return routing is None and r.routes is None
     try:
-        routes.decode(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
+        decode_routes(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
     except ValueError:
         return False
     return True
 
 
 class PolicyTrainer(PostTrainer):
-    """The loop of a phase that samples its policy: the sampler and verifiers, the answers on disk, and the validation
-    items of the kinds in its tasks. With inputs["rollouts"], the answers of an earlier run, it samples nothing."""
+    """The loop of a phase that samples its policy.
+
+    It has the sampler and verifiers, the answers on disk, and the validation items of the kinds in its tasks. With
+    inputs["rollouts"], the answers of an earlier run, it samples nothing.
+    """
 
     config: RlTrainConfig | DpoTrainConfig
 
@@ -368,12 +479,30 @@ class PolicyTrainer(PostTrainer):
         if "rollouts" in self.inputs:
             routing = self.config.model.routing if self.config.phase.replays_routing else None
             self.files: RolloutFiles = RecordedRollouts(
-                self.inputs["rollouts"], self.report, routing, self.config.phase.is_asynchronous,
+                self.inputs["rollouts"],
+                self.report,
+                routing,
+                self.config.phase.is_asynchronous,
                 self.policy.limits is not None,
-            )  # fmt: skip
+            )
         else:
             self.files, items = RolloutFiles(self.work / "rollouts", self.report), chat_rows(self.inputs["items"])
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
+
+    def requests(self, rows: Sequence[Row], samples: int, label: str) -> list[tuple[Row, int]]:
+        """Returns (task, seed) of each answer to tasks, `samples` to each. The seeds follow from the label."""
+        return [
+            (row, seed_of(f"{seed_label(self.name)}/answer/{label}/{group}/{sample}", self.config.seed))
+            for group, row in enumerate(rows)
+            for sample in range(samples)
+        ]
+
+    def reward_summary(self) -> dict[str, Any]:
+        """Returns the first and last mean reward of the log, and all validations."""
+        lines = self.log.lines()
+        rewards = [line["reward"] for line in lines if "reward" in line]
+        validations = [{"step": line["step"], **line["validation"]} for line in lines if "validation" in line]
+        return {"reward": {"first": rewards[0], "last": rewards[-1]}, "validation": validations}
 
     def measure(self, step: int) -> dict[str, Any] | None:
         phase = self.config.phase
@@ -386,8 +515,15 @@ class PolicyTrainer(PostTrainer):
         return {"validation": accuracy} if accuracy else None
 
     def require_small_gap(self, step: int, gap: float, digest: str, answers: Sequence[Rollout]) -> None:
-        """Raises CheckFailed if the log-probabilities of sampler and trainer differ by more than the recipe allows for
-        equal weights. digest: of the trainer's, which on another machine a replay does not keep equal."""
+        """Raises CheckFailed if sampler and trainer differ by more than the recipe allows for equal weights.
+
+        Args:
+            step: The step.
+            gap: Mean difference of their log-probabilities.
+            digest: Digest of the trainer's policy.
+            answers: All answers of the step.
+        """
+        # On another machine, a replay does not keep the digest of the policy equal, and the gap says nothing then.
         limit = self.config.phase.max_logprob_diff
         drew = {span["policy"] for r in answers for span in r.versions or ()} | {r.policy for r in answers}
         if not gap <= limit and drew == {digest}:

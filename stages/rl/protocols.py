@@ -22,9 +22,12 @@ from stages.tasks.rows import Row
 class Response:
     """An answer in the form for verifiers.
 
-    text: the complete text, of an answer in turns that of the last one, with special tokens by name, without the stop
-    token. answer: the text after the reasoning, or all of it if there is none. finished: whether it ended by itself; an
-    unfinished answer gets no credit. earlier: the text of each turn before, and its calls of tools.
+    Attributes:
+        text: The complete text, of an answer in turns that of the last one, with special tokens by name, without the
+            stop token.
+        answer: The text after the reasoning, or all of it if there is none.
+        finished: Whether it ended by itself; an unfinished answer gets no credit.
+        earlier: The text of each turn before, and its calls of tools.
     """
 
     text: str
@@ -38,12 +41,12 @@ class Response:
         return cls(text, answer_of(text), finished)
 
 
+# A task and an answer to it.
 Answer = tuple[Row, Response]
-"""A task and an answer to it."""
 
+# Parts of a reward by name, each finite; `reward` is the total. `task`, if present, is 1 for an answer that does the
+# task and 0 otherwise: cards compare it with the reward, and an answer with 0 wins no comparison.
 Parts = dict[str, float]
-"""Parts of a reward by name, each finite; `reward` is the total. `task`, if present, is 1 for an answer that does the
-task and 0 otherwise: cards compare it with the reward, and an answer with 0 wins no comparison."""
 
 
 class VerifierFailed(MachineError):
@@ -51,7 +54,11 @@ class VerifierFailed(MachineError):
 
 
 class ChatTokenizer(Protocol):
-    """The policy's tokenizer and the ids of its special tokens. tokenizer: a tokenizers.Tokenizer."""
+    """The policy's tokenizer and the ids of its special tokens.
+
+    Attributes:
+        tokenizer: A tokenizers.Tokenizer.
+    """
 
     tokenizer: Any
     pad: int
@@ -59,10 +66,10 @@ class ChatTokenizer(Protocol):
     turn_end: int
 
     def encode_question(self, text: str) -> list[int]:
-        """The token ids of a question up to the assistant's turn."""
+        """Returns the token ids of a question up to the assistant's turn."""
 
     def encode_text(self, text: str) -> list[int]:
-        """The token ids of a text, in which names of special tokens are ordinary text."""
+        """Returns the token ids of a text, in which names of special tokens are ordinary text."""
 
 
 class NoSettings(Config):
@@ -74,8 +81,13 @@ SettingsT = TypeVar("SettingsT", bound=Config)
 
 @dataclass(frozen=True)
 class VerifierContext(Generic[SettingsT]):
-    """The arguments for constructing a verifier. settings: the recipe's, validated; inputs: the artifacts of the stage;
-    chat: the policy's tokenizer."""
+    """The arguments for constructing a verifier.
+
+    Attributes:
+        settings: The recipe's, validated.
+        inputs: The artifacts of the stage.
+        chat: The policy's tokenizer.
+    """
 
     settings: SettingsT
     inputs: Inputs = field(default_factory=dict)
@@ -85,31 +97,33 @@ class VerifierContext(Generic[SettingsT]):
 class Verifier(ABC):
     """A reward function: scores answers. The same row and response give the same parts."""
 
+    # Its name in rows, recipes and the registry.
     name: ClassVar[str]
-    """Its name in rows, recipes and the registry."""
+    # The settings of its execution in a recipe. They are no part of a key, so they must not change a score.
     Settings: ClassVar[type[Config]] = NoSettings
-    """The settings of its execution in a recipe. They are no part of a key, so they must not change a score."""
+    # Published beside every score; it changes when a score may.
     version: str
-    """Published beside every score; it changes when a score may."""
 
     def __init__(self, context: VerifierContext[Any]) -> None:  # noqa: B027 - many need nothing of it
         """Raises AtomError where a requirement is missing."""
 
     @classmethod
     def missing(cls) -> str | None:
-        """The requirement that this machine lacks (a package, the sandbox), as a sentence with the remedy."""
+        """Returns the requirement that this machine lacks (a package, the sandbox), as a sentence with the remedy."""
         return None
 
     @classmethod
     def unsolved(cls, row: Row) -> dict[str, str]:
-        """Answers in the form that it reads which solve nothing, by what they are: beside those of
-        stages/rl/rollout/probes.py, they show what can be earned without solving a task."""
+        """Returns answers in the form that it reads which solve nothing, by what they are.
+
+        Like those of stages/rl/rollout/probes.py, they show what can be earned without solving a task."""
         return {}
 
     @abstractmethod
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """The parts of each answer's reward, in order. Every answer (empty, garbage, huge, hostile) has a reward. An
-        unfinished one has the reward 0.
+        """Returns the parts of each answer's reward, in order.
+
+        Every answer (empty, garbage, huge, hostile) has a reward. An unfinished one has the reward 0.
 
         Raises VerifierFailed in a sentence with the verifier, and with the row unless the machine is the cause.
         """
@@ -133,8 +147,15 @@ class TaskSource(Protocol):
         """The mean reward up to which its tasks are used although an answer that solves nothing earns it."""
 
     def bins(self) -> list[str]:
-        """The bins that it fills, as `<kind>/<level>`."""
+        """Returns the bins that it fills, as `<kind>/<level>`."""
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
-        """Its tasks. seed: the recipe's; excluded: questions of evaluation items, which the stage leaves out, and which
-        a source can replace. Raises RecipeError for settings with too few tasks."""
+        """Yields its tasks.
+
+        Args:
+            seed: The recipe's.
+            excluded: Questions of evaluation items, which the stage leaves out, and which a source can replace.
+
+        Raises:
+            RecipeError: The settings give too few tasks.
+        """

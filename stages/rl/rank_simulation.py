@@ -31,7 +31,7 @@ def simulate(config: AnyConfig, rank: int) -> RankSimulation:
 
 
 def update(config: AnyConfig) -> Update:
-    """The update of a phase, with the passes that come before it."""
+    """Returns the update of a phase, with the passes that come before it."""
     examples, number = fullest_row(config)
     phase, minimize = config.phase, objective(config.phase)
 
@@ -48,16 +48,17 @@ def update(config: AnyConfig) -> Update:
 
 
 def objective(phase: RlPhase | DpoPhase | RewardPhase) -> Objective:
-    """What an update of the phase minimizes."""
+    """Returns the objective of an update of the phase."""
     if isinstance(phase, RlPhase):
         return grpo.objective(phase)
     return preferences.dpo(phase.beta) if isinstance(phase, DpoPhase) else preferences.bradley_terry
 
 
 def full_batch(engine: Engine, config: AnyConfig, kind: Examples, number: int, micro_batches: int) -> RankBatch:
-    """A rank's micro-batches, each of `number` of those examples; with routing replay, all tokens have experts."""
+    """Returns a rank's micro-batches, each of `number` examples; with routing replay, all tokens have experts."""
     phase, ranks = config.phase, engine.ranks
     routes = None
+    # Batches are built of real tensors: the places of tokens decide shapes.
     with unset_fake_temporarily():
         if phase.replays_routing and (routing := config.model.routing) is not None:
             tokens = kind.question + kind.answer - 1
@@ -74,7 +75,7 @@ def full_batch(engine: Engine, config: AnyConfig, kind: Examples, number: int, m
 def _example(
     phase: RlPhase | DpoPhase | RewardPhase, kind: Examples, place: int, routes: torch.Tensor | None
 ) -> Example:
-    """The example at a place in its micro-batch. Every other question is another one."""
+    """Returns the example at a place in its micro-batch. Every other question is another one."""
     first = place // kind.shared % 2
     ids = range(first, first + kind.question + kind.answer)
     ones = [1.0] * kind.answer
@@ -89,7 +90,7 @@ def _example(
 
 @contextmanager
 def _copies_on_host(engine: Engine, memory: LiveBytes) -> Iterator[None]:
-    """Within it, copies of a rank's weights count as the host's, where they are on a machine with GPUs."""
+    """Counts copies of a rank's weights within it as the host's, where they are on a machine with GPUs."""
     copy = engine.local_weights
 
     def on_host() -> list[torch.Tensor]:

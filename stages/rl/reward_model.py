@@ -8,19 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.stage import Estimate, Inputs, Report, Stage
-from stages.mcore.gpu_environment import variables
 from stages.rl import estimates
 from stages.rl.config import RewardTrainConfig
-from stages.rl.rlvr import simulate
+from stages.rl.rlvr import training_functions
 
 VERSION = 4
 
 
 def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["init"]: the policy that initializes the model; inputs["pairs"]: a dpo artifact; inputs["tokenizer"].
+    """Trains the reward model.
 
-    Fills `out` with step-<n>/, training.jsonl and summary.json with the accuracy on held-out pairs.
-    Raises what stages.train.trainer.train raises, and AtomError if there are too few pairs.
+    The inputs are `init`, the policy that initializes the model, `pairs`, a dpo artifact, and `tokenizer`. Fills `out`
+    with step-<n>/, training.jsonl, and summary.json with the accuracy on held-out pairs.
+
+    Raises:
+        AtomError: There are too few pairs; and what stages.train.trainer.train raises.
     """
     from stages.rl.algorithms.preferences import Reward
     from stages.train.trainer import train
@@ -33,9 +35,4 @@ def estimate(config: RewardTrainConfig) -> Estimate:
     return estimates.estimate(config, tokens, 3, 4e10)
 
 
-STAGE = Stage(
-    "reward", VERSION, RewardTrainConfig, run, estimate=estimate,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    environment=lambda c: variables(c.phase.parallelism),
-    simulate=simulate, time=estimates.update_time,
-)  # fmt: skip
+STAGE = Stage("reward", VERSION, RewardTrainConfig, run, estimate=estimate, **training_functions())

@@ -1,5 +1,6 @@
-"""Reinforcement learning against verifiers (GRPO and its relatives) on top of supervised fine-tuning; as the node
-`online-rlhf`, against a trained reward model.
+"""Reinforcement learning against verifiers (GRPO and its relatives) on top of supervised fine-tuning.
+
+As the node `online-rlhf`, it is against a trained reward model.
 
     atom run atom-tiny --until rlvr
 
@@ -11,6 +12,7 @@ setting.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.stage import Estimate, Inputs, RankSimulation, Report, Stage
 from stages.generation.samplers import serve, takes_servers
@@ -22,13 +24,14 @@ VERSION = 5
 
 
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["init"]: the previous phase, whose last checkpoint's weights are loaded; inputs["tasks"], inputs["items"],
-    inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"]; if tasks name the verifier reward-model,
-    inputs["reward"], its training, and inputs["reward_model"], its export; with tools those that they read. In a replay
-    inputs["rollouts"], the answers of an earlier run, takes the place of items, verifiers, tools and sampler.
+    """Trains the policy. Raises what stages.train.trainer.train raises.
+
+    The inputs are `init`, the previous phase, whose last checkpoint's weights are loaded, `tasks`, `items` and
+    `tokenizer`; with replay also `tokens` and `order`; if tasks name the verifier reward-model, `reward`, its training,
+    and `reward_model`, its export; with tools those that they read. In a replay `rollouts`, the answers of an earlier
+    run, takes the place of items, verifiers, tools and sampler.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
-    Raises what stages.train.trainer.train raises.
     """
     from stages.rl.algorithms.grpo import GrpoTrainer
     from stages.train.trainer import train
@@ -41,8 +44,8 @@ def estimate(config: RlTrainConfig) -> Estimate:
     answers = phase.prompts_per_step * phase.num_generations
     length = estimates.answer_tokens(phase, config.model.context_length - 1)
     tokens = phase.steps * answers * length
-    # an answer is drawn once (a forward pass) and trained on once (three); old and reference policy read it once more
-    passes = 4 + (phase.updates > 1) + (phase.kl_coef is not None)
+    # An answer is drawn once (a forward pass) and trained on once (three); old and reference policy read it once more.
+    passes = 4 + estimates.readings(config)
     rollouts = estimates.rollouts(config.name, tokens)
     return estimates.estimate(config, tokens, passes, sampling=phase.sampling, rollouts=rollouts)
 
@@ -54,11 +57,25 @@ def simulate(config: estimates.AnyConfig, rank: int) -> RankSimulation:
     return rank_simulation.simulate(config, rank)
 
 
-STAGE = Stage(
-    "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
-    promise=lambda c: c.phase.promise,
-    lack=lambda c: lack(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    environment=lambda c: variables(c.phase.parallelism),
-    takes_servers=lambda c: takes_servers(c.phase.sampling), serve=lambda c, place: serve(c.phase.sampling, place),
-    simulate=simulate, time=estimates.update_time,
-)  # fmt: skip
+def training_functions() -> dict[str, Any]:
+    """Returns the functions that the stages of all phases of post-training have in common."""
+    return {
+        "ranks": lambda config: config.phase.parallelism.ranks,
+        "trains": True,
+        "environment": lambda config: variables(config.phase.parallelism),
+        "simulate": simulate,
+        "time": estimates.update_time,
+    }
+
+
+def sampling_functions() -> dict[str, Any]:
+    """Returns the functions of a stage that draws answers from its policy."""
+    return training_functions() | {
+        "promise": lambda config: config.phase.promise,
+        "lack": lambda config: lack(config.phase),
+        "takes_servers": lambda config: takes_servers(config.phase.sampling),
+        "serve": lambda config, place: serve(config.phase.sampling, place),
+    }
+
+
+STAGE = Stage("rlvr", VERSION, RlTrainConfig, run, estimate=estimate, **sampling_functions())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.generation.decode import Decoder, LibraryDecoder
-from stages.generation.in_process import InProcess
+from stages.generation.in_process import Decoder, InProcess, LibraryDecoder
 from stages.generation.protocols import Prompt
 from stages.mcore.architectures import qwen3_moe
 from stages.mcore.architectures.hf import hf_config
@@ -54,7 +53,9 @@ def prompts(lengths: list[int]) -> list[Prompt]:
 )
 @pytest.mark.parametrize("lengths", [[5, 1, 30, 9], [7, 7], [40]])
 def test_logits_are_those_of_a_whole_forward_pass(changes, config, lengths, monkeypatch) -> None:
-    monkeypatch.setattr("stages.generation.decode.READ", 16)  # so that the prompts are read in several pieces
+    monkeypatch.setattr(
+        "stages.generation.in_process.READ_TOKENS", 16
+    )  # so that the prompts are read in several pieces
     engine, requests = sampler(changes, **config), prompts(lengths)
     forced_ids = torch.randint(6, VOCAB, (len(requests), STEPS), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from pipeline.core.stage import Needs, identity
 from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry
 from stages import confidence
-from stages.evaluation import bits_per_byte, exact_match, model_evaluation
+from stages.evaluation import bits_per_byte, model_evaluation
 from stages.mcore import gpu_environment
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
@@ -133,8 +133,8 @@ def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = TransformersModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
     rows = [{"id": str(n), "task": "add", "prompt": "1" * n + ":", "answer": "2"} for n in (1, 9, 20)]
-    together = exact_match.answer_batch(model, tokenizer, rows, 8)
-    alone = [exact_match.answer_batch(model, tokenizer, [row], 8)[0] for row in rows]
+    together = model_evaluation.answer_batch(model, tokenizer, rows, 8)
+    alone = [model_evaluation.answer_batch(model, tokenizer, [row], 8)[0] for row in rows]
     assert [row["output"] for row in together] == [row["output"] for row in alone]
     assert len(together[0]["code_digest"]) == 64
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
-from stages.evaluation import heldout
+from stages.evaluation import bits_per_byte
 from stages.formats import table
 
 COUNT = 40
@@ -55,21 +55,21 @@ def test_the_smallest_hashes_of_each_source_are_drawn(kept: Path) -> None:
         for source in ("code", "prose")
         for row in sorted(lottery([source], prompts=True)[:5], key=lambda row: row["id"])
     ]
-    assert [row["id"] for row in heldout.heldout_documents(kept, 5)] == expected
-    assert len(heldout.heldout_documents(kept, 1000)) == COUNT
+    assert [row["id"] for row in bits_per_byte.heldout_documents(kept, 5)] == expected
+    assert len(bits_per_byte.heldout_documents(kept, 1000)) == COUNT
 
 
 def test_texts_of_all_sources_in_the_order_of_the_lottery(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = lottery(["code", "prose"], prompts=False)
-    assert [row["text"] for row in heldout.heldout_texts(kept)] == [row["text"] for row in expected]
-    monkeypatch.setattr(heldout, "MOST_BYTES", 600)  # the sixth document passes it
-    assert [row["id"] for row in heldout.heldout_texts(kept)] == [row["id"] for row in expected[:6]]
-    monkeypatch.setattr(heldout, "MOST_DOCUMENTS", 4)
-    assert [row["id"] for row in heldout.heldout_texts(kept)] == [row["id"] for row in expected[:4]]
+    assert [row["text"] for row in bits_per_byte.heldout_texts(kept)] == [row["text"] for row in expected]
+    monkeypatch.setattr(bits_per_byte, "MOST_BYTES", 600)  # the sixth document passes it
+    assert [row["id"] for row in bits_per_byte.heldout_texts(kept)] == [row["id"] for row in expected[:6]]
+    monkeypatch.setattr(bits_per_byte, "MOST_DOCUMENTS", 4)
+    assert [row["id"] for row in bits_per_byte.heldout_texts(kept)] == [row["id"] for row in expected[:4]]
 
 
 def test_one_held_out_document_gives_no_error_bar(tmp_path: Path) -> None:
     rows = [row for row in rows_of("prose") if row["split"] == "train" or row["id"] == "prose/7"]
     table.write_rows(tmp_path / "prose" / part_file(0), table.KEPT, rows)
     with pytest.raises(AtomError, match="source prose has 1 held-out document, two are needed"):
-        heldout.heldout_documents(tmp_path, 5)
+        bits_per_byte.heldout_documents(tmp_path, 5)

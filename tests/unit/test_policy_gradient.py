@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.core.stage import identity
+from stages.rl.algorithms import policy_gradient
 from stages.rl.algorithms.grpo import mark_dropped, objective, training_groups
-from stages.rl.algorithms.policy_gradient import registry
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout.batches import build_rank_batch
 from stages.rl.rollout.rollouts import Rollout
@@ -109,12 +110,12 @@ PAPERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., An
 def test_every_algorithm_is_described_for_users() -> None:
     page = (ROOT / "docs/post-training.md").read_text()
     section = page.partition("\n### Algorithms\n")[2].partition("\n### ")[0]
-    missing = [name for name in registry.ALGORITHMS if f"`{name}`" not in section]
+    missing = [name for name in policy_gradient.ALGORITHMS if f"`{name}`" not in section]
     assert not missing, f"docs/post-training.md, section Algorithms, does not describe {', '.join(missing)}"
 
 
 def test_every_algorithm_has_an_equation_here() -> None:
-    assert set(PAPERS) == set(registry.ALGORITHMS)
+    assert set(PAPERS) == set(policy_gradient.ALGORITHMS)
 
 
 # --- the same through the code that a step runs -----------------------------------------------------------------------
@@ -152,7 +153,7 @@ SHAPES = {
 def test_an_algorithm_is_its_papers(name: str, first_update: bool, kl: float | None, shape: str) -> None:
     updates = 1 if first_update or name == "rloo" else 2
     config = rl_fixtures.config(algorithm=name, kl_coef=kl, updates=updates)
-    phase, algorithm = RlTrainConfig.model_validate(config).phase, registry.load(name)
+    phase, algorithm = RlTrainConfig.model_validate(config).phase, policy_gradient.load(name)
     answers = draw(SHAPES[shape], seed=len(shape))
     examples = [x for group in training_groups(answers, algorithm) for x in group]
     units = [[x] for x in sorted(examples, key=lambda x: len(x.ids))]
@@ -210,12 +211,28 @@ def test_an_algorithm_is_its_papers(name: str, first_update: bool, kl: float | N
         torch.testing.assert_close(gradient[row][mask].tolist(), expected_gradient, rtol=1e-5, atol=1e-6)
 
 
+def test_advantages_get_the_lengths_of_answers() -> None:
+    """So that an algorithm can weigh answers by them. A truncated answer counts, and has no row."""
+    answers = draw([[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]], 0)
+    lengths_of = []
+
+    def advantages(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        lengths_of.append(lengths.tolist())
+        return lengths.float()
+
+    algorithm = replace(policy_gradient.GRPO, advantages=advantages)
+    groups = training_groups(answers, algorithm)
+    assert lengths_of == [[[len(r.ids) for r in answers[:3]], [len(r.ids) for r in answers[3:]]]]
+    examples = [example for group in groups for example in group]
+    assert [example.row["advantage"] for example in examples] == [len(r.ids) for r in answers if r.finished]
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", registry.ALGORITHMS)
+@pytest.mark.parametrize("name", policy_gradient.ALGORITHMS)
 def test_the_clip_is_the_algorithms_unless_the_recipe_has_one(name: str) -> None:
-    algorithm = registry.load(name)
+    algorithm = policy_gradient.load(name)
     phase = RlTrainConfig.model_validate(rl_fixtures.config(algorithm=name)).phase
     assert (phase.clip_low, phase.clip_high) == (algorithm.clip_low, algorithm.clip_high)
     again = RlTrainConfig.model_validate(rl_fixtures.config(**phase.model_dump(mode="json"))).phase

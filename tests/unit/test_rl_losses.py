@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.rl.algorithms import policy_gradient
 from stages.rl.algorithms.losses import dpo_loss, policy_loss
-from stages.rl.algorithms.policy_gradient import registry
-from stages.rl.algorithms.policy_gradient.algorithms import zero_variance
+from stages.rl.algorithms.policy_gradient import zero_variance
 from tests.fixtures.loss_fixtures import CLOSE, batch, with_gradient
 
 pytestmark = pytest.mark.numeric
@@ -86,7 +86,7 @@ def preference(b: dict[str, torch.Tensor]) -> Any:
     return with_gradient(lambda lp: dpo_loss(lp, b["reference_logprobs"], b["mask"], 2.0)[0], b["logprobs"])
 
 
-@pytest.mark.parametrize("name", registry.ALGORITHMS)
+@pytest.mark.parametrize("name", policy_gradient.ALGORITHMS)
 @quick
 @given(
     rewards=st.lists(st.lists(st.integers(-99, 99), min_size=4, max_size=4), min_size=1, max_size=5),
@@ -96,13 +96,14 @@ def test_advantages_sum_to_nothing_and_equal_rewards_give_exactly_none(
     name: str, rewards: list[list[int]], equal: float
 ) -> None:
     """Of fourths, whose mean of four is exact: a deviation that is only rounding would be divided by itself."""
-    advantages = registry.load(name).advantages
+    advantages = policy_gradient.load(name).advantages
     given_rewards = torch.tensor([*([n / 4 for n in group] for group in rewards), [equal] * 4])
-    gains = advantages(given_rewards)
+    lengths = torch.ones(given_rewards.shape).long()
+    gains = advantages(given_rewards, lengths)
     assert gains.shape == given_rewards.shape and gains.isfinite().all()
     assert (gains.sum(1).abs() <= 1e-5 * (1 + gains.abs().sum(1))).all()
     assert zero_variance(given_rewards)[-1] and not gains[zero_variance(given_rewards)].any()
-    torch.testing.assert_close(advantages(given_rewards.flip(1)), gains.flip(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(advantages(given_rewards.flip(1), lengths), gains.flip(1), rtol=1e-5, atol=1e-5)
 
 
 @quick

@@ -16,30 +16,30 @@ from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, RecipeError
 from stages.generation.protocols import Sampler
 from stages.generation.samplers import SAMPLERS
-from stages.rl.algorithms.policy_gradient.registry import ALGORITHMS, Algorithm
+from stages.rl.algorithms.policy_gradient import ALGORITHMS, Algorithm
 from stages.rl.protocols import Verifier
 from stages.rl.rewards import pooled_verifier
 from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
-from stages.rl.rollout.task_sources.registry import TASK_SOURCES
-from stages.rl.rollout.task_sources.settings import SourceSettings
-from stages.rl.tools.base import Tool
-from stages.rl.tools.registry import TOOLS
+from stages.rl.rollout.task_sources.registry import TASK_SOURCES, SourceSettings
+from stages.rl.tools.registry import TOOLS, Tool
 from tests.fixtures import ROOT
 
-FOLDERS: dict[str, tuple[Callable[[Any], bool], list[str]]] = {
-    "stages/rl/rewards": (lambda x: is_class(x, Verifier) and "name" in vars(x), [*VERIFIERS.values()]),
-    "stages/generation": (lambda x: is_class(x, Sampler), [entry.sampler for entry in SAMPLERS.values()]),
+FOLDERS: dict[str, tuple[str, Callable[[Any], bool], list[str]]] = {
+    "stages/rl/rewards": ("VERIFIERS", lambda x: is_class(x, Verifier) and "name" in vars(x), [*VERIFIERS.values()]),
+    "stages/generation": (
+        "SAMPLERS",
+        lambda x: is_class(x, Sampler),
+        [entry.sampler for entry in SAMPLERS.values()],
+    ),
     "stages/rl/rollout/task_sources": (
+        "TASK_SOURCES",
         lambda x: is_class(x, SourceSettings) and "source" in x.model_fields,
         [*TASK_SOURCES.values()],
     ),
-    "stages/rl/tools": (lambda x: is_class(x, Tool), [*TOOLS.values()]),
-    "stages/rl/algorithms/policy_gradient": (lambda x: isinstance(x, Algorithm), [*ALGORITHMS.values()]),
+    "stages/rl/tools": ("TOOLS", lambda x: is_class(x, Tool), [*TOOLS.values()]),
+    "stages/rl/algorithms": ("ALGORITHMS", lambda x: isinstance(x, Algorithm), [*ALGORITHMS.values()]),
 }
-"""{folder: (whether a value of a module is an entry of the registry, the entries that the registry names)}"""
-REGISTRIES = {folder: f"{folder}/registry.py" for folder in FOLDERS} | {
-    "stages/generation": "stages/generation/samplers.py"
-}
+"""{folder: (its registry, whether a value of a module is an entry, the entries that the registry names)}"""
 
 
 def is_class(value: Any, base: type) -> bool:
@@ -48,15 +48,15 @@ def is_class(value: Any, base: type) -> bool:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_files_and_registry_name_each_other(folder: str) -> None:
-    is_entry, registered = FOLDERS[folder]
+    registry, is_entry, registered = FOLDERS[folder]
     for path in sorted(Path(ROOT, folder).glob("[!_]*.py")):
         module = import_module(f"{folder.replace('/', '.')}.{path.stem}")
         for name, value in vars(module).items():
             if is_entry(value) and (not isinstance(value, type) or value.__module__ == module.__name__):
                 place = f"{module.__name__}:{name}"
-                assert place in registered, f"{folder}/{path.name} has {name}; add a line to {REGISTRIES[folder]}"
+                assert place in registered, f"{folder}/{path.name} has {name}; add a line to {registry}"
     for place in registered:
-        assert is_entry(resolve_name(place)), f"{REGISTRIES[folder]} names {place}, which is no entry"
+        assert is_entry(resolve_name(place)), f"{registry} names {place}, which is no entry"
 
 
 def test_a_class_has_the_name_of_its_entry() -> None:

@@ -22,8 +22,8 @@ from stages.formats import chat
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.turns import CALL_TEXT, Request, Toolbox, is_result, read_call
-from stages.rl.tools.base import Call, Result, RunningTool, ToolFailed
 from stages.rl.tools.corpus_search import SearchTool, cut
+from stages.rl.tools.registry import Call, Result, RunningTool, ToolFailed
 from stages.rl.tools.settings import Tools
 from tests.fixtures import ROOT, rl_fixtures, tool_fixtures
 

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from pipeline.core.errors import AtomError
 from stages.confidence import Figure, Mean, Ratio, ratio
-from stages.evaluation.exact_match import ProblemAnswer
+from stages.evaluation.model_evaluation import ProblemAnswer
 from stages.evaluation.scores import ModelScores
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.formats.table import Double, Int32, String, columns_of

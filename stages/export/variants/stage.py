@@ -24,10 +24,9 @@ from pydantic import Field
 from pipeline.core.bounds import Line
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from stages.evaluation import estimates
-from stages.evaluation.bits_per_byte import token_ids
-from stages.evaluation.heldout import heldout_documents
+from stages.evaluation.bits_per_byte import heldout_documents, token_ids
+from stages.evaluation.estimates import Piece, compute, compute_shard
 from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, measure, measure_shard
-from stages.evaluation.pieces import Piece, compute, compute_shard
 from stages.export.variants.loss import DIVERGENCES, DivergenceRow, measured_by, summary
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.formats.table import read_table, write_json, write_rows
@@ -163,7 +162,7 @@ def estimate(config: VariantConfig) -> Estimate:
     """Two models in fp32 in memory, which is the host's beside an engine with GPUs; on disk, for as long as it runs,
     the variant and its fp32 values for each shard."""
     if (expected := config.expected) is None:
-        return estimates.estimate(None)
+        return estimates.estimate(None, MODELS, config.engine)
     variant = VARIANTS[config.variant]
     size, whole = round(expected.parameters * variant.bits / 8), 4 * expected.parameters
     if config.adapter:

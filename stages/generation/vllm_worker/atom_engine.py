@@ -49,10 +49,17 @@ NAME = "atom"
 
 @dataclass
 class Model(WeightTransferInitInfo):  # type: ignore[misc]
-    """sizes: entries of the trainer's config.json that the server's model must have too. For broadcasts, store: host
-    and port of the group's store; nonce: of which and of the run's secret the key of its entries is made; ranks: of the
-    trainer in the group; seconds: within which it must form, and each broadcast end on the ranks; device: the type of
-    the trainer's; nccl: the release of the trainer's NCCL."""
+    """The trainer's model, and for broadcasts the group in which it is sent.
+
+    Attributes:
+        sizes: Entries of the trainer's config.json that the server's model must have too.
+        store: Host and port of the group's store; None without broadcasts.
+        nonce: Number of which, with the run's secret, the key of the store's entries is made.
+        ranks: Number of the trainer's ranks in the group.
+        seconds: Time in which the group must form, and each broadcast end on the ranks.
+        device: Type of the trainer's device.
+        nccl: Release of the trainer's NCCL.
+    """
 
     sizes: dict[str, Any]
     store: str | None = None
@@ -65,8 +72,16 @@ class Model(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class Weights(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """digest: of the policy. Of a folder, load: False to check it only. Of a broadcast, names and rows: of the tensors
-    in their order, as in the index; roots: the rank of the trainer that holds each."""
+    """An update of the weights, by a folder or by a broadcast.
+
+    Attributes:
+        digest: Digest of the policy.
+        folder: Folder with the weights; empty for a broadcast.
+        load: False to check the folder only.
+        names: Names of the tensors of a broadcast, in order.
+        rows: Their entries, as in the index.
+        roots: Rank of the trainer that holds each.
+    """
 
     digest: str
     folder: str = ""
@@ -78,10 +93,10 @@ class Weights(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 class Engine(WeightTransferEngine):  # type: ignore[misc]
     init_info_cls, update_info_cls = Model, Weights
+    # The digest of the weights in a folder that this update has checked.
     checked = ""
-    """The digest of the weights in a folder that this update has checked."""
+    # True while the model takes weights, until `finish_weight_update`.
     begun = False
-    """Whether the model takes weights, until `finish_weight_update`."""
     group: Group | None = None
 
     def init_transfer_engine(self, info: Model) -> None:
@@ -121,7 +136,7 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
             self._load([tensors(Path(info.folder))], info.folder)
 
     def _received(self, info: Weights) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """The tensors of a broadcast, of one packet after the other, checked."""
+        """Yields the tensors of a broadcast, of one packet after the other, checked."""
         assert info.rows is not None and info.names is not None and info.roots is not None, "of one request"
         if policy_digest(dict(zip(info.names, info.rows, strict=True))) != info.digest:
             raise Refused(f"the tensors of the broadcast are not the policy {info.digest}")
@@ -147,7 +162,7 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
             raise
 
     def _check(self, info: Weights, number: int, tensor: torch.Tensor, is_mine: bool) -> list[str]:
-        """The names of a received tensor in this model, which keeps two copies of tied embeddings."""
+        """Returns the names of a received tensor in this model, which keeps two copies of tied embeddings."""
         assert info.rows is not None and info.names is not None, "of one request"
         name = info.names[number]
         if is_mine and row_of(tensor) != info.rows[number]:

@@ -22,27 +22,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# The purpose for which the key of a group is made of the run's secret and of the nonce in the invitation.
 GROUP = "group"
-"""The purpose for which the key of a group is made of the run's secret and of the nonce in the invitation."""
+# The store's entry with the number of the server's workers, which they set; 0 if they refuse or are given up.
 WORKERS = "workers"
-"""The store's entry with the number of the server's workers, which they set; 0 if they refuse or are given up."""
+# Bytes of the tensors, of all ranks together, that are under way at once, unless one is larger.
 PACKET_BYTES = 64_000_000
-"""Bytes of the tensors, of all ranks together, that are under way at once, unless one is larger."""
 ALIGNMENT = 16
+# PyTorch's variable, at 1 when a group of NCCL is made: the thread that waits finds errors, and no watchdog does.
 BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
-"""PyTorch's variable, at 1 when a group of NCCL is made: the thread that waits finds errors, and no watchdog does."""
+# The limit that PyTorch gets for NCCL's collectives: far above the own one, at which this project leaves the group.
 FAR = timedelta(days=1)
-"""The limit that PyTorch gets for NCCL's collectives: far above the own one, at which this project leaves the group."""
 POLL_SECONDS = 0.001
+# Seconds that leaving a group may take; then a thread goes on with it.
 ABORT_SECONDS = 10.0
-"""How long leaving a group may take; then a thread goes on with it."""
+# Times that a server waits longer for a broadcast than the ranks, which may wait for another server first.
 PATIENCE = 4
-"""How many times longer a server waits for a broadcast than the ranks, which may wait for another server first."""
 
 
 class SignedStore(dist.Store):
     """A store with a signature on each entry: what somebody else writes into it raises RuntimeError when it is read.
-    key: of the group, in hex."""
+
+    Args:
+        key: Key of the group, in hex.
+    """
 
     def __init__(self, store: dist.Store, key: str) -> None:
         super().__init__()
@@ -84,10 +87,18 @@ class Group:
     def __init__(
         self, store: SignedStore, rank: int, size: int, seconds: float, device: torch.device, patience: int = 1
     ) -> None:
-        """store: where the processes meet, which the group needs as long as it lives. device: of its tensors, on which
-        the backend depends. seconds: within which it must form, and each broadcast end, `patience` times over.
+        """Forms the group.
 
-        Raises RuntimeError if it does not form.
+        Args:
+            store: Place where the processes meet; the group needs it as long as it lives.
+            rank: Number of this process in the group.
+            size: Number of processes.
+            seconds: Time in which it must form, and each broadcast end, `patience` times over.
+            device: Device of its tensors, on which the backend depends.
+            patience: Factor of `seconds` for a broadcast.
+
+        Raises:
+            RuntimeError: It does not form.
         """
         self.store, self.seconds = store, patience * seconds
         # An operation of gloo that waits cannot be interrupted. It ends at its own limit, which is our deadline.
@@ -122,7 +133,11 @@ class Group:
         return self.group.broadcast([buffer], options), time.monotonic() + self.seconds
 
     def end(self, started: tuple[Any, float]) -> None:
-        """Waits until a broadcast has ended, on the device too. Raises RuntimeError if it fails or takes too long."""
+        """Waits until a broadcast has ended, on the device too.
+
+        Raises:
+            RuntimeError: It fails or takes too long.
+        """
         work, deadline = started
         while not work.is_completed():
             if time.monotonic() > deadline:
@@ -157,7 +172,11 @@ def _without_watchdog() -> Iterator[None]:
 
 
 def _within(seconds: float, action: Callable[[], None]) -> None:
-    """Runs an action in a thread of its own. Raises RuntimeError if it takes longer, and what it raises."""
+    """Runs an action in a thread of its own.
+
+    Raises:
+        RuntimeError: It takes longer, and what it raises.
+    """
     results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run() -> None:
@@ -177,7 +196,7 @@ def _within(seconds: float, action: Callable[[], None]) -> None:
 
 
 def nccl_version(device: torch.device) -> str:
-    """The release of the NCCL that this process has loaded, such as 2.30.4; empty if the device is no GPU.
+    """Returns the release of the NCCL that this process has loaded, such as 2.30.4; empty if the device is no GPU.
 
     `torch.cuda.nccl.version()` is that with which PyTorch was built.
     """
@@ -189,7 +208,7 @@ def nccl_version(device: torch.device) -> str:
 
 
 def other_nccl(of_trainer: str, device: torch.device) -> str | None:
-    """A sentence if this process has another NCCL than the trainer, which NCCL would refuse while it connects."""
+    """Returns a sentence if this process has another NCCL than the trainer, with which it would not connect."""
     if (own := nccl_version(device)) == of_trainer:
         return None
     return (
@@ -199,7 +218,11 @@ def other_nccl(of_trainer: str, device: torch.device) -> str | None:
 
 
 def connect(address: str, key: str, seconds: float) -> SignedStore:
-    """The store at host:port. key: of the group, in hex."""
+    """Returns the store at host:port.
+
+    Args:
+        key: Key of the group, in hex.
+    """
     host, port = address.rsplit(":", 1)
     return SignedStore(dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=seconds)), key)
 
@@ -215,13 +238,18 @@ class Packet:
 
 
 def bytes_of(row: Mapping[str, Any]) -> int:
-    """Bytes of a tensor by its entry of the index."""
+    """Returns the bytes of a tensor by its entry of the index."""
     size: int = prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
     return size
 
 
 def packets(rows: Sequence[Mapping[str, Any]], roots: Sequence[int]) -> Iterator[tuple[Packet, ...]]:
-    """All tensors, in order: what is under way at once. rows: their entries of the index; roots: the rank of each."""
+    """Yields all tensors, in order: what is under way at once.
+
+    Args:
+        rows: Their entries of the index.
+        roots: The rank of each.
+    """
     first = 0
     while first < len(rows):
         last, total = first, 0
@@ -241,6 +269,6 @@ def _packet(rows: Sequence[Mapping[str, Any]], roots: Sequence[int], root: int, 
 
 
 def view(buffer: torch.Tensor, offset: int, row: Mapping[str, Any]) -> torch.Tensor:
-    """The tensor at an offset of a packet's bytes."""
+    """Returns the tensor at an offset of a packet's bytes."""
     part = buffer[offset : offset + bytes_of(row)]
     return part.view(getattr(torch, row["dtype"])).view(row["shape"])

@@ -28,13 +28,13 @@ from typing import Any
 from atom_secret import VARIABLE, is_signed, read, sign  # type: ignore[import-not-found]
 
 HEALTH = "/health"
+# The paths that this project uses; the last two in tests.
 PATHS = {
     HEALTH, "/inference/v1/generate", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
     "/finish_weight_update", "/pause", "/resume", "/is_paused", "/weight_info",
 }  # fmt: skip
-"""The paths that this project uses; the last two in tests."""
+# Bytes of the body of a request, at most.
 MOST_BYTES = 1 << 30
-"""Of the body of a request."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -46,8 +46,8 @@ class Guard:
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self.app, self.key, self.instance = app, read(Path(os.environ[VARIABLE])), secrets.token_hex(16)
+        # Nonces of the signed requests so far, but for /health; some 100 bytes each.
         self.nonces: set[str] = set()
-        """Of the signed requests so far, but for /health; some 100 bytes each."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -112,7 +112,7 @@ class _SignedAnswer:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The body of a request; None if it is too large or the client is gone."""
+    """Returns the body of a request; None if it is too large or the client is gone."""
     body = bytearray()
     while len(body) <= MOST_BYTES:
         message = await receive()

@@ -30,14 +30,14 @@ class Refused(ValueError):
 
 
 def row_of(tensor: torch.Tensor) -> dict[str, Any]:
-    """The entry of a tensor."""
+    """Returns the entry of a tensor."""
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     kind = str(tensor.dtype).removeprefix("torch.")
     return {"dtype": kind, "shape": list(tensor.shape), "sha256": hashlib.sha256(content.data).hexdigest()}
 
 
 def policy_digest(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """`tensors-sha256:…`, over a line `<name> <type> <shape> <SHA-256 of its bytes>` for each tensor, by name."""
+    """Returns `tensors-sha256:…`, over a line `<name> <type> <shape> <SHA-256>` for each tensor, by name."""
     hasher = hashlib.sha256()
     for name, row in sorted(rows.items()):
         hasher.update(f"{name} {row['dtype']} {list(row['shape'])} {row['sha256']}\n".encode())
@@ -45,8 +45,13 @@ def policy_digest(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def check(folder: Path, digest: str, part: int, parts: int) -> None:
-    """Raises Refused if the folder does not hold the policy of that digest, complete. Files are divided into `parts`;
-    this process reads the bytes of those of `part`, and the headers of all."""
+    """Compares a folder with the digest of the policy that it should hold.
+
+    Files are divided into `parts`; this process reads the bytes of those of `part`, and the headers of all.
+
+    Raises:
+        Refused: The folder does not hold the policy of that digest, complete.
+    """
     try:
         index = json.loads((folder / INDEX).read_text())
         rows, files = index["tensors"], index["weight_map"]
@@ -72,8 +77,11 @@ def check(folder: Path, digest: str, part: int, parts: int) -> None:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors, layer by layer. A file is open from its first to its last one: the pages that were read of an open
-    file count as memory. A model with tied embeddings has its table twice, since a server keeps two copies."""
+    """Yields the tensors, layer by layer.
+
+    A file is open from its first to its last one: the pages that were read of an open file count as memory. A model
+    with tied embeddings has its table twice, since a server keeps two copies.
+    """
     files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
     sources = {name: (name, file) for name, file in files.items()}
     if HEAD not in files:
@@ -92,5 +100,5 @@ def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _by_layer(name: str) -> list[tuple[bool, int, str]]:
-    """A key that orders numbers in names by their value."""
+    """Returns a key that orders numbers in names by their value."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

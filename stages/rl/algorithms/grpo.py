@@ -1,5 +1,7 @@
-"""Policy gradients from groups of answers: draws answers, verifies them, and makes the updates of a step by the
-algorithm that the recipe names (stages/rl/algorithms/policy_gradient).
+"""Policy gradients from groups of answers.
+
+A step draws answers, verifies them, and makes its updates by the algorithm that the recipe names
+(stages/rl/algorithms/policy_gradient.py).
 
 Groups whose answers all have the same reward are dropped and replaced.
 """
@@ -16,13 +18,10 @@ from typing import Any
 
 import torch
 
-from stages.formats.seeds import seed_of
-from stages.generation import routes
+from stages.generation.protocols import decode_routes
 from stages.models.base import Routing
-from stages.rl.algorithms import losses
-from stages.rl.algorithms.policy_gradient import registry as policy_gradient
-from stages.rl.algorithms.policy_gradient.algorithms import zero_variance
-from stages.rl.algorithms.policy_gradient.registry import Algorithm
+from stages.rl.algorithms import losses, policy_gradient
+from stages.rl.algorithms.policy_gradient import Algorithm, zero_variance
 from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer, RecordedRollouts
 from stages.rl.rollout import rollouts
@@ -50,6 +49,7 @@ class GrpoTrainer(PolicyTrainer):
         self.algorithm = policy_gradient.load(phase.algorithm)
         self.reference: list[torch.Tensor] | None = None
         if phase.kl_coef is not None:
+            # Also after a resume, whose weights come later: the reference is the policy at the start of the phase.
             self.load_previous_phase()
             self.reference = self.engine.local_weights()
         self.curriculum = Curriculum(self.rows, seed_label(self.name), self.config.seed)
@@ -102,8 +102,9 @@ class GrpoTrainer(PolicyTrainer):
 
     def train_step(self, step: int) -> dict[str, Any]:
         policy_digest = self.policy.load()
-        wave_results = self.engine.ranks.from_first(self._draw(step, policy_digest) if self.first else ([], {}, {}))
-        answers, metrics, state = wave_results
+        # Rank 0 draws and scores; the others learn from its answers, and follow the state of its curriculum.
+        drawn = self._draw(step, policy_digest) if self.first else ([], {}, {})
+        answers, metrics, state = self.engine.ranks.from_first(drawn)
         self.restore_algorithm(state or self.algorithm_state())
         phase = self.phase
         routing = self.config.model.routing if phase.routing_replay else None
@@ -115,9 +116,12 @@ class GrpoTrainer(PolicyTrainer):
         if routing is not None and (step == 1 or step % phase.validate_every == 0):
             gap_of_own = self._gap_of_own_routing(batches)
             metrics["sampler_gap_own_routing"] = gap_of_own / targets
+
         for number, batch in batches.items():
             lr = self.learning_rate((step - 1) * phase.updates + number + 1)
             figures.append(self.engine.step(batch, lr, self.update_check(step), objective=minimize))
+
+        # Figures are sums over the tokens of an update; those of the step are over all of its updates.
         results = [(f, f.extras, batch.targets) for f, batch in zip(figures, batches.values(), strict=True)]
 
         def mean_of(name: str) -> float:
@@ -139,7 +143,7 @@ class GrpoTrainer(PolicyTrainer):
         return metrics
 
     def _batches(self, step: int, groups: Sequence[Sequence[Example]]) -> dict[int, RankBatch]:
-        """{number of an update of the step: its batch}, for those that have answers to learn from."""
+        """Returns {number of an update of the step: its batch}, for those that have answers to learn from."""
         phase, batches = self.phase, {}
         for number in range(phase.updates):
             part = [example for group in groups[number :: phase.updates] for example in group]
@@ -151,6 +155,7 @@ class GrpoTrainer(PolicyTrainer):
                 batches[number] = build_rank_batch(
                     units, phase.micro_batches, self.engine.ranks, self.policy.chat.pad, divisor
                 )
+        # Before the first update, under one policy for all of them: the ratio and the KL term compare with these.
         if phase.updates > 1:
             batches = {number: with_logprobs(self.engine, batch, "old") for number, batch in batches.items()}
         if self.reference is not None:
@@ -159,10 +164,10 @@ class GrpoTrainer(PolicyTrainer):
         return batches
 
     def _gap_of_own_routing(self, batches: Mapping[int, RankBatch]) -> float:
-        """The sum over tokens of the difference in log-probability between trainer and sampler, if the trainer's
-        routers choose. Collective."""
+        """Returns the gap to the sampler, summed over tokens, if the trainer's routers choose. Collective."""
 
         def gap(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            # Replayed rows have weight 0: no sampler drew them.
             present = batch.extras["weight"][:, None] * batch.loss_mask > 0
             total = (-cross_entropy - batch.extras["sampler"]).abs().masked_fill(~present, 0.0).sum()
             return total, {"gap": total}
@@ -170,7 +175,7 @@ class GrpoTrainer(PolicyTrainer):
         return sum(self.engine.figures(without_routes(batch), gap)[1]["gap"] for batch in batches.values())
 
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
-        """The answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
+        """Returns the answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
         phase = self.phase
         if self.intake is None:
             answers = self._draw_waves(step, policy_digest)
@@ -201,39 +206,32 @@ class GrpoTrainer(PolicyTrainer):
         return [replace(r, group=answers[0].group) for r in marked]
 
     def _draw_waves(self, step: int, policy_digest: str) -> list[Rollout]:
-        """The answers of a step that draws until it has `prompts_per_step` groups that differ in reward, or may draw no
-        more."""
+        """Draws until `prompts_per_step` groups differ in reward, or no more may be drawn. Returns all answers."""
         phase, groups, answers = self.phase, 0, []
         for wave in range(phase.max_resample_rounds + 1):
             if groups == phase.prompts_per_step:
                 break
             tasks = self.curriculum.draw(phase.prompts_per_step - groups, step, wave)
-            label = f"{seed_label(self.name)}/answer/{step}/{wave}"
-            requests = [
-                (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
-                for group, row in enumerate(tasks)
-                for sample in range(phase.num_generations)
-            ]
+            requests = self.requests(tasks, phase.num_generations, f"{step}/{wave}")
             wave_answers = self.files.load_or_draw(step, wave, policy_digest, requests, self.policy)
             wave_answers, groups_kept = mark_dropped(wave_answers, phase.num_generations)
             self.files.write(step, wave, wave_answers)
             for group, row in enumerate(tasks):
-                self.curriculum.update(
-                    row, pass_rate(wave_answers[group * phase.num_generations :][: phase.num_generations])
-                )
+                start = group * phase.num_generations
+                self.curriculum.update(row, pass_rate(wave_answers[start : start + phase.num_generations]))
             groups += groups_kept
             answers += wave_answers
         self.files.finish_step(step, answers[-1].wave + 1)
         return answers
 
     def _replay_examples(self, step: int, number: int, divisor: int) -> list[Example]:
-        """Rows of earlier data for an update of the step, weighted so that their mean loss has the weight
-        `replay.weight`."""
+        """Returns rows of earlier data for an update, weighted so that their mean loss has `replay.weight`."""
         if self.replay is None:
             return []
         assert self.phase.replay is not None
         order, shards = self.replay
         rows = order.rows(step)[number :: self.phase.updates]
+        # The engine divides by the update's divisor, so the mean over replayed tokens is made here.
         weight = self.phase.replay.weight * divisor / sum(row.targets for row in rows)
         examples = []
         for row in rows:
@@ -250,22 +248,26 @@ class GrpoTrainer(PolicyTrainer):
             out / "rollouts.parquet",
             rollouts.schema(self.phase.routing_replay, self.phase.is_asynchronous, self.phase.tools is not None),
         )
-        lines = self.log.lines()
-        validations = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
-        rewards = [x["reward"] for x in lines if "reward" in x]
+        gaps = [line["max_sampler_gap"] for line in self.log.lines() if "max_sampler_gap" in line]
         return {
             "answers": count,
             "generated_tokens": self.generated,
-            "reward": {"first": rewards[0], "last": rewards[-1]},
-            "validation": validations,
-            "largest_sampler_gap": max((x["max_sampler_gap"] for x in lines if "max_sampler_gap" in x), default=None),
+            **self.reward_summary(),
+            "largest_sampler_gap": max(gaps, default=None),
             "curriculum": self.curriculum.state,
         }
 
 
 def asynchronous_metrics(version: int, answers: Sequence[Rollout]) -> dict[str, Any]:
-    """version: of the policy that is updated. Staleness is the mean over tokens of the answers that are kept, in steps;
-    `dropped` counts answers by reason; `consumed` seals the answers in their order."""
+    """Returns the metrics of an asynchronous step.
+
+    `staleness` is the mean over tokens of the answers that are kept, in steps; `dropped` counts answers by reason;
+    `consumed` seals the answers in their order.
+
+    Args:
+        version: Version of the policy that is updated.
+        answers: All answers that the step took.
+    """
     spans = [span for r in answers if not r.dropped for span in r.versions or ()]
     ages = [(version - (span["version"] or 0), span["tokens"]) for span in spans]
     tokens = sum(count for _, count in ages)
@@ -278,20 +280,22 @@ def asynchronous_metrics(version: int, answers: Sequence[Rollout]) -> dict[str, 
 
 
 def tool_metrics(answers: Sequence[Rollout]) -> dict[str, Any]:
-    """The mean number of turns, and the number of calls by status."""
+    """Returns the mean number of turns, and the number of calls by status."""
     turns = [turn for r in answers for turn in r.turns or ()]
     calls = Counter(call["status"] for turn in turns for call in turn["calls"])
     return {"turns": len(turns) / len(answers), "calls": dict(sorted(calls.items()))}
 
 
 def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout], int]:
-    """The answers with their group, sample and drop reason, and the number of groups that are kept."""
+    """Returns the answers with their group, sample and drop reason, and the number of groups that are kept."""
     rewards = torch.tensor([r.reward for r in answers], dtype=torch.float64).view(-1, samples)
     equal = zero_variance(rewards).tolist()
     marked = []
     for i, r in enumerate(answers):
         group, sample = divmod(i, samples)
-        dropped = "variance" if equal[group] else "" if r.finished else "truncated"
+        dropped = "" if r.finished else "truncated"
+        if equal[group]:
+            dropped = "variance"
         marked.append(replace(r, group=group, sample=sample, dropped=dropped))
     return marked, equal.count(False)
 
@@ -299,15 +303,22 @@ def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout
 def training_groups(
     answers: Sequence[Rollout], algorithm: Algorithm, routing: Routing | None = None
 ) -> list[list[Example]]:
-    """The training rows of the answers that are not dropped, by group. Advantages are of all answers of the groups that
-    differ in reward, truncated ones among them. routing: of a model whose routing is replayed."""
+    """Returns the training rows of the answers that are not dropped, by group.
+
+    Advantages are of all answers of the groups that differ in reward, truncated ones among them.
+
+    Args:
+        routing: Routing of a model whose routing is replayed.
+    """
     groups: dict[tuple[int, int], list[Rollout]] = {}
     for r in answers:
         if r.dropped not in rollouts.WHOLE_GROUPS:
             groups.setdefault((r.wave, r.group), []).append(r)
     if not groups:
         return []
-    gains = algorithm.advantages(torch.tensor([[r.reward for r in group] for group in groups.values()])).tolist()
+    rewards = torch.tensor([[r.reward for r in group] for group in groups.values()])
+    lengths = torch.tensor([[r.length for r in group] for group in groups.values()])
+    gains = algorithm.advantages(rewards, lengths).tolist()
     return [
         [_example(r, gain, algorithm, routing) for r, gain in zip(group, group_gains, strict=True) if not r.dropped]
         for group, group_gains in zip(groups.values(), gains, strict=True)
@@ -320,18 +331,20 @@ def _example(r: Rollout, advantage: float, algorithm: Algorithm, routing: Routin
     ids, recorded = [*r.prompt_ids, *r.ids], None
     if routing is not None:
         assert r.routes is not None, "the sampler records them"
-        recorded = routes.decode(r.routes, len(ids) - 1, routing)
+        recorded = decode_routes(r.routes, len(ids) - 1, routing)
     return Example(ids, len(r.prompt_ids), row, tokens, recorded, None if r.turns is None else r.is_sampled)
 
 
 def without_routes(rank_batch: RankBatch) -> RankBatch:
-    """The batch for routers that choose."""
+    """Returns the batch for routers that choose."""
     return replace(rank_batch, micro=[replace(batch, routes=None) for batch in rank_batch.micro])
 
 
 def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch:
-    """The batch with the log-probabilities of its targets under the engine's present weights, among the `extras` of its
-    micro-batches where this rank computes the loss. The reference is another policy, whose routers choose. Collective.
+    """Returns the batch with the log-probabilities of its targets under the engine's present weights.
+
+    They are `name` among the `extras` of its micro-batches, where this rank computes the loss. The reference is another
+    policy, whose routers choose. Collective.
     """
     recorded: list[torch.Tensor] = []
 
@@ -340,7 +353,8 @@ def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch
         return cross_entropy.sum(), {}
 
     engine.figures(without_routes(rank_batch) if name == "reference" else rank_batch, record)
-    if not recorded:  # an earlier rank of the pipeline
+    # Of a pipeline, the last rank alone computes log-probabilities.
+    if not recorded:
         return rank_batch
     micro = [
         replace(batch, extras={**batch.extras, name: logprobs})
@@ -350,7 +364,7 @@ def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch
 
 
 def objective(phase: RlPhase) -> Objective:
-    """The policy loss of the answers' tokens plus the weighted loss of replayed tokens."""
+    """Returns the policy loss of the answers' tokens plus the weighted loss of replayed tokens."""
     algorithm = policy_gradient.load(phase.algorithm)
 
     def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -365,7 +379,7 @@ def objective(phase: RlPhase) -> Objective:
             clip_high=math.inf if phase.clip_high is None else phase.clip_high,
             tis_cap=phase.tis_cap,
             old_logprobs=extras.get("old"),
-            weights=extras["weight"],
+            row_weights=extras["weight"],
             reference_logprobs=extras.get("reference"),
             kl_coef=phase.kl_coef or 0.0,
         )

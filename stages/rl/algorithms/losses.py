@@ -13,8 +13,7 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
-from stages.rl.algorithms.policy_gradient.algorithms import by_token
-from stages.rl.algorithms.policy_gradient.registry import TokenLoss, Tokens
+from stages.rl.algorithms.policy_gradient import TokenLoss, Tokens, by_token
 
 Figures = dict[str, torch.Tensor]
 
@@ -30,54 +29,70 @@ def policy_loss(
     clip_high: float = 0.28,
     tis_cap: float = 2.0,
     old_logprobs: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
     reference_logprobs: torch.Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> tuple[torch.Tensor, Figures]:
-    """The sum of the tokens' losses, each by the weight of its row, and figures.
+    """Returns the sum of the tokens' losses, each by the weight of its row, and figures summed over tokens.
 
-    token_loss: the loss of a token (stages/rl/algorithms/policy_gradient), by default PPO's with the ranges of DAPO.
-    The ratio is to `old_logprobs`, the trainer's before the first update on this batch (None: this is the first
-    update). As the sampler's distribution is not quite the trainer's, each token is weighted by
-    min(exp(old - sampler), tis_cap): truncated importance sampling (Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training").
-    With `reference_logprobs`, kl_coef times the k3 estimate (joschu.net/blog/kl-approx.html) of KL(policy || reference)
-    is added to each token's loss, as in GRPO (arXiv 2402.03300, eq. 4).
+    Args:
+        logprobs: Log-probabilities under the policy, with gradient, [rows, width].
+        sampler_logprobs: Log-probabilities under the distribution that the tokens were drawn from, [rows, width].
+        advantages: [rows], or [rows, width] where they differ by token.
+        mask: True where a token counts, [rows, width].
+        token_loss: Loss of a token (stages/rl/algorithms/policy_gradient.py), by default PPO's.
+        clip_low: Lower range of the clip; the defaults are those of DAPO.
+        clip_high: Upper range of the clip.
+        tis_cap: Cap of a token's importance weight.
+        old_logprobs: The trainer's before the first update on this batch; None in that first update.
+        row_weights: Loss weight of each row, [rows]; None for 1.
+        reference_logprobs: Log-probabilities under the reference policy, [rows, width]; None for no KL term.
+        kl_coef: Weight of the KL term.
 
-    logprobs (with gradient), sampler_logprobs, old_logprobs, reference_logprobs, mask: [rows, width]. advantages:
-    [rows], or [rows, width] where they differ by token. weights: [rows], by default 1.
-    Figures, without the rows' weights: `tokens`; `clip_fraction`, tokens on which the clip acted; `ratio`;
-    `importance_ratio` and `truncated`, tokens at the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|;
+    The figures, without the rows' weights, are: `tokens`; `clip_fraction`, tokens on which the clip acted; `ratio`;
+    `importance_ratio`, and `truncated`, tokens at its cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|;
     `sampler_kl`, the k3 estimate of KL(sampler || old); with a reference, `kl`.
     """
     mask = mask.bool()
     current = _masked(logprobs, mask)
+    # In the first update the policy is the one that drew, so its own values stand for the old ones, without gradient.
     old = current.detach() if old_logprobs is None else _masked(old_logprobs, mask).detach()
-    gap = old - _masked(sampler_logprobs, mask).detach()
-    weight = gap.exp().clamp(max=tis_cap)
-    token_advantages = (advantages if advantages.dim() == 2 else advantages[:, None]).float()
+
+    # The sampler's distribution is not quite the trainer's. Truncated importance sampling corrects for it: each token
+    # is weighted by min(exp(old - sampler), cap) (Yao et al. 2025, "Your efficient RL framework secretly brings you
+    # off-policy RL training").
+    sampler_log_ratio = old - _masked(sampler_logprobs, mask).detach()
+    importance_weights = sampler_log_ratio.exp().clamp(max=tis_cap)
+
     log_ratio = current - old
     ratio = log_ratio.exp()
+    token_advantages = (advantages if advantages.dim() == 2 else advantages[:, None]).float()
     tokens = Tokens(current, log_ratio, ratio, token_advantages.expand_as(current), mask)
     loss, clipped = token_loss(tokens, clip_low, clip_high)
-    loss = loss * weight
+    loss = loss * importance_weights
+
     figures = {
         "tokens": mask,
         "clip_fraction": clipped,
         "ratio": ratio,
-        "importance_ratio": weight,
-        "truncated": gap > math.log(tis_cap),
-        "sampler_gap": gap.abs(),
-        "sampler_kl": gap.expm1() - gap,
+        "importance_ratio": importance_weights,
+        "truncated": sampler_log_ratio > math.log(tis_cap),
+        "sampler_gap": sampler_log_ratio.abs(),
+        "sampler_kl": sampler_log_ratio.expm1() - sampler_log_ratio,
     }
     if reference_logprobs is not None:
-        distance = _masked(reference_logprobs, mask).detach() - current
-        figures["kl"] = distance.expm1() - distance
+        # The k3 estimate (joschu.net/blog/kl-approx.html) of KL(policy || reference), added to the loss of each token
+        # as in GRPO (arXiv 2402.03300, eq. 4).
+        reference_log_ratio = _masked(reference_logprobs, mask).detach() - current
+        figures["kl"] = reference_log_ratio.expm1() - reference_log_ratio
         loss = loss + kl_coef * figures["kl"]
-    if weights is not None:
-        loss = loss * weights[:, None]
+    if row_weights is not None:
+        loss = loss * row_weights[:, None]
+
     sums = {name: (figure.detach().float() * mask).sum() for name, figure in figures.items()}
-    sums["max_sampler_gap"] = (gap.abs() * mask).amax() if gap.numel() else gap.new_zeros(())
+    sums["max_sampler_gap"] = figures["sampler_gap"].new_zeros(())
+    if mask.numel():  # amax of nothing is an error
+        sums["max_sampler_gap"] = (figures["sampler_gap"] * mask).amax()
     return torch.where(mask, loss, 0.0).sum(), sums
 
 
@@ -87,17 +102,24 @@ def dpo_loss(
     mask: torch.Tensor,
     beta: float,
 ) -> tuple[torch.Tensor, Figures]:
-    """The sum over pairs of -log sigmoid(beta * (score of chosen - score of rejected)), and figures.
+    """Returns the sum over pairs of -log sigmoid(beta * (score of chosen - score of rejected)), and figures.
 
     Rows 2i and 2i + 1 are the chosen and the rejected answer of a pair. A row's score is the mean over its tokens of
-    log-probability less the reference's: length-normalized DPO (Tulu 3, arXiv 2411.15124). With no reference it is
-    SimPO's loss without its target margin (arXiv 2405.14734), and for rows of one column that hold a reward model's
-    score, with beta 1, the Bradley-Terry loss (arXiv 2203.02155).
+    log-probability less the reference's: length-normalized DPO (Tulu 3, arXiv 2411.15124). Without a reference it is
+    SimPO's loss without its target margin (arXiv 2405.14734). With beta 1 and rows of one column that hold a reward
+    model's score, it is the Bradley-Terry loss (arXiv 2203.02155).
 
-    logprobs (with gradient), reference_logprobs, mask: [2 * pairs, width]. A row without tokens scores 0.
-    Figures: `pairs`; `accuracy`, pairs whose chosen answer scores higher; `margin`, beta times the difference; `chosen`
-    and `rejected`, beta times the scores.
-    Raises ValueError if the rows are not pairs.
+    Args:
+        logprobs: Log-probabilities under the policy, with gradient, [2 * pairs, width].
+        reference_logprobs: Those under the reference, [2 * pairs, width]; None for none.
+        mask: True where a token counts, [2 * pairs, width]. A row without tokens scores 0.
+        beta: Scale of the difference of scores.
+
+    The figures are: `pairs`; `accuracy`, pairs whose chosen answer scores higher; `margin`, beta times the difference;
+    `chosen` and `rejected`, beta times the scores.
+
+    Raises:
+        ValueError: The rows are not pairs.
     """
     if len(logprobs) % 2:
         raise ValueError(f"{len(logprobs)} rows are not pairs of a chosen and a rejected answer")
@@ -105,7 +127,8 @@ def dpo_loss(
     score = _masked(logprobs, mask)
     if reference_logprobs is not None:
         score = score - _masked(reference_logprobs, mask).detach()
-    chosen, rejected = (beta * score.sum(1) / mask.sum(1).clamp(min=1)).unflatten(0, (len(score) // 2, 2)).unbind(1)
+    scores = beta * score.sum(1) / mask.sum(1).clamp(min=1)  # the mean over tokens, so long answers win nothing by it
+    chosen, rejected = scores.unflatten(0, (len(score) // 2, 2)).unbind(1)
     margins = chosen - rejected
     figures = {
         "pairs": torch.ones_like(margins),
@@ -119,5 +142,6 @@ def dpo_loss(
 
 
 def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The values in fp32, with 0 under a false mask: NaN times 0 would be NaN, in the gradient too."""
+    """Returns the values in fp32, with 0 under a false mask."""
+    # Not a product with the mask: NaN times 0 is NaN, in the gradient too.
     return torch.where(mask, values.float(), 0.0)

@@ -17,21 +17,19 @@ from stages.formats.seeds import seed_of
 from stages.formats.table import arrow_schema, read_table, require_columns, write_rows
 from stages.rl.algorithms import losses
 from stages.rl.config import DpoPhase, DpoTrainConfig, PromptPool, RewardPhase, RewardTrainConfig
-from stages.rl.policy import PolicyTrainer
-from stages.rl.post_trainer import PostTrainer
+from stages.rl.policy import PolicyTrainer, PostTrainer
 from stages.rl.rewards.reward_model import reward_input
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
-from stages.rl.rollout.pair_order import PairOrder, hash_fraction
-from stages.rl.rollout.rollouts import Rollout
+from stages.rl.rollout.rollouts import PairOrder, Rollout, hash_fraction
 from stages.seed_labels import seed_label
 from stages.tasks.rows import Row, question
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 
+# The most held-out pairs that a reward model is evaluated on.
 HELDOUT_PAIRS = 400
-"""The most held-out pairs that a reward model is evaluated on."""
 PAIRS = {
     "round": "int32",
     "task": "string",
@@ -97,9 +95,11 @@ class Dpo(PolicyTrainer):
             "answers": len(answers),
             "policy": digest,
         }
+        # Every update needs a pair; a round with fewer learns nothing, and is sealed with that reason.
         if len(pairs) < self.phase.updates:
             return metrics | {"idle": True}
         rng = random.Random(seed_of(f"{seed_label(self.name)}/round/{step}", self.config.seed))
+        # The order is drawn anew for each round, since pairs come by task; all ranks draw the same.
         rng.shuffle(pairs)
         rng.shuffle(correct)
         for number in range(self.phase.updates):
@@ -114,8 +114,10 @@ class Dpo(PolicyTrainer):
     def _update(
         self, step: int, number: int, pairs: Sequence[tuple[Rollout, Rollout]], correct: Sequence[Rollout]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """One update. The reference log-probabilities are those with which the answers were drawn. Returns the metrics
-        for the log, and the gap between policy and reference before the update."""
+        """Makes one update. Returns the metrics for the log, and the gap of policy and reference before it.
+
+        The reference log-probabilities are those with which the answers were drawn.
+        """
         tokens = sum(len(r.ids) for r in correct)
         weight = self.phase.nll_coef * len(pairs) / tokens if tokens else 0.0
         units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
@@ -137,7 +139,7 @@ class Dpo(PolicyTrainer):
         return figures.metrics(lr) | metrics, gap
 
     def _draw(self, step: int, digest: str) -> tuple[list[Rollout], dict[str, Any]]:
-        """The answers of a round and the trainer's state after them. Rank 0 only."""
+        """Returns the answers of a round and the trainer's state after them. Rank 0 only."""
         answers = self._draw_wave(step, 0, digest, self.prompts, self.phase.preferences)
         pairs = [best_and_worst(group_answers, self.phase.min_margin) for group_answers in group_by_task(answers)]
         drop_reason = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
@@ -154,12 +156,7 @@ class Dpo(PolicyTrainer):
 
     def _draw_wave(self, step: int, wave: int, digest: str, curriculum: Curriculum, pool: PromptPool) -> list[Rollout]:
         rows = curriculum.draw(pool.count, step, wave)
-        label = f"{seed_label(self.name)}/answer/{step}/{wave}"
-        requests = [
-            (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
-            for group, row in enumerate(rows)
-            for sample in range(pool.num_generations)
-        ]
+        requests = self.requests(rows, pool.num_generations, f"{step}/{wave}")
         answers = self.files.load_or_draw(step, wave, digest, requests, self.policy)
         return [
             replace(r, group=i // pool.num_generations, sample=i % pool.num_generations) for i, r in enumerate(answers)
@@ -170,15 +167,12 @@ class Dpo(PolicyTrainer):
         margin = self.phase.min_margin
         rows = [row for path in self.files.all() for row in pair_rows(rollouts.read(path), self.by_id, margin)]
         write_rows(out / "pairs.parquet", PAIRS, rows)
-        log_lines = self.log.lines()
-        validations = [{"step": x["step"], **x["validation"]} for x in log_lines if "validation" in x]
-        rewards = [x["reward"] for x in log_lines if "reward" in x]
-        summary = {"reward": {"first": rewards[0], "last": rewards[-1]}, "validation": validations}
-        return {"answers": count, "pairs": sum(row["learnt"] for row in rows), "pairs_in_all": len(rows), **summary}
+        learnt = sum(row["learnt"] for row in rows)
+        return {"answers": count, "pairs": learnt, "pairs_in_all": len(rows), **self.reward_summary()}
 
 
 def group_by_task(answers: Sequence[Rollout]) -> list[list[Rollout]]:
-    """The answers of a round by task."""
+    """Returns the answers of a round by task."""
     groups: dict[int, list[Rollout]] = {}
     for r in answers:
         groups.setdefault(r.group, []).append(r)
@@ -186,8 +180,10 @@ def group_by_task(answers: Sequence[Rollout]) -> list[list[Rollout]]:
 
 
 def best_and_worst(group_answers: Sequence[Rollout], min_margin: float) -> tuple[Rollout, Rollout] | None:
-    """The best finished answer and the worst answer, if their rewards differ by more than `min_margin`. Ties take the
-    first."""
+    """Returns the best finished answer and the worst answer, if their rewards differ by more than `min_margin`.
+
+    Ties take the first.
+    """
     finished = [r for r in group_answers if r.finished]
     if not finished:
         return None
@@ -196,19 +192,25 @@ def best_and_worst(group_answers: Sequence[Rollout], min_margin: float) -> tuple
 
 
 def all_pairs(group_answers: Sequence[Rollout], min_margin: float) -> list[tuple[Rollout, Rollout]]:
-    """All pairs of answers to a task whose rewards differ by more than `min_margin`, the better first. DPO uses only
-    the best and the worst; a reward model also needs the pairs between the extremes."""
+    """Returns all pairs of answers to a task whose rewards differ by more than `min_margin`, the better first.
+
+    DPO uses only the best and the worst; a reward model also needs the pairs between the extremes.
+    """
     return [(a, b) for a in group_answers for b in group_answers if a.finished and a.reward - b.reward > min_margin]
 
 
 def pair_rows(answers: Sequence[Rollout], tasks: Mapping[str, Row], min_margin: float) -> list[dict[str, Any]]:
-    """The rows of pairs.parquet of the answers of a round. tasks: by id."""
+    """Returns the rows of pairs.parquet of the answers of a round.
+
+    Args:
+        tasks: Tasks by id.
+    """
     groups = group_by_task([r for r in answers if r.wave == 0])
     return [pair_row(tasks[better.task], better, r) for group in groups for better, r in all_pairs(group, min_margin)]
 
 
 def pair_row(row: Row, chosen: Rollout, rejected: Rollout) -> dict[str, Any]:
-    """A row of pairs.parquet: two answers, the source of both and of their order, and whether DPO used them."""
+    """Returns a row of pairs.parquet: two answers, the source of both and of their order, and whether DPO used them."""
     columns: dict[str, Any] = {
         "round": chosen.step,
         "task": chosen.task,
@@ -230,14 +232,17 @@ def _example(r: Rollout, pair: float, anchor: float) -> Example:
 
 
 def dpo(beta: float) -> Objective:
-    """The DPO loss of the pairs plus the weighted loss of correct answers. Figures include the gap between the pairs'
-    log-probabilities and the sampler's, which are the reference."""
+    """Returns the DPO loss of the pairs plus the weighted loss of correct answers.
+
+    Figures include the gap between the pairs' log-probabilities and the sampler's, which are the reference.
+    """
 
     def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         pair_rows = batch.extras["pair"] > 0
         loss, figures = losses.dpo_loss(
             -cross_entropy[pair_rows], batch.extras["reference"][pair_rows], batch.loss_mask[pair_rows], beta
         )
+        # The weight of each token is in the extras: nll_coef, by the pairs of the update and the tokens of its anchors.
         anchor_loss = (cross_entropy * batch.extras["anchor"]).sum()
         mask = batch.loss_mask[pair_rows].bool()
         gap = (-cross_entropy[pair_rows] - batch.extras["reference"][pair_rows]).detach().abs().masked_fill(~mask, 0.0)
@@ -322,7 +327,8 @@ class Reward(PostTrainer):
 
 
 def bradley_terry(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The Bradley-Terry loss of pairs; a score is the log-probability of one token after the answer."""
+    """Returns the Bradley-Terry loss of pairs; a score is the log-probability of one token after the answer."""
+    # An empty micro-batch has a masked row, which is half of no pair.
     pair_rows = batch.loss_mask.any(1)
     return losses.dpo_loss(-cross_entropy[pair_rows], None, batch.loss_mask[pair_rows], 1.0)
 

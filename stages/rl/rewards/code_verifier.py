@@ -23,16 +23,15 @@ from stages.rl import sandbox
 from stages.rl.protocols import Answer, Parts, Verifier, VerifierContext, VerifierFailed
 from stages.rl.sandbox import Limits, Pool, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
-from stages.rl.sandbox.cell import Cell
+from stages.rl.sandbox.cell import Cell, Running
 from stages.rl.sandbox.outcome import Job
-from stages.rl.sandbox.running import Running
 from stages.tasks.rows import Row
 
+# Characters of an answer beyond which it is not run.
 MAX_ANSWER_CHARACTERS = 256 << 10
-"""Characters of an answer beyond which it is not run."""
 
+# Return values of programs that compute nothing, in Python.
 CONSTANT_VALUES = ("None", "0", "1", "-1", "True", "False", '""', "[]", "{}", 'float("nan")', 'float("inf")')
-"""What programs return that compute nothing, in Python."""
 RETURNS = "a function that returns {}"
 NOT_A_NUMBER = RETURNS.format('float("nan")')
 
@@ -41,9 +40,13 @@ QUOTE = re.compile(r" {0,3}> ?")
 
 
 def code_of(answer: str, entry_point: str) -> str:
-    """The first fenced block that defines the entry point, with any name of the fence and any later blocks; if none
-    does, the last block; without blocks, the whole answer. Line ends are those of Python, and byte order marks are
-    ignored."""
+    """Returns the code of an answer.
+
+    It is the first fenced block that defines the entry point, with any name of the fence and any later blocks; if none
+    does, the last block; without blocks, the whole answer.
+
+    Line ends are those of Python, and byte order marks are ignored.
+    """
     answer = re.sub("^\ufeff", "", re.sub("\r\n?", "\n", answer), flags=re.MULTILINE)
     name = re.escape(entry_point)
     statement, assignment = rf"(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b", rf"{name}[ \t]*(?::[^=\n]*)?=(?!=)"
@@ -58,10 +61,14 @@ def code_of(answer: str, entry_point: str) -> str:
 
 
 def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
-    """The fenced blocks of Markdown, without the indentation of their fences and the markers of enclosing quotes
-    (CommonMark 0.31, sections 4.5 and 5.1). As an extension, a fence of backticks may open after words, if it has a
-    name or `bare_after_words` is set. An unclosed block extends to the end, or to the last line of code that ends in a
-    fence if the number of such lines is odd: fences inside a text of the code are paired."""
+    """Returns the fenced blocks of Markdown (CommonMark 0.31, sections 4.5 and 5.1).
+
+    They are without the indentation of their fences and the markers of enclosing quotes.
+
+    As an extension, a fence of backticks may open after words, if it has a name or `bare_after_words` is set. An
+    unclosed block extends to the end, or to the last line of code that ends in a fence if the number of such lines is
+    odd: fences inside a text of the code are paired.
+    """
     blocks: list[list[str]] = []
     fence, indent, depth = "", 0, 0
     for raw_line in answer.split("\n"):
@@ -121,8 +128,16 @@ class CodeVerifier(Verifier):
     Settings = CodeSettings
 
     def __init__(self, context: VerifierContext[CodeSettings], limits: Limits | None = None) -> None:
-        """limits: of an answer's program. No recipe sets them, because scores depend on them and they are not in the
-        key. Raises SandboxFailed if no sandbox starts."""
+        """Starts the sandboxes.
+
+        Args:
+            context: Settings of the recipe.
+            limits: Limits of an answer's program. No recipe sets them: scores depend on them, and they are not in the
+                key.
+
+        Raises:
+            SandboxFailed: No sandbox starts.
+        """
         limits = limits or Limits()
         check_limits = replace(limits, cpu_seconds=4 * limits.cpu_seconds, wall_seconds=4 * limits.wall_seconds)
         self._pool = Pool(context.settings.workers, limits, [check_limits])  # the second is for checks
@@ -158,8 +173,12 @@ class CodeVerifier(Verifier):
             return parts(0.0)
         source, prelude = code_of(response.answer, row["entry_point"]), row.get("prelude", "")
         job: Job = {
-            "role": "answer", "prelude": prelude, "source": source, "entry_point": row["entry_point"], "stdin": "",
-        }  # fmt: skip
+            "role": "answer",
+            "prelude": prelude,
+            "source": source,
+            "entry_point": row["entry_point"],
+            "stdin": "",
+        }
         return self._compare(cells, job, row) if row.get("tests") else self._check(cells, job, row)
 
     def _compare(self, cells: list[Cell], job: Job, row: Row) -> Parts:
@@ -167,9 +186,11 @@ class CodeVerifier(Verifier):
         with cells[0].begin(job) as answer:
             alive = answer.ask() is not None
             for test in row["tests"]:
+                # Values travel as plain data: an object of the answer could compare equal to anything.
                 line = answer.ask(json.dumps({"call": encode([list(test["input"]), {}])}).encode()) if alive else None
                 alive = line is not None
-                passed += line is not None and returns_expected(line, test["expected"])
+                if line is not None and returns_expected(line, test["expected"]):
+                    passed += 1
             return parts(passed / len(row["tests"]), killed=not alive and ended_by_force(answer))
 
     def _check(self, cells: list[Cell], job: Job, row: Row) -> Parts:
@@ -206,12 +227,12 @@ def parts(passed: float, killed: bool = False) -> Parts:
 
 
 def ended_by_force(answer: Running) -> bool:
-    """Whether an ended answer was killed."""
+    """Returns True if an ended answer was killed."""
     return answer.finish().status not in ("ok", "error")
 
 
 def returns_expected(line: bytes, expected: Any) -> bool:
-    """Whether a line from an answer's sandbox, which may hold anything, reports the expected return value."""
+    """Returns True if a line from an answer's sandbox, which may hold anything, reports the expected return value."""
     try:
         return equal(decode(json.loads(line)["value"]), expected)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError):
@@ -219,7 +240,7 @@ def returns_expected(line: bytes, expected: Any) -> bool:
 
 
 def equal(value: Any, expected: Any) -> bool:
-    """Equality of plain data with JSON: True is not 1, a tuple is a list, a key that is no string is its JSON."""
+    """Returns True if plain data equals JSON: True is not 1, a tuple is a list, a key that is no string is its JSON."""
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(expected, float) and isinstance(value, int | float):
@@ -227,6 +248,7 @@ def equal(value: Any, expected: Any) -> bool:
     if isinstance(expected, list) and isinstance(value, list | tuple):
         return len(value) == len(expected) and all(equal(*pair) for pair in zip(value, expected, strict=True))
     if isinstance(expected, dict) and isinstance(value, dict):
+        # Two keys with one JSON would hide a value, so their number must stay.
         by_name = {k if isinstance(k, str) else json.dumps(k): v for k, v in value.items()}
         return (
             len(by_name) == len(value)

@@ -35,15 +35,19 @@ class FrozenScorer(Verifier):
 
 
 class Exact(FrozenScorer):
-    """Gives the reward 1 to an answer that equals the expected one. Row: expected_answer. Parts: `reward`,
-    `finished`."""
+    """Gives the reward 1 to an answer that equals the expected one.
+
+    Row: expected_answer. Parts: `reward`, `finished`.
+    """
 
     name = "exact"
 
 
 class Courtesy(FrozenScorer):
-    """Scores whether a courteous note does what the request asks, and its style. Row: act, who, what. Its parts:
-    stages/scorers/courtesy_v1.py."""
+    """Scores whether a courteous note does what the request asks, and its style.
+
+    Row: act, who, what. Its parts: stages/scorers/courtesy_v1.py.
+    """
 
     name = "courtesy"
 

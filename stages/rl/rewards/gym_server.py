@@ -20,14 +20,13 @@ from pydantic import Field
 from pipeline.core.bounds import Line, LongLine, Range
 from pipeline.core.stage import Config
 from stages.generation.protocols import ToolCall
-from stages.rl import gym_session
-from stages.rl.gym_session import Session, Unanswered
 from stages.rl.protocols import Answer, Parts, Response, Verifier, VerifierContext, VerifierFailed
-from stages.rl.tools.gym_environment import functions_of
+from stages.rl.tools import gym_environment
+from stages.rl.tools.gym_environment import Session, Unanswered, functions_of
 from stages.tasks.rows import Row
 
+# The mark in a recorded result in place of its rest (stages/rl/rollout/turns.py).
 CUT_MARK = "\n[cut: "
-"""What stands in a recorded result in place of its rest (stages/rl/rollout/turns.py)."""
 
 
 class GymSettings(Config):
@@ -56,7 +55,7 @@ class GymServer(Verifier):
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Raises VerifierFailed if the server cannot be reached, refuses, or answers without a finite reward."""
-        with ThreadPoolExecutor(gym_session.PARALLEL) as pool:
+        with ThreadPoolExecutor(gym_environment.PARALLEL) as pool:
             return list(pool.map(lambda answer: self._score_answer(*answer), answers))
 
     def _score_answer(self, row: Row, response: Response) -> Parts:
@@ -64,7 +63,7 @@ class GymServer(Verifier):
             return {"reward": 0.0, "finished": 0.0}
         body = request(row, response)
         try:
-            payload = gym_session.attempt(
+            payload = gym_environment.attempt(
                 self.url, self.timeout, lambda session: self._verify(session, row, body, response)
             )
         except Unanswered as error:
@@ -102,7 +101,7 @@ class GymServer(Verifier):
 
 
 def read_reply(payload: bytes) -> dict[str, Any] | None:
-    """The JSON object of a reply, if it is one."""
+    """Returns the JSON object of a reply, if it is one."""
     try:
         reply = json.loads(payload)
     except ValueError:
@@ -111,28 +110,37 @@ def read_reply(payload: bytes) -> dict[str, Any] | None:
 
 
 def is_of(call: ToolCall, functions: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the environment answered a call: no other tool, and no refusal before."""
+    """Returns True if the environment answered a call: no other tool, and no refusal before."""
     names = [function["name"] for function in functions]
     return call["tool"] in names and call["status"] in ("ok", "error")
 
 
 def as_recorded(text: str, result: str) -> bool:
-    """Whether a reply is the one that the model was given, as far as that was not cut."""
+    """Returns True if a reply is the one that the model was given, as far as that was not cut."""
     text = text.encode(errors="replace").decode()
     return text == result or (CUT_MARK in result and text.startswith(result[: result.rindex(CUT_MARK)]))
 
 
 def request(row: Row, response: Response) -> dict[str, Any]:
-    """The body of POST /verify: messages of the answer, and calls of tools with their results. Lone surrogates of the
-    answer, which UTF-8 cannot encode, become question marks."""
+    """Returns the body of POST /verify: messages of the answer, and calls of tools with their results.
+
+    Lone surrogates of the answer, which UTF-8 cannot encode, become question marks.
+    """
     output: list[dict[str, Any]] = []
     for text, calls in response.earlier:
         output.append(message(text.partition("<tool_call>")[0]))
         for call in calls:
             number = f"call-{len(output)}"
             arguments = (read_reply(call["request"].encode()) or {}).get("arguments")
-            output.append({"type": "function_call", "call_id": number, "name": call["tool"], "status": "completed",
-                           "arguments": json.dumps(arguments if isinstance(arguments, dict) else {})})  # fmt: skip
+            output.append(
+                {
+                    "type": "function_call",
+                    "call_id": number,
+                    "name": call["tool"],
+                    "status": "completed",
+                    "arguments": json.dumps(arguments if isinstance(arguments, dict) else {}),
+                }
+            )
             output.append({"type": "function_call_output", "call_id": number, "output": call["result"]})
     reply = {
         "id": "response",
@@ -148,6 +156,6 @@ def request(row: Row, response: Response) -> dict[str, Any]:
 
 
 def message(text: str) -> dict[str, Any]:
-    """A message of the assistant in the form of an OpenAI response."""
+    """Returns a message of the assistant in the form of an OpenAI response."""
     content = {"type": "output_text", "text": text.encode(errors="replace").decode(), "annotations": []}
     return {"id": "message", "type": "message", "role": "assistant", "status": "completed", "content": [content]}

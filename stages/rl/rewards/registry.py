@@ -1,6 +1,6 @@
 """The verifiers (reward functions) by name. A new one is a file in this folder and a line here.
 
-The file defines a class derived from `Verifier` (stages/generation/protocols.py), and is imported when a task names it.
+The file defines a class derived from `Verifier` (stages/rl/protocols.py), and is imported when a task names it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pipeline.graph.recipe import explain
 from stages.rl.protocols import ChatTokenizer, Verifier, VerifierContext
 from stages.tasks.rows import Row
 
+# {verifier: its class}. Importing one is cheap; packages are imported when it is constructed.
 VERIFIERS = {
     "courtesy": "stages.rl.rewards.frozen_scorer:Courtesy",
     "exact": "stages.rl.rewards.frozen_scorer:Exact",
@@ -27,7 +28,6 @@ VERIFIERS = {
     "reasoning-gym": "stages.rl.rewards.pooled_verifier:ReasoningGym",
     "reward-model": "stages.rl.rewards.reward_model:RewardModel",
 }
-"""{verifier: its class}. Importing one is cheap; packages are imported when it is constructed."""
 
 
 def verifier_class(name: str) -> type[Verifier]:
@@ -44,38 +44,41 @@ def make_verifier(
     inputs: Inputs | None = None,
     chat: ChatTokenizer | None = None,
 ) -> Verifier:
-    """The verifier of that name. Raises RecipeError for an unknown name or setting, or a missing requirement."""
-    verifier = verifier_class(name)
-    validated = _validate(verifier, settings or {})
-    if reason := verifier.missing():
-        raise RecipeError(reason)
+    """Returns the verifier of that name.
+
+    Raises:
+        RecipeError: The name or a setting is unknown, or a requirement is missing.
+    """
+    verifier, validated = _checked(name, settings or {})
     return verifier(VerifierContext(validated, inputs or {}, chat))
 
 
 def make_verifiers(
     rows: Sequence[Row], inputs: Inputs, chat: ChatTokenizer | None, settings: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Verifier]:
-    """The verifiers that tasks name, with their settings by name. Raises as `make_verifier` does."""
+    """Returns the verifiers that tasks name, with their settings by name. Raises as `make_verifier` does."""
     names = sorted({str(row["verifier"]) for row in rows})
     return {name: make_verifier(name, settings.get(name), inputs, chat) for name in names}
 
 
 def obstacle(names: Iterable[str], settings: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The reason why a verifier of these names cannot score here, if any."""
+    """Returns the reason why a verifier of these names cannot score here, if any."""
     for name in sorted(set(names)):
         try:
-            verifier = verifier_class(name)
-            _validate(verifier, settings.get(name, {}))
+            _checked(name, settings.get(name, {}))
         except AtomError as error:
             return str(error)
-        if reason := verifier.missing():
-            return reason
     return None
 
 
-def _validate(verifier: type[Verifier], settings: Mapping[str, Any]) -> Config:
+def _checked(name: str, settings: Mapping[str, Any]) -> tuple[type[Verifier], Config]:
+    """Returns the class of a verifier and its validated settings, without making one. Raises as `make_verifier`."""
+    verifier = verifier_class(name)
     try:
-        return verifier.Settings.model_validate(settings)
+        validated = verifier.Settings.model_validate(settings)
     except ValidationError as error:
         title = f"verifier {verifier.name} with the settings {dict(settings)}"
         raise explain(error, verifier.Settings, title) from None
+    if reason := verifier.missing():
+        raise RecipeError(reason)
+    return verifier, validated

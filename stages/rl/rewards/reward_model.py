@@ -9,20 +9,28 @@ from stages.formats.chat import control_tokens
 from stages.rl.protocols import Answer, ChatTokenizer, NoSettings, Parts, Verifier, VerifierContext, VerifierFailed
 from stages.tasks.rows import question
 
+# Answers that are scored at once, on a core and on a GPU: all of their tokens have logits.
 ROWS, GPU_ROWS = 64, 8
-"""Answers that are scored at once, on a core and on a GPU: all of their tokens have logits."""
 
 
 class RewardModel(Verifier):
-    """The score of an answer is the log-probability that `<|endoftext|>` follows it. The reward is the probability, by
-    Bradley and Terry, that the answer is preferred to one of mean score; it is 0 for an answer with special tokens
-    that does not fit the context once these are written out."""
+    """The score of an answer is the log-probability that `<|endoftext|>` follows it.
+
+    The reward is the probability, by Bradley and Terry, that the answer is preferred to one of mean score; it is 0
+    for an answer with special tokens that does not fit the context once these are written out.
+    """
 
     name = "reward-model"
 
     def __init__(self, context: VerifierContext[NoSettings]) -> None:
-        """inputs["reward_model"]: the export; inputs["reward"]: its training, which measured the mean score of held-out
-        pairs. Raises RecipeError without them, and AtomError if the export has another tokenizer than the policy."""
+        """Loads the export inputs["reward_model"].
+
+        Its training, inputs["reward"], measured the mean score of held-out pairs.
+
+        Raises:
+            RecipeError: The inputs are missing.
+            AtomError: The export has another tokenizer than the policy.
+        """
         if "reward" not in context.inputs:
             raise RecipeError(
                 "tasks name the verifier reward-model, which only online_rlhf has; use another reward function"
@@ -64,6 +72,7 @@ class RewardModel(Verifier):
                     f"verifier {self.name} cannot score row {row['id']}: {len(ids)} tokens are more than its context "
                     f"of {limit}; allow shorter answers"
                 )
+        # Rows of similar length share a batch, so that little of it is padding.
         order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
         rows_at_once = ROWS if self.device.type == "cpu" else GPU_ROWS
         for start in range(0, len(order), rows_at_once):
@@ -84,8 +93,10 @@ class RewardModel(Verifier):
 
 
 def reward_input(template: ChatTokenizer, prompt: str, text: str, finished: bool) -> list[int]:
-    """The token ids of a question and its answer in the chat template, and of the token whose probability is the
-    reward. Names of special tokens in both texts are ordinary text: an answer neither ends its turn nor opens another,
-    and reasoning is read as it is written."""
+    """Returns the token ids of a question, its answer, and the token whose probability is the reward.
+
+    Names of special tokens in both texts are ordinary text: an answer neither ends its turn nor opens another, and
+    reasoning is read as it is written.
+    """
     ids = [*template.encode_question(prompt), *template.encode_text(text)]
     return [*ids, *([template.turn_end] if finished else []), template.end]

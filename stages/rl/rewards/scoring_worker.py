@@ -1,4 +1,4 @@
-"""The worker of `scoring_pool`: scores each answer in a limited fork.
+"""The worker of `ScoringPool`: scores each answer in a limited fork.
 
     python -m stages.rl.rewards.scoring_worker VERIFIER SECONDS
 
@@ -23,11 +23,11 @@ from typing import Any, TypedDict, cast
 
 from stages.tasks.rows import Row
 
+# Scores an answer in [0, 1].
 ScoreAnswer = Callable[[str], float]
-"""Scores an answer in [0, 1]."""
+# A function of a row's fields that returns a scorer of answers. Trusted work, such as parsing the correct answer, is
+# done here, once per row, and outside the limits.
 BindRow = Callable[[Row], ScoreAnswer]
-"""A function of a row's fields that returns a scorer of answers. Trusted work, such as parsing the correct answer, is
-done here, once per row, and outside the limits."""
 
 
 class Reply(TypedDict, total=False):
@@ -46,15 +46,17 @@ FORBIDDEN = ("ctypes.", "os.exec", "os.fork", "os.kill", "os.posix", "os.re", "o
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook for a fork. It is not a sandbox for code, and no code of an answer runs here: it is a second
-    barrier."""
+    """An audit hook for a fork.
+
+    It is not a sandbox for code, and no code of an answer runs here: it is a second barrier.
+    """
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if writes or event.startswith(FORBIDDEN):
         raise PermissionError(f"a scorer must not call {event}")
 
 
 def score_in_fork(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
-    """The reply of a fork that scores one answer."""
+    """Returns the reply of a fork that scores one answer."""
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -90,7 +92,11 @@ def _score_confined(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
 
 
 def serve(verifier: str, seconds: int) -> None:
-    """Answers requests until standard input closes. verifier: a pooled one, as `module:class`."""
+    """Answers requests until standard input closes.
+
+    Args:
+        verifier: A pooled one, as `module:class`.
+    """
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)  # output of a package is not a reply

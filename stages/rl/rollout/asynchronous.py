@@ -1,5 +1,7 @@
-"""The groups of answers of an asynchronous phase: issued in numbered order, drawn while the policy is updated, and
-taken by the steps in the order in which they are finished.
+"""The groups of answers of an asynchronous phase.
+
+They are issued in numbered order, drawn while the policy is updated, and taken by the steps in the order in which they
+are finished.
 
 Timing decides that order, and nothing else: group n is issued when n + 1 - `queue_groups` groups have been taken, its
 task comes from the curriculum as it is then, and its seeds from its number. So the order in which groups were taken,
@@ -30,14 +32,18 @@ from stages.rl.rollout.rollouts import Rollout, Span
 from stages.tasks.rows import Row
 
 JOIN_SECONDS = 10.0
+# Seconds that a step waits for a group of answers while none is finished; then the phase stops.
 STARVED_SECONDS = 1500.0
-"""How long a step waits for a group of answers while none is finished; then the phase stops."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group that is issued and not yet taken. version: of the policy at that time; requests: (task, seed) of each
-    answer."""
+    """A group that is issued and not yet taken.
+
+    Attributes:
+        version: Version of the policy at that time.
+        requests: (task, seed) of each answer.
+    """
 
     number: int
     row: Row
@@ -52,30 +58,33 @@ class Source(Protocol):
         """Groups to draw."""
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
-        """The group that the step takes next, at this place among its answers, as it was drawn and scored. history:
-        {digest of a policy: its version} of all policies so far."""
+        """Returns the group that the step takes next, at this place among its answers, as it was drawn and scored.
+
+        Args:
+            history: {digest of a policy: its version} of all policies so far.
+        """
 
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
         """The answers that the step took."""
 
 
 class Intake:
-    """What the steps take. Only rank 0 calls `take`; every rank holds the state."""
+    """The groups that the steps take. Only rank 0 calls `take`; every rank holds the state."""
 
     def __init__(self, phase: RlPhase, curriculum: Curriculum, label: str, seed: int) -> None:
-        """label: of the phase's seeds."""
+        """Takes groups for a phase. `label` is that of the phase's seeds."""
         assert phase.asynchronous is not None
         self.phase, self.curriculum, self.label, self.seed = phase, curriculum, label, seed
         self.max_staleness = phase.asynchronous.max_staleness
         self.issued = 0
+        # By number: the groups that are issued and not taken.
         self.open: dict[int, Group] = {}
-        """By number: the groups that are issued and not taken."""
+        # {digest of a policy: the last step after which it was the trainer's}
         self.history: dict[str, int] = {}
-        """{digest of a policy: the last step after which it was the trainer's}"""
         self.source: Source | None = None
 
     def state(self) -> dict[str, Any]:
-        """The groups that are issued, as JSON."""
+        """Returns the groups that are issued, as JSON."""
         groups = [{"number": g.number, "task": g.row["id"], "version": g.version} for g in self.open.values()]
         return {"issued": self.issued, "open": groups}
 
@@ -87,17 +96,26 @@ class Intake:
         self.open = {group.number: group for group in groups}
 
     def begin(self, source: Source, log: Iterable[Mapping[str, Any]]) -> None:
-        """log: lines of the steps so far, with their policies. Rank 0 only."""
+        """Begins to take groups. Rank 0 only.
+
+        Args:
+            source: Source of the answers.
+            log: Lines of the steps so far, with their policies.
+        """
         self.source = source
         self.history = {line["policy"]: line["step"] - 1 for line in log if "policy" in line}
         source.issue(self.open.values())
 
     def take(self, step: int, digest: str, mark: Callable[[list[Rollout]], list[Rollout]]) -> list[Rollout]:
-        """The answers of the groups that the step takes, in their order: until `prompts_per_step` can be used, or no
-        more may be replaced. digest: of the trainer's policy. mark: gives the answers of a group the reason why no
-        update uses them.
+        """Returns the answers of the groups that the step takes, in order.
+
+        It takes groups until `prompts_per_step` can be used, or no more may be replaced.
 
         Rank 0 only. Raises what the source raises.
+
+        Args:
+            digest: Digest of the trainer's policy.
+            mark: Gives the answers of a group the reason why no update uses them.
         """
         assert self.source is not None
         self.history[digest] = step - 1
@@ -109,10 +127,13 @@ class Intake:
             group, drawn = self.source.next(step, len(answers), self.history)
             del self.open[group.number]
             drawn = [replace(r, step=step, versions=self._spans(r)) for r in drawn]
-            is_stale = oldest_version(drawn) < step - 1 - self.max_staleness
-            taken = [replace(r, dropped="stale") for r in drawn] if is_stale else mark(drawn)
-            fresh += not is_stale
-            usable += taken[0].dropped not in rollouts.WHOLE_GROUPS
+            # A stale group is replaced too, and does not count toward the limit of resampling.
+            if oldest_version(drawn) < step - 1 - self.max_staleness:
+                taken = [replace(r, dropped="stale") for r in drawn]
+            else:
+                taken, fresh = mark(drawn), fresh + 1
+            if taken[0].dropped not in rollouts.WHOLE_GROUPS:
+                usable += 1
             self.curriculum.update(group.row, rollouts.pass_rate(taken))
             self._issue(step - 1)
             answers += taken
@@ -120,8 +141,11 @@ class Intake:
         return answers
 
     def _spans(self, answer: Rollout) -> list[Span]:
-        """The policies of an answer's tokens, with their versions. A policy that another machine recorded, whose
-        arithmetic gives other digests, keeps the version that is stated there."""
+        """Returns the policies of an answer's tokens, with their versions.
+
+        A policy that another machine recorded, whose arithmetic gives other digests, keeps the version that is stated
+        there.
+        """
         return [
             {**span, "version": self.history.get(span["policy"], span["version"])} for span in answer.versions or ()
         ]
@@ -142,34 +166,44 @@ class Intake:
 
 
 def oldest_version(answers: Sequence[Rollout]) -> int:
-    """The version of the oldest token."""
+    """Returns the version of the oldest token."""
     return min(span["version"] or 0 for r in answers for span in r.versions or ())
 
 
 class LiveGroups:
-    """Draws and scores groups in threads, and keeps those that are not taken in files, one for the groups that were
-    drawn at once: `groups-<number of the draw>.parquet`, before they are scored `.drawn`."""
+    """Draws and scores groups in threads, and keeps those that are not taken in files.
+
+    There is one file for the groups that were drawn at once: `groups-<number of the draw>.parquet`, before they are
+    scored `.drawn`.
+    """
 
     def __init__(self, files: RolloutFiles, policy: Policy, phase: RlPhase, step: int) -> None:
-        """step: the last finished one. Later ones of an earlier attempt are taken again as they were."""
+        """Starts the threads that draw.
+
+        Args:
+            files: Files of the answers.
+            policy: The policy, which draws and scores.
+            phase: Settings of the phase.
+            step: The last finished step. Later ones of an earlier attempt are taken again as they were.
+        """
         assert phase.asynchronous is not None and policy.sampler is not None
         self.files, self.policy, self.note = files, policy, files.report.note
         self.samples = phase.num_generations
         self.changed = threading.Condition()
+        # Those that are issued and not taken.
         self.groups: dict[int, Group] = {}
-        """Those that are issued and not taken."""
+        # {step: the groups that it took in an earlier attempt}
         self.taken_before = self._read_steps(step)
-        """{step: the groups that it took in an earlier attempt}"""
+        # By number of a group: the file that holds its answers.
         self.on_disk: dict[int, Path] = {}
-        """By number of a group: the file that holds its answers."""
+        # By number of a group: the answers that an earlier attempt drew, and those that it scored too.
         self.unscored, self.scored = self._read("drawn"), self._read("parquet")
-        """By number of a group: the answers that an earlier attempt drew, and those that it scored too."""
         self.draws = 1 + max((int(path.stem.split("-")[1]) for path in files.folder.glob("groups-*")), default=0)
         self.pending: list[Group] = []
         self.finished: list[tuple[int, list[Rollout]]] = []
         self.error: BaseException | None = None
+        # Number of `pending` groups that may be drawn.
         self.released = 0
-        """How many of `pending` may be drawn."""
         self.closed = False
         self.since, self.drawing, self.idle, self.waited, self.all_waited = time.monotonic(), 0, 0.0, 0.0, 0.0
         self.idle_since: float | None = self.since
@@ -183,8 +217,14 @@ class LiveGroups:
         taken = {answers[0].group for step in self.taken_before.values() for answers in step}
         for group in groups:
             self.groups[group.number] = group
-            if group.number not in taken:
-                self._restore_or_draw(group)
+            if group.number in taken:
+                continue
+            answers = self.scored.pop(group.number, [])
+            with self.changed:
+                if is_of(group, answers):  # an earlier attempt has scored them
+                    self.finished.append((group.number, answers))
+                else:
+                    self.pending.append(group)
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
         """Raises the error of the sampler or a verifier, and MachineError if no group is finished in time."""
@@ -197,12 +237,17 @@ class LiveGroups:
                 if before:
                     before.pop(0)
                 return group, [replace(r, dropped="") for r in answers]
-            self.note(f"group {answers[0].group} of step {step} was drawn by a policy that an earlier attempt had, and "
-                      "is drawn again")  # fmt: skip
+            # Its policy is not in the log of this attempt, which went on from an earlier checkpoint.
+            self.note(
+                f"group {answers[0].group} of step {step} was drawn by a policy that an earlier attempt had, and "
+                "is drawn again"
+            )
             if before:
                 self._forget_from(step)
             elif group is not None:
-                self._draw_again(group)
+                self._store([group.number], None)
+                with self.changed:
+                    self.pending.append(group)
 
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
         with self.changed:
@@ -228,7 +273,7 @@ class LiveGroups:
     # -- the trainer's thread -----------------------------------------------------------------------------------------
 
     def _wait(self, step: int) -> list[Rollout]:
-        """The group that was finished first."""
+        """Returns the group that was finished first."""
         start = time.monotonic()
         with self.changed:
             if not self.finished:
@@ -246,31 +291,20 @@ class LiveGroups:
             return self.finished.pop(0)[1]
 
     def _release(self) -> None:
-        """Lets the threads draw all that is issued, unless steps of an earlier attempt come first: the answers would be
-        stale by then."""
+        """Lets the threads draw all that is issued, unless steps of an earlier attempt come first.
+
+        The answers would be stale by then.
+        """
         if not self.taken_before:
             with self.changed:
                 self.released = len(self.pending)
                 self.changed.notify_all()
 
-    def _restore_or_draw(self, group: Group) -> None:
-        answers = self.scored.pop(group.number, [])
-        with self.changed:
-            if is_of(group, answers):
-                self.finished.append((group.number, answers))
-            else:
-                self.pending.append(group)
-
-    def _draw_again(self, group: Group) -> None:
-        self._store([group.number], None)
-        with self.changed:
-            self.pending.append(group)
-
     def _read(self, suffix: str) -> dict[int, list[Rollout]]:
         groups: dict[int, list[Rollout]] = {}
         for path in sorted(self.files.folder.glob(f"groups-*.{suffix}")):
             answers = self.files.read(path) or []
-            here = {answers[n].group: answers[n : n + self.samples] for n in range(0, len(answers), self.samples)}
+            here = {group[0].group: group for group in in_groups(answers, self.samples)}
             self._store(here, path)
             groups |= here
         return groups
@@ -286,11 +320,11 @@ class LiveGroups:
             unused.unlink(missing_ok=True)
 
     def _read_steps(self, last: int) -> dict[int, list[list[Rollout]]]:
-        """The groups of the steps after the last one, as far as they are on disk one by one."""
+        """Returns the groups of the steps after the last one, as far as they are on disk one by one."""
         steps: dict[int, list[list[Rollout]]] = {}
         step = last + 1
         while (answers := self.files.read(self.files.path(step, 0))) is not None:
-            steps[step] = [answers[n : n + self.samples] for n in range(0, len(answers), self.samples)]
+            steps[step] = in_groups(answers, self.samples)
             step += 1
         self._remove_from(step)
         return steps
@@ -317,9 +351,13 @@ class LiveGroups:
                 self.idle, self.idle_since = self.idle + now - self.idle_since, now
             seconds = max(now - self.since, 1e-9)
             self.files.report.metric(
-                step, queued_groups=queued, trainer_idle_seconds=self.waited, trainer_idle_share=self.waited / seconds,
-                sampler_idle_seconds=self.idle, sampler_idle_share=self.idle / seconds,
-            )  # fmt: skip
+                step,
+                queued_groups=queued,
+                trainer_idle_seconds=self.waited,
+                trainer_idle_share=self.waited / seconds,
+                sampler_idle_seconds=self.idle,
+                sampler_idle_share=self.idle / seconds,
+            )
             self.all_waited += self.waited
             self.since, self.idle, self.waited = now, 0.0, 0.0
 
@@ -367,7 +405,7 @@ class LiveGroups:
                 self.idle_since = time.monotonic()
         rows = [row for group in groups for row, _ in group.requests]
         answers = scored(rows, [answer for each in drawn for answer in each], self.policy)
-        by_group = [answers[n : n + self.samples] for n in range(0, len(answers), self.samples)]
+        by_group = in_groups(answers, self.samples)
         self._write(path.with_suffix(".parquet"), groups, by_group)
         with self.changed:
             self.finished += zip((group.number for group in groups), by_group, strict=True)
@@ -389,13 +427,18 @@ class LiveGroups:
 
 
 def is_of(group: Group, answers: Sequence[Rollout]) -> bool:
-    """Whether the answers are to the tasks of the group, by their seeds."""
+    """Returns True if the answers are to the tasks of the group, by their seeds."""
     requested = [(row["id"], seed, group.number, group.version) for row, seed in group.requests]
     return requested == [(r.task, r.seed, r.group, r.issued) for r in answers]
 
 
+def in_groups(answers: Sequence[Rollout], samples: int) -> list[list[Rollout]]:
+    """Returns successive answers in groups of `samples`."""
+    return [list(answers[start : start + samples]) for start in range(0, len(answers), samples)]
+
+
 def policies_of(answers: Sequence[Rollout]) -> set[str]:
-    """The digests of the policies that drew the answers."""
+    """Returns the digests of the policies that drew the answers."""
     return {span["policy"] for r in answers for span in r.versions or ()}
 
 
@@ -403,7 +446,7 @@ class RecordedGroups:
     """The groups of the rollouts.parquet of an earlier run, in their order."""
 
     def __init__(self, files: RecordedRollouts, policy: Policy, samples: int, step: int) -> None:
-        """step: the last finished one."""
+        """Reads the groups of `files` from the step after the last finished one, `step`."""
         self.files, self.policy, self.samples, self.start = files, policy, samples, step
         self.groups: dict[int, Group] = {}
 
@@ -411,28 +454,33 @@ class RecordedGroups:
         self.groups |= {group.number: group for group in groups}
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
-        """Raises CheckFailed if the answers are not those of a group that is issued, or if policies drew them that did
-        not exist then."""
+        """Returns the group that the step takes next, with its answers.
+
+        Raises:
+            CheckFailed: The answers are not those of a group that is issued, or policies drew them that did not exist
+                then.
+        """
         self.files.open(step)
         recorded = self.files.answers[place : place + self.samples]
         if not recorded:
-            raise self.files.altered(step, 0, place, "is missing, and the phase asked for another group")
+            raise self.files.altered(0, place, "is missing, and the phase asked for another group")
         group = self.groups.pop(recorded[0].group, None)
         if group is None:
             raise self.files.altered(
-                step, 0, place, f"is of group {recorded[0].group}, which is not issued then or was taken before"
+                0, place, f"is of group {recorded[0].group}, which is not issued then or was taken before"
             )
-        self.files.check(step, 0, recorded, group.requests, self.policy, place)
+        self.files.check(0, recorded, group.requests, self.policy, place)
         for number, r in enumerate(recorded, place):
             if not has_versions(r, group.version, step - 1):
-                raise self.files.altered(step, 0, number, "states policies that cannot have drawn its tokens")
+                raise self.files.altered(0, number, "states policies that cannot have drawn its tokens")
             for span in r.versions or ():
                 if span["version"] == self.start and history.get(span["policy"]) != self.start:
                     raise self.files.altered(
-                        step, 0, number,
+                        0,
+                        number,
                         f"states the policy {span['policy']} after step {self.start}, which is not the checkpoint's",
-                    )  # fmt: skip
-        answers = self.files.restore(step, 0, recorded, group.requests, self.policy)
+                    )
+        answers = self.files.restore(0, recorded, group.requests, self.policy)
         return group, [
             replace(answer, group=group.number, sample=n, issued=group.version, versions=r.versions)
             for n, (answer, r) in enumerate(zip(answers, recorded, strict=True))
@@ -441,13 +489,15 @@ class RecordedGroups:
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
         """Raises CheckFailed if the step took more, or if a column is another than follows."""
         if len(self.files.answers) > len(answers):
-            raise self.files.altered(step, 0, len(answers), "was used by no update and dropped for no reason")
+            raise self.files.altered(0, len(answers), "was used by no update and dropped for no reason")
         self.files.write(step, 0, answers)
 
 
 def has_versions(r: Rollout, issued: int, version: int) -> bool:
-    """Whether an answer from a file can be of the policies that it states: all its tokens, none before it was issued,
-    later ones after earlier ones, up to the present version."""
+    """Returns True if an answer from a file can be of the policies that it states.
+
+    They drew all its tokens, none before it was issued, later ones after earlier ones, up to the present version.
+    """
     spans = r.versions or ()
     try:
         versions = [issued, *(span["version"] for span in spans), version]

@@ -23,10 +23,18 @@ from stages.train.parallel import Ranks
 
 @dataclass(frozen=True)
 class Example:
-    """A question and its answer. ids: of both; start: index of the answer's first token. row: numbers of the example by
-    name; tokens: numbers of each token of the answer by name. mask: which tokens of the answer are targets, by default
-    all; the others, such as results of tools, are only read. routes: the experts of all tokens but the last,
-    int16 [tokens, layers with experts, experts of a token]; None: those that the routers choose."""
+    """A question and its answer.
+
+    Attributes:
+        ids: Token ids of both.
+        start: Index of the answer's first token.
+        row: Numbers of the example by name.
+        tokens: Numbers of each token of the answer by name.
+        mask: Which tokens of the answer are targets, by default all; the others, such as results of tools, are only
+            read.
+        routes: The experts of all tokens but the last, int16 [tokens, layers with experts, experts of a token]; None:
+            those that the routers choose.
+    """
 
     ids: Sequence[int]
     start: int
@@ -41,19 +49,25 @@ class Example:
         return len(self.ids) - self.start if self.mask is None else sum(self.mask)
 
     def continues(self, other: Example | None) -> bool:
-        """Whether its question is the other's."""
+        """Returns True if its question is the other's."""
         return other is not None and self.start == other.start and self.ids[: self.start] == other.ids[: other.start]
 
 
 def build_rank_batch(
     units: Sequence[Sequence[Example]], micro_batches: int, ranks: Ranks, pad_id: int, targets: int
 ) -> RankBatch:
-    """This rank's part of an update. units: examples that must stay together, such as the two of a pair, those of one
-    question in succession. targets: the divisor of the objective's sum."""
+    """Returns this rank's part of an update.
+
+    Args:
+        units: Examples that must stay together, such as the two of a pair, those of one question in succession.
+        targets: The divisor of the objective's sum.
+    """
     assert micro_batches % ranks.data_ranks == 0, "the recipe's check"
     sizes = [sum(len(example.ids) for example in unit) for unit in units]
     parts: list[list[Example]] = [[] for _ in range(micro_batches)]
     for unit, size, end in zip(units, sizes, accumulate(sizes), strict=True):
+        # By the middle of each unit on the line of all tokens, so that the parts are about equal for any number of
+        # them.
         parts[(2 * end - size) * micro_batches // (2 * sum(sizes))] += unit  # where its middle is
     parts = [part or [_masked_example(units[0][0])] for part in parts]  # Megatron's balance loss of no token is NaN
     widths = [_round_up(_tokens(part), ranks) for part in parts]
@@ -61,13 +75,14 @@ def build_rank_batch(
         widths = [max(widths)] * len(widths)
     per_rank = micro_batches // ranks.data_ranks
     mine = slice(ranks.data_rank * per_rank, (ranks.data_rank + 1) * per_rank)
+    # Megatron needs routes for all micro-batches of an update, or for none.
     recorded = next((x.routes for unit in units for x in unit if x.routes is not None), None)
     batches = [_batch(part, width, pad_id, recorded) for part, width in zip(parts[mine], widths[mine], strict=True)]
     return RankBatch(batches, max(widths), targets)
 
 
 def _masked_example(example: Example) -> Example:
-    """An example without a loss."""
+    """Returns an example without a loss."""
     return Example(example.ids[:2], 2, dict.fromkeys(example.row, 0.0), dict.fromkeys(example.tokens, ()))
 
 
@@ -77,7 +92,7 @@ def _round_up(width: int, ranks: Ranks) -> int:
 
 
 def _tokens(examples: Sequence[Example]) -> int:
-    """The width of a row with the examples."""
+    """Returns the width of a row with the examples."""
     return sum(end - begin for begin, end, *_ in _segments(examples))
 
 
@@ -85,8 +100,10 @@ Segment = tuple[int, int, int, int, Sequence[int]]
 
 
 def _segments(examples: Sequence[Example]) -> list[Segment]:
-    """A row's segments from left to right: first position, end, both of the question that it continues, tokens. A
-    question has one segment, or none if the example before has it; then comes the answer without its last token."""
+    """Returns a row's segments from left to right: first position, end, both of the question that it continues, tokens.
+
+    A question has one segment, or none if the example before has it; then comes the answer without its last token.
+    """
     segments: list[Segment] = []
     before: Example | None = None
     question, end = (0, 0), 0
@@ -102,8 +119,13 @@ def _segments(examples: Sequence[Example]) -> list[Segment]:
 
 
 def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch.Tensor | None) -> Batch:
-    """One row of `width` tokens. Labels, loss mask and extras have a row for each example, a column for each token of
-    its answer. recorded: the routes of some example of the update, if any has some."""
+    """Returns one row of `width` tokens.
+
+    Labels, loss mask and extras have a row for each example, a column for each token of its answer.
+
+    Args:
+        recorded: The routes of some example of the update, if any has some.
+    """
     segments = _segments(examples)
     ids, padding = torch.full((1, width), pad_id), torch.ones(1, width, dtype=torch.bool)
     length = segments[-1][1]
@@ -120,6 +142,7 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
     answers = [segment for segment in segments if segment[3]]
     for i, (example, (begin, end, _, question_end, _)) in enumerate(zip(examples, answers, strict=True)):
         if count := len(example.ids) - example.start:
+            # Logits are computed for targets alone, and results of tools are none.
             columns = torch.arange(count) if example.mask is None else torch.tensor(example.mask).nonzero()[:, 0]
             labels[i, :count], mask[i, columns] = torch.tensor(example.ids[example.start :]), 1
             inputs.append(torch.cat((torch.tensor([question_end - 1]), torch.arange(begin, end)))[columns])
@@ -139,8 +162,11 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
 def _routes(
     examples: Sequence[Example], answers: Sequence[Segment], width: int, recorded: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The experts of a row's tokens, for `Batch.routes`: all micro-batches of an update have them, or none. answers:
-    the segment of each example's answer."""
+    """Returns the experts of a row's tokens, for `Batch.routes`: all micro-batches of an update have them, or none.
+
+    Args:
+        answers: The segment of each example's answer.
+    """
     if recorded is None:
         return None
     routes = recorded.new_full((width, *recorded.shape[1:]), UNRECORDED)

@@ -15,12 +15,12 @@ from pipeline.core.errors import AtomError, RecipeError
 from stages.formats.seeds import seed_of
 from stages.tasks.rows import Row, bin_of
 
+# The pass rate at which the next level of a kind is unlocked.
 UNLOCK = 0.7
-"""The pass rate at which the next level of a kind is unlocked."""
+# The least weight of an unlocked bin; the most is 1.
 FLOOR = 0.05
-"""The least weight of an unlocked bin; the most is 1."""
+# The weight of the newest group in the moving average of the pass rate of its bin.
 NEWEST = 0.1
-"""The weight of the newest group in the moving average of the pass rate of its bin."""
 
 
 class BinState(TypedDict):
@@ -34,7 +34,17 @@ class Curriculum:
     """Draws tasks and tracks their pass rates."""
 
     def __init__(self, tasks: Sequence[Row], label: str, seed: int, uniform: bool = False) -> None:
-        """uniform: draws from every bin equally, for any pass rates. Raises RecipeError if there is no task."""
+        """Sorts tasks into bins.
+
+        Args:
+            tasks: All tasks.
+            label: Label of the phase in seeds.
+            seed: Seed of the recipe.
+            uniform: Draws from every bin equally, for any pass rates.
+
+        Raises:
+            RecipeError: There is no task.
+        """
         if not tasks:
             raise RecipeError("there is no task to draw from; give the phase a source of tasks")
         self.label, self.seed, self.uniform = label, seed, uniform
@@ -45,7 +55,7 @@ class Curriculum:
         self._orders: dict[str, tuple[int, list[int]]] = {}  # {bin: the latest epoch, and its order}
 
     def copy(self) -> dict[str, BinState]:
-        """A copy of the state: a checkpoint is written while the next step already changes the state."""
+        """Returns a copy of the state: a checkpoint is written while the next step already changes the state."""
         return {name: bin_state.copy() for name, bin_state in self.state.items()}
 
     def load(self, state: Mapping[str, BinState]) -> None:
@@ -68,21 +78,23 @@ class Curriculum:
         for levels in kinds.values():
             for _, name in sorted(levels):
                 names.append(name)
+                # The first level that is not mastered ends the open ones.
                 if (self.state[name]["rate"] or 0.0) < UNLOCK:
                     break
         return sorted(names)
 
     def weights(self) -> dict[str, float]:
-        """The weight of each open bin: 4 p (1 - p), which is 1 for an unknown p, and at least the floor."""
+        """Returns the weight of each open bin: 4 p (1 - p), which is 1 for an unknown p, and at least the floor."""
         if self.uniform:
             return dict.fromkeys(self.open_bins(), 1.0)
         rates = {name: self.state[name]["rate"] for name in self.open_bins()}
         return {n: 1.0 if p is None else max(FLOOR, 4 * p * (1 - p)) for n, p in rates.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:
-        """`count` tasks for a wave of a step. Each bin is read in a seeded order, and repeated from its end."""
+        """Returns `count` tasks for a wave of a step. Each bin is read in a seeded order, and repeated from its end."""
         weights = self.weights()
         rng = random.Random(seed_of(f"{self.label}/draw/{step}/{wave}", self.seed))
+        # From a generator of its own for each wave, so that a resumed phase draws the same tasks.
         names = rng.choices(list(weights), list(weights.values()), k=count)
         drawn = []
         for name in names:

@@ -22,14 +22,18 @@ from stages.rl.protocols import Answer, Parts, Response, Verifier, VerifierFaile
 from stages.rl.tools.settings import Tools
 from stages.tasks.rows import Row
 
+# Times that a failed verifier is tried again before the phase stops.
 RETRIES = 2
-"""How often a failed verifier is tried again before the phase stops."""
 RETRY_SECONDS = 2.0
 
 
 class Chat:
-    """The release's tokenizer and template. tokenizer: its artifact, or the folder of an exported model. tools: those
-    that tasks offer."""
+    """The release's tokenizer and template.
+
+    Args:
+        tokenizer: Its artifact, or the folder of an exported model.
+        tools: Those that tasks offer.
+    """
 
     def __init__(self, tokenizer: Artifact | Path, tools: Tools | None = None) -> None:
         from tokenizers import Tokenizer
@@ -44,8 +48,11 @@ class Chat:
         self._latest: tuple[Row, tuple[int, ...]] | None = None
 
     def encode_prompt(self, row: Row) -> tuple[int, ...]:
-        """The token ids of a task's question up to the assistant's turn. Raises AtomError if the question or a tool
-        contains the name of a special token."""
+        """Returns the token ids of a task's question up to the assistant's turn.
+
+        Raises:
+            AtomError: The question or a tool contains the name of a special token.
+        """
         latest = self._latest  # read once: several threads may draw
         if latest is None or latest[0] is not row:  # the answers of a group come one after another
             latest = self._latest = row, self._encode_prompt(row)
@@ -62,33 +69,34 @@ class Chat:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def functions(self, row: Row) -> list[dict[str, Any]]:
-        """The functions that a task offers, in the form of OpenAI's chat API."""
+        """Returns the functions that a task offers, in the form of OpenAI's chat API."""
         functions = {} if self.tools is None else self.tools.functions(row)
         return [{"type": "function", "function": schema} for _, schema in functions.values()]
 
     def encode_results(self, results: Sequence[str]) -> list[int]:
-        """The token ids between a turn that calls tools and the next one. No result ends its turn or opens another."""
+        """Returns the token ids between a turn that calls tools and the next one. No result ends its turn."""
         return self._encode_pieces(chat.after_calls(results))
 
     def encode_question(self, text: str) -> list[int]:
-        """The token ids of a question up to the assistant's turn, whatever its text is."""
+        """Returns the token ids of a question up to the assistant's turn, whatever its text is."""
         return self._encode_pieces(chat.question_pieces(text))
 
     def encode_text(self, text: str) -> list[int]:
-        """The token ids of a text, in which names of special tokens are ordinary text."""
+        """Returns the token ids of a text, in which names of special tokens are ordinary text."""
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
 
     def _encode_pieces(self, pieces: Sequence[str]) -> list[int]:
-        """A special token of the template is a piece of its own. A content never is: there it is the name alone, and
-        then the piece before it or after it has the template's line end."""
+        """Returns the token ids of a text in pieces."""
+        # A special token of the template is a piece of its own. A content never is: where it is the name alone, the
+        # piece before it or after it has the template's line end.
         ids: list[int] = []
         for piece in pieces:
             ids += [self._special[piece]] if piece in SPECIAL_TOKENS else self.encode_text(piece)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, with special tokens by name."""
+        """Returns the text, with special tokens by name."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
@@ -104,21 +112,25 @@ class Verifiers:
     """The verifiers of a phase by name, with retries."""
 
     def __init__(self, verifiers: Mapping[str, Verifier], note: Callable[[str], object]) -> None:
-        """note: prints a line to the log."""
+        """Takes the verifiers by name. `note` prints a line to the log."""
         self.by_name, self.note = dict(verifiers), note
         self.lock = threading.Lock()
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """The parts of each answer's reward. A failing verifier is retried; then VerifierFailed stops the step without
-        loss: a failed verifier never gives a reward of 0, and neither does one that is no number. Calls of several
-        threads take turns."""
+        """Returns the parts of each answer's reward.
+
+        A failing verifier is retried; then VerifierFailed stops the step without loss: a failed verifier never gives a
+        reward of 0, and neither does one that is no number. Calls of several threads take turns.
+        """
         parts: dict[int, Parts] = {}
+        # Verifiers score in batches of their own, in a fixed order.
         for name in sorted({str(row["verifier"]) for row, _ in answers}):
             indices = [i for i, (row, _) in enumerate(answers) if row["verifier"] == name]
             with self.lock:
                 scored = self._score_with_retries(self.by_name[name], [answers[i] for i in indices])
             for i, part in zip(indices, scored, strict=True):
                 for part_name, value in part.items():
+                    # NaN would pass every comparison of rewards, and become an advantage.
                     if not math.isfinite(value):
                         raise VerifierFailed(
                             f"verifier {name}: the {part_name} of an answer to task {answers[i][0]['id']} is {value}, "
@@ -157,13 +169,13 @@ class Verifiers:
 def draw(
     sampler: AnswerGenerator, chat: Chat, requests: Sequence[tuple[Row, int]], greedy: bool = False
 ) -> list[Completion]:
-    """One completion for each (task, seed)."""
+    """Returns one completion for each (task, seed)."""
     ids = {str(row["id"]): chat.encode_prompt(row) for row, _ in requests}
     return sampler.generate([Prompt(ids[str(row["id"])], seed) for row, seed in requests], greedy)
 
 
 def mean_reward_by_kind(scored: Sequence[tuple[Row, Parts]]) -> dict[str, float]:
-    """Mean reward by kind of task, in the order of their names."""
+    """Returns the mean reward by kind of task, in the order of their names."""
     by_kind: dict[str, list[float]] = {}
     for row, parts in scored:
         by_kind.setdefault(str(row["kind"]), []).append(parts["reward"])

@@ -27,15 +27,15 @@ from stages.rl.protocols import Answer, Parts, Response
 from stages.rl.rewards.registry import verifier_class
 from stages.tasks.rows import Row, bin_of, question
 
+# The file of the probes of a phase's tasks.
 PROBES = "probes.json"
-"""The file of the probes of a phase's tasks."""
+# The mean reward above chance that an answer may earn without solving the task.
 MARGIN = 0.05
-"""The mean reward above chance that an answer may earn without solving the task."""
+# The largest chance that follows from the right answers: of two that are equally frequent.
 EVEN = 0.5
-"""The largest chance that follows from the right answers: of two that are equally frequent."""
 SCREENED, PROBED, FINALISTS, FREQUENT = 16, 256, 3, 3
+# Half the width of a normal 99 % interval, in standard errors.
 Z = 2.576
-"""Half the width of a normal 99 % interval, in standard errors."""
 CONSTANTS = (
     "", " ", "\n", "nan", "inf", "-inf", "1e999", *"0123456789", "-1", "0.5", *"aeAx.?!-*$",
     '"', "Yes", "No", "True", "False", "None", "[]", "[0]", "{}", "()", "I do not know.",
@@ -44,7 +44,11 @@ Score = Callable[[Sequence[Answer]], Sequence[Parts]]
 
 
 class ProbedAnswer(TypedDict):
-    """An answer and its mean reward. name: what it is, such as the constant in quotes."""
+    """An answer and its mean reward.
+
+    Attributes:
+        name: What it is, such as the constant in quotes.
+    """
 
     name: str
     reward: Mean
@@ -73,14 +77,16 @@ def probe(rows: Sequence[Row], score: Score, seed: int, acknowledged: float | No
 
     Args:
         rows: All tasks of the bin, which have one verifier.
-        score: Of their verifier, which raises VerifierFailed for a reward that is no finite number.
+        score: Scores answers by their verifier; raises VerifierFailed for a reward that is no finite number.
         seed: The recipe's.
         acknowledged: The mean reward that the recipe acknowledges.
     """
     salt = f"{seed_of(f'probes/{bin_of(rows[0])}', seed)}/"
     drawn = sorted(rows, key=lambda row: hashlib.sha256(f"{salt}{row['id']}".encode()).digest())
+    # The most frequent right answer is what the best constant answer would earn.
     golds = Counter(gold for row in rows if (gold := right_answer(row)) is not None)
     frequent = [gold for gold, _ in golds.most_common(FREQUENT)]
+    # In a small bin there are no other tasks for a second look.
     screened = SCREENED if len(drawn) >= 2 * SCREENED else len(drawn)
     best = _means(drawn[:screened], frequent, score, None)[:FINALISTS]
     if finals := drawn[screened : screened + PROBED]:
@@ -95,7 +101,7 @@ def probe(rows: Sequence[Row], score: Score, seed: int, acknowledged: float | No
 
 
 def require_solving(name: str, probed: ProbedBin) -> None:
-    """Raises AtomError if an answer that solves nothing earns too much. name: of the bin."""
+    """Raises AtomError if an answer that solves nothing earns too much in the bin `name`."""
     limit = probed["chance"] + MARGIN
     if (acknowledged := probed["acknowledged"]) is not None:
         limit = max(limit, acknowledged)
@@ -111,25 +117,34 @@ def require_solving(name: str, probed: ProbedBin) -> None:
 
 
 def right_answer(row: Row) -> str | None:
-    """The right answer that a row states, if any."""
+    """Returns the right answer that a row states, if any."""
     gold = row.get("expected_answer", row.get("answer"))
     return None if gold is None else str(gold)
 
 
 def unsolved_answers(row: Row, frequent: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, text) of the answers to a task that solve nothing. frequent: the most frequent right answers."""
+    """Yields (name, text) of the answers to a task that solve nothing.
+
+    Args:
+        row: The task.
+        frequent: The most frequent right answers.
+    """
     for constant in CONSTANTS:
         yield repr(constant), constant
     for gold in frequent:
         yield f"the frequent answer {gold[:40]!r}", gold
-    asked = question(row).strip()
-    yield "the question", asked
-    yield "the last line of the question", asked.splitlines()[-1] if asked else ""
+    text = question(row).strip()
+    yield "the question", text
+    yield "the last line of the question", text.splitlines()[-1] if text else ""
     yield from verifier_class(str(row["verifier"])).unsolved(row).items()
 
 
 def _means(rows: Sequence[Row], frequent: Sequence[str], score: Score, names: set[str] | None) -> list[ProbedAnswer]:
-    """The mean reward of each answer over tasks, the best first. names: of the answers; None: all."""
+    """Returns the mean reward of each answer over tasks, the best first.
+
+    Args:
+        names: Names of the answers; None: all.
+    """
     answers: list[tuple[str, Answer]] = [
         (name, (row, Response.parse(text, finished=True)))
         for row in rows
@@ -144,5 +159,5 @@ def _means(rows: Sequence[Row], frequent: Sequence[str], score: Score, names: se
 
 
 def _mean(values: Sequence[float]) -> Mean:
-    """A mean with its standard error over tasks; 0 for one task, which never decides."""
+    """Returns a mean with its standard error over tasks; 0 for one task, which never decides."""
     return clustered(values) if len(values) > 1 else {"value": values[0], "se": 0.0, "n": 1}

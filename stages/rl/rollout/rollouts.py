@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, TypedDict
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
-from stages.formats.table import ROWS_PER_GROUP, read_errors, read_table
+from stages.formats.seeds import seed_of
+from stages.formats.table import ROWS_PER_GROUP, read_table
 from stages.generation.protocols import ToolCall, Turn
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import torch
+
 
 DROPPED = {
     "": "kept",
@@ -33,13 +35,18 @@ DROPPED = {
     "stale": "a token of the group is of a policy that is older than max_staleness",
 }
 
+# The reasons that hold for all answers of a group, which then is replaced.
 WHOLE_GROUPS = ("variance", "stale")
-"""The reasons that hold for all answers of a group, which then is replaced."""
 
 
 class Span(TypedDict):
-    """Successive tokens of an answer that one policy drew. policy: its digest; version: the number of the last step
-    after which the trainer had this policy, None before a step takes the answer."""
+    """Successive tokens of an answer that one policy drew.
+
+    Attributes:
+        policy: Its digest.
+        version: The number of the last step after which the trainer had this policy, None before a step takes the
+            answer.
+    """
 
     version: int | None
     policy: str
@@ -48,13 +55,12 @@ class Span(TypedDict):
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer. `dropped`: the reason why no update used it, a key of DROPPED. `routes`: the experts of its tokens
-    (stages/generation/routes.py), with routing replay. `turns`: of a phase with tools; `ids` then are those of all
-    turns and of the results between them, and `text` is that of the last turn.
+    """One answer, which is a row of rollouts.parquet (docs/formats.md).
 
-    Of an asynchronous phase `group` is the number in which the group was issued and `step` the one that took it, in the
-    order of the rows; `policy` drew the first token. `issued`: the version of the policy when the group was issued;
-    `versions`: the policies of its tokens."""
+    In an asynchronous phase, `group` is the number in which the group was issued, `step` the one that took it, in the
+    order of the rows, and `policy` drew the first token. In a phase with tools, `ids` are those of all turns and of the
+    results between them, and `text` is that of the last turn.
+    """
 
     step: int
     wave: int
@@ -74,15 +80,15 @@ class Rollout:
     parts: Mapping[str, float]
     verifier: str
     verifier_version: str
-    dropped: str
-    routes: bytes | None = None
-    issued: int | None = None
-    versions: Sequence[Span] | None = None
-    turns: Sequence[Turn] | None = None
+    dropped: str  # the reason why no update used it, a key of DROPPED
+    routes: bytes | None = None  # the experts of its tokens, with routing replay
+    issued: int | None = None  # the version of the policy when the group was issued
+    versions: Sequence[Span] | None = None  # the policies of its tokens
+    turns: Sequence[Turn] | None = None  # of a phase with tools
 
     @property
     def is_sampled(self) -> list[bool]:
-        """Of each of `ids`, whether the policy drew it."""
+        """A bool for each of `ids`: the policy drew it."""
         if self.turns is None:
             return [True] * len(self.ids)
         return [flag for t in self.turns for flag in [True] * t["sampled"] + [False] * t["appended"]]
@@ -94,8 +100,13 @@ class Rollout:
 
 
 def schema(routes: bool = False, asynchronous: bool = False, tools: bool = False) -> pa.Schema:
-    """routes: of a phase with routing replay, whose answers have a column more; asynchronous: of a phase whose answers
-    have two columns more; tools: of one with tools, a column more."""
+    """Returns the columns of rollouts.parquet.
+
+    Args:
+        routes: True for a phase with routing replay, whose answers have a column more.
+        asynchronous: True for an asynchronous phase, whose answers have two columns more.
+        tools: True for a phase with tools, whose answers have a column more.
+    """
     import pyarrow as pa
 
     ids, text = pa.list_(pa.int32()), pa.string()
@@ -113,7 +124,11 @@ def schema(routes: bool = False, asynchronous: bool = False, tools: bool = False
 
 
 def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None:
-    """Writes the file atomically. durable: waits until it is on disk, so that a crash of the machine keeps it too."""
+    """Writes the file atomically.
+
+    Args:
+        durable: Waits until it is on disk, so that a crash of the machine keeps it too.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -126,24 +141,21 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
 
 
 def read(path: Path, step: int | None = None) -> list[Rollout]:
-    """The answers, or those of a step. Raises AtomError if the file is damaged."""
+    """Returns the answers, or those of a step.
+
+    Raises:
+        AtomError: The file is damaged.
+    """
     rows = read_table(path, filters=None if step is None else [("step", "=", step)]).to_pylist()
     return [Rollout(**{**row, "parts": json.loads(row["parts"])}) for row in rows]
 
 
-def is_of_earlier_version(path: Path) -> bool:
-    """Whether the file names policies by `digest`, and not by the digest of their tensors' digests. Raises AtomError if
-    it cannot be read."""
-    import pyarrow.parquet as pq
-
-    with read_errors(path), pq.ParquetFile(path) as file:
-        first = next(file.iter_batches(1, columns=["policy"]), None)
-    return first is not None and first.num_columns == 1 and str(first["policy"][0]).startswith("sha256:")
-
-
 def merge(parts: Sequence[Path], target: Path, columns: pa.Schema) -> int:
-    """Merges all answers of a phase into one file, one row group per step. Returns their number. columns: a
-    `schema`."""
+    """Merges all answers of a phase into one file, one row group per step, and returns their number.
+
+    Args:
+        columns: A `schema`.
+    """
     import pyarrow.parquet as pq
 
     count = 0
@@ -158,12 +170,12 @@ def merge(parts: Sequence[Path], target: Path, columns: pa.Schema) -> int:
 
 
 def pass_rate(group: Sequence[Rollout]) -> float:
-    """Mean reward of a group, each between 0 and 1."""
+    """Returns the mean reward of a group, each between 0 and 1."""
     return sum(min(max(r.reward, 0.0), 1.0) for r in group) / len(group)
 
 
 def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean reward by kind of task, in the order of their names."""
+    """Returns the mean reward by kind of task, in the order of their names."""
     kinds: dict[str, list[float]] = {}
     for r in rollouts:
         kinds.setdefault(r.kind, []).append(r.reward)
@@ -171,9 +183,11 @@ def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def consumption_digest(rollouts: Sequence[Rollout]) -> str:
-    """SHA-256 over the answers of an asynchronous phase in their order. Of each: a line of JSON (sorted keys, no
-    spaces) with all columns but `logprobs` and `routes`, the log-probabilities as little-endian fp32, and the bytes of
-    `routes`, if any."""
+    """Returns SHA-256 over the answers of an asynchronous phase in their order.
+
+    Of each: a line of JSON (sorted keys, no spaces) with all columns but `logprobs` and `routes`, the log-probabilities
+    as little-endian fp32, and the bytes of `routes`, if any.
+    """
     hasher = hashlib.sha256()
     for r in rollouts:
         columns = {name: value for name, value in vars(r).items() if name not in ("logprobs", "routes", "turns")}
@@ -182,14 +196,40 @@ def consumption_digest(rollouts: Sequence[Rollout]) -> str:
     return f"sha256:{hasher.hexdigest()}"
 
 
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and bytes of all tensors, by name, one after the other. Files of earlier
-    versions name a policy by it (`is_of_earlier_version`)."""
-    import torch
+def hash_fraction(question: str) -> float:
+    """Returns a hash of a text, as a number in [0, 1).
 
-    hasher = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return f"sha256:{hasher.hexdigest()}"
+    Pairs whose question has less than `heldout_fraction` are held out.
+    """
+    return int(hashlib.sha256(question.encode()).hexdigest()[:8], 16) / 2**32
+
+
+class PairOrder:
+    """The order of the pairs that a reward model learns from: all of them once an epoch, shuffled anew in each.
+
+    Args:
+        count: Number of pairs that are not held out.
+        per_step: Pairs of a step.
+        label: Label of the phase in seeds.
+        seed: The recipe's.
+    """
+
+    def __init__(self, count: int, per_step: int, label: str, seed: int) -> None:
+        self.count, self.per_step, self.label, self.seed = count, per_step, label, seed
+        self._epoch, self._shuffled = -1, list[int]()
+
+    def of_step(self, step: int) -> list[int]:
+        """Returns the numbers of the pairs of a step (from 1), from 0 to count - 1."""
+        numbers = []
+        for number in range((step - 1) * self.per_step, step * self.per_step):
+            epoch, position = divmod(number, self.count)
+            numbers.append(self._of_epoch(epoch)[position])
+        return numbers
+
+    def _of_epoch(self, epoch: int) -> list[int]:
+        """Returns the order of an epoch. The last one is kept, since a step needs it for each pair."""
+        if self._epoch != epoch:
+            self._shuffled = list(range(self.count))
+            random.Random(seed_of(f"{self.label}/epoch {epoch}", self.seed)).shuffle(self._shuffled)
+            self._epoch = epoch
+        return self._shuffled

@@ -33,8 +33,8 @@ from stages.tasks.eval_set import chat_rows, texts_of
 from stages.tasks.rows import Row, bin_of, question
 
 VERSION = 4
+# The verifier that is trained after the tasks are drawn, so that none of its rewards is known.
 TRAINED = "reward-model"
-"""The verifier that is trained after the tasks are drawn, so that none of its rewards is known."""
 
 if TYPE_CHECKING:
     Source = TaskSource
@@ -68,15 +68,19 @@ class TasksConfig(Config):
 
 
 def kinds_of(sources: Iterable[TaskSource]) -> set[str]:
-    """The kinds of tasks of the sources."""
+    """Returns the kinds of tasks of the sources."""
     return {name.rsplit("/", 1)[0] for source in sources for name in source.bins()}
 
 
 def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seals `tasks.jsonl`, and `probes.json`: the rewards of answers that solve nothing. inputs["items"]: the
-    evaluation items, whose questions no task may have; inputs["benchmarks"], if there are task sets: their items.
+    """Seals `tasks.jsonl`, and `probes.json`: the rewards of answers that solve nothing.
 
-    Raises RecipeError for a source without tasks, and AtomError for one whose reward needs no solving.
+    No task may have a question of the evaluation items, inputs["items"], or, if there are task sets, words of their
+    items, inputs["benchmarks"].
+
+    Raises:
+        RecipeError: A source has no tasks.
+        AtomError: The reward of a source needs no solving.
     """
     excluded = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
     rows = [row for source in config.sources for row in source.rows(config.seed, excluded)]
@@ -91,7 +95,7 @@ def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 def _without_secrets(tasks: list[Row], report: Report) -> list[Row]:
-    """The tasks without access tokens and private keys, since all tasks are published."""
+    """Returns the tasks without access tokens and private keys, since all tasks are published."""
     public = [row for row in tasks if not find_secret(text := json.dumps(row), text.replace("\\n", "\n"))]
     if len(tasks) > len(public):
         report.note(f"{len(tasks) - len(public)} tasks hold an access token or a private key and were left out")
@@ -99,12 +103,13 @@ def _without_secrets(tasks: list[Row], report: Report) -> list[Row]:
 
 
 def _probe(config: TasksConfig, tasks: Sequence[Row], report: Report) -> dict[str, ProbedBin]:
-    """The probes of every bin, each of which passes."""
+    """Returns the probes of every bin, each of which passes."""
     by_bin: dict[str, list[Row]] = {}
     for row in tasks:
         by_bin.setdefault(bin_of(row), []).append(row)
     sources = {name: source for source in config.sources for name in source.bins()}
     probed: dict[str, ProbedBin] = {}
+    # The reward model does not exist yet, so its tasks are drawn unprobed.
     rows = [row for row in tasks if row["verifier"] != TRAINED]
     with closing(Verifiers(make_verifiers(rows, {}, None, config.verifiers), report.note)) as verifiers:
         for name, bin_rows in sorted(by_bin.items()):
@@ -116,7 +121,7 @@ def _probe(config: TasksConfig, tasks: Sequence[Row], report: Report) -> dict[st
 
 
 def _without_shared_words(tasks: list[Row], benchmarks: Artifact, ngram: int, report: Report) -> list[Row]:
-    """The tasks whose question shares no `ngram` words with an item of a task set, nor all words of a shorter item."""
+    """Returns the tasks whose question shares no `ngram` words with an item, nor all words of a shorter item."""
     from stages.data.curation.decontamination import ContaminationIndex
 
     index = ContaminationIndex(item_texts(benchmarks), ngram)
@@ -135,13 +140,13 @@ def read(artifact: Artifact) -> list[dict[str, Any]]:
 
 
 def estimate(config: TasksConfig) -> Estimate:
-    """A verifier that starts a process for each answer takes some minutes of a core for each bin."""
+    """Returns the resources. A verifier that starts a process for each answer takes minutes of a core for each bin."""
     slow = sum(len(source.bins()) for source in config.sources if source.verifier in ("math-verify", "python-tests"))
     return Estimate(cpu_seconds=30 + 200 * slow, memory_bytes=300_000_000, disk_bytes=10_000_000)
 
 
 def lack(config: TasksConfig) -> str | None:
-    """The reason why a verifier cannot score here; None if all can."""
+    """Returns the reason why a verifier cannot score here; None if all can."""
     return obstacle({source.verifier for source in config.sources} - {TRAINED}, config.verifiers)
 
 

@@ -20,14 +20,14 @@ from stages.formats.seeds import seed_of
 from stages.generation.protocols import AnswerGenerator, Completion, Prompt, ToolCall, Turn
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
-from stages.rl.tools.base import Call
+from stages.rl.tools.registry import Call
 from stages.rl.tools.settings import Tools
 from stages.scorers import answer_of
 from stages.tasks.rows import Row
 
 CALL_TEXT = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+# Calls of a turn that are answered; further ones are not.
 MOST_CALLS = 8
-"""Calls of a turn that are answered; further ones are not."""
 CUT = "\n[cut: {} more characters]"
 FORM = '{"name": ..., "arguments": {...}}'
 
@@ -43,7 +43,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """A call to answer. texts: of all calls of its answer so far, its own the last."""
+    """A call to answer.
+
+    Attributes:
+        texts: Texts of all calls of its answer so far, its own the last.
+    """
 
     row: Row
     texts: Sequence[str]
@@ -53,8 +57,16 @@ class Toolbox:
     """The running tools of a phase."""
 
     def __init__(self, tools: Tools, inputs: Inputs, folder: Path) -> None:
-        """inputs: the artifacts of the stage; folder: for files of tools, emptied. Raises AtomError where a requirement
-        is missing."""
+        """Starts the tools.
+
+        Args:
+            tools: Section of the recipe.
+            inputs: Artifacts of the stage.
+            folder: Folder for files of tools; it is emptied.
+
+        Raises:
+            AtomError: A requirement is missing.
+        """
         shutil.rmtree(folder, ignore_errors=True)
         self.tools = tools
         self.running = {}
@@ -67,7 +79,12 @@ class Toolbox:
             raise
 
     def answer(self, requests: Sequence[Request]) -> list[ToolCall]:
-        """The calls with their results, in order. Raises ToolFailed if a tool cannot answer."""
+        """Returns the calls with their results, in order.
+
+        Raises:
+            ToolFailed: A tool cannot answer.
+        """
+        # A call that cannot be read has its error as the result, so that the model can correct it.
         calls = [read_call(r.texts[-1], self.tools, r.row, r.texts[:-1]) for r in requests]
         answered = {n: call for n, call in enumerate(calls) if not isinstance(call, Call)}
         for name, tool in self.running.items():
@@ -85,7 +102,11 @@ class Toolbox:
 
 
 def read_call(request: str, tools: Tools, row: Row, before: Sequence[str] = ()) -> Call | ToolCall:
-    """The call, or what is wrong with it as its result. before: the text of the answer's earlier calls."""
+    """Returns the call, or what is wrong with it as its result.
+
+    Args:
+        before: The text of the answer's earlier calls.
+    """
 
     def refused(status: str, text: str, name: str = "") -> ToolCall:
         return finished_call(request, name, status, f"error: {text}", tools)
@@ -109,7 +130,7 @@ def read_call(request: str, tools: Tools, row: Row, before: Sequence[str] = ()) 
 
 
 def finished_call(request: str, tool: str, status: str, result: str, tools: Tools) -> ToolCall:
-    """The call with its result, which is cut if it is too long."""
+    """Returns the call with its result, which is cut if it is too long."""
     tool, text = (value.encode(errors="replace").decode() for value in (tool, result))  # no table has lone surrogates
     if len(text) > (most := tools.max_result_characters):
         text = text[:most] + CUT.format(len(text) - most)
@@ -117,7 +138,7 @@ def finished_call(request: str, tool: str, status: str, result: str, tools: Tool
 
 
 def is_result(text: str, tools: Tools) -> bool:
-    """Whether the text can be that of a finished call."""
+    """Returns True if the text can be that of a finished call."""
     rest = text[tools.max_result_characters :]
     return not rest or re.fullmatch(re.escape(CUT).replace(r"\{\}", "[0-9]+"), rest) is not None
 
@@ -137,7 +158,7 @@ class Episode:
         self.is_finished = False
 
     def prompt(self) -> Prompt:
-        """That of the next turn, which has a seed of its own."""
+        """Returns the prompt of the next turn, which has a seed of its own."""
         number = len(self.turns) + 1
         seed = self.seed if number == 1 else seed_of(f"turn/{number}", self.seed)
         return Prompt((*self.question, *self.ids), seed)
@@ -161,17 +182,20 @@ class Episode:
         return calls if len(self.turns) < self.limits.max_turns else []
 
     def requests(self, calls: Sequence[str]) -> list[Request]:
-        """The calls of the last turn, each with its task and all calls so far."""
+        """Returns the calls of the last turn, each with its task and all calls so far."""
         before = [call["request"] for turn in self.turns for call in turn["calls"]]
         return [Request(self.row, [*before, *calls[: n + 1]]) for n in range(len(calls))]
 
     def resume(self, calls: Sequence[ToolCall]) -> bool:
-        """Appends the results of the last turn's calls. Returns whether there is room for another turn; if not, the
-        answer ends unfinished, without the results."""
+        """Appends the results of the last turn's calls.
+
+        Returns whether there is room for another turn; if not, the answer ends unfinished, without the results.
+        """
         self.turns[-1]["calls"] = list(calls)
         appended = self.chat.encode_results([call["result"] for call in calls])
         self.ids += appended
         if len(self.question) + len(self.ids) + self.limits.max_new_tokens > self.limits.context_length:
+            # Results without room for another turn are no part of the answer, since nothing follows them.
             del self.ids[len(self.ids) - len(appended) :]
             return False
         self.logprobs += [0.0] * len(appended)
@@ -180,17 +204,27 @@ class Episode:
 
     def completion(self) -> Completion:
         return Completion(
-            tuple(self.ids), tuple(self.logprobs), self.is_finished, self.routes, tuple(self.versions),
+            tuple(self.ids),
+            tuple(self.logprobs),
+            self.is_finished,
+            self.routes,
+            tuple(self.versions),
             tuple(self.turns),
-        )  # fmt: skip
+        )
 
 
 def draw(
-    sampler: AnswerGenerator, chat: Chat, toolbox: Toolbox, limits: Limits, requests: Sequence[tuple[Row, int]],
+    sampler: AnswerGenerator,
+    chat: Chat,
+    toolbox: Toolbox,
+    limits: Limits,
+    requests: Sequence[tuple[Row, int]],
     greedy: bool = False,
-) -> list[Completion]:  # fmt: skip
-    """One completion for each (task, seed), all of them turn by turn. Raises what the sampler raises, and ToolFailed if
-    a tool cannot answer."""
+) -> list[Completion]:
+    """Returns one completion for each (task, seed), all of them turn by turn.
+
+    Raises what the sampler raises, and ToolFailed if a tool cannot answer.
+    """
     episodes = [Episode(chat, row, seed, limits) for row, seed in requests]
     active = list(episodes)
     while active:
@@ -202,8 +236,11 @@ def draw(
 
 
 def problem(r: Rollout, chat: Chat, row: Row, limits: Limits | None) -> str | None:
-    """Why the turns of an answer from a file cannot be those of its tokens, in words; None if they can. The calls must
-    be in the drawn tokens, and the results in those between them; each turn must end or go on as it would."""
+    """Returns the reason why the turns of an answer from a file cannot be those of its tokens; None if they can.
+
+    The calls must
+    be in the drawn tokens, and the results in those between them; each turn must end or go on as it would.
+    """
     if limits is None or r.turns is None:
         return None if limits is None and r.turns is None else "has turns, or lacks them, unlike the phase"
     try:

@@ -28,8 +28,8 @@ from stages.rl.sandbox.outcome import DEATHS, Limits, Outcome, SandboxFailed
 __all__ = ["Limits", "Outcome", "Pool", "Program", "SandboxFailed", "missing"]
 
 ATTEMPTS = 3
+# The outcome of a program that killed its sandbox, or was killed with it.
 KILLED = Outcome("killed", "", "", -9, 0.0)
-"""The outcome of a program that killed its sandbox, or was killed with it."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,10 +41,15 @@ class Pool:
     def __init__(
         self, workers: int | None = None, limits: Limits | None = None, extra_limits: Sequence[Limits] = ()
     ) -> None:
-        """workers: by default two for each core, because a worker often waits for its sandbox. extra_limits: the limits
-        of further cells of each worker.
+        """Starts the cells.
 
-        Raises SandboxFailed where no sandbox starts.
+        Args:
+            workers: Number of workers; by default two for each core, because a worker often waits for its sandbox.
+            limits: Limits of the first cell of each worker.
+            extra_limits: Limits of its further cells.
+
+        Raises:
+            SandboxFailed: No sandbox starts.
         """
         self.workers = workers or 2 * len(os.sched_getaffinity(0))
         self._cells = [
@@ -63,9 +68,12 @@ class Pool:
             raise
 
     def map(self, work: Callable[[list[Cell], T], R], items: Iterable[T], killed: Callable[[T], R]) -> list[R]:
-        """work(cells, item) for each item, as many at a time as there are workers; results in their order.
+        """Returns work(cells, item) for each item, in order; as many run at a time as there are workers.
 
-        killed(item): the result for an item that kills its sandbox. Raises SandboxFailed if the sandbox itself fails.
+        `killed(item)` is the result for an item that kills its sandbox.
+
+        Raises:
+            SandboxFailed: The sandbox itself fails.
         """
 
         def run_item(item: T) -> R:
@@ -82,6 +90,7 @@ class Pool:
 
     def _retry_alone(self, work: Callable[[list[Cell], T], R], item: T, killed: Callable[[T], R]) -> R:
         with self._exclusive:
+            # All workers wait meanwhile: a parallel program may have taken the memory.
             all_cells = [self._free.get() for _ in range(self.workers)]
             try:
                 for _ in range(1, ATTEMPTS):
@@ -97,7 +106,11 @@ class Pool:
                     self._free.put(cells)
 
     def run(self, programs: Sequence[Program]) -> list[Outcome]:
-        """The outcomes of programs, in order. Raises SandboxFailed if the sandbox failed."""
+        """Returns the outcomes of programs, in order.
+
+        Raises:
+            SandboxFailed: The sandbox failed.
+        """
         return self.map(lambda cells, program: cells[0].run(program), programs, lambda _: KILLED)
 
     def close(self) -> None:
@@ -132,7 +145,7 @@ def probe(cell: Cell) -> None:
 
 
 def missing() -> str | None:
-    """The reason why this machine cannot run a model's code safely, in one sentence; None if a sandbox runs here."""
+    """Returns the reason why this machine cannot run a model's code safely; None if a sandbox runs here."""
     if shutil.which("bwrap") is None:
         return "code of a model runs under bubblewrap, and there is no bwrap on PATH; apt-get install bubblewrap"
     try:

@@ -23,15 +23,19 @@ class Channel(Protocol):
 
 
 Load = Callable[..., ModuleType]
+# The function that returns the plain value of a subclass, without its methods.
 PLAIN: list[tuple[type, Callable[[Any], Any]]] = [(int, int.__int__), (float, float.__float__), (str, str.__str__)]
-"""The function that returns the plain value of a subclass, without its methods."""
+# Bits of an int beyond which it is sent as hexadecimal digits: decimal ones take quadratic time, and Python reads at
+# most 4300.
 LONG = 14_000
-"""Bits of an int beyond which it is sent as hexadecimal digits: decimal ones take quadratic time, and Python reads at
-most 4300."""
 
 
 def encode(value: Any) -> Any:
-    """Encodes a value. Raises TypeError for anything but plain data."""
+    """Encodes a value.
+
+    Raises:
+        TypeError: The value is not plain data.
+    """
     if value is None or isinstance(value, bool):
         return value
     for kind, plain in PLAIN:
@@ -93,7 +97,7 @@ def answer(channel: Channel, load: Load, job: Job) -> None:
 
 
 def describe_exception(e: Exception) -> list[Any]:
-    """The exception's builtin classes, nearest first, its text, and its arguments, if those are plain and short."""
+    """Returns the exception's builtin classes, nearest first, its text, and its arguments if plain and short."""
     names = [kind.__name__ for kind in type(e).__mro__ if kind.__module__ == "builtins"]
     text = ""
     try:
@@ -105,8 +109,11 @@ def describe_exception(e: Exception) -> list[Any]:
 
 
 def rebuild_exception(names: list[str], text: str, arguments: Any) -> Exception:
-    """The exception of an answer as the nearest builtin one: for any message of the answer, it has a class of this
-    process and plain data. It is never a StopIteration, which would end a loop of the check, and with it the check."""
+    """Returns the exception of an answer as the nearest builtin one.
+
+    For any message of the answer, it has a class of this process and plain data. It is never a StopIteration, which
+    would end a loop of the check, and with it the check.
+    """
     stops = (StopIteration, StopAsyncIteration)
     for kind in (*(getattr(builtins, str(name), None) for name in names), Exception):
         if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, stops):

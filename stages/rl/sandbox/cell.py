@@ -1,4 +1,4 @@
-"""A warm process under bubblewrap that runs one program at a time."""
+"""A warm process under bubblewrap that runs one program at a time, and the program that runs in it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,198 @@ import contextlib
 import itertools
 import json
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stages.rl.sandbox.cgroups import PREFIX, Cgroup
 from stages.rl.sandbox.inside import DEVICES
-from stages.rl.sandbox.outcome import PATIENCE, Job, Limits, Outcome, SandboxFailed
-from stages.rl.sandbox.running import Running
+from stages.rl.sandbox.outcome import PATIENCE, Job, Limits, Outcome, SandboxFailed, Status
 
 INSIDE = ("inside.py", "calls.py", "syscalls.py")
 OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor
 OWN_MEMORY = 64 << 20
 SYSCTLS = Path("/proc/sys")
+# Settings of the kernel, each with the value that forbids user namespaces and one that allows them.
 USER_NAMESPACES = (
     ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
     ("kernel/unprivileged_userns_clone", "0", "1"),
     ("user/max_user_namespaces", "0", "15000"),
 )
-"""Settings of the kernel, each with the value that forbids user namespaces and one that allows them."""
+
+
+class Running:
+    """A program in its cell. As a context: its remaining processes are killed at the end."""
+
+    def __init__(self, cell: Cell, job: Job, cgroup: Cgroup | None) -> None:
+        self.cell, self.limits, self._cgroup = cell, cell.limits, cgroup
+        self._killed_before = cgroup.out_of_memory() if cgroup else 0
+        self._reason: Status | None = None
+        self._exit: tuple[int, float] | None = None
+        self._deadline = time.monotonic() + cell.limits.wall_seconds
+        self._selector = selectors.DefaultSelector()
+        self._channel, peer = socket.socketpair()
+        (out, out_writer), (err, err_writer) = os.pipe(), os.pipe()
+        self._texts = {out: bytearray(), err: bytearray()}
+        self._lines = bytearray()
+        for file in (self._channel, out, err, cell.control):
+            self._selector.register(file, selectors.EVENT_READ)
+        try:
+            socket.send_fds(cell.control, [b"run"], [peer.fileno(), out_writer, err_writer])
+        except OSError:
+            cell.close()
+            self.close()
+            raise
+        finally:
+            peer.close()
+            os.close(out_writer)
+            os.close(err_writer)
+        try:
+            if self.ask(json.dumps(job).encode()) is None:  # its report of confinement; no code has run yet
+                raise SandboxFailed(f"the sandbox cannot confine a program: {self.finish()}")
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, message: bytes | None = None) -> bytes | None:
+        """Sends a line, if given, and returns the next line that comes back; None if the program ends before."""
+        if message is not None:
+            self._send(message)
+        self._pump(lambda: b"\n" in self._lines or self._channel.fileno() < 0)
+        line, newline, rest = self._lines.partition(b"\n")
+        self._lines = rest
+        if newline and self._reason is None:
+            return bytes(line)
+        # It has no more output. Its end comes from its supervisor's report, or from the clock, never from their order.
+        self._pump(lambda: self._exit is not None)
+        return None
+
+    def finish(self) -> Outcome:
+        """Closes the channel, waits for the end, and returns the outcome."""
+        self._close_channel()
+        self._pump(lambda: self._exit is not None)
+        self._pump(lambda: len(self._selector.get_map()) <= 1)  # the rest in the pipes of ended processes
+        assert self._exit is not None
+        code, cpu_seconds = self._exit
+        out, err = (bytes(t[: self.limits.output_bytes]).decode(errors="replace") for t in self._texts.values())
+        return Outcome(self._status(code, cpu_seconds, err), out, err, code, cpu_seconds)
+
+    def _status(self, code: int, cpu_seconds: float, err: str) -> Status:
+        if self._reason or code == 0:
+            return self._reason or "ok"
+        if (
+            code == -9 and cpu_seconds >= self.limits.cpu_seconds / 2
+        ):  # the kernel counts ticks for the one, not for the other
+            return "timeout"
+        if self._out_of_memory() or err.rstrip().rpartition("\n")[2].startswith("MemoryError"):
+            return "memory"
+        return "error" if code > 0 else "killed"
+
+    def _out_of_memory(self) -> bool:
+        return self._cgroup is not None and self._cgroup.out_of_memory() > self._killed_before
+
+    def _send(self, line: bytes) -> None:
+        if self._channel.fileno() < 0:
+            return
+        self._channel.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        try:
+            self._channel.sendall(line + b"\n")
+        except TimeoutError:
+            self._kill("timeout")
+        except OSError:
+            pass  # it reads nothing more; its earlier output remains to be read
+
+    def _pump(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            remaining = self._deadline - time.monotonic()
+            if remaining <= 0:
+                self._kill("timeout")
+            for key, _ in self._selector.select(max(remaining, 0)):
+                if key.fileobj is self.cell.control:
+                    self._handle_end(self._read_report())
+                    continue
+                data = self._read(key.fd)
+                if not data:
+                    self._selector.unregister(key.fileobj)
+                    if key.fd not in self._texts:
+                        self._channel.close()
+                    continue
+                buffer = self._texts.get(key.fd, self._lines)
+                if self._reason is None:
+                    buffer += data
+                if len(buffer) > self.limits.output_bytes:
+                    self._kill("output")
+
+    def _read(self, file: int) -> bytes:
+        try:
+            return os.read(file, 65536)
+        except ConnectionResetError:  # it ended before it read the message
+            return b""
+        except OSError:  # normal use of the channel cannot cause this
+            self._kill("killed")
+            return b""
+
+    def _read_report(self) -> bytes:
+        try:
+            return self.cell.control.recv(256)
+        except ConnectionResetError:  # it died before it read a request
+            return b""
+
+    def _handle_end(self, message: bytes) -> None:
+        if message:
+            code, cpu_seconds = json.loads(message)
+            self._exit = code, cpu_seconds
+            return
+        out_of_memory = self._out_of_memory()
+        self.cell.close()
+        if not out_of_memory:
+            raise BrokenPipeError("the sandbox was killed")
+        self._reason, self._exit = "memory", (-9, 0.0)  # the kernel also killed the warm process
+        self._selector.unregister(self.cell.control)
+
+    def _kill(self, reason: Status) -> None:
+        if self._exit is not None:
+            if reason == "output":  # over the limit, although it had ended when the output was read
+                self._reason = self._reason or reason
+            return
+        now = time.monotonic()
+        if self._reason is None:
+            self._reason, self._deadline = reason, now + PATIENCE
+            self.cell.control.send(b"kill")
+        elif now >= self._deadline:
+            self.cell.close()
+            raise SandboxFailed(f"a program could not be killed within {PATIENCE:.0f} seconds; see the kernel's log")
+
+    def _close_channel(self) -> None:
+        if self._channel.fileno() >= 0:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(self._channel)
+            self._channel.close()
+
+    def close(self) -> None:
+        self._close_channel()
+        if self._exit is None and self.cell.pid is not None:
+            try:
+                self._kill("killed")
+                self._pump(lambda: self._exit is not None)  # further output is dropped
+            except (OSError, SandboxFailed):
+                self.cell.close()
+        self._selector.close()
+        for file in self._texts:
+            os.close(file)
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -38,9 +207,12 @@ class Program:
 
 
 def command(limits: Limits) -> list[str]:
-    """The bwrap command. Read-only: this Python, the libraries it loads, the files of this package, four devices. No
-    /proc, no network, no user namespace. The capabilities to unshare, to mount a new /tmp and to start the loopback are
-    dropped before a program runs."""
+    """Returns the bwrap command.
+
+    Read-only: this Python, the libraries it loads, the files of this package, four devices. No /proc, no network, no
+    user namespace. The capabilities to unshare, to mount a new /tmp and to start the loopback are dropped before a
+    program runs.
+    """
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     base = str(Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})).parent)
     line = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
@@ -89,7 +261,11 @@ class Cell:
         self._ready = False
 
     def start(self) -> None:
-        """Starts it without waiting. Raises SandboxFailed if it cannot."""
+        """Starts it without waiting.
+
+        Raises:
+            SandboxFailed: It cannot.
+        """
         line, limits = command(self.limits), self.limits
         if os.geteuid() == 0:
             total = limits.memory_bytes + limits.disk_bytes + OWN_MEMORY
@@ -113,12 +289,20 @@ class Cell:
         self._ready = False
 
     def run(self, program: Program) -> Outcome:
-        """Runs a job to its end. Raises SandboxFailed if the sandbox failed, and one of DEATHS if it died."""
+        """Runs a job to its end.
+
+        Raises:
+            SandboxFailed: The sandbox failed. If it died, one of DEATHS is raised instead.
+        """
         with self.begin({"role": "program", "source": program.source, "stdin": program.stdin}) as running:
             return running.finish()
 
     def begin(self, job: Job) -> Running:
-        """Starts a job. Raises SandboxFailed if the sandbox does not start, and one of DEATHS if it dies."""
+        """Starts a job.
+
+        Raises:
+            SandboxFailed: The sandbox does not start. If it dies, one of DEATHS is raised instead.
+        """
         if self._process is None or self._process.poll() is not None:
             self.close()
             self.start()
@@ -147,8 +331,11 @@ class Cell:
 
     @staticmethod
     def _kill(bwrap: subprocess.Popen[bytes]) -> None:
-        """Kills bwrap and its first child: if bwrap dies before the child has set its parent-death signal, the child
-        waits forever for a message from it, and holds its message pipe open."""
+        """Kills bwrap and its first child.
+
+        If bwrap dies before the child has set its parent-death signal, the child waits forever for a message from it,
+        and holds its message pipe open.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.killpg(bwrap.pid, signal.SIGKILL)
 

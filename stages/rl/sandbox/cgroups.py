@@ -31,7 +31,7 @@ class Home:
 
 
 def homes(mounts: str, membership: str) -> dict[str, Home]:
-    """The home of "pids" and "memory" by /proc/self/mountinfo and /proc/self/cgroup; left out is one that has none.
+    """Returns the home of "pids" and "memory", if it has one, by /proc/self/mountinfo and /proc/self/cgroup.
 
     Version 1 wins where both are mounted: a controller that it has is absent from version 2.
     """
@@ -60,7 +60,11 @@ class Cgroup:
     def __init__(
         self, name: str, processes: int, memory_bytes: int, controller_homes: dict[str, Home] | None = None
     ) -> None:
-        """Raises SandboxFailed if no group that bounds processes can be made. Memory is bounded if possible."""
+        """Makes the groups. Memory is bounded if possible.
+
+        Raises:
+            SandboxFailed: No group that bounds processes can be made.
+        """
         if controller_homes is None:
             controller_homes = homes(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
         self.folders: list[Path] = []
@@ -79,7 +83,8 @@ class Cgroup:
                 )
 
     def _folder(self, home: Home, name: str, file_name: str) -> Path | None:
-        """The group with the file `file_name`: in this process's group, or in the nearest parent that allows it.
+        """Returns the group with the file `file_name`: in this process's group, or in the nearest parent that allows
+        it.
 
         Version 2 gives no controller to the children of a group that has processes of its own.
         """
@@ -103,23 +108,31 @@ class Cgroup:
         return None
 
     def wrapped(self, command: list[str]) -> list[str]:
-        """A command that enters the group and then executes `command`."""
+        """Returns a command that enters the group and then executes `command`."""
         files = [str(folder / "cgroup.procs") for folder in self.folders]
         script = 'n=$1; shift; while [ $n -gt 0 ]; do echo $$ > "$1" || exit 1; shift; n=$((n-1)); done; exec "$@"'
         return ["/bin/sh", "-c", script, "sh", str(len(files)), *files, *command]
 
     def processes(self) -> set[int]:
-        """The process ids in all folders of the group."""
+        """Returns the process ids in all folders of the group."""
         return {int(n) for folder in self.folders for n in _read(folder / "cgroup.procs").split()}
 
     def out_of_memory(self) -> int:
-        """The number of processes in the group that the kernel killed for memory."""
-        lines = [line.split() for f in self.folders for name in ("memory.oom_control", "memory.events")
-                 for line in _read(f / name).splitlines()]  # fmt: skip
+        """Returns the number of processes in the group that the kernel killed for memory."""
+        lines = [
+            line.split()
+            for f in self.folders
+            for name in ("memory.oom_control", "memory.events")
+            for line in _read(f / name).splitlines()
+        ]
         return sum(int(count) for name, count in lines if name == "oom_kill")
 
     def close(self) -> None:
-        """Kills its remaining processes and removes it. Raises SandboxFailed if one cannot be killed."""
+        """Kills its remaining processes and removes it.
+
+        Raises:
+            SandboxFailed: One cannot be killed.
+        """
         for _ in range(500):
             for folder in self.folders:
                 with contextlib.suppress(OSError):  # version 2 in a kernel since 5.14

@@ -118,7 +118,7 @@ def supervise(control: socket.socket, files: list[int], limits: dict[str, int]) 
 
 
 def program(files: list[int], limits: dict[str, int]) -> int:
-    """In the child: reads the job from the channel, drops all capabilities, and runs it."""
+    """Runs in the child: reads the job from the channel, drops all capabilities, and runs it."""
     os.setsid()  # or signals and priorities for its process group would reach the processes outside
     os.chdir("/tmp")
     duplicates = [os.dup2(file, 100 + n) for n, file in enumerate(files)]

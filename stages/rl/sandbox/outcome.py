@@ -13,13 +13,20 @@ PATIENCE = 60.0  # seconds in which this project's processes start or answer, al
 Status = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 
 
+# The exceptions when a sandbox died while it ran a program: it was killed from outside, or by the program.
 DEATHS = (BrokenPipeError, ConnectionResetError)
-"""The exceptions when a sandbox died while it ran a program: it was killed from outside, or by the program."""
 
 
 class Job(TypedDict):
-    """The job of a child in a sandbox: a whole program; or an answer's functions, which it calls on request; or a check
-    that calls them. prelude: source that runs before; entry_point: the name of the function. A program has neither."""
+    """The job of a child in a sandbox.
+
+    Attributes:
+        role: A whole program; or an answer's functions, which it calls on request; or a check that calls them.
+        source: Its source.
+        stdin: Its standard input.
+        prelude: Source that runs before; a program has none.
+        entry_point: The name of the function.
+    """
 
     role: Literal["program", "answer", "check"]
     source: str
@@ -37,9 +44,13 @@ class Limits:
     """The limits of a program.
 
     cpu_seconds bound each process and are the effective limit; wall_seconds are far above, so that no good program
-    fails on a busy machine, and end sleeping programs. memory_bytes: address space of each process, and, under root,
-    memory of all together. disk_bytes: of /tmp. output_bytes: of standard output, of standard error, and of each
-    message, separately."""
+    fails on a busy machine, and end sleeping programs.
+
+    Attributes:
+        memory_bytes: Address space of each process, and, under root, memory of all together.
+        disk_bytes: Size of /tmp.
+        output_bytes: Size of standard output, of standard error, and of each message, separately.
+    """
 
     cpu_seconds: int = 4
     wall_seconds: float = 40.0
@@ -53,7 +64,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """exit_code: negative if a signal ended it. cpu_seconds: of its first process and those that this waited for."""
+    """The end of a program.
+
+    Attributes:
+        status: How it ended.
+        stdout: Its standard output.
+        stderr: Its standard error.
+        exit_code: Its exit code; negative if a signal ended it.
+        cpu_seconds: Time of its first process and those that this waited for.
+    """
 
     status: Status
     stdout: str

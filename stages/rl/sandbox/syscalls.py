@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import struct
 
+# The kernel's number of each machine, and its column of CALLS.
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-"""The kernel's number of each machine, and its column of CALLS."""
 
 EPERM, ENOSYS, ENOPROTOOPT = 1, 38, 92
+# Calls from here on have one number on all machines. Libraries try them and fall back if they are missing.
 NEW = 424
-"""Calls from here on have one number on all machines. Libraries try them and fall back if they are missing."""
 
 # name:x86_64:aarch64
 CALLS = """
@@ -55,11 +55,12 @@ unshare:272:97 mount:165:40 capset:126:91
 """
 
 ALL = 0xFFFFFFFF
+# The namespaces of each program: CLONE_NEWPID, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWNET.
 NEW_NAMESPACES = 0x20000000 | 0x00020000 | 0x08000000 | 0x40000000
-"""The namespaces of each program: CLONE_NEWPID, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWNET."""
+# SIOCSIFFLAGS, which starts a network device.
 UP = 0x8914
-"""SIOCSIFFLAGS, which starts a network device."""
 SOCKETS = [(0, ALL, {1, 2}), (1, 0xF, {1, 2, 5}), (2, ALL, {0, 6, 17})]  # AF_UNIX, AF_INET; nothing loads a module
+# The calls with a restricted argument: (index, mask, allowed values).
 ARGUMENTS: dict[str, list[tuple[int, int, set[int]]]] = {
     "socket": SOCKETS,
     "socketpair": SOCKETS,
@@ -76,27 +77,34 @@ ARGUMENTS: dict[str, list[tuple[int, int, set[int]]]] = {
     # Not the advice that moves other processes' pages (MADV_COLD, MADV_PAGEOUT) or compares them (MADV_MERGEABLE).
     "madvise": [(2, ALL, {0, 1, 2, 3, 4, 8, 14, 15})],
 }
-"""The calls with a restricted argument: (index, mask, allowed values)."""
 
+# By level, the options of a socket that may be set. With others (IP_MINTTL) a connection outlives its program: sent
+# data waits in the kernel for minutes, for a peer that has exited.
 OPTIONS = {
     # REUSEADDR, BROADCAST, SNDBUF, RCVBUF, KEEPALIVE, LINGER, REUSEPORT, PASSCRED, RCVTIMEO, SNDTIMEO
     1: {2, 6, 7, 8, 9, 13, 15, 16, 20, 21},
     6: {1, 3, 4, 5, 6, 12, 18},  # TCP: NODELAY CORK KEEPIDLE KEEPINTVL KEEPCNT QUICKACK USER_TIMEOUT
     41: {26},  # IPv6: V6ONLY
 }
-"""By level, the options of a socket that may be set. With others (IP_MINTTL) a connection outlives its program: sent
-data waits in the kernel for minutes, for a peer that has exited."""
 
 
 def numbers(machine: str) -> dict[str, int]:
-    """The allowed calls of a machine, by name. Raises KeyError for a machine that is not in the table."""
+    """Returns the allowed calls of a machine, by name.
+
+    Raises:
+        KeyError: The machine is not in the table.
+    """
     column = MACHINES[machine][1]
     rows = [entry.split(":") for entry in CALLS.split()]
     return {name: int(number) for name, *columns in rows if (number := columns[column]) != "-"}
 
 
 def filter_of(machine: str) -> bytes:
-    """The filter's instructions, 8 bytes each. Raises KeyError for a machine that is not in the table."""
+    """Returns the filter's instructions, 8 bytes each.
+
+    Raises:
+        KeyError: The machine is not in the table.
+    """
     load, mask, equal, at_least, give = 0x20, 0x54, 0x15, 0x35, 0x06
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
     code = [(load, 0, 0, 4), (equal, 1, 0, MACHINES[machine][0]), (give, 0, 0, kill), (load, 0, 0, 0)]

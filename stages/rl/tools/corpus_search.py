@@ -18,13 +18,13 @@ from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.core.stage import Inputs
 from pipeline.core.store import Artifact
 from stages.formats.table import part_files, sources_of, stream_parts
-from stages.rl.tools.base import Call, Result, Tool, ToolFailed
+from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
 
 WORD = re.compile(r"\w+")
+# Words of a query that count, which bounds its time.
 MOST_WORDS = 32
-"""Words of a query that count, which bounds its time."""
+# Most characters of a passage.
 PASSAGE = 1000
-"""Most characters of a passage."""
 SCHEMA = "CREATE VIRTUAL TABLE passages USING fts5(document UNINDEXED, text, tokenize='unicode61')"
 # Equal scores are ordered by place, so that a query has one result.
 QUERY = "SELECT document, text FROM passages WHERE passages MATCH ? ORDER BY bm25(passages), rowid LIMIT ?"
@@ -67,7 +67,7 @@ class SearchTool(Tool):
         return Index(folder / "search.sqlite", self._passages(inputs["documents"]), self.passages)
 
     def _passages(self, documents: Artifact) -> Iterator[tuple[str, str]]:
-        """The id of a document and the text of a passage, in the order of the corpus."""
+        """Yields the id of a document and the text of a passage, in the order of the corpus."""
         kept = documents / "kept"
         for source in self.sources or sources_of(kept):
             count = 0
@@ -82,7 +82,9 @@ class SearchTool(Tool):
 
 
 def cut(text: str, characters: int) -> Iterator[str]:
-    """The text in pieces of at most so many characters, each up to a space where there is one in its second half."""
+    """Yields the text in pieces of at most so many characters, each up to a space where there is one in its second
+    half.
+    """
     start = 0
     while start < len(text):
         end = start + characters
@@ -99,7 +101,7 @@ class Index:
     """The running tool."""
 
     def __init__(self, file: Path, passages: Iterator[tuple[str, str]], most: int) -> None:
-        """most: the maximum number of passages of a result."""
+        """Makes the index of (document, passage). A result has at most `most` of them."""
         import sqlite3
 
         self.most, self.error = most, sqlite3.Error
@@ -121,6 +123,7 @@ class Index:
         if not words:
             return Result("error", "the query has no word")
         try:
+            # Each word in quotes: FTS5 would read some as operators.
             rows = self.connection.execute(QUERY, [" OR ".join(f'"{word}"' for word in words), self.most]).fetchall()
         except self.error as error:
             raise ToolFailed(f"tool search: its index cannot be read ({error}); see to the disk") from error

@@ -15,12 +15,12 @@ from pipeline.core.bounds import Range
 from pipeline.core.stage import Inputs, Promise, operational
 from stages.rl import sandbox
 from stages.rl.sandbox import Limits, Outcome, Pool, Program, SandboxFailed
-from stages.rl.tools.base import Call, Result, Tool, ToolFailed
+from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
 
+# Seconds of the clock for each of processor time: a program that computes ends by the one also on a busy machine.
 WALL = Limits().wall_seconds / Limits().cpu_seconds
-"""Seconds of the clock for each of processor time: a program that computes ends by the one also on a busy machine."""
+# Bytes of memory of a program.
 MEMORY = 512 << 20
-"""Bytes of memory of a program."""
 ENDINGS = {
     "timeout": "the program was ended: it took too long",
     "memory": "the program was ended: it used too much memory",
@@ -71,8 +71,10 @@ class Programs:
 
 
 def describe(outcome: Outcome) -> Result:
-    """What the program printed and, if it did not end well, a last line with the reason: of an error its last line, as
-    the rest of a traceback shows the sandbox."""
+    """Returns what the program printed and, if it did not end well, a last line with the reason.
+
+    The reason of an error is its last line, as the rest of a traceback shows the sandbox.
+    """
     if outcome.status == "ok":
         return Result("ok", outcome.stdout)
     errors = outcome.stderr.strip().splitlines() or [f"exit code {outcome.exit_code}"]

@@ -1,8 +1,9 @@
-"""The section `tools` of a phase: which tools its tasks offer, and the bounds of an answer that calls them."""
+"""The section `tools` of a phase: the tools that its tasks offer, and the bounds of an answer that calls them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field, model_validator
@@ -10,14 +11,14 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Range, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Promise
-from stages.rl.tools.base import Tool
-from stages.rl.tools.registry import tool_classes
+from stages.rl.tools.registry import TOOLS, Tool
 from stages.tasks.rows import Row
 
 if TYPE_CHECKING:
     AnyTool = Tool
 else:
-    AnyTool = Annotated[Union[tool_classes()], Field(discriminator="tool")]  # noqa: UP007
+    # Here and not in the registry, whose classes the tools themselves import.
+    AnyTool = Annotated[Union[tuple(map(resolve_name, TOOLS.values()))], Field(discriminator="tool")]  # noqa: UP007
 
 
 class Tools(Config):
@@ -44,12 +45,19 @@ class Tools(Config):
 
     @property
     def promise(self) -> Promise:
+        """The promise of a phase with these tools."""
         return "numeric" if any(tool.promise == "numeric" for tool in self.offered) else "bitwise"
 
     def functions(self, row: Row) -> dict[str, tuple[Tool, dict[str, Any]]]:
-        """{name: (tool, JSON schema)} of the functions that a task offers. Raises AtomError for one name twice."""
+        """Returns {name: (tool, JSON schema)} of the functions that a task offers.
+
+        Raises:
+            AtomError: Two tools give a function of one name.
+        """
         functions: dict[str, tuple[Tool, dict[str, Any]]] = {}
-        for tool in self.offered if not self.kinds or row["kind"] in self.kinds else ():
+        if self.kinds and row["kind"] not in self.kinds:
+            return functions
+        for tool in self.offered:
             for function in tool.functions(row):
                 if (name := function["name"]) in functions:
                     raise AtomError(f"task {row.get('id')} offers {name} twice, and a call names one; leave one out")

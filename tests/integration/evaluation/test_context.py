@@ -16,8 +16,8 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
 from release.facts.score_facts import compute_scores
 from stages.evaluation import long_context, model_evaluation
+from stages.evaluation.estimates import compute
 from stages.evaluation.long_context import ContextSection
-from stages.evaluation.pieces import compute
 from stages.tasks.synthetic import passkeys
 from tests.fixtures import release_fixtures
 from tests.fixtures.long_context_fixtures import CONFIG, SECTION, inputs, loaded, long_documents  # noqa: F401

@@ -24,14 +24,13 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.errors import AtomError
-from stages.generation import broadcast
-from stages.generation.broadcast import Broadcast
+from stages.generation import weights
 from stages.generation.vllm_sampler import VllmServer
 from stages.generation.vllm_server import ServerLost
 from stages.generation.vllm_worker import atom_group
 from stages.generation.vllm_worker.atom_group import PATIENCE, WORKERS, Group, SignedStore, connect, packets, view
 from stages.generation.vllm_worker.atom_index import row_of
-from stages.generation.weights import Weights
+from stages.generation.weights import Broadcast, Weights
 from stages.models.parallel_layout import Layout
 from stages.train.parallel import Ranks
 from tests.fixtures import layout_fixtures, weights_fixtures
@@ -41,7 +40,7 @@ from tests.fixtures.vllm_fixtures import CHANGED, PROMPT, TENSORS, Fake, answer,
 @pytest.fixture
 def sending(sampler: VllmServer, monkeypatch: pytest.MonkeyPatch) -> Any:
     """send(tensors): hands them over by broadcast; returns their digest. Both servers have received the first ones."""
-    monkeypatch.setattr(broadcast, "SECONDS", 60.0)
+    monkeypatch.setattr(weights, "GROUP_SECONDS", 60.0)
     monkeypatch.setattr(atom_group, "PACKET_BYTES", 20)  # of the two tensors, one is a packet
     held: dict[str, torch.Tensor] = {}
     sender = Broadcast(lambda by_turns: iter(held.items()), Ranks(0, 1, Layout(), 0, 1, True))
@@ -91,7 +90,7 @@ def test_a_server_that_is_lost_while_it_receives_breaks_nothing_else(
     if way == "it receives nothing":  # in a group of more haste than that of the other server
         sampler.serving.remove(sampler.servers[0])
         with monkeypatch.context() as patched:
-            patched.setattr(broadcast, "SECONDS", 2.0)
+            patched.setattr(weights, "GROUP_SECONDS", 2.0)
             sending({"model.norm.weight": torch.full((2,), 5.0)})
     one.trouble["/update_weights"] = ["drop"] if way == "it dies" else [{"message": "done"}]
     lost = {**TENSORS, "model.norm.weight": torch.full((2,), 7.0)}
@@ -114,7 +113,7 @@ def test_a_server_that_does_not_join_is_left_out(
     for reply in ({"message": "done"}, "drop"):
         fakes[0][0].trouble["/init_weight_transfer_engine"] = [reply]
         with monkeypatch.context() as patched:
-            patched.setattr(broadcast, "SECONDS", 1.0 if reply != "drop" else 60.0)
+            patched.setattr(weights, "GROUP_SECONDS", 1.0 if reply != "drop" else 60.0)
             digest = sending({"model.norm.weight": torch.full((2,), float(len(reply)))})
         assert sampler.serving == [two] and fakes[0][1].version == digest
         assert ("did not come through in time" in str(sampler.lost[one])) == (reply != "drop")

@@ -24,11 +24,11 @@ from pipeline.core import environment
 from pipeline.core.errors import AtomError
 from pipeline.run_secret import atom_secret
 from pipeline.run_secret.atom_secret import UnusableSecret, sign
-from stages.generation import broadcast, vllm_server
-from stages.generation.broadcast import Broadcast
+from stages.generation import vllm_server, weights
 from stages.generation.vllm_sampler import VllmServer
 from stages.generation.vllm_server import Server, ServerLost
 from stages.generation.vllm_worker.atom_group import SignedStore, connect
+from stages.generation.weights import Broadcast
 from stages.models.parallel_layout import Layout
 from stages.train.parallel import Ranks
 from tests.fixtures import weights_fixtures
@@ -306,7 +306,7 @@ def test_what_a_stranger_writes_into_the_store_of_a_group_is_not_believed(
     sampler: VllmServer, fakes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It could say how many workers a server has, and with whom the ranks connect."""
-    monkeypatch.setattr(broadcast, "SECONDS", 30.0)
+    monkeypatch.setattr(weights, "GROUP_SECONDS", 30.0)
     sender = Broadcast(lambda by_turns: iter(TENSORS.items()), Ranks(0, 1, Layout(), 0, 1, True))
     sender.senders = [0]
     url = fakes[1][0]

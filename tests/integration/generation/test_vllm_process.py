@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.run_secret import atom_secret
-from stages.generation import server_files, vllm_server
-from stages.generation.server_files import Announced
+from stages.generation import server_jobs, vllm_server
+from stages.generation.server_jobs import Announced
 from stages.generation.vllm_server import ServerLost
 from stages.rl.config import Sampling
 from tests.fixtures import ROOT
@@ -127,7 +127,7 @@ ANSWERING = (
 def test_a_server_in_a_job_is_announced_while_it_answers_and_ends_with_its_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_server, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(server_jobs, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(vllm_server, "interpreter", lambda: "python")
     monkeypatch.setattr(
         vllm_server, "command", lambda python, folder, host, port, options: [sys.executable, "-c", ANSWERING, str(port)]
@@ -141,13 +141,13 @@ def test_a_server_in_a_job_is_announced_while_it_answers_and_ends_with_its_stage
 
     def run() -> None:
         try:
-            outcomes.append(vllm_server.serve(settings, place))
+            outcomes.append(server_jobs.serve(settings, place))
         except ServerLost as error:
             outcomes.append(error)
 
     def announcements(count: int) -> list[Announced]:
         for _ in range(1000):
-            if len(present := server_files.read(tmp_path, "run-1")) == count:
+            if len(present := server_jobs.read(tmp_path, "run-1")) == count:
                 return present
             time.sleep(0.02)
         raise AssertionError(f"{present} were announced, not {count}; {outcomes}")

@@ -22,11 +22,10 @@ import pytest
 import torch
 
 from pipeline.core.errors import AtomError
-from stages.generation.broadcast import Broadcast
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Completion, Prompt
 from stages.generation.vllm_sampler import VllmServer
-from stages.generation.weights import Weights
+from stages.generation.weights import Broadcast, Weights
 from stages.mcore.architectures import qwen3_moe
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.weight_init import full_tensor
@@ -34,7 +33,7 @@ from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl.rollout import rollouts
 from stages.train.parallel import Ranks
-from tests.fixtures import rl_fixtures, weights_fixtures
+from tests.fixtures import rl_fixtures, vllm_fixtures, weights_fixtures
 
 pytestmark = pytest.mark.skipif(
     "ATOM_VLLM_PYTHON" not in os.environ, reason="vLLM needs an environment of its own; see `make test-vllm`"
@@ -100,7 +99,7 @@ def load(sampler: VllmServer, tensors: dict[str, torch.Tensor]) -> None:
 def of_others(sampler: VllmServer) -> dict[str, Any]:
     """The arguments of another sampler that uses the server of this one."""
     (server,) = sampler.servers
-    return {"urls": [server.url], "secret": str(server.secret)}
+    return {"url": [server.url], "secret": str(server.secret)}
 
 
 def get(sampler: VllmServer, path: str) -> Any:
@@ -110,7 +109,7 @@ def get(sampler: VllmServer, path: str) -> Any:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path_factory.mktemp("vllm") / "served")
+    sampler = vllm_fixtures.make_sampler(CONFIG, *ARGUMENTS, tmp_path_factory.mktemp("vllm") / "served")
     began = time.monotonic()
     load(sampler, FIRST)
     print(f"\nserver started and weights loaded in {time.monotonic() - began:.1f} s")
@@ -207,7 +206,7 @@ def test_frequencies_are_those_of_the_distribution(served: VllmServer, ours: InP
 def test_a_server_that_others_started_may_be_used(served: VllmServer, ours: InProcess, tmp_path: Path) -> None:
     """As one on a node of its own. Who used it before notices the other weights, and gives it its own again."""
     load(served, FIRST)
-    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path / "served", **of_others(served))
+    sampler = vllm_fixtures.make_sampler(CONFIG, *ARGUMENTS, tmp_path / "served", **of_others(served))
     requests = prompts(20)
     for user, tensors in ((sampler, SECOND), (served, FIRST)):
         ours.load(tensors)
@@ -289,7 +288,7 @@ def test_two_tensor_ranks_take_weights_by_folder_and_by_broadcast(
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # else each wants a NUMA node of its own
     elif torch.cuda.device_count() < 2:
         pytest.skip("two GPUs are needed")
-    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path / "served", options=["--tensor-parallel-size=2"])
+    sampler = vllm_fixtures.make_sampler(CONFIG, *ARGUMENTS, tmp_path / "served", options=["--tensor-parallel-size=2"])
     try:
         compare_transfers(sampler, ours)
     finally:
@@ -298,7 +297,7 @@ def test_two_tensor_ranks_take_weights_by_folder_and_by_broadcast(
 
 def test_a_server_of_another_model_is_refused(served: VllmServer, tmp_path: Path) -> None:
     config = {**CONFIG, "num_hidden_layers": CONFIG["num_hidden_layers"] + 1}
-    sampler = VllmServer(config, *ARGUMENTS, tmp_path / "served", **of_others(served))
+    sampler = vllm_fixtures.make_sampler(config, *ARGUMENTS, tmp_path / "served", **of_others(served))
     with pytest.raises(AtomError, match=r"its model has num_hidden_layers = 2, and the trainer's has 3"):
         load(sampler, FIRST)
     # a folder that is whole in itself, and lacks a tensor of the model: the server draws nothing from the mixture

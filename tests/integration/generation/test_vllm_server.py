@@ -18,16 +18,16 @@ import torch
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import ServerSearch
 from pipeline.run_secret import atom_secret
-from stages.generation import server_files, vllm_server, weights
+from stages.generation import server_jobs, vllm_server, weights
 from stages.generation.protocols import Completion, Prompt, SamplerContext
 from stages.generation.samplers import make_sampler
-from stages.generation.server_files import Announced
+from stages.generation.server_jobs import Announced
 from stages.generation.vllm_sampler import VllmServer
 from stages.generation.vllm_server import ServerLost
 from stages.generation.vllm_worker import atom_index
 from stages.rl.config import Sampling
 from stages.train.checkpoint.release_checkpoint import save_tensors
-from tests.fixtures import rl_fixtures, weights_fixtures
+from tests.fixtures import rl_fixtures, vllm_fixtures, weights_fixtures
 from tests.fixtures.vllm_fixtures import CHANGED, PROMPT, TENSORS, Fake, answer, fakes, sampler, secret  # noqa: F401 - fixtures
 
 
@@ -236,7 +236,7 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert f"{sys.executable} has no vLLM" in (why(python=sys.executable) or "")
     assert why(url=("http://node1:8000",), secret="secret") is None
     with pytest.raises(AtomError, match="has no vLLM"):
-        VllmServer({"dtype": "float32"}, (1,), 7, 1.0, tmp_path / "served")
+        vllm_fixtures.make_sampler({"dtype": "float32"}, (1,), 7, 1.0, tmp_path / "served")
 
 
 def test_the_registry_makes_a_sampler_of_the_settings(tmp_path: Path) -> None:
@@ -258,14 +258,14 @@ def test_servers_in_jobs_of_their_own_come_and_go(
     fakes: Any, secret: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by their files: one is enough, a dead one is left out, and one that was started again is a new one."""
-    monkeypatch.setattr(vllm_server, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(server_jobs, "POLL_SECONDS", 0.01)
     notes: list[str] = []
     (one, two), urls = fakes
     place, config = tmp_path / "announced", {"dtype": "float32", "hidden_size": 2}
     place.mkdir()
     shutil.copy2(secret, place / "secret")  # of an earlier start of the stage
     search = ServerSearch(str(place), "run-1", 0.1)
-    sampler = VllmServer(config, (1, 3), 7, 0.5, tmp_path / "served", note=notes.append, search=search)
+    sampler = vllm_fixtures.make_sampler(config, (1, 3), 7, 0.5, tmp_path / "served", note=notes.append, search=search)
     assert json.loads((place / "config.json").read_text()) == config, "which the servers wait for"
     first = weights_fixtures.written(sampler.folder, TENSORS)
     with pytest.raises(
@@ -275,7 +275,7 @@ def test_servers_in_jobs_of_their_own_come_and_go(
     assert notes == ["waits for a vLLM server, at most 0 min"]
 
     def announced(number: int, url: str, start: int = 0) -> Any:
-        return server_files.announced(place, number, Announced("run-1", url, "n1", "7", start))
+        return server_jobs.announced(place, number, Announced("run-1", url, "n1", "7", start))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(announced(0, "http://127.0.0.1:9"))  # nobody answers there

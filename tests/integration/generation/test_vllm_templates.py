@@ -43,7 +43,7 @@ def server(folder: Path) -> Iterator[Server]:
     parsers = [f"--{name}={value}" for name, value in options.items()]
     command = [str(PYTHON), "-P", "-m", "vllm.entrypoints.openai.api_server", f"--model={folder}", "--dtype=float32"]
     server = Server.local(
-        lambda port: [*command, *parsers, "--enable-auto-tool-choice", *CPU_OPTIONS, "--host=127.0.0.1", f"--port={port}"],
+        lambda _, port: [*command, *parsers, "--enable-auto-tool-choice", *CPU_OPTIONS, "--host=127.0.0.1", f"--port={port}"],
         folder, folder.parent / "vllm.log", {},
     )  # fmt: skip
     try:

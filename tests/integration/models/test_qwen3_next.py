@@ -13,8 +13,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import write_manifest
 from stages.export import hf
 from stages.export.variants.registry import obstacle
-from stages.generation.decode import LibraryDecoder
-from stages.generation.in_process import InProcess
+from stages.generation.in_process import InProcess, LibraryDecoder
 from stages.generation.protocols import Prompt
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.layout_check import problem

@@ -15,8 +15,7 @@ from release.cards import tables
 from release.facts.model_facts import read_model_facts
 from stages.export import hf
 from stages.export.variants.registry import obstacle
-from stages.generation.decode import LibraryDecoder
-from stages.generation.in_process import InProcess
+from stages.generation.in_process import InProcess, LibraryDecoder
 from stages.generation.protocols import Prompt
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.layout_check import problem

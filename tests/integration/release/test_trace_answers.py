@@ -14,7 +14,7 @@ from pipeline.core.errors import AtomError
 from release import tracing
 from release.facts.published_tables import read_rows
 from stages.formats.seeds import seed_of
-from stages.rl.rollout.pair_order import PairOrder, hash_fraction
+from stages.rl.rollout.rollouts import PairOrder, hash_fraction
 from tests.fixtures import sampled_answers_fixtures
 from tests.fixtures.run_fixtures import atom
 from tests.fixtures.sampled_answers_fixtures import PHASES, STEPS

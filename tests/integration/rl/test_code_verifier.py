@@ -25,8 +25,7 @@ from stages.rl.rewards.code_verifier import (
 )
 from stages.rl.sandbox import Limits, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
-from stages.rl.sandbox.cell import Cell
-from stages.rl.sandbox.running import Running
+from stages.rl.sandbox.cell import Cell, Running
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 
 pytestmark = NEEDS_BUBBLEWRAP

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from stages.rl import gym_session
 from stages.rl.protocols import Parts, Response, Verifier, VerifierFailed
 from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.turns import Request
-from stages.rl.tools.base import ToolFailed
+from stages.rl.tools import gym_environment
+from stages.rl.tools.registry import ToolFailed
 from stages.rl.tools.settings import Tools
 from stages.tasks.rows import Row
 from tests.fixtures import rl_fixtures
@@ -103,7 +103,7 @@ def test_a_server_that_is_too_slow_is_no_reward(serve: Callable[..., Server]) ->
 
 def test_a_server_that_drips_its_reply_is_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes within the time of a request, and the reply never ends."""
-    monkeypatch.setattr(gym_session, "BACK_OFF", 0.01)
+    monkeypatch.setattr(gym_environment, "BACK_OFF", 0.01)
 
     def drip(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
@@ -137,7 +137,7 @@ def test_a_server_that_was_never_there_is_no_reward(serve: Callable[..., Server]
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
     """An environment that loses replies of the third and the sixth request."""
-    monkeypatch.setattr(gym_session, "BACK_OFF", 0.01)
+    monkeypatch.setattr(gym_environment, "BACK_OFF", 0.01)
     server = Counter(lost=[3, 6])
     yield server
     server.shutdown()
@@ -180,7 +180,7 @@ def test_an_environment_that_floods_is_cut_and_scores_nothing(
     counter: Counter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A result is cut with a mark; a reply to /verify beyond the most that is read is no reward."""
-    flood, answer = "x" * (gym_session.MOST_BYTES + 100), counter.answer
+    flood, answer = "x" * (gym_environment.MOST_BYTES + 100), counter.answer
 
     def flooded(path: str, session: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/get_counter_value":

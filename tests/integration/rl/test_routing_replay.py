@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.core.errors import CheckFailed
-from stages.generation import routes
+from stages.generation.protocols import decode_routes, encode_routes
 from stages.models.base import Routing
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout import rollouts
@@ -37,7 +37,7 @@ def test_every_answer_names_the_experts_of_its_tokens(replayed: Path) -> None:
     for r in answers:
         tokens = len(r.prompt_ids) + len(r.ids) - 1
         assert r.routes is not None and len(r.routes) == tokens * 2 * 2
-        recorded.append(routes.decode(r.routes, tokens, ROUTING))
+        recorded.append(decode_routes(r.routes, tokens, ROUTING))
     by_prompt: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
     for r, x in zip(answers, recorded, strict=True):
         before = x[: len(r.prompt_ids)]
@@ -81,7 +81,7 @@ def gaps(precision: str, seed: int) -> tuple[float, float]:
         examples = []
         for prompt, drawn in zip(prompts, sampler.generate(prompts), strict=True):
             assert drawn.routes is not None
-            recorded = routes.decode(drawn.routes, 24, config.model.routing)
+            recorded = decode_routes(drawn.routes, 24, config.model.routing)
             examples.append(Example([*prompt.ids, *drawn.ids], 9, {}, {"sampler": drawn.logprobs}, recorded))
         batch = build_rank_batch([[x] for x in examples], 2, ranks, 0, 32 * 16)
 
@@ -185,8 +185,8 @@ def test_records_of_large_and_small_mixtures_come_back() -> None:
     for experts, size in ((256, 1), (257, 2)):
         routing = Routing(experts=experts, top_k=3, layers=range(2), z_loss=False)
         chosen = torch.rand(7, 2, experts, generator=torch.Generator().manual_seed(0)).topk(3).indices
-        record = routes.encode(chosen, experts)
+        record = encode_routes(chosen, experts)
         assert len(record) == 7 * 2 * 3 * size
-        assert torch.equal(routes.decode(record, 7, routing), chosen.short())
+        assert torch.equal(decode_routes(record, 7, routing), chosen.short())
         with pytest.raises(ValueError, match="are not those of 8 tokens"):
-            routes.decode(record, 8, routing)
+            decode_routes(record, 8, routing)

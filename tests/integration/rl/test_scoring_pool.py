@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from stages.rl.protocols import Parts, Verifier, VerifierFailed
-from stages.rl.rewards import scoring_pool, scoring_worker
+from stages.rl.rewards import pooled_verifier, scoring_worker
 from stages.rl.rewards.registry import make_verifier
-from stages.rl.rollout.task_sources.reasoning_tasks import reasoning_gym_rows
+from stages.rl.rollout.task_sources.procedural_tasks import reasoning_gym_rows
 from stages.tasks.rows import Row
 from tests.fixtures.verifier_fixtures import (
     response_of,
@@ -74,13 +74,13 @@ def test_killed_workers_are_replaced_and_their_answers_scored_again() -> None:
 
 def test_a_worker_that_is_always_killed_is_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = make_verifier("math-verify", {"seconds": 1})
-    start = scoring_pool.Worker._start
+    start = pooled_verifier.Worker._start
 
-    def doomed(worker: scoring_pool.Worker) -> None:
+    def doomed(worker: pooled_verifier.Worker) -> None:
         start(worker)
         os.killpg(worker.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(scoring_pool.Worker, "_start", doomed)
+    monkeypatch.setattr(pooled_verifier.Worker, "_start", doomed)
     try:
         with pytest.raises(VerifierFailed, match="verifier math-verify, row m1: the scorer failed 3 times"):
             score_one(scorer, sum_row(), "4")
@@ -93,7 +93,7 @@ def test_an_answer_is_not_blamed_for_what_befell_its_scorer(monkeypatch: pytest.
 
     def outcome(*replies: dict[str, Any]) -> Parts:
         outcomes = iter(replies)
-        monkeypatch.setattr(scoring_pool.Worker, "ask", lambda *_: next(outcomes))
+        monkeypatch.setattr(pooled_verifier.Worker, "ask", lambda *_: next(outcomes))
         return score_one(make_verifier("math-verify"), sum_row(), "4")
 
     # Probe, garbage, answer; and after a crash again probe, garbage.

@@ -23,8 +23,8 @@ from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl import sandbox
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.generation import Chat
-from stages.rl.tools.base import Call, RunningTool, ToolFailed
 from stages.rl.tools.python_program import PythonTool
+from stages.rl.tools.registry import Call, RunningTool, ToolFailed
 from stages.rl.tools.settings import Tools
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, rl_fixtures, tool_fixtures, train_fixtures

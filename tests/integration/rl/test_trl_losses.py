@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from stages.rl.algorithms import policy_gradient
 from stages.rl.algorithms.losses import dpo_loss, policy_loss
-from stages.rl.algorithms.policy_gradient import registry
-from stages.rl.algorithms.policy_gradient.algorithms import zero_variance
+from stages.rl.algorithms.policy_gradient import zero_variance
 from tests.fixtures.loss_fixtures import CLOSE, batch, with_gradient
 
 pytestmark = pytest.mark.numeric
@@ -126,12 +126,12 @@ def without_tokens(b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def our_loss(b: dict[str, torch.Tensor], name: str, figures: dict[str, torch.Tensor], **settings: Any) -> Any:
     """Ours as a function of log-probabilities: the sum by the algorithm's weights and divisor."""
-    algorithm, lengths = registry.load(name), b["mask"].sum(1).tolist()
+    algorithm, lengths = policy_gradient.load(name), b["mask"].sum(1).tolist()
 
     def loss(logprobs: torch.Tensor) -> torch.Tensor:
         value, statistics = policy_loss(
             logprobs, b["sampler_logprobs"], b["advantages"], b["mask"], token_loss=algorithm.token_loss,
-            weights=torch.tensor([algorithm.mean.weight(length) for length in lengths]), **settings,
+            row_weights=torch.tensor([algorithm.mean.weight(length) for length in lengths]), **settings,
         )  # fmt: skip
         figures.update(statistics)
         return value / algorithm.mean.divisor(lengths, MAX_LENGTH)
@@ -146,7 +146,7 @@ def our_loss(b: dict[str, torch.Tensor], name: str, figures: dict[str, torch.Ten
 def test_the_loss_of_an_algorithm_is_trls(
     name: str, shape: tuple[int, int], first_update: bool, beta: float, cap: float
 ) -> None:
-    b, algorithm = batch(*shape, seed=sum(shape)), registry.load(name)
+    b, algorithm = batch(*shape, seed=sum(shape)), policy_gradient.load(name)
     for low, high in [(algorithm.clip_low or 0.2, algorithm.clip_high), (0.05, 0.4)]:
         assert high is not None
         theirs, metrics = trl_grpo(b, name, cap, low, high, first_update, beta)
@@ -204,8 +204,8 @@ def test_advantages_are_trls(name: str, shape: tuple[int, int]) -> None:
         num_generations=shape[1],
         device="cpu",
     )
-    advantages = registry.load(name).advantages
-    torch.testing.assert_close(advantages(rewards), scope["advantages"].view(shape), **CLOSE)
+    advantages = policy_gradient.load(name).advantages
+    torch.testing.assert_close(advantages(rewards, torch.ones(shape).long()), scope["advantages"].view(shape), **CLOSE)
     assert zero_variance(rewards).tolist() == scope["is_std_zero"].view(shape)[:, 0].tolist()
 
 
@@ -222,7 +222,8 @@ def test_the_advantages_of_rloo_are_trls(shape: tuple[int, int]) -> None:
         grouped_rewards=rewards,
         num_generations=shape[1],
     )
-    torch.testing.assert_close(registry.load("rloo").advantages(rewards).flatten(), scope["advantages"], **CLOSE)
+    advantages = policy_gradient.load("rloo").advantages(rewards, torch.ones(shape).long())
+    torch.testing.assert_close(advantages.flatten(), scope["advantages"], **CLOSE)
 
 
 # --- DPO against TRL ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Task source `hub`: rows of a dataset on the Hub at a pinned commit, with answers that a verifier checks.
+"""The task sources that read rows: `rows`, a file, and `hub`, a dataset on the Hub at a pinned commit.
 
-The commit is part of the key. The files are pulled when the tasks are made, with the digests that the Hub states for
-that commit, into the folder of the reader `hub`.
+The digest of a file and the commit of a dataset are part of the key. The files of a dataset are pulled when the tasks
+are made, with the digests that the Hub states for that commit, into the folder of the reader `hub`.
 """
 
 from __future__ import annotations
@@ -18,35 +18,70 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import License, Line, LongLine, Text, Words
-from pipeline.core.errors import AtomError
+from pipeline.core.bounds import Key, License, Line, LongLine, Sha256, Text, Words
+from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import operational
+from pipeline.core.store import sha256_file
 from stages.data.lock_file import Commit
 from stages.data.readers.base import is_unicode
 from stages.data.readers.hub import FORMATS, HOME, Hub, Repo
-from stages.data.readers.rows import Column, Row, field_at
+from stages.data.readers.rows import Column, field_at
+from stages.data.readers.rows import Row as DataRow
 from stages.formats import chat
 from stages.formats.seeds import seed_of
 from stages.rl.protocols import Response, VerifierFailed
 from stages.rl.rewards.registry import make_verifier
-from stages.rl.rollout.task_sources.settings import Count, Kind, Level, SourceSettings
-from stages.tasks.rows import Row as Task
-from stages.tasks.rows import to_row
+from stages.rl.rollout.task_sources.registry import Count, Kind, Level, SourceSettings
+from stages.tasks.rows import Row, question, to_row
 
 CODE_PROMPT = (
     "{question}\n\nName the function {entry_point}. Your code must pass this test, among others:\n\n"
     "```python\n{test}\n```\n\nAnswer with all of the code in one ```python block."
 )
+# Least share of rows that are tasks; with fewer the settings are wrong.
 MIN_SHARE = 0.1
-"""Of rows that are tasks; with fewer the settings are wrong."""
+# Rows in memory for each task that is wanted, since not every row is one.
 ROWS_PER_TASK = 4
-"""Rows in memory for each task that is wanted, since not every row is one."""
 BATCH = 256
 
 
+class FileTasks(SourceSettings):
+    """Rows of a file in the format of NeMo Gym, one JSON object per line."""
+
+    source: Literal["rows"] = Field(description="selects this kind of tasks")
+    path: LongLine = operational(..., "path of the file; its digest, not its path, is part of the key")
+    digest: Sha256 = Field(description="SHA-256 digest of the file")
+    verifier: Key = Field(description="name of the verifier that scores the answers")
+    kind: Kind = Field(description="kind of the tasks, which names their bin")
+    level: Level = Field(1, description="level of difficulty, which names their bin")
+    license: License = Field(description="SPDX license of rows that state none")
+    origin: Text = Field(description="origin of rows that state none: URL or text")
+
+    def bins(self) -> list[str]:
+        return [f"{self.kind}/{self.level}"]
+
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
+        path = Path(self.path)
+        if not path.is_file():
+            raise RecipeError(f"tasks: there is no file {path}; put it there, or correct tasks.path")
+        if (digest := f"sha256:{sha256_file(path)}") != self.digest:
+            raise RecipeError(f"tasks: {path} has the digest {digest}, not {self.digest}; restore it, or change digest")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                question(row)
+            except (ValueError, LookupError, TypeError) as error:
+                raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); fix it") from None
+            fields = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
+            yield {"license": self.license, "origin": self.origin, **row, **fields, "id": f"{self.kind}/{number:06d}"}
+
+
 class HubTasks(SourceSettings):
-    """Rows of a dataset on the Hub, at a commit. A row without a question or an answer in its fields is no task, and
-    neither is a row of code whose own solution fails its tests, or whose tests pass what is no number."""
+    """Rows of a dataset on the Hub, at a commit.
+
+    A row without a question or an answer in its fields is no task, and neither is a row of code whose own solution
+    fails its tests, or whose tests pass what is no number.
+    """
 
     source: Literal["hub"] = Field(description="selects this kind of tasks")
     repo: Repo = Field(description="dataset repository")
@@ -87,10 +122,11 @@ class HubTasks(SourceSettings):
     def bins(self) -> list[str]:
         return [f"{self.kind}/{self.level}"]
 
-    def rows(self, seed: int, excluded: set[str]) -> Iterator[Task]:
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         """Raises AtomError if hardly any row is a task, or a file cannot be read; and what `hub_files.pull` raises."""
         salt = f"{seed_of(f'tasks/hub/{self.kind}/{self.level}', seed)}/"
         hashed = ((hashlib.sha256((salt + row.name).encode()).digest(), row.name, row.fields) for row in self._read())
+        # By hash, so that the same rows are drawn from any order of the files, in bounded memory.
         rows = heapq.nsmallest(ROWS_PER_TASK * self.count, hashed)
         candidates = (candidate for _, name, fields in rows if (candidate := self._candidate(name, fields)))
         tasks = list(islice(_with_right_answer(self.verifier, candidates), self.count))
@@ -102,8 +138,8 @@ class HubTasks(SourceSettings):
         for number, task in enumerate(tasks):
             yield {**task, "id": f"{self.kind}/{self.level}/{number:06d}"}
 
-    def _read(self) -> Iterator[Row]:
-        """The rows that can be read."""
+    def _read(self) -> Iterator[DataRow]:
+        """Yields the rows that can be read."""
         from stages.data import hub_files
 
         settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path"})
@@ -115,10 +151,10 @@ class HubTasks(SourceSettings):
         columns = (self.question_field, self.answer_field, self.solution_field, self.setup_field)
         reader_of_files = FORMATS[self.format].model_validate({"reader": self.format, "path": "."})
         read = reader_of_files.rows(files, list(filter(None, columns)))
-        return (row for row in read if isinstance(row, Row))
+        return (row for row in read if isinstance(row, DataRow))
 
-    def _candidate(self, name: str, fields: Mapping[str, Any]) -> tuple[Task, str] | None:
-        """A row as a task, and its right answer; None if it has no question or no answer that could be checked."""
+    def _candidate(self, name: str, fields: Mapping[str, Any]) -> tuple[Row, str] | None:
+        """Returns a row as a task, and its right answer; None without a question or an answer to check."""
         question, answer = field_at(fields, self.question_field), field_at(fields, self.answer_field)
         if not isinstance(question, str) or not question.strip() or not is_unicode(question):
             return None
@@ -151,8 +187,13 @@ class HubTasks(SourceSettings):
 
 
 def tests_of(value: object) -> tuple[str, list[str]] | None:
-    """The function that asserts test, and each assert in one line. value: a list of asserts, or its JSON. None unless
-    all are asserts that call one function of no builtin name."""
+    """Returns the function that asserts test, and each assert in one line.
+
+    None unless all are asserts that call one function of no builtin name.
+
+    Args:
+        value: A list of asserts, or its JSON.
+    """
     try:
         texts = json.loads(value) if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -162,9 +203,11 @@ def tests_of(value: object) -> tuple[str, list[str]] | None:
             {call.func.id for call in ast.walk(node) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
             for node in asserts
         ]
+        # The one function that all asserts call is what the answer must define.
         called = set[str]().union(*names) - set(dir(builtins))
-        if len(called) != 1 or not all(isinstance(node, ast.Assert) and called <= each
-                                       for node, each in zip(asserts, names, strict=True)):  # fmt: skip
+        if len(called) != 1 or not all(
+            isinstance(node, ast.Assert) and called <= each for node, each in zip(asserts, names, strict=True)
+        ):
             return None
         return called.pop(), [ast.unparse(node) for node in asserts]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -172,25 +215,31 @@ def tests_of(value: object) -> tuple[str, list[str]] | None:
 
 
 def check_of(asserts: list[str]) -> str:
-    """The asserts as a check of the verifier python-tests, in which the function has its own name."""
+    """Returns the asserts as a check of the verifier python-tests, in which the function has its own name."""
     return "\n".join(["def check(candidate):", *(f"    {line}" for line in asserts)]) + "\n"
 
 
-def _with_right_answer(name: str, candidates: Iterator[tuple[Task, str]]) -> Iterator[Task]:
-    """The candidates whose right answer the verifier accepts. Tests that a function passes which returns no number are
-    weak: `abs(x - 1) > 0.1` is False for it. Their rows are left out. Raises VerifierFailed if the verifier can score
-    nothing here."""
+def _with_right_answer(name: str, candidates: Iterator[tuple[Row, str]]) -> Iterator[Row]:
+    """Yields the candidates whose right answer the verifier accepts.
+
+    Tests that a function passes which returns no number are weak: `abs(x - 1) > 0.1` is False for it. Their rows are
+    left out.
+
+    Raises:
+        VerifierFailed: The verifier can score nothing here.
+    """
     from stages.rl.rewards.code_verifier import NOT_A_NUMBER, CodeVerifier
 
     verifier = make_verifier(name)
 
-    def scores(batch: list[tuple[Task, str]]) -> list[float]:
+    def scores(batch: list[tuple[Row, str]]) -> list[float]:
         answers = [(task, Response.parse(right, finished=True)) for task, right in batch]
         try:
             return [parts["reward"] for parts in verifier.score(answers)]
         except VerifierFailed:
             if len(batch) > 1:
                 return [score for each in batch for score in scores([each])]
+            # If the probe fails too, the verifier is broken, and not the row.
             if batch[0] is PROBES[name] or scores([PROBES[name]]) != [1.0]:
                 raise
             return [0.0]  # its tests cannot run
@@ -206,11 +255,11 @@ def _with_right_answer(name: str, candidates: Iterator[tuple[Task, str]]) -> Ite
         verifier.close()
 
 
-PROBES: dict[str, tuple[Task, str]] = {
+# A task and its right answer, by which a broken verifier is told from a broken row.
+PROBES: dict[str, tuple[Row, str]] = {
     "math-verify": (to_row("probe", "1", "math-verify", "probe", 0, question="1 + 1", expected_answer="2"), "2"),
     "python-tests": (
         to_row("probe", "1", "python-tests", "probe", 0, entry_point="one", check=check_of(["assert one() == 1"])),
         "def one():\n    return 1\n",
     ),
 }
-"""A task and its right answer, by which a broken verifier is told from a broken row."""

@@ -1,4 +1,6 @@
-"""How a stage finds servers in jobs of their own: each writes a file into a folder that all see, and keeps it fresh.
+"""vLLM servers in jobs of their own: how they run (`serve`), and the files by which a stage finds them.
+
+Each server writes a file into a folder that all see, and keeps it fresh:
 
     server-<number>.json    url, host, Slurm job and start of a server that answers
     config.json             of the stage: the model to serve
@@ -13,6 +15,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -23,12 +26,22 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline.core import atomic_files, json_files
+from pipeline.core.environment import node_name
 from pipeline.core.errors import MachineError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import EXPIRY, HEARTBEAT, file_system_time
+from pipeline.core.stage import ServerPlace
+from stages.generation import vllm_server
+from stages.generation.protocols import SamplingSettings
 
+# Bytes of the largest file that is read.
 LIMIT = 100_000
-"""Bytes of the largest file that is read."""
+# Seconds in which a server may give no answer before it is started again.
+SILENCE_SECONDS = 120.0
+# Seconds between two looks: has the stage ended, and does the server answer?
+POLL_SECONDS = 1.0
+# The file of the servers' secret, in the folder that they and their stage see.
+SECRET = "secret"
 
 
 class _Body(TypedDict):
@@ -46,7 +59,12 @@ _BODY = TypeAdapter(_Body)
 
 @dataclass(frozen=True)
 class Announced:
-    """A server. run: the run that it is of; job, start: its Slurm job, and how often that was started again."""
+    """A server.
+
+    Attributes:
+        run: The run that it is of.
+        job, start: Its Slurm job, and how often that was started again.
+    """
 
     run: str
     url: str
@@ -78,10 +96,14 @@ def announced(folder: Path, number: int, server: Announced) -> Iterator[None]:
 
 
 def read(folder: Path, run: str) -> list[Announced]:
-    """The servers of a run that live, by URL. A damaged file, and one of another run, is reported once. Of two files
-    with one URL the fresher one counts: its server took the port of one that died.
+    """Returns the servers of a run that live, by URL.
 
-    Raises MachineError if the folder is not there."""
+    A damaged file, and one of another run, is reported once. Of two files with one URL the fresher one counts: its
+    server took the port of one that died.
+
+    Raises:
+        MachineError: The folder is not there.
+    """
     try:
         now = file_system_time(folder)
     except OSError as error:
@@ -96,7 +118,7 @@ def read(folder: Path, run: str) -> list[Announced]:
         path = folder / name
         try:
             server = Announced(**json_files.read(path, _BODY, LIMIT))
-            time = path.stat().st_mtime
+            written = path.stat().st_mtime
         except FileNotFoundError:  # its server has just ended
             continue
         except Damaged as error:
@@ -106,6 +128,35 @@ def read(folder: Path, run: str) -> list[Announced]:
             json_files.note(
                 f"{json_files.printable(path)} is of run {server.run}, not of {run}; its server is left out"
             )
-        elif now - time < EXPIRY and time > fresh.get(server.url, (0.0,))[0]:
-            fresh[server.url] = time, server
+        elif now - written < EXPIRY and written > fresh.get(server.url, (0.0,))[0]:
+            fresh[server.url] = written, server
     return [server for _, (_, server) in sorted(fresh.items())]
+
+
+def serve(settings: SamplingSettings, place: ServerPlace) -> None:
+    """Runs a server for a stage and announces it until the stage has ended.
+
+    Raises:
+        MachineError: The server dies or no longer answers.
+        AtomError: vLLM is missing.
+    """
+    python, config = vllm_server.interpreter(), place.folder / "config.json"
+    while not config.exists():  # the stage writes it
+        if place.ended():
+            return
+        time.sleep(POLL_SECONDS)
+    import torch
+
+    gpus = (torch.cuda.device_count(), 1.0) if torch.cuda.is_available() else None
+    server = vllm_server.Server.start(python, place.folder, place.log, settings.options, gpus, place.folder / SECRET)
+    try:
+        if not server.wait(None, place.ended, POLL_SECONDS):
+            return
+        place.ready()
+        job, start = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        announcement = Announced(place.run, server.url, node_name(), job, start)
+        with announced(place.folder, place.number, announcement):
+            while server.wait(SILENCE_SECONDS, place.ended, POLL_SECONDS):
+                time.sleep(POLL_SECONDS)
+    finally:
+        server.close()
