@@ -116,7 +116,7 @@ def digest_of(folder: Path) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
     return f"sha256:{hasher.hexdigest()}"
 
 
