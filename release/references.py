@@ -21,13 +21,13 @@ from pipeline.core.stage import Config
 from pipeline.core.text import escaped
 from release import scratch, untrusted
 from release.layout import REFERENCES
-from stages.data import lock_file
+from stages.data.acquire import lock_file
+from stages.data.acquire.readers.hub import Hub
+from stages.data.acquire.readers.packages import Packages
+from stages.data.acquire.sources import Source
 from stages.data.blocks import Block
-from stages.data.filters.base import Filter, all_steps
-from stages.data.readers.hub import Hub
-from stages.data.readers.packages import Packages
-from stages.data.sources import Source
-from stages.data.steps import MAX_STEPS, AnyFilter
+from stages.data.curate.filters.base import Filter, all_steps
+from stages.data.curate.steps import MAX_STEPS, AnyFilter
 from stages.formats.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
 
 if TYPE_CHECKING:

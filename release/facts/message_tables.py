@@ -16,9 +16,8 @@ from pipeline.core.parts import part_tables
 from release import data_layout, references, untrusted
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
 from release.parallel_parts import over_parts
-from stages.data import chat_messages
-from stages.data.splits import SPLITS
-from stages.formats import chat_templates
+from stages.formats import chat_messages, chat_templates
+from stages.formats.table import SPLITS
 
 FOLDER = "messages"
 COLUMNS = ["id", "license", "split", "text"]

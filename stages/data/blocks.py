@@ -15,9 +15,9 @@ from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, Union
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.core.bounds import LongLine, Settings, Words
 from pipeline.core.errors import AtomError, RecipeError
@@ -249,3 +249,25 @@ def _add_package(name: str, folder: Path) -> None:
     package = ModuleType(name)
     package.__path__ = [str(folder)]
     sys.modules[name] = package
+
+
+def classes(registry: Mapping[str, str], attribute: str) -> list[type[Any]]:
+    """The class that each module of a registry has under `attribute`, in the order of the registry."""
+    return [getattr(import_module(module), attribute) for module in registry.values()]
+
+
+def union(registry: Mapping[str, str], attribute: str, discriminator: str) -> Any:
+    """The union type of these classes of settings, by the value of the field `discriminator`.
+
+    Settings with a `block` are those of a class of datatrove, and need not state the field.
+    """
+
+    def state_datatrove(value: Any) -> Any:
+        is_block = isinstance(value, dict) and "block" in value and discriminator not in value
+        return {discriminator: "datatrove", **value} if is_block else value
+
+    return Annotated[
+        Union[tuple(classes(registry, attribute))],  # noqa: UP007
+        Field(discriminator=discriminator),
+        BeforeValidator(state_datatrove),
+    ]

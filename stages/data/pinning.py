@@ -11,9 +11,9 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import find, lock_of
-from stages.data import hub_files, lock_file
-from stages.data.lock_file import LockedSource
-from stages.data.readers.hub import Hub
+from stages.data.acquire import hub_files, lock_file
+from stages.data.acquire.lock_file import LockedSource
+from stages.data.acquire.readers.hub import Hub
 from stages.data.recipe import load
 
 

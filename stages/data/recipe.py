@@ -21,21 +21,21 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.dag import NodeSpec
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
+from stages.data.acquire.licenses.allow import AllowedLicenses, Licenses, forbids_derivatives
+from stages.data.acquire.readers.base import Reader
+from stages.data.acquire.readers.generated import Generated
+from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.blocks import Block, Extensions, extension_files, extension_folders
-from stages.data.curation.alarms import RULES, Acknowledged
-from stages.data.curation.deny_list import DENY_LIST
-from stages.data.curation.list_file import ListFile
-from stages.data.curation.settings import CurationSettings
-from stages.data.curation.url_blocklist import URL_BLOCKLIST
+from stages.data.curate.alarms import RULES, Acknowledged
+from stages.data.curate.classifier_stage import ClassifierSettings
+from stages.data.curate.deny_list import DENY_LIST
+from stages.data.curate.filters.base import Filter
+from stages.data.curate.list_file import ListFile
+from stages.data.curate.settings import CurationSettings
+from stages.data.curate.steps import MAX_STEPS, AnyFilter
+from stages.data.curate.url_blocklist import URL_BLOCKLIST
 from stages.data.estimates import Size
-from stages.data.filters.base import Filter
-from stages.data.licenses.allow import AllowedLicenses, Licenses, forbids_derivatives
-from stages.data.quality_classifier import ClassifierSettings
-from stages.data.readers.base import Reader
-from stages.data.readers.generated import Generated
-from stages.data.sources import Source, resolve_tree_digest
-from stages.data.splits import HeldoutFraction
-from stages.data.steps import MAX_STEPS, AnyFilter
+from stages.formats.table import HeldoutFraction
 from stages.formats.tokenizer import TokenizerSection
 
 LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)

@@ -18,14 +18,14 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, seal_part
 from pipeline.core.stage import Inputs, Report
 from stages.confidence import wilson
-from stages.data.database import connect
 from stages.evaluation.generated_eval import prompts, task_roles
 from stages.evaluation.scores import Detector
+from stages.formats.database import connect
 from stages.formats.seeds import seed_of
 from stages.formats.table import order_files, part_files, short_hash, sources_of, stream_batches
 
 if TYPE_CHECKING:
-    from stages.data.curation.overlap import ItemRuns
+    from stages.data.curate.overlap import ItemRuns
 
 FORMS = ("verbatim", "spacing", "case", "embedded")
 Item = tuple[str, str, str]

@@ -11,13 +11,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
+from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_tables
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
 
 MEASURES = "measures"
 """The folder with what steps measured of documents that pass filtering, by part: a row for each row of its `kept`, with
@@ -35,6 +37,12 @@ Int32 = Annotated[int, "int32"]
 Int64 = Annotated[int, "int64"]
 Double = Annotated[float, "double"]
 OptionalDouble = Annotated[float | None, "double"]
+
+Kind = Literal["prose", "code", "problems", "chat"]
+"""The kind of a source's documents."""
+SPLITS = ("train", "heldout")
+HeldoutFraction = Annotated[float, Range(0, 1, below=True)]
+"""Share of documents that are held out from training."""
 
 
 class DocumentRow(TypedDict):
@@ -421,3 +429,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def split_of(content_hash: str, heldout_fraction: float) -> str:
+    """The split of a document, by the hash of its text only."""
+    return "heldout" if int(content_hash[:16], 16) < heldout_fraction * 2**64 else "train"

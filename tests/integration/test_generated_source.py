@@ -21,9 +21,10 @@ from pipeline.core.store import Artifact, write_manifest
 from release.cards import document_tables
 from release.facts import assemble, data_facts
 from stages import graph
-from stages.data import dedup, duplicate_search, filter, generate, representative_copies
-from stages.data.licenses.allow import forbids_derivatives
-from stages.data.readers.generated import Generated
+from stages.data.acquire import generate_stage
+from stages.data.acquire.licenses.allow import forbids_derivatives
+from stages.data.acquire.readers.generated import Generated
+from stages.data.curate import dedup_stage, duplicates_stage, filter_stage, representatives_stage
 from stages.data.recipe import load
 from stages.formats.table import TOKENIZED, write_rows
 from stages.recipe import ReleaseRecipe
@@ -166,13 +167,13 @@ def test_curation_marks_them_and_the_card_counts_them(calm: Artifact, place: Pat
         return write_manifest(out, stage.name)
 
     inputs["items"] = sealed(eval_set.STAGE, {"problems": {"add": 2}, "seed": 0})
-    filtered = sealed(filter.STAGE, recipe.filter_config(0), **inputs)
+    filtered = sealed(filter_stage.STAGE, recipe.filter_config(0), **inputs)
     searched = {
         "filter": filtered,
-        "duplicates": sealed(duplicate_search.STAGE, recipe.duplicates_config(), filter=filtered),
+        "duplicates": sealed(duplicates_stage.STAGE, recipe.duplicates_config(), filter=filtered),
     }
-    copies = sealed(representative_copies.STAGE, recipe.representatives_config(), **searched)
-    kept = sealed(dedup.STAGE, recipe.dedup_config(), **searched, representatives=copies)
+    copies = sealed(representatives_stage.STAGE, recipe.representatives_config(), **searched)
+    kept = sealed(dedup_stage.STAGE, recipe.dedup_config(), **searched, representatives=copies)
     for artifact in (filtered, kept):
         (first, second) = sorted((artifact / "dispositions/rewritten").glob("*.parquet"))
         marked = [row for path in (first, second) for row in pq.read_table(path).to_pylist()]
@@ -208,10 +209,12 @@ def test_a_generator_with_other_weights_is_refused(place: Path, calm: Artifact, 
         recipe.resolved()  # what a plan does
     shutil.rmtree(folder / "model")
     shutil.copytree(place / "model", folder / "model")
-    config = generate.STAGE.config.model_validate(load(folder / "data.yaml").resolved().acquire_config("rewritten", 0))
+    config = generate_stage.STAGE.config.model_validate(
+        load(folder / "data.yaml").resolved().acquire_config("rewritten", 0)
+    )
     release_fixtures.save_model(folder / "model", seed=4, context=128)
     with pytest.raises(RecipeError, match=words):  # after the plan
-        generate.STAGE.run(
+        generate_stage.STAGE.run(
             config, {"parent": Artifact.open(place / "notes-out")}, tmp_path, tmp_path, RecordingReport()
         )
 
@@ -219,7 +222,7 @@ def test_a_generator_with_other_weights_is_refused(place: Path, calm: Artifact, 
 def test_a_generator_that_cannot_answer_is_one_sentence(place: Path, tmp_path: Path) -> None:
     def generator(folder: Path, **settings: Any) -> None:
         reader = {**READER, "path": str(folder), **settings}
-        generate.Generator(Generated.model_validate(reader), tmp_path)
+        generate_stage.Generator(Generated.model_validate(reader), tmp_path)
 
     with pytest.raises(AtomError, match="max_new_tokens = 128 leaves none for a prompt"):
         generator(place / "model", max_new_tokens=128)
@@ -277,7 +280,7 @@ def test_licenses_that_forbid_derived_texts(expression: str, forbidden: bool) ->
 
 def test_an_error_of_the_model_is_that_of_the_stage() -> None:
     """Not a text that is missing."""
-    from stages.data.inference import Request, draw
+    from stages.data.acquire.inference import Request, draw
     from stages.generation.protocols import Prompt
 
     class Broken:

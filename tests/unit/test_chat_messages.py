@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.data import chat_messages
-from stages.formats import chat
+from stages.formats import chat, chat_messages
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 ASK, ANSWER = {"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}

@@ -13,9 +13,10 @@ from typing import get_args
 import pytest
 
 from pipeline.core.code_digests import code_digests
-from stages.data import acquire, filter, filters, readers
-from stages.data.filters.base import Filter
-from stages.data.readers.base import Reader
+from stages.data.acquire import acquire_stage, readers
+from stages.data.acquire.readers.base import Reader
+from stages.data.curate import filter_stage, filters
+from stages.data.curate.filters.base import Filter
 
 CASES = [
     pytest.param(readers, "READERS", "READER", Reader, "reader", id="readers"),
@@ -54,24 +55,28 @@ def test_every_module_is_registered_under_its_name(
 def test_the_code_of_a_source_is_that_of_its_reader() -> None:
     """A change of another reader, or a new one, makes no artifact of this one stale."""
     reader = {"reader": "hub", "repo": "a/b", "pattern": "*", "format": "jsonl", "path": "."}
-    config = acquire.AcquireConfig.model_validate({"source": {**SOURCE, "reader": reader}, "seed": 0})
-    code = code_digests(acquire.__name__, acquire.STAGE.code(config))
-    used = {name for name in code if name.startswith("stages.data.readers")}
-    assert {f"stages.data.readers.{name}" for name in ("base", "hub", "jsonl", "parquet", "rows")} <= used
-    assert used.isdisjoint({"stages.data.readers", "stages.data.readers.warc", "stages.data.readers.problems"})
+    config = acquire_stage.AcquireConfig.model_validate({"source": {**SOURCE, "reader": reader}, "seed": 0})
+    code = code_digests(acquire_stage.__name__, acquire_stage.STAGE.code(config))
+    used = {name for name in code if name.startswith("stages.data.acquire.readers")}
+    assert {f"stages.data.acquire.readers.{name}" for name in ("base", "hub", "jsonl", "parquet", "rows")} <= used
+    assert used.isdisjoint(
+        {"stages.data.acquire.readers", "stages.data.acquire.readers.warc", "stages.data.acquire.readers.problems"}
+    )
     assert "stages.graph" not in code and "stages.data.recipe" not in code
 
 
 def test_the_code_of_filter_is_that_of_its_steps() -> None:
     def code(*steps: object) -> set[str]:
         source = {"name": "notes", "kind": "prose", "steps": steps}
-        config = filter.FilterConfig.model_validate({"sources": [source], "curation": {}, "seed": 0})
-        return {name for name in code_digests(filter.__name__, filter.STAGE.code(config)) if ".filters." in name}
+        config = filter_stage.FilterConfig.model_validate({"sources": [source], "curation": {}, "seed": 0})
+        return {
+            name for name in code_digests(filter_stage.__name__, filter_stage.STAGE.code(config)) if ".filters." in name
+        }
 
-    base = {"stages.data.filters.base"}
-    block = {f"stages.data.filters.{name}" for name in ("block", "accelerated")}
-    language = {"stages.data.filters.language"}
+    base = {"stages.data.curate.filters.base"}
+    block = {f"stages.data.curate.filters.{name}" for name in ("block", "accelerated")}
+    language = {"stages.data.curate.filters.language"}
     assert code() == base
     assert code({"block": "datatrove.pipeline.filters.RegexFilter"}) == base | block
     held = {"step": "by_language", "rules": {"en": [{"block": "datatrove.pipeline.filters.RegexFilter"}]}}
-    assert code(held) == base | block | language | {"stages.data.filters.by_language"}
+    assert code(held) == base | block | language | {"stages.data.curate.filters.by_language"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import RecipeError
-from stages.data import lock_file
-from stages.data.lock_file import LockedFile, LockedSource
+from stages.data.acquire import lock_file
+from stages.data.acquire.lock_file import LockedFile, LockedSource
 
 SHA256, GIT = "sha256:" + "a" * 64, "git:" + "0" * 40
 SOURCE = {"repo": "a/b", "requested": "main", "revision": "1" * 40, "pattern": '*.jsonl "x"\\'}

@@ -12,7 +12,7 @@ import pytest
 from release.checks.tool_files import OWN_VERIFIER
 from release.facts import serving
 from release.facts.assemble import license_text, to_json
-from stages.data.curation.agreement import read_figures
+from stages.data.curate.agreement import read_figures
 from stages.export.hf import generation_config
 from stages.formats.chat_templates import inference_template, training_template
 from stages.formats.tokenizer import SPECIAL_TOKENS, tokenizer_config

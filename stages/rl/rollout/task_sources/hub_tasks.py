@@ -21,10 +21,10 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import License, Line, LongLine, Text, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import operational
-from stages.data.lock_file import Commit
-from stages.data.readers.base import is_unicode
-from stages.data.readers.hub import FORMATS, HOME, Hub, Repo
-from stages.data.readers.rows import Column, Row, field_at
+from stages.data.acquire.lock_file import Commit
+from stages.data.acquire.readers.base import is_unicode
+from stages.data.acquire.readers.hub import FORMATS, HOME, Hub, Repo
+from stages.data.acquire.readers.rows import Column, Row, field_at
 from stages.formats import chat
 from stages.formats.seeds import seed_of
 from stages.rl.protocols import Response, VerifierFailed
@@ -104,7 +104,7 @@ class HubTasks(SourceSettings):
 
     def _read(self) -> Iterator[Row]:
         """The rows that can be read."""
-        from stages.data import hub_files
+        from stages.data.acquire import hub_files
 
         settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path"})
         name, reader = f"tasks {self.bins()[0]}", Hub(reader="hub", **settings).absolute(Path())

@@ -1,0 +1,108 @@
+"""Documents that cannot be read or curated: counted, the first ones by name, and an error where they are many.
+
+Documents that are refused although their source is in order: their rows, and what the log says of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, TypedDict
+
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Report
+from stages.data.acquire.licenses.maps import UNKNOWN_WEB, UNMAPPED
+from stages.data.acquire.readers.base import REFUSED_RULES, Refused, Unmapped
+from stages.formats.table import FailedRow
+
+FAILED_RULE = "failed/parse"
+"""The rule of their dispositions."""
+MOST = 10
+MOST_SHARE = 0.01
+"""More failures than MOST, and than MOST_SHARE of the documents of a part, stop the stage."""
+SHOWN = 3
+"""The failures that a sentence names."""
+
+
+class FailureFacts(TypedDict):
+    """The number of failures, and the (id, reason) of the first ones."""
+
+    count: int
+    first: list[tuple[str, str]]
+
+
+class Failures:
+    """The failed documents of a part, or of the parts of a source."""
+
+    def __init__(self, subject: str = "", problem: str = "", most_share: float = MOST_SHARE, kept: int = SHOWN) -> None:
+        """The sentence if there are too many continues after `subject: 11 of 100 documents`.
+
+        most_share: in place of MOST_SHARE; kept: the number of failures whose names are kept.
+        """
+        self.subject, self.problem, self.most_share, self.kept = subject, problem, most_share, kept
+        self.count = 0
+        self.first: list[tuple[str, str]] = []
+
+    def __str__(self) -> str:
+        names = ", ".join(_name(*failure) for failure in self.first[:SHOWN])
+        total = f", … ({self.count} in all)" if self.count > SHOWN else ""
+        return f"{'document' if self.count == 1 else 'documents'} {names}{total}"
+
+    def add(self, id: str, reason: str = "") -> None:
+        self.count += 1
+        if len(self.first) < self.kept:
+            self.first.append((id, " ".join(reason.split())[:200]))
+
+    def require_few(self, documents: int) -> None:
+        """Raises AtomError if so many of the documents of a part failed that the settings must be wrong."""
+        if self.count > MOST and self.count > self.most_share * documents:
+            raise AtomError(
+                f"{self.subject}: {self.count} of {documents} documents {self.problem}; the first is "
+                f"{_name(*self.first[0])}"
+            )
+
+    def facts(self) -> FailureFacts:
+        return {"count": self.count, "first": self.first}
+
+    @classmethod
+    def joined(cls, parts: Iterable[FailureFacts], kept: int = SHOWN) -> Failures:
+        """The failures of all parts."""
+        failures = cls(kept=kept)
+        for facts in parts:
+            failures.count += facts["count"]
+            failures.first += [(id, reason) for id, reason in facts["first"][: kept - len(failures.first)]]
+        return failures
+
+
+def _name(id: str, reason: str) -> str:
+    return f"{id} ({reason})" if reason else id
+
+
+COUNTS = {
+    "license": "documents_unmapped", "opt_out": "documents_opted_out", "page": "documents_unusable",
+    "derivatives": "documents_no_derivatives", "generation": "documents_not_generated",
+}  # fmt: skip
+"""{kind of refusal: its name in the counts of `source.json`}."""
+
+
+def kind_of(document: Unmapped | Refused) -> str:
+    return "license" if isinstance(document, Unmapped) else document.kind
+
+
+def refused_row(source: str, id: str, document: Unmapped | Refused) -> FailedRow:
+    """The row of `failed`. Its license is not that of the source, which covers the documents that are used."""
+    if isinstance(document, Refused):
+        license, reason = document.license or UNKNOWN_WEB, document.reason
+    else:
+        stated = document.license.encode(errors="replace").decode()[:500]
+        license, reason = UNMAPPED, f"no map knows {stated!r}" if stated else "the document states none"
+    return {"id": id, "source": source, "license": license, "reason": f"{kind_of(document)}: {reason}"}
+
+
+def report_refusals(source: str, refusals: Counter[str], licenses: dict[str, Any], report: Report) -> None:
+    """Notes the counts of refusals, and the most frequent license strings that no map knows."""
+    for kind, count in sorted(refusals.items()):
+        report.note(f"source {source}: {count} documents will be removed by curation: {REFUSED_RULES[kind]}")
+    for row in licenses.get("licenses_unmapped", [])[:5]:
+        stated = f"the license {row['string']!r}, which no map knows" if row["string"] else "no license"
+        report.note(f"source {source}: {row['documents']} documents state {stated}")

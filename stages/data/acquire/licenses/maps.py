@@ -1,0 +1,118 @@
+"""License maps: from the license strings of a source to SPDX expressions.
+
+A map is a YAML file of this folder, which says where its strings were read. A recipe names it, and may add strings of
+its own. A string that neither knows has no expression, and then the document is not used.
+
+A map decides what acquire writes: whoever changes one raises the version of that stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.resources import files
+from typing import Any, Literal
+
+from pipeline.core.bounds import spdx
+from pipeline.core.store import sha256_bytes
+from pipeline.core.yaml_text import parse_yaml
+from stages.data.acquire.licenses import dep5
+
+MapName = Literal["common-pile", "the-stack", "tulu-3", "dep5", "pep639"]
+UNKNOWN_WEB = "LicenseRef-unknown-web"
+"""The license of a web page that states none."""
+UNMAPPED = "LicenseRef-unmapped"
+"""In the counts of a source and in the dispositions: the license of a document whose own is unknown."""
+
+
+@dataclass(frozen=True)
+class LicenseMap:
+    """A map of license strings.
+
+    licenses: {string: SPDX expression}. syntax: what else a string may be: `spdx`, an expression; `dep5`, the license
+    field of a debian/copyright file of these names. separator: between licenses of one string that all apply.
+    several: whether several licenses of a list all apply; otherwise they have no expression. ignored: strings that
+    state no license. digest: of the map's file; "" for the map of a recipe.
+    """
+
+    licenses: Mapping[str, str]
+    syntax: Literal["spdx", "dep5"] = "spdx"
+    separator: str | None = None
+    several: bool = True
+    ignored: tuple[str, ...] = ()
+    digest: str = ""
+    _known: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def expression(self, value: object) -> str | None:
+        """The SPDX expression of a string, or of a list of strings that all apply. None if there is none, or if one of
+        the strings is unknown."""
+        values = value if isinstance(value, (list, tuple)) else [value]
+        strings = [text for text in values if text not in self.ignored]
+        expressions = {self._expression_of(text) if isinstance(text, str) else None for text in strings}
+        if not expressions:
+            return None
+        if len(expressions) > 1 and not self.several:
+            return None
+        return _all_of(expressions)
+
+    def extended(self, licenses: Mapping[str, str]) -> LicenseMap:
+        """The map with the strings of a recipe, which come first."""
+        return LicenseMap(
+            {**self.licenses, **licenses}, self.syntax, self.separator, self.several, self.ignored, self.digest
+        )
+
+    def _expression_of(self, text: str) -> str | None:
+        """The expression of one string. The strings of a corpus are few, so they are remembered."""
+        if text not in self._known:
+            if len(self._known) >= 100_000:
+                self._known.clear()
+            self._known[text] = self._parse(text)
+        return self._known[text]
+
+    def _parse(self, text: str) -> str | None:
+        stripped = text.strip()
+        if stripped.casefold() in self._names:
+            return spdx(self._names[stripped.casefold()])
+        if self.separator and self.separator in stripped:
+            return _all_of({self._parse(part) for part in stripped.split(self.separator)})
+        try:
+            if self.syntax == "dep5":
+                expression = dep5.expression(stripped, self._normalized_names)
+                return None if expression is None else spdx(expression)
+            return spdx(stripped) if len(stripped) <= 2000 else None
+        except (ValueError, RecursionError):
+            return None
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return {name.strip().casefold(): license for name, license in self.licenses.items()}
+
+    @cached_property
+    def _normalized_names(self) -> dict[str, str]:
+        return {dep5.normalized_name(name): license for name, license in self.licenses.items()}
+
+
+def _all_of(expressions: set[str | None]) -> str | None:
+    """The expression of licenses that all apply; None if one of them is None."""
+    known = [expression for expression in expressions if expression is not None]
+    if len(known) < len(expressions):
+        return None
+    if len(known) == 1:
+        return known[0]
+    return spdx(" AND ".join(f"({license})" if " " in license else license for license in sorted(known, key=str.lower)))
+
+
+@cache
+def load_map(name: MapName) -> LicenseMap:
+    """A shipped map."""
+    content = (files(__package__) / f"{name}.yaml").read_bytes()
+    fields: dict[str, Any] = parse_yaml(content, f"license map {name}")
+    return LicenseMap(
+        fields["licenses"],
+        fields["syntax"],
+        fields.get("separator"),
+        fields.get("several", True),
+        tuple(fields.get("ignored", ())),
+        f"sha256:{sha256_bytes(content)}",
+    )

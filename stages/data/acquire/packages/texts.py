@@ -1,0 +1,110 @@
+"""The text of a file of a package: plain text as it is, HTML and man pages without their markup."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from pathlib import PurePosixPath
+from typing import Literal
+
+from stages.data.acquire.packages.archives import gunzip
+from stages.data.acquire.packages.html_pages import html_text
+from stages.data.acquire.packages.man_pages import man_text
+
+Content = Literal["documentation", "code"]
+_PLAIN = """
+.adoc .asciidoc .markdown .md .mdown .org .pod .rst .texi .texinfo .text .txt .txi
+"""
+PLAIN = frozenset(_PLAIN.split())
+HTML = frozenset([".htm", ".html", ".xhtml"])
+_CODE = """
+.ada .adb .ads .agda .bash .bat .c .cc .clj .cljs .cmake .cpp .cr .cs .cu .cxx .d .dart .el .elm .erl .ex .exs .f .f03
+.f08 .f77 .f90 .f95 .fs .go .groovy .h .hh .hpp .hrl .hs .hxx .inc .inl .ipp .java .jl .js .jsx .kt .lhs .lisp .lua .m
+.m4 .mjs .ml .mli .nim .pas .php .pl .pm .proto .ps1 .pxd .py .pyi .pyx .r .rake .rb .rkt .rktl .rs .s .scala .scm .sh
+.sql .ss .sv .swift .t .tcl .ts .tsx .v .vala .vhd .vim .zig
+"""
+CODE = frozenset(_CODE.split())
+NAMES = re.compile(r"(README|FAQ|HOWTO|HACKING|INSTALL|CONTRIBUTING|TUTORIAL|GUIDE|MANUAL|NOTES)\b[^/]*")
+"""Documentation without a suffix."""
+MAN_PAGE = re.compile(r"(.*/)?man[1-9][a-z]*/[^/]+\.[1-9][a-z]*")
+LEGAL = re.compile(r"(copyright|copying|licen[cs]es?|notice|unlicense)([-._].*)?", re.IGNORECASE)
+"""Texts of licenses, which are the same in thousands of packages."""
+LISTS = re.compile(
+    r"(CMakeLists|SOURCES|top_level|entry_points|requires|dependency_links|requirements[^/]*|constraints[^/]*)\.txt"
+    r"|changelog.*|.*\.min\.js|search\.html|genindex.*\.html|py-modindex\.html",
+    re.IGNORECASE,
+)
+"""Files for programs, and indexes."""
+CODINGS = (
+    re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE),
+    re.compile(rb"<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]{1,40})", re.IGNORECASE),
+    re.compile(rb"^[^\n]{0,200}?coding[:=][ \t]*([\w.-]{1,40})"),
+    re.compile(rb"^[^\n]*\n[^\n]{0,200}?coding[:=][ \t]*([\w.-]{1,40})"),
+)
+"""Declarations of an encoding: of HTML, XML, and in the first two lines (PEP 263, Emacs)."""
+CHARSETS = re.compile(r"iso8859|iso2022|cp\d|koi8|euc_|shift_jis|gb|big5|hz|utf-(?:8|16|32)|mac-|tis-620")
+"""Encodings of texts, by the names of Python's codecs."""
+SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([^\n]{1,500})")
+TAG_WITHIN = 3000
+"""Characters at the beginning of a file in which the tag is about the file."""
+
+
+class NotText(Exception):
+    """A file that is no text, or in an encoding that nobody knows."""
+
+
+def content_of(path: str) -> Content | None:
+    """What a file is, by its path without .gz; None if it is no text for a corpus."""
+    name = PurePosixPath(path).name
+    suffix = PurePosixPath(name).suffix.lower()
+    if LISTS.fullmatch(name):
+        return None
+    if suffix in CODE:
+        return "code"
+    if LEGAL.fullmatch(name):
+        return None
+    if suffix in PLAIN | HTML or NAMES.fullmatch(name) or MAN_PAGE.fullmatch(path):
+        return "documentation"
+    return None
+
+
+def decoded(path: str, content: bytes) -> str:
+    """The characters of a file. Raises NotText in words if it has none, ArchiveError if its compression is damaged."""
+    if path.endswith(".gz"):
+        content = gunzip(content)
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if b"\0" in content:
+        raise NotText("it holds the character NUL")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        text = _decoded_as_declared(content, error)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded_as_declared(content: bytes, error: UnicodeDecodeError) -> str:
+    for coding in CODINGS:
+        if match := coding.search(content[:4000]):
+            try:
+                if CHARSETS.match(codecs.lookup(match[1].decode()).name):
+                    return content.decode(match[1].decode())
+            except (LookupError, UnicodeError):
+                pass
+            break
+    raise NotText(f"it is not UTF-8, and declares no other encoding that it is in ({error.reason})")
+
+
+def spdx_tag(text: str) -> str | None:
+    """What a file states of itself after `SPDX-License-Identifier:`, which may be no expression; None without one."""
+    match = SPDX_TAG.search(text[:TAG_WITHIN])
+    if match is None:
+        return None
+    value = re.split(r"\*/|-->|\*\)|\"|'", match[1])[0]
+    return value.strip().rstrip("#*;").strip()
+
+
+def plain_text(path: str, text: str) -> str:
+    """The text without markup, by the suffix of the path without .gz."""
+    if PurePosixPath(path).suffix.lower() in HTML:
+        return html_text(text)
+    return man_text(text) if MAN_PAGE.fullmatch(path) else text

@@ -1,0 +1,149 @@
+"""The streams of a phase: the chunks of a source, or of its long or its short chunks, permuted again in each epoch.
+
+A position in a stream is the number of chunks before it, through all epochs. Positions and chunks are functions of each
+other. The number of tokens before a position needs sums over the stream, which are made once in sealed runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.core.parts import seal_part
+from stages.data.order.chunks import ALL, ChunkIndex
+from stages.data.order.permutation import Permutation
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+RUN = 1 << 19
+"""Positions whose sums are sealed together."""
+STRIDE = 1 << 14
+"""Positions of one sum."""
+
+
+class Place(NamedTuple):
+    """A position in a stream, and the tokens (targets) of all chunks before it."""
+
+    position: int
+    tokens: int
+
+
+def stream_name(source: str, pool: str) -> str:
+    """The name of a stream, in its label too: `<source>`, or `<source>/<pool>` where its chunks are divided."""
+    return source if pool == ALL else f"{source}/{pool}"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The chunks of one pool of a source. share: of all tokens that the phase reads; label, seed: of permutations."""
+
+    source: str
+    pool: str
+    share: float
+    index: ChunkIndex
+    label: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return stream_name(self.source, self.pool)
+
+    @cached_property
+    def size(self) -> int:
+        """Chunks of an epoch."""
+        return self.index.count(self.pool)
+
+    def chunks(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The chunk at each of these ascending positions."""
+        import numpy as np
+
+        epochs, places = np.divmod(positions, self.size)
+        first, last = (int(epochs[0]), int(epochs[-1])) if len(epochs) else (0, -1)
+        bounds = np.searchsorted(epochs, np.arange(first, last + 2))
+        parts = [
+            self._permutation(epoch)(places[begin:end])
+            for epoch, begin, end in zip(range(first, last + 1), bounds, bounds[1:], strict=False)
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def position(self, chunk: int, epoch: int) -> int:
+        """The position at which an epoch reads a chunk, the inverse of `chunks`."""
+        return epoch * self.size + int(self._permutation(epoch).inverse(chunk))
+
+    def read(self, positions: NDArray[np.int64]) -> dict[str, Any]:
+        """The columns of the chunks at these ascending positions."""
+        return self.index.read(self.pool, self.chunks(positions))
+
+    def lengths(self, first: int, end: int) -> NDArray[np.int64]:
+        """The targets of each chunk at positions `first` to `end`, exclusive."""
+        import numpy as np
+
+        columns = self.index.read(self.pool, self.chunks(np.arange(first, end)), ids=False)
+        return np.asarray(columns["length"], np.int64) - 1
+
+    def tokens_before(self, position: int, work: Path, turn: float = 0.0) -> int:
+        """The targets of all chunks before a position. work, turn: as in `sums`."""
+        epoch, place = divmod(position, self.size)
+        begin = epoch * self.size
+        tokens: int = epoch * self.index.slots[self.pool]
+        if not place:
+            return tokens
+        for first, total in self.sums(epoch, place, work, turn):
+            if first + STRIDE > place:
+                return tokens + int(self.lengths(begin + first, position).sum())
+            tokens += total
+        return tokens
+
+    def locate(self, tokens: int, work: Path, turn: float = 0.0) -> Place:
+        """The first position before which there are at least so many tokens. work, turn: as in `sums`."""
+        import numpy as np
+
+        epoch, missing = divmod(tokens, self.index.slots[self.pool])
+        before, begin = tokens - missing, epoch * self.size
+        if not missing:
+            return Place(begin, before)
+        likely = self.size * missing // self.index.slots[self.pool]
+        for first, total in self.sums(epoch, likely, work, turn):
+            if total >= missing:
+                sums = np.cumsum(self.lengths(begin + first, begin + min(first + STRIDE, self.size)))
+                last = int(np.searchsorted(sums, missing))
+                return Place(begin + first + last + 1, before + int(sums[last]))
+            missing, before = missing - total, before + total
+        raise AssertionError("the sums of an epoch are those of its chunks")
+
+    def sums(self, epoch: int, until: int, work: Path, turn: float) -> Iterator[tuple[int, int]]:
+        """(first place, targets of the chunks of STRIDE places) through an epoch. Missing sums are sealed in `work`.
+
+        until: the place up to which they are made first, beginning at the fraction `turn` of them: processes with
+        different turns share that work.
+        """
+        runs = until // RUN + 1
+        for k in range(runs):
+            self._run_sums(epoch, (k + int(turn * runs)) % runs, work)
+        for run in range(-(-self.size // RUN)):
+            for k, total in enumerate(self._run_sums(epoch, run, work)):
+                yield run * RUN + k * STRIDE, total
+
+    def _run_sums(self, epoch: int, run: int, work: Path) -> list[int]:
+        import numpy as np
+
+        def make(folder: Path) -> dict[str, Any]:
+            first = epoch * self.size + run * RUN
+            lengths = self.lengths(first, min(first + RUN, (epoch + 1) * self.size))
+            return {"sums": np.add.reduceat(lengths, np.arange(0, len(lengths), STRIDE)).tolist()}
+
+        sums: list[int] = seal_part(work / "sums" / self.name, f"{epoch:04d}-{run:05d}", make).facts["sums"]
+        return sums
+
+    def _permutation(self, epoch: int) -> Permutation:
+        return _permutation(self.size, f"{self.label}/{self.name}/epoch {epoch}", self.seed)
+
+
+@lru_cache(maxsize=1024)
+def _permutation(n: int, label: str, seed: int) -> Permutation:
+    return Permutation(n, label, seed)
