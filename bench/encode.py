@@ -40,7 +40,7 @@ import numpy as np
 from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact
 from stages.data.order import tokenize_stage
-from stages.data.order.encoder import Encoder
+from stages.data.order.tokenize_stage import Encoder
 from stages.formats.table import KEPT, content_hash, write_rows
 from stages.formats.tokenizer import END, bpe_trainer, save, untrained
 

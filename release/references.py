@@ -21,7 +21,7 @@ from pipeline.core.stage import Config
 from pipeline.core.text import escaped
 from release import scratch, untrusted
 from release.layout import REFERENCES
-from stages.data.acquire import lock_file
+from stages.data.acquire import hub_files
 from stages.data.acquire.readers.hub import Hub
 from stages.data.acquire.readers.packages import Packages
 from stages.data.acquire.sources import Source
@@ -71,7 +71,7 @@ class Reference(Config):
         settings = source.model_dump(mode="json", exclude={"expected"})
         settings["reader"] = {name: value for name, value in settings["reader"].items() if name not in PLACES}
         if isinstance(source.reader, Hub):
-            settings["reader"]["revision"] = lock_file.read(Path(source.reader.lock))[source.name].revision
+            settings["reader"]["revision"] = hub_files.read(Path(source.reader.lock))[source.name].revision
         digests = source.reader.digests(source.name, files)
         return cls(
             source=settings,
@@ -133,7 +133,7 @@ def _lock_of(source: Source) -> str | None:
     if not isinstance(reader, Hub):
         return None
     with scratch.folder() as temporary:
-        lock_file.write(temporary / "lock.yaml", {source.name: lock_file.read(Path(reader.lock))[source.name]})
+        hub_files.write(temporary / "lock.yaml", {source.name: hub_files.read(Path(reader.lock))[source.name]})
         return (temporary / "lock.yaml").read_text("utf-8")
 
 

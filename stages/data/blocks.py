@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Self, Union
 
@@ -251,13 +252,8 @@ def _add_package(name: str, folder: Path) -> None:
     sys.modules[name] = package
 
 
-def classes(registry: Mapping[str, str], attribute: str) -> list[type[Any]]:
-    """The class that each module of a registry has under `attribute`, in the order of the registry."""
-    return [getattr(import_module(module), attribute) for module in registry.values()]
-
-
-def union(registry: Mapping[str, str], attribute: str, discriminator: str) -> Any:
-    """The union type of these classes of settings, by the value of the field `discriminator`.
+def union_of(registry: Mapping[str, str], discriminator: str) -> Any:
+    """Returns the union type of the classes of a registry, by the value of the field `discriminator`.
 
     Settings with a `block` are those of a class of datatrove, and need not state the field.
     """
@@ -267,7 +263,7 @@ def union(registry: Mapping[str, str], attribute: str, discriminator: str) -> An
         return {discriminator: "datatrove", **value} if is_block else value
 
     return Annotated[
-        Union[tuple(classes(registry, attribute))],  # noqa: UP007
+        Union[tuple(map(resolve_name, registry.values()))],  # noqa: UP007
         Field(discriminator=discriminator),
         BeforeValidator(state_datatrove),
     ]

@@ -11,8 +11,8 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import find, lock_of
-from stages.data.acquire import hub_files, lock_file
-from stages.data.acquire.lock_file import LockedSource
+from stages.data.acquire import hub_files
+from stages.data.acquire.hub_files import LockedSource
 from stages.data.acquire.readers.hub import Hub
 from stages.data.recipe import load
 
@@ -76,12 +76,12 @@ def pin(path: Path) -> Iterator[Pin]:
         entries[name] = hub_files.resolve(name, reader.repo, reader.revision, reader.pattern)
         earlier = known.get(name)
         yield Pin(name, entries[name], earlier.revision if earlier and earlier.repo == reader.repo else None)
-    lock_file.write(lock, entries)
+    hub_files.write(lock, entries)
 
 
 def _known(lock: Path) -> Mapping[str, LockedSource]:
     """The sources in a lock file; none if it is damaged, as it is written anew."""
     try:
-        return lock_file.read(lock)
+        return hub_files.read(lock)
     except RecipeError:
         return {}

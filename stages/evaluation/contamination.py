@@ -137,7 +137,7 @@ def run_shard(config: ContaminationConfig, inputs: Inputs, work: Path, shard: in
 
 
 def _search(config: ContaminationConfig, inputs: Inputs, work: Path, items: Mapping[str, Item]) -> CorpusSearch:
-    from stages.data.curate.overlap import ItemRuns
+    from stages.data.curate.decontamination import ItemRuns
 
     runs = ItemRuns({id: text for id, (_, _, text) in items.items()})
     return CorpusSearch(inputs, work, runs, items, config.canaries, config.seed)

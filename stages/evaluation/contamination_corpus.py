@@ -25,7 +25,7 @@ from stages.formats.seeds import seed_of
 from stages.formats.table import order_files, part_files, short_hash, sources_of, stream_batches
 
 if TYPE_CHECKING:
-    from stages.data.curate.overlap import ItemRuns
+    from stages.data.curate.decontamination import ItemRuns
 
 FORMS = ("verbatim", "spacing", "case", "embedded")
 Item = tuple[str, str, str]

@@ -22,9 +22,9 @@ import data_recipes
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.python_stdlib import own_terms, read_docstrings, read_functions, read_modules
 from stages.data.acquire.readers import jsonl
 from stages.data.acquire.readers.base import Document, Unmapped, Unreadable
+from stages.data.acquire.readers.python_stdlib import own_terms, read_docstrings, read_functions, read_modules
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.formats import chat
 from stages.formats.seeds import seed_of

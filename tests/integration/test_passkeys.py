@@ -16,9 +16,8 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.python_stdlib import read_modules
 from stages.data.acquire.readers.base import Document, Unreadable
-from stages.data.acquire.readers.stdlib_source import StdlibSource
+from stages.data.acquire.readers.python_stdlib import StdlibSource, read_modules
 from stages.data.curate import filter_stage
 from stages.data.curate.settings import CurationSettings
 from stages.data.order.tokenize_stage import encode
@@ -120,7 +119,7 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
 
 
 def test_only_the_answer_carries_loss_and_each_digit_is_one_token(trained_tokenizer: Artifact) -> None:
-    from stages.data.order.encoder import Encoder
+    from stages.data.order.tokenize_stage import Encoder
     from stages.formats.tokenizer import END
 
     encoder = Encoder(trained_tokenizer / "tokenizer.json")

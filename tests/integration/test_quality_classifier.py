@@ -14,9 +14,8 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.curate import classifier_stage, filter_stage
 from stages.data.curate.classifier_stage import _auc, as_line
-from stages.data.curate.filters.by_language import ByLanguage
 from stages.data.curate.filters.classifier import Classifier
-from stages.data.curate.filters.language import identify
+from stages.data.curate.filters.language import ByLanguage, identify
 from stages.data.recipe import load
 from stages.formats.table import DOCUMENTS, content_hash, sources_of, write_rows
 from tests.fixtures.block_fixtures import PII, QUALITY, apply, document

@@ -14,8 +14,7 @@ import pytest
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.readers.base import Document, Refused, Unmapped
-from stages.data.acquire.readers.html_pages import Html
-from stages.data.acquire.readers.warc import Warc
+from stages.data.acquire.readers.web_pages import Html, Warc
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.acquire.web import pages
 from stages.data.curate import filter_stage

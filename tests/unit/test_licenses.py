@@ -14,7 +14,7 @@ from stages.data.acquire.licenses.allow import AllowedLicenses
 from stages.data.acquire.licenses.maps import LicenseMap, MapName, load_map
 from stages.data.acquire.readers.jsonl import Jsonl
 from stages.data.acquire.readers.rows import field_at
-from stages.data.acquire.web.license_links import expression_of
+from stages.data.acquire.web.claims import expression_of
 from stages.data.curate.filter_stage import FilteredSource
 from stages.data.curate.source_filter import Removed, SourceFilter
 from stages.data.recipe import SourceConfig, load

@@ -23,8 +23,8 @@ from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.order import tokenize_stage
-from stages.data.order.encoder import Encoder
 from stages.data.order.shards import ShardWriter, check_shard, check_sizes
+from stages.data.order.tokenize_stage import Encoder
 from stages.formats import text_sample
 from stages.formats import tokenizer as training
 from stages.formats.table import KEPT, content_hash, write_rows

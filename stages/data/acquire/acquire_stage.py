@@ -28,9 +28,8 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data import estimates
-from stages.data.acquire.failures import COUNTS, Failures, kind_of, refused_row, report_refusals
+from stages.data.acquire.failures import COUNTS, Failures, LicenseTally, kind_of, refused_row, report_refusals
 from stages.data.acquire.licenses.maps import UNKNOWN_WEB, UNMAPPED
-from stages.data.acquire.licenses.tally import LicenseTally
 from stages.data.acquire.readers.base import (
     Document,
     Failed,

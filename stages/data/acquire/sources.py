@@ -16,7 +16,7 @@ from stages.data.acquire.licenses.maps import UNKNOWN_WEB
 from stages.data.acquire.readers import READERS
 from stages.data.acquire.readers.base import FileReader, Files, Reader
 from stages.data.acquire.readers.generated import Generated
-from stages.data.blocks import union
+from stages.data.blocks import union_of
 from stages.data.estimates import Size
 from stages.formats.file_digests import TreeDigest, tree_digest
 from stages.formats.table import Kind
@@ -24,7 +24,7 @@ from stages.formats.table import Kind
 if TYPE_CHECKING:
     AnyReader = Reader
 else:
-    AnyReader = union(READERS, "READER", "reader")
+    AnyReader = union_of(READERS, "reader")
 
 COLLECTION_LICENSES = ("ODC-By-1.0", "ODbL-1.0")
 """Licenses that govern the rights over a database, and not its contents individually (preamble of each)."""
@@ -103,7 +103,7 @@ class Source(Config):
     @property
     def code(self) -> dict[str, list[str]]:
         """{registry of readers: the module in it that this source uses}, for the digest of a stage's code."""
-        return {readers.__name__: [READERS[self.reader.reader]]}
+        return {readers.__name__: [READERS[self.reader.reader].partition(":")[0]]}
 
     def files(self) -> Files:
         """The files of all parts. Raises RecipeError if they are missing, or fewer than the parts."""

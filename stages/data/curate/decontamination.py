@@ -1,8 +1,12 @@
-"""Decontamination: finds the evaluation item that occurs in a document."""
+"""Evaluation items in training documents: the first item that a document contains, and all runs of their words.
+
+Words are those of `searched_words`: spacing, case and most punctuation do not count, signs of arithmetic do.
+Paraphrases are not detected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from stages.data.curate.words import searched_words
 
@@ -32,3 +36,77 @@ class ContaminationIndex:
                 if gram in table:
                     return table[gram], n
         return None
+
+
+MAX_RUN_WORDS = 64
+"""The maximum words of a run; a longer match counts as one of these."""
+
+
+class ItemRuns:
+    """A trie of every run of an item's words. A node is a run, identified by its number; 0 is the empty run.
+
+    Memory and time to build grow with LONGEST times the words of all items, search with the words of the corpus.
+    """
+
+    def __init__(self, items: Mapping[str, str]) -> None:
+        """items: text by id."""
+        self.words = {id: searched_words(text) for id, text in items.items()}
+        self.children: list[dict[str, int]] = [{}]
+        self.parent = [0]
+        for words in self.words.values():
+            for start in range(len(words)):
+                node = 0
+                for word in words[start : start + MAX_RUN_WORDS]:
+                    child = self.children[node].get(word)
+                    if child is None:
+                        child = self.children[node][word] = len(self.children)
+                        self.children.append({})
+                        self.parent.append(node)
+                    node = child
+
+    def search(self, text: str) -> set[int]:
+        """The longest runs at each position of a text; every prefix of such a run occurs as well."""
+        words, runs, children = searched_words(text), set(), self.children
+        for start, word in enumerate(words):
+            node = children[0].get(word)
+            if node is None:
+                continue
+            for word in words[start + 1 : start + MAX_RUN_WORDS]:
+                child = children[node].get(word)
+                if child is None:
+                    break
+                node = child
+            runs.add(node)
+        return runs
+
+    def with_prefixes(self, runs: Iterable[int]) -> set[int]:
+        """The runs with all their prefixes."""
+        closed_runs = {0}
+        for node in runs:
+            while node not in closed_runs:
+                closed_runs.add(node)
+                node = self.parent[node]
+        return closed_runs
+
+    def lengths(self, id: str, runs: set[int]) -> list[int]:
+        """For each word of an item, the length of the longest matching run that begins with it."""
+        words, lengths = self.words[id], []
+        for start in range(len(words)):
+            node = length = 0
+            for word in words[start : start + MAX_RUN_WORDS]:
+                node = self.children[node][word]
+                if node not in runs:
+                    break
+                length += 1
+            lengths.append(length)
+        return lengths
+
+    def overlap(self, id: str, runs: set[int], ngram: int) -> tuple[float, int]:
+        """(share of an item's n-grams that are found, longest found run in words). An item of fewer than `ngram` words
+        is one n-gram as a whole; one without words overlaps with nothing."""
+        lengths = self.lengths(id, runs)
+        if not lengths:
+            return 0.0, 0
+        n = min(ngram, len(lengths), MAX_RUN_WORDS)
+        places = lengths[: len(lengths) - n + 1]
+        return sum(length >= n for length in places) / len(places), max(lengths)

@@ -24,8 +24,7 @@ from typing import Any, Literal, TypedDict
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import sha256_bytes
 from pipeline.core.text import escaped
-from stages.data.curate.addresses import WEB, host_and_parents, listed_host, page_address, parse_url
-from stages.data.curate.list_file import Line, ListFile
+from stages.data.curate.list_file import WEB, Line, ListFile, host_and_parents, listed_host, page_address, parse_url
 
 OPT_OUT_RULE = "opt_out"
 """The rule of the dispositions."""

@@ -1,5 +1,4 @@
 """Duplicates: find the exact and near duplicates over all sources.
-from stages.formats.table import Kind
 
 Documents with equal hashes are found by partition: of the text's hash, and of each band of MinHash. The partitions are
 independent, and what they find is joined. Memory does not grow with the corpus, but for 16 bytes for each document that
@@ -8,6 +7,14 @@ shares a band with another. Stage `dedup` removes what is found here.
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +22,66 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipeline.core.bounds import MOST_SOURCES, SourceName
+from pipeline.core.errors import MachineError
 from pipeline.core.parts import Part, PartCount, link_parts, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from stages.data import estimates
-from stages.data.curate.processes import processes
 from stages.data.curate.settings import MinHash
 from stages.data.estimates import Size
 from stages.formats.table import Kind
 
 if TYPE_CHECKING:
     from stages.data.curate import duplicate_groups
+
+
+ForEach = Callable[[Callable[[int], None], int], Iterator[int]]
+"""for_each(work_on, count) calls the picklable work_on with each number below count, and yields how many are done. An
+error of a call ends the others, and is raised."""
+
+
+@contextmanager
+def processes(number: int) -> Iterator[ForEach]:
+    """A context with a `ForEach` of at most `number` processes, and of one for each core that this one may use. With
+    one, no other process is started."""
+    number = min(number, len(os.sched_getaffinity(0)))
+    if number < 2:
+        yield _in_turn
+        return
+    earlier = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
+    with ProcessPoolExecutor(number, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+
+        def at_once(work_on: Callable[[int], None], count: int) -> Iterator[int]:
+            for done, future in enumerate(as_completed([pool.submit(work_on, n) for n in range(count)]), start=1):
+                future.result()
+                yield done
+
+        try:
+            yield at_once
+        except BrokenProcessPool:
+            raise MachineError(
+                "a process of this stage was killed, perhaps for its memory; run again: finished parts are kept"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - earlier:
+                child.terminate()
+            raise
+
+
+def _in_turn(work_on: Callable[[int], None], count: int) -> Iterator[int]:
+    for n in range(count):
+        work_on(n)
+        yield n + 1
+
+
+def _end_with(parent: int) -> None:
+    """Lets this process leave Ctrl-C to its parent, and end when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
 
 VERSION = 1
 PARTS_PER_RANGE = 500

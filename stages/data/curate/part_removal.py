@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from pipeline.core.errors import AtomError
 from stages.data.curate.deny_list import OPT_OUT_RULE
 from stages.data.curate.duplicate_groups import Part, Removed
+from stages.data.curate.minhash import jaccard, shingle_sets
 from stages.data.curate.representatives import Representatives
 from stages.data.curate.settings import MinHash
-from stages.data.curate.shingles import jaccard, shingle_sets
 from stages.formats.table import (
     DISPOSITIONS,
     DOCUMENTS,

@@ -14,9 +14,8 @@ import pyarrow as pa
 
 from pipeline.core.parts import part_slice
 from stages.data.curate.duplicate_groups import Part, Removed, mapped, write_array
-from stages.data.curate.minhash import Ints, UInts
+from stages.data.curate.minhash import Ints, UInts, shingle_sets
 from stages.data.curate.settings import REPRESENTATIVE_BLOCKS
-from stages.data.curate.shingles import shingle_sets
 from stages.formats.table import stream_batches
 
 

@@ -16,8 +16,7 @@ from collections.abc import Iterable
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.text import escaped
-from stages.data.curate.addresses import WEB, host_and_parents, listed_host, page_address, parse_url
-from stages.data.curate.list_file import Line, ListFile
+from stages.data.curate.list_file import WEB, Line, ListFile, host_and_parents, listed_host, page_address, parse_url
 
 BLOCKED_RULE = "url_blocklist"
 """The rule of the dispositions, of which `match` is the entry."""

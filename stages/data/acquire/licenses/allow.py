@@ -1,4 +1,4 @@
-"""The licenses that a source allows."""
+"""The licenses that a source allows, that forbid derived works, and that ask for attribution."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.core.bounds import License, spdx
+from stages.data.acquire.licenses.maps import UNKNOWN_WEB
 
 Licenses = Annotated[tuple[License, ...], Field(max_length=1000)]
 NOT_ALLOWED = "license/not-allowed"
@@ -73,4 +74,23 @@ def forbids_derivatives(expression: str) -> bool:
     try:
         return not AllowedLicenses(allowed).allows(expression)
     except (IndexError, RecursionError, ValueError):
+        return True
+
+
+FREE = (
+    "0BSD", "CC-PDDC", "CC0-1.0", "LicenseRef-Public-Domain", "LicenseRef-public-domain", "MIT-0", "PDDL-1.0", "SAX-PD",
+    "Unlicense", "WTFPL",
+)  # fmt: skip
+"""Dedications to the public domain, and licenses without conditions."""
+_FREE = AllowedLicenses([*FREE, UNKNOWN_WEB])
+
+
+def asks_for_attribution(expression: str) -> bool:
+    """Whether an SPDX expression asks to name authors or to keep notices, whichever of its alternatives one chooses.
+
+    False for web text without a license, whose terms nobody knows. True for a text that is no expression.
+    """
+    try:
+        return not _FREE.allows(expression)
+    except (IndexError, RecursionError):
         return True

@@ -1,13 +1,15 @@
 """License maps: from the license strings of a source to SPDX expressions.
 
 A map is a YAML file of this folder, which says where its strings were read. A recipe names it, and may add strings of
-its own. A string that neither knows has no expression, and then the document is not used.
+its own. A string that neither knows has no expression, and then the document is not used. The license fields of
+debian/copyright files (DEP-5) are parsed as well: alternatives, conjunctions, exceptions and `+`.
 
 A map decides what acquire writes: whoever changes one raises the version of that stage.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -17,7 +19,76 @@ from typing import Any, Literal
 from pipeline.core.bounds import spdx
 from pipeline.core.store import sha256_bytes
 from pipeline.core.yaml_text import parse_yaml
-from stages.data.acquire.licenses import dep5
+
+EXCEPTIONS = {"font": "Font-exception-2.0"}
+"""{keyword of an exception: its SPDX identifier}. An exception only adds permissions, so a license with one that has no
+identifier is stated without it."""
+OR_LATER = re.compile(
+    r"\+?[ -]or[ -](?:\(at your option\) )?(?:any[ -])?(?:later|newer)(?:[ -]versions?)?\b", re.IGNORECASE
+)
+"""Other spellings of `+`."""
+
+
+def normalized_name(name: str) -> str:
+    """A short name in lower case, without the zeros at the end of its version: GPL-2.0+ and gpl-2+ are equal."""
+    return re.sub(r"(?<=\d)(\.0)+(?=\+?$)", "", name.casefold())
+
+
+def dep5_expression(text: str, names: Mapping[str, str]) -> str | None:
+    """The SPDX expression of the first line of a license field; None if one of its names is unknown.
+
+    names: {normalized short name: SPDX expression}.
+    """
+    text = OR_LATER.sub("+", " ".join(text.split()))
+    text = re.sub(r" and/or ", " or ", text, flags=re.IGNORECASE)
+    parts = re.split(r",\s+(and|or)\s+", text, flags=re.IGNORECASE)
+    result = _alternatives(parts[0], names)
+    for conjunction, part in zip(parts[1::2], parts[2::2], strict=True):
+        operand = _alternatives(part, names)
+        if result is None or operand is None:
+            return None
+        result = f"{_grouped(result)} {conjunction.upper()} {_grouped(operand)}"
+    return result
+
+
+def _alternatives(text: str, names: Mapping[str, str]) -> str | None:
+    """The expression of a text without commas."""
+    alternatives = []
+    for alternative in re.split(r"\s+or\s+", text, flags=re.IGNORECASE):
+        operands = [_license(operand, names) for operand in re.split(r"\s+and\s+", alternative, flags=re.IGNORECASE)]
+        licenses = [operand for operand in operands if operand is not None]
+        if len(licenses) < len(operands):
+            return None
+        alternatives.append(licenses[0] if len(licenses) == 1 else " AND ".join(map(_grouped, licenses)))
+    return " OR ".join(alternatives)
+
+
+def _license(text: str, names: Mapping[str, str]) -> str | None:
+    """The expression of a short name, which a `+` and an exception may follow."""
+    name, _, exception = (part.strip() for part in re.sub(r"\s+with\s+", "\0", text, flags=re.I).partition("\0"))
+    license = _or_later(normalized_name(name), names)
+    if license is None or not exception:
+        return license
+    keyword = re.fullmatch(r"(.+?)\s+exception", exception, re.IGNORECASE)
+    if keyword is None:
+        return None
+    identifier = EXCEPTIONS.get(keyword[1].casefold())
+    return license if identifier is None or " " in license else f"{license} WITH {identifier}"
+
+
+def _or_later(name: str, names: Mapping[str, str]) -> str | None:
+    """The license of a normalized name: with `+`, also its later versions."""
+    if not name.endswith("+"):
+        return names.get(name)
+    license = names.get(name[:-1])
+    if license is None or " " in license or license.startswith("LicenseRef-"):
+        return None
+    return f"{license.removesuffix('-only')}-or-later" if license.endswith("-only") else f"{license}+"
+
+
+def _grouped(expression: str) -> str:
+    return f"({expression})" if " OR " in expression or " AND " in expression else expression
+
 
 MapName = Literal["common-pile", "the-stack", "tulu-3", "dep5", "pep639"]
 UNKNOWN_WEB = "LicenseRef-unknown-web"
@@ -78,7 +149,7 @@ class LicenseMap:
             return _all_of({self._parse(part) for part in stripped.split(self.separator)})
         try:
             if self.syntax == "dep5":
-                expression = dep5.expression(stripped, self._normalized_names)
+                expression = dep5_expression(stripped, self._normalized_names)
                 return None if expression is None else spdx(expression)
             return spdx(stripped) if len(stripped) <= 2000 else None
         except (ValueError, RecursionError):
@@ -90,7 +161,7 @@ class LicenseMap:
 
     @cached_property
     def _normalized_names(self) -> dict[str, str]:
-        return {dep5.normalized_name(name): license for name, license in self.licenses.items()}
+        return {normalized_name(name): license for name, license in self.licenses.items()}
 
 
 def _all_of(expressions: set[str | None]) -> str | None:

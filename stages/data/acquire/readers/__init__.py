@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 READERS = {
-    "datatrove": "stages.data.acquire.readers.block",
-    "stdlib-docstrings": "stages.data.acquire.readers.stdlib_docstrings",
-    "stdlib-source": "stages.data.acquire.readers.stdlib_source",
-    "jsonl": "stages.data.acquire.readers.jsonl",
-    "parquet": "stages.data.acquire.readers.parquet",
-    "packages": "stages.data.acquire.readers.packages",
-    "hub": "stages.data.acquire.readers.hub",
-    "problems": "stages.data.acquire.readers.problems",
-    "passkeys": "stages.data.acquire.readers.passkeys",
-    "chat-problems": "stages.data.acquire.readers.chat_problems",
-    "courtesies": "stages.data.acquire.readers.courtesies",
-    "generated": "stages.data.acquire.readers.generated",
-    "warc": "stages.data.acquire.readers.warc",
-    "html": "stages.data.acquire.readers.html_pages",
+    "datatrove": "stages.data.acquire.readers.block:BlockReader",
+    "stdlib-docstrings": "stages.data.acquire.readers.python_stdlib:StdlibDocstrings",
+    "stdlib-source": "stages.data.acquire.readers.python_stdlib:StdlibSource",
+    "jsonl": "stages.data.acquire.readers.jsonl:Jsonl",
+    "parquet": "stages.data.acquire.readers.parquet:Parquet",
+    "packages": "stages.data.acquire.readers.packages:Packages",
+    "hub": "stages.data.acquire.readers.hub:Hub",
+    "problems": "stages.data.acquire.readers.procedural:Problems",
+    "passkeys": "stages.data.acquire.readers.procedural:Passkeys",
+    "chat-problems": "stages.data.acquire.readers.procedural:ChatProblems",
+    "courtesies": "stages.data.acquire.readers.procedural:Courtesies",
+    "generated": "stages.data.acquire.readers.generated:Generated",
+    "warc": "stages.data.acquire.readers.web_pages:Warc",
+    "html": "stages.data.acquire.readers.web_pages:Html",
 }
-"""{reader: module whose READER is its class}. Importing one is cheap: no datatrove or pyarrow."""
+"""{reader: its class}. Importing one is cheap: no datatrove or pyarrow."""

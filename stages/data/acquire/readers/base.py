@@ -1,7 +1,7 @@
 """The interface of a data reader: its settings, the files that it reads, and the documents in them.
 
-A reader is a class in a module of its own in this folder, with the module named in READERS. Its module is imported
-when a recipe is planned, so heavy imports are inside `documents`.
+A reader is a class in a module of this folder, which is named in READERS. The module is imported when a recipe is
+planned, so heavy imports are inside `documents`.
 """
 
 from __future__ import annotations

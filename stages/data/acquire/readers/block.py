@@ -118,6 +118,3 @@ def _taken(rows: list[Failed]) -> list[Failed]:
     """The rows since the last call."""
     taken, rows[:] = list(rows), []
     return taken
-
-
-READER = BlockReader

@@ -100,6 +100,3 @@ class Generated(Reader):
                 else:
                     location, license = row["parent"], self.license_of(row["license"])
                     yield Document(location, row["text"], location, 0, license, "", "parent", (row["parent"],))
-
-
-READER = Generated

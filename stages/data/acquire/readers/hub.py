@@ -13,8 +13,8 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import operational
 from pipeline.core.store import home_folder
 from pipeline.core.text import shown
-from stages.data.acquire import lock_file
-from stages.data.acquire.lock_file import LockedFile, LockedSource
+from stages.data.acquire import hub_files
+from stages.data.acquire.hub_files import LockedFile, LockedSource
 from stages.data.acquire.readers.base import Failed, Files
 from stages.data.acquire.readers.jsonl import Jsonl
 from stages.data.acquire.readers.parquet import Parquet
@@ -59,8 +59,6 @@ class Hub(RowReader):
         return [digests[name] for name, _ in files]
 
     def pull(self, source: str, files: Files) -> None:
-        from stages.data.acquire import hub_files
-
         locked, rows = self._locked(source), {file.path: file for file in self._rows(source)}
         assert locked is not None
         for name, path in files:
@@ -81,7 +79,7 @@ class Hub(RowReader):
 
     def _locked(self, source: str) -> LockedSource | None:
         """The source as it is pinned; None if it is not, or if these settings have changed since."""
-        entry = lock_file.read(Path(self.lock)).get(source) if self.lock else None
+        entry = hub_files.read(Path(self.lock)).get(source) if self.lock else None
         settings = self.repo, self.pattern
         if (
             entry is None
@@ -93,7 +91,7 @@ class Hub(RowReader):
 
     def _unpinned(self, source: str) -> str:
         lock = Path(self.lock) if self.lock else None
-        has_entry = lock is not None and source in lock_file.read(lock)
+        has_entry = lock is not None and source in hub_files.read(lock)
         place = f" in {lock.name}" if lock else ""
         if has_entry:
             return f"{self.repo} is pinned{place} with another repository, revision or pattern"
@@ -109,6 +107,3 @@ class Hub(RowReader):
     def place(self, file: LockedFile) -> Path:
         """The place of a pulled file: under its digest, so that an unchanged file of another revision is not pulled."""
         return Path(self.path, self.repo, file.hex, file.path.rsplit("/", 1)[-1])
-
-
-READER = Hub

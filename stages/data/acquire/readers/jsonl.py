@@ -79,6 +79,3 @@ def _open(path: Path) -> IO[bytes]:
 
         return open_zstd(path)
     return open(path, "rb")
-
-
-READER = Jsonl

@@ -175,6 +175,3 @@ def _python_licenses(path: Path) -> LicenseOf:
 def _characters(member: Member) -> str:
     content = member.content or b""
     return (gunzip(content) if member.path.endswith(".gz") else content).decode(errors="replace")
-
-
-READER = Packages

@@ -78,6 +78,3 @@ def _rows_of(batch: Any) -> Iterator[dict[str, Any] | str]:
                 yield from batch.slice(n, 1).to_pylist()
             except UnicodeDecodeError as error:
                 yield f"a field is not UTF-8: {error}"
-
-
-READER = Parquet

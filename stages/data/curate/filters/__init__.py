@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 FILTERS = {
-    "datatrove": "stages.data.curate.filters.block",
-    "language": "stages.data.curate.filters.language",
-    "by_language": "stages.data.curate.filters.by_language",
-    "classifier": "stages.data.curate.filters.classifier",
-    "top_n_grams": "stages.data.curate.filters.top_n_grams",
-    "code_shape": "stages.data.curate.filters.code_shape",
-    "python_syntax": "stages.data.curate.filters.python_syntax",
+    "datatrove": "stages.data.curate.filters.block:BlockStep",
+    "language": "stages.data.curate.filters.language:Language",
+    "by_language": "stages.data.curate.filters.language:ByLanguage",
+    "classifier": "stages.data.curate.filters.classifier:Classifier",
+    "top_n_grams": "stages.data.curate.filters.top_n_grams:TopNGrams",
+    "code_shape": "stages.data.curate.filters.source_code:CodeShape",
+    "python_syntax": "stages.data.curate.filters.source_code:PythonSyntax",
 }
-"""{step: module whose FILTER is its class}. Importing one is cheap: no datatrove or numpy."""
+"""{step: its class}. Importing one is cheap: no datatrove or numpy."""

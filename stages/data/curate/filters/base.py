@@ -1,7 +1,7 @@
 """The interface of a filter: its settings, and a function that keeps, edits or removes one document.
 
-A filter is a class in a module of its own in this folder, with the module named in FILTERS. Its module is imported when
-a recipe is planned, so heavy imports are inside `function`. Most filters are blocks of datatrove (`block.py`).
+A filter is a class in a module of this folder, which is named in FILTERS. The module is imported when a recipe is
+planned, so heavy imports are inside `function`. Most filters are blocks of datatrove (`block.py`).
 """
 
 from __future__ import annotations

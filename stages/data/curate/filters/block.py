@@ -220,6 +220,3 @@ def _pinned_file(remote_path: str, *options: Any, **others: Any) -> str:
     if name not in _assets:
         raise AtomError(f"it reads {remote_path}, which no digest pins; put {name} and its SHA-256 into `assets`")
     return str(_assets[name])
-
-
-FILTER = BlockStep

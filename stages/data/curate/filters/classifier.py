@@ -51,6 +51,3 @@ class Classifier(Filter):
             return Removal(f"{self.classifier}/score", value, self.min_score)
 
         return function
-
-
-FILTER = Classifier

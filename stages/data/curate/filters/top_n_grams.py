@@ -41,6 +41,3 @@ class TopNGrams(Filter):
             if (share := ngrams.most_frequent(n, self.min_top_count, limit * len(text) - 1) / len(text)) > limit:
                 return Removal(f"top_{n}_gram", share, limit)
         return text
-
-
-FILTER = TopNGrams

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import License, Line, LongLine, Text, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import operational
-from stages.data.acquire.lock_file import Commit
+from stages.data.acquire.hub_files import Commit
 from stages.data.acquire.readers.base import is_unicode
 from stages.data.acquire.readers.hub import FORMATS, HOME, Hub, Repo
 from stages.data.acquire.readers.rows import Column, Row, field_at

@@ -1,7 +1,7 @@
-"""The running Python's standard library as documents: docstrings, or functions or files without their docstrings.
+"""Readers `stdlib-docstrings` and `stdlib-source`: the running Python's standard library as documents.
 
 Some files of the library carry license terms of their own, such as `turtle.py`. The license that a recipe declares for
-the library does not cover them, so that their documents are `Unmapped`, and curation removes them.
+the library does not cover them, so their documents are `Unmapped`, and curation removes them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from stages.data.acquire.readers.base import Document, Files, Unmapped, Unreadable, is_unicode
+from pydantic import Field
+
+from pipeline.core.stage import added
+from stages.data.acquire.readers.base import Document, Files, SampledReader, Unmapped, Unreadable, is_unicode
 
 ADDRESS = "https://github.com/python/cpython/blob/v{version}/Lib/{path}"
 """Address of a file of the library at the tag of a version of Python."""
@@ -214,3 +218,33 @@ def _file_without_docstrings(tree: ast.Module, lines: Sequence[str]) -> str:
         alone = not prefix.strip() and not suffix.strip() and (len(node.body) > 1 or isinstance(node, ast.Module))
         edited[first : last + 1] = [None if alone else f"{prefix}pass{suffix}", *[None] * (last - first)]
     return "\n".join(line for line in edited if line is not None).strip("\n")
+
+
+class StdlibSource(SampledReader):
+    """Functions and methods of the standard library, or its whole files.
+
+    Docstrings are removed, so that no held-out docstring is trained on inside its function.
+    """
+
+    reader: Literal["stdlib-source"] = Field(description="selects this reader")
+    unit: Literal["function", "file"] = added("function", "what one document is; use only one of them in a data recipe")
+    modules: Literal["all", "top-level"] = Field("all", description="modules to read; top-level leaves packages out")
+
+    def files(self, source: str) -> Files:
+        return library_files(top_level=self.modules == "top-level")
+
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unmapped | Unreadable]:
+        return read_modules(files) if self.unit == "file" else read_functions(files)
+
+
+class StdlibDocstrings(SampledReader):
+    """Docstrings of modules, classes and functions of the running Python's standard library."""
+
+    reader: Literal["stdlib-docstrings"] = Field(description="selects this reader")
+    modules: Literal["all", "top-level"] = Field("all", description="modules to read; top-level leaves packages out")
+
+    def files(self, source: str) -> Files:
+        return library_files(top_level=self.modules == "top-level")
+
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unmapped | Unreadable]:
+        return read_docstrings(files)

@@ -1,7 +1,8 @@
-"""Reader `warc`: web pages of WARC files (ISO 28500), plain or gzip, as Common Crawl has them.
+"""Readers `warc` and `html`: web pages in WARC files, as Common Crawl has them, or saved one in each file.
 
-warcio reads the records, as in datatrove's reader; that one reads bodies of any size, and drops the headers of HTTP.
-A file that is cut short ends there: what stands before it is used, and the place has a disposition of its own.
+WARC files (ISO 28500) are plain or gzip. warcio reads the records, as in datatrove's reader; that one reads bodies of
+any size, and drops the headers of HTTP. A file that is cut short ends there: what stands before it is used, and the
+place has a disposition of its own.
 """
 
 from __future__ import annotations
@@ -11,14 +12,65 @@ import zlib
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import quote
 
 from pydantic import Field
 
-from stages.data.acquire.readers.base import Files, Read, Refused
-from stages.data.acquire.readers.html_pages import WebReader
-from stages.data.acquire.web.page_opt_outs import ROBOTS_BYTES, Robots
+from pipeline.core.bounds import Line, Range, Words
+from stages.data.acquire.readers.base import FileReader, Files, Read, Refused
+from stages.data.acquire.web.page_opt_outs import AGENTS, ROBOTS_BYTES, Robots
 from stages.data.acquire.web.pages import Page, PageReader
+
+Address = Annotated[str, Words(2000, "address: write http:// or https:// and a host", r"https?://[^\s/]+(/\S*)?")]
+Agents = Annotated[tuple[Line, ...], Field(max_length=100)]
+PageBytes = Annotated[int, Range(1000, 2**30)]
+
+
+class WebReader(FileReader):
+    """Base of the readers of web pages. A document has the license that its page states, or LicenseRef-unknown-web."""
+
+    max_page_bytes: PageBytes = Field(5_000_000, description="bytes of a page; a larger one is removed")
+    opt_out_agents: Agents = Field(
+        AGENTS, description="crawlers whose rules in robots.txt and in pages are opt-outs; *: rules for every crawler"
+    )
+
+    @property
+    def gives_licenses(self) -> bool:
+        return True
+
+    @property
+    def names_files(self) -> bool:
+        return True
+
+
+class Html(WebReader):
+    """Saved web pages, one in each file; `path` is a file or a folder of *.html, *.htm and *.xhtml."""
+
+    suffixes: ClassVar = (".html", ".htm", ".xhtml")
+
+    reader: Literal["html"] = Field(description="selects this reader")
+    base_url: Address | None = Field(
+        None,
+        description="address of the folder, such as https://example.org/; null: the canonical address in each page",
+    )
+
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
+        """The text of every page."""
+        from stages.data.acquire.web.pages import Page, PageReader
+
+        reader = PageReader(self.opt_out_agents, self.max_page_bytes)
+        for relative, path in files:
+            url = f"{self.base_url.rstrip('/')}/{quote(relative)}" if self.base_url else ""
+            yield reader.read(Page(relative, relative, url, _read_bytes(path, self.max_page_bytes)))
+
+
+def _read_bytes(path: Path, most: int) -> bytes | None:
+    """The content of a file; None if it has more bytes."""
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    return content if len(content) <= most else None
+
 
 MAX_HEADER_BYTES = 2**22
 """Bytes that are read for the headers of a record, or to its beginning."""
@@ -201,6 +253,3 @@ def _http_headers(record: Any) -> list[tuple[str, str]]:
 
 def _header(headers: list[tuple[str, str]], name: str) -> str:
     return next((value for key, value in headers if key.lower() == name), "")
-
-
-READER = Warc

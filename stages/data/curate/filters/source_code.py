@@ -1,14 +1,35 @@
-"""Filter `code_shape`: number and length of lines, and kinds of characters."""
+"""Filters of source code: `code_shape`, by lengths of lines and kinds of characters, and `python_syntax`."""
 
 from __future__ import annotations
 
+import ast
 import re
+import warnings
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Share
 from stages.data.curate.filters.base import Amount, Document, Filter, FilterFunction, Length, Removal
+
+
+class PythonSyntax(Filter):
+    """Keep documents that the parser of Python accepts."""
+
+    step: Literal["python_syntax"] = Field(description="selects this step")
+
+    def function(self) -> FilterFunction:
+        return _parse
+
+
+def _parse(document: Document) -> str | Removal:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(document.text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return Removal("does_not_parse", 0.0, 1.0)
+    return document.text
 
 
 class CodeShape(Filter):
@@ -56,6 +77,3 @@ class CodeShape(Filter):
         if digits > self.max_digit_fraction:
             return Removal("many_digits", digits, self.max_digit_fraction)
         return text
-
-
-FILTER = CodeShape
