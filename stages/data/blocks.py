@@ -28,8 +28,8 @@ from pipeline.core.text import escaped
 from stages.formats.file_digests import tree_digest
 
 DATATROVE = "datatrove"
+# Folders of Python modules, relative to the data recipe. The last part of a path is the name of the package.
 Extensions = Annotated[tuple[LongLine, ...], Field(max_length=20)]
-"""Folders of Python modules, relative to the data recipe. The last part of a path is the name of the package."""
 Place = Annotated[str, Words(4096, empty=True)]
 BlockPath = Annotated[
     str,
@@ -39,6 +39,7 @@ BlockPath = Annotated[
         r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
     ),
 ]
+# Classes of datatrove that are refused, and what to use instead.
 _REFUSED = {
     "SamplerFilter": "draws a random number for each document, so what it keeps depends on the documents before; use "
     "`limit` of the reader",
@@ -47,7 +48,6 @@ _REFUSED = {
     "UnigramLogProbFilter": "downloads a table of words that no digest pins; use step classifier",
     "HuggingFaceDatasetReader": "reads what the Hub has at the moment; use reader hub, whose files `atom pin` pins",
 }
-"""Classes of datatrove that are refused, and what to use instead."""
 
 
 class Block(Config):

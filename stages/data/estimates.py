@@ -32,6 +32,8 @@ class Law:
     disk: float
 
 
+# Measured by `bench/data_scale.py`; `fresh` is assumed to need what `contamination` does. `filter` has the step pii
+# and MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary.
 LAWS = {
     "acquire": Law(0.012, 0.1, 0.4e9, 0.0, 0.42),
     "filter": Law(0.19, 0.1, 0.45e9, 0.0, 0.48),
@@ -42,8 +44,7 @@ LAWS = {
     "contamination": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
     "fresh": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
 }
-"""Measured by `bench/data_scale.py`; `fresh` is assumed to need what `contamination` does. `filter` has the step
-pii and MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary."""
+# Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`).
 STEP_SECONDS = {
     "language": 0.18,
     "top_n_grams": 0.09,
@@ -52,23 +53,21 @@ STEP_SECONDS = {
     "FineWebQualityFilter": 0.035,
     "C4QualityFilter": 0.02,
 }
-"""Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`)."""
+# Core seconds a MB that the words of spaCy add.
 SPACY_SECONDS = 1.6
-"""Core seconds a MB that the words of spaCy add."""
 
 
 def total(sizes: Iterable[Size | None]) -> Size | None:
     """The size of several sources; None if that of one is unknown."""
     known = list(sizes)
-    if not known or any(size is None for size in known):
+    stated = [size for size in known if size is not None]
+    if not stated or len(stated) < len(known):
         return None
-    sums = [(size.documents, size.bytes) for size in known if size is not None]
-    documents, text = (sum(column) for column in zip(*sums, strict=True))
-    return Size(documents=documents, bytes=text)
+    return Size(documents=sum(size.documents for size in stated), bytes=sum(size.bytes for size in stated))
 
 
+# Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured.
 WORK = 1.0
-"""Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured."""
 
 
 def estimate(stage: str, size: Size | None, small: float | None = None, step_seconds: float = 0.0) -> Estimate:
@@ -96,8 +95,11 @@ def published(folder: str, parts: Mapping[str, int], sizes: Mapping[str, int] | 
     without one they count as none."""
     return tuple(
         Published(
-            "dataset", f"{folder}/{source}", count, (sizes or {}).get(source, 0),
+            "dataset",
+            f"{folder}/{source}",
+            count,
+            (sizes or {}).get(source, 0),
             f"raise sources.{source}.parts of the data recipe from {count} to at least {{files}}",
         )
         for source, count in parts.items()
-    )  # fmt: skip
+    )

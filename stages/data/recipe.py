@@ -28,9 +28,13 @@ from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.blocks import Block, Extensions, extension_files, extension_folders
 from stages.data.curate.alarms import RULES, Acknowledged
 from stages.data.curate.classifier_stage import ClassifierSettings
+from stages.data.curate.dedup_stage import DedupSource
 from stages.data.curate.deny_list import DENY_LIST
+from stages.data.curate.duplicates_stage import SearchedSource
+from stages.data.curate.filter_stage import FilteredSource
 from stages.data.curate.filters.base import Filter
 from stages.data.curate.list_file import ListFile
+from stages.data.curate.representatives_stage import CopiedSource
 from stages.data.curate.settings import CurationSettings
 from stages.data.curate.steps import MAX_STEPS, AnyFilter
 from stages.data.curate.url_blocklist import URL_BLOCKLIST
@@ -38,8 +42,8 @@ from stages.data.estimates import Size
 from stages.formats.table import HeldoutFraction
 from stages.formats.tokenizer import TokenizerSection
 
+# The files of curation: each is a setting with its path, and one with its digest.
 LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)
-"""The files of curation: each is a setting with its path, and one with its digest."""
 
 
 class SourceConfig(Source):
@@ -54,9 +58,10 @@ class SourceConfig(Source):
     )
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
     acknowledged_removals: Acknowledged = operational(
-        {}, "by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, secrets, "
-        "decontamination, deduplication), the share of the source that it may remove above curation.alarm_share"
-    )  # fmt: skip
+        {},
+        "by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, secrets, "
+        "decontamination, deduplication), the share of the source that it may remove above curation.alarm_share",
+    )
 
     @model_validator(mode="after")
     def _check_acknowledged(self) -> SourceConfig:
@@ -182,19 +187,14 @@ class DataRecipe(Config):
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
         """The config of stage acquire for one source: without its curation steps, which must not re-acquire it."""
         source_config = next(s for s in self.sources if s.name == source)
-        return {"source": source_config.model_dump(include=set(Source.model_fields)), "seed": seed}
+        return {"source": _fields_of(source_config, Source), "seed": seed}
 
     def filter_config(self, seed: int) -> dict[str, Any]:
         """The config of stage filter for all sources."""
-        sources = [
-            {
-                "name": s.name, "kind": s.kind, "steps": [step.model_dump() for step in s.steps], "parts": s.parts,
-                "expected": s.expected, "license_allow": s.license_allow,
-                "acknowledged_removals": s.acknowledged_removals,
-                "generator": s.reader.generator if isinstance(s.reader, Generated) else None,
-            }
-            for s in self.sources
-        ]  # fmt: skip
+        sources = []
+        for source in self.sources:
+            generator = source.reader.generator if isinstance(source.reader, Generated) else None
+            sources.append(_fields_of(source, FilteredSource) | {"generator": generator})
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
     def classifier_config(self, name: str, seed: int) -> dict[str, Any]:
@@ -204,23 +204,20 @@ class DataRecipe(Config):
 
     def duplicates_config(self) -> dict[str, Any]:
         """The config of stage duplicates for all sources."""
-        sources = [{"name": s.name, "kind": s.kind, "parts": s.parts} for s in self.sources]
+        sources = [_fields_of(source, SearchedSource) for source in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
     def representatives_config(self) -> dict[str, Any]:
         """The config of stage representatives for all sources."""
-        sources = [{"name": s.name, "parts": s.parts} for s in self.sources]
+        sources = [_fields_of(source, CopiedSource) for source in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
     def dedup_config(self) -> dict[str, Any]:
         """The config of stage dedup for all sources."""
         sources = [
-            {
-                "name": s.name, "heldout_fraction": self.heldout_fraction_of(s), "parts": s.parts,
-                "acknowledged_removals": s.acknowledged_removals, "expected": s.expected,
-            }
-            for s in self.sources
-        ]  # fmt: skip
+            _fields_of(source, DedupSource) | {"heldout_fraction": self.heldout_fraction_of(source)}
+            for source in self.sources
+        ]
         minhash, alarm_share = self.curation.model_dump()["minhash"], self.curation.alarm_share
         return {"sources": sources, "minhash": minhash, "alarm_share": alarm_share}
 
@@ -315,6 +312,11 @@ class DataRecipe(Config):
         if source.heldout_fraction is not None:
             return source.heldout_fraction
         return 0.0 if source.kind == "problems" else self.heldout_fraction
+
+
+def _fields_of(source: SourceConfig, kind: type[Config]) -> dict[str, Any]:
+    """Returns the settings of a source that a stage's settings of a source have as well."""
+    return source.model_dump(include=set(kind.model_fields))
 
 
 def load(name_or_path: str | Path) -> DataRecipe:

@@ -19,14 +19,14 @@ from jinja2.parser import Parser
 from stages.formats.chat_templates import FEATURES, TOOLS_BEGIN, TOOLS_END, training_template
 from stages.formats.tokenizer import SPECIAL_TOKENS, THINK_END, THINK_START, TURN_END, TURN_START
 
+# The template's text before an answer.
 BEGIN = f"{TURN_START}assistant\n"
-"""The template's text before an answer."""
 MARK = "\0"
 SPECIAL = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
 ROLES = ("system", "user", "assistant", "tool")
+# `role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of
+# calls with `name` and `arguments`, or with both in `function`.
 Message = Mapping[str, Any]
-"""`role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of calls
-with `name` and `arguments`, or with both in `function`."""
 
 
 class _Generation(Extension):
@@ -166,8 +166,8 @@ def _is_call(call: Any) -> bool:
 
 
 CALL_BEGIN, CALL_END = '<tool_call>\n{"name": ', "}\n</tool_call>"
+# {field of a message: its Arrow type}, besides `tool_calls`.
 MESSAGE = {"role": "string", "content": "string", "reasoning_content": "string"}
-"""{field of a message: its Arrow type}, besides `tool_calls`."""
 
 
 class MessagesRow(TypedDict):

@@ -25,10 +25,10 @@ from pipeline.core.bounds import Words
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import canonical, home_folder, sha256_bytes, sha256_file
 
+# Age of a file before it is recorded: a change within the resolution of a file system's clock would not show.
 SETTLED_SECONDS = 2.0
-"""Age of a file before it is recorded: a change within the resolution of a file system's clock would not show."""
+# Seconds between two records of a folder that is being hashed.
 SAVE_SECONDS = 30.0
-"""Seconds between two records of a folder that is being hashed."""
 TreeDigest = Annotated[str, Words(71, "digest: write auto, or sha256:<64 hex digits>", r"auto|sha256:[0-9a-f]{64}")]
 Version = tuple[int, int, int, int]
 

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+# The folder with what steps measured of documents that pass filtering, by part: a row for each row of its `kept`,
+# with the id and the measures. Only sources with such steps have it.
 MEASURES = "measures"
-"""The folder with what steps measured of documents that pass filtering, by part: a row for each row of its `kept`, with
-the id and the measures. Only sources with such steps have it."""
+# How the names of scores in it begin, before the name of the classifier.
 SCORE = "score_"
-"""How the names of scores in it begin, before the name of the classifier."""
 ROWS_PER_GROUP = 50_000
+# Bytes of a table, or characters of text, after which a writer ends a row group early, to bound readers.
 GROUP_BYTES = 2**25
-"""Bytes of a table, or characters of text, after which a writer ends a row group early, to bound readers."""
 
 String = Annotated[str, "string"]
 OptionalString = Annotated[str | None, "string"]
@@ -38,11 +38,11 @@ Int64 = Annotated[int, "int64"]
 Double = Annotated[float, "double"]
 OptionalDouble = Annotated[float | None, "double"]
 
+# The kind of a source's documents.
 Kind = Literal["prose", "code", "problems", "chat"]
-"""The kind of a source's documents."""
 SPLITS = ("train", "heldout")
+# Share of documents that are held out from training.
 HeldoutFraction = Annotated[float, Range(0, 1, below=True)]
-"""Share of documents that are held out from training."""
 
 
 class DocumentRow(TypedDict):

@@ -41,14 +41,14 @@ PAD, END, TURN_START, TURN_END, THINK_START, THINK_END = SPECIAL_TOKENS = (
     "<think>",
     "</think>",
 )
+# Tokens at which generation ends.
 STOPS = (END, TURN_END)
-"""Tokens at which generation ends."""
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Number of tokens; the minimum is all bytes and the special tokens.
 Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
-"""Number of tokens; the minimum is all bytes and the special tokens."""
 SampleBytes = Annotated[int, Range(1, 1e12, "the distinct words of the sample lie in memory")]
 
 
@@ -217,8 +217,11 @@ def bytes_per_token(tokenizer: Tokenizer, samples: Mapping[str, Sample]) -> dict
         total = int(sample.lengths[:documents].sum())
         if tokens:
             stats[name] = {
-                "value": round(total / tokens, 6), "split": sample.split, "documents": documents, "bytes": total
-            }  # fmt: skip
+                "value": round(total / tokens, 6),
+                "split": sample.split,
+                "documents": documents,
+                "bytes": total,
+            }
     return stats
 
 

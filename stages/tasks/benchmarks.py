@@ -71,9 +71,10 @@ def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report:
             ]
             report.note(f"{name} of {task_set.name}: {len(documents)} items, splits {', '.join(splits)}")
         stated[task_set.name] = {
-            "tasks": sorted(tasks), "license": task_set.license, "license_evidence": task_set.license_evidence,
-            "revision": task_set.revision, "folder": task_set.folder is not None,
-        }  # fmt: skip
+            "tasks": sorted(tasks),
+            **task_set.model_dump(include={"license", "license_evidence", "revision"}),
+            "folder": task_set.folder is not None,
+        }
     write_rows(out / "items.parquet", ITEMS, rows)
     write_json(out / "tasks.json", stated)
 
@@ -151,6 +152,9 @@ def texts_of(benchmarks: Artifact) -> list[tuple[str, str]]:
 
 
 STAGE = Stage(
-    "benchmarks", VERSION, BenchmarksConfig, run,
+    "benchmarks",
+    VERSION,
+    BenchmarksConfig,
+    run,
     estimate=lambda config: Estimate(cpu_seconds=20.0, memory_bytes=1_000_000_000, disk_bytes=100_000_000),
-)  # fmt: skip
+)

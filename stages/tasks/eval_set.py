@@ -27,11 +27,11 @@ def _task_error(task: str) -> str | None:
     return None if task in TASKS else f"is an unknown task; known are {', '.join(sorted(TASKS))}"
 
 
+# A procedural task by its name.
 Task = Annotated[str, Words(40, test=_task_error)]
-"""A procedural task by its name."""
 Items = Annotated[int, Range(1, 1e6, "each answer costs a generation")]
+# The number of problems by task.
 Problems = Annotated[dict[Task, Items], Field(min_length=1, max_length=len(TASKS))]
-"""The number of problems by task."""
 Requests = Annotated[int, Range(0, 10_000)]
 
 
@@ -123,6 +123,9 @@ def texts_of(items: Artifact) -> list[tuple[str, str]]:
 
 
 STAGE = Stage(
-    "items", VERSION, ItemsConfig, run,
+    "items",
+    VERSION,
+    ItemsConfig,
+    run,
     estimate=lambda config: Estimate(cpu_seconds=2.0, memory_bytes=200_000_000, disk_bytes=1_000_000),
-)  # fmt: skip
+)

@@ -376,13 +376,14 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Pa
     """The same digests in fresh interpreters with other hash seeds, and when the second part of the work is left."""
     code = (
         "import sys, json; from pathlib import Path\n"
-        "from tests.fixtures.run_fixtures import RecordingReport; from stages.data import filter\n"
+        "from tests.fixtures.run_fixtures import RecordingReport; from stages.data.curate import filter_stage\n"
         "from tests.fixtures.dedup_fixtures import deduplicate\n"
         "from pipeline.core.store import Artifact, write_manifest\n"
         "base, work, out = map(Path, sys.argv[1:4]); out.mkdir()\n"
         "inputs = {n: Artifact.open(base / n) for n in ('prose', 'code', 'sums', 'items')}\n"
         "first, then = json.loads(sys.argv[4])\n"
-        "filter.run(filter.FilterConfig.model_validate(first), inputs, work / 'filter', out, RecordingReport())\n"
+        "config = filter_stage.FilterConfig.model_validate(first)\n"
+        "filter_stage.run(config, inputs, work / 'filter', out, RecordingReport())\n"
         "filtered = write_manifest(out, 'x')\n"
         "print(*(artifact.digest for artifact in deduplicate(then, filtered, work).values()))"
     )

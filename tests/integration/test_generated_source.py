@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.core.errors import AtomError, CheckFailed, MachineError, RecipeError
+from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.store import Artifact, write_manifest
 from release.cards import document_tables
 from release.facts import assemble, data_facts
@@ -118,13 +118,13 @@ def test_a_text_is_what_the_model_draws_alone(calm: Artifact, place: Path) -> No
 def test_a_killed_run_ends_in_the_same_bytes(calm: Artifact, place: Path, tmp_path: Path) -> None:
     """SIGKILL in the third batch; and the parts by two tasks, the last one first."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from stages.data import inference\n"
-        "draw, calls = inference.draw, []\n"
+        "import os, signal, sys; from pathlib import Path; from stages.data.acquire.generate_stage import Generator\n"
+        "draw, calls = Generator.draw, []\n"
         "def killed(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return draw(*arguments)\n"
-        "inference.draw = killed\n"
+        "Generator.draw = killed\n"
         "from tests.fixtures.generated_source_fixtures import run\n"
         "run('generate', *map(lambda x: x if x == 'rewritten' else Path(x), sys.argv[1:]))\n"
     )
@@ -276,19 +276,3 @@ def test_a_source_that_forbids_derivatives_is_refused(place: Path) -> None:
 )
 def test_licenses_that_forbid_derived_texts(expression: str, forbidden: bool) -> None:
     assert forbids_derivatives(expression) is forbidden
-
-
-def test_an_error_of_the_model_is_that_of_the_stage() -> None:
-    """Not a text that is missing."""
-    from stages.data.acquire.inference import Request, draw
-    from stages.generation.protocols import Prompt
-
-    class Broken:
-        def generate(self, prompts: Any, greedy: bool = False) -> Any:
-            raise MachineError("the server is gone")
-
-        def close(self) -> None:
-            """Holds nothing."""
-
-    with pytest.raises(MachineError, match="the server is gone"):
-        draw(Broken(), "tiny", [Request(str(n), Prompt((1,), n)) for n in range(3)], False)

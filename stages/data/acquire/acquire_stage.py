@@ -62,10 +62,10 @@ from stages.formats.table import (
 )
 
 VERSION = 6
+# If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong.
 MOST_SKIPPED_SHARE = 0.5
-"""If more of a part's documents are skipped as unreadable, and more than ten, its reader or its settings are wrong."""
+# The names of skipped documents in source.json.
 SKIPPED_NAMES = 20
-"""The names of skipped documents in source.json."""
 
 
 class AcquireConfig(Config):

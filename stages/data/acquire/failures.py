@@ -16,13 +16,13 @@ from stages.data.acquire.licenses.maps import UNKNOWN_WEB, UNMAPPED
 from stages.data.acquire.readers.base import REFUSED_RULES, Refused, Unmapped
 from stages.formats.table import FailedRow
 
+# The rule of their dispositions.
 FAILED_RULE = "failed/parse"
-"""The rule of their dispositions."""
 MOST = 10
+# More failures than MOST, and than MOST_SHARE of the documents of a part, stop the stage.
 MOST_SHARE = 0.01
-"""More failures than MOST, and than MOST_SHARE of the documents of a part, stop the stage."""
+# The failures that a sentence names.
 SHOWN = 3
-"""The failures that a sentence names."""
 
 
 class FailureFacts(TypedDict):
@@ -79,11 +79,14 @@ def _name(id: str, reason: str) -> str:
     return f"{id} ({reason})" if reason else id
 
 
+# {kind of refusal: its name in the counts of `source.json`}.
 COUNTS = {
-    "license": "documents_unmapped", "opt_out": "documents_opted_out", "page": "documents_unusable",
-    "derivatives": "documents_no_derivatives", "generation": "documents_not_generated",
-}  # fmt: skip
-"""{kind of refusal: its name in the counts of `source.json`}."""
+    "license": "documents_unmapped",
+    "opt_out": "documents_opted_out",
+    "page": "documents_unusable",
+    "derivatives": "documents_no_derivatives",
+    "generation": "documents_not_generated",
+}
 
 
 def kind_of(document: Unmapped | Refused) -> str:
@@ -109,10 +112,10 @@ def report_refusals(source: str, refusals: Counter[str], licenses: dict[str, Any
         report.note(f"source {source}: {row['documents']} documents state {stated}")
 
 
+# Different license strings that are counted in a part; there may be one for each document.
 MOST_STRINGS = 1000
-"""Different license strings that are counted in a part; there may be one for each document."""
+# Those that `source.json` lists.
 LISTED = 100
-"""Those that `source.json` lists."""
 
 
 class LicenseTally:

@@ -3,8 +3,8 @@
     atom run RECIPE --until acquire-<source>
 
 Seals what stage `acquire` seals of a source, and `generated/part-NNNNN.parquet`: of each text the document that it was
-made from, the generator with its digest, the prompt, the settings of the sampler and the seed. datatrove's inference
-step draws the texts, batch by batch. A batch is sealed as soon as it is drawn, and memory holds one.
+made from, the generator with its digest, the prompt, the settings of the sampler and the seed. The texts are drawn
+batch by batch. A batch is sealed as soon as it is drawn, and memory holds one.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from stages.generation.protocols import Completion
 
 VERSION = 1
+# The table of a batch in the work folder.
 TEXTS = "texts.parquet"
-"""The table of a batch in the work folder."""
+# Of a source, which chooses what draws the texts.
 SETTING = "reader.engine"
-"""Of a source, which chooses what draws the texts."""
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -133,14 +133,24 @@ class _Maker:
         reader, id = self.reader, row["id"]
         is_forbidden = forbids_derivatives(row["license"])
         return {
-            "id": f"{self.name}/{id}", "parent": id, "generator": reader.generator,
-            "generator_digest": self.config.source.tree_digest, "prompt": reader.prompt, "form": reader.form,
-            "temperature": 0.0 if reader.greedy else 1.0, "max_new_tokens": reader.max_new_tokens,
+            "id": f"{self.name}/{id}",
+            "parent": id,
+            "generator": reader.generator,
+            "generator_digest": self.config.source.tree_digest,
+            "prompt": reader.prompt,
+            "form": reader.form,
+            "temperature": 0.0 if reader.greedy else 1.0,
+            "max_new_tokens": reader.max_new_tokens,
+            # Samplers take seeds of 63 bits.
             "seed": seed_of(f"generate/{self.name}/{id}", self.config.seed) >> 1,
-            "prompt_tokens": 0, "tokens": 0, "finished": False, "text": "", "license": row["license"],
+            "prompt_tokens": 0,
+            "tokens": 0,
+            "finished": False,
+            "text": "",
+            "license": row["license"],
             "kind": "derivatives" if is_forbidden else "generation",
             "reason": f"{row['license']} forbids derived texts" if is_forbidden else "",
-        }  # fmt: skip
+        }
 
 
 class Generator:
@@ -191,11 +201,11 @@ class Generator:
 
     def draw(self, requests: Sequence[tuple[int, list[int], int]]) -> list[Completion]:
         """The completions of requests, each (number, token ids, seed)."""
-        from stages.data.acquire.inference import Request, draw
         from stages.generation.protocols import Prompt
 
-        batch = [Request(str(number), Prompt(tuple(ids), seed)) for number, ids, seed in requests]
-        return draw(self.model, self.reader.generator, batch, self.reader.greedy)
+        # All texts of a batch are computed together, so that rounding does not depend on anything but the batch.
+        prompts = [Prompt(tuple(ids), seed) for _, ids, seed in requests]
+        return self.model.generate(prompts, self.reader.greedy) if prompts else []
 
     def read(self, completion: Completion) -> tuple[str, str]:
         """The text that was drawn, or the reason why it is not used."""
@@ -225,7 +235,10 @@ def estimate(config: AcquireConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "generate", VERSION, AcquireConfig, run,
+    "generate",
+    VERSION,
+    AcquireConfig,
+    run,
     promise=lambda c: _reader(c).engine.promise,
     lack=lambda c: _reader(c).engine.lack_of(SETTING),
     gpus=lambda c: _reader(c).engine.gpus,
@@ -234,4 +247,4 @@ STAGE = Stage(
     shards=lambda c: c.source.parts,
     run_shard=run_shard,
     code=lambda c: c.source.code,
-)  # fmt: skip
+)

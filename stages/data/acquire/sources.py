@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 else:
     AnyReader = union_of(READERS, "reader")
 
+# Licenses that govern the rights over a database, and not its contents individually (preamble of each).
 COLLECTION_LICENSES = ("ODC-By-1.0", "ODbL-1.0")
-"""Licenses that govern the rights over a database, and not its contents individually (preamble of each)."""
 
 
 class Source(Config):

@@ -22,14 +22,14 @@ from stages.data.curate.source_filter import SECRETS
 from stages.data.curate.url_blocklist import BLOCKED_RULE
 
 AlarmShare = Annotated[float, Range(0, 1)]
+# By rule, the share of a source that it may remove.
 Acknowledged = Annotated[dict[Key, AlarmShare], Field(max_length=200)]
-"""By rule, the share of a source that it may remove."""
+# Of fewer documents, a large share is no news.
 MIN_DOCUMENTS = 20
-"""Of fewer documents, a large share is no news."""
 BEFORE_STEPS = (OPT_OUT_RULE, BLOCKED_RULE, "license", "failed", "generation")
 DECONTAMINATION, DEDUPLICATION = "decontamination", "deduplication"
+# The rules of every source beside its steps. Deduplication: exact and near duplicates.
 RULES = (*BEFORE_STEPS, SECRETS, DECONTAMINATION, DEDUPLICATION)
-"""The rules of every source beside its steps. Deduplication: exact and near duplicates."""
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,15 @@ def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report:
             source[split] += 1
     _require_both_labels(settings, counts)
     failure = train(
-        examples, out / MODEL, seed=seed_of(f"classifier/{settings.name}", config.seed) % 2**31,
-        dim=settings.dimension, epoch=settings.epochs, lr=settings.learning_rate, wordNgrams=settings.word_ngrams,
+        examples,
+        out / MODEL,
+        seed=seed_of(f"classifier/{settings.name}", config.seed) % 2**31,  # fastText's seed is an int of 32 bits
+        dim=settings.dimension,
+        epoch=settings.epochs,
+        lr=settings.learning_rate,
+        wordNgrams=settings.word_ngrams,
         bucket=settings.buckets,
-    )  # fmt: skip
+    )
     if failure is not None:
         raise AtomError(
             f"classifier {settings.name} cannot be trained ({failure}); lower learning_rate, or give it more examples"

@@ -38,8 +38,8 @@ class ContaminationIndex:
         return None
 
 
+# The maximum words of a run; a longer match counts as one of these.
 MAX_RUN_WORDS = 64
-"""The maximum words of a run; a longer match counts as one of these."""
 
 
 class ItemRuns:

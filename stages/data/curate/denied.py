@@ -19,11 +19,11 @@ from stages.data.curate.filters.base import Filter, FilterFunction
 from stages.data.curate.source_filter import Removed, to_document
 from stages.formats.table import DERIVED, DocumentRow, content_hash, hash_columns, row_writer, stream_rows
 
+# The folders of the artifact of filter with the denied documents, and with the parents of kept ones, by part. They
+# are there only for a recipe with a deny-list.
 DENIED, PARENTS = "denied", "derived"
-"""The folders of the artifact of filter with the denied documents, and with the parents of kept ones, by part. They are
-there only for a recipe with a deny-list."""
+# row: of the document in the table of kept ones.
 PARENT_COLUMNS = {"row": "int64", "parent": "string"}
-"""row: of the document in the table of kept ones."""
 
 
 def denied_columns(buckets: int) -> dict[str, str]:

@@ -26,13 +26,13 @@ from pipeline.core.store import sha256_bytes
 from pipeline.core.text import escaped
 from stages.data.curate.list_file import WEB, Line, ListFile, host_and_parents, listed_host, page_address, parse_url
 
+# The rule of the dispositions.
 OPT_OUT_RULE = "opt_out"
-"""The rule of the dispositions."""
 Kind = Literal["id", "content_hash", "url", "host"]
 KINDS: tuple[Kind, ...] = ("id", "content_hash", "url", "host")
 Match = Literal["id", "content_hash", "url", "host", "derived"]
+# The maximum number of lines: each takes some 200 bytes of memory in every task. A host stands for all its pages.
 MOST_ENTRIES = 1_000_000
-"""The maximum number of lines: each takes some 200 bytes of memory in every task. A host stands for all its pages."""
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import duckdb
 
 PART_BITS, ROW_BITS = 17, 36  # 100,000 parts; with 10 bits for the source below 2^63
+# Above the addresses of the documents of 1,000 sources; denied texts have higher ones (`opt_out`).
 MOST_ADDRESS = 1000 << (PART_BITS + ROW_BITS)
-"""Above the addresses of the documents of 1,000 sources; denied texts have higher ones (`opt_out`)."""
 BUCKET_ROWS = 2**16
 MOST_ROWS = 2**20  # of a bucket in memory, where they take some 150 bytes each; a frequent hash gives a bucket more
 MAX_BUCKETS = 500  # files open at once

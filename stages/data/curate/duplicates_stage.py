@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from stages.data.curate import duplicate_groups
 
 
+# for_each(work_on, count) calls the picklable work_on with each number below count, and yields how many are done. An
+# error of a call ends the others, and is raised.
 ForEach = Callable[[Callable[[int], None], int], Iterator[int]]
-"""for_each(work_on, count) calls the picklable work_on with each number below count, and yields how many are done. An
-error of a call ends the others, and is raised."""
 
 
 @contextmanager
@@ -84,8 +84,8 @@ def _end_with(parent: int) -> None:
 
 
 VERSION = 1
+# Parts of a corpus for each range of hashes: a range has some ten million documents, which are sorted in memory.
 PARTS_PER_RANGE = 500
-"""Parts of a corpus for each range of hashes: a range has some ten million documents, which are sorted in memory."""
 
 
 class SearchedSource(Config):

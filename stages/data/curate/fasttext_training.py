@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Complement of the byte 0xAA.
 FILL = "85"
-"""Complement of the byte 0xAA."""
 
 
 def train(examples: Path, model: Path, **settings: Any) -> str | None:

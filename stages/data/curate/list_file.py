@@ -13,8 +13,8 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import sha256_bytes
 
 MOST_LINE_BYTES = 20_000
+# (place for messages, line).
 Line = tuple[str, bytes]
-"""(place for messages, line)."""
 List = TypeVar("List")
 
 

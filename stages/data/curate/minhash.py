@@ -28,8 +28,8 @@ _ASCII_BREAK, _BREAK = "\xff", "\udfff"  # stand between texts, and in none: one
 _UNKNOWN, _BY_CONTEXT = 2**32 - 1, 2**32 - 2
 
 
+# Characters of text that are worked on at once: their shingles stay in the processor's cache.
 CHARACTERS = 2**16
-"""Characters of text that are worked on at once: their shingles stay in the processor's cache."""
 
 
 def batches(texts: list[str]) -> Iterator[slice]:

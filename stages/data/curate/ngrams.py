@@ -16,8 +16,8 @@ from stages.data.curate.words import HASH_BASE, Words
 Hashes = NDArray[np.uint64]
 
 _ORDER = np.uint64(0xD6E8FEB86659FD93)  # odd: makes the hash of a sequence depend on its order
+# HASH_BASE to the powers 0 to 256.
 _POWERS = np.multiply.accumulate(np.full(257, HASH_BASE, np.uint64)) * np.uint64(pow(HASH_BASE, -1, 2**64))
-"""HASH_BASE to the powers 0 to 256."""
 _SLOTS = 13  # bits of a hash that select an n-gram for comparison
 
 

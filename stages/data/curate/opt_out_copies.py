@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 TABLE = "opt_out.parquet"
 BATCH = 2**14
+# A document that is removed on request. bands: of MinHash that it shares with a text; null if it has not, or need
+# not.
 REMOVED = {"address": "int64", "duplicate_of": "string", "requests": "string", "found": "string", "bands": "int64"}
-"""A document that is removed on request. bands: of MinHash that it shares with a text; null if it has not, or need
-not."""
 
 
 class DeniedPart(Part):
@@ -203,8 +203,8 @@ class _Search:
             self.database.unregister("batch")
 
 
+# All requests of a group.
 _JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(requests, ' '))))), ' ')"
-"""All requests of a group."""
 _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 

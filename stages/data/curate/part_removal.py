@@ -31,8 +31,8 @@ from stages.formats.table import (
     table_writer,
 )
 
+# For each document that filtering kept, in order, the columns of DISPOSITIONS that deduplication decides.
 Decisions = dict[str, list[Any]]
-"""For each document that filtering kept, in order, the columns of DISPOSITIONS that deduplication decides."""
 
 
 class PartRemoval:
@@ -127,8 +127,8 @@ class PartRemoval:
 
 
 _AGAIN = "run filter again"
+# The columns that state the rule of a removal.
 _RULE = ("rule", "value", "threshold", "duplicate_of")
-"""The columns that state the rule of a removal."""
 
 
 class Counts:

@@ -25,14 +25,15 @@ PATTERNS = {
     "an AWS access key": Pattern(rb"\b(?:AKIA|ASIA)(?!IOSFODNN7)[A-Z0-9]{16}\b", b"AKIA", b"ASIA"),
     "a GitHub token": Pattern(
         rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})",
-        b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_",
+        *(b"gh" + kind + b"_" for kind in (b"p", b"o", b"u", b"s", b"r")),
+        b"github_pat_",
     ),
     "a Slack token": Pattern(rb"\bxox[abprs]-[A-Za-z0-9-]{20,}", b"xox"),
     # The header alone occurs in much documentation; a secret has a body of base64 after it.
     "a private key": Pattern(
         rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*(?:[A-Za-z0-9+/=]{40,}\s*){2}", b"PRIVATE KEY-----"
     ),
-}  # fmt: skip
+}
 
 
 def find_secret(*texts: str | None) -> str | None:

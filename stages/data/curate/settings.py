@@ -12,8 +12,8 @@ from stages.formats.table import Kind
 
 Hashes = Annotated[int, Range(1, 1000, "FineWeb: 14 buckets of 8 hashes over 5 words")]
 
+# Files that one process keeps open, however many parts there are.
 REPRESENTATIVE_BLOCKS = 100
-"""Files that one process keeps open, however many parts there are."""
 
 
 class MinHash(Config):
@@ -35,8 +35,8 @@ class MinHash(Config):
         return float((1 / self.num_buckets) ** (1 / self.hashes_per_bucket))
 
 
+# Consecutive words that make a match.
 Ngram = Annotated[int, Range(1, 1000, "GPT-3: 13")]
-"""Consecutive words that make a match."""
 
 
 class Decontamination(Config):

@@ -22,8 +22,8 @@ from stages.formats.table import DispositionRow, DocumentRow, Kind, content_hash
 if TYPE_CHECKING:
     from stages.data.curate.decontamination import ContaminationIndex
 
+# The rule that removes documents with access tokens and private keys. No recipe has to name it.
 SECRETS = "secrets"
-"""The rule that removes documents with access tokens and private keys. No recipe has to name it."""
 
 
 @dataclass(frozen=True, slots=True)

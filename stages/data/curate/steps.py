@@ -10,8 +10,8 @@ from stages.data.curate import filters
 from stages.data.curate.filters import FILTERS
 from stages.data.curate.filters.base import Filter, all_steps
 
+# Steps of one source.
 MAX_STEPS = 100
-"""Steps of one source."""
 
 if TYPE_CHECKING:
     AnyFilter = Filter

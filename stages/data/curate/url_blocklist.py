@@ -18,10 +18,10 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.text import escaped
 from stages.data.curate.list_file import WEB, Line, ListFile, host_and_parents, listed_host, page_address, parse_url
 
+# The rule of the dispositions, of which `match` is the entry.
 BLOCKED_RULE = "url_blocklist"
-"""The rule of the dispositions, of which `match` is the entry."""
+# The maximum number of entries: in every task a host takes some 120 bytes of memory, and a prefix 280.
 MOST_ENTRIES = 10_000_000
-"""The maximum number of entries: in every task a host takes some 120 bytes of memory, and a prefix 280."""
 
 
 class UrlBlocklist:

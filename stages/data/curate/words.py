@@ -21,10 +21,10 @@ from datatrove.utils.text import PUNCTUATION_SET
 from datatrove.utils.word_tokenizers import WordTokenizer, strip_strings
 from numpy.typing import NDArray
 
+# Longer chunks, which are data and not words, are cut at every sign of punctuation and searched for nothing else.
 MAX_CHUNK = 1000
-"""Longer chunks, which are data and not words, are cut at every sign of punctuation and searched for nothing else."""
+# Entries of a table of chunks or words; a full table is emptied.
 MAX_CACHED = 2**18
-"""Entries of a table of chunks or words; a full table is emptied."""
 MAX_CACHED_LENGTH = 100
 NOT_PUNCTUATION, LETTER = 1, 2
 HASH_BASE = 0x9E3779B97F4A7C15
@@ -48,8 +48,8 @@ _INFIX = regex.compile(
     rf"(?V1)\.\.+|[…\p{{So}}]|(?<=[0-9])[+\-*^](?=[0-9-])|(?<=[{_LOWER}{_QUOTE}])\.(?=[{_UPPER}{_QUOTE}])"
     r"|(?<=\p{L}),(?=\p{L})|(?<=[\p{L}0-9])(?:-{1,3}|–|—{1,2}|~)(?=\p{L})|(?<=[\p{L}0-9])[:<>=/](?=\p{L})"
 )
+# Every infix has one of these.
 _INSIDE = re.compile(r"[-.,+*^~:<>=/]|[^\x00-\x7f]")
-"""Every infix has one of these."""
 _LABEL = r"[A-Za-z0-9\u00a1-\uffff]"
 _ADDRESS = regex.compile(
     rf"(?V1)(?:[\w+.\-]{{2,}}://)?(?:\S+@)?(?:(?:{_LABEL}(?:[\w\-\u00a1-\uffff]{{0,62}}{_LABEL})?\.)+[{_LOWER}]{{2,63}}"
@@ -60,11 +60,11 @@ _EMOTICON = re.compile(
     r":'?-?(?:\){1,3}|\({1,3})|:-?[\]}/|*>1PpOo03XxD]|;-?[)D]|=[()\[\]/|D3]|8-?[)D]|[xX]DD?|\(-?[:=;]|\(-8|\[-?[:=]|\)-?:|\]="
     r"|:o\)|\(o:|[oO0][_.][oO0]|\^_+\^|-_+-|[vV][._][vV]|;_;|@_@|>[._]<|<3+|</3"
 )
+# Every emoticon and every contraction or abbreviation with a sign has one of these.
 _REJOINED = re.compile(r"[.'’/\\+:;=8^_@<>-]")
-"""Every emoticon and every contraction or abbreviation with a sign has one of these."""
 _NUMBER_OR_POSSESSIVE = re.compile(r"[0-9'’]")
+# A word in quotes, brackets or ordinary punctuation, as most chunks are. A capital before a stop can be initials.
 _PLAIN = re.compile(r"([(\[{\"“]*)([A-Za-z]*[a-z])([)\]}\",!?”]*)(\.?)([)\]}\",!?”]*)")
-"""A word in quotes, brackets or ordinary punctuation, as most chunks are. A capital before a stop can be initials."""
 _PUNCTUATION = regex.compile(r"\p{P}+")
 _SENTENCE_END = regex.compile(r"[\p{Sentence_Terminal}]")
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
+# Documents of a batch of the index.
 BATCH = 1 << 16
-"""Documents of a batch of the index."""
+# The pools of a source's chunks: all of them or, where long documents are up-weighted, the long and the short ones.
 ALL, LONG, SHORT = "", "long", "short"
-"""The pools of a source's chunks: all of them or, where long documents are up-weighted, the long and the short ones."""
 FILE = "chunks.arrow"
 
 
@@ -220,8 +220,8 @@ class ChunkIndex:
             document = ordinal - self._first_ordinal(batch)
             if 0 <= document < self.documents[batch + 1] - self.documents[batch]:
                 table = self._load(batch)
-                row = {name: table[name].to_numpy()[document : document + 1].astype(np.int64)
-                       for name in ("tokens", "loss_from")}  # fmt: skip
+                columns = {name: table[name].to_numpy() for name in ("tokens", "loss_from")}
+                row = {name: values[document : document + 1].astype(np.int64) for name, values in columns.items()}
                 ranges = {}
                 for pool in self.cut.pools:
                     start = int(self.starts[pool][batch] + table[f"start_{pool}"][int(document)].as_py())

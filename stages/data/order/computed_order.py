@@ -26,8 +26,8 @@ from stages.seed_labels import seed_label
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# Changes with the rows that equal settings give.
 FUNCTION_VERSION = 2
-"""Changes with the rows that equal settings give."""
 
 
 def read_indexes(config: OrderConfig, tokens: Path, work: Path, turn: float = 0.0) -> dict[str, ChunkIndex]:
@@ -99,11 +99,13 @@ class ComputedOrder:
     @property
     def function(self) -> dict[str, Any]:
         """What computes the order again, beside its settings and tables of documents."""
-        streams = {stream.name: stream.size for stream in self.streams}
         return {
-            "name": "feistel", "version": FUNCTION_VERSION, "label": self.label, "block_steps": self.config.block_steps,
-            "streams": streams,
-        }  # fmt: skip
+            "name": "feistel",
+            "version": FUNCTION_VERSION,
+            "label": self.label,
+            "block_steps": self.config.block_steps,
+            "streams": {stream.name: stream.size for stream in self.streams},
+        }
 
     def block(self, n: int) -> tuple[pa.Table, dict[str, int]]:
         """The rows of a block from the config's first step on, and the chunks of each source that fit in no row."""
@@ -250,9 +252,9 @@ class ComputedOrder:
 
         columns = {name: np.concatenate([each[name] for each in segments]) for name in segments[0] if name != "id"}
         sources = [pa.repeat(s.source, len(each["length"])) for s, each in zip(self.streams, segments, strict=True)]
-        return columns | {
-            "id": pa.concat_arrays([each["id"] for each in segments]), "source": pa.concat_arrays(sources)
-        }  # fmt: skip
+        columns["id"] = pa.concat_arrays([each["id"] for each in segments])
+        columns["source"] = pa.concat_arrays(sources)
+        return columns
 
     def _table(self, steps: range, columns: dict[str, Any]) -> pa.Table:
         """The table of segments with `row_index` among the rows of these steps."""

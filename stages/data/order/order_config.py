@@ -11,18 +11,18 @@ from pipeline.core.bounds import MOST_RAMP_STEPS, Flag, Key, Mix, Range, Seed, S
 from pipeline.core.stage import Config, added
 from stages.data.order.packing import LongDocuments
 
+# The rows of one step.
 Rows = Annotated[int, Range(1, 2**30)]
-"""The rows of one step."""
+# Of a block: rows that still fill well; the fraction of the phase that it is, if it has enough rows; the tokens that
+# limit the memory of a process, about a million chunks where they are as short as chats.
 LEAST_ROWS, BLOCKS, MOST_TOKENS = 4096, 256, 2**26
-"""Of a block: rows that still fill well; the fraction of the phase that it is, if it has enough rows; the tokens that
-limit the memory of a process, about a million chunks where they are as short as chats."""
+# Of a row on disk, measured on 400,000 rows: 25 where ids are random 128-bit numbers in hex, and up to 2 more for the
+# part of a source of thousands of parts. A packed row of several documents has one for each.
 ROW_BYTES = 27
-"""Of a row on disk, measured on 400,000 rows: 25 where ids are random 128-bit numbers in hex, and up to 2 more for the
-part of a source of thousands of parts. A packed row of several documents has one for each."""
+# Of the process that makes a block of MOST_TOKENS, or joins blocks: it maps the index of the documents.
 MEMORY_BYTES = 500_000_000
-"""Of the process that makes a block of MOST_TOKENS, or joins blocks: it maps the index of the documents."""
+# Of a phase, even if a block then has more tokens: each is a file, and a folder on the Hub has at most 10,000.
 MOST_BLOCKS = 9000
-"""Of a phase, even if a block then has more tokens: each is a file, and a folder on the Hub has at most 10,000."""
 
 
 class OrderConfig(Config):
@@ -43,9 +43,10 @@ class OrderConfig(Config):
     long_documents: LongDocuments | None = added(None, "up-weighting of long chunks; requires pack; null: none")
 
     block_rows: Rows | None = added(
-        None, "rows of the steps that one part of the order holds and packs together, at least one step; null: a 256th "
-        "of the phase, within bounds"
-    )  # fmt: skip
+        None,
+        "rows of the steps that one part of the order holds and packs together, at least one step; null: a 256th "
+        "of the phase, within bounds",
+    )
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

@@ -113,11 +113,11 @@ def _seal_block(order: ComputedOrder, work: Path, n: int) -> Part:
         counts = table.select(["source"]).append_column("tokens", targets)
         counts = counts.append_column("loss_tokens", pc.subtract(targets, table["loss_from"])).group_by("source")
         counts = counts.aggregate([("tokens", "count"), ("tokens", "sum"), ("loss_tokens", "sum")])
+        names = {"rows": "tokens_count", "tokens": "tokens_sum", "loss_tokens": "loss_tokens_sum"}
         sources = {
-            row["source"]: {"rows": row["tokens_count"], "tokens": row["tokens_sum"],
-                            "loss_tokens": row["loss_tokens_sum"]}
+            row["source"]: {name: row[column] for name, column in names.items()}
             for row in counts.sort_by("source").to_pylist()
-        }  # fmt: skip
+        }
         steps = order.config.steps_of_block(n)
         meta: dict[str, Any] = {"first_step": steps.start, "last_step": steps.stop - 1}
         meta["rows"] = {name: facts["rows"] for name, facts in sources.items()}

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+# The number of open rows: a larger number fills rows better and mixes the order of long and short chunks more.
 OPEN_ROWS = 64
-"""The number of open rows: a larger number fills rows better and mixes the order of long and short chunks more."""
 
 
 class LongDocuments(Config):

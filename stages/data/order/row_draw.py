@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+# Rows of a block, in which a seeded permutation mixes the sources.
 BLOCK = 4096
-"""Rows of a block, in which a seeded permutation mixes the sources."""
 
 
 @dataclass(frozen=True)

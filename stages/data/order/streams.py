@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     Digits = tuple[NDArray[np.uint64], NDArray[np.uint64]]
 
 
+# The largest supported n.
 MOST = 1 << 40
-"""The largest supported n."""
+# Four rounds make a Feistel network pseudo-random (Luby and Rackoff, 1988); small squares need a few more.
 ROUNDS = 6
-"""Four rounds make a Feistel network pseudo-random (Luby and Rackoff, 1988); small squares need a few more."""
+# Indices that are computed together: their intermediate values stay in the processor's cache.
 SLICE = 1 << 15
-"""Indices that are computed together: their intermediate values stay in the processor's cache."""
 
 
 class Permutation:
@@ -119,10 +119,10 @@ class Permutation:
         return z
 
 
+# Positions whose sums are sealed together.
 RUN = 1 << 19
-"""Positions whose sums are sealed together."""
+# Positions of one sum.
 STRIDE = 1 << 14
-"""Positions of one sum."""
 
 
 class Place(NamedTuple):

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+# Characters. tiktoken's regular expressions fail on runs of a million blanks: a text with a block of blanks is left
+# to `tokenizers`.
 BLOCK = 100_000
-"""Characters. tiktoken's regular expressions fail on runs of a million blanks: a text with a block of blanks is left to
-`tokenizers`."""
 
 
 class Encoder:

@@ -107,8 +107,8 @@ def messages(draw_request: Request, rng: random.Random) -> list[dict[str, str]]:
     return [{"role": "user", "content": draw_request.text}, {"role": "assistant", "content": answer(draw_request, rng)}]
 
 
+# (sentence of the constraint, IFEval's name of it, its arguments).
 Constraint = tuple[str, str, dict[str, Any]]
-"""(sentence of the constraint, IFEval's name of it, its arguments)."""
 
 
 def _words(rng: random.Random) -> Constraint:

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 STATEMENT = "\nThe pass key is {}.\n"
 QUESTION = "\nThe pass key is"
 ANSWER = " {}"
+# Share of all keys that only evaluation uses.
 EVALUATION_SHARE = 0.1
-"""Share of all keys that only evaluation uses."""
+# Share of texts, by content hash, that are never filler in training: those that a data recipe may hold out.
 HELD_OUT_SHARE = 0.1
-"""Share of texts, by content hash, that are never filler in training: those that a data recipe may hold out."""
 
 
 def is_for_evaluation(key: str) -> bool:

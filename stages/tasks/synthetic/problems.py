@@ -79,9 +79,12 @@ def trace(rng: random.Random, level: int | None = None) -> Problem:
     for _ in range((level or rng.randint(1, 4)) + 1):
         others = [(name, number) for name, number in sorted(values.items()) if name != variable]
         operands = [*((str(digit), digit) for digit in range(1, 10)), *others]
-        results = [(f"{variable}{sign}{operand}", value + change)
-                   for operand, number in operands for sign, change in (("+", number), ("-", -number))
-                   if change and 0 <= value + change <= 9]  # fmt: skip
+        results = [
+            (f"{variable}{sign}{operand}", value + change)
+            for operand, number in operands
+            for sign, change in (("+", number), ("-", -number))
+            if change and 0 <= value + change <= 9
+        ]
         expression, value = rng.choice(results)
         variable = rng.choice("abcdef")
         values[variable] = value

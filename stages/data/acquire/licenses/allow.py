@@ -13,8 +13,8 @@ from pipeline.core.bounds import License, spdx
 from stages.data.acquire.licenses.maps import UNKNOWN_WEB
 
 Licenses = Annotated[tuple[License, ...], Field(max_length=1000)]
+# The rule of the dispositions of documents under other licenses.
 NOT_ALLOWED = "license/not-allowed"
-"""The rule of the dispositions of documents under other licenses."""
 
 
 class AllowedLicenses:
@@ -62,8 +62,8 @@ class AllowedLicenses:
         return license in self._allowed, position
 
 
+# Matches the SPDX identifiers of licenses that forbid derived works: CC-BY-ND-4.0, CC-BY-NC-ND-3.0-DE.
 NO_DERIVATIVES = re.compile(r"(^|-)ND(-|$)", re.IGNORECASE)
-"""Matches the SPDX identifiers of licenses that forbid derived works: CC-BY-ND-4.0, CC-BY-NC-ND-3.0-DE."""
 
 
 def forbids_derivatives(expression: str) -> bool:
@@ -77,12 +77,11 @@ def forbids_derivatives(expression: str) -> bool:
         return True
 
 
-FREE = (
-    "0BSD", "CC-PDDC", "CC0-1.0", "LicenseRef-Public-Domain", "LicenseRef-public-domain", "MIT-0", "PDDL-1.0", "SAX-PD",
-    "Unlicense", "WTFPL",
-)  # fmt: skip
-"""Dedications to the public domain, and licenses without conditions."""
-_FREE = AllowedLicenses([*FREE, UNKNOWN_WEB])
+# Dedications to the public domain, and licenses without conditions.
+FREE = """
+0BSD CC-PDDC CC0-1.0 LicenseRef-Public-Domain LicenseRef-public-domain MIT-0 PDDL-1.0 SAX-PD Unlicense WTFPL
+"""
+_FREE = AllowedLicenses([*FREE.split(), UNKNOWN_WEB])
 
 
 def asks_for_attribution(expression: str) -> bool:

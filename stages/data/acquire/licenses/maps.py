@@ -20,13 +20,13 @@ from pipeline.core.bounds import spdx
 from pipeline.core.store import sha256_bytes
 from pipeline.core.yaml_text import parse_yaml
 
+# {keyword of an exception: its SPDX identifier}. An exception only adds permissions, so a license with one that has
+# no identifier is stated without it.
 EXCEPTIONS = {"font": "Font-exception-2.0"}
-"""{keyword of an exception: its SPDX identifier}. An exception only adds permissions, so a license with one that has no
-identifier is stated without it."""
+# Other spellings of `+`.
 OR_LATER = re.compile(
     r"\+?[ -]or[ -](?:\(at your option\) )?(?:any[ -])?(?:later|newer)(?:[ -]versions?)?\b", re.IGNORECASE
 )
-"""Other spellings of `+`."""
 
 
 def normalized_name(name: str) -> str:
@@ -91,10 +91,10 @@ def _grouped(expression: str) -> str:
 
 
 MapName = Literal["common-pile", "the-stack", "tulu-3", "dep5", "pep639"]
+# The license of a web page that states none.
 UNKNOWN_WEB = "LicenseRef-unknown-web"
-"""The license of a web page that states none."""
+# In the counts of a source and in the dispositions: the license of a document whose own is unknown.
 UNMAPPED = "LicenseRef-unmapped"
-"""In the counts of a source and in the dispositions: the license of a document whose own is unknown."""
 
 
 @dataclass(frozen=True)

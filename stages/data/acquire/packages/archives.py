@@ -21,14 +21,14 @@ from typing import BinaryIO, cast
 from pipeline.core.text import escaped
 from stages.data.acquire.readers.zstd import decompressed
 
+# Bytes of a member that is read. The longest texts of Debian's manuals have some 4 MB.
 MAX_MEMBER = 2**24
-"""Bytes of a member that is read. The longest texts of Debian's manuals have some 4 MB."""
+# Bytes that a package unpacks to. The largest manual of Debian 13, vtk9-doc, has 2.4 GB.
 MAX_UNPACKED = 2**34
-"""Bytes that a package unpacks to. The largest manual of Debian 13, vtk9-doc, has 2.4 GB."""
 MAX_MEMBERS = 1_000_000
 AR_MAGIC, AR_HEADER = b"!<arch>\n", 60
+# What the decoders raise on an archive that is cut short or corrupt.
 CORRUPT = (EOFError, OSError, lzma.LZMAError, tarfile.TarError, zlib.error, ValueError, OverflowError, RecursionError)
-"""What the decoders raise on an archive that is cut short or corrupt."""
 
 
 class ArchiveError(Exception):

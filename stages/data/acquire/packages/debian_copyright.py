@@ -18,17 +18,18 @@ from pipeline.core.bounds import spdx
 from stages.data.acquire.licenses.maps import LicenseMap
 
 FORMAT_FIELDS = ("format", "format-specification")
+# Files that debhelper installs from the folder debian/ of a source package.
 OF_DEBIAN = re.compile(r"usr/share/doc/[^/]+/((?:README|NEWS|TODO)\.Debian(?:\.[^/]*)?|changelog\.Debian)$")
-"""Files that debhelper installs from the folder debian/ of a source package."""
+# Where a binary package has its files: nothing of it is a path in the source package.
 INSTALL_FOLDERS = re.compile(
     r"^(?:usr/share/doc/[^/]+|usr/share/man(?:/[^/]+)?/man[^/]*|usr/lib/python3/dist-packages|usr/share/[^/]+|usr/include"
     r"|usr/lib/[^/]+|usr/src|etc|s?bin|usr/s?bin)/"
 )
-"""Where a binary package has its files: nothing of it is a path in the source package."""
 WILDCARD = re.compile(r"(?<!\\)[*?]")
 INSTALLED_DOCUMENTS = re.compile(r"usr/share/(?:doc|gtk-doc|help|info|man)/")
+# Of a source package: a pattern, and its end in such a folder.
 DOCUMENT_FOLDERS = re.compile(r"(?:.*/)?(?:docs?|documentation|man|manual)/(.*)", re.IGNORECASE)
-"""Of a source package: a pattern, and its end in such a folder."""
+# The beginning of the text that SPDX calls MIT.
 EXPAT = re.compile(
     r"permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated "
     r"documentation files \(the \W*software\W*\), to deal in the software without restriction, including without "
@@ -37,13 +38,12 @@ EXPAT = re.compile(
     r"the above copyright notice and this permission notice shall be included in all copies or substantial portions of "
     r"the software\. the software is provided \W*as is"
 )
-"""The beginning of the text that SPDX calls MIT."""
+# Characters of a license field in which that text is sought.
 EXPAT_WITHIN = 20_000
-"""Characters of a license field in which that text is sought."""
+# Of a file; libboost1.88-doc has 4,800. A file of more gives no license.
 MAX_PATTERNS = 50_000
-"""Of a file; libboost1.88-doc has 4,800. A file of more gives no license."""
+# Names that packages use for that text and for others.
 EXPAT_NAMES = {"MIT": "MIT", "X11": "MIT", "MIT-1": "MIT"}
-"""Names that packages use for that text and for others."""
 
 
 def is_copyright_file(path: str) -> bool:

@@ -91,9 +91,13 @@ def _locked_distribution(path: Path) -> LockedPackage:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
     return LockedPackage(
-        file=path.name, name=name, version=version, sha256=sha256_file(path),
-        bytes=path.stat().st_size, origin=f"packages/{digest[:2]}/{digest[2:4]}/{digest[4:]}/{path.name}",
-    )  # fmt: skip
+        file=path.name,
+        name=name,
+        version=version,
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size,
+        origin=f"packages/{digest[:2]}/{digest[2:4]}/{digest[4:]}/{path.name}",
+    )
 
 
 def _normalized(name: str) -> str:

@@ -15,8 +15,8 @@ from pipeline.core.stage import Config
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 
+# Of a lock file; a corpus of more has several sources.
 MAX_PACKAGES = 1000
-"""Of a lock file; a corpus of more has several sources."""
 
 
 class LockedPackage(Config):

@@ -16,21 +16,17 @@ Ad An Ap Ar At Bx Cd Cm Dv Em Er Ev Fa Fd Fl Fn Ft Fx Ic In Lb Li Lk Ms Mt Nd Nm
 Ux Va Vt Xr Aq Bq Brq Dq Pq Ql Qq Sq Oo Oc Ao Ac Bo Bc Bro Brc Do Dc Po Pc Qo Qc So Sc Xo Xc It Fo Fc Rs Re
 """
 MDOC_INLINE = frozenset(_MDOC_INLINE.split())
-MDOC_ENCLOSED = {
-    "Op": "[]", "Aq": "<>", "Bq": "[]", "Brq": "{}", "Dq": "“”", "Pq": "()", "Ql": "‘’", "Qq": '""', "Sq": "‘’",
-}  # fmt: skip
+_ENCLOSED = 'Op[] Aq<> Bq[] Brq{} Dq“” Pq() Ql‘’ Qq"" Sq‘’'
+MDOC_ENCLOSED = {macro[:-2]: macro[-2:] for macro in _ENCLOSED.split()}
 MDOC_OPEN = {"Oo": "[", "Ao": "<", "Bo": "[", "Bro": "{", "Do": "“", "Po": "(", "Qo": '"', "So": "‘", "Fo": ""}
 MDOC_CLOSE = {"Oc": "]", "Ac": ">", "Bc": "]", "Brc": "}", "Dc": "”", "Pc": ")", "Qc": '"', "Sc": "’", "Fc": ")"}
-CHARACTERS = {
-    "em": "—", "en": "–", "hy": "-", "lq": "“", "rq": "”", "oq": "‘", "cq": "’", "aq": "'", "dq": '"', "bu": "•",
-    "co": "©", "rg": "®", "tm": "™", "mu": "×", "+-": "±", "->": "→", "<-": "←", "ha": "^", "ti": "~", "rs": "\\",
-    "ga": "`", "at": "@", "sh": "#", "ba": "|", "br": "|", "de": "°", "ss": "ß", ":a": "ä", ":o": "ö", ":u": "ü",
-    "'e": "é", "`e": "è", "'a": "á", "<=": "≤", ">=": "≥", "!=": "≠", "Fo": "«", "Fc": "»", "ul": "_", "lB": "[",
-    "rB": "]", "lC": "{", "rC": "}", "mi": "-", "pl": "+", "eq": "=", "sl": "/", "Do": "$", "Eu": "€", "fm": "′",
-    "ua": "↑", "da": "↓", "Aq": "'", "L\"": "“", "R\"": "”", "~n": "ñ", ",c": "ç", "/o": "ø", "oa": "å", "aa": "´",
-    "sc": "§", "12": "½", "14": "¼", "34": "¾", "ci": "○", "sq": "□",
-}  # fmt: skip
-"""Named characters of groff_char(7), and strings that pod2man defines."""
+# Named characters of groff_char(7), and strings that pod2man defines.
+_CHARACTERS = r"""
+em— en– hy- lq“ rq” oq‘ cq’ aq' dq" bu• co© rg® tm™ mu× +-± ->→ <-← ha^ ti~ rs\ ga` at@ sh# ba| br| de° ssß :aä :oö
+:uü 'eé `eè 'aá <=≤ >=≥ !=≠ Fo« Fc» ul_ lB[ rB] lC{ rC} mi- pl+ eq= sl/ Do$ Eu€ fm′ ua↑ da↓ Aq' L"“ R"” ~nñ ,cç /oø
+oaå aa´ sc§ 12½ 14¼ 34¾ ci○ sq□
+"""
+CHARACTERS = {word[:-1]: word[-1] for word in _CHARACTERS.split()}
 ESCAPE = re.compile(
     r"\\(?:"
     r"(?P<comment>[\"#].*)"

@@ -21,10 +21,10 @@ from stages.data.acquire.packages.texts import CODE
 
 LICENSE_FILE = re.compile(r"(licen[cs]e|copying|unlicense)([-._].*)?", re.IGNORECASE)
 NOTICE_FILE = re.compile(r"notices?(\.(txt|md|rst))?", re.IGNORECASE)
+# Of manuals, which may have a page `license.rst` about their license.
 PAGES = (".md", ".rst")
-"""Of manuals, which may have a page `license.rst` about their license."""
+# A folder of nothing but license texts.
 TEXTS_FOLDER = re.compile(r"licen[cs]es?", re.IGNORECASE)
-"""A folder of nothing but license texts."""
 
 
 def is_metadata(path: str) -> bool:

@@ -23,29 +23,29 @@ _CODE = """
 .sql .ss .sv .swift .t .tcl .ts .tsx .v .vala .vhd .vim .zig
 """
 CODE = frozenset(_CODE.split())
+# Documentation without a suffix.
 NAMES = re.compile(r"(README|FAQ|HOWTO|HACKING|INSTALL|CONTRIBUTING|TUTORIAL|GUIDE|MANUAL|NOTES)\b[^/]*")
-"""Documentation without a suffix."""
 MAN_PAGE = re.compile(r"(.*/)?man[1-9][a-z]*/[^/]+\.[1-9][a-z]*")
+# Texts of licenses, which are the same in thousands of packages.
 LEGAL = re.compile(r"(copyright|copying|licen[cs]es?|notice|unlicense)([-._].*)?", re.IGNORECASE)
-"""Texts of licenses, which are the same in thousands of packages."""
+# Files for programs, and indexes.
 LISTS = re.compile(
     r"(CMakeLists|SOURCES|top_level|entry_points|requires|dependency_links|requirements[^/]*|constraints[^/]*)\.txt"
     r"|changelog.*|.*\.min\.js|search\.html|genindex.*\.html|py-modindex\.html",
     re.IGNORECASE,
 )
-"""Files for programs, and indexes."""
+# Declarations of an encoding: of HTML, XML, and in the first two lines (PEP 263, Emacs).
 CODINGS = (
     re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE),
     re.compile(rb"<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]{1,40})", re.IGNORECASE),
     re.compile(rb"^[^\n]{0,200}?coding[:=][ \t]*([\w.-]{1,40})"),
     re.compile(rb"^[^\n]*\n[^\n]{0,200}?coding[:=][ \t]*([\w.-]{1,40})"),
 )
-"""Declarations of an encoding: of HTML, XML, and in the first two lines (PEP 263, Emacs)."""
+# Encodings of texts, by the names of Python's codecs.
 CHARSETS = re.compile(r"iso8859|iso2022|cp\d|koi8|euc_|shift_jis|gb|big5|hz|utf-(?:8|16|32)|mac-|tis-620")
-"""Encodings of texts, by the names of Python's codecs."""
 SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([^\n]{1,500})")
+# Characters at the beginning of a file in which the tag is about the file.
 TAG_WITHIN = 3000
-"""Characters at the beginning of a file in which the tag is about the file."""
 
 
 class NotText(Exception):
@@ -110,15 +110,15 @@ def plain_text(path: str, text: str) -> str:
 
 
 _REMOVED = "head script style nav noscript template form button select svg iframe"
+# Elements that are no text of a page.
 REMOVED = frozenset(_REMOVED.split())
-"""Elements that are no text of a page."""
+# Classes of navigation: of Sphinx, DocBook and Doxygen.
 REMOVED_CLASS = re.compile(
     r"(?:^|\s)(?:headerlink|sphinxsidebar|related|navigation|navheader|navfooter|footer|sidebar)(?:\s|$)"
 )
-"""Classes of navigation: of Sphinx, DocBook and Doxygen."""
 REMOVED_ROLES = ("navigation", "search")
+# Where the text is: the first of these that occurs once.
 MAIN = ("//main", "//*[@role='main']", "//*[@id='content']", "//body")
-"""Where the text is: the first of these that occurs once."""
 _PARAGRAPHS = """
 blockquote dl figure h1 h2 h3 h4 h5 h6 ol p pre section table ul
 """
@@ -130,8 +130,8 @@ tbody tfoot thead tr
 LINES = frozenset(_LINES.split())
 LINE_BREAKS = dict.fromkeys(PARAGRAPHS, "\n\n") | dict.fromkeys(LINES, "\n") | {"td": " ", "th": " "}
 SPACES = re.compile(r"\s+")
+# Marks preformatted text: HTML cannot hold it.
 KEPT = "\0"
-"""Marks preformatted text: HTML cannot hold it."""
 
 
 def html_text(html: str) -> str:

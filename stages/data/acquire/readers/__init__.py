@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# {reader: its class}. Importing one is cheap: no datatrove or pyarrow.
 READERS = {
     "datatrove": "stages.data.acquire.readers.block:BlockReader",
     "stdlib-docstrings": "stages.data.acquire.readers.python_stdlib:StdlibDocstrings",
@@ -18,4 +19,3 @@ READERS = {
     "warc": "stages.data.acquire.readers.web_pages:Warc",
     "html": "stages.data.acquire.readers.web_pages:Html",
 }
-"""{reader: its class}. Importing one is cheap: no datatrove or pyarrow."""

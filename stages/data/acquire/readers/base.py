@@ -20,21 +20,21 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, operational
 from stages.formats.file_digests import file_digests
 
+# The maximum number of files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two
+# thousand.
 MAX_ENTRIES = 100_000
-"""The maximum number of files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two
-thousand."""
 
 Documents = Annotated[int, Range(1, 1e12)]
+# Procedural documents.
 Drawn = Annotated[int, Range(1, 1e8, "they are drawn in memory")]
-"""Procedural documents."""
 
+# (path relative to the source, path) of every file that a reader reads, sorted.
 Files = Sequence[tuple[str, Path]]
-"""(path relative to the source, path) of every file that a reader reads, sorted."""
 
 
+# How the license of a document was found: in a field of its row, in a file beside it, on its page, with the document
+# that it was made from, or not at all. Empty: it is the declaration of the source.
 LicenseFound = Literal["field", "file", "page", "parent", "none", ""]
-"""How the license of a document was found: in a field of its row, in a file beside it, on its page, with the document
-that it was made from, or not at all. Empty: it is the declaration of the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +120,16 @@ class Notice:
     text: str
 
 
+# {kind of refusal, with which the reason in the table of failed documents begins: rule of their dispositions}.
 REFUSED_RULES = {
-    "license": "license/unmapped", "opt_out": "opt_out/page", "page": "page/unusable",
-    "derivatives": "license/no-derivatives", "generation": "generation/unusable",
-}  # fmt: skip
-"""{kind of refusal, with which the reason in the table of failed documents begins: rule of their dispositions}."""
+    "license": "license/unmapped",
+    "opt_out": "opt_out/page",
+    "page": "page/unusable",
+    "derivatives": "license/no-derivatives",
+    "generation": "generation/unusable",
+}
+# What a reader yields.
 Read = Document | Unreadable | Failed | Unmapped | Refused
-"""What a reader yields."""
 
 
 def is_unicode(text: str) -> bool:

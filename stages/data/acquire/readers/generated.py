@@ -18,10 +18,10 @@ from stages.data.acquire.readers.base import Document, Files, Reader, Refused
 from stages.formats.table import GENERATED_TEXTS, stream_rows
 from stages.generation.engine import Engine, engine_field
 
+# Of the files that decide what a generator writes: weights, configs, tokenizer and chat template.
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
-"""Of the files that decide what a generator writes: weights, configs, tokenizer and chat template."""
+# Stands for the document in a prompt.
 PLACE = "{text}"
-"""Stands for the document in a prompt."""
 
 
 class Generated(Reader):

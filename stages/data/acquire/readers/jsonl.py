@@ -15,8 +15,8 @@ from pipeline.core.errors import AtomError
 from stages.data.acquire.readers.base import Failed, Files
 from stages.data.acquire.readers.rows import Row, RowReader
 
+# Bytes of a line. A longer one fails alone, because a file of a megabyte can hold a line of a terabyte.
 MAX_LINE = 2**28
-"""Bytes of a line. A longer one fails alone, because a file of a megabyte can hold a line of a terabyte."""
 
 
 class Jsonl(RowReader):

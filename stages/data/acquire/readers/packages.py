@@ -22,8 +22,8 @@ from stages.data.acquire.packages.texts import Content, NotText, content_of, dec
 from stages.data.acquire.readers.base import Document, Failed, FileReader, Files, Notice, Read, Unmapped, Unreadable
 from stages.formats.file_digests import file_digests
 
+# The license of a file of a package, by its path.
 LicenseOf = Callable[[str], License]
-"""The license of a file of a package, by its path."""
 SPDX = LicenseMap({})
 
 

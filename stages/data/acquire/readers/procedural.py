@@ -23,12 +23,12 @@ def _require_known_tasks(tasks: dict[str, float]) -> dict[str, float]:
     return tasks
 
 
+# Weights of tasks by name; they need not sum to 1.
 TaskWeights = Annotated[
     dict[Key, Annotated[float, Range(0, 1000, above=True)]],
     Field(min_length=1, max_length=100),
     AfterValidator(_require_known_tasks),
 ]
-"""Weights of tasks by name; they need not sum to 1."""
 
 
 class Problems(Reader):

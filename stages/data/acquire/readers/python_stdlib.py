@@ -26,21 +26,21 @@ from pydantic import Field
 from pipeline.core.stage import added
 from stages.data.acquire.readers.base import Document, Files, SampledReader, Unmapped, Unreadable, is_unicode
 
+# Address of a file of the library at the tag of a version of Python.
 ADDRESS = "https://github.com/python/cpython/blob/v{version}/Lib/{path}"
-"""Address of a file of the library at the tag of a version of Python."""
+# Between two words of a comment.
 _GAP = r"[\s#]+"
-"""Between two words of a comment."""
+# Words with which a file states license terms of its own.
 TERMS = re.compile(
     rf"permission{_GAP}(?:is|to{_GAP}(?:use|copy))|redistribut|SPDX-License-Identifier|licen[sc]ed{_GAP}under"
     rf"|public{_GAP}domain",
     re.IGNORECASE,
 )
-"""Words with which a file states license terms of its own."""
 RESERVED = re.compile(rf"all{_GAP}rights{_GAP}reserved", re.IGNORECASE)
+# Words of a file whose rights the Python Software Foundation has or was granted: it licenses them as PSF-2.0.
 FOUNDATION = re.compile(
     rf"licensed{_GAP}to{_GAP}(?:the{_GAP})?PSF|copyright.{{,40}}Python{_GAP}Software{_GAP}Foundation", re.IGNORECASE
 )
-"""Words of a file whose rights the Python Software Foundation has or was granted: it licenses them as PSF-2.0."""
 # not library code (tests, the editor, installed packages), or generated at build time with paths of the build machine
 _SKIPPED_FOLDERS = frozenset(
     (

@@ -15,12 +15,12 @@ from pipeline.core.stage import added
 from stages.data.acquire.licenses.maps import LicenseMap, MapName, load_map
 from stages.data.acquire.readers.base import Document, Failed, FileReader, Files, Read, Unmapped, Unreadable, is_unicode
 
+# The name of a field or column in a user's files, or the path of a nested one, such as metadata.license.
 Column = Line
-"""The name of a field or column in a user's files, or the path of a nested one, such as metadata.license."""
+# Of a title, or of all authors of a document.
 MOST_CHARACTERS = 4000
-"""Of a title, or of all authors of a document."""
+# SPDX expressions by the license strings of a source.
 LicenseStrings = Annotated[dict[Annotated[str, Words(2000)], License], Field(max_length=1000)]
-"""SPDX expressions by the license strings of a source."""
 
 
 @dataclass(frozen=True, slots=True)

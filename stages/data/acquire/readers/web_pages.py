@@ -72,8 +72,8 @@ def _read_bytes(path: Path, most: int) -> bytes | None:
     return content if len(content) <= most else None
 
 
+# Bytes that are read for the headers of a record, or to its beginning.
 MAX_HEADER_BYTES = 2**22
-"""Bytes that are read for the headers of a record, or to its beginning."""
 PIECE = 2**16
 _ERRORS = (EOFError, OSError, ValueError, zlib.error)
 PAGE_TYPES = ("text/html", "application/xhtml+xml")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
+# Bytes of memory that a frame may ask for: `zstd --ultra --long=31`, as some large corpora are packed.
 MAX_WINDOW = 2**31
-"""Bytes of memory that a frame may ask for: `zstd --ultra --long=31`, as some large corpora are packed."""
+# Bytes of input at a time: a block of 4 bytes can hold 128 KiB, so a piece of output has at most 128 MiB.
 CHUNK = 2**12
-"""Bytes of input at a time: a block of 4 bytes can hold 128 KiB, so a piece of output has at most 128 MiB."""
 
 
 def open_zstd(path: Path) -> IO[bytes]:

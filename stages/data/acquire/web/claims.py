@@ -19,16 +19,16 @@ from urllib.parse import urljoin, urlsplit
 from pipeline.core.bounds import spdx
 from stages.data.acquire.web.page_opt_outs import Headers
 
-_KINDS = {
-    "by": "BY", "by-sa": "BY-SA", "by-nd": "BY-ND", "by-nc": "BY-NC", "by-nc-sa": "BY-NC-SA", "by-nc-nd": "BY-NC-ND",
-    "by-nd-nc": "BY-NC-ND", "sa": "SA", "nd": "ND", "nc": "NC", "nc-sa": "NC-SA", "nd-nc": "NC-ND",
-}  # fmt: skip
+_KIND_NAMES = "by by-sa by-nd by-nc by-nc-sa by-nc-nd by-nd-nc sa nd nc nc-sa nd-nc"
+_KINDS = frozenset(_KIND_NAMES.split())
 _CREATIVE_COMMONS = re.compile(
     r"/licenses/([a-z-]+)/(1\.0|2\.0|2\.1|2\.5|3\.0|4\.0)(?:/([a-z]{2}|igo|scotland))?(?:/|$)"
 )
 _PUBLIC_DOMAIN = {"/publicdomain/zero/1.0": "CC0-1.0", "/publicdomain/mark/1.0": "CC-PDM-1.0"}
 _DEDICATION = "/licenses/publicdomain"
 _BY_IDENTIFIER = {"spdx.org": "/licenses/", "opensource.org": "/license"}
+# {address of the text of a license, without scheme, www., ending and last slash: its expression}. The addresses of
+# the GFDL without a version lead to its newest one.
 _TEXTS = {
     "apache.org/licenses/license-2.0": "Apache-2.0",
     "gnu.org/licenses/fdl-1.1": "GFDL-1.1-only",
@@ -41,8 +41,6 @@ _TEXTS = {
     "nationalarchives.gov.uk/doc/open-government-licence/version/3": "OGL-UK-3.0",
     "unlicense.org": "Unlicense",
 }
-"""{address of the text of a license, without scheme, www., ending and last slash: its expression}. The addresses of the
-GFDL without a version lead to its newest one."""
 
 
 def expression_of(address: str) -> str | None:
@@ -67,9 +65,10 @@ def expression_of(address: str) -> str | None:
 
 def _creative_commons(path: str) -> str | None:
     if match := _CREATIVE_COMMONS.match(path):
-        kind, version, country = _KINDS.get(match[1]), match[2], match[3]
-        if kind is None:
+        kind, version, country = match.groups()
+        if kind not in _KINDS:
             return None
+        kind = kind.upper().replace("ND-NC", "NC-ND")  # the order of version 1.0; SPDX has that of the later ones
         name = f"CC-{kind}-{version}" + (f"-{country.upper()}" if country else "")
         try:
             return spdx(name)
@@ -85,12 +84,12 @@ AboutPage AdvertiserContentArticle Article BlogPosting Book Chapter CollectionPa
 HowTo ItemPage LearningResource LiveBlogPosting MedicalScholarlyArticle MedicalWebPage NewsArticle OpinionNewsArticle
 QAPage Recipe Report ReportageNewsArticle ReviewNewsArticle ScholarlyArticle TechArticle Thesis WebPage WebSite
 """
+# Types of schema.org whose license is that of a page's text.
 TEXT_TYPES = frozenset(_TEXT_TYPES.split())
-"""Types of schema.org whose license is that of a page's text."""
+# Types of parts of a page that may state it.
 PAGE_PARTS = frozenset(("Blog", "WebPageElement", "WPFooter"))
-"""Types of parts of a page that may state it."""
+# Metadata with the address of the page, or of the one that it copies.
 ORIGINALS = frozenset(("og:url", "original-source", "syndication-source"))
-"""Metadata with the address of the page, or of the one that it copies."""
 META_NAMES = frozenset(
     ("dc.license", "dc.rights", "dc.rights.license", "dcterms.license", "dcterms.rights", "dcterms:license", "license")
 )
@@ -102,21 +101,21 @@ banner caption comment commentlist comments dfp disqus embed feedback gallery ou
 promotion quote related replies reply respond response responses review reviews sidebar sponsor sponsored sponsors
 taboola teaser testimonial thumbnail widget widgets
 """
+# Words of `class` and `id` of elements whose content is not the page's own text.
 OTHER_PLACES = frozenset(_OTHER_PLACES.split())
-"""Words of `class` and `id` of elements whose content is not the page's own text."""
 FOOTER_PLACES = frozenset(("colophon", "copyright", "footer", "licence", "license", "licensing", "legal"))
+# Things other than the text, in a statement on a license.
 OTHER_THINGS = re.compile(
     r"\b(icons?|photos?|photographs?|photography|images?|pictures?|illustrations?|graphics|artworks?|drawings?|fonts?|"
     r"logos?|themes?|templates?|maps?|tiles|videos?|audio|music|sounds?|code|software|data|datasets?|comments?|advertisements?|"
     r"sponsored)\b",
     re.IGNORECASE,
 )
-"""Things other than the text, in a statement on a license."""
 COMMENTS_HEADING = re.compile(
     r"\W*\d*\W*(comments?|responses?|replies|discussion|feedback|leave a (comment|reply))\b", re.IGNORECASE
 )
+# Characters of the block around a link that are a statement on it, rather than a text in which it occurs.
 LONGEST_STATEMENT = 1000
-"""Characters of the block around a link that are a statement on it, rather than a text in which it occurs."""
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,21 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-AGENTS = (
-    "*", "AI2Bot", "anthropic-ai", "Applebot-Extended", "Bytespider", "CCBot", "ClaudeBot", "Google-Extended", "GPTBot",
-    "Meta-ExternalAgent", "cohere-training-data-crawler",
-)  # fmt: skip
-"""Crawlers and products under whose names robots.txt files state what may be used for training; `*` is every crawler.
-The names were read from https://github.com/ai-robots-txt/ai.robots.txt, robots.txt at
-000552c2df1fa3359f8d1a745069194dcbf86605."""
+# Crawlers and products under whose names robots.txt files state what may be used for training; `*` is every crawler.
+# The names were read from https://github.com/ai-robots-txt/ai.robots.txt, robots.txt at
+# 000552c2df1fa3359f8d1a745069194dcbf86605.
+_AGENTS = """
+* AI2Bot anthropic-ai Applebot-Extended Bytespider CCBot ClaudeBot Google-Extended GPTBot Meta-ExternalAgent
+cohere-training-data-crawler
+"""
+AGENTS = tuple(_AGENTS.split())
+# Directives with a value after a colon, which are no names of crawlers.
 VALUED = frozenset(("max-image-preview", "max-snippet", "max-video-preview", "unavailable_after"))
-"""Directives with a value after a colon, which are no names of crawlers."""
+# RFC 9309, section 2.5: what a crawler must read of a file.
 ROBOTS_BYTES = 500 * 1024
-"""RFC 9309, section 2.5: what a crawler must read of a file."""
 
+# (name, value) of the headers of an HTTP response.
 Headers = Sequence[tuple[str, str]]
-"""(name, value) of the headers of an HTTP response."""
 
 
 def stated_in_headers(headers: Headers, agents: Iterable[str]) -> str:

@@ -18,20 +18,20 @@ from stages.data.acquire.readers.base import Document, Refused, Unmapped
 from stages.data.acquire.web import claims, page_opt_outs
 from stages.data.acquire.web.page_opt_outs import Headers
 
+# Elements of a page; an article has a few thousand. The time of the extraction grows with their square: for 200,000
+# paragraphs it takes five minutes.
 MAX_ELEMENTS = 50_000
-"""Elements of a page; an article has a few thousand. The time of the extraction grows with their square: for 200,000
-paragraphs it takes five minutes."""
+# Share of characters that cannot be decoded.
 MOST_REPLACED = 0.01
-"""Share of characters that cannot be decoded."""
 _ENCODINGS = """
 ascii big5 big5hkscs cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258 cp866 cp874 cp932 cp949 euc_jp
 euc_kr gb18030 gb2312 gbk iso2022_jp iso8859-1 iso8859-10 iso8859-13 iso8859-14 iso8859-15 iso8859-16 iso8859-2
 iso8859-3 iso8859-4 iso8859-5 iso8859-6 iso8859-7 iso8859-8 koi8-r koi8-u mac-cyrillic mac-roman shift_jis tis-620
 utf-16 utf-16-be utf-16-le utf-8
 """
+# Of the web (https://encoding.spec.whatwg.org/), by Python's names: others of Python's codecs are none of pages, and
+# some of them take a time that grows with the square of a text.
 ENCODINGS = frozenset(_ENCODINGS.split())
-"""Of the web (https://encoding.spec.whatwg.org/), by Python's names: others of Python's codecs are none of pages, and
-some of them take a time that grows with the square of a text."""
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([^\"';\s]{1,40})", re.IGNORECASE)
 _DECLARED = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([a-zA-Z0-9_:.-]{1,40})", re.IGNORECASE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# {step: its class}. Importing one is cheap: no datatrove or numpy.
 FILTERS = {
     "datatrove": "stages.data.curate.filters.block:BlockStep",
     "language": "stages.data.curate.filters.language:Language",
@@ -11,4 +12,3 @@ FILTERS = {
     "code_shape": "stages.data.curate.filters.source_code:CodeShape",
     "python_syntax": "stages.data.curate.filters.source_code:PythonSyntax",
 }
-"""{step: its class}. Importing one is cheap: no datatrove or numpy."""

@@ -19,8 +19,8 @@ from stages.data.curate.ngrams import NGrams, duplicates
 from stages.data.curate.words import LETTER, NOT_PUNCTUATION, count_sentences, words_of
 
 Function = Callable[[str], str | Removal]
+# Every IPv4 address has this, and few texts do.
 _PART_OF_ADDRESS = re.compile(r"\.[0-9]{1,3}\.")
-"""Every IPv4 address has this, and few texts do."""
 
 
 def gopher_quality(block: Any) -> Function:
@@ -140,10 +140,10 @@ def pii(block: Any) -> Function:
     return apply
 
 
+# {class of datatrove: its accelerator, which gives None for parameters that it does not have}.
 ACCELERATORS: dict[str, Callable[[Any], Function | None]] = {
     "GopherQualityFilter": gopher_quality,
     "GopherRepetitionFilter": gopher_repetition,
     "C4QualityFilter": c4_quality,
     "PIIFormatter": pii,
 }
-"""{class of datatrove: its accelerator, which gives None for parameters that it does not have}."""

@@ -17,8 +17,8 @@ from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Inputs
 from stages.data.estimates import STEP_SECONDS
 
+# A number of words, lines or other units in a document.
 Amount = Annotated[int, Range(0, 1e9)]
-"""A number of words, lines or other units in a document."""
 Positive = Annotated[int, Range(1, 1e9)]
 Length = Annotated[float, Range(0, 1e6)]
 
@@ -47,10 +47,10 @@ class Document(Protocol):
     metadata: dict[str, Any]
 
 
+# Takes a document and returns the kept text, edited or not, or a removal.
 FilterFunction = Callable[[Document], str | Removal]
-"""Takes a document and returns the kept text, edited or not, or a removal."""
+# Takes the name of a measure and its value for the document that is filtered.
 Record = Callable[[str, str | float], None]
-"""Takes the name of a measure and its value for the document that is filtered."""
 
 
 def _discard(name: str, value: str | float) -> None:

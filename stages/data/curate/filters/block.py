@@ -24,13 +24,14 @@ from stages.data.curate.filters.base import Document, Filter, FilterFunction, Re
 from stages.data.estimates import SPACY_SECONDS
 
 Assets = Annotated[dict[LongLine, Sha256], Field(max_length=100)]
+# The version of datatrove with which the accelerators were compared; the blocks of another one run as they are.
 PROVEN = "0.10.1"
-"""The version of datatrove with which the accelerators were compared; the blocks of another one run as they are."""
 BASES = (
     "datatrove.pipeline.filters.base_filter.BaseFilter",
     "datatrove.pipeline.formatters.base.BaseFormatter",
     "datatrove.pipeline.extractors.base.BaseExtractor",
 )
+# Classes of datatrove whose results depend on the version of spaCy, unless the recipe chooses other words.
 _COUNT_WORDS = (
     "GopherQualityFilter",
     "GopherRepetitionFilter",
@@ -38,13 +39,12 @@ _COUNT_WORDS = (
     "C4QualityFilter",
     "FastTextClassifierFilter",
 )
-"""Classes of datatrove whose results depend on the version of spaCy, unless the recipe chooses other words."""
 WHAT = "filter, formatter or extractor"
 _PROBE = "This plain text of two sentences shows whether a block can run. It is not one of the documents."
+# The function by which blocks of datatrove get files from the net.
 _DOWNLOAD = "cached_asset_path_or_download"
-"""The function by which blocks of datatrove get files from the net."""
+# The files that recipes pin, by name, with the digests that were stated.
 _assets: dict[str, Path] = {}
-"""The files that recipes pin, by name, with the digests that were stated."""
 
 
 class BlockStep(Block, Filter):

@@ -19,12 +19,12 @@ ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mh
 mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn sco sd sh si sk sl
 so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf yi yo yue zh
 """
+# Characters of a text up to which the scores of all languages are worth avoiding.
 SHORT = 4000
-"""Characters of a text up to which the scores of all languages are worth avoiding."""
+# What filters record that identify languages: the code of the language, and its score.
 MEASURES = {"language": "string", "language_score": "float"}
-"""What filters record that identify languages: the code of the language, and its score."""
+# The languages that lid.176 identifies (fasttext.cc/docs/en/language-identification.html).
 LANGUAGES = frozenset(_LID176.split())
-"""The languages that lid.176 identifies (fasttext.cc/docs/en/language-identification.html)."""
 
 
 def _language_error(language: str) -> str | None:
