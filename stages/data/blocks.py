@@ -54,8 +54,8 @@ class Block(Config):
     """Base of a step and of a reader that are a class of datatrove."""
 
     model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
+    # Parameters of the class that a recipe cannot set, and what to do instead.
     refused: ClassVar[Mapping[str, str]] = {}
-    """Parameters of the class that a recipe cannot set, and what to do instead."""
 
     block: BlockPath = Field(description="import path of the class; further settings are its own parameters")
     parameters: Settings = Field(
@@ -152,10 +152,11 @@ class Block(Config):
             module = import_module(module_name)
         except Exception as error:
             raise RecipeError(f"block {self.block} cannot be imported: {in_words(error)}") from None
+        # A class is refused before anything of it runs.
         kind = getattr(module, name, None)
         if isinstance(kind, type) and is_stock(kind) and name in _REFUSED:
             raise RecipeError(f"block {self.block} {_REFUSED[name]}")
-        extended = tuple(getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in bases)
+        extended = tuple(map(resolve_name, bases))
         if not isinstance(kind, type) or not issubclass(kind, extended) or inspect.isabstract(kind):
             names = [each for each, value in vars(module).items() if isinstance(value, type)]
             near = difflib.get_close_matches(name, names, 1)
@@ -165,6 +166,7 @@ class Block(Config):
     def require_parameters(self, kind: type[Any], given: Mapping[str, Any]) -> None:
         """Raises RecipeError for parameters that the class does not have, or that it needs and does not get."""
         known = parameters_of(kind)
+        # A class that passes unknown parameters on cannot be checked by its signature.
         takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
         for name in self.parameters:
             if name in self.refused:
@@ -247,6 +249,7 @@ def _add_package(name: str, folder: Path) -> None:
         raise RecipeError(
             f"extensions: another package is called {name} as well; give the folder {folder} a name of its own"
         )
+    # The folder becomes a package without being put on sys.path, where its modules could hide others.
     package = ModuleType(name)
     package.__path__ = [str(folder)]
     sys.modules[name] = package

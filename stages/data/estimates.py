@@ -1,4 +1,4 @@
-"""What the data stages need, by laws that `bench/data_scale.py` fits; `atom plan` shows it for an expected size."""
+"""Resources of the data stages by laws that `bench/data_scale.py` fits, for expected sizes in `atom plan`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ class Size(Config):
 
 @dataclass(frozen=True)
 class Law:
-    """seconds_per_mb: of text, divided by tasks; serial_seconds_per_million: documents, in the process that joins the
-    parts; memory: bytes of the largest process; memory_per_document: bytes that each document adds to it; disk: bytes
-    of the artifact by those of the text."""
+    """The resources of a stage as a function of the size of the text.
+
+    Attributes:
+        seconds_per_mb: Core seconds for a MB of text, divided by tasks.
+        serial_seconds_per_million: Seconds for a million documents, in the process that joins the parts.
+        memory: Bytes of the largest process.
+        memory_per_document: Bytes that each document adds to it.
+        disk: Bytes of the artifact by those of the text.
+    """
 
     seconds_per_mb: float
     serial_seconds_per_million: float
@@ -79,6 +85,7 @@ def estimate(stage: str, size: Size | None, small: float | None = None, step_sec
     law = LAWS[stage]
     if size is None:
         return Estimate(cpu_seconds=small, fixed=small is not None, memory_bytes=int(law.memory))
+    # The serial part does not shrink with the number of tasks.
     parallel = law.seconds_per_mb * size.bytes / 1e6 + step_seconds
     serial = law.serial_seconds_per_million * size.documents / 1e6
     return Estimate(

@@ -19,8 +19,13 @@ from stages.data.recipe import load
 
 @dataclass(frozen=True)
 class Pin:
-    """A source as it is pinned now. previous: the commit to which it was pinned; None if to none, or with other
-    settings."""
+    """A source as it is pinned now.
+
+    Attributes:
+        name: Name of the source.
+        entry: Its entry in the lock file.
+        previous: The commit to which it was pinned; None if to none, or with other settings.
+    """
 
     name: str
     entry: LockedSource
@@ -70,6 +75,7 @@ def pin(path: Path) -> Iterator[Pin]:
         raise RecipeError(
             f"data recipe {escaped(path.stem, 80)} has no source with the reader hub; there is nothing to pin"
         )
+    # The lock file is written at the end: an error leaves the earlier one as it was.
     lock, entries = lock_of(path), dict[str, LockedSource]()
     known = _known(lock)
     for name, reader in readers.items():

@@ -65,6 +65,7 @@ class SourceConfig(Source):
 
     @model_validator(mode="after")
     def _check_acknowledged(self) -> SourceConfig:
+        # A misspelt rule would acknowledge nothing, and the run would stop after hours.
         rules = [*dict.fromkeys(step.name for step in self.steps), *RULES]
         if unknown := [rule for rule in self.acknowledged_removals if rule not in rules]:
             raise ValueError(
@@ -163,8 +164,10 @@ class DataRecipe(Config):
         return self.model_copy(update={"sources": sources, "curation": self._resolved_curation(LISTS)})
 
     def present(self) -> tuple[DataRecipe, tuple[str, ...]]:
-        """As `resolved`, but sources with missing files keep their digest: a pinned one, or `auto`; and so do
-        missing lists. Also returns a message for each of those."""
+        """Resolves the digests of what is here, with a message for each source or list that is missing.
+
+        A source with missing files keeps its digest, a pinned one or `auto`; so does a missing list.
+        """
         sources, messages = [], []
         for source in self.sources:
             missing, digest = source.reader.missing(source.name), source.tree_digest
@@ -230,6 +233,7 @@ class DataRecipe(Config):
         acquired, generated = [], []
         for source in self.sources:
             node, config = f"acquire-{source.name}", self.acquire_config(source.name, seed)
+            # Generated sources come last, so that the node of the parent is there.
             if parent := self.generated.get(source.name):
                 generated.append(NodeSpec(node, "generate", config, {"parent": f"acquire-{parent}"}))
             else:
@@ -256,6 +260,7 @@ class DataRecipe(Config):
             specs.append(NodeSpec(node, "classifier", config, examples))
             classifiers[node] = node
         tokenizer_config = tokenizer.model_dump() | {"leave_out": (*tokenizer.leave_out, *self.conversations)}
+        # Later stages read the filtered documents beside what was found in them.
         searched = {"filter": "filter", "duplicates": "duplicates"}
         return [
             *specs,
@@ -329,7 +334,7 @@ def load(name_or_path: str | Path) -> DataRecipe:
 
 
 def loads(content: bytes, path: Path) -> DataRecipe:
-    """As `load`, from the bytes of `path`."""
+    """Reads a data recipe from the bytes of `path`; see `load`."""
     title = _title(path)
     raw = parse_yaml(content, title)
     _require_licenses(title, raw)

@@ -1,7 +1,8 @@
 """Conversations as text: rendered with the release's training template, one document for each turn of the assistant.
 
 The part before the assistant's turn carries no loss, and the turn ends with its `<|im_end|>`, so a document is exactly
-a prompt and its completion.
+a prompt and its completion. `parse` is the inverse: the names of special tokens are in no message, so that turns are
+found for certain.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def after_calls(results: Sequence[str]) -> list[str]:
     """The template's text between a turn of the assistant that calls tools and its next one, with the results of the
     calls, in pieces."""
     before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    # Only the difference to the turn before is wanted, which the template decides.
     turn = render(before)
     turn = turn[: turn.rindex(TURN_END) + len(TURN_END)]
     text = render([*before, *({"role": "tool", "content": MARK} for _ in results)], ask=True).removeprefix(turn)
@@ -99,6 +101,7 @@ def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     if not answers:
         raise ValueError("no message is the assistant's")
     for i in answers:
+        # The template drops earlier reasoning, so each turn is rendered with its own history.
         rendered = render(messages[: i + 1], tools=tools or ())
         text = rendered[: rendered.rindex(TURN_END) + len(TURN_END)]
         yield text, prompt_chars(text)
@@ -128,6 +131,7 @@ def check(messages: Sequence[Message], calls: bool = False) -> None:
             raise ValueError(f"a message has no role of {', '.join(ROLES)}")
         tool_calls = (message.get("tool_calls") or []) if calls and message["role"] == "assistant" else []
         content = message.get("content")
+        # A message that only calls tools may have no content.
         parts = [content if content is not None or not tool_calls else "", message.get("reasoning_content") or ""]
         if not isinstance(tool_calls, list) or not all(map(_is_call, tool_calls)):
             raise ValueError("a message of the assistant has calls without name and arguments")
@@ -155,7 +159,7 @@ def _special_token(text: str) -> str | None:
 
 
 def _is_call(call: Any) -> bool:
-    """Whether it is a call of a tool, with arguments as an object or as its JSON."""
+    """Returns True for a call of a tool, with arguments as an object or as its JSON."""
     call = call.get("function") or call if isinstance(call, Mapping) else {}
     arguments = call.get("arguments") if isinstance(call, Mapping) else None
     try:
@@ -192,12 +196,10 @@ def arrow_schema() -> Any:
 
 
 def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """(messages, schemas of tools) of a text that `chat.turns` made.
+    """(messages, schemas of tools) of a text that `turns` made.
 
     Raises ValueError if the template does not render them to the same text.
     """
-    pass
-
     messages, tools = [], []
     for number, turn in enumerate(text.split(TURN_START)[1:]):
         role, _, body = turn.partition("\n")
@@ -212,6 +214,7 @@ def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
                 continue
             message["content"] = stated.removesuffix("\n\n")
         messages.append(message)
+    # A text that does not render to itself would be published as another conversation than was trained on.
     if not messages or render(messages, tools=tools).removesuffix("\n") != text:
         raise ValueError("its text is no conversation in the chat template")
     return messages, tools
@@ -224,6 +227,7 @@ def _answer(content: str) -> dict[str, Any]:
         reasoning, _, content = content.removeprefix(f"{THINK_START}\n").partition(f"\n{THINK_END}\n\n")
         fields["reasoning_content"] = reasoning
     calls: list[dict[str, Any]] = []
+    # Calls stand at the end of a turn, so the last one is taken off first.
     while content.endswith(CALL_END) and CALL_BEGIN in content:
         before, _, call = content.removesuffix(CALL_END).rpartition(CALL_BEGIN)
         name, end = json.JSONDecoder().raw_decode(call)

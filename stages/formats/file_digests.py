@@ -61,6 +61,7 @@ def _digests_in(folder: Path, paths: Sequence[Path]) -> list[str]:
             digest = _digest_of_version(path, version)
             new[path.name] = version, digest
         digests.append(digest)
+        # A kill while a large corpus is hashed loses half a minute.
         if new and time.monotonic() - saved > SAVE_SECONDS:
             _save(folder, new)
             new, saved = {}, time.monotonic()
@@ -104,8 +105,10 @@ def _parse(entry: str) -> tuple[Version, str]:
 
 def _save(folder: Path, new: dict[str, tuple[Version, str]]) -> None:
     """Adds to the record of a folder those files that are unchanged since they were hashed, and for long enough."""
+    # A file that changes within the resolution of the clock would keep its recorded version.
     limit = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     settled = {name: entry for name, entry in new.items() if max(entry[0][1], entry[0][3]) < limit}
+    # It may have changed while it was read.
     unchanged = {name: entry for name, entry in settled.items() if _version(folder / name) == entry[0]}
     if not unchanged or not home_folder().is_dir():  # a command without a run leaves nothing behind
         return

@@ -262,6 +262,7 @@ def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Map
                 flush()
 
         yield write
+        # A table without rows is a file as well: its schema tells the columns.
         if buffer or not groups:
             flush()
 
@@ -288,6 +289,7 @@ def table_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[p
             buffer = pa.concat_tables([buffer, table.select(schema.names).cast(schema)])
             while buffer.num_rows >= ROWS_PER_GROUP:
                 flush(ROWS_PER_GROUP)
+            # Rows of long texts end a group early, or a reader would need gigabytes for one.
             if buffer.nbytes >= GROUP_BYTES:
                 flush(buffer.num_rows)
 
@@ -300,6 +302,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Metadata of pandas would make the bytes depend on the way in which the table was made.
     pq.write_table(table.replace_schema_metadata(None), path, compression="zstd", row_group_size=ROWS_PER_GROUP)
 
 
@@ -391,6 +394,7 @@ def rows_at(path: Path, numbers: Sequence[int], columns: list[str]) -> Iterator[
         first = position = 0
         for group in range(file.num_row_groups):
             start, end = position, first + file.metadata.row_group(group).num_rows
+            # Numbers ascend, so each row group is read at most once.
             position = bisect_left(numbers, end, start)
             if position > start:
                 rows = [number - first for number in numbers[start:position]]

@@ -94,6 +94,7 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     train = {
         name: Sample.draw(source_files, "train", REPORTED, config.sample_bytes) for name, source_files in files.items()
     }
+    # Equal bytes of every source, so that a large one does not decide all merges.
     counts = interleave({name: sample.lengths for name, sample in train.items()}, config.sample_bytes)
     sample_bytes = sum(int(train[name].lengths[:count].sum()) for name, count in counts.items())
     tokenizer = untrained()
@@ -101,12 +102,14 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     texts = (text for name, count in counts.items() for batch in train[name].texts(count) for text in batch)
     tokenizer.train_from_iterator(texts, bpe_trainer(config.vocab_size))
     size = tokenizer.get_vocab_size()
+    # A small corpus has too few different pairs; the embedding would have rows without a token.
     if size < config.vocab_size:
         raise RecipeError(
             f"tokenizer.vocab_size = {config.vocab_size}, but {sample_bytes} bytes of training text yield only {size} "
             f"tokens; lower it, or give more text or sample_bytes"
         )
     save(tokenizer, out)
+    # Measured on held-out documents, as the tokenizer was fitted to the others.
     heldout = {name: Sample.draw(source_files, "heldout", REPORTED) for name, source_files in files.items()}
     ratios = bytes_per_token(
         load_for_corpus(out / "tokenizer.json"),
@@ -153,6 +156,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     """
     content = json.loads(tokenizer.to_str())
     for token in content["added_tokens"]:
+        # Decoding with skip_special_tokens must keep the markers of reasoning.
         token["special"] = token["content"] not in (THINK_START, THINK_END)
     _from_description(content).save(str(folder / "tokenizer.json"), pretty=False)
     (folder / INFERENCE_FILE).write_text(inference_template(), "utf-8")
@@ -231,6 +235,7 @@ def untrained() -> Tokenizer:
 
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    # The pattern above splits; ByteLevel only maps bytes to characters.
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()

@@ -16,7 +16,7 @@ from pipeline.core.store import Artifact
 from stages.formats.seeds import seed_of
 from stages.formats.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
 from stages.tasks.rows import Row, question, to_row
-from stages.tasks.synthetic import courtesy_notes as courtesies
+from stages.tasks.synthetic import courtesy_notes
 from stages.tasks.synthetic.problems import TASKS, draw_distinct
 
 VERSION = 1
@@ -62,6 +62,7 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     """
     rows = []
     for task in sorted(config.problems):
+        # A stream of its own for each task: another number of items of one leaves the others as they are.
         rng = random.Random(seed_of(f"items/{task}", config.seed))
         try:
             problems = draw_distinct(task, config.problems[task], rng)
@@ -78,13 +79,14 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         report.note(f"{len(chat_items)} items for conversations")
 
 
-def courtesy_row(id: str, request: courtesies.Request, verifier: str = "courtesy", **extra_fields: Any) -> Row:
+def courtesy_row(id: str, request: courtesy_notes.Request, verifier: str = "courtesy", **extra_fields: Any) -> Row:
     """The row for a request for a courteous note."""
     fields = {"act": request.act.name, "who": request.who, "what": request.what, **extra_fields}
     return to_row(id, request.text, verifier, "courtesy", 1, **fields)
 
 
 def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
+    # Validation items must not be test items.
     excluded = {row["text"] for row in items}
     for row in items:
         fields = {"question": row["text"], "expected_answer": row["answer"], "split": "test"}
@@ -100,7 +102,7 @@ def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Ite
             yield to_row(f"validation/{task}/{i:05d}", problem.question, "exact", task, 0, **fields)
     count_of_requests = config.courtesies + config.courtesies_validation
     try:
-        requests = courtesies.draw_distinct(
+        requests = courtesy_notes.draw_distinct(
             count_of_requests, random.Random(seed_of("items/courtesies", seed)), heldout=True
         )
     except ValueError as error:

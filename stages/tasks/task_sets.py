@@ -29,8 +29,7 @@ TASK_ITEMS, ITEM_TOKENS = 2000, 500
 
 
 class TaskSet(Config):
-    """Tasks of the harness that read the same data. revision: of the dataset on the Hub; null with a folder of YAML
-    files. folder_digest: of that folder."""
+    """Tasks of the harness that read the same data."""
 
     name: SourceName = Field(description="name of the set")
     tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)] = Field(description="tasks of the harness")
@@ -68,7 +67,6 @@ TASK_SETS = {
             license="CC-BY-SA-4.0",
             license_evidence="https://huggingface.co/datasets/allenai/ai2_arc/tree/210d026faf9955653af8916fad021475a3f00453",
             revision="210d026faf9955653af8916fad021475a3f00453",
-            folder_digest=None,
             items=3548,
         ),
         TaskSet(
@@ -77,7 +75,6 @@ TASK_SETS = {
             license="MIT",
             license_evidence="https://huggingface.co/datasets/openai/gsm8k/blame/main/README.md",
             revision="740312add88f781978c0658806c59bc2815b9866",
-            folder_digest=None,
             items=1319,
         ),
         TaskSet(
@@ -86,7 +83,6 @@ TASK_SETS = {
             license="MIT",
             license_evidence="https://github.com/hendrycks/test/blob/0aff600098ffa002d8e9f1ffe4d6e05475edd28e/LICENSE",
             revision="c30699e8356da336a370243923dbaf21066bb9fe",
-            folder_digest=None,
             items=14042,
             letters=4,
         ),
@@ -96,7 +92,6 @@ TASK_SETS = {
             license="Apache-2.0",
             license_evidence="https://huggingface.co/datasets/truthful_qa/resolve/main/README.md",
             revision="741b8276f2d1982aa3d5b832d3ee81ed3b896490",
-            folder_digest=None,
             items=1634,
         ),
     )
@@ -171,6 +166,7 @@ def _of_folder(tasks: TaskFolder, base: Path, where: str) -> TaskSet:
             f"task, and {folder} is none; correct its path"
         )
     digest = tree_digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
+    # The tasks of a folder can change without a new name; the digest in the key notices that.
     if tasks.digest not in ("auto", digest):
         raise RecipeError(
             f"{where}: task set {tasks.name} is pinned to {tasks.digest}, but {folder} has {digest}; restore the "

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +85,7 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
     for number in range(source.parts):
         parts.append(_seal_part(config, work, number))
         report.progress(number + 1, source.parts, "parts")
+    # The digests are those of the bytes that were read, so a file that changed in between is noticed here.
     files = [(name, sha256) for part in parts for name, sha256 in part.facts["files"]]
     _require_tree(source, parts, files)
     join(config, parts, len(files), work, out, report)
@@ -112,8 +112,10 @@ def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, o
     if not counts["documents"] and not refusals:
         raise AtomError(f"source {source.name} gave no documents; check its reader")
     link_parts(parts, out)
+    # Each part compares its own ids. Names without the file may be equal in two parts, so all ids are compared.
     if source.parts > 1 and not source.reader.names_files:
         _require_distinct_ids(source, out, work)
+    # A failed or refused document was acquired as well: curation gives each a disposition.
     documents = counts["documents"]
     counts |= {"documents": documents + failures.count + refusals.total(), "documents_failed": failures.count}
     counts |= {COUNTS[kind]: count for kind, count in sorted(refusals.items())}
@@ -141,11 +143,10 @@ def run_shard(config: AcquireConfig, inputs: Inputs, work: Path, shard: int) -> 
 
 
 def _seal_part(config: AcquireConfig, work: Path, number: int) -> Part:
-    return seal_part(work, f"{config.source.name}-{number:05d}", partial(_read_files, config, number))
+    def make(folder: Path) -> dict[str, Any]:
+        return read_part(config, number, config.source.files_of(number), folder)
 
-
-def _read_files(config: AcquireConfig, number: int, folder: Path) -> dict[str, Any]:
-    return read_part(config, number, config.source.files_of(number), folder)
+    return seal_part(work, f"{config.source.name}-{number:05d}", make)
 
 
 def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) -> dict[str, Any]:
@@ -173,6 +174,8 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
             if isinstance(document, Unreadable):
                 skipped.add(document.name)
                 continue
+            # Every document is offered to the selection, the failed ones too, so the choice does not depend on which
+            # can be read.
             id = f"{source.name}/{document.name}"
             if not selection.takes(id):
                 continue
@@ -181,6 +184,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
                 declared = UNMAPPED if source.reader.gives_licenses else source.license
                 license = source.document_license or declared
                 write_failed({"id": id, "source": source.name, "license": license, "reason": document.reason})
+            # Refusals are no errors of the settings: no number of them stops the stage.
             elif isinstance(document, Unmapped | Refused):
                 refused[kind_of(document)] += 1
                 if isinstance(document, Unmapped):
@@ -196,6 +200,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
                     write_parent({"id": id, "parent": parent})
                 write_credit({"id": id, "title": document.title or None, "author": document.author or None})
                 write(document_row(source, id, document))
+    # Checked at the end of a part, when the shares are known.
     failures.require_few(selection.taken)
     skipped.require_few(len(selection.hashes) + skipped.count)
     selection.require_distinct()
@@ -269,8 +274,9 @@ class _Selection:
         self.last = 2**64 if self.limit is None else self._last_hash(self.limit)
 
     def takes(self, id: str) -> bool:
-        """Whether the next document is chosen."""
+        """Returns True if the next document is chosen."""
         self.hashes.append(self._hash(id))
+        # Two documents may share the last hash; the count keeps the limit.
         chosen = self.hashes[-1] <= self.last and (self.limit is None or self.taken < self.limit)
         self.taken += chosen
         return chosen
@@ -279,6 +285,7 @@ class _Selection:
         """Raises AtomError naming an id of two documents that were offered to `takes`."""
         repeated = _repeated(self.hashes)
         if repeated:
+            # Equal hashes of 64 bits are almost always equal ids, but only the ids prove it.
             ids = set()
             for id in self._ids():
                 if id in ids:
@@ -289,6 +296,7 @@ class _Selection:
     def _last_hash(self, limit: int) -> int:
         import numpy as np
 
+        # The first pass reads the ids alone, to find the limit-th smallest hash.
         hashes = np.frombuffer(array("Q", map(self._hash, self._ids())), np.uint64)
         return 2**64 if hashes.size <= limit else int(np.partition(hashes, limit - 1)[limit - 1])
 
@@ -316,6 +324,7 @@ def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[s
     if digest == source.tree_digest:
         return
     for part in parts:
+        # These parts hold documents of other files.
         shutil.rmtree(part.folder)
     if source.tree_digest == "auto":
         raise AtomError(f"source {source.name}: tree_digest is not resolved; run through the recipe's resolved() form")
@@ -328,6 +337,7 @@ def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[s
 def _require_distinct_ids(source: Source, out: Path, work: Path) -> None:
     """Raises AtomError if documents of two parts have the same id."""
     files = [str(path) for path in part_files(out, "documents")]
+    # Grouping hashes takes less memory than grouping ids; only the few candidates are compared by their ids.
     repeated = "SELECT hash(id) FROM read_parquet($files) GROUP BY 1 HAVING count(*) > 1"
     query = f"SELECT id FROM read_parquet($files) WHERE hash(id) IN ({repeated}) GROUP BY id HAVING count(*) > 1"
     with connect(work) as database:

@@ -52,6 +52,7 @@ class Failures:
     def add(self, id: str, reason: str = "") -> None:
         self.count += 1
         if len(self.first) < self.kept:
+            # Reasons can quote a document; a line of the log must stay one line.
             self.first.append((id, " ".join(reason.split())[:200]))
 
     def require_few(self, documents: int) -> None:
@@ -133,12 +134,14 @@ class LicenseTally:
     def add_unmapped(self, document: Unmapped) -> None:
         self.add(UNMAPPED, document.license_found if document.license else "none", len(document.text.encode()))
         string = " ".join(document.license.split())[:200]
+        # A free text as a license could differ in every document; memory must not grow with them.
         if string in self.unmapped or len(self.unmapped) < MOST_STRINGS:
             self.unmapped[string] += 1
 
     def facts(self) -> dict[str, Any]:
         """The counts as JSON: `licenses`, and `licenses_unmapped` of the most frequent strings. Empty for a source
         whose license is that of every document."""
+        # An empty basis means that the declaration of the source is the license.
         if all(basis == "" for _, basis in self.documents):
             return {}
         rows = [

@@ -89,6 +89,7 @@ class _Maker:
 
     def _make_part(self, number: int, folder: Path) -> dict[str, Any]:
         """Writes the documents of a part, and how they were made."""
+        # Every batch is drawn and sealed before the part is written, so a kill loses one batch at most.
         batches = list(self._batches(number))
         with row_writer(folder / "generated" / part_file(number), GENERATED) as write:
             for _, path in batches:
@@ -107,6 +108,7 @@ class _Maker:
 
     def _chosen(self, table: Path) -> Iterator[DocumentRow]:
         """The documents of the part that texts are made from."""
+        # A hash of the id decides, so the choice is the same for any number of parts and tasks.
         bound = self.reader.share * 2**64
         for row in stream_rows(table, list(DOCUMENTS)):
             if self.reader.share == 1 or seed_of(f"generate/{self.name}/share/{row['id']}", self.config.seed) < bound:
@@ -114,6 +116,7 @@ class _Maker:
 
     def _draw(self, rows: Sequence[DocumentRow], folder: Path) -> dict[str, Any]:
         texts = [self._row(row) for row in rows]
+        # The generator is not asked about documents whose license forbids derived texts.
         allowed = [i for i, text in enumerate(texts) if not text["reason"]]
         requests = []
         for i in allowed:
@@ -164,6 +167,7 @@ class Generator:
 
         from stages.generation.open_model import open_sampler
 
+        # The order of additions, and so the bits of a text, depends on the number of threads.
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         folder, self.reader = Path(reader.path), reader
@@ -171,6 +175,7 @@ class Generator:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
             self.context = int(config.max_position_embeddings)
+            # Chat models often end a turn by another token than the tokenizer's.
             stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
         except (OSError, ValueError, AttributeError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -189,6 +194,7 @@ class Generator:
     def prompt(self, text: str) -> tuple[list[int], str]:
         """The token ids of the prompt for a document, and the reason why it cannot be asked, if there is one."""
         if token := next((token for token in self.special if token in text), None):
+            # It would be read as a special token and not as text, so that the document could end the turn.
             return [], f"the document holds {token}, a token of the generator"
         prompt = self.reader.prompt.replace(PLACE, text)
         if self.reader.form == "chat":
@@ -209,6 +215,7 @@ class Generator:
 
     def read(self, completion: Completion) -> tuple[str, str]:
         """The text that was drawn, or the reason why it is not used."""
+        # The last id of a finished text is the stop token.
         ids = list(completion.ids[:-1] if completion.finished else completion.ids)
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text = (answer_of(text) if self.reader.form == "chat" else text).strip()
@@ -230,7 +237,7 @@ def _reader(config: AcquireConfig) -> Generated:
 
 
 def estimate(config: AcquireConfig) -> Estimate:
-    """Of reading and writing; how long the generator takes is not known."""
+    """The estimate of reading and writing; how long the generator takes is not known."""
     return estimates.estimate("acquire", config.source.expected)
 
 

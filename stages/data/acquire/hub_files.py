@@ -47,7 +47,13 @@ Commit = Annotated[str, Words(40, "commit of 40 hex digits", COMMIT)]
 
 @dataclass(frozen=True)
 class LockedFile:
-    """A file of a revision. path: in its repository; size: in bytes; digest: `sha256:…`, or `git:…` of a small file."""
+    """A file of a pinned revision.
+
+    Attributes:
+        path: In its repository.
+        size: In bytes.
+        digest: `sha256:…`, or `git:…` of a small file.
+    """
 
     path: str
     size: int
@@ -94,6 +100,7 @@ def _rows(text: str) -> list[LockedFile]:
     files = []
     for line in text.splitlines():
         digest, size, path = [*line.split(" ", 2), "", ""][:3]
+        # A lock file may come from a stranger: a path must not leave the folder of pulled files.
         if not DIGEST.fullmatch(digest) or not re.fullmatch("[0-9]{1,16}", size) or is_unsafe(path):
             raise ValueError(f"{shown(line)} is no line of digest, bytes and path")
         files.append(LockedFile(path, int(size), digest))
@@ -115,6 +122,7 @@ def read(path: Path) -> Mapping[str, LockedSource]:
         entry = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    # The version is part of the cache's key, so a lock file that was written anew is read anew.
     return _read_version(path, (entry.st_ino, entry.st_size, entry.st_mtime_ns))
 
 
@@ -159,12 +167,15 @@ MOST_BYTES = 10**15
 
 
 def resolve(name: str, repo: str, revision: str, pattern: str) -> LockedSource:
-    """What the Hub states of a source: the commit of its revision, and the files that match the pattern. Raises
-    AtomError."""
+    """Asks the Hub for a source: the commit of its revision, and the files that match the pattern.
+
+    Raises AtomError.
+    """
     remote, title = RemoteRepository(repo, "dataset"), f"source {name}: {repo}@{revision}"
     with translate_errors(f"pinning {title}"):
         commit = remote.commit(revision)
         entries = remote.files(commit)
+    # A Hub that answers with another commit would pin other files than the recipe names.
     if not re.fullmatch(COMMIT, commit) or (re.fullmatch(COMMIT, revision) and commit != revision):
         raise AtomError(
             f"{title}: the Hub answers with the commit {shown(commit)}, which is another; check HF_ENDPOINT"
@@ -172,6 +183,7 @@ def resolve(name: str, repo: str, revision: str, pattern: str) -> LockedSource:
     files = []
     for path, entry in sorted(entries.items()):
         if fnmatchcase(path, pattern):
+            # git-lfs objects have a SHA-256 of 64 digits, small files the SHA-1 of a blob of 40.
             files.append(LockedFile(path, entry.size, f"{'git' if len(entry.id) == 40 else 'sha256'}:{entry.id}"))
             _require_valid(title, files[-1])
     if not files:
@@ -189,12 +201,14 @@ def pull(source: str, locked: LockedSource, file: LockedFile, target: Path) -> N
     answer, or refuses for now.
     """
     while not _is_intact(file, target):
+        # Several tasks may need one file; the others wait instead of pulling it again.
         lease = Lease.take(target.parent)
         if lease is None:
             time.sleep(POLL)
             continue
         try:
             if not _is_intact(file, target):
+                # It may have been pulled while this process waited for the lease.
                 _download(source, locked, file, target)
             return
         finally:
@@ -224,6 +238,7 @@ def _download(source: str, locked: LockedSource, file: LockedFile, target: Path)
                 f"{name} has the digest {digest} at {endpoint()}, but is pinned to {file.digest}; if the change "
                 "is right, pin it anew by `atom pin RECIPE`"
             )
+        # Only a compared file gets the final name, in one step.
         os.replace(pulled, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

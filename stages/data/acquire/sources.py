@@ -61,6 +61,7 @@ class Source(Config):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
+        # Sources are inputs of stage filter under their names, beside these two.
         if name in ("items", "benchmarks"):
             raise ValueError(f"`{name}` is the role of evaluation items; choose another name")
         return name
@@ -96,6 +97,7 @@ class Source(Config):
             return self
         if self.parts > 1 and not isinstance(self.reader, FileReader):
             raise ValueError(f"parts = {self.parts}, but reader {self.reader.reader} reads no files of yours; use 1")
+        # A limit is drawn from all documents of a source, and a part sees only its own.
         if self.parts > 1 and isinstance(self.reader, FileReader) and self.reader.limit is not None:
             raise ValueError(f"parts = {self.parts}, but reader.limit selects from the whole source; leave one out")
         return self

@@ -34,7 +34,7 @@ RULES = (*BEFORE_STEPS, SECRETS, DECONTAMINATION, DEDUPLICATION)
 
 @dataclass(frozen=True)
 class Loss:
-    """What a rule removed of the documents of a source that reached it."""
+    """The documents of a source that a rule removed, among those that reached it."""
 
     source: str
     rule: str
@@ -50,7 +50,14 @@ class Loss:
 
 
 def filter_losses(source: str, steps: Sequence[str], documents: int, removed: Mapping[str, int]) -> list[Loss]:
-    """Of the rules of filtering, in their order. steps: names; removed: by full rule, such as `c4/javascript`."""
+    """The losses by the rules of filtering, in their order.
+
+    Args:
+        source: Name of the source.
+        steps: Names of its steps.
+        documents: Number of its acquired documents.
+        removed: Removed documents by full rule, such as `c4/javascript`.
+    """
     by_rule = Counter[str]()
     for rule, count in removed.items():
         by_rule[rule.partition("/")[0]] += count
@@ -63,7 +70,14 @@ def filter_losses(source: str, steps: Sequence[str], documents: int, removed: Ma
 
 
 def dedup_losses(source: str, documents: int, kept: int, removed: Mapping[str, int]) -> list[Loss]:
-    """Of deduplication, and of all opt-outs. documents: of the source; removed: by rule, those of filtering too."""
+    """The losses by deduplication and by all opt-outs.
+
+    Args:
+        source: Name of the source.
+        documents: Number of its acquired documents.
+        kept: Number of its kept documents.
+        removed: Removed documents by rule, those of filtering too.
+    """
     duplicates = removed.get("exact_duplicate", 0) + removed.get("near_duplicate", 0)
     opted_out = removed.get(OPT_OUT_RULE, 0)
     return [
@@ -79,6 +93,7 @@ def require_acknowledged(
     the acknowledged share. acknowledged: by source."""
     open_losses = []
     for loss in losses:
+        # Small sources lose large shares by chance.
         if loss.documents < MIN_DOCUMENTS or loss.share <= alarm_share:
             continue
         allowed = acknowledged.get(loss.source, {}).get(loss.rule)

@@ -24,12 +24,14 @@ class ContaminationIndex:
         for item_id, text in items:
             words = searched_words(text)
             n = min(len(words), ngram)
+            # An item without words matches nothing.
             for i in range(len(words) - n + 1 if n else 0):
                 self.by_length.setdefault(n, {}).setdefault(tuple(words[i : i + n]), item_id)
 
     def find(self, text: str) -> tuple[str, int] | None:
         """(item id, length of the match in words) of the longest kind of match, else None."""
         words = searched_words(text)
+        # Longer matches are the stronger evidence, so they are reported first.
         for n in sorted(self.by_length, reverse=True):
             table = self.by_length[n]
             for gram in zip(*(words[i:] for i in range(n)), strict=False):

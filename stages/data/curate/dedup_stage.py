@@ -117,6 +117,8 @@ def _summarize(config: DedupConfig, facts: list[dict[str, Any]], edits: dict[str
                 sums[name] += Counter(value) if isinstance(value, dict) else value
     for name, counts in sources.items():
         kept, removed = counts["kept"].total(), counts["removed"].total()
+        # Every document must have exactly one disposition: an imbalance is a fault of this code, and nothing is
+        # sealed.
         undecided = counts["documents_in"] - kept - removed
         if undecided or counts["written"] != kept:
             raise AtomError(

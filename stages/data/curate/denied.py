@@ -46,6 +46,7 @@ class Variants:
     @cached_property
     def pipelines(self) -> list[list[FilterFunction]]:
         """The functions of the steps, which may load a model."""
+        # Sources often have the same steps; each pipeline runs once.
         different = {repr(pipeline): pipeline for pipeline in self.steps if pipeline}
         return [[step.function() for step in pipeline] for pipeline in different.values()]
 
@@ -74,7 +75,15 @@ class Variants:
 
 @dataclass(frozen=True)
 class DeniedText:
-    """A text of a denied document."""
+    """A text of a denied document.
+
+    Attributes:
+        id: The id of the document.
+        requests: The SHA-256 of each reference, with spaces between them.
+        url: The origin of the document.
+        text: The text as acquired, or as the steps of a source leave it.
+        content_hash: The SHA-256 of the text.
+    """
 
     id: str
     requests: str
@@ -104,6 +113,7 @@ class PartOptOut:
     def find(self, row: DocumentRow) -> Removed | None:
         """The removal of the next acquired document, if it is denied."""
         self.parents = []
+        # The table of parents has the order of the documents, so one pass over both is enough.
         while self.next_row is not None and self.next_row["id"] == row["id"]:
             self.parents.append(self.next_row["parent"])
             self.next_row = next(self.rows, None)

@@ -38,8 +38,12 @@ REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 
 @dataclass(frozen=True)
 class Denial:
-    """The requests that a document falls under. kind: how the first one names it; requests: the SHA-256 of each
-    reference, sorted."""
+    """The requests that a document falls under.
+
+    Attributes:
+        kind: The way in which the first one names it.
+        requests: The SHA-256 of each reference, sorted.
+    """
 
     kind: Match
     requests: tuple[str, ...]
@@ -85,10 +89,13 @@ class DenyList:
         ]
 
     def find(self, id: str, origin: str, hashes: Iterable[str], parents: Iterable[str] = ()) -> Denial | None:
-        """The requests that a document falls under, or None.
+        """Returns the requests that a document falls under, or None.
 
-        origin: a URL if it starts with http; hashes: SHA-256 of its text, as acquired and as kept; parents: the ids or
-        URLs of the documents that it was made from.
+        Args:
+            id: The id of the document.
+            origin: Its origin: a URL if it starts with http.
+            hashes: SHA-256 of its text, as acquired and as kept.
+            parents: The ids or URLs of the documents that it was made from.
         """
         matches: list[tuple[Match, str]] = []
         matches += [("id", request) for request in self._by_id(id)]
@@ -135,7 +142,9 @@ class DenyList:
             )
         if not (isinstance(date, str) and _is_date(date)):
             raise RecipeError(f"{place}: date is no day of the form 2026-11-03")
+        # Only the hash is published; whoever made the request can find it by the reference.
         request = sha256_bytes(reference.encode())
+        # One request has one date; two would make the evidence ambiguous.
         if self.dates.setdefault(request, date) != date:
             raise RecipeError(f"{place}: request {reference} has the date {self.dates[request]} in another line")
         try:

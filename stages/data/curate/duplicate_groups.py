@@ -41,7 +41,13 @@ ROW_BYTES = 32
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a source, by its files in a folder of parts of sources. number: of the source, from 0."""
+    """A part of a source, by its files in a folder of parts of sources.
+
+    Attributes:
+        number: The number of the source, from 0.
+        source: The name of the source.
+        part: The number of the part.
+    """
 
     number: int
     source: str
@@ -80,10 +86,16 @@ class Partition:
 def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Partition) -> int:
     """Writes the stars of the documents that share a hash, of one partition; returns the number of their rows.
 
-    Of a band, documents with equal texts are one document: the first. hashes: folder of the hashes of each part. Rows
-    are dealt into buckets by ranges of their hash, in files, so that memory holds one bucket; a bucket of more than
-    MOST_ROWS is grouped on disk.
+    Of a band, documents with equal texts are one document: the first. Rows are dealt into buckets by ranges of their
+    hash, in files, so that memory holds one bucket; a bucket of more than MOST_ROWS is grouped on disk.
+
+    Args:
+        folder: The folder to write to.
+        hashes: The folder of the hashes of each part.
+        parts: The parts that are searched.
+        partition: The column of hashes, and the range of its values.
     """
+    # Hashes are uniform, so equal ranges of them give buckets of about equal size.
     rows = sum(row_count(part.file(hashes)) for part in parts)
     buckets = max(1, min(rows // partition.count // BUCKET_ROWS, MAX_BUCKETS))
     smallest, largest = partition.bounds()
@@ -91,6 +103,7 @@ def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Pa
     files = [folder / f"bucket-{n}" for n in range(buckets)]
     with ExitStack() as stack:
         opened = [stack.enter_context(open(file, "wb")) for file in files]
+        # A stable sort keeps the rows of a bucket in the order of their addresses.
         for piece in _rows(hashes, parts, partition):
             order = np.argsort(bucket := np.searchsorted(bounds, piece[:, KEY], "right") - 1, kind="stable")
             pieces = np.split(piece[order], np.searchsorted(bucket[order], np.arange(1, buckets)))
@@ -100,6 +113,7 @@ def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Pa
     schema = pa.schema([("address", pa.int64()), ("first", pa.int64())])
     with pq.ParquetWriter(folder / STARS, schema, compression="zstd") as writer:
         for file in files:
+            # Only a hash that very many documents share makes a bucket that large.
             is_large = file.stat().st_size > MOST_ROWS * ROW_BYTES
             for stars in _stars_on_disk(file, exact) if is_large else [_stars(_read_bucket(file), exact)]:
                 writer.write_table(pa.table(list(stars.T.copy()), schema=schema))
@@ -142,6 +156,8 @@ def _stars(rows: UInts, exact: bool) -> Ints:
     place = np.minimum(np.searchsorted(shared, rows[:, KEY]), len(shared) - 1)
     rows = rows[shared[place] == rows[:, KEY]]
     rows, first = _grouped(rows, [KEY, HIGH, LOW])
+    # Of documents with equal texts only the first may stand for them in a band, or a page that occurs a million times
+    # would give a million edges.
     if not exact:
         rows, first = _grouped(rows[first == np.arange(len(rows))], [KEY])
     others = np.flatnonzero(first != np.arange(len(rows)))
@@ -173,6 +189,7 @@ def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
         for first in range(0, file.stat().st_size // ROW_BYTES, BATCH):
             writer.write_table(pa.table(list(_read_bucket(file, first, BATCH).T.copy()), schema=schema))
     with connect(file.parent, MEMORY) as database:
+        # The optimizer would put the larger table on the right side, which is held in memory.
         database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
         database.from_parquet(str(table)).create_view("bucket")
         for batch in database.sql(_EXACT_STARS if exact else _BAND_STARS).to_arrow_reader(BATCH):
@@ -197,8 +214,10 @@ def _numbers(batch: pa.RecordBatch, column: str, valid: bool = False) -> NDArray
 class Removed:
     """Removed documents and the one that each duplicates, in flat files that any process maps.
 
-    address: of the removed documents, ascending; first: of the other document of each; firsts: those without
-    repetitions, ascending.
+    Attributes:
+        address: The addresses of the removed documents, ascending.
+        first: The address of the other document of each.
+        firsts: The values of `first` without repetitions, ascending.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -247,9 +266,18 @@ def write_near(
     """Writes the near duplicates (`Removed`) from the stars of all bands and partitions; returns their number.
 
     Documents that share a band are joined transitively, as in datatrove; the first of each component is kept. Exact
-    duplicates take no part: the stars have left out those of searched sources (their numbers), and here those go whose
-    first document is in another source. Nor do documents that are removed on request: opted_out, their addresses.
+    duplicates take no part: the stars have left out those of searched sources, and here those go whose first document
+    is in another source. Nor do documents that are removed on request.
+
+    Args:
+        folder: The folder to write to.
+        work: The folder of temporary files.
+        stars: The folders of the stars.
+        exact: The exact duplicates.
+        searched: The numbers of the sources that are searched for near duplicates.
+        opted_out: The addresses of documents that are removed on request, ascending.
     """
+    # A document that is removed by another rule must not be the representative of a group.
     gone = np.union1d(opted_out, np.concatenate([np.empty(0, np.int64), *_exact_copies(exact, searched)]))
     with connect(work) as database:
         _open_stars(database, stars)
@@ -285,12 +313,13 @@ def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
             left = (address < MOST_ADDRESS) & ~_contains(gone, address)
             address, first = address[left], first[left]
             for place in np.flatnonzero(_contains(gone, first)).tolist():
+                # The first document of a star is gone, so the next one becomes its center.
                 first[place] = substitutes.setdefault(int(first[place]), int(address[place]))
             yield address, first
 
 
 def _contains(values: Ints, sought: Ints) -> NDArray[np.bool_]:
-    """Whether each of the sought is among ascending values."""
+    """True for each of the sought that is among ascending values."""
     if not len(values):
         return np.zeros(len(sought), np.bool_)
     return np.equal(values[np.minimum(np.searchsorted(values, sought), len(values) - 1)], sought)

@@ -58,12 +58,14 @@ def processes(number: int) -> Iterator[ForEach]:
 
         try:
             yield at_once
+        # The pool does not say which process was killed; the kernel's memory killer is the usual cause.
         except BrokenProcessPool:
             raise MachineError(
                 "a process of this stage was killed, perhaps for its memory; run again: finished parts are kept"
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            # Running calls are not cancelled by the shutdown, so their processes are ended.
             for child in set(multiprocessing.active_children()) - earlier:
                 child.terminate()
             raise

@@ -97,6 +97,7 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     rule removes so large a share of a source that the recipe must acknowledge it.
     """
     inspect(config)
+    # Missing lists and broken steps are found before the first document is read.
     maker, parts = _PartMaker(config, inputs, work), dict[str, list[Part]]()
     jobs = config.parts()
     for done, (source, number) in enumerate(jobs, start=1):
@@ -105,6 +106,7 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     for name, source_parts in parts.items():
         link_parts(source_parts, out)
         _report_source(name, source_parts, report)
+    # The alarm comes after all parts: a share is that of the whole source.
     _require_acknowledged(config, parts, report)
     if not any(part.facts["kept"] for source_parts in parts.values() for part in source_parts):
         raise AtomError("curation removed every document of every source; loosen the steps of the data recipe")
@@ -136,6 +138,7 @@ class _PartMaker:
         from stages.data.curate.decontamination import ContaminationIndex
 
         logger.disable("datatrove")  # it logs each of many small steps
+        # Loaded with the first part that is made: a resumed run may need it no more.
         texts = texts_of(self.inputs["items"])
         if "benchmarks" in self.inputs:
             texts += benchmarks.texts_of(self.inputs["benchmarks"])
@@ -187,7 +190,10 @@ class _PartMaker:
             for batch in stream_batches(acquired / "documents" / file, list(DOCUMENTS)):
                 kept: list[DocumentRow] = []
                 for row in batch.to_pylist():
+                    # A request goes before every other rule, so that its copies are found whatever the steps would
+                    # do.
                     result = (opt_out and opt_out.find(row)) or steps.apply(row)
+                    # A content hash can name the text as the steps leave it.
                     if opt_out and not isinstance(result, Removed):
                         result = opt_out.find_edited(row, result, counts["kept"] + len(kept)) or result
                     if isinstance(result, Removed):
@@ -200,13 +206,16 @@ class _PartMaker:
                             write_measures({"id": row["id"], **steps.measured})
                         write_disposition(kept_disposition(row, result["content_hash"]))
                     counts.update(documents=1, bytes=len(row["text"].encode()))
+                # Hashes are computed for a batch of texts at once, as MinHash works on arrays.
                 for hashes in self._hashes([(row["text"], row["content_hash"]) for row in kept], minhash):
                     write_hashes(dict(zip(columns, hashes, strict=True)))
                 if opt_out:
                     self._write_denied(opt_out, list(opt_out.take_texts()))
                 counts.update(kept=len(kept))
+            # Failed steps are counted among the documents that reached them, so before the ones that acquire refused.
             steps.failures.require_few(counts["documents"])
             for row, rule in _failed_documents(acquired / "failed" / file):
+                # The ids of refused documents are published as well.
                 steps.require_public(row["id"])
                 failed = (opt_out and opt_out.find_failed(row)) or Removed(rule, 0.0, 0.0)
                 counts.update(documents=1)
@@ -266,6 +275,7 @@ def _failed_documents(path: Path) -> Iterator[tuple[DocumentRow, str]]:
             "prompt_chars": 0,
         }
         kind, separator, _ = row["reason"].partition(": ")
+        # A reason without a kind is that of a document that could not be read.
         yield document, REFUSED_RULES.get(kind, FAILED_RULE) if separator else FAILED_RULE
 
 

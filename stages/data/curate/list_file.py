@@ -19,8 +19,13 @@ List = TypeVar("List")
 
 
 class ListFile(Generic[List]):
-    """title: for messages; setting: of curation, which names the file; parse: makes the list of its lines, and raises
-    RecipeError for the first one that is no entry."""
+    """A kind of list that a recipe can name.
+
+    Attributes:
+        title: Name of the list in messages.
+        setting: The setting of curation that names the file.
+        parse: Makes the list of its lines; raises RecipeError for the first one that is no entry.
+    """
 
     def __init__(self, title: str, setting: str, parse: Callable[[Iterable[Line]], List]) -> None:
         self.title, self.setting, self.parse = title, setting, parse
@@ -33,6 +38,7 @@ class ListFile(Generic[List]):
     def digest_of(self, path: Path) -> str:
         """The digest of a file, `sha256:…`, whose lines were all read. Raises RecipeError."""
         content = self._read_bytes(path)
+        # Parsed while planning, so that a wrong line is found before any stage runs.
         self.parse(self._lines(path, content))
         return f"sha256:{sha256_bytes(content)}"
 
@@ -75,9 +81,13 @@ WEB = ("http://", "https://")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The parts of a URL in which equal pages are equal: without the scheme and the port, and in one form of quoting.
+    """The parts of a URL in which equal pages are equal: without the scheme and the port, in one form of quoting.
 
-    query: with its question mark, or empty; fragment: unquoted.
+    Attributes:
+        host: In lower case and ASCII.
+        path: From the first slash on.
+        query: With its question mark, or empty.
+        fragment: Unquoted.
     """
 
     host: str
@@ -103,8 +113,10 @@ def parse_url(url: str) -> Address:
         host = host_name(parts.hostname or "")
     except ValueError:
         raise ValueError("is no URL with a host") from None
+    # A user name in a list would be personal data, and is no part of a page.
     if parts.username is not None or parts.password is not None:
         raise ValueError("holds a user name; leave it out")
+    # Quoting is undone and done again, so that %7E and ~ are equal.
     path = quote(unquote(parts.path), safe="/:@!$&'()*+,;=~")
     query = f"?{quote(unquote(parts.query), safe='/:@!$&()*+,;=?~%')}" if parts.query else ""
     return Address(host, path, query, unquote(parts.fragment))

@@ -54,6 +54,7 @@ def shingles(texts: list[str], n_grams: int) -> tuple[NDArray[np.uint64], NDArra
     words = [split_words(text) for text in simplify(texts)]
     counts = np.array([len(each) for each in words], np.int64)
     joined = " ".join(chain.from_iterable(words)).encode()
+    # The n-grams are slices of one string, so each is hashed without joining its words again.
     spaces = np.flatnonzero(np.frombuffer(joined, np.uint8) == ord(" "))
     starts, ends = np.append(0, spaces + 1), np.append(spaces, len(joined))
     sizes = np.maximum(counts - n_grams + 1, 0)
@@ -101,6 +102,7 @@ def _simplify_any(texts: list[str]) -> list[str]:
 
 def _without_numbers(text: str) -> str:
     """Makes each number, of digits 0 and at most one point inside, a single 0; then points become spaces."""
+    # Each round halves the runs of zeros.
     while "00" in text:
         text = text.replace("00", "0")
     return text.replace("0.0", "0").replace(".", " ").replace(_DROPPED, "")
@@ -156,11 +158,17 @@ def band_hashes(texts: list[str], settings: MinHash, seed: int) -> tuple[UInts, 
 
 
 def signatures(values: UInts, sizes: Ints, count: int, seed: int) -> UInts:
-    """The MinHash signatures of texts, shape [texts, count], from the shingles of one text after the other.
+    """The MinHash signatures of texts, shape [texts, count].
 
-    sizes: shingles of each text, at least 1. The k-th hash of a shingle s is ((a_k s + b_k) mod 2^64) mod (2^61 - 1). A
-    remainder takes a division, so this adds the three highest bits to the others instead, one too many. That is wrong
-    only if the sum passes 2^61; then it is at most 8, and such a text is computed again by division.
+    The k-th hash of a shingle s is ((a_k s + b_k) mod 2^64) mod (2^61 - 1). A remainder takes a division, so this adds
+    the three highest bits to the others instead, one too many. That is wrong only if the sum passes 2^61; then it is at
+    most 8, and such a text is computed again by division.
+
+    Args:
+        values: The shingles of one text after the other.
+        sizes: The number of shingles of each text, at least 1.
+        count: Hashes of a signature.
+        seed: Seed of the hash functions.
     """
     a, b = _permutations(count, seed % 2**32)
     starts = np.cumsum(sizes) - sizes
@@ -173,6 +181,7 @@ def signatures(values: UInts, sizes: Ints, count: int, seed: int) -> UInts:
         np.add(hashed, high, out=hashed)
         np.bitwise_and(hashed, np.uint64(PRIME), out=hashed)
         np.minimum.reduceat(hashed, starts, out=result[k])
+    # So rare that the slow way costs nothing: one hash in 2^58.
     for n in np.flatnonzero((result <= 8).any(axis=0)).tolist():
         shingles_of_text = values[starts[n] : starts[n] + sizes[n], None]
         result[:, n] = ((shingles_of_text * a + b) % np.uint64(PRIME)).min(axis=0) + np.uint64(1)
@@ -211,8 +220,10 @@ def components(nodes: Ints, edges: Iterable[tuple[Ints, Ints]]) -> Ints:
         left, right = place[: len(a)], place[len(a) :]
         graph = coo_array((np.ones(len(a), np.bool_), (left, right)), shape=(len(roots), len(roots)))
         _, labels = connected_components(graph, directed=False)
+        # The root of a component is its first node, the smallest address.
         _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
         parent[roots] = roots[first][inverse]
+    # In pieces, so that temporary arrays stay small.
     for start in range(0, len(nodes), 2**20):
         _find(parent, np.arange(start, min(start + 2**20, len(nodes))))
     return parent

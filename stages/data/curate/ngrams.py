@@ -22,7 +22,7 @@ _SLOTS = 13  # bits of a hash that select an n-gram for comparison
 
 
 def duplicates(parts: list[str]) -> tuple[int, int]:
-    """How many parts, such as lines, are equal to one before, and their characters."""
+    """The number of parts, such as lines, that are equal to one before, and their characters."""
     seen = set(parts)
     if len(seen) == len(parts):
         return 0, 0
@@ -76,6 +76,7 @@ class NGrams:
         if len(words) < n:
             return 0
         shorter, frequency = self._top
+        # The most frequent n-gram of fewer words bounds this one, so most documents stop here.
         if shorter < n and (frequency < min_count or frequency * (n * self._longest + n - 1) <= above):
             return 0
         hashes = self._sequence_hashes(n)
@@ -84,6 +85,7 @@ class NGrams:
         counts = ends.copy()
         counts[1:] -= ends[:-1]
         counts[0] += 1
+        # Runs of equal hashes in the sorted array are the occurrences of one n-gram.
         count = int(counts.max())
         self._top = n, count
         if count < min_count:
@@ -109,6 +111,7 @@ class NGrams:
         seen: set[str] = set()
         characters = free = 0
         for position in _candidates(hashes, again):
+            # An n-gram that overlaps a counted one does not count.
             if position < free:
                 continue
             joined = "".join(words[position : position + n])

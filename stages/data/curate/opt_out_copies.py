@@ -1,4 +1,4 @@
-"""How far a request reaches: copies, near duplicates and rewrites of the documents that filtering removed on request.
+"""Copies, near duplicates and rewrites of the documents that filtering removed on request.
 
 Removed with the denied documents, over all sources and before any split is drawn:
 
@@ -71,7 +71,8 @@ def write_opt_outs(
     with connect(work) as database:
         _Search(database, filtered, parts, exact, near).run()
         query = f"SELECT {', '.join(REMOVED)} FROM removed ORDER BY address"
-        database.execute(f"COPY ({query}) TO '{_quoted(folder / TABLE)}' (FORMAT parquet, ROW_GROUP_SIZE 122880)")
+        path = str(folder / TABLE).replace("'", "''")  # a parameter cannot stand in COPY
+        database.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet, ROW_GROUP_SIZE 122880)")
     return row_count(folder / TABLE)
 
 
@@ -98,6 +99,7 @@ class _Search:
         self._insert("parents", self._stated_parents())
         while run("SELECT count(*) FROM roots").fetchall()[0][0]:
             run("CREATE OR REPLACE TABLE reached AS SELECT * FROM roots")
+            # Exact copies first: a copy is recorded as one, even if it shares bands as well.
             self._add_copies("copy")
             run(
                 "CREATE OR REPLACE TABLE reached AS SELECT * FROM roots "
@@ -106,6 +108,7 @@ class _Search:
             self._add_near()
             run("CREATE OR REPLACE TABLE reached AS SELECT address, duplicate_of AS id, requests FROM removed")
             self._add_copies("near_duplicate")
+            # Documents made from the ones that were reached begin the next round.
             self._next_roots()
 
     def _create_groups(self) -> None:
@@ -176,6 +179,7 @@ class _Search:
 
     def _names(self, addresses: Ints) -> Iterator[pa.RecordBatch]:
         parts = {part.first >> ROW_BITS: part for part in self.parts}
+        # Addresses are sorted, so each part's file is opened once.
         for place, group in groupby(addresses.tolist(), lambda address: address >> ROW_BITS):
             part, of_part = parts[place], list(group)
             numbers = [address - part.first for address in of_part]
@@ -206,10 +210,6 @@ class _Search:
 # All requests of a group.
 _JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(requests, ' '))))), ' ')"
 _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
 
 
 class OptOuts:

@@ -36,11 +36,7 @@ Decisions = dict[str, list[Any]]
 
 
 class PartRemoval:
-    """Removes the duplicates of one part.
-
-    filtered: the folder of the artifact of filter; minhash: None without a search for near duplicates; opted_out: by
-    row, of the documents that are removed on request, which goes before the other rules.
-    """
+    """Removes the duplicates of one part."""
 
     def __init__(
         self,
@@ -53,6 +49,17 @@ class PartRemoval:
         minhash: MinHash | None,
         opted_out: Mapping[int, tuple[str, str, float, float]],
     ) -> None:
+        """
+        Args:
+            filtered: The folder of the artifact of stage `filter`.
+            part: The part.
+            heldout_fraction: Share of the documents of its source that are held out.
+            exact: The exact duplicates.
+            near: The near duplicates.
+            representatives: The documents that they duplicate.
+            minhash: None without a search for near duplicates.
+            opted_out: By row, the documents that are removed on request, which goes before the other rules.
+        """
         self.opted_out = opted_out
         self.part, self.heldout_fraction, self.minhash = part, heldout_fraction, minhash
         self.representatives = representatives
@@ -89,6 +96,7 @@ class PartRemoval:
                 write_dispositions(table)
                 counts.add(table, kept.true_count)
                 start += len(rows)
+        # Rows are matched by their numbers alone; tables of different lengths would shift them silently.
         if documents.take(1) is not None or row_count(self.hashes) != start:
             raise AtomError(f"{self.hashes} and {self.kept} do not hold {start} rows each; {_AGAIN}")
         return counts.facts
@@ -104,6 +112,7 @@ class PartRemoval:
             for (row, first), shingles in zip(near, shingle_sets(texts, self.minhash.n_grams), strict=True):
                 id, other = self.representatives.read(first)
                 self._remove(decisions, row, "near_duplicate", jaccard(shingles, other), self.minhash.threshold, id)
+        # Last, because a request overrides the other rules.
         for row in range(count) if self.opted_out else ():
             if opt_out := self.opted_out.get(start + row):
                 duplicate_of, match, value, threshold = opt_out

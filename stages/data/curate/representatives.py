@@ -45,6 +45,7 @@ def write_representatives(
             near_rows = near.firsts_of(part)
             rows = np.union1d(exact.firsts_of(part), near_rows)
             start = 0
+            # Texts are read only where shingles are needed.
             columns = ["id", "text"] if len(near_rows) else ["id"]
             for batch in stream_batches(part.file(kept), columns) if len(rows) else ():
                 chosen, signed = (_within(numbers, start, len(batch)) for numbers in (rows, near_rows))
@@ -64,7 +65,7 @@ def write_representatives(
 
 
 def _within(rows: Ints, start: int, count: int) -> Any:
-    """Those of sorted rows that lie in a batch of `count` rows from `start`, by their place in it."""
+    """The sorted rows that lie in a batch of `count` rows from `start`, by their place in it."""
     first, stop = np.searchsorted(rows, [start, start + count])
     return pa.array(rows[first:stop] - start)
 
@@ -87,6 +88,7 @@ class Representatives:
     def read(self, address: int) -> tuple[str, UInts]:
         """The id and the shingles of a representative; an exact duplicate's has no shingles unless it has near ones."""
         number = bisect_right(self.starts, address) - 1
+        # Removed documents of a part duplicate few blocks; their files stay open.
         if number not in self.blocks:
             self.blocks[number] = _Block(block_folder(self.folder, number))
         return self.blocks[number].read(address)

@@ -28,8 +28,14 @@ SECRETS = "secrets"
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """The rule that removed a document, with the value that it compared and the threshold if the rule states them.
-    match: the evaluation item that occurs in it, or the entry of a list that names it."""
+    """The rule that removed a document.
+
+    Attributes:
+        rule: The rule, as dispositions have it.
+        value: The value that the rule compared, if it states one.
+        threshold: The threshold that it compared with.
+        match: The evaluation item that occurs in the document, or the entry of a list that names it.
+    """
 
     rule: str
     value: float | None
@@ -84,10 +90,12 @@ class SourceFilter:
         exception of a step removes the document, unless it is of the machine.
         """
         self.require_public(row["id"])
+        # Measures of the document before must not be taken for this one's.
         self.measured.update(dict.fromkeys(self.measures))
         try:
             result = self._apply_steps(row)
             return result if isinstance(result, Removed) else self._edited(row, result)
+        # Errors of the machine or of the settings concern every document.
         except (AtomError, MemoryError, OSError):
             raise
         except Exception as error:
@@ -103,6 +111,7 @@ class SourceFilter:
             )
 
     def _apply_steps(self, row: DocumentRow) -> str | Removed:
+        # The cheap rules come first; a document that they remove takes no time in the steps.
         if self.blocklist is not None and (entry := self.blocklist.find(row["origin"])) is not None:
             return Removed(BLOCKED_RULE, 1.0, 1.0, entry)
         if self.allowed is not None and not self.allowed.allows(row["license"]):
@@ -120,6 +129,7 @@ class SourceFilter:
                 )
             self.edits[step] += result != text
             document.text = text = result
+        # After the steps, since one of them may have removed the secret.
         if kind := find_secret(text, row["origin"]):
             return Removed(f"{SECRETS}/{kind.split(' ', 1)[1].replace(' ', '_').lower()}", 1.0, 0.0)
         match = self.index.find(text)
@@ -133,6 +143,7 @@ class SourceFilter:
         step removes the citation in it."""
         document: DocumentRow = {**row, "text": text, "content_hash": content_hash(text)}
         if self.kind == "chat":
+            # A step that makes a special token out of text would move the end of a turn.
             if control_tokens(text) != control_tokens(row["text"]):
                 raise ValueError("a step changed the special tokens of a conversation")
             document["prompt_chars"] = prompt_chars(text)

@@ -25,8 +25,13 @@ MOST_ENTRIES = 10_000_000
 
 
 class UrlBlocklist:
-    """The entries of a URL blocklist. hosts: as `listed_host` has them; prefixes: without their schemes; lengths: those
-    of the prefixes of each host."""
+    """The entries of a URL blocklist.
+
+    Attributes:
+        hosts: Hosts, as `listed_host` has them.
+        prefixes: Beginnings of addresses, without their schemes.
+        lengths: The lengths of the prefixes of each host.
+    """
 
     def __init__(self, lines: Iterable[Line]) -> None:
         """Raises RecipeError for the first line that is no entry."""
@@ -50,6 +55,7 @@ class UrlBlocklist:
             if host in self.hosts:
                 return host
         page = f"{address.site}{address.path or '/'}{address.query}"
+        # A set of prefixes by their lengths: one look-up for each length that the host has.
         for length in self.lengths.get(address.site, ()):
             if page[:length] in self.prefixes:
                 return page[:length]

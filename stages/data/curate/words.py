@@ -11,9 +11,10 @@ of a chunk depend on the chunk alone, so each is cut once and looked up afterwar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache
 from itertools import chain, product
+from typing import TypeVar
 
 import numpy as np
 import regex  # type: ignore[import-untyped]
@@ -29,6 +30,7 @@ MAX_CACHED_LENGTH = 100
 NOT_PUNCTUATION, LETTER = 1, 2
 HASH_BASE = 0x9E3779B97F4A7C15
 _UINT64 = 2**64 - 1
+Value = TypeVar("Value")
 
 # Words, or numbers, or one sign with a meaning in a problem ("347+586" is not "347, 586"); other punctuation and all
 # spacing are ignored.
@@ -109,6 +111,7 @@ def _contractions() -> dict[str, tuple[str, ...]]:
         add(word, "n't")
     for word in modal:
         add(word, "n't", "'ve")
+    # Contractions without their apostrophe that are words of their own.
     for word in ["Ill", "Its", "Hell", "Shell", "Shed", "Were", "Well"]:  # words of their own
         for written in (word, word.lower()):
             parts.pop(written, None)
@@ -139,6 +142,7 @@ def _cut(chunk: str) -> tuple[str, ...]:
         return _SPECIAL[chunk]
     if chunk.isalpha():
         return (chunk,)
+    # Most chunks end here: a word in quotes, brackets or ordinary punctuation.
     if plain := _PLAIN.fullmatch(chunk):
         before, word, after, stop, end = plain.groups()
         if not stop or (word not in _SPECIAL and f"{word}." not in _SPECIAL):
@@ -149,6 +153,7 @@ def _cut(chunk: str) -> tuple[str, ...]:
     last: list[str] = []
     rest = chunk
     letters = not _NUMBER_OR_POSSESSIVE.search(chunk)
+    # One sign is cut from each end at a time, as in spaCy: what is left may be an abbreviation that keeps its sign.
     while rest and not _whole(rest):
         start = _prefix_length(rest)
         if start and _whole(rest[start:]):
@@ -204,6 +209,7 @@ def _inside(rest: str) -> Iterable[str]:
         return (rest,)
     words, start = [], 0
     for match in _INFIX.finditer(rest):
+        # A sign at the start belongs to the word after it, such as -5.
         if match.start() == 0:
             continue
         if match.start() > start:
@@ -217,6 +223,7 @@ def _rejoin(words: list[str]) -> Iterator[str]:
     """The words, but abbreviations and emoticons whose signs were cut off are whole again."""
     position = 0
     while position < len(words):
+        # The longest run of words first: `:-)` goes before `:`.
         for end in range(min(position + 5, len(words)), position + 1, -1):
             joined = "".join(words[position:end])
             if parts := _SIGNED.get(joined) or (_EMOTICON.fullmatch(joined) and (joined,)):
@@ -228,27 +235,16 @@ def _rejoin(words: list[str]) -> Iterator[str]:
             position += 1
 
 
-class _Chunks(dict[str, tuple[str, ...]]):
-    """The words of each chunk seen."""
+class _Table(dict[str, Value]):
+    """The values of the chunks or words seen, each computed once; a full table is emptied."""
 
-    def __missing__(self, chunk: str) -> tuple[str, ...]:
-        words = _cut(chunk)
-        if len(chunk) <= MAX_CACHED_LENGTH:
-            if len(self) >= MAX_CACHED:
-                self.clear()
-            self[chunk] = words
-        return words
+    def __init__(self, compute: Callable[[str], Value]) -> None:
+        super().__init__()
+        self._compute = compute
 
-
-class _Hashes(dict[str, int]):
-    """A 64-bit polynomial hash of each word seen; the hash of joined words follows from theirs (`ngrams`)."""
-
-    def __missing__(self, word: str) -> int:
-        value, power = 0, 1
-        for character in word:
-            value += (ord(character) + 1) * power
-            power = power * HASH_BASE & _UINT64
-        value &= _UINT64
+    def __missing__(self, word: str) -> Value:
+        value = self._compute(word)
+        # Long chunks are data, which rarely occurs again.
         if len(word) <= MAX_CACHED_LENGTH:
             if len(self) >= MAX_CACHED:
                 self.clear()
@@ -256,21 +252,24 @@ class _Hashes(dict[str, int]):
         return value
 
 
-class _Kinds(dict[str, int]):
-    """What characters each word seen has: NOT_PUNCTUATION, LETTER or both."""
-
-    def __missing__(self, word: str) -> int:
-        kind = NOT_PUNCTUATION * (not PUNCTUATION_SET.issuperset(word)) | LETTER * any(map(str.isalpha, word))
-        if len(word) <= MAX_CACHED_LENGTH:
-            if len(self) >= MAX_CACHED:
-                self.clear()
-            self[word] = kind
-        return kind
+def _hash(word: str) -> int:
+    """A 64-bit polynomial hash; the hash of joined words follows from theirs (`ngrams`)."""
+    value, power = 0, 1
+    for character in word:
+        value += (ord(character) + 1) * power
+        power = power * HASH_BASE & _UINT64
+    return value & _UINT64
 
 
-_CHUNKS = _Chunks()
-_HASHES = _Hashes()
-_KINDS = _Kinds()
+def _kind(word: str) -> int:
+    """NOT_PUNCTUATION, LETTER or both, by the characters of a word."""
+    kind = 0 if PUNCTUATION_SET.issuperset(word) else NOT_PUNCTUATION
+    return kind | LETTER if any(map(str.isalpha, word)) else kind
+
+
+_CHUNKS = _Table(_cut)
+_HASHES = _Table(_hash)
+_KINDS = _Table(_kind)
 
 
 def split_words(text: str) -> list[str]:
@@ -294,7 +293,7 @@ class Words:
 
     @cached_property
     def kinds(self) -> NDArray[np.uint8]:
-        """Of each word: NOT_PUNCTUATION if it has a character that is none, LETTER if it has a letter, or their sum."""
+        """For each word NOT_PUNCTUATION if it has a character that is none, LETTER if it has a letter, or their sum."""
         return np.frombuffer(bytes(map(_KINDS.__getitem__, self.words)), np.uint8)
 
     @cached_property
@@ -321,6 +320,7 @@ def _sentence_starts(words: list[str]) -> list[int]:
     for number, word in enumerate(words):
         if _SENTENCE_END.fullmatch(word):
             ended = True
+        # Closing quotes and brackets belong to the sentence before.
         elif ended and not _PUNCTUATION.fullmatch(word):
             starts.append(number)
             ended = False

@@ -45,7 +45,12 @@ def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, 
 
 @dataclass(frozen=True)
 class Cut:
-    """How documents are cut. over: a chunk of more targets is long; None: there is one pool of all chunks."""
+    """The rule by which documents are cut.
+
+    Attributes:
+        sequence_length: Targets of a row.
+        over: A chunk of more targets is long; None: there is one pool of all chunks.
+    """
 
     sequence_length: int
     over: int | None = None
@@ -63,10 +68,12 @@ class Cut:
         import numpy as np
 
         row = self.sequence_length
+        # A document of t tokens has t - 1 targets: ceil((t - 1) / row) chunks.
         end = np.maximum(tokens - 2 + row, 0) // row
         first = np.minimum(np.where(loss_from < tokens, np.maximum(loss_from - 1, 0) // row, end), end)
         if self.over is None or row <= self.over:
             return first, first, end
+        # Only a document's last chunk can be shorter than a row.
         last_is_short = tokens - 1 - (end - 1) * row <= self.over
         return first, np.maximum(end - last_is_short, first), end
 
@@ -122,6 +129,7 @@ def _documents(file: Path, source: str, columns: list[str]) -> Iterator[pa.Recor
             batch = rows.filter((pc.field("source") == source) & (pc.field("split") == "train"))
             if not len(batch):
                 continue
+            # The index finds a document by its number, so a gap would shift all that follow.
             if not np.array_equal(batch["ordinal"].to_numpy(), np.arange(ordinal, ordinal + len(batch))):
                 raise AtomError(f"{file} does not count the training documents of {source} from 0; rebuild it")
             ordinal += len(batch)
@@ -164,14 +172,14 @@ class ChunkIndex:
             for batch, counts in enumerate(part.facts["batches"])
         ]
         columns = np.array(table, np.int64).reshape(-1, 3 + len(cut.pools)).T
+        # The position in `files` and the number in its file of each batch.
         self.place, self.batch = columns[:2]
-        """The position in `files` and the number in its file of each batch."""
+        # Training documents of the source before each batch, and of all.
         self.documents = _sums(columns[2])
-        """Training documents of the source before each batch, and of all."""
+        # Chunks before each batch, and all of them, by pool.
         self.starts = {pool: _sums(column) for pool, column in zip(cut.pools, columns[3:], strict=True)}
-        """Chunks before each batch, and all of them, by pool."""
+        # Targets of all chunks, by pool.
         self.slots = {pool: sum(part.facts["slots"][pool] for _, part in parts) for pool in cut.pools}
-        """Targets of all chunks, by pool."""
 
     @property
     def chunks(self) -> int:
@@ -241,6 +249,7 @@ class ChunkIndex:
         documents = first + ordinals
         known = np.isin(parts, self.numbers) & (ordinals >= 0) & (documents < end)
         rows = np.flatnonzero(known)
+        # In the order of the documents, so that each batch is mapped once.
         rows = rows[np.argsort(documents[rows], kind="stable")]
         for batch, here, within in _by_batch(self.documents, documents, rows):
             table = self._load(batch)

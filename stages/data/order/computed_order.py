@@ -48,6 +48,7 @@ def read_indexes(config: OrderConfig, tokens: Path, work: Path, turn: float = 0.
             )
     cut = Cut(config.sequence_length, config.long_documents.over if config.long_documents else None)
     todo = [(name, part, file) for name in sorted(config.mix) for part, file in files[name]]
+    # Processes that begin at different places seldom seal the same part twice.
     first = int(turn * len(todo))
     for name, part, file in todo[first:] + todo[:first]:
         seal_index(work, file, name, part, cut)
@@ -61,10 +62,7 @@ def read_indexes(config: OrderConfig, tokens: Path, work: Path, turn: float = 0.
 
 
 class ComputedOrder:
-    """The rows of a phase from `cursor.first_step` on. indexes: by source; work, turn: as in `read_indexes`.
-
-    starts: what `start` gives for each block, if it is known; sums over whole streams are then not needed.
-    """
+    """The rows of a phase from `cursor.first_step` on, as a function."""
 
     def __init__(
         self,
@@ -75,13 +73,22 @@ class ComputedOrder:
         turn: float = 0.0,
         starts: Mapping[int, dict[str, Place]] | None = None,
     ) -> None:
+        """
+        Args:
+            config: The settings of the order.
+            indexes: The index of chunks of each source.
+            cursor: The step and the positions at which the order begins.
+            work: The folder of the sealed sums, as in `read_indexes`.
+            turn: The place at which to begin with them, as in `read_indexes`.
+            starts: The result of `start` for each block, if known; sums over whole streams are then not needed.
+        """
         self.config, self.indexes, self.cursor, self.work, self.turn = config, indexes, cursor, work, turn
         self.label = f"order/{seed_label(config.phase)}"
+        # The label of what is drawn again where other settings begin: the sources, and packing.
         self.walk = self.label + (f" from step {cursor.first_step}" if cursor.first_step > 1 else "")
-        """The label of what is drawn again where other settings begin: the sources, and packing."""
         self.streams: list[Stream] = []
+        # The report on the long chunks of each source.
         self.long: dict[str, dict[str, int]] = {}
-        """The report on the long chunks of each source."""
         rows, total = config.rows_from(cursor.first_step), sum(config.mix.values())
         for name, index in indexes.items():
             pools = {pool: (index.count(pool), index.slots[pool]) for pool in index.cut.pools}
@@ -98,7 +105,7 @@ class ComputedOrder:
 
     @property
     def function(self) -> dict[str, Any]:
-        """What computes the order again, beside its settings and tables of documents."""
+        """The parts of the order's function that are not in its settings and tables of documents."""
         return {
             "name": "feistel",
             "version": FUNCTION_VERSION,
@@ -116,6 +123,7 @@ class ComputedOrder:
 
     def start(self, n: int) -> dict[str, Place]:
         """Where each stream of a packed phase stands at the first step of a block; `config.blocks`: at the end."""
+        # Looking a position up needs sums over the stream, so it is done once.
         if n not in self._starts:
             targets = self.targets(n)
             self._starts[n] = {s.name: s.locate(targets[s.name], self.work, self.turn) for s in self.streams}
@@ -180,6 +188,7 @@ class ComputedOrder:
 
     def _blocks_at(self, stream: Stream, positions: list[int]) -> set[int]:
         """The blocks of a packed phase into which positions of a stream fall."""
+        # A binary search: the positions at which blocks begin ascend.
         numbers = range(self.config.blocks)
         blocks = {bisect(numbers, p, key=lambda n: self.start(n)[stream.name].position) - 1 for p in positions}
         return blocks - {-1}
@@ -216,6 +225,7 @@ class ComputedOrder:
             rows.append(np.flatnonzero(sources == number))
             positions = self.cursor.rows.get(stream.name, 0) + places[rows[-1]]
             segments.append(stream.read(positions))
+        # Segments were read stream by stream; the rows of a step interleave them.
         by_row = np.argsort(np.concatenate(rows))
         columns = {name: values.take(by_row) for name, values in self._join(segments).items()}
         return self._table(steps, columns | {"row_index": np.arange(len(sources)), "segment": np.zeros_like(sources)})
@@ -232,6 +242,7 @@ class ComputedOrder:
         rows = self._rows_before(steps.stop) - self._rows_before(steps.start)
         table = self._table(steps, packing.pack(self._join(segments), length, rows, label, self.config.seed))
         read = {count["values"]: count["counts"] for count in table["source"].value_counts().to_pylist()}
+        # A chunk that fits in no row of its block is not read; it is reported.
         unread = {source: -read.get(source, 0) for source in self.indexes}
         for stream, columns in zip(self.streams, segments, strict=True):
             unread[stream.source] += len(columns["length"])

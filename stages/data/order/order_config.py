@@ -75,6 +75,7 @@ class OrderConfig(Config):
     @property
     def block_steps(self) -> int:
         """Steps of a block."""
+        # Large blocks fill well, small ones keep the memory of a process bounded.
         rows = self.block_rows or max(LEAST_ROWS, min(self.rows_from(1) // BLOCKS, MOST_TOKENS // self.sequence_length))
         return max(1, rows // self.rows, -(-self.steps // MOST_BLOCKS))
 
@@ -85,6 +86,7 @@ class OrderConfig(Config):
 
     def steps_of_block(self, n: int, first_step: int | None = None) -> range:
         """The steps of block `n`, from `first_step` on; without one, from that of the config on."""
+        # Blocks lie on a grid from step 1 on, so a resumed phase packs the same blocks.
         begin = ((self.first_step - 1) // self.block_steps + n) * self.block_steps + 1
         first = self.first_step if first_step is None else first_step
         return range(max(begin, first), min(begin + self.block_steps, self.steps + 1))

@@ -70,6 +70,7 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         report.note(f"rows are filled to {meta['fill']:.1%}")
         meta["end"] = order.start(config.blocks)
     meta["parts"] = [part.facts["meta"] | {"sha256": part.rows[0].sha256} for part in parts]
+    # One hash stands for all parts, so that a release can prove a single step.
     meta["merkle_root"] = merkle_root(part["sha256"] for part in meta["parts"])
     write_json(out / "meta.json", meta)
     for name, facts in meta["sources"].items():
@@ -141,6 +142,7 @@ def _source_facts(order: ComputedOrder, parts: Sequence[Part]) -> dict[str, dict
                 for name in batch["source"].unique().to_pylist():
                     rows = batch.filter(pc.field("source") == name)
                     numbers = order.indexes[name].document_numbers(rows["part"].to_numpy(), rows["ordinal"].to_numpy())
+                    # Several rows of a batch can set bits of one byte: plain indexing would lose all but one.
                     np.bitwise_or.at(seen[name], numbers >> 3, np.uint8(1) << (numbers & 7).astype(np.uint8))
     sources = {}
     for name, index in order.indexes.items():
@@ -212,8 +214,10 @@ def _resume_cursor(
     if config.pack:
         sizes = {stream_name(source, pool): i.count(pool) for source, i in indexes.items() for pool in i.cut.pools}
         start["streams"] = {name: [place, sizes.get(name) or streams[name][1]] for name, place in places.items()}
+    # Through JSON, because the checkpoint has lists where the config has tuples.
     requested = json.loads(json.dumps(settings(config)))
     previous = {name: value for name, value in previous_order.items() if name not in ("walk", "function")}
+    # Equal settings only give equal rows with the same version of the function.
     same_function = previous_order.get("function", {}).get("version") == FUNCTION_VERSION
     if same_function and requested == previous and chunks == data_position["chunks"]:
         return DataCursor(**previous_order["walk"]), start

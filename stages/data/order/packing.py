@@ -47,9 +47,15 @@ class LongDocuments(Config):
 def split(
     pools: Mapping[str, tuple[int, int]], tokens: float, rule: LongDocuments | None
 ) -> tuple[dict[str, float], dict[str, int] | None]:
-    """(share of a source's tokens from each pool, the report on its long chunks or None).
+    """Divides a source's share of the tokens among its pools.
 
-    pools: (chunks, targets) of each; tokens: the number that the phase reads of the source.
+    Args:
+        pools: (chunks, targets) of each pool.
+        tokens: The tokens that the phase reads of the source.
+        rule: The up-weighting of long chunks; None without one.
+
+    Returns:
+        The share of each pool, and the report on the long chunks or None.
     """
     if rule is None:
         return dict.fromkeys(pools, 1.0), None
@@ -84,15 +90,25 @@ def require_enough(long: Mapping[str, Mapping[str, int]], rule: LongDocuments) -
 
 
 def pack(segments: Mapping[str, Any], capacity: int, rows: int, label: str, seed: int) -> dict[str, Any]:
-    """The columns `row_index`, `segment` and those of the segments that fit in `rows` rows, by row and segment.
+    """Assigns the segments of a block to its rows.
 
-    segments: columns as numpy and Arrow arrays; `length` is one more than the targets. Their targets are at least
-    rows x capacity, so that no row is empty. capacity: targets of a row.
+    Args:
+        segments: Columns as numpy and Arrow arrays; `length` is one more than the targets. Their targets are at least
+            rows x capacity, so that no row is empty.
+        capacity: Targets of a row.
+        rows: Rows of the block.
+        label: Label of the permutations.
+        seed: Seed of the permutations.
+
+    Returns:
+        The columns `row_index`, `segment` and those of the segments that fit, by row and segment.
     """
     import numpy as np
 
+    # Shuffled before filling, so that the rows of a block mix the sources.
     shuffled = permutation(len(segments["length"]), f"{label}/segments", seed)
     items, row_index = fill(segments["length"][shuffled] - 1, capacity, rows)
+    # Rows close in an order that depends on the lengths; a second permutation removes that.
     row_index = permutation(rows, f"{label}/rows", seed)[row_index]
     by_row = np.argsort(row_index, kind="stable")
     items, row_index = shuffled[items[by_row]], row_index[by_row]
@@ -105,8 +121,13 @@ def pack(segments: Mapping[str, Any], capacity: int, rows: int, label: str, seed
 def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Assigns items to rows in their order: each to the open row that it fills best.
 
-    slots: size of each item, at most `capacity`. Returns (item, row) of those that fit in the first `rows` rows, by row
-    and then by position in it.
+    Args:
+        slots: Size of each item, at most `capacity`.
+        capacity: Size of a row.
+        rows: Number of rows.
+
+    Returns:
+        (item, row) of those that fit in the first `rows` rows, by row and then by position in it.
     """
     import numpy as np
 
@@ -121,6 +142,7 @@ def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np
         else:
             if len(open_) == OPEN_ROWS:
                 rank[open_.pop(0)[1]] = len(rank)  # the fullest
+            # Further items could only begin rows that the block does not have.
             if len(rank) >= rows:
                 break
             room, row, opened = capacity, opened, opened + 1

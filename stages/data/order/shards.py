@@ -65,6 +65,7 @@ class ShardWriter:
 
         self._flush()
         count, lengths = len(self.lengths), np.frombuffer(self.lengths, np.int32)
+        # Megatron's index: the lengths, the byte offsets, then where documents begin; each sequence is one document.
         with open(_with_suffix(self.prefix, ".idx"), "wb") as index:
             index.write(_HEADER.pack(_MAGIC, 1, _CODES[self.width], count, count + 1))
             index.write(lengths.astype("<i4").tobytes())
@@ -93,6 +94,7 @@ def first_tokens(folder: Path, name: str, ordinals: Sequence[int], count: int) -
         if ordinal < shard.sequences:
             length = int(np.fromfile(shard.index, "<i4", 1, offset=shard.lengths + 4 * ordinal)[0])
             start = int(np.fromfile(shard.index, "<i8", 1, offset=shard.pointers + 8 * ordinal)[0])
+        # A sequence that the index lacks counts as empty.
         if length < count:
             raise AtomError(f"{shard.tokens} has no {count} tokens of sequence {ordinal}; {shard.advice}")
         rows.append(np.fromfile(shard.tokens, "<u2" if shard.width == 2 else "<i4", count, offset=start))
@@ -145,6 +147,7 @@ class _Shard:
             if magic != _MAGIC or version != 1 or code not in _BYTES_A_TOKEN:
                 raise AtomError(f"token index {self.index} is not a Megatron index of version 1; {self.advice}")
             self.width, self.lengths = _BYTES_A_TOKEN[code], _HEADER.size
+            # Sizes are compared before entries are read, so that no read leaves the file.
             self.pointers = self.lengths + 4 * self.sequences
             expected = self.pointers + 8 * self.sequences + 8 * documents
             if size != expected:

@@ -64,6 +64,8 @@ class Permutation:
         result = np.empty_like(flat)
         for start in range(0, len(flat), SLICE):
             part = self._apply(flat[start : start + SLICE].view(np.uint64), step)
+            # Cycle-walking: an image beyond n is permuted again, until it is below; few are, as the square is hardly
+            # larger than n.
             while len(beyond := np.flatnonzero(part >= np.uint64(self.n))):
                 part[beyond] = self._apply(part[beyond], step)
             result[start : start + SLICE] = part.view(np.int64)
@@ -113,6 +115,7 @@ class Permutation:
         z ^= z >> np.uint64(27)
         z *= np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
+        # The upper half is the well-mixed one.
         z >>= np.uint64(32)
         z *= np.uint64(self.side)
         z >>= np.uint64(32)
@@ -139,7 +142,16 @@ def stream_name(source: str, pool: str) -> str:
 
 @dataclass(frozen=True)
 class Stream:
-    """The chunks of one pool of a source. share: of all tokens that the phase reads; label, seed: of permutations."""
+    """The chunks of one pool of a source, in every epoch in another order.
+
+    Attributes:
+        source: Name of the source.
+        pool: Name of the pool.
+        share: Share of all tokens that the phase reads.
+        index: The chunks of the source.
+        label: Label of the permutations.
+        seed: Seed of the permutations.
+    """
 
     source: str
     pool: str
@@ -161,6 +173,7 @@ class Stream:
         """The chunk at each of these ascending positions."""
         import numpy as np
 
+        # Positions ascend, so each epoch is one slice.
         epochs, places = np.divmod(positions, self.size)
         first, last = (int(epochs[0]), int(epochs[-1])) if len(epochs) else (0, -1)
         bounds = np.searchsorted(epochs, np.arange(first, last + 2))

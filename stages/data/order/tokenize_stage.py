@@ -74,7 +74,7 @@ class Encoder:
 
 
 def has_blank_block(text: str) -> bool:
-    """Whether a block of the text is blank. A text without one has no run of 2 * BLOCK blanks."""
+    """Returns True if a block of the text is blank. A text without one has no run of 2 * BLOCK blanks."""
     return len(text) > BLOCK and any(text[start : start + BLOCK].isspace() for start in range(0, len(text), BLOCK))
 
 
@@ -114,10 +114,12 @@ def _merged_tokens(description: dict[str, Any], specials: Sequence[str]) -> list
     same_kind = all(description[name] == kind[name] for name in steps)
     if not same_kind or any(model.get(name) != kind["model"][name] for name in options):
         return None
+    # Options of added tokens that tiktoken does not have.
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     if any(plain.items() - token.items() for token in description["added_tokens"]):
         return None
     ordered = sorted(specials)
+    # The libraries may choose differently between special tokens of which one begins with the other.
     if any(later.startswith(earlier) for earlier, later in pairwise(ordered)):
         return None
     merged = [first + second for first, second in model["merges"]]
@@ -133,7 +135,7 @@ def _merged_tokens(description: dict[str, Any], specials: Sequence[str]) -> list
 
 
 def _merges_to_itself(tokenizer: Tokenizer, merged: Sequence[str]) -> bool:
-    """Whether every token is what the merges make of its bytes."""
+    """Returns True if every token is what the merges make of its bytes."""
     tokenize = tokenizer.model.tokenize
     return all([piece.value for piece in tokenize(token)] == [token] for token in merged)
 
@@ -275,6 +277,7 @@ def _part(
                 write(_table(rows, source, part, ordinals, encoded))
         for split, writer in writers.items():
             writer.close()
+            # Read back before the part is sealed: Megatron would train on wrong tokens without a word.
             check_shard(folder, f"{split}/{source}/{part_file(part, '')}")
         return {
             "tokens": {split: writer.tokens for split, writer in writers.items()},
@@ -293,6 +296,7 @@ def encode(
     """
     import numpy as np
 
+    # Merges must not cross the end of a prompt, or the ids of the prompt would depend on the answer.
     prompts = encode_texts([text[:characters] for text, characters in documents])
     continuations = encode_texts([text[characters:] for text, characters in documents])
     tail = np.array([] if end is None else [end], np.int32)
@@ -311,6 +315,7 @@ def _compare(
 ) -> None:
     """Encodes a sample of documents, by their content hash, with `tokenizers`. Raises AtomError if the ids differ."""
     hashes = rows["content_hash"].to_pylist()
+    # By content hash, so that every run compares the same documents.
     sample = [n for n, hash in enumerate(hashes) if (with_first and n == 0) or int(hash[:16], 16) % SAMPLED == 0]
     expected = encode(encoder.reference, end, [documents[n] for n in sample])
     for n, (ids, loss_from) in zip(sample, expected, strict=True):

@@ -5,6 +5,8 @@ does this act toward this person about this thing, ends kindly and is well-forme
 drawn with independent flaws, as people's answers have them, so that preferences exist.
 
 A tenth of the requests, by their hash, is held out: no training data and no RL prompt contains one of them.
+
+`requests` adds constraints on the form of the note, as IFEval has them, for a verifier of instructions.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ def draw_request(rng: random.Random, heldout: bool = False) -> Request:
 
 def draw_distinct(count: int, rng: random.Random, heldout: bool) -> list[Request]:
     """`count` different requests. Raises ValueError if the grammar has too few."""
+    # The grammar is small enough to list.
     all_requests = [Request(act, who, what) for act in ACTS for who in PEOPLE for what in THINGS]
     candidates = [candidate for candidate in all_requests if candidate.heldout == heldout]
     if count > len(candidates):
@@ -83,12 +86,12 @@ def draw_distinct(count: int, rng: random.Random, heldout: bool) -> list[Request
     return rng.sample(candidates, count)
 
 
-def answer(draw_request: Request, rng: random.Random) -> str:
+def answer(request: Request, rng: random.Random) -> str:
     """An answer with flaws, each with its own chance."""
-    sentence = draw_request.act.done.format(who=draw_request.who, what=draw_request.what)
+    sentence = request.act.done.format(who=request.who, what=request.what)
     if rng.random() < 0.3:
-        sentence = sentence.replace(f"the {draw_request.what}", "it")
-    note = f"Dear {draw_request.who}, {sentence}" if rng.random() < 0.6 else sentence[0].upper() + sentence[1:]
+        sentence = sentence.replace(f"the {request.what}", "it")
+    note = f"Dear {request.who}, {sentence}" if rng.random() < 0.6 else sentence[0].upper() + sentence[1:]
     if rng.random() < 0.2:
         note += f" {rng.choice(FILLER)} {rng.choice(FILLER)}"
     if rng.random() < 0.5:
@@ -102,9 +105,9 @@ def answer(draw_request: Request, rng: random.Random) -> str:
     return note
 
 
-def messages(draw_request: Request, rng: random.Random) -> list[dict[str, str]]:
+def messages(request: Request, rng: random.Random) -> list[dict[str, str]]:
     """A conversation of one request and one answer."""
-    return [{"role": "user", "content": draw_request.text}, {"role": "assistant", "content": answer(draw_request, rng)}]
+    return [{"role": "user", "content": request.text}, {"role": "assistant", "content": answer(request, rng)}]
 
 
 # (sentence of the constraint, IFEval's name of it, its arguments).

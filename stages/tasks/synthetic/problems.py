@@ -77,6 +77,7 @@ def trace(rng: random.Random, level: int | None = None) -> Problem:
     values = {variable: value}
     lines, steps = [f"{variable}={value}"], []
     for _ in range((level or rng.randint(1, 4)) + 1):
+        # Sorted, so that the draw does not depend on the order in which variables were set.
         others = [(name, number) for name, number in sorted(values.items()) if name != variable]
         operands = [*((str(digit), digit) for digit in range(1, 10)), *others]
         results = [
@@ -140,7 +141,7 @@ def draw_distinct(
 def draw_up_to(
     task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
 ) -> list[Problem]:
-    """As `draw_distinct`, but returns fewer problems if the task has fewer: drawing ends when few new ones appear."""
+    """Draws distinct problems, and fewer than `count` if the task has fewer: drawing ends when few new ones appear."""
     problems: dict[str, Problem] = {}
     misses = 0
     while len(problems) < count and misses < 20 * len(problems) + 1000:

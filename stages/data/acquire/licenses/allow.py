@@ -18,11 +18,10 @@ NOT_ALLOWED = "license/not-allowed"
 
 
 class AllowedLicenses:
-    """Decides whether a license is allowed.
+    """Decides whether a license is allowed, from a list of SPDX identifiers and expressions.
 
-    allowed: SPDX identifiers and expressions. Of `A OR B`, which leaves the choice to the reader, one must be allowed;
-    of `A AND B` both; of `A WITH B` that, or A, because an exception only adds permissions. An expression in the list
-    allows itself as a whole.
+    Of `A OR B`, which leaves the choice to the reader, one must be allowed; of `A AND B` both; of `A WITH B` that, or
+    A, because an exception only adds permissions. An expression in the list allows itself as a whole.
     """
 
     def __init__(self, allowed: Sequence[str]) -> None:
@@ -32,6 +31,7 @@ class AllowedLicenses:
     def _allows(self, license: str) -> bool:
         if license in self._allowed:
             return True
+        # A parser by recursive descent: OR binds weaker than AND, and AND weaker than WITH.
         tokens = re.findall(r"[()]|[^\s()]+", license)
         verdict, position = self._alternatives(tokens, 0)
         return verdict and position == len(tokens)
@@ -70,6 +70,7 @@ def forbids_derivatives(expression: str) -> bool:
     """Returns True if an SPDX expression forbids derived works, such as rephrased texts, whichever of its alternatives
     one chooses, and for a text that is no expression."""
     identifiers = re.findall(r"[^\s()]+", re.sub(r" WITH \S+", "", expression))
+    # Allowed is every other license in the expression, so an alternative without ND is enough.
     allowed = [name for name in identifiers if not NO_DERIVATIVES.search(name) and name not in ("AND", "OR")]
     try:
         return not AllowedLicenses(allowed).allows(expression)
@@ -85,7 +86,7 @@ _FREE = AllowedLicenses([*FREE.split(), UNKNOWN_WEB])
 
 
 def asks_for_attribution(expression: str) -> bool:
-    """Whether an SPDX expression asks to name authors or to keep notices, whichever of its alternatives one chooses.
+    """Returns True if an SPDX expression asks to name authors or to keep notices, whichever alternative one chooses.
 
     False for web text without a license, whose terms nobody knows. True for a text that is no expression.
     """

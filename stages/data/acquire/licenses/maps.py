@@ -101,10 +101,13 @@ UNMAPPED = "LicenseRef-unmapped"
 class LicenseMap:
     """A map of license strings.
 
-    licenses: {string: SPDX expression}. syntax: what else a string may be: `spdx`, an expression; `dep5`, the license
-    field of a debian/copyright file of these names. separator: between licenses of one string that all apply.
-    several: whether several licenses of a list all apply; otherwise they have no expression. ignored: strings that
-    state no license. digest: of the map's file; "" for the map of a recipe.
+    Attributes:
+        licenses: {string: SPDX expression}.
+        syntax: Other strings that are understood: `spdx`, an expression; `dep5`, a license field of debian/copyright.
+        separator: Stands between licenses of one string that all apply.
+        several: True if several licenses of a list all apply; otherwise they have no expression.
+        ignored: Strings that state no license.
+        digest: Digest of the map's file; "" for the map of a recipe.
     """
 
     licenses: Mapping[str, str]
@@ -123,6 +126,7 @@ class LicenseMap:
         expressions = {self._expression_of(text) if isinstance(text, str) else None for text in strings}
         if not expressions:
             return None
+        # Some sources list alternatives and some what applies together; without a word on it, none is taken.
         if len(expressions) > 1 and not self.several:
             return None
         return _all_of(expressions)
@@ -136,6 +140,7 @@ class LicenseMap:
     def _expression_of(self, text: str) -> str | None:
         """The expression of one string. The strings of a corpus are few, so they are remembered."""
         if text not in self._known:
+            # A map of a stranger's corpus may meet a new string in every document.
             if len(self._known) >= 100_000:
                 self._known.clear()
             self._known[text] = self._parse(text)
@@ -145,6 +150,7 @@ class LicenseMap:
         stripped = text.strip()
         if stripped.casefold() in self._names:
             return spdx(self._names[stripped.casefold()])
+        # The whole string goes before its parts: some names hold the separator.
         if self.separator and self.separator in stripped:
             return _all_of({self._parse(part) for part in stripped.split(self.separator)})
         try:

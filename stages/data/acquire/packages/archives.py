@@ -37,7 +37,13 @@ class ArchiveError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file of a package. path: from the root of the package, without `./`; content: None with the problem."""
+    """A regular file of a package.
+
+    Attributes:
+        path: From the root of the package, without `./`.
+        content: The bytes; None with a problem.
+        problem: The reason why there is no content, in words.
+    """
 
     path: str
     content: bytes | None
@@ -71,12 +77,14 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[Member]:
 
 def _member(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> Member:
     path = _normalized(entry.name)
+    # Nothing is extracted, but the path is published as part of an id.
     if path.startswith("/") or ".." in path.split("/"):
         return Member(path, None, "its path leaves the package")
     if entry.size > MAX_MEMBER or entry.issparse():
         return Member(path, None, f"it has {entry.size} bytes; at most {MAX_MEMBER} are read")
     file = tar.extractfile(entry)
     content = file.read() if file else b""
+    # tarfile returns what is there without an error.
     if len(content) < entry.size:
         raise EOFError("unexpected end of data")
     return Member(path, content)
@@ -98,6 +106,7 @@ def gunzip(content: bytes) -> bytes:
         raise ArchiveError(f"it is not gzip ({error})") from None
     if len(text) > MAX_MEMBER:
         raise ArchiveError(f"it unpacks to more than {MAX_MEMBER} bytes")
+    # zlib gives what it has of a stream without its end.
     if not decoder.eof:
         raise ArchiveError("its gzip stream is cut short")
     return text
@@ -133,6 +142,7 @@ def _data_archive(file: BinaryIO) -> tuple[str, BinaryIO]:
             raise EOFError(f"{escaped(name, 20)} is cut short")
         if name.startswith("data.tar"):
             return name, cast(BinaryIO, io.BufferedReader(_Slice(file, size)))
+        # Members of an ar archive begin at even offsets.
         file.seek(start + size + size % 2)
     raise ValueError("it has no data.tar")
 

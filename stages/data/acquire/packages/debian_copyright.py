@@ -47,13 +47,18 @@ EXPAT_NAMES = {"MIT": "MIT", "X11": "MIT", "MIT-1": "MIT"}
 
 
 def is_copyright_file(path: str) -> bool:
-    """Whether a path of a binary package is that of its copyright file."""
+    """Returns True for the path of a binary package's copyright file."""
     return bool(re.fullmatch(r"usr/share/doc/[^/]+/copyright(\.gz)?", path))
 
 
 @dataclass(frozen=True, slots=True)
 class License:
-    """What a license field states. name: its first line; expression: SPDX, None if it has none."""
+    """A stated license.
+
+    Attributes:
+        name: The first line of the license field.
+        expression: SPDX; None if it has none.
+    """
 
     name: str
     expression: str | None
@@ -61,8 +66,14 @@ class License:
 
 @dataclass(frozen=True, slots=True)
 class _Wildcards:
-    """A pattern with wildcards. paragraph: its number; pattern: of the whole path; end: of an end of the path that may
-    be meant; documents: of documentation that may be meant."""
+    """A pattern with wildcards.
+
+    Attributes:
+        paragraph: The number of its paragraph.
+        pattern: Matches a whole path.
+        end: Matches the end of a path that may be meant; None without one.
+        documents: Matches documentation that may be meant; None without one.
+    """
 
     paragraph: int
     pattern: re.Pattern[str]
@@ -93,11 +104,14 @@ class Copyright:
         if installed := OF_DEBIAN.match(path):
             source_path = f"debian/{installed[1]}"
         covering = max(self._by_path.get(name, -1) for name in (path, source_path))
+        # The last matching paragraph wins, so the search goes backwards and stops at one that a path without
+        # wildcards beat.
         for wildcards in reversed(self._wildcards):
             if wildcards.paragraph <= covering:
                 break
             if wildcards.pattern.fullmatch(source_path) or _covers_installed(wildcards.pattern, path):
                 covering = wildcards.paragraph
+        # A later paragraph whose pattern only ends like the path may be about this file as well.
         doubtful = {number for number in self._by_name.get(source_path.rpartition("/")[2], ()) if number > covering}
         is_document = INSTALLED_DOCUMENTS.match(path)
         for wildcards in reversed(self._wildcards):
@@ -121,7 +135,7 @@ def _wildcards(number: int, pattern: str) -> _Wildcards:
 
 
 def _covers_installed(pattern: re.Pattern[str], path: str) -> bool:
-    """Whether a pattern names the path in the binary package, as some packages write it."""
+    """Returns True if a pattern names the path in the binary package, as some packages write it."""
     return pattern.pattern.startswith(("usr/", "etc/")) and bool(pattern.fullmatch(path))
 
 
@@ -130,8 +144,11 @@ def parse(text: str, names: LicenseMap) -> Copyright | None:
     paragraphs = list(_paragraphs(text))
     if not paragraphs or not any(paragraphs[0].get(name) for name in FORMAT_FIELDS):
         return None
-    texts = {_name(paragraph): paragraph["license"] for paragraph in paragraphs if _stands_alone(paragraph)}
+    # Paragraphs of a license alone hold the texts that other paragraphs name.
+    alone = [paragraph for paragraph in paragraphs if paragraph.get("license") and not paragraph.get("files")]
+    texts = {_name(paragraph): paragraph["license"] for paragraph in alone}
     of_files = [paragraph for paragraph in paragraphs if paragraph.get("files")]
+    # The header's license holds for the package as a whole if no paragraph names files.
     if not of_files and paragraphs[0].get("license"):
         of_files = [{**paragraphs[0], "files": "*"}]
     if sum(len(fields["files"].split()) for fields in of_files) > MAX_PATTERNS:
@@ -139,13 +156,9 @@ def parse(text: str, names: LicenseMap) -> Copyright | None:
     return Copyright([(_patterns(fields["files"]), _license(fields, texts, names)) for fields in of_files])
 
 
-def _patterns(field: str) -> tuple[str, ...]:
+def _patterns(field: str) -> list[str]:
     """The patterns of a field; commas between them are of drafts of the specification."""
-    return tuple(pattern.rstrip(",").removeprefix("./").lstrip("/") for pattern in field.split())
-
-
-def _stands_alone(paragraph: Mapping[str, str]) -> bool:
-    return bool(paragraph.get("license")) and not paragraph.get("files")
+    return [pattern.rstrip(",").removeprefix("./").lstrip("/") for pattern in field.split()]
 
 
 def _name(paragraph: Mapping[str, str]) -> str:
@@ -162,6 +175,7 @@ def _license(paragraph: Mapping[str, str], texts: Mapping[str, str], names: Lice
     identifiers = {}
     for word in set(re.findall(r"[A-Za-z0-9.-]+", name)):
         stands_for = EXPAT_NAMES.get(word, word)
+        # Several licenses are called MIT; only the text tells which one is meant.
         if word in EXPAT_NAMES and not EXPAT.search(_words(text or texts.get(word, ""))):
             continue
         with suppress(ValueError):
@@ -218,6 +232,7 @@ def _regex(pattern: str) -> str:
     first, *middle = pieces
     if not middle:
         return first
+    # An atomic group is never tried again, so the time of a match stays linear in the pattern.
     return f"{first}{''.join(f'(?>.*?{piece})' for piece in middle[:-1])}.*{middle[-1]}"
 
 

@@ -44,6 +44,7 @@ def debian_packages(names: Sequence[str], folder: Path) -> list[LockedPackage]:
     """Fetches packages by apt-get, which checks them against the signed index of the archive."""
     with tempfile.TemporaryDirectory() as empty:  # files that are there already are not printed
         output = _run(["apt-get", "download", "--print-uris", "-q", *names], Path(empty))
+    # The printed list holds the digests of the signed index, before anything is fetched.
     rows = re.findall(r"^'(\S+/pool/\S+)' (\S+\.deb) (\d+) SHA256:([0-9a-f]{64})$", output, re.MULTILINE)
     if len(rows) != len(set(names)):
         raise AtomError(f"apt-get knows {len(rows)} of {len(set(names))} packages in an archive; run apt-get update")
@@ -73,8 +74,10 @@ def python_package(requirement: str, folder: Path) -> LockedPackage:
         present = _locked_distribution(path)
         if _normalized(present.name) == _normalized(name) and version in ("", present.version):
             return present
+    # pip does not say which file it wrote, so each requirement gets a folder of its own.
     drop = folder / f".{name}"
     drop.mkdir(exist_ok=True)
+    # Source distributions only: a wheel may hold binaries and lack the sources' licenses.
     command = ["download", "-q", "--no-deps", "--no-binary", name, "-d", drop.name, requirement]
     _run([sys.executable, "-P", "-m", "pip", *command], folder)
     files = sorted(drop.iterdir())

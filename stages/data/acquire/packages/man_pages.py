@@ -54,6 +54,7 @@ def _pieces(lines: list[str]) -> Iterator[str]:
             yield f"{unescaped(line)}\n"
             continue
         macro, rest = request[1], request[2]
+        # Definitions of macros, and text that is ignored, are no text of the page.
         if macro in ("de", "de1", "am", "ig"):
             number = _after(lines, number, "..")
         elif macro in ("if", "ie", "el", "while"):
@@ -62,6 +63,7 @@ def _pieces(lines: list[str]) -> Iterator[str]:
             verbatim = VERBATIM[macro]
             yield "\n"
         elif macro in HEADINGS:
+            # The text of a heading may stand in the next line.
             if not rest and number < len(lines):
                 rest, number = lines[number], number + 1
             yield f"\n\n{unescaped(' '.join(arguments(rest)))}\n"
@@ -83,6 +85,7 @@ def _pieces(lines: list[str]) -> Iterator[str]:
             number = _after(lines, number, r".*\.[ \t]*", pattern=True)
         elif macro in MDOC_INLINE:
             words = arguments(rest)
+            # The first .Nm states the name; later ones without arguments stand for it.
             if macro == "Nm" and words and not name:
                 name = words[0]
             text = _mdoc([macro, *words], name)

@@ -28,7 +28,7 @@ TEXTS_FOLDER = re.compile(r"licen[cs]es?", re.IGNORECASE)
 
 
 def is_metadata(path: str) -> bool:
-    """Whether a path of a source distribution is that of its PKG-INFO, or of a license file."""
+    """Returns True for the path of PKG-INFO, or of a license file, in a source distribution."""
     names = path.split("/")[1:]
     if names == ["PKG-INFO"]:
         return True
@@ -39,14 +39,19 @@ def is_metadata(path: str) -> bool:
 
 
 def is_notice(path: str) -> bool:
-    """Whether a path of a source distribution is that of a license file, or of a NOTICE of the Apache license."""
+    """Returns True for the path of a license file, or of a NOTICE of the Apache license, in a source distribution."""
     name = path.rpartition("/")[2]
     return (is_metadata(path) and name != "PKG-INFO") or bool(NOTICE_FILE.fullmatch(name))
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a source distribution states. foreign: {folder with files of others: its license file}."""
+    """The licenses of a source distribution.
+
+    Attributes:
+        license: The license of the distribution.
+        foreign: {folder with files of others: its license file}.
+    """
 
     license: License
     foreign: Mapping[str, str]
@@ -67,6 +72,7 @@ def parse(files: Iterable[tuple[str, str]], classifiers: LicenseMap) -> Metadata
             pkg_info = text
         else:
             digests[path] = sha256_bytes(" ".join(text.casefold().split()).encode())
+    # Copies of the distribution's own license deeper in the tree do not make a folder foreign.
     of_distribution = {digest for path, digest in digests.items() if "/" not in path or _is_of_texts(path)}
     foreign: dict[str, str] = {}
     for path, digest in sorted(digests.items()):
@@ -80,11 +86,12 @@ def _is_of_texts(path: str) -> bool:
 
 
 def _license(pkg_info: str, classifiers: LicenseMap) -> License:
-    """That of the field License-Expression; without it, of the classifiers or the field License, where they agree."""
+    """The license by the field License-Expression; else by the classifiers or the field License, if they agree."""
     fields = HeaderParser().parsestr(pkg_info)
     if expression := fields.get("License-Expression"):
         return License(str(expression), _spdx(str(expression)))
     stated = [name for name in map(str, fields.get_all("Classifier") or []) if name.startswith("License ::")]
+    # A classifier and the field License may contradict each other; then the license is unknown.
     classified = classifiers.expression(stated) if stated else None
     name = " ".join(str(fields.get("License") or "").split())
     by_name = _spdx(name) if len(name) <= 200 else None

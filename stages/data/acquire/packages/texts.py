@@ -53,13 +53,15 @@ class NotText(Exception):
 
 
 def content_of(path: str) -> Content | None:
-    """What a file is, by its path without .gz; None if it is no text for a corpus."""
+    """The kind of a file, by its path without .gz; None if it is no text for a corpus."""
     name = PurePosixPath(path).name
     suffix = PurePosixPath(name).suffix.lower()
+    # Lists are checked first: some have suffixes of code or of documentation.
     if LISTS.fullmatch(name):
         return None
     if suffix in CODE:
         return "code"
+    # A module `license.py` is code, so this comes after the suffixes of code.
     if LEGAL.fullmatch(name):
         return None
     if suffix in PLAIN | HTML or NAMES.fullmatch(name) or MAN_PAGE.fullmatch(path):
@@ -94,7 +96,7 @@ def _decoded_as_declared(content: bytes, error: UnicodeDecodeError) -> str:
 
 
 def spdx_tag(text: str) -> str | None:
-    """What a file states of itself after `SPDX-License-Identifier:`, which may be no expression; None without one."""
+    """The text after `SPDX-License-Identifier:` in a file, which may be no expression; None without a tag."""
     match = SPDX_TAG.search(text[:TAG_WITHIN])
     if match is None:
         return None

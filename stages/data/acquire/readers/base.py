@@ -41,10 +41,17 @@ LicenseFound = Literal["field", "file", "page", "parent", "none", ""]
 class Document:
     """A document as a reader yields it.
 
-    name: unique in the source; location: where the document is in the origin, such as a file; prompt_chars: leading
-    characters that carry no loss in training; license: the document's SPDX license, None for that of the source; url:
-    of a web document; license_found: how its license was found; derived_from: ids or URLs of the documents that it was
-    made from, for a reader that `states_parents`; title, author: as stated, for a reader that `states_credits`.
+    Attributes:
+        name: Unique in the source.
+        text: The text.
+        location: The place in the origin, such as a file.
+        prompt_chars: Leading characters that carry no loss in training.
+        license: The document's SPDX license; None for that of the source.
+        url: The address of a web document.
+        license_found: The way in which the license was found.
+        derived_from: Ids or URLs of the documents that it was made from, for a reader that `states_parents`.
+        title: As stated, for a reader that `states_credits`.
+        author: As stated, for a reader that `states_credits`.
     """
 
     name: str
@@ -69,10 +76,13 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A document that cannot be read, while the reader can go on with the next one. Curation removes it with the rule
-    `failed/parse`; many of them stop the stage, because then the settings are wrong.
+    """A document that cannot be read, while the reader can go on with the next one.
 
-    name: unique in the source, such as the file and the line; reason: in a few words.
+    Curation removes it with the rule `failed/parse`; many of them stop the stage, because then the settings are wrong.
+
+    Attributes:
+        name: Unique in the source, such as the file and the line.
+        reason: The reason in a few words.
     """
 
     name: str
@@ -83,7 +93,11 @@ class Failed:
 class Unmapped:
     """A document whose license has no SPDX expression. Curation removes it with the rule `license/unmapped`.
 
-    license: what the document states, in its own words; empty if it states nothing. license_found: where it states it.
+    Attributes:
+        name: Unique in the source.
+        text: The text.
+        license: The license in the document's own words; empty if it states none.
+        license_found: The place where it states the license.
     """
 
     name: str
@@ -96,10 +110,14 @@ class Unmapped:
 class Refused:
     """A document that is not used, while its source is in order: many of them do not stop the stage.
 
-    kind: `opt_out`, of a page whose author does not want it in a training set, `page`, of one that has no usable text,
-    `derivatives`, of a document whose license forbids derived texts, or `generation`, of one from which a generator
-    wrote no usable text. Curation removes it with the rule of that kind (`REFUSED_RULES`). license: None if it is not
-    known.
+    Curation removes it with the rule of its kind (`REFUSED_RULES`).
+
+    Attributes:
+        name: Unique in the source.
+        kind: `opt_out` of a page whose author does not want it in a training set; `page` without usable text;
+            `derivatives` if the license forbids derived texts; `generation` if no usable text was written from it.
+        reason: The reason in a few words.
+        license: None if it is not known.
     """
 
     name: str
@@ -110,9 +128,12 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """The text of a license or a notice that stands in a file of a package.
+    """The text of a license or a notice in a file of a package.
 
-    package: the file of the package, with which the names of its documents begin, before a slash; path: in the package.
+    Attributes:
+        package: The file of the package, with which the names of its documents begin, before a slash.
+        path: The path in the package.
+        text: The text.
     """
 
     package: str
@@ -144,34 +165,34 @@ def is_unicode(text: str) -> bool:
 class Reader(Config):
     """Base of the settings of a reader."""
 
+    # What to do where `missing` has a message.
     remedy: ClassVar[str] = "put it there"
-    """What to do where `missing` has a message."""
 
     reader: str = Field(description="selects this reader")
 
     @property
     def conversations(self) -> bool:
-        """Whether the documents are turns of conversations, so that the source has the kind chat."""
+        """True if the documents are turns of conversations, so that the source has the kind chat."""
         return False
 
     @property
     def names_files(self) -> bool:
-        """Whether the name of every document contains that of its file, so that documents of two files differ."""
+        """True if the name of every document contains that of its file, so that documents of two files differ."""
         return False
 
     @property
     def gives_licenses(self) -> bool:
-        """Whether every document has a license of its own, or the statement that it has none."""
+        """True if every document has a license of its own, or the statement that it has none."""
         return False
 
     @property
     def states_parents(self) -> bool:
-        """Whether documents state which documents they were made from, so that an opt-out of one reaches the others."""
+        """True if documents state what they were made from, so that an opt-out of one reaches the others."""
         return False
 
     @property
     def states_credits(self) -> bool:
-        """Whether documents state their titles or authors."""
+        """True if documents state their titles or authors."""
         return False
 
     @property
@@ -186,7 +207,7 @@ class Reader(Config):
 
     @property
     def has_notices(self) -> bool:
-        """Whether documents are files of packages with notices of their own."""
+        """True if documents are files of packages with notices of their own."""
         return False
 
     def notices(self, files: Files) -> Iterator[Notice]:
@@ -274,6 +295,7 @@ class FileReader(SampledReader):
         count = 0
         for folder, folders, names in os.walk(root):
             count += len(folders) + len(names)
+            # Counted while walking: listing / would take minutes before it failed.
             if count > MAX_ENTRIES:
                 raise RecipeError(
                     f"source {source}: {root} holds more than {MAX_ENTRIES} files and folders; name the corpus alone"

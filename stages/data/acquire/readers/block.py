@@ -62,6 +62,7 @@ class BlockReader(Block, RowReader):
     def rows(self, files: Files, columns: Sequence[str] | None = None) -> Iterator[Row | Failed]:
         for relative, path in files:
             count = 0
+            # A reader of datatrove takes paths below its folder.
             block = self._create(path.parents[relative.count("/")])
             with _left_out(block, relative) as left_out:
                 try:
@@ -105,6 +106,7 @@ def _left_out(block: Any, file: str) -> Iterator[list[Failed]]:
         elif "may be corrupted" in text:
             raise AtomError(f"{text}; it is cut short or corrupt")
 
+    # datatrove drops rows without text silently, and only warns of rows that it cannot read.
     block.get_document_from_dict = counted
     logger.enable("datatrove")
     sink = logger.add(hear, level="WARNING", format="{message}", catch=False)

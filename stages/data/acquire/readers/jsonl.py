@@ -37,6 +37,8 @@ class Jsonl(RowReader):
                 try:
                     fields = json.loads(line.decode("utf-8"))
                 except (ValueError, RecursionError) as error:
+                    # Only the last line of a file can lack its end: then the file is cut short, and more may be
+                    # missing.
                     if not line.endswith(b"\n"):
                         raise AtomError(
                             f"{path}, line {number}: not a JSON object ({error}); the file is cut short"
@@ -56,6 +58,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         with _open(path) as file:
             while line := file.readline(MAX_LINE):
                 number += 1
+                # readline stops at the bound; the rest of such a line must not be read as lines of its own.
                 if len(line) == MAX_LINE and not line.endswith(b"\n"):
                     _skip_line(file)
                     yield number, None

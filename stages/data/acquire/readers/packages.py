@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -68,7 +67,7 @@ class Packages(FileReader):
         return [(package.file, Path(self.path, package.file)) for package in self._packages()]
 
     def digests(self, source: str, files: Files) -> list[str]:
-        """Those of the lock file, with which `pull` compares the files."""
+        """The digests of the lock file, with which `pull` compares the files."""
         locked = {package.file: package.sha256 for package in self._packages()}
         return [locked[name] for name, _ in files]
 
@@ -101,6 +100,7 @@ class Packages(FileReader):
         for name, path in files:
             is_debian = path.name.endswith(".deb")
             wanted = debian_copyright.is_copyright_file if is_debian else python_metadata.is_notice
+            # `documents` reports the damage.
             with suppress(ArchiveError):
                 for member in members(path, wanted):
                     if member.content is not None:
@@ -111,10 +111,15 @@ class Packages(FileReader):
 
     def _documents_of(self, package: LockedPackage, path: Path) -> Iterator[Read]:
         is_debian = path.name.endswith(".deb")
-        wanted, paths = partial(_is_wanted, self.content), set[str]()
+        paths = set[str]()
+
+        def is_wanted(path: str) -> bool:
+            return content_of(path.removesuffix(".gz")) == self.content
+
         try:
             license_of = _debian_licenses(path) if is_debian else _python_licenses(path)
-            for number, member in enumerate(members(path, wanted)):
+            # Names must be unique, and an archive may hold a path twice.
+            for number, member in enumerate(members(path, is_wanted)):
                 if member.path in paths:
                     yield Failed(f"{package.file}#{number}", f"the package has {member.path} twice")
                     continue
@@ -123,10 +128,6 @@ class Packages(FileReader):
                     yield document
         except ArchiveError as error:
             yield Failed(package.file, str(error))
-
-
-def _is_wanted(content: Content, path: str) -> bool:
-    return content_of(path.removesuffix(".gz")) == content
 
 
 def _document(package: LockedPackage, member: Member, license_of: LicenseOf) -> Read | None:
@@ -143,6 +144,7 @@ def _document(package: LockedPackage, member: Member, license_of: LicenseOf) -> 
     text = plain_text(path, source_text)
     if not text.strip():
         return None
+    # A tag in the file itself goes before what the package says of it.
     license = license_of(path)
     if (tag := spdx_tag(source_text)) is not None:
         license = License(tag, SPDX.expression(tag))

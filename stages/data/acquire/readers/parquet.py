@@ -59,6 +59,7 @@ def _column_to_read(schema: Any, path: str) -> str | None:
         return None
     kind, has_list = schema.field(top).type, False
     for name in names:
+        # Arrow reads a nested column by its path, but not through lists: then the top column is read as a whole.
         while types.is_list(kind) or types.is_large_list(kind):
             kind, has_list = kind.value_type, True
         position = kind.get_field_index(name) if types.is_struct(kind) else -1

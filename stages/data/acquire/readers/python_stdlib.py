@@ -88,6 +88,7 @@ def own_terms(text: str) -> str:
 def read_docstrings(files: Files) -> Iterator[Document | Unmapped | Unreadable]:
     """Every docstring, located by its file; a file that does not parse is unreadable."""
     for file in _parse_files(files):
+        # Counted, not fatal: one file that Python cannot parse must not stop the source.
         if file.tree is None:
             yield Unreadable(file.path)
             continue
@@ -190,6 +191,7 @@ def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, line
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     line_numbers = list(range(first, (node.end_lineno or node.lineno) + 1))
     body = node.body[0]
+    # Without its docstring a function may have nothing left, or the docstring shares its line with code.
     if isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant) and isinstance(body.value.value, str):
         if len(node.body) == 1 or body.lineno == node.lineno:
             return None

@@ -25,7 +25,13 @@ LicenseStrings = Annotated[dict[Annotated[str, Words(2000)], License], Field(max
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a file: its fields, its file, and its name, which is that of the document if no field has an id."""
+    """A row of a file.
+
+    Attributes:
+        fields: The fields by name.
+        file: The file.
+        name: The name of the document if no field has an id.
+    """
 
     fields: dict[str, Any]
     file: str
@@ -157,10 +163,12 @@ class RowReader(FileReader):
                 yield Failed(row.name, str(error))
                 continue
             if isinstance(content, str):
+                # A row of plain text is one document.
                 yield self._document(row, licenses, name, content, parents)
                 continue
             try:
                 tools = None if self.tools_field is None else _tools(field_at(row.fields, self.tools_field))
+                # A conversation is one document for each turn of the assistant.
                 for number, (text, prompt_chars) in enumerate(turns(content, tools)):
                     yield self._document(row, licenses, f"{name}#{number}", text, parents, prompt_chars)
             except ValueError as error:
@@ -194,6 +202,7 @@ class RowReader(FileReader):
             available = ", ".join(sorted(map(str, row.fields)))
             kind, setting = ("list of messages", "messages_field") if self.messages_field else ("text", "text_field")
             raise ValueError(f"no {kind} in field {field!r} (fields: {available}); set reader.{setting}")
+        # Messages are checked as a whole: a surrogate may stand in any of their fields.
         text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         if not is_unicode(text):
             raise ValueError(f"field {field!r} holds a lone surrogate, which is not Unicode")
@@ -216,6 +225,7 @@ def field_at(fields: Mapping[str, Any], path: str) -> Any:
     """The value of a field, or of a nested field whose names are joined by dots; of a list of mappings, the list of
     their values. None if there is none."""
     value: Any = fields
+    # A field may have a dot in its own name, so the whole path is tried first.
     for name in (path,) if path in fields else path.split("."):
         if isinstance(value, list):
             value = [element.get(name) if isinstance(element, dict) else None for element in value]
@@ -251,9 +261,10 @@ def _text_at(row: Row, field: str) -> str:
 
 
 def _in_words(stated: object) -> str:
-    """What a row states as its license; empty if it states nothing."""
+    """The license that a row states, in its own words; empty if it states nothing."""
     if stated is None or stated == []:
         return ""
+    # A list or a mapping is shown as the row has it.
     text = stated if isinstance(stated, str) else json.dumps(stated, ensure_ascii=False, default=str)
     return text.encode(errors="replace").decode()
 

@@ -57,8 +57,6 @@ class Html(WebReader):
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """The text of every page."""
-        from stages.data.acquire.web.pages import Page, PageReader
-
         reader = PageReader(self.opt_out_agents, self.max_page_bytes)
         for relative, path in files:
             url = f"{self.base_url.rstrip('/')}/{quote(relative)}" if self.base_url else ""
@@ -93,6 +91,7 @@ class Warc(WebReader):
         """The text of every page, named by the file and the number of its record."""
         reader = PageReader(self.opt_out_agents, self.max_page_bytes)
         for relative, path in files:
+            # robots.txt may stand anywhere in the file, so it is read twice.
             robots = self._robots(path)
             try:
                 for number, record in _records(path):
@@ -138,8 +137,10 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             iterator = iter(ArchiveIterator(source))
             while (record := next(iterator, None)) is not None:
                 number += 1
+                # The body may be of any size; only headers are bounded.
                 source.budget = None
                 yield number, record
+                # warcio would skip the rest itself, but would not say that the file ends in it.
                 _skip_rest(record)
                 source.budget = MAX_HEADER_BYTES
     except (ArchiveLoadFailed, AttributeError, *_ERRORS) as error:
@@ -187,14 +188,17 @@ def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Ref
     ends in it."""
     name = f"{location}:{number}"
     headers = _http_headers(record)
+    # WET files hold the text of pages as records of this type.
     is_text = record.rec_type == "conversion"
     if not is_text and (record.rec_type != "response" or _status(record) != "200"):
         return None
+    # The crawler's own finding goes before the server's claim.
     kind = record.rec_headers.get_header("WARC-Identified-Payload-Type") or _header(headers, "content-type")
     kind = (kind or record.content_type or "").partition(";")[0].strip().lower()
     if kind not in (("text/plain",) if is_text else PAGE_TYPES):
         return None
     encoding = _header(headers, "content-encoding").strip().lower()
+    # These are decoded on every machine; warcio decodes br only where another package is installed.
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         return Refused(name, "page", f"its body is encoded as {encoding[:60]}")
     try:
@@ -202,6 +206,7 @@ def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Ref
     except _ERRORS as error:
         _require_whole(record, number)
         return Refused(name, "page", f"its body cannot be decoded ({_in_words(error)})")
+    # A body that is too large is left unread, and is skipped with the rest of its record.
     if body is not None:
         _require_whole(record, number)
     return Page(name, location, _url(record), body, headers, is_text)

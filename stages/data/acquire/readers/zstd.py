@@ -19,7 +19,7 @@ def open_zstd(path: Path) -> IO[bytes]:
 
 
 def decompressed(file: IO[bytes]) -> IO[bytes]:
-    """As `open_zstd`, of an open file, which is closed with the result."""
+    """The decompressed bytes of an open file, which is closed with the result. Errors are those of `open_zstd`."""
     return cast(IO[bytes], io.BufferedReader(_Decompressed(file), 2**20))
 
 
@@ -50,6 +50,7 @@ def _decompress(file: IO[bytes]) -> Iterator[bytes]:
     frame = None
     try:
         while data := file.read(CHUNK):
+            # A file may have several frames, as parallel compressors and concatenation write them.
             while data:
                 frame = frame or decompressor.decompressobj()
                 if piece := frame.decompress(data):
@@ -58,5 +59,6 @@ def _decompress(file: IO[bytes]) -> Iterator[bytes]:
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
         raise OSError(str(error)) from None
+    # An open frame at the end of the file is a file that was cut short.
     if frame is not None:
         raise EOFError("the last frame does not end")

@@ -120,7 +120,12 @@ LONGEST_STATEMENT = 1000
 
 @dataclass(frozen=True)
 class PageLicense:
-    """What a page states. expression: SPDX; None if it states nothing, or nothing usable. stated: in its own words."""
+    """The license that a page states.
+
+    Attributes:
+        expression: SPDX; None if the page states nothing, or nothing usable.
+        stated: The statement in the page's own words.
+    """
 
     expression: str | None = None
     stated: str = ""
@@ -129,16 +134,22 @@ class PageLicense:
 def license_of(tree: Any, url: str, headers: Headers) -> PageLicense:
     """The license that a page states for its text.
 
-    tree: of lxml; url: its address, "" if it is unknown.
+    Args:
+        tree: The page as lxml parsed it.
+        url: Its address; "" if it is unknown.
+        headers: The headers of its HTTP response.
     """
+    # A mirror often adds its own license to the text of others.
     if _is_copy(tree, url):
         return PageLicense()
     page = _Places()
     explicit = [*_in_headers(headers), *_in_metadata(tree, page), *_in_body(tree, page, explicit=True)]
+    # A link in a footer counts only if nothing states a license explicitly.
     addresses = explicit or list(_in_body(tree, page, explicit=False))
     links = {urljoin(url, address) for address in addresses}
     statements = {expression_of(link) or link for link in links}
     stated = " and ".join(sorted(statements))[:500]
+    # Two different statements may be about two things on the page; nobody can tell which one is the text.
     is_known = len(statements) == 1 and all(map(expression_of, links))
     return PageLicense(statements.pop() if is_known else None, stated)
 
@@ -210,6 +221,7 @@ def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
             in_comments = 0
         elif element.tag.startswith("h"):
             level = int(element.tag[1])
+            # Links after such a heading are of the readers, up to the next heading of the same level.
             if COMMENTS_HEADING.match(_text(element)[:60].strip()):
                 in_comments = level
             elif in_comments and level <= in_comments:
@@ -227,8 +239,9 @@ class _Places:
         self._texts: dict[Any, str] = {}
 
     def is_own_statement(self, link: Any, explicit: bool) -> bool:
-        """Whether a link states the license of the page's text."""
+        """Returns True if a link states the license of the page's text."""
         relations, address = _words(link.get("rel")), (link.get("href") or "").strip()
+        # Links that the author did not set himself.
         if not address or relations & {"sponsored", "ugc"}:
             return False
         if explicit:
@@ -238,11 +251,11 @@ class _Places:
         return is_candidate and not self.is_elsewhere(link) and not OTHER_THINGS.search(self._statement(link))
 
     def is_elsewhere(self, element: Any) -> bool:
-        """Whether an element is in a place whose content is not the page's own text, or describes another thing."""
+        """Returns True if an element is in a place with text that is not the page's own, or describes another thing."""
         return self._inherits(element, self._elsewhere, _is_other)
 
     def _inherits(self, element: Any, known: dict[Any, bool], holds: Callable[[Any], bool]) -> bool:
-        """Whether a property holds for an element or one around it, up to the body of the page."""
+        """Returns True if a property holds for an element or one around it, up to the body of the page."""
         chain: list[Any] = []
         verdict, each = False, element
         while each is not None and each.tag not in ("html", "body", "main"):
@@ -301,7 +314,7 @@ def _words(value: str | None) -> set[str]:
 
 
 def _is_copy(tree: Any, url: str) -> bool:
-    """Whether a page says that it is a copy of a page of another site."""
+    """Returns True if a page says that it is a copy of a page of another site."""
     site = site_of(url)
     addresses = [element.get("href") for element in tree.iter("link") if "canonical" in _words(element.get("rel"))]
     for element in tree.iter("meta"):

@@ -53,9 +53,12 @@ def stated_in_page(tree: Any, agents: Iterable[str]) -> str:
 
 
 def _refuses(name: str, value: str, agents: Iterable[str]) -> bool:
-    """Whether directives keep a page from training: `noai` for crawlers, or `noindex` for one of the agents.
+    """Returns True if directives keep a page from training: `noai` for crawlers, or `noindex` for one of the agents.
 
-    name: whom the directives are for, unless the name of a crawler and a colon stand before one.
+    Args:
+        name: The crawler that the directives are for, unless one is named before a directive.
+        value: The directives.
+        agents: The crawlers whose opt-outs are honored.
     """
     crawlers = {agent.lower() for agent in agents if agent != "*"}
     for part in value.lower().split(","):
@@ -98,6 +101,7 @@ class Robots:
         for line in content[:ROBOTS_BYTES].decode("utf-8", "replace").splitlines():
             key, _, value = line.partition("#")[0].partition(":")
             key, value = key.strip().lower(), value.strip()
+            # Consecutive lines of user agents open one group (RFC 9309, section 2.2.1).
             if key == "user-agent":
                 if not is_open:
                     groups.append(_Group())
@@ -124,6 +128,7 @@ class Robots:
                 return f"robots.txt says ai-train=no for {agent}"
             rules = [rule for group in agent_groups for rule in group.rules]
             matches = [(len(pattern), allowed) for pattern, allowed in rules if _matches(pattern, path)]
+            # The longest pattern wins, and of equal ones Allow (RFC 9309, section 2.2.2).
             if matches and not max(matches)[1]:
                 return f"robots.txt disallows {path[:200]} for {agent}"
         return ""

@@ -39,7 +39,16 @@ _DECLARED = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([a-zA-Z0-9_:.
 
 @dataclass(frozen=True)
 class Page:
-    """A page as it was fetched. name: of its document; location: its file; body: None if it is larger than allowed."""
+    """A page as it was fetched.
+
+    Attributes:
+        name: The name of its document.
+        location: The file that has it.
+        url: Its address; "" if it is unknown.
+        body: The bytes; None if there are more than allowed.
+        headers: The headers of the HTTP response.
+        is_text: True for extracted text in place of HTML.
+    """
 
     name: str
     location: str
@@ -68,6 +77,7 @@ class PageReader:
             return Refused(page.name, "page", "its encoding is unknown")
         try:
             return self._read_text(page, html) if page.is_text else self._read_html(page, html)
+        # Troubles of the machine must not remove documents.
         except (MemoryError, OSError):
             raise
         except Exception as error:  # of a parser, on a page that is no page
@@ -88,6 +98,7 @@ class PageReader:
         tree = document_fromstring(content, parser=HTMLParser(encoding="utf-8", remove_pis=True))
         if reason := page_opt_outs.stated_in_page(tree, self.agents):
             return Refused(page.name, "opt_out", reason)
+        # Opt-outs are read first: an opt-out is the more important reason.
         if sum(1 for _ in tree.iter()) > MAX_ELEMENTS:
             return Refused(page.name, "page", f"more than {MAX_ELEMENTS} elements")
         url = page.url or _address(tree)
@@ -112,6 +123,7 @@ def decode(body: bytes, charset: str) -> str | None:
     except UnicodeDecodeError:
         pass
     declared = _DECLARED.search(body[:4096])
+    # In the order of browsers: the header, the element, then the look of the bytes.
     for label in (charset, declared[1].decode("ascii") if declared else "", _detected(body)):
         name = _encoding(label)
         text = _decoded(body, name) if name else None

@@ -108,6 +108,7 @@ def c4_quality(block: Any) -> Function | None:
                 continue
             if len(words) < block.min_words_per_line:
                 continue
+            # The order of the rules is the block's: the first that holds gives the reason.
             lower = line.lower()
             if block.filter_lorem_ipsum and "lorem ipsum" in lower:
                 return Removal("lorem_ipsum")

@@ -36,10 +36,19 @@ class Removal:
 
 
 class Document(Protocol):
-    """A document of datatrove (`datatrove.data.Document`) that passes through the steps of its source.
+    """A document as a reader yields it.
 
-    The metadata has `source`, `license`, `url` of a document with a web address, and `language` after a step that
-    identified it.
+    Attributes:
+        name: Unique in the source.
+        text: The text.
+        location: The place in the origin, such as a file.
+        prompt_chars: Leading characters that carry no loss in training.
+        license: The document's SPDX license; None for that of the source.
+        url: The address of a web document.
+        license_found: The way in which the license was found.
+        derived_from: Ids or URLs of the documents that it was made from, for a reader that `states_parents`.
+        title: As stated, for a reader that `states_credits`.
+        author: As stated, for a reader that `states_credits`.
     """
 
     text: str

@@ -100,6 +100,7 @@ class BlockStep(Block, Filter):
         _pin_downloads(block)
         from datatrove import data
 
+        # Blocks load models and word lists with the first document, and fail only then.
         probe = data.Document(_PROBE, "probe", metadata={"url": "https://example.org/", "language": "en"})
         try:
             _stock(block)(probe)
@@ -152,6 +153,7 @@ class BlockStep(Block, Filter):
             raise RecipeError(
                 f"block {self.block}: {file} is pinned to {digest}, but has {present}; restore it, or change the pin"
             )
+        # datatrove asks for a file by the name in its address alone.
         if _assets.setdefault(file.name, file) != file:
             raise RecipeError(f"block {self.block}: another asset is called {file.name} as well; rename one of them")
 
@@ -189,6 +191,7 @@ def _dependence(block: Any) -> str | None:
         None if its results depend on each document alone.
     """
     names = {kind.__name__ for kind in type(block).__mro__ if is_stock(kind)}
+    # Results must not depend on the order of documents, which differs with the number of parts.
     if "PIIFormatter" in names:
         for each, replacer in (("email", block.emails_replacer), ("ip", block.ip_replacer)):
             if getattr(block, f"remove_{each}s") and len(replacer.replacements) > 1:

@@ -81,6 +81,7 @@ class Language(Filter):
 
         def function(document: Document) -> str | Removal:
             line = _line(document.text)
+            # Only the scores of all languages tell whether another listed language passes.
             short = len(line) < SHORT
             score, label = best(line, 1 if short else -1)
             if short and score <= self.language_threshold:

@@ -27,6 +27,7 @@ def _parse(document: Document) -> str | Removal:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ast.parse(document.text)
+    # The parser raises MemoryError for code that is nested too deeply, whatever memory there is.
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return Removal("does_not_parse", 0.0, 1.0)
     return document.text
