@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,10 +65,8 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     for task in sorted(config.problems):
         # A stream of its own for each task: another number of items of one leaves the others as they are.
         rng = random.Random(seed_of(f"items/{task}", config.seed))
-        try:
+        with _too_many("evaluation.problems"):
             problems = draw_distinct(task, config.problems[task], rng)
-        except ValueError as error:
-            raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
         for i, problem in enumerate(problems):
             row = {"task": task, "prompt": problem.prompt, "answer": problem.answer, "text": problem.question}
             rows.append({"id": f"{task}/{i:05d}", **row})
@@ -77,6 +76,15 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         chat_items = list(_chat_rows(config.chat, rows, config.seed))
         write_jsonl(out / CHAT, chat_items)
         report.note(f"{len(chat_items)} items for conversations")
+
+
+@contextmanager
+def _too_many(setting: str) -> Iterator[None]:
+    """Raises RecipeError in the place of the ValueError of a task that has too few problems."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{setting}: {error}; ask for fewer") from None
 
 
 def courtesy_row(id: str, request: courtesy_notes.Request, verifier: str = "courtesy", **extra_fields: Any) -> Row:
@@ -93,20 +101,14 @@ def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Ite
         yield to_row(row["id"], row["text"], "exact", row["task"], 0, **fields)
     for task, count in sorted(config.validation.items()):
         rng = random.Random(seed_of(f"items/validation/{task}", seed))
-        try:
+        with _too_many("evaluation.chat.validation"):
             problems = draw_distinct(task, count, rng, without=excluded)
-        except ValueError as error:
-            raise RecipeError(f"evaluation.chat.validation: {error}; ask for fewer") from None
         for i, problem in enumerate(problems):
             fields = {"question": problem.question, "expected_answer": problem.answer, "split": "validation"}
             yield to_row(f"validation/{task}/{i:05d}", problem.question, "exact", task, 0, **fields)
-    count_of_requests = config.courtesies + config.courtesies_validation
-    try:
-        requests = courtesy_notes.draw_distinct(
-            count_of_requests, random.Random(seed_of("items/courtesies", seed)), heldout=True
-        )
-    except ValueError as error:
-        raise RecipeError(f"evaluation.chat.courtesies: {error}; ask for fewer") from None
+    rng = random.Random(seed_of("items/courtesies", seed))
+    with _too_many("evaluation.chat.courtesies"):
+        requests = courtesy_notes.draw_distinct(config.courtesies + config.courtesies_validation, rng, heldout=True)
     for i, request in enumerate(requests):
         split = "test" if i < config.courtesies else "validation"
         yield courtesy_row(f"{split}/courtesy/{i:05d}", request, split=split)

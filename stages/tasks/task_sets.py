@@ -37,7 +37,9 @@ class TaskSet(Config):
     license_evidence: Text = Field(description="text or URL that shows the license")
     revision: Text | None = Field(None, description="revision of the dataset on the Hub; null: data of a folder")
     folder: Text | None = operational(None, "folder of the YAML files; null: the harness has the tasks")
-    folder_digest: TreeDigest | None = Field(None, description="digest of the files of the folder; null: no folder")
+    folder_digest: TreeDigest | None = Field(
+        default=None, description="digest of the files of the folder; null: no folder"
+    )
     items: Annotated[int, Range(1, 1e9)] | None = operational(
         None, "items that the tasks evaluate together, for `atom plan` alone; null: assumed"
     )

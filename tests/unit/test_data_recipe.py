@@ -144,17 +144,6 @@ def test_what_has_one_part_only(tmp_path: Path, changes: dict[str, object], sent
         load(write_recipe(tmp_path, parts=2, **changes))
 
 
-def test_shards_of_the_curation_are_refused_with_what_replaces_them(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path)
-    path.write_text(path.read_text() + "curation: {shards: 1000}\n")
-    with pytest.raises(
-        RecipeError,
-        match="^data recipe mine: curation: shards is no setting any more; give each source of many files its own "
-        "number of `parts`$",
-    ):
-        load(path)
-
-
 def test_where_the_files_lie_is_not_identity(tmp_path: Path) -> None:
     identities = []
     for name in ("here", "there"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 from pydantic import Field, model_validator
 
@@ -79,10 +79,3 @@ class CurationSettings(Config):
         if self.url_blocklist_sha256 is not None and self.url_blocklist is None:
             raise ValueError("url_blocklist_sha256 is the digest of a URL blocklist; name the file in url_blocklist")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_shards(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "shards" in values:
-            raise ValueError("shards is no setting any more; give each source of many files its own number of `parts`")
-        return values

@@ -66,11 +66,11 @@ class Request:
         return hashlib.sha256(self.text.encode()).digest()[0] % 10 == 0
 
 
-def draw_request(rng: random.Random, heldout: bool = False) -> Request:
-    """A random training request, or held-out request, each equally likely."""
+def draw_request(rng: random.Random) -> Request:
+    """A random training request, each equally likely."""
     while True:
         candidate = Request(rng.choice(ACTS), rng.choice(PEOPLE), rng.choice(THINGS))
-        if candidate.heldout == heldout:
+        if not candidate.heldout:
             return candidate
 
 

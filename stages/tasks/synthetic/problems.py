@@ -125,22 +125,18 @@ def draw(tasks: Mapping[str, float], count: int, rng: random.Random) -> list[Pro
     return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
 
 
-def draw_distinct(
-    task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
-) -> list[Problem]:
+def draw_distinct(task: str, count: int, rng: random.Random, without: Collection[str] = ()) -> list[Problem]:
     """`count` problems of one task with different questions, none of them in `without`.
 
     Raises ValueError if the task has too few problems.
     """
-    problems = draw_up_to(task, count, rng, level, without)
+    problems = draw_up_to(task, count, rng, None, without)
     if len(problems) < count:
         raise ValueError(f"task {task} gave only {len(problems)} different problems of {count}")
     return problems
 
 
-def draw_up_to(
-    task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
-) -> list[Problem]:
+def draw_up_to(task: str, count: int, rng: random.Random, level: int | None, without: Collection[str]) -> list[Problem]:
     """Draws distinct problems, and fewer than `count` if the task has fewer: drawing ends when few new ones appear."""
     problems: dict[str, Problem] = {}
     misses = 0

@@ -16,7 +16,7 @@ import textwrap
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,20 +42,10 @@ FOUNDATION = re.compile(
     rf"licensed{_GAP}to{_GAP}(?:the{_GAP})?PSF|copyright.{{,40}}Python{_GAP}Software{_GAP}Foundation", re.IGNORECASE
 )
 # not library code (tests, the editor, installed packages), or generated at build time with paths of the build machine
-_SKIPPED_FOLDERS = frozenset(
-    (
-        "test",
-        "tests",
-        "idlelib",
-        "turtledemo",
-        "lib2to3",
-        "site-packages",
-        "dist-packages",
-        "lib-dynload",
-        "__pycache__",
-    )
-)
+_SKIPPED = "test tests idlelib turtledemo lib2to3 site-packages dist-packages lib-dynload __pycache__"
+_SKIPPED_FOLDERS = frozenset(_SKIPPED.split())
 _SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
+Found = Document | Unmapped | Unreadable
 
 
 def library_files(top_level: bool = False) -> Files:
@@ -85,41 +75,39 @@ def own_terms(text: str) -> str:
     return text[start : end if end >= 0 else None].strip("# \t\r")
 
 
-def read_docstrings(files: Files) -> Iterator[Document | Unmapped | Unreadable]:
+def read_docstrings(files: Files) -> Iterator[Found]:
     """Every docstring, located by its file; a file that does not parse is unreadable."""
+    return _documents(
+        files, lambda file: ((name, ast.get_docstring(node)) for name, node in _definitions(file.tree, ""))
+    )
+
+
+def read_functions(files: Files) -> Iterator[Found]:
+    """Every function and method with more than a docstring; a file that does not parse is unreadable."""
+    return _documents(
+        files,
+        lambda file: (
+            (name, _source_without_docstring(node, file.lines))
+            for name, node in _definitions(file.tree, "")
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ),
+    )
+
+
+def read_modules(files: Files) -> Iterator[Found]:
+    """Every file with more than docstrings; a file that does not parse is unreadable."""
+    return _documents(files, lambda file: [("", _file_without_docstrings(file.tree, file.lines))])
+
+
+def _documents(files: Files, texts_of: Callable[[_LibraryFile], Iterable[tuple[str, str | None]]]) -> Iterator[Found]:
+    """The documents of (definition, text) that `texts_of` gives for each file."""
     for file in _parse_files(files):
-        # Counted, not fatal: one file that Python cannot parse must not stop the source.
-        if file.tree is None:
-            yield Unreadable(file.path)
+        if isinstance(file, Unreadable):
+            yield file
             continue
-        for name, node in _definitions(file.tree, ""):
-            text = ast.get_docstring(node)
+        for name, text in texts_of(file):
             if text and is_unicode(text):
                 yield file.document(name, text)
-
-
-def read_functions(files: Files) -> Iterator[Document | Unmapped | Unreadable]:
-    """Every function and method with more than a docstring; a file that does not parse is unreadable."""
-    for file in _parse_files(files):
-        if file.tree is None:
-            yield Unreadable(file.path)
-            continue
-        for name, node in _definitions(file.tree, ""):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = _source_without_docstring(node, file.lines)
-                if text and is_unicode(text):
-                    yield file.document(name, text)
-
-
-def read_modules(files: Files) -> Iterator[Document | Unmapped | Unreadable]:
-    """Every file with more than docstrings; a file that does not parse is unreadable."""
-    for file in _parse_files(files):
-        if file.tree is None:
-            yield Unreadable(file.path)
-            continue
-        text = _file_without_docstrings(file.tree, file.lines)
-        if text and is_unicode(text):
-            yield file.document("", text)
 
 
 @dataclass(frozen=True)
@@ -129,14 +117,14 @@ class _LibraryFile:
     Attributes:
         path: Relative to the library's folder.
         lines: Lines of its text, as the parser counts them.
-        tree: Its syntax tree; None if Python cannot parse it.
+        tree: Its syntax tree.
         terms: The line with which it states license terms of its own; "" if it states none.
     """
 
     path: str
-    lines: Sequence[str] = ()
-    tree: ast.Module | None = None
-    terms: str = ""
+    lines: Sequence[str]
+    tree: ast.Module
+    terms: str
 
     def document(self, definition: str, text: str) -> Document | Unmapped:
         """The document of a definition of the file; "" is the whole module."""
@@ -150,7 +138,7 @@ class _LibraryFile:
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _parse_files(files: Files) -> Iterator[_LibraryFile]:
+def _parse_files(files: Files) -> Iterator[_LibraryFile | Unreadable]:
     for relative, path in files:
         data = path.read_bytes()
         try:
@@ -160,7 +148,8 @@ def _parse_files(files: Files) -> Iterator[_LibraryFile]:
                 warnings.simplefilter("ignore")  # do not report invalid escapes in old modules
                 tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError):
-            yield _LibraryFile(relative)
+            # Counted, not fatal: one file that Python cannot parse must not stop the source.
+            yield Unreadable(relative)
             continue
         # not splitlines(): form feeds in the library's files are no line ends to the parser
         yield _LibraryFile(relative, re.split(r"\r\n|\r|\n", text), tree, own_terms(text))
@@ -192,7 +181,7 @@ def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, line
     line_numbers = list(range(first, (node.end_lineno or node.lineno) + 1))
     body = node.body[0]
     # Without its docstring a function may have nothing left, or the docstring shares its line with code.
-    if isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant) and isinstance(body.value.value, str):
+    if ast.get_docstring(node, clean=False) is not None:
         if len(node.body) == 1 or body.lineno == node.lineno:
             return None
         line_numbers = [n for n in line_numbers if not body.lineno <= n <= (body.end_lineno or body.lineno)]
@@ -206,13 +195,9 @@ def _file_without_docstrings(tree: ast.Module, lines: Sequence[str]) -> str:
     """
     edited: list[str | None] = list(lines)
     for node in ast.walk(tree):
-        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) or not node.body:
+        if not isinstance(node, Documented) or ast.get_docstring(node, clean=False) is None:
             continue
         body = node.body[0]
-        if not (
-            isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant) and isinstance(body.value.value, str)
-        ):
-            continue
         first, last = body.lineno - 1, (body.end_lineno or body.lineno) - 1
         # columns count bytes of UTF-8
         prefix = lines[first].encode()[: body.col_offset].decode()
@@ -235,7 +220,7 @@ class StdlibSource(SampledReader):
     def files(self, source: str) -> Files:
         return library_files(top_level=self.modules == "top-level")
 
-    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unmapped | Unreadable]:
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Found]:
         return read_modules(files) if self.unit == "file" else read_functions(files)
 
 
@@ -248,5 +233,5 @@ class StdlibDocstrings(SampledReader):
     def files(self, source: str) -> Files:
         return library_files(top_level=self.modules == "top-level")
 
-    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unmapped | Unreadable]:
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Found]:
         return read_docstrings(files)

@@ -26,38 +26,53 @@ _PART_OF_ADDRESS = re.compile(r"\.[0-9]{1,3}\.")
 def gopher_quality(block: Any) -> Function:
     def apply(text: str) -> str | Removal:
         words = words_of(text)
-        lengths, count = words.lengths[(words.kinds & NOT_PUNCTUATION) > 0], len(words)
-        if block.min_doc_words and len(lengths) < block.min_doc_words:
-            return Removal("gopher_short_doc", len(lengths), block.min_doc_words)
-        if block.max_doc_words and len(lengths) > block.max_doc_words:
-            return Removal("gopher_long_doc", len(lengths), block.max_doc_words)
+        lengths = words.lengths[(words.kinds & NOT_PUNCTUATION) > 0]
+        word_count = len(lengths)  # without words of punctuation alone
+        total_count = len(words)  # with them: the denominator of ratios to words
 
-        average = float(lengths.mean()) if len(lengths) else float("nan")
+        # Document length in words. As in the block, a limit of 0 or None is no rule.
+        if block.min_doc_words and word_count < block.min_doc_words:
+            return Removal("gopher_short_doc", word_count, block.min_doc_words)
+        if block.max_doc_words and word_count > block.max_doc_words:
+            return Removal("gopher_long_doc", word_count, block.max_doc_words)
+
+        # Average word length: NaN for no words, which no limit removes.
+        average = float(lengths.mean()) if word_count else float("nan")
         if block.min_avg_word_length and average < block.min_avg_word_length:
             return Removal("gopher_below_avg_threshold", average, block.min_avg_word_length)
         if block.max_avg_word_length and average > block.max_avg_word_length:
             return Removal("gopher_above_avg_threshold", average, block.max_avg_word_length)
 
-        limit = block.max_symbol_word_ratio
-        if limit and (ratio := text.count("#") / count) > limit:
-            return Removal("gopher_too_many_hashes", ratio, limit)
-        if limit and (ratio := (text.count("...") + text.count("…")) / count) > limit:
-            return Removal("gopher_too_many_ellipsis", ratio, limit)
+        # Hash signs and ellipses per word.
+        if block.max_symbol_word_ratio:
+            symbols = {"hashes": text.count("#"), "ellipsis": text.count("...") + text.count("…")}
+            for name, symbol_count in symbols.items():
+                ratio = symbol_count / total_count
+                if ratio > block.max_symbol_word_ratio:
+                    return Removal(f"gopher_too_many_{name}", ratio, block.max_symbol_word_ratio)
 
+        # Lines that begin with a bullet point, or end in an ellipsis.
         lines = text.splitlines()
-        limit = block.max_bullet_lines_ratio
-        if limit and (share := sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines)) > limit:
-            return Removal("gopher_too_many_bullets", share, limit)
-        limit = block.max_ellipsis_lines_ratio
-        if limit and (share := sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines)) > limit:
-            return Removal("gopher_too_many_end_ellipsis", share, limit)
+        if block.max_bullet_lines_ratio:
+            share = sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines)
+            if share > block.max_bullet_lines_ratio:
+                return Removal("gopher_too_many_bullets", share, block.max_bullet_lines_ratio)
+        if block.max_ellipsis_lines_ratio:
+            share = sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines)
+            if share > block.max_ellipsis_lines_ratio:
+                return Removal("gopher_too_many_end_ellipsis", share, block.max_ellipsis_lines_ratio)
 
-        limit = block.max_non_alpha_words_ratio
-        if limit and (share := int((words.kinds & LETTER).astype(bool).sum()) / count) < limit:
-            return Removal("gopher_below_alpha_threshold", share, limit)
-        limit = block.min_stop_words
-        if limit and (stop_words := len(block.stop_words.intersection(words.words))) < limit:
-            return Removal("gopher_enough_stop_words", stop_words, limit)
+        # Words with a letter: the limit is a minimum, in spite of its name.
+        if block.max_non_alpha_words_ratio:
+            share = int((words.kinds & LETTER).astype(bool).sum()) / total_count
+            if share < block.max_non_alpha_words_ratio:
+                return Removal("gopher_below_alpha_threshold", share, block.max_non_alpha_words_ratio)
+
+        # Different stop words.
+        if block.min_stop_words:
+            stop_words = len(block.stop_words.intersection(words.words))
+            if stop_words < block.min_stop_words:
+                return Removal("gopher_enough_stop_words", stop_words, block.min_stop_words)
         return text
 
     return apply
