@@ -122,8 +122,10 @@ def prompt_chars(text: str) -> int:
 
 
 def check(messages: Sequence[Message], calls: bool = False) -> None:
-    """Raises ValueError in words if the messages are not a conversation. calls: whether the assistant may call tools,
-    also without a text."""
+    """Raises ValueError in words if the messages are not a conversation.
+
+    If `calls`, the assistant may call tools, also without a text.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError("there is no list of messages")
     for message in messages:

@@ -34,7 +34,12 @@ Version = tuple[int, int, int, int]
 
 
 class _Record(TypedDict):
-    """folder: the folder of the files; files: the numbers of a version and the SHA-256 of each, by name."""
+    """The record of a folder.
+
+    Attributes:
+        folder: The folder of the files.
+        files: The numbers of a version and the SHA-256 of each, by name.
+    """
 
     folder: str
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9]{1,20}( [0-9]{1,20}){3} [0-9a-f]{64}$")]]

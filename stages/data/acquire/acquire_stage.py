@@ -111,6 +111,7 @@ def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, o
     report_refusals(source.name, refusals, licenses, report)
     if not counts["documents"] and not refusals:
         raise AtomError(f"source {source.name} gave no documents; check its reader")
+    # Files are linked, not copied: a large source needs its space once.
     link_parts(parts, out)
     # Each part compares its own ids. Names without the file may be equal in two parts, so all ids are compared.
     if source.parts > 1 and not source.reader.names_files:

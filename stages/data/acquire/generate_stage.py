@@ -49,7 +49,9 @@ SETTING = "reader.engine"
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["parent"]: the acquired documents of the source that the texts are made from.
+    """Draws the texts of a source, and seals them as stage `acquire` seals documents.
+
+    inputs["parent"]: the acquired documents of the source that the texts are made from.
 
     Resumes after the last sealed batch. Raises RecipeError if the generator's files are not those that are pinned, and
     AtomError if it cannot be loaded or there is no document.
@@ -160,8 +162,11 @@ class Generator:
     """The generator's tokenizer and model."""
 
     def __init__(self, reader: Generated, work: Path) -> None:
-        """work: for the log of a server. Raises AtomError if the files cannot be loaded, if the generator has no chat
-        template or too short a context, or if a server cannot start."""
+        """Loads the generator; `work` gets the log of a server.
+
+        Raises AtomError if the files cannot be loaded, if the generator has no chat template or too short a context, or
+        if a server cannot start.
+        """
         import torch
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 

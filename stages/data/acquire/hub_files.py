@@ -88,7 +88,7 @@ class LockedSource(Config):
         return _rows(self.files)
 
     def require_rows(self, title: str) -> None:
-        """Raises RecipeError if there is such a line."""
+        """Raises RecipeError for a line that `atom pin` did not write."""
         try:
             self.rows()
         except ValueError as error:
@@ -138,6 +138,7 @@ def _read_version(path: Path, version: tuple[int, int, int]) -> Mapping[str, Loc
         for name, source in sources.items():
             source.require_rows(f"{title}: source {name}")
     except RecipeError as error:
+        # A damaged lock file can always be written again; the recipe is what counts.
         raise RecipeError(f"{error}; write it anew by `atom pin RECIPE`") from None
     return sources
 

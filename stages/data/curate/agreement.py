@@ -13,8 +13,14 @@ FIGURES = Path(__file__).with_suffix(".yaml")
 
 
 class Agreement(TypedDict):
-    """agreement: share of the documents that both keep or both remove; kappa: Cohen's, 1.0 where both keep all;
-    kept, reference_kept: documents that our filter and the reference keep."""
+    """The agreement of a filter with its reference.
+
+    Attributes:
+        agreement: Share of the documents that both keep or both remove.
+        kappa: Cohen's kappa; 1.0 if both keep all.
+        kept: Documents that our filter keeps.
+        reference_kept: Documents that the reference keeps.
+    """
 
     agreement: float
     kappa: float

@@ -89,8 +89,17 @@ def dedup_losses(source: str, documents: int, kept: int, removed: Mapping[str, i
 def require_acknowledged(
     losses: Sequence[Loss], alarm_share: float, acknowledged: Mapping[str, Acknowledged], report: Report
 ) -> None:
-    """Notes the losses above the share. Raises AtomError for the first one that is not acknowledged, or that is above
-    the acknowledged share. acknowledged: by source."""
+    """Notes the losses above the alarm share.
+
+    Args:
+        losses: The losses of all sources.
+        alarm_share: The share of a source above which a loss must be acknowledged.
+        acknowledged: By source, the shares that the recipe acknowledges by rule.
+        report: Takes the notes.
+
+    Raises:
+        AtomError: A loss is not acknowledged, or is above the acknowledged share.
+    """
     open_losses = []
     for loss in losses:
         # Small sources lose large shares by chance.

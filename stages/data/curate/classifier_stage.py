@@ -70,10 +70,12 @@ def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report:
             for name in names
         ]
         for label, name, text in _alternating(streams):
+            # By the content, so that a repeated text is never in both splits.
             split = split_of(content_hash(text), settings.heldout_fraction)
             files[split].write(f"{label} {as_line(text)}\n")
             source = counts.setdefault(name, {"train": 0, "heldout": 0})
             source[split] += 1
+    # fastText would train on one label without an error, and every score would be 1.
     _require_both_labels(settings, counts)
     failure = train(
         examples,
@@ -96,11 +98,12 @@ def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report:
 
 def as_line(text: str) -> str:
     """A document as fastText reads it: one line, in lower case. Words of the form of a label are no labels here."""
+    # fastText takes a word that begins so for a label.
     return " ".join(text[:MOST_CHARACTERS].lower().replace("__label__", " ").split())
 
 
 def scorer(model: Path) -> Any:
-    """score(text): the probability that a text is like the positive examples, by the model at that path."""
+    """Returns a function score(text): the probability that a text is like the positive examples."""
     from fasttext.FastText import _FastText  # type: ignore[import-untyped]
 
     predict = _FastText(str(model)).f.predict
@@ -163,6 +166,7 @@ def _auc(positive: NDArray[Any], negative: NDArray[Any]) -> float:
     import numpy as np
 
     ordered = np.sort(negative)
+    # The rank statistic of Mann and Whitney, in n log n.
     below, up_to = (np.searchsorted(ordered, positive, side) for side in ("left", "right"))
     return float((below + up_to).mean() / 2 / len(negative))
 

@@ -104,8 +104,10 @@ class ItemRuns:
         return lengths
 
     def overlap(self, id: str, runs: set[int], ngram: int) -> tuple[float, int]:
-        """(share of an item's n-grams that are found, longest found run in words). An item of fewer than `ngram` words
-        is one n-gram as a whole; one without words overlaps with nothing."""
+        """The share of an item's n-grams that are found, and the longest found run in words.
+
+        An item of fewer than `ngram` words is one n-gram as a whole; one without words overlaps with nothing.
+        """
         lengths = self.lengths(id, runs)
         if not lengths:
             return 0.0, 0

@@ -24,6 +24,7 @@ def train(examples: Path, model: Path, **settings: Any) -> str | None:
     """Trains on a file of labelled lines in one thread and writes the model; returns the reason if fastText fails."""
     arguments = json.dumps({"input": str(examples), "thread": 1, "verbose": 0, **settings})
     command = [sys.executable, "-P", __file__, str(model), arguments, str(os.getpid())]
+    # The variable is read when a process starts, so the training needs one of its own.
     process = subprocess.run(
         command, env={**os.environ, "MALLOC_PERTURB_": FILL}, stderr=subprocess.PIPE, text=True, check=False
     )

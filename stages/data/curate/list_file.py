@@ -107,7 +107,7 @@ class Address:
 
 
 def parse_url(url: str) -> Address:
-    """Raises ValueError in words."""
+    """Parses a URL. Raises ValueError in words."""
     try:
         parts = urlsplit(url)
         host = host_name(parts.hostname or "")

@@ -236,6 +236,10 @@ class OptOuts:
 
 
 def _decision(row: dict[str, Any]) -> tuple[str, str, float, float]:
-    """value: bands that a near duplicate shares with the other text, of which one suffices; 1 for others."""
+    """The columns of a disposition: duplicate_of, match, value and threshold.
+
+    The value is the number of bands that a near duplicate shares with the other text, of which one suffices; 1 for
+    others.
+    """
     value = 1.0 if row["bands"] is None else float(row["bands"])
     return row["duplicate_of"], match_text(row["found"], row["requests"]), value, 1.0

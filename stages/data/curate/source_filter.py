@@ -57,8 +57,11 @@ def to_document(row: Mapping[str, Any]) -> Document:
 class SourceFilter:
     """The licenses and the steps of a source in order, secrets, and decontamination.
 
-    license_allow: the licenses of documents that are kept; empty: all.
-    edits: documents that each step edited, by step; failures: documents on which a step raised an exception.
+    Attributes:
+        edits: Documents that each step edited, by step.
+        failures: Documents on which a step raised an exception.
+        measures: {name: Arrow type} of the values that the steps record.
+        measured: The recorded values of the last document.
     """
 
     def __init__(
@@ -70,9 +73,14 @@ class SourceFilter:
         license_allow: Sequence[str] = (),
         blocklist: UrlBlocklist | None = None,
     ) -> None:
-        """steps: with the inputs that they need.
-
-        Attributes: measures, {name: Arrow type} of what the steps record; measured, its values for the last document.
+        """
+        Args:
+            source: Name of the source.
+            kind: Kind of its documents.
+            steps: Its steps, with the inputs that they need.
+            index: The evaluation items.
+            license_allow: The licenses of documents that are kept; empty: all.
+            blocklist: The URL blocklist; None without one.
         """
         self.blocklist = blocklist
         self.allowed = AllowedLicenses(license_allow) if license_allow else None

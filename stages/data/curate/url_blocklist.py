@@ -62,7 +62,7 @@ class UrlBlocklist:
         return None
 
     def _add(self, line: bytes) -> None:
-        """Raises ValueError in words."""
+        """Adds the entry of a line. Raises ValueError in words."""
         entry = _entry(line)
         if "\N{REPLACEMENT CHARACTER}" in entry:
             raise ValueError("is not UTF-8")

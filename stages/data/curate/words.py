@@ -189,7 +189,12 @@ def _prefix_length(rest: str) -> int:
 
 
 def _suffix_length(rest: str, letters: bool) -> int:
-    """letters: if it has neither a digit, which can come before a unit, nor an apostrophe."""
+    """The length of the suffix to cut off.
+
+    Args:
+        rest: The chunk without its prefix.
+        letters: True if it has neither a digit, which can come before a unit, nor an apostrophe.
+    """
     last = rest[-1:]
     if last in _ASCII_EDGE and last:
         return 1

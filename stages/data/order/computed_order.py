@@ -139,6 +139,7 @@ class ComputedOrder:
         first_block = (self.cursor.first_step - 1) // self.config.block_steps
         rows = self._rows_before(max(block * self.config.block_steps + 1, self.cursor.first_step))
         tokens = (rows + max(block - first_block - 1, 0) * len(self.streams)) * self.config.sequence_length
+        # Rounded up, so that rounding never leaves a block without its last token.
         return {s.name: self._base[s.name] + math.ceil(s.share * tokens) for s in self.streams}
 
     def documents_of(self, step: int) -> pa.Table:
@@ -183,6 +184,7 @@ class ComputedOrder:
             end = self.start(self.config.blocks)[stream.name].position
         else:
             end = first + self.draw.totals[self.draw.names.index(stream.name)]
+        # A chunk occurs once in each epoch that the phase reaches.
         epochs = range(first // stream.size, -(-end // stream.size))
         return [p for p in (stream.position(chunk, epoch) for epoch in epochs) if first <= p < end]
 

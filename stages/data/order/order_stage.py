@@ -95,6 +95,7 @@ def _open(
     indexes = read_indexes(config, inputs["tokens"].path, work, turn)
     cursor, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
+        # The sources go on where the checkpoint left them, so that no chunk is read twice in an epoch.
         cursor, start = _resume_cursor(config, inputs["continue"], indexes)
     order = ComputedOrder(config, indexes, cursor, work, turn)
     if config.long_documents is not None:
@@ -209,6 +210,7 @@ def _resume_cursor(
             name = stream_name(source, pool)
             place, epoch = streams.get(name, (read, size))
             places[name] = -(-place * index.count(pool) // epoch)
+    # In a packed phase rows say nothing about the position in a stream.
     rows = data_position["rows"] | ({} if config.pack else {name: places[name] for name in indexes})
     start = {"rows": rows, "chunks": chunks}
     if config.pack:

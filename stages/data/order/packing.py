@@ -74,8 +74,12 @@ def split(
 
 
 def require_enough(long: Mapping[str, Mapping[str, int]], rule: LongDocuments) -> None:
-    """long: the report on the long chunks of each source. Raises AtomError with the sources that lack more of them than
-    the rule allows."""
+    """Raises AtomError with the sources that lack more long chunks than the rule allows.
+
+    Args:
+        long: The report on the long chunks of each source.
+        rule: The up-weighting of long chunks.
+    """
     lacks = [
         f"{source} has {row['available_tokens']:,} tokens in {row['chunks']:,} chunks of more than {row['over']:,}, "
         f"and {row['missing_tokens']:,} of {row['wanted_tokens']:,} asked tokens are missing"

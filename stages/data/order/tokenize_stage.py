@@ -43,10 +43,10 @@ BLOCK = 100_000
 
 
 class Encoder:
-    """Encodes texts with the tokenizer at `path`.
+    """Encodes texts with the tokenizer at `path`, by tiktoken where `fast` is true.
 
-    special_tokens: the names of special tokens in a text are these tokens, as in conversations; else they are ordinary
-    text. fast: whether tiktoken encodes.
+    If `special_tokens`, the names of special tokens in a text are these tokens, as in conversations; else they are
+    ordinary text.
     """
 
     def __init__(self, path: Path, special_tokens: bool = False) -> None:
@@ -233,7 +233,7 @@ def _load_tokenizer(file: Path, sha256: str) -> _Tokenizer:
 
 
 class _Tokenizer:
-    """The tokenizer, and the encoders that parts need. end, pad: ids."""
+    """The tokenizer, and the encoders that parts need. `end` and `pad` are the ids of these tokens."""
 
     def __init__(self, file: Path, sha256: str) -> None:
         tokenizer = load_for_corpus(file)

@@ -41,6 +41,7 @@ def dep5_expression(text: str, names: Mapping[str, str]) -> str | None:
     """
     text = OR_LATER.sub("+", " ".join(text.split()))
     text = re.sub(r" and/or ", " or ", text, flags=re.IGNORECASE)
+    # A comma before the conjunction groups what stands before it (DEP-5).
     parts = re.split(r",\s+(and|or)\s+", text, flags=re.IGNORECASE)
     result = _alternatives(parts[0], names)
     for conjunction, part in zip(parts[1::2], parts[2::2], strict=True):
@@ -81,6 +82,7 @@ def _or_later(name: str, names: Mapping[str, str]) -> str | None:
     if not name.endswith("+"):
         return names.get(name)
     license = names.get(name[:-1])
+    # Only an SPDX license with versions has an or-later form.
     if license is None or " " in license or license.startswith("LicenseRef-"):
         return None
     return f"{license.removesuffix('-only')}-or-later" if license.endswith("-only") else f"{license}+"

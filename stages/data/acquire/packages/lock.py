@@ -49,7 +49,7 @@ class Lock(Config):
 
 
 def read_lock(path: Path) -> Lock:
-    """Raises RecipeError in one sentence if the file is missing, or no lock file."""
+    """Reads a lock file. Raises RecipeError in one sentence if it is missing, or no lock file."""
     title = f"lock file {escaped(str(path), 200)}"
     if not path.is_file():
         raise RecipeError(f"there is no {title}; write one by `python -m stages.data.acquire.packages.fetch`")

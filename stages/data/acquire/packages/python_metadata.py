@@ -65,7 +65,12 @@ class Metadata:
 
 
 def parse(files: Iterable[tuple[str, str]], classifiers: LicenseMap) -> Metadata:
-    """files: (path without the first folder, text) of PKG-INFO and of the license files, in any order."""
+    """Reads the metadata of a source distribution.
+
+    Args:
+        files: (path without the first folder, text) of PKG-INFO and of the license files, in any order.
+        classifiers: The map from trove classifiers to SPDX.
+    """
     pkg_info, digests = "", {}
     for path, text in files:
         if path == "PKG-INFO":

