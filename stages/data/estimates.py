@@ -11,6 +11,20 @@ from pydantic import Field
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Estimate, Published
 
+# Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`).
+STEP_SECONDS = {
+    "language": 0.18,
+    "top_n_grams": 0.09,
+    "GopherRepetitionFilter": 0.16,
+    "GopherQualityFilter": 0.06,
+    "FineWebQualityFilter": 0.035,
+    "C4QualityFilter": 0.02,
+}
+# Core seconds a MB that the words of spaCy add.
+SPACY_SECONDS = 1.6
+# Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured.
+WORK = 1.0
+
 
 class Size(Config):
     """The expected size of a source, for `atom plan` alone."""
@@ -50,17 +64,6 @@ LAWS = {
     "contamination": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
     "fresh": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
 }
-# Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`).
-STEP_SECONDS = {
-    "language": 0.18,
-    "top_n_grams": 0.09,
-    "GopherRepetitionFilter": 0.16,
-    "GopherQualityFilter": 0.06,
-    "FineWebQualityFilter": 0.035,
-    "C4QualityFilter": 0.02,
-}
-# Core seconds a MB that the words of spaCy add.
-SPACY_SECONDS = 1.6
 
 
 def total(sizes: Iterable[Size | None]) -> Size | None:
@@ -70,10 +73,6 @@ def total(sizes: Iterable[Size | None]) -> Size | None:
     if not stated or len(stated) < len(known):
         return None
     return Size(documents=sum(size.documents for size in stated), bytes=sum(size.bytes for size in stated))
-
-
-# Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured.
-WORK = 1.0
 
 
 def estimate(stage: str, size: Size | None, small: float | None = None, step_seconds: float = 0.0) -> Estimate:

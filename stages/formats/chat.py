@@ -28,6 +28,9 @@ ROLES = ("system", "user", "assistant", "tool")
 # `role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of
 # calls with `name` and `arguments`, or with both in `function`.
 Message = Mapping[str, Any]
+CALL_BEGIN, CALL_END = '<tool_call>\n{"name": ', "}\n</tool_call>"
+# {field of a message: its Arrow type}, besides `tool_calls`.
+MESSAGE = {"role": "string", "content": "string", "reasoning_content": "string"}
 
 
 class _Generation(Extension):
@@ -169,11 +172,6 @@ def _is_call(call: Any) -> bool:
     except (TypeError, ValueError, RecursionError):
         return False
     return isinstance(arguments, Mapping) and isinstance(call.get("name"), str)
-
-
-CALL_BEGIN, CALL_END = '<tool_call>\n{"name": ', "}\n</tool_call>"
-# {field of a message: its Arrow type}, besides `tool_calls`.
-MESSAGE = {"role": "string", "content": "string", "reasoning_content": "string"}
 
 
 class MessagesRow(TypedDict):

@@ -50,6 +50,9 @@ PATTERN = (
 # Number of tokens; the minimum is all bytes and the special tokens.
 Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
 SampleBytes = Annotated[int, Range(1, 1e12, "the distinct words of the sample lie in memory")]
+CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, INFERENCE_FILE, TRAINING_FILE)
+REPORTED = 2_000  # documents of each source on which the bytes per token are measured
 
 
 class TokenizerSection(Config):
@@ -73,11 +76,6 @@ class TokenizerSection(Config):
                 f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}; raise it"
             )
         return self
-
-
-CONFIG_FILE = "tokenizer_config.json"
-TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, INFERENCE_FILE, TRAINING_FILE)
-REPORTED = 2_000  # documents of each source on which the bytes per token are measured
 
 
 def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

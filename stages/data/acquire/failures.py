@@ -23,6 +23,18 @@ MOST = 10
 MOST_SHARE = 0.01
 # The failures that a sentence names.
 SHOWN = 3
+# {kind of refusal: its name in the counts of `source.json`}.
+COUNTS = {
+    "license": "documents_unmapped",
+    "opt_out": "documents_opted_out",
+    "page": "documents_unusable",
+    "derivatives": "documents_no_derivatives",
+    "generation": "documents_not_generated",
+}
+# Different license strings that are counted in a part; there may be one for each document.
+MOST_STRINGS = 1000
+# License strings that `source.json` lists, the most frequent ones.
+LISTED = 100
 
 
 class FailureFacts(TypedDict):
@@ -80,16 +92,6 @@ def _name(id: str, reason: str) -> str:
     return f"{id} ({reason})" if reason else id
 
 
-# {kind of refusal: its name in the counts of `source.json`}.
-COUNTS = {
-    "license": "documents_unmapped",
-    "opt_out": "documents_opted_out",
-    "page": "documents_unusable",
-    "derivatives": "documents_no_derivatives",
-    "generation": "documents_not_generated",
-}
-
-
 def kind_of(document: Unmapped | Refused) -> str:
     return "license" if isinstance(document, Unmapped) else document.kind
 
@@ -111,12 +113,6 @@ def report_refusals(source: str, refusals: Counter[str], licenses: dict[str, Any
     for row in licenses.get("licenses_unmapped", [])[:5]:
         stated = f"the license {row['string']!r}, which no map knows" if row["string"] else "no license"
         report.note(f"source {source}: {row['documents']} documents state {stated}")
-
-
-# Different license strings that are counted in a part; there may be one for each document.
-MOST_STRINGS = 1000
-# Those that `source.json` lists.
-LISTED = 100
 
 
 class LicenseTally:

@@ -43,6 +43,8 @@ HEADER = """\
 """
 
 Commit = Annotated[str, Words(40, "commit of 40 hex digits", COMMIT)]
+POLL = 1.0
+MOST_BYTES = 10**15
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,6 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
             f"{escaped(str(path), 200)} cannot be written ({error.strerror}); copy the data recipe to a folder of "
             "yours, and name it by its path"
         ) from None
-
-
-POLL = 1.0
-MOST_BYTES = 10**15
 
 
 def resolve(name: str, repo: str, revision: str, pattern: str) -> LockedSource:

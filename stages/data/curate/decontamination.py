@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping
 
 from stages.data.curate.words import searched_words
 
+# The maximum words of a run; a longer match counts as one of these.
+MAX_RUN_WORDS = 64
+
 
 class ContaminationIndex:
     """Word n-grams of the evaluation items, by their length, to the first item that has them.
@@ -38,10 +41,6 @@ class ContaminationIndex:
                 if gram in table:
                     return table[gram], n
         return None
-
-
-# The maximum words of a run; a longer match counts as one of these.
-MAX_RUN_WORDS = 64
 
 
 class ItemRuns:

@@ -37,6 +37,18 @@ MEMORY = "250MB"  # of the database that groups a bucket of more rows
 STARS = "stars.parquet"
 KEY, HIGH, LOW, ADDRESS = range(4)  # columns of the rows of a bucket
 ROW_BYTES = 32
+_EXACT_STARS = """
+    SELECT address, first FROM bucket
+    JOIN (SELECT key, high, low, min(address) AS first FROM bucket GROUP BY key, high, low HAVING count(*) > 1)
+    USING (key, high, low) WHERE address != first
+"""
+_BAND_STARS = """
+    WITH texts AS MATERIALIZED (SELECT key, min(address) AS address FROM bucket GROUP BY key, high, low)
+    SELECT address, first FROM texts
+    JOIN (SELECT key, min(address) AS first FROM texts GROUP BY key HAVING count(*) > 1)
+    USING (key) WHERE address != first
+"""
+_FILES = ("address", "first", "firsts")
 
 
 @dataclass(frozen=True)
@@ -164,19 +176,6 @@ def _stars(rows: UInts, exact: bool) -> Ints:
     return rows[:, ADDRESS][np.stack([others, first[others]], axis=1)].astype(np.int64)
 
 
-_EXACT_STARS = """
-    SELECT address, first FROM bucket
-    JOIN (SELECT key, high, low, min(address) AS first FROM bucket GROUP BY key, high, low HAVING count(*) > 1)
-    USING (key, high, low) WHERE address != first
-"""
-_BAND_STARS = """
-    WITH texts AS MATERIALIZED (SELECT key, min(address) AS address FROM bucket GROUP BY key, high, low)
-    SELECT address, first FROM texts
-    JOIN (SELECT key, min(address) AS first FROM texts GROUP BY key HAVING count(*) > 1)
-    USING (key) WHERE address != first
-"""
-
-
 def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
     """The stars of `_stars`, some at a time, of a bucket of any size.
 
@@ -232,9 +231,6 @@ class Removed:
         """The rows of a part that removed documents duplicate."""
         start, stop = np.searchsorted(self.firsts, [part.first, part.end])
         return self.firsts[start:stop] - part.first
-
-
-_FILES = ("address", "first", "firsts")
 
 
 def removed_folder(folder: Path, kind: str) -> Path:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 # for_each(work_on, count) calls the picklable work_on with each number below count, and yields how many are done. An
 # error of a call ends the others, and is raised.
 ForEach = Callable[[Callable[[int], None], int], Iterator[int]]
+VERSION = 1
+# Parts of a corpus for each range of hashes: a range has some ten million documents, which are sorted in memory.
+PARTS_PER_RANGE = 500
 
 
 @contextmanager
@@ -83,11 +86,6 @@ def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
-
-
-VERSION = 1
-# Parts of a corpus for each range of hashes: a range has some ten million documents, which are sorted in memory.
-PARTS_PER_RANGE = 500
 
 
 class SearchedSource(Config):

@@ -16,6 +16,9 @@ MOST_LINE_BYTES = 20_000
 # (place for messages, line).
 Line = tuple[str, bytes]
 List = TypeVar("List")
+HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_-]{1,63})*")
+IP_ADDRESS = re.compile(r"[0-9.]+|[0-9a-f]*:[0-9a-f:.]*")
+WEB = ("http://", "https://")
 
 
 class ListFile(Generic[List]):
@@ -72,11 +75,6 @@ class ListFile(Generic[List]):
                 raise RecipeError(f"{place}: has {len(line)} bytes; an entry has at most {MOST_LINE_BYTES}")
             if line.strip():
                 yield place, line
-
-
-HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_-]{1,63})*")
-IP_ADDRESS = re.compile(r"[0-9.]+|[0-9a-f]*:[0-9a-f:.]*")
-WEB = ("http://", "https://")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,10 @@ _UNKNOWN, _BY_CONTEXT = 2**32 - 1, 2**32 - 2
 
 # Characters of text that are worked on at once: their shingles stay in the processor's cache.
 CHARACTERS = 2**16
+_table = np.full(0x110000, _UNKNOWN, np.uint32)
+UInts = NDArray[np.uint64]
+Ints = NDArray[np.int64]
+PRIME = 2**61 - 1
 
 
 def batches(texts: list[str]) -> Iterator[slice]:
@@ -129,14 +133,7 @@ def _simplified(character: str) -> int:
     return ord(letters[0])
 
 
-_table = np.full(0x110000, _UNKNOWN, np.uint32)
 _ASCII_TABLE = bytes(_simplified(chr(code).lower()) for code in range(128)) + bytes(range(128, 256))
-
-
-UInts = NDArray[np.uint64]
-Ints = NDArray[np.int64]
-
-PRIME = 2**61 - 1
 
 
 def band_hashes(texts: list[str], settings: MinHash, seed: int) -> tuple[UInts, NDArray[np.bool_]]:

@@ -40,6 +40,9 @@ BATCH = 2**14
 # A document that is removed on request. bands: of MinHash that it shares with a text; null if it has not, or need
 # not.
 REMOVED = {"address": "int64", "duplicate_of": "string", "requests": "string", "found": "string", "bands": "int64"}
+# All requests of a group.
+_JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(requests, ' '))))), ' ')"
+_SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
 class DeniedPart(Part):
@@ -205,11 +208,6 @@ class _Search:
             self.database.register("batch", batch)
             self.database.execute(f"INSERT INTO {table} SELECT * FROM batch")
             self.database.unregister("batch")
-
-
-# All requests of a group.
-_JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(requests, ' '))))), ' ')"
-_SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
 class OptOuts:

@@ -33,6 +33,10 @@ MOST = 1 << 40
 ROUNDS = 6
 # Indices that are computed together: their intermediate values stay in the processor's cache.
 SLICE = 1 << 15
+# Positions whose sums are sealed together.
+RUN = 1 << 19
+# Positions of one sum.
+STRIDE = 1 << 14
 
 
 class Permutation:
@@ -120,12 +124,6 @@ class Permutation:
         z *= np.uint64(self.side)
         z >>= np.uint64(32)
         return z
-
-
-# Positions whose sums are sealed together.
-RUN = 1 << 19
-# Positions of one sum.
-STRIDE = 1 << 14
 
 
 class Place(NamedTuple):

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 # Characters. tiktoken's regular expressions fail on runs of a million blanks: a text with a block of blanks is left
 # to `tokenizers`.
 BLOCK = 100_000
+VERSION = 3
+COLUMNS = ["id", "text", "license", "content_hash", "prompt_chars", "split"]
+ROWS = 256  # of text in memory at a time
+SAMPLED = 64  # one of so many documents, and the first of each part, is encoded by `tokenizers` as well
 
 
 class Encoder:
@@ -145,12 +149,6 @@ def _bytes_by_character() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-VERSION = 3
-COLUMNS = ["id", "text", "license", "content_hash", "prompt_chars", "split"]
-ROWS = 256  # of text in memory at a time
-SAMPLED = 64  # one of so many documents, and the first of each part, is encoded by `tokenizers` as well
 
 
 class TokenizeConfig(Config):

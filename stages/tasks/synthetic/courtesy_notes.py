@@ -27,6 +27,10 @@ window bottle blanket candle carpet clock cushion drum fence glove ladder mirror
 towel wagon whistle apple
 """
 PEOPLE, THINGS = _PEOPLE.split(), _THINGS.split()
+ENDINGS = ("Have a nice day!", "With kind regards.", "All the best to you.")
+FILLER = ("It is a long story.", "I do not know what to say.", "As I said before.")
+# (sentence of the constraint, IFEval's name of it, its arguments).
+Constraint = tuple[str, str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,6 @@ ACTS = (
     Act("ask", "Ask the {who} for the {what}.", "may I have the {what}, please?"),
     Act("offer", "Offer the {who} the {what}.", "would you like the {what}?"),
 )
-ENDINGS = ("Have a nice day!", "With kind regards.", "All the best to you.")
-FILLER = ("It is a long story.", "I do not know what to say.", "As I said before.")
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,6 @@ def answer(request: Request, rng: random.Random) -> str:
 def messages(request: Request, rng: random.Random) -> list[dict[str, str]]:
     """A conversation of one request and one answer."""
     return [{"role": "user", "content": request.text}, {"role": "assistant", "content": answer(request, rng)}]
-
-
-# (sentence of the constraint, IFEval's name of it, its arguments).
-Constraint = tuple[str, str, dict[str, Any]]
 
 
 def _words(rng: random.Random) -> Constraint:

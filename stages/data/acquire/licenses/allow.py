@@ -15,6 +15,12 @@ from stages.data.acquire.licenses.maps import UNKNOWN_WEB
 Licenses = Annotated[tuple[License, ...], Field(max_length=1000)]
 # The rule of the dispositions of documents under other licenses.
 NOT_ALLOWED = "license/not-allowed"
+# Matches the SPDX identifiers of licenses that forbid derived works: CC-BY-ND-4.0, CC-BY-NC-ND-3.0-DE.
+NO_DERIVATIVES = re.compile(r"(^|-)ND(-|$)", re.IGNORECASE)
+# Dedications to the public domain, and licenses without conditions.
+FREE = """
+0BSD CC-PDDC CC0-1.0 LicenseRef-Public-Domain LicenseRef-public-domain MIT-0 PDDL-1.0 SAX-PD Unlicense WTFPL
+"""
 
 
 class AllowedLicenses:
@@ -62,10 +68,6 @@ class AllowedLicenses:
         return license in self._allowed, position
 
 
-# Matches the SPDX identifiers of licenses that forbid derived works: CC-BY-ND-4.0, CC-BY-NC-ND-3.0-DE.
-NO_DERIVATIVES = re.compile(r"(^|-)ND(-|$)", re.IGNORECASE)
-
-
 def forbids_derivatives(expression: str) -> bool:
     """Returns True if an SPDX expression forbids derived works, such as rephrased texts, whichever of its alternatives
     one chooses, and for a text that is no expression."""
@@ -78,10 +80,6 @@ def forbids_derivatives(expression: str) -> bool:
         return True
 
 
-# Dedications to the public domain, and licenses without conditions.
-FREE = """
-0BSD CC-PDDC CC0-1.0 LicenseRef-Public-Domain LicenseRef-public-domain MIT-0 PDDL-1.0 SAX-PD Unlicense WTFPL
-"""
 _FREE = AllowedLicenses([*FREE.split(), UNKNOWN_WEB])
 
 

@@ -27,6 +27,11 @@ EXCEPTIONS = {"font": "Font-exception-2.0"}
 OR_LATER = re.compile(
     r"\+?[ -]or[ -](?:\(at your option\) )?(?:any[ -])?(?:later|newer)(?:[ -]versions?)?\b", re.IGNORECASE
 )
+MapName = Literal["common-pile", "the-stack", "tulu-3", "dep5", "pep639"]
+# The license of a web page that states none.
+UNKNOWN_WEB = "LicenseRef-unknown-web"
+# In the counts of a source and in the dispositions: the license of a document whose own is unknown.
+UNMAPPED = "LicenseRef-unmapped"
 
 
 def normalized_name(name: str) -> str:
@@ -90,13 +95,6 @@ def _or_later(name: str, names: Mapping[str, str]) -> str | None:
 
 def _grouped(expression: str) -> str:
     return f"({expression})" if " OR " in expression or " AND " in expression else expression
-
-
-MapName = Literal["common-pile", "the-stack", "tulu-3", "dep5", "pep639"]
-# The license of a web page that states none.
-UNKNOWN_WEB = "LicenseRef-unknown-web"
-# In the counts of a source and in the dispositions: the license of a document whose own is unknown.
-UNMAPPED = "LicenseRef-unmapped"
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,29 @@ CHARSETS = re.compile(r"iso8859|iso2022|cp\d|koi8|euc_|shift_jis|gb|big5|hz|utf-
 SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([^\n]{1,500})")
 # Characters at the beginning of a file in which the tag is about the file.
 TAG_WITHIN = 3000
+_REMOVED = "head script style nav noscript template form button select svg iframe"
+# Elements that are no text of a page.
+REMOVED = frozenset(_REMOVED.split())
+# Classes of navigation: of Sphinx, DocBook and Doxygen.
+REMOVED_CLASS = re.compile(
+    r"(?:^|\s)(?:headerlink|sphinxsidebar|related|navigation|navheader|navfooter|footer|sidebar)(?:\s|$)"
+)
+REMOVED_ROLES = ("navigation", "search")
+# Where the text is: the first of these that occurs once.
+MAIN = ("//main", "//*[@role='main']", "//*[@id='content']", "//body")
+_PARAGRAPHS = """
+blockquote dl figure h1 h2 h3 h4 h5 h6 ol p pre section table ul
+"""
+PARAGRAPHS = frozenset(_PARAGRAPHS.split())
+_LINES = """
+address article aside body br caption center dd details div dt fieldset figcaption footer header hr li main summary
+tbody tfoot thead tr
+"""
+LINES = frozenset(_LINES.split())
+LINE_BREAKS = dict.fromkeys(PARAGRAPHS, "\n\n") | dict.fromkeys(LINES, "\n") | {"td": " ", "th": " "}
+SPACES = re.compile(r"\s+")
+# Marks preformatted text: HTML cannot hold it.
+KEPT = "\0"
 
 
 class NotText(Exception):
@@ -109,31 +132,6 @@ def plain_text(path: str, text: str) -> str:
     if PurePosixPath(path).suffix.lower() in HTML:
         return html_text(text)
     return man_text(text) if MAN_PAGE.fullmatch(path) else text
-
-
-_REMOVED = "head script style nav noscript template form button select svg iframe"
-# Elements that are no text of a page.
-REMOVED = frozenset(_REMOVED.split())
-# Classes of navigation: of Sphinx, DocBook and Doxygen.
-REMOVED_CLASS = re.compile(
-    r"(?:^|\s)(?:headerlink|sphinxsidebar|related|navigation|navheader|navfooter|footer|sidebar)(?:\s|$)"
-)
-REMOVED_ROLES = ("navigation", "search")
-# Where the text is: the first of these that occurs once.
-MAIN = ("//main", "//*[@role='main']", "//*[@id='content']", "//body")
-_PARAGRAPHS = """
-blockquote dl figure h1 h2 h3 h4 h5 h6 ol p pre section table ul
-"""
-PARAGRAPHS = frozenset(_PARAGRAPHS.split())
-_LINES = """
-address article aside body br caption center dd details div dt fieldset figcaption footer header hr li main summary
-tbody tfoot thead tr
-"""
-LINES = frozenset(_LINES.split())
-LINE_BREAKS = dict.fromkeys(PARAGRAPHS, "\n\n") | dict.fromkeys(LINES, "\n") | {"td": " ", "th": " "}
-SPACES = re.compile(r"\s+")
-# Marks preformatted text: HTML cannot hold it.
-KEPT = "\0"
 
 
 def html_text(html: str) -> str:

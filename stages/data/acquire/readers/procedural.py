@@ -15,6 +15,8 @@ from stages.formats.seeds import seed_of
 from stages.tasks.synthetic import courtesy_notes, passkeys
 from stages.tasks.synthetic.problems import FORMS, TASKS, draw, messages
 
+Characters = Annotated[int, Range(1, 1e7)]
+
 
 def _require_known_tasks(tasks: dict[str, float]) -> dict[str, float]:
     unknown = sorted(set(tasks) - set(TASKS))
@@ -87,9 +89,6 @@ class Courtesies(Reader):
             request = courtesy_notes.draw_request(rng)
             ((text, prompt_chars),) = turns(courtesy_notes.messages(request, rng))
             yield Document(f"{request.act.name}/{i:07d}", text, request.act.name, prompt_chars)
-
-
-Characters = Annotated[int, Range(1, 1e7)]
 
 
 class Passkeys(Reader):

@@ -25,6 +25,11 @@ from stages.data.acquire.web.pages import Page, PageReader
 Address = Annotated[str, Words(2000, "address: write http:// or https:// and a host", r"https?://[^\s/]+(/\S*)?")]
 Agents = Annotated[tuple[Line, ...], Field(max_length=100)]
 PageBytes = Annotated[int, Range(1000, 2**30)]
+# Bytes that are read for the headers of a record, or to its beginning.
+MAX_HEADER_BYTES = 2**22
+PIECE = 2**16
+_ERRORS = (EOFError, OSError, ValueError, zlib.error)
+PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
 
 class WebReader(FileReader):
@@ -68,13 +73,6 @@ def _read_bytes(path: Path, most: int) -> bytes | None:
     with open(path, "rb") as file:
         content = file.read(most + 1)
     return content if len(content) <= most else None
-
-
-# Bytes that are read for the headers of a record, or to its beginning.
-MAX_HEADER_BYTES = 2**22
-PIECE = 2**16
-_ERRORS = (EOFError, OSError, ValueError, zlib.error)
-PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
 
 class Warc(WebReader):

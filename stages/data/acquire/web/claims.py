@@ -41,44 +41,6 @@ _TEXTS = {
     "nationalarchives.gov.uk/doc/open-government-licence/version/3": "OGL-UK-3.0",
     "unlicense.org": "Unlicense",
 }
-
-
-def expression_of(address: str) -> str | None:
-    """The SPDX expression of the license whose text or summary has this address; None if it is unknown.
-
-    A license of Creative Commons that was adapted to a country and is not in SPDX is a LicenseRef of its own.
-    """
-    try:
-        parts = urlsplit(address.strip())
-    except ValueError:
-        return None
-    host, path = (parts.hostname or "").removeprefix("www."), parts.path.rstrip("/")
-    if host == "creativecommons.org":
-        return _creative_commons(path.lower())
-    if host in _BY_IDENTIFIER and path.startswith(_BY_IDENTIFIER[host]):
-        try:
-            return spdx(re.sub(r"\.(html|json|txt)$", "", path.rsplit("/", 1)[-1]))
-        except ValueError:
-            return None
-    return _TEXTS.get(re.sub(r"\.(html|txt|en\.html)$", "", f"{host}{path}".lower()))
-
-
-def _creative_commons(path: str) -> str | None:
-    if match := _CREATIVE_COMMONS.match(path):
-        kind, version, country = match.groups()
-        if kind not in _KINDS:
-            return None
-        kind = kind.upper().replace("ND-NC", "NC-ND")  # the order of version 1.0; SPDX has that of the later ones
-        name = f"CC-{kind}-{version}" + (f"-{country.upper()}" if country else "")
-        try:
-            return spdx(name)
-        except ValueError:
-            return f"LicenseRef-{name}"
-    if path.startswith(_DEDICATION):
-        return "CC-PDDC"
-    return next((license for start, license in _PUBLIC_DOMAIN.items() if f"{path}/".startswith(f"{start}/")), None)
-
-
 _TEXT_TYPES = """
 AboutPage AdvertiserContentArticle Article BlogPosting Book Chapter CollectionPage Course CreativeWork FAQPage Guide
 HowTo ItemPage LearningResource LiveBlogPosting MedicalScholarlyArticle MedicalWebPage NewsArticle OpinionNewsArticle
@@ -116,6 +78,44 @@ COMMENTS_HEADING = re.compile(
 )
 # Characters of the block around a link that are a statement on it, rather than a text in which it occurs.
 LONGEST_STATEMENT = 1000
+_LAYOUT = frozenset(("has", "no", "with", "without", "open", "closed", "enabled", "disabled"))
+_INLINE = frozenset(("a", "abbr", "b", "bdi", "cite", "em", "font", "i", "small", "span", "strong", "u"))
+
+
+def expression_of(address: str) -> str | None:
+    """The SPDX expression of the license whose text or summary has this address; None if it is unknown.
+
+    A license of Creative Commons that was adapted to a country and is not in SPDX is a LicenseRef of its own.
+    """
+    try:
+        parts = urlsplit(address.strip())
+    except ValueError:
+        return None
+    host, path = (parts.hostname or "").removeprefix("www."), parts.path.rstrip("/")
+    if host == "creativecommons.org":
+        return _creative_commons(path.lower())
+    if host in _BY_IDENTIFIER and path.startswith(_BY_IDENTIFIER[host]):
+        try:
+            return spdx(re.sub(r"\.(html|json|txt)$", "", path.rsplit("/", 1)[-1]))
+        except ValueError:
+            return None
+    return _TEXTS.get(re.sub(r"\.(html|txt|en\.html)$", "", f"{host}{path}".lower()))
+
+
+def _creative_commons(path: str) -> str | None:
+    if match := _CREATIVE_COMMONS.match(path):
+        kind, version, country = match.groups()
+        if kind not in _KINDS:
+            return None
+        kind = kind.upper().replace("ND-NC", "NC-ND")  # the order of version 1.0; SPDX has that of the later ones
+        name = f"CC-{kind}-{version}" + (f"-{country.upper()}" if country else "")
+        try:
+            return spdx(name)
+        except ValueError:
+            return f"LicenseRef-{name}"
+    if path.startswith(_DEDICATION):
+        return "CC-PDDC"
+    return next((license for start, license in _PUBLIC_DOMAIN.items() if f"{path}/".startswith(f"{start}/")), None)
 
 
 @dataclass(frozen=True)
@@ -299,10 +299,6 @@ def _places(element: Any) -> set[str]:
     names = " ".join(element.get(key) or "" for key in ("class", "id", "role", "aria-label", "itemprop")).split()
     words = (re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()) for name in names)
     return {word for name in words if name and name[0] not in _LAYOUT and name[-1] not in _LAYOUT for word in name}
-
-
-_LAYOUT = frozenset(("has", "no", "with", "without", "open", "closed", "enabled", "disabled"))
-_INLINE = frozenset(("a", "abbr", "b", "bdi", "cite", "em", "font", "i", "small", "span", "strong", "u"))
 
 
 def _text(element: Any) -> str:

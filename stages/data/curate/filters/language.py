@@ -25,6 +25,7 @@ SHORT = 4000
 MEASURES = {"language": "string", "language_score": "float"}
 # The languages that lid.176 identifies (fasttext.cc/docs/en/language-identification.html).
 LANGUAGES = frozenset(_LID176.split())
+MOST_STEPS = 100
 
 
 def _language_error(language: str) -> str | None:
@@ -92,9 +93,6 @@ class Language(Filter):
             return document.text
 
         return function
-
-
-MOST_STEPS = 100
 
 
 def _parse(steps: Any) -> Any:
