@@ -6,7 +6,7 @@
 
 The documents are `tests/data/agreement/documents.jsonl.xz` (their README states origin and license), each with the
 verdicts of stock datatrove. The reference runs in an environment of its own with spaCy, `build/stock-datatrove`, which
-is made on demand (`--python` names another). The figures go to `stages/data/curation/agreement.yaml`, which a release
+is made on demand (`--python` names another). The figures go to `stages/data/curate/agreement.yaml`, which a release
 publishes and `tests/integration/data/test_agreement.py` holds to the steps.
 """
 
@@ -32,10 +32,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.stock_blocks import BLOCKS, read_texts  # noqa: E402
-from stages.data.curation.agreement import FIGURES, agreement_of  # noqa: E402
-from stages.data.filters.base import Filter  # noqa: E402
-from stages.data.filters.block import BlockStep  # noqa: E402
-from stages.data.filters.language import Language  # noqa: E402
+from stages.data.curate.agreement import FIGURES, agreement_of  # noqa: E402
+from stages.data.curate.filters.base import Filter  # noqa: E402
+from stages.data.curate.filters.block import BlockStep  # noqa: E402
+from stages.data.curate.filters.language import Language  # noqa: E402
 
 DOCUMENTS = ROOT / "tests/data/agreement/documents.jsonl.xz"
 STOCK = ROOT / "bench/stock_blocks.py"
@@ -67,7 +67,7 @@ def our_reasons(name: str, texts: list[str]) -> list[str | None]:
     """For each text why the step with the meaning of a block removes it; null if it passes."""
     from datatrove.data import Document
 
-    from stages.data.filters.base import Removal
+    from stages.data.curate.filters.base import Removal
 
     function, reasons = our_step(name).function(), list[str | None]()
     for text in texts:

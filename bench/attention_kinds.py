@@ -32,8 +32,8 @@ import torch
 from intervals import interval
 from small_policies import argument_parser, prepare_process
 
-from stages.data.python_stdlib import library_files, read_docstrings
-from stages.data.readers.base import Document
+from stages.data.acquire.readers.base import Document
+from stages.data.acquire.readers.python_stdlib import library_files, read_docstrings
 from stages.formats.seeds import seed_of
 from stages.models.registry import parse
 from stages.train.config import TrainConfig

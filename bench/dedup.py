@@ -54,8 +54,8 @@ def with_copies(texts: list[str]) -> list[str]:
 
 def remove_duplicates(documents: Path) -> dict[str, Any]:
     """Our search in this process: CPU seconds with and without near duplicates, and the clusters."""
-    from stages.data.curation.near_duplicates import band_hashes
-    from stages.data.curation.settings import MinHash
+    from stages.data.curate.minhash import band_hashes
+    from stages.data.curate.settings import MinHash
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     band_hashes(["It starts here, with these words."], MinHash(), 0)

@@ -39,8 +39,8 @@ import numpy as np
 
 from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact
-from stages.data import tokenization
-from stages.data.encoder import Encoder
+from stages.data.order import tokenize_stage
+from stages.data.order.tokenize_stage import Encoder
 from stages.formats.table import KEPT, content_hash, write_rows
 from stages.formats.tokenizer import END, bpe_trainer, save, untrained
 
@@ -122,10 +122,10 @@ def measure(size: Size, folders: list[Path]) -> dict[str, Any]:
         encoder = Encoder(inputs["tokenizer"] / "tokenizer.json")
         assert encoder.fast
         tokenizer, end = encoder.tokenizer, encoder.tokenizer.token_to_id(END)
-        config = tokenization.TokenizeConfig(parts={"text": 1})
+        config = tokenize_stage.TokenizeConfig(parts={"text": 1})
         for number in range(size.rounds):
             work = Path(place, f"work-{number}")
-            taken, _ = timed(lambda work=work: tokenization.run_shard(config, inputs, work, 0))
+            taken, _ = timed(lambda work=work: tokenize_stage.run_shard(config, inputs, work, 0))
             seconds["ours"].append(taken)
             seconds["tiktoken alone"].append(timed(lambda: encoder.encode(texts))[0])
             taken, encodings = timed(lambda: tokenizer.encode_batch(texts, add_special_tokens=False))

@@ -24,8 +24,8 @@ from agreement import DOCUMENTS, results, stock_python
 from datatrove.data import Document
 from stock_blocks import WARM, read_texts, seconds_of
 
-from stages.data.filters.base import FilterFunction
-from stages.data.filters.block import BlockStep, _stock
+from stages.data.curate.filters.base import FilterFunction
+from stages.data.curate.filters.block import BlockStep, _stock
 
 TARGET = 1.5
 ADDRESSES = {"email_replacement": "email@example.com", "ip_replacement": "192.0.2.1"}

@@ -38,7 +38,7 @@ from quiet import Quiet
 
 from pipeline.core.store import Artifact, write_manifest
 from release.cards.plots import COLORS, png
-from stages.data.shards import document_files
+from stages.data.order.shards import document_files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +101,7 @@ def engine_of(graph: Any, settings: Mapping[str, Any], seed: int) -> Iterator[tu
 
 def order_of(tokens: Artifact, settings: Mapping[str, Any], seed: int, folder: Path) -> Artifact:
     """The rows of a phase, by the stage `order`."""
-    from stages.data.order import STAGE
+    from stages.data.order.order_stage import STAGE
 
     config = {"phase": "sft", "mix": settings["mix"], "sequence_length": LENGTH, "rows": ROWS}
     config |= {"steps": settings["steps"], "seed": seed}

@@ -41,7 +41,7 @@ def main() -> None:
     words = "eng"
     if options.our_words:
         sys.path.insert(0, str(Path(__file__).parent.parent))
-        from stages.data.curation.words import WORDS as words
+        from stages.data.curate.words import WORDS as words
     texts = [json.loads(line)["text"] for line in options.documents.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
         seconds, kept = run(texts, words, Path(place))

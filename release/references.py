@@ -21,13 +21,13 @@ from pipeline.core.stage import Config
 from pipeline.core.text import escaped
 from release import scratch, untrusted
 from release.layout import REFERENCES
-from stages.data import lock_file
+from stages.data.acquire import hub_files
+from stages.data.acquire.readers.hub import Hub
+from stages.data.acquire.readers.packages import Packages
+from stages.data.acquire.sources import Source
 from stages.data.blocks import Block
-from stages.data.filters.base import Filter, all_steps
-from stages.data.readers.hub import Hub
-from stages.data.readers.packages import Packages
-from stages.data.sources import Source
-from stages.data.steps import MAX_STEPS, AnyFilter
+from stages.data.curate.filters.base import Filter, all_steps
+from stages.data.curate.steps import MAX_STEPS, AnyFilter
 from stages.formats.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Reference(Config):
         settings = source.model_dump(mode="json", exclude={"expected"})
         settings["reader"] = {name: value for name, value in settings["reader"].items() if name not in PLACES}
         if isinstance(source.reader, Hub):
-            settings["reader"]["revision"] = lock_file.read(Path(source.reader.lock))[source.name].revision
+            settings["reader"]["revision"] = hub_files.read(Path(source.reader.lock))[source.name].revision
         digests = source.reader.digests(source.name, files)
         return cls(
             source=settings,
@@ -133,7 +133,7 @@ def _lock_of(source: Source) -> str | None:
     if not isinstance(reader, Hub):
         return None
     with scratch.folder() as temporary:
-        lock_file.write(temporary / "lock.yaml", {source.name: lock_file.read(Path(reader.lock))[source.name]})
+        hub_files.write(temporary / "lock.yaml", {source.name: hub_files.read(Path(reader.lock))[source.name]})
         return (temporary / "lock.yaml").read_text("utf-8")
 
 

@@ -11,8 +11,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_number
 from release import data_layout
 from release.data_layout import ATTRIBUTION
-from stages.data.licenses.attribution import asks_for_attribution
-from stages.data.secret_patterns import find_secret
+from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.curate.secret_patterns import find_secret
 from stages.formats.table import CREDITS, NOTICES, row_writer, stream_batches, stream_rows, table_writer
 
 if TYPE_CHECKING:

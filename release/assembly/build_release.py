@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from release.facts.model_facts import ModelFacts
     from release.references import Reference
     from release.schema import ReleaseInfo
-    from stages.data.curation.deny_list import DenyList
+    from stages.data.curate.deny_list import DenyList
 
 CARD_ORIGIN = "card from the published files"
 OUTCOMES = {True: "passed", False: "FAILED", None: "not judged"}
@@ -168,7 +168,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     )
     from release.repositories import model_folders, repositories
     from release.tracing.receipts import receipt_path, write_receipts
-    from stages.data.curation.agreement import read_figures
+    from stages.data.curate.agreement import read_figures
 
     assembly = assemble.Assembly(folder, source.references)
     assemble.place_artifacts(assembly, source.artifacts, source.earlier)
@@ -195,7 +195,7 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
         if reasons := source.recipe["release"].get("publish_generated"):
             stated["generated"] = reasons
         assembly.json(f"dataset/{REFERENCES}", stated, "settings of the sources by reference")
-    assembly.json(f"dataset/{FILTER_AGREEMENT}", read_figures(), "stages.data.curation.agreement")
+    assembly.json(f"dataset/{FILTER_AGREEMENT}", read_figures(), "stages.data.curate.agreement")
     prefix = "acquire-"
     acquired = {node.removeprefix(prefix): a.path for node, a in source.artifacts.items() if node.startswith(prefix)}
     for table in write_attribution(folder / "dataset", acquired):

@@ -16,9 +16,9 @@ from release.assembly.build_release import BuildInput
 from release.facts.forecast import MODEL, PHASE
 from release.layout import models_of
 from release.references import Reference
-from stages.data.acquire import AcquireConfig
-from stages.data.curation.deny_list import DENY_LIST, DenyList
-from stages.data.filter import FilterConfig
+from stages.data.acquire.acquire_stage import AcquireConfig
+from stages.data.curate.deny_list import DENY_LIST, DenyList
+from stages.data.curate.filter_stage import FilterConfig
 from stages.recipe import ReleaseRecipe
 
 

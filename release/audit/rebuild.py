@@ -23,9 +23,9 @@ from release import references, scratch
 from release.facts.published_tables import Manifest, read_json
 from release.references import Reference
 from release.tracing.release_data import ReleaseData
-from stages.data.filters.base import FilterFunction
-from stages.data.readers.base import Document, Files
-from stages.data.sources import Source
+from stages.data.acquire.readers.base import Document, Files
+from stages.data.acquire.sources import Source
+from stages.data.curate.filters.base import FilterFunction
 from stages.formats.table import content_hash
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ class _Texts:
 
     def _edited(self, id: str, acquired: Document) -> Iterator[str]:
         """The text after the steps that edited texts; nothing if one removes it."""
-        from stages.data.acquire import document_row
-        from stages.data.curation.filtering import to_document
+        from stages.data.acquire.acquire_stage import document_row
+        from stages.data.curate.source_filter import to_document
 
         document = to_document(document_row(self.source, id, acquired))
         for function in self._functions:

@@ -21,7 +21,7 @@ from release.checks.rows import Rows, equals, repeated_ids, text_batches
 from release.facts import message_tables
 from release.facts.published_tables import TEXT_BATCH, read_json
 from release.layout import ROOTS
-from stages.data.splits import SPLITS
+from stages.formats.table import SPLITS
 
 UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
 MOST_NAMED = 12

@@ -19,11 +19,11 @@ from release.facts import published_order
 from release.facts.checkpoint_facts import read_checkpoints
 from release.facts.published_tables import read_json, stream_batches
 from release.layout import WITHOUT_ORDER, phases_of
-from stages.data.chunks import ChunkIndex, Cut, seal_index
-from stages.data.computed_order import ComputedOrder
-from stages.data.order import merkle_root
-from stages.data.shards import document_files
-from stages.data.streams import Place
+from stages.data.order.chunks import ChunkIndex, Cut, seal_index
+from stages.data.order.computed_order import ComputedOrder
+from stages.data.order.order_stage import merkle_root
+from stages.data.order.shards import document_files
+from stages.data.order.streams import Place
 from stages.formats.table import read_table
 
 if TYPE_CHECKING:

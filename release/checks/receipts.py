@@ -15,7 +15,7 @@ from release.facts.opt_outs import OptOut, read_opt_outs, removed_documents
 from release.facts.published_tables import read_json
 from release.layout import OPT_OUTS
 from release.tracing.receipts import MOST_LISTED, SCHEMA, receipt_path, receipts_below
-from stages.data.curation.deny_list import OPT_OUT_RULE
+from stages.data.curate.deny_list import OPT_OUT_RULE
 
 MOST_PROBLEMS = 10_000
 REQUEST = re.compile("[0-9a-f]{64}")

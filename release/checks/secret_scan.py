@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.core.machine_paths import COMMON_PATHS
 from release.facts.published_tables import TEXT_BATCH
 from release.hub.local.server import LOCAL_TOKEN
-from stages.data.secret_patterns import PATTERNS, Pattern
+from stages.data.curate.secret_patterns import PATTERNS, Pattern
 
 SECRET_VARIABLES = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
 TEXT_COLUMNS = frozenset({"text", "prompt", "output", "match"})

@@ -28,7 +28,7 @@ from release.layout import CODE_README, FILTER_AGREEMENT, MODEL, NOTICE, RECIPE,
 from release.repositories import repositories, variant_folders
 from release.schema import CARD, ReleaseInfo
 from release.standards import bundle
-from stages.data.curation.agreement import read_figures
+from stages.data.curate.agreement import read_figures
 from stages.export.hf import generation_config, model_tokenizer_config
 from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE, inference_template, training_template
 from stages.formats.tokenizer import CONFIG_FILE, tokenizer_config

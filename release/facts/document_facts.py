@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from pipeline.core.errors import CheckFailed
 from release import data_layout
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches, stream_rows
-from stages.data.licenses.attribution import asks_for_attribution
-from stages.data.splits import SPLITS
-from stages.formats.table import MEASURES, SCORE, column_names, content_hash, row_count
+from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.formats.table import MEASURES, SCORE, SPLITS, column_names, content_hash, row_count
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,9 +16,8 @@ from pipeline.core.parts import part_tables
 from release import data_layout, references, untrusted
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
 from release.parallel_parts import over_parts
-from stages.data import chat_messages
-from stages.data.splits import SPLITS
-from stages.formats import chat_templates
+from stages.formats import chat, chat_templates
+from stages.formats.table import SPLITS
 
 FOLDER = "messages"
 COLUMNS = ["id", "license", "split", "text"]
@@ -66,7 +65,7 @@ def _write_part(dataset: Path, source: str, kept: Path) -> list[Path]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = chat_messages.arrow_schema()
+    schema = chat.arrow_schema()
     paths = {split: table_of(dataset, source, split, kept) for split in SPLITS}
     features = {split: no_features() for split in SPLITS}
     with ExitStack() as stack:
@@ -90,7 +89,7 @@ def no_features() -> Counter[str]:
     return Counter(dict.fromkeys(chat_templates.FEATURES, 0))
 
 
-def row_features(row: chat_messages.MessagesRow) -> list[str]:
+def row_features(row: chat.MessagesRow) -> list[str]:
     """The `chat_templates.FEATURES` of a conversation."""
     first = row["messages"][0]
     present = (
@@ -128,10 +127,10 @@ def _stated_features(path: Path) -> dict[str, int] | None:
     return {name: body[name] for name in chat_templates.FEATURES}
 
 
-def message_row(document: dict[str, Any]) -> chat_messages.MessagesRow:
+def message_row(document: dict[str, Any]) -> chat.MessagesRow:
     """The row of a kept document. Raises CheckFailed."""
     try:
-        messages, tools = chat_messages.parse(document["text"])
+        messages, tools = chat.parse(document["text"])
     except (ValueError, KeyError) as error:
         raise CheckFailed(f"document {document['id']}: {error}") from None
     stated = json.dumps(tools, ensure_ascii=False) if tools else None
@@ -157,7 +156,7 @@ def _part_problems(dataset: Path, source: str, kept: Path) -> list[str]:
 def _table_problem(dataset: Path, source: str, split: str, kept: Path) -> str:
     import pyarrow as pa
 
-    schema, path = chat_messages.arrow_schema(), table_of(dataset, source, split, kept)
+    schema, path = chat.arrow_schema(), table_of(dataset, source, split, kept)
     name = path.relative_to(dataset).as_posix()
     if not path.is_file():
         return f"{name} is missing"

@@ -11,7 +11,7 @@ from typing import Any
 from release import data_layout
 from release.facts.published_tables import read_json, stream_batches
 from release.layout import OPT_OUTS
-from stages.data.curation.deny_list import OPT_OUT_RULE
+from stages.data.curate.deny_list import OPT_OUT_RULE
 
 BATCH = 65_536
 COLUMNS = ["id", "source", "rule", "match", "duplicate_of", "content_hash"]

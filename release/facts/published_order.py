@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stages.data.chunks import Cut
-from stages.data.computed_order import FUNCTION_VERSION
-from stages.data.order_config import OrderConfig
-from stages.data.row_draw import DataCursor
-from stages.data.streams import Place
+from stages.data.order.chunks import Cut
+from stages.data.order.computed_order import FUNCTION_VERSION
+from stages.data.order.order_config import OrderConfig
+from stages.data.order.row_draw import DataCursor
+from stages.data.order.streams import Place
 
 Meta = Mapping[str, Any]
 

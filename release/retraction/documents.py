@@ -14,7 +14,7 @@ from pathlib import Path
 from release.facts.published_tables import stream_rows
 from release.tracing.documents import find_documents
 from release.tracing.release_data import ReleaseData
-from stages.data.curation.deny_list import DenyList
+from stages.data.curate.deny_list import DenyList
 
 COLUMNS = ["id", "content_hash", "kept_hash", "duplicate_of", "disposition", "rule"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.core.errors import AtomError
-from stages.data.curation.deny_list import DENY_LIST, DenyList
+from stages.data.curate.deny_list import DENY_LIST, DenyList
 
 
 def deny_list_of(documents: Sequence[str], request: str | None, date: str | None) -> DenyList:

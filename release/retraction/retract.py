@@ -41,7 +41,7 @@ from release.retraction.documents import Reached, find_reached
 from release.schema import CARD, ReleaseInfo
 from release.signing import SigningKey, sign
 from release.tracing.release_data import ReleaseData
-from stages.data.curation.deny_list import DenyList
+from stages.data.curate.deny_list import DenyList
 
 KEPT_OF_REMOVED = (CARD, "LICENSE", RETRACTED)
 """The files of a model that is taken back as a whole which stay."""

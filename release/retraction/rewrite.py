@@ -18,7 +18,7 @@ from release.layout import ROOTS, SITE, SUMS
 from release.repositories import files_below
 from release.retraction.documents import Reached
 from release.schema import CARD
-from stages.data.curation.deny_list import OPT_OUT_RULE, match_text
+from stages.data.curate.deny_list import OPT_OUT_RULE, match_text
 
 MIN_TEXT = 20
 """A shorter text is looked for as the whole value of a column only: it occurs in others by chance."""

@@ -16,7 +16,7 @@ from release.facts.assemble import to_json
 from release.layout import LICENSE_TEXTS, NOTICE, STANDARDS
 from release.standards import eu_summary, frameworks, ml_bom, package_list, spdx_document
 from release.standards.standard_facts import NOT_STATED, StandardFacts, address, energy
-from stages.data.licenses.attribution import asks_for_attribution
+from stages.data.acquire.licenses.allow import asks_for_attribution
 
 CYCLONEDX, SPDX = f"{STANDARDS}/bom.cdx.json", f"{STANDARDS}/bom.spdx3.json"
 EU_SUMMARY, MOF, CITATION = f"{STANDARDS}/eu_summary.json", f"{STANDARDS}/mof.yml", f"{STANDARDS}/CITATION.cff"

@@ -15,7 +15,7 @@ import yaml
 from release import data_layout
 from release.layout import MODEL, STANDARDS, WITHOUT_ORDER, numbered
 from release.standards.standard_facts import NOT_STATED, StandardFacts, address
-from stages.data.licenses.allow import AllowedLicenses
+from stages.data.acquire.licenses.allow import AllowedLicenses
 from stages.formats.table import row_count
 
 Json = dict[str, Any]

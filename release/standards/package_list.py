@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.core import provenance
 from release.facts.published_tables import read_json
-from stages.data.licenses.maps import load_map
-from stages.data.packages.python_metadata import parse
+from stages.data.acquire.licenses.maps import load_map
+from stages.data.acquire.packages.python_metadata import parse
 
 PACKAGES = "packages.json"
 HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")

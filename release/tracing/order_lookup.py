@@ -9,9 +9,9 @@ from pipeline.core.parts import part_file
 from release.facts import published_order
 from release.facts.published_tables import read_json
 from release.tracing.release_data import select_rows
-from stages.data.chunks import TableIndex
-from stages.data.computed_order import ComputedOrder
-from stages.data.shards import document_files
+from stages.data.order.chunks import TableIndex
+from stages.data.order.computed_order import ComputedOrder
+from stages.data.order.shards import document_files
 
 Places = Mapping[str, tuple[str, int]]
 """{id: the source and the part of a training document}"""

@@ -24,7 +24,7 @@ from release.tracing.answers import Document
 from release.tracing.documents import find_documents
 from release.tracing.release_data import ReleaseData
 from release.tracing.report import ranges
-from stages.data.curation.deny_list import OPT_OUT_RULE, DenyList
+from stages.data.curate.deny_list import OPT_OUT_RULE, DenyList
 
 SCHEMA = 1
 MOST_LISTED, MOST_TRACED = 1_000, 10_000

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
+from pkgutil import resolve_name
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, Union
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.core.bounds import LongLine, Settings, Words
 from pipeline.core.errors import AtomError, RecipeError
@@ -27,8 +28,8 @@ from pipeline.core.text import escaped
 from stages.formats.file_digests import tree_digest
 
 DATATROVE = "datatrove"
+# Folders of Python modules, relative to the data recipe. The last part of a path is the name of the package.
 Extensions = Annotated[tuple[LongLine, ...], Field(max_length=20)]
-"""Folders of Python modules, relative to the data recipe. The last part of a path is the name of the package."""
 Place = Annotated[str, Words(4096, empty=True)]
 BlockPath = Annotated[
     str,
@@ -38,6 +39,7 @@ BlockPath = Annotated[
         r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
     ),
 ]
+# Classes of datatrove that are refused, and what to use instead.
 _REFUSED = {
     "SamplerFilter": "draws a random number for each document, so what it keeps depends on the documents before; use "
     "`limit` of the reader",
@@ -46,15 +48,14 @@ _REFUSED = {
     "UnigramLogProbFilter": "downloads a table of words that no digest pins; use step classifier",
     "HuggingFaceDatasetReader": "reads what the Hub has at the moment; use reader hub, whose files `atom pin` pins",
 }
-"""Classes of datatrove that are refused, and what to use instead."""
 
 
 class Block(Config):
     """Base of a step and of a reader that are a class of datatrove."""
 
     model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
+    # Parameters of the class that a recipe cannot set, and what to do instead.
     refused: ClassVar[Mapping[str, str]] = {}
-    """Parameters of the class that a recipe cannot set, and what to do instead."""
 
     block: BlockPath = Field(description="import path of the class; further settings are its own parameters")
     parameters: Settings = Field(
@@ -151,10 +152,11 @@ class Block(Config):
             module = import_module(module_name)
         except Exception as error:
             raise RecipeError(f"block {self.block} cannot be imported: {in_words(error)}") from None
+        # A class is refused before anything of it runs.
         kind = getattr(module, name, None)
         if isinstance(kind, type) and is_stock(kind) and name in _REFUSED:
             raise RecipeError(f"block {self.block} {_REFUSED[name]}")
-        extended = tuple(getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in bases)
+        extended = tuple(map(resolve_name, bases))
         if not isinstance(kind, type) or not issubclass(kind, extended) or inspect.isabstract(kind):
             names = [each for each, value in vars(module).items() if isinstance(value, type)]
             near = difflib.get_close_matches(name, names, 1)
@@ -164,6 +166,7 @@ class Block(Config):
     def require_parameters(self, kind: type[Any], given: Mapping[str, Any]) -> None:
         """Raises RecipeError for parameters that the class does not have, or that it needs and does not get."""
         known = parameters_of(kind)
+        # A class that passes unknown parameters on cannot be checked by its signature.
         takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
         for name in self.parameters:
             if name in self.refused:
@@ -246,6 +249,24 @@ def _add_package(name: str, folder: Path) -> None:
         raise RecipeError(
             f"extensions: another package is called {name} as well; give the folder {folder} a name of its own"
         )
+    # The folder becomes a package without being put on sys.path, where its modules could hide others.
     package = ModuleType(name)
     package.__path__ = [str(folder)]
     sys.modules[name] = package
+
+
+def union_of(registry: Mapping[str, str], discriminator: str) -> Any:
+    """Returns the union type of the classes of a registry, by the value of the field `discriminator`.
+
+    Settings with a `block` are those of a class of datatrove, and need not state the field.
+    """
+
+    def state_datatrove(value: Any) -> Any:
+        is_block = isinstance(value, dict) and "block" in value and discriminator not in value
+        return {discriminator: "datatrove", **value} if is_block else value
+
+    return Annotated[
+        Union[tuple(map(resolve_name, registry.values()))],  # noqa: UP007
+        Field(discriminator=discriminator),
+        BeforeValidator(state_datatrove),
+    ]

@@ -1,4 +1,4 @@
-"""What the data stages need, by laws that `bench/data_scale.py` fits; `atom plan` shows it for an expected size."""
+"""Resources of the data stages by laws that `bench/data_scale.py` fits, for expected sizes in `atom plan`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ from pydantic import Field
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Estimate, Published
 
+# Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`).
+STEP_SECONDS = {
+    "language": 0.18,
+    "top_n_grams": 0.09,
+    "GopherRepetitionFilter": 0.16,
+    "GopherQualityFilter": 0.06,
+    "FineWebQualityFilter": 0.035,
+    "C4QualityFilter": 0.02,
+}
+# Core seconds a MB that the words of spaCy add.
+SPACY_SECONDS = 1.6
+# Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured.
+WORK = 1.0
+
 
 class Size(Config):
     """The expected size of a source, for `atom plan` alone."""
@@ -21,9 +35,15 @@ class Size(Config):
 
 @dataclass(frozen=True)
 class Law:
-    """seconds_per_mb: of text, divided by tasks; serial_seconds_per_million: documents, in the process that joins the
-    parts; memory: bytes of the largest process; memory_per_document: bytes that each document adds to it; disk: bytes
-    of the artifact by those of the text."""
+    """The resources of a stage as a function of the size of the text.
+
+    Attributes:
+        seconds_per_mb: Core seconds for a MB of text, divided by tasks.
+        serial_seconds_per_million: Seconds for a million documents, in the process that joins the parts.
+        memory: Bytes of the largest process.
+        memory_per_document: Bytes that each document adds to it.
+        disk: Bytes of the artifact by those of the text.
+    """
 
     seconds_per_mb: float
     serial_seconds_per_million: float
@@ -32,6 +52,8 @@ class Law:
     disk: float
 
 
+# Measured by `bench/data_scale.py`; `fresh` is assumed to need what `contamination` does. `filter` has the step pii
+# and MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary.
 LAWS = {
     "acquire": Law(0.012, 0.1, 0.4e9, 0.0, 0.42),
     "filter": Law(0.19, 0.1, 0.45e9, 0.0, 0.48),
@@ -42,33 +64,15 @@ LAWS = {
     "contamination": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
     "fresh": Law(0.06, 0.5, 0.3e9, 0.0, 0.0),
 }
-"""Measured by `bench/data_scale.py`; `fresh` is assumed to need what `contamination` does. `filter` has the step
-pii and MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary."""
-STEP_SECONDS = {
-    "language": 0.18,
-    "top_n_grams": 0.09,
-    "GopherRepetitionFilter": 0.16,
-    "GopherQualityFilter": 0.06,
-    "FineWebQualityFilter": 0.035,
-    "C4QualityFilter": 0.02,
-}
-"""Core seconds a MB of curation steps with atom's words, beside the law of `filter` (`bench/filters.py`)."""
-SPACY_SECONDS = 1.6
-"""Core seconds a MB that the words of spaCy add."""
 
 
 def total(sizes: Iterable[Size | None]) -> Size | None:
     """The size of several sources; None if that of one is unknown."""
     known = list(sizes)
-    if not known or any(size is None for size in known):
+    stated = [size for size in known if size is not None]
+    if not stated or len(stated) < len(known):
         return None
-    sums = [(size.documents, size.bytes) for size in known if size is not None]
-    documents, text = (sum(column) for column in zip(*sums, strict=True))
-    return Size(documents=documents, bytes=text)
-
-
-WORK = 1.0
-"""Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured."""
+    return Size(documents=sum(size.documents for size in stated), bytes=sum(size.bytes for size in stated))
 
 
 def estimate(stage: str, size: Size | None, small: float | None = None, step_seconds: float = 0.0) -> Estimate:
@@ -80,6 +84,7 @@ def estimate(stage: str, size: Size | None, small: float | None = None, step_sec
     law = LAWS[stage]
     if size is None:
         return Estimate(cpu_seconds=small, fixed=small is not None, memory_bytes=int(law.memory))
+    # The serial part does not shrink with the number of tasks.
     parallel = law.seconds_per_mb * size.bytes / 1e6 + step_seconds
     serial = law.serial_seconds_per_million * size.documents / 1e6
     return Estimate(
@@ -96,8 +101,11 @@ def published(folder: str, parts: Mapping[str, int], sizes: Mapping[str, int] | 
     without one they count as none."""
     return tuple(
         Published(
-            "dataset", f"{folder}/{source}", count, (sizes or {}).get(source, 0),
+            "dataset",
+            f"{folder}/{source}",
+            count,
+            (sizes or {}).get(source, 0),
             f"raise sources.{source}.parts of the data recipe from {count} to at least {{files}}",
         )
         for source, count in parts.items()
-    )  # fmt: skip
+    )

@@ -11,16 +11,21 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import find, lock_of
-from stages.data import hub_files, lock_file
-from stages.data.lock_file import LockedSource
-from stages.data.readers.hub import Hub
+from stages.data.acquire import hub_files
+from stages.data.acquire.hub_files import LockedSource
+from stages.data.acquire.readers.hub import Hub
 from stages.data.recipe import load
 
 
 @dataclass(frozen=True)
 class Pin:
-    """A source as it is pinned now. previous: the commit to which it was pinned; None if to none, or with other
-    settings."""
+    """A source as it is pinned now.
+
+    Attributes:
+        name: Name of the source.
+        entry: Its entry in the lock file.
+        previous: The commit to which it was pinned; None if to none, or with other settings.
+    """
 
     name: str
     entry: LockedSource
@@ -70,18 +75,19 @@ def pin(path: Path) -> Iterator[Pin]:
         raise RecipeError(
             f"data recipe {escaped(path.stem, 80)} has no source with the reader hub; there is nothing to pin"
         )
+    # The lock file is written at the end: an error leaves the earlier one as it was.
     lock, entries = lock_of(path), dict[str, LockedSource]()
     known = _known(lock)
     for name, reader in readers.items():
         entries[name] = hub_files.resolve(name, reader.repo, reader.revision, reader.pattern)
         earlier = known.get(name)
         yield Pin(name, entries[name], earlier.revision if earlier and earlier.repo == reader.repo else None)
-    lock_file.write(lock, entries)
+    hub_files.write(lock, entries)
 
 
 def _known(lock: Path) -> Mapping[str, LockedSource]:
     """The sources in a lock file; none if it is damaged, as it is written anew."""
     try:
-        return lock_file.read(lock)
+        return hub_files.read(lock)
     except RecipeError:
         return {}

@@ -21,25 +21,29 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.dag import NodeSpec
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
+from stages.data.acquire.licenses.allow import AllowedLicenses, Licenses, forbids_derivatives
+from stages.data.acquire.readers.base import Reader
+from stages.data.acquire.readers.generated import Generated
+from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.blocks import Block, Extensions, extension_files, extension_folders
-from stages.data.curation.alarms import RULES, Acknowledged
-from stages.data.curation.deny_list import DENY_LIST
-from stages.data.curation.list_file import ListFile
-from stages.data.curation.settings import CurationSettings
-from stages.data.curation.url_blocklist import URL_BLOCKLIST
+from stages.data.curate.alarms import RULES, Acknowledged
+from stages.data.curate.classifier_stage import ClassifierSettings
+from stages.data.curate.dedup_stage import DedupSource
+from stages.data.curate.deny_list import DENY_LIST
+from stages.data.curate.duplicates_stage import SearchedSource
+from stages.data.curate.filter_stage import FilteredSource
+from stages.data.curate.filters.base import Filter
+from stages.data.curate.list_file import ListFile
+from stages.data.curate.representatives_stage import CopiedSource
+from stages.data.curate.settings import CurationSettings
+from stages.data.curate.steps import MAX_STEPS, AnyFilter
+from stages.data.curate.url_blocklist import URL_BLOCKLIST
 from stages.data.estimates import Size
-from stages.data.filters.base import Filter
-from stages.data.licenses.allow import AllowedLicenses, Licenses, forbids_derivatives
-from stages.data.quality_classifier import ClassifierSettings
-from stages.data.readers.base import Reader
-from stages.data.readers.generated import Generated
-from stages.data.sources import Source, resolve_tree_digest
-from stages.data.splits import HeldoutFraction
-from stages.data.steps import MAX_STEPS, AnyFilter
+from stages.formats.table import HeldoutFraction
 from stages.formats.tokenizer import TokenizerSection
 
+# The files of curation: each is a setting with its path, and one with its digest.
 LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)
-"""The files of curation: each is a setting with its path, and one with its digest."""
 
 
 class SourceConfig(Source):
@@ -54,12 +58,14 @@ class SourceConfig(Source):
     )
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
     acknowledged_removals: Acknowledged = operational(
-        {}, "by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, secrets, "
-        "decontamination, deduplication), the share of the source that it may remove above curation.alarm_share"
-    )  # fmt: skip
+        {},
+        "by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, secrets, "
+        "decontamination, deduplication), the share of the source that it may remove above curation.alarm_share",
+    )
 
     @model_validator(mode="after")
     def _check_acknowledged(self) -> SourceConfig:
+        # A misspelt rule would acknowledge nothing, and the run would stop after hours.
         rules = [*dict.fromkeys(step.name for step in self.steps), *RULES]
         if unknown := [rule for rule in self.acknowledged_removals if rule not in rules]:
             raise ValueError(
@@ -158,8 +164,10 @@ class DataRecipe(Config):
         return self.model_copy(update={"sources": sources, "curation": self._resolved_curation(LISTS)})
 
     def present(self) -> tuple[DataRecipe, tuple[str, ...]]:
-        """As `resolved`, but sources with missing files keep their digest: a pinned one, or `auto`; and so do
-        missing lists. Also returns a message for each of those."""
+        """Resolves the digests of what is here, with a message for each source or list that is missing.
+
+        A source with missing files keeps its digest, a pinned one or `auto`; so does a missing list.
+        """
         sources, messages = [], []
         for source in self.sources:
             missing, digest = source.reader.missing(source.name), source.tree_digest
@@ -182,19 +190,14 @@ class DataRecipe(Config):
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
         """The config of stage acquire for one source: without its curation steps, which must not re-acquire it."""
         source_config = next(s for s in self.sources if s.name == source)
-        return {"source": source_config.model_dump(include=set(Source.model_fields)), "seed": seed}
+        return {"source": _fields_of(source_config, Source), "seed": seed}
 
     def filter_config(self, seed: int) -> dict[str, Any]:
         """The config of stage filter for all sources."""
-        sources = [
-            {
-                "name": s.name, "kind": s.kind, "steps": [step.model_dump() for step in s.steps], "parts": s.parts,
-                "expected": s.expected, "license_allow": s.license_allow,
-                "acknowledged_removals": s.acknowledged_removals,
-                "generator": s.reader.generator if isinstance(s.reader, Generated) else None,
-            }
-            for s in self.sources
-        ]  # fmt: skip
+        sources = []
+        for source in self.sources:
+            generator = source.reader.generator if isinstance(source.reader, Generated) else None
+            sources.append(_fields_of(source, FilteredSource) | {"generator": generator})
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
     def classifier_config(self, name: str, seed: int) -> dict[str, Any]:
@@ -204,23 +207,20 @@ class DataRecipe(Config):
 
     def duplicates_config(self) -> dict[str, Any]:
         """The config of stage duplicates for all sources."""
-        sources = [{"name": s.name, "kind": s.kind, "parts": s.parts} for s in self.sources]
+        sources = [_fields_of(source, SearchedSource) for source in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
     def representatives_config(self) -> dict[str, Any]:
         """The config of stage representatives for all sources."""
-        sources = [{"name": s.name, "parts": s.parts} for s in self.sources]
+        sources = [_fields_of(source, CopiedSource) for source in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
     def dedup_config(self) -> dict[str, Any]:
         """The config of stage dedup for all sources."""
         sources = [
-            {
-                "name": s.name, "heldout_fraction": self.heldout_fraction_of(s), "parts": s.parts,
-                "acknowledged_removals": s.acknowledged_removals, "expected": s.expected,
-            }
-            for s in self.sources
-        ]  # fmt: skip
+            _fields_of(source, DedupSource) | {"heldout_fraction": self.heldout_fraction_of(source)}
+            for source in self.sources
+        ]
         minhash, alarm_share = self.curation.model_dump()["minhash"], self.curation.alarm_share
         return {"sources": sources, "minhash": minhash, "alarm_share": alarm_share}
 
@@ -233,6 +233,7 @@ class DataRecipe(Config):
         acquired, generated = [], []
         for source in self.sources:
             node, config = f"acquire-{source.name}", self.acquire_config(source.name, seed)
+            # Generated sources come last, so that the node of the parent is there.
             if parent := self.generated.get(source.name):
                 generated.append(NodeSpec(node, "generate", config, {"parent": f"acquire-{parent}"}))
             else:
@@ -259,6 +260,7 @@ class DataRecipe(Config):
             specs.append(NodeSpec(node, "classifier", config, examples))
             classifiers[node] = node
         tokenizer_config = tokenizer.model_dump() | {"leave_out": (*tokenizer.leave_out, *self.conversations)}
+        # Later stages read the filtered documents beside what was found in them.
         searched = {"filter": "filter", "duplicates": "duplicates"}
         return [
             *specs,
@@ -317,6 +319,11 @@ class DataRecipe(Config):
         return 0.0 if source.kind == "problems" else self.heldout_fraction
 
 
+def _fields_of(source: SourceConfig, kind: type[Config]) -> dict[str, Any]:
+    """Returns the settings of a source that a stage's settings of a source have as well."""
+    return source.model_dump(include=set(kind.model_fields))
+
+
 def load(name_or_path: str | Path) -> DataRecipe:
     """A data recipe by packaged name or by path; relative file paths inside are relative to the YAML.
 
@@ -327,7 +334,7 @@ def load(name_or_path: str | Path) -> DataRecipe:
 
 
 def loads(content: bytes, path: Path) -> DataRecipe:
-    """As `load`, from the bytes of `path`."""
+    """Reads a data recipe from the bytes of `path`; see `load`."""
     title = _title(path)
     raw = parse_yaml(content, title)
     _require_licenses(title, raw)

@@ -35,11 +35,11 @@ from pipeline.core.parts import Part, PartCount, seal_part, shards_of
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from stages.confidence import Mean, clustered, wilson
 from stages.data import estimates
-from stages.data.database import connect
 from stages.data.estimates import Size
 from stages.evaluation.generated_eval import prompts, task_roles
 from stages.evaluation.pass_at_k import GREEDY
 from stages.evaluation.scores import VERDICTS, ContaminationReport, Detector, ScoresByVerdict, VerdictCounts
+from stages.formats.database import connect
 from stages.formats.seeds import seed_of
 from stages.formats.table import (
     Double,
@@ -59,7 +59,7 @@ from stages.tasks.eval_set import chat_rows, texts_of
 from stages.tasks.rows import question
 
 if TYPE_CHECKING:
-    from stages.data.curation.overlap import ItemRuns
+    from stages.data.curate.decontamination import ItemRuns
 
 
 VERSION = 1
@@ -183,7 +183,7 @@ def run_shard(config: ContaminationConfig, inputs: Inputs, work: Path, shard: in
 
 
 def _search(config: ContaminationConfig, inputs: Inputs, work: Path, items: Mapping[str, Item]) -> CorpusSearch:
-    from stages.data.curation.overlap import ItemRuns
+    from stages.data.curate.decontamination import ItemRuns
 
     runs = ItemRuns({id: text for id, (_, _, text) in items.items()})
     return CorpusSearch(inputs, work, runs, items, config.canaries, config.seed)

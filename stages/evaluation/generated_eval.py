@@ -34,7 +34,7 @@ from stages.tasks.rows import Row, question, to_row
 from stages.tasks.synthetic.problems import draw_distinct
 
 if TYPE_CHECKING:
-    from stages.data.curation.overlap import ItemRuns
+    from stages.data.curate.decontamination import ItemRuns
 
 VERSION = 1
 EVALUATION = "evaluation items"
@@ -176,7 +176,7 @@ def find_places(
 
 
 def _runs(rows: Sequence[Row]) -> ItemRuns:
-    from stages.data.curation.overlap import ItemRuns
+    from stages.data.curate.decontamination import ItemRuns
 
     return ItemRuns({row["id"]: question(row) for row in rows})
 

@@ -33,7 +33,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage
 from pipeline.core.store import once
 from stages.confidence import binomial, clustered, wilson
-from stages.data.shards import document_files, first_tokens, shard_name
+from stages.data.order.shards import document_files, first_tokens, shard_name
 from stages.evaluation import estimates
 from stages.evaluation.estimates import EngineConfig
 from stages.evaluation.scores import MemorizationScores, Regurgitation

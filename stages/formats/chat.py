@@ -1,7 +1,8 @@
 """Conversations as text: rendered with the release's training template, one document for each turn of the assistant.
 
 The part before the assistant's turn carries no loss, and the turn ends with its `<|im_end|>`, so a document is exactly
-a prompt and its completion.
+a prompt and its completion. `parse` is the inverse: the names of special tokens are in no message, so that turns are
+found for certain.
 """
 
 from __future__ import annotations
@@ -10,23 +11,26 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import jinja2
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from stages.formats.chat_templates import FEATURES, TOOLS_BEGIN, training_template
-from stages.formats.tokenizer import SPECIAL_TOKENS, THINK_START, TURN_END, TURN_START
+from stages.formats.chat_templates import FEATURES, TOOLS_BEGIN, TOOLS_END, training_template
+from stages.formats.tokenizer import SPECIAL_TOKENS, THINK_END, THINK_START, TURN_END, TURN_START
 
+# The template's text before an answer.
 BEGIN = f"{TURN_START}assistant\n"
-"""The template's text before an answer."""
 MARK = "\0"
 SPECIAL = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
 ROLES = ("system", "user", "assistant", "tool")
+# `role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of
+# calls with `name` and `arguments`, or with both in `function`.
 Message = Mapping[str, Any]
-"""`role`, `content` and, for the assistant, optionally `reasoning_content`, all text, and `tool_calls`: a list of calls
-with `name` and `arguments`, or with both in `function`."""
+CALL_BEGIN, CALL_END = '<tool_call>\n{"name": ', "}\n</tool_call>"
+# {field of a message: its Arrow type}, besides `tool_calls`.
+MESSAGE = {"role": "string", "content": "string", "reasoning_content": "string"}
 
 
 class _Generation(Extension):
@@ -56,6 +60,7 @@ def after_calls(results: Sequence[str]) -> list[str]:
     """The template's text between a turn of the assistant that calls tools and its next one, with the results of the
     calls, in pieces."""
     before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    # Only the difference to the turn before is wanted, which the template decides.
     turn = render(before)
     turn = turn[: turn.rindex(TURN_END) + len(TURN_END)]
     text = render([*before, *({"role": "tool", "content": MARK} for _ in results)], ask=True).removeprefix(turn)
@@ -99,6 +104,7 @@ def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     if not answers:
         raise ValueError("no message is the assistant's")
     for i in answers:
+        # The template drops earlier reasoning, so each turn is rendered with its own history.
         rendered = render(messages[: i + 1], tools=tools or ())
         text = rendered[: rendered.rindex(TURN_END) + len(TURN_END)]
         yield text, prompt_chars(text)
@@ -119,8 +125,10 @@ def prompt_chars(text: str) -> int:
 
 
 def check(messages: Sequence[Message], calls: bool = False) -> None:
-    """Raises ValueError in words if the messages are not a conversation. calls: whether the assistant may call tools,
-    also without a text."""
+    """Raises ValueError in words if the messages are not a conversation.
+
+    If `calls`, the assistant may call tools, also without a text.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError("there is no list of messages")
     for message in messages:
@@ -128,6 +136,7 @@ def check(messages: Sequence[Message], calls: bool = False) -> None:
             raise ValueError(f"a message has no role of {', '.join(ROLES)}")
         tool_calls = (message.get("tool_calls") or []) if calls and message["role"] == "assistant" else []
         content = message.get("content")
+        # A message that only calls tools may have no content.
         parts = [content if content is not None or not tool_calls else "", message.get("reasoning_content") or ""]
         if not isinstance(tool_calls, list) or not all(map(_is_call, tool_calls)):
             raise ValueError("a message of the assistant has calls without name and arguments")
@@ -155,7 +164,7 @@ def _special_token(text: str) -> str | None:
 
 
 def _is_call(call: Any) -> bool:
-    """Whether it is a call of a tool, with arguments as an object or as its JSON."""
+    """Returns True for a call of a tool, with arguments as an object or as its JSON."""
     call = call.get("function") or call if isinstance(call, Mapping) else {}
     arguments = call.get("arguments") if isinstance(call, Mapping) else None
     try:
@@ -163,3 +172,68 @@ def _is_call(call: Any) -> bool:
     except (TypeError, ValueError, RecursionError):
         return False
     return isinstance(arguments, Mapping) and isinstance(call.get("name"), str)
+
+
+class MessagesRow(TypedDict):
+    """A conversation. tools: the JSON of a list of schemas, None without tools."""
+
+    id: Annotated[str, "string"]
+    license: Annotated[str, "string"]
+    messages: list[dict[str, Any]]
+    tools: Annotated[str | None, "string"]
+
+
+def arrow_schema() -> Any:
+    """The schema of a table of MessagesRow. Arguments of a call are their JSON, because those of two tools differ."""
+    import pyarrow as pa
+
+    function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+    calls = pa.list_(pa.struct([("type", pa.string()), ("function", function)]))
+    message = pa.struct([*((name, pa.string()) for name in MESSAGE), ("tool_calls", calls)])
+    return pa.schema(
+        [("id", pa.string()), ("license", pa.string()), ("messages", pa.list_(message)), ("tools", pa.string())]
+    )
+
+
+def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
+    """(messages, schemas of tools) of a text that `turns` made.
+
+    Raises ValueError if the template does not render them to the same text.
+    """
+    messages, tools = [], []
+    for number, turn in enumerate(text.split(TURN_START)[1:]):
+        role, _, body = turn.partition("\n")
+        content = body.removesuffix("\n").removesuffix(TURN_END)
+        message: dict[str, Any] = {"role": role, "content": content}
+        if role == "assistant":
+            message = {"role": role, **_answer(content)}
+        elif number == 0 and role == "system" and TOOLS_BEGIN in content:
+            stated, _, listed = content.rpartition(TOOLS_BEGIN)
+            tools = [json.loads(line) for line in listed.partition(TOOLS_END)[0].splitlines()]
+            if not stated:
+                continue
+            message["content"] = stated.removesuffix("\n\n")
+        messages.append(message)
+    # A text that does not render to itself would be published as another conversation than was trained on.
+    if not messages or render(messages, tools=tools).removesuffix("\n") != text:
+        raise ValueError("its text is no conversation in the chat template")
+    return messages, tools
+
+
+def _answer(content: str) -> dict[str, Any]:
+    """The fields of a turn of the assistant."""
+    fields: dict[str, Any] = {}
+    if content.startswith(f"{THINK_START}\n") and f"\n{THINK_END}\n\n" in content:
+        reasoning, _, content = content.removeprefix(f"{THINK_START}\n").partition(f"\n{THINK_END}\n\n")
+        fields["reasoning_content"] = reasoning
+    calls: list[dict[str, Any]] = []
+    # Calls stand at the end of a turn, so the last one is taken off first.
+    while content.endswith(CALL_END) and CALL_BEGIN in content:
+        before, _, call = content.removesuffix(CALL_END).rpartition(CALL_BEGIN)
+        name, end = json.JSONDecoder().raw_decode(call)
+        arguments = call[end:].removeprefix(', "arguments": ')
+        calls.insert(0, {"type": "function", "function": {"name": name, "arguments": arguments}})
+        content = before.removesuffix("\n")
+    if calls:
+        fields["tool_calls"] = calls
+    return {"content": content, **fields}

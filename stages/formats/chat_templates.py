@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from typing import Any
 
+# Parts that a conversation may have: a message of the system, tools, and reasoning.
 FEATURES = ("system", "tools", "reasoning")
-"""Parts that a conversation may have: a message of the system, tools, and reasoning."""
 TRAINING = """\
 {%- macro text(content) -%}
 {%- if content is string -%}
@@ -94,14 +94,16 @@ TRAINING = """\
 {%- endif -%}
 """
 
+# The templates' texts around the tools in the system turn.
 TOOLS_BEGIN, TOOLS_END = "These tools can be called:\n<tools>\n", "</tools>\n"
-"""The templates' texts around the tools in the system turn."""
+# Loaders read the first one by its name. The second one is given to training libraries by its path.
 INFERENCE_FILE, TRAINING_FILE = "chat_template.jinja", "training_chat_template.jinja"
-"""Loaders read the first one by its name. The second one is given to training libraries by its path."""
 
+# The end of a turn, and the padding after it: transformers keeps special tokens for tokenizers with a
+# `response_template`, and pads the shorter answers of a batch.
 _TURN_ENDS = r"(?:<\|im_end\|>|<\|endoftext\|>)(?:<\|pad\|>)*"
-"""The end of a turn, and the padding after it: transformers keeps special tokens for tokenizers with a
-`response_template`, and pads the shorter answers of a batch."""
+# `response_template` of the tokenizer_config.json of a chat model: the parts of an answer, for `parse_response` of
+# transformers 5 and for vLLM's parsers of the name `hf`.
 RESPONSE_TEMPLATE: dict[str, Any] = {
     "version": 1,
     "defaults": {"role": "assistant"},
@@ -122,8 +124,6 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
         "content": {"close_pattern": _TURN_ENDS, "content": "text"},
     },
 }
-"""`response_template` of the tokenizer_config.json of a chat model: the parts of an answer, for `parse_response` of
-transformers 5 and for vLLM's parsers of the name `hf`."""
 
 
 def training_template() -> str:

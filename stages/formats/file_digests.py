@@ -25,16 +25,21 @@ from pipeline.core.bounds import Words
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import canonical, home_folder, sha256_bytes, sha256_file
 
+# Age of a file before it is recorded: a change within the resolution of a file system's clock would not show.
 SETTLED_SECONDS = 2.0
-"""Age of a file before it is recorded: a change within the resolution of a file system's clock would not show."""
+# Seconds between two records of a folder that is being hashed.
 SAVE_SECONDS = 30.0
-"""Seconds between two records of a folder that is being hashed."""
 TreeDigest = Annotated[str, Words(71, "digest: write auto, or sha256:<64 hex digits>", r"auto|sha256:[0-9a-f]{64}")]
 Version = tuple[int, int, int, int]
 
 
 class _Record(TypedDict):
-    """folder: the folder of the files; files: the numbers of a version and the SHA-256 of each, by name."""
+    """The record of a folder.
+
+    Attributes:
+        folder: The folder of the files.
+        files: The numbers of a version and the SHA-256 of each, by name.
+    """
 
     folder: str
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9]{1,20}( [0-9]{1,20}){3} [0-9a-f]{64}$")]]
@@ -61,6 +66,7 @@ def _digests_in(folder: Path, paths: Sequence[Path]) -> list[str]:
             digest = _digest_of_version(path, version)
             new[path.name] = version, digest
         digests.append(digest)
+        # A kill while a large corpus is hashed loses half a minute.
         if new and time.monotonic() - saved > SAVE_SECONDS:
             _save(folder, new)
             new, saved = {}, time.monotonic()
@@ -104,8 +110,10 @@ def _parse(entry: str) -> tuple[Version, str]:
 
 def _save(folder: Path, new: dict[str, tuple[Version, str]]) -> None:
     """Adds to the record of a folder those files that are unchanged since they were hashed, and for long enough."""
+    # A file that changes within the resolution of the clock would keep its recorded version.
     limit = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     settled = {name: entry for name, entry in new.items() if max(entry[0][1], entry[0][3]) < limit}
+    # It may have changed while it was read.
     unchanged = {name: entry for name, entry in settled.items() if _version(folder / name) == entry[0]}
     if not unchanged or not home_folder().is_dir():  # a command without a run leaves nothing behind
         return

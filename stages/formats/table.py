@@ -11,22 +11,24 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
+from pipeline.core.bounds import Range
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_tables
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+
+# The folder with what steps measured of documents that pass filtering, by part: a row for each row of its `kept`,
+# with the id and the measures. Only sources with such steps have it.
 MEASURES = "measures"
-"""The folder with what steps measured of documents that pass filtering, by part: a row for each row of its `kept`, with
-the id and the measures. Only sources with such steps have it."""
+# How the names of scores in it begin, before the name of the classifier.
 SCORE = "score_"
-"""How the names of scores in it begin, before the name of the classifier."""
 ROWS_PER_GROUP = 50_000
+# Bytes of a table, or characters of text, after which a writer ends a row group early, to bound readers.
 GROUP_BYTES = 2**25
-"""Bytes of a table, or characters of text, after which a writer ends a row group early, to bound readers."""
 
 String = Annotated[str, "string"]
 OptionalString = Annotated[str | None, "string"]
@@ -35,6 +37,12 @@ Int32 = Annotated[int, "int32"]
 Int64 = Annotated[int, "int64"]
 Double = Annotated[float, "double"]
 OptionalDouble = Annotated[float | None, "double"]
+
+# The kind of a source's documents.
+Kind = Literal["prose", "code", "problems", "chat"]
+SPLITS = ("train", "heldout")
+# Share of documents that are held out from training.
+HeldoutFraction = Annotated[float, Range(0, 1, below=True)]
 
 
 class DocumentRow(TypedDict):
@@ -254,6 +262,7 @@ def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Map
                 flush()
 
         yield write
+        # A table without rows is a file as well: its schema tells the columns.
         if buffer or not groups:
             flush()
 
@@ -280,6 +289,7 @@ def table_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[p
             buffer = pa.concat_tables([buffer, table.select(schema.names).cast(schema)])
             while buffer.num_rows >= ROWS_PER_GROUP:
                 flush(ROWS_PER_GROUP)
+            # Rows of long texts end a group early, or a reader would need gigabytes for one.
             if buffer.nbytes >= GROUP_BYTES:
                 flush(buffer.num_rows)
 
@@ -292,6 +302,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Metadata of pandas would make the bytes depend on the way in which the table was made.
     pq.write_table(table.replace_schema_metadata(None), path, compression="zstd", row_group_size=ROWS_PER_GROUP)
 
 
@@ -383,6 +394,7 @@ def rows_at(path: Path, numbers: Sequence[int], columns: list[str]) -> Iterator[
         first = position = 0
         for group in range(file.num_row_groups):
             start, end = position, first + file.metadata.row_group(group).num_rows
+            # Numbers ascend, so each row group is read at most once.
             position = bisect_left(numbers, end, start)
             if position > start:
                 rows = [number - first for number in numbers[start:position]]
@@ -421,3 +433,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def split_of(content_hash: str, heldout_fraction: float) -> str:
+    """The split of a document, by the hash of its text only."""
+    return "heldout" if int(content_hash[:16], 16) < heldout_fraction * 2**64 else "train"

@@ -71,6 +71,7 @@ class Sample:
             nonlocal hashes, lengths
             hashes, lengths = (np.concatenate(arrays) for arrays in zip((hashes, lengths), *pending, strict=True))
             pending.clear()
+            # The sample is the documents of smallest hash, so it does not depend on the order of the files.
             order = np.argsort(hashes, kind="stable")
             hashes, lengths = hashes[order], lengths[order]
             count = max(documents, int(np.searchsorted(np.cumsum(lengths), size)) + 1)
@@ -79,6 +80,7 @@ class Sample:
         for path in files:
             for rows in _rows_of(path, split):
                 pending.append((_hashes(rows), pc.binary_length(rows["text"].cast(pa.binary())).to_numpy(False)))
+                # Merged seldom: sorting costs more than keeping some batches.
                 if len(pending) * ROWS > len(hashes) + PENDING:
                     merge()
         merge()

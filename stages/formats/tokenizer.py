@@ -41,15 +41,18 @@ PAD, END, TURN_START, TURN_END, THINK_START, THINK_END = SPECIAL_TOKENS = (
     "<think>",
     "</think>",
 )
+# Tokens at which generation ends.
 STOPS = (END, TURN_END)
-"""Tokens at which generation ends."""
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Number of tokens; the minimum is all bytes and the special tokens.
 Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
-"""Number of tokens; the minimum is all bytes and the special tokens."""
 SampleBytes = Annotated[int, Range(1, 1e12, "the distinct words of the sample lie in memory")]
+CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, INFERENCE_FILE, TRAINING_FILE)
+REPORTED = 2_000  # documents of each source on which the bytes per token are measured
 
 
 class TokenizerSection(Config):
@@ -75,11 +78,6 @@ class TokenizerSection(Config):
         return self
 
 
-CONFIG_FILE = "tokenizer_config.json"
-TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, INFERENCE_FILE, TRAINING_FILE)
-REPORTED = 2_000  # documents of each source on which the bytes per token are measured
-
-
 def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Train on a sample of the training split and seal tokenizer files and `stats.json` (bytes per token by source).
 
@@ -94,6 +92,7 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     train = {
         name: Sample.draw(source_files, "train", REPORTED, config.sample_bytes) for name, source_files in files.items()
     }
+    # Equal bytes of every source, so that a large one does not decide all merges.
     counts = interleave({name: sample.lengths for name, sample in train.items()}, config.sample_bytes)
     sample_bytes = sum(int(train[name].lengths[:count].sum()) for name, count in counts.items())
     tokenizer = untrained()
@@ -101,12 +100,14 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     texts = (text for name, count in counts.items() for batch in train[name].texts(count) for text in batch)
     tokenizer.train_from_iterator(texts, bpe_trainer(config.vocab_size))
     size = tokenizer.get_vocab_size()
+    # A small corpus has too few different pairs; the embedding would have rows without a token.
     if size < config.vocab_size:
         raise RecipeError(
             f"tokenizer.vocab_size = {config.vocab_size}, but {sample_bytes} bytes of training text yield only {size} "
             f"tokens; lower it, or give more text or sample_bytes"
         )
     save(tokenizer, out)
+    # Measured on held-out documents, as the tokenizer was fitted to the others.
     heldout = {name: Sample.draw(source_files, "heldout", REPORTED) for name, source_files in files.items()}
     ratios = bytes_per_token(
         load_for_corpus(out / "tokenizer.json"),
@@ -153,6 +154,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     """
     content = json.loads(tokenizer.to_str())
     for token in content["added_tokens"]:
+        # Decoding with skip_special_tokens must keep the markers of reasoning.
         token["special"] = token["content"] not in (THINK_START, THINK_END)
     _from_description(content).save(str(folder / "tokenizer.json"), pretty=False)
     (folder / INFERENCE_FILE).write_text(inference_template(), "utf-8")
@@ -217,8 +219,11 @@ def bytes_per_token(tokenizer: Tokenizer, samples: Mapping[str, Sample]) -> dict
         total = int(sample.lengths[:documents].sum())
         if tokens:
             stats[name] = {
-                "value": round(total / tokens, 6), "split": sample.split, "documents": documents, "bytes": total
-            }  # fmt: skip
+                "value": round(total / tokens, 6),
+                "split": sample.split,
+                "documents": documents,
+                "bytes": total,
+            }
     return stats
 
 
@@ -228,6 +233,7 @@ def untrained() -> Tokenizer:
 
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    # The pattern above splits; ByteLevel only maps bytes to characters.
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()

@@ -29,7 +29,15 @@ VERSION = 1
 
 
 class BenchmarkItem(TypedDict):
-    """An item: number, of its document in the task; text: what must not occur in training data."""
+    """An item of a benchmark.
+
+    Attributes:
+        id: `<set>/<task>/<number>`.
+        set: Name of the task set.
+        task: Name of the task.
+        number: The number of its document in the task.
+        text: The text that must not occur in training data.
+    """
 
     id: String
     set: String
@@ -61,6 +69,7 @@ def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report:
             shutil.copytree(task_set.folder, out / "folders" / task_set.name)
         tasks = load_tasks(task_set, None if task_set.folder is None else Path(task_set.folder))
         for name, task in sorted(tasks.items()):
+            # Files are named by the task, and results too.
             if any(name in other["tasks"] for other in stated.values()):
                 raise AtomError(f"two task sets have a task {name}; leave one of them out of evaluation.harness")
             splits = _write_splits(task, out / data_folder(name), config.limit)
@@ -71,9 +80,10 @@ def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report:
             ]
             report.note(f"{name} of {task_set.name}: {len(documents)} items, splits {', '.join(splits)}")
         stated[task_set.name] = {
-            "tasks": sorted(tasks), "license": task_set.license, "license_evidence": task_set.license_evidence,
-            "revision": task_set.revision, "folder": task_set.folder is not None,
-        }  # fmt: skip
+            "tasks": sorted(tasks),
+            **task_set.model_dump(include={"license", "license_evidence", "revision"}),
+            "folder": task_set.folder is not None,
+        }
     write_rows(out / "items.parquet", ITEMS, rows)
     write_json(out / "tasks.json", stated)
 
@@ -85,6 +95,7 @@ def load_tasks(task_set: TaskSet, folder: Path | None) -> dict[str, Any]:
         raise AtomError(
             f"task set {task_set.name}: the harness has no task {unknown[0]}; name tasks, not groups or tags of tasks"
         )
+    # The harness would read what the Hub has at the moment.
     revised = {} if task_set.revision is None else {"dataset_kwargs": {"revision": task_set.revision}}
     try:
         with in_folder(folder):
@@ -151,6 +162,9 @@ def texts_of(benchmarks: Artifact) -> list[tuple[str, str]]:
 
 
 STAGE = Stage(
-    "benchmarks", VERSION, BenchmarksConfig, run,
+    "benchmarks",
+    VERSION,
+    BenchmarksConfig,
+    run,
     estimate=lambda config: Estimate(cpu_seconds=20.0, memory_bytes=1_000_000_000, disk_bytes=100_000_000),
-)  # fmt: skip
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pipeline.core.store import Artifact
 from stages.formats.seeds import seed_of
 from stages.formats.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
 from stages.tasks.rows import Row, question, to_row
-from stages.tasks.synthetic import courtesy_notes as courtesies
+from stages.tasks.synthetic import courtesy_notes
 from stages.tasks.synthetic.problems import TASKS, draw_distinct
 
 VERSION = 1
@@ -27,11 +28,11 @@ def _task_error(task: str) -> str | None:
     return None if task in TASKS else f"is an unknown task; known are {', '.join(sorted(TASKS))}"
 
 
+# A procedural task by its name.
 Task = Annotated[str, Words(40, test=_task_error)]
-"""A procedural task by its name."""
 Items = Annotated[int, Range(1, 1e6, "each answer costs a generation")]
+# The number of problems by task.
 Problems = Annotated[dict[Task, Items], Field(min_length=1, max_length=len(TASKS))]
-"""The number of problems by task."""
 Requests = Annotated[int, Range(0, 10_000)]
 
 
@@ -62,11 +63,10 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     """
     rows = []
     for task in sorted(config.problems):
+        # A stream of its own for each task: another number of items of one leaves the others as they are.
         rng = random.Random(seed_of(f"items/{task}", config.seed))
-        try:
+        with _too_many("evaluation.problems"):
             problems = draw_distinct(task, config.problems[task], rng)
-        except ValueError as error:
-            raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
         for i, problem in enumerate(problems):
             row = {"task": task, "prompt": problem.prompt, "answer": problem.answer, "text": problem.question}
             rows.append({"id": f"{task}/{i:05d}", **row})
@@ -78,33 +78,37 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         report.note(f"{len(chat_items)} items for conversations")
 
 
-def courtesy_row(id: str, request: courtesies.Request, verifier: str = "courtesy", **extra_fields: Any) -> Row:
+@contextmanager
+def _too_many(setting: str) -> Iterator[None]:
+    """Raises RecipeError in the place of the ValueError of a task that has too few problems."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{setting}: {error}; ask for fewer") from None
+
+
+def courtesy_row(id: str, request: courtesy_notes.Request, verifier: str = "courtesy", **extra_fields: Any) -> Row:
     """The row for a request for a courteous note."""
     fields = {"act": request.act.name, "who": request.who, "what": request.what, **extra_fields}
     return to_row(id, request.text, verifier, "courtesy", 1, **fields)
 
 
 def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
+    # Validation items must not be test items.
     excluded = {row["text"] for row in items}
     for row in items:
         fields = {"question": row["text"], "expected_answer": row["answer"], "split": "test"}
         yield to_row(row["id"], row["text"], "exact", row["task"], 0, **fields)
     for task, count in sorted(config.validation.items()):
         rng = random.Random(seed_of(f"items/validation/{task}", seed))
-        try:
+        with _too_many("evaluation.chat.validation"):
             problems = draw_distinct(task, count, rng, without=excluded)
-        except ValueError as error:
-            raise RecipeError(f"evaluation.chat.validation: {error}; ask for fewer") from None
         for i, problem in enumerate(problems):
             fields = {"question": problem.question, "expected_answer": problem.answer, "split": "validation"}
             yield to_row(f"validation/{task}/{i:05d}", problem.question, "exact", task, 0, **fields)
-    count_of_requests = config.courtesies + config.courtesies_validation
-    try:
-        requests = courtesies.draw_distinct(
-            count_of_requests, random.Random(seed_of("items/courtesies", seed)), heldout=True
-        )
-    except ValueError as error:
-        raise RecipeError(f"evaluation.chat.courtesies: {error}; ask for fewer") from None
+    rng = random.Random(seed_of("items/courtesies", seed))
+    with _too_many("evaluation.chat.courtesies"):
+        requests = courtesy_notes.draw_distinct(config.courtesies + config.courtesies_validation, rng, heldout=True)
     for i, request in enumerate(requests):
         split = "test" if i < config.courtesies else "validation"
         yield courtesy_row(f"{split}/courtesy/{i:05d}", request, split=split)
@@ -123,6 +127,9 @@ def texts_of(items: Artifact) -> list[tuple[str, str]]:
 
 
 STAGE = Stage(
-    "items", VERSION, ItemsConfig, run,
+    "items",
+    VERSION,
+    ItemsConfig,
+    run,
     estimate=lambda config: Estimate(cpu_seconds=2.0, memory_bytes=200_000_000, disk_bytes=1_000_000),
-)  # fmt: skip
+)

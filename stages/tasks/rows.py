@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# A task in its stored and published form, NeMo Gym's row format: `responses_create_params` with the messages of
+# `input`, and the verifier's own fields beside it; plus `id`, `verifier` (its name), `kind` and `level`.
 Row = Mapping[str, Any]
-"""A task in its stored and published form, NeMo Gym's row format: `responses_create_params` with the messages of
-`input`, and the verifier's own fields beside it; plus `id`, `verifier` (its name), `kind` and `level`."""
 
 
 def to_row(

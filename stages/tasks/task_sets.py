@@ -21,16 +21,15 @@ from pipeline.core.stage import Config, operational
 from pipeline.core.store import sha256_file
 from stages.formats.file_digests import TreeDigest, tree_digest
 
+# Of a folder of tasks.
 MOST_FILES = 10_000
-"""Of a folder of tasks."""
+# Assumed items of a task of one's own, and tokens of an item, once with each of its choices. The test set of MMLU has
+# 6,967,453 bytes, 496 an item (README of cais/mmlu on the Hub), so 125 tokens of four bytes, read with four choices.
 TASK_ITEMS, ITEM_TOKENS = 2000, 500
-"""Assumed items of a task of one's own, and tokens of an item, once with each of its choices. The test set of MMLU has
-6,967,453 bytes, 496 an item (README of cais/mmlu on the Hub), so 125 tokens of four bytes, read with four choices."""
 
 
 class TaskSet(Config):
-    """Tasks of the harness that read the same data. revision: of the dataset on the Hub; null with a folder of YAML
-    files. folder_digest: of that folder."""
+    """Tasks of the harness that read the same data."""
 
     name: SourceName = Field(description="name of the set")
     tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)] = Field(description="tasks of the harness")
@@ -38,7 +37,9 @@ class TaskSet(Config):
     license_evidence: Text = Field(description="text or URL that shows the license")
     revision: Text | None = Field(None, description="revision of the dataset on the Hub; null: data of a folder")
     folder: Text | None = operational(None, "folder of the YAML files; null: the harness has the tasks")
-    folder_digest: TreeDigest | None = Field(None, description="digest of the files of the folder; null: no folder")
+    folder_digest: TreeDigest | None = Field(
+        default=None, description="digest of the files of the folder; null: no folder"
+    )
     items: Annotated[int, Range(1, 1e9)] | None = operational(
         None, "items that the tasks evaluate together, for `atom plan` alone; null: assumed"
     )
@@ -63,27 +64,40 @@ TASK_SETS = {
     task_set.name: task_set
     for task_set in (
         TaskSet(
-            name="arc", tasks=("arc_easy", "arc_challenge"), license="CC-BY-SA-4.0",
+            name="arc",
+            tasks=("arc_easy", "arc_challenge"),
+            license="CC-BY-SA-4.0",
             license_evidence="https://huggingface.co/datasets/allenai/ai2_arc/tree/210d026faf9955653af8916fad021475a3f00453",
-            revision="210d026faf9955653af8916fad021475a3f00453", folder_digest=None, items=3548,
+            revision="210d026faf9955653af8916fad021475a3f00453",
+            items=3548,
         ),
         TaskSet(
-            name="gsm8k", tasks=("gsm8k",), license="MIT",
+            name="gsm8k",
+            tasks=("gsm8k",),
+            license="MIT",
             license_evidence="https://huggingface.co/datasets/openai/gsm8k/blame/main/README.md",
-            revision="740312add88f781978c0658806c59bc2815b9866", folder_digest=None, items=1319,
+            revision="740312add88f781978c0658806c59bc2815b9866",
+            items=1319,
         ),
         TaskSet(
-            name="mmlu", tasks=tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS.split()), license="MIT",
+            name="mmlu",
+            tasks=tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS.split()),
+            license="MIT",
             license_evidence="https://github.com/hendrycks/test/blob/0aff600098ffa002d8e9f1ffe4d6e05475edd28e/LICENSE",
-            revision="c30699e8356da336a370243923dbaf21066bb9fe", folder_digest=None, items=14042, letters=4,
+            revision="c30699e8356da336a370243923dbaf21066bb9fe",
+            items=14042,
+            letters=4,
         ),
         TaskSet(
-            name="truthfulqa", tasks=("truthfulqa_mc1", "truthfulqa_mc2"), license="Apache-2.0",
+            name="truthfulqa",
+            tasks=("truthfulqa_mc1", "truthfulqa_mc2"),
+            license="Apache-2.0",
             license_evidence="https://huggingface.co/datasets/truthful_qa/resolve/main/README.md",
-            revision="741b8276f2d1982aa3d5b832d3ee81ed3b896490", folder_digest=None, items=1634,
+            revision="741b8276f2d1982aa3d5b832d3ee81ed3b896490",
+            items=1634,
         ),
     )
-}  # fmt: skip
+}
 
 
 def _set_error(name: str) -> str | None:
@@ -154,6 +168,7 @@ def _of_folder(tasks: TaskFolder, base: Path, where: str) -> TaskSet:
             f"task, and {folder} is none; correct its path"
         )
     digest = tree_digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
+    # The tasks of a folder can change without a new name; the digest in the key notices that.
     if tasks.digest not in ("auto", digest):
         raise RecipeError(
             f"{where}: task set {tasks.name} is pinned to {tasks.digest}, but {folder} has {digest}; restore the "

@@ -30,7 +30,7 @@ import torch
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
-from stages.data.shards import check_sizes, document_files, shard_name
+from stages.data.order.shards import check_sizes, document_files, shard_name
 from stages.formats.table import ORDER, arrow_schema, order_files, stream_batches
 from stages.mcore.megatron_imports import IndexedDataset
 from stages.models.parallel_layout import Layout

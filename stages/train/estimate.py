@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
-from stages.data.order_config import ROW_BYTES
+from stages.data.order.order_config import ROW_BYTES
 from stages.mcore.activations import activation_bytes, merged_bytes, unkept_bytes
 from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
@@ -19,7 +19,7 @@ from stages.train.config import WORK_CHECKPOINTS, PhaseConfig, TrainConfig, Trai
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
 # 54 ms (docs/lab-log.md), that is 2.3e9 FLOPs a step.
 CPU_FLOPS = 4.3e10
-# Ids up to here take two bytes in a token shard (stages/data/tokenization.py), larger ones four.
+# Ids up to here take two bytes in a token shard (stages/data/order/tokenize_stage.py), larger ones four.
 TWO_BYTE_IDS = 65_536
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, identity
-from stages.data.order import position
+from stages.data.order.order_stage import position
 from stages.mcore.megatron_imports import parallel_state
 from stages.mcore.moe_metrics import DEAD_SHARE
 from stages.train import step_times

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.core.errors import AtomError
-from stages.data.curation.alarms import Loss, dedup_losses, filter_losses, require_acknowledged
+from stages.data.curate.alarms import Loss, dedup_losses, filter_losses, require_acknowledged
 from stages.data.recipe import DataRecipe
 from tests.fixtures.run_fixtures import RecordingReport
 

@@ -14,9 +14,9 @@ from pipeline.core.parts import part_file
 from release.assembly.attribution import write_attribution
 from release.retraction.documents import Reached
 from release.retraction.rewrite import rewrite
-from stages.data import acquire
-from stages.data.readers.rows import MOST_CHARACTERS, _names
-from stages.data.sources import Source, resolve_tree_digest
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.readers.rows import MOST_CHARACTERS, _names
+from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.formats.table import DOCUMENTS, KEPT, content_hash, read_table, stream_rows, write_rows
 
 ROWS = [
@@ -48,7 +48,7 @@ def acquired(folder: Path, run_stage: Any, **fields: str) -> Any:
     source = {"name": "web", "kind": "prose", "license": "LicenseRef-by-document", "license_evidence": "here"}
     config = {**source, "origin": "a corpus", "reader": reader}
     digest = resolve_tree_digest(Source.model_validate(config))
-    return run_stage(acquire.STAGE, {"source": {**config, "tree_digest": digest}, "seed": 0}, {})
+    return run_stage(acquire_stage.STAGE, {"source": {**config, "tree_digest": digest}, "seed": 0}, {})
 
 
 def write_kept(dataset: Path, artifact: Any) -> None:

@@ -18,14 +18,15 @@ from pipeline.core.stage import identity
 from pipeline.graph.recipe import lock_of
 from release.checks.file_list import generates
 from release.references import Reference
-from stages.data import blocks, filter
-from stages.data.curation.filtering import to_document
-from stages.data.filters import block as block_step_module
-from stages.data.filters.base import Removal
-from stages.data.filters.block import BlockStep
-from stages.data.readers.block import BlockReader
+from stages.data import blocks
+from stages.data.acquire.readers.block import BlockReader
+from stages.data.acquire.sources import Source
+from stages.data.curate import filter_stage
+from stages.data.curate.filters import block as block_step_module
+from stages.data.curate.filters.base import Removal
+from stages.data.curate.filters.block import BlockStep
+from stages.data.curate.source_filter import to_document
 from stages.data.recipe import extension_modules, load
-from stages.data.sources import Source
 from tests.fixtures.block_fixtures import C4, FINEWEB, PII, QUALITY, REGEX, apply, block_step, document
 
 FILTERS, EXTRACTOR = "datatrove.pipeline.filters", "datatrove.pipeline.extractors.Trafilatura"
@@ -179,7 +180,7 @@ def test_a_document_has_its_license_and_its_address() -> None:
 
 
 def test_the_language_of_a_document_is_known_to_later_blocks() -> None:
-    from stages.data.filters.language import Language
+    from stages.data.curate.filters.language import Language
 
     given = document("This sentence is written in English, as everybody can see who reads it.")
     Language(step="language").function()(given)
@@ -213,7 +214,7 @@ def test_parameters_and_settings_of_the_step_are_told_apart(tmp_path: Path) -> N
     assert step.parameters == {"max_doc_words": 9, "min_doc_words": 3} and step.name == "GopherQualityFilter"
     assert BlockStep.model_validate(step.model_dump()) == step
     recipe = load(write_recipe(tmp_path, {"block": QUALITY, "words": "atom", "min_doc_words": 3}))
-    config = filter.FilterConfig.model_validate(recipe.filter_config(0))
+    config = filter_stage.FilterConfig.model_validate(recipe.filter_config(0))
     (key,) = identity(config)["sources"][0]["steps"]
     assert key["code"] == f"datatrove {blocks.datatrove_version()}" and key["parameters"] == {"min_doc_words": 3}
     assert str(tmp_path) not in str(key)

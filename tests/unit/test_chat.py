@@ -17,13 +17,14 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
 from release.cards import tables
 from release.facts.data_facts import DataFacts, OrderFacts, OrderPart, SourceFacts, SourceInOrder
-from stages.data import acquire, tokenization
-from stages.data.curation.failures import FAILED_RULE
-from stages.data.curation.filtering import Removed, SourceFilter
-from stages.data.filters.base import Filter, FilterFunction
-from stages.data.readers.base import Document, Failed, Unreadable
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.failures import FAILED_RULE
+from stages.data.acquire.readers.base import Document, Failed, Unreadable
+from stages.data.acquire.sources import Source, resolve_tree_digest
+from stages.data.curate.filters.base import Filter, FilterFunction
+from stages.data.curate.source_filter import Removed, SourceFilter
+from stages.data.order import tokenize_stage
 from stages.data.recipe import load
-from stages.data.sources import Source, resolve_tree_digest
 from stages.formats import chat, tokenizer
 from stages.formats.chat_templates import TRAINING_FILE
 from stages.formats.seeds import seed_of
@@ -239,7 +240,7 @@ def test_files_of_conversations_are_read_and_bad_ones_reported(tmp_path: Path) -
     source = source.model_copy(update={"tree_digest": resolve_tree_digest(source)})
     out, report = tmp_path / "out", RecordingReport()
     out.mkdir()
-    acquire.run(acquire.AcquireConfig(source=source, seed=0), {}, tmp_path, out, report)
+    acquire_stage.run(acquire_stage.AcquireConfig(source=source, seed=0), {}, tmp_path, out, report)
     documents = read_table(out / "documents/part-00000.parquet").to_pylist()
     assert [(row["id"], row["text"], row["prompt_chars"]) for row in documents] == [
         (f"talk/a#{n}", text, chars) for n, (text, chars) in enumerate(chat.turns(TALK))
@@ -298,8 +299,8 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
     }
     out = tmp_path / "out"
     out.mkdir()
-    tokenization.run(
-        tokenization.TokenizeConfig(conversations=("talk",)), inputs, tmp_path / "work", out, RecordingReport()
+    tokenize_stage.run(
+        tokenize_stage.TokenizeConfig(conversations=("talk",)), inputs, tmp_path / "work", out, RecordingReport()
     )
     from stages.mcore.megatron_imports import IndexedDataset
 

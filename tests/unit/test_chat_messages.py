@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from stages.data import chat_messages
 from stages.formats import chat
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -54,7 +53,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[Any]]] = {
 def test_messages_are_those_that_were_rendered(name: str) -> None:
     messages, tools = CASES[name]
     texts = [text for text, _ in chat.turns(messages, tools)]
-    parsed = [chat_messages.parse(text) for text in texts]
+    parsed = [chat.parse(text) for text in texts]
     assert parsed[-1] == (messages, tools)
     assert [len(turns) for turns, _ in parsed] == [n + 1 for n, m in enumerate(messages) if m["role"] == "assistant"]
 
@@ -64,4 +63,4 @@ def test_messages_are_those_that_were_rendered(name: str) -> None:
 )
 def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no conversation in the chat template"):
-        chat_messages.parse(text)
+        chat.parse(text)

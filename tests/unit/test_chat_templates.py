@@ -15,8 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from release.checks import formats
-from stages.data.readers.chat_problems import ChatProblems
-from stages.data.readers.courtesies import Courtesies
+from stages.data.acquire.readers.procedural import ChatProblems, Courtesies
 from stages.export.conversations import CALL, CONVERSATIONS, TOOLS
 from stages.formats import chat, tokenizer
 from stages.formats.chat_templates import TRAINING_FILE, inference_template, training_template

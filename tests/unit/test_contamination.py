@@ -11,7 +11,7 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
-from stages.data.curation.overlap import ItemRuns
+from stages.data.curate.decontamination import ItemRuns
 from stages.evaluation import contamination, generated_eval, pass_at_k
 from stages.evaluation.contamination import FORMS, CorpusSearch
 from stages.formats.table import KEPT, ORDER, read_jsonl, write_jsonl, write_rows, write_table

@@ -14,10 +14,10 @@ import yaml
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import identity
 from pipeline.core.store import sha256_file
-from stages.data import acquire
-from stages.data.acquire import AcquireConfig
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.acquire_stage import AcquireConfig
+from stages.data.acquire.sources import resolve_tree_digest
 from stages.data.recipe import load
-from stages.data.sources import resolve_tree_digest
 from stages.formats import file_digests
 
 JSONL_SOURCE = {
@@ -46,8 +46,8 @@ def test_packaged_recipes_load_and_resolve(name: str) -> None:
 
 def test_recipe_and_stage_configs_import_nothing_heavy() -> None:
     code = (
-        "import sys, stages.data.recipe as r, stages.data.acquire, stages.tasks.eval_set, stages.data.filter, stages.data.duplicate_search, stages.data.representative_copies, stages.data.dedup, "
-        "stages.formats.tokenizer, stages.data.tokenization, stages.data.order\n"
+        "import sys, stages.data.recipe as r, stages.data.acquire.acquire_stage, stages.tasks.eval_set, stages.data.curate.filter_stage, stages.data.curate.duplicates_stage, stages.data.curate.representatives_stage, stages.data.curate.dedup_stage, "
+        "stages.formats.tokenizer, stages.data.order.tokenize_stage, stages.data.order.order_stage\n"
         "r.load('tiny').resolved()\n"
         "names = {'torch', 'numpy', 'pyarrow', 'datatrove', 'transformers', 'tokenizers', 'mlflow'}\n"
         "heavy = names & set(sys.modules)\n"
@@ -100,7 +100,7 @@ def test_a_pinned_tree_that_changed_is_refused_with_both_digests(tmp_path: Path,
     recipe = load(pinned).resolved()
     assert recipe.sources[0].tree_digest == digest
     with pytest.raises(RecipeError) as caught:
-        run_stage(acquire.STAGE, recipe.acquire_config("notes", 0), {})
+        run_stage(acquire_stage.STAGE, recipe.acquire_config("notes", 0), {})
     assert str(caught.value).count("sha256:") == 2
 
 
@@ -142,17 +142,6 @@ def test_the_number_of_parts_is_checked(tmp_path: Path) -> None:
 def test_what_has_one_part_only(tmp_path: Path, changes: dict[str, object], sentence: str) -> None:
     with pytest.raises(RecipeError, match=f"data recipe mine: sources.{sentence}"):
         load(write_recipe(tmp_path, parts=2, **changes))
-
-
-def test_shards_of_the_curation_are_refused_with_what_replaces_them(tmp_path: Path) -> None:
-    path = write_recipe(tmp_path)
-    path.write_text(path.read_text() + "curation: {shards: 1000}\n")
-    with pytest.raises(
-        RecipeError,
-        match="^data recipe mine: curation: shards is no setting any more; give each source of many files its own "
-        "number of `parts`$",
-    ):
-        load(path)
 
 
 def test_where_the_files_lie_is_not_identity(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from stages.data.licenses.maps import load_map
-from stages.data.packages import debian_copyright
-from stages.data.packages.debian_copyright import Copyright
+from stages.data.acquire.licenses.maps import load_map
+from stages.data.acquire.packages import debian_copyright
+from stages.data.acquire.packages.debian_copyright import Copyright
 from tests.fixtures.package_fixtures import COPYRIGHT
 
 HEADER = "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n"

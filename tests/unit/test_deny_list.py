@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import RecipeError
-from stages.data.curation import deny_list
-from stages.data.curation.deny_list import DENY_LIST, DenyList
+from stages.data.curate import deny_list
+from stages.data.curate.deny_list import DENY_LIST, DenyList
 
 REQUEST = {"request": "2026-0017", "date": "2026-11-03"}
 HASH = hashlib.sha256(b"text").hexdigest()

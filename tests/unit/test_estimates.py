@@ -14,17 +14,11 @@ from pipeline.graph import plan
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.operations.cost_estimate import estimate_costs
-from stages.data import (
-    acquire,
-    dedup,
-    duplicate_search,
-    estimates,
-    filter,
-    order,
-    representative_copies,
-    tokenization,
-)  # fmt: skip
+from stages.data import estimates
+from stages.data.acquire import acquire_stage
+from stages.data.curate import dedup_stage, duplicates_stage, filter_stage, representatives_stage
 from stages.data.estimates import Size
+from stages.data.order import order_stage, tokenize_stage
 from stages.data.recipe import load
 from tests.fixtures import ROOT
 from tests.fixtures.block_fixtures import C4
@@ -46,10 +40,10 @@ def estimates_of(
     path.write_text(yaml.safe_dump({"name": "data", "description": "Test.", "sources": sources}))
     recipe = load(path)
     configs = [
-        (acquire.STAGE, recipe.acquire_config("s0", 0)), (filter.STAGE, recipe.filter_config(0)),
-        (duplicate_search.STAGE, recipe.duplicates_config()),
-        (representative_copies.STAGE, recipe.representatives_config()),
-        (dedup.STAGE, recipe.dedup_config()), (tokenization.STAGE, recipe.tokenize_config()),
+        (acquire_stage.STAGE, recipe.acquire_config("s0", 0)), (filter_stage.STAGE, recipe.filter_config(0)),
+        (duplicates_stage.STAGE, recipe.duplicates_config()),
+        (representatives_stage.STAGE, recipe.representatives_config()),
+        (dedup_stage.STAGE, recipe.dedup_config()), (tokenize_stage.STAGE, recipe.tokenize_config()),
     ]  # fmt: skip
     return {stage.name: stage.estimate(stage.config.model_validate(config)) for stage, config in configs}
 
@@ -79,9 +73,9 @@ def test_packages_take_longer_to_read_than_plain_text() -> None:
     recipe = load("packages")
     seconds = {}
     for name in ("manuals", "programs"):
-        config = acquire.AcquireConfig.model_validate(recipe.acquire_config(name, 0))
+        config = acquire_stage.AcquireConfig.model_validate(recipe.acquire_config(name, 0))
         assert config.source.expected is not None
-        seconds[name] = acquire.STAGE.estimate(config).cpu_seconds / config.source.expected.bytes * 1e6
+        seconds[name] = acquire_stage.STAGE.estimate(config).cpu_seconds / config.source.expected.bytes * 1e6
     assert seconds["manuals"] > 5 * seconds["programs"] > 10 * estimates.LAWS["acquire"].seconds_per_mb
 
 
@@ -112,10 +106,10 @@ def test_without_the_size_of_every_source_the_estimate_is_of_a_small_corpus(tmp_
 def test_tasks_shorten_an_order() -> None:
     """One of 1.2 billion rows takes an hour of one core, and minutes of an array."""
     mix = {"phase": "pretrain", "mix": {"web": 1.0}, "sequence_length": 2048, "rows": 1200, "steps": 10**6, "seed": 0}
-    config = order.OrderConfig.model_validate(mix)
+    config = order_stage.OrderConfig.model_validate(mix)
     profile: Any = cluster_profile.load(str(ROOT / "pipeline/clusters/h100-pyxis.yaml"))
-    shards = order.STAGE.shards(config)
-    row = plan.StagePlan(State("order-pretrain", "order-0", "to run"), order.estimate(config), {}, 1, {}, None)
+    shards = order_stage.STAGE.shards(config)
+    row = plan.StagePlan(State("order-pretrain", "order-0", "to run"), order_stage.estimate(config), {}, 1, {}, None)
     (alone,), (array,) = (
         estimate_costs([replace(row, shards=count)], profile, small=False).uses for count in (1, shards)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from release.cards.document_tables import filter_agreement
 from release.facts.data_facts import DataFacts
-from stages.data.curation.agreement import agreement_of, read_figures
+from stages.data.curate.agreement import agreement_of, read_figures
 
 
 def test_agreement_counts_verdicts_and_not_reasons() -> None:

@@ -11,7 +11,7 @@ from stages.rl.protocols import VerifierFailed
 from stages.rl.rewards.registry import make_verifier
 from stages.scorers.instructions_v1 import CHECKS
 from stages.tasks.rows import to_row
-from stages.tasks.synthetic import instructions
+from stages.tasks.synthetic import courtesy_notes
 from tests.fixtures.verifier_fixtures import ARGUMENTS, form_row, score_one
 
 FOLLOWED: dict[str, tuple[list[str], list[str]]] = {
@@ -95,10 +95,10 @@ def test_a_row_without_instructions_is_no_reward() -> None:
         score_one(make_verifier("instructions"), form_row(), "text")
 
 
-@pytest.mark.parametrize("level", instructions.LEVELS)
+@pytest.mark.parametrize("level", courtesy_notes.LEVELS)
 def test_requests_of_each_level_can_be_met_and_missed(level: int) -> None:
     verifier = make_verifier("instructions")
-    requests = instructions.requests(100, random.Random(level), level)
+    requests = courtesy_notes.requests(100, random.Random(level), level)
     assert len({text for text, _ in requests}) == 100
     for text, fields in requests:
         assert len(fields["kwargs"]) == level

@@ -9,15 +9,15 @@ from pydantic import ValidationError
 
 from pipeline.core.bounds import spdx
 from pipeline.core.stage import identity
-from stages.data import acquire
-from stages.data.curation.filtering import Removed, SourceFilter
-from stages.data.filter import FilteredSource
-from stages.data.licenses.allow import AllowedLicenses
-from stages.data.licenses.maps import LicenseMap, MapName, load_map
-from stages.data.readers.jsonl import Jsonl
-from stages.data.readers.rows import field_at
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.licenses.allow import AllowedLicenses
+from stages.data.acquire.licenses.maps import LicenseMap, MapName, load_map
+from stages.data.acquire.readers.jsonl import Jsonl
+from stages.data.acquire.readers.rows import field_at
+from stages.data.acquire.web.claims import expression_of
+from stages.data.curate.filter_stage import FilteredSource
+from stages.data.curate.source_filter import Removed, SourceFilter
 from stages.data.recipe import SourceConfig, load
-from stages.data.web.license_links import expression_of
 from stages.formats.table import content_hash
 from tests.fixtures import ROOT
 
@@ -35,8 +35,8 @@ VERSION = 6
 def test_a_map_that_changes_raises_the_version_of_acquire() -> None:
     """A map is named in a key, and not contained in it."""
     digests = {name: load_map(name).digest.removeprefix("sha256:")[:9] for name in get_args(MapName)}
-    message = "raise VERSION of stages/data/acquire.py, then note both here"
-    assert (digests, acquire.VERSION) == (DIGESTS, VERSION), message
+    message = "raise VERSION of stages/data/acquire/acquire_stage.py, then note both here"
+    assert (digests, acquire_stage.VERSION) == (DIGESTS, VERSION), message
 
 
 @pytest.mark.parametrize("name", get_args(MapName))
@@ -44,12 +44,12 @@ def test_every_string_of_a_map_has_an_spdx_expression_and_a_source(name: MapName
     licenses = load_map(name)
     for string, expression in licenses.licenses.items():
         assert licenses.expression(string) == spdx(expression), string
-    head = (ROOT / f"stages/data/licenses/{name}.yaml").read_text().split("\nsyntax:")[0]
+    head = (ROOT / f"stages/data/acquire/licenses/{name}.yaml").read_text().split("\nsyntax:")[0]
     assert "Read from https://" in head.replace("# ", "")
 
 
 def test_every_map_is_a_file_of_the_folder() -> None:
-    files = {path.stem for path in (ROOT / "stages/data/licenses").glob("*.yaml")}
+    files = {path.stem for path in (ROOT / "stages/data/acquire/licenses").glob("*.yaml")}
     assert files == set(get_args(MapName))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import RecipeError
-from stages.data import lock_file
-from stages.data.lock_file import LockedFile, LockedSource
+from stages.data.acquire import hub_files
+from stages.data.acquire.hub_files import LockedFile, LockedSource
 
 SHA256, GIT = "sha256:" + "a" * 64, "git:" + "0" * 40
 SOURCE = {"repo": "a/b", "requested": "main", "revision": "1" * 40, "pattern": '*.jsonl "x"\\'}
@@ -24,16 +24,16 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         "web": locked(f"{SHA256} 5 b/c d.jsonl", f"{GIT} 0 a: {{é}} # .jsonl", f"{GIT} 1 - x"),
         "null_1": locked(f"{SHA256} 9007199254740991 x"),
     }
-    lock_file.write(path, sources)
-    assert lock_file.read(path) == sources
+    hub_files.write(path, sources)
+    assert hub_files.read(path) == sources
     assert sources["web"].rows() == [
         LockedFile("- x", 1, GIT),
         LockedFile("a: {é} # .jsonl", 0, GIT),
         LockedFile("b/c d.jsonl", 5, SHA256),
     ]
-    lock_file.write(path, {"web": locked(f"{SHA256} 6 x")})
-    assert list(lock_file.read(path)) == ["web"] and [p.name for p in tmp_path.iterdir()] == ["x.lock.yaml"]
-    assert lock_file.read(tmp_path / "none.lock.yaml") == {}
+    hub_files.write(path, {"web": locked(f"{SHA256} 6 x")})
+    assert list(hub_files.read(path)) == ["web"] and [p.name for p in tmp_path.iterdir()] == ["x.lock.yaml"]
+    assert hub_files.read(tmp_path / "none.lock.yaml") == {}
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_a_damaged_lock_file(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "x.lock.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError) as caught:
-        lock_file.read(path)
+        hub_files.read(path)
     message = str(caught.value)
     assert words in message and "\n" not in message and message.endswith("; write it anew by `atom pin RECIPE`")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be written .*; copy the data recipe to a folder of yours"):
-        lock_file.write(tmp_path / "none" / "x.lock.yaml", {"web": locked(f"{SHA256} 6 x")})
+        hub_files.write(tmp_path / "none" / "x.lock.yaml", {"web": locked(f"{SHA256} 6 x")})
 
 
 def test_digests_of_git(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.core.merkle_tree import Tree, leaf_hash, verify_inclusion
 from pipeline.core.store import canonical
 from release import merkle
 from release.facts.published_tables import read_rows
-from stages.data.order import merkle_root
+from stages.data.order.order_stage import merkle_root
 from tests.fixtures import parts_fixtures, release_fixtures
 
 SIZES = st.integers(1, 70)

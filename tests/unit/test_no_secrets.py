@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from stages.data.curation.alarms import RULES
-from stages.data.curation.filtering import Removed, SourceFilter
-from stages.data.filters.base import Filter, FilterFunction
+from stages.data.curate.alarms import RULES
+from stages.data.curate.filters.base import Filter, FilterFunction
+from stages.data.curate.source_filter import Removed, SourceFilter
 
 KEY = base64.encodebytes(random.Random(0).randbytes(200)).decode()
 LETTERS = "".join(random.Random(0).choices(string.ascii_letters, k=40))

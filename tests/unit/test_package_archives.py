@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.data.packages import archives
-from stages.data.packages.archives import ArchiveError, Member, gunzip, members
+from stages.data.acquire.packages import archives
+from stages.data.acquire.packages.archives import ArchiveError, Member, gunzip, members
 from tests.fixtures.package_fixtures import Files, ar_of, deb_of, member, sdist_of, tar_of
 
 NOTES: Files = {"usr/share/doc/a/one.txt": "one", "usr/bin/a": b"\x7fELF", "usr/share/doc/a/two.txt": "two" * 1000}

@@ -6,9 +6,8 @@ import gzip
 
 import pytest
 
-from stages.data.packages.html_pages import html_text
-from stages.data.packages.man_pages import man_text
-from stages.data.packages.texts import NotText, content_of, decoded, plain_text, spdx_tag
+from stages.data.acquire.packages.man_pages import man_text
+from stages.data.acquire.packages.texts import NotText, content_of, decoded, html_text, plain_text, spdx_tag
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stages.data.licenses.maps import load_map
-from stages.data.packages.python_metadata import Metadata, is_metadata, parse
+from stages.data.acquire.licenses.maps import load_map
+from stages.data.acquire.packages.python_metadata import Metadata, is_metadata, parse
 
 MIT = "License :: OSI Approved :: MIT License"
 BSD = "License :: OSI Approved :: BSD License"

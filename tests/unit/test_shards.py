@@ -15,8 +15,8 @@ import pytest
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import shards as megatron
-from stages.data.shards import ShardWriter
+from stages.data.order import shards as megatron
+from stages.data.order.shards import ShardWriter
 from stages.formats.table import TOKENIZED, write_rows
 
 LENGTH, PARTS, DOCUMENTS = 9, 40, 3

@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.parts import part_file
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import tokenization
-from stages.data.encoder import Encoder
-from stages.data.shards import ShardWriter, check_shard, check_sizes
+from stages.data.order import tokenize_stage
+from stages.data.order.shards import ShardWriter, check_shard, check_sizes
+from stages.data.order.tokenize_stage import Encoder
 from stages.formats import text_sample
 from stages.formats import tokenizer as training
 from stages.formats.table import KEPT, content_hash, write_rows
@@ -174,7 +174,7 @@ def test_a_corpus_that_is_too_small_is_refused(tmp_path: Path, run_stage: Any) -
 def tokenized(folder: Path, run_stage: Any) -> tuple[Artifact, Artifact]:
     inputs = {"dedup": curated(folder / "curated", extra=(TRICKY,))}
     inputs["tokenizer"] = run_stage(training.STAGE, SECTION, inputs)
-    tokens: Artifact = run_stage(tokenization.STAGE, {}, inputs)
+    tokens: Artifact = run_stage(tokenize_stage.STAGE, {}, inputs)
     return tokens, inputs["tokenizer"]
 
 
@@ -247,7 +247,7 @@ def test_the_shard_has_the_bytes_of_datatrove(
 ) -> None:
     from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 
-    monkeypatch.setattr("stages.data.shards._ENTRIES", entries)
+    monkeypatch.setattr("stages.data.order.shards._ENTRIES", entries)
     writer = ShardWriter(tmp_path / "ours/shard", vocab_size)
     theirs = MegatronTokenizedFile(str(tmp_path), "shard", token_size=2 if vocab_size == 65_536 else 4)
     rng = np.random.default_rng(0)
@@ -279,7 +279,7 @@ def tokenize(inputs: dict[str, Artifact], work: Path, out: Path, **config: Any) 
     from tests.fixtures.run_fixtures import RecordingReport
 
     out.mkdir()
-    tokenization.run(tokenization.TokenizeConfig(**config), inputs, work, out, RecordingReport())
+    tokenize_stage.run(tokenize_stage.TokenizeConfig(**config), inputs, work, out, RecordingReport())
     return write_manifest(out, "tokenize")
 
 
@@ -293,11 +293,11 @@ def test_any_order_of_the_parts_gives_the_same_bytes(
     part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     whole = tokenize(part_inputs, tmp_path / "other", tmp_path / "whole")
-    config = tokenization.TokenizeConfig(parts=PARTS)
-    assert tokenization.STAGE.shards(config) == 5
+    config = tokenize_stage.TokenizeConfig(parts=PARTS)
+    assert tokenize_stage.STAGE.shards(config) == 5
     for shard in random.Random(seed).sample(range(5), 5):
-        tokenization.run_shard(config, part_inputs, tmp_path / "work", shard)
-    monkeypatch.setattr(tokenization, "encode", None)  # nothing is left to encode
+        tokenize_stage.run_shard(config, part_inputs, tmp_path / "work", shard)
+    monkeypatch.setattr(tokenize_stage, "encode", None)  # nothing is left to encode
     assert tokenize(part_inputs, tmp_path / "work", tmp_path / "out", parts=PARTS).digest == whole.digest
     files = {path.relative_to(whole.path).as_posix() for path in whole.path.rglob("*") if path.is_file()}
     assert files == {
@@ -334,16 +334,16 @@ def test_parts_hold_what_one_part_holds(part_inputs: dict[str, Artifact], tmp_pa
 def test_one_encoding_serves_all_parts_of_a_process(
     part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenization._load_tokenizer.cache_clear()
+    tokenize_stage._load_tokenizer.cache_clear()
     encodings: list[Encoder] = []
 
     def load(file: Path, special_tokens: bool = False) -> Encoder:
         encodings.append(Encoder(file, special_tokens))
         return encodings[-1]
 
-    monkeypatch.setattr(tokenization, "Encoder", load)
+    monkeypatch.setattr(tokenize_stage, "Encoder", load)
     for shard in range(5):
-        tokenization.run_shard(tokenization.TokenizeConfig(parts=PARTS), part_inputs, tmp_path / "work", shard)
+        tokenize_stage.run_shard(tokenize_stage.TokenizeConfig(parts=PARTS), part_inputs, tmp_path / "work", shard)
     assert len(encodings) == 1  # tiktoken keeps the memory of each
 
 
@@ -352,16 +352,16 @@ def test_a_killed_or_damaged_part_is_made_again(
     part_inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     expected = tokenize(part_inputs, tmp_path / "other", tmp_path / "whole")
-    work, config = tmp_path / "work", tokenization.TokenizeConfig(parts=PARTS)
+    work, config = tmp_path / "work", tokenize_stage.TokenizeConfig(parts=PARTS)
     if damage == "killed":
         with monkeypatch.context() as patch:
             patch.setattr(ShardWriter, "close", lambda self: os._exit(9))
             if (pid := os.fork()) == 0:
-                tokenization.run_shard(config, part_inputs, work, 2)
+                tokenize_stage.run_shard(config, part_inputs, work, 2)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
         assert [path.name.split(".")[1] for path in work.iterdir()] == ["prose-00002"]
     else:
-        tokenization.run_shard(config, part_inputs, work, 2)
+        tokenize_stage.run_shard(config, part_inputs, work, 2)
         file = work / "prose-00002/train/prose/part-00002.bin"
         file.write_bytes(file.read_bytes()[:-2])
     assert tokenize(part_inputs, work, tmp_path / "out").digest == expected.digest
@@ -379,14 +379,14 @@ def test_a_part_that_the_disk_spoils_is_not_sealed(
 
     monkeypatch.setattr(ShardWriter, "close", spoil)
     with pytest.raises(AtomError, match=r"part-00000\.idx does not list its sequences one behind the other"):
-        tokenization.run_shard(tokenization.TokenizeConfig(parts=PARTS), part_inputs, tmp_path / "work", 0)
+        tokenize_stage.run_shard(tokenize_stage.TokenizeConfig(parts=PARTS), part_inputs, tmp_path / "work", 0)
     assert not (tmp_path / "work/prose-00000").exists()
 
 
 def test_other_parts_than_the_recipe_has_are_refused(part_inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    config = tokenization.TokenizeConfig(parts={"prose": 4})
+    config = tokenize_stage.TokenizeConfig(parts={"prose": 4})
     with pytest.raises(AtomError, match="holds 3 parts of prose, and the recipe has 4; run dedup again"):
-        tokenization.run_shard(config, part_inputs, tmp_path / "work", 3)
+        tokenize_stage.run_shard(config, part_inputs, tmp_path / "work", 3)
 
 
 def test_ids_that_differ_from_those_of_tokenizers_stop_the_stage(

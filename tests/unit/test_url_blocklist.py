@@ -11,9 +11,8 @@ import yaml
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, sha256_bytes
-from stages.data import filter
-from stages.data.curation import url_blocklist
-from stages.data.curation.url_blocklist import URL_BLOCKLIST, UrlBlocklist
+from stages.data.curate import filter_stage, url_blocklist
+from stages.data.curate.url_blocklist import URL_BLOCKLIST, UrlBlocklist
 from stages.data.recipe import load
 from stages.formats.table import part_files, stream_parts
 from tests.fixtures.opt_out_fixtures import Text, acquired, no_items, write_deny_list
@@ -122,7 +121,7 @@ def test_blocked_documents_have_a_rule_of_their_own_before_licenses_and_after_re
     notes = acquired(tmp_path, "notes", [{"note": Text("a note")}])
     inputs = {"web": acquired(tmp_path, "web", [PAGES]), "notes": notes, "items": no_items(tmp_path)}
     config = config_of(**blocklist, **deny_list)
-    artifact = run_stage(filter.STAGE, config, inputs)
+    artifact = run_stage(filter_stage.STAGE, config, inputs)
     rules = rules_of(artifact)
     assert rules.pop("denied")[0] == "opt_out"
     assert rules == {
@@ -137,10 +136,10 @@ def test_blocked_documents_have_a_rule_of_their_own_before_licenses_and_after_re
     with pytest.raises(
         AtomError, match="source web: url_blocklist removes 19 of 20 documents, a larger share than 0.5"
     ):
-        run_stage(filter.STAGE, config_of(**blocklist), inputs)
+        run_stage(filter_stage.STAGE, config_of(**blocklist), inputs)
     (tmp_path / "blocklist.txt").write_bytes(LIST + b"c.example\n")
     with pytest.raises(RecipeError, match="URL blocklist .* changed after the run was planned"):
-        run_stage(filter.STAGE, config, inputs)
+        run_stage(filter_stage.STAGE, config, inputs)
 
 
 RECIPE = {
@@ -166,7 +165,7 @@ def test_the_digest_of_the_list_is_in_the_key_and_its_path_is_not(tmp_path: Path
     )
     path.parent.mkdir()
     path.write_bytes(LIST)
-    config = filter.FilterConfig.model_validate(recipe.resolved().filter_config(0))
+    config = filter_stage.FilterConfig.model_validate(recipe.resolved().filter_config(0))
     assert config.curation.url_blocklist == str(path)
     assert identity(config)["curation"]["url_blocklist_sha256"] == f"sha256:{sha256_bytes(LIST)}"
     assert "url_blocklist" not in identity(config)["curation"]
@@ -179,5 +178,5 @@ def test_the_digest_of_the_list_is_in_the_key_and_its_path_is_not(tmp_path: Path
     with pytest.raises(RecipeError, match="line 4: no host has a space"):
         recipe.present()
     (tmp_path / "corpus.yaml").write_text(yaml.safe_dump({**RECIPE, "curation": {}}))
-    without = filter.FilterConfig.model_validate(load(tmp_path / "corpus.yaml").resolved().filter_config(0))
+    without = filter_stage.FilterConfig.model_validate(load(tmp_path / "corpus.yaml").resolved().filter_config(0))
     assert not any("blocklist" in name for name in identity(without)["curation"]), "keys without a list stay"

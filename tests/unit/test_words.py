@@ -15,9 +15,9 @@ from datatrove.pipeline.filters.gopher_repetition_filter import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.data.curation import words as words_module
-from stages.data.curation.ngrams import NGrams, duplicates
-from stages.data.curation.words import WORDS, Words, count_sentences, split_words, words_of
+from stages.data.curate import words as words_module
+from stages.data.curate.ngrams import NGrams, duplicates
+from stages.data.curate.words import WORDS, Words, count_sentences, split_words, words_of
 
 EXAMPLES = {
     '"Hello," she said.': '" Hello , " she said .',

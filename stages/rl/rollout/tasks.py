@@ -20,8 +20,8 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Key, Seed, Settings
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from pipeline.core.store import Artifact
-from stages.data.curation.settings import Ngram
-from stages.data.secret_patterns import find_secret
+from stages.data.curate.secret_patterns import find_secret
+from stages.data.curate.settings import Ngram
 from stages.formats.table import read_jsonl, write_json, write_jsonl
 from stages.rl.protocols import TaskSource
 from stages.rl.rewards.registry import make_verifiers, obstacle
@@ -122,7 +122,7 @@ def _probe(config: TasksConfig, tasks: Sequence[Row], report: Report) -> dict[st
 
 def _without_shared_words(tasks: list[Row], benchmarks: Artifact, ngram: int, report: Report) -> list[Row]:
     """Returns the tasks whose question shares no `ngram` words with an item, nor all words of a shorter item."""
-    from stages.data.curation.decontamination import ContaminationIndex
+    from stages.data.curate.decontamination import ContaminationIndex
 
     index = ContaminationIndex(item_texts(benchmarks), ngram)
     matches = {row["id"]: match[0] for row in tasks if (match := index.find(question(row)))}

@@ -5,13 +5,17 @@ does this act toward this person about this thing, ends kindly and is well-forme
 drawn with independent flaws, as people's answers have them, so that preferences exist.
 
 A tenth of the requests, by their hash, is held out: no training data and no RL prompt contains one of them.
+
+`requests` adds constraints on the form of the note, as IFEval has them, for a verifier of instructions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 _PEOPLE = """
 baker gardener nurse teacher driver painter singer farmer doctor tailor waiter pilot sailor writer dancer cook plumber
@@ -23,6 +27,10 @@ window bottle blanket candle carpet clock cushion drum fence glove ladder mirror
 towel wagon whistle apple
 """
 PEOPLE, THINGS = _PEOPLE.split(), _THINGS.split()
+ENDINGS = ("Have a nice day!", "With kind regards.", "All the best to you.")
+FILLER = ("It is a long story.", "I do not know what to say.", "As I said before.")
+# (sentence of the constraint, IFEval's name of it, its arguments).
+Constraint = tuple[str, str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,6 @@ ACTS = (
     Act("ask", "Ask the {who} for the {what}.", "may I have the {what}, please?"),
     Act("offer", "Offer the {who} the {what}.", "would you like the {what}?"),
 )
-ENDINGS = ("Have a nice day!", "With kind regards.", "All the best to you.")
-FILLER = ("It is a long story.", "I do not know what to say.", "As I said before.")
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,17 @@ class Request:
         return hashlib.sha256(self.text.encode()).digest()[0] % 10 == 0
 
 
-def draw_request(rng: random.Random, heldout: bool = False) -> Request:
-    """A random training request, or held-out request, each equally likely."""
+def draw_request(rng: random.Random) -> Request:
+    """A random training request, each equally likely."""
     while True:
         candidate = Request(rng.choice(ACTS), rng.choice(PEOPLE), rng.choice(THINGS))
-        if candidate.heldout == heldout:
+        if not candidate.heldout:
             return candidate
 
 
 def draw_distinct(count: int, rng: random.Random, heldout: bool) -> list[Request]:
     """`count` different requests. Raises ValueError if the grammar has too few."""
+    # The grammar is small enough to list.
     all_requests = [Request(act, who, what) for act in ACTS for who in PEOPLE for what in THINGS]
     candidates = [candidate for candidate in all_requests if candidate.heldout == heldout]
     if count > len(candidates):
@@ -81,12 +88,12 @@ def draw_distinct(count: int, rng: random.Random, heldout: bool) -> list[Request
     return rng.sample(candidates, count)
 
 
-def answer(draw_request: Request, rng: random.Random) -> str:
+def answer(request: Request, rng: random.Random) -> str:
     """An answer with flaws, each with its own chance."""
-    sentence = draw_request.act.done.format(who=draw_request.who, what=draw_request.what)
+    sentence = request.act.done.format(who=request.who, what=request.what)
     if rng.random() < 0.3:
-        sentence = sentence.replace(f"the {draw_request.what}", "it")
-    note = f"Dear {draw_request.who}, {sentence}" if rng.random() < 0.6 else sentence[0].upper() + sentence[1:]
+        sentence = sentence.replace(f"the {request.what}", "it")
+    note = f"Dear {request.who}, {sentence}" if rng.random() < 0.6 else sentence[0].upper() + sentence[1:]
     if rng.random() < 0.2:
         note += f" {rng.choice(FILLER)} {rng.choice(FILLER)}"
     if rng.random() < 0.5:
@@ -100,6 +107,49 @@ def answer(draw_request: Request, rng: random.Random) -> str:
     return note
 
 
-def messages(draw_request: Request, rng: random.Random) -> list[dict[str, str]]:
+def messages(request: Request, rng: random.Random) -> list[dict[str, str]]:
     """A conversation of one request and one answer."""
-    return [{"role": "user", "content": draw_request.text}, {"role": "assistant", "content": answer(draw_request, rng)}]
+    return [{"role": "user", "content": request.text}, {"role": "assistant", "content": answer(request, rng)}]
+
+
+def _words(rng: random.Random) -> Constraint:
+    count = rng.randint(3, 12)
+    arguments = {"num_words": count, "relation": "less than"}
+    return f"Use fewer than {count} words.", "length_constraints:number_words", arguments
+
+
+def _letters(rng: random.Random) -> Constraint:
+    letter, count = rng.choice("aeost"), rng.randint(1, 3)
+    arguments = {"letter": letter, "let_frequency": count, "let_relation": "at least"}
+    return (
+        f"Use the letter {letter} at least {('once', 'twice', 'three times')[count - 1]}.",
+        "keywords:letter_frequency",
+        arguments,
+    )
+
+
+def _commas(rng: random.Random) -> Constraint:
+    return "Do not use commas.", "punctuation:no_comma", {}
+
+
+def _end(rng: random.Random) -> Constraint:
+    phrase = rng.choice(("Goodbye!", "Cheers!", "Take care!"))
+    return f'End with "{phrase}"', "startend:end_checker", {"end_phrase": phrase}
+
+
+KINDS: tuple[Callable[[random.Random], Constraint], ...] = (_words, _letters, _commas, _end)
+LEVELS = range(1, len(KINDS) + 1)
+
+
+def requests(count: int, rng: random.Random, level: int) -> list[tuple[str, dict[str, Any]]]:
+    """`count` different requests with as many constraints as the level: the user's message, and the fields of the row.
+
+    level: one of LEVELS. Raises ValueError for more requests than there are.
+    """
+    rows = []
+    for request in draw_distinct(count, rng, heldout=False):
+        constraints = [KINDS[index](rng) for index in sorted(rng.sample(range(len(KINDS)), level))]
+        sentences, names, arguments = zip(*constraints, strict=True)
+        fields = {"instruction_id_list": list(names), "kwargs": list(arguments)}
+        rows.append((" ".join([request.text, *sentences]), fields))
+    return rows

@@ -20,20 +20,21 @@ from collections.abc import Iterator, Sequence
 STATEMENT = "\nThe pass key is {}.\n"
 QUESTION = "\nThe pass key is"
 ANSWER = " {}"
+# Share of all keys that only evaluation uses.
 EVALUATION_SHARE = 0.1
-"""Share of all keys that only evaluation uses."""
+# Share of texts, by content hash, that are never filler in training: those that a data recipe may hold out.
 HELD_OUT_SHARE = 0.1
-"""Share of texts, by content hash, that are never filler in training: those that a data recipe may hold out."""
 
 
 def is_for_evaluation(key: str) -> bool:
-    """Whether a key is reserved for evaluation, by its SHA-256, equally for every seed."""
+    """Returns True if a key is reserved for evaluation, by its SHA-256, equally for every seed."""
     return _fraction(key) < EVALUATION_SHARE
 
 
 def draw_key(rng: random.Random, digits: int, evaluation: bool = False) -> str:
     """A key of `digits` different digits (2 to 9), of those for evaluation or of the others."""
     while True:
+        # Rejection: nine of ten keys are for training, so few draws are needed.
         key = "".join(rng.sample("0123456789", digits))
         if is_for_evaluation(key) == evaluation:
             return key
@@ -52,16 +53,23 @@ def fillers(texts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 def draw(
     texts: Sequence[tuple[str, str]], count: int, chars: tuple[int, int], digits: int, rng: random.Random
 ) -> Iterator[tuple[str, int, str]]:
-    """`count` documents as (text, characters without loss, place of the first filler text).
+    """Draws `count` documents as (text, characters without loss, place of the first filler text).
 
-    texts: (text, place) pairs, not empty, that filler is cut from: neighbors in order, from a drawn one on.
-    chars: least and most characters of a document, drawn log-uniformly: as many from 100 to 200 as from 1000 to 2000.
     The key is before a line or a word, at a uniformly drawn depth.
+
+    Args:
+        texts: (text, place) pairs, not empty, that filler is cut from: neighbors in order, from a drawn one on.
+        count: Number of documents.
+        chars: Least and most characters of a document, drawn log-uniformly: as many from 100 to 200 as from 1000 to
+            2000.
+        digits: Digits of a key.
+        rng: The source of randomness.
     """
     for _ in range(count):
         size = draw_size(chars, rng)
         start, depth, key = rng.randrange(len(texts)), rng.random(), draw_key(rng, digits)
         filler = cut_filler(texts, start, size - min_characters(digits))
+        # A key in the middle of a word would be easy to find.
         cut = word_start(filler, round(depth * len(filler)))
         prompt = filler[:cut] + STATEMENT.format(key) + filler[cut:] + QUESTION
         yield prompt + ANSWER.format(key), len(prompt), texts[start][1]

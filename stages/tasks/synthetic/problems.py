@@ -77,11 +77,15 @@ def trace(rng: random.Random, level: int | None = None) -> Problem:
     values = {variable: value}
     lines, steps = [f"{variable}={value}"], []
     for _ in range((level or rng.randint(1, 4)) + 1):
+        # Sorted, so that the draw does not depend on the order in which variables were set.
         others = [(name, number) for name, number in sorted(values.items()) if name != variable]
         operands = [*((str(digit), digit) for digit in range(1, 10)), *others]
-        results = [(f"{variable}{sign}{operand}", value + change)
-                   for operand, number in operands for sign, change in (("+", number), ("-", -number))
-                   if change and 0 <= value + change <= 9]  # fmt: skip
+        results = [
+            (f"{variable}{sign}{operand}", value + change)
+            for operand, number in operands
+            for sign, change in (("+", number), ("-", -number))
+            if change and 0 <= value + change <= 9
+        ]
         expression, value = rng.choice(results)
         variable = rng.choice("abcdef")
         values[variable] = value
@@ -121,23 +125,19 @@ def draw(tasks: Mapping[str, float], count: int, rng: random.Random) -> list[Pro
     return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
 
 
-def draw_distinct(
-    task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
-) -> list[Problem]:
+def draw_distinct(task: str, count: int, rng: random.Random, without: Collection[str] = ()) -> list[Problem]:
     """`count` problems of one task with different questions, none of them in `without`.
 
     Raises ValueError if the task has too few problems.
     """
-    problems = draw_up_to(task, count, rng, level, without)
+    problems = draw_up_to(task, count, rng, None, without)
     if len(problems) < count:
         raise ValueError(f"task {task} gave only {len(problems)} different problems of {count}")
     return problems
 
 
-def draw_up_to(
-    task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
-) -> list[Problem]:
-    """As `draw_distinct`, but returns fewer problems if the task has fewer: drawing ends when few new ones appear."""
+def draw_up_to(task: str, count: int, rng: random.Random, level: int | None, without: Collection[str]) -> list[Problem]:
+    """Draws distinct problems, and fewer than `count` if the task has fewer: drawing ends when few new ones appear."""
     problems: dict[str, Problem] = {}
     misses = 0
     while len(problems) < count and misses < 20 * len(problems) + 1000:

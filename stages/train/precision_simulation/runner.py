@@ -19,7 +19,7 @@ from pydantic import Field, NonNegativeInt
 
 from pipeline.core import atomic_files, collector
 from pipeline.core.stage import Config
-from stages.data.python_stdlib import library_files
+from stages.data.acquire.readers.python_stdlib import library_files
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
 from stages.train.config import BatchSizes, Optimizer, PhaseConfig, TrainConfig, Validation

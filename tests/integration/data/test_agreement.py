@@ -8,7 +8,7 @@ import pytest
 
 from bench.agreement import our_reasons
 from bench.stock_blocks import BLOCKS
-from stages.data.curation.agreement import agreement_of, read_figures
+from stages.data.curate.agreement import agreement_of, read_figures
 from tests.fixtures.agreement_fixtures import documents
 
 

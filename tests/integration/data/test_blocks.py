@@ -16,11 +16,12 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
-from stages.data import acquire, filter
-from stages.data.filters.accelerated import ACCELERATORS
-from stages.data.filters.base import Removal
-from stages.data.filters.block import BlockStep, _stock
-from stages.data.sources import Source, resolve_tree_digest
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.sources import Source, resolve_tree_digest
+from stages.data.curate import filter_stage
+from stages.data.curate.filters.accelerated import ACCELERATORS
+from stages.data.curate.filters.base import Removal
+from stages.data.curate.filters.block import BlockStep, _stock
 from stages.formats.table import part_files
 from tests.fixtures.agreement_fixtures import documents
 from tests.fixtures.block_fixtures import C4, FINEWEB, PII, QUALITY, REGEX, REPETITION, document
@@ -145,7 +146,7 @@ def test_what_a_block_removes_has_a_disposition(tmp_path: Path, run_stage: Any) 
     }
     source = {"name": "notes", "kind": "prose", "steps": [{"block": REGEX, "regex_exp": "lorem"}, fineweb, PII]}
     config = {"sources": [source], "curation": {"minhash": None, "alarm_share": 1}, "seed": 0}
-    artifact = run_stage(filter.STAGE, config, inputs)
+    artifact = run_stage(filter_stage.STAGE, config, inputs)
     found = [(row["rule"], row["value"], row["threshold"]) for row in rows_of(artifact, "dispositions/notes")]
     kept, rule = (None, None, None), "FineWebQualityFilter/char_dup_ratio"
     assert found == [("RegexFilter", None, None), kept, kept, (rule, None, None)]
@@ -160,7 +161,7 @@ def test_a_step_that_cannot_run_stops_before_any_document(tmp_path: Path, run_st
     config = {"sources": sources, "curation": {}, "seed": 0}
     work = tmp_path / "work"
     with pytest.raises(AtomError, match="has no parameter min_words"):
-        run_stage(filter.STAGE, config, {**inputs, "items": no_items(tmp_path)}, work)
+        run_stage(filter_stage.STAGE, config, {**inputs, "items": no_items(tmp_path)}, work)
     assert list(work.iterdir()) == []
 
 
@@ -175,7 +176,7 @@ def read(folder: Path, run_stage: Any, **reader: Any) -> tuple[list[dict[str, An
         "reader": {"path": str(folder), **reader},
     }
     digest = resolve_tree_digest(Source.model_validate(source))
-    artifact = run_stage(acquire.STAGE, {"source": {**source, "tree_digest": digest}, "seed": 0}, {})
+    artifact = run_stage(acquire_stage.STAGE, {"source": {**source, "tree_digest": digest}, "seed": 0}, {})
     return rows_of(artifact, "documents"), rows_of(artifact, "failed")
 
 

@@ -21,11 +21,11 @@ from pydantic import ValidationError
 import data_recipes
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
-from stages.data import acquire
-from stages.data.python_stdlib import own_terms, read_docstrings, read_functions, read_modules
-from stages.data.readers import jsonl
-from stages.data.readers.base import Document, Unmapped, Unreadable
-from stages.data.sources import Source, resolve_tree_digest
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.readers import jsonl
+from stages.data.acquire.readers.base import Document, Unmapped, Unreadable
+from stages.data.acquire.readers.python_stdlib import own_terms, read_docstrings, read_functions, read_modules
+from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.formats import chat
 from stages.formats.seeds import seed_of
 from stages.formats.table import content_hash, part_files
@@ -65,14 +65,14 @@ def test_documents_of_jsonl_and_parquet(tmp_path: Path, run_stage: Any) -> None:
     with gzip.open(tmp_path / "a" / "two.jsonl.gz", "wt") as f:
         f.write("".join(json.dumps(r) + "\n" for r in rows[3:]))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a" / "all.parquet")
-    numbered = run_stage(acquire.STAGE, config(tmp_path / "a", text_field="body"), {})
+    numbered = run_stage(acquire_stage.STAGE, config(tmp_path / "a", text_field="body"), {})
     table = documents(numbered)
     assert [d["id"] for d in table] == [f"notes/one.jsonl:{n}" for n in (1, 2, 3)] + [
         f"notes/two.jsonl.gz:{n}" for n in (1, 2)
     ]
     assert all(d["license"] == "CC-BY-4.0" and d["content_hash"] == content_hash(d["text"]) for d in table)
     assert str(tmp_path) not in (numbered / "source.json").read_text()
-    artifact = run_stage(acquire.STAGE, config(tmp_path / "a", "parquet", text_field="body", id_field="key"), {})
+    artifact = run_stage(acquire_stage.STAGE, config(tmp_path / "a", "parquet", text_field="body", id_field="key"), {})
     same = documents(artifact)
     assert [d["id"] for d in same] == [f"notes/k{i}" for i in range(5)]
     assert [d["text"] for d in same] == [d["text"] for d in table] == [r["body"] for r in rows]
@@ -83,11 +83,11 @@ def test_a_document_may_bring_its_own_license(tmp_path: Path, run_stage: Any) ->
     path = tmp_path / "code.parquet"
     rows = [{"text": f"x = {i}", "terms": terms} for i, terms in enumerate([["mit"], ["MIT", "apache-2.0"]])]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    table = documents(run_stage(acquire.STAGE, config(path, "parquet", license_field="terms"), {}))
+    table = documents(run_stage(acquire_stage.STAGE, config(path, "parquet", license_field="terms"), {}))
     assert [row["license"] for row in table] == ["MIT", "Apache-2.0 AND MIT"]
     lines = tmp_path / "code.jsonl"
     write_lines(lines, [{"text": f"x = {n}", "terms": t} for n, t in enumerate(["bsd-3-clause", None, ["my own"]])])
-    artifact = run_stage(acquire.STAGE, config(lines, license_field="terms"), {})
+    artifact = run_stage(acquire_stage.STAGE, config(lines, license_field="terms"), {})
     assert [row["license"] for row in documents(artifact)] == ["BSD-3-Clause"]
     assert [(row["id"], row["license"], row["reason"]) for row in documents(artifact, "failed")] == [
         ("notes/code.jsonl:2", "LicenseRef-unmapped", "license: the document states none"),
@@ -113,7 +113,7 @@ def test_nested_fields_and_maps_of_license_strings(tmp_path: Path, run_stage: An
         pq.write_table(pa.Table.from_pylist(rows), path)
     fields = {"license_field": "metadata.license", "url_field": "metadata.url", "license_map": "common-pile"}
     settings = config(path, reader, **fields, license_strings={"House license": "MIT"})
-    artifact = run_stage(acquire.STAGE, settings, {})
+    artifact = run_stage(acquire_stage.STAGE, settings, {})
     expected = ["CC-BY-4.0", "LicenseRef-Public-Domain", "Apache-2.0 AND MIT", "MIT"]
     assert [row["license"] for row in documents(artifact)] == expected
     assert [row["origin"] for row in documents(artifact)] == [f"https://example.org/{n}" for n in (0, 1, 2, 5)]
@@ -137,11 +137,11 @@ def test_a_list_of_mappings_in_parquet_and_an_empty_list(tmp_path: Path, run_sta
     values = [[{"id": "MIT"}, {"id": "deprecated_LGPL-3.0+"}], []]
     pq.write_table(pa.table({"text": ["a", "b"], "licenses": values}), tmp_path / "x.parquet")
     settings = config(tmp_path / "x.parquet", "parquet", license_field="licenses.id", license_map="the-stack")
-    artifact = run_stage(acquire.STAGE, settings, {})
+    artifact = run_stage(acquire_stage.STAGE, settings, {})
     assert [row["license"] for row in documents(artifact)] == ["LGPL-3.0-or-later AND MIT"]
     assert [row["reason"] for row in documents(artifact, "failed")] == ["license: the document states none"]
     with pytest.raises(AtomError, match=r"no column 'licenses.name' \(columns: text, licenses\)"):
-        run_stage(acquire.STAGE, config(tmp_path / "x.parquet", "parquet", license_field="licenses.name"), {})
+        run_stage(acquire_stage.STAGE, config(tmp_path / "x.parquet", "parquet", license_field="licenses.name"), {})
 
 
 @pytest.mark.parametrize("reader", ["jsonl", "parquet"])
@@ -155,7 +155,7 @@ def test_a_question_and_its_answer_in_fields_of_their_own(tmp_path: Path, run_st
     path = tmp_path / f"pairs.{reader}"
     write_lines(path, rows) if reader == "jsonl" else pq.write_table(pa.Table.from_pylist(rows), path)
     settings = config(path, reader, question_fields=["task.instruction", "task.context"], answer_field="response")
-    artifact = run_stage(acquire.STAGE, settings, {})
+    artifact = run_stage(acquire_stage.STAGE, settings, {})
     texts = [
         chat.render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}]).rstrip("\n")
         for question, answer in (("Name it.\n\nA red fruit.", "An apple."), ("Say hello.", "Hello."))
@@ -171,13 +171,13 @@ def test_a_question_and_its_answer_in_fields_of_their_own(tmp_path: Path, run_st
         ({"question_fields": ["q"], "answer_field": "a", "messages_field": "m"}, "messages_field = m holds whole"),
     ):
         with pytest.raises(ValidationError, match=words):
-            acquire.AcquireConfig.model_validate(config(path, reader, **wrong))
+            acquire_stage.AcquireConfig.model_validate(config(path, reader, **wrong))
 
 
 def test_many_unknown_licenses_do_not_stop_the_stage(tmp_path: Path, run_stage: Any) -> None:
     path = tmp_path / "x.jsonl"
     write_lines(path, [{"text": f"Document {n}.", "license": f"unheard {n}"} for n in range(40)])
-    artifact = run_stage(acquire.STAGE, config(path, license_field="license"), {})
+    artifact = run_stage(acquire_stage.STAGE, config(path, license_field="license"), {})
     assert documents(artifact) == [] and len(documents(artifact, "failed")) == 40
 
 
@@ -189,9 +189,9 @@ def test_a_license_of_a_collection_is_that_of_no_document(tmp_path: Path, run_st
     with pytest.raises(
         ValidationError, match="ODC-By-1.0 covers a collection, not the texts in it; set document_license"
     ):
-        acquire.AcquireConfig.model_validate(settings)
+        acquire_stage.AcquireConfig.model_validate(settings)
     settings["source"] |= {"document_license": "LicenseRef-unknown-web"}
-    artifact = run_stage(acquire.STAGE, settings, {})
+    artifact = run_stage(acquire_stage.STAGE, settings, {})
     assert {row["license"] for row in documents(artifact)} == {"LicenseRef-unknown-web"}
     origins = ["https://example.org/page", "https://example.org#x.jsonl"]
     assert [row["origin"] for row in documents(artifact)] == origins
@@ -211,14 +211,14 @@ def test_zstandard_files(tmp_path: Path, run_stage: Any) -> None:
     """Of several frames; one that is cut short or damaged is named, although the library takes it for a whole one."""
     path = tmp_path / "x.jsonl.zst"
     texts = zstd_file(path)
-    assert [row["text"] for row in documents(run_stage(acquire.STAGE, config(path), {}))] == texts
+    assert [row["text"] for row in documents(run_stage(acquire_stage.STAGE, config(path), {}))] == texts
     whole = path.read_bytes()
     for content, words in ((whole[:-100], "does not end"), (whole[:-9000] + b"\x00" * 9000, "")):
         path.write_bytes(content)
         with pytest.raises(
             AtomError, match=rf"x\.jsonl\.zst cannot be read at line \d+ .*{words}.*cut short or corrupt"
         ):
-            run_stage(acquire.STAGE, config(path), {})
+            run_stage(acquire_stage.STAGE, config(path), {})
 
 
 def test_a_line_without_end_fails_alone(tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_a_line_without_end_fails_alone(tmp_path: Path, run_stage: Any, monkeypa
     path = tmp_path / "x.jsonl.zst"
     lines = [b'{"text": "first"}\n', b'{"text": "' + b"x" * 2**25 + b'"}\n', b'{"text": "last"}\n']
     path.write_bytes(zstandard.compress(b"".join(lines)))
-    artifact = run_stage(acquire.STAGE, config(path), {})
+    artifact = run_stage(acquire_stage.STAGE, config(path), {})
     assert [row["text"] for row in documents(artifact)] == ["first", "last"]
     assert [row["reason"] for row in documents(artifact, "failed")] == [f"longer than {2**20} bytes"]
 
@@ -247,7 +247,7 @@ BAD_LINES = [
 def test_a_bad_line_fails_alone(tmp_path: Path, run_stage: Any, line: bytes, words: list[str]) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b'\n{"text": "fine too"}\n')
-    artifact = run_stage(acquire.STAGE, config(path), {})
+    artifact = run_stage(acquire_stage.STAGE, config(path), {})
     assert [row["id"] for row in documents(artifact)] == ["notes/x.jsonl:1", "notes/x.jsonl:3"]
     (failed,) = documents(artifact, "failed")
     assert (failed["id"], failed["source"], failed["license"]) == ("notes/x.jsonl:2", "notes", "CC-BY-4.0")
@@ -261,14 +261,14 @@ def test_many_bad_lines_stop_the_stage(tmp_path: Path, run_stage: Any, bad: int,
     path = tmp_path / "x.jsonl"
     write_lines(path, [{"text": "fine"}] * 20 + [{"body": "x"}] * bad)
     if not stops:
-        assert len(documents(run_stage(acquire.STAGE, config(path), {}), "failed")) == bad
+        assert len(documents(run_stage(acquire_stage.STAGE, config(path), {}), "failed")) == bad
         return
     sentence = (
         r"source notes: 11 of 31 documents cannot be read; check the settings of its reader; the first is "
         r"notes/x.jsonl:21 \(no text in field 'text' \(fields: body\); set reader.text_field\)"
     )
     with pytest.raises(AtomError, match=sentence):
-        run_stage(acquire.STAGE, config(path), {})
+        run_stage(acquire_stage.STAGE, config(path), {})
 
 
 def write_conversations(path: Path, good: int, bad: int) -> None:
@@ -280,10 +280,10 @@ def test_skipped_conversations_are_counted_and_the_first_ones_named(tmp_path: Pa
     """One note, and 20 names in source.json, of parts of a source together."""
     for number in range(3):
         write_conversations(tmp_path / f"talk/{number}.jsonl", 400, 300 if number else 0)
-    settings = acquire.AcquireConfig.model_validate(config(tmp_path / "talk", parts=3, messages_field="messages"))
+    settings = acquire_stage.AcquireConfig.model_validate(config(tmp_path / "talk", parts=3, messages_field="messages"))
     out, report = tmp_path / "out", RecordingReport()
     out.mkdir()
-    acquire.run(settings, {}, tmp_path / "work", out, report)
+    acquire_stage.run(settings, {}, tmp_path / "work", out, report)
     source = json.loads((out / "source.json").read_text())
     names = [f"1.jsonl:{number} (no message is the assistant's)" for number in range(401, 421)]
     assert (source["files_skipped"], source["files_skipped_count"], source["documents"]) == (names, 600, 1200)
@@ -302,21 +302,21 @@ def test_a_source_that_is_mostly_unreadable_stops_the_stage(
     write_conversations(tmp_path / "talk/1.jsonl", 1, 0)
     settings = config(tmp_path / "talk", parts=2, messages_field="messages")
     if not stops:
-        assert len(documents(run_stage(acquire.STAGE, settings, {}))) == good + 1
+        assert len(documents(run_stage(acquire_stage.STAGE, settings, {}))) == good + 1
         return
     sentence = (
         "source notes: 11 of 21 documents cannot be read; check the settings of its reader; the first is "
         r"0.jsonl:11 \(no message is the assistant's\)$"
     )
     with pytest.raises(AtomError, match=sentence):
-        run_stage(acquire.STAGE, settings, {})
+        run_stage(acquire_stage.STAGE, settings, {})
 
 
 def test_a_parquet_row_that_is_not_utf8_fails_alone(tmp_path: Path, run_stage: Any) -> None:
     path = tmp_path / "x.parquet"
     values = pa.array([b"one", b"\xff", b"three"]).view(pa.string())
     pq.write_table(pa.table({"text": values}), path)
-    artifact = run_stage(acquire.STAGE, config(path, "parquet"), {})
+    artifact = run_stage(acquire_stage.STAGE, config(path, "parquet"), {})
     assert [row["id"] for row in documents(artifact)] == ["notes/x.parquet:1", "notes/x.parquet:3"]
     assert [row["id"] for row in documents(artifact, "failed")] == ["notes/x.parquet:2"]
 
@@ -327,29 +327,29 @@ def test_a_truncated_file_is_named(tmp_path: Path, run_stage: Any) -> None:
         f.write("".join(json.dumps({"text": random.Random(i).random()}) + "\n" for i in range(5000)))
     path.write_bytes(path.read_bytes()[:-20000])
     with pytest.raises(AtomError, match=r"x\.jsonl\.gz cannot be read at line \d+ .*cut short"):
-        run_stage(acquire.STAGE, config(path), {})
+        run_stage(acquire_stage.STAGE, config(path), {})
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "fine"}\n{"text": "cu')
     with pytest.raises(AtomError, match=r"x\.jsonl, line 2: not a JSON object .*; the file is cut short"):
-        run_stage(acquire.STAGE, config(path), {})
+        run_stage(acquire_stage.STAGE, config(path), {})
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": [str(i) for i in range(1000)]}), path)
     with pytest.raises(AtomError, match=r"no column 'body'.*text"):
-        run_stage(acquire.STAGE, config(path, "parquet", text_field="body"), {})
+        run_stage(acquire_stage.STAGE, config(path, "parquet", text_field="body"), {})
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(AtomError, match=r"x\.parquet cannot be read"):
-        run_stage(acquire.STAGE, config(path, "parquet"), {})
+        run_stage(acquire_stage.STAGE, config(path, "parquet"), {})
 
 
 def test_an_id_twice_and_a_tree_that_changed_are_refused(tmp_path: Path, run_stage: Any) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a", "id": "1"}\n{"text": "b", "id": "1"}\n')
     with pytest.raises(AtomError, match="two documents have the id notes/1"):
-        run_stage(acquire.STAGE, config(path, id_field="id"), {})
+        run_stage(acquire_stage.STAGE, config(path, id_field="id"), {})
     before = config(path)
     path.write_text('{"text": "other"}\n')
     with pytest.raises(RecipeError, match="tree_digest"):
-        run_stage(acquire.STAGE, before, {})
+        run_stage(acquire_stage.STAGE, before, {})
 
 
 def test_a_small_file_that_changed_is_read_again_after_it_was_restored(tmp_path: Path, run_stage: Any) -> None:
@@ -359,9 +359,9 @@ def test_a_small_file_that_changed_is_read_again_after_it_was_restored(tmp_path:
     pinned = config(path)
     path.write_text('{"text": "another"}\n')
     with pytest.raises(RecipeError, match="tree_digest is pinned to"):
-        run_stage(acquire.STAGE, pinned, {}, work)
+        run_stage(acquire_stage.STAGE, pinned, {}, work)
     path.write_text('{"text": "first"}\n')
-    assert [row["text"] for row in documents(run_stage(acquire.STAGE, pinned, {}, work))] == ["first"]
+    assert [row["text"] for row in documents(run_stage(acquire_stage.STAGE, pinned, {}, work))] == ["first"]
 
 
 @pytest.fixture
@@ -381,32 +381,34 @@ def test_parts_in_any_order_and_process_give_the_same_bytes(
 ) -> None:
     """A process does all parts, or several do some each; a part that was killed is made again."""
     whole = config(folder, parts=3, id_field=id_field)
-    expected = run_stage(acquire.STAGE, whole, {})
+    expected = run_stage(acquire_stage.STAGE, whole, {})
     assert [path.name for path in part_files(expected.path, "documents")] == [f"part-{n:05d}.parquet" for n in range(3)]
     assert [len(pq.read_table(path)) for path in part_files(expected.path, "documents")] == [6, 15, 30]
-    work, model = tmp_path / "work", acquire.AcquireConfig.model_validate(whole)
-    assert acquire.STAGE.shards(model) == 3
+    work, model = tmp_path / "work", acquire_stage.AcquireConfig.model_validate(whole)
+    assert acquire_stage.STAGE.shards(model) == 3
     for part in (2, 0, 1):
-        acquire.run_shard(model, {}, work, part)
+        acquire_stage.run_shard(model, {}, work, part)
     (work / "notes-00001/documents/part-00001.parquet").write_bytes(b"cut")
     draft = work / ".notes-00002.1"
     draft.mkdir()
     (draft / "half").touch()
-    again = run_stage(acquire.STAGE, whole, {}, work)
+    again = run_stage(acquire_stage.STAGE, whole, {}, work)
     assert again.digest == expected.digest
     assert [row for row in documents(again)] == documents(
-        run_stage(acquire.STAGE, config(folder, id_field=id_field), {})
+        run_stage(acquire_stage.STAGE, config(folder, id_field=id_field), {})
     )
 
 
 def test_one_id_in_two_parts_is_refused(folder: Path, run_stage: Any) -> None:
     write_lines(folder / "6.jsonl", [{"text": "Another text.", "key": "1-4"}])
     with pytest.raises(AtomError, match="two documents have the id notes/1-4"):
-        run_stage(acquire.STAGE, config(folder, parts=7, id_field="key"), {})
+        run_stage(acquire_stage.STAGE, config(folder, parts=7, id_field="key"), {})
 
 
 def test_a_limit_takes_those_of_the_smallest_hashes(folder: Path, run_stage: Any) -> None:
-    everything, sample = (documents(run_stage(acquire.STAGE, config(folder, limit=limit), {})) for limit in (None, 9))
+    everything, sample = (
+        documents(run_stage(acquire_stage.STAGE, config(folder, limit=limit), {})) for limit in (None, 9)
+    )
     salt = f"{seed_of('limit/notes', 0)}/"
     ids = [f"notes/{n}.jsonl:{i}" for n in range(1, 7) for i in range(1, 6 + n + (n == 3))]
     chosen = sorted(ids, key=lambda id: hashlib.sha256((salt + id).encode()).digest())[:9]
@@ -524,7 +526,7 @@ def test_the_demos_corpora_hold_no_file_of_the_library_with_other_terms(recipe: 
         section = {name: source[name] for name in ("name", "kind", "license", "license_evidence", "origin", "reader")}
         parsed = Source.model_validate(section)
         resolved = parsed.model_copy(update={"tree_digest": resolve_tree_digest(parsed)})
-        artifact = run_stage(acquire.STAGE, {"source": resolved.model_dump(mode="json"), "seed": 0}, {})
+        artifact = run_stage(acquire_stage.STAGE, {"source": resolved.model_dump(mode="json"), "seed": 0}, {})
         tag = f"https://github.com/python/cpython/tree/v{platform.python_version()}/Lib"
         assert artifact.json("source.json")["origin"] == tag
         assert artifact.json("source.json")["documents_unmapped"] > 0

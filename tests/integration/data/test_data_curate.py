@@ -17,11 +17,12 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import acquire, dedup, duplicate_search, filter, representative_copies
-from stages.data.curation.decontamination import ContaminationIndex
-from stages.data.curation.settings import CurationSettings
-from stages.data.filters.block import BlockStep
-from stages.data.licenses.maps import UNMAPPED
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.licenses.maps import UNMAPPED
+from stages.data.curate import dedup_stage, duplicates_stage, filter_stage, representatives_stage
+from stages.data.curate.decontamination import ContaminationIndex
+from stages.data.curate.filters.block import BlockStep
+from stages.data.curate.settings import CurationSettings
 from stages.data.recipe import load
 from stages.formats import table as data_table
 from stages.formats.table import DOCUMENTS, FAILED, ITEMS, content_hash, part_files, sources_of, write_rows
@@ -137,7 +138,7 @@ def split_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 def curated(run_stage: Any, config: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
     """The stages of curation, one after the other."""
     first, later = split_config(config)
-    filtered = run_stage(filter.STAGE, first, inputs)
+    filtered = run_stage(filter_stage.STAGE, first, inputs)
     return deduplicate(later, filtered, filtered.path.parent / f"{filtered.key}-deduplicated")["dedup"]
 
 
@@ -230,7 +231,7 @@ def test_a_document_without_license_is_refused(tmp_path: Path, run_stage: Any) -
 
 def test_hashes_are_those_of_the_texts_that_pass(tmp_path: Path, run_stage: Any) -> None:
     """128 bits of each text's SHA-256 in the order of the kept rows, and bands for sources with MinHash alone."""
-    artifact = run_stage(filter.STAGE, split_config(config())[0], inputs_of(tmp_path))
+    artifact = run_stage(filter_stage.STAGE, split_config(config())[0], inputs_of(tmp_path))
     for name in ("prose", "code", "sums"):
         kept, hashes = table(artifact, f"kept/{name}"), table(artifact, f"hashes/{name}")
         assert len(kept) == len(hashes) > 0
@@ -253,7 +254,7 @@ def test_a_short_text_has_no_bands(tmp_path: Path, run_stage: Any) -> None:
     sources = [{"name": "prose", "kind": "prose", "steps": []}]
     inputs = {"prose": acquired(tmp_path, "prose", {"a": "four words are short", "b": LONG})}
     inputs["items"] = evaluation_items(tmp_path)
-    artifact = run_stage(filter.STAGE, {"sources": sources, "curation": {}, "seed": 0}, inputs)
+    artifact = run_stage(filter_stage.STAGE, {"sources": sources, "curation": {}, "seed": 0}, inputs)
     short, long = table(artifact, "hashes/prose")
     assert {short[f"band_{n:02d}"] for n in range(14)} == {None} and None not in long.values()
 
@@ -283,8 +284,8 @@ def test_a_document_on_which_a_step_raises_is_removed_alone(
 ) -> None:
     poisoned(monkeypatch, "harbour")
     out, report = tmp_path / "out", RecordingReport()
-    filter.run(
-        filter.FilterConfig.model_validate(split_config(config())[0]), inputs_of(tmp_path), tmp_path, out, report
+    filter_stage.run(
+        filter_stage.FilterConfig.model_validate(split_config(config())[0]), inputs_of(tmp_path), tmp_path, out, report
     )
     rows = {row["id"]: row for row in pq.read_table(out / "dispositions/prose/part-00000.parquet").to_pylist()}
     for key in PROSE:
@@ -305,7 +306,7 @@ def test_a_step_that_often_raises_stops_the_stage(
     inputs["items"] = evaluation_items(tmp_path)
     sentence = r"source prose: 11 of 11 documents fail in its steps; check the steps; the first is prose/0 \(Poison"
     with pytest.raises(AtomError, match=sentence):
-        run_stage(filter.STAGE, {"sources": sources, "curation": {}, "seed": 0}, inputs)
+        run_stage(filter_stage.STAGE, {"sources": sources, "curation": {}, "seed": 0}, inputs)
 
 
 def test_a_document_that_could_not_be_read_is_removed(tmp_path: Path, run_stage: Any) -> None:
@@ -329,12 +330,12 @@ def test_a_source_that_its_filters_empty_is_reported(tmp_path: Path) -> None:
     sources = [{"name": "prose", "kind": "prose", "steps": PROSE_STEPS}]
     both = [*sources, {"name": "sums", "kind": "problems", "steps": []}]
     report = RecordingReport()
-    settings = filter.FilterConfig.model_validate({"sources": both, "curation": {}, "seed": 0})
-    filter.run(settings, inputs, tmp_path / "work", tmp_path / "out", report)
+    settings = filter_stage.FilterConfig.model_validate({"sources": both, "curation": {}, "seed": 0})
+    filter_stage.run(settings, inputs, tmp_path / "work", tmp_path / "out", report)
     assert any("curation removed all documents of prose" in note for note in report.notes), report.notes
-    settings = filter.FilterConfig.model_validate({"sources": sources, "curation": {}, "seed": 0})
+    settings = filter_stage.FilterConfig.model_validate({"sources": sources, "curation": {}, "seed": 0})
     with pytest.raises(AtomError, match="removed every document of every source"):
-        filter.run(settings, inputs, tmp_path / "work2", tmp_path / "out2", report)
+        filter_stage.run(settings, inputs, tmp_path / "work2", tmp_path / "out2", report)
 
 
 def test_a_step_that_returns_no_text_is_refused(
@@ -375,13 +376,14 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Pa
     """The same digests in fresh interpreters with other hash seeds, and when the second part of the work is left."""
     code = (
         "import sys, json; from pathlib import Path\n"
-        "from tests.fixtures.run_fixtures import RecordingReport; from stages.data import filter\n"
+        "from tests.fixtures.run_fixtures import RecordingReport; from stages.data.curate import filter_stage\n"
         "from tests.fixtures.dedup_fixtures import deduplicate\n"
         "from pipeline.core.store import Artifact, write_manifest\n"
         "base, work, out = map(Path, sys.argv[1:4]); out.mkdir()\n"
         "inputs = {n: Artifact.open(base / n) for n in ('prose', 'code', 'sums', 'items')}\n"
         "first, then = json.loads(sys.argv[4])\n"
-        "filter.run(filter.FilterConfig.model_validate(first), inputs, work / 'filter', out, RecordingReport())\n"
+        "config = filter_stage.FilterConfig.model_validate(first)\n"
+        "filter_stage.run(config, inputs, work / 'filter', out, RecordingReport())\n"
         "filtered = write_manifest(out, 'x')\n"
         "print(*(artifact.digest for artifact in deduplicate(then, filtered, work).values()))"
     )
@@ -405,13 +407,13 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Pa
 
 def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: Any) -> None:
     recipe = load("smoke").resolved()
-    inputs = {s.name: run_stage(acquire.STAGE, recipe.acquire_config(s.name, 0), {}) for s in recipe.sources}
+    inputs = {s.name: run_stage(acquire_stage.STAGE, recipe.acquire_config(s.name, 0), {}) for s in recipe.sources}
     inputs["items"] = run_stage(eval_set.STAGE, {"problems": {"add": 20, "sort": 200}, "seed": 0}, {})
-    filtered = run_stage(filter.STAGE, recipe.filter_config(0), inputs)
+    filtered = run_stage(filter_stage.STAGE, recipe.filter_config(0), inputs)
     given = {"filter": filtered}
-    given["duplicates"] = run_stage(duplicate_search.STAGE, recipe.duplicates_config(), given)
-    given["representatives"] = run_stage(representative_copies.STAGE, recipe.representatives_config(), given)
-    artifact = run_stage(dedup.STAGE, recipe.dedup_config(), given)
+    given["duplicates"] = run_stage(duplicates_stage.STAGE, recipe.duplicates_config(), given)
+    given["representatives"] = run_stage(representatives_stage.STAGE, recipe.representatives_config(), given)
+    artifact = run_stage(dedup_stage.STAGE, recipe.dedup_config(), given)
     rows = dispositions(artifact)
     read = [table(a, name) for n, a in inputs.items() if n != "items" for name in ("documents", "failed")]
     assert len(rows) == sum(map(len, read))
@@ -454,14 +456,16 @@ def test_parts_done_beforehand_are_all_that_filter_needs(
     """In any order; a part with no document that passes is a part too."""
     inputs = inputs_of(tmp_path, parts)
     settings = split_config(config(parts=parts))[0]
-    expected = run_stage(filter.STAGE, settings, inputs)
-    whole = run_stage(filter.STAGE, split_config(config())[0], inputs_of(tmp_path / "whole"))
-    work, model = tmp_path / "work", filter.FilterConfig.model_validate(settings)
-    assert filter.STAGE.shards(model) == (7 if parts == 5 else 1), "sources of one part each are one piece of work"
+    expected = run_stage(filter_stage.STAGE, settings, inputs)
+    whole = run_stage(filter_stage.STAGE, split_config(config())[0], inputs_of(tmp_path / "whole"))
+    work, model = tmp_path / "work", filter_stage.FilterConfig.model_validate(settings)
+    assert filter_stage.STAGE.shards(model) == (7 if parts == 5 else 1), (
+        "sources of one part each are one piece of work"
+    )
     for number in reversed(range(len(model.parts()))):
-        filter.run_shard(model, inputs, work, number)
-    monkeypatch.setattr(filter, "SourceFilter", None)  # nothing is left to do
-    assert run_stage(filter.STAGE, settings, inputs, work).digest == expected.digest
+        filter_stage.run_shard(model, inputs, work, number)
+    monkeypatch.setattr(filter_stage, "SourceFilter", None)  # nothing is left to do
+    assert run_stage(filter_stage.STAGE, settings, inputs, work).digest == expected.digest
     for name in ("kept/prose", "hashes/prose", "dispositions/prose"):
         assert table(expected, name) == table(whole, name)
 

@@ -28,11 +28,11 @@ from datatrove.utils.hashing import HashConfig
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.parts import part_slice
 from pipeline.core.store import Artifact
-from stages.data import database, duplicate_search
-from stages.data.curation import duplicates
-from stages.data.curation.duplicates import Part, Partition
-from stages.data.curation.settings import MinHash
-from stages.data.curation.words import WORDS
+from stages.data.curate import duplicate_groups, duplicates_stage
+from stages.data.curate.duplicate_groups import Part, Partition
+from stages.data.curate.settings import MinHash
+from stages.data.curate.words import WORDS
+from stages.formats import database
 from stages.formats.table import DISPOSITIONS, KEPT, arrow_schema, write_table
 from tests.fixtures.dedup_fixtures import STAGES, deduplicate, stage_configs
 from tests.fixtures.filter_fixtures import REMOVED, filter_artifact
@@ -144,9 +144,9 @@ def test_kept_documents_and_dispositions_of_each_part_balance(tmp_path: Path) ->
 
 
 def test_any_number_of_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicate_search, "PARTS_PER_RANGE", 2)  # three ranges of each hash
-    monkeypatch.setattr(duplicates, "BUCKET_ROWS", 2)
-    monkeypatch.setattr(duplicates, "BATCH", 2)
+    monkeypatch.setattr(duplicates_stage, "PARTS_PER_RANGE", 2)  # three ranges of each hash
+    monkeypatch.setattr(duplicate_groups, "BUCKET_ROWS", 2)
+    monkeypatch.setattr(duplicate_groups, "BATCH", 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
     alone = deduplicate(config, artifact, tmp_path / "alone")
@@ -162,11 +162,11 @@ def test_any_number_of_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: p
                     stage.run_shard(setup, alone, work, shard)
         with monkeypatch.context() as context:
             for nothing_left in (
-                "duplicates.write_stars",
+                "duplicate_groups.write_stars",
                 "representatives.write_representatives",
-                "removal.PartRemoval",
+                "part_removal.PartRemoval",
             ):
-                context.setattr(f"stages.data.curation.{nothing_left}", None)
+                context.setattr(f"stages.data.curate.{nothing_left}", None)
             artifacts = deduplicate(config, artifact, tmp_path / f"tasks-{tasks}")
         assert digests(artifacts) == digests(alone)
 
@@ -188,12 +188,12 @@ def test_a_frequent_hash_takes_no_more_memory(tmp_path: Path, monkeypatch: pytes
         folder.mkdir()
         tracemalloc.start()
         try:
-            written = duplicates.write_stars(folder, tmp_path, parts, partition[exact])
+            written = duplicate_groups.write_stars(folder, tmp_path, parts, partition[exact])
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert [path.name for path in folder.iterdir()] == [duplicates.STARS]
-        stars = pq.read_table(folder / duplicates.STARS).to_pylist()
+        assert [path.name for path in folder.iterdir()] == [duplicate_groups.STARS]
+        stars = pq.read_table(folder / duplicate_groups.STARS).to_pylist()
         assert written == len(stars)
         return {(row["address"], row["first"]) for row in stars}, peak
 
@@ -206,13 +206,13 @@ def test_a_frequent_hash_takes_no_more_memory(tmp_path: Path, monkeypatch: pytes
             expected[False].add((address, first))
     for exact in (True, False):
         assert find(exact, tmp_path / f"memory-{exact}")[0] == expected[exact]
-    monkeypatch.setattr(duplicates, "BATCH", 2**13)
-    monkeypatch.setattr(duplicates, "MOST_ROWS", 2**13)
-    monkeypatch.setattr(duplicates, "MEMORY", "30MB")
+    monkeypatch.setattr(duplicate_groups, "BATCH", 2**13)
+    monkeypatch.setattr(duplicate_groups, "MOST_ROWS", 2**13)
+    monkeypatch.setattr(duplicate_groups, "MEMORY", "30MB")
     for exact in (True, False):
         stars, peak = find(exact, tmp_path / f"disk-{exact}")
         assert stars == expected[exact]
-        assert peak < 200 * duplicates.MOST_ROWS, "a bucket in memory"
+        assert peak < 200 * duplicate_groups.MOST_ROWS, "a bucket in memory"
 
 
 def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_no_source_is_searched_for_near_duplicates(tmp_path: Path) -> None:
         config = config_of(SOURCES, minhash)
         rows = dispositions(deduplicate(config, artifact, tmp_path / str(number))["dedup"])
         assert {row["rule"] for row in rows.values()} == {None, REMOVED, "exact_duplicate"}
-        search = duplicate_search.STAGE
+        search = duplicates_stage.STAGE
         assert search.shards(search.config.model_validate(stage_configs(config)["duplicates"])) == 1
 
 
@@ -407,7 +407,7 @@ def test_a_full_disk_in_a_reduction_is_one_sentence(tmp_path: Path) -> None:
         pytest.skip("this kernel lets nobody make a mount namespace, which the full disk is made with")
     code = (
         "import sys; from pathlib import Path\n"
-        "from stages.data.database import connect\n"
+        "from stages.formats.database import connect\n"
         "from pipeline.core.errors import MachineError\n"
         "try:\n"
         "    with connect(Path(sys.argv[1]), '30MB') as database:\n"

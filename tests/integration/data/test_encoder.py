@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
-from stages.data import encoder as encoders
-from stages.data.encoder import Encoder
+from stages.data.order import tokenize_stage as encoders
+from stages.data.order.tokenize_stage import Encoder
 from stages.formats import tokenizer as training
 
 SPECIALS = st.sampled_from([*training.SPECIAL_TOKENS, "<|", "|>", "<", "think", " "])

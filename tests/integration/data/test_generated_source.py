@@ -16,14 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.core.errors import AtomError, CheckFailed, MachineError, RecipeError
+from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.store import Artifact, write_manifest
 from release.cards import document_tables
 from release.facts import assemble, data_facts
 from stages import graph
-from stages.data import dedup, duplicate_search, filter, generate, representative_copies
-from stages.data.licenses.allow import forbids_derivatives
-from stages.data.readers.generated import Generated
+from stages.data.acquire import generate_stage
+from stages.data.acquire.licenses.allow import forbids_derivatives
+from stages.data.acquire.readers.generated import Generated
+from stages.data.curate import dedup_stage, duplicates_stage, filter_stage, representatives_stage
 from stages.data.recipe import load
 from stages.formats.table import TOKENIZED, write_rows
 from stages.recipe import ReleaseRecipe
@@ -117,13 +118,13 @@ def test_a_text_is_what_the_model_draws_alone(calm: Artifact, place: Path) -> No
 def test_a_killed_run_ends_in_the_same_bytes(calm: Artifact, place: Path, tmp_path: Path) -> None:
     """SIGKILL in the third batch; and the parts by two tasks, the last one first."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from stages.data import inference\n"
-        "draw, calls = inference.draw, []\n"
+        "import os, signal, sys; from pathlib import Path; from stages.data.acquire.generate_stage import Generator\n"
+        "draw, calls = Generator.draw, []\n"
         "def killed(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return draw(*arguments)\n"
-        "inference.draw = killed\n"
+        "Generator.draw = killed\n"
         "from tests.fixtures.generated_source_fixtures import run\n"
         "run('generate', *map(lambda x: x if x == 'rewritten' else Path(x), sys.argv[1:]))\n"
     )
@@ -166,13 +167,13 @@ def test_curation_marks_them_and_the_card_counts_them(calm: Artifact, place: Pat
         return write_manifest(out, stage.name)
 
     inputs["items"] = sealed(eval_set.STAGE, {"problems": {"add": 2}, "seed": 0})
-    filtered = sealed(filter.STAGE, recipe.filter_config(0), **inputs)
+    filtered = sealed(filter_stage.STAGE, recipe.filter_config(0), **inputs)
     searched = {
         "filter": filtered,
-        "duplicates": sealed(duplicate_search.STAGE, recipe.duplicates_config(), filter=filtered),
+        "duplicates": sealed(duplicates_stage.STAGE, recipe.duplicates_config(), filter=filtered),
     }
-    copies = sealed(representative_copies.STAGE, recipe.representatives_config(), **searched)
-    kept = sealed(dedup.STAGE, recipe.dedup_config(), **searched, representatives=copies)
+    copies = sealed(representatives_stage.STAGE, recipe.representatives_config(), **searched)
+    kept = sealed(dedup_stage.STAGE, recipe.dedup_config(), **searched, representatives=copies)
     for artifact in (filtered, kept):
         (first, second) = sorted((artifact / "dispositions/rewritten").glob("*.parquet"))
         marked = [row for path in (first, second) for row in pq.read_table(path).to_pylist()]
@@ -208,10 +209,12 @@ def test_a_generator_with_other_weights_is_refused(place: Path, calm: Artifact, 
         recipe.resolved()  # what a plan does
     shutil.rmtree(folder / "model")
     shutil.copytree(place / "model", folder / "model")
-    config = generate.STAGE.config.model_validate(load(folder / "data.yaml").resolved().acquire_config("rewritten", 0))
+    config = generate_stage.STAGE.config.model_validate(
+        load(folder / "data.yaml").resolved().acquire_config("rewritten", 0)
+    )
     release_fixtures.save_model(folder / "model", seed=4, context=128)
     with pytest.raises(RecipeError, match=words):  # after the plan
-        generate.STAGE.run(
+        generate_stage.STAGE.run(
             config, {"parent": Artifact.open(place / "notes-out")}, tmp_path, tmp_path, RecordingReport()
         )
 
@@ -219,7 +222,7 @@ def test_a_generator_with_other_weights_is_refused(place: Path, calm: Artifact, 
 def test_a_generator_that_cannot_answer_is_one_sentence(place: Path, tmp_path: Path) -> None:
     def generator(folder: Path, **settings: Any) -> None:
         reader = {**READER, "path": str(folder), **settings}
-        generate.Generator(Generated.model_validate(reader), tmp_path)
+        generate_stage.Generator(Generated.model_validate(reader), tmp_path)
 
     with pytest.raises(AtomError, match="max_new_tokens = 128 leaves none for a prompt"):
         generator(place / "model", max_new_tokens=128)
@@ -273,19 +276,3 @@ def test_a_source_that_forbids_derivatives_is_refused(place: Path) -> None:
 )
 def test_licenses_that_forbid_derived_texts(expression: str, forbidden: bool) -> None:
     assert forbids_derivatives(expression) is forbidden
-
-
-def test_an_error_of_the_model_is_that_of_the_stage() -> None:
-    """Not a text that is missing."""
-    from stages.data.inference import Request, draw
-    from stages.generation.protocols import Prompt
-
-    class Broken:
-        def generate(self, prompts: Any, greedy: bool = False) -> Any:
-            raise MachineError("the server is gone")
-
-        def close(self) -> None:
-            """Holds nothing."""
-
-    with pytest.raises(MachineError, match="the server is gone"):
-        draw(Broken(), "tiny", [Request(str(n), Prompt((1,), n)) for n in range(3)], False)

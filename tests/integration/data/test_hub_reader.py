@@ -21,9 +21,10 @@ from pipeline.core.errors import AtomError, MachineError, RecipeError
 from pipeline.graph import recipe as recipes
 from pipeline.hub import client
 from release.hub.local.server import free_port
-from stages.data import acquire, hub_files, pinning
+from stages.data import pinning
+from stages.data.acquire import acquire_stage, hub_files
+from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.recipe import load
-from stages.data.sources import Source, resolve_tree_digest
 from stages.formats.table import part_files
 from tests.fixtures.hub_fixtures import REPO, Hub, acquire_config, lines, pin, write_recipe
 from tests.fixtures.run_fixtures import atom
@@ -58,14 +59,14 @@ def test_keys_are_known_before_a_byte_is_pulled(hub: Hub, tmp_path: Path, run_st
     assert resolve_tree_digest(Source.model_validate(copy)) == config.source.tree_digest
     hub.behavior = lambda scope: None
     work = tmp_path / "work"
-    acquire.run_shard(config, {}, work, 1)
+    acquire_stage.run_shard(config, {}, work, 1)
     assert pulled(hub) == ["c.jsonl.gz", "d.jsonl.gz"]
-    artifact = run_stage(acquire.STAGE, config.model_dump(), {}, work)
+    artifact = run_stage(acquire_stage.STAGE, config.model_dump(), {}, work)
     assert pulled(hub) == ["a.jsonl.gz", "b.jsonl.gz", "c.jsonl.gz", "d.jsonl.gz"]
     assert texts(artifact.path) == [f"{name} {n}" for name in "abcd" for n in ("one", "two")]
     assert artifact.json("source.json")["documents"] == 8
     hub.behavior = lambda scope: Response(status_code=500)
-    assert run_stage(acquire.STAGE, config.model_dump(), {}).digest == artifact.digest
+    assert run_stage(acquire_stage.STAGE, config.model_dump(), {}).digest == artifact.digest
     assert not [path for path in (tmp_path / "home/hub").rglob(".pulling")]
 
 
@@ -73,7 +74,7 @@ def test_an_unchanged_file_of_another_revision_is_not_pulled_again(hub: Hub, tmp
     hub.commit(FILES)
     path = write_recipe(tmp_path)
     before = pin(path)["notes"]
-    run_stage(acquire.STAGE, acquire_config(path).model_dump(), {})
+    run_stage(acquire_stage.STAGE, acquire_config(path).model_dump(), {})
     hub.requests.clear()
     hub.commit({**FILES, "data/d.jsonl.gz": lines("d is new")})
     first_key = acquire_config(path).source.tree_digest
@@ -83,7 +84,7 @@ def test_an_unchanged_file_of_another_revision_is_not_pulled_again(hub: Hub, tmp
         and f", previously {before.revision[:12]}, 4 files" in str(row)
     )
     assert acquire_config(path).source.tree_digest != first_key
-    artifact = run_stage(acquire.STAGE, acquire_config(path).model_dump(), {})
+    artifact = run_stage(acquire_stage.STAGE, acquire_config(path).model_dump(), {})
     assert texts(artifact.path)[-1] == "d is new" and pulled(hub) == ["d.jsonl.gz"]
     settled = write_recipe(tmp_path, revision=before.revision)
     with pytest.raises(
@@ -100,7 +101,7 @@ def test_small_files_and_parquet(hub: Hub, tmp_path: Path, run_stage: Any) -> No
     hub.commit({"x.parquet": (tmp_path / "x.parquet").read_bytes()}, small=True)
     path = write_recipe(tmp_path, pattern="*.parquet", format="parquet", text_field="body", license_field="terms")
     assert [row.digest[:4] for row in pin(path)["notes"].rows()] == ["git:"]
-    artifact = run_stage(acquire.STAGE, acquire_config(path).model_dump(), {})
+    artifact = run_stage(acquire_stage.STAGE, acquire_config(path).model_dump(), {})
     rows = pq.read_table(part_files(artifact.path, "documents")[0]).to_pylist()
     assert [(row["id"], row["license"]) for row in rows] == [
         ("notes/x.parquet:1", "MIT"),
@@ -110,7 +111,7 @@ def test_small_files_and_parquet(hub: Hub, tmp_path: Path, run_stage: Any) -> No
     (place,) = (tmp_path / "home/hub").rglob("x.parquet")
     place.write_bytes(b"damaged here")
     with pytest.raises(AtomError, match=f"x.parquet of {REPO}@"):
-        run_stage(acquire.STAGE, acquire_config(path).model_dump(), {})
+        run_stage(acquire_stage.STAGE, acquire_config(path).model_dump(), {})
 
 
 def test_licenses_of_the_common_pile(hub: Hub, tmp_path: Path, run_stage: Any) -> None:
@@ -123,7 +124,7 @@ def test_licenses_of_the_common_pile(hub: Hub, tmp_path: Path, run_stage: Any) -
     settings = {name: getattr(reader, name) for name in ("pattern", "format", "license_field", "license_map")}
     path = write_recipe(tmp_path, **settings)
     pin(path)
-    artifact = run_stage(acquire.STAGE, acquire_config(path).model_dump(), {})
+    artifact = run_stage(acquire_stage.STAGE, acquire_config(path).model_dump(), {})
     (documents,), (failed,) = (part_files(artifact.path, table) for table in ("documents", "failed"))
     assert pq.read_table(documents)["license"].to_pylist() == ["LicenseRef-Public-Domain", "CC-BY-4.0"]
     ((id, reason),) = [(row["id"], row["reason"]) for row in pq.read_table(failed).to_pylist()]
@@ -142,14 +143,14 @@ def test_other_bytes_than_the_pointer_says(hub: Hub, tmp_path: Path, run_stage: 
         AtomError,
         match=r"data/c.jsonl.gz of local/notes@\w{12} has the digest sha256:\w{64} at http.*, but is pinned to sha256:",
     ):
-        run_stage(acquire.STAGE, config, {}, work)
+        run_stage(acquire_stage.STAGE, config, {}, work)
     kept = sorted(
         path.name for path in (tmp_path / "home/hub").rglob("*") if path.is_file() and "lease" not in path.name
     )
     assert kept == ["a.jsonl.gz", "b.jsonl.gz"]
     hub.damage("data/c.jsonl.gz", good)
     hub.requests.clear()
-    assert len(texts(run_stage(acquire.STAGE, config, {}, work).path)) == 8
+    assert len(texts(run_stage(acquire_stage.STAGE, config, {}, work).path)) == 8
     assert pulled(hub) == ["c.jsonl.gz", "d.jsonl.gz"]
 
 
@@ -181,7 +182,7 @@ def test_a_revision_that_vanished(hub: Hub, tmp_path: Path, run_stage: Any) -> N
         AtomError,
         match=rf"pulling source notes: data/a.jsonl.gz of local/notes@{commit[:12]}: the repository has no such revision",
     ) as caught:
-        run_stage(acquire.STAGE, acquire_config(path).model_dump(), {})
+        run_stage(acquire_stage.STAGE, acquire_config(path).model_dump(), {})
     assert not isinstance(caught.value, MachineError)
     with pytest.raises(
         AtomError, match=f"pinning source notes: local/notes@{commit}: the repository has no such revision"
@@ -206,7 +207,7 @@ def test_a_hub_that_throttles(hub: Hub, tmp_path: Path, run_stage: Any) -> None:
 
     hub.behavior = once
     pin(path)
-    assert len(texts(run_stage(acquire.STAGE, acquire_config(path).model_dump(), {}).path)) == 8
+    assert len(texts(run_stage(acquire_stage.STAGE, acquire_config(path).model_dump(), {}).path)) == 8
     hub.behavior = lambda scope: JSONResponse({"error": "slow down"}, 429, {"Retry-After": "0"})
     before = recipes.lock_of(path).read_bytes()
     with pytest.raises(MachineError, match="pinning source notes: local/notes@main: http://.* answers 429: slow down"):

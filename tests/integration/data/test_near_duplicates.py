@@ -11,10 +11,9 @@ from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import simplify_text
 
-from stages.data.curation.near_duplicates import PRIME, band_hashes, components, signatures
-from stages.data.curation.settings import MinHash
-from stages.data.curation.shingles import jaccard, shingle_sets, simplify
-from stages.data.curation.words import WORDS
+from stages.data.curate.minhash import PRIME, band_hashes, components, jaccard, shingle_sets, signatures, simplify
+from stages.data.curate.settings import MinHash
+from stages.data.curate.words import WORDS
 
 NUMBERS = "1, 2.50 and 1,234,567.8 and 1.2.3.4 or 3.. 4 at 10:15; 12٫5, ٣٤.٥ and 1\u03012"
 LETTERS = "Éclair naïve İstanbul ΌΣΟΣ Σ. ﬁne Ångström x² 한글 \u037e \u1fef ÅÄÖ \u0344 a\u0301b"

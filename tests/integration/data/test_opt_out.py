@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
-from stages.data import acquire, duplicate_search, filter
-from stages.data.curation import duplicates
+from stages.data.acquire import acquire_stage
+from stages.data.curate import duplicate_groups, duplicates_stage, filter_stage
 from stages.data.recipe import load
 from stages.formats.table import part_files, sources_of
 from tests.fixtures.block_fixtures import PII
@@ -108,7 +108,7 @@ def curated(tmp_path: Path, run_stage: Any, *entries: dict[str, str]) -> tuple[A
     path = tmp_path / "deny.jsonl"
     digest = write_deny_list(path, *entries) if entries else None
     first, second = configs(path if entries else None, digest)
-    filtered = run_stage(filter.STAGE, first, inputs)
+    filtered = run_stage(filter_stage.STAGE, first, inputs)
     return filtered, deduplicate(second, filtered, tmp_path / "stages")["dedup"]
 
 
@@ -156,9 +156,9 @@ def test_a_request_reaches_copies_near_duplicates_and_rewrites(
         assert not any(text.encode() in path.read_bytes() for text in denied_texts), "hashes, and no text"
 
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
-    monkeypatch.setattr(duplicate_search, "PARTS_PER_RANGE", 2)  # three ranges of each hash
+    monkeypatch.setattr(duplicates_stage, "PARTS_PER_RANGE", 2)  # three ranges of each hash
     for name in ("BUCKET_ROWS", "BATCH"):
-        monkeypatch.setattr(duplicates, name, 2)
+        monkeypatch.setattr(duplicate_groups, name, 2)
     again = deduplicate(configs(None, None)[1], filtered, tmp_path / "again")["dedup"]
     assert again.digest == artifact.digest
 
@@ -184,9 +184,9 @@ def test_a_changed_deny_list_is_noticed(tmp_path: Path, run_stage: Any) -> None:
     write_deny_list(path, {"request": "a", "id": "web/two"})
     inputs = {name: acquired(tmp_path, name, parts) for name, parts in SOURCES.items()} | {"items": no_items(tmp_path)}
     with pytest.raises(RecipeError, match="changed after the run was planned"):
-        run_stage(filter.STAGE, configs(path, digest)[0], inputs)
+        run_stage(filter_stage.STAGE, configs(path, digest)[0], inputs)
     with pytest.raises(AtomError, match="has no digest"):
-        run_stage(filter.STAGE, configs(path, None)[0], inputs)
+        run_stage(filter_stage.STAGE, configs(path, None)[0], inputs)
 
 
 RECIPE = """
@@ -218,7 +218,7 @@ def test_the_recipe_names_the_deny_list_and_its_digest_is_in_the_key(tmp_path: P
     curation = recipe.resolved().filter_config(0)["curation"]
     assert (curation["deny_list"], curation["deny_list_sha256"]) == (str(tmp_path / "deny.jsonl"), digest)
     assert recipe.present()[0].curation.deny_list_sha256 == digest
-    config = filter.FilterConfig.model_validate(recipe.resolved().filter_config(0))
+    config = filter_stage.FilterConfig.model_validate(recipe.resolved().filter_config(0))
     assert '"deny_list_sha256"' in key_of(config) and '"deny_list"' not in key_of(config)
     pinned = recipe.model_copy(
         update={"curation": recipe.curation.model_copy(update={"deny_list_sha256": "sha256:" + "0" * 64})}
@@ -226,14 +226,14 @@ def test_the_recipe_names_the_deny_list_and_its_digest_is_in_the_key(tmp_path: P
     with pytest.raises(RecipeError, match="is pinned to sha256:0000"):
         pinned.resolved()
 
-    artifact = run_stage(acquire.STAGE, recipe.resolved().acquire_config("notes", 0), {})
+    artifact = run_stage(acquire_stage.STAGE, recipe.resolved().acquire_config("notes", 0), {})
     parents = pq.read_table(artifact / "derived/part-00000.parquet").to_pylist()
     assert parents[:2] == [{"id": "notes/notes.jsonl:2", "parent": f"x/{n}"} for n in (1, 2)] and len(parents) == 12
     failed = pq.read_table(artifact / "failed/part-00000.parquet").to_pylist()
     assert len(failed) == 6 and "does not name what it was made from" in failed[0]["reason"]
 
 
-def key_of(config: filter.FilterConfig) -> str:
+def key_of(config: filter_stage.FilterConfig) -> str:
     import json
 
     from pipeline.core.stage import identity
@@ -248,6 +248,6 @@ def test_a_request_for_most_of_a_source_stops_the_run_unless_acknowledged(tmp_pa
     curation = {"deny_list": str(tmp_path / "deny.jsonl"), "deny_list_sha256": digest}
     config = {"sources": [{"name": "web", "kind": "prose"}], "curation": curation, "seed": 0}
     with pytest.raises(AtomError, match="source web: opt_out removes 19 of 20 documents, a larger share than 0.5"):
-        run_stage(filter.STAGE, config, inputs)
+        run_stage(filter_stage.STAGE, config, inputs)
     config["sources"] = [{"name": "web", "kind": "prose", "acknowledged_removals": {"opt_out": 0.95}}]
-    assert len(rows_of(run_stage(filter.STAGE, config, inputs), "kept")) == 1
+    assert len(rows_of(run_stage(filter_stage.STAGE, config, inputs), "kept")) == 1

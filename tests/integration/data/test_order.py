@@ -21,12 +21,12 @@ from pipeline.core.store import sha256_file, write_manifest
 from pipeline.hub.remote import FOLDER_FILES
 from release.checks.check import Subject
 from release.checks.order import segments
-from stages.data import order
-from stages.data.chunks import ALL, ChunkIndex, Cut, chunk, seal_index
-from stages.data.computed_order import ComputedOrder, read_indexes
-from stages.data.order_config import OrderConfig
-from stages.data.permutation import Permutation
-from stages.data.row_draw import DataCursor, SourceDraw, apportion
+from stages.data.order import order_stage
+from stages.data.order.chunks import ALL, ChunkIndex, Cut, chunk, seal_index
+from stages.data.order.computed_order import ComputedOrder, read_indexes
+from stages.data.order.order_config import OrderConfig
+from stages.data.order.row_draw import DataCursor, SourceDraw, apportion
+from stages.data.order.streams import Permutation
 from stages.formats.seeds import permutation
 from stages.formats.table import order_files
 from tests.fixtures.order_fixtures import config, tokens
@@ -36,7 +36,7 @@ FIXED = [3, 7, 2, 9, 6, 1, 0, 5, 8, 4]
 
 
 def test_shares_are_exact_and_every_chunk_comes_once_an_epoch(tmp_path: Path, run_stage: Any) -> None:
-    artifact = run_stage(order.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
+    artifact = run_stage(order_stage.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
     rows = pq.read_table(artifact / "part-00000.parquet").to_pylist()
     assert [(r["step"], r["row"], r["segment"]) for r in rows] == [(s, r, 0) for s in range(1, 21) for r in range(5)]
     assert Counter(r["source"] for r in rows) == {"a": 75, "b": 25}
@@ -64,21 +64,21 @@ def test_chunks_make_every_token_a_target_once(length: int, loss_from: int, sequ
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    digest = run_stage(order.STAGE, config(), inputs).digest
-    assert run_stage(order.STAGE, config(), inputs).digest == digest
-    assert run_stage(order.STAGE, config(seed=1), inputs).digest != digest
+    digest = run_stage(order_stage.STAGE, config(), inputs).digest
+    assert run_stage(order_stage.STAGE, config(), inputs).digest == digest
+    assert run_stage(order_stage.STAGE, config(seed=1), inputs).digest != digest
     assert permutation(6, "fixed", 7).tolist() == [2, 5, 1, 0, 3, 4]
     assert sorted(permutation(1000, "x", 0).tolist()) == list(range(1000))
 
 
 def test_look_up_by_step_and_by_document(tmp_path: Path, run_stage: Any) -> None:
-    artifact = run_stage(order.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
-    step = order.documents_of_step(artifact.path, 7)
+    artifact = run_stage(order_stage.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
+    step = order_stage.documents_of_step(artifact.path, 7)
     assert step["row"].to_pylist() == [0, 1, 2, 3, 4]
     name = step["id"][0].as_py()
-    assert 7 in order.steps_of_document(artifact.path, name)["step"].to_pylist()
-    assert len(order.steps_of_document(artifact.path, "none")) == 0
-    assert len(order.documents_of_step(artifact.path, 21)) == 0
+    assert 7 in order_stage.steps_of_document(artifact.path, name)["step"].to_pylist()
+    assert len(order_stage.steps_of_document(artifact.path, "none")) == 0
+    assert len(order_stage.documents_of_step(artifact.path, 21)) == 0
 
 
 @pytest.mark.parametrize(
@@ -91,16 +91,16 @@ def test_look_up_by_step_and_by_document(tmp_path: Path, run_stage: Any) -> None
 )
 def test_a_wrong_mix_is_refused(tmp_path: Path, run_stage: Any, mix: dict[str, float], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        run_stage(order.STAGE, config(mix=mix), {"tokens": tokens(tmp_path / "t")})
+        run_stage(order_stage.STAGE, config(mix=mix), {"tokens": tokens(tmp_path / "t")})
 
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "order.parquet"
     with pytest.raises(AtomError, match="is missing"):
-        order.documents_of_step(path, 1)
+        order_stage.documents_of_step(path, 1)
     path.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(AtomError, match=r"order\.parquet cannot be read"):
-        order.documents_of_step(path, 1)
+        order_stage.documents_of_step(path, 1)
 
 
 @given(shares=st.lists(st.integers(1, 50), min_size=1, max_size=6), total=st.integers(0, 5000))
@@ -114,11 +114,11 @@ def test_apportionment_is_exact(shares: list[int], total: int) -> None:
 def test_a_growing_batch_changes_the_size_of_steps_alone(tmp_path: Path, run_stage: Any) -> None:
     """The rows come in the order of an even phase of as many rows; only where steps end is another."""
     inputs = {"tokens": tokens(tmp_path / "t")}
-    artifact = run_stage(order.STAGE, config(ramp=[[4, 2], [8, 3]], steps=24, rows=5), inputs)
+    artifact = run_stage(order_stage.STAGE, config(ramp=[[4, 2], [8, 3]], steps=24, rows=5), inputs)
     rows = pq.read_table(artifact / "part-00000.parquet").to_pylist()
     sizes = [2] * 4 + [3] * 4 + [5] * 16
     assert [(r["step"], r["row"]) for r in rows] == [(s, r) for s, n in enumerate(sizes, 1) for r in range(n)]
-    even = run_stage(order.STAGE, config(steps=sum(sizes), rows=1), inputs)
+    even = run_stage(order_stage.STAGE, config(steps=sum(sizes), rows=1), inputs)
     assert [(r["id"], r["offset"]) for r in rows] == [
         (r["id"], r["offset"]) for r in pq.read_table(even / "part-00000.parquet").to_pylist()
     ]
@@ -127,14 +127,14 @@ def test_a_growing_batch_changes_the_size_of_steps_alone(tmp_path: Path, run_sta
 
 def test_a_growing_batch_goes_on_from_a_checkpoint(tmp_path: Path, run_stage: Any) -> None:
     inputs, ramp = {"tokens": tokens(tmp_path / "t")}, [[4, 2], [8, 3]]
-    artifact = run_stage(order.STAGE, config(ramp=ramp), inputs)
+    artifact = run_stage(order_stage.STAGE, config(ramp=ramp), inputs)
     table = pq.read_table(artifact / "part-00000.parquet").to_pylist()
     read = {name: sum(r["source"] == name and r["step"] <= 6 for r in table) for name in ("a", "b")}
-    state = {"phase": "pretrain", "step": 6, "data_position": order.position(artifact.json("meta.json"), read, 6)}
+    state = {"phase": "pretrain", "step": 6, "data_position": order_stage.position(artifact.json("meta.json"), read, 6)}
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/state.json").write_text(json.dumps(state))
     inputs["continue"] = write_manifest(tmp_path / "checkpoint", "pretrain@6")
-    rest = run_stage(order.STAGE, config(ramp=ramp, first_step=7), inputs)
+    rest = run_stage(order_stage.STAGE, config(ramp=ramp, first_step=7), inputs)
     assert pq.read_table(rest / "part-00000.parquet").to_pylist() == [r for r in table if r["step"] > 6]
 
 
@@ -210,7 +210,7 @@ LOOKED_UP = [
 def test_functions_agree_with_the_table(tmp_path: Path, run_stage: Any, changes: dict[str, Any]) -> None:
     """Steps and documents are looked up in both directions without the table, and tell what is in it."""
     inputs = {"tokens": tokens(tmp_path / "t")}
-    artifact = run_stage(order.STAGE, config(**changes), inputs)
+    artifact = run_stage(order_stage.STAGE, config(**changes), inputs)
     files = order_files(artifact.path)
     parsed = OrderConfig.model_validate(config(**changes))
     assert len(files) == parsed.blocks > 1 and len(artifact.json("meta.json")["parts"]) == len(files)
@@ -241,13 +241,13 @@ def test_parts_are_the_same_from_any_process_in_any_order(
     tmp_path: Path, run_stage: Any, changes: dict[str, Any]
 ) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    alone = run_stage(order.STAGE, config(**changes), inputs)
+    alone = run_stage(order_stage.STAGE, config(**changes), inputs)
     parsed, work, out = OrderConfig.model_validate(config(**changes)), tmp_path / "work", tmp_path / "out"
-    for shard in [*range(2, order.STAGE.shards(parsed), 2), 0]:  # the others are left to `run`
-        order.run_shard(parsed, inputs, work, shard)
+    for shard in [*range(2, order_stage.STAGE.shards(parsed), 2), 0]:  # the others are left to `run`
+        order_stage.run_shard(parsed, inputs, work, shard)
     (work / "blocks/00000/part-00000.parquet").write_bytes(b"cut short")
     out.mkdir()
-    order.run(parsed, inputs, work, out, Reporter())
+    order_stage.run(parsed, inputs, work, out, Reporter())
     assert write_manifest(out, "order").digest == alone.digest
 
 
@@ -256,10 +256,10 @@ def test_batches_and_sums_leave_no_trace(
     tmp_path: Path, run_stage: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    digest = run_stage(order.STAGE, config(**changes), inputs).digest
+    digest = run_stage(order_stage.STAGE, config(**changes), inputs).digest
     for name, value in (("chunks.BATCH", 3), ("streams.RUN", 6), ("streams.STRIDE", 2)):
-        monkeypatch.setattr(f"stages.data.{name}", value)
-    assert run_stage(order.STAGE, config(**changes), inputs).digest == digest
+        monkeypatch.setattr(f"stages.data.order.{name}", value)
+    assert run_stage(order_stage.STAGE, config(**changes), inputs).digest == digest
 
 
 @pytest.mark.parametrize("changes", LOOKED_UP[:3])
@@ -267,17 +267,19 @@ def test_batches_and_sums_leave_no_trace(
 def test_a_phase_of_many_parts_goes_on(tmp_path: Path, run_stage: Any, changes: dict[str, Any], step: int) -> None:
     """Unchanged, with the rows that were to come; with another mix, with no chunk of the epochs that it is in."""
     inputs = {"tokens": tokens(tmp_path / "t")}
-    first = run_stage(order.STAGE, config(**changes), inputs)
+    first = run_stage(order_stage.STAGE, config(**changes), inputs)
     rows = [row for file in order_files(first.path) for row in pq.read_table(file).to_pylist()]
     read = Counter(row["source"] for row in rows if row["step"] <= step)
-    place = order.position(first.json("meta.json"), read, step)
+    place = order_stage.position(first.json("meta.json"), read, step)
     write_state(tmp_path / "checkpoint", {"phase": "pretrain", "step": step, "data_position": place})
     inputs["continue"] = write_manifest(tmp_path / "checkpoint", f"pretrain@{step}")
-    rest = run_stage(order.STAGE, config(**changes, first_step=step + 1), inputs)
+    rest = run_stage(order_stage.STAGE, config(**changes, first_step=step + 1), inputs)
     later = [row for file in order_files(rest.path) for row in pq.read_table(file).to_pylist()]
     assert later == [row for row in rows if row["step"] > step]
 
-    other = run_stage(order.STAGE, config(**{**changes, "mix": {"a": 0.3, "b": 0.7}}, first_step=step + 1), inputs)
+    other = run_stage(
+        order_stage.STAGE, config(**{**changes, "mix": {"a": 0.3, "b": 0.7}}, first_step=step + 1), inputs
+    )
     meta = other.json("meta.json")
     assert meta["walk"]["first_step"] == step + 1
     later = [row for file in order_files(other.path) for row in pq.read_table(file).to_pylist()]
@@ -300,7 +302,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changes", LOOKED_UP)
 def test_the_verifier_computes_an_order_again(tmp_path: Path, run_stage: Any, changes: dict[str, Any]) -> None:
-    artifact = run_stage(order.STAGE, config(**changes), {"tokens": tokens(tmp_path / "dataset/tokens")})
+    artifact = run_stage(order_stage.STAGE, config(**changes), {"tokens": tokens(tmp_path / "dataset/tokens")})
     folder = tmp_path / "dataset/order/pretrain"
     original = shutil.copytree(artifact.path, folder)
 
@@ -314,7 +316,7 @@ def test_the_verifier_computes_an_order_again(tmp_path: Path, run_stage: Any, ch
     assert "merkle_root" in problems(merkle_root="0" * 64)[0]
     differs = problems(seed=1)
     assert differs and all("rows that the function" in text or "other place" in text for text in differs), differs
-    other = run_stage(order.STAGE, config(**changes, seed=1), {"tokens": tokens(tmp_path / "t")})
+    other = run_stage(order_stage.STAGE, config(**changes, seed=1), {"tokens": tokens(tmp_path / "t")})
     for file, another in zip(files, order_files(other.path), strict=True):
         shutil.copyfile(another, file)
     assert "differs from the rows that the function of the order gives" in problems()[0]
@@ -344,12 +346,12 @@ def test_a_sample_of_many_blocks_is_computed_again(
     tmp_path: Path, run_stage: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the places in the streams that meta.json states, without sums over the streams."""
-    artifact = run_stage(order.STAGE, config(**changes), {"tokens": tokens(tmp_path / "dataset/tokens")})
+    artifact = run_stage(order_stage.STAGE, config(**changes), {"tokens": tokens(tmp_path / "dataset/tokens")})
     folder = tmp_path / "dataset/order/pretrain"
     shutil.copytree(artifact.path, folder)
     blocks, block = [], ComputedOrder.block
     monkeypatch.setattr(ComputedOrder, "block", lambda self, n: blocks.append(n) or block(self, n))
-    monkeypatch.setattr("stages.data.streams.Stream.sums", None)
+    monkeypatch.setattr("stages.data.order.streams.Stream.sums", None)
     check = partial(segments, Subject(tmp_path / "dataset", "dataset"))
     assert check().problems == [] and len(set(blocks)) == 8 < len(order_files(folder))
     if changes.get("pack"):

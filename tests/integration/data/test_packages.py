@@ -16,12 +16,12 @@ import yaml
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, sha256_file
 from release.assembly.attribution import write_attribution
-from stages.data import acquire
-from stages.data.licenses.maps import UNMAPPED
-from stages.data.packages import fetch
-from stages.data.packages.lock import read_lock
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.licenses.maps import UNMAPPED
+from stages.data.acquire.packages import fetch
+from stages.data.acquire.packages.lock import read_lock
+from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.recipe import load
-from stages.data.sources import Source, resolve_tree_digest
 from stages.formats.file_digests import tree_digest
 from stages.formats.table import KEPT, content_hash, order_files, part_files, write_rows
 from tests.fixtures import ROOT
@@ -72,7 +72,7 @@ def rows(artifact: Artifact, table: str = "documents") -> list[dict[str, Any]]:
 
 
 def test_documents_have_the_licenses_of_their_files(folder: Path, run_stage: Any) -> None:
-    artifact = run_stage(acquire.STAGE, config(folder), {})
+    artifact = run_stage(acquire_stage.STAGE, config(folder), {})
     doc = "notes/garden_1.0_all.deb/usr/share/doc/garden"
     assert {row["id"]: (row["text"], row["license"]) for row in rows(artifact)} == {
         f"{doc}/README": ("How to garden.\n", "GPL-2.0-or-later"),
@@ -95,14 +95,14 @@ def test_documents_have_the_licenses_of_their_files(folder: Path, run_stage: Any
 
 
 def test_code_of_packages(folder: Path, run_stage: Any) -> None:
-    artifact = run_stage(acquire.STAGE, config(folder, "code"), {})
+    artifact = run_stage(acquire_stage.STAGE, config(folder, "code"), {})
     assert Counter(row["license"] for row in rows(artifact)) == Counter(("GPL-2.0-or-later", "Apache-2.0"))
     (failed,) = rows(artifact, "failed")
     assert "its folder has a license file of its own, src/vendor/LICENSE" in failed["reason"]
 
 
 def test_parts_give_the_same_documents(folder: Path, run_stage: Any) -> None:
-    whole, parts = (rows(run_stage(acquire.STAGE, config(folder, parts=parts), {})) for parts in (1, 2))
+    whole, parts = (rows(run_stage(acquire_stage.STAGE, config(folder, parts=parts), {})) for parts in (1, 2))
     assert whole == parts
 
 
@@ -116,7 +116,7 @@ def test_the_notices_of_packages_with_such_documents_reach_the_release_once(
     (folder / "free-1.0.tar.gz").write_bytes(sdist_of("free-1.0", free))
     dataset, tables = tmp_path / "dataset", list[list[Path]]()
     for parts in (1, 2):
-        artifact = run_stage(acquire.STAGE, config(folder, parts=parts), {})
+        artifact = run_stage(acquire_stage.STAGE, config(folder, parts=parts), {})
         for path in part_files(artifact.path, "documents"):
             kept = [{**row, "split": "train"} for row in pq.read_table(path).to_pylist()]
             write_rows(dataset / "kept/notes" / path.name, KEPT, kept)
@@ -156,7 +156,7 @@ def test_the_notices_of_packages_with_such_documents_reach_the_release_once(
 )
 def test_without_a_license_that_can_be_read(folder: Path, run_stage: Any, files: Files, reason: str) -> None:
     (folder / "garden_1.0_all.deb").write_bytes(deb_of(files))
-    artifact = run_stage(acquire.STAGE, config(folder), {})
+    artifact = run_stage(acquire_stage.STAGE, config(folder), {})
     assert [row["reason"] for row in rows(artifact, "failed") if reason in row["reason"]], rows(artifact, "failed")
     assert len(rows(artifact)) == 1
 
@@ -175,7 +175,7 @@ def test_a_hostile_package_does_not_stop_the_others(folder: Path, run_stage: Any
     whole = (folder / "garden_1.0_all.deb").read_bytes()
     (folder / "short_1.0_all.deb").write_bytes(whole[: len(whole) // 2])
     (folder / "none-1.0.tar.gz").write_bytes(b"none")
-    artifact = run_stage(acquire.STAGE, config(folder), {})
+    artifact = run_stage(acquire_stage.STAGE, config(folder), {})
     assert len(rows(artifact)) == 5
     reasons = {row["id"].removeprefix("notes/"): row["reason"] for row in rows(artifact, "failed")}
     assert "it has 100000000 bytes" in reasons["hostile_1.0_all.deb/usr/share/doc/a/big.txt"]
@@ -189,13 +189,13 @@ def test_a_hostile_package_does_not_stop_the_others(folder: Path, run_stage: Any
 def test_a_lock_file_decides_what_is_read(folder: Path, run_stage: Any) -> None:
     settings = config(folder)
     (folder / "late_1.0_all.deb").write_bytes(deb_of(GARDEN))
-    assert len(rows(run_stage(acquire.STAGE, settings, {}))) == 4
+    assert len(rows(run_stage(acquire_stage.STAGE, settings, {}))) == 4
     (folder / "garden_1.0_all.deb").write_bytes(deb_of(PLOT))
     with pytest.raises(AtomError, match=r"garden_1\.0_all\.deb is not the file that .*packages\.lock\.yaml pins"):
-        run_stage(acquire.STAGE, settings, {})
+        run_stage(acquire_stage.STAGE, settings, {})
     (folder / "garden_1.0_all.deb").unlink()
     with pytest.raises(RecipeError, match=r"no package garden_1\.0_all\.deb at .*; fetch them by"):
-        run_stage(acquire.STAGE, settings, {})
+        run_stage(acquire_stage.STAGE, settings, {})
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,14 @@ import pytest
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import acquire, filter
-from stages.data.curation.settings import CurationSettings
-from stages.data.python_stdlib import read_modules
-from stages.data.readers.base import Document, Unreadable
-from stages.data.readers.stdlib_source import StdlibSource
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.readers.base import Document, Unreadable
+from stages.data.acquire.readers.python_stdlib import StdlibSource, read_modules
+from stages.data.curate import filter_stage
+from stages.data.curate.settings import CurationSettings
+from stages.data.order.tokenize_stage import encode
 from stages.data.recipe import load
-from stages.data.splits import split_of
-from stages.data.tokenization import encode
-from stages.formats.table import DOCUMENTS, FAILED, ITEMS, content_hash, write_rows
+from stages.formats.table import DOCUMENTS, FAILED, ITEMS, content_hash, split_of, write_rows
 from stages.tasks.synthetic import passkeys
 from tests.fixtures.dedup_fixtures import deduplicate
 from tests.fixtures.passkey_fixtures import passkey_source
@@ -86,7 +85,7 @@ def test_no_filler_is_held_out_elsewhere() -> None:
 
 def test_acquired_from_the_library_and_the_same_twice(run_stage: Any) -> None:
     config = {"source": passkey_source(), "seed": 3}
-    first, second = (run_stage(acquire.STAGE, config, {}) for _ in range(2))
+    first, second = (run_stage(acquire_stage.STAGE, config, {}) for _ in range(2))
     assert first.digest == second.digest
     rows = pq.read_table(first / "documents/part-00000.parquet").to_pylist()
     assert [row["id"] for row in rows] == [f"keys/{n:07d}" for n in range(30)]
@@ -111,7 +110,7 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
     rows_by_kind = {}
     for kind in ("problems", "prose"):
         source, settings = {"name": "keys", "kind": kind}, CurationSettings().model_dump()
-        filtered = run_stage(filter.STAGE, {"sources": [source], "curation": settings, "seed": 0}, inputs)
+        filtered = run_stage(filter_stage.STAGE, {"sources": [source], "curation": settings, "seed": 0}, inputs)
         config = {"sources": [{**source, "heldout_fraction": 0.0}], "minhash": settings["minhash"], "alarm_share": 1.0}
         artifact = deduplicate(config, filtered, tmp_path / kind)["dedup"]
         rows_by_kind[kind] = pq.read_table(artifact / "kept/keys/part-00000.parquet").to_pylist()
@@ -120,7 +119,7 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
 
 
 def test_only_the_answer_carries_loss_and_each_digit_is_one_token(trained_tokenizer: Artifact) -> None:
-    from stages.data.encoder import Encoder
+    from stages.data.order.tokenize_stage import Encoder
     from stages.formats.tokenizer import END
 
     encoder = Encoder(trained_tokenizer / "tokenizer.json")

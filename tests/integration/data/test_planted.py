@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
-from stages.data.curation.settings import MinHash
+from stages.data.curate.settings import MinHash
 from stages.evaluation import contamination
 from stages.formats.table import ITEMS, ORDER, part_files, write_rows
 from tests.fixtures.dedup_fixtures import STAGES, stage_configs

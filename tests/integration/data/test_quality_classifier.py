@@ -12,11 +12,10 @@ import yaml
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import filter, quality_classifier
-from stages.data.filters.by_language import ByLanguage
-from stages.data.filters.classifier import Classifier
-from stages.data.filters.language import identify
-from stages.data.quality_classifier import _auc, as_line
+from stages.data.curate import classifier_stage, filter_stage
+from stages.data.curate.classifier_stage import _auc, as_line
+from stages.data.curate.filters.classifier import Classifier
+from stages.data.curate.filters.language import ByLanguage, identify
 from stages.data.recipe import load
 from stages.formats.table import DOCUMENTS, content_hash, sources_of, write_rows
 from tests.fixtures.block_fixtures import PII, QUALITY, apply, document
@@ -59,14 +58,14 @@ def examples(folder: Path, count: int = 80, parts: int = 2) -> dict[str, Artifac
 
 @pytest.fixture
 def trained(tmp_path: Path, run_stage: Any) -> Artifact:
-    artifact: Artifact = run_stage(quality_classifier.STAGE, {"classifier": SETTINGS, "seed": 0}, examples(tmp_path))
+    artifact: Artifact = run_stage(classifier_stage.STAGE, {"classifier": SETTINGS, "seed": 0}, examples(tmp_path))
     return artifact
 
 
 def test_the_same_examples_give_the_same_bytes(tmp_path: Path, run_stage: Any, trained: Artifact) -> None:
-    again = run_stage(quality_classifier.STAGE, {"classifier": SETTINGS, "seed": 0}, examples(tmp_path))
+    again = run_stage(classifier_stage.STAGE, {"classifier": SETTINGS, "seed": 0}, examples(tmp_path))
     assert again.digest == trained.digest
-    other = run_stage(quality_classifier.STAGE, {"classifier": SETTINGS, "seed": 1}, examples(tmp_path))
+    other = run_stage(classifier_stage.STAGE, {"classifier": SETTINGS, "seed": 1}, examples(tmp_path))
     assert (other / "model.bin").read_bytes() != (trained / "model.bin").read_bytes()
 
 
@@ -79,7 +78,7 @@ def test_the_classifier_is_measured_on_documents_that_it_did_not_see(trained: Ar
 
 def test_the_number_of_examples_is_limited(tmp_path: Path, run_stage: Any) -> None:
     limited = {**SETTINGS, "documents": 30, "heldout_fraction": 0.2}
-    artifact = run_stage(quality_classifier.STAGE, {"classifier": limited, "seed": 0}, examples(tmp_path))
+    artifact = run_stage(classifier_stage.STAGE, {"classifier": limited, "seed": 0}, examples(tmp_path))
     assert [sum(counts.values()) for counts in artifact.json("meta.json")["examples"].values()] == [30, 30]
 
 
@@ -98,13 +97,13 @@ def test_the_step_keeps_what_is_like_the_positive_examples(trained: Artifact) ->
 def test_without_examples_of_a_label_training_stops(tmp_path: Path, run_stage: Any) -> None:
     inputs = examples(tmp_path) | {"other": acquired(tmp_path / "empty", "other", [], 1)}
     with pytest.raises(AtomError, match=r"classifier quality has no negative example in the split train \(other\)"):
-        run_stage(quality_classifier.STAGE, {"classifier": SETTINGS, "seed": 0}, inputs)
+        run_stage(classifier_stage.STAGE, {"classifier": SETTINGS, "seed": 0}, inputs)
 
 
 def test_a_training_that_fails_is_one_sentence(tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality_classifier, "MODEL", "no such folder/model.bin")
+    monkeypatch.setattr(classifier_stage, "MODEL", "no such folder/model.bin")
     with pytest.raises(AtomError, match="classifier quality cannot be trained .*cannot be opened for saving"):
-        run_stage(quality_classifier.STAGE, {"classifier": SETTINGS, "seed": 0}, examples(tmp_path))
+        run_stage(classifier_stage.STAGE, {"classifier": SETTINGS, "seed": 0}, examples(tmp_path))
 
 
 def test_a_document_is_one_line_without_labels() -> None:
@@ -152,7 +151,7 @@ def test_filter_records_languages_and_scores_of_the_documents_that_pass(
     sources = [{"name": name, "kind": "prose", "steps": each} for name, each in steps.items()]
     config = {"sources": sources, "curation": {"minhash": None, "decontamination": {}}, "seed": 0}
     items = no_items(tmp_path)
-    artifact = run_stage(filter.STAGE, config, {**inputs, "items": items, "classifier-quality": trained})
+    artifact = run_stage(filter_stage.STAGE, config, {**inputs, "items": items, "classifier-quality": trained})
     tables = {
         name: pq.read_table(artifact / f"measures/{name}/part-00000.parquet").to_pylist()
         for name in sources_of(artifact / "measures")
@@ -161,7 +160,7 @@ def test_filter_records_languages_and_scores_of_the_documents_that_pass(
     for name, rows in tables.items():
         kept = pq.read_table(artifact / f"kept/{name}/part-00000.parquet")["id"].to_pylist()
         assert [row["id"] for row in rows] == kept, "one row for each document that passes, in their order"
-    score = quality_classifier.scorer(trained / "model.bin")
+    score = classifier_stage.scorer(trained / "model.bin")
     by_id = {row["id"]: row for row in tables["routed"]}
     assert by_id["routed/0"]["language"] == "en" and by_id["routed/1"]["language"] == "de"
     assert by_id["routed/0"]["language_score"] == pytest.approx(identify(ENGLISH)[0])

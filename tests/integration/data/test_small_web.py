@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import acquire, filter
-from stages.data.readers.base import Document, Refused, Unmapped
-from stages.data.readers.html_pages import Html
-from stages.data.readers.warc import Warc
-from stages.data.sources import Source, resolve_tree_digest
-from stages.data.web import pages
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.readers.base import Document, Refused, Unmapped
+from stages.data.acquire.readers.web_pages import Html, Warc
+from stages.data.acquire.sources import Source, resolve_tree_digest
+from stages.data.acquire.web import pages
+from stages.data.curate import filter_stage
 from stages.formats.table import ITEMS, part_files, write_rows
 from tests.fixtures.small_web_fixtures import PAGES, WEB, html_of, record, records, text_of, write_warc
 
@@ -44,7 +44,7 @@ def filtered(acquired: Artifact, folder: Path, run_stage: Any, allow: list[str],
     items = write_manifest(folder / "items", "items")
     source = {"name": "web", "kind": "prose", "license_allow": allow, "parts": parts}
     config = {"sources": [source], "curation": {"minhash": None, "alarm_share": 1.0}, "seed": 0}
-    result: Artifact = run_stage(filter.STAGE, config, {"web": acquired, "items": items})
+    result: Artifact = run_stage(filter_stage.STAGE, config, {"web": acquired, "items": items})
     return result
 
 
@@ -81,7 +81,7 @@ def test_a_page_has_the_disposition_written_for_it(page: dict[str, Any], read_pa
 
 def test_the_small_web_through_acquire_and_filter(crawl: Path, tmp_path: Path, run_stage: Any) -> None:
     """Each page has one disposition; the crawl's own license is that of no page, and no origin hides a page's URL."""
-    acquired = run_stage(acquire.STAGE, acquire_config(crawl), {})
+    acquired = run_stage(acquire_stage.STAGE, acquire_config(crawl), {})
     dispositions = rows(filtered(acquired, tmp_path, run_stage, WEB["allow"]), "dispositions/web")
     names = {f"web/web.warc.gz:{number}": page for number, page in enumerate(PAGES, 1)}
     assert sorted(row["id"] for row in dispositions) == sorted(names)
@@ -103,7 +103,7 @@ def test_parts_give_the_documents_of_the_whole(tmp_path: Path, run_stage: Any) -
     """What a page gives does not depend on the pages that were read before it."""
     for number in range(3):
         write_warc(tmp_path / f"crawl/{number}.warc.gz", records()[number:12:3] * 2)
-    whole, parts = (run_stage(acquire.STAGE, acquire_config(tmp_path / "crawl", parts), {}) for parts in (1, 3))
+    whole, parts = (run_stage(acquire_stage.STAGE, acquire_config(tmp_path / "crawl", parts), {}) for parts in (1, 3))
     assert rows(whole, "documents") == rows(parts, "documents") and len(rows(whole, "documents")) == 24
     assert whole.json("source.json")["licenses"] == parts.json("source.json")["licenses"]
 
@@ -135,7 +135,7 @@ def test_a_file_that_is_no_warc_does_not_stop_the_others(tmp_path: Path, content
     (tmp_path / "crawl/a.warc").write_bytes(content)
     (tmp_path / "crawl/b.warc.gz").write_bytes(content)
     write_warc(tmp_path / "crawl/c.warc.gz", [record(PAGE["url"], html_of(PAGE).encode())])
-    artifact = run_stage(acquire.STAGE, acquire_config(tmp_path / "crawl"), {})
+    artifact = run_stage(acquire_stage.STAGE, acquire_config(tmp_path / "crawl"), {})
     assert [row["id"] for row in rows(artifact, "documents")] == ["web/c.warc.gz:1"]
     assert {row["id"] for row in rows(artifact, "failed")} <= {"web/a.warc:1", "web/b.warc.gz:1"}
 
@@ -177,7 +177,7 @@ def test_a_hostile_page_has_one_disposition(tmp_path: Path, case: str) -> None:
 def test_many_unusable_pages_do_not_stop_the_source(tmp_path: Path, run_stage: Any) -> None:
     content = [record(f"https://empty.example/{n}", b"<p></p>") for n in range(30)]
     path = write_warc(tmp_path / "web.warc.gz", [*content, record(PAGE["url"], html_of(PAGE).encode())])
-    artifact = run_stage(acquire.STAGE, acquire_config(path), {})
+    artifact = run_stage(acquire_stage.STAGE, acquire_config(path), {})
     rules = Counter(row["rule"] for row in rows(filtered(artifact, tmp_path, run_stage, []), "dispositions/web"))
     assert rules == {"page/unusable": 30, None: 1}
 

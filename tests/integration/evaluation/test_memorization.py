@@ -17,8 +17,8 @@ from pipeline.graph import recipe as recipes
 from release.cards import measurement_tables
 from release.checks.cards import model_card
 from release.checks.scores import score_problems
-from stages.data import tokenization
-from stages.data.shards import first_tokens, shard_name
+from stages.data.order import tokenize_stage
+from stages.data.order.shards import first_tokens, shard_name
 from stages.evaluation import memorization
 from stages.formats.table import KEPT, ORDER, content_hash, read_table, write_rows
 from tests.fixtures import chat_fixtures, release_fixtures
@@ -54,7 +54,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     (folder / "tokenizer").mkdir()
     release_fixtures.save_tokenizer(folder / "tokenizer")
     sealed = {role: write_manifest(folder / role, role) for role in ("dedup", "tokenizer")}
-    tokens = chat_fixtures.sealed(tokenization.STAGE, {}, sealed, folder / "tokens")
+    tokens = chat_fixtures.sealed(tokenize_stage.STAGE, {}, sealed, folder / "tokens")
     model = chat_fixtures.model(folder / "export", 1)
     order = write_order(folder / "order", tokens)
     trained = train(model, tokens, read_order(order), folder / "trained")

@@ -17,9 +17,9 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import generate
-from stages.data.generate import Generator
-from stages.data.readers.generated import Generated
+from stages.data.acquire import generate_stage
+from stages.data.acquire.generate_stage import Generator
+from stages.data.acquire.readers.generated import Generated
 from stages.generation.vllm_model import Client
 from stages.generation.vllm_server import ServerLost
 from tests.fixtures import release_fixtures
@@ -123,7 +123,7 @@ def test_a_missing_environment_names_the_setting_of_the_source(
     with pytest.raises(AtomError, match=words):
         Generator(reader, tmp_path)
     recipe = write_recipe(place, digest_of(place), engine=settings["engine"])
-    config = generate.STAGE.config.model_validate(recipe.resolved().acquire_config("rewritten", 0))
-    lack = generate.STAGE.lack(config)
+    config = generate_stage.STAGE.config.model_validate(recipe.resolved().acquire_config("rewritten", 0))
+    lack = generate_stage.STAGE.lack(config)
     assert lack is not None and "reader.engine.kind = vllm: /no/python" in lack
-    assert generate.STAGE.promise(config) == "numeric"
+    assert generate_stage.STAGE.promise(config) == "numeric"

@@ -18,8 +18,8 @@ import pytest
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
+from stages.data.acquire.sources import Source
 from stages.data.recipe import load
-from stages.data.sources import Source
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.memory import memory_share
 from stages.models.parallel_layout import Layout

@@ -16,7 +16,7 @@ from bench import post
 from pipeline.core.store import Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from stages.data.filters.accelerated import ACCELERATORS
+from stages.data.curate.filters.accelerated import ACCELERATORS
 from stages.evaluation.pass_at_k import ANSWERS, GREEDY
 from stages.formats.table import write_rows
 from stages.mcore.throughput import CONSTANTS, UNFITTED_ERRORS

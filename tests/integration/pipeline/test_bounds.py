@@ -27,8 +27,8 @@ from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from stages.data import recipe as data_recipes
-from stages.data.filters.language import LANGUAGES
-from stages.data.order_config import OrderConfig
+from stages.data.curate.filters.language import LANGUAGES
+from stages.data.order.order_config import OrderConfig
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.config import Optimizer, PhaseConfig
 from tests.fixtures.run_fixtures import atom

@@ -21,8 +21,9 @@ from release.checks import references as checks
 from release.checks.check import Subject
 from release.facts.data_facts import DataFacts
 from release.references import Reference
-from stages.data import acquire, filter
-from stages.data.sources import Source
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.sources import Source
+from stages.data.curate import filter_stage
 from stages.formats.table import ITEMS, write_rows, write_table
 from tests.fixtures.block_fixtures import EDITED, PII
 from tests.fixtures.dedup_fixtures import deduplicate
@@ -49,13 +50,13 @@ def release(hub: Hub, tmp_path: Path, run_stage: Any) -> Path:
     recipe = write_recipe(tmp_path, parts=2)
     pin(recipe)
     config = acquire_config(recipe)
-    acquired = run_stage(acquire.STAGE, config.model_dump(), {})
+    acquired = run_stage(acquire_stage.STAGE, config.model_dump(), {})
     source = {"name": NAME, "kind": "prose", "parts": 2}
     filtering = {"sources": [{**source, "steps": [PII]}], "curation": CURATION, "seed": 0}
     item = {"id": "add/0", "task": "add", "prompt": "347+586:", "answer": "933", "text": "347+586"}
     write_rows(tmp_path / "items/items.parquet", ITEMS, [item])
     inputs = {NAME: acquired, "items": write_manifest(tmp_path / "items", "items")}
-    filtered = run_stage(filter.STAGE, filtering, inputs)
+    filtered = run_stage(filter_stage.STAGE, filtering, inputs)
     later = {"minhash": None, "sources": [{**source, "heldout_fraction": 0.1}]}
     dedup = deduplicate(later, filtered, tmp_path / "dedup")["dedup"]
     return publish(tmp_path, acquired, filtered, dedup, config)
@@ -69,7 +70,7 @@ def publish(folder: Path, acquired: Artifact, filtered: Artifact, dedup: Artifac
         references.write_without_text(path, data / "kept" / NAME / path.name)
     edits = filtered.json("edits.json")[NAME]
     assert list(edits) == [EDITED] and edits[EDITED] > 20
-    steps = filter.FilteredSource.model_validate({"name": NAME, "kind": "prose", "steps": [PII]}).steps
+    steps = filter_stage.FilteredSource.model_validate({"name": NAME, "kind": "prose", "steps": [PII]}).steps
     stated = {"sources": {NAME: Reference.of(config.source, config.seed, steps).model_dump(mode="json")}}
     (data / "references.json").write_text(json.dumps(stated))
     (data / "sources").mkdir()

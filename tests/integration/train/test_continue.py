@@ -24,7 +24,7 @@ from pipeline.graph import recipe as recipes
 from pipeline.graph.checkpoints import Checkpoint
 from pipeline.launch.attempt import Attempt, CheckpointArtifacts, Task
 from pipeline.launch.rendezvous import Ranks
-from stages.data import order
+from stages.data.order import order_stage
 from stages.formats.table import write_json
 from tests.fixtures.order_fixtures import config as order_config
 from tests.fixtures.order_fixtures import tokens
@@ -42,7 +42,7 @@ def checkpoint(folder: Path, artifact: Artifact, step: int) -> Artifact:
     meta = artifact.json("meta.json")
     read = Counter(row["source"] for row in rows(artifact) if row["step"] <= step)
     folder.mkdir()
-    place = order.position(meta, read, step)
+    place = order_stage.position(meta, read, step)
     write_json(folder / "state.json", {"phase": meta["phase"], "step": step, "data_position": place})
     return write_manifest(folder, f"{meta['phase']}@{step}-000000000000")
 
@@ -56,21 +56,21 @@ def test_an_unchanged_phase_reads_the_rows_that_were_to_come(
     tmp_path: Path, run_stage: Any, steps: tuple[int, ...]
 ) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    full_order = latest = run_stage(order.STAGE, order_config(), inputs)
+    full_order = latest = run_stage(order_stage.STAGE, order_config(), inputs)
     for step in steps:
         at = checkpoint(tmp_path / f"c{step}", latest, step)
-        latest = run_stage(order.STAGE, order_config(first_step=step + 1), {**inputs, "continue": at})
+        latest = run_stage(order_stage.STAGE, order_config(first_step=step + 1), {**inputs, "continue": at})
     assert rows(latest) == [row for row in rows(full_order) if row["step"] > steps[-1]]
     assert latest.json("meta.json")["first_step"] == steps[-1] + 1
 
 
 def test_after_a_changed_mix_each_source_goes_on_without_a_repeat(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    first = run_stage(order.STAGE, order_config(), inputs)
+    first = run_stage(order_stage.STAGE, order_config(), inputs)
     before = [row for row in rows(first) if row["step"] <= 6]
     at = checkpoint(tmp_path / "c6", first, 6)
     changes = {"first_step": 7, "steps": 30, "rows": 4, "mix": {"a": 0.25, "b": 0.75}, "seed": 5}
-    second = run_stage(order.STAGE, order_config(**changes), {**inputs, "continue": at})
+    second = run_stage(order_stage.STAGE, order_config(**changes), {**inputs, "continue": at})
     table = rows(second)
     assert [row["step"] for row in table] == [step for step in range(7, 31) for _ in range(4)]
     assert Counter(row["source"] for row in table) == {"a": 24, "b": 72}
@@ -80,9 +80,9 @@ def test_after_a_changed_mix_each_source_goes_on_without_a_repeat(tmp_path: Path
         assert {len(set(read[i : i + size])) for i in range(0, len(read) - size, size)} == {size}, "an epoch is whole"
     # A source that is left out keeps its place: the third part goes on with it where the first stood.
     alone = order_config(**{**changes, "mix": {"b": 1.0}})
-    only_b = run_stage(order.STAGE, alone, {**inputs, "continue": at})
+    only_b = run_stage(order_stage.STAGE, alone, {**inputs, "continue": at})
     next_config = order_config(first_step=21, steps=40, mix={"a": 0.5, "b": 0.5})
-    third = run_stage(order.STAGE, next_config, {**inputs, "continue": checkpoint(tmp_path / "c20", only_b, 20)})
+    third = run_stage(order_stage.STAGE, next_config, {**inputs, "continue": checkpoint(tmp_path / "c20", only_b, 20)})
     read = chunks(before + rows(third), "a")
     assert len(set(read[16:32])) == 16 and read[16 : len(chunks(before, "a")) + 5] != read[: len(chunks(before, "a"))]
     read_b = chunks(before + [row for row in rows(only_b) if row["step"] <= 20] + rows(third), "b")
@@ -91,19 +91,19 @@ def test_after_a_changed_mix_each_source_goes_on_without_a_repeat(tmp_path: Path
 
 def test_rows_of_another_length_go_on_at_the_same_fraction_of_an_epoch(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    first = run_stage(order.STAGE, order_config(), inputs)
+    first = run_stage(order_stage.STAGE, order_config(), inputs)
     at = checkpoint(tmp_path / "c4", first, 4)
     longer = order_config(first_step=5, sequence_length=16)
-    second = run_stage(order.STAGE, longer, {**inputs, "continue": at}).json("meta.json")
+    second = run_stage(order_stage.STAGE, longer, {**inputs, "continue": at}).json("meta.json")
     read, size = at.json("state.json")["data_position"]["rows"]["a"], second["sources"]["a"]["chunks"]
     assert size < 16 and second["start"]["rows"]["a"] == -(-read * size // 16)
 
 
 def test_a_checkpoint_of_another_step_is_refused(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    at = checkpoint(tmp_path / "c4", run_stage(order.STAGE, order_config(), inputs), 4)
+    at = checkpoint(tmp_path / "c4", run_stage(order_stage.STAGE, order_config(), inputs), 4)
     with pytest.raises(AtomError, match="stands after step 4 of pretrain, and the order was to begin with step 9"):
-        run_stage(order.STAGE, order_config(first_step=9), {**inputs, "continue": at})
+        run_stage(order_stage.STAGE, order_config(first_step=9), {**inputs, "continue": at})
 
 
 def attempt_at(store: Store, recipe: str, run: str, phase: str = "pretrain") -> Attempt:

@@ -163,7 +163,7 @@ def test_a_killed_rank_changes_no_byte(corpus: Path, tmp_path: Path) -> None:
 @at_length("training", 12)
 def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
     """The rows that ranks really read, by step, are those of the order index, each by one data-parallel rank."""
-    from stages.data.order import documents_of_step
+    from stages.data.order.order_stage import documents_of_step
 
     settings = layout_fixtures.settings_of({"ep": 2}, 2, steps=12)
     layout_fixtures.run(corpus, tmp_path, settings, TEST_READS=str(tmp_path / "reads"))

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from release.cards.render import _config_of_messages
 from release.facts.message_tables import write_messages
-from stages.data.splits import split_of
 from stages.formats import chat
-from stages.formats.table import KEPT, content_hash, write_rows
+from stages.formats.table import KEPT, content_hash, split_of, write_rows
 from stages.formats.tokenizer import SPECIAL_TOKENS, save, untrained
 from tests.fixtures import ROOT
 from tests.fixtures.run_fixtures import at_length

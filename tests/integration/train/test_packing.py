@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, write_manifest
-from stages.data import order, packing
-from stages.data.chunks import ALL, LONG, SHORT
-from stages.data.packing import LongDocuments
+from stages.data.order import order_stage, packing
+from stages.data.order.chunks import ALL, LONG, SHORT
+from stages.data.order.packing import LongDocuments
 from stages.formats.table import TOKENIZED, write_rows
 from tests.fixtures import train_fixtures
 
@@ -64,7 +64,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def test_the_order_of_a_packed_phase(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    artifact = run_stage(order.STAGE, config(ramp=[[2, 2]]), inputs)
+    artifact = run_stage(order_stage.STAGE, config(ramp=[[2, 2]]), inputs)
     rows = pq.read_table(artifact / "part-00000.parquet").to_pylist()
     places = [(r["step"], r["row"], r["segment"]) for r in rows]
     assert places == sorted(places) and len(set(places)) == len(places) and max(p[2] for p in places) > 2
@@ -77,15 +77,15 @@ def test_the_order_of_a_packed_phase(tmp_path: Path, run_stage: Any) -> None:
     assert meta["fill"] == round(sum(slots.values()) / (36 * 128), 6) and meta["pack"] is True
     shares = {name: part["tokens"] / meta["tokens"] for name, part in meta["sources"].items()}
     assert shares == {"a": pytest.approx(0.75, abs=0.03), "b": pytest.approx(0.25, abs=0.03)}
-    assert run_stage(order.STAGE, config(ramp=[[2, 2]]), inputs).digest == artifact.digest
-    assert run_stage(order.STAGE, config(ramp=[[2, 2]], seed=1), inputs).digest != artifact.digest
+    assert run_stage(order_stage.STAGE, config(ramp=[[2, 2]]), inputs).digest == artifact.digest
+    assert run_stage(order_stage.STAGE, config(ramp=[[2, 2]], seed=1), inputs).digest != artifact.digest
 
 
 def test_long_documents_are_up_weighted_and_their_shortage_is_reported(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    plain = run_stage(order.STAGE, config(), inputs)
+    plain = run_stage(order_stage.STAGE, config(), inputs)
     rule = {"over": 100, "share": 0.5, "max_epochs": 100.0}
-    ordered = run_stage(order.STAGE, config(long_documents=rule), inputs)
+    ordered = run_stage(order_stage.STAGE, config(long_documents=rule), inputs)
 
     def share(artifact: Artifact) -> float:
         source_rows = [r for r in pq.read_table(artifact / "part-00000.parquet").to_pylist() if r["source"] == "a"]
@@ -98,13 +98,13 @@ def test_long_documents_are_up_weighted_and_their_shortage_is_reported(tmp_path:
     with pytest.raises(
         AtomError, match=r"order: a has 512 tokens in 4 chunks of more than .* asked tokens are missing"
     ):
-        run_stage(order.STAGE, config(long_documents={**rule, "max_epochs": 1.0, "max_missing": 0.01}), inputs)
+        run_stage(order_stage.STAGE, config(long_documents={**rule, "max_epochs": 1.0, "max_missing": 0.01}), inputs)
     with pytest.raises(AtomError, match="order: b has 0 tokens in 0 chunks"):  # a has enough
-        run_stage(order.STAGE, config(long_documents={**rule, "max_missing": 0.01}), inputs)
-    assert identity(order.STAGE.config.model_validate(config(long_documents=rule)))["long_documents"].keys() == {
+        run_stage(order_stage.STAGE, config(long_documents={**rule, "max_missing": 0.01}), inputs)
+    assert identity(order_stage.STAGE.config.model_validate(config(long_documents=rule)))["long_documents"].keys() == {
         "over", "share", "max_epochs",
     }  # fmt: skip
-    short = run_stage(order.STAGE, config(long_documents={**rule, "max_epochs": 1.0}), inputs)
+    short = run_stage(order_stage.STAGE, config(long_documents={**rule, "max_epochs": 1.0}), inputs)
     report = short.json("meta.json")["sources"]["a"]["long"]
     quota = 0.5 * 0.75 * 4 * 10 * 128
     assert report == {
@@ -126,16 +126,16 @@ def test_the_tokens_of_long_and_short_chunks() -> None:
 
 def test_a_packed_phase_goes_on_as_it_was_or_packs_the_rest_anew(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    artifact = run_stage(order.STAGE, config(), inputs)
+    artifact = run_stage(order_stage.STAGE, config(), inputs)
     meta, table = artifact.json("meta.json"), pq.read_table(artifact / "part-00000.parquet").to_pylist()
     read = {name: sum(r["source"] == name and r["step"] <= 6 for r in table) for name in ("a", "b")}
-    state = {"phase": "midtrain", "step": 6, "data_position": order.position(meta, read, 6)}
+    state = {"phase": "midtrain", "step": 6, "data_position": order_stage.position(meta, read, 6)}
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/state.json").write_text(json.dumps(state))
     inputs["continue"] = write_manifest(tmp_path / "checkpoint", "midtrain@6")
-    rest = run_stage(order.STAGE, config(first_step=7), inputs)
+    rest = run_stage(order_stage.STAGE, config(first_step=7), inputs)
     assert pq.read_table(rest / "part-00000.parquet").to_pylist() == [r for r in table if r["step"] > 6]
-    other = run_stage(order.STAGE, config(first_step=7, mix={"a": 0.5, "b": 0.5}, steps=14), inputs)
+    other = run_stage(order_stage.STAGE, config(first_step=7, mix={"a": 0.5, "b": 0.5}, steps=14), inputs)
     rows = pq.read_table(other / "part-00000.parquet").to_pylist()
     assert {(r["step"], r["row"]) for r in rows} == {(s, r) for s in range(7, 15) for r in range(4)}
     tokens_of = {name: sum(r["length"] - 1 for r in rows if r["source"] == name) for name in ("a", "b")}

@@ -17,8 +17,8 @@ from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout.task_sources.registry import PROVENANCE, Count, Level, SourceSettings
 from stages.tasks.eval_set import Task, courtesy_row
 from stages.tasks.rows import Row, to_row
-from stages.tasks.synthetic import courtesy_notes, instructions, problems
-from stages.tasks.synthetic.instructions import LEVELS
+from stages.tasks.synthetic import courtesy_notes, problems
+from stages.tasks.synthetic.courtesy_notes import LEVELS
 
 
 class ProblemTasks(SourceSettings):
@@ -73,7 +73,7 @@ class CourtesyTasks(SourceSettings):
 
 
 class InstructionTasks(SourceSettings):
-    """Requests for a note of a form (stages/tasks/synthetic/instructions.py).
+    """Requests for a note of a form (stages/tasks/synthetic/courtesy_notes.py).
 
     The level is the number of constraints.
     """
@@ -92,7 +92,7 @@ class InstructionTasks(SourceSettings):
         for level in self.levels:
             rng = random.Random(seed_of(f"tasks/instructions/{level}", seed))
             try:
-                requests = instructions.requests(self.count, rng, level)
+                requests = courtesy_notes.requests(self.count, rng, level)
             except ValueError as error:
                 raise RecipeError(f"tasks: {error}; ask for fewer") from None
             for i, (text, fields) in enumerate(requests):

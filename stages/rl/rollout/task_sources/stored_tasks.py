@@ -22,11 +22,11 @@ from pipeline.core.bounds import Key, License, Line, LongLine, Sha256, Text, Wor
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import operational
 from pipeline.core.store import sha256_file
-from stages.data.lock_file import Commit
-from stages.data.readers.base import is_unicode
-from stages.data.readers.hub import FORMATS, HOME, Hub, Repo
-from stages.data.readers.rows import Column, field_at
-from stages.data.readers.rows import Row as DataRow
+from stages.data.acquire.hub_files import Commit
+from stages.data.acquire.readers.base import is_unicode
+from stages.data.acquire.readers.hub import FORMATS, HOME, Hub, Repo
+from stages.data.acquire.readers.rows import Column, field_at
+from stages.data.acquire.readers.rows import Row as DataRow
 from stages.formats import chat
 from stages.formats.seeds import seed_of
 from stages.rl.protocols import Response, VerifierFailed
@@ -140,7 +140,7 @@ class HubTasks(SourceSettings):
 
     def _read(self) -> Iterator[DataRow]:
         """Yields the rows that can be read."""
-        from stages.data import hub_files
+        from stages.data.acquire import hub_files
 
         settings = self.model_dump(include={"repo", "revision", "pattern", "format", "path"})
         name, reader = f"tasks {self.bins()[0]}", Hub(reader="hub", **settings).absolute(Path())

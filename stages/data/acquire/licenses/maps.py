@@ -1,0 +1,195 @@
+"""License maps: from the license strings of a source to SPDX expressions.
+
+A map is a YAML file of this folder, which says where its strings were read. A recipe names it, and may add strings of
+its own. A string that neither knows has no expression, and then the document is not used. The license fields of
+debian/copyright files (DEP-5) are parsed as well: alternatives, conjunctions, exceptions and `+`.
+
+A map decides what acquire writes: whoever changes one raises the version of that stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.resources import files
+from typing import Any, Literal
+
+from pipeline.core.bounds import spdx
+from pipeline.core.store import sha256_bytes
+from pipeline.core.yaml_text import parse_yaml
+
+# {keyword of an exception: its SPDX identifier}. An exception only adds permissions, so a license with one that has
+# no identifier is stated without it.
+EXCEPTIONS = {"font": "Font-exception-2.0"}
+# Other spellings of `+`.
+OR_LATER = re.compile(
+    r"\+?[ -]or[ -](?:\(at your option\) )?(?:any[ -])?(?:later|newer)(?:[ -]versions?)?\b", re.IGNORECASE
+)
+MapName = Literal["common-pile", "the-stack", "tulu-3", "dep5", "pep639"]
+# The license of a web page that states none.
+UNKNOWN_WEB = "LicenseRef-unknown-web"
+# In the counts of a source and in the dispositions: the license of a document whose own is unknown.
+UNMAPPED = "LicenseRef-unmapped"
+
+
+def normalized_name(name: str) -> str:
+    """A short name in lower case, without the zeros at the end of its version: GPL-2.0+ and gpl-2+ are equal."""
+    return re.sub(r"(?<=\d)(\.0)+(?=\+?$)", "", name.casefold())
+
+
+def dep5_expression(text: str, names: Mapping[str, str]) -> str | None:
+    """The SPDX expression of the first line of a license field; None if one of its names is unknown.
+
+    names: {normalized short name: SPDX expression}.
+    """
+    text = OR_LATER.sub("+", " ".join(text.split()))
+    text = re.sub(r" and/or ", " or ", text, flags=re.IGNORECASE)
+    # A comma before the conjunction groups what stands before it (DEP-5).
+    parts = re.split(r",\s+(and|or)\s+", text, flags=re.IGNORECASE)
+    result = _alternatives(parts[0], names)
+    for conjunction, part in zip(parts[1::2], parts[2::2], strict=True):
+        operand = _alternatives(part, names)
+        if result is None or operand is None:
+            return None
+        result = f"{_grouped(result)} {conjunction.upper()} {_grouped(operand)}"
+    return result
+
+
+def _alternatives(text: str, names: Mapping[str, str]) -> str | None:
+    """The expression of a text without commas."""
+    alternatives = []
+    for alternative in re.split(r"\s+or\s+", text, flags=re.IGNORECASE):
+        operands = [_license(operand, names) for operand in re.split(r"\s+and\s+", alternative, flags=re.IGNORECASE)]
+        licenses = [operand for operand in operands if operand is not None]
+        if len(licenses) < len(operands):
+            return None
+        alternatives.append(licenses[0] if len(licenses) == 1 else " AND ".join(map(_grouped, licenses)))
+    return " OR ".join(alternatives)
+
+
+def _license(text: str, names: Mapping[str, str]) -> str | None:
+    """The expression of a short name, which a `+` and an exception may follow."""
+    name, _, exception = (part.strip() for part in re.sub(r"\s+with\s+", "\0", text, flags=re.I).partition("\0"))
+    license = _or_later(normalized_name(name), names)
+    if license is None or not exception:
+        return license
+    keyword = re.fullmatch(r"(.+?)\s+exception", exception, re.IGNORECASE)
+    if keyword is None:
+        return None
+    identifier = EXCEPTIONS.get(keyword[1].casefold())
+    return license if identifier is None or " " in license else f"{license} WITH {identifier}"
+
+
+def _or_later(name: str, names: Mapping[str, str]) -> str | None:
+    """The license of a normalized name: with `+`, also its later versions."""
+    if not name.endswith("+"):
+        return names.get(name)
+    license = names.get(name[:-1])
+    # Only an SPDX license with versions has an or-later form.
+    if license is None or " " in license or license.startswith("LicenseRef-"):
+        return None
+    return f"{license.removesuffix('-only')}-or-later" if license.endswith("-only") else f"{license}+"
+
+
+def _grouped(expression: str) -> str:
+    return f"({expression})" if " OR " in expression or " AND " in expression else expression
+
+
+@dataclass(frozen=True)
+class LicenseMap:
+    """A map of license strings.
+
+    Attributes:
+        licenses: {string: SPDX expression}.
+        syntax: Other strings that are understood: `spdx`, an expression; `dep5`, a license field of debian/copyright.
+        separator: Stands between licenses of one string that all apply.
+        several: True if several licenses of a list all apply; otherwise they have no expression.
+        ignored: Strings that state no license.
+        digest: Digest of the map's file; "" for the map of a recipe.
+    """
+
+    licenses: Mapping[str, str]
+    syntax: Literal["spdx", "dep5"] = "spdx"
+    separator: str | None = None
+    several: bool = True
+    ignored: tuple[str, ...] = ()
+    digest: str = ""
+    _known: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def expression(self, value: object) -> str | None:
+        """The SPDX expression of a string, or of a list of strings that all apply. None if there is none, or if one of
+        the strings is unknown."""
+        values = value if isinstance(value, (list, tuple)) else [value]
+        strings = [text for text in values if text not in self.ignored]
+        expressions = {self._expression_of(text) if isinstance(text, str) else None for text in strings}
+        if not expressions:
+            return None
+        # Some sources list alternatives and some what applies together; without a word on it, none is taken.
+        if len(expressions) > 1 and not self.several:
+            return None
+        return _all_of(expressions)
+
+    def extended(self, licenses: Mapping[str, str]) -> LicenseMap:
+        """The map with the strings of a recipe, which come first."""
+        return LicenseMap(
+            {**self.licenses, **licenses}, self.syntax, self.separator, self.several, self.ignored, self.digest
+        )
+
+    def _expression_of(self, text: str) -> str | None:
+        """The expression of one string. The strings of a corpus are few, so they are remembered."""
+        if text not in self._known:
+            # A map of a stranger's corpus may meet a new string in every document.
+            if len(self._known) >= 100_000:
+                self._known.clear()
+            self._known[text] = self._parse(text)
+        return self._known[text]
+
+    def _parse(self, text: str) -> str | None:
+        stripped = text.strip()
+        if stripped.casefold() in self._names:
+            return spdx(self._names[stripped.casefold()])
+        # The whole string goes before its parts: some names hold the separator.
+        if self.separator and self.separator in stripped:
+            return _all_of({self._parse(part) for part in stripped.split(self.separator)})
+        try:
+            if self.syntax == "dep5":
+                expression = dep5_expression(stripped, self._normalized_names)
+                return None if expression is None else spdx(expression)
+            return spdx(stripped) if len(stripped) <= 2000 else None
+        except (ValueError, RecursionError):
+            return None
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return {name.strip().casefold(): license for name, license in self.licenses.items()}
+
+    @cached_property
+    def _normalized_names(self) -> dict[str, str]:
+        return {normalized_name(name): license for name, license in self.licenses.items()}
+
+
+def _all_of(expressions: set[str | None]) -> str | None:
+    """The expression of licenses that all apply; None if one of them is None."""
+    known = [expression for expression in expressions if expression is not None]
+    if len(known) < len(expressions):
+        return None
+    if len(known) == 1:
+        return known[0]
+    return spdx(" AND ".join(f"({license})" if " " in license else license for license in sorted(known, key=str.lower)))
+
+
+@cache
+def load_map(name: MapName) -> LicenseMap:
+    """A shipped map."""
+    content = (files(__package__) / f"{name}.yaml").read_bytes()
+    fields: dict[str, Any] = parse_yaml(content, f"license map {name}")
+    return LicenseMap(
+        fields["licenses"],
+        fields["syntax"],
+        fields.get("separator"),
+        fields.get("several", True),
+        tuple(fields.get("ignored", ())),
+        f"sha256:{sha256_bytes(content)}",
+    )

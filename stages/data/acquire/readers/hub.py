@@ -1,0 +1,109 @@
+"""Reader `hub`: files of a dataset repository of the Hugging Face Hub, at a pinned revision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from pipeline.core.bounds import Line, LongLine, Words
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import operational
+from pipeline.core.store import home_folder
+from pipeline.core.text import shown
+from stages.data.acquire import hub_files
+from stages.data.acquire.hub_files import LockedFile, LockedSource
+from stages.data.acquire.readers.base import Failed, Files
+from stages.data.acquire.readers.jsonl import Jsonl
+from stages.data.acquire.readers.parquet import Parquet
+from stages.data.acquire.readers.rows import Row, RowReader
+
+HOME = "$ATOM_HOME"
+FORMATS: dict[str, type[RowReader]] = {"jsonl": Jsonl, "parquet": Parquet}
+
+Repo = Annotated[
+    str,
+    Words(96, "dataset of the Hub, such as common-pile/news_filtered", r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"),
+]
+
+LockPath = Annotated[str, Words(4096, empty=True)]
+
+
+class Hub(RowReader):
+    """Files of a dataset repository of the Hugging Face Hub, in the format of another reader. `atom pin` writes their
+    revision, sizes and digests beside the data recipe; each part pulls its own files."""
+
+    remedy: ClassVar = "run `atom pin RECIPE`"
+
+    reader: Literal["hub"] = Field(description="selects this reader")
+    repo: Repo = operational(..., "dataset repository; the digests of its files are part of the key")
+    revision: Line = operational("main", "branch, tag or commit, which `atom pin` resolves to a commit")
+    pattern: Line = operational(..., "pattern of the paths of files in the repository; * matches / as well")
+    format: Literal["jsonl", "parquet"] = Field(description="reader of the files")
+    path: LongLine = operational(f"{HOME}/hub", "folder that keeps pulled files; it may be removed at any time")
+    lock: LockPath = operational(
+        "", "lock file, NAME.lock.yaml beside the data recipe NAME.yaml; set when that is read"
+    )
+
+    def missing(self, source: str) -> str | None:
+        return None if self._locked(source) else f"source {source}: {self._unpinned(source)}"
+
+    def files(self, source: str) -> Files:
+        return [(file.path, self.place(file)) for file in self._rows(source)]
+
+    def digests(self, source: str, files: Files) -> list[str]:
+        """The digests by the lock file, which `pull` compares: a SHA-256, or `git:` and the id of a blob."""
+        digests = {file.path: file.digest.removeprefix("sha256:") for file in self._rows(source)}
+        return [digests[name] for name, _ in files]
+
+    def pull(self, source: str, files: Files) -> None:
+        locked, rows = self._locked(source), {file.path: file for file in self._rows(source)}
+        assert locked is not None
+        for name, path in files:
+            hub_files.pull(source, locked, rows[name], path)
+
+    def absolute(self, folder: Path) -> Hub:
+        path = self.path.replace(HOME, str(home_folder()), 1) if self.path.startswith(HOME) else folder / self.path
+        return self.model_copy(update={"path": str(Path(path).resolve())})
+
+    def locked(self, lock: Path) -> Hub:
+        if self.lock:
+            raise RecipeError(f"reader hub of {self.repo}: lock = {shown(self.lock)} is no choice; leave it out")
+        return self.model_copy(update={"lock": str(lock.absolute())})
+
+    def rows(self, files: Files, columns: Sequence[str] | None = None) -> Iterator[Row | Failed]:
+        settings = {name: getattr(self, name) for name in RowReader.model_fields}
+        yield from FORMATS[self.format](**{**settings, "reader": self.format}).rows(files, columns)
+
+    def _locked(self, source: str) -> LockedSource | None:
+        """The source as it is pinned; None if it is not, or if these settings have changed since."""
+        entry = hub_files.read(Path(self.lock)).get(source) if self.lock else None
+        settings = self.repo, self.pattern
+        if (
+            entry is None
+            or settings != (entry.repo, entry.pattern)
+            or self.revision not in (entry.requested, entry.revision)
+        ):
+            return None
+        return entry
+
+    def _unpinned(self, source: str) -> str:
+        lock = Path(self.lock) if self.lock else None
+        has_entry = lock is not None and source in hub_files.read(lock)
+        place = f" in {lock.name}" if lock else ""
+        if has_entry:
+            return f"{self.repo} is pinned{place} with another repository, revision or pattern"
+        return f"{self.repo} is not pinned{place}"
+
+    def _rows(self, source: str) -> list[LockedFile]:
+        """The pinned files. Raises RecipeError without any."""
+        entry = self._locked(source)
+        if entry is None:
+            raise RecipeError(f"{self.missing(source)}; {self.remedy}")
+        return entry.rows()
+
+    def place(self, file: LockedFile) -> Path:
+        """The place of a pulled file: under its digest, so that an unchanged file of another revision is not pulled."""
+        return Path(self.path, self.repo, file.hex, file.path.rsplit("/", 1)[-1])

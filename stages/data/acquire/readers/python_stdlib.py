@@ -1,0 +1,237 @@
+"""Readers `stdlib-docstrings` and `stdlib-source`: the running Python's standard library as documents.
+
+Some files of the library carry license terms of their own, such as `turtle.py`. The license that a recipe declares for
+the library does not cover them, so their documents are `Unmapped`, and curation removes them.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import platform
+import re
+import sysconfig
+import textwrap
+import tokenize
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.core.stage import added
+from stages.data.acquire.readers.base import Document, Files, SampledReader, Unmapped, Unreadable, is_unicode
+
+# Address of a file of the library at the tag of a version of Python.
+ADDRESS = "https://github.com/python/cpython/blob/v{version}/Lib/{path}"
+# Between two words of a comment.
+_GAP = r"[\s#]+"
+# Words with which a file states license terms of its own.
+TERMS = re.compile(
+    rf"permission{_GAP}(?:is|to{_GAP}(?:use|copy))|redistribut|SPDX-License-Identifier|licen[sc]ed{_GAP}under"
+    rf"|public{_GAP}domain",
+    re.IGNORECASE,
+)
+RESERVED = re.compile(rf"all{_GAP}rights{_GAP}reserved", re.IGNORECASE)
+# Words of a file whose rights the Python Software Foundation has or was granted: it licenses them as PSF-2.0.
+FOUNDATION = re.compile(
+    rf"licensed{_GAP}to{_GAP}(?:the{_GAP})?PSF|copyright.{{,40}}Python{_GAP}Software{_GAP}Foundation", re.IGNORECASE
+)
+# not library code (tests, the editor, installed packages), or generated at build time with paths of the build machine
+_SKIPPED = "test tests idlelib turtledemo lib2to3 site-packages dist-packages lib-dynload __pycache__"
+_SKIPPED_FOLDERS = frozenset(_SKIPPED.split())
+_SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
+Found = Document | Unmapped | Unreadable
+
+
+def library_files(top_level: bool = False) -> Files:
+    """(relative path, path) of the library's modules, sorted; `top_level` leaves packages out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    modules = []
+    for folder, folders, names in os.walk(root):
+        relative = Path(folder).relative_to(root)
+        library_folders = [f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("config-")]
+        folders[:] = [] if top_level else library_folders
+        for name in names:
+            if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIXES):
+                modules.append(((relative / name).as_posix(), Path(folder, name)))
+    return sorted(modules)
+
+
+def own_terms(text: str) -> str:
+    """Returns the first line of a file that states license terms of its own; "" if the library's license covers it.
+
+    A copyright notice without terms leaves the file under the library's license. Words in a string of the program count
+    too: a wrong hit loses a document, a miss would publish one under a license that it does not have.
+    """
+    match = TERMS.search(text) or (RESERVED.search(text) if FOUNDATION.search(text) is None else None)
+    if match is None:
+        return ""
+    start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+    return text[start : end if end >= 0 else None].strip("# \t\r")
+
+
+def read_docstrings(files: Files) -> Iterator[Found]:
+    """Every docstring, located by its file; a file that does not parse is unreadable."""
+    return _documents(
+        files, lambda file: ((name, ast.get_docstring(node)) for name, node in _definitions(file.tree, ""))
+    )
+
+
+def read_functions(files: Files) -> Iterator[Found]:
+    """Every function and method with more than a docstring; a file that does not parse is unreadable."""
+    return _documents(
+        files,
+        lambda file: (
+            (name, _source_without_docstring(node, file.lines))
+            for name, node in _definitions(file.tree, "")
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ),
+    )
+
+
+def read_modules(files: Files) -> Iterator[Found]:
+    """Every file with more than docstrings; a file that does not parse is unreadable."""
+    return _documents(files, lambda file: [("", _file_without_docstrings(file.tree, file.lines))])
+
+
+def _documents(files: Files, texts_of: Callable[[_LibraryFile], Iterable[tuple[str, str | None]]]) -> Iterator[Found]:
+    """The documents of (definition, text) that `texts_of` gives for each file."""
+    for file in _parse_files(files):
+        if isinstance(file, Unreadable):
+            yield file
+            continue
+        for name, text in texts_of(file):
+            if text and is_unicode(text):
+                yield file.document(name, text)
+
+
+@dataclass(frozen=True)
+class _LibraryFile:
+    """A file of the library, read and parsed.
+
+    Attributes:
+        path: Relative to the library's folder.
+        lines: Lines of its text, as the parser counts them.
+        tree: Its syntax tree.
+        terms: The line with which it states license terms of its own; "" if it states none.
+    """
+
+    path: str
+    lines: Sequence[str]
+    tree: ast.Module
+    terms: str
+
+    def document(self, definition: str, text: str) -> Document | Unmapped:
+        """The document of a definition of the file; "" is the whole module."""
+        name = f"{self.path}:{definition}" if definition else self.path
+        if self.terms:
+            return Unmapped(name, text, self.terms, "file")
+        url = ADDRESS.format(version=platform.python_version(), path=self.path)
+        return Document(name, text, self.path, url=url)
+
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _parse_files(files: Files) -> Iterator[_LibraryFile | Unreadable]:
+    for relative, path in files:
+        data = path.read_bytes()
+        try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+            text = data.decode(encoding)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # do not report invalid escapes in old modules
+                tree = ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError):
+            # Counted, not fatal: one file that Python cannot parse must not stop the source.
+            yield Unreadable(relative)
+            continue
+        # not splitlines(): form feeds in the library's files are no line ends to the parser
+        yield _LibraryFile(relative, re.split(r"\r\n|\r|\n", text), tree, own_terms(text))
+
+
+def _definitions(
+    tree: ast.AST, prefix: str, name_counts: Counter[str] | None = None
+) -> Iterator[tuple[str, Documented]]:
+    """Module, classes, methods and functions with dotted names; a name used again becomes name#2, name#3, …
+
+    Functions inside functions belong to their outer function.
+    """
+    name_counts = Counter() if name_counts is None else name_counts
+    if isinstance(tree, ast.Module):
+        yield "", tree
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = f"{prefix}{node.name}"
+            name_counts[name] += 1
+            yield (name if name_counts[name] == 1 else f"{name}#{name_counts[name]}"), node
+            if isinstance(node, ast.ClassDef):
+                yield from _definitions(node, f"{name}.", name_counts)
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+            yield from _definitions(node, prefix, name_counts)
+
+
+def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> str | None:
+    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    line_numbers = list(range(first, (node.end_lineno or node.lineno) + 1))
+    body = node.body[0]
+    # Without its docstring a function may have nothing left, or the docstring shares its line with code.
+    if ast.get_docstring(node, clean=False) is not None:
+        if len(node.body) == 1 or body.lineno == node.lineno:
+            return None
+        line_numbers = [n for n in line_numbers if not body.lineno <= n <= (body.end_lineno or body.lineno)]
+    return textwrap.dedent("\n".join(lines[n - 1] for n in line_numbers)).strip("\n")
+
+
+def _file_without_docstrings(tree: ast.Module, lines: Sequence[str]) -> str:
+    """The file's text without the docstrings of `_definitions`, and of functions inside functions.
+
+    A docstring that is the whole body, or shares a line with code, becomes `pass`, so that the rest still parses.
+    """
+    edited: list[str | None] = list(lines)
+    for node in ast.walk(tree):
+        if not isinstance(node, Documented) or ast.get_docstring(node, clean=False) is None:
+            continue
+        body = node.body[0]
+        first, last = body.lineno - 1, (body.end_lineno or body.lineno) - 1
+        # columns count bytes of UTF-8
+        prefix = lines[first].encode()[: body.col_offset].decode()
+        suffix = lines[last].encode()[body.end_col_offset :].decode()
+        alone = not prefix.strip() and not suffix.strip() and (len(node.body) > 1 or isinstance(node, ast.Module))
+        edited[first : last + 1] = [None if alone else f"{prefix}pass{suffix}", *[None] * (last - first)]
+    return "\n".join(line for line in edited if line is not None).strip("\n")
+
+
+class StdlibSource(SampledReader):
+    """Functions and methods of the standard library, or its whole files.
+
+    Docstrings are removed, so that no held-out docstring is trained on inside its function.
+    """
+
+    reader: Literal["stdlib-source"] = Field(description="selects this reader")
+    unit: Literal["function", "file"] = added("function", "what one document is; use only one of them in a data recipe")
+    modules: Literal["all", "top-level"] = Field("all", description="modules to read; top-level leaves packages out")
+
+    def files(self, source: str) -> Files:
+        return library_files(top_level=self.modules == "top-level")
+
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Found]:
+        return read_modules(files) if self.unit == "file" else read_functions(files)
+
+
+class StdlibDocstrings(SampledReader):
+    """Docstrings of modules, classes and functions of the running Python's standard library."""
+
+    reader: Literal["stdlib-docstrings"] = Field(description="selects this reader")
+    modules: Literal["all", "top-level"] = Field("all", description="modules to read; top-level leaves packages out")
+
+    def files(self, source: str) -> Files:
+        return library_files(top_level=self.modules == "top-level")
+
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Found]:
+        return read_docstrings(files)

@@ -1,0 +1,258 @@
+"""Readers `warc` and `html`: web pages in WARC files, as Common Crawl has them, or saved one in each file.
+
+WARC files (ISO 28500) are plain or gzip. warcio reads the records, as in datatrove's reader; that one reads bodies of
+any size, and drops the headers of HTTP. A file that is cut short ends there: what stands before it is used, and the
+place has a disposition of its own.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import quote
+
+from pydantic import Field
+
+from pipeline.core.bounds import Line, Range, Words
+from stages.data.acquire.readers.base import FileReader, Files, Read, Refused
+from stages.data.acquire.web.page_opt_outs import AGENTS, ROBOTS_BYTES, Robots
+from stages.data.acquire.web.pages import Page, PageReader
+
+Address = Annotated[str, Words(2000, "address: write http:// or https:// and a host", r"https?://[^\s/]+(/\S*)?")]
+Agents = Annotated[tuple[Line, ...], Field(max_length=100)]
+PageBytes = Annotated[int, Range(1000, 2**30)]
+# Bytes that are read for the headers of a record, or to its beginning.
+MAX_HEADER_BYTES = 2**22
+PIECE = 2**16
+_ERRORS = (EOFError, OSError, ValueError, zlib.error)
+PAGE_TYPES = ("text/html", "application/xhtml+xml")
+
+
+class WebReader(FileReader):
+    """Base of the readers of web pages. A document has the license that its page states, or LicenseRef-unknown-web."""
+
+    max_page_bytes: PageBytes = Field(5_000_000, description="bytes of a page; a larger one is removed")
+    opt_out_agents: Agents = Field(
+        AGENTS, description="crawlers whose rules in robots.txt and in pages are opt-outs; *: rules for every crawler"
+    )
+
+    @property
+    def gives_licenses(self) -> bool:
+        return True
+
+    @property
+    def names_files(self) -> bool:
+        return True
+
+
+class Html(WebReader):
+    """Saved web pages, one in each file; `path` is a file or a folder of *.html, *.htm and *.xhtml."""
+
+    suffixes: ClassVar = (".html", ".htm", ".xhtml")
+
+    reader: Literal["html"] = Field(description="selects this reader")
+    base_url: Address | None = Field(
+        None,
+        description="address of the folder, such as https://example.org/; null: the canonical address in each page",
+    )
+
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
+        """The text of every page."""
+        reader = PageReader(self.opt_out_agents, self.max_page_bytes)
+        for relative, path in files:
+            url = f"{self.base_url.rstrip('/')}/{quote(relative)}" if self.base_url else ""
+            yield reader.read(Page(relative, relative, url, _read_bytes(path, self.max_page_bytes)))
+
+
+def _read_bytes(path: Path, most: int) -> bytes | None:
+    """The content of a file; None if it has more bytes."""
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    return content if len(content) <= most else None
+
+
+class Warc(WebReader):
+    """Web pages of WARC files, plain or gzip; `path` is a file or a folder of *.warc and *.warc.gz.
+
+    Pages that are not 200 or not HTML are no documents. robots.txt files in a WARC file apply to its pages.
+    """
+
+    suffixes: ClassVar = (".warc", ".warc.gz")
+
+    reader: Literal["warc"] = Field(description="selects this reader")
+
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
+        """The text of every page, named by the file and the number of its record."""
+        reader = PageReader(self.opt_out_agents, self.max_page_bytes)
+        for relative, path in files:
+            # robots.txt may stand anywhere in the file, so it is read twice.
+            robots = self._robots(path)
+            try:
+                for number, record in _records(path):
+                    page = _page(record, number, relative, self.max_page_bytes)
+                    if isinstance(page, Page):
+                        reason = robots.opt_out(page.url)
+                        yield Refused(page.name, "opt_out", reason) if reason else reader.read(page)
+                    elif page is not None:
+                        yield page
+            except _Damaged as error:
+                yield Refused(f"{relative}:{error.number}", "page", f"the file cannot be read from here on ({error})")
+
+    def _robots(self, path: Path) -> Robots:
+        """The robots.txt files in a WARC file, which may stand after the pages."""
+        robots = Robots(self.opt_out_agents)
+        try:
+            for _, record in _records(path):
+                is_robots = record.rec_type == "response" and _url(record).endswith("/robots.txt")
+                if is_robots and _status(record) == "200":
+                    robots.add(_url(record), _read_start(record))
+        except _Damaged:
+            pass
+        return robots
+
+
+class _Damaged(Exception):
+    """A file that cannot be read from a record on."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(reason)
+        self.number = number
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number from 1, record) of every record. Raises _Damaged where the file is cut short or is no WARC."""
+    from warcio.archiveiterator import ArchiveIterator
+    from warcio.exceptions import ArchiveLoadFailed
+
+    number = 0
+    try:
+        with _open(path) as file:
+            source = _BoundedHeaders(file)
+            iterator = iter(ArchiveIterator(source))
+            while (record := next(iterator, None)) is not None:
+                number += 1
+                # The body may be of any size; only headers are bounded.
+                source.budget = None
+                yield number, record
+                # warcio would skip the rest itself, but would not say that the file ends in it.
+                _skip_rest(record)
+                source.budget = MAX_HEADER_BYTES
+    except (ArchiveLoadFailed, AttributeError, *_ERRORS) as error:
+        raise _Damaged(number + 1, _in_words(error)) from None
+
+
+def _open(path: Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
+
+
+def _skip_rest(record: Any) -> None:
+    """Reads a record to its end. Raises the errors of its file, and EOFError if the file ends before."""
+    while record.raw_stream.read(PIECE):
+        pass
+    missing = getattr(record.raw_stream, "limit", None)
+    if missing != 0:
+        lack = "has no length" if missing is None else f"lacks its last {missing} bytes"
+        raise EOFError(f"the record {lack}")
+
+
+class _BoundedHeaders:
+    """A file that fails when headers are read that do not end. budget: bytes that may still be read; None: any."""
+
+    def __init__(self, file: gzip.GzipFile | BufferedReader) -> None:
+        self._file = file
+        self.budget: int | None = MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = self._file.read1(size)  # `read` would lose what stands before an error
+        except EOFError as error:
+            raise OSError(str(error)) from None  # warcio takes EOFError for the end of the file
+        if self.budget is not None:
+            self.budget -= len(data)
+            if self.budget < 0:
+                raise ValueError(f"the headers of a record have more than {MAX_HEADER_BYTES} bytes")
+        return data
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Refused | None:
+    """The page of a record, why it cannot be read, or None for a record that is no page. Raises _Damaged if the file
+    ends in it."""
+    name = f"{location}:{number}"
+    headers = _http_headers(record)
+    # WET files hold the text of pages as records of this type.
+    is_text = record.rec_type == "conversion"
+    if not is_text and (record.rec_type != "response" or _status(record) != "200"):
+        return None
+    # The crawler's own finding goes before the server's claim.
+    kind = record.rec_headers.get_header("WARC-Identified-Payload-Type") or _header(headers, "content-type")
+    kind = (kind or record.content_type or "").partition(";")[0].strip().lower()
+    if kind not in (("text/plain",) if is_text else PAGE_TYPES):
+        return None
+    encoding = _header(headers, "content-encoding").strip().lower()
+    # These are decoded on every machine; warcio decodes br only where another package is installed.
+    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        return Refused(name, "page", f"its body is encoded as {encoding[:60]}")
+    try:
+        body = _read_body(record, max_bytes)
+    except _ERRORS as error:
+        _require_whole(record, number)
+        return Refused(name, "page", f"its body cannot be decoded ({_in_words(error)})")
+    # A body that is too large is left unread, and is skipped with the rest of its record.
+    if body is not None:
+        _require_whole(record, number)
+    return Page(name, location, _url(record), body, headers, is_text)
+
+
+def _require_whole(record: Any, number: int) -> None:
+    """Raises _Damaged if the file ends in a record, whose body would be taken for a whole one."""
+    try:
+        _skip_rest(record)
+    except _ERRORS as error:
+        raise _Damaged(number, _in_words(error)) from None
+
+
+def _read_body(record: Any, most: int) -> bytes | None:
+    """The body of a record, decompressed and without the transfer encoding; None if it has more bytes."""
+    stream, pieces, size = record.content_stream(), [], 0
+    while piece := stream.read(PIECE):
+        pieces.append(piece)
+        size += len(piece)
+        if size > most:
+            return None
+    return b"".join(pieces)
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read_start(record: Any) -> bytes:
+    """The first bytes of a robots.txt file."""
+    try:
+        start: bytes = record.content_stream().read(ROBOTS_BYTES)
+        return start
+    except _ERRORS:
+        return b""
+
+
+def _url(record: Any) -> str:
+    return record.rec_headers.get_header("WARC-Target-URI") or ""
+
+
+def _status(record: Any) -> str:
+    return record.http_headers.get_statuscode() if record.http_headers else ""
+
+
+def _http_headers(record: Any) -> list[tuple[str, str]]:
+    return list(record.http_headers.headers) if record.http_headers else []
+
+
+def _header(headers: list[tuple[str, str]], name: str) -> str:
+    return next((value for key, value in headers if key.lower() == name), "")

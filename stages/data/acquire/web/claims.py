@@ -1,0 +1,347 @@
+"""The license that a web page states for its own text.
+
+What counts: `rel=license` in the HTTP headers, in <link> and in <a>; license metadata of Dublin Core and of schema.org
+for a text; links to licenses in the page's footer. What does not: links in advertisements, comments, quotations,
+figures and asides; statements on other things, such as photos or icons; anything on a copy of a page of another site.
+Two different statements are none that can be used. The time is linear in the size of the page.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from pipeline.core.bounds import spdx
+from stages.data.acquire.web.page_opt_outs import Headers
+
+_KIND_NAMES = "by by-sa by-nd by-nc by-nc-sa by-nc-nd by-nd-nc sa nd nc nc-sa nd-nc"
+_KINDS = frozenset(_KIND_NAMES.split())
+_CREATIVE_COMMONS = re.compile(
+    r"/licenses/([a-z-]+)/(1\.0|2\.0|2\.1|2\.5|3\.0|4\.0)(?:/([a-z]{2}|igo|scotland))?(?:/|$)"
+)
+_PUBLIC_DOMAIN = {"/publicdomain/zero/1.0": "CC0-1.0", "/publicdomain/mark/1.0": "CC-PDM-1.0"}
+_DEDICATION = "/licenses/publicdomain"
+_BY_IDENTIFIER = {"spdx.org": "/licenses/", "opensource.org": "/license"}
+# {address of the text of a license, without scheme, www., ending and last slash: its expression}. The addresses of
+# the GFDL without a version lead to its newest one.
+_TEXTS = {
+    "apache.org/licenses/license-2.0": "Apache-2.0",
+    "gnu.org/licenses/fdl-1.1": "GFDL-1.1-only",
+    "gnu.org/licenses/fdl-1.2": "GFDL-1.2-only",
+    "gnu.org/licenses/fdl-1.3": "GFDL-1.3-only",
+    "gnu.org/licenses/fdl": "LicenseRef-GFDL",
+    "gnu.org/copyleft/fdl": "LicenseRef-GFDL",
+    "nationalarchives.gov.uk/doc/open-government-licence/version/1": "OGL-UK-1.0",
+    "nationalarchives.gov.uk/doc/open-government-licence/version/2": "OGL-UK-2.0",
+    "nationalarchives.gov.uk/doc/open-government-licence/version/3": "OGL-UK-3.0",
+    "unlicense.org": "Unlicense",
+}
+_TEXT_TYPES = """
+AboutPage AdvertiserContentArticle Article BlogPosting Book Chapter CollectionPage Course CreativeWork FAQPage Guide
+HowTo ItemPage LearningResource LiveBlogPosting MedicalScholarlyArticle MedicalWebPage NewsArticle OpinionNewsArticle
+QAPage Recipe Report ReportageNewsArticle ReviewNewsArticle ScholarlyArticle TechArticle Thesis WebPage WebSite
+"""
+# Types of schema.org whose license is that of a page's text.
+TEXT_TYPES = frozenset(_TEXT_TYPES.split())
+# Types of parts of a page that may state it.
+PAGE_PARTS = frozenset(("Blog", "WebPageElement", "WPFooter"))
+# Metadata with the address of the page, or of the one that it copies.
+ORIGINALS = frozenset(("og:url", "original-source", "syndication-source"))
+META_NAMES = frozenset(
+    ("dc.license", "dc.rights", "dc.rights.license", "dcterms.license", "dcterms.rights", "dcterms:license", "license")
+)
+_OTHER_ELEMENTS = "aside blockquote figcaption figure form iframe ins nav noscript q"
+OTHER_ELEMENTS = frozenset(_OTHER_ELEMENTS.split())
+_OTHER_PLACES = """
+ad adbanner adbox ads adsbygoogle adslot adunit advert advertisement advertisements advertising advertorial adverts
+banner caption comment commentlist comments dfp disqus embed feedback gallery outbrain partner partners promo promoted
+promotion quote related replies reply respond response responses review reviews sidebar sponsor sponsored sponsors
+taboola teaser testimonial thumbnail widget widgets
+"""
+# Words of `class` and `id` of elements whose content is not the page's own text.
+OTHER_PLACES = frozenset(_OTHER_PLACES.split())
+FOOTER_PLACES = frozenset(("colophon", "copyright", "footer", "licence", "license", "licensing", "legal"))
+# Things other than the text, in a statement on a license.
+OTHER_THINGS = re.compile(
+    r"\b(icons?|photos?|photographs?|photography|images?|pictures?|illustrations?|graphics|artworks?|drawings?|fonts?|"
+    r"logos?|themes?|templates?|maps?|tiles|videos?|audio|music|sounds?|code|software|data|datasets?|comments?|advertisements?|"
+    r"sponsored)\b",
+    re.IGNORECASE,
+)
+COMMENTS_HEADING = re.compile(
+    r"\W*\d*\W*(comments?|responses?|replies|discussion|feedback|leave a (comment|reply))\b", re.IGNORECASE
+)
+# Characters of the block around a link that are a statement on it, rather than a text in which it occurs.
+LONGEST_STATEMENT = 1000
+_LAYOUT = frozenset(("has", "no", "with", "without", "open", "closed", "enabled", "disabled"))
+_INLINE = frozenset(("a", "abbr", "b", "bdi", "cite", "em", "font", "i", "small", "span", "strong", "u"))
+
+
+def expression_of(address: str) -> str | None:
+    """The SPDX expression of the license whose text or summary has this address; None if it is unknown.
+
+    A license of Creative Commons that was adapted to a country and is not in SPDX is a LicenseRef of its own.
+    """
+    try:
+        parts = urlsplit(address.strip())
+    except ValueError:
+        return None
+    host, path = (parts.hostname or "").removeprefix("www."), parts.path.rstrip("/")
+    if host == "creativecommons.org":
+        return _creative_commons(path.lower())
+    if host in _BY_IDENTIFIER and path.startswith(_BY_IDENTIFIER[host]):
+        try:
+            return spdx(re.sub(r"\.(html|json|txt)$", "", path.rsplit("/", 1)[-1]))
+        except ValueError:
+            return None
+    return _TEXTS.get(re.sub(r"\.(html|txt|en\.html)$", "", f"{host}{path}".lower()))
+
+
+def _creative_commons(path: str) -> str | None:
+    if match := _CREATIVE_COMMONS.match(path):
+        kind, version, country = match.groups()
+        if kind not in _KINDS:
+            return None
+        kind = kind.upper().replace("ND-NC", "NC-ND")  # the order of version 1.0; SPDX has that of the later ones
+        name = f"CC-{kind}-{version}" + (f"-{country.upper()}" if country else "")
+        try:
+            return spdx(name)
+        except ValueError:
+            return f"LicenseRef-{name}"
+    if path.startswith(_DEDICATION):
+        return "CC-PDDC"
+    return next((license for start, license in _PUBLIC_DOMAIN.items() if f"{path}/".startswith(f"{start}/")), None)
+
+
+@dataclass(frozen=True)
+class PageLicense:
+    """The license that a page states.
+
+    Attributes:
+        expression: SPDX; None if the page states nothing, or nothing usable.
+        stated: The statement in the page's own words.
+    """
+
+    expression: str | None = None
+    stated: str = ""
+
+
+def license_of(tree: Any, url: str, headers: Headers) -> PageLicense:
+    """The license that a page states for its text.
+
+    Args:
+        tree: The page as lxml parsed it.
+        url: Its address; "" if it is unknown.
+        headers: The headers of its HTTP response.
+    """
+    # A mirror often adds its own license to the text of others.
+    if _is_copy(tree, url):
+        return PageLicense()
+    page = _Places()
+    explicit = [*_in_headers(headers), *_in_metadata(tree, page), *_in_body(tree, page, explicit=True)]
+    # A link in a footer counts only if nothing states a license explicitly.
+    addresses = explicit or list(_in_body(tree, page, explicit=False))
+    links = {urljoin(url, address) for address in addresses}
+    statements = {expression_of(link) or link for link in links}
+    stated = " and ".join(sorted(statements))[:500]
+    # Two different statements may be about two things on the page; nobody can tell which one is the text.
+    is_known = len(statements) == 1 and all(map(expression_of, links))
+    return PageLicense(statements.pop() if is_known else None, stated)
+
+
+def _in_headers(headers: Headers) -> Iterator[str]:
+    for name, value in headers:
+        if name.lower() == "link":
+            for address, parameters in re.findall(r"<([^>]*)>([^,]*)", value[:8192]):
+                if re.search(r";\s*rel\s*=\s*\"?[^\";]*\blicense\b", parameters, re.IGNORECASE):
+                    yield address
+
+
+def _in_metadata(tree: Any, page: _Places) -> Iterator[str]:
+    for element in tree.iter("link"):
+        if "license" in _words(element.get("rel")) and element.get("href") and not page.is_elsewhere(element):
+            yield element.get("href").strip()
+    for element in tree.iter("meta"):
+        name = (element.get("name") or element.get("property") or "").strip().lower()
+        content = (element.get("content") or "").strip()
+        if name in META_NAMES and content.startswith(("http://", "https://", "//")):
+            yield content
+    for element in tree.iter("script"):
+        if (element.get("type") or "").strip().lower() == "application/ld+json":
+            yield from _in_json(element.text or "")
+    yield from _in_microdata(tree, page)
+
+
+def _in_json(text: str) -> Iterator[str]:
+    """The licenses of the texts that JSON-LD describes at its top."""
+    try:
+        top = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    nodes = top if isinstance(top, list) else [top]
+    graph = [node for each in nodes if isinstance(each, dict) for node in _as_list(each.get("@graph"))]
+    for node in (*nodes, *graph):
+        if isinstance(node, dict) and _types(node) & TEXT_TYPES:
+            for license in _as_list(node.get("license")):
+                address = license.get("url") or license.get("@id") if isinstance(license, dict) else license
+                if isinstance(address, str) and address.strip():
+                    yield address.strip()
+
+
+def _types(node: dict[str, Any]) -> set[str]:
+    return {kind.rsplit("/", 1)[-1] for kind in _as_list(node.get("@type")) if isinstance(kind, str)}
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _in_microdata(tree: Any, page: _Places) -> Iterator[str]:
+    for element in tree.iter("a", "link", "meta"):
+        if "license" not in _words(element.get("itemprop")):
+            continue
+        scope = next((each for each in element.iterancestors() if each.get("itemscope") is not None), None)
+        address = (element.get("href") or element.get("content") or "").strip()
+        if address and scope is not None and _item_types(scope) & TEXT_TYPES and not page.is_elsewhere(element):
+            yield address
+
+
+def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
+    """The addresses of links with rel=license or, not explicit, of links to licenses in footers."""
+    in_comments = 0
+    for element in tree.iter("a", "area", "footer", "h1", "h2", "h3", "h4", "h5", "h6"):
+        if element.tag == "footer":
+            in_comments = 0
+        elif element.tag.startswith("h"):
+            level = int(element.tag[1])
+            # Links after such a heading are of the readers, up to the next heading of the same level.
+            if COMMENTS_HEADING.match(_text(element)[:60].strip()):
+                in_comments = level
+            elif in_comments and level <= in_comments:
+                in_comments = 0
+        elif not in_comments and page.is_own_statement(element, explicit):
+            yield element.get("href").strip()
+
+
+class _Places:
+    """Where the elements of a page stand. What is found of an element is remembered for those inside it."""
+
+    def __init__(self) -> None:
+        self._elsewhere: dict[Any, bool] = {}
+        self._in_footer: dict[Any, bool] = {}
+        self._texts: dict[Any, str] = {}
+
+    def is_own_statement(self, link: Any, explicit: bool) -> bool:
+        """Returns True if a link states the license of the page's text."""
+        relations, address = _words(link.get("rel")), (link.get("href") or "").strip()
+        # Links that the author did not set himself.
+        if not address or relations & {"sponsored", "ugc"}:
+            return False
+        if explicit:
+            is_candidate = "license" in relations
+        else:
+            is_candidate = expression_of(address) is not None and self._inherits(link, self._in_footer, _is_footer)
+        return is_candidate and not self.is_elsewhere(link) and not OTHER_THINGS.search(self._statement(link))
+
+    def is_elsewhere(self, element: Any) -> bool:
+        """Returns True if an element is in a place with text that is not the page's own, or describes another thing."""
+        return self._inherits(element, self._elsewhere, _is_other)
+
+    def _inherits(self, element: Any, known: dict[Any, bool], holds: Callable[[Any], bool]) -> bool:
+        """Returns True if a property holds for an element or one around it, up to the body of the page."""
+        chain: list[Any] = []
+        verdict, each = False, element
+        while each is not None and each.tag not in ("html", "body", "main"):
+            if each in known:
+                verdict = known[each]
+                break
+            chain.append(each)
+            each = each.getparent()
+        for each in reversed(chain):
+            verdict = known[each] = verdict or holds(each)
+        return verdict
+
+    def _statement(self, link: Any) -> str:
+        """The text of the block around a link, or of the link alone if the block is a long text."""
+        block = next((each for each in link.iterancestors() if each.tag not in _INLINE), link)
+        if block not in self._texts:
+            self._texts[block] = _text(block)
+        text = self._texts[block]
+        return text if len(text) <= LONGEST_STATEMENT else _text(link)
+
+
+def _is_footer(element: Any) -> bool:
+    return element.tag == "footer" or bool(_places(element) & FOOTER_PLACES)
+
+
+def _is_other(element: Any) -> bool:
+    other_types = _item_types(element) - TEXT_TYPES - PAGE_PARTS
+    if element.tag in OTHER_ELEMENTS or _places(element) & OTHER_PLACES or other_types or element.get("about"):
+        return True
+    return any(str(name).startswith("data-ad") for name in element.attrib)
+
+
+def _item_types(element: Any) -> set[str]:
+    """The types of schema.org of an element with microdata."""
+    return {kind.rsplit("/", 1)[-1] for kind in (element.get("itemtype") or "").split()}
+
+
+def _places(element: Any) -> set[str]:
+    """The words of the class, the id, the role, the label and the property of an element, in lower case; without names
+    that describe the layout, such as has-sidebar and comments-open."""
+    names = " ".join(element.get(key) or "" for key in ("class", "id", "role", "aria-label", "itemprop")).split()
+    words = (re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()) for name in names)
+    return {word for name in words if name and name[0] not in _LAYOUT and name[-1] not in _LAYOUT for word in name}
+
+
+def _text(element: Any) -> str:
+    return " ".join(element.text_content().split())
+
+
+def _words(value: str | None) -> set[str]:
+    return set((value or "").lower().split())
+
+
+def _is_copy(tree: Any, url: str) -> bool:
+    """Returns True if a page says that it is a copy of a page of another site."""
+    site = site_of(url)
+    addresses = [element.get("href") for element in tree.iter("link") if "canonical" in _words(element.get("rel"))]
+    for element in tree.iter("meta"):
+        if (element.get("property") or element.get("name") or "").lower() in ORIGINALS:
+            addresses.append(element.get("content"))
+    others = {site_of(urljoin(url, address.strip())) for address in addresses if address}
+    comments = (node.text or "" for node in tree.iter() if not isinstance(node.tag, str))
+    mirrored = (re.match(r"\s*Mirrored from ([^\s/]+)", text) for text in comments)  # as HTTrack writes it
+    others |= {site_of(f"http://{match[1]}") for match in mirrored if match}
+    return bool(site and others - {site, ""})
+
+
+def site_of(url: str) -> str:
+    """The registrable domain of an address, by the public suffix list; "" if it has none."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+    return _domain(host)
+
+
+@cache
+def _extractor() -> Any:
+    import tldextract
+
+    return tldextract.TLDExtract(cache_dir=None, suffix_list_urls=(), include_psl_private_domains=True)
+
+
+def _domain(host: str) -> str:
+    parts = _extractor()(host)
+    if parts.ipv4 or parts.ipv6:
+        return host
+    domain: str = parts.top_domain_under_public_suffix
+    return domain or ".".join(host.split(".")[-2:])

@@ -1,0 +1,156 @@
+"""Dedup: remove the duplicates that stage `duplicates` found, and assign the held-out split, part by part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.core.bounds import MOST_SOURCES, SourceName
+from pipeline.core.errors import AtomError
+from pipeline.core.parts import Part, PartCount, link_parts, seal_part, shards_of
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from stages.data import estimates
+from stages.data.curate.alarms import Acknowledged, AlarmShare, dedup_losses, require_acknowledged
+from stages.data.curate.settings import MinHash
+from stages.data.estimates import Size
+from stages.formats.table import HeldoutFraction, write_json
+
+VERSION = 4
+
+
+class DedupSource(Config):
+    """The settings of one source that deduplication uses."""
+
+    name: SourceName = Field(description="name of the source")
+    heldout_fraction: HeldoutFraction = Field(description="share of documents held out from training")
+    parts: PartCount = added(1, "parts of the source")
+    acknowledged_removals: Acknowledged = operational({}, "by rule, the share of the source that it may remove")
+    expected: Size | None = operational(None, "expected size of the source; null: unknown")
+
+
+class DedupConfig(Config):
+    sources: tuple[DedupSource, ...] = Field(min_length=1, max_length=MOST_SOURCES, description="sources of the corpus")
+    minhash: MinHash | None = Field(description="near-duplicate removal; null: none")
+    alarm_share: AlarmShare = operational(0.5, "share of a source above which a removal must be acknowledged")
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Number of the source, and part, of every part of all sources in order."""
+        return [(number, part) for number, source in enumerate(self.sources) for part in range(source.parts)]
+
+
+def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Seal kept documents and dispositions of every input document by part, and a summary.
+
+    inputs["filter"]: the filtered documents of each part; inputs["duplicates"]: those to remove;
+    inputs["representatives"]: what is known of the documents that they duplicate. Resumes after the last
+    sealed part. Raises AtomError if counts do not balance, or if a source loses so large a share that the recipe must
+    acknowledge it.
+    """
+    count, sealed = len(config.parts()), list[Part]()
+    for number in range(count):
+        sealed.append(_seal_part(config, inputs, work, number))
+        report.progress(len(sealed), count, "parts")
+    link_parts(sealed, out)
+    summary = _summarize(config, [part.facts for part in sealed], inputs["filter"].json("edits.json"))
+    write_json(out / "summary.json", summary)
+    for name, counts in summary["sources"].items():
+        rules = ", ".join(f"{rule} {n}" for rule, n in counts["removed"].most_common())
+        report.note(f"{name}: {counts['documents_in']} in, {counts['kept'].total()} kept; removed: {rules or 'none'}")
+    losses = [
+        loss
+        for name, counts in summary["sources"].items()
+        for loss in dedup_losses(name, counts["documents_in"], counts["kept"].total(), counts["removed"])
+    ]
+    acknowledged = {source.name: source.acknowledged_removals for source in config.sources}
+    require_acknowledged(losses, config.alarm_share, acknowledged, report)
+
+
+def run_shard(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Seals one part in `work`."""
+    _seal_part(config, inputs, work, shard)
+
+
+def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> Part:
+    from stages.data.curate import duplicate_groups
+    from stages.data.curate.opt_out_copies import OptOuts
+    from stages.data.curate.part_removal import PartRemoval
+    from stages.data.curate.representatives import Representatives
+
+    number, part = config.parts()[shard]
+    source, decisions = config.sources[number], inputs["duplicates"].path
+    parts = [duplicate_groups.Part(number, config.sources[number].name, part) for number, part in config.parts()]
+
+    def make(folder: Path) -> dict[str, Any]:
+        exact, near = (
+            duplicate_groups.Removed(duplicate_groups.removed_folder(decisions, name)) for name in ("exact", "near")
+        )
+        with Representatives(inputs["representatives"].path, parts) as representatives:
+            removal = PartRemoval(
+                inputs["filter"].path,
+                parts[shard],
+                source.heldout_fraction,
+                exact,
+                near,
+                representatives,
+                config.minhash,
+                OptOuts(duplicate_groups.removed_folder(decisions, "opt_out")).of(parts[shard]),
+            )
+            return removal.write(folder)
+
+    return seal_part(work, f"{source.name}-{part:05d}", make)
+
+
+def _summarize(config: DedupConfig, facts: list[dict[str, Any]], edits: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Documents and bytes, in, kept by split, and removed by rule; by source and in total. facts: of each part.
+
+    Raises AtomError if the counts of a source do not balance.
+    """
+    sources: dict[str, Any] = {source.name: _empty() for source in config.sources}
+    total = _empty()
+    for (number, _), counts in zip(config.parts(), facts, strict=True):
+        for sums in (sources[config.sources[number].name], total):
+            for name, value in counts.items():
+                sums[name] += Counter(value) if isinstance(value, dict) else value
+    for name, counts in sources.items():
+        kept, removed = counts["kept"].total(), counts["removed"].total()
+        # Every document must have exactly one disposition: an imbalance is a fault of this code, and nothing is
+        # sealed.
+        undecided = counts["documents_in"] - kept - removed
+        if undecided or counts["written"] != kept:
+            raise AtomError(
+                f"source {name} does not balance: {counts['documents_in']} in, {kept} kept ({counts['written']} "
+                f"written), {removed} removed, {undecided} without a disposition; this is a fault of curation"
+            )
+    for counts in (*sources.values(), total):
+        del counts["written"]
+    by_source = {name: {**counts, "edited": edits.get(name, {})} for name, counts in sorted(sources.items())}
+    return {"sources": by_source, "total": total}
+
+
+def _empty() -> dict[str, Any]:
+    numbers = dict.fromkeys(("documents_in", "bytes_in", "removed_bytes", "written"), 0)
+    return {**numbers, "kept": Counter(), "removed": Counter()}
+
+
+def estimate(config: DedupConfig) -> Estimate:
+    """The bytes of the dispositions count as those of the kept documents."""
+    parts = {source.name: source.parts for source in config.sources}
+    sizes = {s.name: int(estimates.LAWS["dedup"].disk * s.expected.bytes) for s in config.sources if s.expected}
+    tables = *estimates.published("kept", parts, sizes), *estimates.published("dispositions", parts)
+    size = estimates.total(source.expected for source in config.sources)
+    return replace(estimates.estimate("dedup", size, small=10.0), published=tables)
+
+
+STAGE = Stage(
+    "dedup",
+    VERSION,
+    DedupConfig,
+    run,
+    estimate=estimate,
+    shards=lambda config: shards_of(source.parts for source in config.sources),
+    run_shard=run_shard,
+)

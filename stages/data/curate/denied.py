@@ -1,0 +1,147 @@
+"""Documents that filtering removes on request, and what deduplication needs to find their copies: hashes, no text.
+
+A copy in another source is edited by the steps of that source. So the hashes are those of the text as acquired, and of
+the text as the steps of each source would leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from stages.data.curate.deny_list import OPT_OUT_RULE, Denial, DenyList
+from stages.data.curate.filters.base import Filter, FilterFunction
+from stages.data.curate.source_filter import Removed, to_document
+from stages.formats.table import DERIVED, DocumentRow, content_hash, hash_columns, row_writer, stream_rows
+
+# The folders of the artifact of filter with the denied documents, and with the parents of kept ones, by part. They
+# are there only for a recipe with a deny-list.
+DENIED, PARENTS = "denied", "derived"
+# row: of the document in the table of kept ones.
+PARENT_COLUMNS = {"row": "int64", "parent": "string"}
+
+
+def denied_columns(buckets: int) -> dict[str, str]:
+    """A row for each text of a denied document. requests: the SHA-256 of each reference; url: its origin. buckets: of
+    MinHash."""
+    return {"id": "string", "requests": "string", "url": "string", **hash_columns(buckets)}
+
+
+def removed_on_request(denial: Denial) -> Removed:
+    return Removed(OPT_OUT_RULE, 1.0, 1.0, denial.match)
+
+
+class Variants:
+    """The texts that a document has after the steps of any source."""
+
+    def __init__(self, steps: Sequence[tuple[Filter, ...]]) -> None:
+        """steps: of each source."""
+        self.steps = steps
+
+    @cached_property
+    def pipelines(self) -> list[list[FilterFunction]]:
+        """The functions of the steps, which may load a model."""
+        # Sources often have the same steps; each pipeline runs once.
+        different = {repr(pipeline): pipeline for pipeline in self.steps if pipeline}
+        return [[step.function() for step in pipeline] for pipeline in different.values()]
+
+    def of(self, row: DocumentRow) -> list[str]:
+        """The text of a document and its variants, without repetitions. A source whose steps remove it, or fail, has
+        none."""
+        edited = (self._edit(pipeline, row) for pipeline in self.pipelines)
+        return list(dict.fromkeys([row["text"], *(variant for variant in edited if variant is not None)]))
+
+    @staticmethod
+    def _edit(pipeline: Sequence[FilterFunction], row: DocumentRow) -> str | None:
+        """The text after all steps; None if one removes it or raises an exception, which removes it as well."""
+        document = to_document(row)
+        try:
+            for function in pipeline:
+                edited = function(document)
+                if not isinstance(edited, str):
+                    return None
+                document.text = edited
+        except (AtomError, MemoryError, OSError):
+            raise
+        except Exception:
+            return None
+        return str(document.text)
+
+
+@dataclass(frozen=True)
+class DeniedText:
+    """A text of a denied document.
+
+    Attributes:
+        id: The id of the document.
+        requests: The SHA-256 of each reference, with spaces between them.
+        url: The origin of the document.
+        text: The text as acquired, or as the steps of a source leave it.
+        content_hash: The SHA-256 of the text.
+    """
+
+    id: str
+    requests: str
+    url: str
+    text: str
+    content_hash: str
+
+
+class PartOptOut:
+    """The opt-outs of one part of a source: finds them, and writes what deduplication needs."""
+
+    def __init__(self, stack: ExitStack, deny_list: DenyList, variants: Variants, acquired_parents: Path) -> None:
+        """acquired_parents: the part's table of parents, which may be missing."""
+        self.stack, self.deny_list, self.variants = stack, deny_list, variants
+        self.states_parents = acquired_parents.exists()
+        self.rows = stream_rows(acquired_parents, list(DERIVED)) if self.states_parents else iter(())
+        self.next_row: Any = next(self.rows, None)
+        self.parents: list[str] = []
+        self.texts: list[DeniedText] = []
+
+    def open(self, denied: Path, parents: Path, columns: dict[str, str]) -> None:
+        """Opens the tables to write."""
+        self.write_denied = self.stack.enter_context(row_writer(denied, columns))
+        if self.states_parents:
+            self.write_parent = self.stack.enter_context(row_writer(parents, PARENT_COLUMNS))
+
+    def find(self, row: DocumentRow) -> Removed | None:
+        """The removal of the next acquired document, if it is denied."""
+        self.parents = []
+        # The table of parents has the order of the documents, so one pass over both is enough.
+        while self.next_row is not None and self.next_row["id"] == row["id"]:
+            self.parents.append(self.next_row["parent"])
+            self.next_row = next(self.rows, None)
+        denial = self.deny_list.find(row["id"], row["origin"], [row["content_hash"]], self.parents)
+        return None if denial is None else self._deny(row, denial)
+
+    def find_edited(self, row: DocumentRow, edited: DocumentRow, number: int) -> Removed | None:
+        """The same for a document that passes the steps, by the hash of its edited text. number: of its row among the
+        kept ones."""
+        denial = self.deny_list.find("", "", [edited["content_hash"]])
+        if denial is not None:
+            return self._deny(row, denial)
+        for parent in self.parents:
+            self.write_parent({"row": number, "parent": parent})
+        return None
+
+    def find_failed(self, row: DocumentRow) -> Removed | None:
+        """The same for a document that could not be read, by its id."""
+        denial = self.deny_list.find(row["id"], "", ())
+        return None if denial is None else removed_on_request(denial)
+
+    def take_texts(self) -> Iterator[DeniedText]:
+        """The texts of the documents that were denied since the last call."""
+        texts, self.texts = self.texts, []
+        yield from texts
+
+    def _deny(self, row: DocumentRow, denial: Denial) -> Removed:
+        requests = " ".join(denial.requests)
+        for text in self.variants.of(row):
+            self.texts.append(DeniedText(row["id"], requests, row["origin"], text, content_hash(text)))
+        return removed_on_request(denial)

@@ -1,0 +1,347 @@
+"""Duplicates over all sources: groups of documents with equal hashes, found by partition, and what is removed.
+
+The address of a document is 64 bits: its source, part and row, so that addresses are in the order of the sources, parts
+and rows. A group is a star: each document of it with the first one. Memory does not grow with the corpus, nor with the
+documents that share one hash, but for 16 bytes for each document that shares a band with another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.core.parts import part_file
+from stages.data.curate.minhash import Ints, UInts, components
+from stages.formats.database import connect
+from stages.formats.table import row_count, stream_batches
+
+if TYPE_CHECKING:
+    import duckdb
+
+PART_BITS, ROW_BITS = 17, 36  # 100,000 parts; with 10 bits for the source below 2^63
+# Above the addresses of the documents of 1,000 sources; denied texts have higher ones (`opt_out`).
+MOST_ADDRESS = 1000 << (PART_BITS + ROW_BITS)
+BUCKET_ROWS = 2**16
+MOST_ROWS = 2**20  # of a bucket in memory, where they take some 150 bytes each; a frequent hash gives a bucket more
+MAX_BUCKETS = 500  # files open at once
+BATCH = 2**17
+MEMORY = "250MB"  # of the database that groups a bucket of more rows
+STARS = "stars.parquet"
+KEY, HIGH, LOW, ADDRESS = range(4)  # columns of the rows of a bucket
+ROW_BYTES = 32
+_EXACT_STARS = """
+    SELECT address, first FROM bucket
+    JOIN (SELECT key, high, low, min(address) AS first FROM bucket GROUP BY key, high, low HAVING count(*) > 1)
+    USING (key, high, low) WHERE address != first
+"""
+_BAND_STARS = """
+    WITH texts AS MATERIALIZED (SELECT key, min(address) AS address FROM bucket GROUP BY key, high, low)
+    SELECT address, first FROM texts
+    JOIN (SELECT key, min(address) AS first FROM texts GROUP BY key HAVING count(*) > 1)
+    USING (key) WHERE address != first
+"""
+_FILES = ("address", "first", "firsts")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a source, by its files in a folder of parts of sources.
+
+    Attributes:
+        number: The number of the source, from 0.
+        source: The name of the source.
+        part: The number of the part.
+    """
+
+    number: int
+    source: str
+    part: int
+
+    @property
+    def first(self) -> int:
+        """The address of its first document."""
+        return (self.number << PART_BITS | self.part) << ROW_BITS
+
+    @property
+    def end(self) -> int:
+        return self.first + (1 << ROW_BITS)
+
+    def file(self, folder: Path) -> Path:
+        return folder / self.source / part_file(self.part)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A range of the values of a column of hashes: the n-th of `count` equal ones."""
+
+    column: str
+    n: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.column}-{self.n:05d}-of-{self.count:05d}"
+
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest value."""
+        return 2**64 * self.n // self.count, 2**64 * (self.n + 1) // self.count - 1
+
+
+def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Partition) -> int:
+    """Writes the stars of the documents that share a hash, of one partition; returns the number of their rows.
+
+    Of a band, documents with equal texts are one document: the first. Rows are dealt into buckets by ranges of their
+    hash, in files, so that memory holds one bucket; a bucket of more than MOST_ROWS is grouped on disk.
+
+    Args:
+        folder: The folder to write to.
+        hashes: The folder of the hashes of each part.
+        parts: The parts that are searched.
+        partition: The column of hashes, and the range of its values.
+    """
+    # Hashes are uniform, so equal ranges of them give buckets of about equal size.
+    rows = sum(row_count(part.file(hashes)) for part in parts)
+    buckets = max(1, min(rows // partition.count // BUCKET_ROWS, MAX_BUCKETS))
+    smallest, largest = partition.bounds()
+    bounds = np.array([smallest + (largest + 1 - smallest) * n // buckets for n in range(buckets)], np.uint64)
+    files = [folder / f"bucket-{n}" for n in range(buckets)]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open(file, "wb")) for file in files]
+        # A stable sort keeps the rows of a bucket in the order of their addresses.
+        for piece in _rows(hashes, parts, partition):
+            order = np.argsort(bucket := np.searchsorted(bounds, piece[:, KEY], "right") - 1, kind="stable")
+            pieces = np.split(piece[order], np.searchsorted(bucket[order], np.arange(1, buckets)))
+            for out, piece in zip(opened, pieces, strict=True):
+                out.write(piece.tobytes())
+    exact, written = partition.column == "hash_high", 0
+    schema = pa.schema([("address", pa.int64()), ("first", pa.int64())])
+    with pq.ParquetWriter(folder / STARS, schema, compression="zstd") as writer:
+        for file in files:
+            # Only a hash that very many documents share makes a bucket that large.
+            is_large = file.stat().st_size > MOST_ROWS * ROW_BYTES
+            for stars in _stars_on_disk(file, exact) if is_large else [_stars(_read_bucket(file), exact)]:
+                writer.write_table(pa.table(list(stars.T.copy()), schema=schema))
+                written += len(stars)
+            file.unlink()
+    return written
+
+
+def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator[UInts]:
+    """The rows of a partition in the order of addresses, shape [rows, 4], about BATCH at a time."""
+    low, high = map(np.uint64, partition.bounds())
+    pending: list[UInts] = []
+    for part in parts:
+        address = part.first
+        for batch in stream_batches(part.file(hashes), [partition.column, "hash_high", "hash_low"]):
+            keys = _numbers(batch, partition.column)
+            chosen = np.flatnonzero((keys >= low) & (keys <= high) & _numbers(batch, partition.column, valid=True))
+            columns = [keys, _numbers(batch, "hash_high"), _numbers(batch, "hash_low"), np.arange(len(keys)) + address]
+            pending.append(np.stack([column[chosen].astype(np.uint64) for column in columns], axis=1))
+            address += len(batch)
+            if sum(map(len, pending)) >= BATCH or len(pending) >= 1000:
+                yield np.concatenate(pending)
+                pending = []
+    if pending:
+        yield np.concatenate(pending)
+
+
+def _read_bucket(file: Path, first: int = 0, count: int = -1) -> UInts:
+    """`count` rows of a bucket from row `first` on, shape [rows, 4]; -1: all."""
+    values = np.fromfile(file, np.uint64, max(count * 4, -1), offset=first * ROW_BYTES)
+    return values.reshape(-1, 4)
+
+
+def _stars(rows: UInts, exact: bool) -> Ints:
+    """The stars among the rows of a bucket, shape [stars, 2]: a document, and the first of its group."""
+    keys = np.sort(rows[:, KEY])
+    shared = np.unique(keys[1:][keys[1:] == keys[:-1]])
+    if not len(shared):
+        return np.empty((0, 2), np.int64)
+    place = np.minimum(np.searchsorted(shared, rows[:, KEY]), len(shared) - 1)
+    rows = rows[shared[place] == rows[:, KEY]]
+    rows, first = _grouped(rows, [KEY, HIGH, LOW])
+    # Of documents with equal texts only the first may stand for them in a band, or a page that occurs a million times
+    # would give a million edges.
+    if not exact:
+        rows, first = _grouped(rows[first == np.arange(len(rows))], [KEY])
+    others = np.flatnonzero(first != np.arange(len(rows)))
+    return rows[:, ADDRESS][np.stack([others, first[others]], axis=1)].astype(np.int64)
+
+
+def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
+    """The stars of `_stars`, some at a time, of a bucket of any size.
+
+    Hashes are spread evenly, so a large bucket has a few frequent ones: the table of those is what each row is looked
+    up in, hence joins must keep it on their right side.
+    """
+    table = file.with_suffix(".parquet")
+    schema = pa.schema([(name, pa.uint64()) for name in ("key", "high", "low", "address")])
+    with pq.ParquetWriter(table, schema, compression="zstd") as writer:
+        for first in range(0, file.stat().st_size // ROW_BYTES, BATCH):
+            writer.write_table(pa.table(list(_read_bucket(file, first, BATCH).T.copy()), schema=schema))
+    with connect(file.parent, MEMORY) as database:
+        # The optimizer would put the larger table on the right side, which is held in memory.
+        database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
+        database.from_parquet(str(table)).create_view("bucket")
+        for batch in database.sql(_EXACT_STARS if exact else _BAND_STARS).to_arrow_reader(BATCH):
+            yield np.stack([column.to_numpy() for column in batch.columns], axis=1).astype(np.int64)
+    table.unlink()
+
+
+def _grouped(rows: UInts, columns: list[int]) -> tuple[UInts, Ints]:
+    """The rows sorted by columns and address, and for each the place of the first one that is equal in the columns."""
+    rows = rows[np.lexsort([rows[:, column] for column in (ADDRESS, *reversed(columns))])]
+    new = np.append(True, (rows[1:, columns] != rows[:-1, columns]).any(axis=1))[: len(rows)]
+    return rows, np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
+
+
+def _numbers(batch: pa.RecordBatch, column: str, valid: bool = False) -> NDArray[Any]:
+    """A column with 0 for null; valid: whether each value is there."""
+    values = batch.column(column)
+    numbers: NDArray[Any] = (values.is_valid() if valid else values.fill_null(0)).to_numpy(zero_copy_only=False)
+    return numbers
+
+
+class Removed:
+    """Removed documents and the one that each duplicates, in flat files that any process maps.
+
+    Attributes:
+        address: The addresses of the removed documents, ascending.
+        first: The address of the other document of each.
+        firsts: The values of `first` without repetitions, ascending.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.address, self.first, self.firsts = (mapped(folder / f"{name}.i64") for name in _FILES)
+
+    def of(self, part: Part) -> tuple[Ints, Ints]:
+        """The removed rows of a part, and the address of the document that each duplicates."""
+        start, stop = np.searchsorted(self.address, [part.first, part.end])
+        return self.address[start:stop] - part.first, np.array(self.first[start:stop])
+
+    def firsts_of(self, part: Part) -> Ints:
+        """The rows of a part that removed documents duplicate."""
+        start, stop = np.searchsorted(self.firsts, [part.first, part.end])
+        return self.firsts[start:stop] - part.first
+
+
+def removed_folder(folder: Path, kind: str) -> Path:
+    """The files of `Removed` of a kind of duplicates, `exact` or `near`, in the folder of an artifact or a part."""
+    return folder / "removed" / kind
+
+
+def write_exact(folder: Path, work: Path, stars: Sequence[Path]) -> int:
+    """Writes the exact duplicates (`Removed`) from the stars of all partitions; returns their number."""
+    stars_of_documents = (
+        f"FROM stars WHERE address < {MOST_ADDRESS}"  # above it are denied texts, which are no documents
+    )
+    queries = (
+        f"address {stars_of_documents} ORDER BY address",
+        f"first {stars_of_documents} ORDER BY address",
+        f"DISTINCT first {stars_of_documents} ORDER BY first",
+    )
+    with connect(work) as database:
+        _open_stars(database, stars)
+        return max(
+            write_array(folder / f"{name}.i64", _integers(database, query))
+            for name, query in zip(_FILES, queries, strict=True)
+        )
+
+
+def write_near(
+    folder: Path, work: Path, stars: Sequence[Path], exact: Removed, searched: Sequence[int], opted_out: Ints
+) -> int:
+    """Writes the near duplicates (`Removed`) from the stars of all bands and partitions; returns their number.
+
+    Documents that share a band are joined transitively, as in datatrove; the first of each component is kept. Exact
+    duplicates take no part: the stars have left out those of searched sources, and here those go whose first document
+    is in another source. Nor do documents that are removed on request.
+
+    Args:
+        folder: The folder to write to.
+        work: The folder of temporary files.
+        stars: The folders of the stars.
+        exact: The exact duplicates.
+        searched: The numbers of the sources that are searched for near duplicates.
+        opted_out: The addresses of documents that are removed on request, ascending.
+    """
+    # A document that is removed by another rule must not be the representative of a group.
+    gone = np.union1d(opted_out, np.concatenate([np.empty(0, np.int64), *_exact_copies(exact, searched)]))
+    with connect(work) as database:
+        _open_stars(database, stars)
+        query = "address FROM stars UNION SELECT DISTINCT first FROM stars ORDER BY address"
+        nodes = np.concatenate([np.empty(0, np.int64), *_integers(database, query)])
+    parent = components(nodes, (edges for path in stars for edges in _edges(path, gone)))
+    removed = np.flatnonzero(parent != np.arange(len(nodes)))
+    first = parent[removed]
+    for name, places in (("address", removed), ("first", first), ("firsts", np.unique(first))):
+        write_array(folder / f"{name}.i64", [nodes[places]])
+    return len(removed)
+
+
+def _exact_copies(exact: Removed, searched: Sequence[int]) -> Iterator[Ints]:
+    """The exact duplicates in searched sources of documents in other sources, ascending."""
+    for start in range(0, len(exact.address), BATCH):
+        address, first = exact.address[start : start + BATCH], exact.first[start : start + BATCH]
+        is_searched, first_is_searched = (
+            np.isin(each >> (PART_BITS + ROW_BITS), searched) for each in (address, first)
+        )
+        yield address[is_searched & ~first_is_searched]
+
+
+def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
+    """The edges of stars without the documents that are gone. If the first of a star is, the next one takes its place.
+
+    gone: ascending.
+    """
+    substitutes: dict[int, int] = {}
+    with pq.ParquetFile(stars / STARS) as file:
+        for batch in file.iter_batches(batch_size=BATCH):
+            address, first = batch.column("address").to_numpy(), batch.column("first").to_numpy()
+            left = (address < MOST_ADDRESS) & ~_contains(gone, address)
+            address, first = address[left], first[left]
+            for place in np.flatnonzero(_contains(gone, first)).tolist():
+                # The first document of a star is gone, so the next one becomes its center.
+                first[place] = substitutes.setdefault(int(first[place]), int(address[place]))
+            yield address, first
+
+
+def _contains(values: Ints, sought: Ints) -> NDArray[np.bool_]:
+    """True for each of the sought that is among ascending values."""
+    if not len(values):
+        return np.zeros(len(sought), np.bool_)
+    return np.equal(values[np.minimum(np.searchsorted(values, sought), len(values) - 1)], sought)
+
+
+def _open_stars(database: duckdb.DuckDBPyConnection, stars: Sequence[Path]) -> None:
+    if stars:
+        database.from_parquet([str(path / STARS) for path in stars]).create_view("stars")
+    else:
+        database.execute("CREATE TABLE stars (address BIGINT, first BIGINT)")
+
+
+def _integers(database: duckdb.DuckDBPyConnection, query: str) -> Iterator[Ints]:
+    for batch in database.sql(f"SELECT {query}").to_arrow_reader(BATCH):
+        yield batch.column(0).to_numpy()
+
+
+def write_array(path: Path, pieces: Iterable[Ints]) -> int:
+    """Writes 64-bit integers one after the other; returns how many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for piece in pieces:
+            piece.astype("<i8", copy=False).tofile(file)
+        return file.tell() // 8
+
+
+def mapped(path: Path) -> Ints:
+    """The integers of a file, read where they are used."""
+    return np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)

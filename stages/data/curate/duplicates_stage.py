@@ -1,0 +1,215 @@
+"""Duplicates: find the exact and near duplicates over all sources.
+
+Documents with equal hashes are found by partition: of the text's hash, and of each band of MinHash. The partitions are
+independent, and what they find is joined. Memory does not grow with the corpus, but for 16 bytes for each document that
+shares a band with another. Stage `dedup` removes what is found here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pipeline.core.bounds import MOST_SOURCES, SourceName
+from pipeline.core.errors import MachineError
+from pipeline.core.parts import Part, PartCount, link_parts, seal_part
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from stages.data import estimates
+from stages.data.curate.settings import MinHash
+from stages.data.estimates import Size
+from stages.formats.table import Kind
+
+if TYPE_CHECKING:
+    from stages.data.curate import duplicate_groups
+
+
+# for_each(work_on, count) calls the picklable work_on with each number below count, and yields how many are done. An
+# error of a call ends the others, and is raised.
+ForEach = Callable[[Callable[[int], None], int], Iterator[int]]
+VERSION = 1
+# Parts of a corpus for each range of hashes: a range has some ten million documents, which are sorted in memory.
+PARTS_PER_RANGE = 500
+
+
+@contextmanager
+def processes(number: int) -> Iterator[ForEach]:
+    """A context with a `ForEach` of at most `number` processes, and of one for each core that this one may use. With
+    one, no other process is started."""
+    number = min(number, len(os.sched_getaffinity(0)))
+    if number < 2:
+        yield _in_turn
+        return
+    earlier = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
+    with ProcessPoolExecutor(number, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+
+        def at_once(work_on: Callable[[int], None], count: int) -> Iterator[int]:
+            for done, future in enumerate(as_completed([pool.submit(work_on, n) for n in range(count)]), start=1):
+                future.result()
+                yield done
+
+        try:
+            yield at_once
+        # The pool does not say which process was killed; the kernel's memory killer is the usual cause.
+        except BrokenProcessPool:
+            raise MachineError(
+                "a process of this stage was killed, perhaps for its memory; run again: finished parts are kept"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            # Running calls are not cancelled by the shutdown, so their processes are ended.
+            for child in set(multiprocessing.active_children()) - earlier:
+                child.terminate()
+            raise
+
+
+def _in_turn(work_on: Callable[[int], None], count: int) -> Iterator[int]:
+    for n in range(count):
+        work_on(n)
+        yield n + 1
+
+
+def _end_with(parent: int) -> None:
+    """Lets this process leave Ctrl-C to its parent, and end when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class SearchedSource(Config):
+    """The settings of one source that the search uses."""
+
+    name: SourceName = Field(description="name of the source")
+    kind: Kind = Field(description="kind of the documents")
+    parts: PartCount = added(1, "parts of the source")
+
+
+class DuplicatesConfig(Config):
+    sources: tuple[SearchedSource, ...] = Field(
+        min_length=1, max_length=MOST_SOURCES, description="sources of the corpus"
+    )
+    minhash: MinHash | None = Field(description="near-duplicate removal; null: none")
+    expected: Size | None = operational(None, "expected size of all sources; null: unknown")
+
+    @property
+    def searched_kinds(self) -> tuple[Kind, ...]:
+        """The kinds of sources whose documents are searched for near duplicates."""
+        return self.minhash.kinds if self.minhash is not None else ()
+
+    def parts(self) -> list[duplicate_groups.Part]:
+        """The parts of all sources, in order."""
+        from stages.data.curate.duplicate_groups import Part
+
+        return [Part(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
+
+    def searched(self, part: duplicate_groups.Part) -> bool:
+        return self.sources[part.number].kind in self.searched_kinds
+
+    def partitions(self) -> list[duplicate_groups.Partition]:
+        """The partitions of the exact search, then those of each band."""
+        from stages.data.curate.duplicate_groups import Partition
+
+        return [Partition(column, n, self.ranges) for column in self.columns for n in range(self.ranges)]
+
+    @property
+    def ranges(self) -> int:
+        """The partitions of a column of hashes."""
+        return -(-sum(source.parts for source in self.sources) // PARTS_PER_RANGE)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of hashes that are searched."""
+        buckets = 0
+        if self.minhash is not None and any(source.kind in self.searched_kinds for source in self.sources):
+            buckets = self.minhash.num_buckets
+        return ["hash_high", *(f"band_{band:02d}" for band in range(buckets))]
+
+
+def run(config: DuplicatesConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Seal `removed/exact` and `removed/near`: the documents to remove, and which ones they duplicate; with a
+    deny-list also `removed/opt_out`: those that requests reach through a denied document.
+
+    inputs["filter"]: the hashes of each part. Uses all cores that the process may use. Resumes after the last finished
+    partition.
+    """
+    count = len(config.partitions())
+    with processes(count if shards(config) > 1 else 1) as for_each:
+        for done in for_each(partial(_find_stars, config, inputs["filter"].path, work), count):
+            report.progress(done, count, "partitions")
+    joined = _join_stars(config, inputs["filter"].path, work)
+    link_parts(joined.values(), out)
+    report.note(", ".join(f"{name}: {part.facts['documents']} documents" for name, part in joined.items()))
+
+
+def run_shard(config: DuplicatesConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """Finds the documents with equal hashes in one partition."""
+    _find_stars(config, inputs["filter"].path, work, shard)
+
+
+def shards(config: DuplicatesConfig) -> int:
+    """The partitions; 1 for a corpus so small that no source has several parts."""
+    return len(config.columns) * config.ranges if any(source.parts > 1 for source in config.sources) else 1
+
+
+def _find_stars(config: DuplicatesConfig, filtered: Path, work: Path, number: int) -> None:
+    from stages.data.curate.duplicate_groups import write_stars
+    from stages.data.curate.opt_out_copies import denied_parts
+
+    partition = config.partitions()[number]
+    parts = [part for part in config.parts() if partition.column == "hash_high" or config.searched(part)]
+    parts += denied_parts(filtered, config.parts())
+
+    def make(folder: Path) -> dict[str, Any]:
+        return {"stars": write_stars(folder, filtered / "hashes", parts, partition)}
+
+    seal_part(work / "stars", partition.name, make)
+
+
+def _join_stars(config: DuplicatesConfig, filtered: Path, work: Path) -> dict[str, Part]:
+    """The exact and the near duplicates, and what requests reach, from the stars of all partitions."""
+    from stages.data.curate.duplicate_groups import Removed, removed_folder, write_exact, write_near
+    from stages.data.curate.opt_out_copies import OptOuts, denied_parts, write_opt_outs
+
+    stars: dict[bool, list[Path]] = {True: [], False: []}
+    for partition in config.partitions():
+        stars[partition.column == "hash_high"].append(work / "stars" / partition.name)
+    searched = [number for number, source in enumerate(config.sources) if source.kind in config.searched_kinds]
+
+    def find_exact(folder: Path) -> dict[str, Any]:
+        return {"documents": write_exact(removed_folder(folder, "exact"), work, stars[True])}
+
+    def find_opt_outs(folder: Path) -> dict[str, Any]:
+        target, parts = removed_folder(folder, "opt_out"), config.parts()
+        return {"documents": write_opt_outs(target, work, filtered, parts, stars[True], stars[False])}
+
+    joined = {"exact": seal_part(work, "exact", find_exact)}
+    if denied_parts(filtered, config.parts()):
+        joined["opt_out"] = seal_part(work, "opt_out", find_opt_outs)
+
+    def find_near(folder: Path) -> dict[str, Any]:
+        removed = Removed(removed_folder(joined["exact"].folder, "exact"))
+        opt_outs = OptOuts(removed_folder(work / "opt_out", "opt_out")).addresses
+        documents = write_near(removed_folder(folder, "near"), work, stars[False], removed, searched, opt_outs)
+        return {"documents": documents}
+
+    joined["near"] = seal_part(work, "near", find_near)
+    return joined
+
+
+def estimate(config: DuplicatesConfig) -> Estimate:
+    return estimates.estimate("duplicates", config.expected, small=5.0)
+
+
+STAGE = Stage("duplicates", VERSION, DuplicatesConfig, run, estimate=estimate, shards=shards, run_shard=run_shard)

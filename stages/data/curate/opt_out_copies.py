@@ -1,0 +1,243 @@
+"""Copies, near duplicates and rewrites of the documents that filtering removed on request.
+
+Removed with the denied documents, over all sources and before any split is drawn:
+
+- every exact copy of one of their texts;
+- every document that shares a band of MinHash with such a text. That is one step: what is near a near duplicate stays,
+  or one request could empty a whole component of boilerplate;
+- every document that states, in its source, that it was made from one of these or of the denied documents. It then
+  counts as a denied one itself, so its copies and near duplicates go too.
+
+A rewrite whose source does not state what it was made from is found only where it is still near the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.core.parts import part_file
+from stages.data.curate.denied import DENIED, PARENTS
+from stages.data.curate.deny_list import match_text
+from stages.data.curate.duplicate_groups import MOST_ADDRESS, ROW_BITS, STARS, Part
+from stages.data.curate.minhash import Ints
+from stages.formats.database import connect
+from stages.formats.table import read_table, row_count, rows_at, stream_batches
+
+if TYPE_CHECKING:
+    import duckdb
+
+TABLE = "opt_out.parquet"
+BATCH = 2**14
+# A document that is removed on request. bands: of MinHash that it shares with a text; null if it has not, or need
+# not.
+REMOVED = {"address": "int64", "duplicate_of": "string", "requests": "string", "found": "string", "bands": "int64"}
+# All requests of a group.
+_JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(requests, ' '))))), ' ')"
+_SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
+
+
+class DeniedPart(Part):
+    """The denied texts of a part. number: of the part among those of all sources."""
+
+    @property
+    def first(self) -> int:
+        return MOST_ADDRESS + (self.number << ROW_BITS)
+
+    def file(self, folder: Path) -> Path:
+        return folder.parent / DENIED / self.source / part_file(self.part)
+
+
+def denied_parts(filtered: Path, parts: Sequence[Part]) -> list[DeniedPart]:
+    """The denied texts of each part; none for a recipe without a deny-list."""
+    if not (filtered / DENIED).is_dir():
+        return []
+    return [DeniedPart(number, part.source, part.part) for number, part in enumerate(parts)]
+
+
+def write_opt_outs(
+    folder: Path, work: Path, filtered: Path, parts: Sequence[Part], exact: Sequence[Path], near: Sequence[Path]
+) -> int:
+    """Writes the documents that requests reach beside the denied ones (REMOVED), by address; returns their number.
+
+    exact, near: folders of the stars of all partitions. Memory: of one batch; the reduction spills to disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with connect(work) as database:
+        _Search(database, filtered, parts, exact, near).run()
+        query = f"SELECT {', '.join(REMOVED)} FROM removed ORDER BY address"
+        path = str(folder / TABLE).replace("'", "''")  # a parameter cannot stand in COPY
+        database.execute(f"COPY ({query}) TO '{path}' (FORMAT parquet, ROW_GROUP_SIZE 122880)")
+    return row_count(folder / TABLE)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search in a database: `roots` holds the texts whose copies are to be found in this round."""
+
+    database: duckdb.DuckDBPyConnection
+    filtered: Path
+    parts: Sequence[Part]
+    exact: Sequence[Path]
+    near: Sequence[Path]
+
+    def run(self) -> None:
+        run = self.database.execute
+        removed = ", ".join(f"{name} {_SQL_TYPES[kind]}" for name, kind in REMOVED.items())
+        run(f"CREATE TABLE removed ({removed})")
+        run("CREATE TABLE denied (address BIGINT, id VARCHAR, requests VARCHAR, url VARCHAR)")
+        run("CREATE TABLE names (address BIGINT, id VARCHAR)")
+        run("CREATE TABLE parents (address BIGINT, parent VARCHAR)")
+        self._create_groups()
+        self._insert("denied", self._denied())
+        run("CREATE TABLE roots AS SELECT address, id, requests FROM denied")
+        self._insert("parents", self._stated_parents())
+        while run("SELECT count(*) FROM roots").fetchall()[0][0]:
+            run("CREATE OR REPLACE TABLE reached AS SELECT * FROM roots")
+            # Exact copies first: a copy is recorded as one, even if it shares bands as well.
+            self._add_copies("copy")
+            run(
+                "CREATE OR REPLACE TABLE reached AS SELECT * FROM roots "
+                "UNION ALL SELECT address, duplicate_of, requests FROM removed WHERE found = 'copy'"
+            )
+            self._add_near()
+            run("CREATE OR REPLACE TABLE reached AS SELECT address, duplicate_of AS id, requests FROM removed")
+            self._add_copies("near_duplicate")
+            # Documents made from the ones that were reached begin the next round.
+            self._next_roots()
+
+    def _create_groups(self) -> None:
+        """The members of each group of equal texts, and of each group with an equal band, as (group, address)."""
+        for name, folders in (("exact", self.exact), ("near", self.near)):
+            files = [str(folder / STARS) for folder in folders]
+            if not files:
+                self.database.execute(f"CREATE TABLE {name} (band VARCHAR, first BIGINT, address BIGINT)")
+                continue
+            band = "parse_filename(parse_dirpath(filename))"
+            stars = f"SELECT {band} AS band, first, address FROM read_parquet({files!r}, filename = true)"
+            members = (
+                f"{stars} UNION SELECT DISTINCT {band}, first, first FROM read_parquet({files!r}, filename = true)"
+            )
+            self.database.execute(f"CREATE TABLE {name} AS {members}")
+
+    def _add_copies(self, kind: str) -> None:
+        """Adds the documents whose text equals that of a reached one."""
+        self.database.execute(f"INSERT INTO removed {self._members('exact', kind, 'NULL')}")
+
+    def _add_near(self) -> None:
+        """Adds the documents that share a band with a reached one."""
+        self.database.execute(f"INSERT INTO removed {self._members('near', 'near_duplicate', 'count(DISTINCT band)')}")
+
+    def _members(self, groups: str, kind: str, bands: str) -> str:
+        """The other members of the groups of reached texts that are not removed yet."""
+        return f"""
+            SELECT address, min(id), {_JOINED}, '{kind}', {bands} FROM (
+                SELECT other.address, reached.id, reached.requests, other.band FROM reached
+                JOIN {groups} AS member ON member.address = reached.address
+                JOIN {groups} AS other ON other.first = member.first AND other.band = member.band
+            )
+            WHERE address < {MOST_ADDRESS} AND address NOT IN (SELECT address FROM roots)
+            AND address NOT IN (SELECT address FROM removed)
+            GROUP BY address"""
+
+    def _next_roots(self) -> None:
+        """Makes the documents roots that state a parent which was reached, and records them as removed."""
+        run = self.database.execute
+        self._name_removed()
+        run("""
+            CREATE OR REPLACE TABLE known AS
+            WITH named AS (
+                SELECT id, requests FROM denied
+                UNION SELECT names.id, requests FROM removed JOIN names ON names.address = removed.address
+            )
+            SELECT id, requests FROM named UNION SELECT url, requests FROM denied
+            UNION SELECT regexp_replace(id, '#[^#]*$', ''), requests FROM named""")
+        run(f"""
+            CREATE OR REPLACE TABLE children AS
+            SELECT address, min(parent) AS parent, {_JOINED} AS requests FROM parents
+            JOIN known ON known.id = parents.parent WHERE address NOT IN (SELECT address FROM removed)
+            GROUP BY address""")
+        run("INSERT INTO removed SELECT address, parent, requests, 'derived', NULL FROM children")
+        self._name_removed()
+        run(
+            "CREATE OR REPLACE TABLE roots AS SELECT children.address, names.id, requests FROM children "
+            "JOIN names ON names.address = children.address"
+        )
+
+    def _name_removed(self) -> None:
+        """Looks up the ids of removed documents, if any document states a parent."""
+        run = self.database.execute
+        if not run("SELECT count(*) FROM parents").fetchall()[0][0]:
+            return
+        query = "SELECT address FROM removed WHERE address NOT IN (SELECT address FROM names) ORDER BY address"
+        self._insert("names", self._names(np.asarray(run(query).fetchnumpy()["address"], np.int64)))
+
+    def _names(self, addresses: Ints) -> Iterator[pa.RecordBatch]:
+        parts = {part.first >> ROW_BITS: part for part in self.parts}
+        # Addresses are sorted, so each part's file is opened once.
+        for place, group in groupby(addresses.tolist(), lambda address: address >> ROW_BITS):
+            part, of_part = parts[place], list(group)
+            numbers = [address - part.first for address in of_part]
+            ids = [row["id"] for row in rows_at(part.file(self.filtered / "kept"), numbers, ["id"])]
+            yield pa.record_batch({"address": pa.array(of_part, pa.int64()), "id": pa.array(ids, pa.string())})
+
+    def _denied(self) -> Iterator[pa.RecordBatch]:
+        for part in denied_parts(self.filtered, self.parts):
+            address = part.first
+            for batch in stream_batches(part.file(self.filtered / "kept"), ["id", "requests", "url"], BATCH):
+                addresses = pa.array(np.arange(address, address + len(batch)))
+                yield pa.record_batch({"address": addresses, **{name: batch[name] for name in batch.schema.names}})
+                address += len(batch)
+
+    def _stated_parents(self) -> Iterator[pa.RecordBatch]:
+        for part in self.parts:
+            path = self.filtered / PARENTS / part.source / part_file(part.part)
+            for batch in stream_batches(path, ["row", "parent"], BATCH) if path.exists() else ():
+                yield pa.record_batch({"address": pc.add(batch["row"], part.first), "parent": batch["parent"]})
+
+    def _insert(self, table: str, batches: Any) -> None:
+        for batch in batches:
+            self.database.register("batch", batch)
+            self.database.execute(f"INSERT INTO {table} SELECT * FROM batch")
+            self.database.unregister("batch")
+
+
+class OptOuts:
+    """The documents that requests reach, as `write_opt_outs` wrote them; none without a deny-list."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / TABLE
+        self.exists = self.file.exists()
+
+    @cached_property
+    def addresses(self) -> Ints:
+        """Their addresses, ascending: 8 bytes a document."""
+        batches = stream_batches(self.file, ["address"]) if self.exists else ()
+        columns = [batch.column(0).to_numpy() for batch in batches]
+        return np.concatenate([np.empty(0, np.int64), *columns])
+
+    def of(self, part: Part) -> dict[int, tuple[str, str, float, float]]:
+        """{row: the columns duplicate_of, match, value, threshold of its disposition} of a part."""
+        if not self.exists:
+            return {}
+        filters = [("address", ">=", part.first), ("address", "<", part.end)]
+        rows = read_table(self.file, list(REMOVED), filters).to_pylist()
+        return {row["address"] - part.first: _decision(row) for row in rows}
+
+
+def _decision(row: dict[str, Any]) -> tuple[str, str, float, float]:
+    """The columns of a disposition: duplicate_of, match, value and threshold.
+
+    The value is the number of bands that a near duplicate shares with the other text, of which one suffices; 1 for
+    others.
+    """
+    value = 1.0 if row["bands"] is None else float(row["bands"])
+    return row["duplicate_of"], match_text(row["found"], row["requests"]), value, 1.0

@@ -1,0 +1,186 @@
+"""The last step of curation on one part: duplicates are removed, and every document gets its final disposition."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.core.errors import AtomError
+from stages.data.curate.deny_list import OPT_OUT_RULE
+from stages.data.curate.duplicate_groups import Part, Removed
+from stages.data.curate.minhash import jaccard, shingle_sets
+from stages.data.curate.representatives import Representatives
+from stages.data.curate.settings import MinHash
+from stages.formats.table import (
+    DISPOSITIONS,
+    DOCUMENTS,
+    GENERATED_DISPOSITIONS,
+    KEPT,
+    arrow_schema,
+    column_names,
+    row_count,
+    split_of,
+    stream_batches,
+    table_writer,
+)
+
+# For each document that filtering kept, in order, the columns of DISPOSITIONS that deduplication decides.
+Decisions = dict[str, list[Any]]
+
+
+class PartRemoval:
+    """Removes the duplicates of one part."""
+
+    def __init__(
+        self,
+        filtered: Path,
+        part: Part,
+        heldout_fraction: float,
+        exact: Removed,
+        near: Removed,
+        representatives: Representatives,
+        minhash: MinHash | None,
+        opted_out: Mapping[int, tuple[str, str, float, float]],
+    ) -> None:
+        """
+        Args:
+            filtered: The folder of the artifact of stage `filter`.
+            part: The part.
+            heldout_fraction: Share of the documents of its source that are held out.
+            exact: The exact duplicates.
+            near: The near duplicates.
+            representatives: The documents that they duplicate.
+            minhash: None without a search for near duplicates.
+            opted_out: By row, the documents that are removed on request, which goes before the other rules.
+        """
+        self.opted_out = opted_out
+        self.part, self.heldout_fraction, self.minhash = part, heldout_fraction, minhash
+        self.representatives = representatives
+        self.kept, self.dispositions, self.hashes = (
+            part.file(filtered / folder) for folder in ("kept", "dispositions", "hashes")
+        )
+        self.exact = exact.of(part)
+        self.near = near.of(part)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Writes the part's kept documents and dispositions below `folder`, and returns the counts for the summary:
+        documents_in, bytes_in, kept by split, removed by rule, removed_bytes, and `written` documents."""
+        documents, start, counts = _Rows(self.kept), 0, Counts()
+        is_generated = "generator" in column_names(self.dispositions)
+        columns = GENERATED_DISPOSITIONS if is_generated else DISPOSITIONS
+        with (
+            table_writer(self.part.file(folder / "kept"), KEPT) as write_kept,
+            table_writer(self.part.file(folder / "dispositions"), columns) as write_dispositions,
+        ):
+            for batch in stream_batches(self.dispositions, list(columns)):
+                table = pa.Table.from_batches([batch])
+                passed = pc.equal(table["disposition"], "kept").combine_chunks()
+                rows = documents.take(passed.true_count)
+                if rows is None or not rows["id"].equals(table["id"].filter(passed)):
+                    raise AtomError(f"{self.kept} does not hold the documents that {self.dispositions} keeps; {_AGAIN}")
+                decisions = self._decide(rows, start)
+                kept = pc.is_valid(pa.array(decisions["split"], pa.string()))
+                split = pa.array(decisions["split"], pa.string())
+                write_kept(rows.append_column("split", split).filter(kept))
+                for name, values in decisions.items():
+                    column = table[name].combine_chunks()
+                    decided = pc.replace_with_mask(column, passed, pa.array(values, column.type))
+                    table = table.set_column(table.schema.get_field_index(name), name, decided)
+                write_dispositions(table)
+                counts.add(table, kept.true_count)
+                start += len(rows)
+        # Rows are matched by their numbers alone; tables of different lengths would shift them silently.
+        if documents.take(1) is not None or row_count(self.hashes) != start:
+            raise AtomError(f"{self.hashes} and {self.kept} do not hold {start} rows each; {_AGAIN}")
+        return counts.facts
+
+    def _decide(self, rows: pa.Table, start: int) -> Decisions:
+        """The decisions about rows of the part, of which the first has the number `start`."""
+        count = len(rows)
+        decisions: Decisions = {name: [None] * count for name in (*_RULE, "match")}
+        for row, first in _slice(self.exact, start, count):
+            self._remove(decisions, row, "exact_duplicate", 1.0, 1.0, self.representatives.read(first)[0])
+        if self.minhash is not None and (near := _slice(self.near, start, count)):
+            texts = rows["text"].take(pa.array([row for row, _ in near])).to_pylist()
+            for (row, first), shingles in zip(near, shingle_sets(texts, self.minhash.n_grams), strict=True):
+                id, other = self.representatives.read(first)
+                self._remove(decisions, row, "near_duplicate", jaccard(shingles, other), self.minhash.threshold, id)
+        # Last, because a request overrides the other rules.
+        for row in range(count) if self.opted_out else ():
+            if opt_out := self.opted_out.get(start + row):
+                duplicate_of, match, value, threshold = opt_out
+                self._remove(decisions, row, OPT_OUT_RULE, value, threshold, duplicate_of)
+                decisions["match"][row] = match
+        kept = [rule is None for rule in decisions["rule"]]
+        hashes = rows["content_hash"].to_pylist()
+        splits = [
+            split_of(hash, self.heldout_fraction) if keep else None for hash, keep in zip(hashes, kept, strict=True)
+        ]
+        return decisions | {
+            "disposition": ["kept" if keep else "removed" for keep in kept],
+            "split": splits,
+            "kept_hash": [hash if keep else None for hash, keep in zip(hashes, kept, strict=True)],
+        }
+
+    @staticmethod
+    def _remove(decisions: Decisions, row: int, *values: Any) -> None:
+        for name, value in zip(_RULE, values, strict=True):
+            decisions[name][row] = value
+
+
+_AGAIN = "run filter again"
+# The columns that state the rule of a removal.
+_RULE = ("rule", "value", "threshold", "duplicate_of")
+
+
+class Counts:
+    """The counts of a part for the summary."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {
+            **dict.fromkeys(("documents_in", "bytes_in", "removed_bytes", "written"), 0),
+            "kept": Counter[str](),
+            "removed": Counter[str](),
+        }
+
+    def add(self, table: pa.Table, written: int) -> None:
+        removed = table.filter(pc.equal(table["disposition"], "removed"))
+        kept = table.filter(pc.equal(table["disposition"], "kept"))
+        self.facts["documents_in"] += len(table)
+        self.facts["written"] += written
+        self.facts["bytes_in"] += pc.sum(table["bytes"]).as_py() or 0
+        self.facts["removed_bytes"] += pc.sum(removed["bytes"]).as_py() or 0
+        for name, column in (("kept", kept["split"]), ("removed", removed["rule"])):
+            self.facts[name].update({row["values"]: row["counts"] for row in column.value_counts().to_pylist()})
+
+
+class _Rows:
+    """The rows of a file of documents in order, some at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.batches: Iterator[pa.RecordBatch] = stream_batches(path, list(DOCUMENTS))
+        self.rest = arrow_schema(DOCUMENTS).empty_table()
+
+    def take(self, count: int) -> pa.Table | None:
+        """The next `count` rows; None if there are fewer."""
+        while len(self.rest) < count:
+            batch = next(self.batches, None)
+            if batch is None:
+                return None
+            self.rest = pa.concat_tables([self.rest, pa.Table.from_batches([batch])])
+        rows, self.rest = self.rest.slice(0, count), self.rest.slice(count)
+        return rows
+
+
+def _slice(removed: tuple[NDArray[np.int64], NDArray[np.int64]], start: int, count: int) -> list[tuple[int, int]]:
+    """The removed rows among `count` rows from `start`, by their place among them, and what each duplicates."""
+    rows, firsts = removed
+    low, high = np.searchsorted(rows, [start, start + count])
+    return list(zip((rows[low:high] - start).tolist(), firsts[low:high].tolist(), strict=True))

@@ -1,1 +1,0 @@
-"""Curation of all sources together: decontamination, deduplication, and a disposition for every document."""

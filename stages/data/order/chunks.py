@@ -1,0 +1,326 @@
+"""The chunks of a source: their number in each document, and an index from chunk numbers to places in documents.
+
+A document longer than a row is cut into chunks, numbered through a source in the order of its parts and documents. The
+index is made from the table of documents alone, one file for each part of a source. Its batches of documents are mapped
+one at a time, so that memory grows neither with the documents nor with the chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import AtomError
+from pipeline.core.parts import Part, seal_part
+from stages.formats.table import read_errors
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+# Documents of a batch of the index.
+BATCH = 1 << 16
+# The pools of a source's chunks: all of them or, where long documents are up-weighted, the long and the short ones.
+ALL, LONG, SHORT = "", "long", "short"
+FILE = "chunks.arrow"
+
+
+def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, int, int]]:
+    """(offset, length, targets without loss) of the chunks of one document that carry loss.
+
+    `loss_from` is the first token of the document that carries loss. A chunk of length n has n - 1 targets.
+    """
+    chunks = []
+    for offset in range(0, tokens - 1, sequence_length):
+        length = min(sequence_length + 1, tokens - offset)
+        without_loss = min(max(loss_from - offset - 1, 0), length - 1)
+        if without_loss < length - 1:
+            chunks.append((offset, length, without_loss))
+    return chunks
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The rule by which documents are cut.
+
+    Attributes:
+        sequence_length: Targets of a row.
+        over: A chunk of more targets is long; None: there is one pool of all chunks.
+    """
+
+    sequence_length: int
+    over: int | None = None
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        return (ALL,) if self.over is None else (LONG, SHORT)
+
+    def ranges(self, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """(first, first short one, end) of the chunks of each document that carry loss, in closed form of `chunk`.
+
+        Chunks without loss come first. Of the others, all but a document's last fill a row, so long ones come before
+        short ones. With one pool every chunk is a short one.
+        """
+        import numpy as np
+
+        row = self.sequence_length
+        # A document of t tokens has t - 1 targets: ceil((t - 1) / row) chunks.
+        end = np.maximum(tokens - 2 + row, 0) // row
+        first = np.minimum(np.where(loss_from < tokens, np.maximum(loss_from - 1, 0) // row, end), end)
+        if self.over is None or row <= self.over:
+            return first, first, end
+        # Only a document's last chunk can be shorter than a row.
+        last_is_short = tokens - 1 - (end - 1) * row <= self.over
+        return first, np.maximum(end - last_is_short, first), end
+
+    def spans(
+        self, pool: str, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(first chunk, number of chunks) of each document in a pool."""
+        first, short, end = self.ranges(tokens, loss_from)
+        return (first, short - first) if pool == LONG else (short, end - short)
+
+    def slots(self, pool: str, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]) -> int:
+        """Targets of all chunks in a pool, with and without loss."""
+        first, count = self.spans(pool, tokens, loss_from)
+        row = self.sequence_length
+        begin, end = first * row, (first + count) * row
+        return int((end.clip(max=(tokens - 1).clip(min=0)) - begin)[count > 0].sum())
+
+
+def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part:
+    """The sealed index of one part of a source, from its table of documents.
+
+    facts: `batches`, for each batch its documents and the chunks of each pool, and `slots` of each pool.
+    """
+    import pyarrow as pa
+
+    fields: list[tuple[str, Any]] = [(f"start_{pool}", pa.uint32()) for pool in cut.pools]
+    schema = pa.schema([*fields, ("tokens", pa.int32()), ("loss_from", pa.int32()), ("id", pa.large_string())])
+
+    def make(folder: Path) -> dict[str, Any]:
+        facts = _Facts(cut)
+        with pa.OSFile(str(folder / FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in _documents(file, source, ["id"]):
+                starts = facts.add(batch)
+                arrays = [*starts.values(), batch["tokens"], batch["loss_from"], batch["id"]]
+                writer.write_batch(
+                    pa.record_batch([pa.array(a).cast(f.type) for a, f in zip(arrays, schema, strict=True)], schema)
+                )
+        return facts.facts()
+
+    return seal_part(work / "index" / source, f"{part:05d}", make)
+
+
+def _documents(file: Path, source: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The training documents of a source in a table, in batches of those among BATCH rows: `tokens`, `loss_from` and
+    the columns asked for. Raises AtomError if they are not counted from 0."""
+    import numpy as np
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    names, ordinal = ["source", "split", "ordinal", "tokens", "loss_from", *columns], 0
+    with read_errors(file), pq.ParquetFile(file) as parquet:
+        for rows in parquet.iter_batches(BATCH, columns=names):
+            batch = rows.filter((pc.field("source") == source) & (pc.field("split") == "train"))
+            if not len(batch):
+                continue
+            # The index finds a document by its number, so a gap would shift all that follow.
+            if not np.array_equal(batch["ordinal"].to_numpy(), np.arange(ordinal, ordinal + len(batch))):
+                raise AtomError(f"{file} does not count the training documents of {source} from 0; rebuild it")
+            ordinal += len(batch)
+            yield batch
+
+
+class _Facts:
+    """The facts of the index of one part, from its batches of documents."""
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut, self.batches, self.slots = cut, list[list[int]](), dict.fromkeys(cut.pools, 0)
+
+    def add(self, batch: pa.RecordBatch) -> dict[str, NDArray[np.int64]]:
+        """The chunks of each pool before each document of a batch."""
+        import numpy as np
+
+        tokens, loss_from = (batch[name].to_numpy().astype(np.int64) for name in ("tokens", "loss_from"))
+        counts = {pool: self.cut.spans(pool, tokens, loss_from)[1] for pool in self.cut.pools}
+        self.batches.append([len(batch), *(int(count.sum()) for count in counts.values())])
+        for pool in self.cut.pools:
+            self.slots[pool] += self.cut.slots(pool, tokens, loss_from)
+        return {pool: np.cumsum(count) - count for pool, count in counts.items()}
+
+    def facts(self) -> dict[str, Any]:
+        return {"batches": self.batches, "slots": self.slots}
+
+
+class ChunkIndex:
+    """The chunks of a source, from the sealed index of each of its parts."""
+
+    def __init__(self, parts: Sequence[tuple[int, Part]], cut: Cut) -> None:
+        """parts: (number, index) of each part, in order."""
+        import numpy as np
+
+        self.cut, self.files = cut, [part.folder / FILE for _, part in parts]
+        self.numbers = np.array([number for number, _ in parts], np.int32)
+        table = [
+            (place, batch, *counts)
+            for place, (_, part) in enumerate(parts)
+            for batch, counts in enumerate(part.facts["batches"])
+        ]
+        columns = np.array(table, np.int64).reshape(-1, 3 + len(cut.pools)).T
+        # The position in `files` and the number in its file of each batch.
+        self.place, self.batch = columns[:2]
+        # Training documents of the source before each batch, and of all.
+        self.documents = _sums(columns[2])
+        # Chunks before each batch, and all of them, by pool.
+        self.starts = {pool: _sums(column) for pool, column in zip(cut.pools, columns[3:], strict=True)}
+        # Targets of all chunks, by pool.
+        self.slots = {pool: sum(part.facts["slots"][pool] for _, part in parts) for pool in cut.pools}
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of all pools."""
+        return sum(self.count(pool) for pool in self.cut.pools)
+
+    def count(self, pool: str) -> int:
+        return int(self.starts[pool][-1])
+
+    def read(self, pool: str, chunks: NDArray[np.int64], ids: bool = True) -> dict[str, Any]:
+        """The columns part, ordinal, offset, length and loss_from of these chunks of a pool, and `id` as an Arrow array
+        if asked for."""
+        import numpy as np
+        import pyarrow as pa
+
+        by_number = np.argsort(chunks, kind="stable")
+        names = ("part", "ordinal", "offset", "length", "loss_from")
+        columns: dict[str, Any] = {name: np.empty(len(chunks), np.int32) for name in names}
+        found_ids = [pa.array([], pa.large_string())]
+        for batch, rows, numbers in _by_batch(self.starts[pool], chunks, by_number):
+            table = self._load(batch)
+            document = np.searchsorted(table[f"start_{pool}"].to_numpy(), numbers, "right") - 1
+            tokens, loss_from = (table[name].to_numpy()[document].astype(np.int64) for name in ("tokens", "loss_from"))
+            first, _ = self.cut.spans(pool, tokens, loss_from)
+            offset = (first + numbers - table[f"start_{pool}"].to_numpy()[document]) * self.cut.sequence_length
+            length = np.minimum(self.cut.sequence_length + 1, tokens - offset)
+            columns["part"][rows] = self.numbers[self.place[batch]]
+            columns["ordinal"][rows] = document + self._first_ordinal(batch)
+            columns["offset"][rows], columns["length"][rows] = offset, length
+            columns["loss_from"][rows] = np.clip(loss_from - offset - 1, 0, length - 1)
+            if ids:
+                found_ids.append(table["id"].take(pa.array(document)))
+        if ids:
+            place = np.empty(len(chunks), np.int64)
+            place[by_number] = np.arange(len(chunks))
+            columns["id"] = pa.concat_arrays(found_ids).take(pa.array(place)).cast(pa.string())
+        return columns
+
+    def chunks_of(self, part: int, ordinal: int) -> dict[str, range]:
+        """The chunks of a document, by pool. Raises AtomError if the source has no such training document."""
+        import numpy as np
+
+        place = np.flatnonzero(self.numbers == part)
+        batches = np.flatnonzero(self.place == place[0]) if len(place) else place
+        for batch in batches.tolist():
+            document = ordinal - self._first_ordinal(batch)
+            if 0 <= document < self.documents[batch + 1] - self.documents[batch]:
+                table = self._load(batch)
+                columns = {name: table[name].to_numpy() for name in ("tokens", "loss_from")}
+                row = {name: values[document : document + 1].astype(np.int64) for name, values in columns.items()}
+                ranges = {}
+                for pool in self.cut.pools:
+                    start = int(self.starts[pool][batch] + table[f"start_{pool}"][int(document)].as_py())
+                    ranges[pool] = range(start, start + int(self.cut.spans(pool, **row)[1][0]))
+                return ranges
+        raise AtomError(f"part {part} has no training document {ordinal}; ordinals count from 0 in each part")
+
+    def documents_at(self, parts: NDArray[np.int64], ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], pa.Array]:
+        """(tokens, id) of these training documents; -1 and null where there is none."""
+        import numpy as np
+        import pyarrow as pa
+
+        tokens, place = np.full(len(parts), -1), np.zeros(len(parts), np.int64)
+        ids, count = [pa.array([], pa.large_string())], 0
+        numbers = np.searchsorted(self.numbers, parts)
+        first, end = (self.documents[np.searchsorted(self.place, numbers, side)] for side in ("left", "right"))
+        documents = first + ordinals
+        known = np.isin(parts, self.numbers) & (ordinals >= 0) & (documents < end)
+        rows = np.flatnonzero(known)
+        # In the order of the documents, so that each batch is mapped once.
+        rows = rows[np.argsort(documents[rows], kind="stable")]
+        for batch, here, within in _by_batch(self.documents, documents, rows):
+            table = self._load(batch)
+            tokens[here] = table["tokens"].to_numpy()[within]
+            ids.append(table["id"].take(pa.array(within)))
+            place[here] = np.arange(count, count + len(here))
+            count += len(here)
+        return tokens, pa.concat_arrays(ids).take(pa.array(place, mask=~known))
+
+    def document_numbers(self, parts: NDArray[np.int64], ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers of documents through all parts."""
+        import numpy as np
+
+        first_batch = np.searchsorted(self.place, np.searchsorted(self.numbers, parts))
+        return self.documents[first_batch] + ordinals
+
+    def _first_ordinal(self, batch: int) -> int:
+        """The ordinal of a batch's first document in its part."""
+        return int(self.documents[batch] - self.documents[batch - self.batch[batch]])
+
+    def _load(self, batch: int) -> Any:
+        """A batch of the index, mapped and not copied."""
+        import pyarrow as pa
+
+        path = self.files[self.place[batch]]
+        with read_errors(path):
+            return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(int(self.batch[batch]))
+
+
+class TableIndex(ChunkIndex):
+    """An index that is not on disk: it counts chunks in the tables of documents, and reads a table again to look into
+    it. For few look-ups, this is faster than to make the files."""
+
+    def __init__(self, files: Sequence[tuple[int, Path]], source: str, cut: Cut) -> None:
+        """files: (number, table of documents) of each part, in order."""
+        parts = []
+        for number, file in files:
+            facts = _Facts(cut)
+            for batch in _documents(file, source, []):
+                facts.add(batch)
+            parts.append((number, Part(file.parent, (), facts.facts())))
+        super().__init__(parts, cut)
+        self.source, self.files = source, [file for _, file in files]
+
+    def _load(self, batch: int) -> Any:
+        import pyarrow as pa
+
+        documents = _documents(self.files[self.place[batch]], self.source, ["id"])
+        rows = next(islice(documents, int(self.batch[batch]), None))
+        starts = {f"start_{pool}": pa.array(start) for pool, start in _Facts(self.cut).add(rows).items()}
+        columns = starts | {name: rows[name] for name in ("tokens", "loss_from")}
+        return pa.record_batch(columns | {"id": rows["id"].cast(pa.large_string())})
+
+
+def _by_batch(
+    starts: NDArray[np.int64], numbers: NDArray[np.int64], by_number: NDArray[np.int64]
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """(batch, positions in `numbers`, numbers within the batch) of each batch with any of these numbers.
+
+    starts: the first number of each batch, and their end; by_number: positions in the order of the numbers.
+    """
+    import numpy as np
+
+    bounds = np.searchsorted(numbers[by_number], starts)
+    for batch in np.flatnonzero(bounds[1:] > bounds[:-1]):
+        rows = by_number[bounds[batch] : bounds[batch + 1]]
+        yield int(batch), rows, numbers[rows] - starts[batch]
+
+
+def _sums(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The sums of the first 0, 1, … counts."""
+    import numpy as np
+
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
