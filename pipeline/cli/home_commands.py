@@ -37,16 +37,16 @@ def list_runs(
 
     Example: atom runs --recipe atom-tiny --last 5
     """
-    from pipeline.cli.experiment_tables import run_table
+    from pipeline.cli.tables import run_table
     from pipeline.graph import run as runs
-    from pipeline.operations import run_list
+    from pipeline.operations import run_actions
 
     if last < 0:
         raise AtomError(f"--last {last} is no number of runs; use 0 for all, or more")
     store = open_store()
     warn_of_home(store)
     every = [run for run in runs.runs(store) if recipe in (None, run.body["recipe"])]
-    rows, lack = run_list.rows(every[-last:], store)
+    rows, lack = run_actions.rows(every[-last:], store)
     if as_json:
         print(json.dumps({"runs": [row.json() for row in rows], "earlier": len(every) - len(rows), "unknown": lack},
                          indent=1))  # fmt: skip
@@ -78,16 +78,16 @@ def compare(
 
     Example: atom compare atom-tiny-20261128-083109 atom-tiny-20261128-102030 --curve pretrain.loss
     """
-    from pipeline.cli.experiment_tables import print_comparison
+    from pipeline.cli.tables import print_comparison
     from pipeline.graph import run as runs
-    from pipeline.operations import run_comparison
+    from pipeline.operations import comparison
 
     store = open_store()
     warn_of_home(store)
     chosen = {each.id: each for each in (runs.find(store, reference) for reference in run)}
-    rows = [run_comparison.measure(each, store, curve or ()) for each in chosen.values()]
+    rows = [comparison.measure(each, store, curve or ()) for each in chosen.values()]
     if as_json:
-        body = {"different": run_comparison.differing_settings(rows), "runs": [row.json() for row in rows]}
+        body = {"different": comparison.differing_settings(rows), "runs": [row.json() for row in rows]}
         print(json.dumps(body, indent=1))
     else:
         print_comparison(rows, curve or [], console())

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli import home_commands, recipe_commands, run_commands
-from pipeline.core import collector, os_errors
+from pipeline.core import os_errors, process
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import DamagedFile
 from pipeline.core.text import printable
@@ -89,8 +89,8 @@ def _show_warning(
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
+# The environment variables with paths that atom uses, or writes into files.
 PATH_VARIABLES = ("ATOM_HOME", "ATOM_CLUSTERS", "TMPDIR", "TEMP", "TMP", "HOME", "HF_HOME")
-"""The environment variables with paths that atom uses, or writes into files."""
 
 
 def _require_utf8() -> None:
@@ -114,7 +114,7 @@ def main() -> None:
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
         # All text files of atom are UTF-8, whatever the locale: restart in Python's UTF-8 mode.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "pipeline.cli", *sys.argv[1:]])
-    collector.collect_rarely()
+    process.collect_rarely()
     warnings.showwarning = _show_warning
     try:
         _require_utf8()

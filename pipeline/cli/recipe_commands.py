@@ -24,8 +24,8 @@ from pipeline.operations.command_options import (
 )
 
 app = typer.Typer()
+# Of what `atom plan` prints, as its tables need it.
 WIDTH = 160
-"""Of what `atom plan` prints, as its tables need it."""
 
 
 @app.command()
@@ -96,14 +96,14 @@ def diff(
 
     Example: atom diff atom-smoke atom-smoke-dense
     """
-    from pipeline.cli.experiment_tables import print_difference
+    from pipeline.cli.tables import print_difference
     from pipeline.launch import cluster_profile
-    from pipeline.operations import recipe_diff
+    from pipeline.operations import comparison
 
     store, profile = open_store(), cluster_profile.load(cluster)
     warn_of_home(store)
     graphs = graph_of(first, without_data=True), graph_of(second, without_data=True)
-    difference = recipe_diff.compare(*graphs, store, profile)
+    difference = comparison.compare(*graphs, store, profile)
     if as_json:
         print(json.dumps(difference.json(), indent=1))
     else:
@@ -139,7 +139,7 @@ def plan(
     """
     from pipeline.cli.tables import cost_table, long_context_table, phases_table, plan_table, simulation_table
     from pipeline.graph import budget, dag, plan
-    from pipeline.graph.checkpoint_times import checkpoint_times, require_patient_watchdogs, sentences
+    from pipeline.graph.plan import checkpoint_times, require_patient_watchdogs, sentences
     from pipeline.launch import cluster_profile
     from pipeline.operations import fit
     from pipeline.operations.cost_estimate import estimate_costs

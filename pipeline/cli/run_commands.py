@@ -110,7 +110,7 @@ def logs(
     """
     from pipeline.graph import run as runs
     from pipeline.launch import slurm_client
-    from pipeline.operations import stage_logs
+    from pipeline.operations import run_actions
     from pipeline.tracking import status
 
     store = open_store()
@@ -124,15 +124,15 @@ def logs(
         stages, problem = status.status(run, store, answers)
         return problem is not None or not status.over([s for s in stages if s.name == stage])
 
-    queued = stage_logs.submitted_run(candidates, stage) if follow else None
-    if queued is not None and not stage_logs.has_log(queued, stage, rank) and may_begin(queued):
+    queued = run_actions.submitted_run(candidates, stage) if follow else None
+    if queued is not None and not run_actions.has_log(queued, stage, rank) and may_begin(queued):
         present = read(queued)
         reason = f" ({present.reason})" if present.reason else ""
         print(f"{stage} has not begun: job {present.job} is {present.state}{reason}", file=sys.stderr)
-        while not stage_logs.has_log(queued, stage, rank) and may_begin(queued):
+        while not run_actions.has_log(queued, stage, rank) and may_begin(queued):
             time.sleep(1)
         candidates = [queued]
-    this, path = stage_logs.find_log(store, candidates, stage, rank)
+    this, path = run_actions.find_log(store, candidates, stage, rank)
     if (present := read(this)).state in ("failed", "lost", "cancelled"):
         print(f"{stage} {present.state}: {present.message or present.reason or 'the cause is not known'}\n")
     with open(path) as log:
@@ -188,15 +188,15 @@ def cancel(
 
     Example: atom cancel
     """
-    from pipeline.core import users
+    from pipeline.core import process
     from pipeline.graph import run as runs
-    from pipeline.operations import cancellation
+    from pipeline.operations import run_actions as cancellation
 
     store = open_store()
     this = runs.find(store, run)
     waiting = cancellation.attached_runs(this, store)
-    concerned = [f"run {this.id} is {this.owner}'s"] if this.owner != users.present() else []
-    concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != users.present()]
+    concerned = [f"run {this.id} is {this.owner}'s"] if this.owner != process.current_user() else []
+    concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != process.current_user()]
     if concerned and not yes:
         confirm("; ".join(concerned), "cancel all the same")
     if this.on_slurm:

@@ -17,8 +17,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from pipeline.core.text import shown, unprintable
 
+# The type of the errors below: their message continues after `field = value`.
 OUT_OF_BOUNDS = "out_of_bounds"
-"""The type of the errors below: their message continues after `field = value`."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +102,20 @@ def _round(value: float) -> float:
 
 MOST_SOURCES = 1000
 MOST_RAMP_STEPS = 100
+# true or false: a number or the word `yes` is neither.
 Flag = Annotated[bool, Field(strict=True)]
-"""true or false: a number or the word `yes` is neither."""
 Seed = Annotated[int, Range(0, 2**53 - 1, "larger ones lose digits in some readers of JSON")]
 Sha256 = Annotated[str, Words(71, "digest of the form sha256:<64 hex digits>", r"sha256:[0-9a-f]{64}")]
 Share = Annotated[float, Range(0, 1)]
+# A share above 0.
 PositiveShare = Annotated[float, Range(0, 1, above=True)]
-"""A share above 0."""
+# Tokens of a row, an answer or a text.
 Context = Annotated[int, Range(1, 2**24, "tokens; Llama 4 Scout: 1e7")]
-"""Tokens of a row, an answer or a text."""
+# Steps of a phase, or an interval in steps.
 Steps = Annotated[int, Range(1, 1e8, "SmolLM3, with small batches, took 4.7e6")]
-"""Steps of a phase, or an interval in steps."""
 Line = Annotated[str, Words(200)]
+# An address, a command, or a path.
 LongLine = Annotated[str, Words(4096)]
-"""An address, a command, or a path."""
 Text = Annotated[str, Words(2000, lines=True)]
 
 
@@ -139,10 +139,10 @@ def _repository(name: str) -> str | None:
     return _stored(name)
 
 
+# The suffixes of a release's repositories fit into the Hub's limit of 96 characters as well.
 ReleaseName = Annotated[
     str, Words(64, "name of lower-case letters, digits, '.', '_' and '-'", r"[a-z0-9][a-z0-9._-]*", test=_repository)
 ]
-"""The suffixes of a release's repositories fit into the Hub's limit of 96 characters as well."""
 Version = Annotated[str, Words(30, "semantic version, such as 0.1.0", r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}")]
 Namespace = Annotated[
     str, Words(42, "user or organization of the Hub", r"[A-Za-z0-9][A-Za-z0-9._-]*", test=_repository)
@@ -150,13 +150,13 @@ Namespace = Annotated[
 SourceName = Annotated[
     str, Words(64, "name of lower-case letters, digits and '_', first a letter", r"[a-z][a-z0-9_]*", test=_stored)
 ]
+# The name of a thing that another package knows: a dataset, a verifier, an argument.
 Key = Annotated[str, Words(100, "name of letters, digits, '.', '_' and '-'", r"[A-Za-z0-9_][A-Za-z0-9._-]*")]
-"""The name of a thing that another package knows: a dataset, a verifier, an argument."""
 Variable = Annotated[str, Words(200, "name of an environment variable", r"[A-Za-z_][A-Za-z0-9_]*")]
 
 
+# Shares of sources; they sum to 1.
 Mix = Annotated[dict[SourceName, PositiveShare], Field(min_length=1, max_length=MOST_SOURCES)]
-"""Shares of sources; they sum to 1."""
 
 
 def _spdx(value: str) -> str:
@@ -183,8 +183,8 @@ class _Spdx(Words):
         return _spdx(super()._check(value))
 
 
+# An SPDX license expression.
 License = Annotated[str, _Spdx(500)]
-"""An SPDX license expression."""
 
 _ISO_639_1 = """
 aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo
@@ -207,9 +207,9 @@ def _language(tag: str) -> str | None:
     return "is no language; use ISO 639 codes, such as en, de or swh, with a script or region if need be (zh-Hant)"
 
 
+# A valid `language` of the Hub and `inLanguage` of Croissant: ISO 639, as BCP 47 writes it. Two letters must be a code
+# of ISO 639-1; three letters must not be in the range for private use.
 Language = Annotated[str, Words(20, test=_language)]
-"""A valid `language` of the Hub and `inLanguage` of Croissant: ISO 639, as BCP 47 writes it. Two letters must be a code
-of ISO 639-1; three letters must not be in the range for private use."""
 
 
 def setting(value: object, depth: int = 0) -> object:
@@ -232,8 +232,8 @@ def setting(value: object, depth: int = 0) -> object:
     )
 
 
+# Keyword arguments for an object of another package.
 Settings = Annotated[dict[str, Any], AfterValidator(lambda values: setting(values))]
-"""Keyword arguments for an object of another package."""
 
 
 def _argument(key: object) -> str:

@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import pipeline
 from pipeline.core import json_files
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import canonical, sha256_bytes
@@ -62,13 +63,13 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+# The file of a snapshot of the code with the checkout's commit; no part of the snapshot's digest.
 COMMIT = "commit.json"
-"""The file of a snapshot of the code with the checkout's commit; no part of the snapshot's digest."""
+# Environment variables that select the arithmetic of another processor, with other rounding.
 ARITHMETIC = (
     "ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
     "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA",
 )  # fmt: skip
-"""Environment variables that select the arithmetic of another processor, with other rounding."""
 
 
 def arithmetic() -> dict[str, str]:
@@ -126,3 +127,17 @@ def git_commit(root: Path) -> tuple[str | None, bool]:
     except FileNotFoundError:
         return None, False
     return (head.stdout.strip() or None) if head.returncode == 0 else None, bool(status.stdout.strip())
+
+
+# Folders that every machine has: with a Python under /usr, `#!/usr/bin/env` is no secret.
+COMMON_PATHS = frozenset({"/", "/usr", "/usr/local", "/opt", "/tmp", "/var", "/home", "/mnt", "/srv", "/data"})
+
+
+def code_root() -> Path:
+    """A checkout, or the site-packages folder of a wheel."""
+    return Path(pipeline.__path__[0]).parent
+
+
+def machine_paths(home: Path) -> list[Path]:
+    """$ATOM_HOME, the code, the user's home and Python, without those that every machine has."""
+    return [path for path in (home, code_root(), Path.home(), Path(sys.prefix)) if str(path) not in COMMON_PATHS]

@@ -13,16 +13,16 @@ from typing import Any
 class Kind(StrEnum):
     """The kind of an error. It is recorded with the sentence of every outcome; older files have none."""
 
+    # A recipe, a profile, the data or the command line: the same attempt fails again.
     USER = "user"
-    """A recipe, a profile, the data or the command line: the same attempt fails again."""
+    # A check failed: the same attempt fails again.
     CHECK = "check"
-    """A check failed: the same attempt fails again."""
+    # A node, a disk, the network, another rank: another attempt may succeed.
     MACHINE = "machine"
-    """A node, a disk, the network, another rank: another attempt may succeed."""
+    # A signal stopped the attempt: another attempt resumes.
     STOPPED = "stopped"
-    """A signal stopped the attempt: another attempt resumes."""
+    # An unexpected exception: one more attempt shows whether it repeats.
     BUG = "bug"
-    """An unexpected exception: one more attempt shows whether it repeats."""
 
     @property
     def exit_code(self) -> int:

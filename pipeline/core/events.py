@@ -41,15 +41,14 @@ class FileReport:
         self._metrics_ended = False
         self._last_progress = self._last_line = 0.0
         self.figures: dict[str, float] = {}
+        # Set by the worker once it holds the lease.
         self.lease: int | None = None
-        """Set by the worker once it holds the lease."""
+        # Acquired and never released by the thread that ends the attempt: the main thread, or the one that abandons it.
         self.ending = threading.RLock()
-        """Acquired and never released by the thread that ends the attempt: the main thread, or the one that abandons
-        it."""
+        # Ends the attempt in place of the main thread; the worker sets it.
         self.record_abandoned: Callable[[Failure], None] = lambda failure: None
-        """Ends the attempt in place of the main thread; the worker sets it."""
+        # Seals a checkpoint as an artifact of its own; the worker sets it.
         self.checkpoint_sealer: Callable[[int, Path], None] = lambda step, folder: None
-        """Seals a checkpoint as an artifact of its own; the worker sets it."""
 
     def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
@@ -134,8 +133,8 @@ class FollowerReport:
 
     def __init__(self, lease: int, fail: Callable[[Failure], object]) -> None:
         self.lease: int | None = lease
+        # Ends this rank and dismisses the others; the worker sets it.
         self.fail = fail
-        """Ends this rank and dismisses the others; the worker sets it."""
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
 
@@ -224,8 +223,8 @@ class Other(TypedDict):
     event: str
 
 
+# A line of events.jsonl of a known kind.
 Event = Attempt | Start | Progress | Note | SlowRank | UsageEvent | End
-"""A line of events.jsonl of a known kind."""
 
 
 def figures_of(event: Progress) -> dict[str, float]:
@@ -281,10 +280,10 @@ def curves_of(point: Point) -> dict[str, float]:
 
 POINT: TypeAdapter[Point] = TypeAdapter(Point)
 Row = TypeVar("Row")
+# The longest accepted line, in bytes.
 LINE = 2**20
-"""The longest accepted line, in bytes."""
+# The bytes that one call reads. That many events take days.
 ONE_READ = 64 * 2**20
-"""The bytes that one call reads. That many events take days."""
 
 
 class Tail(Generic[Row]):
@@ -300,10 +299,10 @@ class Tail(Generic[Row]):
     ) -> None:
         self.path, self.offset, self.kind, self.whole = path, offset, kind, whole
         self.chunk = ONE_READ if chunk is None else chunk
+        # Whether bytes follow the last complete line: a line that is being written, or that was cut.
         self.cut = False
-        """Whether bytes follow the last complete line: a line that is being written, or that was cut."""
+        # Whether another call would read further lines at once.
         self.has_more = False
-        """Whether another call would read further lines at once."""
 
     def read(self) -> list[Row]:
         """The lines since the last call, unparsed."""

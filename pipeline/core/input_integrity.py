@@ -22,20 +22,19 @@ from pydantic import TypeAdapter
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged, printable
-from pipeline.core.lease import Lease
-from pipeline.core.shared_progress import SharedProgress
+from pipeline.core.lease import Lease, SharedProgress
 from pipeline.core.store import Artifact, FileRow, sha256_file
 
 PART_BYTES = 4 * 2**30
 PART_FILES = 10_000
 THREADS = 16
 POLL = 0.5
+# The longest time from one sign of progress to the next of a process that hashes.
 PROGRESS_SECONDS = 5.0
-"""The longest time from one sign of progress to the next of a process that hashes."""
+# Size, time of the last change in nanoseconds, and inode of a file.
 State = tuple[int, int, int]
-"""Size, time of the last change in nanoseconds, and inode of a file."""
+# An artifact, the record of some of its files, and these files.
 Part = tuple[Artifact, Path, list[FileRow]]
-"""An artifact, the record of some of its files, and these files."""
 RECORD: TypeAdapter[dict[str, list[int]]] = TypeAdapter(dict[str, list[int]])
 
 

@@ -18,10 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped
 
+# Flags for reading a file without waiting for the writer of a pipe.
 READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-"""Flags for reading a file without waiting for the writer of a pipe."""
+# The largest accepted file, in bytes. A statement has some 50 kB, a manifest 150 bytes for each file.
 LIMIT = 64 * 2**20
-"""The largest accepted file, in bytes. A statement has some 50 kB, a manifest 150 bytes for each file."""
 
 
 class Damaged(AtomError):

@@ -30,10 +30,10 @@ from pipeline.core.json_files import Damaged
 
 EXPIRY = 60.0
 HEARTBEAT = 10.0
+# Has the number of the launch within this start of the Slurm job, from 1 on for the second; not set for the first.
 RELAUNCH_VARIABLE = "ATOM_RELAUNCH"
-"""Has the number of the launch within this start of the Slurm job, from 1 on for the second; not set for the first."""
+# The host of an unknown holder.
 UNREADABLE = "an unreadable lease"
-"""The host of an unknown holder."""
 
 
 class Process(TypedDict):
@@ -163,8 +163,8 @@ class Lease:
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
         self.path = folder / f"lease.{number}"
+        # Called once by the thread that refreshes the lease when it sees a successor.
         self.on_lost: Callable[[], None] = lambda: None
-        """Called once by the thread that refreshes the lease when it sees a successor."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
@@ -232,3 +232,43 @@ def draft_folder(work: Path, lease: int, step: int | None = None) -> Path:
     """The folder for drafts of the holder of the lease with that number, in the work folder of its key: its product, or
     its checkpoint after a step, before it is sealed."""
     return work / (f"out.{lease}" if step is None else f"out.{lease}@{step}")
+
+
+class SharedProgress:
+    """One process's view of the shared file. Any thread may use it.
+
+    Args:
+        path: The shared file. Its folder must exist once there is progress.
+        interval: Seconds between two touches by this process.
+    """
+
+    def __init__(self, path: Path, interval: float) -> None:
+        self.path, self.interval = path, interval
+        self._next_touch = 0.0
+        self._seen = self._time()
+
+    def report(self, size: int = 0) -> None:
+        """Shows the others that this process made progress. Cheap: call it after each piece of work.
+
+        Args:
+            size: Bytes that were read, hashed or written, for callers that count them. It is not used.
+        """
+        now = time.monotonic()
+        if now < self._next_touch:
+            return
+        self._next_touch = now + self.interval
+        with suppress(OSError):  # on a full disk the work itself fails with a sentence
+            self.path.touch()
+
+    def has_moved(self) -> bool:
+        """Returns True if any process, this one included, has touched the file since the last call."""
+        current = self._time()
+        moved, self._seen = current != self._seen, current
+        return moved
+
+    def _time(self) -> int:
+        """The file's time of modification in nanoseconds; 0 without a file."""
+        try:
+            return self.path.stat().st_mtime_ns
+        except OSError:
+            return 0

@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast
@@ -38,18 +39,18 @@ from pipeline.core.events import (
 )
 from pipeline.core.json_files import Damaged
 
+# The bytes of a log that are in memory at a time.
 CHUNK = 2**20
-"""The bytes of a log that are in memory at a time."""
+# The bytes before `offset` whose hash shows that a summary is of this log.
 PROOF = 4096
-"""The bytes before `offset` whose hash shows that a summary is of this log."""
 LAST_NOTES, LAST_ATTEMPTS = 20, 32
+# The reports of progress from which the step time is computed.
 PACE = 65
-"""The reports of progress from which the step time is computed."""
+# The points of a curve, the curves of a stage, and the losses that are kept unthinned.
 POINTS, MAX_CURVES, RECENT = 150, 32, 129
-"""The points of a curve, the curves of a stage, and the losses that are kept unthinned."""
 SAVE_EVERY = 10.0
+# Seconds that the last save may take: the other ranks of a failed launch end within five.
 LAST_SECONDS = 2.0
-"""Seconds that the last save may take: the other ranks of a failed launch end within five."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Row = TypeVar("Row")
@@ -220,8 +221,8 @@ class EventSummary(LogSummary[Event | Other]):
         return statistics.median(times) if times else None
 
 
+# [first step, points, their sum, the smallest, the largest]
 Bucket = Annotated[list[Number], Field(min_length=5, max_length=5)]
-"""[first step, points, their sum, the smallest, the largest]"""
 
 
 class Curve(TypedDict):
@@ -345,3 +346,16 @@ class SummaryWriter:
         """Saves once more, unless that takes too long."""
         self._stop.set()
         self._thread.join(LAST_SECONDS)
+
+
+# Standard deviation of a normal distribution by its median absolute deviation.
+SIGMA = 1.4826
+# Lower bound of the standard deviation, as a share of the median: small changes of a flat loss are no spikes.
+MIN_SIGMA = 0.01
+
+
+def spike_limit(losses: Collection[float], sigmas: float) -> tuple[float, float]:
+    """(the median, the limit) of the latest losses."""
+    median = statistics.median(losses)
+    spread = SIGMA * statistics.median(abs(x - median) for x in losses)
+    return median, median + sigmas * max(spread, MIN_SIGMA * median)

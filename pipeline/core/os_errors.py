@@ -45,6 +45,7 @@ _CALLS = (
     errno.EHOSTUNREACH, errno.ENETUNREACH,
 )  # fmt: skip
 _DEVICE_GONE = "the device that holds {place} is gone; have it mounted again, and " + AGAIN
+# By number. Any other number is a bug of atom.
 FAULTS = {
     # A disk, a file server, or a limit of the machine, in any wrapper.
     errno.ENOSPC: _machine("the disk that holds {place} is full; free some space and " + AGAIN),
@@ -74,9 +75,8 @@ FAULTS = {
     # The machine or its network: another attempt may succeed, or run on another node.
     **dict.fromkeys(_CALLS, _machine()),
 }
-"""By number. Any other number is a bug of atom."""
+# Errors that a network can cause as well: they have a sentence only if they name a file.
 ON_A_PATH = frozenset({errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN})
-"""Errors that a network can cause as well: they have a sentence only if they name a file."""
 
 
 def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> Fault | None:

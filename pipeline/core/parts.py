@@ -26,10 +26,10 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.store import FileRow, canonical, flush_tree, hand_over_hash, rows_of
 
 SEAL = "part.json"
+# The number of parts of a source.
 PartCount = Annotated[int, Range(1, 10_000, "a folder of the Hub holds as many files")]
-"""The number of parts of a source."""
+# Matches the tables of parts, for readers outside of this code.
 PART_PATTERN = "part-*.parquet"
-"""Matches the tables of parts, for readers outside of this code."""
 PART_NAME = r"part-[0-9]{5}\.parquet"
 
 

@@ -24,12 +24,12 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:atom-release:stage:v1"
 BUILDER = "urn:atom-release:builder:v1"
+# The byproduct of a stage that trains.
 STARTS = "starts"
-"""The byproduct of a stage that trains."""
+# The file of a product that its statement repeats, for every stage.
 SUMMARY = "summary.json"
-"""The file of a product that its statement repeats, for every stage."""
+# The log of timed metrics, whose digest is a byproduct.
 METRICS = "metrics.jsonl"
-"""The log of timed metrics, whose digest is a byproduct."""
 
 
 class _Sha256(TypedDict):

@@ -86,9 +86,9 @@ def _to_plain(value: Any) -> Any:
 class Report(Protocol):
     """Receives the progress of a stage. Timed and machine-dependent figures go here, never into the artifact."""
 
+    # The number of the attempt's lease, equal on every rank: a later attempt at the key has a larger one. None if the
+    # caller holds no lease, and so makes one attempt at a time.
     lease: int | None
-    """The number of the attempt's lease, equal on every rank: a later attempt at the key has a larger one. None if
-    the caller holds no lease, and so makes one attempt at a time."""
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         """Reports the progress of the stage with `figures` (loss, tokens_per_s, ...). Cheap: call it freely."""
@@ -211,9 +211,9 @@ class Estimate:
         return sum(files.bytes for files in self.published)
 
 
+# Compute of a step whose backward pass computes layers again, beside that without: one further forward pass beside
+# three units.
 RECOMPUTED = 4 / 3
-"""Compute of a step whose backward pass computes layers again, beside that without: one further forward pass beside
-three units."""
 
 
 def family(precision: str) -> str:
@@ -271,8 +271,8 @@ class RankSimulation:
     copies_bytes: int  # of weights on the host at the peak: the reference of a KL term
     planned_copies_bytes: int
     traffic: tuple[Traffic, ...]  # of a step with all micro-batches
+    # (operation, group, ranks, bytes, number in a row), in the order of the simulated step.
     sequence: tuple[tuple[str, str, int, int, int], ...]
-    """(operation, group, ranks, bytes, number in a row), in the order of the simulated step."""
 
 
 @dataclass(frozen=True)
@@ -287,9 +287,8 @@ class Needs:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+# The guarantee for two attempts at one key: equal bytes, in one environment on CPU; or equal values within a tolerance.
 Promise = Literal["bitwise", "numeric"]
-"""The guarantee for two attempts at one key: equal bytes, in one environment on CPU; or equal values within a
-tolerance."""
 
 
 class ServerPlace(Protocol):

@@ -28,17 +28,17 @@ from pipeline.core.json_files import Damaged, printable
 from pipeline.core.os_errors import misplaced_file
 
 MANIFEST = "manifest.json"
+# The largest accepted manifest, in bytes: five million files.
 MANIFEST_LIMIT = 2**30
-"""The largest accepted manifest, in bytes: five million files."""
+# The most threads of a process that hash files at once.
 HASH_THREADS = 16
-"""The most threads of a process that hash files at once."""
+# Seconds between two lines of the log on files that are being hashed.
 HASH_LINE_SECONDS = 10.0
-"""Seconds between two lines of the log on files that are being hashed."""
+# Bytes that are hashed between two reports of progress.
 HASH_CHUNK = 4 * 2**20
-"""Bytes that are hashed between two reports of progress."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# Is called after real work on files, with the bytes that were read, hashed or written since the last call.
 Progress = Callable[[int], object]
-"""Is called after real work on files, with the bytes that were read, hashed or written since the last call."""
 
 
 class _Row(TypedDict):
@@ -130,8 +130,8 @@ class FileRecord(NamedTuple):
         return path.stat().st_size == self.size and sha256_file(path, progress) == self.sha256
 
 
+# SHA-256 of files that this process hashed or wrote, by device, inode, size and time of change.
 _handed_over: dict[tuple[int, int, int, int], str] = {}
-"""SHA-256 of files that this process hashed or wrote, by device, inode, size and time of change."""
 
 
 def hand_over_hash(path: Path, sha256: str) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 
+# Characters that are invisible or change the display of others: controls, line separators, lone surrogates, characters
+# without width, and the marks that turn the direction of text (CVE-2021-42574). Joiners within words are letters in
+# some scripts, so they may stand between two characters that are not ASCII.
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
     "\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
     "|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])"
 )
-"""Characters that are invisible or change the display of others: controls, line separators, lone surrogates, characters
-without width, and the marks that turn the direction of text (CVE-2021-42574). Joiners within words are letters in some
-scripts, so they may stand between two characters that are not ASCII."""
 
+# The maximum characters of one printed text; a longer one is cut in its middle.
 LINE = 600
-"""The maximum characters of one printed text; a longer one is cut in its middle."""
 
 
 def unprintable(text: str, lines: bool = False) -> str | None:

@@ -20,13 +20,13 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.json_files import READ
 from pipeline.core.text import escaped, shown, unprintable
 
+# Of a file; the largest packaged one has 6 kB.
 MOST_BYTES = 2**18
-"""Of a file; the largest packaged one has 6 kB."""
+# Values of a file; each use of an alias counts its values again.
 MOST_VALUES = 10_000
-"""Values of a file; each use of an alias counts its values again."""
 DEEPEST = 24
+# Characters.
 LONGEST_NUMBER = 100
-"""Characters."""
 
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast and checks escapes
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -122,8 +122,8 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.events: Iterator[Any] = iter(yaml.parse(text, _PARSER))
         self.count = 0
+        # By name: the value, and how many values it holds.
         self.anchors: dict[str, tuple[Any, int]] = {}
-        """By name: the value, and how many values it holds."""
 
     def document(self) -> Any:
         """The one document; None if there is none."""

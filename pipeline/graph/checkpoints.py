@@ -19,8 +19,8 @@ from pipeline.core.store import Store, canonical, sha256_bytes
 class Checkpoint:
     """The state of a phase after a step, sealed or not."""
 
+    # Key of the phase that trained it.
     phase: str
-    """Key of the phase that trained it."""
     step: int
 
     def __str__(self) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Protocol, cast
 from pydantic import ValidationError
 
 from pipeline.core import provenance
-from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.source_code import code_digests
 from pipeline.core.stage import Config, Stage, identity
 from pipeline.core.store import Store, canonical, sha256_bytes
 from pipeline.core.text import escaped
@@ -155,12 +155,12 @@ def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], 
             )
 
 
+# The limit for a training phase; the largest runs until 2025 took about 5e26 (epoch.ai/data/ai-models).
 MOST_FLOPS = 1e27
-"""The limit for a training phase; the largest runs until 2025 took about 5e26 (epoch.ai/data/ai-models)."""
+# Bytes of one rank, on whatever device: 4 TiB. The largest accelerators have 288 GB.
 MOST_MEMORY = 2**42
-"""Bytes of one rank, on whatever device: 4 TiB. The largest accelerators have 288 GB."""
+# Bytes of the checkpoints of a phase: an exabyte, more than the largest file systems of clusters hold.
 MOST_DISK = 1e18
-"""Bytes of the checkpoints of a phase: an exabyte, more than the largest file systems of clusters hold."""
 
 
 def _check_size(where: str, node: Node) -> None:

@@ -25,8 +25,8 @@ from pipeline.core.text import escaped, shown, unprintable
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph import registry
 
+# Characters of an error message; some list all known names.
 LONGEST_SENTENCE = 1000
-"""Characters of an error message; some list all known names."""
 Hours = Annotated[float, Range(0, 1e11, "a million GPUs use 1e10 hours in a year", above=True)]
 
 
@@ -56,8 +56,8 @@ def schema() -> type[Identity]:
 
 
 LOCK_SUFFIX = ".lock.yaml"
+# Of a lock file: a hundred thousand files.
 LOCK_BYTES = 2**24
-"""Of a lock file: a hundred thousand files."""
 
 
 def lock_of(data_path: Path) -> Path:

@@ -13,8 +13,8 @@ from typing import Protocol, cast
 from pipeline.core.stage import Config, Stage
 
 DEFINITION = "stages.graph"
+# Modules with commands of `atom` beside the engine's, each as `app`. Importing one must stay cheap, too.
 COMMANDS = ("stages.commands", "release.commands")
-"""Modules with commands of `atom` beside the engine's, each as `app`. Importing one must stay cheap, too."""
 
 
 class Definition(Protocol):

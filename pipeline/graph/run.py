@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 import pipeline
-from pipeline.core import atomic_files, json_files, users
+from pipeline.core import atomic_files, json_files, process
 from pipeline.core.environment import git_commit
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import Tail, figures_of
@@ -30,8 +30,8 @@ from pipeline.graph.dag import Graph
 from pipeline.graph.recipe import Recipe
 
 NAME = r"^[A-Za-z0-9][\w@.-]*$"
+# Of a run, a node or an artifact: one part of a path.
 Name = Annotated[str, Field(pattern=NAME)]
-"""Of a run, a node or an artifact: one part of a path."""
 
 
 class NodeRow(TypedDict):
@@ -94,10 +94,10 @@ class JobRow(TypedDict):
     servers: NotRequired[list[str]]
 
 
+# The message about a stage that recorded no end.
 CUT_OFF = "its process is gone; run the same command to go on"
-"""The message about a stage that recorded no end."""
+# The state of the stages whose jobs were not submitted.
 REFUSED = "refused"
-"""The state of the stages whose jobs were not submitted."""
 BODY = TypeAdapter(Body)
 JOB: TypeAdapter[JobRow] = TypeAdapter(JobRow)
 
@@ -156,7 +156,7 @@ class Run(RunFolder):
     @property
     def owner(self) -> str:
         """The user who began it. Raises OSError."""
-        return users.owner(self.folder / "run.json")
+        return process.owner_of(self.folder / "run.json")
 
     def jobs(self) -> dict[str, JobRow]:
         """The latest submission of each node; empty for a local run."""

@@ -23,15 +23,15 @@ from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
 from pipeline.launch import bad_nodes, clean_environment, diagnoses, preflight
 from pipeline.launch.cluster_profile import Allocation, Resources, Servers, Slurm
-from pipeline.launch.decision import Decision
 from pipeline.launch.local import JOB_ENVIRONMENT
+from pipeline.launch.rendezvous import Decision
 from pipeline.launch.slurm_client import Owner
 from pipeline.launch.slurm_options import options_of
 
+# Seconds before the second relaunch of launches that end within a minute; the third one waits twice as long.
 RELAUNCH_PAUSE_SECONDS = 30
-"""Seconds before the second relaunch of launches that end within a minute; the third one waits twice as long."""
+# How much earlier than asked for Slurm may signal a job before its time limit.
 EARLY_SIGNAL_SECONDS = 60
-"""How much earlier than asked for Slurm may signal a job before its time limit."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class BatchScript:
             decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "relaunch", "failed")},
             relaunch_variable=RELAUNCH_VARIABLE,
             open_files=preflight.OPEN_FILES,
-            diagnoses=diagnoses.script_values(),
+            diagnoses=diagnoses.FAILURES,
             no_home_exit_code=diagnoses.NO_HOME_CODE,
             with_home=shlex.join(
                 ["sh", "-c", f'[ -e "$0" ] || exit {diagnoses.NO_HOME_CODE}; exec "$@"', str(self.run_file)]
@@ -282,11 +282,11 @@ def _python(slurm: Slurm, store: Store) -> str:
     return shlex.join([*_BUBBLEWRAP, "--overlay-src", container.image, "--tmp-overlay", "/", *binds, container.python])
 
 
+# Slurm signals every process of a task: the one that waits for the stage must not end before it. The stage itself sets
+# handlers.
 _BUBBLEWRAP = ("env", "--ignore-signal=TERM", "--ignore-signal=USR2", "bwrap")
-"""Slurm signals every process of a task: the one that waits for the stage must not end before it. The stage itself
-sets handlers."""
+# What Apptainer and enroot take from the host by themselves.
 _HOST_MOUNTS = ("/proc", "/sys", "/dev", "/tmp", "/etc/hosts", "/etc/resolv.conf")
-"""What Apptainer and enroot take from the host by themselves."""
 
 
 def _bubblewrap_bind(mount: str) -> list[str]:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from pipeline.core.errors import RecipeError
 
+# Variables of the submitting process that a Slurm job gets, beside `forward` of the profile. Their values are in its
+# script.
 TAKEN_OVER = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF", "MODULEPATH", "LD_LIBRARY_PATH",
               "HF_ENDPOINT")  # fmt: skip
-"""Variables of the submitting process that a Slurm job gets, beside `forward` of the profile. Their values are in its
-script."""
+# Shell patterns of the names of allowed variables.
 ALLOWED = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "SHLVL", "PWD", "OLDPWD", "_", "TERM", "TZ", "TMPDIR", "LANG",
     "LANGUAGE", "LC_*", "HOSTNAME", "CC", "CXX", "CPATH", "LIBRARY_PATH", "MANPATH", "PKG_CONFIG_PATH",
@@ -34,23 +35,22 @@ ALLOWED = (
     "TORCH*", "PYTORCH_*", "TRITON_*", "MEGATRON_*", "NVTE_*", "VLLM_*", "CUDA*", "CUBLAS*", "CUDNN_*", "NVIDIA_*",
     "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "NCCL_*", "GLOO_*", "UCX_*", "FI_*",
 )  # fmt: skip
-"""Shell patterns of the names of allowed variables."""
+# Shell patterns of the names of secrets, in capitals: most words match anywhere in a name.
 SECRET_NAMES = (
     "*TOKEN*", "*SECRET*", "*PASSW*", "*PASSPHRASE*", "*PASSCODE*", "*PASS", "*PASS[_0-9]*", "*?PWD*", "*KEY*", "*PAT",
     "*PAT[_0-9]*", "*CRED*", "*JWT*", "*AUTH*", "*COOKIE*", "*BEARER*",
 )  # fmt: skip
-"""Shell patterns of the names of secrets, in capitals: most words match anywhere in a name."""
+# Parts of names that are ignored when a name is compared with these patterns.
 NON_SECRET_PARTS = (
     "TOKENIZER", "NCCL_IB_PKEY", "UCX_IB_PKEY", "OLDPWD", "APPTAINER_PWD", "SINGULARITY_PWD", "COMPAT", "BYPASS",
 )  # fmt: skip
-"""Parts of names that are ignored when a name is compared with these patterns."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_VALUE = re.compile(
     r"://[^/\s@]*:[^/\s@]*@|\b(?:hf|ghp|gho|ghs|github_pat|glpat|xox[abp]|sk)[_-][A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}"
 )
 _USER_OF_URL = re.compile(r"://[^/\s@]+@")
+# Has the id of a process that `require` has restarted.
 _RESTARTED_BY = "ATOM_BEGUN_ANEW"
-"""Has the id of a process that `require` has restarted."""
 
 
 def is_secret(name: str, value: str = "") -> bool:

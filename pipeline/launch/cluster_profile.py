@@ -484,8 +484,8 @@ class Profile(Config):
         return self.slurm
 
 
+# The environment variable with the path of a folder of further profiles, such as those of a site.
 FOLDER_VARIABLE = "ATOM_CLUSTERS"
-"""The environment variable with the path of a folder of further profiles, such as those of a site."""
 
 
 def site_folder() -> Path | None:

@@ -36,14 +36,14 @@ from pipeline.run_secret.atom_secret import is_signed, sign
 if TYPE_CHECKING:
     import torch
 
+# The time that the ranks may differ at each part of the test.
 SECONDS = 60.0
-"""The time that the ranks may differ at each part of the test."""
+# The time after which the process of a rank is killed.
 LIMIT = 300.0
-"""The time after which the process of a rank is killed."""
+# Rows and columns of the matrices, and products that are timed.
 GPU_SIZE, CPU_SIZE, REPEATS = 8192, 256, 10
-"""Rows and columns of the matrices, and products that are timed."""
+# Numbers that each rank sends to all others.
 ROW = 1 << 18
-"""Numbers that each rank sends to all others."""
 PLACE = "device-test.json"
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import submitit
 
-from pipeline.core import collector, input_integrity, json_files, users
+from pipeline.core import input_integrity, json_files, process
 from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
@@ -36,9 +36,18 @@ from pipeline.launch import bad_nodes, clean_environment, device_test, preflight
 from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.companion import Companion
-from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.diagnoses import report_failure
-from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, read, write
+from pipeline.launch.rendezvous import (
+    Decision,
+    Ranks,
+    Usage,
+    Verdict,
+    end_process,
+    launch_folder,
+    launch_number,
+    read,
+    write,
+)
 from pipeline.launch.worker import STOP, attempt, stop_signals
 
 
@@ -63,8 +72,8 @@ def _keys(store: Store, run: str) -> list[str]:
 
 def _begin(task: Task, limits: JobLimits) -> tuple[submitit.JobEnvironment, Store]:
     clean_environment.require(limits.variables)
-    collector.collect_rarely()
-    users.share(Path(task.home))
+    process.collect_rarely()
+    process.share_home(Path(task.home))
     return submitit.JobEnvironment(), Store(Path(task.home))
 
 

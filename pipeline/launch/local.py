@@ -37,8 +37,8 @@ from pipeline.launch.worker import work
 
 POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365
+# Seconds that the ranks of an ended launch get to end by themselves.
 LAST_SECONDS = 4.0
-"""Seconds that the ranks of an ended launch get to end by themselves."""
 PROCESS_GONE = "its process is gone, perhaps killed for memory; see its log, and run the same command to go on"
 
 # One thread for each rank, so that sums have one order under any load of the machine. Seeds of str hashes are fixed, so
@@ -115,14 +115,14 @@ class RunningJob:
     ranks: int = 1
     outcome: str | Failure | None = None
     pid: int | None = None
+    # Ranks that were seen alive.
     seen_alive: set[int] = field(default_factory=set)
-    """Ranks that were seen alive."""
+    # Ranks that have exited although the others need them.
     lost_ranks: list[int] = field(default_factory=list)
-    """Ranks that have exited although the others need them."""
+    # Whether the lost ranks were announced to the others.
     announced: bool = False
-    """Whether the lost ranks were announced to the others."""
+    # The time since which the remaining ranks have no work.
     finished_since: float | None = None
-    """The time since which the remaining ranks have no work."""
 
     def kill(self) -> None:
         """Kills its processes: the ranks, and submitit's controller."""

@@ -31,19 +31,20 @@ from pipeline.launch.rendezvous import Ranks, polls, read, write
 from pipeline.run_secret import atom_secret
 from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
 
+# The maximum difference between the starts of the ranks of a launch, and the maximum duration of a call.
 SECONDS = 120.0
-"""The maximum difference between the starts of the ranks of a launch, and the maximum duration of a call."""
+# The maximum time for the line of one caller, so that a foreign connection causes no long delay.
 CALLER_SECONDS = 5.0
-"""The maximum time for the line of one caller, so that a foreign connection causes no long delay."""
 SKEW_SECONDS = 30.0
 POLL = 0.1
+# How often a waiting rank looks whether another one has failed.
 LOOK_SECONDS = 1.0
-"""How often a waiting rank looks whether another one has failed."""
 LONGEST_LINE = 65536
+# The files and sockets that each process may have open, where the node's hard limit allows so many; the job's script
+# asks for as many.
 OPEN_FILES = 65536
-"""The files and sockets that each process may have open, where the node's hard limit allows so many; the job's script
-asks for as many."""
 SMI_SECONDS = 60.0
+# The fields of `nvidia-smi --query-gpu`, and the values of a sound GPU. The last one is that of newer drivers.
 SOUND = {
     "ecc.errors.uncorrected.volatile.total": ("0",),
     "remapped_rows.pending": ("no", "0"),
@@ -51,9 +52,8 @@ SOUND = {
     "clocks_throttle_reasons.hw_slowdown": ("not active",),
     "gpu_recovery_action": ("none",),
 }
-"""The fields of `nvidia-smi --query-gpu`, and the values of a sound GPU. The last one is that of newer drivers."""
+# What it answers, in brackets or not, where a GPU or a driver does not have a field.
 UNKNOWN = ("n/a", "not supported", "unknown", "requested functionality has been deprecated", "")
-"""What it answers, in brackets or not, where a GPU or a driver does not have a field."""
 
 
 def least_open_files(ranks: int) -> int:

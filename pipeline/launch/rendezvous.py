@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,20 +40,21 @@ from typing import Any, NoReturn
 import submitit
 from submitit.core.utils import environment_variables
 
-from pipeline.core import atomic_files, lease
+from pipeline.core import atomic_files, json_files, lease
 from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
+from pipeline.core.json_files import Damaged
 
 RENDEZVOUS_SECONDS = 600.0
 USAGE_SECONDS = 5.0
+# How long rank 0 waits for the usage of the others; less after a failure, which has 5 seconds in all.
 FAILED_USAGE_SECONDS = 1.5
-"""How long rank 0 waits for the usage of the others; less after a failure, which has 5 seconds in all."""
 WATCH_SECONDS = 1.0
+# How long a rank of a failed launch waits for rank 0 to record the failure: srun ends all ranks when one fails.
 EXIT_SECONDS = 3.0
-"""How long a rank of a failed launch waits for rank 0 to record the failure: srun ends all ranks when one fails."""
+# How long a rank that lost its connection to another rank waits for the failure that this rank or the launcher
+# announces.
 CAUSE_SECONDS = 2.5
-"""How long a rank that lost its connection to another rank waits for the failure that this rank or the launcher
-announces."""
 FOLLOWED = "followed"
 FAILURES = "failures.jsonl"
 FIRST_PORT = 20000
@@ -431,3 +433,50 @@ def kill_processes(pids: Iterable[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+class Decision(StrEnum):
+    SEALED = "sealed"
+    # All stages of the run are sealed.
+    DONE = "done"
+    # The job gives its nodes back and is requeued.
+    RESTART = "again"
+    # The ranks are launched again in the same allocation, as often as the profile allows; after that as RESTART.
+    RELAUNCH = "relaunch"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A decision and the outcome of the attempt. kind: of a failure."""
+
+    decision: Decision
+    text: str
+    kind: Kind | None = None
+
+    @classmethod
+    def of(cls, decision: Decision, outcome: str | Failure) -> Verdict:
+        """outcome: of the attempt, as a failure or in words."""
+        if isinstance(outcome, Failure):
+            return cls(decision, outcome.text, outcome.kind)
+        return cls(decision, outcome)
+
+    def write(self, launch: Path) -> None:
+        """Writes the verdict to the folder of the launch, atomically, and to the log."""
+        atomic_files.write(launch / "decision", f"{self.decision}\n{self.kind or ''}\n{self.text}\n")
+        print(f"{self.decision}: {self.text}", flush=True)
+
+    @classmethod
+    def read(cls, launch: Path) -> Verdict | None:
+        """The verdict of a launch; None if it does not exist yet, or if its file is damaged, which is reported."""
+        path = launch / "decision"
+        try:
+            decision, kind, text = json_files.read_text(path).split("\n", 2)
+            return cls(Decision(decision), text.rstrip("\n"), Kind(kind) if kind else None)
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            json_files.report(Damaged(path, "it holds no decision"), "how that task ended is not known")
+        except Damaged as error:
+            json_files.report(error, "how that task ended is not known")
+        return None

@@ -22,7 +22,7 @@ from typing import Any, ParamSpec
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from pipeline.core import code_snapshot
+from pipeline.core import source_code
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.progress import stages
 from pipeline.core.store import Store
@@ -40,11 +40,11 @@ from pipeline.launch.local import damage_of, require_inputs
 from pipeline.launch.slurm_client import Job, NoAnswer, Owner
 
 UNLIMITED = 10**6
+# The options that both sbatch and srun have, by which `srun --test-only` knows the job.
 OF_ALLOCATION = (
     "account", "constraint", "cpus-per-task", "exclude", "exclusive", "gpus-per-node", "mem", "nodes",
     "ntasks-per-node", "partition", "qos", "time",
 )  # fmt: skip
-"""The options that both sbatch and srun have, by which `srun --test-only` knows the job."""
 Arguments = ParamSpec("Arguments")
 
 
@@ -52,25 +52,25 @@ Arguments = ParamSpec("Arguments")
 class Submission:
     """The result for the stages: submitted with a job, attached to an existing one, or sealed already."""
 
+    # None if there is nothing to do: then there is no new run.
     run: Run | None = None
-    """None if there is nothing to do: then there is no new run."""
     submitted: dict[str, str] = field(default_factory=dict)
     attached: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
+    # The attached stages whose jobs Slurm held back after a failed launch.
     released: list[str] = field(default_factory=list)
-    """The attached stages whose jobs Slurm held back after a failed launch."""
+    # The submitted stages that wait for the end of a job that Slurm hides, and whose that is.
     waiting: dict[str, str] = field(default_factory=dict)
-    """The submitted stages that wait for the end of a job that Slurm hides, and whose that is."""
+    # The job arrays for the shards of submitted stages.
     arrays: dict[str, str] = field(default_factory=dict)
-    """The job arrays for the shards of submitted stages."""
+    # The job arrays of the servers of submitted stages.
     servers: dict[str, list[str]] = field(default_factory=dict)
-    """The job arrays of the servers of submitted stages."""
+    # The skipped stages, each with a sentence on the damaged file.
     damaged: dict[str, str] = field(default_factory=dict)
-    """The skipped stages, each with a sentence on the damaged file."""
+    # Of bad nodes that jobs may get all the same, a sentence each.
     kept_nodes: list[str] = field(default_factory=list)
-    """Of bad nodes that jobs may get all the same, a sentence each."""
+    # The information about the jobs that will be missing, in one sentence.
     lack: str | None = None
-    """The information about the jobs that will be missing, in one sentence."""
 
     def require_undamaged(self) -> None:
         """Raises AtomError if a stage was skipped for a damaged file."""
@@ -96,7 +96,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     with submission_lock.submitting(store):
         keys = [graph.nodes[name].key for name in selected]
         slurm_jobs = slurm_client.queued_jobs(submission_lock.users_of(store, keys))
-        code = code_snapshot.freeze(store, graph.recipe.files)  # under the lock, so that gc cannot take it
+        code = source_code.freeze(store, graph.recipe.files)  # under the lock, so that gc cannot take it
         fields: LauncherFields = {
             "launcher": "slurm", "cluster": profile.name, "code": code.name, "prices": profile.costs(),
         }  # fmt: skip
@@ -246,8 +246,8 @@ class Avoidance:
         return present, kept
 
 
+# The options that do not decide on which nodes a job can start.
 _OF_ONE_JOB = ("array", "comment", "dependency", "job-name", "output")
-"""The options that do not decide on which nodes a job can start."""
 
 
 def _without(script: BatchScript, excluded: str) -> BatchScript:
@@ -416,7 +416,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     --test-only`, and its call of srun with `srun --test-only`, if there is a Slurm. Dependencies are comments, because
     the jobs to wait for do not exist."""
     require_inputs(graph, store, selected, profile.other_python)
-    code = code_snapshot.freeze(store, graph.recipe.files)
+    code = source_code.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
     checks, slurm, lack = [], profile.cluster(), slurm_client.lack()
     avoidance, limits = Avoidance([] if lack else bad_nodes.read(store)), {} if lack else slurm_client.time_limits()

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ParamSpec, TypeVar, cast
 
-from pipeline.core import users
 from pipeline.core.errors import AtomError
+from pipeline.core.process import user_name
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 SECONDS = 30.0
+# How often a command that redraws asks Slurm, in seconds.
 ASK_EVERY = 10.0
-"""How often a command that redraws asks Slurm, in seconds."""
 LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
           "SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
 
@@ -153,11 +153,11 @@ def lack() -> str | None:
     return None
 
 
+# The fields of `squeue`. The comment is anybody's text, so it is the last one.
 QUEUE_FIELDS = (
     "JobArrayID", "State", "NodeList", "TimeUsed", "Reason", "UserName", "Partition", "EligibleTime", "Reservation",
     "Command", "Comment",
 )  # fmt: skip
-"""The fields of `squeue`. The comment is anybody's text, so it is the last one."""
 
 
 def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
@@ -220,7 +220,7 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
 
 
 def _user_name(uid: str) -> str:
-    return users.name(int(uid)) if uid.isdecimal() else ""
+    return user_name(int(uid)) if uid.isdecimal() else ""
 
 
 def memory_of(id: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 
 from pipeline.core.bounds import Words
 
+# Options that have a field in the profile, and that field.
 OF_PROFILE = {
     "partition": "partition", "time": "minutes", "cpus-per-task": "cpus_per_task", "gpus-per-node": "gpus_per_node",
     "ntasks-per-node": "tasks_per_node", "mem": "memory_gb", "account": "account", "qos": "qos",
@@ -17,15 +18,14 @@ OF_PROFILE = {
     "signal": "signal_before_limit_seconds", "array": "array_size and array_tasks",
     "mem-per-cpu": "memory_gb", "mem-per-gpu": "memory_gb",
 }  # fmt: skip
-"""Options that have a field in the profile, and that field."""
+# Options of sbatch by which a job would get GPUs that the profile does not know of, or fewer than it states.
 GPU_REQUESTS = {"gpus", "gpus-per-task", "gpus-per-socket", "cpus-per-gpu", "ntasks-per-gpu", "tres-per-task"}
-"""Options of sbatch by which a job would get GPUs that the profile does not know of, or fewer than it states."""
+# Options that follow from the stage and from how atom starts, watches and stops it.
 OF_ATOM = {
     "chdir", "container-image", "container-mounts", "dependency", "error", "export", "export-file", "input",
     "jobid", "kill-on-bad-exit", "kill-on-invalid-dep", "no-kill", "no-requeue", "nodes", "ntasks",
     "open-mode", "output", "parsable", "requeue", "test-only", "unbuffered", "wait", "wrap",
 }  # fmt: skip
-"""Options that follow from the stage and from how atom starts, watches and stops it."""
 
 
 def _addable(word: str) -> str:

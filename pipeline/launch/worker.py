@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.core import collector, input_integrity, json_files
+from pipeline.core import input_integrity, json_files, process
 from pipeline.core.errors import Failure, Interrupted, Kind, MachineError, PeerLost
 from pipeline.core.events import FileReport, FollowerReport
 from pipeline.core.json_files import Damaged
@@ -24,13 +24,12 @@ from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import registry
-from pipeline.launch.attempt import Attempt, CheckpointArtifacts, Task
+from pipeline.launch.attempt import Attempt, CheckpointArtifacts, StartRecords, Task
 from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
-from pipeline.launch.start_records import StartRecords
 
+# Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption.
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption."""
 WAIT_SECONDS = 1.0
 OPERATIONS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 
@@ -42,7 +41,7 @@ def work(task: Task) -> str:
     stage has several ranks, all of them call this; rank 0 handles lease, report and product, the others only run the
     stage. With several ranks, each process ends with exit code 1 if the launch has failed.
     """
-    collector.collect_rarely()
+    process.collect_rarely()
     store = Store(Path(task.home))
     outcome = attempt(task, store, Ranks.from_environment(task.ranks, store.logs / task.run / task.node))
     if isinstance(outcome, str):

@@ -19,10 +19,9 @@ from pydantic import TypeAdapter
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
-from pipeline.core.log_summary import Curves, EventSummary
+from pipeline.core.log_summary import Curves, EventSummary, spike_limit
 from pipeline.core.progress import duration
 from pipeline.core.progress import stages as stage_count
-from pipeline.core.spike_limit import spike_limit
 from pipeline.core.store import Store
 from pipeline.graph.budget import RESOURCES
 from pipeline.graph.run import REFUSED, NodeStatus
@@ -30,15 +29,15 @@ from pipeline.launch import bad_nodes
 from pipeline.tracking.snapshot import Snapshot, StageView
 from pipeline.tracking.status import ENDING, HIDDEN, UNSUBMITTED
 
+# The time that the command of an alert may take.
 SECONDS = 30.0
-"""The time that the command of an alert may take."""
+# Those of a recipe that sets no others (`spikes`).
 SPIKE_WINDOW, SPIKE_SIGMAS = 64, 6.0
-"""Those of a recipe that sets no others (`spikes`)."""
+# The steps after which an expert without tokens is an alert: in the first ones, routers have not settled.
 DEAD_STEPS = 1000
-"""The steps after which an expert without tokens is an alert: in the first ones, routers have not settled."""
 DAY = 86_400
+# The states of a stage that does not go on by itself.
 FAILED = ("failed", "lost", "damaged", ENDING, UNSUBMITTED)
-"""The states of a stage that does not go on by itself."""
 LONG_WAIT = "long wait"
 STATE = TypeAdapter(dict[str, str])
 

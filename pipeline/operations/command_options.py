@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pipeline.core.store import Store
     from pipeline.graph.dag import Graph
 
+# The panels of `atom --help`: the `rich_help_panel` of a command.
 PLAN_AND_RUN, RELEASE, CHECK, DATA = "Plan and run", "Release", "Check", "Data"
-"""The panels of `atom --help`: the `rich_help_panel` of a command."""
 RecipeArgument = Annotated[str, typer.Argument(help="name of a packaged recipe, or path to its YAML file")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result alone, without progress")]
@@ -25,11 +25,11 @@ ProfileOption = Annotated[str, typer.Option("--cluster", help="name of a cluster
 
 
 def open_store() -> Store:
-    from pipeline.core import users
+    from pipeline.core import process
     from pipeline.core.store import Store, home_folder
 
     home = home_folder()
-    users.share(home)
+    process.share_home(home)
     return Store(home)
 
 

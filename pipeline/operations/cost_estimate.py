@@ -23,10 +23,10 @@ class Use:
     cost: float = 0.0
     energy_wh: float = 0.0
     server_gpu_hours: float = 0.0
+    # Of gpu_hours and core_hours, those of servers in jobs of their own.
     server_core_hours: float = 0.0
-    """Of gpu_hours and core_hours, those of servers in jobs of their own."""
+    # The reason for a missing estimate; None with an estimate.
     why: str | None = None
-    """The reason for a missing estimate; None with an estimate."""
 
     def json(self) -> dict[str, Any]:
         return {"name": self.name, "why": self.why} if self.why else asdict(self)

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import family
 from pipeline.core.store import Store
-from pipeline.graph.checkpoint_times import require_patient_watchdogs
 from pipeline.graph.dag import Graph, states
-from pipeline.graph.plan import StagePlan, is_small, plan
-from pipeline.hub.remote import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
+from pipeline.graph.plan import StagePlan, is_small, plan, require_patient_watchdogs
+from pipeline.hub.client import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
 from pipeline.launch.cluster_profile import Profile
 from pipeline.operations.cost_estimate import Use, estimate_costs, servers_of
 
 GIB, GB = 2**30, 10**9
+# Of an artifact without an estimate: of each shard, and beside them. atom-smoke's have at most 3 and 6.
 FILES_PER_SHARD, FILES = 4, 10
-"""Of an artifact without an estimate: of each shard, and beside them. atom-smoke's have at most 3 and 6."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, provenance, users
+from pipeline.core import json_files, process, provenance
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
@@ -31,8 +31,8 @@ from pipeline.graph import registry
 from pipeline.graph import run as runs
 from pipeline.graph.run import Run
 from pipeline.launch import slurm_client, submission_lock
+from pipeline.launch.attempt import PREDICTION, prediction_key
 from pipeline.launch.slurm_client import Job
-from pipeline.launch.start_records import PREDICTION, prediction_key
 
 KEY = re.compile(r"[A-Za-z0-9][\w@.-]*-[0-9a-f]{12}")
 CODE = re.compile(r"[0-9a-f]{16}")
@@ -69,8 +69,8 @@ class Needed:
 
     keys: set[str] = field(default_factory=set)
     code: set[str] = field(default_factory=set)
+    # The stage of each key in a run.
     stages: dict[str, str] = field(default_factory=dict)
-    """The stage of each key in a run."""
     doubts: list[str] = field(default_factory=list)
 
     def doubt(self, error: Damaged, consequence: str) -> None:
@@ -281,7 +281,7 @@ def _why_active(store: Store, run: Run) -> str | None:
     if run.on_slurm:
         try:
             slurm_jobs = slurm_client.queued_jobs(run.users())
-            is_hidden = run.owner != users.present() and slurm_client.hides_jobs()
+            is_hidden = run.owner != process.current_user() and slurm_client.hides_jobs()
         except slurm_client.NoAnswer as error:
             return f"whose jobs are not known ({error})"
         job_ids = {str(row["job"]) for row in run.jobs().values()}

@@ -5,17 +5,61 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 
 from pipeline.core import atomic_files
 from pipeline.core.bounds import ReleaseName
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped, shown
 from pipeline.graph import recipe, registry
-from pipeline.operations import json_schema
+from pipeline.launch.cluster_profile import Profile
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+SUFFIX = ".schema.json"
+
+
+def schema_id(kind: str) -> str:
+    return f"urn:atom-release:schema:{kind}"
+
+
+def models() -> dict[str, type[BaseModel]]:
+    """The class of each kind of file that a user writes."""
+    return {"recipe": recipe.schema(), "data_recipe": registry.definition().DATA_RECIPE, "cluster_profile": Profile}
+
+
+class _Generator(GenerateJsonSchema):
+    """Marks operational fields by a name of its own, which other readers of a schema skip."""
+
+    def generate(self, schema: Any, mode: Any = "validation") -> dict[str, Any]:
+        return {"$schema": DIALECT, **_marked(super().generate(schema, mode))}
+
+
+def _marked(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_marked(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    marks = {"x-operational": True} if value.get("identity") is False else {}
+    is_marked = isinstance(value.get("identity"), (bool, str))
+    return {name: _marked(item) for name, item in value.items() if not (is_marked and name == "identity")} | marks
+
+
+def text(kind: str) -> str:
+    """The schema of a kind of file, as a file."""
+    schema = models()[kind].model_json_schema(schema_generator=_Generator)
+    body = {"$schema": DIALECT, "$id": schema_id(kind), **schema, "title": f"atom {kind.replace('_', ' ')}"}
+    return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    print(text(sys.argv[1]), end="")
+
 
 HEAD = """\
 # yaml-language-server: $schema={schema}
@@ -34,8 +78,8 @@ HEAD = """\
 """
 
 
-SCHEMA = f"atom-recipe{json_schema.SUFFIX}"
-"""The file beside the recipe by which editors complete and check it."""
+# The file beside the recipe by which editors complete and check it.
+SCHEMA = f"atom-recipe{SUFFIX}"
 
 
 def write(name: str, source: str, folder: Path, start_from: str | None = None) -> Path:
@@ -87,5 +131,5 @@ def _with_start(origin: Path, model: str | None) -> str:
 def _write_schema(path: Path) -> None:
     """Writes today's schema, over an earlier one of atom, and over nothing else."""
     is_file = path.is_file() and not path.is_symlink()
-    if not os.path.lexists(path) or (is_file and json_schema.schema_id("recipe").encode() in path.read_bytes()):
-        atomic_files.write(path, json_schema.text("recipe"))
+    if not os.path.lexists(path) or (is_file and schema_id("recipe").encode() in path.read_bytes()):
+        atomic_files.write(path, text("recipe"))

@@ -14,8 +14,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+# The environment variable with the path of the file, for processes that are started with a secret.
 VARIABLE = "ATOM_SECRET_FILE"
-"""The environment variable with the path of the file, for processes that are started with a secret."""
 
 
 class UnusableSecret(Exception):

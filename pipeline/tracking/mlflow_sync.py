@@ -18,6 +18,7 @@ import re
 import select
 import sys
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -25,19 +26,132 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import atomic_files, collector, json_files, provenance
+from pipeline.core import atomic_files, json_files, process, provenance
 from pipeline.core.errors import AtomError, Kind
-from pipeline.core.events import POINT, Tail
+from pipeline.core.events import POINT, Point, Tail, curves_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease
+from pipeline.core.provenance import Statement
 from pipeline.core.store import Artifact, Store
+from pipeline.graph import flat_fields
 from pipeline.graph import run as runs
+from pipeline.graph.flat_fields import estimates, recipe_settings, scores_of
 from pipeline.graph.run import NodeStatus, Run, status
-from pipeline.graph.settings import recipe_settings
-from pipeline.launch import start_records
+from pipeline.launch import attempt
+from pipeline.launch.attempt import StartSettings
 from pipeline.launch.companion import NO_TRACKING
-from pipeline.launch.start_records import StartSettings
-from pipeline.tracking import mlflow_records as records
+
+BATCH, PARAMS_PER_BATCH = 1000, 100
+LONGEST_DIGEST = 36
+# The curve from which the utilization of the GPUs is computed.
+SPEED = "step_tokens_per_s"
+ERROR_TAGS = ("atom.error", "atom.error_kind")
+
+
+def log(
+    client: Any,
+    run: str,
+    params: Mapping[str, str] | None = None,
+    metrics: Sequence[Any] = (),
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Sends any number of each, in as many requests as MLflow wants. It cuts long values itself."""
+    from mlflow.entities import Param, RunTag
+
+    every = [Param(name, value) for name, value in (params or {}).items()]
+    client.log_batch(run, tags=[RunTag(name, value) for name, value in (tags or {}).items()])
+    for i in range(0, len(metrics), BATCH):
+        client.log_batch(run, metrics=metrics[i : i + BATCH])
+    for i in range(0, len(every), PARAMS_PER_BATCH):
+        client.log_batch(run, params=every[i : i + PARAMS_PER_BATCH])
+
+
+def start_tags(start: StartSettings) -> dict[str, str]:
+    """The tags about a start. A later start overwrites them."""
+    texts = {name: start[name] for name in ("job", "nodes", "layout", "ranks", "gpus", "start")}
+    return {
+        **{f"atom.{name}": str(value) for name, value in texts.items() if value is not None},
+        **{f"atom.operation.{name}": value for name, value in params(start["operation"]).items()},
+    }
+
+
+def run_tags(run: Run) -> dict[str, str]:
+    """The tags of a run and of all of its stages."""
+    tags = {"atom.run": run.id, "atom.version": run.body["version"]}
+    if (commit := run.body.get("commit")) is not None:
+        # MLflow's page shows the first of these
+        tags |= {"mlflow.source.git.commit": commit, "atom.commit": commit, "atom.dirty": str(run.body.get("dirty"))}
+    return tags
+
+
+def error_tags(node: NodeStatus) -> dict[str, str]:
+    """The tags about the failure of a stage."""
+    sentence, kind = ERROR_TAGS
+    return {sentence: node.message or node.reason or "the cause is not known", kind: node.kind or "unknown"}
+
+
+def restarts(start: StartSettings) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [Metric("restarts", float(start["start"] - 1), round(start["time"] * 1000), start["start"])]
+
+
+def points(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
+    """The points of a log of metrics. `mfu`, the share of the GPUs' peak that the model's FLOPs of a step reach, is
+    added where the profile states the peak."""
+    from mlflow.entities import Metric
+
+    peak = flops = 0.0
+    if start is not None and start["peak_flops"] and start["flops_per_token"]:
+        peak, flops = start["peak_flops"] * start["ranks"], start["flops_per_token"]
+    metrics = []
+    for row in rows:
+        curves = curves_of(row)
+        if peak and SPEED in curves:
+            curves["mfu"] = curves[SPEED] * flops / peak
+        metrics += [
+            Metric(name, float(value), round(row["time"] * 1000), row["step"]) for name, value in curves.items()
+        ]
+    return metrics
+
+
+def scores(artifact: Artifact, prefix: str = "") -> list[Any]:
+    """The scores of a product. With a prefix, for the run that has it: the estimates alone."""
+    from mlflow.entities import Metric
+
+    numbers = scores_of(artifact)
+    chosen = estimates(numbers) if prefix else numbers
+    return [Metric(metric_name(f"{prefix}{name}"), value, 0, 0) for name, value in chosen.items()]
+
+
+def metric_name(name: str) -> str:
+    """The name in characters that MLflow accepts: `gsm8k/exact_match_strict` for `gsm8k/exact_match,strict`."""
+    parts = (re.sub(r"[^\w\-. ]", "_", part, flags=re.ASCII) for part in name.split("/"))
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:250]
+
+
+def usage(body: Statement) -> list[Any]:
+    from mlflow.entities import Metric
+
+    numbers = {name: value for name, value in provenance.usage(body).items() if isinstance(value, (int, float))}
+    return [Metric(name, float(value), 0, 0) for name, value in sorted(numbers.items())]
+
+
+def inputs(start: StartSettings) -> list[Any]:
+    """The artifacts that a started stage reads, as datasets."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    datasets = []
+    for role, row in start["inputs"].items():
+        source = json.dumps({"uri": f"atom:artifact/{row['key']}", "digest": {"sha256": row["digest"]}})
+        dataset = Dataset(row["key"], row["digest"][:LONGEST_DIGEST], "atom", source)
+        datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", role)]))
+    return datasets
+
+
+def params(values: Any) -> dict[str, str]:
+    """Settings as texts by their dotted names."""
+    return {name: str(value) for name, (value, _) in flat_fields.flat(values) if name}
 
 
 class _Progress(TypedDict):
@@ -56,8 +170,8 @@ class _State(TypedDict):
 
 
 STATE: TypeAdapter[Any] = TypeAdapter(_State)
+# Seconds between two transfers.
 EVERY = 5.0
-"""Seconds between two transfers."""
 SQLITE = b"SQLite format 3\0"
 SMALL = 1_000_000
 MLFLOW_ENVIRONMENT = {
@@ -114,7 +228,7 @@ class Forwarder:
             if (self.run.node_folder(node.name) / "events.jsonl").exists():
                 self._child(client, parent, node, progress)
             if node.state == "sealed":
-                client.log_batch(parent, metrics=records.scores(self.store.manifest(node.key), f"{node.name}/"))
+                client.log_batch(parent, metrics=scores(self.store.manifest(node.key), f"{node.name}/"))
                 progress["ended"] = True
                 self._save()
         if over:
@@ -147,10 +261,10 @@ class Forwarder:
             self.state["experiment"] = (
                 existing.experiment_id if existing else client.create_experiment(name, artifact_location=location)
             )
-            tags = records.run_tags(self.run)
+            tags = run_tags(self.run)
             run = client.create_run(self.state["experiment"], run_name=self.run.id, tags=tags)
             self.state["parent"] = run.info.run_id
-            records.log(client, self.state["parent"], params=records.params(recipe_settings(self.run)))
+            log(client, self.state["parent"], params=params(recipe_settings(self.run)))
             for file in sorted((self.run.folder / "recipes").glob("*")):
                 client.log_artifact(self.state["parent"], str(file), "recipe")
             self._save()
@@ -158,20 +272,20 @@ class Forwarder:
 
     def _child(self, client: Any, parent: str, node: NodeStatus, progress: dict[str, Any]) -> None:
         if "id" not in progress:
-            tags = {**records.run_tags(self.run), "mlflow.parentRunId": parent, "atom.key": node.key}
+            tags = {**run_tags(self.run), "mlflow.parentRunId": parent, "atom.key": node.key}
             run = client.create_run(self.state["experiment"], run_name=node.name, tags=tags)
             progress["id"] = run.info.run_id
             self._save()
-        start = start_records.read_settings(self.run.node_folder(node.name))
+        start = attempt.read_settings(self.run.node_folder(node.name))
         if start is not None and start["start"] != progress.get("start"):
-            records.log(
+            log(
                 client,
                 progress["id"],
-                records.params(start["config"]),
-                records.restarts(start),
-                records.start_tags(start),
+                params(start["config"]),
+                restarts(start),
+                start_tags(start),
             )
-            if datasets := records.inputs(start):
+            if datasets := inputs(start):
                 client.log_inputs(progress["id"], datasets=datasets)
             progress["start"] = start["start"]
             self._save()
@@ -187,10 +301,10 @@ class Forwarder:
         if now == before:
             return
         if now in ("FAILED", "KILLED"):
-            tags = {name: redacted(text) for name, text in records.error_tags(node).items()}
-            records.log(client, progress["id"], tags=tags)
+            tags = {name: redacted(text) for name, text in error_tags(node).items()}
+            log(client, progress["id"], tags=tags)
         elif before != "RUNNING":
-            for tag in records.ERROR_TAGS:
+            for tag in ERROR_TAGS:
                 client.delete_tag(progress["id"], tag)
         if now == "RUNNING":
             client.update_run(progress["id"], status=now)
@@ -203,9 +317,8 @@ class Forwarder:
         tail = Tail(self.run.node_folder(name) / "metrics.jsonl", POINT, progress["offset"], whole=True)
         has_more = True
         while has_more:
-            points = records.points(tail.read(), start)
+            log(client, progress["id"], metrics=points(tail.read(), start))
             has_more = tail.has_more
-            records.log(client, progress["id"], metrics=points)
             if tail.offset != progress["offset"]:
                 progress["offset"] = tail.offset
                 self._save()
@@ -217,7 +330,7 @@ class Forwarder:
             return
         path, body = sealed_statement
         tags = {"atom.digest": artifact.digest, "atom.statement": path.stem}
-        records.log(client, child, {}, [*records.usage(body), *records.scores(artifact)], tags)
+        log(client, child, {}, [*usage(body), *scores(artifact)], tags)
         client.log_artifact(child, str(path), "statement")
         for row in artifact.rows:
             if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
@@ -317,7 +430,7 @@ def follow(home: Path, run_id: str, whole: bool) -> None:
 
 
 if __name__ == "__main__":
-    collector.collect_rarely()
+    process.collect_rarely()
     try:
         follow(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "whole")
     except (AtomError, OSError) as error:  # such as a full disk, of which the run itself has a sentence

@@ -19,12 +19,12 @@ from pipeline.graph.run import NodeStatus, Run
 from pipeline.launch.slurm_client import Answers
 from pipeline.tracking import status
 
+# The first curves to show, in this order.
 CURVES = (
     "loss", "heldout_loss", "reward", "step_tokens_per_s", "tokens_per_s", "step_seconds", "grad_norm",
     "peak_gpu_memory_bytes", "peak_memory_bytes", "spike", "dead_experts", "expert_max_violation", "router_entropy",
     "data_wait_seconds", "checkpoint_stall_seconds", "lr",
 )  # fmt: skip
-"""The first curves to show, in this order."""
 NO_CHARTS = ("tokens", "spike")
 
 

@@ -13,29 +13,28 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, users
+from pipeline.core import json_files, process
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import CUT_OFF, REFUSED, JobRow, NodeStatus, Run, RunFolder
-from pipeline.launch import diagnoses, slurm_client, submission_lock, waiting_reasons
-from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.rendezvous import launch_number
+from pipeline.launch import diagnoses, slurm_client, submission_lock
+from pipeline.launch.diagnoses import FAILURES
+from pipeline.launch.rendezvous import Decision, Verdict, launch_number
 from pipeline.launch.slurm_client import Answers, Job, NoAnswer
 
+# The final states of an array task that cancel the jobs that depend on the array.
 FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
-"""The final states of an array task that cancel the jobs that depend on the array."""
+# The state of a stage that has failed for good while Slurm still has its job: the cause is shown instead of `running`.
 ENDING = "ending"
-"""The state of a stage that has failed for good while Slurm still has its job: the cause is shown instead of
-`running`."""
+# The state of a stage whose attempt has ended while Slurm still has its job, which starts the stage again.
 RESTARTING = "restarting"
-"""The state of a stage whose attempt has ended while Slurm still has its job, which starts the stage again."""
+# The state of a stage of another user that has recorded no end, and whose job Slurm does not show.
 HIDDEN = "hidden"
-"""The state of a stage of another user that has recorded no end, and whose job Slurm does not show."""
+# The state of a stage of a run on Slurm that has no job, because its submission was killed.
 UNSUBMITTED = "unsubmitted"
-"""The state of a stage of a run on Slurm that has no job, because its submission was killed."""
 
 
 def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
@@ -62,9 +61,9 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         ended = answers.ask(slurm_client.finished_jobs, tuple(sorted(asked)))
         finished_jobs = {id: job for id, job in ended.items() if not job.alive}
     except NoAnswer as error:
-        problem = diagnoses.NO_ACCOUNTING.text(detail=str(error))
+        problem = FAILURES["no_accounting"].text(detail=str(error))
     unknown = asked - set(finished_jobs)
-    hidden_of = owner if unknown and owner != users.present() and _hides_jobs(answers) else None
+    hidden_of = owner if unknown and owner != process.current_user() and _hides_jobs(answers) else None
     rows = []
     for node in stages:
         row = jobs.get(node.name)
@@ -140,10 +139,10 @@ def _add_job_state(
         node = replace(node, restarts=max(node.restarts or 0, begins + relaunches) or None)
     if job is None:
         if hidden_of and (node.state == "waiting" or node.message == CUT_OFF):
-            return replace(node, state=HIDDEN, message="", reason=diagnoses.HIDDEN_JOB.text(detail=hidden_of))
+            return replace(node, state=HIDDEN, message="", reason=FAILURES["hidden_job"].text(detail=hidden_of))
         if node.state in ("sealed", "running", "failed"):
             return node
-        return replace(node, state="lost", message=diagnoses.LOST_JOB.text(job=id))
+        return replace(node, state="lost", message=FAILURES["lost_job"].text(job=id))
     node = replace(node, nodes=job.nodes or None, elapsed=job.elapsed or None)
     if node.state == "sealed":
         return node
@@ -158,7 +157,7 @@ def _add_job_state(
         is_final = verdict.decision is Decision.FAILED if verdict else node.kind is not None and Kind(node.kind).final
         return replace(node, state=ENDING if is_final else RESTARTING)
     node = replace(node, state=job.state.lower(), reason=job.reason or None, message="", kind=None)
-    if waiting := waiting_reasons.explain(job, answers):
+    if waiting := diagnoses.explain(job, answers):
         row, sentence = waiting
         node = replace(node, reason=sentence, alert=row.name if row.alert else None)
     return replace(node, waits_since=job.waits_since) if job.state == "PENDING" else node
@@ -183,9 +182,9 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
     """The sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final state.
     recorded, kind: the outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none."""
     row = diagnoses.of_job(job.state, job.code)
-    if row is diagnoses.CANCELLED:
+    if row is FAILURES["cancelled"]:
         is_cascade = job.reason == "DependencyNeverSatisfied"
-        return diagnoses.NEVER_STARTED.text() if is_cascade else row.text(user=job.cancelled_by or "somebody")
+        return FAILURES["never_started"].text() if is_cascade else row.text(user=job.cancelled_by or "somebody")
     if kind == Kind.STOPPED:  # and then its job did not go on
         return f"{recorded} (Slurm ended its job: {_plain_end(job)})"
     if recorded not in ("", CUT_OFF):
@@ -195,12 +194,12 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
     if row is None:
         return (verdict.text if verdict else "") or recorded or _plain_end(job)
     fields = {"nodes": job.nodes or "its nodes"}
-    if row in (diagnoses.NOT_LAUNCHED, diagnoses.NO_HOME) and job.nodes:
+    if row in (FAILURES["not_launched"], FAILURES["no_home"]) and job.nodes:
         with suppress(NoAnswer):  # the sentence has all nodes then
             fields["nodes"] = answers.ask(slurm_client.first_node, job.nodes)
-    if row in (diagnoses.MEMORY, diagnoses.TIME_LIMIT):
+    if row in (FAILURES["memory"], FAILURES["time_limit"]):
         with suppress(NoAnswer):  # the sentence has no figures then
-            question = slurm_client.memory_of if row is diagnoses.MEMORY else slurm_client.time_of
+            question = slurm_client.memory_of if row is FAILURES["memory"] else slurm_client.time_of
             requested, used = answers.ask(question, job.id)
             fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
     return row.text(**fields)

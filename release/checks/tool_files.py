@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.code_snapshot import roots
+from pipeline.core.source_code import roots
 from pipeline.core.text import escaped
 from pipeline.hub.client import load
 from release import audit, schema

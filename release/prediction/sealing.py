@@ -13,7 +13,7 @@ from pipeline.core import environment, provenance
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, Store, sha256_file
 from pipeline.graph.dag import Graph, Node
-from pipeline.launch.start_records import PREDICTION, prediction_key
+from pipeline.launch.attempt import PREDICTION, prediction_key
 from release.prediction import forecast
 from release.prediction.forecast import FILE, MODEL, PHASE, Point, Prediction, RunSize
 from stages.evaluation import scaling_law

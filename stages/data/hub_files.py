@@ -13,8 +13,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.lease import Lease
 from pipeline.core.text import printable, shown
 from pipeline.hub import limits
-from pipeline.hub.client import api, endpoint, online, translate_errors
-from pipeline.hub.remote import RemoteRepository, is_unsafe
+from pipeline.hub.client import RemoteRepository, api, endpoint, is_unsafe, online, translate_errors
 from stages.data.lock_file import COMMIT, DIGEST, LockedFile, LockedSource
 from stages.data.readers.base import MAX_ENTRIES
 

@@ -25,7 +25,7 @@ from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped, shown
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import LOCK_BYTES, explain
-from pipeline.hub.remote import is_unsafe
+from pipeline.hub.client import is_unsafe
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 COMMIT = r"[0-9a-f]{40}"

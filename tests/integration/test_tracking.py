@@ -18,7 +18,7 @@ from pipeline.core.store import Artifact, Store
 from pipeline.graph import run as runs_of
 from pipeline.graph.dag import Graph
 from pipeline.graph.run import NodeStatus, Run
-from pipeline.launch import start_records
+from pipeline.launch import attempt as start_records
 from pipeline.launch.attempt import Attempt, Task
 from pipeline.launch.rendezvous import Ranks
 from pipeline.tracking import mlflow_sync

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import code_snapshot
+from pipeline.core import source_code
 from pipeline.core.errors import Kind
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
@@ -47,7 +47,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
     limits = {"gpu_hours": None, "core_hours": 0.0} if name == "budget" else None
     free = 1e9 if name == "preflight" else 0.0
     terms = JobLimits(limits, retried, free, None)
-    script = batch_script(store, run, node, settings.cluster(), code_snapshot.freeze(store, {}), [])
+    script = batch_script(store, run, node, settings.cluster(), source_code.freeze(store, {}), [])
     job = slurm.start(script, slurm.task_of(graph, store, run, node, settings), terms)
     run.note_job(node.name, job, False)
     return store, run, job

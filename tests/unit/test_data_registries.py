@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from pipeline.core.code_digests import code_digests
+from pipeline.core.source_code import code_digests
 from stages.data import acquire, filter, filters, readers
 from stages.data.filters.base import Filter
 from stages.data.readers.base import Reader

@@ -23,8 +23,8 @@ from pipeline.launch import clean_environment, job, slurm, submission_lock
 from pipeline.launch.attempt import ALIVE, Task, server_seconds
 from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
 from pipeline.launch.cluster_profile import Profile, Slurm
-from pipeline.launch.decision import Decision, Verdict
-from pipeline.operations import cancellation
+from pipeline.launch.rendezvous import Decision, Verdict
+from pipeline.operations import run_actions
 from tests.fixtures import batch_fixtures, counting_fixtures, slurm_line_fixtures
 from tests.fixtures.batch_fixtures import SLURM, STUBS, end_of, script
 
@@ -139,7 +139,7 @@ def test_the_first_server_starts_before_the_stage_and_the_others_with_it(
         ["--array=1-2", "--dependency=after:2", "--job-name=atom-counting-servers"],
     ]
     assert run is not None and run.jobs()["counting"].get("servers") == ["1", "3"]
-    assert cancellation.cancel_jobs(run, store) == [], "Slurm has none of them"
+    assert run_actions.cancel_jobs(run, store) == [], "Slurm has none of them"
 
 
 @pytest.mark.parametrize(
