@@ -52,7 +52,7 @@ class FileReport:
 
     def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
-        # a thread that hangs while it writes must not block the others
+        # A thread that hangs while it writes must not block the others.
         locked = self._lock.acquire(timeout=LOCK_SECONDS)
         try:
             self._events.write(line)
@@ -100,18 +100,18 @@ class FileReport:
         """Does the work of `abandon`, with the kind of the failure."""
         if not self.ending.acquire(blocking=False):
             sys.exit()  # in any thread but the main one this ends that thread only
-        # In a thread with a deadline, so that the process ends even if something hangs.
+        # The outcome is recorded in a thread with a deadline, so that the process ends even if something hangs.
         ending_thread = threading.Thread(target=self.record_abandoned, args=(failure,), name="abandon", daemon=True)
         ending_thread.start()
         ending_thread.join(ABANDON_SECONDS)
         os._exit(1)
 
     def end(self, outcome: str | Failure) -> None:
-        """Writes the last event. On a full disk it waits a while, because failing stages free space when they remove
-        their drafts."""
-        values = (
-            {"outcome": outcome.text, "kind": outcome.kind} if isinstance(outcome, Failure) else {"outcome": outcome}
-        )
+        """Writes the last event."""
+        values: dict[str, Any] = {"outcome": outcome}
+        if isinstance(outcome, Failure):
+            values = {"outcome": outcome.text, "kind": outcome.kind}
+        # On a full disk it waits a while, because failing stages free space when they remove their drafts.
         deadline, write = time.monotonic() + ROOM_SECONDS, partial(self.event, "end", **values)
         while True:
             try:
@@ -157,21 +157,22 @@ Number = Annotated[FiniteFloat, Field(ge=-1e15, le=1e15)]
 
 
 class Attempt(TypedDict):
-    """A job has started. launch: the name of its folder of messages."""
+    """A job has started."""
 
     time: Number
     event: Literal["attempt"]
+    # The name of its folder of messages.
     launch: NotRequired[str]
 
 
 class Start(TypedDict):
-    """The attempt holds the lease, and the stage begins. gpus: allotted ones."""
+    """The attempt holds the lease, and the stage begins."""
 
     time: Number
     event: Literal["start"]
     pid: int
     ranks: int
-    gpus: NotRequired[int]
+    gpus: NotRequired[int]  # allotted ones
 
 
 class Progress(TypedDict):
@@ -191,11 +192,11 @@ class Note(TypedDict):
 
 
 class SlowRank(TypedDict):
-    """A rank is slow, as a sentence names it; null: none is any longer."""
+    """A rank is slow, or none is any longer."""
 
     time: Number
     event: Literal["slow_rank"]
-    text: str | None
+    text: str | None  # names the rank; null: none is slow
 
 
 class UsageEvent(TypedDict):
@@ -208,12 +209,12 @@ class UsageEvent(TypedDict):
 
 
 class End(TypedDict):
-    """The end of the attempt. kind: of a failure."""
+    """The end of the attempt."""
 
     time: Number
     event: Literal["end"]
     outcome: str
-    kind: NotRequired[str | None]
+    kind: NotRequired[str | None]  # of a failure
 
 
 class Other(TypedDict):
@@ -290,8 +291,13 @@ class Tail(Generic[Row]):
     """Reads the complete lines that were appended to a JSONL file since the last call; a missing file is empty. Damaged
     lines are reported and skipped.
 
-    whole: of more than `ONE_READ` new bytes, a call reads the first and the next call continues. Otherwise, it reads
-    only the last. chunk: a call reads no more bytes than that, and the next call continues.
+    Args:
+        path: The file.
+        kind: The type of a line.
+        offset: The first byte to read.
+        whole: Of more than `ONE_READ` new bytes, a call reads the first, and the next call continues. Otherwise, it
+            reads only the last.
+        chunk: A call reads no more bytes than that, and the next call continues.
     """
 
     def __init__(
@@ -299,13 +305,13 @@ class Tail(Generic[Row]):
     ) -> None:
         self.path, self.offset, self.kind, self.whole = path, offset, kind, whole
         self.chunk = ONE_READ if chunk is None else chunk
-        # Whether bytes follow the last complete line: a line that is being written, or that was cut.
+        # True if bytes follow the last complete line: a line that is being written, or that was cut.
         self.cut = False
-        # Whether another call would read further lines at once.
+        # True if another call would read further lines at once.
         self.has_more = False
 
     def read(self) -> list[Row]:
-        """The lines since the last call, unparsed."""
+        """Returns the lines since the last call."""
         rows: list[Row] = []
         try:
             with json_files.open_file(self.path) as file:
@@ -322,6 +328,7 @@ class Tail(Generic[Row]):
                     self.cut = not line.endswith(b"\n")
                     if self.cut and len(line) < LINE:
                         break
+                    # A longer line than LINE is skipped piece by piece, so that it is never in memory as a whole.
                     long = self.cut
                     while self.cut and file.tell() < end_offset and (remainder := file.readline(LINE)):
                         self.cut = not remainder.endswith(b"\n")

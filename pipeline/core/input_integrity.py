@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
-from pipeline.core.json_files import Damaged, printable
+from pipeline.core.json_files import printable
 from pipeline.core.lease import Lease, SharedProgress
 from pipeline.core.store import Artifact, FileRow, sha256_file
 
@@ -125,13 +125,7 @@ def _hash(artifact: Artifact, path: Path, rows: list[FileRow], threads: int, sha
 
 def _unhashed(artifact: Artifact, path: Path, rows: list[FileRow]) -> list[FileRow]:
     """The files of a part that have changed since this run hashed them, or that it has not hashed."""
-    try:
-        record = json_files.read(path, RECORD)
-    except FileNotFoundError:
-        return rows
-    except Damaged as error:
-        json_files.report(error, "its files are hashed again")
-        return rows
+    record = json_files.read_optional(path, RECORD, "its files are hashed again") or {}
     return [row for row in rows if record.get(row.path) != list(_state(artifact / row.path))]
 
 

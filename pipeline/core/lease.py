@@ -5,6 +5,9 @@ atomic on local disks and on NFS alike; nobody ever removes another's lease, so 
 holder refreshes its file's time; a lease whose time is older than EXPIRY, or whose process is known to be gone, may
 be succeeded. A taker compares no clocks of hosts: "now" is the time that the file system assigns to a file written now.
 Read-only callers write nothing and use the clock of their host.
+
+`SharedProgress` shows those who wait that somebody works: a process that reads, hashes or writes touches one file, and
+one that waits compares the time of that file with the time that it saw before.
 """
 
 from __future__ import annotations
@@ -123,17 +126,14 @@ def holder(folder: Path, clock: Callable[[Path], float] | None = None) -> Holder
     clock: the time by the clock of the file system, for callers that may write there; the default is this host's clock.
     An unreadable lease is reported, and counts until it expires.
     """
-    try:
-        leases = {
-            int(m[1]): m[0] for name in json_files.names(folder) if (m := re.fullmatch(r"lease\.([0-9]{1,18})", name))
-        }
-    except Damaged as error:
-        json_files.report(error, "whether a process works there is not known")
+    numbers: list[int] = []
+    with json_files.reporting("whether a process works there is not known"):
+        matches = (re.fullmatch(r"lease\.([0-9]{1,18})", name) for name in json_files.names(folder))
+        numbers = [int(match[1]) for match in matches if match]
+    if not numbers:
         return None
-    if not leases:
-        return None
-    number = max(leases)
-    path = folder / leases[number]
+    number = max(numbers)
+    path = folder / f"lease.{number}"
     try:
         age = (time.time() if clock is None else clock(folder)) - path.lstat().st_mtime
         process = json_files.read(path, BODY)
@@ -178,6 +178,7 @@ class Lease:
             if current is not None and current.alive:
                 return None
             number = current.number + 1 if current else 1
+            # The link appears with its content complete, and fails if another worker was faster.
             draft = folder / f".lease-{uuid.uuid4().hex}"
             with open(draft, "w") as file:
                 file.write(json.dumps(this_process()))
@@ -186,7 +187,7 @@ class Lease:
             try:
                 os.link(draft, folder / f"lease.{number}")
             except FileExistsError:
-                time.sleep(0.1)  # another worker was faster: read again
+                time.sleep(0.1)
                 continue
             finally:
                 draft.unlink()

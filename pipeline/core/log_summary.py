@@ -69,14 +69,10 @@ class LogSummary(ABC, Generic[Row]):
         self.path = log.with_suffix(".summary.json")
         self.state: Any = self.empty()
         offset = 0
-        try:
-            saved = json_files.read(self.path, self.body)
-            if _proof(log, saved["offset"]) == saved["proof"]:
-                self.state, offset = saved["state"], saved["offset"]
-        except FileNotFoundError:
-            pass
-        except Damaged as error:
-            json_files.report(error, "the log beside it is read whole")
+        # A summary of another log, or of one that was written anew, does not count.
+        saved = json_files.read_optional(self.path, self.body, "the log beside it is read whole")
+        if saved and _proof(log, saved["offset"]) == saved["proof"]:
+            self.state, offset = saved["state"], saved["offset"]
         self.saved = offset
         self.tail: Tail[Row] = Tail(log, self.line, offset, chunk=CHUNK)
         self.read()
@@ -119,24 +115,27 @@ def _proof(log: Path, offset: int) -> str | None:
 
 
 class EventState(TypedDict):
-    """The knowledge of a stage by its events. launch: of the latest attempt; began: when it began, null once it has
-    ended; ran: seconds of all attempts before; began_at: when the latest attempts began; starts: all of them; start:
-    the latest; first: the first progress since; progress, last: the latest progress and event; pace: [time, done] of
-    the latest progress since the start; slow, slow_since: what names the slow rank since then, and when there began
-    to be one."""
+    """The state of a stage by its events."""
 
     attempts: Count
+    # The folder of messages of the latest attempt, and when it began; null once it has ended.
     launch: str
     began: Number | None
+    # Seconds of all attempts before.
     ran: Number
+    # When the latest attempts began.
     began_at: list[Number]
+    # The number of all starts, and the latest.
     starts: Count
     start: Start | None
+    # The first progress since the latest start, and the latest.
     first: Progress | None
     progress: Progress | None
     last: Event | None
     notes: list[Note]
+    # [time, done] of the latest progress since the start.
     pace: list[list[Number]]
+    # The sentence on the slow rank, and since when there is one.
     slow: str | None
     slow_since: Number | None
 
@@ -154,10 +153,9 @@ class EventSummary(LogSummary[Event | Other]):
     state: EventState
 
     def empty(self) -> EventState:
-        return {
-            "attempts": 0, "launch": "", "began": None, "ran": 0.0, "began_at": [], "starts": 0, "start": None,
-            "first": None, "progress": None, "last": None, "notes": [], "pace": [], "slow": None, "slow_since": None,
-        }  # fmt: skip
+        nothing = {name: None for name in ("began", "start", "first", "progress", "last", "slow", "slow_since")}
+        lists: dict[str, Any] = {name: [] for name in ("began_at", "notes", "pace")}
+        return cast(EventState, {"attempts": 0, "launch": "", "ran": 0.0, "starts": 0, **nothing, **lists})
 
     def add(self, row: Event | Other) -> None:
         state = self.state
@@ -169,12 +167,13 @@ class EventSummary(LogSummary[Event | Other]):
             state["launch"] = event.get("launch", "")
             self._begin(event["time"])
         elif event["event"] == "start":
-            begun = state["began"] is not None and (state["start"] is None or state["start"]["time"] < state["began"])
-            if not begun:  # on this machine, where no job announces an attempt
+            # A job announces an attempt before the stage starts; on this machine, the start is all there is.
+            announced = state["began"] is not None
+            if not announced or (state["start"] and state["start"]["time"] >= cast(float, state["began"])):
                 self._begin(event["time"])
             state["starts"] += 1
-            state["start"], state["first"], state["pace"], state["slow"] = event, None, [], None
-            state["slow_since"] = None
+            state["start"], state["first"], state["pace"] = event, None, []
+            state["slow"] = state["slow_since"] = None
         elif event["event"] == "progress":
             state["first"] = state["first"] or event
             state["progress"] = event
@@ -196,12 +195,17 @@ class EventSummary(LogSummary[Event | Other]):
         state["began_at"] = [*state["began_at"], now][-LAST_ATTEMPTS:]
 
     def seconds(self, now: float | None = None) -> float | None:
-        """The seconds of all attempts together; None without one. now: of a running one, else its last event counts."""
+        """Returns the seconds of all attempts together; None without one.
+
+        Args:
+            now: The time at which the present attempt is looked at; None: that of its last event.
+        """
         began, last = self.state["began"], self.state["last"]
         if began is None:
             return self.state["ran"] or None
-        end = now if now is not None else last["time"] if last else began
-        return self.state["ran"] + max(0.0, end - began)
+        if now is None:
+            now = last["time"] if last else began
+        return self.state["ran"] + max(0.0, now - began)
 
     def eta(self) -> float | None:
         """Remaining seconds at the pace of the present attempt; None if it is too early for an estimate."""
@@ -233,9 +237,10 @@ class Curve(TypedDict):
 
 
 class CurveState(TypedDict):
-    """recent: [step, loss] of the latest steps."""
+    """The state of the curves of a stage."""
 
     curves: dict[str, Curve]
+    # [step, loss] of the latest steps.
     recent: list[list[Number]]
 
 
@@ -322,6 +327,7 @@ class SummaryWriter:
         self._thread.start()
 
     def _loop(self) -> None:
+        # The logs are read in this thread, not in the one that runs the stage. After `close`, it saves once more.
         stopping = False
         while not stopping:
             stopping = self._stop.wait(SAVE_EVERY)
@@ -330,12 +336,12 @@ class SummaryWriter:
                 for summary in self._summaries:
                     summary.read()
                     summary.save()
-            except Exception as error:
+            except Exception as error:  # whatever it is, it must not end the stage
                 self._report(error)
 
     def _report(self, error: Exception) -> None:
-        """Prints a problem once, as long as it stays the same. The path of an OSError may be that of a draft, which has
-        another name each time."""
+        """Prints a problem once, as long as it stays the same."""
+        # The path of an OSError may be that of a draft, which has another name each time.
         reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
         problem = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
         if problem != self.problem:

@@ -1,11 +1,14 @@
-"""Digest of a stage's code: its module and every module of atom that it imports, directly or indirectly.
+"""The code of a stage: digests of the modules that it imports, and snapshots from which jobs run.
 
-A registry names modules or their classes (`module:class`) as strings and imports them by name, so a string that is the
+The digest of a stage's code has its module and every module of atom that it imports, directly or indirectly. A registry
+names modules or their classes (`module:class`) as strings and imports them by name, so a string that is the
 full name of a module or of a class counts as an import. Strings of the engine do not count: the engine names the graph,
 and the graph names every stage.
 
 The digest is recorded in statements, not in keys: a key identifies the requested work, the code digest identifies the
 code that did it. `plan` compares recorded and present digests, so a cache never hides a change of code.
+
+Jobs run from a frozen snapshot, a copy named by its digest, so later changes of the checkout do not affect them.
 """
 
 from __future__ import annotations
@@ -26,7 +29,11 @@ from pipeline.core import atomic_files, environment, json_files
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store, canonical, sha256_bytes, sha256_file
 
+# The packages whose modules are code of a stage.
 OURS = ("pipeline", "stages", "release")
+# The packages of a snapshot, and the endings of their files.
+PACKAGES = (*OURS, "data_recipes")
+SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".css", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
 
 
 @cache
@@ -37,8 +44,8 @@ def _root(package: str) -> Path | None:
 
 @cache
 def _locate(module: str) -> Path | None:
-    """The file of a module of atom, found by path: Python's own lookup would import its parents, and with them
-    torch."""
+    """Returns the file of a module of atom; None for another name."""
+    # Found by path: Python's own lookup would import its parents, and with them torch.
     package, *inner = module.split(".")
     root = _root(package)
     if root is None:
@@ -70,9 +77,11 @@ def _imports(module: str) -> tuple[str, ...]:
 
 
 def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, str]:
-    """{module name: sha256 of its file} for `module` and every module of atom that it imports.
+    """Returns {module name: sha256 of its file} for `module` and every module of atom that it imports.
 
-    chosen: by registry, the modules that stand for it.
+    Args:
+        module: Full name of the first module.
+        chosen: The modules that stand for a registry, by its name.
     """
     pending, digests = [module], {}
     while pending:
@@ -89,22 +98,15 @@ def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType(
 
 
 def code_digests(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, str]:
-    """The closure without the engine: code that passes inputs to a stage cannot change its bytes, except for the
-    contracts. chosen: as `Stage.code` has it."""
-    engine_modules = ("pipeline.core.stage", "pipeline.core.store")
-    return {
-        name: d
-        for name, d in closure(module, chosen).items()
-        if name.split(".")[0] != "pipeline" or name in engine_modules
-    }
-
-
-PACKAGES = ("pipeline", "stages", "release", "data_recipes")
-SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".css", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
+    """Returns the closure without the engine. chosen: as `Stage.code` has it."""
+    # Code that passes inputs to a stage cannot change its bytes, except for the contracts.
+    contracts = ("pipeline.core.stage", "pipeline.core.store")
+    digests = closure(module, chosen)
+    return {name: d for name, d in digests.items() if not name.startswith("pipeline.") or name in contracts}
 
 
 def roots() -> list[Path]:
-    """The distinct folders from which the packages of atom are imported: a checkout, or site-packages."""
+    """Returns the distinct folders from which the packages of atom are imported: a checkout, or site-packages."""
     folders = []
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -114,8 +116,15 @@ def roots() -> list[Path]:
 
 
 def sources(root: Path, package: str, new: bool = False) -> list[Path]:
-    """The files of a package. In a checkout: the files that git tracks and new files that it does not ignore.
-    Elsewhere: all but hidden files and byte code."""
+    """Returns the files of a package, sorted.
+
+    In a checkout: the files that git tracks. Elsewhere: all but hidden files and byte code.
+
+    Args:
+        root: The folder that has the package.
+        package: Name of the package.
+        new: Include new files that git does not ignore.
+    """
     if (root / ".git").exists() and shutil.which("git"):
         kinds = ["--cached", "--others", "--exclude-standard"] if new else ["--cached"]
         command = ["git", "-C", str(root), "ls-files", "-z", *kinds, package]
@@ -126,15 +135,15 @@ def sources(root: Path, package: str, new: bool = False) -> list[Path]:
 
 
 def _source_files(root: Path, paths: list[Path]) -> list[Path]:
-    hidden = [any(p.startswith(".") or p == "__pycache__" for p in path.relative_to(root).parts) for path in paths]
-    return sorted(
-        p for p, is_hidden in zip(paths, hidden, strict=True) if not is_hidden and p.suffix in SUFFIXES and p.is_file()
-    )
+    def is_hidden(path: Path) -> bool:
+        return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
+
+    return sorted(path for path in paths if path.suffix in SUFFIXES and not is_hidden(path) and path.is_file())
 
 
 def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
-    """`$ATOM_HOME/code/<digest>`: the packages of atom, the pins if they are beside them, and `extra_files` under
-    as-run/, read-only.
+    """Writes and returns `$ATOM_HOME/code/<digest>`: the packages of atom, the pins if they are beside them, and
+    `extra_files` under as-run/, read-only.
 
     The same code has the same folder, with the commit of the first checkout that had it. It is complete or absent, also
     after a crash of the machine. Raises Damaged if the folder was changed later.

@@ -140,46 +140,38 @@ class TrainingEstimate:
 
 @dataclass(frozen=True)
 class Published:
-    """Files of about one size that a release holds in one folder of a repository.
+    """Files of about one size that a release holds in one folder of a repository."""
 
-    repository: `dataset`, which the stages of a recipe share, or one of the stage alone. remedy: what to set if a file
-    is too large; `{files}` stands for the number of files that would do. Files that cannot be too large need none.
-    """
-
-    repository: Literal["dataset", "model", "checkpoint"]
+    repository: Literal["dataset", "model", "checkpoint"]  # the stages of a recipe share `dataset`
     folder: str
     files: int
     bytes: int  # of all of them
+    # The setting to change if a file is too large; `{files}` stands for the number of files that would do.
     remedy: str = ""
 
 
 @dataclass(frozen=True)
 class ServedWork:
     """The part of a stage's FLOPs that servers in jobs of their own take over. Without such servers rank 0 does it, on
-    its GPU or core.
-
-    gpu_flops, cpu_flops: FLOP/s of a GPU and of a core at it. overlaps: whether the ranks compute meanwhile. memory: of
-    a server on so many GPUs, (bytes of each of them, bytes of its host); on none, (0, bytes of its host). assumed: what
-    gpu_flops rest on, as a clause. places: servers that others run, each taken for one GPU or core, in rank 0's place.
-    """
+    its GPU or core."""
 
     flops: float
-    gpu_flops: float
-    cpu_flops: float
-    overlaps: bool
+    gpu_flops: float  # FLOP/s of one server GPU
+    cpu_flops: float  # FLOP/s of one server core
+    overlaps: bool  # the ranks compute meanwhile
+    # (bytes of each GPU, bytes of the host) of a server on so many GPUs; without a GPU the first is 0.
     memory: Callable[[int], tuple[int, int]]
-    assumed: str
-    places: int = 1
+    assumed: str  # the basis of gpu_flops, as a clause
+    places: int = 1  # servers that others run in rank 0's place, each taken for one GPU or core
 
 
 @dataclass(frozen=True)
 class LongContext:
-    """What a long text costs a model, beside the same model whose layers all have full attention. FLOPs: of training on
-    one token of it; the cache: keys and values of all its tokens, or what stands for them, in bf16 on one rank."""
+    """The cost of a long text, compared with a model whose layers all have full attention."""
 
     tokens: int
-    cache_bytes: int
-    flops_per_token: float
+    cache_bytes: int  # keys and values of all tokens, or what replaces them, in bf16 on one rank
+    flops_per_token: float  # of training on one token
     full_cache_bytes: int
     full_flops_per_token: float
 
@@ -218,12 +210,13 @@ RECOMPUTED = 4 / 3
 
 def family(precision: str) -> str:
     """The precisions of equal speed: that of a precision in a cluster profile and an accelerator."""
-    return "fp8" if "fp8" in precision else "fp4" if "fp4" in precision else precision
+    return next((name for name in ("fp8", "fp4") if name in precision), precision)
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What a GPU and its links can do, as their makers state it. Bandwidths in bytes/s; of links, in one direction."""
+    """The performance of a GPU and its links, as their makers state it. Bandwidths in bytes/s; of links, in one
+    direction."""
 
     peaks: Mapping[str, float]  # FLOP/s of dense matrix products, by family of precisions: fp32, bf16, fp8, fp4
     memory: float
@@ -244,19 +237,18 @@ class TrainingTime:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Equal collectives of a rank in one step: operation, role and ranks of their group, bytes of one, and number."""
+    """Equal collectives of a rank in one step."""
 
     operation: str
-    group: str
-    ranks: int
-    bytes: int
+    group: str  # its role
+    ranks: int  # of the group
+    bytes: int  # of one call
     calls: int
 
 
 @dataclass(frozen=True)
 class RankSimulation:
-    """One rank of a training phase, simulated at full size, beside what the estimate says of it. Bytes at the peak
-    include the state."""
+    """One rank of a training phase, simulated at full size, beside the estimate of it."""
 
     rank: int
     ranks: int
@@ -266,7 +258,7 @@ class RankSimulation:
     planned_parameters: int
     state_bytes: int
     planned_state_bytes: int
-    peak_bytes: int
+    peak_bytes: int  # with the state
     planned_peak_bytes: int
     copies_bytes: int  # of weights on the host at the peak: the reference of a KL term
     planned_copies_bytes: int
@@ -277,13 +269,13 @@ class RankSimulation:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a stage asks of a cluster profile and of a launcher. ranks: processes; gpus: of each rank, on one node, of a
-    stage that does not train. A rank that trains has one where the profile has any. environment: variables that its
-    processes have from their start, unless they are set already."""
+    """The demands of a stage on a cluster profile and on a launcher."""
 
-    ranks: int = 1
+    ranks: int = 1  # processes
+    # GPUs of each rank of a stage that does not train, on one node. A rank that trains has one if the profile has any.
     gpus: int = 0
     trains: bool = False
+    # Variables that its processes have from their start, unless they are set already.
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -292,13 +284,11 @@ Promise = Literal["bitwise", "numeric"]
 
 
 class ServerPlace(Protocol):
-    """One of the servers of a stage, in a job of its own. A job that is started again has the same number.
-
-    folder: which all servers of the stage and the stage itself see; log: this server's; run: its run.
-    """
+    """One of the servers of a stage, in a job of its own."""
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """The folder that all servers of the stage and the stage itself see."""
 
     @property
     def log(self) -> Path: ...
@@ -307,10 +297,11 @@ class ServerPlace(Protocol):
     def run(self) -> str: ...
 
     @property
-    def number(self) -> int: ...
+    def number(self) -> int:
+        """The number of the server. A job that is started again has the same one."""
 
     def ended(self) -> bool:
-        """Whether the stage has ended, so that nobody will ask for more. Cheap: call it freely."""
+        """Returns True if the stage has ended, so that nobody will ask for more. Cheap: call it freely."""
 
     def ready(self) -> None:
         """Reports that the server answers: a job that got this far is started again however often it dies."""
@@ -318,12 +309,11 @@ class ServerPlace(Protocol):
 
 @dataclass(frozen=True)
 class ServerSearch:
-    """What a stage with servers in jobs of their own finds in its environment, as JSON. folder, run: as the servers
-    have them; seconds: how long the stage waits while no server is there."""
+    """The variable by which a stage finds its servers in jobs of their own, as JSON."""
 
     folder: str
     run: str
-    seconds: float
+    seconds: float  # that the stage waits while no server is there
     VARIABLE: ClassVar = "ATOM_SERVERS"
 
     def variable(self) -> dict[str, str]:
@@ -343,26 +333,29 @@ C = TypeVar("C", bound=Config, default=Any)
 class Stage(Generic[C]):
     """A registered stage: its name and version are part of every key, so bump `version` when the bytes change.
 
-    config: the class of its configs, C, which all of its functions take. The engine does not use that class and has a
-    plain `Stage`.
-    ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
-    LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
-    obstacle: the reason why a config can be planned but not run, in one sentence; checked before anything starts.
-    lack: what this machine lacks to run it, in one sentence; checked likewise, unless jobs run in a container.
-    trains: whether it updates weights and needs a GPU for each rank.
-    gpus: the GPUs that a rank of a stage that does not train needs on its node, such as those of a server it starts.
-    environment: variables that libraries read when they start to use a GPU, and that a launcher must therefore set
-    before Python starts; one that the profile or the user has set takes precedence.
-    reads: the input node for each role, for a stage that a recipe adds by its name alone.
-    time: the time of a training phase on GPUs; None: there is no model of it.
-    simulate: walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
-    shards: pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`. Each
-    leaves complete files in `work`; `run` does the missing ones and produces the same bytes for any number of shards.
-    takes_servers: whether servers in jobs of their own can work for it. serve: runs one until the stage has ended.
-    inspect: imports what the config names, which planning does not, and returns notes for `atom validate`; raises
-    RecipeError for a config that cannot run. It is called before a run, too.
-    code: {registry of modules: the modules in it that the config uses}; the registry and the other modules are no part
-    of the stage's code.
+    Attributes:
+        config: The class of its configs, C, which all of its functions take. The engine has a plain `Stage`.
+        promise: The guarantee for two attempts at one key.
+        obstacle: The reason why a config can be planned but not run, in one sentence; checked before anything starts.
+        lack: Anything that this machine lacks to run it, in one sentence; checked likewise, unless jobs run in a
+            container.
+        ranks: The processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
+            LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
+        trains: True if it updates weights and needs a GPU for each rank.
+        gpus: The GPUs that a rank of a stage that does not train needs on its node, as for a server that it starts.
+        environment: Variables that libraries read when they start to use a GPU, and that a launcher must therefore set
+            before Python starts; one that the profile or the user has set takes precedence.
+        time: The time of a training phase on GPUs; None: there is no model of it.
+        simulate: Walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
+        reads: The input node for each role, for a stage that a recipe adds by its name alone.
+        shards: Pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`.
+            Each leaves complete files in `work`; `run` does the missing ones, and makes the same bytes for any number.
+        takes_servers: True if servers in jobs of their own can work for it.
+        serve: Runs such a server until the stage has ended.
+        inspect: Imports what the config names, which planning does not, and returns notes for `atom validate`; raises
+            RecipeError for a config that cannot run. It is called before a run, too.
+        code: {registry of modules: the modules in it that the config uses}; the registry and the other modules are no
+            part of the stage's code.
     """
 
     name: str
@@ -388,5 +381,5 @@ class Stage(Generic[C]):
     code: Callable[[C], Mapping[str, Sequence[str]]] = lambda config: {}
 
     def needs(self, config: C) -> Needs:
-        """What a stage of this config asks of a cluster profile and of a launcher."""
+        """Returns the demands of a stage of this config."""
         return Needs(self.ranks(config), self.gpus(config), self.trains, self.environment(config))

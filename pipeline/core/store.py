@@ -98,7 +98,7 @@ def sha256_files(paths: Sequence[Path], owner: str = "", progress: Progress = no
 
 
 class FileRecord(NamedTuple):
-    """What is recorded of a file when it is hashed, so that an unchanged file need not be hashed again.
+    """The record of a hashed file, by which an unchanged file need not be hashed again.
 
     Attributes:
         size: Bytes of the file.
@@ -114,17 +114,17 @@ class FileRecord(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, sha256: str) -> FileRecord:
-        """The record of a file with that SHA-256. Raises OSError."""
+        """Returns the record of a file with that SHA-256. Raises OSError."""
         entry = path.stat()
         return cls(entry.st_size, sha256, entry.st_mtime_ns, entry.st_ino)
 
     def is_unchanged(self, path: Path) -> bool:
-        """Whether a file has the recorded size, time and inode. Nothing is hashed. Raises OSError."""
+        """Returns True if a file has the recorded size, time and inode. Nothing is hashed. Raises OSError."""
         return FileRecord.of(path, self.sha256) == self
 
     def describes(self, path: Path, progress: Progress = no_progress) -> bool:
-        """Whether a file has the recorded content. It is hashed only if its size is right and its time or inode is not.
-        Raises OSError."""
+        """Returns True if a file has the recorded content. Raises OSError."""
+        # It is hashed only if its size is right and its time or inode is not.
         if self.is_unchanged(path):
             return True
         return path.stat().st_size == self.size and sha256_file(path, progress) == self.sha256
@@ -146,6 +146,8 @@ def _version_of(path: Path) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True)
 class FileRow:
+    """A row of a manifest."""
+
     path: str
     size: int
     sha256: str
@@ -174,8 +176,10 @@ def rows_of(folder: Path, handed_over: bool = False, owner: str = "") -> list[Fi
     `sha256_files`.
     """
     files = regular_files(folder)
-    known = {name: _handed_over.get(_version_of(path)) for name, path in files.items()} if handed_over else {}
-    hashes = {name: sha256 for name, sha256 in known.items() if sha256 is not None}
+    hashes: dict[str, str] = {}
+    for name, path in files.items() if handed_over else ():
+        if (sha256 := _handed_over.get(_version_of(path))) is not None:
+            hashes[name] = sha256
     unknown = [name for name in files if name not in hashes]
     hashes |= dict(zip(unknown, sha256_files([files[name] for name in unknown], owner), strict=True))
     return [FileRow(name, path.stat().st_size, hashes[name]) for name, path in files.items()]
@@ -215,10 +219,12 @@ class Artifact:
             except OSError as error:
                 state = f"cannot be read ({error.strerror})"
             else:
-                if stat.S_ISREG(entry.st_mode) and entry.st_size == row.size:
+                if not stat.S_ISREG(entry.st_mode):
+                    state = "is no regular file"
+                elif entry.st_size != row.size:
+                    state = f"has {entry.st_size} bytes instead of {row.size}"
+                else:
                     continue
-                regular = stat.S_ISREG(entry.st_mode)
-                state = f"has {entry.st_size} bytes instead of {row.size}" if regular else "is no regular file"
             raise AtomError(f"artifact {path.name}: {printable(row.path)} {state}; {cls.advice(path.name)}")
         return artifact
 
@@ -306,7 +312,7 @@ def write_manifest(folder: Path, key: str) -> Artifact:
 def _share_permissions(folder: Path, mode: int) -> None:
     """Sets the permissions of every file to those of a new file here, by umask and the folder's defaults: some
     libraries write files that only their owner may read."""
-    search = (mode & 0o444) >> 2
+    search = (mode & 0o444) >> 2  # who may read a folder's files may enter it
     for root, _, names in os.walk(folder):
         for path, wanted_mode in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:
             if (current_mode := stat.S_IMODE(path.stat().st_mode)) | wanted_mode != current_mode:
@@ -317,16 +323,8 @@ def flush_tree(folder: Path) -> None:
     """Flushes every file and folder of a folder to disk."""
     for root, _, names in os.walk(folder):
         for name in names:
-            _flush(Path(root, name))
-        _flush(Path(root))
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            atomic_files.flush(Path(root, name))
+        atomic_files.flush(Path(root))
 
 
 def _require_key(artifact: Artifact, key: str) -> Artifact:
@@ -358,7 +356,7 @@ class Store:
         return self.home / "work" / key
 
     def sealed(self, key: str) -> bool:
-        """Whether a folder of that key exists, which is complete unless it was damaged later."""
+        """Returns True if a folder of that key exists, which is complete unless it was damaged later."""
         return os.path.lexists(self.artifacts / key)
 
     def open(self, key: str) -> Artifact:
@@ -385,7 +383,7 @@ class Store:
         key first, its artifact wins and `out` is discarded. Raises AtomError if the two digests differ.
         """
         artifact = write_manifest(out, key)
-        record(artifact)
+        record(artifact)  # before the rename: see above
         self.artifacts.mkdir(parents=True, exist_ok=True)
         target = self.artifacts / key
         try:
@@ -401,5 +399,6 @@ class Store:
                     f"{artifact.digest[:12]} was discarded); compare their statements in {self.ledger / key}"
                 ) from None
             return sealed
-        _flush(self.artifacts)
+        # The rename is on disk once its folder is.
+        atomic_files.flush(self.artifacts)
         return self.open(key)

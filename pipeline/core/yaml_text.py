@@ -32,18 +32,17 @@ _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)")
 _NO_NUMBER = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
-          "false": False, "False": False, "FALSE": False}  # fmt: skip
+_SPELLINGS = (("~ null Null NULL", None), ("true True TRUE", True), ("false False FALSE", False))
+_WORDS = {"": None} | {word: value for words, value in _SPELLINGS for word in words.split()}
 
 
 def read_file(path: Path, title: str, limit: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. Raises RecipeError for anything else, and for a file of more than `limit` bytes."""
+    """Returns the bytes of a regular file of at most `limit` bytes. Raises RecipeError for anything else."""
     try:
         handle = os.open(path, READ)
     except OSError as error:
-        raise RecipeError(
-            f"{title}: {escaped(str(path), 200)} cannot be read ({error.strerror}); name another"
-        ) from None
+        where = escaped(str(path), 200)
+        raise RecipeError(f"{title}: {where} cannot be read ({error.strerror}); name another") from None
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise RecipeError(f"{title}: {escaped(str(path), 200)} is no regular file; name a YAML file")
@@ -54,7 +53,7 @@ def read_file(path: Path, title: str, limit: int = MOST_BYTES) -> bytes:
 
 
 def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises RecipeError with the line if it is not YAML, or not a mapping."""
+    """Returns the mapping in a YAML file. Raises RecipeError with the line if it is not YAML, or not a mapping."""
     try:
         document = _Reader(_decode(data)).document()
     except _Refused as error:
@@ -71,10 +70,10 @@ def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
 
 
 def line_of(data: bytes, location: Sequence[str | int]) -> int | None:
-    """The line of a field in a file that `parse_yaml` accepts, or of the innermost mapping around it that the file has;
-    None for the file as a whole. Parts that the file does not have, such as the class that a tag chooses, are skipped.
-    """
+    """Returns the line of a field in a file that `parse_yaml` accepts, or of the innermost mapping around it that the
+    file has; None for the file as a whole."""
     node, line = yaml.compose(_decode(data), _PARSER), None
+    # Parts that the file does not have, such as the class that a tag chooses, are skipped.
     for part in location:
         if isinstance(node, yaml.MappingNode):
             pair = next(((key, value) for key, value in node.value if key.value == str(part)), None)
@@ -155,6 +154,7 @@ class _Reader:
             value = self._mapping(event, depth)
         if self.count > MOST_VALUES:
             raise _Refused(line, f"is beyond {MOST_VALUES} values, aliases counted as what they stand for; shorten it")
+        # An anchor counts from here on, after its value: a value cannot hold itself.
         if event.anchor and not isinstance(event, yaml.AliasEvent):
             self.anchors[event.anchor] = value, self.count - count_before
         return value

@@ -310,7 +310,7 @@ class Attempt:
             "profile; not measured; cooling and idle power are left out",
             "figures": dict(self.report.figures),
         }
-        body = provenance.statement(
+        record = provenance.AttemptRecord(
             subject=subject,
             stage=self.stage.name,
             version=self.stage.version,
@@ -332,7 +332,7 @@ class Attempt:
             starts=None if part or self.starts is None else self.starts.read(),
             metrics=None if product is None else self.report.end_metrics(),
         )
-        provenance.write(self.store.ledger, part.key if part else self.task.key, body)
+        provenance.write(self.store.ledger, record.key, provenance.statement(record))
         if part is None:
             self.report.event("usage", **usage)
 
