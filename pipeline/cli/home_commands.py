@@ -64,10 +64,6 @@ def list_runs(
 @app.command()
 def compare(
     run: Annotated[list[str], typer.Argument(metavar="RUN...", help="ids of runs, or their beginnings")],
-    curve: Annotated[
-        list[str] | None,
-        typer.Option(metavar="STAGE.METRIC", help="show this metric of a stage by step; repeatable"),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs by metrics, scores and cost.
@@ -76,7 +72,7 @@ def compare(
     and money that their stages took. A run may still be running. The tables leave out stages with equal keys in all
     runs, and figures that one run alone has; --json has them.
 
-    Example: atom compare atom-tiny-20261128-083109 atom-tiny-20261128-102030 --curve pretrain.loss
+    Example: atom compare atom-tiny-20261128-083109 atom-tiny-20261128-102030
     """
     from pipeline.cli.tables import print_comparison
     from pipeline.graph import run as runs
@@ -85,12 +81,12 @@ def compare(
     store = open_store()
     warn_of_home(store)
     chosen = {each.id: each for each in (runs.find(store, reference) for reference in run)}
-    rows = [comparison.measure(each, store, curve or ()) for each in chosen.values()]
+    rows = [comparison.measure(each, store) for each in chosen.values()]
     if as_json:
         body = {"different": comparison.differing_settings(rows), "runs": [row.json() for row in rows]}
         print(json.dumps(body, indent=1))
     else:
-        print_comparison(rows, curve or [], console())
+        print_comparison(rows, console())
 
 
 @app.command()

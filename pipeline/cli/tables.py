@@ -22,8 +22,6 @@ from pipeline.operations.run_actions import RunRow
 # Characters of a value in a table.
 LONGEST_VALUE = 48
 MOST_REASONS = 4
-# Steps of a curve in a table; --json has them all.
-CURVE_ROWS = 20
 # More than the columns of any table: all of them may be wrapped.
 ALL = 100
 
@@ -251,9 +249,9 @@ def print_difference(difference: Difference, first: str, second: str, console: C
         print(f"unchanged, and not sealed here either: {', '.join(difference.unsealed)}")
 
 
-def print_comparison(rows: list[Measured], curves: list[str], console: Console) -> None:
-    """The settings in which runs differ, the metrics and scores that several runs have for stages with other keys,
-    curves, and costs."""
+def print_comparison(rows: list[Measured], console: Console) -> None:
+    """Prints the settings in which runs differ, their costs, and the metrics and scores that several runs have for
+    stages with other keys."""
     names = [row.run.id for row in rows]
     if different := differing_settings(rows):
         settings = table("setting", *names, wraps=ALL)
@@ -276,22 +274,9 @@ def print_comparison(rows: list[Measured], curves: list[str], console: Console) 
         if figures.row_count:
             console.print(figures)
             console.print()
-    for curve in curves:
-        console.print(_curve_table(curve, rows, names))
-        console.print()
     console.print(_measured_costs(rows, names))
     if shared and len(rows) > 1:
         print(f"{stages(len(shared))} with equal keys in all runs: {', '.join(shared)}")
-
-
-def _curve_table(curve: str, rows: list[Measured], names: list[str]) -> Table:
-    steps = sorted({step for row in rows for step in row.curves[curve]})
-    stride = -(-len(steps) // CURVE_ROWS) or 1
-    result = table(f"{curve} at step", *names, right=len(names), wraps=ALL)
-    for step in dict.fromkeys([*steps[::stride], *steps[-1:]]):
-        values = [row.curves[curve].get(step) for row in rows]
-        result.add_row(str(step), *("" if value is None else f"{value:.5g}" for value in values))
-    return result
 
 
 def _measured_costs(rows: list[Measured], names: list[str]) -> Table:
@@ -315,9 +300,9 @@ def _measured_costs(rows: list[Measured], names: list[str]) -> Table:
 def run_table(rows: list[RunRow]) -> Table:
     result = table("run", "owner", "recipe", "state", "stages", "hours", "last event (UTC)", "stage", "", wraps=ALL)
     for row in rows:
-        result.add_row(
-            row.id, escape(row.owner), escape(f"{row.recipe} {row.version}"), row.state,
-            f"{row.sealed}/{row.stages}", f"{row.hours:.2f}", row.json()["last_event"].replace("T", " ").rstrip("Z"),
-            row.stage or "", escape(escaped(row.message or "", LONGEST_VALUE)),
-        )  # fmt: skip
+        release, sealed = escape(f"{row.recipe} {row.version}"), f"{row.sealed}/{row.stages}"
+        last = row.json()["last_event"].replace("T", " ").rstrip("Z")
+        message = escape(escaped(row.message or "", LONGEST_VALUE))
+        times = (f"{row.hours:.2f}", last)
+        result.add_row(row.id, escape(row.owner), release, row.state, sealed, *times, row.stage or "", message)
     return result

@@ -21,7 +21,6 @@ import pipeline
 from pipeline.core import atomic_files, environment, json_files, provenance
 from pipeline.core.errors import AtomError, Failure, Kind, MachineError
 from pipeline.core.events import FileReport, Number
-from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.provenance import Start
 from pipeline.core.source_code import code_digests
@@ -37,6 +36,7 @@ from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, USAGE_SECONDS, Rank
 RECORDS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 SETTINGS = "start.json"
+NOT_STATED = "what it says of earlier starts is not stated"
 # The name of a prediction's key; the rest is that of the predicted stage's key.
 PREDICTION = "prediction"
 
@@ -71,60 +71,36 @@ class StartRecords:
         return [cast(Start, {**record, **self._of_stage(record)}) for record in self._read()]
 
     def _read(self) -> list[Start]:
-        return _read(self.path, RECORDS) or []
+        return json_files.read_optional(self.path, RECORDS, NOT_STATED) or []
 
     def _of_stage(self, record: Start) -> dict[str, Any]:
-        return _read(self.folder / "state/starts" / f"{record.get('start', 0):04d}.json", RECORD) or {}
-
-
-def _read(path: Path, kind: TypeAdapter[Any]) -> Any:
-    """The content of a file; None if there is none, or, with a report, if it is damaged."""
-    try:
-        return json_files.read(path, kind)
-    except FileNotFoundError:
-        return None
-    except Damaged as error:
-        json_files.report(error, "what it says of earlier starts is not stated")
-        return None
-
-
-class Input(TypedDict):
-    key: str
-    digest: str
+        path = self.folder / "state/starts" / f"{record.get('start', 0):04d}.json"
+        return json_files.read_optional(path, RECORD, NOT_STATED) or {}
 
 
 class StartSettings(TypedDict):
-    """start: the number of the lease, 1 for the first start at the key. config: what is in the key; operation: the
-    rest of it. layout: of the ranks of a training phase, in words. flops_per_token: of the model, in training.
-    peak_flops: of one GPU in the precision of the phase. job, nodes: of Slurm; else None, and the host."""
+    """The latest start of a stage, for MLflow."""
 
-    start: int
+    start: int  # the number of the lease, 1 for the first start at the key
     time: Number
-    config: dict[str, Any]
-    operation: dict[str, Any]
-    inputs: dict[str, Input]
+    config: dict[str, Any]  # the part that is in the key
+    operation: dict[str, Any]  # the rest
     ranks: int
     gpus: int
-    layout: str | None
-    flops_per_token: Number | None
-    peak_flops: float | None
-    job: str | None
-    nodes: str
+    layout: str | None  # of the ranks of a training phase, in words
+    flops_per_token: Number | None  # of the model, in training
+    peak_flops: float | None  # of one GPU in the precision of the phase
+    job: str | None  # of Slurm
+    nodes: str  # of Slurm; else the host
 
 
 START_SETTINGS: TypeAdapter[StartSettings] = TypeAdapter(StartSettings)
 
 
 def read_settings(folder: Path) -> StartSettings | None:
-    """The latest start of a stage with this folder of logs; None if there was none, or if the file is damaged, which is
-    reported."""
-    try:
-        start: StartSettings = json_files.read(folder / SETTINGS, START_SETTINGS)
-    except FileNotFoundError:  # no start yet, or an older run
-        return None
-    except Damaged as error:
-        json_files.report(error, "how the stage was started is not known")
-        return None
+    """Returns the latest start of a stage with this folder of logs; None without one."""
+    consequence = "how the stage was started is not known"
+    start: StartSettings | None = json_files.read_optional(folder / SETTINGS, START_SETTINGS, consequence)
     return start
 
 
@@ -185,15 +161,6 @@ def server_seconds(folder: Path, start: float, end: float) -> float:
     return seconds
 
 
-def _read_usage(path: Path) -> Usage | None:
-    """The recorded usage of a task of a job array; None, with a report, if it is unreadable."""
-    try:
-        return Usage(**json_files.read(path, USAGE))
-    except Damaged as error:
-        json_files.report(error, "what that task used is not counted")
-        return None
-
-
 class Attempt:
     """One attempt at a node, from its start to its statement."""
 
@@ -224,7 +191,6 @@ class Attempt:
             "time": self.started,
             "config": identity(self.config),
             "operation": self.operations[-1],
-            "inputs": {role: {"key": a.key, "digest": a.digest} for role, a in sorted(self.materials.items())},
             "ranks": task.ranks,
             "gpus": task.gpus,
             "layout": training.layout if training else None,
@@ -284,11 +250,9 @@ class Attempt:
         usages = [Usage.now().since(self.usage_at_start), *([] if part else self.ranks.peer_usages(timeout))]
         if product is not None:  # usage of the tasks of a job array
             shards = self.store.logs / self.task.run / self.task.node / "shards"
-            usages += [
-                process_usage
-                for path in sorted(shards.glob("ranks/*/usage.json"))
-                if (process_usage := _read_usage(path))
-            ]
+            for path in sorted(shards.glob("ranks/*/usage.json")):
+                if record := json_files.read_optional(path, USAGE, "what that task used is not counted"):
+                    usages.append(Usage(**record))
         finished, cpu = time.time(), sum(process_usage.cpu_seconds for process_usage in usages)
         watts, gpu_seconds = self.task.watts_per_core, (finished - self.started) * self.task.gpus
         gpus = {"gpus": self.task.gpus, "gpu_seconds": round(gpu_seconds, 3)} if self.task.gpus else {}

@@ -23,6 +23,7 @@ import faulthandler
 import json
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -153,7 +154,8 @@ class Ranks:
                 if stop.wait(RENDEZVOUS_SECONDS / 20):
                     return
 
-        with _thread("busy", write_turns, join=True):  # its report must not follow the call
+        # The thread is joined, so that none of its reports replaces the call to the rendezvous.
+        with _thread("busy", write_turns, join=True):
             yield
 
     def cancel_rendezvous(self, reason: str) -> None:
@@ -181,7 +183,8 @@ class Ranks:
                     help_to_check()
                     has_helped = True
                 deadline, turns = time.monotonic() + RENDEZVOUS_SECONDS, message["turns"]
-            if self._has_exited(0):
+            process = read(self.folder / "rank-0.json")
+            if process is not None and lease.has_exited(process):
                 raise MachineError("rank 0 has ended; see its log")
             if time.monotonic() > deadline:
                 break
@@ -281,20 +284,15 @@ class Ranks:
         deadline = time.monotonic() + seconds
         processes = {rank: read(self.folder / f"rank-{rank}.json") for rank in range(1, self.size)}
         waiting = set(processes)
+        # A rank has ended if it says so, or if its process is gone.
         for _ in polls(deadline):
-            waiting -= {
-                rank for rank in waiting if (process := processes[rank]) is not None and lease.has_exited(process)
-            }
-            waiting -= {int(name[4:-5]) for name in os.listdir(self.folder) if name.startswith("end-")}
+            exited = {rank for rank, process in processes.items() if process is not None and lease.has_exited(process)}
+            names = (re.fullmatch(r"end-([0-9]+)\.json", name) for name in os.listdir(self.folder))
+            waiting -= exited | {int(name[1]) for name in names if name}
             if not waiting:
                 break
         ends = [read(_end(self.folder, rank)) for rank in range(1, self.size)]
         return [Usage(**end["usage"]) for end in ends if end is not None]
-
-    def _has_exited(self, rank: int) -> bool:
-        """Returns True if a rank's process has exited for certain."""
-        process = read(self.folder / f"rank-{rank}.json")
-        return process is not None and lease.has_exited(process)
 
 
 @contextmanager
@@ -363,8 +361,8 @@ def _end(folder: Path, rank: int) -> Path:
 
 
 def launch_folder(node_folder: Path, job: str) -> Path:
-    """The folder for the messages of one launch. A job that Slurm starts again is another launch, and so are ranks that
-    the job's script starts again: `<job>.<restarts>.<relaunches>`."""
+    """Returns the folder for the messages of one launch. A job that Slurm starts again is another launch, and so are
+    ranks that the job's script starts again: `<job>.<restarts>.<relaunches>`."""
     relaunch = os.environ.get(lease.RELAUNCH_VARIABLE)
     name = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     return node_folder / "ranks" / (f"{name}.{relaunch}" if relaunch else name)
@@ -399,8 +397,8 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def free_port() -> int:
-    """A free port below the range for outgoing connections: a connection, also one of this job, could take a port of
-    that range before the rendezvous."""
+    """Returns a free port below the range for outgoing connections."""
+    # A connection, also one of this job, could take a port of that range before the rendezvous.
     with suppress(OSError):  # this file exists only on Linux
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
         for port in random.sample(range(FIRST_PORT, first), max(0, first - FIRST_PORT)):
@@ -413,20 +411,16 @@ def free_port() -> int:
 
 
 def living_ranks(controller: int) -> dict[int, int]:
-    """{rank: pid} of the living processes of a job of the local executor, by the pid of its controller."""
-    return dict(_living_ranks(controller))
-
-
-def _living_ranks(controller: int) -> Iterator[tuple[int, int]]:
+    """Returns {rank: pid} of the living processes of a job of the local executor, by the pid of its controller."""
+    pids = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
             state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
-            if int(parent) != controller or state in b"ZX":
-                continue
-            for variable in (path.parent / "environ").read_bytes().split(b"\0"):
-                name, _, value = variable.partition(b"=")
-                if name == b"SUBMITIT_LOCAL_GLOBALID":
-                    yield int(value), int(path.parent.name)
+            if int(parent) == controller and state not in b"ZX":
+                environment = (path.parent / "environ").read_bytes()
+                if match := re.search(rb"(?:^|\0)SUBMITIT_LOCAL_GLOBALID=([0-9]+)", environment):
+                    pids[int(match[1])] = int(path.parent.name)
+    return pids
 
 
 def kill_processes(pids: Iterable[int]) -> None:
@@ -436,6 +430,8 @@ def kill_processes(pids: Iterable[int]) -> None:
 
 
 class Decision(StrEnum):
+    """The decision of rank 0 about a Slurm job, which the job's script acts on."""
+
     SEALED = "sealed"
     # All stages of the run are sealed.
     DONE = "done"
@@ -448,7 +444,10 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A decision and the outcome of the attempt. kind: of a failure."""
+    """A decision and the outcome of the attempt, in the file `decision` of the launch.
+
+    Its first line is the decision, the second the kind of a failure, the rest the outcome.
+    """
 
     decision: Decision
     text: str
@@ -470,13 +469,12 @@ class Verdict:
     def read(cls, launch: Path) -> Verdict | None:
         """The verdict of a launch; None if it does not exist yet, or if its file is damaged, which is reported."""
         path = launch / "decision"
-        try:
-            decision, kind, text = json_files.read_text(path).split("\n", 2)
-            return cls(Decision(decision), text.rstrip("\n"), Kind(kind) if kind else None)
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            json_files.report(Damaged(path, "it holds no decision"), "how that task ended is not known")
-        except Damaged as error:
-            json_files.report(error, "how that task ended is not known")
+        with json_files.reporting("how that task ended is not known"):
+            try:
+                decision, kind, text = json_files.read_text(path).split("\n", 2)
+                return cls(Decision(decision), text.rstrip("\n"), Kind(kind) if kind else None)
+            except FileNotFoundError:
+                return None
+            except ValueError:
+                raise Damaged(path, "it holds no decision") from None
         return None

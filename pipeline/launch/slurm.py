@@ -33,7 +33,7 @@ from pipeline.graph.run import LauncherFields, Run, RunFolder
 from pipeline.launch import bad_nodes, diagnoses, job, slurm_client, submission_lock
 from pipeline.launch.attempt import Task
 from pipeline.launch.bad_nodes import BadNode
-from pipeline.launch.batch_script import BatchScript, batch_script, servers_of, servers_script
+from pipeline.launch.batch_script import BatchScript, RunScripts, servers_of
 from pipeline.launch.cluster_profile import Allocation, Profile, Slurm
 from pipeline.launch.job import JobLimits
 from pipeline.launch.local import damage_of, require_inputs
@@ -41,10 +41,10 @@ from pipeline.launch.slurm_client import Job, NoAnswer, Owner
 
 UNLIMITED = 10**6
 # The options that both sbatch and srun have, by which `srun --test-only` knows the job.
-OF_ALLOCATION = (
-    "account", "constraint", "cpus-per-task", "exclude", "exclusive", "gpus-per-node", "mem", "nodes",
-    "ntasks-per-node", "partition", "qos", "time",
-)  # fmt: skip
+_OF_ALLOCATION = (
+    "account constraint cpus-per-task exclude exclusive gpus-per-node mem nodes ntasks-per-node partition qos time"
+)
+OF_ALLOCATION = frozenset(_OF_ALLOCATION.split())
 Arguments = ParamSpec("Arguments")
 
 
@@ -54,6 +54,7 @@ class Submission:
 
     # None if there is nothing to do: then there is no new run.
     run: Run | None = None
+    # The jobs of submitted stages, and the jobs of other runs that this run waits for.
     submitted: dict[str, str] = field(default_factory=dict)
     attached: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
@@ -61,16 +62,20 @@ class Submission:
     released: list[str] = field(default_factory=list)
     # The submitted stages that wait for the end of a job that Slurm hides, and whose that is.
     waiting: dict[str, str] = field(default_factory=dict)
-    # The job arrays for the shards of submitted stages.
+    # The job arrays for the shards of submitted stages, and those of their servers.
     arrays: dict[str, str] = field(default_factory=dict)
-    # The job arrays of the servers of submitted stages.
     servers: dict[str, list[str]] = field(default_factory=dict)
     # The skipped stages, each with a sentence on the damaged file.
     damaged: dict[str, str] = field(default_factory=dict)
-    # Of bad nodes that jobs may get all the same, a sentence each.
+    # A sentence on each bad node that jobs may get all the same.
     kept_nodes: list[str] = field(default_factory=list)
     # The information about the jobs that will be missing, in one sentence.
     lack: str | None = None
+
+    @property
+    def jobs(self) -> dict[str, str]:
+        """The job of each stage that has one."""
+        return self.attached | self.submitted
 
     def require_undamaged(self) -> None:
         """Raises AtomError if a stage was skipped for a damaged file."""
@@ -88,71 +93,28 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         return Submission(sealed=selected, damaged=damage)
     require_inputs(graph, store, selected, profile.other_python)
     require_image(profile)
-    budget_limits = budget.limits_of(graph.recipe.config)
-    if over_budget := budget.exceeded(budget_limits, store, (node.key for node in graph.nodes.values())):
+    every_key = [node.key for node in graph.nodes.values()]
+    if over_budget := budget.exceeded(budget.limits_of(graph.recipe.config), store, every_key):
         raise AtomError(over_budget)
     for name in selected:
-        allocation_of(slurm, graph.nodes[name])
+        allocation_of(slurm, graph.nodes[name])  # raises before anything is submitted
+    # Two submitters at once would not see each other's jobs.
     with submission_lock.submitting(store):
         keys = [graph.nodes[name].key for name in selected]
         slurm_jobs = slurm_client.queued_jobs(submission_lock.users_of(store, keys))
         code = source_code.freeze(store, graph.recipe.files)  # under the lock, so that gc cannot take it
-        fields: LauncherFields = {
-            "launcher": "slurm", "cluster": profile.name, "code": code.name, "prices": profile.costs(),
-        }  # fmt: skip
+        fields: LauncherFields = {"launcher": "slurm", "cluster": profile.name, "code": code.name}
+        fields["prices"] = profile.costs()
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
-        limits = JobLimits(
-            budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables, slurm.avoid_seconds,
-            slurm.device_test_share,
-        )  # fmt: skip
-        jobs: dict[str, str] = {}
         try:
             note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)
             avoidance = Avoidance(bad_nodes.read(store))
             submission.kept_nodes = avoidance.kept
+            scripts, limits = RunScripts(store, run, slurm, code), _limits(graph, slurm)
+            submitter = _Submitter(graph, scripts, run, profile, slurm_jobs, submission, avoidance, limits)
             for name in selected:
-                node = graph.nodes[name]
-                claim = submission_lock.read(store, node.key, slurm_jobs)
-                if store.sealed(node.key):
-                    submission.sealed.append(name)
-                elif claim is not None and claim.holds(slurm_jobs):
-                    submission.attached[name] = jobs[name] = claim.job
-                    if slurm_jobs[claim.job].stuck:
-                        slurm_client.run_command("scontrol", "release", claim.job)
-                        submission.released.append(name)
-                else:
-                    dependencies = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
-                    previous = None
-                    if claim is not None and claim.is_hidden(slurm_jobs):
-                        previous, submission.waiting[name] = claim.job, claim.user
-                    task = task_of(graph, store, run, node, profile)
-                    if tasks := array_of(slurm, node):
-                        script = batch_script(store, run, node, slurm, code, dependencies, tasks, previous)
-                        script = avoidance.apply(script)
-                        dependencies = [start_array(script, task, limits, tasks)]
-                        submission.arrays[name] = dependencies[0]
-                    servers, server_job = servers_of(slurm, node), ""
-                    if servers:
-                        conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
-                        script = servers_script(store, run, node, slurm, code, servers, "0", conditions)
-                        server_job = start_servers(avoidance.apply(script), task, limits, range(1))
-                        submission.servers[name] = [server_job]
-                    script = batch_script(
-                        store, run, node, slurm, code, dependencies, previous=previous, server_job=server_job
-                    )
-                    jobs[name] = submission.submitted[name] = start(avoidance.apply(script), task, limits)
-                    if servers and servers.count > 1:
-                        numbers, conditions = f"1-{servers.count - 1}", [f"after:{jobs[name]}"]
-                        script = servers_script(store, run, node, slurm, code, servers, numbers, conditions)
-                        others = start_servers(avoidance.apply(script), task, limits, range(1, servers.count))
-                        submission.servers[name].append(others)
-                    submission_lock.write(store, node.key, Owner(run.id, name), jobs[name])
-                if name in jobs:
-                    array, shards = submission.arrays.get(name), node.stage.shards(node.config)
-                    servers_job, is_attached = submission.servers.get(name), name in submission.attached
-                    user = slurm_jobs[jobs[name]].user if is_attached else None
-                    run.note_job(name, jobs[name], is_attached, array, shards, servers_job, user)
+                submitter.submit(graph.nodes[name])
         except BaseException as error:
             sentence = _withdraw(submission, store, graph, error)
             try:
@@ -160,6 +122,8 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             except OSError as failure:
                 print(f"run {run.id} cannot be marked as refused ({failure}): {sentence}", file=sys.stderr)
             raise
+
+    # A question that costs Slurm nothing shows whether there is accounting.
     try:
         slurm_client.run_command("sacct", "-n", "-X", "-j", "1", seconds=5)
     except slurm_client.NoAnswer as error:
@@ -167,6 +131,75 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             f"{error}; the jobs are submitted, but the outcome of jobs that Slurm has forgotten will be unknown"
         )
     return submission
+
+
+@dataclass
+class _Submitter:
+    """Submits the stages of a run one by one, each after its inputs, and notes their jobs."""
+
+    graph: Graph
+    scripts: RunScripts
+    run: Run
+    profile: Profile
+    # The jobs in Slurm when the submission began.
+    slurm_jobs: Mapping[str, Job]
+    submission: Submission
+    avoidance: Avoidance
+    limits: JobLimits
+
+    def submit(self, node: Node) -> None:
+        """Submits a stage, unless it is sealed, or another run has a job for it."""
+        submission, slurm_jobs, store = self.submission, self.slurm_jobs, self.scripts.store
+        claim = submission_lock.read(store, node.key, slurm_jobs)
+        if store.sealed(node.key):
+            submission.sealed.append(node.name)
+            return
+        user = None
+        if claim is not None and claim.holds(slurm_jobs):
+            submission.attached[node.name] = claim.job
+            user = slurm_jobs[claim.job].user
+            if slurm_jobs[claim.job].stuck:
+                slurm_client.run_command("scontrol", "release", claim.job)
+                submission.released.append(node.name)
+        else:
+            previous = None
+            if claim is not None and claim.is_hidden(slurm_jobs):
+                previous, submission.waiting[node.name] = claim.job, claim.user
+            self._start(node, previous)
+            submission_lock.write(store, node.key, Owner(self.run.id, node.name), submission.submitted[node.name])
+        array, servers = submission.arrays.get(node.name), submission.servers.get(node.name)
+        job, shards = submission.jobs[node.name], node.stage.shards(node.config)
+        self.run.note_job(node.name, job, node.name in submission.attached, array, shards, servers, user)
+
+    def _start(self, node: Node, previous: str | None) -> None:
+        """Starts the jobs of a stage: the array of its shards, its first server, its job, and the other servers."""
+        submission, scripts, name, jobs = self.submission, self.scripts, node.name, self.submission.jobs
+        dependencies = sorted({jobs[source] for source in node.inputs.values() if source in jobs}, key=int)
+        task = task_of(self.graph, scripts.store, self.run, node, self.profile)
+        if tasks := array_of(scripts.slurm, node):
+            script = self.avoidance.apply(scripts.of_stage(node, dependencies, tasks, previous))
+            submission.arrays[name] = start_array(script, task, self.limits, tasks)
+            dependencies = [submission.arrays[name]]
+
+        servers, server_job = servers_of(scripts.slurm, node), ""
+        if servers:
+            conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
+            script = self.avoidance.apply(scripts.of_servers(node, servers, "0", conditions))
+            server_job = start_servers(script, task, self.limits, range(1))
+            submission.servers[name] = [server_job]
+
+        script = scripts.of_stage(node, dependencies, previous=previous, server_job=server_job)
+        submission.submitted[name] = start(self.avoidance.apply(script), task, self.limits)
+        if servers and servers.count > 1:
+            numbers, conditions = f"1-{servers.count - 1}", [f"after:{submission.submitted[name]}"]
+            script = self.avoidance.apply(scripts.of_servers(node, servers, numbers, conditions))
+            submission.servers[name].append(start_servers(script, task, self.limits, range(1, servers.count)))
+
+
+def _limits(graph: Graph, slurm: Slurm) -> JobLimits:
+    limits = JobLimits(budget.limits_of(graph.recipe.config), slurm.restarts, slurm.free_gb, slurm.scratch)
+    rest = {name: getattr(slurm, name) for name in ("variables", "avoid_seconds", "device_test_share")}
+    return replace(limits, **rest)
 
 
 def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseException) -> str:
@@ -419,6 +452,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     code = source_code.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
     checks, slurm, lack = [], profile.cluster(), slurm_client.lack()
+    scripts = RunScripts(store, run, slurm, code)
     avoidance, limits = Avoidance([] if lack else bad_nodes.read(store)), {} if lack else slurm_client.time_limits()
 
     def check(script: BatchScript, file: str, dependencies: list[str]) -> None:
@@ -430,13 +464,11 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
             continue
         dependencies = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
         if tasks := array_of(slurm, node):
-            script = batch_script(store, run, node, slurm, code, [], tasks)
-            check(script, f"{name}.shards.sh", dependencies)
+            check(scripts.of_stage(node, [], tasks), f"{name}.shards.sh", dependencies)
             dependencies = ["its shards"]
-        script = avoidance.apply(batch_script(store, run, node, slurm, code, []))
-        check(script, f"{name}.sh", dependencies)
+        check(avoidance.apply(scripts.of_stage(node, [])), f"{name}.sh", dependencies)
         if servers := servers_of(slurm, node):
-            script = servers_script(store, run, node, slurm, code, servers, f"0-{servers.count - 1}", [])
+            script = scripts.of_servers(node, servers, f"0-{servers.count - 1}", [])
             check(script, f"{name}.servers.sh", [f"the start of {name}, except the first one, for which {name} waits"])
     return DryRun(run.folder, checks, lack)
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -24,8 +24,12 @@ Answer = TypeVar("Answer")
 SECONDS = 30.0
 # How often a command that redraws asks Slurm, in seconds.
 ASK_EVERY = 10.0
-LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
-          "SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
+# The states of a job that has not ended.
+_LIVING = """
+PENDING RUNNING CONFIGURING COMPLETING SUSPENDED REQUEUED REQUEUE_HOLD RESIZING SIGNALING STAGE_OUT STOPPED REQUEUE_FED
+SPECIAL_EXIT RESV_DEL_HOLD
+"""
+LIVING = tuple(_LIVING.split())
 
 
 class NoAnswer(AtomError):
@@ -53,11 +57,8 @@ class Owner:
     def read(cls, text: str) -> Owner | None:
         """Finds the owner in the command or the comment of a job; None if the job is not one of atom's. The comment
         counts where a site's own `sbatch` copies scripts."""
-        if match := _SCRIPT.search(text):
-            return cls(match["run"], match["node"], match["part"] or "")
-        if match := _COMMENT.search(text):
-            return cls(match["run"], match["node"], match["part"] or "")
-        return None
+        match = _SCRIPT.search(text) or _COMMENT.search(text)
+        return cls(match["run"], match["node"], match["part"] or "") if match else None
 
     def comment(self, key: str) -> str:
         """The comment of the job, for people. key: of the stage."""
@@ -135,11 +136,9 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
         raise NoAnswer(f"{command[0]} gave no answer within {seconds:.0f} s; see whether slurmctld is up") from None
     if process.returncode:
         message = process.stderr.strip() or f"exit code {process.returncode}"
-        raise (
-            Refused(f"{command[0]}: {message}")
-            if command[0] == "sbatch" or "--test-only" in command
-            else NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
-        )
+        if command[0] == "sbatch" or "--test-only" in command:
+            raise Refused(f"{command[0]}: {message}")
+        raise NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
     return process
 
 
@@ -154,10 +153,8 @@ def lack() -> str | None:
 
 
 # The fields of `squeue`. The comment is anybody's text, so it is the last one.
-QUEUE_FIELDS = (
-    "JobArrayID", "State", "NodeList", "TimeUsed", "Reason", "UserName", "Partition", "EligibleTime", "Reservation",
-    "Command", "Comment",
-)  # fmt: skip
+_QUEUE_FIELDS = "JobArrayID State NodeList TimeUsed Reason UserName Partition EligibleTime Reservation Command Comment"
+QUEUE_FIELDS = tuple(_QUEUE_FIELDS.split())
 
 
 def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
@@ -172,11 +169,9 @@ def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
             *values, text = row.split("|", len(QUEUE_FIELDS) - 2)
             if len(values) < len(QUEUE_FIELDS) - 2 or (owner := Owner.read(text)) is None:
                 continue
-            id, state, nodes, elapsed, reason, owner_name, partition, eligible, reservation = map(_word, values)
-            jobs[id] = Job(
-                id, state, reason, nodes, elapsed, owner, user=owner_name, partition=partition, reservation=reservation,
-                waits_since=_seconds(eligible),
-            )  # fmt: skip
+            id, state, nodes, elapsed, reason, submitter, partition, eligible, reservation = map(_word, values)
+            job = Job(id, state, reason, nodes, elapsed, owner, user=submitter, waits_since=_seconds(eligible))
+            jobs[id] = replace(job, partition=partition, reservation=reservation)
     return jobs
 
 
@@ -214,13 +209,10 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
     for row in rows:
         id, state, code, nodes, elapsed, user, reason, text = (row.split("|", 7) + [""] * 8)[:8]
         state, _, uid = state.partition(" by ")
-        owner, by = Owner.read(text), _user_name(uid)
-        jobs[id] = Job(id, state, _word(reason), nodes, elapsed, owner, code, user, cancelled_by=by)
+        canceller = user_name(int(uid)) if uid.isdecimal() else ""
+        owner = Owner.read(text)
+        jobs[id] = Job(id, state, _word(reason), nodes, elapsed, owner, code, user, cancelled_by=canceller)
     return jobs
-
-
-def _user_name(uid: str) -> str:
-    return user_name(int(uid)) if uid.isdecimal() else ""
 
 
 def memory_of(id: str) -> tuple[str, str]:

@@ -71,7 +71,7 @@ _CLAIM: TypeAdapter[Any] = TypeAdapter(_Claim)
 
 
 def users_of(store: Store, keys: Iterable[str]) -> set[str]:
-    """The users whose jobs may make these keys: this one, and the owners of claims."""
+    """Returns the users whose jobs may make these keys: this one, and the owners of claims."""
     names = {current_user()}
     for key in keys:
         with suppress(OSError):
@@ -80,15 +80,13 @@ def users_of(store: Store, keys: Iterable[str]) -> set[str]:
 
 
 def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
-    """The claim on a key. If its file is unreadable, the living job of a run's stage with that key counts."""
+    """Returns the claim on a key. If its file is unreadable, the living job of a run's stage with that key counts."""
     path = folder(store) / f"{key}.json"
-    try:
-        body = json_files.read(path, _CLAIM)
-        return Claim(body["key"], body["job"], body["run"], body["node"], owner_of(path))
-    except FileNotFoundError:
-        return None
-    except Damaged as error:
-        json_files.report(error, "whether a job makes this key is asked of Slurm")
+    with json_files.reporting("whether a job makes this key is asked of Slurm"):
+        try:
+            return Claim(**json_files.read(path, _CLAIM), user=owner_of(path))
+        except FileNotFoundError:
+            return None
     for id, job in slurm_jobs.items():
         if job.alive and job.owner is not None and not job.owner.part and _key_of(store, job.owner) == key:
             return Claim(key, id, job.owner.run, job.owner.node, job.user)

@@ -19,7 +19,6 @@ from pydantic import TypeAdapter
 from pipeline.core import input_integrity, json_files, process
 from pipeline.core.errors import Failure, Interrupted, Kind, MachineError, PeerLost
 from pipeline.core.events import FileReport, FollowerReport
-from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Artifact, Store
@@ -146,7 +145,8 @@ def _run_attempt(
 ) -> str | Failure:
     folder, run, turns = store.work(task.key), store.logs / task.run, 0
     lease = Lease.take(folder)
-    while lease is None and "SLURM_JOB_ID" in os.environ:  # a Slurm job holds its allocation: it waits
+    # A Slurm job holds its allocation, so it waits for its turn. On this machine, the launcher does other work.
+    while lease is None and "SLURM_JOB_ID" in os.environ:
         if store.sealed(task.key):
             return "sealed"
         try:
@@ -182,15 +182,17 @@ def _run_attempt(
     if "SLURM_JOB_ID" in os.environ:
         lease.on_lost = exit_superseded
     try:
+        # Another worker may have sealed the product between the look of the launcher and the lease.
         if store.sealed(task.key):
             return "sealed"
         report.event("start", stage=task.stage, key=task.key, pid=os.getpid(), ranks=task.ranks, gpus=task.gpus)
         with ranks.watch_failures(report.fail):
+            # The other ranks wait at the rendezvous meanwhile, and give up without a sign of progress.
             with ranks.report_busy(turns, input_integrity.shared_progress(run).has_moved):
                 attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
                 input_integrity.check(run, attempt.materials.values())
                 report.checkpoint_sealer = CheckpointArtifacts(attempt, lease).seal
-                for stale in folder.glob("out.*"):
+                for stale in folder.glob("out.*"):  # drafts of killed attempts
                     shutil.rmtree(stale)
                 (folder / "state").mkdir(exist_ok=True)
                 attempt.operations = _record_operation(folder / "operations.json", attempt.operations[0])
@@ -201,6 +203,7 @@ def _run_attempt(
                 out.mkdir()
             with ranks.environment(ranks.open_rendezvous(lease.number)):
                 attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
+        # From here on, no other thread ends the attempt as failed.
         report.ending.acquire()
         if lease.lost:
             raise MachineError(
@@ -222,14 +225,9 @@ def _run_attempt(
 
 
 def _record_operation(path: Path, current: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records the distinct operational configs of all attempts at a key, beside their work: a phase with two layouts of
-    ranks adds in two orders."""
-    try:
-        earlier = [entry for entry in json_files.read(path, OPERATIONS) if entry != current]
-    except FileNotFoundError:  # the first attempt
-        earlier = []
-    except Damaged as error:
-        json_files.report(error, "how earlier attempts were run is not stated")
-        earlier = []
-    path.write_text(json.dumps([*earlier, current]))
-    return [*earlier, current]
+    """Records the distinct operational configs of all attempts at a key, beside their work, and returns them."""
+    # A phase with two layouts of ranks adds in two orders, so its statement names both.
+    earlier = json_files.read_optional(path, OPERATIONS, "how earlier attempts were run is not stated") or []
+    operations = [*(entry for entry in earlier if entry != current), current]
+    path.write_text(json.dumps(operations))
+    return operations

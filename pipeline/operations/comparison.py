@@ -1,4 +1,6 @@
-"""Compares two recipes: which settings differ, which keys change, and what would run again."""
+"""Compares two recipes, by settings, keys and the cost of what would run again; and runs, by settings, metrics, scores
+and costs, from their files alone.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import json_files, provenance
-from pipeline.core.errors import AtomError
-from pipeline.core.events import POINT, Point, Tail, curves_of
+from pipeline.core.events import POINT, Tail, curves_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.provenance import Statement
 from pipeline.core.stage import identity
@@ -30,25 +31,24 @@ ABSENT = "absent"
 
 @dataclass(frozen=True)
 class FieldChange:
-    """A setting that differs. operational: it is in no key."""
+    """A setting that differs."""
 
     field: str
     before: Any
     after: Any
-    operational: bool
+    operational: bool  # it is in no key
 
 
 @dataclass(frozen=True)
 class StageChange:
-    """A stage of the second recipe whose key is not that of the first. before: the key in the first recipe, None if it
-    has no such stage. because: the settings of the stage that differ, and the inputs with other keys."""
+    """A stage of the second recipe whose key is not that of the first."""
 
     name: str
-    before: str | None
+    before: str | None  # the key in the first recipe; None if it has no such stage
     key: str
     state: str
-    settings: tuple[str, ...]
-    inputs: tuple[str, ...]
+    settings: tuple[str, ...]  # that differ
+    inputs: tuple[str, ...]  # with other keys
 
     @property
     def because(self) -> str:
@@ -59,15 +59,14 @@ class StageChange:
 
 @dataclass(frozen=True)
 class Difference:
-    """unsealed: stages with equal keys in both recipes that are not sealed in this home. costs: of those changed stages
-    that are not sealed."""
+    """The difference of two recipes, with states and costs in this home."""
 
     fields: tuple[FieldChange, ...]
     stages: tuple[StageChange, ...]
     removed: tuple[str, ...]
     unchanged: int
-    unsealed: tuple[str, ...]
-    costs: CostEstimate
+    unsealed: tuple[str, ...]  # stages with equal keys in both recipes that are not sealed
+    costs: CostEstimate  # of the changed stages that are not sealed
 
     def json(self) -> dict[str, Any]:
         return {
@@ -126,21 +125,18 @@ def _stage_change(first: Graph, second: Graph, node: Node, state: str) -> StageC
     if node.name not in first.nodes:
         return StageChange(node.name, None, node.key, state, (), ())
     old = first.nodes[node.name]
-    settings = [
-        change.field for change in field_changes(dict(flat(identity(old.config))), dict(flat(identity(node.config))))
-    ]
+    old_fields, new_fields = (dict(flat(identity(each.config))) for each in (old, node))
+    settings = [change.field for change in field_changes(old_fields, new_fields)]
     if (old.stage.name, old.stage.version) != (node.stage.name, node.stage.version):
         settings.append("stage")
     before, after = first.materials(old), second.materials(node)
-    inputs = [node.inputs.get(role, role) for role in dict.fromkeys([*before, *after])
-              if before.get(role) != after.get(role)]  # fmt: skip
+    roles = [role for role in dict.fromkeys([*before, *after]) if before.get(role) != after.get(role)]
+    inputs = [node.inputs.get(role, role) for role in roles]
     return StageChange(node.name, old.key, node.key, state, tuple(settings), tuple(dict.fromkeys(inputs)))
 
 
 # Of a log of metrics, from which the last values come: some 20,000 steps.
 LAST_BYTES = 4 * 2**20
-# Points of a curve; of a longer one, as many at equal distances, and the last.
-LONGEST_CURVE = 2000
 
 
 @dataclass(frozen=True)
@@ -161,18 +157,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run. settings: of the recipe files that it began with, by field. metrics: the last value of each curve, by
-    stage. scores: by stage. cost: of all attempts at its stages, in whatever run; spent: of those in this run alone."""
+    """The settings, metrics, scores and costs of one run."""
 
     run: Run
-    sealed: int
-    keys: dict[str, str]
-    settings: dict[str, Any]
-    metrics: dict[str, dict[str, float]]
-    scores: dict[str, dict[str, float]]
-    curves: dict[str, dict[int, float]]
-    cost: Cost
-    spent: Cost
+    sealed: int  # stages
+    keys: dict[str, str]  # by stage
+    settings: dict[str, Any]  # of the recipe files that it began with, by field
+    metrics: dict[str, dict[str, float]]  # the last value of each curve, by stage
+    scores: dict[str, dict[str, float]]  # by stage
+    cost: Cost  # of all attempts at its stages, in whatever run
+    spent: Cost  # of the attempts in this run alone
 
     def json(self) -> dict[str, Any]:
         return {
@@ -186,18 +180,14 @@ class Measured:
             "settings": self.settings,
             "metrics": self.metrics,
             "scores": self.scores,
-            "curves": self.curves,
             "cost": self.cost.json(),
             "spent": self.spent.json(),
         }
 
 
-def measure(run: Run, store: Store, curves: Sequence[str] = ()) -> Measured:
-    """Reads the metrics, scores and costs of a run so far. curves: `STAGE.METRIC`, to be read by step.
-
-    Raises AtomError for a curve that the run does not have; a damaged file is reported and left out.
-    """
-    metrics, scores, by_step = {}, {}, {}
+def measure(run: Run, store: Store) -> Measured:
+    """Reads the metrics, scores and costs of a run so far. A damaged file is reported and left out."""
+    metrics, scores = {}, {}
     uses: list[tuple[dict[str, Any], bool]] = []
     sealed = 0
     for node in run.body["nodes"]:
@@ -205,20 +195,11 @@ def measure(run: Run, store: Store, curves: Sequence[str] = ()) -> Measured:
         uses += [(provenance.usage(body), _invocation(body)[0] == run.id) for body in statements]
         if store.sealed(node["key"]):
             sealed += 1
-            try:
+            with json_files.reporting("its scores are left out"):
                 if numbers := scores_of(store.manifest(node["key"])):
                     scores[node["name"]] = numbers
-            except Damaged as error:
-                json_files.report(error, "its scores are left out")
-        path = _log(run, store, node, statements)
-        if last := last_values(path):
+        if last := last_values(_log(run, store, node, statements)):
             metrics[node["name"]] = last
-        for curve in (curve for curve in curves if curve.rpartition(".")[0] == node["name"]):
-            by_step[curve] = curve_of(path, curve.rpartition(".")[2])
-    for curve in curves:
-        if not by_step.get(curve):
-            known = ", ".join(f"{stage}.{name}" for stage, values in metrics.items() for name in values)
-            raise AtomError(f"run {run.id} has no curve {curve}; it has {known or 'none'}")
     prices = run.body.get("prices")
     return Measured(
         run,
@@ -227,7 +208,6 @@ def measure(run: Run, store: Store, curves: Sequence[str] = ()) -> Measured:
         settings_of(run),
         metrics,
         scores,
-        by_step,
         _cost([use for use, _ in uses], prices),
         _cost([use for use, is_here in uses if is_here], prices),
     )
@@ -246,27 +226,6 @@ def last_values(path: Path) -> dict[str, float]:
     for row in Tail(path, POINT, _line_after(path, LAST_BYTES)).read():
         values |= curves_of(row)
     return values
-
-
-def curve_of(path: Path, metric: str) -> dict[int, float]:
-    """{step: value} of a curve. A step that was trained again has its latest value."""
-    values: dict[int, float] = {}
-    for row in _rows(path):
-        curve = curves_of(row)
-        if metric in curve:
-            values[row["step"]] = curve[metric]
-    steps = sorted(values)
-    stride = -(-len(steps) // LONGEST_CURVE) or 1
-    kept = [*steps[::stride], *steps[-1:]]
-    return {step: values[step] for step in dict.fromkeys(kept)}
-
-
-def _rows(path: Path) -> Iterator[Point]:
-    tail = Tail(path, POINT, whole=True)
-    while True:
-        yield from tail.read()
-        if not tail.has_more:
-            return
 
 
 def _line_after(path: Path, limit: int) -> int:
@@ -308,7 +267,6 @@ def _cost(uses: Sequence[dict[str, Any]], prices: Any) -> Cost:
 
     core_hours, gpu_hours = hours("cpu_seconds"), hours("gpu_seconds")
     money = gpu_hours * prices["gpu_hour"] + core_hours * prices["core_hour"] if prices else None
-    return Cost(
-        hours("wall_seconds"), core_hours, gpu_hours, hours("energy_joules_estimate"), len(uses), money,
-        prices["currency"] if prices else None,
-    )  # fmt: skip
+    currency = prices["currency"] if prices else None
+    energy_wh = hours("energy_joules_estimate")  # joules by 3,600
+    return Cost(hours("wall_seconds"), core_hours, gpu_hours, energy_wh, len(uses), money, currency)

@@ -42,7 +42,6 @@ from pipeline.launch.attempt import StartSettings
 from pipeline.launch.companion import NO_TRACKING
 
 BATCH, PARAMS_PER_BATCH = 1000, 100
-LONGEST_DIGEST = 36
 # The curve from which the utilization of the GPUs is computed.
 SPEED = "step_tokens_per_s"
 ERROR_TAGS = ("atom.error", "atom.error_kind")
@@ -67,7 +66,7 @@ def log(
 
 
 def start_tags(start: StartSettings) -> dict[str, str]:
-    """The tags about a start. A later start overwrites them."""
+    """Returns the tags about a start. A later start overwrites them."""
     texts = {name: start[name] for name in ("job", "nodes", "layout", "ranks", "gpus", "start")}
     return {
         **{f"atom.{name}": str(value) for name, value in texts.items() if value is not None},
@@ -76,29 +75,23 @@ def start_tags(start: StartSettings) -> dict[str, str]:
 
 
 def run_tags(run: Run) -> dict[str, str]:
-    """The tags of a run and of all of its stages."""
+    """Returns the tags of a run and of all of its stages."""
     tags = {"atom.run": run.id, "atom.version": run.body["version"]}
     if (commit := run.body.get("commit")) is not None:
-        # MLflow's page shows the first of these
+        # MLflow's page shows the first of these.
         tags |= {"mlflow.source.git.commit": commit, "atom.commit": commit, "atom.dirty": str(run.body.get("dirty"))}
     return tags
 
 
 def error_tags(node: NodeStatus) -> dict[str, str]:
-    """The tags about the failure of a stage."""
-    sentence, kind = ERROR_TAGS
-    return {sentence: node.message or node.reason or "the cause is not known", kind: node.kind or "unknown"}
-
-
-def restarts(start: StartSettings) -> list[Any]:
-    from mlflow.entities import Metric
-
-    return [Metric("restarts", float(start["start"] - 1), round(start["time"] * 1000), start["start"])]
+    """Returns the tags about the failure of a stage."""
+    sentence = redacted(node.message or node.reason or "the cause is not known")
+    return dict(zip(ERROR_TAGS, (sentence, node.kind or "unknown"), strict=True))
 
 
 def points(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
-    """The points of a log of metrics. `mfu`, the share of the GPUs' peak that the model's FLOPs of a step reach, is
-    added where the profile states the peak."""
+    """Returns the points of a log of metrics, and `mfu` where the profile states the peak of its GPUs: the share of it
+    that the model's FLOPs of a step reach."""
     from mlflow.entities import Metric
 
     peak = flops = 0.0
@@ -109,14 +102,13 @@ def points(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
         curves = curves_of(row)
         if peak and SPEED in curves:
             curves["mfu"] = curves[SPEED] * flops / peak
-        metrics += [
-            Metric(name, float(value), round(row["time"] * 1000), row["step"]) for name, value in curves.items()
-        ]
+        milliseconds = round(row["time"] * 1000)
+        metrics += [Metric(name, float(value), milliseconds, row["step"]) for name, value in curves.items()]
     return metrics
 
 
 def scores(artifact: Artifact, prefix: str = "") -> list[Any]:
-    """The scores of a product. With a prefix, for the run that has it: the estimates alone."""
+    """Returns the scores of a product. With a prefix, for the run that has it: the estimates alone."""
     from mlflow.entities import Metric
 
     numbers = scores_of(artifact)
@@ -125,7 +117,7 @@ def scores(artifact: Artifact, prefix: str = "") -> list[Any]:
 
 
 def metric_name(name: str) -> str:
-    """The name in characters that MLflow accepts: `gsm8k/exact_match_strict` for `gsm8k/exact_match,strict`."""
+    """Returns the name in characters that MLflow accepts: `gsm8k/exact_match_strict` for `gsm8k/exact_match,strict`."""
     parts = (re.sub(r"[^\w\-. ]", "_", part, flags=re.ASCII) for part in name.split("/"))
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:250]
 
@@ -137,20 +129,8 @@ def usage(body: Statement) -> list[Any]:
     return [Metric(name, float(value), 0, 0) for name, value in sorted(numbers.items())]
 
 
-def inputs(start: StartSettings) -> list[Any]:
-    """The artifacts that a started stage reads, as datasets."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    datasets = []
-    for role, row in start["inputs"].items():
-        source = json.dumps({"uri": f"atom:artifact/{row['key']}", "digest": {"sha256": row["digest"]}})
-        dataset = Dataset(row["key"], row["digest"][:LONGEST_DIGEST], "atom", source)
-        datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", role)]))
-    return datasets
-
-
 def params(values: Any) -> dict[str, str]:
-    """Settings as texts by their dotted names."""
+    """Returns settings as texts by their dotted names."""
     return {name: str(value) for name, (value, _) in flat_fields.flat(values) if name}
 
 
@@ -185,17 +165,17 @@ MLFLOW_ENVIRONMENT = {
 
 
 def tracking_uri(store: Store) -> str:
-    """MLFLOW_TRACKING_URI if set, else an SQLite file in the home folder."""
+    """Returns MLFLOW_TRACKING_URI if set, else that of an SQLite file in the home folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.home / 'mlflow.db'}"
 
 
 def shown_uri(store: Store) -> str:
-    """The tracking URI without user, password and query."""
+    """Returns the tracking URI without user, password and query."""
     return redacted(tracking_uri(store))
 
 
 def redacted(text: str) -> str:
-    """The text with user, password and query removed from every URI."""
+    """Returns the text with user, password and query removed from every URI."""
     return re.sub(r"(\w+://)\S*@", r"\1", re.sub(r"(\w+://[^\s?]+)\?[^\s)]*", r"\1", text))
 
 
@@ -243,9 +223,8 @@ class Forwarder:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        if self.state.setdefault("uri", redacted(uri)) != redacted(
-            uri
-        ):  # another store than last time: send everything
+        # To another store than last time, everything is sent.
+        if self.state.setdefault("uri", redacted(uri)) != redacted(uri):
             self.state = {"nodes": {}, "uri": redacted(uri)}
         return MlflowClient(tracking_uri=uri)
 
@@ -257,10 +236,9 @@ class Forwarder:
             name = self.run.body["recipe"]
             is_local = self.state["uri"].startswith("sqlite:")
             location = (self.store.home / "mlartifacts" / name).as_uri() if is_local else None
-            existing = client.get_experiment_by_name(name)
-            self.state["experiment"] = (
-                existing.experiment_id if existing else client.create_experiment(name, artifact_location=location)
-            )
+            experiment = client.get_experiment_by_name(name)
+            id = experiment.experiment_id if experiment else client.create_experiment(name, artifact_location=location)
+            self.state["experiment"] = id
             tags = run_tags(self.run)
             run = client.create_run(self.state["experiment"], run_name=self.run.id, tags=tags)
             self.state["parent"] = run.info.run_id
@@ -278,15 +256,7 @@ class Forwarder:
             self._save()
         start = attempt.read_settings(self.run.node_folder(node.name))
         if start is not None and start["start"] != progress.get("start"):
-            log(
-                client,
-                progress["id"],
-                params(start["config"]),
-                restarts(start),
-                start_tags(start),
-            )
-            if datasets := inputs(start):
-                client.log_inputs(progress["id"], datasets=datasets)
+            log(client, progress["id"], params(start["config"]), tags=start_tags(start))
             progress["start"] = start["start"]
             self._save()
         self._metrics(client, node.name, progress, start)
@@ -301,8 +271,7 @@ class Forwarder:
         if now == before:
             return
         if now in ("FAILED", "KILLED"):
-            tags = {name: redacted(text) for name, text in error_tags(node).items()}
-            log(client, progress["id"], tags=tags)
+            log(client, progress["id"], tags=error_tags(node))
         elif before != "RUNNING":
             for tag in ERROR_TAGS:
                 client.delete_tag(progress["id"], tag)
@@ -339,7 +308,7 @@ class Forwarder:
 
 
 def child_status(node: NodeStatus) -> str:
-    """MLflow's status of a stage."""
+    """Returns MLflow's status of a stage."""
     if node.state == "sealed":
         return "FINISHED"
     if node.state not in ("failed", "lost", "cancelled", "damaged"):
@@ -348,10 +317,12 @@ def child_status(node: NodeStatus) -> str:
 
 
 def outcome_of(nodes: list[NodeStatus]) -> str:
-    """MLflow's status of a run whose stages will not go on by themselves. A run that stopped without a failure was
-    killed."""
+    """Returns MLflow's status of a run whose stages will not go on by themselves. A run that stopped without a failure
+    was killed."""
     statuses = {child_status(node) for node in nodes}
-    return "FINISHED" if statuses == {"FINISHED"} else "FAILED" if "FAILED" in statuses else "KILLED"
+    if statuses == {"FINISHED"}:
+        return "FINISHED"
+    return "FAILED" if "FAILED" in statuses else "KILLED"
 
 
 @cache
