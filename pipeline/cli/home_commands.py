@@ -17,6 +17,7 @@ from pipeline.operations.command_options import (
     RunArgument,
     confirm,
     console,
+    find_run,
     open_store,
     warn_of_home,
 )
@@ -48,8 +49,8 @@ def list_runs(
     every = [run for run in runs.runs(store) if recipe in (None, run.body["recipe"])]
     rows, lack = run_actions.rows(every[-last:], store)
     if as_json:
-        print(json.dumps({"runs": [row.json() for row in rows], "earlier": len(every) - len(rows), "unknown": lack},
-                         indent=1))  # fmt: skip
+        body = {"runs": [row.json() for row in rows], "earlier": len(every) - len(rows), "unknown": lack}
+        print(json.dumps(body, indent=1))
         return
     if lack:
         print(f"atom: {lack}", file=sys.stderr)
@@ -127,13 +128,11 @@ def watch(
 
     Example: atom watch --command 'curl -sSf --json @- https://chat.example.org/hook'
     """
-    from pipeline.graph import run as runs
     from pipeline.launch import slurm_client
     from pipeline.operations import alerts
     from pipeline.tracking import snapshot
 
-    store = open_store()
-    this = runs.find(store, run)
+    this, store = find_run(run)
     limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb, waiting_hours, restarts_a_day)
     watcher = alerts.Watcher(this.id, state or this.folder / "watch.json", command)
     answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None

@@ -16,15 +16,12 @@ from pipeline.operations.command_options import (
     RunArgument,
     confirm,
     console,
+    find_run,
     graph_of,
     open_store,
-    warn_of_home,
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from pipeline.graph.budget import Hours
     from pipeline.graph.run import NodeStatus, Run
 
 app = typer.Typer()
@@ -51,21 +48,12 @@ def status(
 
     from pipeline.cli.tables import status_table
     from pipeline.graph import budget
-    from pipeline.graph import run as runs
     from pipeline.launch import bad_nodes, slurm_client
     from pipeline.tracking import snapshot, status
 
-    store = open_store()
-    warn_of_home(store)
-    this = runs.find(store, run)
-
-    def read() -> tuple[Table, list[NodeStatus], str | None, Hours]:
-        nodes, lack = status.status(this, store)
-        used = budget.used(store, (stage.key for stage in nodes))
-        table = status_table(this.id, this.owner, nodes, budget.describe(used, this.body.get("prices")))
-        return table, nodes, lack, used
-
-    table, nodes, lack, used = read()
+    this, store = find_run(run)
+    nodes, lack = status.status(this, store)
+    used = budget.used(store, (stage.key for stage in nodes))
     if as_json:
         body: dict[str, Any] = {"schema": 1, "run": this.id, "owner": this.owner, "unknown": lack, "used": used}
         body["stages"] = [s.json() for s in nodes]
@@ -75,6 +63,7 @@ def status(
         return
     if lack:
         print(f"atom: {lack}", file=sys.stderr)
+    table = status_table(this.id, this.owner, nodes, budget.describe(used, this.body.get("prices")))
     if not watch:
         console().print(table)
         for text in (*(entry.sentence for entry in bad_nodes.read(store)), *status.kept_nodes(this)):
@@ -85,7 +74,7 @@ def status(
         while True:
             current = snapshot.take(this, store, answers)
             nodes = [stage.status for stage in current.stages]
-            used = {"gpu_hours": current.spending.now("gpu_hours"), "core_hours": current.spending.now("core_hours")}
+            used = budget.hours(current.spending.now)
             table = status_table(this.id, this.owner, nodes, budget.describe(used, this.body.get("prices")))
             live.update(Group(table, *(escape(line) for line in snapshot.lines(current))), refresh=True)
             if current.over:
@@ -189,11 +178,9 @@ def cancel(
     Example: atom cancel
     """
     from pipeline.core import process
-    from pipeline.graph import run as runs
     from pipeline.operations import run_actions as cancellation
 
-    store = open_store()
-    this = runs.find(store, run)
+    this, store = find_run(run)
     waiting = cancellation.attached_runs(this, store)
     concerned = [f"run {this.id} is {this.owner}'s"] if this.owner != process.current_user() else []
     concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != process.current_user()]
@@ -226,8 +213,7 @@ def retry(
     from pipeline.graph import run as runs
     from pipeline.launch import cluster_profile
 
-    store = open_store()
-    this = runs.find(store, run)
+    this, store = find_run(run)
     cluster, reference = this.body["profile"], this.body["recipe_path"]
     composed = graph_of(reference)
     runs.require_same_recipe(this, composed.recipe)
@@ -255,11 +241,9 @@ def sync(run: RunArgument = None) -> None:
     Example: atom sync
     """
     from pipeline.core.lease import Lease, holder
-    from pipeline.graph import run as runs
     from pipeline.tracking import mlflow_sync, status
 
-    store = open_store()
-    this = runs.find(store, run)
+    this, store = find_run(run)
     nodes, lack = status.status(this, store)
     driver = holder(this.folder / "driver")
     is_over = lack is None and status.over(nodes) and not (driver is not None and driver.alive)

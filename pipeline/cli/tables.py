@@ -136,16 +136,18 @@ def long_context_table(cost: LongContext) -> Table:
 def simulation_table(name: str, result: RankSimulation) -> Table:
     """The traffic of a simulated rank in a step, by operation and group, under its memory and the estimate of it."""
     activations = result.peak_bytes - result.state_bytes, result.planned_peak_bytes - result.planned_state_bytes
-    title = "\n".join([
+    excess = result.planned_peak_bytes / result.peak_bytes - 1
+    lines = [
         f"{name}: rank {result.rank} of {result.ranks:,}, simulated",
         f"parameters: {result.parameters:,}, planned: {result.planned_parameters:,}",
         f"state: {_binary(result.state_bytes)}, planned: {_binary(result.planned_state_bytes)}",
         f"activations: {_binary(activations[0])}, planned: {_binary(activations[1])}",
-        f"peak: {_binary(result.peak_bytes)}, planned: {_binary(result.planned_peak_bytes)} "
-        f"({result.planned_peak_bytes / result.peak_bytes - 1:+.1%})",
-        *([f"copies on the host: {_binary(result.copies_bytes)}, planned: {_binary(result.planned_copies_bytes)}"]
-          if result.copies_bytes else []),
-    ])  # fmt: skip
+        f"peak: {_binary(result.peak_bytes)}, planned: {_binary(result.planned_peak_bytes)} ({excess:+.1%})",
+    ]
+    if result.copies_bytes:
+        copies = f"{_binary(result.copies_bytes)}, planned: {_binary(result.planned_copies_bytes)}"
+        lines.append(f"copies on the host: {copies}")
+    title = "\n".join(lines)
     caption = (
         f"calls, sum: of a step of {result.micro_batches} micro-batches; bytes of a collective: of its larger side;\n"
         f"memory and sequence (--json): of a simulated step of {result.simulated_micro_batches} micro-batches"

@@ -67,8 +67,8 @@ def own_address() -> tuple[str, str]:
     for family, distant in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as route:
             route.connect((distant, 9))
-            address = str(route.getsockname()[0])
-            return address, f"[{address}]" if ":" in address else address
+            own = str(route.getsockname()[0])
+            return own, f"[{own}]" if ":" in own else own
     return "127.0.0.1", "127.0.0.1"
 
 

@@ -237,7 +237,7 @@ def statement(record: AttemptRecord) -> Statement:
     parameters = {name: getattr(record, name) for name in ("stage", "version", "node", "key", "config")}
     if record.checkpoint_of:
         parameters["of"] = record.checkpoint_of
-    internal = {"environment": record.environment, "operation": record.operations[-1]}
+    internal: dict[str, Any] = {"environment": record.environment, "operation": record.operations[-1]}
     if record.operations[1:]:
         internal["earlier_operations"] = record.operations[:-1]
 
@@ -257,7 +257,7 @@ def statement(record: AttemptRecord) -> Statement:
     if record.metrics:
         byproducts.append({"name": METRICS, "digest": {"sha256": record.metrics}})
 
-    times = {"startedOn": clock(record.started), "finishedOn": clock(record.finished)}
+    started, finished = clock(record.started), clock(record.finished)
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(record.subject.items())],
@@ -271,7 +271,7 @@ def statement(record: AttemptRecord) -> Statement:
             },
             "runDetails": {
                 "builder": {"id": BUILDER},
-                "metadata": {"invocationId": record.invocation, **times},
+                "metadata": {"invocationId": record.invocation, "startedOn": started, "finishedOn": finished},
                 "byproducts": byproducts,
             },
         },

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from pipeline.core import json_files, provenance
 from pipeline.core.errors import RecipeError
-from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store, canonical, sha256_bytes
 
 
@@ -69,21 +68,16 @@ def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
     runs = {}
     for path in sorted(store.artifacts.glob(f"{phase}@*-*")):
         body = statement(path.name, store)
-        if body is not None:
-            of = provenance.parameters_of(body).get("of")
-            if of is None:
-                continue
+        of = provenance.parameters_of(body).get("of") if body else None
+        if body and of:
             runs[Checkpoint(of["key"], of["step"])] = provenance.invocation(body).split("/")[0]
     return runs
 
 
 def statement(key: str, store: Store) -> provenance.Statement | None:
     """The statement that made a checkpoint; None if either is not here, or damaged, which is reported."""
-    if not store.sealed(key):
-        return None
-    try:
-        sealed_by = provenance.sealed(store.ledger, store.manifest(key))
-    except Damaged as error:
-        json_files.report(error, "this checkpoint is left out")
-        return None
+    sealed_by = None
+    with json_files.reporting("this checkpoint is left out"):
+        if store.sealed(key):
+            sealed_by = provenance.sealed(store.ledger, store.manifest(key))
     return sealed_by[1] if sealed_by else None

@@ -1,4 +1,8 @@
-"""The settings of recipes as flat fields: of a loaded recipe, and of the files with which a run began."""
+"""Nested settings and results as flat fields, for comparisons and for MLflow.
+
+Settings are those of a loaded recipe, or of the files with which a run began. Results are the numbers of the JSON files
+of an artifact.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from pydantic_core import to_jsonable_python
 
 from pipeline.core import json_files
 from pipeline.core.errors import RecipeError
-from pipeline.core.json_files import Damaged
 from pipeline.core.store import Artifact
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import LOCK_SUFFIX
@@ -18,8 +21,8 @@ from pipeline.graph.run import Run
 
 
 def flat(value: Any, prefix: str = "", is_operational: bool = False) -> Iterator[tuple[str, tuple[Any, bool]]]:
-    """(dotted field, (plain value, operational)) of every setting. An item of a list of sections is called by its
-    `name`, else by its number."""
+    """Yields (dotted field, (plain value, operational)) of every setting. An item of a list of sections is called by
+    its `name`, else by its number."""
     if isinstance(value, BaseModel):
         for name, info in type(value).model_fields.items():
             extra = info.json_schema_extra
@@ -38,9 +41,8 @@ def flat(value: Any, prefix: str = "", is_operational: bool = False) -> Iterator
 
 
 def _is_list_of_sections(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and any(
-        isinstance(item, (BaseModel, Mapping)) for item in value
-    )  # fmt: skip
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and any(isinstance(item, (BaseModel, Mapping)) for item in value)
 
 
 def _name(section: Any) -> str | None:
@@ -49,13 +51,13 @@ def _name(section: Any) -> str | None:
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """The settings that stand in the recipe files with which a run began. Unreadable ones are left out."""
+    """Returns the settings in the recipe files with which a run began. Unreadable ones are left out."""
     data = _settings(run, "data_recipes")
     return recipe_settings(run) | {f"data recipe: {field}": value for field, value in data.items()}
 
 
 def recipe_settings(run: Run) -> dict[str, Any]:
-    """Those of the recipe alone."""
+    """Returns those of the recipe alone."""
     return _settings(run, "recipes")
 
 
@@ -79,28 +81,27 @@ _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def scores_of(artifact: Artifact) -> dict[str, float]:
-    """The numbers of a measurement, such as `bits_per_byte/code` and `bits_per_byte/code/se`; none of a stage that
-    measures nothing. A damaged file is reported and left out."""
+    """Returns the numbers of a measurement, such as `bits_per_byte/code` and `bits_per_byte/code/se`; none of a stage
+    that measures nothing. A damaged file is reported and left out."""
     numbers: dict[str, float] = {}
     for name in SCORES:
         if any(row.path == name for row in artifact.rows):
-            try:
-                numbers |= dict(_numbers(json_files.read(artifact / name, _ANY)))
-            except FileNotFoundError:
-                json_files.note(f"{json_files.printable(artifact / name)} is missing; its scores are left out")
-            except Damaged as error:
-                json_files.report(error, "its scores are left out")
+            with json_files.reporting("its scores are left out"):
+                try:
+                    numbers |= dict(_numbers(json_files.read(artifact / name, _ANY)))
+                except FileNotFoundError:
+                    json_files.note(f"{json_files.printable(artifact / name)} is missing; its scores are left out")
     return numbers
 
 
 def estimates(numbers: dict[str, float]) -> dict[str, float]:
-    """The numbers that have a standard error, an interval or a count beside them."""
+    """Returns the numbers that have a standard error, an interval or a count beside them."""
     wholes = {name.rpartition("/")[0] for name in numbers}
     return {name: value for name, value in numbers.items() if name in wholes}
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Texts, flags, null and lists are left out."""
+    """Yields the numbers in a JSON value, by their dotted names. Texts, flags, null and lists are left out."""
     if isinstance(value, dict):
         for part, inner in value.items():
             yield from _numbers(inner, name if part == ESTIMATE and name else f"{name}/{part}".lstrip("/"))

@@ -1,4 +1,9 @@
-"""The plan of a run: each stage with its state and its own estimate."""
+"""The plan of a run: each stage with its state and its own estimate, and the times of checkpoints.
+
+A watchdog ends an attempt in which no rank makes progress for so many seconds. While checkpoints are written or hashed,
+progress is reported after every piece of work. So the limit need not be longer than a seal: it must be longer than the
+largest piece takes.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +18,28 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import Accelerator, Estimate, LongContext, Needs, RankSimulation, TrainingTime, operation
 from pipeline.graph.dag import Graph, State
 
+# The fields of an estimate that the JSON of a plan has as they are.
+ESTIMATES = (
+    "cpu_seconds serial_seconds gpu_seconds tokens flops memory_bytes host_bytes disk_bytes work_bytes files "
+    "published_bytes"
+)
+
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of the plan: its state, its estimate, its input artifacts from earlier runs by role, its ranks, the
-    operational fields of its config, and its shards, which tasks of a job array may process. time: of a training phase
-    on GPUs, where there is a model of it. takes_servers: whether servers in jobs of their own can work for it. gpus: of
-    a rank that does not train."""
+    """One stage of the plan."""
 
     state: State
     estimate: Estimate
-    external: Mapping[str, str]
+    external: Mapping[str, str]  # input artifacts from earlier runs, by role
     ranks: int
-    operation: Mapping[str, Any]
+    operation: Mapping[str, Any]  # the operational fields of its config
     obstacle: str | None = None
     trains: bool = False
-    shards: int = 1
-    time: Callable[[Accelerator], TrainingTime] | None = None
-    takes_servers: bool = False
-    gpus: int = 0
+    shards: int = 1  # which tasks of a job array may process
+    time: Callable[[Accelerator], TrainingTime] | None = None  # of a training phase on GPUs, if there is a model of it
+    takes_servers: bool = False  # servers in jobs of their own can work for it
+    gpus: int = 0  # of a rank that does not train
 
     @property
     def needs(self) -> Needs:
@@ -44,17 +52,7 @@ class StagePlan:
             "key": self.state.key,
             "state": self.state.text,
             "changed_code": list(self.state.changed),
-            "cpu_seconds": e.cpu_seconds,
-            "serial_seconds": e.serial_seconds,
-            "gpu_seconds": e.gpu_seconds,
-            "tokens": e.tokens,
-            "flops": e.flops,
-            "memory_bytes": e.memory_bytes,
-            "host_bytes": e.host_bytes,
-            "disk_bytes": e.disk_bytes,
-            "work_bytes": e.work_bytes,
-            "files": e.files,
-            "published_bytes": e.published_bytes,
+            **{name: getattr(e, name) for name in ESTIMATES.split()},
             "published": [asdict(files) for files in e.published],
             "parameters": e.parameters,
             "training": asdict(e.training) if e.training else None,
@@ -80,8 +78,8 @@ def is_small(graph: Graph) -> bool:
 
 
 def plan(graph: Graph, states: dict[str, State], selected: list[str], other_python: bool = False) -> list[StagePlan]:
-    """The plan of the selected stages. other_python: they run with another Python than this process, so that nothing
-    follows from what this machine lacks."""
+    """Returns the plan of the selected stages. other_python: they run with another Python than this process, so that
+    nothing follows from what this machine lacks."""
     return [
         StagePlan(
             states[node.name],

@@ -35,12 +35,12 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 
 class NodeRow(TypedDict):
-    """A stage of a run. inputs: the keys of its inputs, by role; older runs do not have them."""
+    """A stage of a run."""
 
     name: Name
     stage: str
     key: Name
-    inputs: NotRequired[dict[str, Name]]
+    inputs: NotRequired[dict[str, Name]]  # the keys of its inputs, by role
 
 
 class Prices(TypedDict):
@@ -57,18 +57,16 @@ class Limits(TypedDict):
 
 
 class LauncherFields(TypedDict):
-    """The fields that a launcher adds to run.json. launcher: where the stages run, whatever has become of their jobs;
-    cluster: name of the profile; code: the snapshot that the jobs run from."""
+    """The fields that a launcher adds to run.json."""
 
-    launcher: Literal["local", "slurm"]
+    launcher: Literal["local", "slurm"]  # where the stages run, whatever has become of their jobs
     prices: NotRequired[Prices | None]
-    cluster: NotRequired[str]
-    code: NotRequired[Name]
+    cluster: NotRequired[str]  # name of the profile
+    code: NotRequired[Name]  # the snapshot that the jobs run from
 
 
 class Body(LauncherFields):
-    """run.json. commit, dirty: of the checkout that the run began from; older runs do not have them. refused: why its
-    jobs were not submitted, in one sentence."""
+    """The content of run.json."""
 
     id: Name
     recipe: str
@@ -76,22 +74,23 @@ class Body(LauncherFields):
     recipe_path: str
     profile: str
     nodes: Annotated[list[NodeRow], Field(min_length=1)]
+    # Of the checkout that the run began from.
     commit: NotRequired[str | None]
     dirty: NotRequired[bool]
     budget: NotRequired[Limits | None]
-    refused: NotRequired[str]
+    refused: NotRequired[str]  # the reason why its jobs were not submitted, in one sentence
 
 
 class JobRow(TypedDict):
-    """A line of jobs.jsonl. user: whose job it is, if it is not that of the run's owner."""
+    """A line of jobs.jsonl: the Slurm job of a node."""
 
     node: Name
     job: str
-    attached: bool
-    user: NotRequired[str]
-    array: NotRequired[str | None]
+    attached: bool  # another run submitted it, perhaps of another user
+    user: NotRequired[str]  # whose job it is, if it is not that of the run's owner
+    array: NotRequired[str | None]  # the job array for its shards
     shards: NotRequired[int]
-    servers: NotRequired[list[str]]
+    servers: NotRequired[list[str]]  # the job arrays of its servers
 
 
 # The message about a stage that recorded no end.
@@ -120,11 +119,16 @@ class Run(RunFolder):
     body: Body
 
     def note_job(
-        self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1,
-        servers: list[str] | None = None, user: str | None = None,
-    ) -> None:  # fmt: skip
-        """Records the Slurm job of a node. attached: another run submitted it, perhaps of another user; array: the job
-        array for its shards, with the number of its tasks; servers: the job arrays of its servers."""
+        self,
+        node: str,
+        job: str,
+        attached: bool,
+        array: str | None = None,
+        shards: int = 1,
+        servers: list[str] | None = None,
+        user: str | None = None,
+    ) -> None:
+        """Records the Slurm job of a node, durably: a row of jobs.jsonl."""
         row: JobRow = {"node": node, "job": job, "attached": attached, "array": array, "shards": shards}
         if servers is not None:
             row["servers"] = servers
@@ -180,8 +184,8 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str, launche
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_files.write(path, data, durable=True)
     nodes: list[NodeRow] = [
-        {"name": n, "stage": node.stage.name, "key": node.key, "inputs": graph.materials(node)}
-        for n, node in ((name, graph.nodes[name]) for name in selected)
+        {"name": node.name, "stage": node.stage.name, "key": node.key, "inputs": graph.materials(node)}
+        for node in (graph.nodes[name] for name in selected)
     ]
     commit, dirty = _commit()
     body: Body = {
@@ -232,10 +236,10 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
                 raise Damaged(path, f"it says that it is of run {body['id']}")
             dated_runs.append((path.stat().st_mtime, Run(name, path.parent, body)))
         except FileNotFoundError:
-            nowhere = path.parent.is_symlink() and not path.parent.exists()  # perhaps its disk is not mounted
-            if path.parent.is_symlink() or _has_begun(path.parent):
-                why = "its folder is a link that leads nowhere" if nowhere else "it is missing"
-                damaged.append(Damaged(path, why))
+            if path.parent.is_symlink() and not path.parent.exists():  # perhaps its disk is not mounted
+                damaged.append(Damaged(path, "its folder is a link that leads nowhere"))
+            elif path.parent.is_symlink() or _has_begun(path.parent):
+                damaged.append(Damaged(path, "it is missing"))
         except Damaged as error:
             damaged.append(error)
     return [run for _, run in sorted(dated_runs, key=lambda item: (item[0], item[1].id))], damaged
@@ -327,11 +331,8 @@ class NodeStatus:
     def detail(self) -> str:
         """The state of the stage in one line of words."""
         servers = f"servers: {self.servers}" if self.servers else ""
-        return (
-            self.message
-            or self.reason
-            or "; ".join(filter(None, (self.slow, servers, figures_text(self.figures or {}))))
-        )
+        parts = (self.slow, servers, figures_text(self.figures or {}))
+        return self.message or self.reason or "; ".join(part for part in parts if part)
 
     @property
     def times(self) -> tuple[str, str, str]:
@@ -356,14 +357,15 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
     present = holder(store.work(key))
     running = present is not None and present.alive
     end = last if last and last["event"] == "end" else None
+    reported: dict[str, Any] = {}
+    if progress:
+        reported = {name: progress[name] for name in ("done", "total", "unit")}  # type: ignore[literal-required]
+        reported["figures"] = figures_of(progress) or None
     node_so_far = NodeStatus(
         name,
         key,
         "waiting",
-        done=progress["done"] if progress else 0,
-        total=progress["total"] if progress else 0,
-        unit=progress["unit"] if progress else "",
-        figures=(figures_of(progress) or None) if progress else None,
+        **reported,
         seconds=summary.seconds(time.time() if running else None),
         ranks=begun["ranks"] if begun else None,
         eta=eta,
@@ -373,6 +375,7 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
     )
     if not running and tail.cut:
         json_files.report(Damaged(tail.path, "its last line is cut"), "the other lines count")
+    # The artifact outranks the lease, and the lease the events: an old process may still hold or write them.
     if store.sealed(key):
         if tail.path.is_file() and not (tail.cut or tail.offset):
             json_files.report(Damaged(tail.path, "it is empty"), "what the stage did is not known")

@@ -1,7 +1,7 @@
 """Access to the `huggingface_hub` client: with a late import, without output, with retries, and with one sentence for
-each error.
+each error. `RemoteRepository` is what a repository contains, as the Hub lists it.
 
-No other module imports it.
+No other module imports that client.
 """
 
 from __future__ import annotations
@@ -205,64 +205,61 @@ def online() -> Iterator[None]:
 def translate_errors(action: str) -> Iterator[None]:
     """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError: a MachineError if another
     attempt may succeed."""
-    errors, http = load().errors, _http()
     try:
         yield
-    except HubLimit as error:
-        raise MachineError(f"{action}: {endpoint()} {printable(str(error))}") from None
-    except errors.RepositoryNotFoundError as error:
-        status = _status(error)
-        if status == 401 and os.environ.get("HF_TOKEN"):
-            raise AtomError(
-                f"{action}: {endpoint()} refuses the token in HF_TOKEN or hides this repository from it"
-            ) from None
-        raise AtomError(
-            f"{action}: {endpoint()} has no such repository, or it is private or gated and HF_TOKEN may not read it"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise Changed(f"{action}: the repository has no such revision") from None
-    except errors.HfHubHTTPError as error:
-        status, message = _status(error), _first_line(getattr(error, "server_message", None) or error)
-        if status == 401:
-            raise AtomError(
-                f"{action}: {endpoint()} refuses the token; set HF_TOKEN to a valid one with write access"
-            ) from None
-        if status == 403:
-            raise AtomError(
-                f"{action}: the token may not write there ({message}); use a namespace that is yours"
-            ) from None
-        if status == 412:
-            raise Changed(f"{action}: somebody else has changed it meanwhile") from None
-        kind = MachineError if status in RETRIED_STATUSES else AtomError
-        raise kind(f"{action}: {endpoint()} answers {status}: {message}") from None
-    except errors.LocalEntryNotFoundError as error:
-        raise MachineError(f"{action}: {endpoint()} cannot be read: {_first_line(error)}; try again") from None
-    except json.JSONDecodeError:
-        raise MachineError(
-            f"{action}: {endpoint()} sends a malformed answer, perhaps from a proxy; try again"
-        ) from None
-    except errors.LocalTokenNotFoundError:
-        raise AtomError(f"{action}: no token; set HF_TOKEN to one with write access") from None
-    except errors.HFValidationError as error:
-        raise AtomError(f"{action}: {_first_line(error)}") from None
-    except http.TimeoutException:
-        raise MachineError(f"{action}: {endpoint()} does not answer; try again later, or check HF_ENDPOINT") from None
-    except http.TooManyRedirects:
-        raise AtomError(f"{action}: {endpoint()} redirects in a circle; check HF_ENDPOINT") from None
-    except http.RemoteProtocolError as error:
-        raise MachineError(f"{action}: {endpoint()} interrupts or corrupts its answer: {_first_line(error)}") from None
-    except (http.HTTPError, http.InvalidURL, ConnectionError, errors.OfflineModeIsEnabled) as error:
-        raise MachineError(
-            f"{action}: {endpoint()} cannot be reached ({type(error).__name__}); check HF_ENDPOINT"
-        ) from None
-    except MalformedAnswer as error:
-        raise AtomError(f"{action}: {endpoint()} sends a malformed answer ({error}); check HF_ENDPOINT") from None
-    except OSError as error:
-        if error.errno is not None:  # the disk's
+    except Exception as error:
+        if (translated := _translated(error)) is None:
             raise
-        raise MachineError(
-            f"{action}: {endpoint()} sends other bytes than it announced: {_first_line(error)}"
-        ) from None
+        raise type(translated)(f"{action}: {translated}") from None
+
+
+def _translated(error: Exception) -> AtomError | None:
+    """Returns the AtomError for an error of the client; None for an error of something else."""
+    errors, http, hub = load().errors, _http(), endpoint()
+    if isinstance(error, HubLimit):
+        return MachineError(f"{hub} {printable(str(error))}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        if _status(error) == 401 and os.environ.get("HF_TOKEN"):
+            return AtomError(f"{hub} refuses the token in HF_TOKEN or hides this repository from it")
+        return AtomError(f"{hub} has no such repository, or it is private or gated and HF_TOKEN may not read it")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return Changed("the repository has no such revision")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _translated_status(_status(error), _first_line(getattr(error, "server_message", None) or error))
+
+    # The rest by their class alone. In this order, since some are kinds of others.
+    unreachable = (http.HTTPError, http.InvalidURL, ConnectionError, errors.OfflineModeIsEnabled)
+    rows: tuple[tuple[Any, type[AtomError], str], ...] = (
+        (errors.LocalEntryNotFoundError, MachineError, "{hub} cannot be read: {text}; try again"),
+        (json.JSONDecodeError, MachineError, "{hub} sends a malformed answer, perhaps from a proxy; try again"),
+        (errors.LocalTokenNotFoundError, AtomError, "no token; set HF_TOKEN to one with write access"),
+        (errors.HFValidationError, AtomError, "{text}"),
+        (http.TimeoutException, MachineError, "{hub} does not answer; try again later, or check HF_ENDPOINT"),
+        (http.TooManyRedirects, AtomError, "{hub} redirects in a circle; check HF_ENDPOINT"),
+        (http.RemoteProtocolError, MachineError, "{hub} interrupts or corrupts its answer: {text}"),
+        (unreachable, MachineError, "{hub} cannot be reached ({kind}); check HF_ENDPOINT"),
+        (MalformedAnswer, AtomError, "{hub} sends a malformed answer ({error}); check HF_ENDPOINT"),
+        (OSError, MachineError, "{hub} sends other bytes than it announced: {text}"),
+    )
+    for kinds, translation, sentence in rows:
+        if isinstance(error, kinds):
+            if kinds is OSError and error.errno is not None:  # type: ignore[attr-defined]
+                return None  # the disk's
+            fields = {"hub": hub, "text": _first_line(error), "kind": type(error).__name__, "error": error}
+            return translation(sentence.format(**fields))
+    return None
+
+
+def _translated_status(status: int | None, message: str) -> AtomError:
+    """Returns the AtomError for an answer of the Hub with an error status."""
+    if status == 401:
+        return AtomError(f"{endpoint()} refuses the token; set HF_TOKEN to a valid one with write access")
+    if status == 403:
+        return AtomError(f"the token may not write there ({message}); use a namespace that is yours")
+    if status == 412:
+        return Changed("somebody else has changed it meanwhile")
+    kind = MachineError if status in RETRIED_STATUSES else AtomError
+    return kind(f"{endpoint()} answers {status}: {message}")
 
 
 def _first_line(error: object) -> str:

@@ -24,7 +24,7 @@ from pipeline.launch.slurm_options import Options, gpu_request
 
 
 class Local(Config):
-    """How `atom run` uses this machine."""
+    """Use of this machine by `atom run`."""
 
     jobs: Annotated[int, Range(1, 4096)] = Field(
         default=2, description="maximum number of ranks that run at once, with one thread each"
@@ -195,7 +195,7 @@ class Jobs(Resources):
 
 
 class Changes(Config):
-    """What jobs of some stages request otherwise than those of their kind; null: as their kind."""
+    """Other requests for the jobs of some stages than for those of their kind; null: as their kind."""
 
     partition: SlurmName | None = Field(None, description="Slurm partition, or several")
     minutes: Annotated[int, Range(1, 525_600)] | None = Field(None, description="time limit of one start in minutes")
@@ -246,9 +246,9 @@ class Servers(Resources):
 
 @dataclass(frozen=True)
 class Allocation:
-    """The nodes of one job, and the ranks on each of them. section: of the profile, in which `jobs` stands."""
+    """The nodes of one job, and the ranks on each of them."""
 
-    section: str
+    section: str  # of the profile, in which `jobs` stands
     jobs: Jobs
     nodes: int
     ranks_per_node: int
@@ -293,7 +293,7 @@ class Allocation:
 
 
 class Slurm(Config):
-    """How `atom submit` uses a Slurm cluster."""
+    """Use of a Slurm cluster by `atom submit`."""
 
     cpu: Jobs = Field(description="jobs of data, export and evaluation stages")
     train: Jobs = Field(description="jobs of training and reinforcement-learning stages, one rank per GPU")
@@ -350,9 +350,7 @@ class Slurm(Config):
 
     @model_validator(mode="after")
     def _no_secret(self) -> Slurm:
-        kinds = [jobs for jobs in (self.cpu, self.train, self.servers, self.gpu) if jobs is not None]
-        environments = [each.environment for each in (self, *kinds, *self.stages.values())]
-        values = [pair for environment in environments for pair in environment.items()]
+        values = [pair for environment in self._environments for pair in environment.items()]
         for name, value in (*((name, "") for name in self.forward), *values):
             if is_secret(name, value):
                 raise ValueError(
@@ -361,15 +359,19 @@ class Slurm(Config):
                 )
         return self
 
+    @property
+    def _environments(self) -> list[dict[str, str]]:
+        kinds = [jobs for jobs in (self.cpu, self.train, self.servers, self.gpu) if jobs is not None]
+        return [section.environment for section in (self, *kinds, *self.stages.values())]
+
     @model_validator(mode="after")
     def _signal_within_limit(self) -> Slurm:
         sections = {name: getattr(self, name) for name in ("cpu", "train", "servers", "gpu")}
         sections |= {f"stages.{pattern}": changes for pattern, changes in self.stages.items()}
         for name, jobs in sections.items():
-            minutes = None if jobs is None else jobs.minutes
-            if minutes is not None and 60 * minutes <= self.signal_before_limit_seconds:
+            if jobs and jobs.minutes and 60 * jobs.minutes <= self.signal_before_limit_seconds:
                 raise ValueError(
-                    f"{name}.minutes = {minutes} is no longer than signal_before_limit_seconds = "
+                    f"{name}.minutes = {jobs.minutes} is no longer than signal_before_limit_seconds = "
                     f"{self.signal_before_limit_seconds}, so a job would be stopped as it begins; change one of them"
                 )
         return self
@@ -381,15 +383,16 @@ class Slurm(Config):
     @property
     def variables(self) -> tuple[str, ...]:
         """The names of the variables that jobs inherit or get."""
-        kinds = [jobs for jobs in (self.cpu, self.train, self.servers, self.gpu) if jobs is not None]
-        return (*self.forward, *(name for each in (self, *kinds, *self.stages.values()) for name in each.environment))
+        return (*self.forward, *(name for environment in self._environments for name in environment))
 
     def allocation(self, stage: str, needs: Needs) -> Allocation:
         """The allocation of a stage's job. On jobs without GPUs a stage that asks for some runs on cores.
 
         Raises RecipeError if the ranks do not fill nodes equally, or if a node has too few GPUs for its ranks.
         """
-        section = "train" if needs.trains or (needs.gpus and self.gpu is None) else "gpu" if needs.gpus else "cpu"
+        section = "gpu" if needs.gpus else "cpu"
+        if needs.trains or (needs.gpus and self.gpu is None):
+            section = "train"
         jobs: Jobs = getattr(self, section)
         for pattern, changes in self.stages.items():
             jobs = changes.apply(jobs) if fnmatchcase(stage, pattern) else jobs
@@ -447,7 +450,7 @@ class Profile(Config):
 
     @property
     def accelerator(self) -> Accelerator | None:
-        """What a model of the time of a step needs; None if the profile does not say all of it."""
+        """The figures for a model of the time of a step; None if the profile does not state all of them."""
         gpu = self.gpu
         if gpu is None or gpu.bf16 is None or not (gpu.memory_tb_s and gpu.nvlink_gb_s and gpu.network_gb_s):
             return None
@@ -462,7 +465,7 @@ class Profile(Config):
 
     @property
     def other_python(self) -> bool:
-        """Whether jobs run with another Python than the process that submits them."""
+        """True if jobs run with another Python than the process that submits them."""
         slurm = self.slurm
         return slurm is not None and (slurm.container is not None or slurm.python not in (None, sys.executable))
 
@@ -473,9 +476,8 @@ class Profile(Config):
 
     def costs(self) -> RunPrices | None:
         """The prices as plain values, for the files of a run."""
-        if (prices := self.prices) is None:
-            return None
-        return {"gpu_hour": prices.gpu_hour, "core_hour": prices.core_hour, "currency": prices.currency}
+        p = self.prices
+        return {"gpu_hour": p.gpu_hour, "core_hour": p.core_hour, "currency": p.currency} if p else None
 
     def cluster(self) -> Slurm:
         """The part for Slurm. Raises RecipeError if there is none."""

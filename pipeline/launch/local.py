@@ -61,9 +61,19 @@ JOB_ENVIRONMENT = {
 
 
 def require_inputs(graph: Graph, store: Store, selected: list[str], other_python: bool = False) -> None:
-    """Raises AtomError if a selected stage needs one that is neither selected nor sealed, if it cannot run at all, or
-    if a file is in the place of a folder of the home. other_python: it runs with another Python than this process, so
-    that nothing follows from what this machine lacks."""
+    """Checks that the selected stages can run.
+
+    Args:
+        graph: The graph.
+        store: The home.
+        selected: Names of the stages.
+        other_python: They run with another Python than this process, so that nothing follows from what this machine
+            lacks.
+
+    Raises:
+        AtomError: A stage needs one that is neither selected nor sealed, or cannot run at all, or a file is in the
+            place of a folder of the home.
+    """
     if obstacle := store.misplaced():
         raise AtomError(f"{obstacle}, and run the same command again")
     for name in selected:
@@ -73,12 +83,11 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
             raise AtomError(f"{graph.recipe.title}, stage {name}: {obstacle}")
         if not store.sealed(node.key) and not other_python:
             node.stage.inspect(node.config)
-        for source in graph.nodes[name].inputs.values():
+        for source in node.inputs.values():
             if source not in selected and not store.sealed(graph.nodes[source].key):
-                raise AtomError(
-                    f"stage {name} needs {source}, which is not sealed; run that first, or use --until {name}"
-                )
-        for key in graph.nodes[name].external.values():
+                lacking = f"stage {name} needs {source}, which is not sealed"
+                raise AtomError(f"{lacking}; run that first, or use --until {name}")
+        for key in node.external.values():
             if not store.sealed(key):
                 raise AtomError(
                     f"stage {name} needs {key} of an earlier run, which is not sealed under {store.artifacts}; run "
@@ -203,15 +212,9 @@ class LocalLauncher:
     def _submit(self, node: Node) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
         gpus = visible_gpus()
-        task = Task.of(
-            self.graph,
-            self.store,
-            self.run,
-            node,
-            watts_per_core=self.profile.power.watts_per_core,
-            ranks=number,
-            peaks=self.profile.peaks() if gpus else {},
-        )
+        peaks = self.profile.peaks() if gpus else {}
+        resources = {"watts_per_core": self.profile.power.watts_per_core, "ranks": number, "peaks": peaks}
+        task = Task.of(self.graph, self.store, self.run, node, **resources)
         # `env` becomes the stage's process, without denied variables
         options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
         options.append(f"ATOM_HOME={self.store.home}")
@@ -295,9 +298,7 @@ class LocalLauncher:
                 running_job.job._process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self.profile.local.stop_grace_seconds
         while self.running and time.monotonic() < deadline:
-            self.running = {
-                n: running_job for n, running_job in self.running.items() if self._poll(running_job) is None
-            }
+            self.running = {name: job for name, job in self.running.items() if self._poll(job) is None}
             time.sleep(POLL)
         for running_job in self.running.values():
             running_job.kill()

@@ -78,8 +78,8 @@ def allow_open_files() -> int:
 
 
 def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Failure | None:
-    """The problem of a node of this launch, in one sentence with its name; on a rank other than 0, the reason why it
-    could not report to rank 0. None without a problem."""
+    """Returns the problem of a node of this launch, in one sentence with its name; on a rank other than 0, the reason
+    why it could not report to rank 0. None without a problem."""
     problem = check_node(home, free_gb, scratch, ranks.size)
     if ranks.rank:
         text = _send_report(ranks, problem)
@@ -92,12 +92,13 @@ def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) 
     ranks: processes of the job."""
     name = node_name()
     if (limit := allow_open_files()) < (least := least_open_files(ranks)):
-        return Failure(
+        text = (
             f"node {name} lets a process have {limit} files open, and one of {ranks} ranks needs {least}; have its "
-            "hard limit raised (ulimit -Hn, LimitNOFILE of slurmd)",
-            bad_node=name,
+            "hard limit raised (ulimit -Hn, LimitNOFILE of slurmd)"
         )
+        return Failure(text, bad_node=name)
     for folder in [home, *([Path(scratch)] if scratch else [])]:
+        bad_node = "" if folder == home else name  # all nodes share the home
         try:
             free = shutil.disk_usage(folder).free / 1e9
             probe = folder / f".probe-{uuid.uuid4().hex}"
@@ -106,22 +107,16 @@ def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) 
             written = probe.stat().st_mtime
             probe.unlink()
         except OSError as error:
-            return Failure(
-                f"node {name} cannot write to {folder} ({error.strerror}); fix its mounts, or exclude it",
-                bad_node="" if folder == home else name,
-            )
+            text = f"node {name} cannot write to {folder} ({error.strerror}); fix its mounts, or exclude it"
+            return Failure(text, bad_node=bad_node)
         if free < free_gb:
-            return Failure(
-                f"node {name} has {free:.1f} GB free in {folder}, less than free_gb = {free_gb:g}; free some",
-                bad_node="" if folder == home else name,
-            )
-        if folder == home and abs(written - local_time) > SKEW_SECONDS:
+            text = f"node {name} has {free:.1f} GB free in {folder}, less than free_gb = {free_gb:g}; free some"
+            return Failure(text, bad_node=bad_node)
+        skew = abs(written - local_time)
+        if folder == home and skew > SKEW_SECONDS:
             relation = "ahead of" if local_time > written else "behind"
-            seconds = abs(written - local_time)
-            return Failure(
-                f"the clock of node {name} is {seconds:.0f} s {relation} the file system's; set it by NTP",
-                bad_node=name,
-            )
+            text = f"the clock of node {name} is {skew:.0f} s {relation} the file system's; set it by NTP"
+            return Failure(text, bad_node=name)
     return _gpus(name)
 
 
@@ -131,11 +126,8 @@ def _gpus(name: str) -> Failure | None:
     assigned = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
     device_files = list(Path("/dev").glob("nvidia[0-9]*"))
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
-        count = len(device_files)
-        return Failure(
-            f"node {name} has {count} GPUs under /dev, and Slurm gave {len(assigned)}; check the NVIDIA driver",
-            bad_node=name,
-        )
+        gave = f"and Slurm gave {len(assigned)}; check the NVIDIA driver"
+        return Failure(f"node {name} has {len(device_files)} GPUs under /dev, {gave}", bad_node=name)
     is_first = os.environ.get("SLURM_LOCALID", "0") == "0"  # of the ranks of this node, if all have the same GPUs
     has_part = len(assigned) < int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     return gpu_problem(name, assigned) if assigned and (is_first or has_part) else None
@@ -145,9 +137,8 @@ def gpu_problem(node: str, gpus: Sequence[str]) -> Failure | None:
     """The problem of one of these GPUs of this node, in one sentence; None without one. Without nvidia-smi nothing is
     known, which a line of the log says. gpus: their numbers; the others may be another job's."""
     if shutil.which("nvidia-smi") is None:
-        print(
-            f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked", file=sys.stderr
-        )
+        text = f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked"
+        print(text, file=sys.stderr)
         return None
     fields = list(SOUND)
     while True:
@@ -195,9 +186,8 @@ def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
     if listener is None:
         if (failure := ranks.failure()) is not None:
             return failure.text
-        return (
-            f"node {node_name()} got no answer from rank 0 for {SECONDS:.0f} s; check that it has the same $ATOM_HOME"
-        )
+        silence = f"node {node_name()} got no answer from rank 0 for {SECONDS:.0f} s"
+        return f"{silence}; check that it has the same $ATOM_HOME"
     wrong = None if problem is None else problem.text
     report = {"rank": ranks.rank, "node": node_name(), "wrong": wrong, "lock": environment.fingerprint()}
     text = json.dumps(report)
@@ -251,11 +241,11 @@ def _gather_reports(ranks: Ranks) -> Failure | None:
     ordered = [reports[rank] for rank in sorted(reports)]
     if problems := [report for report in ordered if report["wrong"]]:
         return Failure(str(problems[0]["wrong"]), bad_node=str(problems[0]["node"]))
-    lock = environment.fingerprint()
-    if (other := next((report["node"] for report in ordered if report["lock"] != lock), None)) is not None:
-        return Failure(
-            f"nodes {other} and {node_name()} differ in Python, packages or processor; ask for nodes that are alike"
-        )
+    fingerprint = environment.fingerprint()
+    for report in ordered:
+        if report["lock"] != fingerprint:
+            nodes = f"nodes {report['node']} and {node_name()}"
+            return Failure(f"{nodes} differ in Python, packages or processor; ask for nodes that are alike")
     return None
 
 

@@ -18,7 +18,6 @@ from pydantic import TypeAdapter
 
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
-from pipeline.core.json_files import Damaged
 from pipeline.core.log_summary import Curves, EventSummary, spike_limit
 from pipeline.core.progress import duration
 from pipeline.core.progress import stages as stage_count
@@ -44,23 +43,21 @@ STATE = TypeAdapter(dict[str, str])
 
 @dataclass(frozen=True)
 class Thresholds:
-    """stalled_steps: median step times without a step; stalled_seconds: and at least so many seconds; budget_share: of
-    a budget that is used or expected; free_gb: on the disk of the home; waiting_hours: of a job that nothing but Slurm
-    keeps waiting; restarts_a_day: starts of a stage within a day."""
+    """The limits beyond which something is an alert."""
 
-    stalled_steps: float = 20.0
-    stalled_seconds: float = 300.0
-    budget_share: float = 0.9
-    free_gb: float = 1.0
-    waiting_hours: float = 24.0
-    restarts_a_day: int = 5
+    stalled_steps: float = 20.0  # median step times without a report
+    stalled_seconds: float = 300.0  # and at least so many seconds
+    budget_share: float = 0.9  # that is used
+    free_gb: float = 1.0  # on the disk of the home
+    waiting_hours: float = 24.0  # of a job that nothing but Slurm keeps waiting
+    restarts_a_day: int = 5  # starts of a stage
 
 
 @dataclass(frozen=True)
 class Alert:
-    """id: the same as long as the alert stands."""
+    """Something in a run that a person should know."""
 
-    id: str
+    id: str  # the same as long as the alert stands
     kind: str
     stage: str | None
     text: str
@@ -129,16 +126,8 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
         yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}{hidden}")
     if curves is None:
         return
-    recent = [loss for _, loss in curves.state["recent"]]
-    spikes = [
-        (n, limit) for n in range(max(SPIKE_WINDOW, len(recent) - SPIKE_WINDOW), len(recent))
-        if recent[n] > (limit := spike_limit(recent[n - SPIKE_WINDOW : n], SPIKE_SIGMAS)[1])
-    ]  # fmt: skip
-    if spikes:
-        n, limit = spikes[-1]
-        step = curves.state["recent"][n][0]
-        text = f"stage {name}: the loss is {recent[n]:.4g} at step {step:.0f}, above {limit:.4g}"
-        yield Alert(f"loss spike {name}", "loss spike", name, text)
+    if (spike := _last_spike(curves.state["recent"])) is not None:
+        yield Alert(f"loss spike {name}", "loss spike", name, f"stage {name}: {spike}")
     skipped = curves.points("spike")
     if skipped and stage.status.done - skipped[-1][0] <= SPIKE_WINDOW:
         text = f"stage {name}: spikes so far: {curves.count('spike')}, the last one near step {skipped[-1][0]:.0f}"
@@ -147,6 +136,16 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
         experts = f"{dead:.0f} experts have" if dead > 1 else "1 expert has"
         text = f"stage {name}: {experts} been dead for {DEAD_STEPS:,} steps"
         yield Alert(f"dead experts {name}", "dead experts", name, text)
+
+
+def _last_spike(recent: Sequence[Sequence[float]]) -> str | None:
+    """Returns a clause on the last spike among [step, loss] of the latest steps; None without one."""
+    losses = [loss for _, loss in recent]
+    for number in reversed(range(max(SPIKE_WINDOW, len(losses) - SPIKE_WINDOW), len(losses))):
+        _, limit = spike_limit(losses[number - SPIKE_WINDOW : number], SPIKE_SIGMAS)
+        if losses[number] > limit:
+            return f"the loss is {losses[number]:.4g} at step {recent[number][0]:.0f}, above {limit:.4g}"
+    return None
 
 
 def _dead_experts(curves: Curves) -> float:
@@ -223,14 +222,7 @@ class Watcher:
     def _read(self) -> dict[str, str]:
         if self.command is None:
             return dict(self.shown)
-        try:
-            sent: dict[str, str] = json_files.read(self.state, STATE)
-        except FileNotFoundError:
-            return {}
-        except Damaged as error:
-            json_files.report(error, "all alerts that stand are sent again")
-            return {}
-        return sent
+        return json_files.read_optional(self.state, STATE, "all alerts that stand are sent again") or {}
 
 
 def run_command(command: str, run: str, alert: Alert) -> str | None:

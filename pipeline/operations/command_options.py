@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from pipeline.core.store import Store
     from pipeline.graph.dag import Graph
+    from pipeline.graph.run import Run
 
 # The panels of `atom --help`: the `rich_help_panel` of a command.
 PLAN_AND_RUN, RELEASE, CHECK, DATA = "Plan and run", "Release", "Check", "Data"
@@ -31,6 +32,15 @@ def open_store() -> Store:
     home = home_folder()
     process.share_home(home)
     return Store(home)
+
+
+def find_run(reference: str | None) -> tuple[Run, Store]:
+    """Returns the run whose id begins with `reference`, or the latest, and the home, after a warning of it."""
+    from pipeline.graph import run as runs
+
+    store = open_store()
+    warn_of_home(store)
+    return runs.find(store, reference), store
 
 
 def console() -> Console:

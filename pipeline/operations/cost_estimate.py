@@ -3,7 +3,7 @@ profile."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pipeline.core.stage import RECOMPUTED, TrainingTime, family
@@ -14,16 +14,16 @@ from pipeline.launch.cluster_profile import Profile, Rate, Servers, Slurm
 
 @dataclass(frozen=True)
 class Use:
-    """The expected use of one stage or of all. hours: wall-clock hours."""
+    """The expected use of one stage or of all."""
 
     name: str
-    hours: float = 0.0
+    hours: float = 0.0  # on the clock
     gpu_hours: float = 0.0
     core_hours: float = 0.0
     cost: float = 0.0
     energy_wh: float = 0.0
-    server_gpu_hours: float = 0.0
     # Of gpu_hours and core_hours, those of servers in jobs of their own.
+    server_gpu_hours: float = 0.0
     server_core_hours: float = 0.0
     # The reason for a missing estimate; None with an estimate.
     why: str | None = None
@@ -34,13 +34,12 @@ class Use:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """The estimates of the stages to run. total: the sum of the estimated stages; its hours assume one stage after the
-    other."""
+    """The estimates of the stages to run."""
 
     profile: Profile
     uses: tuple[Use, ...]
-    total: Use
-    assumed: tuple[str, ...]
+    total: Use  # the sum of the estimated stages; its hours assume one stage after the other
+    assumed: tuple[str, ...]  # sentences
 
     @property
     def hours(self) -> Hours:
@@ -59,18 +58,20 @@ class CostEstimate:
 
 
 def estimate_costs(rows: list[StagePlan], profile: Profile, small: bool) -> CostEstimate:
-    """small: `plan.is_small` of the graph.
+    """Estimates the cost of the stages to run.
 
-    Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
+    Args:
+        rows: The plan.
+        profile: The cluster.
+        small: As `plan.is_small` says of the graph.
+
+    Raises:
+        RecipeError: The ranks of a stage do not fill the profile's nodes equally.
     """
     uses = tuple(_priced(_use(row, profile, small), profile) for row in rows if row.state.text == "to run")
-    total = Use("all", *(sum(values) for values in zip(*(_figures(use) for use in uses), strict=True)))
+    figures = [field.name for field in fields(Use) if field.name not in ("name", "why")]
+    total = Use("all", **{name: sum(getattr(use, name) for use in uses) for name in figures})
     return CostEstimate(profile, uses, total, tuple(_assumed(rows, uses, profile)))
-
-
-def _figures(use: Use) -> tuple[float, ...]:
-    hours = use.hours, use.gpu_hours, use.core_hours
-    return *hours, use.cost, use.energy_wh, use.server_gpu_hours, use.server_core_hours
 
 
 def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
@@ -109,11 +110,12 @@ def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
     hours = max(use.hours, drawing) if work.overlaps else use.hours + drawing
     on_cores = 0.0 if in_server else work.flops / work.cpu_flops / 3600
     core_hours = on_cores if gpus else use.core_hours - work.flops / work.cpu_flops / 3600 + on_cores
-    server_gpu_hours = servers.count * servers.gpus_per_node * hours if servers else 0.0
-    return replace(
-        use, hours=hours, gpu_hours=hours * gpus + server_gpu_hours, core_hours=core_hours,
-        server_gpu_hours=server_gpu_hours, server_core_hours=on_cores if servers else 0.0,
-    )  # fmt: skip
+    use = replace(use, hours=hours, gpu_hours=hours * gpus, core_hours=core_hours)
+    if servers is None:
+        return use
+    server_gpu_hours = servers.count * servers.gpus_per_node * hours
+    gpu_hours = use.gpu_hours + server_gpu_hours
+    return replace(use, gpu_hours=gpu_hours, server_gpu_hours=server_gpu_hours, server_core_hours=on_cores)
 
 
 def servers_of(row: StagePlan, profile: Profile) -> Servers | None:
@@ -230,10 +232,10 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
             )
     sentences += _unused_gpus(rows, profile)
     assumptions = [row.estimate.assumed for row in rows if row.state.name in by_name and row.gpus]
-    assumptions += [
-        row.estimate.served.assumed for row in rows if row.estimate.served is not None
-        if (use := by_name.get(row.state.name)) and not use.server_core_hours
-    ]  # fmt: skip
+    for row in rows:
+        use = by_name.get(row.state.name)
+        if use and row.estimate.served is not None and not use.server_core_hours:
+            assumptions.append(row.estimate.served.assumed)
     sentences += [f"assumed: {sentence}" for sentence in dict.fromkeys(assumptions) if sentence]
     reasons: dict[str, list[str]] = {}
     for use in uses:

@@ -136,8 +136,8 @@ def _nodes(row: StagePlan, profile: Profile) -> list[str]:
     of_ranks = need * jobs.gpus_per_node if jobs.exclusive else allocation.all_gpus
     if of_ranks + of_servers <= have:
         return []
-    return [f"it needs {of_ranks} GPUs and its servers {of_servers} at the same time, and {jobs.nodes} nodes have "
-            f"{have} ({stated}, slurm.servers.count)"]  # fmt: skip
+    needs = f"it needs {of_ranks} GPUs and its servers {of_servers} at the same time"
+    return [f"{needs}, and {jobs.nodes} nodes have {have} ({stated}, slurm.servers.count)"]
 
 
 def _format(row: StagePlan, profile: Profile) -> list[str]:

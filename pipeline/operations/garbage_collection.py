@@ -53,10 +53,10 @@ _RELEASE: TypeAdapter[Any] = TypeAdapter(_Release)
 
 @dataclass(frozen=True)
 class Loose:
-    """An unused folder, with the reason. bytes: the space that becomes free if all listed folders are removed."""
+    """An unused folder."""
 
     path: Path
-    bytes: int
+    bytes: int  # that become free if all listed folders are removed
     why: str
 
     def json(self) -> dict[str, Any]:
@@ -65,12 +65,13 @@ class Loose:
 
 @dataclass
 class Needed:
-    """The data that runs and releases reference. doubts: the reasons why further references may be unknown."""
+    """The data that runs and releases reference."""
 
     keys: set[str] = field(default_factory=set)
     code: set[str] = field(default_factory=set)
     # The stage of each key in a run.
     stages: dict[str, str] = field(default_factory=dict)
+    # The reasons why further references may be unknown.
     doubts: list[str] = field(default_factory=list)
 
     def doubt(self, error: Damaged, consequence: str) -> None:
@@ -85,33 +86,26 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
     if an unfinished job needs one of them.
     """
     all_runs, damaged = _read_runs(store)
-    ids = {
-        name: _match_prefix(name, [run.id for run in all_runs] + [e.path.parent.name for e in damaged])
-        for name in ignored
-    }
-    counted_runs = [run for run in all_runs if run.id not in ids.values()]
-    needed = _needed_by_runs(store, counted_runs)
+    ids = [run.id for run in all_runs] + [error.path.parent.name for error in damaged]
+    ignored_ids = {_match_prefix(name, ids) for name in ignored}
+    needed = _needed_by_runs(store, [run for run in all_runs if run.id not in ignored_ids])
     for error in damaged:
-        if error.path.parent.name not in ids.values():
+        if error.path.parent.name not in ignored_ids:
             needed.doubt(error, "what that run needs is not known")
     _add_needed_by_releases(store, needed)
     needed.keys |= {prediction_key(key) for key in needed.keys}  # of a run that began after it
     for run in all_runs:
         needed.stages |= {row["key"]: row["stage"] for row in run.body["nodes"]}
     keys = {_match_prefix(name, [*_names(store.artifacts, KEY), *_names(store.home / "work", KEY)]) for name in named}
-    _require_idle(store, all_runs, keys, set(ids.values()))
+    _require_idle(store, all_runs, keys, ignored_ids)
     rows = [*_loose_work(store, needed, keys), *_loose_artifacts(store, needed, keys), *_loose_code(store, needed)]
     sizes = freed(path for path, _ in rows)
     loose_folders = [Loose(path, sizes[path], reason) for path, reason in rows]
-    kept_reasons = [
-        f"{key} is kept, since {_why_kept(key)}; --include {key} names it"
-        for key in _names(store.artifacts, KEY)
-        if not needed.doubts
-        and key not in keys
-        and not _is_needed(store, key, needed)
-        and _is_trained(store, key, needed)
-    ]
-    return sorted(loose_folders, key=lambda row: (-row.bytes, str(row.path))), [*needed.doubts, *kept_reasons]
+    notes = list(needed.doubts)
+    for key in _names(store.artifacts, KEY) if not needed.doubts else ():
+        if key not in keys and not _is_needed(store, key, needed) and _is_trained(store, key, needed):
+            notes.append(f"{key} is kept, since {_why_kept(key)}; --include {key} names it")
+    return sorted(loose_folders, key=lambda row: (-row.bytes, str(row.path))), notes
 
 
 def delete(
@@ -265,9 +259,8 @@ def _require_idle(store: Store, run_list: list[Run], keys: set[str], ignored: se
         if not (keys & reachable or run.id in ignored):
             continue
         if reason := _why_active(store, run):
-            subject = (
-                f"{sorted(keys & reachable)[0]} is needed by run" if keys & reachable else "it cannot be ignored: run"
-            )
+            needed = sorted(keys & reachable)
+            subject = f"{needed[0]} is needed by run" if needed else "it cannot be ignored: run"
             raise AtomError(f"{subject} {run.id}, {reason}; stop it first: atom cancel {run.id}")
 
 
@@ -276,7 +269,7 @@ def _why_active(store: Store, run: Run) -> str | None:
     if all(store.sealed(row["key"]) for row in run.body["nodes"]):
         return None
     folders = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
-    if any(lease_holder is not None and lease_holder.alive for lease_holder in map(holder, folders)):
+    if any(present is not None and present.alive for present in map(holder, folders)):
         return "which is running"
     if run.on_slurm:
         try:
@@ -297,19 +290,16 @@ def _is_of(job: Job, run: Run) -> bool:
 
 
 def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
-    try:
-        return [name for name in json_files.names(folder) if pattern.fullmatch(name)]
-    except Damaged as error:
-        json_files.report(error, "nothing there is named")
-        return []
+    names: list[str] = []
+    with json_files.reporting("nothing there is named"):
+        names = [name for name in json_files.names(folder) if pattern.fullmatch(name)]
+    return names
 
 
 def _is_needed(store: Store, key: str, needed: Needed) -> bool:
     """Returns True if a run or release references a key, or the phase of the checkpoint with that key."""
-    phases = (
-        (provenance.phase_of(body) for _, body in provenance.statements(store.ledger, key)[0]) if "@" in key else ()
-    )
-    return key in needed.keys or any(phase in needed.keys for phase in phases)
+    statements = provenance.statements(store.ledger, key)[0] if "@" in key else ()
+    return key in needed.keys or any(provenance.phase_of(body) in needed.keys for _, body in statements)
 
 
 def _why_kept(key: str) -> str:
@@ -347,10 +337,8 @@ def _loose_work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple
 
 def _loose_artifacts(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
     for key in _names(store.artifacts, KEY):
-        try:
+        with json_files.reporting("what needs this artifact cannot be run"):
             store.manifest(key)
-        except Damaged as error:
-            json_files.report(error, "what needs this artifact cannot be run")
         if key in named:
             yield store.artifacts / key, "it was named"
         elif key not in needed.keys and not needed.doubts and not _is_trained(store, key, needed):

@@ -1,4 +1,4 @@
-"""Lists the runs of a home."""
+"""Lists the runs of a home, finds the logs of their stages, and stops them here or on Slurm."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ LATEST = 1e11
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run. state: `sealed` if all of its stages are; `running`; `queued` in Slurm; `refused` by Slurm; `failed`;
-    `stopped`; or `unfinished` if its process is gone, or Slurm hides its jobs. owner: who began it. began, last_event:
-    seconds since the epoch. message: of the last failure."""
+    """One run of a list."""
 
     id: str
-    owner: str
+    owner: str  # who began it
     recipe: str
     version: str
+    # `sealed` if all of its stages are; `running`; `queued` in Slurm; `refused` by Slurm; `failed`; `stopped`; or
+    # `unfinished` if its process is gone, or Slurm hides its jobs.
     state: str
     stages: int
-    sealed: int
-    began: float
-    last_event: float
-    stage: str | None = None
-    message: str | None = None
+    sealed: int  # of the stages
+    began: float  # seconds since the epoch
+    last_event: float  # seconds since the epoch
+    stage: str | None = None  # of the last event, or of the last failure
+    message: str | None = None  # of the last failure
 
     @property
     def hours(self) -> float:
@@ -96,10 +96,8 @@ def _row(run: Run, store: Store) -> RunRow:
         message = latest.message
         state = REFUSED if latest.state == REFUSED else "stopped" if latest.kind == Kind.STOPPED else "failed"
     stage = None if latest.last_report is None else latest.name
-    return RunRow(
-        run.id, run.owner, run.body["recipe"], run.body["version"], state, len(nodes), sealed, began, final, stage,
-        message,
-    )  # fmt: skip
+    release = run.body["recipe"], run.body["version"]
+    return RunRow(run.id, run.owner, *release, state, len(nodes), sealed, began, final, stage, message)
 
 
 def _last_report(node: NodeStatus) -> float:

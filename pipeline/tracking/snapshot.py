@@ -20,20 +20,20 @@ from pipeline.launch.slurm_client import Answers
 from pipeline.tracking import status
 
 # The first curves to show, in this order.
-CURVES = (
-    "loss", "heldout_loss", "reward", "step_tokens_per_s", "tokens_per_s", "step_seconds", "grad_norm",
-    "peak_gpu_memory_bytes", "peak_memory_bytes", "spike", "dead_experts", "expert_max_violation", "router_entropy",
-    "data_wait_seconds", "checkpoint_stall_seconds", "lr",
-)  # fmt: skip
+_CURVES = """
+loss heldout_loss reward step_tokens_per_s tokens_per_s step_seconds grad_norm peak_gpu_memory_bytes peak_memory_bytes
+spike dead_experts expert_max_violation router_entropy data_wait_seconds checkpoint_stall_seconds lr
+"""
+CURVES = tuple(_CURVES.split())
 NO_CHARTS = ("tokens", "spike")
 
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage with its logs. curves: None if it has recorded none."""
+    """A stage with its logs."""
 
     status: NodeStatus
-    curves: Curves | None
+    curves: Curves | None  # None if it has recorded none
 
     @property
     def events(self) -> EventSummary:
@@ -64,14 +64,13 @@ class StageView:
 
 @dataclass(frozen=True)
 class Spending:
-    """Hours of a run. used: of ended attempts; running: of the present ones so far, where a rank without GPUs counts as
-    one busy core; coming: what the running stages still need at their pace."""
+    """Hours of a run."""
 
-    used: Hours
-    running: Hours
-    coming: Hours
+    used: Hours  # of ended attempts
+    running: Hours  # of the present attempts so far, where a rank without GPUs counts as one busy core
+    coming: Hours  # that the running stages still need at their pace
     limits: Limits | None
-    waiting: int
+    waiting: int  # stages that have not begun
 
     def now(self, name: Resource) -> float:
         return self.used[name] + self.running[name]
@@ -83,12 +82,12 @@ class Spending:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """lack: a sentence on missing information."""
+    """A run at one moment."""
 
     run: Run
     time: float
     stages: tuple[StageView, ...]
-    lack: str | None
+    lack: str | None  # a sentence on missing information
     spending: Spending
 
     @property
@@ -103,11 +102,10 @@ class Snapshot:
     def spending_text(self) -> list[str]:
         """Hours and money, used and expected, beside the budget."""
         prices, lines = self.run.body.get("prices"), []
-        total = {name: self.spending.now(name) for name in RESOURCES}
-        expected = {name: self.spending.expected(name) for name in RESOURCES}
-        for text, hours in (("used so far", total), ("expected when the running stages end", expected)):
-            described: Hours = {"gpu_hours": hours["gpu_hours"], "core_hours": hours["core_hours"]}
-            lines.append(f"{text}: {budget.describe(described, prices)}")
+        total = budget.hours(self.spending.now)
+        expected = budget.hours(self.spending.expected)
+        lines.append(f"used so far: {budget.describe(total, prices)}")
+        lines.append(f"expected when the running stages end: {budget.describe(expected, prices)}")
         for name in RESOURCES:
             if self.spending.limits and (limit := self.spending.limits.get(name)):
                 share, coming = total[name] / limit, expected[name] / limit
@@ -131,14 +129,12 @@ def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
 
 
 def _spending(run: Run, store: Store, stages: Iterable[StageView], now: float) -> Spending:
-    running: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
-    coming: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
-    used: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
+    used, running, coming = (budget.hours(lambda name: 0.0) for _ in range(3))
     waiting = 0
     for stage in stages:
-        hours = used_hours(store, stage.status.key)
-        used["gpu_hours"] += hours["gpu_hours"]
-        used["core_hours"] += hours["core_hours"]
+        ended = used_hours(store, stage.status.key)
+        for resource in RESOURCES:
+            used[resource] += ended[resource]
         start = stage.events.state["start"]
         if stage.status.state == "running" and start:
             name: Resource = "gpu_hours" if stage.gpus else "core_hours"

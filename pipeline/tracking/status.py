@@ -264,13 +264,8 @@ _SHARDS: TypeAdapter[Any] = TypeAdapter(_Shards)
 
 
 def _shards_done(path: Path) -> int:
-    try:
-        return int(json_files.read(path, _SHARDS)["done"])
-    except FileNotFoundError:
-        return 0
-    except Damaged as error:
-        json_files.report(error, "its shards are not counted")
-        return 0
+    shards = json_files.read_optional(path, _SHARDS, "its shards are not counted")
+    return int(shards["done"]) if shards else 0
 
 
 def kept_nodes(run: Run) -> list[str]:
