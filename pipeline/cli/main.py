@@ -27,7 +27,7 @@ class CommandGroup(TyperGroup):
     """The commands, which `atom --help` lists by who needs them."""
 
     def panels(self) -> dict[str, dict[str, Any]]:
-        """The commands of each panel. A command without one is about planning and running."""
+        """Returns the commands of each panel. A command without one is about planning and running."""
         panels: dict[str, dict[str, Any]] = {panel: {} for panel in PANELS}
         for name, command in self.commands.items():
             panels[getattr(command, "rich_help_panel", None) or PLAN_AND_RUN][name] = command

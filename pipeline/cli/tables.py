@@ -27,7 +27,7 @@ ALL = 100
 
 
 def table(*columns: str, right: int = 0, wraps: int = 0, caption: str | None = None, title: str | None = None) -> Table:
-    """An empty table without lines.
+    """Returns an empty table without lines.
 
     Args:
         columns: The heads.
@@ -60,8 +60,11 @@ def _cell(value: float | None, unit: str = "") -> str:
 
 
 def plan_table(rows: list[StagePlan]) -> Table:
-    """One line for each stage. CPU time is shown if every training phase has an estimate of it; GPUs of
-    a rank that does not train, if there are any."""
+    """Returns one line for each stage.
+
+    CPU time is shown if every training phase has an estimate of it; GPUs of a rank that does not train, if there are
+    any.
+    """
     has_cpu_time, has_gpus = timed(row.estimate for row in rows), any(row.gpus for row in rows)
     to_run = [r for r in rows if r.state.text == "to run"]
     seconds = sum(r.estimate.cpu_seconds or 0 for r in to_run)
@@ -90,7 +93,7 @@ def plan_table(rows: list[StagePlan]) -> Table:
 
 
 def phases_table(rows: list[StagePlan]) -> Table | None:
-    """The resources that each training phase needs for each rank; None if there is no training phase."""
+    """Returns the resources that each training phase needs for each rank; None if there is no training phase."""
     phases = [(row, row.estimate.training) for row in rows if row.estimate.training is not None]
     if not phases:
         return None
@@ -123,7 +126,7 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
 
 
 def long_context_table(cost: LongContext) -> Table:
-    """The cache and the FLOPs of a long text, beside those of full attention in all layers."""
+    """Returns the cache and the FLOPs of a long text, beside those of full attention in all layers."""
     result = table(f"{cost.tokens:,} tokens", "cache in bf16", "GFLOP/token", right=2)
     columns = ((cost.cache_bytes, cost.full_cache_bytes), (cost.flops_per_token, cost.full_flops_per_token))
     (cache, full_cache), (flops, full_flops) = columns
@@ -134,7 +137,8 @@ def long_context_table(cost: LongContext) -> Table:
 
 
 def simulation_table(name: str, result: RankSimulation) -> Table:
-    """The traffic of a simulated rank in a step, by operation and group, under its memory and the estimate of it."""
+    """Returns the traffic of a simulated rank in a step, by operation and group, under its memory and the estimate
+    of it."""
     activations = result.peak_bytes - result.state_bytes, result.planned_peak_bytes - result.planned_state_bytes
     excess = result.planned_peak_bytes / result.peak_bytes - 1
     lines = [
@@ -168,7 +172,7 @@ def _volume(row: Traffic) -> int:
 
 
 def cost_table(estimate: CostEstimate) -> Table:
-    """The expected use of each stage to run on a cluster, without the stages that have no estimate."""
+    """Returns the expected use of each stage to run on a cluster, without the stages that have no estimate."""
     prices, total = estimate.profile.prices, estimate.total
     hours = {"GPU hours": "gpu_hours", "core hours": "core_hours"}
     if total.server_gpu_hours or total.server_core_hours:
@@ -192,7 +196,7 @@ def _hours(value: float) -> str:
 
 
 def _binary(value: float) -> str:
-    """Bytes as memory is counted: 40.1Gi, 7.53Mi."""
+    """Returns bytes as memory is counted: 40.1Gi, 7.53Mi."""
     return f"{value / 2**30:.3g}Gi" if value >= 2**30 else f"{value / 2**20:.3g}Mi"
 
 
@@ -212,7 +216,7 @@ def status_table(run: str, owner: str, stages: list[NodeStatus], used: str) -> T
 
 
 def value_text(value: Any) -> str:
-    """A setting in one line."""
+    """Returns a setting in one line."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return escape(escaped(text, LONGEST_VALUE))
 

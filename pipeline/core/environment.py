@@ -46,12 +46,12 @@ _COMMIT: TypeAdapter[Any] = TypeAdapter(_Commit)
 
 
 def node_name() -> str:
-    """The name of this node in Slurm, or in the system without Slurm."""
+    """Returns the name of this node in Slurm, or in the system without Slurm."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def own_address() -> tuple[str, str]:
-    """The address on which this node listens for other nodes, and the host for the URLs that they use.
+    """Returns the address on which this node listens for other nodes, and the host for the URLs that they use.
 
     The host is the name of the node. If this node knows itself by a loopback address only, it is the address of the
     interface with the default route; without any route it is the loopback.
@@ -117,8 +117,8 @@ def describe() -> dict[str, Any]:
 
 
 def git_commit(root: Path) -> tuple[str | None, bool]:
-    """(commit, dirty) of the checkout that contains `root`, or that a snapshot of its code was made from; (None, False)
-    without a checkout, for example in a wheel."""
+    """Returns (commit, dirty) of the checkout that contains `root`, or that a snapshot of its code was made from;
+    (None, False) without a checkout, for example in a wheel."""
     if not (root / ".git").exists():
         stated = json_files.read_optional(root / COMMIT, _COMMIT, "the commit of the code is not recorded")
         return (stated["commit"], stated["dirty"]) if stated else (None, False)
@@ -136,7 +136,7 @@ def git_commit(root: Path) -> tuple[str | None, bool]:
 
 
 def code_root() -> Path:
-    """A checkout, or the site-packages folder of a wheel."""
+    """Returns a checkout, or the site-packages folder of a wheel."""
     return Path(pipeline.__path__[0]).parent
 
 

@@ -229,12 +229,12 @@ Event = Attempt | Start | Progress | Note | SlowRank | UsageEvent | End
 
 
 def figures_of(event: Progress) -> dict[str, float]:
-    """The figures of an event of progress, such as loss and tokens_per_s."""
+    """Returns the figures of an event of progress, such as loss and tokens_per_s."""
     return _further_numbers(event, Progress)
 
 
 def _further_numbers(row: Mapping[str, object], kind: type) -> dict[str, float]:
-    """The numbers of a row outside the fields of its kind."""
+    """Returns the numbers of a row outside the fields of its kind."""
     return {
         name: value
         for name, value in row.items()
@@ -275,7 +275,7 @@ class Point(TypedDict):
 
 
 def curves_of(point: Point) -> dict[str, float]:
-    """The values of a point by the names of their curves."""
+    """Returns the values of a point by the names of their curves."""
     return _further_numbers(point, Point)
 
 

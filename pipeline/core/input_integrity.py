@@ -56,7 +56,7 @@ def help_to_check(run: Path, artifacts: Iterable[Artifact], rank: int, ranks: in
 
 
 def shared_progress(run: Path) -> SharedProgress:
-    """The progress of all processes that hash inputs of this run."""
+    """Returns the progress of all processes that hash inputs of this run."""
     return SharedProgress(run / "hashed" / "progress", PROGRESS_SECONDS)
 
 
@@ -90,7 +90,7 @@ def note(run: Path, artifact: Artifact) -> None:
 
 
 def _parts(run: Path, artifact: Artifact) -> Iterator[Part]:
-    """The files of an artifact in parts, each with the path of its record."""
+    """Yields the files of an artifact in parts, each with the path of its record."""
     parts: list[list[FileRow]] = []
     size = 0
     for row in artifact.rows:
@@ -124,7 +124,7 @@ def _hash(artifact: Artifact, path: Path, rows: list[FileRow], threads: int, sha
 
 
 def _unhashed(artifact: Artifact, path: Path, rows: list[FileRow]) -> list[FileRow]:
-    """The files of a part that have changed since this run hashed them, or that it has not hashed."""
+    """Returns the files of a part that have changed since this run hashed them, or that it has not hashed."""
     record = json_files.read_optional(path, RECORD, "its files are hashed again") or {}
     return [row for row in rows if record.get(row.path) != list(_state(artifact / row.path))]
 

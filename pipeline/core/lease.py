@@ -56,7 +56,7 @@ BODY = TypeAdapter(Process)
 
 
 def _process_start(pid: int) -> str | None:
-    """The start time of a local process in clock ticks since boot; it distinguishes a reused pid.
+    """Returns the start time of a local process in clock ticks since boot; it distinguishes a reused pid.
 
     None if the process has exited; a zombie counts as exited (the init of a container may never reap it).
     """
@@ -98,7 +98,7 @@ def is_superseded(process: Mapping[str, Any]) -> bool:
 
 
 def _launch_number(process: Mapping[str, Any]) -> tuple[int, int]:
-    """(start of the Slurm job, launch within it), which grow with time."""
+    """Returns (start of the Slurm job, launch within it), which grow with time."""
     return int(process.get("restart") or 0), int(process.get("relaunch") or 0)
 
 
@@ -121,7 +121,7 @@ class Holder:
 
 
 def holder(folder: Path, clock: Callable[[Path], float] | None = None) -> Holder | None:
-    """The present lease of a work folder; None without one. Nothing is written.
+    """Returns the present lease of a work folder; None without one. Nothing is written.
 
     clock: the time by the clock of the file system, for callers that may write there; the default is this host's clock.
     An unreadable lease is reported, and counts until it expires.
@@ -230,8 +230,8 @@ def _exists(path: Path) -> bool:
 
 
 def draft_folder(work: Path, lease: int, step: int | None = None) -> Path:
-    """The folder for drafts of the holder of the lease with that number, in the work folder of its key: its product, or
-    its checkpoint after a step, before it is sealed."""
+    """Returns the folder for drafts of the holder of the lease with that number, in the work folder of its key: its
+    product, or its checkpoint after a step, before it is sealed."""
     return work / (f"out.{lease}" if step is None else f"out.{lease}@{step}")
 
 
@@ -268,7 +268,7 @@ class SharedProgress:
         return moved
 
     def _time(self) -> int:
-        """The file's time of modification in nanoseconds; 0 without a file."""
+        """Returns the file's time of modification in nanoseconds; 0 without a file."""
         try:
             return self.path.stat().st_mtime_ns
         except OSError:

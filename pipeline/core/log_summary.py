@@ -79,7 +79,7 @@ class LogSummary(ABC, Generic[Row]):
 
     @abstractmethod
     def empty(self) -> Any:
-        """The state before the first line."""
+        """Returns the state before the first line."""
 
     @abstractmethod
     def add(self, row: Row) -> None:
@@ -103,7 +103,7 @@ class LogSummary(ABC, Generic[Row]):
 
 
 def _proof(log: Path, offset: int) -> str | None:
-    """The hash of the last bytes before an offset; None if the log is shorter or cannot be read."""
+    """Returns the hash of the last bytes before an offset; None if the log is shorter or cannot be read."""
     length = min(offset, PROOF)
     try:
         with json_files.open_file(log) as file:
@@ -216,7 +216,8 @@ class EventSummary(LogSummary[Event | Other]):
         return round(float(max(0, last["total"] - last["done"]) * pace), 1)
 
     def step_seconds(self) -> float | None:
-        """The median time of a step, or of another unit, in the latest reports of progress; None if it is unknown."""
+        """Returns the median time of a step, or of another unit, in the latest reports of progress; None if it is
+        unknown."""
         times = [
             (after[0] - before[0]) / (after[1] - before[1])
             for before, after in pairwise(self.state["pace"])
@@ -274,17 +275,17 @@ class Curves(LogSummary[Point]):
                 self.state["recent"] = [*kept, [step, value]]
 
     def points(self, name: str) -> list[tuple[float, float, float, float]]:
-        """(step, mean, smallest, largest) of each bucket of a curve."""
+        """Returns (step, mean, smallest, largest) of each bucket of a curve."""
         curve = self.state["curves"].get(name)
         return [(step, total / n, low, high) for step, n, total, low, high in (curve["buckets"] if curve else ())]
 
     def count(self, name: str) -> int:
-        """The number of points of a curve."""
+        """Returns the number of points of a curve."""
         curve = self.state["curves"].get(name)
         return int(sum(bucket[1] for bucket in curve["buckets"])) if curve else 0
 
     def last(self, name: str) -> float | None:
-        """The latest value of a curve; of several steps in its last bucket the mean."""
+        """Returns the latest value of a curve; of several steps in its last bucket the mean."""
         points = self.points(name)
         return points[-1][1] if points else None
 
@@ -361,7 +362,7 @@ MIN_SIGMA = 0.01
 
 
 def spike_limit(losses: Collection[float], sigmas: float) -> tuple[float, float]:
-    """(the median, the limit) of the latest losses."""
+    """Returns (the median, the limit) of the latest losses."""
     median = statistics.median(losses)
     spread = SIGMA * statistics.median(abs(x - median) for x in losses)
     return median, median + sigmas * max(spread, MIN_SIGMA * median)

@@ -54,7 +54,7 @@ class Tree:
 
 
 def _join(left: _Node, right: _Node, proof: list[bytes]) -> _Node:
-    """The parent of two nodes. Adds the sibling of the one that holds the leaf to the proof."""
+    """Returns the parent of two nodes. Adds the sibling of the one that holds the leaf to the proof."""
     if left.holds or right.holds:
         proof.append(right.hash if left.holds else left.hash)
     return _Node(left.height + 1, node_hash(left.hash, right.hash), left.holds or right.holds)

@@ -28,17 +28,18 @@ class Config(BaseModel):
 
 
 def operational(default: Any, description: str, **rules: Any) -> Any:
-    """A config field on how to run, not on what to make: it is left out of the key and must not change the bytes."""
+    """Returns a config field on how to run, not on what to make: it is left out of the key and must not change the
+    bytes."""
     return Field(default, description=description, json_schema_extra={"identity": False}, **rules)
 
 
 def added(default: Any, description: str, **rules: Any) -> Any:
-    """A config field that was added after keys existed: with its default value it is left out of the key."""
+    """Returns a config field that was added after keys existed: with its default value it is left out of the key."""
     return Field(default, description=description, json_schema_extra={"identity": "unless default"}, **rules)
 
 
 def identity(config: BaseModel) -> dict[str, Any]:
-    """The config as plain JSON without its operational fields: the part that enters the key."""
+    """Returns the config as plain JSON without its operational fields: the part that enters the key."""
     fields: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
         value, field_metadata = getattr(config, name), info.json_schema_extra
@@ -50,7 +51,7 @@ def identity(config: BaseModel) -> dict[str, Any]:
 
 
 def operation(config: BaseModel) -> dict[str, Any]:
-    """The operational fields of the config, with their nesting.
+    """Returns the operational fields of the config, with their nesting.
 
     Only the last part of an absolute path is kept, because statements contain this and are published.
     """
@@ -209,7 +210,7 @@ RECOMPUTED = 4 / 3
 
 
 def family(precision: str) -> str:
-    """The precisions of equal speed: that of a precision in a cluster profile and an accelerator."""
+    """Returns the precisions of equal speed: that of a precision in a cluster profile and an accelerator."""
     return next((name for name in ("fp8", "fp4") if name in precision), precision)
 
 

@@ -154,8 +154,10 @@ class FileRow:
 
 
 def regular_files(folder: Path) -> dict[str, Path]:
-    """Every regular file below `folder` but its manifest, by its path in it, sorted. Raises AtomError on a link or a
-    special file."""
+    """Returns every regular file below `folder` but its manifest, by its path in it, sorted.
+
+    Raises AtomError on a link or a special file.
+    """
     files: dict[str, Path] = {}
     for root, dirs, names in os.walk(folder):
         dirs.sort()
@@ -170,7 +172,7 @@ def regular_files(folder: Path) -> dict[str, Path]:
 
 
 def rows_of(folder: Path, handed_over: bool = False, owner: str = "") -> list[FileRow]:
-    """The files of `regular_files` with their hashes.
+    """Returns the files of `regular_files` with their hashes.
 
     handed_over: take the hashes that `hand_over_hash` recorded instead of reading those files. owner: as of
     `sha256_files`.
@@ -245,7 +247,7 @@ class Artifact:
 
     @staticmethod
     def advice(key: str) -> str:
-        """The remedy for a damaged artifact."""
+        """Returns the remedy for a damaged artifact."""
         return f"restore it from a copy, or `atom gc --delete --include {key}` and run again to make it anew"
 
     def verify(
@@ -281,7 +283,7 @@ class Artifact:
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
-    """The JSON value that a work folder keeps; a missing one is computed and written atomically.
+    """Returns the JSON value that a work folder keeps; a missing one is computed and written atomically.
 
     The file begins with the digest of the rest: a damaged file is never used and its value is computed again.
     """
@@ -334,7 +336,7 @@ def _require_key(artifact: Artifact, key: str) -> Artifact:
 
 
 def home_folder() -> Path:
-    """`$ATOM_HOME`, or `runs` in the present folder."""
+    """Returns `$ATOM_HOME`, or `runs` in the present folder."""
     return Path(os.environ.get("ATOM_HOME") or "runs").absolute()
 
 
@@ -348,7 +350,7 @@ class Store:
         self.logs = self.home / "logs"
 
     def misplaced(self) -> str | None:
-        """One sentence on a file in the place of a folder of the home; None without one."""
+        """Returns one sentence on a file in the place of a folder of the home; None without one."""
         folders = (self.home / "work", self.artifacts, self.ledger, self.logs)
         return next(filter(None, map(misplaced_file, folders)), None)
 
@@ -368,7 +370,7 @@ class Store:
         return _require_key(Artifact.read(self.artifacts / key), key)
 
     def damage(self, key: str) -> str | None:
-        """One sentence on the damage of an artifact that is visible without hashing; None without any."""
+        """Returns one sentence on the damage of an artifact that is visible without hashing; None without any."""
         try:
             self.open(key)
         except AtomError as error:

@@ -99,7 +99,7 @@ class _Refused(Exception):
 
 
 def _decode(data: bytes) -> str:
-    """The text, without a byte order mark."""
+    """Returns the text, without a byte order mark."""
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -125,7 +125,7 @@ class _Reader:
         self.anchors: dict[str, tuple[Any, int]] = {}
 
     def document(self) -> Any:
-        """The one document; None if there is none."""
+        """Returns the one document; None if there is none."""
         value = None
         for event in self.events:
             if event.start_mark and isinstance(event, yaml.DocumentStartEvent):
@@ -208,7 +208,7 @@ class _Reader:
 
 
 def _merge(value: Any, line: int) -> dict[str, Any]:
-    """The entries that `<<: *anchor` or `<<: [*one, *other]` adds; the first mapping takes precedence."""
+    """Returns the entries that `<<: *anchor` or `<<: [*one, *other]` adds; the first mapping takes precedence."""
     merged: dict[str, Any] = {}
     for part in value if isinstance(value, list) else [value]:
         if not isinstance(part, dict):

@@ -31,14 +31,14 @@ def hours(figure: Callable[[Resource], float]) -> Hours:
 
 
 def limits_of(recipe: Identity) -> Limits | None:
-    """The limits of a recipe; None if it has no budget."""
+    """Returns the limits of a recipe; None if it has no budget."""
     if recipe.budget is None:
         return None
     return {"gpu_hours": recipe.budget.gpu_hours, "core_hours": recipe.budget.core_hours}
 
 
 def used(store: Store, keys: Iterable[str]) -> Hours:
-    """The total use of all attempts at these keys."""
+    """Returns the total use of all attempts at these keys."""
     total: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
     for key in keys:
         for _, body in provenance.read(store.ledger, key):
@@ -49,7 +49,7 @@ def used(store: Store, keys: Iterable[str]) -> Hours:
 
 
 def describe(amount: Hours, prices: Prices | None) -> str:
-    """The used hours in words, with their cost by the prices of a profile."""
+    """Returns the used hours in words, with their cost by the prices of a profile."""
     text = f"{amount['gpu_hours']:.3g} GPU hours, {amount['core_hours']:.3g} core hours"
     if not prices:
         return text
@@ -58,7 +58,7 @@ def describe(amount: Hours, prices: Prices | None) -> str:
 
 
 def foreseen(limits: Limits | None, spent: Hours, coming: Hours) -> list[str]:
-    """One sentence for each limit that a plan exceeds, including the earlier use."""
+    """Returns one sentence for each limit that a plan exceeds, including the earlier use."""
     if limits is None:
         return []
     return [
@@ -70,7 +70,7 @@ def foreseen(limits: Limits | None, spent: Hours, coming: Hours) -> list[str]:
 
 
 def exceeded(limits: Limits | None, store: Store, keys: Iterable[str]) -> str | None:
-    """The reason that no further stage starts, in one sentence; None within the budget."""
+    """Returns the reason that no further stage starts, in one sentence; None within the budget."""
     if limits is None:
         return None
     spent = used(store, keys)

@@ -37,7 +37,7 @@ class Checkpoint:
 
 
 def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
-    """The checkpoint that a recipe names. where: the field of the recipe, for errors.
+    """Returns the checkpoint that a recipe names. where: the field of the recipe, for errors.
 
     The long form needs no lookup. Raises RecipeError for a checkpoint of another phase, and for a short form that
     matches no sealed checkpoint or several.
@@ -64,7 +64,10 @@ def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
 
 
 def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
-    """Every sealed checkpoint of a phase with the run that made it. A checkpoint without its statement is left out."""
+    """Returns every sealed checkpoint of a phase with the run that made it.
+
+    A checkpoint without its statement is left out.
+    """
     runs = {}
     for path in sorted(store.artifacts.glob(f"{phase}@*-*")):
         body = statement(path.name, store)
@@ -75,7 +78,7 @@ def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
 
 
 def statement(key: str, store: Store) -> provenance.Statement | None:
-    """The statement that made a checkpoint; None if either is not here, or damaged, which is reported."""
+    """Returns the statement that made a checkpoint; None if either is not here, or damaged, which is reported."""
     sealed_by = None
     with json_files.reporting("this checkpoint is left out"):
         if store.sealed(key):

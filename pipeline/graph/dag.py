@@ -47,7 +47,7 @@ class Graph:
     absent: tuple[str, ...] = ()
 
     def upstream(self, names: set[str]) -> set[str]:
-        """`names` and all their inputs, direct and indirect."""
+        """Returns `names` and all their inputs, direct and indirect."""
         needed = set(names)
         for name in reversed(self.nodes):
             if name in needed:
@@ -55,11 +55,14 @@ class Graph:
         return needed
 
     def materials(self, node: Node) -> dict[str, str]:
-        """The keys of all inputs of a node, by role."""
+        """Returns the keys of all inputs of a node, by role."""
         return {role: self.nodes[name].key for role, name in node.inputs.items()} | dict(node.external)
 
     def select(self, until: str | None, only: str | None) -> list[str]:
-        """The nodes that a command selects, in order. Raises AtomError for a stage that the recipe does not have."""
+        """Returns the nodes that a command selects, in order.
+
+        Raises AtomError for a stage that the recipe does not have.
+        """
         for name in (until, only):
             if name is not None and name not in self.nodes:
                 near = difflib.get_close_matches(name[:100], self.nodes, 1)
@@ -130,7 +133,7 @@ class Composer(Protocol):
 
 
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
-    """The graph of a recipe by the registered definition. Raises RecipeError.
+    """Returns the graph of a recipe by the registered definition. Raises RecipeError.
 
     without_data: source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
     """
@@ -138,7 +141,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each contradiction between the sections of a recipe, or with its data recipe."""
+    """Yields a sentence for each contradiction between the sections of a recipe, or with its data recipe."""
     return cast(Composer, registry.definition()).problems(recipe)
 
 
@@ -204,7 +207,7 @@ class State:
 
 
 def states(graph: Graph, store: Store) -> dict[str, State]:
-    """The state of every node. A stale artifact is still used: its key matches the requested work."""
+    """Returns the state of every node. A stale artifact is still used: its key matches the requested work."""
     out = {}
     for name, node in graph.nodes.items():
         text = "to run"

@@ -99,7 +99,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str], other_pyth
 
 
 def simulations(graph: Graph, rows: list[StagePlan], rank: int) -> dict[str, RankSimulation]:
-    """A rank of each training phase of a plan, simulated, by stage. Raises AtomError if none can be."""
+    """Returns a rank of each training phase of a plan, simulated, by stage. Raises AtomError if none can be."""
     results = {}
     for node in (graph.nodes[row.state.name] for row in rows):
         if node.stage.simulate is not None:
@@ -111,7 +111,7 @@ def simulations(graph: Graph, rows: list[StagePlan], rank: int) -> dict[str, Ran
 
 
 def long_context(rows: list[StagePlan]) -> LongContext | None:
-    """The cost of a long text to the model of a plan; None if the plan trains none."""
+    """Returns the cost of a long text to the model of a plan; None if the plan trains none."""
     return next((row.estimate.long_context for row in rows if row.estimate.long_context), None)
 
 
@@ -158,7 +158,7 @@ class CheckpointTimes:
 
 
 def checkpoint_times(row: StagePlan, storage_gb_s: float | None) -> CheckpointTimes | None:
-    """The times of a phase; None for a stage that does not train.
+    """Returns the times of a phase; None for a stage that does not train.
 
     storage_gb_s: GB/s that the storage reads and writes for all ranks together; None: as much as they ask for.
     """
@@ -175,7 +175,7 @@ def checkpoint_times(row: StagePlan, storage_gb_s: float | None) -> CheckpointTi
 
 
 def sentences(rows: Iterable[StagePlan], storage_gb_s: float | None) -> list[str]:
-    """A sentence for the phases with equal times, and one on what they rest on; none without a phase."""
+    """Returns a sentence for the phases with equal times, and one on what they rest on; none without a phase."""
     phases: dict[str, list[str]] = {}
     for row in rows:
         if (times := checkpoint_times(row, storage_gb_s)) is not None:

@@ -49,7 +49,7 @@ class Identity(Config):
 
 
 def schema() -> type[Identity]:
-    """The recipe's class: `Identity` and one field per section."""
+    """Returns the recipe's class: `Identity` and one field per section."""
     recipe_class = registry.definition().RECIPE
     assert issubclass(recipe_class, Identity)
     return recipe_class
@@ -61,7 +61,7 @@ LOCK_BYTES = 2**24
 
 
 def lock_of(data_path: Path) -> Path:
-    """The lock file of a data recipe, `NAME.lock.yaml` beside it, which may be missing."""
+    """Returns the lock file of a data recipe, `NAME.lock.yaml` beside it, which may be missing."""
     return data_path.with_suffix(LOCK_SUFFIX)
 
 
@@ -81,7 +81,7 @@ class Recipe:
 
 
 def find(reference: str, package: str, kind: str, base: Path | None = None, folder: Path | None = None) -> Path:
-    """A YAML file by its name among the packaged ones and those of `folder`, or by its path from `base`.
+    """Returns a YAML file by its name among the packaged ones and those of `folder`, or by its path from `base`.
 
     Raises RecipeError if there is none, with the existing names, or if both folders have one.
     """
@@ -122,13 +122,15 @@ class Mistake:
 
 
 def mistakes(error: ValidationError, model: type[BaseModel], raw: Any = None) -> list[Mistake]:
-    """Every error of a validation. With the raw mapping, the sentences name list items by their names."""
+    """Returns every error of a validation. With the raw mapping, the sentences name list items by their names."""
     return [_mistake(row, model, raw) for row in error.errors()]
 
 
 def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
-    """The first error of a validation as one sentence. With the raw mapping, the sentence names list items by their
-    names."""
+    """Returns the first error of a validation as one sentence.
+
+    With the raw mapping, the sentence names list items by their names.
+    """
     rows = error.errors()
     suffix = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
     return RecipeError(f"{title}: {_mistake(rows[0], model, raw).text}{suffix}")
@@ -157,8 +159,8 @@ def _mistake(row: Any, model: type[BaseModel], raw: Any) -> Mistake:
 
 
 def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
-    """The parts of a location for the author of a recipe: a list item has its `name`, if there is one, in place of its
-    index; the chosen class is left out."""
+    """Returns the parts of a location for the author of a recipe: a list item has its `name`, if there is one, in
+    place of its index; the chosen class is left out."""
     out = []
     for number, part in enumerate(location):
         if part == "[key]" or (
@@ -175,7 +177,7 @@ def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """The field names of the possible config classes at a location of the schema."""
+    """Returns the field names of the possible config classes at a location of the schema."""
     classes = [model]
     for part in location:
         fields = [each.model_fields[part] for each in classes if part in each.model_fields]
@@ -187,14 +189,14 @@ def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes within a type, such as those of `tuple[A | B, ...]`."""
+    """Returns the config classes within a type, such as those of `tuple[A | B, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [each for part in get_args(annotation) for each in _classes(part)]
 
 
 def _tags(model: type[BaseModel]) -> set[Any]:
-    """The tags that choose a class among others."""
+    """Returns the tags that choose a class among others."""
     types = [info.annotation for info in model.model_fields.values()]
     return {word for kind in types if get_origin(kind) is Literal for word in get_args(kind)}
 

@@ -154,7 +154,7 @@ class Run(RunFolder):
         return self.body["launcher"] == "slurm"
 
     def users(self) -> set[str]:
-        """The users whose jobs it waits for. Raises OSError."""
+        """Returns the users whose jobs it waits for. Raises OSError."""
         return {self.owner, *(row["user"] for row in self.jobs().values() if "user" in row)}
 
     @property
@@ -163,7 +163,7 @@ class Run(RunFolder):
         return process.owner_of(self.folder / "run.json")
 
     def jobs(self) -> dict[str, JobRow]:
-        """The latest submission of each node; empty for a local run."""
+        """Returns the latest submission of each node; empty for a local run."""
         tail = Tail(self.folder / "jobs.jsonl", JOB)
         rows = {row["node"]: row for row in tail.read()}
         if tail.cut:
@@ -211,7 +211,7 @@ def _write_body(folder: Path, body: Body) -> None:
 
 @cache
 def _commit() -> tuple[str | None, bool]:
-    """The commit of this process's code, and whether it was changed since."""
+    """Returns the commit of this process's code, and whether it was changed since."""
     return git_commit(Path(pipeline.__path__[0]).parent)
 
 
@@ -226,7 +226,7 @@ def require_same_recipe(run: Run, recipe: Recipe) -> None:
 
 
 def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
-    """All runs, oldest first, and the unreadable ones."""
+    """Returns all runs, oldest first, and the unreadable ones."""
     dated_runs, damaged = [], []
     for name in json_files.names(store.logs):
         path = store.logs / name / "run.json"
@@ -263,7 +263,7 @@ def _has_begun(folder: Path) -> bool:
 
 
 def runs(store: Store) -> list[Run]:
-    """All readable runs, oldest first; the others are reported."""
+    """Returns all readable runs, oldest first; the others are reported."""
     try:
         readable, damaged = read_all(store)
     except Damaged as error:
@@ -275,8 +275,10 @@ def runs(store: Store) -> list[Run]:
 
 
 def find(store: Store, reference: str | None) -> Run:
-    """The run whose id starts with `reference`, or the latest. Raises AtomError if there is none, if there are several,
-    or if it is unreadable."""
+    """Returns the run whose id starts with `reference`, or the latest.
+
+    Raises AtomError if there is none, if there are several, or if it is unreadable.
+    """
     readable, damaged = read_all(store)
     for each in damaged:
         id = each.path.parent.name
@@ -359,7 +361,7 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
     end = last if last and last["event"] == "end" else None
     reported: dict[str, Any] = {}
     if progress:
-        reported = {name: progress[name] for name in ("done", "total", "unit")}  # type: ignore[literal-required]
+        reported = {name: progress[name] for name in ("done", "total", "unit")}
         reported["figures"] = figures_of(progress) or None
     node_so_far = NodeStatus(
         name,

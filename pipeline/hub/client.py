@@ -55,7 +55,7 @@ def endpoint() -> str:
 
 
 def load() -> Any:
-    """The module `huggingface_hub`, set up before its import: no telemetry, and Xet for the real Hub only."""
+    """Returns the module `huggingface_hub`, set up before its import: no telemetry, and Xet for the real Hub only."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     is_other_hub = endpoint() != PUBLIC_HUB
@@ -170,7 +170,8 @@ def _answer(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def _pause(error: Exception, attempt: int) -> float | None:
-    """Seconds until a failed call is repeated: the Hub's Retry-After, or 1, 2, 4, …; None if it is not repeated."""
+    """Returns seconds until a failed call is repeated: the Hub's Retry-After, or 1, 2, 4, …; None if it is not
+    repeated."""
     if isinstance(error, json.JSONDecodeError):  # a failing server's; the client reads some answers before their status
         return 2.0**attempt
     # the client's error for a failed download; its cause says why
@@ -184,7 +185,7 @@ def _pause(error: Exception, attempt: int) -> float | None:
 
 
 def api() -> Any:
-    """A client of HF_ENDPOINT with HF_TOKEN."""
+    """Returns a client of HF_ENDPOINT with HF_TOKEN."""
     return RetryingClient(load().HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or None))
 
 
@@ -243,7 +244,7 @@ def _translated(error: Exception) -> AtomError | None:
     )
     for kinds, translation, sentence in rows:
         if isinstance(error, kinds):
-            if kinds is OSError and error.errno is not None:  # type: ignore[attr-defined]
+            if kinds is OSError and error.errno is not None:
                 return None  # the disk's
             fields = {"hub": hub, "text": _first_line(error), "kind": type(error).__name__, "error": error}
             return translation(sentence.format(**fields))
@@ -263,7 +264,7 @@ def _translated_status(status: int | None, message: str) -> AtomError:
 
 
 def _first_line(error: object) -> str:
-    """The first line of a message, safe to print."""
+    """Returns the first line of a message, safe to print."""
     return printable((str(error).splitlines() or [""])[0])
 
 
@@ -332,13 +333,13 @@ class RemoteRepository:
             return _commit_id(commits[-1].commit_id)
 
     def commit(self, revision: str) -> str:
-        """The commit of a branch, a tag, or a commit."""
+        """Returns the commit of a branch, a tag, or a commit."""
         info = api().repo_info(self.id, repo_type=self.kind, revision=revision)
         with parsing():
             return _commit_id(info.sha)
 
     def files(self, revision: str) -> dict[str, RemoteFile]:
-        """{path: file} of a revision."""
+        """Returns {path: file} of a revision."""
         entries = api().list_repo_tree(self.id, recursive=True, revision=revision, repo_type=self.kind)
         with parsing():
             return {
@@ -359,7 +360,8 @@ def is_unsafe(path: str) -> bool:
 
 
 def unsafe_path(paths: Iterable[str]) -> str | None:
-    """The first of the paths of a repository that `is_unsafe`, or that is a file and also a folder of another."""
+    """Returns the first of the paths of a repository that `is_unsafe`, or that is a file and also a folder of
+    another."""
     every = sorted(paths)
     if unsafe := next(filter(is_unsafe, every), None):
         return unsafe
@@ -368,7 +370,10 @@ def unsafe_path(paths: Iterable[str]) -> str | None:
 
 
 def _commit_id(value: object) -> str:
-    """The id of a commit, as the Hub states it. Raises ValueError for anything else: the client makes paths of it."""
+    """Returns the id of a commit, as the Hub states it.
+
+    Raises ValueError for anything else: the client makes paths of it.
+    """
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{40}", value):
         raise ValueError(f"{shown(value)} is no commit")
     return value

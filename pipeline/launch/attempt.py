@@ -42,7 +42,7 @@ PREDICTION = "prediction"
 
 
 def prediction_key(key: str) -> str:
-    """The key of the prediction of a stage's product."""
+    """Returns the key of the prediction of a stage's product."""
     return f"{PREDICTION}-{key.rpartition('-')[2]}"
 
 
@@ -67,7 +67,7 @@ class StartRecords:
         atomic_files.write(self.path, json.dumps([*self._read(), record]))
 
     def read(self) -> list[Start]:
-        """All starts at the key, each with what its stage added."""
+        """Returns all starts at the key, each with what its stage added."""
         return [cast(Start, {**record, **self._of_stage(record)}) for record in self._read()]
 
     def _read(self) -> list[Start]:
@@ -133,7 +133,7 @@ class Task:
 
     @classmethod
     def of(cls, graph: Graph, store: Store, run: Run, node: Node, **resources: Any) -> Task:
-        """The parameters of a node's job in a run. resources: the fields that the launcher decides."""
+        """Returns the parameters of a node's job in a run. resources: the fields that the launcher decides."""
         return cls(
             home=str(store.home),
             run=run.id,
@@ -151,8 +151,8 @@ ALIVE = "alive"
 
 
 def server_seconds(folder: Path, start: float, end: float) -> float:
-    """Seconds between two times in which the servers of a stage ran, of all together, by the clock of the file system.
-    folder: of the servers."""
+    """Returns seconds between two times in which the servers of a stage ran, of all together, by the clock of the
+    file system. folder: of the servers."""
     seconds = 0.0
     for alive in folder.glob(f"ranks/*/{ALIVE}"):
         with suppress(OSError):  # its folder is being removed

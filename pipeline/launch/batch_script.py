@@ -83,7 +83,7 @@ class BatchScript:
     servers_folder: str = ""
 
     def text(self) -> str:
-        """The script, as sbatch takes it."""
+        """Returns the script, as sbatch takes it."""
         of_profile = [name for name in self.forwarded_variables if name not in clean_environment.TAKEN_OVER]
         return _template().render(
             vars(self),

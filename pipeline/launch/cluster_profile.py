@@ -229,7 +229,7 @@ class Changes(Config):
         return self
 
     def apply(self, jobs: Jobs) -> Jobs:
-        """The jobs with these changes. Options and variables are added, all else is replaced."""
+        """Returns the jobs with these changes. Options and variables are added, all else is replaced."""
         changed = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
         added = {name: getattr(jobs, name) + changed[name] for name in ("sbatch", "srun")}
         return jobs.model_copy(update={**changed, **added, "environment": {**jobs.environment, **self.environment}})
@@ -386,7 +386,7 @@ class Slurm(Config):
         return (*self.forward, *(name for environment in self._environments for name in environment))
 
     def allocation(self, stage: str, needs: Needs) -> Allocation:
-        """The allocation of a stage's job. On jobs without GPUs a stage that asks for some runs on cores.
+        """Returns the allocation of a stage's job. On jobs without GPUs a stage that asks for some runs on cores.
 
         Raises RecipeError if the ranks do not fill nodes equally, or if a node has too few GPUs for its ranks.
         """
@@ -475,12 +475,12 @@ class Profile(Config):
         return {name: rate.peak for name, rate in rates.items() if rate}
 
     def costs(self) -> RunPrices | None:
-        """The prices as plain values, for the files of a run."""
+        """Returns the prices as plain values, for the files of a run."""
         p = self.prices
         return {"gpu_hour": p.gpu_hour, "core_hour": p.core_hour, "currency": p.currency} if p else None
 
     def cluster(self) -> Slurm:
-        """The part for Slurm. Raises RecipeError if there is none."""
+        """Returns the part for Slurm. Raises RecipeError if there is none."""
         if self.slurm is None:
             raise RecipeError(f"cluster profile {self.name} has no section slurm; `atom run` is for this machine")
         return self.slurm
@@ -491,7 +491,7 @@ FOLDER_VARIABLE = "ATOM_CLUSTERS"
 
 
 def site_folder() -> Path | None:
-    """The folder that ATOM_CLUSTERS names; None if it is not set. Raises RecipeError if it is no folder."""
+    """Returns the folder that ATOM_CLUSTERS names; None if it is not set. Raises RecipeError if it is no folder."""
     folder = Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None
     if folder is not None and not folder.is_dir():
         raise RecipeError(f"{FOLDER_VARIABLE} = {escaped(str(folder), 200)} is not a folder; name one, or unset it")

@@ -145,7 +145,7 @@ def report_failure(error: BaseException, node: str, stage: str, store: Store) ->
 
 
 def failure_kind(error: BaseException, store: Store) -> Kind:
-    """The kind of a stage's exception, which decides the exit code and whether another attempt is made."""
+    """Returns the kind of a stage's exception, which decides the exit code and whether another attempt is made."""
     if isinstance(error, Interrupted):
         return Kind.STOPPED
     if fault := _fault(error, store):
@@ -158,7 +158,7 @@ def failure_kind(error: BaseException, store: Store) -> Kind:
 
 
 def failure_message(error: BaseException, stage: str, store: Store) -> str:
-    """The problem and the remedy as one sentence."""
+    """Returns the problem and the remedy as one sentence."""
     if isinstance(error, Interrupted):
         return f"stopped on request ({error}{_before_limit(str(error))}); run the same command to go on"
     if fault := _fault(error, store):
@@ -172,8 +172,10 @@ def failure_message(error: BaseException, stage: str, store: Store) -> str:
 
 
 def _before_limit(signal_name: str) -> str:
-    """The time between the signal to save and the time limit of the Slurm job, in words. Slurm signals a job shortly
-    before the limit, and for a preemption."""
+    """Returns the time between the signal to save and the time limit of the Slurm job, in words.
+
+    Slurm signals a job shortly before the limit, and for a preemption.
+    """
     start, end = (os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
     if signal_name != "SIGUSR2" or not (start.isdigit() and end.isdigit()):
         return ""
@@ -181,7 +183,7 @@ def _before_limit(signal_name: str) -> str:
 
 
 def _fault(error: BaseException, store: Store) -> os_errors.Fault | None:
-    """The fault of the operating system. An AtomError has its own sentence, unless a disk caused it."""
+    """Returns the fault of the operating system. An AtomError has its own sentence, unless a disk caused it."""
     if isinstance(error, AtomError):
         return os_errors.device(error, store.home)
     return os_errors.find(error, store.home)

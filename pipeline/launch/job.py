@@ -144,7 +144,7 @@ def run(task: Task, limits: JobLimits) -> str:
 
 
 def _check(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> Failure | None:
-    """The problem of a node, by the checks that the ranks make together before a stage."""
+    """Returns the problem of a node, by the checks that the ranks make together before a stage."""
     problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
     if problem is None and task.gpus and registry.stage(task.stage).trains and limits.device_test_share:
         problem = device_test.check(ranks, limits.device_test_share * task.peaks.get("bf16", 0.0))
@@ -312,8 +312,10 @@ def _earlier_done(launch: Path) -> int:
 
 
 def _failed_starts(launch: Path) -> int:
-    """The number of earlier starts of this task in a row that failed without getting further. One that Slurm preempted,
-    or that was stopped, is no failure."""
+    """Returns the number of earlier starts of this task in a row that failed without getting further.
+
+    One that Slurm preempted, or that was stopped, is no failure.
+    """
     failures, job = 0, launch.name.partition(".")[0]
     for path in sorted(launch.parent.glob(f"{job}.*"), key=launch_number):
         verdict = None if path == launch else Verdict.read(path)

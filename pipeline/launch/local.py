@@ -96,8 +96,8 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
 
 
 def damage_of(graph: Graph, store: Store, selected: list[str]) -> dict[str, str]:
-    """The selected stages that cannot be used or run because their artifact or one of their inputs is damaged, each
-    with a sentence that names the file."""
+    """Returns the selected stages that cannot be used or run because their artifact or one of their inputs is
+    damaged, each with a sentence that names the file."""
     sentences: dict[str, str] = {}
     for name in selected:
         node = graph.nodes[name]
@@ -237,7 +237,7 @@ class LocalLauncher:
         return RunningJob(node, job, tail, number)
 
     def _poll(self, running_job: RunningJob) -> str | Failure | None:
-        """The job's outcome, or None while it runs."""
+        """Returns the job's outcome, or None while it runs."""
         is_done = running_job.job.done()
         for event in running_job.tail.read():
             if event["event"] == "start":
@@ -306,7 +306,7 @@ class LocalLauncher:
 
 
 def visible_gpus() -> list[int]:
-    """The GPUs that this process may use: those in CUDA_VISIBLE_DEVICES, or all. Does not import torch."""
+    """Returns the GPUs that this process may use: those in CUDA_VISIBLE_DEVICES, or all. Does not import torch."""
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible_devices is not None:
         return [int(name) for name in visible_devices.split(",") if name.strip().isdigit()]

@@ -57,8 +57,8 @@ UNKNOWN = ("n/a", "not supported", "unknown", "requested functionality has been 
 
 
 def least_open_files(ranks: int) -> int:
-    """The fewest open files that a rank of so many needs. gloo connects it with each other rank, and with rank 0 once
-    more, where the ranks meet; the rest is for NCCL and data."""
+    """Returns the fewest open files that a rank of so many needs. gloo connects it with each other rank, and with
+    rank 0 once more, where the ranks meet; the rest is for NCCL and data."""
     return 512 + 4 * ranks
 
 
@@ -88,8 +88,10 @@ def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Fail
 
 
 def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) -> Failure | None:
-    """The problem of this node, if any. The node is named as bad, except for a problem of $ATOM_HOME: all share it.
-    ranks: processes of the job."""
+    """Returns the problem of this node, if any.
+
+    The node is named as bad, except for a problem of $ATOM_HOME: all share it. ranks: processes of the job.
+    """
     name = node_name()
     if (limit := allow_open_files()) < (least := least_open_files(ranks)):
         text = (
@@ -134,8 +136,11 @@ def _gpus(name: str) -> Failure | None:
 
 
 def gpu_problem(node: str, gpus: Sequence[str]) -> Failure | None:
-    """The problem of one of these GPUs of this node, in one sentence; None without one. Without nvidia-smi nothing is
-    known, which a line of the log says. gpus: their numbers; the others may be another job's."""
+    """Returns the problem of one of these GPUs of this node, in one sentence; None without one.
+
+    Without nvidia-smi nothing is known, which a line of the log says. gpus: their numbers; the others may be another
+    job's.
+    """
     if shutil.which("nvidia-smi") is None:
         text = f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked"
         print(text, file=sys.stderr)
@@ -250,7 +255,7 @@ def _gather_reports(ranks: Ranks) -> Failure | None:
 
 
 def _receive_report(line: socket.socket, key: bytes) -> dict[str, Any] | None:
-    """The report of one rank; None if the connection is not from a rank of this launch."""
+    """Returns the report of one rank; None if the connection is not from a rank of this launch."""
     line.settimeout(CALLER_SECONDS)
     try:
         with line.makefile("rb") as file:
@@ -265,6 +270,7 @@ def _receive_report(line: socket.socket, key: bytes) -> dict[str, Any] | None:
 
 
 def address() -> tuple[str, str]:
-    """The address on which this node listens for other nodes of the job, and the host under which they reach it."""
+    """Returns the address on which this node listens for other nodes of the job, and the host under which they reach
+    it."""
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     return own_address() if nodes > 1 else ("127.0.0.1", "127.0.0.1")

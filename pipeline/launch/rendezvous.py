@@ -72,7 +72,7 @@ class Usage:
 
     @classmethod
     def now(cls) -> Usage:
-        """The usage of this process and its children so far; the peak is that of the process alone."""
+        """Returns the usage of this process and its children so far; the peak is that of the process alone."""
         usages = [resource.getrusage(scope) for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return cls(sum(u.ru_utime + u.ru_stime for u in usages), usages[0].ru_maxrss * 1024)
 
@@ -196,8 +196,8 @@ class Ranks:
             announce(self.folder, self.rank, failure)
 
     def failure(self) -> Failure | None:
-        """The failure of the launch that another rank has announced, if any: the sentence names the first rank that
-        failed."""
+        """Returns the failure of the launch that another rank has announced, if any: the sentence names the first
+        rank that failed."""
         for row in _rows(self.folder):
             if "text" in row:
                 if row.get("rank") == self.rank:
@@ -324,8 +324,10 @@ def _append(folder: Path, row: dict[str, Any]) -> None:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of failures.jsonl. A line that two hosts wrote at once may be damaged: it counts as a failure all the
-    same."""
+    """Returns the lines of failures.jsonl.
+
+    A line that two hosts wrote at once may be damaged: it counts as a failure all the same.
+    """
     rows = []
     with suppress(FileNotFoundError):
         for line in (folder / FAILURES).read_bytes().splitlines():
@@ -369,13 +371,13 @@ def launch_folder(node_folder: Path, job: str) -> Path:
 
 
 def launch_number(folder: Path) -> tuple[int, int]:
-    """(start of the job, launch within it) of a launch folder, which grow with time."""
+    """Returns (start of the job, launch within it) of a launch folder, which grow with time."""
     _, restarts, *relaunches = folder.name.split(".")
     return int(restarts), int(relaunches[0]) if relaunches else 0
 
 
 def ranks_without_end(folder: Path, exited: Iterable[int]) -> list[int]:
-    """The exited ranks without which the others cannot end well."""
+    """Returns the exited ranks without which the others cannot end well."""
     ends = {rank: read(_end(folder, rank)) for rank in exited}
     return sorted(rank for rank, end in ends.items() if end is None or end["outcome"] != FOLLOWED)
 
@@ -467,7 +469,8 @@ class Verdict:
 
     @classmethod
     def read(cls, launch: Path) -> Verdict | None:
-        """The verdict of a launch; None if it does not exist yet, or if its file is damaged, which is reported."""
+        """Returns the verdict of a launch; None if it does not exist yet, or if its file is damaged, which is
+        reported."""
         path = launch / "decision"
         with json_files.reporting("how that task ended is not known"):
             try:

@@ -253,7 +253,7 @@ class Avoidance:
         self._excluded: dict[tuple[tuple[str, object], ...], tuple[str, list[BadNode]]] = {}
 
     def apply(self, script: BatchScript) -> BatchScript:
-        """The script with the bad nodes excluded. Raises NoAnswer without Slurm."""
+        """Returns the script with the bad nodes excluded. Raises NoAnswer without Slurm."""
         if not self.bad:
             return script
         request = tuple((name, value) for name, value in script.sbatch_options.items() if name not in _OF_ONE_JOB)
@@ -266,7 +266,7 @@ class Avoidance:
         return _without(script, excluded) if excluded else script
 
     def _exclude(self, script: BatchScript) -> tuple[str, list[BadNode]]:
-        """The nodes to exclude, in Slurm's notation, and the bad ones that are not among them."""
+        """Returns the nodes to exclude, in Slurm's notation, and the bad ones that are not among them."""
         present = str(script.sbatch_options.get("exclude", ""))
         if _can_start(script, everything := ",".join(filter(None, (present, *(entry.node for entry in self.bad))))):
             return everything, []
@@ -338,7 +338,7 @@ def _link_tasks(id: str, pickled: Path, numbers: range) -> str:
 def _submit(
     script: BatchScript, function: Callable[Arguments, str], *arguments: Arguments.args, **options: Arguments.kwargs
 ) -> tuple[str, Path]:
-    """(id of the job, file with the function that it calls)."""
+    """Returns (id of the job, file with the function that it calls)."""
     executor = _Executor(script)
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints the message of sbatch, which the error below has
@@ -349,7 +349,8 @@ def _submit(
 
 
 def refusal(output: str, script: BatchScript) -> str:
-    """The message of sbatch in one line: its errors without their prefixes, and the request if it does not fit."""
+    """Returns the message of sbatch in one line: its errors without their prefixes, and the request if it does not
+    fit."""
     lines = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
     message = "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(output.split())
     if "MaxSubmitJob" in message or "job array" in message:  # too many jobs of a user; more tasks than MaxArraySize
@@ -360,7 +361,7 @@ def refusal(output: str, script: BatchScript) -> str:
 
 
 def _request(script: BatchScript) -> list[str]:
-    """The options that decide whether a job can start, as sbatch and srun take them."""
+    """Returns the options that decide whether a job can start, as sbatch and srun take them."""
     options = {name: value for name, value in script.sbatch_options.items() if name in OF_ALLOCATION}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
 
@@ -382,18 +383,18 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
 
 
 def array_of(slurm: Slurm, node: Node) -> int:
-    """The number of tasks of the array before the job; 0 without an array."""
+    """Returns the number of tasks of the array before the job; 0 without an array."""
     shards = 1 if node.stage.run_shard is None else node.stage.shards(node.config)
     return min(shards, slurm.array_size) if shards > 1 else 0
 
 
 def allocation_of(slurm: Slurm, node: Node) -> Allocation:
-    """The allocation of a node's job. Raises RecipeError as `Slurm.allocation` does."""
+    """Returns the allocation of a node's job. Raises RecipeError as `Slurm.allocation` does."""
     return slurm.allocation(node.name, node.stage.needs(node.config))
 
 
 def missing_image(profile: Profile) -> str | None:
-    """One sentence if the container's image is a file that this host does not have; else None."""
+    """Returns one sentence if the container's image is a file that this host does not have; else None."""
     container = profile.cluster().container
     if container is None or not container.image.startswith("/") or Path(container.image).exists():
         return None

@@ -61,7 +61,7 @@ class Owner:
         return cls(match["run"], match["node"], match["part"] or "") if match else None
 
     def comment(self, key: str) -> str:
-        """The comment of the job, for people. key: of the stage."""
+        """Returns the comment of the job, for people. key: of the stage."""
         return f"atom {self.run} {self.node} {key}" + (f".{self.part}" if self.part else "")
 
 
@@ -115,7 +115,7 @@ class Job:
 
 
 def run_command(*command: str, seconds: float = SECONDS) -> str:
-    """The output of a Slurm command. Raises NoAnswer with its standard error, or Refused if sbatch refuses."""
+    """Returns the output of a Slurm command. Raises NoAnswer with its standard error, or Refused if sbatch refuses."""
     return _run(command, seconds).stdout
 
 
@@ -143,7 +143,7 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
 
 
 def lack() -> str | None:
-    """The reason that there is no Slurm for this host, in a few words; None if it answers."""
+    """Returns the reason that there is no Slurm for this host, in a few words; None if it answers."""
     try:
         run_command("sinfo", "--noheader", "--format=%P")
     except NoAnswer as error:
@@ -158,7 +158,7 @@ QUEUE_FIELDS = tuple(_QUEUE_FIELDS.split())
 
 
 def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
-    """The jobs of atom of these users in the controller, by id: waiting, running and recently ended ones.
+    """Returns the jobs of atom of these users in the controller, by id: waiting, running and recently ended ones.
 
     Slurm selects by one user; of several users or ids it would send the jobs of the whole cluster.
     """
@@ -176,12 +176,13 @@ def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
 
 
 def _word(value: str) -> str:
-    """A value as Slurm shows it; empty where it shows that there is none."""
+    """Returns a value as Slurm shows it; empty where it shows that there is none."""
     return "" if value in ("None", "(null)") else value
 
 
 def _seconds(time_text: str) -> float | None:
-    """A time of Slurm, by the clock and the time zone of this host, in seconds since the epoch; None if it is none."""
+    """Returns a time of Slurm, by the clock and the time zone of this host, in seconds since the epoch; None if it
+    is none."""
     try:
         return datetime.fromisoformat(time_text).timestamp()
     except ValueError:  # N/A
@@ -216,8 +217,8 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
 
 
 def memory_of(id: str) -> tuple[str, str]:
-    """(memory that a job requested on all of its nodes, the most that a task of it was seen to use) in the notation of
-    Slurm, from the accounting; empty where it knows none. Raises NoAnswer without accounting."""
+    """Returns (memory that a job requested on all of its nodes, the most that a task of it was seen to use) in the
+    notation of Slurm, from the accounting; empty where it knows none. Raises NoAnswer without accounting."""
     lines = run_command("sacct", "-n", "-P", "-o", "ReqMem,NNodes,MaxRSS", "-j", id).splitlines()
     rows = [[*line.split("|"), "", ""][:3] for line in lines]
     requested = next((f"{size} on {nodes} nodes" if nodes != "1" else size for size, nodes, _ in rows if size), "")
@@ -225,15 +226,15 @@ def memory_of(id: str) -> tuple[str, str]:
 
 
 def time_of(id: str) -> tuple[str, str]:
-    """(time limit of a job, time that it ran) in the notation of Slurm, from the accounting; empty where it knows none.
-    Raises NoAnswer without accounting."""
+    """Returns (time limit of a job, time that it ran) in the notation of Slurm, from the accounting; empty where it
+    knows none. Raises NoAnswer without accounting."""
     rows = run_command("sacct", "-X", "-n", "-P", "-o", "Timelimit,Elapsed", "-j", id).splitlines()
     limit, _, elapsed = rows[-1].partition("|") if rows else ("", "", "")
     return limit, elapsed
 
 
 def in_bytes(size: str) -> float:
-    """A size in the notation of Slurm: 302040K, 1.5G. Zero if it is none."""
+    """Returns a size in the notation of Slurm: 302040K, 1.5G. Zero if it is none."""
     unit = " KMGTP".find(size[-1:].upper())
     try:
         return float(size.rstrip("KMGTPkmgtp")) * 1024.0 ** max(0, unit)
@@ -242,13 +243,13 @@ def in_bytes(size: str) -> float:
 
 
 def time_limits() -> dict[str, float]:
-    """The longest time of a job in each partition, in minutes. Raises NoAnswer."""
+    """Returns the longest time of a job in each partition, in minutes. Raises NoAnswer."""
     rows = (row.partition("|") for row in run_command("sinfo", "-h", "-o", "%R|%l").splitlines())
     return {name.strip(): _minutes(limit.strip()) for name, _, limit in rows}
 
 
 def _minutes(limit: str) -> float:
-    """A time limit in the notation of Slurm, [days-][hours:]minutes:seconds. Infinite if it is none."""
+    """Returns a time limit in the notation of Slurm, [days-][hours:]minutes:seconds. Infinite if it is none."""
     if not (match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)):
         return math.inf
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -256,7 +257,7 @@ def _minutes(limit: str) -> float:
 
 
 def unavailable_nodes() -> str:
-    """The nodes that are down or drained, with the reasons that were given: `n4: bad fan`. Raises NoAnswer."""
+    """Returns the nodes that are down or drained, with the reasons that were given: `n4: bad fan`. Raises NoAnswer."""
     rows = (row.partition("|") for row in run_command("sinfo", "-h", "-R", "-o", "%N|%E").splitlines())
     return "; ".join(f"{nodes.strip()}: {' '.join(reason.split())}" for nodes, _, reason in rows)
 
@@ -277,8 +278,10 @@ def reservation(name: str | None) -> str:
 
 
 def first_node(nodes: str) -> str:
-    """The first of a list of nodes as Slurm writes it, such as `n[1-3]`: the one that runs a job's script. Raises
-    NoAnswer."""
+    """Returns the first of a list of nodes as Slurm writes it, such as `n[1-3]`: the one that runs a job's script.
+
+    Raises NoAnswer.
+    """
     return run_command("scontrol", "show", "hostnames", nodes).split()[0]
 
 

@@ -47,12 +47,15 @@ def name_of(word: str) -> str:
 
 
 def options_of(words: Iterable[str]) -> dict[str, str | bool]:
-    """{name: value} of options, True for one without a value. Of two with one name the last counts, as in Slurm."""
+    """Returns {name: value} of options, True for one without a value.
+
+    Of two with one name the last counts, as in Slurm.
+    """
     return {name_of(word): word.partition("=")[2] if "=" in word else True for word in words}
 
 
 def gpu_request(words: Iterable[str]) -> str | None:
-    """The first of sbatch's options that asks for GPUs, which gpus_per_node states; None without one."""
+    """Returns the first of sbatch's options that asks for GPUs, which gpus_per_node states; None without one."""
     for word in words:
         name, _, value = word.removeprefix("--").partition("=")
         if name in GPU_REQUESTS or (name == "gres" and re.search(r"\bgpu\b", value)):

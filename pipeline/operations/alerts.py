@@ -64,7 +64,7 @@ class Alert:
 
 
 def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
-    """The present alerts of a run, the disk first: a full one causes the rest."""
+    """Returns the present alerts of a run, the disk first: a full one causes the rest."""
     current: list[Alert] = []
     free = shutil.disk_usage(store.home).free / 1e9
     if free < limits.free_gb:
@@ -149,7 +149,8 @@ def _last_spike(recent: Sequence[Sequence[float]]) -> str | None:
 
 
 def _dead_experts(curves: Curves) -> float:
-    """The latest count of dead experts, if there was one at each report of the last `DEAD_STEPS` steps; else 0."""
+    """Returns the latest count of dead experts, if there was one at each report of the last `DEAD_STEPS` steps; else
+    0."""
     points = curves.points("dead_experts")
     if not points or points[-1][0] - points[0][0] < DEAD_STEPS:
         return 0.0
@@ -158,7 +159,7 @@ def _dead_experts(curves: Curves) -> float:
 
 
 def _stalled(events: EventSummary, now: float, limits: Thresholds) -> str | None:
-    """The end of the sentence about a stage that has reported nothing for too long; None if it reports."""
+    """Returns the end of the sentence about a stage that has reported nothing for too long; None if it reports."""
     last, step = events.state["last"], events.step_seconds()
     if last is None:
         return None

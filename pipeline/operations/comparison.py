@@ -80,7 +80,7 @@ class Difference:
 
 
 def compare(first: Graph, second: Graph, store: Store, profile: Profile) -> Difference:
-    """The difference of two graphs, with states and costs of the second one's stages in this home.
+    """Returns the difference of two graphs, with states and costs of the second one's stages in this home.
 
     Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
     """
@@ -105,8 +105,10 @@ def compare(first: Graph, second: Graph, store: Store, profile: Profile) -> Diff
 def field_changes(
     before: Mapping[str, tuple[Any, bool]], after: Mapping[str, tuple[Any, bool]]
 ) -> Iterator[FieldChange]:
-    """The fields of two flat mappings, to (value, operational), whose values differ. A section that only one has is
-    stated by its fields, not as null in the other."""
+    """Yields the fields of two flat mappings, to (value, operational), whose values differ.
+
+    A section that only one has is stated by its fields, not as null in the other.
+    """
     for field in dict.fromkeys([*before, *after]):
         (old, old_kind), (new, new_kind) = before.get(field, (ABSENT, True)), after.get(field, (ABSENT, True))
         if old != new and (old, new) not in ((None, ABSENT), (ABSENT, None)):
@@ -114,8 +116,10 @@ def field_changes(
 
 
 def _settings(graph: Graph) -> dict[str, tuple[Any, bool]]:
-    """The settings of a recipe and, below `data recipe`, of its data recipe. Name, version and description of a release
-    are in no key."""
+    """Returns the settings of a recipe and, below `data recipe`, of its data recipe.
+
+    Name, version and description of a release are in no key.
+    """
     fields = dict(flat(graph.recipe.config))
     fields |= {name: (fields[name][0], True) for name in ("name", "version", "description")}
     return fields | {f"data recipe: {name}": value for name, value in flat(graph.recipe.data)}
@@ -214,14 +218,17 @@ def measure(run: Run, store: Store) -> Measured:
 
 
 def differing_settings(rows: Sequence[Measured]) -> dict[str, list[Any]]:
-    """The settings in which runs differ, with the value of each run."""
+    """Returns the settings in which runs differ, with the value of each run."""
     fields = dict.fromkeys(field for row in rows for field in row.settings)
     values = {field: [row.settings.get(field, ABSENT) for row in rows] for field in fields}
     return {field: each for field, each in values.items() if any(value != each[0] for value in each)}
 
 
 def last_values(path: Path) -> dict[str, float]:
-    """The last value of each curve in a log of metrics; none without a log. Of a long log only the end is read."""
+    """Returns the last value of each curve in a log of metrics; none without a log.
+
+    Of a long log only the end is read.
+    """
     values: dict[str, float] = {}
     for row in Tail(path, POINT, _line_after(path, LAST_BYTES)).read():
         values |= curves_of(row)
@@ -229,7 +236,7 @@ def last_values(path: Path) -> dict[str, float]:
 
 
 def _line_after(path: Path, limit: int) -> int:
-    """The offset of the first whole line within the last `limit` bytes of a file."""
+    """Returns the offset of the first whole line within the last `limit` bytes of a file."""
     try:
         with json_files.open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -243,7 +250,7 @@ def _line_after(path: Path, limit: int) -> int:
 
 
 def _log(run: Run, store: Store, node: NodeRow, statements: Sequence[Statement]) -> Path:
-    """The log of metrics of the attempt that sealed a stage, perhaps in another run; else that of this run."""
+    """Returns the log of metrics of the attempt that sealed a stage, perhaps in another run; else that of this run."""
     name = "metrics.jsonl"
     here = run.node_folder(node["name"]) / name
     if here.exists():
@@ -256,7 +263,8 @@ def _log(run: Run, store: Store, node: NodeRow, statements: Sequence[Statement])
 
 
 def _invocation(body: Statement) -> tuple[str, str]:
-    """The run and the stage of an attempt; two empty texts if the statement does not say it as a place of logs."""
+    """Returns the run and the stage of an attempt; two empty texts if the statement does not say it as a place of
+    logs."""
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w@.-]*)", provenance.invocation(body))
     return (match[1], match[2]) if match else ("", "")
 

@@ -99,8 +99,9 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
 
 
 def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
-    """The use of a stage on so many GPUs, whose `hours` are those in which its ranks compute, with the work that
-    servers do for it, or rank 0 without any. Servers in jobs of their own hold their GPUs as long as the stage runs."""
+    """Returns the use of a stage on so many GPUs, whose `hours` are those in which its ranks compute, with the work
+    that servers do for it, or rank 0 without any. Servers in jobs of their own hold their GPUs as long as the stage
+    runs."""
     work, servers = row.estimate.served, servers_of(row, profile)
     if work is None:
         return replace(use, gpu_hours=use.hours * gpus)
@@ -119,12 +120,12 @@ def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
 
 
 def servers_of(row: StagePlan, profile: Profile) -> Servers | None:
-    """The servers in jobs of their own that are submitted with a stage; None without any."""
+    """Returns the servers in jobs of their own that are submitted with a stage; None without any."""
     return profile.slurm.servers if profile.slurm is not None and row.takes_servers else None
 
 
 def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
-    """The time on the clock of a stage of so many seconds, whose shards an array may process."""
+    """Returns the time on the clock of a stage of so many seconds, whose shards an array may process."""
     serial = row.estimate.serial_seconds
     if slurm is None or row.shards == 1 or serial is None:
         return seconds
@@ -132,7 +133,8 @@ def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
 
 
 def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
-    """The source of the time of a training phase: a measured rate or the model; or the reason that it has none."""
+    """Returns the source of the time of a training phase: a measured rate or the model; or the reason that it has
+    none."""
     training, gpu, name = row.estimate.training, profile.gpu, f"cluster profile {profile.name}"
     if training is None:
         return "on GPUs training phases alone are estimated"
@@ -168,7 +170,7 @@ def _peak(row: StagePlan, rate: Rate) -> str:
 
 
 def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
-    """The share of the peak that the model gives a phase."""
+    """Returns the share of the peak that the model gives a phase."""
     assert row.estimate.training is not None and profile.gpu is not None
     rate = profile.gpu.rate(row.estimate.training.precision)
     assert rate is not None
@@ -176,7 +178,7 @@ def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
 
 
 def _gpus(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
-    """The total number of GPUs of a stage's ranks; all_of_job: with unused ones and those of spare nodes."""
+    """Returns the total number of GPUs of a stage's ranks; all_of_job: with unused ones and those of spare nodes."""
     if profile.slurm is None:
         return 0
     allocation = profile.slurm.allocation(row.state.name, row.needs)

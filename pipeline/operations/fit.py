@@ -90,8 +90,8 @@ def require_publishable(rows: list[StagePlan]) -> None:
 
 
 def unpublishable(rows: list[StagePlan]) -> list[str]:
-    """A sentence for each limit of the Hub that the published files exceed: bytes of a file, files of a folder, and
-    files of a repository. Sizes are those of the estimates, with equal parts."""
+    """Returns a sentence for each limit of the Hub that the published files exceed: bytes of a file, files of a
+    folder, and files of a repository. Sizes are those of the estimates, with equal parts."""
     refused: list[str] = []
     shared: Counter[str] = Counter()
     for row in rows:
@@ -195,8 +195,8 @@ def _machine_bytes(profile: Profile) -> float:
 
 
 def _time(row: StagePlan, use: Use, profile: Profile) -> list[str]:
-    """The part of a stage that must end within one start: training to its next work checkpoint, a shard and the joining
-    of all, else the whole stage."""
+    """Returns the part of a stage that must end within one start: training to its next work checkpoint, a shard and
+    the joining of all, else the whole stage."""
     slurm, estimate, hours, what = profile.slurm, row.estimate, use.hours, "it"
     if slurm is None:
         return []
@@ -215,7 +215,7 @@ def _time(row: StagePlan, use: Use, profile: Profile) -> list[str]:
 
 
 def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
-    """A sentence on the limits that the profile does not state; None if it states all that the plan needs."""
+    """Returns a sentence on the limits that the profile does not state; None if it states all that the plan needs."""
     missing = []
     if profile.slurm is not None:
         jobs = [profile.slurm.allocation(row.state.name, row.needs) for row in rows]

@@ -80,7 +80,8 @@ class Needed:
 
 
 def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> tuple[list[Loose], list[str]]:
-    """The removable folders, the largest first, and the unreferenced folders that are kept, each with the reason.
+    """Returns the removable folders, the largest first, and the unreferenced folders that are kept, each with the
+    reason.
 
     named: keys to remove in spite of references; ignored: ids of runs whose references do not count. Raises AtomError
     if an unfinished job needs one of them.
@@ -187,7 +188,7 @@ def _read_runs(store: Store) -> tuple[list[Run], list[Damaged]]:
 
 
 def _match_prefix(name: str, names: Iterable[str]) -> str:
-    """The only name that starts with the prefix. Raises AtomError."""
+    """Returns the only name that starts with the prefix. Raises AtomError."""
     matching = sorted({candidate for candidate in names if candidate.startswith(name)})
     if name in matching:
         return name
@@ -198,7 +199,7 @@ def _match_prefix(name: str, names: Iterable[str]) -> str:
 
 
 def _needed_by_runs(store: Store, run_list: list[Run]) -> Needed:
-    """The references of these runs: their stages, the code of their jobs, and all inputs of the stages."""
+    """Returns the references of these runs: their stages, the code of their jobs, and all inputs of the stages."""
     needed = Needed()
     inputs: dict[str, set[str]] = {}
     for run in run_list:
@@ -265,7 +266,7 @@ def _require_idle(store: Store, run_list: list[Run], keys: set[str], ignored: se
 
 
 def _why_active(store: Store, run: Run) -> str | None:
-    """The reason why a run may be unfinished; None if it is finished."""
+    """Returns the reason why a run may be unfinished; None if it is finished."""
     if all(store.sealed(row["key"]) for row in run.body["nodes"]):
         return None
     folders = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]

@@ -87,7 +87,7 @@ def _load(
     base: Path | None = None,
     folder: Path | None = None,
 ) -> tuple[Path | None, list[Problem]]:
-    """The file of a recipe or a profile, None if there is none, and the fields that its schema refuses."""
+    """Returns the file of a recipe or a profile, None if there is none, and the fields that its schema refuses."""
     try:
         path = recipe.find(reference, package, kind, base, folder)
     except RecipeError as error:
@@ -121,7 +121,7 @@ def _data_problems(reference: str, recipe_path: Path) -> list[Problem]:
 
 
 def _mapping(path: Path | None) -> dict[str, Any]:
-    """The fields of a file; none if it is no YAML, which is a problem already."""
+    """Returns the fields of a file; none if it is no YAML, which is a problem already."""
     try:
         return {} if path is None else parse_yaml(read_file(path, "recipe"), "recipe")
     except RecipeError:
@@ -129,7 +129,7 @@ def _mapping(path: Path | None) -> dict[str, Any]:
 
 
 def _located(error: AtomError, kind: str, path: Path) -> Problem:
-    """An error whose sentence begins with the kind and name of its file, and then with a line or a field."""
+    """Returns an error whose sentence begins with the kind and name of its file, and then with a line or a field."""
     text = re.sub(rf"^{kind}( {re.escape(path.stem)})?(: |, )", "", str(error))
     if match := re.match(r"line (\d+) ", text):
         return Problem(str(path), text, int(match[1]))
@@ -143,7 +143,7 @@ def _located(error: AtomError, kind: str, path: Path) -> Problem:
 
 
 def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str], list[str]]:
-    """The sentences on what the Hub or the profile would not take, and notes."""
+    """Returns the sentences on what the Hub or the profile would not take, and notes."""
     profile = None if cluster is None else cluster_profile.load(cluster)
     other_python = profile is not None and profile.other_python
     rows = plan(graph, dag.states(graph, store), graph.select(None, None), other_python)
@@ -164,6 +164,6 @@ def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str
 
 
 def lines(findings: Findings) -> Iterator[str]:
-    """The lines that `atom validate` prints."""
+    """Yields the lines that `atom validate` prints."""
     yield from map(str, findings.problems)
     yield from (f"note: {text}" for text in findings.notes)

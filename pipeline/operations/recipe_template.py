@@ -29,7 +29,7 @@ def schema_id(kind: str) -> str:
 
 
 def models() -> dict[str, type[BaseModel]]:
-    """The class of each kind of file that a user writes."""
+    """Returns the class of each kind of file that a user writes."""
     return {"recipe": recipe.schema(), "data_recipe": registry.definition().DATA_RECIPE, "cluster_profile": Profile}
 
 
@@ -51,7 +51,7 @@ def _marked(value: Any) -> Any:
 
 
 def text(kind: str) -> str:
-    """The schema of a kind of file, as a file."""
+    """Returns the schema of a kind of file, as a file."""
     schema = models()[kind].model_json_schema(schema_generator=_Generator)
     body = {"$schema": DIALECT, "$id": schema_id(kind), **schema, "title": f"atom {kind.replace('_', ' ')}"}
     return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
@@ -114,7 +114,7 @@ def write(name: str, source: str, folder: Path, start_from: str | None = None) -
 
 
 def _with_start(origin: Path, model: str | None) -> str:
-    """The text of a packaged recipe, which begins with this published model, if it begins with one."""
+    """Returns the text of a packaged recipe, which begins with this published model, if it begins with one."""
     text = origin.read_text(encoding="utf-8")
     match = re.search(r"(?<=\n)(start_from:.*\n)( .*\n)+", text)
     if match is None and model is not None:

@@ -61,7 +61,7 @@ def _time(seconds: float) -> str:
 
 
 def rows(listed: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
-    """A row for each of these runs, and one sentence on missing information. Slurm is asked once for all."""
+    """Returns a row for each of these runs, and one sentence on missing information. Slurm is asked once for all."""
     drafts = [_row(run, store) for run in listed]
     over = ("sealed", "running", REFUSED)
     unfinished = [run for run, row in zip(listed, drafts, strict=True) if row.state not in over and run.jobs()]
@@ -80,7 +80,7 @@ def rows(listed: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
 
 
 def _row(run: Run, store: Store) -> RunRow:
-    """The row of a run by its files alone."""
+    """Returns the row of a run by its files alone."""
     nodes, began = runs.status(run, store), _began(run)
     failed = [node for node in nodes if node.kind is not None or node.state == "damaged"]
     sealed = sum(node.state == "sealed" for node in nodes)
@@ -105,7 +105,7 @@ def _last_report(node: NodeStatus) -> float:
 
 
 def _began(run: Run) -> float:
-    """The time in a run's id, which copies of a home keep; else the time of its run.json."""
+    """Returns the time in a run's id, which copies of a home keep; else the time of its run.json."""
     if match := re.search(r"-([0-9]{8}-[0-9]{6})-[0-9a-f]+$", run.id):
         with suppress(ValueError):
             return datetime.strptime(match[1], "%Y%m%d-%H%M%S").replace(tzinfo=UTC).timestamp()
@@ -117,7 +117,7 @@ FIRST = "_0_log.out"
 
 
 def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> tuple[Run, Path]:
-    """(the first of the runs that has a log of the stage, the file). Raises AtomError if there is none."""
+    """Returns (the first of the runs that has a log of the stage, the file). Raises AtomError if there is none."""
     for run in candidates:
         if logs := _logs(run, stage):
             return run, _log_of_rank(run, stage, logs[-1], rank)
@@ -127,8 +127,10 @@ def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> 
 
 
 def submitted_run(candidates: Sequence[Run], stage: str) -> Run | None:
-    """The run that submitted the job of a stage in the first run that has it, perhaps an earlier one. None if there
-    is no such job."""
+    """Returns the run that submitted the job of a stage in the first run that has it, perhaps an earlier one.
+
+    None if there is no such job.
+    """
     rows = [(run, run.jobs().get(stage)) for run in candidates if any(n["name"] == stage for n in run.body["nodes"])]
     if not rows or rows[0][1] is None:
         return None
@@ -177,14 +179,14 @@ def cancel_jobs(run: Run, store: Store) -> list[str]:
 
 
 def _living_jobs(run: Run) -> dict[str, str]:
-    """The jobs in Slurm that the run submitted, by stage."""
+    """Returns the jobs in Slurm that the run submitted, by stage."""
     rows = run.jobs()
     living = living_jobs(run, slurm_client.queued_jobs({run.owner}))
     return {name: rows[name]["job"] for name in living if not rows[name]["attached"]}
 
 
 def attached_runs(run: Run, store: Store) -> list[Run]:
-    """The other runs that wait for jobs of this one."""
+    """Returns the other runs that wait for jobs of this one."""
     jobs = set(_living_jobs(run).values()) if run.jobs() else set()
     if not jobs:
         return []

@@ -47,7 +47,7 @@ class StageView:
         return start.get("gpus", 0) if start else 0
 
     def names(self) -> list[str]:
-        """The names of its curves, the best known ones first."""
+        """Returns the names of its curves, the best known ones first."""
         names = [] if self.curves is None else list(self.curves.state["curves"])
         known = [name for name in CURVES if name in names]
         return [name for name in [*known, *sorted(set(names) - set(known))] if name not in NO_CHARTS]
@@ -95,7 +95,7 @@ class Snapshot:
         return status.over([stage.status for stage in self.stages])
 
     def shown(self) -> list[StageView]:
-        """The stages whose curves are of interest: running ones first, then the latest of the others."""
+        """Returns the stages whose curves are of interest: running ones first, then the latest of the others."""
         with_curves = [stage for stage in self.stages if stage.curves is not None and stage.names()]
         return sorted(reversed(with_curves), key=lambda stage: stage.status.state != "running")
 
@@ -147,7 +147,7 @@ def _spending(run: Run, store: Store, stages: Iterable[StageView], now: float) -
 
 
 def used_hours(store: Store, key: str) -> Hours:
-    """The use of all ended attempts at a key; statements that this process has read are not read again."""
+    """Returns the use of all ended attempts at a key; statements that this process has read are not read again."""
     try:
         return _hours(store.home, key, tuple(json_files.names(store.ledger / key)))
     except Damaged:
@@ -160,14 +160,14 @@ def _hours(home: Path, key: str, names: tuple[str, ...]) -> Hours:
 
 
 def sparkline(values: list[float], width: int = 48) -> str:
-    """The last values as one line of blocks."""
+    """Returns the last values as one line of blocks."""
     values = values[-width:]
     low, high = min(values), max(values)
     return "".join("▁▂▃▄▅▆▇█"[min(7, int((value - low) / (high - low or 1) * 8))] for value in values)
 
 
 def lines(snapshot: Snapshot) -> list[str]:
-    """The lines that `atom status --watch` shows below its table."""
+    """Returns the lines that `atom status --watch` shows below its table."""
     text = []
     for stage in snapshot.shown()[:2]:
         assert stage.curves is not None

@@ -38,7 +38,7 @@ UNSUBMITTED = "unsubmitted"
 
 
 def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
-    """The stages of a run, and one sentence on missing information. answers: of Slurm, which a loop keeps."""
+    """Returns the stages of a run, and one sentence on missing information. answers: of Slurm, which a loop keeps."""
     answers = answers or Answers()
     stages, jobs = runs.status(run, store), run.jobs()
     if run.on_slurm:
@@ -82,7 +82,7 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
 
 
 def _without_job(node: NodeStatus, store: Store) -> NodeStatus:
-    """The status of a stage of a run on Slurm that has no job."""
+    """Returns the status of a stage of a run on Slurm that has no job."""
     submitter = holder(submission_lock.folder(store))
     if node.state != "waiting" or (submitter is not None and submitter.alive):
         return node
@@ -90,7 +90,7 @@ def _without_job(node: NodeStatus, store: Store) -> NodeStatus:
 
 
 def _merge(queued: Job | None, finished: Job | None, run: Run, row: JobRow, name: str) -> Job | None:
-    """A job by the queue and by the accounting, which may have no script of it."""
+    """Returns a job by the queue and by the accounting, which may have no script of it."""
     if finished is not None and finished.owner is not None and not is_submitted_job(finished, run, row, name):
         finished = None
     if queued is None or finished is None:
@@ -99,7 +99,7 @@ def _merge(queued: Job | None, finished: Job | None, run: Run, row: JobRow, name
 
 
 def _submitter(run: Run, row: JobRow, job: Job | None, store: Store) -> RunFolder:
-    """The run that submitted a job: another one if this run only waits for the job."""
+    """Returns the run that submitted a job: another one if this run only waits for the job."""
     owner = job.owner if job is not None and row["attached"] else None
     if owner is None or not re.match(runs.NAME, owner.run):
         return run
@@ -107,7 +107,7 @@ def _submitter(run: Run, row: JobRow, job: Job | None, store: Store) -> RunFolde
 
 
 def _last_launch(run: RunFolder, node: str, job: str) -> Path | None:
-    """The folder of the last launch of a job; None before the first one."""
+    """Returns the folder of the last launch of a job; None before the first one."""
     launches = (run.node_folder(node) / "ranks").glob(f"{job}.*")
     return max(launches, key=launch_number, default=None)
 
@@ -119,7 +119,7 @@ def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
 
 
 def living_jobs(run: Run, slurm_jobs: Mapping[str, Job]) -> dict[str, Job]:
-    """The jobs in Slurm that have not ended, by the stage of the run that waits for them."""
+    """Returns the jobs in Slurm that have not ended, by the stage of the run that waits for them."""
     living = {}
     for name, row in run.jobs().items():
         job = slurm_jobs.get(row["job"])
@@ -131,8 +131,8 @@ def living_jobs(run: Run, slurm_jobs: Mapping[str, Job]) -> dict[str, Job]:
 def _add_job_state(
     node: NodeStatus, id: str, job: Job | None, launch: Path | None, hidden_of: str | None, answers: Answers
 ) -> NodeStatus:
-    """The status of a node from its files and from Slurm's state of its job; an artifact outranks both. launch: the
-    folder of the last launch. hidden_of: the user whose jobs Slurm does not show to this one."""
+    """Returns the status of a node from its files and from Slurm's state of its job; an artifact outranks both.
+    launch: the folder of the last launch. hidden_of: the user whose jobs Slurm does not show to this one."""
     node = replace(node, job=id)
     if launch is not None:
         begins, relaunches = launch_number(launch)
@@ -179,8 +179,8 @@ def _hides_jobs(answers: Answers) -> bool:
 
 
 def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers, kind: str | None = None) -> str:
-    """The sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final state.
-    recorded, kind: the outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none."""
+    """Returns the sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's
+    final state. recorded, kind: the outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none."""
     row = diagnoses.of_job(job.state, job.code)
     if row is FAILURES["cancelled"]:
         is_cascade = job.reason == "DependencyNeverSatisfied"
@@ -206,13 +206,13 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
 
 
 def _plain_end(job: Job) -> str:
-    """The final state of a job in Slurm's words."""
+    """Returns the final state of a job in Slurm's words."""
     code = f"exit code {job.code.partition(':')[0]}" if job.code else job.reason
     return f"{job.state.lower()} {code}".strip()
 
 
 def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
-    """The number of servers of a stage by state, in words; None if Slurm has none of them."""
+    """Returns the number of servers of a stage by state, in words; None if Slurm has none of them."""
     states = Counter(
         task_job.state
         for id, task_job in slurm_jobs.items()
@@ -223,14 +223,16 @@ def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
 
 
 def _tasks(id: str) -> int:
-    """The number of tasks that a line of squeue stands for: `7_2`, or `7_[0-3,5]` for those that wait. A long list is
-    cut, `7_[0-3,5,...]`."""
+    """Returns the number of tasks that a line of squeue stands for: `7_2`, or `7_[0-3,5]` for those that wait.
+
+    A long list is cut, `7_[0-3,5,...]`.
+    """
     ranges = re.findall(r"([0-9]+)(?:-([0-9]+))?", id.rpartition("_")[2].partition("%")[0])
     return sum(int(last or first) - int(first) + 1 for first, last in ranges)
 
 
 def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[str, Job]) -> NodeStatus:
-    """The status of a node whose shards run in a job array: the progress of the array, or its failed task."""
+    """Returns the status of a node whose shards run in a job array: the progress of the array, or its failed task."""
     if node.state in ("sealed", "running"):
         return node
     folder = run.node_folder(node.name) / "shards"
@@ -269,7 +271,7 @@ def _shards_done(path: Path) -> int:
 
 
 def kept_nodes(run: Run) -> list[str]:
-    """The sentences of jobs' scripts about bad nodes that their next start does not avoid."""
+    """Returns the sentences of jobs' scripts about bad nodes that their next start does not avoid."""
     sentences = []
     for name in run.jobs():
         for place in (".", "shards", "servers"):
