@@ -52,9 +52,9 @@ are part of the keys of the stages that read them. An unknown setting is an erro
 """
 SCHEMAS = """
 Editors complete and check these files by their JSON Schemas, if the first line of a file is
-`# yaml-language-server: $schema=PATH`. `atom init` writes that line, and the schema beside the recipe. `python -m
-pipeline.graph.json_schema KIND` prints the schema of a `recipe`, a `data_recipe` or a `cluster_profile`. Only `atom
-validate` finds contradictions between fields.
+`# yaml-language-server: $schema=PATH`. `atom init` writes that line, and the schema beside the
+recipe. `python -m pipeline.operations.recipe_template KIND` prints the schema of a `recipe`, a
+`data_recipe` or a `cluster_profile`. Only `atom validate` finds contradictions between fields.
 """
 DOCUMENTS = {
     "recipe": "One release. Packaged recipes are in `pipeline/recipes/`.",
@@ -67,7 +67,7 @@ DOCUMENTS = {
 
 def pages() -> dict[str, str]:
     """The content of each generated file, by its path in this folder."""
-    models = recipe_template.models()
+    models = recipe_template.schema_models()
     documents = [
         Document(kind.replace("_", " ").capitalize(), intro, models[kind]) for kind, intro in DOCUMENTS.items()
     ]

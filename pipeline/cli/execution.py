@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 def run(composed: Graph, store: Store, selected: list[str], cluster: str, profile: Profile, reference: str) -> None:
     """Runs stages of a graph on this machine. A process beside it sends the run to MLflow.
 
-    cluster, reference: the profile and the recipe as the user wrote them. Raises AtomError if a stage fails or cannot
-    run, or if the profile is of a Slurm cluster alone; Exit(130) after Ctrl-C.
+    Args:
+        cluster, reference: The profile and the recipe as the user wrote them.
+
+    Raises:
+        AtomError: A stage fails or cannot run, or if the profile is of a Slurm cluster alone; Exit(130) after Ctrl-C.
     """
     if profile.slurm is not None and "local" not in profile.model_fields_set:
         raise AtomError(
             f"cluster profile {profile.name} is of a Slurm cluster, and `atom run` would run every stage on this host; "
             "use `atom submit`, or a profile with a section `local`"
         )
+    # Stages that a damaged file stops are left out, and make the command fail after the others have run.
     damage = damage_of(composed, store, selected)
     requested, selected = selected, [name for name in selected if name not in damage]
     if all(store.sealed(composed.nodes[name].key) for name in selected):
@@ -45,6 +49,7 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
     require_inputs(composed, store, selected)
     prepare_environment()
     this = runs.start(composed, store, selected, cluster, {"launcher": "local", "prices": profile.costs()})
+    # While this lease is held, the run goes on, even if no stage runs at the moment.
     driver = Lease.take(this.folder / "driver")
     assert driver is not None, "the run was begun just now"
     companion = Companion(store.home, this.id, whole=True)

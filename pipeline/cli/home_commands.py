@@ -47,7 +47,7 @@ def list_runs(
     store = open_store()
     warn_of_home(store)
     every = [run for run in runs.runs(store) if recipe in (None, run.body["recipe"])]
-    rows, lack = run_actions.rows(every[-last:], store)
+    rows, lack = run_actions.list_rows(every[-last:], store)
     if as_json:
         body = {"runs": [row.json() for row in rows], "earlier": len(every) - len(rows), "unknown": lack}
         print(json.dumps(body, indent=1))
@@ -135,6 +135,7 @@ def watch(
     this, store = find_run(run)
     limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb, waiting_hours, restarts_a_day)
     watcher = alerts.Watcher(this.id, state or this.folder / "watch.json", command)
+    # A lack of answers is printed when it begins, not at each look.
     answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None
     while True:
         current = snapshot.take(this, store, answers)
@@ -188,6 +189,7 @@ def gc(
     if delete:
         if rows and not yes:
             confirm(f"{size}B are to be deleted for good", "delete them")
+        # Only what was shown is deleted, though more may be loose by now.
         rows = collector.delete(store, {row.path for row in rows}, named, ignored)
     if as_json:
         print(json.dumps({"loose": [row.json() for row in rows], "kept": notes, "deleted": delete}, indent=1))

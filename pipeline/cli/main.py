@@ -114,7 +114,7 @@ def main() -> None:
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
         # All text files of atom are UTF-8, whatever the locale: restart in Python's UTF-8 mode.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "pipeline.cli", *sys.argv[1:]])
-    process.collect_rarely()
+    process.collect_rarely()  # before a command imports anything large
     warnings.showwarning = _show_warning
     try:
         _require_utf8()
@@ -123,9 +123,11 @@ def main() -> None:
         print(f"atom: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
+        # Whoever read the output has ended, as `head` does. Python would print a second error when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        # A fault of the disk, or of a path of the command line, is one sentence too; anything else is a bug of atom.
         values = (word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:])
         fault = os_errors.find(error, open_store().home, filter(None, values))
         if fault is None or not fault.text:

@@ -69,6 +69,7 @@ def status(
         for text in (*(entry.sentence for entry in bad_nodes.read(store)), *status.kept_nodes(this)):
             print(text)
         return
+    # The screen is drawn more often than Slurm is asked.
     answers = slurm_client.Answers(slurm_client.ASK_EVERY)
     with Live(table, console=console(), auto_refresh=False) as live:
         while True:
@@ -113,6 +114,7 @@ def logs(
         stages, problem = status.status(run, store, answers)
         return problem is not None or not status.over([s for s in stages if s.name == stage])
 
+    # Another run may have submitted the job that this one waits for; its log is there.
     queued = run_actions.submitted_run(candidates, stage) if follow else None
     if queued is not None and not run_actions.has_log(queued, stage, rank) and may_begin(queued):
         present = read(queued)
@@ -178,19 +180,20 @@ def cancel(
     Example: atom cancel
     """
     from pipeline.core import process
-    from pipeline.operations import run_actions as cancellation
+    from pipeline.operations import run_actions
 
     this, store = find_run(run)
-    waiting = cancellation.attached_runs(this, store)
+    # Other users may wait for these jobs, or own the run.
+    waiting = run_actions.attached_runs(this, store)
     concerned = [f"run {this.id} is {this.owner}'s"] if this.owner != process.current_user() else []
     concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != process.current_user()]
     if concerned and not yes:
         confirm("; ".join(concerned), "cancel all the same")
     if this.on_slurm:
-        names = cancellation.cancel_jobs(this, store)
+        names = run_actions.cancel_jobs(this, store)
         print(f"run {this.id}: cancelled {', '.join(names) or 'nothing, Slurm holds no job of it'}")
     else:
-        names = cancellation.stop_processes(this, store)
+        names = run_actions.stop_processes(this, store)
         print(f"run {this.id}: stopped {', '.join(names) or 'nothing, no stage was running'}")
     for other in waiting:
         print(f"run {other.id} of {other.owner} waited for these jobs; `atom retry {other.id}` goes on")
@@ -247,6 +250,7 @@ def sync(run: RunArgument = None) -> None:
     nodes, lack = status.status(this, store)
     driver = holder(this.folder / "driver")
     is_over = lack is None and status.over(nodes) and not (driver is not None and driver.alive)
+    # One process of a run at a time sends, or rows would arrive twice.
     turn = Lease.take(this.folder / "mlflow")
     if turn is None:
         raise AtomError(f"a job of run {this.id} is sending it at the moment; its metrics arrive by themselves")
@@ -255,7 +259,7 @@ def sync(run: RunArgument = None) -> None:
         forwarder.sync(over=is_over or mlflow_sync.outcome_of(nodes) == "FINISHED")
     except AtomError:
         raise
-    except Exception as error:
+    except Exception as error:  # MLflow raises errors of many libraries
         problem = mlflow_sync.redacted(str(error).splitlines()[0])
         raise AtomError(f"MLflow at {mlflow_sync.shown_uri(store)} did not answer: {problem}") from error
     finally:

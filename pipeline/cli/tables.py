@@ -36,6 +36,7 @@ def table(*columns: str, right: int = 0, wraps: int = 0, caption: str | None = N
         caption: The text below.
         title: The text above.
     """
+    # Without lines, so that a table can be copied, and cut by column.
     result = Table(
         box=None,
         header_style="bold",
@@ -99,6 +100,7 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
         return None
     figures = ("GFLOP/token", "state", "activ.", "both", "host", "checkpoints", "data")
     result = table("phase", "steps", "batch", "row", "precision", *figures, "layout", wraps=1)
+    # The numbers among the columns; the precision stands between them.
     for number in (1, 2, 3, *range(5, 5 + len(figures))):
         result.columns[number].justify = "right"
     for row, t in phases:
@@ -157,6 +159,7 @@ def simulation_table(name: str, result: RankSimulation) -> Table:
         f"memory and sequence (--json): of a simulated step of {result.simulated_micro_batches} micro-batches"
     )
     traffic = table("collective", "group", "ranks", "calls", "largest", "sum", right=5, caption=caption, title=title)
+    # Collectives of different sizes in one group are one row.
     together: dict[tuple[str, str, int], list[Traffic]] = {}
     for row in result.traffic:
         together.setdefault((row.operation, row.group, row.ranks), []).append(row)
@@ -201,6 +204,7 @@ def _binary(value: float) -> str:
 
 
 def status_table(run: str, owner: str, stages: list[NodeStatus], used: str) -> Table:
+    # The columns of jobs stand only where there are some.
     slurm = any(s.job for s in stages)
     sealed = sum(s.state == "sealed" for s in stages)
     columns = ("stage", "state", *(("job", "nodes", "restarts") if slurm else ()), "progress", "time", "left", "report")
@@ -265,6 +269,7 @@ def print_comparison(rows: list[Measured], console: Console) -> None:
             settings.add_row(escape(field), *map(value_text, values))
         console.print(settings)
         console.print()
+    # Stages with equal keys in all runs have equal results.
     shared = [stage for stage in rows[0].keys if len({row.keys.get(stage) for row in rows}) == 1]
     for title, parts in (
         ("last value", [row.metrics for row in rows]),

@@ -156,71 +156,68 @@ class FollowerReport:
 Number = Annotated[FiniteFloat, Field(ge=-1e15, le=1e15)]
 
 
-class Attempt(TypedDict):
+class _Event(TypedDict):
+    # In seconds since the epoch.
+    time: Number
+
+
+class Attempt(_Event):
     """A job has started."""
 
-    time: Number
     event: Literal["attempt"]
     # The name of its folder of messages.
     launch: NotRequired[str]
 
 
-class Start(TypedDict):
+class Start(_Event):
     """The attempt holds the lease, and the stage begins."""
 
-    time: Number
     event: Literal["start"]
     pid: int
     ranks: int
     gpus: NotRequired[int]  # allotted ones
 
 
-class Progress(TypedDict):
+class Progress(_Event):
     """The progress of the stage. Figures are further fields: see `figures_of`."""
 
-    time: Number
     event: Literal["progress"]
     done: Number
     total: Number
     unit: str
 
 
-class Note(TypedDict):
-    time: Number
+class Note(_Event):
     event: Literal["note"]
     text: str
 
 
-class SlowRank(TypedDict):
+class SlowRank(_Event):
     """A rank is slow, or none is any longer."""
 
-    time: Number
     event: Literal["slow_rank"]
     text: str | None  # names the rank; null: none is slow
 
 
-class UsageEvent(TypedDict):
+class UsageEvent(_Event):
     """The usage of a whole attempt."""
 
-    time: Number
     event: Literal["usage"]
     wall_seconds: Number
     energy_joules_estimate: NotRequired[Number]
 
 
-class End(TypedDict):
+class End(_Event):
     """The end of the attempt."""
 
-    time: Number
     event: Literal["end"]
     outcome: str
     kind: NotRequired[str | None]  # of a failure
 
 
-class Other(TypedDict):
+class Other(_Event):
     """An event of a kind that this module does not read."""
 
-    time: Number
     event: str
 
 

@@ -41,7 +41,10 @@ RECORD: TypeAdapter[dict[str, list[int]]] = TypeAdapter(dict[str, list[int]])
 def check(run: Path, artifacts: Iterable[Artifact]) -> None:
     """Hashes the files that this run has not hashed yet or that have changed since; waits for parts that others hash.
 
-    run: the run's folder. Raises AtomError naming the first file that is damaged.
+    Raises AtomError naming the first file that is damaged.
+
+    Args:
+        run: The run's folder.
     """
     parts = [part for artifact in artifacts for part in _parts(run, artifact)]
     while parts := _hash_free(parts, shared_progress(run)):

@@ -123,8 +123,11 @@ class Holder:
 def holder(folder: Path, clock: Callable[[Path], float] | None = None) -> Holder | None:
     """Returns the present lease of a work folder; None without one. Nothing is written.
 
-    clock: the time by the clock of the file system, for callers that may write there; the default is this host's clock.
     An unreadable lease is reported, and counts until it expires.
+
+    Args:
+        clock: The time by the clock of the file system, for callers that may write there; the default is this host's
+            clock.
     """
     numbers: list[int] = []
     with json_files.reporting("whether a process works there is not known"):

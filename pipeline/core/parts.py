@@ -71,9 +71,12 @@ def part_slice(count: int, part: int, parts: int) -> slice:
 
 
 def shards_of(parts: Iterable[int]) -> int:
-    """Returns the pieces of work of a stage that makes every part of each source. parts: their number by source.
+    """Returns the pieces of work of a stage that makes every part of each source.
 
     Sources of one part each are one piece: a job array would cost more than their work.
+
+    Args:
+        parts: Their number by source.
     """
     counts = list(parts)
     return sum(counts) if max(counts, default=1) > 1 else 1
@@ -129,15 +132,14 @@ def sealed_part(folder: Path) -> Part | None:
     return Part(folder, rows, seal["facts"])
 
 
-def link_parts(parts: Iterable[Part], out: Path, below: tuple[str, ...] = ()) -> None:
+def link_parts(parts: Iterable[Part], out: Path) -> None:
     """Puts the files of sealed parts into `out` without copying or hashing them where the file system has links.
 
-    below: the folders of the artifact to link; none: all. Raises AtomError if a part was removed.
+    Raises:
+        AtomError: A part was removed.
     """
     for part in parts:
         for row in part.rows:
-            if below and not row.path.startswith(below):
-                continue
             source, target = part.folder / row.path, out / row.path
             target.parent.mkdir(parents=True, exist_ok=True)
             try:

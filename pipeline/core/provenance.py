@@ -197,7 +197,7 @@ class AttemptRecord:
         operations: Operational fields of this attempt and of the attempts that it resumed, the latest last.
         materials: Input artifacts by role.
         code: SHA-256 of the modules of the stage.
-        environment: As `environment.describe` has it.
+        environment: The result of `environment.describe`.
         invocation: `<run>/<node>`: the place of the logs.
         started: Seconds since the epoch.
         finished: Seconds since the epoch.
@@ -206,7 +206,7 @@ class AttemptRecord:
         kind: The kind of a failure.
         checkpoint_of: The phase and the step of a checkpoint.
         product: The sealed artifact. Its summary.json becomes a byproduct, so that the ledger alone has it.
-        starts: Of a stage that trains, the record of each start whose work the product contains.
+        starts: The record of each start whose work the product contains, for a stage that trains.
         metrics: SHA-256 of the timed metrics of a sealed artifact.
     """
 

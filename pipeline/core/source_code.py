@@ -98,7 +98,11 @@ def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType(
 
 
 def code_digests(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, str]:
-    """Returns the closure without the engine. chosen: as `Stage.code` has it."""
+    """Returns the closure without the engine.
+
+    Args:
+        chosen: The result of `Stage.code`.
+    """
     # Code that passes inputs to a stage cannot change its bytes, except for the contracts.
     contracts = ("pipeline.core.stage", "pipeline.core.store")
     digests = closure(module, chosen)

@@ -124,26 +124,34 @@ class TrainingEstimate:
     sequence_length: int
     precision: str
     layout: str  # in words: TP4 PP2 EP32 DP64
-    recomputes: bool  # layers, in the backward pass
-    gflop_per_token: float  # training FLOPs of the model, without recomputation
-    state_bytes: int  # weights, gradients and optimizer of a rank
-    activation_bytes: int  # maximum that a rank keeps for the backward pass
+    # Layers, in the backward pass.
+    recomputes: bool
+    # Training FLOPs of the model, without recomputation.
+    gflop_per_token: float
+    # Weights, gradients and optimizer of a rank.
+    state_bytes: int
+    # Maximum that a rank keeps for the backward pass.
+    activation_bytes: int
     checkpoint_bytes: int  # of one checkpoint, all ranks together
     share_bytes: int  # of a sealed one, the most that one rank writes
-    silent_bytes: int  # the most that a rank reads or writes of it between two reports of progress
+    # The most that a rank reads or writes of it between two reports of progress.
+    silent_bytes: int
     watchdog_seconds: float  # without progress, after which an attempt is ended
     release_checkpoints: int  # number of sealed ones
     work_checkpoints: int  # number of kept ones
-    checkpoint_interval: int  # steps between work checkpoints
+    # Steps between work checkpoints.
+    checkpoint_interval: int
     order_rows: int
-    data_bytes: int  # order, and token shards if each is read once
+    # Order, and token shards if each is read once.
+    data_bytes: int
 
 
 @dataclass(frozen=True)
 class Published:
     """Files of about one size that a release holds in one folder of a repository."""
 
-    repository: Literal["dataset", "model", "checkpoint"]  # the stages of a recipe share `dataset`
+    # The stages of a recipe share `dataset`.
+    repository: Literal["dataset", "model", "checkpoint"]
     folder: str
     files: int
     bytes: int  # of all of them
@@ -157,13 +165,18 @@ class ServedWork:
     its GPU or core."""
 
     flops: float
-    gpu_flops: float  # FLOP/s of one server GPU
-    cpu_flops: float  # FLOP/s of one server core
-    overlaps: bool  # the ranks compute meanwhile
+    # FLOP/s of one server GPU.
+    gpu_flops: float
+    # FLOP/s of one server core.
+    cpu_flops: float
+    # The ranks compute meanwhile.
+    overlaps: bool
     # (bytes of each GPU, bytes of the host) of a server on so many GPUs; without a GPU the first is 0.
     memory: Callable[[int], tuple[int, int]]
-    assumed: str  # the basis of gpu_flops, as a clause
-    places: int = 1  # servers that others run in rank 0's place, each taken for one GPU or core
+    # The basis of gpu_flops, as a clause.
+    assumed: str
+    # Servers that others run in rank 0's place, each taken for one GPU or core.
+    places: int = 1
 
 
 @dataclass(frozen=True)
@@ -171,7 +184,8 @@ class LongContext:
     """The cost of a long text, compared with a model whose layers all have full attention."""
 
     tokens: int
-    cache_bytes: int  # keys and values of all tokens, or what replaces them, in bf16 on one rank
+    # Keys and values of all tokens, or what replaces them, in bf16 on one rank.
+    cache_bytes: int
     flops_per_token: float  # of training on one token
     full_cache_bytes: int
     full_flops_per_token: float
@@ -191,7 +205,8 @@ class Estimate:
     memory_bytes: int | None = None  # of one process, on its GPU if it has one; if several differ, of the fullest
     host_bytes: int = 0  # of one process beside its GPU
     disk_bytes: int | None = None  # of the artifact
-    work_bytes: int = 0  # at most, beside the artifact, while the stage runs
+    # At most, beside the artifact, while the stage runs.
+    work_bytes: int = 0
     files: int | None = None  # of the artifact
     published: tuple[Published, ...] = ()  # of the artifact, what a release holds
     parameters: dict[str, int] = field(default_factory=dict)
@@ -219,7 +234,8 @@ class Accelerator:
     """The performance of a GPU and its links, as their makers state it. Bandwidths in bytes/s; of links, in one
     direction."""
 
-    peaks: Mapping[str, float]  # FLOP/s of dense matrix products, by family of precisions: fp32, bf16, fp8, fp4
+    # FLOP/s of dense matrix products, by family of precisions: fp32, bf16, fp8, fp4.
+    peaks: Mapping[str, float]
     memory: float
     nvlink: float
     nvlink_gpus: int  # in one domain

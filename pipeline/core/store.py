@@ -82,8 +82,10 @@ def sha256_file(path: Path, progress: Progress = no_progress) -> str:
 def sha256_files(paths: Sequence[Path], owner: str = "", progress: Progress = no_progress) -> list[str]:
     """Hashes files, several at once, each by one thread. Raises OSError.
 
-    owner: the key of the artifact that the files belong to. With it, a line is printed every `HASH_LINE_SECONDS`.
-    progress: is called by several threads.
+    Args:
+        paths: The files.
+        owner: The key of the artifact that the files belong to. With it, a line is printed every `HASH_LINE_SECONDS`.
+        progress: Is called by several threads.
     """
     threads = max(1, min(HASH_THREADS, len(os.sched_getaffinity(0)), len(paths)))
     hashes: list[str] = []
@@ -174,8 +176,9 @@ def regular_files(folder: Path) -> dict[str, Path]:
 def rows_of(folder: Path, handed_over: bool = False, owner: str = "") -> list[FileRow]:
     """Returns the files of `regular_files` with their hashes.
 
-    handed_over: take the hashes that `hand_over_hash` recorded instead of reading those files. owner: as of
-    `sha256_files`.
+    Args:
+        handed_over: Take the hashes that `hand_over_hash` recorded instead of reading those files.
+        owner: As for `sha256_files`.
     """
     files = regular_files(folder)
     hashes: dict[str, str] = {}
@@ -261,7 +264,7 @@ class Artifact:
 
         Args:
             below: A folder of the artifact, outside of which nothing is looked at; empty: all of it.
-            select: Whether to hash the file at that path of the artifact.
+            select: Returns True if the file at that path of the artifact is to be hashed.
             share: (n, m): hashes every m-th of these files, from the n-th on, for a caller that is one of m.
             progress: Gets the bytes that are hashed, from several threads.
 

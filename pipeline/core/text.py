@@ -18,7 +18,11 @@ LINE = 600
 
 
 def unprintable(text: str, lines: bool = False) -> str | None:
-    """Returns the first unprintable character; lines: line breaks and tabs are allowed."""
+    """Returns the first unprintable character.
+
+    Args:
+        lines: Line breaks and tabs are allowed.
+    """
     characters = (match[0] for match in _UNPRINTABLE.finditer(text) if not (lines and match[0] in "\n\t"))
     return next(characters, None)
 

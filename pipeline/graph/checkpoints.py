@@ -37,10 +37,13 @@ class Checkpoint:
 
 
 def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
-    """Returns the checkpoint that a recipe names. where: the field of the recipe, for errors.
+    """Returns the checkpoint that a recipe names.
 
     The long form needs no lookup. Raises RecipeError for a checkpoint of another phase, and for a short form that
     matches no sealed checkpoint or several.
+
+    Args:
+        where: The field of the recipe, for errors.
     """
     match = re.fullmatch(rf"({phase}(?:-[0-9a-f]{{12}})?)@([0-9]+)", reference)
     if match is None:

@@ -22,28 +22,25 @@ from pipeline.graph.recipe import Recipe, explain
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of a recipe's graph: its resolved config and the nodes that feed it, by role.
-
-    external: keys of further input artifacts from earlier runs, by role.
-    """
+    """One stage of a recipe's graph."""
 
     name: str
     stage: Stage
     config: Config
+    # The nodes that feed it, by role.
     inputs: dict[str, str]
     key: str
+    # The keys of further input artifacts from earlier runs, by role.
     external: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The nodes in topological order: each follows its inputs.
-
-    absent: sentences on sources whose files are missing; such a graph can be shown but not run.
-    """
+    """The nodes in topological order: each follows its inputs."""
 
     recipe: Recipe
     nodes: dict[str, Node]
+    # Sentences on sources whose files are missing; such a graph can be shown but not run.
     absent: tuple[str, ...] = ()
 
     def upstream(self, names: set[str]) -> set[str]:
@@ -118,24 +115,26 @@ def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ..
         keys = {role: nodes[name].key for role, name in spec.inputs.items()} | external
         digest = sha256_bytes(canonical([stage.name, stage.version, identity(config), keys]))
         nodes[spec.name] = Node(spec.name, stage, config, dict(spec.inputs), f"{spec.name}-{digest[:12]}", external)
+    # After all configs, so that a mistake in one of them is reported first.
     for node in nodes.values():
         _check_size(f"{recipe.title}, stage {node.name}", node)
     return Graph(recipe, nodes, absent)
 
 
 class Composer(Protocol):
-    """The part of a definition that composes the graph of a recipe. problems: a sentence for each contradiction between
-    sections or files; `compose` raises the first."""
+    """The part of a definition that composes the graph of a recipe."""
 
     def compose(self, recipe: Recipe, store: Store, without_data: bool) -> Graph: ...
 
-    def problems(self, recipe: Recipe) -> Iterator[str]: ...
+    def problems(self, recipe: Recipe) -> Iterator[str]:
+        """Yields a sentence for each contradiction between sections or files; `compose` raises the first."""
 
 
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     """Returns the graph of a recipe by the registered definition. Raises RecipeError.
 
-    without_data: source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
+    Args:
+        without_data: Source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
     """
     return cast(Composer, registry.definition()).compose(recipe, store, without_data)
 
@@ -188,39 +187,42 @@ def _check_size(where: str, node: Node) -> None:
             )
 
 
-def names_in_words(names: Iterable[str], most: int = 60) -> str:
+# Names in a sentence.
+MOST_NAMES = 60
+
+
+def names_in_words(names: Iterable[str]) -> str:
     """Names as a phrase; only the first ones if there are many."""
     every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    rest = len(every) - MOST_NAMES
+    return ", ".join(every[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)
 class State:
-    """The state of a node's artifact without hashing: `sealed`, `stale` (sealed by other code), `damaged` or `to run`.
-    damage: the damage in words."""
+    """The state of a node's artifact, without hashing."""
 
     name: str
     key: str
+    # `sealed`, `stale` (sealed by other code), `damaged` or `to run`.
     text: str
+    # The modules of a stale one.
     changed: tuple[str, ...] = ()
-    damage: str | None = None
+    damage: str | None = None  # in words
 
 
 def states(graph: Graph, store: Store) -> dict[str, State]:
     """Returns the state of every node. A stale artifact is still used: its key matches the requested work."""
-    out = {}
-    for name, node in graph.nodes.items():
-        text = "to run"
-        changed: tuple[str, ...] = ()
-        if store.sealed(node.key):
-            if damage := store.damage(node.key):
-                out[name] = State(name, node.key, "damaged", damage=damage)
-                continue
-            artifact = store.manifest(node.key)
-            statement = provenance.sealed(store.ledger, artifact)
-            now = code_digests(registry.stages()[node.stage.name], node.stage.code(node.config))
-            then = provenance.code_of(statement[1]) if statement else now
-            changed = tuple(sorted(m for m in set(now) | set(then) if now.get(m) != then.get(m)))
-            text = "stale" if changed else "sealed"
-        out[name] = State(name, node.key, text, changed)
-    return out
+    return {name: _state(node, store) for name, node in graph.nodes.items()}
+
+
+def _state(node: Node, store: Store) -> State:
+    if not store.sealed(node.key):
+        return State(node.name, node.key, "to run")
+    if damage := store.damage(node.key):
+        return State(node.name, node.key, "damaged", damage=damage)
+    statement = provenance.sealed(store.ledger, store.manifest(node.key))
+    now = code_digests(registry.stages()[node.stage.name], node.stage.code(node.config))
+    then = provenance.code_of(statement[1]) if statement else now
+    changed = tuple(sorted(module for module in now | then if now.get(module) != then.get(module)))
+    return State(node.name, node.key, "stale" if changed else "sealed", changed)

@@ -31,14 +31,18 @@ class StagePlan:
 
     state: State
     estimate: Estimate
-    external: Mapping[str, str]  # input artifacts from earlier runs, by role
+    # Input artifacts from earlier runs, by role.
+    external: Mapping[str, str]
     ranks: int
-    operation: Mapping[str, Any]  # the operational fields of its config
+    # The operational fields of its config.
+    operation: Mapping[str, Any]
     obstacle: str | None = None
     trains: bool = False
-    shards: int = 1  # which tasks of a job array may process
+    # Which tasks of a job array may process.
+    shards: int = 1
     time: Callable[[Accelerator], TrainingTime] | None = None  # of a training phase on GPUs, if there is a model of it
-    takes_servers: bool = False  # servers in jobs of their own can work for it
+    # Servers in jobs of their own can work for it.
+    takes_servers: bool = False
     gpus: int = 0  # of a rank that does not train
 
     @property
@@ -78,8 +82,12 @@ def is_small(graph: Graph) -> bool:
 
 
 def plan(graph: Graph, states: dict[str, State], selected: list[str], other_python: bool = False) -> list[StagePlan]:
-    """Returns the plan of the selected stages. other_python: they run with another Python than this process, so that
-    nothing follows from what this machine lacks."""
+    """Returns the plan of the selected stages.
+
+    Args:
+        other_python: They run with another Python than this process, so that nothing follows from what this machine
+            lacks.
+    """
     return [
         StagePlan(
             states[node.name],
@@ -160,7 +168,8 @@ class CheckpointTimes:
 def checkpoint_times(row: StagePlan, storage_gb_s: float | None) -> CheckpointTimes | None:
     """Returns the times of a phase; None for a stage that does not train.
 
-    storage_gb_s: GB/s that the storage reads and writes for all ranks together; None: as much as they ask for.
+    Args:
+        storage_gb_s: GB/s that the storage reads and writes for all ranks together; None: as much as they ask for.
     """
     training = row.estimate.training
     if training is None:
@@ -174,7 +183,7 @@ def checkpoint_times(row: StagePlan, storage_gb_s: float | None) -> CheckpointTi
     )
 
 
-def sentences(rows: Iterable[StagePlan], storage_gb_s: float | None) -> list[str]:
+def checkpoint_sentences(rows: Iterable[StagePlan], storage_gb_s: float | None) -> list[str]:
     """Returns a sentence for the phases with equal times, and one on what they rest on; none without a phase."""
     phases: dict[str, list[str]] = {}
     for row in rows:
@@ -196,7 +205,11 @@ def _seconds(value: float) -> str:
 
 
 def require_patient_watchdogs(rows: Iterable[StagePlan], storage_gb_s: float | None) -> None:
-    """Raises RecipeError for a phase to be run whose watchdog would take sealing for a hang. storage_gb_s: as above."""
+    """Raises RecipeError for a phase to be run whose watchdog would take sealing for a hang.
+
+    Args:
+        storage_gb_s: As for `checkpoint_times`.
+    """
     for row in rows:
         times = checkpoint_times(row, storage_gb_s) if row.state.text == "to run" else None
         if times is not None and times.silent > times.watchdog:

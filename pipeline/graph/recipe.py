@@ -72,6 +72,7 @@ class Recipe:
     path: Path
     config: Identity
     data: Config
+    # The files by their place in the folder of a run.
     files: dict[str, bytes]
 
     @property
@@ -113,11 +114,12 @@ def find(reference: str, package: str, kind: str, base: Path | None = None, fold
 
 @dataclass(frozen=True)
 class Mistake:
-    """One error of a validation. location: of the field, as pydantic has it; text: a sentence that begins with the
-    field."""
+    """One error of a validation."""
 
+    # The place of the field, as pydantic has it.
     location: tuple[str | int, ...]
     field: str
+    # A sentence that begins with the field.
     text: str
 
 

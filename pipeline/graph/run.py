@@ -40,7 +40,8 @@ class NodeRow(TypedDict):
     name: Name
     stage: str
     key: Name
-    inputs: NotRequired[dict[str, Name]]  # the keys of its inputs, by role
+    # The keys of its inputs, by role.
+    inputs: NotRequired[dict[str, Name]]
 
 
 class Prices(TypedDict):
@@ -59,10 +60,12 @@ class Limits(TypedDict):
 class LauncherFields(TypedDict):
     """The fields that a launcher adds to run.json."""
 
-    launcher: Literal["local", "slurm"]  # where the stages run, whatever has become of their jobs
+    # Where the stages run, whatever has become of their jobs.
+    launcher: Literal["local", "slurm"]
     prices: NotRequired[Prices | None]
     cluster: NotRequired[str]  # name of the profile
-    code: NotRequired[Name]  # the snapshot that the jobs run from
+    # The snapshot that the jobs run from.
+    code: NotRequired[Name]
 
 
 class Body(LauncherFields):
@@ -74,11 +77,12 @@ class Body(LauncherFields):
     recipe_path: str
     profile: str
     nodes: Annotated[list[NodeRow], Field(min_length=1)]
-    # Of the checkout that the run began from.
+    # The commit of the checkout that the run began from, and whether it was changed since.
     commit: NotRequired[str | None]
     dirty: NotRequired[bool]
     budget: NotRequired[Limits | None]
-    refused: NotRequired[str]  # the reason why its jobs were not submitted, in one sentence
+    # The reason why its jobs were not submitted, in one sentence.
+    refused: NotRequired[str]
 
 
 class JobRow(TypedDict):
@@ -86,11 +90,14 @@ class JobRow(TypedDict):
 
     node: Name
     job: str
-    attached: bool  # another run submitted it, perhaps of another user
+    # Another run submitted it, perhaps of another user.
+    attached: bool
     user: NotRequired[str]  # whose job it is, if it is not that of the run's owner
-    array: NotRequired[str | None]  # the job array for its shards
+    # The job array for its shards.
+    array: NotRequired[str | None]
     shards: NotRequired[int]
-    servers: NotRequired[list[str]]  # the job arrays of its servers
+    # The job arrays of its servers.
+    servers: NotRequired[list[str]]
 
 
 # The message about a stage that recorded no end.
@@ -306,7 +313,8 @@ class NodeStatus:
 
     name: str
     key: str
-    state: str  # sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, lost or hidden
+    # Sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, lost or hidden.
+    state: str
     done: float = 0
     total: float = 0
     unit: str = ""
@@ -320,11 +328,16 @@ class NodeStatus:
     elapsed: str | None = None
     restarts: int | None = None
     reason: str | None = None
-    servers: str | None = None  # how many of its servers run, and how many wait
-    slow: str | None = None  # the rank for which the others wait
-    alert: str | None = None  # the cause for which its job waits, if a person must act
-    waits_since: float | None = None  # seconds since the epoch
-    last_report: float | None = None  # seconds since the epoch
+    # How many of its servers run, and how many wait.
+    servers: str | None = None
+    # The rank for which the others wait.
+    slow: str | None = None
+    # The cause for which its job waits, if a person must act.
+    alert: str | None = None
+    # Seconds since the epoch.
+    waits_since: float | None = None
+    # Seconds since the epoch.
+    last_report: float | None = None
     message: str = ""
     kind: str | None = None  # of the failure in `message`
     events: EventSummary | None = field(default=None, repr=False, compare=False)

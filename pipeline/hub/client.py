@@ -295,20 +295,22 @@ class Refs:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a revision. id: its git blob id, or its SHA-256 if it is an LFS file. size: in bytes."""
+    """A file of a revision."""
 
+    # Its git blob id, or its SHA-256 if it is an LFS file.
     id: str
-    size: int
+    size: int  # in bytes
 
 
 @dataclass(frozen=True)
 class RemoteRepository:
-    """A repository at HF_ENDPOINT, read with HF_TOKEN. id: namespace/name; kind: model, dataset or space.
+    """A repository at HF_ENDPOINT, read with HF_TOKEN.
 
     Every method raises what the client raises, and MalformedAnswer: call it inside `translate_errors`.
     """
 
-    id: str
+    id: str  # namespace/name
+    # Model, dataset or space.
     kind: str
 
     def exists(self) -> bool:

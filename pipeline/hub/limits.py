@@ -135,7 +135,11 @@ def _watch(call: _Call, stop: threading.Event) -> None:
 
 
 def install(client: Any, endpoint: str) -> Any:
-    """Puts the limits under an httpx client, and returns it. endpoint: the Hub's address."""
+    """Puts the limits under an httpx client, and returns it.
+
+    Args:
+        endpoint: The Hub's address.
+    """
 
     def begin(request: Any) -> None:
         _begin_request(request, endpoint)

@@ -1,4 +1,13 @@
-"""One attempt at a node: its parameters, the statement about its end, and the checkpoints that it seals before."""
+"""One attempt at a node: its parameters, the records of its start, the statement about its end, and the checkpoints
+that it seals before.
+
+    work/<key>/starts.json               of every start of a stage that trains: time, commit, dirty, prediction
+    work/<key>/state/starts/0002.json    what the stage adds: restored step, device, comparison with the log
+    logs/<run>/<node>/start.json         of the latest start: settings and nodes, for MLflow
+
+The first two are for the statement of the stage, and name a start by the number of its lease. A killed start writes no
+statement, but stays in the next one's. Nothing depends on the third one.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +45,7 @@ from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, USAGE_SECONDS, Rank
 RECORDS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 SETTINGS = "start.json"
+# The consequence of a damaged record.
 NOT_STATED = "what it says of earlier starts is not stated"
 # The name of a prediction's key; the rest is that of the predicted stage's key.
 PREDICTION = "prediction"
@@ -47,7 +57,12 @@ def prediction_key(key: str) -> str:
 
 
 class StartRecords:
-    """folder: of the work at a key. number: of this start's lease."""
+    """The starts of a stage that trains.
+
+    Args:
+        folder: The folder of the work at a key.
+        number: The number of this start's lease.
+    """
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
@@ -81,9 +96,11 @@ class StartRecords:
 class StartSettings(TypedDict):
     """The latest start of a stage, for MLflow."""
 
-    start: int  # the number of the lease, 1 for the first start at the key
+    # The number of the lease, 1 for the first start at the key.
+    start: int
     time: Number
-    config: dict[str, Any]  # the part that is in the key
+    # The part that is in the key.
+    config: dict[str, Any]
     operation: dict[str, Any]  # the rest
     ranks: int
     gpus: int
@@ -133,7 +150,11 @@ class Task:
 
     @classmethod
     def of(cls, graph: Graph, store: Store, run: Run, node: Node, **resources: Any) -> Task:
-        """Returns the parameters of a node's job in a run. resources: the fields that the launcher decides."""
+        """Returns the parameters of a node's job in a run.
+
+        Args:
+            resources: The fields that the launcher decides.
+        """
         return cls(
             home=str(store.home),
             run=run.id,
@@ -151,8 +172,12 @@ ALIVE = "alive"
 
 
 def server_seconds(folder: Path, start: float, end: float) -> float:
-    """Returns seconds between two times in which the servers of a stage ran, of all together, by the clock of the
-    file system. folder: of the servers."""
+    """Returns seconds between two times in which the servers of a stage ran, of all together, by the clock of the file
+    system.
+
+    Args:
+        folder: The folder of the servers.
+    """
     seconds = 0.0
     for alive in folder.glob(f"ranks/*/{ALIVE}"):
         with suppress(OSError):  # its folder is being removed
@@ -177,7 +202,11 @@ class Attempt:
         self.starts: StartRecords | None = None
 
     def write_settings(self, number: int) -> None:
-        """Writes start.json. An error is printed, and the stage continues. number: of the lease."""
+        """Writes start.json. An error is printed, and the stage continues.
+
+        Args:
+            number: The number of the lease.
+        """
         path = self.store.logs / self.task.run / self.task.node / SETTINGS
         try:
             atomic_files.write(path, json.dumps(self._settings(number)))
@@ -201,9 +230,13 @@ class Attempt:
         }
 
     def record(self, artifact: Artifact, part: Checkpoint | None = None) -> None:
-        """Writes the statement of a product just before it is sealed. Raises AtomError if it must not be sealed.
+        """Writes the statement of a product just before it is sealed.
 
-        part: the kind of the product, if it is not the stage's own artifact.
+        Args:
+            part: The kind of the product, if it is not the stage's own artifact.
+
+        Raises:
+            AtomError: It must not be sealed.
         """
         self.refuse_second_digest(artifact)
         self._write_statement({artifact.key: artifact.digest}, "sealed", part, None if part else artifact)

@@ -41,7 +41,7 @@ class BatchScript:
 
     run: str
     stage: str
-    # Without their dashes; True for one that takes no value.
+    # Options by their names without dashes; True for one that takes no value.
     sbatch_options: Mapping[str, str | int | bool]
     # Variables of the process that submits, which are set before the modules.
     forwarded_variables: Mapping[str, str]
@@ -73,12 +73,12 @@ class BatchScript:
     relaunch_seconds: int = 0
     # The number of nodes on which srun runs.
     step_nodes: int = 1
-    # Of servers: the folder of the script of the stage's job, with which they end, and the comment of that job.
+    # For servers: the folder of the script of the stage's job, with which they end, and the comment of that job.
     served_folder: str = ""
     served_comment: str = ""
-    # Of servers: the seconds after which each of them asks Slurm for that job again.
+    # For servers: the seconds after which each of them asks Slurm for that job again.
     poll_seconds: int = 10
-    # Of a stage with servers: the job of the first one, which must have started, and the folder of their script.
+    # For a stage with servers: the job of the first one, which must have started, and the folder of their script.
     server_job: str = ""
     servers_folder: str = ""
 
@@ -225,7 +225,12 @@ class RunScripts:
         return replace(script, relaunches=relaunches, relaunch_seconds=seconds, step_nodes=allocation.nodes)
 
     def _script(self, node: Node, jobs: Resources, part: str, options: dict[str, str | int | bool]) -> BatchScript:
-        """Returns the script of a job. part: that of an Owner. options: of sbatch, beside those that each job has."""
+        """Returns the script of a job.
+
+        Args:
+            part: The part of its Owner: `shards`, `servers`, or empty for the stage's job.
+            options: Options of sbatch, beside those that each job has.
+        """
         run, store, slurm = self.run, self.store, self.slurm
         variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
         variables["ATOM_HOME"] = str(store.home)
@@ -330,7 +335,11 @@ def _mounts(slurm: Slurm, store: Store) -> list[str]:
 
 
 def _container_options(slurm: Slurm, store: Store, words: Iterable[str]) -> list[str]:
-    """Returns srun's options for a container by pyxis. words: further options of the profile, which count more."""
+    """Returns srun's options for a container by pyxis.
+
+    Args:
+        words: Further options of the profile, which count more.
+    """
     container = slurm.container
     if container is None or container.kind != "pyxis":
         return []

@@ -95,10 +95,13 @@ def forwarded_variables(environment: Mapping[str, str], forward: Iterable[str]) 
 
 
 def require(profile_names: Collection[str]) -> None:
-    """Removes denied variables that came from a module, a prolog, an image or `setup` of the profile. If this process
-    started with one, it restarts itself, because a variable that is only removed from `os.environ` is still in /proc.
+    """Removes denied variables that came from a module, a prolog, an image or `setup` of the profile.
 
-    profile_names: the variables that the cluster profile names.
+    If this process started with one, it restarts itself, because a variable that is only removed from `os.environ` is
+    still in /proc.
+
+    Args:
+        profile_names: The variables that the cluster profile names.
     """
     for name in denied_names(os.environ, profile_names):
         del os.environ[name]

@@ -50,8 +50,10 @@ PLACE = "device-test.json"
 def check(ranks: Ranks, least: float) -> Failure | None:
     """Returns the problem of a node of this launch; None without one.
 
-    On a rank other than 0: what kept it from taking part. least: FLOP/s that the product of matrices must reach on each
-    GPU; 0: any.
+    On a rank other than 0: what kept it from taking part.
+
+    Args:
+        least: FLOP/s that the product of matrices must reach on each GPU; 0: any.
     """
     place = {"host": address()[1].strip("[]"), "port": free_port()} if ranks.rank == 0 else None
     if ranks.rank == 0 and ranks.size > 1:
@@ -162,7 +164,11 @@ def main(rank: int, size: int, local_rank: int, host: str, port: int, least: flo
 
 
 def product_problem(device: torch.device, least: float) -> str | None:
-    """Returns the problem of a product of matrices on a device; None without one. least: FLOP/s."""
+    """Returns the problem of a product of matrices on a device; None without one.
+
+    Args:
+        least: FLOP/s.
+    """
     import torch
 
     size, dtype = (GPU_SIZE, torch.bfloat16) if device.type == "cuda" else (CPU_SIZE, torch.float32)

@@ -88,7 +88,12 @@ FILE_SYSTEM = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE,
 
 
 def of_job(state: str, code: str) -> Diagnosis | None:
-    """Returns the diagnosis of an ended job that left no outcome. state, code: as accounting has them."""
+    """Returns the diagnosis of an ended job that left no outcome.
+
+    Args:
+        state: Final state of the job, by Slurm's accounting.
+        code: Its exit code and signal, likewise.
+    """
     by_code = [row for row in FAILURES.values() if row.code and row.code == code]
     by_state = [row for row in FAILURES.values() if state in row.states]
     return next(iter(by_code + by_state), None)

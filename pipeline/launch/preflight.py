@@ -90,7 +90,10 @@ def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Fail
 def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) -> Failure | None:
     """Returns the problem of this node, if any.
 
-    The node is named as bad, except for a problem of $ATOM_HOME: all share it. ranks: processes of the job.
+    The node is named as bad, except for a problem of $ATOM_HOME: all share it.
+
+    Args:
+        ranks: Processes of the job.
     """
     name = node_name()
     if (limit := allow_open_files()) < (least := least_open_files(ranks)):
@@ -138,8 +141,10 @@ def _gpus(name: str) -> Failure | None:
 def gpu_problem(node: str, gpus: Sequence[str]) -> Failure | None:
     """Returns the problem of one of these GPUs of this node, in one sentence; None without one.
 
-    Without nvidia-smi nothing is known, which a line of the log says. gpus: their numbers; the others may be another
-    job's.
+    Without nvidia-smi nothing is known, which a line of the log says.
+
+    Args:
+        gpus: Their numbers; the others may be another job's.
     """
     if shutil.which("nvidia-smi") is None:
         text = f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked"

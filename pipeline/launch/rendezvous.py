@@ -139,8 +139,10 @@ class Ranks:
         """On rank 0: asks the others to help with the check of the inputs, and reports to them from a thread that this
         work goes on before the rendezvous.
 
-        turns: the number of intervals for which it has waited. has_progress: whether there was progress since the last
-        call; without any, nothing is reported, and the others end in time.
+        Args:
+            turns: The number of intervals for which it has waited.
+            has_progress: Returns True if there was progress since the last call. Without any, nothing is reported, and
+                the others end in time.
         """
         if self.size == 1:
             yield
@@ -166,10 +168,12 @@ class Ranks:
                 write(self.folder / "meeting.json", {"dismissed": reason})
 
     def join_rendezvous(self, help_to_check: Callable[[], None] = lambda: None) -> Rendezvous | None:
-        """On another rank: waits for the call of rank 0; None if rank 0 needs no other rank. Raises MachineError
-        without a call.
+        """On another rank: waits for the call of rank 0; None if rank 0 needs no other rank.
 
-        help_to_check: is called once, when rank 0 checks the inputs.
+        Raises MachineError without a call.
+
+        Args:
+            help_to_check: Is called once, when rank 0 checks the inputs.
         """
         deadline, turns, has_helped = time.monotonic() + RENDEZVOUS_SECONDS, None, False
         for _ in polls():
@@ -272,8 +276,11 @@ class Ranks:
             yield
 
     def record_end(self, outcome: str, usage: Usage) -> None:
-        """On another rank, at its end: records its outcome and usage. outcome: FOLLOWED, or one sentence on the
-        failure."""
+        """On another rank, at its end: records its outcome and usage.
+
+        Args:
+            outcome: FOLLOWED, or one sentence on the failure.
+        """
         with suppress(OSError):  # on a full disk its usage is lost
             write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
 
@@ -297,8 +304,11 @@ class Ranks:
 
 @contextmanager
 def _thread(name: str, target: Callable[[threading.Event], None], join: bool = False) -> Iterator[None]:
-    """Runs `target` in a daemon thread and sets its event at the end of the context; join: whether to wait for the
-    thread then."""
+    """Runs `target` in a daemon thread and sets its event at the end of the context.
+
+    Args:
+        join: Wait for the thread then.
+    """
     stop = threading.Event()
     thread = threading.Thread(target=target, args=(stop,), name=name, daemon=True)
     thread.start()
@@ -311,7 +321,11 @@ def _thread(name: str, target: Callable[[threading.Event], None], join: bool = F
 
 
 def announce(folder: Path, rank: int, failure: Failure) -> None:
-    """Dismisses every rank of the launch in `folder`; rank: the one that failed."""
+    """Dismisses every rank of the launch in `folder`.
+
+    Args:
+        rank: The one that failed.
+    """
     _append(folder, {"rank": rank, "node": node_name(), **failure.json()})
 
 

@@ -477,8 +477,13 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
 def _check_script(
     script: BatchScript, path: Path, dependencies: list[str], limits: Mapping[str, float], lack: str | None = None
 ) -> Checked:
-    """Writes a script and has Slurm check it, unless there is none. limits: of the partitions, in minutes. Without
-    `EnforcePartLimits`, Slurm takes a job beyond them and never starts it, unless the QOS lifts the limit."""
+    """Writes a script and has Slurm check it, unless there is none.
+
+    Without `EnforcePartLimits`, Slurm takes a job beyond them and never starts it, unless the QOS lifts the limit.
+
+    Args:
+        limits: The time limits of the partitions, in minutes.
+    """
     head, _, body = script.text().partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}\n# waits for: {', '.join(dependencies) or 'nothing'}\n{body}")

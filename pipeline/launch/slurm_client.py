@@ -61,7 +61,11 @@ class Owner:
         return cls(match["run"], match["node"], match["part"] or "") if match else None
 
     def comment(self, key: str) -> str:
-        """Returns the comment of the job, for people. key: of the stage."""
+        """Returns the comment of the job, for people.
+
+        Args:
+            key: The key of the stage.
+        """
         return f"atom {self.run} {self.node} {key}" + (f".{self.part}" if self.part else "")
 
 
@@ -80,7 +84,7 @@ class Job:
         state: The state in capitals, as Slurm names it.
         reason: The reason for which it waits; of an ended job, the reason that the accounting has.
         nodes: Its nodes in Slurm's notation.
-        elapsed: How long it has run, in Slurm's notation.
+        elapsed: The time that it has run, in Slurm's notation.
         owner: The run and stage that it belongs to; None if Slurm does not show its script.
         code: Exit code and signal of an ended job.
         user: The user who submitted it.
@@ -121,7 +125,11 @@ def run_command(*command: str, seconds: float = SECONDS) -> str:
 
 def test_only(*command: str, text: str | None = None) -> str:
     """When and where a job could start that sbatch or srun is given with these arguments, in Slurm's words; nothing is
-    submitted. text: the script, if no file has it. Raises Refused."""
+    submitted. Raises Refused.
+
+    Args:
+        text: The script, if no file has it.
+    """
     answer = _run((command[0], "--test-only", *command[1:]), SECONDS, text).stderr
     _, _, start = answer.partition(" to start at ")
     return f"to start at {start.splitlines()[0].strip()}" if start else ""
@@ -263,7 +271,11 @@ def unavailable_nodes() -> str:
 
 
 def reservation(name: str | None) -> str:
-    """When a reservation begins and ends, in words; name: None for the next maintenance. Raises NoAnswer."""
+    """When a reservation begins and ends, in words; Raises NoAnswer.
+
+    Args:
+        name: None for the next maintenance.
+    """
     lines = run_command("scontrol", "-o", "show", "reservation", *([name] if name else [])).splitlines()
     rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
     rows = [row for row in rows if name or "MAINT" in row.get("Flags", "").split(",")]

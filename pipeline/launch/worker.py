@@ -53,8 +53,12 @@ def work(task: Task) -> str:
 def attempt(
     task: Task, store: Store, ranks: Ranks, on_outcome: Callable[[str | Failure], None] = lambda outcome: None
 ) -> str | Failure:
-    """Runs the attempt on each rank. on_outcome: called on rank 0 after the outcome is recorded, by the thread that
-    ends the attempt; the process may exit right after."""
+    """Runs the attempt on each rank.
+
+    Args:
+        on_outcome: Called on rank 0 after the outcome is recorded, by the thread that ends the attempt; the process may
+            exit right after.
+    """
     if ranks.rank:
         return _run_follower(task, store, ranks)
     report = FileReport(store.logs / task.run / task.node)

@@ -45,10 +45,12 @@ STATE = TypeAdapter(dict[str, str])
 class Thresholds:
     """The limits beyond which something is an alert."""
 
-    stalled_steps: float = 20.0  # median step times without a report
+    # Median step times without a report.
+    stalled_steps: float = 20.0
     stalled_seconds: float = 300.0  # and at least so many seconds
     budget_share: float = 0.9  # that is used
-    free_gb: float = 1.0  # on the disk of the home
+    # On the disk of the home.
+    free_gb: float = 1.0
     waiting_hours: float = 24.0  # of a job that nothing but Slurm keeps waiting
     restarts_a_day: int = 5  # starts of a stage
 
@@ -57,7 +59,8 @@ class Thresholds:
 class Alert:
     """Something in a run that a person should know."""
 
-    id: str  # the same as long as the alert stands
+    # The same as long as the alert stands.
+    id: str
     kind: str
     stage: str | None
     text: str
@@ -121,6 +124,8 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
         yield Alert(f"slow rank {name}", "slow rank", name, f"stage {name}: {stage.status.slow}")
     if state not in ("running", HIDDEN):
         return
+
+    # The rest is about a stage at work.
     if stalled := _stalled(stage.events, now, limits):
         hidden = f"; {stage.status.reason}" if state == HIDDEN else ""
         yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}{hidden}")
@@ -197,6 +202,7 @@ class Watcher:
         """
         stored, problems = self._read(), list[str]()
         sent = {id: text for id, text in stored.items() if any(alert.id == id for alert in current)}
+        # An alert that was over is forgotten, so that it is sent again when it returns.
         new = [alert for alert in current if alert.id not in sent]
         if new or sent != stored:
             self._write(sent)  # raises before anything is sent that would be sent at every look

@@ -44,7 +44,8 @@ class StageChange:
     """A stage of the second recipe whose key is not that of the first."""
 
     name: str
-    before: str | None  # the key in the first recipe; None if it has no such stage
+    # The key in the first recipe; None if it has no such stage.
+    before: str | None
     key: str
     state: str
     settings: tuple[str, ...]  # that differ
@@ -65,7 +66,8 @@ class Difference:
     stages: tuple[StageChange, ...]
     removed: tuple[str, ...]
     unchanged: int
-    unsealed: tuple[str, ...]  # stages with equal keys in both recipes that are not sealed
+    # Stages with equal keys in both recipes that are not sealed.
+    unsealed: tuple[str, ...]
     costs: CostEstimate  # of the changed stages that are not sealed
 
     def json(self) -> dict[str, Any]:
@@ -167,7 +169,8 @@ class Measured:
     sealed: int  # stages
     keys: dict[str, str]  # by stage
     settings: dict[str, Any]  # of the recipe files that it began with, by field
-    metrics: dict[str, dict[str, float]]  # the last value of each curve, by stage
+    # The last value of each curve, by stage.
+    metrics: dict[str, dict[str, float]]
     scores: dict[str, dict[str, float]]  # by stage
     cost: Cost  # of all attempts at its stages, in whatever run
     spent: Cost  # of the attempts in this run alone

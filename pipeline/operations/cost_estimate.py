@@ -38,7 +38,8 @@ class CostEstimate:
 
     profile: Profile
     uses: tuple[Use, ...]
-    total: Use  # the sum of the estimated stages; its hours assume one stage after the other
+    # The sum of the estimated stages; its hours assume one stage after the other.
+    total: Use
     assumed: tuple[str, ...]  # sentences
 
     @property
@@ -91,7 +92,7 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
         return Use(name, why="no estimate")
     if estimate.fixed and not small:
         return Use(name, why="known of small corpora only")
-    # each rank computes with one thread, for any number of cores of its job
+    # Each rank computes with one thread, for any number of cores of its job.
     places = row.ranks if slurm else min(row.ranks, profile.local.jobs)
     served = estimate.served.flops / estimate.served.cpu_flops if estimate.served else 0.0
     seconds = _in_shards(row, (estimate.cpu_seconds - served) / places, slurm)
@@ -107,6 +108,7 @@ def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
         return replace(use, gpu_hours=use.hours * gpus)
     in_server = servers.gpus_per_node if servers else min(gpus, 1)
     rate = in_server * work.gpu_flops or (servers.cpus_per_task if servers else 1) * work.cpu_flops
+    # Seconds of the servers' work, in parallel on all of them; it comes on top unless the ranks compute meanwhile.
     drawing = work.flops / rate / (servers.count if servers else work.places) / 3600
     hours = max(use.hours, drawing) if work.overlaps else use.hours + drawing
     on_cores = 0.0 if in_server else work.flops / work.cpu_flops / 3600
@@ -178,7 +180,11 @@ def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
 
 
 def _gpus(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
-    """Returns the total number of GPUs of a stage's ranks; all_of_job: with unused ones and those of spare nodes."""
+    """Returns the total number of GPUs of a stage's ranks.
+
+    Args:
+        all_of_job: With unused ones and those of spare nodes.
+    """
     if profile.slurm is None:
         return 0
     allocation = profile.slurm.allocation(row.state.name, row.needs)

@@ -23,10 +23,10 @@ FILES_PER_SHARD, FILES = 4, 10
 
 @dataclass(frozen=True)
 class Fit:
-    """One stage. reasons: a clause for each limit that it exceeds; none if it fits. Limits that the profile does not
-    state are not exceeded."""
+    """The fit of one stage. Limits that the profile does not state are not exceeded."""
 
     name: str
+    # A clause for each limit that it exceeds; none if it fits.
     reasons: tuple[str, ...]
 
     @property
@@ -35,9 +35,13 @@ class Fit:
 
 
 def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> list[Fit]:
-    """For each stage. uses: of the cost estimate, by stage. What earlier stages leave on disk counts for later ones.
+    """For each stage. What earlier stages leave on disk counts for later ones.
 
-    Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
+    Args:
+        uses: The cost estimate of each stage, by its name.
+
+    Raises:
+        RecipeError: The ranks of a stage do not fill the profile's nodes equally.
     """
     disk = files = published = 0
     results, storage = [], profile.storage
@@ -52,6 +56,7 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
             reasons += _memory(row, profile) + _server_memory(row, profile)
             if (use := uses.get(name)) is not None and use.why is None:
                 reasons += _time(row, use, profile)
+        # What earlier stages leave on the disk counts for this one, sealed or not.
         at_most = disk + estimate.work_bytes
         if storage.home_gb is not None and at_most > storage.home_gb * GB:
             reasons.append(f"$ATOM_HOME then has {at_most / GB:,.0f} GB, of {storage.home_gb:,.0f} (storage.home_gb)")
@@ -152,7 +157,8 @@ def _format(row: StagePlan, profile: Profile) -> list[str]:
 def _memory(row: StagePlan, profile: Profile) -> list[str]:
     """Checks the memory of each GPU, and of the processes of a node together."""
     estimate, slurm = row.estimate, profile.slurm
-    need = (estimate.memory_bytes or 0) * (row.gpus or 1) + estimate.host_bytes  # without GPUs
+    # Without GPUs, the memory of a rank's GPUs is memory of the host.
+    need = (estimate.memory_bytes or 0) * (row.gpus or 1) + estimate.host_bytes
     if slurm is None:
         at_once, have, where = min(row.ranks, profile.local.jobs), _machine_bytes(profile), "this machine"
         return [_lack(need * at_once, have, where)] if need * at_once > have else []

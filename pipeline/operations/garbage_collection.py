@@ -83,8 +83,12 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
     """Returns the removable folders, the largest first, and the unreferenced folders that are kept, each with the
     reason.
 
-    named: keys to remove in spite of references; ignored: ids of runs whose references do not count. Raises AtomError
-    if an unfinished job needs one of them.
+    Args:
+        named: Keys to remove in spite of references.
+        ignored: Ids of runs whose references do not count.
+
+    Raises:
+        AtomError: An unfinished job needs one of them.
     """
     all_runs, damaged = _read_runs(store)
     ids = [run.id for run in all_runs] + [error.path.parent.name for error in damaged]
@@ -133,6 +137,7 @@ def delete(
     if trash.is_symlink():
         raise AtomError(f"{trash} is a link, and nothing is deleted through it; remove the link")
     with submission_lock.submitting(store):
+        # `atom run` takes no lock: a run may begin while the folders are moved, and reference them.
         run_ids = {run.id for run in _read_runs(store)[0]}
         rows = [row for row in loose(store, named, ignored)[0] if row.path in confirmed]
         trash.mkdir(exist_ok=True)
@@ -149,6 +154,7 @@ def delete(
 def _move(store: Store, path: Path, trash: Path) -> Path | None:
     """Moves a folder and returns its new path; None if it has disappeared, or if it is work whose lease is held."""
     kind, name = path.relative_to(store.home).parts[:2]
+    # A worker may have begun since the folder was listed.
     lease = None
     if kind == "work" and (lease := Lease.take(store.work(name))) is None:
         return None
@@ -206,6 +212,7 @@ def _needed_by_runs(store: Store, run_list: list[Run]) -> Needed:
         needed.keys |= {row["key"] for row in run.body["nodes"]}
         needed.code |= {run.body["code"]} if "code" in run.body else set()
         inputs |= {row["key"]: set(row["inputs"].values()) for row in run.body["nodes"] if "inputs" in row}
+    # Inputs of inputs, by the run's file or by the statements of whoever made the artifact.
     pending = list(needed.keys)
     while pending:
         key = pending.pop()

@@ -39,15 +39,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class Findings:
-    """problems: what `plan`, `run` or `submit` would refuse. notes: what is no mistake of the recipe, such as data that
-    is not here."""
+    """The result of a check."""
 
+    # `plan`, `run` or `submit` would refuse them.
     problems: tuple[Problem, ...]
+    # On what is no mistake of the recipe, such as data that is not here.
     notes: tuple[str, ...] = ()
 
 
 def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
-    """Checks a recipe and the data recipe that it names; cluster: and whether it fits this profile."""
+    """Checks a recipe and the data recipe that it names.
+
+    Args:
+        cluster: And whether it fits this profile.
+    """
     path, problems = _load(reference, "pipeline.recipes", "recipe", recipe.schema())
     raw = _mapping(path)
     if path is not None and isinstance(data := raw.get("data"), str):
@@ -55,6 +60,7 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
     if cluster is not None:
         model, folder = cluster_profile.Profile, cluster_profile.site_folder()
         problems += _load(cluster, "pipeline.clusters", "cluster profile", model, folder=folder)[1]
+    # Contradictions between sections and limits of the graph follow once all files are in order.
     if problems or path is None:
         return Findings(tuple(problems))
     try:
@@ -69,6 +75,7 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
     if contradictions or graph is None:
         return Findings(tuple(_located(error, "recipe", path) for error in contradictions))
     refused, notes = _of_graph(graph, store, cluster)
+    # The imports that a config names: a missing package or file of this machine is no mistake of the recipe.
     for node in graph.nodes.values():
         try:
             notes += node.stage.inspect(node.config)

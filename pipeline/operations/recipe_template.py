@@ -1,4 +1,11 @@
-"""Writes a recipe of one's own: a packaged one with its comments, under another name."""
+"""Writes a recipe of one's own: a packaged one with its comments, under another name, and its JSON Schema.
+
+    python -m pipeline.operations.recipe_template recipe
+
+prints the schema of a recipe, a data_recipe or a cluster_profile, for editors: the fields, types, bounds and
+descriptions of the classes that validate these files. Only `atom validate` finds contradictions between fields.
+https://json-schema.org/draft/2020-12
+"""
 
 from __future__ import annotations
 
@@ -20,15 +27,31 @@ from pipeline.core.text import escaped, shown
 from pipeline.graph import recipe, registry
 from pipeline.launch.cluster_profile import Profile
 
+HEAD = """\
+# yaml-language-server: $schema={schema}
+#
+# {name}: a copy of {source} to begin with. `description` and `data` are the first lines to change.
+#
+#     atom validate {file}         every mistake, with file, line and field
+#     atom diff {source} {file}    which stages your changes run again, and what they cost
+#     atom plan {file}             stages, keys, memory and costs
+#
+# docs/configuration.md explains every setting. One that is left out has its default. `data` is the name of a packaged
+# data recipe, or the path of one of your own from here.
+#
+# What {source} says of itself:
+#
+"""
+# The file beside the recipe by which editors complete and check it.
+SCHEMA = "atom-recipe.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-SUFFIX = ".schema.json"
 
 
 def schema_id(kind: str) -> str:
     return f"urn:atom-release:schema:{kind}"
 
 
-def models() -> dict[str, type[BaseModel]]:
+def schema_models() -> dict[str, type[BaseModel]]:
     """Returns the class of each kind of file that a user writes."""
     return {"recipe": recipe.schema(), "data_recipe": registry.definition().DATA_RECIPE, "cluster_profile": Profile}
 
@@ -50,44 +73,22 @@ def _marked(value: Any) -> Any:
     return {name: _marked(item) for name, item in value.items() if not (is_marked and name == "identity")} | marks
 
 
-def text(kind: str) -> str:
+def schema_text(kind: str) -> str:
     """Returns the schema of a kind of file, as a file."""
-    schema = models()[kind].model_json_schema(schema_generator=_Generator)
+    schema = schema_models()[kind].model_json_schema(schema_generator=_Generator)
     body = {"$schema": DIALECT, "$id": schema_id(kind), **schema, "title": f"atom {kind.replace('_', ' ')}"}
     return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
-
-
-if __name__ == "__main__":
-    print(text(sys.argv[1]), end="")
-
-
-HEAD = """\
-# yaml-language-server: $schema={schema}
-#
-# {name}: a copy of {source} to begin with. `description` and `data` are the first lines to change.
-#
-#     atom validate {file}         every mistake, with file, line and field
-#     atom diff {source} {file}    which stages your changes run again, and what they cost
-#     atom plan {file}             stages, keys, memory and costs
-#
-# docs/configuration.md explains every setting. One that is left out has its default. `data` is the name of a packaged
-# data recipe, or the path of one of your own from here.
-#
-# What {source} says of itself:
-#
-"""
-
-
-# The file beside the recipe by which editors complete and check it.
-SCHEMA = f"atom-recipe{SUFFIX}"
 
 
 def write(name: str, source: str, folder: Path, start_from: str | None = None) -> Path:
     """Writes `<folder>/<name>.yaml` from a packaged recipe, and the schema beside it. Returns its path.
 
-    start_from: the published model with which it begins, for a packaged recipe with that section. Raises AtomError if
-    the name is none of a release, if no packaged recipe is called `source`, for a model that cannot be read, and if the
-    file exists.
+    Args:
+        start_from: The published model with which it begins, for a packaged recipe with that section.
+
+    Raises:
+        AtomError: The name is none of a release, if no packaged recipe is called `source`, for a model that cannot be
+            read, and if the file exists.
     """
     try:
         TypeAdapter(ReleaseName).validate_python(name)
@@ -99,6 +100,7 @@ def write(name: str, source: str, folder: Path, start_from: str | None = None) -
     if (origin.parent / f"{name}.yaml").exists():
         raise AtomError(f"{name} is the name of a packaged recipe; choose another name")
     path = folder / f"{name}.yaml"
+    # The name is the first field of a packaged recipe; the comments before it stay.
     comments, _, fields = _with_start(origin, start_from).partition("\nname: ")
     head = HEAD.format(name=name, source=origin.stem, file=path.name, schema=SCHEMA)
     text = f"{head}{comments}\nname: {name}\n{fields.partition(chr(10))[2]}"
@@ -132,4 +134,8 @@ def _write_schema(path: Path) -> None:
     """Writes today's schema, over an earlier one of atom, and over nothing else."""
     is_file = path.is_file() and not path.is_symlink()
     if not os.path.lexists(path) or (is_file and schema_id("recipe").encode() in path.read_bytes()):
-        atomic_files.write(path, text("recipe"))
+        atomic_files.write(path, schema_text("recipe"))
+
+
+if __name__ == "__main__":
+    print(schema_text(sys.argv[1]), end="")

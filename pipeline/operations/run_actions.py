@@ -41,8 +41,10 @@ class RunRow:
     state: str
     stages: int
     sealed: int  # of the stages
-    began: float  # seconds since the epoch
-    last_event: float  # seconds since the epoch
+    # Seconds since the epoch.
+    began: float
+    # Seconds since the epoch.
+    last_event: float
     stage: str | None = None  # of the last event, or of the last failure
     message: str | None = None  # of the last failure
 
@@ -60,7 +62,7 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def rows(listed: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
+def list_rows(listed: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
     """Returns a row for each of these runs, and one sentence on missing information. Slurm is asked once for all."""
     drafts = [_row(run, store) for run in listed]
     over = ("sealed", "running", REFUSED)
@@ -167,6 +169,7 @@ STOP_SECONDS = 30.0
 def cancel_jobs(run: Run, store: Store) -> list[str]:
     """Cancels the run's jobs in Slurm, but not those that other runs submitted. Returns the names of the stages. Raises
     AtomError if Slurm hides the jobs from this user, or refuses."""
+    # Under the lock, so that no submitter attaches to a job that is about to be cancelled.
     with submission_lock.submitting(store):
         jobs = _living_jobs(run)
         rows = [row for name, row in run.jobs().items() if name in jobs]
@@ -203,6 +206,7 @@ def stop_processes(run: Run, store: Store) -> list[str]:
     Raises AtomError if one runs on another host.
     """
     running = [stage for stage in runs.status(run, store) if stage.state == "running"]
+    # All are signaled first, so that they save at the same time.
     for stage in running:
         _terminate(store, stage)
     for stage in running:

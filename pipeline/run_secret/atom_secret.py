@@ -54,7 +54,11 @@ def read(path: Path) -> bytes:
 
 
 def sign(key: bytes, purpose: str, *parts: str) -> str:
-    """Returns the signature of a message. purpose: what it is for, so that no message stands for another."""
+    """Returns the signature of a message.
+
+    Args:
+        purpose: The use of the message, so that no message stands for another.
+    """
     signature = hmac.new(key, digestmod="sha256")
     for part in (purpose, *parts):
         data = part.encode(errors="surrogateescape")

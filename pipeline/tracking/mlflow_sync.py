@@ -47,7 +47,7 @@ SPEED = "step_tokens_per_s"
 ERROR_TAGS = ("atom.error", "atom.error_kind")
 
 
-def log(
+def send_batch(
     client: Any,
     run: str,
     params: Mapping[str, str] | None = None,
@@ -70,7 +70,7 @@ def start_tags(start: StartSettings) -> dict[str, str]:
     texts = {name: start[name] for name in ("job", "nodes", "layout", "ranks", "gpus", "start")}
     return {
         **{f"atom.{name}": str(value) for name, value in texts.items() if value is not None},
-        **{f"atom.operation.{name}": value for name, value in params(start["operation"]).items()},
+        **{f"atom.operation.{name}": value for name, value in as_params(start["operation"]).items()},
     }
 
 
@@ -89,7 +89,7 @@ def error_tags(node: NodeStatus) -> dict[str, str]:
     return dict(zip(ERROR_TAGS, (sentence, node.kind or "unknown"), strict=True))
 
 
-def points(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
+def curve_metrics(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
     """Returns the points of a log of metrics, and `mfu` where the profile states the peak of its GPUs: the share of it
     that the model's FLOPs of a step reach."""
     from mlflow.entities import Metric
@@ -107,7 +107,7 @@ def points(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
     return metrics
 
 
-def scores(artifact: Artifact, prefix: str = "") -> list[Any]:
+def score_metrics(artifact: Artifact, prefix: str = "") -> list[Any]:
     """Returns the scores of a product. With a prefix, for the run that has it: the estimates alone."""
     from mlflow.entities import Metric
 
@@ -122,14 +122,14 @@ def metric_name(name: str) -> str:
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:250]
 
 
-def usage(body: Statement) -> list[Any]:
+def usage_metrics(body: Statement) -> list[Any]:
     from mlflow.entities import Metric
 
     numbers = {name: value for name, value in provenance.usage(body).items() if isinstance(value, (int, float))}
     return [Metric(name, float(value), 0, 0) for name, value in sorted(numbers.items())]
 
 
-def params(values: Any) -> dict[str, str]:
+def as_params(values: Any) -> dict[str, str]:
     """Returns settings as texts by their dotted names."""
     return {name: str(value) for name, (value, _) in flat_fields.flat(values) if name}
 
@@ -208,7 +208,7 @@ class Forwarder:
             if (self.run.node_folder(node.name) / "events.jsonl").exists():
                 self._child(client, parent, node, progress)
             if node.state == "sealed":
-                client.log_batch(parent, metrics=scores(self.store.manifest(node.key), f"{node.name}/"))
+                client.log_batch(parent, metrics=score_metrics(self.store.manifest(node.key), f"{node.name}/"))
                 progress["ended"] = True
                 self._save()
         if over:
@@ -242,7 +242,7 @@ class Forwarder:
             tags = run_tags(self.run)
             run = client.create_run(self.state["experiment"], run_name=self.run.id, tags=tags)
             self.state["parent"] = run.info.run_id
-            log(client, self.state["parent"], params=params(recipe_settings(self.run)))
+            send_batch(client, self.state["parent"], params=as_params(recipe_settings(self.run)))
             for file in sorted((self.run.folder / "recipes").glob("*")):
                 client.log_artifact(self.state["parent"], str(file), "recipe")
             self._save()
@@ -256,7 +256,7 @@ class Forwarder:
             self._save()
         start = attempt.read_settings(self.run.node_folder(node.name))
         if start is not None and start["start"] != progress.get("start"):
-            log(client, progress["id"], params(start["config"]), tags=start_tags(start))
+            send_batch(client, progress["id"], as_params(start["config"]), tags=start_tags(start))
             progress["start"] = start["start"]
             self._save()
         self._metrics(client, node.name, progress, start)
@@ -271,7 +271,7 @@ class Forwarder:
         if now == before:
             return
         if now in ("FAILED", "KILLED"):
-            log(client, progress["id"], tags=error_tags(node))
+            send_batch(client, progress["id"], tags=error_tags(node))
         elif before != "RUNNING":
             for tag in ERROR_TAGS:
                 client.delete_tag(progress["id"], tag)
@@ -286,7 +286,7 @@ class Forwarder:
         tail = Tail(self.run.node_folder(name) / "metrics.jsonl", POINT, progress["offset"], whole=True)
         has_more = True
         while has_more:
-            log(client, progress["id"], metrics=points(tail.read(), start))
+            send_batch(client, progress["id"], metrics=curve_metrics(tail.read(), start))
             has_more = tail.has_more
             if tail.offset != progress["offset"]:
                 progress["offset"] = tail.offset
@@ -299,7 +299,7 @@ class Forwarder:
             return
         path, body = sealed_statement
         tags = {"atom.digest": artifact.digest, "atom.statement": path.stem}
-        log(client, child, {}, [*usage(body), *scores(artifact)], tags)
+        send_batch(client, child, {}, [*usage_metrics(body), *score_metrics(artifact)], tags)
         client.log_artifact(child, str(path), "statement")
         for row in artifact.rows:
             if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:

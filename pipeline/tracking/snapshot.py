@@ -33,7 +33,8 @@ class StageView:
     """A stage with its logs."""
 
     status: NodeStatus
-    curves: Curves | None  # None if it has recorded none
+    # None if it has recorded none.
+    curves: Curves | None
 
     @property
     def events(self) -> EventSummary:
@@ -70,7 +71,8 @@ class Spending:
     running: Hours  # of the present attempts so far, where a rank without GPUs counts as one busy core
     coming: Hours  # that the running stages still need at their pace
     limits: Limits | None
-    waiting: int  # stages that have not begun
+    # Stages that have not begun.
+    waiting: int
 
     def now(self, name: Resource) -> float:
         return self.used[name] + self.running[name]
@@ -87,7 +89,8 @@ class Snapshot:
     run: Run
     time: float
     stages: tuple[StageView, ...]
-    lack: str | None  # a sentence on missing information
+    # A sentence on missing information.
+    lack: str | None
     spending: Spending
 
     @property
@@ -116,8 +119,11 @@ class Snapshot:
 
 
 def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
-    """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing. answers: of Slurm, which a
-    loop keeps."""
+    """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing.
+
+    Args:
+        answers: Answers of Slurm, which a loop keeps.
+    """
     nodes, lack = status.status(run, store, answers)
     stages = []
     for node in nodes:

@@ -38,7 +38,11 @@ UNSUBMITTED = "unsubmitted"
 
 
 def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
-    """Returns the stages of a run, and one sentence on missing information. answers: of Slurm, which a loop keeps."""
+    """Returns the stages of a run, and one sentence on missing information.
+
+    Args:
+        answers: Answers of Slurm, which a loop keeps.
+    """
     answers = answers or Answers()
     stages, jobs = runs.status(run, store), run.jobs()
     if run.on_slurm:
@@ -132,7 +136,11 @@ def _add_job_state(
     node: NodeStatus, id: str, job: Job | None, launch: Path | None, hidden_of: str | None, answers: Answers
 ) -> NodeStatus:
     """Returns the status of a node from its files and from Slurm's state of its job; an artifact outranks both.
-    launch: the folder of the last launch. hidden_of: the user whose jobs Slurm does not show to this one."""
+
+    Args:
+        launch: The folder of the last launch.
+        hidden_of: The user whose jobs Slurm does not show to this one.
+    """
     node = replace(node, job=id)
     if launch is not None:
         begins, relaunches = launch_number(launch)
@@ -179,8 +187,12 @@ def _hides_jobs(answers: Answers) -> bool:
 
 
 def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers, kind: str | None = None) -> str:
-    """Returns the sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's
-    final state. recorded, kind: the outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none."""
+    """Returns the sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final
+    state.
+
+    Args:
+        recorded, kind: The outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none.
+    """
     row = diagnoses.of_job(job.state, job.code)
     if row is FAILURES["cancelled"]:
         is_cascade = job.reason == "DependencyNeverSatisfied"

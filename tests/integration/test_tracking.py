@@ -18,8 +18,7 @@ from pipeline.core.store import Artifact, Store
 from pipeline.graph import run as runs_of
 from pipeline.graph.dag import Graph
 from pipeline.graph.run import NodeStatus, Run
-from pipeline.launch import attempt as start_records
-from pipeline.launch.attempt import Attempt, Task
+from pipeline.launch.attempt import SETTINGS, Attempt, Task
 from pipeline.launch.rendezvous import Ranks
 from pipeline.tracking import mlflow_sync
 from release.hub.local.server import free_port
@@ -172,7 +171,7 @@ def test_a_run_that_is_over_has_the_status_of_its_stages(states: list[str], outc
 def test_an_unwritable_folder_of_logs_ends_no_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, graph = Store(tmp_path / "home"), home_fixtures.graphs(tmp_path)[0]
     run = runs_of.start(graph, store, ["items"], "local", {"launcher": "local"})
-    (run.node_folder("items") / start_records.SETTINGS).mkdir(parents=True)
+    (run.node_folder("items") / SETTINGS).mkdir(parents=True)
     started(run, graph, store, "items", 1)
     assert "items: start.json was not written" in capsys.readouterr().err
 

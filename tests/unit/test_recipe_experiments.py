@@ -20,7 +20,6 @@ from pipeline.graph import dag, flat_fields
 from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
 from pipeline.operations import comparison, recipe_check, recipe_template
-from pipeline.operations import recipe_template as json_schema
 from tests.fixtures import ROOT, home_fixtures
 
 SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")
@@ -156,7 +155,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         with pytest.raises(AtomError, match=sentence):
             recipe_template.write(name, source, tmp_path)
     assert path.read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {"my-model.yaml", SCHEMA}
-    for content, is_kept in (("of another program", True), (json_schema.text("recipe") + " ", False)):
+    for content, is_kept in (("of another program", True), (recipe_template.schema_text("recipe") + " ", False)):
         (tmp_path / SCHEMA).write_text(content)
         recipe_template.write(f"other-{int(is_kept)}", "atom-smoke", tmp_path)
         assert ((tmp_path / SCHEMA).read_text() == content) == is_kept
@@ -175,8 +174,8 @@ FILES = [
 @pytest.fixture(scope="module")
 def validators() -> dict[str, Any]:
     out = {}
-    for kind in json_schema.models():
-        schema = json.loads(json_schema.text(kind))
+    for kind in recipe_template.schema_models():
+        schema = json.loads(recipe_template.schema_text(kind))
         jsonschema.Draft202012Validator.check_schema(schema)
         out[kind] = jsonschema.Draft202012Validator(schema)
     return out

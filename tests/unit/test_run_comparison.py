@@ -114,14 +114,14 @@ def test_each_run_has_its_state(tmp_path: Path, graphs: list[Graph]) -> None:
     try:
         assert lease is not None
         os.utime(live.node_folder("acquire-code") / "events.jsonl")
-        rows, lack = run_actions.rows(runs.runs(store), store)
+        rows, lack = run_actions.list_rows(runs.runs(store), store)
     finally:
         if lease is not None:
             lease.release()
     states = {row.id: row.state for row in rows}
     assert lack is None and states[live.id] == "running" and states[gone.id] == states[begun.id] == "unfinished"
     assert states[runs.runs(store)[0].id] == "sealed"
-    rows = run_actions.rows(runs.runs(store), store)[0]  # nobody holds the lease any more
+    rows = run_actions.list_rows(runs.runs(store), store)[0]  # nobody holds the lease any more
     by_id = {row.id: row for row in rows}
     failed, stopped = by_id[ended[Kind.MACHINE].id], by_id[ended[Kind.STOPPED].id]
     assert (failed.state, failed.message, failed.stage, failed.sealed) == (
