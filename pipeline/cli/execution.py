@@ -48,15 +48,15 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
         print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
     require_inputs(composed, store, selected)
     prepare_environment()
-    this = runs.start(composed, store, selected, cluster, {"launcher": "local", "prices": profile.costs()})
+    new_run = runs.start(composed, store, selected, cluster, {"launcher": "local", "prices": profile.costs()})
     # While this lease is held, the run goes on, even if no stage runs at the moment.
-    driver = Lease.take(this.folder / "driver")
+    driver = Lease.take(new_run.folder / "driver")
     assert driver is not None, "the run was begun just now"
-    companion = Companion(store.home, this.id, whole=True)
-    print(f"run {this.id}, logs in {this.folder}", flush=True)
+    companion = Companion(store.home, new_run.id, whole=True)
+    print(f"run {new_run.id}, logs in {new_run.folder}", flush=True)
     try:
         with Display(console()) as display:
-            LocalLauncher(composed, store, this, selected, profile, display).go()
+            LocalLauncher(composed, store, new_run, selected, profile, display).go()
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -83,7 +83,7 @@ def print_submission(submission: Submission) -> None:
     parts = [f"{stages(len(submission.submitted))} submitted"] if submission.submitted else []
     parts += [f"{len(submission.attached)} already queued in Slurm"] if submission.attached else []
     for user in sorted(set(submission.waiting.values())):
-        names = ", ".join(name for name, other in submission.waiting.items() if other == user)
+        names = ", ".join(name for name, owner in submission.waiting.items() if owner == user)
         parts += [f"{names} after the job of {user}, which Slurm hides"]
     parts += [f"{', '.join(submission.released)} released"] if submission.released else []
     parts += [f"{len(submission.sealed)} sealed already"] if submission.sealed else []

@@ -132,13 +132,13 @@ def watch(
     from pipeline.operations import alerts
     from pipeline.tracking import snapshot
 
-    this, store = find_run(run)
+    chosen_run, store = find_run(run)
     limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb, waiting_hours, restarts_a_day)
-    watcher = alerts.Watcher(this.id, state or this.folder / "watch.json", command)
+    watcher = alerts.Watcher(chosen_run.id, state or chosen_run.folder / "watch.json", command)
     # A lack of answers is printed when it begins, not at each look.
     answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None
     while True:
-        current = snapshot.take(this, store, answers)
+        current = snapshot.take(chosen_run, store, answers)
         if current.lack and current.lack != lack:
             print(f"atom: {current.lack}", file=sys.stderr, flush=True)
         lack = current.lack

@@ -37,7 +37,7 @@ class CommandGroup(TyperGroup):
         width = formatter.width - 6 - max(map(len, self.commands))
         for panel, commands in self.panels().items():
             with formatter.section(panel):
-                formatter.write_dl([(name, each.get_short_help_str(width)) for name, each in commands.items()])
+                formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in commands.items()])
 
 
 app = typer.Typer(

@@ -67,8 +67,8 @@ def own_address() -> tuple[str, str]:
     for family, distant in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as route:
             route.connect((distant, 9))
-            own = str(route.getsockname()[0])
-            return own, f"[{own}]" if ":" in own else own
+            local_address = str(route.getsockname()[0])
+            return local_address, f"[{local_address}]" if ":" in local_address else local_address
     return "127.0.0.1", "127.0.0.1"
 
 

@@ -160,8 +160,8 @@ def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
         return target
     draft = target.with_name(f".{digest}.{uuid.uuid4().hex}")
     commit, dirty = environment.git_commit(next(iter(roots())))
-    stated = json.dumps({"commit": commit, "dirty": dirty}, sort_keys=True).encode()
-    for name, data in {**files, environment.COMMIT: stated}.items():
+    commit_file = json.dumps({"commit": commit, "dirty": dirty}, sort_keys=True).encode()
+    for name, data in {**files, environment.COMMIT: commit_file}.items():
         path = draft / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

@@ -53,14 +53,15 @@ def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
     if match[1] != phase:
         return Checkpoint(match[1], int(match[2]))
     checkpoints = sealed(phase, store)
-    matching = {each: run for each, run in checkpoints.items() if each.node == reference}
+    matching = {checkpoint: run for checkpoint, run in checkpoints.items() if checkpoint.node == reference}
     if len(matching) > 1:
-        runs = ", ".join(f"{each} of run {run}" for each, run in matching.items())
+        runs = ", ".join(f"{checkpoint} of run {run}" for checkpoint, run in matching.items())
         raise RecipeError(
             f"{where} = {reference} fits {len(matching)} checkpoints: {runs}; write the one that is meant"
         )
     if not matching:
-        others = ", ".join(sorted({each.node for each in checkpoints}, key=lambda node: int(node.split("@")[1])))
+        nodes = {checkpoint.step: checkpoint.node for checkpoint in checkpoints}
+        others = ", ".join(node for _, node in sorted(nodes.items()))
         hint = f"there are {others}" if others else "run the recipe to continue from first"
         raise RecipeError(f"{where} = {reference} is not sealed under {store.artifacts}; {hint}")
     return next(iter(matching))

@@ -193,9 +193,9 @@ MOST_NAMES = 60
 
 def names_in_words(names: Iterable[str]) -> str:
     """Names as a phrase; only the first ones if there are many."""
-    every = list(names)
-    rest = len(every) - MOST_NAMES
-    return ", ".join(every[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+    every_name = list(names)
+    rest = len(every_name) - MOST_NAMES
+    return ", ".join(every_name[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)

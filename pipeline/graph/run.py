@@ -276,8 +276,8 @@ def runs(store: Store) -> list[Run]:
     except Damaged as error:
         json_files.report(error, "no run is known")
         return []
-    for each in damaged:
-        json_files.report(each, "that run is left out")
+    for damage in damaged:
+        json_files.report(damage, "that run is left out")
     return readable
 
 
@@ -287,15 +287,15 @@ def find(store: Store, reference: str | None) -> Run:
     Raises AtomError if there is none, if there are several, or if it is unreadable.
     """
     readable, damaged = read_all(store)
-    for each in damaged:
-        id = each.path.parent.name
+    for damage in damaged:
+        id = damage.path.parent.name
         if reference is not None and id.startswith(reference):
-            raise each
-        if reference is None and (not readable or _written(each.path) > _written(readable[-1].folder / "run.json")):
+            raise damage
+        if reference is None and (not readable or _written(damage.path) > _written(readable[-1].folder / "run.json")):
             others = f"name another, such as {readable[-1].id}, or " if readable else ""
-            raise Damaged(each.path, each.why, f"{id} is the latest run: {others}remove its folder")
-    for each in damaged:
-        json_files.report(each, "that run is left out")
+            raise Damaged(damage.path, damage.why, f"{id} is the latest run: {others}remove its folder")
+    for damage in damaged:
+        json_files.report(damage, "that run is left out")
     if not readable:
         raise AtomError(f"there is no run under {store.logs}; start one with `atom run RECIPE`, or set ATOM_HOME")
     if reference is None:

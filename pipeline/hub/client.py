@@ -364,11 +364,11 @@ def is_unsafe(path: str) -> bool:
 def unsafe_path(paths: Iterable[str]) -> str | None:
     """Returns the first of the paths of a repository that `is_unsafe`, or that is a file and also a folder of
     another."""
-    every = sorted(paths)
-    if unsafe := next(filter(is_unsafe, every), None):
+    sorted_paths = sorted(paths)
+    if unsafe := next(filter(is_unsafe, sorted_paths), None):
         return unsafe
-    folders = {str(parent) for path in every for parent in PurePosixPath(path).parents}
-    return next((path for path in every if path in folders), None)
+    folders = {str(parent) for path in sorted_paths for parent in PurePosixPath(path).parents}
+    return next((path for path in sorted_paths if path in folders), None)
 
 
 def _commit_id(value: object) -> str:

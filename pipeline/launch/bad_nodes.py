@@ -87,19 +87,20 @@ def record(store: Store, entry: BadNode) -> None:
     """Writes the entry of a node, in the place of an earlier one, and removes those that have expired. Raises
     OSError."""
     folder(store).mkdir(exist_ok=True)
-    for expired in (each for each in _entries(store) if each.until <= time.time()):
-        (folder(store) / f"{expired.node}.json").unlink(missing_ok=True)
+    for known in _entries(store):
+        if known.until <= time.time():
+            (folder(store) / f"{known.node}.json").unlink(missing_ok=True)
     atomic_files.write(folder(store) / f"{entry.node}.json", json.dumps(asdict(entry)) + "\n")
 
 
 def clear(store: Store, nodes: Iterable[str]) -> list[str]:
     """Removes the entries of these nodes, or of all if none is named; returns the names. Raises AtomError, before any
     is removed, if one is not avoided."""
-    present = {entry.node for entry in read(store)}
-    if unknown := sorted(set(nodes) - present):
-        listed = ", ".join(sorted(present)) or "none"
+    avoided = {entry.node for entry in read(store)}
+    if unknown := sorted(set(nodes) - avoided):
+        listed = ", ".join(sorted(avoided)) or "none"
         raise AtomError(f"node {unknown[0]} is not avoided; those that are: {listed} (atom nodes)")
-    cleared = sorted(set(nodes) or present)
+    cleared = sorted(set(nodes) or avoided)
     for node in cleared:
         (folder(store) / f"{node}.json").unlink(missing_ok=True)
     return cleared

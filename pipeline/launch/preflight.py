@@ -225,9 +225,9 @@ def _gather_reports(ranks: Ranks) -> Failure | None:
     deadline, next_look = time.monotonic() + SECONDS, 0.0
     reports: dict[int, dict[str, Any]] = {}
     atom_secret.make(ranks.secret)
-    key, (own, host) = atom_secret.read(ranks.secret), address()
-    family = socket.AF_INET6 if ":" in own else socket.AF_INET
-    with socket.create_server((own, 0), family=family, backlog=ranks.size) as server:
+    key, (own_host, host) = atom_secret.read(ranks.secret), address()
+    family = socket.AF_INET6 if ":" in own_host else socket.AF_INET
+    with socket.create_server((own_host, 0), family=family, backlog=ranks.size) as server:
         server.settimeout(POLL)
         write(ranks.folder / "listener.json", {"host": host.strip("[]"), "port": server.getsockname()[1]})
         while len(reports) < ranks.size - 1 and time.monotonic() < deadline:

@@ -267,16 +267,24 @@ class Avoidance:
 
     def _exclude(self, script: BatchScript) -> tuple[str, list[BadNode]]:
         """Returns the nodes to exclude, in Slurm's notation, and the bad ones that are not among them."""
-        present = str(script.sbatch_options.get("exclude", ""))
-        if _can_start(script, everything := ",".join(filter(None, (present, *(entry.node for entry in self.bad))))):
-            return everything, []
+        excluded = str(script.sbatch_options.get("exclude", ""))
+        with_all = _list(excluded, *(entry.node for entry in self.bad))
+        if _can_start(script, with_all):
+            return with_all, []
+
+        # One by one, as many as the job can do without.
         kept = []
         for entry in self.bad:
-            if _can_start(script, without := ",".join(filter(None, (present, entry.node)))):
-                present = without
+            with_entry = _list(excluded, entry.node)
+            if _can_start(script, with_entry):
+                excluded = with_entry
             else:
                 kept.append(entry)
-        return present, kept
+        return excluded, kept
+
+
+def _list(*nodes: str) -> str:
+    return ",".join(node for node in nodes if node)
 
 
 # The options that do not decide on which nodes a job can start.

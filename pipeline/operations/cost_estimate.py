@@ -3,6 +3,7 @@ profile."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -205,51 +206,72 @@ def _priced(use: Use, profile: Profile) -> Use:
 
 
 def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
-    """Sentences on the rates and their sources, on omitted costs, and on stages without an estimate."""
-    sentences, by_name = [], {use.name: use for use in uses if use.gpu_hours}
-    used = [(row, _training(row, profile)) for row in rows if row.state.name in by_name and _gpus(row, profile)]
-    if profile.gpu and used:
-        gpu = profile.gpu
-        if measured := [(row, rate) for row, rate in used if isinstance(rate, Rate)]:
-            rates = " and ".join(dict.fromkeys(f"{rate.utilization:g} of {_peak(row, rate)}" for row, rate in measured))
-            recomputes = any(_recomputes(row) for row, _ in measured)
-            again = ", a third more FLOPs where layers are computed again" if recomputes else ""
-            sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
-        if modeled := [(row, time) for row, time in used if isinstance(time, TrainingTime)]:
-            phases: dict[str, list[str]] = {}
-            for row, time in modeled:
-                phases.setdefault(_reached(row, time, profile), []).append(row.state.name)
-            shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
-            time = modeled[0][1]
-            sentences.append(
-                f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
-                f"published runs that it was not fitted to: median {time.median_error:.0%}, largest "
-                f"{time.largest_error:.0%}; {gpu.source}"
-            )
-        sentences.append(
-            "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
-            "beside GPUs"
-        )
-    served = {row.state.name for row in rows if row.takes_servers}
-    for counted, where in ((True, "counted in its hours"), (False, "in no figure")):
-        names = [use.name for use in uses if use.name in served and (use.why is None) == counted]
-        if names and profile.slurm is not None and (servers := profile.slurm.servers) is not None:
-            each = f"{servers.gpus_per_node} GPUs" if servers.gpus_per_node else f"{servers.cpus_per_task} cores"
-            sentences.append(
-                f"beside {' and '.join(names)}, while it runs: {servers.count} jobs of a server with {each}, {where}"
-            )
-    sentences += _unused_gpus(rows, profile)
-    assumptions = [row.estimate.assumed for row in rows if row.state.name in by_name and row.gpus]
+    """Returns sentences on the rates and their sources, on omitted costs, and on stages without an estimate."""
+    on_gpus = {use.name: use for use in uses if use.gpu_hours}
+    assumptions = [row.estimate.assumed for row in rows if row.state.name in on_gpus and row.gpus]
     for row in rows:
-        use = by_name.get(row.state.name)
+        use = on_gpus.get(row.state.name)
         if use and row.estimate.served is not None and not use.server_core_hours:
             assumptions.append(row.estimate.served.assumed)
-    sentences += [f"assumed: {sentence}" for sentence in dict.fromkeys(assumptions) if sentence]
+    return [
+        *_rates(rows, on_gpus, profile),
+        *_servers_beside(rows, uses, profile),
+        *_unused_gpus(rows, profile),
+        *(f"assumed: {sentence}" for sentence in dict.fromkeys(assumptions) if sentence),
+        *_without_estimate(uses),
+    ]
+
+
+def _rates(rows: list[StagePlan], on_gpus: Collection[str], profile: Profile) -> list[str]:
+    """Returns sentences on the speed of training phases: measured rates, or the model with its error."""
+    training = [(row, _training(row, profile)) for row in rows if row.state.name in on_gpus and _gpus(row, profile)]
+    gpu, sentences = profile.gpu, list[str]()
+    if gpu is None or not training:
+        return []
+    if measured := [(row, rate) for row, rate in training if isinstance(rate, Rate)]:
+        rates = " and ".join(dict.fromkeys(f"{rate.utilization:g} of {_peak(row, rate)}" for row, rate in measured))
+        recomputes = any(_recomputes(row) for row, _ in measured)
+        again = ", a third more FLOPs where layers are computed again" if recomputes else ""
+        sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
+    if modeled := [(row, time) for row, time in training if isinstance(time, TrainingTime)]:
+        phases: dict[str, list[str]] = {}
+        for row, time in modeled:
+            phases.setdefault(_reached(row, time, profile), []).append(row.state.name)
+        shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
+        time = modeled[0][1]
+        sentences.append(
+            f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
+            f"published runs that it was not fitted to: median {time.median_error:.0%}, largest "
+            f"{time.largest_error:.0%}; {gpu.source}"
+        )
+    sentences.append(
+        "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
+        "beside GPUs"
+    )
+    return sentences
+
+
+def _servers_beside(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
+    """Returns sentences on the servers in jobs of their own, and whether their hours are counted."""
+    servers = profile.slurm.servers if profile.slurm is not None else None
+    if servers is None:
+        return []
+    each = f"{servers.gpus_per_node} GPUs" if servers.gpus_per_node else f"{servers.cpus_per_task} cores"
+    served, sentences = {row.state.name for row in rows if row.takes_servers}, []
+    for counted, where in ((True, "counted in its hours"), (False, "in no figure")):
+        names = [use.name for use in uses if use.name in served and (use.why is None) == counted]
+        if names:
+            jobs = f"{servers.count} jobs of a server with {each}, {where}"
+            sentences.append(f"beside {' and '.join(names)}, while it runs: {jobs}")
+    return sentences
+
+
+def _without_estimate(uses: tuple[Use, ...]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for use in uses:
         if use.why:
             reasons.setdefault(use.why, []).append(use.name)
-    return sentences + [f"no time is given for {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return [f"no time is given for {', '.join(names)}: {why}" for why, names in reasons.items()]
 
 
 def _unused_gpus(rows: list[StagePlan], profile: Profile) -> list[str]:

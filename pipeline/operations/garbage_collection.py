@@ -277,7 +277,7 @@ def _why_active(store: Store, run: Run) -> str | None:
     if all(store.sealed(row["key"]) for row in run.body["nodes"]):
         return None
     folders = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
-    if any(present is not None and present.alive for present in map(holder, folders)):
+    if any(lease_holder is not None and lease_holder.alive for lease_holder in map(holder, folders)):
         return "which is running"
     if run.on_slurm:
         try:

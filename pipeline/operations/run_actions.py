@@ -194,9 +194,9 @@ def attached_runs(run: Run, store: Store) -> list[Run]:
     if not jobs:
         return []
     return [
-        other
-        for other in runs.runs(store)
-        if other.id != run.id and any(row["attached"] and row["job"] in jobs for row in other.jobs().values())
+        other_run
+        for other_run in runs.runs(store)
+        if other_run.id != run.id and any(row["attached"] and row["job"] in jobs for row in other_run.jobs().values())
     ]
 
 
@@ -211,18 +211,18 @@ def stop_processes(run: Run, store: Store) -> list[str]:
         _terminate(store, stage)
     for stage in running:
         deadline = time.monotonic() + STOP_SECONDS
-        while (present := holder(store.work(stage.key))) and present.alive and time.monotonic() < deadline:
+        while (lease_holder := holder(store.work(stage.key))) and lease_holder.alive and time.monotonic() < deadline:
             time.sleep(0.2)
     return [stage.name for stage in running]
 
 
 def _terminate(store: Store, stage: NodeStatus) -> None:
-    present = holder(store.work(stage.key))
-    if present is None or not present.alive:
+    lease_holder = holder(store.work(stage.key))
+    if lease_holder is None or not lease_holder.alive:
         return
-    if present.host != socket.gethostname():
-        raise AtomError(f"stage {stage.name} runs on {present.host}; run `atom cancel` there")
+    if lease_holder.host != socket.gethostname():
+        raise AtomError(f"stage {stage.name} runs on {lease_holder.host}; run `atom cancel` there")
     try:
-        os.kill(present.pid, signal.SIGTERM)
+        os.kill(lease_holder.pid, signal.SIGTERM)
     except PermissionError:
         raise AtomError(f"stage {stage.name} is a process of another user, who alone can stop it") from None

@@ -57,16 +57,16 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
     queued = {name: job for name, job in queued.items() if is_submitted_job(job, run, jobs[name], name)}
     # the queue has neither the exit code of a failed job nor who cancelled one
     in_queue = {name for name, job in queued.items() if job is not None and job.state not in ("FAILED", "CANCELLED")}
-    asked = {row["job"] for name, row in jobs.items() if name not in in_queue}
+    missing_jobs = {row["job"] for name, row in jobs.items() if name not in in_queue}
     finished_jobs: dict[str, Job] = {}
     problem, owner = None, run.owner
     try:
         # accounting never learns the end of a job that the controller lost, and keeps it as pending or running
-        ended = answers.ask(slurm_client.finished_jobs, tuple(sorted(asked)))
+        ended = answers.ask(slurm_client.finished_jobs, tuple(sorted(missing_jobs)))
         finished_jobs = {id: job for id, job in ended.items() if not job.alive}
     except NoAnswer as error:
         problem = FAILURES["no_accounting"].text(detail=str(error))
-    unknown = asked - set(finished_jobs)
+    unknown = missing_jobs - set(finished_jobs)
     hidden_of = owner if unknown and owner != process.current_user() and _hides_jobs(answers) else None
     rows = []
     for node in stages:
