@@ -119,11 +119,14 @@ class TrainingEstimate:
     """The resources of a training phase, in tokens and bytes, for each rank and disk. If ranks differ, those of the
     fullest."""
 
-    steps: int  # still to be trained
-    batch_tokens: tuple[int, ...]  # of a step, as the batch grows
+    # Steps still to be trained.
+    steps: int
+    # Tokens of a step, as the batch grows.
+    batch_tokens: tuple[int, ...]
     sequence_length: int
     precision: str
-    layout: str  # in words: TP4 PP2 EP32 DP64
+    # The layout in words: TP4 PP2 EP32 DP64.
+    layout: str
     # Layers, in the backward pass.
     recomputes: bool
     # Training FLOPs of the model, without recomputation.
@@ -132,13 +135,17 @@ class TrainingEstimate:
     state_bytes: int
     # Maximum that a rank keeps for the backward pass.
     activation_bytes: int
-    checkpoint_bytes: int  # of one checkpoint, all ranks together
-    share_bytes: int  # of a sealed one, the most that one rank writes
+    # Bytes of one checkpoint, all ranks together.
+    checkpoint_bytes: int
+    # Bytes of a sealed checkpoint that one rank writes, at most.
+    share_bytes: int
     # The most that a rank reads or writes of it between two reports of progress.
     silent_bytes: int
-    watchdog_seconds: float  # without progress, after which an attempt is ended
-    release_checkpoints: int  # number of sealed ones
-    work_checkpoints: int  # number of kept ones
+    # Seconds without progress after which an attempt is ended.
+    watchdog_seconds: float
+    # The number of sealed checkpoints, and of kept work checkpoints.
+    release_checkpoints: int
+    work_checkpoints: int
     # Steps between work checkpoints.
     checkpoint_interval: int
     order_rows: int
@@ -154,7 +161,8 @@ class Published:
     repository: Literal["dataset", "model", "checkpoint"]
     folder: str
     files: int
-    bytes: int  # of all of them
+    # Bytes of all of them.
+    bytes: int
     # The setting to change if a file is too large; `{files}` stands for the number of files that would do.
     remedy: str = ""
 
@@ -186,7 +194,8 @@ class LongContext:
     tokens: int
     # Keys and values of all tokens, or what replaces them, in bf16 on one rank.
     cache_bytes: int
-    flops_per_token: float  # of training on one token
+    # FLOPs of training on one token.
+    flops_per_token: float
     full_cache_bytes: int
     full_flops_per_token: float
 
@@ -196,23 +205,33 @@ class Estimate:
     """The resources that a stage needs. None means: not estimated."""
 
     cpu_seconds: float | None = None
-    serial_seconds: float | None = None  # of cpu_seconds, in one process; None: all, the stage has no shards
-    gpu_seconds: float | None = None  # of all GPUs together, of a stage that asks for some without training
-    assumed: str = ""  # what gpu_seconds rest on, as a clause
-    fixed: bool = False  # cpu_seconds is that of a small corpus, for a corpus of any size
+    # The part of cpu_seconds that one process must do; None: all of it, the stage has no shards.
+    serial_seconds: float | None = None
+    # Seconds of all GPUs together, for a stage that asks for some without training.
+    gpu_seconds: float | None = None
+    # The basis of gpu_seconds, as a clause.
+    assumed: str = ""
+    # True if cpu_seconds is that of a small corpus, for a corpus of any size.
+    fixed: bool = False
     tokens: int | None = None
     flops: float | None = None
-    memory_bytes: int | None = None  # of one process, on its GPU if it has one; if several differ, of the fullest
-    host_bytes: int = 0  # of one process beside its GPU
-    disk_bytes: int | None = None  # of the artifact
+    # Memory of one process, on its GPU if it has one; if several differ, of the fullest.
+    memory_bytes: int | None = None
+    # Memory of one process beside its GPU.
+    host_bytes: int = 0
+    # Bytes and files of the artifact.
+    disk_bytes: int | None = None
     # At most, beside the artifact, while the stage runs.
     work_bytes: int = 0
-    files: int | None = None  # of the artifact
-    published: tuple[Published, ...] = ()  # of the artifact, what a release holds
+    files: int | None = None
+    # The files of the artifact that a release holds.
+    published: tuple[Published, ...] = ()
     parameters: dict[str, int] = field(default_factory=dict)
     training: TrainingEstimate | None = None
-    long_context: LongContext | None = None  # of the trained model
-    served: ServedWork | None = None  # of flops and cpu_seconds
+    # The cost of a long text for the trained model.
+    long_context: LongContext | None = None
+    # The part of flops and cpu_seconds that servers take over.
+    served: ServedWork | None = None
 
     @property
     def published_bytes(self) -> int:
@@ -238,9 +257,12 @@ class Accelerator:
     peaks: Mapping[str, float]
     memory: float
     nvlink: float
-    nvlink_gpus: int  # in one domain
-    network: float  # for each GPU
-    watts: float = 0.0  # 0: not stated
+    # GPUs of one domain.
+    nvlink_gpus: int
+    # Bandwidth for each GPU.
+    network: float
+    # 0: not stated.
+    watts: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -257,9 +279,11 @@ class Traffic:
     """Equal collectives of a rank in one step."""
 
     operation: str
-    group: str  # its role
-    ranks: int  # of the group
-    bytes: int  # of one call
+    # The role of the group, and its ranks.
+    group: str
+    ranks: int
+    # Bytes of one call.
+    bytes: int
     calls: int
 
 
@@ -269,17 +293,21 @@ class RankSimulation:
 
     rank: int
     ranks: int
-    micro_batches: int  # of a step, on this rank
-    simulated_micro_batches: int  # of the step whose memory and sequence these are
+    # Micro-batches of a step on this rank, and those of the step whose memory and sequence these are.
+    micro_batches: int
+    simulated_micro_batches: int
     parameters: int
     planned_parameters: int
     state_bytes: int
     planned_state_bytes: int
-    peak_bytes: int  # with the state
+    # Bytes at the peak, with the state.
+    peak_bytes: int
     planned_peak_bytes: int
-    copies_bytes: int  # of weights on the host at the peak: the reference of a KL term
+    # Weights on the host at the peak: the reference of a KL term.
+    copies_bytes: int
     planned_copies_bytes: int
-    traffic: tuple[Traffic, ...]  # of a step with all micro-batches
+    # The traffic of a step with all micro-batches.
+    traffic: tuple[Traffic, ...]
     # (operation, group, ranks, bytes, number in a row), in the order of the simulated step.
     sequence: tuple[tuple[str, str, int, int, int], ...]
 
@@ -288,7 +316,8 @@ class RankSimulation:
 class Needs:
     """The demands of a stage on a cluster profile and on a launcher."""
 
-    ranks: int = 1  # processes
+    # Processes.
+    ranks: int = 1
     # GPUs of each rank of a stage that does not train, on one node. A rank that trains has one if the profile has any.
     gpus: int = 0
     trains: bool = False

@@ -208,7 +208,8 @@ class State:
     text: str
     # The modules of a stale one.
     changed: tuple[str, ...] = ()
-    damage: str | None = None  # in words
+    # The damage in words.
+    damage: str | None = None
 
 
 def states(graph: Graph, store: Store) -> dict[str, State]:

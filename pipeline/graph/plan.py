@@ -40,10 +40,12 @@ class StagePlan:
     trains: bool = False
     # Which tasks of a job array may process.
     shards: int = 1
-    time: Callable[[Accelerator], TrainingTime] | None = None  # of a training phase on GPUs, if there is a model of it
+    # The time of a training phase on GPUs, if there is a model of it.
+    time: Callable[[Accelerator], TrainingTime] | None = None
     # Servers in jobs of their own can work for it.
     takes_servers: bool = False
-    gpus: int = 0  # of a rank that does not train
+    # GPUs of a rank that does not train.
+    gpus: int = 0
 
     @property
     def needs(self) -> Needs:

@@ -63,7 +63,8 @@ class LauncherFields(TypedDict):
     # Where the stages run, whatever has become of their jobs.
     launcher: Literal["local", "slurm"]
     prices: NotRequired[Prices | None]
-    cluster: NotRequired[str]  # name of the profile
+    # The name of the profile.
+    cluster: NotRequired[str]
     # The snapshot that the jobs run from.
     code: NotRequired[Name]
 
@@ -92,7 +93,8 @@ class JobRow(TypedDict):
     job: str
     # Another run submitted it, perhaps of another user.
     attached: bool
-    user: NotRequired[str]  # whose job it is, if it is not that of the run's owner
+    # The user whose job it is, if it is not that of the run's owner.
+    user: NotRequired[str]
     # The job array for its shards.
     array: NotRequired[str | None]
     shards: NotRequired[int]
@@ -319,11 +321,14 @@ class NodeStatus:
     total: float = 0
     unit: str = ""
     figures: dict[str, float] | None = None
-    seconds: float | None = None  # of all attempts
+    # Seconds of all attempts.
+    seconds: float | None = None
     ranks: int | None = None
-    eta: float | None = None  # seconds
-    job: str | None = None  # of Slurm, and so is what follows
-    user: str | None = None  # whose job it is, if not the run's owner's
+    # Remaining seconds.
+    eta: float | None = None
+    # Of a job of Slurm: its id, its user if that is not the run's owner, and what Slurm says of it.
+    job: str | None = None
+    user: str | None = None
     nodes: str | None = None
     elapsed: str | None = None
     restarts: int | None = None
@@ -339,7 +344,8 @@ class NodeStatus:
     # Seconds since the epoch.
     last_report: float | None = None
     message: str = ""
-    kind: str | None = None  # of the failure in `message`
+    # The kind of the failure in `message`.
+    kind: str | None = None
     events: EventSummary | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -299,7 +299,8 @@ class RemoteFile:
 
     # Its git blob id, or its SHA-256 if it is an LFS file.
     id: str
-    size: int  # in bytes
+    # In bytes.
+    size: int
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,8 @@ class RemoteRepository:
     Every method raises what the client raises, and MalformedAnswer: call it inside `translate_errors`.
     """
 
-    id: str  # namespace/name
+    # NAMESPACE/NAME.
+    id: str
     # Model, dataset or space.
     kind: str
 

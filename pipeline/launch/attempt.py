@@ -101,14 +101,19 @@ class StartSettings(TypedDict):
     time: Number
     # The part that is in the key.
     config: dict[str, Any]
-    operation: dict[str, Any]  # the rest
+    # The rest of the config.
+    operation: dict[str, Any]
     ranks: int
     gpus: int
-    layout: str | None  # of the ranks of a training phase, in words
-    flops_per_token: Number | None  # of the model, in training
-    peak_flops: float | None  # of one GPU in the precision of the phase
-    job: str | None  # of Slurm
-    nodes: str  # of Slurm; else the host
+    # The layout of the ranks of a training phase, in words.
+    layout: str | None
+    # FLOPs of the model in training.
+    flops_per_token: Number | None
+    # FLOP/s of one GPU in the precision of the phase.
+    peak_flops: float | None
+    # The job and the nodes by Slurm; without it, None and the host.
+    job: str | None
+    nodes: str
 
 
 START_SETTINGS: TypeAdapter[StartSettings] = TypeAdapter(StartSettings)

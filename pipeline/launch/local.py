@@ -119,7 +119,8 @@ class RunningJob:
     """A submitted job and the tail of its events."""
 
     node: Node
-    submitted: Any  # by submitit
+    # The job of submitit.
+    submitted: Any
     tail: EventTail
     ranks: int = 1
     outcome: str | Failure | None = None

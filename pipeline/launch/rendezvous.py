@@ -11,6 +11,7 @@ the same allocation, with
     end-<rank>.json     the outcome and usage of another rank
     failures.jsonl      one line for each failing rank; the first one counts. Rank 0 adds `over` when it has
                         written everything
+    decision            the decision of rank 0 about the Slurm job, which the job's script acts on (`Verdict`)
 
 A launch fails as a whole: a thread of each rank reads failures.jsonl once a second, so that a rank also exits while it
 hangs in a collective. The file exists from the start, because a shared file system may cache the absence of a file for

@@ -47,12 +47,16 @@ class Thresholds:
 
     # Median step times without a report.
     stalled_steps: float = 20.0
-    stalled_seconds: float = 300.0  # and at least so many seconds
-    budget_share: float = 0.9  # that is used
+    # And at least so many seconds.
+    stalled_seconds: float = 300.0
+    # The used share of a budget.
+    budget_share: float = 0.9
     # On the disk of the home.
     free_gb: float = 1.0
-    waiting_hours: float = 24.0  # of a job that nothing but Slurm keeps waiting
-    restarts_a_day: int = 5  # starts of a stage
+    # Hours in which nothing but Slurm keeps a job waiting.
+    waiting_hours: float = 24.0
+    # Starts of a stage.
+    restarts_a_day: int = 5
 
 
 @dataclass(frozen=True)

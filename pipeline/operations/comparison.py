@@ -48,8 +48,9 @@ class StageChange:
     before: str | None
     key: str
     state: str
-    settings: tuple[str, ...]  # that differ
-    inputs: tuple[str, ...]  # with other keys
+    # The settings that differ, and the inputs with other keys.
+    settings: tuple[str, ...]
+    inputs: tuple[str, ...]
 
     @property
     def because(self) -> str:
@@ -68,7 +69,8 @@ class Difference:
     unchanged: int
     # Stages with equal keys in both recipes that are not sealed.
     unsealed: tuple[str, ...]
-    costs: CostEstimate  # of the changed stages that are not sealed
+    # The cost of the changed stages that are not sealed.
+    costs: CostEstimate
 
     def json(self) -> dict[str, Any]:
         return {
@@ -166,14 +168,19 @@ class Measured:
     """The settings, metrics, scores and costs of one run."""
 
     run: Run
-    sealed: int  # stages
-    keys: dict[str, str]  # by stage
-    settings: dict[str, Any]  # of the recipe files that it began with, by field
+    # The number of sealed stages.
+    sealed: int
+    # The keys by stage.
+    keys: dict[str, str]
+    # The settings of the recipe files that it began with, by field.
+    settings: dict[str, Any]
     # The last value of each curve, by stage.
     metrics: dict[str, dict[str, float]]
-    scores: dict[str, dict[str, float]]  # by stage
-    cost: Cost  # of all attempts at its stages, in whatever run
-    spent: Cost  # of the attempts in this run alone
+    # The scores by stage.
+    scores: dict[str, dict[str, float]]
+    # The cost of all attempts at its stages, in whatever run, and of those in this run alone.
+    cost: Cost
+    spent: Cost
 
     def json(self) -> dict[str, Any]:
         return {

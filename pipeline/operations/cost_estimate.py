@@ -18,7 +18,8 @@ class Use:
     """The expected use of one stage or of all."""
 
     name: str
-    hours: float = 0.0  # on the clock
+    # Hours on the clock.
+    hours: float = 0.0
     gpu_hours: float = 0.0
     core_hours: float = 0.0
     cost: float = 0.0
@@ -41,7 +42,8 @@ class CostEstimate:
     uses: tuple[Use, ...]
     # The sum of the estimated stages; its hours assume one stage after the other.
     total: Use
-    assumed: tuple[str, ...]  # sentences
+    # Sentences on what the estimate rests on.
+    assumed: tuple[str, ...]
 
     @property
     def hours(self) -> Hours:

@@ -33,20 +33,24 @@ class RunRow:
     """One run of a list."""
 
     id: str
-    owner: str  # who began it
+    # The user who began it.
+    owner: str
     recipe: str
     version: str
     # `sealed` if all of its stages are; `running`; `queued` in Slurm; `refused` by Slurm; `failed`; `stopped`; or
     # `unfinished` if its process is gone, or Slurm hides its jobs.
     state: str
     stages: int
-    sealed: int  # of the stages
+    # The number of sealed stages.
+    sealed: int
     # Seconds since the epoch.
     began: float
     # Seconds since the epoch.
     last_event: float
-    stage: str | None = None  # of the last event, or of the last failure
-    message: str | None = None  # of the last failure
+    # The stage of the last event, or of the last failure.
+    stage: str | None = None
+    # The message of the last failure.
+    message: str | None = None
 
     @property
     def hours(self) -> float:

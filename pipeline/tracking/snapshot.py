@@ -67,9 +67,12 @@ class StageView:
 class Spending:
     """Hours of a run."""
 
-    used: Hours  # of ended attempts
-    running: Hours  # of the present attempts so far, where a rank without GPUs counts as one busy core
-    coming: Hours  # that the running stages still need at their pace
+    # Hours of ended attempts.
+    used: Hours
+    # Hours of the present attempts so far, where a rank without GPUs counts as one busy core.
+    running: Hours
+    # Hours that the running stages still need at their pace.
+    coming: Hours
     limits: Limits | None
     # Stages that have not begun.
     waiting: int
