@@ -34,7 +34,7 @@ FOLDER_FILES = 500
 UPLOAD = """
 import sys
 from pathlib import Path
-from pipeline.hub.remote import RemoteRepository
+from pipeline.hub.client import RemoteRepository
 from release.hub.upload import Destination, Journal
 from release.repositories import Repository
 folder = Path(sys.argv[1])

@@ -27,8 +27,8 @@ from typer.main import get_command
 
 from pipeline.cli.main import app
 from pipeline.core.bounds import Range, Words
-from pipeline.launch import diagnoses, waiting_reasons
-from pipeline.operations import json_schema
+from pipeline.launch import diagnoses
+from pipeline.operations import recipe_template
 
 FOLDER = Path(__file__).parent
 PROSE_WIDTH = 100
@@ -52,9 +52,9 @@ are part of the keys of the stages that read them. An unknown setting is an erro
 """
 SCHEMAS = """
 Editors complete and check these files by their JSON Schemas, if the first line of a file is
-`# yaml-language-server: $schema=PATH`. `atom init` writes that line, and the schema beside the recipe.
-`python -m pipeline.operations.json_schema KIND` prints the schema of a `recipe`, a `data_recipe` or a
-`cluster_profile`. Only `atom validate` finds contradictions between fields.
+`# yaml-language-server: $schema=PATH`. `atom init` writes that line, and the schema beside the
+recipe. `python -m pipeline.operations.recipe_template KIND` prints the schema of a `recipe`, a
+`data_recipe` or a `cluster_profile`. Only `atom validate` finds contradictions between fields.
 """
 DOCUMENTS = {
     "recipe": "One release. Packaged recipes are in `pipeline/recipes/`.",
@@ -67,7 +67,7 @@ DOCUMENTS = {
 
 def pages() -> dict[str, str]:
     """The content of each generated file, by its path in this folder."""
-    models = json_schema.models()
+    models = recipe_template.schema_models()
     documents = [
         Document(kind.replace("_", " ").capitalize(), intro, models[kind]) for kind, intro in DOCUMENTS.items()
     ]
@@ -100,8 +100,8 @@ def failures() -> str:
 
 def waiting() -> str:
     """The table of reasons for which a job waits, and the sentence about each."""
-    sentences = [item(f"*{cause}*: {sentence}") for cause, _, _, sentence in waiting_reasons.rows()]
-    rows = [row[:3] for row in waiting_reasons.rows()]
+    sentences = [item(f"*{cause}*: {sentence}") for cause, _, _, sentence in diagnoses.waiting_rows()]
+    rows = [row[:3] for row in diagnoses.waiting_rows()]
     return table(("cause", "reasons of Slurm", "alert"), rows) + "\n\n" + "\n".join(sentences)
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.text import printable
 from pipeline.hub import limits
-from pipeline.hub.client import api, endpoint, translate_errors
-from pipeline.hub.remote import RemoteRepository, unsafe_path
+from pipeline.hub.client import RemoteRepository, api, endpoint, translate_errors, unsafe_path
 
 
 def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:

@@ -1,5 +1,5 @@
 """Tests, their fixtures, and the long tests of the soak."""
 
-from pipeline.core import collector
+from pipeline.core import process
 
-collector.collect_rarely()  # before anything large is imported, in pytest and in the processes of fixtures
+process.collect_rarely()  # before anything large is imported, in pytest and in the processes of fixtures

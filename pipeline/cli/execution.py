@@ -25,14 +25,18 @@ if TYPE_CHECKING:
 def run(composed: Graph, store: Store, selected: list[str], cluster: str, profile: Profile, reference: str) -> None:
     """Runs stages of a graph on this machine. A process beside it sends the run to MLflow.
 
-    cluster, reference: the profile and the recipe as the user wrote them. Raises AtomError if a stage fails or cannot
-    run, or if the profile is of a Slurm cluster alone; Exit(130) after Ctrl-C.
+    Args:
+        cluster, reference: The profile and the recipe as the user wrote them.
+
+    Raises:
+        AtomError: A stage fails or cannot run, or if the profile is of a Slurm cluster alone; Exit(130) after Ctrl-C.
     """
     if profile.slurm is not None and "local" not in profile.model_fields_set:
         raise AtomError(
             f"cluster profile {profile.name} is of a Slurm cluster, and `atom run` would run every stage on this host; "
             "use `atom submit`, or a profile with a section `local`"
         )
+    # Stages that a damaged file stops are left out, and make the command fail after the others have run.
     damage = damage_of(composed, store, selected)
     requested, selected = selected, [name for name in selected if name not in damage]
     if all(store.sealed(composed.nodes[name].key) for name in selected):
@@ -44,14 +48,15 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
         print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
     require_inputs(composed, store, selected)
     prepare_environment()
-    this = runs.start(composed, store, selected, cluster, {"launcher": "local", "prices": profile.costs()})
-    driver = Lease.take(this.folder / "driver")
+    new_run = runs.start(composed, store, selected, cluster, {"launcher": "local", "prices": profile.costs()})
+    # While this lease is held, the run goes on, even if no stage runs at the moment.
+    driver = Lease.take(new_run.folder / "driver")
     assert driver is not None, "the run was begun just now"
-    companion = Companion(store.home, this.id, whole=True)
-    print(f"run {this.id}, logs in {this.folder}", flush=True)
+    companion = Companion(store.home, new_run.id, whole=True)
+    print(f"run {new_run.id}, logs in {new_run.folder}", flush=True)
     try:
         with Display(console()) as display:
-            LocalLauncher(composed, store, this, selected, profile, display).go()
+            LocalLauncher(composed, store, new_run, selected, profile, display).go()
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -78,7 +83,7 @@ def print_submission(submission: Submission) -> None:
     parts = [f"{stages(len(submission.submitted))} submitted"] if submission.submitted else []
     parts += [f"{len(submission.attached)} already queued in Slurm"] if submission.attached else []
     for user in sorted(set(submission.waiting.values())):
-        names = ", ".join(name for name, other in submission.waiting.items() if other == user)
+        names = ", ".join(name for name, owner in submission.waiting.items() if owner == user)
         parts += [f"{names} after the job of {user}, which Slurm hides"]
     parts += [f"{', '.join(submission.released)} released"] if submission.released else []
     parts += [f"{len(submission.sealed)} sealed already"] if submission.sealed else []

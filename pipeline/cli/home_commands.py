@@ -17,6 +17,7 @@ from pipeline.operations.command_options import (
     RunArgument,
     confirm,
     console,
+    find_run,
     open_store,
     warn_of_home,
 )
@@ -37,19 +38,19 @@ def list_runs(
 
     Example: atom runs --recipe atom-tiny --last 5
     """
-    from pipeline.cli.experiment_tables import run_table
+    from pipeline.cli.tables import run_table
     from pipeline.graph import run as runs
-    from pipeline.operations import run_list
+    from pipeline.operations import run_actions
 
     if last < 0:
         raise AtomError(f"--last {last} is no number of runs; use 0 for all, or more")
     store = open_store()
     warn_of_home(store)
     every = [run for run in runs.runs(store) if recipe in (None, run.body["recipe"])]
-    rows, lack = run_list.rows(every[-last:], store)
+    rows, lack = run_actions.list_rows(every[-last:], store)
     if as_json:
-        print(json.dumps({"runs": [row.json() for row in rows], "earlier": len(every) - len(rows), "unknown": lack},
-                         indent=1))  # fmt: skip
+        body = {"runs": [row.json() for row in rows], "earlier": len(every) - len(rows), "unknown": lack}
+        print(json.dumps(body, indent=1))
         return
     if lack:
         print(f"atom: {lack}", file=sys.stderr)
@@ -64,10 +65,6 @@ def list_runs(
 @app.command()
 def compare(
     run: Annotated[list[str], typer.Argument(metavar="RUN...", help="ids of runs, or their beginnings")],
-    curve: Annotated[
-        list[str] | None,
-        typer.Option(metavar="STAGE.METRIC", help="show this metric of a stage by step; repeatable"),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs by metrics, scores and cost.
@@ -76,21 +73,21 @@ def compare(
     and money that their stages took. A run may still be running. The tables leave out stages with equal keys in all
     runs, and figures that one run alone has; --json has them.
 
-    Example: atom compare atom-tiny-20261128-083109 atom-tiny-20261128-102030 --curve pretrain.loss
+    Example: atom compare atom-tiny-20261128-083109 atom-tiny-20261128-102030
     """
-    from pipeline.cli.experiment_tables import print_comparison
+    from pipeline.cli.tables import print_comparison
     from pipeline.graph import run as runs
-    from pipeline.operations import run_comparison
+    from pipeline.operations import comparison
 
     store = open_store()
     warn_of_home(store)
     chosen = {each.id: each for each in (runs.find(store, reference) for reference in run)}
-    rows = [run_comparison.measure(each, store, curve or ()) for each in chosen.values()]
+    rows = [comparison.measure(each, store) for each in chosen.values()]
     if as_json:
-        body = {"different": run_comparison.differing_settings(rows), "runs": [row.json() for row in rows]}
+        body = {"different": comparison.differing_settings(rows), "runs": [row.json() for row in rows]}
         print(json.dumps(body, indent=1))
     else:
-        print_comparison(rows, curve or [], console())
+        print_comparison(rows, console())
 
 
 @app.command()
@@ -131,18 +128,17 @@ def watch(
 
     Example: atom watch --command 'curl -sSf --json @- https://chat.example.org/hook'
     """
-    from pipeline.graph import run as runs
     from pipeline.launch import slurm_client
     from pipeline.operations import alerts
     from pipeline.tracking import snapshot
 
-    store = open_store()
-    this = runs.find(store, run)
+    chosen_run, store = find_run(run)
     limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb, waiting_hours, restarts_a_day)
-    watcher = alerts.Watcher(this.id, state or this.folder / "watch.json", command)
+    watcher = alerts.Watcher(chosen_run.id, state or chosen_run.folder / "watch.json", command)
+    # A lack of answers is printed when it begins, not at each look.
     answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None
     while True:
-        current = snapshot.take(this, store, answers)
+        current = snapshot.take(chosen_run, store, answers)
         if current.lack and current.lack != lack:
             print(f"atom: {current.lack}", file=sys.stderr, flush=True)
         lack = current.lack
@@ -193,6 +189,7 @@ def gc(
     if delete:
         if rows and not yes:
             confirm(f"{size}B are to be deleted for good", "delete them")
+        # Only what was shown is deleted, though more may be loose by now.
         rows = collector.delete(store, {row.path for row in rows}, named, ignored)
     if as_json:
         print(json.dumps({"loose": [row.json() for row in rows], "kept": notes, "deleted": delete}, indent=1))

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli import home_commands, recipe_commands, run_commands
-from pipeline.core import collector, os_errors
+from pipeline.core import os_errors, process
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import DamagedFile
 from pipeline.core.text import printable
@@ -27,7 +27,7 @@ class CommandGroup(TyperGroup):
     """The commands, which `atom --help` lists by who needs them."""
 
     def panels(self) -> dict[str, dict[str, Any]]:
-        """The commands of each panel. A command without one is about planning and running."""
+        """Returns the commands of each panel. A command without one is about planning and running."""
         panels: dict[str, dict[str, Any]] = {panel: {} for panel in PANELS}
         for name, command in self.commands.items():
             panels[getattr(command, "rich_help_panel", None) or PLAN_AND_RUN][name] = command
@@ -37,7 +37,7 @@ class CommandGroup(TyperGroup):
         width = formatter.width - 6 - max(map(len, self.commands))
         for panel, commands in self.panels().items():
             with formatter.section(panel):
-                formatter.write_dl([(name, each.get_short_help_str(width)) for name, each in commands.items()])
+                formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in commands.items()])
 
 
 app = typer.Typer(
@@ -89,8 +89,8 @@ def _show_warning(
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
+# The environment variables with paths that atom uses, or writes into files.
 PATH_VARIABLES = ("ATOM_HOME", "ATOM_CLUSTERS", "TMPDIR", "TEMP", "TMP", "HOME", "HF_HOME")
-"""The environment variables with paths that atom uses, or writes into files."""
 
 
 def _require_utf8() -> None:
@@ -114,7 +114,7 @@ def main() -> None:
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
         # All text files of atom are UTF-8, whatever the locale: restart in Python's UTF-8 mode.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "pipeline.cli", *sys.argv[1:]])
-    collector.collect_rarely()
+    process.collect_rarely()  # before a command imports anything large
     warnings.showwarning = _show_warning
     try:
         _require_utf8()
@@ -123,9 +123,11 @@ def main() -> None:
         print(f"atom: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
+        # Whoever read the output has ended, as `head` does. Python would print a second error when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        # A fault of the disk, or of a path of the command line, is one sentence too; anything else is a bug of atom.
         values = (word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:])
         fault = os_errors.find(error, open_store().home, filter(None, values))
         if fault is None or not fault.text:

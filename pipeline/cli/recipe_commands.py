@@ -24,8 +24,8 @@ from pipeline.operations.command_options import (
 )
 
 app = typer.Typer()
+# Of what `atom plan` prints, as its tables need it.
 WIDTH = 160
-"""Of what `atom plan` prints, as its tables need it."""
 
 
 @app.command()
@@ -96,14 +96,14 @@ def diff(
 
     Example: atom diff atom-smoke atom-smoke-dense
     """
-    from pipeline.cli.experiment_tables import print_difference
+    from pipeline.cli.tables import print_difference
     from pipeline.launch import cluster_profile
-    from pipeline.operations import recipe_diff
+    from pipeline.operations import comparison
 
     store, profile = open_store(), cluster_profile.load(cluster)
     warn_of_home(store)
     graphs = graph_of(first, without_data=True), graph_of(second, without_data=True)
-    difference = recipe_diff.compare(*graphs, store, profile)
+    difference = comparison.compare(*graphs, store, profile)
     if as_json:
         print(json.dumps(difference.json(), indent=1))
     else:
@@ -139,7 +139,7 @@ def plan(
     """
     from pipeline.cli.tables import cost_table, long_context_table, phases_table, plan_table, simulation_table
     from pipeline.graph import budget, dag, plan
-    from pipeline.graph.checkpoint_times import checkpoint_times, require_patient_watchdogs, sentences
+    from pipeline.graph.plan import checkpoint_sentences, checkpoint_times, require_patient_watchdogs
     from pipeline.launch import cluster_profile
     from pipeline.operations import fit
     from pipeline.operations.cost_estimate import estimate_costs
@@ -155,6 +155,7 @@ def plan(
         fitting = fit.fits(rows, {use.name: use for use in costs.uses}, profile)
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
+    # Without a profile nothing limits the storage.
     storage_gb_s = None if profile is None else profile.storage.gb_s
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
     long = plan.long_context(rows)
@@ -175,6 +176,7 @@ def plan(
         body["long_context"] = asdict(long) if long else None
         body["unpublishable"] = fit.unpublishable(rows)
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
+        # Errors come last, so that the plan is printed all the same.
         fit.require_publishable(rows)
         require_patient_watchdogs(rows, storage_gb_s)
         return
@@ -184,7 +186,7 @@ def plan(
     if phases := phases_table(rows):
         console().print()
         console().print(phases)
-        for text in sentences(rows, storage_gb_s):
+        for text in checkpoint_sentences(rows, storage_gb_s):
             print(_wrapped(text))
     if long:
         console().print()
@@ -259,6 +261,7 @@ def submit(
 
     composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
     selected = composed.select(until, only)
+    # A dry run may be made on a host without the image, the data or Slurm.
     if not dry_run:
         slurm.require_image(settings)
     for text in filter(None, (*composed.absent, slurm.missing_image(settings))):

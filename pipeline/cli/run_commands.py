@@ -16,15 +16,12 @@ from pipeline.operations.command_options import (
     RunArgument,
     confirm,
     console,
+    find_run,
     graph_of,
     open_store,
-    warn_of_home,
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from pipeline.graph.budget import Hours
     from pipeline.graph.run import NodeStatus, Run
 
 app = typer.Typer()
@@ -51,23 +48,14 @@ def status(
 
     from pipeline.cli.tables import status_table
     from pipeline.graph import budget
-    from pipeline.graph import run as runs
     from pipeline.launch import bad_nodes, slurm_client
     from pipeline.tracking import snapshot, status
 
-    store = open_store()
-    warn_of_home(store)
-    this = runs.find(store, run)
-
-    def read() -> tuple[Table, list[NodeStatus], str | None, Hours]:
-        nodes, lack = status.status(this, store)
-        used = budget.used(store, (stage.key for stage in nodes))
-        table = status_table(this.id, this.owner, nodes, budget.describe(used, this.body.get("prices")))
-        return table, nodes, lack, used
-
-    table, nodes, lack, used = read()
+    chosen, store = find_run(run)
+    nodes, lack = status.status(chosen, store)
+    used = budget.used(store, (stage.key for stage in nodes))
     if as_json:
-        body: dict[str, Any] = {"schema": 1, "run": this.id, "owner": this.owner, "unknown": lack, "used": used}
+        body: dict[str, Any] = {"schema": 1, "run": chosen.id, "owner": chosen.owner, "unknown": lack, "used": used}
         body["stages"] = [s.json() for s in nodes]
         if bad := bad_nodes.read(store):
             body["bad_nodes"] = [asdict(entry) for entry in bad]
@@ -75,18 +63,20 @@ def status(
         return
     if lack:
         print(f"atom: {lack}", file=sys.stderr)
+    table = status_table(chosen.id, chosen.owner, nodes, budget.describe(used, chosen.body.get("prices")))
     if not watch:
         console().print(table)
-        for text in (*(entry.sentence for entry in bad_nodes.read(store)), *status.kept_nodes(this)):
+        for text in (*(entry.sentence for entry in bad_nodes.read(store)), *status.kept_nodes(chosen)):
             print(text)
         return
+    # The screen is drawn more often than Slurm is asked.
     answers = slurm_client.Answers(slurm_client.ASK_EVERY)
     with Live(table, console=console(), auto_refresh=False) as live:
         while True:
-            current = snapshot.take(this, store, answers)
+            current = snapshot.take(chosen, store, answers)
             nodes = [stage.status for stage in current.stages]
-            used = {"gpu_hours": current.spending.now("gpu_hours"), "core_hours": current.spending.now("core_hours")}
-            table = status_table(this.id, this.owner, nodes, budget.describe(used, this.body.get("prices")))
+            used = budget.hours(current.spending.now)
+            table = status_table(chosen.id, chosen.owner, nodes, budget.describe(used, chosen.body.get("prices")))
             live.update(Group(table, *(escape(line) for line in snapshot.lines(current))), refresh=True)
             if current.over:
                 return
@@ -110,7 +100,7 @@ def logs(
     """
     from pipeline.graph import run as runs
     from pipeline.launch import slurm_client
-    from pipeline.operations import stage_logs
+    from pipeline.operations import run_actions
     from pipeline.tracking import status
 
     store = open_store()
@@ -124,20 +114,21 @@ def logs(
         stages, problem = status.status(run, store, answers)
         return problem is not None or not status.over([s for s in stages if s.name == stage])
 
-    queued = stage_logs.submitted_run(candidates, stage) if follow else None
-    if queued is not None and not stage_logs.has_log(queued, stage, rank) and may_begin(queued):
+    # Another run may have submitted the job that this one waits for; its log is there.
+    queued = run_actions.submitted_run(candidates, stage) if follow else None
+    if queued is not None and not run_actions.has_log(queued, stage, rank) and may_begin(queued):
         present = read(queued)
         reason = f" ({present.reason})" if present.reason else ""
         print(f"{stage} has not begun: job {present.job} is {present.state}{reason}", file=sys.stderr)
-        while not stage_logs.has_log(queued, stage, rank) and may_begin(queued):
+        while not run_actions.has_log(queued, stage, rank) and may_begin(queued):
             time.sleep(1)
         candidates = [queued]
-    this, path = stage_logs.find_log(store, candidates, stage, rank)
-    if (present := read(this)).state in ("failed", "lost", "cancelled"):
+    chosen, path = run_actions.find_log(store, candidates, stage, rank)
+    if (present := read(chosen)).state in ("failed", "lost", "cancelled"):
         print(f"{stage} {present.state}: {present.message or present.reason or 'the cause is not known'}\n")
     with open(path) as log:
         while True:
-            over = not follow or status.over([read(this)])
+            over = not follow or status.over([read(chosen)])
             text = log.read()
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -188,25 +179,24 @@ def cancel(
 
     Example: atom cancel
     """
-    from pipeline.core import users
-    from pipeline.graph import run as runs
-    from pipeline.operations import cancellation
+    from pipeline.core import process
+    from pipeline.operations import run_actions
 
-    store = open_store()
-    this = runs.find(store, run)
-    waiting = cancellation.attached_runs(this, store)
-    concerned = [f"run {this.id} is {this.owner}'s"] if this.owner != users.present() else []
-    concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != users.present()]
+    chosen, store = find_run(run)
+    # Other users may wait for these jobs, or own the run.
+    waiting = run_actions.attached_runs(chosen, store)
+    concerned = [f"run {chosen.id} is {chosen.owner}'s"] if chosen.owner != process.current_user() else []
+    concerned += [f"run {r.id} of {r.owner} waits for its jobs" for r in waiting if r.owner != process.current_user()]
     if concerned and not yes:
         confirm("; ".join(concerned), "cancel all the same")
-    if this.on_slurm:
-        names = cancellation.cancel_jobs(this, store)
-        print(f"run {this.id}: cancelled {', '.join(names) or 'nothing, Slurm holds no job of it'}")
+    if chosen.on_slurm:
+        names = run_actions.cancel_jobs(chosen, store)
+        print(f"run {chosen.id}: cancelled {', '.join(names) or 'nothing, Slurm holds no job of it'}")
     else:
-        names = cancellation.stop_processes(this, store)
-        print(f"run {this.id}: stopped {', '.join(names) or 'nothing, no stage was running'}")
-    for other in waiting:
-        print(f"run {other.id} of {other.owner} waited for these jobs; `atom retry {other.id}` goes on")
+        names = run_actions.stop_processes(chosen, store)
+        print(f"run {chosen.id}: stopped {', '.join(names) or 'nothing, no stage was running'}")
+    for waiter in waiting:
+        print(f"run {waiter.id} of {waiter.owner} waited for these jobs; `atom retry {waiter.id}` goes on")
 
 
 @app.command()
@@ -226,16 +216,15 @@ def retry(
     from pipeline.graph import run as runs
     from pipeline.launch import cluster_profile
 
-    store = open_store()
-    this = runs.find(store, run)
-    cluster, reference = this.body["profile"], this.body["recipe_path"]
+    chosen, store = find_run(run)
+    cluster, reference = chosen.body["profile"], chosen.body["recipe_path"]
     composed = graph_of(reference)
-    runs.require_same_recipe(this, composed.recipe)
-    selected = [node["name"] for node in this.body["nodes"]]
+    runs.require_same_recipe(chosen, composed.recipe)
+    selected = [node["name"] for node in chosen.body["nodes"]]
     if start is not None:
         composed.select(None, start)  # raises for an unknown stage
         selected = [name for name in selected if start in composed.upstream({name})]
-    if this.on_slurm:
+    if chosen.on_slurm:
         from pipeline.launch import slurm
 
         submission = slurm.submit(composed, store, selected, cluster_profile.load(cluster), cluster)
@@ -255,25 +244,24 @@ def sync(run: RunArgument = None) -> None:
     Example: atom sync
     """
     from pipeline.core.lease import Lease, holder
-    from pipeline.graph import run as runs
     from pipeline.tracking import mlflow_sync, status
 
-    store = open_store()
-    this = runs.find(store, run)
-    nodes, lack = status.status(this, store)
-    driver = holder(this.folder / "driver")
+    chosen, store = find_run(run)
+    nodes, lack = status.status(chosen, store)
+    driver = holder(chosen.folder / "driver")
     is_over = lack is None and status.over(nodes) and not (driver is not None and driver.alive)
-    turn = Lease.take(this.folder / "mlflow")
+    # One process of a run at a time sends, or rows would arrive twice.
+    turn = Lease.take(chosen.folder / "mlflow")
     if turn is None:
-        raise AtomError(f"a job of run {this.id} is sending it at the moment; its metrics arrive by themselves")
-    forwarder = mlflow_sync.Forwarder(this, store)
+        raise AtomError(f"a job of run {chosen.id} is sending it at the moment; its metrics arrive by themselves")
+    forwarder = mlflow_sync.Forwarder(chosen, store)
     try:
         forwarder.sync(over=is_over or mlflow_sync.outcome_of(nodes) == "FINISHED")
     except AtomError:
         raise
-    except Exception as error:
+    except Exception as error:  # MLflow raises errors of many libraries
         problem = mlflow_sync.redacted(str(error).splitlines()[0])
         raise AtomError(f"MLflow at {mlflow_sync.shown_uri(store)} did not answer: {problem}") from error
     finally:
         turn.release()
-    print(f"run {this.id} is in MLflow at {mlflow_sync.shown_uri(store)}")
+    print(f"run {chosen.id} is in MLflow at {mlflow_sync.shown_uri(store)}")

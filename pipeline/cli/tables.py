@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.core.progress import duration, human
+from pipeline.core.progress import duration, human, stages
 from pipeline.core.stage import LongContext, RankSimulation, Traffic
+from pipeline.core.text import escaped
+from pipeline.graph.flat_fields import estimates
 from pipeline.graph.plan import StagePlan, timed
 from pipeline.graph.run import NodeStatus
+from pipeline.operations.comparison import Difference, Measured, differing_settings
 from pipeline.operations.cost_estimate import CostEstimate
+from pipeline.operations.run_actions import RunRow
+
+# Characters of a value in a table.
+LONGEST_VALUE = 48
+MOST_REASONS = 4
+# More than the columns of any table: all of them may be wrapped.
+ALL = 100
 
 
 def table(*columns: str, right: int = 0, wraps: int = 0, caption: str | None = None, title: str | None = None) -> Table:
-    """An empty table without lines.
+    """Returns an empty table without lines.
 
     Args:
         columns: The heads.
@@ -24,6 +36,7 @@ def table(*columns: str, right: int = 0, wraps: int = 0, caption: str | None = N
         caption: The text below.
         title: The text above.
     """
+    # Without lines, so that a table can be copied, and cut by column.
     result = Table(
         box=None,
         header_style="bold",
@@ -48,8 +61,11 @@ def _cell(value: float | None, unit: str = "") -> str:
 
 
 def plan_table(rows: list[StagePlan]) -> Table:
-    """One line for each stage. CPU time is shown if every training phase has an estimate of it; GPUs of
-    a rank that does not train, if there are any."""
+    """Returns one line for each stage.
+
+    CPU time is shown if every training phase has an estimate of it; GPUs of a rank that does not train, if there are
+    any.
+    """
     has_cpu_time, has_gpus = timed(row.estimate for row in rows), any(row.gpus for row in rows)
     to_run = [r for r in rows if r.state.text == "to run"]
     seconds = sum(r.estimate.cpu_seconds or 0 for r in to_run)
@@ -78,12 +94,13 @@ def plan_table(rows: list[StagePlan]) -> Table:
 
 
 def phases_table(rows: list[StagePlan]) -> Table | None:
-    """The resources that each training phase needs for each rank; None if there is no training phase."""
+    """Returns the resources that each training phase needs for each rank; None if there is no training phase."""
     phases = [(row, row.estimate.training) for row in rows if row.estimate.training is not None]
     if not phases:
         return None
     figures = ("GFLOP/token", "state", "activ.", "both", "host", "checkpoints", "data")
     result = table("phase", "steps", "batch", "row", "precision", *figures, "layout", wraps=1)
+    # The numbers among the columns; the precision stands between them.
     for number in (1, 2, 3, *range(5, 5 + len(figures))):
         result.columns[number].justify = "right"
     for row, t in phases:
@@ -111,7 +128,7 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
 
 
 def long_context_table(cost: LongContext) -> Table:
-    """The cache and the FLOPs of a long text, beside those of full attention in all layers."""
+    """Returns the cache and the FLOPs of a long text, beside those of full attention in all layers."""
     result = table(f"{cost.tokens:,} tokens", "cache in bf16", "GFLOP/token", right=2)
     columns = ((cost.cache_bytes, cost.full_cache_bytes), (cost.flops_per_token, cost.full_flops_per_token))
     (cache, full_cache), (flops, full_flops) = columns
@@ -122,23 +139,27 @@ def long_context_table(cost: LongContext) -> Table:
 
 
 def simulation_table(name: str, result: RankSimulation) -> Table:
-    """The traffic of a simulated rank in a step, by operation and group, under its memory and the estimate of it."""
+    """Returns the traffic of a simulated rank in a step, by operation and group, under its memory and the estimate
+    of it."""
     activations = result.peak_bytes - result.state_bytes, result.planned_peak_bytes - result.planned_state_bytes
-    title = "\n".join([
+    excess = result.planned_peak_bytes / result.peak_bytes - 1
+    lines = [
         f"{name}: rank {result.rank} of {result.ranks:,}, simulated",
         f"parameters: {result.parameters:,}, planned: {result.planned_parameters:,}",
         f"state: {_binary(result.state_bytes)}, planned: {_binary(result.planned_state_bytes)}",
         f"activations: {_binary(activations[0])}, planned: {_binary(activations[1])}",
-        f"peak: {_binary(result.peak_bytes)}, planned: {_binary(result.planned_peak_bytes)} "
-        f"({result.planned_peak_bytes / result.peak_bytes - 1:+.1%})",
-        *([f"copies on the host: {_binary(result.copies_bytes)}, planned: {_binary(result.planned_copies_bytes)}"]
-          if result.copies_bytes else []),
-    ])  # fmt: skip
+        f"peak: {_binary(result.peak_bytes)}, planned: {_binary(result.planned_peak_bytes)} ({excess:+.1%})",
+    ]
+    if result.copies_bytes:
+        copies = f"{_binary(result.copies_bytes)}, planned: {_binary(result.planned_copies_bytes)}"
+        lines.append(f"copies on the host: {copies}")
+    title = "\n".join(lines)
     caption = (
         f"calls, sum: of a step of {result.micro_batches} micro-batches; bytes of a collective: of its larger side;\n"
         f"memory and sequence (--json): of a simulated step of {result.simulated_micro_batches} micro-batches"
     )
     traffic = table("collective", "group", "ranks", "calls", "largest", "sum", right=5, caption=caption, title=title)
+    # Collectives of different sizes in one group are one row.
     together: dict[tuple[str, str, int], list[Traffic]] = {}
     for row in result.traffic:
         together.setdefault((row.operation, row.group, row.ranks), []).append(row)
@@ -154,7 +175,7 @@ def _volume(row: Traffic) -> int:
 
 
 def cost_table(estimate: CostEstimate) -> Table:
-    """The expected use of each stage to run on a cluster, without the stages that have no estimate."""
+    """Returns the expected use of each stage to run on a cluster, without the stages that have no estimate."""
     prices, total = estimate.profile.prices, estimate.total
     hours = {"GPU hours": "gpu_hours", "core hours": "core_hours"}
     if total.server_gpu_hours or total.server_core_hours:
@@ -178,11 +199,12 @@ def _hours(value: float) -> str:
 
 
 def _binary(value: float) -> str:
-    """Bytes as memory is counted: 40.1Gi, 7.53Mi."""
+    """Returns bytes as memory is counted: 40.1Gi, 7.53Mi."""
     return f"{value / 2**30:.3g}Gi" if value >= 2**30 else f"{value / 2**20:.3g}Mi"
 
 
 def status_table(run: str, owner: str, stages: list[NodeStatus], used: str) -> Table:
+    # The columns of jobs stand only where there are some.
     slurm = any(s.job for s in stages)
     sealed = sum(s.state == "sealed" for s in stages)
     columns = ("stage", "state", *(("job", "nodes", "restarts") if slurm else ()), "progress", "time", "left", "report")
@@ -194,4 +216,104 @@ def status_table(run: str, owner: str, stages: list[NodeStatus], used: str) -> T
         job = f"{s.job} of {s.user}" if s.user else s.job or ""
         where = (job, s.nodes or "", str(s.restarts or "")) if slurm else ()
         result.add_row(s.name, state, *where, progress, *s.times, s.detail)
+    return result
+
+
+def value_text(value: Any) -> str:
+    """Returns a setting in one line."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return escape(escaped(text, LONGEST_VALUE))
+
+
+def print_difference(difference: Difference, first: str, second: str, console: Console) -> None:
+    if not difference.fields:
+        print("no setting differs")
+    else:
+        settings = table("setting", first, second, "", wraps=ALL)
+        for change in difference.fields:
+            mark = "in no key" if change.operational else ""
+            settings.add_row(escape(change.field), value_text(change.before), value_text(change.after), mark)
+        console.print(settings)
+    if difference.stages:
+        console.print()
+        changed = table("stage", "key", "state", "because", wraps=ALL)
+        for row in difference.stages:
+            reasons = row.because.split(", ")
+            rest = f" and {len(reasons) - MOST_REASONS} more" if len(reasons) > MOST_REASONS else ""
+            key = row.key.rsplit("-", 1)[1]
+            changed.add_row(row.name, key, row.state, escape(", ".join(reasons[:MOST_REASONS]) + rest))
+        console.print(changed)
+    to_run = [row.name for row in difference.stages if row.state == "to run"]
+    if to_run:
+        console.print()
+        console.print(cost_table(difference.costs))
+        print(*difference.costs.assumed, sep="\n")
+    sealed = len(difference.stages) - len(to_run)
+    print(
+        f"{stages(difference.unchanged)} unchanged, {len(difference.stages)} changed: {len(to_run)} to run, "
+        f"{sealed} sealed already"
+    )
+    if difference.removed:
+        print(f"not in {second}: {', '.join(difference.removed)}")
+    if difference.unsealed:
+        print(f"unchanged, and not sealed here either: {', '.join(difference.unsealed)}")
+
+
+def print_comparison(rows: list[Measured], console: Console) -> None:
+    """Prints the settings in which runs differ, their costs, and the metrics and scores that several runs have for
+    stages with other keys."""
+    names = [row.run.id for row in rows]
+    if different := differing_settings(rows):
+        settings = table("setting", *names, wraps=ALL)
+        for field, values in different.items():
+            settings.add_row(escape(field), *map(value_text, values))
+        console.print(settings)
+        console.print()
+    # Stages with equal keys in all runs have equal results.
+    shared = [stage for stage in rows[0].keys if len({row.keys.get(stage) for row in rows}) == 1]
+    for title, parts in (
+        ("last value", [row.metrics for row in rows]),
+        ("score", [{stage: estimates(scores) for stage, scores in row.scores.items()} for row in rows]),
+    ):
+        figures = table(title, *names, right=len(names), wraps=ALL)
+        for stage in dict.fromkeys(stage for part in parts for stage in part if stage not in shared):
+            for name in dict.fromkeys(name for part in parts for name in part.get(stage, {})):
+                values = [part.get(stage, {}).get(name) for part in parts]
+                if len(rows) == 1 or sum(value is not None for value in values) > 1:
+                    texts = ("" if value is None else f"{value:.5g}" for value in values)
+                    figures.add_row(escape(f"{stage}.{name}"), *texts)
+        if figures.row_count:
+            console.print(figures)
+            console.print()
+    console.print(_measured_costs(rows, names))
+    if shared and len(rows) > 1:
+        print(f"{stages(len(shared))} with equal keys in all runs: {', '.join(shared)}")
+
+
+def _measured_costs(rows: list[Measured], names: list[str]) -> Table:
+    result = table("cost", *names, right=len(names), wraps=ALL)
+    result.add_row("stages sealed", *(f"{row.sealed} of {len(row.keys)}" for row in rows))
+    for title, kind in (("", "cost"), (", this run alone", "spent")):
+        costs = [getattr(row, kind) for row in rows]
+        result.add_row(f"attempts{title}", *(str(cost.attempts) for cost in costs))
+        for name, unit in (("wall_hours", "h"), ("core_hours", "h"), ("gpu_hours", "h"), ("energy_wh", "Wh")):
+            if any(getattr(cost, name) for cost in costs):
+                label = name.rpartition("_")[0].replace("gpu", "GPU")
+                result.add_row(f"{label} {unit}{title}", *(f"{getattr(cost, name):.3g}" for cost in costs))
+        if any(cost.money is not None for cost in costs):
+            money = (f"{cost.money:,.2f} {escape(cost.currency)}" if cost.money is not None else "" for cost in costs)
+            result.add_row(f"money{title}", *money)
+    result.caption = "cost: of all attempts at the stages of a run, failed ones and those of other runs included"
+    result.caption_justify = "left"
+    return result
+
+
+def run_table(rows: list[RunRow]) -> Table:
+    result = table("run", "owner", "recipe", "state", "stages", "hours", "last event (UTC)", "stage", "", wraps=ALL)
+    for row in rows:
+        release, sealed = escape(f"{row.recipe} {row.version}"), f"{row.sealed}/{row.stages}"
+        last = row.json()["last_event"].replace("T", " ").rstrip("Z")
+        message = escape(escaped(row.message or "", LONGEST_VALUE))
+        times = (f"{row.hours:.2f}", last)
+        result.add_row(row.id, escape(row.owner), release, row.state, sealed, *times, row.stage or "", message)
     return result

@@ -17,8 +17,12 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """The path of a draft, which takes the place of `path` when the block ends without an error, and is removed
-    otherwise. durable: both the content and the name are on disk at the end, so that a crash of the machine leaves
-    neither an empty file nor the old one. Raises OSError."""
+    otherwise. Raises OSError.
+
+    Args:
+        durable: Both the content and the name are on disk at the end, so that a crash of the machine leaves neither an
+            empty file nor the old one.
+    """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield draft

@@ -17,20 +17,19 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from pipeline.core.text import shown, unprintable
 
+# The type of the errors below: their message continues after `field = value`.
 OUT_OF_BOUNDS = "out_of_bounds"
-"""The type of the errors below: their message continues after `field = value`."""
 
 
 @dataclass(frozen=True)
 class Range(GroupedMetadata):
-    """A number from `low` to `high`. Integers must be integers: no boolean, no text, no 3.0.
-
-    above, below: that end is excluded. hint: the usual value, for docs/configuration.md.
-    """
+    """A number from `low` to `high`. Integers must be integers: no boolean, no text, no 3.0."""
 
     low: float
     high: float
+    # The usual value, for docs/configuration.md.
     hint: str = ""
+    # Exclude the low end, or the high end.
     above: bool = False
     below: bool = False
 
@@ -50,18 +49,17 @@ class Range(GroupedMetadata):
 
 @dataclass(frozen=True)
 class Words:
-    """A text of at most `longest` characters.
-
-    what: the required form, for the error message, as in "is no name of lower-case letters". pattern: of the whole
-    text.
-    lines: several lines are allowed. empty: an empty text is allowed. test: returns the error in words, or None.
-    """
+    """A text of at most `longest` characters."""
 
     longest: int
+    # The required form, for the error message, as in "is no name of lower-case letters".
     what: str = ""
+    # Must match the whole text.
     pattern: str = ""
+    # Allow several lines, or an empty text.
     lines: bool = False
     empty: bool = False
+    # Returns the error in words, or None.
     test: Callable[[str], str | None] | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -81,8 +79,7 @@ class Words:
             raise _validation_error(f"has {kind}; use one line of printable text")
         if self.pattern and not re.fullmatch(self.pattern, value):
             raise _validation_error(f"is no {self.what}")
-        problem = self.test(value) if self.test else None
-        if problem:
+        if self.test and (problem := self.test(value)):
             raise _validation_error(problem)
         return value
 
@@ -96,80 +93,59 @@ def _number(value: float) -> str:
 
 
 def _round(value: float) -> float:
-    """The value with one digit and zeros after it."""
+    """Returns the value with one digit and zeros after it."""
     return float(f"{value:.0e}")
 
 
 MOST_SOURCES = 1000
 MOST_RAMP_STEPS = 100
+# true or false: a number or the word `yes` is neither.
 Flag = Annotated[bool, Field(strict=True)]
-"""true or false: a number or the word `yes` is neither."""
 Seed = Annotated[int, Range(0, 2**53 - 1, "larger ones lose digits in some readers of JSON")]
 Sha256 = Annotated[str, Words(71, "digest of the form sha256:<64 hex digits>", r"sha256:[0-9a-f]{64}")]
 Share = Annotated[float, Range(0, 1)]
+# A share above 0.
 PositiveShare = Annotated[float, Range(0, 1, above=True)]
-"""A share above 0."""
+# Tokens of a row, an answer or a text.
 Context = Annotated[int, Range(1, 2**24, "tokens; Llama 4 Scout: 1e7")]
-"""Tokens of a row, an answer or a text."""
+# Steps of a phase, or an interval in steps.
 Steps = Annotated[int, Range(1, 1e8, "SmolLM3, with small batches, took 4.7e6")]
-"""Steps of a phase, or an interval in steps."""
 Line = Annotated[str, Words(200)]
+# An address, a command, or a path.
 LongLine = Annotated[str, Words(4096)]
-"""An address, a command, or a path."""
 Text = Annotated[str, Words(2000, lines=True)]
 
 
-def _stored(name: str) -> str | None:
-    """The reason why this name is invalid for a folder or file on some system; None if it is valid."""
-    if name.split(".")[0] in _DEVICES:
-        return f"is a device on Windows, where {name} can be no folder; choose another name"
-    return None
-
-
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
-
-
 def _repository(name: str) -> str | None:
-    """The reason why the Hub refuses a repository of this name, with a suffix or without; None if it accepts it. The
-    rules are those of `huggingface_hub.utils.validate_repo_id`; the tests compare them."""
+    """Returns the reason why the Hub refuses this name, with a suffix or without; None if it takes it."""
+    # The rules of `huggingface_hub.utils.validate_repo_id`; the tests compare them.
     if "--" in name or ".." in name:
         return "has -- or .., which the Hub refuses in names of repositories; use one"
     if name[-1] in ".-" or name.endswith(".git"):
         return "ends as no repository of the Hub may: by a dot, a hyphen or .git; leave the end out"
-    return _stored(name)
+    return None
 
 
+# The suffixes of a release's repositories fit into the Hub's limit of 96 characters as well.
 ReleaseName = Annotated[
     str, Words(64, "name of lower-case letters, digits, '.', '_' and '-'", r"[a-z0-9][a-z0-9._-]*", test=_repository)
 ]
-"""The suffixes of a release's repositories fit into the Hub's limit of 96 characters as well."""
 Version = Annotated[str, Words(30, "semantic version, such as 0.1.0", r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}")]
 Namespace = Annotated[
     str, Words(42, "user or organization of the Hub", r"[A-Za-z0-9][A-Za-z0-9._-]*", test=_repository)
 ]
-SourceName = Annotated[
-    str, Words(64, "name of lower-case letters, digits and '_', first a letter", r"[a-z][a-z0-9_]*", test=_stored)
-]
+SourceName = Annotated[str, Words(64, "name of lower-case letters, digits and '_', first a letter", r"[a-z][a-z0-9_]*")]
+# The name of a thing that another package knows: a dataset, a verifier, an argument.
 Key = Annotated[str, Words(100, "name of letters, digits, '.', '_' and '-'", r"[A-Za-z0-9_][A-Za-z0-9._-]*")]
-"""The name of a thing that another package knows: a dataset, a verifier, an argument."""
 Variable = Annotated[str, Words(200, "name of an environment variable", r"[A-Za-z_][A-Za-z0-9_]*")]
 
 
+# Shares of sources; they sum to 1.
 Mix = Annotated[dict[SourceName, PositiveShare], Field(min_length=1, max_length=MOST_SOURCES)]
-"""Shares of sources; they sum to 1."""
-
-
-def _spdx(value: str) -> str:
-    try:
-        return spdx(value)
-    except ValueError:
-        raise _validation_error(
-            "is not an SPDX expression (spdx.org/licenses); use such as Apache-2.0, CC-BY-4.0 or LicenseRef-NAME"
-        ) from None
 
 
 def spdx(expression: str) -> str:
-    """The expression in the spelling of SPDX. Raises ValueError for an invalid expression."""
+    """Returns the expression in the spelling of SPDX. Raises ValueError for an invalid expression."""
     from packaging.licenses import canonicalize_license_expression
 
     return str(canonicalize_license_expression(expression))
@@ -180,11 +156,18 @@ class _Spdx(Words):
     """Converts the text to the spelling of SPDX."""
 
     def _check(self, value: str) -> str:
-        return _spdx(super()._check(value))
+        try:
+            return spdx(super()._check(value))
+        except PydanticCustomError:
+            raise
+        except ValueError:
+            raise _validation_error(
+                "is not an SPDX expression (spdx.org/licenses); use such as Apache-2.0, CC-BY-4.0 or LicenseRef-NAME"
+            ) from None
 
 
+# An SPDX license expression.
 License = Annotated[str, _Spdx(500)]
-"""An SPDX license expression."""
 
 _ISO_639_1 = """
 aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo
@@ -207,36 +190,34 @@ def _language(tag: str) -> str | None:
     return "is no language; use ISO 639 codes, such as en, de or swh, with a script or region if need be (zh-Hant)"
 
 
+# A valid `language` of the Hub and `inLanguage` of Croissant: ISO 639, as BCP 47 writes it. Two letters must be a code
+# of ISO 639-1; three letters must not be in the range for private use.
 Language = Annotated[str, Words(20, test=_language)]
-"""A valid `language` of the Hub and `inLanguage` of Croissant: ISO 639, as BCP 47 writes it. Two letters must be a code
-of ISO 639-1; three letters must not be in the range for private use."""
 
 
 def setting(value: object, depth: int = 0) -> object:
-    """A value that is passed unchanged to another package: text, number, flag, null, or short lists and mappings of
-    these."""
+    """Returns a value that is passed unchanged to another package.
+
+    Raises:
+        ValueError: It is no text, number, flag, null, or short list or mapping of these.
+    """
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, int) and abs(value) < 2**53:
-        return value
-    if isinstance(value, float) and abs(value) <= 1e300:
+    if isinstance(value, (int, float)) and abs(value) < (2**53 if isinstance(value, int) else 1e300):
         return value
     if isinstance(value, str) and len(value) <= 4096:
         return value
     if isinstance(value, (list, tuple)) and depth < 3 and len(value) <= 1000:
         return [setting(item, depth + 1) for item in value]
     if isinstance(value, dict) and depth < 3 and len(value) <= 100:
-        return {_argument(key): setting(item, depth + 1) for key, item in value.items()}
+        for key in value:
+            if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", key):
+                raise ValueError(f"{shown(key)} is no name of an argument; use letters, digits, '.', '_' and '-'")
+        return {key: setting(item, depth + 1) for key, item in value.items()}
     raise ValueError(
         f"{shown(value)} cannot be handed on; use text, numbers, true, false or null, in lists and mappings of these"
     )
 
 
+# Keyword arguments for an object of another package.
 Settings = Annotated[dict[str, Any], AfterValidator(lambda values: setting(values))]
-"""Keyword arguments for an object of another package."""
-
-
-def _argument(key: object) -> str:
-    if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", key):
-        return key
-    raise ValueError(f"{shown(key)} is no name of an argument; use letters, digits, '.', '_' and '-'")

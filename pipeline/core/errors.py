@@ -13,16 +13,16 @@ from typing import Any
 class Kind(StrEnum):
     """The kind of an error. It is recorded with the sentence of every outcome; older files have none."""
 
+    # A recipe, a profile, the data or the command line: the same attempt fails again.
     USER = "user"
-    """A recipe, a profile, the data or the command line: the same attempt fails again."""
+    # A check failed: the same attempt fails again.
     CHECK = "check"
-    """A check failed: the same attempt fails again."""
+    # A node, a disk, the network, another rank: another attempt may succeed.
     MACHINE = "machine"
-    """A node, a disk, the network, another rank: another attempt may succeed."""
+    # A signal stopped the attempt: another attempt resumes.
     STOPPED = "stopped"
-    """A signal stopped the attempt: another attempt resumes."""
+    # An unexpected exception: one more attempt shows whether it repeats.
     BUG = "bug"
-    """An unexpected exception: one more attempt shows whether it repeats."""
 
     @property
     def exit_code(self) -> int:
@@ -30,17 +30,17 @@ class Kind(StrEnum):
 
     @property
     def final(self) -> bool:
-        """Whether another attempt would fail in the same way, so that none is made."""
+        """True if another attempt would fail in the same way, so that none is made."""
         return self in (Kind.USER, Kind.CHECK)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The failure of an attempt, as recorded in its statement, its events and the job's decision. bad_node: the node of
-    the cluster whose fault it is; empty if it is no node's."""
+    """The failure of an attempt, as recorded in its statement, its events and the job's decision."""
 
     text: str
     kind: Kind = Kind.MACHINE
+    # The node of the cluster whose fault it is; empty if it is no node's.
     bad_node: str = ""
 
     def json(self) -> dict[str, Any]:
@@ -91,12 +91,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def of_kind(failure: Failure, text: str) -> AtomError:
-    """The error of a command that waited for an attempt which failed."""
+    """Returns the error of a command that waited for an attempt which failed."""
     error = CheckFailed(text) if failure.kind is Kind.CHECK else AtomError(text)
     error.kind = failure.kind
     return error
 
 
 def installing(extra: str) -> str:
-    """The advice to install an extra of this package, which is on no index."""
+    """Returns the advice to install an extra of this package, which is on no index."""
     return f"run pip install '.[{extra}]' in the checkout or in code/ of a release"

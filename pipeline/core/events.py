@@ -41,19 +41,18 @@ class FileReport:
         self._metrics_ended = False
         self._last_progress = self._last_line = 0.0
         self.figures: dict[str, float] = {}
+        # Set by the worker once it holds the lease.
         self.lease: int | None = None
-        """Set by the worker once it holds the lease."""
+        # Acquired and never released by the thread that ends the attempt: the main thread, or the one that abandons it.
         self.ending = threading.RLock()
-        """Acquired and never released by the thread that ends the attempt: the main thread, or the one that abandons
-        it."""
+        # Ends the attempt in place of the main thread; the worker sets it.
         self.record_abandoned: Callable[[Failure], None] = lambda failure: None
-        """Ends the attempt in place of the main thread; the worker sets it."""
+        # Seals a checkpoint as an artifact of its own; the worker sets it.
         self.checkpoint_sealer: Callable[[int, Path], None] = lambda step, folder: None
-        """Seals a checkpoint as an artifact of its own; the worker sets it."""
 
     def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
-        # a thread that hangs while it writes must not block the others
+        # A thread that hangs while it writes must not block the others.
         locked = self._lock.acquire(timeout=LOCK_SECONDS)
         try:
             self._events.write(line)
@@ -101,18 +100,18 @@ class FileReport:
         """Does the work of `abandon`, with the kind of the failure."""
         if not self.ending.acquire(blocking=False):
             sys.exit()  # in any thread but the main one this ends that thread only
-        # In a thread with a deadline, so that the process ends even if something hangs.
+        # The outcome is recorded in a thread with a deadline, so that the process ends even if something hangs.
         ending_thread = threading.Thread(target=self.record_abandoned, args=(failure,), name="abandon", daemon=True)
         ending_thread.start()
         ending_thread.join(ABANDON_SECONDS)
         os._exit(1)
 
     def end(self, outcome: str | Failure) -> None:
-        """Writes the last event. On a full disk it waits a while, because failing stages free space when they remove
-        their drafts."""
-        values = (
-            {"outcome": outcome.text, "kind": outcome.kind} if isinstance(outcome, Failure) else {"outcome": outcome}
-        )
+        """Writes the last event."""
+        values: dict[str, Any] = {"outcome": outcome}
+        if isinstance(outcome, Failure):
+            values = {"outcome": outcome.text, "kind": outcome.kind}
+        # On a full disk it waits a while, because failing stages free space when they remove their drafts.
         deadline, write = time.monotonic() + ROOM_SECONDS, partial(self.event, "end", **values)
         while True:
             try:
@@ -134,8 +133,8 @@ class FollowerReport:
 
     def __init__(self, lease: int, fail: Callable[[Failure], object]) -> None:
         self.lease: int | None = lease
+        # Ends this rank and dismisses the others; the worker sets it.
         self.fail = fail
-        """Ends this rank and dismisses the others; the worker sets it."""
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
 
@@ -157,84 +156,82 @@ class FollowerReport:
 Number = Annotated[FiniteFloat, Field(ge=-1e15, le=1e15)]
 
 
-class Attempt(TypedDict):
-    """A job has started. launch: the name of its folder of messages."""
-
+class _Event(TypedDict):
+    # In seconds since the epoch.
     time: Number
+
+
+class Attempt(_Event):
+    """A job has started."""
+
     event: Literal["attempt"]
+    # The name of its folder of messages.
     launch: NotRequired[str]
 
 
-class Start(TypedDict):
-    """The attempt holds the lease, and the stage begins. gpus: allotted ones."""
+class Start(_Event):
+    """The attempt holds the lease, and the stage begins."""
 
-    time: Number
     event: Literal["start"]
     pid: int
     ranks: int
-    gpus: NotRequired[int]
+    gpus: NotRequired[int]  # allotted ones
 
 
-class Progress(TypedDict):
+class Progress(_Event):
     """The progress of the stage. Figures are further fields: see `figures_of`."""
 
-    time: Number
     event: Literal["progress"]
     done: Number
     total: Number
     unit: str
 
 
-class Note(TypedDict):
-    time: Number
+class Note(_Event):
     event: Literal["note"]
     text: str
 
 
-class SlowRank(TypedDict):
-    """A rank is slow, as a sentence names it; null: none is any longer."""
+class SlowRank(_Event):
+    """A rank is slow, or none is any longer."""
 
-    time: Number
     event: Literal["slow_rank"]
-    text: str | None
+    text: str | None  # names the rank; null: none is slow
 
 
-class UsageEvent(TypedDict):
+class UsageEvent(_Event):
     """The usage of a whole attempt."""
 
-    time: Number
     event: Literal["usage"]
     wall_seconds: Number
     energy_joules_estimate: NotRequired[Number]
 
 
-class End(TypedDict):
-    """The end of the attempt. kind: of a failure."""
+class End(_Event):
+    """The end of the attempt."""
 
-    time: Number
     event: Literal["end"]
     outcome: str
-    kind: NotRequired[str | None]
+    kind: NotRequired[str | None]  # of a failure
 
 
-class Other(TypedDict):
+class Other(_Event):
     """An event of a kind that this module does not read."""
 
-    time: Number
     event: str
 
 
+# A line of events.jsonl of a known kind.
 Event = Attempt | Start | Progress | Note | SlowRank | UsageEvent | End
-"""A line of events.jsonl of a known kind."""
 
 
 def figures_of(event: Progress) -> dict[str, float]:
-    """The figures of an event of progress, such as loss and tokens_per_s."""
+    """Returns the figures of an event of progress, such as loss and tokens_per_s."""
     return _further_numbers(event, Progress)
 
 
 def _further_numbers(row: Mapping[str, object], kind: type) -> dict[str, float]:
-    """The numbers of a row outside the fields of its kind."""
+    """Returns the numbers of a row outside the fields of its kind."""
     return {
         name: value
         for name, value in row.items()
@@ -275,24 +272,29 @@ class Point(TypedDict):
 
 
 def curves_of(point: Point) -> dict[str, float]:
-    """The values of a point by the names of their curves."""
+    """Returns the values of a point by the names of their curves."""
     return _further_numbers(point, Point)
 
 
 POINT: TypeAdapter[Point] = TypeAdapter(Point)
 Row = TypeVar("Row")
+# The longest accepted line, in bytes.
 LINE = 2**20
-"""The longest accepted line, in bytes."""
+# The bytes that one call reads. That many events take days.
 ONE_READ = 64 * 2**20
-"""The bytes that one call reads. That many events take days."""
 
 
 class Tail(Generic[Row]):
     """Reads the complete lines that were appended to a JSONL file since the last call; a missing file is empty. Damaged
     lines are reported and skipped.
 
-    whole: of more than `ONE_READ` new bytes, a call reads the first and the next call continues. Otherwise, it reads
-    only the last. chunk: a call reads no more bytes than that, and the next call continues.
+    Args:
+        path: The file.
+        kind: The type of a line.
+        offset: The first byte to read.
+        whole: Of more than `ONE_READ` new bytes, a call reads the first, and the next call continues. Otherwise, it
+            reads only the last.
+        chunk: A call reads no more bytes than that, and the next call continues.
     """
 
     def __init__(
@@ -300,13 +302,13 @@ class Tail(Generic[Row]):
     ) -> None:
         self.path, self.offset, self.kind, self.whole = path, offset, kind, whole
         self.chunk = ONE_READ if chunk is None else chunk
+        # True if bytes follow the last complete line: a line that is being written, or that was cut.
         self.cut = False
-        """Whether bytes follow the last complete line: a line that is being written, or that was cut."""
+        # True if another call would read further lines at once.
         self.has_more = False
-        """Whether another call would read further lines at once."""
 
     def read(self) -> list[Row]:
-        """The lines since the last call, unparsed."""
+        """Returns the lines since the last call."""
         rows: list[Row] = []
         try:
             with json_files.open_file(self.path) as file:
@@ -323,6 +325,7 @@ class Tail(Generic[Row]):
                     self.cut = not line.endswith(b"\n")
                     if self.cut and len(line) < LINE:
                         break
+                    # A longer line than LINE is skipped piece by piece, so that it is never in memory as a whole.
                     long = self.cut
                     while self.cut and file.tell() < end_offset and (remainder := file.readline(LINE)):
                         self.cut = not remainder.endswith(b"\n")

@@ -21,28 +21,30 @@ from pydantic import TypeAdapter
 
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
-from pipeline.core.json_files import Damaged, printable
-from pipeline.core.lease import Lease
-from pipeline.core.shared_progress import SharedProgress
+from pipeline.core.json_files import printable
+from pipeline.core.lease import Lease, SharedProgress
 from pipeline.core.store import Artifact, FileRow, sha256_file
 
 PART_BYTES = 4 * 2**30
 PART_FILES = 10_000
 THREADS = 16
 POLL = 0.5
+# The longest time from one sign of progress to the next of a process that hashes.
 PROGRESS_SECONDS = 5.0
-"""The longest time from one sign of progress to the next of a process that hashes."""
+# Size, time of the last change in nanoseconds, and inode of a file.
 State = tuple[int, int, int]
-"""Size, time of the last change in nanoseconds, and inode of a file."""
+# An artifact, the record of some of its files, and these files.
 Part = tuple[Artifact, Path, list[FileRow]]
-"""An artifact, the record of some of its files, and these files."""
 RECORD: TypeAdapter[dict[str, list[int]]] = TypeAdapter(dict[str, list[int]])
 
 
 def check(run: Path, artifacts: Iterable[Artifact]) -> None:
     """Hashes the files that this run has not hashed yet or that have changed since; waits for parts that others hash.
 
-    run: the run's folder. Raises AtomError naming the first file that is damaged.
+    Raises AtomError naming the first file that is damaged.
+
+    Args:
+        run: The run's folder.
     """
     parts = [part for artifact in artifacts for part in _parts(run, artifact)]
     while parts := _hash_free(parts, shared_progress(run)):
@@ -57,7 +59,7 @@ def help_to_check(run: Path, artifacts: Iterable[Artifact], rank: int, ranks: in
 
 
 def shared_progress(run: Path) -> SharedProgress:
-    """The progress of all processes that hash inputs of this run."""
+    """Returns the progress of all processes that hash inputs of this run."""
     return SharedProgress(run / "hashed" / "progress", PROGRESS_SECONDS)
 
 
@@ -91,7 +93,7 @@ def note(run: Path, artifact: Artifact) -> None:
 
 
 def _parts(run: Path, artifact: Artifact) -> Iterator[Part]:
-    """The files of an artifact in parts, each with the path of its record."""
+    """Yields the files of an artifact in parts, each with the path of its record."""
     parts: list[list[FileRow]] = []
     size = 0
     for row in artifact.rows:
@@ -125,14 +127,8 @@ def _hash(artifact: Artifact, path: Path, rows: list[FileRow], threads: int, sha
 
 
 def _unhashed(artifact: Artifact, path: Path, rows: list[FileRow]) -> list[FileRow]:
-    """The files of a part that have changed since this run hashed them, or that it has not hashed."""
-    try:
-        record = json_files.read(path, RECORD)
-    except FileNotFoundError:
-        return rows
-    except Damaged as error:
-        json_files.report(error, "its files are hashed again")
-        return rows
+    """Returns the files of a part that have changed since this run hashed them, or that it has not hashed."""
+    record = json_files.read_optional(path, RECORD, "its files are hashed again") or {}
     return [row for row in rows if record.get(row.path) != list(_state(artifact / row.path))]
 
 

@@ -1,7 +1,7 @@
 """Reads the files of `$ATOM_HOME`, which may be damaged: with bounds and types, and with one sentence for each damage.
 
-A caller that needs the file lets `Damaged` pass: it is an AtomError. A caller that can continue without it catches it
-and calls `report`, so that every command names the file and continues.
+A caller that needs the file lets `Damaged` pass: it is an AtomError. A caller that can continue without it uses
+`read_optional` or `reporting`, so that every command names the file and continues.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,14 +20,19 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped
 
+# Flags for reading a file without waiting for the writer of a pipe.
 READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-"""Flags for reading a file without waiting for the writer of a pipe."""
+# The largest accepted file, in bytes. A statement has some 50 kB, a manifest 150 bytes for each file.
 LIMIT = 64 * 2**20
-"""The largest accepted file, in bytes. A statement has some 50 kB, a manifest 150 bytes for each file."""
 
 
 class Damaged(AtomError):
-    """A damaged file of the home. path: the file; why: the damage."""
+    """A damaged file of the home.
+
+    Attributes:
+        path: The file.
+        why: The damage, in a few words.
+    """
 
     def __init__(self, path: Path, why: str, advice: str = "") -> None:
         super().__init__(f"{printable(path)} is damaged ({why})" + (f"; {advice}" if advice else ""))
@@ -45,6 +52,15 @@ def report(error: Damaged, consequence: str) -> None:
     note(f"{printable(error.path)} is damaged ({error.why}); {consequence}")
 
 
+@contextmanager
+def reporting(consequence: str) -> Iterator[None]:
+    """Reports a damaged file that stops the block, and goes on after it."""
+    try:
+        yield
+    except Damaged as error:
+        report(error, consequence)
+
+
 def note(text: str) -> None:
     """Warns once in a process of something that a command skipped."""
     if text not in _reported:
@@ -53,14 +69,14 @@ def note(text: str) -> None:
 
 
 def printable(path: Path | str) -> str:
-    """A path as one line of plain text, for any bytes in its name."""
+    """Returns a path as one line of plain text, for any bytes in its name."""
     return escaped(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def open_file(path: Path) -> BinaryIO:
     """Opens a regular file for reading. Raises FileNotFoundError if nothing has that name, else Damaged."""
     try:
-        # do not wait for a pipe of that name
+        # READ does not wait for the writer of a pipe of that name.
         file = open(os.open(path, READ), "rb")  # noqa: SIM115 (the caller's)
     except FileNotFoundError:
         if path.is_symlink():
@@ -79,10 +95,11 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises FileNotFoundError or Damaged."""
+    """Returns the content of a regular file of at most `limit` bytes. Raises FileNotFoundError or Damaged."""
     with open_file(path) as file:
         try:
-            size = os.fstat(file.fileno()).st_size  # Python allocates what is asked of a file, not what it holds
+            # Python allocates what is asked of a file, not what it holds: ask for its size, and one byte more.
+            size = os.fstat(file.fileno()).st_size
             data = file.read(min(size, limit) + 1)
             if size < len(data) <= limit:  # it grows, or is one of /proc
                 data += file.read(limit + 1 - len(data))
@@ -94,7 +111,7 @@ def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
 
 
 def read_text(path: Path, limit: int = LIMIT) -> str:
-    """The same, decoded as UTF-8."""
+    """Returns the content of such a file as UTF-8. Raises FileNotFoundError or Damaged."""
     try:
         return read_bytes(path, limit).decode()
     except UnicodeDecodeError:
@@ -102,17 +119,37 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
 
 
 def read(path: Path, kind: TypeAdapter[Any], limit: int = LIMIT) -> Any:
-    """The parsed JSON file, if its value is of that type. Raises FileNotFoundError or Damaged."""
+    """Returns a JSON file whose value is of that type. Raises FileNotFoundError or Damaged."""
     return parse(read_bytes(path, limit), path, kind)
 
 
+def read_optional(path: Path, kind: TypeAdapter[Any], consequence: str) -> Any:
+    """Reads a JSON file that a caller can do without: None if it is missing, or damaged, which is reported."""
+    with reporting(consequence):
+        try:
+            return read(path, kind)
+        except FileNotFoundError:
+            pass
+    return None
+
+
 def parse(data: bytes, path: Path, kind: TypeAdapter[Any], location: str = "") -> Any:
-    """The parsed JSON, if its value is of that type. location: the place in the file, for the message. Raises
-    Damaged."""
+    """Returns JSON whose value is of that type.
+
+    Args:
+        data: The text, in UTF-8.
+        path: The file that it is from, for messages.
+        kind: The type of the value. Unknown fields stay.
+        location: The place in the file, for messages.
+
+    Raises:
+        Damaged: It is no JSON, or of another type.
+    """
     try:
         value = json.loads(data)
+        # An escaped lone surrogate is valid JSON, and cannot be printed: encoding it raises.
         if b"\\ud" in data.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # raises for a lone surrogate, which cannot be printed
+            json.dumps(value, ensure_ascii=False).encode()
         kind.validate_python(value, strict=True)
     except ValidationError as error:
         first_error = error.errors(include_url=False, include_input=False)[0]
@@ -130,7 +167,7 @@ def parse(data: bytes, path: Path, kind: TypeAdapter[Any], location: str = "") -
 
 
 def names(folder: Path) -> list[str]:
-    """The sorted names in a folder; none if the folder is missing. Raises Damaged if it cannot be listed."""
+    """Returns the sorted names in a folder; none if it is missing. Raises Damaged if it cannot be listed."""
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:

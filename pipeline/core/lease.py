@@ -5,6 +5,9 @@ atomic on local disks and on NFS alike; nobody ever removes another's lease, so 
 holder refreshes its file's time; a lease whose time is older than EXPIRY, or whose process is known to be gone, may
 be succeeded. A taker compares no clocks of hosts: "now" is the time that the file system assigns to a file written now.
 Read-only callers write nothing and use the clock of their host.
+
+`SharedProgress` shows those who wait that somebody works: a process that reads, hashes or writes touches one file, and
+one that waits compares the time of that file with the time that it saw before.
 """
 
 from __future__ import annotations
@@ -30,10 +33,10 @@ from pipeline.core.json_files import Damaged
 
 EXPIRY = 60.0
 HEARTBEAT = 10.0
+# Has the number of the launch within this start of the Slurm job, from 1 on for the second; not set for the first.
 RELAUNCH_VARIABLE = "ATOM_RELAUNCH"
-"""Has the number of the launch within this start of the Slurm job, from 1 on for the second; not set for the first."""
+# The host of an unknown holder.
 UNREADABLE = "an unreadable lease"
-"""The host of an unknown holder."""
 
 
 class Process(TypedDict):
@@ -53,7 +56,7 @@ BODY = TypeAdapter(Process)
 
 
 def _process_start(pid: int) -> str | None:
-    """The start time of a local process in clock ticks since boot; it distinguishes a reused pid.
+    """Returns the start time of a local process in clock ticks since boot; it distinguishes a reused pid.
 
     None if the process has exited; a zombie counts as exited (the init of a container may never reap it).
     """
@@ -95,7 +98,7 @@ def is_superseded(process: Mapping[str, Any]) -> bool:
 
 
 def _launch_number(process: Mapping[str, Any]) -> tuple[int, int]:
-    """(start of the Slurm job, launch within it), which grow with time."""
+    """Returns (start of the Slurm job, launch within it), which grow with time."""
     return int(process.get("restart") or 0), int(process.get("relaunch") or 0)
 
 
@@ -118,22 +121,22 @@ class Holder:
 
 
 def holder(folder: Path, clock: Callable[[Path], float] | None = None) -> Holder | None:
-    """The present lease of a work folder; None without one. Nothing is written.
+    """Returns the present lease of a work folder; None without one. Nothing is written.
 
-    clock: the time by the clock of the file system, for callers that may write there; the default is this host's clock.
     An unreadable lease is reported, and counts until it expires.
+
+    Args:
+        clock: The time by the clock of the file system, for callers that may write there; the default is this host's
+            clock.
     """
-    try:
-        leases = {
-            int(m[1]): m[0] for name in json_files.names(folder) if (m := re.fullmatch(r"lease\.([0-9]{1,18})", name))
-        }
-    except Damaged as error:
-        json_files.report(error, "whether a process works there is not known")
+    numbers: list[int] = []
+    with json_files.reporting("whether a process works there is not known"):
+        matches = (re.fullmatch(r"lease\.([0-9]{1,18})", name) for name in json_files.names(folder))
+        numbers = [int(match[1]) for match in matches if match]
+    if not numbers:
         return None
-    if not leases:
-        return None
-    number = max(leases)
-    path = folder / leases[number]
+    number = max(numbers)
+    path = folder / f"lease.{number}"
     try:
         age = (time.time() if clock is None else clock(folder)) - path.lstat().st_mtime
         process = json_files.read(path, BODY)
@@ -163,8 +166,8 @@ class Lease:
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
         self.path = folder / f"lease.{number}"
+        # Called once by the thread that refreshes the lease when it sees a successor.
         self.on_lost: Callable[[], None] = lambda: None
-        """Called once by the thread that refreshes the lease when it sees a successor."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
@@ -178,6 +181,7 @@ class Lease:
             if current is not None and current.alive:
                 return None
             number = current.number + 1 if current else 1
+            # The link appears with its content complete, and fails if another worker was faster.
             draft = folder / f".lease-{uuid.uuid4().hex}"
             with open(draft, "w") as file:
                 file.write(json.dumps(this_process()))
@@ -186,7 +190,7 @@ class Lease:
             try:
                 os.link(draft, folder / f"lease.{number}")
             except FileExistsError:
-                time.sleep(0.1)  # another worker was faster: read again
+                time.sleep(0.1)
                 continue
             finally:
                 draft.unlink()
@@ -229,6 +233,46 @@ def _exists(path: Path) -> bool:
 
 
 def draft_folder(work: Path, lease: int, step: int | None = None) -> Path:
-    """The folder for drafts of the holder of the lease with that number, in the work folder of its key: its product, or
-    its checkpoint after a step, before it is sealed."""
+    """Returns the folder for drafts of the holder of the lease with that number, in the work folder of its key: its
+    product, or its checkpoint after a step, before it is sealed."""
     return work / (f"out.{lease}" if step is None else f"out.{lease}@{step}")
+
+
+class SharedProgress:
+    """One process's view of the shared file. Any thread may use it.
+
+    Args:
+        path: The shared file. Its folder must exist once there is progress.
+        interval: Seconds between two touches by this process.
+    """
+
+    def __init__(self, path: Path, interval: float) -> None:
+        self.path, self.interval = path, interval
+        self._next_touch = 0.0
+        self._seen = self._time()
+
+    def report(self, size: int = 0) -> None:
+        """Shows the others that this process made progress. Cheap: call it after each piece of work.
+
+        Args:
+            size: Bytes that were read, hashed or written, for callers that count them. It is not used.
+        """
+        now = time.monotonic()
+        if now < self._next_touch:
+            return
+        self._next_touch = now + self.interval
+        with suppress(OSError):  # on a full disk the work itself fails with a sentence
+            self.path.touch()
+
+    def has_moved(self) -> bool:
+        """Returns True if any process, this one included, has touched the file since the last call."""
+        current = self._time()
+        moved, self._seen = current != self._seen, current
+        return moved
+
+    def _time(self) -> int:
+        """Returns the file's time of modification in nanoseconds; 0 without a file."""
+        try:
+            return self.path.stat().st_mtime_ns
+        except OSError:
+            return 0

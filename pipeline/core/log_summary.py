@@ -14,6 +14,7 @@ import statistics
 import sys
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast
@@ -38,18 +39,18 @@ from pipeline.core.events import (
 )
 from pipeline.core.json_files import Damaged
 
+# The bytes of a log that are in memory at a time.
 CHUNK = 2**20
-"""The bytes of a log that are in memory at a time."""
+# The bytes before `offset` whose hash shows that a summary is of this log.
 PROOF = 4096
-"""The bytes before `offset` whose hash shows that a summary is of this log."""
 LAST_NOTES, LAST_ATTEMPTS = 20, 32
+# The reports of progress from which the step time is computed.
 PACE = 65
-"""The reports of progress from which the step time is computed."""
+# The points of a curve, the curves of a stage, and the losses that are kept unthinned.
 POINTS, MAX_CURVES, RECENT = 150, 32, 129
-"""The points of a curve, the curves of a stage, and the losses that are kept unthinned."""
 SAVE_EVERY = 10.0
+# Seconds that the last save may take: the other ranks of a failed launch end within five.
 LAST_SECONDS = 2.0
-"""Seconds that the last save may take: the other ranks of a failed launch end within five."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Row = TypeVar("Row")
@@ -68,21 +69,17 @@ class LogSummary(ABC, Generic[Row]):
         self.path = log.with_suffix(".summary.json")
         self.state: Any = self.empty()
         offset = 0
-        try:
-            saved = json_files.read(self.path, self.body)
-            if _proof(log, saved["offset"]) == saved["proof"]:
-                self.state, offset = saved["state"], saved["offset"]
-        except FileNotFoundError:
-            pass
-        except Damaged as error:
-            json_files.report(error, "the log beside it is read whole")
+        # A summary of another log, or of one that was written anew, does not count.
+        saved = json_files.read_optional(self.path, self.body, "the log beside it is read whole")
+        if saved and _proof(log, saved["offset"]) == saved["proof"]:
+            self.state, offset = saved["state"], saved["offset"]
         self.saved = offset
         self.tail: Tail[Row] = Tail(log, self.line, offset, chunk=CHUNK)
         self.read()
 
     @abstractmethod
     def empty(self) -> Any:
-        """The state before the first line."""
+        """Returns the state before the first line."""
 
     @abstractmethod
     def add(self, row: Row) -> None:
@@ -106,7 +103,7 @@ class LogSummary(ABC, Generic[Row]):
 
 
 def _proof(log: Path, offset: int) -> str | None:
-    """The hash of the last bytes before an offset; None if the log is shorter or cannot be read."""
+    """Returns the hash of the last bytes before an offset; None if the log is shorter or cannot be read."""
     length = min(offset, PROOF)
     try:
         with json_files.open_file(log) as file:
@@ -118,24 +115,27 @@ def _proof(log: Path, offset: int) -> str | None:
 
 
 class EventState(TypedDict):
-    """The knowledge of a stage by its events. launch: of the latest attempt; began: when it began, null once it has
-    ended; ran: seconds of all attempts before; began_at: when the latest attempts began; starts: all of them; start:
-    the latest; first: the first progress since; progress, last: the latest progress and event; pace: [time, done] of
-    the latest progress since the start; slow, slow_since: what names the slow rank since then, and when there began
-    to be one."""
+    """The state of a stage by its events."""
 
     attempts: Count
+    # The folder of messages of the latest attempt, and when it began; null once it has ended.
     launch: str
     began: Number | None
+    # Seconds of all attempts before.
     ran: Number
+    # When the latest attempts began.
     began_at: list[Number]
+    # The number of all starts, and the latest.
     starts: Count
     start: Start | None
+    # The first progress since the latest start, and the latest.
     first: Progress | None
     progress: Progress | None
     last: Event | None
     notes: list[Note]
+    # [time, done] of the latest progress since the start.
     pace: list[list[Number]]
+    # The sentence on the slow rank, and since when there is one.
     slow: str | None
     slow_since: Number | None
 
@@ -153,10 +153,9 @@ class EventSummary(LogSummary[Event | Other]):
     state: EventState
 
     def empty(self) -> EventState:
-        return {
-            "attempts": 0, "launch": "", "began": None, "ran": 0.0, "began_at": [], "starts": 0, "start": None,
-            "first": None, "progress": None, "last": None, "notes": [], "pace": [], "slow": None, "slow_since": None,
-        }  # fmt: skip
+        nothing = {name: None for name in ("began", "start", "first", "progress", "last", "slow", "slow_since")}
+        lists: dict[str, Any] = {name: [] for name in ("began_at", "notes", "pace")}
+        return cast(EventState, {"attempts": 0, "launch": "", "ran": 0.0, "starts": 0, **nothing, **lists})
 
     def add(self, row: Event | Other) -> None:
         state = self.state
@@ -168,12 +167,13 @@ class EventSummary(LogSummary[Event | Other]):
             state["launch"] = event.get("launch", "")
             self._begin(event["time"])
         elif event["event"] == "start":
-            begun = state["began"] is not None and (state["start"] is None or state["start"]["time"] < state["began"])
-            if not begun:  # on this machine, where no job announces an attempt
+            # A job announces an attempt before the stage starts; on this machine, the start is all there is.
+            announced = state["began"] is not None
+            if not announced or (state["start"] and state["start"]["time"] >= cast(float, state["began"])):
                 self._begin(event["time"])
             state["starts"] += 1
-            state["start"], state["first"], state["pace"], state["slow"] = event, None, [], None
-            state["slow_since"] = None
+            state["start"], state["first"], state["pace"] = event, None, []
+            state["slow"] = state["slow_since"] = None
         elif event["event"] == "progress":
             state["first"] = state["first"] or event
             state["progress"] = event
@@ -195,12 +195,17 @@ class EventSummary(LogSummary[Event | Other]):
         state["began_at"] = [*state["began_at"], now][-LAST_ATTEMPTS:]
 
     def seconds(self, now: float | None = None) -> float | None:
-        """The seconds of all attempts together; None without one. now: of a running one, else its last event counts."""
+        """Returns the seconds of all attempts together; None without one.
+
+        Args:
+            now: The time at which the present attempt is looked at; None: that of its last event.
+        """
         began, last = self.state["began"], self.state["last"]
         if began is None:
             return self.state["ran"] or None
-        end = now if now is not None else last["time"] if last else began
-        return self.state["ran"] + max(0.0, end - began)
+        if now is None:
+            now = last["time"] if last else began
+        return self.state["ran"] + max(0.0, now - began)
 
     def eta(self) -> float | None:
         """Remaining seconds at the pace of the present attempt; None if it is too early for an estimate."""
@@ -211,7 +216,8 @@ class EventSummary(LogSummary[Event | Other]):
         return round(float(max(0, last["total"] - last["done"]) * pace), 1)
 
     def step_seconds(self) -> float | None:
-        """The median time of a step, or of another unit, in the latest reports of progress; None if it is unknown."""
+        """Returns the median time of a step, or of another unit, in the latest reports of progress; None if it is
+        unknown."""
         times = [
             (after[0] - before[0]) / (after[1] - before[1])
             for before, after in pairwise(self.state["pace"])
@@ -220,8 +226,8 @@ class EventSummary(LogSummary[Event | Other]):
         return statistics.median(times) if times else None
 
 
+# [first step, points, their sum, the smallest, the largest]
 Bucket = Annotated[list[Number], Field(min_length=5, max_length=5)]
-"""[first step, points, their sum, the smallest, the largest]"""
 
 
 class Curve(TypedDict):
@@ -232,9 +238,10 @@ class Curve(TypedDict):
 
 
 class CurveState(TypedDict):
-    """recent: [step, loss] of the latest steps."""
+    """The state of the curves of a stage."""
 
     curves: dict[str, Curve]
+    # [step, loss] of the latest steps.
     recent: list[list[Number]]
 
 
@@ -268,17 +275,17 @@ class Curves(LogSummary[Point]):
                 self.state["recent"] = [*kept, [step, value]]
 
     def points(self, name: str) -> list[tuple[float, float, float, float]]:
-        """(step, mean, smallest, largest) of each bucket of a curve."""
+        """Returns (step, mean, smallest, largest) of each bucket of a curve."""
         curve = self.state["curves"].get(name)
         return [(step, total / n, low, high) for step, n, total, low, high in (curve["buckets"] if curve else ())]
 
     def count(self, name: str) -> int:
-        """The number of points of a curve."""
+        """Returns the number of points of a curve."""
         curve = self.state["curves"].get(name)
         return int(sum(bucket[1] for bucket in curve["buckets"])) if curve else 0
 
     def last(self, name: str) -> float | None:
-        """The latest value of a curve; of several steps in its last bucket the mean."""
+        """Returns the latest value of a curve; of several steps in its last bucket the mean."""
         points = self.points(name)
         return points[-1][1] if points else None
 
@@ -321,6 +328,7 @@ class SummaryWriter:
         self._thread.start()
 
     def _loop(self) -> None:
+        # The logs are read in this thread, not in the one that runs the stage. After `close`, it saves once more.
         stopping = False
         while not stopping:
             stopping = self._stop.wait(SAVE_EVERY)
@@ -329,12 +337,12 @@ class SummaryWriter:
                 for summary in self._summaries:
                     summary.read()
                     summary.save()
-            except Exception as error:
+            except Exception as error:  # whatever it is, it must not end the stage
                 self._report(error)
 
     def _report(self, error: Exception) -> None:
-        """Prints a problem once, as long as it stays the same. The path of an OSError may be that of a draft, which has
-        another name each time."""
+        """Prints a problem once, as long as it stays the same."""
+        # The path of an OSError may be that of a draft, which has another name each time.
         reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
         problem = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
         if problem != self.problem:
@@ -345,3 +353,16 @@ class SummaryWriter:
         """Saves once more, unless that takes too long."""
         self._stop.set()
         self._thread.join(LAST_SECONDS)
+
+
+# Standard deviation of a normal distribution by its median absolute deviation.
+SIGMA = 1.4826
+# Lower bound of the standard deviation, as a share of the median: small changes of a flat loss are no spikes.
+MIN_SIGMA = 0.01
+
+
+def spike_limit(losses: Collection[float], sigmas: float) -> tuple[float, float]:
+    """Returns (the median, the limit) of the latest losses."""
+    median = statistics.median(losses)
+    spread = SIGMA * statistics.median(abs(x - median) for x in losses)
+    return median, median + sigmas * max(spread, MIN_SIGMA * median)

@@ -31,9 +31,16 @@ class Tree:
 
     @classmethod
     def of(cls, leaves: Iterable[bytes], index: int | None = None) -> Tree:
-        """Reads the leaves once, with at most one node for each level in memory. index: of the leaf to prove.
+        """Reads the leaves once, with at most one node for each level in memory.
 
-        The root of no leaves is the hash of nothing. Raises IndexError if there is no such leaf.
+        The root of no leaves is the hash of nothing.
+
+        Args:
+            leaves: The leaves in order.
+            index: The number of the leaf to prove.
+
+        Raises:
+            IndexError: There is no such leaf.
         """
         nodes: list[_Node] = []  # perfect trees over the leaves so far, the largest first
         proof: list[bytes] = []
@@ -54,7 +61,7 @@ class Tree:
 
 
 def _join(left: _Node, right: _Node, proof: list[bytes]) -> _Node:
-    """The parent of two nodes. Adds the sibling of the one that holds the leaf to the proof."""
+    """Returns the parent of two nodes. Adds the sibling of the one that holds the leaf to the proof."""
     if left.holds or right.holds:
         proof.append(right.hash if left.holds else left.hash)
     return _Node(left.height + 1, node_hash(left.hash, right.hash), left.holds or right.holds)

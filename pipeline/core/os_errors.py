@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pipeline.core.errors import Kind
@@ -28,62 +27,56 @@ HOME = (
 
 @dataclass(frozen=True)
 class Fault:
-    """The meaning of an error of the operating system. text: the sentence, or NAME, or empty without a sentence of its
-    own."""
+    """The meaning of an error of the operating system."""
 
     kind: Kind
+    # The sentence, or NAME, or empty without a sentence of its own.
     text: str = ""
 
 
-_machine, _user = partial(Fault, Kind.MACHINE), partial(Fault, Kind.USER)
-_NAMES = (
-    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY,
-    errno.EEXIST, errno.ETXTBSY,
-)  # fmt: skip
-_CALLS = (
-    errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EPIPE, errno.EREMOTEIO, errno.ECONNREFUSED, errno.ECONNRESET,
-    errno.EHOSTUNREACH, errno.ENETUNREACH,
-)  # fmt: skip
-_DEVICE_GONE = "the device that holds {place} is gone; have it mounted again, and " + AGAIN
-FAULTS = {
-    # A disk, a file server, or a limit of the machine, in any wrapper.
-    errno.ENOSPC: _machine("the disk that holds {place} is full; free some space and " + AGAIN),
-    errno.EDQUOT: _machine("the quota for {place} is used up; free some space, or have it raised, and " + AGAIN),
-    errno.EROFS: _machine(
-        "{place} is on a file system that cannot be written now; have it mounted for writing, and " + AGAIN
-    ),
-    errno.EIO: _machine(
-        "the disk that holds {place} failed (input/output error); see the system's log, have it repaired, and " + AGAIN
-    ),
-    errno.ESTALE: _machine(
-        "{place} was taken away by its file server (stale file handle); have it mounted again, and " + AGAIN
-    ),
-    errno.ENODEV: _machine(_DEVICE_GONE),
-    errno.ENXIO: _machine(_DEVICE_GONE),
-    errno.ENOTCONN: _machine("the file server of {place} is not connected; have it mounted again, and " + AGAIN),
-    errno.ETIMEDOUT: _machine("the file server of {place} gave no answer; see whether it is up, and " + AGAIN),
-    errno.EHOSTDOWN: _machine("the file server of {place} is down; wait until it is up, and " + AGAIN),
-    errno.EMFILE: _machine("this process may open no more files; raise the limit (ulimit -n), and " + AGAIN),
-    errno.ENFILE: _machine("this machine may open no more files; close other programs, and " + AGAIN),
-    errno.ENOLCK: _machine("the file system of {place} has no locks left; see its server, and " + AGAIN),
-    errno.EMLINK: _user("the file system of {place} takes no more hard links to a file; use another one"),
-    errno.EXDEV: _user("{place} lies on another file system than the rest of $ATOM_HOME, which must be one"),
-    # An error in a name: a bug, unless the name is below $ATOM_HOME or from the command line.
-    errno.ENOENT: _machine(NAME),
-    **dict.fromkeys(_NAMES, _user(NAME)),
-    # The machine or its network: another attempt may succeed, or run on another node.
-    **dict.fromkeys(_CALLS, _machine()),
+# A disk, a file server, or a limit of the machine, in any wrapper. AGAIN follows each sentence.
+_MACHINE = {
+    errno.ENOSPC: "the disk that holds {place} is full; free some space and ",
+    errno.EDQUOT: "the quota for {place} is used up; free some space, or have it raised, and ",
+    errno.EROFS: "{place} is on a file system that cannot be written now; have it mounted for writing, and ",
+    errno.EIO: "the disk that holds {place} failed (input/output error); see the system's log, have it repaired, and ",
+    errno.ESTALE: "{place} was taken away by its file server (stale file handle); have it mounted again, and ",
+    errno.ENODEV: "the device that holds {place} is gone; have it mounted again, and ",
+    errno.ENXIO: "the device that holds {place} is gone; have it mounted again, and ",
+    errno.ENOTCONN: "the file server of {place} is not connected; have it mounted again, and ",
+    errno.ETIMEDOUT: "the file server of {place} gave no answer; see whether it is up, and ",
+    errno.EHOSTDOWN: "the file server of {place} is down; wait until it is up, and ",
+    errno.EMFILE: "this process may open no more files; raise the limit (ulimit -n), and ",
+    errno.ENFILE: "this machine may open no more files; close other programs, and ",
+    errno.ENOLCK: "the file system of {place} has no locks left; see its server, and ",
 }
-"""By number. Any other number is a bug of atom."""
+# An error in a name: a bug, unless the name is below $ATOM_HOME or from the command line.
+_NAMES = "EACCES EPERM ENOTDIR EISDIR ELOOP ENAMETOOLONG ENOTEMPTY EEXIST ETXTBSY"
+# The machine or its network: another attempt may succeed, or run on another node.
+_CALLS = "ENOMEM EAGAIN EBUSY EPIPE EREMOTEIO ECONNREFUSED ECONNRESET EHOSTUNREACH ENETUNREACH"
+# By number. Any other number is a bug of atom.
+FAULTS = {
+    **{number: Fault(Kind.MACHINE, text + AGAIN) for number, text in _MACHINE.items()},
+    errno.EMLINK: Fault(Kind.USER, "the file system of {place} takes no more hard links to a file; use another one"),
+    errno.EXDEV: Fault(Kind.USER, "{place} lies on another file system than the rest of $ATOM_HOME, which must be one"),
+    errno.ENOENT: Fault(Kind.MACHINE, NAME),
+    **{getattr(errno, name): Fault(Kind.USER, NAME) for name in _NAMES.split()},
+    **{getattr(errno, name): Fault(Kind.MACHINE) for name in _CALLS.split()},
+}
+# Errors that a network can cause as well: they have a sentence only if they name a file.
 ON_A_PATH = frozenset({errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN})
-"""Errors that a network can cause as well: they have a sentence only if they name a file."""
 
 
 def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> Fault | None:
-    """The fault of the operating system behind an error, with the whole sentence if there is one; None without such a
-    fault.
+    """Returns the fault of the operating system behind an error, with the whole sentence if there is one.
 
-    named_paths: paths that the caller named, beside `home`: an unusable one is an error of the caller.
+    Args:
+        error: Any exception.
+        home: $ATOM_HOME.
+        named_paths: Further paths that the caller named: an unusable one is an error of the caller.
+
+    Returns:
+        None if no such fault is behind the error.
     """
     if device_fault := device(error, home):
         return device_fault
@@ -92,24 +85,26 @@ def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> F
         return None
     if fault.text != NAME:
         return Fault(fault.kind) if cause is error else None
+
+    # A name that is neither the caller's nor of the home: the code made it up, so the error is a bug.
     path, named_paths = _path(cause), list(named_paths)
     if path is None or not any(_on_one_line(path, place) for place in (str(home), *named_paths)):
         return None
     if cause.errno == errno.ENOENT and _on_one_line(path, str(home)) and not home.exists():
-        return Fault(
-            fault.kind,
-            f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME to another folder",
+        text = (
+            f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME to another folder"
         )
-    return Fault(
-        fault.kind, _advice(Path(os.path.abspath(path)), cause.errno or 0, Path(os.path.abspath(home)), named_paths)
-    )
+        return Fault(fault.kind, text)
+    where, root = Path(os.path.abspath(path)), Path(os.path.abspath(home))
+    return Fault(fault.kind, _advice(where, cause.errno or 0, root, named_paths))
 
 
 def _advice(path: Path, number: int, home: Path, named_paths: Iterable[str]) -> str:
-    """The sentence for a path of the home, or for a named path."""
+    """Returns the sentence for a path of the home, or for a named path."""
     fields = {"place": printable(path), "why": os.strerror(number)}
     if str(path) in map(os.path.abspath, named_paths) or not _on_one_line(str(path), str(home)):
         return NAME.format(**fields)
+    # A file may be in the place of a folder of the home: the first such folder, from the home on, is the cause.
     folders = [place for place in reversed(path.parents) if home in place.parents]
     if number in (errno.EEXIST, errno.ENOTDIR) and home in path.parents:  # a folder is expected there
         folders.append(path)
@@ -122,7 +117,7 @@ def _advice(path: Path, number: int, home: Path, named_paths: Iterable[str]) -> 
 
 
 def misplaced_file(path: Path) -> str | None:
-    """The remedy for a file in the place of a folder; None if the path is a folder or missing."""
+    """Returns the remedy for a file in the place of a folder; None if the path is a folder or missing."""
     if os.path.isdir(path) or not os.path.lexists(path):
         return None
     if path.is_symlink():
@@ -131,14 +126,15 @@ def misplaced_file(path: Path) -> str | None:
 
 
 def device(error: BaseException, home: Path) -> Fault | None:
-    """The fault of a disk, a file server or a limit behind an error, in any wrapper; None for other errors."""
+    """Returns the fault of a disk, a file server or a limit behind an error, in any wrapper; None for other errors."""
     cause: BaseException | None = error
-    visited: set[int] = set()
+    visited: set[int] = set()  # the chain of causes may be a circle
     while cause is not None and id(cause) not in visited:
         visited.add(id(cause))
         number, path = None, None
         if isinstance(cause, OSError):
             number, path = cause.errno, _path(cause)
+        # Libraries in Rust have the number in their text alone.
         elif match := re.search(r"\(os error ([0-9]{1,3})\)", str(cause)):
             number = int(match[1])
         fault = FAULTS.get(number or 0, Fault(Kind.BUG))
@@ -149,7 +145,7 @@ def device(error: BaseException, home: Path) -> Fault | None:
 
 
 def full_disk(place: Path) -> str | None:
-    """The sentence about a full disk if the disk that holds a folder has less than a megabyte; else None."""
+    """Returns the sentence about a full disk if the disk that holds a folder has less than a megabyte; else None."""
     try:
         usage = shutil.disk_usage(place)
     except OSError:  # who needs the folder says what is wrong with it

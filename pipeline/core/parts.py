@@ -26,10 +26,10 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.store import FileRow, canonical, flush_tree, hand_over_hash, rows_of
 
 SEAL = "part.json"
+# The number of parts of a source.
 PartCount = Annotated[int, Range(1, 10_000, "a folder of the Hub holds as many files")]
-"""The number of parts of a source."""
+# Matches the tables of parts, for readers outside of this code.
 PART_PATTERN = "part-*.parquet"
-"""Matches the tables of parts, for readers outside of this code."""
 PART_NAME = r"part-[0-9]{5}\.parquet"
 
 
@@ -51,36 +51,39 @@ class Part:
 
 
 def part_file(number: int, suffix: str = ".parquet") -> str:
-    """The name of a file of part `number`, from 0."""
+    """Returns the name of a file of part `number`, from 0."""
     return f"part-{number:05d}{suffix}"
 
 
 def part_number(file: Path) -> int | None:
-    """The number of the part whose table a file is; None for another file."""
+    """Returns the number of the part whose table a file is; None for another file."""
     return int(file.stem.removeprefix("part-")) if re.fullmatch(PART_NAME, file.name) else None
 
 
 def part_tables(folder: Path) -> list[Path]:
-    """The tables of the parts in a folder, in order; none if there is no such folder."""
+    """Returns the tables of the parts in a folder, in order; none if there is no such folder."""
     return sorted(file for file in (folder.iterdir() if folder.is_dir() else ()) if part_number(file) is not None)
 
 
 def part_slice(count: int, part: int, parts: int) -> slice:
-    """The items of a part where `parts` parts divide `count` items in order."""
+    """Returns the items of a part where `parts` parts divide `count` items in order."""
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
 def shards_of(parts: Iterable[int]) -> int:
-    """The pieces of work of a stage that makes every part of each source. parts: their number by source.
+    """Returns the pieces of work of a stage that makes every part of each source.
 
     Sources of one part each are one piece: a job array would cost more than their work.
+
+    Args:
+        parts: Their number by source.
     """
     counts = list(parts)
     return sum(counts) if max(counts, default=1) > 1 else 1
 
 
 def seal_part(work: Path, name: str, make: Callable[[Path], dict[str, Any]]) -> Part:
-    """The part `name` of a stage, made unless it is sealed in `work` already.
+    """Returns the part `name` of a stage, made unless it is sealed in `work` already.
 
     make(folder) writes the files at their paths inside the artifact and returns the facts, as plain JSON. A part that
     is cut short or damaged is made again. Two makers at once are safe: the first to finish is used.
@@ -107,7 +110,7 @@ def seal_part(work: Path, name: str, make: Callable[[Path], dict[str, Any]]) -> 
 
 
 def require_sealed(folder: Path) -> Part:
-    """The sealed part in a folder. Raises AtomError if it was removed or damaged since it was sealed."""
+    """Returns the sealed part in a folder. Raises AtomError if it was removed or damaged since it was sealed."""
     part = sealed_part(folder)
     if part is None:
         raise AtomError(f"{folder} was removed or damaged before it was joined; run again")
@@ -115,7 +118,7 @@ def require_sealed(folder: Path) -> Part:
 
 
 def sealed_part(folder: Path) -> Part | None:
-    """The sealed part in a folder; None if there is none, or if a file is missing or has another size."""
+    """Returns the sealed part in a folder; None if there is none, or if a file is missing or has another size."""
     try:
         seal = json_files.read(folder / SEAL, _SEAL)
         rows = tuple(FileRow(**row) for row in seal["files"])
@@ -129,15 +132,14 @@ def sealed_part(folder: Path) -> Part | None:
     return Part(folder, rows, seal["facts"])
 
 
-def link_parts(parts: Iterable[Part], out: Path, below: tuple[str, ...] = ()) -> None:
+def link_parts(parts: Iterable[Part], out: Path) -> None:
     """Puts the files of sealed parts into `out` without copying or hashing them where the file system has links.
 
-    below: the folders of the artifact to link; none: all. Raises AtomError if a part was removed.
+    Raises:
+        AtomError: A part was removed.
     """
     for part in parts:
         for row in part.rows:
-            if below and not row.path.startswith(below):
-                continue
             source, target = part.folder / row.path, out / row.path
             target.parent.mkdir(parents=True, exist_ok=True)
             try:

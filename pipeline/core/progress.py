@@ -16,7 +16,7 @@ PLAIN_EVERY = 10.0
 
 
 def human(value: float) -> str:
-    """A figure with three significant digits and a unit prefix: 21300 → 21.3k."""
+    """Returns a figure with three significant digits and a unit prefix: 21300 → 21.3k."""
     for limit, divisor, suffix in (
         (1e21, 1e21, "Z"),
         (1e18, 1e18, "E"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, cast
@@ -24,12 +25,15 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:atom-release:stage:v1"
 BUILDER = "urn:atom-release:builder:v1"
+# The beginnings of the URIs of materials: an artifact by its key, a module of the code by its name.
+ARTIFACT_URI = "atom:artifact/"
+CODE_URI = "atom:code/"
+# The byproduct of a stage that trains.
 STARTS = "starts"
-"""The byproduct of a stage that trains."""
+# The file of a product that its statement repeats, for every stage.
 SUMMARY = "summary.json"
-"""The file of a product that its statement repeats, for every stage."""
+# The log of timed metrics, whose digest is a byproduct.
 METRICS = "metrics.jsonl"
-"""The log of timed metrics, whose digest is a byproduct."""
 
 
 class _Sha256(TypedDict):
@@ -53,13 +57,14 @@ class CheckpointOf(TypedDict):
 
 
 class Parameters(TypedDict):
-    """The request of an attempt. of: the phase and the step of a checkpoint."""
+    """The request of an attempt."""
 
     stage: str
     version: NotRequired[Any]
     node: str
     key: str
     config: dict[str, Any]
+    # The phase and the step of a checkpoint.
     of: NotRequired[CheckpointOf]
 
 
@@ -95,33 +100,38 @@ class Byproduct(TypedDict):
 
 
 class Deviation(TypedDict):
-    """A line of a log that came out otherwise. fields: {name: [before, now]}."""
+    """A line of a log that came out otherwise."""
 
     step: int | None
+    # {name: [before, now]}
     fields: dict[str, list[Any]]
 
 
 class Replayed(TypedDict):
-    """The comparison of a start's first steps with the log of the attempt before. first, last: of the steps that this
-    one had finished after the checkpoint, None without any. lines: compared; deviating: those that differ, of which
-    `deviations` names the first."""
+    """The comparison of a start's first steps with the log of the attempt before."""
 
+    # The steps that this start had finished after the checkpoint; None without any.
     first: int | None
     last: int | None
+    # Lines that were compared, and those of them that differ.
     lines: int
     deviating: int
+    # The first of the lines that differ.
     deviations: list[Deviation]
 
 
 class Start(TypedDict):
-    """A start of a stage that trains: the number of its lease, when it began, the code's commit and the digest of the
-    sealed prediction; and what the stage adds, unless it was killed before."""
+    """A start of a stage that trains."""
 
+    # The number of its lease.
     start: int
     startedOn: str
+    # The commit of the code, and whether the code was changed since.
     commit: str | None
     dirty: bool
+    # The digest of the sealed prediction.
     prediction: str | None
+    # The stage adds the rest, unless it was killed before.
     restored_step: NotRequired[int | None]
     device: NotRequired[dict[str, Any]]
     replayed: NotRequired[Replayed]
@@ -173,73 +183,96 @@ def clock(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def statement(
-    *,
-    subject: dict[str, str],
-    stage: str,
-    version: int,
-    node: str,
-    key: str,
-    config: dict[str, Any],
-    operations: list[dict[str, Any]],
-    materials: dict[str, Artifact],
-    code: dict[str, str],
-    environment: dict[str, Any],
-    invocation: str,
-    started: float,
-    finished: float,
-    usage: dict[str, Any],
-    outcome: str,
-    kind: str | None = None,
-    checkpoint_of: CheckpointOf | None = None,
-    product: Artifact | None = None,
-    starts: list[Start] | None = None,
-    metrics: str | None = None,
-) -> Statement:
-    """A statement about one attempt of a stage.
+@dataclass(frozen=True, kw_only=True)
+class AttemptRecord:
+    """The content of a statement about one attempt of a stage.
 
-    subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. config: the part that is in the
-    key; operations: the operational fields of this attempt and of the attempts that it resumed, the latest last. usage:
-    time, energy and cost with the method of each. outcome: "sealed", or one sentence on the failure; kind: then the
-    kind of the failure. of: {key, step} of the phase that a checkpoint belongs to. product: the sealed artifact; its
-    summary.json, if it has one, becomes a byproduct, so that the ledger alone contains the stage's summary of its
-    product. starts: of a stage that trains, the record of each start whose work the product contains. metrics: the
-    SHA-256 of the timed metrics, of a sealed artifact.
+    Attributes:
+        subject: SHA-256 of the artifact by its key, or of the log of a failed attempt by its place.
+        stage: Name of the stage.
+        version: Version of the stage.
+        node: Name of the node.
+        key: Key of the node, or of the checkpoint.
+        config: The part of the config that is in the key.
+        operations: Operational fields of this attempt and of the attempts that it resumed, the latest last.
+        materials: Input artifacts by role.
+        code: SHA-256 of the modules of the stage.
+        environment: The result of `environment.describe`.
+        invocation: `<run>/<node>`: the place of the logs.
+        started: Seconds since the epoch.
+        finished: Seconds since the epoch.
+        usage: Time, energy and cost, with the method of each.
+        outcome: "sealed", or one sentence on the failure.
+        kind: The kind of a failure.
+        checkpoint_of: The phase and the step of a checkpoint.
+        product: The sealed artifact. Its summary.json becomes a byproduct, so that the ledger alone has it.
+        starts: The record of each start whose work the product contains, for a stage that trains.
+        metrics: SHA-256 of the timed metrics of a sealed artifact.
     """
-    parameters: Parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
-    if checkpoint_of:
-        parameters["of"] = checkpoint_of
-    internal: _Internal = {"environment": cast(_Environment, environment), "operation": operations[-1]}
-    if operations[1:]:
-        internal["earlier_operations"] = operations[:-1]
+
+    subject: dict[str, str]
+    stage: str
+    version: int
+    node: str
+    key: str
+    config: Mapping[str, Any]
+    operations: list[dict[str, Any]]
+    materials: dict[str, Artifact]
+    code: dict[str, str]
+    environment: dict[str, Any]
+    invocation: str
+    started: float
+    finished: float
+    usage: dict[str, Any]
+    outcome: str
+    kind: str | None = None
+    checkpoint_of: CheckpointOf | None = None
+    product: Artifact | None = None
+    starts: list[Start] | None = None
+    metrics: str | None = None
+
+
+def statement(record: AttemptRecord) -> Statement:
+    """Returns the statement about an attempt."""
+    parameters = {name: getattr(record, name) for name in ("stage", "version", "node", "key", "config")}
+    if record.checkpoint_of:
+        parameters["of"] = record.checkpoint_of
+    internal: dict[str, Any] = {"environment": record.environment, "operation": record.operations[-1]}
+    if record.operations[1:]:
+        internal["earlier_operations"] = record.operations[:-1]
+
+    artifacts = sorted(record.materials.items())
+    dependencies = [_dependency(role, f"{ARTIFACT_URI}{a.key}", a.digest) for role, a in artifacts]
+    dependencies += [_dependency(name, f"{CODE_URI}{name}", digest) for name, digest in record.code.items()]
+
+    failure = {"kind": record.kind} if record.kind else {}
+    byproducts: list[Byproduct] = [
+        {"name": "usage", "annotations": record.usage},
+        {"name": "outcome", "annotations": {"text": record.outcome} | failure},
+    ]
+    if record.starts:
+        byproducts.append({"name": STARTS, "annotations": {"starts": record.starts}})
+    if record.product:
+        byproducts += summaries(record.product)
+    if record.metrics:
+        byproducts.append({"name": METRICS, "digest": {"sha256": record.metrics}})
+
+    started, finished = clock(record.started), clock(record.finished)
     return {
         "_type": STATEMENT,
-        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(subject.items())],
+        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(record.subject.items())],
         "predicateType": PREDICATE,
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": parameters,
-                "internalParameters": internal,
-                "resolvedDependencies": [
-                    *(_dependency(role, f"atom:artifact/{a.key}", a.digest) for role, a in sorted(materials.items())),
-                    *(_dependency(name, f"atom:code/{name}", digest) for name, digest in code.items()),
-                ],
+                "externalParameters": cast(Parameters, parameters),
+                "internalParameters": cast(_Internal, internal),
+                "resolvedDependencies": dependencies,
             },
             "runDetails": {
                 "builder": {"id": BUILDER},
-                "metadata": {
-                    "invocationId": invocation,
-                    "startedOn": clock(started),
-                    "finishedOn": clock(finished),
-                },
-                "byproducts": [
-                    {"name": "usage", "annotations": usage},
-                    {"name": "outcome", "annotations": {"text": outcome} | ({"kind": kind} if kind else {})},
-                    *([{"name": STARTS, "annotations": {"starts": starts}}] if starts else ()),
-                    *(summaries(product) if product else ()),
-                    *([{"name": METRICS, "digest": {"sha256": metrics}}] if metrics else ()),
-                ],
+                "metadata": {"invocationId": record.invocation, "startedOn": started, "finishedOn": finished},
+                "byproducts": byproducts,
             },
         },
     }
@@ -250,13 +283,11 @@ def _dependency(name: str, uri: str, digest: str) -> Dependency:
 
 
 def summaries(product: Artifact) -> Iterator[Byproduct]:
-    """The byproduct of a product's summary.json, if it has one.
-
-    A number without a JSON form (NaN, infinity) becomes a string, so that it never prevents the statement of a finished
-    stage.
-    """
+    """Yields the byproduct of a product's summary.json, if it has one."""
     for row in product.rows:
         if row.path == SUMMARY:
+            # A number without a JSON form (NaN, infinity) becomes a string: it must not prevent the statement of a
+            # finished stage.
             content = json.loads((product / SUMMARY).read_text(), parse_constant=str)
             yield {"name": SUMMARY, "digest": {"sha256": row.sha256}, "annotations": content}
 
@@ -272,7 +303,7 @@ def write(ledger: Path, key: str, body: Statement) -> Path:
 
 
 def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, Statement]], list[Damaged]]:
-    """All statements about a key, in the order of their end times, and those that cannot be read."""
+    """Returns all statements about a key, in the order of their end times, and those that cannot be read."""
     readable, damaged = [], []
     try:
         names = [name for name in json_files.names(ledger / key) if re.fullmatch(r"[0-9a-f]+\.json", name)]
@@ -294,7 +325,7 @@ def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, Statement]], li
 
 
 def read(ledger: Path, key: str) -> Iterator[tuple[Path, Statement]]:
-    """All statements about a key that can be read, in the order of their end times; the others are reported."""
+    """Yields all statements about a key that can be read, in the order of their end times; the others are reported."""
     readable, damaged = statements(ledger, key)
     for error in damaged:
         json_files.report(error, "this statement is left out")
@@ -306,7 +337,7 @@ def outcome(body: Statement) -> str:
 
 
 def kind(body: Statement) -> str | None:
-    """The kind of a failure; None of a product, and of a statement that was written before kinds were."""
+    """Returns the kind of a failure; None of a product."""
     failure_kind = _byproducts(body)["outcome"]["annotations"].get("kind")
     return None if failure_kind is None else str(failure_kind)
 
@@ -316,19 +347,18 @@ def usage(body: Statement) -> dict[str, Any]:
 
 
 def summary(body: Statement) -> Byproduct | None:
-    """The byproduct of a product's summary.json, {name, digest: {sha256}, annotations: its content}; None if the
-    product has none."""
+    """Returns the byproduct of a product's summary.json, whose content are its annotations; None without one."""
     return _byproducts(body).get(SUMMARY)
 
 
 def metrics(body: Statement) -> str | None:
-    """The SHA-256 of the timed metrics of a sealed product; None if it has none."""
+    """Returns the SHA-256 of the timed metrics of a sealed product; None if it has none."""
     product = _byproducts(body).get(METRICS)
     return None if product is None else str(product["digest"]["sha256"])
 
 
 def starts(body: Statement) -> list[Start]:
-    """The records of the starts of a stage that trains; none of another stage."""
+    """Returns the records of the starts of a stage that trains; none of another stage."""
     product = _byproducts(body).get(STARTS)
     return [] if product is None else list(product["annotations"]["starts"])
 
@@ -338,7 +368,7 @@ def _byproducts(body: Statement) -> dict[str, Byproduct]:
 
 
 def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, Statement] | None:
-    """The statement that made this very artifact, or None."""
+    """Returns the statement that made this very artifact, with its file; None without one."""
     for path, body in read(ledger, artifact.key):
         if {"name": artifact.key, "digest": {"sha256": artifact.digest}} in body["subject"]:
             return path, body
@@ -346,53 +376,56 @@ def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, Statement] | None:
 
 
 def parameters_of(body: Statement) -> Parameters:
-    """The request of the attempt: stage, node, key and config."""
+    """Returns the request of the attempt: stage, node, key and config."""
     return body["predicate"]["buildDefinition"]["externalParameters"]
 
 
 def dependencies_of(body: Statement) -> list[Dependency]:
-    """The artifacts and modules that a statement says went in."""
+    """Returns the artifacts and modules that a statement says went in."""
     return body["predicate"]["buildDefinition"]["resolvedDependencies"]
 
 
 def code_of(body: Statement) -> dict[str, str]:
-    """{module: sha256} of the code that a statement says it ran."""
-    return {d["name"]: d["digest"]["sha256"] for d in dependencies_of(body) if d["uri"].startswith("atom:code/")}
+    """Returns {module: sha256} of the code that a statement says it ran."""
+    return {d["name"]: d["digest"]["sha256"] for d in _dependencies(body, CODE_URI)}
 
 
 def materials_of(body: Statement) -> dict[str, str]:
-    """{role: sha256} of the artifacts that a statement says went in."""
-    return {d["name"]: d["digest"]["sha256"] for d in dependencies_of(body) if d["uri"].startswith("atom:artifact/")}
+    """Returns {role: sha256} of the artifacts that a statement says went in."""
+    return {d["name"]: d["digest"]["sha256"] for d in _dependencies(body, ARTIFACT_URI)}
 
 
 def material_keys(body: Statement) -> dict[str, str]:
-    """{role: key} of the artifacts that a statement says went in."""
-    prefix = "atom:artifact/"
-    return {d["name"]: d["uri"].removeprefix(prefix) for d in dependencies_of(body) if d["uri"].startswith(prefix)}
+    """Returns {role: key} of the artifacts that a statement says went in."""
+    return {d["name"]: d["uri"].removeprefix(ARTIFACT_URI) for d in _dependencies(body, ARTIFACT_URI)}
+
+
+def _dependencies(body: Statement, uri: str) -> list[Dependency]:
+    return [dependency for dependency in dependencies_of(body) if dependency["uri"].startswith(uri)]
 
 
 def phase_of(body: Statement) -> str | None:
-    """The key of the phase that a checkpoint is of; None if the statement is about something else."""
+    """Returns the key of the phase that a checkpoint is of; None if the statement is about something else."""
     checkpoint_of = parameters_of(body).get("of")
     return str(checkpoint_of["key"]) if checkpoint_of else None
 
 
 def environment_of(body: Statement) -> dict[str, Any]:
-    """The environment of the attempt."""
+    """Returns the environment of the attempt."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])
 
 
 def operation_of(body: Statement) -> dict[str, Any]:
-    """The operational part of the config of the attempt."""
+    """Returns the operational part of the config of the attempt."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"].get("operation", {}))
 
 
 def invocation(body: Statement) -> str:
-    """`<run>/<node>`: the place of the attempt's logs."""
+    """Returns `<run>/<node>`: the place of the attempt's logs."""
     return str(body["predicate"]["runDetails"]["metadata"]["invocationId"])
 
 
 def operations_of(body: Statement) -> list[dict[str, Any]]:
-    """The operational configs of the attempt and of those that it resumed, the latest last."""
+    """Returns the operational configs of the attempt and of those that it resumed, the latest last."""
     earlier = body["predicate"]["buildDefinition"]["internalParameters"].get("earlier_operations", [])
     return [*earlier, operation_of(body)]

@@ -28,17 +28,18 @@ class Config(BaseModel):
 
 
 def operational(default: Any, description: str, **rules: Any) -> Any:
-    """A config field on how to run, not on what to make: it is left out of the key and must not change the bytes."""
+    """Returns a config field on how to run, not on what to make: it is left out of the key and must not change the
+    bytes."""
     return Field(default, description=description, json_schema_extra={"identity": False}, **rules)
 
 
 def added(default: Any, description: str, **rules: Any) -> Any:
-    """A config field that was added after keys existed: with its default value it is left out of the key."""
+    """Returns a config field that was added after keys existed: with its default value it is left out of the key."""
     return Field(default, description=description, json_schema_extra={"identity": "unless default"}, **rules)
 
 
 def identity(config: BaseModel) -> dict[str, Any]:
-    """The config as plain JSON without its operational fields: the part that enters the key."""
+    """Returns the config as plain JSON without its operational fields: the part that enters the key."""
     fields: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
         value, field_metadata = getattr(config, name), info.json_schema_extra
@@ -50,7 +51,7 @@ def identity(config: BaseModel) -> dict[str, Any]:
 
 
 def operation(config: BaseModel) -> dict[str, Any]:
-    """The operational fields of the config, with their nesting.
+    """Returns the operational fields of the config, with their nesting.
 
     Only the last part of an absolute path is kept, because statements contain this and are published.
     """
@@ -86,9 +87,9 @@ def _to_plain(value: Any) -> Any:
 class Report(Protocol):
     """Receives the progress of a stage. Timed and machine-dependent figures go here, never into the artifact."""
 
+    # The number of the attempt's lease, equal on every rank: a later attempt at the key has a larger one. None if the
+    # caller holds no lease, and so makes one attempt at a time.
     lease: int | None
-    """The number of the attempt's lease, equal on every rank: a later attempt at the key has a larger one. None if
-    the caller holds no lease, and so makes one attempt at a time."""
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         """Reports the progress of the stage with `figures` (loss, tokens_per_s, ...). Cheap: call it freely."""
@@ -118,67 +119,82 @@ class TrainingEstimate:
     """The resources of a training phase, in tokens and bytes, for each rank and disk. If ranks differ, those of the
     fullest."""
 
-    steps: int  # still to be trained
-    batch_tokens: tuple[int, ...]  # of a step, as the batch grows
+    # Steps still to be trained.
+    steps: int
+    # Tokens of a step, as the batch grows.
+    batch_tokens: tuple[int, ...]
     sequence_length: int
     precision: str
-    layout: str  # in words: TP4 PP2 EP32 DP64
-    recomputes: bool  # layers, in the backward pass
-    gflop_per_token: float  # training FLOPs of the model, without recomputation
-    state_bytes: int  # weights, gradients and optimizer of a rank
-    activation_bytes: int  # maximum that a rank keeps for the backward pass
-    checkpoint_bytes: int  # of one checkpoint, all ranks together
-    share_bytes: int  # of a sealed one, the most that one rank writes
-    silent_bytes: int  # the most that a rank reads or writes of it between two reports of progress
-    watchdog_seconds: float  # without progress, after which an attempt is ended
-    release_checkpoints: int  # number of sealed ones
-    work_checkpoints: int  # number of kept ones
-    checkpoint_interval: int  # steps between work checkpoints
+    # The layout in words: TP4 PP2 EP32 DP64.
+    layout: str
+    # Layers, in the backward pass.
+    recomputes: bool
+    # Training FLOPs of the model, without recomputation.
+    gflop_per_token: float
+    # Weights, gradients and optimizer of a rank.
+    state_bytes: int
+    # Maximum that a rank keeps for the backward pass.
+    activation_bytes: int
+    # Bytes of one checkpoint, all ranks together.
+    checkpoint_bytes: int
+    # Bytes of a sealed checkpoint that one rank writes, at most.
+    share_bytes: int
+    # The most that a rank reads or writes of it between two reports of progress.
+    silent_bytes: int
+    # Seconds without progress after which an attempt is ended.
+    watchdog_seconds: float
+    # The number of sealed checkpoints, and of kept work checkpoints.
+    release_checkpoints: int
+    work_checkpoints: int
+    # Steps between work checkpoints.
+    checkpoint_interval: int
     order_rows: int
-    data_bytes: int  # order, and token shards if each is read once
+    # Order, and token shards if each is read once.
+    data_bytes: int
 
 
 @dataclass(frozen=True)
 class Published:
-    """Files of about one size that a release holds in one folder of a repository.
+    """Files of about one size that a release holds in one folder of a repository."""
 
-    repository: `dataset`, which the stages of a recipe share, or one of the stage alone. remedy: what to set if a file
-    is too large; `{files}` stands for the number of files that would do. Files that cannot be too large need none.
-    """
-
+    # The stages of a recipe share `dataset`.
     repository: Literal["dataset", "model", "checkpoint"]
     folder: str
     files: int
-    bytes: int  # of all of them
+    # Bytes of all of them.
+    bytes: int
+    # The setting to change if a file is too large; `{files}` stands for the number of files that would do.
     remedy: str = ""
 
 
 @dataclass(frozen=True)
 class ServedWork:
     """The part of a stage's FLOPs that servers in jobs of their own take over. Without such servers rank 0 does it, on
-    its GPU or core.
-
-    gpu_flops, cpu_flops: FLOP/s of a GPU and of a core at it. overlaps: whether the ranks compute meanwhile. memory: of
-    a server on so many GPUs, (bytes of each of them, bytes of its host); on none, (0, bytes of its host). assumed: what
-    gpu_flops rest on, as a clause. places: servers that others run, each taken for one GPU or core, in rank 0's place.
-    """
+    its GPU or core."""
 
     flops: float
+    # FLOP/s of one server GPU.
     gpu_flops: float
+    # FLOP/s of one server core.
     cpu_flops: float
+    # The ranks compute meanwhile.
     overlaps: bool
+    # (bytes of each GPU, bytes of the host) of a server on so many GPUs; without a GPU the first is 0.
     memory: Callable[[int], tuple[int, int]]
+    # The basis of gpu_flops, as a clause.
     assumed: str
+    # Servers that others run in rank 0's place, each taken for one GPU or core.
     places: int = 1
 
 
 @dataclass(frozen=True)
 class LongContext:
-    """What a long text costs a model, beside the same model whose layers all have full attention. FLOPs: of training on
-    one token of it; the cache: keys and values of all its tokens, or what stands for them, in bf16 on one rank."""
+    """The cost of a long text, compared with a model whose layers all have full attention."""
 
     tokens: int
+    # Keys and values of all tokens, or what replaces them, in bf16 on one rank.
     cache_bytes: int
+    # FLOPs of training on one token.
     flops_per_token: float
     full_cache_bytes: int
     full_flops_per_token: float
@@ -189,48 +205,64 @@ class Estimate:
     """The resources that a stage needs. None means: not estimated."""
 
     cpu_seconds: float | None = None
-    serial_seconds: float | None = None  # of cpu_seconds, in one process; None: all, the stage has no shards
-    gpu_seconds: float | None = None  # of all GPUs together, of a stage that asks for some without training
-    assumed: str = ""  # what gpu_seconds rest on, as a clause
-    fixed: bool = False  # cpu_seconds is that of a small corpus, for a corpus of any size
+    # The part of cpu_seconds that one process must do; None: all of it, the stage has no shards.
+    serial_seconds: float | None = None
+    # Seconds of all GPUs together, for a stage that asks for some without training.
+    gpu_seconds: float | None = None
+    # The basis of gpu_seconds, as a clause.
+    assumed: str = ""
+    # True if cpu_seconds is that of a small corpus, for a corpus of any size.
+    fixed: bool = False
     tokens: int | None = None
     flops: float | None = None
-    memory_bytes: int | None = None  # of one process, on its GPU if it has one; if several differ, of the fullest
-    host_bytes: int = 0  # of one process beside its GPU
-    disk_bytes: int | None = None  # of the artifact
-    work_bytes: int = 0  # at most, beside the artifact, while the stage runs
-    files: int | None = None  # of the artifact
-    published: tuple[Published, ...] = ()  # of the artifact, what a release holds
+    # Memory of one process, on its GPU if it has one; if several differ, of the fullest.
+    memory_bytes: int | None = None
+    # Memory of one process beside its GPU.
+    host_bytes: int = 0
+    # Bytes and files of the artifact.
+    disk_bytes: int | None = None
+    # At most, beside the artifact, while the stage runs.
+    work_bytes: int = 0
+    files: int | None = None
+    # The files of the artifact that a release holds.
+    published: tuple[Published, ...] = ()
     parameters: dict[str, int] = field(default_factory=dict)
     training: TrainingEstimate | None = None
-    long_context: LongContext | None = None  # of the trained model
-    served: ServedWork | None = None  # of flops and cpu_seconds
+    # The cost of a long text for the trained model.
+    long_context: LongContext | None = None
+    # The part of flops and cpu_seconds that servers take over.
+    served: ServedWork | None = None
 
     @property
     def published_bytes(self) -> int:
         return sum(files.bytes for files in self.published)
 
 
+# Compute of a step whose backward pass computes layers again, beside that without: one further forward pass beside
+# three units.
 RECOMPUTED = 4 / 3
-"""Compute of a step whose backward pass computes layers again, beside that without: one further forward pass beside
-three units."""
 
 
 def family(precision: str) -> str:
-    """The precisions of equal speed: that of a precision in a cluster profile and an accelerator."""
-    return "fp8" if "fp8" in precision else "fp4" if "fp4" in precision else precision
+    """Returns the precisions of equal speed: that of a precision in a cluster profile and an accelerator."""
+    return next((name for name in ("fp8", "fp4") if name in precision), precision)
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What a GPU and its links can do, as their makers state it. Bandwidths in bytes/s; of links, in one direction."""
+    """The performance of a GPU and its links, as their makers state it. Bandwidths in bytes/s; of links, in one
+    direction."""
 
-    peaks: Mapping[str, float]  # FLOP/s of dense matrix products, by family of precisions: fp32, bf16, fp8, fp4
+    # FLOP/s of dense matrix products, by family of precisions: fp32, bf16, fp8, fp4.
+    peaks: Mapping[str, float]
     memory: float
     nvlink: float
-    nvlink_gpus: int  # in one domain
-    network: float  # for each GPU
-    watts: float = 0.0  # 0: not stated
+    # GPUs of one domain.
+    nvlink_gpus: int
+    # Bandwidth for each GPU.
+    network: float
+    # 0: not stated.
+    watts: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -244,62 +276,65 @@ class TrainingTime:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Equal collectives of a rank in one step: operation, role and ranks of their group, bytes of one, and number."""
+    """Equal collectives of a rank in one step."""
 
     operation: str
+    # The role of the group, and its ranks.
     group: str
     ranks: int
+    # Bytes of one call.
     bytes: int
     calls: int
 
 
 @dataclass(frozen=True)
 class RankSimulation:
-    """One rank of a training phase, simulated at full size, beside what the estimate says of it. Bytes at the peak
-    include the state."""
+    """One rank of a training phase, simulated at full size, beside the estimate of it."""
 
     rank: int
     ranks: int
-    micro_batches: int  # of a step, on this rank
-    simulated_micro_batches: int  # of the step whose memory and sequence these are
+    # Micro-batches of a step on this rank, and those of the step whose memory and sequence these are.
+    micro_batches: int
+    simulated_micro_batches: int
     parameters: int
     planned_parameters: int
     state_bytes: int
     planned_state_bytes: int
+    # Bytes at the peak, with the state.
     peak_bytes: int
     planned_peak_bytes: int
-    copies_bytes: int  # of weights on the host at the peak: the reference of a KL term
+    # Weights on the host at the peak: the reference of a KL term.
+    copies_bytes: int
     planned_copies_bytes: int
-    traffic: tuple[Traffic, ...]  # of a step with all micro-batches
+    # The traffic of a step with all micro-batches.
+    traffic: tuple[Traffic, ...]
+    # (operation, group, ranks, bytes, number in a row), in the order of the simulated step.
     sequence: tuple[tuple[str, str, int, int, int], ...]
-    """(operation, group, ranks, bytes, number in a row), in the order of the simulated step."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a stage asks of a cluster profile and of a launcher. ranks: processes; gpus: of each rank, on one node, of a
-    stage that does not train. A rank that trains has one where the profile has any. environment: variables that its
-    processes have from their start, unless they are set already."""
+    """The demands of a stage on a cluster profile and on a launcher."""
 
+    # Processes.
     ranks: int = 1
+    # GPUs of each rank of a stage that does not train, on one node. A rank that trains has one if the profile has any.
     gpus: int = 0
     trains: bool = False
+    # Variables that its processes have from their start, unless they are set already.
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+# The guarantee for two attempts at one key: equal bytes, in one environment on CPU; or equal values within a tolerance.
 Promise = Literal["bitwise", "numeric"]
-"""The guarantee for two attempts at one key: equal bytes, in one environment on CPU; or equal values within a
-tolerance."""
 
 
 class ServerPlace(Protocol):
-    """One of the servers of a stage, in a job of its own. A job that is started again has the same number.
-
-    folder: which all servers of the stage and the stage itself see; log: this server's; run: its run.
-    """
+    """One of the servers of a stage, in a job of its own."""
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """The folder that all servers of the stage and the stage itself see."""
 
     @property
     def log(self) -> Path: ...
@@ -308,10 +343,11 @@ class ServerPlace(Protocol):
     def run(self) -> str: ...
 
     @property
-    def number(self) -> int: ...
+    def number(self) -> int:
+        """The number of the server. A job that is started again has the same one."""
 
     def ended(self) -> bool:
-        """Whether the stage has ended, so that nobody will ask for more. Cheap: call it freely."""
+        """Returns True if the stage has ended, so that nobody will ask for more. Cheap: call it freely."""
 
     def ready(self) -> None:
         """Reports that the server answers: a job that got this far is started again however often it dies."""
@@ -319,12 +355,11 @@ class ServerPlace(Protocol):
 
 @dataclass(frozen=True)
 class ServerSearch:
-    """What a stage with servers in jobs of their own finds in its environment, as JSON. folder, run: as the servers
-    have them; seconds: how long the stage waits while no server is there."""
+    """The variable by which a stage finds its servers in jobs of their own, as JSON."""
 
     folder: str
     run: str
-    seconds: float
+    seconds: float  # that the stage waits while no server is there
     VARIABLE: ClassVar = "ATOM_SERVERS"
 
     def variable(self) -> dict[str, str]:
@@ -344,26 +379,29 @@ C = TypeVar("C", bound=Config, default=Any)
 class Stage(Generic[C]):
     """A registered stage: its name and version are part of every key, so bump `version` when the bytes change.
 
-    config: the class of its configs, C, which all of its functions take. The engine does not use that class and has a
-    plain `Stage`.
-    ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
-    LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
-    obstacle: the reason why a config can be planned but not run, in one sentence; checked before anything starts.
-    lack: what this machine lacks to run it, in one sentence; checked likewise, unless jobs run in a container.
-    trains: whether it updates weights and needs a GPU for each rank.
-    gpus: the GPUs that a rank of a stage that does not train needs on its node, such as those of a server it starts.
-    environment: variables that libraries read when they start to use a GPU, and that a launcher must therefore set
-    before Python starts; one that the profile or the user has set takes precedence.
-    reads: the input node for each role, for a stage that a recipe adds by its name alone.
-    time: the time of a training phase on GPUs; None: there is no model of it.
-    simulate: walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
-    shards: pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`. Each
-    leaves complete files in `work`; `run` does the missing ones and produces the same bytes for any number of shards.
-    takes_servers: whether servers in jobs of their own can work for it. serve: runs one until the stage has ended.
-    inspect: imports what the config names, which planning does not, and returns notes for `atom validate`; raises
-    RecipeError for a config that cannot run. It is called before a run, too.
-    code: {registry of modules: the modules in it that the config uses}; the registry and the other modules are no part
-    of the stage's code.
+    Attributes:
+        config: The class of its configs, C, which all of its functions take. The engine has a plain `Stage`.
+        promise: The guarantee for two attempts at one key.
+        obstacle: The reason why a config can be planned but not run, in one sentence; checked before anything starts.
+        lack: Anything that this machine lacks to run it, in one sentence; checked likewise, unless jobs run in a
+            container.
+        ranks: The processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
+            LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
+        trains: True if it updates weights and needs a GPU for each rank.
+        gpus: The GPUs that a rank of a stage that does not train needs on its node, as for a server that it starts.
+        environment: Variables that libraries read when they start to use a GPU, and that a launcher must therefore set
+            before Python starts; one that the profile or the user has set takes precedence.
+        time: The time of a training phase on GPUs; None: there is no model of it.
+        simulate: Walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
+        reads: The input node for each role, for a stage that a recipe adds by its name alone.
+        shards: Pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`.
+            Each leaves complete files in `work`; `run` does the missing ones, and makes the same bytes for any number.
+        takes_servers: True if servers in jobs of their own can work for it.
+        serve: Runs such a server until the stage has ended.
+        inspect: Imports what the config names, which planning does not, and returns notes for `atom validate`; raises
+            RecipeError for a config that cannot run. It is called before a run, too.
+        code: {registry of modules: the modules in it that the config uses}; the registry and the other modules are no
+            part of the stage's code.
     """
 
     name: str
@@ -389,5 +427,5 @@ class Stage(Generic[C]):
     code: Callable[[C], Mapping[str, Sequence[str]]] = lambda config: {}
 
     def needs(self, config: C) -> Needs:
-        """What a stage of this config asks of a cluster profile and of a launcher."""
+        """Returns the demands of a stage of this config."""
         return Needs(self.ranks(config), self.gpus(config), self.trains, self.environment(config))

@@ -28,17 +28,17 @@ from pipeline.core.json_files import Damaged, printable
 from pipeline.core.os_errors import misplaced_file
 
 MANIFEST = "manifest.json"
+# The largest accepted manifest, in bytes: five million files.
 MANIFEST_LIMIT = 2**30
-"""The largest accepted manifest, in bytes: five million files."""
+# The most threads of a process that hash files at once.
 HASH_THREADS = 16
-"""The most threads of a process that hash files at once."""
+# Seconds between two lines of the log on files that are being hashed.
 HASH_LINE_SECONDS = 10.0
-"""Seconds between two lines of the log on files that are being hashed."""
+# Bytes that are hashed between two reports of progress.
 HASH_CHUNK = 4 * 2**20
-"""Bytes that are hashed between two reports of progress."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# Is called after real work on files, with the bytes that were read, hashed or written since the last call.
 Progress = Callable[[int], object]
-"""Is called after real work on files, with the bytes that were read, hashed or written since the last call."""
 
 
 class _Row(TypedDict):
@@ -82,8 +82,10 @@ def sha256_file(path: Path, progress: Progress = no_progress) -> str:
 def sha256_files(paths: Sequence[Path], owner: str = "", progress: Progress = no_progress) -> list[str]:
     """Hashes files, several at once, each by one thread. Raises OSError.
 
-    owner: the key of the artifact that the files belong to. With it, a line is printed every `HASH_LINE_SECONDS`.
-    progress: is called by several threads.
+    Args:
+        paths: The files.
+        owner: The key of the artifact that the files belong to. With it, a line is printed every `HASH_LINE_SECONDS`.
+        progress: Is called by several threads.
     """
     threads = max(1, min(HASH_THREADS, len(os.sched_getaffinity(0)), len(paths)))
     hashes: list[str] = []
@@ -98,7 +100,7 @@ def sha256_files(paths: Sequence[Path], owner: str = "", progress: Progress = no
 
 
 class FileRecord(NamedTuple):
-    """What is recorded of a file when it is hashed, so that an unchanged file need not be hashed again.
+    """The record of a hashed file, by which an unchanged file need not be hashed again.
 
     Attributes:
         size: Bytes of the file.
@@ -114,24 +116,24 @@ class FileRecord(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, sha256: str) -> FileRecord:
-        """The record of a file with that SHA-256. Raises OSError."""
+        """Returns the record of a file with that SHA-256. Raises OSError."""
         entry = path.stat()
         return cls(entry.st_size, sha256, entry.st_mtime_ns, entry.st_ino)
 
     def is_unchanged(self, path: Path) -> bool:
-        """Whether a file has the recorded size, time and inode. Nothing is hashed. Raises OSError."""
+        """Returns True if a file has the recorded size, time and inode. Nothing is hashed. Raises OSError."""
         return FileRecord.of(path, self.sha256) == self
 
     def describes(self, path: Path, progress: Progress = no_progress) -> bool:
-        """Whether a file has the recorded content. It is hashed only if its size is right and its time or inode is not.
-        Raises OSError."""
+        """Returns True if a file has the recorded content. Raises OSError."""
+        # It is hashed only if its size is right and its time or inode is not.
         if self.is_unchanged(path):
             return True
         return path.stat().st_size == self.size and sha256_file(path, progress) == self.sha256
 
 
+# SHA-256 of files that this process hashed or wrote, by device, inode, size and time of change.
 _handed_over: dict[tuple[int, int, int, int], str] = {}
-"""SHA-256 of files that this process hashed or wrote, by device, inode, size and time of change."""
 
 
 def hand_over_hash(path: Path, sha256: str) -> None:
@@ -146,14 +148,18 @@ def _version_of(path: Path) -> tuple[int, int, int, int]:
 
 @dataclass(frozen=True)
 class FileRow:
+    """A row of a manifest."""
+
     path: str
     size: int
     sha256: str
 
 
 def regular_files(folder: Path) -> dict[str, Path]:
-    """Every regular file below `folder` but its manifest, by its path in it, sorted. Raises AtomError on a link or a
-    special file."""
+    """Returns every regular file below `folder` but its manifest, by its path in it, sorted.
+
+    Raises AtomError on a link or a special file.
+    """
     files: dict[str, Path] = {}
     for root, dirs, names in os.walk(folder):
         dirs.sort()
@@ -168,14 +174,17 @@ def regular_files(folder: Path) -> dict[str, Path]:
 
 
 def rows_of(folder: Path, handed_over: bool = False, owner: str = "") -> list[FileRow]:
-    """The files of `regular_files` with their hashes.
+    """Returns the files of `regular_files` with their hashes.
 
-    handed_over: take the hashes that `hand_over_hash` recorded instead of reading those files. owner: as of
-    `sha256_files`.
+    Args:
+        handed_over: Take the hashes that `hand_over_hash` recorded instead of reading those files.
+        owner: As for `sha256_files`.
     """
     files = regular_files(folder)
-    known = {name: _handed_over.get(_version_of(path)) for name, path in files.items()} if handed_over else {}
-    hashes = {name: sha256 for name, sha256 in known.items() if sha256 is not None}
+    hashes: dict[str, str] = {}
+    for name, path in files.items() if handed_over else ():
+        if (sha256 := _handed_over.get(_version_of(path))) is not None:
+            hashes[name] = sha256
     unknown = [name for name in files if name not in hashes]
     hashes |= dict(zip(unknown, sha256_files([files[name] for name in unknown], owner), strict=True))
     return [FileRow(name, path.stat().st_size, hashes[name]) for name, path in files.items()]
@@ -215,10 +224,12 @@ class Artifact:
             except OSError as error:
                 state = f"cannot be read ({error.strerror})"
             else:
-                if stat.S_ISREG(entry.st_mode) and entry.st_size == row.size:
+                if not stat.S_ISREG(entry.st_mode):
+                    state = "is no regular file"
+                elif entry.st_size != row.size:
+                    state = f"has {entry.st_size} bytes instead of {row.size}"
+                else:
                     continue
-                regular = stat.S_ISREG(entry.st_mode)
-                state = f"has {entry.st_size} bytes instead of {row.size}" if regular else "is no regular file"
             raise AtomError(f"artifact {path.name}: {printable(row.path)} {state}; {cls.advice(path.name)}")
         return artifact
 
@@ -239,7 +250,7 @@ class Artifact:
 
     @staticmethod
     def advice(key: str) -> str:
-        """The remedy for a damaged artifact."""
+        """Returns the remedy for a damaged artifact."""
         return f"restore it from a copy, or `atom gc --delete --include {key}` and run again to make it anew"
 
     def verify(
@@ -253,7 +264,7 @@ class Artifact:
 
         Args:
             below: A folder of the artifact, outside of which nothing is looked at; empty: all of it.
-            select: Whether to hash the file at that path of the artifact.
+            select: Returns True if the file at that path of the artifact is to be hashed.
             share: (n, m): hashes every m-th of these files, from the n-th on, for a caller that is one of m.
             progress: Gets the bytes that are hashed, from several threads.
 
@@ -275,7 +286,7 @@ class Artifact:
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
-    """The JSON value that a work folder keeps; a missing one is computed and written atomically.
+    """Returns the JSON value that a work folder keeps; a missing one is computed and written atomically.
 
     The file begins with the digest of the rest: a damaged file is never used and its value is computed again.
     """
@@ -306,7 +317,7 @@ def write_manifest(folder: Path, key: str) -> Artifact:
 def _share_permissions(folder: Path, mode: int) -> None:
     """Sets the permissions of every file to those of a new file here, by umask and the folder's defaults: some
     libraries write files that only their owner may read."""
-    search = (mode & 0o444) >> 2
+    search = (mode & 0o444) >> 2  # who may read a folder's files may enter it
     for root, _, names in os.walk(folder):
         for path, wanted_mode in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:
             if (current_mode := stat.S_IMODE(path.stat().st_mode)) | wanted_mode != current_mode:
@@ -317,16 +328,8 @@ def flush_tree(folder: Path) -> None:
     """Flushes every file and folder of a folder to disk."""
     for root, _, names in os.walk(folder):
         for name in names:
-            _flush(Path(root, name))
-        _flush(Path(root))
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            atomic_files.flush(Path(root, name))
+        atomic_files.flush(Path(root))
 
 
 def _require_key(artifact: Artifact, key: str) -> Artifact:
@@ -336,7 +339,7 @@ def _require_key(artifact: Artifact, key: str) -> Artifact:
 
 
 def home_folder() -> Path:
-    """`$ATOM_HOME`, or `runs` in the present folder."""
+    """Returns `$ATOM_HOME`, or `runs` in the present folder."""
     return Path(os.environ.get("ATOM_HOME") or "runs").absolute()
 
 
@@ -350,7 +353,7 @@ class Store:
         self.logs = self.home / "logs"
 
     def misplaced(self) -> str | None:
-        """One sentence on a file in the place of a folder of the home; None without one."""
+        """Returns one sentence on a file in the place of a folder of the home; None without one."""
         folders = (self.home / "work", self.artifacts, self.ledger, self.logs)
         return next(filter(None, map(misplaced_file, folders)), None)
 
@@ -358,7 +361,7 @@ class Store:
         return self.home / "work" / key
 
     def sealed(self, key: str) -> bool:
-        """Whether a folder of that key exists, which is complete unless it was damaged later."""
+        """Returns True if a folder of that key exists, which is complete unless it was damaged later."""
         return os.path.lexists(self.artifacts / key)
 
     def open(self, key: str) -> Artifact:
@@ -370,7 +373,7 @@ class Store:
         return _require_key(Artifact.read(self.artifacts / key), key)
 
     def damage(self, key: str) -> str | None:
-        """One sentence on the damage of an artifact that is visible without hashing; None without any."""
+        """Returns one sentence on the damage of an artifact that is visible without hashing; None without any."""
         try:
             self.open(key)
         except AtomError as error:
@@ -385,7 +388,7 @@ class Store:
         key first, its artifact wins and `out` is discarded. Raises AtomError if the two digests differ.
         """
         artifact = write_manifest(out, key)
-        record(artifact)
+        record(artifact)  # before the rename: see above
         self.artifacts.mkdir(parents=True, exist_ok=True)
         target = self.artifacts / key
         try:
@@ -401,5 +404,6 @@ class Store:
                     f"{artifact.digest[:12]} was discarded); compare their statements in {self.ledger / key}"
                 ) from None
             return sealed
-        _flush(self.artifacts)
+        # The rename is on disk once its folder is.
+        atomic_files.flush(self.artifacts)
         return self.open(key)

@@ -4,39 +4,46 @@ from __future__ import annotations
 
 import re
 
+# Characters that are invisible or change the display of others: controls, line separators, lone surrogates, characters
+# without width, and the marks that turn the direction of text (CVE-2021-42574). Joiners within words are letters in
+# some scripts, so they may stand between two characters that are not ASCII.
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
     "\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
     "|(?<![^\x00-\x7f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f])"
 )
-"""Characters that are invisible or change the display of others: controls, line separators, lone surrogates, characters
-without width, and the marks that turn the direction of text (CVE-2021-42574). Joiners within words are letters in some
-scripts, so they may stand between two characters that are not ASCII."""
 
+# The maximum characters of one printed text; a longer one is cut in its middle.
 LINE = 600
-"""The maximum characters of one printed text; a longer one is cut in its middle."""
 
 
 def unprintable(text: str, lines: bool = False) -> str | None:
-    """The first unprintable character; lines: line breaks and tabs are allowed."""
+    """Returns the first unprintable character.
+
+    Args:
+        lines: Line breaks and tabs are allowed.
+    """
     characters = (match[0] for match in _UNPRINTABLE.finditer(text) if not (lines and match[0] in "\n\t"))
     return next(characters, None)
 
 
 def escaped(text: str, longest: int | None = None) -> str:
-    """The text in one line, cut to `longest` characters. Characters that move a terminal's cursor or turn the direction
-    of text, and invalid ones, are escaped as in Python: `\\x1b`, `\\u202e`, `\\udcff`."""
+    """Returns the text in one line, cut to `longest` characters.
+
+    Characters that move a terminal's cursor or turn the direction of text, and invalid ones, are escaped as in Python:
+    `\x1b`, `\u202e`, `\udcff`.
+    """
     cut = text if longest is None or len(text) <= longest else f"{text[: longest - 1]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def printable(text: str) -> str:
-    """The text in one line that is safe to print; a very long one is cut in its middle."""
+    """Returns the text in one line that is safe to print; a very long one is cut in its middle."""
     return escaped(text if len(text) <= LINE else f"{text[: LINE // 2]} … {text[-LINE // 2 :]}")
 
 
 def shown(value: object, longest: int = 80) -> str:
-    """The repr of a value in one bounded line. Only the beginning of long texts and collections is read."""
+    """Returns the repr of a value in one bounded line. Only the beginning of long texts and collections is read."""
     if isinstance(value, str):
         return escaped(repr(value[: longest + 1]), longest)
     if isinstance(value, int) and abs(value) >= 10**40:
@@ -51,7 +58,7 @@ def shown(value: object, longest: int = 80) -> str:
 
 
 def short(value: float) -> str:
-    """A number in few characters: 1.5M, 20k, 0.25, 3e-05, 1e21."""
+    """Returns a number in few characters: 1.5M, 20k, 0.25, 3e-05, 1e21."""
     size = abs(value)
     if size >= 1e15:
         return f"{value:.3g}".replace("e+", "e")

@@ -20,30 +20,29 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.json_files import READ
 from pipeline.core.text import escaped, shown, unprintable
 
+# Of a file; the largest packaged one has 6 kB.
 MOST_BYTES = 2**18
-"""Of a file; the largest packaged one has 6 kB."""
+# Values of a file; each use of an alias counts its values again.
 MOST_VALUES = 10_000
-"""Values of a file; each use of an alias counts its values again."""
 DEEPEST = 24
+# Characters.
 LONGEST_NUMBER = 100
-"""Characters."""
 
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast and checks escapes
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)")
 _NO_NUMBER = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
-          "false": False, "False": False, "FALSE": False}  # fmt: skip
+_SPELLINGS = (("~ null Null NULL", None), ("true True TRUE", True), ("false False FALSE", False))
+_WORDS = {"": None} | {word: value for words, value in _SPELLINGS for word in words.split()}
 
 
 def read_file(path: Path, title: str, limit: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file. Raises RecipeError for anything else, and for a file of more than `limit` bytes."""
+    """Returns the bytes of a regular file of at most `limit` bytes. Raises RecipeError for anything else."""
     try:
         handle = os.open(path, READ)
     except OSError as error:
-        raise RecipeError(
-            f"{title}: {escaped(str(path), 200)} cannot be read ({error.strerror}); name another"
-        ) from None
+        where = escaped(str(path), 200)
+        raise RecipeError(f"{title}: {where} cannot be read ({error.strerror}); name another") from None
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise RecipeError(f"{title}: {escaped(str(path), 200)} is no regular file; name a YAML file")
@@ -54,7 +53,7 @@ def read_file(path: Path, title: str, limit: int = MOST_BYTES) -> bytes:
 
 
 def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises RecipeError with the line if it is not YAML, or not a mapping."""
+    """Returns the mapping in a YAML file. Raises RecipeError with the line if it is not YAML, or not a mapping."""
     try:
         document = _Reader(_decode(data)).document()
     except _Refused as error:
@@ -71,10 +70,10 @@ def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
 
 
 def line_of(data: bytes, location: Sequence[str | int]) -> int | None:
-    """The line of a field in a file that `parse_yaml` accepts, or of the innermost mapping around it that the file has;
-    None for the file as a whole. Parts that the file does not have, such as the class that a tag chooses, are skipped.
-    """
+    """Returns the line of a field in a file that `parse_yaml` accepts, or of the innermost mapping around it that the
+    file has; None for the file as a whole."""
     node, line = yaml.compose(_decode(data), _PARSER), None
+    # Parts that the file does not have, such as the class that a tag chooses, are skipped.
     for part in location:
         if isinstance(node, yaml.MappingNode):
             pair = next(((key, value) for key, value in node.value if key.value == str(part)), None)
@@ -100,7 +99,7 @@ class _Refused(Exception):
 
 
 def _decode(data: bytes) -> str:
-    """The text, without a byte order mark."""
+    """Returns the text, without a byte order mark."""
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -122,11 +121,11 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.events: Iterator[Any] = iter(yaml.parse(text, _PARSER))
         self.count = 0
+        # By name: the value, and how many values it holds.
         self.anchors: dict[str, tuple[Any, int]] = {}
-        """By name: the value, and how many values it holds."""
 
     def document(self) -> Any:
-        """The one document; None if there is none."""
+        """Returns the one document; None if there is none."""
         value = None
         for event in self.events:
             if event.start_mark and isinstance(event, yaml.DocumentStartEvent):
@@ -155,6 +154,7 @@ class _Reader:
             value = self._mapping(event, depth)
         if self.count > MOST_VALUES:
             raise _Refused(line, f"is beyond {MOST_VALUES} values, aliases counted as what they stand for; shorten it")
+        # An anchor counts from here on, after its value: a value cannot hold itself.
         if event.anchor and not isinstance(event, yaml.AliasEvent):
             self.anchors[event.anchor] = value, self.count - count_before
         return value
@@ -208,7 +208,7 @@ class _Reader:
 
 
 def _merge(value: Any, line: int) -> dict[str, Any]:
-    """The entries that `<<: *anchor` or `<<: [*one, *other]` adds; the first mapping takes precedence."""
+    """Returns the entries that `<<: *anchor` or `<<: [*one, *other]` adds; the first mapping takes precedence."""
     merged: dict[str, Any] = {}
     for part in value if isinstance(value, list) else [value]:
         if not isinstance(part, dict):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from typing_extensions import TypedDict
@@ -25,35 +25,40 @@ Resource = Literal["gpu_hours", "core_hours"]
 RESOURCES: tuple[Resource, ...] = ("gpu_hours", "core_hours")
 
 
+def hours(figure: Callable[[Resource], float]) -> Hours:
+    """Returns a figure of each resource."""
+    return {"gpu_hours": figure("gpu_hours"), "core_hours": figure("core_hours")}
+
+
 def limits_of(recipe: Identity) -> Limits | None:
-    """The limits of a recipe; None if it has no budget."""
+    """Returns the limits of a recipe; None if it has no budget."""
     if recipe.budget is None:
         return None
     return {"gpu_hours": recipe.budget.gpu_hours, "core_hours": recipe.budget.core_hours}
 
 
 def used(store: Store, keys: Iterable[str]) -> Hours:
-    """The total use of all attempts at these keys."""
-    hours: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
+    """Returns the total use of all attempts at these keys."""
+    total: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
     for key in keys:
         for _, body in provenance.read(store.ledger, key):
             usage = provenance.usage(body)
-            hours["gpu_hours"] += usage.get("gpu_seconds", 0.0) / 3600
-            hours["core_hours"] += usage.get("cpu_seconds", 0.0) / 3600
-    return hours
+            total["gpu_hours"] += usage.get("gpu_seconds", 0.0) / 3600
+            total["core_hours"] += usage.get("cpu_seconds", 0.0) / 3600
+    return total
 
 
-def describe(hours: Hours, prices: Prices | None) -> str:
-    """The used hours in words, with their cost by the prices of a profile."""
-    text = f"{hours['gpu_hours']:.3g} GPU hours, {hours['core_hours']:.3g} core hours"
+def describe(amount: Hours, prices: Prices | None) -> str:
+    """Returns the used hours in words, with their cost by the prices of a profile."""
+    text = f"{amount['gpu_hours']:.3g} GPU hours, {amount['core_hours']:.3g} core hours"
     if not prices:
         return text
-    cost = hours["gpu_hours"] * prices["gpu_hour"] + hours["core_hours"] * prices["core_hour"]
+    cost = amount["gpu_hours"] * prices["gpu_hour"] + amount["core_hours"] * prices["core_hour"]
     return f"{text}, {cost:,.2f} {prices['currency']}"
 
 
 def foreseen(limits: Limits | None, spent: Hours, coming: Hours) -> list[str]:
-    """One sentence for each limit that a plan exceeds, including the earlier use."""
+    """Returns one sentence for each limit that a plan exceeds, including the earlier use."""
     if limits is None:
         return []
     return [
@@ -65,15 +70,13 @@ def foreseen(limits: Limits | None, spent: Hours, coming: Hours) -> list[str]:
 
 
 def exceeded(limits: Limits | None, store: Store, keys: Iterable[str]) -> str | None:
-    """The reason that no further stage starts, in one sentence; None within the budget."""
+    """Returns the reason that no further stage starts, in one sentence; None within the budget."""
     if limits is None:
         return None
-    hours = used(store, keys)
+    spent = used(store, keys)
     for name in RESOURCES:
-        limit = limits[name]
-        if limit is not None and hours[name] >= limit:
-            resource = name.replace("_", " ")
-            return (
-                f"the budget of {limit:g} {resource} is used up ({hours[name]:.2f}); raise budget.{name} of the recipe"
-            )
+        limit, resource = limits[name], name.replace("_", " ")
+        if limit is not None and spent[name] >= limit:
+            share = f"the budget of {limit:g} {resource} is used up ({spent[name]:.2f})"
+            return f"{share}; raise budget.{name} of the recipe"
     return None

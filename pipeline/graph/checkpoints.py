@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from pipeline.core import json_files, provenance
 from pipeline.core.errors import RecipeError
-from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store, canonical, sha256_bytes
 
 
@@ -19,8 +18,8 @@ from pipeline.core.store import Store, canonical, sha256_bytes
 class Checkpoint:
     """The state of a phase after a step, sealed or not."""
 
+    # Key of the phase that trained it.
     phase: str
-    """Key of the phase that trained it."""
     step: int
 
     def __str__(self) -> str:
@@ -38,10 +37,13 @@ class Checkpoint:
 
 
 def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
-    """The checkpoint that a recipe names. where: the field of the recipe, for errors.
+    """Returns the checkpoint that a recipe names.
 
     The long form needs no lookup. Raises RecipeError for a checkpoint of another phase, and for a short form that
     matches no sealed checkpoint or several.
+
+    Args:
+        where: The field of the recipe, for errors.
     """
     match = re.fullmatch(rf"({phase}(?:-[0-9a-f]{{12}})?)@([0-9]+)", reference)
     if match is None:
@@ -51,39 +53,38 @@ def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
     if match[1] != phase:
         return Checkpoint(match[1], int(match[2]))
     checkpoints = sealed(phase, store)
-    matching = {each: run for each, run in checkpoints.items() if each.node == reference}
+    matching = {checkpoint: run for checkpoint, run in checkpoints.items() if checkpoint.node == reference}
     if len(matching) > 1:
-        runs = ", ".join(f"{each} of run {run}" for each, run in matching.items())
+        runs = ", ".join(f"{checkpoint} of run {run}" for checkpoint, run in matching.items())
         raise RecipeError(
             f"{where} = {reference} fits {len(matching)} checkpoints: {runs}; write the one that is meant"
         )
     if not matching:
-        others = ", ".join(sorted({each.node for each in checkpoints}, key=lambda node: int(node.split("@")[1])))
+        nodes = {checkpoint.step: checkpoint.node for checkpoint in checkpoints}
+        others = ", ".join(node for _, node in sorted(nodes.items()))
         hint = f"there are {others}" if others else "run the recipe to continue from first"
         raise RecipeError(f"{where} = {reference} is not sealed under {store.artifacts}; {hint}")
     return next(iter(matching))
 
 
 def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
-    """Every sealed checkpoint of a phase with the run that made it. A checkpoint without its statement is left out."""
+    """Returns every sealed checkpoint of a phase with the run that made it.
+
+    A checkpoint without its statement is left out.
+    """
     runs = {}
     for path in sorted(store.artifacts.glob(f"{phase}@*-*")):
         body = statement(path.name, store)
-        if body is not None:
-            of = provenance.parameters_of(body).get("of")
-            if of is None:
-                continue
+        of = provenance.parameters_of(body).get("of") if body else None
+        if body and of:
             runs[Checkpoint(of["key"], of["step"])] = provenance.invocation(body).split("/")[0]
     return runs
 
 
 def statement(key: str, store: Store) -> provenance.Statement | None:
-    """The statement that made a checkpoint; None if either is not here, or damaged, which is reported."""
-    if not store.sealed(key):
-        return None
-    try:
-        sealed_by = provenance.sealed(store.ledger, store.manifest(key))
-    except Damaged as error:
-        json_files.report(error, "this checkpoint is left out")
-        return None
+    """Returns the statement that made a checkpoint; None if either is not here, or damaged, which is reported."""
+    sealed_by = None
+    with json_files.reporting("this checkpoint is left out"):
+        if store.sealed(key):
+            sealed_by = provenance.sealed(store.ledger, store.manifest(key))
     return sealed_by[1] if sealed_by else None

@@ -10,8 +10,8 @@ from typing import Any, Protocol, cast
 from pydantic import ValidationError
 
 from pipeline.core import provenance
-from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.source_code import code_digests
 from pipeline.core.stage import Config, Stage, identity
 from pipeline.core.store import Store, canonical, sha256_bytes
 from pipeline.core.text import escaped
@@ -22,32 +22,29 @@ from pipeline.graph.recipe import Recipe, explain
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of a recipe's graph: its resolved config and the nodes that feed it, by role.
-
-    external: keys of further input artifacts from earlier runs, by role.
-    """
+    """One stage of a recipe's graph."""
 
     name: str
     stage: Stage
     config: Config
+    # The nodes that feed it, by role.
     inputs: dict[str, str]
     key: str
+    # The keys of further input artifacts from earlier runs, by role.
     external: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The nodes in topological order: each follows its inputs.
-
-    absent: sentences on sources whose files are missing; such a graph can be shown but not run.
-    """
+    """The nodes in topological order: each follows its inputs."""
 
     recipe: Recipe
     nodes: dict[str, Node]
+    # Sentences on sources whose files are missing; such a graph can be shown but not run.
     absent: tuple[str, ...] = ()
 
     def upstream(self, names: set[str]) -> set[str]:
-        """`names` and all their inputs, direct and indirect."""
+        """Returns `names` and all their inputs, direct and indirect."""
         needed = set(names)
         for name in reversed(self.nodes):
             if name in needed:
@@ -55,11 +52,14 @@ class Graph:
         return needed
 
     def materials(self, node: Node) -> dict[str, str]:
-        """The keys of all inputs of a node, by role."""
+        """Returns the keys of all inputs of a node, by role."""
         return {role: self.nodes[name].key for role, name in node.inputs.items()} | dict(node.external)
 
     def select(self, until: str | None, only: str | None) -> list[str]:
-        """The nodes that a command selects, in order. Raises AtomError for a stage that the recipe does not have."""
+        """Returns the nodes that a command selects, in order.
+
+        Raises AtomError for a stage that the recipe does not have.
+        """
         for name in (until, only):
             if name is not None and name not in self.nodes:
                 near = difflib.get_close_matches(name[:100], self.nodes, 1)
@@ -115,30 +115,32 @@ def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ..
         keys = {role: nodes[name].key for role, name in spec.inputs.items()} | external
         digest = sha256_bytes(canonical([stage.name, stage.version, identity(config), keys]))
         nodes[spec.name] = Node(spec.name, stage, config, dict(spec.inputs), f"{spec.name}-{digest[:12]}", external)
+    # After all configs, so that a mistake in one of them is reported first.
     for node in nodes.values():
         _check_size(f"{recipe.title}, stage {node.name}", node)
     return Graph(recipe, nodes, absent)
 
 
 class Composer(Protocol):
-    """The part of a definition that composes the graph of a recipe. problems: a sentence for each contradiction between
-    sections or files; `compose` raises the first."""
+    """The part of a definition that composes the graph of a recipe."""
 
     def compose(self, recipe: Recipe, store: Store, without_data: bool) -> Graph: ...
 
-    def problems(self, recipe: Recipe) -> Iterator[str]: ...
+    def problems(self, recipe: Recipe) -> Iterator[str]:
+        """Yields a sentence for each contradiction between sections or files; `compose` raises the first."""
 
 
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
-    """The graph of a recipe by the registered definition. Raises RecipeError.
+    """Returns the graph of a recipe by the registered definition. Raises RecipeError.
 
-    without_data: source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
+    Args:
+        without_data: Source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
     """
     return cast(Composer, registry.definition()).compose(recipe, store, without_data)
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each contradiction between the sections of a recipe, or with its data recipe."""
+    """Yields a sentence for each contradiction between the sections of a recipe, or with its data recipe."""
     return cast(Composer, registry.definition()).problems(recipe)
 
 
@@ -155,12 +157,12 @@ def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], 
             )
 
 
+# The limit for a training phase; the largest runs until 2025 took about 5e26 (epoch.ai/data/ai-models).
 MOST_FLOPS = 1e27
-"""The limit for a training phase; the largest runs until 2025 took about 5e26 (epoch.ai/data/ai-models)."""
+# Bytes of one rank, on whatever device: 4 TiB. The largest accelerators have 288 GB.
 MOST_MEMORY = 2**42
-"""Bytes of one rank, on whatever device: 4 TiB. The largest accelerators have 288 GB."""
+# Bytes of the checkpoints of a phase: an exabyte, more than the largest file systems of clusters hold.
 MOST_DISK = 1e18
-"""Bytes of the checkpoints of a phase: an exabyte, more than the largest file systems of clusters hold."""
 
 
 def _check_size(where: str, node: Node) -> None:
@@ -185,39 +187,43 @@ def _check_size(where: str, node: Node) -> None:
             )
 
 
-def names_in_words(names: Iterable[str], most: int = 60) -> str:
+# Names in a sentence.
+MOST_NAMES = 60
+
+
+def names_in_words(names: Iterable[str]) -> str:
     """Names as a phrase; only the first ones if there are many."""
-    every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    every_name = list(names)
+    rest = len(every_name) - MOST_NAMES
+    return ", ".join(every_name[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @dataclass(frozen=True)
 class State:
-    """The state of a node's artifact without hashing: `sealed`, `stale` (sealed by other code), `damaged` or `to run`.
-    damage: the damage in words."""
+    """The state of a node's artifact, without hashing."""
 
     name: str
     key: str
+    # `sealed`, `stale` (sealed by other code), `damaged` or `to run`.
     text: str
+    # The modules of a stale one.
     changed: tuple[str, ...] = ()
+    # The damage in words.
     damage: str | None = None
 
 
 def states(graph: Graph, store: Store) -> dict[str, State]:
-    """The state of every node. A stale artifact is still used: its key matches the requested work."""
-    out = {}
-    for name, node in graph.nodes.items():
-        text = "to run"
-        changed: tuple[str, ...] = ()
-        if store.sealed(node.key):
-            if damage := store.damage(node.key):
-                out[name] = State(name, node.key, "damaged", damage=damage)
-                continue
-            artifact = store.manifest(node.key)
-            statement = provenance.sealed(store.ledger, artifact)
-            now = code_digests(registry.stages()[node.stage.name], node.stage.code(node.config))
-            then = provenance.code_of(statement[1]) if statement else now
-            changed = tuple(sorted(m for m in set(now) | set(then) if now.get(m) != then.get(m)))
-            text = "stale" if changed else "sealed"
-        out[name] = State(name, node.key, text, changed)
-    return out
+    """Returns the state of every node. A stale artifact is still used: its key matches the requested work."""
+    return {name: _state(node, store) for name, node in graph.nodes.items()}
+
+
+def _state(node: Node, store: Store) -> State:
+    if not store.sealed(node.key):
+        return State(node.name, node.key, "to run")
+    if damage := store.damage(node.key):
+        return State(node.name, node.key, "damaged", damage=damage)
+    statement = provenance.sealed(store.ledger, store.manifest(node.key))
+    now = code_digests(registry.stages()[node.stage.name], node.stage.code(node.config))
+    then = provenance.code_of(statement[1]) if statement else now
+    changed = tuple(sorted(module for module in now | then if now.get(module) != then.get(module)))
+    return State(node.name, node.key, "stale" if changed else "sealed", changed)

@@ -25,8 +25,8 @@ from pipeline.core.text import escaped, shown, unprintable
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph import registry
 
+# Characters of an error message; some list all known names.
 LONGEST_SENTENCE = 1000
-"""Characters of an error message; some list all known names."""
 Hours = Annotated[float, Range(0, 1e11, "a million GPUs use 1e10 hours in a year", above=True)]
 
 
@@ -49,19 +49,19 @@ class Identity(Config):
 
 
 def schema() -> type[Identity]:
-    """The recipe's class: `Identity` and one field per section."""
+    """Returns the recipe's class: `Identity` and one field per section."""
     recipe_class = registry.definition().RECIPE
     assert issubclass(recipe_class, Identity)
     return recipe_class
 
 
 LOCK_SUFFIX = ".lock.yaml"
+# Of a lock file: a hundred thousand files.
 LOCK_BYTES = 2**24
-"""Of a lock file: a hundred thousand files."""
 
 
 def lock_of(data_path: Path) -> Path:
-    """The lock file of a data recipe, `NAME.lock.yaml` beside it, which may be missing."""
+    """Returns the lock file of a data recipe, `NAME.lock.yaml` beside it, which may be missing."""
     return data_path.with_suffix(LOCK_SUFFIX)
 
 
@@ -72,6 +72,7 @@ class Recipe:
     path: Path
     config: Identity
     data: Config
+    # The files by their place in the folder of a run.
     files: dict[str, bytes]
 
     @property
@@ -81,7 +82,7 @@ class Recipe:
 
 
 def find(reference: str, package: str, kind: str, base: Path | None = None, folder: Path | None = None) -> Path:
-    """A YAML file by its name among the packaged ones and those of `folder`, or by its path from `base`.
+    """Returns a YAML file by its name among the packaged ones and those of `folder`, or by its path from `base`.
 
     Raises RecipeError if there is none, with the existing names, or if both folders have one.
     """
@@ -113,22 +114,25 @@ def find(reference: str, package: str, kind: str, base: Path | None = None, fold
 
 @dataclass(frozen=True)
 class Mistake:
-    """One error of a validation. location: of the field, as pydantic has it; text: a sentence that begins with the
-    field."""
+    """One error of a validation."""
 
+    # The place of the field, as pydantic has it.
     location: tuple[str | int, ...]
     field: str
+    # A sentence that begins with the field.
     text: str
 
 
 def mistakes(error: ValidationError, model: type[BaseModel], raw: Any = None) -> list[Mistake]:
-    """Every error of a validation. With the raw mapping, the sentences name list items by their names."""
+    """Returns every error of a validation. With the raw mapping, the sentences name list items by their names."""
     return [_mistake(row, model, raw) for row in error.errors()]
 
 
 def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
-    """The first error of a validation as one sentence. With the raw mapping, the sentence names list items by their
-    names."""
+    """Returns the first error of a validation as one sentence.
+
+    With the raw mapping, the sentence names list items by their names.
+    """
     rows = error.errors()
     suffix = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
     return RecipeError(f"{title}: {_mistake(rows[0], model, raw).text}{suffix}")
@@ -157,8 +161,8 @@ def _mistake(row: Any, model: type[BaseModel], raw: Any) -> Mistake:
 
 
 def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
-    """The parts of a location for the author of a recipe: a list item has its `name`, if there is one, in place of its
-    index; the chosen class is left out."""
+    """Returns the parts of a location for the author of a recipe: a list item has its `name`, if there is one, in
+    place of its index; the chosen class is left out."""
     out = []
     for number, part in enumerate(location):
         if part == "[key]" or (
@@ -175,7 +179,7 @@ def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """The field names of the possible config classes at a location of the schema."""
+    """Returns the field names of the possible config classes at a location of the schema."""
     classes = [model]
     for part in location:
         fields = [each.model_fields[part] for each in classes if part in each.model_fields]
@@ -187,14 +191,14 @@ def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes within a type, such as those of `tuple[A | B, ...]`."""
+    """Returns the config classes within a type, such as those of `tuple[A | B, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [each for part in get_args(annotation) for each in _classes(part)]
 
 
 def _tags(model: type[BaseModel]) -> set[Any]:
-    """The tags that choose a class among others."""
+    """Returns the tags that choose a class among others."""
     types = [info.annotation for info in model.model_fields.values()]
     return {word for kind in types if get_origin(kind) is Literal for word in get_args(kind)}
 

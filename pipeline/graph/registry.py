@@ -13,44 +13,43 @@ from typing import Protocol, cast
 from pipeline.core.stage import Config, Stage
 
 DEFINITION = "stages.graph"
+# Modules with commands of `atom` beside the engine's, each as `app`. Importing one must stay cheap, too.
 COMMANDS = ("stages.commands", "release.commands")
-"""Modules with commands of `atom` beside the engine's, each as `app`. Importing one must stay cheap, too."""
 
 
 class Definition(Protocol):
-    """The contents of that module.
+    """The contents of that module, which also has the members of `pipeline.graph.dag.Composer`."""
 
-    STAGES: the module of each stage by name. RECIPE, DATA_RECIPE: the classes of a recipe and of a data recipe.
-    load_data_recipe: reads the file that a recipe names as its data. extension_modules: the Python modules that such a
-    file adds, by their paths. start_from: the fields of that section for a
-    published model. It also has the members of `pipeline.graph.dag.Composer`.
-    """
-
+    # The module of each stage by name.
     STAGES: dict[str, str]
+    # The classes of a recipe and of a data recipe.
     RECIPE: type[Config]
     DATA_RECIPE: type[Config]
 
-    def load_data_recipe(self, content: bytes, path: Path) -> Config: ...
+    def load_data_recipe(self, content: bytes, path: Path) -> Config:
+        """Reads the file that a recipe names as its data."""
 
-    def extension_modules(self, data: Config, path: Path) -> dict[str, bytes]: ...
+    def extension_modules(self, data: Config, path: Path) -> dict[str, bytes]:
+        """Returns the Python modules that such a file adds, by their paths."""
 
-    def start_from(self, model: str) -> dict[str, str]: ...
+    def start_from(self, model: str) -> dict[str, str]:
+        """Returns the fields of the section `start_from` for a published model."""
 
 
 @cache
 def definition() -> Definition:
-    """The registered module."""
+    """Returns the registered module."""
     return cast(Definition, importlib.import_module(DEFINITION))
 
 
 def stages() -> dict[str, str]:
-    """{stage: its module}"""
+    """Returns {stage: its module}."""
     return definition().STAGES
 
 
 @cache
 def stage(name: str) -> Stage:
-    """The stage of that name."""
+    """Returns the stage of that name."""
     registered: Stage = importlib.import_module(stages()[name]).STAGE
     assert registered.name == name, f"{stages()[name]} registers itself as {registered.name}"
     return registered

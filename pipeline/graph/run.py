@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 import pipeline
-from pipeline.core import atomic_files, json_files, users
+from pipeline.core import atomic_files, json_files, process
 from pipeline.core.environment import git_commit
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import Tail, figures_of
@@ -30,16 +30,17 @@ from pipeline.graph.dag import Graph
 from pipeline.graph.recipe import Recipe
 
 NAME = r"^[A-Za-z0-9][\w@.-]*$"
+# Of a run, a node or an artifact: one part of a path.
 Name = Annotated[str, Field(pattern=NAME)]
-"""Of a run, a node or an artifact: one part of a path."""
 
 
 class NodeRow(TypedDict):
-    """A stage of a run. inputs: the keys of its inputs, by role; older runs do not have them."""
+    """A stage of a run."""
 
     name: Name
     stage: str
     key: Name
+    # The keys of its inputs, by role.
     inputs: NotRequired[dict[str, Name]]
 
 
@@ -57,18 +58,19 @@ class Limits(TypedDict):
 
 
 class LauncherFields(TypedDict):
-    """The fields that a launcher adds to run.json. launcher: where the stages run, whatever has become of their jobs;
-    cluster: name of the profile; code: the snapshot that the jobs run from."""
+    """The fields that a launcher adds to run.json."""
 
+    # Where the stages run, whatever has become of their jobs.
     launcher: Literal["local", "slurm"]
     prices: NotRequired[Prices | None]
+    # The name of the profile.
     cluster: NotRequired[str]
+    # The snapshot that the jobs run from.
     code: NotRequired[Name]
 
 
 class Body(LauncherFields):
-    """run.json. commit, dirty: of the checkout that the run began from; older runs do not have them. refused: why its
-    jobs were not submitted, in one sentence."""
+    """The content of run.json."""
 
     id: Name
     recipe: str
@@ -76,28 +78,34 @@ class Body(LauncherFields):
     recipe_path: str
     profile: str
     nodes: Annotated[list[NodeRow], Field(min_length=1)]
+    # The commit of the checkout that the run began from, and whether it was changed since.
     commit: NotRequired[str | None]
     dirty: NotRequired[bool]
     budget: NotRequired[Limits | None]
+    # The reason why its jobs were not submitted, in one sentence.
     refused: NotRequired[str]
 
 
 class JobRow(TypedDict):
-    """A line of jobs.jsonl. user: whose job it is, if it is not that of the run's owner."""
+    """A line of jobs.jsonl: the Slurm job of a node."""
 
     node: Name
     job: str
+    # Another run submitted it, perhaps of another user.
     attached: bool
+    # The user whose job it is, if it is not that of the run's owner.
     user: NotRequired[str]
+    # The job array for its shards.
     array: NotRequired[str | None]
     shards: NotRequired[int]
+    # The job arrays of its servers.
     servers: NotRequired[list[str]]
 
 
+# The message about a stage that recorded no end.
 CUT_OFF = "its process is gone; run the same command to go on"
-"""The message about a stage that recorded no end."""
+# The state of the stages whose jobs were not submitted.
 REFUSED = "refused"
-"""The state of the stages whose jobs were not submitted."""
 BODY = TypeAdapter(Body)
 JOB: TypeAdapter[JobRow] = TypeAdapter(JobRow)
 
@@ -120,11 +128,16 @@ class Run(RunFolder):
     body: Body
 
     def note_job(
-        self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1,
-        servers: list[str] | None = None, user: str | None = None,
-    ) -> None:  # fmt: skip
-        """Records the Slurm job of a node. attached: another run submitted it, perhaps of another user; array: the job
-        array for its shards, with the number of its tasks; servers: the job arrays of its servers."""
+        self,
+        node: str,
+        job: str,
+        attached: bool,
+        array: str | None = None,
+        shards: int = 1,
+        servers: list[str] | None = None,
+        user: str | None = None,
+    ) -> None:
+        """Records the Slurm job of a node, durably: a row of jobs.jsonl."""
         row: JobRow = {"node": node, "job": job, "attached": attached, "array": array, "shards": shards}
         if servers is not None:
             row["servers"] = servers
@@ -150,16 +163,16 @@ class Run(RunFolder):
         return self.body["launcher"] == "slurm"
 
     def users(self) -> set[str]:
-        """The users whose jobs it waits for. Raises OSError."""
+        """Returns the users whose jobs it waits for. Raises OSError."""
         return {self.owner, *(row["user"] for row in self.jobs().values() if "user" in row)}
 
     @property
     def owner(self) -> str:
         """The user who began it. Raises OSError."""
-        return users.owner(self.folder / "run.json")
+        return process.owner_of(self.folder / "run.json")
 
     def jobs(self) -> dict[str, JobRow]:
-        """The latest submission of each node; empty for a local run."""
+        """Returns the latest submission of each node; empty for a local run."""
         tail = Tail(self.folder / "jobs.jsonl", JOB)
         rows = {row["node"]: row for row in tail.read()}
         if tail.cut:
@@ -180,8 +193,8 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str, launche
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_files.write(path, data, durable=True)
     nodes: list[NodeRow] = [
-        {"name": n, "stage": node.stage.name, "key": node.key, "inputs": graph.materials(node)}
-        for n, node in ((name, graph.nodes[name]) for name in selected)
+        {"name": node.name, "stage": node.stage.name, "key": node.key, "inputs": graph.materials(node)}
+        for node in (graph.nodes[name] for name in selected)
     ]
     commit, dirty = _commit()
     body: Body = {
@@ -207,7 +220,7 @@ def _write_body(folder: Path, body: Body) -> None:
 
 @cache
 def _commit() -> tuple[str | None, bool]:
-    """The commit of this process's code, and whether it was changed since."""
+    """Returns the commit of this process's code, and whether it was changed since."""
     return git_commit(Path(pipeline.__path__[0]).parent)
 
 
@@ -222,7 +235,7 @@ def require_same_recipe(run: Run, recipe: Recipe) -> None:
 
 
 def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
-    """All runs, oldest first, and the unreadable ones."""
+    """Returns all runs, oldest first, and the unreadable ones."""
     dated_runs, damaged = [], []
     for name in json_files.names(store.logs):
         path = store.logs / name / "run.json"
@@ -232,10 +245,10 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
                 raise Damaged(path, f"it says that it is of run {body['id']}")
             dated_runs.append((path.stat().st_mtime, Run(name, path.parent, body)))
         except FileNotFoundError:
-            nowhere = path.parent.is_symlink() and not path.parent.exists()  # perhaps its disk is not mounted
-            if path.parent.is_symlink() or _has_begun(path.parent):
-                why = "its folder is a link that leads nowhere" if nowhere else "it is missing"
-                damaged.append(Damaged(path, why))
+            if path.parent.is_symlink() and not path.parent.exists():  # perhaps its disk is not mounted
+                damaged.append(Damaged(path, "its folder is a link that leads nowhere"))
+            elif path.parent.is_symlink() or _has_begun(path.parent):
+                damaged.append(Damaged(path, "it is missing"))
         except Damaged as error:
             damaged.append(error)
     return [run for _, run in sorted(dated_runs, key=lambda item: (item[0], item[1].id))], damaged
@@ -259,30 +272,32 @@ def _has_begun(folder: Path) -> bool:
 
 
 def runs(store: Store) -> list[Run]:
-    """All readable runs, oldest first; the others are reported."""
+    """Returns all readable runs, oldest first; the others are reported."""
     try:
         readable, damaged = read_all(store)
     except Damaged as error:
         json_files.report(error, "no run is known")
         return []
-    for each in damaged:
-        json_files.report(each, "that run is left out")
+    for damage in damaged:
+        json_files.report(damage, "that run is left out")
     return readable
 
 
 def find(store: Store, reference: str | None) -> Run:
-    """The run whose id starts with `reference`, or the latest. Raises AtomError if there is none, if there are several,
-    or if it is unreadable."""
+    """Returns the run whose id starts with `reference`, or the latest.
+
+    Raises AtomError if there is none, if there are several, or if it is unreadable.
+    """
     readable, damaged = read_all(store)
-    for each in damaged:
-        id = each.path.parent.name
+    for damage in damaged:
+        id = damage.path.parent.name
         if reference is not None and id.startswith(reference):
-            raise each
-        if reference is None and (not readable or _written(each.path) > _written(readable[-1].folder / "run.json")):
+            raise damage
+        if reference is None and (not readable or _written(damage.path) > _written(readable[-1].folder / "run.json")):
             others = f"name another, such as {readable[-1].id}, or " if readable else ""
-            raise Damaged(each.path, each.why, f"{id} is the latest run: {others}remove its folder")
-    for each in damaged:
-        json_files.report(each, "that run is left out")
+            raise Damaged(damage.path, damage.why, f"{id} is the latest run: {others}remove its folder")
+    for damage in damaged:
+        json_files.report(damage, "that run is left out")
     if not readable:
         raise AtomError(f"there is no run under {store.logs}; start one with `atom run RECIPE`, or set ATOM_HOME")
     if reference is None:
@@ -300,38 +315,45 @@ class NodeStatus:
 
     name: str
     key: str
-    state: str  # sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, lost or hidden
+    # Sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, lost or hidden.
+    state: str
     done: float = 0
     total: float = 0
     unit: str = ""
     figures: dict[str, float] | None = None
-    seconds: float | None = None  # of all attempts
+    # Seconds of all attempts.
+    seconds: float | None = None
     ranks: int | None = None
-    eta: float | None = None  # seconds
-    job: str | None = None  # of Slurm, and so is what follows
-    user: str | None = None  # whose job it is, if not the run's owner's
+    # Remaining seconds.
+    eta: float | None = None
+    # Of a job of Slurm: its id, its user if that is not the run's owner, and what Slurm says of it.
+    job: str | None = None
+    user: str | None = None
     nodes: str | None = None
     elapsed: str | None = None
     restarts: int | None = None
     reason: str | None = None
-    servers: str | None = None  # how many of its servers run, and how many wait
-    slow: str | None = None  # the rank for which the others wait
-    alert: str | None = None  # the cause for which its job waits, if a person must act
-    waits_since: float | None = None  # seconds since the epoch
-    last_report: float | None = None  # seconds since the epoch
+    # How many of its servers run, and how many wait.
+    servers: str | None = None
+    # The rank for which the others wait.
+    slow: str | None = None
+    # The cause for which its job waits, if a person must act.
+    alert: str | None = None
+    # Seconds since the epoch.
+    waits_since: float | None = None
+    # Seconds since the epoch.
+    last_report: float | None = None
     message: str = ""
-    kind: str | None = None  # of the failure in `message`
+    # The kind of the failure in `message`.
+    kind: str | None = None
     events: EventSummary | None = field(default=None, repr=False, compare=False)
 
     @property
     def detail(self) -> str:
         """The state of the stage in one line of words."""
         servers = f"servers: {self.servers}" if self.servers else ""
-        return (
-            self.message
-            or self.reason
-            or "; ".join(filter(None, (self.slow, servers, figures_text(self.figures or {}))))
-        )
+        parts = (self.slow, servers, figures_text(self.figures or {}))
+        return self.message or self.reason or "; ".join(part for part in parts if part)
 
     @property
     def times(self) -> tuple[str, str, str]:
@@ -356,14 +378,15 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
     present = holder(store.work(key))
     running = present is not None and present.alive
     end = last if last and last["event"] == "end" else None
+    reported: dict[str, Any] = {}
+    if progress:
+        reported = {name: progress[name] for name in ("done", "total", "unit")}
+        reported["figures"] = figures_of(progress) or None
     node_so_far = NodeStatus(
         name,
         key,
         "waiting",
-        done=progress["done"] if progress else 0,
-        total=progress["total"] if progress else 0,
-        unit=progress["unit"] if progress else "",
-        figures=(figures_of(progress) or None) if progress else None,
+        **reported,
         seconds=summary.seconds(time.time() if running else None),
         ranks=begun["ranks"] if begun else None,
         eta=eta,
@@ -373,6 +396,7 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
     )
     if not running and tail.cut:
         json_files.report(Damaged(tail.path, "its last line is cut"), "the other lines count")
+    # The artifact outranks the lease, and the lease the events: an old process may still hold or write them.
     if store.sealed(key):
         if tail.path.is_file() and not (tail.cut or tail.offset):
             json_files.report(Damaged(tail.path, "it is empty"), "what the stage did is not known")

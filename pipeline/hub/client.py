@@ -1,7 +1,7 @@
 """Access to the `huggingface_hub` client: with a late import, without output, with retries, and with one sentence for
-each error.
+each error. `RemoteRepository` is what a repository contains, as the Hub lists it.
 
-No other module imports it.
+No other module imports that client.
 """
 
 from __future__ import annotations
@@ -11,32 +11,34 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
-from pipeline.core.text import printable
+from pipeline.core.text import printable, shown
 from pipeline.hub import limits
 from pipeline.hub.limits import PUBLIC_HUB, HubLimit
 
+# Status codes after which a call is repeated.
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
-"""Status codes after which a call is repeated."""
 ATTEMPTS = 6
+# The number of attempts without any answer.
 UNREACHABLE_ATTEMPTS = 3
-"""The number of attempts without any answer."""
+# The number of files that are downloaded at the same time.
 DOWNLOADS = 8
-"""The number of files that are downloaded at the same time."""
 MAX_RETRY_SECONDS = 60.0
+# The maximum number of files, branches or commits that a Hub may list.
 MAX_LISTED = 1_000_000
-"""The maximum number of files, branches or commits that a Hub may list."""
+# The exceptions of the client, or of reading its return values, for JSON of another shape than a Hub's.
 SHAPE_ERRORS = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
-"""The exceptions of the client, or of reading its return values, for JSON of another shape than a Hub's."""
 
 
 class Changed(AtomError):
@@ -53,7 +55,7 @@ def endpoint() -> str:
 
 
 def load() -> Any:
-    """The module `huggingface_hub`, set up before its import: no telemetry, and Xet for the real Hub only."""
+    """Returns the module `huggingface_hub`, set up before its import: no telemetry, and Xet for the real Hub only."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     is_other_hub = endpoint() != PUBLIC_HUB
@@ -168,7 +170,8 @@ def _answer(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def _pause(error: Exception, attempt: int) -> float | None:
-    """Seconds until a failed call is repeated: the Hub's Retry-After, or 1, 2, 4, …; None if it is not repeated."""
+    """Returns seconds until a failed call is repeated: the Hub's Retry-After, or 1, 2, 4, …; None if it is not
+    repeated."""
     if isinstance(error, json.JSONDecodeError):  # a failing server's; the client reads some answers before their status
         return 2.0**attempt
     # the client's error for a failed download; its cause says why
@@ -182,7 +185,7 @@ def _pause(error: Exception, attempt: int) -> float | None:
 
 
 def api() -> Any:
-    """A client of HF_ENDPOINT with HF_TOKEN."""
+    """Returns a client of HF_ENDPOINT with HF_TOKEN."""
     return RetryingClient(load().HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or None))
 
 
@@ -203,71 +206,178 @@ def online() -> Iterator[None]:
 def translate_errors(action: str) -> Iterator[None]:
     """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError: a MachineError if another
     attempt may succeed."""
-    errors, http = load().errors, _http()
     try:
         yield
-    except HubLimit as error:
-        raise MachineError(f"{action}: {endpoint()} {printable(str(error))}") from None
-    except errors.RepositoryNotFoundError as error:
-        status = _status(error)
-        if status == 401 and os.environ.get("HF_TOKEN"):
-            raise AtomError(
-                f"{action}: {endpoint()} refuses the token in HF_TOKEN or hides this repository from it"
-            ) from None
-        raise AtomError(
-            f"{action}: {endpoint()} has no such repository, or it is private or gated and HF_TOKEN may not read it"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise Changed(f"{action}: the repository has no such revision") from None
-    except errors.HfHubHTTPError as error:
-        status, message = _status(error), _first_line(getattr(error, "server_message", None) or error)
-        if status == 401:
-            raise AtomError(
-                f"{action}: {endpoint()} refuses the token; set HF_TOKEN to a valid one with write access"
-            ) from None
-        if status == 403:
-            raise AtomError(
-                f"{action}: the token may not write there ({message}); use a namespace that is yours"
-            ) from None
-        if status == 412:
-            raise Changed(f"{action}: somebody else has changed it meanwhile") from None
-        kind = MachineError if status in RETRIED_STATUSES else AtomError
-        raise kind(f"{action}: {endpoint()} answers {status}: {message}") from None
-    except errors.LocalEntryNotFoundError as error:
-        raise MachineError(f"{action}: {endpoint()} cannot be read: {_first_line(error)}; try again") from None
-    except json.JSONDecodeError:
-        raise MachineError(
-            f"{action}: {endpoint()} sends a malformed answer, perhaps from a proxy; try again"
-        ) from None
-    except errors.LocalTokenNotFoundError:
-        raise AtomError(f"{action}: no token; set HF_TOKEN to one with write access") from None
-    except errors.HFValidationError as error:
-        raise AtomError(f"{action}: {_first_line(error)}") from None
-    except http.TimeoutException:
-        raise MachineError(f"{action}: {endpoint()} does not answer; try again later, or check HF_ENDPOINT") from None
-    except http.TooManyRedirects:
-        raise AtomError(f"{action}: {endpoint()} redirects in a circle; check HF_ENDPOINT") from None
-    except http.RemoteProtocolError as error:
-        raise MachineError(f"{action}: {endpoint()} interrupts or corrupts its answer: {_first_line(error)}") from None
-    except (http.HTTPError, http.InvalidURL, ConnectionError, errors.OfflineModeIsEnabled) as error:
-        raise MachineError(
-            f"{action}: {endpoint()} cannot be reached ({type(error).__name__}); check HF_ENDPOINT"
-        ) from None
-    except MalformedAnswer as error:
-        raise AtomError(f"{action}: {endpoint()} sends a malformed answer ({error}); check HF_ENDPOINT") from None
-    except OSError as error:
-        if error.errno is not None:  # the disk's
+    except Exception as error:
+        if (translated := _translated(error)) is None:
             raise
-        raise MachineError(
-            f"{action}: {endpoint()} sends other bytes than it announced: {_first_line(error)}"
-        ) from None
+        raise type(translated)(f"{action}: {translated}") from None
+
+
+def _translated(error: Exception) -> AtomError | None:
+    """Returns the AtomError for an error of the client; None for an error of something else."""
+    errors, http, hub = load().errors, _http(), endpoint()
+    if isinstance(error, HubLimit):
+        return MachineError(f"{hub} {printable(str(error))}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        if _status(error) == 401 and os.environ.get("HF_TOKEN"):
+            return AtomError(f"{hub} refuses the token in HF_TOKEN or hides this repository from it")
+        return AtomError(f"{hub} has no such repository, or it is private or gated and HF_TOKEN may not read it")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return Changed("the repository has no such revision")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _translated_status(_status(error), _first_line(getattr(error, "server_message", None) or error))
+
+    # The rest by their class alone. In this order, since some are kinds of others.
+    unreachable = (http.HTTPError, http.InvalidURL, ConnectionError, errors.OfflineModeIsEnabled)
+    rows: tuple[tuple[Any, type[AtomError], str], ...] = (
+        (errors.LocalEntryNotFoundError, MachineError, "{hub} cannot be read: {text}; try again"),
+        (json.JSONDecodeError, MachineError, "{hub} sends a malformed answer, perhaps from a proxy; try again"),
+        (errors.LocalTokenNotFoundError, AtomError, "no token; set HF_TOKEN to one with write access"),
+        (errors.HFValidationError, AtomError, "{text}"),
+        (http.TimeoutException, MachineError, "{hub} does not answer; try again later, or check HF_ENDPOINT"),
+        (http.TooManyRedirects, AtomError, "{hub} redirects in a circle; check HF_ENDPOINT"),
+        (http.RemoteProtocolError, MachineError, "{hub} interrupts or corrupts its answer: {text}"),
+        (unreachable, MachineError, "{hub} cannot be reached ({kind}); check HF_ENDPOINT"),
+        (MalformedAnswer, AtomError, "{hub} sends a malformed answer ({error}); check HF_ENDPOINT"),
+        (OSError, MachineError, "{hub} sends other bytes than it announced: {text}"),
+    )
+    for kinds, translation, sentence in rows:
+        if isinstance(error, kinds):
+            if kinds is OSError and error.errno is not None:
+                return None  # the disk's
+            fields = {"hub": hub, "text": _first_line(error), "kind": type(error).__name__, "error": error}
+            return translation(sentence.format(**fields))
+    return None
+
+
+def _translated_status(status: int | None, message: str) -> AtomError:
+    """Returns the AtomError for an answer of the Hub with an error status."""
+    if status == 401:
+        return AtomError(f"{endpoint()} refuses the token; set HF_TOKEN to a valid one with write access")
+    if status == 403:
+        return AtomError(f"the token may not write there ({message}); use a namespace that is yours")
+    if status == 412:
+        return Changed("somebody else has changed it meanwhile")
+    kind = MachineError if status in RETRIED_STATUSES else AtomError
+    return kind(f"{endpoint()} answers {status}: {message}")
 
 
 def _first_line(error: object) -> str:
-    """The first line of a message, safe to print."""
+    """Returns the first line of a message, safe to print."""
     return printable((str(error).splitlines() or [""])[0])
 
 
 def _status(error: Any) -> int | None:
     response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
+
+
+# The largest file that the Hub's client reads without Xet (`MAX_HTTP_DOWNLOAD_SIZE` of huggingface_hub 2.4). The Hub
+# itself recommends files below 200 GB and stores none above 500 GB (`docs/hub/storage-limits.md` of
+# github.com/huggingface/hub-docs, read at commit 003e04e94a59).
+FILE_BYTES = 50 * 10**9
+FOLDER_FILES = 10_000
+# A recommendation: the Hub refuses no repository for its files.
+REPOSITORY_FILES = 100_000
+# The longest part of a path and the longest path of a repository. File systems take 255 bytes and 4,096, of which the
+# client needs some for its own files beside them.
+PART_BYTES, PATH_BYTES = 240, 1000
+
+
+@dataclass(frozen=True)
+class Refs:
+    """{name: commit} of the branches and tags of a repository."""
+
+    branches: dict[str, str]
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a revision."""
+
+    # Its git blob id, or its SHA-256 if it is an LFS file.
+    id: str
+    # In bytes.
+    size: int
+
+
+@dataclass(frozen=True)
+class RemoteRepository:
+    """A repository at HF_ENDPOINT, read with HF_TOKEN.
+
+    Every method raises what the client raises, and MalformedAnswer: call it inside `translate_errors`.
+    """
+
+    # NAMESPACE/NAME.
+    id: str
+    # Model, dataset or space.
+    kind: str
+
+    def exists(self) -> bool:
+        return bool(api().repo_exists(self.id, repo_type=self.kind))
+
+    def is_private(self) -> bool:
+        info = api().repo_info(self.id, repo_type=self.kind)
+        with parsing():
+            return bool(info.private)
+
+    def refs(self) -> Refs:
+        refs = api().list_repo_refs(self.id, repo_type=self.kind)
+        with parsing():
+            return Refs(
+                {branch.name: _commit_id(branch.target_commit) for branch in refs.branches},
+                {tag.name: _commit_id(tag.target_commit) for tag in refs.tags},
+            )
+
+    def first_commit(self) -> str:
+        commits = api().list_repo_commits(self.id, repo_type=self.kind)
+        with parsing():
+            return _commit_id(commits[-1].commit_id)
+
+    def commit(self, revision: str) -> str:
+        """Returns the commit of a branch, a tag, or a commit."""
+        info = api().repo_info(self.id, repo_type=self.kind, revision=revision)
+        with parsing():
+            return _commit_id(info.sha)
+
+    def files(self, revision: str) -> dict[str, RemoteFile]:
+        """Returns {path: file} of a revision."""
+        entries = api().list_repo_tree(self.id, recursive=True, revision=revision, repo_type=self.kind)
+        with parsing():
+            return {
+                entry.path: RemoteFile(entry.lfs.sha256 if entry.lfs else entry.blob_id, int(entry.size))
+                for entry in entries
+                if hasattr(entry, "blob_id")
+            }
+
+
+def is_unsafe(path: str) -> bool:
+    """Returns True if a path leads outside its folder or into the client's own files, or is too long for a file
+    system."""
+    if not path.isprintable() or "\\" in path or len(path.encode()) > PATH_BYTES:
+        return True
+    parts = path.split("/")
+    reserved = ("", ".", "..", ".cache", ".git")
+    return any(part in reserved or len(part.encode()) > PART_BYTES for part in parts)
+
+
+def unsafe_path(paths: Iterable[str]) -> str | None:
+    """Returns the first of the paths of a repository that `is_unsafe`, or that is a file and also a folder of
+    another."""
+    sorted_paths = sorted(paths)
+    if unsafe := next(filter(is_unsafe, sorted_paths), None):
+        return unsafe
+    folders = {str(parent) for path in sorted_paths for parent in PurePosixPath(path).parents}
+    return next((path for path in sorted_paths if path in folders), None)
+
+
+def _commit_id(value: object) -> str:
+    """Returns the id of a commit, as the Hub states it.
+
+    Raises ValueError for anything else: the client makes paths of it.
+    """
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{40}", value):
+        raise ValueError(f"{shown(value)} is no commit")
+    return value

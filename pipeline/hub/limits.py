@@ -22,8 +22,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.text import shown
 
 PUBLIC_HUB = "https://huggingface.co"
+# The ETags of files that are accepted, of which the client makes names of files. Those of the Hub are digests.
 ETAG = re.compile('(W/)?"?[0-9A-Za-z][0-9A-Za-z._-]{0,127}"?')
-"""The ETags of files that are accepted, of which the client makes names of files. Those of the Hub are digests."""
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -59,8 +59,8 @@ class Limits:
     retry_after: int = 60
 
 
+# Read at each use, so that tests can be short.
 LIMITS = Limits()
-"""Read at each use, so that tests can be short."""
 
 
 @dataclass
@@ -86,8 +86,8 @@ class _Call:
 _call = _Call()
 _expected = 0
 _streams: WeakSet[_Stream] = WeakSet()
+# The connections that wait for the Hub at the moment.
 _waiting: set[_Stream] = set()
-"""The connections that wait for the Hub at the moment."""
 
 
 @contextmanager
@@ -135,7 +135,11 @@ def _watch(call: _Call, stop: threading.Event) -> None:
 
 
 def install(client: Any, endpoint: str) -> Any:
-    """Puts the limits under an httpx client, and returns it. endpoint: the Hub's address."""
+    """Puts the limits under an httpx client, and returns it.
+
+    Args:
+        endpoint: The Hub's address.
+    """
 
     def begin(request: Any) -> None:
         _begin_request(request, endpoint)

@@ -1,4 +1,13 @@
-"""One attempt at a node: its parameters, the statement about its end, and the checkpoints that it seals before."""
+"""One attempt at a node: its parameters, the records of its start, the statement about its end, and the checkpoints
+that it seals before.
+
+    work/<key>/starts.json               of every start of a stage that trains: time, commit, dirty, prediction
+    work/<key>/state/starts/0002.json    what the stage adds: restored step, device, comparison with the log
+    logs/<run>/<node>/start.json         of the latest start: settings and nodes, for MLflow
+
+The first two are for the statement of the stage, and name a start by the number of its lease. A killed start writes no
+statement, but stays in the next one's. Nothing depends on the third one.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +21,18 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+import pipeline
 from pipeline.core import atomic_files, environment, json_files, provenance
-from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, Failure, Kind, MachineError
-from pipeline.core.events import FileReport
-from pipeline.core.json_files import Damaged
+from pipeline.core.events import FileReport, Number
 from pipeline.core.lease import Lease, draft_folder
+from pipeline.core.provenance import Start
+from pipeline.core.source_code import code_digests
 from pipeline.core.stage import family, identity, operation
 from pipeline.core.store import Artifact, Store, digest_of, rows_of, sha256_file
 from pipeline.graph import registry
@@ -31,7 +41,89 @@ from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import Run
 from pipeline.launch.diagnoses import strip_paths
 from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, USAGE_SECONDS, Ranks, Usage
-from pipeline.launch.start_records import SETTINGS, StartRecords, StartSettings
+
+RECORDS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
+RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
+SETTINGS = "start.json"
+# The consequence of a damaged record.
+NOT_STATED = "what it says of earlier starts is not stated"
+# The name of a prediction's key; the rest is that of the predicted stage's key.
+PREDICTION = "prediction"
+
+
+def prediction_key(key: str) -> str:
+    """Returns the key of the prediction of a stage's product."""
+    return f"{PREDICTION}-{key.rpartition('-')[2]}"
+
+
+class StartRecords:
+    """The starts of a stage that trains.
+
+    Args:
+        folder: The folder of the work at a key.
+        number: The number of this start's lease.
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number = folder, number
+        self.path = folder / "starts.json"
+
+    def add(self, store: Store, key: str, started: float) -> None:
+        """Adds this start. Its prediction is the digest of the one that is sealed at this moment, None without one."""
+        commit, dirty = environment.git_commit(Path(pipeline.__path__[0]).parent)
+        predicted = prediction_key(key)
+        record: Start = {
+            "start": self.number,
+            "startedOn": provenance.clock(started),
+            "commit": commit,
+            "dirty": dirty,
+            "prediction": store.manifest(predicted).digest if store.sealed(predicted) else None,
+        }
+        atomic_files.write(self.path, json.dumps([*self._read(), record]))
+
+    def read(self) -> list[Start]:
+        """Returns all starts at the key, each with what its stage added."""
+        return [cast(Start, {**record, **self._of_stage(record)}) for record in self._read()]
+
+    def _read(self) -> list[Start]:
+        return json_files.read_optional(self.path, RECORDS, NOT_STATED) or []
+
+    def _of_stage(self, record: Start) -> dict[str, Any]:
+        path = self.folder / "state/starts" / f"{record.get('start', 0):04d}.json"
+        return json_files.read_optional(path, RECORD, NOT_STATED) or {}
+
+
+class StartSettings(TypedDict):
+    """The latest start of a stage, for MLflow."""
+
+    # The number of the lease, 1 for the first start at the key.
+    start: int
+    time: Number
+    # The part that is in the key.
+    config: dict[str, Any]
+    # The rest of the config.
+    operation: dict[str, Any]
+    ranks: int
+    gpus: int
+    # The layout of the ranks of a training phase, in words.
+    layout: str | None
+    # FLOPs of the model in training.
+    flops_per_token: Number | None
+    # FLOP/s of one GPU in the precision of the phase.
+    peak_flops: float | None
+    # The job and the nodes by Slurm; without it, None and the host.
+    job: str | None
+    nodes: str
+
+
+START_SETTINGS: TypeAdapter[StartSettings] = TypeAdapter(StartSettings)
+
+
+def read_settings(folder: Path) -> StartSettings | None:
+    """Returns the latest start of a stage with this folder of logs; None without one."""
+    consequence = "how the stage was started is not known"
+    start: StartSettings | None = json_files.read_optional(folder / SETTINGS, START_SETTINGS, consequence)
+    return start
 
 
 class _UsageFile(TypedDict):
@@ -63,7 +155,11 @@ class Task:
 
     @classmethod
     def of(cls, graph: Graph, store: Store, run: Run, node: Node, **resources: Any) -> Task:
-        """The parameters of a node's job in a run. resources: the fields that the launcher decides."""
+        """Returns the parameters of a node's job in a run.
+
+        Args:
+            resources: The fields that the launcher decides.
+        """
         return cls(
             home=str(store.home),
             run=run.id,
@@ -76,28 +172,23 @@ class Task:
         )
 
 
+# The file of a server's start whose time is its last sign of life; `started-0` has that of its beginning.
 ALIVE = "alive"
-"""The file of a server's start whose time is its last sign of life; `started-0` has that of its beginning."""
 
 
 def server_seconds(folder: Path, start: float, end: float) -> float:
-    """Seconds between two times in which the servers of a stage ran, of all together, by the clock of the file system.
-    folder: of the servers."""
+    """Returns seconds between two times in which the servers of a stage ran, of all together, by the clock of the file
+    system.
+
+    Args:
+        folder: The folder of the servers.
+    """
     seconds = 0.0
     for alive in folder.glob(f"ranks/*/{ALIVE}"):
         with suppress(OSError):  # its folder is being removed
             begin, last = alive.with_name("started-0").stat().st_mtime, alive.stat().st_mtime
             seconds += max(0.0, min(end, last) - max(start, begin))
     return seconds
-
-
-def _read_usage(path: Path) -> Usage | None:
-    """The recorded usage of a task of a job array; None, with a report, if it is unreadable."""
-    try:
-        return Usage(**json_files.read(path, USAGE))
-    except Damaged as error:
-        json_files.report(error, "what that task used is not counted")
-        return None
 
 
 class Attempt:
@@ -110,13 +201,17 @@ class Attempt:
         self.materials: dict[str, Artifact] = {}
         self.started, self.usage_at_start = time.time(), Usage.now()
         self.code = code_digests(registry.stages()[task.stage], self.stage.code(self.config))
+        # The distinct operational configs of this attempt and of those that it resumed, the latest last.
         self.operations = [operation(self.config)]
-        """The distinct operational configs of this attempt and of those that it resumed, the latest last."""
+        # Of a stage that trains; the worker sets it.
         self.starts: StartRecords | None = None
-        """Of a stage that trains; the worker sets it."""
 
     def write_settings(self, number: int) -> None:
-        """Writes start.json. An error is printed, and the stage continues. number: of the lease."""
+        """Writes start.json. An error is printed, and the stage continues.
+
+        Args:
+            number: The number of the lease.
+        """
         path = self.store.logs / self.task.run / self.task.node / SETTINGS
         try:
             atomic_files.write(path, json.dumps(self._settings(number)))
@@ -130,7 +225,6 @@ class Attempt:
             "time": self.started,
             "config": identity(self.config),
             "operation": self.operations[-1],
-            "inputs": {role: {"key": a.key, "digest": a.digest} for role, a in sorted(self.materials.items())},
             "ranks": task.ranks,
             "gpus": task.gpus,
             "layout": training.layout if training else None,
@@ -141,9 +235,13 @@ class Attempt:
         }
 
     def record(self, artifact: Artifact, part: Checkpoint | None = None) -> None:
-        """Writes the statement of a product just before it is sealed. Raises AtomError if it must not be sealed.
+        """Writes the statement of a product just before it is sealed.
 
-        part: the kind of the product, if it is not the stage's own artifact.
+        Args:
+            part: The kind of the product, if it is not the stage's own artifact.
+
+        Raises:
+            AtomError: It must not be sealed.
         """
         self.refuse_second_digest(artifact)
         self._write_statement({artifact.key: artifact.digest}, "sealed", part, None if part else artifact)
@@ -190,11 +288,9 @@ class Attempt:
         usages = [Usage.now().since(self.usage_at_start), *([] if part else self.ranks.peer_usages(timeout))]
         if product is not None:  # usage of the tasks of a job array
             shards = self.store.logs / self.task.run / self.task.node / "shards"
-            usages += [
-                process_usage
-                for path in sorted(shards.glob("ranks/*/usage.json"))
-                if (process_usage := _read_usage(path))
-            ]
+            for path in sorted(shards.glob("ranks/*/usage.json")):
+                if record := json_files.read_optional(path, USAGE, "what that task used is not counted"):
+                    usages.append(Usage(**record))
         finished, cpu = time.time(), sum(process_usage.cpu_seconds for process_usage in usages)
         watts, gpu_seconds = self.task.watts_per_core, (finished - self.started) * self.task.gpus
         gpus = {"gpus": self.task.gpus, "gpu_seconds": round(gpu_seconds, 3)} if self.task.gpus else {}
@@ -216,7 +312,7 @@ class Attempt:
             "profile; not measured; cooling and idle power are left out",
             "figures": dict(self.report.figures),
         }
-        body = provenance.statement(
+        record = provenance.AttemptRecord(
             subject=subject,
             stage=self.stage.name,
             version=self.stage.version,
@@ -238,7 +334,7 @@ class Attempt:
             starts=None if part or self.starts is None else self.starts.read(),
             metrics=None if product is None else self.report.end_metrics(),
         )
-        provenance.write(self.store.ledger, part.key if part else self.task.key, body)
+        provenance.write(self.store.ledger, record.key, provenance.statement(record))
         if part is None:
             self.report.event("usage", **usage)
 

@@ -9,6 +9,7 @@ Slurm's accounting nor its queue, so other people's runs see the entries, too.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,7 +21,6 @@ from typing_extensions import TypedDict
 
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
-from pipeline.core.json_files import Damaged
 from pipeline.core.progress import duration
 from pipeline.core.store import Store
 from pipeline.graph.run import Name
@@ -40,8 +40,9 @@ _ENTRY: TypeAdapter[Any] = TypeAdapter(_Entry)
 
 @dataclass(frozen=True)
 class BadNode:
-    """until: Unix time in seconds. The job's script parses the file: `until` is its first field."""
+    """A node to avoid, and the start that failed there."""
 
+    # Unix time in seconds. The job's script parses the file: this is its first field.
     until: int
     node: str
     evidence: str
@@ -51,7 +52,7 @@ class BadNode:
 
     @property
     def sentence(self) -> str:
-        """The node, why and how long it is avoided, and the command that ends that."""
+        """One sentence: the node, the reason, for how long it is avoided, and the command that ends that."""
         remaining = duration(max(0.0, self.until - time.time()))
         return (
             f"node {self.node} is avoided for another {remaining} (stage {self.stage}, job {self.job}: "
@@ -64,31 +65,21 @@ def folder(store: Store) -> Path:
 
 
 def read(store: Store) -> list[BadNode]:
-    """The nodes to avoid now, by name. A damaged file is reported, and its node is not avoided."""
+    """Returns the nodes to avoid now, by name. A damaged file is reported, and its node is not avoided."""
     now = time.time()
     return [entry for entry in _entries(store) if entry.until > now]
 
 
 def _entries(store: Store) -> list[BadNode]:
-    """All entries, by the name of the node."""
+    """Returns all entries, by the name of the node. A damaged one is reported."""
+    names: list[str] = []
+    with json_files.reporting("no node is avoided"):
+        names = [name for name in json_files.names(folder(store)) if re.fullmatch(r"[^.].*\.json", name)]
     entries = []
-    try:
-        names = json_files.names(folder(store))
-    except Damaged as error:
-        json_files.report(error, "no node is avoided")
-        return []
     for name in names:
-        if name.startswith(".") or not name.endswith(".json"):
-            continue
-        try:
-            entry = BadNode(**json_files.read(folder(store) / name, _ENTRY))
-        except FileNotFoundError:  # it was cleared meanwhile
-            continue
-        except Damaged as error:
-            json_files.report(error, "that node is not avoided")
-            continue
-        if name == f"{entry.node}.json":
-            entries.append(entry)
+        body = json_files.read_optional(folder(store) / name, _ENTRY, "that node is not avoided")
+        if body and name == f"{body['node']}.json":
+            entries.append(BadNode(**body))
     return sorted(entries, key=lambda entry: entry.node)
 
 
@@ -96,19 +87,20 @@ def record(store: Store, entry: BadNode) -> None:
     """Writes the entry of a node, in the place of an earlier one, and removes those that have expired. Raises
     OSError."""
     folder(store).mkdir(exist_ok=True)
-    for expired in (each for each in _entries(store) if each.until <= time.time()):
-        (folder(store) / f"{expired.node}.json").unlink(missing_ok=True)
+    for known in _entries(store):
+        if known.until <= time.time():
+            (folder(store) / f"{known.node}.json").unlink(missing_ok=True)
     atomic_files.write(folder(store) / f"{entry.node}.json", json.dumps(asdict(entry)) + "\n")
 
 
 def clear(store: Store, nodes: Iterable[str]) -> list[str]:
     """Removes the entries of these nodes, or of all if none is named; returns the names. Raises AtomError, before any
     is removed, if one is not avoided."""
-    present = {entry.node for entry in read(store)}
-    if unknown := sorted(set(nodes) - present):
-        listed = ", ".join(sorted(present)) or "none"
+    avoided = {entry.node for entry in read(store)}
+    if unknown := sorted(set(nodes) - avoided):
+        listed = ", ".join(sorted(avoided)) or "none"
         raise AtomError(f"node {unknown[0]} is not avoided; those that are: {listed} (atom nodes)")
-    cleared = sorted(set(nodes) or present)
+    cleared = sorted(set(nodes) or avoided)
     for node in cleared:
         (folder(store) / f"{node}.json").unlink(missing_ok=True)
     return cleared

@@ -1,6 +1,7 @@
 """The script of a Slurm job: `batch.sh.jinja` with the values of a stage, a run and a cluster profile.
 
-It sets up the environment of the profile, runs the stage by srun, and acts on the decision of rank 0 (decision.py).
+It sets up the environment of the profile, runs the stage by srun, and acts on the decision of rank 0 (`Decision` in
+rendezvous.py).
 """
 
 from __future__ import annotations
@@ -23,66 +24,66 @@ from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
 from pipeline.launch import bad_nodes, clean_environment, diagnoses, preflight
 from pipeline.launch.cluster_profile import Allocation, Resources, Servers, Slurm
-from pipeline.launch.decision import Decision
 from pipeline.launch.local import JOB_ENVIRONMENT
+from pipeline.launch.rendezvous import Decision
 from pipeline.launch.slurm_client import Owner
 from pipeline.launch.slurm_options import options_of
 
+# Seconds before the second relaunch of launches that end within a minute; the third one waits twice as long.
 RELAUNCH_PAUSE_SECONDS = 30
-"""Seconds before the second relaunch of launches that end within a minute; the third one waits twice as long."""
+# How much earlier than asked for Slurm may signal a job before its time limit.
 EARLY_SIGNAL_SECONDS = 60
-"""How much earlier than asked for Slurm may signal a job before its time limit."""
 
 
 @dataclass(frozen=True)
 class BatchScript:
-    """The values of the template.
-
-    sbatch_options: without their dashes; True for one that takes no value.
-    forwarded_variables: of the process that submits; set before the modules. variables: set after them.
-    stage_variables: that the stage needs; set in between, unless a module has set them.
-    setup: lines of shell. python: the shell command for Python, perhaps in a container. has_image: whether that has an
-    image whose variables would take precedence over the job's.
-    submitit_folder: folder of the job's pickle and logs. launches_folder: folder of the launches.
-    restarts: number of restarts of a job whose attempts are not counted otherwise. relaunches: maximum number of
-    launches in one allocation after the first. relaunch_seconds: time that the job must have left for one.
-    step_nodes: number of nodes on which srun runs.
-    run_file: a file of the run, which a node with the home folder has.
-    served_folder, served_comment: of the script of the stage's job with which servers end, and its comment.
-    poll_seconds: how often each of the servers asks Slurm for that job.
-    server_job: the job of the first server, without which the stage does not begin; servers_folder: of their script.
-    nodes_folder: folder of the bad nodes, each of which is avoided for avoid_seconds.
-    """
+    """The values of the template."""
 
     run: str
     stage: str
+    # Options by their names without dashes; True for one that takes no value.
     sbatch_options: Mapping[str, str | int | bool]
+    # Variables of the process that submits, which are set before the modules.
     forwarded_variables: Mapping[str, str]
     modules: tuple[str, ...]
+    # Variables that are set after the modules.
     variables: Mapping[str, str]
+    # Lines of shell.
     setup: tuple[str, ...]
     srun_options: str
+    # The shell command for Python, perhaps in a container.
     python: str
+    # The folder of the job's pickle and logs, and that of the launches.
     submitit_folder: Path
     launches_folder: Path
     is_array: bool
+    # The number of restarts of a job whose attempts are not counted otherwise.
     restarts: int
+    # The folder of the bad nodes, each of which is avoided for so many seconds.
     nodes_folder: Path
     avoid_seconds: int
+    # A file of the run, which a node with the home folder has.
+    run_file: Path
+    # True if the container has an image whose variables would take precedence over the job's.
+    has_image: bool
+    # Variables that the stage needs, unless a module has set them.
     stage_variables: Mapping[str, str] = field(default_factory=dict)
+    # The most launches in one allocation after the first, and the seconds that the job must have left for one.
     relaunches: int = 0
     relaunch_seconds: int = 0
+    # The number of nodes on which srun runs.
     step_nodes: int = 1
-    run_file: Path = Path()
+    # For servers: the folder of the script of the stage's job, with which they end, and the comment of that job.
     served_folder: str = ""
     served_comment: str = ""
+    # For servers: the seconds after which each of them asks Slurm for that job again.
     poll_seconds: int = 10
+    # For a stage with servers: the job of the first one, which must have started, and the folder of their script.
     server_job: str = ""
     servers_folder: str = ""
-    has_image: bool = False
 
     def text(self) -> str:
-        """The script, as sbatch takes it."""
+        """Returns the script, as sbatch takes it."""
         of_profile = [name for name in self.forwarded_variables if name not in clean_environment.TAKEN_OVER]
         return _template().render(
             vars(self),
@@ -93,7 +94,7 @@ class BatchScript:
             decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "relaunch", "failed")},
             relaunch_variable=RELAUNCH_VARIABLE,
             open_files=preflight.OPEN_FILES,
-            diagnoses=diagnoses.script_values(),
+            diagnoses=diagnoses.FAILURES,
             no_home_exit_code=diagnoses.NO_HOME_CODE,
             with_home=shlex.join(
                 ["sh", "-c", f'[ -e "$0" ] || exit {diagnoses.NO_HOME_CODE}; exec "$@"', str(self.run_file)]
@@ -118,128 +119,168 @@ def _template() -> jinja2.Template:
     return environment.get_template("batch.sh.jinja")
 
 
-def batch_script(
-    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, dependencies: list[str], tasks: int = 0,
-    previous: str | None = None, server_job: str = "",
-) -> BatchScript:  # fmt: skip
-    """The script of a node's job, or of the array with that many tasks for its shards.
-
-    code: the snapshot to run from. dependencies: ids of the jobs that must succeed before. previous: that of a job to
-    wait for, however it ends. server_job: that of its first server, which must have started. Raises RecipeError if the
-    ranks do not fill nodes equally, or if a variable to forward looks like a secret.
-    """
-    needs = node.stage.needs(node.config)
-    allocation = slurm.allocation(node.name, needs)
-    options = _sbatch_options(slurm, allocation.jobs, allocation.all_nodes, allocation.ranks_per_node,
-                              allocation.cpus_per_task, allocation.requested_gpus_per_node)  # fmt: skip
-    conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
-    conditions += [f"afterany:{previous}"] if previous else []
-    conditions += [f"after:{server_job}"] if server_job else []
-    if conditions:
-        options["dependency"] = ",".join(conditions)
-    if tasks:
-        options["array"] = f"0-{tasks - 1}%{min(tasks, allocation.jobs.array_tasks or slurm.array_tasks)}"
-    if allocation.spare_nodes:
-        options["no-kill"] = True  # Slurm takes a lost node out of the job, and leaves the job its other nodes
-    script = _script(store, run, node, slurm, allocation.jobs, code, "shards" if tasks else "", options)
-    script = replace(script, stage_variables=needs.environment)
-    if not tasks:
-        script = _with_relaunches(script, slurm, allocation)
-    if not tasks and (servers := servers_of(slurm, node)):
-        announced = run.node_folder(node.name) / "servers" / "announced"
-        search = ServerSearch(str(announced), run.id, 60.0 * servers.wait_minutes)
-        script = replace(script, variables={**script.variables, **search.variable()}, server_job=server_job)
-        script = replace(script, servers_folder=f"/logs/{run.id}/{node.name}/servers/submitit/")
-    return script
-
-
-def _with_relaunches(script: BatchScript, slurm: Slurm, allocation: Allocation) -> BatchScript:
-    """The script of a stage's job, which may launch its ranks again, and which has spare nodes beside theirs."""
-    if allocation.spare_nodes:
-        place = f" --nodes={allocation.nodes} --ntasks={allocation.ranks}"
-        script = replace(script, srun_options=script.srun_options + place)
-    seconds = slurm.signal_before_limit_seconds + EARLY_SIGNAL_SECONDS
-    return replace(
-        script, relaunches=slurm.restarts_in_allocation, relaunch_seconds=seconds, step_nodes=allocation.nodes
-    )
-
-
 def servers_of(slurm: Slurm, node: Node) -> Servers | None:
-    """The servers that are submitted with a node; None without any."""
+    """Returns the servers that are submitted with a node; None without any."""
     return slurm.servers if node.stage.serve is not None and node.stage.takes_servers(node.config) else None
 
 
-def servers_script(
-    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, servers: Servers, numbers: str,
-    conditions: list[str],
-) -> BatchScript:  # fmt: skip
-    """The script of an array of a node's servers with these numbers, which end with the stage's job.
+@dataclass(frozen=True)
+class RunScripts:
+    """Makes the scripts of the jobs of a run.
 
-    conditions: dependencies in Slurm's notation. The first server starts before the stage's job, which then finds one
-    and holds no nodes while it waits; the others start once the stage's job has started.
+    Attributes:
+        store: The home.
+        run: The run.
+        slurm: The cluster.
+        code: The snapshot of the code to run from.
     """
-    options = _sbatch_options(slurm, servers, 1, 1, servers.cpus_per_task, servers.gpus_per_node)
-    options |= {"array": numbers} | ({"dependency": ",".join(conditions)} if conditions else {})
-    script = _script(store, run, node, slurm, servers, code, "servers", options)
-    return replace(
-        script,
-        served_folder=f"/logs/{run.id}/{node.name}/submitit/",
-        served_comment=Owner(run.id, node.name).comment(node.key),
-        poll_seconds=max(10, servers.count),  # all of them together ask Slurm at most once a second
-    )
 
+    store: Store
+    run: RunFolder
+    slurm: Slurm
+    code: Path
 
-def _script(
-    store: Store, run: RunFolder, node: Node, slurm: Slurm, jobs: Resources, code: Path, part: str,
-    options: dict[str, str | int | bool],
-) -> BatchScript:  # fmt: skip
-    """part: that of an Owner. options: of sbatch, beside those that each job has."""
-    variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
-    if slurm.scratch:
-        variables["TMPDIR"] = slurm.scratch
-    folder = run.node_folder(node.name) / part
-    log = folder / "submitit" / ("%A_%a_%t_log.out" if part else "%j_%t_log.out")
-    cores = f"--cpus-per-task={options['cpus-per-task']}"  # not every version of srun takes that of sbatch
-    options = {
-        "job-name": f"atom-{node.name}" + (f"-{part}" if part else ""),
-        "comment": Owner(run.id, node.name, part).comment(node.key),
-        **options,
-        "output": str(log).replace("%t", "0"),
-        "chdir": str(store.home),
-    }
-    # of a step, whose command is a shell
-    step = ["--unbuffered", "--output", str(log), "--export=ALL", "--mpi=none", f"--job-name={options['job-name']}"]
-    srun_options = [*step, cores, "--kill-on-bad-exit=1"]
-    return BatchScript(
-        run=run.id,
-        stage=node.name,
-        sbatch_options=dict(sorted(options.items())),
-        forwarded_variables=clean_environment.forwarded_variables(os.environ, slurm.forward),
-        modules=slurm.modules,
-        variables={**variables, **slurm.environment, **jobs.environment},
-        setup=slurm.setup,
-        srun_options=shlex.join([*srun_options, *_container_options(slurm, store, jobs.srun), *jobs.srun]),
-        python=_python(slurm, store),
-        submitit_folder=folder / "submitit",
-        launches_folder=folder / "ranks",
-        is_array=bool(part),
-        restarts=slurm.restarts,
-        nodes_folder=bad_nodes.folder(store),
-        avoid_seconds=slurm.avoid_seconds,
-        run_file=run.folder / "run.json",
-        has_image=_has_image(slurm),
-    )
+    def of_stage(
+        self,
+        node: Node,
+        dependencies: list[str],
+        tasks: int = 0,
+        previous: str | None = None,
+        server_job: str = "",
+    ) -> BatchScript:
+        """Returns the script of a node's job, or of the array for its shards.
+
+        Args:
+            node: The node.
+            dependencies: Ids of the jobs that must succeed before.
+            tasks: The number of tasks of the array; 0: the job of the stage.
+            previous: Id of a job to wait for, however it ends.
+            server_job: Id of the job of its first server, which must have started.
+
+        Raises:
+            RecipeError: The ranks do not fill nodes equally, or a variable to forward looks like a secret.
+        """
+        needs = node.stage.needs(node.config)
+        allocation = self.slurm.allocation(node.name, needs)
+        options = _sbatch_options(
+            self.slurm,
+            allocation.jobs,
+            allocation.all_nodes,
+            allocation.ranks_per_node,
+            allocation.cpus_per_task,
+            allocation.requested_gpus_per_node,
+        )
+        conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
+        conditions += [f"afterany:{previous}"] if previous else []
+        conditions += [f"after:{server_job}"] if server_job else []
+        if conditions:
+            options["dependency"] = ",".join(conditions)
+        if tasks:
+            options["array"] = f"0-{tasks - 1}%{min(tasks, allocation.jobs.array_tasks or self.slurm.array_tasks)}"
+        if allocation.spare_nodes:
+            options["no-kill"] = True  # Slurm takes a lost node out of the job, and leaves the job its other nodes
+        script = self._script(node, allocation.jobs, "shards" if tasks else "", options)
+        script = replace(script, stage_variables=needs.environment)
+        if not tasks:
+            script = self._with_relaunches(script, allocation)
+        if not tasks and (servers := servers_of(self.slurm, node)):
+            announced = self.run.node_folder(node.name) / "servers" / "announced"
+            search = ServerSearch(str(announced), self.run.id, 60.0 * servers.wait_minutes)
+            script = replace(
+                script,
+                variables={**script.variables, **search.variable()},
+                server_job=server_job,
+                servers_folder=f"/logs/{self.run.id}/{node.name}/servers/submitit/",
+            )
+        return script
+
+    def of_servers(self, node: Node, servers: Servers, numbers: str, conditions: list[str]) -> BatchScript:
+        """Returns the script of an array of a node's servers with these numbers, which end with the stage's job.
+
+        The first server starts before the stage's job, which then finds one and holds no nodes while it waits; the
+        others start once the stage's job has started.
+
+        Args:
+            node: The node.
+            servers: The section of the profile.
+            numbers: The numbers, as sbatch takes them.
+            conditions: Dependencies in Slurm's notation.
+        """
+        options = _sbatch_options(self.slurm, servers, 1, 1, servers.cpus_per_task, servers.gpus_per_node)
+        options |= {"array": numbers} | ({"dependency": ",".join(conditions)} if conditions else {})
+        return replace(
+            self._script(node, servers, "servers", options),
+            served_folder=f"/logs/{self.run.id}/{node.name}/submitit/",
+            served_comment=Owner(self.run.id, node.name).comment(node.key),
+            poll_seconds=max(10, servers.count),  # all of them together ask Slurm at most once a second
+        )
+
+    def _with_relaunches(self, script: BatchScript, allocation: Allocation) -> BatchScript:
+        """Returns the script of a stage's job, which may launch its ranks again, with spare nodes beside theirs."""
+        if allocation.spare_nodes:
+            place = f" --nodes={allocation.nodes} --ntasks={allocation.ranks}"
+            script = replace(script, srun_options=script.srun_options + place)
+        seconds = self.slurm.signal_before_limit_seconds + EARLY_SIGNAL_SECONDS
+        relaunches = self.slurm.restarts_in_allocation
+        return replace(script, relaunches=relaunches, relaunch_seconds=seconds, step_nodes=allocation.nodes)
+
+    def _script(self, node: Node, jobs: Resources, part: str, options: dict[str, str | int | bool]) -> BatchScript:
+        """Returns the script of a job.
+
+        Args:
+            part: The part of its Owner: `shards`, `servers`, or empty for the stage's job.
+            options: Options of sbatch, beside those that each job has.
+        """
+        run, store, slurm = self.run, self.store, self.slurm
+        variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(self.code), "PYTHONSAFEPATH": "1"}
+        variables["ATOM_HOME"] = str(store.home)
+        if slurm.scratch:
+            variables["TMPDIR"] = slurm.scratch
+        folder = run.node_folder(node.name) / part
+        log = folder / "submitit" / ("%A_%a_%t_log.out" if part else "%j_%t_log.out")
+        options = {
+            "job-name": f"atom-{node.name}" + (f"-{part}" if part else ""),
+            "comment": Owner(run.id, node.name, part).comment(node.key),
+            **options,
+            "output": str(log).replace("%t", "0"),
+            "chdir": str(store.home),
+        }
+
+        # Of a step, whose command is a shell. Not every version of srun takes the cores from sbatch.
+        step = ["--unbuffered", "--output", str(log), "--export=ALL", "--mpi=none", f"--job-name={options['job-name']}"]
+        step += [f"--cpus-per-task={options['cpus-per-task']}", "--kill-on-bad-exit=1"]
+        return BatchScript(
+            run=run.id,
+            stage=node.name,
+            sbatch_options=dict(sorted(options.items())),
+            forwarded_variables=clean_environment.forwarded_variables(os.environ, slurm.forward),
+            modules=slurm.modules,
+            variables={**variables, **slurm.environment, **jobs.environment},
+            setup=slurm.setup,
+            srun_options=shlex.join([*step, *_container_options(slurm, store, jobs.srun), *jobs.srun]),
+            python=_python(slurm, store),
+            submitit_folder=folder / "submitit",
+            launches_folder=folder / "ranks",
+            is_array=bool(part),
+            restarts=slurm.restarts,
+            nodes_folder=bad_nodes.folder(store),
+            avoid_seconds=slurm.avoid_seconds,
+            run_file=run.folder / "run.json",
+            # pyxis and Apptainer prefer the variables of an image to the job's.
+            has_image=slurm.container is not None and slurm.container.kind != "bubblewrap",
+        )
 
 
 def _sbatch_options(
     slurm: Slurm, jobs: Resources, nodes: int, tasks_per_node: int, cpus_per_task: int, gpus_per_node: int
 ) -> dict[str, str | int | bool]:
-    """The sbatch options of every job of the profile."""
+    """Returns the sbatch options of every job of the profile."""
     gpus = f"{jobs.gpu_type}:{gpus_per_node}" if jobs.gpu_type and gpus_per_node else gpus_per_node
     is_exclusive = jobs.exclusive or jobs.whole_nodes
     is_alone = is_exclusive or 0 < gpus_per_node == jobs.gpus_per_node
-    # Slurm gives even an exclusive job no more than DefMemPerCPU
-    memory = 0 if jobs.memory_gb is None and is_alone else jobs.memory_gb
+    memory = f"{round(jobs.memory_gb * 1024)}M" if jobs.memory_gb else None
+    if jobs.memory_gb == 0 or (jobs.memory_gb is None and is_alone):
+        memory = "0"  # all of the node: Slurm gives even an exclusive job no more than DefMemPerCPU by itself
     options: dict[str, str | int | bool | None] = {
         "partition": jobs.partition,
         "time": jobs.minutes,
@@ -247,7 +288,7 @@ def _sbatch_options(
         "ntasks-per-node": tasks_per_node,
         "cpus-per-task": cpus_per_task,
         "gpus-per-node": gpus or None,
-        "mem": None if memory is None else f"{round(memory * 1024)}M" if memory else "0",
+        "mem": memory,
         "exclusive": is_exclusive or None,
         "account": jobs.account,
         "qos": jobs.qos,
@@ -262,14 +303,8 @@ def _sbatch_options(
     return {name: value for name, value in options.items() if value is not None} | options_of(jobs.sbatch)
 
 
-def _has_image(slurm: Slurm) -> bool:
-    """Returns True if there is a container whose image may set variables, which pyxis and Apptainer prefer to the
-    job's."""
-    return slurm.container is not None and slurm.container.kind != "bubblewrap"
-
-
 def _python(slurm: Slurm, store: Store) -> str:
-    """The shell command for Python, in the container if there is one."""
+    """Returns the shell command for Python, in the container if there is one."""
     container = slurm.container
     if container is None:
         return shlex.quote(slurm.python or sys.executable)
@@ -278,35 +313,38 @@ def _python(slurm: Slurm, store: Store) -> str:
     if container.kind == "apptainer":
         start = shlex.join(["apptainer", "exec", "--nv", "--bind", ",".join(_mounts(slurm, store)), container.image])
         return f'{start} env "${{job_variables[@]}}" {shlex.quote(container.python)}'
-    binds = [part for mount in (*_HOST_MOUNTS, *_mounts(slurm, store)) for part in _bubblewrap_bind(mount)]
+    binds: list[str] = []
+    for mount in (*_HOST_MOUNTS, *_mounts(slurm, store)):
+        source, _, target = mount.partition(":")
+        binds += ["--dev-bind", source, target or source]
     return shlex.join([*_BUBBLEWRAP, "--overlay-src", container.image, "--tmp-overlay", "/", *binds, container.python])
 
 
+# Slurm signals every process of a task: the one that waits for the stage must not end before it. The stage itself sets
+# handlers.
 _BUBBLEWRAP = ("env", "--ignore-signal=TERM", "--ignore-signal=USR2", "bwrap")
-"""Slurm signals every process of a task: the one that waits for the stage must not end before it. The stage itself
-sets handlers."""
+# What Apptainer and enroot take from the host by themselves.
 _HOST_MOUNTS = ("/proc", "/sys", "/dev", "/tmp", "/etc/hosts", "/etc/resolv.conf")
-"""What Apptainer and enroot take from the host by themselves."""
-
-
-def _bubblewrap_bind(mount: str) -> list[str]:
-    source, _, target = mount.partition(":")
-    return ["--dev-bind", source, target or source]
 
 
 def _mounts(slurm: Slurm, store: Store) -> list[str]:
-    """The paths of the host that the container sees, as from:to or one path."""
+    """Returns the paths of the host that the container sees, as from:to or one path."""
     assert slurm.container is not None, "there is one"
     places = [str(store.home), *([slurm.scratch] if slurm.scratch else [])]
     return [*(f"{place}:{place}" for place in places), *slurm.container.mounts]
 
 
 def _container_options(slurm: Slurm, store: Store, words: Iterable[str]) -> list[str]:
-    """srun's options for a container by pyxis. words: further options of the profile, which count more. Without them,
-    pyxis mounts the user's home folder and runs the entry point of the image, where the site has configured that."""
+    """Returns srun's options for a container by pyxis.
+
+    Args:
+        words: Further options of the profile, which count more.
+    """
     container = slurm.container
     if container is None or container.kind != "pyxis":
         return []
     options = [f"--container-image={container.image}", f"--container-mounts={','.join(_mounts(slurm, store))}"]
+    # Without these, pyxis mounts the user's home folder and runs the entry point of the image, where the site has
+    # configured that.
     stated = {name.removeprefix("no-") for name in options_of(words)}
     return options + [f"--no-{name}" for name in ("container-mount-home", "container-entrypoint") if name not in stated]

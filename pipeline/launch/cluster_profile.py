@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.core.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.core.errors import RecipeError
@@ -23,50 +23,54 @@ from pipeline.launch.clean_environment import is_secret
 from pipeline.launch.slurm_options import Options, gpu_request
 
 
-class Local(Config):
-    """How `atom run` uses this machine."""
+class Section(Config):
+    """Base of the sections of a profile: the text below a field is its description."""
 
-    jobs: Annotated[int, Range(1, 4096)] = Field(
-        default=2, description="maximum number of ranks that run at once, with one thread each"
-    )
-    stop_grace_seconds: Annotated[float, Range(0, 86_400, above=True)] = Field(
-        default=20, description="seconds that a stopped stage has to exit before it is killed"
-    )
-    memory_gb: Annotated[float, Range(0, 1e6, above=True)] | None = Field(
-        default=None, description="memory in GiB that `atom plan` counts on; null: all of this machine"
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Local(Section):
+    """Use of this machine by `atom run`."""
+
+    jobs: Annotated[int, Range(1, 4096)] = 2
+    """maximum number of ranks that run at once, with one thread each"""
+    stop_grace_seconds: Annotated[float, Range(0, 86_400, above=True)] = 20
+    """seconds that a stopped stage has to exit before it is killed"""
+    memory_gb: Annotated[float, Range(0, 1e6, above=True)] | None = None
+    """memory in GiB that `atom plan` counts on; null: all of this machine"""
 
 
 Watts = Annotated[float, Range(0, 1e5)]
 Price = Annotated[float, Range(0, 1e6)]
 
 
-class Power(Config):
+class Power(Section):
     """Power for the estimates of energy and of training time."""
 
-    watts_per_core: Watts = Field(description="power of one busy CPU core in watts")
-    watts_per_gpu: Watts = Field(
-        0.0, description="power of one busy GPU in watts, which also decides its clock in estimates"
-    )
+    watts_per_core: Watts
+    """power of one busy CPU core in watts"""
+    watts_per_gpu: Watts = 0.0
+    """power of one busy GPU in watts, which also decides its clock in estimates"""
 
 
-class Prices(Config):
+class Prices(Section):
     """Prices per hour: `atom status` shows the cost so far, `atom plan` the expected cost."""
 
-    gpu_hour: Price = Field(0.0, description="price of one GPU hour")
-    core_hour: Price = Field(0.0, description="price of one hour of a busy CPU core")
-    currency: Annotated[str, Words(16)] = Field("USD", description="currency of the prices")
+    gpu_hour: Price = 0.0
+    """price of one GPU hour"""
+    core_hour: Price = 0.0
+    """price of one hour of a busy CPU core"""
+    currency: Annotated[str, Words(16)] = "USD"
+    """currency of the prices"""
 
 
-class Rate(Config):
+class Rate(Section):
     """Speed of a GPU in one precision."""
 
-    peak_tflops: Annotated[float, Range(1e-3, 1e6, "H100 in bf16: 989")] = Field(
-        description="dense peak in TFLOP/s, as the manufacturer states it"
-    )
-    utilization: Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6")] | None = Field(
-        None, description="measured model FLOPs utilization (MFU), as a share of the peak; null: estimated"
-    )
+    peak_tflops: Annotated[float, Range(1e-3, 1e6, "H100 in bf16: 989")]
+    """dense peak in TFLOP/s, as the manufacturer states it"""
+    utilization: Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6")] | None = None
+    """measured model FLOPs utilization (MFU), as a share of the peak; null: estimated"""
 
     @property
     def peak(self) -> float:
@@ -77,43 +81,50 @@ class Rate(Config):
 Bandwidth = Annotated[float, Range(1e-3, 1e6)]
 
 
-class Gpu(Config):
+class Gpu(Section):
     """Speed and memory of the GPUs, which `atom plan --cluster` uses; `atom submit` refuses what does not fit."""
 
-    name: Line = Field(description="name of the GPU, shown in plans")
+    name: Line
+    """name of the GPU, shown in plans"""
     memory_gb: Annotated[float, Range(0, 1e5, "H100: 79.6, of which CUDA and NCCL take about 3", above=True)] | None = (
-        Field(None, description="memory of one GPU in GiB, without what CUDA and NCCL take; null: not limited")
+        None
     )
-    fp32: Rate | None = Field(None, description="speed in fp32; null: no estimate")
-    bf16: Rate | None = Field(None, description="speed in bf16; null: no estimate")
-    fp8: Rate | None = Field(None, description="speed in all FP8 precisions; null: no estimate")
-    fp4: Rate | None = Field(None, description="speed in NVFP4; null: the GPU does not have it")
-    memory_tb_s: Bandwidth | None = Field(None, description="bandwidth of the memory in TB/s; H100: 3.35")
-    nvlink_gb_s: Bandwidth | None = Field(
-        None, description="bandwidth of NVLink per GPU in one direction in GB/s; H100: 450"
-    )
-    nvlink_gpus: Annotated[int, Range(1, 4096)] = Field(8, description="GPUs that NVLink connects, of one domain")
-    network_gb_s: Bandwidth | None = Field(
-        None, description="bandwidth of the network per GPU in one direction in GB/s; 400 Gb/s: 50"
-    )
-    source: Text = Field(description="where the figures come from, shown in plans")
+    """memory of one GPU in GiB, without what CUDA and NCCL take; null: not limited"""
+    fp32: Rate | None = None
+    """speed in fp32; null: no estimate"""
+    bf16: Rate | None = None
+    """speed in bf16; null: no estimate"""
+    fp8: Rate | None = None
+    """speed in all FP8 precisions; null: no estimate"""
+    fp4: Rate | None = None
+    """speed in NVFP4; null: the GPU does not have it"""
+    memory_tb_s: Bandwidth | None = None
+    """bandwidth of the memory in TB/s; H100: 3.35"""
+    nvlink_gb_s: Bandwidth | None = None
+    """bandwidth of NVLink per GPU in one direction in GB/s; H100: 450"""
+    nvlink_gpus: Annotated[int, Range(1, 4096)] = 8
+    """GPUs that NVLink connects, of one domain"""
+    network_gb_s: Bandwidth | None = None
+    """bandwidth of the network per GPU in one direction in GB/s; 400 Gb/s: 50"""
+    source: Text
+    """where the figures come from, shown in plans"""
 
     def rate(self, precision: str) -> Rate | None:
         rate: Rate | None = getattr(self, family(precision), None)
         return rate
 
 
-class Container(Config):
+class Container(Section):
     """Container of the stages, with Python and the packages. The code comes from a snapshot in $ATOM_HOME."""
 
-    kind: Literal["pyxis", "apptainer", "bubblewrap"] = Field(description="container runtime")
-    image: LongLine = Field(
-        description="image or .sqsh file for pyxis, .sif file for apptainer, unpacked folder for bubblewrap"
-    )
-    mounts: tuple[LongLine, ...] = Field(
-        (), max_length=100, description="mounts as from:to, or one path for both; $ATOM_HOME and scratch are added"
-    )
-    python: LongLine = Field("python3", description="Python interpreter in the container")
+    kind: Literal["pyxis", "apptainer", "bubblewrap"]
+    """container runtime"""
+    image: LongLine
+    """image or .sqsh file for pyxis, .sif file for apptainer, unpacked folder for bubblewrap"""
+    mounts: tuple[LongLine, ...] = Field((), max_length=100)
+    """mounts as from:to, or one path for both; $ATOM_HOME and scratch are added"""
+    python: LongLine = "python3"
+    """Python interpreter in the container"""
 
 
 SlurmName = Annotated[
@@ -126,38 +137,42 @@ SlurmExpression = Annotated[
 ]
 
 
-class Resources(Config):
+class Resources(Section):
     """Resources that jobs of one kind request from Slurm."""
 
-    partition: SlurmName = Field(description="Slurm partition, or several")
-    minutes: Annotated[int, Range(1, 525_600, "525600 are a year")] = Field(
-        description="time limit of one start in minutes; a stage that needs more is restarted"
-    )
-    gpus_per_node: Annotated[int, Range(0, 1024)] = Field(0, description="GPUs per node; 0: none")
-    gpu_type: SlurmName | None = Field(
-        None, description="type of the GPUs, as gpu_type:number of --gpus-per-node; null: any"
-    )
-    cpus_per_task: Annotated[int, Range(1, 4096)] = Field(1, description="CPU cores per rank or server")
+    partition: SlurmName
+    """Slurm partition, or several"""
+    minutes: Annotated[int, Range(1, 525_600, "525600 are a year")]
+    """time limit of one start in minutes; a stage that needs more is restarted"""
+    gpus_per_node: Annotated[int, Range(0, 1024)] = 0
+    """GPUs per node; 0: none"""
+    gpu_type: SlurmName | None = None
+    """type of the GPUs, as gpu_type:number of --gpus-per-node; null: any"""
+    cpus_per_task: Annotated[int, Range(1, 4096)] = 1
+    """CPU cores per rank or server"""
     memory_gb: Annotated[float, Range(0, 1e6)] | None = Field(
         None,
         description="memory per node in GiB; 0: all of the node; null: all of the node for a job that has the node "
         "alone or all of its GPUs, else the default of the partition",
     )
-    account: SlurmName | None = Field(None, description="Slurm account; null: the default of the user")
-    qos: SlurmName | None = Field(None, description="Slurm quality of service; null: the default of Slurm")
-    constraint: SlurmExpression | None = Field(None, description="required node features, as for sbatch --constraint")
-    exclude: SlurmExpression | None = Field(None, description="nodes to avoid, as for sbatch --exclude")
-    exclusive: Flag = Field(False, description="do not share nodes with other jobs")
-    whole_nodes: Flag = Field(
-        False, description="request all GPUs of a node, also for fewer ranks, where the site gives nodes whole"
-    )
-    sbatch: Options = Field(
-        (), description="further options of sbatch, such as --reservation=llm, --switches=1 or --licenses=lustre:2"
-    )
-    srun: Options = Field((), description="further options of srun, such as --cpu-bind=cores or --mem-bind=local")
-    environment: dict[Variable, Value] = Field(
-        {}, max_length=1000, description="environment variables of these jobs, beside those of all"
-    )
+    account: SlurmName | None = None
+    """Slurm account; null: the default of the user"""
+    qos: SlurmName | None = None
+    """Slurm quality of service; null: the default of Slurm"""
+    constraint: SlurmExpression | None = None
+    """required node features, as for sbatch --constraint"""
+    exclude: SlurmExpression | None = None
+    """nodes to avoid, as for sbatch --exclude"""
+    exclusive: Flag = False
+    """do not share nodes with other jobs"""
+    whole_nodes: Flag = False
+    """request all GPUs of a node, also for fewer ranks, where the site gives nodes whole"""
+    sbatch: Options = ()
+    """further options of sbatch, such as --reservation=llm, --switches=1 or --licenses=lustre:2"""
+    srun: Options = ()
+    """further options of srun, such as --cpu-bind=cores or --mem-bind=local"""
+    environment: dict[Variable, Value] = Field({}, max_length=1000)
+    """environment variables of these jobs, beside those of all"""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -178,50 +193,60 @@ def _require_one_gpu_request(sbatch: Iterable[str]) -> None:
 class Jobs(Resources):
     """Resources that the jobs of stages request from Slurm."""
 
-    tasks_per_node: Annotated[int, Range(1, 1024)] = Field(
-        1, description="maximum number of ranks per node; on GPU nodes, one per GPU"
-    )
+    tasks_per_node: Annotated[int, Range(1, 1024)] = 1
+    """maximum number of ranks per node; on GPU nodes, one per GPU"""
     spare_nodes: Annotated[int, Range(0, 1024)] = Field(
         0,
         description="additional idle nodes of a job with several nodes; one replaces a node that is lost; a job that "
         "loses its first node is requeued",
     )
-    nodes: Annotated[int, Range(1, 1e6)] | None = Field(
-        None, description="nodes of the partition that your jobs can have at once; null: not limited"
-    )
-    array_tasks: Annotated[int, Range(1, 1e6)] | None = Field(
-        None, description="maximum number of tasks of a job array that run at once; null: slurm.array_tasks"
-    )
+    nodes: Annotated[int, Range(1, 1e6)] | None = None
+    """nodes of the partition that your jobs can have at once; null: not limited"""
+    array_tasks: Annotated[int, Range(1, 1e6)] | None = None
+    """maximum number of tasks of a job array that run at once; null: slurm.array_tasks"""
 
 
-class Changes(Config):
-    """What jobs of some stages request otherwise than those of their kind; null: as their kind."""
+class Changes(Section):
+    """Other requests for the jobs of some stages than for those of their kind; null: as their kind."""
 
-    partition: SlurmName | None = Field(None, description="Slurm partition, or several")
-    minutes: Annotated[int, Range(1, 525_600)] | None = Field(None, description="time limit of one start in minutes")
-    gpus_per_node: Annotated[int, Range(0, 1024)] | None = Field(None, description="GPUs per node; 0: none")
-    gpu_type: SlurmName | None = Field(None, description="type of the GPUs")
-    tasks_per_node: Annotated[int, Range(1, 1024)] | None = Field(None, description="maximum number of ranks per node")
-    spare_nodes: Annotated[int, Range(0, 1024)] | None = Field(None, description="idle nodes beside those of the ranks")
-    nodes: Annotated[int, Range(1, 1e6)] | None = Field(None, description="nodes that the jobs can have at once")
-    array_tasks: Annotated[int, Range(1, 1e6)] | None = Field(
-        None, description="maximum number of tasks of a job array that run at once"
-    )
-    cpus_per_task: Annotated[int, Range(1, 4096)] | None = Field(None, description="CPU cores per rank")
-    memory_gb: Annotated[float, Range(0, 1e6)] | None = Field(
-        None, description="memory per node in GiB; 0: all of the node"
-    )
-    account: SlurmName | None = Field(None, description="Slurm account")
-    qos: SlurmName | None = Field(None, description="Slurm quality of service")
-    constraint: SlurmExpression | None = Field(None, description="required node features")
-    exclude: SlurmExpression | None = Field(None, description="nodes to avoid")
-    exclusive: Flag | None = Field(None, description="do not share nodes with other jobs")
-    whole_nodes: Flag | None = Field(None, description="request all GPUs of a node")
-    sbatch: Options = Field((), description="options of sbatch, after those of the kind")
-    srun: Options = Field((), description="options of srun, after those of the kind")
-    environment: dict[Variable, Value] = Field(
-        {}, max_length=1000, description="environment variables, beside those of the kind"
-    )
+    partition: SlurmName | None = None
+    """Slurm partition, or several"""
+    minutes: Annotated[int, Range(1, 525_600)] | None = None
+    """time limit of one start in minutes"""
+    gpus_per_node: Annotated[int, Range(0, 1024)] | None = None
+    """GPUs per node; 0: none"""
+    gpu_type: SlurmName | None = None
+    """type of the GPUs"""
+    tasks_per_node: Annotated[int, Range(1, 1024)] | None = None
+    """maximum number of ranks per node"""
+    spare_nodes: Annotated[int, Range(0, 1024)] | None = None
+    """idle nodes beside those of the ranks"""
+    nodes: Annotated[int, Range(1, 1e6)] | None = None
+    """nodes that the jobs can have at once"""
+    array_tasks: Annotated[int, Range(1, 1e6)] | None = None
+    """maximum number of tasks of a job array that run at once"""
+    cpus_per_task: Annotated[int, Range(1, 4096)] | None = None
+    """CPU cores per rank"""
+    memory_gb: Annotated[float, Range(0, 1e6)] | None = None
+    """memory per node in GiB; 0: all of the node"""
+    account: SlurmName | None = None
+    """Slurm account"""
+    qos: SlurmName | None = None
+    """Slurm quality of service"""
+    constraint: SlurmExpression | None = None
+    """required node features"""
+    exclude: SlurmExpression | None = None
+    """nodes to avoid"""
+    exclusive: Flag | None = None
+    """do not share nodes with other jobs"""
+    whole_nodes: Flag | None = None
+    """request all GPUs of a node"""
+    sbatch: Options = ()
+    """options of sbatch, after those of the kind"""
+    srun: Options = ()
+    """options of srun, after those of the kind"""
+    environment: dict[Variable, Value] = Field({}, max_length=1000)
+    """environment variables, beside those of the kind"""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -229,7 +254,7 @@ class Changes(Config):
         return self
 
     def apply(self, jobs: Jobs) -> Jobs:
-        """The jobs with these changes. Options and variables are added, all else is replaced."""
+        """Returns the jobs with these changes. Options and variables are added, all else is replaced."""
         changed = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
         added = {name: getattr(jobs, name) + changed[name] for name in ("sbatch", "srun")}
         return jobs.model_copy(update={**changed, **added, "environment": {**jobs.environment, **self.environment}})
@@ -238,17 +263,17 @@ class Changes(Config):
 class Servers(Resources):
     """Servers for the stages that sample with them, such as vLLM's: a job on one node each, beside the stage's job."""
 
-    count: Annotated[int, Range(1, 10_000)] = Field(description="number of servers")
-    wait_minutes: Annotated[int, Range(1, 525_600)] = Field(
-        15, description="minutes that the stage waits while there is no server; it works with any number of servers"
-    )
+    count: Annotated[int, Range(1, 10_000)]
+    """number of servers"""
+    wait_minutes: Annotated[int, Range(1, 525_600)] = 15
+    """minutes that the stage waits while there is no server; it works with any number of servers"""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The nodes of one job, and the ranks on each of them. section: of the profile, in which `jobs` stands."""
+    """The nodes of one job, and the ranks on each of them."""
 
-    section: str
+    section: str  # of the profile, in which `jobs` stands
     jobs: Jobs
     nodes: int
     ranks_per_node: int
@@ -292,67 +317,56 @@ class Allocation:
         return self.nodes * self.ranks_per_node
 
 
-class Slurm(Config):
-    """How `atom submit` uses a Slurm cluster."""
+class Slurm(Section):
+    """Use of a Slurm cluster by `atom submit`."""
 
-    cpu: Jobs = Field(description="jobs of data, export and evaluation stages")
-    train: Jobs = Field(description="jobs of training and reinforcement-learning stages, one rank per GPU")
-    servers: Servers | None = Field(
-        None, description="jobs of servers for stages that sample with vLLM; null: such a stage starts one itself"
-    )
-    gpu: Jobs | None = Field(
-        None, description="jobs of other stages that ask for GPUs, such as evaluation by vLLM; null: those of `train`"
-    )
-    stages: dict[StagePattern, Changes] = Field(
-        {},
-        max_length=1000,
-        description="other requests for the jobs of some stages, by the stage's name or a pattern such as evaluate-*",
-    )
-    container: Container | None = Field(None, description="container of the stages; null: none")
-    python: LongLine | None = Field(
-        None, description="Python interpreter without a container; null: that of `atom submit`"
-    )
-    modules: tuple[Line, ...] = Field((), max_length=100, description="environment modules to load")
-    setup: tuple[Text, ...] = Field((), max_length=100, description="shell lines that run before the stage")
-    environment: dict[Variable, Value] = Field(
-        {}, max_length=1000, description="environment variables of the stages, such as NCCL_SOCKET_IFNAME"
-    )
-    forward: tuple[Variable, ...] = Field(
-        (), max_length=1000, description="environment variables that jobs inherit from `atom submit`"
-    )
-    scratch: LongLine | None = Field(
-        None, description="folder on each node for temporary files; null: the default of the system"
-    )
-    free_gb: Annotated[float, Range(0, 1e9)] = Field(
-        1.0, description="free space in GB that $ATOM_HOME and scratch must have"
-    )
+    cpu: Jobs
+    """jobs of data, export and evaluation stages"""
+    train: Jobs
+    """jobs of training and reinforcement-learning stages, one rank per GPU"""
+    servers: Servers | None = None
+    """jobs of servers for stages that sample with vLLM; null: such a stage starts one itself"""
+    gpu: Jobs | None = None
+    """jobs of other stages that ask for GPUs, such as evaluation by vLLM; null: those of `train`"""
+    stages: dict[StagePattern, Changes] = Field({}, max_length=1000)
+    """other requests for the jobs of some stages, by the stage's name or a pattern such as evaluate-*"""
+    container: Container | None = None
+    """container of the stages; null: none"""
+    python: LongLine | None = None
+    """Python interpreter without a container; null: that of `atom submit`"""
+    modules: tuple[Line, ...] = Field((), max_length=100)
+    """environment modules to load"""
+    setup: tuple[Text, ...] = Field((), max_length=100)
+    """shell lines that run before the stage"""
+    environment: dict[Variable, Value] = Field({}, max_length=1000)
+    """environment variables of the stages, such as NCCL_SOCKET_IFNAME"""
+    forward: tuple[Variable, ...] = Field((), max_length=1000)
+    """environment variables that jobs inherit from `atom submit`"""
+    scratch: LongLine | None = None
+    """folder on each node for temporary files; null: the default of the system"""
+    free_gb: Annotated[float, Range(0, 1e9)] = 1.0
+    """free space in GB that $ATOM_HOME and scratch must have"""
     device_test_share: Annotated[float, Range(0, 1)] = Field(
         0.4,
         description="before training on GPUs: minimum share of the peak in bf16 that a product of matrices must "
         "reach on each GPU; 0: no test of products and collectives",
     )
-    signal_before_limit_seconds: Annotated[int, Range(10, 65_535, "Slurm takes no more than 65535")] = Field(
-        120, description="seconds before the time limit at which a stage is signaled to save"
-    )
-    array_size: Annotated[int, Range(2, 4_000_001, "Slurm's MaxArraySize is at most 4000001")] = Field(
-        1000, description="maximum number of tasks of a job array; a task may run several shards"
-    )
-    array_tasks: Annotated[int, Range(1, 1e6)] = Field(
-        256, description="maximum number of tasks of a job array that run at once"
-    )
-    restarts: Annotated[int, Range(0, 10_000)] = Field(3, description="maximum number of restarts without progress")
-    restarts_in_allocation: Annotated[int, Range(0, 1000)] = Field(
-        3, description="of these, those in one allocation without queueing, after a lost rank or node; 0: none"
-    )
-    avoid_hours: Annotated[float, Range(0, 8760, "8760 are a year")] = Field(
-        24.0, description="hours for which a node at which a start failed is avoided; 0: never"
-    )
+    signal_before_limit_seconds: Annotated[int, Range(10, 65_535, "Slurm takes no more than 65535")] = 120
+    """seconds before the time limit at which a stage is signaled to save"""
+    array_size: Annotated[int, Range(2, 4_000_001, "Slurm's MaxArraySize is at most 4000001")] = 1000
+    """maximum number of tasks of a job array; a task may run several shards"""
+    array_tasks: Annotated[int, Range(1, 1e6)] = 256
+    """maximum number of tasks of a job array that run at once"""
+    restarts: Annotated[int, Range(0, 10_000)] = 3
+    """maximum number of restarts without progress"""
+    restarts_in_allocation: Annotated[int, Range(0, 1000)] = 3
+    """of these, those in one allocation without queueing, after a lost rank or node; 0: none"""
+    avoid_hours: Annotated[float, Range(0, 8760, "8760 are a year")] = 24.0
+    """hours for which a node at which a start failed is avoided; 0: never"""
 
     @model_validator(mode="after")
     def _no_secret(self) -> Slurm:
-        kinds = [jobs for jobs in (self.cpu, self.train, self.servers, self.gpu) if jobs is not None]
-        environments = [each.environment for each in (self, *kinds, *self.stages.values())]
-        values = [pair for environment in environments for pair in environment.items()]
+        values = [pair for environment in self._environments for pair in environment.items()]
         for name, value in (*((name, "") for name in self.forward), *values):
             if is_secret(name, value):
                 raise ValueError(
@@ -361,15 +375,19 @@ class Slurm(Config):
                 )
         return self
 
+    @property
+    def _environments(self) -> list[dict[str, str]]:
+        kinds = [jobs for jobs in (self.cpu, self.train, self.servers, self.gpu) if jobs is not None]
+        return [section.environment for section in (self, *kinds, *self.stages.values())]
+
     @model_validator(mode="after")
     def _signal_within_limit(self) -> Slurm:
         sections = {name: getattr(self, name) for name in ("cpu", "train", "servers", "gpu")}
         sections |= {f"stages.{pattern}": changes for pattern, changes in self.stages.items()}
         for name, jobs in sections.items():
-            minutes = None if jobs is None else jobs.minutes
-            if minutes is not None and 60 * minutes <= self.signal_before_limit_seconds:
+            if jobs and jobs.minutes and 60 * jobs.minutes <= self.signal_before_limit_seconds:
                 raise ValueError(
-                    f"{name}.minutes = {minutes} is no longer than signal_before_limit_seconds = "
+                    f"{name}.minutes = {jobs.minutes} is no longer than signal_before_limit_seconds = "
                     f"{self.signal_before_limit_seconds}, so a job would be stopped as it begins; change one of them"
                 )
         return self
@@ -381,15 +399,16 @@ class Slurm(Config):
     @property
     def variables(self) -> tuple[str, ...]:
         """The names of the variables that jobs inherit or get."""
-        kinds = [jobs for jobs in (self.cpu, self.train, self.servers, self.gpu) if jobs is not None]
-        return (*self.forward, *(name for each in (self, *kinds, *self.stages.values()) for name in each.environment))
+        return (*self.forward, *(name for environment in self._environments for name in environment))
 
     def allocation(self, stage: str, needs: Needs) -> Allocation:
-        """The allocation of a stage's job. On jobs without GPUs a stage that asks for some runs on cores.
+        """Returns the allocation of a stage's job. On jobs without GPUs a stage that asks for some runs on cores.
 
         Raises RecipeError if the ranks do not fill nodes equally, or if a node has too few GPUs for its ranks.
         """
-        section = "train" if needs.trains or (needs.gpus and self.gpu is None) else "gpu" if needs.gpus else "cpu"
+        section = "gpu" if needs.gpus else "cpu"
+        if needs.trains or (needs.gpus and self.gpu is None):
+            section = "train"
         jobs: Jobs = getattr(self, section)
         for pattern, changes in self.stages.items():
             jobs = changes.apply(jobs) if fnmatchcase(stage, pattern) else jobs
@@ -413,41 +432,41 @@ class Slurm(Config):
         return Allocation(section, jobs, ranks // ranks_per_node, ranks_per_node, needs.gpus or 1)
 
 
-class Storage(Config):
+class Storage(Section):
     """Space and speed that the stages may take: `atom plan --cluster` compares them with what they need, and `atom
     submit` refuses what does not fit."""
 
-    home_gb: Annotated[float, Range(0, 1e9, above=True)] | None = Field(
-        default=None, description="GB that $ATOM_HOME may hold; null: not limited"
-    )
-    home_files: Annotated[int, Range(1, 1e12)] | None = Field(
-        default=None, description="files that $ATOM_HOME may hold (inodes); null: not limited"
-    )
-    hub_gb: Annotated[float, Range(0, 1e9, above=True)] | None = Field(
-        default=None, description="GB that the namespace on the Hub may hold; null: not limited"
-    )
-    gb_s: Annotated[float, Range(0, 1e6, above=True)] | None = Field(
-        default=None, description="GB/s that all nodes together read or write of $ATOM_HOME; null: not limited"
-    )
+    home_gb: Annotated[float, Range(0, 1e9, above=True)] | None = None
+    """GB that $ATOM_HOME may hold; null: not limited"""
+    home_files: Annotated[int, Range(1, 1e12)] | None = None
+    """files that $ATOM_HOME may hold (inodes); null: not limited"""
+    hub_gb: Annotated[float, Range(0, 1e9, above=True)] | None = None
+    """GB that the namespace on the Hub may hold; null: not limited"""
+    gb_s: Annotated[float, Range(0, 1e6, above=True)] | None = None
+    """GB/s that all nodes together read or write of $ATOM_HOME; null: not limited"""
 
 
-class Profile(Config):
+class Profile(Section):
     """A cluster profile: one file of `pipeline/clusters/`."""
 
-    name: Key = Field(description="name of the profile")
-    local: Local = Field(Local(), description="use of this machine by `atom run`")
-    power: Power = Field(description="power for the estimates of energy and of training time")
-    prices: Prices | None = Field(None, description="prices per hour; null: costs are not shown")
-    gpu: Gpu | None = Field(
-        None,
-        description="speed and memory of the GPUs; null: no estimate of training time, and no limit of memory",
-    )
-    storage: Storage = Field(Storage(), description="space and speed of $ATOM_HOME, and space on the Hub")
-    slurm: Slurm | None = Field(None, description="Slurm cluster, required by `atom submit`")
+    name: Key
+    """name of the profile"""
+    local: Local = Local()
+    """use of this machine by `atom run`"""
+    power: Power
+    """power for the estimates of energy and of training time"""
+    prices: Prices | None = None
+    """prices per hour; null: costs are not shown"""
+    gpu: Gpu | None = None
+    """speed and memory of the GPUs; null: no estimate of training time, and no limit of memory"""
+    storage: Storage = Storage()
+    """space and speed of $ATOM_HOME, and space on the Hub"""
+    slurm: Slurm | None = None
+    """Slurm cluster, required by `atom submit`"""
 
     @property
     def accelerator(self) -> Accelerator | None:
-        """What a model of the time of a step needs; None if the profile does not say all of it."""
+        """The figures for a model of the time of a step; None if the profile does not state all of them."""
         gpu = self.gpu
         if gpu is None or gpu.bf16 is None or not (gpu.memory_tb_s and gpu.nvlink_gb_s and gpu.network_gb_s):
             return None
@@ -462,7 +481,7 @@ class Profile(Config):
 
     @property
     def other_python(self) -> bool:
-        """Whether jobs run with another Python than the process that submits them."""
+        """True if jobs run with another Python than the process that submits them."""
         slurm = self.slurm
         return slurm is not None and (slurm.container is not None or slurm.python not in (None, sys.executable))
 
@@ -472,24 +491,23 @@ class Profile(Config):
         return {name: rate.peak for name, rate in rates.items() if rate}
 
     def costs(self) -> RunPrices | None:
-        """The prices as plain values, for the files of a run."""
-        if (prices := self.prices) is None:
-            return None
-        return {"gpu_hour": prices.gpu_hour, "core_hour": prices.core_hour, "currency": prices.currency}
+        """Returns the prices as plain values, for the files of a run."""
+        p = self.prices
+        return {"gpu_hour": p.gpu_hour, "core_hour": p.core_hour, "currency": p.currency} if p else None
 
     def cluster(self) -> Slurm:
-        """The part for Slurm. Raises RecipeError if there is none."""
+        """Returns the part for Slurm. Raises RecipeError if there is none."""
         if self.slurm is None:
             raise RecipeError(f"cluster profile {self.name} has no section slurm; `atom run` is for this machine")
         return self.slurm
 
 
+# The environment variable with the path of a folder of further profiles, such as those of a site.
 FOLDER_VARIABLE = "ATOM_CLUSTERS"
-"""The environment variable with the path of a folder of further profiles, such as those of a site."""
 
 
 def site_folder() -> Path | None:
-    """The folder that ATOM_CLUSTERS names; None if it is not set. Raises RecipeError if it is no folder."""
+    """Returns the folder that ATOM_CLUSTERS names; None if it is not set. Raises RecipeError if it is no folder."""
     folder = Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None
     if folder is not None and not folder.is_dir():
         raise RecipeError(f"{FOLDER_VARIABLE} = {escaped(str(folder), 200)} is not a folder; name one, or unset it")

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+# The MLFLOW_TRACKING_URI with which nothing is sent.
 NO_TRACKING = "none"
-"""The MLFLOW_TRACKING_URI with which nothing is sent."""
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
 
 

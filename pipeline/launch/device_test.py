@@ -37,20 +37,25 @@ from pipeline.run_secret.atom_secret import is_signed, sign
 if TYPE_CHECKING:
     import torch
 
+# The time that the ranks may differ at each part of the test.
 SECONDS = 60.0
-"""The time that the ranks may differ at each part of the test."""
+# The time after which the process of a rank is killed.
 LIMIT = 300.0
-"""The time after which the process of a rank is killed."""
+# Rows and columns of the matrices, and products that are timed.
 GPU_SIZE, CPU_SIZE, REPEATS = 8192, 256, 10
-"""Rows and columns of the matrices, and products that are timed."""
+# Numbers that each rank sends to all others.
 ROW = 1 << 18
-"""Numbers that each rank sends to all others."""
 PLACE = "device-test.json"
 
 
 def check(ranks: Ranks, least: float) -> Failure | None:
-    """The problem of a node of this launch; None without one. On a rank other than 0: what kept it from taking part.
-    least: FLOP/s that the product of matrices must reach on each GPU; 0: any."""
+    """Returns the problem of a node of this launch; None without one.
+
+    On a rank other than 0: what kept it from taking part.
+
+    Args:
+        least: FLOP/s that the product of matrices must reach on each GPU; 0: any.
+    """
     place = {"host": address()[1].strip("[]"), "port": free_port()} if ranks.rank == 0 else None
     if ranks.rank == 0 and ranks.size > 1:
         atom_secret.make(ranks.secret)
@@ -109,7 +114,7 @@ class Table:
         self.store.set(entry, sign(self.key, entry, text) + text)
 
     def get(self, rank: int, name: str) -> str | None:
-        """The JSON of a report; None if it has not come, or is not signed."""
+        """Returns the JSON of a report; None if it has not come, or is not signed."""
         entry = f"{name}-{rank}"
         if not self.store.check([entry]):
             return None
@@ -117,7 +122,7 @@ class Table:
         return text[64:] if is_signed(text[:64], self.key, entry, text[64:]) else None
 
     def read(self, name: str) -> dict[int, Any]:
-        """The reports of that name by rank, as far as they came within SECONDS."""
+        """Returns the reports of that name by rank, as far as they came within SECONDS."""
         reports, deadline = dict[int, Any](), time.monotonic() + SECONDS
         for _ in polls(deadline):
             for rank in set(range(self.size)) - set(reports):
@@ -129,7 +134,7 @@ class Table:
 
 
 def main(rank: int, size: int, local_rank: int, host: str, port: int, least: float, secret: Path) -> Problem | None:
-    """The problem, and the bad rank, if it is known. Raises RuntimeError if the device of this rank fails."""
+    """Returns the problem, and the bad rank, if it is known. Raises RuntimeError if the device of this rank fails."""
     import torch
     import torch.distributed as dist
 
@@ -160,7 +165,11 @@ def main(rank: int, size: int, local_rank: int, host: str, port: int, least: flo
 
 
 def product_problem(device: torch.device, least: float) -> str | None:
-    """The problem of a product of matrices on a device; None without one. least: FLOP/s."""
+    """Returns the problem of a product of matrices on a device; None without one.
+
+    Args:
+        least: FLOP/s.
+    """
     import torch
 
     size, dtype = (GPU_SIZE, torch.bfloat16) if device.type == "cuda" else (CPU_SIZE, torch.float32)
@@ -184,7 +193,7 @@ def product_problem(device: torch.device, least: float) -> str | None:
 
 
 def wrong_senders(device: torch.device, size: int, rank: int) -> list[int]:
-    """The ranks from which this one receives wrong numbers when each sends its own to all."""
+    """Returns the ranks from which this one receives wrong numbers when each sends its own to all."""
     import torch
     import torch.distributed as dist
 
@@ -194,14 +203,14 @@ def wrong_senders(device: torch.device, size: int, rank: int) -> list[int]:
 
 
 def row_of(rank: int, device: torch.device) -> torch.Tensor:
-    """The numbers that a rank sends, (ROW,)."""
+    """Returns the numbers that a rank sends, (ROW,)."""
     import torch
 
     return torch.arange(rank, rank + ROW, dtype=torch.float32, device=device)
 
 
 def verdict(table: Table) -> Problem | None:
-    """The first problem by the reports of all ranks."""
+    """Returns the first problem by the reports of all ranks."""
     products = table.read("product")
     for rank in range(table.size):
         text = products.get(rank, f"a product of matrices did not end within {SECONDS:.0f} s")

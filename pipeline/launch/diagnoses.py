@@ -1,12 +1,13 @@
-"""The table of failures: how each is recognized, whether another attempt is made, and the sentence about it.
+"""Sentences about failures and waiting jobs: how each is recognized, and what a person can do.
 
-The same sentence reaches the log, the decision of the launch, `atom status` and the alert: a rank writes it
-(`report_failure`), or the job's script (post_mortem.sh.jinja), or `atom status` for a job whose script never ran.
-MLflow gets what a rank writes.
+`failures.yaml` is the table of failures. The same sentence reaches the log, the decision of the launch, `atom status`
+and the alert: a rank writes it (`report_failure`), or the job's script (post_mortem.sh.jinja), or `atom status` for a
+job whose script never ran. MLflow gets what a rank writes. Faults of the operating system have their own table
+(os_errors.py), by number; `rows` lists them here as well.
 
-Faults of the operating system have their own table (os_errors.py), by number; `rows` lists them here as well. Reasons
-for which a job waits are in waiting_reasons.py. Sentences are templates: {nodes} is the list of nodes in Slurm's
-notation, {detail} what was seen there.
+`waiting_reasons.yaml` is the table of reasons for which a job waits. `squeue` shows either a name of Slurm's list
+(`job_state_reason_string`; job_reason_codes in Slurm's documentation) or a text of the controller. A reason that is in
+neither has the sentence of `UNKNOWN`, so no sentence is about another reason.
 """
 
 from __future__ import annotations
@@ -17,30 +18,35 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pipeline.core import os_errors
 from pipeline.core.environment import node_name
 from pipeline.core.errors import AtomError, Failure, Interrupted, Kind, installing
 from pipeline.core.progress import duration
 from pipeline.core.store import Store
+from pipeline.launch import slurm_client
+from pipeline.launch.slurm_client import Answers, Job, NoAnswer
 
-AGAIN = "`atom retry` resumes it"
-RETRY = "by `atom retry`"
+# The exit code on a node without the run's files: EX_UNAVAILABLE of sysexits.h.
 NO_HOME_CODE = 69
-"""The exit code on a node without the run's files: EX_UNAVAILABLE of sysexits.h."""
+
+
+def _table(name: str) -> dict[str, dict[str, Any]]:
+    """Reads a table that lies beside this module."""
+    table: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    return table
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One row of the table.
-
-    states: final states of a job, by Slurm. code: its exit code. pattern: an extended regular expression, for grep and
-    for Python: in what srun reports or in an exception's message. bad_node: whether the node is avoided from then on.
-    attempt: whether another attempt is made, if its kind does not decide that.
-    """
+    """One row of failures.yaml, which explains the fields."""
 
     name: str
     signs: str
@@ -53,7 +59,7 @@ class Diagnosis:
     attempt: str = ""
 
     def text(self, **fields: str) -> str:
-        """The sentence with its fields filled in. A field that is not known is said to be unknown."""
+        """Returns the sentence with its fields filled in. A field that is not known is said to be unknown."""
         return self.sentence.format_map(_Fields(fields))
 
 
@@ -62,119 +68,14 @@ class _Fields(dict[str, str]):
         return {"nodes": "an unknown node", "user": "somebody", "job": "of it"}.get(name, "not known")
 
 
-MEMORY = Diagnosis(
-    "out of memory", "state `OUT_OF_MEMORY`, or an `oom_kill` that srun reports", Kind.MACHINE,
-    "memory of {nodes} ran out: requested {requested}, the most that Slurm saw in use {used}; raise memory_gb of the "
-    "profile, or split the stage over more ranks",
-    states=("OUT_OF_MEMORY",), pattern="oom[-_]kill|OOM Killed|Out Of Memory|[Ee]xceeded memory limit",
-)  # fmt: skip
-TIME_LIMIT = Diagnosis(
-    "time limit", "state `TIMEOUT` or `DEADLINE`: the stage was signaled, and did not save in time", Kind.MACHINE,
-    "its time limit came on {nodes} before it saved: requested {requested}, used {used}; raise minutes or "
-    f"signal_before_limit_seconds of the profile, and {AGAIN}",
-    states=("TIMEOUT", "DEADLINE"), attempt=RETRY,
-)  # fmt: skip
-PREEMPTED = Diagnosis(
-    "preemption", "state `PREEMPTED`: Slurm gave the nodes away, and did not queue the job again", Kind.STOPPED,
-    f"a job of higher priority took {{nodes}}, and Slurm did not queue this one again; {AGAIN}",
-    states=("PREEMPTED", "REVOKED"), attempt=RETRY,
-)  # fmt: skip
-NODE_FAILED = Diagnosis(
-    "node failure", "state `NODE_FAIL` or `BOOT_FAIL`; Slurm itself starts the job again if it may", Kind.MACHINE,
-    f"Slurm lost a node of {{nodes}}; see `sinfo -R`, and {AGAIN} on others",
-    states=("NODE_FAIL", "BOOT_FAIL"), attempt=RETRY,
-)  # fmt: skip
-NOT_LAUNCHED = Diagnosis(
-    "launch failure", "exit code 0:53: the node could not start the job's script", Kind.MACHINE,
-    "node {nodes} could not start the job's script (exit code 0:53); see that it mounts $ATOM_HOME and that its disks "
-    f"are not full, then {AGAIN} on others",
-    code="0:53", bad_node=True, attempt=RETRY,
-)  # fmt: skip
-NO_HOME = Diagnosis(
-    "no home folder", f"exit code {NO_HOME_CODE} of a rank or of the job's script: it finds no files of the run",
-    Kind.MACHINE,
-    "node {nodes} does not see the run in $ATOM_HOME; mount it there as on the other nodes",
-    code=f"{NO_HOME_CODE}:0", bad_node=True,
-)  # fmt: skip
-CANCELLED = Diagnosis(
-    "cancelled", "state `CANCELLED`; the accounting says by whom", Kind.STOPPED,
-    "{user} cancelled its job; `atom retry` submits it again",
-    states=("CANCELLED",), attempt=RETRY,
-)  # fmt: skip
-NEVER_STARTED = Diagnosis(
-    "cancelled dependent", "state `CANCELLED`, reason `DependencyNeverSatisfied`", Kind.STOPPED,
-    "Slurm cancelled its job, because a job that it waited for did not succeed; `atom retry` submits both again",
-    attempt=RETRY,
-)  # fmt: skip
-SETUP = Diagnosis(
-    "failed module or setup", "a `module load` or a line of `setup` with another exit code than 0", Kind.MACHINE,
-    "{detail} on node {nodes}; see that the module exists there, or change modules or setup of the profile",
-    bad_node=True,
-)  # fmt: skip
-SETUP_ANYWHERE = Diagnosis(
-    "missing module", "the same on two nodes, and on no node otherwise", Kind.USER,
-    "{detail} on each of {nodes}; correct modules or setup of the profile",
-)  # fmt: skip
-NO_PYTHON = Diagnosis(
-    "no Python on one node", "rank 0 left no decision, and Python with the stage's code does not start on that node",
-    Kind.MACHINE,
-    "Python did not start on {nodes} ({detail}); see its local disk, its mounts and the container runtime",
-    bad_node=True,
-)  # fmt: skip
-NO_PYTHON_ANYWHERE = Diagnosis(
-    "missing image or interpreter", "the same on two or more nodes, and on no node otherwise", Kind.USER,
-    "Python starts on none of {nodes} ({detail}); correct python or container.image of the profile, or its mounts",
-)  # fmt: skip
-LOST = Diagnosis(
-    "a lost rank", "a signal ended a rank before it could say why, by what srun reports", Kind.MACHINE,
-    "node {nodes} lost a rank ({detail}); see the stage's log, and the system's log of that node",
-)  # fmt: skip
-LOST_TWICE = Diagnosis(
-    "a rank lost twice",
-    "a signal ended a rank on the same node in any two launches in a row, and memory was not the cause",
-    Kind.MACHINE,
-    "node {nodes} lost a rank in two launches in a row ({detail}); see the system's log of that node",
-    bad_node=True,
-)  # fmt: skip
-PREFLIGHT = Diagnosis(
-    "preflight check", "scratch, clock, GPUs or `$ATOM_HOME` of one node, before the stage begins", Kind.MACHINE,
-    "{detail}", bad_node=True,
-)  # fmt: skip
-DEVICE = Diagnosis(
-    "device", "an uncorrectable ECC error, a GPU off the bus, a failed NVLink or driver, in the error of a rank",
-    Kind.MACHINE,
-    "a GPU of node {nodes} failed ({detail}); have its driver and hardware checked, and run the same command to go on",
-    pattern="uncorrectable (ECC|NVLink) error|ECC error|fallen off the bus|Xid [(]|NVRM: Xid|no CUDA-capable device|"
-    "driver (shutting down|initialization failed)|CUDA_ERROR_(ECC|NVLINK|SYSTEM)|hardware stack error|"
-    "system not yet initialized|is/are busy or unavailable",
-    bad_node=True,
-)  # fmt: skip
-DETERMINISTIC = Diagnosis(
-    "deterministic error", "kind `user` or `check`; kind `bug`, if the same exception ends two attempts at one place",
-    Kind.USER, "{detail}",
-)  # fmt: skip
-NO_ACCOUNTING = Diagnosis(
-    "lost accounting", "`sacct` does not answer", Kind.MACHINE,
-    "{detail}; the outcome of jobs that Slurm has forgotten is unknown", attempt="as recorded",
-)  # fmt: skip
-LOST_JOB = Diagnosis(
-    "lost job", "neither the queue nor the accounting has the job", Kind.MACHINE,
-    "Slurm no longer has its job (a later job may have the id {job}); `atom retry` submits it again", attempt=RETRY,
-)  # fmt: skip
-HIDDEN_JOB = Diagnosis(
-    "hidden job", "Slurm shows no jobs of other users (`PrivateData`), and this one is another's", Kind.MACHINE,
-    "Slurm shows jobs of {detail} to no other user; what the stage recorded itself is all that is known",
-    attempt="as recorded",
-)  # fmt: skip
-NO_DECISION = Diagnosis(
-    "no decision", "the job's script ended without a decision of rank 0, and nothing above applies", Kind.MACHINE,
-    "the stage left no decision on {nodes}, srun's exit code is {detail}; see its log",
-)  # fmt: skip
-TABLE = (
-    MEMORY, TIME_LIMIT, PREEMPTED, NODE_FAILED, NOT_LAUNCHED, NO_HOME, CANCELLED, NEVER_STARTED, SETUP,
-    SETUP_ANYWHERE, NO_PYTHON, NO_PYTHON_ANYWHERE, LOST, LOST_TWICE, PREFLIGHT, DEVICE, DETERMINISTIC, NO_ACCOUNTING,
-    LOST_JOB, HIDDEN_JOB, NO_DECISION,
-)  # fmt: skip
+def _diagnosis(row: dict[str, Any]) -> Diagnosis:
+    lists = {"states": tuple(row.get("states", ())), "pattern": "|".join(row.get("pattern", ()))}
+    return Diagnosis(**{**row, **lists, "kind": Kind(row["kind"])})
+
+
+# By the names that the job's script has for them.
+FAILURES = {name: _diagnosis(row) for name, row in _table("failures.yaml").items()}
+# Whether another attempt is made, by kind.
 ATTEMPTS = {
     Kind.MACHINE: "at most `restarts` without progress",
     Kind.STOPPED: "resumes",
@@ -182,19 +83,25 @@ ATTEMPTS = {
     Kind.CHECK: "none",
     Kind.BUG: "one",
 }
-"""Whether another attempt is made, by kind."""
+# The faults of file systems that `rows` lists.
 FILE_SYSTEM = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-"""The faults of file systems that `rows` lists."""
 
 
 def of_job(state: str, code: str) -> Diagnosis | None:
-    """The diagnosis of an ended job that left no outcome. state, code: as accounting has them."""
-    by_code = next((row for row in TABLE if row.code and row.code == code), None)
-    return by_code or next((row for row in TABLE if state in row.states), None)
+    """Returns the diagnosis of an ended job that left no outcome.
+
+    Args:
+        state: Final state of the job, by Slurm's accounting.
+        code: Its exit code and signal, likewise.
+    """
+    by_code = [row for row in FAILURES.values() if row.code and row.code == code]
+    by_state = [row for row in FAILURES.values() if state in row.states]
+    return next(iter(by_code + by_state), None)
 
 
 def of_error(error: BaseException) -> tuple[Diagnosis, str] | None:
-    """The diagnosis of a rank's exception, from its message and those of its causes, with the line that shows it.
+    """Returns the diagnosis of a rank's exception, from its message and those of its causes, with the line that shows
+    it; None without one.
 
     Only a RuntimeError counts, as PyTorch and NCCL raise it: other text may quote anything.
     """
@@ -204,37 +111,27 @@ def of_error(error: BaseException) -> tuple[Diagnosis, str] | None:
             return None
         if isinstance(cause, RuntimeError):
             for line in str(cause).splitlines():
-                if re.search(DEVICE.pattern, line):
-                    return DEVICE, line.strip()[:300]
+                if re.search(FAILURES["device"].pattern, line):
+                    return FAILURES["device"], line.strip()[:300]
         cause = cause.__cause__ or cause.__context__
     return None
 
 
-def script_values() -> Mapping[str, Diagnosis]:
-    """The rows that the job's script recognizes, by the name that its template has for them."""
-    return {
-        "memory": MEMORY,
-        "no_home": NO_HOME,
-        "setup": SETUP,
-        "setup_anywhere": SETUP_ANYWHERE,
-        "no_python": NO_PYTHON,
-        "no_python_anywhere": NO_PYTHON_ANYWHERE,
-        "lost": LOST,
-        "lost_twice": LOST_TWICE,
-        "no_decision": NO_DECISION,
-    }
-
-
 def rows() -> Iterator[tuple[str, str, str, str, str]]:
-    """The table for the documentation: failure, signs, another attempt, whether the node is avoided, sentence."""
-    for row in TABLE:
+    """Yields the table for the documentation: failure, signs, another attempt, avoided node, sentence."""
+    for row in FAILURES.values():
         avoided = "yes" if row.bad_node else ""
         attempt = row.attempt or ATTEMPTS[row.kind]
-        yield row.name, row.signs, attempt, avoided, re.sub(r"{(\w+)}", lambda m: m[1].upper(), row.sentence)
+        yield row.name, row.signs, attempt, avoided, _in_capitals(row.sentence)
     for number in FILE_SYSTEM:
         fault = os_errors.FAULTS[number]
         sentence = fault.text.format(place="PATH")
         yield errno.errorcode[number], "the error's number, in any wrapper", ATTEMPTS[fault.kind], "", sentence
+
+
+def _in_capitals(sentence: str) -> str:
+    """Returns a template with its fields in capitals, for the documentation."""
+    return re.sub(r"{(\w+)}", lambda match: match[1].upper(), sentence)
 
 
 def report_failure(error: BaseException, node: str, stage: str, store: Store) -> Failure:
@@ -253,7 +150,7 @@ def report_failure(error: BaseException, node: str, stage: str, store: Store) ->
 
 
 def failure_kind(error: BaseException, store: Store) -> Kind:
-    """The kind of a stage's exception, which decides the exit code and whether another attempt is made."""
+    """Returns the kind of a stage's exception, which decides the exit code and whether another attempt is made."""
     if isinstance(error, Interrupted):
         return Kind.STOPPED
     if fault := _fault(error, store):
@@ -266,14 +163,12 @@ def failure_kind(error: BaseException, store: Store) -> Kind:
 
 
 def failure_message(error: BaseException, stage: str, store: Store) -> str:
-    """The problem and the remedy as one sentence."""
+    """Returns the problem and the remedy as one sentence."""
     if isinstance(error, Interrupted):
         return f"stopped on request ({error}{_before_limit(str(error))}); run the same command to go on"
     if fault := _fault(error, store):
-        machine_message = f"stage {stage} failed by its machine or network ({error}); {os_errors.AGAIN}".replace(
-            "\n", " "
-        )
-        return fault.text or machine_message
+        message = f"stage {stage} failed by its machine or network ({error}); {os_errors.AGAIN}"
+        return fault.text or message.replace("\n", " ")
     if isinstance(error, AtomError):
         return str(error)
     if isinstance(error, ImportError) and _is_third_party(error):
@@ -282,8 +177,10 @@ def failure_message(error: BaseException, stage: str, store: Store) -> str:
 
 
 def _before_limit(signal_name: str) -> str:
-    """The time between the signal to save and the time limit of the Slurm job, in words. Slurm signals a job shortly
-    before the limit, and for a preemption."""
+    """Returns the time between the signal to save and the time limit of the Slurm job, in words.
+
+    Slurm signals a job shortly before the limit, and for a preemption.
+    """
     start, end = (os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
     if signal_name != "SIGUSR2" or not (start.isdigit() and end.isdigit()):
         return ""
@@ -291,7 +188,7 @@ def _before_limit(signal_name: str) -> str:
 
 
 def _fault(error: BaseException, store: Store) -> os_errors.Fault | None:
-    """The fault of the operating system. An AtomError has its own sentence, unless a disk caused it."""
+    """Returns the fault of the operating system. An AtomError has its own sentence, unless a disk caused it."""
     if isinstance(error, AtomError):
         return os_errors.device(error, store.home)
     return os_errors.find(error, store.home)
@@ -306,3 +203,60 @@ def strip_paths(text: str, home: Path) -> str:
     """Removes the folders of a machine from a sentence, because statements are published."""
     text = re.sub(rf"{re.escape(str(home))}(?![\w-]|\.\w)", "$ATOM_HOME", text)
     return re.sub(r"(?<![\w$./:])/[^\s:;,()'\"]+/([^\s:;,()'\"/]+)", r"…/\1", text)
+
+
+# The states of a job in which the reason says why it waits.
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+
+
+@dataclass(frozen=True)
+class WaitingReason:
+    """One row of waiting_reasons.yaml, which explains the fields. reasons: one regular expression of all of them."""
+
+    name: str
+    reasons: str
+    sentence: str
+    alert: bool = False
+
+    def fits(self, reason: str) -> bool:
+        """Returns True if the row is that of a reason as Slurm shows it."""
+        return re.fullmatch(self.reasons, reason) is not None
+
+
+_RESOURCE = "(BB|Billing|Cpu|CPU|Energy|GRES|License|Mem|Memory|Node|Unknown)"
+WAITING_REASONS = tuple(
+    WaitingReason(
+        name, "|".join(row["reasons"]).replace("RESOURCE", _RESOURCE), row["sentence"], row.get("alert", False)
+    )
+    for name, row in _table("waiting_reasons.yaml").items()
+)
+UNKNOWN = WaitingReason("unknown", "", "Slurm names a reason that atom does not know; see `scontrol show job {job}`")
+
+
+def explain(job: Job, answers: Answers) -> tuple[WaitingReason, str] | None:
+    """Returns the row and the sentence about a waiting job; None for another job, or if Slurm names no reason."""
+    if job.state not in WAITING or not job.reason:
+        return None
+    row = next((row for row in WAITING_REASONS if row.fits(job.reason)), UNKNOWN)
+    fields = {"job": job.id, "partition": job.partition}
+
+    # Slurm is asked for details only where the sentence has them. Without an answer, it names the command to ask with.
+    if "{nodes}" in row.sentence:
+        fields["nodes"] = "see `sinfo -R`"
+        with suppress(NoAnswer):
+            fields["nodes"] = answers.ask(slurm_client.unavailable_nodes) or "none"
+    if "{reservation}" in row.sentence:
+        name = None if row.name == "maintenance" else job.reservation
+        fields["reservation"] = "see `scontrol show reservation`"
+        with suppress(NoAnswer):
+            fields["reservation"] = answers.ask(slurm_client.reservation, name)
+    return row, f"{row.sentence.format_map(fields)} ({job.reason})"
+
+
+def waiting_rows() -> Iterator[tuple[str, str, str, str]]:
+    """Yields the table for the documentation: cause, Slurm's reasons with * for any text, alert, sentence."""
+    for row in (*WAITING_REASONS, UNKNOWN):
+        words = re.sub(r"\([^()]*\)\??|\\S\+|\.\*", "*", row.reasons)
+        words = re.sub(r"\*+", "*", re.sub(r"\([^()]*\)\??", "*", words))  # groups within groups
+        reasons = ", ".join(f"`{word}`" for word in dict.fromkeys(words.split("|")) if word)
+        yield row.name, reasons or "any other", "yes" if row.alert else "", f"{_in_capitals(row.sentence)} (REASON)"

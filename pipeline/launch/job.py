@@ -1,6 +1,6 @@
 """The entry point of a Slurm job: the worker, with the handling of signals, time limits and restarts.
 
-Rank 0 writes its decision about the job to the file `decision` of the launch (decision.py). The job's script acts on
+Rank 0 writes its decision about the job to the file `decision` of the launch (rendezvous.py). The job's script acts on
 it, because the Slurm commands are outside of a stage's container. An attempt that a signal or a failure of the machine
 ended is started again while attempts make progress, measured by the stage's own reports, so a crash loop ends by
 itself. Failures that would repeat (a recipe, a gate, a budget) are final. An attempt that got further, or the first one
@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import submitit
 
-from pipeline.core import collector, input_integrity, json_files, users
+from pipeline.core import input_integrity, json_files, process
 from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
@@ -36,35 +35,40 @@ from pipeline.launch import bad_nodes, clean_environment, device_test, preflight
 from pipeline.launch.attempt import ALIVE, Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.companion import Companion
-from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.diagnoses import report_failure
-from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, launch_number, read, write
+from pipeline.launch.rendezvous import (
+    Decision,
+    Ranks,
+    Usage,
+    Verdict,
+    end_process,
+    launch_folder,
+    launch_number,
+    read,
+    write,
+)
 from pipeline.launch.worker import STOP, attempt, stop_signals
 
 
 @dataclass(frozen=True)
 class JobLimits:
-    """budget: from the recipe. The rest is from the profile; variables: the names of those that it forwards or sets.
-    device_test_share: of the peak of a GPU; 0: its products and the collectives are not tested."""
+    """The limits of a job: the budget from the recipe, the rest from the profile."""
 
     budget: budget.Limits | None
     restarts: int
     free_gb: float
     scratch: str | None
+    # The names of the variables that the profile forwards or sets.
     variables: tuple[str, ...] = ()
     avoid_seconds: int = 0
+    # Of the peak of a GPU; 0: its products and the collectives are not tested.
     device_test_share: float = 0.0
-
-
-def _keys(store: Store, run: str) -> list[str]:
-    """The keys of a run, in its order: from its file, so that the jobs of a large run are not each as large as it."""
-    return [node["key"] for node in json_files.read(store.logs / run / "run.json", BODY)["nodes"]]
 
 
 def _begin(task: Task, limits: JobLimits) -> tuple[submitit.JobEnvironment, Store]:
     clean_environment.require(limits.variables)
-    collector.collect_rarely()
-    users.share(Path(task.home))
+    process.collect_rarely()
+    process.share_home(Path(task.home))
     return submitit.JobEnvironment(), Store(Path(task.home))
 
 
@@ -87,18 +91,20 @@ def run(task: Task, limits: JobLimits) -> str:
 
         def record_outcome(outcome: str | Failure) -> None:
             """Called after the outcome is recorded, from the thread that ends the attempt."""
-            stall = standstill(folder)
             if outcome == "sealed":
                 is_last = all(store.sealed(key) for key in reversed(keys))
                 decision = Decision.DONE if is_last else Decision.SEALED
             else:
                 failure = outcome if isinstance(outcome, Failure) else Failure(outcome)
-                stopped = stop_signals_received()
-                restart = not (failure.kind.final or stall.repeated) and (stopped or stall.since <= limits.restarts)
+                stall, stopped = standstill(folder), stop_signals_received()
+                if failure.kind.final or stall.repeated or not (stopped or stall.since <= limits.restarts):
+                    decision = Decision.FAILED
                 # Slurm needs the nodes (USR2), or they may be the cause. srun itself sends TERM when a rank has died;
                 # when Slurm sends it, the job's script sees that in the state of the job.
-                leave = bool(stopped - {signal.SIGTERM} or stall.since > 1 or not begun or failure.bad_node)
-                decision = Decision.FAILED if not restart else Decision.RESTART if leave else Decision.RELAUNCH
+                elif stopped - {signal.SIGTERM} or stall.since > 1 or not begun or failure.bad_node:
+                    decision = Decision.RESTART
+                else:
+                    decision = Decision.RELAUNCH
                 avoid_node(failure, task, limits, store)
             Verdict.of(decision, outcome).write(launch)
             if isinstance(outcome, Failure):
@@ -112,11 +118,11 @@ def run(task: Task, limits: JobLimits) -> str:
         if (stall := standstill(folder)).since > limits.restarts + 1:
             problem = problem or Failure(stall.where, Kind.BUG)
         try:
-            keys = _keys(store, task.run)
+            # From the file of the run, so that the jobs of a large run are not each as large as it.
+            keys = [node["key"] for node in json_files.read(store.logs / task.run / "run.json", BODY)["nodes"]]
         except (FileNotFoundError, Damaged) as error:
-            problem = problem or Failure(
-                f"run.json of {task.run} cannot be read ({error}); restore it, or submit again"
-            )
+            text = f"run.json of {task.run} cannot be read ({error}); restore it, or submit again"
+            problem = problem or Failure(text)
         if (budget_problem := budget.exceeded(limits.budget, store, keys)) is not None:
             problem = problem or Failure(budget_problem, Kind.USER)
         if problem is not None:
@@ -138,7 +144,7 @@ def run(task: Task, limits: JobLimits) -> str:
 
 
 def _check(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> Failure | None:
-    """The problem of a node, by the checks that the ranks make together before a stage."""
+    """Returns the problem of a node, by the checks that the ranks make together before a stage."""
     problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
     if problem is None and task.gpus and registry.stage(task.stage).trains and limits.device_test_share:
         problem = device_test.check(ranks, limits.device_test_share * task.peaks.get("bf16", 0.0))
@@ -174,7 +180,7 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
         work.mkdir(parents=True, exist_ok=True)
         config = stage.config.model_validate(task.config)
         own_shards = list(range(int(os.environ["SLURM_ARRAY_TASK_ID"]), stage.shards(config), tasks))
-        earlier_done = max((start["done"] for start in _earlier_starts(launch)), default=0)
+        earlier_done = _earlier_done(launch)
         location = "its inputs"
         try:
             materials = {role: store.open(key) for role, key in task.inputs.items()}
@@ -298,16 +304,18 @@ def _end_task(
     return decision
 
 
-def _earlier_starts(launch: Path) -> list[dict[str, Any]]:
-    """The progress of earlier starts of this task."""
+def _earlier_done(launch: Path) -> int:
+    """Returns the most shards that an earlier start of this task has finished."""
     job = launch.name.partition(".")[0]
     records = (read(path / "shards.json") for path in launch.parent.glob(f"{job}.*") if path != launch)
-    return [record for record in records if record is not None]
+    return max((record["done"] for record in records if record is not None), default=0)
 
 
 def _failed_starts(launch: Path) -> int:
-    """The number of earlier starts of this task in a row that failed without getting further. One that Slurm preempted,
-    or that was stopped, is no failure."""
+    """Returns the number of earlier starts of this task in a row that failed without getting further.
+
+    One that Slurm preempted, or that was stopped, is no failure.
+    """
     failures, job = 0, launch.name.partition(".")[0]
     for path in sorted(launch.parent.glob(f"{job}.*"), key=launch_number):
         verdict = None if path == launch else Verdict.read(path)

@@ -37,8 +37,8 @@ from pipeline.launch.worker import work
 
 POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365
+# Seconds that the ranks of an ended launch get to end by themselves.
 LAST_SECONDS = 4.0
-"""Seconds that the ranks of an ended launch get to end by themselves."""
 PROCESS_GONE = "its process is gone, perhaps killed for memory; see its log, and run the same command to go on"
 
 # One thread for each rank, so that sums have one order under any load of the machine. Seeds of str hashes are fixed, so
@@ -61,9 +61,19 @@ JOB_ENVIRONMENT = {
 
 
 def require_inputs(graph: Graph, store: Store, selected: list[str], other_python: bool = False) -> None:
-    """Raises AtomError if a selected stage needs one that is neither selected nor sealed, if it cannot run at all, or
-    if a file is in the place of a folder of the home. other_python: it runs with another Python than this process, so
-    that nothing follows from what this machine lacks."""
+    """Checks that the selected stages can run.
+
+    Args:
+        graph: The graph.
+        store: The home.
+        selected: Names of the stages.
+        other_python: They run with another Python than this process, so that nothing follows from what this machine
+            lacks.
+
+    Raises:
+        AtomError: A stage needs one that is neither selected nor sealed, or cannot run at all, or a file is in the
+            place of a folder of the home.
+    """
     if obstacle := store.misplaced():
         raise AtomError(f"{obstacle}, and run the same command again")
     for name in selected:
@@ -73,12 +83,11 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
             raise AtomError(f"{graph.recipe.title}, stage {name}: {obstacle}")
         if not store.sealed(node.key) and not other_python:
             node.stage.inspect(node.config)
-        for source in graph.nodes[name].inputs.values():
+        for source in node.inputs.values():
             if source not in selected and not store.sealed(graph.nodes[source].key):
-                raise AtomError(
-                    f"stage {name} needs {source}, which is not sealed; run that first, or use --until {name}"
-                )
-        for key in graph.nodes[name].external.values():
+                lacking = f"stage {name} needs {source}, which is not sealed"
+                raise AtomError(f"{lacking}; run that first, or use --until {name}")
+        for key in node.external.values():
             if not store.sealed(key):
                 raise AtomError(
                     f"stage {name} needs {key} of an earlier run, which is not sealed under {store.artifacts}; run "
@@ -87,8 +96,8 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
 
 
 def damage_of(graph: Graph, store: Store, selected: list[str]) -> dict[str, str]:
-    """The selected stages that cannot be used or run because their artifact or one of their inputs is damaged, each
-    with a sentence that names the file."""
+    """Returns the selected stages that cannot be used or run because their artifact or one of their inputs is
+    damaged, each with a sentence that names the file."""
     sentences: dict[str, str] = {}
     for name in selected:
         node = graph.nodes[name]
@@ -110,23 +119,24 @@ class RunningJob:
     """A submitted job and the tail of its events."""
 
     node: Node
-    job: Any
+    # The job of submitit.
+    submitted: Any
     tail: EventTail
     ranks: int = 1
     outcome: str | Failure | None = None
     pid: int | None = None
+    # Ranks that were seen alive.
     seen_alive: set[int] = field(default_factory=set)
-    """Ranks that were seen alive."""
+    # Ranks that have exited although the others need them.
     lost_ranks: list[int] = field(default_factory=list)
-    """Ranks that have exited although the others need them."""
+    # Whether the lost ranks were announced to the others.
     announced: bool = False
-    """Whether the lost ranks were announced to the others."""
+    # The time since which the remaining ranks have no work.
     finished_since: float | None = None
-    """The time since which the remaining ranks have no work."""
 
     def kill(self) -> None:
         """Kills its processes: the ranks, and submitit's controller."""
-        controller = self.job._process.pid
+        controller = self.submitted._process.pid
         kill_processes({*living_ranks(controller).values(), *filter(None, [self.pid]), controller})
 
 
@@ -160,8 +170,8 @@ class LocalLauncher:
                     elif not failures and self._ready(node) and self._places(node) <= self._free_places():
                         waiting.remove(name)
                         self.running[name] = self._submit(node)
-                for name, running_job in list(self.running.items()):
-                    outcome = self._poll(running_job)
+                for name, job in list(self.running.items()):
+                    outcome = self._poll(job)
                     if outcome is None:
                         continue
                     del self.running[name]
@@ -187,7 +197,7 @@ class LocalLauncher:
 
     def _free_places(self) -> int:
         """Slots without work. A job whose outcome is known only has to exit, which takes a second."""
-        working = [running_job.node for running_job in self.running.values() if running_job.outcome is None]
+        working = [job.node for job in self.running.values() if job.outcome is None]
         return self.profile.local.jobs - sum(self._places(node) for node in working)
 
     def _ready(self, node: Node) -> bool:
@@ -203,15 +213,9 @@ class LocalLauncher:
     def _submit(self, node: Node) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
         gpus = visible_gpus()
-        task = Task.of(
-            self.graph,
-            self.store,
-            self.run,
-            node,
-            watts_per_core=self.profile.power.watts_per_core,
-            ranks=number,
-            peaks=self.profile.peaks() if gpus else {},
-        )
+        peaks = self.profile.peaks() if gpus else {}
+        resources = {"watts_per_core": self.profile.power.watts_per_core, "ranks": number, "peaks": peaks}
+        task = Task.of(self.graph, self.store, self.run, node, **resources)
         # `env` becomes the stage's process, without denied variables
         options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
         options.append(f"ATOM_HOME={self.store.home}")
@@ -233,56 +237,56 @@ class LocalLauncher:
         self.display.started(node.name, str(job.paths.stdout), number)
         return RunningJob(node, job, tail, number)
 
-    def _poll(self, running_job: RunningJob) -> str | Failure | None:
-        """The job's outcome, or None while it runs."""
-        is_done = running_job.job.done()
-        for event in running_job.tail.read():
+    def _poll(self, job: RunningJob) -> str | Failure | None:
+        """Returns the job's outcome, or None while it runs."""
+        is_done = job.submitted.done()
+        for event in job.tail.read():
             if event["event"] == "start":
-                running_job.pid = event["pid"]
+                job.pid = event["pid"]
             elif event["event"] == "end":
                 ok = event["outcome"] in ("sealed", "busy")
-                running_job.outcome = event["outcome"] if ok else Failure.read(event["outcome"], event.get("kind"))
+                job.outcome = event["outcome"] if ok else Failure.read(event["outcome"], event.get("kind"))
             elif event["event"] == "usage":
-                self.display.usage(running_job.node.name, event["wall_seconds"])
+                self.display.usage(job.node.name, event["wall_seconds"])
             elif event["event"] == "progress":
                 place = (event["time"], event["done"], event["total"], event["unit"])
-                self.display.progress(running_job.node.name, *place, figures_of(event))
+                self.display.progress(job.node.name, *place, figures_of(event))
             elif event["event"] == "note":
-                self.display.note(running_job.node.name, event["text"])
+                self.display.note(job.node.name, event["text"])
         if not is_done:
-            self._end_leftover_ranks(running_job)
+            self._end_leftover_ranks(job)
             return None
-        if running_job.outcome == "sealed":
-            self.display.sealed(running_job.node.name)
-        if running_job.outcome is None and running_job.lost_ranks and running_job.lost_ranks[0] > 0:
-            return Failure(f"rank {running_job.lost_ranks[0]}: {PROCESS_GONE}")
-        if running_job.outcome is None and (full := os_errors.full_disk(self.store.home)):
+        if job.outcome == "sealed":
+            self.display.sealed(job.node.name)
+        if job.outcome is None and job.lost_ranks and job.lost_ranks[0] > 0:
+            return Failure(f"rank {job.lost_ranks[0]}: {PROCESS_GONE}")
+        if job.outcome is None and (full := os_errors.full_disk(self.store.home)):
             return Failure(full)  # there was no space even for the end event
-        if running_job.outcome is None:
+        if job.outcome is None:
             return Failure("its process was killed from outside (perhaps for memory); run the same command to go on")
-        return running_job.outcome
+        return job.outcome
 
-    def _end_leftover_ranks(self, running_job: RunningJob) -> None:
+    def _end_leftover_ranks(self, job: RunningJob) -> None:
         """Ends the remaining ranks after rank 0 has ended the attempt or a required rank has exited: they may hang in a
         collective, or be stopped, so they get a grace time and are then killed. A killed rank is announced to the
         others."""
-        if running_job.ranks == 1:
+        if job.ranks == 1:
             return
-        living = living_ranks(running_job.job._process.pid)
-        running_job.seen_alive |= living.keys()
-        folder = launch_folder(self.run.node_folder(running_job.node.name), running_job.job.job_id)
-        if not running_job.lost_ranks:
-            running_job.lost_ranks = ranks_without_end(folder, running_job.seen_alive - living.keys())
-        elif running_job.outcome is None and not running_job.announced:
-            running_job.announced = True  # at the next poll: rank 0 may have ended well meanwhile
-            if has_no_end(folder, running_job.lost_ranks[0]):
-                announce(folder, running_job.lost_ranks[0], Failure(PROCESS_GONE))
-        if running_job.outcome is None and not running_job.lost_ranks:
+        living = living_ranks(job.submitted._process.pid)
+        job.seen_alive |= living.keys()
+        folder = launch_folder(self.run.node_folder(job.node.name), job.submitted.job_id)
+        if not job.lost_ranks:
+            job.lost_ranks = ranks_without_end(folder, job.seen_alive - living.keys())
+        elif job.outcome is None and not job.announced:
+            job.announced = True  # at the next poll: rank 0 may have ended well meanwhile
+            if has_no_end(folder, job.lost_ranks[0]):
+                announce(folder, job.lost_ranks[0], Failure(PROCESS_GONE))
+        if job.outcome is None and not job.lost_ranks:
             return
-        running_job.finished_since = running_job.finished_since or time.monotonic()
-        overdue = time.monotonic() - running_job.finished_since
+        job.finished_since = job.finished_since or time.monotonic()
+        overdue = time.monotonic() - job.finished_since
         if overdue > LAST_SECONDS:  # rank 0 may still write, and its outcome is recorded
-            kill_processes(pid for rank, pid in living.items() if rank or running_job.outcome is not None)
+            kill_processes(pid for rank, pid in living.items() if rank or job.outcome is not None)
         if overdue > self.profile.local.stop_grace_seconds:
             kill_processes(living.values())
 
@@ -290,22 +294,20 @@ class LocalLauncher:
         """Signals every running stage to stop, waits for the grace time, then kills the rest."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.display.stopping()
-        for running_job in self.running.values():
+        for job in self.running.values():
             with suppress(ProcessLookupError):
-                running_job.job._process.send_signal(signal.SIGTERM)
+                job.submitted._process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self.profile.local.stop_grace_seconds
         while self.running and time.monotonic() < deadline:
-            self.running = {
-                n: running_job for n, running_job in self.running.items() if self._poll(running_job) is None
-            }
+            self.running = {name: job for name, job in self.running.items() if self._poll(job) is None}
             time.sleep(POLL)
-        for running_job in self.running.values():
-            running_job.kill()
+        for job in self.running.values():
+            job.kill()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def visible_gpus() -> list[int]:
-    """The GPUs that this process may use: those in CUDA_VISIBLE_DEVICES, or all. Does not import torch."""
+    """Returns the GPUs that this process may use: those in CUDA_VISIBLE_DEVICES, or all. Does not import torch."""
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible_devices is not None:
         return [int(name) for name in visible_devices.split(",") if name.strip().isdigit()]

@@ -31,19 +31,20 @@ from pipeline.launch.rendezvous import Ranks, polls, read, write
 from pipeline.run_secret import atom_secret
 from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
 
+# The maximum difference between the starts of the ranks of a launch, and the maximum duration of a call.
 SECONDS = 120.0
-"""The maximum difference between the starts of the ranks of a launch, and the maximum duration of a call."""
+# The maximum time for the line of one caller, so that a foreign connection causes no long delay.
 CALLER_SECONDS = 5.0
-"""The maximum time for the line of one caller, so that a foreign connection causes no long delay."""
 SKEW_SECONDS = 30.0
 POLL = 0.1
+# How often a waiting rank looks whether another one has failed.
 LOOK_SECONDS = 1.0
-"""How often a waiting rank looks whether another one has failed."""
 LONGEST_LINE = 65536
+# The files and sockets that each process may have open, where the node's hard limit allows so many; the job's script
+# asks for as many.
 OPEN_FILES = 65536
-"""The files and sockets that each process may have open, where the node's hard limit allows so many; the job's script
-asks for as many."""
 SMI_SECONDS = 60.0
+# The fields of `nvidia-smi --query-gpu`, and the values of a sound GPU. The last one is that of newer drivers.
 SOUND = {
     "ecc.errors.uncorrected.volatile.total": ("0",),
     "remapped_rows.pending": ("no", "0"),
@@ -51,14 +52,13 @@ SOUND = {
     "clocks_throttle_reasons.hw_slowdown": ("not active",),
     "gpu_recovery_action": ("none",),
 }
-"""The fields of `nvidia-smi --query-gpu`, and the values of a sound GPU. The last one is that of newer drivers."""
+# What it answers, in brackets or not, where a GPU or a driver does not have a field.
 UNKNOWN = ("n/a", "not supported", "unknown", "requested functionality has been deprecated", "")
-"""What it answers, in brackets or not, where a GPU or a driver does not have a field."""
 
 
 def least_open_files(ranks: int) -> int:
-    """The fewest open files that a rank of so many needs. gloo connects it with each other rank, and with rank 0 once
-    more, where the ranks meet; the rest is for NCCL and data."""
+    """Returns the fewest open files that a rank of so many needs. gloo connects it with each other rank, and with
+    rank 0 once more, where the ranks meet; the rest is for NCCL and data."""
     return 512 + 4 * ranks
 
 
@@ -78,8 +78,8 @@ def allow_open_files() -> int:
 
 
 def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Failure | None:
-    """The problem of a node of this launch, in one sentence with its name; on a rank other than 0, the reason why it
-    could not report to rank 0. None without a problem."""
+    """Returns the problem of a node of this launch, in one sentence with its name; on a rank other than 0, the reason
+    why it could not report to rank 0. None without a problem."""
     problem = check_node(home, free_gb, scratch, ranks.size)
     if ranks.rank:
         text = _send_report(ranks, problem)
@@ -88,16 +88,22 @@ def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Fail
 
 
 def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) -> Failure | None:
-    """The problem of this node, if any. The node is named as bad, except for a problem of $ATOM_HOME: all share it.
-    ranks: processes of the job."""
+    """Returns the problem of this node, if any.
+
+    The node is named as bad, except for a problem of $ATOM_HOME: all share it.
+
+    Args:
+        ranks: Processes of the job.
+    """
     name = node_name()
     if (limit := allow_open_files()) < (least := least_open_files(ranks)):
-        return Failure(
+        text = (
             f"node {name} lets a process have {limit} files open, and one of {ranks} ranks needs {least}; have its "
-            "hard limit raised (ulimit -Hn, LimitNOFILE of slurmd)",
-            bad_node=name,
+            "hard limit raised (ulimit -Hn, LimitNOFILE of slurmd)"
         )
+        return Failure(text, bad_node=name)
     for folder in [home, *([Path(scratch)] if scratch else [])]:
+        bad_node = "" if folder == home else name  # all nodes share the home
         try:
             free = shutil.disk_usage(folder).free / 1e9
             probe = folder / f".probe-{uuid.uuid4().hex}"
@@ -106,22 +112,16 @@ def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) 
             written = probe.stat().st_mtime
             probe.unlink()
         except OSError as error:
-            return Failure(
-                f"node {name} cannot write to {folder} ({error.strerror}); fix its mounts, or exclude it",
-                bad_node="" if folder == home else name,
-            )
+            text = f"node {name} cannot write to {folder} ({error.strerror}); fix its mounts, or exclude it"
+            return Failure(text, bad_node=bad_node)
         if free < free_gb:
-            return Failure(
-                f"node {name} has {free:.1f} GB free in {folder}, less than free_gb = {free_gb:g}; free some",
-                bad_node="" if folder == home else name,
-            )
-        if folder == home and abs(written - local_time) > SKEW_SECONDS:
+            text = f"node {name} has {free:.1f} GB free in {folder}, less than free_gb = {free_gb:g}; free some"
+            return Failure(text, bad_node=bad_node)
+        skew = abs(written - local_time)
+        if folder == home and skew > SKEW_SECONDS:
             relation = "ahead of" if local_time > written else "behind"
-            seconds = abs(written - local_time)
-            return Failure(
-                f"the clock of node {name} is {seconds:.0f} s {relation} the file system's; set it by NTP",
-                bad_node=name,
-            )
+            text = f"the clock of node {name} is {skew:.0f} s {relation} the file system's; set it by NTP"
+            return Failure(text, bad_node=name)
     return _gpus(name)
 
 
@@ -131,23 +131,24 @@ def _gpus(name: str) -> Failure | None:
     assigned = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
     device_files = list(Path("/dev").glob("nvidia[0-9]*"))
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
-        count = len(device_files)
-        return Failure(
-            f"node {name} has {count} GPUs under /dev, and Slurm gave {len(assigned)}; check the NVIDIA driver",
-            bad_node=name,
-        )
+        gave = f"and Slurm gave {len(assigned)}; check the NVIDIA driver"
+        return Failure(f"node {name} has {len(device_files)} GPUs under /dev, {gave}", bad_node=name)
     is_first = os.environ.get("SLURM_LOCALID", "0") == "0"  # of the ranks of this node, if all have the same GPUs
     has_part = len(assigned) < int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     return gpu_problem(name, assigned) if assigned and (is_first or has_part) else None
 
 
 def gpu_problem(node: str, gpus: Sequence[str]) -> Failure | None:
-    """The problem of one of these GPUs of this node, in one sentence; None without one. Without nvidia-smi nothing is
-    known, which a line of the log says. gpus: their numbers; the others may be another job's."""
+    """Returns the problem of one of these GPUs of this node, in one sentence; None without one.
+
+    Without nvidia-smi nothing is known, which a line of the log says.
+
+    Args:
+        gpus: Their numbers; the others may be another job's.
+    """
     if shutil.which("nvidia-smi") is None:
-        print(
-            f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked", file=sys.stderr
-        )
+        text = f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked"
+        print(text, file=sys.stderr)
         return None
     fields = list(SOUND)
     while True:
@@ -195,9 +196,8 @@ def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
     if listener is None:
         if (failure := ranks.failure()) is not None:
             return failure.text
-        return (
-            f"node {node_name()} got no answer from rank 0 for {SECONDS:.0f} s; check that it has the same $ATOM_HOME"
-        )
+        silence = f"node {node_name()} got no answer from rank 0 for {SECONDS:.0f} s"
+        return f"{silence}; check that it has the same $ATOM_HOME"
     wrong = None if problem is None else problem.text
     report = {"rank": ranks.rank, "node": node_name(), "wrong": wrong, "lock": environment.fingerprint()}
     text = json.dumps(report)
@@ -225,9 +225,9 @@ def _gather_reports(ranks: Ranks) -> Failure | None:
     deadline, next_look = time.monotonic() + SECONDS, 0.0
     reports: dict[int, dict[str, Any]] = {}
     atom_secret.make(ranks.secret)
-    key, (own, host) = atom_secret.read(ranks.secret), address()
-    family = socket.AF_INET6 if ":" in own else socket.AF_INET
-    with socket.create_server((own, 0), family=family, backlog=ranks.size) as server:
+    key, (own_host, host) = atom_secret.read(ranks.secret), address()
+    family = socket.AF_INET6 if ":" in own_host else socket.AF_INET
+    with socket.create_server((own_host, 0), family=family, backlog=ranks.size) as server:
         server.settimeout(POLL)
         write(ranks.folder / "listener.json", {"host": host.strip("[]"), "port": server.getsockname()[1]})
         while len(reports) < ranks.size - 1 and time.monotonic() < deadline:
@@ -251,16 +251,16 @@ def _gather_reports(ranks: Ranks) -> Failure | None:
     ordered = [reports[rank] for rank in sorted(reports)]
     if problems := [report for report in ordered if report["wrong"]]:
         return Failure(str(problems[0]["wrong"]), bad_node=str(problems[0]["node"]))
-    lock = environment.fingerprint()
-    if (other := next((report["node"] for report in ordered if report["lock"] != lock), None)) is not None:
-        return Failure(
-            f"nodes {other} and {node_name()} differ in Python, packages or processor; ask for nodes that are alike"
-        )
+    fingerprint = environment.fingerprint()
+    for report in ordered:
+        if report["lock"] != fingerprint:
+            nodes = f"nodes {report['node']} and {node_name()}"
+            return Failure(f"{nodes} differ in Python, packages or processor; ask for nodes that are alike")
     return None
 
 
 def _receive_report(line: socket.socket, key: bytes) -> dict[str, Any] | None:
-    """The report of one rank; None if the connection is not from a rank of this launch."""
+    """Returns the report of one rank; None if the connection is not from a rank of this launch."""
     line.settimeout(CALLER_SECONDS)
     try:
         with line.makefile("rb") as file:
@@ -275,6 +275,7 @@ def _receive_report(line: socket.socket, key: bytes) -> dict[str, Any] | None:
 
 
 def address() -> tuple[str, str]:
-    """The address on which this node listens for other nodes of the job, and the host under which they reach it."""
+    """Returns the address on which this node listens for other nodes of the job, and the host under which they reach
+    it."""
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     return own_address() if nodes > 1 else ("127.0.0.1", "127.0.0.1")

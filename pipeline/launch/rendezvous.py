@@ -11,6 +11,7 @@ the same allocation, with
     end-<rank>.json     the outcome and usage of another rank
     failures.jsonl      one line for each failing rank; the first one counts. Rank 0 adds `over` when it has
                         written everything
+    decision            the decision of rank 0 about the Slurm job, which the job's script acts on (`Verdict`)
 
 A launch fails as a whole: a thread of each rank reads failures.jsonl once a second, so that a rank also exits while it
 hangs in a collective. The file exists from the start, because a shared file system may cache the absence of a file for
@@ -23,6 +24,7 @@ import faulthandler
 import json
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -32,6 +34,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,20 +42,21 @@ from typing import Any, NoReturn
 import submitit
 from submitit.core.utils import environment_variables
 
-from pipeline.core import atomic_files, lease
+from pipeline.core import atomic_files, json_files, lease
 from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
+from pipeline.core.json_files import Damaged
 
 RENDEZVOUS_SECONDS = 600.0
 USAGE_SECONDS = 5.0
+# How long rank 0 waits for the usage of the others; less after a failure, which has 5 seconds in all.
 FAILED_USAGE_SECONDS = 1.5
-"""How long rank 0 waits for the usage of the others; less after a failure, which has 5 seconds in all."""
 WATCH_SECONDS = 1.0
+# How long a rank of a failed launch waits for rank 0 to record the failure: srun ends all ranks when one fails.
 EXIT_SECONDS = 3.0
-"""How long a rank of a failed launch waits for rank 0 to record the failure: srun ends all ranks when one fails."""
+# How long a rank that lost its connection to another rank waits for the failure that this rank or the launcher
+# announces.
 CAUSE_SECONDS = 2.5
-"""How long a rank that lost its connection to another rank waits for the failure that this rank or the launcher
-announces."""
 FOLLOWED = "followed"
 FAILURES = "failures.jsonl"
 FIRST_PORT = 20000
@@ -69,7 +73,7 @@ class Usage:
 
     @classmethod
     def now(cls) -> Usage:
-        """The usage of this process and its children so far; the peak is that of the process alone."""
+        """Returns the usage of this process and its children so far; the peak is that of the process alone."""
         usages = [resource.getrusage(scope) for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return cls(sum(u.ru_utime + u.ru_stime for u in usages), usages[0].ru_maxrss * 1024)
 
@@ -136,8 +140,10 @@ class Ranks:
         """On rank 0: asks the others to help with the check of the inputs, and reports to them from a thread that this
         work goes on before the rendezvous.
 
-        turns: the number of intervals for which it has waited. has_progress: whether there was progress since the last
-        call; without any, nothing is reported, and the others end in time.
+        Args:
+            turns: The number of intervals for which it has waited.
+            has_progress: Returns True if there was progress since the last call. Without any, nothing is reported, and
+                the others end in time.
         """
         if self.size == 1:
             yield
@@ -151,7 +157,8 @@ class Ranks:
                 if stop.wait(RENDEZVOUS_SECONDS / 20):
                     return
 
-        with _thread("busy", write_turns, join=True):  # its report must not follow the call
+        # The thread is joined, so that none of its reports replaces the call to the rendezvous.
+        with _thread("busy", write_turns, join=True):
             yield
 
     def cancel_rendezvous(self, reason: str) -> None:
@@ -162,10 +169,12 @@ class Ranks:
                 write(self.folder / "meeting.json", {"dismissed": reason})
 
     def join_rendezvous(self, help_to_check: Callable[[], None] = lambda: None) -> Rendezvous | None:
-        """On another rank: waits for the call of rank 0; None if rank 0 needs no other rank. Raises MachineError
-        without a call.
+        """On another rank: waits for the call of rank 0; None if rank 0 needs no other rank.
 
-        help_to_check: is called once, when rank 0 checks the inputs.
+        Raises MachineError without a call.
+
+        Args:
+            help_to_check: Is called once, when rank 0 checks the inputs.
         """
         deadline, turns, has_helped = time.monotonic() + RENDEZVOUS_SECONDS, None, False
         for _ in polls():
@@ -179,7 +188,8 @@ class Ranks:
                     help_to_check()
                     has_helped = True
                 deadline, turns = time.monotonic() + RENDEZVOUS_SECONDS, message["turns"]
-            if self._has_exited(0):
+            process = read(self.folder / "rank-0.json")
+            if process is not None and lease.has_exited(process):
                 raise MachineError("rank 0 has ended; see its log")
             if time.monotonic() > deadline:
                 break
@@ -191,8 +201,8 @@ class Ranks:
             announce(self.folder, self.rank, failure)
 
     def failure(self) -> Failure | None:
-        """The failure of the launch that another rank has announced, if any: the sentence names the first rank that
-        failed."""
+        """Returns the failure of the launch that another rank has announced, if any: the sentence names the first
+        rank that failed."""
         for row in _rows(self.folder):
             if "text" in row:
                 if row.get("rank") == self.rank:
@@ -267,8 +277,11 @@ class Ranks:
             yield
 
     def record_end(self, outcome: str, usage: Usage) -> None:
-        """On another rank, at its end: records its outcome and usage. outcome: FOLLOWED, or one sentence on the
-        failure."""
+        """On another rank, at its end: records its outcome and usage.
+
+        Args:
+            outcome: FOLLOWED, or one sentence on the failure.
+        """
         with suppress(OSError):  # on a full disk its usage is lost
             write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
 
@@ -279,26 +292,24 @@ class Ranks:
         deadline = time.monotonic() + seconds
         processes = {rank: read(self.folder / f"rank-{rank}.json") for rank in range(1, self.size)}
         waiting = set(processes)
+        # A rank has ended if it says so, or if its process is gone.
         for _ in polls(deadline):
-            waiting -= {
-                rank for rank in waiting if (process := processes[rank]) is not None and lease.has_exited(process)
-            }
-            waiting -= {int(name[4:-5]) for name in os.listdir(self.folder) if name.startswith("end-")}
+            exited = {rank for rank, process in processes.items() if process is not None and lease.has_exited(process)}
+            names = (re.fullmatch(r"end-([0-9]+)\.json", name) for name in os.listdir(self.folder))
+            waiting -= exited | {int(name[1]) for name in names if name}
             if not waiting:
                 break
         ends = [read(_end(self.folder, rank)) for rank in range(1, self.size)]
         return [Usage(**end["usage"]) for end in ends if end is not None]
 
-    def _has_exited(self, rank: int) -> bool:
-        """Returns True if a rank's process has exited for certain."""
-        process = read(self.folder / f"rank-{rank}.json")
-        return process is not None and lease.has_exited(process)
-
 
 @contextmanager
 def _thread(name: str, target: Callable[[threading.Event], None], join: bool = False) -> Iterator[None]:
-    """Runs `target` in a daemon thread and sets its event at the end of the context; join: whether to wait for the
-    thread then."""
+    """Runs `target` in a daemon thread and sets its event at the end of the context.
+
+    Args:
+        join: Wait for the thread then.
+    """
     stop = threading.Event()
     thread = threading.Thread(target=target, args=(stop,), name=name, daemon=True)
     thread.start()
@@ -311,7 +322,11 @@ def _thread(name: str, target: Callable[[threading.Event], None], join: bool = F
 
 
 def announce(folder: Path, rank: int, failure: Failure) -> None:
-    """Dismisses every rank of the launch in `folder`; rank: the one that failed."""
+    """Dismisses every rank of the launch in `folder`.
+
+    Args:
+        rank: The one that failed.
+    """
     _append(folder, {"rank": rank, "node": node_name(), **failure.json()})
 
 
@@ -324,8 +339,10 @@ def _append(folder: Path, row: dict[str, Any]) -> None:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of failures.jsonl. A line that two hosts wrote at once may be damaged: it counts as a failure all the
-    same."""
+    """Returns the lines of failures.jsonl.
+
+    A line that two hosts wrote at once may be damaged: it counts as a failure all the same.
+    """
     rows = []
     with suppress(FileNotFoundError):
         for line in (folder / FAILURES).read_bytes().splitlines():
@@ -361,21 +378,21 @@ def _end(folder: Path, rank: int) -> Path:
 
 
 def launch_folder(node_folder: Path, job: str) -> Path:
-    """The folder for the messages of one launch. A job that Slurm starts again is another launch, and so are ranks that
-    the job's script starts again: `<job>.<restarts>.<relaunches>`."""
+    """Returns the folder for the messages of one launch. A job that Slurm starts again is another launch, and so are
+    ranks that the job's script starts again: `<job>.<restarts>.<relaunches>`."""
     relaunch = os.environ.get(lease.RELAUNCH_VARIABLE)
     name = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     return node_folder / "ranks" / (f"{name}.{relaunch}" if relaunch else name)
 
 
 def launch_number(folder: Path) -> tuple[int, int]:
-    """(start of the job, launch within it) of a launch folder, which grow with time."""
+    """Returns (start of the job, launch within it) of a launch folder, which grow with time."""
     _, restarts, *relaunches = folder.name.split(".")
     return int(restarts), int(relaunches[0]) if relaunches else 0
 
 
 def ranks_without_end(folder: Path, exited: Iterable[int]) -> list[int]:
-    """The exited ranks without which the others cannot end well."""
+    """Returns the exited ranks without which the others cannot end well."""
     ends = {rank: read(_end(folder, rank)) for rank in exited}
     return sorted(rank for rank, end in ends.items() if end is None or end["outcome"] != FOLLOWED)
 
@@ -397,8 +414,8 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def free_port() -> int:
-    """A free port below the range for outgoing connections: a connection, also one of this job, could take a port of
-    that range before the rendezvous."""
+    """Returns a free port below the range for outgoing connections."""
+    # A connection, also one of this job, could take a port of that range before the rendezvous.
     with suppress(OSError):  # this file exists only on Linux
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
         for port in random.sample(range(FIRST_PORT, first), max(0, first - FIRST_PORT)):
@@ -411,23 +428,71 @@ def free_port() -> int:
 
 
 def living_ranks(controller: int) -> dict[int, int]:
-    """{rank: pid} of the living processes of a job of the local executor, by the pid of its controller."""
-    return dict(_living_ranks(controller))
-
-
-def _living_ranks(controller: int) -> Iterator[tuple[int, int]]:
+    """Returns {rank: pid} of the living processes of a job of the local executor, by the pid of its controller."""
+    pids = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
             state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
-            if int(parent) != controller or state in b"ZX":
-                continue
-            for variable in (path.parent / "environ").read_bytes().split(b"\0"):
-                name, _, value = variable.partition(b"=")
-                if name == b"SUBMITIT_LOCAL_GLOBALID":
-                    yield int(value), int(path.parent.name)
+            if int(parent) == controller and state not in b"ZX":
+                environment = (path.parent / "environ").read_bytes()
+                if match := re.search(rb"(?:^|\0)SUBMITIT_LOCAL_GLOBALID=([0-9]+)", environment):
+                    pids[int(match[1])] = int(path.parent.name)
+    return pids
 
 
 def kill_processes(pids: Iterable[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+class Decision(StrEnum):
+    """The decision of rank 0 about a Slurm job, which the job's script acts on."""
+
+    SEALED = "sealed"
+    # All stages of the run are sealed.
+    DONE = "done"
+    # The job gives its nodes back and is requeued.
+    RESTART = "again"
+    # The ranks are launched again in the same allocation, as often as the profile allows; after that as RESTART.
+    RELAUNCH = "relaunch"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A decision and the outcome of the attempt, in the file `decision` of the launch.
+
+    Its first line is the decision, the second the kind of a failure, the rest the outcome.
+    """
+
+    decision: Decision
+    text: str
+    kind: Kind | None = None
+
+    @classmethod
+    def of(cls, decision: Decision, outcome: str | Failure) -> Verdict:
+        """outcome: of the attempt, as a failure or in words."""
+        if isinstance(outcome, Failure):
+            return cls(decision, outcome.text, outcome.kind)
+        return cls(decision, outcome)
+
+    def write(self, launch: Path) -> None:
+        """Writes the verdict to the folder of the launch, atomically, and to the log."""
+        atomic_files.write(launch / "decision", f"{self.decision}\n{self.kind or ''}\n{self.text}\n")
+        print(f"{self.decision}: {self.text}", flush=True)
+
+    @classmethod
+    def read(cls, launch: Path) -> Verdict | None:
+        """Returns the verdict of a launch; None if it does not exist yet, or if its file is damaged, which is
+        reported."""
+        path = launch / "decision"
+        with json_files.reporting("how that task ended is not known"):
+            try:
+                decision, kind, text = json_files.read_text(path).split("\n", 2)
+                return cls(Decision(decision), text.rstrip("\n"), Kind(kind) if kind else None)
+            except FileNotFoundError:
+                return None
+            except ValueError:
+                raise Damaged(path, "it holds no decision") from None
+        return None

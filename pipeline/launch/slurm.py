@@ -22,7 +22,7 @@ from typing import Any, ParamSpec
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from pipeline.core import code_snapshot
+from pipeline.core import source_code
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.progress import stages
 from pipeline.core.store import Store
@@ -33,18 +33,18 @@ from pipeline.graph.run import LauncherFields, Run, RunFolder
 from pipeline.launch import bad_nodes, diagnoses, job, slurm_client, submission_lock
 from pipeline.launch.attempt import Task
 from pipeline.launch.bad_nodes import BadNode
-from pipeline.launch.batch_script import BatchScript, batch_script, servers_of, servers_script
+from pipeline.launch.batch_script import BatchScript, RunScripts, servers_of
 from pipeline.launch.cluster_profile import Allocation, Profile, Slurm
 from pipeline.launch.job import JobLimits
 from pipeline.launch.local import damage_of, require_inputs
 from pipeline.launch.slurm_client import Job, NoAnswer, Owner
 
 UNLIMITED = 10**6
-OF_ALLOCATION = (
-    "account", "constraint", "cpus-per-task", "exclude", "exclusive", "gpus-per-node", "mem", "nodes",
-    "ntasks-per-node", "partition", "qos", "time",
-)  # fmt: skip
-"""The options that both sbatch and srun have, by which `srun --test-only` knows the job."""
+# The options that both sbatch and srun have, by which `srun --test-only` knows the job.
+_OF_ALLOCATION = (
+    "account constraint cpus-per-task exclude exclusive gpus-per-node mem nodes ntasks-per-node partition qos time"
+)
+OF_ALLOCATION = frozenset(_OF_ALLOCATION.split())
 Arguments = ParamSpec("Arguments")
 
 
@@ -52,25 +52,30 @@ Arguments = ParamSpec("Arguments")
 class Submission:
     """The result for the stages: submitted with a job, attached to an existing one, or sealed already."""
 
+    # None if there is nothing to do: then there is no new run.
     run: Run | None = None
-    """None if there is nothing to do: then there is no new run."""
+    # The jobs of submitted stages, and the jobs of other runs that this run waits for.
     submitted: dict[str, str] = field(default_factory=dict)
     attached: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
+    # The attached stages whose jobs Slurm held back after a failed launch.
     released: list[str] = field(default_factory=list)
-    """The attached stages whose jobs Slurm held back after a failed launch."""
+    # The submitted stages that wait for the end of a job that Slurm hides, and whose that is.
     waiting: dict[str, str] = field(default_factory=dict)
-    """The submitted stages that wait for the end of a job that Slurm hides, and whose that is."""
+    # The job arrays for the shards of submitted stages, and those of their servers.
     arrays: dict[str, str] = field(default_factory=dict)
-    """The job arrays for the shards of submitted stages."""
     servers: dict[str, list[str]] = field(default_factory=dict)
-    """The job arrays of the servers of submitted stages."""
+    # The skipped stages, each with a sentence on the damaged file.
     damaged: dict[str, str] = field(default_factory=dict)
-    """The skipped stages, each with a sentence on the damaged file."""
+    # A sentence on each bad node that jobs may get all the same.
     kept_nodes: list[str] = field(default_factory=list)
-    """Of bad nodes that jobs may get all the same, a sentence each."""
+    # The information about the jobs that will be missing, in one sentence.
     lack: str | None = None
-    """The information about the jobs that will be missing, in one sentence."""
+
+    @property
+    def jobs(self) -> dict[str, str]:
+        """The job of each stage that has one."""
+        return self.attached | self.submitted
 
     def require_undamaged(self) -> None:
         """Raises AtomError if a stage was skipped for a damaged file."""
@@ -88,71 +93,28 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         return Submission(sealed=selected, damaged=damage)
     require_inputs(graph, store, selected, profile.other_python)
     require_image(profile)
-    budget_limits = budget.limits_of(graph.recipe.config)
-    if over_budget := budget.exceeded(budget_limits, store, (node.key for node in graph.nodes.values())):
+    every_key = [node.key for node in graph.nodes.values()]
+    if over_budget := budget.exceeded(budget.limits_of(graph.recipe.config), store, every_key):
         raise AtomError(over_budget)
     for name in selected:
-        allocation_of(slurm, graph.nodes[name])
+        allocation_of(slurm, graph.nodes[name])  # raises before anything is submitted
+    # Two submitters at once would not see each other's jobs.
     with submission_lock.submitting(store):
         keys = [graph.nodes[name].key for name in selected]
         slurm_jobs = slurm_client.queued_jobs(submission_lock.users_of(store, keys))
-        code = code_snapshot.freeze(store, graph.recipe.files)  # under the lock, so that gc cannot take it
-        fields: LauncherFields = {
-            "launcher": "slurm", "cluster": profile.name, "code": code.name, "prices": profile.costs(),
-        }  # fmt: skip
+        code = source_code.freeze(store, graph.recipe.files)  # under the lock, so that gc cannot take it
+        fields: LauncherFields = {"launcher": "slurm", "cluster": profile.name, "code": code.name}
+        fields["prices"] = profile.costs()
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
-        limits = JobLimits(
-            budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, slurm.variables, slurm.avoid_seconds,
-            slurm.device_test_share,
-        )  # fmt: skip
-        jobs: dict[str, str] = {}
         try:
             note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)
             avoidance = Avoidance(bad_nodes.read(store))
             submission.kept_nodes = avoidance.kept
+            scripts, limits = RunScripts(store, run, slurm, code), _limits(graph, slurm)
+            submitter = _Submitter(graph, scripts, run, profile, slurm_jobs, submission, avoidance, limits)
             for name in selected:
-                node = graph.nodes[name]
-                claim = submission_lock.read(store, node.key, slurm_jobs)
-                if store.sealed(node.key):
-                    submission.sealed.append(name)
-                elif claim is not None and claim.holds(slurm_jobs):
-                    submission.attached[name] = jobs[name] = claim.job
-                    if slurm_jobs[claim.job].stuck:
-                        slurm_client.run_command("scontrol", "release", claim.job)
-                        submission.released.append(name)
-                else:
-                    dependencies = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
-                    previous = None
-                    if claim is not None and claim.is_hidden(slurm_jobs):
-                        previous, submission.waiting[name] = claim.job, claim.user
-                    task = task_of(graph, store, run, node, profile)
-                    if tasks := array_of(slurm, node):
-                        script = batch_script(store, run, node, slurm, code, dependencies, tasks, previous)
-                        script = avoidance.apply(script)
-                        dependencies = [start_array(script, task, limits, tasks)]
-                        submission.arrays[name] = dependencies[0]
-                    servers, server_job = servers_of(slurm, node), ""
-                    if servers:
-                        conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
-                        script = servers_script(store, run, node, slurm, code, servers, "0", conditions)
-                        server_job = start_servers(avoidance.apply(script), task, limits, range(1))
-                        submission.servers[name] = [server_job]
-                    script = batch_script(
-                        store, run, node, slurm, code, dependencies, previous=previous, server_job=server_job
-                    )
-                    jobs[name] = submission.submitted[name] = start(avoidance.apply(script), task, limits)
-                    if servers and servers.count > 1:
-                        numbers, conditions = f"1-{servers.count - 1}", [f"after:{jobs[name]}"]
-                        script = servers_script(store, run, node, slurm, code, servers, numbers, conditions)
-                        others = start_servers(avoidance.apply(script), task, limits, range(1, servers.count))
-                        submission.servers[name].append(others)
-                    submission_lock.write(store, node.key, Owner(run.id, name), jobs[name])
-                if name in jobs:
-                    array, shards = submission.arrays.get(name), node.stage.shards(node.config)
-                    servers_job, is_attached = submission.servers.get(name), name in submission.attached
-                    user = slurm_jobs[jobs[name]].user if is_attached else None
-                    run.note_job(name, jobs[name], is_attached, array, shards, servers_job, user)
+                submitter.submit(graph.nodes[name])
         except BaseException as error:
             sentence = _withdraw(submission, store, graph, error)
             try:
@@ -160,6 +122,8 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             except OSError as failure:
                 print(f"run {run.id} cannot be marked as refused ({failure}): {sentence}", file=sys.stderr)
             raise
+
+    # A question that costs Slurm nothing shows whether there is accounting.
     try:
         slurm_client.run_command("sacct", "-n", "-X", "-j", "1", seconds=5)
     except slurm_client.NoAnswer as error:
@@ -167,6 +131,75 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             f"{error}; the jobs are submitted, but the outcome of jobs that Slurm has forgotten will be unknown"
         )
     return submission
+
+
+@dataclass
+class _Submitter:
+    """Submits the stages of a run one by one, each after its inputs, and notes their jobs."""
+
+    graph: Graph
+    scripts: RunScripts
+    run: Run
+    profile: Profile
+    # The jobs in Slurm when the submission began.
+    slurm_jobs: Mapping[str, Job]
+    submission: Submission
+    avoidance: Avoidance
+    limits: JobLimits
+
+    def submit(self, node: Node) -> None:
+        """Submits a stage, unless it is sealed, or another run has a job for it."""
+        submission, slurm_jobs, store = self.submission, self.slurm_jobs, self.scripts.store
+        claim = submission_lock.read(store, node.key, slurm_jobs)
+        if store.sealed(node.key):
+            submission.sealed.append(node.name)
+            return
+        user = None
+        if claim is not None and claim.holds(slurm_jobs):
+            submission.attached[node.name] = claim.job
+            user = slurm_jobs[claim.job].user
+            if slurm_jobs[claim.job].stuck:
+                slurm_client.run_command("scontrol", "release", claim.job)
+                submission.released.append(node.name)
+        else:
+            previous = None
+            if claim is not None and claim.is_hidden(slurm_jobs):
+                previous, submission.waiting[node.name] = claim.job, claim.user
+            self._start(node, previous)
+            submission_lock.write(store, node.key, Owner(self.run.id, node.name), submission.submitted[node.name])
+        array, servers = submission.arrays.get(node.name), submission.servers.get(node.name)
+        job, shards = submission.jobs[node.name], node.stage.shards(node.config)
+        self.run.note_job(node.name, job, node.name in submission.attached, array, shards, servers, user)
+
+    def _start(self, node: Node, previous: str | None) -> None:
+        """Starts the jobs of a stage: the array of its shards, its first server, its job, and the other servers."""
+        submission, scripts, name, jobs = self.submission, self.scripts, node.name, self.submission.jobs
+        dependencies = sorted({jobs[source] for source in node.inputs.values() if source in jobs}, key=int)
+        task = task_of(self.graph, scripts.store, self.run, node, self.profile)
+        if tasks := array_of(scripts.slurm, node):
+            script = self.avoidance.apply(scripts.of_stage(node, dependencies, tasks, previous))
+            submission.arrays[name] = start_array(script, task, self.limits, tasks)
+            dependencies = [submission.arrays[name]]
+
+        servers, server_job = servers_of(scripts.slurm, node), ""
+        if servers:
+            conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
+            script = self.avoidance.apply(scripts.of_servers(node, servers, "0", conditions))
+            server_job = start_servers(script, task, self.limits, range(1))
+            submission.servers[name] = [server_job]
+
+        script = scripts.of_stage(node, dependencies, previous=previous, server_job=server_job)
+        submission.submitted[name] = start(self.avoidance.apply(script), task, self.limits)
+        if servers and servers.count > 1:
+            numbers, conditions = f"1-{servers.count - 1}", [f"after:{submission.submitted[name]}"]
+            script = self.avoidance.apply(scripts.of_servers(node, servers, numbers, conditions))
+            submission.servers[name].append(start_servers(script, task, self.limits, range(1, servers.count)))
+
+
+def _limits(graph: Graph, slurm: Slurm) -> JobLimits:
+    limits = JobLimits(budget.limits_of(graph.recipe.config), slurm.restarts, slurm.free_gb, slurm.scratch)
+    rest = {name: getattr(slurm, name) for name in ("variables", "avoid_seconds", "device_test_share")}
+    return replace(limits, **rest)
 
 
 def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseException) -> str:
@@ -220,7 +253,7 @@ class Avoidance:
         self._excluded: dict[tuple[tuple[str, object], ...], tuple[str, list[BadNode]]] = {}
 
     def apply(self, script: BatchScript) -> BatchScript:
-        """The script with the bad nodes excluded. Raises NoAnswer without Slurm."""
+        """Returns the script with the bad nodes excluded. Raises NoAnswer without Slurm."""
         if not self.bad:
             return script
         request = tuple((name, value) for name, value in script.sbatch_options.items() if name not in _OF_ONE_JOB)
@@ -233,21 +266,29 @@ class Avoidance:
         return _without(script, excluded) if excluded else script
 
     def _exclude(self, script: BatchScript) -> tuple[str, list[BadNode]]:
-        """The nodes to exclude, in Slurm's notation, and the bad ones that are not among them."""
-        present = str(script.sbatch_options.get("exclude", ""))
-        if _can_start(script, everything := ",".join(filter(None, (present, *(entry.node for entry in self.bad))))):
-            return everything, []
+        """Returns the nodes to exclude, in Slurm's notation, and the bad ones that are not among them."""
+        excluded = str(script.sbatch_options.get("exclude", ""))
+        with_all = _list(excluded, *(entry.node for entry in self.bad))
+        if _can_start(script, with_all):
+            return with_all, []
+
+        # One by one, as many as the job can do without.
         kept = []
         for entry in self.bad:
-            if _can_start(script, without := ",".join(filter(None, (present, entry.node)))):
-                present = without
+            with_entry = _list(excluded, entry.node)
+            if _can_start(script, with_entry):
+                excluded = with_entry
             else:
                 kept.append(entry)
-        return present, kept
+        return excluded, kept
 
 
+def _list(*nodes: str) -> str:
+    return ",".join(node for node in nodes if node)
+
+
+# The options that do not decide on which nodes a job can start.
 _OF_ONE_JOB = ("array", "comment", "dependency", "job-name", "output")
-"""The options that do not decide on which nodes a job can start."""
 
 
 def _without(script: BatchScript, excluded: str) -> BatchScript:
@@ -305,7 +346,7 @@ def _link_tasks(id: str, pickled: Path, numbers: range) -> str:
 def _submit(
     script: BatchScript, function: Callable[Arguments, str], *arguments: Arguments.args, **options: Arguments.kwargs
 ) -> tuple[str, Path]:
-    """(id of the job, file with the function that it calls)."""
+    """Returns (id of the job, file with the function that it calls)."""
     executor = _Executor(script)
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints the message of sbatch, which the error below has
@@ -316,7 +357,8 @@ def _submit(
 
 
 def refusal(output: str, script: BatchScript) -> str:
-    """The message of sbatch in one line: its errors without their prefixes, and the request if it does not fit."""
+    """Returns the message of sbatch in one line: its errors without their prefixes, and the request if it does not
+    fit."""
     lines = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
     message = "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(output.split())
     if "MaxSubmitJob" in message or "job array" in message:  # too many jobs of a user; more tasks than MaxArraySize
@@ -327,7 +369,7 @@ def refusal(output: str, script: BatchScript) -> str:
 
 
 def _request(script: BatchScript) -> list[str]:
-    """The options that decide whether a job can start, as sbatch and srun take them."""
+    """Returns the options that decide whether a job can start, as sbatch and srun take them."""
     options = {name: value for name, value in script.sbatch_options.items() if name in OF_ALLOCATION}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
 
@@ -349,18 +391,18 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
 
 
 def array_of(slurm: Slurm, node: Node) -> int:
-    """The number of tasks of the array before the job; 0 without an array."""
+    """Returns the number of tasks of the array before the job; 0 without an array."""
     shards = 1 if node.stage.run_shard is None else node.stage.shards(node.config)
     return min(shards, slurm.array_size) if shards > 1 else 0
 
 
 def allocation_of(slurm: Slurm, node: Node) -> Allocation:
-    """The allocation of a node's job. Raises RecipeError as `Slurm.allocation` does."""
+    """Returns the allocation of a node's job. Raises RecipeError as `Slurm.allocation` does."""
     return slurm.allocation(node.name, node.stage.needs(node.config))
 
 
 def missing_image(profile: Profile) -> str | None:
-    """One sentence if the container's image is a file that this host does not have; else None."""
+    """Returns one sentence if the container's image is a file that this host does not have; else None."""
     container = profile.cluster().container
     if container is None or not container.image.startswith("/") or Path(container.image).exists():
         return None
@@ -416,9 +458,10 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     --test-only`, and its call of srun with `srun --test-only`, if there is a Slurm. Dependencies are comments, because
     the jobs to wait for do not exist."""
     require_inputs(graph, store, selected, profile.other_python)
-    code = code_snapshot.freeze(store, graph.recipe.files)
+    code = source_code.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
     checks, slurm, lack = [], profile.cluster(), slurm_client.lack()
+    scripts = RunScripts(store, run, slurm, code)
     avoidance, limits = Avoidance([] if lack else bad_nodes.read(store)), {} if lack else slurm_client.time_limits()
 
     def check(script: BatchScript, file: str, dependencies: list[str]) -> None:
@@ -430,13 +473,11 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
             continue
         dependencies = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
         if tasks := array_of(slurm, node):
-            script = batch_script(store, run, node, slurm, code, [], tasks)
-            check(script, f"{name}.shards.sh", dependencies)
+            check(scripts.of_stage(node, [], tasks), f"{name}.shards.sh", dependencies)
             dependencies = ["its shards"]
-        script = avoidance.apply(batch_script(store, run, node, slurm, code, []))
-        check(script, f"{name}.sh", dependencies)
+        check(avoidance.apply(scripts.of_stage(node, [])), f"{name}.sh", dependencies)
         if servers := servers_of(slurm, node):
-            script = servers_script(store, run, node, slurm, code, servers, f"0-{servers.count - 1}", [])
+            script = scripts.of_servers(node, servers, f"0-{servers.count - 1}", [])
             check(script, f"{name}.servers.sh", [f"the start of {name}, except the first one, for which {name} waits"])
     return DryRun(run.folder, checks, lack)
 
@@ -444,8 +485,13 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
 def _check_script(
     script: BatchScript, path: Path, dependencies: list[str], limits: Mapping[str, float], lack: str | None = None
 ) -> Checked:
-    """Writes a script and has Slurm check it, unless there is none. limits: of the partitions, in minutes. Without
-    `EnforcePartLimits`, Slurm takes a job beyond them and never starts it, unless the QOS lifts the limit."""
+    """Writes a script and has Slurm check it, unless there is none.
+
+    Without `EnforcePartLimits`, Slurm takes a job beyond them and never starts it, unless the QOS lifts the limit.
+
+    Args:
+        limits: The time limits of the partitions, in minutes.
+    """
     head, _, body = script.text().partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}\n# waits for: {', '.join(dependencies) or 'nothing'}\n{body}")

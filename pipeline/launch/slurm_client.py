@@ -12,20 +12,24 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, ParamSpec, TypeVar, cast
 
-from pipeline.core import users
 from pipeline.core.errors import AtomError
+from pipeline.core.process import user_name
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 SECONDS = 30.0
+# How often a command that redraws asks Slurm, in seconds.
 ASK_EVERY = 10.0
-"""How often a command that redraws asks Slurm, in seconds."""
-LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
-          "SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
+# The states of a job that has not ended.
+_LIVING = """
+PENDING RUNNING CONFIGURING COMPLETING SUSPENDED REQUEUED REQUEUE_HOLD RESIZING SIGNALING STAGE_OUT STOPPED REQUEUE_FED
+SPECIAL_EXIT RESV_DEL_HOLD
+"""
+LIVING = tuple(_LIVING.split())
 
 
 class NoAnswer(AtomError):
@@ -53,14 +57,15 @@ class Owner:
     def read(cls, text: str) -> Owner | None:
         """Finds the owner in the command or the comment of a job; None if the job is not one of atom's. The comment
         counts where a site's own `sbatch` copies scripts."""
-        if match := _SCRIPT.search(text):
-            return cls(match["run"], match["node"], match["part"] or "")
-        if match := _COMMENT.search(text):
-            return cls(match["run"], match["node"], match["part"] or "")
-        return None
+        match = _SCRIPT.search(text) or _COMMENT.search(text)
+        return cls(match["run"], match["node"], match["part"] or "") if match else None
 
     def comment(self, key: str) -> str:
-        """The comment of the job, for people. key: of the stage."""
+        """Returns the comment of the job, for people.
+
+        Args:
+            key: The key of the stage.
+        """
         return f"atom {self.run} {self.node} {key}" + (f".{self.part}" if self.part else "")
 
 
@@ -79,7 +84,7 @@ class Job:
         state: The state in capitals, as Slurm names it.
         reason: The reason for which it waits; of an ended job, the reason that the accounting has.
         nodes: Its nodes in Slurm's notation.
-        elapsed: How long it has run, in Slurm's notation.
+        elapsed: The time that it has run, in Slurm's notation.
         owner: The run and stage that it belongs to; None if Slurm does not show its script.
         code: Exit code and signal of an ended job.
         user: The user who submitted it.
@@ -114,13 +119,17 @@ class Job:
 
 
 def run_command(*command: str, seconds: float = SECONDS) -> str:
-    """The output of a Slurm command. Raises NoAnswer with its standard error, or Refused if sbatch refuses."""
+    """Returns the output of a Slurm command. Raises NoAnswer with its standard error, or Refused if sbatch refuses."""
     return _run(command, seconds).stdout
 
 
 def test_only(*command: str, text: str | None = None) -> str:
     """When and where a job could start that sbatch or srun is given with these arguments, in Slurm's words; nothing is
-    submitted. text: the script, if no file has it. Raises Refused."""
+    submitted. Raises Refused.
+
+    Args:
+        text: The script, if no file has it.
+    """
     answer = _run((command[0], "--test-only", *command[1:]), SECONDS, text).stderr
     _, _, start = answer.partition(" to start at ")
     return f"to start at {start.splitlines()[0].strip()}" if start else ""
@@ -135,16 +144,14 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
         raise NoAnswer(f"{command[0]} gave no answer within {seconds:.0f} s; see whether slurmctld is up") from None
     if process.returncode:
         message = process.stderr.strip() or f"exit code {process.returncode}"
-        raise (
-            Refused(f"{command[0]}: {message}")
-            if command[0] == "sbatch" or "--test-only" in command
-            else NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
-        )
+        if command[0] == "sbatch" or "--test-only" in command:
+            raise Refused(f"{command[0]}: {message}")
+        raise NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
     return process
 
 
 def lack() -> str | None:
-    """The reason that there is no Slurm for this host, in a few words; None if it answers."""
+    """Returns the reason that there is no Slurm for this host, in a few words; None if it answers."""
     try:
         run_command("sinfo", "--noheader", "--format=%P")
     except NoAnswer as error:
@@ -153,15 +160,13 @@ def lack() -> str | None:
     return None
 
 
-QUEUE_FIELDS = (
-    "JobArrayID", "State", "NodeList", "TimeUsed", "Reason", "UserName", "Partition", "EligibleTime", "Reservation",
-    "Command", "Comment",
-)  # fmt: skip
-"""The fields of `squeue`. The comment is anybody's text, so it is the last one."""
+# The fields of `squeue`. The comment is anybody's text, so it is the last one.
+_QUEUE_FIELDS = "JobArrayID State NodeList TimeUsed Reason UserName Partition EligibleTime Reservation Command Comment"
+QUEUE_FIELDS = tuple(_QUEUE_FIELDS.split())
 
 
 def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
-    """The jobs of atom of these users in the controller, by id: waiting, running and recently ended ones.
+    """Returns the jobs of atom of these users in the controller, by id: waiting, running and recently ended ones.
 
     Slurm selects by one user; of several users or ids it would send the jobs of the whole cluster.
     """
@@ -172,21 +177,20 @@ def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
             *values, text = row.split("|", len(QUEUE_FIELDS) - 2)
             if len(values) < len(QUEUE_FIELDS) - 2 or (owner := Owner.read(text)) is None:
                 continue
-            id, state, nodes, elapsed, reason, owner_name, partition, eligible, reservation = map(_word, values)
-            jobs[id] = Job(
-                id, state, reason, nodes, elapsed, owner, user=owner_name, partition=partition, reservation=reservation,
-                waits_since=_seconds(eligible),
-            )  # fmt: skip
+            id, state, nodes, elapsed, reason, submitter, partition, eligible, reservation = map(_word, values)
+            job = Job(id, state, reason, nodes, elapsed, owner, user=submitter, waits_since=_seconds(eligible))
+            jobs[id] = replace(job, partition=partition, reservation=reservation)
     return jobs
 
 
 def _word(value: str) -> str:
-    """A value as Slurm shows it; empty where it shows that there is none."""
+    """Returns a value as Slurm shows it; empty where it shows that there is none."""
     return "" if value in ("None", "(null)") else value
 
 
 def _seconds(time_text: str) -> float | None:
-    """A time of Slurm, by the clock and the time zone of this host, in seconds since the epoch; None if it is none."""
+    """Returns a time of Slurm, by the clock and the time zone of this host, in seconds since the epoch; None if it
+    is none."""
     try:
         return datetime.fromisoformat(time_text).timestamp()
     except ValueError:  # N/A
@@ -214,18 +218,15 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
     for row in rows:
         id, state, code, nodes, elapsed, user, reason, text = (row.split("|", 7) + [""] * 8)[:8]
         state, _, uid = state.partition(" by ")
-        owner, by = Owner.read(text), _user_name(uid)
-        jobs[id] = Job(id, state, _word(reason), nodes, elapsed, owner, code, user, cancelled_by=by)
+        canceller = user_name(int(uid)) if uid.isdecimal() else ""
+        owner = Owner.read(text)
+        jobs[id] = Job(id, state, _word(reason), nodes, elapsed, owner, code, user, cancelled_by=canceller)
     return jobs
 
 
-def _user_name(uid: str) -> str:
-    return users.name(int(uid)) if uid.isdecimal() else ""
-
-
 def memory_of(id: str) -> tuple[str, str]:
-    """(memory that a job requested on all of its nodes, the most that a task of it was seen to use) in the notation of
-    Slurm, from the accounting; empty where it knows none. Raises NoAnswer without accounting."""
+    """Returns (memory that a job requested on all of its nodes, the most that a task of it was seen to use) in the
+    notation of Slurm, from the accounting; empty where it knows none. Raises NoAnswer without accounting."""
     lines = run_command("sacct", "-n", "-P", "-o", "ReqMem,NNodes,MaxRSS", "-j", id).splitlines()
     rows = [[*line.split("|"), "", ""][:3] for line in lines]
     requested = next((f"{size} on {nodes} nodes" if nodes != "1" else size for size, nodes, _ in rows if size), "")
@@ -233,15 +234,15 @@ def memory_of(id: str) -> tuple[str, str]:
 
 
 def time_of(id: str) -> tuple[str, str]:
-    """(time limit of a job, time that it ran) in the notation of Slurm, from the accounting; empty where it knows none.
-    Raises NoAnswer without accounting."""
+    """Returns (time limit of a job, time that it ran) in the notation of Slurm, from the accounting; empty where it
+    knows none. Raises NoAnswer without accounting."""
     rows = run_command("sacct", "-X", "-n", "-P", "-o", "Timelimit,Elapsed", "-j", id).splitlines()
     limit, _, elapsed = rows[-1].partition("|") if rows else ("", "", "")
     return limit, elapsed
 
 
 def in_bytes(size: str) -> float:
-    """A size in the notation of Slurm: 302040K, 1.5G. Zero if it is none."""
+    """Returns a size in the notation of Slurm: 302040K, 1.5G. Zero if it is none."""
     unit = " KMGTP".find(size[-1:].upper())
     try:
         return float(size.rstrip("KMGTPkmgtp")) * 1024.0 ** max(0, unit)
@@ -250,13 +251,13 @@ def in_bytes(size: str) -> float:
 
 
 def time_limits() -> dict[str, float]:
-    """The longest time of a job in each partition, in minutes. Raises NoAnswer."""
+    """Returns the longest time of a job in each partition, in minutes. Raises NoAnswer."""
     rows = (row.partition("|") for row in run_command("sinfo", "-h", "-o", "%R|%l").splitlines())
     return {name.strip(): _minutes(limit.strip()) for name, _, limit in rows}
 
 
 def _minutes(limit: str) -> float:
-    """A time limit in the notation of Slurm, [days-][hours:]minutes:seconds. Infinite if it is none."""
+    """Returns a time limit in the notation of Slurm, [days-][hours:]minutes:seconds. Infinite if it is none."""
     if not (match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)):
         return math.inf
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -264,13 +265,17 @@ def _minutes(limit: str) -> float:
 
 
 def unavailable_nodes() -> str:
-    """The nodes that are down or drained, with the reasons that were given: `n4: bad fan`. Raises NoAnswer."""
+    """Returns the nodes that are down or drained, with the reasons that were given: `n4: bad fan`. Raises NoAnswer."""
     rows = (row.partition("|") for row in run_command("sinfo", "-h", "-R", "-o", "%N|%E").splitlines())
     return "; ".join(f"{nodes.strip()}: {' '.join(reason.split())}" for nodes, _, reason in rows)
 
 
 def reservation(name: str | None) -> str:
-    """When a reservation begins and ends, in words; name: None for the next maintenance. Raises NoAnswer."""
+    """When a reservation begins and ends, in words; Raises NoAnswer.
+
+    Args:
+        name: None for the next maintenance.
+    """
     lines = run_command("scontrol", "-o", "show", "reservation", *([name] if name else [])).splitlines()
     rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
     rows = [row for row in rows if name or "MAINT" in row.get("Flags", "").split(",")]
@@ -285,8 +290,10 @@ def reservation(name: str | None) -> str:
 
 
 def first_node(nodes: str) -> str:
-    """The first of a list of nodes as Slurm writes it, such as `n[1-3]`: the one that runs a job's script. Raises
-    NoAnswer."""
+    """Returns the first of a list of nodes as Slurm writes it, such as `n[1-3]`: the one that runs a job's script.
+
+    Raises NoAnswer.
+    """
     return run_command("scontrol", "show", "hostnames", nodes).split()[0]
 
 

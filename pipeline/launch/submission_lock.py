@@ -19,10 +19,11 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import atomic_files, json_files, users
+from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
+from pipeline.core.process import current_user, owner_of
 from pipeline.core.store import Store
 from pipeline.graph.run import BODY
 from pipeline.launch import slurm_client
@@ -52,7 +53,7 @@ class Claim:
 
     def is_hidden(self, slurm_jobs: Mapping[str, Job]) -> bool:
         """Returns True if Slurm may have that job and not show it to this user. Raises NoAnswer."""
-        return self.job not in slurm_jobs and self.user != users.present() and slurm_client.hides_jobs()
+        return self.job not in slurm_jobs and self.user != current_user() and slurm_client.hides_jobs()
 
 
 def folder(store: Store) -> Path:
@@ -70,24 +71,22 @@ _CLAIM: TypeAdapter[Any] = TypeAdapter(_Claim)
 
 
 def users_of(store: Store, keys: Iterable[str]) -> set[str]:
-    """The users whose jobs may make these keys: this one, and the owners of claims."""
-    names = {users.present()}
+    """Returns the users whose jobs may make these keys: this one, and the owners of claims."""
+    names = {current_user()}
     for key in keys:
         with suppress(OSError):
-            names.add(users.owner(folder(store) / f"{key}.json"))
+            names.add(owner_of(folder(store) / f"{key}.json"))
     return names
 
 
 def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
-    """The claim on a key. If its file is unreadable, the living job of a run's stage with that key counts."""
+    """Returns the claim on a key. If its file is unreadable, the living job of a run's stage with that key counts."""
     path = folder(store) / f"{key}.json"
-    try:
-        body = json_files.read(path, _CLAIM)
-        return Claim(body["key"], body["job"], body["run"], body["node"], users.owner(path))
-    except FileNotFoundError:
-        return None
-    except Damaged as error:
-        json_files.report(error, "whether a job makes this key is asked of Slurm")
+    with json_files.reporting("whether a job makes this key is asked of Slurm"):
+        try:
+            return Claim(**json_files.read(path, _CLAIM), user=owner_of(path))
+        except FileNotFoundError:
+            return None
     for id, job in slurm_jobs.items():
         if job.alive and job.owner is not None and not job.owner.part and _key_of(store, job.owner) == key:
             return Claim(key, id, job.owner.run, job.owner.node, job.user)

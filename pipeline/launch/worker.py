@@ -16,21 +16,19 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from pipeline.core import collector, input_integrity, json_files
+from pipeline.core import input_integrity, json_files, process
 from pipeline.core.errors import Failure, Interrupted, Kind, MachineError, PeerLost
 from pipeline.core.events import FileReport, FollowerReport
-from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import registry
-from pipeline.launch.attempt import Attempt, CheckpointArtifacts, Task
+from pipeline.launch.attempt import Attempt, CheckpointArtifacts, StartRecords, Task
 from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
-from pipeline.launch.start_records import StartRecords
 
+# Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption.
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption."""
 WAIT_SECONDS = 1.0
 OPERATIONS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 
@@ -42,7 +40,7 @@ def work(task: Task) -> str:
     stage has several ranks, all of them call this; rank 0 handles lease, report and product, the others only run the
     stage. With several ranks, each process ends with exit code 1 if the launch has failed.
     """
-    collector.collect_rarely()
+    process.collect_rarely()
     store = Store(Path(task.home))
     outcome = attempt(task, store, Ranks.from_environment(task.ranks, store.logs / task.run / task.node))
     if isinstance(outcome, str):
@@ -55,8 +53,12 @@ def work(task: Task) -> str:
 def attempt(
     task: Task, store: Store, ranks: Ranks, on_outcome: Callable[[str | Failure], None] = lambda outcome: None
 ) -> str | Failure:
-    """Runs the attempt on each rank. on_outcome: called on rank 0 after the outcome is recorded, by the thread that
-    ends the attempt; the process may exit right after."""
+    """Runs the attempt on each rank.
+
+    Args:
+        on_outcome: Called on rank 0 after the outcome is recorded, by the thread that ends the attempt; the process may
+            exit right after.
+    """
     if ranks.rank:
         return _run_follower(task, store, ranks)
     report = FileReport(store.logs / task.run / task.node)
@@ -147,7 +149,8 @@ def _run_attempt(
 ) -> str | Failure:
     folder, run, turns = store.work(task.key), store.logs / task.run, 0
     lease = Lease.take(folder)
-    while lease is None and "SLURM_JOB_ID" in os.environ:  # a Slurm job holds its allocation: it waits
+    # A Slurm job holds its allocation, so it waits for its turn. On this machine, the launcher does other work.
+    while lease is None and "SLURM_JOB_ID" in os.environ:
         if store.sealed(task.key):
             return "sealed"
         try:
@@ -183,15 +186,17 @@ def _run_attempt(
     if "SLURM_JOB_ID" in os.environ:
         lease.on_lost = exit_superseded
     try:
+        # Another worker may have sealed the product between the look of the launcher and the lease.
         if store.sealed(task.key):
             return "sealed"
         report.event("start", stage=task.stage, key=task.key, pid=os.getpid(), ranks=task.ranks, gpus=task.gpus)
         with ranks.watch_failures(report.fail):
+            # The other ranks wait at the rendezvous meanwhile, and give up without a sign of progress.
             with ranks.report_busy(turns, input_integrity.shared_progress(run).has_moved):
                 attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
                 input_integrity.check(run, attempt.materials.values())
                 report.checkpoint_sealer = CheckpointArtifacts(attempt, lease).seal
-                for stale in folder.glob("out.*"):
+                for stale in folder.glob("out.*"):  # drafts of killed attempts
                     shutil.rmtree(stale)
                 (folder / "state").mkdir(exist_ok=True)
                 attempt.operations = _record_operation(folder / "operations.json", attempt.operations[0])
@@ -202,6 +207,7 @@ def _run_attempt(
                 out.mkdir()
             with ranks.environment(ranks.open_rendezvous(lease.number)):
                 attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
+        # From here on, no other thread ends the attempt as failed.
         report.ending.acquire()
         if lease.lost:
             raise MachineError(
@@ -223,14 +229,9 @@ def _run_attempt(
 
 
 def _record_operation(path: Path, current: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records the distinct operational configs of all attempts at a key, beside their work: a phase with two layouts of
-    ranks adds in two orders."""
-    try:
-        earlier = [entry for entry in json_files.read(path, OPERATIONS) if entry != current]
-    except FileNotFoundError:  # the first attempt
-        earlier = []
-    except Damaged as error:
-        json_files.report(error, "how earlier attempts were run is not stated")
-        earlier = []
-    path.write_text(json.dumps([*earlier, current]))
-    return [*earlier, current]
+    """Records the distinct operational configs of all attempts at a key, beside their work, and returns them."""
+    # A phase with two layouts of ranks adds in two orders, so its statement names both.
+    earlier = json_files.read_optional(path, OPERATIONS, "how earlier attempts were run is not stated") or []
+    operations = [*(entry for entry in earlier if entry != current), current]
+    path.write_text(json.dumps(operations))
+    return operations

@@ -18,11 +18,9 @@ from pydantic import TypeAdapter
 
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
-from pipeline.core.json_files import Damaged
-from pipeline.core.log_summary import Curves, EventSummary
+from pipeline.core.log_summary import Curves, EventSummary, spike_limit
 from pipeline.core.progress import duration
 from pipeline.core.progress import stages as stage_count
-from pipeline.core.spike_limit import spike_limit
 from pipeline.core.store import Store
 from pipeline.graph.budget import RESOURCES
 from pipeline.graph.run import REFUSED, NodeStatus
@@ -30,37 +28,42 @@ from pipeline.launch import bad_nodes
 from pipeline.tracking.snapshot import Snapshot, StageView
 from pipeline.tracking.status import ENDING, HIDDEN, UNSUBMITTED
 
+# The time that the command of an alert may take.
 SECONDS = 30.0
-"""The time that the command of an alert may take."""
+# Those of a recipe that sets no others (`spikes`).
 SPIKE_WINDOW, SPIKE_SIGMAS = 64, 6.0
-"""Those of a recipe that sets no others (`spikes`)."""
+# The steps after which an expert without tokens is an alert: in the first ones, routers have not settled.
 DEAD_STEPS = 1000
-"""The steps after which an expert without tokens is an alert: in the first ones, routers have not settled."""
 DAY = 86_400
+# The states of a stage that does not go on by itself.
 FAILED = ("failed", "lost", "damaged", ENDING, UNSUBMITTED)
-"""The states of a stage that does not go on by itself."""
 LONG_WAIT = "long wait"
 STATE = TypeAdapter(dict[str, str])
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """stalled_steps: median step times without a step; stalled_seconds: and at least so many seconds; budget_share: of
-    a budget that is used or expected; free_gb: on the disk of the home; waiting_hours: of a job that nothing but Slurm
-    keeps waiting; restarts_a_day: starts of a stage within a day."""
+    """The limits beyond which something is an alert."""
 
+    # Median step times without a report.
     stalled_steps: float = 20.0
+    # And at least so many seconds.
     stalled_seconds: float = 300.0
+    # The used share of a budget.
     budget_share: float = 0.9
+    # On the disk of the home.
     free_gb: float = 1.0
+    # Hours in which nothing but Slurm keeps a job waiting.
     waiting_hours: float = 24.0
+    # Starts of a stage.
     restarts_a_day: int = 5
 
 
 @dataclass(frozen=True)
 class Alert:
-    """id: the same as long as the alert stands."""
+    """Something in a run that a person should know."""
 
+    # The same as long as the alert stands.
     id: str
     kind: str
     stage: str | None
@@ -68,7 +71,7 @@ class Alert:
 
 
 def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
-    """The present alerts of a run, the disk first: a full one causes the rest."""
+    """Returns the present alerts of a run, the disk first: a full one causes the rest."""
     current: list[Alert] = []
     free = shutil.disk_usage(store.home).free / 1e9
     if free < limits.free_gb:
@@ -125,21 +128,15 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
         yield Alert(f"slow rank {name}", "slow rank", name, f"stage {name}: {stage.status.slow}")
     if state not in ("running", HIDDEN):
         return
+
+    # The rest is about a stage at work.
     if stalled := _stalled(stage.events, now, limits):
         hidden = f"; {stage.status.reason}" if state == HIDDEN else ""
         yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}{hidden}")
     if curves is None:
         return
-    recent = [loss for _, loss in curves.state["recent"]]
-    spikes = [
-        (n, limit) for n in range(max(SPIKE_WINDOW, len(recent) - SPIKE_WINDOW), len(recent))
-        if recent[n] > (limit := spike_limit(recent[n - SPIKE_WINDOW : n], SPIKE_SIGMAS)[1])
-    ]  # fmt: skip
-    if spikes:
-        n, limit = spikes[-1]
-        step = curves.state["recent"][n][0]
-        text = f"stage {name}: the loss is {recent[n]:.4g} at step {step:.0f}, above {limit:.4g}"
-        yield Alert(f"loss spike {name}", "loss spike", name, text)
+    if (spike := _last_spike(curves.state["recent"])) is not None:
+        yield Alert(f"loss spike {name}", "loss spike", name, f"stage {name}: {spike}")
     skipped = curves.points("spike")
     if skipped and stage.status.done - skipped[-1][0] <= SPIKE_WINDOW:
         text = f"stage {name}: spikes so far: {curves.count('spike')}, the last one near step {skipped[-1][0]:.0f}"
@@ -150,8 +147,19 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
         yield Alert(f"dead experts {name}", "dead experts", name, text)
 
 
+def _last_spike(recent: Sequence[Sequence[float]]) -> str | None:
+    """Returns a clause on the last spike among [step, loss] of the latest steps; None without one."""
+    losses = [loss for _, loss in recent]
+    for number in reversed(range(max(SPIKE_WINDOW, len(losses) - SPIKE_WINDOW), len(losses))):
+        _, limit = spike_limit(losses[number - SPIKE_WINDOW : number], SPIKE_SIGMAS)
+        if losses[number] > limit:
+            return f"the loss is {losses[number]:.4g} at step {recent[number][0]:.0f}, above {limit:.4g}"
+    return None
+
+
 def _dead_experts(curves: Curves) -> float:
-    """The latest count of dead experts, if there was one at each report of the last `DEAD_STEPS` steps; else 0."""
+    """Returns the latest count of dead experts, if there was one at each report of the last `DEAD_STEPS` steps; else
+    0."""
     points = curves.points("dead_experts")
     if not points or points[-1][0] - points[0][0] < DEAD_STEPS:
         return 0.0
@@ -160,7 +168,7 @@ def _dead_experts(curves: Curves) -> float:
 
 
 def _stalled(events: EventSummary, now: float, limits: Thresholds) -> str | None:
-    """The end of the sentence about a stage that has reported nothing for too long; None if it reports."""
+    """Returns the end of the sentence about a stage that has reported nothing for too long; None if it reports."""
     last, step = events.state["last"], events.step_seconds()
     if last is None:
         return None
@@ -198,6 +206,7 @@ class Watcher:
         """
         stored, problems = self._read(), list[str]()
         sent = {id: text for id, text in stored.items() if any(alert.id == id for alert in current)}
+        # An alert that was over is forgotten, so that it is sent again when it returns.
         new = [alert for alert in current if alert.id not in sent]
         if new or sent != stored:
             self._write(sent)  # raises before anything is sent that would be sent at every look
@@ -224,14 +233,7 @@ class Watcher:
     def _read(self) -> dict[str, str]:
         if self.command is None:
             return dict(self.shown)
-        try:
-            sent: dict[str, str] = json_files.read(self.state, STATE)
-        except FileNotFoundError:
-            return {}
-        except Damaged as error:
-            json_files.report(error, "all alerts that stand are sent again")
-            return {}
-        return sent
+        return json_files.read_optional(self.state, STATE, "all alerts that stand are sent again") or {}
 
 
 def run_command(command: str, run: str, alert: Alert) -> str | None:

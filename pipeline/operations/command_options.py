@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
     from pipeline.core.store import Store
     from pipeline.graph.dag import Graph
+    from pipeline.graph.run import Run
 
+# The panels of `atom --help`: the `rich_help_panel` of a command.
 PLAN_AND_RUN, RELEASE, CHECK, DATA = "Plan and run", "Release", "Check", "Data"
-"""The panels of `atom --help`: the `rich_help_panel` of a command."""
 RecipeArgument = Annotated[str, typer.Argument(help="name of a packaged recipe, or path to its YAML file")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="print the result alone, without progress")]
@@ -25,12 +26,21 @@ ProfileOption = Annotated[str, typer.Option("--cluster", help="name of a cluster
 
 
 def open_store() -> Store:
-    from pipeline.core import users
+    from pipeline.core import process
     from pipeline.core.store import Store, home_folder
 
     home = home_folder()
-    users.share(home)
+    process.share_home(home)
     return Store(home)
+
+
+def find_run(reference: str | None) -> tuple[Run, Store]:
+    """Returns the run whose id begins with `reference`, or the latest, and the home, after a warning of it."""
+    from pipeline.graph import run as runs
+
+    store = open_store()
+    warn_of_home(store)
+    return runs.find(store, reference), store
 
 
 def console() -> Console:

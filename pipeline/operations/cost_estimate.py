@@ -3,7 +3,8 @@ profile."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pipeline.core.stage import RECOMPUTED, TrainingTime, family
@@ -14,19 +15,20 @@ from pipeline.launch.cluster_profile import Profile, Rate, Servers, Slurm
 
 @dataclass(frozen=True)
 class Use:
-    """The expected use of one stage or of all. hours: wall-clock hours."""
+    """The expected use of one stage or of all."""
 
     name: str
+    # Hours on the clock.
     hours: float = 0.0
     gpu_hours: float = 0.0
     core_hours: float = 0.0
     cost: float = 0.0
     energy_wh: float = 0.0
+    # Of gpu_hours and core_hours, those of servers in jobs of their own.
     server_gpu_hours: float = 0.0
     server_core_hours: float = 0.0
-    """Of gpu_hours and core_hours, those of servers in jobs of their own."""
+    # The reason for a missing estimate; None with an estimate.
     why: str | None = None
-    """The reason for a missing estimate; None with an estimate."""
 
     def json(self) -> dict[str, Any]:
         return {"name": self.name, "why": self.why} if self.why else asdict(self)
@@ -34,12 +36,13 @@ class Use:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """The estimates of the stages to run. total: the sum of the estimated stages; its hours assume one stage after the
-    other."""
+    """The estimates of the stages to run."""
 
     profile: Profile
     uses: tuple[Use, ...]
+    # The sum of the estimated stages; its hours assume one stage after the other.
     total: Use
+    # Sentences on what the estimate rests on.
     assumed: tuple[str, ...]
 
     @property
@@ -59,18 +62,20 @@ class CostEstimate:
 
 
 def estimate_costs(rows: list[StagePlan], profile: Profile, small: bool) -> CostEstimate:
-    """small: `plan.is_small` of the graph.
+    """Estimates the cost of the stages to run.
 
-    Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
+    Args:
+        rows: The plan.
+        profile: The cluster.
+        small: As `plan.is_small` says of the graph.
+
+    Raises:
+        RecipeError: The ranks of a stage do not fill the profile's nodes equally.
     """
     uses = tuple(_priced(_use(row, profile, small), profile) for row in rows if row.state.text == "to run")
-    total = Use("all", *(sum(values) for values in zip(*(_figures(use) for use in uses), strict=True)))
+    figures = [field.name for field in fields(Use) if field.name not in ("name", "why")]
+    total = Use("all", **{name: sum(getattr(use, name) for use in uses) for name in figures})
     return CostEstimate(profile, uses, total, tuple(_assumed(rows, uses, profile)))
-
-
-def _figures(use: Use) -> tuple[float, ...]:
-    hours = use.hours, use.gpu_hours, use.core_hours
-    return *hours, use.cost, use.energy_wh, use.server_gpu_hours, use.server_core_hours
 
 
 def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
@@ -90,7 +95,7 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
         return Use(name, why="no estimate")
     if estimate.fixed and not small:
         return Use(name, why="known of small corpora only")
-    # each rank computes with one thread, for any number of cores of its job
+    # Each rank computes with one thread, for any number of cores of its job.
     places = row.ranks if slurm else min(row.ranks, profile.local.jobs)
     served = estimate.served.flops / estimate.served.cpu_flops if estimate.served else 0.0
     seconds = _in_shards(row, (estimate.cpu_seconds - served) / places, slurm)
@@ -98,31 +103,34 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
 
 
 def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
-    """The use of a stage on so many GPUs, whose `hours` are those in which its ranks compute, with the work that
-    servers do for it, or rank 0 without any. Servers in jobs of their own hold their GPUs as long as the stage runs."""
+    """Returns the use of a stage on so many GPUs, whose `hours` are those in which its ranks compute, with the work
+    that servers do for it, or rank 0 without any. Servers in jobs of their own hold their GPUs as long as the stage
+    runs."""
     work, servers = row.estimate.served, servers_of(row, profile)
     if work is None:
         return replace(use, gpu_hours=use.hours * gpus)
     in_server = servers.gpus_per_node if servers else min(gpus, 1)
     rate = in_server * work.gpu_flops or (servers.cpus_per_task if servers else 1) * work.cpu_flops
+    # Seconds of the servers' work, in parallel on all of them; it comes on top unless the ranks compute meanwhile.
     drawing = work.flops / rate / (servers.count if servers else work.places) / 3600
     hours = max(use.hours, drawing) if work.overlaps else use.hours + drawing
     on_cores = 0.0 if in_server else work.flops / work.cpu_flops / 3600
     core_hours = on_cores if gpus else use.core_hours - work.flops / work.cpu_flops / 3600 + on_cores
-    server_gpu_hours = servers.count * servers.gpus_per_node * hours if servers else 0.0
-    return replace(
-        use, hours=hours, gpu_hours=hours * gpus + server_gpu_hours, core_hours=core_hours,
-        server_gpu_hours=server_gpu_hours, server_core_hours=on_cores if servers else 0.0,
-    )  # fmt: skip
+    use = replace(use, hours=hours, gpu_hours=hours * gpus, core_hours=core_hours)
+    if servers is None:
+        return use
+    server_gpu_hours = servers.count * servers.gpus_per_node * hours
+    gpu_hours = use.gpu_hours + server_gpu_hours
+    return replace(use, gpu_hours=gpu_hours, server_gpu_hours=server_gpu_hours, server_core_hours=on_cores)
 
 
 def servers_of(row: StagePlan, profile: Profile) -> Servers | None:
-    """The servers in jobs of their own that are submitted with a stage; None without any."""
+    """Returns the servers in jobs of their own that are submitted with a stage; None without any."""
     return profile.slurm.servers if profile.slurm is not None and row.takes_servers else None
 
 
 def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
-    """The time on the clock of a stage of so many seconds, whose shards an array may process."""
+    """Returns the time on the clock of a stage of so many seconds, whose shards an array may process."""
     serial = row.estimate.serial_seconds
     if slurm is None or row.shards == 1 or serial is None:
         return seconds
@@ -130,7 +138,8 @@ def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
 
 
 def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
-    """The source of the time of a training phase: a measured rate or the model; or the reason that it has none."""
+    """Returns the source of the time of a training phase: a measured rate or the model; or the reason that it has
+    none."""
     training, gpu, name = row.estimate.training, profile.gpu, f"cluster profile {profile.name}"
     if training is None:
         return "on GPUs training phases alone are estimated"
@@ -166,7 +175,7 @@ def _peak(row: StagePlan, rate: Rate) -> str:
 
 
 def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
-    """The share of the peak that the model gives a phase."""
+    """Returns the share of the peak that the model gives a phase."""
     assert row.estimate.training is not None and profile.gpu is not None
     rate = profile.gpu.rate(row.estimate.training.precision)
     assert rate is not None
@@ -174,7 +183,11 @@ def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
 
 
 def _gpus(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
-    """The total number of GPUs of a stage's ranks; all_of_job: with unused ones and those of spare nodes."""
+    """Returns the total number of GPUs of a stage's ranks.
+
+    Args:
+        all_of_job: With unused ones and those of spare nodes.
+    """
     if profile.slurm is None:
         return 0
     allocation = profile.slurm.allocation(row.state.name, row.needs)
@@ -195,51 +208,72 @@ def _priced(use: Use, profile: Profile) -> Use:
 
 
 def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
-    """Sentences on the rates and their sources, on omitted costs, and on stages without an estimate."""
-    sentences, by_name = [], {use.name: use for use in uses if use.gpu_hours}
-    used = [(row, _training(row, profile)) for row in rows if row.state.name in by_name and _gpus(row, profile)]
-    if profile.gpu and used:
-        gpu = profile.gpu
-        if measured := [(row, rate) for row, rate in used if isinstance(rate, Rate)]:
-            rates = " and ".join(dict.fromkeys(f"{rate.utilization:g} of {_peak(row, rate)}" for row, rate in measured))
-            recomputes = any(_recomputes(row) for row, _ in measured)
-            again = ", a third more FLOPs where layers are computed again" if recomputes else ""
-            sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
-        if modeled := [(row, time) for row, time in used if isinstance(time, TrainingTime)]:
-            phases: dict[str, list[str]] = {}
-            for row, time in modeled:
-                phases.setdefault(_reached(row, time, profile), []).append(row.state.name)
-            shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
-            time = modeled[0][1]
-            sentences.append(
-                f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
-                f"published runs that it was not fitted to: median {time.median_error:.0%}, largest "
-                f"{time.largest_error:.0%}; {gpu.source}"
-            )
+    """Returns sentences on the rates and their sources, on omitted costs, and on stages without an estimate."""
+    on_gpus = {use.name: use for use in uses if use.gpu_hours}
+    assumptions = [row.estimate.assumed for row in rows if row.state.name in on_gpus and row.gpus]
+    for row in rows:
+        use = on_gpus.get(row.state.name)
+        if use and row.estimate.served is not None and not use.server_core_hours:
+            assumptions.append(row.estimate.served.assumed)
+    return [
+        *_rates(rows, on_gpus, profile),
+        *_servers_beside(rows, uses, profile),
+        *_unused_gpus(rows, profile),
+        *(f"assumed: {sentence}" for sentence in dict.fromkeys(assumptions) if sentence),
+        *_without_estimate(uses),
+    ]
+
+
+def _rates(rows: list[StagePlan], on_gpus: Collection[str], profile: Profile) -> list[str]:
+    """Returns sentences on the speed of training phases: measured rates, or the model with its error."""
+    training = [(row, _training(row, profile)) for row in rows if row.state.name in on_gpus and _gpus(row, profile)]
+    gpu, sentences = profile.gpu, list[str]()
+    if gpu is None or not training:
+        return []
+    if measured := [(row, rate) for row, rate in training if isinstance(rate, Rate)]:
+        rates = " and ".join(dict.fromkeys(f"{rate.utilization:g} of {_peak(row, rate)}" for row, rate in measured))
+        recomputes = any(_recomputes(row) for row, _ in measured)
+        again = ", a third more FLOPs where layers are computed again" if recomputes else ""
+        sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
+    if modeled := [(row, time) for row, time in training if isinstance(time, TrainingTime)]:
+        phases: dict[str, list[str]] = {}
+        for row, time in modeled:
+            phases.setdefault(_reached(row, time, profile), []).append(row.state.name)
+        shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
+        time = modeled[0][1]
         sentences.append(
-            "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
-            "beside GPUs"
+            f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
+            f"published runs that it was not fitted to: median {time.median_error:.0%}, largest "
+            f"{time.largest_error:.0%}; {gpu.source}"
         )
-    served = {row.state.name for row in rows if row.takes_servers}
+    sentences.append(
+        "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
+        "beside GPUs"
+    )
+    return sentences
+
+
+def _servers_beside(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
+    """Returns sentences on the servers in jobs of their own, and whether their hours are counted."""
+    servers = profile.slurm.servers if profile.slurm is not None else None
+    if servers is None:
+        return []
+    each = f"{servers.gpus_per_node} GPUs" if servers.gpus_per_node else f"{servers.cpus_per_task} cores"
+    served, sentences = {row.state.name for row in rows if row.takes_servers}, []
     for counted, where in ((True, "counted in its hours"), (False, "in no figure")):
         names = [use.name for use in uses if use.name in served and (use.why is None) == counted]
-        if names and profile.slurm is not None and (servers := profile.slurm.servers) is not None:
-            each = f"{servers.gpus_per_node} GPUs" if servers.gpus_per_node else f"{servers.cpus_per_task} cores"
-            sentences.append(
-                f"beside {' and '.join(names)}, while it runs: {servers.count} jobs of a server with {each}, {where}"
-            )
-    sentences += _unused_gpus(rows, profile)
-    assumptions = [row.estimate.assumed for row in rows if row.state.name in by_name and row.gpus]
-    assumptions += [
-        row.estimate.served.assumed for row in rows if row.estimate.served is not None
-        if (use := by_name.get(row.state.name)) and not use.server_core_hours
-    ]  # fmt: skip
-    sentences += [f"assumed: {sentence}" for sentence in dict.fromkeys(assumptions) if sentence]
+        if names:
+            jobs = f"{servers.count} jobs of a server with {each}, {where}"
+            sentences.append(f"beside {' and '.join(names)}, while it runs: {jobs}")
+    return sentences
+
+
+def _without_estimate(uses: tuple[Use, ...]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for use in uses:
         if use.why:
             reasons.setdefault(use.why, []).append(use.name)
-    return sentences + [f"no time is given for {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return [f"no time is given for {', '.join(names)}: {why}" for why, names in reasons.items()]
 
 
 def _unused_gpus(rows: list[StagePlan], profile: Profile) -> list[str]:

@@ -10,24 +10,23 @@ from dataclasses import dataclass
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import family
 from pipeline.core.store import Store
-from pipeline.graph.checkpoint_times import require_patient_watchdogs
 from pipeline.graph.dag import Graph, states
-from pipeline.graph.plan import StagePlan, is_small, plan
-from pipeline.hub.remote import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
+from pipeline.graph.plan import StagePlan, is_small, plan, require_patient_watchdogs
+from pipeline.hub.client import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
 from pipeline.launch.cluster_profile import Profile
 from pipeline.operations.cost_estimate import Use, estimate_costs, servers_of
 
 GIB, GB = 2**30, 10**9
+# Of an artifact without an estimate: of each shard, and beside them. atom-smoke's have at most 3 and 6.
 FILES_PER_SHARD, FILES = 4, 10
-"""Of an artifact without an estimate: of each shard, and beside them. atom-smoke's have at most 3 and 6."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One stage. reasons: a clause for each limit that it exceeds; none if it fits. Limits that the profile does not
-    state are not exceeded."""
+    """The fit of one stage. Limits that the profile does not state are not exceeded."""
 
     name: str
+    # A clause for each limit that it exceeds; none if it fits.
     reasons: tuple[str, ...]
 
     @property
@@ -36,9 +35,13 @@ class Fit:
 
 
 def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> list[Fit]:
-    """For each stage. uses: of the cost estimate, by stage. What earlier stages leave on disk counts for later ones.
+    """For each stage. What earlier stages leave on disk counts for later ones.
 
-    Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
+    Args:
+        uses: The cost estimate of each stage, by its name.
+
+    Raises:
+        RecipeError: The ranks of a stage do not fill the profile's nodes equally.
     """
     disk = files = published = 0
     results, storage = [], profile.storage
@@ -53,6 +56,7 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
             reasons += _memory(row, profile) + _server_memory(row, profile)
             if (use := uses.get(name)) is not None and use.why is None:
                 reasons += _time(row, use, profile)
+        # What earlier stages leave on the disk counts for this one, sealed or not.
         at_most = disk + estimate.work_bytes
         if storage.home_gb is not None and at_most > storage.home_gb * GB:
             reasons.append(f"$ATOM_HOME then has {at_most / GB:,.0f} GB, of {storage.home_gb:,.0f} (storage.home_gb)")
@@ -91,8 +95,8 @@ def require_publishable(rows: list[StagePlan]) -> None:
 
 
 def unpublishable(rows: list[StagePlan]) -> list[str]:
-    """A sentence for each limit of the Hub that the published files exceed: bytes of a file, files of a folder, and
-    files of a repository. Sizes are those of the estimates, with equal parts."""
+    """Returns a sentence for each limit of the Hub that the published files exceed: bytes of a file, files of a
+    folder, and files of a repository. Sizes are those of the estimates, with equal parts."""
     refused: list[str] = []
     shared: Counter[str] = Counter()
     for row in rows:
@@ -137,8 +141,8 @@ def _nodes(row: StagePlan, profile: Profile) -> list[str]:
     of_ranks = need * jobs.gpus_per_node if jobs.exclusive else allocation.all_gpus
     if of_ranks + of_servers <= have:
         return []
-    return [f"it needs {of_ranks} GPUs and its servers {of_servers} at the same time, and {jobs.nodes} nodes have "
-            f"{have} ({stated}, slurm.servers.count)"]  # fmt: skip
+    needs = f"it needs {of_ranks} GPUs and its servers {of_servers} at the same time"
+    return [f"{needs}, and {jobs.nodes} nodes have {have} ({stated}, slurm.servers.count)"]
 
 
 def _format(row: StagePlan, profile: Profile) -> list[str]:
@@ -153,7 +157,8 @@ def _format(row: StagePlan, profile: Profile) -> list[str]:
 def _memory(row: StagePlan, profile: Profile) -> list[str]:
     """Checks the memory of each GPU, and of the processes of a node together."""
     estimate, slurm = row.estimate, profile.slurm
-    need = (estimate.memory_bytes or 0) * (row.gpus or 1) + estimate.host_bytes  # without GPUs
+    # Without GPUs, the memory of a rank's GPUs is memory of the host.
+    need = (estimate.memory_bytes or 0) * (row.gpus or 1) + estimate.host_bytes
     if slurm is None:
         at_once, have, where = min(row.ranks, profile.local.jobs), _machine_bytes(profile), "this machine"
         return [_lack(need * at_once, have, where)] if need * at_once > have else []
@@ -196,8 +201,8 @@ def _machine_bytes(profile: Profile) -> float:
 
 
 def _time(row: StagePlan, use: Use, profile: Profile) -> list[str]:
-    """The part of a stage that must end within one start: training to its next work checkpoint, a shard and the joining
-    of all, else the whole stage."""
+    """Returns the part of a stage that must end within one start: training to its next work checkpoint, a shard and
+    the joining of all, else the whole stage."""
     slurm, estimate, hours, what = profile.slurm, row.estimate, use.hours, "it"
     if slurm is None:
         return []
@@ -216,7 +221,7 @@ def _time(row: StagePlan, use: Use, profile: Profile) -> list[str]:
 
 
 def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
-    """A sentence on the limits that the profile does not state; None if it states all that the plan needs."""
+    """Returns a sentence on the limits that the profile does not state; None if it states all that the plan needs."""
     missing = []
     if profile.slurm is not None:
         jobs = [profile.slurm.allocation(row.state.name, row.needs) for row in rows]

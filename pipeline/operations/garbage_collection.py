@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, provenance, users
+from pipeline.core import json_files, process, provenance
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
@@ -31,8 +31,8 @@ from pipeline.graph import registry
 from pipeline.graph import run as runs
 from pipeline.graph.run import Run
 from pipeline.launch import slurm_client, submission_lock
+from pipeline.launch.attempt import PREDICTION, prediction_key
 from pipeline.launch.slurm_client import Job
-from pipeline.launch.start_records import PREDICTION, prediction_key
 
 KEY = re.compile(r"[A-Za-z0-9][\w@.-]*-[0-9a-f]{12}")
 CODE = re.compile(r"[0-9a-f]{16}")
@@ -53,10 +53,10 @@ _RELEASE: TypeAdapter[Any] = TypeAdapter(_Release)
 
 @dataclass(frozen=True)
 class Loose:
-    """An unused folder, with the reason. bytes: the space that becomes free if all listed folders are removed."""
+    """An unused folder."""
 
     path: Path
-    bytes: int
+    bytes: int  # that become free if all listed folders are removed
     why: str
 
     def json(self) -> dict[str, Any]:
@@ -65,12 +65,13 @@ class Loose:
 
 @dataclass
 class Needed:
-    """The data that runs and releases reference. doubts: the reasons why further references may be unknown."""
+    """The data that runs and releases reference."""
 
     keys: set[str] = field(default_factory=set)
     code: set[str] = field(default_factory=set)
+    # The stage of each key in a run.
     stages: dict[str, str] = field(default_factory=dict)
-    """The stage of each key in a run."""
+    # The reasons why further references may be unknown.
     doubts: list[str] = field(default_factory=list)
 
     def doubt(self, error: Damaged, consequence: str) -> None:
@@ -79,39 +80,37 @@ class Needed:
 
 
 def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> tuple[list[Loose], list[str]]:
-    """The removable folders, the largest first, and the unreferenced folders that are kept, each with the reason.
+    """Returns the removable folders, the largest first, and the unreferenced folders that are kept, each with the
+    reason.
 
-    named: keys to remove in spite of references; ignored: ids of runs whose references do not count. Raises AtomError
-    if an unfinished job needs one of them.
+    Args:
+        named: Keys to remove in spite of references.
+        ignored: Ids of runs whose references do not count.
+
+    Raises:
+        AtomError: An unfinished job needs one of them.
     """
     all_runs, damaged = _read_runs(store)
-    ids = {
-        name: _match_prefix(name, [run.id for run in all_runs] + [e.path.parent.name for e in damaged])
-        for name in ignored
-    }
-    counted_runs = [run for run in all_runs if run.id not in ids.values()]
-    needed = _needed_by_runs(store, counted_runs)
+    ids = [run.id for run in all_runs] + [error.path.parent.name for error in damaged]
+    ignored_ids = {_match_prefix(name, ids) for name in ignored}
+    needed = _needed_by_runs(store, [run for run in all_runs if run.id not in ignored_ids])
     for error in damaged:
-        if error.path.parent.name not in ids.values():
+        if error.path.parent.name not in ignored_ids:
             needed.doubt(error, "what that run needs is not known")
     _add_needed_by_releases(store, needed)
     needed.keys |= {prediction_key(key) for key in needed.keys}  # of a run that began after it
     for run in all_runs:
         needed.stages |= {row["key"]: row["stage"] for row in run.body["nodes"]}
     keys = {_match_prefix(name, [*_names(store.artifacts, KEY), *_names(store.home / "work", KEY)]) for name in named}
-    _require_idle(store, all_runs, keys, set(ids.values()))
+    _require_idle(store, all_runs, keys, ignored_ids)
     rows = [*_loose_work(store, needed, keys), *_loose_artifacts(store, needed, keys), *_loose_code(store, needed)]
     sizes = freed(path for path, _ in rows)
     loose_folders = [Loose(path, sizes[path], reason) for path, reason in rows]
-    kept_reasons = [
-        f"{key} is kept, since {_why_kept(key)}; --include {key} names it"
-        for key in _names(store.artifacts, KEY)
-        if not needed.doubts
-        and key not in keys
-        and not _is_needed(store, key, needed)
-        and _is_trained(store, key, needed)
-    ]
-    return sorted(loose_folders, key=lambda row: (-row.bytes, str(row.path))), [*needed.doubts, *kept_reasons]
+    notes = list(needed.doubts)
+    for key in _names(store.artifacts, KEY) if not needed.doubts else ():
+        if key not in keys and not _is_needed(store, key, needed) and _is_trained(store, key, needed):
+            notes.append(f"{key} is kept, since {_why_kept(key)}; --include {key} names it")
+    return sorted(loose_folders, key=lambda row: (-row.bytes, str(row.path))), notes
 
 
 def delete(
@@ -138,6 +137,7 @@ def delete(
     if trash.is_symlink():
         raise AtomError(f"{trash} is a link, and nothing is deleted through it; remove the link")
     with submission_lock.submitting(store):
+        # `atom run` takes no lock: a run may begin while the folders are moved, and reference them.
         run_ids = {run.id for run in _read_runs(store)[0]}
         rows = [row for row in loose(store, named, ignored)[0] if row.path in confirmed]
         trash.mkdir(exist_ok=True)
@@ -154,6 +154,7 @@ def delete(
 def _move(store: Store, path: Path, trash: Path) -> Path | None:
     """Moves a folder and returns its new path; None if it has disappeared, or if it is work whose lease is held."""
     kind, name = path.relative_to(store.home).parts[:2]
+    # A worker may have begun since the folder was listed.
     lease = None
     if kind == "work" and (lease := Lease.take(store.work(name))) is None:
         return None
@@ -193,7 +194,7 @@ def _read_runs(store: Store) -> tuple[list[Run], list[Damaged]]:
 
 
 def _match_prefix(name: str, names: Iterable[str]) -> str:
-    """The only name that starts with the prefix. Raises AtomError."""
+    """Returns the only name that starts with the prefix. Raises AtomError."""
     matching = sorted({candidate for candidate in names if candidate.startswith(name)})
     if name in matching:
         return name
@@ -204,13 +205,14 @@ def _match_prefix(name: str, names: Iterable[str]) -> str:
 
 
 def _needed_by_runs(store: Store, run_list: list[Run]) -> Needed:
-    """The references of these runs: their stages, the code of their jobs, and all inputs of the stages."""
+    """Returns the references of these runs: their stages, the code of their jobs, and all inputs of the stages."""
     needed = Needed()
     inputs: dict[str, set[str]] = {}
     for run in run_list:
         needed.keys |= {row["key"] for row in run.body["nodes"]}
         needed.code |= {run.body["code"]} if "code" in run.body else set()
         inputs |= {row["key"]: set(row["inputs"].values()) for row in run.body["nodes"] if "inputs" in row}
+    # Inputs of inputs, by the run's file or by the statements of whoever made the artifact.
     pending = list(needed.keys)
     while pending:
         key = pending.pop()
@@ -265,14 +267,13 @@ def _require_idle(store: Store, run_list: list[Run], keys: set[str], ignored: se
         if not (keys & reachable or run.id in ignored):
             continue
         if reason := _why_active(store, run):
-            subject = (
-                f"{sorted(keys & reachable)[0]} is needed by run" if keys & reachable else "it cannot be ignored: run"
-            )
+            needed = sorted(keys & reachable)
+            subject = f"{needed[0]} is needed by run" if needed else "it cannot be ignored: run"
             raise AtomError(f"{subject} {run.id}, {reason}; stop it first: atom cancel {run.id}")
 
 
 def _why_active(store: Store, run: Run) -> str | None:
-    """The reason why a run may be unfinished; None if it is finished."""
+    """Returns the reason why a run may be unfinished; None if it is finished."""
     if all(store.sealed(row["key"]) for row in run.body["nodes"]):
         return None
     folders = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
@@ -281,7 +282,7 @@ def _why_active(store: Store, run: Run) -> str | None:
     if run.on_slurm:
         try:
             slurm_jobs = slurm_client.queued_jobs(run.users())
-            is_hidden = run.owner != users.present() and slurm_client.hides_jobs()
+            is_hidden = run.owner != process.current_user() and slurm_client.hides_jobs()
         except slurm_client.NoAnswer as error:
             return f"whose jobs are not known ({error})"
         job_ids = {str(row["job"]) for row in run.jobs().values()}
@@ -297,19 +298,16 @@ def _is_of(job: Job, run: Run) -> bool:
 
 
 def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
-    try:
-        return [name for name in json_files.names(folder) if pattern.fullmatch(name)]
-    except Damaged as error:
-        json_files.report(error, "nothing there is named")
-        return []
+    names: list[str] = []
+    with json_files.reporting("nothing there is named"):
+        names = [name for name in json_files.names(folder) if pattern.fullmatch(name)]
+    return names
 
 
 def _is_needed(store: Store, key: str, needed: Needed) -> bool:
     """Returns True if a run or release references a key, or the phase of the checkpoint with that key."""
-    phases = (
-        (provenance.phase_of(body) for _, body in provenance.statements(store.ledger, key)[0]) if "@" in key else ()
-    )
-    return key in needed.keys or any(phase in needed.keys for phase in phases)
+    statements = provenance.statements(store.ledger, key)[0] if "@" in key else ()
+    return key in needed.keys or any(provenance.phase_of(body) in needed.keys for _, body in statements)
 
 
 def _why_kept(key: str) -> str:
@@ -347,10 +345,8 @@ def _loose_work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple
 
 def _loose_artifacts(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
     for key in _names(store.artifacts, KEY):
-        try:
+        with json_files.reporting("what needs this artifact cannot be run"):
             store.manifest(key)
-        except Damaged as error:
-            json_files.report(error, "what needs this artifact cannot be run")
         if key in named:
             yield store.artifacts / key, "it was named"
         elif key not in needed.keys and not needed.doubts and not _is_trained(store, key, needed):

@@ -39,15 +39,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class Findings:
-    """problems: what `plan`, `run` or `submit` would refuse. notes: what is no mistake of the recipe, such as data that
-    is not here."""
+    """The result of a check."""
 
+    # `plan`, `run` or `submit` would refuse them.
     problems: tuple[Problem, ...]
+    # On what is no mistake of the recipe, such as data that is not here.
     notes: tuple[str, ...] = ()
 
 
 def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
-    """Checks a recipe and the data recipe that it names; cluster: and whether it fits this profile."""
+    """Checks a recipe and the data recipe that it names.
+
+    Args:
+        cluster: And whether it fits this profile.
+    """
     path, problems = _load(reference, "pipeline.recipes", "recipe", recipe.schema())
     raw = _mapping(path)
     if path is not None and isinstance(data := raw.get("data"), str):
@@ -55,6 +60,7 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
     if cluster is not None:
         model, folder = cluster_profile.Profile, cluster_profile.site_folder()
         problems += _load(cluster, "pipeline.clusters", "cluster profile", model, folder=folder)[1]
+    # Contradictions between sections and limits of the graph follow once all files are in order.
     if problems or path is None:
         return Findings(tuple(problems))
     try:
@@ -69,6 +75,7 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
     if contradictions or graph is None:
         return Findings(tuple(_located(error, "recipe", path) for error in contradictions))
     refused, notes = _of_graph(graph, store, cluster)
+    # The imports that a config names: a missing package or file of this machine is no mistake of the recipe.
     for node in graph.nodes.values():
         try:
             notes += node.stage.inspect(node.config)
@@ -87,7 +94,7 @@ def _load(
     base: Path | None = None,
     folder: Path | None = None,
 ) -> tuple[Path | None, list[Problem]]:
-    """The file of a recipe or a profile, None if there is none, and the fields that its schema refuses."""
+    """Returns the file of a recipe or a profile, None if there is none, and the fields that its schema refuses."""
     try:
         path = recipe.find(reference, package, kind, base, folder)
     except RecipeError as error:
@@ -121,7 +128,7 @@ def _data_problems(reference: str, recipe_path: Path) -> list[Problem]:
 
 
 def _mapping(path: Path | None) -> dict[str, Any]:
-    """The fields of a file; none if it is no YAML, which is a problem already."""
+    """Returns the fields of a file; none if it is no YAML, which is a problem already."""
     try:
         return {} if path is None else parse_yaml(read_file(path, "recipe"), "recipe")
     except RecipeError:
@@ -129,7 +136,7 @@ def _mapping(path: Path | None) -> dict[str, Any]:
 
 
 def _located(error: AtomError, kind: str, path: Path) -> Problem:
-    """An error whose sentence begins with the kind and name of its file, and then with a line or a field."""
+    """Returns an error whose sentence begins with the kind and name of its file, and then with a line or a field."""
     text = re.sub(rf"^{kind}( {re.escape(path.stem)})?(: |, )", "", str(error))
     if match := re.match(r"line (\d+) ", text):
         return Problem(str(path), text, int(match[1]))
@@ -143,7 +150,7 @@ def _located(error: AtomError, kind: str, path: Path) -> Problem:
 
 
 def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str], list[str]]:
-    """The sentences on what the Hub or the profile would not take, and notes."""
+    """Returns the sentences on what the Hub or the profile would not take, and notes."""
     profile = None if cluster is None else cluster_profile.load(cluster)
     other_python = profile is not None and profile.other_python
     rows = plan(graph, dag.states(graph, store), graph.select(None, None), other_python)
@@ -164,6 +171,6 @@ def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str
 
 
 def lines(findings: Findings) -> Iterator[str]:
-    """The lines that `atom validate` prints."""
+    """Yields the lines that `atom validate` prints."""
     yield from map(str, findings.problems)
     yield from (f"note: {text}" for text in findings.notes)

@@ -14,8 +14,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+# The environment variable with the path of the file, for processes that are started with a secret.
 VARIABLE = "ATOM_SECRET_FILE"
-"""The environment variable with the path of the file, for processes that are started with a secret."""
 
 
 class UnusableSecret(Exception):
@@ -38,7 +38,7 @@ def make(path: Path) -> None:
 
 
 def read(path: Path) -> bytes:
-    """The secret in a file. Raises UnusableSecret if another user owns the file or may read it."""
+    """Returns the secret in a file. Raises UnusableSecret if another user owns the file or may read it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -54,7 +54,11 @@ def read(path: Path) -> bytes:
 
 
 def sign(key: bytes, purpose: str, *parts: str) -> str:
-    """The signature of a message. purpose: what it is for, so that no message stands for another."""
+    """Returns the signature of a message.
+
+    Args:
+        purpose: The use of the message, so that no message stands for another.
+    """
     signature = hmac.new(key, digestmod="sha256")
     for part in (purpose, *parts):
         data = part.encode(errors="surrogateescape")

@@ -18,6 +18,7 @@ import re
 import select
 import sys
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -25,19 +26,112 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import atomic_files, collector, json_files, provenance
+from pipeline.core import atomic_files, json_files, process, provenance
 from pipeline.core.errors import AtomError, Kind
-from pipeline.core.events import POINT, Tail
+from pipeline.core.events import POINT, Point, Tail, curves_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease
+from pipeline.core.provenance import Statement
 from pipeline.core.store import Artifact, Store
+from pipeline.graph import flat_fields
 from pipeline.graph import run as runs
+from pipeline.graph.flat_fields import estimates, recipe_settings, scores_of
 from pipeline.graph.run import NodeStatus, Run, status
-from pipeline.graph.settings import recipe_settings
-from pipeline.launch import start_records
+from pipeline.launch import attempt
+from pipeline.launch.attempt import StartSettings
 from pipeline.launch.companion import NO_TRACKING
-from pipeline.launch.start_records import StartSettings
-from pipeline.tracking import mlflow_records as records
+
+BATCH, PARAMS_PER_BATCH = 1000, 100
+# The curve from which the utilization of the GPUs is computed.
+SPEED = "step_tokens_per_s"
+ERROR_TAGS = ("atom.error", "atom.error_kind")
+
+
+def send_batch(
+    client: Any,
+    run: str,
+    params: Mapping[str, str] | None = None,
+    metrics: Sequence[Any] = (),
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Sends any number of each, in as many requests as MLflow wants. It cuts long values itself."""
+    from mlflow.entities import Param, RunTag
+
+    every = [Param(name, value) for name, value in (params or {}).items()]
+    client.log_batch(run, tags=[RunTag(name, value) for name, value in (tags or {}).items()])
+    for i in range(0, len(metrics), BATCH):
+        client.log_batch(run, metrics=metrics[i : i + BATCH])
+    for i in range(0, len(every), PARAMS_PER_BATCH):
+        client.log_batch(run, params=every[i : i + PARAMS_PER_BATCH])
+
+
+def start_tags(start: StartSettings) -> dict[str, str]:
+    """Returns the tags about a start. A later start overwrites them."""
+    texts = {name: start[name] for name in ("job", "nodes", "layout", "ranks", "gpus", "start")}
+    return {
+        **{f"atom.{name}": str(value) for name, value in texts.items() if value is not None},
+        **{f"atom.operation.{name}": value for name, value in as_params(start["operation"]).items()},
+    }
+
+
+def run_tags(run: Run) -> dict[str, str]:
+    """Returns the tags of a run and of all of its stages."""
+    tags = {"atom.run": run.id, "atom.version": run.body["version"]}
+    if (commit := run.body.get("commit")) is not None:
+        # MLflow's page shows the first of these.
+        tags |= {"mlflow.source.git.commit": commit, "atom.commit": commit, "atom.dirty": str(run.body.get("dirty"))}
+    return tags
+
+
+def error_tags(node: NodeStatus) -> dict[str, str]:
+    """Returns the tags about the failure of a stage."""
+    sentence = redacted(node.message or node.reason or "the cause is not known")
+    return dict(zip(ERROR_TAGS, (sentence, node.kind or "unknown"), strict=True))
+
+
+def curve_metrics(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
+    """Returns the points of a log of metrics, and `mfu` where the profile states the peak of its GPUs: the share of it
+    that the model's FLOPs of a step reach."""
+    from mlflow.entities import Metric
+
+    peak = flops = 0.0
+    if start is not None and start["peak_flops"] and start["flops_per_token"]:
+        peak, flops = start["peak_flops"] * start["ranks"], start["flops_per_token"]
+    metrics = []
+    for row in rows:
+        curves = curves_of(row)
+        if peak and SPEED in curves:
+            curves["mfu"] = curves[SPEED] * flops / peak
+        milliseconds = round(row["time"] * 1000)
+        metrics += [Metric(name, float(value), milliseconds, row["step"]) for name, value in curves.items()]
+    return metrics
+
+
+def score_metrics(artifact: Artifact, prefix: str = "") -> list[Any]:
+    """Returns the scores of a product. With a prefix, for the run that has it: the estimates alone."""
+    from mlflow.entities import Metric
+
+    numbers = scores_of(artifact)
+    chosen = estimates(numbers) if prefix else numbers
+    return [Metric(metric_name(f"{prefix}{name}"), value, 0, 0) for name, value in chosen.items()]
+
+
+def metric_name(name: str) -> str:
+    """Returns the name in characters that MLflow accepts: `gsm8k/exact_match_strict` for `gsm8k/exact_match,strict`."""
+    parts = (re.sub(r"[^\w\-. ]", "_", part, flags=re.ASCII) for part in name.split("/"))
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:250]
+
+
+def usage_metrics(body: Statement) -> list[Any]:
+    from mlflow.entities import Metric
+
+    numbers = {name: value for name, value in provenance.usage(body).items() if isinstance(value, (int, float))}
+    return [Metric(name, float(value), 0, 0) for name, value in sorted(numbers.items())]
+
+
+def as_params(values: Any) -> dict[str, str]:
+    """Returns settings as texts by their dotted names."""
+    return {name: str(value) for name, (value, _) in flat_fields.flat(values) if name}
 
 
 class _Progress(TypedDict):
@@ -56,8 +150,8 @@ class _State(TypedDict):
 
 
 STATE: TypeAdapter[Any] = TypeAdapter(_State)
+# Seconds between two transfers.
 EVERY = 5.0
-"""Seconds between two transfers."""
 SQLITE = b"SQLite format 3\0"
 SMALL = 1_000_000
 MLFLOW_ENVIRONMENT = {
@@ -71,17 +165,17 @@ MLFLOW_ENVIRONMENT = {
 
 
 def tracking_uri(store: Store) -> str:
-    """MLFLOW_TRACKING_URI if set, else an SQLite file in the home folder."""
+    """Returns MLFLOW_TRACKING_URI if set, else that of an SQLite file in the home folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.home / 'mlflow.db'}"
 
 
 def shown_uri(store: Store) -> str:
-    """The tracking URI without user, password and query."""
+    """Returns the tracking URI without user, password and query."""
     return redacted(tracking_uri(store))
 
 
 def redacted(text: str) -> str:
-    """The text with user, password and query removed from every URI."""
+    """Returns the text with user, password and query removed from every URI."""
     return re.sub(r"(\w+://)\S*@", r"\1", re.sub(r"(\w+://[^\s?]+)\?[^\s)]*", r"\1", text))
 
 
@@ -114,7 +208,7 @@ class Forwarder:
             if (self.run.node_folder(node.name) / "events.jsonl").exists():
                 self._child(client, parent, node, progress)
             if node.state == "sealed":
-                client.log_batch(parent, metrics=records.scores(self.store.manifest(node.key), f"{node.name}/"))
+                client.log_batch(parent, metrics=score_metrics(self.store.manifest(node.key), f"{node.name}/"))
                 progress["ended"] = True
                 self._save()
         if over:
@@ -129,9 +223,8 @@ class Forwarder:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        if self.state.setdefault("uri", redacted(uri)) != redacted(
-            uri
-        ):  # another store than last time: send everything
+        # To another store than last time, everything is sent.
+        if self.state.setdefault("uri", redacted(uri)) != redacted(uri):
             self.state = {"nodes": {}, "uri": redacted(uri)}
         return MlflowClient(tracking_uri=uri)
 
@@ -143,14 +236,13 @@ class Forwarder:
             name = self.run.body["recipe"]
             is_local = self.state["uri"].startswith("sqlite:")
             location = (self.store.home / "mlartifacts" / name).as_uri() if is_local else None
-            existing = client.get_experiment_by_name(name)
-            self.state["experiment"] = (
-                existing.experiment_id if existing else client.create_experiment(name, artifact_location=location)
-            )
-            tags = records.run_tags(self.run)
+            experiment = client.get_experiment_by_name(name)
+            id = experiment.experiment_id if experiment else client.create_experiment(name, artifact_location=location)
+            self.state["experiment"] = id
+            tags = run_tags(self.run)
             run = client.create_run(self.state["experiment"], run_name=self.run.id, tags=tags)
             self.state["parent"] = run.info.run_id
-            records.log(client, self.state["parent"], params=records.params(recipe_settings(self.run)))
+            send_batch(client, self.state["parent"], params=as_params(recipe_settings(self.run)))
             for file in sorted((self.run.folder / "recipes").glob("*")):
                 client.log_artifact(self.state["parent"], str(file), "recipe")
             self._save()
@@ -158,21 +250,13 @@ class Forwarder:
 
     def _child(self, client: Any, parent: str, node: NodeStatus, progress: dict[str, Any]) -> None:
         if "id" not in progress:
-            tags = {**records.run_tags(self.run), "mlflow.parentRunId": parent, "atom.key": node.key}
+            tags = {**run_tags(self.run), "mlflow.parentRunId": parent, "atom.key": node.key}
             run = client.create_run(self.state["experiment"], run_name=node.name, tags=tags)
             progress["id"] = run.info.run_id
             self._save()
-        start = start_records.read_settings(self.run.node_folder(node.name))
+        start = attempt.read_settings(self.run.node_folder(node.name))
         if start is not None and start["start"] != progress.get("start"):
-            records.log(
-                client,
-                progress["id"],
-                records.params(start["config"]),
-                records.restarts(start),
-                records.start_tags(start),
-            )
-            if datasets := records.inputs(start):
-                client.log_inputs(progress["id"], datasets=datasets)
+            send_batch(client, progress["id"], as_params(start["config"]), tags=start_tags(start))
             progress["start"] = start["start"]
             self._save()
         self._metrics(client, node.name, progress, start)
@@ -187,10 +271,9 @@ class Forwarder:
         if now == before:
             return
         if now in ("FAILED", "KILLED"):
-            tags = {name: redacted(text) for name, text in records.error_tags(node).items()}
-            records.log(client, progress["id"], tags=tags)
+            send_batch(client, progress["id"], tags=error_tags(node))
         elif before != "RUNNING":
-            for tag in records.ERROR_TAGS:
+            for tag in ERROR_TAGS:
                 client.delete_tag(progress["id"], tag)
         if now == "RUNNING":
             client.update_run(progress["id"], status=now)
@@ -203,9 +286,8 @@ class Forwarder:
         tail = Tail(self.run.node_folder(name) / "metrics.jsonl", POINT, progress["offset"], whole=True)
         has_more = True
         while has_more:
-            points = records.points(tail.read(), start)
+            send_batch(client, progress["id"], metrics=curve_metrics(tail.read(), start))
             has_more = tail.has_more
-            records.log(client, progress["id"], metrics=points)
             if tail.offset != progress["offset"]:
                 progress["offset"] = tail.offset
                 self._save()
@@ -217,7 +299,7 @@ class Forwarder:
             return
         path, body = sealed_statement
         tags = {"atom.digest": artifact.digest, "atom.statement": path.stem}
-        records.log(client, child, {}, [*records.usage(body), *records.scores(artifact)], tags)
+        send_batch(client, child, {}, [*usage_metrics(body), *score_metrics(artifact)], tags)
         client.log_artifact(child, str(path), "statement")
         for row in artifact.rows:
             if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
@@ -226,7 +308,7 @@ class Forwarder:
 
 
 def child_status(node: NodeStatus) -> str:
-    """MLflow's status of a stage."""
+    """Returns MLflow's status of a stage."""
     if node.state == "sealed":
         return "FINISHED"
     if node.state not in ("failed", "lost", "cancelled", "damaged"):
@@ -235,10 +317,12 @@ def child_status(node: NodeStatus) -> str:
 
 
 def outcome_of(nodes: list[NodeStatus]) -> str:
-    """MLflow's status of a run whose stages will not go on by themselves. A run that stopped without a failure was
-    killed."""
+    """Returns MLflow's status of a run whose stages will not go on by themselves. A run that stopped without a failure
+    was killed."""
     statuses = {child_status(node) for node in nodes}
-    return "FINISHED" if statuses == {"FINISHED"} else "FAILED" if "FAILED" in statuses else "KILLED"
+    if statuses == {"FINISHED"}:
+        return "FINISHED"
+    return "FAILED" if "FAILED" in statuses else "KILLED"
 
 
 @cache
@@ -317,7 +401,7 @@ def follow(home: Path, run_id: str, whole: bool) -> None:
 
 
 if __name__ == "__main__":
-    collector.collect_rarely()
+    process.collect_rarely()
     try:
         follow(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "whole")
     except (AtomError, OSError) as error:  # such as a full disk, of which the run itself has a sentence

@@ -19,20 +19,21 @@ from pipeline.graph.run import NodeStatus, Run
 from pipeline.launch.slurm_client import Answers
 from pipeline.tracking import status
 
-CURVES = (
-    "loss", "heldout_loss", "reward", "step_tokens_per_s", "tokens_per_s", "step_seconds", "grad_norm",
-    "peak_gpu_memory_bytes", "peak_memory_bytes", "spike", "dead_experts", "expert_max_violation", "router_entropy",
-    "data_wait_seconds", "checkpoint_stall_seconds", "lr",
-)  # fmt: skip
-"""The first curves to show, in this order."""
+# The first curves to show, in this order.
+_CURVES = """
+loss heldout_loss reward step_tokens_per_s tokens_per_s step_seconds grad_norm peak_gpu_memory_bytes peak_memory_bytes
+spike dead_experts expert_max_violation router_entropy data_wait_seconds checkpoint_stall_seconds lr
+"""
+CURVES = tuple(_CURVES.split())
 NO_CHARTS = ("tokens", "spike")
 
 
 @dataclass(frozen=True)
 class StageView:
-    """A stage with its logs. curves: None if it has recorded none."""
+    """A stage with its logs."""
 
     status: NodeStatus
+    # None if it has recorded none.
     curves: Curves | None
 
     @property
@@ -47,7 +48,7 @@ class StageView:
         return start.get("gpus", 0) if start else 0
 
     def names(self) -> list[str]:
-        """The names of its curves, the best known ones first."""
+        """Returns the names of its curves, the best known ones first."""
         names = [] if self.curves is None else list(self.curves.state["curves"])
         known = [name for name in CURVES if name in names]
         return [name for name in [*known, *sorted(set(names) - set(known))] if name not in NO_CHARTS]
@@ -64,13 +65,16 @@ class StageView:
 
 @dataclass(frozen=True)
 class Spending:
-    """Hours of a run. used: of ended attempts; running: of the present ones so far, where a rank without GPUs counts as
-    one busy core; coming: what the running stages still need at their pace."""
+    """Hours of a run."""
 
+    # Hours of ended attempts.
     used: Hours
+    # Hours of the present attempts so far, where a rank without GPUs counts as one busy core.
     running: Hours
+    # Hours that the running stages still need at their pace.
     coming: Hours
     limits: Limits | None
+    # Stages that have not begun.
     waiting: int
 
     def now(self, name: Resource) -> float:
@@ -83,11 +87,12 @@ class Spending:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """lack: a sentence on missing information."""
+    """A run at one moment."""
 
     run: Run
     time: float
     stages: tuple[StageView, ...]
+    # A sentence on missing information.
     lack: str | None
     spending: Spending
 
@@ -96,18 +101,17 @@ class Snapshot:
         return status.over([stage.status for stage in self.stages])
 
     def shown(self) -> list[StageView]:
-        """The stages whose curves are of interest: running ones first, then the latest of the others."""
+        """Returns the stages whose curves are of interest: running ones first, then the latest of the others."""
         with_curves = [stage for stage in self.stages if stage.curves is not None and stage.names()]
         return sorted(reversed(with_curves), key=lambda stage: stage.status.state != "running")
 
     def spending_text(self) -> list[str]:
         """Hours and money, used and expected, beside the budget."""
         prices, lines = self.run.body.get("prices"), []
-        total = {name: self.spending.now(name) for name in RESOURCES}
-        expected = {name: self.spending.expected(name) for name in RESOURCES}
-        for text, hours in (("used so far", total), ("expected when the running stages end", expected)):
-            described: Hours = {"gpu_hours": hours["gpu_hours"], "core_hours": hours["core_hours"]}
-            lines.append(f"{text}: {budget.describe(described, prices)}")
+        total = budget.hours(self.spending.now)
+        expected = budget.hours(self.spending.expected)
+        lines.append(f"used so far: {budget.describe(total, prices)}")
+        lines.append(f"expected when the running stages end: {budget.describe(expected, prices)}")
         for name in RESOURCES:
             if self.spending.limits and (limit := self.spending.limits.get(name)):
                 share, coming = total[name] / limit, expected[name] / limit
@@ -118,8 +122,11 @@ class Snapshot:
 
 
 def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
-    """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing. answers: of Slurm, which a
-    loop keeps."""
+    """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing.
+
+    Args:
+        answers: Answers of Slurm, which a loop keeps.
+    """
     nodes, lack = status.status(run, store, answers)
     stages = []
     for node in nodes:
@@ -131,14 +138,12 @@ def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
 
 
 def _spending(run: Run, store: Store, stages: Iterable[StageView], now: float) -> Spending:
-    running: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
-    coming: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
-    used: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
+    used, running, coming = (budget.hours(lambda name: 0.0) for _ in range(3))
     waiting = 0
     for stage in stages:
-        hours = used_hours(store, stage.status.key)
-        used["gpu_hours"] += hours["gpu_hours"]
-        used["core_hours"] += hours["core_hours"]
+        ended = used_hours(store, stage.status.key)
+        for resource in RESOURCES:
+            used[resource] += ended[resource]
         start = stage.events.state["start"]
         if stage.status.state == "running" and start:
             name: Resource = "gpu_hours" if stage.gpus else "core_hours"
@@ -151,7 +156,7 @@ def _spending(run: Run, store: Store, stages: Iterable[StageView], now: float) -
 
 
 def used_hours(store: Store, key: str) -> Hours:
-    """The use of all ended attempts at a key; statements that this process has read are not read again."""
+    """Returns the use of all ended attempts at a key; statements that this process has read are not read again."""
     try:
         return _hours(store.home, key, tuple(json_files.names(store.ledger / key)))
     except Damaged:
@@ -164,14 +169,14 @@ def _hours(home: Path, key: str, names: tuple[str, ...]) -> Hours:
 
 
 def sparkline(values: list[float], width: int = 48) -> str:
-    """The last values as one line of blocks."""
+    """Returns the last values as one line of blocks."""
     values = values[-width:]
     low, high = min(values), max(values)
     return "".join("▁▂▃▄▅▆▇█"[min(7, int((value - low) / (high - low or 1) * 8))] for value in values)
 
 
 def lines(snapshot: Snapshot) -> list[str]:
-    """The lines that `atom status --watch` shows below its table."""
+    """Returns the lines that `atom status --watch` shows below its table."""
     text = []
     for stage in snapshot.shown()[:2]:
         assert stage.curves is not None

@@ -13,33 +13,36 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, users
+from pipeline.core import json_files, process
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import CUT_OFF, REFUSED, JobRow, NodeStatus, Run, RunFolder
-from pipeline.launch import diagnoses, slurm_client, submission_lock, waiting_reasons
-from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.rendezvous import launch_number
+from pipeline.launch import diagnoses, slurm_client, submission_lock
+from pipeline.launch.diagnoses import FAILURES
+from pipeline.launch.rendezvous import Decision, Verdict, launch_number
 from pipeline.launch.slurm_client import Answers, Job, NoAnswer
 
+# The final states of an array task that cancel the jobs that depend on the array.
 FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
-"""The final states of an array task that cancel the jobs that depend on the array."""
+# The state of a stage that has failed for good while Slurm still has its job: the cause is shown instead of `running`.
 ENDING = "ending"
-"""The state of a stage that has failed for good while Slurm still has its job: the cause is shown instead of
-`running`."""
+# The state of a stage whose attempt has ended while Slurm still has its job, which starts the stage again.
 RESTARTING = "restarting"
-"""The state of a stage whose attempt has ended while Slurm still has its job, which starts the stage again."""
+# The state of a stage of another user that has recorded no end, and whose job Slurm does not show.
 HIDDEN = "hidden"
-"""The state of a stage of another user that has recorded no end, and whose job Slurm does not show."""
+# The state of a stage of a run on Slurm that has no job, because its submission was killed.
 UNSUBMITTED = "unsubmitted"
-"""The state of a stage of a run on Slurm that has no job, because its submission was killed."""
 
 
 def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
-    """The stages of a run, and one sentence on missing information. answers: of Slurm, which a loop keeps."""
+    """Returns the stages of a run, and one sentence on missing information.
+
+    Args:
+        answers: Answers of Slurm, which a loop keeps.
+    """
     answers = answers or Answers()
     stages, jobs = runs.status(run, store), run.jobs()
     if run.on_slurm:
@@ -54,17 +57,17 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
     queued = {name: job for name, job in queued.items() if is_submitted_job(job, run, jobs[name], name)}
     # the queue has neither the exit code of a failed job nor who cancelled one
     in_queue = {name for name, job in queued.items() if job is not None and job.state not in ("FAILED", "CANCELLED")}
-    asked = {row["job"] for name, row in jobs.items() if name not in in_queue}
+    missing_jobs = {row["job"] for name, row in jobs.items() if name not in in_queue}
     finished_jobs: dict[str, Job] = {}
     problem, owner = None, run.owner
     try:
         # accounting never learns the end of a job that the controller lost, and keeps it as pending or running
-        ended = answers.ask(slurm_client.finished_jobs, tuple(sorted(asked)))
+        ended = answers.ask(slurm_client.finished_jobs, tuple(sorted(missing_jobs)))
         finished_jobs = {id: job for id, job in ended.items() if not job.alive}
     except NoAnswer as error:
-        problem = diagnoses.NO_ACCOUNTING.text(detail=str(error))
-    unknown = asked - set(finished_jobs)
-    hidden_of = owner if unknown and owner != users.present() and _hides_jobs(answers) else None
+        problem = FAILURES["no_accounting"].text(detail=str(error))
+    unknown = missing_jobs - set(finished_jobs)
+    hidden_of = owner if unknown and owner != process.current_user() and _hides_jobs(answers) else None
     rows = []
     for node in stages:
         row = jobs.get(node.name)
@@ -83,7 +86,7 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
 
 
 def _without_job(node: NodeStatus, store: Store) -> NodeStatus:
-    """The status of a stage of a run on Slurm that has no job."""
+    """Returns the status of a stage of a run on Slurm that has no job."""
     submitter = holder(submission_lock.folder(store))
     if node.state != "waiting" or (submitter is not None and submitter.alive):
         return node
@@ -91,7 +94,7 @@ def _without_job(node: NodeStatus, store: Store) -> NodeStatus:
 
 
 def _merge(queued: Job | None, finished: Job | None, run: Run, row: JobRow, name: str) -> Job | None:
-    """A job by the queue and by the accounting, which may have no script of it."""
+    """Returns a job by the queue and by the accounting, which may have no script of it."""
     if finished is not None and finished.owner is not None and not is_submitted_job(finished, run, row, name):
         finished = None
     if queued is None or finished is None:
@@ -100,7 +103,7 @@ def _merge(queued: Job | None, finished: Job | None, run: Run, row: JobRow, name
 
 
 def _submitter(run: Run, row: JobRow, job: Job | None, store: Store) -> RunFolder:
-    """The run that submitted a job: another one if this run only waits for the job."""
+    """Returns the run that submitted a job: another one if this run only waits for the job."""
     owner = job.owner if job is not None and row["attached"] else None
     if owner is None or not re.match(runs.NAME, owner.run):
         return run
@@ -108,7 +111,7 @@ def _submitter(run: Run, row: JobRow, job: Job | None, store: Store) -> RunFolde
 
 
 def _last_launch(run: RunFolder, node: str, job: str) -> Path | None:
-    """The folder of the last launch of a job; None before the first one."""
+    """Returns the folder of the last launch of a job; None before the first one."""
     launches = (run.node_folder(node) / "ranks").glob(f"{job}.*")
     return max(launches, key=launch_number, default=None)
 
@@ -120,7 +123,7 @@ def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
 
 
 def living_jobs(run: Run, slurm_jobs: Mapping[str, Job]) -> dict[str, Job]:
-    """The jobs in Slurm that have not ended, by the stage of the run that waits for them."""
+    """Returns the jobs in Slurm that have not ended, by the stage of the run that waits for them."""
     living = {}
     for name, row in run.jobs().items():
         job = slurm_jobs.get(row["job"])
@@ -132,18 +135,22 @@ def living_jobs(run: Run, slurm_jobs: Mapping[str, Job]) -> dict[str, Job]:
 def _add_job_state(
     node: NodeStatus, id: str, job: Job | None, launch: Path | None, hidden_of: str | None, answers: Answers
 ) -> NodeStatus:
-    """The status of a node from its files and from Slurm's state of its job; an artifact outranks both. launch: the
-    folder of the last launch. hidden_of: the user whose jobs Slurm does not show to this one."""
+    """Returns the status of a node from its files and from Slurm's state of its job; an artifact outranks both.
+
+    Args:
+        launch: The folder of the last launch.
+        hidden_of: The user whose jobs Slurm does not show to this one.
+    """
     node = replace(node, job=id)
     if launch is not None:
         begins, relaunches = launch_number(launch)
         node = replace(node, restarts=max(node.restarts or 0, begins + relaunches) or None)
     if job is None:
         if hidden_of and (node.state == "waiting" or node.message == CUT_OFF):
-            return replace(node, state=HIDDEN, message="", reason=diagnoses.HIDDEN_JOB.text(detail=hidden_of))
+            return replace(node, state=HIDDEN, message="", reason=FAILURES["hidden_job"].text(detail=hidden_of))
         if node.state in ("sealed", "running", "failed"):
             return node
-        return replace(node, state="lost", message=diagnoses.LOST_JOB.text(job=id))
+        return replace(node, state="lost", message=FAILURES["lost_job"].text(job=id))
     node = replace(node, nodes=job.nodes or None, elapsed=job.elapsed or None)
     if node.state == "sealed":
         return node
@@ -158,7 +165,7 @@ def _add_job_state(
         is_final = verdict.decision is Decision.FAILED if verdict else node.kind is not None and Kind(node.kind).final
         return replace(node, state=ENDING if is_final else RESTARTING)
     node = replace(node, state=job.state.lower(), reason=job.reason or None, message="", kind=None)
-    if waiting := waiting_reasons.explain(job, answers):
+    if waiting := diagnoses.explain(job, answers):
         row, sentence = waiting
         node = replace(node, reason=sentence, alert=row.name if row.alert else None)
     return replace(node, waits_since=job.waits_since) if job.state == "PENDING" else node
@@ -180,12 +187,16 @@ def _hides_jobs(answers: Answers) -> bool:
 
 
 def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers, kind: str | None = None) -> str:
-    """The sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final state.
-    recorded, kind: the outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none."""
+    """Returns the sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final
+    state.
+
+    Args:
+        recorded, kind: The outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none.
+    """
     row = diagnoses.of_job(job.state, job.code)
-    if row is diagnoses.CANCELLED:
+    if row is FAILURES["cancelled"]:
         is_cascade = job.reason == "DependencyNeverSatisfied"
-        return diagnoses.NEVER_STARTED.text() if is_cascade else row.text(user=job.cancelled_by or "somebody")
+        return FAILURES["never_started"].text() if is_cascade else row.text(user=job.cancelled_by or "somebody")
     if kind == Kind.STOPPED:  # and then its job did not go on
         return f"{recorded} (Slurm ended its job: {_plain_end(job)})"
     if recorded not in ("", CUT_OFF):
@@ -195,25 +206,25 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
     if row is None:
         return (verdict.text if verdict else "") or recorded or _plain_end(job)
     fields = {"nodes": job.nodes or "its nodes"}
-    if row in (diagnoses.NOT_LAUNCHED, diagnoses.NO_HOME) and job.nodes:
+    if row in (FAILURES["not_launched"], FAILURES["no_home"]) and job.nodes:
         with suppress(NoAnswer):  # the sentence has all nodes then
             fields["nodes"] = answers.ask(slurm_client.first_node, job.nodes)
-    if row in (diagnoses.MEMORY, diagnoses.TIME_LIMIT):
+    if row in (FAILURES["memory"], FAILURES["time_limit"]):
         with suppress(NoAnswer):  # the sentence has no figures then
-            question = slurm_client.memory_of if row is diagnoses.MEMORY else slurm_client.time_of
+            question = slurm_client.memory_of if row is FAILURES["memory"] else slurm_client.time_of
             requested, used = answers.ask(question, job.id)
             fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
     return row.text(**fields)
 
 
 def _plain_end(job: Job) -> str:
-    """The final state of a job in Slurm's words."""
+    """Returns the final state of a job in Slurm's words."""
     code = f"exit code {job.code.partition(':')[0]}" if job.code else job.reason
     return f"{job.state.lower()} {code}".strip()
 
 
 def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
-    """The number of servers of a stage by state, in words; None if Slurm has none of them."""
+    """Returns the number of servers of a stage by state, in words; None if Slurm has none of them."""
     states = Counter(
         task_job.state
         for id, task_job in slurm_jobs.items()
@@ -224,14 +235,16 @@ def _servers(row: JobRow, slurm_jobs: dict[str, Job]) -> str | None:
 
 
 def _tasks(id: str) -> int:
-    """The number of tasks that a line of squeue stands for: `7_2`, or `7_[0-3,5]` for those that wait. A long list is
-    cut, `7_[0-3,5,...]`."""
+    """Returns the number of tasks that a line of squeue stands for: `7_2`, or `7_[0-3,5]` for those that wait.
+
+    A long list is cut, `7_[0-3,5,...]`.
+    """
     ranges = re.findall(r"([0-9]+)(?:-([0-9]+))?", id.rpartition("_")[2].partition("%")[0])
     return sum(int(last or first) - int(first) + 1 for first, last in ranges)
 
 
 def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[str, Job]) -> NodeStatus:
-    """The status of a node whose shards run in a job array: the progress of the array, or its failed task."""
+    """Returns the status of a node whose shards run in a job array: the progress of the array, or its failed task."""
     if node.state in ("sealed", "running"):
         return node
     folder = run.node_folder(node.name) / "shards"
@@ -265,17 +278,12 @@ _SHARDS: TypeAdapter[Any] = TypeAdapter(_Shards)
 
 
 def _shards_done(path: Path) -> int:
-    try:
-        return int(json_files.read(path, _SHARDS)["done"])
-    except FileNotFoundError:
-        return 0
-    except Damaged as error:
-        json_files.report(error, "its shards are not counted")
-        return 0
+    shards = json_files.read_optional(path, _SHARDS, "its shards are not counted")
+    return int(shards["done"]) if shards else 0
 
 
 def kept_nodes(run: Run) -> list[str]:
-    """The sentences of jobs' scripts about bad nodes that their next start does not avoid."""
+    """Returns the sentences of jobs' scripts about bad nodes that their next start does not avoid."""
     sentences = []
     for name in run.jobs():
         for place in (".", "shards", "servers"):

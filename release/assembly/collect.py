@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.core import environment, provenance
+from pipeline.core.environment import code_root, machine_paths
 from pipeline.core.errors import AtomError
-from pipeline.core.machine_paths import code_root, machine_paths
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Store
 from pipeline.graph.dag import Graph, states
-from pipeline.launch.start_records import prediction_key
+from pipeline.launch.attempt import prediction_key
 from release.assembly.build_release import BuildInput
 from release.facts.forecast import MODEL, PHASE
 from release.layout import models_of

@@ -129,8 +129,7 @@ def _compare(
 
 
 def _has_tombstone(name: str) -> bool:
-    from pipeline.hub.client import translate_errors
-    from pipeline.hub.remote import RemoteRepository
+    from pipeline.hub.client import RemoteRepository, translate_errors
 
     for kind in ("model", "dataset"):
         remote = RemoteRepository(name, kind)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-from pipeline.core.code_snapshot import PACKAGES, SUFFIXES
 from pipeline.core.parts import PART_NAME
+from pipeline.core.source_code import PACKAGES, SUFFIXES
 from pipeline.core.text import printable
 from release.checks.listing import Contents
 from release.checks.verdict import CheckResult, Problems

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.machine_paths import COMMON_PATHS
+from pipeline.core.environment import COMMON_PATHS
 from release.facts.published_tables import TEXT_BATCH
 from release.hub.local.server import LOCAL_TOKEN
 from stages.data.curate.secret_patterns import PATTERNS, Pattern

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.core import provenance
-from pipeline.core.code_snapshot import roots
+from pipeline.core.source_code import roots
 from pipeline.core.text import escaped
 from release import schema
 from release.checks import secret_scan

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import release
-from pipeline.core.code_snapshot import roots
+from pipeline.core.source_code import roots
 from pipeline.core.text import escaped
 from pipeline.hub.client import load
 from release import schema

@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core import code_snapshot
-from pipeline.core.code_snapshot import PACKAGES
+from pipeline.core import source_code
 from pipeline.core.errors import AtomError
+from pipeline.core.source_code import PACKAGES
 from pipeline.core.store import Artifact
 from release import references
 from release.data_layout import GENERATED
@@ -268,7 +268,7 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
             raise AtomError(
                 f"the package {name} is in none of the code roots; the release must hold the code that made it"
             )
-        for path in code_snapshot.sources(root, name):
+        for path in source_code.sources(root, name):
             assembly.include(path, f"code/{path.relative_to(root).as_posix()}", "source code")
     for root in reversed(roots):
         names = [root / name for name in CODE_FILES] + sorted(root.glob("constraints*.txt"))

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.hub.client import Changed, api, endpoint, parsing, translate_errors
-from pipeline.hub.remote import RemoteRepository
+from pipeline.hub.client import Changed, RemoteRepository, api, endpoint, parsing, translate_errors
 from release import schema, scratch
 from release.audit.replay.certificates import read_certificates
 from release.audit.verify import verify

@@ -18,9 +18,8 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from pipeline.core.errors import CheckFailed
-from pipeline.hub.client import load
+from pipeline.hub.client import RemoteRepository, load
 from pipeline.hub.limits import PUBLIC_HUB
-from pipeline.hub.remote import RemoteRepository
 from release import scratch
 from release.audit.replay.certificates import Certificate
 from release.cards.render import license_fields

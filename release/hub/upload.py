@@ -20,8 +20,18 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.hub import limits
-from pipeline.hub.client import Changed, api, endpoint, load, parsing, translate_errors
-from pipeline.hub.remote import FILE_BYTES, FOLDER_FILES, RemoteFile, RemoteRepository
+from pipeline.hub.client import (
+    FILE_BYTES,
+    FOLDER_FILES,
+    Changed,
+    RemoteFile,
+    RemoteRepository,
+    api,
+    endpoint,
+    load,
+    parsing,
+    translate_errors,
+)
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import Repository, files_of
 

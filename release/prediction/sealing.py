@@ -13,7 +13,7 @@ from pipeline.core import environment, provenance
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, Store, sha256_file
 from pipeline.graph.dag import Graph, Node
-from pipeline.launch.start_records import PREDICTION, prediction_key
+from pipeline.launch.attempt import PREDICTION, prediction_key
 from release.facts import forecast
 from release.facts.forecast import FILE, MODEL, PHASE, Point, Prediction, RunSize
 from stages.evaluation import scaling_law
@@ -142,7 +142,7 @@ def write(prediction: Prediction, materials: dict[str, Artifact], store: Store, 
     code = {module.__name__: sha256_file(Path(str(module.__file__))) for module in (forecast, scaling_law)}
 
     def record(artifact: Artifact) -> None:
-        statement = provenance.statement(
+        attempt = provenance.AttemptRecord(
             subject={artifact.key: artifact.digest},
             stage=PREDICTION,
             version=VERSION,
@@ -159,6 +159,6 @@ def write(prediction: Prediction, materials: dict[str, Artifact], store: Store, 
             usage={"wall_seconds": round(time.time() - started, 3)},
             outcome="sealed",
         )
-        provenance.write(store.ledger, key, statement)
+        provenance.write(store.ledger, key, provenance.statement(attempt))
 
     return store.seal(draft, key, record)

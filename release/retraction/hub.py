@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
-from pipeline.hub.client import api, parsing, translate_errors
-from pipeline.hub.remote import RemoteRepository
+from pipeline.hub.client import RemoteRepository, api, parsing, translate_errors
 from release.facts.tombstones import Tombstone
 from release.hub.space import space_of
 from release.hub.upload import Destination, Journal, Progress

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from pipeline.core.bounds import License, Line, LongLine, Words
+from pipeline.core.environment import machine_paths
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
-from pipeline.core.machine_paths import machine_paths
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.core.store import home_folder, sha256_file
 from pipeline.core.text import escaped, printable
@@ -150,8 +150,7 @@ def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
 def _pull(config: ImportConfig, target: Path) -> None:
     """Pulls the files of the repository if they are not here. Raises AtomError."""
     from pipeline.hub import limits
-    from pipeline.hub.client import api, online, translate_errors
-    from pipeline.hub.remote import RemoteRepository, is_unsafe
+    from pipeline.hub.client import RemoteRepository, api, is_unsafe, online, translate_errors
 
     if (target / SUMS).is_file() and _digest(target / SUMS) == config.digest:
         return

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from pipeline.core.bounds import spdx
+from pipeline.core.environment import machine_paths
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.core.machine_paths import machine_paths
 from pipeline.core.store import home_folder, sha256_file
 from pipeline.core.text import printable, shown
 
@@ -107,8 +107,7 @@ def _repository_of(folder: Path) -> str:
 
 def _pull(repo: str, revision: str, target: Path) -> None:
     """Pulls what states the model, not its weights. Raises AtomError."""
-    from pipeline.hub.client import api, translate_errors
-    from pipeline.hub.remote import RemoteRepository
+    from pipeline.hub.client import RemoteRepository, api, translate_errors
 
     remote, name = RemoteRepository(repo, "model"), f"{repo}@{revision}"
     with translate_errors(f"reading {name}"):

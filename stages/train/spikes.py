@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline.core.spike_limit import spike_limit
+from pipeline.core.log_summary import spike_limit
 from stages.train.config import Spikes
 from stages.train.data import Row
 from stages.train.engine import StepFigures

@@ -23,7 +23,7 @@ from types import TracebackType
 import torch
 
 from pipeline.core import atomic_files
-from pipeline.core.shared_progress import SharedProgress
+from pipeline.core.lease import SharedProgress
 from pipeline.core.stage import Report
 from stages.train import parallel
 from stages.train.step_times import WAITS, Place, first_missing

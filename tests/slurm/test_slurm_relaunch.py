@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import code_snapshot
+from pipeline.core import source_code
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.launch import bad_nodes, cluster_profile, slurm
-from pipeline.launch.batch_script import batch_script
+from pipeline.launch.batch_script import RunScripts
 from pipeline.launch.job import JobLimits
 from tests.fixtures import counting_fixtures, slurm_fixtures
 from tests.fixtures.counting_fixtures import COUNTED
@@ -38,7 +38,7 @@ def start(folder: Path, seconds: float = 0.25, **settings: object) -> str:
     (node,) = graph.nodes.values()
     run = runs.start(graph, store, [node.name], "dev", {"launcher": "slurm"})
     limits = JobLimits(None, profile.cluster().restarts, 0.0, None, profile.cluster().variables)
-    script = batch_script(store, run, node, profile.cluster(), code_snapshot.freeze(store, {}), [])
+    script = RunScripts(store, run, profile.cluster(), source_code.freeze(store, {})).of_stage(node, [])
     job = slurm.start(script, slurm.task_of(graph, store, run, node, profile), limits)
     run.note_job(node.name, job, False)
     return job

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import code_snapshot
+from pipeline.core import source_code
 from pipeline.core.errors import Kind
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import Run
 from pipeline.launch import cluster_profile, slurm
-from pipeline.launch.batch_script import batch_script
+from pipeline.launch.batch_script import RunScripts
 from pipeline.launch.job import JobLimits
 from tests.fixtures import slurm_fixtures, verdict_fixtures
 from tests.fixtures.run_fixtures import SOAK, atom
@@ -47,7 +47,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
     limits = {"gpu_hours": None, "core_hours": 0.0} if name == "budget" else None
     free = 1e9 if name == "preflight" else 0.0
     terms = JobLimits(limits, retried, free, None)
-    script = batch_script(store, run, node, settings.cluster(), code_snapshot.freeze(store, {}), [])
+    script = RunScripts(store, run, settings.cluster(), source_code.freeze(store, {})).of_stage(node, [])
     job = slurm.start(script, slurm.task_of(graph, store, run, node, settings), terms)
     run.note_job(node.name, job, False)
     return store, run, job

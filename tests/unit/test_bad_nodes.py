@@ -19,9 +19,9 @@ from pipeline.launch import bad_nodes, preflight, slurm
 from pipeline.launch.attempt import Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.cluster_profile import Slurm
-from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.job import JobLimits, avoid_node
+from pipeline.launch.rendezvous import Decision, Verdict
 from pipeline.tracking import status
 from tests.fixtures.batch_fixtures import SLURM, script
 from tests.fixtures.preflight_fixtures import ranks

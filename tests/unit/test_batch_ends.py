@@ -14,8 +14,8 @@ from pipeline.core.errors import Failure, Kind
 from pipeline.core.store import Store
 from pipeline.launch import bad_nodes, job
 from pipeline.launch.cluster_profile import Slurm
-from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.diagnoses import NO_PYTHON
+from pipeline.launch.diagnoses import FAILURES
+from pipeline.launch.rendezvous import Decision, Verdict
 from tests.fixtures.batch_fixtures import SLURM, STUBS, end_of, script
 
 
@@ -65,7 +65,7 @@ def test_what_rank_0_decided_is_done(
     verdict = Verdict.read(launch)
     assert verdict is not None
     if decision is None:
-        assert verdict.text == NO_PYTHON.text(nodes="n1", detail="it printed nothing")
+        assert verdict.text == FAILURES["no_python"].text(nodes="n1", detail="it printed nothing")
         assert verdict.decision is (Decision.RESTART if end[1] else Decision.FAILED)
 
 

@@ -22,7 +22,7 @@ from pipeline.graph.dag import Graph, Node
 from pipeline.launch import clean_environment, cluster_profile, job, local, slurm, slurm_client
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Changes, Slurm
-from pipeline.launch.decision import Decision, Verdict
+from pipeline.launch.rendezvous import Decision, Verdict
 from tests.fixtures import ROOT, batch_fixtures
 from tests.fixtures.batch_fixtures import SLURM, end_of, script
 

@@ -17,7 +17,7 @@ from pipeline.graph import run as runs
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
 from pipeline.launch import cluster_profile, slurm
-from pipeline.launch.batch_script import batch_script
+from pipeline.launch.batch_script import RunScripts
 
 SHIPPED = sorted((Path(cluster_profile.__file__).parents[1] / "clusters").glob("*.yaml"))
 OURS = """
@@ -41,7 +41,7 @@ def test_each_shipped_profile_loads_by_its_name_and_gives_scripts(path: Path, tm
         ranks = profile.slurm.train.tasks_per_node if trains else 1
         stage = Stage("stage", 1, Config, lambda *_: None, ranks=lambda config, ranks=ranks: ranks, trains=trains)  # type: ignore[misc]
         node = Node("stage", stage, Config(), {}, "stage-0")
-        text = batch_script(Store(tmp_path), run, node, profile.slurm, tmp_path, []).text()
+        text = RunScripts(Store(tmp_path), run, profile.slurm, tmp_path).of_stage(node, []).text()
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 

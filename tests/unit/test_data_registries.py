@@ -13,7 +13,7 @@ from typing import get_args
 
 import pytest
 
-from pipeline.core.code_digests import code_digests
+from pipeline.core.source_code import code_digests
 from stages.data.acquire import acquire_stage, readers
 from stages.data.acquire.readers.base import Reader
 from stages.data.curate import filter_stage, filters

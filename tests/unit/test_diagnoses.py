@@ -13,8 +13,8 @@ from pipeline.core.errors import Interrupted, Kind
 from pipeline.core.store import Store
 from pipeline.graph.run import CUT_OFF
 from pipeline.launch import diagnoses
-from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.diagnoses import TABLE, failure_message
+from pipeline.launch.diagnoses import FAILURES, failure_message
+from pipeline.launch.rendezvous import Decision, Verdict
 from pipeline.launch.slurm_client import Answers, Job, in_bytes
 from pipeline.tracking import status
 
@@ -111,8 +111,8 @@ def test_patterns_are_the_same_for_grep_and_for_python() -> None:
         return subprocess.run(["grep", "-qE", pattern], input=line, text=True).returncode == 0
 
     for pattern, lines, others in (
-        (diagnoses.MEMORY.pattern, OUT_OF_MEMORY, [*OTHER, *DEVICE]),
-        (diagnoses.DEVICE.pattern, DEVICE, [*BUGS, *OTHER]),
+        (FAILURES["memory"].pattern, OUT_OF_MEMORY, [*OTHER, *DEVICE]),
+        (FAILURES["device"].pattern, DEVICE, [*BUGS, *OTHER]),
     ):
         for line in (*lines, *others):
             expected = line in lines
@@ -126,7 +126,7 @@ def test_an_error_of_a_device_is_found_behind_others() -> None:
         except RuntimeError as error:
             raise ValueError("a step failed") from error
     except ValueError as error:
-        assert diagnoses.of_error(error) == (diagnoses.DEVICE, DEVICE[0])
+        assert diagnoses.of_error(error) == (FAILURES["device"], DEVICE[0])
     for line in BUGS:
         assert diagnoses.of_error(RuntimeError(line)) is None
     loop = RuntimeError("a")
@@ -138,13 +138,15 @@ def test_an_error_of_a_device_is_found_behind_others() -> None:
 def test_each_row_is_told_apart_and_names_a_remedy() -> None:
     names = [row[0] for row in diagnoses.rows()]
     assert len(names) == len(set(names)) and {"EROFS", "ENOSPC", "EDQUOT", "EIO"} < set(names)
-    states = [state for row in TABLE for state in row.states]
+    states = [state for row in FAILURES.values() for state in row.states]
     assert len(states) == len(set(states))
-    for row in TABLE:
+    for row in FAILURES.values():
         text = row.text(detail="why")
         assert "{" not in text and "\n" not in text
         assert row.sentence == "{detail}" or ";" in text, "what to do"
-    assert {row.name for row in TABLE if row.bad_node and row.kind.final} == set(), "a final failure blames no node"
+    assert {row.name for row in FAILURES.values() if row.bad_node and row.kind.final} == set(), (
+        "a final failure blames no node"
+    )
 
 
 def test_a_stage_that_is_signaled_before_its_time_limit_names_it(

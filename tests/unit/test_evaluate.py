@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError
+from pipeline.core.source_code import code_digests
 from pipeline.core.stage import Needs, identity
 from pipeline.core.store import Artifact, write_manifest
 from pipeline.graph import registry

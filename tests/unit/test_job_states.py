@@ -18,9 +18,9 @@ from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run
 from pipeline.launch import bad_nodes, slurm_client, submission_lock
 from pipeline.launch.bad_nodes import BadNode
-from pipeline.launch.decision import Decision, Verdict
+from pipeline.launch.rendezvous import Decision, Verdict
 from pipeline.launch.slurm_client import Owner
-from pipeline.operations import alerts, cancellation
+from pipeline.operations import alerts, run_actions
 from pipeline.operations.alerts import Thresholds
 from pipeline.tracking import snapshot
 from tests.fixtures.slurm_line_fixtures import programs, sacct, script_path, squeue
@@ -169,7 +169,7 @@ def test_a_sites_comment_changes_nothing(comment: str, world: World) -> None:
     jobs = slurm_client.queued_jobs(["root"])
     claim = submission_lock.read(world.store, KEYS["pretrain"], jobs)
     assert claim is not None and claim.holds(jobs), "it is not submitted a second time"
-    assert cancellation.cancel_jobs(world.run, world.store) == ["pretrain"]
+    assert run_actions.cancel_jobs(world.run, world.store) == ["pretrain"]
     assert (world.folder / "bin/calls").read_text().splitlines()[-1] == "scancel 7"
 
 
@@ -201,7 +201,7 @@ def test_an_id_that_slurm_gave_to_another_job_is_left_alone(name: str, world: Wo
     jobs = slurm_client.queued_jobs(["root"])
     claim = submission_lock.read(world.store, KEYS["pretrain"], jobs)
     assert claim is not None and not claim.holds(jobs)
-    assert cancellation.cancel_jobs(world.run, world.store) == []
+    assert run_actions.cancel_jobs(world.run, world.store) == []
 
 
 def test_an_unreadable_claim_is_found_by_the_run_that_the_job_belongs_to(world: World) -> None:

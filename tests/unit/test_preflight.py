@@ -20,8 +20,7 @@ from pipeline.core.errors import Failure, Kind
 from pipeline.core.store import Store
 from pipeline.launch import job, preflight
 from pipeline.launch.attempt import Task
-from pipeline.launch.decision import Decision, Verdict
-from pipeline.launch.rendezvous import FAILURES, Ranks, read
+from pipeline.launch.rendezvous import FAILURES, Decision, Ranks, Verdict, read
 from pipeline.run_secret import atom_secret
 from pipeline.run_secret.atom_secret import sign
 from tests.fixtures import ROOT

@@ -16,10 +16,10 @@ from pipeline.cli.main import app
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Store, sha256_file
 from pipeline.core.yaml_text import parse_yaml
-from pipeline.graph import dag, settings
+from pipeline.graph import dag, flat_fields
 from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
-from pipeline.operations import json_schema, recipe_check, recipe_diff, recipe_template
+from pipeline.operations import comparison, recipe_check, recipe_template
 from tests.fixtures import ROOT, home_fixtures
 
 SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")
@@ -63,8 +63,8 @@ def test_a_recipe_of_ones_own_is_valid_and_differs_by_its_name_alone(tmp_path: P
     path = recipe_template.write("my-model", source, tmp_path, model)
     findings = recipe_check.check(str(path), Store(tmp_path / "home"))
     assert findings.problems == ()
-    before, after = (dict(settings.flat(recipes.load(name).config)) for name in (source, str(path)))
-    changes = {change.field: change.after for change in recipe_diff.field_changes(before, after)}
+    before, after = (dict(flat_fields.flat(recipes.load(name).config)) for name in (source, str(path)))
+    changes = {change.field: change.after for change in comparison.field_changes(before, after)}
     begin = {} if model is None else {
         "digest": f"sha256:{sha256_file(Path(model) / 'SHA256SUMS')}", "repo": "us/base", "license": "MIT", "folder": model,
     }  # fmt: skip
@@ -155,7 +155,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         with pytest.raises(AtomError, match=sentence):
             recipe_template.write(name, source, tmp_path)
     assert path.read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {"my-model.yaml", SCHEMA}
-    for content, is_kept in (("of another program", True), (json_schema.text("recipe") + " ", False)):
+    for content, is_kept in (("of another program", True), (recipe_template.schema_text("recipe") + " ", False)):
         (tmp_path / SCHEMA).write_text(content)
         recipe_template.write(f"other-{int(is_kept)}", "atom-smoke", tmp_path)
         assert ((tmp_path / SCHEMA).read_text() == content) == is_kept
@@ -174,8 +174,8 @@ FILES = [
 @pytest.fixture(scope="module")
 def validators() -> dict[str, Any]:
     out = {}
-    for kind in json_schema.models():
-        schema = json.loads(json_schema.text(kind))
+    for kind in recipe_template.schema_models():
+        schema = json.loads(recipe_template.schema_text(kind))
         jsonschema.Draft202012Validator.check_schema(schema)
         out[kind] = jsonschema.Draft202012Validator(schema)
     return out
@@ -309,7 +309,7 @@ def test_a_difference_states_fields_keys_reasons_and_cost(tmp_path: Path) -> Non
     text = SMOKE.read_text().replace("name: atom-smoke", "name: mine").replace("steps: 40\n", "steps: 50\n")
     (tmp_path / "r.yaml").write_text(text.replace("checkpoint_interval: 20\n\nrlvr", "checkpoint_interval: 10\n\nrlvr"))
     first, second = (dag.compose(recipes.load(name), store) for name in ("atom-smoke", str(tmp_path / "r.yaml")))
-    difference = recipe_diff.compare(first, second, store, profile)
+    difference = comparison.compare(first, second, store, profile)
     assert {(c.field, c.before, c.after, c.operational) for c in difference.fields} == {
         ("name", "atom-smoke", "mine", True),
         ("sft.steps", 40, 50, False),
@@ -323,10 +323,10 @@ def test_a_difference_states_fields_keys_reasons_and_cost(tmp_path: Path) -> Non
     assert {use.name for use in difference.costs.uses} == changed and difference.costs.total.core_hours > 0
     run = home_fixtures.start(store, second, second.select("order-sft", None))
     assert run.body["nodes"]
-    again = recipe_diff.compare(first, second, store, profile)
+    again = comparison.compare(first, second, store, profile)
     assert next(s for s in again.stages if s.name == "order-sft").state in ("sealed", "stale")
     assert "order-sft" not in {use.name for use in again.costs.uses} and "tokenize" not in again.unsealed
-    assert recipe_diff.compare(second, second, store, profile).stages == ()
+    assert comparison.compare(second, second, store, profile).stages == ()
 
 
 def test_a_new_and_a_removed_stage_are_told_apart(tmp_path: Path) -> None:
@@ -336,8 +336,8 @@ def test_a_new_and_a_removed_stage_are_told_apart(tmp_path: Path) -> None:
         text.replace("  memorization: {documents: 4, prefix_tokens: 16, continuation_tokens: 16}\n", "")
     )
     first, second = (dag.compose(recipes.load(name), store) for name in ("atom-smoke", str(tmp_path / "r.yaml")))
-    assert recipe_diff.compare(first, second, store, profile).removed == ("memorization-rlvr",)
-    (stage,) = recipe_diff.compare(second, first, store, profile).stages
+    assert comparison.compare(first, second, store, profile).removed == ("memorization-rlvr",)
+    (stage,) = comparison.compare(second, first, store, profile).stages
     assert (stage.name, stage.because, stage.before) == ("memorization-rlvr", "new", None)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.source_code import code_digests
 from stages.generation.protocols import Sampler
 from stages.generation.samplers import SAMPLERS
 from stages.rl.algorithms.policy_gradient import ALGORITHMS, Algorithm

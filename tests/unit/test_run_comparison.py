@@ -11,15 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.main import app
-from pipeline.core import figures
-from pipeline.core.errors import AtomError, Failure, Kind
+from pipeline.core.errors import Failure, Kind
 from pipeline.core.events import FileReport
 from pipeline.core.lease import Lease
 from pipeline.core.store import Store
+from pipeline.graph import flat_fields
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.graph.run import Run
-from pipeline.operations import run_comparison, run_list
+from pipeline.operations import comparison, run_actions
 from tests.fixtures import home_fixtures
 
 PRICES = {"gpu_hour": 3.0, "core_hour": 0.5, "currency": "EUR"}
@@ -46,16 +46,13 @@ def test_two_runs_are_compared_by_settings_metrics_scores_and_cost(tmp_path: Pat
     log(first, "pretrain", loss=[3.0, 2.0, 1.0], lr=[0.1, 0.2, 0.3])
     log(second, "pretrain", loss=[3.0, 2.5])
     log(second, "pretrain", loss=[3.0, 2.25])  # a restart trained both steps again
-    rows = [run_comparison.measure(run, store, ["pretrain.loss"]) for run in (first, second)]
-    assert run_comparison.differing_settings(rows) == {"pretrain.steps": [60, 90]}
+    rows = [comparison.measure(run, store) for run in (first, second)]
+    assert comparison.differing_settings(rows) == {"pretrain.steps": [60, 90]}
     assert [row.metrics["pretrain"]["loss"] for row in rows] == [1.0, 2.25]
-    assert [row.curves["pretrain.loss"] for row in rows] == [{1: 3.0, 2: 2.0, 3: 1.0}, {1: 3.0, 2: 2.25}]
     assert rows[0].cost.attempts == rows[0].spent.attempts == len(first.body["nodes"])
     assert rows[0].cost.core_hours == pytest.approx(len(first.body["nodes"]))  # an hour of each, by the fixture
     assert rows[1].spent.attempts == 1 < rows[1].cost.attempts, "its order; the other run had sealed its data"
     assert rows[0].cost.money is None
-    with pytest.raises(AtomError, match=r"has no curve pretrain.los; it has pretrain.loss"):
-        run_comparison.measure(second, store, ["pretrain.los"])
 
 
 def test_a_stage_that_another_run_sealed_has_its_metrics_there(tmp_path: Path, graphs: list[Graph]) -> None:
@@ -65,8 +62,8 @@ def test_a_stage_that_another_run_sealed_has_its_metrics_there(tmp_path: Path, g
     later = runs.start(
         graphs[0], store, graphs[0].select("pretrain", None), "local", {"launcher": "local", "prices": PRICES}
     )
-    row = run_comparison.measure(later, store, ["pretrain.loss"])
-    assert row.metrics == {"pretrain": {"loss": 2.0}} and row.curves["pretrain.loss"] == {1: 3.0, 2: 2.0}
+    row = comparison.measure(later, store)
+    assert row.metrics == {"pretrain": {"loss": 2.0}}
     assert row.cost.money == pytest.approx(0.5 * len(first.body["nodes"])) and row.cost.currency == "EUR"
     assert row.spent.money == 0.0 and row.sealed == len(first.body["nodes"])
     assert row.json()["commit"], "the run began from a checkout"
@@ -80,25 +77,22 @@ def test_scores_are_the_numbers_of_what_a_stage_measured(tmp_path: Path) -> None
               "examples": [{"reward": 1.0}], "flag": True, "none": None, "tokens": 3}  # fmt: skip
     (out / "scores.json").write_text(json.dumps(scores))
     artifact = store.seal(out, "evaluate-x-1", lambda product: None)
-    numbers = figures.scores_of(artifact)
+    numbers = flat_fields.scores_of(artifact)
     assert numbers == {
         "accuracy/add,strict": 0.5, "accuracy/add,strict/se": 0.1, "accuracy/add,strict/n": 4.0,
         "all": 1.0, "all/n": 2.0, "tokens": 3.0,
     }  # fmt: skip
-    assert figures.estimates(numbers) == {"accuracy/add,strict": 0.5, "all": 1.0}
+    assert flat_fields.estimates(numbers) == {"accuracy/add,strict": 0.5, "all": 1.0}
 
 
 def test_the_end_of_a_long_log_gives_the_last_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_comparison, "LAST_BYTES", 500)
-    monkeypatch.setattr(run_comparison, "LONGEST_CURVE", 10)
+    monkeypatch.setattr(comparison, "LAST_BYTES", 500)
     report = FileReport(tmp_path)
     for step in range(1, 1001):
         report.metric(step, loss=1 / step)
     report.close()
     path = tmp_path / "metrics.jsonl"
-    assert run_comparison.last_values(path) == {"loss": 0.001}
-    curve = run_comparison.curve_of(path, "loss")
-    assert list(curve) == [*range(1, 1001, 100), 1000] and curve[1000] == 0.001
+    assert comparison.last_values(path) == {"loss": 0.001}
 
 
 def test_each_run_has_its_state(tmp_path: Path, graphs: list[Graph]) -> None:
@@ -120,14 +114,14 @@ def test_each_run_has_its_state(tmp_path: Path, graphs: list[Graph]) -> None:
     try:
         assert lease is not None
         os.utime(live.node_folder("acquire-code") / "events.jsonl")
-        rows, lack = run_list.rows(runs.runs(store), store)
+        rows, lack = run_actions.list_rows(runs.runs(store), store)
     finally:
         if lease is not None:
             lease.release()
     states = {row.id: row.state for row in rows}
     assert lack is None and states[live.id] == "running" and states[gone.id] == states[begun.id] == "unfinished"
     assert states[runs.runs(store)[0].id] == "sealed"
-    rows = run_list.rows(runs.runs(store), store)[0]  # nobody holds the lease any more
+    rows = run_actions.list_rows(runs.runs(store), store)[0]  # nobody holds the lease any more
     by_id = {row.id: row for row in rows}
     failed, stopped = by_id[ended[Kind.MACHINE].id], by_id[ended[Kind.STOPPED].id]
     assert (failed.state, failed.message, failed.stage, failed.sealed) == (
@@ -155,9 +149,7 @@ def test_the_commands_print_tables_and_json(
     assert ids[0] not in listed and ids[1] in listed and "and 1 earlier runs: atom runs --last 0" in listed
     body = json.loads(CliRunner().invoke(app, ["runs", "--json", "--recipe", "one"]).stdout)
     assert [row["id"] for row in body["runs"]] == ids[:2] and body["earlier"] == 0
-    compared = CliRunner().invoke(app, ["compare", *ids, "--curve", "pretrain.loss"])
-    assert (
-        compared.exit_code == 0 and "pretrain.steps" in compared.stdout and "pretrain.loss at step" in compared.stdout
-    )
+    compared = CliRunner().invoke(app, ["compare", *ids])
+    assert compared.exit_code == 0 and "pretrain.steps" in compared.stdout
     rows = json.loads(CliRunner().invoke(app, ["compare", *ids, "--json"]).stdout)
     assert rows["different"]["pretrain.steps"] == [60, 90, 120] and len(rows["runs"]) == 3

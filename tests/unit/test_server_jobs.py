@@ -21,10 +21,10 @@ from pipeline.graph.dag import Node
 from pipeline.graph.run import Run
 from pipeline.launch import clean_environment, job, slurm, submission_lock
 from pipeline.launch.attempt import ALIVE, Task, server_seconds
-from pipeline.launch.batch_script import BatchScript, batch_script, servers_script
+from pipeline.launch.batch_script import BatchScript, RunScripts
 from pipeline.launch.cluster_profile import Profile, Slurm
-from pipeline.launch.decision import Decision, Verdict
-from pipeline.operations import cancellation
+from pipeline.launch.rendezvous import Decision, Verdict
+from pipeline.operations import run_actions
 from tests.fixtures import batch_fixtures, counting_fixtures, slurm_line_fixtures
 from tests.fixtures.batch_fixtures import SLURM, STUBS, end_of, script
 
@@ -44,11 +44,10 @@ def scripts_with_servers(home: Path) -> tuple[BatchScript, BatchScript]:
     """The script of a stage's job, whose first server is job 8, and that of its other servers, if that is job 9."""
     store = Store(home)
     run = batch_fixtures.make_run(store)
-    job_script = batch_script(store, run, served_node(), WITH_SERVERS, Path("/code"), ["4"], server_job="8")
+    scripts = RunScripts(store, run, WITH_SERVERS, Path("/code"))
     assert WITH_SERVERS.servers is not None
-    return job_script, servers_script(
-        store, run, served_node(), WITH_SERVERS, Path("/code"), WITH_SERVERS.servers, "1-2", ["after:9"]
-    )
+    servers = scripts.of_servers(served_node(), WITH_SERVERS.servers, "1-2", ["after:9"])
+    return scripts.of_stage(served_node(), ["4"], server_job="8"), servers
 
 
 def test_servers_are_an_array_beside_the_job_of_their_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +138,7 @@ def test_the_first_server_starts_before_the_stage_and_the_others_with_it(
         ["--array=1-2", "--dependency=after:2", "--job-name=atom-counting-servers"],
     ]
     assert run is not None and run.jobs()["counting"].get("servers") == ["1", "3"]
-    assert cancellation.cancel_jobs(run, store) == [], "Slurm has none of them"
+    assert run_actions.cancel_jobs(run, store) == [], "Slurm has none of them"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import users
+from pipeline.core import process
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from tests.fixtures.home_fixtures import graphs
@@ -29,13 +29,13 @@ def test_the_group_may_write_what_is_made_in_a_home_of_a_group(
     tmp_path: Path, umask: None, mode: int, expected: int
 ) -> None:
     tmp_path.chmod(mode)
-    users.share(tmp_path)
+    process.share_home(tmp_path)
     (tmp_path / "file").touch()
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == expected
 
 
 def test_a_home_that_is_not_there_yet_is_shared_with_nobody(tmp_path: Path, umask: None) -> None:
-    users.share(tmp_path / "none")
+    process.share_home(tmp_path / "none")
     assert os.umask(0o027) == 0o027
 
 
@@ -43,7 +43,7 @@ def test_a_home_that_is_not_there_yet_is_shared_with_nobody(tmp_path: Path, umas
 def test_another_users_run_is_cancelled_only_with_yes(tmp_path: Path) -> None:
     store, graph = Store(tmp_path / "home"), graphs(tmp_path)[0]
     run = runs.start(graph, store, ["pretrain"], "local", {"launcher": "local"})
-    assert run.owner == users.present()
+    assert run.owner == process.current_user()
     os.chown(run.folder / "run.json", pwd.getpwnam("nobody").pw_uid, -1)
     assert run.owner == "nobody"
     refused = atom(store.home, "cancel", code=2).stderr

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.graph.run import NodeStatus
-from pipeline.launch import diagnoses, slurm_client, waiting_reasons
+from pipeline.launch import diagnoses, slurm_client
 from pipeline.launch.slurm_client import Answers, Job, NoAnswer
 from pipeline.operations import alerts
 from pipeline.operations.alerts import Thresholds
@@ -24,7 +24,7 @@ def test_each_reason_has_the_sentence_and_the_alert_of_the_table() -> None:
 @pytest.mark.parametrize("reason", [reason for reason in reasons() if reason != "None"])
 def test_a_reason_is_known_and_quoted(reason: str) -> None:
     row, sentence = explained(reason)
-    matching = [each.name for each in waiting_reasons.TABLE if waiting_reasons.fits(each, reason)]
+    matching = [each.name for each in diagnoses.WAITING_REASONS if each.fits(reason)]
     assert matching == [row.name], "one row, so that their order does not matter"
     assert sentence.endswith(f" ({reason})")
     assert "{" not in sentence and "\n" not in sentence
@@ -33,7 +33,7 @@ def test_a_reason_is_known_and_quoted(reason: str) -> None:
 @pytest.mark.parametrize("reason", ["PartitionFrozen", "QOSMaxQubitsPerJob", "ReqNodeNotAvail, Gone fishing", "Held"])
 def test_a_new_reason_is_unknown(reason: str) -> None:
     row, sentence = explained(reason)
-    assert row is waiting_reasons.UNKNOWN and not row.alert
+    assert row is diagnoses.UNKNOWN and not row.alert
     assert sentence == f"Slurm names a reason that atom does not know; see `scontrol show job 7` ({reason})"
 
 
@@ -43,7 +43,7 @@ def test_no_reason_is_recognized_by_a_part_of_it() -> None:
             if other not in reasons():
                 row, _ = explained(other)
                 open_ended = row.name == "unavailable nodes" or "has ended" in other
-                assert row is waiting_reasons.UNKNOWN or open_ended, other
+                assert row is diagnoses.UNKNOWN or open_ended, other
 
 
 def test_the_installed_slurm_has_no_reason_that_is_taken_for_another() -> None:
@@ -63,9 +63,9 @@ def test_each_state_of_slurm_is_one_of_a_living_job_or_has_a_sentence() -> None:
 
 
 def test_only_a_job_that_waits_is_explained() -> None:
-    assert waiting_reasons.explain(Job("7", "RUNNING", "Priority"), Known()) is None
-    assert waiting_reasons.explain(Job("7", "PENDING", ""), Known()) is None
-    held = waiting_reasons.explain(Job("7", "REQUEUE_HOLD", "job requeued in held state"), Known())
+    assert diagnoses.explain(Job("7", "RUNNING", "Priority"), Known()) is None
+    assert diagnoses.explain(Job("7", "PENDING", ""), Known()) is None
+    held = diagnoses.explain(Job("7", "REQUEUE_HOLD", "job requeued in held state"), Known())
     assert held is not None and held[0].alert
 
 
@@ -76,7 +76,7 @@ class Silent(Answers):
 
 def test_without_further_answers_the_sentence_names_the_command() -> None:
     for reason, command in (("NodeDown", "sinfo -R"), ("Reservation", "scontrol show reservation")):
-        explanation = waiting_reasons.explain(Job("7", "PENDING", reason), Silent())
+        explanation = diagnoses.explain(Job("7", "PENDING", reason), Silent())
         assert explanation is not None and f"see `{command}`" in explanation[1]
 
 

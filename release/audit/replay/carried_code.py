@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import provenance
-from pipeline.core.code_digests import code_digests
-from pipeline.core.code_snapshot import PACKAGES
 from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.source_code import PACKAGES, code_digests
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.core.text import printable
 from pipeline.graph import registry

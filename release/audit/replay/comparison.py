@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import environment
-from pipeline.core.code_digests import code_digests
+from pipeline.core.source_code import code_digests
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.graph import registry
 from release.audit.replay.plan import Plan, environment_values

@@ -32,8 +32,7 @@ from pipeline.core.text import escaped, printable, shown
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import LOCK_BYTES, explain
 from pipeline.hub import limits
-from pipeline.hub.client import api, endpoint, online, translate_errors
-from pipeline.hub.remote import RemoteRepository, is_unsafe
+from pipeline.hub.client import RemoteRepository, api, endpoint, is_unsafe, online, translate_errors
 from stages.data.acquire.readers.base import MAX_ENTRIES
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt
 
-from pipeline.core import atomic_files, collector
+from pipeline.core import atomic_files, process
 from pipeline.core.stage import Config
 from stages.data.acquire.readers.python_stdlib import library_files
 from stages.models.base import PositiveInt
@@ -139,7 +139,7 @@ def byte_windows(text: bytes, rows: int, length: int, label: str) -> Any:
 
 
 def main(settings: Path, precision: str, seed: int, out: Path) -> None:
-    collector.collect_rarely()
+    process.collect_rarely()
     result = train(Settings.model_validate_json(settings.read_text()), precision, seed)
     atomic_files.write(out, json.dumps(result, sort_keys=True, indent=1) + "\n")
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import atomic_files
-from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import Display
+from pipeline.core.source_code import code_digests
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.graph.recipe import Recipe
 from stages.mcore.gpu_environment import missing

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import sha256_file, write_manifest
-from pipeline.hub.remote import FOLDER_FILES
+from pipeline.hub.client import FOLDER_FILES
 from release.checks.check import Subject
 from release.checks.order import segments
 from stages.data.order import order_stage

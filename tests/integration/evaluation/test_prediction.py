@@ -15,7 +15,7 @@ from pipeline.core import provenance
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import dag
-from pipeline.launch.start_records import prediction_key
+from pipeline.launch.attempt import prediction_key
 from release.assembly import build_release as builder
 from release.audit import verify as audit
 from release.checks import prediction as check_of_prediction

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from pipeline.core.errors import MachineError
 from pipeline.hub import limits
-from pipeline.hub.remote import RemoteRepository
+from pipeline.hub.client import RemoteRepository
 from release.hub.upload import Destination, Journal
 from release.repositories import Repository
 limits.LIMITS = limits.Limits(retry_after=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import code_snapshot, events, input_integrity, json_files, os_errors, provenance
+from pipeline.core import events, input_integrity, json_files, os_errors, provenance, source_code
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import EVENT, Tail
 from pipeline.core.json_files import Damaged
@@ -450,13 +450,13 @@ def test_a_socket_is_no_file(tmp_path: Path) -> None:
 
 def test_frozen_code_that_was_altered_is_not_run(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    folder = code_snapshot.freeze(store, {"recipes/x.yaml": b"x"})
-    assert code_snapshot.freeze(store, {"recipes/x.yaml": b"x"}) == folder
+    folder = source_code.freeze(store, {"recipes/x.yaml": b"x"})
+    assert source_code.freeze(store, {"recipes/x.yaml": b"x"}) == folder
     file = folder / "pipeline" / "core" / "store.py"
     file.unlink()
     file.write_text("")
     with pytest.raises(Damaged, match="it is not the code that was frozen"):
-        code_snapshot.freeze(store, {"recipes/x.yaml": b"x"})
+        source_code.freeze(store, {"recipes/x.yaml": b"x"})
 
 
 NO_FOLDERS: dict[str, Callable[[Path], object]] = {

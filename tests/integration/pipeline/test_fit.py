@@ -15,14 +15,14 @@ from pipeline.core.stage import Estimate, Published
 from pipeline.core.store import Store
 from pipeline.graph import dag, plan
 from pipeline.graph import recipe as recipes
-from pipeline.graph.checkpoint_times import (
+from pipeline.graph.dag import State
+from pipeline.graph.plan import (
     HASH_RATE,
     SEAL_RATE,
     CheckpointTimes,
     checkpoint_times,
     require_patient_watchdogs,
 )
-from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from pipeline.operations import fit

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.core import code_snapshot
+from pipeline.core import source_code
 from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
 from pipeline.core.store import Store
@@ -24,7 +24,7 @@ from pipeline.graph import dag, recipe
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import cluster_profile, slurm, slurm_client, submission_lock
-from pipeline.launch.start_records import prediction_key
+from pipeline.launch.attempt import prediction_key
 from pipeline.operations import garbage_collection
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import atom
@@ -368,7 +368,7 @@ def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
     monkeypatch.setattr(slurm_client, "queued_jobs", lambda users: {})
     monkeypatch.setattr(slurm_client, "run_command", lambda *words, **options: "")
     monkeypatch.setattr(slurm, "start", lambda *words: "7")
-    code_snapshot.freeze(store, three[0].recipe.files)
+    source_code.freeze(store, three[0].recipe.files)
     monkeypatch.setattr(submission_lock, "submitting", after_gc)
     run = slurm.submit(three[0], store, ["acquire-sums"], cluster_profile.load("dev"), "dev").run
     assert run and (store.home / "code" / run.body["code"]).is_dir()

@@ -313,10 +313,10 @@ def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> Non
     ]
     path.write_text("[{")
     assert _record_operation(path, two) == [two]
-    common = dict(subject={}, stage="s", version=1, node="n", key="k", config={}, materials={}, code={}, environment={},
+    common: dict[str, Any] = dict(subject={}, stage="s", version=1, node="n", key="k", config={}, materials={}, code={}, environment={},
                   invocation="r/n", started=0.0, finished=1.0, usage={}, outcome="sealed")  # fmt: skip
     for operations in ([one], [one, two]):
-        body = provenance.statement(operations=operations, **common)
+        body = provenance.statement(provenance.AttemptRecord(operations=operations, **common))
         assert provenance.operations_of(body) == operations and provenance.operation_of(body) == operations[-1]
 
 

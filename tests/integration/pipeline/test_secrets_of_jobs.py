@@ -19,7 +19,7 @@ from pipeline.graph import run as runs
 from pipeline.graph.dag import Node
 from pipeline.graph.run import Run
 from pipeline.launch import clean_environment, cluster_profile
-from pipeline.launch.batch_script import batch_script
+from pipeline.launch.batch_script import RunScripts
 from pipeline.launch.local import JOB_ENVIRONMENT, LocalLauncher
 from tests.fixtures import verdict_fixtures
 from tests.fixtures.secret_fixtures import PLANTED, SECRETS
@@ -49,7 +49,7 @@ def test_the_shell_has_the_same_rule(tmp_path: Path) -> None:
     run.folder.mkdir()
     (run.folder / "run.json").touch()  # a node that does not see it runs nothing
     node = Node("stage", Stage("stage", 1, Config, lambda *_: None), Config(), {}, "stage-0")
-    script = batch_script(Store(tmp_path), run, node, cluster_profile.load("dev").cluster(), tmp_path, [])
+    script = RunScripts(Store(tmp_path), run, cluster_profile.load("dev").cluster(), tmp_path).of_stage(node, [])
     text = replace(script, forwarded_variables={}, variables={}, srun_options="2> /dev/null; env -0; exit;").text()
     secrets = {
         name: value for name, value in SECRETS.items() if clean_environment.is_secret(name) or name == "TEAM_LOGIN"

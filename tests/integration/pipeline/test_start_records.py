@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.core import environment, provenance
 from pipeline.core.store import Artifact, Store, write_manifest
-from pipeline.launch.start_records import StartRecords, prediction_key
+from pipeline.launch.attempt import StartRecords, prediction_key
 from stages.train import log_replay
 from stages.train.log_replay import LogReplay
 from tests.fixtures import ROOT, train_fixtures

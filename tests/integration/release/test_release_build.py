@@ -439,8 +439,8 @@ def test_section_says_what_is_wrong() -> None:
 
 
 def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(tmp_path: Path) -> None:
-    from pipeline.core.code_snapshot import sources
     from pipeline.core.environment import git_commit
+    from pipeline.core.source_code import sources
 
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "a.py").write_text("")

@@ -269,7 +269,7 @@ for suffix, kind, file in (("", "model", "model.safetensors"), ("-evidence", "da
 MANY = """
 from pipeline.hub import limits
 from release.hub import upload
-from pipeline.hub.remote import RemoteRepository
+from pipeline.hub.client import RemoteRepository
 from release.hub.upload import Destination, Difference, Journal
 from release.repositories import Repository
 folder = release.with_name("many")
