@@ -31,8 +31,7 @@ from release.pull import pull, remove_client_files
 from release.repositories import Repository
 from release.schema import CARD, ReleaseInfo
 from release.web_page.markdown_html import table
-from release.web_page.page import NO_REPLAYS
-from release.web_page.site_files import differences
+from release.web_page.page import NO_REPLAYS, differences
 
 DESCRIPTION = 60
 """The maximum number of characters of a Space's short description on the Hub."""
