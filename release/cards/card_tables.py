@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from release.cards import caveats, chat_tables, document_tables, measurement_tables, tables, training_tables
+from release.cards import caveats, chat_tables, document_tables, model_tables, tables
 from release.facts.changes import Changes, read_changes
 from release.facts.checkpoint_facts import Intervention
 from release.facts.costs import Costs
@@ -97,7 +97,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("evaluation", lambda model: tables.evaluation(model.scores)),
     CardTable("samples", lambda model: tables.samples(model.scores)),
     CardTable("engines", lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness)),
-    CardTable("prediction", measurement_tables.prediction, heading="Prediction and result"),
+    CardTable("prediction", model_tables.prediction, heading="Prediction and result"),
     CardTable("architecture", tables.architecture),
     CardTable("parity", tables.parity),
     CardTable("context", tables.context),
@@ -106,11 +106,11 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("passkeys", lambda model: tables.passkeys(model.scores)),
     CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores)),
     CardTable("positions", lambda model: tables.positions(model.scores)),
-    CardTable("experts_by_phase", training_tables.experts_by_phase),
-    CardTable("experts", training_tables.experts),
-    CardTable("experts_verdict", training_tables.verdict),
-    CardTable("start", training_tables.start, heading="Where training began", part="training"),
-    CardTable("spikes", training_tables.spikes),
+    CardTable("experts_by_phase", model_tables.experts_by_phase),
+    CardTable("experts", model_tables.experts),
+    CardTable("experts_verdict", model_tables.verdict),
+    CardTable("start", model_tables.start, heading="Where training began", part="training"),
+    CardTable("spikes", model_tables.spikes),
     CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {}))),
     CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {}))),
     CardTable("preferences", lambda model: chat_tables.wins(_preferences(model))),
@@ -119,10 +119,10 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination)),
     CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores))),
     CardTable("detector", lambda model: chat_tables.detector(model.contamination)),
-    CardTable("given_away", lambda model: measurement_tables.memorization(model.memorization), heading="Memorization"),
+    CardTable("given_away", lambda model: model_tables.memorization(model.memorization), heading="Memorization"),
     CardTable(
         "harness",
-        lambda model: measurement_tables.task_sets(model.harness),
+        lambda model: model_tables.task_sets(model.harness),
         heading="Task sets of lm-evaluation-harness",
     ),
 )
@@ -174,13 +174,13 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("shares", _shares),
     CardTable("licenses", _licenses),
     CardTable("changes", lambda release: tables.changes(release.changes)),
-    CardTable("settings", lambda release: training_tables.settings(release.recipe, release.model)),
+    CardTable("settings", lambda release: model_tables.settings(release.recipe, release.model)),
     CardTable("conversations", lambda release: tables.conversations(release.data, release.model.training)),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model())),
     CardTable("cost", lambda release: tables.cost(release.costs)),
     CardTable(
         "variants",
-        lambda release: measurement_tables.variants(release.variants),
+        lambda release: model_tables.variants(release.variants),
         heading="Other forms of the weights",
         part="use",
     ),
@@ -192,8 +192,8 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
 
 
 VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
-    CardTable("loss", measurement_tables.variant_loss),
-    CardTable("serving", measurement_tables.variant_serving),
+    CardTable("loss", model_tables.variant_loss),
+    CardTable("serving", model_tables.variant_serving),
 )
 """Tables of variant.md.jinja."""
 

@@ -6,15 +6,39 @@ text is equal or it was recognized as a near duplicate; name it in the deny-list
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.core.errors import AtomError
 from release.facts.published_tables import stream_rows
 from release.tracing.documents import find_documents
 from release.tracing.release_data import ReleaseData
-from stages.data.curation.deny_list import DenyList
+from stages.data.curation.deny_list import DENY_LIST, DenyList
+
+
+def deny_list_of(documents: Sequence[str], request: str | None, date: str | None) -> DenyList:
+    """documents: files of deny-lists, or ids. Raises AtomError for an id without a reference."""
+    return DenyList(_lines(documents, request, date))
+
+
+def _lines(documents: Sequence[str], request: str | None, date: str | None) -> Iterator[tuple[str, bytes]]:
+    for document in documents:
+        if Path(document).is_file():
+            yield from DENY_LIST.lines(Path(document))
+        elif request is None:
+            raise AtomError(
+                f"there is no deny-list {document}; if that is the id of a document, give --request with the reference "
+                "of the request"
+            )
+        else:
+            today = datetime.datetime.now(datetime.UTC).date().isoformat()
+            entry = {"request": request, "date": date or today, "id": document}
+            yield f"--documents {document}", json.dumps(entry).encode()
+
 
 COLUMNS = ["id", "content_hash", "kept_hash", "duplicate_of", "disposition", "rule"]
 

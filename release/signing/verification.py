@@ -13,8 +13,7 @@ from typing import Any
 from pipeline.core.errors import AtomError
 from release.layout import PUBLIC_KEY, SIGNATURE
 from release.signing import keyless
-from release.signing.keys import fingerprint, is_fingerprint
-from release.signing.signatures import IGNORED
+from release.signing.signatures import IGNORED, fingerprint, is_fingerprint
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import base64
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.core.text import escaped, short
-from release import schema
+from release import schema, scratch
 from release.cards import card_tables, caveats, plots, tables
 from release.facts import costs
 from release.facts.checkpoint_facts import Checkpoint, read_checkpoints
@@ -26,7 +26,7 @@ from release.facts.data_facts import DataFacts, read_data_facts
 from release.facts.model_facts import ModelFacts, read_model_facts
 from release.facts.published_tables import read_json
 from release.facts.size_facts import Trained, read_sizes
-from release.layout import GATES, MODEL, REFERENCES, STANDARDS, when
+from release.layout import GATES, MODEL, PAGE, REFERENCES, SITE, STANDARDS, when
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
 from release.web_page import lineage, markdown_html, samples
@@ -360,3 +360,38 @@ def _starts(facts: PageFacts) -> Markup:
 
 def _cost(facts: PageFacts) -> Markup:
     return markdown_html.blocks(tables.cost(costs.usage_by_stage(facts.folder)))
+
+
+def write(release: Path, out: Path) -> None:
+    """Writes the folder `site` of a release; `out` may exist."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "index.html").write_text(render(read_facts(release)), encoding="utf-8")
+
+
+def problems(release: Path) -> list[str]:
+    """Returns the files of the published page that are not what the release gives."""
+    with scratch.folder() as folder:
+        write(release, folder / SITE)
+        return list(differences(release / SITE, folder / SITE))
+
+
+def foreign_scripts(release: Path) -> list[str]:
+    """Returns a sentence about a page that could run something: no page of this atom has a script."""
+    if runs_nothing((release / PAGE).read_text("utf-8", "replace")):
+        return []
+    return [f"{PAGE} has a script, or another policy about scripts than the page of this atom"]
+
+
+def differences(published: Path, expected: Path) -> Iterator[str]:
+    """Yields a sentence about each file below two folders that differs."""
+    found = [
+        {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        for folder in (published, expected)
+    ]
+    for path in sorted(found[0].keys() | found[1].keys()):
+        if path not in found[0]:
+            yield f"{SITE}/{path} is missing"
+        elif path not in found[1]:
+            yield f"{SITE}/{path} is no part of the page"
+        elif found[0][path].read_bytes() != found[1][path].read_bytes():
+            yield f"{SITE}/{path} is not what the release gives"
