@@ -31,9 +31,10 @@ class CardTable(Generic[F]):
     """One table of a card.
 
     Attributes:
+        name: Its name in the template.
         lines: Gives the lines of Markdown from facts; none for an empty table.
-        heading: The heading of a section of its own, in the part of the card that `part` names. Without one, the
-            template places the table.
+        heading: The heading of a section of its own; without one, the template places the table.
+        part: The part of the card that has this section.
     """
 
     name: str
@@ -44,9 +45,18 @@ class CardTable(Generic[F]):
 
 @dataclass(frozen=True)
 class ReleaseFacts:
-    """The facts of the whole release for a model's card: of that model, of the data, of resumptions from earlier runs,
-    the cost of each stage, the model's variants by the end of their repository's name, some of its answers, the
-    resolved recipe, and what changed since the version before, if it is known."""
+    """The facts of the whole release for a model's card.
+
+    Attributes:
+        model: The facts of that model.
+        data: The facts of the data.
+        interventions: Resumptions from earlier runs.
+        costs: The cost of each stage.
+        variants: The model's variants by the end of their repository's name.
+        examples: Some of its answers.
+        recipe: The resolved recipe.
+        changes: The changes since the version before, if it is known.
+    """
 
     model: ModelFacts
     data: DataFacts
@@ -78,7 +88,7 @@ class ReleaseFacts:
 def release_facts(
     release: Path, folder: str, model: ModelFacts, data: DataFacts, interventions: list[Intervention], costs: Costs
 ) -> ReleaseFacts:
-    """The facts for the card of the model in a folder of a release; model, data, interventions, costs: as read."""
+    """Returns the facts for the card of the model in a folder of a release, with those that are read already."""
     examples = read_examples(release / "dataset", model.name())
     recipe = read_json(release / RECIPE)
     variants, changes = read_variants(release, folder), read_changes(release)
@@ -151,7 +161,7 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
 
 
 def _shares(release: ReleaseFacts) -> list[str]:
-    """None of a copy of a published model, which no phase trained."""
+    # No phase trained a copy of a published model.
     return [] if release.model.is_copy else tables.shares(release.data, release.model.training)
 
 
@@ -160,7 +170,7 @@ def _licenses(release: ReleaseFacts) -> list[str]:
 
 
 def _waived_gates(release: ReleaseFacts) -> list[str]:
-    """The gates that the recipe waives, with its reasons. None for a recipe that waives none."""
+    """Returns the gates that the recipe waives, with its reasons; none for a recipe that waives none."""
     waived = release.recipe.get("evaluation", {}).get("waived_gates", {})
     reasons = "; ".join(f"`{gate}` ({reason})" for gate, reason in sorted(waived.items()))
     return [f"The recipe waives gates that other releases must pass: {reasons}."] if waived else []
@@ -208,14 +218,14 @@ LONG = 15
 
 
 def folded(summary: str, text: str) -> str:
-    """A table below its summary; a long one is shown when a reader opens it."""
+    """Returns a table below its summary; a long one is shown when a reader opens it."""
     if text.count("\n") < LONG:
         return f"{summary}\n\n{text}".lstrip()
     return f"<details>\n<summary>{summary or 'Show the table'}</summary>\n\n{text}\n\n</details>"
 
 
 def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str], mark: str) -> dict[str, str]:
-    """{part of the card: its nonempty tables with a section of their own}; mark: of their headings"""
+    """Returns {part of the card: its nonempty tables with a section of their own}. mark: begins their headings."""
     parts: dict[str, list[str]] = {}
     for table in registered:
         if table.heading and texts[table.name]:

@@ -1,13 +1,13 @@
-"""The cards' tables of single measurements: a prediction, memorization, task sets, and variants of the weights."""
+"""The cards' tables about a model: prediction, memorization, task sets, variants, experts, spikes and settings."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core.text import escaped
-from release.cards.tables import PHASES, count, table, title, with_error, with_interval
+from release.cards.tables import PHASES, count, explained_table, table, title, with_error, with_interval
 from release.facts.example_answers import settings_of
 from release.facts.forecast import FOLDER, NAMES
 from release.facts.model_facts import ModelFacts
@@ -15,26 +15,40 @@ from release.facts.score_facts import HarnessFacts
 from release.facts.variant_facts import VariantFacts
 from stages.evaluation.scores import MemorizationScores, Regurgitation
 
+Facts = dict[str, Any]
+"""A measurement of the experts, as the log has it."""
 NOT_MEASURED = "Memorization of training data and toxicity: not measured."
 TOXICITY = "Toxicity: not measured. No prompt set and classifier are open, small and run offline."
+SETTINGS = {
+    "steps": "steps",
+    "sequence length": "sequence_length",
+    "global batch, tokens": "batch.global_tokens",
+    "peak learning rate": "optimizer.lr",
+    "final learning rate": "optimizer.final_lr",
+    "warm-up steps": "optimizer.warmup_steps",
+    "weight decay": "optimizer.weight_decay",
+    "Adam β1": "optimizer.beta1",
+    "Adam β2": "optimizer.beta2",
+    "gradient clipping, norm": "optimizer.clip",
+    "prompts of a step": "prompts_per_step",
+    "generations of a prompt": "num_generations",
+    "max new tokens": "sampling.max_new_tokens",
+    "β of the preference loss": "beta",
+}
+"""{title: the place of a setting in the section of a phase}"""
 
 
 def prediction(model: ModelFacts) -> list[str]:
-    """What was predicted before training, and what was measured; none of a model without a prediction."""
+    """Returns what was predicted before training, and what was measured; none for a model without a prediction."""
     if model.prediction is None:
         return []
     sealed = model.prediction
     smallest, largest = sealed.points[0], sealed.points[-1]
-    body = [
-        [
-            NAMES[row.forecast.figure],
-            f"{row.forecast.value:.4f}",
-            f"{row.forecast.low:.4f} to {row.forecast.high:.4f}",
-            f"{row.measured:.4f}",
-            "yes" if row.within else "no",
-        ]
-        for row in model.outcomes
-    ]
+    body = []
+    for row in model.outcomes:
+        forecast, within = row.forecast, "yes" if row.within else "no"
+        band = f"{forecast.low:.4f} to {forecast.high:.4f}"
+        body.append([NAMES[forecast.figure], f"{forecast.value:.4f}", band, f"{row.measured:.4f}", within])
     return [
         f"Sealed before pre-training, from {count(len(sealed.points))} runs of {smallest.flops:.3g} to "
         f"{largest.flops:.3g} training FLOPs; this model has {sealed.target.flops:.3g}. Nine of ten such runs "
@@ -45,17 +59,9 @@ def prediction(model: ModelFacts) -> list[str]:
 
 
 def memorization(scores: MemorizationScores | None) -> list[str]:
-    """What a model gives away of its training data: verbatim text, planted secrets, toxicity.
-
-    Args:
-        scores: None if the recipe does not measure it.
-    """
+    """Returns the share of training documents that a model continues verbatim. scores: None if not measured."""
     if scores is None:
         return [NOT_MEASURED]
-    return [*_regurgitation(scores), "", TOXICITY]
-
-
-def _regurgitation(scores: MemorizationScores) -> list[str]:
     body = [
         [source, "0 (held out)" if seen == "0" else seen.replace("-", " to "), *_cells(row)]
         for source, strata in {"all": scores["by_times_seen"], **scores["by_source"]}.items()
@@ -68,6 +74,8 @@ def _regurgitation(scores: MemorizationScores) -> list[str]:
         "documents, which no phase trained on, are the baseline:",
         "",
         *table(["source", "times seen", "documents", "identical", "matching tokens"], body),
+        "",
+        TOXICITY,
     ]
 
 
@@ -77,7 +85,7 @@ def _cells(row: Regurgitation) -> list[str]:
 
 
 def task_sets(facts: HarnessFacts | None) -> list[str]:
-    """The scores of task sets of lm-evaluation-harness; none if the recipe has no task sets."""
+    """Returns the scores of task sets of lm-evaluation-harness; none if the recipe has no task sets."""
     if facts is None:
         return []
     body = [
@@ -86,11 +94,10 @@ def task_sets(facts: HarnessFacts | None) -> list[str]:
         for task, metrics in tasks.items()
         for metric, figure in metrics.items()
     ]
-    licenses = [
-        f"{name}: {stated['license']} ({stated['license_evidence']}"
-        + (f"; revision {stated['revision']})" if stated["revision"] else ")")
-        for name, stated in facts.task_sets.items()
-    ]
+    licenses = []
+    for name, stated in facts.task_sets.items():
+        revision = f"; revision {stated['revision']}" if stated["revision"] else ""
+        licenses.append(f"{name}: {stated['license']} ({stated['license_evidence']}{revision})")
     return [
         "Means over items, ± standard error. Decontamination searched the training data for these items.",
         "",
@@ -101,59 +108,43 @@ def task_sets(facts: HarnessFacts | None) -> list[str]:
 
 
 def variant_loss(facts: VariantFacts) -> list[str]:
-    """What the variant loses, measured on the same documents and problems as the original."""
+    """Returns the loss of a variant, measured on the same documents and problems as the original."""
     loss = facts.loss
-    divergence, greedy = loss["divergence"], loss["greedy"]
+    divergence, greedy, bits, accuracy = loss["divergence"], loss["greedy"], loss["bits_per_byte"], loss["accuracy"]
+    positions = f"{divergence['same_likeliest']:.4f} of {count(divergence['positions'])} positions"
     body = [
         ["bytes of the weights", count(loss["bytes"]["original"]), count(loss["bytes"]["variant"])],
-        *(
-            [title, *(with_error(measure[side], digits) for side in ("original", "variant"))]
-            for title, measure, digits in (
-                ("bits per byte", loss["bits_per_byte"], 4),
-                ("exact match", loss["accuracy"], 3),
-            )
-        ),
+        ["bits per byte", with_error(bits["original"], 4), with_error(bits["variant"], 4)],
+        ["exact match", with_error(accuracy["original"], 3), with_error(accuracy["variant"], 3)],
         ["divergence, mean in nats", "", f"{divergence['value']:.2e} ± {divergence['se']:.1e}"],
         ["divergence, largest in nats", "", f"{divergence['max']:.2e}"],
-        [
-            "same likeliest token",
-            "",
-            f"{divergence['same_likeliest']:.4f} of {count(divergence['positions'])} positions",
-        ],
+        ["same likeliest token", "", positions],
         ["same greedy answer", "", f"{greedy['equal']} of {greedy['n']} problems"],
     ]
     return [*table(["measure", "original", "variant"], body), "", f"Measured by {loss['measured_by']}."]
 
 
 def variants(by_suffix: Mapping[str, VariantFacts]) -> list[str]:
-    """The variants of a model, by the end of their repository's name; nothing without any."""
-    if not by_suffix:
-        return []
-    body = [
-        [
-            f"`…{name}`", facts.loss["title"], count(facts.loss["bytes"]["variant"]),
-            f"{facts.loss['divergence']['value']:.2e}", with_error(facts.loss["accuracy"]["variant"], 3),
-            f"{facts.loss['greedy']['equal']} of {facts.loss['greedy']['n']}",
-        ]
-        for name, facts in by_suffix.items()
-    ]  # fmt: skip
+    """Returns the variants of a model, by the end of their repository's name; nothing without any."""
+    body = []
+    for name, facts in by_suffix.items():
+        loss = facts.loss
+        figures = [f"{loss['divergence']['value']:.2e}", with_error(loss["accuracy"]["variant"], 3)]
+        equal = f"{loss['greedy']['equal']} of {loss['greedy']['n']}"
+        body.append([f"`…{name}`", loss["title"], count(loss["bytes"]["variant"]), *figures, equal])
+    sentence = (
+        "Each is a repository of its own, whose name is this one's with the ending; its card says how it was measured."
+    )
     head = ["repository", "weights", "bytes", "mean divergence in nats", "exact match", "same greedy answers"]
-    return [
-        "Each is a repository of its own, whose name is this one's with the ending; its card says how it was measured.",
-        "",
-        *table(head, body),
-    ]
+    return explained_table(sentence, head, body)
 
 
 def variant_serving(facts: VariantFacts) -> list[str]:
     return [facts.variant.serving]
 
 
-Facts = dict[str, Any]
-
-
 def experts_by_phase(model: ModelFacts) -> list[str]:
-    """One row for each phase: the balance of its tokens over experts at its end."""
+    """Returns one row for each phase: the balance of its tokens over experts at its end."""
     if not model.has_experts:
         return []
     body = []
@@ -162,37 +153,34 @@ def experts_by_phase(model: ModelFacts) -> list[str]:
         if measurement is None:
             body.append([title(phase, PHASES), "never", *[""] * 5])
             continue
+        # Violation: the load of the busiest expert over a fair share, less 1.
         busiest = max(max(row) for row in _loads(measurement))
-        body.append([
-            title(phase, PHASES), count(measurement["step"]), f"{busiest - 1:.3f}",
-            f"{sum(measurement['entropy']) / len(measurement['entropy']):.3f}",
-            count(len(measurement["dead"])), count(log.measurements), count(log.dropped),
-        ])  # fmt: skip
+        entropy = sum(measurement["entropy"]) / len(measurement["entropy"])
+        counts = map(count, (len(measurement["dead"]), log.measurements, log.dropped))
+        step = count(measurement["step"])
+        body.append([title(phase, PHASES), step, f"{busiest - 1:.3f}", f"{entropy:.3f}", *counts])
     head = ["phase", "last at step", "max violation", "mean entropy, nats", "dead experts", "times", "dropped"]
     return table(head, body) if body else []
 
 
 def experts(model: ModelFacts) -> list[str]:
-    """One row for each layer, from the very last measurement."""
-    if not model.has_experts:
-        return []
-    measurement = last_measurement(model)
+    """Returns one row for each layer, from the very last measurement."""
+    measurement = last_measurement(model) if model.has_experts else None
     if measurement is None:
         return []
     body = []
-    for row, layer in enumerate(measurement["layers"]):
-        loads, entropy = _loads(measurement)[row], measurement["entropy"][row]
+    for layer, loads, entropy in zip(measurement["layers"], _loads(measurement), measurement["entropy"], strict=True):
         dead = [str(expert) for dead_layer, expert in measurement["dead"] if dead_layer == layer]
-        body.append([
-            str(layer), f"{min(loads):.3f}", f"{max(loads):.3f}", f"{entropy:.3f}",
-            f"{entropy / math.log(len(loads)):.3f}", ", ".join(dead) or "none",
-        ])  # fmt: skip
+        # A router without any preference has the entropy ln n.
+        share = entropy / math.log(len(loads))
+        figures = [f"{value:.3f}" for value in (min(loads), max(loads), entropy, share)]
+        body.append([str(layer), *figures, ", ".join(dead) or "none"])
     head = ["layer", "least busy expert, of a fair share", "busiest expert, of a fair share", "router entropy, nats"]
     return table([*head, "entropy, of its maximum", "dead experts"], body)
 
 
 def verdict(model: ModelFacts) -> list[str]:
-    """One sentence: a warning if the last measurement has a dead expert."""
+    """Returns one sentence: a warning if the last measurement has a dead expert."""
     if not model.has_experts:
         return []
     measurement = last_measurement(model)
@@ -210,13 +198,13 @@ def verdict(model: ModelFacts) -> list[str]:
 
 
 def last_measurement(model: ModelFacts) -> Facts | None:
-    """The last measurement of the last phase that has one, with its `phase`."""
+    """Returns the last measurement of the last phase that has one, with its `phase`."""
     measurements = [{"phase": phase, **log.experts} for phase, log in model.training.items() if log.experts]
     return measurements[-1] if measurements else None
 
 
 def spikes(model: ModelFacts) -> list[str]:
-    """One line for each spike, one for the steps that the recipe excludes, and one for all phases without either."""
+    """Returns a line for each spike, one for the steps that the recipe excludes, and one for phases without either."""
     lines, without = [], []
     for phase, log in model.training.items():
         name = title(phase, PHASES)
@@ -231,15 +219,17 @@ def spikes(model: ModelFacts) -> list[str]:
             lines.append(f"- {name}: {_skipped_steps(log.excluded)}, because the recipe says so.")
         if not log.spikes and not log.excluded:
             without.append(f"{name} ({count(log.first)} to {count(log.last)})")
-    return [*lines, *([f"- No step was skipped in: {', '.join(without)}."] if without else [])]
+    if without:
+        lines.append(f"- No step was skipped in: {', '.join(without)}.")
+    return lines
 
 
 def _skipped_steps(numbers: list[int]) -> str:
-    """The skipped steps: `steps 3 to 5, 9 moved no weight`."""
+    """Returns words on the skipped steps: `steps 3 to 5, 9 moved no weight`."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][-1] + 1:
-            spans[-1] = [spans[-1][0], number]
+            spans[-1][1:] = [number]
         else:
             spans.append([number])
     steps = ", ".join(" to ".join(map(count, span)) for span in spans)
@@ -247,47 +237,31 @@ def _skipped_steps(numbers: list[int]) -> str:
 
 
 def _loads(measurement: Facts) -> list[list[float]]:
-    """The load of each expert by layer; 1 is a fair share."""
+    """Returns the load of each expert by layer; 1 is a fair share."""
     return [[share * len(row) for share in row] for row in measurement["share"]]
 
 
-SETTINGS = {
-    "steps": ("steps",),
-    "sequence length": ("sequence_length",),
-    "global batch, tokens": ("batch", "global_tokens"),
-    "peak learning rate": ("optimizer", "lr"),
-    "final learning rate": ("optimizer", "final_lr"),
-    "warm-up steps": ("optimizer", "warmup_steps"),
-    "weight decay": ("optimizer", "weight_decay"),
-    "Adam β1": ("optimizer", "beta1"),
-    "Adam β2": ("optimizer", "beta2"),
-    "gradient clipping, norm": ("optimizer", "clip"),
-    "prompts of a step": ("prompts_per_step",),
-    "generations of a prompt": ("num_generations",),
-    "max new tokens": ("sampling", "max_new_tokens"),
-    "β of the preference loss": ("beta",),
-}
-"""{title: the place of a setting in the section of a phase}"""
-
-
 def settings(recipe: Mapping[str, Any], model: ModelFacts) -> list[str]:
-    """The hyper-parameters of the phases of a model: one row for each setting that any of them has."""
+    """Returns the hyper-parameters of the phases of a model: one row for each setting that any of them has."""
     sections = {phase: settings_of(recipe, phase) for phase in model.training}
     body = [[name, *(_setting(section, path) for section in sections.values())] for name, path in SETTINGS.items()]
     body = [row for row in body if any(row[1:])]
     return table(["setting", *(title(phase, PHASES) for phase in sections)], body) if body else []
 
 
-def _setting(section: Any, path: Sequence[str]) -> str:
-    for name in path:
-        section = section.get(name) if isinstance(section, Mapping) else None
-    if section is None or isinstance(section, (Mapping, list)):
+def _setting(section: Any, path: str) -> str:
+    value = section
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if value is None or isinstance(value, (Mapping, list)):
         return ""
-    return count(section) if type(section) is int else f"{section:g}" if isinstance(section, float) else str(section)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return count(value) if type(value) is int else str(value)
 
 
 def start(model: ModelFacts) -> list[str]:
-    """The published model that training began with; none without one."""
+    """Returns the published model that training began with; none without one."""
     if model.base is None:
         return []
     first = "Training" if model.on_published else "Pre-training"
