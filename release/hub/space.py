@@ -42,16 +42,21 @@ FILE = re.compile(r"(\.[A-Za-z0-9]+|(^|/)[A-Z][A-Za-z0-9]+)$")
 
 
 def space_of(info: ReleaseInfo) -> RemoteRepository:
-    """The Space of a release, which need not exist."""
+    """Returns the Space of a release, which need not exist."""
     return RemoteRepository(f"{info.repository}-page", "space")
 
 
 def publish_space(
     release: Path, info: ReleaseInfo, certificates: list[Certificate], journal: Journal, progress: Progress
 ) -> Published | None:
-    """Uploads the Space of a release, and compares it with what the Hub then serves; None if the release has no page.
+    """Uploads the Space of a release, and compares it with the files that the Hub then serves.
 
-    Raises AtomError if the Hub refuses it, CheckFailed if the Hub serves other bytes.
+    Returns:
+        The revision of the Space; None if the release has no page.
+
+    Raises:
+        AtomError: If the Hub refuses it.
+        CheckFailed: If the Hub serves other bytes.
     """
     if not (release / PAGE).is_file():
         return None
@@ -84,7 +89,7 @@ def write_space(release: Path, info: ReleaseInfo, certificates: Sequence[Certifi
 
 
 def _replays(certificates: Sequence[Certificate]) -> Markup:
-    """The table of replays by others."""
+    """Returns the table of replays by others."""
     if not certificates:
         return Markup("<p>No certificate was sent so far.</p>")
     rows = [["from", "result", "steps", "in words", "tensors with equal bits", "environment"]]
@@ -110,6 +115,7 @@ def hub_address(info: ReleaseInfo, path: str) -> str:
         suffix = "-data"
     elif top == "checkpoints":
         kind, suffix = "", "-checkpoints"
+        # Each checkpoint is a branch of one repository, which has no tag of the version.
         branch, _, below = rest.partition("/")
         if re.search(r"-step-[0-9]+$", branch):
             revision, rest = branch, below
@@ -122,10 +128,8 @@ def hub_address(info: ReleaseInfo, path: str) -> str:
 
 
 def card(info: ReleaseInfo) -> str:
-    """The card of the Space, whose head tells the Hub what to serve."""
-    hub = load()
-
-    data = hub.CardData(
+    """Returns the card of the Space, whose head tells the Hub what to serve."""
+    data = load().CardData(
         title=f"{info.title} {info.version}",
         emoji="🔎",
         colorFrom="blue",

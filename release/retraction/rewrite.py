@@ -60,9 +60,10 @@ def add_notice(card: Path, notice: str) -> None:
 
 
 def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
-    """Writes a table again if it holds a document. name: its path in the release."""
+    """Writes a table again if it holds a document. name: the path of the table in the release."""
     import pyarrow.parquet as pq
 
+    # Dispositions keep their rows, and state the removal; other tables lose rows.
     fates = "dispositions" in name.split("/")
     without = _without_ids if name.startswith(BY_ID) else _without
     with pq.ParquetFile(path) as file:
@@ -99,14 +100,14 @@ def _has_id(batch: Any, reached: Reached) -> Any:
 
 
 def _without_ids(batch: Any, reached: Reached) -> Any:
-    """Which rows are about another document."""
+    """Returns a mask of the rows that are about another document."""
     import pyarrow.compute as pc
 
     return pc.invert(_has_id(batch, reached))
 
 
 def _without(batch: Any, reached: Reached) -> Any:
-    """Which rows hold no text of a document."""
+    """Returns a mask of the rows that hold no text of a document."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -119,6 +120,7 @@ def _without(batch: Any, reached: Reached) -> Any:
         column = batch.column(field.name)
         whole = pc.is_in(column, value_set=pa.array(sorted(reached.texts), field.type))
         holds = pc.or_(holds, pc.fill_null(whole, False))
+        # A text may stand inside of another, such as a rollout or the context of an item.
         for text in sorted(reached.texts):
             if len(text) >= MIN_TEXT:
                 holds = pc.or_(holds, pc.fill_null(pc.match_substring(column, text), False))
@@ -126,14 +128,14 @@ def _without(batch: Any, reached: Reached) -> Any:
 
 
 def _with_strings(schema: Any) -> Any:
-    """A schema in which a column without any value is one of strings."""
+    """Returns a schema in which a column without any value is one of strings, since a removal gets values."""
     import pyarrow as pa
 
     return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema])
 
 
 def _decide(batch: Any, reached: Reached, schema: Any) -> Any:
-    """Dispositions in which the documents are removed on request."""
+    """Returns dispositions in which the documents are removed on request."""
     import pyarrow as pa
 
     rows = batch.to_pylist()
@@ -170,7 +172,7 @@ def _rewrite_text(path: Path, reached: Reached) -> None:
 
 
 def _encoded(reached: Reached) -> Iterator[bytes]:
-    """The texts as JSON and plain text have them."""
+    """Yields the texts as JSON and plain text have them."""
     for text in sorted(reached.texts):
         if len(text) >= MIN_TEXT:
             yield text.encode()

@@ -21,13 +21,18 @@ HOW_TO = "make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A private key (PEM), and the password of an encrypted one."""
+    """A private key.
+
+    Attributes:
+        path: A PEM file.
+        password: The password of an encrypted key.
+    """
 
     path: Path
     password: str | None = None
 
     def public_key(self) -> bytes:
-        """The public key as PEM. Raises AtomError if the file is not a private key on an elliptic curve."""
+        """Returns the public key as PEM. Raises AtomError if the file is not a private key on an elliptic curve."""
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
@@ -52,13 +57,21 @@ def make_key(path: Path) -> None:
     form, no_encryption = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(serialization.Encoding.PEM, form, no_encryption)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # O_EXCL: never over a key that exists. The mode is set at creation, so nobody can read it in between.
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pem)
 
 
 def fingerprint(pem: bytes, exact: bool = False) -> str:
-    """`sha256:` and the SHA-256 of a public key's DER form. Raises ValueError if it is not a public key of a known
-    kind, or, if `exact`, if any byte is not as `sign` writes it."""
+    """Returns `sha256:` and the SHA-256 of a public key's DER form.
+
+    Args:
+        pem: The key.
+        exact: Refuses a key of which any byte is not as `sign` writes it.
+
+    Raises:
+        ValueError: If it is not a public key of a known kind.
+    """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
 
@@ -73,7 +86,7 @@ def fingerprint(pem: bytes, exact: bool = False) -> str:
 
 
 def is_fingerprint(text: str | None) -> bool:
-    """Whether a text has the form of a public key's fingerprint."""
+    """Returns True if a text has the form of a public key's fingerprint."""
     return text is not None and FINGERPRINT.fullmatch(text) is not None
 
 
@@ -110,11 +123,15 @@ def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambd
 def sign_keyless(
     release: Path, trust_config: Path | None = None, progress: Callable[[str], None] = lambda text: None
 ) -> keyless.Identity:
-    """Signs every repository as the identity that Sigstore certifies. Returns that identity. Writes no signature before
-    all are made.
+    """Signs every repository as the identity that Sigstore certifies, and returns that identity.
 
-    trust_config: of another instance of Sigstore than the public one. Raises AtomError if it cannot be reached, or
-    certifies no identity.
+    Args:
+        release: The release folder.
+        trust_config: The configuration of another instance of Sigstore than the public one.
+        progress: Gets a sentence for each repository.
+
+    Raises:
+        AtomError: If Sigstore cannot be reached, or certifies no identity.
     """
     from model_signing._signing.signing import Payload
 
@@ -125,6 +142,7 @@ def sign_keyless(
         progress(f"hashing {repository.folder or 'the release itself'}")
         with keyless.as_atom_error(f"{release} cannot be signed"):
             payloads.append(Payload(_hashing(release, repository).hash(release / repository.folder)))
+    # No signature is written before all are made: a release is never signed in part.
     for repository, payload in zip(release_repositories, payloads, strict=True):
         progress(f"signing {repository.folder or 'the release itself'}")
         with keyless.as_atom_error(f"{release} cannot be signed without a key", "; nothing was written"):
@@ -138,7 +156,7 @@ def sign_keyless(
 
 
 def _hashing(release: Path, repository: Repository) -> Any:
-    """The library's settings for hashing a repository."""
+    """Returns the library's settings for hashing a repository."""
     from model_signing import hashing
 
     config = hashing.Config()
@@ -147,7 +165,7 @@ def _hashing(release: Path, repository: Repository) -> Any:
 
 
 def _nested(release: Path, repository: Repository) -> list[str]:
-    """Paths in a repository's folder, in a release, that belong to another repository or branch."""
+    """Returns the paths in a repository's folder that belong to another repository or branch."""
     if repository.folder == "":
         return [*dict.fromkeys((*PARTS, *model_folders(release), *variant_folders(release)))]
     folder = release / repository.folder

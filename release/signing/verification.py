@@ -46,9 +46,10 @@ class Trust:
     trust_config: Path | None = None
 
     def policy(self) -> TrustPolicy:
-        """The policy to verify by.
+        """Returns the policy to verify by.
 
-        Raises AtomError if a value is invalid or contradicts another, or if Sigstore's trust root cannot be loaded.
+        Raises:
+            AtomError: If a value is invalid or contradicts another, or if Sigstore's trust root cannot be loaded.
         """
         if self.identity or self.issuer or self.trust_config:
             return self._identity_policy()
@@ -94,14 +95,20 @@ class SignatureVerdict:
 def verify(
     folder: Path, present: Iterable[str], digest: Callable[[Path], str], policy: TrustPolicy
 ) -> SignatureVerdict | None:
-    """The verdict on the repository in `folder`; None if it is not signed.
+    """Returns the verdict on the repository in a folder; None if it is not signed.
 
-    present: its files, without those that belong to git or to the Hub's client. digest: SHA-256 of a file.
+    Args:
+        folder: The repository.
+        present: Its files, without those that belong to git or to the Hub's client.
+        digest: Returns SHA-256 of a file; the caller has them already, so that no file is hashed twice.
+        policy: The requirements on the signature.
     """
     signature, public = folder / SIGNATURE, folder / PUBLIC_KEY
+    # lexists: a link that leads nowhere is no unsigned repository.
     if not os.path.lexists(signature) and not os.path.lexists(public):
         return None
-    signed = (_by_identity if keyless.is_keyless(signature) else _by_key)(signature, public, policy)
+    read = _by_identity if keyless.is_keyless(signature) else _by_key
+    signed = read(signature, public, policy)
     if signed.problem:
         return SignatureVerdict(signed.signer, [signed.problem])
     files, digests = set(present) - set(IGNORED), signed.digests
@@ -162,7 +169,7 @@ def _error_text(error: Exception) -> str:
 def _verified_digests(signature: Path, public: Path) -> dict[str, str]:
     """Returns {path: SHA-256} of the files that a signature by a key covers. Raises what the library raises, if it is
     invalid."""
-    # the library's public interface hashes every file again
+    # The library's public interface hashes every file again.
     from model_signing._signing import sign_ec_key, sign_sigstore_pb
 
     bundle = sign_sigstore_pb.Signature.read(signature)
@@ -173,8 +180,10 @@ def _verified_digests(signature: Path, public: Path) -> dict[str, str]:
 
 
 def _digests(manifest: Any) -> dict[str, str]:
-    """{path: SHA-256} of a signed manifest. Raises ValueError for another algorithm."""
-    rows = list(manifest.resource_descriptors())
-    if foreign := [row for row in rows if row.digest.algorithm != "sha256"]:
-        raise ValueError(f"{foreign[0].identifier} was signed by {foreign[0].digest.algorithm}, not sha256")
-    return {row.identifier: row.digest.digest_hex for row in rows}
+    """Returns {path: SHA-256} of a signed manifest. Raises ValueError for another algorithm."""
+    digests = {}
+    for row in manifest.resource_descriptors():
+        if row.digest.algorithm != "sha256":
+            raise ValueError(f"{row.identifier} was signed by {row.digest.algorithm}, not sha256")
+        digests[row.identifier] = row.digest.digest_hex
+    return digests

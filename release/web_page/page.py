@@ -307,7 +307,7 @@ def _starts(facts: PageFacts) -> Markup:
     head = ["phase", "start", "went on from step", "steps repeated", "that differed", "statement"]
     rows: list[list[str]] = []
     for node, product in facts.products.items():
-        # A checkpoint's statement repeats the starts of its phase.
+        # A release checkpoint is part of an attempt that the artifact of its phase has, too.
         if product.checkpoint:
             continue
         for start in product.starts:

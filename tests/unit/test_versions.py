@@ -53,7 +53,7 @@ def tool_files(folder: Path) -> list[bytes]:
 
 
 WRITTEN: dict[str, tuple[Callable[[Path], Iterable[bytes]], str]] = {
-    "page": (page, "db1cdd0853348982737eb967e2003e6be3a6c8e293c379ea9ac5730624992c13"),
+    "page": (page, "9752a16e916323cb4bd7f25ebe8a33ffc75edabf6711bda12cebe2534d158dda"),
     "words": (words, "f3147cff0c74808c19c4d72635a7a42e177910d3b6e84128958fb4916434907b"),
     "tool_files": (tool_files, "eead9c1833b280d36ab03b8714b2b597bc845b6f47c46dc908dcbebea858478c"),
 }
