@@ -75,6 +75,7 @@ class ReleaseFacts:
     @property
     def new_tokens(self) -> int:
         """The tokens that such an answer may have, by the recipe."""
+        # Without an example the card shows a short continuation.
         if self.example is None:
             return 32
         evaluation = self.recipe["evaluation"]

@@ -55,6 +55,7 @@ def data_of_regressions(scores: Mapping[str, ModelScores], order: Mapping[str, O
     lines = []
     for before, after in pairwise(scores):
         phases = [phase for phase in (_phase_of(before), _phase_of(after)) if phase in order]
+        # A phase without an order, such as one of reinforcement learning, reads no sources.
         if _phase_of(after) not in order or not (risen := _risen(scores[before], scores[after])):
             continue
         tokens = {phase: order[phase].tokens() for phase in phases}
@@ -114,6 +115,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
     It is better if the share with a done task rose. Otherwise, no part of the reward may have fallen, and of a reward
     that measures no task more than one part must have risen.
     """
+    # Neighbors in training, and pairs that were compared, in this order and each once.
     measured, comparisons = parts(model.chat), model.chat.get("preferences", {})
     compared = {(row["before"], name): row for name, row in comparisons.items()}
     for before, after in dict.fromkeys([*pairwise(measured), *compared]):
@@ -127,6 +129,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
             gains.append(f"{title(after)} won {with_interval(rate)} of {count(rate['n'])} comparisons")
         if not gains:
             continue
+        # What fell from old to new is what rises in the other direction.
         risen, fallen = moved(old, new), moved(new, old)
         start = f"from {title(before)} to {title(after)} {' and '.join(gains)}, and"
         changes = {name: f"{name} ({_change(old[name], new[name])})" for name in (*risen, *fallen)}
@@ -195,6 +198,7 @@ def _rewards(model: ModelFacts, phase: str) -> dict[str, FirstAndLast]:
 def _regressions(model: ModelFacts) -> Iterator[str]:
     """Yields one line for each phase, with the figures that got worse by more than a standard error."""
     names, test = titles(model.scores), model.chat.get("test", {})
+    # A model is compared with the one before it, since a phase can only spoil what was there.
     for before, after in pairwise(model.scores):
         old, new = model.scores[before], model.scores[after]
         regressions = [

@@ -104,6 +104,7 @@ def samples(preferences: Mapping[str, ComparisonScores]) -> list[str]:
     """Returns a few pairs of the last comparison, with texts as code, so that no character of them is markup."""
     if not preferences:
         return []
+    # The last comparison is that of the final model.
     comparison, lines = preferences[list(preferences)[-1]], []
     for row in comparison["examples"][:SHOWN]:
         lines.append(f"- {_code_cell(row['question'])}")
@@ -218,6 +219,7 @@ def detector(report: ContaminationReport | None) -> list[str]:
     """Returns one sentence on the recall of the contamination detector on planted items."""
     if report is None:
         return []
+    # Planted items are known to be there: what is not found of them is the detector's error.
     recall, false_positives = report["detector"]["recall"], report["detector"]["false_positives"]
     return [
         f"Of {count(recall['planted'])} items planted into a copy of the corpus the detector found "

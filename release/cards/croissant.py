@@ -181,9 +181,11 @@ def _records(path: Path, name: str, in_parts: bool) -> dict[str, Any]:
 
     schema = pq.read_schema(path)
     fields, nested = [], list[str]()
+    # A table in parts is a set of files; any other is one file.
     files = {"fileSet": {"@id": f"{name}-parts"}} if in_parts else {"fileObject": {"@id": f"{name}.parquet"}}
     for column in schema:
         value = getattr(column.type, "value_type", column.type)
+        # A field here has one value or a list of values, so structs and bytes are none.
         if pa.types.is_nested(value) or pa.types.is_binary(value):
             nested.append(column.name)
             continue

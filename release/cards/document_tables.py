@@ -40,6 +40,7 @@ def licenses(data: DataFacts) -> list[str]:
     total = sum(row.tokens for _, row in rows)
     shown, others = rows[:MOST_LICENSES], [row for _, row in rows[MOST_LICENSES:]]
     if others:
+        # The rows are sorted by tokens, so the smallest share one row.
         rest = LicenseFacts(sum(row.documents for row in others), sum(row.tokens for row in others))
         for row in others:
             rest.bases.update(row.bases)
@@ -119,6 +120,7 @@ def synthetic(data: DataFacts) -> list[str]:
     for row in data.sources.values():
         if row.generated is not None:
             stated = (row.generated[name] for name in ("generator", "digest", "generator_license", "generator_terms"))
+            # Sources of one generator with equal files and terms are one item.
             by_generator.setdefault(tuple(map(str, stated)), []).append(row)
     total = sum(sum(row.tokens.values()) for row in data.sources.values())
     items = []

@@ -43,6 +43,7 @@ def prediction(model: ModelFacts) -> list[str]:
     if model.prediction is None:
         return []
     sealed = model.prediction
+    # Points are sorted by their compute.
     smallest, largest = sealed.points[0], sealed.points[-1]
     body = []
     for row in model.outcomes:
@@ -199,6 +200,7 @@ def verdict(model: ModelFacts) -> list[str]:
 
 def last_measurement(model: ModelFacts) -> Facts | None:
     """Returns the last measurement of the last phase that has one, with its `phase`."""
+    # Not every phase has measured its experts.
     measurements = [{"phase": phase, **log.experts} for phase, log in model.training.items() if log.experts]
     return measurements[-1] if measurements else None
 

@@ -103,6 +103,7 @@ def model_plots(folder: Path, model: ModelFacts) -> Drawings:
     logs = training.logs(folder)
     if logs:
         plots[LOSS] = lambda: draw_losses(folder, source(folder))
+    # A dense model has no experts, and a copied one no logs.
     if logs and model.has_experts:
         plots[EXPERTS] = lambda: draw_experts(folder, source(folder))
     plots[PROGRESS] = lambda: progress(model)
@@ -254,6 +255,7 @@ def _heat_map(figure: Figure, axis: Axes, phase: str, step: int, measurement: tr
     from matplotlib.ticker import MaxNLocator
 
     loads = [[share * len(row) for share in row] for row in measurement["share"]]
+    # The white of the map must be a fair share, however uneven the loads are.
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=max(2.0, *(max(row) for row in loads)))
     image = axis.imshow(loads, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
     name = tables.title(phase, tables.PHASES)
@@ -283,6 +285,7 @@ def _curves(
     for number, (phase, (steps, violation, entropy)) in enumerate(curves_by_phase.items()):
         if not steps:
             continue
+        # Steps of several phases share an axis; each phase goes on where the one before it ended.
         positions, color = range(begin, begin + len(steps)), COLORS[number % len(COLORS)]
         label = f"{tables.title(phase, tables.PHASES)}, steps {steps[0]:,} to {steps[-1]:,}"
         legend_lines += above.plot(positions, violation, color=color, linewidth=0.8, label=label)
@@ -325,6 +328,7 @@ def progress(model: ModelFacts) -> bytes:
         for axis, (heading, unit, series) in zip(figure.subplots(1, 2), panels, strict=True):
             labels = []
             for color, (name, points) in zip(COLORS, series.items(), strict=False):
+                # Not every model was measured in every series, so points keep the place of their model.
                 places = [names.index(model_name) for model_name in points]
                 values = [row["value"] for row in points.values()]
                 errors = [Z95 * row["se"] for row in points.values()]
@@ -377,6 +381,7 @@ def inference(scores: Mapping[str, Any]) -> bytes:
             _panel(axis, f"{meaning}, all problems", "share right" if metric == "pass" else "")
             axis.set_xlabel("generated tokens for a problem (diamond: greedy)")
             _plain_ticks(axis)
+            # Small shares would be flat lines on an axis up to 1.
             top = min(1.02, 1.3 * axis.get_ylim()[1])
             axis.set_ylim(-0.02 * top, top)
             _label_ends(axis, ends)
@@ -456,6 +461,7 @@ def amounts(data: DataFacts) -> dict[str, dict[str, int]]:
 def _largest(tokens: Mapping[str, int]) -> dict[str, int]:
     rows = sorted(tokens.items(), key=lambda row: (-row[1], row[0]))
     shown, others = rows[:MOST_BARS], rows[MOST_BARS:]
+    # Smaller ones are one bar, so that a plot of a thousand sources stays readable.
     rest = {f"{len(others)} others": sum(value for _, value in others)} if others else {}
     return dict(shown) | rest
 
@@ -464,6 +470,7 @@ def composition(panels: Mapping[str, Mapping[str, int]]) -> bytes:
     """Draws a bar for each row of the panels that `amounts` gives."""
 
     def paint(figure: Figure) -> None:
+        # All bars have the same height, whatever the number in a panel.
         ratios = [len(rows) for rows in panels.values()]
         axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
         for axis, color, (title, rows) in zip(axes, COLORS, panels.items(), strict=False):

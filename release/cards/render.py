@@ -59,6 +59,7 @@ def render_all(
         costs: The cost of each stage.
         canary: The string that identifies its evaluation problems.
     """
+    # The cards of variants show the request of the final model's example.
     example = None
     for name, model in models.items():
         facts = card_tables.release_facts(folder, name, model, data, interventions, costs)
@@ -85,6 +86,7 @@ def license_fields(spdx: str) -> dict[str, Any]:
     """Returns the Hub's license metadata for an SPDX expression: its own identifier, or `other` with name and link."""
     if spdx.lower() in HUB_LICENSES:
         return {"license": spdx.lower()}
+    # The Hub refuses unknown identifiers, and shows the name of `other`.
     return {"license": "other", "license_name": spdx.lower(), "license_link": "LICENSE"}
 
 
@@ -131,6 +133,7 @@ def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
     base = f"{release.repository}-base" if title != "base" else None
     if model.base and (title == "base" or model.on_published):
         base = model.base["repo"]
+    # A copy is no finetune: nothing was trained.
     relation = {"base_model_relation": "finetune"} if model.on_published and not model.is_copy else {}
     return load().ModelCardData(
         model_name=f"{release.name}-{title}".rstrip("-"),
@@ -324,6 +327,7 @@ def _texts(table_lines: dict[str, list[str]]) -> dict[str, str]:
 
 
 def _normalize_text(text: str) -> str:
+    # Empty tables and conditions of the templates leave empty lines.
     return re.sub(r"\n{3,}", "\n\n", text.replace("\r\n", "\n")).strip() + "\n"
 
 

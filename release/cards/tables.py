@@ -143,6 +143,7 @@ def summary(model: ModelFacts) -> list[str]:
 def headline(model: ModelFacts) -> list[str]:
     """The figures of this model beside those of the model before it and of the base model."""
     names = list(model.scores)
+    # At most three columns: the base model, the one before this, and this one.
     shown = list(dict.fromkeys([*[name for name in names if name == "base"], *names[-2:]]))
     test = model.chat.get("test", {})
     last = model.scores[names[-1]]
@@ -238,6 +239,7 @@ def engines(
     parts = []
     for engine, names in by_engine.items():
         title = f"vLLM ({engine}), in the data type of the exported weights" if engine else IN_PROCESS
+        # With one engine for everything, the names of the evaluations say nothing.
         parts.append(title if len(by_engine) == 1 else f"{title}: {', '.join(names)}")
     return [f"Computed by {'; by '.join(parts)}."]
 
@@ -263,6 +265,7 @@ def chat_format(model: ModelFacts) -> list[str]:
 
 def context(model: ModelFacts) -> list[str]:
     """The context length and the position encoding, from config.json."""
+    # Known settings first; the further ones depend on the kind of scaling.
     rope = dict(model.rope)
     body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
     if "sliding_window" in model.config:
@@ -353,6 +356,7 @@ def order(data: DataFacts) -> list[str]:
         for part in row.parts:
             first, last = part.first_step, part.last_step
             name_of_phase = title(phase, PHASES)
+            # A phase has several parts if its run went on with other data.
             label = name_of_phase if len(row.parts) == 1 else f"{name_of_phase}, steps {count(first)} to {count(last)}"
             for name, figures in part.by_source.items():
                 cells = [count(number) for number in (figures.rows, figures.tokens, figures.documents)]
@@ -406,6 +410,7 @@ def long_documents(data: DataFacts) -> list[str]:
         for phase, part in _packed(data)
         for source, row in part.long.items()
     ]
+    # The order fills the missing share with shorter documents, which the last column states.
     head = ["phase", "source", "long is more than, tokens", "long chunks", "tokens in them", "tokens asked for"]
     return table([*head, "missing, made up by shorter ones"], body) if body else []
 

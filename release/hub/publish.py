@@ -146,12 +146,14 @@ def _verify_published(
     """
     with scratch.folder() as temporary:
         copy = temporary / release.name
+        # The release itself comes first: its folder holds those of the others.
         pairs = zip(destinations, staged, strict=True)
         for destination, revision in sorted(pairs, key=lambda pair: pair[0].repository.folder):
             progress(f"pulling back {revision.repo}@{revision.revision}")
             pull(destination.remote, revision.commit, copy / destination.repository.folder)
         remove_client_files(copy)
         progress("verifying what was pulled back")
+        # A signed release must be signed by the same key on the Hub.
         key = release / PUBLIC_KEY
         verdict = verify(copy, trust=Trust(str(key)) if key.exists() else ANYONE)
         verdict.subject = subject
@@ -175,6 +177,7 @@ def _make_public(mains: Sequence[RemoteRepository], journal: Journal, progress: 
     """Makes repositories public in their order: data first, so that no model is ever public without its data."""
     for remote in mains:
         with translate_errors(f"making {remote.id} public"):
+            # A second run finds some of them public already.
             if remote.is_private():
                 api().update_repo_settings(remote.id, repo_type=remote.kind, private=False)
                 journal.write("make_public", repo=remote.id, kind=remote.kind)

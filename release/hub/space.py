@@ -64,6 +64,7 @@ def publish_space(
     with scratch.folder() as folder:
         content, copy = folder / "space", folder / "copy"
         write_space(release, info, certificates, content)
+        # Unlike a release, the Space is no version that is published once: it has no tag.
         destination = Destination(content, Repository("", "", "space"), remote, info.tag, journal)
         destination.refuse_beyond_limits()
         staged = destination.upload(progress)
@@ -83,6 +84,7 @@ def write_space(release: Path, info: ReleaseInfo, certificates: Sequence[Certifi
     for certificate in certificates:
         shutil.copyfile(certificate.path, content / f"replays/{certificate.name}.json")
     text = (release / PAGE).read_text(encoding="utf-8").replace(NO_REPLAYS, _replays(certificates))
+    # The page links to files next to it; on the Hub these are in other repositories.
     text = LINK.sub(lambda link: f'href="{escape(hub_address(info, link[1]))}" target="_blank" rel="noopener"', text)
     (content / "index.html").write_text(text, encoding="utf-8")
     (content / CARD).write_text(card(info), encoding="utf-8")

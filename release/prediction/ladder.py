@@ -1,6 +1,9 @@
-"""What a ladder of runs says: the law with its bands, the next run before it is run, and what to train for a budget.
+"""`atom ladder`: fits a law with its bands to runs, predicts the next run, and advises on the model for a budget.
 
-It fits and predicts what others ran or will run, and starts nothing.
+It starts nothing. The advice counts serving: a model of N parameters costs 6 N D FLOPs to train on D tokens and 2 N T
+to serve T tokens over its life, so the more it serves, the smaller and longer trained the best one is (Sardana et al.
+2024, arXiv:2401.00448). For a mixture of experts, N counts the active parameters. These are FLOPs alone: servers that
+wait, and batches that do not fill them, cost on top.
 """
 
 from __future__ import annotations
@@ -22,6 +25,12 @@ from stages.evaluation import ladder_laws
 from stages.evaluation.ladder_laws import LEVEL, PRETRAINING, Array, Fit, Form, band
 from stages.evaluation.scaling_law import Band
 
+SCHEMA = 1
+REPORT, PLOT = "ladder.json", "ladder.png"
+CURVE = 40
+"""Places of the drawn law."""
+MOST_SIZES = 6
+"""Sizes with a color of their own in the plot; of more, all points have one."""
 TRAIN, SERVE = 6.0, 2.0
 """FLOPs of a parameter and token."""
 GRID, ZOOMS = 200, 6
@@ -30,7 +39,15 @@ GRID, ZOOMS = 200, 6
 
 @dataclass(frozen=True)
 class Choice:
-    """A model. training, serving: FLOPs over its life."""
+    """A model.
+
+    Attributes:
+        parameters: N.
+        tokens: D, the tokens of training.
+        loss: Its loss by the law.
+        training: FLOPs of its training.
+        serving: FLOPs of serving it over its life.
+    """
 
     parameters: float
     tokens: float
@@ -41,9 +58,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Advice:
-    """budget: FLOPs; served: tokens. best: has the least loss of all models whose training and serving cost the budget.
-    without_serving: the compute-optimal model that costs as much in all. same_loss: the cheapest model with the loss of
-    that one, which saves `saved` of the budget. parameters, tokens, loss: the bands of `best`."""
+    """The model to train for a budget.
+
+    Attributes:
+        budget: FLOPs of training and serving.
+        served: Tokens that it serves over its life.
+        best: The model with the least loss of all that cost the budget.
+        parameters: The band of its parameters.
+        tokens: The band of its tokens.
+        loss: The band of its loss.
+        without_serving: The model that is optimal for its training alone and costs the budget as well.
+        same_loss: The cheapest model with the loss of that one.
+        saved: The share of the budget that the cheapest one saves.
+    """
 
     budget: float
     served: float
@@ -60,35 +87,48 @@ class Advice:
 
 
 def advise(fit: Fit, budget: float, served: float) -> Advice:
-    """fit: of the law `pretraining`. Raises ValueError with a sentence if serving a tiny model exceeds the budget."""
+    """Returns the advice of a fit of the law `pretraining`.
+
+    Args:
+        fit: The law.
+        budget: FLOPs of training and serving.
+        served: Tokens to serve.
+
+    Raises:
+        ValueError: If serving a model of one parameter exceeds the budget.
+    """
     if SERVE * served >= budget:
         raise ValueError(
             f"serving {served:.3g} tokens costs {SERVE * served:.3g} FLOPs for each parameter, and the budget is "
             f"{budget:.3g}; raise --budget"
         )
     value, drawn = fit.form.published(fit.parameters[None]), fit.form.published(fit.draws)
-    sizes = _best_size(value, budget, served)
-    best = _choice(value, sizes[0], budget, served)
+    best = _choice(value, _best_size(value, budget, served)[0], budget, served)
+    # The bands are those of the best models by the refits.
     drawn_sizes = _best_size(drawn, budget, served)
-    drawn_tokens = _tokens(drawn_sizes, budget, served)
     plain = _compute_optimal(value, budget, served)
     cheap = _cheapest(value, plain.loss, served)
     return Advice(
-        budget, served, best,
-        band(best.parameters, drawn_sizes), band(best.tokens, drawn_tokens),
-        fit.predict((best.parameters, best.tokens)),
-        plain, cheap, 1 - (cheap.training + cheap.serving) / budget,
-    )  # fmt: skip
+        budget=budget,
+        served=served,
+        best=best,
+        parameters=band(best.parameters, drawn_sizes),
+        tokens=band(best.tokens, _tokens(drawn_sizes, budget, served)),
+        loss=fit.predict((best.parameters, best.tokens)),
+        without_serving=plain,
+        same_loss=cheap,
+        saved=1 - (cheap.training + cheap.serving) / budget,
+    )
 
 
 def _loss(law: dict[str, Array], sizes: Array, tokens: Array) -> Array:
-    """[B, G] of laws [B] at sizes and tokens [B, G]."""
+    """Returns the losses of laws [B] at sizes and tokens [B, G], [B, G]."""
     e, a, b, alpha, beta = (law[name][:, None] for name in ("E", "A", "B", "alpha", "beta"))
     return e + a * sizes**-alpha + b * tokens**-beta
 
 
 def _tokens(sizes: Array, budget: float, served: float) -> Array:
-    """The tokens that are left for training: those that the budget pays for beside serving."""
+    """Returns the tokens of training that the budget pays for after serving."""
     return (budget - SERVE * sizes * served) / (TRAIN * sizes)
 
 
@@ -99,7 +139,8 @@ def _choice(law: dict[str, Array], size: float, budget: float, served: float) ->
 
 
 def _best_size(law: dict[str, Array], budget: float, served: float) -> Array:
-    """[B] the size with the least loss, of all from 1 parameter to those that leave one token for each."""
+    """Returns the size with the least loss for each law, [B]."""
+    # From one parameter up to the size that leaves one token of training for each parameter.
     largest = budget / (SERVE * served + TRAIN)
     count = len(law["E"])
 
@@ -110,7 +151,8 @@ def _best_size(law: dict[str, Array], budget: float, served: float) -> Array:
 
 
 def _least(cost: Any, low: Array, high: Array) -> Array:
-    """[B] e to the argument between low and high [B] at which cost [B, G] -> [B, G] of one valley is least."""
+    """Returns e to the argument between low and high [B] at which the cost ([B, G] -> [B, G]) is least, [B]."""
+    # The cost has one valley, so the least one of a grid encloses it with its neighbors.
     for _ in range(ZOOMS):
         grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, GRID)
         place = np.argmin(cost(np.exp(grid)), axis=1)
@@ -120,7 +162,7 @@ def _least(cost: Any, low: Array, high: Array) -> Array:
 
 
 def frontier(fit: Fit, flops: Array) -> tuple[Array, Array, Array]:
-    """Value, low and high [n] of the least loss that training FLOPs [n] buy."""
+    """Returns value, low and high of the least loss that training FLOPs buy, all [n]."""
     value, drawn = fit.form.published(fit.parameters[None]), fit.form.published(fit.draws)
 
     def least(law: dict[str, Array]) -> Array:
@@ -136,7 +178,8 @@ def frontier(fit: Fit, flops: Array) -> tuple[Array, Array, Array]:
 
 
 def _compute_optimal(law: dict[str, Array], budget: float, served: float) -> Choice:
-    """The model that is optimal for its training FLOPs alone, of the size at which its whole life costs the budget."""
+    """Returns the model that is optimal for its training FLOPs alone, and whose whole life costs the budget."""
+    # Its cost rises with the FLOPs of training, so bisection finds them.
     low, high = np.log(1e-9 * budget), np.log(budget)
     for _ in range(100):
         middle = (low + high) / 2
@@ -147,7 +190,8 @@ def _compute_optimal(law: dict[str, Array], budget: float, served: float) -> Cho
 
 
 def _cheapest(law: dict[str, Array], loss: float, served: float) -> Choice:
-    """The model of that loss whose life costs least."""
+    """Returns the model of a loss whose life costs least."""
+    # From L = E + A / N^alpha + B / D^beta: below this size, no number of tokens reaches the loss.
     e, a, b, alpha, beta = (float(law[name][0]) for name in ("E", "A", "B", "alpha", "beta"))
     smallest = (a / (loss - e)) ** (1 / alpha)
 
@@ -161,14 +205,6 @@ def _cheapest(law: dict[str, Array], loss: float, served: float) -> Choice:
     size = _least(cost, np.asarray([low]), np.asarray([low + 20.0]))[0]
     read = float(tokens(size))
     return Choice(float(size), read, loss, TRAIN * size * read, SERVE * size * served)
-
-
-SCHEMA = 1
-REPORT, PLOT = "ladder.json", "ladder.png"
-CURVE = 40
-"""Places of the drawn law."""
-MOST_SIZES = 6
-"""Sizes with a color of their own in the plot; of more, all points have one."""
 
 
 Points = list[tuple[float, float, float, float]]
@@ -198,7 +234,14 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Expectation:
-    """A run that is predicted. remarks: how it extrapolates."""
+    """A run that is predicted.
+
+    Attributes:
+        name: Its name.
+        figures: Its compute, by the columns of the law.
+        band: The predicted value.
+        remarks: Sentences on how far it extrapolates.
+    """
 
     name: str
     figures: Mapping[str, float]
@@ -208,7 +251,15 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Ladder:
-    """advice: only of the law `pretraining`. remarks: on the advice."""
+    """The result of `atom ladder`.
+
+    Attributes:
+        points: The runs.
+        fit: The law.
+        expectations: The runs that are predicted.
+        advice: The model to train for a budget; only the law `pretraining` can tell.
+        remarks: Sentences on how far the advice extrapolates.
+    """
 
     points: Sequence[Point]
     fit: Fit
@@ -244,18 +295,23 @@ def make(
     budget: float | None = None,
     served: float = 0.0,
 ) -> Ladder:
-    """following: (name, figures) of runs to predict. budget: FLOPs of training and serving; served: tokens.
+    """Fits a law to points, and answers by it.
 
-    Raises AtomError with a sentence if the points cannot carry the law, or it cannot answer.
+    Args:
+        form: The law.
+        points: The runs.
+        following: (name, figures) of runs to predict.
+        budget: FLOPs of training and serving to advise on.
+        served: Tokens to serve.
+
+    Raises:
+        AtomError: If the points cannot carry the law, or it cannot answer.
     """
     if budget is not None and form is not PRETRAINING:
         raise AtomError(f"--budget asks for parameters and tokens, and the law {form.name} has none; leave it out")
     try:
-        fit = ladder_laws.fit(
-            form,
-            [[point.figures[name] for point in points] for name in form.columns],
-            [point.figures[form.value] for point in points],
-        )
+        columns = [[point.figures[name] for point in points] for name in form.columns]
+        fit = ladder_laws.fit(form, columns, [point.figures[form.value] for point in points])
         advice = None if budget is None else advise(fit, budget, served)
     except ValueError as error:
         raise AtomError(f"these {len(points)} points carry no answer: {error}") from None
@@ -275,7 +331,7 @@ def write(ladder: Ladder, plot: bytes, folder: Path) -> None:
 
 
 def sentences(ladder: Ladder) -> list[str]:
-    """What the command prints."""
+    """Returns the lines that the command prints."""
     form, fit = ladder.form, ladder.fit
     lines = [f"{form.formula}, fitted to {len(ladder.points)} points; bands of {LEVEL:.0%}"]
     lines += [f"  {name} = {_figure(row)}" for name, row in fit.published().items()]
@@ -313,8 +369,10 @@ def _figure(row: Band) -> str:
 
 
 def drawing(ladder: Ladder) -> Drawing:
-    """Returns the points, the law with its band, and what is predicted, by compute. For the law `pretraining` compute
-    is 6 N D, and the line is the least loss that it buys."""
+    """Returns the points, the law with its band, and the predictions, by compute.
+
+    For the law `pretraining`, compute is 6 N D, and the line is the least loss that it buys.
+    """
     form = ladder.form
     at = [(_compute(form, point.figures), point.figures[form.value]) for point in ladder.points]
     predicted = {
@@ -322,6 +380,7 @@ def drawing(ladder: Ladder) -> Drawing:
         for row in ladder.expectations
         if (x := _compute(form, row.figures)) > 0
     }
+    # The axis is logarithmic, and reinforcement has a point before any compute.
     shown = [x for x, _ in at if x > 0] + [points[0][0] for points in predicted.values()]
     grid = np.geomspace(min(shown), max(shown), CURVE)
     values = frontier(ladder.fit, grid) if form is PRETRAINING else ladder.fit.curve(grid[None])
@@ -338,13 +397,13 @@ def drawing(ladder: Ladder) -> Drawing:
 
 
 def _compute(form: Form, figures: Mapping[str, float]) -> float:
-    return (
-        TRAIN * math.prod(figures[name] for name in form.columns) if form is PRETRAINING else figures[form.columns[0]]
-    )
+    if form is PRETRAINING:
+        return TRAIN * math.prod(figures[name] for name in form.columns)
+    return figures[form.columns[0]]
 
 
 def _groups(ladder: Ladder, at: Sequence[tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
-    """The points by their size, if the law has sizes and they are few."""
+    """Returns the points by their size, if the law has sizes and they are few."""
     sizes = [point.figures.get("parameters", 0.0) for point in ladder.points]
     if ladder.form is not PRETRAINING or len(set(sizes)) > MOST_SIZES:
         return {"runs": list(at)}

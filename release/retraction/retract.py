@@ -163,6 +163,7 @@ def _rewrite_folder(
         trained = _trained_folders(release, reached)
         for folder in trained if remove_models else ():
             _empty(draft / folder)
+        # Notices change cards, so they come before files are compared.
         noticed = _add_notices(draft, reached, info, trained, remove_models)
         tombstone = _tombstone(info, reached, deny_list, [places[f] for f in trained], remove_models)
         repositories_changed = []
@@ -173,6 +174,7 @@ def _rewrite_folder(
             name = place.id(info.namespace, info.name)
             repositories_changed.append(ChangedRepository(name, place.branch, folder, checksums[folder], tuple(files)))
         tombstone = replace(tombstone, repositories=tuple(repositories_changed))
+        # Earlier tombstones stay: a release may be retracted in part more than once.
         content = to_json(tombstones_json([*read_tombstones(release), tombstone]))
         for changed in repositories_changed:
             atomic_files.write(draft / changed.folder / RETRACTED, content)
@@ -281,6 +283,7 @@ def _seal(draft: Path, release: Path, changed: set[str], key: SigningKey | None,
     signatures = [path for name in (SIGNATURE, PUBLIC_KEY) for path in draft.rglob(name)]
     for path in signatures:
         atomic_files.write(path, path.read_bytes())
+    # Signing replaces all signatures; unchanged repositories get theirs back below.
     sign(draft, key, progress)
     for place in repositories(draft):
         for name in (SIGNATURE, PUBLIC_KEY):

@@ -35,9 +35,11 @@ def rewrite(release: Path, reached: Reached) -> None:
     Tables lose the rows that hold a text, logs the lines, cards the text; another file with a text is removed, and the
     page with its search. Dispositions state the removal.
     """
+    # The page has samples of documents, and none is made for a retracted release.
     shutil.rmtree(release / SITE, ignore_errors=True)
     for path in files_below(release):
         file = release / path
+        # Code holds no documents, and checksums are written again at the end.
         if path.startswith("code/") or path.endswith(SUMS):
             continue
         if path.endswith(".parquet"):
@@ -47,6 +49,7 @@ def rewrite(release: Path, reached: Reached) -> None:
         elif path.endswith((".json", ".txt", ".md")):
             _rewrite_text(file, reached)
     if (release / "dataset" / ROOTS).exists():
+        # The roots are those of the tables as they are now.
         roots = merkle.roots(release / "dataset")
         atomic_files.write(release / "dataset" / ROOTS, (json.dumps(roots, indent=1, sort_keys=True) + "\n").encode())
 
@@ -160,6 +163,7 @@ def _rewrite_text(path: Path, reached: Reached) -> None:
     needles = [needle for needle in _encoded(reached) if needle in content]
     if path.name == CARD:
         lines = content.decode().splitlines(keepends=True)
+        # A card keeps its words: only the example goes, and texts that it quotes elsewhere.
         left = "".join(line for line in lines if not any(is_example_of(line, id) for id in reached.kinds)).encode()
         if left == content and not needles:
             return

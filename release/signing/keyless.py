@@ -127,6 +127,7 @@ def certificate_identity(certificate: Any) -> Identity:
     """Returns the identity that a certificate of Sigstore names."""
     from cryptography import x509
 
+    # People have an e-mail address, workflows a URL; a certificate has one of them.
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     [name] = names.get_values_for_type(x509.RFC822Name) + names.get_values_for_type(x509.UniformResourceIdentifier)
     issuer = certificate.extensions.get_extension_for_oid(x509.ObjectIdentifier(ISSUER)).value

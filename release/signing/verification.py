@@ -114,6 +114,7 @@ def verify(
     files, digests = set(present) - set(IGNORED), signed.digests
     problems = [f"{path} is missing, and was signed" for path in sorted(digests.keys() - files)]
     problems += [f"{path} was added after signing" for path in sorted(files - digests.keys())]
+    # Digests are compared for the files on both sides; the others are problems already.
     common = sorted(files & digests.keys())
     problems += [f"{path} was altered after signing" for path in common if digest(folder / path) != digests[path]]
     return SignatureVerdict(signed.signer, problems)
@@ -153,6 +154,7 @@ def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
         name = fingerprint(public.read_bytes(), exact=True)
     except ValueError:
         return _Signed(None, {}, f"{PUBLIC_KEY} is not a public key, or is altered")
+    # The caller trusts an identity, and anybody can make a key.
     if policy.verifier:
         return _Signed(None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {policy.signer}")
     try:

@@ -103,6 +103,7 @@ def _model(facts: StandardFacts) -> list[Json]:
 
 
 def _characteristics(facts: StandardFacts) -> list[Json]:
+    # Held-out documents are no training data.
     trained = {name: row.tokens.get("train", 0) for name, row in facts.data.sources.items()}
     total = sum(trained.values())
     size = next((text for bound, text in SIZES if total < bound), "more than 10 trillion tokens")
@@ -200,6 +201,7 @@ def _domains_of_part(part: data_layout.Part) -> Counter[str]:
     kept = stream_rows(part.kept, ["id", "origin"], BATCH)
     rows = stream_rows(part.dispositions, ["id", "disposition", "bytes"], BATCH)
     read = (row for row in rows if row["disposition"] == "kept")
+    # Both tables have the documents in one order, so one pass over each is enough.
     for row, disposition in zip_longest(kept, read):
         if row is None or disposition is None or row["id"] != disposition["id"]:
             name = part.kept.relative_to(part.dispositions.parents[2]).as_posix()

@@ -114,6 +114,7 @@ def _absent(facts: StandardFacts, component: Component, license: str) -> str:
         return "" if component.location else "the maker states no address of one (release.maker)"
     if next(facts.folder.glob(component.location), None) is None:
         return f"there is no {component.location}"
+    # The framework asks for the data itself, and for all of it.
     if component.name == "Datasets" and facts.data.by_reference:
         return f"the texts of {', '.join(facts.data.by_reference)} are by reference"
     if component.name == "Datasets" and facts.published_base:

@@ -173,6 +173,7 @@ def _model_card(facts: StandardFacts, folder: str) -> Json:
             low, high = row["value"] - Z95 * row["se"], row["value"] + Z95 * row["se"]
             interval = {"lowerBound": repr(low), "upperBound": repr(high)}
             metrics.append({"type": metric, "slice": name, "value": repr(row["value"]), "confidenceInterval": interval})
+    # CycloneDX has one approach for a model.
     kinds = {numbered(phase)[0] for phase in model.training}
     approach = "reinforcement-learning" if kinds & {"rlvr", "online-rlhf"} else "self-supervised"
     considerations: Json = {

@@ -79,6 +79,7 @@ def framework(content: bytes) -> Iterator[str]:
     rows = body["release"]["components"]
     if [row["name"] for row in rows] != [component["name"] for component in TABLES["components"]]:
         yield "its components are not the seventeen of the framework"
+    # A component is either not included, or has a place and a license.
     for row in rows:
         if row["description"] != NOT_INCLUDED and not all(row[name] for name in ("location", "license_name")):
             yield f"{row['name']} has no location or license"

@@ -66,6 +66,7 @@ def read_products(folder: Path) -> dict[str, Product]:
         product.inputs = provenance.material_keys(body)
         product.seconds = float(provenance.usage(body).get("wall_seconds", 0.0))
         product.starts = provenance.starts(body)
+    # Statements name inputs by key; a reader knows nodes.
     nodes = {product.key: product.node for product in products.values()}
     for product in products.values():
         product.inputs = {role: nodes.get(key, key) for role, key in product.inputs.items()}
@@ -81,6 +82,7 @@ def _boxes(products: Mapping[str, Product]) -> tuple[dict[str, list[str]], dict[
         alike.setdefault((depth[node], drawn[node].stage), []).append(node)
     boxes: dict[str, list[str]] = {}
     for (column, stage), nodes in alike.items():
+        # Hundreds of equal boxes, such as parts of a source, would hide the rest.
         if len(nodes) > MOST_ALIKE and stage:
             boxes[f"{stage}: {len(nodes)} in column {column + 1}"] = nodes
         else:

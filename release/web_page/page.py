@@ -158,6 +158,7 @@ def render(facts: PageFacts) -> str:
 
 def runs_nothing(text: str) -> bool:
     """Returns True if a page begins as those of this atom do, whose policy allows no script, and has none."""
+    # The head has the policy that forbids scripts; a second one could not loosen it, but a changed one could.
     head = (FOLDER / TEMPLATE).read_text(encoding="utf-8").partition("<title>")[0]
     lower = text.lower()
     return text.startswith(head) and "<script" not in lower and lower.count("<meta") == head.count("<meta")
@@ -178,6 +179,7 @@ def _picture(folder: Path, path: str, caption: str) -> Markup:
     """Returns a picture of the release in the page itself, with a link to its file; nothing without the file."""
     if not (folder / path).is_file():
         return Markup()
+    # Embedded, because the page's policy loads nothing.
     data = base64.b64encode((folder / path).read_bytes()).decode()
     return Markup(
         '<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}. {}</figcaption></figure>'
@@ -188,6 +190,7 @@ def _pictures(facts: PageFacts) -> list[Markup]:
     """Returns the plots of the final model, and those of training of the models that other phases made."""
     shown = [_picture(facts.folder, f"{MODEL}/{name}", caption) for name, caption in TITLES["plots"].items()]
     for name, model in facts.models.items():
+        # The final model's plot shows the phases that led to it; branches need their own.
         if not model.training.keys() <= facts.final.training.keys():
             shown.append(_picture(facts.folder, f"{name}/{plots.LOSS}", f"The same of {model.name()}"))
     return [picture for picture in shown if picture]
@@ -207,6 +210,7 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
         (shares, "documents kept of those read", link),
     ]
     if (report := final.contamination) is not None:
+        # Items for validation are no test.
         splits = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
         totals = [f"{sum(verdicts[name] for verdicts in splits):,} {name}" for name in VERDICTS]
         link = file_link("dataset/evaluation/contamination/report.json", "report.json")
@@ -230,6 +234,7 @@ def _measured(facts: PageFacts) -> list[tuple[str, Markup]]:
     sections = _sections(card_tables.MODEL_TABLES, facts.final, TITLES["model"], dict.fromkeys(IN_PLAIN_TEXT, scores))
     for model in facts.models.values():
         if model is not facts.final:
+            # Only a prediction is about another model than the final one.
             title = {"prediction": f"Prediction and result of {model.name()}"}
             sections += _sections(card_tables.MODEL_TABLES, model, title)
     return sections

@@ -206,6 +206,7 @@ def _chat_rows(items: Path) -> Callable[[Path], Iterator[Answer]]:
     """Returns a reader of the greedy answers to the items of a file, which counts the right sampled ones."""
 
     def rows(path: Path) -> Iterator[Answer]:
+        # Sampled answers are numbered from 0; the greedy one has a negative number.
         questions = dict(_questions(items))
         samples: dict[str, list[int]] = {}
         for row in stream_rows(path, ["id", "sample", "reward"]):
@@ -281,6 +282,7 @@ def read_contamination(release: Path) -> Contamination | None:
     items: dict[tuple[str, str], dict[str, Any]] = {}
     for row in stream_rows(path, ["id", "kind", "split", "phase", "words", "longest", "overlap", "verdict"]):
         phases.setdefault(row["phase"])
+        # An item has a row for each phase; its worst figures count.
         item = items.setdefault((row["split"], row["id"]), {**row, "verdicts": {}})
         item["verdicts"][row["phase"]] = row["verdict"]
         item["longest"] = max(item["longest"], row["longest"])

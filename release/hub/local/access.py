@@ -1,4 +1,4 @@
-"""What every route reads from a request: the user, the repository and its revision, and the metadata of a card.
+"""Reads from a request: the user, the repository and its revision, and the metadata of a card.
 
 A private repository does not exist for users who may not read it.
 """
