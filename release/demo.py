@@ -128,6 +128,7 @@ class Screen:
     def _last_line(self, command: Command) -> list[Any]:
         from rich.text import Text
 
+        # Programs end with empty lines.
         text = next((line for line in reversed(command.output) if line.strip()), "")
         return [Text(f"    {text.rstrip()}", style="dim")]
 
@@ -140,6 +141,7 @@ class Screen:
 
         lines = [Text()]
         try:
+            # The newest run of the store is the one that the demo has just begun.
             self._run = self._run or runs.find(self.store, None)
         except AtomError:  # the command has not begun its run yet
             return lines

@@ -82,7 +82,7 @@ class ReleaseFacts:
         return int((evaluation["chat"] if self.example.in_conversation else evaluation)["max_new_tokens"])
 
     def interventions_of_model(self) -> list[Intervention]:
-        """The interventions in the phases that trained the model."""
+        """Returns the interventions in the phases that trained the model."""
         return [row for row in self.interventions if row.phase in self.model.training]
 
 
@@ -220,6 +220,7 @@ LONG = 15
 
 def folded(summary: str, text: str) -> str:
     """Returns a table below its summary; a long one is shown when a reader opens it."""
+    # The Hub renders `details`, and a reader without it still sees the table.
     if text.count("\n") < LONG:
         return f"{summary}\n\n{text}".lstrip()
     return f"<details>\n<summary>{summary or 'Show the table'}</summary>\n\n{text}\n\n</details>"

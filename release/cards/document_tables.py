@@ -189,6 +189,7 @@ def opt_outs(data: DataFacts) -> list[str]:
     for row in data.opt_outs:
         # The first kinds name the document itself; the others follow from it.
         named = sum(number for kind, number in row.removed.items() if kind not in OPT_OUT_KINDS[4:])
+        # Each kind that follows from the named documents has a column.
         others = [count(row.removed[kind]) for kind in OPT_OUT_KINDS[4:]]
         body.append([f"`{escaped(row.request[:16])}`", escaped(row.date), count(named), *others])
     head = ["request", "date", "named", "copies", "near duplicates", "rewrites"]

@@ -164,6 +164,7 @@ def draw_losses(model: Path, source: str) -> bytes:
     Raises:
         AtomError: If matplotlib is not installed.
     """
+    # Logs have many fields; only those of the plot are held in memory.
     lines = {phase: training.read(log, FIGURES) for phase, log in training.logs(model).items()}
     rewarded = {phase: rows for phase, rows in lines.items() if any("reward" in row for row in rows)}
     read_text = {phase: rows for phase, rows in lines.items() if phase not in rewarded}
@@ -189,6 +190,7 @@ def _phases(axis: Axes, phases: dict[str, list[training.Facts]], key: str) -> No
     begin = 0
     for number, (phase, rows) in enumerate(phases.items()):
         color, last = COLORS[number % len(COLORS)], max(row["step"] for row in rows)
+        # Skipped steps moved no weight.
         steps = [row for row in rows if key in row and "skipped" not in row]
         axis.plot([begin + row["step"] for row in steps], [row[key] for row in steps], color=color, linewidth=0.9)
         held = [row for row in rows if VALIDATION_LOSS in row] if key == "loss" else []
@@ -488,6 +490,7 @@ def _bars(axis: Axes, title: str, rows: Mapping[str, int], color: str) -> None:
     axis.invert_yaxis()
     axis.set_title(title, loc="left", fontsize=10)
     axis.set_xticks([])
+    # Room for the number at the end of the longest bar.
     axis.set_xlim(0, 1.25 * max(rows.values()))
     for place, value in enumerate(rows.values()):
         text, style = f"{value:,} ({value / total:.1%})", {"textcoords": "offset points", "va": "center"}

@@ -71,6 +71,7 @@ def render_all(
     yield f"dataset/{CARD}", data_card(release, data, canary)
     steps = tables.checkpoints(read_checkpoints(folder / "checkpoints"))
     yield f"checkpoints/{CARD}", plain_card("checkpoints", release, release.license.weights, checkpoints=steps)
+    # The card of the evidence lists all repositories, since it is the entry to the release.
     places = [
         [place.id(release.namespace, release.name), place.kind, place.branch, f"`{place.folder or '.'}`"]
         for place in repositories(folder)

@@ -44,6 +44,7 @@ def problems(folder: Path, model: ModelFacts, dataset: str, version: str | None)
     path = results_path(dataset)
     if not (folder / FOLDER).is_dir():
         return [f"{path} is missing"]
+    # Further files would be shown as results by the Hub.
     present = [file.relative_to(folder).as_posix() for file in (folder / FOLDER).rglob("*")]
     if present != [path]:
         return [f"{FOLDER} holds {', '.join(sorted(present))}, and not {path} alone"]
@@ -66,6 +67,7 @@ def _without_source(rows: Any) -> Any:
 def _rows(model: ModelFacts, dataset: str, version: str) -> list[dict[str, Any]]:
     hub = load()
     scores, name = model.own_scores(), model.name()
+    # Other engines round differently, so the engine belongs to the number.
     computed = f"; by vLLM ({scores['engine']})" if "engine" in scores else ""
     entries = [
         hub.EvalResultEntry(

@@ -129,7 +129,7 @@ def titles(models: Iterable[str]) -> dict[str, str]:
 
 
 def summary(model: ModelFacts) -> list[str]:
-    """One sentence on the model: its kind, size, context and phases."""
+    """Returns one sentence on the model: its kind, size, context and phases."""
     size, kind = model.parameters, "mixture-of-experts language model" if model.has_experts else "language model"
     active = f", {count(size.active)} of them active for one token" if size.active != size.total else ""
     context = count(model.config["max_position_embeddings"])
@@ -141,7 +141,7 @@ def summary(model: ModelFacts) -> list[str]:
 
 
 def headline(model: ModelFacts) -> list[str]:
-    """The figures of this model beside those of the model before it and of the base model."""
+    """Returns the figures of this model beside those of the model before it and of the base model."""
     names = list(model.scores)
     # At most three columns: the base model, the one before this, and this one.
     shown = list(dict.fromkeys([*[name for name in names if name == "base"], *names[-2:]]))
@@ -163,7 +163,7 @@ def headline(model: ModelFacts) -> list[str]:
 
 
 def evaluation(scores: dict[str, ModelScores]) -> list[str]:
-    """One row for each measure, one column for each model: value ± standard error."""
+    """Returns one row for each measure, one column for each model: value ± standard error."""
     phases, last_scores = list(scores), scores[list(scores)[-1]]
     body = [
         [f"bits per byte, {source}", *(with_error(scores[p]["bits_per_byte"][source], 3) for p in phases)]
@@ -179,12 +179,12 @@ def evaluation(scores: dict[str, ModelScores]) -> list[str]:
 
 
 def passkeys(scores: dict[str, ModelScores]) -> list[str]:
-    """Keys retrieved from texts of each length, one column for each model that was evaluated on them."""
+    """Returns keys retrieved from texts of each length, one column for each model that was evaluated on them."""
     return _by_model(scores, "passkey", "tokens of the text")
 
 
 def positions(scores: dict[str, ModelScores]) -> list[str]:
-    """Bits per token of long documents by the token's position, one column for each model."""
+    """Returns bits per token of long documents by the token's position, one column for each model."""
     return _by_model(scores, "loss_by_position", "position of the token")
 
 
@@ -212,7 +212,7 @@ def _by_model(scores: dict[str, ModelScores], kind: Literal["passkey", "loss_by_
 
 
 def samples(scores: dict[str, ModelScores]) -> list[str]:
-    """The sample sizes of the evaluation: documents, bytes and problems."""
+    """Returns the sample sizes of the evaluation: documents, bytes and problems."""
     last_scores = scores[list(scores)[-1]]
     body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last_scores["bits_per_byte"].items()]
     body += [[name, "", "", count(r["n"])] for name, r in last_scores["accuracy"].items()]
@@ -251,20 +251,20 @@ def architecture(model: ModelFacts) -> list[str]:
 
 
 def tokenizer(model: ModelFacts) -> list[str]:
-    """The size of the vocabulary, and the tokens that stand for no text."""
+    """Returns the size of the vocabulary, and the tokens that stand for no text."""
     special = ", ".join(f"`{escaped(token)}`" for token in model.special_tokens)
     return [f"{count(model.config['vocab_size'])} ids in the vocabulary. Tokens that stand for no text: {special}."]
 
 
 def chat_format(model: ModelFacts) -> list[str]:
-    """A request in the chat template, as code; none if it is not known."""
+    """Returns a request in the chat template, as code; none if it is not known."""
     # The rendered request is one of the goldens, which not every model can answer.
     text = model.rendered_chat.replace("What is 2+2?", "REQUEST")
     return ["````text", *map(escaped, text.splitlines()), "````"] if text else []
 
 
 def context(model: ModelFacts) -> list[str]:
-    """The context length and the position encoding, from config.json."""
+    """Returns the context length and the position encoding, from config.json."""
     # Known settings first; the further ones depend on the kind of scaling.
     rope = dict(model.rope)
     body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
@@ -291,7 +291,7 @@ def number(value: Any) -> str:
 
 
 def sources(data: DataFacts) -> list[str]:
-    """Documents and tokens of each source after curation."""
+    """Returns documents and tokens of each source after curation."""
     body = []
     for name, row in data.sources.items():
         split, tokens = row.by_split, sum(row.tokens.values())
@@ -306,6 +306,7 @@ def shares(data: DataFacts, phases: Iterable[str]) -> list[str]:
     for phase in (phase for phase in data.order if phase in phases):
         row, tokens = data.order[phase], data.tokens_read(phase)
         total = sum(tokens.values())
+        # Names break ties, so that equal facts give equal bytes.
         largest = sorted(tokens.items(), key=lambda pair: (-pair[1], pair[0]))
         mix = ", ".join(f"{name} {number / total:.1%}" for name, number in largest) if total else ""
         body.append([title(phase, PHASES), count(row.steps), count(total), mix])
@@ -313,7 +314,7 @@ def shares(data: DataFacts, phases: Iterable[str]) -> list[str]:
 
 
 def licenses_in_short(data: DataFacts) -> list[str]:
-    """One sentence: the licenses of the sources that the data come from."""
+    """Returns one sentence: the licenses of the sources that the data come from."""
     by_license: dict[str, list[str]] = {}
     for name, row in data.sources.items():
         by_license.setdefault(few(row.licenses) or "no license", []).append(name)
@@ -321,13 +322,13 @@ def licenses_in_short(data: DataFacts) -> list[str]:
 
 
 def few(licenses: list[str]) -> str:
-    """The first licenses, and the number of the others."""
+    """Returns the first licenses, and the number of the others."""
     shown, others = licenses[:MOST_LICENSES], licenses[MOST_LICENSES:]
     return ", ".join([*shown, f"{len(others)} others"] if others else shown)
 
 
 def license_evidence(data: DataFacts) -> list[str]:
-    """One line for each source: licenses, origin and evidence of the license."""
+    """Returns one line for each source: licenses, origin and evidence of the license."""
     return [
         f"- **{name}**: {few(row.licenses)}. Origin: {row.origin}. Evidence of the license: {row.license_evidence}."
         for name, row in data.sources.items()
@@ -350,7 +351,7 @@ def funnel(data: DataFacts) -> list[str]:
 
 
 def order(data: DataFacts) -> list[str]:
-    """The data of each training phase, from the order index."""
+    """Returns the data of each training phase, from the order index."""
     body = []
     for phase, row in data.order.items():
         for part in row.parts:
@@ -393,7 +394,7 @@ def further_evidence(release: Path) -> list[str]:
 
 
 def packing(data: DataFacts) -> list[str]:
-    """The fill of the rows of packed phases; empty if no phase is packed."""
+    """Returns the fill of the rows of packed phases; empty if no phase is packed."""
     body = []
     for phase, part in _packed(data):
         if (packing := part.packing) is not None:
@@ -403,7 +404,7 @@ def packing(data: DataFacts) -> list[str]:
 
 
 def long_documents(data: DataFacts) -> list[str]:
-    """The requested and the missing share of long documents; empty if no phase up-weights them."""
+    """Returns the requested and the missing share of long documents; empty if no phase up-weights them."""
     keys = ("over", "chunks", "available_tokens", "wanted_tokens", "missing_tokens")
     body = [
         [phase, source, *(count(row[key]) for key in keys)]
@@ -424,7 +425,7 @@ def _packed(data: DataFacts) -> Iterator[tuple[str, OrderPart]]:
 
 
 def interventions(rows: list[Intervention]) -> list[str]:
-    """One line for each resumption of a phase from a checkpoint of an earlier run."""
+    """Returns one line for each resumption of a phase from a checkpoint of an earlier run."""
     lines = []
     for row in rows:
         changes = ", ".join(
@@ -474,6 +475,7 @@ def cost(run_costs: costs.Costs) -> list[str]:
     names = [*WORDS["stages"], *sorted(stage for stage in run_costs if stage not in part_of)]
     parts: costs.Costs = {}
     for name in names:
+        # Several stages may be one part, and a run need not have all parts.
         rows = [row for stage, row in run_costs.items() if part_of.get(stage, stage) == name]
         if rows:
             parts[name] = {column: sum(row[column] for row in rows) for column in costs.COLUMNS}

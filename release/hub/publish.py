@@ -80,6 +80,7 @@ def publish(
     if not (release / RELEASE).is_file():
         raise AtomError(f"{release} is not a release folder; make one with `atom build`")
     progress("verifying the release before anything is sent")
+    # A release that is not valid here would be found invalid after the upload.
     verify(release).require()
     release_info = schema.read_release(release)
     _require_publishable(release_info, namespace, public, acknowledge)
@@ -105,6 +106,7 @@ def publish(
             destination.tag_main(row.commit)
         for destination in destinations:
             destination.clear_staging()
+        # The Space follows the release, since it may show replays that came later.
         space = publish_space(release, release_info, certificates, journal, progress)
     except Changed as error:
         raise AtomError(

@@ -124,6 +124,7 @@ class Destination:
         with translate_errors(f"reading {self.remote.id}"):
             if self.branch != "main" or not self.remote.exists() or self.tag not in self.remote.refs().tags:
                 return
+        # The checksum file stands for all files of the version.
         published = self._files(self.tag).get(SUMS)
         if published is None or published.id not in _file_ids(self.folder / SUMS):
             raise self._version_conflict()
@@ -238,12 +239,14 @@ class Destination:
                 api().create_tag(remote.id, tag=tag, revision=commit, repo_type=remote.kind, exist_ok=True)
                 self.journal.write("create_tag", repo=remote.id, kind=remote.kind, tag=tag, commit=commit)
                 tags = {tag: commit, **remote.refs().tags}  # another publication may have made it just before
+        # Commits differ after an interrupted publication, and their files may be equal.
         if tags[tag] != commit and self._files(tag) != self._files(commit):
             raise self._version_conflict()
 
     def clear_staging(self) -> None:
         """Deletes the staging branch of this version, also that of an interrupted publication."""
         remote, branch = self.remote, self.staging_branch
+        # Nothing is lost: the branch has the same files as main.
         with suppress(Changed), translate_errors(f"deleting {remote.id}@{branch}"):  # another publication deleted it
             if branch in self._branches():
                 api().delete_branch(remote.id, repo_type=remote.kind, branch=branch)
@@ -304,6 +307,7 @@ class Destination:
         """
         hub, remote = load(), self.remote
         operations = [hub.CommitOperationAdd(path, self.folder / path) for path in difference.missing]
+        # Additions and deletions are one commit, so no reader sees one without the other.
         operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
         size = sum((self.folder / path).stat().st_size for path in difference.missing)
         try:

@@ -151,6 +151,7 @@ def write(prediction: Prediction, materials: dict[str, Artifact], store: Store, 
         name: The name of the recipe.
     """
     started = time.time()
+    # A folder of its own: two commands at once write two drafts, and one of them is sealed.
     draft = store.home / "work" / f".{key}.{uuid.uuid4().hex}"
     draft.mkdir(parents=True)
     body = json.dumps(prediction.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"

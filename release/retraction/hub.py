@@ -92,6 +92,7 @@ def _drop_tag(destination: Destination) -> None:
     with translate_errors(f"reading {remote.id}"):
         if destination.branch != "main" or tag not in remote.refs().tags:
             return
+    # The tag was moved by an earlier attempt.
     if not destination.differs(tag):
         return
     with translate_errors(f"deleting {remote.id}@{tag}"):
@@ -104,6 +105,7 @@ def _squash(destination: Destination) -> None:
     remote, branch = destination.remote, destination.branch
     with translate_errors(f"squashing {remote.id}@{branch}"):
         commits = api().list_repo_commits(remote.id, repo_type=remote.kind, revision=branch)
+        # The squash was done by an earlier attempt.
         if len(commits) > 1:
             api().super_squash_history(
                 remote.id, repo_type=remote.kind, branch=branch, commit_message="Retracted on request"
@@ -126,6 +128,7 @@ def _delete_lfs(remote: RemoteRepository, journal: Journal) -> Iterator[str]:
             objects = sorted(row.file_oid for row in unused)
             journal.write("permanently_delete_lfs_files", repo=remote.id, kind=remote.kind, objects=objects)
             yield f"{remote.id}: {len(unused)} LFS objects are deleted"
+    # A tag of another version has a commit of its own, which the squash of a branch leaves.
     heads = set(refs.branches.values())
     for tag in sorted(tag for tag, commit in refs.tags.items() if commit not in heads):
         yield f"{remote.id}@{tag} is of another release, and keeps its files; retract that release as well"

@@ -169,6 +169,7 @@ def _rewrite_folder(
         repositories_changed = []
         for folder, place in places.items():
             files = _changed_files(draft, place, before)
+            # The release itself and noticed repositories get a tombstone even if no table changed.
             if not files and folder not in ("", *noticed):
                 continue
             name = place.id(info.namespace, info.name)
@@ -188,6 +189,7 @@ def _rewrite_folder(
 
 def _link(source: str, target: str) -> None:
     try:
+        # A copy by links takes no space and no time, whatever the size of the weights.
         os.link(source, target)
     except OSError:  # no links on this file system
         shutil.copy2(source, target)
@@ -205,6 +207,7 @@ def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
+        # The words on why the repository is empty stay in it.
         elif path.name not in KEPT_OF_REMOVED:
             path.unlink()
 

@@ -144,6 +144,7 @@ def _decide(batch: Any, reached: Reached, schema: Any) -> Any:
     rows = batch.to_pylist()
     for row in rows:
         if row["id"] in reached.kinds and row["disposition"] == "kept":
+            # In the form of an opt-out during curation, so that the same checks read it.
             match = match_text(reached.kinds[row["id"]], " ".join(sorted(reached.requests[row["id"]])))
             row |= {"disposition": "removed", "split": None, "kept_hash": None, "rule": OPT_OUT_RULE}
             row |= {"value": 1.0, "threshold": 1.0, "match": match}
@@ -154,6 +155,7 @@ def _rewrite_lines(path: Path, reached: Reached) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     needles = list(_encoded(reached))
     left = [line for line in lines if not any(needle in line for needle in needles)]
+    # An unchanged file keeps its link to the release, and so its bytes.
     if len(left) < len(lines):
         atomic_files.write(path, b"".join(left))
 

@@ -77,6 +77,7 @@ def fingerprint(pem: bytes, exact: bool = False) -> str:
 
     try:
         key = serialization.load_pem_public_key(pem)
+    # Callers treat every key that cannot be used alike.
     except UnsupportedAlgorithm as error:
         raise ValueError(str(error)) from None
     form = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -116,6 +117,7 @@ def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambd
             config.sign(folder, folder / SIGNATURE)
         except (ValueError, TypeError, OSError) as error:
             raise AtomError(f"{release} cannot be signed: {' '.join(str(error).split())}") from None
+        # Next to the signature, so that whoever knows the fingerprint needs no other file.
         (folder / PUBLIC_KEY).write_bytes(pem)
     return fingerprint(pem)
 
@@ -160,6 +162,7 @@ def _hashing(release: Path, repository: Repository) -> Any:
     from model_signing import hashing
 
     config = hashing.Config()
+    # In a release folder, repositories lie inside of each other; a pulled one lies alone.
     config.set_ignored_paths(paths=[*IGNORED, *_nested(release, repository)])
     return config
 

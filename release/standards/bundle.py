@@ -87,6 +87,7 @@ def notice(facts: StandardFacts) -> str:
         if (facts.folder / "dataset/notices" / name).is_dir():
             lines.append(f"  license texts and notices of its packages: notices/{name}")
         if facts.declared.get(name, {}).get("reader") in STDLIB:
+            # Not every installation of Python has its license as a file.
             present = (facts.folder / "dataset" / PYTHON_LICENSE).is_file()
             where = PYTHON_LICENSE if present else "https://docs.python.org/3/license.html"
             lines.append(f"  text of the license, with the notice of copyright: {where}")

@@ -106,6 +106,7 @@ def _characteristics(facts: StandardFacts) -> list[Json]:
     # Held-out documents are no training data.
     trained = {name: row.tokens.get("train", 0) for name, row in facts.data.sources.items()}
     total = sum(trained.values())
+    # The template asks for a range; the exact number follows it.
     size = next((text for bound, text in SIZES if total < bound), "more than 10 trillion tokens")
     languages = Counter[str]()
     for by_language in facts.data.documents.languages.values():
@@ -229,6 +230,7 @@ def _user_data(facts: StandardFacts) -> list[Json]:
 
 def _synthetic(facts: StandardFacts) -> list[Json]:
     names = facts.of_category("synthetic")
+    # Phases without an order read no documents of the sources.
     sampled = [phase for phase in facts.phases if numbered(phase)[0] in WITHOUT_ORDER]
     if not names and not sampled:
         return [_computed("Used for training", f"{NO}: no source is of this category, and no phase samples answers")]
@@ -302,4 +304,5 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_text, value)) or "none"
     text = f"{value:,}" if isinstance(value, int) else escaped(str(value))
+    # What is special in Markdown or HTML would otherwise be markup from a stranger's text.
     return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", text)

@@ -47,6 +47,7 @@ class _Graph:
     def relate(self, source: str, kind: str, targets: list[str]) -> None:
         """Adds a relationship, unless there are no targets."""
         if targets:
+            # Unique, since an element has one relationship of each kind.
             place = f"relationship/{kind}/{source.removeprefix(self.base)}"
             self.add("Relationship", place, relationshipType=kind, to=targets, **{"from": source})
 

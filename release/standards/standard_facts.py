@@ -215,6 +215,7 @@ class StandardFacts:
         if source in self.maker.sources:
             return self.maker.sources[source], "maker"
         reader = self.declared.get(source, {}).get("reader")
+        # A generator's text is synthetic, wherever its sources come from.
         if self.data.sources[source].generated is not None:
             return "synthetic", "computed"
         if reader in PROCEDURAL:
@@ -237,6 +238,7 @@ def read_facts(
 ) -> StandardFacts:
     """Reads the rest of the facts of a release folder, its statements one after the other."""
     ended = acquired = ""
+    # Statements are read one by one, since a long run has very many.
     methods, attempts, counted = set[str](), 0, 0
     for body in statements(folder):
         finished = str(body["predicate"]["runDetails"]["metadata"]["finishedOn"])

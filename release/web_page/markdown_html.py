@@ -40,6 +40,7 @@ def blocks(lines: Iterable[str], links: Mapping[str, str] | None = None) -> Mark
     groups: list[list[str]] = []
     before = ""
     for line in lines:
+        # Lines of one table or list follow each other; any other line is a paragraph.
         if line.startswith(("|", "-")) and line[:1] == before[:1]:
             groups[-1].append(line)
         elif line:
@@ -62,6 +63,7 @@ def _rows(lines: Sequence[str]) -> Iterator[list[str]]:
     """Yields the cells of the rows of a Markdown table, the head first."""
     for number, line in enumerate(lines):
         if number != 1:  # the line below the head
+            # A bar after a backslash is a bar of the text.
             cells = CELL.split(line.strip().removeprefix("|").removesuffix("|"))
             yield [cell.strip().replace("\\|", "|") for cell in cells]
 

@@ -89,7 +89,7 @@ class PageFacts:
         return sorted((path.parent.name for path in logs), key=when)
 
     def segments(self) -> list[tuple[str, int, int]]:
-        """(phase, step, step) of checkpoints of a phase that follow each other."""
+        """Returns (phase, step, step) of checkpoints of a phase that follow each other."""
         pairs = itertools.pairwise(self.checkpoints)
         return [(after.phase, before.step, after.step) for before, after in pairs if before.phase == after.phase]
 

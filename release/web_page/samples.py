@@ -85,6 +85,7 @@ def read_removals(dataset: Path) -> list[Removal]:
         for number, (rule, size) in enumerate(zip(rules, sizes, strict=True)):
             row = removals.setdefault(rule, Removal(rule))
             row.documents, row.bytes = row.documents + 1, row.bytes + size
+            # Only rows that are shown are unpacked: a corpus has millions of removals.
             if len(row.samples) < REMOVED:
                 row.samples.append({name: removed.column(name)[number].as_py() for name in REMOVED_COLUMNS})
     return sorted(removals.values(), key=lambda row: (-row.documents, row.rule))
@@ -174,6 +175,7 @@ def _item_sets(evaluation: Path) -> Iterator[tuple[str, Tables]]:
         if paths := _by_model(path for path in evaluation.glob(pattern) if path.parent.name != "contamination"):
             yield title, {model: (path, read) for model, path in paths.items()}
     for model, path in _by_model(evaluation.glob("preferences/*/pairs.parquet")).items():
+        # A comparison has the answers of two models in one table.
         before = read_json(path.parent / "scores.json")["before"]
         sides = {before: (path, _pair_rows("before")), model: (path, _pair_rows("model"))}
         yield f"Requests: {model} against {before}", sides
@@ -247,6 +249,7 @@ def _questions(path: Path) -> Iterator[tuple[str, tuple[str, str | None]]]:
 
 def _task(parts: str | None, reward: float) -> float:
     """Returns the part `task` of a reward, or else the whole of it."""
+    # A table of a stranger may hold any text here.
     value = untrusted.parse_json(parts.encode(), "parts") if parts else None
     task = value.get("task") if isinstance(value, dict) else None
     return float(task) if isinstance(task, (int, float)) else reward

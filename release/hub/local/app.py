@@ -35,6 +35,7 @@ async def create_collection(request: Request) -> Response:
     body = await request.json()
     user = access.writer(request, body["namespace"])
     words = re.sub("[^a-z0-9]+", "-", body["title"].lower()).strip("-")
+    # As on the Hub: the words of the title and 24 digits, the same for the same title.
     slug = f"{user}/{words}-{hashlib.sha1(body['title'].encode()).hexdigest()[:24]}"
     if _collection_file(request, slug).exists():
         # The client reads `slug` from the conflict.
@@ -178,6 +179,7 @@ def make_app(
         ("DELETE", f"{api}/branch/{{rev}}", uploads.delete_ref),
         ("DELETE", f"{api}/tag/{{rev}}", uploads.delete_ref),
         ("POST", f"{repo}{batch}", uploads.lfs_batch),
+        # Models have no kind in the addresses of their files.
         ("POST", f"/{{kind}}{repo}{batch}", uploads.lfs_batch),
         ("PUT", "/_lfs/{oid}", uploads.lfs_put),
         ("PUT", "/_lfs/{oid}/part/{part}", uploads.lfs_put),

@@ -134,6 +134,7 @@ async def tree(request: Request) -> Response:
         deepest = len(parts) - 1 if recursive else min(1, len(parts) - 1)
         for depth in range(1, deepest + 1):
             parent = start + "/".join(parts[:depth])
+            # A repository has no folders of its own: they follow from the paths of files.
             rows.setdefault(parent, _directory(parent))
         if recursive or len(parts) == 1:
             rows[path] = _entry(path, file)
@@ -186,6 +187,7 @@ async def download(request: Request) -> Response:
         raise HubError(404, "Entry not found", "EntryNotFound")
     headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes", "ETag": f'"{file.etag}"'}
     if file.lfs:
+        # The client compares LFS files by these headers, and other files by the ETag.
         headers |= {"X-Linked-Etag": f'"{file.blob}"', "X-Linked-Size": str(file.size)}
     blob = access.store(request).blob(file.blob)
     return FileResponse(blob, headers=headers, media_type="application/octet-stream")

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     from release.hub.local.app import make_app
 
     pairs = [pair.partition("=") for pair in options.token or [f"local={LOCAL_TOKEN}"]]
+    # A token without a user belongs to `local`.
     tokens = {token if mark else user: user if mark else "local" for user, mark, token in pairs}
     app = make_app(options.root, tokens, options.lfs_bytes, options.part_bytes, options.commits_per_hour, options.log)
     config = uvicorn.Config(
@@ -98,6 +99,7 @@ def running(
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + seconds
+        # The server imports its libraries first, which takes seconds on a loaded machine.
         while not _answers(endpoint):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise AtomError(f"the local Hub did not start on port {port}; is starlette and uvicorn installed?")

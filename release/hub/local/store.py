@@ -90,8 +90,10 @@ class Repo:
 
     def resolve(self, revision: str) -> str:
         """Returns the commit of a branch, tag, full or shortened commit id. Raises HubError 404 as the Hub does."""
+        # Clients name a branch or a tag with and without its full ref.
         name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
         sha = self.branches.get(name) or self.tags.get(name)
+        # git shortens commit ids to seven digits or more, and a shorter text may be any name.
         if sha is None and len(name) >= 7:
             sha = next((commit for commit in self.commits if commit.startswith(name)), None)
         if sha is None:
@@ -104,6 +106,7 @@ class Repo:
         self.commits[sha], self.branches[branch] = commit, sha
         for path, file in commit.files.items():
             if file.lfs:
+                # An object keeps the name under which it was pushed first.
                 self.lfs.setdefault(file.blob, {"filename": path, "size": file.size, "pushedAt": commit.date})
         return sha
 
@@ -208,6 +211,7 @@ class HubStore:
         used: set[str] = set()
         for path in self.repos.glob("*/*.json"):
             body = json.loads(path.read_text())
+            # Commits that are written as their changes name their new files, and parents name the others.
             used |= {file["blob"] for commit in body["commits"].values() for file in commit["files"].values()}
             used |= set(body["lfs"])
         for blob in set(candidates) - used:
@@ -216,6 +220,7 @@ class HubStore:
     def put(self, data: bytes) -> str:
         """Stores bytes and returns their SHA-256."""
         digest = hashlib.sha256(data).hexdigest()
+        # Blobs never change, so an existing one needs no second copy.
         if not self.blob(digest).exists():
             temporary = self.blobs / f"{digest}.new"
             temporary.write_bytes(data)

@@ -93,6 +93,7 @@ async def lfs_verify(request: Request) -> Response:
 
 def _oid(request: Request) -> str:
     oid = str(request.path_params["oid"])
+    # The oid becomes the name of a file, so it must not be a path.
     if len(oid) != 64 or set(oid) - set("0123456789abcdef"):
         raise HubError(400, "an object is named by its SHA-256")
     return oid
@@ -106,6 +107,7 @@ async def commit(request: Request) -> Response:
     """
     repo, user = await access.writable(request)
     branch = access.revision(request)
+    # The commit of the branch before this one.
     parent = repo.resolve(branch)
     if branch not in repo.branches:
         raise HubError(400, f"{branch} is not a branch", "RevisionNotFound")
