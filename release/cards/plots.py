@@ -53,6 +53,8 @@ FIGURES = ("step", "loss", "reward", "skipped", VALIDATION_LOSS)
 """Fields of the training logs that the plot of losses reads."""
 MEANINGS = {"pass": "pass@k: one of k is right", "maj": "maj@k: the most frequent is right"}
 MARKERS = "osv^P*Xd<>"
+POINTS: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "elinewidth": 1, "capsize": 2}
+"""The style of points with intervals."""
 LABEL_STEP = 0.055
 """The least distance of two labels, as a share of the axis."""
 MOST_BARS, LABEL = 10, 34
@@ -178,9 +180,8 @@ def draw_losses(model: Path, source: str) -> bytes:
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axis, (phases, key, unit, heading) in zip(axes, panels, strict=True):
             _phases(axis, phases, key)
-            axis.set_ylabel(unit)
+            _panel(axis, heading, unit)
             axis.set_xlabel("steps, phase after phase")
-            axis.set_title(heading, loc="left", fontsize=10)
 
     return png((8.0, 2.9 * len(panels)), paint, source)
 
@@ -203,8 +204,6 @@ def _phases(axis: Axes, phases: dict[str, list[training.Facts]], key: str) -> No
         _annotate(axis, tables.title(phase, tables.PHASES), place, ("data", "axes fraction"), shift, color, va="top")
         begin += last
     axis.set_xlim(0, max(begin, 1))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
     low, high = axis.get_ylim()
     axis.set_ylim(low, high + 0.3 * (high - low))  # room for the names
 
@@ -334,14 +333,7 @@ def progress(model: ModelFacts) -> bytes:
                 places = [names.index(model_name) for model_name in points]
                 values = [row["value"] for row in points.values()]
                 errors = [Z95 * row["se"] for row in points.values()]
-                style: dict[str, Any] = {
-                    "marker": "o",
-                    "markersize": 4,
-                    "linewidth": 1.2,
-                    "elinewidth": 1,
-                    "capsize": 2,
-                }
-                axis.errorbar(places, values, errors, color=color, **style)
+                axis.errorbar(places, values, errors, color=color, **POINTS)
                 labels.append((name, color))
             _panel(axis, heading, unit)
             axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the names
@@ -493,8 +485,8 @@ def _bars(axis: Axes, title: str, rows: Mapping[str, int], color: str) -> None:
     # Room for the number at the end of the longest bar.
     axis.set_xlim(0, 1.25 * max(rows.values()))
     for place, value in enumerate(rows.values()):
-        text, style = f"{value:,} ({value / total:.1%})", {"textcoords": "offset points", "va": "center"}
-        axis.annotate(text, (value, place), xytext=(4, 0), fontsize=8, **style)
+        style: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axis.annotate(f"{value:,} ({value / total:.1%})", (value, place), fontsize=8, **style)
     axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 

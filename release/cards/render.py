@@ -21,7 +21,7 @@ from release.facts.example_answers import ExampleAnswer
 from release.facts.message_tables import FOLDER as MESSAGES
 from release.facts.model_facts import ModelFacts
 from release.facts.variant_facts import VariantFacts, read_variants
-from release.layout import MODEL, VARIANT, numbered
+from release.layout import MODEL, VARIANT
 from release.repositories import repositories
 from release.schema import CARD, ReleaseInfo
 from stages.evaluation.scores import ModelScores
@@ -166,7 +166,7 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
         install=install_commands(release),
         model=model,
         title=title,
-        trained_by=_join_words([_title(phase) for phase in model.training]),
+        trained_by=_listed_phases(model),
         repo=f"{release.namespace}/{card_data.model_name}",
         dataset=dataset,
         dispositions="dispositions/*/*.parquet",
@@ -236,13 +236,10 @@ def data_of(card: str) -> str:
     return str(data.datasets[0] if data.datasets else data.eval_results[0].dataset_type)
 
 
-def _title(phase: str) -> str:
-    kind, number = numbered(phase)
-    return f"{tables.WORDS['phases_in_full'].get(kind, kind)} {number or ''}".strip()
-
-
-def _join_words(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), *words[-1:]]) if len(words) > 1 else "".join(words)
+def _listed_phases(model: ModelFacts) -> str:
+    """Returns the titles of a model's phases in full, as a clause."""
+    titles = [tables.title(phase, tables.WORDS["phases_in_full"]) for phase in model.training]
+    return " and ".join([", ".join(titles[:-1]), titles[-1]]) if len(titles) > 1 else "".join(titles)
 
 
 def data_metadata(release: ReleaseInfo, data: DataFacts) -> Any:

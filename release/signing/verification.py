@@ -108,60 +108,56 @@ def verify(
     if not os.path.lexists(signature) and not os.path.lexists(public):
         return None
     read = _by_identity if keyless.is_keyless(signature) else _by_key
-    signed = read(signature, public, policy)
-    if signed.problem:
-        return SignatureVerdict(signed.signer, [signed.problem])
-    files, digests = set(present) - set(IGNORED), signed.digests
+    try:
+        signer, digests = read(signature, public, policy)
+    except _Invalid as error:
+        return SignatureVerdict(error.signer, [str(error)])
+    files = set(present) - set(IGNORED)
     problems = [f"{path} is missing, and was signed" for path in sorted(digests.keys() - files)]
     problems += [f"{path} was added after signing" for path in sorted(files - digests.keys())]
     # Digests are compared for the files on both sides; the others are problems already.
     common = sorted(files & digests.keys())
     problems += [f"{path} was altered after signing" for path in common if digest(folder / path) != digests[path]]
-    return SignatureVerdict(signed.signer, problems)
+    return SignatureVerdict(signer, problems)
 
 
-@dataclass(frozen=True)
-class _Signed:
-    """The content of a signature.
+class _Invalid(Exception):
+    """A signature that is not valid. signer: the one that it claims, if that is known."""
 
-    Attributes:
-        signer: The signer, as in `SignatureVerdict`.
-        digests: {path: SHA-256} of the signed files.
-        problem: The reason why the signature is not valid; empty if it is.
-    """
-
-    signer: str | None
-    digests: dict[str, str]
-    problem: str = ""
+    def __init__(self, problem: str, signer: str | None = None) -> None:
+        super().__init__(problem)
+        self.signer = signer
 
 
-def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
+def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> tuple[str, dict[str, str]]:
+    """Returns the identity that signed, and {path: SHA-256} of the signed files. Raises _Invalid."""
     if os.path.lexists(public):
-        return _Signed(None, {}, f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key")
+        raise _Invalid(f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key")
     try:
         with redirect_stdout(sys.stderr):
             identity, manifest = keyless.verify_bundle(signature, policy.verifier)
-        return _Signed(str(identity), _digests(manifest))
+        return str(identity), _digests(manifest)
     except Exception as error:  # a forger may have put anything there
         expected_signer = policy.signer if policy.verifier else "whom its certificate names"
-        return _Signed(None, {}, f"{SIGNATURE} is not by {expected_signer}, or is altered: {_error_text(error)}")
+        raise _Invalid(f"{SIGNATURE} is not by {expected_signer}, or is altered: {_error_text(error)}") from None
 
 
-def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
+def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> tuple[str, dict[str, str]]:
+    """Returns the fingerprint of the key that signed, and {path: SHA-256} of the signed files. Raises _Invalid."""
     if missing := [path.name for path in (signature, public) if not path.is_file()]:
-        return _Signed(None, {}, f"{missing[0]} is missing")
+        raise _Invalid(f"{missing[0]} is missing")
     try:
         name = fingerprint(public.read_bytes(), exact=True)
     except ValueError:
-        return _Signed(None, {}, f"{PUBLIC_KEY} is not a public key, or is altered")
+        raise _Invalid(f"{PUBLIC_KEY} is not a public key, or is altered") from None
     # The caller trusts an identity, and anybody can make a key.
     if policy.verifier:
-        return _Signed(None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {policy.signer}")
+        raise _Invalid(f"{SIGNATURE} was made with the key {name[:23]}…, not by {policy.signer}")
     try:
-        return _Signed(name, _verified_digests(signature, public))
+        return name, _verified_digests(signature, public)
     except Exception as error:
         problem = f"{SIGNATURE} is not by the key {name[:23]}… in {PUBLIC_KEY}, or is altered: {_error_text(error)}"
-        return _Signed(name, {}, problem)
+        raise _Invalid(problem, name) from None
 
 
 def _error_text(error: Exception) -> str:

@@ -316,8 +316,9 @@ def _starts(facts: PageFacts) -> Markup:
         if product.checkpoint:
             continue
         for start in product.starts:
-            replayed, step = start.get("replayed") or {}, start.get("restored_step")
+            replayed: Mapping[str, Any] = start.get("replayed") or {}
             repeated = [tables.count(replayed.get(name) or 0) for name in ("lines", "deviating")]
+            step = start.get("restored_step")
             begin = "its beginning" if step is None else tables.count(step)
             rows.append([node, str(start["start"]), begin, *repeated, file_link(product.statement, "statement")])
     if not rows:
