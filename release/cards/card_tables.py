@@ -101,32 +101,39 @@ def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:
 
 
 MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
+    # Head of the card.
     CardTable("summary", tables.summary),
     CardTable("caveats_rule", lambda model: [caveats.RULE]),
     CardTable("caveats", caveats.caveat_sentences),
     CardTable("headline", tables.headline),
+    # Scores, and what computed them.
     CardTable("evaluation", lambda model: tables.evaluation(model.scores)),
     CardTable("samples", lambda model: tables.samples(model.scores)),
     CardTable("engines", lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness)),
     CardTable("prediction", model_tables.prediction, heading="Prediction and result"),
+    # The model itself.
     CardTable("architecture", tables.architecture),
     CardTable("parity", tables.parity),
     CardTable("context", tables.context),
     CardTable("tokenizer", tables.tokenizer),
     CardTable("chat_format", tables.chat_format),
+    # Long contexts.
     CardTable("passkeys", lambda model: tables.passkeys(model.scores)),
     CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores)),
     CardTable("positions", lambda model: tables.positions(model.scores)),
+    # Training.
     CardTable("experts_by_phase", model_tables.experts_by_phase),
     CardTable("experts", model_tables.experts),
     CardTable("experts_verdict", model_tables.verdict),
     CardTable("start", model_tables.start, heading="Where training began", part="training"),
     CardTable("spikes", model_tables.spikes),
+    # Answers in conversation.
     CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {}))),
     CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {}))),
     CardTable("preferences", lambda model: chat_tables.wins(_preferences(model))),
     CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat)),
     CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model))),
+    # Contamination.
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination)),
     CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores))),
     CardTable("detector", lambda model: chat_tables.detector(model.contamination)),
@@ -140,17 +147,20 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
 """Tables of model.md.jinja that a model repository alone can prove."""
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
+    # What was read, and what was kept.
     CardTable("sources", tables.sources),
     CardTable("example_documents", document_tables.examples),
     CardTable("removals", tables.funnel),
     CardTable("order", tables.order),
     CardTable("packing", tables.packing),
     CardTable("long_documents", tables.long_documents),
+    # Licenses and origins.
     CardTable("licenses", tables.license_evidence),
     CardTable("document_licenses", document_tables.licenses, heading="Licenses of the documents"),
     CardTable("synthetic", document_tables.synthetic, heading="Synthetic text"),
     CardTable("attribution", document_tables.attribution, heading="Attribution"),
     CardTable("by_reference", document_tables.by_reference, heading="Texts by reference"),
+    # Measures of the documents.
     CardTable("lengths", document_tables.lengths, heading="Lengths of the documents"),
     CardTable("languages", document_tables.languages, heading="Languages of the documents"),
     CardTable("quality_scores", document_tables.quality_scores, heading="Quality scores of the documents"),
@@ -179,9 +189,11 @@ def _waived_gates(release: ReleaseFacts) -> list[str]:
 
 RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("waived_gates", _waived_gates),
+    # Answers that a reader can draw again.
     CardTable("examples", lambda release: chat_tables.examples(release.examples)),
     CardTable("request", lambda release: chat_tables.request(release.example)),
     CardTable("output", lambda release: chat_tables.output(release.example)),
+    # Data and settings.
     CardTable("shares", _shares),
     CardTable("licenses", _licenses),
     CardTable("changes", lambda release: tables.changes(release.changes)),
@@ -232,5 +244,6 @@ def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str], mar
     for table in registered:
         if table.heading and texts[table.name]:
             lines = f"{mark} {table.heading}\n\n{folded('', texts[table.name])}"
+            # An empty table has no section, so that no card has a heading without content.
             parts.setdefault(table.part, []).append(lines)
     return {part: "\n\n".join(lines) for part, lines in parts.items()}

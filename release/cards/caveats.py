@@ -185,6 +185,7 @@ def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
 def _beside(old: Mapping[str, Mean], new: Mapping[str, Mean], before: AnswerStatistics, after: AnswerStatistics) -> str:
     """Returns a clause on what else changed: parts of the preference reward, and the length of answers."""
     risen = [f"{name} ({_change(old[name], new[name])})" for name in moved(old, new)]
+    # Longer answers are the usual way to a higher reward without a better answer.
     if max(before["tokens"], after["tokens"]) > LONGER * min(before["tokens"], after["tokens"]):
         risen.append(f"the length of answers ({before['tokens']:.1f} → {after['tokens']:.1f} tokens)")
     return f"; what changed instead: {', '.join(risen)}" if risen else ""

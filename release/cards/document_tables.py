@@ -192,6 +192,7 @@ def opt_outs(data: DataFacts) -> list[str]:
         # Each kind that follows from the named documents has a column.
         others = [count(row.removed[kind]) for kind in OPT_OUT_KINDS[4:]]
         body.append([f"`{escaped(row.request[:16])}`", escaped(row.date), count(named), *others])
+    # A request is known by the hash of its reference, which names no person.
     head = ["request", "date", "named", "copies", "near duplicates", "rewrites"]
     return explained_table(OPT_OUTS, head, body)
 
@@ -217,6 +218,7 @@ def filter_agreement(data: DataFacts) -> list[str]:
 def examples(data: DataFacts) -> list[str]:
     """Returns the beginning of the first document of each source that has one with a text."""
     items = [
+        # The form of this line finds the example of a retracted document (`is_example_of`).
         f"- `{_code(id)}` of {source}: `{_code(text)[:EXAMPLE_CHARACTERS]}`"
         for source, (id, text) in data.first_documents.items()
     ]

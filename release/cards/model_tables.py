@@ -66,6 +66,7 @@ def memorization(scores: MemorizationScores | None) -> list[str]:
     body = [
         [source, "0 (held out)" if seen == "0" else seen.replace("-", " to "), *_cells(row)]
         for source, strata in {"all": scores["by_times_seen"], **scores["by_source"]}.items()
+        # Strata are named by numbers, such as `2-9`.
         for seen, row in sorted(strata.items(), key=lambda pair: int(pair[0].split("-")[0]))
     ]
     return [
@@ -187,6 +188,7 @@ def verdict(model: ModelFacts) -> list[str]:
     measurement = last_measurement(model)
     if measurement is None:
         return ["Where the routers sent the tokens was not measured."] if model.training else []
+    # A dead expert gets hardly any token, and its weights do nothing.
     total, dead = sum(len(row) for row in measurement["share"]), len(measurement["dead"])
     if not dead:
         return [f"None of the {count(total)} experts was dead at the last measurement."]
@@ -255,6 +257,7 @@ def _setting(section: Any, path: str) -> str:
     value = section
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
+    # A phase need not have a setting, and a group of settings is no value.
     if value is None or isinstance(value, (Mapping, list)):
         return ""
     if isinstance(value, float):

@@ -131,6 +131,7 @@ def model_index(scores: ModelScores, dataset: str) -> list[Any]:
 def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
     """Returns the metadata of a model's card. title: the end of its name; "" for the final model."""
     dataset = data_id(release)
+    # All models of a release come from its base; the base itself from a published model, or from none.
     base = f"{release.repository}-base" if title != "base" else None
     if model.base and (title == "base" or model.on_published):
         base = model.base["repo"]

@@ -80,6 +80,7 @@ def publish_space(
 
 def write_space(release: Path, info: ReleaseInfo, certificates: Sequence[Certificate], content: Path) -> None:
     """Writes the files of the Space into a new folder."""
+    # Certificates are files of their own, so that anybody can verify them.
     (content / "replays").mkdir(parents=True)
     for certificate in certificates:
         shutil.copyfile(certificate.path, content / f"replays/{certificate.name}.json")

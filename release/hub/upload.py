@@ -122,6 +122,7 @@ class Destination:
             AtomError: If the version has another checksum file on the Hub, or a later one took its place in main.
         """
         with translate_errors(f"reading {self.remote.id}"):
+            # Only main branches are tagged; checkpoints are branches without a version.
             if self.branch != "main" or not self.remote.exists() or self.tag not in self.remote.refs().tags:
                 return
         # The checksum file stands for all files of the version.

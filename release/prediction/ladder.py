@@ -315,6 +315,7 @@ def make(
         advice = None if budget is None else advise(fit, budget, served)
     except ValueError as error:
         raise AtomError(f"these {len(points)} points carry no answer: {error}") from None
+    # A prediction far from the runs is marked, and not refused.
     expectations = [
         Expectation(name, figures, fit.predict([figures[column] for column in form.columns]), fit.extrapolates(figures))
         for name, figures in following
@@ -355,6 +356,7 @@ def _advice(advice: Advice) -> list[str]:
         f"{short(advice.tokens.high)}), {best.tokens / best.parameters:.3g} for each parameter",
         f"  loss {_figure(advice.loss)}; serving is {best.serving / advice.budget:.0%} of the cost",
     ]
+    # Without serving, the three models are one.
     if advice.served:
         lines.append(
             f"  a model that is optimal for its training alone ({short(plain.parameters)} parameters, "
@@ -382,6 +384,7 @@ def drawing(ladder: Ladder) -> Drawing:
     }
     # The axis is logarithmic, and reinforcement has a point before any compute.
     shown = [x for x, _ in at if x > 0] + [points[0][0] for points in predicted.values()]
+    # From the smallest run to the largest one, predicted ones included.
     grid = np.geomspace(min(shown), max(shown), CURVE)
     values = frontier(ladder.fit, grid) if form is PRETRAINING else ladder.fit.curve(grid[None])
     runs = {label: [(x, y, y, y) for x, y in sorted(rows) if x > 0] for label, rows in _groups(ladder, at).items()}

@@ -74,6 +74,7 @@ def _point(row: Mapping[str, Any], form: Form, where: str) -> Point:
 
 
 def _figure(row: Mapping[str, Any], name: str, form: Form, where: str) -> float:
+    # Published predictions have other names for some figures.
     stated = next((row[key] for key in (name, ALIASES.get(name, name)) if key in row), None)
     if stated is None:
         raise AtomError(f"{where} has no {name}; the law {form.name} needs {', '.join((*form.columns, form.value))}")
@@ -105,6 +106,7 @@ def read_runs(graphs: Sequence[Graph], store: Store, form: Form) -> list[Point]:
     Raises:
         AtomError: If a stage is not sealed or has no such figures, or if runs were measured on different text.
     """
+    # Losses on different text cannot lie on one law.
     if form.is_loss:
         for graph in graphs[1:]:
             sealing.require_same_text(graphs[0], graph)
@@ -143,6 +145,7 @@ def _reinforced(graph: Graph, store: Store) -> list[Point]:
 
 def _answered(graph: Graph, store: Store) -> list[Point]:
     name = graph.recipe.config.name
+    # In the order of training, so the last one is that of the final model.
     nodes = [node for node in graph.nodes if node.startswith("solve-")]
     sealing.require_node(graph, nodes[-1] if nodes else "solve", "has no model that answers problems in conversation")
     scores = json.loads((sealing.sealed(graph, nodes[-1], store, nodes[-1]) / "scores.json").read_text())

@@ -103,6 +103,7 @@ def _drop_tag(destination: Destination) -> None:
 def _squash(destination: Destination) -> None:
     """Leaves one commit of a branch. Raises CheckFailed if the branch then has other files than the folder."""
     remote, branch = destination.remote, destination.branch
+    # Only squashing removes old files from the history; a new commit would leave them there.
     with translate_errors(f"squashing {remote.id}@{branch}"):
         commits = api().list_repo_commits(remote.id, repo_type=remote.kind, revision=branch)
         # The squash was done by an earlier attempt.

@@ -91,6 +91,7 @@ def _provider(facts: StandardFacts) -> list[Json]:
 
 def _model(facts: StandardFacts) -> list[Json]:
     names = [f"{facts.release.name}{folder.removeprefix('model')} {facts.release.version}" for folder in facts.models]
+    # The template asks for models that this one is a modification of.
     origin = "None: the weights were initialized at random and trained in this run"
     if base := facts.models[MODEL].base:
         begin = "training" if facts.models[MODEL].on_published else "pre-training"

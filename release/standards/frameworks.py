@@ -112,6 +112,7 @@ def _absent(facts: StandardFacts, component: Component, license: str) -> str:
     """Returns the reason for which a component does not count; "" if it counts."""
     if component.kind == "document":
         return "" if component.location else "the maker states no address of one (release.maker)"
+    # One file is enough: the framework asks whether a component is there.
     if next(facts.folder.glob(component.location), None) is None:
         return f"there is no {component.location}"
     # The framework asks for the data itself, and for all of it.

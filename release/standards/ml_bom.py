@@ -41,6 +41,7 @@ def bill(facts: StandardFacts) -> Json:
     final, *earlier = [_model(facts, folder) for folder in facts.models]
     variants = [_variant(facts, suffix) for suffix in facts.variants]
     materials = [_source(facts, name) for name in facts.data.sources] + _packages(facts)
+    # Every model depends on all sources and packages; a variant on the final model alone.
     references = [component["bom-ref"] for component in materials]
     dependencies: list[Json] = [{"ref": model["bom-ref"], "dependsOn": references} for model in (final, *earlier)]
     dependencies += [{"ref": variant["bom-ref"], "dependsOn": [final["bom-ref"]]} for variant in variants]
@@ -212,6 +213,7 @@ def _energy(facts: StandardFacts) -> list[Json]:
         spent = {"value": value, "unit": "kWh"}
         provider = {
             "description": carbon.source if carbon else "the source of the electricity is not stated",
+            # Required by the schema, and known to nobody here.
             "organization": {"name": "not stated"},
             "energySource": "unknown",
             "energyProvided": spent,
@@ -238,6 +240,7 @@ def _source(facts: StandardFacts, name: str) -> Json:
         "type": "dataset",
         "name": name,
         "contents": {"url": address(f"{facts.data_url}/tree/main/kept/{name}")},
+        # Required by the schema; a release hides no data.
         "classification": "public",
         "governance": {"custodians": [{"organization": {"name": facts.provider}}]},
     }
@@ -265,6 +268,7 @@ def _packages(facts: StandardFacts) -> list[Json]:
             "comment": "a file with one of these hashes",
             "hashes": [{"alg": "SHA-256", "content": digest} for digest in package.hashes[:MOST_LOCKED]],
         }
+        # A package's own words are no expression: they become the name of a license.
         license = package.license and expression(package.license)
         component: Json = {
             "type": "library",

@@ -110,6 +110,7 @@ def _add_model(
         software_primaryPurpose="model",
         software_downloadLocation=address(url),
         ai_domain=["text generation"],
+        # No file of a release can tell.
         ai_autonomyType="noAssertion",
         ai_useSensitivePersonalInformation="noAssertion",
         verifiedUsing=_hashes(weights),

@@ -188,6 +188,7 @@ class StandardFacts:
 
     def url_of(self, path: str) -> str:
         """Returns the address of a path of the release on the Hub."""
+        # The first folder of a path decides the repository.
         top, _, rest = path.partition("/")
         if top == "dataset":
             return address(f"{self.data_url}/tree/main/{rest}")
@@ -206,12 +207,14 @@ class StandardFacts:
         return self._weights(f"{VARIANT}{suffix}")
 
     def _weights(self, node: str) -> dict[str, str]:
+        # The export of an earlier run has its manifest under another name.
         digests = self.manifests[node].digests if node in self.manifests else {}
         paths = {path.removeprefix("model/"): digest for path, digest in digests.items() if path.startswith("model/")}
         return weights_only(paths)
 
     def category(self, source: str) -> tuple[Category, str]:
         """Returns the category of a source, and its basis: the maker's statement, or the reader and the origin."""
+        # The maker knows contracts and crawlers, of which no file tells.
         if source in self.maker.sources:
             return self.maker.sources[source], "maker"
         reader = self.declared.get(source, {}).get("reader")

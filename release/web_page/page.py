@@ -118,6 +118,7 @@ def render(facts: PageFacts) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
+        # A misspelled name in the template ends the build instead of leaving a gap.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -128,9 +129,11 @@ def render(facts: PageFacts) -> str:
         facts=facts,
         release=facts.release,
         folder=facts.folder,
+        # What it is, and whether it is any good.
         tiles=_tiles(facts),
         caveats=_caveats(facts),
         measured=_measured(facts),
+        # Data, removals and documents.
         sources=_sources(facts),
         composition=_picture(facts.folder, f"dataset/{plots.COMPOSITION}", "Kept tokens by source and by license"),
         seen=markdown_html.blocks(
@@ -141,11 +144,14 @@ def render(facts: PageFacts) -> str:
         removals=samples.read_removals(facts.folder / "dataset"),
         removal_table=_removal_table,
         by_reference=REFERENCES if facts.data.by_reference else "",
+        # Training.
         pictures=_pictures(facts),
         sizes=_sizes(facts),
+        # Contamination and outputs.
         contaminated=_sections(card_tables.MODEL_TABLES, facts.final, TITLES["contamination"]),
         worst=_worst(facts),
         verdicts={"right": "✓ right", "partly": "◐ in part", "wrong": "✗ wrong"},
+        # Lineage, verification and costs.
         graph=lineage.drawing(facts.products),
         artifacts=_artifacts(facts),
         gates=read_json(facts.folder / GATES),
@@ -230,6 +236,7 @@ def _caveats(facts: PageFacts) -> Markup:
 
 def _measured(facts: PageFacts) -> list[tuple[str, Markup]]:
     titles = tables.titles(facts.data.evaluation)
+    # Columns of these tables link to the file with the scores of their model.
     scores = {title: f"dataset/evaluation/{model}/scores.json" for model, title in titles.items()}
     sections = _sections(card_tables.MODEL_TABLES, facts.final, TITLES["model"], dict.fromkeys(IN_PLAIN_TEXT, scores))
     for model in facts.models.values():

@@ -290,6 +290,7 @@ def read_contamination(release: Path) -> Contamination | None:
         item["verdicts"][row["phase"]] = row["verdict"]
         item["longest"] = max(item["longest"], row["longest"])
         item["overlap"] = max(item["overlap"], row["overlap"])
+    # By verdict, then by overlap; split and id break ties, so that equal facts give equal bytes.
     worst = heapq.nsmallest(CONTAMINATED, items.values(), key=_order)
     rows = []
     for row in worst:

@@ -95,6 +95,7 @@ async def error_response(request: Request, error: Exception) -> Response:
     headers = {"X-Error-Message": error.message, **error.headers}
     if error.code:
         headers["X-Error-Code"] = error.code
+    # An answer to HEAD has no body.
     if request.method == "HEAD":
         return Response(status_code=error.status, headers=headers)
     return JSONResponse({"error": error.message}, error.status, headers=headers)
