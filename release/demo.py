@@ -1,5 +1,6 @@
-"""`atom demo`: the whole pipeline with one command: run, build, sign, publish to a local Hub, pull back, verify, and a
-short table. Every step is the command that a user would type.
+"""`atom demo`: the whole pipeline with one command, from raw text to a verified release.
+
+It runs, builds, signs, publishes to a local Hub, pulls back and verifies; every step is the command of a user.
 
 On a terminal it is one screen that says what happens, with curves, and what each step proves; elsewhere the output of
 the commands. Needs no account and no network.
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import duration, human
 
@@ -27,44 +30,24 @@ if TYPE_CHECKING:
     from pipeline.graph.run import Run
 
 NAMESPACE, TOKEN = "local", "hf_local"
-PROVES = {
-    "run": "each stage is sealed under the hash of its inputs",
-    "build": "every gate holds: scores, leaks, secrets, loading",
-    "sign": "the owner of the key vouches for every byte",
-    "publish": "what is on the Hub is what was built",
-    "verify": "a pulled copy agrees with its own evidence",
-    "verify --deep": "the bytes give the same figures again",
-}
-"""{command: what it proves}"""
-STAGES_PROVE = {
-    "acquire": "the origin and the license of each document",
-    "filter": "why each document was removed, by rule and value",
-    "dedup": "which duplicates and evaluation problems it removed",
-    "tokenize": "each token has a document and a place in it",
-    "order": "which documents each step reads, before it reads them",
-    "pretrain": "checkpoints that anybody can train on from",
-    "midtrain": "the same on longer rows",
-    "size": "a smaller model of the recipe, on the same rows",
-    "sft": "the same on conversations",
-    "rlvr": "every answer that was drawn, with its reward",
-    "dpo": "every pair that it learns from",
-    "reward": "the reward model, with its scores",
-    "online-rlhf": "every answer, and the reward of each of its parts",
-    "export": "transformers computes the trainer's logits",
-    "evaluate": "the output for every held-out problem",
-    "solve": "every answer in conversation",
-    "fresh": "problems that did not exist before the weights",
-    "contamination": "the words that problems share with the training data",
-    "memorization": "how much of its training data the model repeats",
-}
-"""{kind of stage: what its artifact proves}"""
+WORDS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+PROVES, STAGES_PROVE = WORDS["commands"], WORDS["stages"]
+"""{command or kind of stage: the words on what it proves}"""
 MOST_STAGES, TAIL = 6, 4000
 """Stages on the screen, and characters of output that are kept for an error."""
 
 
 @dataclass
 class Command:
-    """One `atom` command of the demo. state: waiting, running, done or failed."""
+    """One `atom` command of the demo.
+
+    Attributes:
+        arguments: Its arguments, the name of the command first.
+        state: waiting, running, done or failed.
+        began: Monotonic time of its start.
+        seconds: Its duration, once it has ended.
+        output: Its last lines.
+    """
 
     arguments: tuple[str, ...]
     state: str = "waiting"
@@ -78,7 +61,7 @@ class Command:
 
 
 class Screen:
-    """The live screen. Without a terminal it prints each command with its output; quiet, nothing."""
+    """The live screen. Without a terminal, it prints each command with its output; if it is quiet, nothing."""
 
     def __init__(self, recipe: str, store: Store, quiet: bool) -> None:
         from rich.console import Console
@@ -102,7 +85,7 @@ class Screen:
             self._display.stop()
 
     def say(self, text: str) -> None:
-        """Shows what happens between two commands."""
+        """Shows a note on the steps between two commands."""
         self.note = text
         if not self.live and not self.quiet:
             print(f"\n{text}", flush=True)
@@ -112,6 +95,7 @@ class Screen:
 
     def start(self, *arguments: str, **environment: str) -> Running:
         """Starts the next waiting command of that name, with its last arguments now known."""
+        # The plan has the commands before all of their arguments are known.
         command = next(row for row in self.commands if row.state == "waiting" and row.name == Command(arguments).name)
         command.arguments, command.state, command.began = arguments, "running", time.monotonic()
         return Running(self, command, environment)
@@ -144,11 +128,12 @@ class Screen:
     def _last_line(self, command: Command) -> list[Any]:
         from rich.text import Text
 
+        # Programs end with empty lines.
         text = next((line for line in reversed(command.output) if line.strip()), "")
         return [Text(f"    {text.rstrip()}", style="dim")]
 
     def _stages(self) -> list[Any]:
-        """The stages that run, with their curves, and the last ones that were sealed, with what they prove."""
+        """Returns lines on the stages that run, with their curves, and on the last ones that were sealed."""
         from rich.text import Text
 
         from pipeline.graph import run as runs
@@ -156,18 +141,20 @@ class Screen:
 
         lines = [Text()]
         try:
+            # The newest run of the store is the one that the demo has just begun.
             self._run = self._run or runs.find(self.store, None)
         except AtomError:  # the command has not begun its run yet
             return lines
         current = snapshot.take(self._run, self.store)
         sealed = [stage for stage in current.stages if stage.status.state == "sealed"]
         lines.append(Text(f"    {len(sealed)} of {len(current.stages)} stages sealed"))
-        for stage in sealed[-MOST_STAGES:]:
+        running = [stage for stage in current.stages if stage.status.state == "running"]
+        for stage in (*sealed[-MOST_STAGES:], *running):
+            mark, color = ("▸", "yellow") if stage in running else ("✓", "green")
             proof = STAGES_PROVE.get(kind_of(stage.status.name), "")
-            lines.append(Text.assemble(("    ✓ ", "green"), f"{stage.status.name:<22}", (proof, "dim")))
-        for stage in [stage for stage in current.stages if stage.status.state == "running"]:
-            proof = STAGES_PROVE.get(kind_of(stage.status.name), "")
-            lines.append(Text.assemble(("    ▸ ", "yellow"), f"{stage.status.name:<22}", (proof, "dim")))
+            lines.append(Text.assemble((f"    {mark} ", color), f"{stage.status.name:<22}", (proof, "dim")))
+            if stage not in running:
+                continue
             for name in stage.names()[:3]:
                 assert stage.curves is not None
                 values = [mean for _, mean, _, _ in stage.curves.points(name)]
@@ -176,12 +163,12 @@ class Screen:
 
 
 def kind_of(node: str) -> str:
-    """The kind of stage of a node: `order` of `order-pretrain`."""
+    """Returns the kind of stage of a node, such as `order` for `order-pretrain`."""
     return node if node in STAGES_PROVE else node.split("-")[0]
 
 
 class Running:
-    """A command that runs beside the others, until `wait` or the end of the `with` block."""
+    """A command that runs in parallel to others, until `wait` or the end of the `with` block."""
 
     def __init__(self, screen: Screen, command: Command, environment: dict[str, str]) -> None:
         self.screen, self.command = screen, command
@@ -197,6 +184,7 @@ class Running:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
+        # The lines of two commands at once would mix: then each prints all of its output at its end.
         alone = sum(row.state == "running" for row in self.screen.commands) == 1
         shown = not self.screen.live and not self.screen.quiet
         if shown and alone:
@@ -215,6 +203,7 @@ class Running:
         self.command.seconds = time.monotonic() - self.command.began
         self.command.state = "failed" if code else "done"
         if code:
+            # The screen must be gone before the output is printed below it.
             self.screen.__exit__()
             if self.screen.live or self.screen.quiet:
                 print("".join(self.command.output)[-TAIL:], end="", file=sys.stderr)
@@ -249,6 +238,7 @@ def demo(recipe: str, quiet: bool = False) -> None:
         screen.plan(("run",), ("build",), ("sign",), ("verify", "--deep"), ("publish",), ("verify",))
         screen.run("run", recipe)
         screen.run("build", recipe)
+        # A second demo signs with the same key, so its fingerprint stays.
         key = store.home / "keys" / "demo.pem"
         if not key.exists():
             screen.say(f"made a key for this demo, {_short_path(key)}")
@@ -292,5 +282,5 @@ def summary(release: Path, hub: Path, seconds: float) -> None:
 
 
 def _short_path(path: Path) -> str:
-    """A path below the working folder relative to it, any other in full."""
+    """Returns a path below the working folder relative to it, any other in full."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -78,7 +78,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     from release.checks import gates
     from release.facts import assemble
     from release.layout import SITE
-    from release.web_page import site_files
+    from release.web_page import page as web_page
 
     plots.require()
     assemble.require_nodes(source.artifacts)
@@ -96,7 +96,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         failed = [gate for gate in results if gate.ok is False]
         if not failed:
             progress("writing the page")
-            site_files.write(draft, draft / SITE)
+            web_page.write(draft, draft / SITE)
         write_checksums(draft)
         for gate in results:
             progress(f"gate {gate.name}: {OUTCOMES[gate.ok]}, {gate.detail}")
@@ -288,11 +288,12 @@ def _write_standards(
     run_costs: Costs,
 ) -> None:
     """Writes the bundle of standards, which describes the other files."""
-    from release.standards import bundle, package_list
+    from release.standards import bundle, standard_facts
     from release.standards.standard_facts import read_facts, statements
 
     folder = assembly.folder
-    packages = package_list.describe(package_list.versions(folder, statements(folder)), source.code_roots)
+    pairs = standard_facts.package_versions(folder, statements(folder))
+    packages = standard_facts.describe_packages(pairs, source.code_roots)
     assembly.json(bundle.RECORDED, packages, "packages of the statements, with licenses and hashes")
     facts = read_facts(folder, release, data, models, run_costs)
     readers = {row.get("reader") for row in facts.declared.values()}
@@ -333,7 +334,7 @@ def rewrite_page(release: Path, progress: Callable[[str], None] = lambda text: N
     """
     from release import scratch
     from release.layout import RETRACTED, SIGNATURE, SITE, SUMS
-    from release.web_page import site_files
+    from release.web_page import page as web_page
 
     if (release / RETRACTED).exists():
         raise AtomError(
@@ -342,12 +343,12 @@ def rewrite_page(release: Path, progress: Callable[[str], None] = lambda text: N
     with scratch.folder() as folder:
         progress("reading the release")
         try:
-            site_files.write(release, folder / SITE)
+            web_page.write(release, folder / SITE)
         except (ValueError, KeyError, TypeError) as error:  # of a damaged file
             raise CheckFailed(
                 f"{release} cannot be read ({type(error).__name__}); `atom verify {release}` names the damaged files"
             ) from error
-        if not any(site_files.differences(release / SITE, folder / SITE)) and (release / SUMS).exists():
+        if not any(web_page.differences(release / SITE, folder / SITE)) and (release / SUMS).exists():
             return False
         if (release / SIGNATURE).exists():
             raise AtomError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from release.cards import caveats, chat_tables, document_tables, measurement_tables, tables, training_tables
+from release.cards import caveats, chat_tables, document_tables, model_tables, tables
 from release.facts.changes import Changes, read_changes
 from release.facts.checkpoint_facts import Intervention
 from release.facts.costs import Costs
@@ -31,9 +31,10 @@ class CardTable(Generic[F]):
     """One table of a card.
 
     Attributes:
+        name: Its name in the template.
         lines: Gives the lines of Markdown from facts; none for an empty table.
-        heading: The heading of a section of its own, in the part of the card that `part` names. Without one, the
-            template places the table.
+        heading: The heading of a section of its own; without one, the template places the table.
+        part: The part of the card that has this section.
     """
 
     name: str
@@ -44,9 +45,18 @@ class CardTable(Generic[F]):
 
 @dataclass(frozen=True)
 class ReleaseFacts:
-    """The facts of the whole release for a model's card: of that model, of the data, of resumptions from earlier runs,
-    the cost of each stage, the model's variants by the end of their repository's name, some of its answers, the
-    resolved recipe, and what changed since the version before, if it is known."""
+    """The facts of the whole release for a model's card.
+
+    Attributes:
+        model: The facts of that model.
+        data: The facts of the data.
+        interventions: Resumptions from earlier runs.
+        costs: The cost of each stage.
+        variants: The model's variants by the end of their repository's name.
+        examples: Some of its answers.
+        recipe: The resolved recipe.
+        changes: The changes since the version before, if it is known.
+    """
 
     model: ModelFacts
     data: DataFacts
@@ -65,20 +75,21 @@ class ReleaseFacts:
     @property
     def new_tokens(self) -> int:
         """The tokens that such an answer may have, by the recipe."""
+        # Without an example the card shows a short continuation.
         if self.example is None:
             return 32
         evaluation = self.recipe["evaluation"]
         return int((evaluation["chat"] if self.example.in_conversation else evaluation)["max_new_tokens"])
 
     def interventions_of_model(self) -> list[Intervention]:
-        """The interventions in the phases that trained the model."""
+        """Returns the interventions in the phases that trained the model."""
         return [row for row in self.interventions if row.phase in self.model.training]
 
 
 def release_facts(
     release: Path, folder: str, model: ModelFacts, data: DataFacts, interventions: list[Intervention], costs: Costs
 ) -> ReleaseFacts:
-    """The facts for the card of the model in a folder of a release; model, data, interventions, costs: as read."""
+    """Returns the facts for the card of the model in a folder of a release, with those that are read already."""
     examples = read_examples(release / "dataset", model.name())
     recipe = read_json(release / RECIPE)
     variants, changes = read_variants(release, folder), read_changes(release)
@@ -90,56 +101,66 @@ def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:
 
 
 MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
+    # Head of the card.
     CardTable("summary", tables.summary),
     CardTable("caveats_rule", lambda model: [caveats.RULE]),
     CardTable("caveats", caveats.caveat_sentences),
     CardTable("headline", tables.headline),
+    # Scores, and what computed them.
     CardTable("evaluation", lambda model: tables.evaluation(model.scores)),
     CardTable("samples", lambda model: tables.samples(model.scores)),
     CardTable("engines", lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness)),
-    CardTable("prediction", measurement_tables.prediction, heading="Prediction and result"),
+    CardTable("prediction", model_tables.prediction, heading="Prediction and result"),
+    # The model itself.
     CardTable("architecture", tables.architecture),
     CardTable("parity", tables.parity),
     CardTable("context", tables.context),
     CardTable("tokenizer", tables.tokenizer),
     CardTable("chat_format", tables.chat_format),
+    # Long contexts.
     CardTable("passkeys", lambda model: tables.passkeys(model.scores)),
     CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores)),
     CardTable("positions", lambda model: tables.positions(model.scores)),
-    CardTable("experts_by_phase", training_tables.experts_by_phase),
-    CardTable("experts", training_tables.experts),
-    CardTable("experts_verdict", training_tables.verdict),
-    CardTable("start", training_tables.start, heading="Where training began", part="training"),
-    CardTable("spikes", training_tables.spikes),
+    # Training.
+    CardTable("experts_by_phase", model_tables.experts_by_phase),
+    CardTable("experts", model_tables.experts),
+    CardTable("experts_verdict", model_tables.verdict),
+    CardTable("start", model_tables.start, heading="Where training began", part="training"),
+    CardTable("spikes", model_tables.spikes),
+    # Answers in conversation.
     CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {}))),
     CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {}))),
     CardTable("preferences", lambda model: chat_tables.wins(_preferences(model))),
     CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat)),
     CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model))),
+    # Contamination.
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination)),
     CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores))),
     CardTable("detector", lambda model: chat_tables.detector(model.contamination)),
-    CardTable("given_away", lambda model: measurement_tables.memorization(model.memorization), heading="Memorization"),
+    CardTable("given_away", lambda model: model_tables.memorization(model.memorization), heading="Memorization"),
     CardTable(
         "harness",
-        lambda model: measurement_tables.task_sets(model.harness),
+        lambda model: model_tables.task_sets(model.harness),
         heading="Task sets of lm-evaluation-harness",
     ),
 )
 """Tables of model.md.jinja that a model repository alone can prove."""
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
+    # What was read, and what was kept.
     CardTable("sources", tables.sources),
     CardTable("example_documents", document_tables.examples),
     CardTable("removals", tables.funnel),
     CardTable("order", tables.order),
     CardTable("packing", tables.packing),
     CardTable("long_documents", tables.long_documents),
+    # Licenses and origins.
     CardTable("licenses", tables.license_evidence),
     CardTable("document_licenses", document_tables.licenses, heading="Licenses of the documents"),
     CardTable("synthetic", document_tables.synthetic, heading="Synthetic text"),
     CardTable("attribution", document_tables.attribution, heading="Attribution"),
     CardTable("by_reference", document_tables.by_reference, heading="Texts by reference"),
+    # Measures of the documents.
     CardTable("lengths", document_tables.lengths, heading="Lengths of the documents"),
     CardTable("languages", document_tables.languages, heading="Languages of the documents"),
     CardTable("quality_scores", document_tables.quality_scores, heading="Quality scores of the documents"),
@@ -151,7 +172,7 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
 
 
 def _shares(release: ReleaseFacts) -> list[str]:
-    """None of a copy of a published model, which no phase trained."""
+    # No phase trained a copy of a published model.
     return [] if release.model.is_copy else tables.shares(release.data, release.model.training)
 
 
@@ -160,7 +181,7 @@ def _licenses(release: ReleaseFacts) -> list[str]:
 
 
 def _waived_gates(release: ReleaseFacts) -> list[str]:
-    """The gates that the recipe waives, with its reasons. None for a recipe that waives none."""
+    """Returns the gates that the recipe waives, with its reasons; none for a recipe that waives none."""
     waived = release.recipe.get("evaluation", {}).get("waived_gates", {})
     reasons = "; ".join(f"`{gate}` ({reason})" for gate, reason in sorted(waived.items()))
     return [f"The recipe waives gates that other releases must pass: {reasons}."] if waived else []
@@ -168,19 +189,21 @@ def _waived_gates(release: ReleaseFacts) -> list[str]:
 
 RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("waived_gates", _waived_gates),
+    # Answers that a reader can draw again.
     CardTable("examples", lambda release: chat_tables.examples(release.examples)),
     CardTable("request", lambda release: chat_tables.request(release.example)),
     CardTable("output", lambda release: chat_tables.output(release.example)),
+    # Data and settings.
     CardTable("shares", _shares),
     CardTable("licenses", _licenses),
     CardTable("changes", lambda release: tables.changes(release.changes)),
-    CardTable("settings", lambda release: training_tables.settings(release.recipe, release.model)),
+    CardTable("settings", lambda release: model_tables.settings(release.recipe, release.model)),
     CardTable("conversations", lambda release: tables.conversations(release.data, release.model.training)),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model())),
     CardTable("cost", lambda release: tables.cost(release.costs)),
     CardTable(
         "variants",
-        lambda release: measurement_tables.variants(release.variants),
+        lambda release: model_tables.variants(release.variants),
         heading="Other forms of the weights",
         part="use",
     ),
@@ -192,8 +215,8 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
 
 
 VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
-    CardTable("loss", measurement_tables.variant_loss),
-    CardTable("serving", measurement_tables.variant_serving),
+    CardTable("loss", model_tables.variant_loss),
+    CardTable("serving", model_tables.variant_serving),
 )
 """Tables of variant.md.jinja."""
 
@@ -208,17 +231,19 @@ LONG = 15
 
 
 def folded(summary: str, text: str) -> str:
-    """A table below its summary; a long one is shown when a reader opens it."""
+    """Returns a table below its summary; a long one is shown when a reader opens it."""
+    # The Hub renders `details`, and a reader without it still sees the table.
     if text.count("\n") < LONG:
         return f"{summary}\n\n{text}".lstrip()
     return f"<details>\n<summary>{summary or 'Show the table'}</summary>\n\n{text}\n\n</details>"
 
 
 def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str], mark: str) -> dict[str, str]:
-    """{part of the card: its nonempty tables with a section of their own}; mark: of their headings"""
+    """Returns {part of the card: its nonempty tables with a section of their own}. mark: begins their headings."""
     parts: dict[str, list[str]] = {}
     for table in registered:
         if table.heading and texts[table.name]:
             lines = f"{mark} {table.heading}\n\n{folded('', texts[table.name])}"
+            # An empty table has no section, so that no card has a heading without content.
             parts.setdefault(table.part, []).append(lines)
     return {part: "\n\n".join(lines) for part, lines in parts.items()}

@@ -34,7 +34,7 @@ NONE = "No reward rose without its task, and nothing that was measured got worse
 
 
 def caveat_sentences(model: ModelFacts) -> list[str]:
-    """The caveats that follow from the facts of one model, which its repository alone can prove."""
+    """Returns the caveats that follow from the facts of one model, which its repository alone can prove."""
     sentences = [
         *_task_sentence(model),
         *_reward_without_task(model),
@@ -45,14 +45,17 @@ def caveat_sentences(model: ModelFacts) -> list[str]:
 
 
 def data_of_regressions(scores: Mapping[str, ModelScores], order: Mapping[str, OrderFacts]) -> list[str]:
-    """What is known about a rise of the bits per byte of sources: the tokens that the phase and the one before it
-    predicted of them, and their share. No cause is stated, since none was tested.
+    """Returns the tokens that phases predicted of the sources whose bits per byte rose, and their share.
 
-    scores: of a model, in the order of training; order: `order` of the facts of a dataset.
+    Args:
+        scores: The scores of a model, in the order of training.
+        order: The orders of the phases.
     """
+    # No cause is stated, since none was tested.
     lines = []
     for before, after in pairwise(scores):
         phases = [phase for phase in (_phase_of(before), _phase_of(after)) if phase in order]
+        # A phase without an order, such as one of reinforcement learning, reads no sources.
         if _phase_of(after) not in order or not (risen := _risen(scores[before], scores[after])):
             continue
         tokens = {phase: order[phase].tokens() for phase in phases}
@@ -74,7 +77,7 @@ def _tokens_and_share(tokens: Mapping[str, int], source: str) -> str:
 
 
 def _phase_of(model: str) -> str:
-    """The phase that made an exported model."""
+    """Returns the phase that made an exported model."""
     return PHASE.get(model, model.replace("long-", "longcontext-"))
 
 
@@ -83,16 +86,17 @@ PHASE = {"base": "pretrain", "mid": "midtrain"}
 
 
 def parts(chat: Mapping[str, ChatScores]) -> dict[str, dict[str, Mean]]:
-    """The parts of the reward of each model that answered the held-out requests, in the order of training."""
+    """Returns the parts of the reward of each model that answered the held-out requests, in the order of training."""
     parts_by_model: dict[str, dict[str, Mean]] = {}
     for name, row in chat.get("preferences", {}).items():
+        # The first model has no comparison of its own: its parts stand in that of the next.
         parts_by_model.setdefault(row["before"], row["sides"]["before"]["parts"])
         parts_by_model[name] = row["sides"]["model"]["parts"]
     return parts_by_model
 
 
 def rises(before: Figure, after: Figure, errors: float = SURE) -> bool:
-    """Whether a value rises by more than that many standard errors of the difference."""
+    """Returns True if a value rises by more than that many standard errors of the difference."""
     return bool(after["value"] - before["value"] > errors * math.hypot(before["se"], after["se"]))
 
 
@@ -106,14 +110,18 @@ def _task_sentence(model: ModelFacts) -> Iterator[str]:
 
 
 def _reward_without_task(model: ModelFacts) -> Iterator[str]:
-    """Pairs of models of which the later one earns more by the preference reward, or wins, where the share with a done
-    task did not rise, a part of the reward fell, or one part alone rose of a reward that measures no task."""
+    """Yields a sentence on each pair of models of which the later one earns more, or wins, without a better task.
+
+    It is better if the share with a done task rose. Otherwise, no part of the reward may have fallen, and of a reward
+    that measures no task more than one part must have risen.
+    """
+    # Neighbors in training, and pairs that were compared, in this order and each once.
     measured, comparisons = parts(model.chat), model.chat.get("preferences", {})
     compared = {(row["before"], name): row for name, row in comparisons.items()}
     for before, after in dict.fromkeys([*pairwise(measured), *compared]):
         row, gains = compared.get((before, after)), []
         old, new = measured[before], measured[after]
-        if row is not None:
+        if row is not None:  # both sides answered the same requests
             old, new = (row["sides"][side]["parts"] for side in ("before", "model"))
         if rises(old["reward"], new["reward"]):
             gains.append(f"the preference reward rose ({_change(old['reward'], new['reward'])})")
@@ -121,6 +129,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
             gains.append(f"{title(after)} won {with_interval(rate)} of {count(rate['n'])} comparisons")
         if not gains:
             continue
+        # What fell from old to new is what rises in the other direction.
         risen, fallen = moved(old, new), moved(new, old)
         start = f"from {title(before)} to {title(after)} {' and '.join(gains)}, and"
         changes = {name: f"{name} ({_change(old[name], new[name])})" for name in (*risen, *fallen)}
@@ -139,7 +148,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
 
 
 def moved(old: Mapping[str, Mean], new: Mapping[str, Mean]) -> list[str]:
-    """The parts of a reward that rise from `old` to `new`, except for the whole and the task."""
+    """Returns the parts of a reward that rise from `old` to `new`, except for the whole and the task."""
     return [name for name in new if name not in ("reward", "task") and name in old and rises(old[name], new[name])]
 
 
@@ -148,7 +157,7 @@ def _listed(changes: Mapping[str, str], names: Iterable[str]) -> str:
 
 
 def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
-    """Phases in which the training reward rose and its held-out figure did not."""
+    """Yields a sentence on each phase in which the training reward rose and its held-out figure did not."""
     chat, measured = model.chat.get("test", {}), parts(model.chat)
     for before, after in pairwise(chat):
         for kind, reward in _rewards(model, after).items():
@@ -174,22 +183,23 @@ def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
 
 
 def _beside(old: Mapping[str, Mean], new: Mapping[str, Mean], before: AnswerStatistics, after: AnswerStatistics) -> str:
-    """What else rose, if anything: parts of the preference reward, and the length of answers, by a quarter."""
+    """Returns a clause on what else changed: parts of the preference reward, and the length of answers."""
     risen = [f"{name} ({_change(old[name], new[name])})" for name in moved(old, new)]
+    # Longer answers are the usual way to a higher reward without a better answer.
     if max(before["tokens"], after["tokens"]) > LONGER * min(before["tokens"], after["tokens"]):
         risen.append(f"the length of answers ({before['tokens']:.1f} → {after['tokens']:.1f} tokens)")
     return f"; what changed instead: {', '.join(risen)}" if risen else ""
 
 
 def _rewards(model: ModelFacts, phase: str) -> dict[str, FirstAndLast]:
-    """The rewards that a phase was trained on, by kind of task; none for a phase without a log."""
+    """Returns the rewards that a phase was trained on, by kind of task; none for a phase without a log."""
     return model.training[phase].rewards if phase in model.training else {}
 
 
 def _regressions(model: ModelFacts) -> Iterator[str]:
-    """Figures that got worse from one model to the next by more than a standard error of the difference, one line for
-    each phase."""
+    """Yields one line for each phase, with the figures that got worse by more than a standard error."""
     names, test = titles(model.scores), model.chat.get("test", {})
+    # A model is compared with the one before it, since a phase can only spoil what was there.
     for before, after in pairwise(model.scores):
         old, new = model.scores[before], model.scores[after]
         regressions = [
@@ -213,7 +223,7 @@ def _regressions(model: ModelFacts) -> Iterator[str]:
 
 
 def _risen(before: ModelScores, after: ModelScores) -> list[str]:
-    """Sources whose bits per byte rose."""
+    """Returns the sources whose bits per byte rose."""
     old, new = before["bits_per_byte"], after["bits_per_byte"]
     return [source for source, row in new.items() if source in old and rises(old[source], row, 1)]
 

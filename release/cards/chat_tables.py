@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from pipeline.core.text import escaped
 from release.cards import caveats
-from release.cards.tables import PHASES, count, table, title, with_error, with_interval
+from release.cards.tables import PHASES, count, explained_table, table, title, with_error, with_interval
 from release.facts.data_facts import DataFacts
 from release.facts.example_answers import ExampleAnswer
 from release.facts.score_facts import ChatScores
@@ -22,45 +22,43 @@ OUTPUT = 600
 
 
 def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
-    """One row for each model and kind of problem."""
-    body = []
+    """Returns one row for each model and kind of problem."""
+    body, most_drawn = [], "k"
     for name, model_scores in scores.items():
         parts = {**model_scores["problems"], "all problems": model_scores["problems_all"]}
         for kind, part in parts.items():
             if part is None:
                 continue
-            max_k = max(part["at"], key=int)
-            body.append([
-                kind, title(name), str(part["samples"]["accuracy"]["n"]), _value(part["greedy"]["accuracy"]),
-                _value(part["samples"]["accuracy"]), *(_value(part["at"][max_k][m]) for m in ("pass", "maj")),
-                f"{part['samples']['tokens']:.1f}", f"{part['samples']['truncated']:.1%}",
-                f"{part['samples']['reasoning']:.1%}",
-            ])  # fmt: skip
+            drawn, max_k = part["samples"], max(part["at"], key=int)
+            figures = [
+                part["greedy"]["accuracy"],
+                drawn["accuracy"],
+                part["at"][max_k]["pass"],
+                part["at"][max_k]["maj"],
+            ]
+            cells = [title(name), str(drawn["accuracy"]["n"]), *map(_value, figures), f"{drawn['tokens']:.1f}"]
+            body.append([kind, *cells, f"{drawn['truncated']:.1%}", f"{drawn['reasoning']:.1%}"])
         for kind, row in model_scores["judged"].items():
             cells = ["", _value(row["reward"]), "", "", f"{row['tokens']:.1f}", f"{row['truncated']:.1%}", ""]
             body.append([f"{kind} (preference reward)", title(name), str(row["reward"]["n"]), *cells])
-    totals = [model_scores["problems_all"] for model_scores in scores.values()]
-    k = max((max(part["at"], key=int) for part in totals if part), default="k")
-    head = [
-        "kind",
-        "model after",
-        "items",
-        "greedy",
-        "pass@1",
-        f"pass@{k}",
-        f"maj@{k}",
-        "tokens",
-        "cut off",
-        "with reasoning",
-    ]
+        if model_scores["problems_all"]:
+            max_k = max(model_scores["problems_all"]["at"], key=int)
+            most_drawn = max_k if most_drawn == "k" else max(most_drawn, max_k)
+    if not body:
+        return []
+
+    # Models of one kind stand together, in the order in which the kinds come up.
     kinds = list(dict.fromkeys(row[0] for row in body))
     body.sort(key=lambda row: kinds.index(row[0]))
-    return table(head, body, labels=3) if body else []
+    head = ["kind", "model after", "items", "greedy", "pass@1", f"pass@{most_drawn}", f"maj@{most_drawn}"]
+    return table([*head, "tokens", "cut off", "with reasoning"], body, labels=3)
 
 
 def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:
-    """One column for each comparison: the win rate, and beside it the task's own success, the reward, and the parts of
-    it that rose or fell, before → after."""
+    """Returns one column for each comparison.
+
+    Below the win rate stand the task's own success, the reward, and the parts of it that rose or fell, before → after.
+    """
     if not preferences:
         return []
     sides = [(row["sides"]["before"]["parts"], row["sides"]["model"]["parts"]) for row in preferences.values()]
@@ -88,31 +86,25 @@ def _outcomes(row: ComparisonScores) -> str:
 
 
 def reward_parts(chat: Mapping[str, ChatScores]) -> list[str]:
-    """The mean reward on the held-out requests of all models, and its parts: one row for each part."""
+    """Returns the mean reward of all models on the held-out requests: one row for each of its parts."""
     measured = caveats.parts(chat)
-    names = ordered([name for model_parts in measured.values() for name in model_parts])
-    body = [
-        [
-            name,
-            *(
-                _value(model_parts[name]) if name in model_parts else "not measured"
-                for model_parts in measured.values()
-            ),
-        ]
-        for name in names
-    ]
+    body = []
+    for name in ordered(name for parts in measured.values() for name in parts):
+        cells = [_value(parts[name]) if name in parts else "not measured" for parts in measured.values()]
+        body.append([name, *cells])
     return table(["part of the reward", *map(title, measured)], body) if body else []
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """The distinct parts of a reward: the whole and the task first."""
+    """Returns the distinct parts of a reward, the whole and the task first."""
     return sorted(set(names), key=lambda name: (name != "reward", name != "task", name))
 
 
 def samples(preferences: Mapping[str, ComparisonScores]) -> list[str]:
-    """A few pairs of the last comparison, with texts as code, so that no character of them is markup."""
+    """Returns a few pairs of the last comparison, with texts as code, so that no character of them is markup."""
     if not preferences:
         return []
+    # The last comparison is that of the final model.
     comparison, lines = preferences[list(preferences)[-1]], []
     for row in comparison["examples"][:SHOWN]:
         lines.append(f"- {_code_cell(row['question'])}")
@@ -123,12 +115,11 @@ def samples(preferences: Mapping[str, ComparisonScores]) -> list[str]:
 
 
 def examples(answers: Iterable[ExampleAnswer]) -> list[str]:
-    """One item for each answer: the request, and the answer with its reasoning; none without answers."""
-    items = [
-        f"- {answer.kind}, {'right' if answer.right else 'wrong'}: {_code_cell(answer.request)} → "
-        f"{_code_cell(answer.text)}"
-        for answer in answers
-    ]
+    """Returns one item for each answer: the request, and the answer with its reasoning; none without answers."""
+    items = []
+    for answer in answers:
+        verdict = "right" if answer.right else "wrong"
+        items.append(f"- {answer.kind}, {verdict}: {_code_cell(answer.request)} → {_code_cell(answer.text)}")
     rule = (
         "The first problems of each kind by their ids, with right answers and wrong ones; reasoning included, cut off "
         f"at {count(CHARACTERS)} characters. Nobody chose them:"
@@ -137,7 +128,7 @@ def examples(answers: Iterable[ExampleAnswer]) -> list[str]:
 
 
 def probes(data: DataFacts) -> list[str]:
-    """One row for the tasks of each kind and level: the best of the answers that solve nothing."""
+    """Returns one row for the tasks of each kind and level: the best of the answers that solve nothing."""
     body = []
     for phase, bins in data.probes.items():
         for name, each in bins.items():
@@ -151,17 +142,18 @@ def probes(data: DataFacts) -> list[str]:
         f"acknowledged reward, tasks on which it earns more than {MARGIN:g} above chance are refused:"
     )
     head = ["tasks", "phase", "best answer", "chance", "reward", "acknowledged"]
-    return [rule, "", *table(head, body, labels=2)] if body else []
+    return explained_table(rule, head, body, labels=2)
 
 
 def conversation(answer: ExampleAnswer | None) -> str:
-    """A line of code with the request of an answer as a conversation. A text in JSON is one in Python as well."""
+    """Returns a line of code with the request of an answer as a conversation."""
+    # A text in JSON is one in Python as well.
     text = json.dumps(answer.request if answer else "your request", ensure_ascii=False)
     return f'chat = [{{"role": "user", "content": {text}}}]'
 
 
 def request(answer: ExampleAnswer | None) -> list[str]:
-    """The line of code with the request of an answer, in the form in which the model got it."""
+    """Returns the line of code with the request of an answer, in the form in which the model got it."""
     if answer and answer.in_conversation:
         return [conversation(answer)]
     text = json.dumps(answer.request if answer else "The", ensure_ascii=False)
@@ -169,15 +161,16 @@ def request(answer: ExampleAnswer | None) -> list[str]:
 
 
 def output(answer: ExampleAnswer | None) -> list[str]:
-    """What a reader gets who draws an answer again, as code; none without an answer."""
+    """Returns the text that a reader gets who draws an answer again, as code; none without an answer."""
     if answer is None:
         return []
     text = answer.text if len(answer.text) <= OUTPUT else f"{answer.text[:OUTPUT]}…"
+    # Four backticks in the text would end the block.
     return ["````text", *(escaped(line).replace("````", "` ` ` `") for line in text.splitlines()), "````"]
 
 
 def overlaps(report: ContaminationReport | None) -> list[str]:
-    """Items by their overlap with the training data; report: on contamination, None without one."""
+    """Returns the items by their overlap with the training data; none without a report."""
     if report is None:
         return []
     body = [
@@ -192,12 +185,21 @@ BENCHMARKS = {"evaluate": "in plain text", "solve": "in conversation", "fresh-so
 
 
 def clean(report: ContaminationReport | None, names: Mapping[str, str]) -> list[str]:
-    """The scores that differ between all items and those that share no words with the training data. names: titles of
-    models."""
+    """Returns the scores that differ between all items and those that share no words with the training data.
+
+    Args:
+        report: The report on contamination, if there is one.
+        names: The titles of models.
+    """
     if report is None:
         return []
     body, same = [], 0
     for role, kinds in report["scores"].items():
+        # `fresh-solve-sft` is made of a kind of node with a hyphen, and a model.
+        kind_of_node, _, model = role.partition("-")
+        if "-solve-" in role:
+            before, _, model = role.rpartition("-solve-")
+            kind_of_node = f"{before}-solve"
         for kind, row in kinds.items():
             full, subset = row["full"], row["clean"]
             if full is None:
@@ -206,21 +208,18 @@ def clean(report: ContaminationReport | None, names: Mapping[str, str]) -> list[
                 same += 1
                 continue
             cells = [_value(subset), str(subset["n"])] if subset else ["no item is clean", "0"]
-            start, _, model = role.rpartition("-solve-") if "-solve-" in role else role.partition("-")
-            start = f"{start}-solve" if "-solve-" in role else start
-            measure = f"{kind}, {BENCHMARKS.get(start, start)}"
+            measure = f"{kind}, {BENCHMARKS.get(kind_of_node, kind_of_node)}"
             body.append([measure, names.get(model) or title(model), _value(full), str(full["n"]), *cells])
     sentence = f"For {count(same)} of {count(same + len(body))} scores every item is clean, so nothing changes."
-    if not body:
-        return [sentence]
     head = ["measure", "model after", "all items", "n", "clean items", "n"]
-    return [f"{sentence} For the others:", "", *table(head, body, labels=2)]
+    return explained_table(f"{sentence} For the others:", head, body, labels=2) or [sentence]
 
 
 def detector(report: ContaminationReport | None) -> list[str]:
-    """One sentence: the recall of the contamination detector on planted items."""
+    """Returns one sentence on the recall of the contamination detector on planted items."""
     if report is None:
         return []
+    # Planted items are known to be there: what is not found of them is the detector's error.
     recall, false_positives = report["detector"]["recall"], report["detector"]["false_positives"]
     return [
         f"Of {count(recall['planted'])} items planted into a copy of the corpus the detector found "
@@ -234,6 +233,7 @@ def _value(row: Figure) -> str:
 
 
 def _code_cell(text: str) -> str:
-    """A text as code in one table cell: without line breaks, bars, backticks, markup and terminal controls."""
+    """Returns a text as code in one table cell."""
+    # Line breaks, bars and backticks would end the cell or the code; the rest is markup or controls a terminal.
     line = " ".join(text.split()).replace("`", "'").replace("|", "/")
     return f"`{escaped(line[:CHARACTERS])}`" if line else "(nothing)"

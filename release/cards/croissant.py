@@ -21,48 +21,56 @@ from release.schema import ReleaseInfo
 NAME = "croissant.json"
 LOADED = 256 << 20
 """The largest file whose records the gate loads."""
-TYPES = {
-    "string": "sc:Text", "int32": "sc:Integer", "int64": "sc:Integer", "int16": "sc:Integer", "double": "sc:Float",
-    "float": "sc:Float", "bool": "sc:Boolean", "uint64": "sc:Integer",
-}  # fmt: skip
-CONTEXT: dict[str, Any] = {
-    "@language": "en", "@vocab": "https://schema.org/", "arrayShape": "cr:arrayShape", "citeAs": "cr:citeAs",
-    "column": "cr:column", "conformsTo": "dct:conformsTo", "containedIn": "cr:containedIn",
-    "cr": "http://mlcommons.org/croissant/", "data": {"@id": "cr:data", "@type": "@json"},
-    "dataType": {"@id": "cr:dataType", "@type": "@vocab"}, "dct": "http://purl.org/dc/terms/",
-    "description": {"@container": "@language"}, "equivalentProperty": "cr:equivalentProperty",
-    "examples": {"@id": "cr:examples", "@type": "@json"}, "extract": "cr:extract", "field": "cr:field",
-    "fileObject": "cr:fileObject", "fileProperty": "cr:fileProperty", "fileSet": "cr:fileSet", "format": "cr:format",
-    "includes": "cr:includes", "isArray": "cr:isArray", "isLiveDataset": "cr:isLiveDataset", "jsonPath": "cr:jsonPath",
-    "key": "cr:key", "md5": "cr:md5", "name": {"@container": "@language"}, "parentField": "cr:parentField",
-    "path": "cr:path", "prov": "http://www.w3.org/ns/prov#", "rai": "http://mlcommons.org/croissant/RAI/",
-    "recordSet": "cr:recordSet", "references": "cr:references", "regex": "cr:regex", "repeated": "cr:repeated",
-    "replace": "cr:replace", "samplingRate": "cr:samplingRate", "sc": "https://schema.org/",
-    "separator": "cr:separator", "source": "cr:source", "subField": "cr:subField", "transform": "cr:transform",
-}  # fmt: skip
+TYPES = {"double": "sc:Float", "float": "sc:Float", "bool": "sc:Boolean"}
+TYPES |= dict.fromkeys(("int16", "int32", "int64", "uint64"), "sc:Integer")
+"""{type of a column: its type in Croissant}; others are sc:Text."""
+TERMS = (
+    "arrayShape citeAs column containedIn equivalentProperty extract field fileObject fileProperty fileSet format "
+    "includes isArray isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace "
+    "samplingRate separator source subField transform"
+)
+"""The words of Croissant that mean nothing else."""
+CONTEXT: dict[str, Any] = {term: f"cr:{term}" for term in TERMS.split()} | {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "conformsTo": "dct:conformsTo",
+    "cr": "http://mlcommons.org/croissant/",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "dct": "http://purl.org/dc/terms/",
+    "description": {"@container": "@language"},
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    "name": {"@container": "@language"},
+    "prov": "http://www.w3.org/ns/prov#",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "sc": "https://schema.org/",
+}
 
 
 def describe_dataset(
     release: ReleaseInfo, dataset: Path, data: DataFacts, digest: Callable[[Path], str] = sha256_file
 ) -> dict[str, Any]:
-    """The JSON-LD of a dataset folder. data: the facts of the folder."""
+    """Returns the JSON-LD of a dataset folder.
+
+    Args:
+        release: The statement of the release.
+        dataset: The folder.
+        data: Its facts.
+        digest: Computes SHA-256 of a file.
+    """
     repo = f"https://huggingface.co/datasets/{release.repository}-data"
-    tables = {"dispositions": all_files(data_layout.disposition_files(dataset))}
-    tables |= {f"kept-{name}": files for name, files in data_layout.kept_files(dataset).items() if name in data.sources}
-    tables |= {f"attribution-{name}": files for name, files in data_layout.attribution_files(dataset).items()}
-    tables |= {f"notices-{name}": files for name, files in data_layout.notice_files(dataset).items()}
-    tables |= {f"measures-{name}": files for name, files in data_layout.measure_files(dataset).items()}
-    tables |= {f"generated-{name}": files for name, files in data_layout.generated_files(dataset).items()}
-    tables |= {
-        "tokens": all_files(data_layout.token_files(dataset)),
-        "problems": [dataset / "evaluation/items.parquet"],
-    }
-    tables |= _further(dataset, {path for files in tables.values() for path in files})
+    tables = _tables(dataset, data)
     patterns = {name: _pattern(dataset, files) for name, files in tables.items() if part_number(files[0]) is not None}
     documents_read = sum(row.documents_in for row in data.sources.values())
     documents_kept = sum(row.kept for row in data.sources.values())
     rules = sorted({rule.split("/")[0] for row in data.sources.values() for rule in row.removed})
-    redacted_documents = _redacted_documents(dataset)
+    # Curation counts the documents in which it replaced personal data.
+    curated = read_json(dataset / "summary.json")["sources"]
+    redacted_documents = sum(row.get("edited", {}).get("PIIFormatter", 0) for row in curated.values())
+    distribution = [
+        _file_set(name, patterns[name]) if name in patterns else _file(dataset, files[0], name, digest)
+        for name, files in tables.items()
+    ]
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
@@ -77,10 +85,7 @@ def describe_dataset(
         "creator": {"@type": "sc:Organization", "name": release.namespace},
         "isLiveDataset": False,
         **({"inLanguage": list(release.languages)} if release.languages else {}),
-        "distribution": [
-            _file_set(name, patterns[name]) if name in patterns else _file(dataset, files[0], name, digest)
-            for name, files in tables.items()
-        ],
+        "distribution": distribution,
         "recordSet": [_records(files[0], name, name in patterns) for name, files in tables.items()],
         "prov:wasDerivedFrom": [_source(dataset, name, row) for name, row in data.sources.items()],
         "rai:dataCollection": f"{documents_read} documents of {len(data.sources)} sources were read; each source's "
@@ -102,43 +107,52 @@ def describe_dataset(
         "rai:dataUseCases": "Training the models of this release, and checking what they were trained on.",
         "rai:dataReleaseMaintenancePlan": "A version is published once; changes, removals on request too, come as a "
         f"new version. Requests: {release.contact or 'the discussions of the repository'}.",
-    }  # fmt: skip
+    }
 
 
-def _further(dataset: Path, described: set[Path]) -> dict[str, list[Path]]:
-    """The other tables: orders, rollouts and pairs, outputs and results of each item. {name: its files}; the name is
-    made of the path."""
+def _tables(dataset: Path, data: DataFacts) -> dict[str, list[Path]]:
+    """Returns the files of each table by its name."""
+    tables = {"dispositions": all_files(data_layout.disposition_files(dataset))}
+    by_source = {
+        "kept": {name: files for name, files in data_layout.kept_files(dataset).items() if name in data.sources},
+        "attribution": data_layout.attribution_files(dataset),
+        "notices": data_layout.notice_files(dataset),
+        "measures": data_layout.measure_files(dataset),
+        "generated": data_layout.generated_files(dataset),
+    }
+    for kind, sources in by_source.items():
+        tables |= {f"{kind}-{name}": files for name, files in sources.items()}
+    tables["tokens"] = all_files(data_layout.token_files(dataset))
+    tables["problems"] = [dataset / "evaluation/items.parquet"]
+
+    # The others are orders, rollouts and pairs, outputs and results of each item. Their names are made of their paths.
+    described = {path for files in tables.values() for path in files}
     places: dict[Path, list[Path]] = {}
     for path in sorted(dataset.rglob("*.parquet")):
         if path not in described:
             places.setdefault(path.parent if part_number(path) is not None else path.with_suffix(""), []).append(path)
-    tables: dict[str, list[Path]] = {}
+    further: dict[str, list[Path]] = {}
     for place, files in places.items():
         name = "-".join(place.relative_to(dataset).parts)
-        tables[f"{name}-{len(tables)}" if name in tables else name] = files
-    return tables
+        # The folder `a/b` and the file `a-b` have one name.
+        further[f"{name}-{len(further)}" if name in further else name] = files
+    return tables | further
 
 
 def _license_url(spdx: str) -> str:
-    """The address of a license's text; an expression of several licenses is kept."""
+    """Returns the address of a license's text; an expression of several licenses is kept."""
     return spdx if " " in spdx else f"https://spdx.org/licenses/{spdx}.html"
 
 
-def _redacted_documents(dataset: Path) -> int:
-    """The number of documents in which curation replaced personal data."""
-    sources = read_json(dataset / "summary.json")["sources"]
-    return sum(row.get("edited", {}).get("PIIFormatter", 0) for row in sources.values())
-
-
 def _pattern(dataset: Path, files: list[Path]) -> str:
-    """The pattern of the parts of a table: of one source, or of all."""
+    """Returns the pattern of the parts of a table: of one source, or of all."""
     folders = {file.parent for file in files}
     folder = files[0].parent if len(folders) == 1 else files[0].parent.parent / "*"
     return f"{folder.relative_to(dataset).as_posix()}/{PART_PATTERN}"
 
 
 def _file_set(name: str, pattern: str) -> dict[str, Any]:
-    """The parts of a table; SHA256SUMS beside the description has their digests."""
+    """Returns the parts of a table; SHA256SUMS next to the description has their digests."""
     return {
         "@type": "cr:FileSet",
         "@id": f"{name}-parts",
@@ -161,33 +175,30 @@ def _file(dataset: Path, path: Path, name: str, digest: Callable[[Path], str]) -
 
 
 def _records(path: Path, name: str, in_parts: bool) -> dict[str, Any]:
-    """A record set with a field for each column. path: of the table, or of its first part."""
+    """Returns a record set with a field for each column. path: the table, or its first part."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(path)
     fields, nested = [], list[str]()
+    # A table in parts is a set of files; any other is one file.
     files = {"fileSet": {"@id": f"{name}-parts"}} if in_parts else {"fileObject": {"@id": f"{name}.parquet"}}
     for column in schema:
         value = getattr(column.type, "value_type", column.type)
+        # A field here has one value or a list of values, so structs and bytes are none.
         if pa.types.is_nested(value) or pa.types.is_binary(value):
             nested.append(column.name)
             continue
-        kind = str(value)
-        fields.append({
-            "@type": "cr:Field",
-            "@id": f"{name}/{column.name}",
-            "name": column.name,
-            "dataType": TYPES.get(kind, "sc:Text"),
-            **({"isArray": True, "arrayShape": "-1"} if kind != str(column.type) else {}),
-            "source": {**files, "extract": {"column": column.name}},
-        })  # fmt: skip
+        array = {"isArray": True, "arrayShape": "-1"} if value != column.type else {}
+        field = {"@type": "cr:Field", "@id": f"{name}/{column.name}", "name": column.name, **array}
+        kind = TYPES.get(str(value), "sc:Text")
+        fields.append({**field, "dataType": kind, "source": {**files, "extract": {"column": column.name}}})
     left_out = {"description": f"Columns that are no field: {', '.join(nested)}."} if nested else {}
     return {"@type": "cr:RecordSet", "@id": name, "name": name, **left_out, "field": fields}
 
 
 def _source(dataset: Path, name: str, row: SourceFacts) -> dict[str, Any]:
-    """A source as a PROV entity: its origin, and the digest of the data that was read there, if it has one."""
+    """Returns a source as a PROV entity: its origin, and the digest of the data that was read there, if it has one."""
     path = dataset / f"sources/{name}.json"
     declared = read_json(path) if path.exists() else {}
     entity: dict[str, Any] = {"@type": "prov:Entity", "@id": f"source/{name}", "prov:label": name}
@@ -199,9 +210,12 @@ def _source(dataset: Path, name: str, row: SourceFacts) -> dict[str, Any]:
 
 
 def problems(path: Path, records: int = 3) -> list[str]:
-    """The errors of mlcroissant in a croissant.json, and the record sets that do not load. The recommended
-    `datePublished` is ignored: no clock enters a release. mlcroissant reads a whole file into memory, so tables of more
-    than LOADED bytes are not loaded."""
+    """Returns the errors of mlcroissant in a croissant.json, and the record sets that do not load.
+
+    Args:
+        path: The croissant.json, next to its files.
+        records: The number of records of each set that are loaded.
+    """
     import itertools
     import logging
     import warnings
@@ -215,7 +229,9 @@ def problems(path: Path, records: int = 3) -> list[str]:
             description = mlcroissant.Dataset(jsonld=path)
         except mlcroissant.ValidationError as error:
             return [" ".join(str(error).split())]
+        # Its warnings are ignored, such as that on a missing `datePublished`: no clock enters a release.
         errors = list(description.metadata.ctx.issues.errors)
+        # mlcroissant reads a whole file into memory.
         large = _large(path)
         for record_set in description.metadata.record_sets:
             if record_set.uuid in large:
@@ -228,7 +244,7 @@ def problems(path: Path, records: int = 3) -> list[str]:
 
 
 def _large(path: Path) -> set[str]:
-    """The record sets with a file of more than LOADED bytes."""
+    """Returns the record sets with a file of more than LOADED bytes."""
     names = set()
     for row in read_json(path)["distribution"]:
         pattern = row.get("includes", row.get("contentUrl", ""))

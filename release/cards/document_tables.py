@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pipeline.core.text import escaped
-from release.cards.tables import count, few, table
+from release.cards.tables import count, explained_table, few, table
 from release.facts.data_facts import DataFacts, SourceFacts
 from release.facts.document_facts import LENGTHS, LanguageFacts, LicenseFacts
 from stages.data.acquire.licenses.allow import asks_for_attribution
@@ -16,7 +16,7 @@ MOST_LANGUAGES = 10
 """Languages of a source with a row of their own, those of most tokens; the others share one."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 EXAMPLE_CHARACTERS = 240
-"""Of an example document."""
+"""Characters of an example document that are shown."""
 OPT_OUT_KINDS = ("id", "content_hash", "url", "host", "copy", "near_duplicate", "derived")
 OPT_OUTS = (
     "Documents that were left out because somebody asked for it, by the SHA-256 of the reference of each request; a "
@@ -24,74 +24,68 @@ OPT_OUTS = (
     "request. The receipt of a request is in the evidence repository."
 )
 BASES = {
-    "": "declared by the source", "field": "in a field of the document", "file": "in a file of its package",
-    "page": "on its page", "parent": "of the document that it was made from", "none": "none was found",
-}  # fmt: skip
+    "": "declared by the source",
+    "field": "in a field of the document",
+    "file": "in a file of its package",
+    "page": "on its page",
+    "parent": "of the document that it was made from",
+    "none": "none was found",
+}
+"""{basis of a license: where it was found}"""
 
 
 def licenses(data: DataFacts) -> list[str]:
-    """Documents and tokens after curation by license, and how the license was found."""
+    """Returns documents and tokens after curation by license, and how the license was found."""
     rows = list(data.documents.licenses.items())
     total = sum(row.tokens for _, row in rows)
     shown, others = rows[:MOST_LICENSES], [row for _, row in rows[MOST_LICENSES:]]
     if others:
+        # The rows are sorted by tokens, so the smallest share one row.
         rest = LicenseFacts(sum(row.documents for row in others), sum(row.tokens for row in others))
         for row in others:
             rest.bases.update(row.bases)
         shown.append((f"{count(len(others))} other expressions", rest))
     body = [
-        [
-            escaped(name),
-            count(row.documents),
-            count(row.tokens),
-            f"{row.tokens / total:.1%}" if total else "",
-            _bases(row),
-        ]
+        [escaped(name), count(row.documents), count(row.tokens), _share(row.tokens, total), _bases(row)]
         for name, row in shown
     ]
     return table(["license of the document", "documents", "tokens", "share of tokens", "found"], body)
 
 
+def _share(part: int, total: int) -> str:
+    return f"{part / total:.1%}" if total else ""
+
+
 def _bases(row: LicenseFacts) -> str:
-    """How the license was found, and of how many acquired documents where there are several ways."""
+    """Returns the ways in which the license was found; of several, each with its number of acquired documents."""
     ways = [(BASES.get(basis, escaped(basis)), number) for basis, number in sorted(row.bases.items())]
     return "; ".join(way if len(ways) == 1 else f"{way}: {count(number)}" for way, number in ways)
 
 
 def by_reference(data: DataFacts) -> list[str]:
-    """The sources whose texts are not published, and where they come from; none without such sources."""
-    if not data.by_reference:
-        return []
+    """Returns the sources whose texts are not published, and where they come from; none without such sources."""
     body = [[name, count(data.sources[name].kept), origin] for name, origin in data.by_reference.items()]
     sentence = (
         "The license or the size of these sources does not allow to publish their texts. `kept/` has the id, the "
         "origin and the SHA-256 of each; `atom rebuild-data` reads the files of `references.json` again, and compares "
         "every text with its hash."
     )
-    lines = [sentence, "", *table(["source", "documents", "origin"], body)]
-    if reasons := data.published_reasons:
-        texts = [[name, escaped(reason)] for name, reason in reasons.items()]
-        lines += ["", "A model wrote further texts from them. The maker says why these are published:", ""]
-        lines += table(["source", "reason"], texts)
+    lines = explained_table(sentence, ["source", "documents", "origin"], body)
+    if lines and data.published_reasons:
+        sentence = "A model wrote further texts from them. The maker says why these are published:"
+        reasons = [[name, escaped(reason)] for name, reason in data.published_reasons.items()]
+        lines += ["", *explained_table(sentence, ["source", "reason"], reasons)]
     return lines
 
 
 def attribution(data: DataFacts) -> list[str]:
-    """The sources whose licenses ask for attribution or for notices, with their origins; none if no source does."""
+    """Returns the sources whose licenses ask for attribution or for notices; none if no source does."""
     listed = data.documents.attributed
-    body = [
-        [
-            name,
-            few(kept),
-            *([count(listed.get(name, 0))] if listed else []),
-            escaped(row.origin),
-            escaped(row.license_evidence),
-        ]
-        for name, row in data.sources.items()
-        if (kept := [license for license in row.licenses if asks_for_attribution(license)])
-    ]
-    if not body:
-        return []
+    body = []
+    for name, row in data.sources.items():
+        if licenses := [license for license in row.licenses if asks_for_attribution(license)]:
+            documents = [count(listed.get(name, 0))] if listed else []
+            body.append([name, few(licenses), *documents, escaped(row.origin), escaped(row.license_evidence)])
     tables = (
         "`attribution/` lists each of these documents with its license, its origin, and its title and authors where "
         "the source states them."
@@ -106,27 +100,27 @@ def attribution(data: DataFacts) -> list[str]:
         number = count(data.documents.notices)
         sentence += f" `notices/` has the {number} texts of licenses and notices of their packages, each once."
     documents = ["documents"] if listed else []
-    return [sentence, "", *table(["source", "licenses", *documents, "origin", "evidence of the license"], body)]
+    return explained_table(sentence, ["source", "licenses", *documents, "origin", "evidence of the license"], body)
 
 
 def lengths(data: DataFacts) -> list[str]:
-    """The share of each source's tokens by the length of its documents."""
+    """Returns the share of each source's tokens by the length of its documents."""
     bounds = [f"to {count(bound)}" for bound in LENGTHS] + [f"above {count(LENGTHS[-1])}"]
     body = []
     for name, row in data.documents.lengths.items():
         total, documents = sum(row.tokens), sum(row.documents)
         mean = f"{total / documents:,.0f}" if documents else ""
-        body.append([name, mean, *(f"{tokens / total:.1%}" if total else "" for tokens in row.tokens)])
+        body.append([name, mean, *(_share(tokens, total) for tokens in row.tokens)])
     return table(["source", "tokens of a document, mean", *bounds], body)
 
 
 def synthetic(data: DataFacts) -> list[str]:
-    """Documents and tokens that generators wrote, by generator and digest, and their share of all tokens; none without
-    such a source."""
+    """Returns documents and tokens that generators wrote, by generator and digest; none without such a source."""
     by_generator: dict[tuple[str, ...], list[SourceFacts]] = {}
     for row in data.sources.values():
         if row.generated is not None:
             stated = (row.generated[name] for name in ("generator", "digest", "generator_license", "generator_terms"))
+            # Sources of one generator with equal files and terms are one item.
             by_generator.setdefault(tuple(map(str, stated)), []).append(row)
     total = sum(sum(row.tokens.values()) for row in data.sources.values())
     items = []
@@ -149,7 +143,7 @@ def synthetic(data: DataFacts) -> list[str]:
 
 
 def languages(data: DataFacts) -> list[str]:
-    """Documents and tokens by language, of the sources in which a step identified it; none without such a source."""
+    """Returns documents and tokens by language, for the sources in which a step identified it."""
     body = []
     for source, by_language in data.documents.languages.items():
         total = sum(row.tokens for row in by_language.values())
@@ -159,82 +153,59 @@ def languages(data: DataFacts) -> list[str]:
             rest = LanguageFacts(sum(row.documents for row in others), sum(row.tokens for row in others))
             shown.append((f"{count(len(others))} other languages", rest))
         for name, row in shown:
-            share = f"{row.tokens / total:.1%}" if total else ""
-            body.append([source, name, count(row.documents), count(row.tokens), share])
-    if not body:
-        return []
+            body.append([source, name, count(row.documents), count(row.tokens), _share(row.tokens, total)])
     sentence = "The language of a document is what fastText's lid.176 took it for when it was filtered."
+    sentence += _not_measured(data, data.documents.languages, "No step identified it in")
     head = ["source", "language", "documents", "tokens", "share of the source's tokens"]
-    return [
-        sentence + _not_measured(data, data.documents.languages, "No step identified it in"),
-        "",
-        *table(head, body, labels=2),
-    ]
+    return explained_table(sentence, head, body, labels=2)
 
 
 def quality_scores(data: DataFacts) -> list[str]:
-    """Mean and quantiles of the scores of classifiers, of the sources with such a step; none without such a source."""
-    body = [
-        [
-            source,
-            escaped(classifier),
-            count(row.documents),
-            f"{row.mean:.3f}",
-            *(f"{row.quantile(share):.2f}" for share in QUANTILES),
-        ]
-        for source, by_classifier in data.documents.scores.items()
-        for classifier, row in by_classifier.items()
-        if row.documents
-    ]
-    if not body:
-        return []
+    """Returns mean and quantiles of the scores of classifiers, for the sources with such a step."""
+    body = []
+    for source, by_classifier in data.documents.scores.items():
+        for classifier, row in by_classifier.items():
+            if row.documents:
+                quantiles = [f"{row.quantile(share):.2f}" for share in QUANTILES]
+                body.append([source, escaped(classifier), count(row.documents), f"{row.mean:.3f}", *quantiles])
     sentence = (
         "Scores from 0 to 1 of the documents after curation, by the quality classifiers of the data recipe. Columns "
         "with a share are the score that this share of the documents does not exceed, to a hundredth."
     )
+    sentence += _not_measured(data, data.documents.scores, "No classifier scored")
     head = ["source", "classifier", "documents", "mean", *(f"{share:.0%}" for share in QUANTILES)]
-    return [
-        sentence + _not_measured(data, data.documents.scores, "No classifier scored"),
-        "",
-        *table(head, body, labels=2),
-    ]
+    return explained_table(sentence, head, body, labels=2)
 
 
 def _not_measured(data: DataFacts, measured: Collection[str], start: str) -> str:
-    """A further sentence that names the sources without a measure, if there are some."""
+    """Returns a further sentence that names the sources without a measure, if there are some."""
     names = [name for name in data.sources if name not in measured]
     return f" {start} {', '.join(names)}." if names else ""
 
 
 def opt_outs(data: DataFacts) -> list[str]:
-    """One row for each request; none for a corpus without a deny-list."""
-    if not data.opt_outs:
-        return []
+    """Returns one row for each request; none for a corpus without a deny-list."""
     body = []
     for row in data.opt_outs:
+        # The first kinds name the document itself; the others follow from it.
         named = sum(number for kind, number in row.removed.items() if kind not in OPT_OUT_KINDS[4:])
+        # Each kind that follows from the named documents has a column.
         others = [count(row.removed[kind]) for kind in OPT_OUT_KINDS[4:]]
         body.append([f"`{escaped(row.request[:16])}`", escaped(row.date), count(named), *others])
+    # A request is known by the hash of its reference, which names no person.
     head = ["request", "date", "named", "copies", "near duplicates", "rewrites"]
-    return [OPT_OUTS, "", *table(head, body)]
+    return explained_table(OPT_OUTS, head, body)
 
 
 def filter_agreement(data: DataFacts) -> list[str]:
-    """How far the filters agree with the reference that published thresholds were made for: one row for each rule; none
-    for a release without figures."""
+    """Returns the agreement of each rule with the reference that its published thresholds were made for."""
     figures = data.filter_agreement
     if not figures:
         return []
-    body = [
-        [
-            escaped(rule),
-            f"{row['agreement']:.1%}",
-            f"{row['kappa']:.2f}",
-            count(row["kept"]),
-            count(row["reference_kept"]),
-        ]
-        for rule, row in figures["rules"].items()
-    ]
+    body = []
+    for rule, row in figures["rules"].items():
+        kept = count(row["kept"]), count(row["reference_kept"])
+        body.append([escaped(rule), f"{row['agreement']:.1%}", f"{row['kappa']:.2f}", *kept])
     head = ["rule", "agreement", "Cohen's κ", "kept by this pipeline", "kept by the reference"]
     sentence = (
         f"Thresholds of the rules are those published for the reference, {escaped(figures['reference'])}. At equal "
@@ -245,8 +216,9 @@ def filter_agreement(data: DataFacts) -> list[str]:
 
 
 def examples(data: DataFacts) -> list[str]:
-    """The beginning of the first document of each source that has one with a text."""
+    """Returns the beginning of the first document of each source that has one with a text."""
     items = [
+        # The form of this line finds the example of a retracted document (`is_example_of`).
         f"- `{_code(id)}` of {source}: `{_code(text)[:EXAMPLE_CHARACTERS]}`"
         for source, (id, text) in data.first_documents.items()
     ]
@@ -263,5 +235,5 @@ def is_example_of(line: str, id: str) -> bool:
 
 
 def _code(text: str) -> str:
-    """A text as code in one line."""
+    """Returns a text as code in one line."""
     return escaped(" ".join(text.split()).replace("`", "'"))

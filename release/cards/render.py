@@ -21,7 +21,7 @@ from release.facts.example_answers import ExampleAnswer
 from release.facts.message_tables import FOLDER as MESSAGES
 from release.facts.model_facts import ModelFacts
 from release.facts.variant_facts import VariantFacts, read_variants
-from release.layout import MODEL, VARIANT, numbered
+from release.layout import MODEL, VARIANT
 from release.repositories import repositories
 from release.schema import CARD, ReleaseInfo
 from stages.evaluation.scores import ModelScores
@@ -30,23 +30,13 @@ TEMPLATES = Path(__file__).parent
 OF_DATA = ": data"
 """The end of the title of a release's data."""
 WHERE_FROM = "atom, in the version that made this release; a copy that you trust already is better"
-# The Hub's identifiers that equal the SPDX identifier in lower case; for its further ones `other` is right as well.
-HUB_LICENSES = frozenset({
-    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
-    "gpl-2.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "odc-by", "unlicense", "isc", "zlib", "postgresql", "artistic-2.0",
-    "ecl-2.0",
-})  # fmt: skip
-# kind of score -> (metric of the card's metadata, its title, its data)
+HUB_LICENSES = frozenset(tables.WORDS["hub_licenses"])
+"""The Hub's identifiers that equal the SPDX identifier in lower case."""
 METRICS: dict[Literal["bits_per_byte", "accuracy"], tuple[str, str, str]] = {
     "bits_per_byte": ("bits_per_byte", "Bits per byte", "held-out documents"),
     "accuracy": ("exact_match", "Exact match", "held-out problems"),
 }
-PHASES = {
-    "pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training",
-    "sft": "supervised fine-tuning (SFT)", "rlvr": "reinforcement learning with verifiable rewards (RLVR)",
-    "dpo": "direct preference optimization (DPO)",
-    "online-rlhf": "reinforcement learning against a reward model (online RLHF)",
-}  # fmt: skip
+"""{kind of score: metric of the card's metadata, its title, its data}"""
 
 
 def render_all(
@@ -69,6 +59,7 @@ def render_all(
         costs: The cost of each stage.
         canary: The string that identifies its evaluation problems.
     """
+    # The cards of variants show the request of the final model's example.
     example = None
     for name, model in models.items():
         facts = card_tables.release_facts(folder, name, model, data, interventions, costs)
@@ -80,27 +71,28 @@ def render_all(
     yield f"dataset/{CARD}", data_card(release, data, canary)
     steps = tables.checkpoints(read_checkpoints(folder / "checkpoints"))
     yield f"checkpoints/{CARD}", plain_card("checkpoints", release, release.license.weights, checkpoints=steps)
+    # The card of the evidence lists all repositories, since it is the entry to the release.
     places = [
         [place.id(release.namespace, release.name), place.kind, place.branch, f"`{place.folder or '.'}`"]
         for place in repositories(folder)
     ]
-    repository_table = tables.table(["repository", "kind", "branch", "place in the release"], places)
-    further = tables.further_evidence(folder)
-    yield (
-        CARD,
-        plain_card("evidence", release, release.license.code, repositories=repository_table, further=further),
-    )
+    lines = {
+        "repositories": tables.table(["repository", "kind", "branch", "place in the release"], places),
+        "further": tables.further_evidence(folder),
+    }
+    yield CARD, plain_card("evidence", release, release.license.code, **lines)
 
 
 def license_fields(spdx: str) -> dict[str, Any]:
-    """The Hub's license metadata for an SPDX expression: its own identifier, or `other` with name and link."""
+    """Returns the Hub's license metadata for an SPDX expression: its own identifier, or `other` with name and link."""
     if spdx.lower() in HUB_LICENSES:
         return {"license": spdx.lower()}
+    # The Hub refuses unknown identifiers, and shows the name of `other`.
     return {"license": "other", "license_name": spdx.lower(), "license_link": "LICENSE"}
 
 
 def install_commands(release: ReleaseInfo) -> str:
-    """The shell commands that install `atom` from the code of a release."""
+    """Returns the shell commands that install `atom` from the code of a release."""
     folder = f"{release.name}-evidence"
     download = f"hf download {release.repository}-evidence --repo-type dataset --revision v{release.version}"
     download += " --include 'code/*'"
@@ -108,7 +100,7 @@ def install_commands(release: ReleaseInfo) -> str:
 
 
 def code_readme(release: ReleaseInfo) -> str:
-    """The README of `code/` in a release, which the build of its wheel needs."""
+    """Returns the README of `code/` in a release, which the build of its wheel needs."""
     import jinja2
 
     template = jinja2.Template((TEMPLATES / "code.md.jinja").read_text("utf-8"), keep_trailing_newline=True)
@@ -116,7 +108,7 @@ def code_readme(release: ReleaseInfo) -> str:
 
 
 def model_index(scores: ModelScores, dataset: str) -> list[Any]:
-    """One EvalResult for each number of `scores.json`, at full precision."""
+    """Returns one EvalResult for each number of `scores.json`, at full precision."""
     hub = load()
 
     return [
@@ -137,15 +129,15 @@ def model_index(scores: ModelScores, dataset: str) -> list[Any]:
 
 
 def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
-    """The metadata of a model's card. title: what its name has after that of the release; "" of the final model."""
-    hub = load()
-
+    """Returns the metadata of a model's card. title: the end of its name; "" for the final model."""
     dataset = data_id(release)
+    # All models of a release come from its base; the base itself from a published model, or from none.
     base = f"{release.repository}-base" if title != "base" else None
     if model.base and (title == "base" or model.on_published):
         base = model.base["repo"]
+    # A copy is no finetune: nothing was trained.
     relation = {"base_model_relation": "finetune"} if model.on_published and not model.is_copy else {}
-    return hub.ModelCardData(
+    return load().ModelCardData(
         model_name=f"{release.name}-{title}".rstrip("-"),
         **license_fields(model.license(release.license.weights)),
         library_name="transformers",
@@ -162,22 +154,20 @@ def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
 
 
 def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
-    """The card of a folder that holds a model. facts: with those of this model."""
-    hub = load()
-
+    """Returns the card of a folder that holds a model. facts: those of the release and this model."""
     model, dataset = facts.model, data_id(release)
     title = folder.removeprefix("model").removeprefix("-")
     card_data = model_metadata(title, release, model)
     texts = _texts(card_tables.lines_by_table(card_tables.MODEL_TABLES, model))
     texts |= _texts(card_tables.lines_by_table(card_tables.RELEASE_TABLES, facts))
-    text = hub.ModelCard.from_template(
+    text = load().ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
         release=release,
         install=install_commands(release),
         model=model,
         title=title,
-        trained_by=_join_words([_title(phase) for phase in model.training]),
+        trained_by=_listed_phases(model),
         repo=f"{release.namespace}/{card_data.model_name}",
         dataset=dataset,
         dispositions="dispositions/*/*.parquet",
@@ -194,41 +184,41 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
 
 
 def variant_metadata(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> Any:
-    """The metadata of the card of a variant. suffix: the end of its repository's name."""
+    """Returns the metadata of the card of a variant. suffix: the end of its repository's name."""
+    library = "gguf" if facts.file else "transformers"
+    encoding = facts.variant.encoding.lower()
+    tags = [facts.variant.writer, encoding, "open-data", "reproducible"]
     return load().ModelCardData(
         model_name=f"{release.name}{suffix}",
         **license_fields(release.license.weights),
-        library_name="gguf" if facts.file else "peft" if facts.base else "transformers",
+        library_name="peft" if facts.base else library,
         pipeline_tag="text-generation",
         language=list(release.languages) or None,
         datasets=[data_id(release)],
         base_model=facts.base or release.repository,
         base_model_relation="adapter" if facts.base else "quantized",
-        tags=[facts.variant.writer, *filter(None, [facts.variant.encoding.lower()]), "open-data", "reproducible"],
+        tags=[tag for tag in tags if tag],
         **schema.head(),
     )
 
 
 def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts, example: ExampleAnswer | None) -> str:
-    """The card of a variant of the final model.
+    """Returns the card of a variant of the final model.
 
     Args:
         suffix: The end of its repository's name.
-        release: Of which it is a part.
-        facts: Of the variant.
+        release: The statement of its release.
+        facts: The facts of the variant.
         example: An answer of the final model, whose request the card takes.
     """
-    hub = load()
-
-    repo, card_data = f"{release.repository}{suffix}", variant_metadata(suffix, release, facts)
-    text = hub.ModelCard.from_template(
-        card_data,
+    text = load().ModelCard.from_template(
+        variant_metadata(suffix, release, facts),
         template_path=str(TEMPLATES / "variant.md.jinja"),
         release=release,
         install=install_commands(release),
         facts=facts,
         prefix=release.repository,
-        repo=repo,
+        repo=f"{release.repository}{suffix}",
         conversation=chat_tables.conversation(example),
         t=_texts(card_tables.lines_by_table(card_tables.VARIANT_TABLES, facts)),
     )
@@ -236,32 +226,29 @@ def variant_card(suffix: str, release: ReleaseInfo, facts: VariantFacts, example
 
 
 def data_id(release: ReleaseInfo) -> str:
-    """The release's data repository."""
+    """Returns the id of the release's data repository."""
     return f"{release.repository}-data"
 
 
 def data_of(card: str) -> str:
-    """The data repository named in a model's card; a copy of a published model was only measured on its data."""
+    """Returns the data repository that a model's card names."""
     data: Any = load().ModelCard(card).data
+    # A copy of a published model was only measured on these data.
     return str(data.datasets[0] if data.datasets else data.eval_results[0].dataset_type)
 
 
-def _title(phase: str) -> str:
-    kind, number = numbered(phase)
-    return f"{PHASES.get(kind, kind)} {number or ''}".strip()
-
-
-def _join_words(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), *words[-1:]]) if len(words) > 1 else "".join(words)
+def _listed_phases(model: ModelFacts) -> str:
+    """Returns the titles of a model's phases in full, as a clause."""
+    titles = [tables.title(phase, tables.WORDS["phases_in_full"]) for phase in model.training]
+    return " and ".join([", ".join(titles[:-1]), titles[-1]]) if len(titles) > 1 else "".join(titles)
 
 
 def data_metadata(release: ReleaseInfo, data: DataFacts) -> Any:
-    """The metadata of the card of the data, with the files of each configuration."""
-    kept_documents = sum(row.kept for row in data.sources.values())
+    """Returns the metadata of the card of the data, with the files of each configuration."""
     return load().DatasetCardData(
         pretty_name=f"{release.title}{OF_DATA}",
         language=list(release.languages) or None,
-        size_categories=size_category(kept_documents),
+        size_categories=size_category(sum(row.kept for row in data.sources.values())),
         task_categories=["text-generation"],
         configs=[
             *(_config(name, "kept", f"kept/{name}/*.parquet") for name in data.sources),
@@ -274,12 +261,10 @@ def data_metadata(release: ReleaseInfo, data: DataFacts) -> Any:
 
 
 def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] | None = None) -> str:
-    hub = load()
-
-    card_data = data_metadata(release, data)
+    """Returns the card of the data. canary: the string that identifies the evaluation problems."""
     texts = _texts(card_tables.lines_by_table(card_tables.DATA_TABLES, data))
-    text = hub.DatasetCard.from_template(
-        card_data,
+    text = load().DatasetCard.from_template(
+        data_metadata(release, data),
         template_path=str(TEMPLATES / "data.md.jinja"),
         release=release,
         install=install_commands(release),
@@ -302,29 +287,26 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
 
 
 def _config(name: str, split: str, path: str) -> dict[str, Any]:
-    """A configuration of the data set for the Hub. path: of its files, which may be a pattern."""
+    """Returns a configuration of the data set for the Hub. path: the pattern of its files."""
     return {"config_name": name, "data_files": [{"split": split, "path": path}]}
 
 
 def _config_of_messages(source: str, splits: list[str]) -> dict[str, Any]:
-    """The configuration of the conversations of a source, which training libraries read."""
+    """Returns the configuration of the conversations of a source, which training libraries read."""
     files = [{"split": split, "path": f"{MESSAGES}/{source}/{split}/*.parquet"} for split in splits]
     return {"config_name": f"{source}-messages", "data_files": files}
 
 
 def plain_metadata(license: str) -> Any:
-    """The metadata of the cards of the checkpoint and evidence repositories."""
+    """Returns the metadata of the cards of the checkpoint and evidence repositories."""
     return load().CardData(**license_fields(license), **schema.head())
 
 
 def plain_card(kind: str, release: ReleaseInfo, license: str, **table_lines: list[str]) -> str:
-    """The cards of the checkpoint and evidence repositories."""
-    hub = load()
-
-    template = str(TEMPLATES / f"{kind}.md.jinja")
-    text = hub.RepoCard.from_template(
+    """Returns the card of the checkpoint or the evidence repository. kind: the name of the template."""
+    text = load().RepoCard.from_template(
         plain_metadata(license),
-        template_path=template,
+        template_path=str(TEMPLATES / f"{kind}.md.jinja"),
         release=release,
         install=install_commands(release),
         prefix=release.repository,
@@ -334,7 +316,7 @@ def plain_card(kind: str, release: ReleaseInfo, license: str, **table_lines: lis
 
 
 def size_category(documents: int) -> str:
-    """The size category by the Hub's buckets."""
+    """Returns the size category by the Hub's buckets."""
     names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
     return names[min(max(len(str(documents)) - 3, 0), len(names) - 1)]
 
@@ -344,22 +326,19 @@ def _texts(table_lines: dict[str, list[str]]) -> dict[str, str]:
 
 
 def _normalize_text(text: str) -> str:
+    # Empty tables and conditions of the templates leave empty lines.
     return re.sub(r"\n{3,}", "\n\n", text.replace("\r\n", "\n")).strip() + "\n"
 
 
 def mismatched_scores(card: str, scores: ModelScores) -> list[str]:
-    """Values of the card's model-index that differ from the measured ones."""
-    hub = load()
-
-    data: Any = hub.ModelCard(card).data
-    results = data.eval_results or []
-    stated = {
-        (r.metric_type, r.dataset_config): (r.metric_value, (r.metric_args or {}).get("standard_error"))
-        for r in results
-    }
-    measured = {(METRICS[k][0], n): (r["value"], r["se"]) for k in METRICS for n, r in scores[k].items()}
-    return sorted(
-        f"{kind} {name}"
-        for kind, name in set(stated) | set(measured)
-        if stated.get((kind, name)) != measured.get((kind, name))
-    )
+    """Returns the values of the card's model-index that differ from the measured ones."""
+    data: Any = load().ModelCard(card).data
+    stated, measured = dict[Any, Any](), dict[Any, Any]()
+    for result in data.eval_results or []:
+        error = (result.metric_args or {}).get("standard_error")
+        stated[result.metric_type, result.dataset_config] = result.metric_value, error
+    for kind, (metric, _, _) in METRICS.items():
+        for name, row in scores[kind].items():
+            measured[metric, name] = row["value"], row["se"]
+    differing = (key for key in stated.keys() | measured.keys() if stated.get(key) != measured.get(key))
+    return sorted(f"{metric} {name}" for metric, name in differing)

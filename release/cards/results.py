@@ -24,34 +24,41 @@ def results_path(dataset: str) -> str:
 
 
 def text(model: ModelFacts, dataset: str, version: str) -> str:
-    """The file's content; dataset: id of the release's data repository."""
+    """Returns the file's content. dataset: the id of the release's data repository."""
     return _dump(_rows(model, dataset, version))
 
 
 def _dump(rows: Any) -> str:
-    text: str = yaml.safe_dump(rows, sort_keys=False, width=1000)
-    return text
+    return str(yaml.safe_dump(rows, sort_keys=False, width=1000))
 
 
 def problems(folder: Path, model: ModelFacts, dataset: str, version: str | None) -> list[str]:
-    """Lists the values of a model repository's file that were not measured. version: None if only the repository is
-    known; then the source is not compared."""
+    """Returns the errors of a model repository's file.
+
+    Args:
+        folder: The model repository.
+        model: Its facts.
+        dataset: The id of the release's data repository.
+        version: The version of the release; None if only the model repository is known.
+    """
     path = results_path(dataset)
     if not (folder / FOLDER).is_dir():
         return [f"{path} is missing"]
+    # Further files would be shown as results by the Hub.
     present = [file.relative_to(folder).as_posix() for file in (folder / FOLDER).rglob("*")]
     if present != [path]:
         return [f"{FOLDER} holds {', '.join(sorted(present))}, and not {path} alone"]
     content = (folder / path).read_text()
     stated, measured = yaml.safe_load(content), _rows(model, dataset, version or "")
     written = _dump(stated) == content
+    # The address of the source has the version.
     if version is None:
         stated, measured = _without_source(stated), _without_source(measured)
     return [] if stated == measured and written else [f"{path} is not what was measured"]
 
 
 def _without_source(rows: Any) -> Any:
-    """The content of an untrusted file without its sources."""
+    """Returns the content of an untrusted file without its sources."""
     if not isinstance(rows, list):
         return rows
     return [{**row, "source": None} if isinstance(row, dict) else row for row in rows]
@@ -59,8 +66,8 @@ def _without_source(rows: Any) -> Any:
 
 def _rows(model: ModelFacts, dataset: str, version: str) -> list[dict[str, Any]]:
     hub = load()
-
     scores, name = model.own_scores(), model.name()
+    # Other engines round differently, so the engine belongs to the number.
     computed = f"; by vLLM ({scores['engine']})" if "engine" in scores else ""
     entries = [
         hub.EvalResultEntry(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from pipeline.core.text import escaped
 from release.facts import costs
@@ -22,38 +25,21 @@ MOST_CHANGES = 30
 """Changed settings that a card lists."""
 MOST_LICENSES = 8
 """Licenses that a source's row lists."""
-TITLES = {
-    "init": "random weights", "base": "pre-training", "mid": "mid-training", "long": "long context", "sft": "SFT",
-    "rlvr": "RLVR", "dpo": "DPO", "online-rlhf": "online RLHF",
-}  # fmt: skip
+WORDS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "titles.yaml").read_text("utf-8"))
+TITLES: dict[str, str] = WORDS["models"]
 """Titles of exported models, after the phase that made them."""
 PUBLISHED = "published base"
 """The title of a base that no phase of the release made."""
-PHASES = {
-    "pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training", "sft": "SFT",
-    "rlvr": "RLVR", "dpo": "DPO", "reward": "reward model", "online-rlhf": "online RLHF",
-    "size": "smaller model",
-}  # fmt: skip
+PHASES: dict[str, str] = WORDS["phases"]
 """Titles of training phases."""
-STAGES = {
-    "acquire": "data", "generate": "data", "benchmarks": "data", "items": "data", "classifier": "data",
-    "filter": "data", "duplicates": "data", "representatives": "data", "dedup": "data", "curate": "data",
-    "tokenizer": "tokenizer and order", "tokenize": "tokenizer and order", "order": "tokenizer and order",
-    "tasks": "tasks of post-training", "import": "import of weights", **PHASES,
-    "midtrain": "mid-training and long context", "evaluate": "evaluation", "solve": "evaluation",
-    "fresh": "evaluation", "prefer": "evaluation", "contamination": "evaluation", "memorization": "evaluation",
-    "harness": "evaluation", "export": "export", "variant": "other forms of the weights",
-}  # fmt: skip
-"""The part of the work that a stage belongs to; a stage that is not here is a part of its own."""
+IN_PROCESS = "transformers in the stage's process, in fp32"
+"""What computes scores without an engine."""
+CONVERSATION_TITLES = {"system": "system messages", "tools": "tools", "reasoning": "reasoning"}
+CHAT_TITLES = {"test": "answers in conversation", "fresh": "answers to new items", "preferences": "preferences"}
 COLUMN_PIXELS, PADDING_PIXELS = 750, 27
 """The width of a card on the Hub, with a margin, and that of a cell's padding and border."""
 WIDE_PIXELS, NARROW_PIXELS, NARROW = 10.3, 5.2, " .,:;()|il'"
 """Widths of characters there at 16 px, in DejaVu Sans, the widest of the usual fonts."""
-
-
-IN_PROCESS = "transformers in the stage's process, in fp32"
-CONVERSATION_TITLES = {"system": "system messages", "tools": "tools", "reasoning": "reasoning"}
-CHAT_TITLES = {"test": "answers in conversation", "fresh": "answers to new items", "preferences": "preferences"}
 
 
 def count(value: int) -> str:
@@ -61,34 +47,50 @@ def count(value: int) -> str:
 
 
 def table(head: Iterable[str], body: Iterable[Iterable[str]], labels: int = 1) -> list[str]:
-    """The lines of a Markdown table. labels: the first columns, which name a row.
+    """Returns the lines of a Markdown table.
 
     No table is wider than the Hub's column: columns that do not fit are in further tables below it, each with the
     labels again.
+
+    Args:
+        head: The names of the columns.
+        body: The cells of each row.
+        labels: The number of first columns, which name a row.
     """
-    # without spaces around ±, a browser breaks no figure over two lines
+    # Without spaces around ±, a browser breaks no figure over two lines.
     head, rows = list(head), [[str(cell).replace("|", "\\|").replace(" ± ", "±") for cell in row] for row in body]
+    widths = [_pixels([name, *(row[n] for row in rows)]) for n, name in enumerate(head)]
     lines: list[str] = []
-    for columns in _columns_that_fit([_pixels(column) for column in zip(head, *rows, strict=True)], labels):
-        lines += [""] * bool(lines)
-        lines += _one_table([head[n] for n in columns], [[row[n] for n in columns] for row in rows])
+    for columns in _columns_that_fit(widths, labels):
+        if lines:
+            lines.append("")
+        rule = "|" + "|".join(["---"] * len(columns)) + "|"
+        lines += [_line([head[n] for n in columns]), rule]
+        lines += [_line([row[n] for n in columns]) for row in rows]
     return lines
 
 
-def _one_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * len(head)) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def explained_table(sentence: str, head: Iterable[str], body: list[list[str]], labels: int = 1) -> list[str]:
+    """Returns the lines of a sentence and a table below it; none for a table without rows."""
+    return [sentence, "", *table(head, body, labels)] if body else []
 
 
 def _columns_that_fit(pixels: Sequence[float], labels: int) -> list[list[int]]:
-    """The numbers of the columns of each table: as few as fit, with equally many columns if these fit as well."""
+    """Returns the numbers of the columns of each table."""
     limit, first, columns = COLUMN_PIXELS - sum(pixels[:labels]), list(range(labels)), range(labels, len(pixels))
+    # As few tables as fit.
     parts: list[list[int]] = [[]]
     for column in columns:
         if parts[-1] and sum(pixels[n] for n in [*parts[-1], column]) > limit:
             parts.append([])
         parts[-1].append(column)
-    size = -(-len(columns) // len(parts)) or 1
+
+    # Equally many columns in each look better, if they fit as well.
+    size = math.ceil(len(columns) / len(parts)) or 1
     even = [list(columns[n : n + size]) for n in range(0, len(columns), size)]
     if all(sum(pixels[n] for n in part) <= limit for part in even):
         parts = even or parts
@@ -96,12 +98,11 @@ def _columns_that_fit(pixels: Sequence[float], labels: int) -> list[list[int]]:
 
 
 def _pixels(column: Sequence[str]) -> float:
-    """The least width of a column, which is that of its longest word."""
-    return max((_width(word) for cell in column for word in cell.split()), default=0.0) + PADDING_PIXELS
-
-
-def _width(text: str) -> float:
-    return sum(NARROW_PIXELS if character in NARROW else WIDE_PIXELS for character in text)
+    """Returns the least width of a column, which is that of its longest word."""
+    widths = [0.0]
+    for word in (word for cell in column for word in cell.split()):
+        widths.append(sum(NARROW_PIXELS if character in NARROW else WIDE_PIXELS for character in word))
+    return max(widths) + PADDING_PIXELS
 
 
 def with_error(row: Figure, digits: int) -> str:
@@ -113,21 +114,22 @@ def with_interval(row: Proportion) -> str:
 
 
 def title(name: str, names: Mapping[str, str] = TITLES) -> str:
-    """The title of an exported model, or with PHASES of a training phase."""
+    """Returns the title of an exported model, or with PHASES that of a training phase."""
     kind, number = numbered(name)
     return f"{names.get(kind, kind)} {number or ''}".strip()
 
 
 def titles(models: Iterable[str]) -> dict[str, str]:
-    """The titles of all models of a release, in the order of training. Without an untrained model, the base is a
-    published one."""
-    names = list(models)
-    published = {"base": PUBLISHED} if "init" not in names else {}
-    return {model: published.get(model) or title(model) for model in names}
+    """Returns the titles of all models of a release, in the order of training."""
+    names = {model: title(model) for model in models}
+    # Without an untrained model, no phase of this release made the base.
+    if "base" in names and "init" not in names:
+        names["base"] = PUBLISHED
+    return names
 
 
 def summary(model: ModelFacts) -> list[str]:
-    """One sentence on the model: its kind, size, context and phases."""
+    """Returns one sentence on the model: its kind, size, context and phases."""
     size, kind = model.parameters, "mixture-of-experts language model" if model.has_experts else "language model"
     active = f", {count(size.active)} of them active for one token" if size.active != size.total else ""
     context = count(model.config["max_position_embeddings"])
@@ -139,8 +141,9 @@ def summary(model: ModelFacts) -> list[str]:
 
 
 def headline(model: ModelFacts) -> list[str]:
-    """The figures of this model beside those of the model before it and of the base model."""
+    """Returns the figures of this model beside those of the model before it and of the base model."""
     names = list(model.scores)
+    # At most three columns: the base model, the one before this, and this one.
     shown = list(dict.fromkeys([*[name for name in names if name == "base"], *names[-2:]]))
     test = model.chat.get("test", {})
     last = model.scores[names[-1]]
@@ -152,18 +155,15 @@ def headline(model: ModelFacts) -> list[str]:
         drawn = [test[name]["problems"][kind]["samples"]["accuracy"] if name in test else None for name in shown]
         cells = [with_error(row, 3) if row else "not measured" for row in drawn]
         body.append([f"{kind}: right, in conversation", *cells])
-    body.append(["bits per byte of held-out text", *_all_bits(model, shown)])
+    bits = [with_error(model.scores[name]["bits_per_byte_all"], 3) for name in shown]
+    body.append(["bits per byte of held-out text", *bits])
     columns = [titles(names)[name] for name in shown[:-1]]
     heads = (name if name == PUBLISHED else f"after {name}" for name in columns)
     return table(["measure", *heads, "this model"], body)
 
 
-def _all_bits(model: ModelFacts, names: Iterable[str]) -> list[str]:
-    return [with_error(model.scores[name]["bits_per_byte_all"], 3) for name in names]
-
-
 def evaluation(scores: dict[str, ModelScores]) -> list[str]:
-    """One row for each measure, one column for each model: value ± standard error."""
+    """Returns one row for each measure, one column for each model: value ± standard error."""
     phases, last_scores = list(scores), scores[list(scores)[-1]]
     body = [
         [f"bits per byte, {source}", *(with_error(scores[p]["bits_per_byte"][source], 3) for p in phases)]
@@ -179,13 +179,13 @@ def evaluation(scores: dict[str, ModelScores]) -> list[str]:
 
 
 def passkeys(scores: dict[str, ModelScores]) -> list[str]:
-    """Keys retrieved from texts of each length, one column for each model that was evaluated on them."""
-    return _by_model(scores, "passkey", "tokens of the text", 3)
+    """Returns keys retrieved from texts of each length, one column for each model that was evaluated on them."""
+    return _by_model(scores, "passkey", "tokens of the text")
 
 
 def positions(scores: dict[str, ModelScores]) -> list[str]:
-    """Bits per token of long documents by the token's position, one column for each model."""
-    return _by_model(scores, "loss_by_position", "position of the token", 3)
+    """Returns bits per token of long documents by the token's position, one column for each model."""
+    return _by_model(scores, "loss_by_position", "position of the token")
 
 
 def passkeys_by_depth(scores: dict[str, ModelScores]) -> list[str]:
@@ -199,22 +199,20 @@ def passkeys_by_depth(scores: dict[str, ModelScores]) -> list[str]:
     return table(["tokens of the text", *(f"depth {depth}" for depth in depths)], body) if body else []
 
 
-def _by_model(
-    scores: dict[str, ModelScores], kind: Literal["passkey", "loss_by_position"], head: str, digits: int
-) -> list[str]:
-    """One row for each name of a kind of scores, in order of its first number; empty if no model has that kind."""
+def _by_model(scores: dict[str, ModelScores], kind: Literal["passkey", "loss_by_position"], head: str) -> list[str]:
+    """Returns one row for each key of a kind of scores, by its first number; none if no model has that kind."""
     names, columns = titles(scores), [model for model in scores if kind in scores[model]]
     keys = sorted({key for model in columns for key in scores[model][kind]}, key=lambda key: int(key.split("-")[0]))
     body = []
     for key in keys:
         cells = [scores[model][kind].get(key) for model in columns]
         label = " to ".join(count(int(number)) for number in key.split("-"))
-        body.append([label, *(with_error(cell, digits) if cell else "not measured" for cell in cells)])
+        body.append([label, *(with_error(cell, 3) if cell else "not measured" for cell in cells)])
     return table([head, *(names[model] for model in columns)], body) if body else []
 
 
 def samples(scores: dict[str, ModelScores]) -> list[str]:
-    """The sample sizes of the evaluation: documents, bytes and problems."""
+    """Returns the sample sizes of the evaluation: documents, bytes and problems."""
     last_scores = scores[list(scores)[-1]]
     body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last_scores["bits_per_byte"].items()]
     body += [[name, "", "", count(r["n"])] for name, r in last_scores["accuracy"].items()]
@@ -222,14 +220,18 @@ def samples(scores: dict[str, ModelScores]) -> list[str]:
 
 
 def engines(
-    scores: Mapping[str, ModelScores], chat: Mapping[str, ChatScores], memorization: Mapping[str, Any] | None = None,
+    scores: Mapping[str, ModelScores],
+    chat: Mapping[str, ChatScores],
+    memorization: Mapping[str, Any] | None = None,
     harness: HarnessFacts | None = None,
-) -> list[str]:  # fmt: skip
-    """One sentence: what computed the scores."""
+) -> list[str]:
+    """Returns one sentence on what computed the scores."""
     kinds: dict[str, Iterable[Mapping[str, Any]]] = {"evaluation on documents and problems": scores.values()}
     kinds |= {CHAT_TITLES[benchmark]: by_model.values() for benchmark, by_model in chat.items()}
-    kinds |= {"what it gives away": [memorization]} if memorization else {}
-    kinds |= {"task sets": harness.task_sets.values()} if harness else {}
+    if memorization:
+        kinds["what it gives away"] = [memorization]
+    if harness:
+        kinds["task sets"] = harness.task_sets.values()
     by_engine: dict[str, list[str]] = {}
     for kind, rows in kinds.items():
         for engine in dict.fromkeys(str(row.get("engine", "")) for row in rows):
@@ -237,59 +239,59 @@ def engines(
     parts = []
     for engine, names in by_engine.items():
         title = f"vLLM ({engine}), in the data type of the exported weights" if engine else IN_PROCESS
+        # With one engine for everything, the names of the evaluations say nothing.
         parts.append(title if len(by_engine) == 1 else f"{title}: {', '.join(names)}")
     return [f"Computed by {'; by '.join(parts)}."]
 
 
 def architecture(model: ModelFacts) -> list[str]:
-    body = [["parameters, total", count(model.parameters.total)]]
-    body += [["parameters, active for one token", count(model.parameters.active)]]
-    body += [[key.replace("_", " "), count(value)] for key, value in model.config.items()]
-    return table(["what", "value"], body)
+    sizes = {"parameters, total": model.parameters.total, "parameters, active for one token": model.parameters.active}
+    sizes |= {key.replace("_", " "): value for key, value in model.config.items()}
+    return table(["what", "value"], [[name, count(value)] for name, value in sizes.items()])
 
 
 def tokenizer(model: ModelFacts) -> list[str]:
-    """The size of the vocabulary, and the tokens that stand for no text."""
+    """Returns the size of the vocabulary, and the tokens that stand for no text."""
     special = ", ".join(f"`{escaped(token)}`" for token in model.special_tokens)
     return [f"{count(model.config['vocab_size'])} ids in the vocabulary. Tokens that stand for no text: {special}."]
 
 
 def chat_format(model: ModelFacts) -> list[str]:
-    """A request in the chat template, as code; none if it is not known."""
-    text = model.rendered_chat.replace("What is 2+2?", "REQUEST")  # of the goldens, which not every model can answer
+    """Returns a request in the chat template, as code; none if it is not known."""
+    # The rendered request is one of the goldens, which not every model can answer.
+    text = model.rendered_chat.replace("What is 2+2?", "REQUEST")
     return ["````text", *map(escaped, text.splitlines()), "````"] if text else []
 
 
 def context(model: ModelFacts) -> list[str]:
-    """The context length and the position encoding, from config.json."""
+    """Returns the context length and the position encoding, from config.json."""
+    # Known settings first; the further ones depend on the kind of scaling.
     rope = dict(model.rope)
     body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
     if "sliding_window" in model.config:
-        body += [["sliding window of the first, third, … layer, tokens", count(model.config["sliding_window"])]]
-    body += [["RoPE base (`rope_theta`)", f"{rope.pop('rope_theta'):,.10g}"]]
+        body.append(["sliding window of the first, third, … layer, tokens", count(model.config["sliding_window"])])
+    body.append(["RoPE base (`rope_theta`)", f"{rope.pop('rope_theta'):,.10g}"])
     kind = rope.pop("rope_type", "default")
-    body += [["RoPE scaling", "none" if kind == "default" else kind]]
+    body.append(["RoPE scaling", "none" if kind == "default" else kind])
     body += [[f"{kind}: {key.replace('_', ' ')}", number(value)] for key, value in sorted(rope.items())]
     return table(["what", "value"], body)
 
 
 def parity(model: ModelFacts) -> list[str]:
-    body = [
-        [key.replace("_", " "), number(value)]
-        for key, value in sorted(model.parity.items())
-        if not isinstance(value, dict)
-    ]
+    figures = {key: value for key, value in sorted(model.parity.items()) if not isinstance(value, dict)}
+    body = [[key.replace("_", " "), number(value)] for key, value in figures.items()]
     return table(["export parity", "value"], body)
 
 
 def number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return count(value) if isinstance(value, int) else f"{value:.3g}"
+    """Returns a value as text: whole numbers in full, others in three digits."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return count(value) if type(value) is int else str(value)
 
 
 def sources(data: DataFacts) -> list[str]:
-    """Documents and tokens of each source after curation."""
+    """Returns documents and tokens of each source after curation."""
     body = []
     for name, row in data.sources.items():
         split, tokens = row.by_split, sum(row.tokens.values())
@@ -299,11 +301,12 @@ def sources(data: DataFacts) -> list[str]:
 
 
 def shares(data: DataFacts, phases: Iterable[str]) -> list[str]:
-    """The tokens that each phase of a model predicted, and the share of each source, the largest first."""
+    """Returns the tokens that each phase of a model predicted, and the share of each source, the largest first."""
     body = []
     for phase in (phase for phase in data.order if phase in phases):
         row, tokens = data.order[phase], data.tokens_read(phase)
         total = sum(tokens.values())
+        # Names break ties, so that equal facts give equal bytes.
         largest = sorted(tokens.items(), key=lambda pair: (-pair[1], pair[0]))
         mix = ", ".join(f"{name} {number / total:.1%}" for name, number in largest) if total else ""
         body.append([title(phase, PHASES), count(row.steps), count(total), mix])
@@ -311,7 +314,7 @@ def shares(data: DataFacts, phases: Iterable[str]) -> list[str]:
 
 
 def licenses_in_short(data: DataFacts) -> list[str]:
-    """One sentence: the licenses of the sources that the data come from."""
+    """Returns one sentence: the licenses of the sources that the data come from."""
     by_license: dict[str, list[str]] = {}
     for name, row in data.sources.items():
         by_license.setdefault(few(row.licenses) or "no license", []).append(name)
@@ -319,13 +322,13 @@ def licenses_in_short(data: DataFacts) -> list[str]:
 
 
 def few(licenses: list[str]) -> str:
-    """The first licenses, and the number of the others."""
+    """Returns the first licenses, and the number of the others."""
     shown, others = licenses[:MOST_LICENSES], licenses[MOST_LICENSES:]
     return ", ".join([*shown, f"{len(others)} others"] if others else shown)
 
 
 def license_evidence(data: DataFacts) -> list[str]:
-    """One line for each source: licenses, origin and evidence of the license."""
+    """Returns one line for each source: licenses, origin and evidence of the license."""
     return [
         f"- **{name}**: {few(row.licenses)}. Origin: {row.origin}. Evidence of the license: {row.license_evidence}."
         for name, row in data.sources.items()
@@ -348,12 +351,13 @@ def funnel(data: DataFacts) -> list[str]:
 
 
 def order(data: DataFacts) -> list[str]:
-    """The data of each training phase, from the order index."""
+    """Returns the data of each training phase, from the order index."""
     body = []
     for phase, row in data.order.items():
         for part in row.parts:
             first, last = part.first_step, part.last_step
             name_of_phase = title(phase, PHASES)
+            # A phase has several parts if its run went on with other data.
             label = name_of_phase if len(row.parts) == 1 else f"{name_of_phase}, steps {count(first)} to {count(last)}"
             for name, figures in part.by_source.items():
                 cells = [count(number) for number in (figures.rows, figures.tokens, figures.documents)]
@@ -364,17 +368,17 @@ def order(data: DataFacts) -> list[str]:
 
 
 def conversations(data: DataFacts, phases: Iterable[str]) -> list[str]:
-    """What the kept conversations of the sources that the phases read have, and what none has; empty without any."""
+    """Returns the features of the kept conversations that the phases read; nothing without any conversation."""
     read = {source for phase in phases for source in data.sources_read(phase)}
-    rows = [(name, row, row.conversations) for name, row in data.sources.items() if name in read and row.conversations]
-    if not rows:
+    body, absent = [], dict(CONVERSATION_TITLES)
+    for source, row in data.sources.items():
+        if source in read and row.conversations:
+            counts = [row.conversations[feature] for feature in CONVERSATION_TITLES]
+            body.append([source, count(row.kept), *map(count, counts)])
+            absent = {feature: title for feature, title in absent.items() if not row.conversations[feature]}
+    if not body:
         return []
-    body = [
-        [name, count(row.kept), *(count(features[name]) for name in CONVERSATION_TITLES)]
-        for name, row, features in rows
-    ]
-    absent = [title for name, title in CONVERSATION_TITLES.items() if not any(row[name] for _, _, row in rows)]
-    sentence = f"No kept conversation has: {', '.join(absent)}. " if absent else ""
+    sentence = f"No kept conversation has: {', '.join(absent.values())}. " if absent else ""
     heads = (f"with {title}" for title in CONVERSATION_TITLES.values())
     lines = table(["source", "conversations kept", *heads], body)
     return [*lines, "", f"{sentence}`enable_thinking=False` opens an empty think block, which no phase trained."]
@@ -390,7 +394,7 @@ def further_evidence(release: Path) -> list[str]:
 
 
 def packing(data: DataFacts) -> list[str]:
-    """The fill of the rows of packed phases; empty if no phase is packed."""
+    """Returns the fill of the rows of packed phases; empty if no phase is packed."""
     body = []
     for phase, part in _packed(data):
         if (packing := part.packing) is not None:
@@ -400,13 +404,14 @@ def packing(data: DataFacts) -> list[str]:
 
 
 def long_documents(data: DataFacts) -> list[str]:
-    """The requested and the missing share of long documents; empty if no phase up-weights them."""
+    """Returns the requested and the missing share of long documents; empty if no phase up-weights them."""
     keys = ("over", "chunks", "available_tokens", "wanted_tokens", "missing_tokens")
     body = [
         [phase, source, *(count(row[key]) for key in keys)]
         for phase, part in _packed(data)
         for source, row in part.long.items()
     ]
+    # The order fills the missing share with shorter documents, which the last column states.
     head = ["phase", "source", "long is more than, tokens", "long chunks", "tokens in them", "tokens asked for"]
     return table([*head, "missing, made up by shorter ones"], body) if body else []
 
@@ -420,7 +425,7 @@ def _packed(data: DataFacts) -> Iterator[tuple[str, OrderPart]]:
 
 
 def interventions(rows: list[Intervention]) -> list[str]:
-    """One line for each resumption of a phase from a checkpoint of an earlier run."""
+    """Returns one line for each resumption of a phase from a checkpoint of an earlier run."""
     lines = []
     for row in rows:
         changes = ", ".join(
@@ -435,7 +440,7 @@ def interventions(rows: list[Intervention]) -> list[str]:
 
 
 def changes(since: Changes | None) -> list[str]:
-    """The settings and the final model's figures that changed since the version before."""
+    """Returns the settings and the final model's figures that changed since the version before."""
     if since is None:
         return ["No earlier version was named when this release was built (`atom build --previous`)."]
     settings = [
@@ -453,7 +458,8 @@ def changes(since: Changes | None) -> list[str]:
 
 
 def _setting_text(value: Any) -> str:
-    """A setting in the form of a recipe; an unset one is the default, or a source that is not read."""
+    """Returns a setting in the form of a recipe."""
+    # An unset one is the default, or a source that is not read.
     return "not set" if value is None else str(value)
 
 
@@ -463,13 +469,15 @@ def checkpoints(rows: list[Checkpoint]) -> list[str]:
 
 
 def cost(run_costs: costs.Costs) -> list[str]:
-    """The cost of the whole release, by part of the work."""
+    """Returns the cost of the whole release, by part of the work."""
+    part_of = {stage: part for part, stages in WORDS["stages"].items() for stage in stages}
+    # The known parts in their order, then stages that are parts of their own.
+    names = [*WORDS["stages"], *sorted(stage for stage in run_costs if stage not in part_of)]
     parts: costs.Costs = {}
-    for stage, row in run_costs.items():
-        part = parts.setdefault(STAGES.get(stage, stage), dict.fromkeys(costs.COLUMNS, 0.0))
-        for column in costs.COLUMNS:
-            part[column] += row[column]
-    order_of_parts = {part: number for number, part in enumerate(dict.fromkeys(STAGES.values()))}
-    parts = dict(sorted(parts.items(), key=lambda pair: (order_of_parts.get(pair[0], len(order_of_parts)), pair[0])))
+    for name in names:
+        # Several stages may be one part, and a run need not have all parts.
+        rows = [row for stage, row in run_costs.items() if part_of.get(stage, stage) == name]
+        if rows:
+            parts[name] = {column: sum(row[column] for row in rows) for column in costs.COLUMNS}
     head = ["part", "attempts", "of these failed", "core hours", "GPU hours", "energy, Wh"]
     return table(head, costs.rows(parts))

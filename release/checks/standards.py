@@ -11,7 +11,7 @@ from release.facts.data_facts import read_data_facts
 from release.facts.model_facts import read_model_facts
 from release.layout import STANDARDS
 from release.repositories import model_folders
-from release.standards import package_list, validation
+from release.standards import standard_facts, validation
 from release.standards.bundle import DOCUMENTS, RECORDED
 from release.standards.standard_facts import read_facts, statements
 
@@ -24,7 +24,7 @@ def documents(subject: Subject) -> Findings:
     facts = read_facts(folder, release, data, models, costs.usage_by_stage(folder))
     findings = Findings(summary=f"{len(DOCUMENTS)} documents follow from the release")
     listed = [(package.name, package.version) for package in facts.packages]
-    if listed != package_list.versions(folder, statements(folder)):
+    if listed != standard_facts.package_versions(folder, statements(folder)):
         findings.problems.append(f"{RECORDED} does not list the packages of the statements")
     present = {path.relative_to(folder).as_posix() for path in (folder / STANDARDS).rglob("*") if path.is_file()}
     findings.problems += [f"{path} is no document of the bundle" for path in sorted(present - {*DOCUMENTS, RECORDED})]

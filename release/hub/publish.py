@@ -32,8 +32,16 @@ from release.signing import ANYONE, Trust
 
 @dataclass(frozen=True)
 class PublishReport:
-    """A finished publication. tag: of its version. repositories: in the order of `repositories`, then the Space if the
-    release has a page. collection: its slug, if the release is public."""
+    """A finished publication.
+
+    Attributes:
+        endpoint: The address of the Hub.
+        namespace: The owner of the repositories.
+        tag: The tag of the version.
+        public: True if everybody may read them.
+        repositories: In the order of `repositories`, then the Space if the release has a page.
+        collection: The slug of the collection, if the release is public.
+    """
 
     endpoint: str
     namespace: str
@@ -55,16 +63,23 @@ def publish(
 ) -> PublishReport:
     """Publishes a release folder under `namespace` at HF_ENDPOINT with HF_TOKEN. Without `public` all stays private.
 
-    acknowledge: names of stale nodes, and `dirty` for a changed checkout, that may be made public anyway.
+    Args:
+        release: The release folder.
+        namespace: The owner of the repositories.
+        public: Makes them public at the end.
+        progress: Gets a sentence for each step.
+        acknowledge: Stale nodes, and `dirty` for a changed checkout, that may be made public anyway.
 
-    Raises AtomError for a refused token, an unreachable endpoint, another namespace than the release's, a version that
-    is published with different bytes, or a certificate of a replay that is not about the release; CheckFailed if the
-    release, or its copy pulled from the Hub, is not valid.
+    Raises:
+        AtomError: For a refused token, an unreachable endpoint, another namespace than the release's, a version that
+            is published with different bytes, or a certificate of a replay that is not about the release.
+        CheckFailed: If the release, or its copy pulled from the Hub, is not valid.
     """
     release = release.resolve()
     if not (release / RELEASE).is_file():
         raise AtomError(f"{release} is not a release folder; make one with `atom build`")
     progress("verifying the release before anything is sent")
+    # A release that is not valid here would be found invalid after the upload.
     verify(release).require()
     release_info = schema.read_release(release)
     _require_publishable(release_info, namespace, public, acknowledge)
@@ -77,6 +92,7 @@ def publish(
     for repository in repositories(release):
         remote = RemoteRepository(repository.id(namespace, release_info.name), repository.kind)
         destinations.append(Destination(release, repository, remote, tag, journal))
+    # Everything that can be refused is refused before the first byte is sent.
     for destination in destinations:
         destination.refuse_beyond_limits()
         destination.refuse_changed_version()
@@ -89,16 +105,18 @@ def publish(
             destination.tag_main(row.commit)
         for destination in destinations:
             destination.clear_staging()
+        # The Space follows the release, since it may show replays that came later.
         space = publish_space(release, release_info, certificates, journal, progress)
     except Changed as error:
         raise AtomError(
             f"{error}: another publication is at work, or was just now; run this again once it has ended"
         ) from None
-    published += [space] if space else []
+    mains = [destination.remote for destination in destinations if destination.branch == "main"]
+    if space:
+        published.append(space)
+        mains.append(RemoteRepository(space.repo, space.kind))
     collection = None
     if public:
-        mains = [destination.remote for destination in destinations if destination.branch == "main"]
-        mains += [RemoteRepository(space.repo, space.kind)] if space else []
         _make_public(mains, journal, progress)
         collection = _make_collection(mains, f"{release_info.title} {release_info.version}", namespace, journal)
     return PublishReport(endpoint(), namespace, tag, public, published, collection)
@@ -113,12 +131,11 @@ def _require_publishable(release_info: ReleaseInfo, namespace: str, public: bool
     doubts = [*release_info.stale, *(["dirty"] if release_info.dirty else [])]
     open_doubts = [name for name in doubts if name not in acknowledge]
     if public and open_doubts:
-        reason = (
-            "was made by other code than today's" if open_doubts[0] != "dirty" else "checkout had uncommitted changes"
-        )
-        raise AtomError(
-            f"{open_doubts[0]} {reason}; make it again, or acknowledge it by name: {', '.join(open_doubts)}"
-        )
+        reason = "was made by other code than today's"
+        if open_doubts[0] == "dirty":
+            reason = "checkout had uncommitted changes"
+        names = ", ".join(open_doubts)
+        raise AtomError(f"{open_doubts[0]} {reason}; make it again, or acknowledge it by name: {names}")
 
 
 def _verify_published(
@@ -126,24 +143,29 @@ def _verify_published(
 ) -> None:
     """Downloads every repository at its new commit, in the layout of the release, and verifies the copy.
 
-    subject: its name in messages. Raises CheckFailed if it differs from the uploaded release.
+    Raises CheckFailed if the copy differs from the uploaded release, which messages call `subject`.
     """
     with scratch.folder() as temporary:
         copy = temporary / release.name
+        # The release itself comes first: its folder holds those of the others.
         pairs = zip(destinations, staged, strict=True)
         for destination, revision in sorted(pairs, key=lambda pair: pair[0].repository.folder):
             progress(f"pulling back {revision.repo}@{revision.revision}")
             pull(destination.remote, revision.commit, copy / destination.repository.folder)
         remove_client_files(copy)
         progress("verifying what was pulled back")
+        # A signed release must be signed by the same key on the Hub.
         key = release / PUBLIC_KEY
         verdict = verify(copy, trust=Trust(str(key)) if key.exists() else ANYONE)
         verdict.subject = subject
         verdict.require()
+
+        # No checksum covers signatures and keys.
         folders = [destination.repository.folder for destination in destinations]
         for name in (f"{folder}/{file}" for folder in folders for file in (SIGNATURE, PUBLIC_KEY)):
-            if _read_if_file(copy / name) != _read_if_file(release / name):  # no checksum covers them
+            if _read_if_file(copy / name) != _read_if_file(release / name):
                 raise CheckFailed(f"{verdict.subject}: {name} differs from the uploaded file; publish again")
+        # The copy may be valid and another release.
         if (copy / RELEASE).read_bytes() != (release / RELEASE).read_bytes():
             raise CheckFailed(f"{verdict.subject}: what was pulled back is another release; publish again")
 
@@ -156,6 +178,7 @@ def _make_public(mains: Sequence[RemoteRepository], journal: Journal, progress: 
     """Makes repositories public in their order: data first, so that no model is ever public without its data."""
     for remote in mains:
         with translate_errors(f"making {remote.id} public"):
+            # A second run finds some of them public already.
             if remote.is_private():
                 api().update_repo_settings(remote.id, repo_type=remote.kind, private=False)
                 journal.write("make_public", repo=remote.id, kind=remote.kind)

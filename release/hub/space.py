@@ -30,8 +30,7 @@ from release.pull import pull, remove_client_files
 from release.repositories import Repository
 from release.schema import CARD, ReleaseInfo
 from release.web_page.markdown_html import table
-from release.web_page.page import NO_REPLAYS
-from release.web_page.site_files import differences
+from release.web_page.page import NO_REPLAYS, differences
 
 DESCRIPTION = 60
 """The maximum number of characters of a Space's short description on the Hub."""
@@ -42,16 +41,21 @@ FILE = re.compile(r"(\.[A-Za-z0-9]+|(^|/)[A-Z][A-Za-z0-9]+)$")
 
 
 def space_of(info: ReleaseInfo) -> RemoteRepository:
-    """The Space of a release, which need not exist."""
+    """Returns the Space of a release, which need not exist."""
     return RemoteRepository(f"{info.repository}-page", "space")
 
 
 def publish_space(
     release: Path, info: ReleaseInfo, certificates: list[Certificate], journal: Journal, progress: Progress
 ) -> Published | None:
-    """Uploads the Space of a release, and compares it with what the Hub then serves; None if the release has no page.
+    """Uploads the Space of a release, and compares it with the files that the Hub then serves.
 
-    Raises AtomError if the Hub refuses it, CheckFailed if the Hub serves other bytes.
+    Returns:
+        The revision of the Space; None if the release has no page.
+
+    Raises:
+        AtomError: If the Hub refuses it.
+        CheckFailed: If the Hub serves other bytes.
     """
     if not (release / PAGE).is_file():
         return None
@@ -59,6 +63,7 @@ def publish_space(
     with scratch.folder() as folder:
         content, copy = folder / "space", folder / "copy"
         write_space(release, info, certificates, content)
+        # Unlike a release, the Space is no version that is published once: it has no tag.
         destination = Destination(content, Repository("", "", "space"), remote, info.tag, journal)
         destination.refuse_beyond_limits()
         staged = destination.upload(progress)
@@ -74,17 +79,19 @@ def publish_space(
 
 def write_space(release: Path, info: ReleaseInfo, certificates: Sequence[Certificate], content: Path) -> None:
     """Writes the files of the Space into a new folder."""
+    # Certificates are files of their own, so that anybody can verify them.
     (content / "replays").mkdir(parents=True)
     for certificate in certificates:
         shutil.copyfile(certificate.path, content / f"replays/{certificate.name}.json")
     text = (release / PAGE).read_text(encoding="utf-8").replace(NO_REPLAYS, _replays(certificates))
+    # The page links to files next to it; on the Hub these are in other repositories.
     text = LINK.sub(lambda link: f'href="{escape(hub_address(info, link[1]))}" target="_blank" rel="noopener"', text)
     (content / "index.html").write_text(text, encoding="utf-8")
     (content / CARD).write_text(card(info), encoding="utf-8")
 
 
 def _replays(certificates: Sequence[Certificate]) -> Markup:
-    """The table of replays by others."""
+    """Returns the table of replays by others."""
     if not certificates:
         return Markup("<p>No certificate was sent so far.</p>")
     rows = [["from", "result", "steps", "in words", "tensors with equal bits", "environment"]]
@@ -110,6 +117,7 @@ def hub_address(info: ReleaseInfo, path: str) -> str:
         suffix = "-data"
     elif top == "checkpoints":
         kind, suffix = "", "-checkpoints"
+        # Each checkpoint is a branch of one repository, which has no tag of the version.
         branch, _, below = rest.partition("/")
         if re.search(r"-step-[0-9]+$", branch):
             revision, rest = branch, below
@@ -122,10 +130,8 @@ def hub_address(info: ReleaseInfo, path: str) -> str:
 
 
 def card(info: ReleaseInfo) -> str:
-    """The card of the Space, whose head tells the Hub what to serve."""
-    hub = load()
-
-    data = hub.CardData(
+    """Returns the card of the Space, whose head tells the Hub what to serve."""
+    data = load().CardData(
         title=f"{info.title} {info.version}",
         emoji="🔎",
         colorFrom="blue",

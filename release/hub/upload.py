@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -36,11 +37,14 @@ from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import Repository, files_of
 
 FILES_PER_COMMIT = 50
-"""The Hub recommends less than a hundred. Larger uploads have more, to stay below COMMITS."""
+"""Files of a commit. The Hub recommends less than a hundred; larger uploads have more, to stay below COMMITS."""
 COMMITS = 100
-"""Of one upload to a branch: the Hub refuses more than 128 commits to a repository within an hour. Branches of one
-repository, as of checkpoints, are counted together there, and not here."""
+"""Commits of one upload to a branch: the Hub refuses more than 128 commits to a repository within an hour.
+
+Branches of one repository, such as those of checkpoints, are counted together there, and not here.
+"""
 SENT_LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
+"""Files that end an upload, so that an interrupted one is recognized."""
 Progress = Callable[[str], None]
 FileIds = dict[str, tuple[str, ...]]
 """{path: the ids under which a Hub may list the file}"""
@@ -48,7 +52,15 @@ FileIds = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Published:
-    """One revision of one repository as it is on the Hub now. The names of fields are those of the JSON report."""
+    """One revision of one repository as it is on the Hub now; its fields are those of the JSON report.
+
+    Attributes:
+        repo: The id of the repository.
+        kind: model, dataset or space.
+        revision: The branch.
+        commit: The commit of the branch.
+        files_sent: Number of files that this publication sent.
+    """
 
     repo: str
     kind: str
@@ -59,7 +71,12 @@ class Published:
 
 @dataclass(frozen=True)
 class Difference:
-    """The paths that a revision lacks or has with different bytes, and its extra paths."""
+    """The difference of a revision to the wanted files.
+
+    Attributes:
+        missing: Paths that it lacks or has with other bytes.
+        surplus: Its extra paths.
+    """
 
     missing: list[str]
     surplus: list[str]
@@ -109,11 +126,16 @@ class Destination:
         return f"upload-{self.tag}" + ("" if self.branch == "main" else f"-{self.branch}")
 
     def refuse_changed_version(self) -> None:
-        """Raises AtomError if the version is on the Hub with another checksum file, or if a later one took its place in
-        main. Changes nothing."""
+        """Refuses a version that was published with other bytes. Changes nothing.
+
+        Raises:
+            AtomError: If the version has another checksum file on the Hub, or a later one took its place in main.
+        """
         with translate_errors(f"reading {self.remote.id}"):
+            # Only main branches are tagged; checkpoints are branches without a version.
             if self.branch != "main" or not self.remote.exists() or self.tag not in self.remote.refs().tags:
                 return
+        # The checksum file stands for all files of the version.
         published = self._files(self.tag).get(SUMS)
         if published is None or published.id not in _file_ids(self.folder / SUMS):
             raise self._version_conflict()
@@ -124,7 +146,11 @@ class Destination:
             )
 
     def refuse_beyond_limits(self) -> None:
-        """Raises AtomError if a folder has more files, or a file more bytes, than the Hub takes. Changes nothing."""
+        """Refuses a folder with more files, or a file with more bytes, than the Hub takes. Changes nothing.
+
+        Raises:
+            AtomError: If there is one.
+        """
         paths = files_of(self.release, self.repository)
         for folder, count in Counter(path.rpartition("/")[0] for path in paths).items():
             if count > FOLDER_FILES:
@@ -140,8 +166,13 @@ class Destination:
                 )
 
     def upload(self, progress: Progress) -> Published:
-        """Uploads the files that the branch lacks: to the branch itself, or to the staging branch if the repository is
-        public. Raises AtomError if the Hub refuses it."""
+        """Uploads the files that the branch lacks.
+
+        They go to the branch itself, or to the staging branch if the repository is public.
+
+        Raises:
+            AtomError: If the Hub refuses it.
+        """
         self.refuse_changed_version()  # another publication may have ended since it was looked at
         remote = self.remote
         with translate_errors(f"creating {remote.id}"):
@@ -151,14 +182,18 @@ class Destination:
                 self.journal.write("create_repo", repo=remote.id, kind=remote.kind, private=True)
             private = remote.is_private()
             branches = self._branches()
+
+        # Nothing unverified may be on a branch that everybody reads.
         file_ids = self._wanted()
         branch = self.branch
         difference = self._difference(file_ids, branches.get(branch))
         if difference and not private:
             branch = self.staging_branch
         head = self._ensure_branch(branch, branches.get(self.branch))
+        # The staging branch of an interrupted upload may have some of the files already.
         if head != branches.get(self.branch):
             difference = self._difference(file_ids, head)
+
         sent = 0
         chunks = _chunks(difference, len(file_ids))
         for number, chunk in enumerate(chunks, 1):
@@ -171,7 +206,7 @@ class Destination:
         return Published(remote.id, remote.kind, branch, head, sent)
 
     def differs(self, revision: str) -> bool:
-        """Whether a revision has other files than the folder."""
+        """Returns True if a revision has other files than the folder."""
         return bool(self._difference(self._wanted(), revision))
 
     def replace_files(self) -> None:
@@ -181,8 +216,11 @@ class Destination:
             self._commit(self.branch, difference, "Retracted on request", head)
 
     def promote(self, staged: Published) -> Published:
-        """Makes the branch equal to the verified staging branch; does nothing if the upload went to the branch itself.
-        Raises CheckFailed if the branch then differs from the verified files."""
+        """Makes the branch equal to the verified staging branch; nothing to do if the upload went to the branch itself.
+
+        Raises:
+            CheckFailed: If the branch then differs from the verified files.
+        """
         if staged.revision == self.branch:
             return staged
         head = self._ensure_branch(self.branch, None)
@@ -198,8 +236,11 @@ class Destination:
         return replace(staged, revision=self.branch, commit=head)
 
     def tag_main(self, commit: str) -> None:
-        """Tags the commit of a main branch with the version. Raises AtomError if the tag is there with other bytes: a
-        version is published once."""
+        """Tags the commit of a main branch with the version.
+
+        Raises:
+            AtomError: If the tag is there with other bytes: a version is published once.
+        """
         if self.branch != "main":
             return
         remote, tag = self.remote, self.tag
@@ -209,19 +250,21 @@ class Destination:
                 api().create_tag(remote.id, tag=tag, revision=commit, repo_type=remote.kind, exist_ok=True)
                 self.journal.write("create_tag", repo=remote.id, kind=remote.kind, tag=tag, commit=commit)
                 tags = {tag: commit, **remote.refs().tags}  # another publication may have made it just before
+        # Commits differ after an interrupted publication, and their files may be equal.
         if tags[tag] != commit and self._files(tag) != self._files(commit):
             raise self._version_conflict()
 
     def clear_staging(self) -> None:
         """Deletes the staging branch of this version, also that of an interrupted publication."""
         remote, branch = self.remote, self.staging_branch
+        # Nothing is lost: the branch has the same files as main.
         with suppress(Changed), translate_errors(f"deleting {remote.id}@{branch}"):  # another publication deleted it
             if branch in self._branches():
                 api().delete_branch(remote.id, repo_type=remote.kind, branch=branch)
                 self.journal.write("delete_branch", repo=remote.id, kind=remote.kind, branch=branch)
 
     def _wanted(self) -> FileIds:
-        """The files of the folder, those that end an upload last."""
+        """Returns the files of the folder, those that end an upload last."""
         last_files = [path for path in SENT_LAST if (self.folder / path).exists()]
         paths = [*files_of(self.release, self.repository), *last_files]
         return {path: _file_ids(self.folder / path) for path in paths}
@@ -232,7 +275,7 @@ class Destination:
         )
 
     def _branches(self) -> dict[str, str]:
-        """{branch: commit}"""
+        """Returns {branch: commit}."""
         with translate_errors(f"reading {self.remote.id}"):
             return self.remote.refs().branches
 
@@ -241,7 +284,7 @@ class Destination:
             return self.remote.files(revision)
 
     def _head(self, branch: str) -> str:
-        """The commit of a branch. Raises Changed if the branch has vanished."""
+        """Returns the commit of a branch. Raises Changed if the branch has vanished."""
         try:
             return self._branches()[branch]
         except KeyError:
@@ -251,8 +294,7 @@ class Destination:
         return Changed(f"{self.remote.id}@{branch} was changed by somebody else meanwhile")
 
     def _ensure_branch(self, branch: str, start: str | None) -> str:
-        """Makes a branch if it is missing, from the commit `start` or from the repository's first commit. Returns the
-        commit of the branch."""
+        """Makes a branch if it is missing, and returns its commit. start: a commit; by default the first one."""
         if head := self._branches().get(branch):
             return head
         remote = self.remote
@@ -263,51 +305,53 @@ class Destination:
         return self._head(branch)
 
     def _difference(self, file_ids: FileIds, revision: str | None) -> Difference:
-        """The difference between the wanted files and a revision; None is an empty revision."""
+        """Returns the difference between the wanted files and a revision; None is an empty revision."""
         files = self._files(revision) if revision else {}
         missing = [path for path, ids in file_ids.items() if path not in files or files[path].id not in ids]
         return Difference(missing, sorted(set(files) - set(file_ids) - {".gitattributes"}))
 
     def _commit(self, branch: str, difference: Difference, message: str, parent: str) -> str:
-        """Changes a branch whose commit is `parent`. Returns its new commit. Raises Changed if it has another parent:
-        somebody else has committed meanwhile."""
+        """Changes a branch whose commit is `parent`, and returns its new commit.
+
+        Raises:
+            Changed: If the branch has another commit: somebody else has committed meanwhile.
+        """
         hub, remote = load(), self.remote
         operations = [hub.CommitOperationAdd(path, self.folder / path) for path in difference.missing]
+        # Additions and deletions are one commit, so no reader sees one without the other.
         operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
         size = sum((self.folder / path).stat().st_size for path in difference.missing)
         try:
             with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size):
-                commit_info = api().create_commit(
-                    remote.id, operations, commit_message=message, repo_type=remote.kind, revision=branch,
-                    parent_commit=parent,
-                )  # fmt: skip
+                place = {"repo_type": remote.kind, "revision": branch, "parent_commit": parent}
+                commit_info = api().create_commit(remote.id, operations, commit_message=message, **place)
                 with parsing():
                     commit = str(commit_info.oid)
         except Changed:
-            # it may be this very commit, if the answer to it was lost and the client repeated it
+            # It may be this very commit, if the answer to it was lost and the client repeated it.
             commit = self._head(branch)
             now = self._difference({path: _file_ids(self.folder / path) for path in difference.missing}, commit)
             if now.missing or set(now.surplus) & set(difference.surplus):
                 raise self._changed(branch) from None
-        self.journal.write(
-            "create_commit", repo=remote.id, kind=remote.kind, branch=branch, commit=commit, files=difference.missing
-        )
+        fields = {"branch": branch, "commit": commit, "files": difference.missing}
+        self.journal.write("create_commit", repo=remote.id, kind=remote.kind, **fields)
         return commit
 
 
 def _chunks(difference: Difference, files: int) -> list[list[str]]:
-    """Paths by commit. The checksum file and the signature are in the last commit, alone, so that an interrupted upload
-    is recognized. files: all of the upload, so that one that goes on after a kill makes no smaller commits."""
+    """Returns the paths of each commit. files: the number of files of the whole upload."""
     paths = [path for path in difference.missing if path not in SENT_LAST]
-    size = max(FILES_PER_COMMIT, -(-files // COMMITS))
+    # By the whole upload, so that one that goes on after a kill makes no smaller commits.
+    size = max(FILES_PER_COMMIT, math.ceil(files / COMMITS))
     chunks = [paths[i : i + size] for i in range(0, len(paths), size)]
-    last_files = [path for path in difference.missing if path in SENT_LAST]
-    chunks += [last_files] if last_files else []
+    if last_files := [path for path in difference.missing if path in SENT_LAST]:
+        chunks.append(last_files)
+    # Surplus files alone need a commit as well.
     return chunks or ([[]] if difference else [])
 
 
 def _file_ids(path: Path) -> tuple[str, str]:
-    """The SHA-256 of a file and its git blob id."""
+    """Returns the SHA-256 of a file and its git blob id; the Hub lists the one or the other."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):

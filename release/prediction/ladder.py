@@ -1,6 +1,9 @@
-"""What a ladder of runs says: the law with its bands, the next run before it is run, and what to train for a budget.
+"""`atom ladder`: fits a law with its bands to runs, predicts the next run, and advises on the model for a budget.
 
-It fits and predicts what others ran or will run, and starts nothing.
+It starts nothing. The advice counts serving: a model of N parameters costs 6 N D FLOPs to train on D tokens and 2 N T
+to serve T tokens over its life, so the more it serves, the smaller and longer trained the best one is (Sardana et al.
+2024, arXiv:2401.00448). For a mixture of experts, N counts the active parameters. These are FLOPs alone: servers that
+wait, and batches that do not fill them, cost on top.
 """
 
 from __future__ import annotations
@@ -17,11 +20,9 @@ import numpy as np
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.text import short
-from release.prediction import lifetime
 from release.prediction.ladder_points import Point
-from release.prediction.lifetime import TRAIN, Advice
 from stages.evaluation import ladder_laws
-from stages.evaluation.ladder_laws import LEVEL, PRETRAINING, Fit, Form
+from stages.evaluation.ladder_laws import LEVEL, PRETRAINING, Array, Fit, Form, band
 from stages.evaluation.scaling_law import Band
 
 SCHEMA = 1
@@ -30,6 +31,180 @@ CURVE = 40
 """Places of the drawn law."""
 MOST_SIZES = 6
 """Sizes with a color of their own in the plot; of more, all points have one."""
+TRAIN, SERVE = 6.0, 2.0
+"""FLOPs of a parameter and token."""
+GRID, ZOOMS = 200, 6
+"""Sizes that are compared at once, and how often the search narrows to the neighbors of the best one."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model.
+
+    Attributes:
+        parameters: N.
+        tokens: D, the tokens of training.
+        loss: Its loss by the law.
+        training: FLOPs of its training.
+        serving: FLOPs of serving it over its life.
+    """
+
+    parameters: float
+    tokens: float
+    loss: float
+    training: float
+    serving: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The model to train for a budget.
+
+    Attributes:
+        budget: FLOPs of training and serving.
+        served: Tokens that it serves over its life.
+        best: The model with the least loss of all that cost the budget.
+        parameters: The band of its parameters.
+        tokens: The band of its tokens.
+        loss: The band of its loss.
+        without_serving: The model that is optimal for its training alone and costs the budget as well.
+        same_loss: The cheapest model with the loss of that one.
+        saved: The share of the budget that the cheapest one saves.
+    """
+
+    budget: float
+    served: float
+    best: Choice
+    parameters: Band
+    tokens: Band
+    loss: Band
+    without_serving: Choice
+    same_loss: Choice
+    saved: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def advise(fit: Fit, budget: float, served: float) -> Advice:
+    """Returns the advice of a fit of the law `pretraining`.
+
+    Args:
+        fit: The law.
+        budget: FLOPs of training and serving.
+        served: Tokens to serve.
+
+    Raises:
+        ValueError: If serving a model of one parameter exceeds the budget.
+    """
+    if SERVE * served >= budget:
+        raise ValueError(
+            f"serving {served:.3g} tokens costs {SERVE * served:.3g} FLOPs for each parameter, and the budget is "
+            f"{budget:.3g}; raise --budget"
+        )
+    value, drawn = fit.form.published(fit.parameters[None]), fit.form.published(fit.draws)
+    best = _choice(value, _best_size(value, budget, served)[0], budget, served)
+    # The bands are those of the best models by the refits.
+    drawn_sizes = _best_size(drawn, budget, served)
+    plain = _compute_optimal(value, budget, served)
+    cheap = _cheapest(value, plain.loss, served)
+    return Advice(
+        budget=budget,
+        served=served,
+        best=best,
+        parameters=band(best.parameters, drawn_sizes),
+        tokens=band(best.tokens, _tokens(drawn_sizes, budget, served)),
+        loss=fit.predict((best.parameters, best.tokens)),
+        without_serving=plain,
+        same_loss=cheap,
+        saved=1 - (cheap.training + cheap.serving) / budget,
+    )
+
+
+def _loss(law: dict[str, Array], sizes: Array, tokens: Array) -> Array:
+    """Returns the losses of laws [B] at sizes and tokens [B, G], [B, G]."""
+    e, a, b, alpha, beta = (law[name][:, None] for name in ("E", "A", "B", "alpha", "beta"))
+    return e + a * sizes**-alpha + b * tokens**-beta
+
+
+def _tokens(sizes: Array, budget: float, served: float) -> Array:
+    """Returns the tokens of training that the budget pays for after serving."""
+    return (budget - SERVE * sizes * served) / (TRAIN * sizes)
+
+
+def _choice(law: dict[str, Array], size: float, budget: float, served: float) -> Choice:
+    tokens = float(_tokens(size, budget, served))
+    loss = float(_loss(law, np.asarray([[size]]), np.asarray([[tokens]]))[0, 0])
+    return Choice(float(size), tokens, loss, TRAIN * size * tokens, SERVE * size * served)
+
+
+def _best_size(law: dict[str, Array], budget: float, served: float) -> Array:
+    """Returns the size with the least loss for each law, [B]."""
+    # From one parameter up to the size that leaves one token of training for each parameter.
+    largest = budget / (SERVE * served + TRAIN)
+    count = len(law["E"])
+
+    def cost(sizes: Array) -> Array:
+        return _loss(law, sizes, _tokens(sizes, budget, served))
+
+    return _least(cost, np.zeros(count), np.full(count, np.log(largest)))
+
+
+def _least(cost: Any, low: Array, high: Array) -> Array:
+    """Returns e to the argument between low and high [B] at which the cost ([B, G] -> [B, G]) is least, [B]."""
+    # The cost has one valley, so the least one of a grid encloses it with its neighbors.
+    for _ in range(ZOOMS):
+        grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, GRID)
+        place = np.argmin(cost(np.exp(grid)), axis=1)
+        rows = np.arange(len(grid))
+        low, high = grid[rows, np.maximum(place - 1, 0)], grid[rows, np.minimum(place + 1, GRID - 1)]
+    return np.exp((low + high) / 2)
+
+
+def frontier(fit: Fit, flops: Array) -> tuple[Array, Array, Array]:
+    """Returns value, low and high of the least loss that training FLOPs buy, all [n]."""
+    value, drawn = fit.form.published(fit.parameters[None]), fit.form.published(fit.draws)
+
+    def least(law: dict[str, Array]) -> Array:
+        losses = []
+        for budget in flops:
+            sizes = _best_size(law, float(budget), 0.0)[:, None]
+            losses.append(_loss(law, sizes, _tokens(sizes, float(budget), 0.0))[:, 0])
+        return np.stack(losses, axis=1)
+
+    curve, low_high = least(value)[0], least(drawn)
+    bands = [band(float(middle), low_high[:, n]) for n, middle in enumerate(curve)]
+    return curve, np.asarray([row.low for row in bands]), np.asarray([row.high for row in bands])
+
+
+def _compute_optimal(law: dict[str, Array], budget: float, served: float) -> Choice:
+    """Returns the model that is optimal for its training FLOPs alone, and whose whole life costs the budget."""
+    # Its cost rises with the FLOPs of training, so bisection finds them.
+    low, high = np.log(1e-9 * budget), np.log(budget)
+    for _ in range(100):
+        middle = (low + high) / 2
+        size = _best_size(law, float(np.exp(middle)), 0.0)[0]
+        is_above = np.exp(middle) + SERVE * size * served > budget
+        low, high = (low, middle) if is_above else (middle, high)
+    return _choice(law, float(_best_size(law, float(np.exp(low)), 0.0)[0]), budget, served)
+
+
+def _cheapest(law: dict[str, Array], loss: float, served: float) -> Choice:
+    """Returns the model of a loss whose life costs least."""
+    # From L = E + A / N^alpha + B / D^beta: below this size, no number of tokens reaches the loss.
+    e, a, b, alpha, beta = (float(law[name][0]) for name in ("E", "A", "B", "alpha", "beta"))
+    smallest = (a / (loss - e)) ** (1 / alpha)
+
+    def tokens(sizes: Array) -> Array:
+        return (b / (loss - e - a * sizes**-alpha)) ** (1 / beta)
+
+    def cost(sizes: Array) -> Array:
+        return sizes * (TRAIN * tokens(sizes) + SERVE * served)
+
+    low = np.log(smallest) + 1e-6
+    size = _least(cost, np.asarray([low]), np.asarray([low + 20.0]))[0]
+    read = float(tokens(size))
+    return Choice(float(size), read, loss, TRAIN * size * read, SERVE * size * served)
 
 
 Points = list[tuple[float, float, float, float]]
@@ -59,7 +234,14 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Expectation:
-    """A run that is predicted. remarks: how it extrapolates."""
+    """A run that is predicted.
+
+    Attributes:
+        name: Its name.
+        figures: Its compute, by the columns of the law.
+        band: The predicted value.
+        remarks: Sentences on how far it extrapolates.
+    """
 
     name: str
     figures: Mapping[str, float]
@@ -69,7 +251,15 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Ladder:
-    """advice: only of the law `pretraining`. remarks: on the advice."""
+    """The result of `atom ladder`.
+
+    Attributes:
+        points: The runs.
+        fit: The law.
+        expectations: The runs that are predicted.
+        advice: The model to train for a budget; only the law `pretraining` can tell.
+        remarks: Sentences on how far the advice extrapolates.
+    """
 
     points: Sequence[Point]
     fit: Fit
@@ -105,21 +295,27 @@ def make(
     budget: float | None = None,
     served: float = 0.0,
 ) -> Ladder:
-    """following: (name, figures) of runs to predict. budget: FLOPs of training and serving; served: tokens.
+    """Fits a law to points, and answers by it.
 
-    Raises AtomError with a sentence if the points cannot carry the law, or it cannot answer.
+    Args:
+        form: The law.
+        points: The runs.
+        following: (name, figures) of runs to predict.
+        budget: FLOPs of training and serving to advise on.
+        served: Tokens to serve.
+
+    Raises:
+        AtomError: If the points cannot carry the law, or it cannot answer.
     """
     if budget is not None and form is not PRETRAINING:
         raise AtomError(f"--budget asks for parameters and tokens, and the law {form.name} has none; leave it out")
     try:
-        fit = ladder_laws.fit(
-            form,
-            [[point.figures[name] for point in points] for name in form.columns],
-            [point.figures[form.value] for point in points],
-        )
-        advice = None if budget is None else lifetime.advise(fit, budget, served)
+        columns = [[point.figures[name] for point in points] for name in form.columns]
+        fit = ladder_laws.fit(form, columns, [point.figures[form.value] for point in points])
+        advice = None if budget is None else advise(fit, budget, served)
     except ValueError as error:
         raise AtomError(f"these {len(points)} points carry no answer: {error}") from None
+    # A prediction far from the runs is marked, and not refused.
     expectations = [
         Expectation(name, figures, fit.predict([figures[column] for column in form.columns]), fit.extrapolates(figures))
         for name, figures in following
@@ -136,7 +332,7 @@ def write(ladder: Ladder, plot: bytes, folder: Path) -> None:
 
 
 def sentences(ladder: Ladder) -> list[str]:
-    """What the command prints."""
+    """Returns the lines that the command prints."""
     form, fit = ladder.form, ladder.fit
     lines = [f"{form.formula}, fitted to {len(ladder.points)} points; bands of {LEVEL:.0%}"]
     lines += [f"  {name} = {_figure(row)}" for name, row in fit.published().items()]
@@ -160,6 +356,7 @@ def _advice(advice: Advice) -> list[str]:
         f"{short(advice.tokens.high)}), {best.tokens / best.parameters:.3g} for each parameter",
         f"  loss {_figure(advice.loss)}; serving is {best.serving / advice.budget:.0%} of the cost",
     ]
+    # Without serving, the three models are one.
     if advice.served:
         lines.append(
             f"  a model that is optimal for its training alone ({short(plain.parameters)} parameters, "
@@ -174,8 +371,10 @@ def _figure(row: Band) -> str:
 
 
 def drawing(ladder: Ladder) -> Drawing:
-    """Returns the points, the law with its band, and what is predicted, by compute. For the law `pretraining` compute
-    is 6 N D, and the line is the least loss that it buys."""
+    """Returns the points, the law with its band, and the predictions, by compute.
+
+    For the law `pretraining`, compute is 6 N D, and the line is the least loss that it buys.
+    """
     form = ladder.form
     at = [(_compute(form, point.figures), point.figures[form.value]) for point in ladder.points]
     predicted = {
@@ -183,9 +382,11 @@ def drawing(ladder: Ladder) -> Drawing:
         for row in ladder.expectations
         if (x := _compute(form, row.figures)) > 0
     }
+    # The axis is logarithmic, and reinforcement has a point before any compute.
     shown = [x for x, _ in at if x > 0] + [points[0][0] for points in predicted.values()]
+    # From the smallest run to the largest one, predicted ones included.
     grid = np.geomspace(min(shown), max(shown), CURVE)
-    values = lifetime.frontier(ladder.fit, grid) if form is PRETRAINING else ladder.fit.curve(grid[None])
+    values = frontier(ladder.fit, grid) if form is PRETRAINING else ladder.fit.curve(grid[None])
     runs = {label: [(x, y, y, y) for x, y in sorted(rows) if x > 0] for label, rows in _groups(ladder, at).items()}
     unit = {"pretraining": "training FLOPs, 6 N D", "compute": "training FLOPs"}.get(form.name, "compute")
     return Drawing(
@@ -199,13 +400,13 @@ def drawing(ladder: Ladder) -> Drawing:
 
 
 def _compute(form: Form, figures: Mapping[str, float]) -> float:
-    return (
-        TRAIN * math.prod(figures[name] for name in form.columns) if form is PRETRAINING else figures[form.columns[0]]
-    )
+    if form is PRETRAINING:
+        return TRAIN * math.prod(figures[name] for name in form.columns)
+    return figures[form.columns[0]]
 
 
 def _groups(ladder: Ladder, at: Sequence[tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
-    """The points by their size, if the law has sizes and they are few."""
+    """Returns the points by their size, if the law has sizes and they are few."""
     sizes = [point.figures.get("parameters", 0.0) for point in ladder.points]
     if ladder.form is not PRETRAINING or len(set(sizes)) > MOST_SIZES:
         return {"runs": list(at)}

@@ -22,7 +22,7 @@ from release.prediction import sealing
 from stages.evaluation.ladder_laws import Form
 
 MOST_POINTS = 2000
-"""The refits of a band hold 16 kB for each."""
+"""Points of a file: the refits of a band hold 16 kB for each."""
 ALIASES = {"parameters": "active", "loss": "heldout_loss"}
 """{figure: its name in prediction.json of a release}"""
 ANY = TypeAdapter(Any)
@@ -30,17 +30,27 @@ ANY = TypeAdapter(Any)
 
 @dataclass(frozen=True)
 class Point:
-    """name: of the run, or its place in a file. figures: columns and value of a law, by name."""
+    """A run.
+
+    Attributes:
+        name: The name of the run, or its place in a file.
+        figures: Columns and value of a law, by name.
+    """
 
     name: str
     figures: Mapping[str, float]
 
 
 def read_file(path: Path, form: Form) -> list[Point]:
-    """The points of a CSV file with a header, or of a JSON file: a list of objects, or an object with `points` (such as
-    prediction.json of a release, or ladder.json). Columns and fields that the law does not have are not read.
+    """Reads the points of a file. Columns and fields that the law does not have are not read.
 
-    Raises AtomError with the file, the point and the figure that is wrong.
+    Args:
+        path: A CSV file with a header, or a JSON file: a list of objects, or an object with `points`, such as
+            prediction.json of a release, or ladder.json.
+        form: The law.
+
+    Raises:
+        AtomError: With the file, the point and the figure that is wrong.
     """
     try:
         text = json_files.read_text(path)
@@ -64,6 +74,7 @@ def _point(row: Mapping[str, Any], form: Form, where: str) -> Point:
 
 
 def _figure(row: Mapping[str, Any], name: str, form: Form, where: str) -> float:
+    # Published predictions have other names for some figures.
     stated = next((row[key] for key in (name, ALIASES.get(name, name)) if key in row), None)
     if stated is None:
         raise AtomError(f"{where} has no {name}; the law {form.name} needs {', '.join((*form.columns, form.value))}")
@@ -71,27 +82,31 @@ def _figure(row: Mapping[str, Any], name: str, form: Form, where: str) -> float:
         value = float(stated) if isinstance(stated, str | int | float) and not isinstance(stated, bool) else math.nan
     except (ValueError, OverflowError):
         value = math.nan
-    limits = "a number above 0"
-    valid = 0 < value < math.inf
-    if name == "score":
-        valid = 0 <= value <= 1 if form.name == "reinforcement" else 0 < value < 1
-        limits = "a number from 0 to 1" if form.name == "reinforcement" else "a number between 0 and 1"
-    elif form.name == "reinforcement":
-        valid, limits = 0 <= value < math.inf, "a number from 0 on"
+    # Reinforcement begins at no compute, and its score may be 0 or 1.
+    if form.name == "reinforcement":
+        is_score = name == "score"
+        valid = 0 <= value <= 1 if is_score else 0 <= value < math.inf
+        limits = "a number from 0 to 1" if is_score else "a number from 0 on"
+    elif name == "score":
+        valid, limits = 0 < value < 1, "a number between 0 and 1"
+    else:
+        valid, limits = 0 < value < math.inf, "a number above 0"
     if not valid:
         raise AtomError(f"{where} has {name} = {escaped(str(stated), 40)}; it must be {limits}")
     return value
 
 
 def read_runs(graphs: Sequence[Graph], store: Store, form: Form) -> list[Point]:
-    """The points of sealed runs.
+    """Reads the points of sealed runs.
 
-    Of the pre-training laws one for each run: active parameters, tokens, FLOPs and held-out loss after pre-training. Of
-    reinforcement each measurement in the log of `rlvr`: tokens generated so far, and the mean over the kinds of
-    validation. Of inference each k of the last model that answers problems: tokens of k answers, and pass@k.
+    The pre-training laws have one for each run: active parameters, tokens, FLOPs and held-out loss after pre-training.
+    Reinforcement has each measurement in the log of `rlvr`: tokens generated so far, and the mean over the kinds of
+    validation. Inference has each k of the last model that answers problems: tokens of k answers, and pass@k.
 
-    Raises AtomError if a stage is not sealed or has no such figures, or if runs were measured on different text.
+    Raises:
+        AtomError: If a stage is not sealed or has no such figures, or if runs were measured on different text.
     """
+    # Losses on different text cannot lie on one law.
     if form.is_loss:
         for graph in graphs[1:]:
             sealing.require_same_text(graphs[0], graph)
@@ -101,7 +116,7 @@ def read_runs(graphs: Sequence[Graph], store: Store, form: Form) -> list[Point]:
 
 
 def size_of(graph: Graph) -> dict[str, float]:
-    """Parameters, tokens and FLOPs of the pre-training of a recipe."""
+    """Returns parameters, tokens and FLOPs of the pre-training of a recipe."""
     size = sealing.size_of(graph)
     return {"parameters": float(size["active"]), "tokens": float(size["tokens"]), "flops": float(size["flops"])}
 
@@ -130,6 +145,7 @@ def _reinforced(graph: Graph, store: Store) -> list[Point]:
 
 def _answered(graph: Graph, store: Store) -> list[Point]:
     name = graph.recipe.config.name
+    # In the order of training, so the last one is that of the final model.
     nodes = [node for node in graph.nodes if node.startswith("solve-")]
     sealing.require_node(graph, nodes[-1] if nodes else "solve", "has no model that answers problems in conversation")
     scores = json.loads((sealing.sealed(graph, nodes[-1], store, nodes[-1]) / "scores.json").read_text())

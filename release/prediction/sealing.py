@@ -1,4 +1,4 @@
-"""Takes the runs of a ladder from `$ATOM_HOME`, and seals what they say of a run before it begins."""
+"""Seals a prediction for a run before it begins, from the sealed smaller runs in `$ATOM_HOME`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,21 @@ NODE, EVALUATION = PHASE, f"evaluate-{MODEL}"
 def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact, Prediction]:
     """Seals the prediction for a recipe from the sealed runs of smaller ones.
 
-    Raises AtomError if a recipe has no pre-training, if it has begun, if it has a prediction already, if a run of the
-    ladder is not sealed or was measured on other data, or if the runs cannot carry a law.
+    Args:
+        target: The recipe.
+        ladder: The recipes of the smaller runs.
+        store: The store of all runs.
+
+    Raises:
+        AtomError: If a recipe has no pre-training, if it has begun, if it has a prediction already, if a run of the
+            ladder is not sealed or was measured on other data, or if the runs cannot carry a law.
     """
     node = pretraining(target)
     key = prediction_key(node.key)
     name = target.recipe.config.name
     if store.sealed(key):
         raise AtomError(f"{name} has the prediction {store.artifacts / key}; a run is predicted once")
+    # A prediction after the first step could have seen the result: a ledger or a work folder shows a beginning.
     if store.sealed(node.key) or any(provenance.read(store.ledger, node.key)) or store.work(node.key).exists():
         raise AtomError(f"{NODE} of {name} has begun ({node.key}); a prediction is sealed before that")
     points, materials = [], dict[str, Artifact]()
@@ -49,7 +56,7 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
 
 
 def _require_comparable(target: Graph, graph: Graph) -> None:
-    """The figures of two runs are comparable if their texts, tokens and items are the same."""
+    """Raises AtomError unless the texts, tokens and items of two runs are the same."""
     require_same_text(target, graph)
     if _scoring(target) != _scoring(graph):
         names = target.recipe.config.name, graph.recipe.config.name
@@ -57,7 +64,7 @@ def _require_comparable(target: Graph, graph: Graph) -> None:
 
 
 def require_same_text(target: Graph, graph: Graph) -> None:
-    """The held-out losses of two runs are comparable if their texts, tokens and rows are the same."""
+    """Raises AtomError unless the texts, tokens and rows of two runs are the same, as comparable losses need."""
     names = target.recipe.config.name, graph.recipe.config.name
     for node in ("tokenize", "items"):
         if target.nodes[node].key != graph.nodes[node].key:
@@ -72,31 +79,31 @@ def require_same_text(target: Graph, graph: Graph) -> None:
 
 
 def _value(phase: Any, field: str) -> Any:
-    """Of the measurement on held-out rows only their number matters."""
     value = getattr(phase, field)
+    # How often a run measures does not change the loss at its end; the number of held-out rows does.
     return value.rows if field == "validation" else value
 
 
 def _scoring(graph: Graph) -> Any:
-    """The settings of the evaluation that are not about the model."""
+    """Returns the settings of the evaluation that are not about the model."""
     config = graph.nodes[EVALUATION].config.model_dump(mode="json")
     return {name: value for name, value in config.items() if name not in ("model", "expected", "shard")}
 
 
 def require_node(graph: Graph, node: str, lack: str) -> None:
-    """Raises AtomError for a recipe without a node. lack: what it does not have or do, after its name."""
+    """Raises AtomError for a recipe without a node. lack: the words after its name, such as "trains no policy"."""
     if node not in graph.nodes:
         raise AtomError(f"{graph.recipe.config.name} {lack}; give another recipe")
 
 
 def pretraining(graph: Graph) -> Node:
-    """The node of pre-training. Raises AtomError for a recipe without it."""
+    """Returns the node of pre-training. Raises AtomError for a recipe without it."""
     require_node(graph, NODE, "has no pre-training")
     return graph.nodes[NODE]
 
 
 def sealed(graph: Graph, role: str, store: Store, until: str) -> Artifact:
-    """The artifact of a node. until: the node that a run must reach. Raises AtomError if it is not sealed."""
+    """Returns the artifact of a node. Raises AtomError if it is not sealed. until: the node that a run must reach."""
     key = graph.nodes[role].key
     if not store.sealed(key):
         recipe = graph.recipe.config.name
@@ -105,10 +112,11 @@ def sealed(graph: Graph, role: str, store: Store, until: str) -> Artifact:
 
 
 def size_of(graph: Graph) -> dict[str, Any]:
-    """The fields of RunSize of a recipe's pre-training. Raises AtomError if it has none, or reads no tokens."""
+    """Returns the fields of RunSize of a recipe's pre-training. Raises AtomError if it has none, or reads no tokens."""
     node, name = pretraining(graph), graph.recipe.config.name
     config: Any = node.config
     vocabulary, phase = config.padded_vocab_size, config.phase
+    # Batches may grow during training, so rows are counted step by step.
     slots = sum(phase.rows_of(step) for step in range(1, phase.steps + 1)) * phase.sequence_length
     if not slots:
         raise AtomError(f"{NODE} of {name} reads no tokens; give its recipe steps to train")
@@ -133,12 +141,22 @@ def _point(graph: Graph, artifacts: dict[str, Artifact]) -> Point:
 
 
 def write(prediction: Prediction, materials: dict[str, Artifact], store: Store, key: str, name: str) -> Artifact:
-    """Seals a prediction under a key, with its statement. materials: the artifacts of its runs, by role."""
+    """Seals a prediction with its statement.
+
+    Args:
+        prediction: The prediction.
+        materials: The artifacts of its runs, by role.
+        store: The store of all runs.
+        key: The key to seal it under.
+        name: The name of the recipe.
+    """
     started = time.time()
+    # A folder of its own: two commands at once write two drafts, and one of them is sealed.
     draft = store.home / "work" / f".{key}.{uuid.uuid4().hex}"
     draft.mkdir(parents=True)
     body = json.dumps(prediction.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
     (draft / FILE).write_text(body)
+    # The statement names the code of the law, so that a reader can compute it again.
     code = {module.__name__: sha256_file(Path(str(module.__file__))) for module in (forecast, scaling_law)}
 
     def record(artifact: Artifact) -> None:

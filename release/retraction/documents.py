@@ -6,22 +6,63 @@ text is equal or it was recognized as a near duplicate; name it in the deny-list
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.core.errors import AtomError
 from release.facts.published_tables import stream_rows
 from release.tracing.documents import find_documents
 from release.tracing.release_data import ReleaseData
-from stages.data.curate.deny_list import DenyList
+from stages.data.curate.deny_list import DENY_LIST, DenyList
+
+
+def deny_list_of(documents: Sequence[str], request: str | None, date: str | None) -> DenyList:
+    """Returns the deny-list that a command names.
+
+    Args:
+        documents: Files of deny-lists, or ids of documents.
+        request: The reference of the request for the ids.
+        date: Its date; today by default.
+
+    Raises:
+        AtomError: For an id without a reference.
+    """
+    return DenyList(_lines(documents, request, date))
+
+
+def _lines(documents: Sequence[str], request: str | None, date: str | None) -> Iterator[tuple[str, bytes]]:
+    for document in documents:
+        if Path(document).is_file():
+            yield from DENY_LIST.lines(Path(document))
+        elif request is None:
+            raise AtomError(
+                f"there is no deny-list {document}; if that is the id of a document, give --request with the reference "
+                "of the request"
+            )
+        else:
+            today = datetime.datetime.now(datetime.UTC).date().isoformat()
+            entry = {"request": request, "date": date or today, "id": document}
+            yield f"--documents {document}", json.dumps(entry).encode()
+
 
 COLUMNS = ["id", "content_hash", "kept_hash", "duplicate_of", "disposition", "rule"]
 
 
 @dataclass
 class Reached:
-    """kinds: {id: how it was found}; requests: {id: SHA-256 of their references}; texts: of the kept documents."""
+    """The documents that a deny-list reaches.
+
+    Attributes:
+        kinds: {id: how it was found}.
+        requests: {id: SHA-256 of the references of its requests}.
+        texts: The texts of the kept documents.
+        models: The models that were trained on one.
+        checkpoints: The checkpoints that were trained on one.
+    """
 
     kinds: dict[str, str] = field(default_factory=dict)
     requests: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -30,7 +71,7 @@ class Reached:
     checkpoints: set[str] = field(default_factory=set)
 
     def add(self, id: str, kind: str, requests: set[str] | tuple[str, ...]) -> bool:
-        """Whether that is new."""
+        """Adds a document. Returns True if the document or one of its requests is new."""
         is_new = id not in self.kinds or not set(requests) <= self.requests[id]
         self.kinds.setdefault(id, kind)
         self.requests[id].update(requests)
@@ -38,11 +79,14 @@ class Reached:
 
 
 def find_reached(release: Path, deny_list: DenyList) -> Reached:
-    """The kept documents that a deny-list reaches, and the models and checkpoints that were trained on them."""
+    """Returns the kept documents that a deny-list reaches, and the models and checkpoints trained on them."""
     data, reached = ReleaseData.locate(release), Reached()
     _find_named(data, deny_list, reached)
+    # A copy may have copies and near duplicates of its own.
     while _find_related(data, reached):
         pass
+
+    # Removed documents lead to kept ones, and have no text in the release.
     kept = {row["id"] for row in _rows(data) if row["disposition"] == "kept" and row["id"] in reached.kinds}
     reached.kinds = {id: kind for id, kind in reached.kinds.items() if id in kept}
     for row in stream_rows(data.kept(), ["id", "text"]):
@@ -59,6 +103,7 @@ def _rows(data: ReleaseData) -> Iterator[dict[str, str]]:
 
 
 def _find_named(data: ReleaseData, deny_list: DenyList, reached: Reached) -> None:
+    # Dispositions have the hashes and no origins, kept documents the origins.
     for row in _rows(data):
         if denial := deny_list.find(row["id"], "", [row["content_hash"], row["kept_hash"] or ""]):
             reached.add(row["id"], denial.kind, denial.requests)
@@ -68,7 +113,7 @@ def _find_named(data: ReleaseData, deny_list: DenyList, reached: Reached) -> Non
 
 
 def _find_related(data: ReleaseData, reached: Reached) -> bool:
-    """Adds the documents with the text of a reached one, and those that it duplicates. Whether there was one."""
+    """Adds the documents with the text of a reached one, and those that it duplicates. Returns True if one is new."""
     by_hash: dict[str, set[str]] = defaultdict(set)
     for row in _rows(data):
         if row["id"] in reached.kinds:

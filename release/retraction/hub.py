@@ -1,5 +1,4 @@
-"""The repositories of a retracted release on the Hub: new files, one commit of history, no LFS object that nothing
-refers to."""
+"""Brings the repositories of a retracted release on the Hub to the state of the folder, and removes their history."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ DESCRIPTION = 150
 
 
 def preview(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> Iterator[str]:
-    """What `update` would change on the Hub."""
+    """Yields a sentence for each change that `update` would make on the Hub."""
     space = space_of(info)
     with translate_errors(f"reading {space.id}"):
         if space.exists():
@@ -35,8 +34,10 @@ def preview(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> Iterator[
 
 
 def update(release: Path, info: ReleaseInfo, tombstone: Tombstone, progress: Progress) -> Iterator[str]:
-    """Brings every changed branch to the state of the folder, and leaves no way to its old files. Yields a sentence for
-    each. Repeats nothing that is done already."""
+    """Brings every changed branch to the state of the folder, and leaves no way to its old files.
+
+    Yields a sentence for each change. An interrupted update may run again: nothing that is done is repeated.
+    """
     yield from _delete_space(space_of(info), _journal(release))
     published: dict[str, RemoteRepository] = {}
     for destination in _destinations(release, info, tombstone):
@@ -47,6 +48,7 @@ def update(release: Path, info: ReleaseInfo, tombstone: Tombstone, progress: Pro
                 continue
         published[remote.id] = remote
         progress(f"rewriting {remote.id}@{branch}")
+        # The tag and the history would keep the old files; the tag is made again at the squashed commit.
         _drop_tag(destination)
         destination.replace_files()
         _squash(destination)
@@ -54,6 +56,7 @@ def update(release: Path, info: ReleaseInfo, tombstone: Tombstone, progress: Pro
             with translate_errors(f"tagging {remote.id}"):
                 destination.tag_main(remote.refs().branches[branch])
         yield f"{remote.id}@{branch} is rewritten"
+    # Branches of one repository share objects, so these go when all branches are rewritten.
     for remote in published.values():
         yield from _delete_lfs(remote, _journal(release))
     if published:
@@ -74,23 +77,21 @@ def _journal(release: Path) -> Journal:
 
 
 def _destinations(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> list[Destination]:
-    changed = {row.folder for row in tombstone.repositories}
-    return [
-        Destination(
-            release, place, RemoteRepository(place.id(info.namespace, info.name), place.kind), info.tag,
-            _journal(release),
-        )
-        for place in repositories(release)
-        if place.folder in changed
-    ]  # fmt: skip
+    changed, destinations = {row.folder for row in tombstone.repositories}, []
+    for place in repositories(release):
+        if place.folder in changed:
+            remote = RemoteRepository(place.id(info.namespace, info.name), place.kind)
+            destinations.append(Destination(release, place, remote, info.tag, _journal(release)))
+    return destinations
 
 
 def _drop_tag(destination: Destination) -> None:
-    """Deletes the version's tag if it is at other files than those of the folder, which it would keep."""
+    """Deletes the version's tag if it has other files than the folder."""
     remote, tag = destination.remote, destination.tag
     with translate_errors(f"reading {remote.id}"):
         if destination.branch != "main" or tag not in remote.refs().tags:
             return
+    # The tag was moved by an earlier attempt.
     if not destination.differs(tag):
         return
     with translate_errors(f"deleting {remote.id}@{tag}"):
@@ -101,8 +102,10 @@ def _drop_tag(destination: Destination) -> None:
 def _squash(destination: Destination) -> None:
     """Leaves one commit of a branch. Raises CheckFailed if the branch then has other files than the folder."""
     remote, branch = destination.remote, destination.branch
+    # Only squashing removes old files from the history; a new commit would leave them there.
     with translate_errors(f"squashing {remote.id}@{branch}"):
         commits = api().list_repo_commits(remote.id, repo_type=remote.kind, revision=branch)
+        # The squash was done by an earlier attempt.
         if len(commits) > 1:
             api().super_squash_history(
                 remote.id, repo_type=remote.kind, branch=branch, commit_message="Retracted on request"
@@ -116,9 +119,8 @@ def _delete_lfs(remote: RemoteRepository, journal: Journal) -> Iterator[str]:
     """Deletes the LFS objects of a repository that no branch and no tag has. Yields a sentence about other tags."""
     with translate_errors(f"deleting LFS objects of {remote.id}"):
         refs = remote.refs()
-        used = {
-            file.id for revision in (refs.branches | refs.tags).values() for file in remote.files(revision).values()
-        }
+        revisions = {*refs.branches.values(), *refs.tags.values()}
+        used = {file.id for revision in revisions for file in remote.files(revision).values()}
         with parsing():
             unused = [row for row in api().list_lfs_files(remote.id, repo_type=remote.kind) if row.file_oid not in used]
         if unused:
@@ -126,6 +128,7 @@ def _delete_lfs(remote: RemoteRepository, journal: Journal) -> Iterator[str]:
             objects = sorted(row.file_oid for row in unused)
             journal.write("permanently_delete_lfs_files", repo=remote.id, kind=remote.kind, objects=objects)
             yield f"{remote.id}: {len(unused)} LFS objects are deleted"
+    # A tag of another version has a commit of its own, which the squash of a branch leaves.
     heads = set(refs.branches.values())
     for tag in sorted(tag for tag, commit in refs.tags.items() if commit not in heads):
         yield f"{remote.id}@{tag} is of another release, and keeps its files; retract that release as well"
@@ -133,19 +136,13 @@ def _delete_lfs(remote: RemoteRepository, journal: Journal) -> Iterator[str]:
 
 def _update_collections(info: ReleaseInfo, tombstone: Tombstone, journal: Journal) -> None:
     """Takes removed models and the Space out of the release's collection, whose description says what happened."""
-    client = api()
+    client: Any = api()
     with translate_errors("updating the collection"):
         title = f"{info.title} {info.version}"
-        collections: list[Any] = [row for row in _collections(client, info.namespace) if row.title == title]
-        for collection in collections:
+        for collection in [row for row in client.list_collections(owner=info.namespace) if row.title == title]:
             for item in client.get_collection(collection.slug).items:
                 if item.item_id in (*tombstone.removed, space_of(info).id):
                     client.delete_collection_item(collection.slug, item.item_object_id, missing_ok=True)
-            client.update_collection_metadata(
-                collection.slug, description=f"Retracted in part: {tombstone.sentence}"[:DESCRIPTION]
-            )
+            description = f"Retracted in part: {tombstone.sentence}"[:DESCRIPTION]
+            client.update_collection_metadata(collection.slug, description=description)
             journal.write("update_collection_metadata", slug=collection.slug)
-
-
-def _collections(client: Any, namespace: str) -> Any:
-    return client.list_collections(owner=namespace)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,21 @@ from release.tracing.release_data import ReleaseData
 from stages.data.curate.deny_list import DenyList
 
 KEPT_OF_REMOVED = (CARD, "LICENSE", RETRACTED)
-"""The files of a model that is taken back as a whole which stay."""
+"""The files that stay of a model that is taken back as a whole."""
+SHOWN = 20
+"""Documents that a report lists."""
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Retraction:
-    """What was, or would be, taken back. on_hub: a sentence for each branch that changed there."""
+    """The result of a retraction.
+
+    Attributes:
+        tombstone: The documents, repositories and models that are taken back.
+        dry_run: True if nothing was changed.
+        on_hub: A sentence for each branch that changed on the Hub, or would.
+    """
 
     tombstone: Tombstone
     dry_run: bool
@@ -71,8 +79,17 @@ def retract(
 ) -> Retraction:
     """Takes the documents of a deny-list back, from the folder and from the Hub at HF_ENDPOINT.
 
-    remove_models: takes the models and checkpoints that were trained on them back as well. Raises AtomError if no
-    document is in the release, if it is signed and there is no key, or if the Hub refuses.
+    Args:
+        release: The release folder.
+        deny_list: The documents.
+        remove_models: Takes back the models and checkpoints that were trained on them as well.
+        key: The key of a signed release.
+        dry_run: Changes nothing.
+        publish: Changes the Hub too.
+        progress: Gets a sentence for each step.
+
+    Raises:
+        AtomError: If no document is in the release, if it is signed and there is no key, or if the Hub refuses.
     """
     from release.retraction import hub
 
@@ -82,6 +99,7 @@ def retract(
     if not reached.kinds:
         if not (before and _is_of(before[-1], deny_list)):
             raise AtomError(f"{release} holds none of these documents; atom trace finds documents by id and by text")
+        # An earlier attempt was interrupted on the Hub.
         progress("the folder has its tombstone already")
         tombstone = before[-1]
         if dry_run:
@@ -95,8 +113,8 @@ def retract(
 
 
 def settle(release: Path) -> None:
-    """Ends the replacement of a folder that was killed in its middle: puts the old folder back if there is no new one,
-    and deletes it, with the texts in it, if there is."""
+    """Ends the replacement of a folder that was killed in its middle."""
+    # Without a new folder the old one comes back; next to one, it is deleted with the texts in it.
     draft, old = _draft(release), _old(release)
     if old.is_dir() and not release.exists():
         os.rename(old, release)
@@ -133,6 +151,7 @@ def _rewrite_folder(
 ) -> Tombstone:
     """Makes the folder without the documents, and puts it in place unless it is a dry run."""
     draft = _draft(release)
+    # Hard links cost no space; every file that changes is replaced, never written in place.
     progress(f"writing {release.name} without {len(reached.kinds)} documents")
     shutil.copytree(release, draft, copy_function=_link)
     try:
@@ -140,19 +159,23 @@ def _rewrite_folder(
         before = {path: sha256_file(release / path) for path in files_below(release)}
         checksums = {folder: sha256_file(release / folder / SUMS) for folder in places}
         rewrite.rewrite(draft, reached)
+
         trained = _trained_folders(release, reached)
         for folder in trained if remove_models else ():
             _empty(draft / folder)
+        # Notices change cards, so they come before files are compared.
         noticed = _add_notices(draft, reached, info, trained, remove_models)
         tombstone = _tombstone(info, reached, deny_list, [places[f] for f in trained], remove_models)
         repositories_changed = []
         for folder, place in places.items():
             files = _changed_files(draft, place, before)
+            # The release itself and noticed repositories get a tombstone even if no table changed.
             if not files and folder not in ("", *noticed):
                 continue
             name = place.id(info.namespace, info.name)
             repositories_changed.append(ChangedRepository(name, place.branch, folder, checksums[folder], tuple(files)))
-        tombstone = Tombstone(**{**tombstone.__dict__, "repositories": tuple(repositories_changed)})
+        tombstone = replace(tombstone, repositories=tuple(repositories_changed))
+        # Earlier tombstones stay: a release may be retracted in part more than once.
         content = to_json(tombstones_json([*read_tombstones(release), tombstone]))
         for changed in repositories_changed:
             atomic_files.write(draft / changed.folder / RETRACTED, content)
@@ -166,13 +189,14 @@ def _rewrite_folder(
 
 def _link(source: str, target: str) -> None:
     try:
+        # A copy by links takes no space and no time, whatever the size of the weights.
         os.link(source, target)
     except OSError:  # no links on this file system
         shutil.copy2(source, target)
 
 
 def _trained_folders(release: Path, reached: Reached) -> list[str]:
-    """The folders of the models and checkpoints that were trained on a document."""
+    """Returns the folders of the models and checkpoints that were trained on a document."""
     models = folders_of(ReleaseData.locate(release).models())
     folders = [models[name] for name in models if name in reached.models]
     return folders + [f"checkpoints/{name}" for name in sorted(reached.checkpoints)]
@@ -183,6 +207,7 @@ def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
+        # The words on why the repository is empty stay in it.
         elif path.name not in KEPT_OF_REMOVED:
             path.unlink()
 
@@ -215,35 +240,34 @@ def _add_notices(
 def _tombstone(
     info: ReleaseInfo, reached: Reached, deny_list: DenyList, trained: list[Repository], remove_models: bool
 ) -> Tombstone:
-    names = tuple(
-        place.id(info.namespace, info.name) + ("" if place.branch == "main" else f"@{place.branch}")
-        for place in trained
-    )
-    requests = {request for id in reached.kinds for request in reached.requests[id]}
-    documents = tuple(
-        RetractedDocument(id, kind, tuple(sorted(reached.requests[id]))) for id, kind in sorted(reached.kinds.items())
-    )
+    names = []
+    for place in trained:
+        branch = "" if place.branch == "main" else f"@{place.branch}"
+        names.append(place.id(info.namespace, info.name) + branch)
+    documents, requests = [], set[str]()
+    for id, kind in sorted(reached.kinds.items()):
+        documents.append(RetractedDocument(id, kind, tuple(sorted(reached.requests[id]))))
+        requests |= reached.requests[id]
     dates = {request: deny_list.dates[request] for request in sorted(requests)}
-    removed = names if remove_models else ()
-    count, listed = len(documents), documents[:MOST_LISTED]
-    return Tombstone(f"{info.name} {info.version}", dates, count, listed, (), names, removed)
+    removed = tuple(names) if remove_models else ()
+    listed = tuple(documents[:MOST_LISTED])
+    return Tombstone(f"{info.name} {info.version}", dates, len(documents), listed, (), tuple(names), removed)
 
 
 def _changed_files(draft: Path, place: Repository, before: dict[str, str]) -> list[ChangedFile]:
-    """The files of a repository that are others than before, without its checksums."""
+    """Returns the files of a repository that are others than before, without its checksums."""
     prefix = f"{place.folder}/" if place.folder else ""
     after = {f"{prefix}{path}": sha256_file(draft / prefix / path) for path in files_of(draft, place)}
     earlier = {path for path in before if _is_in(path, place) and not path.endswith(SUMS)}
-    paths = sorted(earlier | {path for path in after if not path.endswith(SUMS)})
-    return [
-        ChangedFile(path, before.get(path, ""), after.get(path))
-        for path in paths
-        if before.get(path) != after.get(path)
-    ]
+    changed = []
+    for path in sorted(earlier | {path for path in after if not path.endswith(SUMS)}):
+        if before.get(path) != after.get(path):
+            changed.append(ChangedFile(path, before.get(path, ""), after.get(path)))
+    return changed
 
 
 def _is_in(path: str, place: Repository) -> bool:
-    """Whether a path of a release is a file of a repository."""
+    """Returns True if a path of a release is a file of a repository."""
     top, _, rest = path.partition("/")
     if place.folder == "":
         return top in ("code", "evidence", SITE) or not rest
@@ -262,6 +286,7 @@ def _seal(draft: Path, release: Path, changed: set[str], key: SigningKey | None,
     signatures = [path for name in (SIGNATURE, PUBLIC_KEY) for path in draft.rglob(name)]
     for path in signatures:
         atomic_files.write(path, path.read_bytes())
+    # Signing replaces all signatures; unchanged repositories get theirs back below.
     sign(draft, key, progress)
     for place in repositories(draft):
         for name in (SIGNATURE, PUBLIC_KEY):
@@ -275,3 +300,20 @@ def _swap(draft: Path, release: Path) -> None:
     os.rename(release, _old(release))
     os.rename(draft, release)
     settle(release)
+
+
+def text(retraction: Retraction) -> str:
+    """Returns the report of a retraction for a terminal."""
+    tombstone = retraction.tombstone
+    would = "would be " if retraction.dry_run else ""
+    documents = "document" if tombstone.count == 1 else "documents"
+    lines = [f"{tombstone.count} {documents} of {tombstone.release} {would}retracted:"]
+    lines += [f"  {document.id} ({document.found})" for document in tombstone.documents[:SHOWN]]
+    if (others := tombstone.count - SHOWN) > 0:
+        lines.append(f"  and {others} more")
+    for changed in tombstone.repositories:
+        lines.append(f"{changed.repository}@{changed.branch}: {len(changed.files)} files {would}changed or removed")
+    kept = [name for name in tombstone.trained if name not in tombstone.removed]
+    lines += [f"{name}: trained on them, {would}removed" for name in tombstone.removed]
+    lines += [f"{name}: trained on them, and stays; --models takes it back" for name in kept]
+    return "\n".join([*lines, *retraction.on_hub])

@@ -35,9 +35,11 @@ def rewrite(release: Path, reached: Reached) -> None:
     Tables lose the rows that hold a text, logs the lines, cards the text; another file with a text is removed, and the
     page with its search. Dispositions state the removal.
     """
+    # The page has samples of documents, and none is made for a retracted release.
     shutil.rmtree(release / SITE, ignore_errors=True)
     for path in files_below(release):
         file = release / path
+        # Code holds no documents, and checksums are written again at the end.
         if path.startswith("code/") or path.endswith(SUMS):
             continue
         if path.endswith(".parquet"):
@@ -47,6 +49,7 @@ def rewrite(release: Path, reached: Reached) -> None:
         elif path.endswith((".json", ".txt", ".md")):
             _rewrite_text(file, reached)
     if (release / "dataset" / ROOTS).exists():
+        # The roots are those of the tables as they are now.
         roots = merkle.roots(release / "dataset")
         atomic_files.write(release / "dataset" / ROOTS, (json.dumps(roots, indent=1, sort_keys=True) + "\n").encode())
 
@@ -60,9 +63,10 @@ def add_notice(card: Path, notice: str) -> None:
 
 
 def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
-    """Writes a table again if it holds a document. name: its path in the release."""
+    """Writes a table again if it holds a document. name: the path of the table in the release."""
     import pyarrow.parquet as pq
 
+    # Dispositions keep their rows, and state the removal; other tables lose rows.
     fates = "dispositions" in name.split("/")
     without = _without_ids if name.startswith(BY_ID) else _without
     with pq.ParquetFile(path) as file:
@@ -99,14 +103,14 @@ def _has_id(batch: Any, reached: Reached) -> Any:
 
 
 def _without_ids(batch: Any, reached: Reached) -> Any:
-    """Which rows are about another document."""
+    """Returns a mask of the rows that are about another document."""
     import pyarrow.compute as pc
 
     return pc.invert(_has_id(batch, reached))
 
 
 def _without(batch: Any, reached: Reached) -> Any:
-    """Which rows hold no text of a document."""
+    """Returns a mask of the rows that hold no text of a document."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -119,6 +123,7 @@ def _without(batch: Any, reached: Reached) -> Any:
         column = batch.column(field.name)
         whole = pc.is_in(column, value_set=pa.array(sorted(reached.texts), field.type))
         holds = pc.or_(holds, pc.fill_null(whole, False))
+        # A text may stand inside of another, such as a rollout or the context of an item.
         for text in sorted(reached.texts):
             if len(text) >= MIN_TEXT:
                 holds = pc.or_(holds, pc.fill_null(pc.match_substring(column, text), False))
@@ -126,19 +131,20 @@ def _without(batch: Any, reached: Reached) -> Any:
 
 
 def _with_strings(schema: Any) -> Any:
-    """A schema in which a column without any value is one of strings."""
+    """Returns a schema in which a column without any value is one of strings, since a removal gets values."""
     import pyarrow as pa
 
     return pa.schema([field.with_type(pa.string()) if pa.types.is_null(field.type) else field for field in schema])
 
 
 def _decide(batch: Any, reached: Reached, schema: Any) -> Any:
-    """Dispositions in which the documents are removed on request."""
+    """Returns dispositions in which the documents are removed on request."""
     import pyarrow as pa
 
     rows = batch.to_pylist()
     for row in rows:
         if row["id"] in reached.kinds and row["disposition"] == "kept":
+            # In the form of an opt-out during curation, so that the same checks read it.
             match = match_text(reached.kinds[row["id"]], " ".join(sorted(reached.requests[row["id"]])))
             row |= {"disposition": "removed", "split": None, "kept_hash": None, "rule": OPT_OUT_RULE}
             row |= {"value": 1.0, "threshold": 1.0, "match": match}
@@ -149,6 +155,7 @@ def _rewrite_lines(path: Path, reached: Reached) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     needles = list(_encoded(reached))
     left = [line for line in lines if not any(needle in line for needle in needles)]
+    # An unchanged file keeps its link to the release, and so its bytes.
     if len(left) < len(lines):
         atomic_files.write(path, b"".join(left))
 
@@ -158,6 +165,7 @@ def _rewrite_text(path: Path, reached: Reached) -> None:
     needles = [needle for needle in _encoded(reached) if needle in content]
     if path.name == CARD:
         lines = content.decode().splitlines(keepends=True)
+        # A card keeps its words: only the example goes, and texts that it quotes elsewhere.
         left = "".join(line for line in lines if not any(is_example_of(line, id) for id in reached.kinds)).encode()
         if left == content and not needles:
             return
@@ -170,7 +178,7 @@ def _rewrite_text(path: Path, reached: Reached) -> None:
 
 
 def _encoded(reached: Reached) -> Iterator[bytes]:
-    """The texts as JSON and plain text have them."""
+    """Yields the texts as JSON and plain text have them."""
     for text in sorted(reached.texts):
         if len(text) >= MIN_TEXT:
             yield text.encode()

@@ -9,8 +9,7 @@ holder signs with another key and announces that key.
 """
 
 from release.signing.keyless import Identity, recorded_identity
-from release.signing.keys import HOW_TO, SigningKey, fingerprint, is_fingerprint, make_key
-from release.signing.signatures import sign, sign_keyless
+from release.signing.signatures import HOW_TO, SigningKey, fingerprint, is_fingerprint, make_key, sign, sign_keyless
 from release.signing.verification import ANYONE, SignatureVerdict, Trust, TrustPolicy, load_libraries, verify
 
 __all__ = [

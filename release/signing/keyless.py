@@ -42,14 +42,15 @@ def as_atom_error(action: str, hint: str = "") -> Iterator[None]:
 
 
 def signer(trust_config: Path | None) -> Any:
-    """A signer of model_signing's payloads, by the credentials of a CI job or those given in a browser.
+    """Returns a signer of payloads, by the credentials of a CI job or those given in a browser.
 
-    Raises AtomError if Sigstore cannot be reached, or the configuration cannot be used.
+    Raises:
+        AtomError: If Sigstore cannot be reached, or the configuration cannot be used.
     """
     from model_signing._signing import sign_sigstore
 
     class Signer(sign_sigstore.Signer):  # type: ignore[misc]
-        """Requests a token once, and again when it expires, not for every repository."""
+        """A signer that requests a token once, and again when it expires, not for every repository."""
 
         token: Any = None
 
@@ -64,7 +65,7 @@ def signer(trust_config: Path | None) -> Any:
 
 
 def verifier(identity: Identity, trust_config: Path | None) -> Any:
-    """A verifier of bundles. Raises AtomError if the trust root cannot be loaded."""
+    """Returns a verifier of bundles. Raises AtomError if the trust root cannot be loaded."""
     from model_signing._signing import sign_sigstore
 
     _require(trust_config)
@@ -78,7 +79,7 @@ def _require(trust_config: Path | None) -> None:
 
 
 def is_keyless(signature: Path) -> bool:
-    """Whether a bundle has an entry of a transparency log, which a signature with a key never has."""
+    """Returns True if a bundle has an entry of a transparency log, which a signature with a key never has."""
     try:
         return bool(json.loads(signature.read_bytes())["verificationMaterial"]["tlogEntries"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -86,16 +87,18 @@ def is_keyless(signature: Path) -> bool:
 
 
 def verify_bundle(signature: Path, bundle_verifier: Any = None) -> tuple[Identity, Any]:
-    """The identity in a bundle, and the manifest that it signs. Raises what the libraries raise, if it is invalid.
+    """Returns the identity in a bundle, and the manifest that it signs. Raises what the libraries raise.
 
-    bundle_verifier: of `verifier`; without one nothing vouches for the certificate in the bundle, so the name in it may
-    be invented.
+    Args:
+        signature: The file of the bundle.
+        bundle_verifier: A verifier; without one, nothing vouches for the certificate, and its name may be invented.
     """
     from model_signing._signing import sign_sigstore, signing
     from sigstore import dsse
 
     class SelfVerifier(signing.Verifier):  # type: ignore[misc]
         def _verify_signed_content(self, signature: Any) -> tuple[str, bytes]:
+            # The key in the bundle's own certificate: this proves that the bundle is whole, and not who made it.
             envelope = signature.bundle._dsse_envelope
             payload = dsse._verify(signature.bundle.signing_certificate.public_key(), envelope)
             return envelope._inner.payload_type, payload
@@ -109,7 +112,7 @@ def verify_bundle(signature: Path, bundle_verifier: Any = None) -> tuple[Identit
 
 
 def recorded_identity(signature: Path) -> str | None:
-    """The identity in a bundle that was made without a key, unchecked (`atom verify` checks it); None for others."""
+    """Returns the unchecked identity in a bundle; None for a signature with a key. `atom verify` checks it."""
     from model_signing._signing import sign_sigstore
 
     if not is_keyless(signature):
@@ -121,9 +124,10 @@ def recorded_identity(signature: Path) -> str | None:
 
 
 def certificate_identity(certificate: Any) -> Identity:
-    """The identity that a certificate of Sigstore names."""
+    """Returns the identity that a certificate of Sigstore names."""
     from cryptography import x509
 
+    # People have an e-mail address, workflows a URL; a certificate has one of them.
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     [name] = names.get_values_for_type(x509.RFC822Name) + names.get_values_for_type(x509.UniformResourceIdentifier)
     issuer = certificate.extensions.get_extension_for_oid(x509.ObjectIdentifier(ISSUER)).value

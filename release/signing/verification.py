@@ -13,8 +13,7 @@ from typing import Any
 from pipeline.core.errors import AtomError
 from release.layout import PUBLIC_KEY, SIGNATURE
 from release.signing import keyless
-from release.signing.keys import fingerprint, is_fingerprint
-from release.signing.signatures import IGNORED
+from release.signing.signatures import IGNORED, fingerprint, is_fingerprint
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,10 @@ class Trust:
     trust_config: Path | None = None
 
     def policy(self) -> TrustPolicy:
-        """The policy to verify by.
+        """Returns the policy to verify by.
 
-        Raises AtomError if a value is invalid or contradicts another, or if Sigstore's trust root cannot be loaded.
+        Raises:
+            AtomError: If a value is invalid or contradicts another, or if Sigstore's trust root cannot be loaded.
         """
         if self.identity or self.issuer or self.trust_config:
             return self._identity_policy()
@@ -95,65 +95,69 @@ class SignatureVerdict:
 def verify(
     folder: Path, present: Iterable[str], digest: Callable[[Path], str], policy: TrustPolicy
 ) -> SignatureVerdict | None:
-    """The verdict on the repository in `folder`; None if it is not signed.
+    """Returns the verdict on the repository in a folder; None if it is not signed.
 
-    present: its files, without those that belong to git or to the Hub's client. digest: SHA-256 of a file.
+    Args:
+        folder: The repository.
+        present: Its files, without those that belong to git or to the Hub's client.
+        digest: Returns SHA-256 of a file; the caller has them already, so that no file is hashed twice.
+        policy: The requirements on the signature.
     """
     signature, public = folder / SIGNATURE, folder / PUBLIC_KEY
+    # lexists: a link that leads nowhere is no unsigned repository.
     if not os.path.lexists(signature) and not os.path.lexists(public):
         return None
-    signed = (_by_identity if keyless.is_keyless(signature) else _by_key)(signature, public, policy)
-    if signed.problem:
-        return SignatureVerdict(signed.signer, [signed.problem])
-    files, digests = set(present) - set(IGNORED), signed.digests
+    read = _by_identity if keyless.is_keyless(signature) else _by_key
+    try:
+        signer, digests = read(signature, public, policy)
+    except _Invalid as error:
+        return SignatureVerdict(error.signer, [str(error)])
+    files = set(present) - set(IGNORED)
     problems = [f"{path} is missing, and was signed" for path in sorted(digests.keys() - files)]
     problems += [f"{path} was added after signing" for path in sorted(files - digests.keys())]
+    # Digests are compared for the files on both sides; the others are problems already.
     common = sorted(files & digests.keys())
     problems += [f"{path} was altered after signing" for path in common if digest(folder / path) != digests[path]]
-    return SignatureVerdict(signed.signer, problems)
+    return SignatureVerdict(signer, problems)
 
 
-@dataclass(frozen=True)
-class _Signed:
-    """The content of a signature.
+class _Invalid(Exception):
+    """A signature that is not valid. signer: the one that it claims, if that is known."""
 
-    Attributes:
-        signer: The signer, as in `SignatureVerdict`.
-        digests: {path: SHA-256} of the signed files.
-        problem: The reason why the signature is not valid; empty if it is.
-    """
-
-    signer: str | None
-    digests: dict[str, str]
-    problem: str = ""
+    def __init__(self, problem: str, signer: str | None = None) -> None:
+        super().__init__(problem)
+        self.signer = signer
 
 
-def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
+def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> tuple[str, dict[str, str]]:
+    """Returns the identity that signed, and {path: SHA-256} of the signed files. Raises _Invalid."""
     if os.path.lexists(public):
-        return _Signed(None, {}, f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key")
+        raise _Invalid(f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key")
     try:
         with redirect_stdout(sys.stderr):
             identity, manifest = keyless.verify_bundle(signature, policy.verifier)
-        return _Signed(str(identity), _digests(manifest))
+        return str(identity), _digests(manifest)
     except Exception as error:  # a forger may have put anything there
         expected_signer = policy.signer if policy.verifier else "whom its certificate names"
-        return _Signed(None, {}, f"{SIGNATURE} is not by {expected_signer}, or is altered: {_error_text(error)}")
+        raise _Invalid(f"{SIGNATURE} is not by {expected_signer}, or is altered: {_error_text(error)}") from None
 
 
-def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
+def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> tuple[str, dict[str, str]]:
+    """Returns the fingerprint of the key that signed, and {path: SHA-256} of the signed files. Raises _Invalid."""
     if missing := [path.name for path in (signature, public) if not path.is_file()]:
-        return _Signed(None, {}, f"{missing[0]} is missing")
+        raise _Invalid(f"{missing[0]} is missing")
     try:
         name = fingerprint(public.read_bytes(), exact=True)
     except ValueError:
-        return _Signed(None, {}, f"{PUBLIC_KEY} is not a public key, or is altered")
+        raise _Invalid(f"{PUBLIC_KEY} is not a public key, or is altered") from None
+    # The caller trusts an identity, and anybody can make a key.
     if policy.verifier:
-        return _Signed(None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {policy.signer}")
+        raise _Invalid(f"{SIGNATURE} was made with the key {name[:23]}…, not by {policy.signer}")
     try:
-        return _Signed(name, _verified_digests(signature, public))
+        return name, _verified_digests(signature, public)
     except Exception as error:
         problem = f"{SIGNATURE} is not by the key {name[:23]}… in {PUBLIC_KEY}, or is altered: {_error_text(error)}"
-        return _Signed(name, {}, problem)
+        raise _Invalid(problem, name) from None
 
 
 def _error_text(error: Exception) -> str:
@@ -163,7 +167,7 @@ def _error_text(error: Exception) -> str:
 def _verified_digests(signature: Path, public: Path) -> dict[str, str]:
     """Returns {path: SHA-256} of the files that a signature by a key covers. Raises what the library raises, if it is
     invalid."""
-    # the library's public interface hashes every file again
+    # The library's public interface hashes every file again.
     from model_signing._signing import sign_ec_key, sign_sigstore_pb
 
     bundle = sign_sigstore_pb.Signature.read(signature)
@@ -174,8 +178,10 @@ def _verified_digests(signature: Path, public: Path) -> dict[str, str]:
 
 
 def _digests(manifest: Any) -> dict[str, str]:
-    """{path: SHA-256} of a signed manifest. Raises ValueError for another algorithm."""
-    rows = list(manifest.resource_descriptors())
-    if foreign := [row for row in rows if row.digest.algorithm != "sha256"]:
-        raise ValueError(f"{foreign[0].identifier} was signed by {foreign[0].digest.algorithm}, not sha256")
-    return {row.identifier: row.digest.digest_hex for row in rows}
+    """Returns {path: SHA-256} of a signed manifest. Raises ValueError for another algorithm."""
+    digests = {}
+    for row in manifest.resource_descriptors():
+        if row.digest.algorithm != "sha256":
+            raise ValueError(f"{row.identifier} was signed by {row.digest.algorithm}, not sha256")
+        digests[row.identifier] = row.digest.digest_hex
+    return digests

@@ -7,6 +7,7 @@ recipe), or `not stated`. It is no legal advice.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -37,7 +38,7 @@ INTERACTIONS = {"model": "Interactions of users with the model", "services": "In
 
 
 def summary(facts: StandardFacts) -> Json:
-    """The content of eu_summary.json."""
+    """Returns the content of eu_summary.json."""
     sections = [
         _section("1.1", "Provider", _provider(facts)),
         _section("1.2", "Model", _model(facts)),
@@ -51,8 +52,8 @@ def summary(facts: StandardFacts) -> Json:
         _section("2.6", "Other sources of data", _of_category(facts, "other")),
         _section("3.1", "Reservations of rights against text and data mining", _rights(facts)),
         _section("3.2", "Removal of illegal content", _illegal(facts)),
-        _section("3.3", "Other information", [_stated("Comments", facts.maker.comments), _files(facts)]),
-    ]  # fmt: skip
+        _section("3.3", "Other information", _other(facts)),
+    ]
     return {
         "template": TEMPLATE,
         "summary_of": f"{facts.release.name} {facts.release.version}",
@@ -67,17 +68,17 @@ def _section(number: str, title: str, fields: list[Json]) -> Json:
 
 
 def _computed(label: str, answer: Any) -> Json:
+    """Returns a field that follows from the files of the release."""
     return {"label": label, "answer": answer, "basis": NOT_STATED if answer == NOT_STATED else "computed"}
 
 
 def _stated(label: str, answer: Any) -> Json:
+    """Returns a field with a statement of the maker, or without one."""
     if answer is None:
         return {"label": label, "answer": NOT_STATED, "basis": NOT_STATED}
-    return {"label": label, "answer": _flag(answer), "basis": "maker"}
-
-
-def _flag(answer: Any) -> Any:
-    return (YES if answer else NO) if isinstance(answer, bool) else answer
+    if isinstance(answer, bool):
+        answer = YES if answer else NO
+    return {"label": label, "answer": answer, "basis": "maker"}
 
 
 def _provider(facts: StandardFacts) -> list[Json]:
@@ -90,6 +91,7 @@ def _provider(facts: StandardFacts) -> list[Json]:
 
 def _model(facts: StandardFacts) -> list[Json]:
     names = [f"{facts.release.name}{folder.removeprefix('model')} {facts.release.version}" for folder in facts.models]
+    # The template asks for models that this one is a modification of.
     origin = "None: the weights were initialized at random and trained in this run"
     if base := facts.models[MODEL].base:
         begin = "training" if facts.models[MODEL].on_published else "pre-training"
@@ -102,14 +104,17 @@ def _model(facts: StandardFacts) -> list[Json]:
 
 
 def _characteristics(facts: StandardFacts) -> list[Json]:
+    # Held-out documents are no training data.
     trained = {name: row.tokens.get("train", 0) for name, row in facts.data.sources.items()}
     total = sum(trained.values())
+    # The template asks for a range; the exact number follows it.
     size = next((text for bound, text in SIZES if total < bound), "more than 10 trillion tokens")
     languages = Counter[str]()
     for by_language in facts.data.documents.languages.values():
         for language, row in by_language.items():
             languages[language or "unknown"] += row.tokens
     ranked = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:LANGUAGES]
+    measured = [{"language": name, "tokens": count} for name, count in ranked]
     return [
         _computed("Modality", "Text"),
         _computed("Size of the training data", f"{size}: {total:,} tokens of distinct documents"),
@@ -117,31 +122,36 @@ def _characteristics(facts: StandardFacts) -> list[Json]:
         _computed("Last date of acquisition", facts.acquired[:10] or NOT_STATED),
         _stated("Further training on newer data", facts.maker.continuous_training),
         _computed("Languages that the release declares", list(facts.release.languages)),
-        _computed("Measured languages", [{"language": name, "tokens": count} for name, count in ranked] or NOT_STATED),
+        _computed("Measured languages", measured or NOT_STATED),
         _stated("Other characteristics of the training data", facts.maker.characteristics),
-    ]  # fmt: skip
+    ]
 
 
 def _kinds(facts: StandardFacts, names: Iterable[str]) -> list[str] | str:
-    """The kinds of content of sources."""
+    """Returns the kinds of content of sources."""
     return sorted({str(facts.declared.get(name, {}).get("kind", "")) for name in names} - {""}) or NOT_STATED
 
 
 def _rows(facts: StandardFacts, names: list[str]) -> list[Json]:
-    return [
-        {
-            "source": name,
-            "origin": facts.data.sources[name].origin or NOT_STATED,
-            "licenses": facts.data.sources[name].licenses,
-            "documents": facts.data.sources[name].kept,
-            "tokens": sum(facts.data.sources[name].tokens.values()),
-            "basis of the category": facts.category(name)[1],
-        }
-        for name in names
-    ]
+    """Returns a row for each of some sources."""
+    rows = []
+    for name in names:
+        source = facts.data.sources[name]
+        rows.append(
+            {
+                "source": name,
+                "origin": source.origin or NOT_STATED,
+                "licenses": source.licenses,
+                "documents": source.kept,
+                "tokens": sum(source.tokens.values()),
+                "basis of the category": facts.category(name)[1],
+            }
+        )
+    return rows
 
 
 def _of_category(facts: StandardFacts, category: Any) -> list[Json]:
+    """Returns the fields of a section that asks about a category of sources."""
     names = facts.of_category(category)
     if not names:
         return [_computed("Used for training", f"{NO}: no source is of this category")]
@@ -157,70 +167,71 @@ def _crawled(facts: StandardFacts) -> list[Json]:
     if not names:
         return fields
     crawler = facts.maker.crawler
-    for label, name in (("Crawler", "name"), ("Purpose", "purpose"), ("Behavior", "behavior"), ("Period", "period")):
+    for label in ("Crawler", "Purpose", "Behavior", "Period"):
+        name = "name" if label == "Crawler" else label.lower()
         fields.append(_stated(label, getattr(crawler, name) if crawler else None))
     fields.append(_computed("Types of content", _kinds(facts, names)))
     fields.append(_stated("The content and the online sources in words", crawler.content if crawler else None))
     label = "The tenth of the domains with the most text"
     if hidden := [name for name in names if name in facts.data.by_reference]:
         return [*fields, _computed(label, f"not listed: the texts of {', '.join(hidden)} are by reference")]
-    domains = _domains(facts, tuple(names))
-    if domains is None:
-        return [*fields, _computed(label, f"not listed: there are more than {MOST_DOMAINS:,} domains")]
-    listed = [{"domain": domain, "bytes": size} for domain, size in domains]
-    return [*fields, _computed(label, listed or NOT_STATED)]
+    return [*fields, _computed(label, _domains(facts, tuple(names)))]
 
 
 @lru_cache(maxsize=1)  # two documents have it
-def _domains(facts: StandardFacts, sources: tuple[str, ...]) -> list[tuple[str, int]] | None:
-    """(domain, bytes of its kept documents as they were read) of the largest tenth of the domains; None if there are
-    more than MOST_DOMAINS. No text is read: the sizes stand in the dispositions, in the order of the kept documents."""
+def _domains(facts: StandardFacts, sources: tuple[str, ...]) -> list[Json] | str:
+    """Returns the largest tenth of the domains with the bytes of their kept documents as read, or why it has none."""
+    # No text is read: the sizes stand in the dispositions, in the order of the kept documents.
     dataset, sizes = facts.folder / "dataset", Counter[str]()
     parts = [part for part in data_layout.document_parts(dataset) if part.source in sources]
     for of_part in over_parts(_domains_of_part, parts, [part.dispositions for part in parts]):
         sizes.update(of_part)
         if len(sizes) > MOST_DOMAINS:
-            return None
+            return f"not listed: there are more than {MOST_DOMAINS:,} domains"
     ranked = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
-    return ranked[: -(-len(ranked) // 10)]
+    tenth = ranked[: math.ceil(len(ranked) / 10)]
+    return [{"domain": domain, "bytes": size} for domain, size in tenth] or NOT_STATED
 
 
 def _domains_of_part(part: data_layout.Part) -> Counter[str]:
-    """Counts at most one domain more than MOST_DOMAINS. Raises CheckFailed if the tables have other documents."""
+    """Returns the bytes of each domain of a part; at most one domain more than MOST_DOMAINS.
+
+    Raises:
+        CheckFailed: If the kept documents are not those that the dispositions keep.
+    """
     sizes = Counter[str]()
     kept = stream_rows(part.kept, ["id", "origin"], BATCH)
     rows = stream_rows(part.dispositions, ["id", "disposition", "bytes"], BATCH)
     read = (row for row in rows if row["disposition"] == "kept")
+    # Both tables have the documents in one order, so one pass over each is enough.
     for row, disposition in zip_longest(kept, read):
         if row is None or disposition is None or row["id"] != disposition["id"]:
             name = part.kept.relative_to(part.dispositions.parents[2]).as_posix()
             raise CheckFailed(f"{name} has other documents than its dispositions keep")
-        if domain := _domain(row["origin"] or ""):
+        try:
+            domain = urlsplit(row["origin"] or "").hostname
+        except ValueError:  # an origin may be any text
+            continue
+        if domain:
             sizes[domain] += disposition["bytes"]
             if len(sizes) > MOST_DOMAINS:
                 break
     return sizes
 
 
-def _domain(origin: str) -> str:
-    try:
-        return urlsplit(origin).hostname or ""
-    except ValueError:
-        return ""
-
-
 def _user_data(facts: StandardFacts) -> list[Json]:
     fields, stated = _of_category(facts, "user"), facts.maker.user_interactions
     for name, label in INTERACTIONS.items():
-        if not facts.of_category("user"):
-            fields.append(_computed(label, NO))
-        else:
+        if facts.of_category("user"):
             fields.append(_stated(label, None if stated is None else name in stated))
+        else:
+            fields.append(_computed(label, NO))
     return [*fields, _stated("Statement on data of users", facts.maker.user_data)]
 
 
 def _synthetic(facts: StandardFacts) -> list[Json]:
     names = facts.of_category("synthetic")
+    # Phases without an order read no documents of the sources.
     sampled = [phase for phase in facts.phases if numbered(phase)[0] in WITHOUT_ORDER]
     if not names and not sampled:
         return [_computed("Used for training", f"{NO}: no source is of this category, and no phase samples answers")]
@@ -253,12 +264,15 @@ def _illegal(facts: StandardFacts) -> list[Json]:
     return [_stated("Measures", facts.maker.illegal_content), removed]
 
 
-def _files(facts: StandardFacts) -> Json:
-    return _computed("Every document with its license and decision", [facts.data_url, facts.evidence_url])
+def _other(facts: StandardFacts) -> list[Json]:
+    return [
+        _stated("Comments", facts.maker.comments),
+        _computed("Every document with its license and decision", [facts.data_url, facts.evidence_url]),
+    ]
 
 
 def page(facts: StandardFacts) -> str:
-    """The content of eu_summary.md, for readers."""
+    """Returns the content of eu_summary.md, for readers."""
     body = summary(facts)
     lines = [f"# Public summary of training content: {_text(body['summary_of'])}", ""]
     lines += [f"Template: {body['template']}. Version {body['version']}, last updated {body['last_update']}.", ""]
@@ -273,6 +287,7 @@ def page(facts: StandardFacts) -> str:
 
 
 def _field(field: Json) -> Iterator[str]:
+    """Yields the lines of a field."""
     basis = "" if field["basis"] == NOT_STATED else f" *({field['basis']})*"
     answer = field["answer"]
     if not isinstance(answer, list):
@@ -286,8 +301,9 @@ def _field(field: Json) -> Iterator[str]:
 
 
 def _text(value: Any) -> str:
-    """A value in one line of Markdown, in which it is only text."""
+    """Returns a value as one line of Markdown, in which it is only text."""
     if isinstance(value, list):
         return ", ".join(map(_text, value)) or "none"
     text = f"{value:,}" if isinstance(value, int) else escaped(str(value))
+    # What is special in Markdown or HTML would otherwise be markup from a stranger's text.
     return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", text)

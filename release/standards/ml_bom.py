@@ -13,24 +13,41 @@ from typing import Any
 from pipeline.core.store import canonical
 from release.facts.model_facts import ModelFacts
 from release.layout import MODEL, SIZE, VARIANT, numbered
-from release.standards.package_list import normalized
-from release.standards.standard_facts import HUB, WEIGHTS, StandardFacts, address, energy, expression, joined, segment
+from release.standards.standard_facts import (
+    HUB,
+    StandardFacts,
+    address,
+    energy,
+    expression,
+    joined,
+    normalized_package,
+    segment,
+    weights_only,
+)
 
 Json = dict[str, Any]
 MOST_LOCKED = 200
 """Files of a package whose hashes are listed."""
 PROPERTY = "atom:"
+"""The prefix of this project's own properties."""
 LABELS = {"pretrain": "training", "midtrain": "training", "longcontext": "training", SIZE: "training"}
 """{kind of phase: the activity of CycloneDX}; other phases are fine-tuning, and other stages neither."""
+Z95 = 1.96
 
 
 def bill(facts: StandardFacts) -> Json:
-    release, models = facts.release, [_model(facts, folder) for folder in facts.models]
+    """Returns the content of bom.cdx.json."""
+    release = facts.release
+    final, *earlier = [_model(facts, folder) for folder in facts.models]
     variants = [_variant(facts, suffix) for suffix in facts.variants]
-    sources, packages = [_source(facts, name) for name in facts.data.sources], _packages(facts)
+    materials = [_source(facts, name) for name in facts.data.sources] + _packages(facts)
+    # Every model depends on all sources and packages; a variant on the final model alone.
+    references = [component["bom-ref"] for component in materials]
+    dependencies: list[Json] = [{"ref": model["bom-ref"], "dependsOn": references} for model in (final, *earlier)]
+    dependencies += [{"ref": variant["bom-ref"], "dependsOn": [final["bom-ref"]]} for variant in variants]
+    dependencies += [{"ref": reference} for reference in references]
+    # No clock and no random number: equal artifacts give an equal serial number.
     seed = canonical([release.name, release.version, sorted(a.digest for a in release.nodes.values())])
-    final, *earlier = models
-    references = [component["bom-ref"] for component in (*sources, *packages)]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.7.schema.json",
         "bomFormat": "CycloneDX",
@@ -43,19 +60,24 @@ def bill(facts: StandardFacts) -> Json:
             "tools": {"components": [{"type": "application", "name": "atom-release", "version": _tool(facts)}]},
             "licenses": _licenses([release.license.code]),
         },
-        "components": [*earlier, *variants, *sources, *packages],
-        "dependencies": [
-            *({"ref": model["bom-ref"], "dependsOn": references} for model in models),
-            *({"ref": variant["bom-ref"], "dependsOn": [final["bom-ref"]]} for variant in variants),
-            *({"ref": reference} for reference in references),
-        ],
+        "components": [*earlier, *variants, *materials],
+        "dependencies": dependencies,
     }
 
 
+def _present(component: Json) -> Json:
+    """Leaves out empty fields, which the schema does not allow everywhere."""
+    return {key: value for key, value in component.items() if value}
+
+
+def _properties(values: Mapping[str, Any]) -> list[Json]:
+    return [{"name": f"{PROPERTY}{name}", "value": str(value)} for name, value in values.items() if value]
+
+
 def _tool(facts: StandardFacts) -> str:
-    """The version of atom that built the release: that of its package, or its commit."""
-    installed = {normalized(p.name): p.version for p in facts.packages}.get("atom-release")
-    return installed or facts.release.commit or "unknown"
+    """Returns the version of atom that built the release: that of its package, or its commit."""
+    installed = {normalized_package(package.name): package.version for package in facts.packages}
+    return installed.get("atom-release") or facts.release.commit or "unknown"
 
 
 def _licenses(licenses: list[str]) -> list[Json]:
@@ -64,108 +86,95 @@ def _licenses(licenses: list[str]) -> list[Json]:
     return [{"license": {"name": license}} for license in licenses if license]
 
 
-def _model(facts: StandardFacts, folder: str) -> Json:
-    release, model = facts.release, facts.models[folder]
-    component: Json = {
-        "type": "machine-learning-model",
-        "bom-ref": f"model:{folder}",
-        "name": f"{release.name}{folder.removeprefix(MODEL)}",
-        "version": release.version,
-        "licenses": _licenses([model.license(release.license.weights)]),
-        "externalReferences": [{"type": "distribution", "url": address(facts.model_url(folder))}],
-        "components": _files(f"model:{folder}/", facts.weights(folder)),
-        "pedigree": _start(model) if model.base else {},
-        "modelCard": _card(facts, folder),
-        "properties": [
-            {"name": f"{PROPERTY}parameters", "value": str(model.parameters.total)},
-            {"name": f"{PROPERTY}active_parameters", "value": str(model.parameters.active)},
-        ],
-    }
-    return {key: value for key, value in component.items() if value}
-
-
-def _files(place: str, digests: Mapping[str, str]) -> list[Json]:
-    """Files as components. place: begins their references; "" for files that nothing refers to."""
-    return [
+def _machine_learning_model(name: str, version: str, license: str, url: str, **fields: Any) -> Json:
+    """Returns a model as a component, with further fields."""
+    return _present(
         {
-            "type": "file",
-            **({"bom-ref": f"{place}{segment(path)}"} if place else {}),
-            "name": path,
-            "hashes": [{"alg": "SHA-256", "content": digest}],
+            "type": "machine-learning-model",
+            "name": name,
+            "version": version,
+            "licenses": _licenses([license]),
+            "externalReferences": [{"type": "distribution", "url": address(url)}],
+            **fields,
         }
-        for path, digest in digests.items()
-    ]
+    )
 
 
-def _start(model: ModelFacts) -> Json:
-    """The pedigree of a model whose training began with a published one."""
+def _model(facts: StandardFacts, folder: str) -> Json:
+    release, model, reference = facts.release, facts.models[folder], f"model:{folder}"
+    component = _machine_learning_model(
+        f"{release.name}{folder.removeprefix(MODEL)}",
+        release.version,
+        model.license(release.license.weights),
+        facts.model_url(folder),
+        components=_files(facts.weights(folder), f"{reference}/"),
+        pedigree=_pedigree_of_base(model) if model.base else {},
+        modelCard=_model_card(facts, folder),
+        properties=_properties(
+            {
+                "parameters": model.parameters.total,
+                "active_parameters": str(model.parameters.active),
+            }
+        ),
+    )
+    return component | {"bom-ref": reference}
+
+
+def _files(digests: Mapping[str, str], place: str = "") -> list[Json]:
+    """Returns files as components.
+
+    Args:
+        digests: {path: SHA-256}.
+        place: The beginning of their references; files that nothing refers to have none.
+    """
+    rows = []
+    for path, digest in digests.items():
+        reference = f"{place}{segment(path)}" if place else ""
+        hashes = [{"alg": "SHA-256", "content": digest}]
+        rows.append(_present({"type": "file", "bom-ref": reference, "name": path, "hashes": hashes}))
+    return rows
+
+
+def _pedigree_of_base(model: ModelFacts) -> Json:
+    """Returns the pedigree of a model whose training began with a published one."""
     base = model.base or {}
-    weights = {path: digest for path, digest in sorted(base["files"].items()) if path.endswith(WEIGHTS)}
-    ancestor = {
-        "type": "machine-learning-model",
-        "name": base["repo"],
-        "version": base["digest"],
-        "licenses": _licenses([base["license"]]),
-        "externalReferences": [{"type": "distribution", "url": address(f"{HUB}/{base['repo']}")}],
-        "components": _files("", weights),
-    }
+    url, weights = f"{HUB}/{base['repo']}", _files(weights_only(base["files"]))
+    ancestor = _machine_learning_model(base["repo"], base["digest"], base["license"], url, components=weights)
     begin = "Training began" if model.on_published else "Pre-training began"
     relation = "It is a copy of" if model.is_copy else f"{begin} with"
     notes = f"{relation} these weights and their tokenizer; the version is the digest of SHA256SUMS."
-    return {"ancestors": [{key: value for key, value in ancestor.items() if value}], "notes": notes}
+    return {"ancestors": [ancestor], "notes": notes}
 
 
 def _variant(facts: StandardFacts, suffix: str) -> Json:
-    """The final model with its weights in another form."""
-    release, loss = facts.release, facts.variants[suffix].loss
-    reference = f"model:{VARIANT}{suffix}"
-    original = {
-        "type": "machine-learning-model",
-        "name": release.name,
-        "version": release.version,
-        "licenses": _licenses([release.license.weights]),
-        "externalReferences": [{"type": "distribution", "url": address(facts.model_url())}],
-    }
-    component: Json = {
-        "type": "machine-learning-model",
-        "bom-ref": reference,
-        "name": f"{release.name}{suffix}",
-        "version": release.version,
-        "description": loss["title"],
-        "licenses": _licenses([release.license.weights]),
-        "externalReferences": [{"type": "distribution", "url": address(facts.variant_url(suffix))}],
-        "components": _files(f"{reference}/", facts.variant_weights(suffix)),
-        "pedigree": {
-            "ancestors": [{key: value for key, value in original.items() if value}],
-            "notes": "The weights follow from those of the ancestor alone.",
-        },
-        "modelCard": {
-            "quantitativeAnalysis": {
-                "performanceMetrics": [
-                    {"type": name, "value": repr(value)} for name, value in facts.variants[suffix].figures().items()
-                ]
-            }
-        },
-        "properties": [{"name": f"{PROPERTY}bytes", "value": str(loss["bytes"]["variant"])}],
-    }
-    return {key: value for key, value in component.items() if value}
+    """Returns the final model with its weights in another form."""
+    release, variant, reference = facts.release, facts.variants[suffix], f"model:{VARIANT}{suffix}"
+    license = release.license.weights
+    original = _machine_learning_model(release.name, release.version, license, facts.model_url())
+    metrics = [{"type": name, "value": repr(value)} for name, value in variant.figures().items()]
+    component = _machine_learning_model(
+        f"{release.name}{suffix}",
+        release.version,
+        license,
+        facts.variant_url(suffix),
+        description=variant.loss["title"],
+        components=_files(facts.variant_weights(suffix), f"{reference}/"),
+        pedigree={"ancestors": [original], "notes": "The weights follow from those of the ancestor alone."},
+        modelCard={"quantitativeAnalysis": {"performanceMetrics": metrics}},
+        properties=_properties({"bytes": str(variant.loss["bytes"]["variant"])}),
+    )
+    return component | {"bom-ref": reference}
 
 
-def _card(facts: StandardFacts, folder: str) -> Json:
+def _model_card(facts: StandardFacts, folder: str) -> Json:
     model, scores = facts.models[folder], facts.models[folder].own_scores()
-    metrics = [
-        {
-            "type": metric,
-            "slice": name,
-            "value": repr(row["value"]),
-            "confidenceInterval": {
-                "lowerBound": repr(row["value"] - 1.96 * row["se"]),
-                "upperBound": repr(row["value"] + 1.96 * row["se"]),
-            },
-        }
-        for metric, rows in (("bits per byte", scores["bits_per_byte"]), ("exact match", scores["accuracy"]))
-        for name, row in sorted(rows.items())
-    ]
+    metrics = []
+    for metric, rows in (("bits per byte", scores["bits_per_byte"]), ("exact match", scores["accuracy"])):
+        for name, row in sorted(rows.items()):
+            low, high = row["value"] - Z95 * row["se"], row["value"] + Z95 * row["se"]
+            interval = {"lowerBound": repr(low), "upperBound": repr(high)}
+            metrics.append({"type": metric, "slice": name, "value": repr(row["value"]), "confidenceInterval": interval})
+    # CycloneDX has one approach for a model.
     kinds = {numbered(phase)[0] for phase in model.training}
     approach = "reinforcement-learning" if kinds & {"rlvr", "online-rlhf"} else "self-supervised"
     considerations: Json = {
@@ -173,6 +182,7 @@ def _card(facts: StandardFacts, folder: str) -> Json:
         "useCases": ["conversation in the trained chat template" if model.is_chat else "continuation of text"],
         "technicalLimitations": [f"context of {model.config['max_position_embeddings']} tokens"],
     }
+    # The energy is that of the whole release, so only the final model has it.
     if folder == MODEL and facts.counted[0]:
         considerations["environmentalConsiderations"] = {"energyConsumptions": _energy(facts)}
     return {
@@ -191,77 +201,83 @@ def _card(facts: StandardFacts, folder: str) -> Json:
 
 
 def _energy(facts: StandardFacts) -> list[Json]:
-    totals: dict[str, list[float]] = {}
-    carbon = facts.maker.carbon
+    """Returns the energy of each activity, and its carbon if the maker states a factor."""
+    kwh, co2_kg = dict[str, float](), dict[str, float]()
     for stage, row in energy(facts)["stages"].items():
-        kind = numbered(stage)[0]
-        activity = LABELS.get(kind, "fine-tuning" if stage in facts.phases else "other")
-        total = totals.setdefault(activity, [0.0, 0.0])
-        total[0] += row["energy_kwh"]
-        total[1] += row["co2_kg"] or 0.0
-    return [
-        {
-            "activity": activity,
-            "energyProviders": [
-                {
-                    "description": carbon.source if carbon else "the source of the electricity is not stated",
-                    "organization": {"name": "not stated"},
-                    "energySource": "unknown",
-                    "energyProvided": {"value": kwh, "unit": "kWh"},
-                }
-            ],
-            "activityEnergyCost": {"value": kwh, "unit": "kWh"},
-            **({"co2CostEquivalent": {"value": kg / 1000, "unit": "tCO2eq"}} if carbon else {}),
+        activity = LABELS.get(numbered(stage)[0], "fine-tuning" if stage in facts.phases else "other")
+        kwh[activity] = kwh.get(activity, 0.0) + row["energy_kwh"]
+        co2_kg[activity] = co2_kg.get(activity, 0.0) + (row["co2_kg"] or 0.0)
+
+    carbon, rows = facts.maker.carbon, []
+    for activity, value in sorted(kwh.items()):
+        spent = {"value": value, "unit": "kWh"}
+        provider = {
+            "description": carbon.source if carbon else "the source of the electricity is not stated",
+            # Required by the schema, and known to nobody here.
+            "organization": {"name": "not stated"},
+            "energySource": "unknown",
+            "energyProvided": spent,
         }
-        for activity, (kwh, kg) in sorted(totals.items())
-    ]
+        cost: Json = {"activity": activity, "energyProviders": [provider], "activityEnergyCost": spent}
+        if carbon:
+            cost["co2CostEquivalent"] = {"value": co2_kg[activity] / 1000, "unit": "tCO2eq"}
+        rows.append(cost)
+    return rows
 
 
 def _source(facts: StandardFacts, name: str) -> Json:
-    row, declared, node = facts.data.sources[name], facts.declared.get(name, {}), f"acquire-{name}"
-    properties: Json = {"documents_read": row.documents_in, "documents_kept": row.kept, "bytes_kept": row.bytes_kept}
-    properties["tree_digest"] = declared.get("tree_digest")
-    if artifact := facts.release.nodes.get(node):
-        properties |= {"artifact": artifact.key, "artifact_digest": artifact.digest}
-    properties["license_evidence"] = row.license_evidence
-    component: Json = {
-        "type": "data",
-        "bom-ref": f"source:{name}",
-        "name": name,
-        "version": facts.release.version,
-        "licenses": _licenses(row.licenses),
-        "externalReferences": [{"type": "source-distribution", "url": address(row.origin)}] if row.origin else [],
-        "data": [
-            {
-                "type": "dataset",
-                "name": name,
-                "contents": {"url": address(f"{facts.data_url}/tree/main/kept/{name}")},
-                "classification": "public",
-                "governance": {"custodians": [{"organization": {"name": facts.provider}}]},
-            }
-        ],
-        "properties": [{"name": f"{PROPERTY}{key}", "value": str(v)} for key, v in sorted(properties.items()) if v],
+    row = facts.data.sources[name]
+    properties: Json = {
+        "documents_read": row.documents_in,
+        "documents_kept": row.kept,
+        "bytes_kept": row.bytes_kept,
+        "tree_digest": facts.declared.get(name, {}).get("tree_digest"),
+        "license_evidence": row.license_evidence,
     }
-    return {key: value for key, value in component.items() if value}
+    if artifact := facts.release.nodes.get(f"acquire-{name}"):
+        properties |= {"artifact": artifact.key, "artifact_digest": artifact.digest}
+    content = {
+        "type": "dataset",
+        "name": name,
+        "contents": {"url": address(f"{facts.data_url}/tree/main/kept/{name}")},
+        # Required by the schema; a release hides no data.
+        "classification": "public",
+        "governance": {"custodians": [{"organization": {"name": facts.provider}}]},
+    }
+    return _present(
+        {
+            "type": "data",
+            "bom-ref": f"source:{name}",
+            "name": name,
+            "version": facts.release.version,
+            "licenses": _licenses(row.licenses),
+            "externalReferences": [{"type": "source-distribution", "url": address(row.origin)}] if row.origin else [],
+            "data": [content],
+            "properties": _properties(dict(sorted(properties.items()))),
+        }
+    )
 
 
 def _packages(facts: StandardFacts) -> list[Json]:
     components = []
     for package in facts.packages:
-        purl = f"pkg:pypi/{segment(normalized(package.name))}@{segment(package.version)}"
-        url = f"https://pypi.org/project/{segment(normalized(package.name))}/{segment(package.version)}/"
-        hashes = [{"alg": "SHA-256", "content": digest} for digest in package.hashes[:MOST_LOCKED]]
-        locked = {"type": "distribution", "url": url, "comment": "a file with one of these hashes", "hashes": hashes}
+        name, version = segment(normalized_package(package.name)), segment(package.version)
+        locked = {
+            "type": "distribution",
+            "url": f"https://pypi.org/project/{name}/{version}/",
+            "comment": "a file with one of these hashes",
+            "hashes": [{"alg": "SHA-256", "content": digest} for digest in package.hashes[:MOST_LOCKED]],
+        }
+        # A package's own words are no expression: they become the name of a license.
         license = package.license and expression(package.license)
-        licenses = [{"expression": license}] if license else _licenses([package.stated])
         component: Json = {
             "type": "library",
-            "bom-ref": purl,
+            "bom-ref": package.url,
             "name": package.name,
             "version": package.version,
-            "purl": purl,
-            "licenses": licenses,
-            "externalReferences": [locked] if hashes else [],
+            "purl": package.url,
+            "licenses": [{"expression": license}] if license else _licenses([package.stated]),
+            "externalReferences": [locked] if package.hashes else [],
         }
-        components.append({key: value for key, value in component.items() if value})
+        components.append(_present(component))
     return components

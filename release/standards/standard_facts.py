@@ -1,14 +1,22 @@
-"""The facts that the documents of standards are made from, read from the published files of a release."""
+"""The facts that the documents of standards are made from, read from the published files of a release.
+
+Among them is packages.json: the installed packages of every environment of a release, with licenses and hashes. Their
+names and versions are those of the published statements. Licenses and hashes are looked up when the release is built:
+in the metadata of the package, if that version is installed, and in the lock files of the checkout.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from stages.data.packages.python_metadata import parse
 
 from pipeline.core import provenance
 from pipeline.core.bounds import spdx
@@ -20,28 +28,117 @@ from release.facts.published_tables import Manifest, read_json, read_manifests
 from release.facts.variant_facts import VariantFacts, read_variants
 from release.layout import MODEL, STANDARDS, VARIANT, phases_of
 from release.schema import ReleaseInfo
-from release.standards.package_list import PACKAGES, Package
+from stages.data.acquire.licenses.maps import load_map
 from stages.maker import Category, Maker
 
 NOT_STATED = "not stated"
+HUB = "https://huggingface.co"
+PACKAGES = "packages.json"
+WEIGHTS = (".safetensors", ".gguf")
 LEFT_OUT = "making of the machines, network, storage, experiments before this run, and use of the model"
+"""What the energy of a release does not include."""
 PROCEDURAL = ("problems", "chat-problems", "courtesies", "passkeys")
 """Readers whose documents a program of this project wrote."""
-HUB = "https://huggingface.co"
-WEIGHTS = (".safetensors", ".gguf")
+MOST_STATED = 200
+"""Characters of a license in a package's own words."""
+HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
+ENTRY = re.compile(r"([A-Za-z0-9][\w.-]*)==([^\s;\\]+)")
+"""The name and the version at the beginning of an entry of a lock file."""
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//[^/?]*(%5[BD]|:[0-9]*[^0-9/?]))")
 """Begins an address with a scheme, whose host has no bracket and whose port is a number."""
 LONE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
+@dataclass(frozen=True)
+class Package:
+    """A package of Python.
+
+    Attributes:
+        name: As its metadata has it.
+        version: As installed.
+        license: An SPDX expression; None if none is known.
+        stated: The license in the package's own words, if they are no expression.
+        hashes: SHA-256 of the files that the lock allows for this version.
+    """
+
+    name: str
+    version: str
+    license: str | None
+    stated: str
+    hashes: list[str]
+
+    @property
+    def url(self) -> str:
+        """The package's purl."""
+        return f"pkg:pypi/{segment(normalized_package(self.name))}@{segment(self.version)}"
+
+
+def package_versions(folder: Path, bodies: Iterable[provenance.Statement]) -> list[tuple[str, str]]:
+    """Returns (name, version) of the packages in a release's statements and in the environment of its build."""
+    pairs = set[tuple[str, str]]()
+    for environment in (read_json(folder / "evidence/environment.json"), *map(provenance.environment_of, bodies)):
+        pairs |= {(str(name), str(version)) for name, version in environment.get("packages", {}).items()}
+    return sorted(pairs)
+
+
+def describe_packages(pairs: list[tuple[str, str]], roots: list[Path]) -> list[dict[str, Any]]:
+    """Returns the content of packages.json. roots: checkouts, whose `requirements/*.lock` are read."""
+    hashes: dict[tuple[str, str], set[str]] = {}
+    for path in (path for root in roots for path in root.glob("requirements/*.lock")):
+        # An entry ends where the next line begins without a space.
+        for entry in re.split(r"\n(?=\S)", path.read_text()):
+            if match := ENTRY.match(entry):
+                pin = normalized_package(match[1]), match[2]
+                hashes.setdefault(pin, set()).update(HASH.findall(entry))
+
+    rows = []
+    for name, version in pairs:
+        license, stated = _package_license(name, version)
+        digests = sorted(hashes.get((normalized_package(name), version), ()))
+        rows.append(asdict(Package(name, version, license, stated, digests)))
+    return rows
+
+
+def normalized_package(name: str) -> str:
+    """Returns the name of a package as PyPI compares names (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _package_license(name: str, version: str) -> tuple[str | None, str]:
+    """Returns the expression and the words of a package's license, if this version of it is installed."""
+    try:
+        distribution = metadata.distribution(name)
+    except (metadata.PackageNotFoundError, ValueError):
+        return None, ""
+    if distribution.version != version:
+        return None, ""
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    declared = parse([("PKG-INFO", text)], load_map("pep639")).license
+    return declared.expression, "" if declared.expression else " ".join(declared.name.split())[:MOST_STATED]
+
+
 @dataclass(frozen=True, eq=False)
 class StandardFacts:
-    """Compared by identity, so that what is expensive is computed once for each object.
+    """The facts of a whole release.
 
-    models: by folder, the final one first. costs: by stage. packages: of the environments. ended, acquired: the last
-    ends of an attempt and of an acquisition, as `provenance.clock` writes them; "" without one. methods: how energy was
-    estimated. counted: attempts with an estimate, of all. declared: source.json by source. manifests: by node.
-    variants: of the final model, by the end of their repository's name."""
+    They are compared by identity, so that what is expensive is computed once for each object.
+
+    Attributes:
+        folder: The release.
+        release: Its own statement.
+        data: The facts of its data.
+        models: The facts of its models by folder, the final one first.
+        costs: The cost of each stage.
+        maker: The maker's statements.
+        packages: The packages of all environments.
+        ended: The end of the last attempt, as `provenance.clock` writes it; "" without one.
+        acquired: The end of the last acquisition, in the same form.
+        methods: The methods by which energy was estimated.
+        counted: Number of attempts with an estimate, and of all.
+        declared: source.json of each source.
+        manifests: The manifests of the artifacts by node.
+        variants: The variants of the final model, by the end of their repository's name.
+    """
 
     folder: Path
     release: ReleaseInfo
@@ -91,7 +188,8 @@ class StandardFacts:
         return f"{HUB}/{self.release.repository}{folder.removeprefix(MODEL)}"
 
     def url_of(self, path: str) -> str:
-        """The address of a path of the release on the Hub."""
+        """Returns the address of a path of the release on the Hub."""
+        # The first folder of a path decides the repository.
         top, _, rest = path.partition("/")
         if top == "dataset":
             return address(f"{self.data_url}/tree/main/{rest}")
@@ -102,23 +200,26 @@ class StandardFacts:
         return address(f"{self.evidence_url}/tree/main/{path}")
 
     def weights(self, folder: str) -> dict[str, str]:
-        """{path in the model's folder: SHA-256} of its weights, by the manifest of its export."""
+        """Returns {path in the model's folder: SHA-256} of its weights, by the manifest of its export."""
         return self._weights(f"export-{self.models[folder].name()}")
 
     def variant_weights(self, suffix: str) -> dict[str, str]:
-        """{path in the variant's folder: SHA-256} of its weights, by the manifest of its stage."""
+        """Returns {path in the variant's folder: SHA-256} of its weights, by the manifest of its stage."""
         return self._weights(f"{VARIANT}{suffix}")
 
     def _weights(self, node: str) -> dict[str, str]:
+        # The export of an earlier run has its manifest under another name.
         digests = self.manifests[node].digests if node in self.manifests else {}
         paths = {path.removeprefix("model/"): digest for path, digest in digests.items() if path.startswith("model/")}
-        return {path: digest for path, digest in sorted(paths.items()) if path.endswith(WEIGHTS)}
+        return weights_only(paths)
 
     def category(self, source: str) -> tuple[Category, str]:
-        """The category of a source, and why: the maker's statement, or the reader and the origin."""
+        """Returns the category of a source, and its basis: the maker's statement, or the reader and the origin."""
+        # The maker knows contracts and crawlers, of which no file tells.
         if source in self.maker.sources:
             return self.maker.sources[source], "maker"
         reader = self.declared.get(source, {}).get("reader")
+        # A generator's text is synthetic, wherever its sources come from.
         if self.data.sources[source].generated is not None:
             return "synthetic", "computed"
         if reader in PROCEDURAL:
@@ -127,19 +228,21 @@ class StandardFacts:
         return ("public" if public else "other"), "computed"
 
     def read_by(self, folder: str) -> list[str]:
-        """The sources that the phases of a model read."""
+        """Returns the sources that the phases of a model read."""
         read = {name for phase in self.models[folder].training for name in self.data.sources_read(phase)}
         return [name for name in self.data.sources if name in read]
 
     def of_category(self, category: Category) -> list[str]:
+        """Returns the sources of a category."""
         return [name for name in self.data.sources if self.category(name)[0] == category]
 
 
 def read_facts(
     folder: Path, release: ReleaseInfo, data: DataFacts, models: Mapping[str, ModelFacts], costs: Costs
 ) -> StandardFacts:
-    """Reads the rest of the facts of a release folder: its statements one after the other, and its sources."""
+    """Reads the rest of the facts of a release folder, its statements one after the other."""
     ended = acquired = ""
+    # Statements are read one by one, since a long run has very many.
     methods, attempts, counted = set[str](), 0, 0
     for body in statements(folder):
         finished = str(body["predicate"]["runDetails"]["metadata"]["finishedOn"])
@@ -147,8 +250,10 @@ def read_facts(
         if provenance.parameters_of(body)["node"].startswith("acquire-"):
             acquired = max(acquired, finished)
         usage = provenance.usage(body)
+        # The statement of a checkpoint is about the attempt that wrote it, which has a statement of its own.
         if provenance.phase_of(body) is None:
-            attempts, counted = attempts + 1, counted + ("energy_joules_estimate" in usage)
+            attempts += 1
+            counted += "energy_joules_estimate" in usage
         if "energy_method" in usage:
             methods.add(str(usage["energy_method"]))
     declared = {path.stem: read_json(path) for path in sorted((folder / "dataset/sources").glob("*.json"))}
@@ -204,26 +309,32 @@ def energy(facts: StandardFacts) -> dict[str, Any]:
 
 
 def statements(folder: Path) -> Iterator[provenance.Statement]:
-    """The published statements, one after the other."""
+    """Yields the published statements."""
     for path in sorted((folder / "evidence/statements").glob("*.json")):
         yield json.loads(path.read_bytes())
 
 
+def weights_only(digests: Mapping[str, str]) -> dict[str, str]:
+    """Returns the files with weights, sorted. digests: {path: SHA-256}."""
+    return {path: digest for path, digest in sorted(digests.items()) if path.endswith(WEIGHTS)}
+
+
 def address(text: str) -> str:
-    """A text as the reference of a URI (RFC 3986): what no URI has is escaped, and escapes are kept."""
+    """Returns a text as the reference of a URI (RFC 3986): what no URI has is escaped, and escapes are kept."""
     place, sign, fragment = quote(text, safe="/:?@!$&'()*+,;=-._~%#", errors="surrogatepass").partition("#")
+    # Without a scheme, a colon in the first segment would be read as the end of one.
     if not SCHEME.match(place):
         place = place.replace(":", "%3A")
     return LONE_PERCENT.sub("%25", f"{place}{sign}{fragment.replace('#', '%23')}")
 
 
 def segment(text: str, safe: str = "") -> str:
-    """A text as one segment of the path of a URI; different texts give different segments."""
+    """Returns a text as one segment of the path of a URI; different texts give different segments."""
     return quote(text, safe=safe, errors="surrogatepass")
 
 
 def expression(license: str) -> str | None:
-    """The SPDX expression in the spelling of SPDX; None for a text that is none."""
+    """Returns an SPDX expression in the spelling of SPDX; None for a text that is none."""
     try:
         return spdx(license)
     except (ValueError, RecursionError):
@@ -231,9 +342,11 @@ def expression(license: str) -> str | None:
 
 
 def joined(licenses: list[str]) -> str | None:
-    """The expression of licenses that all apply, each to its part; None if one is no expression."""
-    known = [expression(license) for license in licenses]
-    texts = [text for text in known if text is not None]
-    if not texts or len(texts) < len(known):
+    """Returns the expression of licenses that all apply, each to its part; None if one is no expression."""
+    texts = [text for text in map(expression, licenses) if text is not None]
+    if not texts or len(texts) < len(licenses):
         return None
-    return texts[0] if len(texts) == 1 else " AND ".join(f"({text})" if " " in text else text for text in texts)
+    if len(texts) == 1:
+        return texts[0]
+    # An OR inside of an expression would bind less than this AND.
+    return " AND ".join(f"({text})" if " " in text else text for text in texts)

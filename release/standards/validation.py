@@ -3,8 +3,8 @@
 bom.cdx.json       the strict schema of CycloneDX 1.7, which cyclonedx-python-lib carries
 bom.spdx3.json     the model of SPDX 3.0.1, of which spdx-python-model is generated: classes, properties, types,
                    required properties, and references
-mof.yml            FRAMEWORK: what the register's schema requires
-CITATION.cff       CITATION: what the format requires of the fields that are used
+mof.yml            what the register's schema requires (a schema in frameworks.yaml)
+CITATION.cff       what the format requires of the fields that are used (a schema there, too)
 eu_summary.json    no field is left blank, each has its basis, each section of the template is there
 """
 
@@ -22,56 +22,17 @@ import yaml
 from pipeline.core.errors import CheckFailed
 from release import untrusted
 from release.standards import bundle
-from release.standards.frameworks import NOT_INCLUDED
+from release.standards.frameworks import NOT_INCLUDED, TABLES
 
 MOST_ERRORS = 3
 """Errors of one document that are reported."""
 WORDS = 300
 """Characters of an error of a library."""
-TEXT = {"type": "string"}
-SOME_TEXT = {"type": "string", "minLength": 1}
-DAY = {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"}
-COMPONENT = ("name", "description", "location", "license_name", "license_path")
-COMPONENTS = (
-    "Model architecture", "Data preprocessing code", "Training code", "Inference code", "Evaluation code",
-    "Supporting libraries and tools", "Model parameters (Final)", "Model parameters (Intermediate)", "Datasets",
-    "Evaluation data", "Model metadata", "Sample model outputs", "Model card", "Data card", "Technical report",
-    "Research paper", "Evaluation results",
-)  # fmt: skip
-"""The names by which the register of the Model Openness Framework finds the components."""
 SECTIONS = ("1.1", "1.2", "1.3", "2.1", "2.2.1", "2.2.2", "2.3", "2.4", "2.5", "2.6", "3.1", "3.2", "3.3")
 
 
-def _object(required: tuple[str, ...], **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(required), "properties": properties}
-
-
-FRAMEWORK = _object(
-    ("framework", "release"),
-    framework=_object(("name", "version", "date"), name={"const": "Model Openness Framework"}, version=TEXT, date=DAY),
-    release=_object(
-        ("name", "version", "date", "architecture", "origin", "producer", "contact", "components"),
-        name=SOME_TEXT, version=TEXT, date=DAY, origin=TEXT, producer=TEXT, contact=TEXT,
-        type={"enum": ["language", "code", "multimodal", "other"]},
-        architecture={"enum": ["transformer", "transformer decoder", "decoder", "hybrid", "other"]},
-        treatment={"enum": ["pre-trained", "instruct fine-tuned", "chat fine-tuned"]},
-        components={
-            "type": "array", "minItems": 17, "maxItems": 17,
-            "items": _object(COMPONENT, **dict.fromkeys(COMPONENT, TEXT)),
-        },
-    ),
-)  # fmt: skip
-CITATION = _object(
-    ("cff-version", "message", "title", "authors"),
-    **{"cff-version": {"const": "1.2.0"}, "type": {"enum": ["software", "dataset"]}, "date-released": DAY},
-    **{"license": {"type": "string", "pattern": "^[A-Za-z0-9.-]+$"}, "version": SOME_TEXT},
-    **dict.fromkeys(("message", "title", "abstract"), SOME_TEXT),
-    **{name: {"type": "string", "pattern": r"^https://\S+$"} for name in ("url", "repository-artifact", "license-url")},
-    authors={"type": "array", "minItems": 1, "items": _object(("name",), name=SOME_TEXT)},
-) | {"additionalProperties": False}  # fmt: skip
-
-
 def cyclonedx(content: bytes) -> Iterator[str]:
+    """Yields the errors of bom.cdx.json."""
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
@@ -80,24 +41,19 @@ def cyclonedx(content: bytes) -> Iterator[str]:
         yield _schema_error(error.data)
     if body["specVersion"] != "1.7":  # which the schema leaves open
         yield f"specVersion: {body['specVersion']} is not 1.7"
-    yield from _repeated([part["bom-ref"] for part in _parts(body) if "bom-ref" in part])
 
-
-def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """The components of a bill of materials, at any depth."""
-    pending = [value.get("metadata", {}).get("component", {}), *value.get("components", [])]
+    # Components may hold components, to any depth.
+    references, pending = list[str](), [body.get("metadata", {}).get("component", {}), *body.get("components", [])]
     while pending:
         part = pending.pop()
-        yield part
+        references += [part["bom-ref"]] if "bom-ref" in part else []
         pending += part.get("components", [])
-
-
-def _repeated(references: list[str]) -> Iterator[str]:
     if len(set(references)) < len(references):
         yield "two components have one bom-ref"
 
 
 def spdx(content: bytes) -> Iterator[str]:
+    """Yields the errors of bom.spdx3.json."""
     from spdx_python_model import v3_0_1 as model
 
     untrusted.parse_json(content, "it")
@@ -111,26 +67,31 @@ def spdx(content: bytes) -> Iterator[str]:
         return
     if unresolved:
         yield f"refers to {unresolved[0]}, which is no element of it"
+    # The library keeps one of two elements with the same id.
     if len(json.loads(written.getvalue())["@graph"]) != len(json.loads(content)["@graph"]):
         yield "two elements have one spdxId"
 
 
 def framework(content: bytes) -> Iterator[str]:
+    """Yields the errors of mof.yml."""
     body = yaml.safe_load(content)
-    yield from _against(FRAMEWORK, body)
+    yield from _against(TABLES["schemas"][bundle.MOF], body)
     rows = body["release"]["components"]
-    if [row["name"] for row in rows] != list(COMPONENTS):
+    if [row["name"] for row in rows] != [component["name"] for component in TABLES["components"]]:
         yield "its components are not the seventeen of the framework"
+    # A component is either not included, or has a place and a license.
     for row in rows:
         if row["description"] != NOT_INCLUDED and not all(row[name] for name in ("location", "license_name")):
             yield f"{row['name']} has no location or license"
 
 
 def citation(content: bytes) -> Iterator[str]:
-    yield from _against(CITATION, yaml.safe_load(content))
+    """Yields the errors of CITATION.cff."""
+    yield from _against(TABLES["schemas"][bundle.CITATION], yaml.safe_load(content))
 
 
 def eu_summary(content: bytes) -> Iterator[str]:
+    """Yields the errors of eu_summary.json."""
     body = untrusted.parse_json(content, "it")
     if [section["number"] for section in body["sections"]] != list(SECTIONS):
         yield "its sections are not those of the template"
@@ -147,16 +108,16 @@ VALIDATORS: dict[str, Callable[[bytes], Iterator[str]]] = {
     bundle.CITATION: citation,
     bundle.EU_SUMMARY: eu_summary,
 }
-"""{path in the release: its validator, which yields sentences}"""
+"""{path in the release: its validator, which yields a sentence about each error}"""
 
 
 def problems(release: Path) -> list[str]:
-    """The errors of the documents in a folder with `evidence/`. Raises ImportError without the tools."""
+    """Returns the errors of the documents in a folder with `evidence/`. Raises ImportError without the tools."""
     return [f"{path}: {text}" for path in VALIDATORS for text in errors(release, path)]
 
 
 def errors(release: Path, path: str) -> list[str]:
-    """The first errors of one document."""
+    """Returns the first errors of one document."""
     try:
         content = untrusted.read(release / path, untrusted.JSON_BYTES, follow=True)
         return list(itertools.islice(VALIDATORS[path](content), MOST_ERRORS))

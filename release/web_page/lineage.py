@@ -1,4 +1,4 @@
-"""How the artifacts of a release came about, as a graph and as rows of a table."""
+"""The artifacts of a release and their inputs, as a graph and as rows of a table."""
 
 from __future__ import annotations
 
@@ -20,8 +20,20 @@ STATEMENTS, MANIFESTS = "evidence/statements", "evidence/manifests"
 
 @dataclass
 class Product:
-    """An artifact: its stage, key and digest, the path of the statement that made it, what went in by role, seconds and
-    the step of the phase that it is a checkpoint of. failed: attempts that ended without it."""
+    """An artifact.
+
+    Attributes:
+        node: Its node; its key if it is of an earlier run.
+        key: Its key.
+        digest: Its digest.
+        stage: The stage that made it.
+        statement: The path of the statement on the attempt that made it.
+        inputs: {role: node} of its inputs.
+        seconds: Wall time of that attempt.
+        starts: The starts of training in that attempt.
+        failed: Number of attempts that ended without it.
+        checkpoint: True for a checkpoint of a phase.
+    """
 
     node: str
     key: str
@@ -36,7 +48,7 @@ class Product:
 
 
 def read_products(folder: Path) -> dict[str, Product]:
-    """{node: product}, with the artifacts of earlier runs by their keys."""
+    """Returns {node: product}, with the artifacts of earlier runs by their keys."""
     manifests = read_manifests(folder)
     products = {m.key: Product(node, m.key, m.digest) for node, m in manifests.items()}
     for path in sorted((folder / STATEMENTS).glob("*.json")):
@@ -46,6 +58,7 @@ def read_products(folder: Path) -> dict[str, Product]:
         if product is None:
             continue
         product.stage, product.checkpoint = parameters["stage"], provenance.phase_of(body) is not None
+        # The statement of an attempt that failed has no such subject.
         if {"name": product.key, "digest": {"sha256": product.digest}} not in body["subject"]:
             product.failed += 1
             continue
@@ -53,6 +66,7 @@ def read_products(folder: Path) -> dict[str, Product]:
         product.inputs = provenance.material_keys(body)
         product.seconds = float(provenance.usage(body).get("wall_seconds", 0.0))
         product.starts = provenance.starts(body)
+    # Statements name inputs by key; a reader knows nodes.
     nodes = {product.key: product.node for product in products.values()}
     for product in products.values():
         product.inputs = {role: nodes.get(key, key) for role, key in product.inputs.items()}
@@ -60,7 +74,7 @@ def read_products(folder: Path) -> dict[str, Product]:
 
 
 def _boxes(products: Mapping[str, Product]) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """({box: its artifacts}, {artifact: its column}) of the graph, without checkpoints."""
+    """Returns ({box: its artifacts}, {artifact: its column}) of the graph, without checkpoints."""
     drawn = {node: p for node, p in products.items() if not p.checkpoint}
     depth = _depths(drawn)
     alike: dict[tuple[int, str], list[str]] = {}
@@ -68,6 +82,7 @@ def _boxes(products: Mapping[str, Product]) -> tuple[dict[str, list[str]], dict[
         alike.setdefault((depth[node], drawn[node].stage), []).append(node)
     boxes: dict[str, list[str]] = {}
     for (column, stage), nodes in alike.items():
+        # Hundreds of equal boxes, such as parts of a source, would hide the rest.
         if len(nodes) > MOST_ALIKE and stage:
             boxes[f"{stage}: {len(nodes)} in column {column + 1}"] = nodes
         else:
@@ -76,8 +91,10 @@ def _boxes(products: Mapping[str, Product]) -> tuple[dict[str, list[str]], dict[
 
 
 def drawing(products: Mapping[str, Product]) -> Markup:
-    """The graph as SVG: what was made later stands to the right of what it was made from. Checkpoints are not drawn.
-    Each box is a link to the statement of its artifact; one that stands for several, to the folder of statements."""
+    """Returns the graph as SVG: an artifact stands to the right of its inputs. Checkpoints are not drawn.
+
+    Each box is a link to the statement of its artifact; one that stands for several, to the folder of statements.
+    """
     drawn, depth = _boxes(products)
     box_of = {node: box for box, nodes in drawn.items() for node in nodes}
     columns: dict[int, list[str]] = {}
@@ -87,6 +104,7 @@ def drawing(products: Mapping[str, Product]) -> Markup:
         box: sorted({box_of[i] for node in nodes for i in products[node].inputs.values() if i in box_of} - {box})
         for box, nodes in drawn.items()
     }
+    # A box stands at the mean height of its inputs, so that few edges cross.
     places: dict[str, tuple[float, float]] = {}
     for number, column in sorted(columns.items()):
         order = sorted(column, key=lambda box: (_height(inputs[box], places), box))
@@ -102,7 +120,8 @@ def drawing(products: Mapping[str, Product]) -> Markup:
 
 
 def _depths(products: Mapping[str, Product]) -> dict[str, int]:
-    """The length of the longest way to each product; without recursion, since a graph may be deep."""
+    """Returns the length of the longest way to each product."""
+    # Without recursion, since a graph may be deep; bounded, since a forged one may have a circle.
     depth = dict.fromkeys(products, 0)
     for _ in products:
         changed = False
@@ -116,7 +135,7 @@ def _depths(products: Mapping[str, Product]) -> dict[str, int]:
 
 
 def _height(inputs: list[str], places: Mapping[str, tuple[float, float]]) -> float:
-    """The mean height of a box's inputs."""
+    """Returns the mean height of a box's inputs."""
     heights = [places[box][1] for box in inputs if box in places]
     return sum(heights) / len(heights) if heights else 0.0
 

@@ -15,11 +15,12 @@ NUMBER = re.compile(r"[-+±0-9., %→()kMB/:]+|not measured|")
 
 
 def file_link(path: str, text: str = "") -> Markup:
-    """A link to a file or a folder of the release."""
+    """Returns a link to a file or a folder of the release."""
     return Markup('<a class="file" href="../{}">{}</a>').format(segment(path, "/"), text or path)
 
 
 def inline(text: str) -> Markup:
+    """Returns a line with code and bold text as HTML."""
     parts, end = [], 0
     for match in INLINE.finditer(text):
         parts.append(escape(text[end : match.start()]))
@@ -30,11 +31,16 @@ def inline(text: str) -> Markup:
 
 
 def blocks(lines: Iterable[str], links: Mapping[str, str] | None = None) -> Markup:
-    """Lines of Markdown as HTML; an empty line ends a table or a list. links: {text of a head of a column or a row:
-    path of its file}."""
+    """Returns lines of Markdown as HTML; an empty line ends a table or a list.
+
+    Args:
+        lines: Lines of a card.
+        links: {text of a head of a column or a row: path of its file}.
+    """
     groups: list[list[str]] = []
     before = ""
     for line in lines:
+        # Lines of one table or list follow each other; any other line is a paragraph.
         if line.startswith(("|", "-")) and line[:1] == before[:1]:
             groups[-1].append(line)
         elif line:
@@ -54,29 +60,28 @@ def _block(group: Sequence[str], links: Mapping[str, str]) -> Markup:
 
 
 def _rows(lines: Sequence[str]) -> Iterator[list[str]]:
-    """The cells of the rows of a Markdown table, the head first."""
+    """Yields the cells of the rows of a Markdown table, the head first."""
     for number, line in enumerate(lines):
         if number != 1:  # the line below the head
+            # A bar after a backslash is a bar of the text.
             cells = CELL.split(line.strip().removeprefix("|").removesuffix("|"))
             yield [cell.strip().replace("\\|", "|") for cell in cells]
 
 
 def table(rows: Sequence[Sequence[str]], links: Mapping[str, str] | None = None) -> Markup:
-    """A table in a frame that scrolls by itself; the first row is its head, the first column its row heads. Cells are
-    Markdown of one line, or Markup."""
+    """Returns a table in a frame that scrolls by itself.
+
+    Args:
+        rows: Cells of Markdown of one line, or Markup. The first row is the head, the first column the row heads.
+        links: {text of a head of a column or a row: path of its file}.
+    """
     links = links or {}
     head = Markup("").join(Markup('<th scope="col">{}</th>').format(_cell(cell, links)) for cell in rows[0])
-    body = Markup("").join(
-        Markup("<tr>{}</tr>").format(
-            Markup("").join(
-                Markup('<th scope="row">{}</th>').format(_cell(cell, links))
-                if number == 0
-                else Markup("<td{}>{}</td>").format(_class(cell), _cell(cell, {}))
-                for number, cell in enumerate(row)
-            )
-        )
-        for row in rows[1:]
-    )
+    body = Markup("")
+    for first, *others in rows[1:]:
+        cells = [Markup('<th scope="row">{}</th>').format(_cell(first, links))]
+        cells += [Markup("<td{}>{}</td>").format(_class(cell), _cell(cell, {})) for cell in others]
+        body += Markup("<tr>{}</tr>").format(Markup("").join(cells))
     return Markup(
         '<div class="scroll" tabindex="0" role="region" aria-label="table"><table><thead><tr>{}</tr></thead>'
         "<tbody>{}</tbody></table></div>"

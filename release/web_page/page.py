@@ -10,15 +10,16 @@ import base64
 import itertools
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from markupsafe import Markup
 
 from pipeline.core.text import escaped, short
-from release import schema
+from release import schema, scratch
 from release.cards import card_tables, caveats, plots, tables
 from release.facts import costs
 from release.facts.checkpoint_facts import Checkpoint, read_checkpoints
@@ -26,7 +27,7 @@ from release.facts.data_facts import DataFacts, read_data_facts
 from release.facts.model_facts import ModelFacts, read_model_facts
 from release.facts.published_tables import read_json
 from release.facts.size_facts import Trained, read_sizes
-from release.layout import GATES, MODEL, REFERENCES, STANDARDS, when
+from release.layout import GATES, MODEL, PAGE, REFERENCES, SITE, STANDARDS, when
 from release.repositories import model_folders
 from release.schema import ReleaseInfo
 from release.web_page import lineage, markdown_html, samples
@@ -38,24 +39,20 @@ TEMPLATE = "page.html.jinja"
 STARTS, ARTIFACTS = 40, 200
 """Starts of training that the page lists, the last ones, and artifacts, the first ones by name."""
 TRAINING = "evidence/training"
-PICTURES = {
-    plots.LOSS: "Loss of each step of the phases that read text, and mean reward of the others",
-    plots.EXPERTS: "Tokens of each expert, and balance and entropy of the routers",
-    plots.PROGRESS: "Bits per byte and right answers after each phase",
-    plots.INFERENCE: "Right answers by the tokens generated for a problem",
-    plots.REINFORCEMENT: "Validation by the tokens generated in reinforcement learning",
-}
-"""{plot of the final model: what it shows}"""
+TITLES: dict[str, dict[str, str]] = yaml.safe_load((FOLDER / "titles.yaml").read_text("utf-8"))
+"""Titles of tables of the cards and captions of plots, in the order of the page."""
+IN_PLAIN_TEXT = ("evaluation", "passkeys", "positions")
+"""Tables of the model whose columns are from `dataset/evaluation/<model>/scores.json`."""
 NO_REPLAYS = Markup(
     '<p id="replays">None is in this copy, which was sealed before anybody replayed it. The Space of the page on the '
     "Hub has those that came later.</p>"
 )
-"""What a release says of replays by others; its Space has a table in this place."""
+"""The words of a release on replays by others; its Space has a table in this place."""
 
 
 @dataclass(frozen=True)
 class PageFacts:
-    """What the page shows.
+    """The facts that the page shows.
 
     Attributes:
         folder: The release.
@@ -92,13 +89,13 @@ class PageFacts:
         return sorted((path.parent.name for path in logs), key=when)
 
     def segments(self) -> list[tuple[str, int, int]]:
-        """(phase, step, step) of checkpoints of a phase that follow each other."""
+        """Returns (phase, step, step) of checkpoints of a phase that follow each other."""
         pairs = itertools.pairwise(self.checkpoints)
         return [(after.phase, before.step, after.step) for before, after in pairs if before.phase == after.phase]
 
 
 def read_facts(folder: Path) -> PageFacts:
-    """Reads what the page of a release shows."""
+    """Reads the facts that the page of a release shows."""
     data = read_data_facts(folder / "dataset")
     return PageFacts(
         folder=folder,
@@ -121,36 +118,40 @@ def render(facts: PageFacts) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
+        # A misspelled name in the template ends the build instead of leaving a gap.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {
-        "file": file_link, "count": tables.count, "short": short, "shown": escaped, "lines": _lines,
-        "breakable": _breakable,
-    }  # fmt: skip
+    environment.globals |= {"file": file_link, "count": tables.count, "short": short, "shown": escaped}
+    environment.globals |= {"lines": _lines, "breakable": _breakable}
     return environment.get_template(TEMPLATE).render(
         facts=facts,
         release=facts.release,
         folder=facts.folder,
+        # What it is, and whether it is any good.
         tiles=_tiles(facts),
         caveats=_caveats(facts),
         measured=_measured(facts),
+        # Data, removals and documents.
         sources=_sources(facts),
         composition=_picture(facts.folder, f"dataset/{plots.COMPOSITION}", "Kept tokens by source and by license"),
         seen=markdown_html.blocks(
             tables.order(facts.data),
             {tables.title(phase, tables.PHASES): f"dataset/order/{phase}/meta.json" for phase in facts.data.order},
         ),
-        data_tables=_sections(card_tables.DATA_TABLES, facts.data, DATA_SHOWN),
+        data_tables=_sections(card_tables.DATA_TABLES, facts.data, TITLES["data"]),
         removals=samples.read_removals(facts.folder / "dataset"),
         removal_table=_removal_table,
         by_reference=REFERENCES if facts.data.by_reference else "",
+        # Training.
         pictures=_pictures(facts),
         sizes=_sizes(facts),
-        contaminated=_sections(card_tables.MODEL_TABLES, facts.final, CONTAMINATION_SHOWN),
+        # Contamination and outputs.
+        contaminated=_sections(card_tables.MODEL_TABLES, facts.final, TITLES["contamination"]),
         worst=_worst(facts),
         verdicts={"right": "✓ right", "partly": "◐ in part", "wrong": "✗ wrong"},
+        # Lineage, verification and costs.
         graph=lineage.drawing(facts.products),
         artifacts=_artifacts(facts),
         gates=read_json(facts.folder / GATES),
@@ -163,26 +164,28 @@ def render(facts: PageFacts) -> str:
 
 def runs_nothing(text: str) -> bool:
     """Returns True if a page begins as those of this atom do, whose policy allows no script, and has none."""
+    # The head has the policy that forbids scripts; a second one could not loosen it, but a changed one could.
     head = (FOLDER / TEMPLATE).read_text(encoding="utf-8").partition("<title>")[0]
     lower = text.lower()
     return text.startswith(head) and "<script" not in lower and lower.count("<meta") == head.count("<meta")
 
 
 def _breakable(name: str) -> Markup:
-    """A name that a narrow window breaks after a slash or an underscore only."""
+    """Returns a name that a narrow window breaks after a slash or an underscore only."""
     return Markup("<wbr>").join(re.split("(?<=[/_])", escaped(name, 80)))
 
 
 def _lines(text: str, longest: int = 2_000) -> str:
-    """A text in its own lines, cut, with unprintable characters escaped."""
+    """Returns a text in its own lines, cut, with unprintable characters escaped."""
     cut = text if len(text) <= longest else f"{text[:longest]}…"
     return "\n".join(map(escaped, cut.splitlines()))
 
 
 def _picture(folder: Path, path: str, caption: str) -> Markup:
-    """A picture of the release in the page itself, with a link to its file; nothing without the file."""
+    """Returns a picture of the release in the page itself, with a link to its file; nothing without the file."""
     if not (folder / path).is_file():
         return Markup()
+    # Embedded, because the page's policy loads nothing.
     data = base64.b64encode((folder / path).read_bytes()).decode()
     return Markup(
         '<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}. {}</figcaption></figure>'
@@ -190,30 +193,30 @@ def _picture(folder: Path, path: str, caption: str) -> Markup:
 
 
 def _pictures(facts: PageFacts) -> list[Markup]:
-    """The plots of the final model, and those of training of the models that other phases made."""
-    shown = [_picture(facts.folder, f"{MODEL}/{name}", caption) for name, caption in PICTURES.items()]
+    """Returns the plots of the final model, and those of training of the models that other phases made."""
+    shown = [_picture(facts.folder, f"{MODEL}/{name}", caption) for name, caption in TITLES["plots"].items()]
     for name, model in facts.models.items():
+        # The final model's plot shows the phases that led to it; branches need their own.
         if not model.training.keys() <= facts.final.training.keys():
             shown.append(_picture(facts.folder, f"{name}/{plots.LOSS}", f"The same of {model.name()}"))
     return [picture for picture in shown if picture]
 
 
 def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
-    """(figure, its meaning, a link to its file) for the head of the page."""
+    """Returns (figure, its meaning, a link to its file) for the head of the page."""
     data, final = facts.data, facts.final
     documents = sum(row.documents_in for row in data.sources.values())
     kept = sum(row.kept for row in data.sources.values())
     tokens = sum(f.tokens for order in data.order.values() for part in order.parts for f in part.by_source.values())
     active = f", {short(final.parameters.active)} active for a token" if final.has_experts else ""
+    shares, link = f"{short(kept)} of {short(documents)}", file_link("dataset/summary.json", "summary.json")
     tiles = [
         (short(final.parameters.total), f"parameters{active}", file_link(f"{MODEL}/config.json", "config.json")),
         (short(tokens), "tokens predicted in training", file_link("dataset/order/", "order")),
-        (
-            f"{short(kept)} of {short(documents)}", "documents kept of those read",
-            file_link("dataset/summary.json", "summary.json"),
-        ),
-    ]  # fmt: skip
+        (shares, "documents kept of those read", link),
+    ]
     if (report := final.contamination) is not None:
+        # Items for validation are no test.
         splits = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
         totals = [f"{sum(verdicts[name] for verdicts in splits):,} {name}" for name in VERDICTS]
         link = file_link("dataset/evaluation/contamination/report.json", "report.json")
@@ -227,47 +230,18 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
 
 
 def _caveats(facts: PageFacts) -> Markup:
-    sentences = [
-        *caveats.caveat_sentences(facts.final),
-        *caveats.data_of_regressions(facts.final.scores, facts.data.order),
-    ]
-    return markdown_html.blocks(sentences)
-
-
-MODEL_SHOWN = {
-    "headline": "This model, the one before it, and the base model",
-    "evaluation": "Every measure, every model", "chat_test": "In conversation, on the test problems",
-    "chat_fresh": "In conversation, on problems that are newer than the weights",
-    "preferences": "Which answers the preference reward prefers", "reward_parts": "Parts of the preference reward",
-    "passkeys": "Keys found in texts of each length",
-    "positions": "Bits per token by position",
-    "prediction": "Prediction and result", "given_away": "Memorization: the training data that it repeats",
-    "harness": "Task sets of lm-evaluation-harness", "samples": "What was measured", "architecture": "Architecture",
-    "context": "Context", "parity": "The export against the trainer", "start": "Where training began",
-}  # fmt: skip
-"""{table of the cards: its title on the page}"""
-DATA_SHOWN = {
-    "document_licenses": "Licenses of the documents", "licenses": "Evidence for each license",
-    "by_reference": "Texts by reference", "attribution": "Attribution", "synthetic": "Synthetic text",
-    "languages": "Languages", "lengths": "Lengths", "quality_scores": "Quality scores", "packing": "Packed rows",
-    "long_documents": "Long documents", "opt_outs": "Opt-outs", "filter_agreement": "Agreement of the filters",
-}  # fmt: skip
-CONTAMINATION_SHOWN = {
-    "contamination": "Items by their overlap with the training data",
-    "clean_scores": "Scores on all items and on those that share nothing with it", "detector": "The detector",
-}  # fmt: skip
-
-
-IN_PLAIN_TEXT = ("evaluation", "passkeys", "positions")
-"""Tables of MODEL_SHOWN whose columns are from `dataset/evaluation/<model>/scores.json`."""
+    sentences = caveats.caveat_sentences(facts.final)
+    return markdown_html.blocks(sentences + caveats.data_of_regressions(facts.final.scores, facts.data.order))
 
 
 def _measured(facts: PageFacts) -> list[tuple[str, Markup]]:
     titles = tables.titles(facts.data.evaluation)
+    # Columns of these tables link to the file with the scores of their model.
     scores = {title: f"dataset/evaluation/{model}/scores.json" for model, title in titles.items()}
-    sections = _sections(card_tables.MODEL_TABLES, facts.final, MODEL_SHOWN, dict.fromkeys(IN_PLAIN_TEXT, scores))
+    sections = _sections(card_tables.MODEL_TABLES, facts.final, TITLES["model"], dict.fromkeys(IN_PLAIN_TEXT, scores))
     for model in facts.models.values():
         if model is not facts.final:
+            # Only a prediction is about another model than the final one.
             title = {"prediction": f"Prediction and result of {model.name()}"}
             sections += _sections(card_tables.MODEL_TABLES, model, title)
     return sections
@@ -276,7 +250,7 @@ def _measured(facts: PageFacts) -> list[tuple[str, Markup]]:
 def _sections(
     registered: Any, facts: Any, titles: Mapping[str, str], links: Mapping[str, Mapping[str, str]] | None = None
 ) -> list[tuple[str, Markup]]:
-    """(title, content) of the tables that are not empty, in the order of `titles`. links: by table."""
+    """Returns (title, content) of the tables that are not empty, in the order of `titles`. links: by table."""
     lines, links = card_tables.lines_by_table(registered, facts), links or {}
     return [
         (title, markdown_html.blocks(lines[name], links.get(name))) for name, title in titles.items() if lines.get(name)
@@ -289,7 +263,7 @@ def _sources(facts: PageFacts) -> Markup:
 
 
 def _removal_table(removal: samples.Removal) -> Markup:
-    """The samples of a rule; a duplicate names the document that stayed."""
+    """Returns the samples of a rule; a duplicate names the document that stayed."""
     rows: list[list[str]] = [["document", "source", "bytes", "measured", "threshold", "because of"]]
     for row in removal.samples:
         numbers = ["" if row[name] is None else tables.number(row[name]) for name in ("bytes", "value", "threshold")]
@@ -299,20 +273,22 @@ def _removal_table(removal: samples.Removal) -> Markup:
 
 
 def _foreign(text: str) -> Markup:
-    """A text of a document as one cell, which is no Markdown and keeps its direction to itself."""
+    """Returns a text of a document as one cell, which is no Markdown and keeps its direction to itself."""
     return Markup('<bdi dir="auto">{}</bdi>').format(escaped(text, 120))
 
 
 def _worst(facts: PageFacts) -> Markup:
-    """The items that share the most with the training data."""
-    if (found := facts.contamination) is None:
+    """Returns the items that share the most with the training data."""
+    contamination = facts.contamination
+    if contamination is None:
         return Markup()
-    head = ["item", "kind", "split", "words", *found.phases, "longest run, words", "overlap"]
-    return markdown_html.table([head, *([_foreign(id), _foreign(kind), *cells] for id, kind, *cells in found.rows)])
+    head = ["item", "kind", "split", "words", *contamination.phases, "longest run, words", "overlap"]
+    rows = [[_foreign(id), _foreign(kind), *cells] for id, kind, *cells in contamination.rows]
+    return markdown_html.table([head, *rows])
 
 
 def _artifacts(facts: PageFacts) -> Markup:
-    """The artifacts with what they were made from; the first ones, if there are many."""
+    """Returns the artifacts with those that they were made from; the first ones, if there are many."""
     products = [product for product in facts.products.values() if not product.checkpoint]
     rows: list[list[str]] = [["artifact", "stage", "made from", "seconds", "failed attempts", "statement"]]
     for product in products[:ARTIFACTS]:
@@ -322,12 +298,12 @@ def _artifacts(facts: PageFacts) -> Markup:
         figures = [f"{product.seconds:,.1f}", tables.count(product.failed)]
         rows.append([manifest, product.stage, escaped(inputs, 400), *figures, statement])
     left_out = len(products) - ARTIFACTS
-    note = f"{tables.count(left_out)} others have statements as well." if left_out > 0 else ""
-    return markdown_html.table(rows) + markdown_html.blocks(filter(None, [note]))
+    notes = [f"{tables.count(left_out)} others have statements as well."] if left_out > 0 else []
+    return markdown_html.table(rows) + markdown_html.blocks(notes)
 
 
 def _sizes(facts: PageFacts) -> Markup:
-    """The recipe's model after pre-training and its smaller ones, each with a link to its weights."""
+    """Returns the recipe's model after pre-training and its smaller ones, each with a link to its weights."""
     head = ["model", "settings that differ", "parameters", "active", "tokens", "held-out loss", "weights"]
     rows: list[list[str]] = [head]
     for size in facts.sizes:
@@ -339,24 +315,60 @@ def _sizes(facts: PageFacts) -> Markup:
 
 
 def _starts(facts: PageFacts) -> Markup:
-    """Every recorded start of training, and how many steps it repeated with equal results."""
-    rows: list[list[str]] = [["phase", "start", "went on from step", "steps repeated", "that differed", "statement"]]
+    """Returns the recorded starts of training, and how many steps each repeated with equal results."""
+    head = ["phase", "start", "went on from step", "steps repeated", "that differed", "statement"]
+    rows: list[list[str]] = []
     for node, product in facts.products.items():
-        for start in product.starts if not product.checkpoint else ():
-            replayed = start.get("replayed")
-            lines, deviating = (replayed.get("lines") or 0, replayed.get("deviating") or 0) if replayed else (0, 0)
+        # A release checkpoint is part of an attempt that the artifact of its phase has, too.
+        if product.checkpoint:
+            continue
+        for start in product.starts:
+            replayed: Mapping[str, Any] = start.get("replayed") or {}
+            repeated = [tables.count(replayed.get(name) or 0) for name in ("lines", "deviating")]
             step = start.get("restored_step")
-            cells = [
-                str(start["start"]), "its beginning" if step is None else tables.count(step),
-                tables.count(lines), tables.count(deviating),
-            ]  # fmt: skip
-            rows.append([node, *cells, file_link(product.statement, "statement")])
-    if len(rows) < 2:
+            begin = "its beginning" if step is None else tables.count(step)
+            rows.append([node, str(start["start"]), begin, *repeated, file_link(product.statement, "statement")])
+    if not rows:
         return Markup()
-    left_out = len(rows) - 1 - STARTS
-    note = f"{tables.count(left_out)} starts before these are in the statements" if left_out > 0 else ""
-    return markdown_html.table([rows[0], *rows[1:][-STARTS:]]) + markdown_html.blocks(filter(None, [note]))
+    left_out = len(rows) - STARTS
+    notes = [f"{tables.count(left_out)} starts before these are in the statements"] if left_out > 0 else []
+    return markdown_html.table([head, *rows[-STARTS:]]) + markdown_html.blocks(notes)
 
 
 def _cost(facts: PageFacts) -> Markup:
     return markdown_html.blocks(tables.cost(costs.usage_by_stage(facts.folder)))
+
+
+def write(release: Path, out: Path) -> None:
+    """Writes the folder `site` of a release; `out` may exist."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "index.html").write_text(render(read_facts(release)), encoding="utf-8")
+
+
+def problems(release: Path) -> list[str]:
+    """Returns the files of the published page that are not what the release gives."""
+    with scratch.folder() as folder:
+        write(release, folder / SITE)
+        return list(differences(release / SITE, folder / SITE))
+
+
+def foreign_scripts(release: Path) -> list[str]:
+    """Returns a sentence about a page that could run something: no page of this atom has a script."""
+    if runs_nothing((release / PAGE).read_text("utf-8", "replace")):
+        return []
+    return [f"{PAGE} has a script, or another policy about scripts than the page of this atom"]
+
+
+def differences(published: Path, expected: Path) -> Iterator[str]:
+    """Yields a sentence about each file below two folders that differs."""
+    files, expected_files = (
+        {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        for folder in (published, expected)
+    )
+    for path in sorted(files.keys() | expected_files.keys()):
+        if path not in files:
+            yield f"{SITE}/{path} is missing"
+        elif path not in expected_files:
+            yield f"{SITE}/{path} is no part of the page"
+        elif files[path].read_bytes() != expected_files[path].read_bytes():
+            yield f"{SITE}/{path} is not what the release gives"

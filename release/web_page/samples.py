@@ -1,5 +1,7 @@
-"""Bounded samples of the tables of a release, for its page: documents, removals, answers to evaluation items, and
-contamination. The page links to the tables, which have all rows."""
+"""Bounded samples of the tables of a release, for its page: documents, removals, answers, and contamination.
+
+The page links to the tables, which have all rows.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,14 @@ REMOVED_COLUMNS = ["id", "source", "rule", "bytes", "value", "threshold", "dupli
 
 @dataclass(frozen=True)
 class Document:
-    """A kept document: the beginning of its text, and what `atom trace` says of it."""
+    """A kept document.
+
+    Attributes:
+        id: Its id.
+        source: Its source.
+        text: The beginning of its text.
+        trace: The beginning of the report of `atom trace`.
+    """
 
     id: str
     source: str
@@ -76,6 +85,7 @@ def read_removals(dataset: Path) -> list[Removal]:
         for number, (rule, size) in enumerate(zip(rules, sizes, strict=True)):
             row = removals.setdefault(rule, Removal(rule))
             row.documents, row.bytes = row.documents + 1, row.bytes + size
+            # Only rows that are shown are unpacked: a corpus has millions of removals.
             if len(row.samples) < REMOVED:
                 row.samples.append({name: removed.column(name)[number].as_py() for name in REMOVED_COLUMNS})
     return sorted(removals.values(), key=lambda row: (-row.documents, row.rule))
@@ -86,7 +96,7 @@ class Answer:
     """One output to one item.
 
     Attributes:
-        id: Of the item.
+        id: The id of the item.
         question: The request, if it is known.
         expected: The right answer, if it is known.
         text: The output.
@@ -127,9 +137,10 @@ class Sample:
 
 
 def read_samples(release: Path) -> list[Sample]:
-    """Returns of each set of the evaluation the items with the smallest hashes of their ids, so nobody chooses them."""
+    """Returns some items of each set of the evaluation."""
     samples = []
     for title, tables in _item_sets(release / "dataset/evaluation"):
+        # The smallest hashes of ids: nobody chooses these items. A file is read twice, so no text of others is held.
         ids = {answer.id for path, read in tables.values() for answer in read(path)}
         given: dict[str, dict[str, Answer]] = {id: {} for id in heapq.nsmallest(ITEMS, ids, key=_hash)}
         for column, (path, read) in tables.items():
@@ -137,15 +148,11 @@ def read_samples(release: Path) -> list[Sample]:
                 if answer.id in given:
                     given[answer.id][column] = answer
         files = dict.fromkeys(path.relative_to(release).as_posix() for path, _ in tables.values())
-        items = [
-            Item(
-                id,
-                next((answer.question for answer in answers.values() if answer.question is not None), None),
-                next((answer.expected for answer in answers.values() if answer.expected is not None), None),
-                {column: answers.get(column) for column in tables},
-            )
-            for id, answers in given.items()
-        ]
+        items = []
+        for id, answers in given.items():
+            question = next((row.question for row in answers.values() if row.question is not None), None)
+            expected = next((row.expected for row in answers.values() if row.expected is not None), None)
+            items.append(Item(id, question, expected, {column: answers.get(column) for column in tables}))
         samples.append(Sample(title, list(files), len(ids), items))
     return samples
 
@@ -168,6 +175,7 @@ def _item_sets(evaluation: Path) -> Iterator[tuple[str, Tables]]:
         if paths := _by_model(path for path in evaluation.glob(pattern) if path.parent.name != "contamination"):
             yield title, {model: (path, read) for model, path in paths.items()}
     for model, path in _by_model(evaluation.glob("preferences/*/pairs.parquet")).items():
+        # A comparison has the answers of two models in one table.
         before = read_json(path.parent / "scores.json")["before"]
         sides = {before: (path, _pair_rows("before")), model: (path, _pair_rows("model"))}
         yield f"Requests: {model} against {before}", sides
@@ -197,9 +205,10 @@ def _harness_rows(path: Path) -> Iterator[Answer]:
 
 
 def _chat_rows(items: Path) -> Callable[[Path], Iterator[Answer]]:
-    """The greedy answers to the items of a file, with how many of the sampled ones are right."""
+    """Returns a reader of the greedy answers to the items of a file, which counts the right sampled ones."""
 
     def rows(path: Path) -> Iterator[Answer]:
+        # Sampled answers are numbered from 0; the greedy one has a negative number.
         questions = dict(_questions(items))
         samples: dict[str, list[int]] = {}
         for row in stream_rows(path, ["id", "sample", "reward"]):
@@ -239,20 +248,28 @@ def _questions(path: Path) -> Iterator[tuple[str, tuple[str, str | None]]]:
 
 
 def _task(parts: str | None, reward: float) -> float:
-    """The part `task` of a reward, or else the whole of it."""
+    """Returns the part `task` of a reward, or else the whole of it."""
+    # A table of a stranger may hold any text here.
     value = untrusted.parse_json(parts.encode(), "parts") if parts else None
     task = value.get("task") if isinstance(value, dict) else None
     return float(task) if isinstance(task, (int, float)) else reward
 
 
 def _verdict(score: float) -> str:
-    return "right" if score >= 1 else "partly" if score > 0 else "wrong"
+    if score >= 1:
+        return "right"
+    return "partly" if score > 0 else "wrong"
 
 
 @dataclass(frozen=True)
 class Contamination:
-    """The items that share the most with the training data, of `total`. rows: id, kind, split, words, the verdict for
-    each of `phases`, the longest run of words, and the overlap."""
+    """The items that share the most with the training data.
+
+    Attributes:
+        phases: The phases with a search.
+        total: The number of items.
+        rows: id, kind, split, words, the verdict for each phase, the longest run of words, and the overlap.
+    """
 
     phases: list[str]
     total: int
@@ -268,10 +285,12 @@ def read_contamination(release: Path) -> Contamination | None:
     items: dict[tuple[str, str], dict[str, Any]] = {}
     for row in stream_rows(path, ["id", "kind", "split", "phase", "words", "longest", "overlap", "verdict"]):
         phases.setdefault(row["phase"])
+        # An item has a row for each phase; its worst figures count.
         item = items.setdefault((row["split"], row["id"]), {**row, "verdicts": {}})
         item["verdicts"][row["phase"]] = row["verdict"]
         item["longest"] = max(item["longest"], row["longest"])
         item["overlap"] = max(item["overlap"], row["overlap"])
+    # By verdict, then by overlap; split and id break ties, so that equal facts give equal bytes.
     worst = heapq.nsmallest(CONTAMINATED, items.values(), key=_order)
     rows = []
     for row in worst:

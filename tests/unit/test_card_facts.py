@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from release.cards import chat_tables, tables, training_tables
+from release.cards import chat_tables, model_tables, tables
 from release.facts.changes import Changes, _leaves, compare, read_changes
 from release.facts.example_answers import SHOWN, ExampleAnswer, best_example, read_examples, settings_of
 from release.facts.model_facts import ModelFacts, Parameters
@@ -51,11 +51,11 @@ def test_hyper_parameters_of_each_phase() -> None:
     }  # fmt: skip
     phases: Any = dict.fromkeys(("pretrain", "longcontext-2", "sft", "online-rlhf"))
     model = ModelFacts("Qwen3ForCausalLM", {}, None, Parameters(1, 1, 1), {}, {}, {}, training=phases)
-    lines = training_tables.settings(recipe, model)
+    lines = model_tables.settings(recipe, model)
     assert lines[0] == "| setting | pre-training | long-context training 2 | SFT | online RLHF |"
     assert lines[2] == "| steps | 6,000 | 7 |  |  |" and "| peak learning rate | 0.003 |  |  |  |" in lines
     assert lines[-1] == "| generations of a prompt |  |  |  | 4 |"
-    assert training_tables.settings({}, model) == [] and settings_of(recipe, "longcontext-9") == {}
+    assert model_tables.settings({}, model) == [] and settings_of(recipe, "longcontext-9") == {}
 
 
 def test_changes_since_the_version_before(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pipeline.cli.main import app
 from pipeline.core.errors import AtomError
 from release.cards import plots
-from release.prediction import ladder, ladder_points, lifetime
+from release.prediction import ladder, ladder_points
 from stages.evaluation import ladder_laws
 from stages.evaluation.ladder_laws import FORMS, PRETRAINING
 
@@ -103,7 +103,7 @@ def fitted(law: dict[str, float]) -> ladder_laws.Fit:
 def test_serving_makes_the_best_model_smaller_as_published() -> None:
     """Figure 1 of arXiv:2401.00448: with two trillion tokens served, a model of 7 billion parameters instead of a
     compute-optimal one of 13 billion saves 1.7e22 FLOPs, 17 %."""
-    advice = lifetime.advise(fitted(SARDANA), budget := 9.697e22, 2e12)
+    advice = ladder.advise(fitted(SARDANA), budget := 9.697e22, 2e12)
     assert advice.without_serving.parameters == pytest.approx(13e9, rel=0.005)
     cheap = advice.same_loss
     assert cheap.parameters == pytest.approx(7e9, rel=0.02)
@@ -115,7 +115,7 @@ def test_serving_makes_the_best_model_smaller_as_published() -> None:
 def test_the_advice_is_the_least_of_a_fine_grid() -> None:
     fit = fitted(LAW)
     for budget, served in ((1e21, 0.0), (1e22, 1e12), (1e23, 1e10)):
-        advice = lifetime.advise(fit, budget, served)
+        advice = ladder.advise(fit, budget, served)
         sizes = np.geomspace(1e6, budget / (2 * served + 6), 20_001)[:-1]
         losses = [loss(n, (budget - 2 * n * served) / (6 * n)) for n in sizes]
         assert advice.best.loss == pytest.approx(min(losses), rel=1e-6) and advice.best.loss <= min(losses) + 1e-9

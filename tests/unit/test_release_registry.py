@@ -40,7 +40,9 @@ CARDS = {
     "model.md.jinja": (*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES),
     "data.md.jinja": card_tables.DATA_TABLES,
 }
-NOT_REGISTERED = {"tables.table", "tables.checkpoints", "tables.further_evidence", "chat_tables.ordered"}
+NOT_REGISTERED = {
+    "tables.table", "tables.explained_table", "tables.checkpoints", "tables.further_evidence", "chat_tables.ordered",
+}  # fmt: skip
 """What builds a table from cells, the tables of the cards of checkpoints and of evidence, which no check compares, and
 names."""
 

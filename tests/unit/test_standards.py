@@ -19,7 +19,7 @@ from release.checks.standards import valid
 from release.facts.data_facts import OrderFacts, OrderPart, SourceInOrder
 from release.layout import MODEL
 from release.schema import PublishedLicenses
-from release.standards import bundle, eu_summary, frameworks, package_list, validation
+from release.standards import bundle, eu_summary, frameworks, standard_facts, validation
 from release.standards.eu_summary import INTERACTIONS
 from stages.formats.table import DISPOSITIONS, DOCUMENTS, KEPT, write_rows
 from stages.maker import Maker
@@ -53,7 +53,7 @@ def test_hostile_names_stay_valid(tmp_path: Path, text: str) -> None:
     rows["web"] = source_facts(licenses=["MIT OR Apache-2.0", "CC-BY-4.0"])
     names = {"title": text, "description": text, "contact": text, "namespace": text}
     facts = make_facts(tmp_path, rows, {"carbon": CARBON}, release=names, methods=[text], declared={})
-    object.__setattr__(facts, "packages", [package_list.Package(text, text, text, text, []), *facts.packages])
+    object.__setattr__(facts, "packages", [standard_facts.Package(text, text, text, text, []), *facts.packages])
     texts = write_documents(facts)
     assert validation.problems(tmp_path) == []
     bom = json.loads(texts[bundle.CYCLONEDX])
@@ -322,7 +322,7 @@ def test_packages_have_licenses_and_hashes(tmp_path: Path) -> None:
         f"# head\nsafetensors=={version} \\\n    --hash=sha256:{'c' * 64}\nother==1 \\\n    --hash=sha256:{'d' * 64}\n"
     )
     (tmp_path / "requirements/x.lock").write_text(lock)
-    known, older, unknown = package_list.describe(
+    known, older, unknown = standard_facts.describe_packages(
         [("safetensors", version), ("safetensors", "0.0.1"), ("no-such-package", "1")], [tmp_path]
     )
     assert known["hashes"] == ["c" * 64] and (known["license"] or known["stated"])

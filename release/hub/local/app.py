@@ -1,10 +1,13 @@
-"""The routes of the local Hub, put together."""
+"""The routes of the local Hub, put together, and those of collections."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from starlette.applications import Starlette
@@ -12,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 
-from release.hub.local import access, history, hub_collections, repos, uploads
-from release.hub.local.store import HubError, HubStore
+from release.hub.local import access, repos, uploads
+from release.hub.local.store import HubError, HubStore, current_time, write_json
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,11 +24,108 @@ if TYPE_CHECKING:
 LFS_BYTES = 10 << 20
 PART_BYTES = 64 << 20
 COMMITS_PER_HOUR = 128
-"""Of a repository: the Hub states it when it refuses a further one (braindecode/braindecode issue 947)."""
+"""Commits to a repository: the Hub states this number when it refuses one more (braindecode/braindecode issue 947)."""
 
 
 async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
+
+
+async def create_collection(request: Request) -> Response:
+    body = await request.json()
+    user = access.writer(request, body["namespace"])
+    words = re.sub("[^a-z0-9]+", "-", body["title"].lower()).strip("-")
+    # As on the Hub: the words of the title and 24 digits, the same for the same title.
+    slug = f"{user}/{words}-{hashlib.sha1(body['title'].encode()).hexdigest()[:24]}"
+    if _collection_file(request, slug).exists():
+        # The client reads `slug` from the conflict.
+        return JSONResponse({"error": "Collection already exists", "slug": slug}, 409)
+
+    collection = {
+        "slug": slug,
+        "title": body["title"],
+        "description": body.get("description"),
+        "owner": {"name": user},
+        "items": [],
+        "position": 0,
+        "private": bool(body.get("private")),
+        "theme": "blue",
+        "upvotes": 0,
+    }
+    return _saved(request, collection)
+
+
+async def list_collections(request: Request) -> Response:
+    """Lists the collections of an owner that the caller may read."""
+    owner, user = request.query_params.get("owner"), access.caller(request)
+    rows = []
+    for path in sorted(access.store(request).collections.glob("*.json")):
+        collection = json.loads(path.read_text())
+        name = collection["owner"]["name"]
+        if owner in (None, name) and (not collection["private"] or user == name):
+            del collection["position"]  # the client numbers them itself
+            rows.append(collection)
+    return JSONResponse(rows)
+
+
+async def read_collection(request: Request) -> Response:
+    collection = _collection(request)
+    if collection["private"] and access.caller(request) != collection["owner"]["name"]:
+        raise HubError(404, "Collection not found")
+    return JSONResponse(collection)
+
+
+async def change_collection(request: Request) -> Response:
+    collection, body = _own_collection(request), await request.json()
+    for key in ("title", "description", "private", "theme", "position"):
+        if key in body:
+            collection[key] = body[key]
+    _saved(request, collection)
+    return JSONResponse({"success": True, "data": collection})
+
+
+async def add_item(request: Request) -> Response:
+    collection, body = _own_collection(request), await request.json()
+    item, items = body["item"], collection["items"]
+    if any(row["id"] == item["id"] and row["type"] == item["type"] for row in items):
+        raise HubError(409, "the item is already in the collection")
+
+    row_id = hashlib.sha1(json.dumps(item, sort_keys=True).encode()).hexdigest()[:24]
+    note = {"html": body["note"], "text": body["note"]} if body.get("note") else None
+    items.append({"_id": row_id, "position": len(items), "note": note, **item})
+    return _saved(request, collection)
+
+
+async def remove_item(request: Request) -> Response:
+    collection = _own_collection(request)
+    left = [row for row in collection["items"] if row["_id"] != request.path_params["item"]]
+    if len(left) == len(collection["items"]):
+        raise HubError(404, "no such item in the collection")
+    return _saved(request, collection | {"items": left})
+
+
+def _collection_file(request: Request, slug: str) -> Path:
+    return access.store(request).collections / (slug.replace("/", "__") + ".json")
+
+
+def _collection(request: Request) -> dict[str, Any]:
+    path = _collection_file(request, request.path_params["slug"])
+    if not path.exists():
+        raise HubError(404, "Collection not found")
+    collection: dict[str, Any] = json.loads(path.read_text())
+    return collection
+
+
+def _own_collection(request: Request) -> dict[str, Any]:
+    """Returns the collection of the path, if the caller may change it."""
+    access.writer(request, request.path_params["slug"].split("/")[0])
+    return _collection(request)
+
+
+def _saved(request: Request, collection: dict[str, Any]) -> Response:
+    collection["lastUpdated"] = current_time()
+    write_json(_collection_file(request, collection["slug"]), collection)
+    return JSONResponse(collection)
 
 
 def make_app(
@@ -36,54 +136,62 @@ def make_app(
     commits_per_hour: int = COMMITS_PER_HOUR,
     log: Path | None = None,
 ) -> ASGIApp:
-    """The Hub over the folder `root`; `tokens` maps each access token to its user.
+    """Returns the Hub over a folder.
 
-    Files of `lfs_bytes` and more, and weights and tables of any size, go through LFS; objects above `part_bytes`
-    are uploaded in parts of that size. A repository takes `commits_per_hour`. log: gets a line for each request.
+    Args:
+        root: The folder that keeps the repositories.
+        tokens: The user of each access token.
+        lfs_bytes: Files of this size and more, and weights and tables of any size, go through LFS.
+        part_bytes: Larger objects are uploaded in parts of this size.
+        commits_per_hour: The commits that a repository takes within an hour.
+        log: Gets a line for each request.
     """
-    repo, api = "{ns}/{name}", "/api/{kind}/{ns}/{name}"
-    write, batch = ["POST"], ".git/info/lfs/objects/batch"
+    repo, api, collection = "/{ns}/{name}", "/api/{kind}/{ns}/{name}", "/api/collections/{slug:path}"
+    batch, resolve = ".git/info/lfs/objects/batch", "resolve/{rev}/{path:path}"
+    # Routes are tried in this order: a longer path stands before a shorter one that takes any end.
     routes = [
-        QuotedRoute("/health", health),
-        QuotedRoute("/api/whoami-v2", repos.whoami),
-        QuotedRoute("/api/repos/create", repos.create, methods=write),
-        QuotedRoute("/api/repos/delete", repos.delete, methods=["DELETE"]),
-        QuotedRoute("/api/validate-yaml", uploads.validate_yaml, methods=write),
-        QuotedRoute("/api/collections", hub_collections.create, methods=write),
-        QuotedRoute("/api/collections", hub_collections.list_all),
-        QuotedRoute("/api/collections/{slug:path}/items", hub_collections.add_item, methods=write),
-        QuotedRoute("/api/collections/{slug:path}/items/{item}", hub_collections.remove_item, methods=["DELETE"]),
-        QuotedRoute("/api/collections/{slug:path}", hub_collections.read),
-        QuotedRoute("/api/collections/{slug:path}", hub_collections.change, methods=["PATCH"]),
-        QuotedRoute("/api/collections/{slug:path}", hub_collections.remove, methods=["DELETE"]),
-        QuotedRoute(api, repos.info),
-        QuotedRoute(f"{api}/revision/{{rev}}", repos.info),
-        QuotedRoute(f"{api}/settings", repos.settings, methods=["PUT"]),
-        QuotedRoute(f"{api}/tree/{{rev}}", repos.tree),
-        QuotedRoute(f"{api}/tree/{{rev}}/{{path:path}}", repos.tree),
-        QuotedRoute(f"{api}/paths-info/{{rev}}", repos.paths_info, methods=write),
-        QuotedRoute(f"{api}/refs", repos.refs),
-        QuotedRoute(f"{api}/commits/{{rev}}", repos.commits),
-        QuotedRoute(f"{api}/preupload/{{rev}}", uploads.preupload, methods=write),
-        QuotedRoute(f"{api}/commit/{{rev}}", uploads.commit, methods=write),
-        QuotedRoute(f"{api}/super-squash/{{rev}}", history.squash, methods=write),
-        QuotedRoute(f"{api}/lfs-files", history.list_lfs),
-        QuotedRoute(f"{api}/lfs-files/batch", history.delete_lfs, methods=write),
-        QuotedRoute(f"{api}/branch/{{rev}}", uploads.create_branch, methods=write),
-        QuotedRoute(f"{api}/tag/{{rev}}", uploads.create_tag, methods=write),
-        QuotedRoute(f"{api}/branch/{{rev}}", uploads.delete_ref, methods=["DELETE"]),
-        QuotedRoute(f"{api}/tag/{{rev}}", uploads.delete_ref, methods=["DELETE"]),
-        QuotedRoute(f"/{repo}{batch}", uploads.lfs_batch, methods=write),
-        QuotedRoute(f"/{{kind}}/{repo}{batch}", uploads.lfs_batch, methods=write),
-        QuotedRoute("/static/{ns}/{name}/{path:path}", repos.static_site),
-        QuotedRoute("/_lfs/{oid}", uploads.lfs_put, methods=["PUT"]),
-        QuotedRoute("/_lfs/{oid}/part/{part}", uploads.lfs_put, methods=["PUT"]),
-        QuotedRoute("/_lfs/{oid}/complete", uploads.lfs_complete, methods=write),
-        QuotedRoute("/_lfs/{oid}/verify", uploads.lfs_verify, methods=write),
-        QuotedRoute(f"/{{kind}}/{repo}/resolve/{{rev}}/{{path:path}}", repos.download),
-        QuotedRoute(f"/{repo}/resolve/{{rev}}/{{path:path}}", repos.download),
+        ("GET", "/health", health),
+        ("GET", "/api/whoami-v2", repos.whoami),
+        ("POST", "/api/repos/create", repos.create),
+        ("DELETE", "/api/repos/delete", repos.delete),
+        ("POST", "/api/validate-yaml", uploads.validate_yaml),
+        ("POST", "/api/collections", create_collection),
+        ("GET", "/api/collections", list_collections),
+        ("POST", f"{collection}/items", add_item),
+        ("DELETE", f"{collection}/items/{{item}}", remove_item),
+        ("GET", collection, read_collection),
+        ("PATCH", collection, change_collection),
+        ("GET", api, repos.info),
+        ("GET", f"{api}/revision/{{rev}}", repos.info),
+        ("PUT", f"{api}/settings", repos.settings),
+        ("GET", f"{api}/tree/{{rev}}", repos.tree),
+        ("GET", f"{api}/tree/{{rev}}/{{path:path}}", repos.tree),
+        ("POST", f"{api}/paths-info/{{rev}}", repos.paths_info),
+        ("GET", f"{api}/refs", repos.refs),
+        ("GET", f"{api}/commits/{{rev}}", repos.commits),
+        ("POST", f"{api}/preupload/{{rev}}", uploads.preupload),
+        ("POST", f"{api}/commit/{{rev}}", uploads.commit),
+        ("POST", f"{api}/super-squash/{{rev}}", repos.squash),
+        ("GET", f"{api}/lfs-files", repos.list_lfs),
+        ("POST", f"{api}/lfs-files/batch", repos.delete_lfs),
+        ("POST", f"{api}/branch/{{rev}}", uploads.create_branch),
+        ("POST", f"{api}/tag/{{rev}}", uploads.create_tag),
+        ("DELETE", f"{api}/branch/{{rev}}", uploads.delete_ref),
+        ("DELETE", f"{api}/tag/{{rev}}", uploads.delete_ref),
+        ("POST", f"{repo}{batch}", uploads.lfs_batch),
+        # Models have no kind in the addresses of their files.
+        ("POST", f"/{{kind}}{repo}{batch}", uploads.lfs_batch),
+        ("PUT", "/_lfs/{oid}", uploads.lfs_put),
+        ("PUT", "/_lfs/{oid}/part/{part}", uploads.lfs_put),
+        ("POST", "/_lfs/{oid}/complete", uploads.lfs_complete),
+        ("POST", "/_lfs/{oid}/verify", uploads.lfs_verify),
+        ("GET", f"/{{kind}}{repo}/{resolve}", repos.download),
+        ("GET", f"{repo}/{resolve}", repos.download),
     ]
-    app = Starlette(routes=routes, exception_handlers={HubError: access.error_response})
+    app = Starlette(
+        routes=[QuotedRoute(path, handler, methods=[method]) for method, path, handler in routes],
+        exception_handlers={HubError: access.error_response},
+    )
     app.state.store, app.state.tokens = HubStore(root), dict(tokens)
     app.state.lfs_bytes, app.state.part_bytes = lfs_bytes, part_bytes
     app.state.commits_per_hour = commits_per_hour
@@ -111,6 +219,7 @@ class RawPaths:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            # starlette routes on the decoded path, in which a quoted slash cannot be told from a separator
             raw = scope["raw_path"].decode("ascii").split("?")[0]
             scope = {**scope, "path": raw}
             if self.log is not None:

@@ -1,20 +1,20 @@
-"""Routes about repositories: who am I, create, delete, visibility, information, tree, refs, history, download."""
+"""Routes about repositories: users, creation and deletion, visibility, files, refs, history, downloads, squashing."""
 
 from __future__ import annotations
 
 import hashlib
-import mimetypes
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from release.hub.local import access
-from release.hub.local.cardmeta import metadata
-from release.hub.local.store import File, HubError, Repo
+from release.hub.local.store import Commit, File, HubError, Repo, current_time
 
 
 def url(request: Request, repo: Repo) -> str:
+    """Returns the address of a repository's page."""
     return f"{access.base_url(request)}/{'' if repo.kind == 'model' else repo.kind + 's/'}{repo.id}"
 
 
@@ -28,36 +28,45 @@ async def whoami(request: Request) -> Response:
 
 async def create(request: Request) -> Response:
     body = await request.json()
-    namespace = body.get("organization") or access.caller(request) or ""
-    user = access.writer(request, namespace)
-    kind, repo_id = body.get("type") or "model", f"{namespace}/{body['name']}"
+    kind, repo_id, user = _named(request, body)
     repo = access.store(request).load(kind, repo_id)
-    if repo is not None:  # the client reads `url` from the conflict too
+    if repo is not None:
+        # The client reads `url` from the conflict too.
         return JSONResponse({"error": "You already created this repo", "url": url(request, repo)}, 409)
     if kind == "space" and not body.get("sdk"):
         raise HubError(400, '"sdk" is required for a Space')
-    private = body.get("visibility") == "private" or bool(body.get("private"))
-    repo = access.store(request).create(kind, repo_id, private, user)
+
+    repo = access.store(request).create(kind, repo_id, _is_private(body), user)
     return JSONResponse({"url": url(request, repo), "name": repo_id, "id": repo_id})
 
 
 async def delete(request: Request) -> Response:
-    body = await request.json()
-    namespace = body.get("organization") or access.caller(request) or ""
-    access.writer(request, namespace)
-    repo = access.store(request).load(body.get("type") or "model", f"{namespace}/{body['name']}")
+    kind, repo_id, _ = _named(request, await request.json())
+    repo = access.store(request).load(kind, repo_id)
     if repo is None:
         raise HubError(404, "Repository not found", "RepoNotFound")
     access.store(request).delete(repo)
     return JSONResponse({})
 
 
+def _named(request: Request, body: dict[str, Any]) -> tuple[str, str, str]:
+    """Returns the kind and the id of the repository that a body names, and the user, who must own it."""
+    namespace = body.get("organization") or access.caller(request) or ""
+    user = access.writer(request, namespace)
+    return body.get("type") or "model", f"{namespace}/{body['name']}", user
+
+
+def _is_private(body: dict[str, Any]) -> bool:
+    # Older clients send `private`, newer ones `visibility`.
+    return body.get("visibility") == "private" or bool(body.get("private"))
+
+
 async def settings(request: Request) -> Response:
-    """Visibility: what `update_repo_settings` sends."""
+    """Changes the visibility."""
     repo, _ = await access.writable(request)
     body = await request.json()
     if "visibility" in body or "private" in body:
-        repo.private = body.get("visibility") == "private" or bool(body.get("private"))
+        repo.private = _is_private(body)
         access.store(request).save(repo)
     return JSONResponse({"private": repo.private})
 
@@ -65,11 +74,14 @@ async def settings(request: Request) -> Response:
 async def info(request: Request) -> Response:
     repo = access.readable(request)
     sha = repo.resolve(access.revision(request))
-    commit, blobs = repo.commits[sha], request.query_params.get("blobs")
+    commit, with_sizes = repo.commits[sha], request.query_params.get("blobs")
     card: dict[str, Any] = {}
     if readme := commit.files.get("README.md"):
-        card = metadata(access.store(request).blob(readme.blob).read_text("utf-8", "replace"))[0] or {}
-    siblings = [{"rfilename": path, **(_sizes(file) if blobs else {})} for path, file in sorted(commit.files.items())]
+        card = access.metadata(access.store(request).blob(readme.blob).read_text("utf-8", "replace"))[0] or {}
+    siblings = []
+    for path, file in sorted(commit.files.items()):
+        sizes = {"size": file.size, "blobId": file.oid, **_lfs(file, "sha256")} if with_sizes else {}
+        siblings.append({"rfilename": path, **sizes})
     return JSONResponse(
         {
             "_id": hashlib.sha1(repo.id.encode()).hexdigest()[:24],
@@ -95,10 +107,6 @@ def _lfs(file: File, key: str) -> dict[str, Any]:
     return {"lfs": {key: file.blob, "size": file.size, "pointerSize": 134}} if file.lfs else {}
 
 
-def _sizes(file: File) -> dict[str, Any]:
-    return {"size": file.size, "blobId": file.oid, **_lfs(file, "sha256")}
-
-
 def _entry(path: str, file: File) -> dict[str, Any]:
     return {"type": "file", "path": path, "oid": file.oid, "size": file.size, **_lfs(file, "oid")}
 
@@ -107,19 +115,26 @@ def _directory(path: str) -> dict[str, Any]:
     return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0}
 
 
-async def tree(request: Request) -> Response:
+def _files(request: Request) -> dict[str, File]:
+    """Returns the files of the revision of the path."""
     repo = access.readable(request)
-    files = repo.commits[repo.resolve(access.revision(request))].files
+    return repo.commits[repo.resolve(access.revision(request))].files
+
+
+async def tree(request: Request) -> Response:
+    """Lists a folder: its files and folders, or with `recursive` everything below it."""
     folder = request.path_params.get("path", "").strip("/")
-    start = folder + "/" if folder else ""
+    start = f"{folder}/" if folder else ""
     recursive = request.query_params.get("recursive", "").lower() in ("1", "true")
     rows: dict[str, dict[str, Any]] = {}
-    for path, file in sorted(files.items()):
+    for path, file in sorted(_files(request).items()):
         if not path.startswith(start):
             continue
         parts = path[len(start) :].split("/")
-        for depth in range(1, len(parts) if recursive else min(2, len(parts))):
+        deepest = len(parts) - 1 if recursive else min(1, len(parts) - 1)
+        for depth in range(1, deepest + 1):
             parent = start + "/".join(parts[:depth])
+            # A repository has no folders of its own: they follow from the paths of files.
             rows.setdefault(parent, _directory(parent))
         if recursive or len(parts) == 1:
             rows[path] = _entry(path, file)
@@ -129,29 +144,29 @@ async def tree(request: Request) -> Response:
 
 
 async def paths_info(request: Request) -> Response:
-    repo = access.readable(request)
-    files = repo.commits[repo.resolve(access.revision(request))].files
-    if "json" in request.headers.get("content-type", ""):
-        requested = (await request.json()).get("paths", [])
-    else:
-        requested = (await request.form()).getlist("paths")
-    paths = [requested] if isinstance(requested, str) else [str(path) for path in requested]
-    entries = [_entry(path, files[path]) for path in paths if path in files]
-    folders = [p for p in paths if p not in files and any(f.startswith(p.rstrip("/") + "/") for f in files)]
-    return JSONResponse(entries + [_directory(path) for path in folders])
+    """Describes the requested files and folders; those that do not exist are left out."""
+    files = _files(request)
+    rows = []
+    for path in map(str, (await request.form()).getlist("paths")):
+        if path in files:
+            rows.append(_entry(path, files[path]))
+        elif any(name.startswith(path.rstrip("/") + "/") for name in files):
+            rows.append(_directory(path))
+    return JSONResponse(rows)
 
 
 async def refs(request: Request) -> Response:
     repo = access.readable(request)
 
     def rows(names: dict[str, str], kind: str) -> list[dict[str, str]]:
-        return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": sha} for n, sha in names.items()]
+        return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in names.items()]
 
     lists: dict[str, Any] = {"branches": rows(repo.branches, "heads"), "tags": rows(repo.tags, "tags")}
     return JSONResponse({**lists, "converts": [], "pullRequests": []})
 
 
 async def commits(request: Request) -> Response:
+    """Lists the history of a revision, the newest commit first."""
     repo = access.readable(request)
     sha: str | None = repo.resolve(access.revision(request))
     rows = []
@@ -163,19 +178,8 @@ async def commits(request: Request) -> Response:
     return JSONResponse(rows)
 
 
-async def static_site(request: Request) -> Response:
-    """A file of a static Space, as the Hub serves it at `NAMESPACE-NAME.static.hf.space`."""
-    repo = access.store(request).view("space", "{ns}/{name}".format(**request.path_params))
-    path = request.path_params["path"] or "index.html"
-    if repo is None or repo.private or path not in (files := repo.commits[repo.branches["main"]].files):
-        raise HubError(404, "no such file in a public static Space", "EntryNotFound")
-    kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
-    headers = {"X-Content-Type-Options": "nosniff"}
-    return FileResponse(access.store(request).blob(files[path].blob), headers=headers, media_type=kind)
-
-
 async def download(request: Request) -> Response:
-    """HEAD and GET of a file; starlette's FileResponse answers byte ranges."""
+    """Answers HEAD and GET of a file; starlette's FileResponse answers byte ranges."""
     repo = access.readable(request)
     sha = repo.resolve(access.revision(request))
     file = repo.commits[sha].files.get(request.path_params["path"])
@@ -183,6 +187,54 @@ async def download(request: Request) -> Response:
         raise HubError(404, "Entry not found", "EntryNotFound")
     headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes", "ETag": f'"{file.etag}"'}
     if file.lfs:
+        # The client compares LFS files by these headers, and other files by the ETag.
         headers |= {"X-Linked-Etag": f'"{file.blob}"', "X-Linked-Size": str(file.size)}
     blob = access.store(request).blob(file.blob)
     return FileResponse(blob, headers=headers, media_type="application/octet-stream")
+
+
+async def squash(request: Request) -> Response:
+    """Replaces the history of a branch by one commit with its files."""
+    repo, user = await access.writable(request)
+    branch = access.revision(request)
+    if branch not in repo.branches:
+        raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
+
+    title = str((await request.json()).get("message", ""))
+    blobs_before = _blobs(repo)
+    files = repo.commits[repo.branches[branch]].files
+    repo.add(branch, Commit(None, title, "", user, current_time(), files))
+    # LFS objects of the old commits stay until they are deleted, as on the Hub: `repo.lfs` still lists them.
+    repo.drop_unreachable()
+    _save(request, repo, blobs_before)
+    return JSONResponse({})
+
+
+async def list_lfs(request: Request) -> Response:
+    repo, _ = await access.writable(request)
+    return JSONResponse([{"fileOid": sha, "oid": sha, **row} for sha, row in sorted(repo.lfs.items())])
+
+
+async def delete_lfs(request: Request) -> Response:
+    """Deletes objects, and with `rewriteHistory` the files of all commits that refer to them."""
+    repo, _ = await access.writable(request)
+    deletions = (await request.json())["deletions"]
+    deleted, blobs_before = set(deletions["sha"]), _blobs(repo)
+    repo.lfs = {sha: row for sha, row in repo.lfs.items() if sha not in deleted}
+    if deletions.get("rewriteHistory"):
+        for sha, commit in repo.commits.items():
+            left = {path: file for path, file in commit.files.items() if not (file.lfs and file.blob in deleted)}
+            repo.commits[sha] = replace(commit, files=left)
+    _save(request, repo, blobs_before)
+    return JSONResponse({})
+
+
+def _blobs(repo: Repo) -> set[str]:
+    return {file.blob for commit in repo.commits.values() for file in commit.files.values()} | set(repo.lfs)
+
+
+def _save(request: Request, repo: Repo, blobs_before: set[str]) -> None:
+    """Saves the repository, and deletes the bytes that nothing refers to any more."""
+    store = access.store(request)
+    store.save(repo)
+    store.drop_blobs(blobs_before)

@@ -23,8 +23,10 @@ from pipeline.core.errors import AtomError
 
 LOCAL_TOKEN = "hf_local"
 IDLE_SECONDS = 75
-"""How long an idle connection stays open: longer than clients keep one, so that none sends its next request on a
-connection that the server is about to close."""
+"""Seconds for which an idle connection stays open.
+
+Clients keep one for a shorter time, so none sends its next request on a connection that the server is about to close.
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,16 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     from release.hub.local.app import make_app
 
     pairs = [pair.partition("=") for pair in options.token or [f"local={LOCAL_TOKEN}"]]
+    # A token without a user belongs to `local`.
     tokens = {token if mark else user: user if mark else "local" for user, mark, token in pairs}
-    limits = options.lfs_bytes, options.part_bytes, options.commits_per_hour
-    app = make_app(options.root, tokens, *limits, options.log)
+    app = make_app(options.root, tokens, options.lfs_bytes, options.part_bytes, options.commits_per_hour, options.log)
     config = uvicorn.Config(
-        app,
-        host="127.0.0.1",
-        port=options.port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=IDLE_SECONDS,
+        app, "127.0.0.1", options.port, log_level="warning", access_log=False, timeout_keep_alive=IDLE_SECONDS
     )
 
     class Server(uvicorn.Server):
@@ -69,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def free_port() -> int:
+    """Returns a port on which nothing listens now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
@@ -79,19 +77,29 @@ def free_port() -> int:
 def running(
     root: Path, user: str = "local", token: str = LOCAL_TOKEN, *extra: str, seconds: float = 60
 ) -> Iterator[str]:
-    """A local Hub in a process of its own, stopped at the end; yields its endpoint.
+    """Runs a local Hub in a process of its own until the end of the block, and yields its endpoint.
 
-    Raises AtomError if it does not answer within `seconds`.
+    Args:
+        root: The folder that keeps its repositories.
+        user: The owner of the repositories.
+        token: The access token of the user.
+        extra: Further options of the command.
+        seconds: How long it may take to answer.
+
+    Raises:
+        AtomError: If it does not answer in time.
     """
     port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "release.hub.local.server", "--root", str(root), "--port", str(port)]
-    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     command += ["--token", f"{user}={token}", *extra]
+    # The caller may have found this package by its own search path, which a new process does not inherit.
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + seconds
+        # The server imports its libraries first, which takes seconds on a loaded machine.
         while not _answers(endpoint):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise AtomError(f"the local Hub did not start on port {port}; is starlette and uvicorn installed?")

@@ -31,7 +31,14 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class File:
-    """A file at a commit: `blob` is its SHA-256, `oid` its git object id (of the pointer if it is an LFS file)."""
+    """A file at a commit.
+
+    Attributes:
+        blob: SHA-256 of its bytes.
+        oid: Its git object id; of the pointer if it is an LFS file.
+        size: In bytes.
+        lfs: True if git-lfs holds it.
+    """
 
     blob: str
     oid: str
@@ -55,8 +62,18 @@ class Commit:
 
 @dataclass
 class Repo:
-    """`kind` is model, dataset or space; `id` is namespace/name. `lfs`: {SHA-256: name, size and date} of every object
-    that was pushed and not deleted, whether a commit refers to it or not."""
+    """A repository.
+
+    Attributes:
+        kind: model, dataset or space.
+        id: namespace/name.
+        private: True if only its namespace may read it.
+        created: Time of its creation.
+        branches: {branch: commit}.
+        tags: {tag: commit}.
+        commits: {id: commit}, a parent before its children.
+        lfs: {SHA-256: name, size and date} of every pushed object that was not deleted, even without a commit.
+    """
 
     kind: str
     id: str
@@ -72,9 +89,11 @@ class Repo:
         return self.id.split("/")[0]
 
     def resolve(self, revision: str) -> str:
-        """The commit of a branch, tag, full or shortened commit id. Raises HubError 404 as the Hub does."""
+        """Returns the commit of a branch, tag, full or shortened commit id. Raises HubError 404 as the Hub does."""
+        # Clients name a branch or a tag with and without its full ref.
         name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
         sha = self.branches.get(name) or self.tags.get(name)
+        # git shortens commit ids to seven digits or more, and a shorter text may be any name.
         if sha is None and len(name) >= 7:
             sha = next((commit for commit in self.commits if commit.startswith(name)), None)
         if sha is None:
@@ -87,6 +106,7 @@ class Repo:
         self.commits[sha], self.branches[branch] = commit, sha
         for path, file in commit.files.items():
             if file.lfs:
+                # An object keeps the name under which it was pushed first.
                 self.lfs.setdefault(file.blob, {"filename": path, "size": file.size, "pushedAt": commit.date})
         return sha
 
@@ -102,9 +122,9 @@ class Repo:
 
 
 def current_time(seconds_ago: float = 0) -> str:
-    return (datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)).strftime(
-        "%Y-%m-%dT%H:%M:%S.%f"
-    )[:-3] + "Z"
+    """Returns a time in the Hub's form, ISO 8601 in milliseconds."""
+    moment = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds_ago)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def git_blob_oid(data: bytes) -> str:
@@ -112,8 +132,10 @@ def git_blob_oid(data: bytes) -> str:
 
 
 class HubStore:
-    """Repositories, blobs and collections below one folder. The bytes of a repository's file grow with its changes, not
-    with commits times files."""
+    """Repositories, blobs and collections below one folder.
+
+    The bytes of a repository's file grow with its changes, not with commits times files.
+    """
 
     def __init__(self, root: Path) -> None:
         self.blobs, self.repos, self.collections = root / "blobs", root / "repos", root / "collections"
@@ -121,12 +143,11 @@ class HubStore:
         for folder in (self.blobs, self.repos, self.collections):
             folder.mkdir(parents=True, exist_ok=True)
 
-    # repositories
-
     def _file(self, kind: str, repo_id: str) -> Path:
         return self.repos / kind / (repo_id.replace("/", "__") + ".json")
 
     def load(self, kind: str, repo_id: str) -> Repo | None:
+        """Reads a repository; None if there is none."""
         try:
             data = json.loads(self._file(kind, repo_id).read_text())
         except FileNotFoundError:
@@ -134,7 +155,8 @@ class HubStore:
         commits: dict[str, Commit] = {}
         for sha, row in data["commits"].items():
             files = {path: File(**file) for path, file in row["files"].items()}
-            if (deleted := row.pop("deleted", None)) is not None:
+            deleted = row.pop("deleted", None)
+            if deleted is not None:  # the commit was written as its changes
                 files = {**commits[row["parent"]].files, **files}
                 for path in deleted:
                     del files[path]
@@ -142,44 +164,44 @@ class HubStore:
         return Repo(**{**data, "commits": commits})
 
     def view(self, kind: str, repo_id: str) -> Repo | None:
-        """The same, for a caller that changes nothing: it is parsed once for each version of the file. A download asks
-        for it twice, and it has all paths of all commits."""
+        """Reads a repository for a caller that changes nothing."""
         path = self._file(kind, repo_id)
         try:
             status = path.stat()
         except FileNotFoundError:
             return None
+        # A download asks twice for a file that has all paths of all commits: each version of it is parsed once.
         version = status.st_ino, status.st_mtime_ns, status.st_size
         if self._views.get(path, (None, None))[0] != version:
             self._views[path] = version, self.load(kind, repo_id)
         return self._views[path][1]
 
     def save(self, repo: Repo) -> None:
-        """Writes the repository; a commit whose parent stands before it as its changes alone: `deleted` paths and
-        other `files`."""
+        """Writes the repository.
+
+        A commit whose parent stands before it is written as its changes: `deleted` paths and other `files`.
+        """
         rows, written = {}, dict[str, Commit]()
         for sha, commit in repo.commits.items():
-            row = {**vars(commit), "files": commit.files}
-            if (parent := written.get(commit.parent or "")) is not None:
-                old = parent.files
-                row["files"] = {path: file for path, file in commit.files.items() if old.get(path) != file}
-                row["deleted"] = [path for path in old if path not in commit.files]
-            row["files"] = {path: vars(file) for path, file in row["files"].items()}
+            row, files = dict(vars(commit)), commit.files
+            parent = written.get(commit.parent or "")
+            if parent is not None:
+                row["deleted"] = [path for path in parent.files if path not in commit.files]
+                files = {path: file for path, file in files.items() if parent.files.get(path) != file}
+            row["files"] = {path: vars(file) for path, file in files.items()}
             rows[sha], written[sha] = row, commit
         write_json(self._file(repo.kind, repo.id), {**vars(repo), "commits": rows})
 
     def create(self, kind: str, repo_id: str, private: bool, author: str) -> Repo:
         """Creates a repository with its first commit, which has `.gitattributes` as on the Hub."""
         repo = Repo(kind, repo_id, private, current_time())
-        attributes = File(self.put(ATTRIBUTES), git_blob_oid(ATTRIBUTES), len(ATTRIBUTES), False)
-        repo.add("main", Commit(None, "initial commit", "", author, current_time(), {".gitattributes": attributes}))
+        files = {".gitattributes": self.text_file(ATTRIBUTES)}
+        repo.add("main", Commit(None, "initial commit", "", author, current_time(), files))
         self.save(repo)
         return repo
 
     def delete(self, repo: Repo) -> None:
         self._file(repo.kind, repo.id).unlink()
-
-    # blobs
 
     def blob(self, sha256: str) -> Path:
         return self.blobs / sha256
@@ -189,13 +211,16 @@ class HubStore:
         used: set[str] = set()
         for path in self.repos.glob("*/*.json"):
             body = json.loads(path.read_text())
+            # Commits that are written as their changes name their new files, and parents name the others.
             used |= {file["blob"] for commit in body["commits"].values() for file in commit["files"].values()}
-            used |= set(body.get("lfs", {}))
+            used |= set(body["lfs"])
         for blob in set(candidates) - used:
             self.blob(blob).unlink(missing_ok=True)
 
     def put(self, data: bytes) -> str:
+        """Stores bytes and returns their SHA-256."""
         digest = hashlib.sha256(data).hexdigest()
+        # Blobs never change, so an existing one needs no second copy.
         if not self.blob(digest).exists():
             temporary = self.blobs / f"{digest}.new"
             temporary.write_bytes(data)
@@ -203,8 +228,7 @@ class HubStore:
         return digest
 
     def accept(self, upload: Path, sha256: str) -> None:
-        """Stores an uploaded file as the blob with the stated digest. Raises HubError 422 if its bytes have another
-        digest."""
+        """Stores an uploaded file as the blob with the stated digest. Raises HubError 422 if its bytes have another."""
         with open(upload, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         if digest != sha256:
@@ -222,7 +246,8 @@ class HubStore:
                         shutil.copyfileobj(f, target, 1 << 20)
         except FileNotFoundError:
             joined.unlink()
-            if self.blob(sha256).exists():  # the upload of an equal file was faster, and deleted the parts
+            # The upload of an equal file may have been faster, and have deleted the parts.
+            if self.blob(sha256).exists():
                 return
             raise HubError(400, f"{part.name} was never uploaded") from None
         self.accept(joined, sha256)
@@ -230,10 +255,11 @@ class HubStore:
             part.unlink(missing_ok=True)
 
     def text_file(self, data: bytes) -> File:
+        """Stores bytes as a file that git holds."""
         return File(self.put(data), git_blob_oid(data), len(data), False)
 
     def lfs_file(self, sha256: str) -> File:
-        """An uploaded object as a file. Raises HubError 400 if it was never uploaded."""
+        """Returns an uploaded object as a file. Raises HubError 400 if it was never uploaded."""
         if not self.blob(sha256).exists():
             raise HubError(400, f"LFS object {sha256} was never uploaded")
         size = self.blob(sha256).stat().st_size
@@ -241,6 +267,7 @@ class HubStore:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(value))

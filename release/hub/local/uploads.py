@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from release.hub.local import access
-from release.hub.local.cardmeta import metadata
 from release.hub.local.repos import url
 from release.hub.local.store import LFS_SUFFIXES, Commit, HubError, Repo, current_time
 
@@ -25,18 +24,18 @@ async def preupload(request: Request) -> Response:
     files = repo.commits[repo.resolve(access.revision(request))].files
     rows = []
     for requested in (await request.json())["files"]:
-        path, existing = requested["path"], files.get(requested["path"])
+        path = requested["path"]
         lfs = path.endswith(LFS_SUFFIXES) or requested["size"] >= request.app.state.lfs_bytes
-        mode = "lfs" if lfs else "regular"
-        rows.append(
-            {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": existing.etag if existing else None}
-        )
+        oid = files[path].etag if path in files else None
+        rows.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid})
     return JSONResponse({"files": rows})
 
 
 async def lfs_batch(request: Request) -> Response:
-    """The upload addresses of each object: one PUT, or one PUT for each part above the part size. None if it exists
-    already."""
+    """States the upload address of each object that does not exist already.
+
+    Objects above the part size have one for each part.
+    """
     await access.writable(request)
     body, part = await request.json(), request.app.state.part_bytes
     rows, multipart = [], False
@@ -47,6 +46,7 @@ async def lfs_batch(request: Request) -> Response:
             target = f"{access.base_url(request)}/_lfs/{oid}"
             upload: dict[str, Any] = {"href": target}
             if size > part and "multipart" in body.get("transfers", []):
+                # The client sends part n to the address under the key of n in five digits, then completes the object.
                 multipart, count = True, -(-size // part)
                 upload["href"] = f"{target}/complete?parts={count}"
                 upload["header"] = {"chunk_size": str(part)}
@@ -58,7 +58,7 @@ async def lfs_batch(request: Request) -> Response:
 
 
 async def lfs_put(request: Request) -> Response:
-    """Receives a whole object, or one part of it. The client keeps the ETag of a part."""
+    """Receives a whole object, or one part of it."""
     oid, part = _oid(request), request.path_params.get("part")
     # Two files of one commit may be equal and are then sent at the same time: each upload writes a file of its own.
     upload = access.store(request).blobs / f"{oid}.{uuid.uuid4().hex}.upload"
@@ -71,6 +71,7 @@ async def lfs_put(request: Request) -> Response:
         await run_in_threadpool(access.store(request).accept, upload, oid)
     else:
         os.replace(upload, access.store(request).blobs / f"{oid}.part{int(part)}")
+    # The client sends the ETags of all parts back when it completes the object.
     return Response(headers={"ETag": f'"{md5.hexdigest()}"'})
 
 
@@ -92,15 +93,21 @@ async def lfs_verify(request: Request) -> Response:
 
 def _oid(request: Request) -> str:
     oid = str(request.path_params["oid"])
+    # The oid becomes the name of a file, so it must not be a path.
     if len(oid) != 64 or set(oid) - set("0123456789abcdef"):
         raise HubError(400, "an object is named by its SHA-256")
     return oid
 
 
 async def commit(request: Request) -> Response:
-    """Reads newline-delimited JSON: a header, then one operation per line. Refuses a stale parent with 412."""
+    """Adds a commit, from newline-delimited JSON: a header, then one operation per line.
+
+    Raises:
+        HubError: 412 if the branch has another commit than the stated parent.
+    """
     repo, user = await access.writable(request)
     branch = access.revision(request)
+    # The commit of the branch before this one.
     parent = repo.resolve(branch)
     if branch not in repo.branches:
         raise HubError(400, f"{branch} is not a branch", "RevisionNotFound")
@@ -126,6 +133,7 @@ async def commit(request: Request) -> Response:
             raise HubError(400, f"operation {key} is not supported here")
     if header.get("parentCommit") not in (None, parent):
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
+
     title, body = header.get("summary", ""), header.get("description", "")
     sha = repo.add(branch, Commit(parent, title, body, user, current_time(), files))
     store.save(repo)
@@ -134,7 +142,7 @@ async def commit(request: Request) -> Response:
 
 
 def _refuse_too_many_commits(repo: Repo, most: int) -> None:
-    """Raises HubError 429 as the Hub does if the repository had so many commits within an hour."""
+    """Raises HubError 429, as the Hub does, if the repository had so many commits within an hour."""
     hour_ago = current_time(seconds_ago=3600)
     if sum(commit.date > hour_ago for commit in repo.commits.values()) >= most:
         raise HubError(
@@ -148,17 +156,17 @@ def _refuse_too_many_commits(repo: Repo, most: int) -> None:
 async def create_branch(request: Request) -> Response:
     repo, _ = await access.writable(request)
     body = json.loads(await request.body() or b"{}")
-    start, name = repo.resolve(body.get("startingPoint") or "main"), access.revision(request)
-    return _new_ref(request, repo.branches, name, start, repo)
+    start = repo.resolve(body.get("startingPoint") or "main")
+    return _new_ref(request, repo, repo.branches, access.revision(request), start)
 
 
 async def create_tag(request: Request) -> Response:
     repo, _ = await access.writable(request)
     name = (await request.json())["tag"]
-    return _new_ref(request, repo.tags, name, repo.resolve(access.revision(request)), repo)
+    return _new_ref(request, repo, repo.tags, name, repo.resolve(access.revision(request)))
 
 
-def _new_ref(request: Request, refs: dict[str, str], name: str, sha: str, repo: Any) -> Response:
+def _new_ref(request: Request, repo: Repo, refs: dict[str, str], name: str, sha: str) -> Response:
     if name in refs:
         raise HubError(409, f"{name} already exists")
     refs[name] = sha
@@ -177,7 +185,7 @@ async def delete_ref(request: Request) -> Response:
 
 async def validate_yaml(request: Request) -> Response:
     """Checks a README's metadata; the client requests this before uploading one."""
-    data, message = metadata((await request.json())["content"])
+    data, message = access.metadata((await request.json())["content"])
     if data is None:
         return JSONResponse({"errors": [{"message": message}], "warnings": []}, 400)
     return JSONResponse({"errors": [], "warnings": []})

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
-from release.cards import tables, training_tables
+from release.cards import model_tables, tables
 from release.facts import training
 from release.facts.model_facts import read_model_facts
 from stages.export import hf
@@ -135,12 +135,7 @@ def test_its_card_shows_its_width_and_nothing_about_experts(tmp_path: Path) -> N
     assert not facts.has_experts and facts.parameters.total == facts.parameters.active == 32 + 48 * 32
     assert "| intermediate size | 48 |" in tables.architecture(facts)
     facts.training = {"pretrain": training.PhaseLog(1, 12, None, 0, 0, [], {}, [])}
-    assert (
-        training_tables.verdict(facts)
-        == training_tables.experts(facts)
-        == training_tables.experts_by_phase(facts)
-        == []
-    )
+    assert model_tables.verdict(facts) == model_tables.experts(facts) == model_tables.experts_by_phase(facts) == []
 
 
 def test_a_plan_states_its_cost() -> None:
