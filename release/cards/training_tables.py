@@ -10,6 +10,7 @@ from pipeline.core.text import escaped
 from release.cards.tables import PHASES, count, table, title
 from release.facts.example_answers import settings_of
 from release.facts.model_facts import ModelFacts
+from stages.mcore.optimizer import card_rows
 
 Facts = dict[str, Any]
 
@@ -117,12 +118,12 @@ SETTINGS = {
     "steps": ("steps",),
     "sequence length": ("sequence_length",),
     "global batch, tokens": ("batch", "global_tokens"),
+    "optimizer": ("optimizer", "kind"),
     "peak learning rate": ("optimizer", "lr"),
     "final learning rate": ("optimizer", "final_lr"),
     "warm-up steps": ("optimizer", "warmup_steps"),
     "weight decay": ("optimizer", "weight_decay"),
-    "Adam β1": ("optimizer", "beta1"),
-    "Adam β2": ("optimizer", "beta2"),
+    **card_rows(),
     "gradient clipping, norm": ("optimizer", "clip"),
     "prompts of a step": ("prompts_per_step",),
     "generations of a prompt": ("num_generations",),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from stages.mcore.optimizer import OptimizerSettings
 from stages.models.base import ModelConfig, Precision
 from stages.models.costs import MemoryShare
 from stages.models.parallel_layout import Layout
 
+Kind = OptimizerSettings | type[OptimizerSettings]
 GRADIENT = 4
 """Bytes of a gradient: summed over micro-batches and ranks in fp32."""
-MOMENTS = 8
-"""Bytes of Adam's two moments, fp32."""
 NVFP4 = 4.5 / 8
 """Bytes of a number of NVFP4: 4 bits, and its part of the 8 of a scale."""
 MASTER = 4
@@ -42,26 +42,33 @@ def sharing(layout: Layout) -> tuple[int, int]:
     return layout.data * layout.cp, layout.ranks // (layout.split_experts * layout.ep * layout.pp)
 
 
-def state_bytes(share: MemoryShare, layout: Layout, precision: Precision) -> float:
-    """Bytes of weights, gradients and optimizer on a rank: Megatron's distributed optimizer.
+def state_bytes(share: MemoryShare, layout: Layout, precision: Precision, optimizer: Kind) -> float:
+    """Returns the bytes of weights, gradients and optimizer on a rank: Megatron's distributed optimizer.
 
-    bf16: 2 (weight) + 4 (gradient) + 12 (fp32 weight, two moments) / ranks that share them: "18 bytes a parameter".
+    bf16: 2 (weight) + 4 (gradient) + 12 (fp32 weight, two states) / ranks that share them: "18 bytes a parameter".
     fp32: 4 + 4 + 8 / ranks, since the optimizer's weights are slices of the model's. FP8 keeps bf16 weights, and
     Transformer Engine keeps two quantized copies of each layer's matrices for the micro-batches of a step (one as it
     is, one transposed): 2 more, and in NVFP4, of 4 bits and a scale of 8 for 16 of them, 1.125. That is how FP8 can run
     out of memory where bf16 fits.
     """
-    weight, optimizer_bytes = (4, MOMENTS) if precision == "fp32" else (2, MASTER + MOMENTS)
-    dense, experts = sharing(layout)
+    weight, master = (4, 0) if precision == "fp32" else (2, MASTER)
     copies = {"fp32": 0.0, "bf16": 0.0, "nvfp4": 2 * NVFP4}.get(precision, 2.0)
     quantized = copies * (share.all - share.table)
-    return (
-        (weight + GRADIENT) * share.all + optimizer_bytes * (share.dense / dense + share.experts / experts) + quantized
-    )
+    return (weight + GRADIENT) * share.all + _shared_bytes(share, layout, master, optimizer) + quantized
 
 
-def owned_bytes(share: MemoryShare, layout: Layout) -> float:
-    """Bytes of fp32 weights and moments that a rank's optimizer owns: its part of a work checkpoint, and the size of
-    the copy in host memory that is written while training continues."""
+def owned_bytes(share: MemoryShare, layout: Layout, optimizer: Kind) -> float:
+    """Returns the bytes of fp32 weights and states that a rank's optimizer owns.
+
+    They are its part of a work checkpoint, and the size of the copy in host memory that is written while training
+    continues.
+    """
+    return _shared_bytes(share, layout, MASTER, optimizer)
+
+
+def _shared_bytes(share: MemoryShare, layout: Layout, weight: int, optimizer: Kind) -> float:
+    """Returns the bytes of what ranks share out: `weight` bytes a parameter, and the optimizer's states."""
     dense, experts = sharing(layout)
-    return (MASTER + MOMENTS) * (share.dense / dense + share.experts / experts)
+    # Ranks share tensors by slices, or, if a kind takes whole tensors, by dealing them out: about the same size each.
+    of_dense = weight * share.dense + optimizer.state_bytes(share.dense, share.table)
+    return of_dense / dense + (weight * share.experts + optimizer.state_bytes(share.experts)) / experts

@@ -33,7 +33,8 @@ from functools import cached_property
 from typing import Literal
 
 from pipeline.core.stage import RECOMPUTED, Accelerator, family
-from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, NVFP4, sharing
+from stages.mcore.memory import GRADIENT, MASTER, NVFP4, sharing
+from stages.mcore.optimizer import STATE_BYTES
 from stages.models.base import ModelConfig
 from stages.models.costs import AttentionCost, Rows
 from stages.models.parallel_layout import Layout
@@ -155,6 +156,7 @@ class StepSetup:
     rows: Rows
     micro_batches: int
     gradient: int = GRADIENT
+    states: float = 2 * STATE_BYTES  # of the optimizer, for a parameter
     bf16_layers: int = 0  # whose products are bf16 in any precision
     graphs: Literal["none", "mlp", "partial", "full"] = "none"
     hides_experts: bool = False
@@ -276,7 +278,7 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
     )
     # fp32 weights and moments are read and written, a gradient read, a weight written; all gradients are measured
     # for the norm, and zeroed
-    owned = (2 * (MASTER + MOMENTS) + run.gradient + 2) * (dense / dense_ranks + experts / expert_ranks)
+    owned = (2 * (MASTER + run.states) + run.gradient + 2) * (dense / dense_ranks + experts / expert_ranks)
     return reduction / c.link, (owned + 2 * run.gradient * (dense + experts)) / gpu.memory
 
 

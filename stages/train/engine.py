@@ -20,10 +20,8 @@ from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     Float16Module,
-    OptimizerConfig,
     finalize_model_grads,
     get_forward_backward_func,
-    get_megatron_optimizer,
     parallel_state,
 )
 from stages.mcore.model import build, named_buffers, named_tensors
@@ -37,7 +35,6 @@ from stages.train.data import Batch, RankBatch
 from stages.train.full_tensors import FullTensors, is_repeated
 from stages.train.parallel import Ranks
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 UpdateCheck = Callable[[float, float | None], str | None]
 """(loss, gradient norm or None before it is known) -> the reason to skip the update, or None. May raise."""
 
@@ -161,22 +158,11 @@ class Engine:
             for number, chunk in enumerate(modules)
         ]
         ranks.wrapped.extend(self.ddp)
-        settings = config.phase.optimizer
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                clip_grad=settings.clip,
-                use_distributed_optimizer=True,
-                overlap_param_gather=self.layout.overlap_weights,
-                bf16=kind != "fp32",
-                params_dtype=megatron.params_dtype,
-            ),
+        self.optimizer = config.phase.optimizer.build(
             self.ddp,
-            use_gloo_process_groups=False,  # which only its own checkpoints need
+            overlap_param_gather=self.layout.overlap_weights,
+            bf16=kind != "fp32",
+            params_dtype=megatron.params_dtype,
         )
         for part in self._distributed_optimizers()[:-1]:
             part.model_chunks = []  # each would gather all weights of its chunks: the last one does, after all updates
@@ -397,13 +383,13 @@ class Engine:
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> Iterator[tuple[Piece, dict[str, torch.Tensor]]]:
-        """This rank's optimizer state: of each piece `weight` and, after the first step, Adam's moments, flat and fp32.
+        """This rank's optimizer state: of each piece `weight` and, after the first step, its states, flat and fp32.
 
         The pieces of all ranks together cover every tensor; what several ranks hold (norms under tensor parallelism,
         tied embeddings under pipeline parallelism) comes from each of them, and so does what has no gradient.
         """
-        for piece, _, main, moments in self._owned_state():
-            yield piece, {"weight": main, **{k: moments[k] for k in MOMENTS if k in moments}}
+        for piece, _, main, states in self._owned_state():
+            yield piece, {"weight": main, **{name: states[name] for name in self._states_of(piece) if name in states}}
         for piece, buffer in self._buffer_pieces():
             yield piece, {"weight": buffer.flatten()}
 
@@ -412,20 +398,23 @@ class Engine:
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
     def load_state(self, read: Callable[[str, Piece], torch.Tensor], step: int, moments: bool = True) -> None:
-        """Loads weights and, if `moments`, Adam's moments and step count.
+        """Loads weights and, if `moments`, the optimizer's states and step count.
 
-        read: ("weight" | "exp_avg" | "exp_avg_sq", piece) -> the flat fp32 values of that piece.
-        step: updates that the optimizer has made.
+        Args:
+            read: ("weight" or the name of a state, piece) -> the flat fp32 values of that piece.
+            step: Updates that the optimizer has made.
+            moments: False leaves the optimizer as it is.
+
         The step count is in Megatron's parameter groups, which differ in number between layouts (experts have
         their own under expert parallelism), so it is set in each instead of being merged.
         """
         for piece, part, main, states in self._owned_state():
             main.data.copy_(read("weight", piece))
-            for kind in MOMENTS if moments else ():
+            for name in self._states_of(piece) if moments else ():
                 if step:
-                    states[kind] = read(kind, piece).to(main.device, torch.float32)
+                    states[name] = read(name, piece).to(main.device, torch.float32)
                 else:  # none were there yet
-                    states.pop(kind, None)
+                    states.pop(name, None)
             for group in part.optimizer.param_groups if moments else ():
                 group["step"] = step
         for piece, buffer in self._buffer_pieces():
@@ -441,6 +430,9 @@ class Engine:
         frozen = [(name, tensor) for name, tensor in named_tensors(self.chunks) if not tensor.requires_grad]
         for name, tensor in [*frozen, *self.buffers.items()]:
             tensor.data.copy_(cut(tensors[name], boxes(name, self.model_shapes[name])))
+
+    def _states_of(self, piece: Piece) -> tuple[str, ...]:
+        return self.config.phase.optimizer.rule_of(piece.name, self.shapes[piece.name]).states
 
     def _distributed_optimizers(self) -> list[Any]:
         """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order_config import ROW_BYTES
 from stages.mcore.activations import activation_bytes, merged_bytes, unkept_bytes
-from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.mcore.memory import GRADIENT, MASTER, layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
 from stages.models.costs import MemoryShare, Rows
@@ -31,14 +32,13 @@ def estimate(config: TrainConfig) -> Estimate:
     per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
     rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
     states, activations, owned, memory = fullest(config, rows)
-    trained = trained_parameters(config)
-    checkpoint = (MASTER + MOMENTS) * trained
+    checkpoint = checkpoint_size(config)
     releases, first = release_checkpoints(phase), phase.first_step == 1
     # step 0 has no moments yet; while a work checkpoint is written there is one more than is kept
     work = WORK_CHECKPOINTS + 1
     if phase.spikes and phase.spikes.action == "rewind":
         work += 2  # the one to which a spike at the next step would rewind, and the next one
-    disk = checkpoint * (releases - first + work) + first * MASTER * trained
+    disk = checkpoint.all * (releases - first + work) + first * checkpoint.weights
     order_rows = phase.rows_from(phase.first_step)
     return Estimate(
         cpu_seconds=tokens * per_token / CPU_FLOPS if phase.precision == "fp32" else None,
@@ -47,8 +47,8 @@ def estimate(config: TrainConfig) -> Estimate:
         memory_bytes=memory,
         host_bytes=owned,
         disk_bytes=disk,
-        files=work * (2 * layout.ranks + 1 + release_files(trained)) + releases * release_files(trained),
-        published=checkpoints(trained, releases - first, first),
+        files=work * (2 * layout.ranks + 1 + checkpoint.files) + releases * checkpoint.files,
+        published=checkpoint.published(releases - first, first),
         parameters=parameters,
         long_context=model.long_context(config.padded_vocab_size),
         training=TrainingEstimate(
@@ -61,9 +61,9 @@ def estimate(config: TrainConfig) -> Estimate:
             state_bytes=states,
             activation_bytes=activations,
             recomputes=layout.recompute == "layer",
-            checkpoint_bytes=checkpoint,
-            share_bytes=share_bytes(trained, layout.ranks),
-            silent_bytes=silent_bytes(parameters, checkpoint),
+            checkpoint_bytes=checkpoint.all,
+            share_bytes=checkpoint.largest_share(layout.ranks),
+            silent_bytes=silent_bytes(parameters, checkpoint.all),
             watchdog_seconds=phase.watchdog_timeout_seconds,
             release_checkpoints=releases,
             work_checkpoints=work - 1,
@@ -82,7 +82,8 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
         micro_batches = batch_rows // rows.rows // layout.data
         if last >= first:
             bf16_layers = layers_in_bf16(phase.precision, config.model.layers)
-            run = StepSetup(layout, phase.precision, rows, micro_batches, bf16_layers=bf16_layers)
+            states = phase.optimizer.matrices.bytes
+            run = StepSetup(layout, phase.precision, rows, micro_batches, states=states, bf16_layers=bf16_layers)
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
     return TrainingTime(seconds, *UNFITTED_ERRORS)
@@ -103,7 +104,7 @@ def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
     sums = [state + activation for state, activation in zip(states, activations, strict=True)]
     if config.phase.adapter:
         shares = tuple(adapter_share(config, rank) for rank in range(layout.pp))
-    owned = [owned_bytes(share, layout) for share in shares]
+    owned = [owned_bytes(share, layout, config.phase.optimizer) for share in shares]
     state, activation, owned_size, memory = (round(max(column)) for column in (states, activations, owned, sums))
     return state, activation, owned_size, memory
 
@@ -117,14 +118,15 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     activations = activation_bytes(
         model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=phase.adapter is not None
     )
-    state = state_bytes(share, layout, phase.precision)
+    state = state_bytes(share, layout, phase.precision, phase.optimizer)
     # before the update gradients are scaled, each with a copy; a table's is large
     if share.table and not phase.adapter:
         gradient = min(vocabulary * model.hidden_size / layout.tp, share.dense / sharing(layout)[0])
         activations = max(activations, GRADIENT * gradient)
     if phase.adapter:  # of the base only the weights
         adapters = adapter_share(config, pipeline_rank)
-        state = (4 if phase.precision == "fp32" else 2) * share.all + state_bytes(adapters, layout, phase.precision)
+        state = (4 if phase.precision == "fp32" else 2) * share.all
+        state += state_bytes(adapters, layout, phase.precision, phase.optimizer)
         share += adapters
         activations += merged_bytes(phase.adapter, model, layout, phase.precision, micro_batches, pipeline_rank)
         activations -= unkept_bytes(phase.adapter, model, layout, phase.precision, rows, micro_batches, pipeline_rank)
@@ -146,33 +148,57 @@ def release_checkpoints(phase: PhaseConfig) -> int:
     return (first == 1) + last // interval - (first - 1) // interval + (last % interval > 0)
 
 
-def release_files(parameters: int, widths: Sequence[int] = (MASTER, MOMENTS)) -> int:
-    """Files of a release checkpoint: weights and moments in shards, their indices, state and manifest. widths: bytes of
-    a parameter in each of them."""
-    shards = sum(-(-width * parameters // SHARD_BYTES) for width in widths)
-    return shards + 4
+@dataclass(frozen=True)
+class CheckpointSize:
+    """Sizes of a release checkpoint in bytes.
+
+    Attributes:
+        weights: Of all fp32 weights.
+        states: Of all states of the optimizer; 0 at step 0.
+    """
+
+    weights: int
+    states: int
+
+    @property
+    def all(self) -> int:
+        return self.weights + self.states
+
+    @property
+    def files(self) -> int:
+        """Weights and states in shards, their indices, state.json and manifest."""
+        return -(-self.weights // SHARD_BYTES) - (-self.states // SHARD_BYTES) + 4
+
+    def largest_share(self, ranks: int) -> int:
+        """Returns the most bytes that one rank writes: ranks take the files by turns."""
+        sizes: list[int] = []
+        for size in (self.weights, self.states):
+            shards = -(-size // SHARD_BYTES)
+            sizes += [-(-size // shards)] * shards
+        return max(sum(sizes[rank::ranks]) for rank in range(ranks))
+
+    def published(self, count: int, first: bool = False) -> tuple[Published, ...]:
+        """Returns the files of `count` checkpoints, each a branch of its own, and, if `first`, of step 0."""
+        whole = Published("checkpoint", "", self.files, self.all)
+        if not first:
+            return (whole,) * count
+        beginning = CheckpointSize(self.weights, 0)
+        return (Published("checkpoint", "", beginning.files, beginning.all), *(whole,) * count)
 
 
-def share_bytes(parameters: int, ranks: int) -> int:
-    """The most bytes of a release checkpoint that one rank writes: ranks take its files by turns."""
-    sizes: list[int] = []
-    for width in (MASTER, MOMENTS):
-        shards = -(-width * parameters // SHARD_BYTES)
-        sizes += [-(-width * parameters // shards)] * shards
-    return max(sum(sizes[rank::ranks]) for rank in range(ranks))
+def checkpoint_size(config: TrainerConfig) -> CheckpointSize:
+    """Returns the sizes of a release checkpoint of a phase after its first step."""
+    trained, model = trained_parameters(config), config.model
+    tables = 0 if config.phase.adapter else model.parameters(config.padded_vocab_size)["embedding"]
+    if not model.tie_embeddings:
+        tables *= 2
+    return CheckpointSize(MASTER * trained, round(config.phase.optimizer.state_bytes(trained, tables)))
 
 
 def silent_bytes(parameters: Mapping[str, int], checkpoint: int) -> int:
     """The most bytes of a checkpoint that a rank reads or writes between two reports of progress: it flushes files as
     they grow, and reads a tensor at once, of which the embedding is the largest. parameters: of the model by part."""
     return min(checkpoint, max(FLUSH_BYTES, MASTER * parameters["embedding"]))
-
-
-def checkpoints(parameters: int, count: int, first: bool = False) -> tuple[Published, ...]:
-    """The published files of `count` checkpoints, each a branch of its own; first: and of step 0, without moments."""
-    whole = Published("checkpoint", "", release_files(parameters), (MASTER + MOMENTS) * parameters)
-    weights = Published("checkpoint", "", release_files(parameters, (MASTER,)), MASTER * parameters)
-    return (weights,) * first + (whole,) * count
 
 
 def layout_label(layout: Layout) -> str:

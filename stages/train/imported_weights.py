@@ -4,7 +4,7 @@
 
 `start_from` of the recipe names the model's repository on the Hub and the SHA-256 of its `SHA256SUMS`, which lists the
 digest of every file. The tensors go through the inverse of the export's mapping; rows that pad the vocabulary are zero,
-and no token has them. Optimizer states are not part of a model's repository: Adam starts fresh.
+and no token has them. Optimizer states are not part of a model's repository: the optimizer starts fresh.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     atom run atom-tiny --until midtrain
 
 The phases of a recipe's `long_context` are mid-training as well, each after the previous one. A phase loads only the
-weights of the last step: the optimizer starts fresh, with its own warmup, because Adam's moments belong to the old mix
-and batch.
+weights of the last step: the optimizer starts fresh, with its own warmup, because its states belong to the old mix and
+batch.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from pydantic import Field, ValidationError
 
 from pipeline.core.bounds import Settings
 from pipeline.core.stage import Config, added, operational
+from stages.mcore.optimizer import Optimizer
 from stages.models.base import ModelConfig
 from stages.models.parallel_layout import Layout
 from stages.models.registry import parse
-from stages.train.config import Optimizer, PhaseConfig
+from stages.train.config import PhaseConfig
 
 NAME = "size"
 """The stage, and the first part of the names of its nodes: size-1, size-2, …"""
@@ -26,7 +27,7 @@ class SmallerModel(Config):
     """A smaller model of the recipe, pre-trained on the same rows in the same order."""
 
     model: Settings = Field(description="the settings of the section model that differ")
-    optimizer: Optimizer | None = added(None, "AdamW and its learning-rate schedule; null: as in pretrain")
+    optimizer: Optimizer | None = added(None, "optimizer and its learning-rate schedule; null: as in pretrain")
     parallelism: Layout = operational(Layout(), "distribution of its training over processes")
 
     def resolve(self, model: ModelConfig, phase: PhaseConfig) -> tuple[ModelConfig, PhaseConfig]:

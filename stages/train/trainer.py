@@ -30,7 +30,7 @@ from stages.train import log_replay, parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import LOG, SEALED, Checkpoints
-from stages.train.config import WORK_CHECKPOINTS, TrainerConfig, learning_rate
+from stages.train.config import WORK_CHECKPOINTS, TrainerConfig
 from stages.train.engine import Engine
 from stages.train.log import Log
 from stages.train.log_replay import LogReplay
@@ -120,7 +120,7 @@ class Trainer(ABC):
 
     def learning_rate(self, update: int) -> float:
         """The learning rate of an update of the weights, counted from 1."""
-        return learning_rate(update, self.config.phase.all_updates, self.config.phase.optimizer)
+        return self.config.phase.optimizer.learning_rate(update, self.config.phase.all_updates)
 
     def last_learning_rate(self, step: int) -> float:
         """The learning rate of the last update up to a step; 0 before the first."""

@@ -45,7 +45,7 @@ class Origin:
         engine.load_frozen(weights)
 
     def load(self, engine: Engine, config: TrainConfig, tokenizer: str) -> int:
-        """Loads weights, Adam's moments and step count. Returns the targets seen so far.
+        """Loads weights, the optimizer's states and its step count. Returns the targets seen so far.
 
         Raises AtomError as above, and if the checkpoint is of another model or tokenizer.
         """

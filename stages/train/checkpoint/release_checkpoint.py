@@ -1,8 +1,8 @@
 """Release checkpoints: safetensors and JSON without machine-specific content, so equal training gives equal bytes.
 
 A folder `step-<n>` holds `model.safetensors` (fp32, full tensors by global name), `optimizer.safetensors`
-(`exp_avg.<name>`, `exp_avg_sq.<name>`; absent at step 0, where Adam's moments are zero) and `state.json`. What is
-larger than SHARD_BYTES is split as on the Hub: `model-00001-of-00009.safetensors`, …, `model.safetensors.index.json`.
+(`<state>.<name>`; absent at step 0, where the optimizer has no states yet) and `state.json`. What is larger than
+SHARD_BYTES is split as on the Hub: `model-00001-of-00009.safetensors`, …, `model.safetensors.index.json`.
 
 The files follow from the model alone (`plan`). So any number of processes can write them, each some of the files, into
 a folder of parts (`write_part`), from which `join` links them. A part that is there is not written again.
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, FileRecord, Progress, hand_over_hash, no_progress, sha256_file
-from stages.mcore.param_names import BUFFERS
+from stages.mcore.optimizer import StateTensor
 from stages.train.checkpoint import SHARD_BYTES, tensor_file
 
 MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"
@@ -33,7 +33,7 @@ MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"
 T = TypeVar("T")
 Shape = tuple[int, ...]
 Read = Callable[[str, str, Shape], torch.Tensor]
-"""(kind, global name, full shape) -> the full fp32 tensor; kinds are `weight`, `exp_avg` and `exp_avg_sq`."""
+"""(`weight` or a state, global name, full shape) -> the full fp32 tensor."""
 
 
 def name_of(step: int) -> str:
@@ -64,35 +64,31 @@ class TensorFile:
         return {key: (torch.float32, shape) for key, (_, _, shape) in self.tensors.items()}
 
 
-def plan(shapes: Mapping[str, Shape], moments: Iterable[str]) -> list[TensorFile]:
-    """The tensor files of a checkpoint, in order.
+def plan(shapes: Mapping[str, Shape], states: Mapping[str, StateTensor]) -> list[TensorFile]:
+    """Returns the tensor files of a checkpoint, in order.
 
-    shapes: of the model's tensors; moments: the kinds of tensors that the optimizer has.
+    Args:
+        shapes: Shape of each tensor of the model.
+        states: The states of the optimizer (`OptimizerSettings.state_shapes`); empty before the first step.
     """
     files = []
-    for stem, kinds in ((MODEL, ("weight",)), (OPTIMIZER, tuple(moments))):
-        tensors = (
-            (name if kind == "weight" else f"{kind}.{name}", (kind, name, shapes[name]))
-            for kind in kinds
-            for name in shapes
-            if kind == "weight" or not name.endswith(BUFFERS)
+    weights = {name: ("weight", name, shape) for name, shape in shapes.items()}
+    for stem, tensors in ((MODEL, weights), (OPTIMIZER, states)):
+        shards = list(
+            _split(tensors.items(), lambda tensor: torch.float32.itemsize * math.prod(tensor[2]), SHARD_BYTES)
         )
-        shards = list(_split(tensors, lambda tensor: torch.float32.itemsize * math.prod(tensor[2]), SHARD_BYTES))
         files += [TensorFile(_file_name(stem, n, len(shards)), stem, shard) for n, shard in enumerate(shards, start=1)]
     return files
 
 
 def write(
-    folder: Path, shapes: Mapping[str, Shape], moments: Iterable[str], read: Read, state: Mapping[str, Any]
+    folder: Path, shapes: Mapping[str, Shape], states: Mapping[str, StateTensor], read: Read, state: Mapping[str, Any]
 ) -> None:
-    """Writes `folder` atomically, replacing an earlier one. Holds one tensor at a time.
-
-    moments: the kinds of tensors that the optimizer has.
-    """
+    """Writes `folder` atomically, replacing an earlier one. Holds one tensor at a time. Arguments as for `plan`."""
     parts = folder.with_name(folder.name + ".parts")
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
-    files = plan(shapes, moments)
+    files = plan(shapes, states)
     for file in files:
         write_part(parts, file, read)
     records = read_records(parts, files)
@@ -147,7 +143,7 @@ def join(
         by_stem.setdefault(file.stem, []).append(file)
     for stem, shards in by_stem.items():
         if len(shards) > 1:
-            total = sum(torch.float32.itemsize * math.prod(shape) for s in shards for _, _, shape in s.tensors.values())
+            total = sum(_fp32_bytes(tensor) for shard in shards for tensor in shard.tensors.values())
             write_index(partial, stem, {key: s.name for s in shards for key in s.tensors}, {"total_size": total})
     (partial / STATE).write_text(json.dumps(dict(state), indent=1, sort_keys=True) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -158,6 +154,10 @@ def join(
         hand_over_hash(path, sha256)
         joined[path.name] = FileRecord.of(path, sha256)
     return joined
+
+
+def _fp32_bytes(tensor: StateTensor) -> int:
+    return 4 * math.prod(tensor[2])
 
 
 def _record_path(path: Path) -> Path:

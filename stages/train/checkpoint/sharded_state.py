@@ -67,15 +67,6 @@ class ShardReader:
                 self.locations.setdefault(name, {}).setdefault(key, []).append((file, start, stop))
         self.open: dict[str, Any] = {}
 
-    def names(self) -> list[str]:
-        return sorted(self.locations)
-
-    def has(self, kind: str) -> bool:
-        """Whether the checkpoint holds this kind of tensor: there are no moments before the first step."""
-        name = self.names()[0]
-        file = next(iter(self.locations[name].values()))[0][0]
-        return f"{kind}.{name}" in self._file(file).keys()  # noqa: SIM118 (not a dict)
-
     def read(self, kind: str, piece: Piece) -> torch.Tensor:
         """The flat values of a piece of any layout."""
         if piece.boxes in self.locations[piece.name]:

@@ -42,7 +42,7 @@ from pipeline.core.stage import Report
 from pipeline.core.store import FileRecord, Progress, canonical, hand_over_hash, no_progress, sha256_bytes, sha256_file
 from stages.train.checkpoint import release_checkpoint, sharded_state
 from stages.train.checkpoint.sharded_state import ShardReader
-from stages.train.engine import MOMENTS, Engine, Piece
+from stages.train.engine import Engine, Piece
 from stages.train.parallel import Ranks
 
 T = TypeVar("T")
@@ -207,7 +207,10 @@ class Checkpoints:
         together."""
         marker = self._wait_for(lambda: _marker_if_complete(folder), f"work checkpoint {folder} was never completed")
         source = ShardReader(folder, marker["files"], self._advance)
-        files = release_checkpoint.plan(self.engine.shapes, MOMENTS if source.has(MOMENTS[0]) else ())
+        shapes = self.engine.shapes
+        # Before the first step there are no states.
+        states = self.engine.config.phase.optimizer.state_shapes(shapes) if marker["state"]["optimizer_step"] else {}
+        files = release_checkpoint.plan(shapes, states)
         parts = folder / f"release-{_digest(marker)[:16]}"
         parts.mkdir(exist_ok=True)
         for file in files[self.ranks.rank :: self.ranks.world]:

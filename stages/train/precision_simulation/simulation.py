@@ -25,8 +25,9 @@ from pipeline.core.progress import Display
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.graph.recipe import Recipe
 from stages.mcore.gpu_environment import missing
+from stages.mcore.optimizer import OptimizerSettings
 from stages.mcore.quantize import FP8, RECIPES
-from stages.train.config import Optimizer, PhaseConfig
+from stages.train.config import PhaseConfig
 from stages.train.precision_simulation.proxy_model import CONTEXT, build_proxy, ratios, step_tokens
 from stages.train.precision_simulation.report import Runs, compose, markdown
 from stages.train.precision_simulation.runner import BASELINE, Settings, describe, read_library
@@ -78,8 +79,8 @@ def simulate(
     return report, folder
 
 
-def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
-    """Returns the recipe's AdamW, with a learning rate for the proxy.
+def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> OptimizerSettings:
+    """Returns the recipe's optimizer, with a learning rate for the proxy.
 
     The best rate of a matrix is inverse to its width (Yang et al., 2022, arXiv:2203.03466), hence the recipe's x hidden
     size / hidden size of the proxy. The peak is half of that, after a third of the steps, then a cosine to a tenth: the
@@ -87,8 +88,8 @@ def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
     measure (docs/lab-log.md).
     """
     peak = min(1.0, phase.optimizer.lr * narrowing / 2)  # 1: the maximum of an optimizer
-    kept = phase.optimizer.model_dump(include={"weight_decay", "beta1", "beta2", "clip"})
-    return Optimizer(lr=peak, final_lr=peak / 10, warmup_steps=steps // 3, **kept)
+    schedule = {"schedule": "cosine", "decay_steps": None, "warmup_steps": steps // 3}
+    return phase.optimizer.model_copy(update={"lr": peak, "final_lr": peak / 10, **schedule})
 
 
 def _folder(settings: Settings, home: Path, out: Path | None) -> Path:
