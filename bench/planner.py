@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import throughput
 from bench.published import MODELS, QWEN3_30B, QWEN3_VOCABULARY, anchors, systems
-from stages.mcore.activations import activation_bytes
-from stages.mcore.memory import memory_share, state_bytes
+from stages.mcore.memory import activation_bytes, memory_share, state_bytes
 from stages.mcore.optimizer import Adam
 from stages.mcore.throughput import StepSetup, step_time
 from stages.models.costs import Rows, training_flops

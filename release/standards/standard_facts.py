@@ -21,7 +21,7 @@ from release.facts.variant_facts import VariantFacts, read_variants
 from release.layout import MODEL, STANDARDS, VARIANT, phases_of
 from release.schema import ReleaseInfo
 from release.standards.package_list import PACKAGES, Package
-from stages.maker import Category, Maker
+from stages.recipe import Category, Maker
 
 NOT_STATED = "not stated"
 LEFT_OUT = "making of the machines, network, storage, experiments before this run, and use of the model"

@@ -16,9 +16,9 @@ import torch
 
 from pipeline.core.errors import AtomError
 from stages.generation.vllm_worker.atom_index import policy_digest, row_of
+from stages.mcore.tensor_sharding import FullTensors
 from stages.models.base import ModelConfig
 from stages.train.checkpoint import release_checkpoint
-from stages.train.full_tensors import FullTensors
 from stages.train.parallel import Ranks
 
 FILE_BYTES = 250_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import AtomError, RecipeError
-from stages.mcore import fusions, gpu, megatron_compat
-from stages.mcore.language_model import LanguageModel
+from stages.mcore import gpu, megatron_compat
+from stages.mcore.language_model import LanguageModel, mask_padding
 from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import (
     GPTModel,
@@ -24,10 +25,40 @@ from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.precision import keywords
 from stages.mcore.rope import frequencies, megatron_yarn
 from stages.mcore.row_tables import RowTables
-from stages.mcore.sliced_loss import mask_padding
 from stages.mcore.tensor_sharding import is_copied
 from stages.models.base import ModelConfig, Precision
-from stages.models.parallel_layout import Layout
+from stages.models.parallel_layout import Fusion, Layout
+
+FUSIONS: dict[Fusion, tuple[dict[str, Any], str, str]] = {
+    # Megatron's settings; the name in Megatron that is there with the kernel; what that takes
+    "permute": (
+        {"moe_permute_fusion": True},
+        "transformer.moe.moe_utils.fused_permute",
+        "Transformer Engine 2.1",
+    ),
+    "router": (
+        {"moe_router_fusion": True},
+        "transformer.moe.moe_utils.fused_topk_with_score_function",
+        "Transformer Engine 2.7",
+    ),
+    "cross_entropy": (
+        {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
+        "models.common.language_module.language_module.te_parallel_cross_entropy",
+        "Transformer Engine",
+    ),
+    "rope": (  # in rows of one document; those of several have a kernel of this project
+        {"apply_rope_fusion": True},
+        "models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb",
+        "Transformer Engine",
+    ),
+    "bias_activation": ({"bias_activation_fusion": True}, "", "a GPU"),
+    "gradient_accumulation": (
+        {"gradient_accumulation_fusion": True},
+        "tensor_parallel.layers._grad_accum_fusion_available",
+        "Apex with its extension fused_weight_gradient_mlp_cuda",
+    ),
+}
+"""Those that NVIDIA's recipes of mixtures of experts use. Without one, the same is several kernels of PyTorch."""
 
 
 def transformer_config(
@@ -66,7 +97,7 @@ def transformer_config(
         recompute_method="uniform" if layout.recompute == "layer" else None,
         recompute_num_layers=1 if layout.recompute == "layer" else None,
         deterministic_mode=layout.deterministic and torch.cuda.is_available(),
-        **fusions.keywords(layout, engine, model.routing is not None),
+        **fusion_keywords(layout, engine, model.routing is not None),
     )
     if routing_replay:
         config.moe_enable_routing_replay = True
@@ -97,7 +128,7 @@ def build(
     packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
     vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
     on_meta: tensors take no memory until `to_empty` gives them some.
-    routing_replay: for `routing_replay.RoutingReplay`.
+    routing_replay: for `routers.RoutingReplay`.
 
     Needs a `stages.train.parallel.session` of the same layout.
     """
@@ -200,3 +231,31 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], actual: Mapping[str, Se
             raise AtomError(
                 f"{origin} does not fit the model section of the recipe: {name} is {actual_shape}, not {expected_shape}"
             )
+
+
+def fusion_keywords(layout: Layout, engine: bool, experts: bool) -> dict[str, Any]:
+    """Keyword arguments of Megatron's TransformerConfig. engine: layers are Transformer Engine's; experts: there are
+    some.
+
+    Raises RecipeError if the layout names a kernel that is missing here; without names it takes those that are there.
+    """
+    if layout.cuda_graphs and gpu.device().type != "cuda":
+        raise RecipeError("parallelism.cuda_graphs = true needs a GPU, which this phase lacks here; leave it out")
+    chosen: dict[str, Any] = {"cuda_graph_impl": "local" if layout.cuda_graphs else "none"}  # of complete layers
+    chosen |= {"bias_dropout_fusion": False, "masked_softmax_fusion": False, "persist_layer_norm": False}
+    for fusion, (settings, place, needs) in FUSIONS.items():
+        has_kernel = gpu.device().type == "cuda" and (engine or fusion == "bias_activation") and _is_there(place)
+        if layout.fusions and fusion in layout.fusions and not has_kernel:
+            raise RecipeError(f"parallelism.fusions = {fusion} needs {needs}, layers in bf16 or FP8, and a GPU, which "
+                              f"this phase lacks here; leave it out")  # fmt: skip
+        wanted = layout.fusions is None or fusion in layout.fusions
+        applies = experts or fusion not in ("permute", "router")
+        is_on = wanted and has_kernel and applies and not (layout.deterministic and fusion == "cross_entropy")
+        chosen |= {name: is_on if value is True else value for name, value in settings.items()}
+    return chosen
+
+
+def _is_there(place: str) -> bool:
+    """Whether a name of Megatron, module and all, has a value that is neither None nor false."""
+    module, _, name = place.rpartition(".")
+    return not place or bool(getattr(importlib.import_module(f"megatron.core.{module}"), name, None))

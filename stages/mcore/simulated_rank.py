@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.mcore import attention_sinks, gpu, layer_spec, moe_metrics, row_tables
+from stages.mcore import attention_sinks, gpu, layer_spec, routers, row_tables
 from stages.mcore.megatron_imports import TopKRouter, parallel_state, tensor_parallel
 from stages.models.parallel_layout import Layout
 
@@ -54,7 +54,7 @@ def fake_groups(layout: Layout, rank: int) -> Iterator[None]:
             tensor_parallel.model_parallel_cuda_manual_seed(0)
             yield
         finally:
-            moe_metrics.clear_losses()
+            routers.clear_losses()
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
 

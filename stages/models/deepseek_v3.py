@@ -18,8 +18,8 @@ from pipeline.core.bounds import Range
 from stages.models.base import Precision
 from stages.models.costs import AttentionCost, Rows
 from stages.models.grouped_query import Heads, keys_of_tokens
+from stages.models.mixture import SigmoidMixtureConfig
 from stages.models.parallel_layout import Layout
-from stages.models.sigmoid_mixture import SigmoidMixtureConfig
 
 HeadPart = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128, of which the rotary part has 64 more")]
 Rank = Annotated[int, Range(1, 2**16, "DeepSeek-V3: 1536 for queries, 512 for keys and values")]

@@ -88,7 +88,7 @@ class Batch:
     `targets`, where not each input has one target: of each target the input in the one row, and the place in `labels`,
     `loss_mask` and `extras`, which then have a shape of their own, flat; int64 [2, targets].
     `routes`, with routing replay: the experts of each position of the one row, int16 [width, layers with experts,
-    experts of a token], or `routing_replay.UNRECORDED`; None: those that the routers choose.
+    experts of a token], or `routers.UNRECORDED`; None: those that the routers choose.
     """
 
     ids: torch.Tensor

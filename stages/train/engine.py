@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import RecipeError
-from stages.mcore import gpu, lora_layers, moe_metrics, precision
+from stages.mcore import gpu, lora_layers, precision, routers
 from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
@@ -25,14 +25,12 @@ from stages.mcore.megatron_imports import (
     parallel_state,
 )
 from stages.mcore.model import build, named_buffers, named_tensors
-from stages.mcore.moe_metrics import Experts, RouterWatch
-from stages.mcore.routing_replay import RoutingReplay
+from stages.mcore.routers import Experts, RouterWatch, RoutingReplay
 from stages.mcore.row_tables import context_positions
-from stages.mcore.tensor_sharding import Box, boxes, cut
+from stages.mcore.tensor_sharding import Box, FullTensors, boxes, cut, is_repeated
 from stages.mcore.weight_init import full_tensor
 from stages.train.config import TrainerConfig
 from stages.train.data import Batch, RankBatch
-from stages.train.full_tensors import FullTensors, is_repeated
 from stages.train.parallel import Ranks
 
 UpdateCheck = Callable[[float, float | None], str | None]
@@ -225,9 +223,7 @@ class Engine:
         """The metrics of the step whose gradients were computed; None for a model without experts."""
         if self.routers is None:
             return None
-        aux, z = (
-            self.ranks.sum(x).item() / (self.ranks.data_ranks * micro_batches) for x in moe_metrics.collect_losses()
-        )
+        aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * micro_batches) for x in routers.collect_losses())
         experts = self.routers.collect(self.ranks.sum)
         z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
         return RouterFigures(aux, z if self.routers.routing.z_loss else None, experts)
@@ -252,7 +248,7 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             result = self._run(rank_batch, forward_only=True, objective=objective)
-        moe_metrics.collect_losses()
+        routers.collect_losses()
         return result
 
     def full_tensors(self, by_turns: bool = True) -> FullTensors:

@@ -8,8 +8,18 @@ from dataclasses import dataclass
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order_config import ROW_BYTES
-from stages.mcore.activations import activation_bytes, merged_bytes, unkept_bytes
-from stages.mcore.memory import GRADIENT, MASTER, layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.mcore.memory import (
+    GRADIENT,
+    MASTER,
+    activation_bytes,
+    layers_of,
+    memory_share,
+    merged_bytes,
+    owned_bytes,
+    sharing,
+    state_bytes,
+    unkept_bytes,
+)
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
 from stages.models.costs import MemoryShare, Rows

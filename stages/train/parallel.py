@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.errors import AtomError, PeerLost
-from stages.mcore import gpu, gpu_environment, moe_metrics
+from stages.mcore import gpu, gpu_environment, routers
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     RotaryEmbedding,
@@ -202,7 +202,7 @@ def _destroy_groups(ranks: Ranks | None) -> None:
         # The hooks of its parameters hold it, and a graph without a backward pass, which the model keeps, holds them: a
         # cycle through C++ that Python cannot collect, with the groups and their threads in it.
         vars(wrapped).clear()
-    moe_metrics.clear_losses()
+    routers.clear_losses()
     for embedding in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
         embedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()

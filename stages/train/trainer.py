@@ -26,15 +26,13 @@ import torch
 from pipeline.core.environment import device
 from pipeline.core.errors import AtomError, Interrupted
 from pipeline.core.stage import Inputs, Report, identity
-from stages.train import log_replay, parallel
+from stages.train import log, parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import LOG, SEALED, Checkpoints
 from stages.train.config import WORK_CHECKPOINTS, TrainerConfig
 from stages.train.engine import Engine
-from stages.train.log import Log
-from stages.train.log_replay import LogReplay
-from stages.train.spikes import finite_or_none
+from stages.train.log import Log, LogReplay, finite_or_none
 from stages.train.step_times import measured_waits
 from stages.train.watchdog import START_SECONDS, Watchdog, prepare_recorder
 
@@ -227,11 +225,11 @@ class Trainer(ABC):
         """Writes the record of this start, and again once the steps that are trained again were compared."""
         if not self.first:
             return
-        path = log_replay.path_of(self.work, self.report.lease)
+        path = log.start_path(self.work, self.report.lease)
         replay = LogReplay(self.checkpoints.lost_lines)
 
         def write() -> None:
-            log_replay.write(path, restored_step, device(), replay)
+            log.write_start(path, restored_step, device(), replay)
 
         def done() -> None:
             self.report.note(f"{self.name}: {replay.sentence()}")

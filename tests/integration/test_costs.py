@@ -12,12 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.mcore import layer_spec, lora_layers
-from stages.mcore.activations import activation_bytes, in_flight, merged_bytes, saved_bytes, unkept_bytes
 from stages.mcore.attention_sinks import plain_attention
 from stages.mcore.layout_check import problem
 from stages.mcore.lora import Lora
 from stages.mcore.megatron_imports import Float16Module
-from stages.mcore.memory import layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.mcore.memory import (
+    activation_bytes,
+    in_flight,
+    layers_of,
+    memory_share,
+    merged_bytes,
+    owned_bytes,
+    saved_bytes,
+    sharing,
+    state_bytes,
+    unkept_bytes,
+)
 from stages.mcore.model import build
 from stages.mcore.optimizer import Adam
 from stages.models.base import ModelConfig

@@ -24,7 +24,7 @@ Writer = Literal["safetensors", "gguf", "compressed-tensors", "peft"]
 ADAPTER: VariantName = "adapter"
 """The variant of a model that is an adapter on an earlier one."""
 GGUF_MODEL_TYPES = ("qwen3", "qwen3_moe")
-"""Of config.json: the models for which llama.cpp's names are known (gguf_names.py)."""
+"""Of config.json: the models for which llama.cpp's names are known (gguf_file.py)."""
 STACKED_EXPERTS = ("gpt_oss",)
 """Of config.json: the models whose experts are one tensor, which compressed-tensors does not describe."""
 SUPER_BLOCK = 256

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.models.mixture import RoutedConfig
-from stages.models.sigmoid_mixture import SigmoidMixtureConfig
+from stages.models.mixture import RoutedConfig, SigmoidMixtureConfig
 
 
 def megatron_experts(model: RoutedConfig) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from stages.mcore.optimizer import Optimizer
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
 from stages.train.config import BatchSizes, PhaseConfig, TrainConfig, Validation
-from stages.train.precision_simulation.proxy_model import VOCABULARY
 
+VOCABULARY = 256
+"""Size of the vocabulary of proxies: bytes."""
 BASELINE = "bf16"
 """The precision that the others are compared with."""
 
