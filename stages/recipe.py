@@ -67,7 +67,7 @@ class Carbon(Config):
 
 
 class Crawler(Config):
-    """How the provider's crawler collected the crawled sources."""
+    """Behavior of the provider's crawler, which collected the crawled sources."""
 
     name: Line = Field(description="name or user agent of the crawler")
     purpose: Text = Field(description="purpose of the crawler")

@@ -32,13 +32,15 @@ from stages.mcore.row_tables import Documents, Tables
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's kernels can be used: Megatron has imported them, which it cannot without a GPU."""
+    """Returns True if Megatron has imported Transformer Engine's kernels, which it cannot without a GPU."""
     return bool(gpt_layer_specs.HAVE_TE)
 
 
 def uses_transformer_engine(params_dtype: torch.dtype) -> bool:
-    """Whether the layers of a model use Transformer Engine. In fp32 they never do: its products are then in TF32, which
-    keeps ten bits of each factor."""
+    """Returns True if the layers of a model use Transformer Engine.
+
+    In fp32 they never do: its products are then in TF32, which keeps ten bits of each factor.
+    """
     return has_transformer_engine() and (params_dtype != torch.float32 or megatron_cpu_patches.te_on_cpu())
 
 
@@ -182,7 +184,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
         return out.flatten(1).unflatten(0, (batch, -1)).transpose(0, 1).contiguous()
 
     def takes_documents(self, q: torch.Tensor) -> bool:
-        """Whether `attend` has a kernel for these queries, for both directions."""
+        """Returns True if `attend` has a kernel for these queries, forward and backward."""
         return q.is_cuda and fits_flash_attention(q) and varlen_kernel() is not None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
@@ -292,8 +294,11 @@ def attend(
 
 
 def shares_keys(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether PyTorch's kernel for these queries takes fewer heads of keys: flash attention and the CPU's do. The one
-    of a GPU for fp32 and for masks does not, and PyTorch would store the scores of all heads instead."""
+    """Returns True if PyTorch's kernel for these queries takes fewer heads of keys than of queries.
+
+    Flash attention and the CPU's kernel do. The one of a GPU for fp32 and for masks does not, and PyTorch would store
+    the scores of all heads instead.
+    """
     return not q.is_cuda or (mask is None and fits_flash_attention(q))
 
 

@@ -66,7 +66,7 @@ def problem(
 
 
 def _no_graphs(layout: Layout, model: ModelConfig, packed: bool) -> str | None:
-    """What a CUDA graph, which repeats kernels with the sizes of its first run, cannot do here."""
+    """Returns the reason why CUDA graphs, which repeat kernels with the sizes of a first run, are impossible here."""
     if model.routing is not None:
         return "with experts, the number of whose tokens differs from step to step and is read by the host"
     if packed:

@@ -42,8 +42,10 @@ _te_general_gemm: Any = None
 
 
 def multiply_routers_with_transformer_engine(wanted: bool) -> None:
-    """Whether the next models' routers, which are fp32, multiply by Transformer Engine's kernel (in TF32, exact for
-    bf16 factors) or PyTorch's. It is a choice of the process."""
+    """Lets the next models' routers, which are fp32, multiply by Transformer Engine's kernel, or by PyTorch's.
+
+    The former computes in TF32, which is exact for bf16 factors. It is a choice of the process.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     moe_utils.te_general_gemm = _te_general_gemm if wanted else None

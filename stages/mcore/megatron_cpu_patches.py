@@ -46,8 +46,10 @@ _enabled = False
 
 
 def te_on_cpu() -> bool:
-    """Whether layers use Transformer Engine without a GPU, in every precision. Only `tests/te` sets this variable: it
-    has replaced the kernels by PyTorch's."""
+    """Returns True if layers use Transformer Engine without a GPU, in every precision.
+
+    Only `tests/te` sets this variable: it has replaced the kernels by PyTorch's.
+    """
     return os.environ.get("ATOM_TE_ON_CPU") == "1"
 
 
@@ -112,7 +114,7 @@ def _patch_torch_names() -> None:
 
 
 def _called_by_megatron() -> bool:
-    """Whether the calling function was called from a function of Megatron."""
+    """Returns True if the calling function was called from a function of Megatron."""
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.")
 
 

@@ -256,6 +256,6 @@ def fusion_keywords(layout: Layout, engine: bool, experts: bool) -> dict[str, An
 
 
 def _is_there(place: str) -> bool:
-    """Whether a name of Megatron, module and all, has a value that is neither None nor false."""
+    """Returns True if a name of Megatron, given with its module, has a value that is neither None nor false."""
     module, _, name = place.rpartition(".")
     return not place or bool(getattr(importlib.import_module(f"megatron.core.{module}"), name, None))

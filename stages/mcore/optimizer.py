@@ -32,7 +32,7 @@ STATE_BYTES = 4
 
 @dataclass(frozen=True)
 class Rule:
-    """How an optimizer updates some of the tensors.
+    """The way in which an optimizer updates some of the tensors.
 
     Attributes:
         states: Names of the tensors that it keeps for each of them, fp32 and of the same shape, as checkpoints name

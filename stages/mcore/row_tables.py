@@ -1,5 +1,7 @@
-"""What all layers of a forward pass share about its rows: positions, rotary tables, and the documents and masks of
-attention. It is made once for a forward pass, from numbers on the host: no layer waits for the GPU."""
+"""Tables of rows that all layers of a forward pass share: positions, rotary tables, documents and masks of attention.
+
+They are made once for a forward pass, from numbers on the host: no layer waits for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ class Bucket(NamedTuple):
 
 
 def on_a_gpu(device: torch.device) -> bool:
-    """Whether a kernel there takes a row whole."""
+    """Returns True if attention on this device takes a whole row. The simulation of a rank replaces this function."""
     return bool(device.type != "cpu")
 
 
@@ -115,8 +117,10 @@ class Tables:
         return self._slices[window]
 
     def mask(self, number: int, dtype: torch.dtype, window: int | None = None) -> torch.Tensor | None:
-        """What to add to the scores of a slice: 0 or minus infinity, [queries, keys] or [batch, 1, queries, keys]; None
-        if it is plainly causal. Autograd keeps masks: with it all layers share them."""
+        """Returns the numbers to add to the scores of a slice, 0 or minus infinity; None if it is plainly causal.
+
+        The shape is [queries, keys] or [batch, 1, queries, keys]. Autograd keeps masks: with it all layers share them.
+        """
         slices = self.slices(window)
         count, first, end = slices[number]
         if self.local_starts is None and end == count and (window is None or end <= window):

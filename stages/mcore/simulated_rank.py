@@ -226,7 +226,7 @@ def _numbers(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
 
 
 def _fits(func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> bool:
-    """Whether an operator without fake tensors gives one that has values: of positions, indices, masks and counts."""
+    """Returns True if an operator without fake tensors gives one with values: positions, indices, masks and counts."""
     if tensors:
         return all(x.numel() <= MOST_REAL for x in tensors)
     if func in FACTORIES:

@@ -58,7 +58,7 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
 
 
 def is_cut(name: str) -> bool:
-    """Whether tensor parallelism cuts the tensor of that global name. Raises ValueError for a name without a rule."""
+    """Returns True if tensor parallelism cuts the tensor of that global name. Raises ValueError for an unknown name."""
     if name.endswith((*CUT_MATRICES, *CUT_VECTORS)):
         return True
     if name.endswith((".lora_A", ".lora_B")):
@@ -69,8 +69,10 @@ def is_cut(name: str) -> bool:
 
 
 def is_copied(name: str) -> bool:
-    """Whether tensor ranks hold the same of the tensor of that global name: not of one that is cut, nor of whole
-    experts, of which each rank has its own."""
+    """Returns True if tensor ranks hold equal copies of the tensor of that global name.
+
+    They do not if it is cut, or belongs to whole experts, of which each rank has its own.
+    """
     return not is_cut(name) and (".experts." not in name or _expert_tensor_size() > 1)
 
 
@@ -179,9 +181,11 @@ class FullTensors(Mapping[str, torch.Tensor]):
 
 
 def speaks_for(name: str, tied: bool, by_turns: bool = True) -> bool:
-    """Whether this rank is the one of those with its part of a tensor that hands it over: the first of those that
-    repeat it, and of equal data ranks the one whose turn it is, or the first. tied: whether the model ties its
-    embeddings."""
+    """Returns True if this rank hands its part of a tensor over, rather than another rank with the same part.
+
+    It is the first of the ranks that repeat the part, and of equal data ranks the one whose turn it is, or the first.
+    `tied` is True if the model ties its embeddings.
+    """
     if EXPERTS in name:
         rank = parallel_state.get_expert_data_parallel_rank()
         size = parallel_state.get_expert_data_parallel_world_size()
@@ -192,8 +196,10 @@ def speaks_for(name: str, tied: bool, by_turns: bool = True) -> bool:
 
 
 def is_repeated(name: str, tied: bool) -> bool:
-    """Whether an earlier tensor or pipeline rank has the same part of a tensor: what tensor ranks do not split, and the
-    last stage's copy of a tied table."""
+    """Returns True if an earlier tensor or pipeline rank has the same part of a tensor.
+
+    That is so for what tensor ranks do not split, and for the last stage's copy of a tied table.
+    """
     group = (
         parallel_state.get_expert_tensor_parallel_rank
         if EXPERTS in name

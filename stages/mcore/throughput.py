@@ -61,7 +61,7 @@ LAUNCHED = {"none": 1.0, "mlp": 0.5, "partial": 0.0, "full": 0.0}
 
 @dataclass(frozen=True)
 class Constants:
-    """What no data sheet says. Shares are of stated peaks and bandwidths."""
+    """The fitted constants, which no data sheet states. Shares are of stated peaks and bandwidths."""
 
     bf16: float  # share of large matrix products in bf16
     fp8: float  # the same in FP8
@@ -97,7 +97,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the time of a model depends on. heads: output heads (several with multi-token prediction)."""
+    """The sizes of a model on which its time depends. heads: output heads (several with multi-token prediction)."""
 
     hidden: int
     vocabulary: int
@@ -146,18 +146,30 @@ def shape_of(model: ModelConfig, padded_vocab_size: int) -> Shape:
 
 @dataclass(frozen=True)
 class StepSetup:
-    """How a step is computed. micro_batches: of a step, on one rank. gradient: bytes of one. What this project's engine
-    does not have: graphs, launches replayed by the GPU, of all, of MLPs, or of what is not the experts'; hides_experts:
-    their traffic is hidden behind the compute of another micro-batch; balanced: the ranks of a pipeline share the time
-    of the output head."""
+    """The computation of a step.
+
+    Attributes:
+        layout: The ranks.
+        precision: The data type of matrix products.
+        rows: A micro-batch.
+        micro_batches: Micro-batches of a step on one rank.
+        gradient: Bytes of a gradient.
+        states: Bytes of the optimizer's states of a parameter.
+        bf16_layers: Layers whose products are bf16 in any precision.
+        graphs: The launches that the GPU replays: of all kernels, of MLPs, or of what is not the experts'. Not in this
+            project's engine.
+        hides_experts: True if the traffic of experts is hidden behind the compute of another micro-batch. Not in this
+            project's engine.
+        balanced: True if the ranks of a pipeline share the time of the output head. Not in this project's engine.
+    """
 
     layout: Layout
     precision: str
     rows: Rows
     micro_batches: int
     gradient: int = GRADIENT
-    states: float = 2 * STATE_BYTES  # of the optimizer, for a parameter
-    bf16_layers: int = 0  # whose products are bf16 in any precision
+    states: float = 2 * STATE_BYTES
+    bf16_layers: int = 0
     graphs: Literal["none", "mlp", "partial", "full"] = "none"
     hides_experts: bool = False
     balanced: bool = False

@@ -219,7 +219,7 @@ class ModelConfig(Config, ABC):
         return training_flops(self.matrices(padded_vocab_size), self.attention(), sequence_length)
 
     def long_context(self, padded_vocab_size: int) -> LongContext:
-        """What a text of LONG_CONTEXT tokens costs, beside the same matrices with `full_attention`."""
+        """The cost of a text of LONG_CONTEXT tokens, compared with that of the same matrices with `full_attention`."""
         full = self.full_attention()
         return LongContext(
             LONG_CONTEXT,

@@ -139,7 +139,7 @@ class DeepseekV3Config(SigmoidMixtureConfig):
         return size * (gradients * max(qk, v) - v * self._copies_output(precision, rows))
 
     def _copies_output(self, precision: Precision, rows: Rows) -> bool:
-        """Whether attention's output is kept in two forms: by rows or slices, or wide and narrowed."""
+        """Returns True if attention's output is kept in two forms: by rows or slices, or wide and narrowed."""
         return rows.rows > 1 or precision == "fp32" or self.v_head_dim < self.qk_head_dim
 
     def split_sizes(self) -> list[tuple[str, str, int]]:

@@ -41,12 +41,12 @@ class GroupedQueryConfig(DecoderConfig):
 
     @property
     def qk_norm(self) -> bool:
-        """Whether each head's queries and keys are normalized."""
+        """True if each head's queries and keys are normalized."""
         return True
 
     @property
     def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases."""
+        """True if queries, keys and values have biases."""
         return False
 
     # -- the interface of every architecture --------------------------------------------------------------------------

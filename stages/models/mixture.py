@@ -103,7 +103,7 @@ class MixtureConfig(RoutedConfig):
 
     @property
     def has_expert_bias(self) -> bool:
-        """Whether each expert has a bias by which it is chosen."""
+        """True if each expert has a bias by which it is chosen."""
         return self.router_bias_update_rate > 0
 
     @model_validator(mode="after")
@@ -175,9 +175,11 @@ class MixtureConfig(RoutedConfig):
         }
 
     def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
-        """Of experts, tokens on their way; or, in the backward pass, the gradients of their outputs and of the layer's,
-        and of one expert three tensors in fp32 for its weighted product, which is gone: in bf16 its gradient makes up
-        for that."""
+        """Returns the larger of two states: tokens on their way to experts, and the backward pass of an expert.
+
+        The latter has the gradients of the experts' outputs and of the layer's, and of one expert three tensors in fp32
+        for its weighted product, which is gone: in bf16 its gradient makes up for that.
+        """
         if layer < self.dense_layers:
             return swiglu_gradients(self.hidden_size, self.intermediate_size or 0, layout, precision)
         hidden, top_k, local = self.hidden_size, self.num_experts_per_tok, self.experts // layout.ep

@@ -66,7 +66,7 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
     # -- the two kinds of layers --------------------------------------------------------------------------------------
 
     def is_linear(self, layer: int) -> bool:
-        """Whether a layer, from 0, is a gated delta net."""
+        """Returns True if a layer, from 0, is a gated delta net."""
         return (layer + 1) % self.full_attention_interval > 0
 
     @property
@@ -154,7 +154,7 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         return [AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim, kv_heads=self.kv_heads)]
 
     def cache_bytes(self, size: int, ranks: int, tokens: int) -> int:
-        """Of a gated delta net the state and the latest inputs of its convolution, however long the text is."""
+        """A gated delta net keeps its state and the latest inputs of its convolution, however long the text is."""
         heads = -(-self.linear_num_value_heads // ranks)
         state = STATE_BYTES * heads * self.linear_key_head_dim * self.linear_value_head_dim
         channels = 2 * self.key_width + self.value_width
@@ -172,8 +172,8 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         )
 
     def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
-        """Of a gated attention, gradients of its gates in the backward pass; of a delta net, what the chunks of the
-        forward pass are made of, as simulated ranks have it. The output is not there."""
+        """A gated attention has gradients of its gates in the backward pass, and a delta net the parts of which it makes
+        the chunks of the forward pass, as simulated ranks have them. The output is not there."""
         is_narrow = precision != "fp32"
         if not self.is_linear(layer):
             q = self.heads * self.head_dim

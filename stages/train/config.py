@@ -116,17 +116,17 @@ class PhaseBase(Config):
 
     @property
     def quantized(self) -> bool:
-        """Whether products are of numbers of 8 or 4 bits."""
+        """True if matrix products multiply numbers of 8 or 4 bits."""
         return self.precision not in ("fp32", "bf16")
 
     @property
     def packed(self) -> bool:
-        """Whether rows hold several documents."""
+        """True if rows hold several documents."""
         return False
 
     @property
     def replays_routing(self) -> bool:
-        """Whether batches say which experts tokens visit."""
+        """True if batches state the experts that tokens visit."""
         return False
 
     @property

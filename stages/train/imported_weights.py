@@ -178,7 +178,7 @@ def _pull(config: ImportConfig, target: Path) -> None:
 
 
 def _is_needed(path: str) -> bool:
-    """Whether a file of the repository is imported or read."""
+    """Returns True if a file of the repository is imported or read."""
     if path in (SUMS, CARD, CONFIG, *TOKENIZER_FILES, "model.safetensors.index.json"):
         return True
     return re.fullmatch(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors", path) is not None

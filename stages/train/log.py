@@ -126,7 +126,7 @@ class LogReplay:
         }  # fmt: skip
 
     def sentence(self) -> str:
-        """What the comparison of at least one step gave."""
+        """Returns the result of the comparison of at least one step, in words."""
         span = f"steps {self.steps[0]} to {self.steps[-1]}"
         if not self.deviating:
             return f"{span} came out as in the log of the attempt before: {self.compared} lines, each equal"

@@ -112,7 +112,7 @@ class Trainer(ABC):
         return 1
 
     def is_release_step(self, step: int) -> bool:
-        """Whether a step has a release checkpoint. Step 0 is the last step of another phase."""
+        """Returns True if a step has a release checkpoint. Step 0 is the last step of another phase."""
         phase = self.config.phase
         return step > 0 and (step == phase.steps or step % phase.release_checkpoint_interval == 0)
 

@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a GGUF file, through llama-cpp-python.
+"""Runs a GGUF file in llama.cpp, through llama-cpp-python.
 
     python -P llama_cpp_run.py FILE < REQUEST
 

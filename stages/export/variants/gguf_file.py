@@ -265,8 +265,10 @@ def kind_of(encoding: str, name: str, shape: tuple[int, ...], layers: int, tied:
 
 
 def _has_more_bits(name: str, layers: int, tied: bool) -> bool:
-    """Whether Q4_K_M stores a matrix with six bits: the output layer, and of MORE_BITS the first and last eighth of the
-    layers and every third one between."""
+    """Returns True if Q4_K_M stores a matrix with six bits.
+
+    These are the output layer, and of MORE_BITS the first and last eighth of the layers and every third one between.
+    """
     if not name.startswith("blk."):
         return name == "output.weight" or (tied and name == "token_embd.weight")
     layer, eighth = int(name.split(".")[1]), layers // 8

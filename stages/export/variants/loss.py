@@ -1,4 +1,4 @@
-"""What a variant loses against the original: `loss.json` from tables alone, so that it can be recomputed."""
+"""The loss of a variant against the original: `loss.json` from tables alone, so that it can be recomputed."""
 
 from __future__ import annotations
 

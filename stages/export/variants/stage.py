@@ -50,7 +50,7 @@ WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 class AdapterSource(Config):
-    """What the variant `adapter` is written from, beside the inputs."""
+    """The settings from which the variant `adapter` is written, in addition to the inputs."""
 
     lora: Lora = Field(description="settings of the adapter")
     model: Model = Field(description="model section, with the rotary embedding of the phase")

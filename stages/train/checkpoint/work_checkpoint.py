@@ -141,7 +141,7 @@ class Checkpoints:
         self.thread = None
 
     def failed(self) -> bool:
-        """Whether a write failed on this rank; `wait` raises the error."""
+        """Returns True if a write failed on this rank; `wait` raises the error."""
         return self.error is not None
 
     def _start(self, folder: Path, write: Callable[[], None]) -> None:
