@@ -260,9 +260,11 @@ def _problems_of_mixes(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]
     mixes: dict[str, Mapping[str, float]] = {f"{phase.where}.mix": phase.config.mix for phase in config.text_phases}
     mixes |= {f"{where}.mix": mix for where, mix in config.replay_mixes().items()}
     named = {
-        **mixes, **config.searched_sources(), "release.maker.sources": config.release.maker.sources,
+        **mixes,
+        **config.searched_sources(),
+        "release.maker.sources": config.release.maker.sources,
         "release.by_reference": config.release.by_reference,
-    }  # fmt: skip
+    }
     for where, sources in named.items():
         for source in sources:
             if source not in names:

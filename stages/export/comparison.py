@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.core.errors import AtomError, CheckFailed
 from stages.export import SLICE_BYTES, parity_lengths
@@ -31,7 +32,7 @@ from stages.train.checkpoint import release_checkpoint
 TABLES = ("word_embeddings.weight", "output_layer.weight")
 
 
-def compare_files(folder: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig, vocab_size: int) -> int:
+def compare_files(folder: Path, tensors: Mapping[str, Tensor], model: ModelConfig, vocab_size: int) -> int:
     """Compares the exported files, mapped back, with the checkpoint. Returns the number of tensors compared.
 
     Raises CheckFailed with the first tensor that differs.
@@ -75,13 +76,13 @@ class _FirstLayer(Exception):
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def megatron_logits(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Tensor],
     model: ModelConfig,
     padded_vocab_size: int,
     rows: list[list[int]],
     vocab_size: int,
     steps: Mapping[int, int] | None = None,
-) -> Iterator[torch.Tensor]:
+) -> Iterator[Tensor]:
     """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other. steps: the
     distance of neighbors' positions in rows of that length, if it is not 1.
 
@@ -136,9 +137,14 @@ def _stop(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def compare_logits(
-    folder: Path, rows: list[list[int]], logits: Iterable[torch.Tensor], tolerance: float, work: Path, by_layer: bool,
+    folder: Path,
+    rows: list[list[int]],
+    logits: Iterable[Tensor],
+    tolerance: float,
+    work: Path,
+    by_layer: bool,
     steps: Mapping[int, int] | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """Loads the folder with transformers in a fresh interpreter. Returns the largest logit difference.
 
     logits, steps: slices as `megatron_logits` gives them. by_layer: the interpreter loads one layer at a time.
@@ -155,9 +161,12 @@ def compare_logits(
     with tempfile.TemporaryFile(dir=work) as out, tempfile.TemporaryFile(dir=work) as errors:
         # It imports its libraries while Megatron's model computes, and loads its own when that one's layers are gone.
         with subprocess.Popen(
-            command + ["--by-layer"] * by_layer, env={**os.environ, **offline}, stdin=subprocess.PIPE, stdout=out,
+            command + ["--by-layer"] * by_layer,
+            env={**os.environ, **offline},
+            stdin=subprocess.PIPE,
+            stdout=out,
             stderr=errors,
-        ) as process:  # fmt: skip
+        ) as process:
             assert process.stdin is not None
             slices = iter(logits)
             try:

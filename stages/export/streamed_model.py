@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
@@ -114,14 +115,14 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[int] | None = None) -> list[torch.Tensor]:
+def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[int] | None = None) -> list[Tensor]:
     """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once. None if layers lack
     tensors, which `source.keys` then names. steps: of each row, the distance of its neighbors' positions; None: 1."""
     base = source.model.base_model
-    states: list[torch.Tensor] = []
+    states: list[Tensor] = []
     calls: list[list[dict[str, Any]]] = []  # of each row, the keywords of each layer: masks, rotary tables
 
-    def record(hidden: torch.Tensor, **keywords: Any) -> torch.Tensor:
+    def record(hidden: Tensor, **keywords: Any) -> Tensor:
         if not calls[-1]:
             states.append(hidden)
         calls[-1].append(keywords)

@@ -7,21 +7,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 aten = torch.ops.aten
 
 
 def attend_with_sinks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, mask: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    mask: Tensor | None,
     scale: float | None,
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:
     """q: [batch, heads, queries, dim]; k, v: [batch, kv_heads, keys, dim]; sinks: [heads] -> as q.
 
     mask: what to add to the scores, [queries, keys] or [batch, heads or 1, queries, keys]; None: causal, with as many
     keys as queries. scale: of the scores; None: 1 / sqrt(dim).
     """
     if q.device.type == "cpu":
-        out: torch.Tensor = SinkAttention.apply(q, k, v, sinks, mask, scale)
+        out: Tensor = SinkAttention.apply(q, k, v, sinks, mask, scale)
         return out
     return plain_attention(q, k, v, sinks, mask, scale)
 
@@ -35,9 +40,14 @@ class SinkAttention(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, mask: torch.Tensor | None,
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor,
+        mask: Tensor | None,
         scale: float | None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> Tensor:
         out, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
         )
@@ -48,7 +58,7 @@ class SinkAttention(torch.autograd.Function):  # type: ignore[misc]
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, mask, out, with_sink = ctx.saved_tensors
         d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient, q, k, v, out, with_sink, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
@@ -59,9 +69,13 @@ class SinkAttention(torch.autograd.Function):  # type: ignore[misc]
 
 
 def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, mask: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor,
+    mask: Tensor | None,
     scale: float | None,
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:
     """The same by its definition, with all scores in memory, for devices without such a kernel."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class FusedAdam(torch.optim.Optimizer):  # type: ignore[misc]
@@ -71,7 +72,7 @@ def install() -> None:
         clip_grads.l2_norm_impl = total_norm
 
 
-def total_norm(_: int, __: Any, tensors: list[list[torch.Tensor]], ___: bool) -> tuple[torch.Tensor, None]:
+def total_norm(_: int, __: Any, tensors: list[list[Tensor]], ___: bool) -> tuple[Tensor, None]:
     """The norm of all tensors of a list as one number, [1]. Megatron's own reads the norm of each tensor on the host,
     which then waits for a GPU as often as there are tensors."""
     return torch.nn.utils.get_total_norm(tensors[0]).view(1), None

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.mcore import gpu_environment
 from stages.models.parallel_layout import Layout
@@ -68,7 +69,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         deterministic.fill_uninitialized_memory = before[1]
 
 
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, without waiting for the copy: from pinned memory, which a kernel's stream reads
     in its turn."""
     if device.type != "cuda" or tensor.is_cuda:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from stages.mcore.megatron_imports import GPTModel, parallel_state, tensor_parallel
 from stages.models import parallel_layout
@@ -18,9 +19,12 @@ from stages.models.parallel_layout import Layout
 
 
 def token_losses(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, vocab_size: int,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Minus the log-probability of each label, fp32 [batch, sequence].
 
     hidden: inputs of the head, [sequence, batch, hidden_size], all of them on each tensor rank. head: this tensor
@@ -35,7 +39,7 @@ def token_losses(
     return losses.view(labels.t().shape).t().contiguous()
 
 
-def mask_padding(logits: torch.Tensor, vocab_size: int) -> None:
+def mask_padding(logits: Tensor, vocab_size: int) -> None:
     """Gives ids from `vocab_size` on a logit of minus infinity, in place, as they do not exist in any runtime.
 
     logits: [..., this tensor rank's part of the padded vocabulary].
@@ -49,9 +53,13 @@ class _TokenLosses(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, vocab_size: int,
-        weights: torch.Tensor | None,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        weights: Tensor | None,
+    ) -> Tensor:
         ctx.vocab_size = vocab_size
         ctx.has_gradients = weights is not None and any(ctx.needs_input_grad)
         if not ctx.has_gradients:
@@ -62,7 +70,7 @@ class _TokenLosses(torch.autograd.Function):  # type: ignore[misc]
         return losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         head, *saved = ctx.saved_tensors
         if ctx.has_gradients:
             of_hidden, of_head, weights = saved
@@ -80,13 +88,13 @@ def _parts(count: int) -> list[slice]:
     return [slice(begin, begin + size) for begin in range(0, count, size)]
 
 
-def _losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def _losses(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     return torch.cat([_slice(hidden[part], head, labels[part], vocab_size)[0] for part in _parts(len(labels))])
 
 
 def _losses_and_gradients(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, vocab_size: int, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The losses, and the gradients of sum(weights * losses): of `hidden`, this tensor rank's share of a sum, and of
     `head`, in fp32."""
     losses = torch.empty_like(weights)
@@ -106,8 +114,8 @@ def _losses_and_gradients(
 
 
 def _slice(
-    hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
     """The losses of a slice; the probabilities of this tensor rank's ids, fp32 [tokens, ids]; where in them the labels
     are, and whether this rank has them."""
     group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
@@ -147,16 +155,19 @@ class TokenLosses:
     vocab_size: int
     layout: Layout
     real_vocab_size: int
-    targets: torch.Tensor | None = None
+    targets: Tensor | None = None
 
-    def forward(self, *inputs: Any, targets: torch.Tensor | None = None, **keywords: Any) -> Any:
+    def forward(self, *inputs: Any, targets: Tensor | None = None, **keywords: Any) -> Any:
         self.targets = targets
         return super().forward(*inputs, **keywords)  # type: ignore[misc]
 
     def _postprocess(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_mask: torch.Tensor | None = None,
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        loss_mask: Tensor | None = None,
         **inputs: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         if not self.post_process or labels is None:
             return self._all_losses(hidden_states, labels, loss_mask, inputs)
         targets, grid = self.targets, labels
@@ -181,9 +192,7 @@ class TokenLosses:
             return losses
         return losses.new_zeros(grid.numel()).index_copy(0, targets[1], losses.flatten()).view(grid.shape)
 
-    def _all_losses(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_mask: torch.Tensor | None, inputs: Any
-    ) -> Any:
+    def _all_losses(self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, inputs: Any) -> Any:
         """Megatron's."""
         postprocess = super()._postprocess  # type: ignore[misc]
         return postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)

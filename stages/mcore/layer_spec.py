@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from stages.mcore import megatron_cpu_patches
 from stages.mcore.attention_sinks import attend_with_sinks
@@ -97,12 +98,12 @@ class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
         self.weight.sequence_parallel = config.sequence_parallel
         self.offset = 1 if config.layernorm_zero_centered_gamma else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.offset is None:
             return self._normed(x, self.weight)
         return self._normed(x.float(), self.offset + self.weight.float()).to(x.dtype)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
             return Norm.apply(x, x, weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
@@ -115,14 +116,14 @@ class Norm(torch.autograd.Function):  # type: ignore[misc]
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, _: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, _: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = x.square()
         scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return torch.mul(x, scale, out=out).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         product = gradient * (x * scale)
         d_weight = product.sum(tuple(range(x.dim() - 1)))
@@ -145,7 +146,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
 
     def __init__(
         self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **_: Any
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
         is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -157,9 +158,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
             heads = config.num_attention_heads // config.tensor_model_parallel_size
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None = None, *_: Any, **__: Any
-    ) -> torch.Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         """q: [sequence, batch, heads, dim]; k, v: [sequence, batch, kv_heads, dim] -> [sequence, batch, heads*dim].
 
         `sequence` is this rank's share of the row.
@@ -183,22 +182,29 @@ class Attention(MegatronModule):  # type: ignore[misc]
         out = self.attend(q.contiguous(), k, v, documents)
         return out.flatten(1).unflatten(0, (batch, -1)).transpose(0, 1).contiguous()
 
-    def takes_documents(self, q: torch.Tensor) -> bool:
+    def takes_documents(self, q: Tensor) -> bool:
         """Returns True if `attend` has a kernel for these queries, forward and backward."""
         return q.is_cuda and fits_flash_attention(q) and varlen_kernel() is not None
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """q, k, v: [tokens of all rows, heads, dim] -> as q."""
         kernel = varlen_kernel()
         assert kernel is not None
         return kernel(
-            q, k, v, documents.queries, documents.keys, documents.longest, documents.longest, scale=self.scale,
+            q,
+            k,
+            v,
+            documents.queries,
+            documents.keys,
+            documents.longest,
+            documents.longest,
+            scale=self.scale,
             window_size=(-1 if self.window is None else self.window - 1, 0),
-        )  # fmt: skip
+        )
 
 
 @cache
-def varlen_kernel() -> Callable[..., torch.Tensor] | None:
+def varlen_kernel() -> Callable[..., Tensor] | None:
     """PyTorch's attention for rows of variable length, with grouped queries; None before PyTorch 2.11."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -211,7 +217,7 @@ def varlen_kernel() -> Callable[..., torch.Tensor] | None:
     return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in parameters else varlen_attn
 
 
-def fits_flash_attention(q: torch.Tensor) -> bool:
+def fits_flash_attention(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
@@ -221,7 +227,7 @@ class EngineAttention(Attention):
 
     def __init__(
         self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **settings: Any
-    ) -> None:  # fmt: skip
+    ) -> None:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         super().__init__(config, softmax_scale, layer_number)
@@ -229,10 +235,10 @@ class EngineAttention(Attention):
             config=config, layer_number=layer_number, softmax_scale=softmax_scale, **settings
         )
 
-    def takes_documents(self, q: torch.Tensor) -> bool:
+    def takes_documents(self, q: Tensor) -> bool:
         return True
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         if documents.gathered is not None:
             return super().attend(q, k, v, documents)
         rows = PackedSeqParams(
@@ -242,14 +248,19 @@ class EngineAttention(Attention):
             max_seqlen_q=documents.longest,
             max_seqlen_kv=documents.longest,
         )
-        out: torch.Tensor = self.kernel(q, k, v, None, AttnMaskType.padding_causal, packed_seq_params=rows)
+        out: Tensor = self.kernel(q, k, v, None, AttnMaskType.padding_causal, packed_seq_params=rows)
         return out.view_as(q)
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None, window: int | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Tables,
+    scale: float | None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention by slices of queries; q: [batch, heads, this rank's share of a row, dim]; k, v: of complete rows."""
     out, slices = [], tables.slices(window)
     for number, queries in enumerate(q.split([count for count, _, _ in slices], 2)):
@@ -260,9 +271,14 @@ def causal_attention(
 
 
 def bucketed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None, window: int | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Tables,
+    scale: float | None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention of documents that share prefixes, by batches of like length; arguments and result as those of
     `Attention.forward`."""
     length, batch = q.shape[:2]
@@ -280,9 +296,13 @@ def bucketed_attention(
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """One call of a kernel; arguments and result as those of `attend_with_sinks`. sinks: None without any."""
     if sinks is not None:
         return attend_with_sinks(q, k, v, sinks, mask, scale)
@@ -293,7 +313,7 @@ def attend(
     )
 
 
-def shares_keys(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+def shares_keys(q: Tensor, mask: Tensor | None) -> bool:
     """Returns True if PyTorch's kernel for these queries takes fewer heads of keys than of queries.
 
     Flash attention and the CPU's kernel do. The one of a GPU for fp32 and for masks does not, and PyTorch would store
@@ -309,7 +329,7 @@ class GatherSlices(torch.autograd.Function):  # type: ignore[misc]
     """
 
     @staticmethod
-    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, local: Tensor) -> Tensor:
         group = parallel_state.get_context_parallel_group()
         size = dist.get_world_size(group)
         gathered = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(size)]
@@ -318,7 +338,7 @@ class GatherSlices(torch.autograd.Function):  # type: ignore[misc]
         return torch.cat([low for low, _ in halves] + [high for _, high in reversed(halves)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         group = parallel_state.get_context_parallel_group()
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=group)

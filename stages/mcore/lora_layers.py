@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from stages.mcore.lora import A, B, Lora, factor
@@ -24,7 +25,7 @@ class Adapted(torch.nn.Module):  # type: ignore[misc]
         if hasattr(weight, "allreduce"):  # Megatron's mark of tensors that belong to no expert rank alone
             self.lora_A.allreduce = self.lora_B.allreduce = weight.allreduce
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, weight: Tensor) -> Tensor:
         return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
 
 
@@ -53,19 +54,19 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
             parameter.sequence_parallel = not parameter.tensor_model_parallel
 
 
-def _require_gradient(embedding: Any, inputs: Any, output: torch.Tensor) -> None:
+def _require_gradient(embedding: Any, inputs: Any, output: Tensor) -> None:
     """A hook of the frozen embedding. A layer that is computed again has no gradients, without an error, unless its
     input requires one."""
     output.requires_grad_(torch.is_grad_enabled())
 
 
-class Merged(Mapping[str, torch.Tensor]):
+class Merged(Mapping[str, Tensor]):
     """Megatron's tensors of a base with an adapter in them, each computed on access."""
 
-    def __init__(self, base: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], lora: Lora) -> None:
+    def __init__(self, base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], lora: Lora) -> None:
         self.base, self.adapter, self.lora = base, adapter, lora
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         if not self.lora.is_target(name):
             return self.base[name]
         a, b = (self.adapter[factor(name, kind)] for kind in (A, B))

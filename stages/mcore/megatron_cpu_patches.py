@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from stages.mcore import fused_adam, megatron_compat
 
@@ -39,8 +40,22 @@ MODULES = (
     "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.moe.token_dispatcher",
 )
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor",
-             "zeros_like", "ones_like", "empty_like", "full_like")  # fmt: skip
+FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "as_tensor",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+)
 
 _enabled = False
 
@@ -101,12 +116,12 @@ def _patch_torch_names() -> None:
     # pipeline calls `.cuda()` on the embedding that it shares with the first.
     type_, cuda = torch.Tensor.type, torch.Tensor.cuda
 
-    def cpu_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def cpu_type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         name = type_(self, *args, **kwargs)
         is_query = not args and not kwargs and _called_by_megatron()
         return name.replace("torch.", "torch.cuda.", 1) if is_query else name
 
-    def cpu_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def cpu_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self if _called_by_megatron() else cuda(self, *args, **kwargs)
 
     torch.Tensor.type = cpu_type
@@ -143,7 +158,7 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     """A collective of DDP without one rank that has all of the result in place: gloo copies it, all weights and all
     gradients in each step, where NCCL does nothing."""
 
-    def call(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+    def call(output: Tensor, input: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
         places = {(x.untyped_storage()._cdata, x.storage_offset(), x.numel()) for x in (output, input)}
         if dist.get_world_size(group) == 1 and len(places) == 1:
             return None
@@ -175,7 +190,7 @@ def of_unequal_sizes(all_gather: Callable[..., Any], reduce_scatter: Callable[..
     """Both collectives of `torch.distributed`, by name, on parts of unequal size too, which gloo lacks and NCCL has:
     tokens of split experts are gathered and summed so. They are made of collectives on equal sizes."""
 
-    def gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+    def gather(parts: list[Tensor], tensor: Tensor, group: Any = None, **kwargs: Any) -> Any:
         sizes = [part.shape[0] for part in parts]
         if len(set(sizes)) == 1:
             return all_gather(parts, tensor, group=group, **kwargs)
@@ -187,9 +202,7 @@ def of_unequal_sizes(all_gather: Callable[..., Any], reduce_scatter: Callable[..
             part.copy_(received[: part.shape[0]])
         return None
 
-    def sum_and_scatter(
-        output: torch.Tensor, parts: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any
-    ) -> Any:
+    def sum_and_scatter(output: Tensor, parts: list[Tensor], *args: Any, group: Any = None, **kwargs: Any) -> Any:
         if len({part.shape[0] for part in parts}) == 1:
             return reduce_scatter(output, parts, *args, group=group, **kwargs)
         summed = torch.cat(parts)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.core.errors import AtomError, RecipeError
 from stages.mcore import gpu, megatron_compat
@@ -119,9 +120,15 @@ def _dispatcher(layout: Layout) -> str:
 
 
 def build(
-    model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
-    packed: bool = False, vocab_size: int | None = None, on_meta: bool = False, routing_replay: bool = False,
-) -> list[GPTModel]:  # fmt: skip
+    model: ModelConfig,
+    padded_vocab_size: int,
+    layout: Layout | None = None,
+    precision: Precision = "fp32",
+    packed: bool = False,
+    vocab_size: int | None = None,
+    on_meta: bool = False,
+    routing_replay: bool = False,
+) -> list[GPTModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage, without its initial weights. Each of
     Megatron's layers, and its router, has the number of the model's layer (`model_layer`, from 0).
 
@@ -191,14 +198,14 @@ def _mask_padding(vocab_size: int) -> Callable[..., None]:
     probability is zero is zero.
     """
 
-    def mask(layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+    def mask(layer: Any, inputs: Any, output: tuple[Tensor, Any]) -> None:
         with torch.no_grad():
             mask_padding(output[0], vocab_size)
 
     return mask
 
 
-def named_buffers(chunks: Sequence[GPTModel]) -> dict[str, torch.Tensor]:
+def named_buffers(chunks: Sequence[GPTModel]) -> dict[str, Tensor]:
     """This rank's buffers by global name: fp32 in every precision."""
     return {name: tensor for name, tensor in _named_members(chunks, "named_buffers") if name.endswith(BUFFERS)}
 
@@ -246,8 +253,10 @@ def fusion_keywords(layout: Layout, engine: bool, experts: bool) -> dict[str, An
     for fusion, (settings, place, needs) in FUSIONS.items():
         has_kernel = gpu.device().type == "cuda" and (engine or fusion == "bias_activation") and _is_there(place)
         if layout.fusions and fusion in layout.fusions and not has_kernel:
-            raise RecipeError(f"parallelism.fusions = {fusion} needs {needs}, layers in bf16 or FP8, and a GPU, which "
-                              f"this phase lacks here; leave it out")  # fmt: skip
+            raise RecipeError(
+                f"parallelism.fusions = {fusion} needs {needs}, layers in bf16 or FP8, and a GPU, which "
+                f"this phase lacks here; leave it out"
+            )
         wanted = layout.fusions is None or fusion in layout.fusions
         applies = experts or fusion not in ("permute", "router")
         is_on = wanted and has_kernel and applies and not (layout.deterministic and fusion == "cross_entropy")

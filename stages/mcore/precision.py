@@ -62,11 +62,12 @@ def missing_requirement(precision: Precision) -> str | None:
         return None
     generation, question = QUANTIZED[precision]
     if not torch.cuda.is_available():
-        return (f"{requirement} a GPU of the {generation} generation or newer and Transformer Engine, and this machine "
-                f"has no GPU; `atom simulate-precision` shows here what the format does to the loss")  # fmt: skip
+        return (
+            f"{requirement} a GPU of the {generation} generation or newer and Transformer Engine, and this machine "
+            f"has no GPU; `atom simulate-precision` shows here what the format does to the loss"
+        )
     if not has_transformer_engine():
-        return (f"{requirement} Transformer Engine, which cannot be imported here; install "
-                f"transformer-engine[pytorch]")  # fmt: skip
+        return f"{requirement} Transformer Engine, which cannot be imported here; install transformer-engine[pytorch]"
     available, reason = getattr(importlib.import_module("transformer_engine.pytorch"), question)(return_reason=True)
     if not available:
         return f"{requirement} what this machine lacks, says Transformer Engine: {reason.strip(' .')}; choose bf16"

@@ -9,11 +9,12 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.models.base import ModelConfig
 
 
-def frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
+def frequencies(model: ModelConfig) -> tuple[Tensor, float]:
     """(radians by position, [rotary_dim / 2], fp32; the factor of cosines and sines)."""
     dim = model.rotary_dim
     base = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.mcore import megatron_compat
 from stages.mcore.megatron_imports import GPTModel, RouterReplay, RouterReplayAction, TopKRouter
@@ -26,7 +27,7 @@ UNRECORDED = -1
 """In the place of an expert: the router chooses for this token, which has no record."""
 
 
-def collect_losses() -> tuple[torch.Tensor, torch.Tensor]:
+def collect_losses() -> tuple[Tensor, Tensor]:
     """(load-balancing loss, z-loss): this rank's part of the sum over layers, tokens and micro-batches since the last
     call, scalars without their weights."""
     losses = {"balance": torch.zeros(()), "z": torch.zeros(())}
@@ -51,8 +52,8 @@ class Experts:
     """
 
     layers: list[int]
-    share: torch.Tensor
-    entropy: torch.Tensor
+    share: Tensor
+    entropy: Tensor
     dropped: int
 
     @property
@@ -96,7 +97,7 @@ class RouterWatch:
         route, sigmoid = router.routing, router.score_function
         row = self.counts[self.routing.layers.index(router.model_layer)]
 
-        def routing(logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
+        def routing(logits: Tensor, padding_mask: Tensor | None = None) -> Any:
             routed = route(logits, padding_mask=padding_mask)
             if router.training and torch.is_grad_enabled():
                 with torch.no_grad():
@@ -127,13 +128,17 @@ class RouterWatch:
 class Replay(RouterReplay):  # type: ignore[misc]
     """Megatron's, with tokens for which the router chooses."""
 
-    target_topk_idx: torch.Tensor
-    replay_backward_list: list[torch.Tensor]
+    target_topk_idx: Tensor
+    replay_backward_list: list[Tensor]
 
     def get_replay_topk(
-        self, scores: torch.Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None,
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
         default_compute_topk: Any = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         if self.router_replay_action is not None:
             chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
             if self.router_replay_action == RouterReplayAction.REPLAY_FORWARD:
@@ -143,7 +148,7 @@ class Replay(RouterReplay):  # type: ignore[misc]
         return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)  # type: ignore[no-any-return]
 
 
-def _fill(target: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def _fill(target: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(target == UNRECORDED, chosen, target)
 
 
@@ -163,7 +168,7 @@ class RoutingReplay:
         RouterReplay.clear_global_router_replay_instances()  # it would keep those of models that are gone
 
     @contextmanager
-    def forward(self, chunk: int, routes: torch.Tensor | None) -> Iterator[None]:
+    def forward(self, chunk: int, routes: Tensor | None) -> Iterator[None]:
         """Within it a chunk computes with these experts: [tokens, layers with experts, experts of a token], or
         `UNRECORDED`; None: with those that its routers choose. A layer that is computed again in the backward pass
         takes them in the order of the forward passes."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from stages.mcore import gpu
 from stages.mcore.megatron_imports import parallel_state
@@ -23,19 +24,19 @@ class Documents(NamedTuple):
     in all rows side by side, a prefix of several documents with each of them; None if these are all keys in order.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
+    queries: Tensor
+    keys: Tensor
     longest: int
-    gathered: torch.Tensor | None
+    gathered: Tensor | None
 
 
 class Bucket(NamedTuple):
     """Documents of like length as a batch, padded. queries, keys: positions in all rows side by side, [documents,
     longest]; mask: what to add to the scores, [documents or 1, 1, queries, keys], or None if it is plainly causal."""
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    mask: torch.Tensor | None
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None
 
 
 def on_a_gpu(device: torch.device) -> bool:
@@ -47,9 +48,15 @@ class Tables:
     """The tables of one batch of rows, each made when a layer first asks for it."""
 
     def __init__(
-        self, starts: torch.Tensor | None, length: int, context: int, device: torch.device,
-        rope: tuple[torch.Tensor, float], step: int = 1, has_sinks: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        starts: Tensor | None,
+        length: int,
+        context: int,
+        device: torch.device,
+        rope: tuple[Tensor, float],
+        step: int = 1,
+        has_sinks: bool = False,
+    ) -> None:
         """starts: the first position of the document of each position, int64 [batch, complete row], on any device; or
         [3, batch, complete row] with the first position and the end of what the document continues, its prefix in the
         same row; None if each row is one document. length: of this context rank's share of a row. rope: frequencies and
@@ -60,28 +67,28 @@ class Tables:
         self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
         self.local_starts = None if starts is None else starts.cpu()[..., self.positions]
         """[batch, length], on the host."""
-        self.prefixes: torch.Tensor | None = None
+        self.prefixes: Tensor | None = None
         """[2, batch, length], on the host; None if no document continues another."""
         if self.local_starts is not None and self.local_starts.dim() == 3:
             assert context == 1, "context ranks hold parts of rows"
             self.local_starts, self.prefixes = self.local_starts[0], self.local_starts[1:]
         self._slices: dict[int | None, list[tuple[int, int, int]]] = {}
-        self._masks: dict[tuple[int, torch.dtype, int | None], torch.Tensor] = {}
+        self._masks: dict[tuple[int, torch.dtype, int | None], Tensor] = {}
         self._documents: dict[int, Documents] = {}
-        self._buckets: dict[tuple[torch.dtype, int | None], tuple[list[Bucket], torch.Tensor]] = {}
+        self._buckets: dict[tuple[torch.dtype, int | None], tuple[list[Bucket], Tensor]] = {}
 
     @cached_property
-    def _on_device(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _on_device(self) -> tuple[Tensor, Tensor | None]:
         starts = None if self.local_starts is None else gpu.upload(self.local_starts, self.device)
         return gpu.upload(self.positions, self.device), starts
 
     @property
-    def device_starts(self) -> torch.Tensor | None:
+    def device_starts(self) -> Tensor | None:
         """`local_starts` on the device."""
         return self._on_device[1]
 
     @cached_property
-    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines, fp32: [length, dim], or [batch, 1, 1, length, dim] if rows hold several documents, each of
         which counts from 0."""
         positions, starts = self._on_device
@@ -116,7 +123,7 @@ class Tables:
             ]
         return self._slices[window]
 
-    def mask(self, number: int, dtype: torch.dtype, window: int | None = None) -> torch.Tensor | None:
+    def mask(self, number: int, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
         """Returns the numbers to add to the scores of a slice, 0 or minus infinity; None if it is plainly causal.
 
         The shape is [queries, keys] or [batch, 1, queries, keys]. Autograd keeps masks: with it all layers share them.
@@ -169,9 +176,7 @@ class Tables:
         queries, keys = (gpu.upload(x.int(), self.device) for x in (bounds, keys))
         return Documents(queries, keys, longest, gathered)
 
-    def buckets(
-        self, batch: int, dtype: torch.dtype, window: int | None = None
-    ) -> tuple[list[Bucket], torch.Tensor]:  # fmt: skip
+    def buckets(self, batch: int, dtype: torch.dtype, window: int | None = None) -> tuple[list[Bucket], Tensor]:
         """The documents of `batch` rows by length, for kernels that take rows of one length; and the place of each
         position in the queries of all buckets side by side. window: maximum keys that a query sees; None: all."""
         if (dtype, window) not in self._buckets:
@@ -180,7 +185,7 @@ class Tables:
 
     def _make_buckets(
         self, documents: Documents, dtype: torch.dtype, window: int | None
-    ) -> tuple[list[Bucket], torch.Tensor]:  # fmt: skip
+    ) -> tuple[list[Bucket], Tensor]:
         assert documents.gathered is not None, "the documents have prefixes"
         count, total = (x.cpu().long().diff() for x in (documents.queries, documents.keys))
         prefix = total - count
@@ -219,14 +224,14 @@ class RowTables:
     """The tables of the latest rows. A layer finds them by the tensor of starts, of which it may get another view: the
     recomputation of a layer unpacks it anew."""
 
-    def __init__(self, rope: tuple[torch.Tensor, float], context: int, has_sinks: bool = False) -> None:
+    def __init__(self, rope: tuple[Tensor, float], context: int, has_sinks: bool = False) -> None:
         self.rope, self.context, self.has_sinks = rope, context, has_sinks
         self.steps: dict[int, int] = {}
         """{tokens of a row: distance of its neighbors' positions}, where it is not 1: to compute at far positions."""
         self.key: Any = None
         self.tables: Tables | None = None
 
-    def of(self, starts: torch.Tensor | None, length: int, device: torch.device) -> Tables:
+    def of(self, starts: Tensor | None, length: int, device: torch.device) -> Tables:
         """starts: as in `Tables`. length: of this context rank's share of a row. The tables keep `starts`, so its
         memory is not used again while they are the latest."""
         place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
@@ -238,7 +243,7 @@ class RowTables:
         return self.tables
 
 
-def context_positions(length: int) -> torch.Tensor:
+def context_positions(length: int) -> Tensor:
     """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them: of
     2C slices the one with its number, and the one as far from the end."""
     rank = parallel_state.get_context_parallel_rank()

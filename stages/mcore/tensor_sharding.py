@@ -110,9 +110,13 @@ class FullTensors(Mapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self, local: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], tied: bool,
-        by_turns: bool = True, stacked: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        local: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        tied: bool,
+        by_turns: bool = True,
+        stacked: bool = False,
+    ) -> None:
         """local: this rank's tensors by global name. shapes: the full ones. tied: whether the model ties its
         embeddings. by_turns: whether data ranks take turns. stacked: whether one rank gets the equal tensors of all
         experts of a layer, which must be whole."""

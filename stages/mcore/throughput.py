@@ -76,9 +76,17 @@ class Constants:
 
 
 CONSTANTS = Constants(
-    bf16=0.654, fp8=0.680, grouped=0.556, attention=0.568, passes=5.42, link=1.14, launch=16.2e-6, fp4=0.591,
-    host=6.4e-3, sparse_host=8.1e-3,
-)  # fmt: skip
+    bf16=0.654,
+    fp8=0.680,
+    grouped=0.556,
+    attention=0.568,
+    passes=5.42,
+    link=1.14,
+    launch=16.2e-6,
+    fp4=0.591,
+    host=6.4e-3,
+    sparse_host=8.1e-3,
+)
 UNFITTED_ERRORS = (0.11, 0.81)
 """Median and largest relative error of the throughput of published runs that were not fitted."""
 

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from stages.mcore.param_names import INTO_THE_STREAM, MATRICES, VECTORS
 from stages.models.base import ModelConfig
 
 
-def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
+def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
     """The whole initial fp32 tensor of that global name.
 
     Ones for norms (zeros where 1 is added to them), zeros for biases and sinks, otherwise normal with standard
@@ -52,14 +53,14 @@ def _generator(name: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-class Initial(Mapping[str, torch.Tensor]):
+class Initial(Mapping[str, Tensor]):
     """The initial tensors of a model, each drawn on access."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, seed: int) -> None:
         """shapes: by global name."""
         self.shapes, self.model, self.seed = shapes, model, seed
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         return full_tensor(name, self.shapes[name], self.model, self.seed)
 
     def __iter__(self) -> Iterator[str]:

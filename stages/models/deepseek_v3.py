@@ -64,8 +64,10 @@ class DeepseekV3Config(SigmoidMixtureConfig):
 
     def export_obstacle(self) -> str | None:
         if self.norm_eps != LATENT_EPS:
-            return (f"model.norm_eps = {self.norm_eps:g} cannot be exported: DeepseekV3ForCausalLM normalizes latents "
-                    f"with {LATENT_EPS:g}, whatever its config says; use {LATENT_EPS:g}")  # fmt: skip
+            return (
+                f"model.norm_eps = {self.norm_eps:g} cannot be exported: DeepseekV3ForCausalLM normalizes latents "
+                f"with {LATENT_EPS:g}, whatever its config says; use {LATENT_EPS:g}"
+            )
         return None
 
     def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
@@ -168,10 +170,12 @@ class DeepseekV3Config(SigmoidMixtureConfig):
         """Heads keep the shares of their parts; None if the attention cannot be divided into such heads."""
         attention, nope, rope = width(self.heads * self.v_head_dim), self.qk_nope_head_dim, self.qk_rope_head_dim
         choices = [
-            n for n in range(1, self.heads + 1)
-            if attention % n == 0 and attention // n * nope % self.v_head_dim == 0
+            n
+            for n in range(1, self.heads + 1)
+            if attention % n == 0
+            and attention // n * nope % self.v_head_dim == 0
             and attention // n * rope % (2 * self.v_head_dim) == 0
-        ]  # fmt: skip
+        ]
         if not choices:
             return None
         heads = min(choices, key=lambda n: abs(attention / n - self.v_head_dim))

@@ -145,10 +145,16 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         full = AttentionCost(
             self.layers - self.linear_layers, self.heads, self.head_dim, self.head_dim, kv_heads=self.kv_heads
         )
-        return [full, StateCost(
-            self.linear_layers, self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim,
-            kv_heads=self.linear_num_key_heads,
-        )]  # fmt: skip
+        return [
+            full,
+            StateCost(
+                self.linear_layers,
+                self.linear_num_value_heads,
+                self.linear_key_head_dim,
+                self.linear_value_head_dim,
+                kv_heads=self.linear_num_key_heads,
+            ),
+        ]
 
     def full_attention(self) -> list[AttentionCost]:
         return [AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim, kv_heads=self.kv_heads)]
@@ -172,8 +178,8 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         )
 
     def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
-        """A gated attention has gradients of its gates in the backward pass, and a delta net the parts of which it makes
-        the chunks of the forward pass, as simulated ranks have them. The output is not there."""
+        """A gated attention has gradients of its gates in the backward pass, and a delta net has what its chunks of the
+        forward pass are made of, as simulated ranks show. The output is not there."""
         is_narrow = precision != "fp32"
         if not self.is_linear(layer):
             q = self.heads * self.head_dim

@@ -135,8 +135,10 @@ class Shards:
         shard, end = self.shard(segment.source, segment.part), segment.offset + segment.length
         if segment.ordinal >= len(shard) or end > shard.sequence_lengths[segment.ordinal]:
             name = shard_name(self.split, segment.source, segment.part)
-            raise AtomError(f"the data order asks for tokens {segment.offset} to {end} of document {segment.id}, which "
-                            f"shard {name} does not hold; remove both artifacts and run again")  # fmt: skip
+            raise AtomError(
+                f"the data order asks for tokens {segment.offset} to {end} of document {segment.id}, which "
+                f"shard {name} does not hold; remove both artifacts and run again"
+            )
         # copied, because Megatron unmaps the file as soon as the shard is closed
         return np.array(shard.get(segment.ordinal, offset=segment.offset, length=segment.length))
 
@@ -177,9 +179,15 @@ class RankBatch:
 
     @classmethod
     def read(
-        cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False,
-        quantized: bool = False, slots: int = 0,
-    ) -> RankBatch:  # fmt: skip
+        cls,
+        rows: Sequence[Row],
+        shards: Shards,
+        micro_rows: int,
+        ranks: Ranks,
+        packed: bool = False,
+        quantized: bool = False,
+        slots: int = 0,
+    ) -> RankBatch:
         """slots: that each row has at least.
 
         Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
@@ -395,8 +403,10 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
             rows.append(Row((segment,)))
     rows = [row for row in rows if row.targets]
     if not rows:
-        raise RecipeError(f"no held-out document in any source of the mix ({', '.join(sorted(phase.mix))}); "
-                          f"raise the held-out share of the data recipe")  # fmt: skip
+        raise RecipeError(
+            f"no held-out document in any source of the mix ({', '.join(sorted(phase.mix))}); "
+            f"raise the held-out share of the data recipe"
+        )
     return rows
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.core.errors import RecipeError
 from stages.mcore import gpu, lora_layers, precision, routers
@@ -37,7 +38,7 @@ UpdateCheck = Callable[[float, float | None], str | None]
 """(loss, gradient norm or None before it is known) -> the reason to skip the update, or None. May raise."""
 
 
-Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Objective = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
 """(minus the log-probability of each target [rows, width], the batch) -> the sum to minimize, which the engine divides
 by the share's targets, and figures that are summed over the step; for a name `max_…` the maximum is kept."""
 
@@ -118,9 +119,14 @@ class Engine:
                 "tokenizer; raise it"
             )
         self.chunks = build(
-            model, config.padded_vocab_size, self.layout, kind, config.phase.packed, vocab_size,
+            model,
+            config.padded_vocab_size,
+            self.layout,
+            kind,
+            config.phase.packed,
+            vocab_size,
             routing_replay=config.phase.replays_routing,
-        )  # fmt: skip
+        )
         if self.lora:
             if uses_transformer_engine(self.chunks[0].config.params_dtype):
                 raise RecipeError(
@@ -173,7 +179,7 @@ class Engine:
     def initialize(self) -> None:
         """The initial weights, which are the same in every layout and fp32 where the optimizer keeps them."""
 
-        def read(kind: str, piece: Piece) -> torch.Tensor:
+        def read(kind: str, piece: Piece) -> Tensor:
             full = full_tensor(piece.name, self.shapes[piece.name], self.config.model, self.config.seed)
             return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
 
@@ -259,12 +265,12 @@ class Engine:
         model = self.config.model
         return FullTensors(tensors, self.shapes, model.tie_embeddings, by_turns, model.spec().stacks_experts)
 
-    def local_weights(self) -> list[torch.Tensor]:
+    def local_weights(self) -> list[Tensor]:
         """Copies on CPU of this rank's tensors that the model computes with, in the model's order."""
         return [tensor.to("cpu", copy=True) for tensor in self._computed_with()]
 
     @contextmanager
-    def computing_with(self, weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    def computing_with(self, weights: Sequence[Tensor]) -> Iterator[None]:
         """Within it, `figures` and `evaluate` compute with the `local_weights` of another time."""
         present = self.local_weights()
         try:
@@ -273,7 +279,7 @@ class Engine:
         finally:
             self._compute_with(present)
 
-    def _compute_with(self, weights: Sequence[torch.Tensor]) -> None:
+    def _compute_with(self, weights: Sequence[Tensor]) -> None:
         for tensor, value in zip(self._computed_with(), weights, strict=True):
             tensor.copy_(value)
 
@@ -284,7 +290,7 @@ class Engine:
                 chunk.start_param_sync(force_sync=True)
             self._is_stale = False
 
-    def _computed_with(self) -> list[torch.Tensor]:
+    def _computed_with(self) -> list[Tensor]:
         self._gather_weights()
         return [*(tensor.data for _, tensor in named_tensors(self.chunks)), *self.buffers.values()]
 
@@ -298,7 +304,7 @@ class Engine:
         scale = len(rank_batch.micro) * self.ranks.data_ranks / rank_batch.targets
         device = next(self.chunks[0].parameters()).device
 
-        def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        def forward(batches: Any, model: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
             is_plain = batch.targets is None and not batch.extras
             assert is_plain or self.layout.cp == 1, "context ranks hold parts of rows"
@@ -306,12 +312,19 @@ class Engine:
             weights = mask if objective is cross_entropy else None
             targets = None if batch.targets is None else gpu.upload(batch.targets, device)
             with self._routing(batch, model, device):
-                losses = model(ids, positions, batch.segments, labels=labels, padding_mask=padding, loss_mask=weights,
-                               targets=targets)  # fmt: skip
+                losses = model(
+                    ids,
+                    positions,
+                    batch.segments,
+                    labels=labels,
+                    padding_mask=padding,
+                    loss_mask=weights,
+                    targets=targets,
+                )
             extras = {n: gpu.upload(x, device) for n, x in batch.extras.items()}
             device_batch = replace(batch, loss_mask=mask, extras=extras)
 
-            def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            def reduce(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 loss_sum, extras = objective(losses.float(), device_batch)
                 # a clone: the schedule divides in place
                 return loss_sum * scale, {
@@ -345,7 +358,7 @@ class Engine:
                 extras[n] = max(extras.get(n, v), v) if n.startswith("max_") else extras.get(n, 0.0) + v
         return loss, extras
 
-    def _inputs(self, batch: Batch, model: Any) -> Iterator[torch.Tensor]:
+    def _inputs(self, batch: Batch, model: Any) -> Iterator[Tensor]:
         """ids, positions, labels, loss mask and padding for this rank's part of the model. Positions are only for
         Megatron's signature: attention computes its own."""
         gpt = self.chunks[self.ddp.index(model)]
@@ -378,7 +391,7 @@ class Engine:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def state(self) -> Iterator[tuple[Piece, dict[str, torch.Tensor]]]:
+    def state(self) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
         """This rank's optimizer state: of each piece `weight` and, after the first step, its states, flat and fp32.
 
         The pieces of all ranks together cover every tensor; what several ranks hold (norms under tensor parallelism,
@@ -389,11 +402,11 @@ class Engine:
         for piece, buffer in self._buffer_pieces():
             yield piece, {"weight": buffer.flatten()}
 
-    def _buffer_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def _buffer_pieces(self) -> Iterator[tuple[Piece, Tensor]]:
         for name, buffer in ({} if self.lora else self.buffers).items():
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
-    def load_state(self, read: Callable[[str, Piece], torch.Tensor], step: int, moments: bool = True) -> None:
+    def load_state(self, read: Callable[[str, Piece], Tensor], step: int, moments: bool = True) -> None:
         """Loads weights and, if `moments`, the optimizer's states and step count.
 
         Args:
@@ -421,7 +434,7 @@ class Engine:
             chunk.start_param_sync(force_sync=True)
         self.step_done = step if moments else 0
 
-    def load_frozen(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
         """Loads the tensors that an adapter leaves as they are. tensors: full ones by global name."""
         frozen = [(name, tensor) for name, tensor in named_tensors(self.chunks) if not tensor.requires_grad]
         for name, tensor in [*frozen, *self.buffers.items()]:
@@ -435,13 +448,13 @@ class Engine:
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part for part in parts if not part.is_stub_optimizer]
 
-    def _owned_state(self) -> Iterator[tuple[Piece, Any, torch.Tensor, dict[str, torch.Tensor]]]:
+    def _owned_state(self) -> Iterator[tuple[Piece, Any, Tensor, dict[str, Tensor]]]:
         """(piece, its optimizer, the optimizer's flat fp32 weights, its state) of all pieces of this rank."""
         for piece, part, main in self._pieces:
             yield piece, part, main, part.optimizer.state[main]
 
     @cached_property
-    def _pieces(self) -> list[tuple[Piece, Any, torch.Tensor]]:
+    def _pieces(self) -> list[tuple[Piece, Any, Tensor]]:
         pieces = []
         names = {id(p): name for name, p in named_tensors(self.chunks)}
         for part in self._distributed_optimizers():
@@ -452,7 +465,7 @@ class Engine:
         return pieces
 
 
-def cross_entropy(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def cross_entropy(losses: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the loss over targets with loss_mask 1."""
     return (losses * batch.loss_mask).sum(), {}
 

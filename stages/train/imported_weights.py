@@ -146,8 +146,10 @@ def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
         mapped = config.model.spec().from_hf(tensors, config.model)
         release_checkpoint.write_shards(step, release_checkpoint.MODEL, _padded(mapped, shapes))
     except (KeyError, ValueError) as error:
-        raise RecipeError(f"{config.repo} does not have the tensors of the recipe's model ({error}); copy the "
-                          "section model from its recipe") from None  # fmt: skip
+        raise RecipeError(
+            f"{config.repo} does not have the tensors of the recipe's model ({error}); copy the "
+            "section model from its recipe"
+        ) from None
     check_tensors(shapes, release_checkpoint.Tensors(step).shapes(), config.repo)
     state = {"phase": "import", "step": 0, "tokens": 0, "optimizer_step": 0}
     write_json(step / release_checkpoint.STATE, state)

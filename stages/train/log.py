@@ -45,8 +45,10 @@ class Log:
         if self.is_writer:
             steps = [x["step"] for x in self.lines() if "tokens" in x]
             if steps != list(range(first, step + 1)):
-                raise AtomError(f"{self.path} does not hold the steps {first} to {step} one by one; "
-                                f"remove {self.path.parent.parent} to start this stage anew")  # fmt: skip
+                raise AtomError(
+                    f"{self.path} does not hold the steps {first} to {step} one by one; "
+                    f"remove {self.path.parent.parent} to start this stage anew"
+                )
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(x) for x in self.path.read_text().splitlines()]
@@ -121,9 +123,12 @@ class LogReplay:
         lines: compared so far."""
         first, last = (self.steps[0], self.steps[-1]) if self.steps else (None, None)
         return {
-            "first": first, "last": last, "lines": self.compared, "deviating": self.deviating,
+            "first": first,
+            "last": last,
+            "lines": self.compared,
+            "deviating": self.deviating,
             "deviations": self.deviations,
-        }  # fmt: skip
+        }
 
     def sentence(self) -> str:
         """Returns the result of the comparison of at least one step, in words."""

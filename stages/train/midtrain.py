@@ -33,8 +33,14 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 STAGE = Stage(
-    "midtrain", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    "midtrain",
+    VERSION,
+    TrainConfig,
+    run,
+    estimate=estimate,
+    time=training_time,
+    ranks=lambda c: c.phase.parallelism.ranks,
+    trains=True,
     environment=lambda c: variables(c.phase.parallelism),
     simulate=simulate,
-)  # fmt: skip
+)

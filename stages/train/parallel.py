@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.core.errors import AtomError, PeerLost
 from stages.mcore import gpu, gpu_environment, routers
@@ -60,7 +61,7 @@ class Ranks:
         """The device of this rank's tensors."""
         return gpu.device()
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, on the rank's device; the same bits on each of them. The tensor itself
         changes if it is there."""
         if self.world > 1:

@@ -55,8 +55,10 @@ def simulate_updates(
     machine lacks."""
     phase, layout = config.phase, config.phase.parallelism
     if not 0 <= rank < layout.ranks:
-        raise RecipeError(f"rank {rank} is not one of the phase's parallelism.ranks = {layout.ranks}, "
-                          f"which count from 0 to {layout.ranks - 1}")  # fmt: skip
+        raise RecipeError(
+            f"rank {rank} is not one of the phase's parallelism.ranks = {layout.ranks}, "
+            f"which count from 0 to {layout.ranks - 1}"
+        )
     micro_batches = max(phase.micro_batch_counts) // layout.data
     unit = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule takes them in groups
     counts = [min(micro_batches, layout.pp * layout.vpp + extra) for extra in (0, unit)]

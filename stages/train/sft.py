@@ -18,8 +18,14 @@ from stages.train.pretrain import simulate
 
 VERSION = 3
 STAGE = Stage(
-    "sft", VERSION, SftConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    "sft",
+    VERSION,
+    SftConfig,
+    run,
+    estimate=estimate,
+    time=training_time,
+    ranks=lambda c: c.phase.parallelism.ranks,
+    trains=True,
     environment=lambda c: variables(c.phase.parallelism),
     simulate=simulate,
-)  # fmt: skip
+)

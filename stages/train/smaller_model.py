@@ -114,8 +114,14 @@ def run(config: SizeConfig, inputs: Inputs, work: Path, out: Path, report: Repor
 
 
 STAGE = Stage(
-    NAME, VERSION, SizeConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    NAME,
+    VERSION,
+    SizeConfig,
+    run,
+    estimate=estimate,
+    time=training_time,
+    ranks=lambda c: c.phase.parallelism.ranks,
+    trains=True,
     environment=lambda c: variables(c.phase.parallelism),
     simulate=simulate,
-)  # fmt: skip
+)

@@ -261,9 +261,11 @@ class TextTrainer(Trainer):
         if reason and (self.spike_detector.policy is None or self.spike_detector.policy.action == "stop"):
             documents = sorted({segment.id for row in rows for segment in row.segments})
             names = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")
-            raise AtomError(f"{self.name}: {reason} at step {step}, on documents {names}; lower "
-                            f"{self.name}.optimizer.lr, look at these documents, or say in {self.name}.spikes to skip "
-                            f"such steps")  # fmt: skip
+            raise AtomError(
+                f"{self.name}: {reason} at step {step}, on documents {names}; lower "
+                f"{self.name}.optimizer.lr, look at these documents, or say in {self.name}.spikes to skip "
+                f"such steps"
+            )
         return reason
 
     def _handle_spike(self, step: int, rows: list[Row], figures: StepFigures, metrics: dict[str, float]) -> int:
@@ -276,9 +278,11 @@ class TextTrainer(Trainer):
             self.report.metric(step, spike=1.0)
             self.report.note(f"{self.name}: step {step} moved no weight: {figures.refused}")
         if self.spikes > policy.max_spikes:
-            raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.max_spikes = "
-                            f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning "
-                            f"rate or look at the documents that {self.log.path} names")  # fmt: skip
+            raise AtomError(
+                f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.max_spikes = "
+                f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning "
+                f"rate or look at the documents that {self.log.path} names"
+            )
         if policy.action == "skip":
             finite_metrics = {name: finite_or_none(value) for name, value in metrics.items()}
             self.log.write({"step": step, "tokens": self.tokens, **finite_metrics, "skipped": True})
@@ -310,5 +314,7 @@ class TextTrainer(Trainer):
             if dead:
                 names = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:5])
                 suffix = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
-                self.report.note(f"{self.name}: experts starve at step {step}: {names}{suffix} get less than "
-                                 f"{DEAD_SHARE:.0%} of a fair share")  # fmt: skip
+                self.report.note(
+                    f"{self.name}: experts starve at step {step}: {names}{suffix} get less than "
+                    f"{DEAD_SHARE:.0%} of a fair share"
+                )

@@ -48,9 +48,16 @@ class Trainer(ABC):
     """The maximum rewind of `step`, in steps."""
 
     def __init__(
-        self, name: str, config: TrainerConfig, inputs: Inputs, work: Path, report: Report, engine: Engine,
-        lease: int | None, watchdog: Watchdog,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        config: TrainerConfig,
+        inputs: Inputs,
+        work: Path,
+        report: Report,
+        engine: Engine,
+        lease: int | None,
+        watchdog: Watchdog,
+    ) -> None:
         self.name, self.config, self.inputs, self.work, self.report = name, config, inputs, work, report
         self.engine, self.first, self.watchdog = engine, engine.ranks.first, watchdog
         self.checkpoints = Checkpoints(
@@ -197,8 +204,10 @@ class Trainer(ABC):
 
         def check(loss: float, grad_norm: float | None) -> str | None:
             if finite_or_none(loss) is None or (grad_norm is not None and finite_or_none(grad_norm) is None):
-                raise AtomError(f"{self.name}: loss {loss} and gradient norm {grad_norm} at step {step} are no "
-                                f"numbers; lower {self.name}.optimizer.lr")  # fmt: skip
+                raise AtomError(
+                    f"{self.name}: loss {loss} and gradient norm {grad_norm} at step {step} are no "
+                    f"numbers; lower {self.name}.optimizer.lr"
+                )
             return None
 
         return check

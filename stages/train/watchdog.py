@@ -100,8 +100,11 @@ class Watchdog:
         with open(path, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         atomic_files.write(path.with_suffix(".json"), json.dumps(asdict(WAITS.place(self.rank))))
-        print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
+            file=sys.stderr,
+            flush=True,
+        )
         if self.rank == 0:
             hang_time, expected = time.time(), set(range(self.world))
             deadline = time.monotonic() + COLLECT_SECONDS

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, sha256_file
@@ -33,13 +34,13 @@ ROUNDING = 8
 """Units in the last place of the largest weight by which two ways to add a product of low rank may differ."""
 
 
-class _Marked(Mapping[str, torch.Tensor]):
+class _Marked(Mapping[str, Tensor]):
     """Megatron's tensors, each with its own place in their order as every value; they take no memory."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes, self.places = shapes, {name: place for place, name in enumerate(shapes)}
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         return torch.tensor(float(self.places[name]), dtype=torch.float64).expand(self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -52,11 +53,11 @@ class _Marked(Mapping[str, torch.Tensor]):
 class _Rows(_Marked):
     """Megatron's matrices with an adapter, whose first columns are those of its B and the others zero."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], adapter: Mapping[str, torch.Tensor], lora: Lora) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], adapter: Mapping[str, Tensor], lora: Lora) -> None:
         super().__init__(shapes)
         self.adapter, self.lora = adapter, lora
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         if not self.lora.is_target(name):
             return torch.zeros(1).expand(self.shapes[name])
         b = self.adapter[factor(name, B)]
@@ -64,8 +65,8 @@ class _Rows(_Marked):
 
 
 def factors(
-    adapter: Mapping[str, torch.Tensor], lora: Lora, model: ModelConfig, vocab_size: int
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    adapter: Mapping[str, Tensor], lora: Lora, model: ModelConfig, vocab_size: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(transformers' name of a matrix, A, B) of all matrices with an adapter. adapter: Megatron's, by global name."""
     shapes, to_hf = model.shapes(vocab_size), model.spec().to_hf
     names = list(shapes)
@@ -77,13 +78,18 @@ def factors(
 
 
 def write(
-    adapter: Mapping[str, torch.Tensor], lora: Lora, model: ModelConfig, vocab_size: int, base: Path, repo: str,
+    adapter: Mapping[str, Tensor],
+    lora: Lora,
+    model: ModelConfig,
+    vocab_size: int,
+    base: Path,
+    repo: str,
     folder: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Writes the adapter into a folder, beside base.json with the digests of its base's weights. adapter: Megatron's
     tensors by global name. base: the folder of the exported model. repo: its repository on the Hub."""
-    plain: dict[str, torch.Tensor] = {}
-    stacks: dict[str, dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]] = {}
+    plain: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, dict[str, tuple[Tensor, Tensor]]]] = {}
     for name, a, b in factors(adapter, lora, model, vocab_size):
         if match := EXPERT.fullmatch(name):
             stacks.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = a, b
@@ -116,7 +122,7 @@ def digests(model: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(model.glob("model*.safetensors*"))}
 
 
-def combined(base: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def combined(base: Path, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """transformers' tensors of the base with the adapter of a folder in them, in fp32, by PEFT's formulas.
 
     Raises CheckFailed if the adapter is another base's, or does not fit it.
@@ -138,9 +144,9 @@ def combined(base: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
 
 
-def _pairs(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     """{transformers' name of a matrix: its A and B}, from PEFT's tensors."""
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name in tensors:
         if not name.endswith(".lora_A.weight"):
             continue

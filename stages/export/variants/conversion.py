@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from stages.export.variants.registry import VARIANTS, VariantName
 from stages.export.variants.written_settings import quantization_config
@@ -59,7 +60,7 @@ def write_dequantized(name: VariantName, model: Path, folder: Path, target: Path
     release_checkpoint.write_shards(target, release_checkpoint.MODEL, _dequantized(name, model, folder, base))
 
 
-def _dequantized(name: VariantName, model: Path, folder: Path, base: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _dequantized(name: VariantName, model: Path, folder: Path, base: Path | None) -> Iterator[tuple[str, Tensor]]:
     variant = VARIANTS[name]
     if variant.writer == "peft":
         from stages.export.variants import adapter_files
@@ -95,14 +96,14 @@ class Encoding:
 
     matrices: re.Pattern[str]
     largest: float
-    convert: Callable[[torch.Tensor], torch.Tensor]
+    convert: Callable[[Tensor], Tensor]
 
 
-def _fp8(values: torch.Tensor) -> torch.Tensor:
+def _fp8(values: Tensor) -> Tensor:
     return values.to(torch.float8_e4m3fn)
 
 
-def _int8(values: torch.Tensor) -> torch.Tensor:
+def _int8(values: Tensor) -> Tensor:
     return values.round().to(torch.int8)
 
 
@@ -122,7 +123,7 @@ def write_compressed(model: Path, folder: Path, name: str) -> None:
     (folder / "config.json").write_text(f"{text}\n")
 
 
-def dequantize_compressed(model: Path, folder: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def dequantize_compressed(model: Path, folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
     """The fp32 tensors of a folder, under the names of the exported model."""
     tensors = Tensors(folder)
     for tensor in Tensors(model):
@@ -130,7 +131,7 @@ def dequantize_compressed(model: Path, folder: Path, name: str) -> Iterator[tupl
         yield tensor, values * tensors[tensor + SCALE] if tensor + SCALE in tensors.files else values
 
 
-def _quantized(tensors: Mapping[str, torch.Tensor], encoding: Encoding) -> Iterator[tuple[str, torch.Tensor]]:
+def _quantized(tensors: Mapping[str, Tensor], encoding: Encoding) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         if not encoding.matrices.fullmatch(name):
             yield name, tensor

@@ -31,6 +31,7 @@ from gguf import (
     quants,
 )
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.core.errors import AtomError
 from stages.export.variants.registry import SUPER_BLOCK
@@ -105,7 +106,7 @@ def write(model: Path, folder: Path, encoding: str) -> None:
     writer.close()
 
 
-def dequantized(model: Path, folder: Path, encoding: str) -> Iterator[tuple[str, torch.Tensor]]:
+def dequantized(model: Path, folder: Path, encoding: str) -> Iterator[tuple[str, Tensor]]:
     """The fp32 tensors of a file, under the names of the exported model. Raises AtomError if the file lacks one."""
     stored = {tensor.name: tensor for tensor in GGUFReader(folder / file_name(encoding)).tensors}
     for tensor in tensors_of(list(Tensors(model))):
@@ -116,7 +117,7 @@ def dequantized(model: Path, folder: Path, encoding: str) -> Iterator[tuple[str,
         yield from zip(tensor.sources, values if tensor.stacked else (values,), strict=True)
 
 
-def _values(weights: Mapping[str, torch.Tensor], tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _values(weights: Mapping[str, Tensor], tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     values = [weights[name].float().numpy() for name in tensor.sources]
     return np.stack(values) if tensor.stacked else values[0]
 

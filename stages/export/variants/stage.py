@@ -82,9 +82,15 @@ def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Re
     original_answers = read_table(inputs["scores"] / "items.parquet", ["id", "output"]).to_pylist()
     sizes = {name: weight_bytes(of) for name, of in {"variant": folder, "original": original}.items()}
     loss = summary(
-        config.variant, sizes, rows, scores, inputs["scores"].json("scores.json"), answers,
-        {row["id"]: row["output"] for row in original_answers}, measured_by(config.engine.stated().get("engine", "")),
-    )  # fmt: skip
+        config.variant,
+        sizes,
+        rows,
+        scores,
+        inputs["scores"].json("scores.json"),
+        answers,
+        {row["id"]: row["output"] for row in original_answers},
+        measured_by(config.engine.stated().get("engine", "")),
+    )
     write_json(out / LOSS, loss)
     divergence, greedy = loss["divergence"], loss["greedy"]
     report.metric(0, divergence=divergence["value"], largest_divergence=divergence["max"])
@@ -188,6 +194,10 @@ def estimate(config: VariantConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "variant", VERSION, VariantConfig, run,
-    **estimates.of_engine(MODELS) | {"estimate": estimate}, run_shard=run_shard,
-)  # fmt: skip
+    "variant",
+    VERSION,
+    VariantConfig,
+    run,
+    **estimates.of_engine(MODELS) | {"estimate": estimate},
+    run_shard=run_shard,
+)

@@ -36,8 +36,15 @@ FORMS = {
 def quantization_config(encoding: str) -> dict[str, Any]:
     """Returns `quantization_config` of config.json for an encoding."""
     form = FORMS[encoding]
-    eight_bits = {"num_bits": 8, "type": form.type, "symmetric": True, "group_size": None, "actorder": None,
-                  "block_structure": None, "observer_kwargs": {}}  # fmt: skip
+    eight_bits = {
+        "num_bits": 8,
+        "type": form.type,
+        "symmetric": True,
+        "group_size": None,
+        "actorder": None,
+        "block_structure": None,
+        "observer_kwargs": {},
+    }
     group = {
         "targets": ["Linear"],
         "weights": {**eight_bits, "strategy": "channel", "dynamic": False, "observer": "minmax"},
@@ -68,8 +75,18 @@ def adapter_config(
         parameters: Names of the adapted stacked tensors; None without any.
     """
     return {
-        "base_model_name_or_path": repo, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": 0.0, "modules_to_save": None,
-        "peft_type": "LORA", "r": rank, "target_modules": modules, "target_parameters": parameters,
-        "task_type": "CAUSAL_LM", "use_rslora": False,
-    }  # fmt: skip
+        "base_model_name_or_path": repo,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": modules,
+        "target_parameters": parameters,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }

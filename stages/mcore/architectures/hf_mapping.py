@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from stages.models.base import ModelConfig
 
-Tensors = Mapping[str, torch.Tensor]
-Read = Callable[[str], torch.Tensor]
+Tensors = Mapping[str, Tensor]
+Read = Callable[[str], Tensor]
 """Reads a tensor by its name."""
 Same = Callable[[int], Mapping[str, str]]
 """(layer) -> its tensors with one counterpart of the same layout: Megatron's name in the layer, and transformers'."""
 Swiglus = Callable[[int], Sequence[tuple[str, str]]]
 """(layer) -> (Megatron's, transformers') prefixes of its SwiGLUs."""
-Rest = Callable[[Read, int], Iterator[tuple[str, torch.Tensor]]]
+Rest = Callable[[Read, int], Iterator[tuple[str, Tensor]]]
 """(reads a tensor of a layer by its name there, layer) -> the layer's tensors of another layout, by names there: from
 Megatron's to transformers', or back."""
 
@@ -34,7 +35,7 @@ BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 def map_to_hf(
     tensors: Tensors, model: ModelConfig, vocab_size: int, same: Same, swiglus: Swiglus, rest: Rest | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:
     """transformers' tensors, layer by layer; each of Megatron's is read once. Rows of the vocabulary beyond
     `vocab_size` are padding and left out. A `linear_fc1` is gate above up."""
     for ours, theirs in _outside(model).items():
@@ -54,14 +55,14 @@ def map_to_hf(
 
 def map_from_hf(
     tensors: Tensors, model: ModelConfig, same: Same, swiglus: Swiglus, rest: Rest | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:
     """The inverse of `map_to_hf`; the vocabulary has as many rows as transformers'.
 
     Raises KeyError at a tensor that is missing, and at the end ValueError, naming them, if some are left over.
     """
     remaining = set(tensors)
 
-    def take(name: str) -> torch.Tensor:
+    def take(name: str) -> Tensor:
         remaining.discard(name)
         return tensors[name]
 
@@ -85,6 +86,6 @@ def _outside(model: ModelConfig) -> dict[str, str]:
     return {ours: theirs for ours, theirs in OUTSIDE.items() if theirs != "lm_head.weight" or not model.tie_embeddings}
 
 
-def _read(read: Read, at: str, name: str) -> torch.Tensor:
+def _read(read: Read, at: str, name: str) -> Tensor:
     """A tensor of a layer by its name there. at: what the names of the layer begin with in the model."""
     return read(at + name)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
 
 from pipeline.core.errors import RecipeError
 from stages.mcore import layer_spec as layers
@@ -75,9 +76,13 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         rows = 2 * self.key + self.group * (2 * self.value + 2)  # of a key head
         words = {"config": config, "bias": False, "is_expert": False, "tp_group": pg_collection.tp}
         self.in_proj = tensor_parallel.ColumnParallelLinear(
-            config.hidden_size, config.linear_num_key_heads * rows, init_method=config.init_method, gather_output=False,
-            skip_bias_add=False, **words,
-        )  # fmt: skip
+            config.hidden_size,
+            config.linear_num_key_heads * rows,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            **words,
+        )
         channels = self.heads * (2 * self.key + self.group * self.value)
         self.conv1d = torch.nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
         self.dt_bias = torch.nn.Parameter(torch.ones(self.heads * self.group))
@@ -85,13 +90,17 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         self.out_norm = layers.RMSNorm(config, self.value, config.layernorm_epsilon)
         self.out_norm.offset = 0
         self.out_proj = tensor_parallel.RowParallelLinear(
-            config.linear_num_value_heads * self.value, config.hidden_size, init_method=config.output_layer_init_method,
-            input_is_parallel=True, skip_bias_add=True, **words,
-        )  # fmt: skip
+            config.linear_num_value_heads * self.value,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            **words,
+        )
 
     def forward(
-        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None = None, **settings: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden: Tensor, attention_mask: Tensor | None = None, **settings: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden: [sequence, batch, hidden]; attention_mask: `starts` of `row_tables.Tables`. Returns the same shape,
         and no bias."""
         if settings.get("inference_context") is not None or settings.get("packed_seq_params") is not None:
@@ -107,10 +116,10 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
             out = self._attend_with_prefixes(inputs, others, tables.documents(len(mixed)))
         gate = gate.unflatten(-1, (self.group, -1)).flatten(2, 3)  # [batch, sequence, value heads, dim]
         out = (self.out_norm(out) * F.silu(gate.float())).to(hidden.dtype)
-        result: tuple[torch.Tensor, torch.Tensor | None] = self.out_proj(out.flatten(2).transpose(0, 1).contiguous())
+        result: tuple[Tensor, Tensor | None] = self.out_proj(out.flatten(2).transpose(0, 1).contiguous())
         return result
 
-    def _attend(self, inputs: torch.Tensor, others: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+    def _attend(self, inputs: Tensor, others: Tensor, starts: Tensor | None) -> Tensor:
         """inputs: queries, keys and values, others: rates and decays, both [batch, sequence, key heads, ...]. Returns
         [batch, sequence, value heads, dim]."""
         convolved = short_convolution(inputs.flatten(2), self.conv1d.weight, starts).unflatten(2, (self.heads, -1))
@@ -123,7 +132,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         )
         return out
 
-    def _attend_with_prefixes(self, inputs: torch.Tensor, others: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def _attend_with_prefixes(self, inputs: Tensor, others: Tensor, documents: Documents) -> Tensor:
         """Each document runs after a copy of its prefix, all side by side in one row."""
         assert documents.gathered is not None
         ends, first = documents.keys.long(), documents.queries.long()
@@ -135,14 +144,14 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         return out.index_select(0, places).unflatten(0, inputs.shape[:2])
 
 
-def _unit(x: torch.Tensor) -> torch.Tensor:
+def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON)
 
 
 class GatedAttention(SelfAttention):
     """Grouped-query attention whose output is multiplied by a gate, with rotary embedding of a part of each head."""
 
-    def get_query_key_value_tensors(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+    def get_query_key_value_tensors(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         """As its base class, and the gates [sequence, batch, heads, dim]."""
         mixed, _ = self.linear_qkv(hidden)
         mixed = mixed.unflatten(2, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
@@ -158,9 +167,13 @@ class GatedAttention(SelfAttention):
 
 
 def gated_delta_rule(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
-    starts: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    starts: Tensor | None = None,
+) -> Tensor:
     """query, key: [rows, length, heads, dim], of length 1 each; value: [rows, length, heads, dim of a value]; g, beta:
     [rows, length, heads]; starts: the first position of each position's document, [rows, length], or None if a row is
     one document. Returns the outputs in the shape of value, in its type; the arithmetic is fp32."""
@@ -202,14 +215,14 @@ def gated_delta_rule(
     return out.transpose(1, 2).to(kind)
 
 
-def _by_chunks(x: torch.Tensor, chunks: int) -> torch.Tensor:
+def _by_chunks(x: Tensor, chunks: int) -> Tensor:
     """[rows, length, heads, ...] -> fp32 [rows, heads, chunks, CHUNK, ...], padded with zeros, which write nothing."""
     x = x.transpose(1, 2).float()
     padding = (0, 0) * (x.dim() - 3) + (0, chunks * CHUNK - x.shape[2])
     return F.pad(x, padding).unflatten(2, (chunks, CHUNK))
 
 
-def short_convolution(x: torch.Tensor, weight: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+def short_convolution(x: Tensor, weight: Tensor, starts: Tensor | None = None) -> Tensor:
     """Each channel's causal convolution, and SiLU. x: [rows, length, channels]; weight: [channels, 1, width], the last
     of which multiplies the token itself; starts: as above."""
     width = weight.shape[-1]

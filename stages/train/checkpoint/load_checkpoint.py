@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+from torch import Tensor
 
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
@@ -55,11 +55,15 @@ class Origin:
         for field, value in config_identity["model"].items():
             saved_value = saved_config["model"].get(field)
             if saved_value != value:
-                raise AtomError(f"checkpoint {key} is of another model: its model.{field} is {saved_value}, not "
-                                f"{value}; continue from one of this model")  # fmt: skip
+                raise AtomError(
+                    f"checkpoint {key} is of another model: its model.{field} is {saved_value}, not "
+                    f"{value}; continue from one of this model"
+                )
         if state["tokenizer"] != tokenizer:
-            raise AtomError(f"checkpoint {key} was trained on another tokenizer's tokens; continue from one of this "
-                            f"recipe's tokenizer")  # fmt: skip
+            raise AtomError(
+                f"checkpoint {key} was trained on another tokenizer's tokens; continue from one of this "
+                f"recipe's tokenizer"
+            )
         self.step = int(state["step"])
         self._load(engine, moments=True)
         return int(state["tokens"])
@@ -81,11 +85,11 @@ class Origin:
         weights = release_checkpoint.Tensors(folder, progress=self.progress)
         check_tensors(engine.shapes, weights.shapes(), self.artifact.key)
         optimizer_steps = int(release_checkpoint.load_state(folder)["optimizer_step"]) if moments else 0
-        states: Mapping[str, torch.Tensor] = {}
+        states: Mapping[str, Tensor] = {}
         if optimizer_steps:
             states = release_checkpoint.Tensors(folder, release_checkpoint.OPTIMIZER, self.progress)
 
-        def read(kind: str, piece: Piece) -> torch.Tensor:
+        def read(kind: str, piece: Piece) -> Tensor:
             full = weights[piece.name] if kind == "weight" else states[f"{kind}.{piece.name}"]
             return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
 

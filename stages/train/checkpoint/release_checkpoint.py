@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, CheckFailed
@@ -32,7 +33,7 @@ MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
-Read = Callable[[str, str, Shape], torch.Tensor]
+Read = Callable[[str, str, Shape], Tensor]
 """(`weight` or a state, global name, full shape) -> the full fp32 tensor."""
 
 
@@ -183,7 +184,7 @@ def _split(tensors: Iterable[tuple[str, T]], size: Callable[[T], int], most_byte
         yield shard
 
 
-def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Writes `<stem>.safetensors`, or, above SHARD_BYTES, shards in the order of the tensors with an index; nothing if
     there are no tensors. Holds the tensors of one file at a time.
 
@@ -191,7 +192,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Ten
     """
     sizes: dict[str, int] = {}
 
-    def measured() -> Iterator[tuple[str, torch.Tensor]]:
+    def measured() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             sizes[name] = tensor.nbytes
             yield name, tensor
@@ -201,9 +202,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Ten
         write_index(folder, stem, files, {"total_size": sum(sizes.values())})
 
 
-def write_files(
-    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], most_bytes: int
-) -> dict[str, str]:
+def write_files(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> dict[str, str]:
     """Writes tensors in their order to `<stem>.safetensors`, or to shards of at most so many bytes (or one tensor).
     Returns the file of each tensor. Holds the tensors of one file at a time, and hands its hash over to
     `write_manifest`.
@@ -281,7 +280,7 @@ def weights_of(artifact: Artifact, step: int | None = None) -> Tensors:
     return Tensors(artifact / name)
 
 
-class Tensors(Mapping[str, torch.Tensor]):
+class Tensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint's model or optimizer, or of an exported model, each read on access.
 
     A file is open only while it is read: pages that a reader has seen would otherwise count as its memory.
@@ -317,11 +316,11 @@ class Tensors(Mapping[str, torch.Tensor]):
         except SafetensorError as error:
             raise ValueError(f"{path.name}: {error}") from None
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         path = self.files[name]
         try:
             with _open(path) as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from None
         self.progress(tensor.nbytes)
@@ -341,7 +340,7 @@ def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes one safetensors file whose bytes depend only on the tensors. Returns its SHA-256.
 
     Raises MachineError if the write fails.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
@@ -30,7 +31,7 @@ def write(
     folder: Path,
     rank: int,
     pieces: list[Piece],
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Tensor],
     progress: Progress = no_progress,
 ) -> None:
     """Writes and flushes a rank's two files; the JSON comes last and marks the other as complete."""
@@ -67,15 +68,16 @@ class ShardReader:
                 self.locations.setdefault(name, {}).setdefault(key, []).append((file, start, stop))
         self.open: dict[str, Any] = {}
 
-    def read(self, kind: str, piece: Piece) -> torch.Tensor:
+    def read(self, kind: str, piece: Piece) -> Tensor:
         """The flat values of a piece of any layout."""
         if piece.boxes in self.locations[piece.name]:
             return self._local(kind, piece.name, piece.boxes, piece.start, piece.stop)
-        shape = tuple(max(box[d][1] for parts in self.locations[piece.name] for box in parts)
-                      for d in range(len(piece.boxes[0])))  # fmt: skip
+        shape = tuple(
+            max(box[d][1] for parts in self.locations[piece.name] for box in parts) for d in range(len(piece.boxes[0]))
+        )
         return cut(self.full(kind, piece.name, shape), piece.boxes).flatten()[piece.start : piece.stop]
 
-    def full(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def full(self, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
         """The full tensor. Raises AtomError if the ranks' pieces do not cover it."""
         tensor = torch.full(shape, torch.nan)
         covered = 0
@@ -86,11 +88,13 @@ class ShardReader:
             paste(tensor, parts, local.view(rows, *(b - a for a, b in parts[0][1:])))
             covered += size
         if covered != tensor.numel():
-            raise AtomError(f"work checkpoint {self.folder} holds {covered} of {tensor.numel()} values of {name}; "
-                            f"remove it to go on from the one before")  # fmt: skip
+            raise AtomError(
+                f"work checkpoint {self.folder} holds {covered} of {tensor.numel()} values of {name}; "
+                f"remove it to go on from the one before"
+            )
         return tensor
 
-    def _local(self, kind: str, name: str, parts: tuple[Box, ...], start: int, stop: int) -> torch.Tensor:
+    def _local(self, kind: str, name: str, parts: tuple[Box, ...], start: int, stop: int) -> Tensor:
         """A range of the flat local tensor with these boxes, concatenated from the ranks that own parts of it."""
         slices, position = [], start
         for file, first, last in sorted(self.locations[name][parts], key=lambda w: (w[1], w[0])):
@@ -103,8 +107,10 @@ class ShardReader:
             if position >= stop:
                 break
         if position < stop:
-            raise AtomError(f"work checkpoint {self.folder} lacks values {position} to {stop} of {name}; "
-                            f"remove it to go on from the one before")  # fmt: skip
+            raise AtomError(
+                f"work checkpoint {self.folder} lacks values {position} to {stop} of {name}; "
+                f"remove it to go on from the one before"
+            )
         return slices[0] if len(slices) == 1 else torch.cat(slices)
 
     def _file(self, name: str) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import MachineError
@@ -47,7 +48,7 @@ Shape = tuple[int, ...]
 def write(
     path: Path,
     shapes: Mapping[str, tuple[torch.dtype, Shape]],
-    read: Callable[[str], torch.Tensor],
+    read: Callable[[str], Tensor],
     progress: Progress = no_progress,
     durable: bool = False,
 ) -> tuple[int, str]:
@@ -106,7 +107,7 @@ def _header(shapes: Mapping[str, tuple[torch.dtype, Shape]]) -> bytes:
 
 
 def _chunks(
-    shapes: Mapping[str, tuple[torch.dtype, Shape]], read: Callable[[str], torch.Tensor]
+    shapes: Mapping[str, tuple[torch.dtype, Shape]], read: Callable[[str], Tensor]
 ) -> Iterator[memoryview | bytes]:
     """The bytes of the file, at most `CHUNK_BYTES` at a time."""
     yield _header(shapes)

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from pipeline.core import atomic_files, os_errors
 from pipeline.core.errors import AtomError, MachineError
@@ -57,9 +58,15 @@ class Checkpoints:
     """The work checkpoints of one attempt. Methods are collective but for `failed`."""
 
     def __init__(
-        self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None, rewind_steps: int = 0,
+        self,
+        work: Path,
+        keep: int,
+        engine: Engine,
+        report: Report,
+        lease: int | None = None,
+        rewind_steps: int = 0,
         progress: Progress = no_progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """lease: the number of this attempt, if the caller counts them; None: the latest. rewind_steps: the largest
         number of steps that `rewind` goes back from the next step. progress: gets the bytes of files for which
         training waits."""
@@ -79,7 +86,7 @@ class Checkpoints:
         self.release_records: dict[str, FileRecord] = {}
         """Of the release checkpoints' files, which never change. Rank 0 only."""
         self.given_up = threading.Event()
-        self.copies: dict[str, torch.Tensor] = {}
+        self.copies: dict[str, Tensor] = {}
         self.lost_lines: list[dict[str, Any]] = []
         """Lines of the log that earlier attempts wrote after the loaded checkpoint. Rank 0 only."""
 
@@ -107,12 +114,12 @@ class Checkpoints:
         self._start(folder, partial(self._write, folder, step, pieces, copies, dict(state), seal, log))
         return time.monotonic() - started
 
-    def _host_memory(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _host_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Memory for copies of the tensors: one piece for each type, page-locked if they are on a GPU.
 
         PyTorch's own page-locked memory comes in powers of two, up to twice of what is asked for.
         """
-        copies: dict[str, torch.Tensor] = {}
+        copies: dict[str, Tensor] = {}
         for dtype in {t.dtype for t in tensors.values()}:
             group = {name: t for name, t in tensors.items() if t.dtype == dtype}
             flat = torch.empty(sum(t.numel() for t in group.values()), dtype=dtype)
@@ -165,9 +172,15 @@ class Checkpoints:
         self.bytes_done += size
 
     def _write(
-        self, folder: Path, step: int, pieces: list[Piece], copies: dict[str, torch.Tensor], state: dict[str, Any],
-        seal: bool, log: int,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        step: int,
+        pieces: list[Piece],
+        copies: dict[str, Tensor],
+        state: dict[str, Any],
+        seal: bool,
+        log: int,
+    ) -> None:
         started = time.monotonic()
         folder.mkdir(exist_ok=True)
         sharded_state.write(folder, self.ranks.rank, pieces, copies, self._advance)
@@ -315,8 +328,10 @@ class Checkpoints:
                         shutil.rmtree(newer, ignore_errors=True)
             self.ranks.barrier()
             return state
-        raise AtomError(f"no work checkpoint of step {step} or before is left in {self.work} to go back to; set "
-                        "spikes.action to skip")  # fmt: skip
+        raise AtomError(
+            f"no work checkpoint of step {step} or before is left in {self.work} to go back to; set "
+            "spikes.action to skip"
+        )
 
     def _find_damage(self, folder: Path) -> str | None:
         """A description of damage to a checkpoint or its log and release checkpoints; each rank checks its share."""
@@ -419,7 +434,7 @@ def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
     return lines
 
 
-def _unlock(memory: torch.Tensor) -> None:
+def _unlock(memory: Tensor) -> None:
     cuda: Any = torch.cuda.cudart()
     cuda.cudaHostUnregister(memory.data_ptr())
 

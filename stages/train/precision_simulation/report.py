@@ -34,9 +34,13 @@ Runs = Mapping[tuple[str, int], dict[str, Any]]
 
 
 def compose(
-    settings: Settings, ratios: Sequence[tuple[str, float, float]], precisions: Sequence[str], seeds: int, bound: float,
+    settings: Settings,
+    ratios: Sequence[tuple[str, float, float]],
+    precisions: Sequence[str],
+    seeds: int,
+    bound: float,
     runs: Runs,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Returns the report as JSON, without clocks and paths, so that equal runs have equal bytes.
 
     Args:

@@ -52,9 +52,16 @@ Ratio = tuple[str, float, float]
 
 
 def simulate(
-    recipe: Recipe, home: Path, display: Display, precisions: Sequence[str] = (), steps: int = 64, seeds: int = 3,
-    bound: float = 0.0025, layers: int | None = None, out: Path | None = None,
-) -> tuple[dict[str, Any], Path]:  # fmt: skip
+    recipe: Recipe,
+    home: Path,
+    display: Display,
+    precisions: Sequence[str] = (),
+    steps: int = 64,
+    seeds: int = 3,
+    bound: float = 0.0025,
+    layers: int | None = None,
+    out: Path | None = None,
+) -> tuple[dict[str, Any], Path]:
     """Trains the missing runs and writes report.json and report.md. Returns the report and its folder.
 
     home: $ATOM_HOME, the parent of the folder unless `out` names one. Raises AtomError, in one sentence, for an invalid
