@@ -13,12 +13,7 @@ aten = torch.ops.aten
 
 
 def attend_with_sinks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
     """q: [batch, heads, queries, dim]; k, v: [batch, kv_heads, keys, dim]; sinks: [heads] -> as q.
 
@@ -40,13 +35,7 @@ class SinkAttention(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None
     ) -> Tensor:
         out, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
@@ -68,14 +57,7 @@ class SinkAttention(torch.autograd.Function):  # type: ignore[misc]
         return d_q, d_k, d_v, d_sinks.to(sinks.dtype), None, None
 
 
-def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """The same by its definition, with all scores in memory, for devices without such a kernel."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -19,11 +19,7 @@ from stages.models.parallel_layout import Layout
 
 
 def token_losses(
-    hidden: Tensor,
-    head: Tensor,
-    labels: Tensor,
-    vocab_size: int,
-    weights: Tensor | None = None,
+    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor | None = None
 ) -> Tensor:
     """Minus the log-probability of each label, fp32 [batch, sequence].
 
@@ -53,12 +49,7 @@ class _TokenLosses(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        weights: Tensor | None,
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor | None
     ) -> Tensor:
         ctx.vocab_size = vocab_size
         ctx.has_gradients = weights is not None and any(ctx.needs_input_grad)
@@ -162,11 +153,7 @@ class TokenLosses:
         return super().forward(*inputs, **keywords)  # type: ignore[misc]
 
     def _postprocess(
-        self,
-        hidden_states: Tensor,
-        labels: Tensor | None,
-        loss_mask: Tensor | None = None,
-        **inputs: Any,
+        self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None = None, **inputs: Any
     ) -> Any:
         if not self.post_process or labels is None:
             return self._all_losses(hidden_states, labels, loss_mask, inputs)

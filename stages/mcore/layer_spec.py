@@ -295,14 +295,7 @@ def bucketed_attention(
     return torch.cat(out).index_select(0, place).unflatten(0, (batch, length)).transpose(0, 1).contiguous()
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None) -> Tensor:
     """One call of a kernel; arguments and result as those of `attend_with_sinks`. sinks: None without any."""
     if sinks is not None:
         return attend_with_sinks(q, k, v, sinks, mask, scale)

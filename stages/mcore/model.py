@@ -15,13 +15,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from stages.mcore import gpu, megatron_compat
 from stages.mcore.language_model import LanguageModel, mask_padding
 from stages.mcore.layer_spec import uses_transformer_engine
-from stages.mcore.megatron_imports import (
-    GPTModel,
-    MLATransformerConfig,
-    TopKRouter,
-    TransformerConfig,
-    parallel_state,
-)
+from stages.mcore.megatron_imports import GPTModel, MLATransformerConfig, TopKRouter, TransformerConfig, parallel_state
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.precision import keywords
 from stages.mcore.rope import frequencies, megatron_yarn
@@ -32,11 +26,7 @@ from stages.models.parallel_layout import Fusion, Layout
 
 FUSIONS: dict[Fusion, tuple[dict[str, Any], str, str]] = {
     # Megatron's settings; the name in Megatron that is there with the kernel; what that takes
-    "permute": (
-        {"moe_permute_fusion": True},
-        "transformer.moe.moe_utils.fused_permute",
-        "Transformer Engine 2.1",
-    ),
+    "permute": ({"moe_permute_fusion": True}, "transformer.moe.moe_utils.fused_permute", "Transformer Engine 2.1"),
     "router": (
         {"moe_router_fusion": True},
         "transformer.moe.moe_utils.fused_topk_with_score_function",

@@ -51,13 +51,7 @@ class Heads(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any,
-        mixed: Tensor,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        eps: float,
+        ctx: Any, mixed: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     ) -> tuple[Tensor, ...]:
         query, key, value = _split_qkv(mixed)
         weights = _to_fp32(q_weight), _to_fp32(k_weight)
@@ -122,13 +116,7 @@ def _for_heads(cos: Tensor, dim: int) -> Tensor:
 
 
 def _norm_and_rotate_backward(
-    d_out: Tensor,
-    normed: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    d_x: Tensor,
+    d_out: Tensor, normed: Tensor, scale: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, d_x: Tensor
 ) -> Tensor:
     """Fills d_x and returns the gradient of weight."""
     d_out = d_out.view_as(normed)

@@ -243,11 +243,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
     collectives. Norms are one kernel and keep their input, as on a GPU, and tokens are spread evenly over experts."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    with (
-        gpu.deterministic_kernels(layout.deterministic),
-        fake_groups(layout, rank),
-        contextlib.ExitStack() as stack,
-    ):
+    with gpu.deterministic_kernels(layout.deterministic), fake_groups(layout, rank), contextlib.ExitStack() as stack:
         for target, name, replacement in (
             (torch.nn.Module, "bfloat16", _to_bfloat16),
             (layer_spec.Attention, "takes_documents", lambda attention, q: layer_spec.fits_flash_attention(q)),

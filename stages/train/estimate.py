@@ -213,14 +213,7 @@ def silent_bytes(parameters: Mapping[str, int], checkpoint: int) -> int:
 
 def layout_label(layout: Layout) -> str:
     """A layout in shorthand, without sizes of 1: `TP4 PP2 CP8 EP32 DP8`."""
-    sizes = {
-        "TP": layout.tp,
-        "PP": layout.pp,
-        "VP": layout.vpp,
-        "CP": layout.cp,
-        "EP": layout.ep,
-        "DP": layout.data,
-    }
+    sizes = {"TP": layout.tp, "PP": layout.pp, "VP": layout.vpp, "CP": layout.cp, "EP": layout.ep, "DP": layout.data}
     parts = [name + str(size) for name, size in sizes.items() if size > 1]
     if layout.split_experts != layout.tp:
         parts.insert(-1, f"ETP{layout.split_experts}")

@@ -170,9 +170,7 @@ def create_groups(layout: Layout, timeout: float, on_gpu: bool) -> dist.ProcessG
     if on_gpu and layout.ranks > 1:
         objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     parallel_state.initialize_model_parallel(
-        **layout.group_sizes,
-        distributed_timeout_minutes=math.ceil(timeout / 60),
-        create_gloo_process_groups=False,
+        **layout.group_sizes, distributed_timeout_minutes=math.ceil(timeout / 60), create_gloo_process_groups=False
     )
     return objects
 

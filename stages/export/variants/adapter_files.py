@@ -78,13 +78,7 @@ def factors(
 
 
 def write(
-    adapter: Mapping[str, Tensor],
-    lora: Lora,
-    model: ModelConfig,
-    vocab_size: int,
-    base: Path,
-    repo: str,
-    folder: Path,
+    adapter: Mapping[str, Tensor], lora: Lora, model: ModelConfig, vocab_size: int, base: Path, repo: str, folder: Path
 ) -> None:
     """Writes the adapter into a folder, beside base.json with the digests of its base's weights. adapter: Megatron's
     tensors by global name. base: the folder of the exported model. repo: its repository on the Hub."""

@@ -194,10 +194,5 @@ def estimate(config: VariantConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "variant",
-    VERSION,
-    VariantConfig,
-    run,
-    **estimates.of_engine(MODELS) | {"estimate": estimate},
-    run_shard=run_shard,
+    "variant", VERSION, VariantConfig, run, **estimates.of_engine(MODELS) | {"estimate": estimate}, run_shard=run_shard
 )

@@ -63,12 +63,7 @@ def hf_rotary_part(model: PartialRotaryConfig) -> dict[str, Any]:
 
 
 def map_to_hf(
-    tensors: Tensors,
-    model: GroupedQueryConfig,
-    vocab_size: int,
-    same: Same,
-    swiglus: Swiglus,
-    rest: Rest | None = None,
+    tensors: Tensors, model: GroupedQueryConfig, vocab_size: int, same: Same, swiglus: Swiglus, rest: Rest | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """As `stages.mcore.architectures.hf_mapping.map_to_hf`, with the attention: the arguments are of
     the feed-forward part, and `rest` of all tensors of another layout but those of `linear_qkv`.

@@ -28,10 +28,7 @@ LINEAR = {
     "self_attention.out_norm.weight": "linear_attn.norm.weight",
     "self_attention.out_proj.weight": "linear_attn.out_proj.weight",
 }
-SPARSE = {
-    "mlp.router.weight": "mlp.gate.weight",
-    "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
-}
+SPARSE = {"mlp.router.weight": "mlp.gate.weight", "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight"}
 
 
 def megatron(model: Qwen3NextConfig) -> dict[str, Any]:

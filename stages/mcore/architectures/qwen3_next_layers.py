@@ -167,12 +167,7 @@ class GatedAttention(SelfAttention):
 
 
 def gated_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    starts: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, starts: Tensor | None = None
 ) -> Tensor:
     """query, key: [rows, length, heads, dim], of length 1 each; value: [rows, length, heads, dim of a value]; g, beta:
     [rows, length, heads]; starts: the first position of each position's document, [rows, length], or None if a row is

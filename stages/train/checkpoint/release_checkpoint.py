@@ -125,11 +125,7 @@ def read_records(parts: Path, files: Iterable[TensorFile]) -> dict[str, FileReco
 
 
 def join(
-    folder: Path,
-    parts: Path,
-    files: Iterable[TensorFile],
-    records: Mapping[str, FileRecord],
-    state: Mapping[str, Any],
+    folder: Path, parts: Path, files: Iterable[TensorFile], records: Mapping[str, FileRecord], state: Mapping[str, Any]
 ) -> dict[str, FileRecord]:
     """Makes `folder` of links to the parts, indices and state.json, atomically, replacing an earlier one.
 
@@ -236,11 +232,7 @@ def _index(stem: str) -> str:
 
 
 def damage(
-    artifact: Artifact,
-    subfolder: str,
-    moments: bool,
-    share: tuple[int, int] = (0, 1),
-    progress: Progress = no_progress,
+    artifact: Artifact, subfolder: str, moments: bool, share: tuple[int, int] = (0, 1), progress: Progress = no_progress
 ) -> str | None:
     """Hashes the files of a checkpoint that are about to be read: opening an artifact compares only sizes, and its
     digests are those of what was written, not of what the disk has now.

@@ -28,21 +28,13 @@ Location = tuple[str, int, int]
 
 
 def write(
-    folder: Path,
-    rank: int,
-    pieces: list[Piece],
-    tensors: Mapping[str, Tensor],
-    progress: Progress = no_progress,
+    folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, Tensor], progress: Progress = no_progress
 ) -> None:
     """Writes and flushes a rank's two files; the JSON comes last and marks the other as complete."""
     path = folder / f"rank-{rank:05d}.safetensors"
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     size, sha256 = tensor_file.write(path, shapes, tensors.__getitem__, progress, durable=True)
-    receipt = {
-        "size": size,
-        "sha256": sha256,
-        "pieces": {p.name: [p.boxes, p.start, p.stop] for p in pieces},
-    }
+    receipt = {"size": size, "sha256": sha256, "pieces": {p.name: [p.boxes, p.start, p.stop] for p in pieces}}
     atomic_files.write(path.with_suffix(".json"), json.dumps(receipt), durable=True)
 
 
