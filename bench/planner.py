@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import throughput
 from bench.published import MODELS, QWEN3_30B, QWEN3_VOCABULARY, anchors, systems
-from stages.mcore.memory import activation_bytes, memory_share, state_bytes
+from stages.mcore.memory import Activations, memory_share, state_bytes
 from stages.mcore.optimizer import Adam
 from stages.mcore.throughput import StepSetup, step_time
 from stages.models.costs import Rows, training_flops
@@ -68,7 +68,7 @@ def memory() -> None:
     state = state_bytes(part, layout, "bf16", Adam) / gib
     rows = Rows(1, 4096)
     ours, fused = (
-        activation_bytes(QWEN3_30B, QWEN3_VOCABULARY, layout, "bf16", rows, 64, 0, fused=fused) / gib
+        Activations(QWEN3_30B, QWEN3_VOCABULARY, layout, "bf16", rows, 64, 0, fused=fused).peak() / gib
         for fused in (False, True)
     )
     half = state - 2 * part.all / gib

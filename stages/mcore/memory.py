@@ -12,6 +12,9 @@ every byte that a simulated rank allocates.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 from stages.mcore.lora import Lora
 from stages.mcore.optimizer import OptimizerSettings
 from stages.models.base import ModelConfig, Precision
@@ -101,205 +104,209 @@ def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
     return min(chunks, micro_batches * layout.vpp) / layout.vpp
 
 
-def saved_bytes(
-    model: ModelConfig,
-    padded_vocab_size: int,
-    layout: Layout,
-    precision: Precision,
-    rows: Rows,
-    micro_batches: int,
-    pipeline_rank: int,
-    fused: bool = False,
-) -> float:
-    """Bytes that the forward passes in flight keep on a rank at that position of the pipeline. micro_batches: of a
-    step, on one rank. With recompute = layer each layer keeps only its input. The last stage keeps the inputs of the
-    final norm and of the output head, and the fp32 softmax of the logits, or, of a loss by slices, the gradients of the
-    head and of its inputs; an earlier stage keeps its outputs. Packed rows have one table of rotary values for all
-    layers."""
-    saved = _saved_by_layers(model, layout, precision, rows, micro_batches, pipeline_rank, fused)
-    if pipeline_rank < layout.pp - 1:
-        return saved
-    saved_by_loss = _loss(model, padded_vocab_size, layout, precision, rows)[0]
-    return saved + _inputs_of_loss(model, layout, precision, rows) + saved_by_loss
+@dataclass(frozen=True)
+class Activations:
+    """The activations of a rank, in bytes.
 
-
-def activation_bytes(
-    model: ModelConfig,
-    padded_vocab_size: int,
-    layout: Layout,
-    precision: Precision,
-    rows: Rows,
-    micro_batches: int,
-    pipeline_rank: int,
-    fused: bool = False,
-    frozen: bool = False,
-) -> float:
-    """Bytes at the peak of a step on a rank at that position of the pipeline, the largest of three states. frozen: the
-    embedding and the head have no gradients.
-
-    - A layer at work: what all layers keep, and its temporary tensors; if it is computed again, also all that it saves,
-      the gradient of its output, and on the last stage that of a tied head, which waits for that of the embedding. A
-      later stage still has the gradient that it sent last.
-    - The loss, on the last stage: what all layers keep, the inputs of the final norm and of the head, and its tensors.
-    - The end of a backward pass, on the first stage: what the other micro-batches in flight keep, and the gradient of
-      the embedding, of a tied one beside that of the head and their sum.
+    Attributes:
+        model: The model.
+        padded_vocab_size: Rows of the embedding matrix.
+        layout: The ranks.
+        precision: The data type of matrix products.
+        rows: A micro-batch.
+        micro_batches: Micro-batches of a step on one rank.
+        pipeline_rank: The position of the rank in the pipeline.
+        fused: True if kernels are fused, as in `ModelConfig.layer_activations`.
+        frozen: True if the embedding and the head have no gradients.
     """
-    saved = _saved_by_layers(model, layout, precision, rows, micro_batches, pipeline_rank, fused)
-    tokens, size = _tokens(layout, rows), _size(precision)
-    table = size * model.hidden_size * padded_vocab_size / layout.tp
-    is_tied = model.tie_embeddings and layout.pp == 1
-    at_the_end = 0.0
-    if pipeline_rank == 0 and not frozen:
-        others = 1 - 1 / (layout.vpp * in_flight(layout, 0, micro_batches))
-        at_the_end = others * saved + (3 if is_tied else 1) * table
-    working = 0.0
-    for chunk in layers_of(model, layout, pipeline_rank):
-        later = 0.0  # what later layers keep: not there yet, or no longer
-        for layer in reversed(chunk):
-            layer_kept, layer_working = _layer(model, layout, precision, rows, layer, fused)
-            working = max(working, tokens * (layer_working - later))
-            later += layer_kept
-    hidden = tokens * size * model.hidden_size
-    saved += _gathered_ranks(model, layout) * hidden
-    if layout.recompute == "layer":
-        saved += _masks(model, layout, precision, rows, fused)  # of the micro-batch whose layers are computed again
-        working += hidden
-    if layout.vpp > 1:
-        # of each chunk an output on its way and what the next one has sent; later stages also have a gradient
-        saved += (2 + (pipeline_rank > 0)) * layout.vpp * hidden
-    elif pipeline_rank > 0 and micro_batches > in_flight(layout, pipeline_rank, micro_batches):
-        saved += hidden  # the gradient that was sent last, until the next one replaces it
-    if pipeline_rank < layout.pp - 1:
-        return max(saved + working, at_the_end)
-    if layout.recompute == "layer":
-        working += (is_tied and not frozen) * table
-    loss = _loss(model, padded_vocab_size, layout, precision, rows, frozen)[1]
-    return max(saved + max(working, _inputs_of_loss(model, layout, precision, rows) + loss), at_the_end)
 
+    model: ModelConfig
+    padded_vocab_size: int
+    layout: Layout
+    precision: Precision
+    rows: Rows
+    micro_batches: int
+    pipeline_rank: int
+    fused: bool = False
+    frozen: bool = False
 
-def merged_bytes(
-    lora: Lora, model: ModelConfig, layout: Layout, precision: Precision, micro_batches: int, pipeline_rank: int
-) -> float:
-    """Bytes of the sums of matrices and adapters at the peak of a step on a rank at that position of the pipeline, and
-    of the gradient of the largest one. Each micro-batch in flight keeps the sums of all layers; with recompute =
-    layer, only the layer at work has them."""
-    sums = lora.sums(model, layout)
-    layers = [sums[layer] for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
-    by_layer = [sum(sizes) for sizes in layers]
-    if layout.recompute == "layer":
-        kept = max(by_layer)
-    else:
-        kept = in_flight(layout, pipeline_rank, micro_batches) * sum(by_layer)
-    return _size(precision) * (kept + max(size for sizes in layers for size in sizes))
+    @property
+    def size(self) -> int:
+        """Bytes of a value."""
+        return 4 if self.precision == "fp32" else 2
 
+    @property
+    def tokens(self) -> float:
+        """Tokens of a micro-batch on this rank: context and sequence parallelism divide a row."""
+        return self.rows.rows * self.rows.length / (self.layout.cp * self.layout.tp)
 
-def unkept_bytes(
-    lora: Lora,
-    model: ModelConfig,
-    layout: Layout,
-    precision: Precision,
-    rows: Rows,
-    micro_batches: int,
-    pipeline_rank: int,
-) -> float:
-    """Bytes that `activation_bytes` counts and adapters do not keep: the inputs of feed-forward matrices without one,
-    of which no gradient is wanted. The layer at work has them."""
-    if "mlp" in lora.targets or layout.recompute == "layer":
-        return 0.0
-    assert isinstance(model, DecoderConfig), "adapters are of its matrices"
-    layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
-    widths = [model.mlp_inputs(layout, layer) for layer in layers]
-    unkept = in_flight(layout, pipeline_rank, micro_batches) * sum(widths) - max(widths)
-    return _size(precision) * _tokens(layout, rows) * unkept
+    @property
+    def is_last(self) -> bool:
+        """True for the last stage of the pipeline, which has the final norm, the head and the loss."""
+        return self.pipeline_rank == self.layout.pp - 1
 
+    @cached_property
+    def chunks(self) -> list[list[int]]:
+        """The layers of each model chunk of this rank."""
+        return layers_of(self.model, self.layout, self.pipeline_rank)
 
-def _saved_by_layers(
-    model: ModelConfig,
-    layout: Layout,
-    precision: Precision,
-    rows: Rows,
-    micro_batches: int,
-    pipeline_rank: int,
-    fused: bool,
-) -> float:
-    """Bytes that the layers of the forward passes in flight keep, with what an earlier stage has sent on."""
-    tokens, kept = _tokens(layout, rows), 0.0
-    for layer in (layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk):
-        kept += _layer(model, layout, precision, rows, layer, fused)[0]
-    is_sent = layout.vpp > 1 or pipeline_rank < layout.pp - 1
-    sent = is_sent * layout.vpp * _size(precision) * model.hidden_size
-    count = in_flight(layout, pipeline_rank, micro_batches)
-    # cosines and sines, and masks: of all layers, and if rows are one document each, of all these rows
-    tables = tokens * 8 * model.rotary_dim * layout.tp / (1 if rows.packed else rows.rows)
-    tables += _masks(model, layout, precision, rows, fused) if layout.recompute == "none" else 0.0
-    return count * tokens * (kept + sent) + (count if rows.packed else 1) * tables
+    @cached_property
+    def in_flight(self) -> float:
+        """Micro-batches between their forward and their backward pass."""
+        return in_flight(self.layout, self.pipeline_rank, self.micro_batches)
 
+    def saved(self) -> float:
+        """Returns the bytes that the forward passes in flight keep.
 
-def _gathered_ranks(model: ModelConfig, layout: Layout) -> int:
-    """The ranks whose tokens are in a buffer that stays: the inputs of a matrix of all tensor ranks, or those of all
-    experts' ranks if each has the tokens of all."""
-    experts = layout.ep * layout.split_experts if model.routing and layout.dispatcher == "allgather" else 1
-    ranks = max(layout.tp, experts)
-    return ranks if ranks > 1 else 0
+        With recompute = layer each layer keeps only its input. The last stage keeps the inputs of the final norm and of
+        the output head, and the fp32 softmax of the logits, or, of a loss by slices, the gradients of the head and of
+        its inputs; an earlier stage keeps its outputs. Packed rows have one table of rotary values for all layers.
+        """
+        saved = self._saved_by_layers()
+        return saved + self._inputs_of_loss() + self._loss()[0] if self.is_last else saved
 
+    def peak(self) -> float:
+        """Returns the bytes at the peak of a step, the largest of three states.
 
-def _masks(model: ModelConfig, layout: Layout, precision: Precision, rows: Rows, fused: bool) -> float:
-    """Bytes of the masks of a micro-batch on a rank; one for all rows if these are one document each."""
-    windows = model.masked_windows(layout, precision, rows, fused)
-    by_query = sum(sliced_attention(rows, window)[0] for window in windows)
-    return _size(precision) * by_query * rows.length / layout.cp * (rows.rows if rows.packed else 1)
+        - A layer at work: what all layers keep, and its temporary tensors; if it is computed again, also all that it
+          saves, the gradient of its output, and on the last stage that of a tied head, which waits for that of the
+          embedding. A later stage still has the gradient that it sent last.
+        - The loss, on the last stage: what all layers keep, the inputs of the final norm and of the head, and its
+          tensors.
+        - The end of a backward pass, on the first stage: what the other micro-batches in flight keep, and the gradient
+          of the embedding, of a tied one beside that of the head and their sum.
+        """
+        layout, saved = self.layout, self._saved_by_layers()
+        hidden = self.tokens * self.size * self.model.hidden_size
+        table = self.size * self.model.hidden_size * self.padded_vocab_size / layout.tp
+        is_tied = self.model.tie_embeddings and layout.pp == 1
+        recomputes = layout.recompute == "layer"
 
+        at_the_end = 0.0
+        if self.pipeline_rank == 0 and not self.frozen:
+            others = 1 - 1 / (layout.vpp * self.in_flight)
+            at_the_end = others * saved + (3 if is_tied else 1) * table
 
-def _inputs_of_loss(model: ModelConfig, layout: Layout, precision: Precision, rows: Rows) -> float:
-    """Bytes of the inputs of the final norm and of the output head, which has those of the targets only."""
-    tokens, token = _tokens(layout, rows), _size(precision) * model.hidden_size
-    return token * (tokens + (tokens if rows.targets is None else rows.targets))
+        working = 0.0
+        for chunk in self.chunks:
+            # Backward from the last layer: what later layers keep is not there yet, or no longer.
+            later = 0.0
+            for layer in reversed(chunk):
+                layer_kept, layer_working = self._layer(layer)
+                working = max(working, self.tokens * (layer_working - later))
+                later += layer_kept
 
+        saved += self._gathered_ranks() * hidden
+        if recomputes:
+            saved += self._masks()  # of the micro-batch whose layers are computed again
+            working += hidden
+        if layout.vpp > 1:
+            # Of each chunk an output on its way and what the next one has sent; later stages also have a gradient.
+            saved += (3 if self.pipeline_rank > 0 else 2) * layout.vpp * hidden
+        elif self.pipeline_rank > 0 and self.micro_batches > self.in_flight:
+            saved += hidden  # the gradient that was sent last, until the next one replaces it
+        if not self.is_last:
+            return max(saved + working, at_the_end)
 
-def _loss(
-    model: ModelConfig, padded_vocab_size: int, layout: Layout, precision: Precision, rows: Rows, frozen: bool = False
-) -> tuple[float, float]:
-    """Bytes of the loss: (kept for the backward pass, at the peak). frozen: the head has no gradient.
+        if recomputes and is_tied and not self.frozen:
+            working += table
+        return max(saved + max(working, self._inputs_of_loss() + self._loss()[1]), at_the_end)
 
-    All at once: the softmax; with bf16 a gradient of the logits beside it, then a gradient of the head beside that of
-    the logits. By slices: the gradients of the head, in fp32, and of its inputs, which each tensor rank has for all
-    tokens; beside them a slice's logits and softmax, or its gradient and its part of the head's; in the backward pass
-    the scaled gradients. With targets, only these have logits, and an objective of their own, so that the backward pass
-    computes the logits of the slices again.
-    """
-    size, hidden, vocab = _size(precision), model.hidden_size, padded_vocab_size / layout.tp
-    has_targets = rows.targets is not None
-    tokens = rows.rows * rows.length / layout.cp if rows.targets is None else rows.targets
-    inputs, head, converted = size * hidden * tokens, size * hidden * vocab, size if size < SOFTMAX else 0
-    is_sliced = layout.slices_loss(tokens, hidden, padded_vocab_size) or (has_targets and layout.tp > 1)
-    if not is_sliced:
-        softmax, logits = SOFTMAX * vocab * tokens, size * vocab * tokens
-        return softmax, max(softmax + converted * vocab * tokens, logits + (0 if frozen else head))
-    kept = SOFTMAX * hidden * vocab + inputs
-    width = min(tokens, LOSS_SLICE)
-    products = size * vocab * width + (head if converted else 0)
-    working = max((SOFTMAX + converted) * vocab * width, products)
-    if has_targets:
-        return 0, kept + max(working, head)
-    gathered = inputs if layout.tp > 1 else 0
-    return kept, kept + max(gathered + working, head + inputs)
+    def merged(self, lora: Lora) -> float:
+        """Returns the bytes of the sums of matrices and adapters at the peak, and of the gradient of the largest one.
 
+        Each micro-batch in flight keeps the sums of all layers; with recompute = layer, only the layer at work has
+        them.
+        """
+        sums = lora.sums(self.model, self.layout)
+        layers = [sums[layer] for chunk in self.chunks for layer in chunk]
+        by_layer = [sum(sizes) for sizes in layers]
+        kept = max(by_layer) if self.layout.recompute == "layer" else self.in_flight * sum(by_layer)
+        return self.size * (kept + max(size for sizes in layers for size in sizes))
 
-def _layer(
-    model: ModelConfig, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
-) -> tuple[float, float]:
-    """Bytes of a layer for each of the rank's tokens: (kept for the backward pass, at work in it)."""
-    saved = sum(model.layer_activations(layout, precision, rows, layer, fused).values())
-    working = model.layer_working_set(layout, precision, rows, layer)
-    if layout.recompute == "none":
-        return saved, working
-    layer_input = _size(precision) * model.hidden_size
-    return layer_input, saved - layer_input + working
+    def unkept(self, lora: Lora) -> float:
+        """Returns the bytes in `peak` that adapters do not keep.
 
+        They are the inputs of feed-forward matrices without an adapter, of which no gradient is wanted. The layer at
+        work has them.
+        """
+        if "mlp" in lora.targets or self.layout.recompute == "layer":
+            return 0.0
+        assert isinstance(self.model, DecoderConfig), "adapters are of its matrices"
+        widths = [self.model.mlp_inputs(self.layout, layer) for chunk in self.chunks for layer in chunk]
+        return self.size * self.tokens * (self.in_flight * sum(widths) - max(widths))
 
-def _size(precision: Precision) -> int:
-    return 4 if precision == "fp32" else 2
+    def _saved_by_layers(self) -> float:
+        """Returns the bytes that layers in flight keep, with what an earlier stage has sent on."""
+        kept, rows, layout = 0.0, self.rows, self.layout
+        for chunk in self.chunks:
+            for layer in chunk:
+                kept += self._layer(layer)[0]
+        if layout.vpp > 1 or not self.is_last:
+            kept += layout.vpp * self.size * self.model.hidden_size
+        # Cosines and sines, and masks: of all layers, and if rows are one document each, of all these rows.
+        tables = self.tokens * 8 * self.model.rotary_dim * layout.tp / (1 if rows.packed else rows.rows)
+        tables += self._masks() if layout.recompute == "none" else 0.0
+        return self.in_flight * self.tokens * kept + (self.in_flight if rows.packed else 1) * tables
 
+    def _gathered_ranks(self) -> int:
+        """Returns the number of ranks whose tokens are in a buffer that stays.
 
-def _tokens(layout: Layout, rows: Rows) -> float:
-    return rows.rows * rows.length / (layout.cp * layout.tp)
+        It holds the inputs of a matrix of all tensor ranks, or those of all experts' ranks if each has all tokens.
+        """
+        layout, experts = self.layout, 1
+        if self.model.routing and layout.dispatcher == "allgather":
+            experts = layout.ep * layout.split_experts
+        ranks = max(layout.tp, experts)
+        return ranks if ranks > 1 else 0
+
+    def _masks(self) -> float:
+        """Returns the bytes of the masks of a micro-batch; one for all rows if these are one document each."""
+        rows = self.rows
+        windows = self.model.masked_windows(self.layout, self.precision, rows, self.fused)
+        by_query = sum(sliced_attention(rows, window)[0] for window in windows)
+        return self.size * by_query * rows.length / self.layout.cp * (rows.rows if rows.packed else 1)
+
+    def _inputs_of_loss(self) -> float:
+        """Returns the bytes of the inputs of the final norm and of the output head, which has only the targets'."""
+        head = self.tokens if self.rows.targets is None else self.rows.targets
+        return self.size * self.model.hidden_size * (self.tokens + head)
+
+    def _loss(self) -> tuple[float, float]:
+        """Returns the bytes of the loss: (kept for the backward pass, at the peak).
+
+        All at once: the softmax; with bf16 a gradient of the logits beside it, then a gradient of the head beside that
+        of the logits. By slices: the gradients of the head, in fp32, and of its inputs, which each tensor rank has for
+        all tokens; beside them a slice's logits and softmax, or its gradient and its part of the head's; in the
+        backward pass the scaled gradients. With targets, only these have logits, and an objective of their own, so that
+        the backward pass computes the logits of the slices again.
+        """
+        layout, rows, size, hidden = self.layout, self.rows, self.size, self.model.hidden_size
+        vocab = self.padded_vocab_size / layout.tp
+        tokens = rows.rows * rows.length / layout.cp if rows.targets is None else rows.targets
+        inputs, head = size * hidden * tokens, size * hidden * vocab
+        converted = size if size < SOFTMAX else 0  # of a logit in the model's type beside the one in fp32
+
+        is_sliced = layout.slices_loss(tokens, hidden, self.padded_vocab_size)
+        if not is_sliced and (rows.targets is None or layout.tp == 1):
+            softmax, logits = SOFTMAX * vocab * tokens, size * vocab * tokens
+            return softmax, max(softmax + converted * vocab * tokens, logits + (0 if self.frozen else head))
+
+        kept = SOFTMAX * hidden * vocab + inputs
+        width = min(tokens, LOSS_SLICE)
+        products = size * vocab * width + (head if converted else 0)
+        working = max((SOFTMAX + converted) * vocab * width, products)
+        if rows.targets is not None:
+            return 0, kept + max(working, head)
+        gathered = inputs if layout.tp > 1 else 0
+        return kept, kept + max(gathered + working, head + inputs)
+
+    def _layer(self, layer: int) -> tuple[float, float]:
+        """Returns the bytes of a layer for each token: (kept for the backward pass, at work in it)."""
+        model, layout, precision = self.model, self.layout, self.precision
+        saved = sum(model.layer_activations(layout, precision, self.rows, layer, self.fused).values())
+        working = model.layer_working_set(layout, precision, self.rows, layer)
+        if layout.recompute == "none":
+            return saved, working
+        layer_input = self.size * model.hidden_size
+        return layer_input, saved - layer_input + working

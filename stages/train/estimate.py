@@ -11,14 +11,12 @@ from stages.data.order_config import ROW_BYTES
 from stages.mcore.memory import (
     GRADIENT,
     MASTER,
-    activation_bytes,
+    Activations,
     layers_of,
     memory_share,
-    merged_bytes,
     owned_bytes,
     sharing,
     state_bytes,
-    unkept_bytes,
 )
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
@@ -125,9 +123,9 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     phase, model, layout, vocabulary = config.phase, config.model, config.phase.parallelism, config.padded_vocab_size
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
-    activations = activation_bytes(
-        model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=phase.adapter is not None
-    )
+    frozen = phase.adapter is not None
+    on_rank = Activations(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=frozen)
+    activations = on_rank.peak()
     state = state_bytes(share, layout, phase.precision, phase.optimizer)
     # before the update gradients are scaled, each with a copy; a table's is large
     if share.table and not phase.adapter:
@@ -138,8 +136,8 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
         state = (4 if phase.precision == "fp32" else 2) * share.all
         state += state_bytes(adapters, layout, phase.precision, phase.optimizer)
         share += adapters
-        activations += merged_bytes(phase.adapter, model, layout, phase.precision, micro_batches, pipeline_rank)
-        activations -= unkept_bytes(phase.adapter, model, layout, phase.precision, rows, micro_batches, pipeline_rank)
+        activations += on_rank.merged(phase.adapter)
+        activations -= on_rank.unkept(phase.adapter)
     return share, state, activations
 
 

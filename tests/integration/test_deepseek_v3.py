@@ -25,7 +25,7 @@ from stages.mcore.architectures import deepseek_v3
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.fake_quantization import attach
 from stages.mcore.layout_check import problem
-from stages.mcore.memory import memory_share, saved_bytes
+from stages.mcore.memory import Activations, memory_share
 from stages.mcore.model import build, named_buffers, named_tensors
 from stages.mcore.quantize import RECIPES
 from stages.mcore.weight_init import Initial
@@ -226,7 +226,7 @@ def test_activations_are_what_autograd_saves(change: dict[str, Any], monkeypatch
                 padding_mask=torch.zeros_like(ids, dtype=torch.bool))  # fmt: skip
     measured, tokens = sum(size for size, _ in saved.values()), rows.rows * rows.length
     saved.clear()
-    predicted = saved_bytes(model, VOCAB, Layout(), "fp32", rows, 1, 0)
+    predicted = Activations(model, VOCAB, Layout(), "fp32", rows, 1, 0).saved()
     assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
 
 
