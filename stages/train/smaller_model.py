@@ -9,21 +9,20 @@ anybody can train it again from the published order on a machine that the model 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from pipeline.core.bounds import Settings, Words
-from pipeline.core.stage import Config, Inputs, Report, Stage, added, operational
-from stages.mcore.gpu_environment import variables
+from pipeline.core.stage import Config, Inputs, Report, added, operational
 from stages.mcore.optimizer import Optimizer
 from stages.models.base import ModelConfig
 from stages.models.parallel_layout import Layout
 from stages.models.registry import parse
+from stages.train import pretrain
 from stages.train.config import PhaseConfig, TrainConfig
-from stages.train.estimate import estimate, training_time
-from stages.train.pretrain import simulate
 
 NAME = "size"
 """The stage, and the first part of the names of its nodes: size-1, size-2, …"""
@@ -102,7 +101,7 @@ class SizeConfig(TrainConfig):
     )
 
 
-def run(config: SizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training, whose order it reads.
 
     Raises what stages.train.trainer.train raises.
@@ -110,18 +109,8 @@ def run(config: SizeConfig, inputs: Inputs, work: Path, out: Path, report: Repor
     from stages.train.text_trainer import TextTrainer
     from stages.train.trainer import train
 
+    assert isinstance(config, SizeConfig), "the stage's class of configs"
     train(TextTrainer, config.name, config, inputs, work, out, report)
 
 
-STAGE = Stage(
-    NAME,
-    VERSION,
-    SizeConfig,
-    run,
-    estimate=estimate,
-    time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks,
-    trains=True,
-    environment=lambda c: variables(c.phase.parallelism),
-    simulate=simulate,
-)
+STAGE = replace(pretrain.STAGE, name=NAME, version=VERSION, config=SizeConfig, run=run)
