@@ -50,6 +50,7 @@ def compare_files(folder: Path, tensors: Mapping[str, Tensor], model: ModelConfi
         if isinstance(error, CheckFailed):
             raise
         raise CheckFailed(f"export parity: {folder} cannot be mapped back to Megatron: {error}") from None
+    # A tensor that no file holds would pass the loop above.
     if remaining:
         raise CheckFailed(f"export parity: tensor {min(remaining)} is not in {folder}; the export is refused")
     return len(tensors)
@@ -58,6 +59,7 @@ def compare_files(folder: Path, tensors: Mapping[str, Tensor], model: ModelConfi
 def parity_rows(vocab_size: int, longest: int) -> list[list[int]]:
     """Rows of random token ids: one of so many, and some shorter ones."""
     lengths = parity_lengths(longest)
+    # The same rows in every export, so that its tolerance can be compared.
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
@@ -106,6 +108,7 @@ def megatron_logits(
         gpt.eval()
         gpt.config.rows.steps = dict(steps or {})
         fill(gpt.embedding, "embedding")
+        # The model itself computes embeddings and masks, up to its first layer, whose arguments are all that is kept.
         hook = gpt.decoder.layers[0].register_forward_pre_hook(_stop, with_kwargs=True)
         calls = []
         for row in rows:
@@ -118,6 +121,7 @@ def megatron_logits(
             fill(layer, f"decoder.layers.{layer.model_layer}")
             for call in calls:
                 call["hidden_states"] = layer(**call)[0]
+            # One layer in memory at a time.
             layer.to("meta")
         fill(gpt.decoder.final_layernorm, "decoder.final_layernorm")
         table = None

@@ -243,6 +243,7 @@ def memory(config: ExportConfig) -> int:
     parameters = model.parameters(config.padded_vocab_size)
     total, table = 4 * parameters["total"], 4 * parameters["embedding"]
     layer = max(4 * model.layer_memory(layout, n).all for n in range(model.layers))
+    # One row at a time passes through a layer.
     rows = Rows(1, config.longest_row)
     kept = max(sum(model.layer_activations(layout, "fp32", rows, n).values()) for n in range(model.layers))
     hidden = 4 * model.hidden_size * 2 * config.longest_row  # all rows are together less than twice the longest

@@ -75,6 +75,7 @@ class ByLayer:
         for name, path in self.parts[at].items():
             if path not in opened:
                 opened[path] = safe_open(path, framework="pt")
+            # A slice is read when transformers asks for it, in its type.
             state[name] = opened[path].get_slice(name)
         settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self.conversions)
         loading, _ = self.model._load_pretrained_model(self.model, state, None, settings)
@@ -128,6 +129,8 @@ def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[in
         calls[-1].append(keywords)
         return hidden
 
+    # The model's own code makes masks and rotary tables: record what it calls its layers with, then call them one by
+    # one.
     for layer in base.layers:
         layer.forward = record
     for row, step in zip(rows, steps or [1] * len(rows), strict=True):

@@ -34,6 +34,7 @@ class FusedAdam(torch.optim.Optimizer):  # type: ignore[misc]
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, closure: Any = None, **_: Any) -> None:
         for group in self.param_groups:
+            # One count for the group, so that a resumed step has the same bias correction on every layout.
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -66,8 +67,10 @@ def install() -> None:
 
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+        # Megatron would otherwise build torch.optim's class, with other arguments.
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = True
+    # Only in place of Megatron's fallback, not of the kernels of Transformer Engine and Apex.
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = total_norm
 

@@ -43,6 +43,7 @@ def sharing(places: Sequence[tuple[str, str]]) -> str | None:
     """
     first: dict[tuple[str, str], int] = {}
     for rank, place in enumerate(places):
+        # Two processes on one GPU: MIG and wrong task counts lead here.
         if (other := first.setdefault(place, rank)) != rank:
             node = [p for p in places if p[0] == place[0]]
             return (
@@ -60,6 +61,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     """
     deterministic: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
     before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    # An operation without a deterministic kernel raises, rather than give other bits.
     torch.use_deterministic_algorithms(wanted)
     deterministic.fill_uninitialized_memory = False
     try:

@@ -65,6 +65,7 @@ class _TokenLosses(torch.autograd.Function):  # type: ignore[misc]
         head, *saved = ctx.saved_tensors
         if ctx.has_gradients:
             of_hidden, of_head, weights = saved
+            # The backward pass is a multiple of the weighted sum, whose factor this recovers.
             scale = gradient.dot(weights) / weights.dot(weights).clamp_min(torch.finfo(torch.float32).tiny)
             of_hidden = of_hidden * scale.to(of_hidden.dtype)
             of_head = torch.mul(of_head, scale, out=torch.empty_like(head))
@@ -93,6 +94,7 @@ def _losses_and_gradients(
     for part in _parts(len(labels)):
         losses[part], of_logits, at_labels, is_here = _slice(hidden[part], head, labels[part], vocab_size)
         of_logits *= weights[part, None]  # they were the probabilities
+        # d loss / d logits = softmax - one at the label, by the weight of the token.
         of_logits[at_labels] -= weights[part] * is_here
         of_logits = of_logits.to(hidden.dtype)  # no other name: the fp32 ones are gone before the products
         torch.mm(of_logits, head, out=of_hidden[part])
@@ -113,8 +115,11 @@ def _slice(
     logits = hidden @ head.t()
     mask_padding(logits, vocab_size)
     logits = logits.float()
+    # Cross-entropy over a split vocabulary (Shoeybi et al., 2019, arXiv:1909.08053, section 3): maximum, sum of
+    # exponentials and the label's logit are reduced, instead of gathering the logits.
     highest = logits.amax(-1)
     if group.size() > 1:
+        # Without the common maximum, the exponentials of the ranks would have different scales.
         dist.all_reduce(highest, dist.ReduceOp.MAX, group)
     logits -= highest[:, None]
     ids = labels - rank * len(head)
@@ -122,6 +127,7 @@ def _slice(
     at_labels = torch.arange(len(ids), device=ids.device), ids.where(is_here, 0)
     chosen = logits[at_labels].where(is_here, 0.0)
     exponentials = logits.exp_()
+    # Both in one collective, as latency is all that it costs.
     sums = torch.stack([chosen, exponentials.sum(-1)])
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
@@ -162,8 +168,11 @@ class TokenLosses:
             labels.numel() if targets is None else targets.shape[1], self.config.hidden_size, self.vocab_size
         )
         if self.layout.tp > 1 and (is_sliced or targets is not None):
+            # Collective among the tensor ranks: each has a part of the vocabulary and needs all tokens. The backward
+            # pass scatters the sum of their gradients.
             hidden_states, is_sliced = tensor_parallel.gather_from_sequence_parallel_region(hidden_states), True
         if targets is not None:
+            # One row of documents: only its targets pass through the head.
             hidden_states = hidden_states[:, 0].index_select(0, targets[0])[:, None]
             labels = labels.flatten().index_select(0, targets[1])[None]
             loss_mask = None if loss_mask is None else loss_mask.flatten().index_select(0, targets[1])[None]
@@ -177,6 +186,7 @@ class TokenLosses:
             losses = self._all_losses(hidden_states, labels, loss_mask, inputs)
         if targets is None:
             return losses
+        # Megatron's schedule expects the shape of the labels.
         return losses.new_zeros(grid.numel()).index_copy(0, targets[1], losses.flatten()).view(grid.shape)
 
     def _all_losses(self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, inputs: Any) -> Any:

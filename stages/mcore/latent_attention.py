@@ -50,6 +50,7 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         heads, c = config.num_attention_heads, config
         keys = c.qk_head_dim + c.qk_pos_emb_head_dim
         norm: Any = layers.RMSNorm
+        # Megatron cuts these matrices unless Transformer Engine is there.
         down: Any = partial(WholeLinear, tp_group=groups.tp)
         up: Any = tensor_parallel.ColumnParallelLinear
         out: Any = tensor_parallel.RowParallelLinear
@@ -129,6 +130,8 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
             q, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden)[0]))
         latent, _ = self.linear_kv_down_proj(hidden)
         latent, shared = latent.split([c.kv_lora_rank, c.qk_pos_emb_head_dim], -1)
+        # The heads of a rank need the shared part of the keys of all tokens; the up-projection gathers the rest by
+        # itself.
         if c.sequence_parallel:
             shared = tensor_parallel.gather_from_sequence_parallel_region(shared, group=self.tp_group)
         kv, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
@@ -177,6 +180,7 @@ class WholeLinear(torch.nn.Module):  # type: ignore[misc]
         self.tp_group = tp_group
         self._forward_impl = F.linear
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        # Each tensor rank sees its share of the tokens only, so Megatron sums the gradients.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:

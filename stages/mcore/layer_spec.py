@@ -67,17 +67,20 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
                 num_experts=experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
             )
             attention = spec.submodules.self_attention.submodules
+            # Megatron's local norm refuses sequence parallelism.
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
         if packed or is_partial or not engine:
             spec.submodules.self_attention.module = SelfAttention
+            # Its kernel for rows of several documents takes neither parts of rows nor sinks.
             has_kernel = engine and config.context_parallel_size == 1 and config.softmax_type == "vanilla"
             spec.submodules.self_attention.submodules.core_attention = EngineAttention if has_kernel else Attention
         return spec
 
     first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
     frequencies = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    # The layers of this virtual stage only: a rank builds no others.
     kinds = frequencies[first : first + get_num_layers_to_build(config, vp_stage=virtual_stage)]
     specs = {kind: layer(config.num_moe_experts if kind else None) for kind in set(kinds)}
     norm: Any = RMSNorm
@@ -95,6 +98,7 @@ class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
+        # Each tensor rank normalizes its share of the tokens, so the gradient is a sum over them.
         self.weight.sequence_parallel = config.sequence_parallel
         self.offset = 1 if config.layernorm_zero_centered_gamma else None
 
@@ -125,6 +129,7 @@ class Norm(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
+        # In PyTorch's order of operations: another one would change the bits of every later step.
         product = gradient * (x * scale)
         d_weight = product.sum(tuple(range(x.dim() - 1)))
         d_normed = gradient * weight
@@ -165,6 +170,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
         """
         tables = self.config.rows.of(starts, q.shape[0], q.device)
         if self.config.context_parallel_size > 1:
+            # Queries stay where they are; each rank needs the keys and values of the whole row.
             k, v = GatherSlices.apply(k), GatherSlices.apply(v)
         has_sinks = self.softmax_offset is not None
         if tables.prefixes is not None and (has_sinks or not Attention.takes_documents(self, q)):
@@ -283,6 +289,7 @@ def bucketed_attention(
     `Attention.forward`."""
     length, batch = q.shape[:2]
     q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [tokens of all rows, heads, dim]
+    # Documents of one bucket have lengths within a factor of two, which bounds the padding.
     buckets, place = tables.buckets(batch, q.dtype, window)
     out = []
     for bucket in buckets:
@@ -299,6 +306,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
     """One call of a kernel; arguments and result as those of `attend_with_sinks`. sinks: None without any."""
     if sinks is not None:
         return attend_with_sinks(q, k, v, sinks, mask, scale)
+    # Copies of the keys for each query head are cheaper than the scores that PyTorch would store.
     if not (shares := shares_keys(q, mask)):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(
@@ -326,14 +334,19 @@ class GatherSlices(torch.autograd.Function):  # type: ignore[misc]
         group = parallel_state.get_context_parallel_group()
         size = dist.get_world_size(group)
         gathered = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(size)]
+        # Collective among the context ranks. Megatron exchanges parts in a ring by Transformer Engine, which is not
+        # always there.
         dist.all_gather(gathered, local.contiguous(), group=group)
+        # Each rank has a slice from the front and one as far from the end: back into the order of the row.
         halves = [p.chunk(2) for p in gathered]
         return torch.cat([low for low, _ in halves] + [high for _, high in reversed(halves)])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         group = parallel_state.get_context_parallel_group()
+        # Autograd may use the tensor elsewhere, and the sum is in place.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
+        # Every rank has gradients for all keys: their sum, of which each keeps its own slices.
         dist.all_reduce(gradient, group=group)
         slices = gradient.chunk(2 * dist.get_world_size(group))
         rank = dist.get_rank(group)

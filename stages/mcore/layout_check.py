@@ -31,6 +31,7 @@ def problem(
             return (
                 f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {_divisors(value, size)}"
             )
+    # Every chunk has equally many layers; Megatron's uneven stages are not supported here.
     chunks = layout.pp * layout.vpp
     if model.layers % chunks:
         return (
@@ -46,6 +47,7 @@ def problem(
                 f"parallelism.ranks = {layout.ranks} is not a multiple of {fields} = {size}; "
                 f"nearest: {multiples_around(layout.ranks, size)}"
             )
+    # The most dangerous of Megatron's silent faults: the loss falls all the same.
     if layout.ep == 1 and layout.split_experts != layout.tp:
         return (
             f"parallelism.etp = {layout.split_experts} with tp = {layout.tp} and ep = 1 would "
@@ -59,6 +61,7 @@ def problem(
             "parallelism.overlap_weights = true needs the buckets of overlap_gradients, which is false; "
             "leave one of them out"
         )
+    # Of each batch of a ramp.
     for count in micro_batches:
         if count % layout.data:
             return (

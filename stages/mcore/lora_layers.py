@@ -23,6 +23,7 @@ class Adapted(torch.nn.Module):  # type: ignore[misc]
         self.lora_A = torch.nn.Parameter(weight.new_zeros(rank, weight.shape[1]))
         self.lora_B = torch.nn.Parameter(weight.new_zeros(weight.shape[0], rank))
         if hasattr(weight, "allreduce"):  # Megatron's mark of tensors that belong to no expert rank alone
+            # Without it, DDP would average an expert's factors over ranks that hold other experts.
             self.lora_A.allreduce = self.lora_B.allreduce = weight.allreduce
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -36,6 +37,7 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
 
     names = {id(parameter): name for name, parameter in named_tensors(chunks)}
     for chunk in chunks:
+        # Before the adapters are there, which alone shall require gradients.
         chunk.requires_grad_(False)
         config: Any = chunk.config
         config.moe_router_bias_update_rate = 0.0  # Megatron moves the biases of routers without a gradient

@@ -61,6 +61,7 @@ def _count_without_padding() -> None:
 
     def apply_expert_bias(self: Any, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         if padding_mask is not None:
+            # [tokens, 1] against [tokens, experts].
             routing_map = routing_map & ~padding_mask.unsqueeze(-1)
         count(self, routing_map)
 
@@ -89,6 +90,7 @@ def _balance_dispatched_experts() -> None:
             routing_map, scores = scores_for_loss(logits, topk, score_function, *args, **kwargs)
             return routing_map, scores
         routing_map = logits.__dict__.pop("routing_map")
+        # sigmoid(x) / sum of sigmoids, computed in logarithms, so that tiny scores keep their ratios.
         scores = torch.softmax(torch.nn.functional.logsigmoid(logits.float()), dim=-1)
         if (padding_mask := kwargs.get("padding_mask")) is not None:
             is_token = ~padding_mask.unsqueeze(-1)

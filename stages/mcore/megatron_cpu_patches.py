@@ -160,6 +160,7 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(output: Tensor, input: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
         places = {(x.untyped_storage()._cdata, x.storage_offset(), x.numel()) for x in (output, input)}
+        # In place: the result is there already.
         if dist.get_world_size(group) == 1 and len(places) == 1:
             return None
         return collective(output, input, *args, group=group, **kwargs)
@@ -194,6 +195,7 @@ def of_unequal_sizes(all_gather: Callable[..., Any], reduce_scatter: Callable[..
         sizes = [part.shape[0] for part in parts]
         if len(set(sizes)) == 1:
             return all_gather(parts, tensor, group=group, **kwargs)
+        # gloo gathers equal sizes only: padded to the largest, and cut again.
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: tensor.shape[0]] = tensor
         gathered = [torch.empty_like(padded) for _ in parts]
@@ -206,6 +208,7 @@ def of_unequal_sizes(all_gather: Callable[..., Any], reduce_scatter: Callable[..
         if len({part.shape[0] for part in parts}) == 1:
             return reduce_scatter(output, parts, *args, group=group, **kwargs)
         summed = torch.cat(parts)
+        # gloo has no reduce-scatter of unequal parts: the whole sum, of which a rank takes its part.
         dist.all_reduce(summed, group=group)
         output.copy_(summed.split([part.shape[0] for part in parts])[dist.get_rank(group)])
         return None

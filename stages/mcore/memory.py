@@ -49,6 +49,7 @@ def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pip
     chunks = layers_of(model, layout, pipeline_rank)
     total = sum((model.layer_memory(layout, layer) for chunk in chunks for layer in chunk), MemoryShare(0, 0))
     first, last = pipeline_rank == 0, pipeline_rank == layout.pp - 1
+    # A tied table on two stages is a copy each.
     tables = first + (last and not (first and model.tie_embeddings))
     table = tables * padded_vocab_size * model.hidden_size // layout.tp
     return total + MemoryShare(table + last * model.hidden_size, 0, table)
@@ -56,6 +57,7 @@ def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pip
 
 def sharing(layout: Layout) -> tuple[int, int]:
     """Ranks that share the optimizer state of one dense tensor (data x context), and of one expert."""
+    # Context ranks hold equal weights, as data ranks do; expert ranks are divided anew.
     return layout.data * layout.cp, layout.ranks // (layout.split_experts * layout.ep * layout.pp)
 
 
@@ -100,6 +102,7 @@ def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
     later_ranks = layout.pp - pipeline_rank - 1
     if layout.vpp == 1:
         return min(later_ranks + 1, micro_batches)
+    # Warm-up micro-batches of the interleaved schedule (Narayanan et al., 2021, arXiv:2104.04473), by chunks.
     chunks = 2 * later_ranks + (layout.vpp - 1) * layout.pp + 1
     return min(chunks, micro_batches * layout.vpp) / layout.vpp
 
@@ -184,6 +187,7 @@ class Activations:
 
         at_the_end = 0.0
         if self.pipeline_rank == 0 and not self.frozen:
+            # The micro-batch whose backward pass ends keeps nothing any more.
             others = 1 - 1 / (layout.vpp * self.in_flight)
             at_the_end = others * saved + (3 if is_tied else 1) * table
 
@@ -287,6 +291,7 @@ class Activations:
         inputs, head = size * hidden * tokens, size * hidden * vocab
         converted = size if size < SOFTMAX else 0  # of a logit in the model's type beside the one in fp32
 
+        # With targets and tensor ranks the loss is sliced in any case (language_model.py).
         is_sliced = layout.slices_loss(tokens, hidden, self.padded_vocab_size)
         if not is_sliced and (rows.targets is None or layout.tp == 1):
             softmax, logits = SOFTMAX * vocab * tokens, size * vocab * tokens

@@ -59,6 +59,7 @@ def transformer_config(
     the precision. routing_replay: routers can be given the experts of their tokens."""
     words, of_model = keywords(precision, model.layers), model.spec().megatron(model)
     engine = uses_transformer_engine(words["params_dtype"])
+    # Before the routers are built: it is a switch of the process.
     megatron_compat.multiply_routers_with_transformer_engine(engine)
     kind = MLATransformerConfig if of_model.get("multi_latent_attention") else TransformerConfig
     config = kind(
@@ -66,6 +67,7 @@ def transformer_config(
         **{"num_layers": model.layers, **of_model},
         hidden_size=model.hidden_size,
         layernorm_epsilon=model.norm_eps,
+        # Without dropout a step needs no random numbers, so that it can be repeated anywhere.
         hidden_dropout=0.0,
         attention_dropout=0.0,
         moe_token_dispatcher_type=_dispatcher(layout),
@@ -74,6 +76,7 @@ def transformer_config(
         perform_initialization=False,  # Engine.initialize does it
         use_cpu_initialization=not torch.cuda.is_available(),
         tensor_model_parallel_size=layout.tp,
+        # With tensor parallelism always: otherwise each rank would keep all activations between layers.
         sequence_parallel=layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
@@ -85,6 +88,7 @@ def transformer_config(
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.split_experts,
         recompute_granularity="full" if layout.recompute == "layer" else None,
+        # Each layer by itself keeps only its input.
         recompute_method="uniform" if layout.recompute == "layer" else None,
         recompute_num_layers=1 if layout.recompute == "layer" else None,
         deterministic_mode=layout.deterministic and torch.cuda.is_available(),
@@ -152,6 +156,7 @@ def build(
                 vp_stage=stage,
             )
         for layer in chunk.decoder.layers:
+            # Global names count the layers of the model, Megatron those of its own stack.
             layer.model_layer = spec.layer_of(layer.layer_number - 1)
             for router in layer.modules():
                 if isinstance(router, TopKRouter):
@@ -162,6 +167,7 @@ def build(
             parameter.tensor_model_parallel = not is_copied(name)
         chunk.layout, chunk.real_vocab_size = layout, vocab_size or padded_vocab_size
         if vocab_size is not None and chunk.post_process:
+            # Ids that pad the table must get no probability, as no runtime has them.
             chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))
         for module in chunk.modules():
             if hasattr(module, "token_dispatcher"):
@@ -211,10 +217,12 @@ def named_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Pa
 def _named_members(chunks: Sequence[GPTModel], kind: str) -> Iterator[tuple[str, Any]]:
     for gpt in chunks:
         layers = [layer.model_layer for layer in gpt.decoder.layers]
+        # Expert ranks hold runs of equal length.
         experts = (gpt.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
         first_expert = parallel_state.get_expert_model_parallel_rank() * experts
         for local, tensor in getattr(gpt, kind)():
             name = global_name(local, layers, first_expert)
+            # The last stage's copy of the table is the same tensor in a checkpoint.
             if gpt.share_embeddings_and_output_weights and name == "output_layer.weight":
                 name = "embedding.word_embeddings.weight"
             yield name, tensor
@@ -249,6 +257,7 @@ def fusion_keywords(layout: Layout, engine: bool, experts: bool) -> dict[str, An
             )
         wanted = layout.fusions is None or fusion in layout.fusions
         applies = experts or fusion not in ("permute", "router")
+        # Transformer Engine's cross-entropy adds atomically, in any order.
         is_on = wanted and has_kernel and applies and not (layout.deterministic and fusion == "cross_entropy")
         chosen |= {name: is_on if value is True else value for name, value in settings.items()}
     return chosen

@@ -101,6 +101,7 @@ def _split_qkv(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _norm_and_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, ...]:
     """x: [..., sequence, dim] -> RMSNorm and rotary embedding of x, x / RMS, 1 / RMS. As in `rotate`."""
+    # RMSNorm: x / sqrt(mean(x^2) + eps).
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(x, scale, out=x.new_empty(x.shape))
     turned, half = cos.shape[-1], cos.shape[-1] // 2
@@ -121,10 +122,12 @@ def _norm_and_rotate_backward(
     """Fills d_x and returns the gradient of weight."""
     d_out = d_out.view_as(normed)
     turned, half = cos.shape[-1], cos.shape[-1] // 2
+    # The inverse rotation is the rotation by minus the angle.
     d = torch.mul(d_out, _for_heads(cos, normed.shape[-1]), out=torch.empty_like(normed))
     d[..., :half].addcmul_(d_out[..., half:turned], sin[..., half:])
     d[..., half:turned].addcmul_(d_out[..., :half], sin[..., :half], value=-1)
     product = d * normed
+    # The gradient of 1 / RMS: the part of d along x, over the width.
     projection = (product @ weight).div_(-weight.numel()).unsqueeze(-1)
     d.mul_(weight).addcmul_(normed, projection)
     if d_x.dtype == d.dtype:

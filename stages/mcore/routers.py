@@ -34,6 +34,7 @@ def collect_losses() -> tuple[Tensor, Tensor]:
     for name, values in megatron_compat.router_losses().items():
         kind = "z" if name == "z_loss" else "balance"
         losses[kind] = losses[kind].to(values.device) + values.sum()
+        # Megatron adds to these over micro-batches, and resets them only in its own logging.
         values.zero_()
     return losses["balance"], losses["z"]
 
@@ -99,10 +100,12 @@ class RouterWatch:
 
         def routing(logits: Tensor, padding_mask: Tensor | None = None) -> Any:
             routed = route(logits, padding_mask=padding_mask)
+            # Recomputation runs with gradients as well, and the first pass without: each token counts once.
             if router.training and torch.is_grad_enabled():
                 with torch.no_grad():
                     flat = logits.detach().reshape(-1, logits.shape[-1]).float()
                     score = flat.sigmoid() if sigmoid == "sigmoid" else flat.softmax(-1)
+                    # Sigmoid scores do not sum to 1, and an entropy needs a distribution.
                     score = score / score.sum(-1, keepdim=True)
                     entropy = -torch.xlogy(score, score).sum(-1)
                     not_padding = (
@@ -117,6 +120,7 @@ class RouterWatch:
 
     def collect(self, all_reduce: Any) -> Experts:
         """The counts since the last call. all_reduce: sums a tensor over all ranks, in place."""
+        # Collective over all ranks: each counts its own tokens and layers, and zeros elsewhere. The copy stays local.
         counts = all_reduce(self.counts.clone()).cpu()
         self.counts.zero_()
         assigned, tokens = counts[:, :-2], counts[:, -1]
@@ -140,6 +144,7 @@ class Replay(RouterReplay):  # type: ignore[misc]
         default_compute_topk: Any = None,
     ) -> tuple[Tensor, Tensor]:
         if self.router_replay_action is not None:
+            # Megatron replays all tokens or none; those without a record keep the router's choice.
             chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
             if self.router_replay_action == RouterReplayAction.REPLAY_FORWARD:
                 self.target_topk_idx = _fill(self.target_topk_idx, chosen)
@@ -180,6 +185,8 @@ class RoutingReplay:
             switch.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
         yield
         for _, switch in self.of_chunks[chunk]:
+            # From here on, a layer that is computed again takes the recorded experts in the order of the forward
+            # passes.
             switch.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
 
     def clear(self) -> None:

@@ -143,6 +143,7 @@ class Tables:
         if starts is not None:
             seen = (seen & (starts[:, begin : begin + count, None] <= key))[:, None]
         mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+        # Without gradients nothing keeps a mask, so neither do the tables.
         if torch.is_grad_enabled():
             self._masks[number, dtype, window] = mask
         return mask
@@ -156,6 +157,7 @@ class Tables:
     def _find_documents(self, batch: int) -> Documents:
         starts = torch.zeros(batch, self.length, dtype=torch.long) if self.local_starts is None else self.local_starts
         begins = torch.ones_like(starts, dtype=torch.bool)
+        # A document begins where its start changes, and a context rank's second slice begins anew.
         begins[:, 1:] = (starts[:, 1:] != starts[:, :-1]) | (self.positions[1:] != self.positions[:-1] + 1)
         row, column = begins.nonzero(as_tuple=True)
         bounds = torch.cat([row * self.length + column, torch.tensor([batch * self.length])])
@@ -173,6 +175,7 @@ class Tables:
             gathered = gpu.upload(torch.arange(int(keys[-1])) + shift.repeat_interleave(sizes), self.device)
         # a power of two, as cuDNN builds a plan for each value
         longest = min(1 << (int(sizes.max()) - 1).bit_length(), self.length * self.context)
+        # Kernels for rows of variable length take int32.
         queries, keys = (gpu.upload(x.int(), self.device) for x in (bounds, keys))
         return Documents(queries, keys, longest, gathered)
 
@@ -234,6 +237,7 @@ class RowTables:
     def of(self, starts: Tensor | None, length: int, device: torch.device) -> Tables:
         """starts: as in `Tables`. length: of this context rank's share of a row. The tables keep `starts`, so its
         memory is not used again while they are the latest."""
+        # By its memory: recomputation and pipeline stages hand over other views of the same tensor.
         place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
         key = place, length, device
         if self.tables is None or key != self.key:
@@ -247,5 +251,6 @@ def context_positions(length: int) -> Tensor:
     """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them: of
     2C slices the one with its number, and the one as far from the end."""
     rank = parallel_state.get_context_parallel_rank()
+    # The first slices see few keys and the last ones many: a pair of both has the same work on every rank.
     slices = torch.arange(length).chunk(2 * parallel_state.get_context_parallel_world_size())
     return torch.cat([slices[rank], slices[-1 - rank]])

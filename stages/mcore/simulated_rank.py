@@ -48,6 +48,7 @@ def fake_groups(layout: Layout, rank: int) -> Iterator[None]:
     """Megatron's process groups of a rank of a layout, in one process: their collectives do nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # PyTorch's fake backend: groups of any size in one process, whose collectives do nothing.
         dist.init_process_group("fake", rank=rank, world_size=layout.ranks, store=FakeStore())
         try:
             parallel_state.initialize_model_parallel(**layout.group_sizes, create_gloo_process_groups=False)
@@ -114,6 +115,7 @@ class CollectiveLog(TorchDispatchMode):  # type: ignore[misc]
         """Records a call of an operator of c10d."""
         group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject) and _is_group(x))
         sizes = [sum(x.numel() * x.element_size() for x in tree_leaves(arg) if torch.is_tensor(x)) for arg in args]
+        # Such as allgather_ or _reduce_scatter_base_, without the marks of PyTorch's registry.
         operation = func._schema.name.split("::")[1].strip("_")
         role = self.names.get(group.group_name, "other")
         self.calls.append(Collective(operation, role, group.size(), max(sizes, default=0)))
@@ -164,6 +166,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[misc]
             del self._sizes[address]
             self._add(-size, on_host)
 
+        # A storage may outlive the tensor that made it, in a view or in autograd's graph: its own end counts.
         self._sizes[address] = weakref.ref(storage, free)
         self._add(size, on_host)
 
@@ -285,6 +288,7 @@ def balanced(route: Callable[..., Any]) -> Callable[..., Any]:
     def routing(router: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         probabilities, routing_map = route(router, logits, *args, **kwargs)
         tokens, experts = routing_map.shape
+        # Each expert in turn: all ranks then get equally many tokens, as the plan assumes.
         chosen = (torch.arange(tokens)[:, None] * router.topk + torch.arange(router.topk)) % experts
         return probabilities, torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True)
 

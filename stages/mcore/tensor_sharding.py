@@ -49,6 +49,7 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
     full_box = tuple((0, n) for n in shape)
     if size == 1 or not is_cut(name):
         return (full_box,)
+    # Columns of a projection back into the stream: each rank multiplies its part of the inner width.
     if name.endswith((*INTO_THE_STREAM, "linear_proj.lora_A", "linear_fc2.lora_A")):
         n = shape[1] // size
         return ((full_box[0], (rank * n, (rank + 1) * n)),)
@@ -149,6 +150,7 @@ class FullTensors(Mapping[str, torch.Tensor]):
         # as bytes: gloo does not gather every type
         sent = part.contiguous().flatten().view(torch.uint8)
         parts = [torch.empty_like(sent) for _ in range(size)] if is_owner else None
+        # Collective among the tensor ranks: all of them read the same names in the same order.
         dist.gather(sent, parts, dst=dist.get_global_rank(group, owner), group=group)
         if parts is None:
             return absent
@@ -160,11 +162,13 @@ class FullTensors(Mapping[str, torch.Tensor]):
     def _of_stack(self, name: str, expert: int) -> torch.Tensor | None:
         """The tensor of an expert, on the rank that gets those of all experts of the layer; None on others."""
         stack = EXPERT.sub("", name)
+        # Empty on the ranks of other pipeline stages.
         equal = self.stacks.get(stack, [])
         size = parallel_state.get_expert_data_parallel_world_size() if self.by_turns else 1
         if not equal or _turn(stack) % size != parallel_state.get_expert_data_parallel_rank():
             return None
         group = parallel_state.get_expert_model_parallel_group()
+        # Experts lie on the ranks in runs, so the number of one gives its holder.
         rank, holder, owner = group.rank(), expert // len(equal), (_turn(stack) >> 8) % group.size()
         if rank == holder == owner:
             return self.local[name]

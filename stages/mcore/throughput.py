@@ -218,6 +218,7 @@ def step_time(shape: Shape, gpu: Accelerator, run: StepSetup, constants: Constan
 def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> StepTime:
     layout, total, low = run.layout, shape.total, family(run.precision)
     quantizes = low in ("fp8", "fp4")
+    # Under load the power limit decides the clock, which falls about with the square root of the power.
     clock = math.sqrt(gpu.watts / (gpu.peaks["bf16"] * CLOCK / 1e12)) if gpu.watts else 1.0
     bf16 = gpu.peaks["bf16"] * min(1.0, c.bf16 * clock)
     rate = gpu.peaks[low] * min(1.0, getattr(c, low) * clock) if quantizes else bf16
@@ -230,6 +231,7 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
     tokens = gathered / layout.tp
 
     met = total.dense + total.experts * shape.top_k / shape.experts / c.grouped
+    # A window, or half of the row: causal queries see no later keys.
     scores = sum(a.layers * a.heads * max(a.qk + a.v, NARROWEST) * a.keys(run.rows.length) for a in shape.attention)
     moved = (total.saved + total.working) * c.passes + total.saved * quantized
     held = total.dense / layout.tp + total.experts / (layout.ep * layout.split_experts)
@@ -292,6 +294,7 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
     table = shape.vocabulary * shape.hidden
     dense = (total.dense / layout.pp + (shape.head + table) / (1 if layout.pp == 1 else 2)) / layout.tp
     experts = total.experts / layout.pp / split
+    # Gradients are scattered and weights gathered: in and out once each, over the ranks that share a tensor.
     reduction = sum(
         collective(gpu, (run.gradient + 2) * size, ranks, stride)
         for size, ranks, stride in ((dense, dense_ranks, layout.tp), (experts, expert_ranks, split))
@@ -319,6 +322,7 @@ def dispatch(gpu: Accelerator, size: float, top_k: int, layout: Layout) -> float
     split = layout.split_experts
     if layout.dispatcher == "allgather":
         return collective(gpu, size * layout.ep * split, layout.ep * split, 1)
+    # Expert ranks that lie in one NVLink domain.
     inside = min(layout.ep, max(1, gpu.nvlink_gpus // split))
     domains = layout.ep / inside
     if layout.dispatcher == "flex":

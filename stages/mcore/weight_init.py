@@ -36,6 +36,7 @@ def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int
         bound = 1 / math.sqrt(shape[1])
         return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
     if name.endswith(".A_log"):
+        # Rates of decay as in Mamba-2 and in Megatron's layer, kept as logarithms.
         return torch.empty(shape).uniform_(1.0, 16.0, generator=_generator(name, seed)).log_()
     if name.endswith(".conv1d.weight"):
         bound = 1 / math.sqrt(shape[-1])
@@ -44,11 +45,13 @@ def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int
         raise ValueError(f"there is no rule for the initial weights of {name}; add one to stages/mcore/weight_init.py")
     std = model.init_std
     if name.endswith(INTO_THE_STREAM):
+        # Two such matrices a layer: the variance of the stream then stays that of one layer (GPT-2).
         std /= math.sqrt(2 * model.layers)
     return torch.empty(shape).normal_(0.0, std, generator=_generator(name, seed))
 
 
 def _generator(name: str, seed: int) -> torch.Generator:
+    # Not from Python's hash, which differs from process to process.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

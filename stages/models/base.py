@@ -233,6 +233,7 @@ class ModelConfig(Config, ABC):
         """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
         changes: dict[str, object] = {"context_length": max(self.context_length, context_length)}
         if rope is not None:
+            # YaRN of an earlier phase does not carry over: its factor counts from the original length.
             changes |= {"rope_theta": rope.theta or self.rope_theta, "yarn": rope.yarn}
         return self.model_copy(update=changes)
 

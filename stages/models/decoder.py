@@ -118,6 +118,7 @@ class DecoderConfig(ModelConfig):
 
     def matrices(self, padded_vocab_size: int) -> int:
         shapes = (shape for layer in range(self.layers) for shape in self.attention_shapes(layer).values())
+        # Vectors, such as norms and biases, cost no product.
         attention = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
         return attention + self.mlp_matrices() + padded_vocab_size * self.hidden_size
 

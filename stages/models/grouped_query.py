@@ -69,6 +69,7 @@ class GroupedQueryConfig(DecoderConfig):
 
     def attention_memory(self, layer: int) -> tuple[int, int]:
         """Norms are whole on each tensor rank, matrices and biases are cut."""
+        # Queries, keys and values; the output has none.
         biases = self.head_dim * (self.heads + 2 * self.kv_heads) * self.qkv_bias
         matrices = 2 * self.hidden_size * self.head_dim * (self.heads + self.kv_heads)
         return 2 * self.head_dim * self.qk_norm, matrices + biases

@@ -142,6 +142,7 @@ class MixtureConfig(RoutedConfig):
         router = self.experts * (hidden + self.has_expert_bias)
         shared = 3 * hidden * self.shared_width
         dense = self.dense_layers * 3 * hidden * (self.intermediate_size or 0)
+        # Gate, up and down: three matrices.
         rest, expert = dense + sparse * (router + shared), 3 * hidden * self.moe_intermediate_size
         return rest + sparse * self.experts * expert, rest + sparse * self.num_experts_per_tok * expert
 
@@ -248,6 +249,7 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
         return max(2 * split * size * copies, outputs + 4 * hidden_size)
     if split == 1:
         return (3 if alone else 4) * size * copies
+    # Ranks that split experts sum their outputs, below fp32 after a copy in fp32.
     summed = 4 * split * (precision != "fp32") + 4
     return ((1 + (layout.ep > 1) + (1 if alone else 2) * split) * size + summed) * copies
 

@@ -162,6 +162,7 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
     def cache_bytes(self, size: int, ranks: int, tokens: int) -> int:
         """A gated delta net keeps its state and the latest inputs of its convolution, however long the text is."""
         heads = -(-self.linear_num_value_heads // ranks)
+        # S [key, value] of each value head.
         state = STATE_BYTES * heads * self.linear_key_head_dim * self.linear_value_head_dim
         channels = 2 * self.key_width + self.value_width
         inputs = size * (self.linear_conv_kernel_dim - 1) * -(-channels // ranks)
@@ -250,6 +251,7 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         changes = super().scaled(hidden_size, width)
         if changes is None:
             return None
+        # Scaled as sums over heads, and divided into heads below.
         keys, values = width(self.key_width), width(self.value_width)
         group = self.linear_num_value_heads // self.linear_num_key_heads
         choices = [n for n in range(1, self.linear_num_key_heads + 1) if not keys % n and not values % (n * group)]

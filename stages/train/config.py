@@ -205,6 +205,7 @@ class PhaseConfig(PhaseBase):
                 f"steps = {self.steps} leaves nothing to train after {self.continue_from}; "
                 f"use at least {self.first_step}, since steps are counted from the beginning of the phase"
             )
+        # Steps before the origin are not trained in this phase in any case.
         excluded = sum(step >= self.first_step for step in set(self.excluded_steps))
         if excluded == self.steps - self.first_step + 1:
             raise ValueError(f"excluded_steps = {shown(self.excluded_steps)} leaves no step to train; leave some in")

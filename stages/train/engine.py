@@ -107,6 +107,7 @@ class Engine:
         self._is_stale = False
         """Whether this rank lacks the updated weights of others, which the next step's forward pass gathers."""
         kind, model = config.phase.precision, config.model
+        # Before the model is built: without the kernels, Transformer Engine fails late and in its own words.
         if reason := precision.missing_requirement(kind):
             raise RecipeError(reason)
         self.model_shapes = model.shapes(config.padded_vocab_size)
@@ -133,6 +134,7 @@ class Engine:
                     f"lora with precision = {kind} needs PyTorch's layers, and this machine has Transformer Engine's, "
                     "which compute with their own copies of a matrix; use precision = fp32"
                 )
+            # Before DDP, which makes buffers of gradients for the parameters that require them now.
             lora_layers.install(self.chunks, self.lora)
         self.replay: RoutingReplay | None = None
         if config.phase.replays_routing:
@@ -140,17 +142,23 @@ class Engine:
             self.replay = RoutingReplay(self.chunks, model.routing)
         self.routers = RouterWatch(self.chunks, model.routing) if model.routing else None
         megatron = self.chunks[0].config
+        # Float16Module converts the weights, and inputs and outputs at the ends of the pipeline.
         modules = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
         self.buffers = named_buffers(self.chunks)
         for name, buffer in self.buffers.items():
+            # Biases of experts are fp32 in every precision: a step changes them by less than bf16 can hold.
             buffer.data = torch.zeros(self.model_shapes[name], dtype=torch.float32, device=buffer.device)
         overlap = self.layout.overlap_gradients
+        # By default on GPUs only: on a CPU the collective would take the cores of the backward pass.
         if overlap is None:
             overlap = self.layout.overlap_weights or (gpu.device().type == "cuda" and ranks.data_ranks > 1)
         self.ddp = [
+            # The first chunk of a rank gets buckets wherever it lies in the pipeline. Later chunks are one bucket each,
+            # as in Megatron.
             (DistributedDataParallel if number else BucketedDDP)(
                 config=megatron,
                 ddp_config=DistributedDataParallelConfig(
+                    # Sums over micro-batches and ranks in bf16 would lose what is small beside the sum.
                     grad_reduce_in_fp32=True,
                     use_distributed_optimizer=True,
                     overlap_grad_reduce=overlap,
@@ -161,6 +169,7 @@ class Engine:
             )
             for number, chunk in enumerate(modules)
         ]
+        # The session clears these at its end, as their hooks hold process groups in a cycle.
         ranks.wrapped.extend(self.ddp)
         self.optimizer = config.phase.optimizer.build(
             self.ddp,
@@ -170,6 +179,8 @@ class Engine:
         )
         for part in self._distributed_optimizers()[:-1]:
             part.model_chunks = []  # each would gather all weights of its chunks: the last one does, after all updates
+        # Megatron's schedules read this and the next two from the config. Without it they would neither finish the
+        # reduction of gradients nor sum those of norms and tied tables, without an error.
         megatron.finalize_model_grads_func = finalize_model_grads
         megatron.grad_scale_func = _weak_method(self.optimizer.scale_loss)
         if overlap:  # reduce with the last micro-batch only
@@ -200,17 +211,22 @@ class Engine:
         check_update: gets the loss and then, if norm_first, the gradient norm, before the update, which is skipped if
         it returns a reason. Without norm_first it gets the norm after the update and can only raise.
         """
+        # Megatron's own scheduler would set these; the loop of this project has none.
         self._set_rates(lr)
         for chunk in self.ddp:
+            # The buffers of DDP, which `zero_grad` of the optimizer does not know.
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
         self._is_stale = False
+        # The backward pass moves the biases of experts, so a refused update has to put them back.
         saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
         router = self._router_figures(len(rank_batch.micro))
+        # Every rank has the same loss and norm, so all of them refuse an update or none does.
         reason, norm = check_update(loss, None), math.nan
         if reason or norm_first:
+            # The norm is needed before the update. Collective: each rank adds the squares of its slices.
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
             reason = reason or check_update(loss, norm)
@@ -218,6 +234,7 @@ class Engine:
             for name, buffer in self.buffers.items():  # Megatron moves the biases of experts with the backward pass
                 buffer.copy_(saved_buffers[name])
             return StepFigures(loss, norm, router, reason, self._gradients(), extras)
+        # Collective: the norm over all ranks, and, unless overlap_weights defers it, the gathering of the weights.
         _, norm, _ = self.optimizer.step()
         self._is_stale = self.layout.overlap_weights
         self.step_done += 1
@@ -229,6 +246,7 @@ class Engine:
         """The metrics of the step whose gradients were computed; None for a model without experts."""
         if self.routers is None:
             return None
+        # Sums over all ranks and micro-batches, of which the mean is logged.
         aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * micro_batches) for x in routers.collect_losses())
         experts = self.routers.collect(self.ranks.sum)
         z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
@@ -237,10 +255,12 @@ class Engine:
     def _gradients(self) -> dict[str, float]:
         """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
         parts = sorted({part_of(name) for name in self.shapes})
+        # In float64, and what several ranks hold once, so that every layout gives the same norms.
         squares, tied = torch.zeros(len(parts), dtype=torch.float64), self.config.model.tie_embeddings
         for piece, _, main in self._pieces:
             if not is_repeated(piece.name, tied) and main.grad is not None:
                 squares[parts.index(part_of(piece.name))] += main.grad.double().square().sum().cpu()
+        # One collective for all parts, after the loop: ranks have pieces of different tensors.
         return dict(zip(parts, self.ranks.sum(squares).sqrt().tolist(), strict=True))
 
     def evaluate(self, rank_batch: RankBatch) -> float:
@@ -272,6 +292,7 @@ class Engine:
     @contextmanager
     def computing_with(self, weights: Sequence[Tensor]) -> Iterator[None]:
         """Within it, `figures` and `evaluate` compute with the `local_weights` of another time."""
+        # Copies on the host: the device may have no room for the weights twice.
         present = self.local_weights()
         try:
             self._compute_with(weights)
@@ -301,14 +322,17 @@ class Engine:
         The loss of a step is the mean over its loss-carrying targets on all ranks. Megatron averages over micro-batches
         and DDP over ranks, so each micro-batch's sum is scaled back by both counts.
         """
+        # The schedule divides each loss by the micro-batches, and DDP each gradient by the data ranks.
         scale = len(rank_batch.micro) * self.ranks.data_ranks / rank_batch.targets
         device = next(self.chunks[0].parameters()).device
 
         def forward(batches: Any, model: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
             is_plain = batch.targets is None and not batch.extras
+            # A batch with targets or extras of its own is one row, which no context rank may cut.
             assert is_plain or self.layout.cp == 1, "context ranks hold parts of rows"
             ids, positions, labels, mask, padding = (gpu.upload(x, device) for x in self._inputs(batch, model))
+            # They let the sliced loss compute its gradients at once, which is right for a weighted sum only.
             weights = mask if objective is cross_entropy else None
             targets = None if batch.targets is None else gpu.upload(batch.targets, device)
             with self._routing(batch, model, device):
@@ -334,6 +358,7 @@ class Engine:
 
             return losses, reduce
 
+        # Each virtual stage reads the micro-batches from the start, in its own order.
         iterators: list[Any] = [iter(rank_batch.micro) for _ in self.ddp]
         outputs = get_forward_backward_func()(
             forward_step_func=forward,
@@ -345,12 +370,16 @@ class Engine:
             forward_only=forward_only,
         )
         if self.replay is not None:
+            # The routes of a step stay on the device for recomputation, until here.
             self.replay.clear()
+        # Tensor ranks have the same loss and earlier stages have none: one rank for each share of the tokens counts.
         has_loss = self.ranks.counts_loss and outputs
         loss_sum = torch.stack([x["sum"] for x in outputs]).sum() if has_loss else torch.zeros((), device=device)
         local_extras = [{n: float(v) for n, v in x.items() if n != "sum"} for x in outputs] if has_loss else []
+        # All ranks join, those without a loss with a zero; the sum has the same bits on each of them.
         loss = float(self.ranks.sum(loss_sum) / rank_batch.targets)
         extras: dict[str, float] = {}
+        # Gathered as objects by all ranks, since only the last stage knows the names of the figures.
         for micro_extras in (
             [x for part in self.ranks.gather(local_extras) for x in part] if objective is not cross_entropy else []
         ):
@@ -365,6 +394,7 @@ class Engine:
         positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
         parts = [batch.ids, positions, batch.labels, batch.loss_mask, batch.padding]
         if self.layout.cp > 1:
+            # Two slices for each context rank, which evens out causal attention; contiguous, as collectives need it.
             local_positions = context_positions(batch.ids.shape[1])
             parts = [x[:, local_positions].contiguous() for x in parts]
         if self.layout.tp > 1 and not gpt.pre_process:
@@ -378,6 +408,7 @@ class Engine:
             return nullcontext()
         routes = batch.routes
         if routes is not None:
+            # Sequence parallelism: a router sees this tensor rank's share of the row.
             share = routes.chunk(self.layout.tp)[parallel_state.get_tensor_model_parallel_rank()]
             routes = gpu.upload(share, device)
         return self.replay.forward(self.ddp.index(model), routes)
@@ -429,6 +460,7 @@ class Engine:
         for piece, buffer in self._buffer_pieces():
             buffer.copy_(read("weight", piece).view_as(buffer))
         for part in self._distributed_optimizers():
+            # The fp32 slices become the model's weights, in its type, and are gathered from all data ranks below.
             part._copy_main_params_to_model_params()
         for chunk in self.ddp:
             chunk.start_param_sync(force_sync=True)
@@ -436,6 +468,7 @@ class Engine:
 
     def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
         """Loads the tensors that an adapter leaves as they are. tensors: full ones by global name."""
+        # The optimizer has no slices of these, so they are written into the model itself.
         frozen = [(name, tensor) for name, tensor in named_tensors(self.chunks) if not tensor.requires_grad]
         for name, tensor in [*frozen, *self.buffers.items()]:
             tensor.data.copy_(cut(tensors[name], boxes(name, self.model_shapes[name])))
@@ -456,6 +489,7 @@ class Engine:
     @cached_property
     def _pieces(self) -> list[tuple[Piece, Any, Tensor]]:
         pieces = []
+        # Megatron knows its parameters by identity alone, in an order that depends on the layout.
         names = {id(p): name for name, p in named_tensors(self.chunks)}
         for part in self._distributed_optimizers():
             for parameter, (group, number) in part.model_param_group_index_map.items():
@@ -476,6 +510,7 @@ def part_of(name: str) -> str:
     if match is None:
         return name.split(".")[0]
     kind = "experts" if ".mlp.experts." in name else "router" if ".router." in name else match[2]
+    # A norm belongs to the part that reads it.
     names = {"self_attention": "attention", "input_layernorm": "attention", "pre_mlp_layernorm": "mlp"}
     return f"layer {int(match[1]):03d} {names.get(kind, kind)}"
 

@@ -111,6 +111,7 @@ def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
     shares, states, activations = zip(*(rank_memory(config, rows, rank) for rank in range(layout.pp)), strict=True)
     sums = [state + activation for state, activation in zip(states, activations, strict=True)]
     if config.phase.adapter:
+        # An adapter's optimizer owns the adapter only.
         shares = tuple(adapter_share(config, rank) for rank in range(layout.pp))
     owned = [owned_bytes(share, layout, config.phase.optimizer) for share in shares]
     state, activation, owned_size, memory = (round(max(column)) for column in (states, activations, owned, sums))
@@ -129,10 +130,12 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     state = state_bytes(share, layout, phase.precision, phase.optimizer)
     # before the update gradients are scaled, each with a copy; a table's is large
     if share.table and not phase.adapter:
+        # A rank owns at most its slice of the table.
         gradient = min(vocabulary * model.hidden_size / layout.tp, share.dense / sharing(layout)[0])
         activations = max(activations, GRADIENT * gradient)
     if phase.adapter:  # of the base only the weights
         adapters = adapter_share(config, pipeline_rank)
+        # The frozen base has weights, and neither gradients nor states.
         state = (4 if phase.precision == "fp32" else 2) * share.all
         state += state_bytes(adapters, layout, phase.precision, phase.optimizer)
         share += adapters

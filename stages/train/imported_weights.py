@@ -117,6 +117,7 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         raise RecipeError(
             f"{config.repo}: its tokenizer has no {missing[0]}; only models that atom exported are imported"
         )
+    # The config that this recipe's model would be exported with: any other entry means another model.
     expected = hf_config(config.model, int(stated.get("vocab_size", 0)), ids[STOPS[0]], ids[PAD], "float32")
     for name, value in expected.items():
         if name not in FREE and stated.get(name) != value:
@@ -143,6 +144,7 @@ def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
     shapes = config.model.shapes(config.padded_vocab_size)
     step.mkdir(parents=True)
     try:
+        # The inverse of the export, so that an export of the import has the same bytes.
         mapped = config.model.spec().from_hf(tensors, config.model)
         release_checkpoint.write_shards(step, release_checkpoint.MODEL, _padded(mapped, shapes))
     except (KeyError, ValueError) as error:
@@ -189,8 +191,10 @@ def _is_needed(path: str) -> bool:
 def _verified(config: ImportConfig, folder: Path) -> dict[str, str]:
     """{path: SHA-256} of the needed files, each compared. Raises CheckFailed."""
     sums = folder / SUMS
+    # The sums are bounded before they are read: the repository is a stranger's.
     if not sums.is_file() or sums.stat().st_size > SUMS_BYTES:
         raise CheckFailed(f"{folder} has no {SUMS}, which every model that atom published has; check start_from")
+    # The recipe pins the sums, and the sums pin each file.
     if (digest := _digest(sums)) != config.digest:
         raise CheckFailed(
             f"{SUMS} of {config.repo} has the digest {digest}, and start_from.digest is {config.digest}; compare it "
@@ -228,6 +232,7 @@ def _padded(
     import torch
 
     for name, tensor in tensors:
+        # Exports leave out the rows that pad the vocabulary.
         missing = shapes[name][0] - tensor.shape[0] if name in shapes else 0
         full = tensor.float()
         yield name, torch.cat([full, full.new_zeros(missing, *full.shape[1:])]) if missing > 0 else full

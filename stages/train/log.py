@@ -44,6 +44,7 @@ class Log:
         """Raises AtomError if the log of a checkpoint does not have every step from `first` to `step`."""
         if self.is_writer:
             steps = [x["step"] for x in self.lines() if "tokens" in x]
+            # A log of another attempt, or an edited one, would pass for the record of these steps.
             if steps != list(range(first, step + 1)):
                 raise AtomError(
                     f"{self.path} does not hold the steps {first} to {step} one by one; "
@@ -104,6 +105,7 @@ class LogReplay:
             return
         logged = self.lines[self.compared]
         self.compared += 1
+        # As it is written: tuples become lists, and floats their shortest text.
         now = json.loads(json.dumps(line))
         names = sorted(name for name in {*logged, *now} if logged.get(name) != now.get(name))
         if names:

@@ -82,6 +82,7 @@ class Ranks:
         if self.world == 1:
             return value
         values = [value]
+        # Objects go by gloo: NCCL would first copy them to the GPU.
         dist.broadcast_object_list(values, src=0, group=self.objects)
         return values[0]
 
@@ -120,8 +121,10 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        # Before CUDA starts, which reads the variables once.
         gpu_environment.require(layout)
         torch.cuda.set_device(gpu.number(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
+    # A hash store for one process: no port is opened, so many phases may run on a machine.
     rendezvous: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(seconds=timeout)}
     kernels = gpu.deterministic_kernels(layout.deterministic) if on_gpu else _deterministic_cpu()
     with warnings.catch_warnings(), kernels, _no_tf32(), _peer_errors(rank):
@@ -136,6 +139,8 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
             objects = create_groups(layout, timeout, on_gpu)
             if objects is not None:
                 _require_own_gpu(objects)
+            # Layers fork Megatron's named generators, which have to exist even without dropout. CUDA graphs need such
+            # that they can replay.
             tensor_parallel.model_parallel_cuda_manual_seed(
                 seed, use_cudagraphable_rng=layout.cuda_graphs, force_reset_rng=layout.cuda_graphs
             )
@@ -168,6 +173,7 @@ def create_groups(layout: Layout, timeout: float, on_gpu: bool) -> dist.ProcessG
     """
     objects: dist.ProcessGroup | None = None
     if on_gpu and layout.ranks > 1:
+        # A group of its own for objects and for numbers on the host, which then wait for no kernel.
         objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     parallel_state.initialize_model_parallel(
         **layout.group_sizes, distributed_timeout_minutes=math.ceil(timeout / 60), create_gloo_process_groups=False
@@ -178,6 +184,7 @@ def create_groups(layout: Layout, timeout: float, on_gpu: bool) -> dist.ProcessG
 def _require_own_gpu(objects: dist.ProcessGroup) -> None:
     """Raises AtomError on every rank if two of them have the same GPU."""
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    # All ranks learn of a conflict, so that all of them raise the same sentence.
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, (socket.gethostname(), str(uuid)), group=objects)
     if problem := gpu.sharing(places):
@@ -215,6 +222,7 @@ def _peer_errors(rank: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
+        # gloo raises plain RuntimeErrors, which only their text tells from others.
         if not isinstance(error, dist.DistError) and "gloo" not in text and "NCCL" not in text:
             raise
         reason = text.strip().splitlines()[0].rpartition("] ")[2][:200]
@@ -228,6 +236,7 @@ def _peer_errors(rank: int) -> Iterator[None]:
 def _deterministic_cpu() -> Iterator[None]:
     """One CPU thread and deterministic kernels."""
     threads = torch.get_num_threads()
+    # With several threads, the order of a sum depends on how work is divided among them.
     torch.set_num_threads(1)
     try:
         with gpu.deterministic_kernels(True):

@@ -52,12 +52,14 @@ class SpikeDetector:
 
     def reason(self, loss: float, norm: float | None) -> str | None:
         """The reason why a step is a spike, or None. norm: None before it is known."""
+        # NaN and infinity are spikes under every policy, and without one.
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if norm is not None and not math.isfinite(norm):
             return f"the gradient norm is {norm}"
         if self.policy is None or len(self.losses) < self.policy.window:
             return None
+        # Robust statistics, as the spikes that were accepted must not widen the limit.
         median, limit = spike_limit(self.losses, self.policy.loss_sigmas)
         if loss > limit:
             return f"the loss is {loss:.4g}, above {limit:.4g} (median {median:.4g} of {len(self.losses)} steps)"
@@ -111,6 +113,7 @@ class TextTrainer(Trainer):
         self.data_wait: float | None = None  # seconds that training waited for rows, except those of its first step
         self.pending: list[Record] = []  # spikes before which training was rewound, until their steps are passed again
         self.spikes = 0
+        # Ranks of one stage do the same work, so only these are compared with each other.
         position = parallel_state.get_pipeline_model_parallel_rank()
         self.step_times = step_times.StepTimes(step_times.WAITS, ranks.rank, position, ranks.gather)
         self.slow_rank: int | None = None  # that was reported last
@@ -129,6 +132,7 @@ class TextTrainer(Trainer):
 
     def is_release_step(self, step: int) -> bool:
         if step < self.order.first:  # step 0 belongs to a phase without an earlier origin
+            # A continued phase publishes nothing at its beginning: the earlier run has that checkpoint.
             return step == 0 and self.origin is None
         return super().is_release_step(step)
 
@@ -137,6 +141,7 @@ class TextTrainer(Trainer):
 
     def load_base(self) -> None:
         if self.phase.adapter is not None:
+            # An adapter's checkpoints lack the base, so each start loads it.
             self.previous_checkpoint().load_frozen(self.engine)
 
     def initialize(self) -> int:
@@ -198,18 +203,22 @@ class TextTrainer(Trainer):
 
     def _train_on(self, step: int) -> int:
         """Trains on a step's rows, unless they are excluded. Returns the last finished step."""
+        # All rows of the step, for documents in the log, and this rank's share of them.
         rows, rank_batch = self.prefetcher.take(step)
         # the first read cannot overlap with computation
         self.data_wait = 0.0 if self.data_wait is None else self.data_wait + self.prefetcher.waited
         if self.first:
             self.report.metric(step, data_wait_seconds=self.prefetcher.waited)
         lr, self.progress_figures = self.learning_rate(step), {}
+        # The step counts, and the learning rate moves on, but no weight changes: so the rows of later steps stay the
+        # same.
         if step in self.phase.excluded_steps or any(step in spike["excluded"] for spike in self.pending):
             self.log.write({"step": step, "tokens": self.tokens, "lr": lr, "excluded": True})
             for spike in [x for x in self.pending if x["excluded"][-1] == step]:
                 self.log.write({"step": step, "spike": spike})
                 self.pending.remove(spike)
             return step
+        # With a policy the norm is known before the update, at the cost of one more collective.
         figures = self.engine.step(
             rank_batch, lr, partial(self._check_spike, step, rows), norm_first=self.phase.spikes is not None
         )
@@ -292,9 +301,12 @@ class TextTrainer(Trainer):
         last_release = max(n for n in range(step) if self.is_release_step(n) or n < self.order.first)
         rewind_step = max(step - policy.rewind_steps, last_release)
         dropped_spikes = [x["spike"] for x in self.log_lines() if "spike" in x]
+        # Collective, and truncates the log: lines that were dropped were read above.
         state = self.checkpoints.rewind(rewind_step)
+        # The steps to come are repeated with other rows left out, so no earlier line is their control.
         self.log.replay.stop()
         self.tokens = state["tokens"]
+        # Spikes after the checkpoint are recorded again when their steps are passed.
         self.pending = [x for x in dropped_spikes if x["excluded"][-1] > state["step"]] + self.pending
         self.pending.append(spike_record(step, "rewind", range(rewind_step + 1, step + 1), rows, figures))
         self.spike_detector = SpikeDetector(policy, self.log_lines())

@@ -136,14 +136,17 @@ class Trainer(ABC):
     def run(self, stop: list[int], out: Path) -> None:
         """Trains to the end of the phase and fills `out`. stop: signals received so far."""
         phase, ranks, report = self.config.phase, self.engine.ranks, self.report
+        # From a work checkpoint of an earlier attempt, if one is intact.
         begun_at = step = self._start()
         self.begin(step)
         self.watchdog.alive()
         started, tokens_before = time.monotonic(), self.tokens
         while step < phase.steps:
             step_began, step_tokens = time.monotonic(), self.tokens
+            # A rewind returns an earlier step.
             finished = self.step(step + 1)
             went_back, step = finished <= step, finished
+            # That step was measured and saved when it was first reached.
             if went_back:
                 self.watchdog.alive()
                 continue
@@ -155,25 +158,31 @@ class Trainer(ABC):
                 report.progress(step, phase.steps, "steps", **self.progress_figures, tokens_per_s=speed)
             self.log_measurement(step, self.measure(step))
             is_last = step == phase.steps
+            # Saving and stopping are collective, and signals and errors reach ranks at different times: all act on the
+            # worst status of any rank, after the same step.
             status = ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
             if status == FAILED:
                 self.checkpoints.wait()
+            # A stop is saved too, so that the next attempt repeats no step.
             if is_last or self.is_release_step(step) or status == STOP or step % phase.checkpoint_interval == 0:
                 self._save(step)
             self.watchdog.alive()
             if status == STOP and not is_last:
                 self.checkpoints.wait()
                 raise Interrupted(f"{self.name}: stopped after step {step} as asked; run again to go on")
+        # Without the last checkpoint, which training does not wait for.
         seconds = time.monotonic() - started
         self.checkpoints.wait()
         if self.first:
             waits = " and ".join(f"{duration:.2f} s for {cause}" for cause, duration in self.waits().items())
             report.note(f"{self.name}: {phase.steps - begun_at} steps in {seconds:.1f} s, of which it waited {waits}")
             self._write_outputs(out)
+        # Rank 0 may still be writing. The others stay, so that no rank destroys its groups before all are done.
         ranks.barrier()
 
     def log_step(self, step: int, line: dict[str, Any]) -> None:
         """Writes a step's line of training.jsonl, and its numbers to the metrics."""
+        # JSON has no NaN, and a log that other programs cannot read would be no evidence.
         finite = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in line.items()}
         self.log.write({"step": step, "tokens": self.tokens, **finite})
         if self.first:
@@ -214,8 +223,11 @@ class Trainer(ABC):
 
     def _start(self) -> int:
         """Restores engine, log and counts, or initializes them. Returns the last finished step."""
+        # Before the checkpoint, which has only what training changes.
         self.load_base()
+        # Collective: all ranks take the same checkpoint, or none.
         state = self.checkpoints.load(self.is_release_step)
+        # Before the first step, so that a start that fails leaves a record too.
         self._record_start(None if state is None else int(state["step"]))
         if state is not None:
             self.log.check(state["step"], self.first_step)
@@ -263,6 +275,7 @@ class Trainer(ABC):
             "config": identity(self.config),
             **self.state(step),
         }
+        # The lines before a checkpoint have to be on the disk before the checkpoint states their size.
         self.log.flush()
         stall = self.checkpoints.save(step, state, seal=seal and self.is_release_step(step))
         self.checkpoint_stall += stall
@@ -299,6 +312,7 @@ def train(
     """
     timeout = config.phase.watchdog_timeout_seconds
     if torch.cuda.is_available():
+        # NCCL reads these variables when the first group is created.
         prepare_recorder(work / "stacks")
     # the watchdog acts before a collective times out, so that its stacks are in the log
     with (
@@ -330,6 +344,7 @@ def full_memory(name: str, ranks: parallel.Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # PyTorch has no field for it: its message is the only source, on a GPU and on the host.
         size = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", str(error))
         is_host = "DefaultCPUAllocator" in str(error)
         if size is None or not (is_host or isinstance(error, torch.OutOfMemoryError)):
@@ -351,6 +366,7 @@ def stop_signals() -> Iterator[list[int]]:
         yield received
         return
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    # Python allows handlers in the main thread only. A second signal is collected as well: the step ends in any case.
     previous_handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in signals}
     try:
         yield received

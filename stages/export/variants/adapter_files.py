@@ -94,6 +94,7 @@ def write(
     for module, experts in stacks.items():
         for stacked, parts in {"gate_up": ("gate", "up"), "down": ("down",)}.items():
             a = torch.cat([experts[n][parts[0]][0] for n in sorted(experts)])  # gate and up share theirs
+            # PEFT multiplies the factors of all experts as one matrix: the rank comes first, then the expert.
             b = torch.stack([torch.cat([experts[n][part][1] for part in parts]) for n in sorted(experts)], -1)
             place = f"{PREFIX}{module}.{PLACES[stacked]}"
             plain |= {f"{place}lora_A.weight": a, f"{place}lora_B.weight": b.flatten(1)}
@@ -181,6 +182,7 @@ def largest_difference(base: Path, folder: Path, merged: Path) -> tuple[float, f
 def require_sum(base: Path, folder: Path, merged: Path) -> str:
     """The largest difference, in one sentence. Raises CheckFailed if the adapter in a folder does not make the merged
     model of its base."""
+    # Rounding of two ways to add: some units in the last place of the largest weight.
     difference, explained = largest_difference(base, folder, merged)
     if not difference <= explained:  # not a number fails too
         raise CheckFailed(

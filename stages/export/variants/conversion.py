@@ -138,6 +138,7 @@ def _quantized(tensors: Mapping[str, Tensor], encoding: Encoding) -> Iterator[tu
             continue
         values = tensor.float()
         scale = values.abs().amax(1, keepdim=True) / encoding.largest
+        # A channel of zeros stays zeros.
         scale[scale == 0] = 1.0
         yield name, encoding.convert((values / scale).clamp(-encoding.largest, encoding.largest))
         yield name + SCALE, scale

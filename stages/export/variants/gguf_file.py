@@ -95,6 +95,7 @@ def write(model: Path, folder: Path, encoding: str) -> None:
         kinds[tensor] = kind = kind_of(
             encoding, tensor.name, shape, config["num_hidden_layers"], "lm_head.weight" not in shapes
         )
+        # The header needs the size of each tensor before its values are read.
         row = encode(np.zeros(shape[-1], np.float32), kind)
         size = row.nbytes * (np.prod(shape[:-1], dtype=int) if shape[:-1] else 1)
         writer.add_tensor_info(tensor.name, (*shape[:-1], len(row)), row.dtype, int(size), kind)
@@ -233,6 +234,7 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
     last = steps[-1]
     for name, expected in PRE_TOKENIZERS.items():
         byte_level = last.get("type") == "ByteLevel" and not last["add_prefix_space"]
+        # GPT-2's pattern is built into ByteLevel, and `use_regex` says whether it is used.
         if byte_level and patterns == expected and last.get("use_regex", True) == (not expected):
             return name
     raise AtomError("llama.cpp has no name for the pre-tokenizer in tokenizer.json; leave its variants out")
@@ -317,6 +319,7 @@ def q4_k(blocks: Floats) -> Bytes:
     """[blocks, 256] -> [blocks, 144]: two scales in fp16; six bits for scale and minimum of each of eight sub-blocks;
     four bits a weight."""
     parts = blocks.reshape(-1, 8, 32)
+    # A block stores scale * n - minimum, with n from 0 to 15 and a minimum that is never negative.
     minimum = -np.minimum(parts.min(-1), 0)
     scale = (parts.max(-1) + minimum) / np.float32(15)
     scale_bytes, d = _halves(scale.max(-1, keepdims=True) / np.float32(63))

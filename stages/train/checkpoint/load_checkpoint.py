@@ -52,6 +52,7 @@ class Origin:
         self._require_intact(engine, moments=True)
         key, state = self.artifact.key, release_checkpoint.load_state(self.artifact / self.subfolder)
         saved_config, config_identity = state["config"], identity(config)
+        # Only settings that enter the key: others may differ between the runs.
         for field, value in config_identity["model"].items():
             saved_value = saved_config["model"].get(field)
             if saved_value != value:
@@ -72,6 +73,7 @@ class Origin:
         """Raises AtomError if files that are loaded are damaged. Each rank hashes its share of them."""
         ranks, find = engine.ranks, release_checkpoint.damage
         share = ranks.rank, ranks.world
+        # Collective, in threads: a rank whose share is large must not let the others time out.
         damage = find_damage(
             ranks,
             self.artifact / self.subfolder,

@@ -107,6 +107,7 @@ def write_part(parts: Path, file: TensorFile, read: Read, progress: Progress = n
     path = parts / file.name
     record_path = _record_path(path)
     try:
+        # The record holds size, time and inode, so an untouched file is not hashed again.
         if FileRecord(*json.loads(record_path.read_text())).describes(path, progress):
             return
     except (FileNotFoundError, ValueError, TypeError):  # it was not written, or not to its end
@@ -136,6 +137,7 @@ def join(
     partial.mkdir(parents=True)
     by_stem: dict[str, list[TensorFile]] = {}
     for file in files:
+        # Links: a checkpoint on the disk twice would need room that the plan does not count.
         os.link(parts / file.name, partial / file.name)
         by_stem.setdefault(file.stem, []).append(file)
     for stem, shards in by_stem.items():
@@ -144,10 +146,12 @@ def join(
             write_index(partial, stem, {key: s.name for s in shards for key in s.tensors}, {"total_size": total})
     (partial / STATE).write_text(json.dumps(dict(state), indent=1, sort_keys=True) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
+    # A reader sees the earlier folder or the whole new one.
     os.rename(partial, folder)
     joined: dict[str, FileRecord] = {}
     for path in folder.iterdir():
         sha256 = records[path.name].sha256 if path.name in records else sha256_file(path)
+        # The seal of the artifact then need not read the files again.
         hand_over_hash(path, sha256)
         joined[path.name] = FileRecord.of(path, sha256)
     return joined
@@ -214,6 +218,7 @@ def write_files(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], 
     files: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         name = _file_name(stem, number, len(shards))
+        # The number of shards, which is in their names, is known only now.
         os.rename(folder / f"{stem}-{number:05d}.partial", folder / name)
         files |= dict.fromkeys(names, name)
     return files
@@ -292,6 +297,7 @@ class Tensors(Mapping[str, Tensor]):
             for name in names:
                 self._read_header(folder / name)
             for key, path in self.files.items():
+                # Files and index come from strangers too: either could name what the other lacks.
                 if stated is not None and stated.get(key) != path.name:
                     raise ValueError(f"{index.name} does not list {key} of {path.name}")
             if absent := sorted((stated or {}).keys() - self.files.keys()):

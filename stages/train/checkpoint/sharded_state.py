@@ -35,6 +35,7 @@ def write(
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     size, sha256 = tensor_file.write(path, shapes, tensors.__getitem__, progress, durable=True)
     receipt = {"size": size, "sha256": sha256, "pieces": {p.name: [p.boxes, p.start, p.stop] for p in pieces}}
+    # Last and durable: whoever sees it may rely on the tensors.
     atomic_files.write(path.with_suffix(".json"), json.dumps(receipt), durable=True)
 
 
@@ -62,6 +63,7 @@ class ShardReader:
 
     def read(self, kind: str, piece: Piece) -> Tensor:
         """The flat values of a piece of any layout."""
+        # The usual case: the layout has the same cuts, and a range of a local tensor is read.
         if piece.boxes in self.locations[piece.name]:
             return self._local(kind, piece.name, piece.boxes, piece.start, piece.stop)
         shape = tuple(
@@ -71,6 +73,7 @@ class ShardReader:
 
     def full(self, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
         """The full tensor. Raises AtomError if the ranks' pieces do not cover it."""
+        # NaN shows what no rank has written, if the count below should ever miss it.
         tensor = torch.full(shape, torch.nan)
         covered = 0
         for parts in self.locations[name]:
@@ -89,6 +92,7 @@ class ShardReader:
     def _local(self, kind: str, name: str, parts: tuple[Box, ...], start: int, stop: int) -> Tensor:
         """A range of the flat local tensor with these boxes, concatenated from the ranks that own parts of it."""
         slices, position = [], start
+        # Several ranks may own the same range, such as a norm; the first one is read.
         for file, first, last in sorted(self.locations[name][parts], key=lambda w: (w[1], w[0])):
             if first <= position < last:
                 end = min(last, stop)

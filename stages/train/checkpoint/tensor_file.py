@@ -67,6 +67,7 @@ def write(
     Raises:
         MachineError: The file cannot be written.
     """
+    # The digest is computed on the way, so the file is never read back.
     digest, size, unflushed = hashlib.sha256(), 0, 0
     try:
         with atomic_files.replacing(path) as draft, open(draft, "wb", buffering=0) as file:
@@ -76,6 +77,7 @@ def write(
                 size += len(chunk)
                 unflushed += len(chunk)
                 if durable and unflushed >= FLUSH_BYTES:
+                    # Else the kernel would keep gigabytes and write them all at the end, during which nothing moves.
                     os.fdatasync(file.fileno())
                     unflushed = 0
                 progress(len(chunk))
@@ -102,6 +104,7 @@ def _header(shapes: Mapping[str, tuple[torch.dtype, Shape]]) -> bytes:
         entries[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format aligns the data to 8 bytes.
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 

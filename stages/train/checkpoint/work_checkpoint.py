@@ -74,6 +74,7 @@ class Checkpoints:
         self.work, self.keep, self.engine, self.report = work, keep, engine, report
         self.ranks = ranks = engine.ranks
         latest = max((int(p.name[8:]) for p in _attempts(work)), default=0)
+        # Rank 0 decides: on a shared file system, ranks may see different attempts.
         number = ranks.from_first(1 + latest if lease is None else lease)
         self.folder = work / f"attempt-{number:04d}"
         if ranks.first:
@@ -103,10 +104,12 @@ class Checkpoints:
         owned = list(self.engine.state())
         tensors_by_name = {f"{kind}.{piece.name}": t for piece, tensors in owned for kind, t in tensors.items()}
         with torch.no_grad():
+            # Host memory is allocated once and used for all checkpoints, as page-locking it is slow.
             self.copies |= self._host_memory({n: t for n, t in tensors_by_name.items() if n not in self.copies})
             for name, tensor in tensors_by_name.items():
                 self.copies[name].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
+            # The copies are asynchronous, and the next step overwrites the optimizer's state.
             torch.cuda.synchronize()
         copies = {name: self.copies[name] for name in tensors_by_name}
         log = (self.folder / LOG).stat().st_size if self.ranks.first else 0
@@ -135,8 +138,10 @@ class Checkpoints:
         """Waits until all ranks have finished writing, and reports the progress of this rank's thread. Raises the error
         of any rank, on all of them."""
         reported = self.bytes_done
+        # Polling by small collectives, as a single barrier would time out while a rank still writes.
         while status := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
             if status == 2:
+                # Every rank raises: one that went on would wait for the others in its next collective.
                 own_error = self.error
                 errors = self.ranks.gather(str(own_error) if own_error else None)
                 self.given_up.set()  # rank 0 may be waiting for a file that will never come, which is no cause
@@ -158,6 +163,7 @@ class Checkpoints:
             try:
                 write()
             except OSError as error:
+                # A full or broken disk gets a sentence of its own; a folder that is gone means a successor.
                 fault = os_errors.device(error, folder)
                 unwritten = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
                 message = fault.text if fault else unwritten
@@ -183,6 +189,7 @@ class Checkpoints:
     ) -> None:
         started = time.monotonic()
         folder.mkdir(exist_ok=True)
+        # Each rank writes what it owns; nothing is gathered.
         sharded_state.write(folder, self.ranks.rank, pieces, copies, self._advance)
         if self.ranks.first:
             self._complete(folder, step, state, log)
@@ -205,10 +212,13 @@ class Checkpoints:
         return value
 
     def _complete(self, folder: Path, step: int, state: Mapping[str, Any], log: int) -> None:
+        # Rank 0 waits for the files of all ranks, by the file system: a collective in this thread could meet one of
+        # training.
         files = self._wait_for(
             lambda: sharded_state.receipts(folder, self.ranks.world),
             f"work checkpoint {folder} lacks the files of another rank",
         )
+        # The log has grown since: only its size and digest at the step count.
         product: dict[str, Any] = dict(self.release_records)
         with open(self.folder / LOG, "rb") as file:
             product[LOG] = [log, sha256_bytes(file.read(log))]
@@ -219,6 +229,7 @@ class Checkpoints:
         """Writes this rank's share of the release checkpoint of a complete work checkpoint. Rank 0 then puts it
         together."""
         marker = self._wait_for(lambda: _marker_if_complete(folder), f"work checkpoint {folder} was never completed")
+        # From the files and not from memory, which belongs to a later step by now.
         source = ShardReader(folder, marker["files"], self._advance)
         shapes = self.engine.shapes
         # Before the first step there are no states.
@@ -226,6 +237,7 @@ class Checkpoints:
         files = release_checkpoint.plan(shapes, states)
         parts = folder / f"release-{_digest(marker)[:16]}"
         parts.mkdir(exist_ok=True)
+        # Ranks take the files in turns, so that each writes about as much.
         for file in files[self.ranks.rank :: self.ranks.world]:
             self._require_present()
             release_checkpoint.write_part(parts, file, source.full, self._advance)
@@ -236,6 +248,7 @@ class Checkpoints:
             f"the release checkpoint in {parts} lacks the files of another rank",
         )
         target = self.folder / SEALED / release_checkpoint.name_of(marker["step"])
+        # What only a resumed phase needs is not published.
         state = {name: value for name, value in marker["state"].items() if name != PENDING}
         for name, record in release_checkpoint.join(target, parts, files, records, state).items():
             self.release_records[f"{SEALED}/{target.name}/{name}"] = record
@@ -255,8 +268,10 @@ class Checkpoints:
         self._require_present()
         folders = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
         complete = [f for f in folders if (f / MARKER).exists()]
+        # Only complete ones count: a newer one may still be in the hands of another rank.
         kept = complete[-self.keep :]
         if self.rewind_steps:  # and the one to which a spike at the next step would rewind, and the next one
+            # A rewind goes this far back from the next step.
             bound = _step(complete[-1]) + 1 - self.rewind_steps
             kept += [f for f in complete if _step(f) <= bound][-1:] + [f for f in complete if _step(f) > bound][:1]
         for old in complete:
@@ -287,12 +302,14 @@ class Checkpoints:
                 marker = read_marker(folder)
                 optimizer_steps = int(marker["state"]["optimizer_step"])
                 self.engine.load_state(ShardReader(folder, marker["files"], self.progress).read, optimizer_steps)
+                # A kill may have come between the work checkpoint and its release checkpoint.
                 lacks_release = self.ranks.first and self._take_over(folder, marker, is_release_step)
                 if self.ranks.from_first(lacks_release):
                     self._start(folder, partial(self._seal, folder))
                 state: dict[str, Any] = marker["state"]
                 return state
             if damage != INCOMPLETE:
+                # An incomplete one is what every kill leaves, and no damage.
                 problems.append(damage)
                 self.report.note(f"work checkpoint {name} is damaged ({damage}); going back to the one before it")
         if problems:
@@ -322,10 +339,12 @@ class Checkpoints:
             if self.ranks.first:
                 self._require_present()
                 self.lost_lines = []
+                # Lines after the step are written again, in the order of the repeated steps.
                 os.truncate(self.folder / LOG, marker["product"][LOG][0])
                 for newer in _checkpoints(self.work):
                     if newer.parent.parent <= self.folder and _step(newer) > state["step"]:
                         shutil.rmtree(newer, ignore_errors=True)
+            # No rank may save before rank 0 has removed the newer checkpoints.
             self.ranks.barrier()
             return state
         raise AtomError(
@@ -344,6 +363,7 @@ class Checkpoints:
         attempt = folder.parent.parent
         files = [(folder / name, [receipt["size"], receipt["sha256"]]) for name, receipt in marker["files"].items()]
         product = [(attempt / name, mark) for name, mark in marker["product"].items()]
+        # Each rank hashes its share: all of them together read the checkpoint once.
         for path, (size, digest, *time_and_inode) in [*files, *product][self.ranks.rank :: self.ranks.world]:
             if not path.is_file():
                 return f"{path.name} is missing"
@@ -366,6 +386,7 @@ class Checkpoints:
                 if name != LOG:
                     path = current / name
                     path.parent.mkdir(parents=True, exist_ok=True)
+                    # Links, not copies: release checkpoints never change, and may have terabytes.
                     os.link(previous / name, path)
                     self.release_records[name] = FileRecord.of(path, sha256)
                     hand_over_hash(path, sha256)
@@ -408,6 +429,7 @@ def find_damage(ranks: Ranks, folder: Path, find: Callable[[], str | None]) -> s
             return f"{folder} cannot be read: {error}"
 
     with ThreadPoolExecutor(1) as pool:
+        # In a thread, as hashing holds up the polling.
         damage = pool.submit(find_or_describe_error)
         while ranks.max(int(not damage.done())):
             time.sleep(POLL)
@@ -420,6 +442,7 @@ def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
     longest = b""
     for path in (attempt / LOG for attempt in attempts):
         text = path.read_bytes() if path.is_file() else b""
+        # A log that differs before the checkpoint is of another attempt's past.
         if text.startswith(log) and len(text) - len(log) > len(longest):
             longest = text[len(log) :]
     lines: list[dict[str, Any]] = []
