@@ -59,36 +59,16 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
             from megatron.core.extensions import transformer_engine as te
 
             norm, up, out = te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear
-            down = partial(
-                te.TELinear,
-                parallel_mode="duplicated",
-                init_method=c.init_method,
-                bias=False,
-                skip_bias_add=False,
-                skip_weight_param_allocation=False,
-                is_expert=False,
-            )
+            whole = {"parallel_mode": "duplicated", "skip_weight_param_allocation": False, "is_expert": False}
+            down = partial(te.TELinear, init_method=c.init_method, bias=False, skip_bias_add=False, **whole)
             if not packed:
+                widths = {"k_channels": keys, "v_channels": c.v_head_dim}
+                kind = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", "cp_comm_type": cp_comm_type}
                 core = partial(
-                    te.TEDotProductAttention,
-                    layer_number=layer_number,
-                    attn_mask_type=AttnMaskType.causal,
-                    attention_type="self",
-                    k_channels=keys,
-                    v_channels=c.v_head_dim,
-                    cp_comm_type=cp_comm_type,
-                    pg_collection=groups,
+                    te.TEDotProductAttention, layer_number=layer_number, pg_collection=groups, **widths, **kind
                 )
-        up = partial(
-            up,
-            config=c,
-            init_method=c.init_method,
-            bias=False,
-            gather_output=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_group=groups.tp,
-        )
+        common = {"config": c, "bias": False, "is_expert": False, "tp_group": groups.tp}
+        up = partial(up, init_method=c.init_method, gather_output=False, skip_bias_add=False, **common)
         if c.q_lora_rank is None:
             self.linear_q_proj = up(c.hidden_size, heads * keys)
         else:
@@ -99,17 +79,8 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         self.kv_layernorm = norm(config=c, hidden_size=c.kv_lora_rank, eps=c.layernorm_epsilon)
         self.linear_kv_up_proj = up(c.kv_lora_rank, heads * (c.qk_head_dim + c.v_head_dim))
         self.core_attention = core(config=c, softmax_scale=c.softmax_scale)
-        self.linear_proj = out(
-            heads * c.v_head_dim,
-            c.hidden_size,
-            config=c,
-            init_method=c.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_group=groups.tp,
-        )
+        of_output = {"init_method": c.output_layer_init_method, "input_is_parallel": True, "skip_bias_add": True}
+        self.linear_proj = out(heads * c.v_head_dim, c.hidden_size, **of_output, **common)
 
     def forward(self, hidden: Tensor, attention_mask: Any, **settings: Any) -> Any:
         """hidden: [this rank's share of the sequence, batch, hidden] -> the same. attention_mask: `starts` of

@@ -174,7 +174,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
             k, v = GatherSlices.apply(k), GatherSlices.apply(v)
         has_sinks = self.softmax_offset is not None
         if tables.prefixes is not None and (has_sinks or not Attention.takes_documents(self, q)):
-            return bucketed_attention(q, k, v, tables, self.scale, self.window, self.softmax_offset)
+            return self.by_buckets(q, k, v, tables)
         if has_sinks or not self.takes_documents(q):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
             out = causal_attention(q, k, v, tables, self.scale, self.window, self.softmax_offset)
@@ -196,17 +196,25 @@ class Attention(MegatronModule):  # type: ignore[misc]
         """q, k, v: [tokens of all rows, heads, dim] -> as q."""
         kernel = varlen_kernel()
         assert kernel is not None
-        return kernel(
-            q,
-            k,
-            v,
-            documents.queries,
-            documents.keys,
-            documents.longest,
-            documents.longest,
-            scale=self.scale,
-            window_size=(-1 if self.window is None else self.window - 1, 0),
-        )
+        ends = (documents.queries, documents.keys, documents.longest, documents.longest)
+        before = -1 if self.window is None else self.window - 1
+        return kernel(q, k, v, *ends, scale=self.scale, window_size=(before, 0))
+
+    def by_buckets(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
+        """Attention of documents that share prefixes, by batches of like length; shapes as in `forward`."""
+        length, batch = q.shape[:2]
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [tokens of all rows, heads, dim]
+        # Documents of one bucket have lengths within a factor of two, which bounds the padding.
+        buckets, place = tables.buckets(batch, q.dtype, self.window)
+        out = []
+        for bucket in buckets:
+            queries, keys, values = (
+                x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+                for x, index in ((q, bucket.queries), (k, bucket.keys), (v, bucket.keys))
+            )
+            attended = attend(queries, keys, values, bucket.mask, self.scale, self.softmax_offset)
+            out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(out).index_select(0, place).unflatten(0, (batch, length)).transpose(0, 1).contiguous()
 
 
 @cache
@@ -274,32 +282,6 @@ def causal_attention(
         keys, values = (x[:, :, first:end] for x in (k, v))
         out.append(attend(queries, keys, values, tables.mask(number, q.dtype, window), scale, sinks))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
-
-
-def bucketed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Tables,
-    scale: float | None,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention of documents that share prefixes, by batches of like length; arguments and result as those of
-    `Attention.forward`."""
-    length, batch = q.shape[:2]
-    q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [tokens of all rows, heads, dim]
-    # Documents of one bucket have lengths within a factor of two, which bounds the padding.
-    buckets, place = tables.buckets(batch, q.dtype, window)
-    out = []
-    for bucket in buckets:
-        queries, keys, values = (
-            x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
-            for x, index in ((q, bucket.queries), (k, bucket.keys), (v, bucket.keys))
-        )
-        attended = attend(queries, keys, values, bucket.mask, scale, sinks)
-        out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-    return torch.cat(out).index_select(0, place).unflatten(0, (batch, length)).transpose(0, 1).contiguous()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None) -> Tensor:
