@@ -5,9 +5,9 @@ Every module of this project imports Megatron's names from here, so that no impo
 
 # ruff: noqa: E402, F401
 
-from stages.mcore import megatron_cpu_patches
+from stages.mcore import megatron_patches
 
-megatron_cpu_patches.enable()
+megatron_patches.enable()
 
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder

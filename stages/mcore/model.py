@@ -18,8 +18,7 @@ from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import GPTModel, MLATransformerConfig, TopKRouter, TransformerConfig, parallel_state
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.precision import keywords
-from stages.mcore.rope import frequencies, megatron_yarn
-from stages.mcore.row_tables import RowTables
+from stages.mcore.row_tables import RowTables, frequencies, megatron_yarn
 from stages.mcore.tensor_sharding import is_copied
 from stages.models.base import ModelConfig, Precision
 from stages.models.parallel_layout import Fusion, Layout

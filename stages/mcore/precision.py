@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stages.mcore import megatron_cpu_patches
+from stages.mcore import megatron_patches
 from stages.mcore.layer_spec import has_transformer_engine
 from stages.models.base import Precision, layers_in_bf16
 
@@ -58,7 +58,7 @@ def missing_requirement(precision: Precision) -> str | None:
         return f"{requirement} a GPU of the Ampere generation or newer, and this one is older; choose fp32"
     if precision not in QUANTIZED:
         return None
-    if megatron_cpu_patches.te_on_cpu():
+    if megatron_patches.te_on_cpu():
         return None
     generation, question = QUANTIZED[precision]
     if not torch.cuda.is_available():

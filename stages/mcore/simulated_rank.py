@@ -33,7 +33,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.mcore import attention_sinks, gpu, layer_spec, routers, row_tables
+from stages.mcore import gpu, layer_spec, routers, row_tables
+from stages.mcore.layer_spec import attend_with_sinks, plain_attention
 from stages.mcore.megatron_imports import TopKRouter, parallel_state, tensor_parallel
 from stages.models.parallel_layout import Layout
 
@@ -278,7 +279,7 @@ def _to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
 
 def _attend_with_sinks(q: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """As on a GPU, but fp32 as on a CPU, which is what the plan counts."""
-    attend = attention_sinks.attend_with_sinks if q.dtype == torch.float32 else attention_sinks.plain_attention
+    attend = attend_with_sinks if q.dtype == torch.float32 else plain_attention
     return attend(q, *arguments)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.mcore import layer_spec, lora_layers
-from stages.mcore.attention_sinks import plain_attention
+from stages.mcore.layer_spec import plain_attention
 from stages.mcore.layout_check import problem
 from stages.mcore.lora import Lora
 from stages.mcore.megatron_imports import Float16Module

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, sha256_file
-from stages.export.variants.written_settings import STACKED, adapter_config
+from stages.export.variants.registry import STACKED, adapter_config
 from stages.formats.table import write_json
 from stages.mcore.lora import A, B, Lora, factor
 from stages.models.base import ModelConfig

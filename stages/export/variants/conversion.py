@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.export.variants.registry import VARIANTS, VariantName
-from stages.export.variants.written_settings import quantization_config
+from stages.export.variants.registry import VARIANTS, VariantName, quantization_config
 from stages.formats.tokenizer import TOKENIZER_FILES
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors

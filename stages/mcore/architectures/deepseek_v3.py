@@ -21,7 +21,7 @@ from stages.mcore.architectures.mixture import (
     sigmoid_swiglus,
 )
 from stages.mcore.latent_attention import latent_layer_spec
-from stages.mcore.rope import yarn_factor
+from stages.mcore.row_tables import yarn_factor
 from stages.models.base import ModelSpec
 from stages.models.deepseek_v3 import DeepseekV3Config
 
