@@ -165,7 +165,7 @@ def compare_logits(
     with tempfile.TemporaryFile(dir=work) as out, tempfile.TemporaryFile(dir=work) as errors:
         # It imports its libraries while Megatron's model computes, and loads its own when that one's layers are gone.
         with subprocess.Popen(
-            command + ["--by-layer"] * by_layer,
+            [*command, "--by-layer"] if by_layer else command,
             env={**os.environ, **offline},
             stdin=subprocess.PIPE,
             stdout=out,

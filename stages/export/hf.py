@@ -223,7 +223,7 @@ def estimate(config: ExportConfig) -> Estimate:
     flops = 2 * sum(n * per_token(n) / 3 for n in parity_lengths(config.longest_row))  # two models read the rows
     weights = (4 if config.dtype == "float32" else 2) * parameters["total"]
     shards = -(-weights // SHARD_BYTES)
-    files = 8 + shards + (shards > 1)
+    files = 8 + shards + (1 if shards > 1 else 0)  # an index of several
     return Estimate(
         cpu_seconds=10 + flops / 4e10 + parameters["total"] / 1e8,  # imports, two forward passes, five of reading
         flops=flops,

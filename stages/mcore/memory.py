@@ -48,11 +48,12 @@ def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pip
     """
     chunks = layers_of(model, layout, pipeline_rank)
     total = sum((model.layer_memory(layout, layer) for chunk in chunks for layer in chunk), MemoryShare(0, 0))
-    first, last = pipeline_rank == 0, pipeline_rank == layout.pp - 1
+    is_first, is_last = pipeline_rank == 0, pipeline_rank == layout.pp - 1
     # A tied table on two stages is a copy each.
-    tables = first + (last and not (first and model.tie_embeddings))
+    tables = [is_first, is_last and not (is_first and model.tie_embeddings)].count(True)
     table = tables * padded_vocab_size * model.hidden_size // layout.tp
-    return total + MemoryShare(table + last * model.hidden_size, 0, table)
+    norm = model.hidden_size if is_last else 0
+    return total + MemoryShare(table + norm, 0, table)
 
 
 def sharing(layout: Layout) -> tuple[int, int]:

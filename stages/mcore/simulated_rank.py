@@ -202,7 +202,9 @@ class SimulatedRank(CollectiveLog, LiveBytes):
             try:
                 out = func(*args, **kwargs)
             except DataDependentOutputException:  # a value of a fake tensor: a loss, a norm, a flag
-                return 1.0 if args[0].is_floating_point() else False if args[0].dtype is torch.bool else 1
+                if args[0].is_floating_point():
+                    return 1.0
+                return False if args[0].dtype is torch.bool else 1
         self.count(out)
         return out
 

@@ -225,8 +225,9 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
     exempt = run.bf16_layers / shape.depth
     rate = 1 / ((1 - exempt) / rate + exempt / bf16)
     scoring = gpu.peaks["bf16"] * min(1.0, c.attention * clock) / RESCORED
-    # a scale of a whole tensor takes a pass for its maximum
-    quantized = (4 if run.precision in ("fp8-tensorwise", "nvfp4") else 2) if quantizes else 0
+    quantized = 0
+    if quantizes:  # a scale of a whole tensor takes a pass for its maximum
+        quantized = 4 if run.precision in ("fp8-tensorwise", "nvfp4") else 2
     gathered = run.rows.rows * run.rows.length / layout.cp  # tokens that tensor ranks work on together
     tokens = gathered / layout.tp
 

@@ -123,7 +123,7 @@ class DeepseekV3Config(SigmoidMixtureConfig):
             "rotary part of the key, as projected": size * self.qk_rope_head_dim,
             "queries, keys (turned) and values": size * (q_wide + (q_wide + v_wide) * keys),
             "attention's output": size * v_wide,
-            "attention's output, narrowed or by rows": size * v * copied,
+            "attention's output, narrowed or by rows": size * v if copied else 0,
             "log-sum-exp of the scores": 4 * self.heads,
         }
 

@@ -139,7 +139,7 @@ class MixtureConfig(RoutedConfig):
 
     def mlp_parameters(self) -> tuple[int, int]:
         hidden, sparse = self.hidden_size, self.layers - self.dense_layers
-        router = self.experts * (hidden + self.has_expert_bias)
+        router = self.experts * (hidden + 1 if self.has_expert_bias else hidden)
         shared = 3 * hidden * self.shared_width
         dense = self.dense_layers * 3 * hidden * (self.intermediate_size or 0)
         # Gate, up and down: three matrices.
@@ -172,7 +172,7 @@ class MixtureConfig(RoutedConfig):
             "experts' gate and up": 2 * size * ffn * copies,
             "experts' SwiGLU, and weighted": (saved if fused else saved + 1) * size * ffn * copies,
             "shared expert": (2 + saved) * size * self.shared_width,
-            "experts' outputs, summed in one order": size * self.hidden_size * copies * layout.deterministic,
+            "experts' outputs, summed in one order": size * self.hidden_size * copies if layout.deterministic else 0,
         }
 
     def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
@@ -242,16 +242,18 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
     in fp32. alone: a rank has one expert, for which nothing is sorted: it gets what is received, and returns what is
     sent."""
     size, split, copies = 4 if precision == "fp32" else 2, layout.split_experts, hidden_size * top_k
+    in_fp32 = 0 if precision == "fp32" else 4  # bytes of a copy in fp32 of what is summed
     if layout.ep * split == 1:
         return 2 * size * copies
     if layout.dispatcher == "allgather":
-        outputs = (size + 4 * (precision != "fp32")) * layout.ep * split * hidden_size
+        outputs = (size + in_fp32) * layout.ep * split * hidden_size
         return max(2 * split * size * copies, outputs + 4 * hidden_size)
     if split == 1:
         return (3 if alone else 4) * size * copies
     # Ranks that split experts sum their outputs, below fp32 after a copy in fp32.
-    summed = 4 * split * (precision != "fp32") + 4
-    return ((1 + (layout.ep > 1) + (1 if alone else 2) * split) * size + summed) * copies
+    sent = 2 if layout.ep > 1 else 1
+    returned = (1 if alone else 2) * split
+    return ((sent + returned) * size + in_fp32 * split + 4) * copies
 
 
 def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:

@@ -106,7 +106,8 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
 
     def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
         whole, cut, experts = super().mlp_memory(layout, layer)
-        return whole + self.hidden_size * (layer >= self.dense_layers), cut, experts
+        gate = self.hidden_size if layer >= self.dense_layers else 0
+        return whole + gate, cut, experts
 
     # -- the interface of every architecture --------------------------------------------------------------------------
 
@@ -184,10 +185,11 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         is_narrow = precision != "fp32"
         if not self.is_linear(layer):
             q = self.heads * self.head_dim
-            return 4 * q * (2 + is_narrow) - 2 * q * is_narrow
+            return 4 * q * 3 - 2 * q if is_narrow else 4 * q * 2
         heads, key, value = self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
         chunks, outputs = (6, 1) if is_narrow else (10, 2)
-        return 4 * (heads * (2 * key * is_narrow + chunks * CHUNK - outputs * value) + 2 * self.key_width)
+        converted = 2 * key if is_narrow else 0
+        return 4 * (heads * (converted + chunks * CHUNK - outputs * value) + 2 * self.key_width)
 
     def _gated_activations(self, size: int, cp: int) -> dict[str, float]:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -203,10 +205,12 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
     def _delta_activations(self, size: int, rows: Rows) -> dict[str, float]:
         values, heads = self.value_width, self.linear_num_value_heads
         key, value = self.linear_key_head_dim, self.linear_value_head_dim
-        copies = self.linear_conv_kernel_dim + 1 + (rows.prefixed > 0) if rows.packed else 2
+        copies = 2
+        if rows.packed:
+            copies = self.linear_conv_kernel_dim + (2 if rows.prefixed else 1)
         with_prefixes = {
             "the convolution's inputs": size * (2 * self.key_width + values) * copies,
-            "queries and keys before they have length 1, fp32": 4 * 2 * self.key_width + (size == 4) * 4 * values,
+            "queries and keys before they have length 1, fp32": 4 * (2 * self.key_width + (values if size == 4 else 0)),
             "queries and keys, for each value head": 4 * heads * 10 * key,
             "products within a chunk": 4 * heads * 6 * CHUNK,
             "values, read and written": 4 * heads * 3 * value,

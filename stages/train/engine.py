@@ -509,7 +509,11 @@ def part_of(name: str) -> str:
     match = re.match(r"decoder\.layers\.(\d+)\.(\w+)", name)
     if match is None:
         return name.split(".")[0]
-    kind = "experts" if ".mlp.experts." in name else "router" if ".router." in name else match[2]
+    kind = match[2]
+    if ".mlp.experts." in name:
+        kind = "experts"
+    elif ".router." in name:
+        kind = "router"
     # A norm belongs to the part that reads it.
     names = {"self_attention": "attention", "input_layernorm": "attention", "pre_mlp_layernorm": "mlp"}
     return f"layer {int(match[1]):03d} {names.get(kind, kind)}"

@@ -41,12 +41,13 @@ def estimate(config: TrainConfig) -> Estimate:
     rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
     states, activations, owned, memory = fullest(config, rows)
     checkpoint = checkpoint_size(config)
-    releases, first = release_checkpoints(phase), phase.first_step == 1
-    # step 0 has no moments yet; while a work checkpoint is written there is one more than is kept
+    releases, has_step_0 = release_checkpoints(phase), phase.first_step == 1
+    trained = releases - 1 if has_step_0 else releases
+    # Step 0 has no states yet. While a work checkpoint is written there is one more than is kept
     work = WORK_CHECKPOINTS + 1
     if phase.spikes and phase.spikes.action == "rewind":
         work += 2  # the one to which a spike at the next step would rewind, and the next one
-    disk = checkpoint.all * (releases - first + work) + first * checkpoint.weights
+    disk = checkpoint.all * (trained + work) + (checkpoint.weights if has_step_0 else 0)
     order_rows = phase.rows_from(phase.first_step)
     return Estimate(
         cpu_seconds=tokens * per_token / CPU_FLOPS if phase.precision == "fp32" else None,
@@ -56,7 +57,7 @@ def estimate(config: TrainConfig) -> Estimate:
         host_bytes=owned,
         disk_bytes=disk,
         files=work * (2 * layout.ranks + 1 + checkpoint.files) + releases * checkpoint.files,
-        published=checkpoint.published(releases - first, first),
+        published=checkpoint.published(trained, has_step_0),
         parameters=parameters,
         long_context=model.long_context(config.padded_vocab_size),
         training=TrainingEstimate(
@@ -105,17 +106,20 @@ def trained_parameters(config: TrainerConfig) -> int:
 
 
 def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
-    """The largest bytes of state, of activations, of what the optimizer owns, and of state and activations together of
-    any rank. rows: a micro-batch."""
+    """Returns the largest bytes of any rank: state, activations, what the optimizer owns, and the first two together.
+
+    `rows` is a micro-batch.
+    """
     layout = config.phase.parallelism
-    shares, states, activations = zip(*(rank_memory(config, rows, rank) for rank in range(layout.pp)), strict=True)
-    sums = [state + activation for state, activation in zip(states, activations, strict=True)]
-    if config.phase.adapter:
+    most_state = most_activations = most_owned = most = 0.0
+    for rank in range(layout.pp):
+        share, state, activations = rank_memory(config, rows, rank)
         # An adapter's optimizer owns the adapter only.
-        shares = tuple(adapter_share(config, rank) for rank in range(layout.pp))
-    owned = [owned_bytes(share, layout, config.phase.optimizer) for share in shares]
-    state, activation, owned_size, memory = (round(max(column)) for column in (states, activations, owned, sums))
-    return state, activation, owned_size, memory
+        owned = adapter_share(config, rank) if config.phase.adapter else share
+        most_state, most_activations = max(most_state, state), max(most_activations, activations)
+        most_owned = max(most_owned, owned_bytes(owned, layout, config.phase.optimizer))
+        most = max(most, state + activations)
+    return round(most_state), round(most_activations), round(most_owned), round(most)
 
 
 def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[MemoryShare, float, float]:
@@ -156,7 +160,10 @@ def adapter_share(config: TrainerConfig, pipeline_rank: int) -> MemoryShare:
 def release_checkpoints(phase: PhaseConfig) -> int:
     """Checkpoints that a phase seals: step 0 unless it continues, every n-th and the last."""
     interval, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
-    return (first == 1) + last // interval - (first - 1) // interval + (last % interval > 0)
+    count = last // interval - (first - 1) // interval
+    if first == 1:
+        count += 1
+    return count if last % interval == 0 else count + 1
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from stages.train.log import Log, LogReplay, finite_or_none
 from stages.train.step_times import measured_waits
 from stages.train.watchdog import START_SECONDS, Watchdog, prepare_recorder
 
-STOP, FAILED = 1, 2
+RUNNING, STOP, FAILED = 0, 1, 2
 
 
 class Trainer(ABC):
@@ -143,11 +143,9 @@ class Trainer(ABC):
         started, tokens_before = time.monotonic(), self.tokens
         while step < phase.steps:
             step_began, step_tokens = time.monotonic(), self.tokens
-            # A rewind returns an earlier step.
-            finished = self.step(step + 1)
-            went_back, step = finished <= step, finished
+            previous, step = step, self.step(step + 1)
             # That step was measured and saved when it was first reached.
-            if went_back:
+            if step <= previous:  # rewound
                 self.watchdog.alive()
                 continue
             if self.first:
@@ -160,7 +158,10 @@ class Trainer(ABC):
             is_last = step == phase.steps
             # Saving and stopping are collective, and signals and errors reach ranks at different times: all act on the
             # worst status of any rank, after the same step.
-            status = ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
+            status = STOP if stop else RUNNING
+            if self.checkpoints.failed():
+                status = FAILED
+            status = ranks.max(status)
             if status == FAILED:
                 self.checkpoints.wait()
             # A stop is saved too, so that the next attempt repeats no step.

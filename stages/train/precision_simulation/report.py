@@ -78,7 +78,9 @@ def verdict_of(deviations: Sequence[float], bound: float) -> str:
     """Returns holds, fails or inconclusive, as defined above."""
     figures = spread(deviations)
     size, error = abs(figures["mean"]), ERRORS * figures["standard_error"]
-    return "holds" if size + error < bound else "fails" if size - error > bound else "inconclusive"
+    if size + error < bound:
+        return "holds"
+    return "fails" if size - error > bound else "inconclusive"
 
 
 def _tail_loss(run: Mapping[str, Any], window: int) -> float | None:
