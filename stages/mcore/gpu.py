@@ -44,10 +44,10 @@ def sharing(places: Sequence[tuple[str, str]]) -> str | None:
     first: dict[tuple[str, str], int] = {}
     for rank, place in enumerate(places):
         # Two processes on one GPU: MIG and wrong task counts lead here.
-        if (other := first.setdefault(place, rank)) != rank:
+        if (earlier := first.setdefault(place, rank)) != rank:
             node = [p for p in places if p[0] == place[0]]
             return (
-                f"ranks {other} and {rank} have the same GPU: node {place[0]} runs {len(node)} ranks on "
+                f"ranks {earlier} and {rank} have the same GPU: node {place[0]} runs {len(node)} ranks on "
                 f"{len(set(node))} GPUs; lower parallelism.ranks, or correct gpus_per_node in the cluster profile"
             )
     return None

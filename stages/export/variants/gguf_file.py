@@ -205,7 +205,7 @@ def tensors_of(names: list[str]) -> list[GgufTensor]:
             plain.append(GgufTensor(OUTSIDE[name], (name,)))
         else:
             raise AtomError(f"the tensor {name} has no name in GGUF files; leave the variants of llama.cpp out")
-    stacks = [GgufTensor(name, tuple(of[n] for n in sorted(of))) for name, of in experts.items()]
+    stacks = [GgufTensor(name, tuple(numbered[n] for n in sorted(numbered))) for name, numbered in experts.items()]
     return sorted([*plain, *stacks], key=lambda tensor: _place(tensor.name))
 
 

@@ -80,7 +80,7 @@ def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Re
     shutil.rmtree(dequantized)
     answers = read_table(out / "items.parquet").to_pylist()
     original_answers = read_table(inputs["scores"] / "items.parquet", ["id", "output"]).to_pylist()
-    sizes = {name: weight_bytes(of) for name, of in {"variant": folder, "original": original}.items()}
+    sizes = {name: weight_bytes(path) for name, path in {"variant": folder, "original": original}.items()}
     loss = summary(
         config.variant,
         sizes,

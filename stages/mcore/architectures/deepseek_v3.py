@@ -65,7 +65,9 @@ def _same(model: DeepseekV3Config, layer: int) -> dict[str, str]:
     """Tensors of a layer with one layout in both, as the model has them: Megatron's name, and transformers'."""
     names = {f"{x}.weight": f"{y}.weight" for x, y in IN_LAYER.items()}
     present = {*NORMS, *(f"self_attention.{name}" for name in model.attention_shapes(layer))}
-    return {ours: theirs for ours, theirs in names.items() if ours in present} | sigmoid_router(model, layer)
+    return {
+        megatron_name: hf_name for megatron_name, hf_name in names.items() if megatron_name in present
+    } | sigmoid_router(model, layer)
 
 
 def to_hf(tensors: Mapping[str, Tensor], model: DeepseekV3Config, vocab_size: int) -> Iterator[tuple[str, Tensor]]:

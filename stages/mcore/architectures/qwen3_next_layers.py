@@ -108,37 +108,37 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         mixed = self.in_proj(hidden)[0].transpose(0, 1)
         mixed = mixed.unflatten(2, (self.heads, -1))
         value = self.group * self.value
-        inputs, gate, others = mixed.split([2 * self.key + value, value, 2 * self.group], -1)
+        inputs, gate, rates_and_decays = mixed.split([2 * self.key + value, value, 2 * self.group], -1)
         tables = self.config.rows.of(attention_mask, mixed.shape[1], mixed.device)
         if tables.prefixes is None:
-            out = self._attend(inputs, others, tables.device_starts)
+            out = self._attend(inputs, rates_and_decays, tables.device_starts)
         else:
-            out = self._attend_with_prefixes(inputs, others, tables.documents(len(mixed)))
+            out = self._attend_with_prefixes(inputs, rates_and_decays, tables.documents(len(mixed)))
         gate = gate.unflatten(-1, (self.group, -1)).flatten(2, 3)  # [batch, sequence, value heads, dim]
         out = (self.out_norm(out) * F.silu(gate.float())).to(hidden.dtype)
         result: tuple[Tensor, Tensor | None] = self.out_proj(out.flatten(2).transpose(0, 1).contiguous())
         return result
 
-    def _attend(self, inputs: Tensor, others: Tensor, starts: Tensor | None) -> Tensor:
-        """inputs: queries, keys and values, others: rates and decays, both [batch, sequence, key heads, ...]. Returns
-        [batch, sequence, value heads, dim]."""
+    def _attend(self, inputs: Tensor, rates_and_decays: Tensor, starts: Tensor | None) -> Tensor:
+        """Takes queries, keys and values, and rates and decays, both [batch, sequence, key heads, ...]. Returns [batch,
+        sequence, value heads, dim]."""
         convolved = short_convolution(inputs.flatten(2), self.conv1d.weight, starts).unflatten(2, (self.heads, -1))
         query, key, value = convolved.split([self.key, self.key, self.group * self.value], -1)
         query, key = (_unit(x.float()).repeat_interleave(self.group, 2) for x in (query, key))
-        rate, decay = (x.flatten(2) for x in others.split(self.group, -1))
+        rate, decay = (x.flatten(2) for x in rates_and_decays.split(self.group, -1))
         decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
         out = gated_delta_rule(
             query, key, value.unflatten(-1, (self.group, -1)).flatten(2, 3), decay, rate.float().sigmoid(), starts
         )
         return out
 
-    def _attend_with_prefixes(self, inputs: Tensor, others: Tensor, documents: Documents) -> Tensor:
+    def _attend_with_prefixes(self, inputs: Tensor, rates_and_decays: Tensor, documents: Documents) -> Tensor:
         """Each document runs after a copy of its prefix, all side by side in one row."""
         assert documents.gathered is not None
         ends, first = documents.keys.long(), documents.queries.long()
         counts = first.diff()
         starts = ends[:-1].repeat_interleave(ends.diff())[None]
-        values, rates = (x.flatten(0, 1).index_select(0, documents.gathered)[None] for x in (inputs, others))
+        values, rates = (x.flatten(0, 1).index_select(0, documents.gathered)[None] for x in (inputs, rates_and_decays))
         out = self._attend(values, rates, starts)[0]
         places = torch.arange(int(first[-1]), device=out.device) + (ends[1:] - first[1:]).repeat_interleave(counts)
         return out.index_select(0, places).unflatten(0, inputs.shape[:2])

@@ -94,11 +94,13 @@ def _entry(
     recipe, linears = RECIPES[name], _merge_linears(runs)
     short = _share_below(linears, recipe.smallest_dimension)
     deviations = []
-    for run, other in zip(runs, base, strict=True):
-        loss, expected = _tail_loss(run, window), _tail_loss(other, window)
+    for run, baseline in zip(runs, base, strict=True):
+        loss, expected = _tail_loss(run, window), _tail_loss(baseline, window)
         deviations.append(None if loss is None or expected is None else loss / expected - 1)
     finite = [d for d in deviations if d is not None]
-    diverged = [run for run, other in zip(runs, base, strict=True) if run["diverged_at"] and not other["diverged_at"]]
+    diverged = [
+        run for run, baseline in zip(runs, base, strict=True) if run["diverged_at"] and not baseline["diverged_at"]
+    ]
     verdict = "inconclusive"
     if short > SHORT:
         reason = f"{percent(short)} of the multiply-adds were over fewer than {recipe.smallest_dimension} tokens, two "
@@ -138,9 +140,9 @@ def _norm_deviation(runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any
     of the mean over the last steps. Empty if a run ended earlier."""
     if any(run["diverged_at"] for run in (*runs, *base)):
         return {}
-    pairs = [(run["grad_norms"], other["grad_norms"]) for run, other in zip(runs, base, strict=True)]
-    first = [norms[0] / other[0] - 1 for norms, other in pairs]
-    last = [statistics.fmean(norms[-window:]) / statistics.fmean(other[-window:]) - 1 for norms, other in pairs]
+    pairs = [(run["grad_norms"], baseline["grad_norms"]) for run, baseline in zip(runs, base, strict=True)]
+    first = [norms[0] / baseline[0] - 1 for norms, baseline in pairs]
+    last = [statistics.fmean(norms[-window:]) / statistics.fmean(baseline[-window:]) - 1 for norms, baseline in pairs]
     return {"first_step": spread(first), "last_steps": spread(last)}
 
 
