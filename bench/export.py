@@ -96,7 +96,7 @@ def write_checkpoint(folder: Path, config: Qwen3MoeConfig) -> None:
     shapes = config.shapes(PADDED)
     initial = Initial(shapes, config, 0)
     release_checkpoint.write(
-        folder / release_checkpoint.name_of(0), shapes, (), lambda kind, name, shape: initial[name], {"step": 0}
+        folder / release_checkpoint.name_of(0), shapes, {}, lambda kind, name, shape: initial[name], {"step": 0}
     )
 
 

@@ -142,14 +142,13 @@ def train(
     engine: Engine, config: Any, tokens: Artifact, order: Artifact, heldout: Heldout, measured: Sequence[int]
 ) -> list[dict[str, float]]:
     """Bits per byte before the first step and after the steps of `measured`."""
-    from stages.train.config import learning_rate
     from stages.train.data import Order, RankBatch, Shards
 
     reader, shards, points = Order(order, config.phase), Shards(tokens, "train"), []
     for step in range(config.phase.steps + 1):
         if step:
             batch = RankBatch.read(reader.rows(step), shards, config.phase.micro_rows, engine.ranks)
-            engine.step(batch, learning_rate(step, config.phase.steps, config.phase.optimizer), lambda loss, norm: None)
+            engine.step(batch, config.phase.optimizer.learning_rate(step, config.phase.steps), lambda loss, norm: None)
         if step in (0, *measured):
             points.append({"step": step, "tokens": step * ROWS * LENGTH, **heldout.measure(engine)})
     return points

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import throughput
 from bench.published import MODELS, QWEN3_30B, QWEN3_VOCABULARY, anchors, systems
-from stages.mcore.activations import activation_bytes
-from stages.mcore.memory import memory_share, state_bytes
+from stages.mcore.memory import Activations, memory_share, state_bytes
+from stages.mcore.optimizer import Adam
 from stages.mcore.throughput import StepSetup, step_time
 from stages.models.costs import Rows, training_flops
 from stages.models.parallel_layout import Layout
@@ -65,10 +65,10 @@ def memory() -> None:
     """Prints state and peak memory of Qwen3-30B-A3B on 16 H100, ours and published."""
     layout, gib = Layout(ranks=16, ep=16, fusions=("cross_entropy",)), 2**30  # all logits at once
     part = memory_share(QWEN3_30B, QWEN3_VOCABULARY, layout, 0)
-    state = state_bytes(part, layout, "bf16") / gib
+    state = state_bytes(part, layout, "bf16", Adam) / gib
     rows = Rows(1, 4096)
     ours, fused = (
-        activation_bytes(QWEN3_30B, QWEN3_VOCABULARY, layout, "bf16", rows, 64, 0, fused=fused) / gib
+        Activations(QWEN3_30B, QWEN3_VOCABULARY, layout, "bf16", rows, 64, 0, fused=fused).peak() / gib
         for fused in (False, True)
     )
     half = state - 2 * part.all / gib

@@ -307,7 +307,7 @@ def run_seed(size: Size, seed: int) -> dict[str, Any]:
             finally:
                 trainer.close()
         release_checkpoint.write(
-            folder / "init" / release_checkpoint.name_of(1), {name: tuple(t.shape) for name, t in weights.items()}, (),
+            folder / "init" / release_checkpoint.name_of(1), {name: tuple(t.shape) for name, t in weights.items()}, {},
             lambda kind, name, shape: weights[name], {"step": 1, "optimizer_step": 0},
         )  # fmt: skip
         init = write_manifest(folder / "init", "sft-bench")

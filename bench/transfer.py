@@ -167,11 +167,10 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
     from stages.generation.vllm_worker import atom_index
     from stages.generation.weights import Broadcast
     from stages.mcore.model import build, named_tensors
-    from stages.mcore.tensor_sharding import boxes, cut
+    from stages.mcore.tensor_sharding import FullTensors, boxes, cut
     from stages.mcore.weight_init import Initial
     from stages.models.parallel_layout import Layout
     from stages.train import parallel
-    from stages.train.full_tensors import FullTensors
 
     shapes, layout = config.shapes(PADDED), Layout(ranks=RANKS, ep=RANKS)
     initial = Initial(shapes, config, 0)
@@ -213,10 +212,10 @@ def group_child(folder: Path, servers: int, everyone: bool, config: Qwen3MoeConf
     """A data rank, which all hold the whole model: forms the groups and sends twice; rank 0 prints what it took."""
     from stages.generation import weights
     from stages.generation.weights import Broadcast
+    from stages.mcore.tensor_sharding import FullTensors
     from stages.mcore.weight_init import Initial
     from stages.models.parallel_layout import Layout
     from stages.train import parallel
-    from stages.train.full_tensors import FullTensors
 
     class All(Broadcast):
         def _choose_senders(self) -> None:

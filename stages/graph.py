@@ -29,8 +29,9 @@ from stages.evaluation.nodes import (
 from stages.export.nodes import export_node, reward_node, variant_nodes
 from stages.recipe import ReleaseRecipe
 from stages.rl.nodes import PostTraining, offline_nodes, online_nodes, trained_models
-from stages.train import sizes
-from stages.train.imported_weights import StartFrom
+from stages.train import smaller_model
+from stages.train.imported_weights import StartFrom, dtype_of, require_dtype
+from stages.train.imported_weights import start_from_section as start_from
 from stages.train.nodes import (
     ExportedModel,
     TextPhase,
@@ -40,8 +41,6 @@ from stages.train.nodes import (
     published_dtype,
     size_nodes,
 )
-from stages.train.published_base import dtype_of, require_dtype
-from stages.train.published_base import section as start_from
 
 __all__ = [
     "DATA_RECIPE",
@@ -245,7 +244,9 @@ def problems(recipe: Recipe) -> Iterator[str]:
     yield from _problems_of_engine(config)
     yield from _problems_of_gates(config, data)
     vocabulary = config.tokenizer.padded_vocab_size
-    yield from sizes.problems(config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None)
+    yield from smaller_model.problems(
+        config.sizes, config.model, config.pretrain, vocabulary, config.start_from is None
+    )
     if config.sft and config.sft.lora and (config.rlvr or config.dpo):
         later = "rlvr" if config.rlvr else "dpo"
         yield (
@@ -259,9 +260,11 @@ def _problems_of_mixes(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]
     mixes: dict[str, Mapping[str, float]] = {f"{phase.where}.mix": phase.config.mix for phase in config.text_phases}
     mixes |= {f"{where}.mix": mix for where, mix in config.replay_mixes().items()}
     named = {
-        **mixes, **config.searched_sources(), "release.maker.sources": config.release.maker.sources,
+        **mixes,
+        **config.searched_sources(),
+        "release.maker.sources": config.release.maker.sources,
         "release.by_reference": config.release.by_reference,
-    }  # fmt: skip
+    }
     for where, sources in named.items():
         for source in sources:
             if source not in names:

@@ -15,8 +15,7 @@ from typing import Any
 from pipeline.core.text import escaped
 from release.facts.published_tables import read_json
 from release.layout import LOSS
-from stages.export.variants.registry import VARIANTS
-from stages.export.variants.written_settings import STACKED, adapter_config, quantization_config
+from stages.export.variants.registry import STACKED, VARIANTS, adapter_config, quantization_config
 from stages.train.imported_weights import NAME as BASE
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from stages.data.packages.python_metadata import parse
-
 from pipeline.core import provenance
 from pipeline.core.bounds import spdx
 from release.facts import costs
@@ -29,7 +27,8 @@ from release.facts.variant_facts import VariantFacts, read_variants
 from release.layout import MODEL, STANDARDS, VARIANT, phases_of
 from release.schema import ReleaseInfo
 from stages.data.acquire.licenses.maps import load_map
-from stages.maker import Category, Maker
+from stages.data.acquire.packages.python_metadata import parse
+from stages.recipe import Category, Maker
 
 NOT_STATED = "not stated"
 HUB = "https://huggingface.co"

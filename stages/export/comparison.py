@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.core.errors import AtomError, CheckFailed
 from stages.export import SLICE_BYTES, parity_lengths
@@ -31,7 +32,7 @@ from stages.train.checkpoint import release_checkpoint
 TABLES = ("word_embeddings.weight", "output_layer.weight")
 
 
-def compare_files(folder: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig, vocab_size: int) -> int:
+def compare_files(folder: Path, tensors: Mapping[str, Tensor], model: ModelConfig, vocab_size: int) -> int:
     """Compares the exported files, mapped back, with the checkpoint. Returns the number of tensors compared.
 
     Raises CheckFailed with the first tensor that differs.
@@ -49,6 +50,7 @@ def compare_files(folder: Path, tensors: Mapping[str, torch.Tensor], model: Mode
         if isinstance(error, CheckFailed):
             raise
         raise CheckFailed(f"export parity: {folder} cannot be mapped back to Megatron: {error}") from None
+    # A tensor that no file holds would pass the loop above.
     if remaining:
         raise CheckFailed(f"export parity: tensor {min(remaining)} is not in {folder}; the export is refused")
     return len(tensors)
@@ -57,6 +59,7 @@ def compare_files(folder: Path, tensors: Mapping[str, torch.Tensor], model: Mode
 def parity_rows(vocab_size: int, longest: int) -> list[list[int]]:
     """Rows of random token ids: one of so many, and some shorter ones."""
     lengths = parity_lengths(longest)
+    # The same rows in every export, so that its tolerance can be compared.
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
@@ -75,13 +78,13 @@ class _FirstLayer(Exception):
 
 @torch.no_grad()
 def megatron_logits(
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Tensor],
     model: ModelConfig,
     padded_vocab_size: int,
     rows: list[list[int]],
     vocab_size: int,
     steps: Mapping[int, int] | None = None,
-) -> Generator[torch.Tensor, None, None]:
+) -> Generator[Tensor, None, None]:
     """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other. steps: the
     distance of neighbors' positions in rows of that length, if it is not 1.
 
@@ -105,6 +108,7 @@ def megatron_logits(
         gpt.eval()
         gpt.config.rows.steps = dict(steps or {})
         fill(gpt.embedding, "embedding")
+        # The model itself computes embeddings and masks, up to its first layer, whose arguments are all that is kept.
         hook = gpt.decoder.layers[0].register_forward_pre_hook(_stop, with_kwargs=True)
         calls = []
         for row in rows:
@@ -117,6 +121,7 @@ def megatron_logits(
             fill(layer, f"decoder.layers.{layer.model_layer}")
             for call in calls:
                 call["hidden_states"] = layer(**call)[0]
+            # One layer in memory at a time.
             layer.to("meta")
         fill(gpt.decoder.final_layernorm, "decoder.final_layernorm")
         table = None
@@ -136,9 +141,14 @@ def _stop(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def compare_logits(
-    folder: Path, rows: list[list[int]], logits: Iterable[torch.Tensor], tolerance: float, work: Path, by_layer: bool,
+    folder: Path,
+    rows: list[list[int]],
+    logits: Iterable[Tensor],
+    tolerance: float,
+    work: Path,
+    by_layer: bool,
     steps: Mapping[int, int] | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """Loads the folder with transformers in a fresh interpreter. Returns the largest logit difference.
 
     logits, steps: slices as `megatron_logits` gives them. by_layer: the interpreter loads one layer at a time.
@@ -155,9 +165,12 @@ def compare_logits(
     with tempfile.TemporaryFile(dir=work) as out, tempfile.TemporaryFile(dir=work) as errors:
         # It imports its libraries while Megatron's model computes, and loads its own when that one's layers are gone.
         with subprocess.Popen(
-            command + ["--by-layer"] * by_layer, env={**os.environ, **offline}, stdin=subprocess.PIPE, stdout=out,
+            [*command, "--by-layer"] if by_layer else command,
+            env={**os.environ, **offline},
+            stdin=subprocess.PIPE,
+            stdout=out,
             stderr=errors,
-        ) as process:  # fmt: skip
+        ) as process:
             assert process.stdin is not None
             slices = iter(logits)
             try:

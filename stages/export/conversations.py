@@ -56,28 +56,58 @@ CONVERSATIONS: list[dict[str, Any]] = [
     _row([{"role": "developer", "content": "Be kind."}, _user("Hello")], thinking=False),
     # reasoning of earlier turns is dropped, in each of its forms
     _row(
-        [SYSTEM, _user("a"), _assistant("b", reasoning_content="first\n"), _user("c"),
-         _assistant("d", reasoning_content="\nsecond")],
+        [
+            SYSTEM,
+            _user("a"),
+            _assistant("b", reasoning_content="first\n"),
+            _user("c"),
+            _assistant("d", reasoning_content="\nsecond"),
+        ],
         ask=False,
     ),
     _row([_user("a"), _assistant("<think>\nearlier\n</think>\n\nb"), _user("c")], thinking=False),
     _row([_user("a"), _assistant("<think>\nthis\n</think>\n\nb", reasoning_content="")], ask=False),
     # calls: without a text, after a text, several, with arguments as JSON; results as texts and parts
-    _row([_user("a"), _assistant(None, reasoning_content="why", tool_calls=[CALL]),
-          {"role": "tool", "tool_call_id": "call-1", "content": "rain, \"9\" °C"}], TOOLS),
     _row(
-        [SYSTEM, _user("a"), _assistant("Let me see.", tool_calls=[CALL, CALLED]),
-         {"role": "tool", "tool_call_id": "call-1", "content": "snow"},
-         {"role": "tool", "tool_call_id": "call-2", "content": [_part("12"), _part("30")]},
-         _assistant("It snows.", reasoning_content="snow it is")],
-        TOOLS, ask=False,
+        [
+            _user("a"),
+            _assistant(None, reasoning_content="why", tool_calls=[CALL]),
+            {"role": "tool", "tool_call_id": "call-1", "content": 'rain, "9" °C'},
+        ],
+        TOOLS,
     ),
-    _row([_user("a"), _assistant("", tool_calls=[CALLED]), {"role": "tool", "content": "12:30"}, _assistant("Noon."),
-          _user("And now?")], TOOLS[1:]),
+    _row(
+        [
+            SYSTEM,
+            _user("a"),
+            _assistant("Let me see.", tool_calls=[CALL, CALLED]),
+            {"role": "tool", "tool_call_id": "call-1", "content": "snow"},
+            {"role": "tool", "tool_call_id": "call-2", "content": [_part("12"), _part("30")]},
+            _assistant("It snows.", reasoning_content="snow it is"),
+        ],
+        TOOLS,
+        ask=False,
+    ),
+    _row(
+        [
+            _user("a"),
+            _assistant("", tool_calls=[CALLED]),
+            {"role": "tool", "content": "12:30"},
+            _assistant("Noon."),
+            _user("And now?"),
+        ],
+        TOOLS[1:],
+    ),
     # content as parts, and null
     _row([{"role": "system", "content": [_part("Be"), _part("brief.")]}, _user([_part("216+840"), _part("")])], TOOLS),
     _row([{"role": "system", "content": ""}, _user("a"), _assistant(None), _user("b")]),
     # what tokenizers and templates trip over; a system message in the middle
-    _row([_user("  it's 1234567\n\n\tdef f(x):\r\n  return '漢字 🎉 e\u0301' {{ x }} {% if %} <b>&amp;\\n\n"),
-          _assistant("x "), {"role": "system", "content": "late"}, _user("\n")]),
-]  # fmt: skip
+    _row(
+        [
+            _user("  it's 1234567\n\n\tdef f(x):\r\n  return '漢字 🎉 e\u0301' {{ x }} {% if %} <b>&amp;\\n\n"),
+            _assistant("x "),
+            {"role": "system", "content": "late"},
+            _user("\n"),
+        ]
+    ),
+]

@@ -99,8 +99,10 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     ids = write_tokenizer(inputs["tokenizer"], folder, config.model.context_length, config.converses)
     vocab_size = ids["vocab_size"]
     if vocab_size > config.padded_vocab_size:
-        raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
-                        f"{config.padded_vocab_size}; raise it in the recipe")  # fmt: skip
+        raise AtomError(
+            f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
+            f"{config.padded_vocab_size}; raise it in the recipe"
+        )
     tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype))
     mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
@@ -122,7 +124,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         "longest_row": max(len(row) for row in rows),
         "tensors_compared": tensors_compared,
         "dtype": config.dtype,
-    }  # fmt: skip
+    }
     for tokens, step in steps.items():
         parity["spread_over"] = (tokens - 1) * step + 1
     _write(out / "parity.json", parity)
@@ -221,7 +223,7 @@ def estimate(config: ExportConfig) -> Estimate:
     flops = 2 * sum(n * per_token(n) / 3 for n in parity_lengths(config.longest_row))  # two models read the rows
     weights = (4 if config.dtype == "float32" else 2) * parameters["total"]
     shards = -(-weights // SHARD_BYTES)
-    files = 8 + shards + (shards > 1)
+    files = 8 + shards + (1 if shards > 1 else 0)  # an index of several
     return Estimate(
         cpu_seconds=10 + flops / 4e10 + parameters["total"] / 1e8,  # imports, two forward passes, five of reading
         flops=flops,
@@ -241,6 +243,7 @@ def memory(config: ExportConfig) -> int:
     parameters = model.parameters(config.padded_vocab_size)
     total, table = 4 * parameters["total"], 4 * parameters["embedding"]
     layer = max(4 * model.layer_memory(layout, n).all for n in range(model.layers))
+    # One row at a time passes through a layer.
     rows = Rows(1, config.longest_row)
     kept = max(sum(model.layer_activations(layout, "fp32", rows, n).values()) for n in range(model.layers))
     hidden = 4 * model.hidden_size * 2 * config.longest_row  # all rows are together less than twice the longest
@@ -248,8 +251,11 @@ def memory(config: ExportConfig) -> int:
     writing = min(SHARD_BYTES, width * parameters["total"]) + (4 + width) * table // 4
     # a layer's tensors as they are in the file, in fp32, and experts a second time while they are stacked
     loaded = 2 * total if total <= WHOLE_BYTES else 2 * table + (8 + width) * layer // 4
-    return max(BASE_BYTES + writing, 2 * BASE_BYTES + table + 2 * layer + computing,
-               2 * BASE_BYTES + hidden + table + loaded + computing)  # fmt: skip
+    return max(
+        BASE_BYTES + writing,
+        2 * BASE_BYTES + table + 2 * layer + computing,
+        2 * BASE_BYTES + hidden + table + loaded + computing,
+    )
 
 
 def _write(path: Path, value: Any) -> None:
@@ -261,6 +267,11 @@ def _json(value: Any) -> str:
 
 
 STAGE = Stage(
-    "export", VERSION, ExportConfig, run, estimate=estimate,
-    obstacle=lambda config: config.model.export_obstacle(), environment=lambda config: variables(),
-)  # fmt: skip
+    "export",
+    VERSION,
+    ExportConfig,
+    run,
+    estimate=estimate,
+    obstacle=lambda config: config.model.export_obstacle(),
+    environment=lambda config: variables(),
+)

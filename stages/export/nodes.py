@@ -79,12 +79,7 @@ def variant_nodes(
     """
     specs = []
     final = list(models.values())[-1]
-    inputs = {
-        "model": f"export-{final.name}",
-        "scores": f"evaluate-{final.name}",
-        "dedup": "dedup",
-        "items": "items",
-    }
+    inputs = {"model": f"export-{final.name}", "scores": f"evaluate-{final.name}", "dedup": "dedup", "items": "items"}
     if lora := final.trained.lora:
         base = next(m.name for m in models.values() if m.node == final.trained.base and m.step is None)
         source = {"lora": lora, "model": final.trained.model, "repo": repositories[base]}

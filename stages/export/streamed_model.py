@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
@@ -74,6 +75,7 @@ class ByLayer:
         for name, path in self.parts[at].items():
             if path not in opened:
                 opened[path] = safe_open(path, framework="pt")
+            # A slice is read when transformers asks for it, in its type.
             state[name] = opened[path].get_slice(name)
         settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self.conversions)
         loading, _ = self.model._load_pretrained_model(self.model, state, None, settings)
@@ -114,19 +116,21 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[int] | None = None) -> list[torch.Tensor]:
+def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[int] | None = None) -> list[Tensor]:
     """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once. None if layers lack
     tensors, which `source.keys` then names. steps: of each row, the distance of its neighbors' positions; None: 1."""
     base = source.model.base_model
-    states: list[torch.Tensor] = []
+    states: list[Tensor] = []
     calls: list[list[dict[str, Any]]] = []  # of each row, the keywords of each layer: masks, rotary tables
 
-    def record(hidden: torch.Tensor, **keywords: Any) -> torch.Tensor:
+    def record(hidden: Tensor, **keywords: Any) -> Tensor:
         if not calls[-1]:
             states.append(hidden)
         calls[-1].append(keywords)
         return hidden
 
+    # The model's own code makes masks and rotary tables: record what it calls its layers with, then call them one by
+    # one.
     for layer in base.layers:
         layer.forward = record
     for row, step in zip(rows, steps or [1] * len(rows), strict=True):

@@ -44,9 +44,9 @@ from stages.generation.vllm_worker.atom_group import (
     view,
 )
 from stages.generation.vllm_worker.atom_index import policy_digest, row_of
+from stages.mcore.tensor_sharding import FullTensors
 from stages.models.base import ModelConfig
 from stages.train.checkpoint import release_checkpoint
-from stages.train.full_tensors import FullTensors
 from stages.train.parallel import Ranks
 
 # Largest file, unless one tensor is larger.

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.formats.seeds import seed_of
 from stages.mcore.latent_attention import WholeLinear
@@ -57,7 +58,7 @@ class LinearRecord:
         self.draws += 1
         return torch.Generator().manual_seed(seed_of(f"stochastic rounding {self.name} {self.draws}", self.seed))
 
-    def signs(self) -> torch.Tensor:
+    def signs(self) -> Tensor:
         """The random signs of the Hadamard transform: one vector for all layers and steps."""
         bits = seed_of("hadamard", self.seed)
         return torch.tensor([1.0 if bits >> n & 1 else -1.0 for n in range(HADAMARD)])
@@ -103,9 +104,14 @@ def _product(recipe: QuantizationRecipe, group: Any, record: LinearRecord) -> An
     """Megatron's `_forward_impl` of a linear layer, with the same collectives around a product of rounded numbers."""
 
     def forward(
-        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, allreduce_dgrad: bool = False,
-        sequence_parallel: bool = False, **_: Any,
-    ) -> torch.Tensor:  # fmt: skip
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        allreduce_dgrad: bool = False,
+        sequence_parallel: bool = False,
+        **_: Any,
+    ) -> Tensor:
         if sequence_parallel:
             input = tensor_parallel.gather_from_sequence_parallel_region(input, group=group)
         elif allreduce_dgrad:
@@ -123,9 +129,7 @@ class Linear(torch.autograd.Function):
     """x: [..., K], w: [N, K] -> [..., N], both of the same type; all three products rounded by the recipe."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, w: torch.Tensor, recipe: QuantizationRecipe, group: Any, record: LinearRecord
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, recipe: QuantizationRecipe, group: Any, record: LinearRecord) -> Tensor:
         ctx.shape, ctx.recipe, ctx.group, ctx.record = x.shape, recipe, group, record
         flat = x.reshape(-1, x.shape[-1])
         x_by_k, x_by_m = _quantize_both_ways(flat, "input", ctx)
@@ -135,7 +139,7 @@ class Linear(torch.autograd.Function):
         return multiply(x_by_k.values, w_by_k.values.t(), x_by_k.factor * w_by_k.factor).view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
         x_factor, w_factor = ctx.factors
         dy_by_n, dy_by_m = _quantize_both_ways(dy.reshape(-1, dy.shape[-1]), "gradient", ctx)
@@ -144,12 +148,12 @@ class Linear(torch.autograd.Function):
         return dx, dw, None, None, None
 
 
-def _quantize_both_ways(x: torch.Tensor, kind: Kind, ctx: Any) -> tuple[Quantized, Quantized]:
+def _quantize_both_ways(x: Tensor, kind: Kind, ctx: Any) -> tuple[Quantized, Quantized]:
     """A matrix rounded for the product that sums over its columns, and for the one that sums over its rows; the same if
     the blocks are. The latter is transformed first where the recipe has it, unless it is a weight."""
     recipe: QuantizationRecipe = ctx.recipe
 
-    def rounded(values: torch.Tensor, summed: int) -> Quantized:
+    def rounded(values: Tensor, summed: int) -> Quantized:
         options = {"noise": ctx.record.noise()} if kind == "gradient" and recipe.stochastic_gradients else {}
         result = quantize(values, recipe, kind, summed, ctx.group, **options)
         ctx.record.counts[kind] += result.counts
@@ -164,7 +168,7 @@ def _quantize_both_ways(x: torch.Tensor, kind: Kind, ctx: Any) -> tuple[Quantize
     return by_columns, rounded(x, 0)
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+def multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """a b times a factor, [m, k] x [k, n] -> [m, n], in their type; the factor is applied to the sums before they are
     rounded to it."""
     if factor == 1.0:

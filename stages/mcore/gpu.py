@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.mcore import gpu_environment
 from stages.models.parallel_layout import Layout
@@ -42,10 +43,11 @@ def sharing(places: Sequence[tuple[str, str]]) -> str | None:
     """
     first: dict[tuple[str, str], int] = {}
     for rank, place in enumerate(places):
-        if (other := first.setdefault(place, rank)) != rank:
+        # Two processes on one GPU: MIG and wrong task counts lead here.
+        if (earlier := first.setdefault(place, rank)) != rank:
             node = [p for p in places if p[0] == place[0]]
             return (
-                f"ranks {other} and {rank} have the same GPU: node {place[0]} runs {len(node)} ranks on "
+                f"ranks {earlier} and {rank} have the same GPU: node {place[0]} runs {len(node)} ranks on "
                 f"{len(set(node))} GPUs; lower parallelism.ranks, or correct gpus_per_node in the cluster profile"
             )
     return None
@@ -59,6 +61,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     """
     deterministic: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
     before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    # An operation without a deterministic kernel raises, rather than give other bits.
     torch.use_deterministic_algorithms(wanted)
     deterministic.fill_uninitialized_memory = False
     try:
@@ -68,7 +71,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         deterministic.fill_uninitialized_memory = before[1]
 
 
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, without waiting for the copy: from pinned memory, which a kernel's stream reads
     in its turn."""
     if device.type != "cuda" or tensor.is_cuda:

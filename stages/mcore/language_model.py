@@ -1,19 +1,144 @@
-"""Megatron's language model with this project's losses."""
+"""Megatron's language model with this project's losses, by slices of tokens if all logits would be too large.
+
+`Layout.slices_loss` decides. A slice is computed as Megatron computes the whole: logits in the model's precision, their
+softmax in fp32, the vocabulary split over tensor ranks. The gradient of the head is summed over slices in fp32.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from stages.mcore.megatron_imports import GPTModel, tensor_parallel
-from stages.mcore.sliced_loss import token_losses
+from stages.mcore.megatron_imports import GPTModel, parallel_state, tensor_parallel
+from stages.models import parallel_layout
 from stages.models.parallel_layout import Layout
+
+
+def token_losses(
+    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor | None = None
+) -> Tensor:
+    """Minus the log-probability of each label, fp32 [batch, sequence].
+
+    hidden: inputs of the head, [sequence, batch, hidden_size], all of them on each tensor rank. head: this tensor
+    rank's part of the matrix, [vocabulary / tensor ranks, hidden_size]. labels: [batch, sequence]. Ids from
+    `vocab_size` on have probability zero.
+
+    weights: [batch, sequence]. They promise that the backward pass is of a multiple of sum(weights * losses); then the
+    gradients are computed with the losses, from the same logits. Else it computes the logits again.
+    """
+    flat_weights = None if weights is None else weights.t().flatten().float()
+    flat_labels = labels.t().flatten()
+    losses: Tensor = _TokenLosses.apply(hidden.flatten(0, 1), head, flat_labels, vocab_size, flat_weights)
+    return losses.view(labels.t().shape).t().contiguous()
+
+
+def mask_padding(logits: Tensor, vocab_size: int) -> None:
+    """Gives ids from `vocab_size` on a logit of minus infinity, in place, as they do not exist in any runtime.
+
+    logits: [..., this tensor rank's part of the padded vocabulary].
+    """
+    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    logits[..., max(0, vocab_size - first) :] = -math.inf
+
+
+class _TokenLosses(torch.autograd.Function):
+    """hidden: [tokens, hidden_size]; labels, weights, losses: [tokens]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor | None
+    ) -> Tensor:
+        ctx.vocab_size = vocab_size
+        ctx.has_gradients = weights is not None and any(ctx.needs_input_grad)
+        if weights is None or not ctx.has_gradients:
+            ctx.save_for_backward(head, hidden, labels)
+            return _losses(hidden, head, labels, vocab_size)
+        losses, *gradients = _losses_and_gradients(hidden, head, labels, vocab_size, weights)
+        ctx.save_for_backward(head, *gradients, weights)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        head, *saved = ctx.saved_tensors
+        if ctx.has_gradients:
+            of_hidden, of_head, weights = saved
+            # The backward pass is a multiple of the weighted sum, whose factor this recovers.
+            scale = gradient.dot(weights) / weights.dot(weights).clamp_min(torch.finfo(torch.float32).tiny)
+            of_hidden = of_hidden * scale.to(of_hidden.dtype)
+            of_head = torch.mul(of_head, scale, out=torch.empty_like(head))
+        else:
+            hidden, labels = saved
+            _, of_hidden, of_head = _losses_and_gradients(hidden, head, labels, ctx.vocab_size, gradient)
+        return of_hidden, of_head.to(head.dtype), None, None, None
+
+
+def _parts(count: int) -> list[slice]:
+    size = parallel_layout.LOSS_SLICE
+    return [slice(begin, begin + size) for begin in range(0, count, size)]
+
+
+def _losses(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    return torch.cat([_slice(hidden[part], head, labels[part], vocab_size)[0] for part in _parts(len(labels))])
+
+
+def _losses_and_gradients(
+    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses, and the gradients of sum(weights * losses): of `hidden`, this tensor rank's share of a sum, and of
+    `head`, in fp32."""
+    losses = torch.empty_like(weights)
+    of_hidden, of_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+    for part in _parts(len(labels)):
+        losses[part], of_logits, at_labels, is_here = _slice(hidden[part], head, labels[part], vocab_size)
+        of_logits *= weights[part, None]  # they were the probabilities
+        # d loss / d logits = softmax - one at the label, by the weight of the token.
+        of_logits[at_labels] -= weights[part] * is_here
+        of_logits = of_logits.to(hidden.dtype)  # no other name: the fp32 ones are gone before the products
+        torch.mm(of_logits, head, out=of_hidden[part])
+        if of_logits.dtype == of_head.dtype:
+            of_head.addmm_(of_logits.t(), hidden[part])
+        else:
+            of_head += of_logits.t() @ hidden[part]
+        del of_logits
+    return losses, of_hidden, of_head
+
+
+def _slice(
+    hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+    """The losses of a slice; the probabilities of this tensor rank's ids, fp32 [tokens, ids]; where in them the labels
+    are, and whether this rank has them."""
+    group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
+    logits = hidden @ head.t()
+    mask_padding(logits, vocab_size)
+    logits = logits.float()
+    # Cross-entropy over a split vocabulary (Shoeybi et al., 2019, arXiv:1909.08053, section 3): maximum, sum of
+    # exponentials and the label's logit are reduced, instead of gathering the logits.
+    highest = logits.amax(-1)
+    if group.size() > 1:
+        # Without the common maximum, the exponentials of the ranks would have different scales.
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    logits -= highest[:, None]
+    ids = labels - rank * len(head)
+    is_here = (ids >= 0) & (ids < len(head))
+    at_labels = torch.arange(len(ids), device=ids.device), ids.where(is_here, 0)
+    chosen = logits[at_labels].where(is_here, 0.0)
+    exponentials = logits.exp_()
+    # Both in one collective, as latency is all that it costs.
+    sums = torch.stack([chosen, exponentials.sum(-1)])
+    if group.size() > 1:
+        dist.all_reduce(sums, group=group)
+    chosen, total = sums
+    return total.log() - chosen, exponentials.div_(total[:, None]), at_labels, is_here
 
 
 class TokenLosses:
     """For a language model of Megatron, left of it among the bases: a loss by slices of tokens where the layout has one
-    (`Layout.slices_loss`). The argument `loss_mask` then has the meaning of `weights` in `sliced_loss.token_losses`.
+    (`Layout.slices_loss`). The argument `loss_mask` then has the meaning of `weights` in `token_losses`.
 
     The model's `forward` passes its last hidden states to `_postprocess`, as GPTModel does. The argument `targets`
     (`stages.train.data.Batch`) computes the logits of these alone; the losses have the shape of `labels`, and are 0
@@ -28,16 +153,15 @@ class TokenLosses:
     vocab_size: int
     layout: Layout
     real_vocab_size: int
-    targets: torch.Tensor | None = None
+    targets: Tensor | None = None
 
-    def forward(self, *inputs: Any, targets: torch.Tensor | None = None, **keywords: Any) -> Any:
+    def forward(self, *inputs: Any, targets: Tensor | None = None, **keywords: Any) -> Any:
         self.targets = targets
         return super().forward(*inputs, **keywords)  # type: ignore[misc]
 
     def _postprocess(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_mask: torch.Tensor | None = None,
-        **inputs: Any,
-    ) -> Any:  # fmt: skip
+        self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None = None, **inputs: Any
+    ) -> Any:
         if not self.post_process or labels is None:
             return self._all_losses(hidden_states, labels, loss_mask, inputs)
         targets, grid = self.targets, labels
@@ -45,8 +169,11 @@ class TokenLosses:
             labels.numel() if targets is None else targets.shape[1], self.config.hidden_size, self.vocab_size
         )
         if self.layout.tp > 1 and (is_sliced or targets is not None):
+            # Collective among the tensor ranks: each has a part of the vocabulary and needs all tokens. The backward
+            # pass scatters the sum of their gradients.
             hidden_states, is_sliced = tensor_parallel.gather_from_sequence_parallel_region(hidden_states), True
         if targets is not None:
+            # One row of documents: only its targets pass through the head.
             hidden_states = hidden_states[:, 0].index_select(0, targets[0])[:, None]
             labels = labels.flatten().index_select(0, targets[1])[None]
             loss_mask = None if loss_mask is None else loss_mask.flatten().index_select(0, targets[1])[None]
@@ -60,11 +187,10 @@ class TokenLosses:
             losses = self._all_losses(hidden_states, labels, loss_mask, inputs)
         if targets is None:
             return losses
+        # Megatron's schedule expects the shape of the labels.
         return losses.new_zeros(grid.numel()).index_copy(0, targets[1], losses.flatten()).view(grid.shape)
 
-    def _all_losses(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor | None, loss_mask: torch.Tensor | None, inputs: Any
-    ) -> Any:
+    def _all_losses(self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, inputs: Any) -> Any:
         """Megatron's."""
         postprocess = super()._postprocess  # type: ignore[misc]
         return postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)

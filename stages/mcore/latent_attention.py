@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from stages.mcore import layer_spec as layers
 from stages.mcore.megatron_imports import AttnMaskType, MegatronModule, TransformerConfig, tensor_parallel
@@ -35,15 +36,21 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
     """The attention of a layer. packed: rows hold several documents."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, packed: bool,
-        pg_collection: ProcessGroupCollection | None = None, cp_comm_type: str | None = None, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        packed: bool,
+        pg_collection: ProcessGroupCollection | None = None,
+        cp_comm_type: str | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__(config=config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group = groups.tp
         heads, c = config.num_attention_heads, config
         keys = c.qk_head_dim + c.qk_pos_emb_head_dim
         norm: Any = layers.RMSNorm
+        # Megatron cuts these matrices unless Transformer Engine is there.
         down: Any = partial(WholeLinear, tp_group=groups.tp)
         up: Any = tensor_parallel.ColumnParallelLinear
         out: Any = tensor_parallel.RowParallelLinear
@@ -52,20 +59,16 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
             from megatron.core.extensions import transformer_engine as te
 
             norm, up, out = te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear
-            down = partial(
-                te.TELinear, parallel_mode="duplicated", init_method=c.init_method, bias=False, skip_bias_add=False,
-                skip_weight_param_allocation=False, is_expert=False,
-            )  # fmt: skip
+            whole = {"parallel_mode": "duplicated", "skip_weight_param_allocation": False, "is_expert": False}
+            down = partial(te.TELinear, init_method=c.init_method, bias=False, skip_bias_add=False, **whole)
             if not packed:
+                widths = {"k_channels": keys, "v_channels": c.v_head_dim}
+                kind = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", "cp_comm_type": cp_comm_type}
                 core = partial(
-                    te.TEDotProductAttention, layer_number=layer_number, attn_mask_type=AttnMaskType.causal,
-                    attention_type="self", k_channels=keys, v_channels=c.v_head_dim, cp_comm_type=cp_comm_type,
-                    pg_collection=groups,
-                )  # fmt: skip
-        up = partial(
-            up, config=c, init_method=c.init_method, bias=False, gather_output=False, skip_bias_add=False,
-            is_expert=False, tp_group=groups.tp,
-        )  # fmt: skip
+                    te.TEDotProductAttention, layer_number=layer_number, pg_collection=groups, **widths, **kind
+                )
+        common = {"config": c, "bias": False, "is_expert": False, "tp_group": groups.tp}
+        up = partial(up, init_method=c.init_method, gather_output=False, skip_bias_add=False, **common)
         if c.q_lora_rank is None:
             self.linear_q_proj = up(c.hidden_size, heads * keys)
         else:
@@ -76,12 +79,10 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         self.kv_layernorm = norm(config=c, hidden_size=c.kv_lora_rank, eps=c.layernorm_epsilon)
         self.linear_kv_up_proj = up(c.kv_lora_rank, heads * (c.qk_head_dim + c.v_head_dim))
         self.core_attention = core(config=c, softmax_scale=c.softmax_scale)
-        self.linear_proj = out(
-            heads * c.v_head_dim, c.hidden_size, config=c, init_method=c.output_layer_init_method, bias=False,
-            input_is_parallel=True, skip_bias_add=True, is_expert=False, tp_group=groups.tp,
-        )  # fmt: skip
+        of_output = {"init_method": c.output_layer_init_method, "input_is_parallel": True, "skip_bias_add": True}
+        self.linear_proj = out(heads * c.v_head_dim, c.hidden_size, **of_output, **common)
 
-    def forward(self, hidden: torch.Tensor, attention_mask: Any, **settings: Any) -> Any:
+    def forward(self, hidden: Tensor, attention_mask: Any, **settings: Any) -> Any:
         """hidden: [this rank's share of the sequence, batch, hidden] -> the same. attention_mask: `starts` of
         `row_tables.Tables`."""
         if settings.get("inference_context") is not None or settings.get("packed_seq_params") is not None:
@@ -91,7 +92,7 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         )
         return self.linear_proj(out)
 
-    def heads(self, hidden: torch.Tensor, starts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, hidden: Tensor, starts: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of this tensor rank's heads, each [sequence, batch, heads, dim]."""
         c = self.config
         if c.q_lora_rank is None:
@@ -100,6 +101,8 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
             q, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden)[0]))
         latent, _ = self.linear_kv_down_proj(hidden)
         latent, shared = latent.split([c.kv_lora_rank, c.qk_pos_emb_head_dim], -1)
+        # The heads of a rank need the shared part of the keys of all tokens; the up-projection gathers the rest by
+        # itself.
         if c.sequence_parallel:
             shared = tensor_parallel.gather_from_sequence_parallel_region(shared, group=self.tp_group)
         kv, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
@@ -112,13 +115,13 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         return q, torch.cat([k, shared], -1), v.contiguous()
 
 
-def _by_token(table: torch.Tensor) -> torch.Tensor:
+def _by_token(table: Tensor) -> Tensor:
     """Cosines or sines of `row_tables.Tables.rotary` as [sequence, batch or 1, 1, dim / 2]: each pair's angle."""
     half = table[..., : table.shape[-1] // 2]
     return half[:, None, None] if half.dim() == 2 else half[:, 0, 0].transpose(0, 1)[:, :, None]
 
 
-def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [..., dim], of which the neighbors 2i and 2i+1 turn together; the result has all first ones, then all second
     ones. The arithmetic is fp32 for any type of x, the result has its type."""
     first, second = x[..., 0::2].float(), x[..., 1::2].float()
@@ -129,7 +132,7 @@ class WidenedAttention(layers.Attention):
     """This project's attention for values of another width than keys: its kernels want one width, so zeros fill the
     narrower ones, which changes no score, and the output is narrowed again."""
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **settings: Any) -> torch.Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> Tensor:
         """As `layer_spec.Attention`."""
         heads, width = v.shape[2:]
         wide = max(q.shape[-1], width)
@@ -148,7 +151,8 @@ class WholeLinear(torch.nn.Module):
         self.tp_group = tp_group
         self._forward_impl = F.linear
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
+        # Each tensor rank sees its share of the tokens only, so Megatron sums the gradients.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self._forward_impl(x, self.weight), None

@@ -1,4 +1,8 @@
-"""The kernels of a layer: Transformer Engine's if available, else PyTorch's. Only this file decides."""
+"""The kernels of a layer: Transformer Engine's if available, else PyTorch's. Only this file decides.
+
+With sinks, the softmax of each query has one score beyond those of its keys, a parameter of the head, and its value is
+zero (gpt-oss, arXiv:2508.10925; Xiao et al., 2024, arXiv:2309.17453). So a query may attend to nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
-from stages.mcore import megatron_cpu_patches
-from stages.mcore.attention_sinks import attend_with_sinks
+from stages.mcore import megatron_patches
 from stages.mcore.megatron_imports import (
     AttnMaskType,
     MegatronModule,
@@ -30,16 +34,20 @@ from stages.mcore.megatron_imports import (
 from stages.mcore.qkv import SelfAttention
 from stages.mcore.row_tables import Documents, Tables
 
+aten = torch.ops.aten
+
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's kernels can be used: Megatron has imported them, which it cannot without a GPU."""
+    """Returns True if Megatron has imported Transformer Engine's kernels, which it cannot without a GPU."""
     return bool(gpt_layer_specs.HAVE_TE)
 
 
 def uses_transformer_engine(params_dtype: torch.dtype) -> bool:
-    """Whether the layers of a model use Transformer Engine. In fp32 they never do: its products are then in TF32, which
-    keeps ten bits of each factor."""
-    return has_transformer_engine() and (params_dtype != torch.float32 or megatron_cpu_patches.te_on_cpu())
+    """Returns True if the layers of a model use Transformer Engine.
+
+    In fp32 they never do: its products are then in TF32, which keeps ten bits of each factor.
+    """
+    return has_transformer_engine() and (params_dtype != torch.float32 or megatron_patches.te_on_cpu())
 
 
 def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
@@ -64,17 +72,20 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
                 num_experts=experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
             )
             attention = spec.submodules.self_attention.submodules
+            # Megatron's local norm refuses sequence parallelism.
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
         if packed or is_partial or not engine:
             spec.submodules.self_attention.module = SelfAttention
+            # Its kernel for rows of several documents takes neither parts of rows nor sinks.
             has_kernel = engine and config.context_parallel_size == 1 and config.softmax_type == "vanilla"
             spec.submodules.self_attention.submodules.core_attention = EngineAttention if has_kernel else Attention
         return spec
 
     first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
     frequencies = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    # The layers of this virtual stage only: a rank builds no others.
     kinds = frequencies[first : first + get_num_layers_to_build(config, vp_stage=virtual_stage)]
     specs = {kind: layer(config.num_moe_experts if kind else None) for kind in set(kinds)}
     norm: Any = RMSNorm
@@ -92,15 +103,16 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
+        # Each tensor rank normalizes its share of the tokens, so the gradient is a sum over them.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.offset = 1 if config.layernorm_zero_centered_gamma else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.offset is None:
             return self._normed(x, self.weight)
         return self._normed(x.float(), self.offset + self.weight.float()).to(x.dtype)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
             normed: torch.Tensor = Norm.apply(x, x, weight, self.eps)
             return normed
@@ -114,15 +126,16 @@ class Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, _: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, _: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = x.square()
         scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return torch.mul(x, scale, out=out).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
+        # In PyTorch's order of operations: another one would change the bits of every later step.
         product = gradient * (x * scale)
         d_weight = product.sum(tuple(range(x.dim() - 1)))
         d_normed = gradient * weight
@@ -144,7 +157,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
 
     def __init__(
         self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **_: Any
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
         is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -156,19 +169,18 @@ class Attention(MegatronModule):  # type: ignore[misc]
             heads = config.num_attention_heads // config.tensor_model_parallel_size
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None = None, *_: Any, **__: Any
-    ) -> torch.Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         """q: [sequence, batch, heads, dim]; k, v: [sequence, batch, kv_heads, dim] -> [sequence, batch, heads*dim].
 
         `sequence` is this rank's share of the row.
         """
         tables = self.config.rows.of(starts, q.shape[0], q.device)
         if self.config.context_parallel_size > 1:
+            # Queries stay where they are; each rank needs the keys and values of the whole row.
             k, v = GatherSlices.apply(k), GatherSlices.apply(v)
         has_sinks = self.softmax_offset is not None
         if tables.prefixes is not None and (has_sinks or not Attention.takes_documents(self, q)):
-            return bucketed_attention(q, k, v, tables, self.scale, self.window, self.softmax_offset)
+            return self.by_buckets(q, k, v, tables)
         if has_sinks or not self.takes_documents(q):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
             out = causal_attention(q, k, v, tables, self.scale, self.window, self.softmax_offset)
@@ -183,19 +195,35 @@ class Attention(MegatronModule):  # type: ignore[misc]
         rows: torch.Tensor = out.flatten(1).unflatten(0, (batch, -1))
         return rows.transpose(0, 1).contiguous()
 
-    def takes_documents(self, q: torch.Tensor) -> bool:
-        """Whether `attend` has a kernel for these queries, for both directions."""
+    def takes_documents(self, q: Tensor) -> bool:
+        """Returns True if `attend` has a kernel for these queries, forward and backward."""
         return q.is_cuda and fits_flash_attention(q) and varlen_kernel() is not None
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """q, k, v: [tokens of all rows, heads, dim] -> as q."""
         kernel = varlen_kernel()
         assert kernel is not None
-        attended: torch.Tensor = kernel(
-            q, k, v, documents.queries, documents.keys, documents.longest, documents.longest, scale=self.scale,
-            window_size=(-1 if self.window is None else self.window - 1, 0),
-        )  # fmt: skip
+        ends = (documents.queries, documents.keys, documents.longest, documents.longest)
+        before = -1 if self.window is None else self.window - 1
+        attended: Tensor = kernel(q, k, v, *ends, scale=self.scale, window_size=(before, 0))
         return attended
+
+    def by_buckets(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
+        """Attention of documents that share prefixes, by batches of like length; shapes as in `forward`."""
+        length, batch = q.shape[:2]
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [tokens of all rows, heads, dim]
+        # Documents of one bucket have lengths within a factor of two, which bounds the padding.
+        buckets, place = tables.buckets(batch, q.dtype, self.window)
+        out = []
+        for bucket in buckets:
+            queries, keys, values = (
+                x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+                for x, index in ((q, bucket.queries), (k, bucket.keys), (v, bucket.keys))
+            )
+            attended = attend(queries, keys, values, bucket.mask, self.scale, self.softmax_offset)
+            out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        attended_rows: Tensor = torch.cat(out).index_select(0, place).unflatten(0, (batch, length))
+        return attended_rows.transpose(0, 1).contiguous()
 
 
 @cache
@@ -212,7 +240,7 @@ def varlen_kernel() -> Callable[..., Any] | None:
     return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in parameters else varlen_attn
 
 
-def fits_flash_attention(q: torch.Tensor) -> bool:
+def fits_flash_attention(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
@@ -222,7 +250,7 @@ class EngineAttention(Attention):
 
     def __init__(
         self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **settings: Any
-    ) -> None:  # fmt: skip
+    ) -> None:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         super().__init__(config, softmax_scale, layer_number)
@@ -230,10 +258,10 @@ class EngineAttention(Attention):
             config=config, layer_number=layer_number, softmax_scale=softmax_scale, **settings
         )
 
-    def takes_documents(self, q: torch.Tensor) -> bool:
+    def takes_documents(self, q: Tensor) -> bool:
         return True
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         if documents.gathered is not None:
             return super().attend(q, k, v, documents)
         rows = PackedSeqParams(
@@ -243,14 +271,19 @@ class EngineAttention(Attention):
             max_seqlen_q=documents.longest,
             max_seqlen_kv=documents.longest,
         )
-        out: torch.Tensor = self.kernel(q, k, v, None, AttnMaskType.padding_causal, packed_seq_params=rows)
+        out: Tensor = self.kernel(q, k, v, None, AttnMaskType.padding_causal, packed_seq_params=rows)
         return out.view_as(q)
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None, window: int | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Tables,
+    scale: float | None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention by slices of queries; q: [batch, heads, this rank's share of a row, dim]; k, v: of complete rows."""
     out, slices = [], tables.slices(window)
     for number, queries in enumerate(q.split([count for count, _, _ in slices], 2)):
@@ -260,34 +293,11 @@ def causal_attention(
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
-def bucketed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Tables, scale: float | None, window: int | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Attention of documents that share prefixes, by batches of like length; arguments and result as those of
-    `Attention.forward`."""
-    length, batch = q.shape[:2]
-    q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [tokens of all rows, heads, dim]
-    buckets, place = tables.buckets(batch, q.dtype, window)
-    out = []
-    for bucket in buckets:
-        queries, keys, values = (
-            x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
-            for x, index in ((q, bucket.queries), (k, bucket.keys), (v, bucket.keys))
-        )
-        attended = attend(queries, keys, values, bucket.mask, scale, sinks)
-        out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
-    rows: torch.Tensor = torch.cat(out).index_select(0, place).unflatten(0, (batch, length))
-    return rows.transpose(0, 1).contiguous()
-
-
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None) -> Tensor:
     """One call of a kernel; arguments and result as those of `attend_with_sinks`. sinks: None without any."""
     if sinks is not None:
         return attend_with_sinks(q, k, v, sinks, mask, scale)
+    # Copies of the keys for each query head are cheaper than the scores that PyTorch would store.
     if not (shares := shares_keys(q, mask)):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(
@@ -295,9 +305,12 @@ def attend(
     )
 
 
-def shares_keys(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether PyTorch's kernel for these queries takes fewer heads of keys: flash attention and the CPU's do. The one
-    of a GPU for fp32 and for masks does not, and PyTorch would store the scores of all heads instead."""
+def shares_keys(q: Tensor, mask: Tensor | None) -> bool:
+    """Returns True if PyTorch's kernel for these queries takes fewer heads of keys than of queries.
+
+    Flash attention and the CPU's kernel do. The one of a GPU for fp32 and for masks does not, and PyTorch would store
+    the scores of all heads instead.
+    """
     return not q.is_cuda or (mask is None and fits_flash_attention(q))
 
 
@@ -308,19 +321,82 @@ class GatherSlices(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, local: Tensor) -> Tensor:
         group = parallel_state.get_context_parallel_group()
         size = dist.get_world_size(group)
         gathered = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(size)]
+        # Collective among the context ranks. Megatron exchanges parts in a ring by Transformer Engine, which is not
+        # always there.
         dist.all_gather(gathered, local.contiguous(), group=group)
+        # Each rank has a slice from the front and one as far from the end: back into the order of the row.
         halves = [p.chunk(2) for p in gathered]
         return torch.cat([low for low, _ in halves] + [high for _, high in reversed(halves)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         group = parallel_state.get_context_parallel_group()
+        # Autograd may use the tensor elsewhere, and the sum is in place.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
+        # Every rank has gradients for all keys: their sum, of which each keeps its own slices.
         dist.all_reduce(gradient, group=group)
         slices = gradient.chunk(2 * dist.get_world_size(group))
         rank = dist.get_rank(group)
         return torch.cat([slices[rank], slices[-1 - rank]])
+
+
+def attend_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """q: [batch, heads, queries, dim]; k, v: [batch, kv_heads, keys, dim]; sinks: [heads] -> as q.
+
+    mask: what to add to the scores, [queries, keys] or [batch, heads or 1, queries, keys]; None: causal, with as many
+    keys as queries. scale: of the scores; None: 1 / sqrt(dim).
+    """
+    if q.device.type == "cpu":
+        out: Tensor = SinkAttention.apply(q, k, v, sinks, mask, scale)
+        return out
+    return plain_attention(q, k, v, sinks, mask, scale)
+
+
+class SinkAttention(torch.autograd.Function):
+    """By PyTorch's fused kernel for CPUs, which never stores the scores of a whole row.
+
+    The kernel's backward pass computes the probabilities from the log-sum-exp of the scores. With that of scores and
+    sink, and the output to match, they and all gradients are those with the sink.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        out: Tensor
+        log_sums: Tensor
+        out, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+        with_sink = torch.logaddexp(log_sums, sinks.float()[:, None])
+        out = out.mul_((log_sums - with_sink).exp_()[..., None])
+        ctx.save_for_backward(q, k, v, sinks, mask, out, with_sink)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, mask, out, with_sink = ctx.saved_tensors
+        d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient, q, k, v, out, with_sink, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
+        )
+        probability = (sinks.float()[:, None] - with_sink).exp_()
+        d_sinks = -(probability * (gradient.float() * out.float()).sum(-1)).sum((0, 2))
+        return d_q, d_k, d_v, d_sinks.to(sinks.dtype), None, None
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """The same by its definition, with all scores in memory, for devices without such a kernel."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is None:
+        mask = torch.full(scores.shape[-2:], -torch.inf, device=q.device).triu_(1)
+    sink = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+    probabilities = torch.cat((scores + mask, sink), -1).softmax(-1)[..., :-1]
+    return probabilities.to(v.dtype) @ v

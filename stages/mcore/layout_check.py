@@ -31,42 +31,56 @@ def problem(
             return (
                 f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {_divisors(value, size)}"
             )
+    # Every chunk has equally many layers; Megatron's uneven stages are not supported here.
     chunks = layout.pp * layout.vpp
     if model.layers % chunks:
-        return (f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} cannot deal "
-                f"layers = {model.layers} evenly; nearest product: {_divisors(model.layers, chunks)}")  # fmt: skip
+        return (
+            f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} cannot deal "
+            f"layers = {model.layers} evenly; nearest product: {_divisors(model.layers, chunks)}"
+        )
     for fields, size in (
         ("tp x pp x cp", layout.tp * layout.pp * layout.cp),
         ("etp x ep x pp", layout.split_experts * layout.ep * layout.pp),
     ):
         if layout.ranks % size:
-            return (f"parallelism.ranks = {layout.ranks} is not a multiple of {fields} = {size}; "
-                    f"nearest: {multiples_around(layout.ranks, size)}")  # fmt: skip
+            return (
+                f"parallelism.ranks = {layout.ranks} is not a multiple of {fields} = {size}; "
+                f"nearest: {multiples_around(layout.ranks, size)}"
+            )
+    # The most dangerous of Megatron's silent faults: the loss falls all the same.
     if layout.ep == 1 and layout.split_experts != layout.tp:
-        return (f"parallelism.etp = {layout.split_experts} with tp = {layout.tp} and ep = 1 would "
-                f"train wrongly without an error: Megatron-core then sums no expert's gradient over the tensor ranks; "
-                f"leave etp out, or set ep to {layout.tp}")  # fmt: skip
+        return (
+            f"parallelism.etp = {layout.split_experts} with tp = {layout.tp} and ep = 1 would "
+            f"train wrongly without an error: Megatron-core then sums no expert's gradient over the tensor ranks; "
+            f"leave etp out, or set ep to {layout.tp}"
+        )
     if layout.vpp > 1 and layout.pp == 1:
-        return (f"parallelism.vpp = {layout.vpp} interleaves pipeline ranks, "
-                f"and pp = 1 has none; leave it out")  # fmt: skip
+        return f"parallelism.vpp = {layout.vpp} interleaves pipeline ranks, and pp = 1 has none; leave it out"
     if layout.overlap_weights and layout.overlap_gradients is False:
-        return ("parallelism.overlap_weights = true needs the buckets of overlap_gradients, which is false; "
-                "leave one of them out")  # fmt: skip
+        return (
+            "parallelism.overlap_weights = true needs the buckets of overlap_gradients, which is false; "
+            "leave one of them out"
+        )
+    # Of each batch of a ramp.
     for count in micro_batches:
         if count % layout.data:
-            return (f"parallelism.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share "
-                    f"the {count} micro-batches of a step evenly; use a number that divides them, "
-                    f"or other batch.micro_tokens")  # fmt: skip
+            return (
+                f"parallelism.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share "
+                f"the {count} micro-batches of a step evenly; use a number that divides them, "
+                f"or other batch.micro_tokens"
+            )
         per_rank = count // layout.data
         if layout.vpp > 1 and per_rank % layout.pp:
-            return (f"parallelism.vpp = {layout.vpp} needs a multiple of pp = "
-                    f"{layout.pp} micro-batches on each data-parallel rank, not {per_rank}; "
-                    f"change batch.micro_tokens or ranks")  # fmt: skip
+            return (
+                f"parallelism.vpp = {layout.vpp} needs a multiple of pp = "
+                f"{layout.pp} micro-batches on each data-parallel rank, not {per_rank}; "
+                f"change batch.micro_tokens or ranks"
+            )
     return None
 
 
 def _no_graphs(layout: Layout, model: ModelConfig, packed: bool) -> str | None:
-    """What a CUDA graph, which repeats kernels with the sizes of its first run, cannot do here."""
+    """Returns the reason why CUDA graphs, which repeat kernels with the sizes of a first run, are impossible here."""
     if model.routing is not None:
         return "with experts, the number of whose tokens differs from step to step and is read by the host"
     if packed:
@@ -74,8 +88,10 @@ def _no_graphs(layout: Layout, model: ModelConfig, packed: bool) -> str | None:
     if layout.recompute != "none":
         return f"with recompute = {layout.recompute}, as Megatron-core does not record a layer that is computed again"
     if layout.pp > 1:
-        return (f"with pp = {layout.pp}, where each micro-batch of a training step has graphs of its own, and an "
-                "evaluation has other micro-batches")  # fmt: skip
+        return (
+            f"with pp = {layout.pp}, where each micro-batch of a training step has graphs of its own, and an "
+            "evaluation has other micro-batches"
+        )
     return None
 
 

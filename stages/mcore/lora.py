@@ -57,7 +57,7 @@ class Lora(Config):
         return self.alpha / self.rank
 
     def is_target(self, name: str) -> bool:
-        """Whether the tensor of that global name gets an adapter."""
+        """Returns True if the tensor of that global name gets an adapter."""
         return name.endswith(tuple(ending for target in self.targets for ending in TARGETS[target]))
 
     def shapes(self, base: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

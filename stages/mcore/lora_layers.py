@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from stages.mcore.lora import A, B, Lora, factor
@@ -22,9 +23,10 @@ class Adapted(torch.nn.Module):
         self.lora_A = torch.nn.Parameter(weight.new_zeros(rank, weight.shape[1]))
         self.lora_B = torch.nn.Parameter(weight.new_zeros(weight.shape[0], rank))
         if hasattr(weight, "allreduce"):  # Megatron's mark of tensors that belong to no expert rank alone
+            # Without it, DDP would average an expert's factors over ranks that hold other experts.
             self.lora_A.allreduce = self.lora_B.allreduce = weight.allreduce  # type: ignore[attr-defined]
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+    def forward(self, weight: Tensor) -> Tensor:
         return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
 
 
@@ -35,6 +37,7 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
 
     names = {id(parameter): name for name, parameter in named_tensors(chunks)}
     for chunk in chunks:
+        # Before the adapters are there, which alone shall require gradients.
         chunk.requires_grad_(False)
         config: Any = chunk.config
         config.moe_router_bias_update_rate = 0.0  # Megatron moves the biases of routers without a gradient
@@ -55,19 +58,19 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
             parameter.sequence_parallel = not is_sharded  # type: ignore[attr-defined]
 
 
-def _require_gradient(embedding: Any, inputs: Any, output: torch.Tensor) -> None:
+def _require_gradient(embedding: Any, inputs: Any, output: Tensor) -> None:
     """A hook of the frozen embedding. A layer that is computed again has no gradients, without an error, unless its
     input requires one."""
     output.requires_grad_(torch.is_grad_enabled())
 
 
-class Merged(Mapping[str, torch.Tensor]):
+class Merged(Mapping[str, Tensor]):
     """Megatron's tensors of a base with an adapter in them, each computed on access."""
 
-    def __init__(self, base: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor], lora: Lora) -> None:
+    def __init__(self, base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], lora: Lora) -> None:
         self.base, self.adapter, self.lora = base, adapter, lora
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         if not self.lora.is_target(name):
             return self.base[name]
         a, b = (self.adapter[factor(name, kind)] for kind in (A, B))

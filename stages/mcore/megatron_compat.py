@@ -13,6 +13,7 @@ import types
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def before_import() -> None:
@@ -42,8 +43,10 @@ _te_general_gemm: Any = None
 
 
 def multiply_routers_with_transformer_engine(wanted: bool) -> None:
-    """Whether the next models' routers, which are fp32, multiply by Transformer Engine's kernel (in TF32, exact for
-    bf16 factors) or PyTorch's. It is a choice of the process."""
+    """Lets the next models' routers, which are fp32, multiply by Transformer Engine's kernel, or by PyTorch's.
+
+    The former computes in TF32, which is exact for bf16 factors. It is a choice of the process.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     moe_utils.te_general_gemm = _te_general_gemm if wanted else None
@@ -56,8 +59,9 @@ def _count_without_padding() -> None:
 
     count = TopKRouter._apply_expert_bias
 
-    def apply_expert_bias(self: Any, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+    def apply_expert_bias(self: Any, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         if padding_mask is not None:
+            # [tokens, 1] against [tokens, experts].
             routing_map = routing_map & ~padding_mask.unsqueeze(-1)
         count(self, routing_map)
 
@@ -74,19 +78,20 @@ def _balance_dispatched_experts() -> None:
 
     dispatch, scores_for_loss = router.topk_routing_with_score_function, router.compute_routing_scores_for_aux_loss
 
-    def dispatch_and_keep(logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def dispatch_and_keep(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         probabilities, routing_map = dispatch(logits, *args, **kwargs)
         # for the loss, which is given the same tensor
         logits.routing_map = routing_map  # type: ignore[attr-defined]
         return probabilities, routing_map
 
     def scores_of_dispatched(
-        logits: torch.Tensor, topk: int, score_function: str, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits: Tensor, topk: int, score_function: str, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if score_function != "sigmoid":
             routing_map, scores = scores_for_loss(logits, topk, score_function, *args, **kwargs)
             return routing_map, scores
         routing_map = logits.__dict__.pop("routing_map")
+        # sigmoid(x) / sum of sigmoids, computed in logarithms, so that tiny scores keep their ratios.
         scores = torch.softmax(torch.nn.functional.logsigmoid(logits.float()), dim=-1)
         if (padding_mask := kwargs.get("padding_mask")) is not None:
             is_token = ~padding_mask.unsqueeze(-1)
@@ -108,14 +113,14 @@ def _keep_graph_inputs() -> None:
         return
 
     class Pool(cuda_graphs.TensorReusePool):  # type: ignore[misc]
-        def insert(self, tensor: torch.Tensor) -> None:
+        def insert(self, tensor: Tensor) -> None:
             if not hasattr(tensor, "can_skip_replay_copy"):
                 super().insert(tensor)
 
     record.tensor_reuse_pool = Pool()
 
 
-def router_losses() -> dict[str, torch.Tensor]:
+def router_losses() -> dict[str, Tensor]:
     """This rank's losses of the routers by name ("load_balancing_loss", "z_loss", ...) and layer, summed since the last
     reset; 0.17 moved them into an object."""
     from megatron.core.transformer.moe import moe_utils

@@ -71,5 +71,7 @@ def global_name(local: str, layers: Sequence[int] | None = None, first_expert: i
         name = _LAYER.sub(lambda m: f"decoder.layers.{layers[int(m[1])]}.", name)
     for megatron, ours in _RENAMED.items():
         name = name.replace(megatron, ours)
+    # Transformer Engine's grouped experts are one module with numbered weights.
     name = _GROUPED.sub(lambda m: f"mlp.experts.local_experts.{m[3]}.{m[1]}.{m[2]}", name)
+    # An expert rank numbers its own experts from 0.
     return _EXPERT.sub(lambda m: f"mlp.experts.local_experts.{int(m[1]) + first_expert}.", name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stages.mcore import megatron_cpu_patches
+from stages.mcore import megatron_patches
 from stages.mcore.layer_spec import has_transformer_engine
 from stages.models.base import Precision, layers_in_bf16
 
@@ -58,15 +58,16 @@ def missing_requirement(precision: Precision) -> str | None:
         return f"{requirement} a GPU of the Ampere generation or newer, and this one is older; choose fp32"
     if precision not in QUANTIZED:
         return None
-    if megatron_cpu_patches.te_on_cpu():
+    if megatron_patches.te_on_cpu():
         return None
     generation, question = QUANTIZED[precision]
     if not torch.cuda.is_available():
-        return (f"{requirement} a GPU of the {generation} generation or newer and Transformer Engine, and this machine "
-                f"has no GPU; `atom simulate-precision` shows here what the format does to the loss")  # fmt: skip
+        return (
+            f"{requirement} a GPU of the {generation} generation or newer and Transformer Engine, and this machine "
+            f"has no GPU; `atom simulate-precision` shows here what the format does to the loss"
+        )
     if not has_transformer_engine():
-        return (f"{requirement} Transformer Engine, which cannot be imported here; install "
-                f"transformer-engine[pytorch]")  # fmt: skip
+        return f"{requirement} Transformer Engine, which cannot be imported here; install transformer-engine[pytorch]"
     available, reason = getattr(importlib.import_module("transformer_engine.pytorch"), question)(return_reason=True)
     if not available:
         return f"{requirement} what this machine lacks, says Transformer Engine: {reason.strip(' .')}; choose bf16"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from stages.mcore import megatron_imports  # noqa: F401 - before Megatron's own names
 
@@ -19,14 +20,14 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
     Megatron's own steps copy each head several times, and pass strided heads to the attention kernel.
     """
 
-    def forward(self, hidden: torch.Tensor, attention_mask: Any, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Tensor, attention_mask: Any, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
         """attention_mask: `starts` of `row_tables.Tables`."""
         if kwargs.get("inference_context") is not None or kwargs.get("packed_seq_params") is not None:
             raise NotImplementedError("a cache of keys and values, or Megatron's own kind of packed rows")
         self.starts = attention_mask
         return super().forward(hidden, attention_mask, rotary_pos_emb=None, **kwargs)
 
-    def get_query_key_value_tensors(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+    def get_query_key_value_tensors(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         """hidden: [sequence, batch, hidden] -> queries [sequence, batch, heads, dim], keys and values [sequence, batch,
         kv_heads, dim], of this tensor-parallel rank; each a view of [batch, heads, sequence, dim]."""
         mixed, _ = self.linear_qkv(hidden)
@@ -50,9 +51,8 @@ class Heads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mixed: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
-        sin: torch.Tensor, eps: float,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        ctx: Any, mixed: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
         query, key, value = _split_qkv(mixed)
         weights = _to_fp32(q_weight), _to_fp32(k_weight)
         q, q_normed, q_scale = _norm_and_rotate(_to_fp32(query), weights[0], cos, sin, eps)
@@ -63,7 +63,7 @@ class Heads(torch.autograd.Function):
         return q.flatten(1, 2).to(mixed.dtype), k.flatten(1, 2).to(mixed.dtype), v.flatten(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, d_q: torch.Tensor, d_k: torch.Tensor, d_v: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Any, ...]:
         q_normed, q_scale, q_weight, k_normed, k_scale, k_weight, cos, sin = ctx.saved_tensors
         d_mixed = q_normed.new_empty(ctx.shape, dtype=ctx.type)
         query, key, value = _split_qkv(d_mixed)
@@ -74,13 +74,13 @@ class Heads(torch.autograd.Function):
         return d_mixed, d_q_weight.to(weight_dtype), d_k_weight.to(weight_dtype), None, None, None
 
 
-def rotated_heads(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def rotated_heads(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """As `Heads`, for an attention that does not normalize queries and keys."""
     query, key, value = _split_qkv(mixed)
     return tuple(x.flatten(1, 2) for x in (rotate(query, cos, sin), rotate(key, cos, sin), value.contiguous()))
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: [..., sequence, dim]; cos, sin: [..., sequence, rotary dim], of the first so many numbers of a head, whose
     halves turn."""
     turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
@@ -89,20 +89,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-def _to_fp32(x: torch.Tensor) -> torch.Tensor:
+def _to_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def _split_qkv(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _split_qkv(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of queries, keys and values, each [batch, groups, heads of a group, sequence, dim]."""
     query, key, value = mixed.permute(1, 2, 3, 0, 4).split((mixed.shape[3] - 2, 1, 1), 2)
     return query, key, value
 
 
-def _norm_and_rotate(
-    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, ...]:
+def _norm_and_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, ...]:
     """x: [..., sequence, dim] -> RMSNorm and rotary embedding of x, x / RMS, 1 / RMS. As in `rotate`."""
+    # RMSNorm: x / sqrt(mean(x^2) + eps).
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(x, scale, out=x.new_empty(x.shape))
     turned, half = cos.shape[-1], cos.shape[-1] // 2
@@ -112,22 +111,23 @@ def _norm_and_rotate(
     return out, normed, scale
 
 
-def _for_heads(cos: torch.Tensor, dim: int) -> torch.Tensor:
+def _for_heads(cos: Tensor, dim: int) -> Tensor:
     """With a 1 for each number of a head that does not turn."""
     return cos if cos.shape[-1] == dim else F.pad(cos, (0, dim - cos.shape[-1]), value=1.0)
 
 
 def _norm_and_rotate_backward(
-    d_out: torch.Tensor, normed: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor,
-    sin: torch.Tensor, d_x: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+    d_out: Tensor, normed: Tensor, scale: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, d_x: Tensor
+) -> Tensor:
     """Fills d_x and returns the gradient of weight."""
     d_out = d_out.view_as(normed)
     turned, half = cos.shape[-1], cos.shape[-1] // 2
+    # The inverse rotation is the rotation by minus the angle.
     d = torch.mul(d_out, _for_heads(cos, normed.shape[-1]), out=torch.empty_like(normed))
     d[..., :half].addcmul_(d_out[..., half:turned], sin[..., half:])
     d[..., half:turned].addcmul_(d_out[..., :half], sin[..., :half], value=-1)
     product = d * normed
+    # The gradient of 1 / RMS: the part of d along x, over the width.
     projection = (product @ weight).div_(-weight.numel()).unsqueeze(-1)
     d.mul_(weight).addcmul_(normed, projection)
     if d_x.dtype == d.dtype:

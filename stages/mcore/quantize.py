@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from stages.models.base import layers_in_bf16
 
@@ -147,15 +148,19 @@ class Quantized:
     once, as on a tensor core: its scales are applied to the sum.
     """
 
-    values: torch.Tensor
+    values: Tensor
     factor: float
     counts: Counts
 
 
 def quantize(
-    x: torch.Tensor, recipe: QuantizationRecipe, kind: Kind, summed: int = 1, group: Any = None,
+    x: Tensor,
+    recipe: QuantizationRecipe,
+    kind: Kind,
+    summed: int = 1,
+    group: Any = None,
     noise: torch.Generator | None = None,
-) -> Quantized:  # fmt: skip
+) -> Quantized:
     """Rounds a matrix to the format's nearest numbers (ties to even), scaled so that each block's largest magnitude
     comes as near to the format's largest number as the scale allows, and saturating there.
 
@@ -194,13 +199,13 @@ SLAB = 2**17
 """Values that are rounded together: the dozen passes over them should stay in the processor's cache."""
 
 
-def _slabs(x: torch.Tensor, height: int) -> tuple[torch.Tensor, ...]:
+def _slabs(x: Tensor, height: int) -> tuple[Tensor, ...]:
     """The rows of a matrix by about SLAB values, cut between blocks."""
-    slabs: tuple[torch.Tensor, ...] = x.split(max(1, SLAB // x.shape[1] // height) * height)
+    slabs: tuple[Tensor, ...] = x.split(max(1, SLAB // x.shape[1] // height) * height)
     return slabs
 
 
-def _max_magnitude(x: torch.Tensor, group: Any) -> torch.Tensor:
+def _max_magnitude(x: Tensor, group: Any) -> Tensor:
     """The largest magnitude of a tensor and of its parts on the group's other ranks: an fp32 scalar."""
     low, high = torch.aminmax(x)
     largest = torch.maximum(-low, high).float()
@@ -210,9 +215,15 @@ def _max_magnitude(x: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def _quantize(
-    x: torch.Tensor, out: torch.Tensor, format_: Format, height: int, width: int, shared: torch.Tensor | None,
-    scale: str, noise: torch.Generator | None,
-) -> Counts:  # fmt: skip
+    x: Tensor,
+    out: Tensor,
+    format_: Format,
+    height: int,
+    width: int,
+    shared: Tensor | None,
+    scale: str,
+    noise: torch.Generator | None,
+) -> Counts:
     """Fills `out` with the rounded values of x, [rows, columns], in blocks of height x width that are scaled each by
     itself; with a `shared` multiplier, the values stay multiplied by it."""
     rows, columns = x.shape
@@ -248,7 +259,7 @@ def _quantize(
     return counts
 
 
-def _multiplier(largest: torch.Tensor, limit: float, scale: str) -> torch.Tensor:
+def _multiplier(largest: Tensor, limit: float, scale: str) -> Tensor:
     """The factor of each block before rounding: the inverse of its scale. limit: the format's largest number.
 
     Powers of two are the largest one with which no value overflows; for e8m0 that is the scale 2^e with e from -127 to
@@ -269,14 +280,14 @@ def _multiplier(largest: torch.Tensor, limit: float, scale: str) -> torch.Tensor
     return multiplier
 
 
-def _block_scale(largest: torch.Tensor, shared: torch.Tensor, format_: Format) -> torch.Tensor:
+def _block_scale(largest: Tensor, shared: Tensor, format_: Format) -> Tensor:
     """The e4m3 scale of each block of nvfp4, by which its rounded numbers are multiplied before the tensor's fp32
     scale (arXiv:2509.25149, appendix B). shared: the inverse of the tensor's scale."""
     scale = largest.div(torch.full_like(largest, format_.largest)).mul_(shared)
     return _round(scale, E4M3)
 
 
-def _round_stochastically(y: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+def _round_stochastically(y: Tensor, draws: Tensor) -> Tensor:
     """Rounds fp32 values in place to one of the two neighboring numbers of e2m1; up, in magnitude, where the draw from
     [0, 1) is less than the distance from the lower one in spacings. Saturates; NaN stays."""
     y.clamp_(-E2M1.largest, E2M1.largest)
@@ -286,7 +297,7 @@ def _round_stochastically(y: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return y.copy_((lower + (draws < size - lower)).mul_(spacing).copysign_(y))
 
 
-def hadamard(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+def hadamard(x: Tensor, signs: Tensor) -> Tensor:
     """A random Hadamard transform along the rows: each 16 rows times diag(signs) H / 4, where H is Sylvester's matrix.
 
     x: [rows, columns]; missing rows of the last 16 count as zeros. Returns fp32 [rows up to a multiple of 16, columns].
@@ -302,7 +313,7 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     return y.reshape(padded.shape).mul_(HADAMARD**-0.5)
 
 
-def _round(y: torch.Tensor, format_: Format) -> torch.Tensor:
+def _round(y: Tensor, format_: Format) -> Tensor:
     """Rounds fp32 values in place to the nearest numbers of the format, ties to even; saturates; NaN stays.
 
     For e2m1, adding 1.5 x 2^23 spacings and taking them off again leaves a whole number of spacings, because that is
@@ -315,6 +326,6 @@ def _round(y: torch.Tensor, format_: Format) -> torch.Tensor:
     return y.add_(shift).sub_(shift)
 
 
-def _spacing(y: torch.Tensor) -> torch.Tensor:
+def _spacing(y: Tensor) -> Tensor:
     """Returns the distance of the numbers of e2m1 at each value: half the value's power of two, at least 0.5."""
     return (y.view(torch.int32) & EXPONENT).view(torch.float32).clamp_min_(1.0).mul_(0.5)

@@ -1,15 +1,23 @@
-"""What all layers of a forward pass share about its rows: positions, rotary tables, and the documents and masks of
-attention. It is made once for a forward pass, from numbers on the host: no layer waits for the GPU."""
+"""Tables of rows that all layers of a forward pass share: positions, rotary tables, documents and masks of attention.
+
+They are made once for a forward pass, from numbers on the host: no layer waits for the GPU.
+
+Position p turns the pair (i, i + dim/2) of a head by p * frequency[i] (Su et al., 2021; the halves of a head turn),
+with YaRN's scaling (Peng et al., 2023) where the recipe asks for it.
+"""
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from stages.mcore import gpu
 from stages.mcore.megatron_imports import parallel_state
+from stages.models.base import ModelConfig
 from stages.models.costs import SLICE
 
 
@@ -21,23 +29,23 @@ class Documents(NamedTuple):
     in all rows side by side, a prefix of several documents with each of them; None if these are all keys in order.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
+    queries: Tensor
+    keys: Tensor
     longest: int
-    gathered: torch.Tensor | None
+    gathered: Tensor | None
 
 
 class Bucket(NamedTuple):
     """Documents of like length as a batch, padded. queries, keys: positions in all rows side by side, [documents,
     longest]; mask: what to add to the scores, [documents or 1, 1, queries, keys], or None if it is plainly causal."""
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    mask: torch.Tensor | None
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None
 
 
 def on_a_gpu(device: torch.device) -> bool:
-    """Whether a kernel there takes a row whole."""
+    """Returns True if attention on this device takes a whole row. The simulation of a rank replaces this function."""
     return bool(device.type != "cpu")
 
 
@@ -45,9 +53,15 @@ class Tables:
     """The tables of one batch of rows, each made when a layer first asks for it."""
 
     def __init__(
-        self, starts: torch.Tensor | None, length: int, context: int, device: torch.device,
-        rope: tuple[torch.Tensor, float], step: int = 1, has_sinks: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        starts: Tensor | None,
+        length: int,
+        context: int,
+        device: torch.device,
+        rope: tuple[Tensor, float],
+        step: int = 1,
+        has_sinks: bool = False,
+    ) -> None:
         """starts: the first position of the document of each position, int64 [batch, complete row], on any device; or
         [3, batch, complete row] with the first position and the end of what the document continues, its prefix in the
         same row; None if each row is one document. length: of this context rank's share of a row. rope: frequencies and
@@ -58,28 +72,28 @@ class Tables:
         self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
         self.local_starts = None if starts is None else starts.cpu()[..., self.positions]
         """[batch, length], on the host."""
-        self.prefixes: torch.Tensor | None = None
+        self.prefixes: Tensor | None = None
         """[2, batch, length], on the host; None if no document continues another."""
         if self.local_starts is not None and self.local_starts.dim() == 3:
             assert context == 1, "context ranks hold parts of rows"
             self.local_starts, self.prefixes = self.local_starts[0], self.local_starts[1:]
         self._slices: dict[int | None, list[tuple[int, int, int]]] = {}
-        self._masks: dict[tuple[int, torch.dtype, int | None], torch.Tensor] = {}
+        self._masks: dict[tuple[int, torch.dtype, int | None], Tensor] = {}
         self._documents: dict[int, Documents] = {}
-        self._buckets: dict[tuple[torch.dtype, int | None], tuple[list[Bucket], torch.Tensor]] = {}
+        self._buckets: dict[tuple[torch.dtype, int | None], tuple[list[Bucket], Tensor]] = {}
 
     @cached_property
-    def _on_device(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _on_device(self) -> tuple[Tensor, Tensor | None]:
         starts = None if self.local_starts is None else gpu.upload(self.local_starts, self.device)
         return gpu.upload(self.positions, self.device), starts
 
     @property
-    def device_starts(self) -> torch.Tensor | None:
+    def device_starts(self) -> Tensor | None:
         """`local_starts` on the device."""
         return self._on_device[1]
 
     @cached_property
-    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines, fp32: [length, dim], or [batch, 1, 1, length, dim] if rows hold several documents, each of
         which counts from 0."""
         positions, starts = self._on_device
@@ -114,9 +128,11 @@ class Tables:
             ]
         return self._slices[window]
 
-    def mask(self, number: int, dtype: torch.dtype, window: int | None = None) -> torch.Tensor | None:
-        """What to add to the scores of a slice: 0 or minus infinity, [queries, keys] or [batch, 1, queries, keys]; None
-        if it is plainly causal. Autograd keeps masks: with it all layers share them."""
+    def mask(self, number: int, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
+        """Returns the numbers to add to the scores of a slice, 0 or minus infinity; None if it is plainly causal.
+
+        The shape is [queries, keys] or [batch, 1, queries, keys]. Autograd keeps masks: with it all layers share them.
+        """
         slices = self.slices(window)
         count, first, end = slices[number]
         if self.local_starts is None and end == count and (window is None or end <= window):
@@ -132,6 +148,7 @@ class Tables:
         if starts is not None:
             seen = (seen & (starts[:, begin : begin + count, None] <= key))[:, None]
         mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+        # Without gradients nothing keeps a mask, so neither do the tables.
         if torch.is_grad_enabled():
             self._masks[number, dtype, window] = mask
         return mask
@@ -145,6 +162,7 @@ class Tables:
     def _find_documents(self, batch: int) -> Documents:
         starts = torch.zeros(batch, self.length, dtype=torch.long) if self.local_starts is None else self.local_starts
         begins = torch.ones_like(starts, dtype=torch.bool)
+        # A document begins where its start changes, and a context rank's second slice begins anew.
         begins[:, 1:] = (starts[:, 1:] != starts[:, :-1]) | (self.positions[1:] != self.positions[:-1] + 1)
         row, column = begins.nonzero(as_tuple=True)
         bounds = torch.cat([row * self.length + column, torch.tensor([batch * self.length])])
@@ -162,12 +180,11 @@ class Tables:
             gathered = gpu.upload(torch.arange(int(keys[-1])) + shift.repeat_interleave(sizes), self.device)
         # a power of two, as cuDNN builds a plan for each value
         longest = min(1 << (int(sizes.max()) - 1).bit_length(), self.length * self.context)
+        # Kernels for rows of variable length take int32.
         queries, keys = (gpu.upload(x.int(), self.device) for x in (bounds, keys))
         return Documents(queries, keys, longest, gathered)
 
-    def buckets(
-        self, batch: int, dtype: torch.dtype, window: int | None = None
-    ) -> tuple[list[Bucket], torch.Tensor]:  # fmt: skip
+    def buckets(self, batch: int, dtype: torch.dtype, window: int | None = None) -> tuple[list[Bucket], Tensor]:
         """The documents of `batch` rows by length, for kernels that take rows of one length; and the place of each
         position in the queries of all buckets side by side. window: maximum keys that a query sees; None: all."""
         if (dtype, window) not in self._buckets:
@@ -176,7 +193,7 @@ class Tables:
 
     def _make_buckets(
         self, documents: Documents, dtype: torch.dtype, window: int | None
-    ) -> tuple[list[Bucket], torch.Tensor]:  # fmt: skip
+    ) -> tuple[list[Bucket], Tensor]:
         assert documents.gathered is not None, "the documents have prefixes"
         count, total = (x.cpu().long().diff() for x in (documents.queries, documents.keys))
         prefix = total - count
@@ -216,16 +233,17 @@ class RowTables:
     """The tables of the latest rows. A layer finds them by the tensor of starts, of which it may get another view: the
     recomputation of a layer unpacks it anew."""
 
-    def __init__(self, rope: tuple[torch.Tensor, float], context: int, has_sinks: bool = False) -> None:
+    def __init__(self, rope: tuple[Tensor, float], context: int, has_sinks: bool = False) -> None:
         self.rope, self.context, self.has_sinks = rope, context, has_sinks
         self.steps: dict[int, int] = {}
         """{tokens of a row: distance of its neighbors' positions}, where it is not 1: to compute at far positions."""
         self.key: Any = None
         self.tables: Tables | None = None
 
-    def of(self, starts: torch.Tensor | None, length: int, device: torch.device) -> Tables:
+    def of(self, starts: Tensor | None, length: int, device: torch.device) -> Tables:
         """starts: as in `Tables`. length: of this context rank's share of a row. The tables keep `starts`, so its
         memory is not used again while they are the latest."""
+        # By its memory: recomputation and pipeline stages hand over other views of the same tensor.
         place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
         key = place, length, device
         if self.tables is None or key != self.key:
@@ -235,9 +253,49 @@ class RowTables:
         return self.tables
 
 
-def context_positions(length: int) -> torch.Tensor:
+def context_positions(length: int) -> Tensor:
     """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them: of
     2C slices the one with its number, and the one as far from the end."""
     rank = parallel_state.get_context_parallel_rank()
+    # The first slices see few keys and the last ones many: a pair of both has the same work on every rank.
     slices = torch.arange(length).chunk(2 * parallel_state.get_context_parallel_world_size())
     return torch.cat([slices[rank], slices[-1 - rank]])
+
+
+def frequencies(model: ModelConfig) -> tuple[Tensor, float]:
+    """(radians by position, [rotary_dim / 2], fp32; the factor of cosines and sines)."""
+    dim = model.rotary_dim
+    base = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    if model.yarn is None:
+        return base, 1.0
+    yarn = model.yarn
+
+    def pair_index(rotations: float) -> float:
+        """The (fractional) pair whose frequency makes that many turns within the original length."""
+        return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+
+    low, high = max(math.floor(pair_index(yarn.beta_fast)), 0), min(math.ceil(pair_index(yarn.beta_slow)), dim - 1)
+    width = high - low or 0.001  # equal ends turn the ramp into a step
+    ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / width, 0, 1)
+    factor = 1.0 if model.yarn_scales_heads else yarn_factor(model)
+    return base / yarn.factor * ramp + base * (1 - ramp), factor
+
+
+def yarn_factor(model: ModelConfig) -> float:
+    """The factor of queries and of keys."""
+    return 0.1 * math.log(model.yarn.factor) + 1.0 if model.yarn else 1.0
+
+
+def megatron_yarn(model: ModelConfig) -> dict[str, Any]:
+    """Attributes of Megatron's configuration with which its own attention layers scale in the same way."""
+    if model.yarn is None:
+        return {}
+    return {
+        "yarn_rotary_scaling_factor": model.yarn.factor,
+        "yarn_original_max_position_embeddings": model.yarn.original_length,
+        "yarn_beta_fast": model.yarn.beta_fast,
+        "yarn_beta_slow": model.yarn.beta_slow,
+        "yarn_mscale": 1.0,
+        "yarn_mscale_all_dim": 0.0,
+        "yarn_correction_range_round_to_int": True,
+    }

@@ -33,7 +33,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.mcore import attention_sinks, gpu, layer_spec, moe_metrics, row_tables
+from stages.mcore import gpu, layer_spec, routers, row_tables
+from stages.mcore.layer_spec import attend_with_sinks, plain_attention
 from stages.mcore.megatron_imports import TopKRouter, parallel_state, tensor_parallel
 from stages.models.parallel_layout import Layout
 
@@ -48,13 +49,14 @@ def fake_groups(layout: Layout, rank: int) -> Iterator[None]:
     """Megatron's process groups of a rank of a layout, in one process: their collectives do nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # PyTorch's fake backend: groups of any size in one process, whose collectives do nothing.
         dist.init_process_group("fake", rank=rank, world_size=layout.ranks, store=FakeStore())
         try:
             parallel_state.initialize_model_parallel(**layout.group_sizes, create_gloo_process_groups=False)
             tensor_parallel.model_parallel_cuda_manual_seed(0)
             yield
         finally:
-            moe_metrics.clear_losses()
+            routers.clear_losses()
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
 
@@ -114,6 +116,7 @@ class CollectiveLog(TorchDispatchMode):
         """Records a call of an operator of c10d."""
         group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject) and _is_group(x))
         sizes = [sum(x.numel() * x.element_size() for x in tree_leaves(arg) if torch.is_tensor(x)) for arg in args]
+        # Such as allgather_ or _reduce_scatter_base_, without the marks of PyTorch's registry.
         operation = func._schema.name.split("::")[1].strip("_")
         role = self.names.get(group.group_name, "other")
         self.calls.append(Collective(operation, role, group.size(), max(sizes, default=0)))
@@ -164,6 +167,7 @@ class LiveBytes(TorchDispatchMode):
             del self._sizes[address]
             self._add(-size, on_host)
 
+        # A storage may outlive the tensor that made it, in a view or in autograd's graph: its own end counts.
         self._sizes[address] = weakref.ref(storage, free)
         self._add(size, on_host)
 
@@ -198,7 +202,9 @@ class SimulatedRank(CollectiveLog, LiveBytes):
             try:
                 out = func(*args, **kwargs)
             except DataDependentOutputException:  # a value of a fake tensor: a loss, a norm, a flag
-                return 1.0 if args[0].is_floating_point() else False if args[0].dtype is torch.bool else 1
+                if args[0].is_floating_point():
+                    return 1.0
+                return False if args[0].dtype is torch.bool else 1
         self.count(out)
         return out
 
@@ -226,7 +232,7 @@ def _numbers(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
 
 
 def _fits(func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> bool:
-    """Whether an operator without fake tensors gives one that has values: of positions, indices, masks and counts."""
+    """Returns True if an operator without fake tensors gives one with values: positions, indices, masks and counts."""
     if tensors:
         return all(x.numel() <= MOST_REAL for x in tensors)
     if func in FACTORIES:
@@ -243,11 +249,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
     collectives. Norms are one kernel and keep their input, as on a GPU, and tokens are spread evenly over experts."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    with (
-        gpu.deterministic_kernels(layout.deterministic),
-        fake_groups(layout, rank),
-        contextlib.ExitStack() as stack,
-    ):
+    with gpu.deterministic_kernels(layout.deterministic), fake_groups(layout, rank), contextlib.ExitStack() as stack:
         for target, name, replacement in (
             (torch.nn.Module, "bfloat16", _to_bfloat16),
             (layer_spec.Attention, "takes_documents", lambda attention, q: layer_spec.fits_flash_attention(q)),
@@ -279,7 +281,7 @@ def _to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
 
 def _attend_with_sinks(q: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """As on a GPU, but fp32 as on a CPU, which is what the plan counts."""
-    attend = attention_sinks.attend_with_sinks if q.dtype == torch.float32 else attention_sinks.plain_attention
+    attend = attend_with_sinks if q.dtype == torch.float32 else plain_attention
     return attend(q, *arguments)
 
 
@@ -289,6 +291,7 @@ def balanced(route: Callable[..., Any]) -> Callable[..., Any]:
     def routing(router: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         probabilities, routing_map = route(router, logits, *args, **kwargs)
         tokens, experts = routing_map.shape
+        # Each expert in turn: all ranks then get equally many tokens, as the plan assumes.
         chosen = (torch.arange(tokens)[:, None] * router.topk + torch.arange(router.topk)) % experts
         return probabilities, torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True)
 

@@ -1,13 +1,19 @@
-"""The part of a full tensor that a rank holds. Only this file defines the cuts of tensor parallelism.
+"""The part of a full tensor that a rank holds, and how ranks put full tensors together.
 
-A part is a list of boxes (one slice for each dimension) of the full tensor; the rank's local tensor is those boxes,
-concatenated along the first dimension. Megatron-core's cuts: rows of embedding, output head, QKV and an expert's gate
-and up; columns of the projections back into the residual stream; everything else is whole on every rank.
+Only this file defines the cuts of tensor parallelism. A part is a list of boxes (one slice for each dimension) of the
+full tensor; the rank's local tensor is those boxes, concatenated along the first dimension. Megatron-core's cuts: rows
+of embedding, output head, QKV and an expert's gate and up; columns of the projections back into the residual stream;
+everything else is whole on every rank.
 """
 
 from __future__ import annotations
 
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+
 import torch
+import torch.distributed as dist
 
 from stages.mcore.megatron_imports import parallel_state
 from stages.mcore.param_names import (
@@ -22,6 +28,10 @@ from stages.mcore.param_names import (
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dimension of the full tensor."""
+EXPERTS = ".mlp.experts."
+"""In the names of the tensors that expert ranks share out."""
+EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
+"""The number of an expert in the name of its tensor."""
 
 
 def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> tuple[Box, ...]:
@@ -39,6 +49,7 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
     full_box = tuple((0, n) for n in shape)
     if size == 1 or not is_cut(name):
         return (full_box,)
+    # Columns of a projection back into the stream: each rank multiplies its part of the inner width.
     if name.endswith((*INTO_THE_STREAM, "linear_proj.lora_A", "linear_fc2.lora_A")):
         n = shape[1] // size
         return ((full_box[0], (rank * n, (rank + 1) * n)),)
@@ -48,7 +59,7 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
 
 
 def is_cut(name: str) -> bool:
-    """Whether tensor parallelism cuts the tensor of that global name. Raises ValueError for a name without a rule."""
+    """Returns True if tensor parallelism cuts the tensor of that global name. Raises ValueError for an unknown name."""
     if name.endswith((*CUT_MATRICES, *CUT_VECTORS)):
         return True
     if name.endswith((".lora_A", ".lora_B")):
@@ -59,8 +70,10 @@ def is_cut(name: str) -> bool:
 
 
 def is_copied(name: str) -> bool:
-    """Whether tensor ranks hold the same of the tensor of that global name: not of one that is cut, nor of whole
-    experts, of which each rank has its own."""
+    """Returns True if tensor ranks hold equal copies of the tensor of that global name.
+
+    They do not if it is cut, or belongs to whole experts, of which each rank has its own.
+    """
     return not is_cut(name) and (".experts." not in name or _expert_tensor_size() > 1)
 
 
@@ -86,3 +99,125 @@ def _index(box: Box) -> tuple[slice, ...]:
 def _expert_tensor_size() -> int:
     size: int = parallel_state.get_expert_tensor_parallel_world_size()
     return size
+
+
+class FullTensors(Mapping[str, torch.Tensor]):
+    """Full tensors by global name.
+
+    Reading is collective: all ranks read the same names in the same order. One rank, which holds a part, gets the
+    tensor on its own device (an uncut one is the live one); the other ranks get one without memory, on `meta`, of which
+    only the shape counts. Tensor ranks take turns, and data ranks, which hold the same, do too, unless
+    only the first of them is to hand tensors over.
+    """
+
+    def __init__(
+        self,
+        local: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        tied: bool,
+        by_turns: bool = True,
+        stacked: bool = False,
+    ) -> None:
+        """local: this rank's tensors by global name. shapes: the full ones. tied: whether the model ties its
+        embeddings. by_turns: whether data ranks take turns. stacked: whether one rank gets the equal tensors of all
+        experts of a layer, which must be whole."""
+        self.local, self.shapes, self.tied, self.by_turns, self.stacked = local, shapes, tied, by_turns, stacked
+        self.stacks: dict[str, list[torch.Tensor]] = {}
+        """The tensors of experts on this rank, by their name without the number of the expert."""
+        for name, tensor in local.items() if stacked else ():
+            if EXPERT.search(name):
+                self.stacks.setdefault(EXPERT.sub("", name), []).append(tensor)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shape = self.shapes[name]
+        absent = torch.empty(shape, device="meta")
+        if self.stacked and (expert := EXPERT.search(name)):
+            part = self._of_stack(name, int(expert[0]))
+            return absent if part is None else part
+        if name not in self.local or not speaks_for(name, self.tied, self.by_turns):
+            return absent
+        part = self.local[name]
+        group = (
+            parallel_state.get_expert_tensor_parallel_group()
+            if EXPERTS in name
+            else parallel_state.get_tensor_model_parallel_group()
+        )
+        size = group.size()
+        if size == 1 or not is_cut(name):
+            return part
+        owner = (_turn(name) >> 8) % size  # other bits than those by which data ranks take turns
+        is_owner = group.rank() == owner
+        # as bytes: gloo does not gather every type
+        sent = part.contiguous().flatten().view(torch.uint8)
+        parts = [torch.empty_like(sent) for _ in range(size)] if is_owner else None
+        # Collective among the tensor ranks: all of them read the same names in the same order.
+        dist.gather(sent, parts, dst=dist.get_global_rank(group, owner), group=group)
+        if parts is None:
+            return absent
+        full = torch.empty(shape, dtype=part.dtype, device=part.device)
+        for rank, received in enumerate(parts):
+            paste(full, boxes(name, shape, rank), received.view(part.dtype).view_as(part))
+        return full
+
+    def _of_stack(self, name: str, expert: int) -> torch.Tensor | None:
+        """The tensor of an expert, on the rank that gets those of all experts of the layer; None on others."""
+        stack = EXPERT.sub("", name)
+        # Empty on the ranks of other pipeline stages.
+        equal = self.stacks.get(stack, [])
+        size = parallel_state.get_expert_data_parallel_world_size() if self.by_turns else 1
+        if not equal or _turn(stack) % size != parallel_state.get_expert_data_parallel_rank():
+            return None
+        group = parallel_state.get_expert_model_parallel_group()
+        # Experts lie on the ranks in runs, so the number of one gives its holder.
+        rank, holder, owner = group.rank(), expert // len(equal), (_turn(stack) >> 8) % group.size()
+        if rank == holder == owner:
+            return self.local[name]
+        if rank == holder:  # as bytes: gloo does not send every type
+            sent = self.local[name].contiguous().flatten().view(torch.uint8)
+            dist.send(sent, dist.get_global_rank(group, owner), group=group)
+        if rank != owner:
+            return None
+        part = torch.empty_like(equal[0])
+        dist.recv(part.flatten().view(torch.uint8), dist.get_global_rank(group, holder), group=group)
+        return part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def speaks_for(name: str, tied: bool, by_turns: bool = True) -> bool:
+    """Returns True if this rank hands its part of a tensor over, rather than another rank with the same part.
+
+    It is the first of the ranks that repeat the part, and of equal data ranks the one whose turn it is, or the first.
+    `tied` is True if the model ties its embeddings.
+    """
+    if EXPERTS in name:
+        rank = parallel_state.get_expert_data_parallel_rank()
+        size = parallel_state.get_expert_data_parallel_world_size()
+    else:
+        rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return bool((_turn(name) % size if by_turns else 0) == rank) and not is_repeated(name, tied)
+
+
+def is_repeated(name: str, tied: bool) -> bool:
+    """Returns True if an earlier tensor or pipeline rank has the same part of a tensor.
+
+    That is so for what tensor ranks do not split, and for the last stage's copy of a tied table.
+    """
+    group = (
+        parallel_state.get_expert_tensor_parallel_rank
+        if EXPERTS in name
+        else parallel_state.get_tensor_model_parallel_rank
+    )
+    if group() and not is_cut(name):
+        return True
+    return tied and name.startswith("embedding") and not parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def _turn(name: str) -> int:
+    """A number by which ranks that could all hand a tensor over take turns: the same on each of them."""
+    return zlib.crc32(name.encode())

@@ -33,7 +33,8 @@ from functools import cached_property
 from typing import Literal
 
 from pipeline.core.stage import RECOMPUTED, Accelerator, family
-from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, NVFP4, sharing
+from stages.mcore.memory import GRADIENT, MASTER, NVFP4, sharing
+from stages.mcore.optimizer import STATE_BYTES
 from stages.models.base import ModelConfig
 from stages.models.costs import AttentionCost, Rows
 from stages.models.parallel_layout import Layout
@@ -60,7 +61,7 @@ LAUNCHED = {"none": 1.0, "mlp": 0.5, "partial": 0.0, "full": 0.0}
 
 @dataclass(frozen=True)
 class Constants:
-    """What no data sheet says. Shares are of stated peaks and bandwidths."""
+    """The fitted constants, which no data sheet states. Shares are of stated peaks and bandwidths."""
 
     bf16: float  # share of large matrix products in bf16
     fp8: float  # the same in FP8
@@ -75,9 +76,17 @@ class Constants:
 
 
 CONSTANTS = Constants(
-    bf16=0.654, fp8=0.680, grouped=0.556, attention=0.568, passes=5.42, link=1.14, launch=16.2e-6, fp4=0.591,
-    host=6.4e-3, sparse_host=8.1e-3,
-)  # fmt: skip
+    bf16=0.654,
+    fp8=0.680,
+    grouped=0.556,
+    attention=0.568,
+    passes=5.42,
+    link=1.14,
+    launch=16.2e-6,
+    fp4=0.591,
+    host=6.4e-3,
+    sparse_host=8.1e-3,
+)
 UNFITTED_ERRORS = (0.11, 0.81)
 """Median and largest relative error of the throughput of published runs that were not fitted."""
 
@@ -96,7 +105,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the time of a model depends on. heads: output heads (several with multi-token prediction)."""
+    """The sizes of a model on which its time depends. heads: output heads (several with multi-token prediction)."""
 
     hidden: int
     vocabulary: int
@@ -145,17 +154,30 @@ def shape_of(model: ModelConfig, padded_vocab_size: int) -> Shape:
 
 @dataclass(frozen=True)
 class StepSetup:
-    """How a step is computed. micro_batches: of a step, on one rank. gradient: bytes of one. What this project's engine
-    does not have: graphs, launches replayed by the GPU, of all, of MLPs, or of what is not the experts'; hides_experts:
-    their traffic is hidden behind the compute of another micro-batch; balanced: the ranks of a pipeline share the time
-    of the output head."""
+    """The computation of a step.
+
+    Attributes:
+        layout: The ranks.
+        precision: The data type of matrix products.
+        rows: A micro-batch.
+        micro_batches: Micro-batches of a step on one rank.
+        gradient: Bytes of a gradient.
+        states: Bytes of the optimizer's states of a parameter.
+        bf16_layers: Layers whose products are bf16 in any precision.
+        graphs: The launches that the GPU replays: of all kernels, of MLPs, or of what is not the experts'. Not in this
+            project's engine.
+        hides_experts: True if the traffic of experts is hidden behind the compute of another micro-batch. Not in this
+            project's engine.
+        balanced: True if the ranks of a pipeline share the time of the output head. Not in this project's engine.
+    """
 
     layout: Layout
     precision: str
     rows: Rows
     micro_batches: int
     gradient: int = GRADIENT
-    bf16_layers: int = 0  # whose products are bf16 in any precision
+    states: float = 2 * STATE_BYTES
+    bf16_layers: int = 0
     graphs: Literal["none", "mlp", "partial", "full"] = "none"
     hides_experts: bool = False
     balanced: bool = False
@@ -196,18 +218,21 @@ def step_time(shape: Shape, gpu: Accelerator, run: StepSetup, constants: Constan
 def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> StepTime:
     layout, total, low = run.layout, shape.total, family(run.precision)
     quantizes = low in ("fp8", "fp4")
+    # Under load the power limit decides the clock, which falls about with the square root of the power.
     clock = math.sqrt(gpu.watts / (gpu.peaks["bf16"] * CLOCK / 1e12)) if gpu.watts else 1.0
     bf16 = gpu.peaks["bf16"] * min(1.0, c.bf16 * clock)
     rate = gpu.peaks[low] * min(1.0, getattr(c, low) * clock) if quantizes else bf16
     exempt = run.bf16_layers / shape.depth
     rate = 1 / ((1 - exempt) / rate + exempt / bf16)
     scoring = gpu.peaks["bf16"] * min(1.0, c.attention * clock) / RESCORED
-    # a scale of a whole tensor takes a pass for its maximum
-    quantized = (4 if run.precision in ("fp8-tensorwise", "nvfp4") else 2) if quantizes else 0
+    quantized = 0
+    if quantizes:  # a scale of a whole tensor takes a pass for its maximum
+        quantized = 4 if run.precision in ("fp8-tensorwise", "nvfp4") else 2
     gathered = run.rows.rows * run.rows.length / layout.cp  # tokens that tensor ranks work on together
     tokens = gathered / layout.tp
 
     met = total.dense + total.experts * shape.top_k / shape.experts / c.grouped
+    # A window, or half of the row: causal queries see no later keys.
     scores = sum(a.layers * a.heads * max(a.qk + a.v, NARROWEST) * a.keys(run.rows.length) for a in shape.attention)
     moved = (total.saved + total.working) * c.passes + total.saved * quantized
     held = total.dense / layout.tp + total.experts / (layout.ep * layout.split_experts)
@@ -270,13 +295,14 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
     table = shape.vocabulary * shape.hidden
     dense = (total.dense / layout.pp + (shape.head + table) / (1 if layout.pp == 1 else 2)) / layout.tp
     experts = total.experts / layout.pp / split
+    # Gradients are scattered and weights gathered: in and out once each, over the ranks that share a tensor.
     reduction = sum(
         collective(gpu, (run.gradient + 2) * size, ranks, stride)
         for size, ranks, stride in ((dense, dense_ranks, layout.tp), (experts, expert_ranks, split))
     )
     # fp32 weights and moments are read and written, a gradient read, a weight written; all gradients are measured
     # for the norm, and zeroed
-    owned = (2 * (MASTER + MOMENTS) + run.gradient + 2) * (dense / dense_ranks + experts / expert_ranks)
+    owned = (2 * (MASTER + run.states) + run.gradient + 2) * (dense / dense_ranks + experts / expert_ranks)
     return reduction / c.link, (owned + 2 * run.gradient * (dense + experts)) / gpu.memory
 
 
@@ -297,6 +323,7 @@ def dispatch(gpu: Accelerator, size: float, top_k: int, layout: Layout) -> float
     split = layout.split_experts
     if layout.dispatcher == "allgather":
         return collective(gpu, size * layout.ep * split, layout.ep * split, 1)
+    # Expert ranks that lie in one NVLink domain.
     inside = min(layout.ep, max(1, gpu.nvlink_gpus // split))
     domains = layout.ep / inside
     if layout.dispatcher == "flex":

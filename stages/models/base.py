@@ -219,7 +219,7 @@ class ModelConfig(Config, ABC):
         return training_flops(self.matrices(padded_vocab_size), self.attention(), sequence_length)
 
     def long_context(self, padded_vocab_size: int) -> LongContext:
-        """What a text of LONG_CONTEXT tokens costs, beside the same matrices with `full_attention`."""
+        """The cost of a text of LONG_CONTEXT tokens, compared with that of the same matrices with `full_attention`."""
         full = self.full_attention()
         return LongContext(
             LONG_CONTEXT,
@@ -233,6 +233,7 @@ class ModelConfig(Config, ABC):
         """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
         changes: dict[str, object] = {"context_length": max(self.context_length, context_length)}
         if rope is not None:
+            # YaRN of an earlier phase does not carry over: its factor counts from the original length.
             changes |= {"rope_theta": rope.theta or self.rope_theta, "yarn": rope.yarn}
         return self.model_copy(update=changes)
 

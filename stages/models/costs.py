@@ -28,6 +28,7 @@ class AttentionCost:
     def keys(self, sequence_length: int) -> float:
         """Keys that a causal query sees on average: half the row, or the mean of min(position, window)."""
         window = min(self.window or sequence_length, sequence_length)
+        # The mean of min(position, window) over a row of n tokens is w - w^2 / 2n.
         return window - window * window / (2 * sequence_length)
 
     def cached(self, tokens: int, ranks: int) -> int:
@@ -61,6 +62,7 @@ def training_flops(matrices: int, attention: Iterable[AttentionCost], sequence_l
     the machine's. Packed rows need fewer, because a document does not see the others of its row.
     """
     scores = sum(a.layers * a.heads * (a.qk + a.v) * a.keys(sequence_length) for a in attention)
+    # Two FLOPs a multiply-add, once forward and twice backward: of inputs and of weights (Kaplan et al., 2020).
     return 6.0 * (matrices + scores)
 
 

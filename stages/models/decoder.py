@@ -21,8 +21,8 @@ class DecoderConfig(ModelConfig):
 
     @staticmethod
     def has_engine_attention(layout: Layout, precision: Precision, rows: Rows, fused: bool) -> bool:
-        """Whether attention is surely Transformer Engine's: in plain rows, if the precision or the layout needs it, or
-        if `fused` states it. This project's keeps more."""
+        """Returns True if attention is surely Transformer Engine's: in plain rows, if the precision or the layout needs
+        it, or if `fused` states it. This project's attention keeps more."""
         return not rows.packed and (fused or layout.needs_engine or precision not in ("fp32", "bf16"))
 
     # -- the attention of a layer -------------------------------------------------------------------------------------
@@ -118,6 +118,7 @@ class DecoderConfig(ModelConfig):
 
     def matrices(self, padded_vocab_size: int) -> int:
         shapes = (shape for layer in range(self.layers) for shape in self.attention_shapes(layer).values())
+        # Vectors, such as norms and biases, cost no product.
         attention = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
         return attention + self.mlp_matrices() + padded_vocab_size * self.hidden_size
 

@@ -18,8 +18,8 @@ from pipeline.core.bounds import Range
 from stages.models.base import Precision
 from stages.models.costs import AttentionCost, Rows
 from stages.models.grouped_query import Heads, keys_of_tokens
+from stages.models.mixture import SigmoidMixtureConfig
 from stages.models.parallel_layout import Layout
-from stages.models.sigmoid_mixture import SigmoidMixtureConfig
 
 HeadPart = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128, of which the rotary part has 64 more")]
 Rank = Annotated[int, Range(1, 2**16, "DeepSeek-V3: 1536 for queries, 512 for keys and values")]
@@ -64,8 +64,10 @@ class DeepseekV3Config(SigmoidMixtureConfig):
 
     def export_obstacle(self) -> str | None:
         if self.norm_eps != LATENT_EPS:
-            return (f"model.norm_eps = {self.norm_eps:g} cannot be exported: DeepseekV3ForCausalLM normalizes latents "
-                    f"with {LATENT_EPS:g}, whatever its config says; use {LATENT_EPS:g}")  # fmt: skip
+            return (
+                f"model.norm_eps = {self.norm_eps:g} cannot be exported: DeepseekV3ForCausalLM normalizes latents "
+                f"with {LATENT_EPS:g}, whatever its config says; use {LATENT_EPS:g}"
+            )
         return None
 
     def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
@@ -121,7 +123,7 @@ class DeepseekV3Config(SigmoidMixtureConfig):
             "rotary part of the key, as projected": size * self.qk_rope_head_dim,
             "queries, keys (turned) and values": size * (q_wide + (q_wide + v_wide) * keys),
             "attention's output": size * v_wide,
-            "attention's output, narrowed or by rows": size * v * copied,
+            "attention's output, narrowed or by rows": size * v if copied else 0,
             "log-sum-exp of the scores": 4 * self.heads,
         }
 
@@ -139,7 +141,7 @@ class DeepseekV3Config(SigmoidMixtureConfig):
         return size * (gradients * max(qk, v) - v * self._copies_output(precision, rows))
 
     def _copies_output(self, precision: Precision, rows: Rows) -> bool:
-        """Whether attention's output is kept in two forms: by rows or slices, or wide and narrowed."""
+        """Returns True if attention's output is kept in two forms: by rows or slices, or wide and narrowed."""
         return rows.rows > 1 or precision == "fp32" or self.v_head_dim < self.qk_head_dim
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
@@ -168,10 +170,12 @@ class DeepseekV3Config(SigmoidMixtureConfig):
         """Heads keep the shares of their parts; None if the attention cannot be divided into such heads."""
         attention, nope, rope = width(self.heads * self.v_head_dim), self.qk_nope_head_dim, self.qk_rope_head_dim
         choices = [
-            n for n in range(1, self.heads + 1)
-            if attention % n == 0 and attention // n * nope % self.v_head_dim == 0
+            n
+            for n in range(1, self.heads + 1)
+            if attention % n == 0
+            and attention // n * nope % self.v_head_dim == 0
             and attention // n * rope % (2 * self.v_head_dim) == 0
-        ]  # fmt: skip
+        ]
         if not choices:
             return None
         heads = min(choices, key=lambda n: abs(attention / n - self.v_head_dim))

@@ -14,8 +14,7 @@ from pydantic import Field
 from pipeline.core.bounds import Flag
 from stages.models.base import UntiedConfig
 from stages.models.grouped_query import PartialRotaryConfig, RotaryPart
-from stages.models.mixture import GroupedMixtureConfig
-from stages.models.sigmoid_mixture import SigmoidMixtureConfig
+from stages.models.mixture import GroupedMixtureConfig, SigmoidMixtureConfig
 
 
 class Glm4MoeConfig(UntiedConfig, SigmoidMixtureConfig, GroupedMixtureConfig, PartialRotaryConfig):

@@ -130,7 +130,7 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
             "experts' gate and up": 2 * size * ffn * copies,
             # unfused: gate and up cut off, a sigmoid and what it scales, the product, and the weighted one
             "experts' activation, and weighted": (1 if fused else 6) * size * ffn * copies,
-            "experts' outputs, summed in one order": size * self.hidden_size * copies * layout.deterministic,
+            "experts' outputs, summed in one order": size * self.hidden_size * copies if layout.deterministic else 0,
         }
 
     def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
@@ -139,7 +139,8 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
         size, numbers = 4 if precision == "fp32" else 2, self.hidden_size * self.num_experts_per_tok
         local = self.experts // layout.ep
         sent = sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision, alone=local == 1)
-        return max(sent, (size * (1 + (local > 1)) + 3 * 4 / local) * numbers)
+        copies = 2 if local > 1 else 1
+        return max(sent, (size * copies + 3 * 4 / local) * numbers)
 
     def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:
         """With what the experts' matrices return, the weighted biases, and their sum."""

@@ -41,12 +41,12 @@ class GroupedQueryConfig(DecoderConfig):
 
     @property
     def qk_norm(self) -> bool:
-        """Whether each head's queries and keys are normalized."""
+        """True if each head's queries and keys are normalized."""
         return True
 
     @property
     def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have biases."""
+        """True if queries, keys and values have biases."""
         return False
 
     # -- the interface of every architecture --------------------------------------------------------------------------
@@ -69,9 +69,10 @@ class GroupedQueryConfig(DecoderConfig):
 
     def attention_memory(self, layer: int) -> tuple[int, int]:
         """Norms are whole on each tensor rank, matrices and biases are cut."""
-        biases = self.head_dim * (self.heads + 2 * self.kv_heads) * self.qkv_bias
+        # Queries, keys and values; the output has none.
+        biases = self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
         matrices = 2 * self.hidden_size * self.head_dim * (self.heads + self.kv_heads)
-        return 2 * self.head_dim * self.qk_norm, matrices + biases
+        return 2 * self.head_dim if self.qk_norm else 0, matrices + biases
 
     def attention(self) -> list[AttentionCost]:
         return [AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim, kv_heads=self.kv_heads)]
@@ -88,8 +89,9 @@ class GroupedQueryConfig(DecoderConfig):
                 "queries and keys, normed and turned": size * (q + kv),
             }
         else:
+            normed = q + kv + self.heads + self.kv_heads if self.qk_norm else 0
             tensors = {
-                "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + self.heads + self.kv_heads) * self.qk_norm,
+                "queries and keys, normed, and 1/RMS, fp32": 4 * normed,
                 "queries, keys (turned) and values": size * (q + 2 * kv * keys_of_tokens(layout, rows)),
                 "attention's output by rows or documents": size * q * _copies_of_output(precision, rows),
             }
@@ -101,15 +103,16 @@ class GroupedQueryConfig(DecoderConfig):
         slices of queries, gradients of keys and values in the backward pass, before and with those of a slice."""
         if self.has_engine_attention(layout, precision, rows, False):
             return 0.0
-        size, is_narrow = (4, False) if precision == "fp32" else (2, True)
+        size = 4 if precision == "fp32" else 2
+        converted = 0 if precision == "fp32" else 1  # tensors of queries that are there in fp32 as well
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         keys, projected = keys_of_tokens(layout, rows), size * (q + 2 * kv)
         kept = size * (q + 2 * kv * keys) + size * q * (1 + _copies_of_output(precision, rows))
         if self.qk_norm:
-            heads: float = 4 * q * (2 + is_narrow) + 2 * projected
+            heads: float = 4 * q * (2 + converted) + 2 * projected
         else:
-            heads = 4 * q * (3 + is_narrow) * self.rotary_dim / self.head_dim + projected
-        return max(heads - kept, 0.0 if is_narrow else size * 4 * kv * keys)
+            heads = 4 * q * (3 + converted) * self.rotary_dim / self.head_dim + projected
+        return max(heads - kept, size * 4 * kv * keys if precision == "fp32" else 0.0)
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [("tp", "heads", self.heads), ("tp", "kv_heads", self.kv_heads)]

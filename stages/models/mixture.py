@@ -22,6 +22,8 @@ from stages.models.parallel_layout import Layout
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
 PROXY_EXPERTS = 32
 """Maximum experts of a small proxy."""
+BEST = 2
+"""The score of a group of experts is the sum of its two best ones (DeepSeek-V3, section 2.1.2)."""
 
 
 class RoutedConfig(DecoderConfig):
@@ -101,7 +103,7 @@ class MixtureConfig(RoutedConfig):
 
     @property
     def has_expert_bias(self) -> bool:
-        """Whether each expert has a bias by which it is chosen."""
+        """True if each expert has a bias by which it is chosen."""
         return self.router_bias_update_rate > 0
 
     @model_validator(mode="after")
@@ -137,9 +139,10 @@ class MixtureConfig(RoutedConfig):
 
     def mlp_parameters(self) -> tuple[int, int]:
         hidden, sparse = self.hidden_size, self.layers - self.dense_layers
-        router = self.experts * (hidden + self.has_expert_bias)
+        router = self.experts * (hidden + 1 if self.has_expert_bias else hidden)
         shared = 3 * hidden * self.shared_width
         dense = self.dense_layers * 3 * hidden * (self.intermediate_size or 0)
+        # Gate, up and down: three matrices.
         rest, expert = dense + sparse * (router + shared), 3 * hidden * self.moe_intermediate_size
         return rest + sparse * self.experts * expert, rest + sparse * self.num_experts_per_tok * expert
 
@@ -169,13 +172,15 @@ class MixtureConfig(RoutedConfig):
             "experts' gate and up": 2 * size * ffn * copies,
             "experts' SwiGLU, and weighted": (saved if fused else saved + 1) * size * ffn * copies,
             "shared expert": (2 + saved) * size * self.shared_width,
-            "experts' outputs, summed in one order": size * self.hidden_size * copies * layout.deterministic,
+            "experts' outputs, summed in one order": size * self.hidden_size * copies if layout.deterministic else 0,
         }
 
     def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
-        """Of experts, tokens on their way; or, in the backward pass, the gradients of their outputs and of the layer's,
-        and of one expert three tensors in fp32 for its weighted product, which is gone: in bf16 its gradient makes up
-        for that."""
+        """Returns the larger of two states: tokens on their way to experts, and the backward pass of an expert.
+
+        The latter has the gradients of the experts' outputs and of the layer's, and of one expert three tensors in fp32
+        for its weighted product, which is gone: in bf16 its gradient makes up for that.
+        """
         if layer < self.dense_layers:
             return swiglu_gradients(self.hidden_size, self.intermediate_size or 0, layout, precision)
         hidden, top_k, local = self.hidden_size, self.num_experts_per_tok, self.experts // layout.ep
@@ -237,15 +242,18 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
     in fp32. alone: a rank has one expert, for which nothing is sorted: it gets what is received, and returns what is
     sent."""
     size, split, copies = 4 if precision == "fp32" else 2, layout.split_experts, hidden_size * top_k
+    in_fp32 = 0 if precision == "fp32" else 4  # bytes of a copy in fp32 of what is summed
     if layout.ep * split == 1:
         return 2 * size * copies
     if layout.dispatcher == "allgather":
-        outputs = (size + 4 * (precision != "fp32")) * layout.ep * split * hidden_size
+        outputs = (size + in_fp32) * layout.ep * split * hidden_size
         return max(2 * split * size * copies, outputs + 4 * hidden_size)
     if split == 1:
         return (3 if alone else 4) * size * copies
-    summed = 4 * split * (precision != "fp32") + 4
-    return ((1 + (layout.ep > 1) + (1 if alone else 2) * split) * size + summed) * copies
+    # Ranks that split experts sum their outputs, below fp32 after a copy in fp32.
+    sent = 2 if layout.ep > 1 else 1
+    returned = (1 if alone else 2) * split
+    return ((sent + returned) * size + in_fp32 * split + 4) * copies
 
 
 def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
@@ -257,3 +265,71 @@ def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
         (max(k, min(PROXY_EXPERTS, round(k * experts / top_k))), k) for k in range(2, min(top_k, PROXY_EXPERTS) + 1)
     ]
     return min(pairs, key=lambda pair: (abs(pair[0] / pair[1] - experts / top_k), pair[1]))
+
+
+class SigmoidMixtureConfig(MixtureConfig):
+    """A decoder whose layers have such experts."""
+
+    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = Field(
+        1e-3, description="change of an expert's bias per step in auxiliary-loss-free balancing; 0: biases stay zero"
+    )
+    n_shared_experts: Annotated[int, Range(1, 64, "DeepSeek-V3: 1, Moonlight: 2")] = Field(
+        1, description="experts that every token uses"
+    )
+    n_group: Experts = Field(1, description="groups of the experts of a layer; 1: no groups")
+    topk_group: Experts = Field(1, description="groups from which the experts of a token are chosen")
+    routed_scaling_factor: Annotated[float, Range(0, 100, "DeepSeek-V3: 2.5, Kimi K2: 2.827", above=True)] = Field(
+        1.0, description="factor of the sum of the routed experts, whose weights sum to 1"
+    )
+
+    @model_validator(mode="after")
+    def _possible_groups(self) -> SigmoidMixtureConfig:
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group = {self.topk_group} is more than n_group = {self.n_group}; lower it")
+        if self.experts % self.n_group or self.experts // self.n_group < BEST:
+            divisors = [n for n in range(1, self.experts // BEST + 1) if self.experts % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.n_group), default=1)
+            raise ValueError(
+                f"n_group = {self.n_group} does not divide experts = {self.experts} into groups of at least {BEST}; "
+                f"nearest: {nearest}"
+            )
+        if self.n_group > 1 and self.num_experts_per_tok // self.topk_group != BEST:
+            raise ValueError(
+                f"topk_group = {self.topk_group} does not fit num_experts_per_tok = {self.num_experts_per_tok}: "
+                f"Megatron-Core scores a group by its num_experts_per_tok / topk_group best experts, and transformers "
+                f"by its {BEST} best; use topk_group = {max(1, self.num_experts_per_tok // BEST)}, or n_group = 1"
+            )
+        if self.num_experts_per_tok > self.topk_group * self.experts // self.n_group:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} is more than the experts of topk_group = "
+                f"{self.topk_group} groups of {self.experts // self.n_group}; raise topk_group or lower n_group"
+            )
+        return self
+
+    @property
+    def shared_width(self) -> int:
+        return self.n_shared_experts * self.moe_intermediate_size
+
+    @property
+    def has_expert_bias(self) -> bool:
+        return True
+
+    def expert_proportions(self) -> dict[str, float]:
+        return {**super().expert_proportions(), "groups / groups a token visits": self.n_group / self.topk_group}
+
+    def describe_experts(self) -> str:
+        return f"{super().describe_experts()}, and {self.n_shared_experts} that all visit"
+
+    def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:
+        experts = super().scaled_experts(width)
+        return {**experts, **self._scaled_groups(experts["experts"], experts["num_experts_per_tok"])}
+
+    def _scaled_groups(self, experts: int, top_k: int) -> dict[str, int]:
+        """Groups for a proxy with so many experts, of which a token visits as large a share as possible of the
+        recipe's; one group if no other number fits."""
+        chosen = top_k // BEST
+        wanted = self.n_group * chosen / self.topk_group
+        sizes = [n for n in range(chosen, experts // BEST + 1) if experts % n == 0 and chosen * experts // n >= top_k]
+        if self.n_group == 1 or not sizes or top_k // chosen != BEST:
+            return {"n_group": 1, "topk_group": 1}
+        return {"n_group": min(sizes, key=lambda n: abs(n - wanted)), "topk_group": chosen}

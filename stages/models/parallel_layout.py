@@ -93,12 +93,15 @@ class Layout(Config):
 
     @property
     def needs_engine(self) -> bool:
-        """Whether it names a kernel of Transformer Engine, without which its phase is refused."""
+        """True if it names a kernel of Transformer Engine, without which its phase is refused."""
         return not {"permute", "router", "cross_entropy", "rope"}.isdisjoint(self.fusions or ())
 
     def slices_loss(self, tokens: float, hidden_size: int, padded_vocab_size: int) -> bool:
-        """Whether the loss of a micro-batch is computed by slices of tokens: if it has many logits, which take more
-        memory than a slice and the fp32 sum of the head's gradients. tokens: on one context rank."""
+        """Returns True if the loss of a micro-batch is computed by slices of tokens.
+
+        It is if all logits take more memory than a slice and the fp32 sum of the head's gradients. `tokens` are those
+        on one context rank.
+        """
         by_engine = "cross_entropy" in (self.fusions or ())
         is_large = tokens * padded_vocab_size > MOST_LOGITS * self.tp
         return not by_engine and is_large and tokens >= LOSS_SLICE + hidden_size

@@ -34,8 +34,10 @@ class Qwen3MoeConfig(GroupedMixtureConfig):
             ("shared_expert_intermediate_size", self.shared_expert_intermediate_size, "no shared expert"),
         ):
             if value:
-                return (f"model.{field} = {value} cannot be exported: Qwen3MoeForCausalLM, which transformers, vLLM "
-                        f"and others load unchanged, has {what}; leave it out, or stop before the export")  # fmt: skip
+                return (
+                    f"model.{field} = {value} cannot be exported: Qwen3MoeForCausalLM, which transformers, vLLM "
+                    f"and others load unchanged, has {what}; leave it out, or stop before the export"
+                )
         return None
 
     def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
     # -- the two kinds of layers --------------------------------------------------------------------------------------
 
     def is_linear(self, layer: int) -> bool:
-        """Whether a layer, from 0, is a gated delta net."""
+        """Returns True if a layer, from 0, is a gated delta net."""
         return (layer + 1) % self.full_attention_interval > 0
 
     @property
@@ -106,7 +106,8 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
 
     def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
         whole, cut, experts = super().mlp_memory(layout, layer)
-        return whole + self.hidden_size * (layer >= self.dense_layers), cut, experts
+        gate = self.hidden_size if layer >= self.dense_layers else 0
+        return whole + gate, cut, experts
 
     # -- the interface of every architecture --------------------------------------------------------------------------
 
@@ -145,17 +146,24 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         full = AttentionCost(
             self.layers - self.linear_layers, self.heads, self.head_dim, self.head_dim, kv_heads=self.kv_heads
         )
-        return [full, StateCost(
-            self.linear_layers, self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim,
-            kv_heads=self.linear_num_key_heads,
-        )]  # fmt: skip
+        return [
+            full,
+            StateCost(
+                self.linear_layers,
+                self.linear_num_value_heads,
+                self.linear_key_head_dim,
+                self.linear_value_head_dim,
+                kv_heads=self.linear_num_key_heads,
+            ),
+        ]
 
     def full_attention(self) -> list[AttentionCost]:
         return [AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim, kv_heads=self.kv_heads)]
 
     def cache_bytes(self, size: int, ranks: int, tokens: int) -> int:
-        """Of a gated delta net the state and the latest inputs of its convolution, however long the text is."""
+        """A gated delta net keeps its state and the latest inputs of its convolution, however long the text is."""
         heads = -(-self.linear_num_value_heads // ranks)
+        # S [key, value] of each value head.
         state = STATE_BYTES * heads * self.linear_key_head_dim * self.linear_value_head_dim
         channels = 2 * self.key_width + self.value_width
         inputs = size * (self.linear_conv_kernel_dim - 1) * -(-channels // ranks)
@@ -172,15 +180,16 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         )
 
     def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
-        """Of a gated attention, gradients of its gates in the backward pass; of a delta net, what the chunks of the
-        forward pass are made of, as simulated ranks have it. The output is not there."""
+        """A gated attention has gradients of its gates in the backward pass, and a delta net has what its chunks of the
+        forward pass are made of, as simulated ranks show. The output is not there."""
         is_narrow = precision != "fp32"
         if not self.is_linear(layer):
             q = self.heads * self.head_dim
-            return 4 * q * (2 + is_narrow) - 2 * q * is_narrow
+            return 4 * q * 3 - 2 * q if is_narrow else 4 * q * 2
         heads, key, value = self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
         chunks, outputs = (6, 1) if is_narrow else (10, 2)
-        return 4 * (heads * (2 * key * is_narrow + chunks * CHUNK - outputs * value) + 2 * self.key_width)
+        converted = 2 * key if is_narrow else 0
+        return 4 * (heads * (converted + chunks * CHUNK - outputs * value) + 2 * self.key_width)
 
     def _gated_activations(self, size: int, cp: int) -> dict[str, float]:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -196,10 +205,12 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
     def _delta_activations(self, size: int, rows: Rows) -> dict[str, float]:
         values, heads = self.value_width, self.linear_num_value_heads
         key, value = self.linear_key_head_dim, self.linear_value_head_dim
-        copies = self.linear_conv_kernel_dim + 1 + (rows.prefixed > 0) if rows.packed else 2
+        copies = 2
+        if rows.packed:
+            copies = self.linear_conv_kernel_dim + (2 if rows.prefixed else 1)
         with_prefixes = {
             "the convolution's inputs": size * (2 * self.key_width + values) * copies,
-            "queries and keys before they have length 1, fp32": 4 * 2 * self.key_width + (size == 4) * 4 * values,
+            "queries and keys before they have length 1, fp32": 4 * (2 * self.key_width + (values if size == 4 else 0)),
             "queries and keys, for each value head": 4 * heads * 10 * key,
             "products within a chunk": 4 * heads * 6 * CHUNK,
             "values, read and written": 4 * heads * 3 * value,
@@ -244,6 +255,7 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         changes = super().scaled(hidden_size, width)
         if changes is None:
             return None
+        # Scaled as sums over heads, and divided into heads below.
         keys, values = width(self.key_width), width(self.value_width)
         group = self.linear_num_value_heads // self.linear_num_key_heads
         choices = [n for n in range(1, self.linear_num_key_heads + 1) if not keys % n and not values % (n * group)]

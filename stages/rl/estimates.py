@@ -15,13 +15,13 @@ from pipeline.core.stage import (
     TrainingTime,
 )
 from stages.generation import vllm_server
-from stages.mcore.memory import MASTER, MOMENTS, memory_share
+from stages.mcore.memory import MASTER, memory_share
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
 from stages.models.costs import Rows
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
 from stages.train.config import WORK_CHECKPOINTS
-from stages.train.estimate import checkpoints, fullest, layout_label, release_files, share_bytes, silent_bytes
+from stages.train.estimate import checkpoint_size, fullest, layout_label, silent_bytes
 
 AnyConfig = RlTrainConfig | DpoTrainConfig | RewardTrainConfig
 START_SECONDS = 10.0
@@ -145,7 +145,8 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
         phase.micro_batches // layout.data,
         layers_in_bf16(phase.precision, config.model.layers),
     )
-    run = StepSetup(layout, phase.precision, Rows(1, length), micro_batches, bf16_layers=bf16_layers)
+    states = phase.optimizer.matrices.bytes
+    run = StepSetup(layout, phase.precision, Rows(1, length), micro_batches, states=states, bf16_layers=bf16_layers)
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
     return TrainingTime(seconds * (1 + readings(config) / 3), *UNFITTED_ERRORS)
 
@@ -224,17 +225,16 @@ def estimate(
     row = examples.row(number)
     states, activations, owned, memory = fullest(config, row)
     releases = phase.steps // phase.release_checkpoint_interval + 1
-    checkpoint, work = (MASTER + MOMENTS) * parameters["total"], WORK_CHECKPOINTS + 1
+    checkpoint, work = checkpoint_size(config), WORK_CHECKPOINTS + 1
     return Estimate(
         cpu_seconds=START_SECONDS + flops / rate,
         tokens=tokens,
         flops=flops,
         memory_bytes=memory + scorer_bytes(config),
         host_bytes=owned + sampler_bytes(config) + reference_bytes(config),
-        disk_bytes=checkpoint * (releases + work),
-        files=work * (2 * layout.ranks + 1 + release_files(parameters["total"]))
-        + releases * release_files(parameters["total"]),
-        published=(*checkpoints(parameters["total"], releases), *rollouts),
+        disk_bytes=checkpoint.all * (releases + work),
+        files=work * (2 * layout.ranks + 1 + checkpoint.files) + releases * checkpoint.files,
+        published=(*checkpoint.published(releases), *rollouts),
         parameters=parameters,
         training=TrainingEstimate(
             steps=phase.steps,
@@ -246,9 +246,9 @@ def estimate(
             state_bytes=states,
             activation_bytes=activations,
             recomputes=layout.recompute == "layer",
-            checkpoint_bytes=checkpoint,
-            share_bytes=share_bytes(parameters["total"], layout.ranks),
-            silent_bytes=silent_bytes(parameters, checkpoint),
+            checkpoint_bytes=checkpoint.all,
+            share_bytes=checkpoint.largest_share(layout.ranks),
+            silent_bytes=silent_bytes(parameters, checkpoint.all),
             watchdog_seconds=phase.watchdog_timeout_seconds,
             release_checkpoints=releases,
             work_checkpoints=work - 1,

@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import math
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,14 +15,12 @@ from stages.data.order.order_config import rows_from
 from stages.data.order.packing import LongDocuments
 from stages.mcore.layout_check import multiples_around, problem
 from stages.mcore.lora import Lora
+from stages.mcore.optimizer import Optimizer
 from stages.models.base import MOST_PARAMETERS, PositiveInt, Precision, Rope
 from stages.models.parallel_layout import Layout
 from stages.models.registry import Model
 
 BatchTokens = Annotated[int, Range(1, 2**30, "Llama 3: 1.6e7, DeepSeek-V3: 6.3e7, MiniMax-01: 1.3e8")]
-LearningRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01")]
-PeakRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01", above=True)]
-Beta = Annotated[float, Range(0, 1, "usual: 0.9 and 0.95", below=True)]
 Patience = Annotated[float, Range(0, 604_800, "seconds; 604800 are a week", above=True)]
 WORK_CHECKPOINTS = 2
 """The newest work checkpoints that are kept."""
@@ -61,52 +58,6 @@ class BatchSizes(Config):
             steps.append(part.until_step)
             sizes.append(part.global_tokens)
         return self
-
-
-class Optimizer(Config):
-    """AdamW and its learning-rate schedule: linear warmup from zero to `lr`, then decay to `final_lr` at the last step.
-
-    `cosine` decays from the end of warmup (Loshchilov and Hutter, 2017); `wsd` (warmup-stable-decay) holds `lr` and
-    decays in the last `decay_steps` by 1 - sqrt (Hägele et al., 2024).
-    """
-
-    schedule: Literal["cosine", "wsd"] = added("cosine", "learning-rate schedule: cosine, or warmup-stable-decay")
-    decay_steps: Steps | None = added(None, "steps of the final decay; only for wsd, which requires it")
-    lr: PeakRate = Field(description="peak learning rate")
-    final_lr: LearningRate = Field(description="learning rate at the last step")
-    warmup_steps: Annotated[int, Range(0, 1e8)] = Field(description="steps of linear warmup")
-    weight_decay: Annotated[float, Range(0, 10, "usual: 0 to 0.1")] = Field(
-        0.1, description="decoupled weight decay; norms are not decayed"
-    )
-    beta1: Beta = Field(0.9, description="decay rate of the running mean of gradients")
-    beta2: Beta = Field(0.95, description="decay rate of the running mean of squared gradients")
-    clip: Annotated[float, Range(0, 1000, "usual: 1", above=True)] = Field(
-        1.0, description="maximum global norm of the gradients; larger ones are scaled down to it"
-    )
-
-    @model_validator(mode="after")
-    def _possible(self) -> Optimizer:
-        if self.final_lr > self.lr:
-            raise ValueError(f"final_lr = {self.final_lr} is above lr = {self.lr}; the rate only decays after warm-up")
-        if (self.schedule == "wsd") != (self.decay_steps is not None):
-            raise ValueError(
-                f"decay_steps = {self.decay_steps} with schedule = {self.schedule}: a wsd schedule needs it, and no "
-                "other has it"
-            )
-        return self
-
-
-def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
-    """Returns the learning rate of a step, 1 to `steps`: at its peak at the end of warmup, and at the final rate at the
-    last step. `Optimizer` describes the two decay schedules."""
-    warmup = optimizer.warmup_steps
-    if step <= warmup:
-        return optimizer.lr * step / warmup
-    if optimizer.decay_steps is not None:
-        progress = max(0, step - (steps - optimizer.decay_steps)) / optimizer.decay_steps
-        return optimizer.final_lr + (optimizer.lr - optimizer.final_lr) * (1 - math.sqrt(progress))
-    progress = (step - warmup) / (steps - warmup)
-    return optimizer.final_lr + 0.5 * (optimizer.lr - optimizer.final_lr) * (1 + math.cos(math.pi * progress))
 
 
 class Validation(Config):
@@ -149,7 +100,7 @@ class PhaseBase(Config):
     """Settings of every phase that trains."""
 
     steps: Steps = Field(description="optimizer steps, counted from the beginning of the phase")
-    optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
+    optimizer: Optimizer = Field(description="optimizer and its learning-rate schedule")
     precision: Precision = Field("fp32", description="data type of matrix multiplications")
     release_checkpoint_interval: Steps = Field(description="steps between sealed checkpoints")
     checkpoint_interval: Steps = operational(1000, "steps between checkpoints from which an interrupted run resumes")
@@ -165,17 +116,17 @@ class PhaseBase(Config):
 
     @property
     def quantized(self) -> bool:
-        """Whether products are of numbers of 8 or 4 bits."""
+        """True if matrix products multiply numbers of 8 or 4 bits."""
         return self.precision not in ("fp32", "bf16")
 
     @property
     def packed(self) -> bool:
-        """Whether rows hold several documents."""
+        """True if rows hold several documents."""
         return False
 
     @property
     def replays_routing(self) -> bool:
-        """Whether batches say which experts tokens visit."""
+        """True if batches state the experts that tokens visit."""
         return False
 
     @property
@@ -254,6 +205,7 @@ class PhaseConfig(PhaseBase):
                 f"steps = {self.steps} leaves nothing to train after {self.continue_from}; "
                 f"use at least {self.first_step}, since steps are counted from the beginning of the phase"
             )
+        # Steps before the origin are not trained in this phase in any case.
         excluded = sum(step >= self.first_step for step in set(self.excluded_steps))
         if excluded == self.steps - self.first_step + 1:
             raise ValueError(f"excluded_steps = {shown(self.excluded_steps)} leaves no step to train; leave some in")

@@ -88,7 +88,7 @@ class Batch:
     `targets`, where not each input has one target: of each target the input in the one row, and the place in `labels`,
     `loss_mask` and `extras`, which then have a shape of their own, flat; int64 [2, targets].
     `routes`, with routing replay: the experts of each position of the one row, int16 [width, layers with experts,
-    experts of a token], or `routing_replay.UNRECORDED`; None: those that the routers choose.
+    experts of a token], or `routers.UNRECORDED`; None: those that the routers choose.
     """
 
     ids: torch.Tensor
@@ -124,6 +124,7 @@ class Shards:
         """Megatron's reader of a part. Raises AtomError if the shard is missing or not what its index says."""
         if (source, part) not in self.shards:
             name = shard_name(self.split, source, part)
+            # A truncated file would be noticed only when a document beyond its end is read.
             check_sizes(self.tokens.path, name)
             if len(self.shards) == self.OPEN:
                 self.shards.popitem(last=False)
@@ -135,8 +136,10 @@ class Shards:
         shard, end = self.shard(segment.source, segment.part), segment.offset + segment.length
         if segment.ordinal >= len(shard) or end > shard.sequence_lengths[segment.ordinal]:
             name = shard_name(self.split, segment.source, segment.part)
-            raise AtomError(f"the data order asks for tokens {segment.offset} to {end} of document {segment.id}, which "
-                            f"shard {name} does not hold; remove both artifacts and run again")  # fmt: skip
+            raise AtomError(
+                f"the data order asks for tokens {segment.offset} to {end} of document {segment.id}, which "
+                f"shard {name} does not hold; remove both artifacts and run again"
+            )
         # copied, because Megatron unmaps the file as soon as the shard is closed
         return np.array(shard.get(segment.ordinal, offset=segment.offset, length=segment.length))
 
@@ -157,12 +160,14 @@ class Shards:
                 starts[i, start:end] = start
                 start = end
             starts[i, start:] = start
-        read, targets, weights, unused = map(torch.from_numpy, (ids, labels, mask, padding))
-        return Batch(read, targets, weights, unused, torch.from_numpy(starts) if packed else None)
+        # Rows of one document need no starts: kernels then take the plain causal path.
+        inputs, targets, weights, unused = map(torch.from_numpy, (ids, labels, mask, padding))
+        return Batch(inputs, targets, weights, unused, torch.from_numpy(starts) if packed else None)
 
 
 def padded_width(slots: int, layout: Layout, quantized: bool = False) -> int:
     """The width of rows of which the longest has that many slots."""
+    # Each rank's part of a row has to be a whole number of blocks.
     multiple = BLOCK_ALIGN * layout.width_unit if quantized else math.lcm(ALIGN, layout.width_unit)
     return -(-slots // multiple) * multiple
 
@@ -177,9 +182,15 @@ class RankBatch:
 
     @classmethod
     def read(
-        cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False,
-        quantized: bool = False, slots: int = 0,
-    ) -> RankBatch:  # fmt: skip
+        cls,
+        rows: Sequence[Row],
+        shards: Shards,
+        micro_rows: int,
+        ranks: Ranks,
+        packed: bool = False,
+        quantized: bool = False,
+        slots: int = 0,
+    ) -> RankBatch:
         """slots: that each row has at least.
 
         Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
@@ -189,7 +200,9 @@ class RankBatch:
         per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
         if layout.vpp > 1:  # the interleaved schedule needs groups of micro-batches
             per_rank = -(-per_rank // layout.pp) * layout.pp
+        # The longest row of the whole step, not of this rank: all ranks need the same shapes.
         width = padded_width(max(slots, *(row.slots for row in rows)), layout, quantized)
+        # Runs of rows, so that a micro-batch has the same rows for any number of data ranks.
         first = ranks.data_rank * per_rank * micro_rows
         rank_rows: list[Row | None] = list(rows[first : first + per_rank * micro_rows])
         rank_rows += [None] * (per_rank * micro_rows - len(rank_rows))
@@ -214,6 +227,7 @@ class Prefetcher:
 
     def take(self, step: int) -> tuple[list[Row], RankBatch]:
         """All rows of a step and this rank's batch of them; starts to read the next step."""
+        # One step ahead hides the reading as long as it takes less than a step.
         for upcoming in (step, step + 1):
             if upcoming not in self.futures and upcoming <= self.order.last:
                 self.futures[upcoming] = self.reader.submit(self._read, upcoming)
@@ -269,6 +283,7 @@ class Order:
 
     def rows(self, step: int) -> list[Row]:
         """The rows of a step, first .. last. Raises AtomError if the table lacks rows of it."""
+        # Parts are in the order of steps.
         number = bisect_left(self.parts, step, key=lambda part: part.last)
         rows: dict[int, list[Segment]] = {}
         for record in self._reader(number).steps(step, step).to_pylist():
@@ -282,6 +297,7 @@ class Order:
                 record["part"],
             )
             rows.setdefault(record["row"], []).append(segment)
+        # A table with a row missing would train on, with a smaller batch, without an error.
         if list(rows) != list(range(self.phase.rows_of(step))):
             raise self._row_mismatch()
         step_rows = [Row(tuple(segments)) for segments in rows.values()]
@@ -297,6 +313,7 @@ class Order:
             number, counts = 0, Counter()
         while number < len(self.parts) and self.parts[number].last <= step:
             part = self.parts[number]
+            # meta.json states the sums of whole parts, so a resumed phase reads one part only.
             counts = counts + (Counter(part.rows) if part.rows is not None else self._reader(number).consumed(step))
             number += 1
         self.counted = number, counts
@@ -309,6 +326,7 @@ class Order:
                 part = self.parts[number]
                 reader = _PartReader(part.file, self.COLUMNS)
                 expected = self.phase.rows_from(part.first) - self.phase.rows_from(part.last + 1)
+                # With packing, the number of segments is not known beforehand.
                 if not self.phase.pack and reader.file.metadata.num_rows != expected:
                     raise self._row_mismatch()
                 self.open = number, reader
@@ -386,6 +404,7 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
     available, total = tokens.json("meta.json")["documents"]["heldout"], sum(phase.mix.values())
     rows: list[Row] = []
     for source, share in sorted(phase.mix.items()):
+        # At least one row of each source, however small its share.
         count = min(available.get(source, 0), max(1, round(phase.validation.rows * share / total)))
         for document in islice(_heldout_documents(tokens, source), count):
             length = min(document["tokens"], phase.sequence_length + 1)
@@ -395,8 +414,10 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
             rows.append(Row((segment,)))
     rows = [row for row in rows if row.targets]
     if not rows:
-        raise RecipeError(f"no held-out document in any source of the mix ({', '.join(sorted(phase.mix))}); "
-                          f"raise the held-out share of the data recipe")  # fmt: skip
+        raise RecipeError(
+            f"no held-out document in any source of the mix ({', '.join(sorted(phase.mix))}); "
+            f"raise the held-out share of the data recipe"
+        )
     return rows
 
 

@@ -12,37 +12,33 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.core.errors import RecipeError
-from stages.mcore import gpu, lora_layers, moe_metrics, precision
+from stages.mcore import gpu, lora_layers, precision, routers
 from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     Float16Module,
-    OptimizerConfig,
     finalize_model_grads,
     get_forward_backward_func,
-    get_megatron_optimizer,
     parallel_state,
 )
 from stages.mcore.model import build, named_buffers, named_tensors
-from stages.mcore.moe_metrics import Experts, RouterWatch
-from stages.mcore.routing_replay import RoutingReplay
+from stages.mcore.routers import Experts, RouterWatch, RoutingReplay
 from stages.mcore.row_tables import context_positions
-from stages.mcore.tensor_sharding import Box, boxes, cut
+from stages.mcore.tensor_sharding import Box, FullTensors, boxes, cut, is_repeated
 from stages.mcore.weight_init import full_tensor
 from stages.train.config import TrainerConfig
 from stages.train.data import Batch, RankBatch
-from stages.train.full_tensors import FullTensors, is_repeated
 from stages.train.parallel import Ranks
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 UpdateCheck = Callable[[float, float | None], str | None]
 """(loss, gradient norm or None before it is known) -> the reason to skip the update, or None. May raise."""
 
 
-Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Objective = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
 """(minus the log-probability of each target [rows, width], the batch) -> the sum to minimize, which the engine divides
 by the share's targets, and figures that are summed over the step; for a name `max_…` the maximum is kept."""
 
@@ -111,6 +107,7 @@ class Engine:
         self._is_stale = False
         """Whether this rank lacks the updated weights of others, which the next step's forward pass gathers."""
         kind, model = config.phase.precision, config.model
+        # Before the model is built: without the kernels, Transformer Engine fails late and in its own words.
         if reason := precision.missing_requirement(kind):
             raise RecipeError(reason)
         self.model_shapes = model.shapes(config.padded_vocab_size)
@@ -123,15 +120,21 @@ class Engine:
                 "tokenizer; raise it"
             )
         self.chunks = build(
-            model, config.padded_vocab_size, self.layout, kind, config.phase.packed, vocab_size,
+            model,
+            config.padded_vocab_size,
+            self.layout,
+            kind,
+            config.phase.packed,
+            vocab_size,
             routing_replay=config.phase.replays_routing,
-        )  # fmt: skip
+        )
         if self.lora:
             if uses_transformer_engine(self.chunks[0].config.params_dtype):
                 raise RecipeError(
                     f"lora with precision = {kind} needs PyTorch's layers, and this machine has Transformer Engine's, "
                     "which compute with their own copies of a matrix; use precision = fp32"
                 )
+            # Before DDP, which makes buffers of gradients for the parameters that require them now.
             lora_layers.install(self.chunks, self.lora)
         self.replay: RoutingReplay | None = None
         if config.phase.replays_routing:
@@ -139,17 +142,23 @@ class Engine:
             self.replay = RoutingReplay(self.chunks, model.routing)
         self.routers = RouterWatch(self.chunks, model.routing) if model.routing else None
         megatron = self.chunks[0].config
+        # Float16Module converts the weights, and inputs and outputs at the ends of the pipeline.
         modules = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
         self.buffers = named_buffers(self.chunks)
         for name, buffer in self.buffers.items():
+            # Biases of experts are fp32 in every precision: a step changes them by less than bf16 can hold.
             buffer.data = torch.zeros(self.model_shapes[name], dtype=torch.float32, device=buffer.device)
         overlap = self.layout.overlap_gradients
+        # By default on GPUs only: on a CPU the collective would take the cores of the backward pass.
         if overlap is None:
             overlap = self.layout.overlap_weights or (gpu.device().type == "cuda" and ranks.data_ranks > 1)
         self.ddp = [
+            # The first chunk of a rank gets buckets wherever it lies in the pipeline. Later chunks are one bucket each,
+            # as in Megatron.
             (DistributedDataParallel if number else BucketedDDP)(
                 config=megatron,
                 ddp_config=DistributedDataParallelConfig(
+                    # Sums over micro-batches and ranks in bf16 would lose what is small beside the sum.
                     grad_reduce_in_fp32=True,
                     use_distributed_optimizer=True,
                     overlap_grad_reduce=overlap,
@@ -160,26 +169,18 @@ class Engine:
             )
             for number, chunk in enumerate(modules)
         ]
+        # The session clears these at its end, as their hooks hold process groups in a cycle.
         ranks.wrapped.extend(self.ddp)
-        settings = config.phase.optimizer
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                clip_grad=settings.clip,
-                use_distributed_optimizer=True,
-                overlap_param_gather=self.layout.overlap_weights,
-                bf16=kind != "fp32",
-                params_dtype=megatron.params_dtype,
-            ),
+        self.optimizer = config.phase.optimizer.build(
             self.ddp,
-            use_gloo_process_groups=False,  # which only its own checkpoints need
+            overlap_param_gather=self.layout.overlap_weights,
+            bf16=kind != "fp32",
+            params_dtype=megatron.params_dtype,
         )
         for part in self._distributed_optimizers()[:-1]:
             part.model_chunks = []  # each would gather all weights of its chunks: the last one does, after all updates
+        # Megatron's schedules read this and the next two from the config. Without it they would neither finish the
+        # reduction of gradients nor sum those of norms and tied tables, without an error.
         megatron.finalize_model_grads_func = finalize_model_grads
         megatron.grad_scale_func = _weak_method(self.optimizer.scale_loss)
         if overlap:  # reduce with the last micro-batch only
@@ -189,7 +190,7 @@ class Engine:
     def initialize(self) -> None:
         """The initial weights, which are the same in every layout and fp32 where the optimizer keeps them."""
 
-        def read(kind: str, piece: Piece) -> torch.Tensor:
+        def read(kind: str, piece: Piece) -> Tensor:
             full = full_tensor(piece.name, self.shapes[piece.name], self.config.model, self.config.seed)
             return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
 
@@ -210,17 +211,22 @@ class Engine:
         check_update: gets the loss and then, if norm_first, the gradient norm, before the update, which is skipped if
         it returns a reason. Without norm_first it gets the norm after the update and can only raise.
         """
+        # Megatron's own scheduler would set these; the loop of this project has none.
         self._set_rates(lr)
         for chunk in self.ddp:
+            # The buffers of DDP, which `zero_grad` of the optimizer does not know.
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
         self._is_stale = False
+        # The backward pass moves the biases of experts, so a refused update has to put them back.
         saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
         router = self._router_figures(len(rank_batch.micro))
+        # Every rank has the same loss and norm, so all of them refuse an update or none does.
         reason, norm = check_update(loss, None), math.nan
         if reason or norm_first:
+            # The norm is needed before the update. Collective: each rank adds the squares of its slices.
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
             reason = reason or check_update(loss, norm)
@@ -228,6 +234,7 @@ class Engine:
             for name, buffer in self.buffers.items():  # Megatron moves the biases of experts with the backward pass
                 buffer.copy_(saved_buffers[name])
             return StepFigures(loss, norm, router, reason, self._gradients(), extras)
+        # Collective: the norm over all ranks, and, unless overlap_weights defers it, the gathering of the weights.
         _, norm, _ = self.optimizer.step()
         self._is_stale = self.layout.overlap_weights
         self.step_done += 1
@@ -239,9 +246,8 @@ class Engine:
         """The metrics of the step whose gradients were computed; None for a model without experts."""
         if self.routers is None:
             return None
-        aux, z = (
-            self.ranks.sum(x).item() / (self.ranks.data_ranks * micro_batches) for x in moe_metrics.collect_losses()
-        )
+        # Sums over all ranks and micro-batches, of which the mean is logged.
+        aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * micro_batches) for x in routers.collect_losses())
         experts = self.routers.collect(self.ranks.sum)
         z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
         return RouterFigures(aux, z if self.routers.routing.z_loss else None, experts)
@@ -249,10 +255,12 @@ class Engine:
     def _gradients(self) -> dict[str, float]:
         """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
         parts = sorted({part_of(name) for name in self.shapes})
+        # In float64, and what several ranks hold once, so that every layout gives the same norms.
         squares, tied = torch.zeros(len(parts), dtype=torch.float64), self.config.model.tie_embeddings
         for piece, _, main in self._pieces:
             if not is_repeated(piece.name, tied) and main.grad is not None:
                 squares[parts.index(part_of(piece.name))] += main.grad.double().square().sum().cpu()
+        # One collective for all parts, after the loop: ranks have pieces of different tensors.
         return dict(zip(parts, self.ranks.sum(squares).sqrt().tolist(), strict=True))
 
     def evaluate(self, rank_batch: RankBatch) -> float:
@@ -266,7 +274,7 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             result = self._run(rank_batch, forward_only=True, objective=objective)
-        moe_metrics.collect_losses()
+        routers.collect_losses()
         return result
 
     def full_tensors(self, by_turns: bool = True) -> FullTensors:
@@ -277,13 +285,14 @@ class Engine:
         model = self.config.model
         return FullTensors(tensors, self.shapes, model.tie_embeddings, by_turns, model.spec().stacks_experts)
 
-    def local_weights(self) -> list[torch.Tensor]:
+    def local_weights(self) -> list[Tensor]:
         """Copies on CPU of this rank's tensors that the model computes with, in the model's order."""
         return [tensor.to("cpu", copy=True) for tensor in self._computed_with()]
 
     @contextmanager
-    def computing_with(self, weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    def computing_with(self, weights: Sequence[Tensor]) -> Iterator[None]:
         """Within it, `figures` and `evaluate` compute with the `local_weights` of another time."""
+        # Copies on the host: the device may have no room for the weights twice.
         present = self.local_weights()
         try:
             self._compute_with(weights)
@@ -291,7 +300,7 @@ class Engine:
         finally:
             self._compute_with(present)
 
-    def _compute_with(self, weights: Sequence[torch.Tensor]) -> None:
+    def _compute_with(self, weights: Sequence[Tensor]) -> None:
         for tensor, value in zip(self._computed_with(), weights, strict=True):
             tensor.copy_(value)
 
@@ -302,7 +311,7 @@ class Engine:
                 chunk.start_param_sync(force_sync=True)
             self._is_stale = False
 
-    def _computed_with(self) -> list[torch.Tensor]:
+    def _computed_with(self) -> list[Tensor]:
         self._gather_weights()
         return [*(tensor.data for _, tensor in named_tensors(self.chunks)), *self.buffers.values()]
 
@@ -313,23 +322,33 @@ class Engine:
         The loss of a step is the mean over its loss-carrying targets on all ranks. Megatron averages over micro-batches
         and DDP over ranks, so each micro-batch's sum is scaled back by both counts.
         """
+        # The schedule divides each loss by the micro-batches, and DDP each gradient by the data ranks.
         scale = len(rank_batch.micro) * self.ranks.data_ranks / rank_batch.targets
         device = next(self.chunks[0].parameters()).device
 
-        def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        def forward(batches: Any, model: Any) -> tuple[Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
             is_plain = batch.targets is None and not batch.extras
+            # A batch with targets or extras of its own is one row, which no context rank may cut.
             assert is_plain or self.layout.cp == 1, "context ranks hold parts of rows"
             ids, positions, labels, mask, padding = (gpu.upload(x, device) for x in self._inputs(batch, model))
+            # They let the sliced loss compute its gradients at once, which is right for a weighted sum only.
             weights = mask if objective is cross_entropy else None
             targets = None if batch.targets is None else gpu.upload(batch.targets, device)
             with self._routing(batch, model, device):
-                losses = model(ids, positions, batch.segments, labels=labels, padding_mask=padding, loss_mask=weights,
-                               targets=targets)  # fmt: skip
+                losses = model(
+                    ids,
+                    positions,
+                    batch.segments,
+                    labels=labels,
+                    padding_mask=padding,
+                    loss_mask=weights,
+                    targets=targets,
+                )
             extras = {n: gpu.upload(x, device) for n, x in batch.extras.items()}
             device_batch = replace(batch, loss_mask=mask, extras=extras)
 
-            def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            def reduce(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 loss_sum, extras = objective(losses.float(), device_batch)
                 # a clone: the schedule divides in place
                 return loss_sum * scale, {
@@ -339,6 +358,7 @@ class Engine:
 
             return losses, reduce
 
+        # Each virtual stage reads the micro-batches from the start, in its own order.
         iterators: list[Any] = [iter(rank_batch.micro) for _ in self.ddp]
         outputs = get_forward_backward_func()(
             forward_step_func=forward,
@@ -350,12 +370,16 @@ class Engine:
             forward_only=forward_only,
         )
         if self.replay is not None:
+            # The routes of a step stay on the device for recomputation, until here.
             self.replay.clear()
+        # Tensor ranks have the same loss and earlier stages have none: one rank for each share of the tokens counts.
         has_loss = self.ranks.counts_loss and outputs
         loss_sum = torch.stack([x["sum"] for x in outputs]).sum() if has_loss else torch.zeros((), device=device)
         local_extras = [{n: float(v) for n, v in x.items() if n != "sum"} for x in outputs] if has_loss else []
+        # All ranks join, those without a loss with a zero; the sum has the same bits on each of them.
         loss = float(self.ranks.sum(loss_sum) / rank_batch.targets)
         extras: dict[str, float] = {}
+        # Gathered as objects by all ranks, since only the last stage knows the names of the figures.
         for micro_extras in (
             [x for part in self.ranks.gather(local_extras) for x in part] if objective is not cross_entropy else []
         ):
@@ -363,13 +387,14 @@ class Engine:
                 extras[n] = max(extras.get(n, v), v) if n.startswith("max_") else extras.get(n, 0.0) + v
         return loss, extras
 
-    def _inputs(self, batch: Batch, model: Any) -> Iterator[torch.Tensor]:
+    def _inputs(self, batch: Batch, model: Any) -> Iterator[Tensor]:
         """ids, positions, labels, loss mask and padding for this rank's part of the model. Positions are only for
         Megatron's signature: attention computes its own."""
         gpt = self.chunks[self.ddp.index(model)]
         positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
         parts = [batch.ids, positions, batch.labels, batch.loss_mask, batch.padding]
         if self.layout.cp > 1:
+            # Two slices for each context rank, which evens out causal attention; contiguous, as collectives need it.
             local_positions = context_positions(batch.ids.shape[1])
             parts = [x[:, local_positions].contiguous() for x in parts]
         if self.layout.tp > 1 and not gpt.pre_process:
@@ -383,6 +408,7 @@ class Engine:
             return nullcontext()
         routes = batch.routes
         if routes is not None:
+            # Sequence parallelism: a router sees this tensor rank's share of the row.
             share = routes.chunk(self.layout.tp)[parallel_state.get_tensor_model_parallel_rank()]
             routes = gpu.upload(share, device)
         return self.replay.forward(self.ddp.index(model), routes)
@@ -396,65 +422,74 @@ class Engine:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def state(self) -> Iterator[tuple[Piece, dict[str, torch.Tensor]]]:
-        """This rank's optimizer state: of each piece `weight` and, after the first step, Adam's moments, flat and fp32.
+    def state(self) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+        """This rank's optimizer state: of each piece `weight` and, after the first step, its states, flat and fp32.
 
         The pieces of all ranks together cover every tensor; what several ranks hold (norms under tensor parallelism,
         tied embeddings under pipeline parallelism) comes from each of them, and so does what has no gradient.
         """
-        for piece, _, main, moments in self._owned_state():
-            yield piece, {"weight": main, **{k: moments[k] for k in MOMENTS if k in moments}}
+        for piece, _, main, states in self._owned_state():
+            yield piece, {"weight": main, **{name: states[name] for name in self._states_of(piece) if name in states}}
         for piece, buffer in self._buffer_pieces():
             yield piece, {"weight": buffer.flatten()}
 
-    def _buffer_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
+    def _buffer_pieces(self) -> Iterator[tuple[Piece, Tensor]]:
         for name, buffer in ({} if self.lora else self.buffers).items():
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
-    def load_state(self, read: Callable[[str, Piece], torch.Tensor], step: int, moments: bool = True) -> None:
-        """Loads weights and, if `moments`, Adam's moments and step count.
+    def load_state(self, read: Callable[[str, Piece], Tensor], step: int, moments: bool = True) -> None:
+        """Loads weights and, if `moments`, the optimizer's states and step count.
 
-        read: ("weight" | "exp_avg" | "exp_avg_sq", piece) -> the flat fp32 values of that piece.
-        step: updates that the optimizer has made.
+        Args:
+            read: ("weight" or the name of a state, piece) -> the flat fp32 values of that piece.
+            step: Updates that the optimizer has made.
+            moments: False leaves the optimizer as it is.
+
         The step count is in Megatron's parameter groups, which differ in number between layouts (experts have
         their own under expert parallelism), so it is set in each instead of being merged.
         """
         for piece, part, main, states in self._owned_state():
             main.data.copy_(read("weight", piece))
-            for kind in MOMENTS if moments else ():
+            for name in self._states_of(piece) if moments else ():
                 if step:
-                    states[kind] = read(kind, piece).to(main.device, torch.float32)
+                    states[name] = read(name, piece).to(main.device, torch.float32)
                 else:  # none were there yet
-                    states.pop(kind, None)
+                    states.pop(name, None)
             for group in part.optimizer.param_groups if moments else ():
                 group["step"] = step
         for piece, buffer in self._buffer_pieces():
             buffer.copy_(read("weight", piece).view_as(buffer))
         for part in self._distributed_optimizers():
+            # The fp32 slices become the model's weights, in its type, and are gathered from all data ranks below.
             part._copy_main_params_to_model_params()
         for chunk in self.ddp:
             chunk.start_param_sync(force_sync=True)
         self.step_done = step if moments else 0
 
-    def load_frozen(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
         """Loads the tensors that an adapter leaves as they are. tensors: full ones by global name."""
+        # The optimizer has no slices of these, so they are written into the model itself.
         frozen = [(name, tensor) for name, tensor in named_tensors(self.chunks) if not tensor.requires_grad]
         for name, tensor in [*frozen, *self.buffers.items()]:
             tensor.data.copy_(cut(tensors[name], boxes(name, self.model_shapes[name])))
+
+    def _states_of(self, piece: Piece) -> tuple[str, ...]:
+        return self.config.phase.optimizer.rule_of(piece.name, self.shapes[piece.name]).states
 
     def _distributed_optimizers(self) -> list[Any]:
         """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part for part in parts if not part.is_stub_optimizer]
 
-    def _owned_state(self) -> Iterator[tuple[Piece, Any, torch.Tensor, dict[str, torch.Tensor]]]:
+    def _owned_state(self) -> Iterator[tuple[Piece, Any, Tensor, dict[str, Tensor]]]:
         """(piece, its optimizer, the optimizer's flat fp32 weights, its state) of all pieces of this rank."""
         for piece, part, main in self._pieces:
             yield piece, part, main, part.optimizer.state[main]
 
     @cached_property
-    def _pieces(self) -> list[tuple[Piece, Any, torch.Tensor]]:
+    def _pieces(self) -> list[tuple[Piece, Any, Tensor]]:
         pieces = []
+        # Megatron knows its parameters by identity alone, in an order that depends on the layout.
         names = {id(p): name for name, p in named_tensors(self.chunks)}
         for part in self._distributed_optimizers():
             for parameter, (group, number) in part.model_param_group_index_map.items():
@@ -464,7 +499,7 @@ class Engine:
         return pieces
 
 
-def cross_entropy(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def cross_entropy(losses: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the loss over targets with loss_mask 1."""
     return (losses * batch.loss_mask).sum(), {}
 
@@ -474,7 +509,12 @@ def part_of(name: str) -> str:
     match = re.match(r"decoder\.layers\.(\d+)\.(\w+)", name)
     if match is None:
         return name.split(".")[0]
-    kind = "experts" if ".mlp.experts." in name else "router" if ".router." in name else match[2]
+    kind = match[2]
+    if ".mlp.experts." in name:
+        kind = "experts"
+    elif ".router." in name:
+        kind = "router"
+    # A norm belongs to the part that reads it.
     names = {"self_attention": "attention", "input_layernorm": "attention", "pre_mlp_layernorm": "mlp"}
     return f"layer {int(match[1]):03d} {names.get(kind, kind)}"
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
 from stages.data.order.order_config import ROW_BYTES
-from stages.mcore.activations import activation_bytes, merged_bytes, unkept_bytes
-from stages.mcore.memory import GRADIENT, MASTER, MOMENTS, layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.mcore.memory import (
+    GRADIENT,
+    MASTER,
+    Activations,
+    layers_of,
+    memory_share,
+    owned_bytes,
+    sharing,
+    state_bytes,
+)
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import layers_in_bf16
 from stages.models.costs import MemoryShare, Rows
@@ -31,14 +40,14 @@ def estimate(config: TrainConfig) -> Estimate:
     per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
     rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
     states, activations, owned, memory = fullest(config, rows)
-    trained = trained_parameters(config)
-    checkpoint = (MASTER + MOMENTS) * trained
-    releases, first = release_checkpoints(phase), phase.first_step == 1
-    # step 0 has no moments yet; while a work checkpoint is written there is one more than is kept
+    checkpoint = checkpoint_size(config)
+    releases, has_step_0 = release_checkpoints(phase), phase.first_step == 1
+    trained = releases - 1 if has_step_0 else releases
+    # Step 0 has no states yet. While a work checkpoint is written there is one more than is kept
     work = WORK_CHECKPOINTS + 1
     if phase.spikes and phase.spikes.action == "rewind":
         work += 2  # the one to which a spike at the next step would rewind, and the next one
-    disk = checkpoint * (releases - first + work) + first * MASTER * trained
+    disk = checkpoint.all * (trained + work) + (checkpoint.weights if has_step_0 else 0)
     order_rows = phase.rows_from(phase.first_step)
     return Estimate(
         cpu_seconds=tokens * per_token / CPU_FLOPS if phase.precision == "fp32" else None,
@@ -47,8 +56,8 @@ def estimate(config: TrainConfig) -> Estimate:
         memory_bytes=memory,
         host_bytes=owned,
         disk_bytes=disk,
-        files=work * (2 * layout.ranks + 1 + release_files(trained)) + releases * release_files(trained),
-        published=checkpoints(trained, releases - first, first),
+        files=work * (2 * layout.ranks + 1 + checkpoint.files) + releases * checkpoint.files,
+        published=checkpoint.published(trained, has_step_0),
         parameters=parameters,
         long_context=model.long_context(config.padded_vocab_size),
         training=TrainingEstimate(
@@ -61,9 +70,9 @@ def estimate(config: TrainConfig) -> Estimate:
             state_bytes=states,
             activation_bytes=activations,
             recomputes=layout.recompute == "layer",
-            checkpoint_bytes=checkpoint,
-            share_bytes=share_bytes(trained, layout.ranks),
-            silent_bytes=silent_bytes(parameters, checkpoint),
+            checkpoint_bytes=checkpoint.all,
+            share_bytes=checkpoint.largest_share(layout.ranks),
+            silent_bytes=silent_bytes(parameters, checkpoint.all),
             watchdog_seconds=phase.watchdog_timeout_seconds,
             release_checkpoints=releases,
             work_checkpoints=work - 1,
@@ -82,7 +91,8 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
         micro_batches = batch_rows // rows.rows // layout.data
         if last >= first:
             bf16_layers = layers_in_bf16(phase.precision, config.model.layers)
-            run = StepSetup(layout, phase.precision, rows, micro_batches, bf16_layers=bf16_layers)
+            states = phase.optimizer.matrices.bytes
+            run = StepSetup(layout, phase.precision, rows, micro_batches, states=states, bf16_layers=bf16_layers)
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
     return TrainingTime(seconds, *UNFITTED_ERRORS)
@@ -96,16 +106,20 @@ def trained_parameters(config: TrainerConfig) -> int:
 
 
 def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
-    """The largest bytes of state, of activations, of what the optimizer owns, and of state and activations together of
-    any rank. rows: a micro-batch."""
+    """Returns the largest bytes of any rank: state, activations, what the optimizer owns, and the first two together.
+
+    `rows` is a micro-batch.
+    """
     layout = config.phase.parallelism
-    shares, states, activations = zip(*(rank_memory(config, rows, rank) for rank in range(layout.pp)), strict=True)
-    sums = [state + activation for state, activation in zip(states, activations, strict=True)]
-    if config.phase.adapter:
-        shares = tuple(adapter_share(config, rank) for rank in range(layout.pp))
-    owned = [owned_bytes(share, layout) for share in shares]
-    state, activation, owned_size, memory = (round(max(column)) for column in (states, activations, owned, sums))
-    return state, activation, owned_size, memory
+    most_state = most_activations = most_owned = most = 0.0
+    for rank in range(layout.pp):
+        share, state, activations = rank_memory(config, rows, rank)
+        # An adapter's optimizer owns the adapter only.
+        owned = adapter_share(config, rank) if config.phase.adapter else share
+        most_state, most_activations = max(most_state, state), max(most_activations, activations)
+        most_owned = max(most_owned, owned_bytes(owned, layout, config.phase.optimizer))
+        most = max(most, state + activations)
+    return round(most_state), round(most_activations), round(most_owned), round(most)
 
 
 def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[MemoryShare, float, float]:
@@ -114,20 +128,23 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     phase, model, layout, vocabulary = config.phase, config.model, config.phase.parallelism, config.padded_vocab_size
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
-    activations = activation_bytes(
-        model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=phase.adapter is not None
-    )
-    state = state_bytes(share, layout, phase.precision)
+    frozen = phase.adapter is not None
+    on_rank = Activations(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=frozen)
+    activations = on_rank.peak()
+    state = state_bytes(share, layout, phase.precision, phase.optimizer)
     # before the update gradients are scaled, each with a copy; a table's is large
     if share.table and not phase.adapter:
+        # A rank owns at most its slice of the table.
         gradient = min(vocabulary * model.hidden_size / layout.tp, share.dense / sharing(layout)[0])
         activations = max(activations, GRADIENT * gradient)
     if phase.adapter:  # of the base only the weights
         adapters = adapter_share(config, pipeline_rank)
-        state = (4 if phase.precision == "fp32" else 2) * share.all + state_bytes(adapters, layout, phase.precision)
+        # The frozen base has weights, and neither gradients nor states.
+        state = (4 if phase.precision == "fp32" else 2) * share.all
+        state += state_bytes(adapters, layout, phase.precision, phase.optimizer)
         share += adapters
-        activations += merged_bytes(phase.adapter, model, layout, phase.precision, micro_batches, pipeline_rank)
-        activations -= unkept_bytes(phase.adapter, model, layout, phase.precision, rows, micro_batches, pipeline_rank)
+        activations += on_rank.merged(phase.adapter)
+        activations -= on_rank.unkept(phase.adapter)
     return share, state, activations
 
 
@@ -143,23 +160,57 @@ def adapter_share(config: TrainerConfig, pipeline_rank: int) -> MemoryShare:
 def release_checkpoints(phase: PhaseConfig) -> int:
     """Checkpoints that a phase seals: step 0 unless it continues, every n-th and the last."""
     interval, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
-    return (first == 1) + last // interval - (first - 1) // interval + (last % interval > 0)
+    count = last // interval - (first - 1) // interval
+    if first == 1:
+        count += 1
+    return count if last % interval == 0 else count + 1
 
 
-def release_files(parameters: int, widths: Sequence[int] = (MASTER, MOMENTS)) -> int:
-    """Files of a release checkpoint: weights and moments in shards, their indices, state and manifest. widths: bytes of
-    a parameter in each of them."""
-    shards = sum(-(-width * parameters // SHARD_BYTES) for width in widths)
-    return shards + 4
+@dataclass(frozen=True)
+class CheckpointSize:
+    """Sizes of a release checkpoint in bytes.
+
+    Attributes:
+        weights: Of all fp32 weights.
+        states: Of all states of the optimizer; 0 at step 0.
+    """
+
+    weights: int
+    states: int
+
+    @property
+    def all(self) -> int:
+        return self.weights + self.states
+
+    @property
+    def files(self) -> int:
+        """Weights and states in shards, their indices, state.json and manifest."""
+        return -(-self.weights // SHARD_BYTES) - (-self.states // SHARD_BYTES) + 4
+
+    def largest_share(self, ranks: int) -> int:
+        """Returns the most bytes that one rank writes: ranks take the files by turns."""
+        sizes: list[int] = []
+        for size in (self.weights, self.states):
+            shards = -(-size // SHARD_BYTES)
+            sizes += [-(-size // shards)] * shards
+        return max(sum(sizes[rank::ranks]) for rank in range(ranks))
+
+    def published(self, count: int, first: bool = False) -> tuple[Published, ...]:
+        """Returns the files of `count` checkpoints, each a branch of its own, and, if `first`, of step 0."""
+        whole = Published("checkpoint", "", self.files, self.all)
+        if not first:
+            return (whole,) * count
+        beginning = CheckpointSize(self.weights, 0)
+        return (Published("checkpoint", "", beginning.files, beginning.all), *(whole,) * count)
 
 
-def share_bytes(parameters: int, ranks: int) -> int:
-    """The most bytes of a release checkpoint that one rank writes: ranks take its files by turns."""
-    sizes: list[int] = []
-    for width in (MASTER, MOMENTS):
-        shards = -(-width * parameters // SHARD_BYTES)
-        sizes += [-(-width * parameters // shards)] * shards
-    return max(sum(sizes[rank::ranks]) for rank in range(ranks))
+def checkpoint_size(config: TrainerConfig) -> CheckpointSize:
+    """Returns the sizes of a release checkpoint of a phase after its first step."""
+    trained, model = trained_parameters(config), config.model
+    tables = 0 if config.phase.adapter else model.parameters(config.padded_vocab_size)["embedding"]
+    if not model.tie_embeddings:
+        tables *= 2
+    return CheckpointSize(MASTER * trained, round(config.phase.optimizer.state_bytes(trained, tables)))
 
 
 def silent_bytes(parameters: Mapping[str, int], checkpoint: int) -> int:
@@ -168,23 +219,9 @@ def silent_bytes(parameters: Mapping[str, int], checkpoint: int) -> int:
     return min(checkpoint, max(FLUSH_BYTES, MASTER * parameters["embedding"]))
 
 
-def checkpoints(parameters: int, count: int, first: bool = False) -> tuple[Published, ...]:
-    """The published files of `count` checkpoints, each a branch of its own; first: and of step 0, without moments."""
-    whole = Published("checkpoint", "", release_files(parameters), (MASTER + MOMENTS) * parameters)
-    weights = Published("checkpoint", "", release_files(parameters, (MASTER,)), MASTER * parameters)
-    return (weights,) * first + (whole,) * count
-
-
 def layout_label(layout: Layout) -> str:
     """A layout in shorthand, without sizes of 1: `TP4 PP2 CP8 EP32 DP8`."""
-    sizes = {
-        "TP": layout.tp,
-        "PP": layout.pp,
-        "VP": layout.vpp,
-        "CP": layout.cp,
-        "EP": layout.ep,
-        "DP": layout.data,
-    }
+    sizes = {"TP": layout.tp, "PP": layout.pp, "VP": layout.vpp, "CP": layout.cp, "EP": layout.ep, "DP": layout.data}
     parts = [name + str(size) for name, size in sizes.items() if size > 1]
     if layout.split_experts != layout.tp:
         parts.insert(-1, f"ETP{layout.split_experts}")

@@ -4,7 +4,7 @@
 
 `start_from` of the recipe names the model's repository on the Hub and the SHA-256 of its `SHA256SUMS`, which lists the
 digest of every file. The tensors go through the inverse of the export's mapping; rows that pad the vocabulary are zero,
-and no token has them. Optimizer states are not part of a model's repository: Adam starts fresh.
+and no token has them. Optimizer states are not part of a model's repository: the optimizer starts fresh.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import yaml
 from pydantic import Field
 
-from pipeline.core.bounds import License, Line, LongLine, Words
+from pipeline.core.bounds import License, Line, LongLine, Words, spdx
 from pipeline.core.environment import machine_paths
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.core.store import home_folder, sha256_file
-from pipeline.core.text import escaped, printable
+from pipeline.core.text import escaped, printable, shown
 from stages.formats.table import write_json
 from stages.formats.tokenizer import PAD, STOPS, TOKENIZER_FILES
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
-from stages.train.published_base import CARD, CONFIG, SUMS, dtype_of, license_of, require_dtype
 
 if TYPE_CHECKING:
     import torch
+
 
 VERSION = 1
 NAME = "base.json"
@@ -43,6 +45,11 @@ FREE = ("bos_token_id", "dtype", "initializer_range", "torch_dtype", "use_cache"
 SUMS_BYTES = 32 << 20
 Digest = Annotated[str, Words(71, "digest: sha256:<64 hex digits>", r"sha256:[0-9a-f]{64}")]
 Repo = Annotated[str, Words(96, "model of the Hub, such as local/atom-tiny", r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")]
+SUMS = "SHA256SUMS"
+CARD = "README.md"
+CONFIG = "config.json"
+CARD_BYTES, CONFIG_BYTES = 4 << 20, 4 << 20
+REPOSITORY = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
 class StartFrom(Config):
@@ -110,6 +117,7 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         raise RecipeError(
             f"{config.repo}: its tokenizer has no {missing[0]}; only models that atom exported are imported"
         )
+    # The config that this recipe's model would be exported with: any other entry means another model.
     expected = hf_config(config.model, int(stated.get("vocab_size", 0)), ids[STOPS[0]], ids[PAD], "float32")
     for name, value in expected.items():
         if name not in FREE and stated.get(name) != value:
@@ -136,11 +144,14 @@ def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
     shapes = config.model.shapes(config.padded_vocab_size)
     step.mkdir(parents=True)
     try:
+        # The inverse of the export, so that an export of the import has the same bytes.
         mapped = config.model.spec().from_hf(tensors, config.model)
         release_checkpoint.write_shards(step, release_checkpoint.MODEL, _padded(mapped, shapes))
     except (KeyError, ValueError) as error:
-        raise RecipeError(f"{config.repo} does not have the tensors of the recipe's model ({error}); copy the "
-                          "section model from its recipe") from None  # fmt: skip
+        raise RecipeError(
+            f"{config.repo} does not have the tensors of the recipe's model ({error}); copy the "
+            "section model from its recipe"
+        ) from None
     check_tensors(shapes, release_checkpoint.Tensors(step).shapes(), config.repo)
     state = {"phase": "import", "step": 0, "tokens": 0, "optimizer_step": 0}
     write_json(step / release_checkpoint.STATE, state)
@@ -170,7 +181,7 @@ def _pull(config: ImportConfig, target: Path) -> None:
 
 
 def _is_needed(path: str) -> bool:
-    """Whether a file of the repository is imported or read."""
+    """Returns True if a file of the repository is imported or read."""
     if path in (SUMS, CARD, CONFIG, *TOKENIZER_FILES, "model.safetensors.index.json"):
         return True
     return re.fullmatch(r"model(-[0-9]{5}-of-[0-9]{5})?\.safetensors", path) is not None
@@ -179,8 +190,10 @@ def _is_needed(path: str) -> bool:
 def _verified(config: ImportConfig, folder: Path) -> dict[str, str]:
     """{path: SHA-256} of the needed files, each compared. Raises CheckFailed."""
     sums = folder / SUMS
+    # The sums are bounded before they are read: the repository is a stranger's.
     if not sums.is_file() or sums.stat().st_size > SUMS_BYTES:
         raise CheckFailed(f"{folder} has no {SUMS}, which every model that atom published has; check start_from")
+    # The recipe pins the sums, and the sums pin each file.
     if (digest := _digest(sums)) != config.digest:
         raise CheckFailed(
             f"{SUMS} of {config.repo} has the digest {digest}, and start_from.digest is {config.digest}; compare it "
@@ -218,6 +231,7 @@ def _padded(
     import torch
 
     for name, tensor in tensors:
+        # Exports leave out the rows that pad the vocabulary.
         missing = shapes[name][0] - tensor.shape[0] if name in shapes else 0
         full = tensor.float()
         yield name, torch.cat([full, full.new_zeros(missing, *full.shape[1:])]) if missing > 0 else full
@@ -237,6 +251,96 @@ def estimate(config: ImportConfig) -> Estimate:
     total = 4 * config.model.parameters(config.padded_vocab_size)["total"]
     memory = 700_000_000 + min(total, SHARD_BYTES)
     return Estimate(cpu_seconds=10 + total / 2e8, memory_bytes=memory, disk_bytes=2 * total)
+
+
+def start_from_section(model: str) -> dict[str, str]:
+    """The section start_from for a published model: a model's folder of a release, such as RELEASE/model, or a
+    repository of the Hub, with @ and a revision if it is not `main`. Raises AtomError."""
+    if Path(model).is_dir():
+        return _stated(Path(model), _repository_of(Path(model))) | {"folder": _portable(model)}
+    if (match := REPOSITORY.fullmatch(model)) is None:
+        raise AtomError(f"{shown(model)} is neither a folder here nor a repository of the Hub such as local/atom-tiny")
+    revision = match["revision"] or "main"
+    with tempfile.TemporaryDirectory() as folder:
+        _pull_statement(match["repo"], revision, Path(folder))
+        return _stated(Path(folder), match["repo"]) | ({} if revision == "main" else {"revision": revision})
+
+
+def license_of(card: Path) -> str:
+    """The license that the metadata of a card state; `None` if they state none, or are no YAML."""
+    text = card.read_text("utf-8", "replace") if card.is_file() and card.stat().st_size <= CARD_BYTES else ""
+    head = re.match(r"\A---\n(.*?)\n---\n", text, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        metadata = None
+    fields: Mapping[str, Any] = metadata if isinstance(metadata, Mapping) else {}
+    return str(fields.get("license_name") if fields.get("license") == "other" else fields.get("license"))
+
+
+def dtype_of(folder: Path) -> str | None:
+    """The type of the weights that config.json in a folder states; None if it is not there, or says nothing of it."""
+    path = folder / CONFIG
+    try:
+        stated = json.loads(path.read_text("utf-8")) if path.stat().st_size <= CONFIG_BYTES else None
+    except (OSError, ValueError):
+        return None  # the stage `import` says what is wrong with it
+    dtype = (stated.get("dtype") or stated.get("torch_dtype")) if isinstance(stated, dict) else None
+    return dtype if isinstance(dtype, str) else None
+
+
+def require_dtype(repo: str, published: str | None, dtype: str | None) -> str | None:
+    """A sentence if the first phase would publish its weights in another type than those of the model; None if not, or
+    if one of them is not known."""
+    if None in (published, dtype) or published == dtype:
+        return None
+    return (
+        f"start_from: {repo} is published in {printable(str(published))}, and after the first phase of this recipe "
+        f"models are published in {dtype}, while a release holds the model that it begins with bit for bit; set the "
+        f"precision of that phase to {'fp32' if published == 'float32' else 'bf16'}"
+    )
+
+
+def _stated(folder: Path, repo: str) -> dict[str, str]:
+    """The fields that the files of a repository give. Raises CheckFailed."""
+    if not (folder / SUMS).is_file():
+        raise CheckFailed(f"{folder} has no {SUMS}, which every model that atom published has; name such a model")
+    stated = license_of(folder / CARD)
+    try:
+        license = spdx(stated)
+    except ValueError:
+        raise CheckFailed(f"the card of {repo} states no license that SPDX knows: {printable(stated)}") from None
+    return {"repo": repo, "digest": f"sha256:{sha256_file(folder / SUMS)}", "license": license}
+
+
+def _portable(folder: str) -> str:
+    """A path as a recipe in the present folder may have it, which is published as it is written."""
+    is_of_machine = any(Path(folder).is_relative_to(path) for path in machine_paths(home_folder()))
+    return os.path.relpath(folder) if is_of_machine else folder
+
+
+def _repository_of(folder: Path) -> str:
+    """The repository of a model's folder of a release, by the release's own statement. Raises AtomError."""
+    path, kind = folder.resolve().parent / "evidence/release.json", re.fullmatch("model(|-.+)", folder.resolve().name)
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        return f"{about['namespace']}/{about['name']}{kind[1]}"  # type: ignore[index]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise AtomError(
+            f"{folder} is no model's folder of a release, such as RELEASE/model; name such a folder, or the repository "
+            "on the Hub"
+        ) from None
+
+
+def _pull_statement(repo: str, revision: str, target: Path) -> None:
+    """Pulls what states the model, not its weights. Raises AtomError."""
+    from pipeline.hub.client import RemoteRepository, api, translate_errors
+
+    remote, name = RemoteRepository(repo, "model"), f"{repo}@{revision}"
+    with translate_errors(f"reading {name}"):
+        commit = remote.commit(revision)
+        for path in sorted({SUMS, CARD} & remote.files(commit).keys()):
+            api().hf_hub_download(repo, path, repo_type="model", revision=commit, local_dir=target)
 
 
 STAGE = Stage("import", VERSION, ImportConfig, run, estimate=estimate)

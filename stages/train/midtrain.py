@@ -3,19 +3,18 @@
     atom run atom-tiny --until midtrain
 
 The phases of a recipe's `long_context` are mid-training as well, each after the previous one. A phase loads only the
-weights of the last step: the optimizer starts fresh, with its own warmup, because Adam's moments belong to the old mix
-and batch.
+weights of the last step: the optimizer starts fresh, with its own warmup, because its states belong to the old mix and
+batch.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from pipeline.core.stage import Inputs, Report, Stage
-from stages.mcore.gpu_environment import variables
+from pipeline.core.stage import Inputs, Report
+from stages.train import pretrain
 from stages.train.config import TrainConfig
-from stages.train.estimate import estimate, training_time
-from stages.train.pretrain import simulate
 
 VERSION = 8
 
@@ -32,9 +31,4 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     train(TextTrainer, name, config, inputs, work, out, report)
 
 
-STAGE = Stage(
-    "midtrain", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    environment=lambda c: variables(c.phase.parallelism),
-    simulate=simulate,
-)  # fmt: skip
+STAGE = replace(pretrain.STAGE, name="midtrain", version=VERSION, run=run)

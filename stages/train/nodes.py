@@ -10,7 +10,7 @@ from pipeline.graph.checkpoints import Checkpoint
 from pipeline.graph.dag import NodeSpec
 from stages.mcore.lora import Lora
 from stages.models.base import ModelConfig
-from stages.train import sizes
+from stages.train import smaller_model
 from stages.train.config import PhaseConfig
 from stages.train.imported_weights import StartFrom
 
@@ -142,7 +142,7 @@ def phase_nodes(
 
 
 def size_nodes(
-    models: sizes.Sizes, model: ModelConfig, pretrain: PhaseConfig | None, padded_vocab_size: int, seed: int
+    models: smaller_model.Sizes, model: ModelConfig, pretrain: PhaseConfig | None, padded_vocab_size: int, seed: int
 ) -> list[NodeSpec]:
     """Returns the nodes of the smaller models, which read the order of pre-training."""
     specs = []
@@ -150,7 +150,7 @@ def size_nodes(
     for number, size in enumerate(models):
         assert pretrain is not None  # sizes.problems() refuses sizes without pre-training
         smaller, phase = size.resolve(model, pretrain)
-        name = sizes.node(number)
+        name = smaller_model.node(number)
         training = training_config(smaller, phase, padded_vocab_size, seed) | {"name": name}
-        specs.append(NodeSpec(name, sizes.NAME, training, inputs))
+        specs.append(NodeSpec(name, smaller_model.NAME, training, inputs))
     return specs

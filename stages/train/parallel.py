@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.core.errors import AtomError, PeerLost
-from stages.mcore import gpu, gpu_environment, moe_metrics
+from stages.mcore import gpu, gpu_environment, routers
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     RotaryEmbedding,
@@ -52,7 +53,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and reports."""
+        """True if this process writes files and reports."""
         return self.rank == 0
 
     @property
@@ -60,7 +61,7 @@ class Ranks:
         """The device of this rank's tensors."""
         return gpu.device()
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, on the rank's device; the same bits on each of them. The tensor itself
         changes if it is there."""
         if self.world > 1:
@@ -81,6 +82,7 @@ class Ranks:
         if self.world == 1:
             return value
         values = [value]
+        # Objects go by gloo: NCCL would first copy them to the GPU.
         dist.broadcast_object_list(values, src=0, group=self.objects)
         return values[0]
 
@@ -119,8 +121,10 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        # Before CUDA starts, which reads the variables once.
         gpu_environment.require(layout)
         torch.cuda.set_device(gpu.number(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
+    # A hash store for one process: no port is opened, so many phases may run on a machine.
     rendezvous: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(seconds=timeout)}
     kernels = gpu.deterministic_kernels(layout.deterministic) if on_gpu else _deterministic_cpu()
     with warnings.catch_warnings(), kernels, _no_tf32(), _peer_errors(rank):
@@ -135,6 +139,8 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
             objects = create_groups(layout, timeout, on_gpu)
             if objects is not None:
                 _require_own_gpu(objects)
+            # Layers fork Megatron's named generators, which have to exist even without dropout. CUDA graphs need such
+            # that they can replay.
             tensor_parallel.model_parallel_cuda_manual_seed(
                 seed, use_cudagraphable_rng=layout.cuda_graphs, force_reset_rng=layout.cuda_graphs
             )
@@ -167,11 +173,10 @@ def create_groups(layout: Layout, timeout: float, on_gpu: bool) -> dist.ProcessG
     """
     objects: dist.ProcessGroup | None = None
     if on_gpu and layout.ranks > 1:
+        # A group of its own for objects and for numbers on the host, which then wait for no kernel.
         objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     parallel_state.initialize_model_parallel(
-        **layout.group_sizes,
-        distributed_timeout_minutes=math.ceil(timeout / 60),
-        create_gloo_process_groups=False,
+        **layout.group_sizes, distributed_timeout_minutes=math.ceil(timeout / 60), create_gloo_process_groups=False
     )
     return objects
 
@@ -179,6 +184,7 @@ def create_groups(layout: Layout, timeout: float, on_gpu: bool) -> dist.ProcessG
 def _require_own_gpu(objects: dist.ProcessGroup) -> None:
     """Raises AtomError on every rank if two of them have the same GPU."""
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    # All ranks learn of a conflict, so that all of them raise the same sentence.
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, (socket.gethostname(), str(uuid)), group=objects)
     if problem := gpu.sharing(places):
@@ -202,7 +208,7 @@ def _destroy_groups(ranks: Ranks | None) -> None:
         # The hooks of its parameters hold it, and a graph without a backward pass, which the model keeps, holds them: a
         # cycle through C++ that Python cannot collect, with the groups and their threads in it.
         vars(wrapped).clear()
-    moe_metrics.clear_losses()
+    routers.clear_losses()
     for embedding in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
         embedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
@@ -216,6 +222,7 @@ def _peer_errors(rank: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
+        # gloo raises plain RuntimeErrors, which only their text tells from others.
         if not isinstance(error, dist.DistError) and "gloo" not in text and "NCCL" not in text:
             raise
         reason = text.strip().splitlines()[0].rpartition("] ")[2][:200]
@@ -229,6 +236,7 @@ def _peer_errors(rank: int) -> Iterator[None]:
 def _deterministic_cpu() -> Iterator[None]:
     """One CPU thread and deterministic kernels."""
     threads = torch.get_num_threads()
+    # With several threads, the order of a sum depends on how work is divided among them.
     torch.set_num_threads(1)
     try:
         with gpu.deterministic_kernels(True):

@@ -35,8 +35,14 @@ def simulate(config: TrainConfig, rank: int) -> RankSimulation:
 
 
 STAGE = Stage(
-    "pretrain", VERSION, TrainConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
+    "pretrain",
+    VERSION,
+    TrainConfig,
+    run,
+    estimate=estimate,
+    time=training_time,
+    ranks=lambda c: c.phase.parallelism.ranks,
+    trains=True,
     environment=lambda c: variables(c.phase.parallelism),
     simulate=simulate,
-)  # fmt: skip
+)

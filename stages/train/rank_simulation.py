@@ -55,8 +55,11 @@ def simulate_updates(
     machine lacks."""
     phase, layout = config.phase, config.phase.parallelism
     if not 0 <= rank < layout.ranks:
-        raise RecipeError(f"rank {rank} is not one of the phase's parallelism.ranks = {layout.ranks}, "
-                          f"which count from 0 to {layout.ranks - 1}")  # fmt: skip
+        raise RecipeError(
+            f"rank {rank} is not one of the phase's parallelism.ranks = {layout.ranks}, "
+            f"which count from 0 to {layout.ranks - 1}"
+        )
+    # The largest batch of a ramp needs the most memory.
     micro_batches = max(phase.micro_batch_counts) // layout.data
     unit = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule takes them in groups
     counts = [min(micro_batches, layout.pp * layout.vpp + extra) for extra in (0, unit)]
@@ -70,6 +73,7 @@ def simulate_updates(
         steps = []
         for count in counts:
             machine.calls.clear()
+            # The peak of this step alone.
             machine.peak = machine.live
             step(engine, machine, count)
             steps.append(list(machine.calls))
@@ -107,6 +111,7 @@ def _traffic(steps: list[list[Collective]], counts: list[int], micro_batches: in
     """The collectives of a step of that many micro-batches, from two steps of `counts` micro-batches."""
     calls, added = Counter(steps[1]), Counter(steps[1])
     added.subtract(Counter(steps[0]))
+    # Each further group of micro-batches adds what the second step had more than the first.
     repeats = (micro_batches - counts[1]) // max(1, counts[1] - counts[0])
     return tuple(
         Traffic(call.operation, call.group, call.ranks, call.bytes, number + repeats * added[call])

@@ -9,17 +9,10 @@ forgetting.
 
 from __future__ import annotations
 
-from pipeline.core.stage import Stage
-from stages.mcore.gpu_environment import variables
+from dataclasses import replace
+
+from stages.train import midtrain
 from stages.train.config import SftConfig
-from stages.train.estimate import estimate, training_time
-from stages.train.midtrain import run
-from stages.train.pretrain import simulate
 
 VERSION = 3
-STAGE = Stage(
-    "sft", VERSION, SftConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    environment=lambda c: variables(c.phase.parallelism),
-    simulate=simulate,
-)  # fmt: skip
+STAGE = replace(midtrain.STAGE, name="sft", version=VERSION, config=SftConfig)

@@ -1,24 +1,96 @@
-"""Pre-training of a smaller model of the recipe, on the rows of its pre-training in the same order.
+"""The recipe's section `sizes`: smaller models of the same recipe, which a release publishes beside its model.
 
-atom run atom-tiny --until size-1
+    atom run atom-tiny --until size-1
+
+Each reads the rows of pre-training in their order, so that its losses compare with those of the model step by step, and
+anybody can train it again from the published order on a machine that the model would not fit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from pipeline.core.bounds import Words
-from pipeline.core.stage import Inputs, Report, Stage
-from stages.mcore.gpu_environment import variables
-from stages.train.config import TrainConfig
-from stages.train.estimate import estimate, training_time
-from stages.train.pretrain import simulate
-from stages.train.sizes import NAME
+from pipeline.core.bounds import Settings, Words
+from pipeline.core.stage import Config, Inputs, Report, added, operational
+from stages.mcore.optimizer import Optimizer
+from stages.models.base import ModelConfig
+from stages.models.parallel_layout import Layout
+from stages.models.registry import parse
+from stages.train import pretrain
+from stages.train.config import PhaseConfig, TrainConfig
 
+NAME = "size"
+"""The stage, and the first part of the names of its nodes: size-1, size-2, …"""
 VERSION = 2
+
+
+class SmallerModel(Config):
+    """A smaller model of the recipe, pre-trained on the same rows in the same order."""
+
+    model: Settings = Field(description="the settings of the section model that differ")
+    optimizer: Optimizer | None = added(None, "optimizer and its learning-rate schedule; null: as in pretrain")
+    parallelism: Layout = operational(Layout(), "distribution of its training over processes")
+
+    def resolve(self, model: ModelConfig, phase: PhaseConfig) -> tuple[ModelConfig, PhaseConfig]:
+        """The model, and the phase that trains it: that of pre-training, with checkpoints of its first and last step.
+
+        Raises ValidationError for settings that the architecture refuses.
+        """
+        whole = model.with_rope(phase.rope, model.context_length)
+        smaller = parse(whole.model_dump(mode="json") | {"stated_parameters": None} | self.model)
+        changes: dict[str, Any] = {"release_checkpoint_interval": phase.steps, "parallelism": self.parallelism}
+        if self.optimizer is not None:
+            changes["optimizer"] = self.optimizer
+        return smaller, phase.model_copy(update=changes)
+
+
+Sizes = Annotated[tuple[SmallerModel, ...], Field(max_length=16)]
+
+
+def node(number: int) -> str:
+    """The name of the node, and of the phase, of the size at a place of the section, from 0."""
+    return f"{NAME}-{number + 1}"
+
+
+def problems(
+    sizes: Sizes, model: ModelConfig, phase: PhaseConfig | None, vocabulary: int, is_random: bool
+) -> Iterator[str]:
+    """A sentence for each contradiction between the section and those of the model and of pre-training.
+
+    is_random: pre-training begins with random weights."""
+    if not sizes:
+        return
+    if phase is None:
+        yield "sizes are trained on the rows of pretrain, which the recipe does not have; leave sizes out"
+        return
+    if not is_random:
+        yield (
+            "sizes begin with random weights, and pretrain with those of start_from, so that their losses do not "
+            "compare; leave sizes out"
+        )
+        return
+    if phase.continue_from:
+        yield (
+            "sizes begin with the first step of pretrain, and pretrain.continue_from leaves earlier ones out; publish "
+            "them with the earlier run"
+        )
+        return
+    whole = model.parameters(vocabulary)["total"]
+    for number, size in enumerate(sizes):
+        try:
+            smaller, _ = size.resolve(model, phase)
+        except ValidationError as error:
+            row = error.errors()[0]
+            place = ".".join(["sizes", str(number), "model", *(str(part) for part in row["loc"][1:])])
+            yield f"{place}: {row['msg']}; correct it, as in the section model"
+            continue
+        if (total := smaller.parameters(vocabulary)["total"]) >= whole:
+            yield f"sizes.{number} has {total} parameters, and the model {whole}; name settings that make it smaller"
 
 
 class SizeConfig(TrainConfig):
@@ -29,7 +101,7 @@ class SizeConfig(TrainConfig):
     )
 
 
-def run(config: SizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training, whose order it reads.
 
     Raises what stages.train.trainer.train raises.
@@ -37,12 +109,8 @@ def run(config: SizeConfig, inputs: Inputs, work: Path, out: Path, report: Repor
     from stages.train.text_trainer import TextTrainer
     from stages.train.trainer import train
 
+    assert isinstance(config, SizeConfig), "the stage's class of configs"
     train(TextTrainer, config.name, config, inputs, work, out, report)
 
 
-STAGE = Stage(
-    NAME, VERSION, SizeConfig, run, estimate=estimate, time=training_time,
-    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
-    environment=lambda c: variables(c.phase.parallelism),
-    simulate=simulate,
-)  # fmt: skip
+STAGE = replace(pretrain.STAGE, name=NAME, version=VERSION, config=SizeConfig, run=run)

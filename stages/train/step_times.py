@@ -43,6 +43,7 @@ class Waits:
 
     def take(self) -> float:
         """Seconds since the last call. Waits on a GPU that have not passed yet are left to the next call."""
+        # An event that has not passed would have to be waited for, which stalls the host.
         passed = {pair for pair in self.events if pair[1].query()}
         self.events = [pair for pair in self.events if pair not in passed]
         seconds, self.seconds = self.seconds + sum(a.elapsed_time(b) for a, b in passed) / 1000, 0.0
@@ -68,12 +69,14 @@ class Place:
 def first_missing(places: list[Place]) -> str:
     """Which rank the others wait for, in words: one that is in no collective, or, if all are in one, that with the
     fewest."""
+    # A rank outside of any collective is the one for which the others wait.
     outside = [place for place in places if not place.in_collective]
     if outside:
         first = max(outside, key=lambda place: place.seconds)
         return (
             f"rank {first.rank} on {first.node} did not arrive: it left its last collective {first.seconds:.0f} s ago"
         )
+    # All are inside: the one with the fewest is in an earlier collective than the others.
     first = min(places, key=lambda place: place.number)
     return f"all ranks are in a collective, rank {first.rank} on {first.node} in the earliest ({first.number})"
 
@@ -88,6 +91,7 @@ def measured_waits() -> Iterator[Waits]:
     vars(WAITS).update(vars(Waits()))  # another phase of this process may have left its own
 
     def wait(work: dist.Work, *arguments: Any, **options: Any) -> bool:
+        # On a GPU `wait` returns at once, and the stream waits: only events show for how long.
         on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
         pair = None
         if on_gpu and not torch.cuda.is_current_stream_capturing():
@@ -154,6 +158,7 @@ def slow_rank(times: list[RankTime]) -> Slow | None:
     for position in {each.position for each in times}:
         peers = [each for each in times if each.position == position]
         worst = max(peers, key=lambda each: each.busy)
+        # The faster half, so that with two ranks the slow one is not its own measure.
         usual = statistics.median_low(each.busy for each in peers)
         excess = worst.busy - usual
         if len(peers) > 1 and worst.busy > SLOWER * usual and excess > COST * worst.wall:
@@ -178,6 +183,7 @@ class StepTimes:
 
         data: called at the end of the step for the seconds for which it waited for data.
         """
+        # Waits before the step, such as those of a checkpoint, are dropped.
         self.waits.take()
         started = time.monotonic()
         yield

@@ -1,27 +1,88 @@
-"""Training on text: the phases whose rows an order artifact lists, with held-out evaluation and a policy for loss
-spikes.
+"""Training on text: the phases whose rows an order artifact lists, with held-out evaluation and loss spikes.
+
+The detector of spikes decides before the update, only from the log of the accepted steps before it, so that a resumed
+or repeated phase decides in the same way. The record of a spike is a line of training.jsonl: the reason, the documents
+of the batch, the experts of its tokens and the gradient norm by part of the model.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
+from pipeline.core.log_summary import spike_limit
 from pipeline.core.stage import Inputs, identity
 from stages.data.order.order_stage import position
 from stages.mcore.megatron_imports import parallel_state
-from stages.mcore.moe_metrics import DEAD_SHARE
+from stages.mcore.routers import DEAD_SHARE
 from stages.train import step_times
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import PENDING
-from stages.train.config import PhaseConfig, TrainConfig
+from stages.train.config import PhaseConfig, Spikes, TrainConfig
 from stages.train.data import Order, Prefetcher, RankBatch, Row, Shards, heldout_rows
 from stages.train.engine import RouterFigures, StepFigures
-from stages.train.spikes import Record, SpikeDetector, finite_or_none, spike_record
+from stages.train.log import finite_or_none
 from stages.train.trainer import Trainer
+
+Record = dict[str, Any]
+
+
+class SpikeDetector:
+    """Detects spikes by the losses and gradient norms of the last accepted steps."""
+
+    def __init__(self, policy: Spikes | None, lines: Iterable[Record]) -> None:
+        """lines: of training.jsonl so far."""
+        self.policy = policy
+        window = policy.window if policy else 1
+        self.losses: deque[float] = deque(maxlen=window)
+        self.norms: deque[float] = deque(maxlen=window)
+        for line in lines:
+            if "grad_norm" in line and "skipped" not in line:
+                self.accept(line["loss"], line["grad_norm"])
+
+    def accept(self, loss: float, norm: float) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def reason(self, loss: float, norm: float | None) -> str | None:
+        """The reason why a step is a spike, or None. norm: None before it is known."""
+        # NaN and infinity are spikes under every policy, and without one.
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if norm is not None and not math.isfinite(norm):
+            return f"the gradient norm is {norm}"
+        if self.policy is None or len(self.losses) < self.policy.window:
+            return None
+        # Robust statistics, as the spikes that were accepted must not widen the limit.
+        median, limit = spike_limit(self.losses, self.policy.loss_sigmas)
+        if loss > limit:
+            return f"the loss is {loss:.4g}, above {limit:.4g} (median {median:.4g} of {len(self.losses)} steps)"
+        median_norm = statistics.median(self.norms)
+        if norm is not None and norm > self.policy.norm_factor * median_norm:
+            return (
+                f"the gradient norm is {norm:.4g}, above {self.policy.norm_factor:g} times its median {median_norm:.4g}"
+            )
+        return None
+
+
+def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence[Row], figures: StepFigures) -> Record:
+    """The record of a spike in training.jsonl; excluded: the steps that are skipped because of it."""
+    return {
+        "reason": figures.refused,
+        "action": action,
+        "excluded": list(excluded),
+        "loss": finite_or_none(figures.loss),
+        "grad_norm": finite_or_none(figures.grad_norm),
+        "documents": sorted({segment.id for row in rows for segment in row.segments}),
+        **({"experts": figures.router.experts.json()} if figures.router else {}),
+        "gradient_norms": {part: finite_or_none(norm) for part, norm in (figures.gradients or {}).items()},
+    }
 
 
 class TextTrainer(Trainer):
@@ -52,6 +113,7 @@ class TextTrainer(Trainer):
         self.data_wait: float | None = None  # seconds that training waited for rows, except those of its first step
         self.pending: list[Record] = []  # spikes before which training was rewound, until their steps are passed again
         self.spikes = 0
+        # Ranks of one stage do the same work, so only these are compared with each other.
         position = parallel_state.get_pipeline_model_parallel_rank()
         self.step_times = step_times.StepTimes(step_times.WAITS, ranks.rank, position, ranks.gather)
         self.slow_rank: int | None = None  # that was reported last
@@ -70,6 +132,7 @@ class TextTrainer(Trainer):
 
     def is_release_step(self, step: int) -> bool:
         if step < self.order.first:  # step 0 belongs to a phase without an earlier origin
+            # A continued phase publishes nothing at its beginning: the earlier run has that checkpoint.
             return step == 0 and self.origin is None
         return super().is_release_step(step)
 
@@ -78,6 +141,7 @@ class TextTrainer(Trainer):
 
     def load_base(self) -> None:
         if self.phase.adapter is not None:
+            # An adapter's checkpoints lack the base, so each start loads it.
             self.previous_checkpoint().load_frozen(self.engine)
 
     def initialize(self) -> int:
@@ -139,18 +203,22 @@ class TextTrainer(Trainer):
 
     def _train_on(self, step: int) -> int:
         """Trains on a step's rows, unless they are excluded. Returns the last finished step."""
+        # All rows of the step, for documents in the log, and this rank's share of them.
         rows, rank_batch = self.prefetcher.take(step)
         # the first read cannot overlap with computation
         self.data_wait = 0.0 if self.data_wait is None else self.data_wait + self.prefetcher.waited
         if self.first:
             self.report.metric(step, data_wait_seconds=self.prefetcher.waited)
         lr, self.progress_figures = self.learning_rate(step), {}
+        # The step counts, and the learning rate moves on, but no weight changes: so the rows of later steps stay the
+        # same.
         if step in self.phase.excluded_steps or any(step in spike["excluded"] for spike in self.pending):
             self.log.write({"step": step, "tokens": self.tokens, "lr": lr, "excluded": True})
             for spike in [x for x in self.pending if x["excluded"][-1] == step]:
                 self.log.write({"step": step, "spike": spike})
                 self.pending.remove(spike)
             return step
+        # With a policy the norm is known before the update, at the cost of one more collective.
         figures = self.engine.step(
             rank_batch, lr, partial(self._check_spike, step, rows), norm_first=self.phase.spikes is not None
         )
@@ -202,9 +270,11 @@ class TextTrainer(Trainer):
         if reason and (self.spike_detector.policy is None or self.spike_detector.policy.action == "stop"):
             documents = sorted({segment.id for row in rows for segment in row.segments})
             names = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")
-            raise AtomError(f"{self.name}: {reason} at step {step}, on documents {names}; lower "
-                            f"{self.name}.optimizer.lr, look at these documents, or say in {self.name}.spikes to skip "
-                            f"such steps")  # fmt: skip
+            raise AtomError(
+                f"{self.name}: {reason} at step {step}, on documents {names}; lower "
+                f"{self.name}.optimizer.lr, look at these documents, or say in {self.name}.spikes to skip "
+                f"such steps"
+            )
         return reason
 
     def _handle_spike(self, step: int, rows: list[Row], figures: StepFigures, metrics: dict[str, float]) -> int:
@@ -217,9 +287,11 @@ class TextTrainer(Trainer):
             self.report.metric(step, spike=1.0)
             self.report.note(f"{self.name}: step {step} moved no weight: {figures.refused}")
         if self.spikes > policy.max_spikes:
-            raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.max_spikes = "
-                            f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning "
-                            f"rate or look at the documents that {self.log.path} names")  # fmt: skip
+            raise AtomError(
+                f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.max_spikes = "
+                f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning "
+                f"rate or look at the documents that {self.log.path} names"
+            )
         if policy.action == "skip":
             finite_metrics = {name: finite_or_none(value) for name, value in metrics.items()}
             self.log.write({"step": step, "tokens": self.tokens, **finite_metrics, "skipped": True})
@@ -229,9 +301,12 @@ class TextTrainer(Trainer):
         last_release = max(n for n in range(step) if self.is_release_step(n) or n < self.order.first)
         rewind_step = max(step - policy.rewind_steps, last_release)
         dropped_spikes = [x["spike"] for x in self.log_lines() if "spike" in x]
+        # Collective, and truncates the log: lines that were dropped were read above.
         state = self.checkpoints.rewind(rewind_step)
+        # The steps to come are repeated with other rows left out, so no earlier line is their control.
         self.log.replay.stop()
         self.tokens = state["tokens"]
+        # Spikes after the checkpoint are recorded again when their steps are passed.
         self.pending = [x for x in dropped_spikes if x["excluded"][-1] > state["step"]] + self.pending
         self.pending.append(spike_record(step, "rewind", range(rewind_step + 1, step + 1), rows, figures))
         self.spike_detector = SpikeDetector(policy, self.log_lines())
@@ -251,5 +326,7 @@ class TextTrainer(Trainer):
             if dead:
                 names = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:5])
                 suffix = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
-                self.report.note(f"{self.name}: experts starve at step {step}: {names}{suffix} get less than "
-                                 f"{DEAD_SHARE:.0%} of a fair share")  # fmt: skip
+                self.report.note(
+                    f"{self.name}: experts starve at step {step}: {names}{suffix} get less than "
+                    f"{DEAD_SHARE:.0%} of a fair share"
+                )

@@ -26,19 +26,17 @@ import torch
 from pipeline.core.environment import device
 from pipeline.core.errors import AtomError, Interrupted
 from pipeline.core.stage import Inputs, Report, identity
-from stages.train import log_replay, parallel
+from stages.train import log, parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import LOG, SEALED, Checkpoints
-from stages.train.config import WORK_CHECKPOINTS, TrainerConfig, learning_rate
+from stages.train.config import WORK_CHECKPOINTS, TrainerConfig
 from stages.train.engine import Engine
-from stages.train.log import Log
-from stages.train.log_replay import LogReplay
-from stages.train.spikes import finite_or_none
+from stages.train.log import Log, LogReplay, finite_or_none
 from stages.train.step_times import measured_waits
 from stages.train.watchdog import START_SECONDS, Watchdog, prepare_recorder
 
-STOP, FAILED = 1, 2
+RUNNING, STOP, FAILED = 0, 1, 2
 
 
 class Trainer(ABC):
@@ -50,9 +48,16 @@ class Trainer(ABC):
     """The maximum rewind of `step`, in steps."""
 
     def __init__(
-        self, name: str, config: TrainerConfig, inputs: Inputs, work: Path, report: Report, engine: Engine,
-        lease: int | None, watchdog: Watchdog,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        config: TrainerConfig,
+        inputs: Inputs,
+        work: Path,
+        report: Report,
+        engine: Engine,
+        lease: int | None,
+        watchdog: Watchdog,
+    ) -> None:
         self.name, self.config, self.inputs, self.work, self.report = name, config, inputs, work, report
         self.engine, self.first, self.watchdog = engine, engine.ranks.first, watchdog
         self.checkpoints = Checkpoints(
@@ -114,13 +119,13 @@ class Trainer(ABC):
         return 1
 
     def is_release_step(self, step: int) -> bool:
-        """Whether a step has a release checkpoint. Step 0 is the last step of another phase."""
+        """Returns True if a step has a release checkpoint. Step 0 is the last step of another phase."""
         phase = self.config.phase
         return step > 0 and (step == phase.steps or step % phase.release_checkpoint_interval == 0)
 
     def learning_rate(self, update: int) -> float:
         """The learning rate of an update of the weights, counted from 1."""
-        return learning_rate(update, self.config.phase.all_updates, self.config.phase.optimizer)
+        return self.config.phase.optimizer.learning_rate(update, self.config.phase.all_updates)
 
     def last_learning_rate(self, step: int) -> float:
         """The learning rate of the last update up to a step; 0 before the first."""
@@ -131,15 +136,16 @@ class Trainer(ABC):
     def run(self, stop: list[int], out: Path) -> None:
         """Trains to the end of the phase and fills `out`. stop: signals received so far."""
         phase, ranks, report = self.config.phase, self.engine.ranks, self.report
+        # From a work checkpoint of an earlier attempt, if one is intact.
         begun_at = step = self._start()
         self.begin(step)
         self.watchdog.alive()
         started, tokens_before = time.monotonic(), self.tokens
         while step < phase.steps:
             step_began, step_tokens = time.monotonic(), self.tokens
-            finished = self.step(step + 1)
-            went_back, step = finished <= step, finished
-            if went_back:
+            previous, step = step, self.step(step + 1)
+            # That step was measured and saved when it was first reached.
+            if step <= previous:  # rewound
                 self.watchdog.alive()
                 continue
             if self.first:
@@ -150,25 +156,34 @@ class Trainer(ABC):
                 report.progress(step, phase.steps, "steps", **self.progress_figures, tokens_per_s=speed)
             self.log_measurement(step, self.measure(step))
             is_last = step == phase.steps
-            status = ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
+            # Saving and stopping are collective, and signals and errors reach ranks at different times: all act on the
+            # worst status of any rank, after the same step.
+            status = STOP if stop else RUNNING
+            if self.checkpoints.failed():
+                status = FAILED
+            status = ranks.max(status)
             if status == FAILED:
                 self.checkpoints.wait()
+            # A stop is saved too, so that the next attempt repeats no step.
             if is_last or self.is_release_step(step) or status == STOP or step % phase.checkpoint_interval == 0:
                 self._save(step)
             self.watchdog.alive()
             if status == STOP and not is_last:
                 self.checkpoints.wait()
                 raise Interrupted(f"{self.name}: stopped after step {step} as asked; run again to go on")
+        # Without the last checkpoint, which training does not wait for.
         seconds = time.monotonic() - started
         self.checkpoints.wait()
         if self.first:
             waits = " and ".join(f"{duration:.2f} s for {cause}" for cause, duration in self.waits().items())
             report.note(f"{self.name}: {phase.steps - begun_at} steps in {seconds:.1f} s, of which it waited {waits}")
             self._write_outputs(out)
+        # Rank 0 may still be writing. The others stay, so that no rank destroys its groups before all are done.
         ranks.barrier()
 
     def log_step(self, step: int, line: dict[str, Any]) -> None:
         """Writes a step's line of training.jsonl, and its numbers to the metrics."""
+        # JSON has no NaN, and a log that other programs cannot read would be no evidence.
         finite = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in line.items()}
         self.log.write({"step": step, "tokens": self.tokens, **finite})
         if self.first:
@@ -199,16 +214,21 @@ class Trainer(ABC):
 
         def check(loss: float, grad_norm: float | None) -> str | None:
             if finite_or_none(loss) is None or (grad_norm is not None and finite_or_none(grad_norm) is None):
-                raise AtomError(f"{self.name}: loss {loss} and gradient norm {grad_norm} at step {step} are no "
-                                f"numbers; lower {self.name}.optimizer.lr")  # fmt: skip
+                raise AtomError(
+                    f"{self.name}: loss {loss} and gradient norm {grad_norm} at step {step} are no "
+                    f"numbers; lower {self.name}.optimizer.lr"
+                )
             return None
 
         return check
 
     def _start(self) -> int:
         """Restores engine, log and counts, or initializes them. Returns the last finished step."""
+        # Before the checkpoint, which has only what training changes.
         self.load_base()
+        # Collective: all ranks take the same checkpoint, or none.
         state = self.checkpoints.load(self.is_release_step)
+        # Before the first step, so that a start that fails leaves a record too.
         self._record_start(None if state is None else int(state["step"]))
         if state is not None:
             self.log.check(state["step"], self.first_step)
@@ -227,11 +247,11 @@ class Trainer(ABC):
         """Writes the record of this start, and again once the steps that are trained again were compared."""
         if not self.first:
             return
-        path = log_replay.path_of(self.work, self.report.lease)
+        path = log.start_path(self.work, self.report.lease)
         replay = LogReplay(self.checkpoints.lost_lines)
 
         def write() -> None:
-            log_replay.write(path, restored_step, device(), replay)
+            log.write_start(path, restored_step, device(), replay)
 
         def done() -> None:
             self.report.note(f"{self.name}: {replay.sentence()}")
@@ -256,6 +276,7 @@ class Trainer(ABC):
             "config": identity(self.config),
             **self.state(step),
         }
+        # The lines before a checkpoint have to be on the disk before the checkpoint states their size.
         self.log.flush()
         stall = self.checkpoints.save(step, state, seal=seal and self.is_release_step(step))
         self.checkpoint_stall += stall
@@ -292,6 +313,7 @@ def train(
     """
     timeout = config.phase.watchdog_timeout_seconds
     if torch.cuda.is_available():
+        # NCCL reads these variables when the first group is created.
         prepare_recorder(work / "stacks")
     # the watchdog acts before a collective times out, so that its stacks are in the log
     with (
@@ -323,6 +345,7 @@ def full_memory(name: str, ranks: parallel.Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # PyTorch has no field for it: its message is the only source, on a GPU and on the host.
         size = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", str(error))
         is_host = "DefaultCPUAllocator" in str(error)
         if size is None or not (is_host or isinstance(error, torch.OutOfMemoryError)):
@@ -344,6 +367,7 @@ def stop_signals() -> Iterator[list[int]]:
         yield received
         return
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    # Python allows handlers in the main thread only. A second signal is collected as well: the step ends in any case.
     previous_handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in signals}
     try:
         yield received

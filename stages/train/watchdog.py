@@ -79,6 +79,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.stop.wait(min(1.0, self.timeout / 10)):
+            # Progress of any rank counts, through the shared file system: the others wait for it in a collective.
             if self.shared.has_moved():
                 self.last_sign = time.monotonic()
             if time.monotonic() - self.last_sign > self.limit:
@@ -98,11 +99,16 @@ class Watchdog:
         folder.mkdir(exist_ok=True)
         path = folder / f"rank-{self.rank:05d}.txt"
         with open(path, "w") as file:
+            # All threads: the main one stands in the collective, and another may be writing a checkpoint.
             faulthandler.dump_traceback(file, all_threads=True)
         atomic_files.write(path.with_suffix(".json"), json.dumps(asdict(WAITS.place(self.rank))))
-        print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
+            file=sys.stderr,
+            flush=True,
+        )
         if self.rank == 0:
+            # Ranks find the hang within seconds of each other, as all wait in the same step.
             hang_time, expected = time.time(), set(range(self.world))
             deadline = time.monotonic() + COLLECT_SECONDS
             while (missing := expected - self._ranks_with_stacks(hang_time)) and time.monotonic() < deadline:
@@ -138,6 +144,7 @@ def prepare_recorder(folder: Path) -> None:
     before the process groups are created."""
     folder.mkdir(exist_ok=True)
     for name, value in {**SETTINGS, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / PREFIX)}.items():
+        # A cluster profile may set others.
         os.environ.setdefault(name, value)
 
 

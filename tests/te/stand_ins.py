@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from stages.mcore import megatron_cpu_patches
+from stages.mcore import megatron_patches
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 FP8 = {"kFloat8E4M3": (torch.float8_e4m3fn, 448.0), "kFloat8E5M2": (torch.float8_e5m2, 57344.0)}
@@ -450,7 +450,7 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
     from megatron.core.ssm.gated_delta_net import common
 
     common.HAVE_FLA, common.l2norm = True, l2norm
-    cpu_torch = megatron_cpu_patches._cpu_torch()
+    cpu_torch = megatron_patches._cpu_torch()
     _cuda_names.update(
         is_available=lambda: True,
         get_device_capability=lambda *_: capability,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from stages.mcore.architectures.delta_rule import CHUNK, gated_delta_rule, short_convolution
+from stages.mcore.architectures.qwen3_next_layers import CHUNK, gated_delta_rule, short_convolution
 
 pytestmark = pytest.mark.numeric
 HEADS, KEY, VALUE = 3, 8, 12

@@ -7,7 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from pipeline.core.errors import AtomError
-from stages.export.variants import gguf_blocks, gguf_names
+from stages.export.variants import gguf_file
 from stages.export.variants.registry import VARIANTS, obstacle
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from tests.fixtures import train_fixtures
@@ -30,7 +30,7 @@ def test_what_is_decoded_is_near_what_was_encoded(kind: Kind) -> None:
     matrix = (RANDOM.standard_normal((3, 16, 512)) * 0.05).astype(np.float32)
     matrix[0, 3] = 0  # a row without weights
     matrix[1, 2] = np.abs(matrix[1, 2]) + 1  # one without zeros: its minimum is no part of it
-    decoded = gguf_blocks.decode(gguf_blocks.encode(matrix, kind), kind)
+    decoded = gguf_file.decode(gguf_file.encode(matrix, kind), kind)
     assert decoded.shape == matrix.shape and not decoded[0, 3].any()
     assert np.abs(decoded[1, 2] - matrix[1, 2]).max() < 0.12
     rest = np.delete(matrix[1:], 2, axis=1), np.delete(decoded[1:], 2, axis=1)
@@ -40,12 +40,12 @@ def test_what_is_decoded_is_near_what_was_encoded(kind: Kind) -> None:
 
 def test_a_number_that_fp16_does_not_hold_is_refused() -> None:
     with pytest.raises(AtomError, match="a weight is larger than any number in fp16; take bf16 for this variant"):
-        gguf_blocks.encode(np.full((1, 32), 1e6, np.float32), Kind.F16)
+        gguf_file.encode(np.full((1, 32), 1e6, np.float32), Kind.F16)
 
 
 def test_vectors_routers_and_odd_rows_get_encodings_that_hold_them() -> None:
     def kind(encoding: str, name: str, *shape: int) -> Kind:
-        return gguf_blocks.kind_of(encoding, name, shape, 8, True)
+        return gguf_file.kind_of(encoding, name, shape, 8, True)
 
     assert kind("Q4_0", "blk.0.attn_norm.weight", 256) == Kind.F32
     assert kind("Q4_0", "blk.0.ffn_gate_inp.weight", 8, 256) == Kind.F32
@@ -59,7 +59,7 @@ def test_vectors_routers_and_odd_rows_get_encodings_that_hold_them() -> None:
 
 def test_names_of_tensors() -> None:
     names = [f"model.layers.10.mlp.experts.{n}.up_proj.weight" for n in (10, 2, 0)]
-    tensors = gguf_names.tensors_of([*names, "model.layers.2.input_layernorm.weight", "lm_head.weight"])
+    tensors = gguf_file.tensors_of([*names, "model.layers.2.input_layernorm.weight", "lm_head.weight"])
     assert [tensor.name for tensor in tensors] == [
         "output.weight",
         "blk.2.attn_norm.weight",
@@ -67,14 +67,14 @@ def test_names_of_tensors() -> None:
     ]
     assert [source.split(".")[5] for source in tensors[2].sources] == ["0", "2", "10"]
     with pytest.raises(AtomError, match=r"the tensor model.layers.0.mixer.A has no name in GGUF files"):
-        gguf_names.tensors_of(["model.layers.0.mixer.A"])
+        gguf_file.tensors_of(["model.layers.0.mixer.A"])
 
 
 def test_a_pre_tokenizer_that_llama_cpp_does_not_have_is_refused() -> None:
     other = {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated"}}
     for tokenizer in (other, {"pre_tokenizer": None}):
         with pytest.raises(AtomError, match="llama.cpp has no name for the pre-tokenizer in tokenizer.json"):
-            gguf_names.pre_tokenizer(tokenizer)
+            gguf_file.pre_tokenizer(tokenizer)
 
 
 def test_variants_that_a_model_cannot_have_are_refused_before_anything_runs() -> None:

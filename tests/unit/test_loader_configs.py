@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from release.checks import load_report, loader_configs
-from stages.export.variants.written_settings import STACKED, adapter_config, quantization_config
+from stages.export.variants.registry import STACKED, adapter_config, quantization_config
 from stages.mcore.architectures.hf import hf_config
 from stages.models import registry
 from tests.fixtures.architecture_fixtures import MODELS

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.mcore import layer_spec, row_tables
-from stages.mcore.attention_sinks import plain_attention
-from stages.mcore.layer_spec import Attention, Norm, causal_attention
+from stages.mcore.layer_spec import Attention, Norm, causal_attention, plain_attention
 from stages.mcore.qkv import Heads
 from stages.mcore.row_tables import Tables
 

@@ -22,7 +22,7 @@ from release.schema import PublishedLicenses
 from release.standards import bundle, eu_summary, frameworks, standard_facts, validation
 from release.standards.eu_summary import INTERACTIONS
 from stages.formats.table import DISPOSITIONS, DOCUMENTS, KEPT, write_rows
-from stages.maker import Maker
+from stages.recipe import Maker
 from tests.fixtures.standard_fixtures import make_facts, manifest_of, source_facts, variant_facts, write_documents
 
 CARBON = {"grams_per_kwh": 475, "source": "a report", "overhead": 1.2}

@@ -14,9 +14,10 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
+from stages.mcore.optimizer import Adam
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig
-from stages.train.config import Optimizer, PhaseConfig, TrainConfig, learning_rate
+from stages.train.config import PhaseConfig, TrainConfig
 from tests.fixtures import ROOT, train_fixtures
 
 
@@ -219,19 +220,19 @@ def test_a_batch_that_grows() -> None:
 
 
 def test_warm_up_stable_decay() -> None:
-    o = Optimizer(lr=1.0, final_lr=0.1, warmup_steps=4, schedule="wsd", decay_steps=8)
-    rates = [learning_rate(step, 20, o) for step in range(1, 21)]
+    o = Adam(lr=1.0, final_lr=0.1, warmup_steps=4, schedule="wsd", decay_steps=8)
+    rates = [o.learning_rate(step, 20) for step in range(1, 21)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and set(rates[3:12]) == {1.0} and math.isclose(rates[-1], 0.1)
     assert math.isclose(rates[13], 0.1 + 0.9 * (1 - math.sqrt(2 / 8)))  # 1 - sqrt (Hägele et al., 2024)
     assert rates[11:] == sorted(rates[11:], reverse=True)
 
 
 def test_schedule() -> None:
-    o = Optimizer(lr=1.0, final_lr=0.1, warmup_steps=4)
-    rates = [learning_rate(step, 20, o) for step in range(1, 21)]
+    o = Adam(lr=1.0, final_lr=0.1, warmup_steps=4)
+    rates = [o.learning_rate(step, 20) for step in range(1, 21)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and math.isclose(rates[-1], 0.1)
-    assert rates[3:] == sorted(rates[3:], reverse=True) and math.isclose(learning_rate(12, 20, o), 0.55)
-    assert learning_rate(1, 1, Optimizer(lr=1.0, final_lr=0.1, warmup_steps=0)) == pytest.approx(0.1)
+    assert rates[3:] == sorted(rates[3:], reverse=True) and math.isclose(o.learning_rate(12, 20), 0.55)
+    assert Adam(lr=1.0, final_lr=0.1, warmup_steps=0).learning_rate(1, 1) == pytest.approx(0.1)
 
 
 def test_estimates_need_no_torch() -> None:

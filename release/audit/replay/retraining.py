@@ -134,9 +134,8 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
     if (state := plan.start_state) is None:
         return
     from stages.mcore.model import check_tensors
-    from stages.mcore.param_names import BUFFERS
     from stages.train.checkpoint import release_checkpoint, sharded_state, work_checkpoint
-    from stages.train.engine import MOMENTS, Piece
+    from stages.train.engine import Piece
 
     published = plan.source.folder / plan.start
     shapes, tensors = plan.config.model.shapes(plan.config.padded_vocab_size), release_checkpoint.Tensors(published)
@@ -146,8 +145,8 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
     flat = {f"weight.{name}": tensor.flatten() for name, tensor in tensors.items()}
     if state["optimizer_step"]:
         moments = release_checkpoint.Tensors(published, release_checkpoint.OPTIMIZER)
-        moment_shapes = {f"{k}.{n}": shape for k in MOMENTS for n, shape in shapes.items() if not n.endswith(BUFFERS)}
-        check_tensors(moment_shapes, moments.shapes(), plan.start)
+        states = plan.config.phase.optimizer.state_shapes(shapes)
+        check_tensors({name: shape for name, (_, _, shape) in states.items()}, moments.shapes(), plan.start)
         flat |= {name: tensor.flatten() for name, tensor in moments.items()}
     folder = work / "attempt-0001" / "checkpoints" / f"step-{plan.first:09d}"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a GGUF file, through llama-cpp-python.
+"""Runs a GGUF file in llama.cpp, through llama-cpp-python.
 
     python -P llama_cpp_run.py FILE < REQUEST
 
@@ -45,9 +45,18 @@ def main() -> None:
     path, request = sys.argv[1], json.load(sys.stdin)
     longest = max(len(row["ids"]) + len(row["greedy"]) for row in request["rows"])
     llama = llama_cpp.Llama(
-        model_path=path, n_ctx=longest + 1, n_batch=longest + 1, n_threads=1, n_threads_batch=1, n_gpu_layers=0,
-        logits_all=True, flash_attn=False, type_k=F32, type_v=F32, verbose=False,
-    )  # fmt: skip
+        model_path=path,
+        n_ctx=longest + 1,
+        n_batch=longest + 1,
+        n_threads=1,
+        n_threads_batch=1,
+        n_gpu_layers=0,
+        logits_all=True,
+        flash_attn=False,
+        type_k=F32,
+        type_v=F32,
+        verbose=False,
+    )
     rows = [run_row(llama, row) for row in request["rows"]]
     texts = [encode(llama, text) for text in request.get("texts", [])]
     stated = {"program": "llama-cpp-python", "version": llama_cpp.__version__}

@@ -1,4 +1,4 @@
-"""What transformers makes of a model, in an interpreter of any version of it.
+"""Runs a model in transformers, in an interpreter of any version of it.
 
     python -P transformers_run.py FOLDER [BASE] < REQUEST
 

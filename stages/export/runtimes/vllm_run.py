@@ -1,4 +1,4 @@
-"""What vLLM makes of a model.
+"""Runs a model in vLLM.
 
     python -P vllm_run.py FOLDER DTYPE < REQUEST
 

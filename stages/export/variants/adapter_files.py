@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, sha256_file
-from stages.export.variants.written_settings import STACKED, adapter_config
+from stages.export.variants.registry import STACKED, adapter_config
 from stages.formats.table import write_json
 from stages.mcore.lora import A, B, Lora, factor
 from stages.models.base import ModelConfig
@@ -33,13 +34,13 @@ ROUNDING = 8
 """Units in the last place of the largest weight by which two ways to add a product of low rank may differ."""
 
 
-class _Marked(Mapping[str, torch.Tensor]):
+class _Marked(Mapping[str, Tensor]):
     """Megatron's tensors, each with its own place in their order as every value; they take no memory."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes, self.places = shapes, {name: place for place, name in enumerate(shapes)}
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         return torch.tensor(float(self.places[name]), dtype=torch.float64).expand(self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -52,11 +53,11 @@ class _Marked(Mapping[str, torch.Tensor]):
 class _Rows(_Marked):
     """Megatron's matrices with an adapter, whose first columns are those of its B and the others zero."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], adapter: Mapping[str, torch.Tensor], lora: Lora) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], adapter: Mapping[str, Tensor], lora: Lora) -> None:
         super().__init__(shapes)
         self.adapter, self.lora = adapter, lora
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         if not self.lora.is_target(name):
             return torch.zeros(1).expand(self.shapes[name])
         b = self.adapter[factor(name, B)]
@@ -64,8 +65,8 @@ class _Rows(_Marked):
 
 
 def factors(
-    adapter: Mapping[str, torch.Tensor], lora: Lora, model: ModelConfig, vocab_size: int
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    adapter: Mapping[str, Tensor], lora: Lora, model: ModelConfig, vocab_size: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(transformers' name of a matrix, A, B) of all matrices with an adapter. adapter: Megatron's, by global name."""
     shapes, to_hf = model.shapes(vocab_size), model.spec().to_hf
     names = list(shapes)
@@ -77,13 +78,12 @@ def factors(
 
 
 def write(
-    adapter: Mapping[str, torch.Tensor], lora: Lora, model: ModelConfig, vocab_size: int, base: Path, repo: str,
-    folder: Path,
-) -> None:  # fmt: skip
+    adapter: Mapping[str, Tensor], lora: Lora, model: ModelConfig, vocab_size: int, base: Path, repo: str, folder: Path
+) -> None:
     """Writes the adapter into a folder, beside base.json with the digests of its base's weights. adapter: Megatron's
     tensors by global name. base: the folder of the exported model. repo: its repository on the Hub."""
-    plain: dict[str, torch.Tensor] = {}
-    stacks: dict[str, dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]]] = {}
+    plain: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, dict[str, tuple[Tensor, Tensor]]]] = {}
     for name, a, b in factors(adapter, lora, model, vocab_size):
         if match := EXPERT.fullmatch(name):
             stacks.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = a, b
@@ -94,6 +94,7 @@ def write(
     for module, experts in stacks.items():
         for stacked, parts in {"gate_up": ("gate", "up"), "down": ("down",)}.items():
             a = torch.cat([experts[n][parts[0]][0] for n in sorted(experts)])  # gate and up share theirs
+            # PEFT multiplies the factors of all experts as one matrix: the rank comes first, then the expert.
             b = torch.stack([torch.cat([experts[n][part][1] for part in parts]) for n in sorted(experts)], -1)
             place = f"{PREFIX}{module}.{PLACES[stacked]}"
             plain |= {f"{place}lora_A.weight": a, f"{place}lora_B.weight": b.flatten(1)}
@@ -116,7 +117,7 @@ def digests(model: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(model.glob("model*.safetensors*"))}
 
 
-def combined(base: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def combined(base: Path, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """transformers' tensors of the base with the adapter of a folder in them, in fp32, by PEFT's formulas.
 
     Raises CheckFailed if the adapter is another base's, or does not fit it.
@@ -138,9 +139,9 @@ def combined(base: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
 
 
-def _pairs(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     """{transformers' name of a matrix: its A and B}, from PEFT's tensors."""
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name in tensors:
         if not name.endswith(".lora_A.weight"):
             continue
@@ -181,6 +182,7 @@ def largest_difference(base: Path, folder: Path, merged: Path) -> tuple[float, f
 def require_sum(base: Path, folder: Path, merged: Path) -> str:
     """The largest difference, in one sentence. Raises CheckFailed if the adapter in a folder does not make the merged
     model of its base."""
+    # Rounding of two ways to add: some units in the last place of the largest weight.
     difference, explained = largest_difference(base, folder, merged)
     if not difference <= explained:  # not a number fails too
         raise CheckFailed(

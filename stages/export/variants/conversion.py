@@ -1,22 +1,32 @@
-"""Writes a variant of an exported model, and reads its weights back: pure functions of the model's files."""
+"""Writes a variant of an exported model, and reads its weights back: pure functions of the model's files.
+
+compressed-tensors is the format that vLLM serves: each quantized matrix has `X.weight` [out, in] in 8 bits and
+`X.weight_scale` [out, 1] in fp32, and the value is their product. A server rounds activations to 8 bits by token as it
+goes. Embeddings, norms, routers and the output layer are those of the export.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from stages.export.variants import compressed_weights
-from stages.export.variants.registry import VARIANTS, VariantName
+from stages.export.variants.registry import VARIANTS, VariantName, quantization_config
 from stages.formats.tokenizer import TOKENIZER_FILES
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors
 
 COPIED = (*TOKENIZER_FILES, "generation_config.json")
 """Files of a model that its variants have unchanged, but for GGUF, whose file holds their content."""
+SCALE = "_scale"
+ALL = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
+ATTENTION = re.compile(r"model\.layers\.\d+\.self_attn\..*_proj(_with_mqa)?\.weight")
 
 
 def write(name: VariantName, model: Path, folder: Path) -> None:
@@ -32,7 +42,7 @@ def write(name: VariantName, model: Path, folder: Path) -> None:
         return
     copy_tokenizer(model, folder)
     if variant.writer == "compressed-tensors":
-        compressed_weights.write(model, folder, variant.encoding)
+        write_compressed(model, folder, variant.encoding)
     else:
         rounded = ((name, tensor.bfloat16()) for name, tensor in Tensors(model).items())
         release_checkpoint.write_shards(folder, release_checkpoint.MODEL, rounded)
@@ -49,7 +59,7 @@ def write_dequantized(name: VariantName, model: Path, folder: Path, target: Path
     release_checkpoint.write_shards(target, release_checkpoint.MODEL, _dequantized(name, model, folder, base))
 
 
-def _dequantized(name: VariantName, model: Path, folder: Path, base: Path | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _dequantized(name: VariantName, model: Path, folder: Path, base: Path | None) -> Iterator[tuple[str, Tensor]]:
     variant = VARIANTS[name]
     if variant.writer == "peft":
         from stages.export.variants import adapter_files
@@ -61,7 +71,7 @@ def _dequantized(name: VariantName, model: Path, folder: Path, base: Path | None
 
         return gguf_file.dequantized(model, folder, variant.encoding)
     if variant.writer == "compressed-tensors":
-        return compressed_weights.dequantized(model, folder, variant.encoding)
+        return dequantize_compressed(model, folder, variant.encoding)
     return ((name, tensor.float()) for name, tensor in Tensors(folder).items())
 
 
@@ -77,3 +87,57 @@ def _write_config(model: Path, folder: Path, dtype: str) -> None:
     config = json.loads((model / "config.json").read_text())
     text = json.dumps({**config, "dtype": dtype, "torch_dtype": dtype}, indent=1, sort_keys=True)
     (folder / "config.json").write_text(f"{text}\n")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """matrices: pattern of the tensors that are quantized. largest: number of the type."""
+
+    matrices: re.Pattern[str]
+    largest: float
+    convert: Callable[[Tensor], Tensor]
+
+
+def _fp8(values: Tensor) -> Tensor:
+    return values.to(torch.float8_e4m3fn)
+
+
+def _int8(values: Tensor) -> Tensor:
+    return values.round().to(torch.int8)
+
+
+ENCODINGS = {
+    "fp8": Encoding(ALL, 448.0, _fp8),
+    "fp8-attention": Encoding(ATTENTION, 448.0, _fp8),
+    "int8": Encoding(ALL, 127.0, _int8),
+}
+
+
+def write_compressed(model: Path, folder: Path, name: str) -> None:
+    """Writes the exported model of a folder into another one, without the files of the tokenizer."""
+    encoding = ENCODINGS[name]
+    release_checkpoint.write_shards(folder, release_checkpoint.MODEL, _quantized(Tensors(model), encoding))
+    config = json.loads((model / "config.json").read_text())
+    text = json.dumps({**config, "quantization_config": quantization_config(name)}, indent=1, sort_keys=True)
+    (folder / "config.json").write_text(f"{text}\n")
+
+
+def dequantize_compressed(model: Path, folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The fp32 tensors of a folder, under the names of the exported model."""
+    tensors = Tensors(folder)
+    for tensor in Tensors(model):
+        values = tensors[tensor].float()
+        yield tensor, values * tensors[tensor + SCALE] if tensor + SCALE in tensors.files else values
+
+
+def _quantized(tensors: Mapping[str, Tensor], encoding: Encoding) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors.items():
+        if not encoding.matrices.fullmatch(name):
+            yield name, tensor
+            continue
+        values = tensor.float()
+        scale = values.abs().amax(1, keepdim=True) / encoding.largest
+        # A channel of zeros stays zeros.
+        scale[scale == 0] = 1.0
+        yield name, encoding.convert((values / scale).clamp(-encoding.largest, encoding.largest))
+        yield name + SCALE, scale

@@ -1,4 +1,4 @@
-"""What a variant loses against the original: `loss.json` from tables alone, so that it can be recomputed."""
+"""The loss of a variant against the original: `loss.json` from tables alone, so that it can be recomputed."""
 
 from __future__ import annotations
 
@@ -105,9 +105,6 @@ def summary(
         },
         "bits_per_byte": {"variant": scores["bits_per_byte_all"], "original": original["bits_per_byte_all"]},
         "accuracy": {"variant": scores["accuracy_all"], "original": original["accuracy_all"]},
-        "greedy": {
-            "equal": sum(row["output"] == original_answers[row["id"]] for row in answers),
-            "n": len(answers),
-        },
+        "greedy": {"equal": sum(row["output"] == original_answers[row["id"]] for row in answers), "n": len(answers)},
         "measured_by": stated_by,
     }

@@ -49,7 +49,7 @@ WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 class AdapterSource(Config):
-    """What the variant `adapter` is written from, beside the inputs."""
+    """The settings from which the variant `adapter` is written, in addition to the inputs."""
 
     lora: Lora = Field(description="settings of the adapter")
     model: Model = Field(description="model section, with the rotary embedding of the phase")
@@ -79,11 +79,17 @@ def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Re
     shutil.rmtree(dequantized)
     answers = read_table(out / "items.parquet").to_pylist()
     original_answers = read_table(inputs["scores"] / "items.parquet", ["id", "output"]).to_pylist()
-    sizes = {name: weight_bytes(of) for name, of in {"variant": folder, "original": original}.items()}
+    sizes = {name: weight_bytes(path) for name, path in {"variant": folder, "original": original}.items()}
     loss = summary(
-        config.variant, sizes, rows, scores, inputs["scores"].json("scores.json"), answers,
-        {row["id"]: row["output"] for row in original_answers}, measured_by(config.engine.stated().get("engine", "")),
-    )  # fmt: skip
+        config.variant,
+        sizes,
+        rows,
+        scores,
+        inputs["scores"].json("scores.json"),
+        answers,
+        {row["id"]: row["output"] for row in original_answers},
+        measured_by(config.engine.stated().get("engine", "")),
+    )
     write_json(out / LOSS, loss)
     divergence, greedy = loss["divergence"], loss["greedy"]
     report.metric(0, divergence=divergence["value"], largest_divergence=divergence["max"])
@@ -187,6 +193,5 @@ def estimate(config: VariantConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "variant", VERSION, VariantConfig, run,
-    **estimates.of_engine(MODELS) | {"estimate": estimate}, run_shard=run_shard,
-)  # fmt: skip
+    "variant", VERSION, VariantConfig, run, **estimates.of_engine(MODELS) | {"estimate": estimate}, run_shard=run_shard
+)

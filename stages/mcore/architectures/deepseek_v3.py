@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from stages.mcore.architectures.hf_mapping import map_from_hf, map_to_hf
 from stages.mcore.architectures.mixture import (
@@ -21,7 +21,7 @@ from stages.mcore.architectures.mixture import (
     sigmoid_swiglus,
 )
 from stages.mcore.latent_attention import latent_layer_spec
-from stages.mcore.rope import yarn_factor
+from stages.mcore.row_tables import yarn_factor
 from stages.models.base import ModelSpec
 from stages.models.deepseek_v3 import DeepseekV3Config
 
@@ -65,18 +65,18 @@ def _same(model: DeepseekV3Config, layer: int) -> dict[str, str]:
     """Tensors of a layer with one layout in both, as the model has them: Megatron's name, and transformers'."""
     names = {f"{x}.weight": f"{y}.weight" for x, y in IN_LAYER.items()}
     present = {*NORMS, *(f"self_attention.{name}" for name in model.attention_shapes(layer))}
-    return {ours: theirs for ours, theirs in names.items() if ours in present} | sigmoid_router(model, layer)
+    return {
+        megatron_name: hf_name for megatron_name, hf_name in names.items() if megatron_name in present
+    } | sigmoid_router(model, layer)
 
 
-def to_hf(
-    tensors: Mapping[str, torch.Tensor], model: DeepseekV3Config, vocab_size: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+def to_hf(tensors: Mapping[str, Tensor], model: DeepseekV3Config, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     """transformers pairs the rotary dimensions of a head as Megatron's do: two neighbors turn together
     (`rope_interleave`)."""
     return map_to_hf(tensors, model, vocab_size, partial(_same, model), partial(sigmoid_swiglus, model))
 
 
-def from_hf(tensors: Mapping[str, torch.Tensor], model: DeepseekV3Config) -> Iterator[tuple[str, torch.Tensor]]:
+def from_hf(tensors: Mapping[str, Tensor], model: DeepseekV3Config) -> Iterator[tuple[str, Tensor]]:
     return map_from_hf(tensors, model, partial(_same, model), partial(sigmoid_swiglus, model))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from stages.mcore.architectures.grouped_query import (
     hf_attention,
@@ -34,11 +34,11 @@ def megatron(model: Glm4MoeConfig) -> dict[str, Any]:
     return megatron_attention(model) | megatron_sigmoid_experts(model)
 
 
-def to_hf(tensors: Tensors, model: Glm4MoeConfig, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+def to_hf(tensors: Tensors, model: Glm4MoeConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     return map_to_hf(tensors, model, vocab_size, partial(sigmoid_router, model), partial(sigmoid_swiglus, model))
 
 
-def from_hf(tensors: Tensors, model: Glm4MoeConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def from_hf(tensors: Tensors, model: Glm4MoeConfig) -> Iterator[tuple[str, Tensor]]:
     return map_from_hf(tensors, model, partial(sigmoid_router, model), partial(sigmoid_swiglus, model))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.mcore import layer_spec as kernels
 from stages.mcore.architectures.grouped_query import map_from_hf, map_to_hf, megatron_attention
@@ -63,15 +64,13 @@ class ExpertOutput(RowParallelLinear):  # type: ignore[misc]
         super().__init__(*arguments, **keywords)
         self.bias.sequence_parallel = False
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         output, bias = super().forward(x)
         return output.clone(), bias
 
 
-def to_hf(
-    tensors: Mapping[str, torch.Tensor], model: GptOssConfig, vocab_size: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    def rest(read: Callable[[str], torch.Tensor], layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+def to_hf(tensors: Mapping[str, Tensor], model: GptOssConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+    def rest(read: Callable[[str], Tensor], layer: int) -> Iterator[tuple[str, Tensor]]:
         yield GATE_UP, _stacked(model, lambda e: _alternating(read(EXPERT.format(e) + "linear_fc1.weight")).T)
         yield GATE_UP_BIAS, _stacked(model, lambda e: _alternating(read(EXPERT.format(e) + "linear_fc1.bias")))
         yield DOWN, _stacked(model, lambda e: read(EXPERT.format(e) + "linear_fc2.weight").T)
@@ -80,8 +79,8 @@ def to_hf(
     return map_to_hf(tensors, model, vocab_size, lambda layer: SAME, lambda layer: (), rest)
 
 
-def from_hf(tensors: Mapping[str, torch.Tensor], model: GptOssConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    def rest(read: Callable[[str], torch.Tensor], layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+def from_hf(tensors: Mapping[str, Tensor], model: GptOssConfig) -> Iterator[tuple[str, Tensor]]:
+    def rest(read: Callable[[str], Tensor], layer: int) -> Iterator[tuple[str, Tensor]]:
         for name, kind in (
             (GATE_UP, "linear_fc1.weight"),
             (GATE_UP_BIAS, "linear_fc1.bias"),
@@ -96,12 +95,12 @@ def from_hf(tensors: Mapping[str, torch.Tensor], model: GptOssConfig) -> Iterato
     return map_from_hf(tensors, model, lambda layer: SAME, lambda layer: (), rest)
 
 
-def _alternating(gate_above_up: torch.Tensor) -> torch.Tensor:
+def _alternating(gate_above_up: Tensor) -> Tensor:
     """Rows of gate and of up in turns."""
     return torch.stack(gate_above_up.chunk(2), 1).flatten(0, 1)
 
 
-def _stacked(model: GptOssConfig, read: Callable[[int], torch.Tensor]) -> torch.Tensor:
+def _stacked(model: GptOssConfig, read: Callable[[int], Tensor]) -> Tensor:
     """The tensors of all experts as one; each is read once."""
     first = read(0)
     out = first.new_empty((model.experts, *first.shape))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from stages.mcore.architectures import hf_mapping
 from stages.mcore.architectures.hf_mapping import Read, Rest, Same, Swiglus, Tensors
@@ -62,9 +63,8 @@ def hf_rotary_part(model: PartialRotaryConfig) -> dict[str, Any]:
 
 
 def map_to_hf(
-    tensors: Tensors, model: GroupedQueryConfig, vocab_size: int, same: Same, swiglus: Swiglus,
-    rest: Rest | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    tensors: Tensors, model: GroupedQueryConfig, vocab_size: int, same: Same, swiglus: Swiglus, rest: Rest | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """As `stages.mcore.architectures.hf_mapping.map_to_hf`, with the attention: the arguments are of
     the feed-forward part, and `rest` of all tensors of another layout but those of `linear_qkv`.
 
@@ -72,7 +72,7 @@ def map_to_hf(
     """
     queries = model.heads // model.kv_heads
 
-    def of_layer(read: Read, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def of_layer(read: Read, layer: int) -> Iterator[tuple[str, Tensor]]:
         for kind in _kinds(model):
             qkv = read(f"self_attention.linear_qkv.{kind}").unflatten(0, (model.kv_heads, queries + 2, model.head_dim))
             for part, tensor in zip("qkv", qkv.split((queries, 1, 1), 1), strict=True):
@@ -84,10 +84,10 @@ def map_to_hf(
 
 def map_from_hf(
     tensors: Tensors, model: GroupedQueryConfig, same: Same, swiglus: Swiglus, rest: Rest | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:
     """The inverse of `map_to_hf`, as `stages.mcore.architectures.hf_mapping.map_from_hf`."""
 
-    def of_layer(read: Read, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def of_layer(read: Read, layer: int) -> Iterator[tuple[str, Tensor]]:
         for kind in _kinds(model):
             parts = [read(f"self_attn.{part}_proj.{kind}") for part in "qkv"]
             heads = [part.unflatten(0, (model.kv_heads, -1, model.head_dim)) for part in parts]

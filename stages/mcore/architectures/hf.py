@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from stages.mcore.rope import hf_rope
+from stages.mcore.row_tables import frequencies
 from stages.models.base import ModelConfig
 
 
@@ -36,4 +36,21 @@ def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
         "vocab_size": vocab_size,
+    }
+
+
+def hf_rope(model: ModelConfig) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5, which vLLM reads as well."""
+    if model.yarn is None:
+        return {"rope_theta": model.rope_theta, "rope_type": "default"}
+    factor = frequencies(model)[1]
+    return {
+        "rope_theta": model.rope_theta,
+        "rope_type": "yarn",
+        "factor": model.yarn.factor,
+        "original_max_position_embeddings": model.yarn.original_length,
+        "beta_fast": model.yarn.beta_fast,
+        "beta_slow": model.yarn.beta_slow,
+        # vLLM scales complete heads only if no attention_factor is stated
+        **({"mscale": 1.0, "mscale_all_dim": 1.0} if model.yarn_scales_heads else {"attention_factor": factor}),
     }

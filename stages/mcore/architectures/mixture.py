@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.models.mixture import RoutedConfig
-from stages.models.sigmoid_mixture import SigmoidMixtureConfig
+from stages.models.mixture import RoutedConfig, SigmoidMixtureConfig
 
 
 def megatron_experts(model: RoutedConfig) -> dict[str, Any]:
@@ -63,7 +62,11 @@ def hf_sigmoid_experts(model: SigmoidMixtureConfig) -> dict[str, Any]:
 def sigmoid_router(model: SigmoidMixtureConfig, layer: int) -> dict[str, str]:
     """Megatron's names of the tensors of a layer's router, and transformers'."""
     names = {"router.weight": "gate.weight", "router.expert_bias": "gate.e_score_correction_bias"}
-    return {} if layer < model.dense_layers else {f"mlp.{ours}": f"mlp.{theirs}" for ours, theirs in names.items()}
+    return (
+        {}
+        if layer < model.dense_layers
+        else {f"mlp.{megatron_name}": f"mlp.{hf_name}" for megatron_name, hf_name in names.items()}
+    )
 
 
 def sigmoid_swiglus(model: SigmoidMixtureConfig, layer: int) -> list[tuple[str, str]]:

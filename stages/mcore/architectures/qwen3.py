@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from stages.mcore.architectures.grouped_query import hf_attention, map_from_hf, map_to_hf, megatron_attention
 from stages.mcore.layer_spec import layer_spec
@@ -20,13 +20,11 @@ def megatron(model: Qwen3Config) -> dict[str, Any]:
     return megatron_attention(model) | {"ffn_hidden_size": model.intermediate_size}
 
 
-def to_hf(
-    tensors: Mapping[str, torch.Tensor], model: Qwen3Config, vocab_size: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+def to_hf(tensors: Mapping[str, Tensor], model: Qwen3Config, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     return map_to_hf(tensors, model, vocab_size, lambda layer: {}, lambda layer: SWIGLU)
 
 
-def from_hf(tensors: Mapping[str, torch.Tensor], model: Qwen3Config) -> Iterator[tuple[str, torch.Tensor]]:
+def from_hf(tensors: Mapping[str, Tensor], model: Qwen3Config) -> Iterator[tuple[str, Tensor]]:
     return map_from_hf(tensors, model, lambda layer: {}, lambda layer: SWIGLU)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from stages.mcore.architectures.grouped_query import hf_attention, map_from_hf, map_to_hf, megatron_attention
 from stages.mcore.architectures.mixture import expert_swiglus, megatron_experts
@@ -43,13 +43,11 @@ def _swiglus(model: Qwen3MoeConfig, layer: int) -> list[tuple[str, str]]:
     return expert_swiglus(model)
 
 
-def to_hf(
-    tensors: Mapping[str, torch.Tensor], model: Qwen3MoeConfig, vocab_size: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+def to_hf(tensors: Mapping[str, Tensor], model: Qwen3MoeConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     return map_to_hf(tensors, model, vocab_size, partial(_router, model), partial(_swiglus, model))
 
 
-def from_hf(tensors: Mapping[str, torch.Tensor], model: Qwen3MoeConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def from_hf(tensors: Mapping[str, Tensor], model: Qwen3MoeConfig) -> Iterator[tuple[str, Tensor]]:
     return map_from_hf(tensors, model, partial(_router, model), partial(_swiglus, model))
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stages.mcore.architectures import qwen3_moe
 from stages.mcore.architectures.grouped_query import QK_NORMS, SAME, hf_rotary_part
@@ -27,10 +28,7 @@ LINEAR = {
     "self_attention.out_norm.weight": "linear_attn.norm.weight",
     "self_attention.out_proj.weight": "linear_attn.out_proj.weight",
 }
-SPARSE = {
-    "mlp.router.weight": "mlp.gate.weight",
-    "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
-}
+SPARSE = {"mlp.router.weight": "mlp.gate.weight", "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight"}
 
 
 def megatron(model: Qwen3NextConfig) -> dict[str, Any]:
@@ -72,17 +70,17 @@ def _parts(model: Qwen3NextConfig, layer: int) -> tuple[list[int], list[int]]:
     return [key, key, value, value, group, group], [key, key, value]
 
 
-def _split(tensor: torch.Tensor, groups: int, sizes: list[int]) -> list[torch.Tensor]:
+def _split(tensor: Tensor, groups: int, sizes: list[int]) -> list[Tensor]:
     """The parts of each group of rows: [groups, size, ...]."""
     return list(tensor.unflatten(0, (groups, -1)).split(sizes, 1))
 
 
-def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+def _join(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, 1).flatten(0, 1)
 
 
-def to_hf(tensors: Tensors, model: Qwen3NextConfig, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
-    def attention(read: Read, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+def to_hf(tensors: Tensors, model: Qwen3NextConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+    def attention(read: Read, layer: int) -> Iterator[tuple[str, Tensor]]:
         rows, channels = _parts(model, layer)
         if model.is_linear(layer):
             parts = _split(read("self_attention.in_proj.weight"), model.linear_num_key_heads, rows)
@@ -100,8 +98,8 @@ def to_hf(tensors: Tensors, model: Qwen3NextConfig, vocab_size: int) -> Iterator
     return map_to_hf(tensors, model, vocab_size, partial(_same, model), partial(_swiglus, model), attention)
 
 
-def from_hf(tensors: Tensors, model: Qwen3NextConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    def attention(read: Read, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+def from_hf(tensors: Tensors, model: Qwen3NextConfig) -> Iterator[tuple[str, Tensor]]:
+    def attention(read: Read, layer: int) -> Iterator[tuple[str, Tensor]]:
         rows, channels = _parts(model, layer)
         if model.is_linear(layer):
             heads = model.linear_num_key_heads

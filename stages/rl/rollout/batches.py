@@ -16,7 +16,7 @@ from itertools import accumulate
 
 import torch
 
-from stages.mcore.routing_replay import UNRECORDED
+from stages.mcore.routers import UNRECORDED
 from stages.train.data import ALIGN, Batch, RankBatch
 from stages.train.parallel import Ranks
 

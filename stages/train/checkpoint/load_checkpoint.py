@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+from torch import Tensor
 
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
@@ -45,21 +45,26 @@ class Origin:
         engine.load_frozen(weights)
 
     def load(self, engine: Engine, config: TrainConfig, tokenizer: str) -> int:
-        """Loads weights, Adam's moments and step count. Returns the targets seen so far.
+        """Loads weights, the optimizer's states and its step count. Returns the targets seen so far.
 
         Raises AtomError as above, and if the checkpoint is of another model or tokenizer.
         """
         self._require_intact(engine, moments=True)
         key, state = self.artifact.key, release_checkpoint.load_state(self.artifact / self.subfolder)
         saved_config, config_identity = state["config"], identity(config)
+        # Only settings that enter the key: others may differ between the runs.
         for field, value in config_identity["model"].items():
             saved_value = saved_config["model"].get(field)
             if saved_value != value:
-                raise AtomError(f"checkpoint {key} is of another model: its model.{field} is {saved_value}, not "
-                                f"{value}; continue from one of this model")  # fmt: skip
+                raise AtomError(
+                    f"checkpoint {key} is of another model: its model.{field} is {saved_value}, not "
+                    f"{value}; continue from one of this model"
+                )
         if state["tokenizer"] != tokenizer:
-            raise AtomError(f"checkpoint {key} was trained on another tokenizer's tokens; continue from one of this "
-                            f"recipe's tokenizer")  # fmt: skip
+            raise AtomError(
+                f"checkpoint {key} was trained on another tokenizer's tokens; continue from one of this "
+                f"recipe's tokenizer"
+            )
         self.step = int(state["step"])
         self._load(engine, moments=True)
         return int(state["tokens"])
@@ -68,6 +73,7 @@ class Origin:
         """Raises AtomError if files that are loaded are damaged. Each rank hashes its share of them."""
         ranks, find = engine.ranks, release_checkpoint.damage
         share = ranks.rank, ranks.world
+        # Collective, in threads: a rank whose share is large must not let the others time out.
         damage = find_damage(
             ranks,
             self.artifact / self.subfolder,
@@ -81,11 +87,11 @@ class Origin:
         weights = release_checkpoint.Tensors(folder, progress=self.progress)
         check_tensors(engine.shapes, weights.shapes(), self.artifact.key)
         optimizer_steps = int(release_checkpoint.load_state(folder)["optimizer_step"]) if moments else 0
-        states: Mapping[str, torch.Tensor] = {}
+        states: Mapping[str, Tensor] = {}
         if optimizer_steps:
             states = release_checkpoint.Tensors(folder, release_checkpoint.OPTIMIZER, self.progress)
 
-        def read(kind: str, piece: Piece) -> torch.Tensor:
+        def read(kind: str, piece: Piece) -> Tensor:
             full = weights[piece.name] if kind == "weight" else states[f"{kind}.{piece.name}"]
             return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
 

@@ -1,8 +1,8 @@
 """Release checkpoints: safetensors and JSON without machine-specific content, so equal training gives equal bytes.
 
 A folder `step-<n>` holds `model.safetensors` (fp32, full tensors by global name), `optimizer.safetensors`
-(`exp_avg.<name>`, `exp_avg_sq.<name>`; absent at step 0, where Adam's moments are zero) and `state.json`. What is
-larger than SHARD_BYTES is split as on the Hub: `model-00001-of-00009.safetensors`, …, `model.safetensors.index.json`.
+(`<state>.<name>`; absent at step 0, where the optimizer has no states yet) and `state.json`. What is larger than
+SHARD_BYTES is split as on the Hub: `model-00001-of-00009.safetensors`, …, `model.safetensors.index.json`.
 
 The files follow from the model alone (`plan`). So any number of processes can write them, each some of the files, into
 a folder of parts (`write_part`), from which `join` links them. A part that is there is not written again.
@@ -21,19 +21,20 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, FileRecord, Progress, hand_over_hash, no_progress, sha256_file
-from stages.mcore.param_names import BUFFERS
+from stages.mcore.optimizer import StateTensor
 from stages.train.checkpoint import SHARD_BYTES, tensor_file
 
 MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"
 
 T = TypeVar("T")
 Shape = tuple[int, ...]
-Read = Callable[[str, str, Shape], torch.Tensor]
-"""(kind, global name, full shape) -> the full fp32 tensor; kinds are `weight`, `exp_avg` and `exp_avg_sq`."""
+Read = Callable[[str, str, Shape], Tensor]
+"""(`weight` or a state, global name, full shape) -> the full fp32 tensor."""
 
 
 def name_of(step: int) -> str:
@@ -64,35 +65,31 @@ class TensorFile:
         return {key: (torch.float32, shape) for key, (_, _, shape) in self.tensors.items()}
 
 
-def plan(shapes: Mapping[str, Shape], moments: Iterable[str]) -> list[TensorFile]:
-    """The tensor files of a checkpoint, in order.
+def plan(shapes: Mapping[str, Shape], states: Mapping[str, StateTensor]) -> list[TensorFile]:
+    """Returns the tensor files of a checkpoint, in order.
 
-    shapes: of the model's tensors; moments: the kinds of tensors that the optimizer has.
+    Args:
+        shapes: Shape of each tensor of the model.
+        states: The states of the optimizer (`OptimizerSettings.state_shapes`); empty before the first step.
     """
     files = []
-    for stem, kinds in ((MODEL, ("weight",)), (OPTIMIZER, tuple(moments))):
-        tensors = (
-            (name if kind == "weight" else f"{kind}.{name}", (kind, name, shapes[name]))
-            for kind in kinds
-            for name in shapes
-            if kind == "weight" or not name.endswith(BUFFERS)
+    weights = {name: ("weight", name, shape) for name, shape in shapes.items()}
+    for stem, tensors in ((MODEL, weights), (OPTIMIZER, states)):
+        shards = list(
+            _split(tensors.items(), lambda tensor: torch.float32.itemsize * math.prod(tensor[2]), SHARD_BYTES)
         )
-        shards = list(_split(tensors, lambda tensor: torch.float32.itemsize * math.prod(tensor[2]), SHARD_BYTES))
         files += [TensorFile(_file_name(stem, n, len(shards)), stem, shard) for n, shard in enumerate(shards, start=1)]
     return files
 
 
 def write(
-    folder: Path, shapes: Mapping[str, Shape], moments: Iterable[str], read: Read, state: Mapping[str, Any]
+    folder: Path, shapes: Mapping[str, Shape], states: Mapping[str, StateTensor], read: Read, state: Mapping[str, Any]
 ) -> None:
-    """Writes `folder` atomically, replacing an earlier one. Holds one tensor at a time.
-
-    moments: the kinds of tensors that the optimizer has.
-    """
+    """Writes `folder` atomically, replacing an earlier one. Holds one tensor at a time. Arguments as for `plan`."""
     parts = folder.with_name(folder.name + ".parts")
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True)
-    files = plan(shapes, moments)
+    files = plan(shapes, states)
     for file in files:
         write_part(parts, file, read)
     records = read_records(parts, files)
@@ -110,6 +107,7 @@ def write_part(parts: Path, file: TensorFile, read: Read, progress: Progress = n
     path = parts / file.name
     record_path = _record_path(path)
     try:
+        # The record holds size, time and inode, so an untouched file is not hashed again.
         if FileRecord(*json.loads(record_path.read_text())).describes(path, progress):
             return
     except (FileNotFoundError, ValueError, TypeError):  # it was not written, or not to its end
@@ -128,11 +126,7 @@ def read_records(parts: Path, files: Iterable[TensorFile]) -> dict[str, FileReco
 
 
 def join(
-    folder: Path,
-    parts: Path,
-    files: Iterable[TensorFile],
-    records: Mapping[str, FileRecord],
-    state: Mapping[str, Any],
+    folder: Path, parts: Path, files: Iterable[TensorFile], records: Mapping[str, FileRecord], state: Mapping[str, Any]
 ) -> dict[str, FileRecord]:
     """Makes `folder` of links to the parts, indices and state.json, atomically, replacing an earlier one.
 
@@ -143,21 +137,28 @@ def join(
     partial.mkdir(parents=True)
     by_stem: dict[str, list[TensorFile]] = {}
     for file in files:
+        # Links: a checkpoint on the disk twice would need room that the plan does not count.
         os.link(parts / file.name, partial / file.name)
         by_stem.setdefault(file.stem, []).append(file)
     for stem, shards in by_stem.items():
         if len(shards) > 1:
-            total = sum(torch.float32.itemsize * math.prod(shape) for s in shards for _, _, shape in s.tensors.values())
+            total = sum(_fp32_bytes(tensor) for shard in shards for tensor in shard.tensors.values())
             write_index(partial, stem, {key: s.name for s in shards for key in s.tensors}, {"total_size": total})
     (partial / STATE).write_text(json.dumps(dict(state), indent=1, sort_keys=True) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
+    # A reader sees the earlier folder or the whole new one.
     os.rename(partial, folder)
     joined: dict[str, FileRecord] = {}
     for path in folder.iterdir():
         sha256 = records[path.name].sha256 if path.name in records else sha256_file(path)
+        # The seal of the artifact then need not read the files again.
         hand_over_hash(path, sha256)
         joined[path.name] = FileRecord.of(path, sha256)
     return joined
+
+
+def _fp32_bytes(tensor: StateTensor) -> int:
+    return 4 * math.prod(tensor[2])
 
 
 def _record_path(path: Path) -> Path:
@@ -183,7 +184,7 @@ def _split(tensors: Iterable[tuple[str, T]], size: Callable[[T], int], most_byte
         yield shard
 
 
-def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Writes `<stem>.safetensors`, or, above SHARD_BYTES, shards in the order of the tensors with an index; nothing if
     there are no tensors. Holds the tensors of one file at a time.
 
@@ -191,7 +192,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Ten
     """
     sizes: dict[str, int] = {}
 
-    def measured() -> Iterator[tuple[str, torch.Tensor]]:
+    def measured() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             sizes[name] = tensor.nbytes
             yield name, tensor
@@ -201,9 +202,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Ten
         write_index(folder, stem, files, {"total_size": sum(sizes.values())})
 
 
-def write_files(
-    folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]], most_bytes: int
-) -> dict[str, str]:
+def write_files(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> dict[str, str]:
     """Writes tensors in their order to `<stem>.safetensors`, or to shards of at most so many bytes (or one tensor).
     Returns the file of each tensor. Holds the tensors of one file at a time, and hands its hash over to
     `write_manifest`.
@@ -219,6 +218,7 @@ def write_files(
     files: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         name = _file_name(stem, number, len(shards))
+        # The number of shards, which is in their names, is known only now.
         os.rename(folder / f"{stem}-{number:05d}.partial", folder / name)
         files |= dict.fromkeys(names, name)
     return files
@@ -237,11 +237,7 @@ def _index(stem: str) -> str:
 
 
 def damage(
-    artifact: Artifact,
-    subfolder: str,
-    moments: bool,
-    share: tuple[int, int] = (0, 1),
-    progress: Progress = no_progress,
+    artifact: Artifact, subfolder: str, moments: bool, share: tuple[int, int] = (0, 1), progress: Progress = no_progress
 ) -> str | None:
     """Hashes the files of a checkpoint that are about to be read: opening an artifact compares only sizes, and its
     digests are those of what was written, not of what the disk has now.
@@ -281,7 +277,7 @@ def weights_of(artifact: Artifact, step: int | None = None) -> Tensors:
     return Tensors(artifact / name)
 
 
-class Tensors(Mapping[str, torch.Tensor]):
+class Tensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint's model or optimizer, or of an exported model, each read on access.
 
     A file is open only while it is read: pages that a reader has seen would otherwise count as its memory.
@@ -301,6 +297,7 @@ class Tensors(Mapping[str, torch.Tensor]):
             for name in names:
                 self._read_header(folder / name)
             for key, path in self.files.items():
+                # Files and index come from strangers too: either could name what the other lacks.
                 if stated is not None and stated.get(key) != path.name:
                     raise ValueError(f"{index.name} does not list {key} of {path.name}")
             if absent := sorted((stated or {}).keys() - self.files.keys()):
@@ -317,11 +314,11 @@ class Tensors(Mapping[str, torch.Tensor]):
         except SafetensorError as error:
             raise ValueError(f"{path.name}: {error}") from None
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         path = self.files[name]
         try:
             with _open(path) as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from None
         self.progress(tensor.nbytes)
@@ -341,7 +338,7 @@ def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes one safetensors file whose bytes depend only on the tensors. Returns its SHA-256.
 
     Raises MachineError if the write fails.

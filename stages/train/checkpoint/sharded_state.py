@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
@@ -27,21 +28,14 @@ Location = tuple[str, int, int]
 
 
 def write(
-    folder: Path,
-    rank: int,
-    pieces: list[Piece],
-    tensors: Mapping[str, torch.Tensor],
-    progress: Progress = no_progress,
+    folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, Tensor], progress: Progress = no_progress
 ) -> None:
     """Writes and flushes a rank's two files; the JSON comes last and marks the other as complete."""
     path = folder / f"rank-{rank:05d}.safetensors"
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     size, sha256 = tensor_file.write(path, shapes, tensors.__getitem__, progress, durable=True)
-    receipt = {
-        "size": size,
-        "sha256": sha256,
-        "pieces": {p.name: [p.boxes, p.start, p.stop] for p in pieces},
-    }
+    receipt = {"size": size, "sha256": sha256, "pieces": {p.name: [p.boxes, p.start, p.stop] for p in pieces}}
+    # Last and durable: whoever sees it may rely on the tensors.
     atomic_files.write(path.with_suffix(".json"), json.dumps(receipt), durable=True)
 
 
@@ -67,25 +61,19 @@ class ShardReader:
                 self.locations.setdefault(name, {}).setdefault(key, []).append((file, start, stop))
         self.open: dict[str, Any] = {}
 
-    def names(self) -> list[str]:
-        return sorted(self.locations)
-
-    def has(self, kind: str) -> bool:
-        """Whether the checkpoint holds this kind of tensor: there are no moments before the first step."""
-        name = self.names()[0]
-        file = next(iter(self.locations[name].values()))[0][0]
-        return f"{kind}.{name}" in self._file(file).keys()  # noqa: SIM118 (not a dict)
-
-    def read(self, kind: str, piece: Piece) -> torch.Tensor:
+    def read(self, kind: str, piece: Piece) -> Tensor:
         """The flat values of a piece of any layout."""
+        # The usual case: the layout has the same cuts, and a range of a local tensor is read.
         if piece.boxes in self.locations[piece.name]:
             return self._local(kind, piece.name, piece.boxes, piece.start, piece.stop)
-        shape = tuple(max(box[d][1] for parts in self.locations[piece.name] for box in parts)
-                      for d in range(len(piece.boxes[0])))  # fmt: skip
+        shape = tuple(
+            max(box[d][1] for parts in self.locations[piece.name] for box in parts) for d in range(len(piece.boxes[0]))
+        )
         return cut(self.full(kind, piece.name, shape), piece.boxes).flatten()[piece.start : piece.stop]
 
-    def full(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def full(self, kind: str, name: str, shape: tuple[int, ...]) -> Tensor:
         """The full tensor. Raises AtomError if the ranks' pieces do not cover it."""
+        # NaN shows what no rank has written, if the count below should ever miss it.
         tensor = torch.full(shape, torch.nan)
         covered = 0
         for parts in self.locations[name]:
@@ -95,13 +83,16 @@ class ShardReader:
             paste(tensor, parts, local.view(rows, *(b - a for a, b in parts[0][1:])))
             covered += size
         if covered != tensor.numel():
-            raise AtomError(f"work checkpoint {self.folder} holds {covered} of {tensor.numel()} values of {name}; "
-                            f"remove it to go on from the one before")  # fmt: skip
+            raise AtomError(
+                f"work checkpoint {self.folder} holds {covered} of {tensor.numel()} values of {name}; "
+                f"remove it to go on from the one before"
+            )
         return tensor
 
-    def _local(self, kind: str, name: str, parts: tuple[Box, ...], start: int, stop: int) -> torch.Tensor:
+    def _local(self, kind: str, name: str, parts: tuple[Box, ...], start: int, stop: int) -> Tensor:
         """A range of the flat local tensor with these boxes, concatenated from the ranks that own parts of it."""
         slices, position = [], start
+        # Several ranks may own the same range, such as a norm; the first one is read.
         for file, first, last in sorted(self.locations[name][parts], key=lambda w: (w[1], w[0])):
             if first <= position < last:
                 end = min(last, stop)
@@ -112,8 +103,10 @@ class ShardReader:
             if position >= stop:
                 break
         if position < stop:
-            raise AtomError(f"work checkpoint {self.folder} lacks values {position} to {stop} of {name}; "
-                            f"remove it to go on from the one before")  # fmt: skip
+            raise AtomError(
+                f"work checkpoint {self.folder} lacks values {position} to {stop} of {name}; "
+                f"remove it to go on from the one before"
+            )
         return slices[0] if len(slices) == 1 else torch.cat(slices)
 
     def _file(self, name: str) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import MachineError
@@ -47,7 +48,7 @@ Shape = tuple[int, ...]
 def write(
     path: Path,
     shapes: Mapping[str, tuple[torch.dtype, Shape]],
-    read: Callable[[str], torch.Tensor],
+    read: Callable[[str], Tensor],
     progress: Progress = no_progress,
     durable: bool = False,
 ) -> tuple[int, str]:
@@ -66,6 +67,7 @@ def write(
     Raises:
         MachineError: The file cannot be written.
     """
+    # The digest is computed on the way, so the file is never read back.
     digest, size, unflushed = hashlib.sha256(), 0, 0
     try:
         with atomic_files.replacing(path) as draft, open(draft, "wb", buffering=0) as file:
@@ -75,6 +77,7 @@ def write(
                 size += len(chunk)
                 unflushed += len(chunk)
                 if durable and unflushed >= FLUSH_BYTES:
+                    # Else the kernel would keep gigabytes and write them all at the end, during which nothing moves.
                     os.fdatasync(file.fileno())
                     unflushed = 0
                 progress(len(chunk))
@@ -101,12 +104,13 @@ def _header(shapes: Mapping[str, tuple[torch.dtype, Shape]]) -> bytes:
         entries[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format aligns the data to 8 bytes.
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 
 
 def _chunks(
-    shapes: Mapping[str, tuple[torch.dtype, Shape]], read: Callable[[str], torch.Tensor]
+    shapes: Mapping[str, tuple[torch.dtype, Shape]], read: Callable[[str], Tensor]
 ) -> Iterator[memoryview | bytes]:
     """The bytes of the file, at most `CHUNK_BYTES` at a time."""
     yield _header(shapes)

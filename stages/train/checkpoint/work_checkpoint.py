@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from pipeline.core import atomic_files, os_errors
 from pipeline.core.errors import AtomError, MachineError
@@ -42,7 +43,7 @@ from pipeline.core.stage import Report
 from pipeline.core.store import FileRecord, Progress, canonical, hand_over_hash, no_progress, sha256_bytes, sha256_file
 from stages.train.checkpoint import release_checkpoint, sharded_state
 from stages.train.checkpoint.sharded_state import ShardReader
-from stages.train.engine import MOMENTS, Engine, Piece
+from stages.train.engine import Engine, Piece
 from stages.train.parallel import Ranks
 
 T = TypeVar("T")
@@ -57,9 +58,15 @@ class Checkpoints:
     """The work checkpoints of one attempt. Methods are collective but for `failed`."""
 
     def __init__(
-        self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None, rewind_steps: int = 0,
+        self,
+        work: Path,
+        keep: int,
+        engine: Engine,
+        report: Report,
+        lease: int | None = None,
+        rewind_steps: int = 0,
         progress: Progress = no_progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """lease: the number of this attempt, if the caller counts them; None: the latest. rewind_steps: the largest
         number of steps that `rewind` goes back from the next step. progress: gets the bytes of files for which
         training waits."""
@@ -67,6 +74,7 @@ class Checkpoints:
         self.work, self.keep, self.engine, self.report = work, keep, engine, report
         self.ranks = ranks = engine.ranks
         latest = max((int(p.name[8:]) for p in _attempts(work)), default=0)
+        # Rank 0 decides: on a shared file system, ranks may see different attempts.
         number = ranks.from_first(1 + latest if lease is None else lease)
         self.folder = work / f"attempt-{number:04d}"
         if ranks.first:
@@ -79,7 +87,7 @@ class Checkpoints:
         self.release_records: dict[str, FileRecord] = {}
         """Of the release checkpoints' files, which never change. Rank 0 only."""
         self.given_up = threading.Event()
-        self.copies: dict[str, torch.Tensor] = {}
+        self.copies: dict[str, Tensor] = {}
         self.lost_lines: list[dict[str, Any]] = []
         """Lines of the log that earlier attempts wrote after the loaded checkpoint. Rank 0 only."""
 
@@ -96,10 +104,12 @@ class Checkpoints:
         owned = list(self.engine.state())
         tensors_by_name = {f"{kind}.{piece.name}": t for piece, tensors in owned for kind, t in tensors.items()}
         with torch.no_grad():
+            # Host memory is allocated once and used for all checkpoints, as page-locking it is slow.
             self.copies |= self._host_memory({n: t for n, t in tensors_by_name.items() if n not in self.copies})
             for name, tensor in tensors_by_name.items():
                 self.copies[name].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
+            # The copies are asynchronous, and the next step overwrites the optimizer's state.
             torch.cuda.synchronize()
         copies = {name: self.copies[name] for name in tensors_by_name}
         log = (self.folder / LOG).stat().st_size if self.ranks.first else 0
@@ -107,12 +117,12 @@ class Checkpoints:
         self._start(folder, partial(self._write, folder, step, pieces, copies, dict(state), seal, log))
         return time.monotonic() - started
 
-    def _host_memory(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _host_memory(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Memory for copies of the tensors: one piece for each type, page-locked if they are on a GPU.
 
         PyTorch's own page-locked memory comes in powers of two, up to twice of what is asked for.
         """
-        copies: dict[str, torch.Tensor] = {}
+        copies: dict[str, Tensor] = {}
         for dtype in {t.dtype for t in tensors.values()}:
             group = {name: t for name, t in tensors.items() if t.dtype == dtype}
             flat = torch.empty(sum(t.numel() for t in group.values()), dtype=dtype)
@@ -128,8 +138,10 @@ class Checkpoints:
         """Waits until all ranks have finished writing, and reports the progress of this rank's thread. Raises the error
         of any rank, on all of them."""
         reported = self.bytes_done
+        # Polling by small collectives, as a single barrier would time out while a rank still writes.
         while status := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
             if status == 2:
+                # Every rank raises: one that went on would wait for the others in its next collective.
                 own_error = self.error
                 errors = self.ranks.gather(str(own_error) if own_error else None)
                 self.given_up.set()  # rank 0 may be waiting for a file that will never come, which is no cause
@@ -141,7 +153,7 @@ class Checkpoints:
         self.thread = None
 
     def failed(self) -> bool:
-        """Whether a write failed on this rank; `wait` raises the error."""
+        """Returns True if a write failed on this rank; `wait` raises the error."""
         return self.error is not None
 
     def _start(self, folder: Path, write: Callable[[], None]) -> None:
@@ -151,6 +163,7 @@ class Checkpoints:
             try:
                 write()
             except OSError as error:
+                # A full or broken disk gets a sentence of its own; a folder that is gone means a successor.
                 fault = os_errors.device(error, folder)
                 unwritten = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
                 message = fault.text if fault else unwritten
@@ -165,11 +178,18 @@ class Checkpoints:
         self.bytes_done += size
 
     def _write(
-        self, folder: Path, step: int, pieces: list[Piece], copies: dict[str, torch.Tensor], state: dict[str, Any],
-        seal: bool, log: int,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        step: int,
+        pieces: list[Piece],
+        copies: dict[str, Tensor],
+        state: dict[str, Any],
+        seal: bool,
+        log: int,
+    ) -> None:
         started = time.monotonic()
         folder.mkdir(exist_ok=True)
+        # Each rank writes what it owns; nothing is gathered.
         sharded_state.write(folder, self.ranks.rank, pieces, copies, self._advance)
         if self.ranks.first:
             self._complete(folder, step, state, log)
@@ -192,10 +212,13 @@ class Checkpoints:
         return value
 
     def _complete(self, folder: Path, step: int, state: Mapping[str, Any], log: int) -> None:
+        # Rank 0 waits for the files of all ranks, by the file system: a collective in this thread could meet one of
+        # training.
         files = self._wait_for(
             lambda: sharded_state.receipts(folder, self.ranks.world),
             f"work checkpoint {folder} lacks the files of another rank",
         )
+        # The log has grown since: only its size and digest at the step count.
         product: dict[str, Any] = dict(self.release_records)
         with open(self.folder / LOG, "rb") as file:
             product[LOG] = [log, sha256_bytes(file.read(log))]
@@ -206,10 +229,15 @@ class Checkpoints:
         """Writes this rank's share of the release checkpoint of a complete work checkpoint. Rank 0 then puts it
         together."""
         marker = self._wait_for(lambda: _marker_if_complete(folder), f"work checkpoint {folder} was never completed")
+        # From the files and not from memory, which belongs to a later step by now.
         source = ShardReader(folder, marker["files"], self._advance)
-        files = release_checkpoint.plan(self.engine.shapes, MOMENTS if source.has(MOMENTS[0]) else ())
+        shapes = self.engine.shapes
+        # Before the first step there are no states.
+        states = self.engine.config.phase.optimizer.state_shapes(shapes) if marker["state"]["optimizer_step"] else {}
+        files = release_checkpoint.plan(shapes, states)
         parts = folder / f"release-{_digest(marker)[:16]}"
         parts.mkdir(exist_ok=True)
+        # Ranks take the files in turns, so that each writes about as much.
         for file in files[self.ranks.rank :: self.ranks.world]:
             self._require_present()
             release_checkpoint.write_part(parts, file, source.full, self._advance)
@@ -220,6 +248,7 @@ class Checkpoints:
             f"the release checkpoint in {parts} lacks the files of another rank",
         )
         target = self.folder / SEALED / release_checkpoint.name_of(marker["step"])
+        # What only a resumed phase needs is not published.
         state = {name: value for name, value in marker["state"].items() if name != PENDING}
         for name, record in release_checkpoint.join(target, parts, files, records, state).items():
             self.release_records[f"{SEALED}/{target.name}/{name}"] = record
@@ -239,8 +268,10 @@ class Checkpoints:
         self._require_present()
         folders = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
         complete = [f for f in folders if (f / MARKER).exists()]
+        # Only complete ones count: a newer one may still be in the hands of another rank.
         kept = complete[-self.keep :]
         if self.rewind_steps:  # and the one to which a spike at the next step would rewind, and the next one
+            # A rewind goes this far back from the next step.
             bound = _step(complete[-1]) + 1 - self.rewind_steps
             kept += [f for f in complete if _step(f) <= bound][-1:] + [f for f in complete if _step(f) > bound][:1]
         for old in complete:
@@ -271,12 +302,14 @@ class Checkpoints:
                 marker = read_marker(folder)
                 optimizer_steps = int(marker["state"]["optimizer_step"])
                 self.engine.load_state(ShardReader(folder, marker["files"], self.progress).read, optimizer_steps)
+                # A kill may have come between the work checkpoint and its release checkpoint.
                 lacks_release = self.ranks.first and self._take_over(folder, marker, is_release_step)
                 if self.ranks.from_first(lacks_release):
                     self._start(folder, partial(self._seal, folder))
                 state: dict[str, Any] = marker["state"]
                 return state
             if damage != INCOMPLETE:
+                # An incomplete one is what every kill leaves, and no damage.
                 problems.append(damage)
                 self.report.note(f"work checkpoint {name} is damaged ({damage}); going back to the one before it")
         if problems:
@@ -306,14 +339,18 @@ class Checkpoints:
             if self.ranks.first:
                 self._require_present()
                 self.lost_lines = []
+                # Lines after the step are written again, in the order of the repeated steps.
                 os.truncate(self.folder / LOG, marker["product"][LOG][0])
                 for newer in _checkpoints(self.work):
                     if newer.parent.parent <= self.folder and _step(newer) > state["step"]:
                         shutil.rmtree(newer, ignore_errors=True)
+            # No rank may save before rank 0 has removed the newer checkpoints.
             self.ranks.barrier()
             return state
-        raise AtomError(f"no work checkpoint of step {step} or before is left in {self.work} to go back to; set "
-                        "spikes.action to skip")  # fmt: skip
+        raise AtomError(
+            f"no work checkpoint of step {step} or before is left in {self.work} to go back to; set "
+            "spikes.action to skip"
+        )
 
     def _find_damage(self, folder: Path) -> str | None:
         """A description of damage to a checkpoint or its log and release checkpoints; each rank checks its share."""
@@ -326,6 +363,7 @@ class Checkpoints:
         attempt = folder.parent.parent
         files = [(folder / name, [receipt["size"], receipt["sha256"]]) for name, receipt in marker["files"].items()]
         product = [(attempt / name, mark) for name, mark in marker["product"].items()]
+        # Each rank hashes its share: all of them together read the checkpoint once.
         for path, (size, digest, *time_and_inode) in [*files, *product][self.ranks.rank :: self.ranks.world]:
             if not path.is_file():
                 return f"{path.name} is missing"
@@ -348,6 +386,7 @@ class Checkpoints:
                 if name != LOG:
                     path = current / name
                     path.parent.mkdir(parents=True, exist_ok=True)
+                    # Links, not copies: release checkpoints never change, and may have terabytes.
                     os.link(previous / name, path)
                     self.release_records[name] = FileRecord.of(path, sha256)
                     hand_over_hash(path, sha256)
@@ -390,6 +429,7 @@ def find_damage(ranks: Ranks, folder: Path, find: Callable[[], str | None]) -> s
             return f"{folder} cannot be read: {error}"
 
     with ThreadPoolExecutor(1) as pool:
+        # In a thread, as hashing holds up the polling.
         damage = pool.submit(find_or_describe_error)
         while ranks.max(int(not damage.done())):
             time.sleep(POLL)
@@ -402,6 +442,7 @@ def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
     longest = b""
     for path in (attempt / LOG for attempt in attempts):
         text = path.read_bytes() if path.is_file() else b""
+        # A log that differs before the checkpoint is of another attempt's past.
         if text.startswith(log) and len(text) - len(log) > len(longest):
             longest = text[len(log) :]
     lines: list[dict[str, Any]] = []
@@ -416,7 +457,7 @@ def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
     return lines
 
 
-def _unlock(memory: torch.Tensor) -> None:
+def _unlock(memory: Tensor) -> None:
     cuda: Any = torch.cuda.cudart()
     cuda.cudaHostUnregister(memory.data_ptr())
 

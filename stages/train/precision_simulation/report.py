@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from stages.mcore import optimizer as optimizers
 from stages.mcore.quantize import KINDS, RECIPES, Counts
 from stages.models.registry import parse
 from stages.train.precision_simulation.runner import BASELINE, Settings
@@ -33,9 +34,13 @@ Runs = Mapping[tuple[str, int], dict[str, Any]]
 
 
 def compose(
-    settings: Settings, ratios: Sequence[tuple[str, float, float]], precisions: Sequence[str], seeds: int, bound: float,
+    settings: Settings,
+    ratios: Sequence[tuple[str, float, float]],
+    precisions: Sequence[str],
+    seeds: int,
+    bound: float,
     runs: Runs,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Returns the report as JSON, without clocks and paths, so that equal runs have equal bytes.
 
     Args:
@@ -73,7 +78,9 @@ def verdict_of(deviations: Sequence[float], bound: float) -> str:
     """Returns holds, fails or inconclusive, as defined above."""
     figures = spread(deviations)
     size, error = abs(figures["mean"]), ERRORS * figures["standard_error"]
-    return "holds" if size + error < bound else "fails" if size - error > bound else "inconclusive"
+    if size + error < bound:
+        return "holds"
+    return "fails" if size - error > bound else "inconclusive"
 
 
 def _tail_loss(run: Mapping[str, Any], window: int) -> float | None:
@@ -87,11 +94,13 @@ def _entry(
     recipe, linears = RECIPES[name], _merge_linears(runs)
     short = _share_below(linears, recipe.smallest_dimension)
     deviations = []
-    for run, other in zip(runs, base, strict=True):
-        loss, expected = _tail_loss(run, window), _tail_loss(other, window)
+    for run, baseline in zip(runs, base, strict=True):
+        loss, expected = _tail_loss(run, window), _tail_loss(baseline, window)
         deviations.append(None if loss is None or expected is None else loss / expected - 1)
     finite = [d for d in deviations if d is not None]
-    diverged = [run for run, other in zip(runs, base, strict=True) if run["diverged_at"] and not other["diverged_at"]]
+    diverged = [
+        run for run, baseline in zip(runs, base, strict=True) if run["diverged_at"] and not baseline["diverged_at"]
+    ]
     verdict = "inconclusive"
     if short > SHORT:
         reason = f"{percent(short)} of the multiply-adds were over fewer than {recipe.smallest_dimension} tokens, two "
@@ -131,9 +140,9 @@ def _norm_deviation(runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any
     of the mean over the last steps. Empty if a run ended earlier."""
     if any(run["diverged_at"] for run in (*runs, *base)):
         return {}
-    pairs = [(run["grad_norms"], other["grad_norms"]) for run, other in zip(runs, base, strict=True)]
-    first = [norms[0] / other[0] - 1 for norms, other in pairs]
-    last = [statistics.fmean(norms[-window:]) / statistics.fmean(other[-window:]) - 1 for norms, other in pairs]
+    pairs = [(run["grad_norms"], baseline["grad_norms"]) for run, baseline in zip(runs, base, strict=True)]
+    first = [norms[0] / baseline[0] - 1 for norms, baseline in pairs]
+    last = [statistics.fmean(norms[-window:]) / statistics.fmean(baseline[-window:]) - 1 for norms, baseline in pairs]
     return {"first_step": spread(first), "last_steps": spread(last)}
 
 
@@ -171,6 +180,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """Returns the report as Markdown: verdicts, the proxy, the rates of each linear layer."""
     settings, entries = report["settings"], report["precisions"]
     optimizer, data = settings["optimizer"], settings["data"]
+    title = optimizers.KINDS[optimizers.kind_of(optimizer)].title
     ratios = [[r["name"], f"{r['recipe']:.4g}", f"{r['proxy']:.4g}"] for r in report["ratios"]]
     deviations, norms = [], []
     for x in entries:
@@ -190,7 +200,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "Deviation of the gradient norm, before clipping, mean ± standard error:",
         *_table("precision|first step|last steps", norms),
         f"{parse(settings['model']).describe()}. A step is {settings['rows']} rows of {settings['sequence_length']} "
-        f"tokens. AdamW, peak rate {optimizer['lr']:.3g} after {optimizer['warmup_steps']} steps, cosine to a tenth.",
+        f"tokens. {title}, peak rate {optimizer['lr']:.3g} after {optimizer['warmup_steps']} steps, cosine to a tenth.",
         *_table("ratio|recipe|proxy", ratios),
         f"Data: the {data['files']} source files of Python {data['python']}'s standard library as bytes, "
         f"{data['bytes']} of them, SHA-256 {data['sha256']}; rows begin anywhere, drawn from the seed.",

@@ -20,11 +20,13 @@ from pydantic import Field, NonNegativeInt
 from pipeline.core import atomic_files, process
 from pipeline.core.stage import Config
 from stages.data.acquire.readers.python_stdlib import library_files
+from stages.mcore.optimizer import Optimizer
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
-from stages.train.config import BatchSizes, Optimizer, PhaseConfig, TrainConfig, Validation
-from stages.train.precision_simulation.proxy_model import VOCABULARY
+from stages.train.config import BatchSizes, PhaseConfig, TrainConfig, Validation
 
+VOCABULARY = 256
+"""Size of the vocabulary of proxies: bytes."""
 BASELINE = "bf16"
 """The precision that the others are compared with."""
 
@@ -46,7 +48,7 @@ class Settings(Config):
     sequence_length: PositiveInt = Field(description="tokens predicted in one row")
     rows: PositiveInt = Field(description="rows of one step")
     steps: PositiveInt = Field(description="steps of a run")
-    optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
+    optimizer: Optimizer = Field(description="optimizer and its learning-rate schedule")
     data: Data = Field(description="training text")
     packages: dict[str, str] = Field(description="versions of packages by name")
     code: str = Field(description="digest of the code")
@@ -87,7 +89,6 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
     from stages.mcore.fake_quantization import attach
     from stages.mcore.quantize import RECIPES
     from stages.train import parallel
-    from stages.train.config import learning_rate
     from stages.train.engine import Engine
 
     text, files = read_library()
@@ -102,7 +103,7 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
         in_bf16 = recipe.layers_in_bf16(settings.model.layers) if recipe else ()
         record = attach(engine.chunks, recipe, seed, in_bf16) if recipe else {}
         for step in range(1, settings.steps + 1):
-            lr = learning_rate(step, settings.steps, settings.optimizer)
+            lr = settings.optimizer.learning_rate(step, settings.steps)
             batch = byte_windows(text, settings.rows, settings.sequence_length, f"rehearsal {seed} {step}")
             figures = engine.step(batch, lr, lambda loss, norm: _not_finite(loss))
             if figures.refused:

@@ -53,7 +53,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         shapes = {n: tuple(t.shape) for n, t in weights.items()}
         place = folder / "checkpoint" / release_checkpoint.name_of(step)
         release_checkpoint.write(
-            place, shapes, (), lambda kind, name, shape, weights=weights: weights[name], {"step": step}
+            place, shapes, {}, lambda kind, name, shape, weights=weights: weights[name], {"step": step}
         )
     checkpoint = write_manifest(folder / "checkpoint", "pretrain-test")
     return {"checkpoint": checkpoint, "tokenizer": train_fixtures.tokenizer(folder / "tokenizer")}

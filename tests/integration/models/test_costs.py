@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.mcore import layer_spec, lora_layers
-from stages.mcore.activations import activation_bytes, in_flight, merged_bytes, saved_bytes, unkept_bytes
-from stages.mcore.attention_sinks import plain_attention
+from stages.mcore.layer_spec import plain_attention
 from stages.mcore.layout_check import problem
 from stages.mcore.lora import Lora
 from stages.mcore.megatron_imports import Float16Module
-from stages.mcore.memory import layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.mcore.memory import Activations, in_flight, layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.model import build
+from stages.mcore.optimizer import Adam
 from stages.models.base import ModelConfig
 from stages.models.costs import SLICE, AttentionCost, MemoryShare, Rows, training_flops
 from stages.models.parallel_layout import Layout
@@ -85,16 +85,18 @@ def test_state_of_the_published_layout() -> None:
     layout = Layout(ranks=16, ep=16)
     part = memory_share(model, 151936, layout, 0)
     assert part.experts == 48 * 8 * 3 * 2048 * 768 and sharing(layout) == (16, 1)
-    assert state_bytes(part, layout, "bf16") == pytest.approx(6 * part.dense + 12 * part.dense / 16 + 18 * part.experts)
-    assert state_bytes(part, layout, "bf16") / 2**30 == pytest.approx(40.0, abs=0.1)
+    assert state_bytes(part, layout, "bf16", Adam) == pytest.approx(
+        6 * part.dense + 12 * part.dense / 16 + 18 * part.experts
+    )
+    assert state_bytes(part, layout, "bf16", Adam) / 2**30 == pytest.approx(40.0, abs=0.1)
 
 
 def test_state_by_precision() -> None:
     part, layout = MemoryShare(1000, 0, 400), Layout(ranks=4)
-    assert state_bytes(part, layout, "fp32") == 8000 + 8000 / 4  # weights are the optimizer's own
-    assert state_bytes(part, layout, "bf16") == 6000 + 12000 / 4
-    assert state_bytes(part, layout, "fp8-blockwise") == 6000 + 12000 / 4 + 2 * 600
-    assert owned_bytes(part, layout) == 3000
+    assert state_bytes(part, layout, "fp32", Adam) == 8000 + 8000 / 4  # weights are the optimizer's own
+    assert state_bytes(part, layout, "bf16", Adam) == 6000 + 12000 / 4
+    assert state_bytes(part, layout, "fp8-blockwise", Adam) == 6000 + 12000 / 4 + 2 * 600
+    assert owned_bytes(part, layout, Adam) == 3000
 
 
 def test_flops() -> None:
@@ -204,8 +206,9 @@ def test_a_pass_saves_the_sums_of_matrices_and_adapters(
     element = 4 if precision == "fp32" else 2
     matrices = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + ("mlp" in targets) * 4 * 8 * 3 * 64 * 48
     assert sum(sums) == matrices
-    assert merged_bytes(lora, model, Layout(), precision, 1, 0) == element * (matrices + max(sums))
-    unkept = unkept_bytes(lora, model, Layout(), precision, rows, 1, 0) * 4 / 3  # of all layers but the one at work
+    on_a_rank = Activations(model, VOCAB, Layout(), precision, rows, 1, 0)
+    assert on_a_rank.merged(lora) == element * (matrices + max(sums))
+    unkept = on_a_rank.unkept(lora) * 4 / 3  # of all layers but the one at work
     assert (unkept > 0.1 * full) == (targets == ("attention",))
     assert measured == pytest.approx(full + element * matrices - unkept, rel=0.01)
 
@@ -217,7 +220,7 @@ def test_ranks_share_the_sums() -> None:
     largest = 64 * 16 * (8 + 2 * 4)
 
     def numbers(rank: int = 0, micro: int = 8, **layout: Any) -> float:
-        return merged_bytes(lora, model, Layout(**layout), "bf16", micro, rank) / 2
+        return Activations(model, VOCAB, Layout(**layout), "bf16", Rows(1, 1), micro, rank).merged(lora) / 2
 
     assert numbers() == 4 * (attention + 8 * expert) + largest
     assert numbers(ranks=2, tp=2, ep=2, etp=1) == 4 * (attention / 2 + 4 * expert) + largest / 2
@@ -243,7 +246,7 @@ def test_activations_are_what_autograd_saves(
         monkeypatch.setattr(layer_spec, "attend_with_sinks", plain_attention)
     measured = _saved_by_autograd(model, rows, layout, precision, monkeypatch)
     tokens, element = rows.rows * rows.length, 4 if precision == "fp32" else 2
-    predicted = saved_bytes(model, VOCAB, layout, precision, rows, 1, 0)
+    predicted = Activations(model, VOCAB, layout, precision, rows, 1, 0).saved()
     # by slices of queries, whose masks all layers share; half of a row on average
     masks = tokens * element * (rows.length + SLICE) / 2
     if extra == WINDOWED:  # those of the window: the first slice has no keys before it
@@ -263,11 +266,11 @@ def test_sinks_keep_the_scores_of_plain_rows(monkeypatch: pytest.MonkeyPatch) ->
     model, rows, layout = parse({**MODEL, **WINDOWED}), Rows(2, 512), Layout()
     monkeypatch.setattr(layer_spec, "attend_with_sinks", plain_attention)
     measured = _saved_by_autograd(model, rows, layout, "bf16", monkeypatch)
-    predicted = saved_bytes(model, VOCAB, layout, "bf16", rows, 1, 0)
+    predicted = Activations(model, VOCAB, layout, "bf16", rows, 1, 0).saved()
     assert measured == pytest.approx(predicted, rel=0.01, abs=64 * rows.rows * rows.length)
     for by_engine in (Layout(fusions=("permute",)), Layout(fusions=("rope",))):
-        assert saved_bytes(model, VOCAB, by_engine, "bf16", rows, 1, 0) < predicted / 2
-    assert saved_bytes(model, VOCAB, Layout(fusions=("bias_activation",)), "bf16", rows, 1, 0) == predicted
+        assert Activations(model, VOCAB, by_engine, "bf16", rows, 1, 0).saved() < predicted / 2
+    assert Activations(model, VOCAB, Layout(fusions=("bias_activation",)), "bf16", rows, 1, 0).saved() == predicted
 
 
 def test_parallel_ranks_share_activations() -> None:
@@ -275,7 +278,7 @@ def test_parallel_ranks_share_activations() -> None:
     model, rows = Qwen3MoeConfig(**MODEL), Rows(1, 512)
 
     def bytes_of(rank: int = 0, micro: int = 8, **layout: Any) -> float:
-        return saved_bytes(model, VOCAB, Layout(**layout), "bf16", rows, micro, rank, fused=True)
+        return Activations(model, VOCAB, Layout(**layout), "bf16", rows, micro, rank, fused=True).saved()
 
     unsplit, tables = bytes_of(), 512 * 8 * 16  # the rotary tables are of all tensor ranks and micro-batches
     assert bytes_of(ranks=2, cp=2) == pytest.approx(unsplit / 2)
@@ -297,7 +300,7 @@ def test_a_layer_and_the_loss_do_not_work_at_the_same_time() -> None:
 
     def working(rank: int, vocabulary: int, precision: Any = "bf16", **layout: Any) -> float:
         arguments = (model, vocabulary, Layout(**layout), precision, rows, 8, rank)
-        return activation_bytes(*arguments) - saved_bytes(*arguments)
+        return Activations(*arguments).peak() - Activations(*arguments).saved()
 
     sent, received = 2 * 64 * 2, 2 * 64  # bytes of a token's copies; of what the next stage has sent
     weighted = sent + received + 3 * 4 * 48 * 2 / 8  # one of eight experts, in fp32
@@ -318,7 +321,7 @@ def test_a_later_stage_has_the_gradient_that_it_sent_last() -> None:
 
     def working(rank: int, micro_batches: int) -> float:
         arguments = (model, VOCAB, Layout(ranks=4, pp=4), "bf16", rows, micro_batches, rank)
-        return activation_bytes(*arguments) - saved_bytes(*arguments)
+        return Activations(*arguments).peak() - Activations(*arguments).saved()
 
     gradient = 512 * 2 * 64
     assert working(1, 4) - working(1, 3) == working(2, 3) - working(2, 2) == gradient
@@ -334,8 +337,8 @@ def test_attention_at_work_has_no_second_half_beside_it() -> None:
     second = 2 * size * 64 + 13 * 8 + size * 2 * (64 + 2 * 48 + 4 * 48)
     expected = 3 * 4 * q + 2 * size * (q + 2 * kv) - size * (q + 2 * kv) - size * q - second
     arguments = (model, 16, Layout(), "bf16", rows, 1, 0)
-    kept = saved_bytes(*arguments) - 512 * (2 * size * 64 + 4 * 16)  # without what only the loss needs
-    assert activation_bytes(*arguments) == kept + 512 * expected
+    kept = Activations(*arguments).saved() - 512 * (2 * size * 64 + 4 * 16)  # without what only the loss needs
+    assert Activations(*arguments).peak() == kept + 512 * expected
     # twice the keys of a rank with half of the tokens: in what is kept, and again gone
     split = Layout(ranks=2, cp=2)
     assert model.layer_working_set(split, "bf16", rows, 0) == expected - size * 2 * kv
@@ -349,9 +352,9 @@ def test_a_layer_that_is_computed_again_has_a_gradient_beside_it() -> None:
     inputs, again, gradient = 4 * 2 * 64, one_layer - 2 * 64 + weighted, 2 * 64
     tables = 8 * 16
     expected = 512 * (inputs + again + gradient + tables)
-    assert activation_bytes(model, VOCAB, layout, "bf16", rows, 8, 0) == expected
+    assert Activations(model, VOCAB, layout, "bf16", rows, 8, 0).peak() == expected
     tied = model.model_copy(update={"tie_embeddings": True})
-    head = activation_bytes(tied, VOCAB, layout, "bf16", rows, 8, 0) - expected
+    head = Activations(tied, VOCAB, layout, "bf16", rows, 8, 0).peak() - expected
     assert head == 2 * 64 * VOCAB
 
 

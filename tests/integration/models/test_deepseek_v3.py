@@ -21,12 +21,11 @@ from stages.export.hf import Rounded
 from stages.export.variants import registry as variants
 from stages.generation.in_process import load_weights
 from stages.mcore import layer_spec
-from stages.mcore.activations import saved_bytes
 from stages.mcore.architectures import deepseek_v3
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.fake_quantization import attach
 from stages.mcore.layout_check import problem
-from stages.mcore.memory import memory_share
+from stages.mcore.memory import Activations, memory_share
 from stages.mcore.model import build, named_buffers, named_tensors
 from stages.mcore.quantize import RECIPES
 from stages.mcore.weight_init import Initial
@@ -38,7 +37,7 @@ from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
-from stages.train.precision_simulation.proxy_model import build_proxy, ratios
+from stages.train.precision_simulation.simulation import build_proxy, ratios
 from tests.fixtures import fake_rank_fixtures, layout_fixtures, train_fixtures
 from tests.fixtures.model_fixtures import load_tensors
 from tests.fixtures.run_fixtures import at_length
@@ -227,7 +226,7 @@ def test_activations_are_what_autograd_saves(change: dict[str, Any], monkeypatch
                 padding_mask=torch.zeros_like(ids, dtype=torch.bool))  # fmt: skip
     measured, tokens = sum(size for size, _ in saved.values()), rows.rows * rows.length
     saved.clear()
-    predicted = saved_bytes(model, VOCAB, Layout(), "fp32", rows, 1, 0)
+    predicted = Activations(model, VOCAB, Layout(), "fp32", rows, 1, 0).saved()
     assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
 
 

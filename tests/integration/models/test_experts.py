@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.core.store import Artifact
-from stages.mcore.moe_metrics import DEAD_SHARE, Experts
+from stages.mcore.routers import DEAD_SHARE, Experts
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.data import Order, RankBatch, Shards

@@ -30,7 +30,7 @@ from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
-from stages.train.precision_simulation.proxy_model import build_proxy, ratios
+from stages.train.precision_simulation.simulation import build_proxy, ratios
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.architecture_fixtures import GLM4_MOE as MODEL
 from tests.fixtures.model_fixtures import load_tensors

@@ -15,7 +15,7 @@ from stages.export import comparison, hf, streamed_model
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.architectures.qwen3_moe import from_hf, to_hf
 from stages.mcore.model import transformer_config
-from stages.mcore.rope import frequencies
+from stages.mcore.row_tables import frequencies
 from stages.mcore.weight_init import full_tensor
 from stages.models.base import Rope, Yarn
 from stages.models.parallel_layout import Layout

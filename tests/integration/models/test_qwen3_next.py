@@ -22,7 +22,7 @@ from stages.mcore.model import build, named_tensors
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_next import Qwen3NextConfig
 from stages.train import parallel
-from stages.train.precision_simulation.proxy_model import build_proxy, ratios
+from stages.train.precision_simulation.simulation import build_proxy, ratios
 from tests.fixtures import fake_rank_fixtures, layout_fixtures, qwen3_next_fixtures, train_fixtures
 from tests.fixtures.model_fixtures import load_tensors
 from tests.fixtures.qwen3_next_fixtures import MODEL, PUBLISHED, VOCABULARY

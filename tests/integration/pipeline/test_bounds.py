@@ -29,8 +29,9 @@ from pipeline.launch.cluster_profile import Profile
 from stages.data import recipe as data_recipes
 from stages.data.curate.filters.language import LANGUAGES
 from stages.data.order.order_config import OrderConfig
+from stages.mcore.optimizer import Adam
 from stages.models.qwen3_moe import Qwen3MoeConfig
-from stages.train.config import Optimizer, PhaseConfig
+from stages.train.config import PhaseConfig
 from tests.fixtures.run_fixtures import atom
 
 SECONDS = 20.0
@@ -188,7 +189,7 @@ def test_rows_in_closed_form_are_those_that_the_steps_sum_to(ends: list[int], st
     )
     assert order.rows_from(first) == sum(order.rows_of(first))
     phase = PhaseConfig(
-        mix={"text": 1.0}, sequence_length=8, steps=steps, optimizer=Optimizer(lr=1e-3, final_lr=0.0, warmup_steps=0),
+        mix={"text": 1.0}, sequence_length=8, steps=steps, optimizer=Adam(lr=1e-3, final_lr=0.0, warmup_steps=0),
         batch={"global_tokens": 72, "micro_tokens": 8, "ramp": [{"until_step": e, "global_tokens": 8 * r} for e, r in ramp]},
         validation={"every": 1, "rows": 1}, release_checkpoint_interval=1,
     )  # fmt: skip
@@ -242,9 +243,9 @@ def published_values() -> list[tuple[Any, dict[str, Any]]]:
     """Single settings that are known from reports, at the edge of what was tried."""
     optimizer = dict(lr=1e-4, final_lr=0.0, warmup_steps=0)
     return [
-        (Optimizer, optimizer | {"lr": 0.03}),
-        (Optimizer, optimizer | {"beta2": 0.9999, "weight_decay": 3.2}),  # Kim et al., 2025: 30 times the usual decay
-        (Optimizer, optimizer | {"clip": 0.1, "beta1": 0.0}),
+        (Adam, optimizer | {"lr": 0.03}),
+        (Adam, optimizer | {"beta2": 0.9999, "weight_decay": 3.2}),  # Kim et al., 2025: 30 times the usual decay
+        (Adam, optimizer | {"clip": 0.1, "beta1": 0.0}),
         (Qwen3MoeConfig, dict(layers=2, hidden_size=8, heads=2, kv_heads=2, head_dim=4, experts=2048, num_experts_per_tok=2,
                            moe_intermediate_size=8, context_length=10**7, rope_theta=1e7)),  # Switch-C, Llama 4 Scout, MiniMax-01
     ]  # fmt: skip

@@ -16,15 +16,15 @@ from typing import Any
 from pipeline.core import environment, provenance
 from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.launch.attempt import StartRecords, prediction_key
-from stages.train import log_replay
-from stages.train.log_replay import LogReplay
+from stages.train import log
+from stages.train.log import LogReplay
 from tests.fixtures import ROOT, train_fixtures
 from tests.fixtures.run_fixtures import at_length
 from tests.fixtures.train_fixtures import fresh
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(log_replay.path_of(folder / "work", None).read_text())
+    record: dict[str, Any] = json.loads(log.start_path(folder / "work", None).read_text())
     return record
 
 
@@ -119,7 +119,7 @@ def test_many_deviations_are_counted_and_the_first_are_named() -> None:
         )
     record = replay.record()
     assert calls == [1] and record["lines"] == 30 and record["deviating"] == 29
-    assert len(record["deviations"]) == log_replay.MOST_DEVIATIONS
+    assert len(record["deviations"]) == log.MOST_DEVIATIONS
     assert re.search(r"in 29 of 30 lines, first at step 2: loss was 1.0, is 2.0", replay.sentence())
     stopped = LogReplay([{"step": 1}, {"step": 2}])
     stopped.compare({"step": 1})
@@ -156,7 +156,7 @@ def test_a_killed_start_stays_in_the_records(tmp_path: Path) -> None:
     assert sealed.digest == write_manifest(store.artifacts / sealed.key, sealed.key).digest
     records = StartRecords(folder, 2)
     records.add(store, key, time.time())
-    log_replay.write(log_replay.path_of(folder / "state", 2), 8, {"type": "cpu"}, LogReplay([]))
+    log.write_start(log.start_path(folder / "state", 2), 8, {"type": "cpu"}, LogReplay([]))
     first, second = records.read()
     assert (first["start"], first["prediction"]) == (1, None) and "restored_step" not in first
     assert (second["start"], second["prediction"], second["restored_step"]) == (2, sealed.digest, 8)

@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
 from pipeline.graph import registry
-from stages.mcore import fusions, gpu, gpu_environment, layer_spec
+from stages.mcore import gpu, gpu_environment, layer_spec, model
 from stages.mcore.layout_check import problem
 from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
 from stages.mcore.model import build, named_buffers, named_tensors, transformer_config
-from stages.mcore.tensor_sharding import Box, boxes
+from stages.mcore.tensor_sharding import Box, boxes, speaks_for
 from stages.models.base import Precision
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3 import Qwen3Config
@@ -34,7 +34,6 @@ from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.data import RankBatch, Shards, heldout_rows
 from stages.train.estimate import layout_label
-from stages.train.full_tensors import speaks_for
 from stages.train.trainer import full_memory
 from tests.fixtures import ROOT, fake_rank_fixtures, layout_fixtures, train_fixtures
 
@@ -192,20 +191,20 @@ def test_fusions_are_those_that_the_machine_has(
 ) -> None:
     from megatron.core.transformer.moe import moe_utils
 
-    on_cpu = fusions.keywords(Layout(), engine, experts=True)
+    on_cpu = model.fusion_keywords(Layout(), engine, experts=True)
     assert not [name for name, value in on_cpu.items() if value is True]
     assert {f.name for f in dataclasses.fields(TransformerConfig)} >= set(on_cpu)
     monkeypatch.setattr(gpu, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(moe_utils, "fused_permute", print, raising=False)
 
     def chosen(layout: Layout, experts: bool = True) -> list[str]:
-        return [name for name, value in fusions.keywords(layout, engine, experts).items() if value is True]
+        return [name for name, value in model.fusion_keywords(layout, engine, experts).items() if value is True]
 
     assert chosen(Layout()) == ["moe_permute_fusion", "bias_activation_fusion"][not engine :]
     assert chosen(Layout(), experts=False) == ["bias_activation_fusion"] and chosen(Layout(fusions=())) == []
     assert chosen(Layout(fusions=("bias_activation",))) == ["bias_activation_fusion"]
     with pytest.raises(RecipeError, match="fusions = router needs Transformer Engine 2.7"):
-        fusions.keywords(Layout(fusions=("router",)), engine, experts=True)
+        model.fusion_keywords(Layout(fusions=("router",)), engine, experts=True)
 
 
 def test_cuda_graphs_are_megatrons_of_complete_layers(monkeypatch: pytest.MonkeyPatch) -> None:

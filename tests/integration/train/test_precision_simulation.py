@@ -20,8 +20,8 @@ from stages.mcore import quantize
 from stages.mcore.quantize import E2M1, RECIPES, QuantizationRecipe
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.precision_simulation import report, runner, simulation
-from stages.train.precision_simulation.proxy_model import build_proxy, dimensions, ratios, step_tokens
 from stages.train.precision_simulation.report import compose, markdown, verdict_of
+from stages.train.precision_simulation.simulation import build_proxy, dimensions, ratios, step_tokens
 from tests.fixtures.run_fixtures import at_length, atom
 
 # tensorwise alone needs no blocks, and so the smallest proxy: 96 wide, sixteen rows of 64

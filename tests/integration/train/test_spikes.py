@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
 from stages.train.config import Spikes
-from stages.train.spikes import SpikeDetector
+from stages.train.text_trainer import SpikeDetector
 from tests.fixtures import layout_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import at_length
 

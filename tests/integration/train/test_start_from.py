@@ -23,7 +23,7 @@ from stages.formats import tokenizer
 from stages.formats.table import KEPT, content_hash, write_rows
 from stages.mcore.weight_init import Initial
 from stages.models.qwen3_moe import Qwen3MoeConfig
-from stages.train import imported_weights, published_base
+from stages.train import imported_weights
 from stages.train.checkpoint import release_checkpoint
 from stages.train.pretrain import STAGE as PRETRAIN
 from tests.fixtures import train_fixtures
@@ -178,11 +178,11 @@ def test_it_is_pulled_from_a_hub(hub: Hub, exported: Path, run_stage: Any, tmp_p
     assert not hub.requests, "it is here"
 
     stated = {"repo": REPO, "digest": settings["digest"], "license": "LicenseRef-base"}
-    assert published_base.section(REPO) == published_base.section(f"{REPO}@main") == stated
+    assert imported_weights.start_from_section(REPO) == imported_weights.start_from_section(f"{REPO}@main") == stated
     with pytest.raises(AtomError, match=f"reading {REPO}@v9: the repository has no such revision"):
-        published_base.section(f"{REPO}@v9")
+        imported_weights.start_from_section(f"{REPO}@v9")
     with pytest.raises(AtomError, match=r"has no SHA256SUMS, which every model that atom published has"):
-        published_base.section(foreign(hub))
+        imported_weights.start_from_section(foreign(hub))
 
 
 def foreign(hub: Hub) -> str:

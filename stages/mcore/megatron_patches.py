@@ -1,10 +1,12 @@
-"""Megatron-core on a machine without CUDA: all patches that it needs.
+"""The patches that Megatron-core needs: without CUDA all of them, without Transformer Engine its optimizer.
 
 Megatron-core's schedules, DDP, optimizers and MoE layers are device-neutral except for names: they write
 `device="cuda"`, request a stream from `torch.cuda`, or compare a tensor's type with its CUDA name. `enable()` gives
 Megatron's modules a `torch` in which these names mean the CPU. PyTorch itself is unchanged: transformers, or any other
 library in the same process, sees the original `torch`. (Replacing the factories in `torch` itself breaks
 `from_pretrained` without an error: its tensors on the meta device stay uninitialized.)
+
+PyTorch's fused AdamW and norm of many tensors get the interfaces of Transformer Engine's, which Megatron expects.
 
 Import Megatron's names from `stages.mcore.megatron_imports`, which calls `enable()` first. The differences between
 Megatron's versions are in `stages.mcore.megatron_compat`.
@@ -23,8 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from stages.mcore import fused_adam, megatron_compat
+from stages.mcore import megatron_compat
 
 # The parts of Megatron that the pipeline uses; `enable` imports them, so that all of them get the CPU's `torch`.
 MODULES = (
@@ -39,15 +42,31 @@ MODULES = (
     "megatron.core.transformer.moe.moe_utils",
     "megatron.core.transformer.moe.token_dispatcher",
 )
-FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor",
-             "zeros_like", "ones_like", "empty_like", "full_like")  # fmt: skip
+FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "as_tensor",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+)
 
 _enabled = False
 
 
 def te_on_cpu() -> bool:
-    """Whether layers use Transformer Engine without a GPU, in every precision. Only `tests/te` sets this variable: it
-    has replaced the kernels by PyTorch's."""
+    """Returns True if layers use Transformer Engine without a GPU, in every precision.
+
+    Only `tests/te` sets this variable: it has replaced the kernels by PyTorch's.
+    """
     return os.environ.get("ATOM_TE_ON_CPU") == "1"
 
 
@@ -63,7 +82,7 @@ def enable() -> None:
         for name in MODULES:
             importlib.import_module(name)
     megatron_compat.after_import()
-    fused_adam.install()
+    install_optimizer()
     if not with_cuda:
         _patch_torch_names()
         _patch_functions()
@@ -99,12 +118,12 @@ def _patch_torch_names() -> None:
     # pipeline calls `.cuda()` on the embedding that it shares with the first.
     type_, cuda = torch.Tensor.type, torch.Tensor.cuda
 
-    def cpu_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def cpu_type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         name = type_(self, *args, **kwargs)
         is_query = not args and not kwargs and _called_by_megatron()
         return name.replace("torch.", "torch.cuda.", 1) if is_query else name
 
-    def cpu_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def cpu_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self if _called_by_megatron() else cuda(self, *args, **kwargs)
 
     torch.Tensor.type = cpu_type  # type: ignore[method-assign,assignment]
@@ -112,7 +131,7 @@ def _patch_torch_names() -> None:
 
 
 def _called_by_megatron() -> bool:
-    """Whether the calling function was called from a function of Megatron."""
+    """Returns True if the calling function was called from a function of Megatron."""
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.")
 
 
@@ -141,8 +160,9 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     """A collective of DDP without one rank that has all of the result in place: gloo copies it, all weights and all
     gradients in each step, where NCCL does nothing."""
 
-    def call(output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+    def call(output: Tensor, input: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
         places = {(x.untyped_storage()._cdata, x.storage_offset(), x.numel()) for x in (output, input)}
+        # In place: the result is there already.
         if dist.get_world_size(group) == 1 and len(places) == 1:
             return None
         return collective(output, input, *args, group=group, **kwargs)
@@ -173,10 +193,11 @@ def of_unequal_sizes(all_gather: Callable[..., Any], reduce_scatter: Callable[..
     """Both collectives of `torch.distributed`, by name, on parts of unequal size too, which gloo lacks and NCCL has:
     tokens of split experts are gathered and summed so. They are made of collectives on equal sizes."""
 
-    def gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+    def gather(parts: list[Tensor], tensor: Tensor, group: Any = None, **kwargs: Any) -> Any:
         sizes = [part.shape[0] for part in parts]
         if len(set(sizes)) == 1:
             return all_gather(parts, tensor, group=group, **kwargs)
+        # gloo gathers equal sizes only: padded to the largest, and cut again.
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: tensor.shape[0]] = tensor
         gathered = [torch.empty_like(padded) for _ in parts]
@@ -185,12 +206,11 @@ def of_unequal_sizes(all_gather: Callable[..., Any], reduce_scatter: Callable[..
             part.copy_(received[: part.shape[0]])
         return None
 
-    def sum_and_scatter(
-        output: torch.Tensor, parts: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any
-    ) -> Any:
+    def sum_and_scatter(output: Tensor, parts: list[Tensor], *args: Any, group: Any = None, **kwargs: Any) -> Any:
         if len({part.shape[0] for part in parts}) == 1:
             return reduce_scatter(output, parts, *args, group=group, **kwargs)
         summed = torch.cat(parts)
+        # gloo has no reduce-scatter of unequal parts: the whole sum, of which a rank takes its part.
         dist.all_reduce(summed, group=group)
         output.copy_(summed.split([part.shape[0] for part in parts])[dist.get_rank(group)])
         return None
@@ -257,3 +277,73 @@ class _Stream:
 
     def __hash__(self) -> int:
         return 0
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Decoupled weight decay (AdamW) unless `adam_w_mode` is false; one fused kernel call for each group."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+        **_: Any,  # FusedAdam's switches for CUDA graphs and low-precision states
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
+        super().__init__(params, defaults)
+        if not bias_correction:
+            raise NotImplementedError("Adam without bias correction")
+        self.fused = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, **_: Any) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            # One count for the group, so that a resumed step has the same bias correction on every layout.
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            self.fused(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.full((), float(group["step"]), device=params[0].device)] * len(params),
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def install_optimizer() -> None:
+    """Installs both if Megatron finds neither Transformer Engine's nor Apex's."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+        # Megatron would otherwise build torch.optim's class, with other arguments.
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+    # Only in place of Megatron's fallback, not of the kernels of Transformer Engine and Apex.
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = total_norm
+
+
+def total_norm(_: int, __: Any, tensors: list[list[Tensor]], ___: bool) -> tuple[Tensor, None]:
+    """The norm of all tensors of a list as one number, [1]. Megatron's own reads the norm of each tensor on the host,
+    which then waits for a GPU as often as there are tensors."""
+    return torch.nn.utils.get_total_norm(tensors[0]).view(1), None

@@ -1,0 +1,210 @@
+"""The kinds of optimizers: their settings in a recipe, their states, and how Megatron builds them.
+
+A kind is a class below `OptimizerSettings` and a line in `KINDS` (docs/extending.md). No torch at the top: `atom plan`
+imports this file.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from pipeline.core.bounds import Range, Steps
+from pipeline.core.stage import Config, added
+from stages.mcore.param_names import BUFFERS
+
+if TYPE_CHECKING:
+    import torch
+
+LearningRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01")]
+PeakRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01", above=True)]
+Beta = Annotated[float, Range(0, 1, "usual: 0.9 and 0.95", below=True)]
+StateTensor = tuple[str, str, tuple[int, ...]]
+"""A state, the global name of its tensor, and their shape."""
+STATE_BYTES = 4
+"""Bytes of a number of a state: fp32, as the weights that the optimizer updates."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The way in which an optimizer updates some of the tensors.
+
+    Attributes:
+        states: Names of the tensors that it keeps for each of them, fp32 and of the same shape, as checkpoints name
+            them.
+        sliced: True if any range of a flat tensor can be updated by itself, so that data ranks share a tensor by
+            slices. False if an update needs the whole tensor, as orthogonalization does.
+    """
+
+    states: tuple[str, ...]
+    sliced: bool = True
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the states of one parameter."""
+        return STATE_BYTES * len(self.states)
+
+
+ADAM = Rule(("exp_avg", "exp_avg_sq"))
+"""Kingma and Ba, 2015 (arXiv:1412.6980): running means of the gradient and of its square."""
+
+
+class OptimizerSettings(Config, ABC):
+    """Settings of every optimizer: its schedule, and Adam's for the tensors that other kinds leave to Adam.
+
+    `cosine` decays from the end of warmup (Loshchilov and Hutter, 2017); `wsd` (warmup-stable-decay) holds `lr` and
+    decays in the last `decay_steps` by 1 - sqrt (Hägele et al., 2024).
+    """
+
+    schedule: Literal["cosine", "wsd"] = added("cosine", "learning-rate schedule: cosine, or warmup-stable-decay")
+    decay_steps: Steps | None = added(None, "steps of the final decay; only for wsd, which requires it")
+    lr: PeakRate = Field(description="peak learning rate")
+    final_lr: LearningRate = Field(description="learning rate at the last step")
+    warmup_steps: Annotated[int, Range(0, 1e8)] = Field(description="steps of linear warmup")
+    weight_decay: Annotated[float, Range(0, 10, "usual: 0 to 0.1")] = Field(
+        0.1, description="decoupled weight decay; norms are not decayed"
+    )
+    beta1: Beta = Field(0.9, description="decay rate of the running mean of gradients")
+    beta2: Beta = Field(0.95, description="decay rate of the running mean of squared gradients")
+    clip: Annotated[float, Range(0, 1000, "usual: 1", above=True)] = Field(
+        1.0, description="maximum global norm of the gradients; larger ones are scaled down to it"
+    )
+
+    title: ClassVar[str]
+    """The name in texts."""
+    matrices: ClassVar[Rule]
+    """The rule for the weight matrices of layers, experts among them."""
+    others: ClassVar[Rule] = ADAM
+    """The rule for embedding, output head, norms and biases."""
+    card: ClassVar[Mapping[str, str]] = {"Adam β1": "beta1", "Adam β2": "beta2"}
+    """{row of a model card: the setting that it states}, for settings that not every optimizer has."""
+    if TYPE_CHECKING:  # each kind declares the field with its name as the only value
+        kind: str
+
+    @model_validator(mode="after")
+    def _rate_only_decays(self) -> OptimizerSettings:
+        if self.final_lr > self.lr:
+            raise ValueError(f"final_lr = {self.final_lr} is above lr = {self.lr}; the rate only decays after warm-up")
+        return self
+
+    @model_validator(mode="after")
+    def _wsd_has_decay_steps(self) -> OptimizerSettings:
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError(
+                f"decay_steps = {self.decay_steps} with schedule = {self.schedule}: a wsd schedule needs it, and no "
+                "other has it"
+            )
+        return self
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Returns the learning rate of a step, 1 to `steps`: the peak at the end of warmup, `final_lr` at the end."""
+        if step <= self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+
+        span = self.lr - self.final_lr
+        if self.decay_steps is not None:
+            progress = max(0, step - (steps - self.decay_steps)) / self.decay_steps
+            return self.final_lr + span * (1 - math.sqrt(progress))
+        progress = (step - self.warmup_steps) / (steps - self.warmup_steps)
+        return self.final_lr + 0.5 * span * (1 + math.cos(math.pi * progress))
+
+    @classmethod
+    def rule_of(cls, name: str, shape: tuple[int, ...]) -> Rule:
+        """Returns the rule for a tensor, by its global name and its full shape."""
+        return cls.matrices if name.startswith("decoder.layers.") and len(shape) == 2 else cls.others
+
+    @classmethod
+    def state_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StateTensor]:
+        """Returns the states of a model by their names in checkpoints, `<state>.<global name>`, in their order there.
+
+        Args:
+            shapes: Shape of each trained tensor by its global name. Buffers have no state.
+
+        """
+        kinds = dict.fromkeys((*cls.matrices.states, *cls.others.states))
+        return {
+            f"{state}.{name}": (state, name, shape)
+            for state in kinds
+            for name, shape in shapes.items()
+            if state in cls.rule_of(name, shape).states and not name.endswith(BUFFERS)
+        }
+
+    @classmethod
+    def state_bytes(cls, parameters: float, tables: float = 0) -> float:
+        """Returns the bytes of all states of that many parameters, `tables` of which are of embedding and head."""
+        return cls.matrices.bytes * (parameters - tables) + cls.others.bytes * tables
+
+    @abstractmethod
+    def build(self, chunks: Collection[torch.nn.Module], **settings: Any) -> Any:
+        """Builds Megatron's optimizer.
+
+        Args:
+            chunks: The rank's parts of the model, each in Megatron's DDP.
+            settings: Of Megatron's OptimizerConfig, on the layout and the precision of the phase.
+        """
+
+
+class Adam(OptimizerSettings):
+    """AdamW and its learning-rate schedule: linear warmup from zero to `lr`, then decay to `final_lr` at the last step.
+
+    `cosine` decays from the end of warmup (Loshchilov and Hutter, 2017); `wsd` (warmup-stable-decay) holds `lr` and
+    decays in the last `decay_steps` by 1 - sqrt (Hägele et al., 2024).
+    """
+
+    # Not written out: configs and keys of recipes without `kind` stay as they are. Another kind writes its name.
+    kind: Literal["adam"] = added("adam", "kind of optimizer", exclude=True)
+
+    title = "AdamW"
+    matrices = ADAM
+
+    def build(self, chunks: Collection[torch.nn.Module], **settings: Any) -> Any:
+        from stages.mcore.megatron_imports import OptimizerConfig, get_megatron_optimizer
+
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            adam_beta1=self.beta1,
+            adam_beta2=self.beta2,
+            clip_grad=self.clip,
+            use_distributed_optimizer=True,
+            **settings,
+        )
+        # Only Megatron's own checkpoints need groups of gloo, which connect every rank with every other one.
+        return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+
+
+KINDS: dict[str, type[OptimizerSettings]] = {"adam": Adam}
+DEFAULT = "adam"
+"""The kind of a section without `kind`."""
+
+
+def kind_of(section: Any) -> Any:
+    """Returns the kind that a section names, or the default, whose settings then report what is wrong with it."""
+    if isinstance(section, Mapping):
+        return section.get("kind", DEFAULT)
+    return getattr(section, "kind", DEFAULT)
+
+
+def card_rows() -> dict[str, str]:
+    """Returns the place in a phase's section of the settings that some kind has, by their row of a model card."""
+    return {title: f"optimizer.{name}" for kind in KINDS.values() for title, name in kind.card.items()}
+
+
+if TYPE_CHECKING:
+    Optimizer = OptimizerSettings
+else:
+    Optimizer = Annotated[
+        Union[tuple(Annotated[settings, Tag(name)] for name, settings in KINDS.items())],  # noqa: UP007 - computed
+        Discriminator(
+            kind_of,
+            custom_error_type="unknown_optimizer",
+            custom_error_message=f"kind is not known; known: {', '.join(KINDS)}",
+        ),
+    ]
+    """The type of a section `optimizer`: the settings of the kind that it names."""
