@@ -18,13 +18,10 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact
 
 if TYPE_CHECKING:
-    from release.cards.card_tables import ReleaseFacts
     from release.checks.check import BuildContext
     from release.checks.load_report import LoadReport
     from release.facts.assemble import Assembly
-    from release.facts.costs import Costs
-    from release.facts.data_facts import DataFacts
-    from release.facts.model_facts import ModelFacts
+    from release.opened_release import Release
     from release.references import Reference
     from release.schema import ReleaseInfo
     from stages.data.curation.deny_list import DenyList
@@ -92,11 +89,11 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         context = _assemble(draft, source, progress)
         progress("checking the gates")
         results = gates.run_all(context)
-        gates.write(draft, context.release.nodes, results)
+        gates.write(context.release, results)
         failed = [gate for gate in results if gate.ok is False]
         if not failed:
             progress("writing the page")
-            site_files.write(draft, draft / SITE)
+            site_files.write(context.release, draft / SITE)
         write_checksums(draft)
         for gate in results:
             progress(f"gate {gate.name}: {OUTCOMES[gate.ok]}, {gate.detail}")
@@ -146,13 +143,10 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
     from release import independent_verifier, merkle
     from release.assembly.attribution import write_attribution
     from release.cards import croissant, plots, render
-    from release.cards.card_tables import release_facts
     from release.checks.check import BuildContext
-    from release.facts import assemble, attest, changes, costs, runtimes
-    from release.facts.checkpoint_facts import find_interventions, index_rows, read_checkpoints
-    from release.facts.data_facts import canary_of, read_data_facts
+    from release.facts import assemble, changes, runtimes
+    from release.facts.checkpoint_facts import index_rows
     from release.facts.message_tables import write_messages
-    from release.facts.model_facts import read_model_facts
     from release.layout import (
         CANARY,
         CODE_README,
@@ -166,10 +160,12 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
         RUNTIMES,
         SECOND_VERIFIER,
     )
-    from release.repositories import model_folders, repositories
+    from release.opened_release import Release
+    from release.standards import attestations
     from release.tracing.receipts import receipt_path, write_receipts
     from stages.data.curation.agreement import read_figures
 
+    opened = Release(folder)
     assembly = assemble.Assembly(folder, source.references)
     assemble.place_artifacts(assembly, source.artifacts, source.earlier)
     assemble.place_code(assembly, source.code_roots)
@@ -202,48 +198,42 @@ def _assemble(folder: Path, source: BuildInput, progress: Callable[[str], None])
         assembly.register(table, "release.assembly.attribution")
     for table in write_messages(folder / "dataset"):
         assembly.register(table, "release.facts.message_tables")
-    data = read_data_facts(folder / "dataset")
+    release, data = opened.info, opened.data
     receipts = write_receipts(folder / "dataset", release, data.opt_outs, source.previous, source.deny_list, progress)
     for request, receipt in receipts:
         assembly.json(receipt_path(request), receipt, "release.tracing.receipts")
-    models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
+    models = opened.models
     if source.previous is not None:
         changes_since = changes.compare(source.previous, source.recipe, models[MODEL])
         assembly.json(changes.FILE, changes_since, "comparison with the release that --previous names")
-    steps = read_checkpoints(folder / "checkpoints")
-    resumptions = find_interventions(steps)
     licenses = release.license
-    run_costs = costs.usage_by_stage(folder)
-    facts = {name: release_facts(folder, name, model, data, resumptions, run_costs) for name, model in models.items()}
-    load_reports = _write_models(assembly, release, facts)
+    load_reports = _write_models(assembly, opened)
     if all(report.goldens for report in load_reports.values()):  # else the gate on loading says why
         runs = runtimes.compare_all(folder, progress)
         assembly.json(RUNTIMES, runs, "what other programs make of the fixed inputs")
-    canary = canary_of(source.artifacts["items"].digest)
-    assembly.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
+    assembly.json(f"dataset/{CANARY}", opened.canary, "made from the digest of the evaluation items")
     assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
     description = croissant.describe_dataset(release, folder / "dataset", data)
     assembly.json(f"dataset/{croissant.NAME}", description, "description of the tables")
     for name, draw in plots.data_plots(data).items():
         assembly.write(f"dataset/{name}", draw(), "plot of the tables of kept documents")
-    for target, statement in attest.evaluations(folder, release.nodes).items():
+    for target, statement in attestations.evaluations(opened).items():
         assembly.json(target, statement, "in-toto statement of what was measured")
-    assembly.json("checkpoints/index.json", index_rows(steps), "states of the checkpoints")
-    repos = repositories(folder)
-    for place, card in render.render_all(folder, release, data, models, resumptions, run_costs, canary):
+    assembly.json("checkpoints/index.json", index_rows(opened.checkpoints), "states of the checkpoints")
+    for place, card in render.render_all(opened):
         assembly.write(place, card.encode(), CARD_ORIGIN)
-    for repository in repos:
+    for repository in opened.repositories:
         spdx = assemble.license_of(repository.folder, licenses, models)
         text = assemble.license_text(spdx, licenses.code, source.code_roots)
         assembly.write(f"{repository.folder}/LICENSE".lstrip("/"), text, "license")
-    _write_standards(assembly, source, release, data, models, run_costs)
+    _write_standards(assembly, source, opened)
     assembly.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
     (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))
     evaluation = _evaluation(source.recipe)
-    return BuildContext(folder, release, evaluation, data, models, source.machine_paths, load_reports)
+    return BuildContext(opened, evaluation, source.machine_paths, load_reports)
 
 
-def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, ReleaseFacts]) -> dict[str, LoadReport]:
+def _write_models(assembly: Assembly, opened: Release) -> dict[str, LoadReport]:
     """Writes the scores, plots and goldens of each model. Returns what plain transformers makes of each: a
     process of its own loads them while the plots are drawn."""
     from release.cards import plots, render, results
@@ -252,11 +242,11 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
     from release.facts.model_facts import rendered_chat
     from release.layout import GOLDENS, MODEL
 
-    folder, data_id = assembly.folder, render.data_id(release)
+    folder, release, models = opened.root, opened.info, opened.models
+    data_id = render.data_id(release)
     with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(load_models, [folder / name for name in facts])
-        for name, model_facts in facts.items():
-            model = model_facts.model
+        loading = pool.submit(load_models, [folder / name for name in models])
+        for name, model in models.items():
             if model.is_chat:
                 repo = f"{release.repository}{name.removeprefix(MODEL)}"
                 config = serving.serve_config(folder / name, repo, release.version)
@@ -271,30 +261,22 @@ def _write_models(assembly: Assembly, release: ReleaseInfo, facts: Mapping[str, 
                     "the logs in training/" if logs_alone else "the scores in evaluation/ and the logs in training/"
                 )
                 assembly.write(f"{name}/{plot_name}", draw(), f"plot of {origin}")
-        reports = dict(zip(facts, loading.result(), strict=True))
+        reports = dict(zip(models, loading.result(), strict=True))
     for name, report in reports.items():  # a template renders the fields of a tool in their order
         origin = "what plain transformers makes of fixed inputs"
         assembly.json(f"{name}/{GOLDENS}", report.goldens, origin, sort_keys=False)
-        facts[name].model.rendered_chat = rendered_chat(report.goldens)  # the card shows it
+        models[name].rendered_chat = rendered_chat(report.goldens)  # the card shows it
     return reports
 
 
-def _write_standards(
-    assembly: Assembly,
-    source: BuildInput,
-    release: ReleaseInfo,
-    data: DataFacts,
-    models: Mapping[str, ModelFacts],
-    run_costs: Costs,
-) -> None:
+def _write_standards(assembly: Assembly, source: BuildInput, opened: Release) -> None:
     """Writes the bundle of standards, which describes the other files."""
     from release.standards import bundle, package_list
-    from release.standards.standard_facts import read_facts, statements
+    from release.standards.standard_facts import read_facts
 
-    folder = assembly.folder
-    packages = package_list.describe(package_list.versions(folder, statements(folder)), source.code_roots)
+    packages = package_list.describe(package_list.versions(opened), source.code_roots)
     assembly.json(bundle.RECORDED, packages, "packages of the statements, with licenses and hashes")
-    facts = read_facts(folder, release, data, models, run_costs)
+    facts = read_facts(opened)
     readers = {row.get("reader") for row in facts.declared.values()}
     if readers & set(bundle.STDLIB) and (text := bundle.python_license()) is not None:
         assembly.write(f"dataset/{bundle.PYTHON_LICENSE}", text, "license of the interpreter's standard library")
@@ -333,6 +315,7 @@ def rewrite_page(release: Path, progress: Callable[[str], None] = lambda text: N
     """
     from release import scratch
     from release.layout import RETRACTED, SIGNATURE, SITE, SUMS
+    from release.opened_release import Release
     from release.web_page import site_files
 
     if (release / RETRACTED).exists():
@@ -342,7 +325,7 @@ def rewrite_page(release: Path, progress: Callable[[str], None] = lambda text: N
     with scratch.folder() as folder:
         progress("reading the release")
         try:
-            site_files.write(release, folder / SITE)
+            site_files.write(Release(release), folder / SITE)
         except (ValueError, KeyError, TypeError) as error:  # of a damaged file
             raise CheckFailed(
                 f"{release} cannot be read ({type(error).__name__}); `atom verify {release}` names the damaged files"

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.facts.published_tables import stream_rows
 from release.facts.score_facts import chat_tables_of
+from release.opened_release import Release
 from stages import scorers
 from stages.formats.table import read_jsonl
 
@@ -61,9 +61,9 @@ class Tally:
         return Findings(problems, skipped, f"scored again: {rescored}")
 
 
-def rescored_answers(subject: Subject) -> Findings:
+def rescored_answers(release: Release) -> Findings:
     """Checks that every score equals the result of the scorer that is stated beside it."""
-    dataset, tally = subject.folder, Tally()
+    dataset, tally = release.dataset, Tally()
     problems = _rescore_problems(dataset, tally)
     for table in _conversations(dataset):
         by_scorer: dict[Scorer, list[Scored]] = {}

@@ -6,45 +6,41 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.core.text import escaped
-from release import schema, untrusted
+from release import untrusted
 from release.checks import gate_results
-from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.checks.gate_results import Checks
-from release.facts import attest
 from release.facts.published_tables import read_json
-from release.layout import GATES, GATES_STATED, RECIPE
+from release.layout import GATES, GATES_STATED
+from release.opened_release import Release
+from release.standards import attestations as statements_of
 
 
-def passed_gates(checks: Callable[[], Checks], subject: Subject) -> Findings:
+def passed_gates(checks: Callable[[], Checks], release: Release) -> Findings:
     """Checks that no gate failed when the release was built, that all gates which apply are there and no others, and
     that those which follow from the published files have the result that these give.
 
     checks: Gives all checks of the registry, which names this one.
     """
-    published = untrusted.read_json(subject.folder / GATES, follow=True)
+    published = untrusted.read_json(release.root / GATES, follow=True)
     failed = [(name, gate["detail"]) for name, gate in sorted(published.items()) if gate["ok"] is False]
     findings = Findings([f"{GATES}: gate {name} failed: {detail}" for name, detail in failed])
     findings.skipped = {
         name: f"gate {name}: {gate['detail']}" for name, gate in sorted(published.items()) if gate["ok"] is None
     }
-    findings.problems += _gate_problems(checks(), subject, published, findings)
+    findings.problems += _gate_problems(checks(), release, published, findings)
     return findings
 
 
-def _gate_problems(checks: Checks, subject: Subject, published: Mapping[str, Any], findings: Findings) -> Iterator[str]:
+def _gate_problems(checks: Checks, release: Release, published: Mapping[str, Any], findings: Findings) -> Iterator[str]:
     """Sentences about gates that are invented, missing, or not what the published files give."""
     yield from (
         f"{GATES}: there is no gate {escaped(name)}"
         for name in sorted(published.keys() - set(gate_results.names(checks)))
     )
-    lacking = gate_results.required(checks, subject.folder) - published.keys()
+    lacking = gate_results.required(checks, release) - published.keys()
     yield from (f"{GATES}: gate {name} applies to the release, and is not there" for name in sorted(lacking))
-    again = (
-        gate_results.computed_again(checks, subject.folder, read_json(subject.folder / RECIPE))
-        if subject.kind == "release"
-        else {}
-    )
+    again = gate_results.computed_again(checks, release) if release.is_whole else {}
     for name, result in again.items():
         expected = {"ok": result.ok, "detail": result.detail} if result else None
         if published.get(name) != expected and name not in lacking:
@@ -54,17 +50,20 @@ def _gate_problems(checks: Checks, subject: Subject, published: Mapping[str, Any
         findings.skipped["details"] = f"details of the gates {', '.join(map(escaped, words))}: the words of the maker"
 
 
-def attestations(subject: Subject) -> Findings:
+def attestations(release: Release) -> Findings:
     """Checks that the statements about evaluations and gates match the tables."""
-    folder = subject.folder
-    nodes = schema.read_release(folder).nodes
-    is_release = (folder / "dataset").is_dir()
-    expected = attest.evaluations(folder, nodes) if is_release else {}
+    folder, nodes = release.root, release.info.nodes
+    has_data = (folder / "dataset").is_dir()
+    expected = statements_of.evaluations(release) if has_data else {}
     results = {name: gate["ok"] for name, gate in read_json(folder / GATES).items()}
-    expected[GATES_STATED] = attest.gates(folder, nodes, results, subject.digest)
-    present = {path.relative_to(folder).as_posix() for path in (folder / attest.FOLDER).rglob("*") if path.is_file()}
-    problems = [f"{path} is about nothing in the release" for path in sorted(present - expected.keys()) if is_release]
-    evaluated = {attest.evaluation_path(node.partition("-")[2]) for node in nodes if node.startswith("evaluate-")}
+    expected[GATES_STATED] = statements_of.gates(release, results)
+    present = {
+        path.relative_to(folder).as_posix() for path in (folder / statements_of.FOLDER).rglob("*") if path.is_file()
+    }
+    problems = [f"{path} is about nothing in the release" for path in sorted(present - expected.keys()) if has_data]
+    evaluated = {
+        statements_of.evaluation_path(node.partition("-")[2]) for node in nodes if node.startswith("evaluate-")
+    }
     problems += [f"{path} is missing" for path in sorted((expected.keys() | evaluated) - present)]
     common = sorted(present & expected.keys())
     problems += [f"{path} is not what the tables give" for path in common if read_json(folder / path) != expected[path]]

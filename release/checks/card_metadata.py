@@ -8,23 +8,20 @@ from typing import Any
 from pipeline.hub.client import load
 from release import schema
 from release.cards import render
-from release.checks.check import Subject
 from release.checks.findings import Findings
-from release.facts.data_facts import read_data_facts
-from release.facts.model_facts import read_model_facts
 from release.facts.variant_facts import read_variant_facts
 from release.layout import RELEASE
-from release.repositories import files_below
+from release.opened_release import Release
 from release.schema import CARD, CARDS, FORMAT, PublishedLicenses, ReleaseInfo
 
 
-def same_versions(subject: Subject) -> Findings:
+def same_versions(release: Release) -> Findings:
     """Checks that every card of a release or repository states the present versions, and that no file but release.json
     does so too."""
     problems = []
-    for path in files_below(subject.folder):
+    for path in release.files:
         place, _, name = path.rpartition("/")
-        stated = schema.of_card(subject.folder / place) if name == CARD else None
+        stated = schema.of_card(release.root / place) if name == CARD else None
         if stated is not None and stated != schema.Stated():
             versions = f"format {stated.format} and card schema {stated.cards}"
             problems.append(f"{path} states {versions}, which are not those of the release")
@@ -33,27 +30,27 @@ def same_versions(subject: Subject) -> Findings:
     return Findings(problems, detail=f"format {FORMAT}, card schema {CARDS}")
 
 
-def card_metadata(subject: Subject) -> Findings:
+def card_metadata(release: Release) -> Findings:
     """Checks that the metadata have the fields that the build writes, with the values that follow from the files.
     Names, languages and the license are as the card states them."""
-    folder, kind, text = subject.folder, subject.kind, (subject.folder / CARD).read_text()
+    kind, text = release.kind, (release.root / CARD).read_text()
     if kind == "model":
         data: Any = load().ModelCard(text).data
         repository = render.data_of(text).removesuffix("-data")
-        release = _release(data.to_dict(), repository)
-        title = str(data.model_name).removeprefix(release.name).removeprefix("-")
-        expected = render.model_metadata(title, release, read_model_facts(folder))
+        stated = _release(data.to_dict(), repository)
+        title = str(data.model_name).removeprefix(stated.name).removeprefix("-")
+        expected = render.model_metadata(title, stated, release.models[release.root.name])
     elif kind == "variant":
         data = load().ModelCard(text).data
-        release = _release(data.to_dict(), data.datasets[0].removesuffix("-data"))
-        suffix = str(data.to_dict().get("model_name", "")).removeprefix(release.name)
-        expected = render.variant_metadata(suffix, release, read_variant_facts(folder))
+        stated = _release(data.to_dict(), data.datasets[0].removesuffix("-data"))
+        suffix = str(data.to_dict().get("model_name", "")).removeprefix(stated.name)
+        expected = render.variant_metadata(suffix, stated, read_variant_facts(release.root))
     else:
         data = load().RepoCard(text).data
-        release = _release(data.to_dict())
-        expected = render.plain_metadata(release.license.code)
+        stated = _release(data.to_dict())
+        expected = render.plain_metadata(stated.license.code)
         if kind == "dataset":
-            expected = render.data_metadata(release, read_data_facts(folder))
+            expected = render.data_metadata(stated, release.data)
     is_equal = schema.metadata_of(text) == str(expected)
     return Findings([] if is_equal else [f"{CARD}: its metadata are not those that the files beside it give"])
 

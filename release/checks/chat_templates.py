@@ -8,19 +8,19 @@ from typing import Any
 from pipeline.core.errors import installing
 from release import untrusted
 from release.checks import formats
-from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import GOLDENS
+from release.opened_release import Release
 from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE
 
 ARGUMENTS = ("messages", "tools", "add_generation_prompt")
 
 
-def chat_templates(subject: Subject) -> Findings:
+def chat_templates(release: Release) -> Findings:
     """Checks that every chat template of a model renders a conversation, and that sandboxed Jinja renders the recorded
     conversations with both templates as transformers did at the build; `tokenizers` must give its token ids."""
     findings = Findings(compared=False, summary="Jinja and transformers render the recorded conversations alike")
-    for model in subject.models:
+    for model in release.model_folders:
         templates = formats.templates(model)
         findings.compared = findings.compared or bool(templates)
         for name, template in templates.items():

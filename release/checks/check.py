@@ -8,41 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.store import sha256_file
 from release.checks.findings import Findings
 from release.checks.load_report import LoadReport
-from release.facts.data_facts import DataFacts
-from release.facts.model_facts import ModelFacts
-from release.repositories import model_folders
-from release.schema import ReleaseInfo
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The published files that a check reads.
-
-    folder: of the check's scope. kind: of the whole checked folder, by `listing.kind_of`. digest: SHA-256 of a file.
-    """
-
-    folder: Path
-    kind: str = "release"
-    digest: Callable[[Path], str] = sha256_file
-
-    @property
-    def models(self) -> list[Path]:
-        """The model folders of a release; a model repository is one itself."""
-        return [self.folder / name for name in model_folders(self.folder)] if self.kind == "release" else [self.folder]
+from release.opened_release import Release
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The location of a check's files. kinds: of folders with these files; place: their folder in a release."""
+    """The folders with the files of a check.
+
+    Attributes:
+        kinds: The kinds of these folders.
+        place: The folder of the files in a release.
+    """
 
     kinds: tuple[str, ...]
     place: str = ""
-
-    def subject(self, folder: Path, kind: str, digest: Callable[[Path], str] = sha256_file) -> Subject:
-        return Subject(folder / self.place if kind == "release" else folder, kind, digest)
 
 
 @dataclass(frozen=True)
@@ -76,7 +57,7 @@ class Check:
     """
 
     name: str
-    function: Callable[[Subject], Findings]
+    function: Callable[[Release], Findings]
     scope: Scope
     reads: Reads = NOTHING_LARGE
     deep: bool = False
@@ -85,31 +66,33 @@ class Check:
     gate: str = ""
     remedy: str = ""
 
-    def applies_to(self, folder: Path, kind: str) -> bool:
-        """Whether a folder of this kind has the subject of the check."""
-        if kind not in self.scope.kinds:
+    def applies_to(self, release: Release) -> bool:
+        """Returns True if a folder has the subject of the check."""
+        if release.kind not in self.scope.kinds:
             return False
-        return not self.needs or any(self.scope.subject(folder, kind).folder.glob(self.needs))
+        return not self.needs or any((release.root / self._place_in(release)).glob(self.needs))
 
-    def reads_of(self, kind: str) -> Reads:
-        """The files that it reads, by paths in a folder of this kind."""
-        return self.reads.below(self.scope.place if kind == "release" else "")
+    def reads_of(self, release: Release) -> Reads:
+        """Returns the files that it reads, by their paths in the folder."""
+        return self.reads.below(self._place_in(release))
+
+    def _place_in(self, release: Release) -> str:
+        return self.scope.place if release.is_whole else ""
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """Inputs of gates that are not in the published files, or not in this form.
+    """A release that is being built, and inputs of gates that it does not publish, or not in this form.
 
-    folder: of the release that is being built. evaluation: the recipe's section, with the thresholds. data, models:
-    facts of the dataset, and of each model folder. machine: paths that must not be published. load_reports: of each
-    model folder; without them the models are loaded now.
+    Attributes:
+        release: The release.
+        evaluation: The recipe's section, with the thresholds.
+        machine: Paths that must not be published.
+        load_reports: What plain transformers makes of each model folder.
     """
 
-    folder: Path
-    release: ReleaseInfo
+    release: Release
     evaluation: dict[str, Any]
-    data: DataFacts
-    models: dict[str, ModelFacts] = field(default_factory=dict)
     machine: list[Path] = field(default_factory=list)
     load_reports: dict[str, LoadReport] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from release.checks.check import NOTHING_LARGE, Check, Reads
 from release.checks.confine import Budget
 from release.checks.findings import HOLDS, Absent, Findings
 from release.checks.verdict import CheckResult, answer
-from release.hash_cache import Digests
+from release.opened_release import Release
 from release.tree import Tree, real_bytes
 
 SECONDS, MEMORY = 20.0, 192 << 20
@@ -87,21 +87,20 @@ class CheckRunner:
     this check reads, by their bytes on the disk. After a check has exceeded it, no further check runs. unlimited: what
     this platform lacks for limits, "" on Linux; without them checks run in this process, and `limits` says so."""
 
-    def __init__(self, folder: Path, tree: Tree, deep: bool) -> None:
-        self.folder, self.tree, self.deep = folder, tree, deep
+    def __init__(self, release: Release, tree: Tree, deep: bool) -> None:
+        self.release, self.tree, self.deep = release, tree, deep
         self.seconds = SECONDS
         self.tables: dict[str, tuple[int, int]] = {}
         self.spent = ""
         self.unlimited = confine.missing()
 
-    def ask(self, check: Check, kind: str, digests: Digests) -> CheckResult:
-        """The result of a registered check. kind: of the folder, to which the check applies."""
-        subject = check.scope.subject(self.folder, kind, digests)
-        if not check.confined:
-            return run_check(check.name, lambda: check.function(subject))
-        return self.run(
-            check.name, lambda: run_check(check.name, lambda: check.function(subject)), check.reads_of(kind)
-        )
+    def ask(self, check: Check) -> CheckResult:
+        """Returns the result of a registered check, which applies to the folder."""
+
+        def question() -> CheckResult:
+            return run_check(check.name, lambda: check.function(self.release))
+
+        return self.run(check.name, question, check.reads_of(self.release)) if check.confined else question()
 
     def run(self, name: str, question: Callable[[], CheckResult], reads: Reads = NOTHING_LARGE) -> CheckResult:
         if self.spent:
@@ -150,7 +149,7 @@ class CheckRunner:
         body: dict[str, Any] = {"tables": {}}
 
         def question() -> CheckResult:
-            body.update(table_sizes(self.folder, paths))
+            body.update(table_sizes(self.release.root, paths))
             return answer("tables", body["wrong"])
 
         result = guarded("tables", question)

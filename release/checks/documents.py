@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from release import data_layout, merkle, references
-from release.checks.check import Subject
 from release.checks.findings import Findings, require_file
 from release.checks.rows import Rows, equals, repeated_ids, text_batches
 from release.facts import message_tables
 from release.facts.published_tables import TEXT_BATCH, read_json
 from release.layout import ROOTS
+from release.opened_release import Release
 from stages.data.splits import SPLITS
 
 UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
@@ -32,10 +32,10 @@ MOST_MESSAGES = 20
 """The maximum number of problems of messages that are named."""
 
 
-def licenses(subject: Subject) -> Findings:
+def licenses(release: Release) -> Findings:
     """Checks that every document has a license, including removed ones."""
     expressions: set[str] = set()
-    problems = list(islice(_unlicensed(subject.folder, expressions), MOST_PROBLEMS))
+    problems = list(islice(_unlicensed(release.dataset, expressions), MOST_PROBLEMS))
     names = sorted(expressions)
     rest = f" and {len(names) - MOST_NAMED} further expressions" if len(names) > MOST_NAMED else ""
     summary = f"every document has a license: {', '.join(names[:MOST_NAMED])}{rest}"
@@ -57,12 +57,12 @@ def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:
                 yield f"{_name(dataset, path)}: document {row['id']} of source {row['source']} has no license"
 
 
-def dispositions(subject: Subject) -> Findings:
+def dispositions(release: Release) -> Findings:
     """Checks that each document has one disposition, that in = kept + removed, and that the kept ones are exactly those
     of the tables of kept documents."""
     counts: Counter[str] = Counter()
     kept: Counter[str] = Counter()
-    problems = list(islice(_unbalanced(subject.folder, counts, kept), MOST_PROBLEMS))
+    problems = list(islice(_unbalanced(release.dataset, counts, kept), MOST_PROBLEMS))
     total, kept_total = counts.total(), kept.total()
     summary = f"{total} documents in = {kept_total} kept + {total - kept_total} removed"
     return Findings(problems, compared=total > 0, summary=summary)
@@ -157,10 +157,10 @@ def _has(path: Path, id: str, only_kept: bool = False) -> bool:
     return False
 
 
-def content_hashes(subject: Subject) -> Findings:
+def content_hashes(release: Release) -> Findings:
     """Checks that the content hash of every kept document is that of its text, if the text is published, and equal in
     every table."""
-    dataset = subject.folder
+    dataset = release.dataset
     by_reference = references.read(dataset).keys()
     parts = list(data_layout.document_parts(dataset))
     problems = (text for part in parts for text in _unequal_hashes(dataset, part, by_reference))
@@ -276,17 +276,17 @@ def _name(dataset: Path, path: Path) -> str:
     return path.relative_to(dataset).as_posix()
 
 
-def messages(subject: Subject) -> Findings:
+def messages(release: Release) -> Findings:
     """Checks that the messages of every conversation are those of its text."""
-    published = list(message_tables.published(subject.folder))
-    problems = list(islice(message_tables.problems(subject.folder), MOST_MESSAGES))
+    published = list(message_tables.published(release.dataset))
+    problems = list(islice(message_tables.problems(release.dataset), MOST_MESSAGES))
     summary = f"the messages of every conversation are those of its text: {', '.join(published)}"
     return Findings(problems, compared=bool(published), summary=summary)
 
 
-def merkle_roots(subject: Subject) -> Findings:
+def merkle_roots(release: Release) -> Findings:
     """Checks that the published Merkle roots are those of the tables."""
-    stated, computed = read_json(require_file(subject.folder, ROOTS)), merkle.roots(subject.folder)
+    stated, computed = read_json(require_file(release.dataset, ROOTS)), merkle.roots(release.dataset)
     names = [name for name in sorted(stated.keys() | computed.keys()) if stated.get(name) != computed.get(name)]
     problems = [f"{ROOTS}: the root of {name} is not that of its table" for name in names]
     return Findings(problems, compared=bool(computed))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from release import schema
 from release.checks.check import BuildCheck, BuildContext, Check
 from release.checks.findings import Absent, Findings
-from release.facts.data_facts import read_data_facts
+from release.opened_release import Release
 from stages.evaluation.settings import EvaluationSection
 
 Checks = Iterable[Check | BuildCheck]
@@ -36,26 +33,25 @@ def names(checks: Checks) -> list[str]:
     return list(dict.fromkeys(check.gate for check in checks if check.gate))
 
 
-def required(checks: Checks, folder: Path) -> set[str]:
+def required(checks: Checks, release: Release) -> set[str]:
     """The gates that apply to a release, or to the release of an evidence repository, as far as its files show it."""
+    whole = Release(release.root)
     return {
         check.gate
         for check in checks
-        if check.gate and (check.private if isinstance(check, BuildCheck) else check.applies_to(folder, "release"))
+        if check.gate and (check.private if isinstance(check, BuildCheck) else check.applies_to(whole))
     }
 
 
-def computed_again(checks: Checks, folder: Path, recipe: Mapping[str, Any]) -> dict[str, GateResult | None]:
+def computed_again(checks: Checks, release: Release) -> dict[str, GateResult | None]:
     """{gate: its result by the published files; None if it does not apply} of the gates that follow from these alone.
 
     Args:
         checks: All checks.
-        folder: Of a whole release.
-        recipe: The published one.
+        release: A whole release.
     """
-    evaluation = EvaluationSection.model_validate(recipe["evaluation"]).model_dump()
-    release, data = schema.read_release(folder), read_data_facts(folder / "dataset")
-    build, waived = BuildContext(folder, release, evaluation, data), evaluation.get("waived_gates", {})
+    evaluation = EvaluationSection.model_validate(release.recipe["evaluation"]).model_dump()
+    build, waived = BuildContext(release, evaluation), evaluation.get("waived_gates", {})
     others = {c.gate for c in checks if not isinstance(c, BuildCheck) or c.private}
     results = {name: run_gate(checks, name, build) for name in names(checks) if name not in others}
     return {name: result and waive(result, waived) for name, result in results.items()}
@@ -76,10 +72,10 @@ def run_gate(checks: Checks, name: str, build: BuildContext) -> GateResult | Non
 def _findings(check: Check | BuildCheck, build: BuildContext) -> Findings | None:
     if isinstance(check, BuildCheck):
         return check.function(build)
-    if not check.applies_to(build.folder, "release"):
+    if not check.applies_to(build.release):
         return None
     try:
-        return check.function(check.scope.subject(build.folder, "release"))
+        return check.function(build.release)
     except Absent as error:  # a new release has every part of the present format
         return Findings([str(error)])
 

@@ -4,16 +4,14 @@ evidence/gates.json."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
 
 from release.checks import gate_results, registry
 from release.checks.check import BuildContext
 from release.checks.gate_results import GateResult
-from release.facts import attest
 from release.facts.assemble import to_json
 from release.layout import GATES, GATES_STATED
-from release.schema import NodeArtifact
+from release.opened_release import Release
+from release.standards import attestations
 
 
 def names() -> list[str]:
@@ -32,9 +30,9 @@ def run_all(build: BuildContext) -> list[GateResult]:
     return [gate_results.waive(result, build.evaluation.get("waived_gates", {})) for result in results]
 
 
-def write(folder: Path, nodes: Mapping[str, NodeArtifact], results: list[GateResult]) -> None:
-    """The results as a table, and as a statement about all artifacts."""
+def write(release: Release, results: list[GateResult]) -> None:
+    """Writes the results as a table, and as a statement about all artifacts."""
     rows = {result.name: {"ok": result.ok, "detail": result.detail} for result in results}
-    (folder / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    stated = attest.gates(folder, nodes, {result.name: result.ok for result in results})
-    (folder / GATES_STATED).write_bytes(to_json(stated))
+    (release.root / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    stated = attestations.gates(release, {result.name: result.ok for result in results})
+    (release.root / GATES_STATED).write_bytes(to_json(stated))

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from release.checks import confine
-from release.checks.check import BuildContext, Subject
+from release.checks.check import BuildContext
 from release.checks.confine import Budget
 from release.checks.findings import Absent, Findings, require_file
 from release.checks.load_report import (
@@ -19,6 +19,7 @@ from release.checks.load_report import (
 )
 from release.facts.published_tables import read_json
 from release.layout import GOLDENS
+from release.opened_release import Release
 from stages.formats.chat_templates import INFERENCE_FILE
 from stages.formats.tokenizer import THINK_END, THINK_START
 
@@ -28,7 +29,7 @@ MEMORY, SECONDS = 400 << 20, 10
 """The limits for loading a model in transformers, beyond the needs of its weights."""
 
 
-def loads_with_goldens(subject: Subject) -> Findings:
+def loads_with_goldens(release: Release) -> Findings:
     """Checks that each model loads within limits, that its chat template round-trips, and that fixed inputs give the
     outputs of the build."""
     if lacking := confine.missing():
@@ -36,7 +37,7 @@ def loads_with_goldens(subject: Subject) -> Findings:
     for name in ("torch", "transformers"):  # the fresh interpreter would report their absence as a fault of the model
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    models = subject.models
+    models = release.model_folders
     size = weight_bytes(models)
     budget = Budget(MEMORY + 8 * size, SECONDS * len(models) + size // BYTES_PER_SECOND)
     findings = Findings()
@@ -72,7 +73,7 @@ def loads_as_exported(build: BuildContext) -> Findings:
     findings = Findings(summary="every model loads, finite logits")
     for folder, report in build.load_reports.items():
         findings.problems += [f"{folder}: {text}" for text in report.of_part(MODEL)]
-        if report.parameters not in (None, build.models[folder].parameters.total):
+        if report.parameters not in (None, build.release.models[folder].parameters.total):
             findings.problems.append(
                 f"{folder}: transformers counts {report.parameters} parameters, the file holds others"
             )
@@ -84,7 +85,7 @@ def chat_template_round_trips(build: BuildContext) -> Findings:
     files have the form that runtimes read."""
     findings = Findings(summary="text, tokens and markers survive")
     for folder, report in build.load_reports.items():
-        texts = [*report.of_part(CHAT_TEMPLATE), *_form_problems(build.folder / folder)]
+        texts = [*report.of_part(CHAT_TEMPLATE), *_form_problems(build.release.root / folder)]
         findings.problems += [f"{folder}: {text}" for text in texts]
     return findings
 

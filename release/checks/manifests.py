@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.store import Artifact, digest_of
-from release import references, schema, untrusted
-from release.checks.check import Subject
+from release import references, untrusted
 from release.checks.file_list import generates
 from release.checks.findings import Findings
 from release.facts.assemble import earlier_placements, origin_of_copy, placements, unexplained
-from release.facts.published_tables import Manifest, read_manifests
 from release.layout import ORIGINS, RELEASE
-from release.repositories import files_below
+from release.opened_release import Release
 
 
-def manifests(subject: Subject) -> Findings:
+def manifests(release: Release) -> Findings:
     """Checks that each manifest's digest is the digest of its rows."""
-    by_node = read_manifests(subject.folder)
+    by_node = release.manifests
     findings = Findings(compared=bool(by_node))
     for node, manifest in by_node.items():
         if digest_of(list(manifest.files)) != manifest.digest:
@@ -27,15 +25,14 @@ def manifests(subject: Subject) -> Findings:
     return findings
 
 
-def origins(subject: Subject) -> Findings:
+def origins(release: Release) -> Findings:
     """Checks that every file has an origin: that each copy is, byte for byte, the file of its artifact's manifest, in
     the place in which the build puts it, and that the others are files that the build makes."""
-    folder, paths = subject.folder, files_below(subject.folder)
+    folder, paths = release.root, release.files
     stated = untrusted.read_json(folder / ORIGINS, follow=True)
     problems = [f"{path} has no origin" for path in unexplained(stated, paths)]
-    by_node = read_manifests(folder)
     manifest_digests: dict[tuple[str, str], str] = {}
-    for node, manifest in by_node.items():
+    for node, manifest in release.manifests.items():
         manifest_digests |= {(node, path): digest for path, digest in manifest.digests.items()}
     present, copies = set(paths), 0
     for path, origin in sorted(stated.items()):
@@ -43,19 +40,19 @@ def origins(subject: Subject) -> Findings:
         if path not in present:  # and ../ does not lead out of the release
             if _part_is_there(folder, path):
                 problems.append(f"{path} is missing (listed in {ORIGINS})")
-        elif "artifact" in origin and manifest_digests.get((origin["artifact"], origin["file"])) != subject.digest(
+        elif "artifact" in origin and manifest_digests.get((origin["artifact"], origin["file"])) != release.digest(
             folder / path
         ):
             problems.append(f"{path} is not {origin['file']} of the artifact {origin['artifact']}")
     generated = len(stated) - copies
-    problems += _misplaced(folder, by_node, stated)
+    problems += _misplaced(release, stated)
     return Findings(problems, summary=f"{copies} files copied from stated artifacts, {generated} generated and listed")
 
 
-def _misplaced(folder: Path, by_node: Mapping[str, Manifest], stated: Mapping[str, Any]) -> Iterator[str]:
+def _misplaced(release: Release, stated: Mapping[str, Any]) -> Iterator[str]:
     """Sentences about origins that are not those that the build gives to the artifacts of the release."""
-    nodes = schema.read_release(folder).nodes
-    artifacts = {name: Artifact(row.key, row.digest, folder, row.files) for name, row in by_node.items()}
+    nodes, manifests = release.info.nodes, release.manifests
+    artifacts = {name: Artifact(row.key, row.digest, release.root, row.files) for name, row in manifests.items()}
     own = {node: artifacts[node] for node in nodes if node in artifacts}
     earlier = {name: artifact for name, artifact in artifacts.items() if name not in nodes}
     for node, stated_artifact in nodes.items():
@@ -65,7 +62,7 @@ def _misplaced(folder: Path, by_node: Mapping[str, Manifest], stated: Mapping[st
     for name, artifact in earlier.items():
         if name != artifact.key:
             yield f"evidence/manifests/{name}.json is of no artifact of the release"
-    by_reference = references.read(folder / "dataset").keys()
+    by_reference = references.read(release.dataset).keys()
     expected: dict[str, dict[str, str]] = {}
     for name, file, path in (*placements(own), *earlier_placements(earlier)):
         expected[path] = origin_of_copy(name, artifacts[name], file, path, by_reference)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.parts import part_file, part_tables
 from pipeline.core.store import sha256_file
-from release.checks.check import BuildContext, Subject
+from release.checks.check import BuildContext
 from release.checks.findings import Findings
 from release.data_layout import orders
 from release.facts import published_order
-from release.facts.checkpoint_facts import read_checkpoints
 from release.facts.published_tables import read_json, stream_batches
 from release.layout import WITHOUT_ORDER, phases_of
+from release.opened_release import Release
 from stages.data.chunks import ChunkIndex, Cut, seal_index
 from stages.data.computed_order import ComputedOrder
 from stages.data.order import merkle_root
@@ -42,13 +42,13 @@ ROWS = 65_536
 Indexes = Mapping[str, ChunkIndex]
 
 
-def segments(subject: Subject) -> Findings:
+def segments(release: Release) -> Findings:
     """Checks that every segment of the order is within a training document, that no held-out document was trained on,
     and that the function of an order gives its rows: of all blocks, or of a sample of a large order.
 
     In memory is a part of the order and of the documents.
     """
-    dataset, problems = subject.folder, []
+    dataset, problems = release.dataset, []
     earlier = sorted(meta.parent for meta in (dataset / "earlier").glob("order-*/meta.json"))
     current = dataset / "tokens"
     # an earlier run may have had different documents, which are then beside its order
@@ -66,7 +66,7 @@ def segments(subject: Subject) -> Findings:
             problems += [f"{name}: {text}" for text in wrong_segments]
             if not wrong_segments and published_order.is_function(meta):
                 fitting = next((indexes for indexes in candidates if _fits(meta, indexes)), candidates[-1])
-                problems += [f"{name}: {text}" for text in _recompute(subject, order, meta, fitting, Path(work))]
+                problems += [f"{name}: {text}" for text in _recompute(release, order, meta, fitting, Path(work))]
     return Findings(problems, compared=bool(published))
 
 
@@ -117,7 +117,7 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
                 yield f"{segment} is out of order or doubled"
 
 
-def _recompute(subject: Subject, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
+def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
     """A sentence for each block whose rows or places in the streams differ from those of the order's function."""
     config = published_order.config_of(meta)
     if not _fits(meta, indexes):
@@ -152,7 +152,7 @@ def _recompute(subject: Subject, folder: Path, meta: Mapping[str, Any], indexes:
             yield f"{name} {problem}"
             continue
         table, _ = order.block(n)
-        if subject.digest(folder / name) != parts[n]["sha256"] or not read_table(folder / name).equals(table):
+        if release.digest(folder / name) != parts[n]["sha256"] or not read_table(folder / name).equals(table):
             yield f"{name} differs from the rows that the function of the order gives"
 
 
@@ -180,10 +180,10 @@ def _wrong_place(order: ComputedOrder, n: int, parts: Sequence[Any], end: Mappin
 
 def checkpoints_and_order(build: BuildContext) -> Findings:
     """Checks that every phase has checkpoints, and an order from its first step to that of the last checkpoint."""
-    rows = read_checkpoints(build.folder / "checkpoints")
-    orders, findings = build.data.order, Findings()
+    rows = build.release.checkpoints
+    orders, findings = build.release.data.order, Findings()
     findings.summary = f"{len(rows)} checkpoints; order of {', '.join(orders)}"
-    for phase in phases_of(build.release.nodes):
+    for phase in phases_of(build.release.info.nodes):
         steps = [row.step for row in rows if row.phase == phase]
         if not steps:
             findings.problems.append(f"no checkpoint of {phase}; set {phase}.release_checkpoint_interval")

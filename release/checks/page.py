@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from release.checks.check import Subject
 from release.checks.findings import Findings
+from release.opened_release import Release
 from release.web_page import site_files
 
 
-def page(subject: Subject) -> Findings:
+def page(release: Release) -> Findings:
     """Checks the page; of one whose release is not here, only that it runs nothing."""
-    if subject.kind != "release":
+    if release.kind != "release":
         reason = "page: what it shows is compared where all files of the release are there; it runs nothing"
-        return Findings(site_files.foreign_scripts(subject.folder), {"page": reason})
-    return Findings(site_files.problems(subject.folder))
-
-
-def scripts(folder: Path) -> Findings:
-    """Checks that the page runs nothing in a folder whose content is not compared, such as that of a retracted
-    release."""
-    return Findings(site_files.foreign_scripts(folder))
+        return Findings(site_files.foreign_scripts(release), {"page": reason})
+    return Findings(site_files.problems(release))

@@ -8,25 +8,21 @@ from pathlib import Path
 
 from pipeline.core.errors import installing
 from release.cards.plots import NAMES, SOFTWARE, Drawings, data_plots, entries, model_plots, version
-from release.checks.check import Subject
 from release.checks.findings import Findings
-from release.facts.data_facts import read_data_facts
-from release.facts.model_facts import read_model_facts
+from release.opened_release import Release
 
 ROUNDED = 16
 """The largest difference of a color, of 256, that another processor may round."""
 
 
-def plots(subject: Subject) -> Findings:
+def plots(release: Release) -> Findings:
     """Checks that the plots of a folder look like those that its numbers give, if the same matplotlib drew them."""
-    folder = subject.folder
     findings = Findings(compared=False)
-    if subject.kind in ("release", "dataset"):
-        dataset = folder / "dataset" if subject.kind == "release" else folder
-        _compare(dataset, data_plots(read_data_facts(dataset)), findings)
-    if subject.kind in ("release", "model"):
-        for model in subject.models:
-            _compare(model, model_plots(model, read_model_facts(model)), findings)
+    if release.kind in ("release", "dataset"):
+        _compare(release.dataset, data_plots(release.data), findings)
+    if release.kind in ("release", "model"):
+        for model in release.model_folders:
+            _compare(model, model_plots(model, release.models[model.name]), findings)
     return findings
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from pipeline.core import provenance
 from pipeline.core.store import sha256_file
-from release import schema, untrusted
-from release.checks.check import Subject
+from release import untrusted
 from release.checks.findings import Findings
 from release.facts import forecast
 from release.facts.forecast import FILE, FOLDER, MODEL, PHASE
-from release.facts.published_tables import read_json
 from release.layout import folders_of, models_of
+from release.opened_release import Release
 
 CLOSE = 1e-6
 """Relative difference of figures that other versions of numpy may compute."""
@@ -24,43 +22,43 @@ PROOF = (
 )
 
 
-def prediction(subject: Subject) -> Findings:
+def prediction(release: Release) -> Findings:
     """Checks the chain from prediction.json over its manifest and statement to the statement about training, whose
     first start names it, the order of their times, and that the forecast follows from the runs in it."""
-    folder, place = subject.folder, subject.folder / FOLDER
+    folder, place = release.root, release.root / FOLDER
     predicted = forecast.read(place / FILE)
     manifest, statement = (untrusted.read_json(place / name) for name in ("manifest.json", "statement.json"))
     problems = []
     rows = [(row["path"], row["sha256"]) for row in manifest["files"]]
-    if rows != [(FILE, subject.digest(place / FILE))]:
+    if rows != [(FILE, release.digest(place / FILE))]:
         problems.append(f"{FOLDER}/{FILE} is not the file of its manifest")
     sealed = {"name": manifest["key"], "digest": {"sha256": manifest["digest"]}}
     if sealed not in statement["subject"]:
         problems.append(f"{FOLDER}/statement.json is about another artifact than {manifest['key']}")
-    node = schema.read_release(folder).nodes[PHASE]
+    node, model_places = release.info.nodes[PHASE], folders_of(models_of(release.info.nodes))
     if predicted.target.key != node.key:
         problems.append(f"{FOLDER}/{FILE} is about {predicted.target.key}, and {PHASE} of this release is {node.key}")
-    problems += _of_training(folder, node.key, node.digest, manifest["digest"], statement)
+    problems += _of_training(release, manifest["digest"], statement)
     problems += _of_runs(predicted, statement)
-    copies = [folder / name / FILE for name in folders_of(models_of(schema.read_release(folder).nodes)).values()]
+    copies = [folder / name / FILE for name in model_places.values()]
     problems += [
         f"{path.relative_to(folder).as_posix()} is not the prediction in {FOLDER}"
         for path in copies
-        if path.exists() and sha256_file(path) != subject.digest(place / FILE)
+        if path.exists() and sha256_file(path) != release.digest(place / FILE)
     ]
-    name = folders_of(models_of(schema.read_release(folder).nodes))[MODEL]
-    if subject.kind == "release" and not (folder / name / FILE).exists():
+    name = model_places[MODEL]
+    if release.is_whole and not (folder / name / FILE).exists():
         problems.append(f"{name}/{FILE} is missing")
     return Findings(problems, detail=PROOF)
 
 
-def _of_training(folder: Path, key: str, digest: str, prediction_digest: str, statement: Any) -> list[str]:
+def _of_training(release: Release, prediction_digest: str, statement: Any) -> list[str]:
     """Problems of the statements about the training: each start must name the prediction, and begin after it."""
+    node = release.info.nodes[PHASE]
     finished = statement["predicate"]["runDetails"]["metadata"]["finishedOn"]
     problems, starts_seen = [], 0
-    for path in sorted((folder / "evidence/statements").glob("*.json")):
-        body = read_json(path)
-        if {"name": key, "digest": {"sha256": digest}} not in body["subject"]:
+    for path, body in release.statements.items():
+        if {"name": node.key, "digest": {"sha256": node.digest}} not in body["subject"]:
             continue
         for start in provenance.starts(body):
             starts_seen += 1

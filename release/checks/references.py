@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from release import data_layout, references
-from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.facts.published_tables import read_json
+from release.opened_release import Release
 from release.references import Reference
 from stages.formats.file_digests import tree_digest
 from stages.formats.table import read_errors
 
 
-def by_reference(subject: Subject) -> Findings:
+def by_reference(release: Release) -> Findings:
     """Checks that only sources by reference lack texts, and that their files are those of the source's digest. States
     what is by reference among what is skipped."""
-    dataset = subject.folder
+    dataset = release.dataset
     stated = references.read(dataset)
     findings = Findings(compared=bool(stated))
     for name, files in data_layout.kept_files(dataset).items():

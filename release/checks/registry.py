@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 from release.checks import (
     answers,
@@ -51,6 +50,7 @@ from release.layout import (
     STANDARDS,
     VARIANT,
 )
+from release.opened_release import Release
 from stages.train.imported_weights import NAME as BASE
 
 RELEASE = Scope(("release",))
@@ -164,8 +164,8 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
 )  # fmt: skip
 
 
-def verifiers(folder: Path, kind: str, deep: bool) -> Iterator[Check]:
-    """The checks of `atom verify` for a folder of this kind."""
+def verifiers(release: Release, deep: bool) -> Iterator[Check]:
+    """Lists the checks of `atom verify` that apply to a folder."""
     for check in CHECKS:
-        if isinstance(check, Check) and (deep or not check.deep) and check.applies_to(folder, kind):
+        if isinstance(check, Check) and (deep or not check.deep) and check.applies_to(release):
             yield check

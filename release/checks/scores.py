@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from release.checks.check import BuildContext, Subject
+from release.checks.check import BuildContext
 from release.checks.findings import Findings
 from release.facts.published_tables import read_json
 from release.facts.score_facts import (
@@ -20,6 +20,7 @@ from release.facts.score_facts import (
     compute_memorization,
     compute_scores,
 )
+from release.opened_release import Release
 
 MIN_RECALL, MIN_PLANTED = 0.9, 4
 """The recall on items planted into a copy of the corpus that a valid detector has at least, and the minimum number of
@@ -29,9 +30,9 @@ MAX_CONTAMINATED = 0.05
 META = "dataset/evaluation/fresh/meta.json"
 
 
-def scores(subject: Subject) -> Findings:
+def scores(release: Release) -> Findings:
     """Checks that each scores.json follows from its tables, of every measurement."""
-    evaluation = subject.folder / "evaluation"
+    evaluation = release.dataset / "evaluation"
     return Findings(score_problems(evaluation), compared=any(evaluation.rglob("scores.json")))
 
 
@@ -66,9 +67,9 @@ def _equals_measured(path: Path, measured: Mapping[str, Any]) -> bool:
 def contamination_report(build: BuildContext) -> Findings | None:
     """Checks that the detector finds the planted items, and finds few items of the evaluation. None without a chat
     model."""
-    if not build.data.chat:
+    if not build.release.data.chat:
         return None
-    path = build.folder / "dataset" / CONTAMINATION
+    path = build.release.root / "dataset" / CONTAMINATION
     if not path.exists():
         return Findings(["there is no contamination report; run the stage contamination"])
     report = read_json(path)
@@ -92,13 +93,13 @@ def contamination_report(build: BuildContext) -> Findings | None:
     return Findings([f"{text}; {problem}" for problem in problems], summary=text)
 
 
-def fresh_set(subject: Subject) -> Findings:
+def fresh_set(release: Release) -> Findings:
     """Checks that the fresh set follows from the published weights: it is drawn from their digest, without the removed
     problems."""
     from stages.evaluation import generated_eval
     from stages.formats.table import read_jsonl
 
-    folder = subject.folder
+    folder = release.root
     if not (folder / META).exists():
         return Findings(["evaluation/fresh/meta.json is missing: no item is known to be newer than the weights"])
     meta = read_json(folder / META)
@@ -114,8 +115,8 @@ def fresh_set(subject: Subject) -> Findings:
 
 def fresh_set_of_conversations(build: BuildContext) -> Findings | None:
     """Checks that a release with chat models has a fresh set."""
-    if not build.data.chat:
+    if not build.release.data.chat:
         return None
-    missing = not (build.folder / META).parent.is_dir()
+    missing = not (build.release.root / META).parent.is_dir()
     text = "evaluation/fresh is missing: no item is known to be newer than the weights"
     return Findings([text] if missing else [])

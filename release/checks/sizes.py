@@ -11,35 +11,34 @@ from pydantic import ValidationError
 from pipeline.core import provenance
 from pipeline.core.stage import identity
 from release import untrusted
-from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.facts import size_facts, training
-from release.facts.published_tables import read_json, read_manifests
 from release.facts.size_facts import PRETRAIN, TRAINING
 from release.layout import RECIPE, SIZE
+from release.opened_release import Release
 from stages.models.registry import parse
 
 SHARED = ("tokens", "order")
 """Roles of the inputs that a smaller model has in common with pre-training."""
 
 
-def sizes(subject: Subject) -> Findings:
+def sizes(release: Release) -> Findings:
     """Checks that the recipe states every smaller model; that each was trained with the recipe's settings but for those
     that it states, on the rows of pre-training; that it is smaller; and that its figures are those of its log."""
-    folder = subject.folder
+    folder = release.root
     stated = untrusted.read_json(folder / RECIPE, follow=True).get("sizes", [])
     expected, published = [f"{SIZE}-{n + 1}" for n in range(len(stated))], size_facts.names(folder)
     if expected != published:
         words = [", ".join(each) or "none" for each in (expected, published)]
         return Findings([f"{RECIPE} states the smaller models {words[0]}, and {TRAINING} has {words[1]}"])
-    configs = _statements(folder, [PRETRAIN, *published])
+    configs = _statements(release, [PRETRAIN, *published])
     problems = [
         f"evidence/statements: none is about {name} as it is here"
         for name in (PRETRAIN, *published)
         if name not in configs
     ]
     if not problems:
-        base, *trained = size_facts.read_sizes(folder)
+        base, *trained = release.sizes
         for section, size in zip(stated, trained, strict=True):
             problems += _settings(section, configs[PRETRAIN], configs[size.name], size.name)
             problems += _log(folder, size)
@@ -48,13 +47,12 @@ def sizes(subject: Subject) -> Findings:
     return Findings(problems, summary=f"{len(published)} smaller models, trained on the rows of {PRETRAIN}")
 
 
-def _statements(folder: Path, names: list[str]) -> dict[str, provenance.Statement]:
+def _statements(release: Release, names: list[str]) -> dict[str, provenance.Statement]:
     """{node: statement about its artifact as it is here}"""
-    manifests = read_manifests(folder)
+    manifests = release.manifests
     subjects = {(m.key, m.digest): name for name in names if (m := manifests.get(name)) is not None}
     statements = {}
-    for path in sorted((folder / "evidence/statements").glob("*.json")):
-        body = read_json(path)
+    for body in release.statements.values():
         for each in body["subject"]:
             if name := subjects.get((each["name"], each["digest"]["sha256"])):
                 statements[name] = body

@@ -8,14 +8,12 @@ from pathlib import Path
 from pipeline.core import provenance
 from pipeline.core.code_snapshot import roots
 from pipeline.core.text import escaped
-from release import schema
 from release.checks import secret_scan
-from release.checks.check import BuildContext, Subject
+from release.checks.check import BuildContext
 from release.checks.findings import Findings
-from release.facts.attest import code_files
-from release.facts.published_tables import read_json
 from release.layout import CODE_README, RECIPE, SUMS
-from release.repositories import files_below
+from release.opened_release import Release
+from release.standards.attestations import code_files
 
 AS_RUN = "code/as-run/"
 """The folder of the recipe files, which are data."""
@@ -23,20 +21,19 @@ NAMED = 10
 """The maximum number of files that a sentence names."""
 
 
-def source_files(subject: Subject) -> Findings:
+def source_files(release: Release) -> Findings:
     """Checks that the published source files are those in the statements of the published artifacts, except for stale
     ones. Says which files of the code are not those of this atom: they are to be read before they are run."""
-    folder = subject.folder
-    release = schema.read_release(folder)
-    current = {artifact.key for node, artifact in release.nodes.items() if node not in release.stale}
-    stated = _stated(folder, current)
+    folder, info = release.root, release.info
+    current = {artifact.key for node, artifact in info.nodes.items() if node not in info.stale}
+    stated = _stated(release, current)
     findings = Findings(compared=bool(stated))
     for module, digests in sorted(stated.items()):
         stem = folder / "code" / module.replace(".", "/")
         source_file = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()), None)
         if source_file is None:
             findings.problems.append(f"code: {module}, which the statements name, is not there")
-        elif subject.digest(source_file) not in digests:
+        elif release.digest(source_file) not in digests:
             findings.problems.append(
                 f"{source_file.relative_to(folder).as_posix()} is not the file that the statements name"
             )
@@ -56,11 +53,10 @@ def _listed(names: Sequence[str]) -> str:
     return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} further files"
 
 
-def _stated(folder: Path, artifacts: set[str]) -> Mapping[str, set[str]]:
+def _stated(release: Release, artifacts: set[str]) -> Mapping[str, set[str]]:
     """{module: digests of its file} by the statements about these artifacts."""
     digests_by_module: dict[str, set[str]] = {}
-    for path in sorted((folder / "evidence/statements").rglob("*.json")):
-        body = read_json(path)
+    for body in release.statements.values():
         if {subject["name"] for subject in body["subject"]} & artifacts:
             for module, digest in provenance.code_of(body).items():
                 digests_by_module.setdefault(module, set()).add(digest)
@@ -86,7 +82,7 @@ def _others(release: Path) -> dict[str, bool]:
 def no_secrets(build: BuildContext) -> Findings:
     """Checks that no file contains a token, a private key, or a path of this machine. What a model wrote may have the
     form of a key: it is stated."""
-    paths = [path for path in files_below(build.folder) if Path(path).name != SUMS]
-    scan = secret_scan.scan(build.folder, paths, build.machine)
+    paths = [path for path in build.release.files if Path(path).name != SUMS]
+    scan = secret_scan.scan(build.release.root, paths, build.machine)
     summary = "; ".join([f"{len(paths)} files searched", *(f"by a model: {text}" for text in scan.invented)])
     return Findings(scan.secrets, summary=summary)

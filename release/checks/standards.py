@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from pipeline.core.errors import installing
-from release import schema
-from release.checks.check import Subject
 from release.checks.findings import Absent, Findings, require_file
-from release.facts import costs
-from release.facts.data_facts import read_data_facts
-from release.facts.model_facts import read_model_facts
 from release.layout import STANDARDS
-from release.repositories import model_folders
+from release.opened_release import Release
 from release.standards import package_list, validation
 from release.standards.bundle import DOCUMENTS, RECORDED
-from release.standards.standard_facts import read_facts, statements
+from release.standards.standard_facts import read_facts
 
 
-def documents(subject: Subject) -> Findings:
+def documents(release: Release) -> Findings:
     """Checks that each document is, byte for byte, what the files of a whole release give."""
-    folder = subject.folder
-    models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
-    release, data = schema.read_release(folder), read_data_facts(folder / "dataset")
-    facts = read_facts(folder, release, data, models, costs.usage_by_stage(folder))
+    folder, facts = release.root, read_facts(release)
     findings = Findings(summary=f"{len(DOCUMENTS)} documents follow from the release")
     listed = [(package.name, package.version) for package in facts.packages]
-    if listed != package_list.versions(folder, statements(folder)):
+    if listed != package_list.versions(release):
         findings.problems.append(f"{RECORDED} does not list the packages of the statements")
     present = {path.relative_to(folder).as_posix() for path in (folder / STANDARDS).rglob("*") if path.is_file()}
     findings.problems += [f"{path} is no document of the bundle" for path in sorted(present - {*DOCUMENTS, RECORDED})]
@@ -36,11 +28,11 @@ def documents(subject: Subject) -> Findings:
     return findings
 
 
-def valid(subject: Subject) -> Findings:
+def valid(release: Release) -> Findings:
     """Checks that the tool or the schema of each standard finds no error."""
     try:
-        require_file(subject.folder, STANDARDS)
-        problems = validation.problems(subject.folder)
+        require_file(release.root, STANDARDS)
+        problems = validation.problems(release.root)
     except ImportError as error:
         raise Absent(f"not checked, because it needs {error.name or error}; {installing('report')}") from None
     return Findings(problems, summary=f"{len(validation.VALIDATORS)} valid by their standards")

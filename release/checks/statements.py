@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core import provenance
 from pipeline.core.provenance import BUILD_TYPE, PREDICATE, STATEMENT
 from pipeline.core.store import Artifact, canonical, sha256_bytes
-from release import schema
-from release.checks.check import Subject
 from release.checks.findings import Findings
-from release.facts.attest import ENVIRONMENT
-from release.facts.published_tables import Manifest, read_json, read_manifests
+from release.facts.published_tables import read_json
 from release.layout import ORIGINS
-from release.repositories import files_below
+from release.opened_release import Release
+from release.standards.attestations import ENVIRONMENT
 
 ARTIFACT_URI = "atom:artifact/"
 
 
-def statements(subject: Subject) -> Findings:
+def statements(release: Release) -> Findings:
     """Checks that each artifact is the subject of a statement, that each statement's materials are the artifacts of the
     release, and that the summary in it is that of its product."""
-    folder = subject.folder
-    manifests = read_manifests(folder)
+    folder, manifests = release.root, release.manifests
     artifact_digests = {manifest.key: manifest.digest for manifest in manifests.values()}
-    published_summaries = _summaries(folder, manifests)
+    published_summaries = _summaries(release)
     stated_artifacts: set[tuple[str, str]] = set()
     stated_metrics: dict[str, set[str]] = {}
     problems = []
-    bodies = {path: read_json(path) for path in sorted((folder / "evidence/statements").rglob("*.json"))}
-    for path, body in bodies.items():
+    for path, body in release.statements.items():
         name = path.relative_to(folder).as_posix()
-        if path.stem != subject.digest(path):
+        if path.stem != release.digest(path):
             problems.append(f"{name} is not named by its digest")
         build = body["predicate"]["buildDefinition"]
         types = {
@@ -68,20 +63,18 @@ def statements(subject: Subject) -> Findings:
         for key in sorted(set(artifact_digests) - {k for k, _ in stated_artifacts})
     ]
     findings = Findings(problems, compared=bool(stated_artifacts))
-    _compare_metrics(subject, manifests, stated_metrics, findings)
-    _compare_build(folder, bodies.values(), findings)
+    _compare_metrics(release, stated_metrics, findings)
+    _compare_build(release, findings)
     return findings
 
 
-def _compare_metrics(
-    subject: Subject, manifests: Mapping[str, Manifest], stated: Mapping[str, set[str]], findings: Findings
-) -> None:
+def _compare_metrics(release: Release, stated: Mapping[str, set[str]], findings: Findings) -> None:
     """Compares the timed metrics with the statements about the artifacts. stated: {key: digests by its statements}."""
     unstated = []
-    for name, manifest in manifests.items():
-        path = subject.folder / f"evidence/metrics/{name}.jsonl"
+    for name, manifest in release.manifests.items():
+        path = release.root / f"evidence/metrics/{name}.jsonl"
         if manifest.key in stated:
-            if not path.is_file() or subject.digest(path) not in stated[manifest.key]:
+            if not path.is_file() or release.digest(path) not in stated[manifest.key]:
                 problem = f"evidence/metrics/{name}.jsonl is not the file that the statement about {manifest.key} names"
                 findings.problems.append(problem)
         elif path.is_file():
@@ -90,16 +83,16 @@ def _compare_metrics(
         findings.skipped["metrics"] = f"metrics: no statement names those of {', '.join(unstated)}"
 
 
-def _compare_build(folder: Path, bodies: Iterable[provenance.Statement], findings: Findings) -> None:
+def _compare_build(release: Release, findings: Findings) -> None:
     """Compares the commit and the environment of the build with those of the artifacts. A build may come later, from
     another commit and elsewhere, so that no statement has them."""
-    release, environment = schema.read_release(folder), read_json(folder / ENVIRONMENT)
+    commit, environment = release.info.commit, read_json(release.root / ENVIRONMENT)
     commits, environments = set(), []
-    for body in bodies:
+    for body in release.statements.values():
         commits |= {start["commit"] for start in provenance.starts(body)}
         environments.append(provenance.environment_of(body))
-    if release.commit not in commits:
-        findings.skipped["commit"] = f"commit: no statement about training names {release.commit}, that of the build"
+    if commit not in commits:
+        findings.skipped["commit"] = f"commit: no statement about training names {commit}, that of the build"
     fingerprint = sha256_bytes(canonical({name: environment.get(name) for name in ("python", "packages", "device")}))
     if environment.get("fingerprint") != fingerprint:
         findings.problems.append(f"{ENVIRONMENT}: its fingerprint is not that of its packages and its device")
@@ -107,13 +100,13 @@ def _compare_build(folder: Path, bodies: Iterable[provenance.Statement], finding
         findings.skipped["environment"] = "environment: no statement names that of the build"
 
 
-def _summaries(folder: Path, manifests: dict[str, Manifest]) -> dict[str, Any]:
+def _summaries(release: Release) -> dict[str, Any]:
     """{key: the byproduct that a statement about it should have} of each artifact whose summary.json is published."""
-    summaries, present = {}, set(files_below(folder))
-    for path, origin in read_json(folder / ORIGINS).items():
+    summaries, present = {}, set(release.files)
+    for path, origin in read_json(release.root / ORIGINS).items():
         if origin.get("file") == provenance.SUMMARY and path in present:
-            manifest = manifests[origin["artifact"]]
+            manifest = release.manifests[origin["artifact"]]
             row = next(row for row in manifest.files if row.path == provenance.SUMMARY)
-            product = Artifact(manifest.key, "", (folder / path).parent, (row,))
+            product = Artifact(manifest.key, "", (release.root / path).parent, (row,))
             summaries[manifest.key] = next(provenance.summaries(product))
     return summaries

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,13 @@ from release import schema
 from release.cards import render
 from release.cards.results import FOLDER as RESULTS
 from release.checks import loader_configs
-from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.facts import serving
 from release.facts.assemble import CODE_LICENSE, code_license_text, license_of, license_text, to_json
-from release.facts.model_facts import ModelFacts, read_model_facts
 from release.facts.published_tables import read_json
 from release.layout import CODE_README, FILTER_AGREEMENT, MODEL, NOTICE, RECIPE, RELEASE, SECOND_VERIFIER, STANDARDS
-from release.repositories import repositories, variant_folders
-from release.schema import CARD, ReleaseInfo
+from release.opened_release import Release
+from release.schema import CARD
 from release.standards import bundle
 from stages.data.curation.agreement import read_figures
 from stages.export.hf import generation_config, model_tokenizer_config
@@ -55,70 +53,67 @@ TAG = re.compile(r"/tree/v([0-9.]+)/evaluation/")
 """The version of a release in the sources of a model's results."""
 
 
-def tool_files(subject: Subject) -> Findings:
+def tool_files(release: Release) -> Findings:
     """Checks these files of a folder, as far as it shows what they follow from."""
     findings = Findings(summary="programs, options, templates and licenses are as this atom writes them")
-    if names := ALONE.get(subject.kind):
+    if names := ALONE.get(release.kind):
         findings.skipped["alone"] = f"values: nothing in this repository alone shows those of {', '.join(names)}"
-    if subject.kind == "checkpoint":  # it has no card
+    if release.kind == "checkpoint":  # it has no card
         reason = "LICENSE: nothing in the branch of a checkpoint states the license of its weights"
-        problems = list(_licenses(subject.folder, subject.kind, None, {}, findings))
-        return Findings(problems, {"LICENSE": reason} | findings.skipped)
-    if subject.kind != "release":
-        texts = ", ".join([CARD, *WITH_CARD.get(subject.kind, ())])
+        return Findings(list(_licenses(release, findings)), {"LICENSE": reason} | findings.skipped)
+    if not release.is_whole:
+        texts = ", ".join([CARD, *WITH_CARD.get(release.kind, ())])
         findings.skipped["words"] = f"words: those of {texts} are compared where all files of the release are there"
-    findings.problems += _problems(subject, findings)
+    findings.problems += _problems(release, findings)
     return findings
 
 
-def _problems(subject: Subject, findings: Findings) -> Iterator[str]:
-    folder, kind = subject.folder, subject.kind
-    release = schema.read_release(folder) if kind in ("release", "evidence") else None
-    if release is not None and _differs(folder / SECOND_VERIFIER, OWN_VERIFIER.read_bytes()):
-        yield f"{SECOND_VERIFIER} is not the verifier of this atom"
-    if release is not None:
-        if _differs(folder / CODE_README, render.code_readme(release).encode()):
-            yield f"{CODE_README} is not what this atom writes"
-        yield from _of_recipe(folder, release)
-    models = {}
-    for model in subject.models if kind in ("release", "model") else ():
-        prefix = f"{model.name}/" if release else ""
-        models[model.name] = facts = read_model_facts(model)
-        yield from (prefix + text for text in _of_model(model, facts, release, findings))
-    variants = [folder / name for name in variant_folders(folder)] if kind == "release" else [folder]
-    for variant in variants if kind in ("release", "variant") else ():
-        prefix = f"{variant.name}/" if release else ""
-        yield from (prefix + text for text in _of_loader(variant, None, findings))
+def _problems(release: Release, findings: Findings) -> Iterator[str]:
+    kind = release.kind
+    if kind in ("release", "evidence"):
+        yield from _of_evidence(release)
+    for model in release.model_folders if kind in ("release", "model") else ():
+        prefix = f"{model.name}/" if release.is_whole else ""
+        yield from (prefix + text for text in _of_model(release, model, findings))
+    if release.is_whole:
+        for name in release.variant_names:
+            yield from (f"{name}/{text}" for text in _of_loader(release.root / name, None, findings))
+    elif kind == "variant":
+        yield from _of_loader(release.root, None, findings)
     if kind in ("release", "dataset"):
-        dataset, prefix = (folder / "dataset", "dataset/") if release else (folder, "")
-        yield from (prefix + text for text in _of_data(dataset, folder if release else None, findings))
-    yield from _licenses(folder, kind, release, models, findings)
+        prefix = "dataset/" if release.is_whole else ""
+        yield from (prefix + text for text in _of_data(release, findings))
+    yield from _licenses(release, findings)
 
 
-def _of_recipe(folder: Path, release: ReleaseInfo) -> Iterator[str]:
-    """Problems of release.json: its name, words and licenses are those of the recipe."""
-    for name, value in schema.stated_by_recipe(read_json(folder / RECIPE)).items():
-        if getattr(release, name) != value:
+def _of_evidence(release: Release) -> Iterator[str]:
+    """Problems of the verifier, of the README of the code, and of release.json, which follows from the recipe."""
+    if _differs(release.root / SECOND_VERIFIER, OWN_VERIFIER.read_bytes()):
+        yield f"{SECOND_VERIFIER} is not the verifier of this atom"
+    if _differs(release.root / CODE_README, render.code_readme(release.info).encode()):
+        yield f"{CODE_README} is not what this atom writes"
+    for name, value in schema.stated_by_recipe(release.recipe).items():
+        if getattr(release.info, name) != value:
             yield f"{RELEASE} states another {name} than {RECIPE}"
 
 
-def _of_model(model: Path, facts: ModelFacts, release: ReleaseInfo | None, findings: Findings) -> Iterator[str]:
-    """Problems of the files of one model's repository. release: the one that it is part of, if that is there."""
-    repo, version = _names(model, release)
-    expected = serving.serve_config(model, repo, version).encode() if facts.is_chat else None
+def _of_model(release: Release, model: Path, findings: Findings) -> Iterator[str]:
+    """Problems of the files of one model's repository."""
+    is_chat = release.models[model.name].is_chat
+    repo, version = _names(release, model)
+    expected = serving.serve_config(model, repo, version).encode() if is_chat else None
     if _differs(model / serving.NAME, expected):
-        yield (
-            f"{serving.NAME} is not what this atom writes for the model"
-            if expected
-            else (f"{serving.NAME} is there, and the model was not trained to converse")
-        )
-    yield from _of_loader(model, facts.is_chat, findings)
+        if is_chat:
+            yield f"{serving.NAME} is not what this atom writes for the model"
+        else:
+            yield f"{serving.NAME} is there, and the model was not trained to converse"
+    yield from _of_loader(model, is_chat, findings)
 
 
-def _names(model: Path, release: ReleaseInfo | None) -> tuple[str, str]:
+def _names(release: Release, model: Path) -> tuple[str, str]:
     """The repository of a model, and the version of its release; alone, as its card and its results state them."""
-    if release is not None:
-        return f"{release.repository}{model.name.removeprefix(MODEL)}", release.version
+    if release.is_whole:
+        return f"{release.info.repository}{model.name.removeprefix(MODEL)}", release.info.version
     card = (model / CARD).read_text()
     data: Any = load().ModelCard(card).data
     results = "".join(path.read_text() for path in sorted((model / RESULTS).glob("*.yaml")))
@@ -153,13 +148,13 @@ def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterat
         yield "generation_config.json is not what this atom writes"
 
 
-def _of_data(dataset: Path, release: Path | None, findings: Findings) -> Iterator[str]:
-    if _differs(dataset / FILTER_AGREEMENT, to_json(read_figures())):
+def _of_data(release: Release, findings: Findings) -> Iterator[str]:
+    if _differs(release.dataset / FILTER_AGREEMENT, to_json(read_figures())):
         yield f"{FILTER_AGREEMENT} does not have the figures of this atom"
-    path = dataset / bundle.PYTHON_LICENSE
+    path = release.dataset / bundle.PYTHON_LICENSE
     if not path.is_file() or not _differs(path, bundle.python_license()):
         return
-    python = read_json(release / "evidence/environment.json").get("python") if release else None
+    python = read_json(release.root / "evidence/environment.json").get("python") if release.is_whole else None
     if python == platform.python_version():
         yield f"{bundle.PYTHON_LICENSE} is not the license of Python {python}"
     else:
@@ -168,15 +163,15 @@ def _of_data(dataset: Path, release: Path | None, findings: Findings) -> Iterato
         )
 
 
-def _licenses(
-    folder: Path, kind: str, release: ReleaseInfo | None, models: Mapping[str, ModelFacts], findings: Findings
-) -> Iterator[str]:
+def _licenses(release: Release, findings: Findings) -> Iterator[str]:
     """Problems of the license of each repository: its text must be that of the license that is stated."""
-    if release is not None:
-        for place in [place.folder for place in repositories(folder)] if kind == "release" else [""]:
-            spdx = license_of(place, release.license, models)
+    folder = release.root
+    if release.kind in ("release", "evidence"):
+        licenses, models = release.info.license, release.models if release.is_whole else {}
+        for place in [place.folder for place in release.repositories] if release.is_whole else [""]:
+            spdx = license_of(place, licenses, models)
             path = f"{place}/LICENSE".lstrip("/")
-            if _differs(folder / path, license_text(spdx, release.license.code, [folder / "code"])):
+            if _differs(folder / path, license_text(spdx, licenses.code, [folder / "code"])):
                 yield f"{path} is not the text of {spdx}"
         return
     text = (folder / "LICENSE").read_bytes()

@@ -8,37 +8,36 @@ from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
-from release import schema, scratch
+from release import scratch
 from release.cards import card_tables
-from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.facts.published_tables import read_json
 from release.facts.runtimes import REFERENCE, RUNTIMES, problem_of
 from release.facts.variant_facts import Original, base_of, compute_loss, read_original, read_variant_facts
 from release.layout import LOSS, MODEL, PUBLIC_KEY, SIGNATURE, SUMS, models_of
 from release.layout import RUNTIMES as FILE
-from release.repositories import variant_folders
+from release.opened_release import Release
 
 WITH_VARIANT = frozenset({"README.md", "LICENSE", LOSS, SUMS, SIGNATURE, PUBLIC_KEY})
 """Files of a variant's repository beside the converted ones."""
 
 
-def losses(subject: Subject) -> Findings:
+def losses(release: Release) -> Findings:
     """Checks the figures and cards of all variants of a release against their tables and the original's."""
-    folder = subject.folder
-    final = models_of(schema.read_release(folder).nodes)[-1]
-    original = read_original(folder / MODEL, folder / "dataset/evaluation" / final)
+    folder = release.root
+    final = models_of(release.info.nodes)[-1]
+    original = read_original(folder / MODEL, release.dataset / "evaluation" / final)
     findings, texts = Findings(compared=False), []
-    for name in variant_folders(folder):
+    for name in release.variant_names:
         findings.add(_loss(folder / name, original), f"{name}/")
         texts.append(f"{name} {read_json(folder / name / LOSS)['divergence']['value']:.3g}")
     findings.summary = f"mean divergence in nats: {', '.join(texts)}"
     return findings
 
 
-def loss(subject: Subject) -> Findings:
+def loss(release: Release) -> Findings:
     """Checks the figures and the card of one variant against its tables. The original's figures are as stated."""
-    return _loss(subject.folder, None)
+    return _loss(release.root, None)
 
 
 def _loss(folder: Path, original: Original | None) -> Findings:
@@ -49,13 +48,13 @@ def _loss(folder: Path, original: Original | None) -> Findings:
     return findings
 
 
-def conversions(subject: Subject) -> Findings:
+def conversions(release: Release) -> Findings:
     """Checks that the files of each variant are what the weights of the final model give, byte for byte; and of an
     adapter, that its base in the release and it together are the final model."""
     from stages.export.variants import conversion
 
-    folder, problems, texts = subject.folder, list[str](), list[str]()
-    for name in variant_folders(folder):
+    folder, problems, texts = release.root, list[str](), list[str]()
+    for name in release.variant_names:
         facts = read_variant_facts(folder / name)
         variant = facts.loss["variant"]
         if facts.base:
@@ -70,7 +69,7 @@ def conversions(subject: Subject) -> Findings:
             problems += [
                 f"{name}/{file} is not what {MODEL} gives"
                 for file in sorted(written.keys() & published)
-                if sha256_file(written[file]) != subject.digest(folder / name / file)
+                if sha256_file(written[file]) != release.digest(folder / name / file)
             ]
     return Findings(problems, detail="; ".join(filter(None, texts)) or "holds")
 
@@ -86,10 +85,10 @@ def _sum(release: Path, name: str, problems: list[str]) -> str:
         return ""
 
 
-def runtimes(subject: Subject) -> Findings:
+def runtimes(release: Release) -> Findings:
     """Checks that each run of evidence/runtimes.json passed by its own figures or was skipped for a reason, and that no
     program that reads the final model or a variant is left out."""
-    folder, findings = subject.folder, Findings()
+    folder, findings = release.root, Findings()
     runs = read_json(folder / FILE)
     for run in runs:
         name = f"{FILE}: {run['folder']} in {run['runtime']}"
@@ -102,8 +101,8 @@ def runtimes(subject: Subject) -> Findings:
         elif run["status"] != "passed":
             findings.problems.append(f"{name} is called {run['status']}, and its figures keep their bound")
     present = {run["folder"] for run in runs}
-    if subject.kind == "release":
-        missing = [name for name in (MODEL, *variant_folders(folder)) if name not in present]
+    if release.is_whole:
+        missing = [name for name in (MODEL, *release.variant_names) if name not in present]
         findings.problems += [f"{FILE} has no run of {name}" for name in missing]
     stated = {run["runtime"] for run in runs if run["folder"] == MODEL}
     readers = [name for name, runtime in RUNTIMES.items() if "safetensors" in runtime.writers]

@@ -7,23 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.core.text import escaped
-from release import schema, untrusted
-from release.checks.check import BuildContext, Subject
+from release import untrusted
+from release.checks.check import BuildContext
 from release.checks.file_list import ADAPTER
 from release.checks.findings import Findings
 from release.facts.published_tables import read_json
 from release.layout import BASE, models_of, when
-from release.repositories import files_below
+from release.opened_release import Release
 from stages.train.imported_weights import NAME, TOKENIZER
 
 
-def tensors(subject: Subject) -> Findings:
+def tensors(release: Release) -> Findings:
     """Checks that every tensor is readable and finite, that an index lists the tensors of its files, and that an
     optimizer has the tensors of its model."""
     import torch
     from safetensors import safe_open
 
-    folder, problems = subject.folder, []
+    folder, problems = release.root, []
     files: dict[tuple[Path, str], dict[str, str]] = {}  # by folder, of model and optimizer: tensor -> its file
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
@@ -46,12 +46,12 @@ def tensors(subject: Subject) -> Findings:
     return Findings(problems, compared=bool(files))
 
 
-def shards(subject: Subject) -> Findings:
+def shards(release: Release) -> Findings:
     """Checks that the tensors of each model and each optimizer are in one file, or in the shards of its index: no file
     more or less, and in each the tensors that the index states."""
-    folder, findings = subject.folder, Findings(compared=False)
+    folder, findings = release.root, Findings(compared=False)
     names_by_place: dict[str, list[str]] = {}
-    for path in files_below(folder):  # without those of a client, which has one for each file that it downloads
+    for path in release.files:  # without those of a client, which has one for each file that it downloads
         place, slash, name = path.rpartition("/")
         if ".safetensors" in name:
             names_by_place.setdefault(f"{place}{slash}", []).append(name)
@@ -61,17 +61,17 @@ def shards(subject: Subject) -> Findings:
             findings.problems += [f"{prefix}{text}" for text in _shard_problems(folder / prefix, stem, own)]
             findings.compared = True
     findings.summary = "every tensor is in one file, or in the shards of an index"
-    findings.problems += [f"{name}.safetensors is missing" for name in _missing(subject)]
+    findings.problems += [f"{name}.safetensors is missing" for name in _missing(release)]
     return findings
 
 
-def _missing(subject: Subject) -> Iterator[str]:
+def _missing(release: Release) -> Iterator[str]:
     """The stems of weights that a folder must have and lacks: a checkpoint has an optimizer but at step 0."""
-    folder = subject.folder
-    stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in subject.models]
-    if subject.kind == "variant":
+    folder = release.root
+    stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in release.model_folders]
+    if release.kind == "variant":
         stems = [] if (folder / ADAPTER).is_file() or any(folder.glob("*.gguf")) else ["model"]
-    elif subject.kind == "checkpoint":
+    elif release.kind == "checkpoint":
         stems = ["model", "optimizer"] if read_json(folder / "state.json")["step"] else ["model"]
     yield from (stem for stem in stems if not any(folder.glob(f"{stem}*.safetensors")))
 
@@ -97,31 +97,31 @@ def _shard_problems(place: Path, stem: str, names: list[str]) -> Iterator[str]:
 def export_parity(build: BuildContext) -> Findings:
     """Checks that the logits of every exported model agree with the trainer's."""
     deltas, findings = {}, Findings()
-    for path in sorted((build.folder / "evidence/parity").glob("*.json")):
+    for path in sorted((build.release.root / "evidence/parity").glob("*.json")):
         parity = read_json(path)
         delta, tolerance = parity["max_abs_logit_delta"], parity["tolerance"]
         deltas[path.stem] = delta
         if not delta < tolerance:
             text = f"export-{path.stem} differs by {delta:.3g}, tolerance {tolerance:g}"
             findings.problems.append(f"{text}; the export is not the trained model, do not publish it")
-    missing = [name for name in models_of(build.release.nodes) if name not in deltas]
+    missing = [name for name in models_of(build.release.info.nodes) if name not in deltas]
     findings.problems += [f"parity is not known for {name}; run its export again" for name in missing]
     findings.summary = ", ".join(f"{name} max |Δ| {deltas[name]:.3g}" for name in sorted(deltas, key=when))
     return findings
 
 
-def published_base(subject: Subject) -> Findings:
+def published_base(release: Release) -> Findings:
     """Checks that the weights and the tokenizer of `model-base` have the digests of the published model, which
     `evidence/base.json` states. Nothing to compare if pre-training began with it."""
-    folder, base = subject.folder, read_json(subject.folder / "evidence" / NAME)
-    if "pretrain" in schema.read_release(folder).nodes:
+    folder, base = release.root, read_json(release.root / "evidence" / NAME)
+    if "pretrain" in release.info.nodes:
         reason = f"pre-training changed the weights of {escaped(base['repo'])}"
         return Findings(detail=reason, compared=False, summary=reason)
     stated = {path: digest for path, digest in base["files"].items() if path == TOKENIZER or path.startswith("model")}
     present = {path.name for path in (folder / BASE).glob("model*.safetensors*")} | {TOKENIZER}
     problems = [f"{BASE}/{path} is no file of {base['repo']}; remove it" for path in sorted(present - stated.keys())]
     for path, digest in sorted(stated.items()):
-        if path not in present or subject.digest(folder / BASE / path) != digest:
+        if path not in present or release.digest(folder / BASE / path) != digest:
             problems.append(
                 f"{BASE}/{path} is not that of {base['repo']}; a release holds the published model bit for bit, so "
                 "train it in the precision in which it was published"

@@ -29,8 +29,17 @@ class Changes:
 
 
 def compare(previous: Path, recipe: Mapping[str, Any], model: ModelFacts) -> dict[str, Any]:
-    """The content of FILE. previous: the folder of the earlier release. recipe, model: of the later one, with the
-    final model. Raises AtomError if the folder is no release, CheckFailed if a file of it is damaged."""
+    """Returns the content of FILE.
+
+    Args:
+        previous: The folder of the earlier release.
+        recipe: The recipe of the later one.
+        model: The final model of the later one.
+
+    Raises:
+        AtomError: The folder is no release.
+        CheckFailed: A file of it is damaged.
+    """
     if not ((previous / RELEASE).is_file() and (previous / RECIPE).is_file()):
         raise AtomError(f"{previous} is no release folder; --previous takes one that `atom build` made")
     before, after = dict(_leaves(read_json(previous / RECIPE))), dict(_leaves(recipe))

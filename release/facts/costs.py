@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from pipeline.core import provenance
@@ -13,12 +12,11 @@ JOULES_PER_WH = 3600.0
 COLUMNS = ("attempts", "failed", "core_hours", "gpu_hours", "energy_wh")
 
 
-def usage_by_stage(release: Path) -> Costs:
+def usage_by_stage(statements: Iterable[provenance.Statement]) -> Costs:
     """{stage: {attempts, failed, core_hours (busy), gpu_hours (allotted), energy_wh (an estimate)}} in alphabetical
     order. A release checkpoint is part of the attempt that wrote it and is not counted again."""
     costs_by_stage: Costs = {}
-    for path in sorted((release / "evidence/statements").rglob("*.json")):
-        body = json.loads(path.read_bytes())
+    for body in statements:
         if provenance.phase_of(body) is not None:
             continue
         usage, stage = provenance.usage(body), str(provenance.parameters_of(body)["stage"])

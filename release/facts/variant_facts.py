@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from release.facts.published_tables import read_json, read_rows
-from release.layout import LOSS, MODEL, VARIANT
-from release.repositories import model_folders, variant_folders
+from release.layout import LOSS, VARIANT
+from release.repositories import model_folders
 from stages.evaluation.scores import ModelScores
 from stages.export.variants.loss import VariantLoss
 from stages.export.variants.registry import VARIANTS, Variant
@@ -66,12 +66,9 @@ def base_of(release: Path, folder: Path) -> Path:
     raise CheckFailed(f"{folder.name}/{BASE} names weights that are none of the release's models; build it again")
 
 
-def read_variants(release: Path, folder: str = MODEL) -> dict[str, VariantFacts]:
-    """The variants in a release of the model in a folder, by the end of their repository's name; only the final one has
-    some."""
-    if folder != MODEL:
-        return {}
-    return {name.removeprefix(VARIANT): read_variant_facts(release / name) for name in variant_folders(release)}
+def read_variants(release: Path, folders: Iterable[str]) -> dict[str, VariantFacts]:
+    """Returns {end of the repository's name: facts} of the variants in these folders of a release."""
+    return {name.removeprefix(VARIANT): read_variant_facts(release / name) for name in folders}
 
 
 def read_original(model: Path, evaluation: Path) -> Original:

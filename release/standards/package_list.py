@@ -7,7 +7,7 @@ built: in the metadata of the package, if that version is installed, and in the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.core import provenance
 from release.facts.published_tables import read_json
+from release.opened_release import Release
 from stages.data.licenses.maps import load_map
 from stages.data.packages.python_metadata import parse
 
@@ -37,13 +38,11 @@ class Package:
     hashes: list[str]
 
 
-def versions(folder: Path, bodies: Iterable[provenance.Statement]) -> list[tuple[str, str]]:
-    """(name, version) of the packages in a release's statements and in the environment of its build."""
-    environments: list[Mapping[str, Any]] = [read_json(folder / "evidence/environment.json")]
-    pairs = {(str(n), str(v)) for e in environments for n, v in e.get("packages", {}).items()}
-    for body in bodies:
-        pairs |= {(str(n), str(v)) for n, v in provenance.environment_of(body).get("packages", {}).items()}
-    return sorted(pairs)
+def versions(release: Release) -> list[tuple[str, str]]:
+    """Returns (name, version) of the packages in a release's statements and in the environment of its build."""
+    environments: list[Mapping[str, Any]] = [read_json(release.root / "evidence/environment.json")]
+    environments += [provenance.environment_of(body) for body in release.statements.values()]
+    return sorted({(str(n), str(v)) for each in environments for n, v in each.get("packages", {}).items()})
 
 
 def describe(pairs: list[tuple[str, str]], roots: list[Path]) -> list[dict[str, Any]]:

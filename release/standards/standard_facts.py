@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from release.facts import costs
 from release.facts.costs import Costs
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
-from release.facts.published_tables import Manifest, read_json, read_manifests
-from release.facts.variant_facts import VariantFacts, read_variants
+from release.facts.published_tables import Manifest, read_json
+from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL, STANDARDS, VARIANT, phases_of
+from release.opened_release import Release
 from release.schema import ReleaseInfo
 from release.standards.package_list import PACKAGES, Package
 from stages.maker import Category, Maker
@@ -135,13 +135,11 @@ class StandardFacts:
         return [name for name in self.data.sources if self.category(name)[0] == category]
 
 
-def read_facts(
-    folder: Path, release: ReleaseInfo, data: DataFacts, models: Mapping[str, ModelFacts], costs: Costs
-) -> StandardFacts:
-    """Reads the rest of the facts of a release folder: its statements one after the other, and its sources."""
+def read_facts(release: Release) -> StandardFacts:
+    """Returns the facts of a release, with what its statements and the declarations of its sources say."""
     ended = acquired = ""
     methods, attempts, counted = set[str](), 0, 0
-    for body in statements(folder):
+    for body in release.statements.values():
         finished = str(body["predicate"]["runDetails"]["metadata"]["finishedOn"])
         ended = max(ended, finished)
         if provenance.parameters_of(body)["node"].startswith("acquire-"):
@@ -151,23 +149,23 @@ def read_facts(
             attempts, counted = attempts + 1, counted + ("energy_joules_estimate" in usage)
         if "energy_method" in usage:
             methods.add(str(usage["energy_method"]))
-    declared = {path.stem: read_json(path) for path in sorted((folder / "dataset/sources").glob("*.json"))}
-    section = read_json(folder / "evidence/recipe.json").get("release", {})
+    declared = {path.stem: read_json(path) for path in sorted((release.dataset / "sources").glob("*.json"))}
+    section = release.recipe.get("release", {})
     return StandardFacts(
-        folder=folder,
-        release=release,
-        data=data,
-        models=models,
-        costs=costs,
+        folder=release.root,
+        release=release.info,
+        data=release.data,
+        models=release.models,
+        costs=release.costs,
         maker=Maker.model_validate(section.get("maker", {})),
-        packages=[Package(**row) for row in read_json(folder / STANDARDS / PACKAGES)],
+        packages=[Package(**row) for row in read_json(release.root / STANDARDS / PACKAGES)],
         ended=ended,
         acquired=acquired,
         methods=sorted(methods),
         counted=(counted, attempts),
         declared=declared,
-        manifests=read_manifests(folder),
-        variants=read_variants(folder),
+        manifests=release.manifests,
+        variants=release.variants,
     )
 
 
@@ -201,12 +199,6 @@ def energy(facts: StandardFacts) -> dict[str, Any]:
         "stages": {stage: row(usage) for stage, usage in facts.costs.items()},
         "total": row(costs.total(facts.costs)),
     }
-
-
-def statements(folder: Path) -> Iterator[provenance.Statement]:
-    """The published statements, one after the other."""
-    for path in sorted((folder / "evidence/statements").glob("*.json")):
-        yield json.loads(path.read_bytes())
 
 
 def address(text: str) -> str:

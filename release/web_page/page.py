@@ -18,16 +18,15 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.core.text import escaped, short
-from release import schema
 from release.cards import card_tables, caveats, plots, tables
-from release.facts import costs
-from release.facts.checkpoint_facts import Checkpoint, read_checkpoints
-from release.facts.data_facts import DataFacts, read_data_facts
-from release.facts.model_facts import ModelFacts, read_model_facts
+from release.facts.checkpoint_facts import Checkpoint
+from release.facts.costs import Costs
+from release.facts.data_facts import DataFacts
+from release.facts.model_facts import ModelFacts
 from release.facts.published_tables import read_json
-from release.facts.size_facts import Trained, read_sizes
+from release.facts.size_facts import Trained
 from release.layout import GATES, MODEL, REFERENCES, STANDARDS, when
-from release.repositories import model_folders
+from release.opened_release import Release
 from release.schema import ReleaseInfo
 from release.web_page import lineage, markdown_html, samples
 from release.web_page.markdown_html import file_link
@@ -68,6 +67,7 @@ class PageFacts:
         answers: Some items of each set of the evaluation, with the answers of all models.
         contamination: The items that share the most with the training data.
         sizes: The model after pre-training, and its smaller ones if there are any.
+        costs: The cost of each stage.
     """
 
     folder: Path
@@ -80,6 +80,7 @@ class PageFacts:
     answers: list[samples.Sample]
     contamination: samples.Contamination | None
     sizes: list[Trained]
+    costs: Costs
 
     @property
     def final(self) -> ModelFacts:
@@ -97,20 +98,20 @@ class PageFacts:
         return [(after.phase, before.step, after.step) for before, after in pairs if before.phase == after.phase]
 
 
-def read_facts(folder: Path) -> PageFacts:
+def read_facts(release: Release) -> PageFacts:
     """Reads what the page of a release shows."""
-    data = read_data_facts(folder / "dataset")
     return PageFacts(
-        folder=folder,
-        release=schema.read_release(folder),
-        data=data,
-        models={name: read_model_facts(folder / name) for name in model_folders(folder)},
-        checkpoints=read_checkpoints(folder / "checkpoints"),
-        products=lineage.read_products(folder),
-        documents=samples.read_documents(folder, data),
-        answers=samples.read_samples(folder),
-        contamination=samples.read_contamination(folder),
-        sizes=read_sizes(folder),
+        folder=release.root,
+        release=release.info,
+        data=release.data,
+        models=release.models,
+        checkpoints=release.checkpoints,
+        products=lineage.read_products(release),
+        documents=samples.read_documents(release.root, release.data),
+        answers=samples.read_samples(release.root),
+        contamination=samples.read_contamination(release.root),
+        sizes=release.sizes,
+        costs=release.costs,
     )
 
 
@@ -359,4 +360,4 @@ def _starts(facts: PageFacts) -> Markup:
 
 
 def _cost(facts: PageFacts) -> Markup:
-    return markdown_html.blocks(tables.cost(costs.usage_by_stage(facts.folder)))
+    return markdown_html.blocks(tables.cost(facts.costs))

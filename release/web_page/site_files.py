@@ -10,25 +10,26 @@ from pathlib import Path
 
 from release import scratch
 from release.layout import PAGE, SITE
+from release.opened_release import Release
 from release.web_page import page
 
 
-def write(release: Path, out: Path) -> None:
+def write(release: Release, out: Path) -> None:
     """Writes the folder `site` of a release; `out` may exist."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "index.html").write_text(page.render(page.read_facts(release)), encoding="utf-8")
 
 
-def problems(release: Path) -> list[str]:
+def problems(release: Release) -> list[str]:
     """Returns the files of the published page that are not what the release gives."""
     with scratch.folder() as folder:
         write(release, folder / SITE)
-        return list(differences(release / SITE, folder / SITE))
+        return list(differences(release.root / SITE, folder / SITE))
 
 
-def foreign_scripts(release: Path) -> list[str]:
+def foreign_scripts(release: Release) -> list[str]:
     """Returns a sentence about a page that could run something: no page of this atom has a script."""
-    if page.runs_nothing((release / PAGE).read_text("utf-8", "replace")):
+    if page.runs_nothing((release.root / PAGE).read_text("utf-8", "replace")):
         return []
     return [f"{PAGE} has a script, or another policy about scripts than the page of this atom"]
 

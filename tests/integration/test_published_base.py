@@ -18,11 +18,11 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
 from release.assembly import build_release as builder
 from release.audit.verify import verify
-from release.checks.check import Subject
 from release.checks.weights import published_base
 from release.facts import assemble
 from release.facts.published_tables import read_json
 from release.hub.local.server import LOCAL_TOKEN, running
+from release.opened_release import Release
 from tests.fixtures import release_fixtures
 from tests.fixtures.home_fixtures import SMOKE
 from tests.fixtures.replay_fixtures import build
@@ -95,7 +95,7 @@ def test_its_evidence_and_its_cards_name_the_published_model(source: builder.Bui
     changed = bytearray((release / f"model-base/{weights}").read_bytes())
     changed[-1] ^= 1
     (release / f"model-base/{weights}").write_bytes(changed)
-    assert published_base(Subject(release)).problems == [
+    assert published_base(Release(release)).problems == [
         f"model-base/{weights} is not that of {REPO}; a release holds the published model bit for bit, so train it in "
         "the precision in which it was published"
     ]

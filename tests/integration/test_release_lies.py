@@ -18,12 +18,12 @@ from release import signing
 from release.assembly import build_release as builder
 from release.audit.verify import Verdict
 from release.checks import file_list, formats
-from release.checks.check import Subject
 from release.checks.listing import kind_of
 from release.checks.load_report import load_models
 from release.checks.source_code import source_files
 from release.facts.assemble import to_json
 from release.layout import ALL_SUMS, GATES, GATES_STATED, ORIGINS, RETRACTED, SUMS
+from release.opened_release import Release
 from release.repositories import files_below
 from release.schema import CARD
 from release.signing import Trust
@@ -418,12 +418,12 @@ def test_a_lie_is_bad_with_the_key(
 
 def test_files_of_the_code_that_nobody_here_has_are_named_first(built: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(built, tmp_path / built.name))
-    sound = source_files(Subject(folder)).skipped
+    sound = source_files(Release(folder)).skipped
     assert "code/as-run/recipes/tiny.yaml: not compared with evidence/recipe.json" in sound["recipes"]
     names = [f"code/release/zz_{letter}.py" for letter in "abcdefghijkl"]
     for name in names:
         forge(folder, name, b"import os\n")
-    text = source_files(Subject(folder)).skipped["code"]
+    text = source_files(Release(folder)).skipped["code"]
     assert text.startswith(", ".join(names[:10]) + " and 2 further files: not in the atom that is installed here; ")
     assert text.endswith("; read these files before you run them")
 

@@ -26,13 +26,13 @@ from release.checks import (
     variants,
     weights,
 )
-from release.checks.check import Subject
 from release.checks.check_runner import CheckRunner, guarded, run_check
 from release.checks.findings import Findings
 from release.checks.load_report import load_models
 from release.checks.verdict import CheckResult, answer
 from release.facts import serving
 from release.facts.assemble import to_json
+from release.opened_release import Release
 from release.tree import Tree
 from stages.export.hf import generation_config, model_tokenizer_config
 from stages.formats.tokenizer import tokenizer_config
@@ -62,7 +62,7 @@ def chat_model(model: Path) -> Path:
 
 
 def problems(model: Path) -> list[str]:
-    return tool_files.tool_files(Subject(model, "model")).problems
+    return tool_files.tool_files(Release(model, "model")).problems
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_template_of_another_model_is_skipped_and_no_other_one(name: str, mode
     (model / name).write_text(text.replace("<|im_end|>", "<|pad|>"))
     assert problems(model) == [f"{name} is not what this atom writes"]
     release_fixtures.write_json(model / "base.json", {"repo": "local/other", "license": "MIT", "files": {}})
-    findings = tool_files.tool_files(Subject(model, "model"))
+    findings = tool_files.tool_files(Release(model, "model"))
     assert findings.problems == []
     assert findings.skipped["templates"] == f"{name}: taken over from local/other, and not as this atom writes them"
 
@@ -125,7 +125,7 @@ def grey(png: bytes, **entries: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["training.png", "experts.png", "progress.png"])
 def test_a_picture_is_drawn_again_and_compared(name: str, model: Path) -> None:
-    subject, path = Subject(model, "model"), model / name
+    subject, path = Release(model, "model"), model / name
     assert run_check("plots", lambda: plots.plots(subject)).ok
     published = path.read_bytes()
     path.write_bytes(grey(published))
@@ -149,7 +149,7 @@ def test_a_picture_of_the_same_look_is_the_same(model: Path) -> None:
         other = image.copy()
         other.putpixel((3, 3), (255 - difference, 255, 255, 255))
         other.save(path, pnginfo=info)
-        assert (plots.plots(Subject(model, "model")).problems == []) is same
+        assert (plots.plots(Release(model, "model")).problems == []) is same
 
 
 def in_shards(model: Path) -> list[str]:
@@ -164,7 +164,7 @@ def in_shards(model: Path) -> list[str]:
 
 
 def test_shards_and_their_index_agree(model: Path) -> None:
-    subject = Subject(model, "model")
+    subject = Release(model, "model")
     names = in_shards(model)
     assert len(names) == 3 and weights.shards(subject).problems == []
     index = model / "model.safetensors.index.json"
@@ -199,7 +199,7 @@ def no_nodes(folder: Path) -> None:
     release_fixtures.write_json(folder / "evidence/release.json", about)
 
 
-EMPTY: dict[Callable[[Subject], Findings], Callable[[Path], None]] = {
+EMPTY: dict[Callable[[Release], Findings], Callable[[Path], None]] = {
     chat_templates.chat_templates: lambda folder: None,
     manifests.manifests: lambda folder: None,
     order.segments: lambda folder: None,
@@ -213,10 +213,10 @@ EMPTY: dict[Callable[[Subject], Findings], Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("check", EMPTY, ids=lambda check: check.__name__)
 def test_a_check_that_finds_nothing_to_compare_does_not_hold(
-    check: Callable[[Subject], Findings], tmp_path: Path
+    check: Callable[[Release], Findings], tmp_path: Path
 ) -> None:
     EMPTY[check](tmp_path)
-    result = run_check("it", lambda: check(Subject(tmp_path, "evidence")))
+    result = run_check("it", lambda: check(Release(tmp_path, "evidence")))
     assert result.ok is None and result.detail != "holds" and result.wrong == []
 
 

@@ -54,7 +54,7 @@ def functions_of(module: str) -> dict[str, Callable[..., Any]]:
         for name, function in functions
         if function.__module__ == imported.__name__
         and not name.startswith("_")
-        and {"Subject", "BuildContext"} & set(function.__annotations__.values())
+        and {"Release", "BuildContext"} & set(function.__annotations__.values())
     }
 
 
@@ -116,6 +116,6 @@ def test_every_function_of_a_table_is_registered() -> None:
 def test_a_gate_names_the_first_problem_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = BuildCheck("always_bad", lambda build: Findings(["model/README.md is short", "another"]), "write more")
     monkeypatch.setattr(registry, "CHECKS", (bad,))
-    assert gates.run_all(BuildContext(tmp_path, release_fixtures.release_info(), {}, DataFacts())) == [
-        gates.GateResult("always_bad", False, "model/README.md is short; write more")
-    ]
+    assert gates.run_all(
+        BuildContext(release_fixtures.opened(tmp_path, info=release_fixtures.release_info(), data=DataFacts()), {})
+    ) == [gates.GateResult("always_bad", False, "model/README.md is short; write more")]

@@ -16,7 +16,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from release import untrusted
 from release.audit.replay.report import METHOD
 from release.audit.replay.source import Source
-from release.facts.attest import PREDICATE
+from release.standards.attestations import PREDICATE
 
 MOST_CERTIFICATES, CERTIFICATE_BYTES = 1_000, 4 << 20
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

@@ -13,8 +13,8 @@ from pipeline.core.errors import CheckFailed
 from release import schema
 from release.audit.replay.comparison import CLOSE, DIFFERS, TOLERANCE
 from release.audit.replay.source import Source
-from release.facts.attest import PREDICATE
 from release.layout import ALL_SUMS, RELEASE
+from release.standards.attestations import PREDICATE
 
 METHOD = "urn:atom-release:replay:v1"
 DATA = {"token_shards": "/train/", "answers": "dataset/rl/"}
