@@ -19,11 +19,11 @@ from pipeline.graph import recipe as recipes
 from release.audit import openness
 from release.audit.replay import replay
 from release.cards import tables
-from release.checks import registry
 from release.checks import sizes as check_of_sizes
 from release.facts import assemble, size_facts
 from release.facts.checkpoint_facts import read_checkpoints
 from release.layout import RECIPE, sizes_of, when
+from release.opened_release import Release
 from release.prediction import sealing
 from release.tracing import documents
 from release.tracing.release_data import ReleaseData
@@ -150,7 +150,7 @@ def test_sizes_are_placed_and_read(evidence: Path) -> None:
     assert [(size.name, size.total, dict(size.settings)) for size in size_facts.read_sizes(evidence)] == [
         ("pretrain", 40000, {}), ("size-1", 20000, {"hidden_size": 32}), ("size-2", 10000, {"layers": 1, "yarn": YARN}),
     ]  # fmt: skip
-    findings = check_of_sizes.sizes(registry.EVIDENCE.subject(evidence, "release"))
+    findings = check_of_sizes.sizes(Release(evidence))
     assert not findings.problems and findings.summary == "2 smaller models, trained on the rows of pretrain"
     assert sizes_of(["size-10", "size-2", "pretrain"]) == ["size-2", "size-10"]
     assert (evidence / "checkpoints/size-1-step-2/model.safetensors").exists()
@@ -224,7 +224,7 @@ def test_a_changed_figure_or_recipe_is_found(
     evidence: Path, tmp_path: Path, change: Callable[[Path], None], problem: str
 ) -> None:
     shutil.copytree(evidence / "evidence", tmp_path / "evidence")
-    subject = registry.EVIDENCE.subject(tmp_path, "release")
+    subject = Release(tmp_path)
     assert not check_of_sizes.sizes(subject).problems
     change(tmp_path)
     problems = check_of_sizes.sizes(subject).problems

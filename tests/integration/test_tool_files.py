@@ -164,27 +164,26 @@ def in_shards(model: Path) -> list[str]:
 
 
 def test_shards_and_their_index_agree(model: Path) -> None:
-    subject = Release(model, "model")
     names = in_shards(model)
-    assert len(names) == 3 and weights.shards(subject).problems == []
+    assert len(names) == 3 and weights.shards(Release(model, "model")).problems == []
     index = model / "model.safetensors.index.json"
     body = json.loads(index.read_text())
     stated = "model.safetensors.index.json does not list the tensors of its files, and these alone"
     for change in ({"metadata": {"total_size": 1}}, {"weight_map": {**body["weight_map"], "more": names[0]}}, {"x": 1}):
         release_fixtures.write_json(index, body | change)
-        assert weights.shards(subject).problems == [stated]
+        assert weights.shards(Release(model, "model")).problems == [stated]
     release_fixtures.write_json(index, body)
     shutil.copyfile(model / names[0], model / "model-00004-of-00004.safetensors")
-    assert "are not one file or the shards of one index" in weights.shards(subject).problems[0]
+    assert "are not one file or the shards of one index" in weights.shards(Release(model, "model")).problems[0]
     (model / "model-00004-of-00004.safetensors").unlink()
     tensors = load_file(model / names[2])
     save_file({name: tensor for name, tensor in tensors.items() if name != sorted(tensors)[0]}, model / names[2])
-    assert weights.shards(subject).problems == [stated]
+    assert weights.shards(Release(model, "model")).problems == [stated]
     (model / names[2]).unlink()
-    assert "are not one file or the shards of one index" in weights.shards(subject).problems[0]
+    assert "are not one file or the shards of one index" in weights.shards(Release(model, "model")).problems[0]
     for name in [*names[:2], index.name]:
         (model / name).unlink()
-    assert weights.shards(subject).problems == ["model.safetensors is missing"]
+    assert weights.shards(Release(model, "model")).problems == ["model.safetensors is missing"]
 
 
 def nothing_ran(folder: Path) -> None:
@@ -231,7 +230,7 @@ def panic() -> CheckResult:
 def test_a_panic_of_a_parser_is_a_finding(tmp_path: Path) -> None:
     expected = answer("it", ["cannot be checked: Panic: retry-limit-in-match over"])
     assert guarded("it", panic) == expected
-    assert CheckRunner(tmp_path, Tree(), False).run("it", panic) == expected
+    assert CheckRunner(Release(tmp_path), Tree(), False).run("it", panic) == expected
     with pytest.raises(KeyboardInterrupt):
         guarded("it", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert check_runner.run_check("it", lambda: formats.compile_template("{{").render()).ok is False  # type: ignore[arg-type]
