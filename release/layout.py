@@ -73,6 +73,8 @@ WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
 """Phases that sample their training data; only their replayed data has an order."""
 SIZE = "size"
 """The kind of phases that train smaller models of the recipe: size-1, size-2, …"""
+IMPORT = "import"
+"""The node of the published model that training begins with; after it, the recipe may leave out phases."""
 REWARD_EXPORT = "export-reward"
 """The node that exports the reward model, which is published with the scores that it made and not as a model."""
 

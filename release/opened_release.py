@@ -139,6 +139,13 @@ class Release:
         """What changed since the version before, if the release states it."""
         return read_changes(self.root)
 
+    def license_of(self, folder: str) -> str:
+        """Returns the SPDX expression of the license of the repository in a folder of a release."""
+        licenses = self.info.license
+        if self.is_whole and folder in self.models:
+            return self.models[folder].license(licenses.weights)
+        return {"dataset": licenses.data_compilation, "": licenses.code}.get(folder, licenses.weights)
+
     @property
     def canary(self) -> dict[str, str]:
         """The string that identifies the evaluation problems."""

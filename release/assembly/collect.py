@@ -12,7 +12,7 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Store
 from pipeline.graph.dag import Graph, states
 from pipeline.launch.start_records import prediction_key
-from release.assembly.build_release import BuildInput
+from release.assembly.assemble import BuildInput
 from release.facts.forecast import MODEL, PHASE
 from release.layout import models_of
 from release.references import Reference

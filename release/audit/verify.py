@@ -16,7 +16,7 @@ from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
 from release import schema, scratch, signing
 from release.audit import old_copies
-from release.checks import file_list, formats, listing, registry, tool_files
+from release.checks import formats, listing, registry, tool_files
 from release.checks.check import Check
 from release.checks.check_runner import CheckRunner, run_check
 from release.checks.findings import Findings
@@ -110,7 +110,7 @@ def _verify_folder(
     listed_paths = sums.listed()
     tree = scan(folder, len(listed_paths))
     contents = Contents(folder, verdict.kind, sums, tree)
-    verdict.checks.append(listing.check(contents))
+    verdict.checks.append(listing.check_files(contents))
     verdict.digest = sha256_file(folder / SUMS) if SUMS in tree.files else ""
     if tree.overflow:
         return verdict
@@ -132,7 +132,7 @@ def _verify_folder(
         runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
     )
     bytes_hold = verdict.ok
-    verdict.checks.append(file_list.check(contents))
+    verdict.checks.append(listing.check_names(contents))
 
     # The content, which nobody parses if the bytes are not those that were published.
     if (folder / RETRACTED).exists():

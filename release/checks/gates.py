@@ -8,7 +8,7 @@ import json
 from release.checks import gate_results, registry
 from release.checks.check import BuildContext
 from release.checks.gate_results import GateResult
-from release.facts.assemble import to_json
+from release.facts.published_tables import to_json
 from release.layout import GATES, GATES_STATED
 from release.opened_release import Release
 from release.standards import attestations

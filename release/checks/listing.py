@@ -14,6 +14,7 @@ from release.checks.confine import Budget
 from release.checks.verdict import CheckResult, Problems, answer
 from release.checksums import SUMS_BYTES, SUMS_LINES, read_sums
 from release.layout import ALL_SUMS, LOSS, MODEL, ORIGINS, PARTS, RETRACTED, SUMS, VARIANT
+from release.published_files import kind_of_place, list_of, shown
 from release.repositories import MOST_ENTRIES, Repository, files_within, published, repositories
 from release.tree import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
 
@@ -159,7 +160,7 @@ class Contents:
         return files_within(self.paths, repository, self.models)
 
 
-def check(contents: Contents) -> CheckResult:
+def check_files(contents: Contents) -> CheckResult:
     """Checks that every file may be read and has a plausible size."""
     folder, tree = contents.folder, contents.tree
     problems = list(tree.refused)
@@ -186,6 +187,25 @@ def check(contents: Contents) -> CheckResult:
             problems.append(f"{path} has {size} bytes, and its manifest says {sizes[path]}")
     contents.paths = sorted(tree.files)
     return answer("files", problems, f"{len(tree.files)} regular files")
+
+
+def check_names(contents: Contents) -> CheckResult:
+    """Checks that a folder has the files of its kind: none that is not on the list, and none missing."""
+    name, folder = "file_list", contents.folder
+    if contents.kind == "release" and contents.missing:
+        return CheckResult(name, None, "not checked, because parts of the release are missing")
+    complete = not (folder / RETRACTED).exists()
+    problems: Problems = []
+    for place in contents.places:
+        kind = contents.kind if contents.kind != "release" else kind_of_place(place.folder)
+        if not kind:
+            problems.append(f"{shown(place.folder)} is no folder of a release")
+            continue
+        paths = contents.present_in(place)
+        prefix = f"{place.folder}/".lstrip("/")
+        problems += [prefix + text for text in list_of(kind, paths).problems(paths, complete)]
+    detail = problems[0] if problems else "every file is one that atom writes"
+    return CheckResult(name, not problems, detail, problems)
 
 
 def missing_parts(folder: Path, kind: str) -> Problems:

@@ -8,11 +8,10 @@ from typing import Any
 
 from pipeline.core.store import Artifact, digest_of
 from release import references, untrusted
-from release.checks.file_list import generates
 from release.checks.findings import Findings
-from release.facts.assemble import earlier_placements, origin_of_copy, placements, unexplained
 from release.layout import ORIGINS, RELEASE
 from release.opened_release import Release
+from release.published_files import earlier_placements, made, origin_of_copy, placements, unexplained
 
 
 def manifests(release: Release) -> Findings:
@@ -70,7 +69,7 @@ def _misplaced(release: Release, stated: Mapping[str, Any]) -> Iterator[str]:
         origin, wanted = stated.get(path, {}), expected.get(path, {})
         if wanted and origin != wanted:
             yield f"{path} is not stated to be {' of '.join(wanted.values())}, as the build states it"
-        elif not wanted and ("artifact" in origin or not generates(path)):
+        elif not wanted and ("artifact" in origin or made(path) is None):
             yield f"{path} is no published file of an artifact, and none that the build makes"
 
 

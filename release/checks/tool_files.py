@@ -20,10 +20,10 @@ from release.cards.results import FOLDER as RESULTS
 from release.checks import loader_configs
 from release.checks.findings import Findings
 from release.facts import serving
-from release.facts.assemble import CODE_LICENSE, code_license_text, license_of, license_text, to_json
-from release.facts.published_tables import read_json
+from release.facts.published_tables import read_json, to_json
 from release.layout import CODE_README, FILTER_AGREEMENT, MODEL, NOTICE, RECIPE, RELEASE, SECOND_VERIFIER, STANDARDS
 from release.opened_release import Release
+from release.published_files import CODE_LICENSE, code_license_text, license_text
 from release.schema import CARD
 from release.standards import bundle
 from stages.data.curation.agreement import read_figures
@@ -167,11 +167,9 @@ def _licenses(release: Release, findings: Findings) -> Iterator[str]:
     """Problems of the license of each repository: its text must be that of the license that is stated."""
     folder = release.root
     if release.kind in ("release", "evidence"):
-        licenses, models = release.info.license, release.models if release.is_whole else {}
         for place in [place.folder for place in release.repositories] if release.is_whole else [""]:
-            spdx = license_of(place, licenses, models)
-            path = f"{place}/LICENSE".lstrip("/")
-            if _differs(folder / path, license_text(spdx, licenses.code, [folder / "code"])):
+            spdx, path = release.license_of(place), f"{place}/LICENSE".lstrip("/")
+            if _differs(folder / path, license_text(spdx, release.info.license.code, [folder / "code"])):
                 yield f"{path} is not the text of {spdx}"
         return
     text = (folder / "LICENSE").read_bytes()

@@ -9,11 +9,11 @@ from pathlib import Path
 from pipeline.core.text import escaped
 from release import untrusted
 from release.checks.check import BuildContext
-from release.checks.file_list import ADAPTER
 from release.checks.findings import Findings
 from release.facts.published_tables import read_json
 from release.layout import BASE, models_of, when
 from release.opened_release import Release
+from release.published_files import ADAPTER
 from stages.train.imported_weights import NAME, TOKENIZER
 
 

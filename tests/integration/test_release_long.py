@@ -15,11 +15,11 @@ import pytest
 from pipeline.core.errors import AtomError
 from release import layout
 from release.assembly import build_release as builder
+from release.assembly.assemble import require_nodes
 from release.cards import card_tables, plots, render, tables
 from release.checks import cards, gates
 from release.checks.check import BuildContext
 from release.checks.statements import statements
-from release.facts.assemble import require_nodes
 from release.facts.checkpoint_facts import read_checkpoints
 from release.facts.data_facts import DataFacts, Packing, SourceInOrder, read_data_facts
 from release.facts.model_facts import read_model_facts

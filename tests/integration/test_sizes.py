@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,12 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
+from release.assembly import assemble
 from release.audit import openness
 from release.audit.replay import replay
 from release.cards import tables
 from release.checks import sizes as check_of_sizes
-from release.facts import assemble, size_facts
+from release.facts import size_facts
 from release.facts.checkpoint_facts import read_checkpoints
 from release.layout import RECIPE, sizes_of, when
 from release.opened_release import Release
@@ -138,11 +140,12 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a release has of a model and its smaller ones: checkpoints, records of training, manifests, statements."""
     run, folder = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("release")
     artifacts, statements = release_fixtures.make_run(run, INPUTS, configs=CONFIGS)
-    assembly = assemble.Assembly(folder)
-    assemble.place_artifacts(assembly, artifacts, {})
+    source: Any = SimpleNamespace(artifacts=artifacts, earlier={}, references={})
+    draft = assemble.Draft(folder, source)
+    assemble.place_artifacts(draft)
     for path in statements:
-        assembly.include(path, f"evidence/statements/{path.name}", "statement")
-    assembly.json(RECIPE, {"sizes": STATED}, "recipe")
+        draft.copy(path, f"evidence/statements/{path.name}")
+    draft.json(RECIPE, {"sizes": STATED})
     return folder
 
 
@@ -227,7 +230,7 @@ def test_a_changed_figure_or_recipe_is_found(
     subject = Release(tmp_path)
     assert not check_of_sizes.sizes(subject).problems
     change(tmp_path)
-    problems = check_of_sizes.sizes(subject).problems
+    problems = check_of_sizes.sizes(Release(tmp_path)).problems
     assert any(problem in text for text in problems), problems
 
 

@@ -31,7 +31,7 @@ from release.checks.findings import Findings
 from release.checks.load_report import load_models
 from release.checks.verdict import CheckResult, answer
 from release.facts import serving
-from release.facts.assemble import to_json
+from release.facts.published_tables import to_json
 from release.opened_release import Release
 from release.tree import Tree
 from stages.export.hf import generation_config, model_tokenizer_config

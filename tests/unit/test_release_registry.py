@@ -20,7 +20,7 @@ from release.facts.data_facts import DataFacts
 from tests.fixtures import ROOT, release_fixtures
 
 ENGINE = {
-    "__init__", "check", "check_runner", "confine", "file_list", "findings", "formats", "gate_results", "gates",
+    "__init__", "check", "check_runner", "confine", "findings", "formats", "gate_results", "gates",
     "listing", "load_report", "loader_configs", "registry", "rows", "secret_scan", "verdict",
 }  # fmt: skip
 """Modules of release/checks that run checks, and hold none."""

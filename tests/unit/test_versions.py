@@ -11,7 +11,8 @@ import pytest
 
 from release.checks.tool_files import OWN_VERIFIER
 from release.facts import serving
-from release.facts.assemble import license_text, to_json
+from release.facts.published_tables import to_json
+from release.published_files import license_text
 from stages.data.curation.agreement import read_figures
 from stages.export.hf import generation_config
 from stages.formats.chat_templates import inference_template, training_template

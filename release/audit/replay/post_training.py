@@ -15,8 +15,7 @@ from pipeline.core import provenance
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, FileRow, rows_of
 from release.audit.replay.source import Source
-from release.facts.assemble import IMPORT
-from release.layout import BASE
+from release.layout import BASE, IMPORT
 
 STAGES = ("rlvr", "dpo", "reward")
 STATE = re.compile(r"step-([0-9]{1,12})/state\.json")
