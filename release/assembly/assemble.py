@@ -21,7 +21,7 @@ from release import independent_verifier, merkle, references
 from release.assembly.attribution import write_attribution
 from release.cards import croissant, plots, render, results
 from release.checks.check import BuildContext
-from release.checks.load_report import LoadReport, load_models
+from release.checks.loading import LoadReport, load_models
 from release.facts import changes, runtimes, serving
 from release.facts.checkpoint_facts import index_rows
 from release.facts.forecast import FILE, FOLDER

@@ -15,7 +15,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from release import scratch, tracing
 from release.assembly.assemble import BuildInput, assemble, require_nodes
 from release.cards import plots
-from release.checks import gates
+from release.checks import registry
 from release.checksums import write_sums
 from release.layout import ALL_SUMS, RETRACTED, SIGNATURE, SITE, SUMS
 from release.opened_release import Release
@@ -46,8 +46,8 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         progress("copying artifacts, code and statements")
         context = assemble(draft, source, progress)
         progress("checking the gates")
-        results = gates.run_all(context)
-        gates.write(context.release, results)
+        results = registry.run_gates(context)
+        registry.write_gates(context.release, results)
         failed = [gate for gate in results if gate.ok is False]
         if not failed:
             progress("writing the page")

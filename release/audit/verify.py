@@ -17,9 +17,8 @@ from pipeline.core.text import printable
 from release import schema, scratch, signing
 from release.audit import old_copies
 from release.checks import formats, listing, registry, tool_files
-from release.checks.check import Check
+from release.checks.check import Check, Findings
 from release.checks.check_runner import CheckRunner, run_check
-from release.checks.findings import Findings
 from release.checks.listing import Checksums, Contents, kind_of
 from release.checks.verdict import CheckResult, Problems, Verdict, answer
 from release.checksums import compare

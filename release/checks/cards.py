@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from pipeline.core.errors import installing
+from pipeline.hub.client import load
+from release import schema
 from release.cards import card_tables, croissant, plots, render, results
-from release.checks.check import BuildContext
-from release.checks.findings import Findings, require_file
-from release.checks.plots import unexpected
+from release.cards.plots import NAMES, SOFTWARE, Drawings, data_plots, entries, model_plots, version
+from release.checks.check import BuildContext, Findings, require_file
 from release.checks.scores import score_problems
 from release.facts.model_facts import ModelFacts
 from release.facts.published_tables import read_json
-from release.layout import CANARY
+from release.facts.variant_facts import read_variant_facts
+from release.layout import CANARY, RELEASE
 from release.opened_release import Release
-from release.schema import CARD, ReleaseInfo
+from release.schema import CARD, CARDS, FORMAT, PublishedLicenses, ReleaseInfo
+from release.web_page import site_files
 
 
 def cards(release: Release) -> Findings:
@@ -97,3 +105,122 @@ def valid_croissant(build: BuildContext) -> Findings:
     """Checks that mlcroissant finds no error in the description of the data, and loads its records."""
     problems = croissant.problems(build.release.dataset / croissant.NAME)
     return Findings(problems, summary=f"{croissant.NAME}: no error, records load")
+
+
+ROUNDED = 16
+"""The largest difference of a color, of 256, that another processor may round."""
+
+
+def drawn_plots(release: Release) -> Findings:
+    """Checks that the plots of a folder look like those that its numbers give, if the same matplotlib drew them."""
+    findings = Findings(compared=False)
+    if release.kind in ("release", "dataset"):
+        _compare_plots(release.dataset, data_plots(release.data), findings)
+    if release.kind in ("release", "model"):
+        for model in release.model_folders:
+            _compare_plots(model, model_plots(model, release.models[model.name]), findings)
+    return findings
+
+
+def unexpected(folder: Path, drawings: Drawings) -> list[str]:
+    """Sentences about plots that a repository lacks, or should not have. drawings: those that it should have."""
+    present = {name for name in NAMES if (folder / name).is_file()}
+    missing = [f"{name} is missing" for name in sorted(drawings.keys() - present)]
+    return missing + [f"{name} shows what is not here" for name in sorted(present - drawings.keys())]
+
+
+def _compare_plots(folder: Path, drawings: Drawings, findings: Findings) -> None:
+    """Compares the plots of one repository."""
+    for name in sorted(name for name in drawings if (folder / name).is_file()):
+        published = (folder / name).read_bytes()
+        stated = entries(published) or {}
+        if importlib.util.find_spec("matplotlib") is None:
+            findings.skipped["plots"] = f"plots: drawing them again needs matplotlib; {installing('report')}"
+        elif stated.get(SOFTWARE) != version():
+            findings.skipped["plots"] = f"plots: drawn by {stated.get(SOFTWARE)}, and here is {version()}"
+        else:
+            findings.compared = True
+            drawn = drawings[name]()
+            if published != drawn and not (stated == entries(drawn) and _look_alike(published, drawn)):
+                findings.problems.append(f"{folder.name}/{name} does not show the numbers beside it")
+
+
+def _look_alike(published: bytes, drawn: bytes) -> bool:
+    """Returns True if two pictures differ in no pixel by more than ROUNDED."""
+    from PIL import Image, ImageChops
+
+    pictures = [Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA") for data in (published, drawn)]
+    if pictures[0].size != pictures[1].size:
+        return False
+    bands = ImageChops.difference(*pictures).split()
+    return not any(any(band.histogram()[ROUNDED + 1 :]) for band in bands)
+
+
+def same_versions(release: Release) -> Findings:
+    """Checks that every card of a release or repository states the present versions, and that no file but release.json
+    does so too."""
+    problems = []
+    for path in release.files:
+        place, _, name = path.rpartition("/")
+        stated = schema.of_card(release.root / place) if name == CARD else None
+        if stated is not None and stated != schema.Stated():
+            versions = f"format {stated.format} and card schema {stated.cards}"
+            problems.append(f"{path} states {versions}, which are not those of the release")
+        elif path.endswith(f"/{RELEASE}"):
+            problems.append(f"{path} states versions, which {RELEASE} alone does")
+    return Findings(problems, detail=f"format {FORMAT}, card schema {CARDS}")
+
+
+def card_metadata(release: Release) -> Findings:
+    """Checks that the metadata have the fields that the build writes, with the values that follow from the files.
+    Names, languages and the license are as the card states them."""
+    kind, text = release.kind, (release.root / CARD).read_text()
+    if kind == "model":
+        data: Any = load().ModelCard(text).data
+        repository = render.data_of(text).removesuffix("-data")
+        stated = _stated_release(data.to_dict(), repository)
+        title = str(data.model_name).removeprefix(stated.name).removeprefix("-")
+        expected = render.model_metadata(title, stated, release.models[release.root.name])
+    elif kind == "variant":
+        data = load().ModelCard(text).data
+        stated = _stated_release(data.to_dict(), data.datasets[0].removesuffix("-data"))
+        suffix = str(data.to_dict().get("model_name", "")).removeprefix(stated.name)
+        expected = render.variant_metadata(suffix, stated, read_variant_facts(release.root))
+    else:
+        data = load().RepoCard(text).data
+        stated = _stated_release(data.to_dict())
+        expected = render.plain_metadata(stated.license.code)
+        if kind == "dataset":
+            expected = render.data_metadata(stated, release.data)
+    is_equal = schema.metadata_of(text) == str(expected)
+    return Findings([] if is_equal else [f"{CARD}: its metadata are not those that the files beside it give"])
+
+
+def _stated_release(stated: Mapping[str, Any], repository: str = "/") -> ReleaseInfo:
+    """What a card states of its release. stated: its metadata. repository: that of the final model."""
+    namespace, _, name = repository.partition("/")
+    spdx = str(stated.get("license_name", stated.get("license")))
+    return ReleaseInfo(
+        format=FORMAT,
+        card_schema=CARDS,
+        name=name,
+        version="",
+        title=str(stated.get("pretty_name")).removesuffix(render.OF_DATA),
+        description="",
+        namespace=namespace,
+        contact=None,
+        languages=tuple(stated.get("language") or ()),
+        license=PublishedLicenses(spdx, spdx, spdx),
+        commit=None,
+        dirty=False,
+        stale=(),
+        nodes={},
+    )
+
+
+def whole_page(release: Release) -> Findings:
+    """Checks the page; of one whose release is not here, only that it runs nothing."""
+    if release.kind != "release":
+        reason = "page: what it shows is compared where all files of the release are there; it runs nothing"
+        return Findings(site_files.foreign_scripts(release), {"page": reason})
+    return Findings(site_files.problems(release))

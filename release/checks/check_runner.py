@@ -11,9 +11,8 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed, installing
 from release.checks import confine
-from release.checks.check import NOTHING_LARGE, Check, Reads
+from release.checks.check import HOLDS, NOTHING_LARGE, Absent, Check, Findings, Reads
 from release.checks.confine import Budget
-from release.checks.findings import HOLDS, Absent, Findings
 from release.checks.verdict import CheckResult, answer
 from release.opened_release import Release
 from release.tree import Tree, real_bytes

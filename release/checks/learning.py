@@ -7,8 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from release.checks.check import BuildContext
-from release.checks.findings import Findings
+from release.checks.check import BuildContext, Findings
 from release.facts.checkpoint_facts import context_of
 from release.facts.published_tables import read_rows
 from release.layout import numbered, when

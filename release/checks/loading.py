@@ -3,25 +3,70 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
-from release.checks import confine
-from release.checks.check import BuildContext
+from pipeline.core.errors import installing
+from release import untrusted
+from release.checks import confine, formats
+from release.checks.check import Absent, BuildContext, Findings, LoadProblem, LoadReport, require_file
 from release.checks.confine import Budget
-from release.checks.findings import Absent, Findings, require_file
-from release.checks.load_report import (
-    BYTES_PER_SECOND,
-    CHAT_TEMPLATE,
-    MODEL,
-    LoadReport,
-    load_models,
-    weight_bytes,
-)
 from release.facts.published_tables import read_json
 from release.layout import GOLDENS
 from release.opened_release import Release
-from stages.formats.chat_templates import INFERENCE_FILE
+from stages import export
+from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE
 from stages.formats.tokenizer import THINK_END, THINK_START
+
+MODEL, CHAT_TEMPLATE = "model", "chat_template"
+LOADING_SECONDS, BYTES_PER_SECOND = 3600, 5_000_000
+"""The limit for loading models: so many seconds, and one for so many bytes of their weights."""
+NOTHING_FROM_THE_HUB = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
+"""Variables with which transformers downloads nothing, and takes no kernel that a config names."""
+
+
+def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadReport]:
+    """A report on each model folder, from one fresh interpreter.
+
+    budget: the limits for untrusted models after the libraries are loaded.
+    """
+    command = [sys.executable, "-P", str(Path(export.__file__).with_name("load_check.py"))]
+    command += [f"--whole={export.WHOLE_BYTES}"]
+    command += [] if budget is None else [f"--memory={budget.memory}", f"--seconds={budget.seconds:.0f}"]
+    command += [str(folder.resolve()) for folder in folders]
+    wall_seconds = LOADING_SECONDS + weight_bytes(folders) // BYTES_PER_SECOND
+    try:
+        process = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=wall_seconds,
+            env={**os.environ, **NOTHING_FROM_THE_HUB},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return _failed(folders, f"loading did not end within {wall_seconds} s")
+    lines = [line.removeprefix("RELOAD ") for line in process.stdout.splitlines() if line.startswith("RELOAD ")]
+    if len(lines) == len(folders):
+        return [_report(json.loads(line)) for line in lines]
+    last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+    if budget is not None and process.returncode < 0:
+        memory, seconds = budget.memory >> 20, budget.seconds
+        last_line = f"it takes more than {memory} MB of memory or {seconds:.0f} s of processor time"
+    return _failed(folders, f"transformers cannot load it: {last_line}")
+
+
+def weight_bytes(folders: list[Path]) -> int:
+    return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
+
+
+def _report(body: dict[str, Any]) -> LoadReport:
+    return LoadReport([LoadProblem(*row) for row in body["problems"]], body["parameters"], body["goldens"])
+
+
+def _failed(folders: list[Path], message: str) -> list[LoadReport]:
+    return [LoadReport([LoadProblem(MODEL, message)])] * len(folders)
+
 
 GOLDEN_BOUND = 1e-3
 """The tolerance for logits in fp32, which another processor adds up in another order."""
@@ -106,3 +151,60 @@ def _form_problems(model: Path) -> list[str]:
         ),
     }
     return [text for text, is_wrong in faults.items() if is_wrong]
+
+
+ARGUMENTS = ("messages", "tools", "add_generation_prompt")
+
+
+def chat_templates(release: Release) -> Findings:
+    """Checks that every chat template of a model renders a conversation, and that sandboxed Jinja renders the recorded
+    conversations with both templates as transformers did at the build; `tokenizers` must give its token ids."""
+    findings = Findings(compared=False, summary="Jinja and transformers render the recorded conversations alike")
+    for model in release.model_folders:
+        templates = formats.templates(model)
+        findings.compared = findings.compared or bool(templates)
+        for name, template in templates.items():
+            try:
+                formats.render(template)
+            except MemoryError:
+                raise
+            except Exception as error:  # a template can raise anything
+                message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                findings.problems.append(f"{model.name}/{name} renders no conversation: {message}")
+        if not findings.problems and (model / GOLDENS).is_file():
+            _compare_conversations(model, {name: templates[name] for name in (INFERENCE_FILE, TRAINING_FILE) if name in templates},
+                     findings)  # fmt: skip
+    return findings
+
+
+def _compare_conversations(model: Path, templates: dict[str, str], findings: Findings) -> None:
+    """Compares the recorded conversations of a model. templates: {file: text}."""
+    rows = untrusted.read_json(model / GOLDENS, follow=True).get("conversations")
+    if rows is None:
+        findings.problems.append(f"{model.name}/{GOLDENS} records no conversations")
+        return
+    for name, template in templates.items():
+        compiled = formats.compile_template(template)
+        for number, row in enumerate(rows, 1):
+            arguments = {argument: row[argument] for argument in ARGUMENTS}
+            if row["enable_thinking"] is not None:
+                arguments["enable_thinking"] = row["enable_thinking"]
+            if compiled.render(**arguments) != row["text"]:
+                findings.problems.append(f"{model.name}/{name} renders conversation {number} of {GOLDENS} otherwise")
+    findings.problems += [f"{model.name}: {text}" for text in _id_problems(model, rows, findings)]
+
+
+def _id_problems(model: Path, rows: list[dict[str, Any]], findings: Findings) -> list[str]:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        reason = f"token ids of conversations: tokenizers is not installed; {installing('train')}"
+        findings.skipped["token ids"] = reason
+        return []
+    content = untrusted.read(model / "tokenizer.json", formats.TEXT_BYTES, follow=True)
+    tokenizer = Tokenizer.from_str(content.decode())
+    return [
+        f"tokenizer.json encodes conversation {number} of {GOLDENS} otherwise"
+        for number, row in enumerate(rows, 1)
+        if tokenizer.encode(row["text"], add_special_tokens=False).ids != row["ids"]
+    ]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.parts import part_file, part_tables
 from pipeline.core.store import sha256_file
-from release.checks.check import BuildContext
-from release.checks.findings import Findings
+from release.checks.check import BuildContext, Findings
 from release.data_layout import orders
 from release.facts import published_order
 from release.facts.published_tables import read_json, stream_batches

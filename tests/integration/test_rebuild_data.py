@@ -17,7 +17,7 @@ from release import references
 from release.audit import rebuild
 from release.cards import document_tables
 from release.checks import documents
-from release.checks import references as checks
+from release.checks import withheld as checks
 from release.facts.data_facts import DataFacts
 from release.opened_release import Release
 from release.references import Reference

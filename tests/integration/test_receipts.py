@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from release.audit.verify import verify
-from release.checks.receipts import receipts
+from release.checks.withheld import receipts
 from release.opened_release import Release
 from release.tracing.receipts import EarlierRelease, receipt_path
 from tests.fixtures.opt_out_fixtures import hashed

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from release.checks import gates, learning
+from release.checks import learning, registry
 from release.checks.check import BuildContext
+from release.checks.gates import GateResult
 from release.facts.data_facts import DataFacts, read_data_facts
 from release.facts.score_facts import CONTAMINATION, compute_scores
 from stages.confidence import Mean
@@ -20,9 +21,9 @@ LEARNING = ("pretraining_lowers_bits_per_byte", "midtraining_raises_accuracy", "
 POST_TRAINING = ("rlvr_raises_pass_at_1", "rlhf_keeps_skills", "dpo_is_preferred", "contamination_report")
 
 
-def run(names: tuple[str, ...], context: BuildContext) -> list[gates.GateResult]:
+def run(names: tuple[str, ...], context: BuildContext) -> list[GateResult]:
     """What came of these gates, as far as they are asked of a release."""
-    return [result for name in names if (result := gates.run_gate(name, context)) is not None]
+    return [result for name in names if (result := registry.run_gate(name, context)) is not None]
 
 
 def failures(names: tuple[str, ...], context: BuildContext) -> dict[str, str]:
@@ -115,10 +116,10 @@ def test_a_waived_gate_refuses_nothing_and_is_stated(built: Path) -> None:
     data.evaluation["mid"]["accuracy_all"] = data.evaluation["base"]["accuracy_all"]
     limits = {**LIMITS, "waived_gates": {"midtraining_raises_accuracy": "an example"}}
     context = BuildContext(release_fixtures.opened(built, data=data), limits)
-    results = {result.name: result for result in gates.run_all(context)}
+    results = {result.name: result for result in registry.run_gates(context)}
     waived = results["midtraining_raises_accuracy"]
     assert waived.ok is None and waived.detail.startswith("waived by the recipe (an example); accuracy 0.")
-    assert WAIVABLE_GATES.keys() <= set(gates.names())
+    assert WAIVABLE_GATES.keys() <= set(registry.gate_names())
 
 
 def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):

@@ -18,7 +18,7 @@ import pytest
 from pipeline.core.errors import CheckFailed
 from release.audit.replay.carried_code import Code
 from release.audit.replay.source import Source
-from release.checks.load_report import load_models
+from release.checks.loading import load_models
 from release.checks.scores import scores
 from release.checksums import read_sums
 from release.layout import ALL_SUMS, ORIGINS, SUMS

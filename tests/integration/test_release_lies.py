@@ -19,7 +19,7 @@ from release.assembly import build_release as builder
 from release.audit.verify import Verdict
 from release.checks import formats
 from release.checks.listing import kind_of
-from release.checks.load_report import load_models
+from release.checks.loading import load_models
 from release.checks.source_code import source_files
 from release.facts.published_tables import to_json
 from release.layout import ALL_SUMS, GATES, GATES_STATED, ORIGINS, RETRACTED, SUMS

@@ -17,9 +17,10 @@ from release import layout
 from release.assembly import build_release as builder
 from release.assembly.assemble import require_nodes
 from release.cards import card_tables, plots, render, tables
-from release.checks import cards, gates
+from release.checks import cards, registry
 from release.checks.check import BuildContext
-from release.checks.statements import statements
+from release.checks.gates import GateResult
+from release.checks.provenance import statements
 from release.facts.checkpoint_facts import read_checkpoints
 from release.facts.data_facts import DataFacts, Packing, SourceInOrder, read_data_facts
 from release.facts.model_facts import read_model_facts
@@ -55,15 +56,15 @@ def context(release: Path, data: DataFacts) -> BuildContext:
     return BuildContext(release_fixtures.opened(release, data=data), LIMITS)
 
 
-def gates_by_name(release: Path, data: DataFacts) -> dict[str, gates.GateResult]:
+def gates_by_name(release: Path, data: DataFacts) -> dict[str, GateResult]:
     """Of long contexts."""
     names = ("longcontext_keeps_bits_per_byte", "longcontext_finds_passkeys")
-    results = [gates.run_gate(name, context(release, data)) for name in names]
+    results = [registry.run_gate(name, context(release, data)) for name in names]
     return {result.name: result for result in results if result is not None}
 
 
-def gate(name: str, build: BuildContext) -> gates.GateResult:
-    result = gates.run_gate(name, build)
+def gate(name: str, build: BuildContext) -> GateResult:
+    result = registry.run_gate(name, build)
     assert result is not None
     return result
 
@@ -283,7 +284,7 @@ def test_long_context_is_not_refused_for_what_it_leaves_out(release: Path, tmp_p
                 {"source": "prose", "first": 0, "last": 63, "tokens": 5, "nll_bits": 10.0}]  # fmt: skip
         release_fixtures.table(copy / f"dataset/evaluation/{model}/positions.parquet", rows)
 
-    def result() -> gates.GateResult:
+    def result() -> GateResult:
         return gates_by_name(copy, data)["longcontext_keeps_bits_per_byte"]
 
     assert not result().ok and "0-63 2.0000 → 3.0000" in result().detail

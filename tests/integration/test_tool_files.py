@@ -14,21 +14,20 @@ from safetensors.torch import load_file, save_file
 
 from release.cards.plots import entries as entries_of
 from release.checks import (
-    chat_templates,
+    cards,
     check_runner,
     formats,
-    manifests,
+    loading,
     order,
-    plots,
+    provenance,
     scores,
     source_code,
     tool_files,
-    variants,
     weights,
 )
+from release.checks.check import Findings
 from release.checks.check_runner import CheckRunner, guarded, run_check
-from release.checks.findings import Findings
-from release.checks.load_report import load_models
+from release.checks.loading import load_models
 from release.checks.verdict import CheckResult, answer
 from release.facts import serving
 from release.facts.published_tables import to_json
@@ -126,12 +125,12 @@ def grey(png: bytes, **entries: str) -> bytes:
 @pytest.mark.parametrize("name", ["training.png", "experts.png", "progress.png"])
 def test_a_picture_is_drawn_again_and_compared(name: str, model: Path) -> None:
     subject, path = Release(model, "model"), model / name
-    assert run_check("plots", lambda: plots.plots(subject)).ok
+    assert run_check("plots", lambda: cards.drawn_plots(subject)).ok
     published = path.read_bytes()
     path.write_bytes(grey(published))
-    assert plots.plots(subject).problems == [f"alone/{name} does not show the numbers beside it"]
+    assert cards.drawn_plots(subject).problems == [f"alone/{name} does not show the numbers beside it"]
     path.write_bytes(grey(published, Software="Matplotlib version1.0.0, https://matplotlib.org/"))
-    findings = plots.plots(subject)
+    findings = cards.drawn_plots(subject)
     assert findings.problems == [] and findings.skipped["plots"].startswith("plots: drawn by Matplotlib version1.0.0")
 
 
@@ -145,11 +144,11 @@ def test_a_picture_of_the_same_look_is_the_same(model: Path) -> None:
     info = PngInfo()
     for name, value in entries.items():
         info.add_text(name, value)
-    for difference, same in ((plots.ROUNDED, True), (plots.ROUNDED + 1, False)):
+    for difference, same in ((cards.ROUNDED, True), (cards.ROUNDED + 1, False)):
         other = image.copy()
         other.putpixel((3, 3), (255 - difference, 255, 255, 255))
         other.save(path, pnginfo=info)
-        assert (plots.plots(Release(model, "model")).problems == []) is same
+        assert (cards.drawn_plots(Release(model, "model")).problems == []) is same
 
 
 def in_shards(model: Path) -> list[str]:
@@ -199,10 +198,10 @@ def no_nodes(folder: Path) -> None:
 
 
 EMPTY: dict[Callable[[Release], Findings], Callable[[Path], None]] = {
-    chat_templates.chat_templates: lambda folder: None,
-    manifests.manifests: lambda folder: None,
+    loading.chat_templates: lambda folder: None,
+    provenance.manifest_digests: lambda folder: None,
     order.segments: lambda folder: None,
-    variants.runtimes: nothing_ran,
+    weights.runtimes: nothing_ran,
     scores.scores: lambda folder: None,
     source_code.source_files: no_nodes,
     weights.tensors: lambda folder: None,
