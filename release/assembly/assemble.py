@@ -20,8 +20,8 @@ from pipeline.core.store import Artifact
 from release import independent_verifier, merkle, references
 from release.assembly.attribution import write_attribution
 from release.cards import croissant, plots, render, results
-from release.checks.check import BuildContext
-from release.checks.loading import LoadReport, load_models
+from release.checks import loading
+from release.checks.check import BuildContext, LoadReport
 from release.facts import changes, runtimes, serving
 from release.facts.checkpoint_facts import index_rows
 from release.facts.forecast import FILE, FOLDER
@@ -313,7 +313,7 @@ def _write_models(draft: Draft) -> None:
     data_id = render.data_id(release.info)
     # A process of its own loads the models while the plots are drawn: both take long.
     with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(load_models, release.model_folders)
+        reports = pool.submit(loading.load_models, release.model_folders)
         for name, model in models.items():
             if model.is_chat:
                 repo = f"{release.info.repository}{name.removeprefix(MODEL)}"
@@ -323,7 +323,7 @@ def _write_models(draft: Draft) -> None:
             draft.write(f"{name}/{results.results_path(data_id)}", measured.encode())
             for plot_name, draw in plots.model_plots(draft.folder / name, model).items():
                 draft.write(f"{name}/{plot_name}", draw())
-        draft.load_reports = dict(zip(models, loading.result(), strict=True))
+        draft.load_reports = dict(zip(models, reports.result(), strict=True))
     for name, report in draft.load_reports.items():
         draft.json(f"{name}/{GOLDENS}", report.goldens, sort_keys=False)  # a template renders fields in their order
         models[name].rendered_chat = rendered_chat(report.goldens)  # the facts were read before there were goldens

@@ -89,7 +89,7 @@ def no_secrets(build: BuildContext) -> Findings:
     """Checks that no file contains a token, a private key, or a path of this machine. What a model wrote may have the
     form of a key: it is stated."""
     paths = [path for path in build.release.files if Path(path).name != SUMS]
-    scan = scan(build.release.root, paths, build.machine)
+    scan = scan_files(build.release.root, paths, build.machine)
     summary = "; ".join([f"{len(paths)} files searched", *(f"by a model: {text}" for text in scan.invented)])
     return Findings(scan.secrets, summary=summary)
 
@@ -143,7 +143,7 @@ class Scan:
     invented: list[str]
 
 
-def scan(folder: Path, paths: list[str], machine: list[Path]) -> Scan:
+def scan_files(folder: Path, paths: list[str], machine: list[Path]) -> Scan:
     """Searches files of a release. Weights are skipped; Parquet is read column by column.
 
     Document text is searched for secrets but not for names of the machine, because a manual may contain a common home.
