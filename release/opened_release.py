@@ -14,13 +14,21 @@ from typing import Any
 from pipeline.core.provenance import Statement
 from pipeline.core.store import sha256_file
 from release import schema
-from release.facts.changes import Changes, read_changes
-from release.facts.checkpoint_facts import Checkpoint, Intervention, find_interventions, read_checkpoints
-from release.facts.costs import Costs, usage_by_stage
 from release.facts.data_facts import DataFacts, canary_of, read_data_facts
 from release.facts.model_facts import ModelFacts, read_model_facts
 from release.facts.published_tables import Manifest, read_json, read_manifests
-from release.facts.size_facts import Trained, read_sizes
+from release.facts.run_facts import (
+    Changes,
+    Checkpoint,
+    Costs,
+    Intervention,
+    Trained,
+    find_interventions,
+    read_changes,
+    read_checkpoints,
+    read_sizes,
+    usage_by_stage,
+)
 from release.facts.variant_facts import VariantFacts, read_variants
 from release.layout import RECIPE, STATEMENTS
 from release.repositories import Repository, files_below, model_folders, repositories, variant_folders

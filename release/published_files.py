@@ -1,8 +1,8 @@
 """The published files: one closed list of what each kind of repository holds, and where every file comes from.
 
-`atom build` copies and makes what stands here, and nothing else; `origins.json` states it; and `atom verify` refuses any
-other file. A loader takes up files by their names: an adapter, a second chat template, a further shard. So names that
-look like one on the list are refused as well.
+`atom build` copies and makes what stands here, and nothing else; `origins.json` states it; and `atom verify` refuses
+any other file. A loader takes up files by their names: an adapter, a second chat template, a further shard. So names
+that look like one on the list are refused as well.
 """
 
 from __future__ import annotations

@@ -22,13 +22,13 @@ from release.assembly.attribution import write_attribution
 from release.cards import croissant, plots, render, results
 from release.checks import loading
 from release.checks.check import BuildContext, LoadReport
-from release.facts import changes, runtimes, serving
-from release.facts.checkpoint_facts import index_rows
+from release.facts import model_facts, run_facts, runtimes
 from release.facts.forecast import FILE, FOLDER
 from release.facts.forecast import MODEL as MODEL_PREDICTED
 from release.facts.message_tables import write_messages
 from release.facts.model_facts import rendered_chat
 from release.facts.published_tables import to_json
+from release.facts.run_facts import index_rows
 from release.layout import (
     CANARY,
     CODE_README,
@@ -303,8 +303,10 @@ def _write_receipts(draft: Draft) -> None:
 def _write_changes(draft: Draft) -> None:
     """Writes what changed since the release that --previous names."""
     if draft.source.previous is not None:
-        compared = changes.compare(draft.source.previous, draft.source.recipe, draft.release.models[MODEL])
-        draft.json(changes.FILE, compared)
+        compared = run_facts.compare_with_previous(
+            draft.source.previous, draft.source.recipe, draft.release.models[MODEL]
+        )
+        draft.json(run_facts.CHANGES_FILE, compared)
 
 
 def _write_models(draft: Draft) -> None:
@@ -317,8 +319,8 @@ def _write_models(draft: Draft) -> None:
         for name, model in models.items():
             if model.is_chat:
                 repo = f"{release.info.repository}{name.removeprefix(MODEL)}"
-                config = serving.serve_config(draft.folder / name, repo, release.info.version)
-                draft.write(f"{name}/{serving.NAME}", config.encode())
+                config = model_facts.serve_config(draft.folder / name, repo, release.info.version)
+                draft.write(f"{name}/{model_facts.SERVE_FILE}", config.encode())
             measured = results.text(model, data_id, release.info.version)
             draft.write(f"{name}/{results.results_path(data_id)}", measured.encode())
             for plot_name, draw in plots.model_plots(draft.folder / name, model).items():

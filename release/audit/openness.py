@@ -23,7 +23,7 @@ from release import data_layout, references, schema
 from release.audit.replay.certificates import read_certificates
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.source import Source
-from release.facts import size_facts
+from release.facts import run_facts
 from release.facts.published_tables import read_json
 from release.facts.score_facts import CONTAMINATION
 from release.layout import (
@@ -385,8 +385,8 @@ def _energy(release: Published) -> Answer:
 
 @_row("small sizes of the same recipe", "list two smaller models in the recipe's section `sizes`")
 def _sizes(release: Published) -> Answer:
-    sizes, source = size_facts.read_sizes(release.folder)[1:], Source(release.folder)
-    places = [f"{size_facts.TRAINING}/{size.name}" for size in sizes]
+    sizes, source = run_facts.read_sizes(release.folder)[1:], Source(release.folder)
+    places = [f"{run_facts.TRAINING}/{size.name}" for size in sizes]
     reasons = [f"{size.name} ({lack})" for size in sizes if (lack := _lack_of_replay(source, size.name))]
     if reasons:
         return "P", f"not all of {len(sizes)} smaller models can be trained again: {', '.join(reasons)}", places

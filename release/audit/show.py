@@ -9,7 +9,7 @@ from typing import Any
 
 from release import signing
 from release.cards import caveats, tables
-from release.facts import costs
+from release.facts import run_facts
 from release.facts.data_facts import OrderFacts
 from release.facts.model_facts import ModelFacts
 from release.facts.published_tables import read_json
@@ -69,7 +69,7 @@ def facts_of(release: Release) -> dict[str, Any]:
         "pass_at_1": pass_at_1(data.chat.get("test", {})),
         "checkpoints": [row.branch for row in release.checkpoints],
         "gates": {name: gate["ok"] for name, gate in sorted(read_json(release.root / GATES).items())},
-        "cost": costs.total(release.costs),
+        "cost": run_facts.total_cost(release.costs),
         "key": _key(release.root),
         "identity": signing.recorded_identity(release.root / SIGNATURE),
     }  # fmt: skip

@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from release.cards import caveats, chat_tables, document_tables, measurement_tables, tables, training_tables
-from release.facts.changes import Changes
-from release.facts.checkpoint_facts import Intervention
-from release.facts.costs import Costs
 from release.facts.data_facts import DataFacts
-from release.facts.example_answers import ExampleAnswer, best_example, read_examples
 from release.facts.model_facts import ModelFacts
-from release.facts.score_facts import ChatScores
+from release.facts.run_facts import Changes, Costs, Intervention
+from release.facts.score_facts import ChatScores, ExampleAnswer, best_example, read_examples
 from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL
 from release.opened_release import Release

@@ -15,9 +15,9 @@ from release import schema
 from release.cards import card_tables, chat_tables, plots, tables
 from release.cards.card_tables import ReleaseFacts
 from release.facts.data_facts import DataFacts
-from release.facts.example_answers import ExampleAnswer
 from release.facts.message_tables import FOLDER as MESSAGES
 from release.facts.model_facts import ModelFacts
+from release.facts.score_facts import ExampleAnswer
 from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL, VARIANT, numbered
 from release.opened_release import Release

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.text import escaped
-from release.facts import costs
-from release.facts.changes import Changes
-from release.facts.checkpoint_facts import Checkpoint, Intervention
+from release.facts import run_facts
 from release.facts.data_facts import DataFacts, OrderPart
 from release.facts.forecast import FOLDER as PREDICTION
 from release.facts.model_facts import ModelFacts
+from release.facts.run_facts import Changes, Checkpoint, Intervention
 from release.facts.score_facts import ChatScores, HarnessFacts
 from release.layout import RUNTIMES, numbered
 from stages.confidence import Figure
@@ -462,14 +461,14 @@ def checkpoints(rows: list[Checkpoint]) -> list[str]:
     return table(["branch", "phase", "step"], body)
 
 
-def cost(run_costs: costs.Costs) -> list[str]:
+def cost(run_costs: run_facts.Costs) -> list[str]:
     """The cost of the whole release, by part of the work."""
-    parts: costs.Costs = {}
+    parts: run_facts.Costs = {}
     for stage, row in run_costs.items():
-        part = parts.setdefault(STAGES.get(stage, stage), dict.fromkeys(costs.COLUMNS, 0.0))
-        for column in costs.COLUMNS:
+        part = parts.setdefault(STAGES.get(stage, stage), dict.fromkeys(run_facts.COST_COLUMNS, 0.0))
+        for column in run_facts.COST_COLUMNS:
             part[column] += row[column]
     order_of_parts = {part: number for number, part in enumerate(dict.fromkeys(STAGES.values()))}
     parts = dict(sorted(parts.items(), key=lambda pair: (order_of_parts.get(pair[0], len(order_of_parts)), pair[0])))
     head = ["part", "attempts", "of these failed", "core hours", "GPU hours", "energy, Wh"]
-    return table(head, costs.rows(parts))
+    return table(head, run_facts.cost_rows(parts))

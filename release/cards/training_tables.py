@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.core.text import escaped
 from release.cards.tables import PHASES, count, table, title
-from release.facts.example_answers import settings_of
 from release.facts.model_facts import ModelFacts
+from release.facts.score_facts import settings_of
 
 Facts = dict[str, Any]
 

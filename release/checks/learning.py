@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from release.checks.check import BuildContext, Findings
-from release.facts.checkpoint_facts import context_of
 from release.facts.published_tables import read_rows
+from release.facts.run_facts import context_of
 from release.layout import numbered, when
 from stages.confidence import Figure, Mean
 from stages.evaluation.scores import ModelScores, pass_at_1

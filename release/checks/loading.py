@@ -172,8 +172,8 @@ def chat_templates(release: Release) -> Findings:
                 message = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 findings.problems.append(f"{model.name}/{name} renders no conversation: {message}")
         if not findings.problems and (model / GOLDENS).is_file():
-            _compare_conversations(model, {name: templates[name] for name in (INFERENCE_FILE, TRAINING_FILE) if name in templates},
-                     findings)  # fmt: skip
+            both = {name: templates[name] for name in (INFERENCE_FILE, TRAINING_FILE) if name in templates}
+            _compare_conversations(model, both, findings)
     return findings
 
 

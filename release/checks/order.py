@@ -14,10 +14,10 @@ from pipeline.core.parts import part_file, part_tables
 from pipeline.core.store import sha256_file
 from release.checks.check import BuildContext, Findings
 from release.data_layout import orders
-from release.facts import published_order
 from release.facts.published_tables import read_json, stream_batches
 from release.layout import WITHOUT_ORDER, phases_of
 from release.opened_release import Release
+from release.tracing import order_lookup
 from stages.data.chunks import ChunkIndex, Cut, seal_index
 from stages.data.computed_order import ComputedOrder
 from stages.data.order import merkle_root
@@ -56,14 +56,14 @@ def segments(release: Release) -> Findings:
     for order in published:
         meta, name = read_json(order / "meta.json"), order.relative_to(dataset).as_posix()
         with TemporaryDirectory() as work:
-            cut = published_order.cut_of(meta)
+            cut = order_lookup.cut_of(meta)
             candidates = [
                 read_documents(tokens, Path(work, str(number)), cut)
                 for number, tokens in enumerate(tables if order in earlier else [current])
             ]
             wrong_segments = list(islice(_wrong_segments(order, candidates), MOST_PROBLEMS))
             problems += [f"{name}: {text}" for text in wrong_segments]
-            if not wrong_segments and published_order.is_function(meta):
+            if not wrong_segments and order_lookup.is_function(meta):
                 fitting = next((indexes for indexes in candidates if _fits(meta, indexes)), candidates[-1])
                 problems += [f"{name}: {text}" for text in _recompute(release, order, meta, fitting, Path(work))]
     return Findings(problems, compared=bool(published))
@@ -118,7 +118,7 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
 
 def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
     """A sentence for each block whose rows or places in the streams differ from those of the order's function."""
-    config = published_order.config_of(meta)
+    config = order_lookup.config_of(meta)
     if not _fits(meta, indexes):
         yield "the documents do not have the chunks that meta.json states"
         return
@@ -134,9 +134,9 @@ def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes:
     starts: dict[int, dict[str, Place]] = {}
     if config.blocks > BLOCKS:
         blocks = sorted(random.Random(sha256_file(folder / "meta.json")).sample(blocks, BLOCKS))
-        starts = published_order.starts_of(meta)
+        starts = order_lookup.starts_of(meta)
     used = {name: indexes[name] for name in sorted(config.mix)}
-    order = ComputedOrder(config, used, published_order.cursor_of(meta), work, starts=starts)
+    order = ComputedOrder(config, used, order_lookup.cursor_of(meta), work, starts=starts)
     if order.function != meta["function"]:
         yield "meta.json states another function than its settings give"
     if merkle_root(part["sha256"] for part in parts) != meta["merkle_root"]:

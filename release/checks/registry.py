@@ -31,7 +31,7 @@ from release.checks.gates import GateResult
 from release.facts.forecast import FILE, FOLDER
 from release.facts.message_tables import FOLDER as MESSAGES
 from release.facts.published_tables import to_json
-from release.facts.size_facts import TRAINING
+from release.facts.run_facts import TRAINING
 from release.layout import BASE as MODEL_BASE
 from release.layout import (
     EXPORTED,
@@ -103,7 +103,9 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("manifests", provenance.manifest_digests, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
     Check("origins", provenance.origins, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
     Check("statements", provenance.statements, EVIDENCE, STATEMENTS, gate="ledger_closed", remedy=STATE),
-    Check("prediction", smaller_runs.prediction, EVIDENCE, PROVENANCE, needs=FORECAST, gate="prediction", remedy=PREDICT),
+    Check(
+        "prediction", smaller_runs.prediction, EVIDENCE, PROVENANCE, needs=FORECAST, gate="prediction", remedy=PREDICT
+    ),
     Check("sizes", smaller_runs.sizes, EVIDENCE, PROVENANCE, needs=SIZES, gate="sizes", remedy=SMALLER),
     Check("gates", partial(standards.passed_gates, lambda: CHECKS), EVIDENCE, EVERYTHING),
     Check("attestations", standards.attestations, EVIDENCE, EVERYTHING),
@@ -137,7 +139,12 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     BuildCheck("croissant", cards.valid_croissant, "fix release/cards/croissant.py", private=True),
     Check("standards", standards.standard_documents, RELEASE, EVERYTHING, gate="standards", remedy="build again"),
     Check(
-        "standards_valid", standards.valid_standards, EVIDENCE, EVIDENCED, gate="standards", remedy="fix release/standards",
+        "standards_valid",
+        standards.valid_standards,
+        EVIDENCE,
+        EVIDENCED,
+        gate="standards",
+        remedy="fix release/standards",
     ),
     Check("shards", weights.shards, TENSORS, EVERYTHING, gate="shards", remedy="run the export again"),
     Check("weights", weights.tensors, TENSORS, WEIGHTS, deep=True),
@@ -148,17 +155,27 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("runtimes", weights.runtimes, EVIDENCE, PROVENANCE, needs=RUNTIMES, gate="runtimes", remedy=RUNTIME),
     BuildCheck("fresh_set", scores.fresh_set_of_conversations, DRAW),
     Check(
-        "fresh_set", scores.fresh_set, RELEASE, FRESH, deep=True, needs="dataset/evaluation/fresh",
-        gate="fresh_set", remedy=DRAW,
+        "fresh_set",
+        scores.fresh_set,
+        RELEASE,
+        FRESH,
+        deep=True,
+        needs="dataset/evaluation/fresh",
+        gate="fresh_set",
+        remedy=DRAW,
     ),
     Check(
-        "chat_templates", loading.chat_templates, TEMPLATES, RENDERED, gate="chat_template_round_trip",
+        "chat_templates",
+        loading.chat_templates,
+        TEMPLATES,
+        RENDERED,
+        gate="chat_template_round_trip",
         remedy=EXPORT,
     ),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),
     Check("page", cards.whole_page, EVIDENCE, EVERYTHING, needs=f"{SITE}/*"),
     BuildCheck("no_secrets", source_code.no_secrets, "remove it at its source and run again", private=True),
-)  # fmt: skip
+)
 
 
 def verifiers(release: Release, deep: bool) -> Iterator[Check]:

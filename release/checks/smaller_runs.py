@@ -14,9 +14,9 @@ from pipeline.core.stage import identity
 from pipeline.core.store import sha256_file
 from release import untrusted
 from release.checks.check import Findings
-from release.facts import forecast, size_facts, training
+from release.facts import forecast, run_facts, training
 from release.facts.forecast import FILE, FOLDER, MODEL, PHASE
-from release.facts.size_facts import PRETRAIN, TRAINING
+from release.facts.run_facts import PRETRAIN, TRAINING
 from release.layout import RECIPE, SIZE, folders_of, models_of
 from release.opened_release import Release
 from stages.models.registry import parse
@@ -30,7 +30,7 @@ def sizes(release: Release) -> Findings:
     that it states, on the rows of pre-training; that it is smaller; and that its figures are those of its log."""
     folder = release.root
     stated = untrusted.read_json(folder / RECIPE, follow=True).get("sizes", [])
-    expected, published = [f"{SIZE}-{n + 1}" for n in range(len(stated))], size_facts.names(folder)
+    expected, published = [f"{SIZE}-{n + 1}" for n in range(len(stated))], run_facts.smaller_models(folder)
     if expected != published:
         words = [", ".join(each) or "none" for each in (expected, published)]
         return Findings([f"{RECIPE} states the smaller models {words[0]}, and {TRAINING} has {words[1]}"])
@@ -87,7 +87,7 @@ def _settings(
             yield f"{name} read other {role} than {PRETRAIN}"
 
 
-def _log(folder: Path, size: size_facts.Trained) -> Iterator[str]:
+def _log(folder: Path, size: run_facts.Trained) -> Iterator[str]:
     """Problems of the figures of a smaller model, which its log states too."""
     last: dict[str, Any] = {}
     for line in training.stream(folder / TRAINING / size.name / "training.jsonl"):

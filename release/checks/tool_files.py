@@ -18,7 +18,7 @@ from release import schema
 from release.cards import render
 from release.cards.results import FOLDER as RESULTS
 from release.checks.check import Findings
-from release.facts import serving
+from release.facts import model_facts
 from release.facts.published_tables import read_json, to_json
 from release.layout import (
     CODE_README,
@@ -112,12 +112,12 @@ def _of_model(release: Release, model: Path, findings: Findings) -> Iterator[str
     """Problems of the files of one model's repository."""
     is_chat = release.models[model.name].is_chat
     repo, version = _names(release, model)
-    expected = serving.serve_config(model, repo, version).encode() if is_chat else None
-    if _differs(model / serving.NAME, expected):
+    expected = model_facts.serve_config(model, repo, version).encode() if is_chat else None
+    if _differs(model / model_facts.SERVE_FILE, expected):
         if is_chat:
-            yield f"{serving.NAME} is not what this atom writes for the model"
+            yield f"{model_facts.SERVE_FILE} is not what this atom writes for the model"
         else:
-            yield f"{serving.NAME} is there, and the model was not trained to converse"
+            yield f"{model_facts.SERVE_FILE} is there, and the model was not trained to converse"
     yield from _of_loader(model, is_chat, findings)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from release import data_layout, references, untrusted
 from release.checks.check import Findings
-from release.facts.opt_outs import OptOut, read_opt_outs, removed_documents
+from release.facts.document_facts import OptOut, read_opt_outs, removed_documents
 from release.facts.published_tables import read_json
 from release.layout import OPT_OUTS
 from release.opened_release import Release

@@ -1,5 +1,5 @@
-"""Licenses, lengths, languages and quality scores of the tokenized documents, from the tables of the dataset
-repository."""
+"""Licenses, lengths, languages and quality scores of the tokenized documents, and opt-outs, from the tables of the
+dataset repository."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import CheckFailed
 from release import data_layout
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches, stream_rows
+from release.layout import OPT_OUTS
+from stages.data.curation.deny_list import OPT_OUT_RULE
 from stages.data.licenses.attribution import asks_for_attribution
 from stages.data.splits import SPLITS
 from stages.formats.table import MEASURES, SCORE, column_names, content_hash, row_count
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from numpy.typing import NDArray
+
 
 BATCH = 65536
 LENGTHS = (256, 1024, 4096, 16384, 65536, 262144)
@@ -242,3 +245,42 @@ def _rows_by_value(column: pa.Array) -> list[tuple[str, NDArray[np.int64]]]:
     encoded = column.dictionary_encode()
     codes = encoded.indices.to_numpy()
     return [(value, np.flatnonzero(codes == code)) for code, value in enumerate(encoded.dictionary.to_pylist())]
+
+
+OPT_OUT_COLUMNS = ["id", "source", "rule", "match", "duplicate_of", "content_hash"]
+
+
+@dataclass
+class OptOut:
+    """A request. request: the SHA-256 of its reference; date: as in the deny-list; entries: of the deny-list, by kind;
+    removed: documents by how they were found: as named (`id`, `url`, …), or as `copy`, `near_duplicate`, `derived`."""
+
+    request: str
+    date: str
+    entries: dict[str, int]
+    removed: Counter[str] = field(default_factory=Counter)
+
+
+def read_opt_outs(dataset: Path) -> list[OptOut]:
+    """The requests of a dataset folder in the order of their hashes; none for a corpus without a deny-list."""
+    if not (dataset / OPT_OUTS).exists():
+        return []
+    opt_outs = {
+        row["request"]: OptOut(row["request"], row["date"], row["entries"])
+        for row in read_json(dataset / OPT_OUTS)["requests"]
+    }
+    for row in removed_documents(dataset):
+        for request in row["requests"]:
+            if request in opt_outs:
+                opt_outs[request].removed[row["found"]] += 1
+    return [opt_outs[request] for request in sorted(opt_outs)]
+
+
+def removed_documents(dataset: Path) -> Iterator[dict[str, Any]]:
+    """The dispositions of the documents that were removed on request, with `found` and `requests` of their match."""
+    import pyarrow.compute as pc
+
+    for batch in stream_batches(data_layout.all_files(data_layout.disposition_files(dataset)), OPT_OUT_COLUMNS, BATCH):
+        for row in batch.filter(pc.equal(batch.column("rule"), OPT_OUT_RULE)).to_pylist():
+            kind, *requests = (row.pop("match") or "").split(" ")
+            yield {**row, "found": kind, "requests": requests}

@@ -11,11 +11,10 @@ from urllib.parse import quote
 
 from pipeline.core import provenance
 from pipeline.core.bounds import spdx
-from release.facts import costs
-from release.facts.costs import Costs
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
 from release.facts.published_tables import Manifest, read_json
+from release.facts.run_facts import Costs, total_cost
 from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL, STANDARDS, VARIANT, phases_of
 from release.opened_release import Release
@@ -197,7 +196,7 @@ def energy(facts: StandardFacts) -> dict[str, Any]:
         "factors": {"carbon": carbon.model_dump() if carbon else None, "stated_by": "maker" if carbon else None},
         "left_out": LEFT_OUT,
         "stages": {stage: row(usage) for stage, usage in facts.costs.items()},
-        "total": row(costs.total(facts.costs)),
+        "total": row(total_cost(facts.costs)),
     }
 
 

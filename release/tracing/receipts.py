@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
 from release import schema
-from release.facts.opt_outs import OptOut, removed_documents
+from release.facts.document_facts import OptOut, removed_documents
 from release.facts.published_tables import read_json, stream_rows
 from release.layout import ALL_SUMS, OPT_OUTS, folders_of
 from release.repositories import repositories

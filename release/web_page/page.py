@@ -19,12 +19,10 @@ from markupsafe import Markup
 
 from pipeline.core.text import escaped, short
 from release.cards import card_tables, caveats, plots, tables
-from release.facts.checkpoint_facts import Checkpoint
-from release.facts.costs import Costs
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
 from release.facts.published_tables import read_json
-from release.facts.size_facts import Trained
+from release.facts.run_facts import Checkpoint, Costs, Trained
 from release.layout import GATES, MODEL, REFERENCES, STANDARDS, when
 from release.opened_release import Release
 from release.schema import ReleaseInfo

@@ -21,10 +21,10 @@ from release.checks import cards, registry
 from release.checks.check import BuildContext
 from release.checks.gates import GateResult
 from release.checks.provenance import statements
-from release.facts.checkpoint_facts import read_checkpoints
 from release.facts.data_facts import DataFacts, Packing, SourceInOrder, read_data_facts
 from release.facts.model_facts import read_model_facts
 from release.facts.published_tables import read_json
+from release.facts.run_facts import read_checkpoints
 from release.opened_release import Release
 from release.repositories import files_below
 from release.schema import read_release

@@ -22,8 +22,8 @@ from release.audit import openness
 from release.audit.replay import replay
 from release.cards import tables
 from release.checks import smaller_runs as check_of_sizes
-from release.facts import size_facts
-from release.facts.checkpoint_facts import read_checkpoints
+from release.facts import run_facts
+from release.facts.run_facts import read_checkpoints
 from release.layout import RECIPE, sizes_of, when
 from release.opened_release import Release
 from release.prediction import sealing
@@ -150,7 +150,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sizes_are_placed_and_read(evidence: Path) -> None:
-    assert [(size.name, size.total, dict(size.settings)) for size in size_facts.read_sizes(evidence)] == [
+    assert [(size.name, size.total, dict(size.settings)) for size in run_facts.read_sizes(evidence)] == [
         ("pretrain", 40000, {}), ("size-1", 20000, {"hidden_size": 32}), ("size-2", 10000, {"layers": 1, "yarn": YARN}),
     ]  # fmt: skip
     findings = check_of_sizes.sizes(Release(evidence))

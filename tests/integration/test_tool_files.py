@@ -29,7 +29,7 @@ from release.checks.check import Findings
 from release.checks.check_runner import CheckRunner, guarded, run_check
 from release.checks.loading import load_models
 from release.checks.verdict import CheckResult, answer
-from release.facts import serving
+from release.facts import model_facts
 from release.facts.published_tables import to_json
 from release.opened_release import Release
 from release.tree import Tree
@@ -56,7 +56,7 @@ def chat_model(model: Path) -> Path:
     (model / "generation_config.json").write_bytes(generation_config(True, ids))
     config = model_tokenizer_config(tokenizer_config(), release_fixtures.CONTEXT, converses=True)
     release_fixtures.write_json(model / "tokenizer_config.json", config)
-    (model / serving.NAME).write_text(serving.serve_config(model, "local/tiny", "0.1.0"))
+    (model / model_facts.SERVE_FILE).write_text(model_facts.serve_config(model, "local/tiny", "0.1.0"))
     return model
 
 
@@ -70,7 +70,7 @@ def problems(model: Path) -> list[str]:
 )
 def test_another_option_of_a_server_is_named(option: str, chat_model: Path) -> None:
     assert problems(chat_model) == []
-    path = chat_model / serving.NAME
+    path = chat_model / model_facts.SERVE_FILE
     own = path.read_text()
     path.write_text(f"{own}{option}\n")
     assert problems(chat_model) == ["serve.yaml is not what this atom writes for the model"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.core.errors import AtomError
 from release.checks import documents
 from release.checks.documents import Rows, repeated_ids
-from release.facts.distinct import BYTES, Distinct
+from release.facts.data_facts import BYTES, Distinct
 from release.tracing.release_data import select_rows
 
 NUMBERS = st.lists(st.integers(0, 2**62 - 1) | st.integers(0, 9000), max_size=60)
