@@ -21,8 +21,7 @@ from release.checks.check import Check, Findings
 from release.checks.check_runner import CheckRunner, run_check
 from release.checks.listing import Checksums, Contents, kind_of
 from release.checks.verdict import CheckResult, Problems, Verdict, answer
-from release.checksums import compare
-from release.hash_cache import Digests
+from release.checksums import Digests, compare
 from release.layout import ALL_SUMS, PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS
 from release.opened_release import Release
 from release.signing import ANYONE, Trust, TrustPolicy
