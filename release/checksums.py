@@ -1,4 +1,4 @@
-"""The checksum files of a release, in the format of `sha256sum`."""
+"""The checksum files of a release, in the format of `sha256sum`, and the digests that they are compared with."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
 
 
 def is_plain_path(path: str) -> bool:
-    """Whether a relative path stays within its folder, and can be printed and opened."""
+    """Returns True if a relative path stays within its folder, and can be printed and opened."""
     parts = path.split("/")
     longest = max(len(part.encode(errors="replace")) for part in parts)
     return (

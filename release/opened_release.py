@@ -144,7 +144,7 @@ class Release:
 
     @cached_property
     def changes(self) -> Changes | None:
-        """What changed since the version before, if the release states it."""
+        """The changes since the version before, if the release states them."""
         return read_changes(self.root)
 
     def license_of(self, folder: str) -> str:

@@ -18,10 +18,26 @@ NAMED = 100
 """The maximum number of refusals that are named individually."""
 SPARSE_BYTES = 64 << 20
 """The total size that sparse files may always have."""
-WITHOUT_MODES = frozenset({
-    "9p", "cifs", "drvfs", "exfat", "fuseblk", "iso9660", "msdos", "ntfs", "ntfs3", "prl_fs", "smb3", "udf", "vboxsf",
-    "vfat", "vmhgfs", "fuse.vmhgfs-fuse",
-})  # fmt: skip
+WITHOUT_MODES = frozenset(
+    {
+        "9p",
+        "cifs",
+        "drvfs",
+        "exfat",
+        "fuseblk",
+        "iso9660",
+        "msdos",
+        "ntfs",
+        "ntfs3",
+        "prl_fs",
+        "smb3",
+        "udf",
+        "vboxsf",
+        "vfat",
+        "vmhgfs",
+        "fuse.vmhgfs-fuse",
+    }
+)
 """File systems that show every file as executable, or with the mode of the mount."""
 CACHED = re.compile(r"(models|datasets)--.+")
 CLIENTS = re.compile(
@@ -123,12 +139,15 @@ def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) ->
 
 
 _KINDS = {
-    stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-}  # fmt: skip
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def is_sparse(status: os.stat_result) -> bool:
-    """Whether almost nothing of a file is on the disk; compressing file systems do not reach that ratio."""
+    """Returns True if almost nothing of a file is on the disk; compressing file systems do not reach that ratio."""
     return disk_bytes(status) * 64 < status.st_size
 
 
@@ -148,7 +167,7 @@ def inode(status: os.stat_result) -> tuple[int, int]:
 
 
 def is_foreign_link(folder: Path, path: str) -> bool:
-    """Whether a path is a link, or leads through one, except for links of the Hub client's cache. No link is
+    """Returns True if a path is a link, or leads through one, except for links of the Hub client's cache. No link is
     followed."""
     parts = path.split("/")
     if any((folder / "/".join(parts[:depth])).is_symlink() for depth in range(1, len(parts))):
@@ -174,7 +193,7 @@ def _blob(folder: Path, path: str) -> os.stat_result | None:
 
 
 def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
-    """Whether the file system of a folder records executable modes, by its kind; True for an unknown kind.
+    """Returns True if the file system of a folder records executable modes, or is of an unknown kind.
 
     mounts: the text of /proc/self/mountinfo.
     """

@@ -20,7 +20,7 @@ NAME = "retraction"
 
 
 def sentence(folder: Path) -> str:
-    """What was taken back from a folder with a tombstone."""
+    """Returns a sentence on what was taken back from a folder with a tombstone."""
     return "; ".join(tombstone.sentence for tombstone in read_tombstones(folder))
 
 

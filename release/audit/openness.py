@@ -1,4 +1,4 @@
-"""How open a release is: twenty questions, each answered from the published files with evidence and a reason.
+"""The openness of a release: twenty questions, each answered from the published files with evidence and a reason.
 
 Y: yes. P: partly. N: no. The questions join those of the Model Openness Framework (arXiv 2403.13784), OSAID 1.0 and the
 transparency duties of the EU's AI Act with what auditors of open models ask. A row is a yes only if its claim was
@@ -241,7 +241,7 @@ def _contamination(release: Published) -> Answer:
 
 
 def _lack_of_replay(source: Source, phase: str) -> str:
-    """What a replay of a phase's last steps lacks; "" if nothing."""
+    """Returns what a replay of a phase's last steps lacks; "" if nothing."""
     try:
         Plan.read(source, phase, *select_steps(source, phase, None, None))
     except (AtomError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -72,7 +72,7 @@ def facts_of(release: Release) -> dict[str, Any]:
         "cost": run_facts.total_cost(release.costs),
         "key": _key(release.root),
         "identity": signing.recorded_identity(release.root / SIGNATURE),
-    }  # fmt: skip
+    }
 
 
 def _key(folder: Path) -> str | None:

@@ -1,4 +1,5 @@
-"""Checks the cards of a release and the description of its data against its files."""
+"""Checks what people read of a release against its files: cards with their metadata, plots, the description of the
+data, and the page."""
 
 from __future__ import annotations
 
@@ -197,7 +198,12 @@ def card_metadata(release: Release) -> Findings:
 
 
 def _stated_release(stated: Mapping[str, Any], repository: str = "/") -> ReleaseInfo:
-    """What a card states of its release. stated: its metadata. repository: that of the final model."""
+    """Returns the release as a card states it.
+
+    Args:
+        stated: The metadata of the card.
+        repository: The repository of the final model.
+    """
     namespace, _, name = repository.partition("/")
     spdx = str(stated.get("license_name", stated.get("license")))
     return ReleaseInfo(

@@ -1,5 +1,5 @@
-"""The definition of a check: one function over a release, and its line of the registry with its scope and
-conditions."""
+"""The definition of a check: one function over a release, which returns Findings, and its line of the registry with
+scope and conditions."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ class Absent(Exception):
 class Findings:
     """The findings of a check.
 
-    problems: sentences, each with the name of the file. skipped: {part: a sentence why it was not compared}. detail:
-    the text of the verdict without problems. compared: whether any part was. summary: the text of the gate without
-    problems.
+    Attributes:
+        problems: Sentences, each with the name of the file.
+        skipped: {part: a sentence why it was not compared}
+        detail: The text of the verdict without problems.
+        compared: Whether any part was compared.
+        summary: The text of the gate without problems.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -76,8 +79,12 @@ class Scope:
 
 @dataclass(frozen=True)
 class Reads:
-    """The files that a check reads: JSON and tables below these places (path prefixes), and weights if it reads any.
-    The limits on time and memory of the check follow from the size of these files."""
+    """The files that a check reads, from whose size the limits on its time and memory follow.
+
+    Attributes:
+        places: Prefixes of the paths of JSON and tables.
+        weights: Whether it reads weights, too.
+    """
 
     places: tuple[str, ...] = ()
     weights: bool = False
@@ -137,8 +144,13 @@ class LoadProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The result of loading a model. parameters: counted by transformers, None if it cannot load the model. goldens:
-    {messages, rows} of fixed inputs, empty if there are problems."""
+    """The result of loading a model.
+
+    Attributes:
+        problems: The reasons why it does not load, or not as it should.
+        parameters: The number that transformers counts; None if it cannot load the model.
+        goldens: {messages, rows} of fixed inputs; empty if there are problems.
+    """
 
     problems: list[LoadProblem]
     parameters: int | None = None
@@ -167,11 +179,14 @@ class BuildContext:
 
 @dataclass(frozen=True)
 class BuildCheck:
-    """A check that only `atom build` runs. Its function returns None if it does not apply to the release; then there is
-    no such gate.
+    """A check that only `atom build` runs.
 
-    private: whether it needs more than a release publishes; it then applies to every release. `atom verify` computes
-    the others again, to compare them with the published result.
+    Attributes:
+        gate: The name in evidence/gates.json.
+        function: Returns None if it does not apply to the release; then there is no such gate.
+        remedy: The advice of the gate.
+        private: Whether it needs more than a release publishes; it then applies to every release. `atom verify`
+            computes the others again, to compare them with the published result.
     """
 
     gate: str

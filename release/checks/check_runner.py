@@ -144,7 +144,7 @@ class CheckRunner:
             self.spent = "a table cannot be read"
 
     def _table_sizes(self, paths: list[str]) -> dict[str, Any]:
-        """What `table_sizes` gives; with a sentence in `wrong` if it fails."""
+        """Returns the result of `table_sizes`, with a sentence in `wrong` if it fails."""
         body: dict[str, Any] = {"tables": {}}
 
         def question() -> CheckResult:

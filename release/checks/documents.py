@@ -1,8 +1,8 @@
 """Checks that every document has one disposition, a license, and the same text in every table, the messages of
 conversations, and the Merkle roots of the tables.
 
-Tables are streamed and compared row by row: the kept documents of a part stand in the order of their dispositions, and
-those of each split in the order of their tokens.
+Tables are streamed in bounded memory and compared row by row: the kept documents of a part stand in the order of their
+dispositions, and those of each split in the order of their tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ HASHES = 100_000_000
 class Rows:
     """The rows of a table in their order, of which `take` reads the next ones.
 
-    path: a missing file has no rows. where: {column: the value of the rows to read}. aligned: whether the rows so far
-    were the expected ones. stray: the id of the first one that was not.
+    Attributes:
+        path: The file; a missing one has no rows.
+        columns: The columns to read.
+        aligned: Whether the rows so far were the expected ones.
+        stray: The id of the first row that was not.
     """
 
     def __init__(self, path: Path, columns: list[str], where: Mapping[str, str] | None = None) -> None:
@@ -183,7 +186,7 @@ def dispositions(release: Release) -> Findings:
 
 
 def _unbalanced(dataset: Path, counts: Counter[str], kept: Counter[str]) -> Iterator[str]:
-    """What is wrong with dispositions. Counts the documents of each source, and the kept ones."""
+    """Yields the problems of dispositions. Counts the documents of each source, and the kept ones."""
     files = data_layout.all_files(data_layout.disposition_files(dataset))
     for path, id in repeated_ids(files):
         yield f"{_name(dataset, path)}: document {id} has two fates"

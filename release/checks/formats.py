@@ -29,13 +29,28 @@ TEXT_BYTES = 64 << 20
 """The maximum size of a text; the size of logs (.jsonl) follows from the length of the training."""
 GGUF = b"GGUF"
 MAGIC = {
-    b"\x7fELF": "a program", b"MZ": "a program", b"\xfe\xed\xfa": "a program", b"\xce\xfa\xed\xfe": "a program",
-    b"\xcf\xfa\xed\xfe": "a program", b"\xca\xfe\xba\xbe": "a program", b"\0asm": "a program", b"dex\n": "a program",
-    b"!<arch>\n": "a library", b"#!": "a script", b"PK\3\4": "an archive", b"PK\5\6": "an archive",
-    b"\x1f\x8b": "an archive", b"BZh": "an archive", b"\xfd7zXZ": "an archive", b"7z\xbc\xaf": "an archive",
-    b"\x28\xb5\x2f\xfd": "an archive", b"Rar!": "an archive",
-    b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "an array that may hold pickles", b"SQLite format 3": "a database",
-}  # fmt: skip
+    b"\x7fELF": "a program",
+    b"MZ": "a program",
+    b"\xfe\xed\xfa": "a program",
+    b"\xce\xfa\xed\xfe": "a program",
+    b"\xcf\xfa\xed\xfe": "a program",
+    b"\xca\xfe\xba\xbe": "a program",
+    b"\0asm": "a program",
+    b"dex\n": "a program",
+    b"!<arch>\n": "a library",
+    b"#!": "a script",
+    b"PK\3\4": "an archive",
+    b"PK\5\6": "an archive",
+    b"\x1f\x8b": "an archive",
+    b"BZh": "an archive",
+    b"\xfd7zXZ": "an archive",
+    b"7z\xbc\xaf": "an archive",
+    b"\x28\xb5\x2f\xfd": "an archive",
+    b"Rar!": "an archive",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "an array that may hold pickles",
+    b"SQLite format 3": "a database",
+}
 STARTS = {".gguf": GGUF, ".parquet": b"PAR1", ".png": b"\x89PNG\r\n\x1a\n"}
 CODE_KEYS = ("auto_map", "custom_pipelines")
 """Keys of JSON that model loaders read as the name of code to run."""

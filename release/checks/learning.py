@@ -76,8 +76,12 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
         if losses and model.startswith("long"):
             details.append(f"bits per token by position {_text(losses)}")
             worst = max(worst, *map(_rise, losses.values()))
-        earlier = {source for name in build.release.data.order if when(name) < when(phase)
-                   for source in build.release.data.sources_read(name)}  # fmt: skip
+        earlier = {
+            source
+            for name in build.release.data.order
+            if when(name) < when(phase)
+            for source in build.release.data.sources_read(name)
+        }
         left_out = _changes(*(_bits(scores[name], earlier - read) for name in (before, model)))
         left_out.pop(TOGETHER, None)
         if left_out:

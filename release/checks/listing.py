@@ -27,9 +27,14 @@ HOLES = 4
 SECONDS, MEMORY = 1.0, 128 << 20
 """The limits for reading the sizes from manifests."""
 SIGNS = (
-    "evidence", "code/as-run", "dispositions", "parity.json", LOSS, "checkpoints/index.json",
+    "evidence",
+    "code/as-run",
+    "dispositions",
+    "parity.json",
+    LOSS,
+    "checkpoints/index.json",
     *(f"{part}/{SUMS}" for part in PARTS),
-)  # fmt: skip
+)
 
 
 def kind_of(folder: Path) -> str:
@@ -60,7 +65,8 @@ def parts_of(folder: Path) -> list[str]:
 
 
 def looks_like_release(folder: Path) -> bool:
-    """Whether a folder is, or was, part of a release: then a missing checksum file is a finding, not a wrong name."""
+    """Returns True if a folder is, or was, part of a release: then a missing checksum file is a finding, and not a
+    wrong name."""
     if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / marker) for marker in SIGNS):
         return True
     if any(os.path.lexists(folder / part / marker) for part in parts_of(folder) for marker in (SUMS, "config.json")):

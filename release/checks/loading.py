@@ -1,4 +1,5 @@
-"""Checks that plain transformers loads the models of a release, and compares their outputs."""
+"""Checks that plain transformers loads the models of a release, in a fresh interpreter, and that models, tokenizers and
+chat templates give the outputs that the build recorded."""
 
 from __future__ import annotations
 
@@ -41,9 +42,13 @@ def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadR
     wall_seconds = LOADING_SECONDS + weight_bytes(folders) // BYTES_PER_SECOND
     try:
         process = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=wall_seconds,
+            command,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=wall_seconds,
             env={**os.environ, **NOTHING_FROM_THE_HUB},
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         return _failed(folders, f"loading did not end within {wall_seconds} s")
     lines = [line.removeprefix("RELOAD ") for line in process.stdout.splitlines() if line.startswith("RELOAD ")]

@@ -78,7 +78,7 @@ def read_documents(tokens: Path, work: Path, cut: Cut) -> dict[str, ChunkIndex]:
 
 
 def _fits(meta: Mapping[str, Any], indexes: Indexes) -> bool:
-    """Whether the sources have as many chunks as the order states."""
+    """Returns True if the sources have as many chunks as the order states."""
     return all(name in indexes and indexes[name].chunks == facts["chunks"] for name, facts in meta["sources"].items())
 
 
@@ -156,7 +156,7 @@ def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes:
 
 
 def _wrong_place(order: ComputedOrder, n: int, parts: Sequence[Any], end: Mapping[str, Any] | None) -> str | None:
-    """What is wrong with the places in the streams where a block begins and ends; None if they are right.
+    """Returns the problem of the places in the streams where a block begins and ends; None if they are right.
 
     Of a sampled block, the places are taken from meta.json: they must be next to the tokens at which they should be.
     """

@@ -1,4 +1,5 @@
-"""Checks that the in-toto statements of a release are about its artifacts, and match the files."""
+"""Checks that every file leads back to a statement: by the origins of copies to the manifest of an artifact, and from
+there to the in-toto statement about it."""
 
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ def _misplaced(release: Release, stated: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _part_is_there(folder: Path, path: str) -> bool:
-    """Whether the repository of a file exists here; beside a release's evidence alone, the others do not."""
+    """Returns True if the repository of a file is here; beside a release's evidence alone, the others are not."""
     return (folder / path.split("/")[0]).exists()
 
 

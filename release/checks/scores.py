@@ -1,4 +1,9 @@
-"""Checks every scores.json against the tables beside it, the contamination with evaluation items, and the fresh set."""
+"""Checks the measurements of a release: every scores.json against the tables beside it, every answer against its score,
+the contamination with evaluation items, and the fresh set.
+
+The scorers of stages/scorers are frozen files, so an old answer is scored as before. Other scorers need a sandbox,
+other packages, a model or a server: they are not run, and the number of their answers is reported.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +57,7 @@ def score_problems(evaluation: Path) -> list[str]:
             path, measured = table.with_name("scores.json"), models[table.parent.name]
             if not path.exists() or not _equals_measured(path, measured):
                 problems.append(f"evaluation/{benchmark}/{table.parent.name}/scores.json is not what its table gives")
-    for kind, name, compute in (
-        (MEMORIZATION, "documents", compute_memorization), (HARNESS, "items", compute_harness)
-    ):  # fmt: skip
+    for kind, name, compute in ((MEMORIZATION, "documents", compute_memorization), (HARNESS, "items", compute_harness)):
         for path in sorted((evaluation / kind).glob(f"*/{name}.parquet")):
             stated = path.with_name("scores.json")
             if not stated.exists() or not _equals_measured(stated, compute(path.parent)):

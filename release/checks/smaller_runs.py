@@ -1,4 +1,5 @@
-"""Checks the smaller models of the recipe against their statements, their logs and the recipe."""
+"""Checks what smaller runs say of a release: that the smaller models of its recipe were trained as it states, and that
+a prediction was sealed before training and follows from its runs."""
 
 from __future__ import annotations
 

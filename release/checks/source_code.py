@@ -132,7 +132,7 @@ def secret_values() -> dict[str, Pattern]:
 
 @dataclass
 class Scan:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         secrets: `file holds finding` for each secret or name of the machine.

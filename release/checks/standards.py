@@ -1,4 +1,5 @@
-"""Checks the bundle of standards: that each document follows from the release, and is valid by its standard."""
+"""Checks what others read of a release by standards: the results of its gates, the in-toto attestations, and the bundle
+of documents."""
 
 from __future__ import annotations
 

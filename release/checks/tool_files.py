@@ -1,5 +1,10 @@
 """Checks the files that this tool writes without measuring anything: programs, options of servers, chat templates,
-texts of licenses. Each must be, byte for byte, what this tool writes, since people run them and rely on them."""
+texts of licenses. Each must be, byte for byte, what this tool writes, since people run them and rely on them.
+
+config.json and adapter_config.json, by which loaders choose the code that they run, have the keys that this tool writes
+and no others: a key such as `attn_implementation` names a kernel on the Hub, which transformers would download and run.
+Numbers are not compared here, since `--deep` loads the model and compares its outputs.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +53,20 @@ WITH_CARD = {"dataset": [NOTICE], "evidence": [f"{STANDARDS}/"]}
 """Further texts of a repository, by its kind, that follow from the whole release."""
 ALONE = {
     "dataset": (
-        "croissant.json", "evaluation/canary.json", "evaluation/harness/*/tasks.json", "order/*/meta.json",
-        "summary.json", "tokens/meta.json", "tokens/tokenizer_stats.json",
+        "croissant.json",
+        "evaluation/canary.json",
+        "evaluation/harness/*/tasks.json",
+        "order/*/meta.json",
+        "summary.json",
+        "tokens/meta.json",
+        "tokens/tokenizer_stats.json",
     ),
     "evidence": ("evidence/attestations/evaluation-*.json",),
     "model": ("the numbers of config.json", "evaluation/harness/tasks.json"),
     "variant": ("the numbers of config.json",),
     "repository": ("index.json",),
     "checkpoint": ("state.json",),
-}  # fmt: skip
+}
 """Files of a repository, by its kind, whose values nothing beside them shows."""
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 """Fields of a card's metadata."""

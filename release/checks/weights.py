@@ -1,4 +1,5 @@
-"""Checks the tensors of models and checkpoints, that the export equals the trained model, and the published base."""
+"""Checks the tensors of models and checkpoints, the parity of exports, the published base, and the variants of the
+final model."""
 
 from __future__ import annotations
 

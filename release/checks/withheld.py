@@ -1,4 +1,4 @@
-"""Checks what is published by reference."""
+"""Checks what a release withholds: texts by reference, and documents that were removed on request."""
 
 from __future__ import annotations
 
@@ -125,9 +125,14 @@ def _receipt_problems(release: Release, opt_outs: dict[str, OptOut]) -> Iterator
             continue
         receipt = untrusted.read_json(release.root / path, follow=True)
         expected: dict[str, Any] = {
-            "schema": SCHEMA, "request": request, "date": opt_out.date, "entries": opt_out.entries,
-            "deny_list": digest, "rule": OPT_OUT_RULE, "removed": dict(opt_out.removed),
-        }  # fmt: skip
+            "schema": SCHEMA,
+            "request": request,
+            "date": opt_out.date,
+            "entries": opt_out.entries,
+            "deny_list": digest,
+            "rule": OPT_OUT_RULE,
+            "removed": dict(opt_out.removed),
+        }
         for name, value in expected.items():
             if receipt.get(name) != value:
                 yield f"{path}: {name} is not what the data says"

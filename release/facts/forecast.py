@@ -49,7 +49,15 @@ class Point(RunSize):
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is expected of one figure. law: its parameters; low, high: of the band of LEVEL."""
+    """The expectation of one figure.
+
+    Attributes:
+        figure: Its name.
+        law: The parameters of the fitted law.
+        value: The expected value.
+        low: The lower end of the band of LEVEL.
+        high: The upper end.
+    """
 
     figure: str
     law: dict[str, float]

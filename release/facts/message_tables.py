@@ -139,7 +139,7 @@ def message_row(document: dict[str, Any]) -> chat_messages.MessagesRow:
 
 
 def problems(dataset: Path) -> Iterator[str]:
-    """How the tables differ from the kept documents."""
+    """Yields the differences between the tables and the kept documents."""
     sources = chat_sources(dataset)
     if set(published(dataset)) != set(sources):
         yield f"{FOLDER} has {', '.join(published(dataset))}, and the sources of conversations are {', '.join(sources)}"

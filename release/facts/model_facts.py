@@ -27,14 +27,15 @@ from release.untrusted import tensor_header
 from stages.evaluation.scores import ContaminationReport, MemorizationScores, ModelScores
 from stages.train.imported_weights import NAME as BASE
 
-CONFIG_KEYS = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size", "n_routed_experts",
-    "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window",
-    "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-    "linear_value_head_dim", "shared_expert_intermediate_size",
-)  # fmt: skip
+CONFIG_KEYS = tuple(
+    """
+    num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim num_experts num_experts_per_tok
+    moe_intermediate_size max_position_embeddings vocab_size n_routed_experts n_shared_experts n_group topk_group
+    first_k_dense_replace q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sliding_window
+    full_attention_interval linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
+    shared_expert_intermediate_size
+    """.split()
+)
 """Fields of config.json, if the architecture has them."""
 EXPERTS = ("num_experts", "n_routed_experts")
 """Of these, the one with the experts of a layer."""
@@ -96,17 +97,17 @@ class ModelFacts:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it was trained to converse."""
+        """True if it was trained to converse."""
         return any(phase in self.training for phase in CHAT)
 
     @property
     def on_published(self) -> bool:
-        """Whether it was trained on a published model as it is, which is the release's base, or is that base."""
+        """True if it was trained on a published model as it is, which is the release's base, or is that base."""
         return self.base is not None and "init" not in self.scores
 
     @property
     def is_copy(self) -> bool:
-        """Whether it is the published model itself, which no phase trained."""
+        """True if it is the published model itself, which no phase trained."""
         return self.on_published and not self.training
 
     def license(self, release: str) -> str:
@@ -170,7 +171,7 @@ def _measured(model: Path, scores: dict[str, ModelScores]) -> dict[str, float]:
 
 
 def _config_keys(config: dict[str, Any]) -> tuple[str, ...]:
-    """What the card shows: of a mixture of experts, whose layers have none, not `intermediate_size`."""
+    """Returns the fields that the card shows. The layers of a mixture of experts have no `intermediate_size`."""
     return CONFIG_KEYS if any(key in config for key in EXPERTS) else (*CONFIG_KEYS, "intermediate_size")
 
 

@@ -1,5 +1,5 @@
-"""What the run of a release left: its checkpoints and resumptions, its cost, its smaller models, and what changed since
-the version before."""
+"""The traces of the run of a release: its checkpoints and resumptions, its cost, its smaller models, and what changed
+since the version before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Scores of models: the published ones, and those recomputed from their tables. `verify` compares the two."""
+"""Scores of models, published and recomputed from their tables, which `verify` compares; and answers for the cards,
+chosen by a rule, so that nobody picks the best ones."""
 
 from __future__ import annotations
 
@@ -97,8 +98,8 @@ def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
 
 
 def _stated(folder: Path, *names: str) -> dict[str, str]:
-    """What no table says, as the published scores of a folder state it: the two models of a comparison, and what
-    computed the scores."""
+    """Returns the fields that no table has, as the published scores of a folder state them: the two models of a
+    comparison, and the engine that computed the scores."""
     path = folder / "scores.json"
     stated = read_json(path) if path.exists() else {}
     return {name: stated[name] for name in names if name in stated}

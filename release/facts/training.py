@@ -85,7 +85,7 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
 
 
 def _first_and_last(rows: Sequence[Mapping[str, float]]) -> dict[str, FirstAndLast]:
-    """Of every name that at least four rows have."""
+    """Returns the means of every name that at least four rows have."""
     means = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
     return {name: _first_and_last_means(values) for name, values in sorted(means.items()) if len(values) >= 4}
 

@@ -1,4 +1,5 @@
-"""Where an order reads documents, by its function and the tables of documents, without a search of its rows."""
+"""The function of a published order, from its meta.json, and the steps in which it reads documents: by that function
+and the tables of documents, without a search of its rows."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ Meta = Mapping[str, Any]
 
 
 def is_function(meta: Meta) -> bool:
-    """Whether this code computes the rows of the order."""
+    """Returns True if this code computes the rows of the order."""
     return bool(meta.get("function", {}).get("version") == FUNCTION_VERSION)
 
 

@@ -74,8 +74,12 @@ def write_receipts(
 
 @dataclass
 class Reach:
-    """What the documents of a request had reached. kinds: how each document was found; documents: all of them, of
-    which at most MOST_TRACED are in `kinds`."""
+    """The documents of a request in an earlier release.
+
+    Attributes:
+        documents: The number of all.
+        kinds: {document: how it was found} of at most MOST_TRACED.
+    """
 
     documents: int = 0
     kinds: dict[str, str] = field(default_factory=dict)

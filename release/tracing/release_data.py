@@ -112,7 +112,7 @@ class ReleaseData:
         return sorted((name for name in names if numbered(name)[0] in EXPORTED), key=when)
 
     def unknown(self, checkpoints: bool = False) -> list[str]:
-        """What these files do not state about steps, one sentence each. checkpoints: about checkpoints too."""
+        """Lists what these files do not state about steps, one sentence each. checkpoints: about checkpoints too."""
         sentences = []
         if checkpoints and self.checkpoints() is None:
             sentences.append("which checkpoints include a step: they stand in the whole release only")
@@ -162,7 +162,7 @@ def _select(path: Path, columns: Sequence[str], filters: Sequence[tuple[str, str
 
 
 def _may_hold(group: Any, column: str, comparison: str, value: Any) -> bool:
-    """Whether the statistics of a row group allow a value that passes a filter."""
+    """Returns True if the statistics of a row group allow a value that passes a filter."""
     indices = (number for number in range(group.num_columns) if group.column(number).path_in_schema == column)
     statistics = next((group.column(number).statistics for number in indices), None)
     if statistics is None or not statistics.has_min_max:

@@ -40,9 +40,15 @@ class Certificate:
         phase, verdict = (str(self.notes[name])[:80] for name in ("phase", "verdict"))
         counts = int(self.notes["tensors"]), int(self.notes["tensors_that_differ"])
         return [
-            self.name, self.result, phase, int(first), int(last), verdict, *counts,
+            self.name,
+            self.result,
+            phase,
+            int(first),
+            int(last),
+            verdict,
+            *counts,
             str(self.notes["environment_fingerprint"])[:80],
-        ]  # fmt: skip
+        ]
 
 
 def folder_of(release: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a replay of rlvr, dpo, reward or online-rlhf reads instead of an order of documents: the published answers or
+"""The inputs of a replay of rlvr, dpo, reward or online-rlhf instead of an order of documents: published answers or
 pairs, tasks and tokenizer, and before step 1 the last checkpoint of the phase before.
 
 Nothing is sampled or scored again. `stages.rl.policy.RecordedRollouts` reads the answers as the phase consumed them.
