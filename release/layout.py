@@ -65,11 +65,10 @@ EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "dpo", "online-rlhf")
 """Kinds of phases and of exported models, as `stages.graph` names them, in the order of training."""
 CHAT = EXPORTED[EXPORTED.index("sft") :]
 """Phases that train conversation, and the models after them."""
-ORDER = tuple(
-    """
-    init pretrain size base midtrain mid longcontext long sft rlvr dpo reward online-rlhf
-    """.split()
-)
+ORDER = (
+    "init", "pretrain", "size", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "dpo", "reward",
+    "online-rlhf",
+)  # fmt: skip
 WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
 """Phases that sample their training data; only their replayed data has an order."""
 SIZE = "size"

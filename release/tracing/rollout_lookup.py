@@ -24,18 +24,15 @@ from stages.seed_labels import seed_label
 TASKS, ANSWERS, PAIRS = "tasks.jsonl", "rollouts.parquet", "pairs.parquet"
 REWARD = "reward"
 """The phase that learns from the pairs of another one."""
-OF_ANSWER = tuple(
-    """
-    step wave group sample task kind level text finished reward parts verifier verifier_version policy seed dropped
-    """.split()
-)
+OF_ANSWER = (
+    "step", "wave", "group", "sample", "task", "kind", "level", "text", "finished", "reward", "parts", "verifier",
+    "verifier_version", "policy", "seed", "dropped",
+)  # fmt: skip
 """Columns of a table of answers in the answer of a trace."""
-OF_PAIR = tuple(
-    """
-    round task question judge judge_version chosen rejected chosen_sample rejected_sample chosen_reward
-    rejected_reward learnt
-    """.split()
-)
+OF_PAIR = (
+    "round", "task", "question", "judge", "judge_version", "chosen", "rejected", "chosen_sample", "rejected_sample",
+    "chosen_reward", "rejected_reward", "learnt",
+)  # fmt: skip
 
 
 def tables(data: ReleaseData) -> dict[str, Path]:
