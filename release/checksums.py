@@ -36,6 +36,7 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
         raise CheckFailed(f"{name} is missing")
     try:
         root = path.parents[0 if os.path.isabs(name) else name.count("/")]  # of the repository
+        # A pulled repository in the Hub's cache is made of links, and no other link is followed.
         follow = not is_foreign_link(root, path.relative_to(root).as_posix())
         data = read(path, SUMS_BYTES, follow=follow)
     except CheckFailed as error:
@@ -49,6 +50,7 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
             match = LINE.fullmatch(line.decode().removesuffix("\n"))
         except UnicodeDecodeError:
             raise CheckFailed(f"{name} is altered: it is not UTF-8 text") from None
+        # Sorted and without duplicates, so that a path has one digest only.
         if match is None or match[2] <= last:
             raise CheckFailed(f"{name} is altered: line {number} is not a checksum line in its place")
         last = match[2]
@@ -102,6 +104,7 @@ class Digests:
     def __init__(self, folder: Path, tree: Tree, paths: Set[str] = frozenset()) -> None:
         """paths: relative to the folder; their digests are computed at once, the largest file first."""
         self.folder, self.tree = folder, tree
+        # Largest first, so that no core ends with the longest file alone.
         present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)
         path_of_inode = {self._file(path): path for path in present}  # a file of several names is hashed once
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
@@ -127,6 +130,7 @@ class Digests:
                 while chunk := file.read(min(1 << 20, remaining + 1)):
                     digest.update(chunk)
                     remaining -= len(chunk)
+                    # It grew since the listing, whose size set the limits.
                     if remaining < 0:
                         return ""
         except (OSError, CheckFailed):

@@ -446,6 +446,7 @@ def placement(node: str, artifact: Artifact, folders: Mapping[str, str] | None =
         artifact: Its artifact.
         folders: {model: its folder} of the release, in the order of training.
     """
+    # Few entries are about one node, and a node may have a hundred thousand files.
     entries = [
         (prefix, file, match.groupdict())
         for prefix, file_list in PLACED
@@ -453,11 +454,13 @@ def placement(node: str, artifact: Artifact, folders: Mapping[str, str] | None =
         if file.node and (match := _compiled(file.node).fullmatch(node))
     ]
     for row in artifact.rows:
+        # The forms of a variant share files, and each is copied once.
         targets: dict[str, None] = {}
         for prefix, file, names in entries:
             if match := _compiled(file.source).fullmatch(row.path):
                 names = names | match.groupdict()
                 if "step" in names:
+                    # The folder of a checkpoint has zeros before its step, and its branch has none.
                     names["step"] = str(int(names["step"]))
                 for folder in _receivers(file, names, folders or {}) if file.receivers else ("",):
                     targets[(prefix + file.path).format(**names, folder=folder)] = None

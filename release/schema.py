@@ -137,6 +137,7 @@ def refusal(folder: Path) -> str:
 
     A folder of another version would be compared with less, so whoever forges one would state that.
     """
+    # A folder without a card, such as that of a checkpoint, is checked as one of the present versions.
     stated = of_card(folder) or Stated()
     if (folder / RELEASE).is_file():
         try:

@@ -80,12 +80,14 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
         with entries:
             for entry in entries:
                 entry_count += 1
+                # A folder of millions of names would fill the memory.
                 if max_entries is not None and entry_count > max_entries:
                     text = f"has more than {max_entries} entries, far more than its checksums name"
                     yield ".", OSError(errno.E2BIG, text)
                     return
                 path = f"{directory}/{entry.name}".lstrip("/")
                 try:
+                    # Of the link itself: where it leads is decided below, and only for links of the Hub's cache.
                     status = entry.stat(follow_symlinks=False)
                 except OSError as error:
                     yield path, error
@@ -120,11 +122,13 @@ def scan(folder: Path, listed_count: int) -> Tree:
 def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) -> str:
     """The reason why a path may not be read; "" if it may."""
     try:
+        # Names are bytes on Linux, and what is no UTF-8 cannot be printed, listed or compared.
         path.encode()
     except UnicodeEncodeError:
         return "has a name that is no UTF-8"
     if not path.isprintable():
         return "has a name with characters that cannot be printed"
+    # On a file system without case, or for a reader, two such names are one.
     if (similar_path := path_of_name.setdefault(unicodedata.normalize("NFKC", path).casefold(), path)) != path:
         return f"has a name that looks like that of {similar_path}"
     if ".cache" in path.split("/") and (
@@ -178,6 +182,7 @@ def is_foreign_link(folder: Path, path: str) -> bool:
 def _blob(folder: Path, path: str) -> os.stat_result | None:
     """The status of the file that a link of the Hub client's cache leads to, from `<repository>/snapshots/<commit>`
     into its `blobs`; None for any other link."""
+    # The cache's layout: <repository>/snapshots/<commit>/<path> links to <repository>/blobs/<digest>.
     snapshot = folder.resolve()
     repository = snapshot.parent.parent
     target = Path(os.path.normpath((snapshot / path).parent / os.readlink(folder / path)))

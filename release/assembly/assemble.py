@@ -136,6 +136,7 @@ class Draft:
 
     def copy_of_artifact(self, node: str, artifact: Artifact, file: str, target: str) -> None:
         """Copies a file of an artifact; a table of documents by reference without its texts."""
+        # The license or the size of a source by reference does not allow to publish its texts.
         origin = origin_of_copy(node, artifact, file, target, self.source.references)
         path = self._free(target)
         if "generated" in origin:
@@ -189,6 +190,7 @@ def require_nodes(artifacts: Mapping[str, Artifact]) -> None:
 def assemble(folder: Path, source: BuildInput, progress: Callable[[str], None]) -> BuildContext:
     """Writes everything except the results of the gates, the page and the checksums."""
     draft = Draft(folder, source, progress)
+    # The facts of the release are read as soon as a step needs them, and then kept.
     for step in STEPS:
         step(draft)
     evaluation = EvaluationSection.model_validate(source.recipe["evaluation"]).model_dump()

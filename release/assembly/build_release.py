@@ -35,6 +35,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     Raises AtomError if a part is missing, CheckFailed with the first failed gate; then the refused folder is kept as
     `<name>-<version>.refused` for inspection, and the earlier release is unchanged.
     """
+    # Fail before hours of copying and loading, and not after them.
     plots.require()
     require_nodes(source.artifacts)
     target = home / "releases" / f"{source.name}-{source.version}"
@@ -49,6 +50,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         results = registry.run_gates(context)
         registry.write_gates(context.release, results)
         failed = [gate for gate in results if gate.ok is False]
+        # The page shows the results of the gates, so it comes after them; a refused release needs none.
         if not failed:
             progress("writing the page")
             site_files.write(context.release, draft / SITE)
@@ -56,6 +58,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         for gate in results:
             progress(f"gate {gate.name}: {OUTCOMES[gate.ok]}, {gate.detail}")
         shutil.rmtree(refused, ignore_errors=True)
+        # Kept for inspection; an earlier release stays in its place.
         if failed:
             os.rename(draft, refused)
             remainder = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
@@ -65,6 +68,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         _replace(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    # Outside of the release and after it, because the index follows from the files and is rebuilt at will.
     _index(target, home / "trace", progress)
     return target
 
@@ -84,6 +88,7 @@ def write_checksums(folder: Path) -> None:
     one too."""
     repos = repositories(folder)
     for repository in repos:
+        # The checksum files of the other repositories are themselves files of the whole, so the root's come last.
         if repository.folder:
             write_sums(folder / repository.folder / SUMS, folder / repository.folder, files_of(folder, repository))
     write_sums(folder / ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)])

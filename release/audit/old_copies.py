@@ -67,6 +67,7 @@ def recognize(
     retracted: a repository with a tombstone. Raises AtomError if that has none, or does not verify. ask_hub: without
     it, to ask the evidence of the release on the Hub, if HF_ENDPOINT is set; not to reach it is no error.
     """
+    # An altered copy is refused anyway, and one with a tombstone says of itself what was taken back.
     if not verdict.ok or verdict.retracted:
         return verdict
     if retracted is not None:

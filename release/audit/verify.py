@@ -124,6 +124,7 @@ def _verify_folder(
         signing.load_libraries()  # before the fork of the check, whose limits would not allow it
     signatures = runner.run("signatures", lambda: _check_signatures(contents, digests, policy))
     verdict.checks.append(signatures)
+    # A signature by an unknown key proves no more than the checksums do.
     verdict.signed, verdict.signer_is_known = signatures.ok is True, bool(policy.signer)
     archive = verdict.kind in ("release", "evidence")
     verdict.checks.append(
@@ -217,6 +218,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     name, folder = "signatures", contents.folder
     if contents.kind == "release" and contents.missing:
         return CheckResult(name, None, "not checked, because parts of the release are missing")
+    # One signer for all: whoever replaced a single repository would have to sign with a key of their own.
     repositories = contents.places
     problems: Problems = []
     signers: dict[str, str | None] = {}

@@ -62,6 +62,7 @@ def guarded(name: str, question: Callable[[], CheckResult]) -> CheckResult:
         return answer(name, [str(error)])
     except Absent as error:
         return CheckResult(name, None, str(error))
+    # Not about the file: the limit on memory, which `confine` reports, or the user, who ends the run.
     except (MemoryError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic of a parser in Rust is no Exception, nor is SystemExit
@@ -113,9 +114,11 @@ class CheckRunner:
 
     def _run_confined(self, call: Callable[[], Any], budget: Budget) -> Any:
         """The result of `call`. budget: its allowance beside the shared one. Raises CheckFailed if it exceeds them."""
+        # The shared time is spent: a file that costs each check a little must not cost all of them much.
         if self.seconds <= 0:
             raise CheckFailed(f"comes after checks that took {SECONDS:.0f} s of processor time")
         result, seconds = confine.run(call, Budget(MEMORY + budget.memory, self.seconds + budget.seconds))
+        # Only what goes beyond the allowance for its own files counts against the time of all checks.
         self.seconds -= max(0.0, seconds - budget.seconds)
         return result
 
@@ -140,6 +143,7 @@ class CheckRunner:
         self.tables = body["tables"]
         rows = sum(count for count, _ in self.tables.values())
         yield answer("tables", body["wrong"], f"{len(paths)} tables, {rows} rows")
+        # The allowances of later checks follow from these sizes, so without them none may run.
         if body["wrong"]:
             self.spent = "a table cannot be read"
 
@@ -163,6 +167,7 @@ class CheckRunner:
         memory = min(TEXT_MEMORY, TEXT_GROWTH * texts) + times * LOG_GROWTH * max(logs, default=0)
         seconds = TEXT_SECONDS * (texts + times * sum(logs))
         for path in paths:
+            # Reading a table takes twice its unpacked size, but never more than its bytes can grow to.
             if path in self.tables:
                 (rows, unpacked), size = self.tables[path], real_bytes([self.tree.files[path]])
                 memory += min(2 * unpacked, TABLE_GROWTH * size)
@@ -196,6 +201,7 @@ def table_sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
         except BaseException as error:  # any error of the library for bytes that are not a table
             problems.append(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}")
             continue
+        # A footer is untrusted: it may declare any number of rows in a few bytes.
         memory = ROW_BYTES * footer.num_rows + VALUE_BYTES * values + 3 * unpacked
         if not 0 <= memory <= SMALL + GROWTH * size or footer.num_rows < 0 or values < 0:
             problems.append(f"{path} says that its {size} bytes hold {footer.num_rows} rows in {unpacked} bytes")

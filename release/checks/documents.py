@@ -103,6 +103,7 @@ def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
     import pyarrow.parquet as pq
 
     total = sum(pq.read_metadata(path).num_rows for path in files)
+    # Each pass keeps the hashes of one residue class, so memory is bounded for any number of documents.
     passes = max(1, -(-total // HASHES))
     room = total if passes == 1 else 2 * (total // passes) + 1024
     candidates: set[int] = set()
@@ -120,6 +121,7 @@ def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
         candidates.update(repeated[: CANDIDATES - len(candidates)].tolist())
     if not candidates:
         return
+    # Equal hashes are only candidates: the ids themselves decide.
     seen: set[str] = set()
     wanted = np.array(sorted(candidates), np.int64)
     for path, ids, values in _id_hashes(files):
@@ -234,6 +236,7 @@ def _unbalanced_part(dataset: Path, part: data_layout.Part, counts: Counter[str]
 def _misplaced(dataset: Path, part: data_layout.Part, table: Rows, expected: Any) -> Iterator[str]:
     """Says how the next kept documents of a part differ from those that dispositions expect. Says nothing after the
     first that stands elsewhere, since the later ones then do too."""
+    # After the first misplaced row every later one would differ as well.
     if not table.aligned:
         return
     actual = table.take(len(expected))
@@ -311,6 +314,7 @@ def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collect
         stray = rows.stray if not rows.aligned else (rows.next() or {}).get("id")
         if stray is not None:
             yield f"{tokens_name}: {stray} is no kept document"
+    # The rows above are those of known splits; others would not be seen at all.
     yield from _stray_tokens(dataset, part)
     yield from _hashes_of_removed(dataset, part)
 

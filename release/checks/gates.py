@@ -34,6 +34,7 @@ def names(checks: Checks) -> list[str]:
 
 def required(checks: Checks, release: Release) -> set[str]:
     """The gates that apply to a release, or to the release of an evidence repository, as far as its files show it."""
+    # The evidence alone is judged as its whole release, as far as its files show it.
     whole = Release(release.root)
     return {
         check.gate
@@ -60,6 +61,7 @@ def run_gate(checks: Checks, name: str, build: BuildContext) -> GateResult | Non
     """Runs all checks of one gate; the first problem counts. None if none of them applies to the release."""
     results = [(check, _findings(check, build)) for check in checks if check.gate == name]
     applied = [(check, findings) for check, findings in results if findings is not None]
+    # The first problem refuses the release; the others appear once it is mended.
     for check, findings in applied:
         if findings.problems:
             return GateResult(name, False, "; ".join(filter(None, [findings.problems[0], check.remedy])))

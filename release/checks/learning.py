@@ -207,6 +207,7 @@ def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
 def is_preferred(model: str, build: BuildContext) -> Findings | None:
     """The answers of a model that learned from preferences win against the previous model; if those of the previous
     model cannot be better, they do not lose. None if it was not compared."""
+    # A model may be evaluated without having been compared.
     if model not in _pass_at_1(build) or model not in build.release.data.chat.get("preferences", {}):
         return None
     comparison, required = build.release.data.chat["preferences"][model], build.evaluation["chat"]["min_win_rate"]
@@ -239,6 +240,7 @@ def judge_gain(measure: str, before: Mean, after: Mean, required: float, signifi
     gain, uncertainty = after["value"] - before["value"], SURE * math.hypot(before["se"], after["se"])
     missing, chance = 1 - before["value"], _chance(before)
     text = f"{measure} {figure(before)} → {figure(after)}"
+    # With so few items left to gain, even a perfect model could not show a gain beyond chance.
     if missing <= chance:
         text += (
             f"; {before['n']} items cannot show a gain above the first share, so none is demanded, and no loss{BEYOND} "

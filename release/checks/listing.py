@@ -40,6 +40,7 @@ SIGNS = (
 def kind_of(folder: Path) -> str:
     """The kind of a folder, by the files that only that kind has. Parts of a release beside each other are a release,
     even without its evidence: no repository has a folder of such a name."""
+    # A release that lost its evidence is still a release, and not a repository that lacks its files.
     if parts_of(folder):
         return "release"
     marks = {
@@ -101,6 +102,7 @@ class Checksums:
                 except CheckFailed as error:
                     self.problems[name] = str(error)
             lines += len(self.rows.get(name, ()))
+            # Stop at once: the limit is on all checksum files together, and a branch may hold thousands of them.
             if size > SUMS_BYTES or lines > SUMS_LINES:
                 limits = f"{SUMS_BYTES >> 20} MB and {SUMS_LINES} lines"
                 self.overflow = (
@@ -179,6 +181,7 @@ def check_files(contents: Contents) -> CheckResult:
         sizes, _ = confine.run(lambda: _sizes(folder, tree), Budget(MEMORY, SECONDS))
     except CheckFailed:
         sizes = {}  # the manifests have a check of their own
+    # A file of holes costs its maker nothing, and whoever hashes it hours.
     holes = {path for path, status in tree.files.items() if is_sparse(status)}
     # compressing file systems store no zeros, and the moments of an optimizer start as zeros
     allowed_bytes = SPARSE_BYTES + HOLES * real_bytes(tree.files.values())
@@ -191,6 +194,7 @@ def check_files(contents: Contents) -> CheckResult:
         if size > sizes[path] + SPARSE_BYTES:  # a smaller one is hashed and compared by its digest
             tree.files.pop(path)
             problems.append(f"{path} has {size} bytes, and its manifest says {sizes[path]}")
+    # Files that were taken out above are neither hashed nor read by later checks.
     contents.paths = sorted(tree.files)
     return answer("files", problems, f"{len(tree.files)} regular files")
 
@@ -222,6 +226,7 @@ def missing_parts(folder: Path, kind: str) -> Problems:
         ]
     if kind != "release":
         return []
+    # A link to a folder is none of these: it could lead to files that no checksum covers.
     folders = {name: folder / name for name in (*PARTS, "evidence", "code")}
     problems = [f"{name} is missing" for name, part in folders.items() if part.is_symlink() or not part.is_dir()]
     if sum(name.split("-")[0] in (MODEL, VARIANT) for name in parts_of(folder)) > MODELS:

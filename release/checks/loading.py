@@ -55,6 +55,7 @@ def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadR
     if len(lines) == len(folders):
         return [_report(json.loads(line)) for line in lines]
     last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+    # Ended by a signal: a limit was exceeded, and the last line of the program does not say so.
     if budget is not None and process.returncode < 0:
         memory, seconds = budget.memory >> 20, budget.seconds
         last_line = f"it takes more than {memory} MB of memory or {seconds:.0f} s of processor time"
@@ -87,6 +88,7 @@ def loads_with_goldens(release: Release) -> Findings:
     for name in ("torch", "transformers"):  # the fresh interpreter would report their absence as a fault of the model
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    # All models in one interpreter: importing transformers takes longer than loading a small model.
     models = release.model_folders
     size = weight_bytes(models)
     budget = Budget(MEMORY + 8 * size, SECONDS * len(models) + size // BYTES_PER_SECOND)

@@ -95,6 +95,7 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
         proper = (columns["offset"] >= 0) & (columns["length"] > 0)
         for source in batch["source"].unique().to_pylist():
             rows = np.flatnonzero(pc.equal(batch["source"], source).to_numpy(zero_copy_only=False))
+            # An order of an earlier run fits the documents of one of several runs, and nothing states of which.
             for indexes in candidates:
                 if source in indexes:
                     tokens, ids = indexes[source].documents_at(columns["part"][rows], columns["ordinal"][rows])
@@ -119,6 +120,7 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
 def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
     """A sentence for each block whose rows or places in the streams differ from those of the order's function."""
     config = order_lookup.config_of(meta)
+    # Computing blocks of other documents would only give a misleading difference.
     if not _fits(meta, indexes):
         yield "the documents do not have the chunks that meta.json states"
         return
@@ -132,6 +134,7 @@ def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes:
         return
     blocks: Sequence[int] = range(config.blocks)
     starts: dict[int, dict[str, Place]] = {}
+    # Computing all blocks of a large order again takes as long as making them.
     if config.blocks > BLOCKS:
         blocks = sorted(random.Random(sha256_file(folder / "meta.json")).sample(blocks, BLOCKS))
         starts = order_lookup.starts_of(meta)

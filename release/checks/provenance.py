@@ -35,6 +35,7 @@ def origins(release: Release) -> Findings:
     folder, paths = release.root, release.files
     stated = untrusted.read_json(folder / ORIGINS, follow=True)
     problems = [f"{path} has no origin" for path in unexplained(stated, paths)]
+    # Several nodes may have files of one name.
     manifest_digests: dict[tuple[str, str], str] = {}
     for node, manifest in release.manifests.items():
         manifest_digests |= {(node, path): digest for path, digest in manifest.digests.items()}

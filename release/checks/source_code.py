@@ -149,6 +149,7 @@ def scan_files(folder: Path, paths: list[str], machine: list[Path]) -> Scan:
     Document text is searched for secrets but not for names of the machine, because a manual may contain a common home.
     """
     values = secret_values()
+    # Texts of documents are searched with fewer patterns: a manual may contain a common home.
     everything = {**PATTERNS, **values, **machine_patterns(machine)}
     secrets, invented = set[str](), set[str]()
     for name in paths:
@@ -157,6 +158,7 @@ def scan_files(folder: Path, paths: list[str], machine: list[Path]) -> Scan:
             patterns = {**PATTERNS, **values} if kind == "document" else everything
             for finding, pattern in patterns.items():
                 if pattern.is_in(data):
+                    # A model may write what has the form of a key, but it cannot know this machine's secrets.
                     (invented if by_model and finding in PATTERNS else secrets).add(f"{name} holds {finding}")
     return Scan(sorted(secrets), sorted(invented))
 

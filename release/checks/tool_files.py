@@ -153,10 +153,12 @@ def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterat
     context = read_json(folder / CONFIG_FILE).get("model_max_length")
     if (folder / "config.json").is_file():
         context = read_json(folder / "config.json")["max_position_embeddings"]
+    # A variant's repository does not say whether its model converses: either form is right.
     kinds = (True, False) if is_chat is None else (is_chat,)
     configs = [model_tokenizer_config(tokenizer_config(), context, kind) for kind in kinds]
     texts = [json.dumps(config, indent=1, sort_keys=True) + "\n" for config in configs]
     differing += [CONFIG_FILE] if all(_differs(folder / CONFIG_FILE, text.encode()) for text in texts) else []
+    # The tokenizer of a published model is taken over as it is, with its own templates.
     if differing and (folder / BASE).is_file():
         repo = escaped(str(read_json(folder / BASE).get("repo")))
         findings.skipped["templates"] = (

@@ -87,6 +87,7 @@ def _shard_problems(place: Path, stem: str, names: list[str]) -> Iterator[str]:
     """Problems of the files of one stem, such as `model`, in a folder. names: of all of them."""
     files = [name for name in names if name.endswith(".safetensors")]
     headers = {name: untrusted.tensor_header(place / name, follow=True) for name in files}
+    # One file needs no index; a loader that finds both could take up other tensors than were checked.
     if names == [f"{stem}.safetensors"]:
         return
     index = f"{stem}.safetensors.index.json"
@@ -121,6 +122,7 @@ def published_base(release: Release) -> Findings:
     """Checks that the weights and the tokenizer of `model-base` have the digests of the published model, which
     `evidence/base.json` states. Nothing to compare if pre-training began with it."""
     folder, base = release.root, read_json(release.root / "evidence" / NAME)
+    # Pre-training from a published model changes its weights, so no digest can be compared.
     if "pretrain" in release.info.nodes:
         reason = f"pre-training changed the weights of {escaped(base['repo'])}"
         return Findings(detail=reason, compared=False, summary=reason)

@@ -177,6 +177,7 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
         if "generated" in declared:
             sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
             records = sum(map(row_count, data_layout.generated_files(dataset).get(name, [])))
+            # Each text of a model must say how it was made.
             if records != sources[name].documents_in:
                 raise CheckFailed(
                     f"{data_layout.GENERATED}/{name} has records of {records} texts, and {sources[name].documents_in} "
@@ -278,6 +279,7 @@ def _part(folder: Path, end: int | None) -> OrderPart:
     columns = ["step", "row", "source", "part", "ordinal", "length"]
     for batch in stream_batches(order_files(folder), columns, BATCH):
         table = pa.Table.from_batches([batch])
+        # The steps after a resumption followed the next order.
         if end is not None:
             table = table.filter(pc.field("step") <= end)
         if not table.num_rows:
@@ -290,6 +292,7 @@ def _part(folder: Path, end: int | None) -> OrderPart:
         code_of_row = codes.indices.to_numpy()
         lengths = table["length"].to_numpy().astype("int64")
         for code, source in enumerate(codes.dictionary.to_pylist()):
+            # A segment of n tokens predicts n - 1 of them: its first token has nothing before it in the row.
             mask = code_of_row == code
             tokens[source] += int(lengths[mask].sum()) - int(mask.sum())
             rows_of.setdefault(source, _Rows()).add(row_numbers[mask], folder)

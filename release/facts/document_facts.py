@@ -128,6 +128,7 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
             sums = np.bincount(ranges[rows], tokens[rows], minlength=len(LENGTHS) + 1)
             lengths.documents = [a + int(b) for a, b in zip(lengths.documents, counts, strict=True)]
             lengths.tokens = [a + int(b) for a, b in zip(lengths.tokens, sums, strict=True)]
+    # What the acquisition found of licenses, before anything was removed.
     for path in sorted((dataset / "sources").glob("*.json")):
         declared = read_json(path)
         everything = {"license": declared.get("license"), "found": "", "documents": declared.get("documents", 0)}
@@ -170,6 +171,7 @@ def _count_notices(dataset: Path) -> int:
     digests = set[str]()
     files = data_layout.all_files(data_layout.notice_files(dataset))
     for row in stream_rows(files, ["sha256", "text"], TEXT_BATCH):
+        # A text is published once, with the first package that has it.
         if row["sha256"] in digests:
             continue
         if content_hash(row["text"] or "") != row["sha256"]:

@@ -69,6 +69,7 @@ def _write_part(dataset: Path, source: str, kept: Path) -> list[Path]:
     schema = chat_messages.arrow_schema()
     paths = {split: table_of(dataset, source, split, kept) for split in SPLITS}
     features = {split: no_features() for split in SPLITS}
+    # The writers of all splits are open at once, so the kept documents are read once.
     with ExitStack() as stack:
         writers = {}
         for split, path in paths.items():

@@ -183,6 +183,7 @@ def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
     count = next((config[key] for key in EXPERTS if key in config), None)
     if experts and not (count and "num_experts_per_tok" in config):
         raise CheckFailed(f"{model.name}/config.json does not state num_experts and num_experts_per_tok")
+    # A token passes through the chosen experts only.
     idle = experts and experts * (count - config["num_experts_per_tok"]) // count
     return Parameters(total, total - idle, len(shapes))
 

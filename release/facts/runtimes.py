@@ -176,6 +176,7 @@ def compare_all(release: Path, progress: Callable[[str], None] = lambda text: No
                     continue
                 progress(f"{name} in {runtime}")
                 try:
+                    # Once for all programs, and only if one of them runs.
                     reference = reference or _reference(model, folder, place / "dequantized", rows)
                     runs.append(_compare(name, folder, runtime, variant, reference, conversations))
                 except Failed as error:
