@@ -29,10 +29,23 @@ EXAMPLES, EXAMPLE_ROWS, EXAMPLE_CHARACTERS = 8, 64, 1_000
 
 @dataclass
 class SourceFacts:
-    """The dispositions of the documents of one source. removed: by rule; by_split: of the kept ones; tokens: by split;
-    origin, license_evidence: as the source declares them. generated: the settings of a source that a generator wrote,
-    and the generator's `digest`. conversations: the number of kept documents with each feature of a conversation, None
-    for other sources and for those by reference."""
+    """The dispositions of the documents of one source.
+
+    Attributes:
+        documents_in: Documents that were read.
+        kept: Documents that were kept.
+        removed: {rule: documents that it removed}
+        by_split: {split: kept documents}
+        bytes_in: Bytes of all texts.
+        bytes_kept: Bytes of the kept ones.
+        licenses: SPDX expressions of all documents.
+        origin: The origin that the source declares.
+        license_evidence: The evidence for its license that it declares.
+        tokens: {split: tokens}
+        generated: Settings of a source that a generator wrote, and the generator's `digest`; None for another one.
+        conversations: {feature of a conversation: kept documents that have it}; None for a source without
+            conversations or by reference.
+    """
 
     documents_in: int
     kept: int
@@ -50,8 +63,13 @@ class SourceFacts:
 
 @dataclass
 class SourceInOrder:
-    """The share of a source in an order: rows with any of its tokens (several sources can share a packed row);
-    predicted tokens; distinct documents."""
+    """The share of a source in an order.
+
+    Attributes:
+        rows: Rows with any of its tokens; several sources can share a packed row.
+        tokens: Predicted tokens.
+        documents: Distinct documents.
+    """
 
     rows: int
     tokens: int
@@ -60,7 +78,14 @@ class SourceInOrder:
 
 @dataclass
 class Packing:
-    """The fill of the rows of a packed order. tokens: predicted ones; fill: their share of all positions."""
+    """The fill of the rows of a packed order.
+
+    Attributes:
+        rows: Rows.
+        sequence_length: Tokens of a row.
+        tokens: Predicted tokens.
+        fill: The share of the predicted tokens in all positions.
+    """
 
     rows: int
     sequence_length: int
@@ -70,8 +95,15 @@ class Packing:
 
 @dataclass
 class OrderPart:
-    """The data that a phase read from its first to its last step. packing: of a packed order; long: by source, the
-    summary of the order stage on up-weighted long documents."""
+    """The data that a phase read from its first to its last step.
+
+    Attributes:
+        first_step: The first step.
+        last_step: The last step.
+        by_source: The share of each source.
+        packing: The fill of the rows of a packed order; None for another one.
+        long: {source: summary of the order stage on long documents that are drawn more often}
+    """
 
     first_step: int
     last_step: int
@@ -82,8 +114,12 @@ class OrderPart:
 
 @dataclass
 class OrderFacts:
-    """The steps of a phase and the data of each part of them: one part, unless the phase resumed from an earlier
-    run."""
+    """The steps of a phase and the data of each part of them.
+
+    Attributes:
+        steps: The last step.
+        parts: One part, unless the phase resumed from an earlier run.
+    """
 
     steps: int
     parts: list[OrderPart]
@@ -98,14 +134,22 @@ class OrderFacts:
 
 @dataclass
 class DataFacts:
-    """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
-    chat: scores by benchmark and model, empty without a chat model. filter_agreement: of the filters with their
-    reference. opt_outs: of the deny-list.
-    documents: licenses, lengths and measures after curation. by_reference: {source: where its files are} of sources
-    without published texts; messages: {source: splits} of the tables of conversations; published_reasons: {source that
-    a model wrote from one by reference: why its texts are published}; first_documents: {source: (id, beginning of the
-    text)} of the first training document of some sources; probes: by phase, of the bins of its tasks. Phases and
-    models are in the order of training."""
+    """The facts that the dataset repository proves. Phases and models are in the order of training.
+
+    Attributes:
+        sources: By name.
+        order: By phase.
+        chat: Scores by benchmark and model; empty without a chat model.
+        evaluation: Scores by model.
+        filter_agreement: The agreement of the filters with their reference.
+        opt_outs: Requests of the deny-list.
+        documents: Licenses, lengths and measures after curation.
+        by_reference: {source without published texts: where its files are}
+        messages: {source: splits} of the tables of conversations.
+        published_reasons: {source that a model wrote from one by reference: why its texts are published}
+        first_documents: {source: (id, beginning of the text)} of the first training document of some sources.
+        probes: By phase, of the bins of its tasks.
+    """
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
@@ -205,7 +249,16 @@ def _totals(files: list[Path], columns: list[str], summed: str) -> Iterator[tupl
 
 @dataclass
 class _Fates:
-    """The dispositions of the documents of one source. splits: of the kept ones; rules: of the removed ones."""
+    """The dispositions of the documents of one source, while they are counted.
+
+    Attributes:
+        documents: All documents.
+        bytes: Their bytes.
+        kept_bytes: The bytes of the kept ones.
+        splits: {split: kept documents}
+        rules: {rule: removed documents}
+        licenses: Of all documents.
+    """
 
     documents: int = 0
     bytes: int = 0

@@ -32,8 +32,14 @@ SCORE_BINS = 100
 
 @dataclass
 class LicenseFacts:
-    """The documents of one license after curation. bases: acquired documents by how the license was found: `field` of
-    a row, `file` of a package, `page`, `none`, or empty where it is the source's declaration."""
+    """The documents of one license after curation.
+
+    Attributes:
+        documents: Documents.
+        tokens: Tokens of them.
+        bases: Acquired documents by how the license was found: `field` of a row, `file` of a package, `page`,
+            `none`, or empty where it is the source's declaration.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -42,7 +48,12 @@ class LicenseFacts:
 
 @dataclass
 class LengthFacts:
-    """Documents and tokens of a source in each range of lengths; the ranges are those of LENGTHS."""
+    """The documents of a source in each range of LENGTHS.
+
+    Attributes:
+        documents: Documents of each range.
+        tokens: Tokens of each range.
+    """
 
     documents: list[int]
     tokens: list[int]
@@ -58,8 +69,12 @@ class LanguageFacts:
 
 @dataclass
 class ScoreFacts:
-    """The scores of a source's documents by one classifier. bins: documents in each of SCORE_BINS equal ranges of 0 to
-    1; millionths: the sum of the scores, in whole numbers so that it does not depend on the order."""
+    """The scores of a source's documents by one classifier.
+
+    Attributes:
+        bins: Documents in each of SCORE_BINS equal ranges of 0 to 1.
+        millionths: The sum of the scores, in whole numbers so that it does not depend on the order.
+    """
 
     bins: list[int] = field(default_factory=lambda: [0] * SCORE_BINS)
     millionths: int = 0
@@ -93,10 +108,16 @@ class ScoreFacts:
 
 @dataclass
 class DocumentFacts:
-    """licenses: by SPDX expression, that of most tokens first; attributed: documents in the attribution table of each
-    source; notices: distinct texts of licenses and notices of packages; lengths: by source;
-    languages: by source and code, that of most tokens first; scores: by source and classifier. The latter two are of
-    sources whose steps measured them; a document without a measure has the language "".
+    """Licenses and measures of the documents after curation.
+
+    Attributes:
+        licenses: By SPDX expression, that of most tokens first.
+        attributed: {source: documents in its attribution table}
+        notices: Distinct texts of licenses and notices of packages.
+        lengths: By source.
+        languages: By source and code, that of most tokens first; a document without a measure has the language "".
+            Only of sources whose steps measured them.
+        scores: By source and classifier. Only of sources whose steps measured them.
     """
 
     licenses: dict[str, LicenseFacts] = field(default_factory=dict)
@@ -254,8 +275,15 @@ OPT_OUT_COLUMNS = ["id", "source", "rule", "match", "duplicate_of", "content_has
 
 @dataclass
 class OptOut:
-    """A request. request: the SHA-256 of its reference; date: as in the deny-list; entries: of the deny-list, by kind;
-    removed: documents by how they were found: as named (`id`, `url`, …), or as `copy`, `near_duplicate`, `derived`."""
+    """A request to leave documents out.
+
+    Attributes:
+        request: The SHA-256 of its reference.
+        date: The date in the deny-list.
+        entries: {kind: entries of the deny-list}
+        removed: Documents by how they were found: as named (`id`, `url`, …), or as `copy`, `near_duplicate`,
+            `derived`.
+    """
 
     request: str
     date: str

@@ -24,7 +24,15 @@ NAMES = {LOSS: "held-out loss", BITS: "bits per byte, all sources", ACCURACY: "a
 
 @dataclass(frozen=True)
 class RunSize:
-    """A run, or the one to come. key: of the phase. flops: of its training; tokens: its slots; active: parameters."""
+    """A run, or the one to come.
+
+    Attributes:
+        recipe: Its recipe.
+        key: The key of its phase.
+        flops: FLOPs of its training.
+        tokens: Slots of its rows.
+        active: Active parameters.
+    """
 
     recipe: str
     key: str
@@ -35,8 +43,17 @@ class RunSize:
 
 @dataclass(frozen=True)
 class Point(RunSize):
-    """A finished run. digest: of the phase's artifact; scores_key, scores_digest: of its model's evaluation. items: the
-    number that its accuracy is over."""
+    """A finished run.
+
+    Attributes:
+        digest: Of the phase's artifact.
+        scores_key: Key of its model's evaluation.
+        scores_digest: Digest of that artifact.
+        heldout_loss: The last one.
+        bits_per_byte_all: On the held-out documents of all sources.
+        accuracy_all: On all problems.
+        items: The number of these problems.
+    """
 
     digest: str
     scores_key: str

@@ -42,7 +42,13 @@ EXPERTS = ("num_experts", "n_routed_experts")
 
 @dataclass
 class Parameters:
-    """The number of parameters: in total, and active for one token."""
+    """The number of parameters.
+
+    Attributes:
+        total: All.
+        active: Those that are active for one token.
+        tensors: Tensors that hold them.
+    """
 
     total: int
     active: int
@@ -51,13 +57,28 @@ class Parameters:
 
 @dataclass
 class ModelFacts:
-    """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model; the last are those of the
-    model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
-    report, None without one. training: by phase. memorization: of the model itself, None if it was not measured.
-    harness: the same of task sets. outcomes: what was predicted before training, and measured; prediction: the whole of
-    it. base: the published model that training began with, None without one. special_tokens: tokens of the
-    tokenizer that stand for no text. rendered_chat: a question in the chat template, as the published goldens have it;
-    "" without them."""
+    """The facts that a model repository proves of its model.
+
+    Attributes:
+        architecture: The class in transformers.
+        config: CONFIG_KEYS of config.json.
+        dtype: The type of the weights.
+        parameters: Their numbers.
+        parity: As published.
+        rope: As published.
+        scores: By model: the last are those of the model itself, the earlier ones those of the models that it
+            descends from.
+        chat: The same by benchmark.
+        contamination: The report; None without one.
+        training: By phase.
+        memorization: Of the model itself; None if it was not measured.
+        harness: Its results on task sets; None if it was not measured.
+        prediction: The prediction that was sealed before training; None without one.
+        outcomes: Its forecasts with the measured figures.
+        base: The published model that training began with; None without one.
+        special_tokens: Tokens of the tokenizer that stand for no text.
+        rendered_chat: A question in the chat template, as the published goldens have it; "" without them.
+    """
 
     architecture: str
     config: dict[str, Any]

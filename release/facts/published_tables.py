@@ -26,8 +26,14 @@ def to_json(value: Any, sort_keys: bool = True) -> bytes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of an artifact, in evidence/manifests. node: what its file is called after; of an artifact of an
-    earlier run, its key."""
+    """The manifest of an artifact, in evidence/manifests.
+
+    Attributes:
+        node: The name of its file: the node, or of an artifact of an earlier run its key.
+        key: The key of the artifact.
+        digest: Its digest.
+        files: Its files.
+    """
 
     node: str
     key: str

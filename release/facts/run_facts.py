@@ -19,7 +19,14 @@ from stages.confidence import Figure
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint. branch: of the checkpoint repository; state: its state.json."""
+    """A published checkpoint.
+
+    Attributes:
+        branch: Its branch of the checkpoint repository.
+        phase: The phase.
+        step: The step.
+        state: Its state.json.
+    """
 
     branch: str
     phase: str
@@ -29,8 +36,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Intervention:
-    """A resumption of a phase from a checkpoint of an earlier run, whose phase with key `by` trained the steps `first`
-    to `step`. changes: [setting, before, after] of the settings that differ afterwards."""
+    """A resumption of a phase from a checkpoint of an earlier run.
+
+    Attributes:
+        phase: The phase.
+        first: The first step of the earlier run.
+        step: Its last step that counts.
+        by: The key of the phase in the earlier run.
+        changes: (setting, before, after) of the settings that differ afterwards.
+    """
 
     phase: str
     first: int
@@ -135,8 +149,13 @@ FIGURES = {"bits_per_byte_all": "bits per byte of held-out text", "accuracy_all"
 
 @dataclass(frozen=True)
 class Changes:
-    """version: the earlier one. settings: of the recipe, each with its value before and after, None for none. figures:
-    of the final model by title, before and after."""
+    """The changes since an earlier version.
+
+    Attributes:
+        version: The earlier version.
+        settings: (setting of the recipe, before, after), None for none.
+        figures: {title: (before, after)} of the final model.
+    """
 
     version: str
     settings: list[tuple[str, Any, Any]]
@@ -199,8 +218,17 @@ PRETRAIN = "pretrain"
 
 @dataclass(frozen=True)
 class Trained:
-    """A model after pre-training. name: of the phase. settings: those of the model that differ from the recipe's; none
-    of the recipe's model itself. tokens: targets that it read; loss: on held-out rows at the end."""
+    """A model after pre-training.
+
+    Attributes:
+        name: The phase.
+        settings: Settings of the model that differ from the recipe's; none of the recipe's model itself.
+        steps: Optimizer steps.
+        tokens: Targets that it read.
+        total: Parameters.
+        active: Those that are active for one token.
+        loss: On held-out rows at the end.
+    """
 
     name: str
     settings: Mapping[str, Any]

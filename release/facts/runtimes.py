@@ -88,9 +88,15 @@ class ProgramRun(TypedDict):
 
 @dataclass(frozen=True)
 class Runtime:
-    """A program. variable: names its interpreter in the environment; None: this one. writers: of the variants that it
-    reads. lack: what it lacks for a variant of a model, from its config.json, in one sentence. arguments: after the
-    path."""
+    """A program that loads models.
+
+    Attributes:
+        script: The file in stages/export/runtimes.
+        variable: The environment variable that names its interpreter; None for this one.
+        writers: Of the variants that it reads.
+        lack: Returns what it lacks for a variant of a model, from its config.json, in one sentence.
+        arguments: Returns the arguments after the path.
+    """
 
     script: str
     variable: str | None

@@ -62,8 +62,13 @@ def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
 
 @dataclass(frozen=True)
 class HarnessFacts:
-    """task_sets: by name the tasks, the license of the data and its evidence, the revision, and the engine if it is
-    not the stage's process."""
+    """The results of lm-evaluation-harness of a model.
+
+    Attributes:
+        scores: Its scores.
+        task_sets: By name the tasks, the license of the data and its evidence, the revision, and the engine if it is
+            not the stage's process.
+    """
 
     scores: HarnessScores
     task_sets: dict[str, Any]

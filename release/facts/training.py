@@ -48,11 +48,16 @@ class FirstAndLast(TypedDict):
 class PhaseLog:
     """The facts of one phase for a card.
 
-    first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None
-    without one; measurements: their number; dropped: the total of dropped assignments. spikes: each with its `step`.
-    rewards: by kind of task, the mean reward of the `first` and the `last` quarter of the steps, with standard errors
-    over steps; none for fewer than four steps. parts: the same of the logged parts of rewards, by kind. excluded: steps
-    that the recipe excludes, without a spike.
+    Attributes:
+        first: The first step that the log covers.
+        last: The last one.
+        experts: The last measurement of the routers with its `step`; None without one.
+        measurements: Their number.
+        dropped: The total of dropped assignments.
+        spikes: Each with its `step`.
+        rewards: {kind of task: mean reward of the first and the last quarter of the steps, with standard errors over
+            steps}; none for fewer than four steps.
+        excluded: Steps that the recipe excludes, without a spike.
     """
 
     first: int

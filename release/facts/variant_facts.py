@@ -19,8 +19,14 @@ from stages.train.imported_weights import NAME as BASE
 
 @dataclass(frozen=True)
 class VariantFacts:
-    """The content of a variant's repository. file: of its weights, if it is one; else "". base: the repository on
-    whose model it is an adapter; else ""."""
+    """The content of a variant's repository.
+
+    Attributes:
+        variant: The variant.
+        loss: Its loss.json.
+        file: The file of its weights, if it is one; else "".
+        base: The repository on whose model it is an adapter; else "".
+    """
 
     variant: Variant
     loss: VariantLoss
@@ -38,7 +44,13 @@ class VariantFacts:
 
 @dataclass(frozen=True)
 class Original:
-    """The exported model of a variant. bytes: of its weights. answers: {problem: its greedy answer}."""
+    """The exported model of a variant.
+
+    Attributes:
+        bytes: Of its weights.
+        scores: Its scores.
+        answers: {problem: its greedy answer}
+    """
 
     bytes: int
     scores: ModelScores
