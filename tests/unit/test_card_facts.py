@@ -13,7 +13,7 @@ import pytest
 from pipeline.core.errors import AtomError
 from release.cards import chat_tables, tables, training_tables
 from release.facts.model_facts import ModelFacts, Parameters
-from release.facts.run_facts import Changes, _leaves, compare, read_changes
+from release.facts.run_facts import Changes, _leaves, compare_with_previous, read_changes
 from release.facts.score_facts import SHOWN, ExampleAnswer, best_example, read_examples, settings_of
 from tests.fixtures.release_fixtures import table
 
