@@ -28,6 +28,7 @@ def over_parts(work: Callable[[Part], Result], parts: Sequence[Part], files: Seq
     if number < 2 or sum(path.stat().st_size for path in files if path.exists()) <= MOST_ALONE:
         yield from map(work, parts)
         return
+    # A fork would copy the threads' locks of Arrow in an unknown state.
     pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"))
     try:
         yield from pool.map(work, parts)

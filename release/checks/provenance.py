@@ -4,7 +4,6 @@ there to the in-toto statement about it."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline.core import provenance
@@ -43,7 +42,8 @@ def origins(release: Release) -> Findings:
     for path, origin in sorted(stated.items()):
         copies += "artifact" in origin
         if path not in present:  # and ../ does not lead out of the release
-            if _part_is_there(folder, path):
+            # Beside a release's evidence alone, the repositories of other files are not there.
+            if (folder / path.split("/")[0]).exists():
                 problems.append(f"{path} is missing (listed in {ORIGINS})")
         elif "artifact" in origin and manifest_digests.get((origin["artifact"], origin["file"])) != release.digest(
             folder / path
@@ -77,11 +77,6 @@ def _misplaced(release: Release, stated: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path} is not stated to be {' of '.join(wanted.values())}, as the build states it"
         elif not wanted and ("artifact" in origin or made(path) is None):
             yield f"{path} is no published file of an artifact, and none that the build makes"
-
-
-def _part_is_there(folder: Path, path: str) -> bool:
-    """Returns True if the repository of a file is here; beside a release's evidence alone, the others are not."""
-    return (folder / path.split("/")[0]).exists()
 
 
 ARTIFACT_URI = "atom:artifact/"

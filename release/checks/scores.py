@@ -268,12 +268,8 @@ def _rescore_answer(scorer: Scorer, scored_answer: Scored) -> Iterator[str]:
     except (KeyError, ValueError) as error:
         yield f"{scored_answer.location}: its task cannot be scored by {' '.join(scorer)}: {error}"
     else:
-        yield from _reward_problems(scored_answer, rescored)
-
-
-def _reward_problems(scored_answer: Scored, rescored: Row) -> Iterator[str]:
-    if scored_answer.reward != rescored["reward"] or scored_answer.parts != rescored:
-        yield f"{scored_answer.location}: its reward is not what its answer earns"
+        if scored_answer.reward != rescored["reward"] or scored_answer.parts != rescored:
+            yield f"{scored_answer.location}: its reward is not what its answer earns"
 
 
 def _skip_reason(scorer: Scorer) -> str:

@@ -244,6 +244,7 @@ def _join_split(
     names = [name for name in column_names(measures_file) if name == "language" or name.startswith(SCORE)]
     for measures in stream_batches(measures_file, ["id", *names], BATCH):
         while pending is not None:
+            # Both tables are in the same order, so the rows before the first absent one are complete.
             rows = pc.index_in(pending["id"], value_set=measures["id"])
             absent = np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))
             count = int(absent[0]) if absent.size else len(rows)

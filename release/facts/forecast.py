@@ -117,10 +117,12 @@ def predict(target: RunSize, points: Sequence[Point]) -> Prediction:
     """The prediction for a run from finished ones. Raises ValueError with a sentence if they cannot carry one."""
     from stages.evaluation import scaling_law
 
+    # Equal input gives an equal prediction, in whatever order the runs were named.
     ordered = sorted(points, key=lambda point: (point.flops, point.key))
     sizes = sorted({point.flops for point in ordered})
     if len(sizes) < LEAST_RUNS:
         raise ValueError(f"the runs have {len(sizes)} amounts of compute, and a law needs {LEAST_RUNS}")
+    # A prediction is about a larger run than those that it is made from.
     if sizes[-1] >= target.flops:
         raise ValueError(
             f"{ordered[-1].recipe} has {sizes[-1]:.3g} training FLOPs, not fewer than {target.recipe} with "
@@ -130,6 +132,7 @@ def predict(target: RunSize, points: Sequence[Point]) -> Prediction:
     for figure in (LOSS, BITS):
         law, band = scaling_law.loss_band(flops, [getattr(point, figure) for point in ordered], target.flops)
         forecasts.append(Forecast(figure, law, **asdict(band)))
+    # The uncertainty of the smallest evaluation.
     items = min(point.items for point in ordered)
     accuracies = [point.accuracy_all for point in ordered]
     curve, band = scaling_law.accuracy_band(flops, accuracies, items, target.flops)

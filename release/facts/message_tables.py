@@ -112,6 +112,7 @@ def features_of(dataset: Path, source: str) -> dict[str, int] | None:
     compares; None without tables or statements."""
     tables = [path for split in SPLITS for path in part_tables(dataset / FOLDER / source / split)]
     stated = [_stated_features(path) for path in tables]
+    # A table that states nothing could have any number.
     if not stated or None in stated:
         return None
     return {name: sum((features or {})[name] for features in stated) for name in chat_templates.FEATURES}
@@ -158,6 +159,7 @@ def _part_problems(dataset: Path, source: str, kept: Path) -> list[str]:
 def _table_problem(dataset: Path, source: str, split: str, kept: Path) -> str:
     import pyarrow as pa
 
+    # In the order of the kept documents, so both tables are streamed once.
     schema, path = chat_messages.arrow_schema(), table_of(dataset, source, split, kept)
     name = path.relative_to(dataset).as_posix()
     if not path.is_file():

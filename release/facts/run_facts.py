@@ -118,6 +118,7 @@ def usage_by_stage(statements: Iterable[provenance.Statement]) -> Costs:
     order. A release checkpoint is part of the attempt that wrote it and is not counted again."""
     costs_by_stage: Costs = {}
     for body in statements:
+        # A release checkpoint is part of the attempt that wrote it.
         if provenance.phase_of(body) is not None:
             continue
         usage, stage = provenance.usage(body), str(provenance.parameters_of(body)["stage"])

@@ -240,6 +240,7 @@ def _compare(
         for row, values in zip(answers, expected, strict=True)
         for a, b in zip(row["logprobs"], values, strict=True)
     ]
+    # The bound is published with the figures, so that a later reader needs no table of this version.
     bound = bound_of(runtime, variant)
     run = ProgramRun(
         folder=name,
@@ -280,6 +281,7 @@ def _run(
     runtime: Runtime, folder: Path, variant: Variant, rows: Sequence[Mapping[str, Any]], texts: Sequence[str] = ()
 ) -> Answers:
     """The answer of a program. Raises Failed."""
+    # Programs such as vLLM need packages that exclude ours, so each has an interpreter of its own.
     python = os.environ[runtime.variable] if runtime.variable else sys.executable
     subject = next(iter(sorted(folder.glob("*.gguf"))), folder)
     script = Path(scripts.__path__[0]) / runtime.script

@@ -140,6 +140,7 @@ def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
     dataset: a dataset repository; model: the name of the exported model.
     """
     folders = {path.name: path for path in (dataset / "evaluation/test").glob("*") if path.is_dir()}
+    # A model that converses is shown in conversation.
     if model in folders:
         return _chosen(_in_conversation(dataset, folders[model]))
     folders = {path.name: path for path in (dataset / "evaluation").glob("*") if path.is_dir()}

@@ -75,6 +75,7 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
     steps = [line["step"] for line in lines if "tokens" in line]
     measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
     spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
+    # Steps that a spike excluded are told with it.
     spike_steps = {step for spike in spikes for step in spike["excluded"]}
     rewards = [line["rewards"] for line in lines if "rewards" in line]
     return PhaseLog(
@@ -96,6 +97,7 @@ def _first_and_last(rows: Sequence[Mapping[str, float]]) -> dict[str, FirstAndLa
 
 
 def _first_and_last_means(means: list[float]) -> FirstAndLast:
+    # Two at least, since one value has no standard error.
     size = max(2, len(means) // 4)
     return {"first": clustered(means[:size]), "last": clustered(means[-size:])}
 

@@ -102,6 +102,7 @@ def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -
         name: read_rows(folder / f"evaluation/{name}.parquet") for name in ("documents", "items", "divergence")
     }
     scores = scores_of(tables["documents"], tables["items"])
+    # A variant's repository alone: what only the original shows is as stated.
     if original is None:
         all_of: Any = {f"{name}_all": stated[name]["original"] for name in ("bits_per_byte", "accuracy")}
         known = Original(stated["bytes"]["original"], all_of, {row["id"]: "" for row in tables["items"]})

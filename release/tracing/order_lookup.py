@@ -70,6 +70,7 @@ def steps_by_file(data: Path, order: Path, places: Places) -> dict[Path, range] 
 def _look_up(data: Path, order: Path, places: Places, meta: Meta) -> dict[Path, range] | None:
     config, cursor = config_of(meta), cursor_of(meta)
     starts, cut = starts_of(meta), cut_of(meta)
+    # Without the places at each block the streams would have to be read from the start.
     if config.pack and len(starts) != config.blocks + 1:
         return None
     files, steps = document_files(data / "tokens"), dict[Path, range]()
@@ -82,6 +83,7 @@ def _look_up(data: Path, order: Path, places: Places, meta: Meta) -> dict[Path, 
         if config.pack:
             ends = starts[config.blocks].items()
             reads = sum(place.position for stream, place in ends if stream.partition("/")[0] == source)
+        # The tables are not those of the order, or are read so often that a search of the rows is faster.
         if index.chunks != meta["sources"][source]["chunks"] or reads > MOST_EPOCHS * index.chunks:
             return None
         computed = ComputedOrder(config, {source: index}, cursor, order, starts=starts)

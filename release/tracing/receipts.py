@@ -49,6 +49,7 @@ def write_receipts(
     for row in removed_documents(dataset) if opt_outs else ():
         requests = row.pop("requests")
         for request in requests:
+            # A request for a whole site may name millions of documents.
             if len(documents[request]) < MOST_TRACED:
                 documents[request].append({key: value for key, value in row.items() if key != "rule"})
     reach: dict[str, dict[str, Any]] = {}
@@ -121,6 +122,7 @@ class EarlierRelease:
 
     def _find(self, deny_list: DenyList, removed: Mapping[str, list[dict[str, Any]]]) -> dict[str, Reach]:
         reach: dict[str, Reach] = defaultdict(Reach)
+        # Copies and rewrites have other ids or hashes than the deny-list names; the later release found them.
         later: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for request, rows in removed.items():
             for row in rows:

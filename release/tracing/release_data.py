@@ -118,6 +118,7 @@ class ReleaseData:
             sentences.append("which checkpoints include a step: they stand in the whole release only")
         if self.release is None or not (self.release / "evidence/training").is_dir():
             sentences.append("which steps moved no weight: the logs of training stand in the whole release only")
+        # An earlier run's order is published, and its log is not.
         elif any(self.data.glob("earlier/order-*")):
             sentences.append("which steps of earlier runs moved no weight: their logs are not published")
         return sentences
@@ -144,8 +145,10 @@ def _select(path: Path, columns: Sequence[str], filters: Sequence[tuple[str, str
             if missing := sorted({*columns, *filter_columns} - {*file.schema_arrow.names}):
                 raise AtomError(f"{path} has no column {missing[0]}; verify this copy")
             for group in range(file.num_row_groups):
+                # Statistics rule most groups out before any of their rows is read.
                 if not all(_may_hold(file.metadata.row_group(group), *each) for each in filters):
                     continue
+                # The columns of the filters first: texts are read only where a row passes.
                 positions = _positions(file, group, filter_columns, filters)
                 first = 0
                 batches = file.iter_batches(BATCH, row_groups=[group], columns=list(columns))

@@ -48,6 +48,7 @@ def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
         ("it stands for this one", "duplicate_of", "id"),
         ("this one stands for it", "id", "duplicate_of"),
     ):
+        # A duplicate may itself stand for others, so the chain is followed to its end.
         frontier = {document.id}
         while frontier:
             rows = [
@@ -73,12 +74,14 @@ def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progres
     if data.release and (data.release / "checkpoints").is_dir():
         release_info = schema.read_release(data.release)
         names = {r.folder: r.id(release_info.namespace, release_info.name) for r in repositories(data.release)}
+    # Every file, because an id may also stand in tables and logs that this code does not know.
     for path in files_below(folder):
         if path.endswith(".parquet"):
             progress(f"searching {path}")
             by_id, by_text = _count_rows(folder / path, doc_id, texts)
         elif path.endswith((".json", ".jsonl")) and not path.startswith("code/"):
             content = (folder / path).read_bytes()
+            # JSON may be written with and without escapes of letters.
             ids = {_json_bytes(doc_id, ascii) for ascii in (True, False)}
             inner = {_json_bytes(text, ascii)[1:-1] for text in texts for ascii in (True, False)}
             by_id, by_text = (int(any(part in content for part in parts)) for parts in (ids, inner))

@@ -50,6 +50,7 @@ def compare_checkpoints(published: Path, retrained: Path) -> Comparison:
         published_tensors, retrained_tensors = (
             release_checkpoint.Tensors(f, stem) if any(f.glob(f"{stem}*.safetensors")) else {} for f in folders
         )
+        # A tensor that only one of them has is a difference, too.
         names = sorted({*published_tensors, *retrained_tensors})
         count += len(names)
         for name in names:
@@ -69,6 +70,7 @@ def _relative_difference(published: torch.Tensor, retrained: torch.Tensor) -> fl
     if published.dtype != retrained.dtype or published.shape != retrained.shape:
         return math.inf
     flat = [tensor.contiguous().flatten() for tensor in (published, retrained)]
+    # Bytes, because two zeros of different sign are equal as numbers, and not a number is not equal to itself.
     if torch.equal(*(tensor.view(torch.uint8) for tensor in flat)):
         return None
     a, b = (tensor.double() for tensor in flat)

@@ -65,6 +65,7 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
         ) from error
     progress(f"training steps {first + 1} to {last}")
     checkpoint = train(plan, inputs, folder, progress)
+    # After training, as for the statements, because training adds packages to the path.
     environment, fingerprint = compare_environments(plan)
     checkpoints = checkpoint_files(source, plan.start) | (checkpoint_files(source, plan.init) if plan.init else {})
     tokens = inputs.get("tokens")
@@ -95,6 +96,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
         for path in _kept_files(source, materials["dedup"], name):
             link = kept_folder.parent / path
             link.parent.mkdir(exist_ok=True)
+            # The stage reads a folder in the form of its input's artifact; links spare a copy of the corpus.
             link.symlink_to(source.kept(materials["dedup"], path))
     folders = {"dedup": kept_folder.parent, "tokenizer": source.tokenizer(materials["tokenizer"]).parent}
     inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
