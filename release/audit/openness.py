@@ -20,8 +20,8 @@ import yaml
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
 from release import data_layout, references, schema
-from release.audit.replay.certificates import read_certificates
 from release.audit.replay.plan import Plan, select_steps
+from release.audit.replay.report import read_certificates
 from release.audit.replay.source import Source
 from release.facts import run_facts
 from release.facts.published_tables import read_json

@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from pipeline.core.parts import part_tables
 from release import data_layout, references, untrusted
+from release.data_layout import over_parts
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
-from release.parallel_parts import over_parts
 from stages.data import chat_messages
 from stages.data.splits import SPLITS
 from stages.formats import chat_templates

@@ -20,7 +20,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.hub.client import Changed, api, endpoint, parsing, translate_errors
 from pipeline.hub.remote import RemoteRepository
 from release import schema, scratch
-from release.audit.replay.certificates import read_certificates
+from release.audit.replay.report import read_certificates
 from release.audit.verify import verify
 from release.hub.space import publish_space
 from release.hub.upload import Destination, Journal, Progress, Published

@@ -22,7 +22,7 @@ from pipeline.hub.client import load
 from pipeline.hub.limits import PUBLIC_HUB
 from pipeline.hub.remote import RemoteRepository
 from release import scratch
-from release.audit.replay.certificates import Certificate
+from release.audit.replay.report import Certificate
 from release.cards.render import license_fields
 from release.cards.tables import count
 from release.hub.upload import Destination, Journal, Progress, Published

@@ -15,7 +15,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
 from release.assembly import build_release as builder
 from release.audit import openness, show
-from release.audit.replay.certificates import Certificate
+from release.audit.replay.report import Certificate
 from release.layout import SIGNATURE
 from release.opened_release import Release
 from release.repositories import repositories
