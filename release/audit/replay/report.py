@@ -1,7 +1,7 @@
 """The result of a replay: as data, as an in-toto statement, and as text; and the certificates that others sent.
 
-A certificate is a file of `atom replay --certificate` in a folder beside the release, which was sealed and signed before
-anybody replayed it. `atom publish` puts the certificates on the Space of its page.
+A certificate is a file of `atom replay --certificate` in a folder beside the release, which was sealed and signed
+before anybody replayed it. `atom publish` puts the certificates on the Space of its page.
 """
 
 from __future__ import annotations
