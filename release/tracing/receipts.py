@@ -14,11 +14,9 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
-from release import schema
 from release.facts.document_facts import OptOut, removed_documents
 from release.facts.published_tables import read_json, stream_rows
 from release.layout import ALL_SUMS, OPT_OUTS, folders_of
-from release.repositories import repositories
 from release.schema import ReleaseInfo
 from release.tracing.answers import Document
 from release.tracing.documents import find_documents
@@ -100,8 +98,8 @@ class EarlierRelease:
         if not (folder / ALL_SUMS).is_file():
             raise AtomError(f"{folder} is no release folder; --previous takes one that `atom build` made")
         self.folder, self.data = folder, ReleaseData.locate(folder)
-        self.info = schema.read_release(folder)
-        self.names = {place.folder: place.id(self.info.namespace, self.info.name) for place in repositories(folder)}
+        self.info, places = self.data.opened.info, self.data.opened.repositories
+        self.names = {place.folder: place.id(self.info.namespace, self.info.name) for place in places}
         self.model_folders = folders_of(self.data.models())
 
     def reach(

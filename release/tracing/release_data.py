@@ -15,6 +15,7 @@ from release.facts import training
 from release.facts.data_facts import earlier_orders
 from release.facts.published_tables import BATCH, read_json
 from release.layout import EXPORTED, numbered, when
+from release.opened_release import Release
 
 Rows = list[dict[str, Any]]
 Progress = Callable[[str], None]
@@ -40,19 +41,32 @@ class ReleaseCheckpoint:
 
 @dataclass(frozen=True)
 class ReleaseData:
-    """release: a release folder, None for a pulled data repository. data: the folder of its data."""
+    """The data of a release, or of its pulled data repository.
 
-    release: Path | None
-    data: Path
+    Attributes:
+        opened: The folder.
+    """
+
+    opened: Release
+
+    @property
+    def release(self) -> Path | None:
+        """The folder of the release; None for a data repository."""
+        return self.opened.root if self.opened.is_whole else None
+
+    @property
+    def data(self) -> Path:
+        """The folder of the data."""
+        return self.opened.dataset
 
     @classmethod
     def locate(cls, folder: Path) -> ReleaseData:
         """Raises AtomError if a folder is neither a release nor a data repository, CheckFailed if it states another
         version."""
         schema.require_readable(folder)
-        for release, data in ((folder, folder / "dataset"), (None, folder)):
-            if data_layout.has_documents(data):
-                return cls(release, data)
+        for opened in (Release(folder), Release(folder, "dataset")):
+            if data_layout.has_documents(opened.dataset):
+                return cls(opened)
         raise AtomError(
             f"{folder} is neither a release nor its data repository: it has no dispositions; give the folder that "
             "`atom build` made, or a pulled data repository"

@@ -162,7 +162,7 @@ def test_sizes_are_placed_and_read(evidence: Path) -> None:
 
 
 def test_a_checkpoint_of_a_size_is_traced_by_the_order_that_it_read(evidence: Path) -> None:
-    data = ReleaseData(evidence, evidence / "dataset")
+    data = ReleaseData(Release(evidence))
     for first_use, expected in (
         ((when("pretrain"), 2), ["pretrain-step-2", "size-1-step-2", "size-2-step-2"]),
         ((when("pretrain"), 3), []),
