@@ -27,15 +27,22 @@ ABOUT = ("name", "version", "title", "description", "license", "commit", "dirty"
 
 
 def facts_of(release: Release) -> dict[str, Any]:
-    """The content of the page, for `--json`; fields are only ever added.
+    """Returns the content of the page, for `--json`; fields are only ever added.
 
-    base: repo, digest and license of the published model that training began with, or None. corpus: {source:
-    documents in, kept, tokens, licenses}. removed: {rule: documents}. seen: {phase: steps, tokens}. models: {folder:
-    {measure: {value, se}}} in the order of training. pass_at_1: of chat models. caveats: the sentences at the head of
-    the final model's card. gates: {name: ok}, null if there was nothing to judge. key: the fingerprint of the key
-    beside the signature, unchecked, or None. identity: the one in a signature without a key, unchecked, or None.
+    Returns:
+        base: Repository, digest and license of the published model that training began with, or None.
+        corpus: {source: documents in, kept, tokens, licenses}
+        removed: {rule: documents}
+        seen: {phase: steps, tokens}
+        models: {folder: {measure: {value, se}}} in the order of training.
+        pass_at_1: Of chat models.
+        caveats: The sentences at the head of the final model's card.
+        gates: {name: ok}, null if there was nothing to judge.
+        key: Fingerprint of the key beside the signature, unchecked, or None.
+        identity: The one in a signature without a key, unchecked, or None.
 
-    Raises CheckFailed if a file of the release is missing or damaged.
+    Raises:
+        CheckFailed: A file of the release is missing or damaged.
     """
     info, data = release.info.to_json(), release.data
     final_name, *other_names = release.model_names
@@ -118,6 +125,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
         rows.add_row(name, content)
         console.print(rows)
 
+    # The model and its origin.
     console.print(f"{facts['title']} {facts['version']}")
     if facts["description"]:
         console.print(Padding(facts["description"], (0, 0, 0, 2)))
@@ -130,6 +138,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
     changed = ", with uncommitted changes" if facts["dirty"] else ""
     item("code", f"commit {commit[:12] if commit else 'unknown'}{changed}")
 
+    # The corpus, its largest sources first.
     console.print()
     corpus = table("trained on", "documents", "kept", "tokens")
     rows = sorted(facts["corpus"].items(), key=lambda pair: -pair[1]["tokens"])
@@ -139,6 +148,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
         totals = [sum(row[key] for row in others) for key in ("documents_in", "kept", "tokens")]
         corpus.add_row(f"{len(others)} others", *(f"{number:,}" for number in totals))
     console.print(corpus)
+    # The rules that removed the most, and the training.
     console.print()
     removed = list(facts["removed"].items())
     named = [f"{rule} {count:,}" for rule, count in removed[:MOST_RULES]]
@@ -151,6 +161,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
     ]
     item("steps", ", ".join(phases))
 
+    # The scores of each model, with conversations where any model was asked in them.
     console.print()
     chat = facts["pass_at_1"]
     quality = table("quality", "bits per byte", "right, plain text", *(["right, chat"] if chat else []))
@@ -161,12 +172,14 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
         quality.add_row(folder, *figures)
     console.print(quality)
 
+    # The first caveats of the final model's card.
     console.print("\nknow before any figure")
     for sentence in facts["caveats"][:MOST_CAVEATS]:
         console.print(Padding(sentence.replace("**", ""), (0, 0, 0, 2)))
     if hidden := facts["caveats"][MOST_CAVEATS:]:
         console.print(f"  - {len(hidden)} more: they begin model/README.md")
 
+    # The evidence: gates, checkpoints, signature and cost.
     console.print()
     gates, cost = facts["gates"], facts["cost"]
     failed = [name for name, ok in gates.items() if ok is False]
