@@ -45,7 +45,14 @@ Files = dict[str, list[Path]]
 
 @dataclass(frozen=True)
 class Part:
-    """The tables of one part of the documents of a source. Each file may be missing."""
+    """The tables of one part of the documents of a source. Each file may be missing.
+
+    Attributes:
+        source: The source.
+        dispositions: The dispositions.
+        kept: The kept documents.
+        tokens: Their tokens.
+    """
 
     source: str
     dispositions: Path

@@ -50,8 +50,14 @@ CLIENTS_BYTES = 16 << 20
 
 @dataclass
 class Tree:
-    """files: {path: its status} of all that may be read; refused: a sentence for each other one, up to NAMED; others:
-    the number of further ones; overflow: whether there are too many entries to list all."""
+    """The files of a folder.
+
+    Attributes:
+        files: {path: its status} of all that may be read.
+        refused: A sentence for each other one, up to NAMED.
+        others: The number of further ones.
+        overflow: Whether there are too many entries to list all.
+    """
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)

@@ -83,9 +83,21 @@ def load_libraries(deep: bool) -> None:
 
 
 class CheckRunner:
-    """Runs each check in a process of its own, with a budget: the rest of SECONDS, and an allowance for the files that
-    this check reads, by their bytes on the disk. After a check has exceeded it, no further check runs. unlimited: what
-    this platform lacks for limits, "" on Linux; without them checks run in this process, and `limits` says so."""
+    """Runs each check in a process of its own, within a budget.
+
+    The budget is the rest of SECONDS, and an allowance for the files that this check reads, by their bytes on the disk.
+    After a check has exceeded it, no further check runs.
+
+    Attributes:
+        release: The folder that is checked.
+        tree: Its files.
+        deep: Whether the checks of `--deep` run.
+        seconds: The rest of the shared processor time.
+        tables: {table: (rows, bytes that reading it takes)}
+        spent: The reason why no further check runs; "" while they may.
+        unlimited: What this platform lacks for limits, "" on Linux; without them checks run in this process, and
+            `limits` says so.
+    """
 
     def __init__(self, release: Release, tree: Tree, deep: bool) -> None:
         self.release, self.tree, self.deep = release, tree, deep

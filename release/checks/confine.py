@@ -29,7 +29,12 @@ WAITING = 5
 
 @dataclass(frozen=True)
 class Budget:
-    """memory: bytes beyond those in use at the start; seconds: of processor time."""
+    """The limits of a call.
+
+    Attributes:
+        memory: Bytes beyond those in use at the start.
+        seconds: Seconds of processor time.
+    """
 
     memory: int
     seconds: float

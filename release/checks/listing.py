@@ -84,8 +84,10 @@ def looks_like_release(folder: Path) -> bool:
 class Checksums:
     """The checksum files of a folder, each read once, within limits on their total.
 
-    rows: {name: {path: sha256}} of the readable ones; problems: {name: a sentence} of the others; overflow: a sentence,
-    if there are more than any release has.
+    Attributes:
+        rows: {name: {path: SHA-256}} of the readable ones.
+        problems: {name: a sentence} of the others.
+        overflow: A sentence, if there are more than any release has.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,7 +146,15 @@ def _size(folder: Path, name: str) -> int:
 class Contents:
     """The listing of a folder, made once, for the checks of bytes and signatures.
 
-    missing: required parts that the folder lacks. places: its repositories, if it is a complete release.
+    Attributes:
+        folder: The folder.
+        kind: Its kind.
+        sums: Its checksum files.
+        tree: Its files.
+        missing: Required parts that it lacks.
+        places: Its repositories, if it is a complete release.
+        models: The folders of models and variants among them.
+        paths: Its files, sorted.
     """
 
     def __init__(self, folder: Path, kind: str, sums: Checksums, tree: Tree) -> None:

@@ -135,7 +135,17 @@ SIDES = ("model", "before")
 
 @dataclass(frozen=True)
 class Scored:
-    """An answer with its score. task: the row of the task; answer: None if the table has no such column."""
+    """An answer with its score.
+
+    Attributes:
+        location: The table and the row, for sentences.
+        task: The row of the task.
+        text: The whole output.
+        answer: The published answer; None if the table has no such column.
+        finished: Whether the output ended by itself.
+        reward: The published score.
+        parts: The published parts of it.
+    """
 
     location: str
     task: Row
@@ -148,7 +158,13 @@ class Scored:
 
 @dataclass
 class Tally:
-    """The number of answers that were scored again, and of those that could not be, with the reason."""
+    """The number of answers that were scored again, and of those that could not be.
+
+    Attributes:
+        rescored: By scorer.
+        skipped: By scorer.
+        reasons: {scorer: why its answers were skipped}
+    """
 
     rescored: Counter[Scorer] = field(default_factory=Counter)
     skipped: Counter[Scorer] = field(default_factory=Counter)

@@ -23,7 +23,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class OrderPart:
-    """Steps of a phase that followed one order. folder: of the order; first, last: steps; last is inf of the newest."""
+    """Steps of a phase that followed one order.
+
+    Attributes:
+        folder: The folder of the order.
+        first: The first step.
+        last: The last step; inf of the newest order.
+    """
 
     folder: Path
     first: int
@@ -32,7 +38,13 @@ class OrderPart:
 
 @dataclass(frozen=True)
 class ReleaseCheckpoint:
-    """A published checkpoint. folder: its name."""
+    """A published checkpoint.
+
+    Attributes:
+        phase: The phase.
+        step: The step.
+        folder: The name of its folder.
+    """
 
     phase: str
     step: int

@@ -27,8 +27,13 @@ bf16 or FP8, an honest replay can differ by more; the figures then state by how 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The tensors of two checkpoints. tensors: their number; different: {name: relative difference} of those whose
-    bits differ, inf for another shape or type, a tensor that one of them lacks, or what is not a number."""
+    """The tensors of two checkpoints.
+
+    Attributes:
+        tensors: Their number.
+        different: {name: relative difference} of those whose bits differ; inf for another shape or type, a tensor
+            that one of them lacks, or what is not a number.
+    """
 
     tensors: int
     different: dict[str, float]

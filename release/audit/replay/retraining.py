@@ -29,10 +29,15 @@ SHARD = (".bin", ".idx")
 class Retrained:
     """A retrained checkpoint, and the comparison of its training with that of the published one.
 
-    checkpoint: its folder. state: fields of state.json that differ. diverges: the first step whose lines in the log
-    differ, None if none do or no log is published. ranks: processes that trained the published one; here it was one.
-    environment: `name: then, now` of all that differs. fingerprint: of the environment here. materials, subject:
-    {path: SHA-256} of what was read, and of the published files to compare with.
+    Attributes:
+        checkpoint: Its folder.
+        state: Fields of state.json that differ.
+        diverges: The first step whose lines in the log differ; None if none do or no log is published.
+        ranks: Processes that trained the published one; here it was one.
+        environment: `name: then, now` of all that differs.
+        fingerprint: The fingerprint of the environment here.
+        materials: {path: SHA-256} of what was read.
+        subject: {path: SHA-256} of the published files to compare with.
     """
 
     checkpoint: Path
