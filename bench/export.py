@@ -105,7 +105,7 @@ def child(action: str, place: Path, config: Qwen3MoeConfig) -> None:
     if action == "checkpoint":
         return write_checkpoint(place / "checkpoint", config)
     from pipeline.core.store import write_manifest
-    from release.checks.load_report import load_models
+    from release.checks.loading import load_models
     from stages.export import hf
     from tests.fixtures import release_fixtures, train_fixtures
 

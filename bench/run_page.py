@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from release.cards import tables
 from release.cards.plots import COLORS, png
-from release.facts import costs, training
+from release.facts import run_facts, training
 from release.layout import when
 from stages.confidence import Z95, clustered
 
@@ -164,10 +164,10 @@ def preference_table(evaluation: Path) -> str:
 
 
 def cost_table(release: Path) -> str:
-    by_stage = costs.usage_by_stage(release)
+    by_stage = run_facts.usage_by_stage(release)
     ranked = sorted(by_stage.items(), key=lambda item: -item[1]["core_hours"])
     rows = [[name, f"{row['attempts']:.0f}", f"{60 * row['core_hours']:.1f}"] for name, row in ranked]
-    total = costs.total(by_stage)
+    total = run_facts.total(by_stage)
     rows.append(["all", f"{total['attempts']:.0f}", f"{60 * total['core_hours']:.1f}"])
     return "\n\n".join(["## What it took", table(["stage", "attempts", "processor minutes"], rows)])
 

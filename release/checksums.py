@@ -1,18 +1,20 @@
-"""The checksum files of a release, in the format of `sha256sum`."""
+"""The checksum files of a release, in the format of `sha256sum`, and the digests that they are compared with."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
-from release.tree import is_foreign_link
-from release.untrusted import read
+from release.tree import Tree, inode, is_foreign_link
+from release.untrusted import open_regular, read
 
 SUMS_BYTES, SUMS_LINES = 32 << 20, 300_000
 """The limit on all checksum files of a release together, which list each file twice."""
@@ -34,6 +36,7 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
         raise CheckFailed(f"{name} is missing")
     try:
         root = path.parents[0 if os.path.isabs(name) else name.count("/")]  # of the repository
+        # A pulled repository in the Hub's cache is made of links, and no other link is followed.
         follow = not is_foreign_link(root, path.relative_to(root).as_posix())
         data = read(path, SUMS_BYTES, follow=follow)
     except CheckFailed as error:
@@ -47,6 +50,7 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
             match = LINE.fullmatch(line.decode().removesuffix("\n"))
         except UnicodeDecodeError:
             raise CheckFailed(f"{name} is altered: it is not UTF-8 text") from None
+        # Sorted and without duplicates, so that a path has one digest only.
         if match is None or match[2] <= last:
             raise CheckFailed(f"{name} is altered: line {number} is not a checksum line in its place")
         last = match[2]
@@ -59,7 +63,7 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
 
 
 def is_plain_path(path: str) -> bool:
-    """Whether a relative path stays within its folder, and can be printed and opened."""
+    """Returns True if a relative path stays within its folder, and can be printed and opened."""
     parts = path.split("/")
     longest = max(len(part.encode(errors="replace")) for part in parts)
     return (
@@ -89,3 +93,46 @@ def compare(
         if digest(folder / path) != sums[path]
     ]
     return wrong
+
+
+class Digests:
+    """A callable from a path to the digest of that file, which is cached or computed.
+
+    It reads only the files of the tree, and no more bytes than they had in the listing.
+    """
+
+    def __init__(self, folder: Path, tree: Tree, paths: Set[str] = frozenset()) -> None:
+        """paths: relative to the folder; their digests are computed at once, the largest file first."""
+        self.folder, self.tree = folder, tree
+        # Largest first, so that no core ends with the longest file alone.
+        present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)
+        path_of_inode = {self._file(path): path for path in present}  # a file of several names is hashed once
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
+            digests = dict(zip(path_of_inode, pool.map(self._digest, path_of_inode.values()), strict=True))
+        self.digests = {folder / path: digests[self._file(path)] for path in present}
+
+    def _file(self, path: str) -> object:
+        return inode(self.tree.files[path])
+
+    def __call__(self, path: Path) -> str:
+        if path not in self.digests:
+            self.digests[path] = self._digest(path.relative_to(self.folder).as_posix())
+        return self.digests[path]
+
+    def _digest(self, path: str) -> str:
+        """The digest; "" for a file that may not be read, or that changes meanwhile."""
+        status = self.tree.files.get(path)
+        if status is None:
+            return ""
+        digest, remaining = hashlib.sha256(), status.st_size
+        try:
+            with open_regular(self.folder / path, follow=True) as file:
+                while chunk := file.read(min(1 << 20, remaining + 1)):
+                    digest.update(chunk)
+                    remaining -= len(chunk)
+                    # It grew since the listing, whose size set the limits.
+                    if remaining < 0:
+                        return ""
+        except (OSError, CheckFailed):
+            return ""
+        return digest.hexdigest()

@@ -11,17 +11,21 @@
 
 Part n of each table is about the documents of part n of the source; only sources whose steps measure have `measures`,
 and only those with documents whose licenses ask for it `attribution`, those of packages `notices`, and those that a
-model wrote `generated`.
+model wrote `generated`. `over_parts` reads them with several processes.
 `stages.formats.table.order_files` gives the files of an order. The folders of earlier runs, `earlier/<key>/`, have the
 same files.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.core.parts import PART_NAME, part_file, part_tables
 from stages.formats.table import MEASURES
@@ -41,7 +45,14 @@ Files = dict[str, list[Path]]
 
 @dataclass(frozen=True)
 class Part:
-    """The tables of one part of the documents of a source. Each file may be missing."""
+    """The tables of one part of the documents of a source. Each file may be missing.
+
+    Attributes:
+        source: The source.
+        dispositions: The dispositions.
+        kept: The kept documents.
+        tokens: Their tokens.
+    """
 
     source: str
     dispositions: Path
@@ -120,3 +131,30 @@ def _parts(folder: Path) -> Files:
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
     parts = {path.name: part_tables(path) for path in folders}
     return {source: files for source, files in parts.items() if files}
+
+
+MOST_ALONE = 64 << 20
+"""Bytes of parts that one process reads: a second one takes about as long to start."""
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: Sequence[Path]) -> Iterator[Result]:
+    """The result of `work` for each part, in their order. Each process holds what one part needs, so memory grows with
+    the cores and not with the parts. work: picklable, as parts and results are. files: that are read, for their size.
+    An error of a call is raised."""
+    number = min(cores(), len(parts))
+    if number < 2 or sum(path.stat().st_size for path in files if path.exists()) <= MOST_ALONE:
+        yield from map(work, parts)
+        return
+    # A fork would copy the threads' locks of Arrow in an unknown state.
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"))
+    try:
+        yield from pool.map(work, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -263,9 +263,10 @@ def summary(release: Path, hub: Path, seconds: float) -> None:
 
     from release.audit import show
     from release.layout import PAGE
+    from release.opened_release import Release
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else show.WIDTH
-    print(f"\n{show.text(show.facts_of(release), width)}\n")
+    print(f"\n{show.text(show.facts_of(Release(release)), width)}\n")
     path = _short_path(release)
     print(f"release       {path}\nlocal Hub     {_short_path(hub)}\nmodel card    {path}/model/README.md")
     print(f"page          {(release / PAGE).resolve().as_uri()}")

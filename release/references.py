@@ -41,7 +41,7 @@ PLACES = ("path", "lock", "folder", "extension")
 
 
 class Reference(Config):
-    """How to read the documents of a source again.
+    """The instructions to read the documents of a source again.
 
     source: settings of the source, without places on a machine. lock: content of the reader's lock file. files: {path:
     digest} of the files, of which `parts` are read one after the other. steps: those that edited texts, in order.

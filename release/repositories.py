@@ -74,6 +74,7 @@ def files_below(folder: Path) -> list[str]:
                 raise CheckFailed(f"{printable(folder.name)} {status.strerror}")
         elif stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
             paths.append(path)
+    # Only a whole release has signatures of other repositories below its own.
     whole = (folder / RELEASE).is_file() and (folder / "checkpoints").is_dir()
     return published(paths, repositories(folder) if whole else [Repository("", "", "")])
 

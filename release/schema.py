@@ -9,7 +9,7 @@ card, such as that of a checkpoint, states none and is checked as one of the pre
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def refusal(folder: Path) -> str:
 
     A folder of another version would be compared with less, so whoever forges one would state that.
     """
+    # A folder without a card, such as that of a checkpoint, is checked as one of the present versions.
     stated = of_card(folder) or Stated()
     if (folder / RELEASE).is_file():
         try:
@@ -182,11 +183,6 @@ def _read(body: Mapping[str, Any]) -> ReleaseInfo:
     )
 
 
-READERS: dict[int, Callable[[Mapping[str, Any]], ReleaseInfo]] = {FORMAT: _read}
-"""{format: what reads its release.json}. A later format keeps the readers of the published ones before it, which give
-the present names, and `refusal` then accepts their numbers."""
-
-
 def read_release(folder: Path) -> ReleaseInfo:
     """Reads evidence/release.json of a folder.
 
@@ -196,4 +192,4 @@ def read_release(folder: Path) -> ReleaseInfo:
     """
     require_readable(folder)
     body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
-    return READERS[body["format"]](body)
+    return _read(body)

@@ -18,10 +18,26 @@ NAMED = 100
 """The maximum number of refusals that are named individually."""
 SPARSE_BYTES = 64 << 20
 """The total size that sparse files may always have."""
-WITHOUT_MODES = frozenset({
-    "9p", "cifs", "drvfs", "exfat", "fuseblk", "iso9660", "msdos", "ntfs", "ntfs3", "prl_fs", "smb3", "udf", "vboxsf",
-    "vfat", "vmhgfs", "fuse.vmhgfs-fuse",
-})  # fmt: skip
+WITHOUT_MODES = frozenset(
+    {
+        "9p",
+        "cifs",
+        "drvfs",
+        "exfat",
+        "fuseblk",
+        "iso9660",
+        "msdos",
+        "ntfs",
+        "ntfs3",
+        "prl_fs",
+        "smb3",
+        "udf",
+        "vboxsf",
+        "vfat",
+        "vmhgfs",
+        "fuse.vmhgfs-fuse",
+    }
+)
 """File systems that show every file as executable, or with the mode of the mount."""
 CACHED = re.compile(r"(models|datasets)--.+")
 CLIENTS = re.compile(
@@ -34,8 +50,14 @@ CLIENTS_BYTES = 16 << 20
 
 @dataclass
 class Tree:
-    """files: {path: its status} of all that may be read; refused: a sentence for each other one, up to NAMED; others:
-    the number of further ones; overflow: whether there are too many entries to list all."""
+    """The files of a folder.
+
+    Attributes:
+        files: {path: its status} of all that may be read.
+        refused: A sentence for each other one, up to NAMED.
+        others: The number of further ones.
+        overflow: Whether there are too many entries to list all.
+    """
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
@@ -64,12 +86,14 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
         with entries:
             for entry in entries:
                 entry_count += 1
+                # A folder of millions of names would fill the memory.
                 if max_entries is not None and entry_count > max_entries:
                     text = f"has more than {max_entries} entries, far more than its checksums name"
                     yield ".", OSError(errno.E2BIG, text)
                     return
                 path = f"{directory}/{entry.name}".lstrip("/")
                 try:
+                    # Of the link itself: where it leads is decided below, and only for links of the Hub's cache.
                     status = entry.stat(follow_symlinks=False)
                 except OSError as error:
                     yield path, error
@@ -104,11 +128,13 @@ def scan(folder: Path, listed_count: int) -> Tree:
 def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) -> str:
     """The reason why a path may not be read; "" if it may."""
     try:
+        # Names are bytes on Linux, and what is no UTF-8 cannot be printed, listed or compared.
         path.encode()
     except UnicodeEncodeError:
         return "has a name that is no UTF-8"
     if not path.isprintable():
         return "has a name with characters that cannot be printed"
+    # On a file system without case, or for a reader, two such names are one.
     if (similar_path := path_of_name.setdefault(unicodedata.normalize("NFKC", path).casefold(), path)) != path:
         return f"has a name that looks like that of {similar_path}"
     if ".cache" in path.split("/") and (
@@ -123,12 +149,15 @@ def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) ->
 
 
 _KINDS = {
-    stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-}  # fmt: skip
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def is_sparse(status: os.stat_result) -> bool:
-    """Whether almost nothing of a file is on the disk; compressing file systems do not reach that ratio."""
+    """Returns True if almost nothing of a file is on the disk; compressing file systems do not reach that ratio."""
     return disk_bytes(status) * 64 < status.st_size
 
 
@@ -148,7 +177,7 @@ def inode(status: os.stat_result) -> tuple[int, int]:
 
 
 def is_foreign_link(folder: Path, path: str) -> bool:
-    """Whether a path is a link, or leads through one, except for links of the Hub client's cache. No link is
+    """Returns True if a path is a link, or leads through one, except for links of the Hub client's cache. No link is
     followed."""
     parts = path.split("/")
     if any((folder / "/".join(parts[:depth])).is_symlink() for depth in range(1, len(parts))):
@@ -159,6 +188,7 @@ def is_foreign_link(folder: Path, path: str) -> bool:
 def _blob(folder: Path, path: str) -> os.stat_result | None:
     """The status of the file that a link of the Hub client's cache leads to, from `<repository>/snapshots/<commit>`
     into its `blobs`; None for any other link."""
+    # The cache's layout: <repository>/snapshots/<commit>/<path> links to <repository>/blobs/<digest>.
     snapshot = folder.resolve()
     repository = snapshot.parent.parent
     target = Path(os.path.normpath((snapshot / path).parent / os.readlink(folder / path)))
@@ -174,7 +204,7 @@ def _blob(folder: Path, path: str) -> os.stat_result | None:
 
 
 def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
-    """Whether the file system of a folder records executable modes, by its kind; True for an unknown kind.
+    """Returns True if the file system of a folder records executable modes, or is of an unknown kind.
 
     mounts: the text of /proc/self/mountinfo.
     """

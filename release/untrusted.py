@@ -52,6 +52,7 @@ def open_regular(path: Path, follow: bool = False) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):  # a device is not even opened
             raise CheckFailed(f"{path.name} is not a regular file")
+        # The path may have changed since: what was opened is looked at again.
         descriptor = os.open(path, flags)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -104,6 +105,7 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
         if len(start) < 8:
             raise CheckFailed(f"{path.name} is cut: it has no header")
         (length,) = struct.unpack("<Q", start)
+        # Before the header is read: its length is a number in the file.
         if length > min(size - 8, HEADER_BYTES):
             raise CheckFailed(f"{path.name} says that its header has {length} bytes, which no model's has")
         body = parse_json(file.read(length), f"{path.name}: its header")
@@ -112,6 +114,7 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
     body.pop("__metadata__", None)
     spans = sorted(_span(path.name, name, entry) for name, entry in body.items())
     end = 0
+    # A gap could hide bytes that no tensor has, and an overlap two meanings of the same bytes.
     for begin, stop in spans:
         if begin != end:
             raise CheckFailed(f"{path.name}: its tensors overlap, or leave a gap at byte {end}")

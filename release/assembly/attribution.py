@@ -29,6 +29,7 @@ def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[P
     """
     written = set[str]()
     for source, files in data_layout.kept_files(dataset).items():
+        # A source without such licenses has no table at all.
         if not any(_asking(batch) for path in files for batch in stream_batches(path, ["license"])):
             continue
         for path in files:
@@ -43,6 +44,7 @@ def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[P
                 with row_writer(table, NOTICES) as write_row:
                     for row in notices:
                         if row["package"] in packages:
+                            # Thousands of packages share a few texts of licenses: each is written once.
                             write_row({**row, "text": "" if row["sha256"] in written else row["text"]})
                             written.add(row["sha256"])
                 yield table

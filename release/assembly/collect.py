@@ -12,7 +12,7 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, Store
 from pipeline.graph.dag import Graph, states
 from pipeline.launch.attempt import prediction_key
-from release.assembly.build_release import BuildInput
+from release.assembly.assemble import BuildInput
 from release.facts.forecast import MODEL, PHASE
 from release.layout import models_of
 from release.references import Reference
@@ -42,6 +42,7 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
     statements, metrics = [], {}
     for name, artifact in {**artifacts, **earlier}.items():
         statements += [path for path, _ in provenance.read(store.ledger, artifact.key)]
+        # The curves of the attempt that sealed the artifact; those of failed ones stay in the store.
         curves = store.logs / provenance.invocation(_statement(store, artifact)) / "metrics.jsonl"
         if curves.exists():
             metrics[name] = curves
@@ -115,6 +116,7 @@ def _references(
 def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:
     """{key: artifact} of earlier runs that this run resumes from: checkpoints and all their inputs."""
     run_keys = {node.key for node in graph.nodes.values()}
+    # The inputs of an input count as well, or no statement would lead to the texts of the first run.
     pending = [key for node in graph.nodes.values() for key in node.external.values()]
     artifacts: dict[str, Artifact] = {}
     while pending:

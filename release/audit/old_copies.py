@@ -20,7 +20,7 @@ NAME = "retraction"
 
 
 def sentence(folder: Path) -> str:
-    """What was taken back from a folder with a tombstone."""
+    """Returns a sentence on what was taken back from a folder with a tombstone."""
     return "; ".join(tombstone.sentence for tombstone in read_tombstones(folder))
 
 
@@ -67,6 +67,7 @@ def recognize(
     retracted: a repository with a tombstone. Raises AtomError if that has none, or does not verify. ask_hub: without
     it, to ask the evidence of the release on the Hub, if HF_ENDPOINT is set; not to reach it is no error.
     """
+    # An altered copy is refused anyway, and one with a tombstone says of itself what was taken back.
     if not verdict.ok or verdict.retracted:
         return verdict
     if retracted is not None:

@@ -1,4 +1,4 @@
-"""How open a release is: twenty questions, each answered from the published files with evidence and a reason.
+"""The openness of a release: twenty questions, each answered from the published files with evidence and a reason.
 
 Y: yes. P: partly. N: no. The questions join those of the Model Openness Framework (arXiv 2403.13784), OSAID 1.0 and the
 transparency duties of the EU's AI Act with what auditors of open models ask. A row is a yes only if its claim was
@@ -20,10 +20,10 @@ import yaml
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
 from release import data_layout, references, schema
-from release.audit.replay.certificates import read_certificates
 from release.audit.replay.plan import Plan, select_steps
+from release.audit.replay.report import read_certificates
 from release.audit.replay.source import Source
-from release.facts import size_facts
+from release.facts import run_facts
 from release.facts.published_tables import read_json
 from release.facts.score_facts import CONTAMINATION
 from release.layout import (
@@ -39,7 +39,7 @@ from release.layout import (
     numbered,
     phases_of,
 )
-from release.repositories import repositories
+from release.opened_release import Release
 from release.signing import recorded_identity
 from release.standards import bundle
 from release.standards.frameworks import NO_CLASS
@@ -76,35 +76,36 @@ class Row:
     for_a_yes: str
 
 
-class Published:
-    """What the rows read of a release. identity: of the signer, as `atom verify` checked it; "" if it did not."""
+class Published(Release):
+    """A release with what several rows read.
+
+    Attributes:
+        identity: The identity of the signer, as `atom verify` checked it; "" if it did not.
+    """
 
     def __init__(self, folder: Path, identity: str = "") -> None:
-        self.folder, self.identity = folder, identity
+        super().__init__(folder)
+        self.identity = identity
 
     @cached_property
     def gates(self) -> dict[str, Any]:
-        gates: dict[str, Any] = read_json(self.folder / GATES)
+        gates: dict[str, Any] = read_json(self.root / GATES)
         return gates
 
     @cached_property
     def phases(self) -> list[str]:
         """The phases that trained, in their order."""
-        return phases_of(path.name for path in (self.folder / "evidence/training").iterdir())
-
-    @cached_property
-    def statements(self) -> list[Any]:
-        return [read_json(path) for path in sorted((self.folder / "evidence/statements").glob("*.json"))]
+        return phases_of(path.name for path in (self.root / "evidence/training").iterdir())
 
     @cached_property
     def published_base(self) -> str | None:
         """The repository of the published model that training began with; None without one."""
-        path = self.folder / "evidence" / BASE
+        path = self.root / "evidence" / BASE
         return str(read_json(path)["repo"]) if path.exists() else None
 
     def without(self, paths: dict[str, str]) -> list[str]:
         """The names whose path, or pattern, matches no file."""
-        return [name for name, path in paths.items() if next(self.folder.glob(path), None) is None]
+        return [name for name, path in paths.items() if next(self.root.glob(path), None) is None]
 
     def passed(self, gate: str) -> str | None:
         """The detail of a gate that was passed."""
@@ -141,12 +142,12 @@ def _row(name: str, for_a_yes: str) -> Callable[[Callable[[Published], Answer]],
 def _documents(release: Published) -> Answer:
     import pyarrow.parquet as pq
 
-    files = data_layout.all_files(data_layout.kept_files(release.folder / "dataset"))
+    files = data_layout.all_files(data_layout.kept_files(release.dataset))
     texts = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
-    sources = read_json(release.folder / "dataset/summary.json")["sources"].values()
+    sources = read_json(release.dataset / "summary.json")["sources"].values()
     kept = sum(sum(s["kept"].values()) if isinstance(s["kept"], dict) else s["kept"] for s in sources)
     evidence = ["dataset/kept", "dataset/summary.json"]
-    if by_reference := references.read(release.folder / "dataset"):
+    if by_reference := references.read(release.dataset):
         named = ", ".join(f"{name} ({each.origin})" for name, each in by_reference.items())
         reason = f"of {kept:,} kept documents the texts, or how `atom rebuild-data` gets them again: {named}"
         return ("Y" if texts == kept else "P"), reason, [*evidence, f"dataset/{REFERENCES}"]
@@ -164,7 +165,7 @@ def _licenses(release: Published) -> Answer:
     if answer == "N":
         return answer, detail, evidence
     by_source = []
-    for path in sorted((release.folder / "dataset/sources").glob("*.json")):
+    for path in sorted((release.dataset / "sources").glob("*.json")):
         source = read_json(path)
         bases = {row["found"] for row in source.get("licenses", [])} or {""}
         if source.get("files") != 0 and not bases.isdisjoint(BY_SOURCE):
@@ -219,8 +220,8 @@ def _rollouts(release: Published) -> Answer:
 
 @_row("outputs of each evaluation item", "publish the table of items beside each file of scores")
 def _outputs(release: Published) -> Answer:
-    evaluation = release.folder / "dataset/evaluation"
-    measured = [path.parent.relative_to(release.folder).as_posix() for path in sorted(evaluation.rglob("scores.json"))]
+    evaluation = release.dataset / "evaluation"
+    measured = [path.parent.relative_to(release.root).as_posix() for path in sorted(evaluation.rglob("scores.json"))]
     missing = release.without({folder: f"{folder}/*.parquet" for folder in measured})
     whole, evidence = f"tables beside {len(measured)} files of scores", ["dataset/evaluation"]
     return _complete(missing, len(measured), whole, "scores alone in", evidence)
@@ -230,7 +231,7 @@ def _outputs(release: Published) -> Answer:
 def _contamination(release: Published) -> Answer:
     if release.passed("contamination_report") is None:
         return "P", "documents with items were removed by a rule; no detector was tested", ["dataset/dispositions"]
-    report = read_json(release.folder / "dataset" / CONTAMINATION)
+    report = read_json(release.dataset / CONTAMINATION)
     splits = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
     counts = {name: sum(verdicts[name] for verdicts in splits) for name in VERDICTS}
     recall = report["detector"]["recall"]
@@ -240,7 +241,7 @@ def _contamination(release: Published) -> Answer:
 
 
 def _lack_of_replay(source: Source, phase: str) -> str:
-    """What a replay of a phase's last steps lacks; "" if nothing."""
+    """Returns what a replay of a phase's last steps lacks; "" if nothing."""
     try:
         Plan.read(source, phase, *select_steps(source, phase, None, None))
     except (AtomError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -250,7 +251,7 @@ def _lack_of_replay(source: Source, phase: str) -> str:
 
 @_row("executable replay of every phase", "publish what the replay of each phase reads")
 def _replay(release: Published) -> Answer:
-    source = Source(release.folder)
+    source = Source(release.root)
     reasons = [f"{phase} ({lack})" for phase in release.phases if (lack := _lack_of_replay(source, phase))]
     command = f"`atom replay . PHASE` has all it needs of {', '.join(release.phases)}"
     evidence = ["checkpoints", "dataset", "evidence/statements"]
@@ -265,11 +266,11 @@ def _bitwise(release: Published) -> Answer:
     """Never Y from files: a certificate has no signature, so its maker may have written it."""
     stated = {
         certificate.notes["phase"]: certificate.path.name
-        for certificate in read_certificates(release.folder)
+        for certificate in read_certificates(release.root)
         if certificate.result == "PASSED" and certificate.notes["tensors_that_differ"] == 0
     }
     devices = set()
-    for body in release.statements:
+    for body in release.statements.values():
         if numbered(provenance.parameters_of(body)["node"].split("@")[0])[0] in (*TRAINING, SIZE):
             devices.add(str(provenance.environment_of(body).get("device", {}).get("type", "unknown")))
     trained = f"trained on {', '.join(sorted(devices))}"
@@ -289,14 +290,14 @@ def _bitwise(release: Published) -> Answer:
     "--issuer, by which it is checked",
 )
 def _signatures(release: Published) -> Answer:
-    places = [f"{place.folder}/{SIGNATURE}".lstrip("/") for place in repositories(release.folder)]
+    places = [f"{place.folder}/{SIGNATURE}".lstrip("/") for place in release.repositories]
     missing = release.without({path: path for path in places})
     present = [path for path in places if path not in missing]
     whole = f"{len(places)} repositories and branches"
     answer, reason, evidence = _complete(missing, len(places), whole, "`atom sign` has not written", present)
     if answer != "Y":
         return answer, reason, evidence
-    if None in {recorded_identity(release.folder / path) for path in present}:
+    if None in {recorded_identity(release.root / path) for path in present}:
         return "P", f"{whole}, by a key; nothing outside the release vouches for it", evidence
     if not release.identity:
         return "P", f"{whole}, by an identity that nothing has checked", evidence
@@ -315,7 +316,7 @@ def _bill(release: Published) -> Answer:
     answer, detail, evidence = _of_standards(release, [bundle.CYCLONEDX, bundle.SPDX])
     if answer == "N":
         return answer, detail, evidence
-    packages = read_json(release.folder / bundle.RECORDED)
+    packages = read_json(release.root / bundle.RECORDED)
     licensed, locked = (sum(bool(package[name]) for package in packages) for name in ("license", "hashes"))
     counts = f"{len(packages)} packages, {licensed} with an SPDX license, {locked} with hashes"
     return answer, f"CycloneDX 1.7 and SPDX 3.0.1, valid: models, sources and {counts}", evidence
@@ -331,7 +332,7 @@ def _eu_summary(release: Published) -> Answer:
     answer, detail, evidence = _of_standards(release, [bundle.EU_SUMMARY])
     if answer == "N":
         return answer, detail, evidence
-    body = read_json(release.folder / bundle.EU_SUMMARY)
+    body = read_json(release.root / bundle.EU_SUMMARY)
     counts = Counter(field["basis"] for section in body["sections"] for field in section["fields"])
     stated = f"{counts['computed']} answers computed, {counts['maker']} by the maker"
     reason = f"by the template {body['template']}: {stated}, {counts[NOT_STATED]} not stated"
@@ -343,7 +344,7 @@ def _framework(release: Published) -> Answer:
     answer, detail, evidence = _of_standards(release, [bundle.MOF, bundle.OSAID])
     if answer == "N":
         return answer, detail, evidence
-    body = yaml.safe_load((release.folder / bundle.MOF).read_text())
+    body = yaml.safe_load((release.root / bundle.MOF).read_text())
     missing = [text for texts in body["missing"].values() for text in texts]
     lack = f"; missing: {'; '.join(missing)}" if missing else ""
     reason = f"seventeen components with reasons, class: {body['class']}{lack}"
@@ -371,11 +372,11 @@ def _tracing(release: Published) -> Answer:
 def _energy(release: Published) -> Answer:
     if missing := release.without({bundle.ENERGY: bundle.ENERGY}):
         return "N", f"there is no {missing[0]}", []
-    usages = [provenance.usage(body) for body in release.statements if provenance.phase_of(body) is None]
+    usages = [provenance.usage(body) for body in release.statements.values() if provenance.phase_of(body) is None]
     counted = sum("energy_joules_estimate" in usage for usage in usages)
     if not counted:
         return "N", "no statement has the energy of its stage", []
-    body, path = read_json(release.folder / bundle.ENERGY), [bundle.ENERGY]
+    body, path = read_json(release.root / bundle.ENERGY), [bundle.ENERGY]
     estimate = f"{body['total']['energy_kwh']:.3g} kWh by an estimate for {counted} of {len(usages)} attempts"
     if (carbon := body["factors"]["carbon"]) is None:
         return "P", f"{estimate}; no carbon, since the maker states no factor", path
@@ -385,8 +386,8 @@ def _energy(release: Published) -> Answer:
 
 @_row("small sizes of the same recipe", "list two smaller models in the recipe's section `sizes`")
 def _sizes(release: Published) -> Answer:
-    sizes, source = size_facts.read_sizes(release.folder)[1:], Source(release.folder)
-    places = [f"{size_facts.TRAINING}/{size.name}" for size in sizes]
+    sizes, source = release.sizes[1:], Source(release.root)
+    places = [f"{run_facts.TRAINING}/{size.name}" for size in sizes]
     reasons = [f"{size.name} ({lack})" for size in sizes if (lack := _lack_of_replay(source, size.name))]
     if reasons:
         return "P", f"not all of {len(sizes)} smaller models can be trained again: {', '.join(reasons)}", places
@@ -395,7 +396,7 @@ def _sizes(release: Published) -> Answer:
         reason = f"{named}; of each recipe, log, weights and optimizer; `atom replay . {sizes[0].name}` trains it again"
         answer: Literal["Y", "P", "N"] = "Y" if len(sizes) >= LEAST_SIZES else "P"
         return answer, f"{reason}; pre-training alone, not exported", [*places, "checkpoints", "dataset/order/pretrain"]
-    size = sum(path.stat().st_size for path in (release.folder / MODEL).glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in (release.root / MODEL).glob("*.safetensors"))
     answer = "P" if size <= SMALL_BYTES else "N"
     return answer, f"weights of {size / 1e6:,.1f} MB, one size; a release names no others of its recipe", [MODEL]
 

@@ -7,15 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from release import schema, signing
+from release import signing
 from release.cards import caveats, tables
-from release.facts import costs
-from release.facts.checkpoint_facts import read_checkpoints
-from release.facts.data_facts import OrderFacts, read_data_facts
-from release.facts.model_facts import ModelFacts, read_model_facts
+from release.facts import run_facts
+from release.facts.data_facts import OrderFacts
+from release.facts.model_facts import ModelFacts
 from release.facts.published_tables import read_json
 from release.layout import GATES, PUBLIC_KEY, SIGNATURE, model_name
-from release.repositories import model_folders
+from release.opened_release import Release
 from release.untrusted import cleaned
 from stages.confidence import Figure
 from stages.evaluation.scores import pass_at_1
@@ -27,30 +26,37 @@ MOST_ROWS, MOST_RULES, MOST_CAVEATS = 8, 5, 4
 ABOUT = ("name", "version", "title", "description", "license", "commit", "dirty", "stale")
 
 
-def facts_of(release: Path) -> dict[str, Any]:
-    """The content of the page, for `--json`; fields are only ever added.
+def facts_of(release: Release) -> dict[str, Any]:
+    """Returns the content of the page, for `--json`; fields are only ever added.
 
-    base: repo, digest and license of the published model that training began with, or None. corpus: {source:
-    documents in, kept, tokens, licenses}. removed: {rule: documents}. seen: {phase: steps, tokens}. models: {folder:
-    {measure: {value, se}}} in the order of training. pass_at_1: of chat models. caveats: the sentences at the head of
-    the final model's card. gates: {name: ok}, null if there was nothing to judge. key: the fingerprint of the key
-    beside the signature, unchecked, or None. identity: the one in a signature without a key, unchecked, or None.
+    Returns:
+        base: Repository, digest and license of the published model that training began with, or None.
+        corpus: {source: documents in, kept, tokens, licenses}
+        removed: {rule: documents}
+        seen: {phase: steps, tokens}
+        models: {folder: {measure: {value, se}}} in the order of training.
+        pass_at_1: Of chat models.
+        caveats: The sentences at the head of the final model's card.
+        gates: {name: ok}, null if there was nothing to judge.
+        key: Fingerprint of the key beside the signature, unchecked, or None.
+        identity: The one in a signature without a key, unchecked, or None.
 
-    Raises CheckFailed if a file of the release is missing or damaged.
+    Raises:
+        CheckFailed: A file of the release is missing or damaged.
     """
-    release_info, data = schema.read_release(release).to_json(), read_data_facts(release / "dataset")
-    final_model, *other_models = model_folders(release)
-    model_metrics = {folder: read_model_facts(release / folder) for folder in [*other_models, final_model]}
+    info, data = release.info.to_json(), release.data
+    final_name, *other_names = release.model_names
+    models = {name: release.models[name] for name in (*other_names, final_name)}
     removed: dict[str, int] = {}
     for row in data.sources.values():
         for rule, count in row.removed.items():
             removed[rule] = removed.get(rule, 0) + count
-    final_metrics = model_metrics[final_model]
+    final = release.models[final_name]
     return {
         "schema": 1,
-        **{name: release_info[name] for name in ABOUT},
-        "base": final_metrics.base and {name: final_metrics.base[name] for name in ("repo", "digest", "license")},
-        "parameters": asdict(final_metrics.parameters),
+        **{name: info[name] for name in ABOUT},
+        "base": final.base and {name: final.base[name] for name in ("repo", "digest", "license")},
+        "parameters": asdict(final.parameters),
         "corpus": {
             name: {
                 "documents_in": row.documents_in,
@@ -62,26 +68,26 @@ def facts_of(release: Path) -> dict[str, Any]:
         },
         "removed": dict(sorted(removed.items(), key=lambda item: (-item[1], item[0]))),
         "seen": {phase: _steps_and_tokens(figures) for phase, figures in data.order.items()},
-        "models": {folder: _scores(model) for folder, model in model_metrics.items()},
+        "models": {folder: _scores(model) for folder, model in models.items()},
         "caveats": [
-            *caveats.caveat_sentences(final_metrics),
-            *caveats.data_of_regressions(final_metrics.scores, data.order),
+            *caveats.caveat_sentences(final),
+            *caveats.data_of_regressions(final.scores, data.order),
         ],
         "pass_at_1": pass_at_1(data.chat.get("test", {})),
-        "checkpoints": [row.branch for row in read_checkpoints(release / "checkpoints")],
-        "gates": {name: gate["ok"] for name, gate in sorted(read_json(release / GATES).items())},
-        "cost": costs.total(costs.usage_by_stage(release)),
-        "key": _key(release),
-        "identity": signing.recorded_identity(release / SIGNATURE),
-    }  # fmt: skip
+        "checkpoints": [row.branch for row in release.checkpoints],
+        "gates": {name: gate["ok"] for name, gate in sorted(read_json(release.root / GATES).items())},
+        "cost": run_facts.total_cost(release.costs),
+        "key": _key(release.root),
+        "identity": signing.recorded_identity(release.root / SIGNATURE),
+    }
 
 
-def _key(release: Path) -> str | None:
-    """The fingerprint of the key beside a signature, unchecked (`atom verify` checks it)."""
-    if not ((release / PUBLIC_KEY).is_file() and (release / SIGNATURE).is_file()):
+def _key(folder: Path) -> str | None:
+    """Returns the fingerprint of the key beside a signature, unchecked (`atom verify` checks it)."""
+    if not ((folder / PUBLIC_KEY).is_file() and (folder / SIGNATURE).is_file()):
         return None
     try:
-        return signing.fingerprint((release / PUBLIC_KEY).read_bytes())
+        return signing.fingerprint((folder / PUBLIC_KEY).read_bytes())
     except ValueError:
         return "which cannot be read"
 
@@ -119,6 +125,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
         rows.add_row(name, content)
         console.print(rows)
 
+    # The model and its origin.
     console.print(f"{facts['title']} {facts['version']}")
     if facts["description"]:
         console.print(Padding(facts["description"], (0, 0, 0, 2)))
@@ -131,6 +138,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
     changed = ", with uncommitted changes" if facts["dirty"] else ""
     item("code", f"commit {commit[:12] if commit else 'unknown'}{changed}")
 
+    # The corpus, its largest sources first.
     console.print()
     corpus = table("trained on", "documents", "kept", "tokens")
     rows = sorted(facts["corpus"].items(), key=lambda pair: -pair[1]["tokens"])
@@ -140,6 +148,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
         totals = [sum(row[key] for row in others) for key in ("documents_in", "kept", "tokens")]
         corpus.add_row(f"{len(others)} others", *(f"{number:,}" for number in totals))
     console.print(corpus)
+    # The rules that removed the most, and the training.
     console.print()
     removed = list(facts["removed"].items())
     named = [f"{rule} {count:,}" for rule, count in removed[:MOST_RULES]]
@@ -152,6 +161,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
     ]
     item("steps", ", ".join(phases))
 
+    # The scores of each model, with conversations where any model was asked in them.
     console.print()
     chat = facts["pass_at_1"]
     quality = table("quality", "bits per byte", "right, plain text", *(["right, chat"] if chat else []))
@@ -162,12 +172,14 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
         quality.add_row(folder, *figures)
     console.print(quality)
 
+    # The first caveats of the final model's card.
     console.print("\nknow before any figure")
     for sentence in facts["caveats"][:MOST_CAVEATS]:
         console.print(Padding(sentence.replace("**", ""), (0, 0, 0, 2)))
     if hidden := facts["caveats"][MOST_CAVEATS:]:
         console.print(f"  - {len(hidden)} more: they begin model/README.md")
 
+    # The evidence: gates, checkpoints, signature and cost.
     console.print()
     gates, cost = facts["gates"], facts["cost"]
     failed = [name for name, ok in gates.items() if ok is False]

@@ -16,16 +16,17 @@ from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
 from release import schema, scratch, signing
 from release.audit import old_copies
-from release.checks import file_list, formats, listing, page, registry, tool_files
-from release.checks.check import Check
+from release.checks import formats, listing, registry, tool_files
+from release.checks.check import Check, Findings
 from release.checks.check_runner import CheckRunner, run_check
 from release.checks.listing import Checksums, Contents, kind_of
 from release.checks.verdict import CheckResult, Problems, Verdict, answer
-from release.checksums import compare
-from release.hash_cache import Digests
+from release.checksums import Digests, compare
 from release.layout import ALL_SUMS, PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS
+from release.opened_release import Release
 from release.signing import ANYONE, Trust, TrustPolicy
 from release.tree import scan
+from release.web_page import page as web_page
 
 __all__ = ["CheckResult", "Verdict", "kind_of", "verify"]
 
@@ -42,47 +43,63 @@ def verify(
 ) -> Verdict:
     """Checks a folder, or `namespace/name[@revision]`, which is first downloaded to a temporary folder.
 
-    retracted: a repository with a tombstone, by folder or name, to recognize an old copy by. ask_hub: without it, to
-    ask the Hub for that of the release, if HF_ENDPOINT is set. Raises AtomError if nothing of that name can be checked;
-    problems of the subject are in the verdict.
+    Args:
+        subject: The folder or the name.
+        deep: Whether to read every tensor and document, too.
+        progress: Is told each step.
+        trust: Whose signatures count.
+        retracted: A repository with a tombstone, by folder or name, to recognize an old copy by.
+        ask_hub: Without `retracted`, whether to ask the Hub for the tombstone of the release, if HF_ENDPOINT is set.
+
+    Returns:
+        The verdict, which has the problems of the subject.
+
+    Raises:
+        AtomError: Nothing of that name can be checked.
     """
     policy = trust.policy()  # report errors of the caller before reading anything
-    path = Path(subject)
+    name, path = str(subject), Path(subject)
+
+    def verify_at(folder: Path) -> Verdict:
+        verdict = _verify_folder(folder, name, deep, progress, policy)
+        return old_copies.recognize(verdict, folder, policy, retracted, ask_hub, _verify_folder)
+
     if path.exists():
         if not path.is_dir():
-            raise AtomError(f"{printable(str(path))} is a file; give the folder of a release or of a pulled repository")
-        verdict = _verify_folder(path, str(subject), deep, progress, policy)
-        return old_copies.recognize(verdict, path, policy, retracted, ask_hub, _verify_folder)
-    if str(subject).split("@")[0].count("/") != 1 or str(subject).startswith((".", "/")):
-        name = printable(str(subject))
-        raise AtomError(f"there is no folder {name}; a repository on the Hub is written namespace/name[@revision]")
+            raise AtomError(f"{printable(name)} is a file; give the folder of a release or of a pulled repository")
+        return verify_at(path)
+    if name.split("@")[0].count("/") != 1 or name.startswith((".", "/")):
+        raise AtomError(
+            f"there is no folder {printable(name)}; a repository on the Hub is written namespace/name[@revision]"
+        )
     from release.pull import pull_named
 
     with scratch.folder() as folder:
-        progress(f"downloading {subject}")
+        progress(f"downloading {name}")
         try:
-            pulled = pull_named(str(subject), folder)
+            pulled = pull_named(name, folder)
         except AtomError:
-            if (gone := old_copies.missing_revision(str(subject), deep)) is not None:
+            if (gone := old_copies.missing_revision(name, deep)) is not None:
                 return gone
             raise
-        verdict = _verify_folder(pulled, str(subject), deep, progress, policy)
-        return old_copies.recognize(verdict, pulled, policy, retracted, ask_hub, _verify_folder)
+        return verify_at(pulled)
 
 
 def _verify_folder(
     folder: Path, subject: str, deep: bool, progress: Callable[[str], None], policy: TrustPolicy
 ) -> Verdict:
+    """Runs all checks of a folder, the cheap ones first: nothing is hashed or parsed before its size is known."""
     if not listing.looks_like_release(folder):
         raise AtomError(
             f"{printable(subject)} is neither a release nor a repository of one: it has no {SUMS}; "
             "give the folder that `atom build` made, or a repository that `atom publish` made"
         )
-    kind = kind_of(folder)
-    verdict = Verdict(subject, kind, deep)
+    verdict = Verdict(subject, kind_of(folder), deep)
     if refusal := schema.refusal(folder):
         verdict.checks.append(answer("versions", [refusal]))
         return verdict
+
+    # The listing, within limits that the sizes of the checksum files set.
     progress(f"listing the files of {verdict.subject}")
     sums = Checksums(folder)
     if sums.overflow:
@@ -90,55 +107,74 @@ def _verify_folder(
         return verdict
     listed_paths = sums.listed()
     tree = scan(folder, len(listed_paths))
-    contents = Contents(folder, kind, sums, tree)
-    verdict.checks.append(listing.check(contents))
+    contents = Contents(folder, verdict.kind, sums, tree)
+    verdict.checks.append(listing.check_files(contents))
     verdict.digest = sha256_file(folder / SUMS) if SUMS in tree.files else ""
     if tree.overflow:
         return verdict
+
+    # The bytes.
     progress(f"hashing every file of {verdict.subject}")
     digests = Digests(folder, tree, listed_paths)
     del listed_paths
     verdict.checks += _byte_checks(contents, digests)
-    runner = CheckRunner(folder, tree, deep)
+    runner = CheckRunner(Release(folder, verdict.kind, digests), tree, deep)
     verdict.checks += runner.limits()
     if any(path.endswith(SIGNATURE) for path in tree.files):
-        signing.load_libraries()
+        signing.load_libraries()  # before the fork of the check, whose limits would not allow it
     signatures = runner.run("signatures", lambda: _check_signatures(contents, digests, policy))
     verdict.checks.append(signatures)
+    # A signature by an unknown key proves no more than the checksums do.
     verdict.signed, verdict.signer_is_known = signatures.ok is True, bool(policy.signer)
-    archive = kind in ("release", "evidence")
+    archive = verdict.kind in ("release", "evidence")
     verdict.checks.append(
         runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
     )
     bytes_hold = verdict.ok
-    verdict.checks.append(file_list.check(contents))
-    if (folder / RETRACTED).exists():  # what is left need not agree any more with what was measured on the whole
-        verdict.checks.append(runner.run("tombstone", lambda: old_copies.check_tombstone(folder, kind)))
-        verdict.retracted = old_copies.sentence(folder) if verdict.ok else ""
-        applicable = list(registry.verifiers(folder, kind, True))
-        kept = [check for check in applicable if check.function is tool_files.tool_files and bytes_hold]
-        verdict.checks += [runner.ask(check, kind, digests) for check in kept]
-        if bytes_hold and (folder / SITE).exists():
-            verdict.checks.append(runner.run("page", lambda: run_check("page", lambda: page.scripts(folder))))
-        verdict.retracted = verdict.retracted if verdict.ok else ""
-        left_out = [check for check in applicable if check not in kept]
-        verdict.checks.append(_left_out("content", "since documents were taken back", left_out))
-        return verdict
+    verdict.checks.append(listing.check_names(contents))
+
+    # The content, which nobody parses if the bytes are not those that were published.
+    if (folder / RETRACTED).exists():
+        _check_remainder(verdict, runner, bytes_hold)
+    else:
+        verdict.checks += _content_checks(runner, bytes_hold, progress)
+    return verdict
+
+
+def _content_checks(runner: CheckRunner, bytes_hold: bool, progress: Callable[[str], None]) -> Iterator[CheckResult]:
+    """Compares the files with each other."""
     if bytes_hold:
-        verdict.checks += runner.check_tables()
-    verifiers = list(registry.verifiers(folder, kind, deep))
-    for number, check in enumerate(verifiers, 1):
-        if runner.spent and not check.confined:  # files that were too slow for a check would take even longer here
+        yield from runner.check_tables()
+    checks = list(registry.verifiers(runner.release, runner.deep))
+    for number, check in enumerate(checks, 1):
+        # Files that were too slow for an earlier check would take even longer in one that sets its own limits.
+        if runner.spent and not check.confined:
             continue
         if not bytes_hold:
             reason = "not checked, because the bytes are not what was published"
-            verdict.checks.append(CheckResult(check.name, None, reason))
+            yield CheckResult(check.name, None, reason)
             continue
-        progress(f"check {number} of {len(verifiers)}: {check.name.replace('_', ' ')}")
-        verdict.checks.append(runner.ask(check, kind, digests))
-    if further := [check for check in registry.verifiers(folder, kind, True) if check.deep and not deep]:
-        verdict.checks.append(_left_out("deep", "without --deep", further))
-    return verdict
+        progress(f"check {number} of {len(checks)}: {check.name.replace('_', ' ')}")
+        yield runner.ask(check)
+    if not runner.deep and (further := [check for check in registry.verifiers(runner.release, True) if check.deep]):
+        yield _left_out("deep", "without --deep", further)
+
+
+def _check_remainder(verdict: Verdict, runner: CheckRunner, bytes_hold: bool) -> None:
+    """Checks a folder with a tombstone: what is left need not agree any more with what was measured on the whole."""
+    release, folder = runner.release, runner.release.root
+    verdict.checks.append(runner.run("tombstone", lambda: old_copies.check_tombstone(folder, verdict.kind)))
+    verdict.retracted = old_copies.sentence(folder) if verdict.ok else ""
+    applicable = list(registry.verifiers(release, True))
+    kept = [check for check in applicable if check.function is tool_files.tool_files and bytes_hold]
+    verdict.checks += [runner.ask(check) for check in kept]
+    if bytes_hold and (folder / SITE).exists():
+        verdict.checks.append(
+            runner.run("page", lambda: run_check("page", lambda: Findings(web_page.foreign_scripts(release))))
+        )
+    verdict.retracted = verdict.retracted if verdict.ok else ""
+    left_out = [check for check in applicable if check not in kept]
+    verdict.checks.append(_left_out("content", "since documents were taken back", left_out))
 
 
 def _left_out(name: str, when: str, checks: Iterable[Check]) -> CheckResult:
@@ -182,6 +218,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     name, folder = "signatures", contents.folder
     if contents.kind == "release" and contents.missing:
         return CheckResult(name, None, "not checked, because parts of the release are missing")
+    # One signer for all: whoever replaced a single repository would have to sign with a key of their own.
     repositories = contents.places
     problems: Problems = []
     signers: dict[str, str | None] = {}

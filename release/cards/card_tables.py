@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from release.cards import caveats, chat_tables, document_tables, model_tables, tables
-from release.facts.changes import Changes, read_changes
-from release.facts.checkpoint_facts import Intervention
-from release.facts.costs import Costs
 from release.facts.data_facts import DataFacts
-from release.facts.example_answers import ExampleAnswer, best_example, read_examples
 from release.facts.model_facts import ModelFacts
-from release.facts.published_tables import read_json
-from release.facts.score_facts import ChatScores
-from release.facts.variant_facts import VariantFacts, read_variants
-from release.layout import RECIPE
+from release.facts.run_facts import Changes, Costs, Intervention
+from release.facts.score_facts import ChatScores, ExampleAnswer, best_example, read_examples
+from release.facts.variant_facts import VariantFacts
+from release.layout import MODEL
+from release.opened_release import Release
 
 F = TypeVar("F")
 
@@ -86,14 +82,19 @@ class ReleaseFacts:
         return [row for row in self.interventions if row.phase in self.model.training]
 
 
-def release_facts(
-    release: Path, folder: str, model: ModelFacts, data: DataFacts, interventions: list[Intervention], costs: Costs
-) -> ReleaseFacts:
-    """Returns the facts for the card of the model in a folder of a release, with those that are read already."""
-    examples = read_examples(release / "dataset", model.name())
-    recipe = read_json(release / RECIPE)
-    variants, changes = read_variants(release, folder), read_changes(release)
-    return ReleaseFacts(model, data, interventions, costs, variants, examples, recipe, changes)
+def release_facts(release: Release, folder: str) -> ReleaseFacts:
+    """Returns the facts for the card of the model in a folder of a release."""
+    model = release.models[folder]
+    return ReleaseFacts(
+        model=model,
+        data=release.data,
+        interventions=release.interventions,
+        costs=release.costs,
+        variants=release.variants if folder == MODEL else {},
+        examples=read_examples(release.dataset, model.name()),
+        recipe=release.recipe,
+        changes=release.changes,
+    )
 
 
 def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:

@@ -9,8 +9,7 @@ from pipeline.core.text import escaped
 from release.cards import caveats
 from release.cards.tables import PHASES, count, explained_table, table, title, with_error, with_interval
 from release.facts.data_facts import DataFacts
-from release.facts.example_answers import ExampleAnswer
-from release.facts.score_facts import ChatScores
+from release.facts.score_facts import ChatScores, ExampleAnswer
 from stages.confidence import Figure, Mean
 from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport
 from stages.rl.rollout.probes import MARGIN

@@ -8,10 +8,9 @@ from typing import Any
 
 from pipeline.core.text import escaped
 from release.cards.tables import PHASES, count, explained_table, table, title, with_error, with_interval
-from release.facts.example_answers import settings_of
 from release.facts.forecast import FOLDER, NAMES
 from release.facts.model_facts import ModelFacts
-from release.facts.score_facts import HarnessFacts
+from release.facts.score_facts import HarnessFacts, settings_of
 from release.facts.variant_facts import VariantFacts
 from stages.evaluation.scores import MemorizationScores, Regurgitation
 from stages.mcore.optimizer import card_rows

@@ -14,15 +14,13 @@ from pipeline.hub.client import load
 from release import schema
 from release.cards import card_tables, chat_tables, plots, tables
 from release.cards.card_tables import ReleaseFacts
-from release.facts.checkpoint_facts import Intervention, read_checkpoints
-from release.facts.costs import Costs
 from release.facts.data_facts import DataFacts
-from release.facts.example_answers import ExampleAnswer
 from release.facts.message_tables import FOLDER as MESSAGES
 from release.facts.model_facts import ModelFacts
-from release.facts.variant_facts import VariantFacts, read_variants
+from release.facts.score_facts import ExampleAnswer
+from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL, VARIANT
-from release.repositories import repositories
+from release.opened_release import Release
 from release.schema import CARD, ReleaseInfo
 from stages.evaluation.scores import ModelScores
 
@@ -39,48 +37,26 @@ METRICS: dict[Literal["bits_per_byte", "accuracy"], tuple[str, str, str]] = {
 """{kind of score: metric of the card's metadata, its title, its data}"""
 
 
-def render_all(
-    folder: Path,
-    release: ReleaseInfo,
-    data: DataFacts,
-    models: Mapping[str, ModelFacts],
-    interventions: list[Intervention],
-    costs: Costs,
-    canary: Mapping[str, str],
-) -> Iterator[tuple[str, str]]:
-    """Yields (path in the release, text) of each card of a release.
-
-    Args:
-        folder: The release, with all files that the cards describe.
-        release: Its own statement.
-        data: The facts of its data.
-        models: The facts of each model, by folder.
-        interventions: Resumptions from earlier runs.
-        costs: The cost of each stage.
-        canary: The string that identifies its evaluation problems.
-    """
-    # The cards of variants show the request of the final model's example.
-    example = None
-    for name, model in models.items():
-        facts = card_tables.release_facts(folder, name, model, data, interventions, costs)
+def render_all(release: Release) -> Iterator[tuple[str, str]]:
+    """Yields (path in the release, text) of each card of a release, which has all files that the cards describe."""
+    info, example = release.info, None
+    for name in release.models:
+        facts = card_tables.release_facts(release, name)
         if name == MODEL:
             example = facts.example
-        yield f"{name}/{CARD}", model_card(name, release, facts)
-    for suffix, variant in read_variants(folder).items():
-        yield f"{VARIANT}{suffix}/{CARD}", variant_card(suffix, release, variant, example)
-    yield f"dataset/{CARD}", data_card(release, data, canary)
-    steps = tables.checkpoints(read_checkpoints(folder / "checkpoints"))
-    yield f"checkpoints/{CARD}", plain_card("checkpoints", release, release.license.weights, checkpoints=steps)
-    # The card of the evidence lists all repositories, since it is the entry to the release.
+        yield f"{name}/{CARD}", model_card(name, info, facts)
+    for suffix, variant in release.variants.items():
+        yield f"{VARIANT}{suffix}/{CARD}", variant_card(suffix, info, variant, example)
+    yield f"dataset/{CARD}", data_card(info, release.data, release.canary)
+    steps = tables.checkpoints(release.checkpoints)
+    yield f"checkpoints/{CARD}", plain_card("checkpoints", info, info.license.weights, checkpoints=steps)
     places = [
-        [place.id(release.namespace, release.name), place.kind, place.branch, f"`{place.folder or '.'}`"]
-        for place in repositories(folder)
+        [place.id(info.namespace, info.name), place.kind, place.branch, f"`{place.folder or '.'}`"]
+        for place in release.repositories
     ]
-    lines = {
-        "repositories": tables.table(["repository", "kind", "branch", "place in the release"], places),
-        "further": tables.further_evidence(folder),
-    }
-    yield CARD, plain_card("evidence", release, release.license.code, **lines)
+    repository_table = tables.table(["repository", "kind", "branch", "place in the release"], places)
+    further = tables.further_evidence(release.root)
+    yield CARD, plain_card("evidence", info, info.license.code, repositories=repository_table, further=further)
 
 
 def license_fields(spdx: str) -> dict[str, Any]:

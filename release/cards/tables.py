@@ -10,12 +10,11 @@ from typing import Any, Literal
 import yaml
 
 from pipeline.core.text import escaped
-from release.facts import costs
-from release.facts.changes import Changes
-from release.facts.checkpoint_facts import Checkpoint, Intervention
+from release.facts import run_facts
 from release.facts.data_facts import DataFacts, OrderPart
 from release.facts.forecast import FOLDER as PREDICTION
 from release.facts.model_facts import ModelFacts
+from release.facts.run_facts import Changes, Checkpoint, Intervention
 from release.facts.score_facts import ChatScores, HarnessFacts
 from release.layout import RUNTIMES, numbered
 from stages.confidence import Figure
@@ -468,16 +467,16 @@ def checkpoints(rows: list[Checkpoint]) -> list[str]:
     return table(["branch", "phase", "step"], body)
 
 
-def cost(run_costs: costs.Costs) -> list[str]:
+def cost(run_costs: run_facts.Costs) -> list[str]:
     """Returns the cost of the whole release, by part of the work."""
     part_of = {stage: part for part, stages in WORDS["stages"].items() for stage in stages}
     # The known parts in their order, then stages that are parts of their own.
     names = [*WORDS["stages"], *sorted(stage for stage in run_costs if stage not in part_of)]
-    parts: costs.Costs = {}
+    parts: run_facts.Costs = {}
     for name in names:
         # Several stages may be one part, and a run need not have all parts.
         rows = [row for stage, row in run_costs.items() if part_of.get(stage, stage) == name]
         if rows:
-            parts[name] = {column: sum(row[column] for row in rows) for column in costs.COLUMNS}
+            parts[name] = {column: sum(row[column] for row in rows) for column in run_facts.COST_COLUMNS}
     head = ["part", "attempts", "of these failed", "core hours", "GPU hours", "energy, Wh"]
-    return table(head, costs.rows(parts))
+    return table(head, run_facts.cost_rows(parts))

@@ -1,54 +1,90 @@
-"""The definition of a check: one function over a release, and its line of the registry with its scope and
-conditions."""
+"""The definition of a check: one function over a release, which returns Findings, and its line of the registry with
+scope and conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.core.store import sha256_file
-from release.checks.findings import Findings
-from release.checks.load_report import LoadReport
-from release.facts.data_facts import DataFacts
-from release.facts.model_facts import ModelFacts
-from release.repositories import model_folders
-from release.schema import ReleaseInfo
+from pipeline.core.errors import CheckFailed
+from pipeline.core.text import escaped
+from release.cards.card_tables import CardTable
+from release.opened_release import Release
+
+HOLDS = "holds"
+"""The text of the verdict on a check that states no measurement."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The published files that a check reads.
+class Absent(Exception):
+    """The subject of a check is not there, or this machine lacks what the check needs: it is skipped."""
 
-    folder: of the check's scope. kind: of the whole checked folder, by `listing.kind_of`. digest: SHA-256 of a file.
+
+@dataclass
+class Findings:
+    """The findings of a check.
+
+    Attributes:
+        problems: Sentences, each with the name of the file.
+        skipped: {part: a sentence why it was not compared}
+        detail: The text of the verdict without problems.
+        compared: Whether any part was compared.
+        summary: The text of the gate without problems.
     """
 
-    folder: Path
-    kind: str = "release"
-    digest: Callable[[Path], str] = sha256_file
+    problems: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    detail: str = HOLDS
+    compared: bool = True
+    summary: str = ""
 
-    @property
-    def models(self) -> list[Path]:
-        """The model folders of a release; a model repository is one itself."""
-        return [self.folder / name for name in model_folders(self.folder)] if self.kind == "release" else [self.folder]
+    @classmethod
+    def of_measurement(cls, ok: bool, text: str) -> Findings:
+        """The findings for one figure and its threshold: the text is the summary if it passes, else the problem."""
+        return cls(summary=text) if ok else cls([text])
+
+    def add(self, other: Findings, prefix: str = "") -> None:
+        """Adds the findings of a part, with the name of a file before its sentences."""
+        self.problems += [f"{prefix}{text}" for text in other.problems]
+        self.compared = self.compared or other.compared
+        self.skipped |= {part: reason for part, reason in other.skipped.items() if part not in self.skipped}
+
+    def compare_tables(self, card: str, tables: Sequence[CardTable[Any]], facts: Any) -> None:
+        """Adds a problem for each line of the tables that the text of a card lacks."""
+        present = {escaped(line) for line in card.splitlines()}
+        lines = (line for table in tables for line in table.lines(facts))
+        self.problems += [f"README.md lacks the line {line!r}" for line in lines if escaped(line) not in present]
+
+
+def require_file(folder: Path, path: str) -> Path:
+    """Returns the path of a file that every release has. Raises CheckFailed if it is missing."""
+    if not (folder / path).exists():
+        raise CheckFailed(f"{path} is missing")
+    return folder / path
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The location of a check's files. kinds: of folders with these files; place: their folder in a release."""
+    """The folders with the files of a check.
+
+    Attributes:
+        kinds: The kinds of these folders.
+        place: The folder of the files in a release.
+    """
 
     kinds: tuple[str, ...]
     place: str = ""
 
-    def subject(self, folder: Path, kind: str, digest: Callable[[Path], str] = sha256_file) -> Subject:
-        return Subject(folder / self.place if kind == "release" else folder, kind, digest)
-
 
 @dataclass(frozen=True)
 class Reads:
-    """The files that a check reads: JSON and tables below these places (path prefixes), and weights if it reads any.
-    The limits on time and memory of the check follow from the size of these files."""
+    """The files that a check reads, from whose size the limits on its time and memory follow.
+
+    Attributes:
+        places: Prefixes of the paths of JSON and tables.
+        weights: Whether it reads weights, too.
+    """
 
     places: tuple[str, ...] = ()
     weights: bool = False
@@ -76,7 +112,7 @@ class Check:
     """
 
     name: str
-    function: Callable[[Subject], Findings]
+    function: Callable[[Release], Findings]
     scope: Scope
     reads: Reads = NOTHING_LARGE
     deep: bool = False
@@ -85,42 +121,72 @@ class Check:
     gate: str = ""
     remedy: str = ""
 
-    def applies_to(self, folder: Path, kind: str) -> bool:
-        """Whether a folder of this kind has the subject of the check."""
-        if kind not in self.scope.kinds:
+    def applies_to(self, release: Release) -> bool:
+        """Returns True if a folder has the subject of the check."""
+        if release.kind not in self.scope.kinds:
             return False
-        return not self.needs or any(self.scope.subject(folder, kind).folder.glob(self.needs))
+        return not self.needs or any((release.root / self._place_in(release)).glob(self.needs))
 
-    def reads_of(self, kind: str) -> Reads:
-        """The files that it reads, by paths in a folder of this kind."""
-        return self.reads.below(self.scope.place if kind == "release" else "")
+    def reads_of(self, release: Release) -> Reads:
+        """Returns the files that it reads, by their paths in the folder."""
+        return self.reads.below(self._place_in(release))
+
+    def _place_in(self, release: Release) -> str:
+        return self.scope.place if release.is_whole else ""
+
+
+class LoadProblem(NamedTuple):
+    """part: MODEL or CHAT_TEMPLATE."""
+
+    part: str
+    text: str
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The result of loading a model.
+
+    Attributes:
+        problems: The reasons why it does not load, or not as it should.
+        parameters: The number that transformers counts; None if it cannot load the model.
+        goldens: {messages, rows} of fixed inputs; empty if there are problems.
+    """
+
+    problems: list[LoadProblem]
+    parameters: int | None = None
+    goldens: dict[str, Any] = field(default_factory=dict)
+
+    def of_part(self, part: str) -> list[str]:
+        return [problem.text for problem in self.problems if problem.part == part]
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """Inputs of gates that are not in the published files, or not in this form.
+    """A release that is being built, and inputs of gates that it does not publish, or not in this form.
 
-    folder: of the release that is being built. evaluation: the recipe's section, with the thresholds. data, models:
-    facts of the dataset, and of each model folder. machine: paths that must not be published. load_reports: of each
-    model folder; without them the models are loaded now.
+    Attributes:
+        release: The release.
+        evaluation: The recipe's section, with the thresholds.
+        machine: Paths that must not be published.
+        load_reports: What plain transformers makes of each model folder.
     """
 
-    folder: Path
-    release: ReleaseInfo
+    release: Release
     evaluation: dict[str, Any]
-    data: DataFacts
-    models: dict[str, ModelFacts] = field(default_factory=dict)
     machine: list[Path] = field(default_factory=list)
     load_reports: dict[str, LoadReport] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BuildCheck:
-    """A check that only `atom build` runs. Its function returns None if it does not apply to the release; then there is
-    no such gate.
+    """A check that only `atom build` runs.
 
-    private: whether it needs more than a release publishes; it then applies to every release. `atom verify` computes
-    the others again, to compare them with the published result.
+    Attributes:
+        gate: The name in evidence/gates.json.
+        function: Returns None if it does not apply to the release; then there is no such gate.
+        remedy: The advice of the gate.
+        private: Whether it needs more than a release publishes; it then applies to every release. `atom verify`
+            computes the others again, to compare them with the published result.
     """
 
     gate: str

@@ -11,11 +11,10 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed, installing
 from release.checks import confine
-from release.checks.check import NOTHING_LARGE, Check, Reads
+from release.checks.check import HOLDS, NOTHING_LARGE, Absent, Check, Findings, Reads
 from release.checks.confine import Budget
-from release.checks.findings import HOLDS, Absent, Findings
 from release.checks.verdict import CheckResult, answer
-from release.hash_cache import Digests
+from release.opened_release import Release
 from release.tree import Tree, real_bytes
 
 SECONDS, MEMORY = 20.0, 192 << 20
@@ -63,6 +62,7 @@ def guarded(name: str, question: Callable[[], CheckResult]) -> CheckResult:
         return answer(name, [str(error)])
     except Absent as error:
         return CheckResult(name, None, str(error))
+    # Not about the file: the limit on memory, which `confine` reports, or the user, who ends the run.
     except (MemoryError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic of a parser in Rust is no Exception, nor is SystemExit
@@ -83,25 +83,36 @@ def load_libraries(deep: bool) -> None:
 
 
 class CheckRunner:
-    """Runs each check in a process of its own, with a budget: the rest of SECONDS, and an allowance for the files that
-    this check reads, by their bytes on the disk. After a check has exceeded it, no further check runs. unlimited: what
-    this platform lacks for limits, "" on Linux; without them checks run in this process, and `limits` says so."""
+    """Runs each check in a process of its own, within a budget.
 
-    def __init__(self, folder: Path, tree: Tree, deep: bool) -> None:
-        self.folder, self.tree, self.deep = folder, tree, deep
+    The budget is the rest of SECONDS, and an allowance for the files that this check reads, by their bytes on the disk.
+    After a check has exceeded it, no further check runs.
+
+    Attributes:
+        release: The folder that is checked.
+        tree: Its files.
+        deep: Whether the checks of `--deep` run.
+        seconds: The rest of the shared processor time.
+        tables: {table: (rows, bytes that reading it takes)}
+        spent: The reason why no further check runs; "" while they may.
+        unlimited: What this platform lacks for limits, "" on Linux; without them checks run in this process, and
+            `limits` says so.
+    """
+
+    def __init__(self, release: Release, tree: Tree, deep: bool) -> None:
+        self.release, self.tree, self.deep = release, tree, deep
         self.seconds = SECONDS
         self.tables: dict[str, tuple[int, int]] = {}
         self.spent = ""
         self.unlimited = confine.missing()
 
-    def ask(self, check: Check, kind: str, digests: Digests) -> CheckResult:
-        """The result of a registered check. kind: of the folder, to which the check applies."""
-        subject = check.scope.subject(self.folder, kind, digests)
-        if not check.confined:
-            return run_check(check.name, lambda: check.function(subject))
-        return self.run(
-            check.name, lambda: run_check(check.name, lambda: check.function(subject)), check.reads_of(kind)
-        )
+    def ask(self, check: Check) -> CheckResult:
+        """Returns the result of a registered check, which applies to the folder."""
+
+        def question() -> CheckResult:
+            return run_check(check.name, lambda: check.function(self.release))
+
+        return self.run(check.name, question, check.reads_of(self.release)) if check.confined else question()
 
     def run(self, name: str, question: Callable[[], CheckResult], reads: Reads = NOTHING_LARGE) -> CheckResult:
         if self.spent:
@@ -115,9 +126,11 @@ class CheckRunner:
 
     def _run_confined(self, call: Callable[[], Any], budget: Budget) -> Any:
         """The result of `call`. budget: its allowance beside the shared one. Raises CheckFailed if it exceeds them."""
+        # The shared time is spent: a file that costs each check a little must not cost all of them much.
         if self.seconds <= 0:
             raise CheckFailed(f"comes after checks that took {SECONDS:.0f} s of processor time")
         result, seconds = confine.run(call, Budget(MEMORY + budget.memory, self.seconds + budget.seconds))
+        # Only what goes beyond the allowance for its own files counts against the time of all checks.
         self.seconds -= max(0.0, seconds - budget.seconds)
         return result
 
@@ -142,15 +155,16 @@ class CheckRunner:
         self.tables = body["tables"]
         rows = sum(count for count, _ in self.tables.values())
         yield answer("tables", body["wrong"], f"{len(paths)} tables, {rows} rows")
+        # The allowances of later checks follow from these sizes, so without them none may run.
         if body["wrong"]:
             self.spent = "a table cannot be read"
 
     def _table_sizes(self, paths: list[str]) -> dict[str, Any]:
-        """What `table_sizes` gives; with a sentence in `wrong` if it fails."""
+        """Returns the result of `table_sizes`, with a sentence in `wrong` if it fails."""
         body: dict[str, Any] = {"tables": {}}
 
         def question() -> CheckResult:
-            body.update(table_sizes(self.folder, paths))
+            body.update(table_sizes(self.release.root, paths))
             return answer("tables", body["wrong"])
 
         result = guarded("tables", question)
@@ -165,6 +179,7 @@ class CheckRunner:
         memory = min(TEXT_MEMORY, TEXT_GROWTH * texts) + times * LOG_GROWTH * max(logs, default=0)
         seconds = TEXT_SECONDS * (texts + times * sum(logs))
         for path in paths:
+            # Reading a table takes twice its unpacked size, but never more than its bytes can grow to.
             if path in self.tables:
                 (rows, unpacked), size = self.tables[path], real_bytes([self.tree.files[path]])
                 memory += min(2 * unpacked, TABLE_GROWTH * size)
@@ -198,6 +213,7 @@ def table_sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
         except BaseException as error:  # any error of the library for bytes that are not a table
             problems.append(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}")
             continue
+        # A footer is untrusted: it may declare any number of rows in a few bytes.
         memory = ROW_BYTES * footer.num_rows + VALUE_BYTES * values + 3 * unpacked
         if not 0 <= memory <= SMALL + GROWTH * size or footer.num_rows < 0 or values < 0:
             problems.append(f"{path} says that its {size} bytes hold {footer.num_rows} rows in {unpacked} bytes")

@@ -29,7 +29,12 @@ WAITING = 5
 
 @dataclass(frozen=True)
 class Budget:
-    """memory: bytes beyond those in use at the start; seconds: of processor time."""
+    """The limits of a call.
+
+    Attributes:
+        memory: Bytes beyond those in use at the start.
+        seconds: Seconds of processor time.
+    """
 
     memory: int
     seconds: float
@@ -48,6 +53,7 @@ def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
     """
     if missing():
         return call(), 0.0
+    # Else the child would write the buffered text of its parent a second time.
     sys.stdout.flush()
     sys.stderr.flush()
     read_end, write_end = os.pipe()
@@ -62,13 +68,16 @@ def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
     finally:
         os.close(read_end)
         if data is None:
+            # A child that is late may ignore every other signal.
             os.kill(child, signal.SIGKILL)
         _, status, usage = os.wait4(child, 0)
     if data is None:
         raise CheckFailed(f"does not end within {10 + WAITING * budget.seconds:.0f} s")
+    # The line feed is written last: without it the child ended in the middle of its answer.
     if not data.endswith(b"\n"):
         raise CheckFailed(_reason(os.waitstatus_to_exitcode(status), budget))
     body = json.loads(data)
+    # An error of this program, and not a finding about the file.
     if "bug" in body:
         raise RuntimeError(body["bug"])
     if "memory" in body:
@@ -102,6 +111,7 @@ def _child(call: Callable[[], Any], budget: Budget, write_end: int) -> None:
         with os.fdopen(write_end, "wb") as file:
             file.write(json.dumps(body).encode() + b"\n")
     finally:
+        # No handler of the parent may run in the child: it shares its files and temporary folders.
         os._exit(0)
 
 
@@ -122,9 +132,11 @@ def _limit(budget: Budget) -> None:
 
 def set_limits(budget: Budget) -> None:
     """Limits this process."""
+    # The limit counts from the start of the process, so what it has used already is added.
     seconds = max(1, round(budget.seconds + time.process_time()))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    # What is in use at the fork belongs to the parent and is not the fault of the file.
     data_limit = _data_bytes() + budget.memory
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     data_limit = data_limit if hard == resource.RLIM_INFINITY else min(data_limit, hard)

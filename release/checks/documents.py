@@ -1,27 +1,146 @@
 """Checks that every document has one disposition, a license, and the same text in every table, the messages of
 conversations, and the Merkle roots of the tables.
 
-Tables are streamed and compared row by row: the kept documents of a part stand in the order of their dispositions, and
-those of each split in the order of their tokens.
+Tables are streamed in bounded memory and compared row by row: the kept documents of a part stand in the order of their
+dispositions, and those of each split in the order of their tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from release import data_layout, merkle, references
-from release.checks.check import Subject
-from release.checks.findings import Findings, require_file
-from release.checks.rows import Rows, equals, repeated_ids, text_batches
+from release.checks.check import Findings, require_file
 from release.facts import message_tables
-from release.facts.published_tables import TEXT_BATCH, read_json
+from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
 from release.layout import ROOTS
+from release.opened_release import Release
 from stages.formats.table import SPLITS
+
+BATCH = 16_384
+"""Rows that are read together."""
+CANDIDATES = 100_000
+"""The maximum number of hashes that are compared by their ids."""
+HASHES = 100_000_000
+"""The maximum number of hashes of ids in memory, of eight bytes each; more documents take several passes."""
+
+
+class Rows:
+    """The rows of a table in their order, of which `take` reads the next ones.
+
+    Attributes:
+        path: The file; a missing one has no rows.
+        columns: The columns to read.
+        aligned: Whether the rows so far were the expected ones.
+        stray: The id of the first row that was not.
+    """
+
+    def __init__(self, path: Path, columns: list[str], where: Mapping[str, str] | None = None) -> None:
+        self.path, self.columns, self.aligned = path, columns, True
+        self.stray: str | None = None
+        self._batches = _batches_where(path, columns, where or {}) if path.exists() else iter(())
+        self._rest: Any = None
+
+    def take(self, count: int) -> Any:
+        """The next rows, as a batch; fewer than `count` at the end."""
+        import pyarrow as pa
+
+        taken: list[Any] = []
+        while count > 0:
+            if self._rest is None or not len(self._rest):
+                self._rest = next(self._batches, None)
+                if self._rest is None:
+                    break
+            rows = self._rest.slice(0, count)
+            self._rest = self._rest.slice(len(rows))
+            count -= len(rows)
+            taken.append(rows)
+        # of arrays: some functions of Arrow crash on a column of no chunks
+        columns = [
+            pa.concat_arrays([rows.column(name) for rows in taken] or [pa.array([], pa.string())])
+            for name in self.columns
+        ]
+        return pa.RecordBatch.from_arrays(columns, names=self.columns)
+
+    def next(self) -> dict[str, Any] | None:
+        """The next row; None at the end."""
+        rows = self.take(1).to_pylist()
+        return rows[0] if rows else None
+
+
+def _batches_where(path: Path, columns: list[str], where: Mapping[str, str]) -> Iterator[Any]:
+    """Not a method: the generator would refer to the object that holds it, and both would stay in memory."""
+    for batch in text_batches(path, [*columns, *where], BATCH):
+        for name, value in where.items():
+            batch = batch.filter(equals(batch.column(name), value))
+        yield batch.select(columns)
+
+
+def text_batches(files: Path | list[Path], columns: list[str], size: int = BATCH) -> Iterator[Any]:
+    """Streams columns of text, which are of the type string even if they hold nothing but nulls."""
+    import pyarrow as pa
+
+    for batch in stream_batches(files, columns, size):
+        texts = [column.cast(pa.string()) for column in batch.columns]
+        yield pa.RecordBatch.from_arrays(texts, names=columns)
+
+
+def equals(column: Any, value: str) -> Any:
+    """Where a column has a value; false for null."""
+    import pyarrow.compute as pc
+
+    return pc.fill_null(pc.equal(column, value), False)
+
+
+def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
+    """(file, id) of every row whose id occurred in an earlier row."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    total = sum(pq.read_metadata(path).num_rows for path in files)
+    # Each pass keeps the hashes of one residue class, so memory is bounded for any number of documents.
+    passes = max(1, -(-total // HASHES))
+    room = total if passes == 1 else 2 * (total // passes) + 1024
+    candidates: set[int] = set()
+    for number in range(passes):
+        hashes, count = np.empty(room, np.int64), 0
+        for _, _, values in _id_hashes(files):
+            if passes > 1:
+                values = values[values % passes == number]
+            values = values[: room - count]  # more only if many are equal
+            hashes[count : count + len(values)] = values
+            count += len(values)
+        hashes = hashes[:count]
+        hashes.sort()
+        repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+        candidates.update(repeated[: CANDIDATES - len(candidates)].tolist())
+    if not candidates:
+        return
+    # Equal hashes are only candidates: the ids themselves decide.
+    seen: set[str] = set()
+    wanted = np.array(sorted(candidates), np.int64)
+    for path, ids, values in _id_hashes(files):
+        for position in np.flatnonzero(np.isin(values, wanted)).tolist():
+            if (id := ids[position]) in seen:
+                yield path, id
+            seen.add(id)
+
+
+def _id_hashes(files: list[Path]) -> Iterator[tuple[Path, list[str], Any]]:
+    """(file, ids, their hashes in this process) by batch. Python's hash of a string is keyed, so no file can be made
+    whose ids collide."""
+    import numpy as np
+
+    for path in files:
+        for batch in text_batches(path, ["id"]):
+            ids = batch.column("id").to_pylist()
+            yield path, ids, np.fromiter(map(hash, ids), np.int64, len(ids))
+
 
 UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
 MOST_NAMED = 12
@@ -32,10 +151,10 @@ MOST_MESSAGES = 20
 """The maximum number of problems of messages that are named."""
 
 
-def licenses(subject: Subject) -> Findings:
+def licenses(release: Release) -> Findings:
     """Checks that every document has a license, including removed ones."""
     expressions: set[str] = set()
-    problems = list(islice(_unlicensed(subject.folder, expressions), MOST_PROBLEMS))
+    problems = list(islice(_unlicensed(release.dataset, expressions), MOST_PROBLEMS))
     names = sorted(expressions)
     rest = f" and {len(names) - MOST_NAMED} further expressions" if len(names) > MOST_NAMED else ""
     summary = f"every document has a license: {', '.join(names[:MOST_NAMED])}{rest}"
@@ -57,19 +176,19 @@ def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:
                 yield f"{_name(dataset, path)}: document {row['id']} of source {row['source']} has no license"
 
 
-def dispositions(subject: Subject) -> Findings:
+def dispositions(release: Release) -> Findings:
     """Checks that each document has one disposition, that in = kept + removed, and that the kept ones are exactly those
     of the tables of kept documents."""
     counts: Counter[str] = Counter()
     kept: Counter[str] = Counter()
-    problems = list(islice(_unbalanced(subject.folder, counts, kept), MOST_PROBLEMS))
+    problems = list(islice(_unbalanced(release.dataset, counts, kept), MOST_PROBLEMS))
     total, kept_total = counts.total(), kept.total()
     summary = f"{total} documents in = {kept_total} kept + {total - kept_total} removed"
     return Findings(problems, compared=total > 0, summary=summary)
 
 
 def _unbalanced(dataset: Path, counts: Counter[str], kept: Counter[str]) -> Iterator[str]:
-    """What is wrong with dispositions. Counts the documents of each source, and the kept ones."""
+    """Yields the problems of dispositions. Counts the documents of each source, and the kept ones."""
     files = data_layout.all_files(data_layout.disposition_files(dataset))
     for path, id in repeated_ids(files):
         yield f"{_name(dataset, path)}: document {id} has two fates"
@@ -117,6 +236,7 @@ def _unbalanced_part(dataset: Path, part: data_layout.Part, counts: Counter[str]
 def _misplaced(dataset: Path, part: data_layout.Part, table: Rows, expected: Any) -> Iterator[str]:
     """Says how the next kept documents of a part differ from those that dispositions expect. Says nothing after the
     first that stands elsewhere, since the later ones then do too."""
+    # After the first misplaced row every later one would differ as well.
     if not table.aligned:
         return
     actual = table.take(len(expected))
@@ -157,10 +277,10 @@ def _has(path: Path, id: str, only_kept: bool = False) -> bool:
     return False
 
 
-def content_hashes(subject: Subject) -> Findings:
+def content_hashes(release: Release) -> Findings:
     """Checks that the content hash of every kept document is that of its text, if the text is published, and equal in
     every table."""
-    dataset = subject.folder
+    dataset = release.dataset
     by_reference = references.read(dataset).keys()
     parts = list(data_layout.document_parts(dataset))
     problems = (text for part in parts for text in _unequal_hashes(dataset, part, by_reference))
@@ -194,6 +314,7 @@ def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collect
         stray = rows.stray if not rows.aligned else (rows.next() or {}).get("id")
         if stray is not None:
             yield f"{tokens_name}: {stray} is no kept document"
+    # The rows above are those of known splits; others would not be seen at all.
     yield from _stray_tokens(dataset, part)
     yield from _hashes_of_removed(dataset, part)
 
@@ -276,17 +397,17 @@ def _name(dataset: Path, path: Path) -> str:
     return path.relative_to(dataset).as_posix()
 
 
-def messages(subject: Subject) -> Findings:
+def messages(release: Release) -> Findings:
     """Checks that the messages of every conversation are those of its text."""
-    published = list(message_tables.published(subject.folder))
-    problems = list(islice(message_tables.problems(subject.folder), MOST_MESSAGES))
+    published = list(message_tables.published(release.dataset))
+    problems = list(islice(message_tables.problems(release.dataset), MOST_MESSAGES))
     summary = f"the messages of every conversation are those of its text: {', '.join(published)}"
     return Findings(problems, compared=bool(published), summary=summary)
 
 
-def merkle_roots(subject: Subject) -> Findings:
+def merkle_roots(release: Release) -> Findings:
     """Checks that the published Merkle roots are those of the tables."""
-    stated, computed = read_json(require_file(subject.folder, ROOTS)), merkle.roots(subject.folder)
+    stated, computed = read_json(require_file(release.dataset, ROOTS)), merkle.roots(release.dataset)
     names = [name for name in sorted(stated.keys() | computed.keys()) if stated.get(name) != computed.get(name)]
     problems = [f"{ROOTS}: the root of {name} is not that of its table" for name in names]
     return Findings(problems, compared=bool(computed))

@@ -29,13 +29,28 @@ TEXT_BYTES = 64 << 20
 """The maximum size of a text; the size of logs (.jsonl) follows from the length of the training."""
 GGUF = b"GGUF"
 MAGIC = {
-    b"\x7fELF": "a program", b"MZ": "a program", b"\xfe\xed\xfa": "a program", b"\xce\xfa\xed\xfe": "a program",
-    b"\xcf\xfa\xed\xfe": "a program", b"\xca\xfe\xba\xbe": "a program", b"\0asm": "a program", b"dex\n": "a program",
-    b"!<arch>\n": "a library", b"#!": "a script", b"PK\3\4": "an archive", b"PK\5\6": "an archive",
-    b"\x1f\x8b": "an archive", b"BZh": "an archive", b"\xfd7zXZ": "an archive", b"7z\xbc\xaf": "an archive",
-    b"\x28\xb5\x2f\xfd": "an archive", b"Rar!": "an archive",
-    b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "an array that may hold pickles", b"SQLite format 3": "a database",
-}  # fmt: skip
+    b"\x7fELF": "a program",
+    b"MZ": "a program",
+    b"\xfe\xed\xfa": "a program",
+    b"\xce\xfa\xed\xfe": "a program",
+    b"\xcf\xfa\xed\xfe": "a program",
+    b"\xca\xfe\xba\xbe": "a program",
+    b"\0asm": "a program",
+    b"dex\n": "a program",
+    b"!<arch>\n": "a library",
+    b"#!": "a script",
+    b"PK\3\4": "an archive",
+    b"PK\5\6": "an archive",
+    b"\x1f\x8b": "an archive",
+    b"BZh": "an archive",
+    b"\xfd7zXZ": "an archive",
+    b"7z\xbc\xaf": "an archive",
+    b"\x28\xb5\x2f\xfd": "an archive",
+    b"Rar!": "an archive",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "an array that may hold pickles",
+    b"SQLite format 3": "a database",
+}
 STARTS = {".gguf": GGUF, ".parquet": b"PAR1", ".png": b"\x89PNG\r\n\x1a\n"}
 CODE_KEYS = ("auto_map", "custom_pipelines")
 """Keys of JSON that model loaders read as the name of code to run."""
@@ -52,6 +67,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
     files: {path: its status}. archive: whether `code/` is the source code of the release, which only a release and its
     evidence have.
     """
+    # Some file systems show every file as executable.
     modes = keeps_modes(folder)
     problems = []
     for path, status in sorted(files.items()):
@@ -73,10 +89,12 @@ def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
     suffix, name = file.suffix.lower(), file.name
     with untrusted.open_regular(file, follow=True) as stream:
         start = stream.read(16)
+    # Protocols 2 to 5 of pickle begin with this byte and their number; PyTorch wraps them in a zip archive.
     pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
     if suffix in PICKLES or pickled or start.startswith(b"PK\3\4"):
         yield "is, or may be, a pickle, which runs code when it is loaded; a release holds none"
         return
+    # A name is enough for a loader to import it.
     if suffix in (".py", ".pyc", ".pyo", ".pyd", ".so", ".sh") and not (source and suffix in SOURCES):
         yield f"is code beside data or weights, {RUNS}" if not source else f"is compiled code, {RUNS}"
         return
@@ -116,6 +134,7 @@ def _json_problems(data: bytes, name: str) -> Iterator[str]:
     value = untrusted.parse_json(data, name)
     if not any(data == text.encode(errors="surrogatepass") for text in _forms(value)):
         yield "is not in a form in which atom writes JSON"
+    # Without recursion, since the nesting is the maker's choice.
     pending = [value]
     while pending:
         value = pending.pop()

@@ -1,40 +1,87 @@
-"""The gates of a release: the checks that it must pass before it is built. Results are published in
-evidence/gates.json."""
+"""Results of gates, for a list of checks: that of the registry, which imports the check of published results."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from release.checks import gate_results, registry
-from release.checks.check import BuildContext
-from release.checks.gate_results import GateResult
-from release.facts import attest
-from release.facts.assemble import to_json
-from release.layout import GATES, GATES_STATED
-from release.schema import NodeArtifact
+from release.checks.check import Absent, BuildCheck, BuildContext, Check, Findings
+from release.opened_release import Release
+from stages.evaluation.settings import EvaluationSection
+
+Checks = Iterable[Check | BuildCheck]
 
 
-def names() -> list[str]:
-    """The names of all gates, in the order of the registry."""
-    return gate_results.names(registry.CHECKS)
+@dataclass(frozen=True)
+class GateResult:
+    """The result of a gate.
+
+    Attributes:
+        name: The gate.
+        ok: Whether it was passed; None if there was nothing to judge, or if the recipe waives it.
+        detail: The measurement; of a failed gate the problem and the remedy; else the reason why it was not judged.
+    """
+
+    name: str
+    ok: bool | None
+    detail: str
 
 
-def run_gate(name: str, build: BuildContext) -> GateResult | None:
+def names(checks: Checks) -> list[str]:
+    """The names of all gates, in the order of their checks."""
+    return list(dict.fromkeys(check.gate for check in checks if check.gate))
+
+
+def required(checks: Checks, release: Release) -> set[str]:
+    """The gates that apply to a release, or to the release of an evidence repository, as far as its files show it."""
+    # The evidence alone is judged as its whole release, as far as its files show it.
+    whole = Release(release.root)
+    return {
+        check.gate
+        for check in checks
+        if check.gate and (check.private if isinstance(check, BuildCheck) else check.applies_to(whole))
+    }
+
+
+def computed_again(checks: Checks, release: Release) -> dict[str, GateResult | None]:
+    """{gate: its result by the published files; None if it does not apply} of the gates that follow from these alone.
+
+    Args:
+        checks: All checks.
+        release: A whole release.
+    """
+    evaluation = EvaluationSection.model_validate(release.recipe["evaluation"]).model_dump()
+    build, waived = BuildContext(release, evaluation), evaluation.get("waived_gates", {})
+    others = {c.gate for c in checks if not isinstance(c, BuildCheck) or c.private}
+    results = {name: run_gate(checks, name, build) for name in names(checks) if name not in others}
+    return {name: result and waive(result, waived) for name, result in results.items()}
+
+
+def run_gate(checks: Checks, name: str, build: BuildContext) -> GateResult | None:
     """Runs all checks of one gate; the first problem counts. None if none of them applies to the release."""
-    return gate_results.run_gate(registry.CHECKS, name, build)
+    results = [(check, _findings(check, build)) for check in checks if check.gate == name]
+    applied = [(check, findings) for check, findings in results if findings is not None]
+    # The first problem refuses the release; the others appear once it is mended.
+    for check, findings in applied:
+        if findings.problems:
+            return GateResult(name, False, "; ".join(filter(None, [findings.problems[0], check.remedy])))
+    summaries = [findings.summary for _, findings in applied if findings.summary]
+    compared = any(findings.compared for _, findings in applied) or None
+    return GateResult(name, compared, "; ".join(summaries)) if applied else None
 
 
-def run_all(build: BuildContext) -> list[GateResult]:
-    """The results of all gates that apply to the release."""
-    results = [result for name in names() if (result := run_gate(name, build)) is not None]
-    return [gate_results.waive(result, build.evaluation.get("waived_gates", {})) for result in results]
+def _findings(check: Check | BuildCheck, build: BuildContext) -> Findings | None:
+    if isinstance(check, BuildCheck):
+        return check.function(build)
+    if not check.applies_to(build.release):
+        return None
+    try:
+        return check.function(build.release)
+    except Absent as error:  # a new release has every part of the present format
+        return Findings([str(error)])
 
 
-def write(folder: Path, nodes: Mapping[str, NodeArtifact], results: list[GateResult]) -> None:
-    """The results as a table, and as a statement about all artifacts."""
-    rows = {result.name: {"ok": result.ok, "detail": result.detail} for result in results}
-    (folder / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-    stated = attest.gates(folder, nodes, {result.name: result.ok for result in results})
-    (folder / GATES_STATED).write_bytes(to_json(stated))
+def waive(result: GateResult, waived: Mapping[str, str]) -> GateResult:
+    if result.name not in waived:
+        return result
+    return GateResult(result.name, None, f"waived by the recipe ({waived[result.name]}); {result.detail}")

@@ -7,10 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from release.checks.check import BuildContext
-from release.checks.findings import Findings
-from release.facts.checkpoint_facts import context_of, read_checkpoints
+from release.checks.check import BuildContext, Findings
 from release.facts.published_tables import read_rows
+from release.facts.run_facts import context_of
 from release.layout import numbered, when
 from stages.confidence import Figure, Mean
 from stages.evaluation.scores import ModelScores, pass_at_1
@@ -25,10 +24,10 @@ BEYOND = f", beyond {SURE} standard errors of the difference"
 def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
     """For the sources that pre-training read, together and one by one, so that a large source does not hide a small
     one. None without pre-training."""
-    if "init" not in build.data.evaluation:
+    if "init" not in build.release.data.evaluation:
         return None
-    read = build.data.sources_read("pretrain")
-    changes = _changes(*(_bits(build.data.evaluation[name], read) for name in ("init", "base")))
+    read = build.release.data.sources_read("pretrain")
+    changes = _changes(*(_bits(build.release.data.evaluation[name], read) for name in ("init", "base")))
     if not changes:
         return _nothing_to_judge("pretrain")
     return Findings.of_measurement(max(map(_rise, changes.values())) < 0, f"bits per byte {_text(changes)}")
@@ -36,22 +35,22 @@ def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
 
 def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
     """By more than the recipe requires. None without mid-training."""
-    if "mid" not in build.data.evaluation:
+    if "mid" not in build.release.data.evaluation:
         return None
-    before, after = (build.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))
+    before, after = (build.release.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))
     return judge_gain("accuracy", before, after, build.evaluation["min_accuracy_gain"], significant=False)
 
 
 def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
     """The loss on the sources that the phase reads is within the recipe's limit. None without mid-training."""
-    if "mid" not in build.data.evaluation:
+    if "mid" not in build.release.data.evaluation:
         return None
     return _keeps_bits_per_byte(build, "base", {"mid": "midtrain"})
 
 
 def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
     """The loss in bits per byte on short texts is within the recipe's limit. None without long-context phases."""
-    long = [model for model in build.data.evaluation if model.startswith("long")]
+    long = [model for model in build.release.data.evaluation if model.startswith("long")]
     if not long:
         return None
     return _keeps_bits_per_byte(build, "mid", {model: f"longcontext-{numbered(model)[1]}" for model in long})
@@ -63,10 +62,10 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
 
     phases: {model: the phase that trained it}.
     """
-    scores, allowed = build.data.evaluation, build.evaluation["bits_per_byte_tolerance"]
+    scores, allowed = build.release.data.evaluation, build.evaluation["bits_per_byte_tolerance"]
     details, worst = [], -math.inf
     for model, phase in phases.items():
-        read = build.data.sources_read(phase)
+        read = build.release.data.sources_read(phase)
         changes = _changes(*(_bits(scores[name], read) for name in (before, model)))
         if not changes:
             return _nothing_to_judge(phase)
@@ -77,8 +76,12 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
         if losses and model.startswith("long"):
             details.append(f"bits per token by position {_text(losses)}")
             worst = max(worst, *map(_rise, losses.values()))
-        earlier = {source for name in build.data.order if when(name) < when(phase)
-                   for source in build.data.sources_read(name)}  # fmt: skip
+        earlier = {
+            source
+            for name in build.release.data.order
+            if when(name) < when(phase)
+            for source in build.release.data.sources_read(name)
+        }
         left_out = _changes(*(_bits(scores[name], earlier - read) for name in (before, model)))
         left_out.pop(TOGETHER, None)
         if left_out:
@@ -94,7 +97,7 @@ def _nothing_to_judge(phase: str) -> Findings:
 def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
     """The last model retrieves more keys than the mid-trained one from texts that are too long for that one. None if
     the models were not evaluated on keys."""
-    scores = build.data.evaluation
+    scores = build.release.data.evaluation
     long = [model for model in scores if model.startswith("long")]
     if not long or not any("passkey" in scores[model] for model in ("mid", long[-1])):
         return None
@@ -118,13 +121,13 @@ def _pooled(shares: Sequence[Mean]) -> Mean:
 
 
 def _context_of_midtraining(build: BuildContext) -> int:
-    return context_of(read_checkpoints(build.folder / "checkpoints"), "midtrain")
+    return context_of(build.release.checkpoints, "midtrain")
 
 
 def _losses_by_position(build: BuildContext, model: str, sources: Collection[str]) -> dict[str, Figure]:
     """Bits per token of the long documents of some sources, at positions within mid-training's context. Empty if the
     model was not evaluated on long documents."""
-    path = build.folder / "dataset/evaluation" / model / "positions.parquet"
+    path = build.release.root / "dataset/evaluation" / model / "positions.parquet"
     if not path.is_file():
         return {}
     context, bits, tokens = _context_of_midtraining(build), Counter[str](), Counter[str]()
@@ -204,9 +207,10 @@ def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
 def is_preferred(model: str, build: BuildContext) -> Findings | None:
     """The answers of a model that learned from preferences win against the previous model; if those of the previous
     model cannot be better, they do not lose. None if it was not compared."""
-    if model not in _pass_at_1(build) or model not in build.data.chat.get("preferences", {}):
+    # A model may be evaluated without having been compared.
+    if model not in _pass_at_1(build) or model not in build.release.data.chat.get("preferences", {}):
         return None
-    comparison, required = build.data.chat["preferences"][model], build.evaluation["chat"]["min_win_rate"]
+    comparison, required = build.release.data.chat["preferences"][model], build.evaluation["chat"]["min_win_rate"]
     rate, reward = comparison["win_rate"], comparison["sides"]["before"]["parts"]["reward"]
     text = f"{model} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
     if at_ceiling(reward):
@@ -217,7 +221,7 @@ def is_preferred(model: str, build: BuildContext) -> Findings | None:
 
 def _pass_at_1(build: BuildContext) -> dict[str, Mean]:
     """{model: accuracy on all test problems}, in the order of training; empty without a chat model."""
-    return pass_at_1(build.data.chat.get("test", {}))
+    return pass_at_1(build.release.data.chat.get("test", {}))
 
 
 def judge_gain(measure: str, before: Mean, after: Mean, required: float, significant: bool = True) -> Findings:
@@ -236,6 +240,7 @@ def judge_gain(measure: str, before: Mean, after: Mean, required: float, signifi
     gain, uncertainty = after["value"] - before["value"], SURE * math.hypot(before["se"], after["se"])
     missing, chance = 1 - before["value"], _chance(before)
     text = f"{measure} {figure(before)} → {figure(after)}"
+    # With so few items left to gain, even a perfect model could not show a gain beyond chance.
     if missing <= chance:
         text += (
             f"; {before['n']} items cannot show a gain above the first share, so none is demanded, and no loss{BEYOND} "

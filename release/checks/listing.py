@@ -14,6 +14,7 @@ from release.checks.confine import Budget
 from release.checks.verdict import CheckResult, Problems, answer
 from release.checksums import SUMS_BYTES, SUMS_LINES, read_sums
 from release.layout import ALL_SUMS, LOSS, MODEL, ORIGINS, PARTS, RETRACTED, SUMS, VARIANT
+from release.published_files import kind_of_place, list_of, shown
 from release.repositories import MOST_ENTRIES, Repository, files_within, published, repositories
 from release.tree import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
 
@@ -26,14 +27,20 @@ HOLES = 4
 SECONDS, MEMORY = 1.0, 128 << 20
 """The limits for reading the sizes from manifests."""
 SIGNS = (
-    "evidence", "code/as-run", "dispositions", "parity.json", LOSS, "checkpoints/index.json",
+    "evidence",
+    "code/as-run",
+    "dispositions",
+    "parity.json",
+    LOSS,
+    "checkpoints/index.json",
     *(f"{part}/{SUMS}" for part in PARTS),
-)  # fmt: skip
+)
 
 
 def kind_of(folder: Path) -> str:
     """The kind of a folder, by the files that only that kind has. Parts of a release beside each other are a release,
     even without its evidence: no repository has a folder of such a name."""
+    # A release that lost its evidence is still a release, and not a repository that lacks its files.
     if parts_of(folder):
         return "release"
     marks = {
@@ -59,7 +66,8 @@ def parts_of(folder: Path) -> list[str]:
 
 
 def looks_like_release(folder: Path) -> bool:
-    """Whether a folder is, or was, part of a release: then a missing checksum file is a finding, not a wrong name."""
+    """Returns True if a folder is, or was, part of a release: then a missing checksum file is a finding, and not a
+    wrong name."""
     if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / marker) for marker in SIGNS):
         return True
     if any(os.path.lexists(folder / part / marker) for part in parts_of(folder) for marker in (SUMS, "config.json")):
@@ -76,8 +84,10 @@ def looks_like_release(folder: Path) -> bool:
 class Checksums:
     """The checksum files of a folder, each read once, within limits on their total.
 
-    rows: {name: {path: sha256}} of the readable ones; problems: {name: a sentence} of the others; overflow: a sentence,
-    if there are more than any release has.
+    Attributes:
+        rows: {name: {path: SHA-256}} of the readable ones.
+        problems: {name: a sentence} of the others.
+        overflow: A sentence, if there are more than any release has.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,6 +104,7 @@ class Checksums:
                 except CheckFailed as error:
                     self.problems[name] = str(error)
             lines += len(self.rows.get(name, ()))
+            # Stop at once: the limit is on all checksum files together, and a branch may hold thousands of them.
             if size > SUMS_BYTES or lines > SUMS_LINES:
                 limits = f"{SUMS_BYTES >> 20} MB and {SUMS_LINES} lines"
                 self.overflow = (
@@ -135,7 +146,15 @@ def _size(folder: Path, name: str) -> int:
 class Contents:
     """The listing of a folder, made once, for the checks of bytes and signatures.
 
-    missing: required parts that the folder lacks. places: its repositories, if it is a complete release.
+    Attributes:
+        folder: The folder.
+        kind: Its kind.
+        sums: Its checksum files.
+        tree: Its files.
+        missing: Required parts that it lacks.
+        places: Its repositories, if it is a complete release.
+        models: The folders of models and variants among them.
+        paths: Its files, sorted.
     """
 
     def __init__(self, folder: Path, kind: str, sums: Checksums, tree: Tree) -> None:
@@ -159,7 +178,7 @@ class Contents:
         return files_within(self.paths, repository, self.models)
 
 
-def check(contents: Contents) -> CheckResult:
+def check_files(contents: Contents) -> CheckResult:
     """Checks that every file may be read and has a plausible size."""
     folder, tree = contents.folder, contents.tree
     problems = list(tree.refused)
@@ -172,6 +191,7 @@ def check(contents: Contents) -> CheckResult:
         sizes, _ = confine.run(lambda: _sizes(folder, tree), Budget(MEMORY, SECONDS))
     except CheckFailed:
         sizes = {}  # the manifests have a check of their own
+    # A file of holes costs its maker nothing, and whoever hashes it hours.
     holes = {path for path, status in tree.files.items() if is_sparse(status)}
     # compressing file systems store no zeros, and the moments of an optimizer start as zeros
     allowed_bytes = SPARSE_BYTES + HOLES * real_bytes(tree.files.values())
@@ -184,8 +204,28 @@ def check(contents: Contents) -> CheckResult:
         if size > sizes[path] + SPARSE_BYTES:  # a smaller one is hashed and compared by its digest
             tree.files.pop(path)
             problems.append(f"{path} has {size} bytes, and its manifest says {sizes[path]}")
+    # Files that were taken out above are neither hashed nor read by later checks.
     contents.paths = sorted(tree.files)
     return answer("files", problems, f"{len(tree.files)} regular files")
+
+
+def check_names(contents: Contents) -> CheckResult:
+    """Checks that a folder has the files of its kind: none that is not on the list, and none missing."""
+    name, folder = "file_list", contents.folder
+    if contents.kind == "release" and contents.missing:
+        return CheckResult(name, None, "not checked, because parts of the release are missing")
+    complete = not (folder / RETRACTED).exists()
+    problems: Problems = []
+    for place in contents.places:
+        kind = contents.kind if contents.kind != "release" else kind_of_place(place.folder)
+        if not kind:
+            problems.append(f"{shown(place.folder)} is no folder of a release")
+            continue
+        paths = contents.present_in(place)
+        prefix = f"{place.folder}/".lstrip("/")
+        problems += [prefix + text for text in list_of(kind, paths).problems(paths, complete)]
+    detail = problems[0] if problems else "every file is one that atom writes"
+    return CheckResult(name, not problems, detail, problems)
 
 
 def missing_parts(folder: Path, kind: str) -> Problems:
@@ -196,6 +236,7 @@ def missing_parts(folder: Path, kind: str) -> Problems:
         ]
     if kind != "release":
         return []
+    # A link to a folder is none of these: it could lead to files that no checksum covers.
     folders = {name: folder / name for name in (*PARTS, "evidence", "code")}
     problems = [f"{name} is missing" for name, part in folders.items() if part.is_symlink() or not part.is_dir()]
     if sum(name.split("-")[0] in (MODEL, VARIANT) for name in parts_of(folder)) > MODELS:

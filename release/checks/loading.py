@@ -1,26 +1,78 @@
-"""Checks that plain transformers loads the models of a release, and compares their outputs."""
+"""Checks that plain transformers loads the models of a release, in a fresh interpreter, and that models, tokenizers and
+chat templates give the outputs that the build recorded."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
-from release.checks import confine
-from release.checks.check import BuildContext, Subject
+from pipeline.core.errors import installing
+from release import untrusted
+from release.checks import confine, formats
+from release.checks.check import Absent, BuildContext, Findings, LoadProblem, LoadReport, require_file
 from release.checks.confine import Budget
-from release.checks.findings import Absent, Findings, require_file
-from release.checks.load_report import (
-    BYTES_PER_SECOND,
-    CHAT_TEMPLATE,
-    MODEL,
-    LoadReport,
-    load_models,
-    weight_bytes,
-)
 from release.facts.published_tables import read_json
 from release.layout import GOLDENS
-from stages.formats.chat_templates import INFERENCE_FILE
+from release.opened_release import Release
+from stages import export
+from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE
 from stages.formats.tokenizer import THINK_END, THINK_START
+
+MODEL, CHAT_TEMPLATE = "model", "chat_template"
+LOADING_SECONDS, BYTES_PER_SECOND = 3600, 5_000_000
+"""The limit for loading models: so many seconds, and one for so many bytes of their weights."""
+NOTHING_FROM_THE_HUB = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
+"""Variables with which transformers downloads nothing, and takes no kernel that a config names."""
+
+
+def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadReport]:
+    """A report on each model folder, from one fresh interpreter.
+
+    budget: the limits for untrusted models after the libraries are loaded.
+    """
+    command = [sys.executable, "-P", str(Path(export.__file__).with_name("load_check.py"))]
+    command += [f"--whole={export.WHOLE_BYTES}"]
+    command += [] if budget is None else [f"--memory={budget.memory}", f"--seconds={budget.seconds:.0f}"]
+    command += [str(folder.resolve()) for folder in folders]
+    wall_seconds = LOADING_SECONDS + weight_bytes(folders) // BYTES_PER_SECOND
+    try:
+        process = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=wall_seconds,
+            env={**os.environ, **NOTHING_FROM_THE_HUB},
+        )
+    except subprocess.TimeoutExpired:
+        return _failed(folders, f"loading did not end within {wall_seconds} s")
+    lines = [line.removeprefix("RELOAD ") for line in process.stdout.splitlines() if line.startswith("RELOAD ")]
+    if len(lines) == len(folders):
+        return [_report(json.loads(line)) for line in lines]
+    last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+    # Ended by a signal: a limit was exceeded, and the last line of the program does not say so.
+    if budget is not None and process.returncode < 0:
+        memory, seconds = budget.memory >> 20, budget.seconds
+        last_line = f"it takes more than {memory} MB of memory or {seconds:.0f} s of processor time"
+    return _failed(folders, f"transformers cannot load it: {last_line}")
+
+
+def weight_bytes(folders: list[Path]) -> int:
+    return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
+
+
+def _report(body: dict[str, Any]) -> LoadReport:
+    return LoadReport([LoadProblem(*row) for row in body["problems"]], body["parameters"], body["goldens"])
+
+
+def _failed(folders: list[Path], message: str) -> list[LoadReport]:
+    return [LoadReport([LoadProblem(MODEL, message)])] * len(folders)
+
 
 GOLDEN_BOUND = 1e-3
 """The tolerance for logits in fp32, which another processor adds up in another order."""
@@ -28,7 +80,7 @@ MEMORY, SECONDS = 400 << 20, 10
 """The limits for loading a model in transformers, beyond the needs of its weights."""
 
 
-def loads_with_goldens(subject: Subject) -> Findings:
+def loads_with_goldens(release: Release) -> Findings:
     """Checks that each model loads within limits, that its chat template round-trips, and that fixed inputs give the
     outputs of the build."""
     if lacking := confine.missing():
@@ -36,7 +88,8 @@ def loads_with_goldens(subject: Subject) -> Findings:
     for name in ("torch", "transformers"):  # the fresh interpreter would report their absence as a fault of the model
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    models = subject.models
+    # All models in one interpreter: importing transformers takes longer than loading a small model.
+    models = release.model_folders
     size = weight_bytes(models)
     budget = Budget(MEMORY + 8 * size, SECONDS * len(models) + size // BYTES_PER_SECOND)
     findings = Findings()
@@ -72,7 +125,7 @@ def loads_as_exported(build: BuildContext) -> Findings:
     findings = Findings(summary="every model loads, finite logits")
     for folder, report in build.load_reports.items():
         findings.problems += [f"{folder}: {text}" for text in report.of_part(MODEL)]
-        if report.parameters not in (None, build.models[folder].parameters.total):
+        if report.parameters not in (None, build.release.models[folder].parameters.total):
             findings.problems.append(
                 f"{folder}: transformers counts {report.parameters} parameters, the file holds others"
             )
@@ -84,7 +137,7 @@ def chat_template_round_trips(build: BuildContext) -> Findings:
     files have the form that runtimes read."""
     findings = Findings(summary="text, tokens and markers survive")
     for folder, report in build.load_reports.items():
-        texts = [*report.of_part(CHAT_TEMPLATE), *_form_problems(build.folder / folder)]
+        texts = [*report.of_part(CHAT_TEMPLATE), *_form_problems(build.release.root / folder)]
         findings.problems += [f"{folder}: {text}" for text in texts]
     return findings
 
@@ -105,3 +158,60 @@ def _form_problems(model: Path) -> list[str]:
         ),
     }
     return [text for text, is_wrong in faults.items() if is_wrong]
+
+
+ARGUMENTS = ("messages", "tools", "add_generation_prompt")
+
+
+def chat_templates(release: Release) -> Findings:
+    """Checks that every chat template of a model renders a conversation, and that sandboxed Jinja renders the recorded
+    conversations with both templates as transformers did at the build; `tokenizers` must give its token ids."""
+    findings = Findings(compared=False, summary="Jinja and transformers render the recorded conversations alike")
+    for model in release.model_folders:
+        templates = formats.templates(model)
+        findings.compared = findings.compared or bool(templates)
+        for name, template in templates.items():
+            try:
+                formats.render(template)
+            except MemoryError:
+                raise
+            except Exception as error:  # a template can raise anything
+                message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                findings.problems.append(f"{model.name}/{name} renders no conversation: {message}")
+        if not findings.problems and (model / GOLDENS).is_file():
+            both = {name: templates[name] for name in (INFERENCE_FILE, TRAINING_FILE) if name in templates}
+            _compare_conversations(model, both, findings)
+    return findings
+
+
+def _compare_conversations(model: Path, templates: dict[str, str], findings: Findings) -> None:
+    """Compares the recorded conversations of a model. templates: {file: text}."""
+    rows = untrusted.read_json(model / GOLDENS, follow=True).get("conversations")
+    if rows is None:
+        findings.problems.append(f"{model.name}/{GOLDENS} records no conversations")
+        return
+    for name, template in templates.items():
+        compiled = formats.compile_template(template)
+        for number, row in enumerate(rows, 1):
+            arguments = {argument: row[argument] for argument in ARGUMENTS}
+            if row["enable_thinking"] is not None:
+                arguments["enable_thinking"] = row["enable_thinking"]
+            if compiled.render(**arguments) != row["text"]:
+                findings.problems.append(f"{model.name}/{name} renders conversation {number} of {GOLDENS} otherwise")
+    findings.problems += [f"{model.name}: {text}" for text in _id_problems(model, rows, findings)]
+
+
+def _id_problems(model: Path, rows: list[dict[str, Any]], findings: Findings) -> list[str]:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        reason = f"token ids of conversations: tokenizers is not installed; {installing('train')}"
+        findings.skipped["token ids"] = reason
+        return []
+    content = untrusted.read(model / "tokenizer.json", formats.TEXT_BYTES, follow=True)
+    tokenizer = Tokenizer.from_str(content.decode())
+    return [
+        f"tokenizer.json encodes conversation {number} of {GOLDENS} otherwise"
+        for number, row in enumerate(rows, 1)
+        if tokenizer.encode(row["text"], add_special_tokens=False).ids != row["ids"]
+    ]

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.parts import part_file, part_tables
 from pipeline.core.store import sha256_file
-from release.checks.check import BuildContext, Subject
-from release.checks.findings import Findings
+from release.checks.check import BuildContext, Findings
 from release.data_layout import orders
-from release.facts import published_order
-from release.facts.checkpoint_facts import read_checkpoints
 from release.facts.published_tables import read_json, stream_batches
 from release.layout import WITHOUT_ORDER, phases_of
+from release.opened_release import Release
+from release.tracing import order_lookup
 from stages.data.order.chunks import ChunkIndex, Cut, seal_index
 from stages.data.order.computed_order import ComputedOrder
 from stages.data.order.order_stage import merkle_root
@@ -42,13 +41,13 @@ ROWS = 65_536
 Indexes = Mapping[str, ChunkIndex]
 
 
-def segments(subject: Subject) -> Findings:
+def segments(release: Release) -> Findings:
     """Checks that every segment of the order is within a training document, that no held-out document was trained on,
     and that the function of an order gives its rows: of all blocks, or of a sample of a large order.
 
     In memory is a part of the order and of the documents.
     """
-    dataset, problems = subject.folder, []
+    dataset, problems = release.dataset, []
     earlier = sorted(meta.parent for meta in (dataset / "earlier").glob("order-*/meta.json"))
     current = dataset / "tokens"
     # an earlier run may have had different documents, which are then beside its order
@@ -57,16 +56,16 @@ def segments(subject: Subject) -> Findings:
     for order in published:
         meta, name = read_json(order / "meta.json"), order.relative_to(dataset).as_posix()
         with TemporaryDirectory() as work:
-            cut = published_order.cut_of(meta)
+            cut = order_lookup.cut_of(meta)
             candidates = [
                 read_documents(tokens, Path(work, str(number)), cut)
                 for number, tokens in enumerate(tables if order in earlier else [current])
             ]
             wrong_segments = list(islice(_wrong_segments(order, candidates), MOST_PROBLEMS))
             problems += [f"{name}: {text}" for text in wrong_segments]
-            if not wrong_segments and published_order.is_function(meta):
+            if not wrong_segments and order_lookup.is_function(meta):
                 fitting = next((indexes for indexes in candidates if _fits(meta, indexes)), candidates[-1])
-                problems += [f"{name}: {text}" for text in _recompute(subject, order, meta, fitting, Path(work))]
+                problems += [f"{name}: {text}" for text in _recompute(release, order, meta, fitting, Path(work))]
     return Findings(problems, compared=bool(published))
 
 
@@ -79,7 +78,7 @@ def read_documents(tokens: Path, work: Path, cut: Cut) -> dict[str, ChunkIndex]:
 
 
 def _fits(meta: Mapping[str, Any], indexes: Indexes) -> bool:
-    """Whether the sources have as many chunks as the order states."""
+    """Returns True if the sources have as many chunks as the order states."""
     return all(name in indexes and indexes[name].chunks == facts["chunks"] for name, facts in meta["sources"].items())
 
 
@@ -96,6 +95,7 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
         proper = (columns["offset"] >= 0) & (columns["length"] > 0)
         for source in batch["source"].unique().to_pylist():
             rows = np.flatnonzero(pc.equal(batch["source"], source).to_numpy(zero_copy_only=False))
+            # An order of an earlier run fits the documents of one of several runs, and nothing states of which.
             for indexes in candidates:
                 if source in indexes:
                     tokens, ids = indexes[source].documents_at(columns["part"][rows], columns["ordinal"][rows])
@@ -117,9 +117,10 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
                 yield f"{segment} is out of order or doubled"
 
 
-def _recompute(subject: Subject, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
+def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
     """A sentence for each block whose rows or places in the streams differ from those of the order's function."""
-    config = published_order.config_of(meta)
+    config = order_lookup.config_of(meta)
+    # Computing blocks of other documents would only give a misleading difference.
     if not _fits(meta, indexes):
         yield "the documents do not have the chunks that meta.json states"
         return
@@ -133,11 +134,12 @@ def _recompute(subject: Subject, folder: Path, meta: Mapping[str, Any], indexes:
         return
     blocks: Sequence[int] = range(config.blocks)
     starts: dict[int, dict[str, Place]] = {}
+    # Computing all blocks of a large order again takes as long as making them.
     if config.blocks > BLOCKS:
         blocks = sorted(random.Random(sha256_file(folder / "meta.json")).sample(blocks, BLOCKS))
-        starts = published_order.starts_of(meta)
+        starts = order_lookup.starts_of(meta)
     used = {name: indexes[name] for name in sorted(config.mix)}
-    order = ComputedOrder(config, used, published_order.cursor_of(meta), work, starts=starts)
+    order = ComputedOrder(config, used, order_lookup.cursor_of(meta), work, starts=starts)
     if order.function != meta["function"]:
         yield "meta.json states another function than its settings give"
     if merkle_root(part["sha256"] for part in parts) != meta["merkle_root"]:
@@ -152,12 +154,12 @@ def _recompute(subject: Subject, folder: Path, meta: Mapping[str, Any], indexes:
             yield f"{name} {problem}"
             continue
         table, _ = order.block(n)
-        if subject.digest(folder / name) != parts[n]["sha256"] or not read_table(folder / name).equals(table):
+        if release.digest(folder / name) != parts[n]["sha256"] or not read_table(folder / name).equals(table):
             yield f"{name} differs from the rows that the function of the order gives"
 
 
 def _wrong_place(order: ComputedOrder, n: int, parts: Sequence[Any], end: Mapping[str, Any] | None) -> str | None:
-    """What is wrong with the places in the streams where a block begins and ends; None if they are right.
+    """Returns the problem of the places in the streams where a block begins and ends; None if they are right.
 
     Of a sampled block, the places are taken from meta.json: they must be next to the tokens at which they should be.
     """
@@ -180,10 +182,10 @@ def _wrong_place(order: ComputedOrder, n: int, parts: Sequence[Any], end: Mappin
 
 def checkpoints_and_order(build: BuildContext) -> Findings:
     """Checks that every phase has checkpoints, and an order from its first step to that of the last checkpoint."""
-    rows = read_checkpoints(build.folder / "checkpoints")
-    orders, findings = build.data.order, Findings()
+    rows = build.release.checkpoints
+    orders, findings = build.release.data.order, Findings()
     findings.summary = f"{len(rows)} checkpoints; order of {', '.join(orders)}"
-    for phase in phases_of(build.release.nodes):
+    for phase in phases_of(build.release.info.nodes):
         steps = [row.step for row in rows if row.phase == phase]
         if not steps:
             findings.problems.append(f"no checkpoint of {phase}; set {phase}.release_checkpoint_interval")

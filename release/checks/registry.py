@@ -6,42 +6,37 @@ it runs no further check on a folder with altered bytes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 from release.checks import (
-    answers,
-    attestations,
-    card_metadata,
     cards,
-    chat_templates,
     documents,
+    gates,
     learning,
     loading,
-    manifests,
     order,
-    page,
-    plots,
-    prediction,
-    receipts,
-    references,
+    provenance,
     scores,
-    sizes,
+    smaller_runs,
     source_code,
     standards,
-    statements,
     tool_files,
-    variants,
     weights,
+    withheld,
 )
-from release.checks.check import BuildCheck, Check, Reads, Scope
+from release.checks.check import BuildCheck, BuildContext, Check, Reads, Scope
+from release.checks.gates import GateResult
 from release.facts.forecast import FILE, FOLDER
 from release.facts.message_tables import FOLDER as MESSAGES
-from release.facts.size_facts import TRAINING
+from release.facts.published_tables import to_json
+from release.facts.run_facts import TRAINING
 from release.layout import BASE as MODEL_BASE
 from release.layout import (
     EXPORTED,
+    GATES,
+    GATES_STATED,
     LOSS,
     OPT_OUTS,
     REFERENCES,
@@ -51,6 +46,8 @@ from release.layout import (
     STANDARDS,
     VARIANT,
 )
+from release.opened_release import Release
+from release.standards import attestations
 from stages.train.imported_weights import NAME as BASE
 
 RELEASE = Scope(("release",))
@@ -99,30 +96,32 @@ PREFERRED = EXPORTED[EXPORTED.index("rlvr") + 1 :]
 """Models that learned from preferences."""
 
 CHECKS: tuple[Check | BuildCheck, ...] = (
-    Check("versions", card_metadata.same_versions, CARDS),
+    Check("versions", cards.same_versions, CARDS),
     BuildCheck("export_parity", weights.export_parity),
     BuildCheck("reload_in_transformers", loading.loads_as_exported, EXPORT, private=True),
     BuildCheck("chat_template_round_trip", loading.chat_template_round_trips, EXPORT, private=True),
-    Check("manifests", manifests.manifests, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
-    Check("origins", manifests.origins, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
-    Check("statements", statements.statements, EVIDENCE, STATEMENTS, gate="ledger_closed", remedy=STATE),
-    Check("prediction", prediction.prediction, EVIDENCE, PROVENANCE, needs=FORECAST, gate="prediction", remedy=PREDICT),
-    Check("sizes", sizes.sizes, EVIDENCE, PROVENANCE, needs=SIZES, gate="sizes", remedy=SMALLER),
-    Check("gates", partial(attestations.passed_gates, lambda: CHECKS), EVIDENCE, EVERYTHING),
-    Check("attestations", attestations.attestations, EVIDENCE, EVERYTHING),
+    Check("manifests", provenance.manifest_digests, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
+    Check("origins", provenance.origins, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
+    Check("statements", provenance.statements, EVIDENCE, STATEMENTS, gate="ledger_closed", remedy=STATE),
+    Check(
+        "prediction", smaller_runs.prediction, EVIDENCE, PROVENANCE, needs=FORECAST, gate="prediction", remedy=PREDICT
+    ),
+    Check("sizes", smaller_runs.sizes, EVIDENCE, PROVENANCE, needs=SIZES, gate="sizes", remedy=SMALLER),
+    Check("gates", partial(standards.passed_gates, lambda: CHECKS), EVIDENCE, EVERYTHING),
+    Check("attestations", standards.attestations, EVIDENCE, EVERYTHING),
     Check("code", source_code.source_files, EVIDENCE, PROVENANCE),
     Check("tool_files", tool_files.tool_files, ALL, EVERYTHING, gate="tool_files", remedy="build again"),
     Check("licenses", documents.licenses, DATASET, FATES, gate="licenses_known", remedy=LICENSE),
     Check("dispositions_balance", documents.dispositions, DATASET, FATES, gate="counts_balance", remedy=CURATION),
-    Check("references", references.by_reference, DATASET, REFERENCED, needs=REFERENCES, gate="references"),
-    Check("receipts", receipts.receipts, RELEASE, RECEIPTS, needs=f"dataset/{OPT_OUTS}", gate="receipts"),
+    Check("references", withheld.by_reference, DATASET, REFERENCED, needs=REFERENCES, gate="references"),
+    Check("receipts", withheld.receipts, RELEASE, RECEIPTS, needs=f"dataset/{OPT_OUTS}", gate="receipts"),
     Check("scores", scores.scores, DATASET, SCORED),
     Check("data_card", cards.data_card, DATASET, EVERYTHING),
     Check("merkle_roots", documents.merkle_roots, DATASET, EVERYTHING),
     Check("documents", documents.content_hashes, DATASET, EVERYTHING, deep=True),
     Check("messages", documents.messages, DATASET, EVERYTHING, deep=True, needs=MESSAGES, gate="messages"),
     Check("order", order.segments, DATASET, EVERYTHING, deep=True),
-    Check("answers", answers.rescored_answers, DATASET, EVERYTHING, deep=True),
+    Check("answers", scores.rescored_answers, DATASET, EVERYTHING, deep=True),
     BuildCheck("checkpoints_and_order", order.checkpoints_and_order),
     BuildCheck("pretraining_lowers_bits_per_byte", learning.pretraining_lowers_bits_per_byte, PRETRAIN),
     BuildCheck("midtraining_raises_accuracy", learning.midtraining_raises_accuracy, MIDTRAIN),
@@ -133,39 +132,78 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     BuildCheck("rlhf_keeps_skills", learning.rlhf_keeps_skills, DPO),
     *(BuildCheck(f"{model}_is_preferred", partial(learning.is_preferred, model), DPO) for model in PREFERRED),
     BuildCheck("contamination_report", scores.contamination_report),
-    Check("card_metadata", card_metadata.card_metadata, ALONE, EVERYTHING),
+    Check("card_metadata", cards.card_metadata, ALONE, EVERYTHING),
     Check("cards", cards.cards, MODELS, EVERYTHING, gate="card_numbers", remedy="build again"),
-    Check("plots", plots.plots, PLOTTED, EVERYTHING, deep=True, gate="card_numbers", remedy="build again"),
+    Check("plots", cards.drawn_plots, PLOTTED, EVERYTHING, deep=True, gate="card_numbers", remedy="build again"),
     Check("croissant", cards.described_data, RELEASE, EVERYTHING),
     BuildCheck("croissant", cards.valid_croissant, "fix release/cards/croissant.py", private=True),
-    Check("standards", standards.documents, RELEASE, EVERYTHING, gate="standards", remedy="build again"),
+    Check("standards", standards.standard_documents, RELEASE, EVERYTHING, gate="standards", remedy="build again"),
     Check(
-        "standards_valid", standards.valid, EVIDENCE, EVIDENCED, gate="standards", remedy="fix release/standards",
+        "standards_valid",
+        standards.valid_standards,
+        EVIDENCE,
+        EVIDENCED,
+        gate="standards",
+        remedy="fix release/standards",
     ),
     Check("shards", weights.shards, TENSORS, EVERYTHING, gate="shards", remedy="run the export again"),
     Check("weights", weights.tensors, TENSORS, WEIGHTS, deep=True),
     Check("base", weights.published_base, RELEASE, BASE_FILES, needs=f"evidence/{BASE}", gate="base"),
-    Check("variants", variants.losses, RELEASE, LOSSES, needs=f"{VARIANT}-*/{LOSS}", gate="variants", remedy=AGAIN),
-    Check("variant", variants.loss, VARIANTS, EVERYTHING),
-    Check("variant_weights", variants.conversions, RELEASE, CONVERTED, deep=True, needs=f"{VARIANT}-*/{LOSS}"),
-    Check("runtimes", variants.runtimes, EVIDENCE, PROVENANCE, needs=RUNTIMES, gate="runtimes", remedy=RUNTIME),
+    Check("variants", weights.losses, RELEASE, LOSSES, needs=f"{VARIANT}-*/{LOSS}", gate="variants", remedy=AGAIN),
+    Check("variant", weights.loss, VARIANTS, EVERYTHING),
+    Check("variant_weights", weights.conversions, RELEASE, CONVERTED, deep=True, needs=f"{VARIANT}-*/{LOSS}"),
+    Check("runtimes", weights.runtimes, EVIDENCE, PROVENANCE, needs=RUNTIMES, gate="runtimes", remedy=RUNTIME),
     BuildCheck("fresh_set", scores.fresh_set_of_conversations, DRAW),
     Check(
-        "fresh_set", scores.fresh_set, RELEASE, FRESH, deep=True, needs="dataset/evaluation/fresh",
-        gate="fresh_set", remedy=DRAW,
+        "fresh_set",
+        scores.fresh_set,
+        RELEASE,
+        FRESH,
+        deep=True,
+        needs="dataset/evaluation/fresh",
+        gate="fresh_set",
+        remedy=DRAW,
     ),
     Check(
-        "chat_templates", chat_templates.chat_templates, TEMPLATES, RENDERED, gate="chat_template_round_trip",
+        "chat_templates",
+        loading.chat_templates,
+        TEMPLATES,
+        RENDERED,
+        gate="chat_template_round_trip",
         remedy=EXPORT,
     ),
     Check("reload_in_transformers", loading.loads_with_goldens, MODELS, deep=True, confined=False),
-    Check("page", page.page, EVIDENCE, EVERYTHING, needs=f"{SITE}/*"),
+    Check("page", cards.whole_page, EVIDENCE, EVERYTHING, needs=f"{SITE}/*"),
     BuildCheck("no_secrets", source_code.no_secrets, "remove it at its source and run again", private=True),
-)  # fmt: skip
+)
 
 
-def verifiers(folder: Path, kind: str, deep: bool) -> Iterator[Check]:
-    """The checks of `atom verify` for a folder of this kind."""
+def verifiers(release: Release, deep: bool) -> Iterator[Check]:
+    """Lists the checks of `atom verify` that apply to a folder."""
     for check in CHECKS:
-        if isinstance(check, Check) and (deep or not check.deep) and check.applies_to(folder, kind):
+        if isinstance(check, Check) and (deep or not check.deep) and check.applies_to(release):
             yield check
+
+
+def gate_names() -> list[str]:
+    """The names of all gates, in the order of the registry."""
+    return gates.names(CHECKS)
+
+
+def run_gate(name: str, build: BuildContext) -> GateResult | None:
+    """Runs all checks of one gate; the first problem counts. None if none of them applies to the release."""
+    return gates.run_gate(CHECKS, name, build)
+
+
+def run_gates(build: BuildContext) -> list[GateResult]:
+    """The results of all gates that apply to the release."""
+    results = [result for name in gate_names() if (result := run_gate(name, build)) is not None]
+    return [gates.waive(result, build.evaluation.get("waived_gates", {})) for result in results]
+
+
+def write_gates(release: Release, results: list[GateResult]) -> None:
+    """Writes the results as a table, and as a statement about all artifacts."""
+    rows = {result.name: {"ok": result.ok, "detail": result.detail} for result in results}
+    (release.root / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    stated = attestations.gates(release, {result.name: result.ok for result in results})
+    (release.root / GATES_STATED).write_bytes(to_json(stated))

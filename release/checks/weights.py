@@ -1,29 +1,36 @@
-"""Checks the tensors of models and checkpoints, that the export equals the trained model, and the published base."""
+"""Checks the tensors of models and checkpoints, the parity of exports, the published base, and the variants of the
+final model."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped
-from release import schema, untrusted
-from release.checks.check import BuildContext, Subject
-from release.checks.file_list import ADAPTER
-from release.checks.findings import Findings
+from release import scratch, untrusted
+from release.cards import card_tables
+from release.checks.check import BuildContext, Findings
 from release.facts.published_tables import read_json
-from release.layout import BASE, models_of, when
-from release.repositories import files_below
+from release.facts.runtimes import REFERENCE, RUNTIMES, problem_of
+from release.facts.variant_facts import Original, base_of, compute_loss, read_original, read_variant_facts
+from release.layout import BASE, LOSS, MODEL, PUBLIC_KEY, SIGNATURE, SUMS, models_of, when
+from release.layout import RUNTIMES as FILE
+from release.opened_release import Release
+from release.published_files import ADAPTER
 from stages.train.imported_weights import NAME, TOKENIZER
 
 
-def tensors(subject: Subject) -> Findings:
+def tensors(release: Release) -> Findings:
     """Checks that every tensor is readable and finite, that an index lists the tensors of its files, and that an
     optimizer has the tensors of its model."""
     import torch
     from safetensors import safe_open
 
-    folder, problems = subject.folder, []
+    folder, problems = release.root, []
     files: dict[tuple[Path, str], dict[str, str]] = {}  # by folder, of model and optimizer: tensor -> its file
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
@@ -46,12 +53,12 @@ def tensors(subject: Subject) -> Findings:
     return Findings(problems, compared=bool(files))
 
 
-def shards(subject: Subject) -> Findings:
+def shards(release: Release) -> Findings:
     """Checks that the tensors of each model and each optimizer are in one file, or in the shards of its index: no file
     more or less, and in each the tensors that the index states."""
-    folder, findings = subject.folder, Findings(compared=False)
+    folder, findings = release.root, Findings(compared=False)
     names_by_place: dict[str, list[str]] = {}
-    for path in files_below(folder):  # without those of a client, which has one for each file that it downloads
+    for path in release.files:  # without those of a client, which has one for each file that it downloads
         place, slash, name = path.rpartition("/")
         if ".safetensors" in name:
             names_by_place.setdefault(f"{place}{slash}", []).append(name)
@@ -61,17 +68,17 @@ def shards(subject: Subject) -> Findings:
             findings.problems += [f"{prefix}{text}" for text in _shard_problems(folder / prefix, stem, own)]
             findings.compared = True
     findings.summary = "every tensor is in one file, or in the shards of an index"
-    findings.problems += [f"{name}.safetensors is missing" for name in _missing(subject)]
+    findings.problems += [f"{name}.safetensors is missing" for name in _missing(release)]
     return findings
 
 
-def _missing(subject: Subject) -> Iterator[str]:
+def _missing(release: Release) -> Iterator[str]:
     """The stems of weights that a folder must have and lacks: a checkpoint has an optimizer but at step 0."""
-    folder = subject.folder
-    stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in subject.models]
-    if subject.kind == "variant":
+    folder = release.root
+    stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in release.model_folders]
+    if release.kind == "variant":
         stems = [] if (folder / ADAPTER).is_file() or any(folder.glob("*.gguf")) else ["model"]
-    elif subject.kind == "checkpoint":
+    elif release.kind == "checkpoint":
         stems = ["model", "optimizer"] if read_json(folder / "state.json")["step"] else ["model"]
     yield from (stem for stem in stems if not any(folder.glob(f"{stem}*.safetensors")))
 
@@ -80,6 +87,7 @@ def _shard_problems(place: Path, stem: str, names: list[str]) -> Iterator[str]:
     """Problems of the files of one stem, such as `model`, in a folder. names: of all of them."""
     files = [name for name in names if name.endswith(".safetensors")]
     headers = {name: untrusted.tensor_header(place / name, follow=True) for name in files}
+    # One file needs no index; a loader that finds both could take up other tensors than were checked.
     if names == [f"{stem}.safetensors"]:
         return
     index = f"{stem}.safetensors.index.json"
@@ -97,34 +105,131 @@ def _shard_problems(place: Path, stem: str, names: list[str]) -> Iterator[str]:
 def export_parity(build: BuildContext) -> Findings:
     """Checks that the logits of every exported model agree with the trainer's."""
     deltas, findings = {}, Findings()
-    for path in sorted((build.folder / "evidence/parity").glob("*.json")):
+    for path in sorted((build.release.root / "evidence/parity").glob("*.json")):
         parity = read_json(path)
         delta, tolerance = parity["max_abs_logit_delta"], parity["tolerance"]
         deltas[path.stem] = delta
         if not delta < tolerance:
             text = f"export-{path.stem} differs by {delta:.3g}, tolerance {tolerance:g}"
             findings.problems.append(f"{text}; the export is not the trained model, do not publish it")
-    missing = [name for name in models_of(build.release.nodes) if name not in deltas]
+    missing = [name for name in models_of(build.release.info.nodes) if name not in deltas]
     findings.problems += [f"parity is not known for {name}; run its export again" for name in missing]
     findings.summary = ", ".join(f"{name} max |Δ| {deltas[name]:.3g}" for name in sorted(deltas, key=when))
     return findings
 
 
-def published_base(subject: Subject) -> Findings:
+def published_base(release: Release) -> Findings:
     """Checks that the weights and the tokenizer of `model-base` have the digests of the published model, which
     `evidence/base.json` states. Nothing to compare if pre-training began with it."""
-    folder, base = subject.folder, read_json(subject.folder / "evidence" / NAME)
-    if "pretrain" in schema.read_release(folder).nodes:
+    folder, base = release.root, read_json(release.root / "evidence" / NAME)
+    # Pre-training from a published model changes its weights, so no digest can be compared.
+    if "pretrain" in release.info.nodes:
         reason = f"pre-training changed the weights of {escaped(base['repo'])}"
         return Findings(detail=reason, compared=False, summary=reason)
     stated = {path: digest for path, digest in base["files"].items() if path == TOKENIZER or path.startswith("model")}
     present = {path.name for path in (folder / BASE).glob("model*.safetensors*")} | {TOKENIZER}
     problems = [f"{BASE}/{path} is no file of {base['repo']}; remove it" for path in sorted(present - stated.keys())]
     for path, digest in sorted(stated.items()):
-        if path not in present or subject.digest(folder / BASE / path) != digest:
+        if path not in present or release.digest(folder / BASE / path) != digest:
             problems.append(
                 f"{BASE}/{path} is not that of {base['repo']}; a release holds the published model bit for bit, so "
                 "train it in the precision in which it was published"
             )
     text = f"{len(stated)} files of {base['repo']}, {base['digest']}"
     return Findings([escaped(line) for line in problems], detail=escaped(text), summary=escaped(text))
+
+
+WITH_VARIANT = frozenset({"README.md", "LICENSE", LOSS, SUMS, SIGNATURE, PUBLIC_KEY})
+"""Files of a variant's repository beside the converted ones."""
+
+
+def losses(release: Release) -> Findings:
+    """Checks the figures and cards of all variants of a release against their tables and the original's."""
+    folder = release.root
+    final = models_of(release.info.nodes)[-1]
+    original = read_original(folder / MODEL, release.dataset / "evaluation" / final)
+    findings, texts = Findings(compared=False), []
+    for name in release.variant_names:
+        findings.add(_loss(folder / name, original), f"{name}/")
+        texts.append(f"{name} {read_json(folder / name / LOSS)['divergence']['value']:.3g}")
+    findings.summary = f"mean divergence in nats: {', '.join(texts)}"
+    return findings
+
+
+def loss(release: Release) -> Findings:
+    """Checks the figures and the card of one variant against its tables. The original's figures are as stated."""
+    return _loss(release.root, None)
+
+
+def _loss(folder: Path, original: Original | None) -> Findings:
+    facts, findings = read_variant_facts(folder), Findings()
+    if json.loads(json.dumps(compute_loss(folder, facts.loss, original))) != facts.loss:
+        findings.problems.append(f"{LOSS} is not what the tables give")
+    findings.compare_tables((folder / "README.md").read_text(), card_tables.VARIANT_TABLES, facts)
+    return findings
+
+
+def conversions(release: Release) -> Findings:
+    """Checks that the files of each variant are what the weights of the final model give, byte for byte; and of an
+    adapter, that its base in the release and it together are the final model."""
+    from stages.export.variants import conversion
+
+    folder, problems, texts = release.root, list[str](), list[str]()
+    for name in release.variant_names:
+        facts = read_variant_facts(folder / name)
+        variant = facts.loss["variant"]
+        if facts.base:
+            texts.append(_sum(folder, name, problems))
+            continue
+        published = {path.name for path in (folder / name).iterdir() if path.is_file()} - WITH_VARIANT
+        with scratch.folder() as place:
+            conversion.write(variant, folder / MODEL, place / "again")  # type: ignore[arg-type]
+            written = {path.name: path for path in (place / "again").iterdir()}
+            problems += [f"{name}/{file} does not follow from {MODEL}" for file in sorted(published - written.keys())]
+            problems += [f"{name}/{file} is missing" for file in sorted(written.keys() - published)]
+            problems += [
+                f"{name}/{file} is not what {MODEL} gives"
+                for file in sorted(written.keys() & published)
+                if sha256_file(written[file]) != release.digest(folder / name / file)
+            ]
+    return Findings(problems, detail="; ".join(filter(None, texts)) or "holds")
+
+
+def _sum(release: Path, name: str, problems: list[str]) -> str:
+    """The sentence on how far an adapter on its base is the final model; "" if it is not, which is a problem."""
+    from stages.export.variants import adapter_files
+
+    try:
+        return adapter_files.require_sum(base_of(release, release / name), release / name, release / MODEL)
+    except (CheckFailed, AtomError, KeyError, ValueError, RuntimeError) as error:
+        problems.append(f"{name} is no adapter of {MODEL}: {error}")
+        return ""
+
+
+def runtimes(release: Release) -> Findings:
+    """Checks that each run of evidence/runtimes.json passed by its own figures or was skipped for a reason, and that no
+    program that reads the final model or a variant is left out."""
+    folder, findings = release.root, Findings()
+    runs = read_json(folder / FILE)
+    for run in runs:
+        name = f"{FILE}: {run['folder']} in {run['runtime']}"
+        if run["status"] == "skipped":
+            findings.problems += [] if run.get("reason") else [f"{name} was skipped without a reason"]
+        elif run["status"] == "reference":
+            findings.problems += [] if run["runtime"] == REFERENCE else [f"{name} is not the reference"]
+        elif problem := problem_of(run) if "bound" in run else run.get("reason", "it has no figures"):
+            findings.problems.append(f"{name}: {problem}")
+        elif run["status"] != "passed":
+            findings.problems.append(f"{name} is called {run['status']}, and its figures keep their bound")
+    present = {run["folder"] for run in runs}
+    if release.is_whole:
+        missing = [name for name in (MODEL, *release.variant_names) if name not in present]
+        findings.problems += [f"{FILE} has no run of {name}" for name in missing]
+    stated = {run["runtime"] for run in runs if run["folder"] == MODEL}
+    readers = [name for name, runtime in RUNTIMES.items() if "safetensors" in runtime.writers]
+    findings.problems += [f"{FILE} does not say what {name} makes of {MODEL}" for name in readers if name not in stated]
+    counts = {status: sum(run["status"] == status for run in runs) for status in ("passed", "skipped")}
+    findings.compared = counts["passed"] > 0
+    findings.summary = f"{counts['passed']} runs passed, {counts['skipped']} skipped"
+    findings.detail = findings.summary
+    return findings

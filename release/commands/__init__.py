@@ -2,10 +2,9 @@
 
 import typer
 
-from release.commands import auditing, demonstration, predicting, publishing
+from release.commands import auditing, predicting, publishing
 
 app = typer.Typer()
 app.add_typer(publishing.app)
 app.add_typer(auditing.app)
 app.add_typer(predicting.app)
-app.add_typer(demonstration.app)

@@ -120,9 +120,10 @@ def show(
     Example: atom show runs/releases/atom-tiny-0.1.0
     """
     from release.audit import show as page
+    from release.opened_release import Release
 
     require_release(release)
-    facts = page.facts_of(release)
+    facts = page.facts_of(Release(release))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else page.WIDTH
     print(json.dumps(facts, indent=1) if as_json else page.text(facts, width))
 

@@ -1,4 +1,4 @@
-"""The commands that make and publish a release: build, sign, publish."""
+"""The commands that make and publish a release: build, site, sign, publish, retract."""
 
 from __future__ import annotations
 

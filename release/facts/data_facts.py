@@ -13,9 +13,7 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from release import data_layout, references
 from release.facts import message_tables
-from release.facts.distinct import Distinct
-from release.facts.document_facts import DocumentFacts, read_document_facts
-from release.facts.opt_outs import OptOut, read_opt_outs
+from release.facts.document_facts import DocumentFacts, OptOut, read_document_facts, read_opt_outs
 from release.facts.published_tables import read_json, stream_batches, stream_rows
 from release.facts.score_facts import ChatScores, compute_chat_scores, compute_scores
 from release.layout import FILTER_AGREEMENT, when
@@ -31,10 +29,23 @@ EXAMPLES, EXAMPLE_ROWS, EXAMPLE_CHARACTERS = 8, 64, 1_000
 
 @dataclass
 class SourceFacts:
-    """The dispositions of the documents of one source. removed: by rule; by_split: of the kept ones; tokens: by split;
-    origin, license_evidence: as the source declares them. generated: the settings of a source that a generator wrote,
-    and the generator's `digest`. conversations: the number of kept documents with each feature of a conversation, None
-    for other sources and for those by reference."""
+    """The dispositions of the documents of one source.
+
+    Attributes:
+        documents_in: Documents that were read.
+        kept: Documents that were kept.
+        removed: {rule: documents that it removed}
+        by_split: {split: kept documents}
+        bytes_in: Bytes of all texts.
+        bytes_kept: Bytes of the kept ones.
+        licenses: SPDX expressions of all documents.
+        origin: The origin that the source declares.
+        license_evidence: The evidence for its license that it declares.
+        tokens: {split: tokens}
+        generated: Settings of a source that a generator wrote, and the generator's `digest`; None for another one.
+        conversations: {feature of a conversation: kept documents that have it}; None for a source without
+            conversations or by reference.
+    """
 
     documents_in: int
     kept: int
@@ -52,8 +63,13 @@ class SourceFacts:
 
 @dataclass
 class SourceInOrder:
-    """The share of a source in an order: rows with any of its tokens (several sources can share a packed row);
-    predicted tokens; distinct documents."""
+    """The share of a source in an order.
+
+    Attributes:
+        rows: Rows with any of its tokens; several sources can share a packed row.
+        tokens: Predicted tokens.
+        documents: Distinct documents.
+    """
 
     rows: int
     tokens: int
@@ -62,7 +78,14 @@ class SourceInOrder:
 
 @dataclass
 class Packing:
-    """The fill of the rows of a packed order. tokens: predicted ones; fill: their share of all positions."""
+    """The fill of the rows of a packed order.
+
+    Attributes:
+        rows: Rows.
+        sequence_length: Tokens of a row.
+        tokens: Predicted tokens.
+        fill: The share of the predicted tokens in all positions.
+    """
 
     rows: int
     sequence_length: int
@@ -72,8 +95,15 @@ class Packing:
 
 @dataclass
 class OrderPart:
-    """The data that a phase read from its first to its last step. packing: of a packed order; long: by source, the
-    summary of the order stage on up-weighted long documents."""
+    """The data that a phase read from its first to its last step.
+
+    Attributes:
+        first_step: The first step.
+        last_step: The last step.
+        by_source: The share of each source.
+        packing: The fill of the rows of a packed order; None for another one.
+        long: {source: summary of the order stage on long documents that are drawn more often}
+    """
 
     first_step: int
     last_step: int
@@ -84,8 +114,12 @@ class OrderPart:
 
 @dataclass
 class OrderFacts:
-    """The steps of a phase and the data of each part of them: one part, unless the phase resumed from an earlier
-    run."""
+    """The steps of a phase and the data of each part of them.
+
+    Attributes:
+        steps: The last step.
+        parts: One part, unless the phase resumed from an earlier run.
+    """
 
     steps: int
     parts: list[OrderPart]
@@ -100,14 +134,22 @@ class OrderFacts:
 
 @dataclass
 class DataFacts:
-    """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
-    chat: scores by benchmark and model, empty without a chat model. filter_agreement: of the filters with their
-    reference. opt_outs: of the deny-list.
-    documents: licenses, lengths and measures after curation. by_reference: {source: where its files are} of sources
-    without published texts; messages: {source: splits} of the tables of conversations; published_reasons: {source that
-    a model wrote from one by reference: why its texts are published}; first_documents: {source: (id, beginning of the
-    text)} of the first training document of some sources; probes: by phase, of the bins of its tasks. Phases and
-    models are in the order of training."""
+    """The facts that the dataset repository proves. Phases and models are in the order of training.
+
+    Attributes:
+        sources: By name.
+        order: By phase.
+        chat: Scores by benchmark and model; empty without a chat model.
+        evaluation: Scores by model.
+        filter_agreement: The agreement of the filters with their reference.
+        opt_outs: Requests of the deny-list.
+        documents: Licenses, lengths and measures after curation.
+        by_reference: {source without published texts: where its files are}
+        messages: {source: splits} of the tables of conversations.
+        published_reasons: {source that a model wrote from one by reference: why its texts are published}
+        first_documents: {source: (id, beginning of the text)} of the first training document of some sources.
+        probes: By phase, of the bins of its tasks.
+    """
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
@@ -179,6 +221,7 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
         if "generated" in declared:
             sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
             records = sum(map(row_count, data_layout.generated_files(dataset).get(name, [])))
+            # Each text of a model must say how it was made.
             if records != sources[name].documents_in:
                 raise CheckFailed(
                     f"{data_layout.GENERATED}/{name} has records of {records} texts, and {sources[name].documents_in} "
@@ -206,7 +249,16 @@ def _totals(files: list[Path], columns: list[str], summed: str) -> Iterator[tupl
 
 @dataclass
 class _Fates:
-    """The dispositions of the documents of one source. splits: of the kept ones; rules: of the removed ones."""
+    """The dispositions of the documents of one source, while they are counted.
+
+    Attributes:
+        documents: All documents.
+        bytes: Their bytes.
+        kept_bytes: The bytes of the kept ones.
+        splits: {split: kept documents}
+        rules: {rule: removed documents}
+        licenses: Of all documents.
+    """
 
     documents: int = 0
     bytes: int = 0
@@ -280,6 +332,7 @@ def _part(folder: Path, end: int | None) -> OrderPart:
     columns = ["step", "row", "source", "part", "ordinal", "length"]
     for batch in stream_batches(order_files(folder), columns, BATCH):
         table = pa.Table.from_batches([batch])
+        # The steps after a resumption followed the next order.
         if end is not None:
             table = table.filter(pc.field("step") <= end)
         if not table.num_rows:
@@ -292,6 +345,7 @@ def _part(folder: Path, end: int | None) -> OrderPart:
         code_of_row = codes.indices.to_numpy()
         lengths = table["length"].to_numpy().astype("int64")
         for code, source in enumerate(codes.dictionary.to_pylist()):
+            # A segment of n tokens predicts n - 1 of them: its first token has nothing before it in the row.
             mask = code_of_row == code
             tokens[source] += int(lengths[mask].sum()) - int(mask.sum())
             rows_of.setdefault(source, _Rows()).add(row_numbers[mask], folder)
@@ -332,3 +386,52 @@ def canary_of(items: str) -> dict[str, str]:
     """A string that identifies evaluation items in a training corpus; its GUID follows from their digest."""
     guid = uuid.uuid5(uuid.NAMESPACE_URL, f"sha256:{items}")
     return {"canary": f"Evaluation data; it should never appear in a training corpus. canary GUID {guid}"}
+
+
+BLOCK_BITS = 12
+"""Numbers whose bits stand together: 2 to this power."""
+BYTES = (1 << BLOCK_BITS) // 8
+
+
+class Distinct:
+    """Counts distinct integers from 0 to 2^62 in a bit for each if their neighbors occur too, else in at most 800
+    bytes."""
+
+    def __init__(self) -> None:
+        import numpy as np
+
+        self._blocks = np.empty(0, np.int64)
+        """The first number of each block that is present, shifted by BLOCK_BITS, in order."""
+        self._rows = np.empty(0, np.int64)
+        """The row of `_bits` of each block."""
+        self._bits = np.zeros((0, BYTES), np.uint8)
+
+    def add(self, numbers: Any) -> None:
+        """numbers: array of int64."""
+        import numpy as np
+
+        numbers = np.unique(numbers)
+        blocks = numbers >> BLOCK_BITS
+        self._insert(np.setdiff1d(blocks, self._blocks))
+        bit = (numbers & ((1 << BLOCK_BITS) - 1)).astype(np.int64)
+        byte = self._rows[np.searchsorted(self._blocks, blocks)] * BYTES + (bit >> 3)
+        np.bitwise_or.at(self._bits.reshape(-1), byte, (1 << (bit & 7)).astype(np.uint8))
+
+    def count(self) -> int:
+        import numpy as np
+
+        slices = (self._bits[start : start + 4096] for start in range(0, len(self._bits), 4096))
+        return sum(int(np.bitwise_count(bits).sum(dtype=np.int64)) for bits in slices)
+
+    def _insert(self, blocks: Any) -> None:
+        """Adds new blocks."""
+        import numpy as np
+
+        size = len(self._blocks)
+        if size + len(blocks) > len(self._bits):
+            bits = np.zeros((max(size + len(blocks), len(self._bits) * 3 // 2), BYTES), np.uint8)
+            bits[:size] = self._bits[:size]
+            self._bits = bits
+        places = np.searchsorted(self._blocks, blocks)
+        self._rows = np.insert(self._rows, places, np.arange(size, size + len(blocks)))
+        self._blocks = np.insert(self._blocks, places, blocks)

@@ -1,5 +1,5 @@
-"""Licenses, lengths, languages and quality scores of the tokenized documents, from the tables of the dataset
-repository."""
+"""Licenses, lengths, languages and quality scores of the tokenized documents, and opt-outs, from the tables of the
+dataset repository."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import CheckFailed
 from release import data_layout
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches, stream_rows
+from release.layout import OPT_OUTS
 from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.curate.deny_list import OPT_OUT_RULE
 from stages.formats.table import MEASURES, SCORE, SPLITS, column_names, content_hash, row_count
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from numpy.typing import NDArray
+
 
 BATCH = 65536
 LENGTHS = (256, 1024, 4096, 16384, 65536, 262144)
@@ -28,8 +31,14 @@ SCORE_BINS = 100
 
 @dataclass
 class LicenseFacts:
-    """The documents of one license after curation. bases: acquired documents by how the license was found: `field` of
-    a row, `file` of a package, `page`, `none`, or empty where it is the source's declaration."""
+    """The documents of one license after curation.
+
+    Attributes:
+        documents: Documents.
+        tokens: Tokens of them.
+        bases: Acquired documents by how the license was found: `field` of a row, `file` of a package, `page`,
+            `none`, or empty where it is the source's declaration.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -38,7 +47,12 @@ class LicenseFacts:
 
 @dataclass
 class LengthFacts:
-    """Documents and tokens of a source in each range of lengths; the ranges are those of LENGTHS."""
+    """The documents of a source in each range of LENGTHS.
+
+    Attributes:
+        documents: Documents of each range.
+        tokens: Tokens of each range.
+    """
 
     documents: list[int]
     tokens: list[int]
@@ -54,8 +68,12 @@ class LanguageFacts:
 
 @dataclass
 class ScoreFacts:
-    """The scores of a source's documents by one classifier. bins: documents in each of SCORE_BINS equal ranges of 0 to
-    1; millionths: the sum of the scores, in whole numbers so that it does not depend on the order."""
+    """The scores of a source's documents by one classifier.
+
+    Attributes:
+        bins: Documents in each of SCORE_BINS equal ranges of 0 to 1.
+        millionths: The sum of the scores, in whole numbers so that it does not depend on the order.
+    """
 
     bins: list[int] = field(default_factory=lambda: [0] * SCORE_BINS)
     millionths: int = 0
@@ -89,10 +107,16 @@ class ScoreFacts:
 
 @dataclass
 class DocumentFacts:
-    """licenses: by SPDX expression, that of most tokens first; attributed: documents in the attribution table of each
-    source; notices: distinct texts of licenses and notices of packages; lengths: by source;
-    languages: by source and code, that of most tokens first; scores: by source and classifier. The latter two are of
-    sources whose steps measured them; a document without a measure has the language "".
+    """Licenses and measures of the documents after curation.
+
+    Attributes:
+        licenses: By SPDX expression, that of most tokens first.
+        attributed: {source: documents in its attribution table}
+        notices: Distinct texts of licenses and notices of packages.
+        lengths: By source.
+        languages: By source and code, that of most tokens first; a document without a measure has the language "".
+            Only of sources whose steps measured them.
+        scores: By source and classifier. Only of sources whose steps measured them.
     """
 
     licenses: dict[str, LicenseFacts] = field(default_factory=dict)
@@ -124,6 +148,7 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
             sums = np.bincount(ranges[rows], tokens[rows], minlength=len(LENGTHS) + 1)
             lengths.documents = [a + int(b) for a, b in zip(lengths.documents, counts, strict=True)]
             lengths.tokens = [a + int(b) for a, b in zip(lengths.tokens, sums, strict=True)]
+    # What the acquisition found of licenses, before anything was removed.
     for path in sorted((dataset / "sources").glob("*.json")):
         declared = read_json(path)
         everything = {"license": declared.get("license"), "found": "", "documents": declared.get("documents", 0)}
@@ -166,6 +191,7 @@ def _count_notices(dataset: Path) -> int:
     digests = set[str]()
     files = data_layout.all_files(data_layout.notice_files(dataset))
     for row in stream_rows(files, ["sha256", "text"], TEXT_BATCH):
+        # A text is published once, with the first package that has it.
         if row["sha256"] in digests:
             continue
         if content_hash(row["text"] or "") != row["sha256"]:
@@ -217,6 +243,7 @@ def _join_split(
     names = [name for name in column_names(measures_file) if name == "language" or name.startswith(SCORE)]
     for measures in stream_batches(measures_file, ["id", *names], BATCH):
         while pending is not None:
+            # Both tables are in the same order, so the rows before the first absent one are complete.
             rows = pc.index_in(pending["id"], value_set=measures["id"])
             absent = np.flatnonzero(rows.is_null().to_numpy(zero_copy_only=False))
             count = int(absent[0]) if absent.size else len(rows)
@@ -241,3 +268,49 @@ def _rows_by_value(column: pa.Array) -> list[tuple[str, NDArray[np.int64]]]:
     encoded = column.dictionary_encode()
     codes = encoded.indices.to_numpy()
     return [(value, np.flatnonzero(codes == code)) for code, value in enumerate(encoded.dictionary.to_pylist())]
+
+
+OPT_OUT_COLUMNS = ["id", "source", "rule", "match", "duplicate_of", "content_hash"]
+
+
+@dataclass
+class OptOut:
+    """A request to leave documents out.
+
+    Attributes:
+        request: The SHA-256 of its reference.
+        date: The date in the deny-list.
+        entries: {kind: entries of the deny-list}
+        removed: Documents by how they were found: as named (`id`, `url`, …), or as `copy`, `near_duplicate`,
+            `derived`.
+    """
+
+    request: str
+    date: str
+    entries: dict[str, int]
+    removed: Counter[str] = field(default_factory=Counter)
+
+
+def read_opt_outs(dataset: Path) -> list[OptOut]:
+    """The requests of a dataset folder in the order of their hashes; none for a corpus without a deny-list."""
+    if not (dataset / OPT_OUTS).exists():
+        return []
+    opt_outs = {
+        row["request"]: OptOut(row["request"], row["date"], row["entries"])
+        for row in read_json(dataset / OPT_OUTS)["requests"]
+    }
+    for row in removed_documents(dataset):
+        for request in row["requests"]:
+            if request in opt_outs:
+                opt_outs[request].removed[row["found"]] += 1
+    return [opt_outs[request] for request in sorted(opt_outs)]
+
+
+def removed_documents(dataset: Path) -> Iterator[dict[str, Any]]:
+    """The dispositions of the documents that were removed on request, with `found` and `requests` of their match."""
+    import pyarrow.compute as pc
+
+    for batch in stream_batches(data_layout.all_files(data_layout.disposition_files(dataset)), OPT_OUT_COLUMNS, BATCH):
+        for row in batch.filter(pc.equal(batch.column("rule"), OPT_OUT_RULE)).to_pylist():
+            kind, *requests = (row.pop("match") or "").split(" ")
+            yield {**row, "found": kind, "requests": requests}

@@ -24,7 +24,15 @@ NAMES = {LOSS: "held-out loss", BITS: "bits per byte, all sources", ACCURACY: "a
 
 @dataclass(frozen=True)
 class RunSize:
-    """A run, or the one to come. key: of the phase. flops: of its training; tokens: its slots; active: parameters."""
+    """A run, or the one to come.
+
+    Attributes:
+        recipe: Its recipe.
+        key: The key of its phase.
+        flops: FLOPs of its training.
+        tokens: Slots of its rows.
+        active: Active parameters.
+    """
 
     recipe: str
     key: str
@@ -35,8 +43,17 @@ class RunSize:
 
 @dataclass(frozen=True)
 class Point(RunSize):
-    """A finished run. digest: of the phase's artifact; scores_key, scores_digest: of its model's evaluation. items: the
-    number that its accuracy is over."""
+    """A finished run.
+
+    Attributes:
+        digest: Of the phase's artifact.
+        scores_key: Key of its model's evaluation.
+        scores_digest: Digest of that artifact.
+        heldout_loss: The last one.
+        bits_per_byte_all: On the held-out documents of all sources.
+        accuracy_all: On all problems.
+        items: The number of these problems.
+    """
 
     digest: str
     scores_key: str
@@ -49,7 +66,15 @@ class Point(RunSize):
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is expected of one figure. law: its parameters; low, high: of the band of LEVEL."""
+    """The expectation of one figure.
+
+    Attributes:
+        figure: Its name.
+        law: The parameters of the fitted law.
+        value: The expected value.
+        low: The lower end of the band of LEVEL.
+        high: The upper end.
+    """
 
     figure: str
     law: dict[str, float]
@@ -92,10 +117,12 @@ def predict(target: RunSize, points: Sequence[Point]) -> Prediction:
     """The prediction for a run from finished ones. Raises ValueError with a sentence if they cannot carry one."""
     from stages.evaluation import scaling_law
 
+    # Equal input gives an equal prediction, in whatever order the runs were named.
     ordered = sorted(points, key=lambda point: (point.flops, point.key))
     sizes = sorted({point.flops for point in ordered})
     if len(sizes) < LEAST_RUNS:
         raise ValueError(f"the runs have {len(sizes)} amounts of compute, and a law needs {LEAST_RUNS}")
+    # A prediction is about a larger run than those that it is made from.
     if sizes[-1] >= target.flops:
         raise ValueError(
             f"{ordered[-1].recipe} has {sizes[-1]:.3g} training FLOPs, not fewer than {target.recipe} with "
@@ -105,6 +132,7 @@ def predict(target: RunSize, points: Sequence[Point]) -> Prediction:
     for figure in (LOSS, BITS):
         law, band = scaling_law.loss_band(flops, [getattr(point, figure) for point in ordered], target.flops)
         forecasts.append(Forecast(figure, law, **asdict(band)))
+    # The uncertainty of the smallest evaluation.
     items = min(point.items for point in ordered)
     accuracies = [point.accuracy_all for point in ordered]
     curve, band = scaling_law.accuracy_band(flops, accuracies, items, target.flops)

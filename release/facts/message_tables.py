@@ -14,8 +14,8 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from pipeline.core.parts import part_tables
 from release import data_layout, references, untrusted
+from release.data_layout import over_parts
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
-from release.parallel_parts import over_parts
 from stages.formats import chat, chat_templates
 from stages.formats.table import SPLITS
 
@@ -68,6 +68,7 @@ def _write_part(dataset: Path, source: str, kept: Path) -> list[Path]:
     schema = chat.arrow_schema()
     paths = {split: table_of(dataset, source, split, kept) for split in SPLITS}
     features = {split: no_features() for split in SPLITS}
+    # The writers of all splits are open at once, so the kept documents are read once.
     with ExitStack() as stack:
         writers = {}
         for split, path in paths.items():
@@ -110,6 +111,7 @@ def features_of(dataset: Path, source: str) -> dict[str, int] | None:
     compares; None without tables or statements."""
     tables = [path for split in SPLITS for path in part_tables(dataset / FOLDER / source / split)]
     stated = [_stated_features(path) for path in tables]
+    # A table that states nothing could have any number.
     if not stated or None in stated:
         return None
     return {name: sum((features or {})[name] for features in stated) for name in chat_templates.FEATURES}
@@ -138,7 +140,7 @@ def message_row(document: dict[str, Any]) -> chat.MessagesRow:
 
 
 def problems(dataset: Path) -> Iterator[str]:
-    """How the tables differ from the kept documents."""
+    """Yields the differences between the tables and the kept documents."""
     sources = chat_sources(dataset)
     if set(published(dataset)) != set(sources):
         yield f"{FOLDER} has {', '.join(published(dataset))}, and the sources of conversations are {', '.join(sources)}"
@@ -156,6 +158,7 @@ def _part_problems(dataset: Path, source: str, kept: Path) -> list[str]:
 def _table_problem(dataset: Path, source: str, split: str, kept: Path) -> str:
     import pyarrow as pa
 
+    # In the order of the kept documents, so both tables are streamed once.
     schema, path = chat.arrow_schema(), table_of(dataset, source, split, kept)
     name = path.relative_to(dataset).as_posix()
     if not path.is_file():

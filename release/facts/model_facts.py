@@ -42,7 +42,13 @@ EXPERTS = ("num_experts", "n_routed_experts")
 
 @dataclass
 class Parameters:
-    """The number of parameters: in total, and active for one token."""
+    """The number of parameters.
+
+    Attributes:
+        total: All.
+        active: Those that are active for one token.
+        tensors: Tensors that hold them.
+    """
 
     total: int
     active: int
@@ -51,13 +57,28 @@ class Parameters:
 
 @dataclass
 class ModelFacts:
-    """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model; the last are those of the
-    model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
-    report, None without one. training: by phase. memorization: of the model itself, None if it was not measured.
-    harness: the same of task sets. outcomes: what was predicted before training, and measured; prediction: the whole of
-    it. base: the published model that training began with, None without one. special_tokens: tokens of the
-    tokenizer that stand for no text. rendered_chat: a question in the chat template, as the published goldens have it;
-    "" without them."""
+    """The facts that a model repository proves of its model.
+
+    Attributes:
+        architecture: The class in transformers.
+        config: CONFIG_KEYS of config.json.
+        dtype: The type of the weights.
+        parameters: Their numbers.
+        parity: As published.
+        rope: As published.
+        scores: By model: the last are those of the model itself, the earlier ones those of the models that it
+            descends from.
+        chat: The same by benchmark.
+        contamination: The report; None without one.
+        training: By phase.
+        memorization: Of the model itself; None if it was not measured.
+        harness: Its results on task sets; None if it was not measured.
+        prediction: The prediction that was sealed before training; None without one.
+        outcomes: Its forecasts with the measured figures.
+        base: The published model that training began with; None without one.
+        special_tokens: Tokens of the tokenizer that stand for no text.
+        rendered_chat: A question in the chat template, as the published goldens have it; "" without them.
+    """
 
     architecture: str
     config: dict[str, Any]
@@ -96,17 +117,17 @@ class ModelFacts:
 
     @property
     def is_chat(self) -> bool:
-        """Whether it was trained to converse."""
+        """True if it was trained to converse."""
         return any(phase in self.training for phase in CHAT)
 
     @property
     def on_published(self) -> bool:
-        """Whether it was trained on a published model as it is, which is the release's base, or is that base."""
+        """True if it was trained on a published model as it is, which is the release's base, or is that base."""
         return self.base is not None and "init" not in self.scores
 
     @property
     def is_copy(self) -> bool:
-        """Whether it is the published model itself, which no phase trained."""
+        """True if it is the published model itself, which no phase trained."""
         return self.on_published and not self.training
 
     def license(self, release: str) -> str:
@@ -170,7 +191,7 @@ def _measured(model: Path, scores: dict[str, ModelScores]) -> dict[str, float]:
 
 
 def _config_keys(config: dict[str, Any]) -> tuple[str, ...]:
-    """What the card shows: of a mixture of experts, whose layers have none, not `intermediate_size`."""
+    """Returns the fields that the card shows. The layers of a mixture of experts have no `intermediate_size`."""
     return CONFIG_KEYS if any(key in config for key in EXPERTS) else (*CONFIG_KEYS, "intermediate_size")
 
 
@@ -183,6 +204,7 @@ def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
     count = next((config[key] for key in EXPERTS if key in config), None)
     if experts and not (count and "num_experts_per_tok" in config):
         raise CheckFailed(f"{model.name}/config.json does not state num_experts and num_experts_per_tok")
+    # A token passes through the chosen experts only.
     idle = experts and experts * (count - config["num_experts_per_tok"]) // count
     return Parameters(total, total - idle, len(shapes))
 
@@ -195,3 +217,26 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 def _scores_by_model(folder: Path) -> dict[str, Any]:
     files = {path.stem: path for path in folder.glob("*.json")}
     return {model: read_json(files[model]) for model in sorted(files, key=when)}
+
+
+SERVE_FILE = "serve.yaml"
+
+
+def serve_config(folder: Path, repo: str, version: str) -> str:
+    """The content of serve.yaml of the model in a folder. repo: its repository on the Hub.
+
+    The parsers `hf` of vLLM read answers as `response_template` of the tokenizer says; without it none is set, and
+    reasoning stays a part of the content.
+    """
+    tokenizer, config = (read_json(folder / f"{name}.json") for name in ("tokenizer_config", "config"))
+    options = {
+        "model": repo,
+        "revision": f"v{version}",
+        "served-model-name": repo,
+        "max-model-len": config["max_position_embeddings"],
+        "generation-config": "auto",
+    }
+    if "response_template" in tokenizer:
+        options |= {"reasoning-parser": "hf", "tool-call-parser": "hf", "enable-auto-tool-choice": "true"}
+    lines = [f"{name}: {value}" for name, value in options.items()]
+    return "\n".join([f"# vllm serve --config {SERVE_FILE}", *lines]) + "\n"

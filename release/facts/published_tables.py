@@ -19,10 +19,21 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def to_json(value: Any, sort_keys: bool = True) -> bytes:
+    """Returns the bytes of a published JSON file. Not a number is refused, since parsers read it differently."""
+    return (json.dumps(value, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n").encode()
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of an artifact, in evidence/manifests. node: what its file is called after; of an artifact of an
-    earlier run, its key."""
+    """The manifest of an artifact, in evidence/manifests.
+
+    Attributes:
+        node: The name of its file: the node, or of an artifact of an earlier run its key.
+        key: The key of the artifact.
+        digest: Its digest.
+        files: Its files.
+    """
 
     node: str
     key: str

@@ -42,8 +42,13 @@ ORIGINAL = Variant("safetensors", "", 0, "", "")
 
 @dataclass(frozen=True)
 class Bound:
-    """What is allowed: of the mean difference of log-probabilities, of the largest one, and of the share of greedy
-    continuations that are not the reference's."""
+    """The limits of a comparison.
+
+    Attributes:
+        mean: Of the mean difference of log-probabilities.
+        largest: Of the largest difference.
+        other_greedy: Of the share of greedy continuations that are not the reference's.
+    """
 
     mean: float
     largest: float
@@ -83,9 +88,15 @@ class ProgramRun(TypedDict):
 
 @dataclass(frozen=True)
 class Runtime:
-    """A program. variable: names its interpreter in the environment; None: this one. writers: of the variants that it
-    reads. lack: what it lacks for a variant of a model, from its config.json, in one sentence. arguments: after the
-    path."""
+    """A program that loads models.
+
+    Attributes:
+        script: The file in stages/export/runtimes.
+        variable: The environment variable that names its interpreter; None for this one.
+        writers: Of the variants that it reads.
+        lack: Returns what it lacks for a variant of a model, from its config.json, in one sentence.
+        arguments: Returns the arguments after the path.
+    """
 
     script: str
     variable: str | None
@@ -116,7 +127,7 @@ def _vllm_lacks(variant: Variant, config: Mapping[str, Any]) -> str:
 
 
 def _has_amx() -> bool:
-    """Whether this processor has AMX tiles; true where it is not known, so that the program says it."""
+    """Returns True if this processor has AMX tiles, or if it is not known; then the program says it."""
     path = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not path.is_file():
         return True
@@ -171,6 +182,7 @@ def compare_all(release: Path, progress: Callable[[str], None] = lambda text: No
                     continue
                 progress(f"{name} in {runtime}")
                 try:
+                    # Once for all programs, and only if one of them runs.
                     reference = reference or _reference(model, folder, place / "dequantized", rows)
                     runs.append(_compare(name, folder, runtime, variant, reference, conversations))
                 except Failed as error:
@@ -179,7 +191,7 @@ def compare_all(release: Path, progress: Callable[[str], None] = lambda text: No
 
 
 def _absence(runtime: Runtime, variant: Variant, config: Mapping[str, Any]) -> str:
-    """Why a program does not run, in one sentence; "" if it does."""
+    """Returns a sentence why a program does not run; "" if it does."""
     if lack := runtime.lack(variant, config):
         return lack
     if runtime.variable and not os.environ.get(runtime.variable):
@@ -197,7 +209,7 @@ Expected = tuple[list[dict[str, Any]], list[list[float]]]
 
 
 def _reference(model: Path, folder: Path, place: Path, rows: Sequence[Mapping[str, Any]]) -> Expected:
-    """What transformers here makes of the weights of a variant. Raises Failed if it does not load them."""
+    """Returns the answers of transformers here with the weights of a variant. Raises Failed if it cannot load them."""
     request = [{name: row[name] for name in ("text", "ids", "greedy")} for row in rows]
     if folder != model:
         from stages.export.variants import conversion
@@ -228,24 +240,30 @@ def _compare(
         for row, values in zip(answers, expected, strict=True)
         for a, b in zip(row["logprobs"], values, strict=True)
     ]
+    # The bound is published with the figures, so that a later reader needs no table of this version.
     bound = bound_of(runtime, variant)
     run = ProgramRun(
-        folder=name, runtime=runtime, status="passed", version=f"{answer['program']} {answer['version']}",
-        rows=len(request), positions=len(differences),
+        folder=name,
+        runtime=runtime,
+        status="passed",
+        version=f"{answer['program']} {answer['version']}",
+        rows=len(request),
+        positions=len(differences),
         same_ids=sum(a["ids"] == b["ids"] for a, b in zip(answers, request, strict=True)),
         conversations=len(conversations),
         same_conversations=sum(a == b["ids"] for a, b in zip(answer["texts"], conversations, strict=True)),
         same_greedy=sum(a["greedy"] == b["greedy"] for a, b in zip(answers, request, strict=True)),
-        mean_difference=round(sum(differences) / len(differences), 6), largest_difference=round(max(differences), 6),
+        mean_difference=round(sum(differences) / len(differences), 6),
+        largest_difference=round(max(differences), 6),
         bound={"mean": bound.mean, "largest": bound.largest, "other_greedy": bound.other_greedy},
-    )  # fmt: skip
+    )
     if problem := problem_of(run):
         run["status"], run["reason"] = "failed", problem
     return run
 
 
 def problem_of(run: ProgramRun) -> str:
-    """What a run has beyond its bound, in one sentence; "" if it keeps it."""
+    """Returns a sentence on what a run has beyond its bound; "" if it keeps it."""
     bound, rows = run["bound"], run["rows"]
     if run["same_ids"] != rows:
         return f"{rows - run['same_ids']} of {rows} texts have other token ids"
@@ -263,6 +281,7 @@ def _run(
     runtime: Runtime, folder: Path, variant: Variant, rows: Sequence[Mapping[str, Any]], texts: Sequence[str] = ()
 ) -> Answers:
     """The answer of a program. Raises Failed."""
+    # Programs such as vLLM need packages that exclude ours, so each has an interpreter of its own.
     python = os.environ[runtime.variable] if runtime.variable else sys.executable
     subject = next(iter(sorted(folder.glob("*.gguf"))), folder)
     script = Path(scripts.__path__[0]) / runtime.script

@@ -1,15 +1,19 @@
-"""Scores of models: the published ones, and those recomputed from their tables. `verify` compares the two."""
+"""Scores of models, published and recomputed from their tables, which `verify` compares; and answers for the cards,
+chosen by a rule, so that nobody picks the best ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from release.facts.published_tables import read_json, read_rows
+from release.facts.published_tables import read_json, read_rows, stream_rows
 from release.layout import when
+from stages.evaluation.pass_at_k import GREEDY
 from stages.evaluation.scores import HarnessScores, MemorizationScores, ModelScores
+from stages.formats.table import read_jsonl
 
 ChatScores = dict[str, Any]
 """The content of a scores.json by model: AnswerScores, or ComparisonScores of the benchmark `preferences`."""
@@ -58,8 +62,13 @@ def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
 
 @dataclass(frozen=True)
 class HarnessFacts:
-    """task_sets: by name the tasks, the license of the data and its evidence, the revision, and the engine if it is
-    not the stage's process."""
+    """The results of lm-evaluation-harness of a model.
+
+    Attributes:
+        scores: Its scores.
+        task_sets: By name the tasks, the license of the data and its evidence, the revision, and the engine if it is
+            not the stage's process.
+    """
 
     scores: HarnessScores
     task_sets: dict[str, Any]
@@ -94,8 +103,90 @@ def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
 
 
 def _stated(folder: Path, *names: str) -> dict[str, str]:
-    """What no table says, as the published scores of a folder state it: the two models of a comparison, and what
-    computed the scores."""
+    """Returns the fields that no table has, as the published scores of a folder state them: the two models of a
+    comparison, and the engine that computed the scores."""
     path = folder / "scores.json"
     stated = read_json(path) if path.exists() else {}
     return {name: stated[name] for name in names if name in stated}
+
+
+SHOWN = 2
+"""Right and wrong answers of each kind of problem that are shown."""
+
+
+@dataclass(frozen=True)
+class ExampleAnswer:
+    """A greedy answer of a model.
+
+    Attributes:
+        kind: Kind of the problem.
+        request: What the model was asked, or the text that it continues.
+        text: Answer with its reasoning.
+        right: True for a right answer.
+        in_conversation: True if the request is in the chat template.
+    """
+
+    kind: str
+    request: str
+    text: str
+    right: bool
+    in_conversation: bool
+
+
+def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
+    """The greedy answers to the first problems, by id, of each kind: SHOWN right ones and SHOWN wrong ones. Of a model
+    that was not measured in conversation, the continuations of problems in plain text.
+
+    dataset: a dataset repository; model: the name of the exported model.
+    """
+    folders = {path.name: path for path in (dataset / "evaluation/test").glob("*") if path.is_dir()}
+    # A model that converses is shown in conversation.
+    if model in folders:
+        return _chosen(_in_conversation(dataset, folders[model]))
+    folders = {path.name: path for path in (dataset / "evaluation").glob("*") if path.is_dir()}
+    return _chosen(_in_plain_text(folders[model])) if model in folders else []
+
+
+def best_example(examples: Sequence[ExampleAnswer]) -> ExampleAnswer | None:
+    """The answer for a reader to draw again: the first right one, or the first of all. An empty text is no answer."""
+    return min(filter(lambda answer: answer.text.strip(), examples), key=lambda answer: not answer.right, default=None)
+
+
+def _in_conversation(dataset: Path, folder: Path) -> Iterator[tuple[str, ExampleAnswer]]:
+    columns = ["id", "kind", "sample", "text", "reward"]
+    rows = [row for row in stream_rows(folder / "answers.parquet", columns) if row["sample"] == GREEDY]
+    path = dataset / "evaluation/chat.jsonl"
+    ids = {row["id"] for row in rows}
+    questions = {row["id"]: row["question"] for row in read_jsonl(path) if row["id"] in ids and "question" in row}
+    for row in rows:
+        if row["reward"] in (0.0, 1.0) and row["id"] in questions:
+            right = row["reward"] == 1.0
+            yield row["id"], ExampleAnswer(row["kind"], questions[row["id"]], row["text"], right, True)
+
+
+def _in_plain_text(folder: Path) -> Iterator[tuple[str, ExampleAnswer]]:
+    columns = ["id", "task", "prompt", "output", "score"]
+    for row in stream_rows(folder / "items.parquet", columns):
+        yield row["id"], ExampleAnswer(row["task"], row["prompt"], row["output"], bool(row["score"]), False)
+
+
+def _chosen(answers: Iterable[tuple[str, ExampleAnswer]]) -> list[ExampleAnswer]:
+    groups: dict[tuple[str, bool], list[tuple[str, ExampleAnswer]]] = {}
+    for pair in answers:
+        groups.setdefault((pair[1].kind, not pair[1].right), []).append(pair)
+    return [
+        answer
+        for group in sorted(groups)
+        for _, answer in heapq.nsmallest(SHOWN, groups[group], key=lambda pair: pair[0])
+    ]
+
+
+def settings_of(recipe: Any, phase: str) -> dict[str, Any]:
+    """The section of a phase in a resolved recipe; empty if it has none."""
+    kind, _, number = phase.partition("-")
+    if kind == "longcontext":
+        sections = recipe.get("long_context") or []
+        section = sections[int(number) - 1] if number.isdigit() and int(number) <= len(sections) else {}
+    else:
+        section = recipe.get(phase.replace("-", "_"))
+    return section if isinstance(section, dict) else {}

@@ -24,7 +24,13 @@ MOST_LISTED = 10_000
 
 @dataclass(frozen=True)
 class ChangedFile:
-    """A file of a release: its SHA-256 before and after; after is None if it was removed."""
+    """A file of a release that was rewritten.
+
+    Attributes:
+        path: Its path.
+        before: Its SHA-256 before.
+        after: Its SHA-256 after; None if it was removed.
+    """
 
     path: str
     before: str
@@ -33,8 +39,15 @@ class ChangedFile:
 
 @dataclass(frozen=True)
 class ChangedRepository:
-    """A branch of a repository that was rewritten. folder: its place in the release; checksums: SHA-256 of its
-    SHA256SUMS before."""
+    """A branch of a repository that was rewritten.
+
+    Attributes:
+        repository: Its id on the Hub.
+        branch: The branch.
+        folder: Its place in the release.
+        checksums: The SHA-256 of its SHA256SUMS before.
+        files: The files that changed.
+    """
 
     repository: str
     branch: str
@@ -45,7 +58,13 @@ class ChangedRepository:
 
 @dataclass(frozen=True)
 class RetractedDocument:
-    """A document that was taken back. found: as in an opt-out; requests: SHA-256 of each reference."""
+    """A document that was taken back.
+
+    Attributes:
+        id: Its id.
+        found: How it was found, as in an opt-out.
+        requests: The SHA-256 of each reference.
+    """
 
     id: str
     found: str
@@ -54,9 +73,17 @@ class RetractedDocument:
 
 @dataclass(frozen=True)
 class Tombstone:
-    """release: name and version. dates: of each request. count: of documents, of which `documents` lists the first
-    MOST_LISTED. trained: repositories of the models that were trained on a
-    document; removed: those of them that were taken back as well."""
+    """A retraction.
+
+    Attributes:
+        release: Name and version.
+        dates: {request: its date}
+        count: The number of documents.
+        documents: The first MOST_LISTED of them.
+        repositories: The branches that were rewritten.
+        trained: Repositories of the models that were trained on a document.
+        removed: Those of them that were taken back as well.
+    """
 
     release: str
     dates: dict[str, str]

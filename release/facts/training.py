@@ -48,11 +48,16 @@ class FirstAndLast(TypedDict):
 class PhaseLog:
     """The facts of one phase for a card.
 
-    first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None
-    without one; measurements: their number; dropped: the total of dropped assignments. spikes: each with its `step`.
-    rewards: by kind of task, the mean reward of the `first` and the `last` quarter of the steps, with standard errors
-    over steps; none for fewer than four steps. parts: the same of the logged parts of rewards, by kind. excluded: steps
-    that the recipe excludes, without a spike.
+    Attributes:
+        first: The first step that the log covers.
+        last: The last one.
+        experts: The last measurement of the routers with its `step`; None without one.
+        measurements: Their number.
+        dropped: The total of dropped assignments.
+        spikes: Each with its `step`.
+        rewards: {kind of task: mean reward of the first and the last quarter of the steps, with standard errors over
+            steps}; none for fewer than four steps.
+        excluded: Steps that the recipe excludes, without a spike.
     """
 
     first: int
@@ -70,6 +75,7 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
     steps = [line["step"] for line in lines if "tokens" in line]
     measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
     spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
+    # Steps that a spike excluded are told with it.
     spike_steps = {step for spike in spikes for step in spike["excluded"]}
     rewards = [line["rewards"] for line in lines if "rewards" in line]
     return PhaseLog(
@@ -85,12 +91,13 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
 
 
 def _first_and_last(rows: Sequence[Mapping[str, float]]) -> dict[str, FirstAndLast]:
-    """Of every name that at least four rows have."""
+    """Returns the means of every name that at least four rows have."""
     means = {name: [row[name] for row in rows if name in row] for row in rows for name in row}
     return {name: _first_and_last_means(values) for name, values in sorted(means.items()) if len(values) >= 4}
 
 
 def _first_and_last_means(means: list[float]) -> FirstAndLast:
+    # Two at least, since one value has no standard error.
     size = max(2, len(means) // 4)
     return {"first": clustered(means[:size]), "last": clustered(means[-size:])}
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from release.facts.published_tables import read_json, read_rows
-from release.layout import LOSS, MODEL, VARIANT
-from release.repositories import model_folders, variant_folders
+from release.layout import LOSS, VARIANT
+from release.repositories import model_folders
 from stages.evaluation.scores import ModelScores
 from stages.export.variants.loss import VariantLoss
 from stages.export.variants.registry import VARIANTS, Variant
@@ -19,8 +19,14 @@ from stages.train.imported_weights import NAME as BASE
 
 @dataclass(frozen=True)
 class VariantFacts:
-    """The content of a variant's repository. file: of its weights, if it is one; else "". base: the repository on
-    whose model it is an adapter; else ""."""
+    """The content of a variant's repository.
+
+    Attributes:
+        variant: The variant.
+        loss: Its loss.json.
+        file: The file of its weights, if it is one; else "".
+        base: The repository on whose model it is an adapter; else "".
+    """
 
     variant: Variant
     loss: VariantLoss
@@ -38,7 +44,13 @@ class VariantFacts:
 
 @dataclass(frozen=True)
 class Original:
-    """The exported model of a variant. bytes: of its weights. answers: {problem: its greedy answer}."""
+    """The exported model of a variant.
+
+    Attributes:
+        bytes: Of its weights.
+        scores: Its scores.
+        answers: {problem: its greedy answer}
+    """
 
     bytes: int
     scores: ModelScores
@@ -66,12 +78,9 @@ def base_of(release: Path, folder: Path) -> Path:
     raise CheckFailed(f"{folder.name}/{BASE} names weights that are none of the release's models; build it again")
 
 
-def read_variants(release: Path, folder: str = MODEL) -> dict[str, VariantFacts]:
-    """The variants in a release of the model in a folder, by the end of their repository's name; only the final one has
-    some."""
-    if folder != MODEL:
-        return {}
-    return {name.removeprefix(VARIANT): read_variant_facts(release / name) for name in variant_folders(release)}
+def read_variants(release: Path, folders: Iterable[str]) -> dict[str, VariantFacts]:
+    """Returns {end of the repository's name: facts} of the variants in these folders of a release."""
+    return {name.removeprefix(VARIANT): read_variant_facts(release / name) for name in folders}
 
 
 def read_original(model: Path, evaluation: Path) -> Original:
@@ -93,6 +102,7 @@ def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -
         name: read_rows(folder / f"evaluation/{name}.parquet") for name in ("documents", "items", "divergence")
     }
     scores = scores_of(tables["documents"], tables["items"])
+    # A variant's repository alone: what only the original shows is as stated.
     if original is None:
         all_of: Any = {f"{name}_all": stated[name]["original"] for name in ("bits_per_byte", "accuracy")}
         known = Original(stated["bytes"]["original"], all_of, {row["id"]: "" for row in tables["items"]})

@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.hub.client import Changed, RemoteRepository, api, endpoint, parsing, translate_errors
 from release import schema, scratch
-from release.audit.replay.certificates import read_certificates
+from release.audit.replay.report import read_certificates
 from release.audit.verify import verify
 from release.hub.space import publish_space
 from release.hub.upload import Destination, Journal, Progress, Published

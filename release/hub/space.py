@@ -21,7 +21,7 @@ from pipeline.core.errors import CheckFailed
 from pipeline.hub.client import RemoteRepository, load
 from pipeline.hub.limits import PUBLIC_HUB
 from release import scratch
-from release.audit.replay.certificates import Certificate
+from release.audit.replay.report import Certificate
 from release.cards.render import license_fields
 from release.cards.tables import count
 from release.hub.upload import Destination, Journal, Progress, Published

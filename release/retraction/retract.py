@@ -24,7 +24,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
 from release import schema
 from release.assembly.build_release import write_checksums
-from release.facts.assemble import to_json
+from release.facts.published_tables import to_json
 from release.facts.tombstones import (
     MOST_LISTED,
     ChangedFile,

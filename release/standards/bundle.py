@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from pipeline.core.text import escaped
-from release.facts.assemble import to_json
+from release.facts.published_tables import to_json
 from release.layout import LICENSE_TEXTS, NOTICE, STANDARDS
 from release.standards import eu_summary, frameworks, ml_bom, spdx_document, standard_facts
 from release.standards.standard_facts import NOT_STATED, StandardFacts, address, energy

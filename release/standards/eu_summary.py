@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 from pipeline.core.errors import CheckFailed
 from pipeline.core.text import escaped
 from release import data_layout
+from release.data_layout import over_parts
 from release.facts.data_facts import BATCH
 from release.facts.published_tables import stream_rows
 from release.layout import MODEL, WITHOUT_ORDER, numbered
-from release.parallel_parts import over_parts
 from release.standards.standard_facts import NOT_STATED, StandardFacts
 
 Json = dict[str, Any]

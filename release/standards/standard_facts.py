@@ -7,9 +7,8 @@ in the metadata of the package, if that version is installed, and in the lock fi
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,13 +17,13 @@ from urllib.parse import quote
 
 from pipeline.core import provenance
 from pipeline.core.bounds import spdx
-from release.facts import costs
-from release.facts.costs import Costs
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
-from release.facts.published_tables import Manifest, read_json, read_manifests
-from release.facts.variant_facts import VariantFacts, read_variants
+from release.facts.published_tables import Manifest, read_json
+from release.facts.run_facts import Costs, total_cost
+from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL, STANDARDS, VARIANT, phases_of
+from release.opened_release import Release
 from release.schema import ReleaseInfo
 from stages.data.acquire.licenses.maps import load_map
 from stages.data.acquire.packages.python_metadata import parse
@@ -72,10 +71,11 @@ class Package:
         return f"pkg:pypi/{segment(normalized_package(self.name))}@{segment(self.version)}"
 
 
-def package_versions(folder: Path, bodies: Iterable[provenance.Statement]) -> list[tuple[str, str]]:
+def package_versions(release: Release) -> list[tuple[str, str]]:
     """Returns (name, version) of the packages in a release's statements and in the environment of its build."""
     pairs = set[tuple[str, str]]()
-    for environment in (read_json(folder / "evidence/environment.json"), *map(provenance.environment_of, bodies)):
+    bodies = map(provenance.environment_of, release.statements.values())
+    for environment in (read_json(release.root / "evidence/environment.json"), *bodies):
         pairs |= {(str(name), str(version)) for name, version in environment.get("packages", {}).items()}
     return sorted(pairs)
 
@@ -236,14 +236,17 @@ class StandardFacts:
         return [name for name in self.data.sources if self.category(name)[0] == category]
 
 
-def read_facts(
-    folder: Path, release: ReleaseInfo, data: DataFacts, models: Mapping[str, ModelFacts], costs: Costs
-) -> StandardFacts:
-    """Reads the rest of the facts of a release folder, its statements one after the other."""
+def weights_only(digests: Mapping[str, str]) -> dict[str, str]:
+    """Returns the files with weights, sorted. digests: {path: SHA-256}."""
+    return {path: digest for path, digest in sorted(digests.items()) if path.endswith(WEIGHTS)}
+
+
+def read_facts(release: Release) -> StandardFacts:
+    """Returns the facts of a release, with what its statements and the declarations of its sources say."""
     ended = acquired = ""
     # Statements are read one by one, since a long run has very many.
     methods, attempts, counted = set[str](), 0, 0
-    for body in statements(folder):
+    for body in release.statements.values():
         finished = str(body["predicate"]["runDetails"]["metadata"]["finishedOn"])
         ended = max(ended, finished)
         if provenance.parameters_of(body)["node"].startswith("acquire-"):
@@ -255,23 +258,23 @@ def read_facts(
             counted += "energy_joules_estimate" in usage
         if "energy_method" in usage:
             methods.add(str(usage["energy_method"]))
-    declared = {path.stem: read_json(path) for path in sorted((folder / "dataset/sources").glob("*.json"))}
-    section = read_json(folder / "evidence/recipe.json").get("release", {})
+    declared = {path.stem: read_json(path) for path in sorted((release.dataset / "sources").glob("*.json"))}
+    section = release.recipe.get("release", {})
     return StandardFacts(
-        folder=folder,
-        release=release,
-        data=data,
-        models=models,
-        costs=costs,
+        folder=release.root,
+        release=release.info,
+        data=release.data,
+        models=release.models,
+        costs=release.costs,
         maker=Maker.model_validate(section.get("maker", {})),
-        packages=[Package(**row) for row in read_json(folder / STANDARDS / PACKAGES)],
+        packages=[Package(**row) for row in read_json(release.root / STANDARDS / PACKAGES)],
         ended=ended,
         acquired=acquired,
         methods=sorted(methods),
         counted=(counted, attempts),
         declared=declared,
-        manifests=read_manifests(folder),
-        variants=read_variants(folder),
+        manifests=release.manifests,
+        variants=release.variants,
     )
 
 
@@ -303,19 +306,8 @@ def energy(facts: StandardFacts) -> dict[str, Any]:
         "factors": {"carbon": carbon.model_dump() if carbon else None, "stated_by": "maker" if carbon else None},
         "left_out": LEFT_OUT,
         "stages": {stage: row(usage) for stage, usage in facts.costs.items()},
-        "total": row(costs.total(facts.costs)),
+        "total": row(total_cost(facts.costs)),
     }
-
-
-def statements(folder: Path) -> Iterator[provenance.Statement]:
-    """Yields the published statements."""
-    for path in sorted((folder / "evidence/statements").glob("*.json")):
-        yield json.loads(path.read_bytes())
-
-
-def weights_only(digests: Mapping[str, str]) -> dict[str, str]:
-    """Returns the files with weights, sorted. digests: {path: SHA-256}."""
-    return {path: digest for path, digest in sorted(digests.items()) if path.endswith(WEIGHTS)}
 
 
 def address(text: str) -> str:

@@ -12,7 +12,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer to one question. KIND: its name in JSON."""
+    """An answer to one question.
+
+    Attributes:
+        KIND: Its name in JSON.
+    """
 
     KIND: ClassVar[str]
 
@@ -23,7 +27,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Place:
-    """A piece of a document in a step. row, segment: in the step; offset, length: in the document, in tokens."""
+    """A piece of a document in a step.
+
+    Attributes:
+        row: The row of the step.
+        segment: The segment of the row.
+        offset: The first token in the document.
+        length: Tokens.
+    """
 
     row: int
     segment: int
@@ -33,10 +44,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Use:
-    """A step that read a document. order: the folder that lists it; rows: the pieces that it read.
+    """A step that read a document.
 
-    moved: whether the step updated the weights (a spike, an excluded batch or a step without answers does not); None if
-    the log of the phase is not available.
+    Attributes:
+        phase: The phase.
+        step: The step.
+        order: The folder of the order that lists it.
+        moved: Whether the step updated the weights: a spike, an excluded batch or a step without answers does not.
+            None if the log of the phase is not available.
+        rows: The pieces that it read.
     """
 
     phase: str
@@ -48,7 +64,14 @@ class Use:
 
 @dataclass(frozen=True)
 class Segment(Place):
-    """A piece of a document in a step, and the document. license, origin: None if its text is not available."""
+    """A piece of a document in a step, and the document.
+
+    Attributes:
+        source: The source.
+        id: The document.
+        license: Its license; None if its text is not available.
+        origin: Its origin; None if its text is not available.
+    """
 
     source: str
     id: str
@@ -60,9 +83,25 @@ class Segment(Place):
 class SampledAnswer:
     """An answer that a phase sampled.
 
-    wave, group, sample: its place in the step. parts: of its reward, by name. seed: of its tokens. dropped: the reason
-    why no update used it, "" if none. learnt: whether an update used it, None if it was not dropped and the log of the
-    phase is not available. calls: of tools, in order.
+    Attributes:
+        step: The step.
+        wave: The wave of the step.
+        group: The group of answers to one task.
+        sample: Its number in the group.
+        task: The id of the task.
+        kind: The kind of the task.
+        level: The level of the task.
+        text: The answer.
+        finished: Whether it ended by itself.
+        reward: Its reward.
+        parts: The parts of the reward by name.
+        verifier: The verifier that judged it.
+        verifier_version: The version of that one.
+        policy: The weights that sampled it.
+        seed: The seed of its tokens.
+        dropped: The reason why no update used it; "" if none.
+        learnt: Whether an update used it; None if it was not dropped and the log of the phase is not available.
+        calls: Calls of tools, in order.
     """
 
     step: int
@@ -87,9 +126,25 @@ class SampledAnswer:
 
 @dataclass(frozen=True)
 class PairRecord:
-    """Two answers to a question, the better first. row: in its table, from 0; round: the step that sampled them.
-    learnt: whether that step trained on the pair. reward_steps: the steps of the reward model that read it, None if
-    there is none or its settings are not available."""
+    """Two answers to a question, the better first.
+
+    Attributes:
+        row: The row of the table, from 0.
+        round: The step that sampled them.
+        task: The id of the task.
+        question: The question.
+        judge: Who judged them.
+        judge_version: The version of that one.
+        chosen: The better answer.
+        rejected: The other one.
+        chosen_sample: The number of the better answer.
+        rejected_sample: The number of the other one.
+        chosen_reward: The reward of the better answer.
+        rejected_reward: The reward of the other one.
+        learnt: Whether that step trained on the pair.
+        reward_steps: The steps of the reward model that read it; None if there is none or its settings are not
+            available.
+    """
 
     row: int
     round: int
@@ -109,8 +164,19 @@ class PairRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """A task of a phase. table: its file. messages: the prompt; it, kind, level and verifier are None if the file lacks
-    the task. answers, pairs: those that the question is about, of one step or of all."""
+    """A task of a phase.
+
+    Attributes:
+        phase: The phase.
+        table: The file of its tasks.
+        id: The id.
+        kind: The kind; None if the file lacks the task.
+        level: The level; None if the file lacks the task.
+        verifier: The verifier; None if the file lacks the task.
+        messages: The prompt; None if the file lacks the task.
+        answers: The answers that the question is about, of one step or of all.
+        pairs: The pairs that it is about.
+    """
 
     phase: str
     table: str
@@ -125,8 +191,17 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class Step(Answer):
-    """One optimizer step: the segments that it read, and the tasks whose answers or pairs it sampled or read. order,
-    moved: as of Use; order is None if the phase has none. segments of a phase with tasks are replayed rows."""
+    """One optimizer step: the segments that it read, and the tasks whose answers or pairs it sampled or read.
+
+    Attributes:
+        phase: The phase.
+        step: The step.
+        order: The folder of its order; None if the phase has none.
+        moved: As of Use.
+        segments: The segments; of a phase with tasks these are replayed rows.
+        tasks: The tasks.
+        unknown: Sentences on what the files do not state.
+    """
 
     KIND = "step"
     phase: str
@@ -167,8 +242,16 @@ class Fate:
 
 @dataclass(frozen=True)
 class TaskUse:
-    """Tasks of reinforcement learning that have a document's id or its question. table: their file; tasks: their ids;
-    steps: those that sampled answers to them; answers: their number; learnt: the number of answers trained on."""
+    """Tasks of reinforcement learning that have a document's id or its question.
+
+    Attributes:
+        phase: The phase.
+        table: The file of the tasks.
+        tasks: Their ids.
+        steps: The steps that sampled answers to them.
+        answers: The number of these answers.
+        learnt: The number of answers that were trained on.
+    """
 
     phase: str
     table: str
@@ -180,12 +263,18 @@ class TaskUse:
 
 @dataclass(frozen=True)
 class Document(Answer):
-    """The fate of one document, or the use of one task.
+    """The fate of one document, or the use of one task. Lists are in the order of training.
 
-    fates: the first is of the release's own dispositions, others are of earlier runs; empty of a task whose id no
-    document has. uses: by order of training. asked: by order of training. tasks: those with this very id, by order of
-    training. checkpoints: folders of those trained on it, None if they are not available. models: names of exported
-    ones trained on it.
+    Attributes:
+        id: The id.
+        fates: The first is of the release's own dispositions, others are of earlier runs; none of a task whose id no
+            document has.
+        uses: The steps that read it.
+        asked: The tasks that have its id or its question.
+        tasks: The tasks with this very id.
+        checkpoints: Folders of the checkpoints trained on it; None if they are not available.
+        models: Names of the exported models trained on it.
+        unknown: Sentences on what the files do not state.
     """
 
     KIND = "document"
@@ -240,8 +329,14 @@ class Related:
 
 @dataclass(frozen=True)
 class Mention:
-    """A file that has the id or contains a text of a document. by_id, by_text: rows of a table, or 1 of another file.
-    repository: its id on the Hub, None if only the data is available."""
+    """A file that has the id or contains a text of a document.
+
+    Attributes:
+        repository: Its id on the Hub; None if only the data is available.
+        path: The file.
+        by_id: Rows of a table with the id, or 1 of another file.
+        by_text: Rows with a text, or 1 of another file.
+    """
 
     repository: str | None
     path: str
@@ -251,8 +346,15 @@ class Mention:
 
 @dataclass(frozen=True)
 class Removal(Answer):
-    """The scope of a request to remove a document. files: those that mention it; token ids and weights are not
-    searched. proofs: by table."""
+    """The scope of a request to remove a document. Token ids and weights are not searched.
+
+    Attributes:
+        document: The document.
+        related: Documents that stand for it, that it stands for, or that have its text.
+        files: The files that mention it.
+        proofs: By table.
+        unknown: Sentences on what the files do not state.
+    """
 
     KIND = "removal"
     document: Document

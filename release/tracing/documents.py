@@ -61,6 +61,7 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
     [(name, (order, rows, tasks))] = matches.items()
     documents = {(row["source"], row.pop("part"), row["id"]) for row in rows}
     origins = _licenses_and_origins(data, documents, order) if order else {}
+    # A packed row holds parts of several documents.
     segments = []
     for row in rows:
         license, origin = origins.get(row["id"], (None, None))
@@ -107,6 +108,7 @@ def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[l
 
 def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]:
     """{id: document} of those in a table of dispositions."""
+    # A document may be in this run's tables and in those of earlier runs.
     fates: dict[str, list[Fate]] = {}
     for path in data.dispositions():
         for row in select_rows(path, ["id", *FATE], ("id", "in", list(ids))):

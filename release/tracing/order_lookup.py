@@ -1,17 +1,50 @@
-"""Where an order reads documents, by its function and the tables of documents, without a search of its rows."""
+"""The function of a published order, from its meta.json, and the steps in which it reads documents: by that function
+and the tables of documents, without a search of its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.parts import part_file
-from release.facts import published_order
 from release.facts.published_tables import read_json
 from release.tracing.release_data import select_rows
-from stages.data.order.chunks import TableIndex
-from stages.data.order.computed_order import ComputedOrder
+from stages.data.order.chunks import Cut, TableIndex
+from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder
+from stages.data.order.order_config import OrderConfig
+from stages.data.order.row_draw import DataCursor
 from stages.data.order.shards import document_files
+from stages.data.order.streams import Place
+
+Meta = Mapping[str, Any]
+
+
+def is_function(meta: Meta) -> bool:
+    """Returns True if this code computes the rows of the order."""
+    return bool(meta.get("function", {}).get("version") == FUNCTION_VERSION)
+
+
+def config_of(meta: Meta) -> OrderConfig:
+    return OrderConfig.model_validate({name: meta[name] for name in OrderConfig.model_fields if name in meta})
+
+
+def cut_of(meta: Meta) -> Cut:
+    long = meta.get("long_documents")
+    return Cut(meta["sequence_length"], long["over"] if long else None)
+
+
+def cursor_of(meta: Meta) -> DataCursor:
+    return DataCursor(**meta["walk"]) if "walk" in meta else DataCursor(1, meta["seed"])
+
+
+def starts_of(meta: Meta) -> dict[int, dict[str, Place]]:
+    """Where each stream of a packed phase stands at each block and at the end; nothing for other phases."""
+    if not meta.get("pack"):
+        return {}
+    places = [*(part["start"] for part in meta["parts"]), meta["end"]]
+    return {n: {name: Place(*place) for name, place in start.items()} for n, start in enumerate(places)}
+
 
 Places = Mapping[str, tuple[str, int]]
 """{id: the source and the part of a training document}"""
@@ -29,14 +62,15 @@ def steps_by_file(data: Path, order: Path, places: Places) -> dict[Path, range] 
     """
     meta = read_json(order / "meta.json")
     try:
-        return _look_up(data, order, places, meta) if published_order.is_function(meta) else None
+        return _look_up(data, order, places, meta) if is_function(meta) else None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # `atom verify` says what is wrong in it
         return None
 
 
-def _look_up(data: Path, order: Path, places: Places, meta: published_order.Meta) -> dict[Path, range] | None:
-    config, cursor = published_order.config_of(meta), published_order.cursor_of(meta)
-    starts, cut = published_order.starts_of(meta), published_order.cut_of(meta)
+def _look_up(data: Path, order: Path, places: Places, meta: Meta) -> dict[Path, range] | None:
+    config, cursor = config_of(meta), cursor_of(meta)
+    starts, cut = starts_of(meta), cut_of(meta)
+    # Without the places at each block the streams would have to be read from the start.
     if config.pack and len(starts) != config.blocks + 1:
         return None
     files, steps = document_files(data / "tokens"), dict[Path, range]()
@@ -49,6 +83,7 @@ def _look_up(data: Path, order: Path, places: Places, meta: published_order.Meta
         if config.pack:
             ends = starts[config.blocks].items()
             reads = sum(place.position for stream, place in ends if stream.partition("/")[0] == source)
+        # The tables are not those of the order, or are read so often that a search of the rows is faster.
         if index.chunks != meta["sources"][source]["chunks"] or reads > MOST_EPOCHS * index.chunks:
             return None
         computed = ComputedOrder(config, {source: index}, cursor, order, starts=starts)

@@ -14,11 +14,9 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
-from release import schema
-from release.facts.opt_outs import OptOut, removed_documents
+from release.facts.document_facts import OptOut, removed_documents
 from release.facts.published_tables import read_json, stream_rows
 from release.layout import ALL_SUMS, OPT_OUTS, folders_of
-from release.repositories import repositories
 from release.schema import ReleaseInfo
 from release.tracing.answers import Document
 from release.tracing.documents import find_documents
@@ -49,6 +47,7 @@ def write_receipts(
     for row in removed_documents(dataset) if opt_outs else ():
         requests = row.pop("requests")
         for request in requests:
+            # A request for a whole site may name millions of documents.
             if len(documents[request]) < MOST_TRACED:
                 documents[request].append({key: value for key, value in row.items() if key != "rule"})
     reach: dict[str, dict[str, Any]] = {}
@@ -74,8 +73,12 @@ def write_receipts(
 
 @dataclass
 class Reach:
-    """What the documents of a request had reached. kinds: how each document was found; documents: all of them, of
-    which at most MOST_TRACED are in `kinds`."""
+    """The documents of a request in an earlier release.
+
+    Attributes:
+        documents: The number of all.
+        kinds: {document: how it was found} of at most MOST_TRACED.
+    """
 
     documents: int = 0
     kinds: dict[str, str] = field(default_factory=dict)
@@ -95,8 +98,8 @@ class EarlierRelease:
         if not (folder / ALL_SUMS).is_file():
             raise AtomError(f"{folder} is no release folder; --previous takes one that `atom build` made")
         self.folder, self.data = folder, ReleaseData.locate(folder)
-        self.info = schema.read_release(folder)
-        self.names = {place.folder: place.id(self.info.namespace, self.info.name) for place in repositories(folder)}
+        self.info, places = self.data.opened.info, self.data.opened.repositories
+        self.names = {place.folder: place.id(self.info.namespace, self.info.name) for place in places}
         self.model_folders = folders_of(self.data.models())
 
     def reach(
@@ -117,6 +120,7 @@ class EarlierRelease:
 
     def _find(self, deny_list: DenyList, removed: Mapping[str, list[dict[str, Any]]]) -> dict[str, Reach]:
         reach: dict[str, Reach] = defaultdict(Reach)
+        # Copies and rewrites have other ids or hashes than the deny-list names; the later release found them.
         later: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for request, rows in removed.items():
             for row in rows:

@@ -15,6 +15,7 @@ from release.facts import training
 from release.facts.data_facts import earlier_orders
 from release.facts.published_tables import BATCH, read_json
 from release.layout import EXPORTED, numbered, when
+from release.opened_release import Release
 
 Rows = list[dict[str, Any]]
 Progress = Callable[[str], None]
@@ -22,7 +23,13 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class OrderPart:
-    """Steps of a phase that followed one order. folder: of the order; first, last: steps; last is inf of the newest."""
+    """Steps of a phase that followed one order.
+
+    Attributes:
+        folder: The folder of the order.
+        first: The first step.
+        last: The last step; inf of the newest order.
+    """
 
     folder: Path
     first: int
@@ -31,7 +38,13 @@ class OrderPart:
 
 @dataclass(frozen=True)
 class ReleaseCheckpoint:
-    """A published checkpoint. folder: its name."""
+    """A published checkpoint.
+
+    Attributes:
+        phase: The phase.
+        step: The step.
+        folder: The name of its folder.
+    """
 
     phase: str
     step: int
@@ -40,19 +53,32 @@ class ReleaseCheckpoint:
 
 @dataclass(frozen=True)
 class ReleaseData:
-    """release: a release folder, None for a pulled data repository. data: the folder of its data."""
+    """The data of a release, or of its pulled data repository.
 
-    release: Path | None
-    data: Path
+    Attributes:
+        opened: The folder.
+    """
+
+    opened: Release
+
+    @property
+    def release(self) -> Path | None:
+        """The folder of the release; None for a data repository."""
+        return self.opened.root if self.opened.is_whole else None
+
+    @property
+    def data(self) -> Path:
+        """The folder of the data."""
+        return self.opened.dataset
 
     @classmethod
     def locate(cls, folder: Path) -> ReleaseData:
         """Raises AtomError if a folder is neither a release nor a data repository, CheckFailed if it states another
         version."""
         schema.require_readable(folder)
-        for release, data in ((folder, folder / "dataset"), (None, folder)):
-            if data_layout.has_documents(data):
-                return cls(release, data)
+        for opened in (Release(folder), Release(folder, "dataset")):
+            if data_layout.has_documents(opened.dataset):
+                return cls(opened)
         raise AtomError(
             f"{folder} is neither a release nor its data repository: it has no dispositions; give the folder that "
             "`atom build` made, or a pulled data repository"
@@ -112,12 +138,13 @@ class ReleaseData:
         return sorted((name for name in names if numbered(name)[0] in EXPORTED), key=when)
 
     def unknown(self, checkpoints: bool = False) -> list[str]:
-        """What these files do not state about steps, one sentence each. checkpoints: about checkpoints too."""
+        """Lists what these files do not state about steps, one sentence each. checkpoints: about checkpoints too."""
         sentences = []
         if checkpoints and self.checkpoints() is None:
             sentences.append("which checkpoints include a step: they stand in the whole release only")
         if self.release is None or not (self.release / "evidence/training").is_dir():
             sentences.append("which steps moved no weight: the logs of training stand in the whole release only")
+        # An earlier run's order is published, and its log is not.
         elif any(self.data.glob("earlier/order-*")):
             sentences.append("which steps of earlier runs moved no weight: their logs are not published")
         return sentences
@@ -144,8 +171,10 @@ def _select(path: Path, columns: Sequence[str], filters: Sequence[tuple[str, str
             if missing := sorted({*columns, *filter_columns} - {*file.schema_arrow.names}):
                 raise AtomError(f"{path} has no column {missing[0]}; verify this copy")
             for group in range(file.num_row_groups):
+                # Statistics rule most groups out before any of their rows is read.
                 if not all(_may_hold(file.metadata.row_group(group), *each) for each in filters):
                     continue
+                # The columns of the filters first: texts are read only where a row passes.
                 positions = _positions(file, group, filter_columns, filters)
                 first = 0
                 batches = file.iter_batches(BATCH, row_groups=[group], columns=list(columns))
@@ -162,7 +191,7 @@ def _select(path: Path, columns: Sequence[str], filters: Sequence[tuple[str, str
 
 
 def _may_hold(group: Any, column: str, comparison: str, value: Any) -> bool:
-    """Whether the statistics of a row group allow a value that passes a filter."""
+    """Returns True if the statistics of a row group allow a value that passes a filter."""
     indices = (number for number in range(group.num_columns) if group.column(number).path_in_schema == column)
     statistics = next((group.column(number).statistics for number in indices), None)
     if statistics is None or not statistics.has_min_max:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from release import merkle, schema
+from release import merkle
 from release.facts.published_tables import TEXT_BATCH
-from release.repositories import files_below, repositories
 from release.tracing.answers import Document, Mention, Related, Removal
 from release.tracing.documents import find_documents, kept_rows, trace_document
 from release.tracing.release_data import Progress, ReleaseData, select_rows
@@ -48,6 +47,7 @@ def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
         ("it stands for this one", "duplicate_of", "id"),
         ("this one stands for it", "id", "duplicate_of"),
     ):
+        # A duplicate may itself stand for others, so the chain is followed to its end.
         frontier = {document.id}
         while frontier:
             rows = [
@@ -68,17 +68,18 @@ def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
 
 def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progress) -> list[Mention]:
     """The files of a release, or of its data, that have the id or contain a text, in a column or a JSON string."""
-    folder, mentions = data.release or data.data, []
+    release, mentions = data.opened, []
     names: dict[str, str] = {}
-    if data.release and (data.release / "checkpoints").is_dir():
-        release_info = schema.read_release(data.release)
-        names = {r.folder: r.id(release_info.namespace, release_info.name) for r in repositories(data.release)}
-    for path in files_below(folder):
+    if release.is_whole and (release.root / "checkpoints").is_dir():
+        names = {row.folder: row.id(release.info.namespace, release.info.name) for row in release.repositories}
+    # Every file, because an id may also stand in tables and logs that this code does not know.
+    for path in release.files:
         if path.endswith(".parquet"):
             progress(f"searching {path}")
-            by_id, by_text = _count_rows(folder / path, doc_id, texts)
+            by_id, by_text = _count_rows(release.root / path, doc_id, texts)
         elif path.endswith((".json", ".jsonl")) and not path.startswith("code/"):
-            content = (folder / path).read_bytes()
+            content = (release.root / path).read_bytes()
+            # JSON may be written with and without escapes of letters.
             ids = {_json_bytes(doc_id, ascii) for ascii in (True, False)}
             inner = {_json_bytes(text, ascii)[1:-1] for text in texts for ascii in (True, False)}
             by_id, by_text = (int(any(part in content for part in parts)) for parts in (ids, inner))

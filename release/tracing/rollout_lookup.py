@@ -1,4 +1,4 @@
-"""What phases that sample their data learned from: tasks, answers with their rewards, and pairs of answers.
+"""The data of phases that sample it: tasks, answers with their rewards, and pairs of answers.
 
 A table of answers has a row group for each step and wave, so the answers of a step are read without the others; those
 to a task are found by one column. Token ids, log-probabilities and routes are never read.
@@ -169,7 +169,7 @@ def _answers(data: ReleaseData, folder: Path, condition: tuple[str, str, object]
 
 
 def _learnt(dropped: str, moved: bool | None) -> bool | None:
-    """Whether an update used an answer; None if it was not dropped and the log of the phase is not available."""
+    """Returns True if an update used an answer; None if that is unknown, because the log of the phase is not here."""
     return False if dropped else moved
 
 
@@ -220,9 +220,14 @@ def _records(
 
 
 def _record(
-    data: ReleaseData, phase: str, folder: Path, id: str, row: Mapping[str, Any], answers: list[SampledAnswer],
+    data: ReleaseData,
+    phase: str,
+    folder: Path,
+    id: str,
+    row: Mapping[str, Any],
+    answers: list[SampledAnswer],
     pairs: list[PairRecord],
-) -> TaskRecord:  # fmt: skip
+) -> TaskRecord:
     messages = row.get("responses_create_params", {}).get("input")
     kind, level, verifier = (row.get(name) for name in ("kind", "level", "verifier"))
     return TaskRecord(phase, data.name(folder / TASKS), id, kind, level, verifier, messages, answers, pairs)

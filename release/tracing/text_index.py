@@ -114,7 +114,7 @@ def _kept_files(data: ReleaseData) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def _has_trigrams() -> bool:
-    """Whether this Python's SQLite has FTS5 with trigrams."""
+    """Returns True if this Python's SQLite has FTS5 with trigrams."""
     with closing(sqlite3.connect(":memory:")) as db:
         try:
             db.execute(TEXTS)

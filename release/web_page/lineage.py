@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from markupsafe import Markup
 
 from pipeline.core import provenance
-from release.facts.published_tables import read_json, read_manifests
+from release.layout import STATEMENTS
+from release.opened_release import Release
 from release.standards.standard_facts import segment
 
 COLUMN, ROW, BOX, MARGIN = 166, 32, 144, 8
 MOST_ALIKE = 6
 """Boxes of one stage in a column of the graph; more of them are one box."""
-STATEMENTS, MANIFESTS = "evidence/statements", "evidence/manifests"
+MANIFESTS = "evidence/manifests"
 
 
 @dataclass
@@ -47,12 +47,10 @@ class Product:
     checkpoint: bool = False
 
 
-def read_products(folder: Path) -> dict[str, Product]:
+def read_products(release: Release) -> dict[str, Product]:
     """Returns {node: product}, with the artifacts of earlier runs by their keys."""
-    manifests = read_manifests(folder)
-    products = {m.key: Product(node, m.key, m.digest) for node, m in manifests.items()}
-    for path in sorted((folder / STATEMENTS).glob("*.json")):
-        body = read_json(path)
+    products = {m.key: Product(node, m.key, m.digest) for node, m in release.manifests.items()}
+    for path, body in release.statements.items():
         parameters = provenance.parameters_of(body)
         product = products.get(parameters["key"])
         if product is None:

@@ -19,16 +19,14 @@ import yaml
 from markupsafe import Markup
 
 from pipeline.core.text import escaped, short
-from release import schema, scratch
+from release import scratch
 from release.cards import card_tables, caveats, plots, tables
-from release.facts import costs
-from release.facts.checkpoint_facts import Checkpoint, read_checkpoints
-from release.facts.data_facts import DataFacts, read_data_facts
-from release.facts.model_facts import ModelFacts, read_model_facts
+from release.facts.data_facts import DataFacts
+from release.facts.model_facts import ModelFacts
 from release.facts.published_tables import read_json
-from release.facts.size_facts import Trained, read_sizes
+from release.facts.run_facts import Checkpoint, Costs, Trained
 from release.layout import GATES, MODEL, PAGE, REFERENCES, SITE, STANDARDS, when
-from release.repositories import model_folders
+from release.opened_release import Release
 from release.schema import ReleaseInfo
 from release.web_page import lineage, markdown_html, samples
 from release.web_page.markdown_html import file_link
@@ -65,6 +63,7 @@ class PageFacts:
         answers: Some items of each set of the evaluation, with the answers of all models.
         contamination: The items that share the most with the training data.
         sizes: The model after pre-training, and its smaller ones if there are any.
+        costs: The cost of each stage.
     """
 
     folder: Path
@@ -77,6 +76,7 @@ class PageFacts:
     answers: list[samples.Sample]
     contamination: samples.Contamination | None
     sizes: list[Trained]
+    costs: Costs
 
     @property
     def final(self) -> ModelFacts:
@@ -94,20 +94,20 @@ class PageFacts:
         return [(after.phase, before.step, after.step) for before, after in pairs if before.phase == after.phase]
 
 
-def read_facts(folder: Path) -> PageFacts:
+def read_facts(release: Release) -> PageFacts:
     """Reads the facts that the page of a release shows."""
-    data = read_data_facts(folder / "dataset")
     return PageFacts(
-        folder=folder,
-        release=schema.read_release(folder),
-        data=data,
-        models={name: read_model_facts(folder / name) for name in model_folders(folder)},
-        checkpoints=read_checkpoints(folder / "checkpoints"),
-        products=lineage.read_products(folder),
-        documents=samples.read_documents(folder, data),
-        answers=samples.read_samples(folder),
-        contamination=samples.read_contamination(folder),
-        sizes=read_sizes(folder),
+        folder=release.root,
+        release=release.info,
+        data=release.data,
+        models=release.models,
+        checkpoints=release.checkpoints,
+        products=lineage.read_products(release),
+        documents=samples.read_documents(release.root, release.data),
+        answers=samples.read_samples(release.root),
+        contamination=samples.read_contamination(release.root),
+        sizes=release.sizes,
+        costs=release.costs,
     )
 
 
@@ -336,25 +336,25 @@ def _starts(facts: PageFacts) -> Markup:
 
 
 def _cost(facts: PageFacts) -> Markup:
-    return markdown_html.blocks(tables.cost(costs.usage_by_stage(facts.folder)))
+    return markdown_html.blocks(tables.cost(facts.costs))
 
 
-def write(release: Path, out: Path) -> None:
+def write(release: Release, out: Path) -> None:
     """Writes the folder `site` of a release; `out` may exist."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "index.html").write_text(render(read_facts(release)), encoding="utf-8")
 
 
-def problems(release: Path) -> list[str]:
+def problems(release: Release) -> list[str]:
     """Returns the files of the published page that are not what the release gives."""
     with scratch.folder() as folder:
         write(release, folder / SITE)
-        return list(differences(release / SITE, folder / SITE))
+        return list(differences(release.root / SITE, folder / SITE))
 
 
-def foreign_scripts(release: Path) -> list[str]:
+def foreign_scripts(release: Release) -> list[str]:
     """Returns a sentence about a page that could run something: no page of this atom has a script."""
-    if runs_nothing((release / PAGE).read_text("utf-8", "replace")):
+    if runs_nothing((release.root / PAGE).read_text("utf-8", "replace")):
         return []
     return [f"{PAGE} has a script, or another policy about scripts than the page of this atom"]
 

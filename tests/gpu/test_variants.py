@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from release.checks.load_report import load_models
+from release.checks.loading import load_models
 from release.facts import runtimes
 from stages.export.variants import conversion
 from stages.export.variants.registry import VARIANTS, Variant, VariantName

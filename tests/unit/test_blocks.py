@@ -16,7 +16,7 @@ import yaml
 from pipeline.core.errors import AtomError, MissingData, RecipeError
 from pipeline.core.stage import identity
 from pipeline.graph.recipe import lock_of
-from release.checks.file_list import generates
+from release.published_files import made
 from release.references import Reference
 from stages.data import blocks
 from stages.data.acquire.readers.block import BlockReader
@@ -249,7 +249,7 @@ def test_the_code_of_an_extension_is_part_of_the_key(tmp_path: Path, extension: 
     path = write_recipe(tmp_path, settings, extensions=[f"../{tmp_path.name}/{extension.name}"])
     (step,) = load(path).sources[0].steps
     assert extension_modules(load(path), path) == {f"{extension.name}/unique.py": UNIQUE.encode()}
-    assert generates(f"code/as-run/data_recipes/{extension.name}/unique.py"), "a release can have the file"
+    assert made(f"code/as-run/data_recipes/{extension.name}/unique.py"), "a release can have the file"
     (extension / "unique.py").write_text(UNIQUE + "\n")
     (changed,) = load(path).sources[0].steps
     assert step.code != changed.code and changed.code.startswith("datatrove ")  # type: ignore[attr-defined]

@@ -12,9 +12,9 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from release.cards import chat_tables, model_tables, tables
-from release.facts.changes import Changes, _leaves, compare, read_changes
-from release.facts.example_answers import SHOWN, ExampleAnswer, best_example, read_examples, settings_of
 from release.facts.model_facts import ModelFacts, Parameters
+from release.facts.run_facts import Changes, _leaves, compare_with_previous, read_changes
+from release.facts.score_facts import SHOWN, ExampleAnswer, best_example, read_examples, settings_of
 from tests.fixtures.release_fixtures import table
 
 
@@ -63,7 +63,7 @@ def test_changes_since_the_version_before(tmp_path: Path) -> None:
     leaves = {"a.b": 1, "c": [1, 2], "d.x.name": "x", "d.x.e": 3}
     assert dict(_leaves({"a": {"b": 1}, "c": [1, 2], "d": sections})) == leaves
     with pytest.raises(AtomError, match="is no release folder; --previous takes one that `atom build` made"):
-        compare(tmp_path, {}, None)  # type: ignore[arg-type]
+        compare_with_previous(tmp_path, {}, None)  # type: ignore[arg-type]
     assert read_changes(tmp_path) is None and len(tables.changes(None)) == 1
     figures = {"right, in plain text": [{"value": 0.5, "se": 0.1}, {"value": 0.75, "se": 0.1}]}
     body = {"version": "0.1.0", "settings": [["pretrain.steps", 60, 90]], "figures": figures}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from release.checks import load_report, loader_configs
+from release.checks import loading, tool_files
 from stages.export.variants.registry import STACKED, adapter_config, quantization_config
 from stages.mcore.architectures.hf import hf_config
 from stages.models import registry
@@ -25,17 +25,17 @@ def config_of(model: str, **settings: Any) -> dict[str, Any]:
 def problems(folder: Path, **files: Any) -> list[str]:
     for name, body in files.items():
         (folder / f"{name}.json").write_text(json.dumps(body))
-    return list(loader_configs.problems(folder))
+    return list(tool_files.loader_config_problems(folder))
 
 
 def test_every_architecture_has_its_keys() -> None:
-    assert loader_configs.KEYS.keys() == registry.ARCHITECTURES.keys() == MODELS.keys()
+    assert tool_files.KEYS.keys() == registry.ARCHITECTURES.keys() == MODELS.keys()
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_keys_are_those_that_the_export_writes(model: str, tmp_path: Path) -> None:
     config = config_of(model)
-    known = {*loader_configs.COMMON.split(), *loader_configs.KEYS[model][1].split()}
+    known = {*tool_files.COMMON.split(), *tool_files.KEYS[model][1].split()}
     assert known - config.keys() == {"transformers_version"}  # written by transformers, where it saves a model
     assert problems(tmp_path, config=config) == []
     assert problems(tmp_path, config=config_of(model, yarn=YARN)) == []
@@ -92,6 +92,6 @@ def test_models_are_loaded_without_a_hub(tmp_path: Path, monkeypatch: pytest.Mon
         return subprocess.CompletedProcess(command, 1, "", "stopped")
 
     monkeypatch.setattr(subprocess, "run", run)
-    load_report.load_models([tmp_path])
+    loading.load_models([tmp_path])
     assert environments[0]["HF_HUB_OFFLINE"] == "1" and environments[0]["USE_HUB_KERNELS"] == "0"
     assert environments[0]["PATH"], "the rest of the environment stays"

@@ -10,6 +10,7 @@ import pytest
 
 from release.checks.check_runner import CheckRunner
 from release.checks.verdict import CheckResult
+from release.opened_release import Release
 from release.tree import scan
 
 
@@ -20,7 +21,7 @@ class Panic(BaseException):
 @pytest.fixture
 def runner(tmp_path: Path) -> CheckRunner:
     (tmp_path / "table.parquet").write_bytes(b"PAR1")
-    return CheckRunner(tmp_path, scan(tmp_path, 1), deep=False)
+    return CheckRunner(Release(tmp_path), scan(tmp_path, 1), deep=False)
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), GeneratorExit(), Panic("a panic"), ValueError("no table")], ids=repr)

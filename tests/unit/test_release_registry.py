@@ -13,16 +13,13 @@ from typing import Any
 import pytest
 
 from release.cards import card_tables, render
-from release.checks import gates, registry
-from release.checks.check import BuildCheck, BuildContext, Check
-from release.checks.findings import Findings
+from release.checks import registry
+from release.checks.check import BuildCheck, BuildContext, Check, Findings
+from release.checks.gates import GateResult
 from release.facts.data_facts import DataFacts
 from tests.fixtures import ROOT, release_fixtures
 
-ENGINE = {
-    "__init__", "check", "check_runner", "confine", "file_list", "findings", "formats", "gate_results", "gates",
-    "listing", "load_report", "loader_configs", "registry", "rows", "secret_scan", "verdict",
-}  # fmt: skip
+ENGINE = {"__init__", "check", "check_runner", "confine", "formats", "gates", "listing", "registry", "verdict"}
 """Modules of release/checks that run checks, and hold none."""
 GATES = {
     "card_numbers", "chat_template_round_trip", "checkpoints_and_order", "contamination_report", "counts_balance",
@@ -56,7 +53,7 @@ def functions_of(module: str) -> dict[str, Callable[..., Any]]:
         for name, function in functions
         if function.__module__ == imported.__name__
         and not name.startswith("_")
-        and {"Subject", "BuildContext"} & set(function.__annotations__.values())
+        and {"Release", "BuildContext"} & set(function.__annotations__.values())
     }
 
 
@@ -87,7 +84,7 @@ def test_each_function_is_one_check() -> None:
 def test_names_are_those_that_were_published() -> None:
     """They stand in evidence/gates.json and in verdicts, which others read: none is renamed or taken away."""
     names = [check.name for check in registry.CHECKS if isinstance(check, Check)]
-    assert set(gates.names()) >= GATES
+    assert set(registry.gate_names()) >= GATES
     assert set(names) >= VERIFIERS and len(names) == len(set(names))
 
 
@@ -118,6 +115,6 @@ def test_every_function_of_a_table_is_registered() -> None:
 def test_a_gate_names_the_first_problem_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = BuildCheck("always_bad", lambda build: Findings(["model/README.md is short", "another"]), "write more")
     monkeypatch.setattr(registry, "CHECKS", (bad,))
-    assert gates.run_all(BuildContext(tmp_path, release_fixtures.release_info(), {}, DataFacts())) == [
-        gates.GateResult("always_bad", False, "model/README.md is short; write more")
-    ]
+    assert registry.run_gates(
+        BuildContext(release_fixtures.opened(tmp_path, info=release_fixtures.release_info(), data=DataFacts()), {})
+    ) == [GateResult("always_bad", False, "model/README.md is short; write more")]

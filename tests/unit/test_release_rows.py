@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError
-from release.checks import rows
-from release.checks.rows import Rows, repeated_ids
-from release.facts.distinct import BYTES, Distinct
+from release.checks import documents
+from release.checks.documents import Rows, repeated_ids
+from release.facts.data_facts import BYTES, Distinct
 from release.tracing.release_data import select_rows
 
 NUMBERS = st.lists(st.integers(0, 2**62 - 1) | st.integers(0, 9000), max_size=60)
@@ -49,7 +49,7 @@ def write_ids(folder: Path, parts: list[list[str]]) -> list[Path]:
 def test_ids_that_occur_twice_are_found_in_any_number_of_passes(
     hashes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "HASHES", hashes)
+    monkeypatch.setattr(documents, "HASHES", hashes)
     ids = [f"a/{number}" for number in range(60)]
     files = write_ids(tmp_path, [ids[:30], [], [*ids[30:], "a/7"], ["a/59", "a/7", "b"]])
     assert list(repeated_ids(files)) == [(files[2], "a/7"), (files[3], "a/59"), (files[3], "a/7")]
@@ -58,13 +58,13 @@ def test_ids_that_occur_twice_are_found_in_any_number_of_passes(
 
 
 def test_equal_hashes_of_different_ids_are_no_repetition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "hash", lambda id: len(id), raising=False)
+    monkeypatch.setattr(documents, "hash", lambda id: len(id), raising=False)
     files = write_ids(tmp_path, [["aa", "bb", "c"], ["dd", "aa"]])
     assert list(repeated_ids(files)) == [(files[1], "aa")]
 
 
 def test_the_next_rows_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BATCH", 4)
+    monkeypatch.setattr(documents, "BATCH", 4)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [str(n) for n in range(30)], "kind": ["xyz"[n % 3] for n in range(30)]}), path)
     cursor = Rows(path, ["id"], {"kind": "y"})

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from pipeline.core.errors import CheckFailed
-from release.checks.check import Subject
-from release.checks.findings import Absent
-from release.checks.standards import valid
+from release.checks.check import Absent
+from release.checks.standards import valid_standards
 from release.facts.data_facts import OrderFacts, OrderPart, SourceInOrder
 from release.layout import MODEL
+from release.opened_release import Release
 from release.schema import PublishedLicenses
 from release.standards import bundle, eu_summary, frameworks, standard_facts, validation
 from release.standards.eu_summary import INTERACTIONS
@@ -139,7 +139,7 @@ def test_without_the_tools_it_is_skipped_with_the_reason(tmp_path: Path, monkeyp
     write_documents(make_facts(tmp_path, {"web": source_facts()}))
     monkeypatch.setitem(sys.modules, "cyclonedx.schema", None)
     with pytest.raises(Absent, match=r"it needs cyclonedx\.schema; run pip install '\.\[report\]'"):
-        valid(Subject(tmp_path))
+        valid_standards(Release(tmp_path))
 
 
 def test_a_model_was_trained_on_what_its_phases_read(tmp_path: Path) -> None:

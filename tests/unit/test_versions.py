@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from release.checks.tool_files import OWN_VERIFIER
-from release.facts import serving
-from release.facts.assemble import license_text, to_json
+from release.facts import model_facts
+from release.facts.published_tables import to_json
+from release.published_files import license_text
 from stages.data.curate.agreement import read_figures
 from stages.export.hf import generation_config
 from stages.formats.chat_templates import inference_template, training_template
@@ -41,7 +42,7 @@ def tool_files(folder: Path) -> list[bytes]:
     ids = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
     return [
         OWN_VERIFIER.read_bytes(),
-        serving.serve_config(folder, "local/tiny", "0.1.0").encode(),
+        model_facts.serve_config(folder, "local/tiny", "0.1.0").encode(),
         inference_template().encode(),
         training_template().encode(),
         to_json(tokenizer_config()),

@@ -38,9 +38,15 @@ ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|CUDA|NCCL|NVTE|PYTORC
 RESULT_BYTES = 10_000_000
 RESULT = "result.json"
 FIELDS: dict[str, Any] = {
-    "made": str, "state": list, "diverges": (int, type(None)), "ranks": int, "environment": list, "fingerprint": str,
-    "materials": dict, "subject": dict,
-}  # fmt: skip
+    "made": str,
+    "state": list,
+    "diverges": (int, type(None)),
+    "ranks": int,
+    "environment": list,
+    "fingerprint": str,
+    "materials": dict,
+    "subject": dict,
+}
 """The fields of the result that carried code writes, and their types."""
 DRIVER = """
 import os, sys
@@ -132,9 +138,15 @@ def run(code: Code, phase: str, first: int, last: int, folder: Path, unconfined:
         + ("unconfined" if unconfined else "under bubblewrap, without network")
     )
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=variables, cwd=work,
-        text=True, errors="replace",
-    ) as process:  # fmt: skip
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=variables,
+        cwd=work,
+        text=True,
+        errors="replace",
+    ) as process:
         assert process.stdout is not None
         final = ""
         for line in _lines(process.stdout):
@@ -158,10 +170,15 @@ def _lines(stream: Any) -> Iterator[str]:
 def write_result(retrained: Retrained, folder: Path) -> None:
     """Writes a result to `folder` for `run` of a later version, with the fields of FIELDS."""
     result = {
-        "made": str(retrained.checkpoint.relative_to(folder)), "state": list(retrained.state),
-        "diverges": retrained.diverges, "ranks": retrained.ranks, "environment": list(retrained.environment),
-        "fingerprint": retrained.fingerprint, "materials": retrained.materials, "subject": retrained.subject,
-    }  # fmt: skip
+        "made": str(retrained.checkpoint.relative_to(folder)),
+        "state": list(retrained.state),
+        "diverges": retrained.diverges,
+        "ranks": retrained.ranks,
+        "environment": list(retrained.environment),
+        "fingerprint": retrained.fingerprint,
+        "materials": retrained.materials,
+        "subject": retrained.subject,
+    }
     (folder / RESULT).write_text(json.dumps(result))
 
 

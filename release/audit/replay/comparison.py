@@ -27,8 +27,13 @@ bf16 or FP8, an honest replay can differ by more; the figures then state by how 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The tensors of two checkpoints. tensors: their number; different: {name: relative difference} of those whose
-    bits differ, inf for another shape or type, a tensor that one of them lacks, or what is not a number."""
+    """The tensors of two checkpoints.
+
+    Attributes:
+        tensors: Their number.
+        different: {name: relative difference} of those whose bits differ; inf for another shape or type, a tensor
+            that one of them lacks, or what is not a number.
+    """
 
     tensors: int
     different: dict[str, float]
@@ -50,6 +55,7 @@ def compare_checkpoints(published: Path, retrained: Path) -> Comparison:
         published_tensors, retrained_tensors = (
             release_checkpoint.Tensors(f, stem) if any(f.glob(f"{stem}*.safetensors")) else {} for f in folders
         )
+        # A tensor that only one of them has is a difference, too.
         names = sorted({*published_tensors, *retrained_tensors})
         count += len(names)
         for name in names:
@@ -69,6 +75,7 @@ def _relative_difference(published: torch.Tensor, retrained: torch.Tensor) -> fl
     if published.dtype != retrained.dtype or published.shape != retrained.shape:
         return math.inf
     flat = [tensor.contiguous().flatten() for tensor in (published, retrained)]
+    # Bytes, because two zeros of different sign are equal as numbers, and not a number is not equal to itself.
     if torch.equal(*(tensor.view(torch.uint8) for tensor in flat)):
         return None
     a, b = (tensor.double() for tensor in flat)

@@ -86,6 +86,7 @@ class Plan:
         from stages.models.parallel_layout import Layout
         from stages.rl.config import RlTrainConfig
 
+        # The state at the end is the published one: it says what the retrained one must be.
         end_state = _checked_state(source, phase, last)
         key, body = _statement_of(source, phase, last)
         materials, run = provenance.material_keys(body), provenance.phase_of(body) or key
@@ -111,6 +112,7 @@ class Plan:
             raise CheckFailed(
                 f"{cls.checkpoint(phase, last)}/state.json has another config than the statement about {key}"
             )
+        # A run may have been resumed with another number of processes.
         layouts = [operation["phase"]["parallelism"] for operation in provenance.operations_of(body)]
         ranks = max(layout["ranks"] for layout in layouts)
         stage = registry.stage(parameters["stage"])
@@ -132,6 +134,7 @@ class Plan:
             for path in order:
                 if path.suffix == ".parquet":
                     column_names(path)
+        # Phases of post-training read published answers or pairs instead of an order.
         is_text = stage.name not in post_training.STAGES
         files = {} if is_text else post_training.published_files(source, key, stage.name, materials)
         log_path = source.place(key, "training.jsonl")

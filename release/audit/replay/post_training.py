@@ -1,4 +1,4 @@
-"""What a replay of rlvr, dpo, reward or online-rlhf reads instead of an order of documents: the published answers or
+"""The inputs of a replay of rlvr, dpo, reward or online-rlhf instead of an order of documents: published answers or
 pairs, tasks and tokenizer, and before step 1 the last checkpoint of the phase before.
 
 Nothing is sampled or scored again. `stages.rl.policy.RecordedRollouts` reads the answers as the phase consumed them.
@@ -15,8 +15,7 @@ from pipeline.core import provenance
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, FileRow, rows_of
 from release.audit.replay.source import Source
-from release.facts.assemble import IMPORT
-from release.layout import BASE
+from release.layout import BASE, IMPORT
 
 STAGES = ("rlvr", "dpo", "reward")
 STATE = re.compile(r"step-([0-9]{1,12})/state\.json")

@@ -1,20 +1,25 @@
-"""The result of a replay: as data, as an in-toto statement, and as text."""
+"""The result of a replay: as data, as an in-toto statement, and as text; and the certificates that others sent.
+
+A certificate is a file of `atom replay --certificate` in a folder beside the release, which was sealed and signed
+before anybody replayed it. `atom publish` puts the certificates on the Space of its page.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core import provenance
-from pipeline.core.errors import CheckFailed
-from release import schema
+from pipeline.core.errors import AtomError, CheckFailed
+from release import schema, untrusted
 from release.audit.replay.comparison import CLOSE, DIFFERS, TOLERANCE
 from release.audit.replay.source import Source
-from release.facts.attest import PREDICATE
 from release.layout import ALL_SUMS, RELEASE
+from release.standards.attestations import PREDICATE
 
 METHOD = "urn:atom-release:replay:v1"
 DATA = {"token_shards": "/train/", "answers": "dataset/rl/"}
@@ -80,7 +85,7 @@ def certificate(replay: Replay, release: Path) -> dict[str, Any]:
     Raises CheckFailed if the release was changed since the replay.
     """
     source = Source(release)
-    source.file(RELEASE)
+    source.file(RELEASE)  # compares it with the checksums before it is read
     release_info = schema.read_release(release)
     if any(source.sums.get(path) != digest for path, digest in replay.subject.items()):
         raise CheckFailed(
@@ -108,12 +113,15 @@ def certificate(replay: Replay, release: Path) -> dict[str, Any]:
         "code": replay.code,
     }
     materials = {ALL_SUMS: source.sums[ALL_SUMS], **replay.materials}
+    result = "FAILED"
+    if replay.ok:
+        result = "WARNED" if missed else "PASSED"
     return {
         "_type": provenance.STATEMENT,
         "subject": _descriptors(replay.subject),
         "predicateType": PREDICATE,
         "predicate": {
-            "result": "FAILED" if not replay.ok else "WARNED" if missed else "PASSED",
+            "result": result,
             "configuration": [{"name": "replay", "uri": METHOD, "annotations": notes}, *_descriptors(materials)],
             "passedTests": [name for name in tests if name not in missed],
             "warnedTests": missed if replay.ok else [],
@@ -162,3 +170,79 @@ def text(replay: Replay) -> str:
 
 def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
+
+
+MOST_CERTIFICATES, CERTIFICATE_BYTES = 1_000, 4 << 20
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+RESULTS = ("PASSED", "WARNED", "FAILED")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate whose digests are those of the release.
+
+    Attributes:
+        name: The name of its file without `.json`, which says from whom it is.
+        path: The file.
+        result: The result of the in-toto statement.
+        notes: Its annotations, as they are.
+    """
+
+    name: str
+    path: Path
+    result: str
+    notes: dict[str, Any]
+
+    def row(self) -> list[Any]:
+        """[name, result, phase, first step, last step, verdict, tensors, tensors that differ, fingerprint of the
+        environment], each a short text or a number."""
+        first, last = self.notes["steps"]
+        phase, verdict = (str(self.notes[name])[:80] for name in ("phase", "verdict"))
+        counts = int(self.notes["tensors"]), int(self.notes["tensors_that_differ"])
+        return [
+            self.name,
+            self.result,
+            phase,
+            int(first),
+            int(last),
+            verdict,
+            *counts,
+            str(self.notes["environment_fingerprint"])[:80],
+        ]
+
+
+def folder_of(release: Path) -> Path:
+    """The folder of the certificates of a release."""
+    return release.with_name(f"{release.name}.replays")
+
+
+def read_certificates(release: Path) -> list[Certificate]:
+    """The certificates of a release, by name. Raises AtomError for one that is not about it."""
+    paths = sorted(folder_of(release).glob("*.json"))
+    if not paths:
+        return []
+    if len(paths) > MOST_CERTIFICATES:
+        raise AtomError(f"{folder_of(release)} has {len(paths)} certificates; the page takes {MOST_CERTIFICATES}")
+    source = Source(release)
+    return [read_certificate(path, source) for path in paths]
+
+
+def read_certificate(path: Path, source: Source) -> Certificate:
+    """A certificate about the release of a source. Raises AtomError if it is none."""
+    if not NAME.fullmatch(path.stem):
+        raise AtomError(f"{path}: the name of a certificate has 1 to 64 letters, digits, points, dashes, underscores")
+    try:
+        body = untrusted.read_json(path, CERTIFICATE_BYTES)
+        replay, *materials = body["predicate"]["configuration"]
+        is_replay = (body["_type"], body["predicateType"], replay["uri"]) == (provenance.STATEMENT, PREDICATE, METHOD)
+        digests = {row["name"]: row["digest"]["sha256"] for row in [*body["subject"], *materials]}
+        certificate = Certificate(path.stem, path, body["predicate"]["result"], replay["annotations"])
+        certificate.row()
+    except (CheckFailed, KeyError, TypeError, ValueError):
+        is_replay = False
+    if not is_replay or not body["subject"] or certificate.result not in RESULTS:
+        raise AtomError(f"{path} is no certificate of a replay; remove it, or write it by `atom replay --certificate`")
+    for name, digest in digests.items():
+        if source.sums.get(name) != digest:
+            raise AtomError(f"{path} is about another release: its digest of {str(name)[:200]!r} is not the one here")
+    return certificate

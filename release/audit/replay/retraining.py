@@ -29,10 +29,15 @@ SHARD = (".bin", ".idx")
 class Retrained:
     """A retrained checkpoint, and the comparison of its training with that of the published one.
 
-    checkpoint: its folder. state: fields of state.json that differ. diverges: the first step whose lines in the log
-    differ, None if none do or no log is published. ranks: processes that trained the published one; here it was one.
-    environment: `name: then, now` of all that differs. fingerprint: of the environment here. materials, subject:
-    {path: SHA-256} of what was read, and of the published files to compare with.
+    Attributes:
+        checkpoint: Its folder.
+        state: Fields of state.json that differ.
+        diverges: The first step whose lines in the log differ; None if none do or no log is published.
+        ranks: Processes that trained the published one; here it was one.
+        environment: `name: then, now` of all that differs.
+        fingerprint: The fingerprint of the environment here.
+        materials: {path: SHA-256} of what was read.
+        subject: {path: SHA-256} of the published files to compare with.
     """
 
     checkpoint: Path
@@ -65,6 +70,7 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
         ) from error
     progress(f"training steps {first + 1} to {last}")
     checkpoint = train(plan, inputs, folder, progress)
+    # After training, as for the statements, because training adds packages to the path.
     environment, fingerprint = compare_environments(plan)
     checkpoints = checkpoint_files(source, plan.start) | (checkpoint_files(source, plan.init) if plan.init else {})
     tokens = inputs.get("tokens")
@@ -95,6 +101,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
         for path in _kept_files(source, materials["dedup"], name):
             link = kept_folder.parent / path
             link.parent.mkdir(exist_ok=True)
+            # The stage reads a folder in the form of its input's artifact; links spare a copy of the corpus.
             link.symlink_to(source.kept(materials["dedup"], path))
     folders = {"dedup": kept_folder.parent, "tokenizer": source.tokenizer(materials["tokenizer"]).parent}
     inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}

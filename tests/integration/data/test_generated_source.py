@@ -18,8 +18,9 @@ import yaml
 
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.store import Artifact, write_manifest
+from release import published_files
 from release.cards import document_tables
-from release.facts import assemble, data_facts
+from release.facts import data_facts
 from stages import graph
 from stages.data.acquire import generate_stage
 from stages.data.acquire.licenses.allow import forbids_derivatives
@@ -145,7 +146,7 @@ def test_a_killed_run_ends_in_the_same_bytes(calm: Artifact, place: Path, tmp_pa
 def publish(folder: Path, artifacts: dict[str, Artifact]) -> Path:
     """The dataset of a release with these artifacts, and ten tokens for each kept document."""
     for node, artifact in artifacts.items():
-        for file, target in assemble.placement(node, artifact):
+        for file, target in published_files.placement(node, artifact):
             (folder / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(artifact / file, folder / target)
     for path in (folder / "dataset/kept").glob("*/*.parquet"):

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import sha256_file, write_manifest
 from pipeline.hub.client import FOLDER_FILES
-from release.checks.check import Subject
 from release.checks.order import segments
+from release.opened_release import Release
 from stages.data.order import order_stage
 from stages.data.order.chunks import ALL, ChunkIndex, Cut, chunk, seal_index
 from stages.data.order.computed_order import ComputedOrder, read_indexes
@@ -308,7 +308,7 @@ def test_the_verifier_computes_an_order_again(tmp_path: Path, run_stage: Any, ch
 
     def problems(**meta: Any) -> list[str]:
         (folder / "meta.json").write_text(json.dumps(artifact.json("meta.json") | meta))
-        return segments(Subject(tmp_path / "dataset", "dataset")).problems
+        return segments(Release(tmp_path / "dataset", "dataset")).problems
 
     assert problems() == []
     files = order_files(folder)
@@ -351,8 +351,8 @@ def test_a_sample_of_many_blocks_is_computed_again(
     shutil.copytree(artifact.path, folder)
     blocks, block = [], ComputedOrder.block
     monkeypatch.setattr(ComputedOrder, "block", lambda self, n: blocks.append(n) or block(self, n))
-    monkeypatch.setattr("stages.data.order.streams.Stream.sums", None)
-    check = partial(segments, Subject(tmp_path / "dataset", "dataset"))
+    monkeypatch.setattr("stages.data.streams.Stream.sums", None)
+    check = partial(segments, Release(tmp_path / "dataset", "dataset"))
     assert check().problems == [] and len(set(blocks)) == 8 < len(order_files(folder))
     if changes.get("pack"):
         meta = artifact.json("meta.json")

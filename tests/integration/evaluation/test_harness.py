@@ -14,14 +14,15 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
-from pipeline.core.store import Artifact, Store, sha256_file, write_manifest
+from pipeline.core.store import Artifact, FileRow, Store, sha256_file, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from release.audit import harness
 from release.cards import model_tables
 from release.checks.scores import score_problems
-from release.facts.assemble import measured
 from release.facts.score_facts import read_harness
+from release.layout import folders_of
+from release.published_files import placement
 from stages.evaluation import harness as harness_stage
 from stages.evaluation.harness import language_model
 from stages.evaluation.model_evaluation import load_tokenizer
@@ -249,11 +250,16 @@ def test_what_the_stage_lacks_is_reported_in_a_sentence(own_tasks: Path, tmp_pat
 
 
 def test_a_release_holds_the_results_and_verifies_them(tmp_path: Path) -> None:
-    assert not list(measured("benchmarks", "items.parquet", ["mid"])), "the items belong to their sources"
+    def placed(node: str, *names: str) -> list[tuple[str, str]]:
+        rows = tuple(FileRow(name, 1, "0" * 64) for name in names)
+        return list(placement(node, Artifact("key", "digest", tmp_path, rows), folders_of(["base", "mid"])))
+
+    assert not placed("benchmarks", "items.parquet"), "the items belong to their sources"
     for name in ("scores.json", "tasks.json"):
-        assert list(measured("harness-mid", name, ["base", "mid"])) == [
-            (name, f"dataset/evaluation/harness/mid/{name}"), (name, f"model/evaluation/harness/{name}")
-        ]  # fmt: skip
+        assert placed("harness-mid", name) == [
+            (name, f"dataset/evaluation/harness/mid/{name}"),
+            (name, f"model/evaluation/harness/{name}"),
+        ]
     folder = tmp_path / "evaluation/harness/mid"
     folder.mkdir(parents=True)
     rows: list[Any] = [

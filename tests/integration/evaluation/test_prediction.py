@@ -18,10 +18,10 @@ from pipeline.graph import dag
 from pipeline.launch.attempt import prediction_key
 from release.assembly import build_release as builder
 from release.audit import verify as audit
-from release.checks import prediction as check_of_prediction
-from release.checks import registry
+from release.checks import smaller_runs as check_of_prediction
 from release.facts import forecast
 from release.facts.forecast import FILE, FOLDER, Point, RunSize
+from release.opened_release import Release
 from release.prediction import sealing
 from tests.fixtures import release_fixtures
 from tests.fixtures.prediction_fixtures import SIZES, graph, recipe, seal_run
@@ -149,7 +149,7 @@ def test_verify_checks_the_chain(release: Path, tmp_path: Path) -> None:
         content = (copy / path).read_text()
         assert old in content, path
         (copy / path).write_text(content.replace(old, new))
-        problems = check_of_prediction.prediction(registry.EVIDENCE.subject(copy, "release")).problems
+        problems = check_of_prediction.prediction(Release(copy)).problems
         shutil.rmtree(copy)
         return problems
 

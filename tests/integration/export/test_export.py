@@ -20,7 +20,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag, recipe
 from release.checks import weights
-from release.checks.check import Subject
+from release.opened_release import Release
 from stages.export import comparison, hf
 from stages.formats.tokenizer import SPECIAL_TOKENS
 from stages.mcore.weight_init import full_tensor
@@ -277,13 +277,13 @@ def test_shards_that_do_not_add_up_are_refused(copied: Path) -> None:
     ):
         (copied / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": changed}))
         refused(re.escape(problem))
-        assert weights.tensors(Subject(copied, "model")).problems == [
+        assert weights.tensors(Release(copied, "model")).problems == [
             "model.safetensors.index.json: it does not list the tensors of its files"
         ]
     (copied / "model.safetensors.index.json").write_text(text[: len(text) // 2])
     refused("cannot be read")
     (copied / "model.safetensors.index.json").write_text(text)
-    assert compare(copied) == len(tensors()) and not weights.tensors(Subject(copied, "model")).problems
+    assert compare(copied) == len(tensors()) and not weights.tensors(Release(copied, "model")).problems
 
 
 def test_the_stated_memory_is_that_of_a_layer_and_a_file() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from release.checks.load_report import load_models
+from release.checks.loading import load_models
 from stages import export
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from release.checks.load_report import load_models
+from release.checks.loading import load_models
 from release.facts import runtimes
 from stages.export.variants import conversion
 from stages.export.variants.registry import VARIANTS, VariantName

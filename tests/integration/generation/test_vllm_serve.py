@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from release.facts.serving import serve_config
+from release.facts.model_facts import serve_config
 from release.hub.local.server import free_port
 from tests.fixtures import release_fixtures
 

@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.core.errors import AtomError
-from release.facts.serving import serve_config
+from release.facts.model_facts import serve_config
 from stages.export.conversations import CONVERSATIONS
 from stages.generation.vllm_server import CPU_OPTIONS, Server
 from tests.fixtures import taught_fixtures

@@ -15,6 +15,7 @@ from release.audit import show as page
 from release.audit import verify as audit
 from release.checks import confine
 from release.hub.local.server import LOCAL_TOKEN, running
+from release.opened_release import Release
 from tests.fixtures import ROOT
 from tests.fixtures.run_fixtures import at_length
 
@@ -86,7 +87,7 @@ def test_trace_gives_the_same_answer(question: str, built: Path, tmp_path: Path)
 
 
 def test_show_gives_the_same_page(built: Path, tmp_path: Path) -> None:
-    assert elsewhere(tmp_path, "show", str(built)).rstrip("\n") == page.text(page.facts_of(built)).rstrip("\n")
+    assert elsewhere(tmp_path, "show", str(built)).rstrip("\n") == page.text(page.facts_of(Release(built))).rstrip("\n")
 
 
 def test_a_repository_is_pulled_and_verified(built: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from release import signing
 from release.audit import show
 from release.hub.local.server import running
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
+from release.opened_release import Release
 from release.repositories import files_below, files_of, repositories
 from release.signing import Trust
 from tests.fixtures import sigstore_fixtures
@@ -203,7 +204,7 @@ def test_what_goes_not_together_is_reported(arguments: list[str], words: str, bu
 @at_length("release", 16)
 def test_they_are_published_and_come_back(client, release: Path, config: Path, tmp_path: Path) -> None:
     assert f"signed with the identity {IDENTITY} ({ISSUER}); unchecked, atom verify checks it" in " ".join(
-        show.text(show.facts_of(release)).split()
+        show.text(show.facts_of(Release(release))).split()
     )
     with running(tmp_path / "hub") as endpoint:
         client(

@@ -16,9 +16,9 @@ import pytest
 from pipeline.core.store import Artifact
 from release import tracing
 from release.checks import documents, order
-from release.checks.check import Subject
 from release.data_layout import all_files, disposition_files, kept_files, token_files
 from release.facts.published_tables import read_json
+from release.opened_release import Release
 from release.tracing.documents import find_documents, find_uses
 from release.tracing.order_lookup import steps_by_file
 from release.tracing.release_data import ReleaseData
@@ -153,7 +153,7 @@ def test_few_rows_are_read_of_an_order_that_is_a_function(data: Path, tmp_path: 
 
 
 def test_checks_find_what_a_search_of_every_row_finds(data: Path) -> None:
-    files, subject = tables(data), Subject(data, "dataset")
+    files, subject = tables(data), Release(data, "dataset")
     for check in (order.segments, documents.dispositions, documents.content_hashes):
         assert check(subject).problems == []
     assert search(OUTSIDE, files["tokens"], orders=files["order"]) == []
@@ -175,13 +175,13 @@ def test_checks_find_what_a_search_of_every_row_finds(data: Path) -> None:
             write_table(file, table)
         outside = search(OUTSIDE, files["tokens"], orders=files["order"])
         assert 10 <= len(outside) <= 15
-        problems = order.segments(Subject(data, "dataset")).problems
+        problems = order.segments(Release(data, "dataset")).problems
         assert {" ".join(text.split()[1:5]) for text in problems} == {
             f"step {row['step']} row {row['row']}" for row in outside
         }
         other = search("SELECT id FROM read_parquet($files) WHERE sha256(text) != content_hash", files["kept"])
         sentences = [f"the text of {row['id']} is not what its content hash says" for row in other]
-        problems = documents.content_hashes(Subject(data, "dataset")).problems
+        problems = documents.content_hashes(Release(data, "dataset")).problems
         assert sorted(text.partition(": ")[2] for text in problems) == sorted(sentences) and len(sentences) == 5
     finally:
         for file in changes:

@@ -15,8 +15,9 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
 from release.assembly import build_release as builder
 from release.audit import openness, show
-from release.audit.replay.certificates import Certificate
+from release.audit.replay.report import Certificate
 from release.layout import SIGNATURE
+from release.opened_release import Release
 from release.repositories import repositories
 from stages.models.registry import parse
 from tests.fixtures import release_fixtures, train_fixtures
@@ -103,7 +104,7 @@ def test_sizes_that_cannot_be_trained_again_answer_in_part(release: Path) -> Non
     page = (release / "site/index.html").read_text()
     assert "Smaller models of the same recipe" in page and "hidden_size = 16" in page
     assert not (release / "model-base/training/size-1.jsonl").exists()
-    assert show.facts_of(release)["checkpoints"][-1] == "midtrain-step-2", "the last one is of the model"
+    assert show.facts_of(Release(release))["checkpoints"][-1] == "midtrain-step-2", "the last one is of the model"
 
 
 def test_a_model_that_no_laptop_holds_is_not_small(

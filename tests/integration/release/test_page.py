@@ -16,6 +16,7 @@ from release.assembly import build_release as builder
 from release.checks.formats import formats
 from release.facts.published_tables import read_rows
 from release.layout import PAGE, SITE
+from release.opened_release import Release
 from release.tree import scan
 from release.web_page import page as web_page
 from tests.fixtures import release_fixtures
@@ -58,7 +59,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_is_made_again_with_the_same_bytes_and_verified(built: Path, copy: Path, tmp_path: Path) -> None:
-    web_page.write(built, tmp_path / SITE)
+    web_page.write(Release(built), tmp_path / SITE)
     first = contents(built / SITE)
     assert contents(tmp_path / SITE) == first and first.keys() == {"index.html"}
     verdict = verify(built)
@@ -71,7 +72,7 @@ def test_the_page_is_made_again_with_the_same_bytes_and_verified(built: Path, co
     assert (wrong.name, wrong.wrong) == ("page", [f"{PAGE} is not what the release gives"]), verdict.to_json()
     (copy / SITE / "more.md").write_text("more\n")
     builder.write_checksums(copy)
-    assert f"{SITE}/more.md is no part of the page" in web_page.problems(copy)
+    assert f"{SITE}/more.md is no part of the page" in web_page.problems(Release(copy))
     assert builder.rewrite_page(copy) is True and verify(copy).ok and contents(copy / SITE) == first
     shutil.rmtree(copy / SITE)
     builder.write_checksums(copy)

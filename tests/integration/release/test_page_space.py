@@ -11,9 +11,8 @@ import yaml
 
 from release import schema
 from release.audit.replay import certificate
-from release.audit.replay.certificates import folder_of, read_certificate
 from release.audit.replay.comparison import BITWISE
-from release.audit.replay.report import Replay
+from release.audit.replay.report import Replay, folder_of, read_certificate
 from release.audit.replay.source import Source
 from release.hub.local.server import LOCAL_TOKEN, running
 from release.hub.local.store import HubStore

@@ -16,13 +16,13 @@ import yaml
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import sha256_file
+from release.assembly import assemble
 from release.assembly import build_release as builder
 from release.audit.verify import verify
-from release.checks.check import Subject
 from release.checks.weights import published_base
-from release.facts import assemble
 from release.facts.published_tables import read_json
 from release.hub.local.server import LOCAL_TOKEN, running
+from release.opened_release import Release
 from tests.fixtures import release_fixtures
 from tests.fixtures.home_fixtures import SMOKE
 from tests.fixtures.replay_fixtures import build
@@ -40,7 +40,7 @@ INPUTS = {
 
 
 @pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> builder.BuildInput:
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> assemble.BuildInput:
     make_node = release_fixtures.make_node
 
     def make(name: str, out: Path) -> None:
@@ -61,7 +61,7 @@ def metadata(card: Path) -> dict[str, Any]:
     return fields
 
 
-def test_its_evidence_and_its_cards_name_the_published_model(source: builder.BuildInput, tmp_path: Path) -> None:
+def test_its_evidence_and_its_cards_name_the_published_model(source: assemble.BuildInput, tmp_path: Path) -> None:
     release = builder.build(source, tmp_path / "home")
     base, gates = read_json(release / "evidence/base.json"), read_json(release / "evidence/gates.json")
     assert gates["base"] == {"ok": True, "detail": f"2 files of {REPO}, sha256:{'1' * 64}"}
@@ -95,13 +95,13 @@ def test_its_evidence_and_its_cards_name_the_published_model(source: builder.Bui
     changed = bytearray((release / f"model-base/{weights}").read_bytes())
     changed[-1] ^= 1
     (release / f"model-base/{weights}").write_bytes(changed)
-    assert published_base(Subject(release)).problems == [
+    assert published_base(Release(release)).problems == [
         f"model-base/{weights} is not that of {REPO}; a release holds the published model bit for bit, so train it in "
         "the precision in which it was published"
     ]
 
 
-def test_only_the_published_model_replaces_a_phase(source: builder.BuildInput) -> None:
+def test_only_the_published_model_replaces_a_phase(source: assemble.BuildInput) -> None:
     without = {node: artifact for node, artifact in source.artifacts.items() if node != "import"}
     assemble.require_nodes(source.artifacts)
     with pytest.raises(AtomError, match="the release needs the artifact of order-pretrain, which is not sealed"):

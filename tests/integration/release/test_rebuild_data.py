@@ -17,9 +17,9 @@ from release import references
 from release.audit import rebuild
 from release.cards import document_tables
 from release.checks import documents
-from release.checks import references as checks
-from release.checks.check import Subject
+from release.checks import withheld as checks
 from release.facts.data_facts import DataFacts
+from release.opened_release import Release
 from release.references import Reference
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.sources import Source
@@ -84,12 +84,12 @@ def publish(folder: Path, acquired: Artifact, filtered: Artifact, dedup: Artifac
 def test_texts_of_a_model_from_a_source_by_reference_have_a_reason(hub: Hub, release: Path) -> None:
     data = release / "dataset"
     (data / "sources/rewritten.json").write_text(json.dumps({"name": "rewritten", "generated": {"from_source": NAME}}))
-    assert checks.by_reference(Subject(data)).problems == [
+    assert checks.by_reference(Release(data, "dataset")).problems == [
         f"references.json does not say why the texts of rewritten are published, which a model wrote from {NAME}"
     ]
     body = json.loads((data / "references.json").read_text())
     (data / "references.json").write_text(json.dumps({**body, "generated": {"rewritten": "its publisher | agreed"}}))
-    assert checks.by_reference(Subject(data)).problems == []
+    assert checks.by_reference(Release(data, "dataset")).problems == []
     facts = DataFacts(
         sources={NAME: source_facts()},
         by_reference={NAME: "local/notes"},
@@ -110,10 +110,11 @@ def test_documents_come_back_bit_for_bit(hub: Hub, release: Path, tmp_path: Path
         + (release / "dataset/references.json").read_text()
     )
     assert "harbour" not in text and str(tmp_path) not in text
-    findings = checks.by_reference(Subject(release / "dataset"))
+    findings = checks.by_reference(Release(release / "dataset", "dataset"))
     assert not findings.problems and "by reference to local/notes@" in findings.skipped[NAME]
     assert not any(
-        "has no text" in problem for problem in documents.content_hashes(Subject(release / "dataset")).problems
+        "has no text" in problem
+        for problem in documents.content_hashes(Release(release / "dataset", "dataset")).problems
     )
 
     shutil.rmtree(tmp_path / "home")  # as on another machine
@@ -170,13 +171,18 @@ def test_what_is_wrong_with_a_release(release: Path, tmp_path: Path) -> None:
     files = body["sources"][NAME]["files"]
     files["data/a.jsonl.gz"] = "0" * 64
     (data / "references.json").write_text(json.dumps(body))
-    assert checks.by_reference(Subject(data)).problems == [
+    assert checks.by_reference(Release(data, "dataset")).problems == [
         f"references.json: the files of {NAME} are not those of sources/{NAME}.json"
     ]
     shutil.copyfile(kept(tmp_path / "full")[0], kept(data / "kept")[0])
-    assert any("have a text, though by reference" in text for text in checks.by_reference(Subject(data)).problems)
+    assert any(
+        "have a text, though by reference" in text for text in checks.by_reference(Release(data, "dataset")).problems
+    )
     (data / "references.json").write_text('{"sources": {}}')
-    assert any("have no text, and are not by reference" in text for text in checks.by_reference(Subject(data)).problems)
+    assert any(
+        "have no text, and are not by reference" in text
+        for text in checks.by_reference(Release(data, "dataset")).problems
+    )
     with pytest.raises(AtomError, match="there is nothing to rebuild"):
         rebuild.rebuild(release, tmp_path / "out", {})
 

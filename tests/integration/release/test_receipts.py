@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from release.audit.verify import verify
-from release.checks.check import Subject
-from release.checks.receipts import receipts
+from release.checks.withheld import receipts
+from release.opened_release import Release
 from release.tracing.receipts import EarlierRelease, receipt_path
 from tests.fixtures.opt_out_fixtures import hashed
 from tests.fixtures.opt_out_release_fixtures import MATCHES
@@ -96,12 +96,12 @@ def test_a_receipt_that_says_something_else_is_found(
 ) -> None:
     for place in ("evidence", "dataset"):
         shutil.copytree(later_release / place, tmp_path / place)
-    assert not receipts(Subject(tmp_path)).problems
+    assert not receipts(Release(tmp_path)).problems
     damage(tmp_path / receipt_path(hashed("r-url")))
-    [text] = receipts(Subject(tmp_path)).problems
+    [text] = receipts(Release(tmp_path)).problems
     assert problem in text
     (tmp_path / "dataset/opt_out.json").write_text(json.dumps({"deny_list": "", "requests": []}))
-    unnamed = [text for text in receipts(Subject(tmp_path)).problems if text.startswith("dispositions:")]
+    unnamed = [text for text in receipts(Release(tmp_path)).problems if text.startswith("dispositions:")]
     assert len(unnamed) == len(MATCHES) and "for a request that opt_out.json does not name" in unnamed[0]
 
 

@@ -35,6 +35,7 @@ from release.checks.confine import Budget
 from release.checks.verdict import CheckResult
 from release.checksums import read_sums
 from release.layout import ALL_SUMS, SUMS
+from release.opened_release import Release
 from release.repositories import files_below
 from tests.fixtures import ROOT
 from tests.fixtures.audit_fixtures import verify
@@ -450,7 +451,7 @@ def test_a_check_may_take_what_belongs_to_the_files_that_it_reads(tmp_path: Path
         (tmp_path / path).write_bytes(os.urandom(1 << 20))
     hole(tmp_path / "a/hole.json")
     (tmp_path / "a/again.json").hardlink_to(tmp_path / "a/x.json")
-    runner = CheckRunner(tmp_path, tree.scan(tmp_path, 0), deep=False)
+    runner = CheckRunner(Release(tmp_path), tree.scan(tmp_path, 0), deep=False)
     runner.tables = {"a/x.parquet": (1 << 40, 1 << 40), "b/y.parquet": (10, 1000)}
     assert runner._allowance(NOTHING_LARGE) == Budget(0, 0)
     small = runner._allowance(Reads(("b/",)))
@@ -461,7 +462,7 @@ def test_a_check_may_take_what_belongs_to_the_files_that_it_reads(tmp_path: Path
 
 
 def test_checks_that_come_after_all_time_is_spent_are_not_ok(tmp_path: Path) -> None:
-    runner = CheckRunner(tmp_path, tree.scan(tmp_path, 0), deep=False)
+    runner = CheckRunner(Release(tmp_path), tree.scan(tmp_path, 0), deep=False)
     runner.seconds = 0.0
     first, second = (runner.run(name, lambda: CheckResult("x", True, "holds")) for name in ("one", "two"))
     assert first.ok is False and "comes after checks that took 20 s" in first.detail

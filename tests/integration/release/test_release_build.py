@@ -16,6 +16,7 @@ import pytest
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import write_manifest
 from release.assembly import build_release as builder
+from release.facts.model_facts import read_model_facts
 from release.layout import ALL_SUMS, GATES, GATES_STATED, PAGE, SUMS
 from release.repositories import files_below
 from release.schema import read_release
@@ -174,12 +175,12 @@ def test_a_wrong_number_on_a_card_is_found(built: Path, tmp_path: Path) -> None:
 
     copy = tmp_path / "model"
     shutil.copytree(built / "model", copy)
-    assert cards.model_card(copy).problems == []
+    assert cards.model_card(copy, read_model_facts(copy)).problems == []
     text = (copy / "README.md").read_text()
     for old, new in (("0.750±", "0.850±"), ("value: 0.75", "value: 0.85")):
         assert old in text
         (copy / "README.md").write_text(text.replace(old, new, 1))
-        assert cards.model_card(copy).problems
+        assert cards.model_card(copy, read_model_facts(copy)).problems
 
 
 def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) -> None:
@@ -216,17 +217,23 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
         assert old in text
         path.write_text(text.replace(old, new, 1))
         problems = [".eval_results/tiny-data.yaml is not what was measured"]
-        assert cards.model_card(copy, about).problems == problems and cards.model_card(copy).problems == (
-            problems if alone else []
-        )
+        assert cards.model_card(copy, read_model_facts(copy), about).problems == problems and cards.model_card(
+            copy, read_model_facts(copy)
+        ).problems == (problems if alone else [])
     for odd in ("only words", f"{text}- 1\n", "x: &a [1]\ny: *a\n"):
         path.write_text(odd)
-        assert cards.model_card(copy).problems == [".eval_results/tiny-data.yaml is not what was measured"]
+        assert cards.model_card(copy, read_model_facts(copy)).problems == [
+            ".eval_results/tiny-data.yaml is not what was measured"
+        ]
     path.write_text(text)
     (copy / ".eval_results/hle.yaml").write_text(text)
-    assert cards.model_card(copy, about).problems[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
+    assert (
+        cards.model_card(copy, read_model_facts(copy), about)
+        .problems[0]
+        .startswith(".eval_results holds .eval_results/hle.yaml, ")
+    )
     shutil.rmtree(copy / ".eval_results")
-    assert cards.model_card(copy, about).problems == [".eval_results/tiny-data.yaml is missing"]
+    assert cards.model_card(copy, read_model_facts(copy), about).problems == [".eval_results/tiny-data.yaml is missing"]
 
 
 def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:
@@ -353,7 +360,7 @@ def test_an_installed_wheel_brings_its_license_text(tmp_path: Path, monkeypatch)
 
 
 def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> None:
-    from release.checks import secret_scan
+    from release.checks import source_code
 
     monkeypatch.setenv("HF_TOKEN", "correct-horse-battery")
     key = "-----BEGIN RSA PRIVATE KEY-----\n" + ("QUJD" * 16 + "\n") * 3
@@ -381,7 +388,7 @@ def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> Non
     expected = [f"{name} holds {secret}" for name, (_, secret) in planted.items()]
     expected.append(f"{answers} holds the value of HF_TOKEN")
     expected += ["t.parquet holds a Hugging Face token", f"u.parquet holds the machine's path {tmp_path}"]
-    found = secret_scan.scan(tmp_path, files_below(tmp_path), [tmp_path])
+    found = source_code.scan_files(tmp_path, files_below(tmp_path), [tmp_path])
     assert found.secrets == sorted(expected)
     assert found.invented == [f"{answers} holds a GitHub token"]
 

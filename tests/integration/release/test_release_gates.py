@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from release.checks import gates, learning
+from release.checks import learning, registry
 from release.checks.check import BuildContext
+from release.checks.gates import GateResult
 from release.facts.data_facts import DataFacts, read_data_facts
 from release.facts.score_facts import CONTAMINATION, compute_scores
 from stages.confidence import Mean
@@ -20,9 +21,9 @@ LEARNING = ("pretraining_lowers_bits_per_byte", "midtraining_raises_accuracy", "
 POST_TRAINING = ("rlvr_raises_pass_at_1", "rlhf_keeps_skills", "dpo_is_preferred", "contamination_report")
 
 
-def run(names: tuple[str, ...], context: BuildContext) -> list[gates.GateResult]:
+def run(names: tuple[str, ...], context: BuildContext) -> list[GateResult]:
     """What came of these gates, as far as they are asked of a release."""
-    return [result for name in names if (result := gates.run_gate(name, context)) is not None]
+    return [result for name in names if (result := registry.run_gate(name, context)) is not None]
 
 
 def failures(names: tuple[str, ...], context: BuildContext) -> dict[str, str]:
@@ -40,7 +41,7 @@ def failures(names: tuple[str, ...], context: BuildContext) -> dict[str, str]:
 )
 def test_training_that_does_not_teach_is_refused(built: Path, tmp_path: Path, phase: str, scores, gate: str) -> None:
     data = read_data_facts(built / "dataset")
-    context = BuildContext(built, release_fixtures.release_info(), LIMITS, data)
+    context = BuildContext(release_fixtures.opened(built, data=data), LIMITS)
     assert len(run(LEARNING, context)) == len(LEARNING) and not failures(LEARNING, context)
     release_fixtures.make_evaluation(tmp_path, *scores)
     data.evaluation[phase] = compute_scores(tmp_path)
@@ -51,7 +52,10 @@ def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     def judged(phase: str, source: str, value: float) -> list[str]:
         data = read_data_facts(built / "dataset")
         data.evaluation[phase]["bits_per_byte"][source]["value"] = value
-        failed = failures(LEARNING, BuildContext(built, release_fixtures.release_info(), LIMITS, data))
+        failed = failures(
+            LEARNING,
+            BuildContext(release_fixtures.opened(built, data=data), LIMITS),
+        )
         assert all(source in detail for detail in failed.values())
         return list(failed)
 
@@ -63,16 +67,19 @@ def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     data = read_data_facts(built / "dataset")
     del data.order["pretrain"].parts[0].by_source["sums"]  # pre-training need not improve on what it never read
     data.evaluation["init"]["bits_per_byte"]["sums"]["value"] = 3.0
-    assert not failures(LEARNING, BuildContext(built, release_fixtures.release_info(), LIMITS, data))
+    assert not failures(LEARNING, BuildContext(release_fixtures.opened(built, data=data), LIMITS))
     del data.evaluation["mid"]["bits_per_byte"]["sums"]
-    assert list(failures(LEARNING, BuildContext(built, release_fixtures.release_info(), LIMITS, data))) == [
-        "midtraining_keeps_bits_per_byte"
-    ]
+    assert list(
+        failures(
+            LEARNING,
+            BuildContext(release_fixtures.opened(built, data=data), LIMITS),
+        )
+    ) == ["midtraining_keeps_bits_per_byte"]
 
 
 def test_a_phase_is_not_refused_for_a_source_that_it_does_not_read(built: Path) -> None:
     data = read_data_facts(built / "dataset")
-    context = BuildContext(built, release_fixtures.release_info(), LIMITS, data)
+    context = BuildContext(release_fixtures.opened(built, data=data), LIMITS)
     before = data.evaluation["base"]["bits_per_byte"]["sums"]["value"]
     data.evaluation["mid"]["bits_per_byte"]["sums"]["value"] = before + 1
     data.evaluation["mid"]["bits_per_byte_all"]["value"] += 1
@@ -92,7 +99,7 @@ def test_a_gain_is_demanded_only_below_the_ceiling(built: Path, before: float, a
     data = read_data_facts(built / "dataset")
     for model, share in (("base", before), ("mid", after)):
         data.evaluation[model]["accuracy_all"] = mean(share, (share * (1 - share) / 1000) ** 0.5)
-    context = BuildContext(built, release_fixtures.release_info(), LIMITS, data)
+    context = BuildContext(release_fixtures.opened(built, data=data), LIMITS)
     (result,) = run(("midtraining_raises_accuracy",), context)
     assert result.ok == ok
     assert ("none is demanded" in result.detail) == (before > 0.9)
@@ -108,11 +115,11 @@ def test_a_waived_gate_refuses_nothing_and_is_stated(built: Path) -> None:
     data = read_data_facts(built / "dataset")
     data.evaluation["mid"]["accuracy_all"] = data.evaluation["base"]["accuracy_all"]
     limits = {**LIMITS, "waived_gates": {"midtraining_raises_accuracy": "an example"}}
-    context = BuildContext(built, release_fixtures.release_info(), limits, data)
-    results = {result.name: result for result in gates.run_all(context)}
+    context = BuildContext(release_fixtures.opened(built, data=data), limits)
+    results = {result.name: result for result in registry.run_gates(context)}
     waived = results["midtraining_raises_accuracy"]
     assert waived.ok is None and waived.detail.startswith("waived by the recipe (an example); accuracy 0.")
-    assert WAIVABLE_GATES.keys() <= set(gates.names())
+    assert WAIVABLE_GATES.keys() <= set(registry.gate_names())
 
 
 def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):
@@ -130,7 +137,7 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     comparison = {"win_rate": rate, "sides": {"before": {"parts": {"reward": mean(*reward)}}}}
     data = DataFacts(chat={"test": test, "preferences": {"dpo": comparison}})
     limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}, "waived_gates": {}}
-    return BuildContext(folder, release_fixtures.release_info(), limits, data)
+    return BuildContext(release_fixtures.opened(folder, info=release_fixtures.release_info(), data=data), limits)
 
 
 def mean(value: float, se: float, n: int = 1000) -> Mean:
@@ -185,5 +192,8 @@ def test_no_contamination_report_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_release_without_conversations_has_no_gates_on_them(built: Path) -> None:
-    context = BuildContext(built, release_fixtures.release_info(), LIMITS, read_data_facts(built / "dataset"))
+    context = BuildContext(
+        release_fixtures.opened(built, data=read_data_facts(built / "dataset")),
+        LIMITS,
+    )
     assert run((*POST_TRAINING, "fresh_set"), context) == []

@@ -18,11 +18,11 @@ import pytest
 from pipeline.core.errors import CheckFailed
 from release.audit.replay.carried_code import Code
 from release.audit.replay.source import Source
-from release.checks.check import Subject
-from release.checks.load_report import load_models
+from release.checks.loading import load_models
 from release.checks.scores import scores
 from release.checksums import read_sums
 from release.layout import ALL_SUMS, ORIGINS, SUMS
+from release.opened_release import Release
 from stages.export.conversations import CONVERSATIONS
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
@@ -218,7 +218,9 @@ def test_scores_lack_no_figure(copy: Path) -> None:
     path = copy / "dataset/evaluation/mid/scores.json"
     stated = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in stated.items() if key != sorted(stated)[0]}))
-    assert scores(Subject(copy / "dataset")).problems == ["evaluation/mid/scores.json is not what its tables give"]
+    assert scores(Release(copy / "dataset", "dataset")).problems == [
+        "evaluation/mid/scores.json is not what its tables give"
+    ]
 
 
 LINES = {

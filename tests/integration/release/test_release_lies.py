@@ -14,16 +14,16 @@ from unittest.mock import patch
 
 import pytest
 
-from release import signing
+from release import published_files, signing
 from release.assembly import build_release as builder
 from release.audit.verify import Verdict
-from release.checks import file_list, formats
-from release.checks.check import Subject
+from release.checks import formats
 from release.checks.listing import kind_of
-from release.checks.load_report import load_models
+from release.checks.loading import load_models
 from release.checks.source_code import source_files
-from release.facts.assemble import to_json
+from release.facts.published_tables import to_json
 from release.layout import ALL_SUMS, GATES, GATES_STATED, ORIGINS, RETRACTED, SUMS
+from release.opened_release import Release
 from release.repositories import files_below
 from release.schema import CARD
 from release.signing import Trust
@@ -418,12 +418,12 @@ def test_a_lie_is_bad_with_the_key(
 
 def test_files_of_the_code_that_nobody_here_has_are_named_first(built: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(built, tmp_path / built.name))
-    sound = source_files(Subject(folder)).skipped
+    sound = source_files(Release(folder)).skipped
     assert "code/as-run/recipes/tiny.yaml: not compared with evidence/recipe.json" in sound["recipes"]
     names = [f"code/release/zz_{letter}.py" for letter in "abcdefghijkl"]
     for name in names:
         forge(folder, name, b"import os\n")
-    text = source_files(Subject(folder)).skipped["code"]
+    text = source_files(Release(folder)).skipped["code"]
     assert text.startswith(", ".join(names[:10]) + " and 2 further files: not in the atom that is installed here; ")
     assert text.endswith("; read these files before you run them")
 
@@ -432,10 +432,10 @@ def kinds(folder: Path) -> dict[tuple[str, str], str]:
     """{(kind of the repository, pattern of the path): a file of it} of every file of a release or a repository."""
     whole, found = kind_of(folder) == "release", dict[tuple[str, str], str]()
     for path in files_below(folder):
-        place = file_list.place_of(path) if whole else ""
-        kind = file_list.kind_of_place(place) if whole else kind_of(folder)
+        place = published_files.place_of(path) if whole else ""
+        kind = published_files.kind_of_place(place) if whole else kind_of(folder)
         name = path.removeprefix(f"{place}/")
-        patterns = [each for each in file_list.list_of(kind, [name]).patterns if file_list.fits(each, name)]
+        patterns = [file.path for file in published_files.list_of(kind, [name]).files if file.fits(name)]
         if patterns and not (whole and path == ALL_SUMS):  # not of checksums, which are made anew
             found.setdefault((kind, patterns[0]), path)
     return found
@@ -572,7 +572,7 @@ def test_a_file_that_nothing_wrote_is_named(place: str, built: Path, tmp_path: P
         (folder / ORIGINS).write_bytes(to_json(origins | {path: {"generated": "source code"} for path in added}))
     sum_again(folder)
     wrong = "\n".join(text for check in verify(folder).checks for text in check.wrong)
-    in_code = [path for path in added if path.startswith("code/") and file_list.EVIDENCE.holds(path)]
+    in_code = [path for path in added if path.startswith("code/") and published_files.EVIDENCE.holds(path)]
     shown = [f"{path.rpartition('/')[0]} is no folder" for path in added]
     silent = [
         path

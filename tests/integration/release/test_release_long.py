@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from release import layout, repositories
+from release import layout
 from release.assembly import build_release as builder
+from release.assembly.assemble import require_nodes
 from release.cards import card_tables, plots, render, tables
-from release.checks import cards, gates
-from release.checks.check import BuildContext, Subject
-from release.checks.statements import statements
-from release.facts.assemble import require_nodes
-from release.facts.checkpoint_facts import read_checkpoints
+from release.checks import cards, registry
+from release.checks.check import BuildContext
+from release.checks.gates import GateResult
+from release.checks.provenance import statements
 from release.facts.data_facts import DataFacts, Packing, SourceInOrder, read_data_facts
 from release.facts.model_facts import read_model_facts
 from release.facts.published_tables import read_json
+from release.facts.run_facts import read_checkpoints
+from release.opened_release import Release
 from release.repositories import files_below
 from release.schema import read_release
 from stages.evaluation.settings import SURE
@@ -51,18 +53,18 @@ def model(release: Path, tmp_path: Path) -> Path:
 
 
 def context(release: Path, data: DataFacts) -> BuildContext:
-    return BuildContext(release, read_release(release), LIMITS, data)
+    return BuildContext(release_fixtures.opened(release, data=data), LIMITS)
 
 
-def gates_by_name(release: Path, data: DataFacts) -> dict[str, gates.GateResult]:
+def gates_by_name(release: Path, data: DataFacts) -> dict[str, GateResult]:
     """Of long contexts."""
     names = ("longcontext_keeps_bits_per_byte", "longcontext_finds_passkeys")
-    results = [gates.run_gate(name, context(release, data)) for name in names]
+    results = [registry.run_gate(name, context(release, data)) for name in names]
     return {result.name: result for result in results if result is not None}
 
 
-def gate(name: str, build: BuildContext) -> gates.GateResult:
-    result = gates.run_gate(name, build)
+def gate(name: str, build: BuildContext) -> GateResult:
+    result = registry.run_gate(name, build)
     assert result is not None
     return result
 
@@ -135,7 +137,9 @@ def test_it_is_verified_whole_and_each_model_alone(release: Path, model: Path) -
     (model / "README.md").write_text(
         card.replace("| context length, tokens | 256 |", "| context length, tokens | 512 |")
     )
-    assert cards.model_card(model).problems == ["README.md lacks the line '| context length, tokens | 256 |'"]
+    assert cards.cards(Release(model, "model")).problems == [
+        "README.md lacks the line '| context length, tokens | 256 |'"
+    ]
 
 
 def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
@@ -156,12 +160,12 @@ def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
 
 
 def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> None:
-    assert cards.model_card(model).problems == []
+    assert cards.cards(Release(model, "model")).problems == []
     lines = log_of(model, "longcontext-2")
     lines[-1]["experts"]["share"][1] = [0.3, 0.2, 0.3, 0.2]
     lines[-1]["experts"]["dead"] = []
     write_log(model, "longcontext-2", lines)
-    wrong = cards.model_card(model).problems
+    wrong = cards.cards(Release(model, "model")).problems
     assert "experts.png was not drawn from the logs in training/" in wrong
     assert "README.md lacks the line '| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |'" in wrong
     data = read_data_facts(release / "dataset")
@@ -173,9 +177,7 @@ def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> 
 
 def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
-    data = read_data_facts(copy / "dataset")
-    models = {name: read_model_facts(copy / name) for name in repositories.model_folders(copy)}
-    build = BuildContext(copy, read_release(copy), LIMITS, data, models)
+    build = BuildContext(Release(copy), LIMITS)
     assert gate("card_numbers", build).ok
     png = (copy / "model/experts.png").read_bytes()
     (copy / "model/experts.png").write_bytes((copy / "model-base/experts.png").read_bytes())
@@ -282,7 +284,7 @@ def test_long_context_is_not_refused_for_what_it_leaves_out(release: Path, tmp_p
                 {"source": "prose", "first": 0, "last": 63, "tokens": 5, "nll_bits": 10.0}]  # fmt: skip
         release_fixtures.table(copy / f"dataset/evaluation/{model}/positions.parquet", rows)
 
-    def result() -> gates.GateResult:
+    def result() -> GateResult:
         return gates_by_name(copy, data)["longcontext_keeps_bits_per_byte"]
 
     assert not result().ok and "0-63 2.0000 → 3.0000" in result().detail
@@ -347,7 +349,7 @@ def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, sourc
     copy = tmp_path / "copy"
     shutil.copytree(release / "checkpoints", copy / "checkpoints")
     shutil.rmtree(copy / "checkpoints/longcontext-2-step-2")
-    build = BuildContext(copy, read_release(release), LIMITS, read_data_facts(release / "dataset"))
+    build = BuildContext(release_fixtures.opened(copy, info=read_release(release), data=Release(release).data), LIMITS)
     assert "last checkpoint of longcontext-2 is step 0" in gate("checkpoints_and_order", build).detail
     shutil.copytree(release / "evidence/parity", copy / "evidence/parity")
     (copy / "evidence/parity/long-1.json").unlink()
@@ -392,11 +394,11 @@ def test_a_statement_with_another_summary_is_found(release: Path, tmp_path: Path
         and summary_statement["annotations"] == summary
         and summary["spikes"][0]["documents"] == ["prose/001", "sums/001"]
     )
-    assert statements(Subject(copy)).problems == []
+    assert statements(Release(copy)).problems == []
     summary_statement["annotations"]["spikes"] = []
     path.unlink()
     path = provenance.write(tmp_path, "evidence", body)
     shutil.copyfile(path, copy / "evidence/statements" / path.name)
-    assert statements(Subject(copy)).problems == [
+    assert statements(Release(copy)).problems == [
         f"evidence/statements/{path.name}: what it says is in summary.json of {key} is not what is there"
     ]

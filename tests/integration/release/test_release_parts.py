@@ -22,9 +22,9 @@ from release.assembly import build_release as builder
 from release.audit.verify import kind_of
 from release.cards import croissant
 from release.checks import documents
-from release.checks.check import Subject
 from release.facts.data_facts import read_data_facts
 from release.facts.published_tables import read_rows
+from release.opened_release import Release
 from release.tracing import documents as tracing_documents
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
@@ -170,9 +170,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_part_is_named(damage: str, data: Path) -> None:
     damaged, expected = DAMAGES[damage]
-    assert documents.dispositions(Subject(data)).problems == []
+    assert documents.dispositions(Release(data, "dataset")).problems == []
     damaged(data)
-    assert expected in documents.dispositions(Subject(data)).problems
+    assert expected in documents.dispositions(Release(data, "dataset")).problems
 
 
 HASHES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]], list[str]]] = {
@@ -206,14 +206,14 @@ HASHES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], list[dict[str, Any
 @pytest.mark.parametrize("damage", HASHES)
 def test_another_text_in_a_part_is_named(damage: str, data: Path) -> None:
     file, changed, expected = HASHES[damage]
-    assert documents.content_hashes(Subject(data)).problems == []
+    assert documents.content_hashes(Release(data, "dataset")).problems == []
     change(data / file, changed)
-    assert documents.content_hashes(Subject(data)).problems == expected
+    assert documents.content_hashes(Release(data, "dataset")).problems == expected
 
 
 def test_a_document_without_a_license_is_named(data: Path) -> None:
     change(data / DISPOSITIONS, with_value("prose/007", "license", "Unknown"))
-    findings = documents.licenses(Subject(data))
+    findings = documents.licenses(Release(data, "dataset"))
     assert findings.problems == [f"{DISPOSITIONS}: document prose/007 of source prose has no license"]
     assert findings.summary == "every document has a license: CC0-1.0, PSF-2.0, Unknown"
 
@@ -251,7 +251,7 @@ def test_the_facts_of_ten_thousand_documents(corpus: tuple[Path, Truth]) -> None
         name: (truth.seen[name], truth.tokens[name], truth.seen[name]) for name in LICENSES
     }
     for check in (documents.dispositions, documents.content_hashes, documents.licenses):
-        assert check(Subject(data)).problems == []
+        assert check(Release(data, "dataset")).problems == []
 
 
 def test_documents_among_ten_thousand_are_traced_as_by_brute_force(corpus: tuple[Path, Truth]) -> None:

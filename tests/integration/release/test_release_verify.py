@@ -14,6 +14,7 @@ from pipeline.core.store import sha256_file
 from release.audit import verify as audit
 from release.audit.verify import kind_of
 from release.layout import ALL_SUMS, SUMS
+from release.opened_release import Release
 from release.repositories import files_below, files_of, repositories
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
@@ -137,26 +138,25 @@ def test_deep_finds_training_on_held_out_text_and_forged_answers(built: Path, tm
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from release.checks.check import Subject
     from release.checks.documents import content_hashes
     from release.checks.order import segments
 
     data = Path(shutil.copytree(built / "dataset", tmp_path / "dataset"))
     path = data / "order/pretrain/part-00000.parquet"
     table = pq.read_table(path)
-    assert segments(Subject(data)).problems == content_hashes(Subject(data)).problems == []
+    assert segments(Release(data, "dataset")).problems == content_hashes(Release(data, "dataset")).problems == []
     pq.write_table(
         table.set_column(table.schema.get_field_index("id"), "id", pa.array(["prose/000"] * len(table))), path
     )
-    assert "prose/000, which is no training document" in segments(Subject(data)).problems[0]
+    assert "prose/000, which is no training document" in segments(Release(data, "dataset")).problems[0]
     pq.write_table(
         table.set_column(table.schema.get_field_index("length"), "length", pa.array([9999] * len(table))), path
     )
-    assert "reaches beyond the end" in segments(Subject(data)).problems[0]
+    assert "reaches beyond the end" in segments(Release(data, "dataset")).problems[0]
     rows = pq.read_table(data / "kept/prose/part-00000.parquet").to_pylist()
     rows[0]["text"] += "!"
     release_fixtures.table(data / "kept/prose/part-00000.parquet", rows)
-    assert f"the text of {rows[0]['id']} is not what" in content_hashes(Subject(data)).problems[0]
+    assert f"the text of {rows[0]['id']} is not what" in content_hashes(Release(data, "dataset")).problems[0]
 
 
 def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch) -> None:
@@ -187,7 +187,6 @@ def test_a_checksum_file_that_was_deleted_is_missing(built: Path, copy: Path, tm
 def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    from release.checks.check import Subject
     from release.checks.documents import content_hashes
 
     def damaged(file: str, column: str, where, value: str) -> list[str]:
@@ -195,7 +194,7 @@ def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Pat
         before, rows = path.read_bytes(), pq.read_table(path).to_pylist()
         next(row for row in rows if where(row))[column] = value
         release_fixtures.table(path, rows)
-        problems = content_hashes(Subject(data)).problems
+        problems = content_hashes(Release(data, "dataset")).problems
         path.write_bytes(before)
         return problems
 
@@ -217,7 +216,7 @@ def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Pat
         f"{tokens}: the content hash of prose/001 is not that of {kept}",
         f"{tokens}: prose/003 is no kept document",
     ]
-    assert content_hashes(Subject(data)).problems == []
+    assert content_hashes(Release(data, "dataset")).problems == []
 
 
 @pytest.mark.parametrize("field", ["_type", "predicateType", "buildType"])
@@ -231,10 +230,9 @@ def test_a_statement_of_another_kind_is_named(copy: Path, field: str) -> None:
     path.unlink()
     data = canonical(body)
     path.with_name(f"{sha256_bytes(data)}.json").write_bytes(data)
-    from release.checks.check import Subject
-    from release.checks.statements import statements
+    from release.checks.provenance import statements
 
-    problems = statements(Subject(copy)).problems
+    problems = statements(Release(copy)).problems
     name = f"evidence/statements/{sha256_bytes(data)}.json"
     assert any(text.startswith(f"{name}: its {field} is https://example.org/other") for text in problems)
 

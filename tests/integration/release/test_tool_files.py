@@ -14,25 +14,24 @@ from safetensors.torch import load_file, save_file
 
 from release.cards.plots import entries as entries_of
 from release.checks import (
-    chat_templates,
+    cards,
     check_runner,
     formats,
-    manifests,
+    loading,
     order,
-    plots,
+    provenance,
     scores,
     source_code,
     tool_files,
-    variants,
     weights,
 )
-from release.checks.check import Subject
+from release.checks.check import Findings
 from release.checks.check_runner import CheckRunner, guarded, run_check
-from release.checks.findings import Findings
-from release.checks.load_report import load_models
+from release.checks.loading import load_models
 from release.checks.verdict import CheckResult, answer
-from release.facts import serving
-from release.facts.assemble import to_json
+from release.facts import model_facts
+from release.facts.published_tables import to_json
+from release.opened_release import Release
 from release.tree import Tree
 from stages.export.hf import generation_config, model_tokenizer_config
 from stages.formats.tokenizer import tokenizer_config
@@ -57,12 +56,12 @@ def chat_model(model: Path) -> Path:
     (model / "generation_config.json").write_bytes(generation_config(True, ids))
     config = model_tokenizer_config(tokenizer_config(), release_fixtures.CONTEXT, converses=True)
     release_fixtures.write_json(model / "tokenizer_config.json", config)
-    (model / serving.NAME).write_text(serving.serve_config(model, "local/tiny", "0.1.0"))
+    (model / model_facts.SERVE_FILE).write_text(model_facts.serve_config(model, "local/tiny", "0.1.0"))
     return model
 
 
 def problems(model: Path) -> list[str]:
-    return tool_files.tool_files(Subject(model, "model")).problems
+    return tool_files.tool_files(Release(model, "model")).problems
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def problems(model: Path) -> list[str]:
 )
 def test_another_option_of_a_server_is_named(option: str, chat_model: Path) -> None:
     assert problems(chat_model) == []
-    path = chat_model / serving.NAME
+    path = chat_model / model_facts.SERVE_FILE
     own = path.read_text()
     path.write_text(f"{own}{option}\n")
     assert problems(chat_model) == ["serve.yaml is not what this atom writes for the model"]
@@ -87,7 +86,7 @@ def test_a_template_of_another_model_is_skipped_and_no_other_one(name: str, mode
     (model / name).write_text(text.replace("<|im_end|>", "<|pad|>"))
     assert problems(model) == [f"{name} is not what this atom writes"]
     release_fixtures.write_json(model / "base.json", {"repo": "local/other", "license": "MIT", "files": {}})
-    findings = tool_files.tool_files(Subject(model, "model"))
+    findings = tool_files.tool_files(Release(model, "model"))
     assert findings.problems == []
     assert findings.skipped["templates"] == f"{name}: taken over from local/other, and not as this atom writes them"
 
@@ -125,13 +124,13 @@ def grey(png: bytes, **entries: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["training.png", "experts.png", "progress.png"])
 def test_a_picture_is_drawn_again_and_compared(name: str, model: Path) -> None:
-    subject, path = Subject(model, "model"), model / name
-    assert run_check("plots", lambda: plots.plots(subject)).ok
+    subject, path = Release(model, "model"), model / name
+    assert run_check("plots", lambda: cards.drawn_plots(subject)).ok
     published = path.read_bytes()
     path.write_bytes(grey(published))
-    assert plots.plots(subject).problems == [f"alone/{name} does not show the numbers beside it"]
+    assert cards.drawn_plots(subject).problems == [f"alone/{name} does not show the numbers beside it"]
     path.write_bytes(grey(published, Software="Matplotlib version1.0.0, https://matplotlib.org/"))
-    findings = plots.plots(subject)
+    findings = cards.drawn_plots(subject)
     assert findings.problems == [] and findings.skipped["plots"].startswith("plots: drawn by Matplotlib version1.0.0")
 
 
@@ -145,11 +144,11 @@ def test_a_picture_of_the_same_look_is_the_same(model: Path) -> None:
     info = PngInfo()
     for name, value in entries.items():
         info.add_text(name, value)
-    for difference, same in ((plots.ROUNDED, True), (plots.ROUNDED + 1, False)):
+    for difference, same in ((cards.ROUNDED, True), (cards.ROUNDED + 1, False)):
         other = image.copy()
         other.putpixel((3, 3), (255 - difference, 255, 255, 255))
         other.save(path, pnginfo=info)
-        assert (plots.plots(Subject(model, "model")).problems == []) is same
+        assert (cards.drawn_plots(Release(model, "model")).problems == []) is same
 
 
 def in_shards(model: Path) -> list[str]:
@@ -164,27 +163,26 @@ def in_shards(model: Path) -> list[str]:
 
 
 def test_shards_and_their_index_agree(model: Path) -> None:
-    subject = Subject(model, "model")
     names = in_shards(model)
-    assert len(names) == 3 and weights.shards(subject).problems == []
+    assert len(names) == 3 and weights.shards(Release(model, "model")).problems == []
     index = model / "model.safetensors.index.json"
     body = json.loads(index.read_text())
     stated = "model.safetensors.index.json does not list the tensors of its files, and these alone"
     for change in ({"metadata": {"total_size": 1}}, {"weight_map": {**body["weight_map"], "more": names[0]}}, {"x": 1}):
         release_fixtures.write_json(index, body | change)
-        assert weights.shards(subject).problems == [stated]
+        assert weights.shards(Release(model, "model")).problems == [stated]
     release_fixtures.write_json(index, body)
     shutil.copyfile(model / names[0], model / "model-00004-of-00004.safetensors")
-    assert "are not one file or the shards of one index" in weights.shards(subject).problems[0]
+    assert "are not one file or the shards of one index" in weights.shards(Release(model, "model")).problems[0]
     (model / "model-00004-of-00004.safetensors").unlink()
     tensors = load_file(model / names[2])
     save_file({name: tensor for name, tensor in tensors.items() if name != sorted(tensors)[0]}, model / names[2])
-    assert weights.shards(subject).problems == [stated]
+    assert weights.shards(Release(model, "model")).problems == [stated]
     (model / names[2]).unlink()
-    assert "are not one file or the shards of one index" in weights.shards(subject).problems[0]
+    assert "are not one file or the shards of one index" in weights.shards(Release(model, "model")).problems[0]
     for name in [*names[:2], index.name]:
         (model / name).unlink()
-    assert weights.shards(subject).problems == ["model.safetensors is missing"]
+    assert weights.shards(Release(model, "model")).problems == ["model.safetensors is missing"]
 
 
 def nothing_ran(folder: Path) -> None:
@@ -199,11 +197,11 @@ def no_nodes(folder: Path) -> None:
     release_fixtures.write_json(folder / "evidence/release.json", about)
 
 
-EMPTY: dict[Callable[[Subject], Findings], Callable[[Path], None]] = {
-    chat_templates.chat_templates: lambda folder: None,
-    manifests.manifests: lambda folder: None,
+EMPTY: dict[Callable[[Release], Findings], Callable[[Path], None]] = {
+    loading.chat_templates: lambda folder: None,
+    provenance.manifest_digests: lambda folder: None,
     order.segments: lambda folder: None,
-    variants.runtimes: nothing_ran,
+    weights.runtimes: nothing_ran,
     scores.scores: lambda folder: None,
     source_code.source_files: no_nodes,
     weights.tensors: lambda folder: None,
@@ -213,10 +211,10 @@ EMPTY: dict[Callable[[Subject], Findings], Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("check", EMPTY, ids=lambda check: check.__name__)
 def test_a_check_that_finds_nothing_to_compare_does_not_hold(
-    check: Callable[[Subject], Findings], tmp_path: Path
+    check: Callable[[Release], Findings], tmp_path: Path
 ) -> None:
     EMPTY[check](tmp_path)
-    result = run_check("it", lambda: check(Subject(tmp_path, "evidence")))
+    result = run_check("it", lambda: check(Release(tmp_path, "evidence")))
     assert result.ok is None and result.detail != "holds" and result.wrong == []
 
 
@@ -231,7 +229,7 @@ def panic() -> CheckResult:
 def test_a_panic_of_a_parser_is_a_finding(tmp_path: Path) -> None:
     expected = answer("it", ["cannot be checked: Panic: retry-limit-in-match over"])
     assert guarded("it", panic) == expected
-    assert CheckRunner(tmp_path, Tree(), False).run("it", panic) == expected
+    assert CheckRunner(Release(tmp_path), Tree(), False).run("it", panic) == expected
     with pytest.raises(KeyboardInterrupt):
         guarded("it", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert check_runner.run_check("it", lambda: formats.compile_template("{{").render()).ok is False  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +17,15 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
+from release.assembly import assemble
 from release.audit import openness
 from release.audit.replay import replay
 from release.cards import tables
-from release.checks import registry
-from release.checks import sizes as check_of_sizes
-from release.facts import assemble, size_facts
-from release.facts.checkpoint_facts import read_checkpoints
+from release.checks import smaller_runs as check_of_sizes
+from release.facts import run_facts
+from release.facts.run_facts import read_checkpoints
 from release.layout import RECIPE, sizes_of, when
+from release.opened_release import Release
 from release.prediction import sealing
 from release.tracing import documents
 from release.tracing.release_data import ReleaseData
@@ -138,19 +140,20 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a release has of a model and its smaller ones: checkpoints, records of training, manifests, statements."""
     run, folder = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("release")
     artifacts, statements = release_fixtures.make_run(run, INPUTS, configs=CONFIGS)
-    assembly = assemble.Assembly(folder)
-    assemble.place_artifacts(assembly, artifacts, {})
+    source: Any = SimpleNamespace(artifacts=artifacts, earlier={}, references={})
+    draft = assemble.Draft(folder, source)
+    assemble.place_artifacts(draft)
     for path in statements:
-        assembly.include(path, f"evidence/statements/{path.name}", "statement")
-    assembly.json(RECIPE, {"sizes": STATED}, "recipe")
+        draft.copy(path, f"evidence/statements/{path.name}")
+    draft.json(RECIPE, {"sizes": STATED})
     return folder
 
 
 def test_sizes_are_placed_and_read(evidence: Path) -> None:
-    assert [(size.name, size.total, dict(size.settings)) for size in size_facts.read_sizes(evidence)] == [
+    assert [(size.name, size.total, dict(size.settings)) for size in run_facts.read_sizes(evidence)] == [
         ("pretrain", 40000, {}), ("size-1", 20000, {"hidden_size": 32}), ("size-2", 10000, {"layers": 1, "yarn": YARN}),
     ]  # fmt: skip
-    findings = check_of_sizes.sizes(registry.EVIDENCE.subject(evidence, "release"))
+    findings = check_of_sizes.sizes(Release(evidence))
     assert not findings.problems and findings.summary == "2 smaller models, trained on the rows of pretrain"
     assert sizes_of(["size-10", "size-2", "pretrain"]) == ["size-2", "size-10"]
     assert (evidence / "checkpoints/size-1-step-2/model.safetensors").exists()
@@ -159,7 +162,7 @@ def test_sizes_are_placed_and_read(evidence: Path) -> None:
 
 
 def test_a_checkpoint_of_a_size_is_traced_by_the_order_that_it_read(evidence: Path) -> None:
-    data = ReleaseData(evidence, evidence / "dataset")
+    data = ReleaseData(Release(evidence))
     for first_use, expected in (
         ((when("pretrain"), 2), ["pretrain-step-2", "size-1-step-2", "size-2-step-2"]),
         ((when("pretrain"), 3), []),
@@ -224,10 +227,10 @@ def test_a_changed_figure_or_recipe_is_found(
     evidence: Path, tmp_path: Path, change: Callable[[Path], None], problem: str
 ) -> None:
     shutil.copytree(evidence / "evidence", tmp_path / "evidence")
-    subject = registry.EVIDENCE.subject(tmp_path, "release")
+    subject = Release(tmp_path)
     assert not check_of_sizes.sizes(subject).problems
     change(tmp_path)
-    problems = check_of_sizes.sizes(subject).problems
+    problems = check_of_sizes.sizes(Release(tmp_path)).problems
     assert any(problem in text for text in problems), problems
 
 

@@ -8,22 +8,21 @@ github.com/in-toto/attestation, spec/predicates/test-result.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.provenance import STATEMENT
-from pipeline.core.store import canonical, sha256_bytes, sha256_file
+from pipeline.core.store import canonical, sha256_bytes
 from release.facts.published_tables import read_rows
 from release.layout import RECIPE, RELEASE
-from release.schema import NodeArtifact
+from release.opened_release import Release
 
 PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
 FOLDER = "evidence/attestations"
 ENVIRONMENT = "evidence/environment.json"
 BUILD_INPUTS = (ENVIRONMENT, RECIPE, RELEASE)
 """Files that the gates' statement names by digest, beside the code: no statement about an artifact covers them."""
-Digest = Callable[[Path], str]
 
 
 def test_result(
@@ -44,12 +43,12 @@ def test_result(
     }
 
 
-def evaluations(release: Path, nodes: Mapping[str, NodeArtifact]) -> dict[str, dict[str, Any]]:
-    """{path in the release: statement} for each model that was asked problems: which it solved."""
-    statements = {}
+def evaluations(release: Release) -> dict[str, dict[str, Any]]:
+    """Returns {path in the release: statement} for each model that was asked problems: which it solved."""
+    statements, nodes = {}, release.info.nodes
     for node, artifact in nodes.items():
         kind, _, model = node.partition("-")
-        table = release / "dataset/evaluation" / model / "items.parquet"
+        table = release.dataset / "evaluation" / model / "items.parquet"
         if kind != "export" or not re.fullmatch(r"[a-z0-9-]+", model) or not table.is_file():
             continue
         rows = read_rows(table, ["id", "score"])
@@ -65,20 +64,16 @@ def evaluation_path(model: str) -> str:
     return f"{FOLDER}/evaluation-{model}.json"
 
 
-def gates(
-    release: Path, nodes: Mapping[str, NodeArtifact], results: Mapping[str, bool | None], digest: Digest = sha256_file
-) -> dict[str, Any]:
-    """The statement of the gates, with the digests of the code and the settings of the build.
+def gates(release: Release, results: Mapping[str, bool | None]) -> dict[str, Any]:
+    """Returns the statement of the gates, with the digests of the code and the settings of the build.
 
     Args:
-        release: The folder of the release.
-        nodes: Its artifacts.
+        release: The release, or its evidence.
         results: {gate: whether it was passed; None if it had nothing to judge}.
-        digest: The SHA-256 of a file.
     """
-    subjects = {artifact.key: artifact.digest for artifact in nodes.values()}
-    inputs = {path: digest(release / path) for path in BUILD_INPUTS}
-    code = {path.relative_to(release).as_posix(): digest(path) for path in code_files(release)}
+    subjects = {artifact.key: artifact.digest for artifact in release.info.nodes.values()}
+    inputs = {path: release.digest(release.root / path) for path in BUILD_INPUTS}
+    code = {path.relative_to(release.root).as_posix(): release.digest(path) for path in code_files(release.root)}
     return test_result(
         subjects,
         inputs | {"code": sha256_bytes(canonical(code))},
