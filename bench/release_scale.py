@@ -32,10 +32,10 @@ TASKS = {
     "facts": "from release.facts.data_facts import read_data_facts; read_data_facts(data)",
     "roots": "from release import merkle; merkle.roots(data)",
     "proof": "from release import merkle; merkle.prove(data, id)",
-    "licenses": "assert not documents.licenses(Subject(data)).problems",
-    "dispositions": "assert not documents.dispositions(Subject(data)).problems",
-    "content hashes": "assert not documents.content_hashes(Subject(data)).problems",
-    "secrets": "from release.checks import secret_scan; secret_scan.scan(data, files_below(data), [])",
+    "licenses": "assert not documents.licenses(Release(data, 'dataset')).problems",
+    "dispositions": "assert not documents.dispositions(Release(data, 'dataset')).problems",
+    "content hashes": "assert not documents.content_hashes(Release(data, 'dataset')).problems",
+    "secrets": "from release.checks import source_code; source_code.scan_files(data, files_below(data), [])",
     "document": "tracing.trace_document(data, id)",
     "unknown document": "import pytest\nwith pytest.raises(AtomError): tracing.trace_document(data, 'web/nothing')",
     "removal": "tracing.trace_removal(data, id)",
@@ -49,7 +49,7 @@ from pathlib import Path
 from pipeline.core.errors import AtomError
 from release import tracing
 from release.checks import documents
-from release.checks.check import Subject
+from release.opened_release import Release
 from release.repositories import files_below
 data, id = Path(sys.argv[1]), sys.argv[2]
 start = time.process_time()

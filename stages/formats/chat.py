@@ -11,14 +11,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, TypedDict
-
-import jinja2
-from jinja2.ext import Extension
-from jinja2.parser import Parser
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from stages.formats.chat_templates import FEATURES, TOOLS_BEGIN, TOOLS_END, training_template
 from stages.formats.tokenizer import SPECIAL_TOKENS, THINK_END, THINK_START, TURN_END, TURN_START
+
+if TYPE_CHECKING:
+    import jinja2
+    from jinja2.parser import Parser
 
 # The template's text before an answer.
 BEGIN = f"{TURN_START}assistant\n"
@@ -33,19 +33,22 @@ CALL_BEGIN, CALL_END = '<tool_call>\n{"name": ', "}\n</tool_call>"
 MESSAGE = {"role": "string", "content": "string", "reasoning_content": "string"}
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's tokens for training libraries; here it only groups."""
-
-    tags = {"generation"}  # noqa: RUF012  as the base class has it
-
-    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(extensions=[_Generation], autoescape=False)
+    # Imported here, since `atom plan` imports this module and renders nothing.
+    import jinja2
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """`{% generation %}` marks the assistant's tokens for training libraries; here it only groups."""
+
+        tags = {"generation"}  # noqa: RUF012  as the base class has it
+
+        def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = jinja2.Environment(extensions=[Generation], autoescape=False)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # as transformers has it
     return environment.from_string(training_template())
 

@@ -67,4 +67,4 @@ def test_memory_counts_the_states_of_matrices_and_tables() -> None:
 
 
 def test_cards_state_the_settings_of_adam() -> None:
-    assert card_rows() == {"Adam β1": ("optimizer", "beta1"), "Adam β2": ("optimizer", "beta2")}
+    assert card_rows() == {"Adam β1": "optimizer.beta1", "Adam β2": "optimizer.beta2"}

@@ -351,7 +351,7 @@ def test_a_sample_of_many_blocks_is_computed_again(
     shutil.copytree(artifact.path, folder)
     blocks, block = [], ComputedOrder.block
     monkeypatch.setattr(ComputedOrder, "block", lambda self, n: blocks.append(n) or block(self, n))
-    monkeypatch.setattr("stages.data.streams.Stream.sums", None)
+    monkeypatch.setattr("stages.data.order.streams.Stream.sums", None)
     check = partial(segments, Release(tmp_path / "dataset", "dataset"))
     assert check().problems == [] and len(set(blocks)) == 8 < len(order_files(folder))
     if changes.get("pack"):
