@@ -17,11 +17,12 @@ from pipeline.core import source_code
 from pipeline.core.errors import AtomError
 from pipeline.core.source_code import PACKAGES
 from pipeline.core.store import Artifact
-from release import independent_verifier, merkle, references
+from release import merkle, references
 from release.assembly.attribution import write_attribution
 from release.cards import croissant, plots, render, results
 from release.checks import loading
 from release.checks.check import BuildContext, LoadReport
+from release.checks.tool_files import OWN_VERIFIER
 from release.facts import model_facts, run_facts, runtimes
 from release.facts.forecast import FILE, FOLDER
 from release.facts.forecast import MODEL as MODEL_PREDICTED
@@ -256,7 +257,7 @@ def _place_evidence(draft: Draft) -> None:
         draft.copy(path, f"evidence/metrics/{node}.jsonl")
     draft.json("evidence/environment.json", source.environment)
     draft.json(RECIPE, source.recipe)
-    draft.copy(Path(independent_verifier.__file__), SECOND_VERIFIER)
+    draft.copy(OWN_VERIFIER, SECOND_VERIFIER)
     draft.json(RELEASE, describe(source).to_json())
     draft.write(CODE_README, render.code_readme(draft.release.info).encode())
 
