@@ -30,8 +30,10 @@ def write_sums(target: Path, folder: Path, paths: list[str]) -> None:
 
 
 def read_sums(path: Path, name: str) -> dict[str, str]:
-    """{path: sha256}. Raises CheckFailed with the line that is damaged, duplicate or out of order, or whose path no
-    release can have."""
+    """{path: sha256}.
+
+    Raises CheckFailed with the line that is damaged, duplicate or out of order, or whose path no release can have.
+    """
     if not os.path.lexists(path):
         raise CheckFailed(f"{name} is missing")
     try:

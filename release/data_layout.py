@@ -145,9 +145,11 @@ def cores() -> int:
 
 
 def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: Sequence[Path]) -> Iterator[Result]:
-    """The result of `work` for each part, in their order. Each process holds what one part needs, so memory grows with
-    the cores and not with the parts. work: picklable, as parts and results are. files: that are read, for their size.
-    An error of a call is raised."""
+    """The result of `work` for each part, in their order.
+
+    Each process holds what one part needs, so memory grows with the cores and not with the parts. work: picklable,
+    as parts and results are. files: that are read, for their size. An error of a call is raised.
+    """
     number = min(cores(), len(parts))
     if number < 2 or sum(path.stat().st_size for path in files if path.exists()) <= MOST_ALONE:
         yield from map(work, parts)

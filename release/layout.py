@@ -119,6 +119,8 @@ def model_name(folder: str, final: str) -> str:
 
 
 def folders_of(models: Sequence[str]) -> dict[str, str]:
-    """{exported model: its folder}; models: in the order of training. The untrained one is only published as a
-    checkpoint."""
+    """{exported model: its folder}; models: in the order of training.
+
+    The untrained one is only published as a checkpoint.
+    """
     return {model: MODEL if model == models[-1] else f"{MODEL}-{model}" for model in models if model != "init"}

@@ -29,8 +29,11 @@ FIELDS = {"table": str, "leaf": dict, "index": int, "size": int, "proof": list, 
 
 @dataclass(frozen=True)
 class Proof:
-    """A row of a table under the table's root. leaf: the row's columns that are hashed; index: of the row; size: rows
-    of the table; proof: hex of the siblings, from the leaf up; root: hex."""
+    """A row of a table under the table's root.
+
+    leaf: the row's columns that are hashed; index: of the row; size: rows of the table; proof: hex of the siblings,
+    from the leaf up; root: hex.
+    """
 
     table: str
     leaf: dict[str, Any]

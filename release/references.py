@@ -97,8 +97,11 @@ class Reference(Config):
         return escaped(str(self.source.get("origin")), 200)
 
     def restored(self, folder: Path | None, temporary: Path) -> Source:
-        """The source with its places on this machine. folder: of its files; temporary: gets its lock file. Raises
-        CheckFailed if its settings are malformed, AtomError if it needs a folder."""
+        """The source with its places on this machine.
+
+        folder: of its files; temporary: gets its lock file. Raises CheckFailed if its settings are malformed,
+        AtomError if it needs a folder.
+        """
         name = escaped(str(self.source.get("name")), 80)
         reader = {key: value for key, value in dict(self.source.get("reader", {})).items() if key not in PLACES}
         if folder is not None:
@@ -145,8 +148,10 @@ class References(Config):
 
 
 def read(dataset: Path) -> Mapping[str, Reference]:
-    """The sources by reference of a dataset folder, by name; none without the file. Raises CheckFailed if it is
-    malformed."""
+    """The sources by reference of a dataset folder, by name; none without the file.
+
+    Raises CheckFailed if it is malformed.
+    """
     return dict(sorted(_read(dataset).sources.items()))
 
 

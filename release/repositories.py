@@ -86,8 +86,10 @@ def published(paths: Iterable[str], places: Iterable[Repository]) -> list[str]:
 
 
 def files_of(release: Path, repository: Repository) -> list[str]:
-    """The files of a repository, relative to its folder, without its checksum file. Raises CheckFailed as `files_below`
-    does."""
+    """The files of a repository, relative to its folder, without its checksum file.
+
+    Raises CheckFailed as `files_below` does.
+    """
     files = files_below(release / repository.folder)
     inside = [*model_folders(release), *variant_folders(release)] if repository.folder == "" else []
     return _of(repository, files, inside)

@@ -105,8 +105,10 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
 
 
 def scan(folder: Path, listed_count: int) -> Tree:
-    """The files of a folder that may be read. listed_count: the number of files that its checksum files can name, by
-    their sizes."""
+    """The files of a folder that may be read.
+
+    listed_count: the number of files that its checksum files can name, by their sizes.
+    """
     tree = Tree()
     path_of_name: dict[str, str] = {}
     for path, status in walk(folder, ENTRIES + 4 * listed_count):
@@ -177,8 +179,10 @@ def inode(status: os.stat_result) -> tuple[int, int]:
 
 
 def is_foreign_link(folder: Path, path: str) -> bool:
-    """Returns True if a path is a link, or leads through one, except for links of the Hub client's cache. No link is
-    followed."""
+    """Returns True if a path is a link, or leads through one, except for links of the Hub client's cache.
+
+    No link is followed.
+    """
     parts = path.split("/")
     if any((folder / "/".join(parts[:depth])).is_symlink() for depth in range(1, len(parts))):
         return True

@@ -1,5 +1,7 @@
-"""The labels of phases in seeds. A label never changes when its phase is renamed, because other seeds make other
-models."""
+"""The labels of phases in seeds.
+
+A label never changes when its phase is renamed, because other seeds make other models.
+"""
 
 from __future__ import annotations
 

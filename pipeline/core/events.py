@@ -285,8 +285,9 @@ ONE_READ = 64 * 2**20
 
 
 class Tail(Generic[Row]):
-    """Reads the complete lines that were appended to a JSONL file since the last call; a missing file is empty. Damaged
-    lines are reported and skipped.
+    """Reads the complete lines that were appended to a JSONL file since the last call; a missing file is empty.
+
+    Damaged lines are reported and skipped.
 
     Args:
         path: The file.

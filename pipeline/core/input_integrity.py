@@ -52,8 +52,10 @@ def check(run: Path, artifacts: Iterable[Artifact]) -> None:
 
 
 def help_to_check(run: Path, artifacts: Iterable[Artifact], rank: int, ranks: int) -> None:
-    """Hashes this rank's share of the files for rank 0, which is in `check`. Parts that others hash are left to them.
-    Raises AtomError as `check`."""
+    """Hashes this rank's share of the files for rank 0, which is in `check`.
+
+    Parts that others hash are left to them. Raises AtomError as `check`.
+    """
     parts = [part for artifact in artifacts for part in _parts(run, artifact)]
     _hash_free(parts[rank::ranks], shared_progress(run))
 
@@ -85,8 +87,10 @@ def _hash_free(parts: list[Part], shared: SharedProgress) -> list[Part]:
 
 
 def note(run: Path, artifact: Artifact) -> None:
-    """Records that an artifact was hashed in this run when it was sealed. If the record cannot be written, a warning is
-    printed and the artifact is hashed again."""
+    """Records that an artifact was hashed in this run when it was sealed.
+
+    If the record cannot be written, a warning is printed and the artifact is hashed again.
+    """
     with _ignore_write_errors():
         for _, path, rows in _parts(run, artifact):
             _write(path, {row.path: _state(artifact / row.path) for row in rows})
@@ -107,8 +111,10 @@ def _parts(run: Path, artifact: Artifact) -> Iterator[Part]:
 
 
 def _hash(artifact: Artifact, path: Path, rows: list[FileRow], threads: int, shared: SharedProgress) -> None:
-    """Hashes the files of a part that have no record, and records the intact ones. Raises AtomError for a damaged
-    file."""
+    """Hashes the files of a part that have no record, and records the intact ones.
+
+    Raises AtomError for a damaged file.
+    """
     unknown = _unhashed(artifact, path, rows)
     if (size := sum(row.size for row in unknown)) > PART_BYTES / 4:
         print(f"hashing {len(unknown)} files of {artifact.key}, {size / 2**30:.1f} GiB", flush=True)

@@ -160,8 +160,10 @@ def file_system_time(folder: Path) -> float:
 
 
 class Lease:
-    """Held from `take` to `release`. `lost` becomes true after a successor took over because this holder seemed
-    dead."""
+    """Held from `take` to `release`.
+
+    `lost` becomes true after a successor took over because this holder seemed dead.
+    """
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
@@ -212,8 +214,10 @@ class Lease:
                 return self.on_lost()
 
     def release(self) -> None:
-        """Lets a successor start at once. The file stays, so that numbers only grow. If the file cannot be written, the
-        lease expires."""
+        """Lets a successor start at once.
+
+        The file stays, so that numbers only grow. If the file cannot be written, the lease expires.
+        """
         self._stop.set()
         self._thread.join()
         with suppress(OSError):

@@ -252,8 +252,10 @@ class _CurveBody(TypedDict):
 
 
 class Curves(LogSummary[Point]):
-    """The curves of a stage, each thinned to at most `POINTS` buckets. After a restart, the steps that are trained
-    again replace the former ones."""
+    """The curves of a stage, each thinned to at most `POINTS` buckets.
+
+    After a restart, the steps that are trained again replace the former ones.
+    """
 
     log = "metrics.jsonl"
     line = POINT

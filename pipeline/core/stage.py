@@ -107,7 +107,8 @@ class Report(Protocol):
         """Seals a copy of `folder` as an artifact of its own before the stage is finished: the checkpoint after `step`.
 
         A checkpoint that is sealed already is compared and kept. Any thread of rank 0 may call it. Raises AtomError if
-        the bytes differ from the sealed ones, or if another worker has taken over."""
+        the bytes differ from the sealed ones, or if another worker has taken over.
+        """
 
     def abandon(self, text: str) -> NoReturn:
         """Ends the attempt with that sentence from any thread while the main thread hangs in a collective: the attempt
@@ -116,8 +117,10 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """The resources of a training phase, in tokens and bytes, for each rank and disk. If ranks differ, those of the
-    fullest."""
+    """The resources of a training phase, in tokens and bytes, for each rank and disk.
+
+    If ranks differ, those of the fullest.
+    """
 
     # Steps still to be trained.
     steps: int
@@ -169,8 +172,10 @@ class Published:
 
 @dataclass(frozen=True)
 class ServedWork:
-    """The part of a stage's FLOPs that servers in jobs of their own take over. Without such servers rank 0 does it, on
-    its GPU or core."""
+    """The part of a stage's FLOPs that servers in jobs of their own take over.
+
+    Without such servers rank 0 does it, on its GPU or core.
+    """
 
     flops: float
     # FLOP/s of one server GPU.
@@ -250,8 +255,10 @@ def family(precision: str) -> str:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """The performance of a GPU and its links, as their makers state it. Bandwidths in bytes/s; of links, in one
-    direction."""
+    """The performance of a GPU and its links, as their makers state it.
+
+    Bandwidths in bytes/s; of links, in one direction.
+    """
 
     # FLOP/s of dense matrix products, by family of precisions: fp32, bf16, fp8, fp4.
     peaks: Mapping[str, float]

@@ -303,8 +303,10 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
 
 
 def write_manifest(folder: Path, key: str) -> Artifact:
-    """Hashes and flushes every file of a finished folder and writes its manifest. A file whose hash was handed over is
-    not read again."""
+    """Hashes and flushes every file of a finished folder and writes its manifest.
+
+    A file whose hash was handed over is not read again.
+    """
     rows = rows_of(folder, handed_over=True, owner=key)
     digest = digest_of(rows)
     manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}

@@ -21,8 +21,10 @@ from pipeline.graph.run import Run
 
 
 def flat(value: Any, prefix: str = "", is_operational: bool = False) -> Iterator[tuple[str, tuple[Any, bool]]]:
-    """Yields (dotted field, (plain value, operational)) of every setting. An item of a list of sections is called by
-    its `name`, else by its number."""
+    """Yields (dotted field, (plain value, operational)) of every setting.
+
+    An item of a list of sections is called by its `name`, else by its number.
+    """
     if isinstance(value, BaseModel):
         for name, info in type(value).model_fields.items():
             extra = info.json_schema_extra

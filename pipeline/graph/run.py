@@ -1,5 +1,7 @@
-"""A run: one execution of a recipe's graph, as files under `logs/<run>/`. Its state is in the files, never in
-memory."""
+"""A run: one execution of a recipe's graph, as files under `logs/<run>/`.
+
+Its state is in the files, never in memory.
+"""
 
 from __future__ import annotations
 

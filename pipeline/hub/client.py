@@ -92,7 +92,9 @@ def _http() -> Any:
 
 class RetryingClient:
     """The client's calls, each repeated if the Hub is busy or does not answer: the client itself repeats uploads only.
-    Every call here may be made twice. Raises what the client raises, MalformedAnswer, and HubLimit."""
+
+    Every call here may be made twice. Raises what the client raises, MalformedAnswer, and HubLimit.
+    """
 
     def __init__(self, client: Any) -> None:
         self.client = client

@@ -136,8 +136,10 @@ USAGE: TypeAdapter[Any] = TypeAdapter(_UsageFile)
 
 @dataclass(frozen=True)
 class Task:
-    """The parameters of a job as plain values, so that its pickle is small. peaks: FLOP/s of a GPU by family of
-    precisions, as the profile states them."""
+    """The parameters of a job as plain values, so that its pickle is small.
+
+    peaks: FLOP/s of a GPU by family of precisions, as the profile states them.
+    """
 
     home: str
     run: str

@@ -84,8 +84,10 @@ def _entries(store: Store) -> list[BadNode]:
 
 
 def record(store: Store, entry: BadNode) -> None:
-    """Writes the entry of a node, in the place of an earlier one, and removes those that have expired. Raises
-    OSError."""
+    """Writes the entry of a node, in the place of an earlier one, and removes those that have expired.
+
+    Raises OSError.
+    """
     folder(store).mkdir(exist_ok=True)
     for known in _entries(store):
         if known.until <= time.time():
@@ -94,8 +96,10 @@ def record(store: Store, entry: BadNode) -> None:
 
 
 def clear(store: Store, nodes: Iterable[str]) -> list[str]:
-    """Removes the entries of these nodes, or of all if none is named; returns the names. Raises AtomError, before any
-    is removed, if one is not avoided."""
+    """Removes the entries of these nodes, or of all if none is named; returns the names.
+
+    Raises AtomError, before any is removed, if one is not avoided.
+    """
     avoided = {entry.node for entry in read(store)}
     if unknown := sorted(set(nodes) - avoided):
         listed = ", ".join(sorted(avoided)) or "none"

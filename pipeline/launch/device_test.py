@@ -102,8 +102,10 @@ class Problem(TypedDict):
 
 @dataclass(frozen=True)
 class Table:
-    """The reports of the ranks in the store of rank 0, to which anyone in the network may write. key: with which
-    they sign it."""
+    """The reports of the ranks in the store of rank 0, to which anyone in the network may write.
+
+    key: with which they sign it.
+    """
 
     store: Any
     size: int

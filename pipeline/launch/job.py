@@ -73,8 +73,11 @@ def _begin(task: Task, limits: JobLimits) -> tuple[submitit.JobEnvironment, Stor
 
 
 def run(task: Task, limits: JobLimits) -> str:
-    """Runs one node as a Slurm job, on each of its ranks. Returns the decision on rank 0, and the outcome on other
-    ranks; if a job of several ranks has failed, each of its processes ends with exit code 1 instead."""
+    """Runs one node as a Slurm job, on each of its ranks.
+
+    Returns the decision on rank 0, and the outcome on other ranks; if a job of several ranks has failed, each of
+    its processes ends with exit code 1 instead.
+    """
     slurm_job, store = _begin(task, limits)
     folder = store.logs / task.run / task.node
     launch = launch_folder(folder, slurm_job.raw_job_id)
@@ -152,8 +155,11 @@ def _check(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> Failure
 
 
 def _run_follower(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> str:
-    """Runs a rank other than 0. Its process ends with exit code 1 if the launch fails, but not if it is stopped: rank 0
-    then still saves, and srun would end it."""
+    """Runs a rank other than 0.
+
+    Its process ends with exit code 1 if the launch fails, but not if it is stopped: rank 0 then still saves, and
+    srun would end it.
+    """
     problem = _check(task, limits, store, ranks)
     if problem is not None:
         print(f"{task.node}: {problem.text}", file=sys.stderr, flush=True)
@@ -229,8 +235,11 @@ class _Place:
 
 
 def run_server(task: Task, limits: JobLimits) -> str:
-    """Runs a server for a node, in this task of a job array, until the stage has ended. Returns the decision: a server
-    that dies is started again as long as it has answered before, and otherwise as often as the profile allows."""
+    """Runs a server for a node, in this task of a job array, until the stage has ended.
+
+    Returns the decision: a server that dies is started again as long as it has answered before, and otherwise as
+    often as the profile allows.
+    """
     store, launch = _begin_task(task, limits, "servers")
     place = _Place(task, store, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
@@ -350,7 +359,8 @@ def watch_stop_signals() -> Iterator[Callable[[], set[int]]]:
 class Standstill:
     """The number of consecutive attempts without progress, including this one, and their position.
 
-    repeated: the last two ended with the same unexpected exception, so it is deterministic."""
+    repeated: the last two ended with the same unexpected exception, so it is deterministic.
+    """
 
     since: int
     where: str

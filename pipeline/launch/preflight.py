@@ -220,8 +220,10 @@ def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
 
 
 def _gather_reports(ranks: Ranks) -> Failure | None:
-    """On rank 0: receives the reports of all other ranks, and returns the problem, if any. Rank 0's own node is sound:
-    a problem of another node is that node's, also one with $ATOM_HOME."""
+    """On rank 0: receives the reports of all other ranks, and returns the problem, if any.
+
+    Rank 0's own node is sound: a problem of another node is that node's, also one with $ATOM_HOME.
+    """
     deadline, next_look = time.monotonic() + SECONDS, 0.0
     reports: dict[int, dict[str, Any]] = {}
     atom_secret.make(ranks.secret)

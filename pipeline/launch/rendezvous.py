@@ -107,8 +107,10 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, size: int, node_folder: Path) -> Ranks:
-        """Reads the ranks from the variables of submitit, on this machine and on a cluster alike. Each rank records its
-        process."""
+        """Reads the ranks from the variables of submitit, on this machine and on a cluster alike.
+
+        Each rank records its process.
+        """
         if size == 1:
             return cls()
         job = submitit.JobEnvironment()
@@ -127,8 +129,10 @@ class Ranks:
         return rendezvous
 
     def report_waiting(self, turns: int) -> None:
-        """On rank 0: reports to the others at intervals that it waits for its turn. Raises PeerLost if one has
-        failed."""
+        """On rank 0: reports to the others at intervals that it waits for its turn.
+
+        Raises PeerLost if one has failed.
+        """
         if self.size > 1:
             if (failure := self.failure()) is not None:
                 raise PeerLost(failure.text)
@@ -378,8 +382,11 @@ def _end(folder: Path, rank: int) -> Path:
 
 
 def launch_folder(node_folder: Path, job: str) -> Path:
-    """Returns the folder for the messages of one launch. A job that Slurm starts again is another launch, and so are
-    ranks that the job's script starts again: `<job>.<restarts>.<relaunches>`."""
+    """Returns the folder for the messages of one launch.
+
+    A job that Slurm starts again is another launch, and so are ranks that the job's script starts again:
+    `<job>.<restarts>.<relaunches>`.
+    """
     relaunch = os.environ.get(lease.RELAUNCH_VARIABLE)
     name = f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     return node_folder / "ranks" / (f"{name}.{relaunch}" if relaunch else name)

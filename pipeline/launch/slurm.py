@@ -84,8 +84,10 @@ class Submission:
 
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
-    """Submits the stages that are neither sealed nor queued in Slurm. Raises AtomError before anything is submitted, or
-    after the submissions of this call have been canceled."""
+    """Submits the stages that are neither sealed nor queued in Slurm.
+
+    Raises AtomError before anything is submitted, or after the submissions of this call have been canceled.
+    """
     slurm = profile.cluster()
     damage = damage_of(graph, store, selected)
     selected = [name for name in selected if name not in damage]
@@ -222,8 +224,10 @@ def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseExc
 
 
 def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[str, Job], seconds: int) -> None:
-    """Notes the nodes as bad at which Slurm could not start the script of the last job of these keys. That job had no
-    process that could. Without accounting nothing is known of them."""
+    """Notes the nodes as bad at which Slurm could not start the script of the last job of these keys.
+
+    That job had no process that could. Without accounting nothing is known of them.
+    """
     claims = [submission_lock.read(store, key, slurm_jobs) for key in keys if not store.sealed(key)]
     ended = {claim.job: claim for claim in claims if claim is not None and not claim.holds(slurm_jobs)}
     try:
@@ -243,10 +247,13 @@ def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[
 
 
 class Avoidance:
-    """Excludes bad nodes from jobs, beside those of the profile, but never so many that a job could not start. Slurm is
-    asked once for all jobs that request the same, and once more for each bad node if it refuses to do without all.
+    """Excludes bad nodes from jobs, beside those of the profile, but never so many that a job could not start.
 
-    kept: a sentence about each node that a job may get all the same."""
+    Slurm is asked once for all jobs that request the same, and once more for each bad node if it refuses to do
+    without all.
+
+    kept: a sentence about each node that a job may get all the same.
+    """
 
     def __init__(self, bad: list[BadNode]) -> None:
         self.bad, self.kept = bad, list[str]()
@@ -410,8 +417,10 @@ def missing_image(profile: Profile) -> str | None:
 
 
 def require_image(profile: Profile) -> None:
-    """Raises RecipeError if the container's image is missing from a folder that this host has. If the folder is not
-    here either, it may be one of the nodes alone."""
+    """Raises RecipeError if the container's image is missing from a folder that this host has.
+
+    If the folder is not here either, it may be one of the nodes alone.
+    """
     container = profile.cluster().container
     if container is not None and missing_image(profile) and Path(container.image).parent.is_dir():
         raise RecipeError(

@@ -55,8 +55,10 @@ class Owner:
 
     @classmethod
     def read(cls, text: str) -> Owner | None:
-        """Finds the owner in the command or the comment of a job; None if the job is not one of atom's. The comment
-        counts where a site's own `sbatch` copies scripts."""
+        """Finds the owner in the command or the comment of a job; None if the job is not one of atom's.
+
+        The comment counts where a site's own `sbatch` copies scripts.
+        """
         match = _SCRIPT.search(text) or _COMMENT.search(text)
         return cls(match["run"], match["node"], match["part"] or "") if match else None
 
@@ -198,8 +200,10 @@ def _seconds(time_text: str) -> float | None:
 
 
 def hides_jobs() -> bool:
-    """Returns True if Slurm shows this user no jobs of others: `PrivateData` has `jobs`. Root sees all. Raises
-    NoAnswer."""
+    """Returns True if Slurm shows this user no jobs of others: `PrivateData` has `jobs`.
+
+    Root sees all. Raises NoAnswer.
+    """
     if os.geteuid() == 0:
         return False
     lines = (line.partition("=") for line in run_command("scontrol", "show", "config").splitlines())

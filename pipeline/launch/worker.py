@@ -108,7 +108,9 @@ def stop_signals() -> Iterator[None]:
 
 def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
     """Runs a rank other than 0: waits for the call of rank 0, runs the stage, and writes only its log and its usage.
-    Its failure is announced to all; a failure of another rank ends the process."""
+
+    Its failure is announced to all; a failure of another rank ends the process.
+    """
     usage_at_start, folder = Usage.now(), store.work(task.key)
 
     def usage() -> Usage:

@@ -171,8 +171,10 @@ STOP_SECONDS = 30.0
 
 
 def cancel_jobs(run: Run, store: Store) -> list[str]:
-    """Cancels the run's jobs in Slurm, but not those that other runs submitted. Returns the names of the stages. Raises
-    AtomError if Slurm hides the jobs from this user, or refuses."""
+    """Cancels the run's jobs in Slurm, but not those that other runs submitted.
+
+    Returns the names of the stages. Raises AtomError if Slurm hides the jobs from this user, or refuses.
+    """
     # Under the lock, so that no submitter attaches to a job that is about to be cancelled.
     with submission_lock.submitting(store):
         jobs = _living_jobs(run)

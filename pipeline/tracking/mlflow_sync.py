@@ -317,8 +317,10 @@ def child_status(node: NodeStatus) -> str:
 
 
 def outcome_of(nodes: list[NodeStatus]) -> str:
-    """Returns MLflow's status of a run whose stages will not go on by themselves. A run that stopped without a failure
-    was killed."""
+    """Returns MLflow's status of a run whose stages will not go on by themselves.
+
+    A run that stopped without a failure was killed.
+    """
     statuses = {child_status(node) for node in nodes}
     if statuses == {"FINISHED"}:
         return "FINISHED"

@@ -172,8 +172,10 @@ def _add_job_state(
 
 
 def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
-    """Returns True if the present attempt has recorded its end. A launch may have begun since, and not have logged
-    yet."""
+    """Returns True if the present attempt has recorded its end.
+
+    A launch may have begun since, and not have logged yet.
+    """
     if node.state != "failed" or node.kind is None or node.events is None:
         return False
     return launch is None or launch.name == node.events.state["launch"]

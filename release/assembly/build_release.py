@@ -29,8 +29,9 @@ OUTCOMES = {True: "passed", False: "FAILED", None: "not judged"}
 
 
 def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lambda text: None) -> Path:
-    """Writes `<home>/releases/<name>-<version>/` and returns it; an earlier one of that name is replaced. The index of
-    its texts is written to `<home>/trace`.
+    """Writes `<home>/releases/<name>-<version>/` and returns it; an earlier one of that name is replaced.
+
+    The index of its texts is written to `<home>/trace`.
 
     Raises AtomError if a part is missing, CheckFailed with the first failed gate; then the refused folder is kept as
     `<name>-<version>.refused` for inspection, and the earlier release is unchanged.
@@ -74,8 +75,10 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
 
 
 def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
-    """Builds the index for `atom trace --text`, outside of the release. The release is complete without it, so a
-    missing index is reported and is no error."""
+    """Builds the index for `atom trace --text`, outside of the release.
+
+    The release is complete without it, so a missing index is reported and is no error.
+    """
     try:
         if tracing.build_index(release, cache, progress) is None:
             progress("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text` reads every text")

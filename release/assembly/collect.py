@@ -92,8 +92,10 @@ def _deny_list(graph: Graph) -> DenyList | None:
 def _references(
     graph: Graph, artifacts: Mapping[str, Artifact], earlier: Mapping[str, Artifact]
 ) -> dict[str, Reference]:
-    """The sources by reference. Raises AtomError for a source that is in no files, or of a run that resumed from data
-    of an earlier one."""
+    """The sources by reference.
+
+    Raises AtomError for a source that is in no files, or of a run that resumed from data of an earlier one.
+    """
     recipe, config = graph.recipe.config, graph.nodes["filter"].config
     assert isinstance(recipe, ReleaseRecipe) and isinstance(config, FilterConfig)
     names = recipe.release.by_reference

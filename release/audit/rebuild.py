@@ -38,8 +38,11 @@ SUFFIX = ".data"
 
 @dataclass(frozen=True)
 class RebuiltSource:
-    """A source whose documents are here with their texts. files: its tables; equal: those with the bytes that the stage
-    made, None if the release's evidence is not here; present: those that an earlier run had rebuilt."""
+    """A source whose documents are here with their texts.
+
+    files: its tables; equal: those with the bytes that the stage made, None if the release's evidence is not here;
+    present: those that an earlier run had rebuilt.
+    """
 
     source: str
     origin: str
@@ -68,8 +71,10 @@ def folder_of(release: Path) -> Path:
 def rebuild(
     release: Path, target: Path, folders: Mapping[str, Path], progress: Progress = lambda text: None
 ) -> Rebuilt:
-    """Writes `kept/<source>/part-*.parquet` with texts to `target`. A part that is there already is compared, not made
-    again; pulled files stay in $ATOM_HOME/hub. Memory holds a row group.
+    """Writes `kept/<source>/part-*.parquet` with texts to `target`.
+
+    A part that is there already is compared, not made again; pulled files stay in $ATOM_HOME/hub. Memory holds a
+    row group.
 
     folders: by source, of files that no Hub has. Raises AtomError if files are missing or have other digests,
     CheckFailed if a document is not there or has another text.
@@ -169,8 +174,10 @@ class _Texts:
 
 
 def _compare(listed: Path, path: Path) -> tuple[int, int]:
-    """(documents, bytes of their texts) of a rebuilt table. Raises CheckFailed unless it has the rows of the published
-    one and every text its hash."""
+    """(documents, bytes of their texts) of a rebuilt table.
+
+    Raises CheckFailed unless it has the rows of the published one and every text its hash.
+    """
     documents = size = 0
     ends: Iterator[pa.Table | None] = repeat(None)
     rebuilt = references.row_groups(path)

@@ -174,7 +174,9 @@ def same_versions(release: Release) -> Findings:
 
 def card_metadata(release: Release) -> Findings:
     """Checks that the metadata have the fields that the build writes, with the values that follow from the files.
-    Names, languages and the license are as the card states them."""
+
+    Names, languages and the license are as the card states them.
+    """
     kind, text = release.kind, (release.root / CARD).read_text()
     if kind == "model":
         data: Any = load().ModelCard(text).data

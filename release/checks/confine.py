@@ -46,8 +46,10 @@ def missing() -> str:
 
 
 def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
-    """The result of `call`, which must be JSON, and its processor time. The call runs in a fork: it sees the state of
-    this process and does not change it. Raises CheckFailed if the budget does not suffice, or if the child is killed.
+    """The result of `call`, which must be JSON, and its processor time.
+
+    The call runs in a fork: it sees the state of this process and does not change it. Raises CheckFailed if the
+    budget does not suffice, or if the child is killed.
 
     Where `missing` names something, the call runs in this process, without limits, in no time.
     """

@@ -132,8 +132,10 @@ def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _id_hashes(files: list[Path]) -> Iterator[tuple[Path, list[str], Any]]:
-    """(file, ids, their hashes in this process) by batch. Python's hash of a string is keyed, so no file can be made
-    whose ids collide."""
+    """(file, ids, their hashes in this process) by batch.
+
+    Python's hash of a string is keyed, so no file can be made whose ids collide.
+    """
     import numpy as np
 
     for path in files:
@@ -234,8 +236,10 @@ def _unbalanced_part(dataset: Path, part: data_layout.Part, counts: Counter[str]
 
 
 def _misplaced(dataset: Path, part: data_layout.Part, table: Rows, expected: Any) -> Iterator[str]:
-    """Says how the next kept documents of a part differ from those that dispositions expect. Says nothing after the
-    first that stands elsewhere, since the later ones then do too."""
+    """Says how the next kept documents of a part differ from those that dispositions expect.
+
+    Says nothing after the first that stands elsewhere, since the later ones then do too.
+    """
     # After the first misplaced row every later one would differ as well.
     if not table.aligned:
         return
@@ -343,8 +347,10 @@ def _hashes_of_removed(dataset: Path, part: data_layout.Part) -> Iterator[str]:
 
 
 def _other_hashes(kept: Any, rows: Rows) -> Iterator[str]:
-    """The ids of kept documents whose hash in the next rows of another table differs, or that are not there. Nothing
-    after the first that is not there."""
+    """The ids of kept documents whose hash in the next rows of another table differs, or that are not there.
+
+    Nothing after the first that is not there.
+    """
     if not rows.aligned:
         return
     other = rows.take(len(kept))

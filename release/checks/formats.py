@@ -182,8 +182,10 @@ MESSAGES = (
 
 
 def render(template: str) -> str:
-    """Renders a conversation with a chat template. Raises what Jinja raises; a template can loop forever, and fill the
-    memory."""
+    """Renders a conversation with a chat template.
+
+    Raises what Jinja raises; a template can loop forever, and fill the memory.
+    """
     compiled = compile_template(template)
     texts = []
     for messages in MESSAGES:
@@ -193,8 +195,10 @@ def render(template: str) -> str:
 
 
 def compile_template(template: str) -> Any:
-    """The template in the Jinja sandbox that transformers uses, with the functions that chat templates may call. Raises
-    what Jinja raises."""
+    """The template in the Jinja sandbox that transformers uses, with the functions that chat templates may call.
+
+    Raises what Jinja raises.
+    """
     import jinja2
     import jinja2.ext
     import jinja2.sandbox

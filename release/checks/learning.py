@@ -95,8 +95,10 @@ def _nothing_to_judge(phase: str) -> Findings:
 
 
 def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
-    """The last model retrieves more keys than the mid-trained one from texts that are too long for that one. None if
-    the models were not evaluated on keys."""
+    """The last model retrieves more keys than the mid-trained one from texts that are too long for that one.
+
+    None if the models were not evaluated on keys.
+    """
     scores = build.release.data.evaluation
     long = [model for model in scores if model.startswith("long")]
     if not long or not any("passkey" in scores[model] for model in ("mid", long[-1])):
@@ -125,8 +127,10 @@ def _context_of_midtraining(build: BuildContext) -> int:
 
 
 def _losses_by_position(build: BuildContext, model: str, sources: Collection[str]) -> dict[str, Figure]:
-    """Bits per token of the long documents of some sources, at positions within mid-training's context. Empty if the
-    model was not evaluated on long documents."""
+    """Bits per token of the long documents of some sources, at positions within mid-training's context.
+
+    Empty if the model was not evaluated on long documents.
+    """
     path = build.release.root / "dataset/evaluation" / model / "positions.parquet"
     if not path.is_file():
         return {}
@@ -176,8 +180,10 @@ def _text(changes: Mapping[str, Change]) -> str:
 
 
 def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
-    """RLVR gains more on the test problems than the recipe requires. None without that phase, and without a model
-    before it that converses."""
+    """RLVR gains more on the test problems than the recipe requires.
+
+    None without that phase, and without a model before it that converses.
+    """
     accuracies = _pass_at_1(build)
     if not {"sft", "rlvr"} <= accuracies.keys():
         return None
@@ -185,8 +191,10 @@ def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
 
 
 def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
-    """Learning from preferences loses no more on the test problems than the recipe allows. None without such phases
-    after RLVR."""
+    """Learning from preferences loses no more on the test problems than the recipe allows.
+
+    None without such phases after RLVR.
+    """
     accuracies = _pass_at_1(build)
     later = [name for name in accuracies if when(name) > when("rlvr")]
     if "rlvr" not in accuracies or not later:

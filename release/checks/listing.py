@@ -38,8 +38,11 @@ SIGNS = (
 
 
 def kind_of(folder: Path) -> str:
-    """The kind of a folder, by the files that only that kind has. Parts of a release beside each other are a release,
-    even without its evidence: no repository has a folder of such a name."""
+    """The kind of a folder, by the files that only that kind has.
+
+    Parts of a release beside each other are a release, even without its evidence: no repository has a folder of
+    such a name.
+    """
     # A release that lost its evidence is still a release, and not a repository that lacks its files.
     if parts_of(folder):
         return "release"

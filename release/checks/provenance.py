@@ -149,8 +149,10 @@ def _compare_metrics(release: Release, stated: Mapping[str, set[str]], findings:
 
 
 def _compare_build(release: Release, findings: Findings) -> None:
-    """Compares the commit and the environment of the build with those of the artifacts. A build may come later, from
-    another commit and elsewhere, so that no statement has them."""
+    """Compares the commit and the environment of the build with those of the artifacts.
+
+    A build may come later, from another commit and elsewhere, so that no statement has them.
+    """
     commit, environment = release.info.commit, read_json(release.root / ENVIRONMENT)
     commits, environments = set(), []
     for body in release.statements.values():

@@ -71,8 +71,10 @@ def _equals_measured(path: Path, measured: Mapping[str, Any]) -> bool:
 
 
 def contamination_report(build: BuildContext) -> Findings | None:
-    """Checks that the detector finds the planted items, and finds few items of the evaluation. None without a chat
-    model."""
+    """Checks that the detector finds the planted items, and finds few items of the evaluation.
+
+    None without a chat model.
+    """
     if not build.release.data.chat:
         return None
     path = build.release.root / "dataset" / CONTAMINATION

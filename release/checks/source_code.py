@@ -86,8 +86,10 @@ def _others(release: Path) -> dict[str, bool]:
 
 
 def no_secrets(build: BuildContext) -> Findings:
-    """Checks that no file contains a token, a private key, or a path of this machine. What a model wrote may have the
-    form of a key: it is stated."""
+    """Checks that no file contains a token, a private key, or a path of this machine.
+
+    What a model wrote may have the form of a key: it is stated.
+    """
     paths = [path for path in build.release.files if Path(path).name != SUMS]
     scan = scan_files(build.release.root, paths, build.machine)
     summary = "; ".join([f"{len(paths)} files searched", *(f"by a model: {text}" for text in scan.invented)])
@@ -121,8 +123,10 @@ def machine_patterns(paths: list[Path]) -> dict[str, Pattern]:
 
 
 def secret_values() -> dict[str, Pattern]:
-    """The secrets in the environment of this process. The token of the local Hub is in the code of atom: it is not a
-    secret."""
+    """The secrets in the environment of this process.
+
+    The token of the local Hub is in the code of atom: it is not a secret.
+    """
     values = {name: os.environ.get(name, "") for name in SECRET_VARIABLES}
     secret = {name: value for name, value in values.items() if len(value) >= 8 and value != LOCAL_TOKEN}
     return {

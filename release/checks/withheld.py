@@ -22,8 +22,10 @@ from stages.formats.table import read_errors
 
 
 def by_reference(release: Release) -> Findings:
-    """Checks that only sources by reference lack texts, and that their files are those of the source's digest. States
-    what is by reference among what is skipped."""
+    """Checks that only sources by reference lack texts, and that their files are those of the source's digest.
+
+    States what is by reference among what is skipped.
+    """
     dataset = release.dataset
     stated = references.read(dataset)
     findings = Findings(compared=bool(stated))

@@ -252,8 +252,10 @@ def _span(steps: str | None) -> tuple[int | None, int | None]:
 
 
 def _verdict_text(verdict: Verdict, quiet: bool = False) -> str:
-    """One line for each check, its problems below it, a sentence to quote, and the verdict last. quiet: of the checks
-    only those that are bad or noted."""
+    """One line for each check, its problems below it, a sentence to quote, and the verdict last.
+
+    quiet: of the checks only those that are bad or noted.
+    """
     marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
     lines = []
     for check in verdict.checks:

@@ -171,8 +171,10 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
 
 
 def _count_attributed(dataset: Path, asking: Counter[str]) -> dict[str, int]:
-    """The rows of the attribution tables by source. asking: documents by source whose licenses ask for it. Raises
-    CheckFailed if the tables do not list as many."""
+    """The rows of the attribution tables by source.
+
+    asking: documents by source whose licenses ask for it. Raises CheckFailed if the tables do not list as many.
+    """
     counts = {
         source: sum(row_count(path) for path in files)
         for source, files in data_layout.attribution_files(dataset).items()

@@ -52,16 +52,21 @@ def published(dataset: Path) -> dict[str, list[str]]:
 
 
 def write_messages(dataset: Path) -> Iterator[Path]:
-    """Writes the tables, and yields their paths. Raises CheckFailed if a text is no conversation. Memory holds some
-    hundred rows of a part for each core."""
+    """Writes the tables, and yields their paths.
+
+    Raises CheckFailed if a text is no conversation. Memory holds some hundred rows of a part for each core.
+    """
     for source, files in chat_sources(dataset).items():
         for paths in over_parts(partial(_write_part, dataset, source), files, files):
             yield from paths
 
 
 def _write_part(dataset: Path, source: str, kept: Path) -> list[Path]:
-    """Writes the tables of the conversations in a table of kept documents. Their metadata have the number of those with
-    each feature, since conversations are long to read for three numbers."""
+    """Writes the tables of the conversations in a table of kept documents.
+
+    Their metadata have the number of those with each feature, since conversations are long to read for three
+    numbers.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -71,14 +71,17 @@ def stream_rows(
 ) -> Iterator[dict[str, Any]]:
     """Streams the rows of a published table, or of its parts. Raises CheckFailed if a file lacks a column.
 
-    size: of rows in memory."""
+    size: of rows in memory.
+    """
     for batch in stream_batches(files, columns, size):
         yield from batch.to_pylist()
 
 
 def stream_batches(files: Path | Iterable[Path], columns: list[str] | None, size: int) -> Iterator[Any]:
-    """Streams the rows of a table, or of its parts, as Arrow batches of at most `size` rows. Raises CheckFailed if a
-    file lacks a column."""
+    """Streams the rows of a table, or of its parts, as Arrow batches of at most `size` rows.
+
+    Raises CheckFailed if a file lacks a column.
+    """
     import pyarrow.parquet as pq
 
     for path in [files] if isinstance(files, Path) else files:

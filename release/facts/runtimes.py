@@ -65,10 +65,12 @@ BOUNDS = {"F16": Bound(0.01, 0.1, 0.25), "BF16": Bound(0.05, 1.0, 0.5)}
 
 
 class ProgramRun(TypedDict):
-    """One program on one folder. reason: of a run that was skipped or failed. `reference`: the program that made
-    goldens.json, which the gates on loading judge. same_ids: texts whose token ids are the reference's;
-    same_conversations: rendered ones with the same; same_greedy: continuations. Differences are of log-probabilities,
-    absolute."""
+    """One program on one folder.
+
+    reason: of a run that was skipped or failed. `reference`: the program that made goldens.json, which the gates on
+    loading judge. same_ids: texts whose token ids are the reference's; same_conversations: rendered ones with the
+    same; same_greedy: continuations. Differences are of log-probabilities, absolute.
+    """
 
     folder: str
     runtime: str
@@ -162,7 +164,9 @@ def bound_of(runtime: str, variant: Variant) -> Bound:
 
 def compare_all(release: Path, progress: Callable[[str], None] = lambda text: None) -> list[ProgramRun]:
     """The runs of all programs on the final model and its variants, of a release that has their files and its goldens.
-    A program that is not here is a run that was skipped, with the reason."""
+
+    A program that is not here is a run that was skipped, with the reason.
+    """
     model, runs = release / MODEL, []
     goldens = read_json(model / GOLDENS)
     rows, conversations = goldens["rows"], goldens.get("conversations", [])

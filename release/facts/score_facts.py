@@ -134,8 +134,9 @@ class ExampleAnswer:
 
 
 def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
-    """The greedy answers to the first problems, by id, of each kind: SHOWN right ones and SHOWN wrong ones. Of a model
-    that was not measured in conversation, the continuations of problems in plain text.
+    """The greedy answers to the first problems, by id, of each kind: SHOWN right ones and SHOWN wrong ones.
+
+    Of a model that was not measured in conversation, the continuations of problems in plain text.
 
     dataset: a dataset repository; model: the name of the exported model.
     """

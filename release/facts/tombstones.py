@@ -105,8 +105,10 @@ _TOMBSTONES: TypeAdapter[list[Tombstone]] = TypeAdapter(list[Tombstone])
 
 
 def read_tombstones(folder: Path) -> list[Tombstone]:
-    """The retractions of a repository or release, the first one first; none without a tombstone file. Raises
-    CheckFailed if it cannot be read."""
+    """The retractions of a repository or release, the first one first; none without a tombstone file.
+
+    Raises CheckFailed if it cannot be read.
+    """
     if not (folder / RETRACTED).exists():
         return []
     body = untrusted.read_json(folder / RETRACTED, TOMBSTONE_BYTES, follow=True)

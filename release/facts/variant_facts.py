@@ -92,8 +92,10 @@ def read_original(model: Path, evaluation: Path) -> Original:
 
 
 def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -> VariantLoss:
-    """`loss.json` of a variant from its tables; what measured it is as stated. original: its model; None: what only
-    that shows is as stated, too."""
+    """`loss.json` of a variant from its tables; what measured it is as stated.
+
+    original: its model; None: what only that shows is as stated, too.
+    """
     from stages.evaluation.model_evaluation import summary as scores_of
     from stages.export.variants.loss import summary
     from stages.export.variants.stage import weight_bytes

@@ -165,8 +165,10 @@ def _error_text(error: Exception) -> str:
 
 
 def _verified_digests(signature: Path, public: Path) -> dict[str, str]:
-    """Returns {path: SHA-256} of the files that a signature by a key covers. Raises what the library raises, if it is
-    invalid."""
+    """Returns {path: SHA-256} of the files that a signature by a key covers.
+
+    Raises what the library raises, if it is invalid.
+    """
     # The library's public interface hashes every file again.
     from model_signing._signing import sign_ec_key, sign_sigstore_pb
 

@@ -73,8 +73,10 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
 
 
 def trace_document(folder: Path, doc_id: str) -> Document:
-    """The fate of a document of a release or its data repository, or the use of a task. Raises AtomError for an unknown
-    document, with the nearest id."""
+    """The fate of a document of a release or its data repository, or the use of a task.
+
+    Raises AtomError for an unknown document, with the nearest id.
+    """
     data = ReleaseData.locate(folder)
     documents, tasks = find_documents(data, [doc_id]), rollout_lookup.task_records(data, doc_id)
     if tasks:
@@ -87,8 +89,10 @@ def trace_document(folder: Path, doc_id: str) -> Document:
 
 
 def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
-    """A task that is no document. Checkpoints and models are those after the first answer or pair that was learnt
-    from."""
+    """A task that is no document.
+
+    Checkpoints and models are those after the first answer or pair that was learnt from.
+    """
     steps = [(when(task.phase), answer.step) for task in tasks for answer in task.answers if answer.learnt is not False]
     steps += [
         (when(rollout_lookup.REWARD), step) for task in tasks for pair in task.pairs for step in pair.reward_steps or ()
@@ -201,8 +205,10 @@ def _last_step(part: OrderPart) -> int:
 def _licenses_and_origins(
     data: ReleaseData, documents: set[tuple[str, int, str]], order: Path
 ) -> dict[str, tuple[str, str]]:
-    """{id: (license, origin)} of kept documents, (source, part, id). Of an order of an earlier run, that run's tables
-    take precedence."""
+    """{id: (license, origin)} of kept documents, (source, part, id).
+
+    Of an order of an earlier run, that run's tables take precedence.
+    """
     ids_of_part: dict[tuple[str, int], list[str]] = {}
     for source, part, id in sorted(documents):
         ids_of_part.setdefault((source, part), []).append(id)

@@ -113,8 +113,10 @@ class ReleaseData:
         return parts_by_phase
 
     def weight_updates(self, order: Path) -> Callable[[int], bool | None]:
-        """A function from a step to whether it updated the weights; None if the log is not available. order: the folder
-        of an order, or of the tables of a phase that samples its data."""
+        """A function from a step to whether it updated the weights; None if the log is not available.
+
+        order: the folder of an order, or of the tables of a phase that samples its data.
+        """
         log = self.release and self.release / f"evidence/training/{order.name}/training.jsonl"
         if not log or not log.exists() or order.parent.name not in ("order", "rl"):
             return lambda step: None

@@ -66,8 +66,10 @@ def last_steps(data: ReleaseData) -> dict[str, int]:
 
 
 def step_tasks(data: ReleaseData, phase: str, n: int) -> list[TaskRecord]:
-    """The tasks of a step with their answers of this step, and the pairs that the step formed or read. Empty if the
-    phase samples nothing in it."""
+    """The tasks of a step with their answers of this step, and the pairs that the step formed or read.
+
+    Empty if the phase samples nothing in it.
+    """
     if phase == REWARD:
         return _reward_step(data, n)
     folder = tables(data).get(phase)

@@ -97,8 +97,10 @@ def estimate(stage: str, size: Size | None, small: float | None = None, step_sec
 
 
 def published(folder: str, parts: Mapping[str, int], sizes: Mapping[str, int] | None = None) -> tuple[Published, ...]:
-    """The files of a published table that has a file for each part of each source. sizes: bytes of the table by source;
-    without one they count as none."""
+    """The files of a published table that has a file for each part of each source.
+
+    sizes: bytes of the table by source; without one they count as none.
+    """
     return tuple(
         Published(
             "dataset",

@@ -159,7 +159,9 @@ class DataRecipe(Config):
 
     def resolved(self) -> DataRecipe:
         """The recipe with the digest of every source tree and of the lists of curation computed from the files on disk.
-        Raises RecipeError if a pin differs."""
+
+        Raises RecipeError if a pin differs.
+        """
         sources = tuple(s.model_copy(update={"tree_digest": resolve_tree_digest(s)}) for s in self.sources)
         return self.model_copy(update={"sources": sources, "curation": self._resolved_curation(LISTS)})
 

@@ -85,8 +85,9 @@ def megatron_logits(
     vocab_size: int,
     steps: Mapping[int, int] | None = None,
 ) -> Generator[Tensor, None, None]:
-    """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other. steps: the
-    distance of neighbors' positions in rows of that length, if it is not 1.
+    """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other.
+
+    steps: the distance of neighbors' positions in rows of that length, if it is not 1.
 
     Raises AtomError if a tensor does not have the model's shape.
     """

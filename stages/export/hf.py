@@ -132,8 +132,11 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 
 class Rounded(Mapping[str, "torch.Tensor"]):
-    """Tensors of another mapping in the data type of the export, each made on access. Biases that choose experts stay
-    fp32, as in training and in the classes of transformers: a step changes them by less than bf16 can hold."""
+    """Tensors of another mapping in the data type of the export, each made on access.
+
+    Biases that choose experts stay fp32, as in training and in the classes of transformers: a step changes them by
+    less than bf16 can hold.
+    """
 
     def __init__(self, full: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         self.full, self.dtype = full, dtype

@@ -76,8 +76,11 @@ def check_model(folder: str, whole_bytes: int) -> dict[str, object]:
 
 
 def open_model(folder: str, whole_bytes: int):  # type: ignore[no-untyped-def]
-    """The model in fp32. If it has more than `whole_bytes`, a layer is in memory at a time: the operations and their
-    results are those of the whole model, and each of NEW_TOKENS passes reads all files."""
+    """The model in fp32.
+
+    If it has more than `whole_bytes`, a layer is in memory at a time: the operations and their results are those of
+    the whole model, and each of NEW_TOKENS passes reads all files.
+    """
     kind = "Whole" if streamed_model.fp32_bytes(Path(folder)) <= whole_bytes else "ByLayer"
     return getattr(streamed_model, kind)(folder)
 
@@ -111,8 +114,10 @@ def rendered_row(tokenizer, row) -> dict[str, object]:  # type: ignore[no-untype
 
 @torch.no_grad()
 def goldens(tokenizer, source, texts, messages) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    """For each text, {text, ids, logits, greedy}; the last text is a conversation rendered with the template. Nothing
-    if layers of the model lack tensors."""
+    """For each text, {text, ids, logits, greedy}; the last text is a conversation rendered with the template.
+
+    Nothing if layers of the model lack tensors.
+    """
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in [*texts, chat]]
     stops, head = stop_ids(source.model), source.model.get_output_embeddings()

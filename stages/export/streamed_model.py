@@ -25,8 +25,10 @@ SAFE = {"trust_remote_code": False, "local_files_only": True}
 
 
 class Whole:
-    """A model that `from_pretrained` has loaded, in fp32. keys: sentences on tensors that are missing, left over or of
-    another shape."""
+    """A model that `from_pretrained` has loaded, in fp32.
+
+    keys: sentences on tensors that are missing, left over or of another shape.
+    """
 
     in_memory = True
 
@@ -117,8 +119,11 @@ def files(folder: Path) -> dict[str, Path]:
 
 @torch.no_grad()
 def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[int] | None = None) -> list[Tensor]:
-    """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once. None if layers lack
-    tensors, which `source.keys` then names. steps: of each row, the distance of its neighbors' positions; None: 1."""
+    """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once.
+
+    None if layers lack tensors, which `source.keys` then names. steps: of each row, the distance of its neighbors'
+    positions; None: 1.
+    """
     base = source.model.base_model
     states: list[Tensor] = []
     calls: list[list[dict[str, Any]]] = []  # of each row, the keywords of each layer: masks, rotary tables

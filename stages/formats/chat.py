@@ -54,8 +54,10 @@ def _template() -> jinja2.Template:
 
 
 def render(messages: Sequence[Message], ask: bool = False, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The messages in the release's chat template; `ask` adds the beginning of an answer. tools: JSON schemas of the
-    functions that may be called."""
+    """The messages in the release's chat template; `ask` adds the beginning of an answer.
+
+    tools: JSON schemas of the functions that may be called.
+    """
     return _template().render(messages=messages, add_generation_prompt=ask, tools=tools)
 
 

@@ -237,7 +237,9 @@ def write_rows(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[st
 @contextmanager
 def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A context with a function that writes one row and buffers a row group of at most GROUP_BYTES characters of text.
-    The bytes are those of `write_table` where no row group has more."""
+
+    The bytes are those of `write_table` where no row group has more.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -370,8 +372,10 @@ def stream_rows(path: Path, columns: list[str]) -> Iterator[Any]:
 
 
 def stream_batches(path: Path, columns: list[str], rows: int = 4096) -> Iterator[pa.RecordBatch]:
-    """The rows of a file of any size as Arrow batches of at most `rows`, each of one row group. Raises the errors of
-    `read_table`."""
+    """The rows of a file of any size as Arrow batches of at most `rows`, each of one row group.
+
+    Raises the errors of `read_table`.
+    """
     import pyarrow.parquet as pq
 
     with read_errors(path), pq.ParquetFile(path) as file:
@@ -386,8 +390,10 @@ def stream_part_batches(files: Iterable[Path], columns: list[str], rows: int = 6
 
 
 def rows_at(path: Path, numbers: Sequence[int], columns: list[str]) -> Iterator[Any]:
-    """The rows of a file with these increasing numbers, from 0; reads the row groups that hold them. Raises the errors
-    of `read_table`."""
+    """The rows of a file with these increasing numbers, from 0; reads the row groups that hold them.
+
+    Raises the errors of `read_table`.
+    """
     import pyarrow.parquet as pq
 
     with read_errors(path), pq.ParquetFile(path) as file:

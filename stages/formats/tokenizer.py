@@ -125,8 +125,10 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
 
 
 def _take_over(config: TokenizerSection, inputs: Inputs, out: Path, report: Report) -> None:
-    """Copies the files of an imported tokenizer, and measures it on the corpus. Raises RecipeError if its size is not
-    the recipe's."""
+    """Copies the files of an imported tokenizer, and measures it on the corpus.
+
+    Raises RecipeError if its size is not the recipe's.
+    """
     for path in sorted(inputs["import"].path.iterdir()):
         if path.is_file() and path.name in TOKENIZER_FILES:
             shutil.copyfile(path, out / path.name)
@@ -183,8 +185,10 @@ def load_for_corpus(path: Path) -> Tokenizer:
 
 
 def for_corpus(content: dict[str, Any]) -> Tokenizer:
-    """The same, from the content of its tokenizer.json. `tokenizers` looks for added tokens that are not special in
-    every text, so all are special here."""
+    """The same, from the content of its tokenizer.json.
+
+    `tokenizers` looks for added tokens that are not special in every text, so all are special here.
+    """
     added_tokens = [token | {"special": True} for token in content["added_tokens"]]
     tokenizer = _from_description({**content, "added_tokens": added_tokens})
     tokenizer.encode_special_tokens = True
@@ -192,8 +196,10 @@ def for_corpus(content: dict[str, Any]) -> Tokenizer:
 
 
 def without_special(tokenizer: Any) -> Any:
-    """A tokenizer of transformers that reads names of special tokens in a text as text, as in training. It is changed
-    in place: for each text, transformers sets anew whether the backend looks for them."""
+    """A tokenizer of transformers that reads names of special tokens in a text as text, as in training.
+
+    It is changed in place: for each text, transformers sets anew whether the backend looks for them.
+    """
     tokenizer._tokenizer = for_corpus(json.loads(tokenizer.backend_tokenizer.to_str()))
     tokenizer.split_special_tokens = True
     return tokenizer

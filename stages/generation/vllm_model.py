@@ -1,6 +1,7 @@
 """A language model of a vLLM server, which the stage starts on its own node.
 
-It gives log-probabilities of given tokens (vLLM's `prompt_logprobs`), greedy continuations, and drawn answers."""
+It gives log-probabilities of given tokens (vLLM's `prompt_logprobs`), greedy continuations, and drawn answers.
+"""
 
 from __future__ import annotations
 

@@ -16,8 +16,10 @@ from stages.models.parallel_layout import Layout
 
 
 def variables(layout: Layout | None = None) -> dict[str, str]:
-    """The variables of CUDA, NCCL, cuBLAS and Transformer Engine for a layout; None: one GPU. A value that the cluster
-    profile or the user has set takes precedence."""
+    """The variables of CUDA, NCCL, cuBLAS and Transformer Engine for a layout; None: one GPU.
+
+    A value that the cluster profile or the user has set takes precedence.
+    """
     layout = layout or Layout()
     chosen = {
         # Steps differ in width and in the tokens of each expert; segments that grow do not fragment the memory.

@@ -83,8 +83,10 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         self.linear_proj = out(heads * c.v_head_dim, c.hidden_size, **of_output, **common)
 
     def forward(self, hidden: Tensor, attention_mask: Any, **settings: Any) -> Any:
-        """hidden: [this rank's share of the sequence, batch, hidden] -> the same. attention_mask: `starts` of
-        `row_tables.Tables`."""
+        """hidden: [this rank's share of the sequence, batch, hidden] -> the same.
+
+        attention_mask: `starts` of `row_tables.Tables`.
+        """
         if settings.get("inference_context") is not None or settings.get("packed_seq_params") is not None:
             raise NotImplementedError("a cache of keys and values, or Megatron's own kind of packed rows")
         out = self.core_attention(

@@ -145,8 +145,10 @@ class Norm(torch.autograd.Function):
 
 
 class Attention(MegatronModule):  # type: ignore[misc]
-    """Causal grouped-query attention with PyTorch's fused kernels, which never store the scores of a whole row. As
-    Megatron's configuration has it, a query of some layers sees a window of the latest keys, and heads have sinks.
+    """Causal grouped-query attention with PyTorch's fused kernels, which never store the scores of a whole row.
+
+    As Megatron's configuration has it, a query of some layers sees a window of the latest keys, and heads have
+    sinks.
 
     Rows are padded on the right, so causality alone masks padding for every real position. Under context parallelism a
     rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal attention; it gathers
@@ -245,8 +247,10 @@ def fits_flash_attention(q: Tensor) -> bool:
 
 
 class EngineAttention(Attention):
-    """The same by Transformer Engine's kernels for rows of variable length, on one context rank. Documents with a
-    prefix have fewer queries than keys, and go by PyTorch's."""
+    """The same by Transformer Engine's kernels for rows of variable length, on one context rank.
+
+    Documents with a prefix have fewer queries than keys, and go by PyTorch's.
+    """
 
     def __init__(
         self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **settings: Any

@@ -14,8 +14,10 @@ from stages.mcore.tensor_sharding import is_cut
 
 
 class Adapted(torch.nn.Module):
-    """W -> W + scale * B A, of this tensor rank's part of W. A layer then computes with one matrix, as a merged model
-    does, and its activations are those of the base."""
+    """W -> W + scale * B A, of this tensor rank's part of W.
+
+    A layer then computes with one matrix, as a merged model does, and its activations are those of the base.
+    """
 
     def __init__(self, weight: torch.nn.Parameter, rank: int, scale: float) -> None:
         super().__init__()
@@ -59,8 +61,10 @@ def install(chunks: Sequence[torch.nn.Module], lora: Lora) -> None:
 
 
 def _require_gradient(embedding: Any, inputs: Any, output: Tensor) -> None:
-    """A hook of the frozen embedding. A layer that is computed again has no gradients, without an error, unless its
-    input requires one."""
+    """A hook of the frozen embedding.
+
+    A layer that is computed again has no gradients, without an error, unless its input requires one.
+    """
     output.requires_grad_(torch.is_grad_enabled())
 
 

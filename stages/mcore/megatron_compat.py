@@ -17,8 +17,11 @@ from torch import Tensor
 
 
 def before_import() -> None:
-    """Without CUDA: hides Transformer Engine. From 0.17 on, the schedules also load a GPU kernel written in Triton,
-    which CPU builds of PyTorch lack: a stub replaces it, which can be imported but not called."""
+    """Without CUDA: hides Transformer Engine.
+
+    From 0.17 on, the schedules also load a GPU kernel written in Triton, which CPU builds of PyTorch lack: a stub
+    replaces it, which can be imported but not called.
+    """
     # Transformer Engine would be chosen wherever it is installed, also on the nodes of the same image without a GPU,
     # where its layers fail at their first kernel.
     for name in ("transformer_engine", "transformer_engine_torch"):

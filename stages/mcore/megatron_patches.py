@@ -71,8 +71,10 @@ def te_on_cpu() -> bool:
 
 
 def enable() -> None:
-    """Makes Megatron run on this machine; it is idempotent. With CUDA it imports Megatron and adds the parts that are
-    missing without Transformer Engine."""
+    """Makes Megatron run on this machine; it is idempotent.
+
+    With CUDA it imports Megatron and adds the parts that are missing without Transformer Engine.
+    """
     global _enabled
     if _enabled:
         return
@@ -91,8 +93,11 @@ def enable() -> None:
 
 @contextlib.contextmanager
 def _no_compile() -> Iterator[None]:
-    """Megatron decorates its fusions with torch.compile at import. None of them is used on CPU, and loading the
-    compiler takes two seconds in every process, so during the import `torch.compile` returns functions unchanged."""
+    """Megatron decorates its fusions with torch.compile at import.
+
+    None of them is used on CPU, and loading the compiler takes two seconds in every process, so during the import
+    `torch.compile` returns functions unchanged.
+    """
     compile_ = torch.compile
 
     def identity(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
@@ -344,6 +349,9 @@ def install_optimizer() -> None:
 
 
 def total_norm(_: int, __: Any, tensors: list[list[Tensor]], ___: bool) -> tuple[Tensor, None]:
-    """The norm of all tensors of a list as one number, [1]. Megatron's own reads the norm of each tensor on the host,
-    which then waits for a GPU as often as there are tensors."""
+    """The norm of all tensors of a list as one number, [1].
+
+    Megatron's own reads the norm of each tensor on the host, which then waits for a GPU as often as there are
+    tensors.
+    """
     return torch.nn.utils.get_total_norm(tensors[0]).view(1), None

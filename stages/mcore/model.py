@@ -122,8 +122,9 @@ def build(
     on_meta: bool = False,
     routing_replay: bool = False,
 ) -> list[GPTModel]:
-    """This rank's part of the model, one chunk for each virtual pipeline stage, without its initial weights. Each of
-    Megatron's layers, and its router, has the number of the model's layer (`model_layer`, from 0).
+    """This rank's part of the model, one chunk for each virtual pipeline stage, without its initial weights.
+
+    Each of Megatron's layers, and its router, has the number of the model's layer (`model_layer`, from 0).
 
     packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
     vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
@@ -178,8 +179,10 @@ def build(
 
 
 def _release_tokens(layer: Any, inputs: Any, output: Any) -> None:
-    """A hook of a layer of experts: its dispatcher keeps the tokens' probabilities until the next forward pass. With
-    recompute, their graph would hold each layer's input and its gradient as long."""
+    """A hook of a layer of experts: its dispatcher keeps the tokens' probabilities until the next forward pass.
+
+    With recompute, their graph would hold each layer's input and its gradient as long.
+    """
     for holder in (layer.token_dispatcher, getattr(layer.token_dispatcher, "_comm_manager", None)):
         for name, value in vars(holder).items() if holder else ():
             if torch.is_tensor(value) and value.requires_grad:
@@ -238,8 +241,9 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], actual: Mapping[str, Se
 
 
 def fusion_keywords(layout: Layout, engine: bool, experts: bool) -> dict[str, Any]:
-    """Keyword arguments of Megatron's TransformerConfig. engine: layers are Transformer Engine's; experts: there are
-    some.
+    """Keyword arguments of Megatron's TransformerConfig.
+
+    engine: layers are Transformer Engine's; experts: there are some.
 
     Raises RecipeError if the layout names a kernel that is missing here; without names it takes those that are there.
     """

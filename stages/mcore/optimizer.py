@@ -124,7 +124,6 @@ class OptimizerSettings(Config, ABC):
 
         Args:
             shapes: Shape of each trained tensor by its global name. Buffers have no state.
-
         """
         kinds = dict.fromkeys((*cls.matrices.states, *cls.others.states))
         return {

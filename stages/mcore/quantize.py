@@ -99,7 +99,9 @@ class QuantizationRecipe:
     @property
     def smallest_dimension(self) -> int:
         """The minimum of every dimension of a product for its blocks to act as in a large model: two blocks.
-        Where scales know no blocks, two times 16, the unit that FP8 tensor cores demand."""
+
+        Where scales know no blocks, two times 16, the unit that FP8 tensor cores demand.
+        """
         return 2 * (self.block or 16)
 
 

@@ -36,8 +36,11 @@ class Documents(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Documents of like length as a batch, padded. queries, keys: positions in all rows side by side, [documents,
-    longest]; mask: what to add to the scores, [documents or 1, 1, queries, keys], or None if it is plainly causal."""
+    """Documents of like length as a batch, padded.
+
+    queries, keys: positions in all rows side by side, [documents, longest]; mask: what to add to the scores,
+    [documents or 1, 1, queries, keys], or None if it is plainly causal.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -108,11 +111,14 @@ class Tables:
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
     def slices(self, window: int | None = None) -> list[tuple[int, int, int]]:
-        """(queries, first key, end of keys) of each slice of queries. It sees no keys beyond its last position, and
-        none before its first document or the window of its first position. The CPU's kernel also computes masked
-        scores, so this saves almost half of the work of long rows, and with sinks, whose scores are kept, almost half
-        of their memory on a GPU; a GPU's kernel does not compute them, and takes a row that is one document whole.
-        window: maximum keys that a query sees; None: all."""
+        """(queries, first key, end of keys) of each slice of queries.
+
+        It sees no keys beyond its last position, and none before its first document or the window of its first
+        position. The CPU's kernel also computes masked scores, so this saves almost half of the work of long
+        rows, and with sinks, whose scores are kept, almost half of their memory on a GPU; a GPU's kernel does
+        not compute them, and takes a row that is one document whole. window: maximum keys that a query sees;
+        None: all.
+        """
         if window not in self._slices:
             has_kernel = on_a_gpu(self.device) and not self.has_sinks
             whole = has_kernel and self.local_starts is None and self.context == 1 and window is None
@@ -230,8 +236,11 @@ class Tables:
 
 
 class RowTables:
-    """The tables of the latest rows. A layer finds them by the tensor of starts, of which it may get another view: the
-    recomputation of a layer unpacks it anew."""
+    """The tables of the latest rows.
+
+    A layer finds them by the tensor of starts, of which it may get another view: the recomputation of a layer
+    unpacks it anew.
+    """
 
     def __init__(self, rope: tuple[Tensor, float], context: int, has_sinks: bool = False) -> None:
         self.rope, self.context, self.has_sinks = rope, context, has_sinks
@@ -241,8 +250,11 @@ class RowTables:
         self.tables: Tables | None = None
 
     def of(self, starts: Tensor | None, length: int, device: torch.device) -> Tables:
-        """starts: as in `Tables`. length: of this context rank's share of a row. The tables keep `starts`, so its
-        memory is not used again while they are the latest."""
+        """starts: as in `Tables`.
+
+        length: of this context rank's share of a row. The tables keep `starts`, so its memory is not used again
+        while they are the latest.
+        """
         # By its memory: recomputation and pipeline stages hand over other views of the same tensor.
         place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
         key = place, length, device

@@ -118,9 +118,11 @@ class FullTensors(Mapping[str, torch.Tensor]):
         by_turns: bool = True,
         stacked: bool = False,
     ) -> None:
-        """local: this rank's tensors by global name. shapes: the full ones. tied: whether the model ties its
-        embeddings. by_turns: whether data ranks take turns. stacked: whether one rank gets the equal tensors of all
-        experts of a layer, which must be whole."""
+        """local: this rank's tensors by global name.
+
+        shapes: the full ones. tied: whether the model ties its embeddings. by_turns: whether data ranks take
+        turns. stacked: whether one rank gets the equal tensors of all experts of a layer, which must be whole.
+        """
         self.local, self.shapes, self.tied, self.by_turns, self.stacked = local, shapes, tied, by_turns, stacked
         self.stacks: dict[str, list[torch.Tensor]] = {}
         """The tensors of experts on this rank, by their name without the number of the expert."""

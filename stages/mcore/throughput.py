@@ -1,5 +1,6 @@
-"""The seconds of an optimizer step on GPUs, in closed form: compute, memory and network. No torch: `atom plan` imports
-this file.
+"""The seconds of an optimizer step on GPUs, in closed form: compute, memory and network.
+
+No torch: `atom plan` imports this file.
 
 A micro-batch passes each layer forward and backward. Its time is the sum of what a GPU does one after the other:
 
@@ -93,8 +94,11 @@ UNFITTED_ERRORS = (0.11, 0.81)
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Equal layers of a model on one rank. dense: parameters that each token meets, experts: those of all experts.
-    saved, working: bytes for a token in bf16, kept for the backward pass and at work."""
+    """Equal layers of a model on one rank.
+
+    dense: parameters that each token meets, experts: those of all experts. saved, working: bytes for a token in
+    bf16, kept for the backward pass and at work.
+    """
 
     layers: int
     dense: int
@@ -319,7 +323,8 @@ def dispatch(gpu: Accelerator, size: float, top_k: int, layout: Layout) -> float
 
     alltoall: a copy for each expert. flex: once to each NVLink domain that has one of a token's experts, and from there
     once to each rank (DeepSeek-AI, 2024, section 3.2.2). allgather: to every rank. Ranks that split an expert each need
-    the tokens of all."""
+    the tokens of all.
+    """
     split = layout.split_experts
     if layout.dispatcher == "allgather":
         return collective(gpu, size * layout.ep * split, layout.ep * split, 1)

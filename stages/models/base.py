@@ -88,8 +88,10 @@ class Routing:
 
 
 class ModelConfig(Config, ABC):
-    """The `model` section of a recipe: a decoder with rotary embedding. The padded vocabulary size is in the tokenizer
-    section."""
+    """The `model` section of a recipe: a decoder with rotary embedding.
+
+    The padded vocabulary size is in the tokenizer section.
+    """
 
     layers: Layers = Field(description="number of transformer layers")
     hidden_size: Width = Field(description="width of the residual stream")
@@ -151,8 +153,11 @@ class ModelConfig(Config, ABC):
     def layer_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool = False
     ) -> dict[str, float]:
-        """Bytes by tensor that a layer keeps for the backward pass, for each of a rank's tokens. fused: SwiGLU as one
-        kernel that keeps its input only, and attention with sinks in plain rows as one that keeps no scores."""
+        """Bytes by tensor that a layer keeps for the backward pass, for each of a rank's tokens.
+
+        fused: SwiGLU as one kernel that keeps its input only, and attention with sinks in plain rows as one
+        that keeps no scores.
+        """
 
     def layer_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
         """Bytes that a layer has at one time beyond what it keeps, for each of a rank's tokens."""
@@ -167,7 +172,9 @@ class ModelConfig(Config, ABC):
         self, layout: Layout, precision: Precision, rows: Rows, fused: bool = False
     ) -> tuple[int | None, ...]:
         """The windows of attention by slices of queries, whose masks all layers of a window share; None: the whole row.
-        The default: fp32 has no kernel for rows of several documents, or for parts of a row, on a GPU."""
+
+        The default: fp32 has no kernel for rows of several documents, or for parts of a row, on a GPU.
+        """
         by_slices = precision == "fp32" and rows.targets is None and (rows.packed or layout.cp > 1)
         return (None,) if by_slices else ()
 
@@ -181,8 +188,10 @@ class ModelConfig(Config, ABC):
 
     @abstractmethod
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        """The changed settings of a small proxy of that hidden size; width: an inner width, scaled. None if there is no
-        such proxy."""
+        """The changed settings of a small proxy of that hidden size; width: an inner width, scaled.
+
+        None if there is no such proxy.
+        """
 
     @abstractmethod
     def describe(self) -> str:
@@ -262,8 +271,10 @@ class UntiedConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """An architecture for Megatron and for transformers. Tensors are full tensors by name; a mapping of them may read
-    each on access, so a model of any size passes through these functions one tensor at a time.
+    """An architecture for Megatron and for transformers.
+
+    Tensors are full tensors by name; a mapping of them may read each on access, so a model of any size passes
+    through these functions one tensor at a time.
 
     megatron: (model) -> keyword arguments of Megatron's TransformerConfig that are the architecture's own
     (stages/mcore/model.py adds those of size, layout and precision).

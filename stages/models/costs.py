@@ -32,8 +32,10 @@ class AttentionCost:
         return window - window * window / (2 * sequence_length)
 
     def cached(self, tokens: int, ranks: int) -> int:
-        """Numbers in the keys and values that a text of so many tokens leaves on each of so many tensor ranks. Ranks
-        beyond the number of heads hold copies; a window keeps its own tokens."""
+        """Numbers in the keys and values that a text of so many tokens leaves on each of so many tensor ranks.
+
+        Ranks beyond the number of heads hold copies; a window keeps its own tokens.
+        """
         heads = -(-(self.kv_heads or self.heads) // ranks)
         return self.layers * heads * (self.qk + self.v) * min(self.window or tokens, tokens)
 
@@ -85,9 +87,12 @@ class MemoryShare:
 
 @dataclass(frozen=True)
 class Rows:
-    """One micro-batch: `rows` rows of `length` tokens. packed: several documents in a row. targets: tokens for which
-    logits are computed; None: all. prefixed: keys that documents have in common, counted with each but the first.
-    longest: keys of the longest document, its prefix among them; None: those of a row."""
+    """One micro-batch: `rows` rows of `length` tokens.
+
+    packed: several documents in a row. targets: tokens for which logits are computed; None: all. prefixed: keys
+    that documents have in common, counted with each but the first. longest: keys of the longest document, its
+    prefix among them; None: those of a row.
+    """
 
     rows: int
     length: int

@@ -40,8 +40,10 @@ class DecoderConfig(ModelConfig):
     def attention_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
-        """Bytes by tensor that the attention of a layer keeps for each of the rank's tokens, without its input. fused:
-        as in `layer_activations`."""
+        """Bytes by tensor that the attention of a layer keeps for each of the rank's tokens, without its input.
+
+        fused: as in `layer_activations`.
+        """
 
     def attention_inputs(self, layer: int) -> int:
         """Numbers in the inputs of the matrices of a layer's attention that Transformer Engine keeps quantized and not
@@ -73,8 +75,10 @@ class DecoderConfig(ModelConfig):
 
     @abstractmethod
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
-        """Bytes by tensor that the feed-forward part of a layer keeps for each of the rank's tokens. size: bytes of a
-        value."""
+        """Bytes by tensor that the feed-forward part of a layer keeps for each of the rank's tokens.
+
+        size: bytes of a value.
+        """
 
     def mlp_inputs(self, layout: Layout, layer: int) -> int:
         """Numbers in the inputs of the feed-forward matrices of a layer for each of the rank's tokens; without the norm
@@ -147,8 +151,11 @@ class DecoderConfig(ModelConfig):
         }
 
     def layer_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
-        """One of the parts at work. Beside attention, nothing of the second half is there: not yet in the forward pass,
-        and no longer in the backward pass; it is counted without fusions."""
+        """One of the parts at work.
+
+        Beside attention, nothing of the second half is there: not yet in the forward pass, and no longer in the
+        backward pass; it is counted without fusions.
+        """
         size = 4 if precision == "fp32" else 2
         second_half = 2 * size * self.hidden_size + sum(self.mlp_activations(layout, size, layer, False).values())
         attention = self.attention_working_set(layout, precision, rows, layer) - second_half

@@ -1,5 +1,6 @@
-"""Decoders with grouped-query attention and any feed-forward part: the settings and costs of the attention. No torch
-here.
+"""Decoders with grouped-query attention and any feed-forward part: the settings and costs of the attention.
+
+No torch here.
 """
 
 from __future__ import annotations

@@ -27,8 +27,11 @@ BEST = 2
 
 
 class RoutedConfig(DecoderConfig):
-    """A decoder whose layers have experts of any kind. An architecture derives its config from this class and states
-    its attention and its experts, and joins the two in the methods of every config."""
+    """A decoder whose layers have experts of any kind.
+
+    An architecture derives its config from this class and states its attention and its experts, and joins the two
+    in the methods of every config.
+    """
 
     experts: Experts = Field(description="experts in each layer")
     num_experts_per_tok: Experts = Field(description="experts to which each token is routed (top-k)")

@@ -172,8 +172,10 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
     def attention_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
-        """As this project's PyTorch code keeps them: the delta rule in fp32, by chunks. A kernel written for it keeps
-        much less."""
+        """As this project's PyTorch code keeps them: the delta rule in fp32, by chunks.
+
+        A kernel written for it keeps much less.
+        """
         size = 4 if precision == "fp32" else 2
         return (
             self._delta_activations(size, rows) if self.is_linear(layer) else self._gated_activations(size, layout.cp)
@@ -250,8 +252,10 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         return {**widths, "keys of linear attention": self.key_width, "values of linear attention": self.value_width}
 
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        """Heads of linear attention keep their groups too; None if its widths cannot be divided so. One layer in two
-        has full attention, since a proxy has few."""
+        """Heads of linear attention keep their groups too; None if its widths cannot be divided so.
+
+        One layer in two has full attention, since a proxy has few.
+        """
         changes = super().scaled(hidden_size, width)
         if changes is None:
             return None

@@ -116,7 +116,8 @@ class Verifier(ABC):
     def unsolved(cls, row: Row) -> dict[str, str]:
         """Returns answers in the form that it reads which solve nothing, by what they are.
 
-        Like those of stages/rl/rollout/probes.py, they show what can be earned without solving a task."""
+        Like those of stages/rl/rollout/probes.py, they show what can be earned without solving a task.
+        """
         return {}
 
     @abstractmethod

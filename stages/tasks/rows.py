@@ -13,8 +13,11 @@ Row = Mapping[str, Any]
 def to_row(
     id: str, prompt: str | Sequence[Mapping[str, str]], /, verifier: str, kind: str, level: int, **fields: Any
 ) -> dict[str, Any]:
-    """A task in NeMo Gym's row format. prompt: the user's question, or the messages up to it. fields: the verifier's
-    own; one may also be called `prompt`."""
+    """A task in NeMo Gym's row format.
+
+    prompt: the user's question, or the messages up to it. fields: the verifier's own; one may also be called
+    `prompt`.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     params = {"input": messages}
     return {"id": id, "responses_create_params": params, "verifier": verifier, "kind": kind, "level": level, **fields}

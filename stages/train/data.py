@@ -1,5 +1,6 @@
-"""Training rows by step, from the order artifact and the token shards. Nothing is shuffled here, so the position in
-the data is the step alone, for any number of ranks.
+"""Training rows by step, from the order artifact and the token shards.
+
+Nothing is shuffled here, so the position in the data is the step alone, for any number of ranks.
 
 A segment is one document, or one chunk of one, of at most sequence_length + 1 tokens: all tokens except the last are
 inputs, all except the first are targets. A row is one segment, or several if a phase packs them; attention then
@@ -43,8 +44,10 @@ BLOCK_ALIGN = 128  # and of this many on each rank where matrices are quantized,
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens of a document or chunk: of sequence `ordinal` of the token shard of a part of a source. The first
-    `loss_from` targets carry no loss."""
+    """The tokens of a document or chunk: of sequence `ordinal` of the token shard of a part of a source.
+
+    The first `loss_from` targets carry no loss.
+    """
 
     source: str
     id: str
@@ -195,7 +198,8 @@ class RankBatch:
 
         Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
         micro-batches are the same in every layout. An uneven last part (only in evaluation) is filled with padding.
-        Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
+        Tensor, pipeline and context ranks read the rows of their data-parallel rank.
+        """
         layout = ranks.layout
         per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
         if layout.vpp > 1:  # the interleaved schedule needs groups of micro-batches
@@ -306,8 +310,10 @@ class Order:
         return step_rows
 
     def consumed(self, step: int) -> dict[str, int]:
-        """Segments of each source that the steps of this order up to `step` have read. Cheap for one step after
-        another, and a part of the table is read for any other step."""
+        """Segments of each source that the steps of this order up to `step` have read.
+
+        Cheap for one step after another, and a part of the table is read for any other step.
+        """
         number, counts = self.counted
         if number and self.parts[number - 1].last > step:
             number, counts = 0, Counter()

@@ -388,8 +388,10 @@ class Engine:
         return loss, extras
 
     def _inputs(self, batch: Batch, model: Any) -> Iterator[Tensor]:
-        """ids, positions, labels, loss mask and padding for this rank's part of the model. Positions are only for
-        Megatron's signature: attention computes its own."""
+        """ids, positions, labels, loss mask and padding for this rank's part of the model.
+
+        Positions are only for Megatron's signature: attention computes its own.
+        """
         gpt = self.chunks[self.ddp.index(model)]
         positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
         parts = [batch.ids, positions, batch.labels, batch.loss_mask, batch.padding]

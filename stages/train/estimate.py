@@ -123,8 +123,10 @@ def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
 
 
 def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[MemoryShare, float, float]:
-    """(parameters, bytes of state, bytes of activations) of the ranks at that position of the pipeline. rows: a
-    micro-batch."""
+    """(parameters, bytes of state, bytes of activations) of the ranks at that position of the pipeline.
+
+    rows: a micro-batch.
+    """
     phase, model, layout, vocabulary = config.phase, config.model, config.phase.parallelism, config.padded_vocab_size
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)

@@ -66,8 +66,11 @@ class StartFrom(Config):
     )
 
     def resolve(self, beside: Path, home: Path) -> StartFrom:
-        """With the path of its folder from that of the recipe. home: $ATOM_HOME. Raises ValueError for a folder that no
-        release may name, since the recipe is published as it is written."""
+        """With the path of its folder from that of the recipe.
+
+        home: $ATOM_HOME. Raises ValueError for a folder that no release may name, since the recipe is published
+        as it is written.
+        """
         if self.folder is None:
             return self
         path = (beside / self.folder).resolve()
@@ -135,8 +138,10 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 
 def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
-    """Writes the checkpoint of step 0 from the exported model in `folder`. Returns the number of its tensors. Raises
-    RecipeError for a model that is another than the config's."""
+    """Writes the checkpoint of step 0 from the exported model in `folder`.
+
+    Returns the number of its tensors. Raises RecipeError for a model that is another than the config's.
+    """
     from stages.mcore.model import check_tensors
     from stages.train.checkpoint import release_checkpoint
 

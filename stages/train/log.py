@@ -122,7 +122,9 @@ class LogReplay:
 
     def record(self) -> Replayed:
         """first, last: of the steps that the earlier attempt had finished after the checkpoint, None without any.
-        lines: compared so far."""
+
+        lines: compared so far.
+        """
         first, last = (self.steps[0], self.steps[-1]) if self.steps else (None, None)
         return {
             "first": first,

@@ -62,8 +62,10 @@ class Ranks:
         return gpu.device()
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, on the rank's device; the same bits on each of them. The tensor itself
-        changes if it is there."""
+        """The sum of a tensor over all ranks, on the rank's device; the same bits on each of them.
+
+        The tensor itself changes if it is there.
+        """
         if self.world > 1:
             value = value.to(self.device)  # a rank without any layer with experts starts from a zero on the CPU
             dist.all_reduce(value)
@@ -165,8 +167,9 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
 
 
 def create_groups(layout: Layout, timeout: float, on_gpu: bool) -> dist.ProcessGroup | None:
-    """Creates Megatron's groups, of the default group's backend. Returns a group of gloo for objects, or None if the
-    default group is one or there is one rank.
+    """Creates Megatron's groups, of the default group's backend.
+
+    Returns a group of gloo for objects, or None if the default group is one or there is one rank.
 
     gloo connects each rank of a group with each other one: hundreds of sockets for each group of a large layout. So it
     has one group only, and Megatron's own groups of gloo, which its checkpoints would use, are left out.

@@ -50,9 +50,11 @@ def update(config: TrainConfig) -> Update:
 def simulate_updates(
     config: TrainerConfig, rank: int, rows: Rows, step: Update, planned_copies: int = 0
 ) -> RankSimulation:
-    """Simulates two steps of a rank. rows: a micro-batch, as the plan sees it; planned_copies: bytes of the copies of
-    weights on the host. Raises RecipeError if the layout has no such rank, or if the precision needs kernels that this
-    machine lacks."""
+    """Simulates two steps of a rank.
+
+    rows: a micro-batch, as the plan sees it; planned_copies: bytes of the copies of weights on the host. Raises
+    RecipeError if the layout has no such rank, or if the precision needs kernels that this machine lacks.
+    """
     phase, layout = config.phase, config.phase.parallelism
     if not 0 <= rank < layout.ranks:
         raise RecipeError(

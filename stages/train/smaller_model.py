@@ -62,7 +62,8 @@ def problems(
 ) -> Iterator[str]:
     """A sentence for each contradiction between the section and those of the model and of pre-training.
 
-    is_random: pre-training begins with random weights."""
+    is_random: pre-training begins with random weights.
+    """
     if not sizes:
         return
     if phase is None:

@@ -56,8 +56,10 @@ class Waits:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands in a hang. number: of collectives that it has waited for. seconds: for which it stands in the
-    last of them, or after it."""
+    """Where a rank stands in a hang.
+
+    number: of collectives that it has waited for. seconds: for which it stands in the last of them, or after it.
+    """
 
     rank: int
     node: str

@@ -264,8 +264,10 @@ class TextTrainer(Trainer):
         self.prefetcher.close()
 
     def _check_spike(self, step: int, rows: list[Row], loss: float, norm: float | None) -> str | None:
-        """The reason why a step is a spike, or None. Raises AtomError if the recipe stops at spikes, or has no
-        policy."""
+        """The reason why a step is a spike, or None.
+
+        Raises AtomError if the recipe stops at spikes, or has no policy.
+        """
         reason = self.spike_detector.reason(loss, norm)
         if reason and (self.spike_detector.policy is None or self.spike_detector.policy.action == "stop"):
             documents = sorted({segment.id for row in rows for segment in row.segments})
@@ -278,8 +280,10 @@ class TextTrainer(Trainer):
         return reason
 
     def _handle_spike(self, step: int, rows: list[Row], figures: StepFigures, metrics: dict[str, float]) -> int:
-        """Records a spike, whose update is skipped, or rewinds to an earlier checkpoint. Returns the step after which
-        to continue."""
+        """Records a spike, whose update is skipped, or rewinds to an earlier checkpoint.
+
+        Returns the step after which to continue.
+        """
         policy = self.phase.spikes
         assert policy is not None
         self.spikes += 1

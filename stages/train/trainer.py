@@ -77,8 +77,10 @@ class Trainer(ABC):
 
     @abstractmethod
     def step(self, step: int) -> int:
-        """Takes a step and logs it (`log_step`). Returns the last finished step: this one, or after a rewind an earlier
-        one."""
+        """Takes a step and logs it (`log_step`).
+
+        Returns the last finished step: this one, or after a rewind an earlier one.
+        """
 
     @abstractmethod
     def measure(self, step: int) -> dict[str, Any] | None:

@@ -140,8 +140,10 @@ class Watchdog:
 
 
 def prepare_recorder(folder: Path) -> None:
-    """Makes NCCL's flight recorder of this process run, and write to `folder` when a collective times out. Call it
-    before the process groups are created."""
+    """Makes NCCL's flight recorder of this process run, and write to `folder` when a collective times out.
+
+    Call it before the process groups are created.
+    """
     folder.mkdir(exist_ok=True)
     for name, value in {**SETTINGS, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / PREFIX)}.items():
         # A cluster profile may set others.
@@ -149,8 +151,10 @@ def prepare_recorder(folder: Path) -> None:
 
 
 def write_collectives(folder: Path, rank: int) -> Path | None:
-    """Writes what the recorder has; returns the folder, or None where PyTorch has no recorder. A recorder that takes
-    longer than RECORDER_SECONDS ends this process with exit code 1."""
+    """Writes what the recorder has; returns the folder, or None where PyTorch has no recorder.
+
+    A recorder that takes longer than RECORDER_SECONDS ends this process with exit code 1.
+    """
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if dump is None or not torch.cuda.is_available():
         return None

@@ -67,8 +67,10 @@ replay.replay_into(Path(release), phase, int(first), int(last), Path(folder))
 
 @dataclass(frozen=True)
 class Code:
-    """The code that trained a phase, as the release carries it. modules: {module: SHA-256} of it; changed: those that
-    differ here."""
+    """The code that trained a phase, as the release carries it.
+
+    modules: {module: SHA-256} of it; changed: those that differ here.
+    """
 
     source: Source
     modules: dict[str, str]
@@ -80,8 +82,10 @@ class Code:
         return sha256_bytes(canonical(self.modules))
 
     def extract(self, folder: Path) -> Path:
-        """Copies the packages to `folder`/code and returns it. Raises CheckFailed for a file that differs from the
-        checksums, or that would lie outside the folder."""
+        """Copies the packages to `folder`/code and returns it.
+
+        Raises CheckFailed for a file that differs from the checksums, or that would lie outside the folder.
+        """
         for package in PACKAGES:
             for path in self.source.digests(f"code/{package}"):
                 target = folder / path
@@ -123,8 +127,10 @@ def _carried_digest(source: Source, module: str) -> str | None:
 
 
 def run(code: Code, phase: str, first: int, last: int, folder: Path, unconfined: bool, progress: Progress) -> Retrained:
-    """Trains the steps in `folder` by the carried code. Raises AtomError if bubblewrap cannot run, CheckFailed if the
-    code fails or leaves a malformed result."""
+    """Trains the steps in `folder` by the carried code.
+
+    Raises AtomError if bubblewrap cannot run, CheckFailed if the code fails or leaves a malformed result.
+    """
     code_folder, work = code.extract(folder), folder / "work"
     work.mkdir()
     command = [sys.executable, "-s", "-P", "-c", DRIVER]
@@ -219,8 +225,10 @@ def _variables(code: Path, work: Path) -> dict[str, str]:
 
 
 def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -> list[str]:
-    """The bwrap command, without the program to run. variables: the program's environment. Raises AtomError if bwrap
-    is missing or cannot start."""
+    """The bwrap command, without the program to run.
+
+    variables: the program's environment. Raises AtomError if bwrap is missing or cannot start.
+    """
     if shutil.which("bwrap") is None:
         raise AtomError(
             "the code that this release carries runs under bubblewrap, and bwrap is not on PATH; apt-get install "
@@ -252,8 +260,10 @@ def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -
 
 
 def _python_paths() -> list[str]:
-    """Folders and files that Python and its packages need. No other folders of sys.path: the working folder can be one
-    of them, and with it a home."""
+    """Folders and files that Python and its packages need.
+
+    No other folders of sys.path: the working folder can be one of them, and with it a home.
+    """
     system_paths = ["/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/sys"]
     system_paths += ["/etc/ld.so.conf.d", "/etc/localtime", "/etc/passwd", "/etc/nsswitch.conf"]
     python_paths = [sys.prefix, sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent.parent)]

@@ -28,8 +28,11 @@ another."""
 
 
 def select_steps(source: Source, phase: str, first: int | None, last: int | None) -> tuple[int, int]:
-    """The steps of the two checkpoints to replay between. Step 0 of a phase of post-training is the last checkpoint of
-    the phase before. Raises AtomError with the published ones."""
+    """The steps of the two checkpoints to replay between.
+
+    Step 0 of a phase of post-training is the last checkpoint of the phase before. Raises AtomError with the
+    published ones.
+    """
     steps_by_phase: dict[str, list[int]] = {}
     for path in source.sums:
         if match := re.fullmatch(r"checkpoints/([a-z0-9-]+)-step-(0|[1-9]\d{0,11})/state\.json", path):
@@ -80,8 +83,11 @@ class Plan:
 
     @classmethod
     def read(cls, source: Source, phase: str, first: int, last: int) -> Plan:
-        """Reads the plan. Raises AtomError if the steps cannot be replayed, CheckFailed if the files contradict each
-        other, and KeyError, TypeError, ValueError or AttributeError if a file lacks a field."""
+        """Reads the plan.
+
+        Raises AtomError if the steps cannot be replayed, CheckFailed if the files contradict each other, and
+        KeyError, TypeError, ValueError or AttributeError if a file lacks a field.
+        """
         from stages.formats.table import column_names
         from stages.models.parallel_layout import Layout
         from stages.rl.config import RlTrainConfig

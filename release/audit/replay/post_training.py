@@ -24,8 +24,10 @@ FILES = {"tasks": "tasks.jsonl", "pairs": "pairs.parquet"}
 
 
 def published_files(source: Source, key: str, stage: str, materials: Mapping[str, str]) -> dict[str, str]:
-    """{role: path in the release} of the files that a phase reads beside tokens and checkpoints. key: of its artifact;
-    materials: {role: key} of its inputs. Raises CheckFailed if one is missing or altered."""
+    """{role: path in the release} of the files that a phase reads beside tokens and checkpoints.
+
+    key: of its artifact; materials: {role: key} of its inputs. Raises CheckFailed if one is missing or altered.
+    """
     files = {role: source.copy(materials[role], name) for role, name in FILES.items() if role in materials}
     if "pairs" in files:
         require_pairs_of_answers(source, materials["pairs"])
@@ -36,8 +38,11 @@ def published_files(source: Source, key: str, stage: str, materials: Mapping[str
 
 
 def require_pairs_of_answers(source: Source, key: str) -> None:
-    """Forms the pairs of a dpo phase from its published answers again. key: of its artifact. Raises CheckFailed with
-    the first round whose pairs differ from the published ones, AtomError if one of the files is damaged."""
+    """Forms the pairs of a dpo phase from its published answers again.
+
+    key: of its artifact. Raises CheckFailed with the first round whose pairs differ from the published ones,
+    AtomError if one of the files is damaged.
+    """
     from stages.formats.table import read_jsonl, read_table, require_columns
     from stages.rl.algorithms.preferences import pair_rows
     from stages.rl.config import DpoTrainConfig
@@ -113,8 +118,11 @@ def previous_checkpoint(source: Source, key: str) -> str:
 
 
 def inputs(source: Source, files: Mapping[str, str], init: str | None, folder: Path) -> dict[str, Artifact]:
-    """The inputs of a phase of post-training. files: {role: path in the release}; init: the folder of the checkpoint of
-    the phase before, which is linked in `folder`/init, if the replay reads it."""
+    """The inputs of a phase of post-training.
+
+    files: {role: path in the release}; init: the folder of the checkpoint of the phase before, which is linked in
+    `folder`/init, if the replay reads it.
+    """
     artifacts = {role: Artifact("", "", (source.folder / path).parent, ()) for role, path in files.items()}
     if init is not None:
         step = folder / "init" / "step-000000"
@@ -129,8 +137,10 @@ def inputs(source: Source, files: Mapping[str, str], init: str | None, folder: P
 
 
 def _import(source: Source, step: Path) -> None:
-    """Writes the checkpoint that the stage `import` made of the published model, whose copy is `model-base`. Raises
-    CheckFailed if the files differ from its manifest."""
+    """Writes the checkpoint that the stage `import` made of the published model, whose copy is `model-base`.
+
+    Raises CheckFailed if the files differ from its manifest.
+    """
     from stages.train.imported_weights import ImportConfig, write_checkpoint
 
     key, body = source.statement(IMPORT)

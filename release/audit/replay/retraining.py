@@ -123,8 +123,10 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
 
 
 def _kept_files(source: Source, key: str, name: str) -> list[str]:
-    """The paths in the artifact of dedup of a source's kept documents, by its manifest. Raises CheckFailed if it lists
-    none."""
+    """The paths in the artifact of dedup of a source's kept documents, by its manifest.
+
+    Raises CheckFailed if it lists none.
+    """
     pattern = rf"kept/{re.escape(name)}/{PART_NAME}"
     files = [path for path in source.listed(key) if re.fullmatch(pattern, path)]
     if not files:
@@ -168,8 +170,11 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
 
 
 def train(plan: Plan, inputs: Mapping[str, Artifact], folder: Path, progress: Progress) -> Path:
-    """Resumes the stage in `folder`/work. Returns the sealed checkpoint of the last step, which is in there. Raises
-    CheckFailed if the stage ends without one."""
+    """Resumes the stage in `folder`/work.
+
+    Returns the sealed checkpoint of the last step, which is in there. Raises CheckFailed if the stage ends without
+    one.
+    """
     out_folder = folder / "out"
     out_folder.mkdir()
     try:

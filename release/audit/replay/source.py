@@ -76,8 +76,10 @@ class Source:
         return rebuilt
 
     def tokenizer(self, key: str) -> Path:
-        """The published tokenizer.json of an artifact of the tokenizer: each model's repository has a copy. Raises
-        CheckFailed if it is missing or altered."""
+        """The published tokenizer.json of an artifact of the tokenizer: each model's repository has a copy.
+
+        Raises CheckFailed if it is missing or altered.
+        """
         digest = self.listed(key)["tokenizer.json"]
         copies = (path for path, d in self.sums.items() if d == digest and path.endswith("/tokenizer.json"))
         return self.file(next(copies, f"tokenizer.json of {key}"))

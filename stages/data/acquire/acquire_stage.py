@@ -242,8 +242,10 @@ def document_row(source: Source, id: str, document: Document) -> DocumentRow:
 
 @contextmanager
 def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A context with a function that writes a row of a table. No file is written for a reader that does not state
-    it."""
+    """A context with a function that writes a row of a table.
+
+    No file is written for a reader that does not state it.
+    """
     if is_stated:
         with row_writer(path, columns) as write:
             yield write

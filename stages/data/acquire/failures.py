@@ -135,8 +135,10 @@ class LicenseTally:
             self.unmapped[string] += 1
 
     def facts(self) -> dict[str, Any]:
-        """The counts as JSON: `licenses`, and `licenses_unmapped` of the most frequent strings. Empty for a source
-        whose license is that of every document."""
+        """The counts as JSON: `licenses`, and `licenses_unmapped` of the most frequent strings.
+
+        Empty for a source whose license is that of every document.
+        """
         # An empty basis means that the declaration of the source is the license.
         if all(basis == "" for _, basis in self.documents):
             return {}

@@ -117,8 +117,10 @@ class LockFile(Config):
 
 
 def read(path: Path) -> Mapping[str, LockedSource]:
-    """The pinned sources in a lock file, by name; none if there is no such file. Raises RecipeError if it is
-    damaged."""
+    """The pinned sources in a lock file, by name; none if there is no such file.
+
+    Raises RecipeError if it is damaged.
+    """
     try:
         entry = path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -27,8 +27,10 @@ PARENT_COLUMNS = {"row": "int64", "parent": "string"}
 
 
 def denied_columns(buckets: int) -> dict[str, str]:
-    """A row for each text of a denied document. requests: the SHA-256 of each reference; url: its origin. buckets: of
-    MinHash."""
+    """A row for each text of a denied document.
+
+    requests: the SHA-256 of each reference; url: its origin. buckets: of MinHash.
+    """
     return {"id": "string", "requests": "string", "url": "string", **hash_columns(buckets)}
 
 
@@ -51,8 +53,10 @@ class Variants:
         return [[step.function() for step in pipeline] for pipeline in different.values()]
 
     def of(self, row: DocumentRow) -> list[str]:
-        """The text of a document and its variants, without repetitions. A source whose steps remove it, or fail, has
-        none."""
+        """The text of a document and its variants, without repetitions.
+
+        A source whose steps remove it, or fail, has none.
+        """
         edited = (self._edit(pipeline, row) for pipeline in self.pipelines)
         return list(dict.fromkeys([row["text"], *(variant for variant in edited if variant is not None)]))
 
@@ -121,8 +125,10 @@ class PartOptOut:
         return None if denial is None else self._deny(row, denial)
 
     def find_edited(self, row: DocumentRow, edited: DocumentRow, number: int) -> Removed | None:
-        """The same for a document that passes the steps, by the hash of its edited text. number: of its row among the
-        kept ones."""
+        """The same for a document that passes the steps, by the hash of its edited text.
+
+        number: of its row among the kept ones.
+        """
         denial = self.deny_list.find("", "", [edited["content_hash"]])
         if denial is not None:
             return self._deny(row, denial)

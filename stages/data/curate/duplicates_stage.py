@@ -44,8 +44,10 @@ PARTS_PER_RANGE = 500
 
 @contextmanager
 def processes(number: int) -> Iterator[ForEach]:
-    """A context with a `ForEach` of at most `number` processes, and of one for each core that this one may use. With
-    one, no other process is started."""
+    """A context with a `ForEach` of at most `number` processes, and of one for each core that this one may use.
+
+    With one, no other process is started.
+    """
     number = min(number, len(os.sched_getaffinity(0)))
     if number < 2:
         yield _in_turn

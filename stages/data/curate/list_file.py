@@ -34,8 +34,10 @@ class ListFile(Generic[List]):
         self.title, self.setting, self.parse = title, setting, parse
 
     def lines(self, path: Path) -> Iterator[Line]:
-        """The lines that are not empty. Raises RecipeError if the file cannot be read, or for a line that is too
-        long."""
+        """The lines that are not empty.
+
+        Raises RecipeError if the file cannot be read, or for a line that is too long.
+        """
         return self._lines(path, self._read_bytes(path))
 
     def digest_of(self, path: Path) -> str:
@@ -53,8 +55,10 @@ class ListFile(Generic[List]):
         return self.parse(self._lines(path, content))
 
     def require(self, path: str | None, sha256: str | None) -> List | None:
-        """The list of a config of filter, or None without one. Raises RecipeError, and AtomError for a config whose
-        digest is not resolved."""
+        """The list of a config of filter, or None without one.
+
+        Raises RecipeError, and AtomError for a config whose digest is not resolved.
+        """
         if path is None:
             return None
         if sha256 is None:

@@ -56,8 +56,10 @@ class NGrams:
         return hashes
 
     def _joined_hashes(self, n: int) -> Hashes:
-        """A hash of each n-gram as one string without spaces. The last ones are kept, with HASH_BASE to the power of
-        the length of each string."""
+        """A hash of each n-gram as one string without spaces.
+
+        The last ones are kept, with HASH_BASE to the power of the length of each string.
+        """
         known, hashes, shifts = self._joined if self._joined[0] <= n else (1, self._words.hashes, self._shifts)
         for length in range(known + 1, n + 1):
             hashes = hashes[:-1] + shifts[:-1] * self._words.hashes[length - 1 :]
@@ -66,9 +68,10 @@ class NGrams:
         return hashes
 
     def most_frequent(self, n: int, min_count: int = 1, above: float = -1.0) -> int:
-        """Characters of the most frequent n-gram, written with spaces, by its number of occurrences. The first in the
-        text counts where several are as frequent. 0 if it occurs less than `min_count` times, or where the value can
-        not be above `above`: an n-gram is at most as frequent as one of fewer words.
+        """Characters of the most frequent n-gram, written with spaces, by its number of occurrences.
+
+        The first in the text counts where several are as frequent. 0 if it occurs less than `min_count` times,
+        or where the value can not be above `above`: an n-gram is at most as frequent as one of fewer words.
 
         Different n-grams of a document have the same hash with a probability of about its words squared by 2^65.
         """

@@ -49,16 +49,12 @@ class PartRemoval:
         minhash: MinHash | None,
         opted_out: Mapping[int, tuple[str, str, float, float]],
     ) -> None:
-        """
-        Args:
-            filtered: The folder of the artifact of stage `filter`.
-            part: The part.
-            heldout_fraction: Share of the documents of its source that are held out.
-            exact: The exact duplicates.
-            near: The near duplicates.
-            representatives: The documents that they duplicate.
-            minhash: None without a search for near duplicates.
-            opted_out: By row, the documents that are removed on request, which goes before the other rules.
+        """Args: filtered: The folder of the artifact of stage `filter`.
+
+        part: The part. heldout_fraction: Share of the documents of its source that are held out. exact: The
+        exact duplicates. near: The near duplicates. representatives: The documents that they duplicate.
+        minhash: None without a search for near duplicates. opted_out: By row, the documents that are removed on
+        request, which goes before the other rules.
         """
         self.opted_out = opted_out
         self.part, self.heldout_fraction, self.minhash = part, heldout_fraction, minhash

@@ -10,8 +10,10 @@ import re
 
 
 class Pattern:
-    """A secret's bytes: a regular expression, and literals of which every match has one. These are searched first,
-    since an expression that begins with a boundary is slow."""
+    """A secret's bytes: a regular expression, and literals of which every match has one.
+
+    These are searched first, since an expression that begins with a boundary is slow.
+    """
 
     def __init__(self, expression: bytes, *literals: bytes) -> None:
         self.expression, self.literals = re.compile(expression), literals

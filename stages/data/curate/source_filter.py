@@ -73,14 +73,11 @@ class SourceFilter:
         license_allow: Sequence[str] = (),
         blocklist: UrlBlocklist | None = None,
     ) -> None:
-        """
-        Args:
-            source: Name of the source.
-            kind: Kind of its documents.
-            steps: Its steps, with the inputs that they need.
-            index: The evaluation items.
-            license_allow: The licenses of documents that are kept; empty: all.
-            blocklist: The URL blocklist; None without one.
+        """Args: source: Name of the source.
+
+        kind: Kind of its documents. steps: Its steps, with the inputs that they need. index: The evaluation
+        items. license_allow: The licenses of documents that are kept; empty: all. blocklist: The URL blocklist;
+        None without one.
         """
         self.blocklist = blocklist
         self.allowed = AllowedLicenses(license_allow) if license_allow else None

@@ -314,8 +314,11 @@ def words_of(text: str) -> Words:
 
 
 def count_sentences(text: str) -> int:
-    """Sentences of a text; 1 if it has no words. A sentence begins at the first word after a full stop, question mark
-    or the like; further punctuation belongs to the sentence before."""
+    """Sentences of a text; 1 if it has no words.
+
+    A sentence begins at the first word after a full stop, question mark or the like; further punctuation belongs to
+    the sentence before.
+    """
     return max(1, len(_sentence_starts(split_words(text))))
 
 

@@ -73,14 +73,12 @@ class ComputedOrder:
         turn: float = 0.0,
         starts: Mapping[int, dict[str, Place]] | None = None,
     ) -> None:
-        """
-        Args:
-            config: The settings of the order.
-            indexes: The index of chunks of each source.
-            cursor: The step and the positions at which the order begins.
-            work: The folder of the sealed sums, as in `read_indexes`.
-            turn: The place at which to begin with them, as in `read_indexes`.
-            starts: The result of `start` for each block, if known; sums over whole streams are then not needed.
+        """Args: config: The settings of the order.
+
+        indexes: The index of chunks of each source. cursor: The step and the positions at which the order
+        begins. work: The folder of the sealed sums, as in `read_indexes`. turn: The place at which to begin
+        with them, as in `read_indexes`. starts: The result of `start` for each block, if known; sums over whole
+        streams are then not needed.
         """
         self.config, self.indexes, self.cursor, self.work, self.turn = config, indexes, cursor, work, turn
         self.label = f"order/{seed_label(config.phase)}"
@@ -162,8 +160,11 @@ class ComputedOrder:
         return sorted(step for step in steps if step >= self.config.first_step)
 
     def blocks_of(self, source: str, part: int, ordinal: int) -> dict[int, range]:
-        """The blocks that read a document, with the first to the last step there that does. Of a packed phase, the
-        blocks that it falls into, with all their steps: whether it fits there is known by packing them."""
+        """The blocks that read a document, with the first to the last step there that does.
+
+        Of a packed phase, the blocks that it falls into, with all their steps: whether it fits there is known
+        by packing them.
+        """
         blocks: dict[int, range] = {}
         if not self.config.pack:
             for step in self.steps_of(source, part, ordinal):

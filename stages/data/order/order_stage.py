@@ -244,8 +244,11 @@ def _select(order: Path, condition: tuple[str, str, Any]) -> pa.Table:
 
 
 def estimate(config: OrderConfig) -> Estimate:
-    """Figures of docs/lab-log.md. The chunks of a packed row are as many as if they had 1,000 tokens. The process that
-    joins the blocks reads the places of all chunks."""
+    """Figures of docs/lab-log.md.
+
+    The chunks of a packed row are as many as if they had 1,000 tokens. The process that joins the blocks reads the
+    places of all chunks.
+    """
     rows = config.rows_from(config.first_step)
     chunks = rows * max(1, config.sequence_length // 1000) if config.pack else rows
     return Estimate(

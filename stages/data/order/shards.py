@@ -32,16 +32,20 @@ def shard_name(split: str, source: str, part: int) -> str:
 
 
 def document_files(tokens: Path) -> dict[str, list[tuple[int, Path]]]:
-    """Lists {source: (part, table of its documents) of each part}, in order. tokens: the tokenize artifact, or its
-    published copy."""
+    """Lists {source: (part, table of its documents) of each part}, in order.
+
+    tokens: the tokenize artifact, or its published copy.
+    """
     folders = sorted(path for path in (tokens / "documents").glob("*") if path.is_dir())
     parts = {path.name: [(int(part_number(file) or 0), file) for file in part_tables(path)] for path in folders}
     return {source: files for source, files in parts.items() if files}
 
 
 class ShardWriter:
-    """Writes a shard document by document; in memory are 4 bytes for each, and about a megabyte of tokens. No file is
-    open between calls. The bytes are those of Megatron's and datatrove's writers."""
+    """Writes a shard document by document; in memory are 4 bytes for each, and about a megabyte of tokens.
+
+    No file is open between calls. The bytes are those of Megatron's and datatrove's writers.
+    """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         # two bytes a token up to 65,536 ids, as datatrove writes; the index states the width
@@ -84,8 +88,10 @@ class ShardWriter:
 
 
 def first_tokens(folder: Path, name: str, ordinals: Sequence[int], count: int) -> NDArray[Any]:
-    """The first `count` tokens of some sequences of a shard, [len(ordinals), count]. Raises AtomError if the shard is
-    damaged, or has no such sequence."""
+    """The first `count` tokens of some sequences of a shard, [len(ordinals), count].
+
+    Raises AtomError if the shard is damaged, or has no such sequence.
+    """
     import numpy as np
 
     shard, rows = _Shard(folder, name), []

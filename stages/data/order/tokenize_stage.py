@@ -164,9 +164,10 @@ class TokenizeConfig(Config):
 
 
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `<split>/<source>/part-*.bin` and `.idx`, `documents/<source>/part-*.parquet` and `meta.json`. Every
-    document ends with `<|endoftext|>`, a conversation with its own `<|im_end|>`. A part without documents of a split
-    has no shard of it.
+    """Seal `<split>/<source>/part-*.bin` and `.idx`, `documents/<source>/part-*.parquet` and `meta.json`.
+
+    Every document ends with `<|endoftext|>`, a conversation with its own `<|im_end|>`. A part without documents of
+    a split has no shard of it.
 
     inputs["dedup"]: kept documents, in parts; inputs["tokenizer"]: tokenizer.json. Raises AtomError if an input is
     damaged, or if tiktoken and `tokenizers` encode a document differently.

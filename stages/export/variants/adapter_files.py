@@ -80,8 +80,11 @@ def factors(
 def write(
     adapter: Mapping[str, Tensor], lora: Lora, model: ModelConfig, vocab_size: int, base: Path, repo: str, folder: Path
 ) -> None:
-    """Writes the adapter into a folder, beside base.json with the digests of its base's weights. adapter: Megatron's
-    tensors by global name. base: the folder of the exported model. repo: its repository on the Hub."""
+    """Writes the adapter into a folder, beside base.json with the digests of its base's weights.
+
+    adapter: Megatron's tensors by global name. base: the folder of the exported model. repo: its repository on the
+    Hub.
+    """
     plain: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, dict[str, tuple[Tensor, Tensor]]]] = {}
     for name, a, b in factors(adapter, lora, model, vocab_size):
@@ -180,8 +183,10 @@ def largest_difference(base: Path, folder: Path, merged: Path) -> tuple[float, f
 
 
 def require_sum(base: Path, folder: Path, merged: Path) -> str:
-    """The largest difference, in one sentence. Raises CheckFailed if the adapter in a folder does not make the merged
-    model of its base."""
+    """The largest difference, in one sentence.
+
+    Raises CheckFailed if the adapter in a folder does not make the merged model of its base.
+    """
     # Rounding of two ways to add: some units in the last place of the largest weight.
     difference, explained = largest_difference(base, folder, merged)
     if not difference <= explained:  # not a number fails too

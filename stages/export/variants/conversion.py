@@ -30,8 +30,11 @@ ATTENTION = re.compile(r"model\.layers\.\d+\.self_attn\..*_proj(_with_mqa)?\.wei
 
 
 def write(name: VariantName, model: Path, folder: Path) -> None:
-    """Writes the variant of the exported model in one folder into another, which is made anew. Holds a tensor, the
-    experts of a layer or a file of shards at a time. Raises AtomError if the model has no such variant."""
+    """Writes the variant of the exported model in one folder into another, which is made anew.
+
+    Holds a tensor, the experts of a layer or a file of shards at a time. Raises AtomError if the model has no such
+    variant.
+    """
     variant = VARIANTS[name]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -78,8 +78,10 @@ def file_name(encoding: str) -> str:
 
 
 def write(model: Path, folder: Path, encoding: str) -> None:
-    """Writes the exported model of a folder into the file of another one. Raises AtomError if llama.cpp has no class,
-    tensor name or pre-tokenizer for it."""
+    """Writes the exported model of a folder into the file of another one.
+
+    Raises AtomError if llama.cpp has no class, tensor name or pre-tokenizer for it.
+    """
     weights, config = Tensors(model), read_json(model / "config.json")
     writer = GGUFWriter(folder / file_name(encoding), architecture(config))
     _add_model(writer, config)
@@ -191,8 +193,10 @@ class GgufTensor:
 
 
 def tensors_of(names: list[str]) -> list[GgufTensor]:
-    """The tensors of a file that holds these exported ones. Raises AtomError for a name that llama.cpp does not
-    know."""
+    """The tensors of a file that holds these exported ones.
+
+    Raises AtomError for a name that llama.cpp does not know.
+    """
     experts: dict[str, dict[int, str]] = {}
     plain: list[GgufTensor] = []
     for name in names:
@@ -241,8 +245,10 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
 
 
 def chat_template(folder: Path) -> str | None:
-    """Returns the chat template of a model; None without one. Blocks that mark the assistant's tokens for training,
-    which older versions of llama.cpp refuse, are left out."""
+    """Returns the chat template of a model; None without one.
+
+    Blocks that mark the assistant's tokens for training, which older versions of llama.cpp refuse, are left out.
+    """
     path = folder / INFERENCE_FILE
     return GENERATION.sub("", path.read_text("utf-8")) if path.is_file() else None
 
@@ -281,8 +287,10 @@ def _has_more_bits(name: str, layers: int, tied: bool) -> bool:
 
 
 def encode(matrix: Floats, kind: Kind) -> NDArray[np.generic]:
-    """The values of a tensor in an encoding, with the bytes of a row in the last dimension. Raises AtomError for a
-    value that it does not hold."""
+    """The values of a tensor in an encoding, with the bytes of a row in the last dimension.
+
+    Raises AtomError for a value that it does not hold.
+    """
     if kind == Kind.F32:
         return matrix
     if kind == Kind.F16:

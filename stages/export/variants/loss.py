@@ -17,15 +17,21 @@ IN_PROCESS = "transformers in fp32, on the weights as the variant stores them"
 
 
 def measured_by(engine: str = "") -> str:
-    """The sentence on what measured a variant. engine: of scores and answers, the package of vLLM with its version; ""
-    for transformers. Distributions are compared by transformers in any case."""
+    """The sentence on what measured a variant.
+
+    engine: of scores and answers, the package of vLLM with its version; "" for transformers. Distributions are
+    compared by transformers in any case.
+    """
     return f"vLLM ({engine}) in fp32, and its divergence by {IN_PROCESS}" if engine else IN_PROCESS
 
 
 class DivergenceRow(TypedDict):
-    """The next-token distributions of original and variant at all positions of a text. id: of the problem, with the
-    original's answer, or of the held-out document; sum, largest: of the Kullback-Leibler divergence of the variant from
-    the original, in nats; same_likeliest: positions at which both have the same likeliest token."""
+    """The next-token distributions of original and variant at all positions of a text.
+
+    id: of the problem, with the original's answer, or of the held-out document; sum, largest: of the
+    Kullback-Leibler divergence of the variant from the original, in nats; same_likeliest: positions at which both
+    have the same likeliest token.
+    """
 
     id: String
     positions: Int32
@@ -39,7 +45,9 @@ DIVERGENCES = columns_of(DivergenceRow)
 
 class Divergence(Figure):
     """Kullback-Leibler divergence in nats: mean over positions with its standard error over texts, and maximum.
-    same_likeliest: share of positions with the same likeliest token."""
+
+    same_likeliest: share of positions with the same likeliest token.
+    """
 
     max: float
     positions: int
@@ -84,9 +92,11 @@ def summary(
     original_answers: Mapping[str, str],
     stated_by: str,
 ) -> VariantLoss:
-    """sizes: bytes of `variant` and `original`. scores, original: of the variant and of the exported model.
-    original_answers: {problem: the exported model's text}. stated_by: of `measured_by`. Raises AtomError if the answers
-    lack a problem."""
+    """sizes: bytes of `variant` and `original`.
+
+    scores, original: of the variant and of the exported model. original_answers: {problem: the exported model's
+    text}. stated_by: of `measured_by`. Raises AtomError if the answers lack a problem.
+    """
     if missing := [row["id"] for row in answers if row["id"] not in original_answers]:
         raise AtomError(f"the original has no answer to problem {missing[0]}; evaluate it on the same problems")
     mean = ratio([(row["sum"], row["positions"]) for row in divergences], "tokens")

@@ -57,8 +57,11 @@ def layer_spec(config: Any, virtual_stage: int | None = None, packed: bool = Fal
 
 
 class ExpertOutput(RowParallelLinear):  # type: ignore[misc]
-    """The second matrix of an expert. Megatron's MLP weights its bias and adds it in place, to a view that autograd
-    does not let it change; and would sum its gradient over tensor ranks, which have experts of their own."""
+    """The second matrix of an expert.
+
+    Megatron's MLP weights its bias and adds it in place, to a view that autograd does not let it change; and would
+    sum its gradient over tensor ranks, which have experts of their own.
+    """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)

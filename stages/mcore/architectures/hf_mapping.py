@@ -1,4 +1,5 @@
 """Names and layouts of a decoder's tensors in Megatron and in transformers, and back: what all architectures share.
+
 Pure functions, exact in both directions.
 """
 
@@ -36,8 +37,10 @@ BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 def map_to_hf(
     tensors: Tensors, model: ModelConfig, vocab_size: int, same: Same, swiglus: Swiglus, rest: Rest | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """transformers' tensors, layer by layer; each of Megatron's is read once. Rows of the vocabulary beyond
-    `vocab_size` are padding and left out. A `linear_fc1` is gate above up."""
+    """transformers' tensors, layer by layer; each of Megatron's is read once.
+
+    Rows of the vocabulary beyond `vocab_size` are padding and left out. A `linear_fc1` is gate above up.
+    """
     for megatron_name, hf_name in _outside(model).items():
         yield hf_name, tensors[megatron_name][:vocab_size] if hf_name in BY_TOKEN else tensors[megatron_name]
     for layer in range(model.layers):

@@ -63,8 +63,11 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
 
 
 class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
-    """Linear attention by the gated delta rule. Names and sizes of its parameters are those of Megatron's class, their
-    rows in the order of key heads (`Qwen3NextConfig.shapes`)."""
+    """Linear attention by the gated delta rule.
+
+    Names and sizes of its parameters are those of Megatron's class, their rows in the order of key heads
+    (`Qwen3NextConfig.shapes`).
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, pg_collection: Any, **_: Any) -> None:
         super().__init__(config)
@@ -101,8 +104,10 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, **settings: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden: [sequence, batch, hidden]; attention_mask: `starts` of `row_tables.Tables`. Returns the same shape,
-        and no bias."""
+        """hidden: [sequence, batch, hidden]; attention_mask: `starts` of `row_tables.Tables`.
+
+        Returns the same shape, and no bias.
+        """
         if settings.get("inference_context") is not None or settings.get("packed_seq_params") is not None:
             raise NotImplementedError("a state for generation, or Megatron's own kind of packed rows")
         mixed = self.in_proj(hidden)[0].transpose(0, 1)
@@ -120,8 +125,10 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         return result
 
     def _attend(self, inputs: Tensor, rates_and_decays: Tensor, starts: Tensor | None) -> Tensor:
-        """Takes queries, keys and values, and rates and decays, both [batch, sequence, key heads, ...]. Returns [batch,
-        sequence, value heads, dim]."""
+        """Takes queries, keys and values, and rates and decays, both [batch, sequence, key heads, ...].
+
+        Returns [batch, sequence, value heads, dim].
+        """
         convolved = short_convolution(inputs.flatten(2), self.conv1d.weight, starts).unflatten(2, (self.heads, -1))
         query, key, value = convolved.split([self.key, self.key, self.group * self.value], -1)
         query, key = (_unit(x.float()).repeat_interleave(self.group, 2) for x in (query, key))
@@ -220,8 +227,11 @@ def _by_chunks(x: Tensor, chunks: int) -> Tensor:
 
 
 def short_convolution(x: Tensor, weight: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Each channel's causal convolution, and SiLU. x: [rows, length, channels]; weight: [channels, 1, width], the last
-    of which multiplies the token itself; starts: as above."""
+    """Each channel's causal convolution, and SiLU.
+
+    x: [rows, length, channels]; weight: [channels, 1, width], the last of which multiplies the token itself;
+    starts: as above.
+    """
     width = weight.shape[-1]
     if starts is None:
         padded = F.pad(x.transpose(1, 2), (width - 1, 0))

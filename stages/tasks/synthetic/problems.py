@@ -34,8 +34,10 @@ class Problem:
 
 
 def add(rng: random.Random, level: int | None = None) -> Problem:
-    """Two numbers of three digits, added digit by digit from the right: `7+6+0=13` is digit+digit+carry=sum. The level
-    is the number of carries, 0 to 3."""
+    """Two numbers of three digits, added digit by digit from the right: `7+6+0=13` is digit+digit+carry=sum.
+
+    The level is the number of carries, 0 to 3.
+    """
     if level is not None and level not in range(4):
         raise ValueError(f"add has the levels 0 to 3 (carries), not {level}")
     while True:
@@ -51,8 +53,10 @@ def add(rng: random.Random, level: int | None = None) -> Problem:
 
 
 def sort(rng: random.Random, level: int | None = None) -> Problem:
-    """Five digits sorted by insertion: each step shows the digits so far in order. The level is the number of digits
-    that are less than the one before, 0 to 4."""
+    """Five digits sorted by insertion: each step shows the digits so far in order.
+
+    The level is the number of digits that are less than the one before, 0 to 4.
+    """
     if level is not None and level not in range(5):
         raise ValueError(f"sort has the levels 0 to 4 (descents), not {level}")
     while True:
@@ -68,9 +72,12 @@ def sort(rng: random.Random, level: int | None = None) -> Problem:
 
 
 def trace(rng: random.Random, level: int | None = None) -> Problem:
-    """A small Python program, executed line by line: `a=7;b=a+2;c=b-4;print(c)`. The steps are the values in between,
-    `b=9`, and the answer is what it prints. Each assignment changes the value of the one before; all values are single
-    digits. The level is the number of values in between, 1 to 8; without a level there are 1 to 4."""
+    """A small Python program, executed line by line: `a=7;b=a+2;c=b-4;print(c)`.
+
+    The steps are the values in between, `b=9`, and the answer is what it prints. Each assignment changes the value
+    of the one before; all values are single digits. The level is the number of values in between, 1 to 8; without a
+    level there are 1 to 4.
+    """
     if level is not None and level not in range(1, 9):
         raise ValueError(f"trace has the levels 1 to 8 (values in between), not {level}")
     variable, value = rng.choice("abcdef"), rng.randrange(10)

@@ -99,8 +99,9 @@ def write(
 
 
 def write_part(parts: Path, file: TensorFile, read: Read, progress: Progress = no_progress) -> None:
-    """Writes and flushes one file into a folder of parts, and then its record, `<name>.json`. A file that an earlier
-    call has written is kept: it is hashed again only if it was touched since.
+    """Writes and flushes one file into a folder of parts, and then its record, `<name>.json`.
+
+    A file that an earlier call has written is kept: it is hashed again only if it was touched since.
 
     Raises MachineError if a write fails.
     """
@@ -204,6 +205,7 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]])
 
 def write_files(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], most_bytes: int) -> dict[str, str]:
     """Writes tensors in their order to `<stem>.safetensors`, or to shards of at most so many bytes (or one tensor).
+
     Returns the file of each tensor. Holds the tensors of one file at a time, and hands its hash over to
     `write_manifest`.
 

@@ -67,9 +67,11 @@ class Checkpoints:
         rewind_steps: int = 0,
         progress: Progress = no_progress,
     ) -> None:
-        """lease: the number of this attempt, if the caller counts them; None: the latest. rewind_steps: the largest
-        number of steps that `rewind` goes back from the next step. progress: gets the bytes of files for which
-        training waits."""
+        """lease: the number of this attempt, if the caller counts them; None: the latest.
+
+        rewind_steps: the largest number of steps that `rewind` goes back from the next step. progress: gets the
+        bytes of files for which training waits.
+        """
         self.rewind_steps, self.progress = rewind_steps, progress
         self.work, self.keep, self.engine, self.report = work, keep, engine, report
         self.ranks = ranks = engine.ranks
@@ -135,8 +137,10 @@ class Checkpoints:
         return copies
 
     def wait(self) -> None:
-        """Waits until all ranks have finished writing, and reports the progress of this rank's thread. Raises the error
-        of any rank, on all of them."""
+        """Waits until all ranks have finished writing, and reports the progress of this rank's thread.
+
+        Raises the error of any rank, on all of them.
+        """
         reported = self.bytes_done
         # Polling by small collectives, as a single barrier would time out while a rank still writes.
         while status := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
@@ -200,8 +204,11 @@ class Checkpoints:
             self.report.metric(step, checkpoint_write_seconds=time.monotonic() - started)
 
     def _wait_for(self, read: Callable[[], T | None], lack: str) -> T:
-        """Waits in the thread until `read` returns something. Raises MachineError with the sentence `lack` if another
-        rank has failed meanwhile, or if a later attempt has begun."""
+        """Waits in the thread until `read` returns something.
+
+        Raises MachineError with the sentence `lack` if another rank has failed meanwhile, or if a later attempt
+        has begun.
+        """
         pause = POLL
         while (value := read()) is None:
             self._require_present()
@@ -226,8 +233,10 @@ class Checkpoints:
         atomic_files.write(folder / MARKER, json.dumps(marker), durable=True)
 
     def _seal(self, folder: Path) -> None:
-        """Writes this rank's share of the release checkpoint of a complete work checkpoint. Rank 0 then puts it
-        together."""
+        """Writes this rank's share of the release checkpoint of a complete work checkpoint.
+
+        Rank 0 then puts it together.
+        """
         marker = self._wait_for(lambda: _marker_if_complete(folder), f"work checkpoint {folder} was never completed")
         # From the files and not from memory, which belongs to a later step by now.
         source = ShardReader(folder, marker["files"], self._advance)
@@ -263,8 +272,10 @@ class Checkpoints:
             raise MachineError(SUPERSEDED)
 
     def _prune(self) -> None:
-        """Removes all but the newest complete checkpoints, ordered by attempt and step. Keeps the files of later
-        attempts: this one may be the orphan."""
+        """Removes all but the newest complete checkpoints, ordered by attempt and step.
+
+        Keeps the files of later attempts: this one may be the orphan.
+        """
         self._require_present()
         folders = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
         complete = [f for f in folders if (f / MARKER).exists()]

@@ -119,8 +119,10 @@ class LicenseMap:
     _known: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
 
     def expression(self, value: object) -> str | None:
-        """The SPDX expression of a string, or of a list of strings that all apply. None if there is none, or if one of
-        the strings is unknown."""
+        """The SPDX expression of a string, or of a list of strings that all apply.
+
+        None if there is none, or if one of the strings is unknown.
+        """
         values = value if isinstance(value, (list, tuple)) else [value]
         strings = [text for text in values if text not in self.ignored]
         expressions = {self._expression_of(text) if isinstance(text, str) else None for text in strings}

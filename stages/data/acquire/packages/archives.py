@@ -164,8 +164,11 @@ class _Slice(io.RawIOBase):
 
 
 class _Forward(io.RawIOBase):
-    """A stream that tarfile can seek in, forward only. A read of more than a header or a member may have is refused:
-    tarfile reads the extended headers of an archive as a whole, however long they say that they are."""
+    """A stream that tarfile can seek in, forward only.
+
+    A read of more than a header or a member may have is refused: tarfile reads the extended headers of an archive
+    as a whole, however long they say that they are.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._position = file, 0

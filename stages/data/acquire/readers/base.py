@@ -68,8 +68,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A file or conversation that is skipped and counted in `source.json`, the first ones by name. Where they are most
-    of a part, they stop the stage."""
+    """A file or conversation that is skipped and counted in `source.json`, the first ones by name.
+
+    Where they are most of a part, they stop the stage.
+    """
 
     name: str
 
@@ -249,8 +251,10 @@ class Reader(Config):
 
     @abstractmethod
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
-        """The documents of `files`, in an order that depends only on the files, the settings and the seed. A call gets
-        the files of one part of the source, and the documents of a file do not depend on the others.
+        """The documents of `files`, in an order that depends only on the files, the settings and the seed.
+
+        A call gets the files of one part of the source, and the documents of a file do not depend on the
+        others.
 
         source: name of the source; seed: of the recipe. Raises AtomError naming a file that is corrupt.
         """
@@ -290,8 +294,11 @@ class FileReader(SampledReader):
         return self.model_copy(update={"path": str((folder / self.path).resolve())})
 
     def _walk(self, source: str, root: Path) -> Iterator[Path]:
-        """The regular files with the reader's suffixes under a folder. Raises RecipeError if it holds more than
-        MAX_ENTRIES entries, as a wrong path such as a root folder does."""
+        """The regular files with the reader's suffixes under a folder.
+
+        Raises RecipeError if it holds more than MAX_ENTRIES entries, as a wrong path such as a root folder
+        does.
+        """
         count = 0
         for folder, folders, names in os.walk(root):
             count += len(folders) + len(names)

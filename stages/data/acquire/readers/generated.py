@@ -25,8 +25,10 @@ PLACE = "{text}"
 
 
 class Generated(Reader):
-    """Texts that a generator wrote, one from each document of another source. The source's tree_digest is that of the
-    generator's files, and must be given."""
+    """Texts that a generator wrote, one from each document of another source.
+
+    The source's tree_digest is that of the generator's files, and must be given.
+    """
 
     reader: Literal["generated"] = Field(description="selects this reader")
     from_source: SourceName = Field(description="source of the documents from which the texts are written")

@@ -32,8 +32,10 @@ LockPath = Annotated[str, Words(4096, empty=True)]
 
 
 class Hub(RowReader):
-    """Files of a dataset repository of the Hugging Face Hub, in the format of another reader. `atom pin` writes their
-    revision, sizes and digests beside the data recipe; each part pulls its own files."""
+    """Files of a dataset repository of the Hugging Face Hub, in the format of another reader.
+
+    `atom pin` writes their revision, sizes and digests beside the data recipe; each part pulls its own files.
+    """
 
     remedy: ClassVar = "run `atom pin RECIPE`"
 

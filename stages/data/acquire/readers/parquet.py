@@ -48,8 +48,10 @@ class Parquet(RowReader):
 
 
 def _column_to_read(schema: Any, path: str) -> str | None:
-    """The column that has the field of a path, alone where it is nested in columns without lists. None if there is
-    none."""
+    """The column that has the field of a path, alone where it is nested in columns without lists.
+
+    None if there is none.
+    """
     import pyarrow.types as types
 
     if path in schema.names:

@@ -141,8 +141,10 @@ class RowReader(FileReader):
 
     @abstractmethod
     def rows(self, files: Files, columns: Sequence[Column] | None = None) -> Iterator[Row | Failed]:
-        """Every row of every file, in order, with at least these columns; None: those of the settings. Raises AtomError
-        naming the file that is corrupt."""
+        """Every row of every file, in order, with at least these columns; None: those of the settings.
+
+        Raises AtomError naming the file that is corrupt.
+        """
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """One document for each row or, with messages_field, for each turn of the assistant; a row whose messages are
@@ -284,8 +286,10 @@ def _names(value: object) -> str:
 
 
 def _parents(row: Row, field: str) -> tuple[str, ...]:
-    """The ids or URLs of the documents that a row was made from. Raises ValueError in words if that is not
-    stated."""
+    """The ids or URLs of the documents that a row was made from.
+
+    Raises ValueError in words if that is not stated.
+    """
     value = row.fields.get(field, 0)  # without the field nothing is stated; null states that there is none
     parents = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(parent, str) and parent and is_unicode(parent) for parent in parents):

@@ -182,8 +182,10 @@ class _BoundedHeaders:
 
 
 def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Refused | None:
-    """The page of a record, why it cannot be read, or None for a record that is no page. Raises _Damaged if the file
-    ends in it."""
+    """The page of a record, why it cannot be read, or None for a record that is no page.
+
+    Raises _Damaged if the file ends in it.
+    """
     name = f"{location}:{number}"
     headers = _http_headers(record)
     # WET files hold the text of pages as records of this type.
