@@ -54,7 +54,7 @@ def problems() -> list[dict[str, Any]]:
 
 def main() -> None:
     from stages.confidence import wilson
-    from stages.evaluation.pass_at_k import ChatModel
+    from stages.evaluation.pass_at_k import ChatModel, ChatSetup
     from stages.generation.engine import Engine
     from stages.rl import sandbox
 
@@ -69,7 +69,8 @@ def main() -> None:
     context = json.loads((arguments.model / "config.json").read_text())["max_position_embeddings"]
     room, note = context - arguments.max_new_tokens, partial(print, file=sys.stderr)
     # the engine in this process writes no log
-    chat_model = ChatModel(Engine(), arguments.model, arguments.max_new_tokens, rows, {}, Path(), note)
+    setup = ChatSetup(Engine(), arguments.max_new_tokens, rows, {}, Path(), note)
+    chat_model = ChatModel(setup, arguments.model)
     fitting = [row for row in rows if len(chat_model.chat.encode_prompt(row)) <= room]
     answers = chat_model.answer([(row, 0, 0) for row in fitting], greedy=True) if fitting else []
     chat_model.close()

@@ -23,6 +23,7 @@ from release.cards import tables
 from release.cards.plots import COLORS, png
 from release.facts import run_facts, training
 from release.layout import when
+from release.opened_release import Release
 from stages.confidence import Z95, clustered
 
 if TYPE_CHECKING:
@@ -164,10 +165,10 @@ def preference_table(evaluation: Path) -> str:
 
 
 def cost_table(release: Path) -> str:
-    by_stage = run_facts.usage_by_stage(release)
+    by_stage = Release(release).costs
     ranked = sorted(by_stage.items(), key=lambda item: -item[1]["core_hours"])
     rows = [[name, f"{row['attempts']:.0f}", f"{60 * row['core_hours']:.1f}"] for name, row in ranked]
-    total = run_facts.total(by_stage)
+    total = run_facts.total_cost(by_stage)
     rows.append(["all", f"{total['attempts']:.0f}", f"{60 * total['core_hours']:.1f}"])
     return "\n\n".join(["## What it took", table(["stage", "attempts", "processor minutes"], rows)])
 

@@ -17,6 +17,7 @@ from pipeline.graph import recipe as recipes
 from release.cards import model_tables
 from release.checks.cards import model_card
 from release.checks.scores import score_problems
+from release.facts.model_facts import read_model_facts
 from stages.data.order import tokenize_stage
 from stages.data.order.shards import first_tokens, shard_name
 from stages.evaluation import memorization
@@ -209,7 +210,10 @@ def test_a_release_holds_the_tables_and_its_card_the_figures(copy: Path) -> None
 def test_a_changed_figure_on_the_card_is_found(copy: Path) -> None:
     card = copy / "model/README.md"
     card.write_text(card.read_text().replace("0.571 (0.250 to 0.842)", "0.071 (0.250 to 0.842)"))
-    assert any("0.571 (0.250 to 0.842)" in problem for problem in model_card(copy / "model").problems)
+    assert any(
+        "0.571 (0.250 to 0.842)" in problem
+        for problem in model_card(copy / "model", read_model_facts(copy / "model")).problems
+    )
 
 
 def test_a_recipe_names_the_models_and_their_orders(tmp_path: Path) -> None:
