@@ -16,12 +16,17 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """The path of a draft, which takes the place of `path` when the block ends without an error, and is removed
-    otherwise. Raises OSError.
+    """Yields the path of a draft, which replaces `path` if the block ends without an error.
+
+    After an error the draft is removed, and `path` is as it was.
 
     Args:
+        path: The file to replace.
         durable: Both the content and the name are on disk at the end, so that a crash of the machine leaves neither an
             empty file nor the old one.
+
+    Raises:
+        OSError: The draft cannot be moved or flushed.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -128,8 +128,10 @@ class FileReport:
 
 
 class FollowerReport:
-    """The Report of a rank other than 0: notes go to the log of the rank; progress and metrics are dropped, because
-    rank 0 reports them."""
+    """The Report of a rank other than 0.
+
+    Notes go to the log of the rank. Progress and metrics are dropped, because rank 0 reports them.
+    """
 
     def __init__(self, lease: int, fail: Callable[[Failure], object]) -> None:
         self.lease: int | None = lease

@@ -41,10 +41,12 @@ RECORD: TypeAdapter[dict[str, list[int]]] = TypeAdapter(dict[str, list[int]])
 def check(run: Path, artifacts: Iterable[Artifact]) -> None:
     """Hashes the files that this run has not hashed yet or that have changed since; waits for parts that others hash.
 
-    Raises AtomError naming the first file that is damaged.
-
     Args:
         run: The run's folder.
+        artifacts: The sealed inputs.
+
+    Raises:
+        AtomError: A file is damaged. The message names the first one.
     """
     parts = [part for artifact in artifacts for part in _parts(run, artifact)]
     while parts := _hash_free(parts, shared_progress(run)):

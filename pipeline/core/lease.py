@@ -87,8 +87,10 @@ def this_process() -> dict[str, str | int | None]:
 
 
 def is_superseded(process: Mapping[str, Any]) -> bool:
-    """Returns True if that process belongs to an earlier launch of this process's Slurm job: Slurm or the job's
-    script gave it up, even if it is alive on a node whose daemon died."""
+    """Returns True if that process belongs to an earlier launch of this process's Slurm job.
+
+    Slurm or the job's script gave that launch up, even if its process is alive on a node whose daemon died.
+    """
     current = this_process()
     return (
         process.get("job") is not None
@@ -126,6 +128,7 @@ def holder(folder: Path, clock: Callable[[Path], float] | None = None) -> Holder
     An unreadable lease is reported, and counts until it expires.
 
     Args:
+        folder: The work folder.
         clock: The time by the clock of the file system, for callers that may write there; the default is this host's
             clock.
     """
@@ -237,8 +240,13 @@ def _exists(path: Path) -> bool:
 
 
 def draft_folder(work: Path, lease: int, step: int | None = None) -> Path:
-    """Returns the folder for drafts of the holder of the lease with that number, in the work folder of its key: its
-    product, or its checkpoint after a step, before it is sealed."""
+    """Returns the folder in which the holder of a lease writes a product before it is sealed.
+
+    Args:
+        work: The work folder of the key.
+        lease: The number of the lease.
+        step: The step of the checkpoint that is drafted; None for the product of the stage itself.
+    """
     return work / (f"out.{lease}" if step is None else f"out.{lease}@{step}")
 
 

@@ -216,8 +216,10 @@ class EventSummary(LogSummary[Event | Other]):
         return round(float(max(0, last["total"] - last["done"]) * pace), 1)
 
     def step_seconds(self) -> float | None:
-        """Returns the median time of a step, or of another unit, in the latest reports of progress; None if it is
-        unknown."""
+        """Returns the median time of a step, or of another unit, in the latest reports of progress.
+
+        Returns None if it is unknown.
+        """
         times = [
             (after[0] - before[0]) / (after[1] - before[1])
             for before, after in pairwise(self.state["pace"])

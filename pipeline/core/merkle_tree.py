@@ -76,8 +76,17 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
-    """Returns True if the proof leads from this leaf, at this place among `size` leaves, to the root (RFC 9162,
-    2.1.3.2)."""
+    """Returns True if the proof leads from this leaf to the root.
+
+    The algorithm is that of RFC 9162, section 2.1.3.2.
+
+    Args:
+        leaf: The leaf.
+        index: Its place among the leaves, from 0 on.
+        size: The number of leaves.
+        proof: The siblings on the way up, the lowest first.
+        root: The root of the tree.
+    """
     if not 0 <= index < size:
         return False
     node, last_index = leaf_hash(leaf), size - 1

@@ -47,8 +47,11 @@ def figures_text(figures: Mapping[str, float]) -> str:
 
 
 class StatusLine:
-    """The progress of a command on stderr, whose stdout is for the result: one line that is drawn again on a terminal,
-    a line for each step elsewhere, and nothing if it is quiet. It starts no thread, since checks fork."""
+    """The progress of a command on stderr, since its stdout is for the result.
+
+    On a terminal one line is drawn again and again. Elsewhere each step has a line. With `quiet` nothing is printed. It
+    starts no thread, since checks fork.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -74,8 +77,10 @@ class StatusLine:
 
 
 class Display:
-    """Receives updates from the launcher: redraws on a terminal, elsewhere prints one line for each stage every ten
-    seconds."""
+    """The progress of stages, as the launcher reports it.
+
+    On a terminal it redraws bars. Elsewhere it prints one line for each stage every ten seconds.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console

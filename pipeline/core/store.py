@@ -177,8 +177,9 @@ def rows_of(folder: Path, handed_over: bool = False, owner: str = "") -> list[Fi
     """Returns the files of `regular_files` with their hashes.
 
     Args:
+        folder: The folder.
         handed_over: Take the hashes that `hand_over_hash` recorded instead of reading those files.
-        owner: As for `sha256_files`.
+        owner: The key of the artifact, for lines of progress, as for `sha256_files`.
     """
     files = regular_files(folder)
     hashes: dict[str, str] = {}
@@ -317,8 +318,14 @@ def write_manifest(folder: Path, key: str) -> Artifact:
 
 
 def _share_permissions(folder: Path, mode: int) -> None:
-    """Sets the permissions of every file to those of a new file here, by umask and the folder's defaults: some
-    libraries write files that only their owner may read."""
+    """Gives every file and folder at least the permissions that a new one has here.
+
+    Some libraries write files that only their owner may read.
+
+    Args:
+        folder: The folder, with all below it.
+        mode: The permissions of a new file, by the umask and the defaults of the folder.
+    """
     search = (mode & 0o444) >> 2  # who may read a folder's files may enter it
     for root, _, names in os.walk(folder):
         for path, wanted_mode in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:

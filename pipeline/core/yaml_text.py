@@ -70,8 +70,11 @@ def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
 
 
 def line_of(data: bytes, location: Sequence[str | int]) -> int | None:
-    """Returns the line of a field in a file that `parse_yaml` accepts, or of the innermost mapping around it that the
-    file has; None for the file as a whole."""
+    """Returns the line of a field in a file that `parse_yaml` accepts.
+
+    If the file does not have the field, it is the line of the innermost part around it that the file has. Returns None
+    for the file as a whole.
+    """
     node, line = yaml.compose(_decode(data), _PARSER), None
     # Parts that the file does not have, such as the class that a tag chooses, are skipped.
     for part in location:

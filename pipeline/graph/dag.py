@@ -133,8 +133,8 @@ class Composer(Protocol):
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     """Returns the graph of a recipe by the registered definition. Raises RecipeError.
 
-    Args:
-        without_data: Source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
+    With `without_data`, source trees may be absent. Keys that depend on a tree without a pinned digest are provisional
+    then.
     """
     return cast(Composer, registry.definition()).compose(recipe, store, without_data)
 
@@ -145,8 +145,10 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
 
 def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:
-    """Raises RecipeError if the phase of a checkpoint started from a different earlier phase than this recipe has: the
-    final model of the release would not descend from its base model."""
+    """Raises RecipeError if the phase of a checkpoint started from another earlier phase than this recipe has.
+
+    With such a checkpoint, the final model of the release would not descend from its base model.
+    """
     body = checkpoints.statement(checkpoint.key, store)
     for role, key in previous.items():
         began = provenance.material_keys(body).get(role, key) if body else key

@@ -83,8 +83,10 @@ _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def scores_of(artifact: Artifact) -> dict[str, float]:
-    """Returns the numbers of a measurement, such as `bits_per_byte/code` and `bits_per_byte/code/se`; none of a stage
-    that measures nothing. A damaged file is reported and left out."""
+    """Returns the numbers of a measurement, such as `bits_per_byte/code` and `bits_per_byte/code/se`.
+
+    A stage that measures nothing has none. A damaged file is reported and left out.
+    """
     numbers: dict[str, float] = {}
     for name in SCORES:
         if any(row.path == name for row in artifact.rows):

@@ -161,8 +161,11 @@ def _mistake(row: Any, model: type[BaseModel], raw: Any) -> Mistake:
 
 
 def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
-    """Returns the parts of a location for the author of a recipe: a list item has its `name`, if there is one, in
-    place of its index; the chosen class is left out."""
+    """Returns the parts of a location in the words of a recipe's author.
+
+    An item of a list that has a `name` is called by it instead of by its index. The class that a tag chooses is left
+    out.
+    """
     out = []
     for number, part in enumerate(location):
         if part == "[key]" or (

@@ -265,8 +265,10 @@ def _written(path: Path) -> float:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Returns True if a run has files that are written after its run.json, which is then lost: files of a launcher
-    or a stage, or a link to them. Without such files, the run was killed before it began."""
+    """Returns True if a run has files that are written after its run.json, which is then lost.
+
+    These are files of a launcher or a stage, or a link to them. Without such files, the run was killed before it began.
+    """
     later = ("driver", "jobs.jsonl", "*/events.jsonl", "*/submitit", "*/shards/submitit", "*/servers/submitit")
     if not folder.is_dir():
         return False

@@ -1,7 +1,7 @@
-"""Access to the `huggingface_hub` client: with a late import, without output, with retries, and with one sentence for
-each error. `RemoteRepository` is what a repository contains, as the Hub lists it.
+"""Access to the `huggingface_hub` client, which no other module imports.
 
-No other module imports that client.
+The import is late, calls are repeated and print nothing, and each error becomes one sentence. `RemoteRepository` has
+the content of a repository as the Hub lists it.
 """
 
 from __future__ import annotations
@@ -172,8 +172,10 @@ def _answer(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def _pause(error: Exception, attempt: int) -> float | None:
-    """Returns seconds until a failed call is repeated: the Hub's Retry-After, or 1, 2, 4, …; None if it is not
-    repeated."""
+    """Returns the seconds until a failed call is repeated; None if it is not repeated.
+
+    They are the Hub's Retry-After, or else 1, 2, 4, … by the number of the attempt.
+    """
     if isinstance(error, json.JSONDecodeError):  # a failing server's; the client reads some answers before their status
         return 2.0**attempt
     # the client's error for a failed download; its cause says why
@@ -206,8 +208,10 @@ def online() -> Iterator[None]:
 
 @contextmanager
 def translate_errors(action: str) -> Iterator[None]:
-    """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError: a MachineError if another
-    attempt may succeed."""
+    """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError.
+
+    It is a MachineError if another attempt may succeed.
+    """
     try:
         yield
     except Exception as error:
@@ -356,8 +360,10 @@ class RemoteRepository:
 
 
 def is_unsafe(path: str) -> bool:
-    """Returns True if a path leads outside its folder or into the client's own files, or is too long for a file
-    system."""
+    """Returns True if a path of a repository must not be written to a disk.
+
+    Such a path leads outside its folder or into the client's own files, or is too long for a file system.
+    """
     if not path.isprintable() or "\\" in path or len(path.encode()) > PATH_BYTES:
         return True
     parts = path.split("/")
@@ -366,8 +372,10 @@ def is_unsafe(path: str) -> bool:
 
 
 def unsafe_path(paths: Iterable[str]) -> str | None:
-    """Returns the first of the paths of a repository that `is_unsafe`, or that is a file and also a folder of
-    another."""
+    """Returns the first path of a repository that must not be written to a disk; None without one.
+
+    Such a path `is_unsafe`, or is both a file and the folder of another file.
+    """
     sorted_paths = sorted(paths)
     if unsafe := next(filter(is_unsafe, sorted_paths), None):
         return unsafe

@@ -138,6 +138,7 @@ def install(client: Any, endpoint: str) -> Any:
     """Puts the limits under an httpx client, and returns it.
 
     Args:
+        client: The client. It is changed.
         endpoint: The Hub's address.
     """
 

@@ -228,6 +228,8 @@ class RunScripts:
         """Returns the script of a job.
 
         Args:
+            node: The stage.
+            jobs: The resources that the profile gives its jobs.
             part: The part of its Owner: `shards`, `servers`, or empty for the stage's job.
             options: Options of sbatch, beside those that each job has.
         """
@@ -338,6 +340,8 @@ def _container_options(slurm: Slurm, store: Store, words: Iterable[str]) -> list
     """Returns srun's options for a container by pyxis.
 
     Args:
+        slurm: The profile's section, with the container.
+        store: The home, which is mounted.
         words: Further options of the profile, which count more.
     """
     container = slurm.container

@@ -433,8 +433,10 @@ class Slurm(Section):
 
 
 class Storage(Section):
-    """Space and speed that the stages may take: `atom plan --cluster` compares them with what they need, and `atom
-    submit` refuses what does not fit."""
+    """Space and speed of the storage that the stages may take.
+
+    `atom plan --cluster` compares them with what the stages need, and `atom submit` refuses what does not fit.
+    """
 
     home_gb: Annotated[float, Range(0, 1e9, above=True)] | None = None
     """GB that $ATOM_HOME may hold; null: not limited"""

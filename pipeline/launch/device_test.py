@@ -51,9 +51,10 @@ PLACE = "device-test.json"
 def check(ranks: Ranks, least: float) -> Failure | None:
     """Returns the problem of a node of this launch; None without one.
 
-    On a rank other than 0: what kept it from taking part.
+    On a rank other than 0, it is the reason why it could not take part.
 
     Args:
+        ranks: The ranks of the launch.
         least: FLOP/s that the product of matrices must reach on each GPU; 0: any.
     """
     place = {"host": address()[1].strip("[]"), "port": free_port()} if ranks.rank == 0 else None
@@ -170,7 +171,8 @@ def product_problem(device: torch.device, least: float) -> str | None:
     """Returns the problem of a product of matrices on a device; None without one.
 
     Args:
-        least: FLOP/s.
+        device: The device.
+        least: FLOP/s that it must reach; 0: any.
     """
     import torch
 

@@ -100,10 +100,10 @@ def of_job(state: str, code: str) -> Diagnosis | None:
 
 
 def of_error(error: BaseException) -> tuple[Diagnosis, str] | None:
-    """Returns the diagnosis of a rank's exception, from its message and those of its causes, with the line that shows
-    it; None without one.
+    """Returns the diagnosis of a rank's exception, with the line of its message that shows it; None without one.
 
-    Only a RuntimeError counts, as PyTorch and NCCL raise it: other text may quote anything.
+    The messages of its causes count as well. Only a RuntimeError counts, as PyTorch and NCCL raise it: other text may
+    quote anything.
     """
     cause: BaseException | None = error
     for _ in range(10):

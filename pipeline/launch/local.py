@@ -96,8 +96,10 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
 
 
 def damage_of(graph: Graph, store: Store, selected: list[str]) -> dict[str, str]:
-    """Returns the selected stages that cannot be used or run because their artifact or one of their inputs is
-    damaged, each with a sentence that names the file."""
+    """Returns the selected stages that a damaged artifact stops, each with a sentence that names the file.
+
+    The damage is in the artifact of the stage itself, or in one of its inputs.
+    """
     sentences: dict[str, str] = {}
     for name in selected:
         node = graph.nodes[name]
@@ -267,9 +269,11 @@ class LocalLauncher:
         return job.outcome
 
     def _end_leftover_ranks(self, job: RunningJob) -> None:
-        """Ends the remaining ranks after rank 0 has ended the attempt or a required rank has exited: they may hang in a
-        collective, or be stopped, so they get a grace time and are then killed. A killed rank is announced to the
-        others."""
+        """Ends the remaining ranks after rank 0 has ended the attempt or a required rank has exited.
+
+        They may hang in a collective, or be stopped, so they get a grace time and are then killed. A killed rank is
+        announced to the others.
+        """
         if job.ranks == 1:
             return
         living = living_ranks(job.submitted._process.pid)
@@ -315,8 +319,10 @@ def visible_gpus() -> list[int]:
 
 
 def prepare_environment() -> None:
-    """Sets the variables that affect bytes and the limit of open files before the first job starts, which inherits
-    them."""
+    """Sets the variables that affect bytes, and the limit of open files.
+
+    The jobs inherit both, so this comes before the first of them starts.
+    """
     preflight.allow_open_files()
     os.environ.update(JOB_ENVIRONMENT)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -57,14 +57,18 @@ UNKNOWN = ("n/a", "not supported", "unknown", "requested functionality has been 
 
 
 def least_open_files(ranks: int) -> int:
-    """Returns the fewest open files that a rank of so many needs. gloo connects it with each other rank, and with
-    rank 0 once more, where the ranks meet; the rest is for NCCL and data."""
+    """Returns the fewest open files that a rank of so many needs.
+
+    gloo connects it with each other rank, and with rank 0 once more, where the ranks meet. The rest is for NCCL and
+    data.
+    """
     return 512 + 4 * ranks
 
 
 def allow_open_files() -> int:
-    """Raises the limit of open files of this process and of its later children to OPEN_FILES, but not above the hard
-    limit. A higher limit stays as it is.
+    """Raises the limit of open files of this process and of its later children to OPEN_FILES.
+
+    The limit does not rise above the hard limit, and a higher one stays as it is.
 
     Returns:
         The limit of this process after the call.
@@ -78,8 +82,10 @@ def allow_open_files() -> int:
 
 
 def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Failure | None:
-    """Returns the problem of a node of this launch, in one sentence with its name; on a rank other than 0, the reason
-    why it could not report to rank 0. None without a problem."""
+    """Returns the problem of a node of this launch, in one sentence with its name; None without one.
+
+    On a rank other than 0, it is the reason why the rank could not report to rank 0.
+    """
     problem = check_node(home, free_gb, scratch, ranks.size)
     if ranks.rank:
         text = _send_report(ranks, problem)
@@ -88,11 +94,14 @@ def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Fail
 
 
 def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) -> Failure | None:
-    """Returns the problem of this node, if any.
+    """Returns the problem of this node; None without one.
 
     The node is named as bad, except for a problem of $ATOM_HOME: all share it.
 
     Args:
+        home: $ATOM_HOME.
+        free_gb: GB that must be free in each folder.
+        scratch: The folder of the node for temporary files; None without one.
         ranks: Processes of the job.
     """
     name = node_name()
@@ -126,8 +135,10 @@ def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) 
 
 
 def _gpus(name: str) -> Failure | None:
-    """Checks that the GPUs that Slurm allocated exist, by their device files and without torch, and that they are
-    sound."""
+    """Returns the problem of the GPUs that Slurm allocated here; None without one.
+
+    They must exist, by their device files and without torch, and be sound.
+    """
     assigned = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
     device_files = list(Path("/dev").glob("nvidia[0-9]*"))
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
@@ -144,7 +155,8 @@ def gpu_problem(node: str, gpus: Sequence[str]) -> Failure | None:
     Without nvidia-smi nothing is known, which a line of the log says.
 
     Args:
-        gpus: Their numbers; the others may be another job's.
+        node: The name of this node.
+        gpus: The numbers of the GPUs; the others may be another job's.
     """
     if shutil.which("nvidia-smi") is None:
         text = f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked"
@@ -277,7 +289,9 @@ def _receive_report(line: socket.socket, key: bytes) -> dict[str, Any] | None:
 
 
 def address() -> tuple[str, str]:
-    """Returns the address on which this node listens for other nodes of the job, and the host under which they reach
-    it."""
+    """Returns the address on which this node listens, and the host under which other nodes of the job reach it.
+
+    A job on one node uses the loopback.
+    """
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     return own_address() if nodes > 1 else ("127.0.0.1", "127.0.0.1")

@@ -141,8 +141,7 @@ class Ranks:
 
     @contextmanager
     def report_busy(self, turns: int, has_progress: Callable[[], bool]) -> Iterator[None]:
-        """On rank 0: asks the others to help with the check of the inputs, and reports to them from a thread that this
-        work goes on before the rendezvous.
+        """On rank 0, tells the others from a thread that the check of the inputs goes on, and asks for their help.
 
         Args:
             turns: The number of intervals for which it has waited.
@@ -205,8 +204,10 @@ class Ranks:
             announce(self.folder, self.rank, failure)
 
     def failure(self) -> Failure | None:
-        """Returns the failure of the launch that another rank has announced, if any: the sentence names the first
-        rank that failed."""
+        """Returns the failure of the launch that another rank has announced, if any.
+
+        The sentence names the first rank that failed.
+        """
         for row in _rows(self.folder):
             if "text" in row:
                 if row.get("rank") == self.rank:
@@ -215,8 +216,10 @@ class Ranks:
         return None
 
     def find_cause(self, failure: Failure) -> Failure:
-        """After a lost connection to another rank: the failure that this rank announces, if it announces one in
-        time."""
+        """Returns the cause of a lost connection: the failure that another rank announces in time.
+
+        Returns `failure` itself if no other rank announces one.
+        """
         deadline = time.monotonic() + CAUSE_SECONDS
         while self.size > 1 and time.monotonic() < deadline:
             if (cause := self.failure()) is not None:
@@ -226,8 +229,10 @@ class Ranks:
 
     @contextmanager
     def watch_failures(self, react: Callable[[Failure], object]) -> Iterator[None]:
-        """Calls `react` from a thread of its own when another rank has failed, or when the launcher announces a failed
-        rank."""
+        """Calls `react`, from a thread of its own, once another rank has failed.
+
+        The launcher can announce the failure as well, for a rank that was killed.
+        """
         if self.size == 1:
             yield
             return
@@ -248,8 +253,10 @@ class Ranks:
             _append(self.folder, {"over": True})
 
     def exit_after_failure(self) -> NoReturn:
-        """On another rank of a failed launch: ends this process when rank 0 has written everything, or after a
-        timeout."""
+        """Ends this process, on a rank other than 0 of a failed launch.
+
+        It waits until rank 0 has written everything, or for a few seconds.
+        """
         deadline = time.monotonic() + EXIT_SECONDS
         with suppress(OSError):
             while time.monotonic() < deadline and not any("over" in row for row in _rows(self.folder)):
@@ -281,10 +288,11 @@ class Ranks:
             yield
 
     def record_end(self, outcome: str, usage: Usage) -> None:
-        """On another rank, at its end: records its outcome and usage.
+        """Records the outcome and the usage of a rank other than 0, at its end.
 
         Args:
             outcome: FOLLOWED, or one sentence on the failure.
+            usage: The usage of this process.
         """
         with suppress(OSError):  # on a full disk its usage is lost
             write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
@@ -309,10 +317,9 @@ class Ranks:
 
 @contextmanager
 def _thread(name: str, target: Callable[[threading.Event], None], join: bool = False) -> Iterator[None]:
-    """Runs `target` in a daemon thread and sets its event at the end of the context.
+    """Runs `target` in a daemon thread, and sets its event at the end of the context.
 
-    Args:
-        join: Wait for the thread then.
+    With `join`, the end of the context waits for the thread.
     """
     stop = threading.Event()
     thread = threading.Thread(target=target, args=(stop,), name=name, daemon=True)
@@ -326,11 +333,7 @@ def _thread(name: str, target: Callable[[threading.Event], None], join: bool = F
 
 
 def announce(folder: Path, rank: int, failure: Failure) -> None:
-    """Dismisses every rank of the launch in `folder`.
-
-    Args:
-        rank: The one that failed.
-    """
+    """Dismisses every rank of the launch in `folder`, because `rank` has failed."""
     _append(folder, {"rank": rank, "node": node_name(), **failure.json()})
 
 
@@ -365,8 +368,10 @@ def end_process(code: int) -> NoReturn:
 
 
 def polls(deadline: float = float("inf")) -> Iterator[None]:
-    """Yields at growing intervals for polling, because hundreds of ranks wait for one file: at least once, and not
-    after `deadline`."""
+    """Yields at once and then at growing intervals, but not after `deadline`.
+
+    The intervals grow because hundreds of ranks wait for one file.
+    """
     pause = POLL
     while True:
         yield
@@ -491,8 +496,10 @@ class Verdict:
 
     @classmethod
     def read(cls, launch: Path) -> Verdict | None:
-        """Returns the verdict of a launch; None if it does not exist yet, or if its file is damaged, which is
-        reported."""
+        """Returns the verdict of a launch; None if it does not exist yet.
+
+        A damaged file is reported, and counts as none.
+        """
         path = launch / "decision"
         with json_files.reporting("how that task ended is not known"):
             try:

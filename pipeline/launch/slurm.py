@@ -364,8 +364,10 @@ def _submit(
 
 
 def refusal(output: str, script: BatchScript) -> str:
-    """Returns the message of sbatch in one line: its errors without their prefixes, and the request if it does not
-    fit."""
+    """Returns the message of sbatch in one line: its errors without their prefixes.
+
+    A remedy or the request of the script follows where the message alone does not help.
+    """
     lines = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
     message = "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(output.split())
     if "MaxSubmitJob" in message or "job array" in message:  # too many jobs of a user; more tasks than MaxArraySize
@@ -463,9 +465,11 @@ class DryRun:
 
 
 def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> DryRun:
-    """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/` and tests each with `sbatch
-    --test-only`, and its call of srun with `srun --test-only`, if there is a Slurm. Dependencies are comments, because
-    the jobs to wait for do not exist."""
+    """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/`, and has Slurm test them.
+
+    If there is a Slurm, `sbatch --test-only` tests each script, and `srun --test-only` its call of srun. Dependencies
+    are comments, because the jobs to wait for do not exist.
+    """
     require_inputs(graph, store, selected, profile.other_python)
     code = source_code.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
@@ -499,7 +503,11 @@ def _check_script(
     Without `EnforcePartLimits`, Slurm takes a job beyond them and never starts it, unless the QOS lifts the limit.
 
     Args:
+        script: The script.
+        path: The file to write.
+        dependencies: The stages that the job would wait for, for a comment.
         limits: The time limits of the partitions, in minutes.
+        lack: The reason why there is no Slurm; None if it answers.
     """
     head, _, body = script.text().partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,11 +42,15 @@ class Refused(AtomError):
 
 @dataclass(frozen=True)
 class Owner:
-    """The run and the stage that a job belongs to, by the path of its script, which no site changes and no other
-    submission has. Sites change comments and names of jobs, requeueing changes the time of submission, and a controller
-    that lost its state assigns ids again.
+    """The run and the stage that a job belongs to, as the path of its script says.
 
-    part: `shards` or `servers` of a job array beside the stage's job; empty for that job.
+    No site changes that path, and no other submission has it. Sites change comments and names of jobs, requeueing
+    changes the time of submission, and a controller that lost its state assigns ids again.
+
+    Attributes:
+        run: The id of the run.
+        node: The name of the stage.
+        part: `shards` or `servers` of a job array beside the stage's job; empty for that job.
     """
 
     run: str
@@ -126,11 +130,14 @@ def run_command(*command: str, seconds: float = SECONDS) -> str:
 
 
 def test_only(*command: str, text: str | None = None) -> str:
-    """When and where a job could start that sbatch or srun is given with these arguments, in Slurm's words; nothing is
-    submitted. Raises Refused.
+    """Returns the start that Slurm expects for a job, in its words; empty if it names none. Nothing is submitted.
 
     Args:
+        *command: sbatch or srun, and its arguments.
         text: The script, if no file has it.
+
+    Raises:
+        Refused: Slurm would not take the job.
     """
     answer = _run((command[0], "--test-only", *command[1:]), SECONDS, text).stderr
     _, _, start = answer.partition(" to start at ")
@@ -191,8 +198,10 @@ def _word(value: str) -> str:
 
 
 def _seconds(time_text: str) -> float | None:
-    """Returns a time of Slurm, by the clock and the time zone of this host, in seconds since the epoch; None if it
-    is none."""
+    """Returns a time of Slurm in seconds since the epoch; None if it is none.
+
+    Slurm writes times by the clock and the time zone of this host.
+    """
     try:
         return datetime.fromisoformat(time_text).timestamp()
     except ValueError:  # N/A
@@ -229,8 +238,11 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
 
 
 def memory_of(id: str) -> tuple[str, str]:
-    """Returns (memory that a job requested on all of its nodes, the most that a task of it was seen to use) in the
-    notation of Slurm, from the accounting; empty where it knows none. Raises NoAnswer without accounting."""
+    """Returns (requested memory, used memory) of a job in the notation of Slurm, from the accounting.
+
+    The first is for all nodes of the job. The second is the most that a task was seen to use. Either is empty where the
+    accounting knows none. Raises NoAnswer without accounting.
+    """
     lines = run_command("sacct", "-n", "-P", "-o", "ReqMem,NNodes,MaxRSS", "-j", id).splitlines()
     rows = [[*line.split("|"), "", ""][:3] for line in lines]
     requested = next((f"{size} on {nodes} nodes" if nodes != "1" else size for size, nodes, _ in rows if size), "")
@@ -238,8 +250,10 @@ def memory_of(id: str) -> tuple[str, str]:
 
 
 def time_of(id: str) -> tuple[str, str]:
-    """Returns (time limit of a job, time that it ran) in the notation of Slurm, from the accounting; empty where it
-    knows none. Raises NoAnswer without accounting."""
+    """Returns (time limit of a job, time that it ran) in the notation of Slurm, from the accounting.
+
+    Either is empty where the accounting knows none. Raises NoAnswer without accounting.
+    """
     rows = run_command("sacct", "-X", "-n", "-P", "-o", "Timelimit,Elapsed", "-j", id).splitlines()
     limit, _, elapsed = rows[-1].partition("|") if rows else ("", "", "")
     return limit, elapsed
@@ -315,7 +329,8 @@ class Answers:
 
         Args:
             function: The function.
-            arguments: Its arguments, which can be hashed.
+            *arguments: Its arguments, which can be hashed. Answers are kept by them.
+            **options: Further arguments, by which answers are not told apart.
 
         Raises:
             NoAnswer: Slurm does not answer, or did not the last time.

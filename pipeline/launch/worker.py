@@ -53,9 +53,12 @@ def work(task: Task) -> str:
 def attempt(
     task: Task, store: Store, ranks: Ranks, on_outcome: Callable[[str | Failure], None] = lambda outcome: None
 ) -> str | Failure:
-    """Runs the attempt on each rank.
+    """Runs the attempt on each rank, and returns its outcome.
 
     Args:
+        task: The parameters of the job.
+        store: The home.
+        ranks: This process among the ranks of the stage.
         on_outcome: Called on rank 0 after the outcome is recorded, by the thread that ends the attempt; the process may
             exit right after.
     """
@@ -89,8 +92,10 @@ def attempt(
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Raises Interrupted in the main thread on the first signal to stop: a second signal must not interrupt the
-    cleanup."""
+    """Raises Interrupted in the main thread on the first signal to stop.
+
+    Later signals are ignored, since they must not interrupt the cleanup.
+    """
 
     def stop(number: int, frame: Any) -> None:
         for stop_signal in STOP:

@@ -1,5 +1,7 @@
-"""Estimates the cost of a plan on a cluster: hours, money and energy of each stage, from its estimate and the
-profile."""
+"""Estimates the cost of a plan on a cluster.
+
+The hours, the money and the energy of each stage follow from its estimate and the cluster profile.
+"""
 
 from __future__ import annotations
 
@@ -103,9 +105,16 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
 
 
 def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
-    """Returns the use of a stage on so many GPUs, whose `hours` are those in which its ranks compute, with the work
-    that servers do for it, or rank 0 without any. Servers in jobs of their own hold their GPUs as long as the stage
-    runs."""
+    """Returns the use of a stage with the work that its servers do, or rank 0 if it has no servers.
+
+    Servers in jobs of their own hold their GPUs as long as the stage runs.
+
+    Args:
+        use: The use without that work. Its `hours` are those in which the ranks compute.
+        row: The plan of the stage.
+        profile: The cluster profile.
+        gpus: The number of GPUs of the ranks.
+    """
     work, servers = row.estimate.served, servers_of(row, profile)
     if work is None:
         return replace(use, gpu_hours=use.hours * gpus)
@@ -138,8 +147,10 @@ def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
 
 
 def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
-    """Returns the source of the time of a training phase: a measured rate or the model; or the reason that it has
-    none."""
+    """Returns the source of the time of a training phase: a measured rate, or the model of training time.
+
+    Without either, returns the reason in one sentence.
+    """
     training, gpu, name = row.estimate.training, profile.gpu, f"cluster profile {profile.name}"
     if training is None:
         return "on GPUs training phases alone are estimated"
@@ -185,8 +196,7 @@ def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
 def _gpus(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
     """Returns the total number of GPUs of a stage's ranks.
 
-    Args:
-        all_of_job: With unused ones and those of spare nodes.
+    With `all_of_job`, unused GPUs of its nodes and those of spare nodes count as well.
     """
     if profile.slurm is None:
         return 0

@@ -57,7 +57,9 @@ def sign(key: bytes, purpose: str, *parts: str) -> str:
     """Returns the signature of a message.
 
     Args:
+        key: The secret.
         purpose: The use of the message, so that no message stands for another.
+        *parts: The parts of the message.
     """
     signature = hmac.new(key, digestmod="sha256")
     for part in (purpose, *parts):

@@ -90,8 +90,10 @@ def error_tags(node: NodeStatus) -> dict[str, str]:
 
 
 def curve_metrics(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
-    """Returns the points of a log of metrics, and `mfu` where the profile states the peak of its GPUs: the share of it
-    that the model's FLOPs of a step reach."""
+    """Returns the points of a log of metrics, with `mfu` where the profile states the peak of its GPUs.
+
+    `mfu` is the share of that peak that the model's FLOPs of a step reach.
+    """
     from mlflow.entities import Metric
 
     peak = flops = 0.0
@@ -265,8 +267,10 @@ class Forwarder:
         self._set_status(client, progress, node)
 
     def _set_status(self, client: Any, progress: dict[str, Any], node: NodeStatus) -> None:
-        """Sets the status of a stage, once for each change: FINISHED, FAILED or KILLED with the error, or RUNNING again
-        after one of these."""
+        """Sets the status of a stage, once for each change.
+
+        It becomes FINISHED, or FAILED or KILLED with the error, or RUNNING again after one of these.
+        """
         before, now = progress.get("status", "RUNNING"), child_status(node)
         if now == before:
             return
@@ -329,10 +333,10 @@ def outcome_of(nodes: list[NodeStatus]) -> str:
 
 @cache
 def _require_sqlite(uri: str, artifact_folder: Path) -> None:
-    """Raises Damaged if the path for an SQLite file is something else: MLflow would retry for a minute, and wait
-    forever for a pipe.
+    """Raises Damaged if something else has the path of an SQLite file or of the folder of artifacts.
 
-    Only called before SQLite opens the file, because closing it here would release SQLite's locks on it.
+    MLflow would retry for a minute, and wait forever for a pipe. Only called before SQLite opens the file, because
+    closing it here would release SQLite's locks on it.
     """
     if not uri.startswith("sqlite:///"):
         return

@@ -124,8 +124,7 @@ class Snapshot:
 def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
     """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing.
 
-    Args:
-        answers: Answers of Slurm, which a loop keeps.
+    `answers` are the answers of Slurm, which a loop keeps.
     """
     nodes, lack = status.status(run, store, answers)
     stages = []
