@@ -112,7 +112,7 @@ def _require_utf8() -> None:
 
 
 def main() -> None:
-    """Entry point: an AtomError becomes one sentence and an exit code; a bug keeps its traceback."""
+    """Runs the command line. An AtomError becomes one sentence and an exit code; a bug keeps its traceback."""
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
         # All text files of atom are UTF-8, whatever the locale: restart in Python's UTF-8 mode.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "pipeline.cli", *sys.argv[1:]])

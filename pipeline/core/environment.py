@@ -143,5 +143,5 @@ def code_root() -> Path:
 
 
 def machine_paths(home: Path) -> list[Path]:
-    """$ATOM_HOME, the code, the user's home and Python, without those that every machine has."""
+    """Returns $ATOM_HOME, the code, the user's home and Python, without those that every machine has."""
     return [path for path in (home, code_root(), Path.home(), Path(sys.prefix)) if str(path) not in COMMON_PATHS]

@@ -40,6 +40,7 @@ def share_home(home: Path) -> None:
     except OSError:  # it is not there yet, or its reader says what is wrong
         return
     if mode & stat.S_ISGID and mode & stat.S_IWGRP:
+        # A umask can be read only by setting another one.
         os.umask(os.umask(0o077) & ~0o070)
 
 

@@ -32,7 +32,7 @@ def human(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """60 → 1:00, 3700 → 1:01:40."""
+    """Returns a time in seconds as text: 60 as 1:00, 3700 as 1:01:40."""
     hours, remainder = divmod(round(seconds), 3600)
     return f"{hours}:{remainder // 60:02d}:{remainder % 60:02d}" if hours else f"{remainder // 60}:{remainder % 60:02d}"
 
@@ -49,8 +49,8 @@ def figures_text(figures: Mapping[str, float]) -> str:
 class StatusLine:
     """The progress of a command on stderr, since its stdout is for the result.
 
-    On a terminal one line is drawn again and again. Elsewhere each step has a line. With `quiet` nothing is printed. It
-    starts no thread, since checks fork.
+    On a terminal one line is drawn again and again. Elsewhere each step has a line. With `quiet` nothing is printed. No
+    thread is started, since checks fork.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -127,7 +127,7 @@ class Display:
     def progress(
         self, name: str, at: float, done: float, total: float, unit: str, figures: Mapping[str, float]
     ) -> None:
-        """at: the time of the report, in seconds since the epoch."""
+        """Shows the progress of a stage. `at` is the time of the report, in seconds since the epoch."""
         count = f"{done}/{total} {unit}"
         if name in self._tasks:
             text = figures_text(figures)

@@ -364,6 +364,7 @@ def starts(body: Statement) -> list[Start]:
 
 
 def _byproducts(body: Statement) -> dict[str, Byproduct]:
+    # Of several byproducts with one name, the first one counts.
     return {product["name"]: product for product in reversed(body["predicate"]["runDetails"]["byproducts"])}
 
 

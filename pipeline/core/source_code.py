@@ -70,6 +70,7 @@ def _imports(module: str) -> tuple[str, ...]:
             modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             modules.add(node.module)
+            # An imported name may itself be a module.
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not module.startswith("pipeline."):
             modules.update([node.value.partition(":")[0]] if "." in node.value else [])
@@ -86,6 +87,7 @@ def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType(
     pending, digests = [module], {}
     while pending:
         name = pending.pop()
+        # A registry names every module of its kind, so only the chosen ones count.
         if name in chosen:
             pending.extend(chosen[name])
             continue

@@ -379,7 +379,7 @@ class ServerSearch:
 
     @classmethod
     def of_environment(cls) -> ServerSearch | None:
-        """None for a stage without such servers."""
+        """Returns the search of this process's environment; None for a stage without such servers."""
         text = os.environ.get(cls.VARIABLE)
         return cls(**json.loads(text)) if text else None
 

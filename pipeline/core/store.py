@@ -57,7 +57,7 @@ _MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys, without spaces, in UTF-8: the byte form that is hashed."""
+    """Returns JSON with sorted keys, without spaces, in UTF-8: the byte form that is hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -71,6 +71,7 @@ def no_progress(size: int) -> None:
 
 def sha256_file(path: Path, progress: Progress = no_progress) -> str:
     """Hashes a file. Raises OSError."""
+    # One buffer serves for the whole file, and is no larger than a small file needs.
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASH_CHUNK, max(2**16, path.stat().st_size))))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -143,6 +144,7 @@ def hand_over_hash(path: Path, sha256: str) -> None:
 
 def _version_of(path: Path) -> tuple[int, int, int, int]:
     entry = path.stat()
+    # A file that was written again or replaced differs in one of these, and its old hash no longer counts.
     return entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns
 
 
@@ -275,6 +277,7 @@ class Artifact:
         start = f"{below}/" if below else ""
         files = {start + name: path for name, path in regular_files(self.path / below).items()}
         rows = [row for row in self.rows if row.path.startswith(start) and select(row.path)][share[0] :: share[1]]
+        # A file of another size differs for certain, so it is not read.
         same_size = [row for row in rows if row.path in files and files[row.path].stat().st_size == row.size]
         hashes = sha256_files([files[row.path] for row in same_size], progress=progress)
         intact = {row.path for row, sha256 in zip(same_size, hashes, strict=True) if sha256 == row.sha256}
@@ -313,6 +316,7 @@ def write_manifest(folder: Path, key: str) -> Artifact:
     manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     _share_permissions(folder, (folder / MANIFEST).stat().st_mode & 0o666)
+    # After the permissions, so that these are on disk as well.
     flush_tree(folder)
     return Artifact(key, digest, folder, tuple(rows))
 
@@ -371,6 +375,7 @@ class Store:
 
     def sealed(self, key: str) -> bool:
         """Returns True if a folder of that key exists, which is complete unless it was damaged later."""
+        # A link that leads nowhere counts as well: `open` then says that the artifact is damaged.
         return os.path.lexists(self.artifacts / key)
 
     def open(self, key: str) -> Artifact:

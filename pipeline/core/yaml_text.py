@@ -181,10 +181,12 @@ class _Reader:
             line = event.start_mark.line + 1
             if not isinstance(event, yaml.ScalarEvent):
                 raise _Refused(line, "is not valid YAML for a recipe: a field is called by a word")
+            # A key is checked as a value is, and stays a text.
             self._scalar(event, line)
             self.count += 1
             key, value = event.value, self._value(next(self.events), depth + 1)
             if key == "<<" and event.implicit[0]:
+                # Of several merges, the first one takes precedence.
                 merged = _merge(value, line) | merged
             elif key in values:
                 raise _Refused(line, f"is not valid YAML: {shown(key)} stands twice")

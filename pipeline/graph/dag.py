@@ -46,6 +46,7 @@ class Graph:
     def upstream(self, names: set[str]) -> set[str]:
         """Returns `names` and all their inputs, direct and indirect."""
         needed = set(names)
+        # In reverse order, every node comes after those that read it, so one pass is enough.
         for name in reversed(self.nodes):
             if name in needed:
                 needed.update(self.nodes[name].inputs.values())
@@ -194,7 +195,7 @@ MOST_NAMES = 60
 
 
 def names_in_words(names: Iterable[str]) -> str:
-    """Names as a phrase; only the first ones if there are many."""
+    """Returns names as a phrase; only the first ones if there are many."""
     every_name = list(names)
     rest = len(every_name) - MOST_NAMES
     return ", ".join(every_name[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")

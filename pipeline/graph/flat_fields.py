@@ -59,7 +59,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def recipe_settings(run: Run) -> dict[str, Any]:
-    """Returns those of the recipe alone."""
+    """Returns the settings of the recipe alone, without those of the data recipe."""
     return _settings(run, "recipes")
 
 

@@ -187,6 +187,7 @@ class Run(RunFolder):
 def start(graph: Graph, store: Store, selected: list[str], profile: str, launcher_fields: LauncherFields) -> Run:
     """Writes a new run: the present recipe, and the selected nodes with keys."""
     identity = graph.recipe.config
+    # The time makes ids sort by age; the random part tells apart runs that begin in one second.
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = store.logs / run_id
     folder.mkdir(parents=True)
@@ -257,7 +258,7 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
 
 
 def _written(path: Path) -> float:
-    """When a run.json was written; that of its folder if it is gone."""
+    """Returns the time at which a run.json was written; that of its folder if it is gone."""
     try:
         return path.lstat().st_mtime
     except OSError:

@@ -50,7 +50,7 @@ class MalformedAnswer(Exception):
 
 
 def endpoint() -> str:
-    """HF_ENDPOINT, or the public Hub."""
+    """Returns HF_ENDPOINT, or the public Hub."""
     return os.environ.get("HF_ENDPOINT", PUBLIC_HUB).rstrip("/")
 
 
@@ -86,7 +86,7 @@ def _limit_client(hub_module: Any) -> None:
 
 
 def _http() -> Any:
-    """huggingface_hub 2 uses httpx2, version 1 uses httpx."""
+    """Returns the HTTP library of the client: huggingface_hub 2 uses httpx2, version 1 uses httpx."""
     return importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
 
 
@@ -139,7 +139,7 @@ class RetryingClient:
 
 @contextmanager
 def parsing() -> Iterator[None]:
-    """For code that reads an answer of the Hub: raises MalformedAnswer if it has another shape."""
+    """Raises MalformedAnswer if the code of the block finds an answer of another shape than a Hub's."""
     errors = load().errors
     try:
         yield

@@ -92,7 +92,10 @@ _waiting: set[_Stream] = set()
 
 @contextmanager
 def transfer(expected: int) -> Iterator[None]:
-    """Context for calls that transfer files of that many bytes: they may take longer, and receive that much."""
+    """Allows the calls of the block to transfer files of that many bytes.
+
+    They may take longer, and receive that much.
+    """
     global _expected
     _expected = expected
     try:
@@ -103,7 +106,7 @@ def transfer(expected: int) -> Iterator[None]:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Context of one call of the client, with all of its attempts. Raises HubLimit if it takes too long."""
+    """Applies the limits to one call of the client, with all of its attempts. Raises HubLimit if it takes too long."""
     global _call
     call = _call = _Call(_expected)
     stop = threading.Event()

@@ -137,7 +137,7 @@ USAGE: TypeAdapter[Any] = TypeAdapter(_UsageFile)
 class Task:
     """The parameters of a job as plain values, so that its pickle is small.
 
-    peaks: FLOP/s of a GPU by family of precisions, as the profile states them.
+    `peaks` has the FLOP/s of a GPU by family of precisions, as the profile states them.
     """
 
     home: str

@@ -488,7 +488,7 @@ class Profile(Section):
         return slurm is not None and (slurm.container is not None or slurm.python not in (None, sys.executable))
 
     def peaks(self) -> dict[str, float]:
-        """FLOP/s of one GPU, by family of precisions; empty if the profile states none."""
+        """Returns the FLOP/s of one GPU, by family of precisions; empty if the profile states none."""
         rates = {name: getattr(self.gpu, name, None) for name in ("fp32", "bf16", "fp8", "fp4")}
         return {name: rate.peak for name, rate in rates.items() if rate}
 

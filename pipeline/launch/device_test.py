@@ -3,9 +3,9 @@
     python -m pipeline.launch.device_test RANK RANKS LOCAL_RANK HOST PORT LEAST SECRET
 
 Each rank runs it in a process of its own, which frees the GPU at its end, leaves the stage's libraries unused and can
-be killed. LEAST: FLOP/s that the product must reach; 0: any. SECRET: the file with which the ranks sign their reports.
-Without a GPU it runs on the CPU, with gloo. Prints one line of JSON: null, or what is wrong and the bad rank. Rank 0
-speaks for all; the others speak only of what keeps them from taking part.
+be killed. LEAST is the FLOP/s that the product must reach, or 0 for any. SECRET is the file with which the ranks sign
+their reports. Without a GPU it runs on the CPU, with gloo. Prints one line of JSON: null, or the problem and the bad
+rank. Rank 0 speaks for all; another rank reports only the reason why it cannot take part.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Problem(TypedDict):
 class Table:
     """The reports of the ranks in the store of rank 0, to which anyone in the network may write.
 
-    key: with which they sign it.
+    So the ranks sign their reports with `key`, and reports that are not signed do not count.
     """
 
     store: Any

@@ -211,7 +211,10 @@ WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD
 
 @dataclass(frozen=True)
 class WaitingReason:
-    """One row of waiting_reasons.yaml, which explains the fields. reasons: one regular expression of all of them."""
+    """One row of waiting_reasons.yaml, which explains the fields.
+
+    `reasons` is one regular expression for all of them.
+    """
 
     name: str
     reasons: str

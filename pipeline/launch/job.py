@@ -93,7 +93,10 @@ def run(task: Task, limits: JobLimits) -> str:
     with watch_stop_signals() as stop_signals_received:
 
         def record_outcome(outcome: str | Failure) -> None:
-            """Called after the outcome is recorded, from the thread that ends the attempt."""
+            """Acts on the recorded outcome: decides about the job, and releases the other processes.
+
+            The thread that ends the attempt calls it.
+            """
             if outcome == "sealed":
                 is_last = all(store.sealed(key) for key in reversed(keys))
                 decision = Decision.DONE if is_last else Decision.SEALED
@@ -359,7 +362,7 @@ def watch_stop_signals() -> Iterator[Callable[[], set[int]]]:
 class Standstill:
     """The number of consecutive attempts without progress, including this one, and their position.
 
-    repeated: the last two ended with the same unexpected exception, so it is deterministic.
+    `repeated` is True if the last two ended with the same unexpected exception, which is deterministic then.
     """
 
     since: int

@@ -193,12 +193,15 @@ class LocalLauncher:
             raise of_kind(failure, f"stage {name} failed: {failure.text} (log: atom logs {name})")
 
     def _places(self, node: Node) -> int:
-        """Slots that a stage takes: one for each rank, or all if it would share this machine's GPUs with another."""
+        """Returns the slots that a stage takes: one for each rank.
+
+        It takes all of them if it would share this machine's GPUs with another stage.
+        """
         needs, jobs = node.stage.needs(node.config), self.profile.local.jobs
         return jobs if needs.gpus else min(needs.ranks, jobs)
 
     def _free_places(self) -> int:
-        """Slots without work. A job whose outcome is known only has to exit, which takes a second."""
+        """Returns the slots without work. A job whose outcome is known only has to exit, which takes a second."""
         working = [job.node for job in self.running.values() if job.outcome is None]
         return self.profile.local.jobs - sum(self._places(node) for node in working)
 

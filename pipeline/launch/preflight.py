@@ -196,7 +196,10 @@ def _first_problem(node: str, fields: list[str], output: str) -> Failure | None:
 
 
 def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
-    """On another rank: sends the state of its node to rank 0."""
+    """Sends the state of this node to rank 0, on another rank.
+
+    Returns the reason if that fails; None if it does not.
+    """
     path, listener, next_look = ranks.folder / "listener.json", None, time.monotonic() + LOOK_SECONDS
     for _ in polls(time.monotonic() + SECONDS):
         if path.exists() and (listener := read(path)) is not None:
@@ -232,7 +235,7 @@ def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
 
 
 def _gather_reports(ranks: Ranks) -> Failure | None:
-    """On rank 0: receives the reports of all other ranks, and returns the problem, if any.
+    """Receives the reports of all other ranks, on rank 0, and returns the problem, if any.
 
     Rank 0's own node is sound: a problem of another node is that node's, also one with $ATOM_HOME.
     """

@@ -121,7 +121,7 @@ class Ranks:
         return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
 
     def open_rendezvous(self, lease: int) -> Rendezvous | None:
-        """On rank 0: writes the address for the other ranks. None if there are no others."""
+        """Writes the address for the other ranks, on rank 0. Returns None if there are no others."""
         if self.size == 1:
             return None
         rendezvous = Rendezvous(lease, "127.0.0.1" if self.one_host else node_name(), free_port())
@@ -129,7 +129,7 @@ class Ranks:
         return rendezvous
 
     def report_waiting(self, turns: int) -> None:
-        """On rank 0: reports to the others at intervals that it waits for its turn.
+        """Reports to the other ranks at intervals that rank 0 waits for its turn.
 
         Raises PeerLost if one has failed.
         """
@@ -141,7 +141,7 @@ class Ranks:
 
     @contextmanager
     def report_busy(self, turns: int, has_progress: Callable[[], bool]) -> Iterator[None]:
-        """On rank 0, tells the others from a thread that the check of the inputs goes on, and asks for their help.
+        """Reports to the other ranks, from a thread, that rank 0 still checks the inputs, and asks for their help.
 
         Args:
             turns: The number of intervals for which it has waited.
@@ -165,14 +165,14 @@ class Ranks:
             yield
 
     def cancel_rendezvous(self, reason: str) -> None:
-        """On rank 0, at an end without failure: cancels a rendezvous that has not happened yet."""
+        """Cancels a rendezvous that has not happened yet, on rank 0 at an end without failure."""
         if self.size > 1:
             present = read(self.folder / "meeting.json")
             if present is None or "turns" in present:
                 write(self.folder / "meeting.json", {"dismissed": reason})
 
     def join_rendezvous(self, help_to_check: Callable[[], None] = lambda: None) -> Rendezvous | None:
-        """On another rank: waits for the call of rank 0; None if rank 0 needs no other rank.
+        """Waits for the call of rank 0, on another rank. Returns None if rank 0 needs no other rank.
 
         Raises MachineError without a call.
 
@@ -248,7 +248,7 @@ class Ranks:
             yield
 
     def finish(self) -> None:
-        """On rank 0 of a failed launch, when everything is written: releases the ranks that wait for it."""
+        """Releases the ranks that wait for rank 0 of a failed launch, once it has written everything."""
         if self.size > 1:
             _append(self.folder, {"over": True})
 
@@ -264,13 +264,16 @@ class Ranks:
         end_process(1)
 
     def fail(self, failure: Failure, usage: Usage) -> NoReturn:
-        """On another rank: dismisses all, and ends this process."""
+        """Dismisses all ranks, on another rank than 0, and ends this process."""
         self.announce(failure)
         self.record_end(failure.text, usage)
         self.exit_after_failure()
 
     def exit_on_peer_failure(self, failure: Failure, usage: Usage) -> NoReturn:
-        """On another rank, from a thread, when the launch has failed: writes its stacks to its log, and exits."""
+        """Writes the stacks of this rank to its log, and exits, because the launch has failed.
+
+        A thread of a rank other than 0 calls it.
+        """
         text = f"this launch has failed ({failure.text}), so rank {self.rank} ends; it stands here:\n"
         os.write(2, text.encode())  # not `print`: the hanging thread may hold its lock
         faulthandler.dump_traceback(2, all_threads=True)
@@ -298,7 +301,7 @@ class Ranks:
             write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
 
     def peer_usages(self, seconds: float = USAGE_SECONDS) -> list[Usage]:
-        """On rank 0: the usage of the other ranks that end within a few seconds."""
+        """Returns the usage of the other ranks that end within a few seconds, on rank 0."""
         if self.size == 1:
             return []
         deadline = time.monotonic() + seconds
@@ -484,7 +487,7 @@ class Verdict:
 
     @classmethod
     def of(cls, decision: Decision, outcome: str | Failure) -> Verdict:
-        """outcome: of the attempt, as a failure or in words."""
+        """Returns the verdict with the outcome of the attempt, which is a failure or a word such as `sealed`."""
         if isinstance(outcome, Failure):
             return cls(decision, outcome.text, outcome.kind)
         return cls(decision, outcome)

@@ -249,10 +249,8 @@ def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[
 class Avoidance:
     """Excludes bad nodes from jobs, beside those of the profile, but never so many that a job could not start.
 
-    Slurm is asked once for all jobs that request the same, and once more for each bad node if it refuses to do
-    without all.
-
-    kept: a sentence about each node that a job may get all the same.
+    Slurm is asked once for all jobs that request the same, and once more for each bad node if it refuses to do without
+    all. `kept` has a sentence about each node that a job may get all the same.
     """
 
     def __init__(self, bad: list[BadNode]) -> None:
@@ -441,13 +439,16 @@ class Checked:
     answer: str
 
     def json(self) -> dict[str, Any]:
-        """With the published name of the answer."""
+        """Returns the fields, with the published name of the answer."""
         return {"stage": self.stage, "script": self.script, "ok": self.ok, "said": self.answer}
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The written scripts, and the folder that has them. lack: why there was no Slurm that could have checked them."""
+    """The written scripts, and the folder that has them.
+
+    `lack` is the reason why there was no Slurm that could have checked them; None if there was one.
+    """
 
     folder: Path
     checks: list[Checked]

@@ -221,7 +221,7 @@ def hides_jobs() -> bool:
 
 
 def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
-    """Jobs from the accounting, by id. Raises NoAnswer without accounting."""
+    """Returns jobs from the accounting, by id. Raises NoAnswer without accounting."""
     job_ids = sorted(set(ids), key=len)
     if not job_ids:
         return {}
@@ -289,7 +289,7 @@ def unavailable_nodes() -> str:
 
 
 def reservation(name: str | None) -> str:
-    """When a reservation begins and ends, in words; Raises NoAnswer.
+    """Returns the name, the begin and the end of a reservation, in words. Raises NoAnswer.
 
     Args:
         name: None for the next maintenance.

@@ -96,7 +96,7 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
 
 
 def _of_jobs(stages: Sequence[NodeStatus], now: float, limits: Thresholds) -> Iterator[Alert]:
-    """Alerts on jobs that do not start: one for each cause, however many jobs have it."""
+    """Yields alerts on jobs that do not start: one for each cause, however many jobs have it."""
     causes: dict[str, list[NodeStatus]] = {}
     for stage in stages:
         if stage.state == REFUSED:

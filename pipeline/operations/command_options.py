@@ -73,7 +73,7 @@ def graph_of(recipe: str, without_data: bool = False) -> Graph:
 def warn_of_home(store: Store) -> None:
     """Warns on standard error of a full disk, and of a file in the place of a folder of the home.
 
-    Either is the cause of the errors that follow.
+    A full disk causes further errors, so it is named first.
     """
     from pipeline.core import os_errors
 

@@ -169,13 +169,13 @@ def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
 
 
 def _seconds(row: StagePlan, rate: Rate) -> float:
-    """GPU seconds of a training phase at a measured rate."""
+    """Returns the GPU seconds of a training phase at a measured rate."""
     assert rate.utilization is not None
     return _flops_of_ranks(row) * (RECOMPUTED if _recomputes(row) else 1) / (rate.peak * rate.utilization)
 
 
 def _flops_of_ranks(row: StagePlan) -> float:
-    """FLOPs without those that servers may take over."""
+    """Returns the FLOPs of a stage without those that servers may take over."""
     assert row.estimate.flops is not None
     return row.estimate.flops - (row.estimate.served.flops if row.estimate.served else 0.0)
 
@@ -287,7 +287,7 @@ def _without_estimate(uses: tuple[Use, ...]) -> list[str]:
 
 
 def _unused_gpus(rows: list[StagePlan], profile: Profile) -> list[str]:
-    """Sentences on the stages whose jobs request whole nodes and leave some GPUs unused."""
+    """Returns sentences on the stages whose jobs request whole nodes and leave some GPUs unused."""
     if profile.slurm is None:
         return []
     names: dict[tuple[int, int], list[str]] = {}

@@ -155,7 +155,7 @@ def _nodes(row: StagePlan, profile: Profile) -> list[str]:
 
 
 def _format(row: StagePlan, profile: Profile) -> list[str]:
-    """Products in FP4, where the profile states its GPUs and no rate for them."""
+    """Returns the problem of products in FP4, where the profile states its GPUs and no rate for them."""
     training, gpu, slurm = row.estimate.training, profile.gpu, profile.slurm
     on_gpus = slurm is not None and slurm.allocation(row.state.name, row.needs).gpus
     if training is None or gpu is None or not on_gpus or family(training.precision) != "fp4" or gpu.fp4 is not None:

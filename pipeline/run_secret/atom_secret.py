@@ -64,6 +64,7 @@ def sign(key: bytes, purpose: str, *parts: str) -> str:
     signature = hmac.new(key, digestmod="sha256")
     for part in (purpose, *parts):
         data = part.encode(errors="surrogateescape")
+        # The length before each part tells apart ("ab", "c") and ("a", "bc").
         signature.update(len(data).to_bytes(8, "big") + data)
     return signature.hexdigest()
 

@@ -38,7 +38,7 @@ class StageView:
 
     @property
     def events(self) -> EventSummary:
-        """As its status was read from them."""
+        """The summary of its events, as it was when its status was read."""
         assert self.status.events is not None, "the status of a node of a run has them"
         return self.status.events
 
@@ -81,7 +81,7 @@ class Spending:
         return self.used[name] + self.running[name]
 
     def expected(self, name: Resource) -> float:
-        """At the end of the running stages."""
+        """Returns the use that is expected at the end of the running stages."""
         return self.now(name) + self.coming[name]
 
 
