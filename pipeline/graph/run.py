@@ -187,7 +187,7 @@ class Run(RunFolder):
 def start(graph: Graph, store: Store, selected: list[str], profile: str, launcher_fields: LauncherFields) -> Run:
     """Writes a new run: the present recipe, and the selected nodes with keys."""
     identity = graph.recipe.config
-    # The time makes ids sort by age; the random part tells apart runs that begin in one second.
+    # The time makes the ids of a recipe sort by age; the random part tells apart runs that begin in one second.
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = store.logs / run_id
     folder.mkdir(parents=True)
@@ -212,6 +212,7 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str, launche
         "budget": None if identity.budget is None else {**identity.budget.model_dump()},  # type: ignore[typeddict-item]
         **launcher_fields,  # type: ignore[typeddict-item]
     }
+    # After all other files, because a folder with a run.json is a complete run.
     _write_body(folder, body)
     atomic_files.flush(store.logs)
     return Run(run_id, folder, body)

@@ -29,6 +29,7 @@ from pipeline.hub.limits import PUBLIC_HUB, HubLimit
 
 # Status codes after which a call is repeated.
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
+# Without Retry-After, the waits between them take half a minute together.
 ATTEMPTS = 6
 # The number of attempts without any answer.
 UNREACHABLE_ATTEMPTS = 3
@@ -116,6 +117,7 @@ class RetryingClient:
                 try:
                     list(pool.map(download, paths))
                 except BaseException:
+                    # Files whose download has not begun are left out.
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
 
@@ -355,6 +357,7 @@ class RemoteRepository:
             return {
                 entry.path: RemoteFile(entry.lfs.sha256 if entry.lfs else entry.blob_id, int(entry.size))
                 for entry in entries
+                # Entries without a blob are folders.
                 if hasattr(entry, "blob_id")
             }
 
@@ -367,6 +370,7 @@ def is_unsafe(path: str) -> bool:
     if not path.isprintable() or "\\" in path or len(path.encode()) > PATH_BYTES:
         return True
     parts = path.split("/")
+    # The client keeps its own files in .cache, and git those of a checkout in .git.
     reserved = ("", ".", "..", ".cache", ".git")
     return any(part in reserved or len(part.encode()) > PART_BYTES for part in parts)
 

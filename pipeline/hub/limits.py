@@ -83,6 +83,8 @@ class _Call:
     problem: str = ""
 
 
+# The present call, and the bytes of its files. All threads of the call share them, so a process makes one call at a
+# time.
 _call = _Call()
 _expected = 0
 _streams: WeakSet[_Stream] = WeakSet()
@@ -197,6 +199,7 @@ def _begin_response(response: Any, endpoint: str) -> None:
     retry_after = response.headers.get("retry-after", "")
     if retry_after.isdigit() and int(retry_after) > LIMITS.retry_after:
         response.headers["retry-after"] = str(LIMITS.retry_after)
+    # The client would also wait by this header, for which there is no limit here.
     response.headers.pop("ratelimit", None)
     _check_paths(response)
 

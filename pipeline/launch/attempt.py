@@ -287,6 +287,7 @@ class Attempt:
     ) -> None:
         failed = isinstance(outcome, Failure) and outcome.kind is not Kind.STOPPED
         timeout = FAILED_USAGE_SECONDS if failed else USAGE_SECONDS
+        # A checkpoint is sealed while the other ranks go on, so their usage is not known yet.
         usages = [Usage.now().since(self.usage_at_start), *([] if part else self.ranks.peer_usages(timeout))]
         if product is not None:  # usage of the tasks of a job array
             shards = self.store.logs / self.task.run / self.task.node / "shards"
@@ -366,12 +367,14 @@ class CheckpointArtifacts:
                 return
             draft = draft_folder(store.work(task.key), self.lease.number, step)
             try:
+                # By hard links, so that a checkpoint takes no time to copy and no further space.
                 shutil.copytree(folder, draft, copy_function=os.link)
                 store.seal(draft, checkpoint.key, lambda artifact: self._record(artifact, checkpoint))
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _record(self, artifact: Artifact, checkpoint: Checkpoint) -> None:
+        # Once more just before the rename, because another worker may have taken over while the files were hashed.
         self._require_lease(checkpoint)
         self.attempt.record(artifact, checkpoint)
 

@@ -148,6 +148,7 @@ def main(rank: int, size: int, local_rank: int, host: str, port: int, least: flo
         store = dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False)
     except dist.DistError as error:
         return {"rank": None, "text": f"rank 0 at {host}:{port} cannot be reached ({str(error).splitlines()[0][:300]})"}
+    # A single rank has no secret: it is alone with its store.
     table = Table(store, size, atom_secret.read(secret) if size > 1 else bytes(32))
     table.write(rank, "product", product_problem(device, least))
     if size > 1:
@@ -185,6 +186,7 @@ def product_problem(device: torch.device, least: float) -> str | None:
     if not least:
         return None
     wait: Callable[[], object] = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    # A GPU works on after the call returns, so the clock starts and stops only when it has caught up.
     wait()
     began = time.perf_counter()
     for _ in range(REPEATS):
@@ -225,6 +227,7 @@ def verdict(table: Table) -> Problem | None:
     received = table.read("wrong")
     pairs = [(sender, receiver) for receiver, senders in received.items() for sender in senders]
     if pairs:
+        # A rank with a bad link is in more of the wrong pairs than any other.
         (rank, count), *_ = Counter(rank for pair in pairs for rank in set(pair)).most_common()
         return {"rank": rank, "text": f"numbers to or from {count} ranks arrived wrong; have its network checked"}
     if silent := sorted(set(range(table.size)) - set(received)):

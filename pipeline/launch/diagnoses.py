@@ -106,6 +106,7 @@ def of_error(error: BaseException) -> tuple[Diagnosis, str] | None:
     quote anything.
     """
     cause: BaseException | None = error
+    # The chain of causes may be a circle.
     for _ in range(10):
         if cause is None:
             return None

@@ -36,6 +36,7 @@ from pipeline.launch.rendezvous import (
 from pipeline.launch.worker import work
 
 POLL = 0.2
+# submitit's executor needs a time limit, and stages on this machine have none.
 FOREVER_MINUTES = 60 * 24 * 365
 # Seconds that the ranks of an ended launch get to end by themselves.
 LAST_SECONDS = 4.0
@@ -177,11 +178,13 @@ class LocalLauncher:
                     if outcome is None:
                         continue
                     del self.running[name]
+                    # Another process took the lease first, so the stage is looked at again later.
                     if outcome == "busy":
                         waiting.append(name)
                     elif isinstance(outcome, Failure):
                         failures[name] = outcome
                         self.display.failed(name, outcome.text)
+                # After a failure no stage starts, but those that run may still end well.
                 if failures and not self.running:
                     break
                 time.sleep(POLL)
@@ -235,6 +238,7 @@ class LocalLauncher:
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             tail = EventTail(folder / "events.jsonl")
+            # Events of earlier attempts in this run are passed over.
             tail.read()
             job = executor.submit(work, task)
         finally:
@@ -244,6 +248,7 @@ class LocalLauncher:
 
     def _poll(self, job: RunningJob) -> str | Failure | None:
         """Returns the job's outcome, or None while it runs."""
+        # Asked before the events are read: so those of a job that is done are complete.
         is_done = job.submitted.done()
         for event in job.tail.read():
             if event["event"] == "start":
@@ -299,6 +304,7 @@ class LocalLauncher:
 
     def _stop(self) -> None:
         """Signals every running stage to stop, waits for the grace time, then kills the rest."""
+        # A second Ctrl-C must not interrupt the clean stop.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.display.stopping()
         for job in self.running.values():

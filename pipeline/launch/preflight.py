@@ -144,6 +144,7 @@ def _gpus(name: str) -> Failure | None:
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
         gave = f"and Slurm gave {len(assigned)}; check the NVIDIA driver"
         return Failure(f"node {name} has {len(device_files)} GPUs under /dev, {gave}", bad_node=name)
+    # One rank of a node checks for all of them, unless each rank sees its own GPUs only.
     is_first = os.environ.get("SLURM_LOCALID", "0") == "0"  # of the ranks of this node, if all have the same GPUs
     has_part = len(assigned) < int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     return gpu_problem(name, assigned) if assigned and (is_first or has_part) else None

@@ -47,6 +47,7 @@ from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
 from pipeline.core.json_files import Damaged
 
+# Seconds without a message of rank 0 after which the other ranks give up.
 RENDEZVOUS_SECONDS = 600.0
 USAGE_SECONDS = 5.0
 # How long rank 0 waits for the usage of the others; less after a failure, which has 5 seconds in all.
@@ -59,7 +60,9 @@ EXIT_SECONDS = 3.0
 CAUSE_SECONDS = 2.5
 FOLLOWED = "followed"
 FAILURES = "failures.jsonl"
+# The lowest port that is tried: those of many known services lie below it.
 FIRST_PORT = 20000
+# Seconds between two looks at a file, at first and at most.
 POLL = 0.05
 SLOWEST_POLL = 1.0
 
@@ -116,6 +119,7 @@ class Ranks:
         job = submitit.JobEnvironment()
         folder = launch_folder(node_folder, job.job_id)
         folder.mkdir(parents=True, exist_ok=True)
+        # From the start, because a shared file system may cache the absence of a file for long.
         (folder / FAILURES).touch()
         write(folder / f"rank-{job.global_rank}.json", lease.this_process())
         return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
@@ -157,6 +161,7 @@ class Ranks:
                 if has_progress() or turn == turns + 1:
                     with suppress(OSError):  # a transient error of the file system: the next report follows
                         write(self.folder / "meeting.json", {"turns": turn, "checks": True})
+                # Often enough that the others give up only after many missing reports.
                 if stop.wait(RENDEZVOUS_SECONDS / 20):
                     return
 
@@ -168,6 +173,7 @@ class Ranks:
         """Cancels a rendezvous that has not happened yet, on rank 0 at an end without failure."""
         if self.size > 1:
             present = read(self.folder / "meeting.json")
+            # An address calls the others to the rendezvous, and must not be replaced.
             if present is None or "turns" in present:
                 write(self.folder / "meeting.json", {"dismissed": reason})
 
@@ -210,6 +216,7 @@ class Ranks:
         """
         for row in _rows(self.folder):
             if "text" in row:
+                # The first line is this rank's own: the others end because of it.
                 if row.get("rank") == self.rank:
                     return None
                 return Failure.read(f"rank {row['rank']}: {row['text']}", row.get("kind"), str(row.get("bad_node", "")))
@@ -342,6 +349,7 @@ def announce(folder: Path, rank: int, failure: Failure) -> None:
 
 def _append(folder: Path, row: dict[str, Any]) -> None:
     try:
+        # Appended in one piece, so that lines of one host do not mix.
         with open(folder / FAILURES, "a") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:  # on a full disk the launcher or srun ends the others after this rank
@@ -437,6 +445,7 @@ def free_port() -> int:
             with socket.socket() as s, suppress(OSError):
                 s.bind(("", port))
                 return port
+    # Without such a port, the system chooses one.
     with socket.socket() as s:
         s.bind(("", 0))
         return int(s.getsockname()[1])
@@ -447,6 +456,7 @@ def living_ranks(controller: int) -> dict[int, int]:
     pids = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
+            # The name of the program stands in parentheses, and may itself contain spaces and parentheses.
             state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
             if int(parent) == controller and state not in b"ZX":
                 environment = (path.parent / "environ").read_bytes()

@@ -39,6 +39,7 @@ from pipeline.launch.job import JobLimits
 from pipeline.launch.local import damage_of, require_inputs
 from pipeline.launch.slurm_client import Job, NoAnswer, Owner
 
+# Restarts that submitit itself may allow. The job's script counts restarts instead.
 UNLIMITED = 10**6
 # The options that both sbatch and srun have, by which `srun --test-only` knows the job.
 _OF_ALLOCATION = (
@@ -117,6 +118,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             submitter = _Submitter(graph, scripts, run, profile, slurm_jobs, submission, avoidance, limits)
             for name in selected:
                 submitter.submit(graph.nodes[name])
+        # Also after Ctrl-C, since the jobs before it must not run without the rest.
         except BaseException as error:
             sentence = _withdraw(submission, store, graph, error)
             try:
@@ -181,6 +183,7 @@ class _Submitter:
         if tasks := array_of(scripts.slurm, node):
             script = self.avoidance.apply(scripts.of_stage(node, dependencies, tasks, previous))
             submission.arrays[name] = start_array(script, task, self.limits, tasks)
+            # The array waits for the inputs, so the stage's job need wait for the array alone.
             dependencies = [submission.arrays[name]]
 
         servers, server_job = servers_of(scripts.slurm, node), ""
@@ -370,6 +373,7 @@ def refusal(output: str, script: BatchScript) -> str:
     message = "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(output.split())
     if "MaxSubmitJob" in message or "job array" in message:  # too many jobs of a user; more tasks than MaxArraySize
         return f"{message}; lower slurm.array_size, or submit fewer stages at once by --until"
+    # Messages with these words do not say which option Slurm objects to.
     if "specifi" in message or "configuration" in message:
         return f"{message} ({' '.join(_request(script))})"
     return message
@@ -521,6 +525,7 @@ def _check_script(
     except slurm_client.Refused as error:
         return Checked(script.stage, str(path), False, refusal(str(error), script))
     partitions, minutes = str(script.sbatch_options["partition"]), int(script.sbatch_options["time"])
+    # Slurm may start the job in any of its partitions, so the longest limit counts.
     longest = max(limits.get(name, math.inf) for name in partitions.split(","))
     if minutes > longest and "qos" not in script.sbatch_options:
         answer = f"minutes = {minutes} is more than the time limit of partition {partitions}, {longest:.0f} minutes"

@@ -75,6 +75,7 @@ class Owner:
         return f"atom {self.run} {self.node} {key}" + (f".{self.part}" if self.part else "")
 
 
+# The names of the scripts are submitit's. Slurm shows the path of a script as the command of its job.
 _SCRIPT = re.compile(
     r"/logs/(?P<run>[^/\s|]+)/(?P<node>[^/\s|]+)/(?:(?P<part>shards|servers)/)?submitit/\.?submission_file_\w+\.sh"
 )
@@ -153,6 +154,7 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
         raise NoAnswer(f"{command[0]} gave no answer within {seconds:.0f} s; see whether slurmctld is up") from None
     if process.returncode:
         message = process.stderr.strip() or f"exit code {process.returncode}"
+        # These commands judge a request, so their errors are about the request and not about Slurm.
         if command[0] == "sbatch" or "--test-only" in command:
             raise Refused(f"{command[0]}: {message}")
         raise NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
@@ -180,6 +182,7 @@ def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
     Slurm selects by one user; of several users or ids it would send the jobs of the whole cluster.
     """
     jobs = {}
+    # Width 0 keeps squeue from cutting values.
     fields = ",".join(f"{name}:0|" for name in QUEUE_FIELDS)
     for user in sorted(set(users)):
         for row in run_command("squeue", "-h", "-t", "all", "-u", user, "-O", fields).splitlines():
@@ -229,7 +232,9 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
     rows = run_command("sacct", "-X", "-n", "-P", "-o", fields, "-j", ",".join(job_ids)).splitlines()
     jobs = {}
     for row in rows:
+        # The submit line and the comment may contain any characters, so they come last and stay together.
         id, state, code, nodes, elapsed, user, reason, text = (row.split("|", 7) + [""] * 8)[:8]
+        # The accounting shows a cancelled job as `CANCELLED by 1000`.
         state, _, uid = state.partition(" by ")
         canceller = user_name(int(uid)) if uid.isdecimal() else ""
         owner = Owner.read(text)

@@ -191,6 +191,7 @@ def _run_attempt(
 
     report.record_abandoned = abandon
     if "SLURM_JOB_ID" in os.environ:
+        # Slurm may start a job again while its old processes live on, on a node that it gave up.
         lease.on_lost = exit_superseded
     try:
         # Another worker may have sealed the product between the look of the launcher and the lease.

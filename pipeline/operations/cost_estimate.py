@@ -85,6 +85,7 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
     gpus, slurm = _gpus(row, profile), profile.slurm
     if gpus and row.gpus and estimate.gpu_seconds is not None:
         seconds = _in_shards(row, estimate.gpu_seconds / gpus, slurm)
+        # The job pays for all of its GPUs, and the stage may use only some of them.
         held = _gpus(row, profile, all_of_job=True) / gpus
         return Use(name, seconds / 3600, gpu_hours=held * estimate.gpu_seconds / 3600)
     if gpus:

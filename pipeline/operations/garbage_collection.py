@@ -147,6 +147,7 @@ def delete(
             if not os.path.lexists(row.path):
                 os.rename(moved[row], row.path)
             del moved[row]
+        # With the folders that an interrupted deletion left there.
         shutil.rmtree(trash)
     return list(moved)
 

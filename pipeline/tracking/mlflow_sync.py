@@ -41,6 +41,7 @@ from pipeline.launch import attempt
 from pipeline.launch.attempt import StartSettings
 from pipeline.launch.companion import NO_TRACKING
 
+# The most metrics and the most params that MLflow takes in one request.
 BATCH, PARAMS_PER_BATCH = 1000, 100
 # The curve from which the utilization of the GPUs is computed.
 SPEED = "step_tokens_per_s"
@@ -155,10 +156,12 @@ STATE: TypeAdapter[Any] = TypeAdapter(_State)
 # Seconds between two transfers.
 EVERY = 5.0
 SQLITE = b"SQLite format 3\0"
+# The largest result file that is sent, in bytes.
 SMALL = 1_000_000
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    # One retry within short times, because the next transfer begins a few seconds later anyway.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_LOGGING_LEVEL": "ERROR",  # below, MLflow prints each value that it cuts
@@ -221,6 +224,7 @@ class Forwarder:
         if uri == NO_TRACKING:
             raise AtomError(f"MLFLOW_TRACKING_URI = {NO_TRACKING}, so nothing is sent; unset it, or name a store")
         _require_sqlite(uri, self.store.home / "mlartifacts")
+        # Before the import, because MLflow reads some of them when it is imported.
         os.environ.update({k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ})
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
@@ -292,6 +296,7 @@ class Forwarder:
         while has_more:
             send_batch(client, progress["id"], metrics=curve_metrics(tail.read(), start))
             has_more = tail.has_more
+            # Recorded after the rows are sent: after a kill some are sent again, and none is lost.
             if tail.offset != progress["offset"]:
                 progress["offset"] = tail.offset
                 self._save()
