@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# Seconds between two lines on a stage where there is no terminal.
 PLAIN_EVERY = 10.0
 
 
@@ -65,6 +66,7 @@ class StatusLine:
             print(text, file=sys.stderr, flush=True)
             return
         width = shutil.get_terminal_size().columns
+        # One column stays free, because some terminals wrap a full line.
         line = f"{duration(time.monotonic() - self._begin):>5}  {text}"
         print(f"\r\x1b[2K{line[: width - 1]}", end="", file=sys.stderr, flush=True)
 
@@ -149,6 +151,7 @@ class Display:
         self._seconds[name] = wall_seconds
 
     def elsewhere(self, name: str, worker: str) -> None:
+        # Said once for a stage. The @ keeps this apart from the times of its progress.
         if self._last_printed.get(name + "@") is None:
             self._last_printed[name + "@"] = time.monotonic()
             self._line(f"{name}: {worker} is running it; waiting for its result")

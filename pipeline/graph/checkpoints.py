@@ -27,7 +27,7 @@ class Checkpoint:
 
     @property
     def node(self) -> str:
-        """`pretrain@1200`."""
+        """The name of the phase and the step, such as `pretrain@1200`."""
         return f"{self.phase.rsplit('-', 1)[0]}@{self.step}"
 
     @property
@@ -55,6 +55,7 @@ def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
         raise RecipeError(
             f"{where} = {reference} is no checkpoint of {phase}; write {phase}@STEP, or {phase}-KEY@STEP to say whose"
         )
+    # The long form has the key of the phase.
     if match[1] != phase:
         return Checkpoint(match[1], int(match[2]))
     checkpoints = sealed(phase, store)

@@ -35,6 +35,7 @@ def flat(value: Any, prefix: str = "", is_operational: bool = False) -> Iterator
             yield from flat(item, f"{prefix}.{name}", is_operational)
     elif _is_list_of_sections(value):
         names = [_name(item) for item in value]
+        # Names serve only if every item has one, and no two have the same.
         distinct = None not in names and len(set(names)) == len(names)
         for number, item in enumerate(value):
             yield from flat(item, f"{prefix}.{names[number] if distinct else number}", is_operational)

@@ -189,6 +189,7 @@ def checkpoint_times(row: StagePlan, storage_gb_s: float | None) -> CheckpointTi
     return CheckpointTimes(
         seal=max(training.share_bytes / SEAL_RATE, 2 * training.checkpoint_bytes / storage),  # read, and written
         verify=max(training.share_bytes / HASH_RATE, training.checkpoint_bytes / storage),
+        # All ranks may write such a piece at the same time, and they share the storage.
         silent=max(training.silent_bytes / SEAL_RATE, row.ranks * training.silent_bytes / storage),
         watchdog=training.watchdog_seconds,
     )

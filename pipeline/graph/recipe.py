@@ -101,6 +101,7 @@ def find(reference: str, package: str, kind: str, base: Path | None = None, fold
     except PermissionError as error:
         raise RecipeError(f"{kind} {name} cannot be read ({error.strerror}); name a file that you may read") from None
     except (OSError, ValueError):  # ValueError: a NUL in the name
+        # Only the beginning is compared, because a long text would take long.
         close = difflib.get_close_matches(reference[:100], names, 1)
         hint = f"did you mean {close[0]}?" if close else f"packaged ones: {', '.join(names)}"
         raise RecipeError(f"there is no {kind} {name}, neither packaged nor a file; {hint}") from None

@@ -228,6 +228,7 @@ class _Backend:
 
     def connect_tcp(self, *arguments: Any, **options: Any) -> Any:
         inner = self.inner.connect_tcp(*arguments, **options)
+        # The duplicate stays usable when TLS takes over the socket.
         return _Stream(inner, inner.get_extra_info("socket").dup())
 
     def __getattr__(self, name: str) -> Any:

@@ -299,7 +299,7 @@ class Allocation:
 
     @property
     def cpus_per_task(self) -> int:
-        """A rank with several GPUs has the cores of as many."""
+        """Cores of a rank. A rank with several GPUs has those of as many."""
         return self.jobs.cpus_per_task * self.gpus_per_rank
 
     @property

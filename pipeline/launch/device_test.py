@@ -145,6 +145,7 @@ def main(rank: int, size: int, local_rank: int, host: str, port: int, least: flo
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     patience = timedelta(seconds=SECONDS)
     try:
+        # Rank 0 does not wait for the others here, so that it can name those that do not come.
         store = dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False)
     except dist.DistError as error:
         return {"rank": None, "text": f"rank 0 at {host}:{port} cannot be reached ({str(error).splitlines()[0][:300]})"}

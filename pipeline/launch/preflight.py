@@ -35,14 +35,17 @@ from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
 SECONDS = 120.0
 # The maximum time for the line of one caller, so that a foreign connection causes no long delay.
 CALLER_SECONDS = 5.0
+# Seconds by which a node's clock may differ from that of the file system.
 SKEW_SECONDS = 30.0
 POLL = 0.1
 # How often a waiting rank looks whether another one has failed.
 LOOK_SECONDS = 1.0
+# Bytes of a message that are read: anyone in the network may send any number.
 LONGEST_LINE = 65536
 # The files and sockets that each process may have open, where the node's hard limit allows so many; the job's script
 # asks for as many.
 OPEN_FILES = 65536
+# Seconds for a call of nvidia-smi, which hangs with its driver.
 SMI_SECONDS = 60.0
 # The fields of `nvidia-smi --query-gpu`, and the values of a sound GPU. The last one is that of newer drivers.
 SOUND = {
@@ -87,9 +90,11 @@ def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Fail
     On a rank other than 0, it is the reason why the rank could not report to rank 0.
     """
     problem = check_node(home, free_gb, scratch, ranks.size)
+    # Also without a problem, since rank 0 waits for a report of each rank.
     if ranks.rank:
         text = _send_report(ranks, problem)
         return None if text is None else Failure(text)
+    # A problem of rank 0's own node counts without the reports of the others.
     return problem if problem is not None or ranks.size == 1 else _gather_reports(ranks)
 
 
@@ -225,6 +230,7 @@ def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
             line.settimeout(SECONDS)
             with line.makefile("rb") as file:
                 answer = file.readline(LONGEST_LINE).decode(errors="replace").strip()
+        # The answer is signed as well, so that no other listener is taken for rank 0.
         if is_signed(answer, key, "received", text):
             return None
         return f"node {node_name()}: rank 0 at {listener['host']} hung up"

@@ -373,6 +373,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def end_process(code: int) -> NoReturn:
     """Ends this process, whatever its other threads or the library of a collective do."""
+    # `os._exit` flushes nothing itself.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -118,8 +118,8 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             submitter = _Submitter(graph, scripts, run, profile, slurm_jobs, submission, avoidance, limits)
             for name in selected:
                 submitter.submit(graph.nodes[name])
-        # Also after Ctrl-C, since the jobs before it must not run without the rest.
         except BaseException as error:
+            # Also after Ctrl-C, since the jobs before it must not run without the rest.
             sentence = _withdraw(submission, store, graph, error)
             try:
                 run.refuse(sentence)
@@ -168,6 +168,7 @@ class _Submitter:
         else:
             previous = None
             if claim is not None and claim.is_hidden(slurm_jobs):
+                # That job may still live, so the new one waits for its end, however it ends.
                 previous, submission.waiting[node.name] = claim.job, claim.user
             self._start(node, previous)
             submission_lock.write(store, node.key, Owner(self.run.id, node.name), submission.submitted[node.name])
@@ -217,6 +218,7 @@ def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseExc
     except NoAnswer as failure:
         return f"{reason}; the jobs before it may still be queued, since {failure}; `atom cancel` cancels them"
     try:
+        # Only after the jobs are cancelled: as long as a job may live, its claim must stand.
         for name in submission.submitted:
             submission_lock.remove(store, graph.nodes[name].key)
     except OSError as failure:

@@ -346,6 +346,7 @@ class Answers:
             try:
                 answer = function(*arguments, **options)
             except NoAnswer as error:
+                # Kept as well, so that a controller that does not answer is not asked again at once.
                 answer = error
             now = time.monotonic()
             self._kept = {key: kept for key, kept in self._kept.items() if now - kept[0] < self.seconds}

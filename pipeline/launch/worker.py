@@ -83,6 +83,7 @@ def attempt(
         report.ending.acquire()
         outcome = report_failure(error, task.node, task.stage, store)
         ranks.announce(outcome)
+    # The other ranks learn of a failure by its announcement, and of any other end here.
     if isinstance(outcome, str) or outcome.kind is Kind.STOPPED:
         ranks.cancel_rendezvous(outcome if isinstance(outcome, str) else outcome.text)
     end(outcome)

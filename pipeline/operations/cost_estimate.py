@@ -119,6 +119,7 @@ def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
     work, servers = row.estimate.served, servers_of(row, profile)
     if work is None:
         return replace(use, gpu_hours=use.hours * gpus)
+    # Without servers in jobs of their own, rank 0 does their work: on one GPU if it has any, else on a core.
     in_server = servers.gpus_per_node if servers else min(gpus, 1)
     rate = in_server * work.gpu_flops or (servers.cpus_per_task if servers else 1) * work.cpu_flops
     # Seconds of the servers' work, in parallel on all of them; it comes on top unless the ranks compute meanwhile.

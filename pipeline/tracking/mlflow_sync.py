@@ -389,6 +389,7 @@ def follow(home: Path, run_id: str, whole: bool) -> None:
     folder = run.folder / "mlflow"
     end = folder / "over"
     lease = Lease.take(folder)
+    # The input ends with the process that started this one, also if that process is killed.
     while not select.select([sys.stdin], [], [], EVERY)[0]:
         if lease is None or lease.lost:
             lease = Lease.take(folder)
@@ -397,6 +398,7 @@ def follow(home: Path, run_id: str, whole: bool) -> None:
     over = whole or sys.stdin.read() == "over"
     if over:
         end.touch()
+    # At the end of a run its rest is sent here, once no other process sends.
     while lease is None and over:
         time.sleep(0.5)
         lease = Lease.take(folder)
