@@ -18,7 +18,7 @@ from pathlib import Path
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yields the path of a draft, which replaces `path` if the block ends without an error.
 
-    After an error the draft is removed, and `path` is as it was.
+    After an error in the block the draft is removed, and `path` is as it was.
 
     Args:
         path: The file to replace.

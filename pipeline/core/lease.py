@@ -213,7 +213,10 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """True if a successor took over. Raises OSError if the file system does not answer."""
+        """True if a successor took over, or if the file of the lease is gone.
+
+        Raises OSError if the file system does not answer.
+        """
         return _exists(self.folder / f"lease.{self.number + 1}") or not _exists(self.path)
 
     def _beat(self) -> None:

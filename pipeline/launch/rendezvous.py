@@ -47,7 +47,7 @@ from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
 from pipeline.core.json_files import Damaged
 
-# Seconds without a message of rank 0 after which the other ranks give up.
+# Seconds without a new message of rank 0 after which the other ranks give up.
 RENDEZVOUS_SECONDS = 600.0
 USAGE_SECONDS = 5.0
 # How long rank 0 waits for the usage of the others; less after a failure, which has 5 seconds in all.

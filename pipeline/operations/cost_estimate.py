@@ -151,7 +151,7 @@ def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
 def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
     """Returns the source of the time of a training phase: a measured rate, or the model of training time.
 
-    Without either, returns the reason in one sentence.
+    Without either, returns the reason.
     """
     training, gpu, name = row.estimate.training, profile.gpu, f"cluster profile {profile.name}"
     if training is None:

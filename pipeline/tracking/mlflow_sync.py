@@ -161,7 +161,7 @@ SMALL = 1_000_000
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    # One retry within short times, because the next transfer begins a few seconds later anyway.
+    # One retry and a short timeout, because the next transfer begins a few seconds later anyway.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_LOGGING_LEVEL": "ERROR",  # below, MLflow prints each value that it cuts
