@@ -26,10 +26,16 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
     """Runs stages of a graph on this machine. A process beside it sends the run to MLflow.
 
     Args:
-        cluster, reference: The profile and the recipe as the user wrote them.
+        composed: The graph.
+        store: The home.
+        selected: The names of the stages to run.
+        cluster: The cluster profile as the user wrote it.
+        profile: The profile of that name.
+        reference: The recipe as the user wrote it.
 
     Raises:
-        AtomError: A stage fails or cannot run, or if the profile is of a Slurm cluster alone; Exit(130) after Ctrl-C.
+        AtomError: A stage fails or cannot run, or the profile is for a Slurm cluster alone.
+        Exit: The user pressed Ctrl-C. The exit code is 130.
     """
     if profile.slurm is not None and "local" not in profile.model_fields_set:
         raise AtomError(

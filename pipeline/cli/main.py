@@ -94,8 +94,10 @@ PATH_VARIABLES = ("ATOM_HOME", "ATOM_CLUSTERS", "TMPDIR", "TEMP", "TMP", "HOME",
 
 
 def _require_utf8() -> None:
-    """Raises AtomError for a path of this call that is not UTF-8, directly or as the target of a link: paths stand in
-    JSON, in the scripts of jobs and in names."""
+    """Raises AtomError if a path of this call is not UTF-8, directly or as the target of a link.
+
+    Paths are written to JSON, to the scripts of jobs and to names.
+    """
     places = [("the current folder", "."), ("the folder of atom's code", __file__), ("Python", sys.prefix)]
     places += [(f"${name}", os.environ.get(name, "")) for name in PATH_VARIABLES]
     places += [("the argument", word.partition("=")[2] if word.startswith("--") else word) for word in sys.argv[1:]]
@@ -110,7 +112,7 @@ def _require_utf8() -> None:
 
 
 def main() -> None:
-    """Entry point: an AtomError becomes one sentence and an exit code; a bug keeps its traceback."""
+    """Runs the command line. An AtomError becomes one sentence and an exit code; a bug keeps its traceback."""
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
         # All text files of atom are UTF-8, whatever the locale: restart in Python's UTF-8 mode.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "pipeline.cli", *sys.argv[1:]])

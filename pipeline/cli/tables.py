@@ -139,8 +139,10 @@ def long_context_table(cost: LongContext) -> Table:
 
 
 def simulation_table(name: str, result: RankSimulation) -> Table:
-    """Returns the traffic of a simulated rank in a step, by operation and group, under its memory and the estimate
-    of it."""
+    """Returns the traffic of a simulated rank in a step, by operation and group.
+
+    The title has the simulated memory of the rank, and the planned memory for comparison.
+    """
     activations = result.peak_bytes - result.state_bytes, result.planned_peak_bytes - result.planned_state_bytes
     excess = result.planned_peak_bytes / result.peak_bytes - 1
     lines = [
@@ -260,8 +262,10 @@ def print_difference(difference: Difference, first: str, second: str, console: C
 
 
 def print_comparison(rows: list[Measured], console: Console) -> None:
-    """Prints the settings in which runs differ, their costs, and the metrics and scores that several runs have for
-    stages with other keys."""
+    """Prints a comparison of runs: different settings, metrics, scores and costs.
+
+    A metric or score has a row if several runs have it, and only for stages whose keys differ between the runs.
+    """
     names = [row.run.id for row in rows]
     if different := differing_settings(rows):
         settings = table("setting", *names, wraps=ALL)

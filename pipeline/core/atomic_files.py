@@ -16,12 +16,17 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
-    """The path of a draft, which takes the place of `path` when the block ends without an error, and is removed
-    otherwise. Raises OSError.
+    """Yields the path of a draft, which replaces `path` if the block ends without an error.
+
+    After an error in the block the draft is removed, and `path` is as it was.
 
     Args:
+        path: The file to replace.
         durable: Both the content and the name are on disk at the end, so that a crash of the machine leaves neither an
             empty file nor the old one.
+
+    Raises:
+        OSError: The draft cannot be moved or flushed.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -30,12 +35,14 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             flush(draft)
         os.replace(draft, path)
         if durable:
+            # The new name is an entry of the folder, which is flushed by itself.
             flush(path.parent)
     except OSError as error:
         if str(error.filename) == str(draft):
             error.filename = str(path)  # so messages do not differ each time
         raise
     finally:
+        # After a rename nothing has this name, so only the draft of a failed block is removed.
         draft.unlink(missing_ok=True)
 
 
@@ -52,6 +59,7 @@ def flush_file_system(path: Path) -> None:
     """Waits until all files of the file system that holds a path are on disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        # Python has no syncfs: its `os.sync` would wait for every file system of the machine.
         library = ctypes.CDLL(None, use_errno=True)
         if library.syncfs(descriptor):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))

@@ -41,6 +41,7 @@ class Range(GroupedMetadata):
         return f"{lower_bound} {low} and {upper_bound} {high}"
 
     def __iter__(self) -> Iterator[BaseMetadata]:
+        # Whole bounds become integers, so that messages and schemas show them without a fraction.
         low, high = (int(end) if float(end).is_integer() else end for end in (self.low, self.high))
         yield Strict()
         yield Gt(low) if self.above else Ge(low)

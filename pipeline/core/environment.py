@@ -117,8 +117,10 @@ def describe() -> dict[str, Any]:
 
 
 def git_commit(root: Path) -> tuple[str | None, bool]:
-    """Returns (commit, dirty) of the checkout that contains `root`, or that a snapshot of its code was made from;
-    (None, False) without a checkout, for example in a wheel."""
+    """Returns (commit, dirty) of the checkout that contains `root`, or from which a snapshot of its code was made.
+
+    Returns (None, False) without a checkout, for example in a wheel.
+    """
     if not (root / ".git").exists():
         stated = json_files.read_optional(root / COMMIT, _COMMIT, "the commit of the code is not recorded")
         return (stated["commit"], stated["dirty"]) if stated else (None, False)
@@ -141,5 +143,5 @@ def code_root() -> Path:
 
 
 def machine_paths(home: Path) -> list[Path]:
-    """$ATOM_HOME, the code, the user's home and Python, without those that every machine has."""
+    """Returns $ATOM_HOME, the code, the user's home and Python, without those that every machine has."""
     return [path for path in (home, code_root(), Path.home(), Path(sys.prefix)) if str(path) not in COMMON_PATHS]

@@ -23,10 +23,14 @@ from pipeline.core.errors import Failure
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import sha256_file
 
+# Seconds between two events of progress, and between two lines of it in the log.
 PROGRESS_EVERY = 0.5
 LOG_EVERY = 10.0
+# Seconds for which a thread waits for another one that writes, which may hang.
 LOCK_SECONDS = 2.0
+# Seconds in which an abandoned attempt must be recorded before its process exits.
 ABANDON_SECONDS = 30.0
+# Seconds in which a full disk may get room for the last event.
 ROOM_SECONDS = 10.0
 
 
@@ -128,8 +132,10 @@ class FileReport:
 
 
 class FollowerReport:
-    """The Report of a rank other than 0: notes go to the log of the rank; progress and metrics are dropped, because
-    rank 0 reports them."""
+    """The Report of a rank other than 0.
+
+    Notes go to the log of the rank. Progress and metrics are dropped, because rank 0 reports them.
+    """
 
     def __init__(self, lease: int, fail: Callable[[Failure], object]) -> None:
         self.lease: int | None = lease

@@ -25,6 +25,7 @@ from pipeline.core.json_files import printable
 from pipeline.core.lease import Lease, SharedProgress
 from pipeline.core.store import Artifact, FileRow, sha256_file
 
+# The most bytes and files of one part.
 PART_BYTES = 4 * 2**30
 PART_FILES = 10_000
 THREADS = 16
@@ -41,12 +42,15 @@ RECORD: TypeAdapter[dict[str, list[int]]] = TypeAdapter(dict[str, list[int]])
 def check(run: Path, artifacts: Iterable[Artifact]) -> None:
     """Hashes the files that this run has not hashed yet or that have changed since; waits for parts that others hash.
 
-    Raises AtomError naming the first file that is damaged.
-
     Args:
         run: The run's folder.
+        artifacts: The sealed inputs.
+
+    Raises:
+        AtomError: A file is damaged. The message names the first one.
     """
     parts = [part for artifact in artifacts for part in _parts(run, artifact)]
+    # Parts of a process that dies meanwhile are hashed here once its lease has expired.
     while parts := _hash_free(parts, shared_progress(run)):
         time.sleep(POLL)
 
@@ -76,6 +80,7 @@ def _hash_free(parts: list[Part], shared: SharedProgress) -> list[Part]:
         if lease is None:
             return False
         try:
+            # The threads are divided among the parts that are hashed at once.
             _hash(*part, threads // at_once, shared)
         finally:
             lease.release()
@@ -118,6 +123,7 @@ def _hash(artifact: Artifact, path: Path, rows: list[FileRow], threads: int, sha
     unknown = _unhashed(artifact, path, rows)
     if (size := sum(row.size for row in unknown)) > PART_BYTES / 4:
         print(f"hashing {len(unknown)} files of {artifact.key}, {size / 2**30:.1f} GiB", flush=True)
+    # Taken before the files are read: a file that changes meanwhile differs from its record, and is hashed again.
     states = {row.path: _state(artifact / row.path) for row in rows}
     with ThreadPoolExecutor(max(1, min(threads, len(unknown)))) as pool:
         hashes = pool.map(lambda row: sha256_file(artifact / row.path, shared.report), unknown)

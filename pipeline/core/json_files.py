@@ -43,6 +43,7 @@ class DamagedFile(UserWarning):
     """A damaged file that a command skipped."""
 
 
+# `_reported` decides which warnings are repeated; Python's own filter would go by the line of the call.
 warnings.simplefilter("always", DamagedFile)
 _reported: set[str] = set()
 

@@ -31,6 +31,8 @@ from typing_extensions import TypedDict
 from pipeline.core import json_files
 from pipeline.core.json_files import Damaged
 
+# Seconds after the last heartbeat until a lease may be succeeded, and seconds between two heartbeats. Several
+# heartbeats fit in, since a slow file system may delay some.
 EXPIRY = 60.0
 HEARTBEAT = 10.0
 # Has the number of the launch within this start of the Slurm job, from 1 on for the second; not set for the first.
@@ -61,6 +63,7 @@ def _process_start(pid: int) -> str | None:
     None if the process has exited; a zombie counts as exited (the init of a container may never reap it).
     """
     try:
+        # The name of the program stands in parentheses, and may itself contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return None
@@ -75,7 +78,10 @@ def _boot() -> str:
 
 
 def this_process() -> dict[str, str | int | None]:
-    """This process, in a form that lets others check whether it is alive; in a Slurm job also the job and its start."""
+    """Returns this process in a form by which others can check whether it is alive.
+
+    In a Slurm job, it has the job and its start as well.
+    """
     pid = os.getpid()
     process: dict[str, str | int | None] = {"host": socket.gethostname(), "boot": _boot(), "pid": pid}
     process["start"] = _process_start(pid)
@@ -87,8 +93,10 @@ def this_process() -> dict[str, str | int | None]:
 
 
 def is_superseded(process: Mapping[str, Any]) -> bool:
-    """Returns True if that process belongs to an earlier launch of this process's Slurm job: Slurm or the job's
-    script gave it up, even if it is alive on a node whose daemon died."""
+    """Returns True if that process belongs to an earlier launch of this process's Slurm job.
+
+    Slurm or the job's script gave that launch up, even if its process is alive on a node whose daemon died.
+    """
     current = this_process()
     return (
         process.get("job") is not None
@@ -103,7 +111,11 @@ def _launch_number(process: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def has_exited(process: Mapping[str, Any]) -> bool:
-    """Returns True if the process that `me` described has exited for certain; False for a process of another host."""
+    """Returns True if the process that `this_process` described has exited for certain.
+
+    Returns False for a process of another host.
+    """
+    # A process id means something on one host only, and only until its next boot.
     if process.get("host") != socket.gethostname() or process.get("boot") != _boot():
         return False
     start = _process_start(int(process["pid"]))
@@ -126,6 +138,7 @@ def holder(folder: Path, clock: Callable[[Path], float] | None = None) -> Holder
     An unreadable lease is reported, and counts until it expires.
 
     Args:
+        folder: The work folder.
         clock: The time by the clock of the file system, for callers that may write there; the default is this host's
             clock.
     """
@@ -150,7 +163,7 @@ def holder(folder: Path, clock: Callable[[Path], float] | None = None) -> Holder
 
 
 def file_system_time(folder: Path) -> float:
-    """Now by the clock of the file system that holds a folder."""
+    """Returns the present time by the clock of the file system that holds a folder."""
     probe = folder / f".probe-{uuid.uuid4().hex}"
     probe.touch()
     try:
@@ -160,7 +173,7 @@ def file_system_time(folder: Path) -> float:
 
 
 class Lease:
-    """Held from `take` to `release`.
+    """A lease that is held from `take` to `release`.
 
     `lost` becomes true after a successor took over because this holder seemed dead.
     """
@@ -200,7 +213,10 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Raises OSError if the file system does not answer."""
+        """True if a successor took over, or if the file of the lease is gone.
+
+        Raises OSError if the file system does not answer.
+        """
         return _exists(self.folder / f"lease.{self.number + 1}") or not _exists(self.path)
 
     def _beat(self) -> None:
@@ -237,8 +253,13 @@ def _exists(path: Path) -> bool:
 
 
 def draft_folder(work: Path, lease: int, step: int | None = None) -> Path:
-    """Returns the folder for drafts of the holder of the lease with that number, in the work folder of its key: its
-    product, or its checkpoint after a step, before it is sealed."""
+    """Returns the folder in which the holder of a lease writes a product before it is sealed.
+
+    Args:
+        work: The work folder of the key.
+        lease: The number of the lease.
+        step: The step of the checkpoint that is drafted; None for the product of the stage itself.
+    """
     return work / (f"out.{lease}" if step is None else f"out.{lease}@{step}")
 
 
@@ -265,6 +286,7 @@ class SharedProgress:
         if now < self._next_touch:
             return
         self._next_touch = now + self.interval
+        # Touching the file for each piece of work would load the file system.
         with suppress(OSError):  # on a full disk the work itself fails with a sentence
             self.path.touch()
 

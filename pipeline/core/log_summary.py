@@ -208,7 +208,7 @@ class EventSummary(LogSummary[Event | Other]):
         return self.state["ran"] + max(0.0, now - began)
 
     def eta(self) -> float | None:
-        """Remaining seconds at the pace of the present attempt; None if it is too early for an estimate."""
+        """Returns the remaining seconds at the pace of the present attempt; None if it is too early for an estimate."""
         first, last = self.state["first"], self.state["progress"]
         if first is None or last is None or last["done"] <= first["done"]:
             return None
@@ -216,8 +216,10 @@ class EventSummary(LogSummary[Event | Other]):
         return round(float(max(0, last["total"] - last["done"]) * pace), 1)
 
     def step_seconds(self) -> float | None:
-        """Returns the median time of a step, or of another unit, in the latest reports of progress; None if it is
-        unknown."""
+        """Returns the median time of a step, or of another unit, in the latest reports of progress.
+
+        Returns None if it is unknown.
+        """
         times = [
             (after[0] - before[0]) / (after[1] - before[1])
             for before, after in pairwise(self.state["pace"])
@@ -273,6 +275,7 @@ class Curves(LogSummary[Point]):
             if name in curves or len(curves) < MAX_CURVES:
                 _add_point(curves.setdefault(name, {"width": 1, "buckets": []}), step, value)
             if name == "loss":
+                # Losses of this and later steps are those of an attempt before a restart.
                 kept = [point for point in self.state["recent"][1 - RECENT :] if point[0] < step]
                 self.state["recent"] = [*kept, [step, value]]
 
@@ -293,10 +296,13 @@ class Curves(LogSummary[Point]):
 
 
 def _add_point(curve: Curve, step: int, value: float) -> None:
+    # Six digits are enough for a curve, and keep the summary small.
     buckets, width, short = curve["buckets"], curve["width"], float(f"{value:.6g}")
+    # A step before the last bucket is trained again after a restart, so later points are out of date.
     while buckets and buckets[-1][0] // width > step // width:
         buckets.pop()
     _append(buckets, [step, 1, short, short, short], width)
+    # Buckets of twice the width halve their number, so a curve of any length has a bounded size.
     if len(buckets) > POINTS:
         curve["width"], curve["buckets"] = 2 * width, []
         for bucket in buckets:

@@ -13,7 +13,7 @@ from hashlib import sha256
 
 @dataclass
 class _Node:
-    """A subtree. height: of a perfect one; holds: whether the leaf of a proof is in it."""
+    """A perfect subtree of that height. `holds` is True if the leaf of a proof is in it."""
 
     height: int
     hash: bytes
@@ -22,7 +22,10 @@ class _Node:
 
 @dataclass(frozen=True)
 class Tree:
-    """The size and the root of a tree. leaf, proof: a leaf and the siblings on its way up, if they were asked for."""
+    """The size and the root of a tree.
+
+    If a proof was asked for, `leaf` is the proven leaf, and `proof` has the siblings on its way up.
+    """
 
     size: int
     root: bytes
@@ -48,12 +51,14 @@ class Tree:
         for leaf in leaves:
             proven = leaf if size == index else proven
             node = _Node(0, leaf_hash(leaf), size == index)
+            # Two perfect trees of one height become one, as with a carry in binary addition.
             while nodes and nodes[-1].height == node.height:
                 node = _join(nodes.pop(), node, proof)
             nodes.append(node)
             size += 1
         if index is not None and not 0 <= index < size:
             raise IndexError(f"leaf {index} of a tree of {size} leaves")
+        # The heights of the remaining trees fall. RFC 9162 joins them from the right.
         while len(nodes) > 1:
             right = nodes.pop()
             nodes.append(_join(nodes.pop(), right, proof))
@@ -76,8 +81,17 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 
 def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
-    """Returns True if the proof leads from this leaf, at this place among `size` leaves, to the root (RFC 9162,
-    2.1.3.2)."""
+    """Returns True if the proof leads from this leaf to the root.
+
+    The algorithm is that of RFC 9162, section 2.1.3.2.
+
+    Args:
+        leaf: The leaf.
+        index: Its place among the leaves, from 0 on.
+        size: The number of leaves.
+        proof: The siblings on the way up, the lowest first.
+        root: The root of the tree.
+    """
     if not 0 <= index < size:
         return False
     node, last_index = leaf_hash(leaf), size - 1

@@ -43,7 +43,7 @@ _SEAL: TypeAdapter[Any] = TypeAdapter(_Seal)
 
 @dataclass(frozen=True)
 class Part:
-    """A sealed part. facts: what its maker returned, such as counts, for the join."""
+    """A sealed part. Its `facts` are what its maker returned for the join, such as counts."""
 
     folder: Path
     rows: tuple[FileRow, ...]
@@ -98,6 +98,7 @@ def seal_part(work: Path, name: str, make: Callable[[Path], dict[str, Any]]) -> 
     (draft / SEAL).write_bytes(canonical({"files": [row.__dict__ for row in rows], "facts": facts}))
     flush_tree(draft)
     if sealed_part(folder) is None:
+        # A folder that is there already is no sealed part: it is cut short or damaged.
         shutil.rmtree(folder, ignore_errors=True)
         try:
             os.rename(draft, folder)

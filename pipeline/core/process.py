@@ -31,13 +31,16 @@ def user_name(uid: int) -> str:
 
 
 def share_home(home: Path) -> None:
-    """Lets the group write whatever this process and its children make, if the home folder is one of a group: the
-    group may write it, and its setgid bit is set. Sets the umask."""
+    """Lets the group write whatever this process and its children make, if a group shares the home folder.
+
+    A group shares it if it may write the folder and the setgid bit of the folder is set. Changes the umask.
+    """
     try:
         mode = home.stat().st_mode
     except OSError:  # it is not there yet, or its reader says what is wrong
         return
     if mode & stat.S_ISGID and mode & stat.S_IWGRP:
+        # A umask can be read only by setting another one.
         os.umask(os.umask(0o077) & ~0o070)
 
 

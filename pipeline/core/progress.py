@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# Seconds between two lines on a stage where there is no terminal.
 PLAIN_EVERY = 10.0
 
 
@@ -32,7 +33,7 @@ def human(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """60 → 1:00, 3700 → 1:01:40."""
+    """Returns a time in seconds as text: 60 as 1:00, 3700 as 1:01:40."""
     hours, remainder = divmod(round(seconds), 3600)
     return f"{hours}:{remainder // 60:02d}:{remainder % 60:02d}" if hours else f"{remainder // 60}:{remainder % 60:02d}"
 
@@ -47,8 +48,11 @@ def figures_text(figures: Mapping[str, float]) -> str:
 
 
 class StatusLine:
-    """The progress of a command on stderr, whose stdout is for the result: one line that is drawn again on a terminal,
-    a line for each step elsewhere, and nothing if it is quiet. It starts no thread, since checks fork."""
+    """The progress of a command on stderr, since its stdout is for the result.
+
+    On a terminal one line is drawn again and again. Elsewhere each step has a line. With `quiet` nothing is printed. No
+    thread is started, since checks fork.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -62,6 +66,7 @@ class StatusLine:
             print(text, file=sys.stderr, flush=True)
             return
         width = shutil.get_terminal_size().columns
+        # One column stays free, because some terminals wrap a full line.
         line = f"{duration(time.monotonic() - self._begin):>5}  {text}"
         print(f"\r\x1b[2K{line[: width - 1]}", end="", file=sys.stderr, flush=True)
 
@@ -74,8 +79,10 @@ class StatusLine:
 
 
 class Display:
-    """Receives updates from the launcher: redraws on a terminal, elsewhere prints one line for each stage every ten
-    seconds."""
+    """The progress of stages, as the launcher reports it.
+
+    On a terminal it redraws bars. Elsewhere it prints one line for each stage every ten seconds.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -122,7 +129,7 @@ class Display:
     def progress(
         self, name: str, at: float, done: float, total: float, unit: str, figures: Mapping[str, float]
     ) -> None:
-        """at: the time of the report, in seconds since the epoch."""
+        """Shows the progress of a stage. `at` is the time of the report, in seconds since the epoch."""
         count = f"{done}/{total} {unit}"
         if name in self._tasks:
             text = figures_text(figures)
@@ -144,6 +151,7 @@ class Display:
         self._seconds[name] = wall_seconds
 
     def elsewhere(self, name: str, worker: str) -> None:
+        # Said once for a stage. The @ keeps this apart from the times of its progress.
         if self._last_printed.get(name + "@") is None:
             self._last_printed[name + "@"] = time.monotonic()
             self._line(f"{name}: {worker} is running it; waiting for its result")

@@ -297,6 +297,7 @@ def write(ledger: Path, key: str, body: Statement) -> Path:
     data = canonical(body)
     folder = ledger / key
     folder.mkdir(parents=True, exist_ok=True)
+    # The name is the digest of the bytes, so a statement that is edited later is noticed.
     target = folder / f"{sha256_bytes(data)}.json"
     atomic_files.write(target, data, durable=True)
     return target
@@ -364,6 +365,7 @@ def starts(body: Statement) -> list[Start]:
 
 
 def _byproducts(body: Statement) -> dict[str, Byproduct]:
+    # Of several byproducts with one name, the first one counts.
     return {product["name"]: product for product in reversed(body["predicate"]["runDetails"]["byproducts"])}
 
 

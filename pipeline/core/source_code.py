@@ -70,6 +70,7 @@ def _imports(module: str) -> tuple[str, ...]:
             modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             modules.add(node.module)
+            # An imported name may itself be a module.
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not module.startswith("pipeline."):
             modules.update([node.value.partition(":")[0]] if "." in node.value else [])
@@ -86,6 +87,7 @@ def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType(
     pending, digests = [module], {}
     while pending:
         name = pending.pop()
+        # A registry names every module of its kind, so only the chosen ones count.
         if name in chosen:
             pending.extend(chosen[name])
             continue
@@ -98,9 +100,10 @@ def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType(
 
 
 def code_digests(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, str]:
-    """Returns the closure without the engine.
+    """Returns the digests of the code that can change the bytes of a stage: its closure without the engine.
 
     Args:
+        module: The module of the stage.
         chosen: The result of `Stage.code`.
     """
     # Code that passes inputs to a stage cannot change its bytes, except for the contracts.
@@ -146,11 +149,11 @@ def _source_files(root: Path, paths: list[Path]) -> list[Path]:
 
 
 def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
-    """Writes and returns `$ATOM_HOME/code/<digest>`: the packages of atom, the pins if they are beside them, and
-    `extra_files` under as-run/, read-only.
+    """Writes a read-only snapshot of atom's code to `$ATOM_HOME/code/<digest>`, and returns that folder.
 
-    The same code has the same folder, with the commit of the first checkout that had it. It is complete or absent, also
-    after a crash of the machine. Raises Damaged if the folder was changed later.
+    It has the packages of atom, the pins if they are beside them, and `extra_files` under as-run/. The same code has
+    the same folder, with the commit of the first checkout that had it. The folder is complete or absent, also after a
+    crash of the machine. Raises Damaged if the folder was changed later.
     """
     files = dict(_snapshot_files(extra_files))
     digest = sha256_bytes(canonical({name: sha256_bytes(data) for name, data in files.items()}))[:16]

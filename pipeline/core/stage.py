@@ -28,8 +28,10 @@ class Config(BaseModel):
 
 
 def operational(default: Any, description: str, **rules: Any) -> Any:
-    """Returns a config field on how to run, not on what to make: it is left out of the key and must not change the
-    bytes."""
+    """Returns a config field that says how to run, not what to make.
+
+    It is left out of the key, and must not change the bytes.
+    """
     return Field(default, description=description, json_schema_extra={"identity": False}, **rules)
 
 
@@ -111,8 +113,11 @@ class Report(Protocol):
         """
 
     def abandon(self, text: str) -> NoReturn:
-        """Ends the attempt with that sentence from any thread while the main thread hangs in a collective: the attempt
-        is recorded as failed and the process exits. If the attempt is already ending, only the calling thread ends."""
+        """Ends the attempt with that sentence, from any thread, while the main thread hangs in a collective.
+
+        The attempt is recorded as failed and the process exits. If the attempt is already ending, only the calling
+        thread ends.
+        """
 
 
 @dataclass(frozen=True)
@@ -374,7 +379,7 @@ class ServerSearch:
 
     @classmethod
     def of_environment(cls) -> ServerSearch | None:
-        """None for a stage without such servers."""
+        """Returns the search of this process's environment; None for a stage without such servers."""
         text = os.environ.get(cls.VARIABLE)
         return cls(**json.loads(text)) if text else None
 

@@ -57,7 +57,7 @@ _MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys, without spaces, in UTF-8: the byte form that is hashed."""
+    """Returns JSON with sorted keys, without spaces, in UTF-8: the byte form that is hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -71,6 +71,7 @@ def no_progress(size: int) -> None:
 
 def sha256_file(path: Path, progress: Progress = no_progress) -> str:
     """Hashes a file. Raises OSError."""
+    # One buffer serves for the whole file, and is no larger than a small file needs.
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(HASH_CHUNK, max(2**16, path.stat().st_size))))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -143,6 +144,7 @@ def hand_over_hash(path: Path, sha256: str) -> None:
 
 def _version_of(path: Path) -> tuple[int, int, int, int]:
     entry = path.stat()
+    # A file that was written again or replaced differs in one of these, and its old hash no longer counts.
     return entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns
 
 
@@ -177,8 +179,9 @@ def rows_of(folder: Path, handed_over: bool = False, owner: str = "") -> list[Fi
     """Returns the files of `regular_files` with their hashes.
 
     Args:
+        folder: The folder.
         handed_over: Take the hashes that `hand_over_hash` recorded instead of reading those files.
-        owner: As for `sha256_files`.
+        owner: The key of the artifact, for lines of progress, as for `sha256_files`.
     """
     files = regular_files(folder)
     hashes: dict[str, str] = {}
@@ -274,6 +277,7 @@ class Artifact:
         start = f"{below}/" if below else ""
         files = {start + name: path for name, path in regular_files(self.path / below).items()}
         rows = [row for row in self.rows if row.path.startswith(start) and select(row.path)][share[0] :: share[1]]
+        # A file of another size differs for certain, so it is not read.
         same_size = [row for row in rows if row.path in files and files[row.path].stat().st_size == row.size]
         hashes = sha256_files([files[row.path] for row in same_size], progress=progress)
         intact = {row.path for row, sha256 in zip(same_size, hashes, strict=True) if sha256 == row.sha256}
@@ -312,13 +316,20 @@ def write_manifest(folder: Path, key: str) -> Artifact:
     manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     _share_permissions(folder, (folder / MANIFEST).stat().st_mode & 0o666)
+    # After the permissions, so that these are on disk as well.
     flush_tree(folder)
     return Artifact(key, digest, folder, tuple(rows))
 
 
 def _share_permissions(folder: Path, mode: int) -> None:
-    """Sets the permissions of every file to those of a new file here, by umask and the folder's defaults: some
-    libraries write files that only their owner may read."""
+    """Gives every file and folder at least the permissions that a new one has here.
+
+    Some libraries write files that only their owner may read.
+
+    Args:
+        folder: The folder, with all below it.
+        mode: The permissions of a new file, by the umask and the defaults of the folder.
+    """
     search = (mode & 0o444) >> 2  # who may read a folder's files may enter it
     for root, _, names in os.walk(folder):
         for path, wanted_mode in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:
@@ -364,6 +375,7 @@ class Store:
 
     def sealed(self, key: str) -> bool:
         """Returns True if a folder of that key exists, which is complete unless it was damaged later."""
+        # A link that leads nowhere counts as well: `open` then says that the artifact is damaged.
         return os.path.lexists(self.artifacts / key)
 
     def open(self, key: str) -> Artifact:

@@ -18,17 +18,16 @@ LINE = 600
 
 
 def unprintable(text: str, lines: bool = False) -> str | None:
-    """Returns the first unprintable character.
+    """Returns the first unprintable character of `text`; None if there is none.
 
-    Args:
-        lines: Line breaks and tabs are allowed.
+    With `lines`, line breaks and tabs are allowed.
     """
     characters = (match[0] for match in _UNPRINTABLE.finditer(text) if not (lines and match[0] in "\n\t"))
     return next(characters, None)
 
 
 def escaped(text: str, longest: int | None = None) -> str:
-    """Returns the text in one line, cut to `longest` characters.
+    r"""Returns the text in one line, cut to `longest` characters.
 
     Characters that move a terminal's cursor or turn the direction of text, and invalid ones, are escaped as in Python:
     `\x1b`, `\u202e`, `\udcff`.

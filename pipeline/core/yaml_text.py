@@ -70,8 +70,11 @@ def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
 
 
 def line_of(data: bytes, location: Sequence[str | int]) -> int | None:
-    """Returns the line of a field in a file that `parse_yaml` accepts, or of the innermost mapping around it that the
-    file has; None for the file as a whole."""
+    """Returns the line of a field in a file that `parse_yaml` accepts.
+
+    If the file does not have the field, it is the line of the innermost part around it that the file has. Returns None
+    for the file as a whole.
+    """
     node, line = yaml.compose(_decode(data), _PARSER), None
     # Parts that the file does not have, such as the class that a tag chooses, are skipped.
     for part in location:
@@ -178,10 +181,12 @@ class _Reader:
             line = event.start_mark.line + 1
             if not isinstance(event, yaml.ScalarEvent):
                 raise _Refused(line, "is not valid YAML for a recipe: a field is called by a word")
+            # A key is checked as a value is, and stays a text.
             self._scalar(event, line)
             self.count += 1
             key, value = event.value, self._value(next(self.events), depth + 1)
             if key == "<<" and event.implicit[0]:
+                # Of several merges, the first one takes precedence.
                 merged = _merge(value, line) | merged
             elif key in values:
                 raise _Refused(line, f"is not valid YAML: {shown(key)} stands twice")

@@ -27,7 +27,7 @@ class Checkpoint:
 
     @property
     def node(self) -> str:
-        """`pretrain@1200`."""
+        """The name of the phase and the step, such as `pretrain@1200`."""
         return f"{self.phase.rsplit('-', 1)[0]}@{self.step}"
 
     @property
@@ -39,17 +39,23 @@ class Checkpoint:
 def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
     """Returns the checkpoint that a recipe names.
 
-    The long form needs no lookup. Raises RecipeError for a checkpoint of another phase, and for a short form that
-    matches no sealed checkpoint or several.
+    The long form needs no lookup.
 
     Args:
+        reference: The name: `<phase>@<step>`, or the long form `<phase>-<key>@<step>`.
+        phase: The phase whose checkpoint it must be.
         where: The field of the recipe, for errors.
+        store: The home.
+
+    Raises:
+        RecipeError: It is a checkpoint of another phase, or a short form that matches no sealed checkpoint or several.
     """
     match = re.fullmatch(rf"({phase}(?:-[0-9a-f]{{12}})?)@([0-9]+)", reference)
     if match is None:
         raise RecipeError(
             f"{where} = {reference} is no checkpoint of {phase}; write {phase}@STEP, or {phase}-KEY@STEP to say whose"
         )
+    # The long form has the key of the phase.
     if match[1] != phase:
         return Checkpoint(match[1], int(match[2]))
     checkpoints = sealed(phase, store)

@@ -46,6 +46,7 @@ class Graph:
     def upstream(self, names: set[str]) -> set[str]:
         """Returns `names` and all their inputs, direct and indirect."""
         needed = set(names)
+        # In reverse order, every node comes after those that read it, so one pass is enough.
         for name in reversed(self.nodes):
             if name in needed:
                 needed.update(self.nodes[name].inputs.values())
@@ -133,8 +134,8 @@ class Composer(Protocol):
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     """Returns the graph of a recipe by the registered definition. Raises RecipeError.
 
-    Args:
-        without_data: Source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
+    With `without_data`, source trees may be absent. Keys that depend on a tree without a pinned digest are provisional
+    then.
     """
     return cast(Composer, registry.definition()).compose(recipe, store, without_data)
 
@@ -145,8 +146,10 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
 
 def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:
-    """Raises RecipeError if the phase of a checkpoint started from a different earlier phase than this recipe has: the
-    final model of the release would not descend from its base model."""
+    """Raises RecipeError if the phase of a checkpoint started from another earlier phase than this recipe has.
+
+    With such a checkpoint, the final model of the release would not descend from its base model.
+    """
     body = checkpoints.statement(checkpoint.key, store)
     for role, key in previous.items():
         began = provenance.material_keys(body).get(role, key) if body else key
@@ -192,7 +195,7 @@ MOST_NAMES = 60
 
 
 def names_in_words(names: Iterable[str]) -> str:
-    """Names as a phrase; only the first ones if there are many."""
+    """Returns names as a phrase; only the first ones if there are many."""
     every_name = list(names)
     rest = len(every_name) - MOST_NAMES
     return ", ".join(every_name[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")

@@ -35,6 +35,7 @@ def flat(value: Any, prefix: str = "", is_operational: bool = False) -> Iterator
             yield from flat(item, f"{prefix}.{name}", is_operational)
     elif _is_list_of_sections(value):
         names = [_name(item) for item in value]
+        # Names serve only if every item has one, and no two have the same.
         distinct = None not in names and len(set(names)) == len(names)
         for number, item in enumerate(value):
             yield from flat(item, f"{prefix}.{names[number] if distinct else number}", is_operational)
@@ -59,7 +60,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def recipe_settings(run: Run) -> dict[str, Any]:
-    """Returns those of the recipe alone."""
+    """Returns the settings of the recipe alone, without those of the data recipe."""
     return _settings(run, "recipes")
 
 
@@ -83,8 +84,10 @@ _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def scores_of(artifact: Artifact) -> dict[str, float]:
-    """Returns the numbers of a measurement, such as `bits_per_byte/code` and `bits_per_byte/code/se`; none of a stage
-    that measures nothing. A damaged file is reported and left out."""
+    """Returns the numbers of a measurement, such as `bits_per_byte/code` and `bits_per_byte/code/se`.
+
+    A stage that measures nothing has none. A damaged file is reported and left out.
+    """
     numbers: dict[str, float] = {}
     for name in SCORES:
         if any(row.path == name for row in artifact.rows):

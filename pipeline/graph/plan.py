@@ -78,8 +78,10 @@ def timed(estimates: Iterable[Estimate]) -> bool:
 
 
 def is_small(graph: Graph) -> bool:
-    """Returns True if all corpora of a recipe are as small as those that the fixed estimates of stages were measured
-    with."""
+    """Returns True if the corpora of a recipe are all small.
+
+    They are small if they are no larger than those with which the fixed estimates of stages were measured.
+    """
     return timed(node.stage.estimate(node.config) for node in graph.nodes.values())
 
 
@@ -87,6 +89,9 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str], other_pyth
     """Returns the plan of the selected stages.
 
     Args:
+        graph: The graph of the recipe.
+        states: The state of each stage, by its name.
+        selected: The names of the stages, in order.
         other_python: They run with another Python than this process, so that nothing follows from what this machine
             lacks.
     """
@@ -126,8 +131,11 @@ def long_context(rows: list[StagePlan]) -> LongContext | None:
 
 
 def remarks(rows: list[StagePlan]) -> list[str]:
-    """Sentences on the checkpoints that a plan's stages continue from, on damaged and stale stages, and on those that
-    this machine cannot run."""
+    """Returns remarks on a plan, each as one sentence.
+
+    They name the checkpoints that stages continue from, damaged and stale stages, and stages that this machine cannot
+    run.
+    """
     sentences, obstacles = [], dict[str, list[str]]()
     for row in rows:
         name = row.state.name
@@ -171,6 +179,7 @@ def checkpoint_times(row: StagePlan, storage_gb_s: float | None) -> CheckpointTi
     """Returns the times of a phase; None for a stage that does not train.
 
     Args:
+        row: The plan of the stage.
         storage_gb_s: GB/s that the storage reads and writes for all ranks together; None: as much as they ask for.
     """
     training = row.estimate.training
@@ -180,6 +189,7 @@ def checkpoint_times(row: StagePlan, storage_gb_s: float | None) -> CheckpointTi
     return CheckpointTimes(
         seal=max(training.share_bytes / SEAL_RATE, 2 * training.checkpoint_bytes / storage),  # read, and written
         verify=max(training.share_bytes / HASH_RATE, training.checkpoint_bytes / storage),
+        # All ranks may write such a piece at the same time, and they share the storage.
         silent=max(training.silent_bytes / SEAL_RATE, row.ranks * training.silent_bytes / storage),
         watchdog=training.watchdog_seconds,
     )
@@ -210,6 +220,7 @@ def require_patient_watchdogs(rows: Iterable[StagePlan], storage_gb_s: float | N
     """Raises RecipeError for a phase to be run whose watchdog would take sealing for a hang.
 
     Args:
+        rows: The plans of the stages.
         storage_gb_s: As for `checkpoint_times`.
     """
     for row in rows:

@@ -101,6 +101,7 @@ def find(reference: str, package: str, kind: str, base: Path | None = None, fold
     except PermissionError as error:
         raise RecipeError(f"{kind} {name} cannot be read ({error.strerror}); name a file that you may read") from None
     except (OSError, ValueError):  # ValueError: a NUL in the name
+        # Only the beginning is compared, because a long text would take long.
         close = difflib.get_close_matches(reference[:100], names, 1)
         hint = f"did you mean {close[0]}?" if close else f"packaged ones: {', '.join(names)}"
         raise RecipeError(f"there is no {kind} {name}, neither packaged nor a file; {hint}") from None
@@ -161,8 +162,11 @@ def _mistake(row: Any, model: type[BaseModel], raw: Any) -> Mistake:
 
 
 def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
-    """Returns the parts of a location for the author of a recipe: a list item has its `name`, if there is one, in
-    place of its index; the chosen class is left out."""
+    """Returns the parts of a location in the words of a recipe's author.
+
+    An item of a list that has a `name` is called by it instead of by its index. The class that a tag chooses is left
+    out.
+    """
     out = []
     for number, part in enumerate(location):
         if part == "[key]" or (

@@ -187,6 +187,7 @@ class Run(RunFolder):
 def start(graph: Graph, store: Store, selected: list[str], profile: str, launcher_fields: LauncherFields) -> Run:
     """Writes a new run: the present recipe, and the selected nodes with keys."""
     identity = graph.recipe.config
+    # The time makes the ids of a recipe sort by age; the random part tells apart runs that begin in one second.
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = store.logs / run_id
     folder.mkdir(parents=True)
@@ -211,6 +212,7 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str, launche
         "budget": None if identity.budget is None else {**identity.budget.model_dump()},  # type: ignore[typeddict-item]
         **launcher_fields,  # type: ignore[typeddict-item]
     }
+    # After all other files, because a folder with a run.json is a complete run.
     _write_body(folder, body)
     atomic_files.flush(store.logs)
     return Run(run_id, folder, body)
@@ -257,7 +259,7 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
 
 
 def _written(path: Path) -> float:
-    """When a run.json was written; that of its folder if it is gone."""
+    """Returns the time at which a run.json was written; that of its folder if it is gone."""
     try:
         return path.lstat().st_mtime
     except OSError:
@@ -265,8 +267,10 @@ def _written(path: Path) -> float:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Returns True if a run has files that are written after its run.json, which is then lost: files of a launcher
-    or a stage, or a link to them. Without such files, the run was killed before it began."""
+    """Returns True if a run has files that are written after its run.json, which is then lost.
+
+    These are files of a launcher or a stage, or a link to them. Without such files, the run was killed before it began.
+    """
     later = ("driver", "jobs.jsonl", "*/events.jsonl", "*/submitit", "*/shards/submitit", "*/servers/submitit")
     if not folder.is_dir():
         return False

@@ -1,7 +1,7 @@
-"""Access to the `huggingface_hub` client: with a late import, without output, with retries, and with one sentence for
-each error. `RemoteRepository` is what a repository contains, as the Hub lists it.
+"""Access to the `huggingface_hub` client, which no other module imports.
 
-No other module imports that client.
+The import is late, calls are repeated and print nothing, and each error becomes one sentence. `RemoteRepository` has
+the content of a repository as the Hub lists it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pipeline.hub.limits import PUBLIC_HUB, HubLimit
 
 # Status codes after which a call is repeated.
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
+# Without Retry-After, the waits between them take half a minute together.
 ATTEMPTS = 6
 # The number of attempts without any answer.
 UNREACHABLE_ATTEMPTS = 3
@@ -50,7 +51,7 @@ class MalformedAnswer(Exception):
 
 
 def endpoint() -> str:
-    """HF_ENDPOINT, or the public Hub."""
+    """Returns HF_ENDPOINT, or the public Hub."""
     return os.environ.get("HF_ENDPOINT", PUBLIC_HUB).rstrip("/")
 
 
@@ -86,7 +87,7 @@ def _limit_client(hub_module: Any) -> None:
 
 
 def _http() -> Any:
-    """huggingface_hub 2 uses httpx2, version 1 uses httpx."""
+    """Returns the HTTP library of the client: huggingface_hub 2 uses httpx2, version 1 uses httpx."""
     return importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
 
 
@@ -116,6 +117,7 @@ class RetryingClient:
                 try:
                     list(pool.map(download, paths))
                 except BaseException:
+                    # Files whose download has not begun are left out.
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
 
@@ -139,7 +141,7 @@ class RetryingClient:
 
 @contextmanager
 def parsing() -> Iterator[None]:
-    """For code that reads an answer of the Hub: raises MalformedAnswer if it has another shape."""
+    """Raises MalformedAnswer if the code of the block finds an answer of another shape than a Hub's."""
     errors = load().errors
     try:
         yield
@@ -172,8 +174,10 @@ def _answer(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def _pause(error: Exception, attempt: int) -> float | None:
-    """Returns seconds until a failed call is repeated: the Hub's Retry-After, or 1, 2, 4, …; None if it is not
-    repeated."""
+    """Returns the seconds until a failed call is repeated; None if it is not repeated.
+
+    They are the Hub's Retry-After, or else 1, 2, 4, … by the number of the attempt.
+    """
     if isinstance(error, json.JSONDecodeError):  # a failing server's; the client reads some answers before their status
         return 2.0**attempt
     # the client's error for a failed download; its cause says why
@@ -206,8 +210,10 @@ def online() -> Iterator[None]:
 
 @contextmanager
 def translate_errors(action: str) -> Iterator[None]:
-    """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError: a MachineError if another
-    attempt may succeed."""
+    """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError.
+
+    It is a MachineError if another attempt may succeed.
+    """
     try:
         yield
     except Exception as error:
@@ -351,23 +357,29 @@ class RemoteRepository:
             return {
                 entry.path: RemoteFile(entry.lfs.sha256 if entry.lfs else entry.blob_id, int(entry.size))
                 for entry in entries
+                # Entries without a blob are folders.
                 if hasattr(entry, "blob_id")
             }
 
 
 def is_unsafe(path: str) -> bool:
-    """Returns True if a path leads outside its folder or into the client's own files, or is too long for a file
-    system."""
+    """Returns True if a path of a repository must not be written to a disk.
+
+    Such a path leads outside its folder or into the client's own files, or is too long for a file system.
+    """
     if not path.isprintable() or "\\" in path or len(path.encode()) > PATH_BYTES:
         return True
     parts = path.split("/")
+    # The client keeps its own files in .cache, and git those of a checkout in .git.
     reserved = ("", ".", "..", ".cache", ".git")
     return any(part in reserved or len(part.encode()) > PART_BYTES for part in parts)
 
 
 def unsafe_path(paths: Iterable[str]) -> str | None:
-    """Returns the first of the paths of a repository that `is_unsafe`, or that is a file and also a folder of
-    another."""
+    """Returns the first path of a repository that must not be written to a disk; None without one.
+
+    Such a path `is_unsafe`, or is both a file and the folder of another file.
+    """
     sorted_paths = sorted(paths)
     if unsafe := next(filter(is_unsafe, sorted_paths), None):
         return unsafe

@@ -83,6 +83,8 @@ class _Call:
     problem: str = ""
 
 
+# The present call, and the bytes of its files. All threads of the call share them, so a process makes one call at a
+# time.
 _call = _Call()
 _expected = 0
 _streams: WeakSet[_Stream] = WeakSet()
@@ -92,7 +94,10 @@ _waiting: set[_Stream] = set()
 
 @contextmanager
 def transfer(expected: int) -> Iterator[None]:
-    """Context for calls that transfer files of that many bytes: they may take longer, and receive that much."""
+    """Allows the calls of the block to transfer files of that many bytes.
+
+    They may take longer, and receive that much.
+    """
     global _expected
     _expected = expected
     try:
@@ -103,7 +108,7 @@ def transfer(expected: int) -> Iterator[None]:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Context of one call of the client, with all of its attempts. Raises HubLimit if it takes too long."""
+    """Applies the limits to one call of the client, with all of its attempts. Raises HubLimit if it takes too long."""
     global _call
     call = _call = _Call(_expected)
     stop = threading.Event()
@@ -138,6 +143,7 @@ def install(client: Any, endpoint: str) -> Any:
     """Puts the limits under an httpx client, and returns it.
 
     Args:
+        client: The client. It is changed.
         endpoint: The Hub's address.
     """
 
@@ -193,6 +199,7 @@ def _begin_response(response: Any, endpoint: str) -> None:
     retry_after = response.headers.get("retry-after", "")
     if retry_after.isdigit() and int(retry_after) > LIMITS.retry_after:
         response.headers["retry-after"] = str(LIMITS.retry_after)
+    # The client would also wait by this header, for which there is no limit here.
     response.headers.pop("ratelimit", None)
     _check_paths(response)
 
@@ -221,6 +228,7 @@ class _Backend:
 
     def connect_tcp(self, *arguments: Any, **options: Any) -> Any:
         inner = self.inner.connect_tcp(*arguments, **options)
+        # The duplicate stays usable when TLS takes over the socket.
         return _Stream(inner, inner.get_extra_info("socket").dup())
 
     def __getattr__(self, name: str) -> Any:

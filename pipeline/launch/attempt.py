@@ -1,9 +1,8 @@
-"""One attempt at a node: its parameters, the records of its start, the statement about its end, and the checkpoints
-that it seals before.
+"""One attempt at a node, with its parameters, its records and the checkpoints that it seals before its end.
 
-    work/<key>/starts.json               of every start of a stage that trains: time, commit, dirty, prediction
-    work/<key>/state/starts/0002.json    what the stage adds: restored step, device, comparison with the log
-    logs/<run>/<node>/start.json         of the latest start: settings and nodes, for MLflow
+    work/<key>/starts.json               every start of a stage that trains: time, commit, dirty, prediction
+    work/<key>/state/starts/0002.json    further facts by the stage: restored step, device, comparison with the log
+    logs/<run>/<node>/start.json         the latest start: settings and nodes, for MLflow
 
 The first two are for the statement of the stage, and name a start by the number of its lease. A killed start writes no
 statement, but stays in the next one's. Nothing depends on the third one.
@@ -138,7 +137,7 @@ USAGE: TypeAdapter[Any] = TypeAdapter(_UsageFile)
 class Task:
     """The parameters of a job as plain values, so that its pickle is small.
 
-    peaks: FLOP/s of a GPU by family of precisions, as the profile states them.
+    `peaks` has the FLOP/s of a GPU by family of precisions, as the profile states them.
     """
 
     home: str
@@ -157,11 +156,7 @@ class Task:
 
     @classmethod
     def of(cls, graph: Graph, store: Store, run: Run, node: Node, **resources: Any) -> Task:
-        """Returns the parameters of a node's job in a run.
-
-        Args:
-            resources: The fields that the launcher decides.
-        """
+        """Returns the parameters of a node's job in a run. `resources` are the fields that the launcher decides."""
         return cls(
             home=str(store.home),
             run=run.id,
@@ -179,11 +174,12 @@ ALIVE = "alive"
 
 
 def server_seconds(folder: Path, start: float, end: float) -> float:
-    """Returns seconds between two times in which the servers of a stage ran, of all together, by the clock of the file
-    system.
+    """Returns the seconds that all servers of a stage together ran between two times.
 
     Args:
         folder: The folder of the servers.
+        start: The first of the two times, by the clock of the file system.
+        end: The second one.
     """
     seconds = 0.0
     for alive in folder.glob(f"ranks/*/{ALIVE}"):
@@ -240,6 +236,7 @@ class Attempt:
         """Writes the statement of a product just before it is sealed.
 
         Args:
+            artifact: The product.
             part: The kind of the product, if it is not the stage's own artifact.
 
         Raises:
@@ -258,8 +255,11 @@ class Attempt:
             print(f"{self.task.node}: no statement of this attempt: {error}", file=sys.stderr, flush=True)
 
     def refuse_second_digest(self, artifact: Artifact) -> None:
-        """Refuses a digest of a bitwise stage that differs from an earlier one with the same inputs, code, environment
-        and operational config. (Another layout of ranks adds in another order.)"""
+        """Raises AtomError if a bitwise stage made other bytes than in an earlier attempt under the same conditions.
+
+        The conditions are inputs, code, environment and operational config. The last one counts because another layout
+        of ranks adds in another order.
+        """
         if self.stage.promise(self.config) != "bitwise" or environment.device()["type"] != "cpu":
             return  # GPU kernels add in an order of their own
         fingerprint = environment.fingerprint()
@@ -287,6 +287,7 @@ class Attempt:
     ) -> None:
         failed = isinstance(outcome, Failure) and outcome.kind is not Kind.STOPPED
         timeout = FAILED_USAGE_SECONDS if failed else USAGE_SECONDS
+        # A checkpoint is sealed while the other ranks go on, so their usage is not known yet.
         usages = [Usage.now().since(self.usage_at_start), *([] if part else self.ranks.peer_usages(timeout))]
         if product is not None:  # usage of the tasks of a job array
             shards = self.store.logs / self.task.run / self.task.node / "shards"
@@ -366,12 +367,14 @@ class CheckpointArtifacts:
                 return
             draft = draft_folder(store.work(task.key), self.lease.number, step)
             try:
+                # By hard links, so that a checkpoint takes no time to copy and no further space.
                 shutil.copytree(folder, draft, copy_function=os.link)
                 store.seal(draft, checkpoint.key, lambda artifact: self._record(artifact, checkpoint))
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _record(self, artifact: Artifact, checkpoint: Checkpoint) -> None:
+        # Once more just before the rename, because another worker may have taken over while the files were hashed.
         self._require_lease(checkpoint)
         self.attempt.record(artifact, checkpoint)
 

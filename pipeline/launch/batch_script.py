@@ -170,6 +170,7 @@ class RunScripts:
             allocation.cpus_per_task,
             allocation.requested_gpus_per_node,
         )
+        # In Slurm, `afterok` waits for a success, `afterany` for an end, and `after` for a start.
         conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
         conditions += [f"afterany:{previous}"] if previous else []
         conditions += [f"after:{server_job}"] if server_job else []
@@ -228,6 +229,8 @@ class RunScripts:
         """Returns the script of a job.
 
         Args:
+            node: The stage.
+            jobs: The resources that the profile gives its jobs.
             part: The part of its Owner: `shards`, `servers`, or empty for the stage's job.
             options: Options of sbatch, beside those that each job has.
         """
@@ -294,9 +297,12 @@ def _sbatch_options(
         "qos": jobs.qos,
         "constraint": jobs.constraint,
         "exclude": jobs.exclude,
+        # The processes of the steps get this signal. The script would get it with `B:` before it.
         "signal": f"USR2@{slurm.signal_before_limit_seconds}",
         "export": "NIL",  # a list of names would make Slurm load the login environment, tokens and all
+        # Without it, a job whose dependency has failed may stay in the queue for good.
         "kill-on-invalid-dep": "yes",
+        # Without it, a job that Slurm starts again may overwrite its log.
         "open-mode": "append",
         "requeue": True,
     }
@@ -338,6 +344,8 @@ def _container_options(slurm: Slurm, store: Store, words: Iterable[str]) -> list
     """Returns srun's options for a container by pyxis.
 
     Args:
+        slurm: The profile's section, with the container.
+        store: The home, which is mounted.
         words: Further options of the profile, which count more.
     """
     container = slurm.container

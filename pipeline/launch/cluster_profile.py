@@ -299,7 +299,7 @@ class Allocation:
 
     @property
     def cpus_per_task(self) -> int:
-        """A rank with several GPUs has the cores of as many."""
+        """Cores of a rank. A rank with several GPUs has those of as many."""
         return self.jobs.cpus_per_task * self.gpus_per_rank
 
     @property
@@ -433,8 +433,10 @@ class Slurm(Section):
 
 
 class Storage(Section):
-    """Space and speed that the stages may take: `atom plan --cluster` compares them with what they need, and `atom
-    submit` refuses what does not fit."""
+    """Space and speed of the storage that the stages may take.
+
+    `atom plan --cluster` compares them with what the stages need, and `atom submit` refuses what does not fit.
+    """
 
     home_gb: Annotated[float, Range(0, 1e9, above=True)] | None = None
     """GB that $ATOM_HOME may hold; null: not limited"""
@@ -486,7 +488,7 @@ class Profile(Section):
         return slurm is not None and (slurm.container is not None or slurm.python not in (None, sys.executable))
 
     def peaks(self) -> dict[str, float]:
-        """FLOP/s of one GPU, by family of precisions; empty if the profile states none."""
+        """Returns the FLOP/s of one GPU, by family of precisions; empty if the profile states none."""
         rates = {name: getattr(self.gpu, name, None) for name in ("fp32", "bf16", "fp8", "fp4")}
         return {name: rate.peak for name, rate in rates.items() if rate}
 

@@ -23,6 +23,7 @@ class Companion:
             anything: many hosts cannot write one file of SQLite on a shared file system.
     """
 
+    # Seconds in which the process may send the rest: at the end of a run, and while idle nodes wait for it.
     LAST_CHANCE = 60.0
     QUICK = 2.0
 

@@ -3,9 +3,9 @@
     python -m pipeline.launch.device_test RANK RANKS LOCAL_RANK HOST PORT LEAST SECRET
 
 Each rank runs it in a process of its own, which frees the GPU at its end, leaves the stage's libraries unused and can
-be killed. LEAST: FLOP/s that the product must reach; 0: any. SECRET: the file with which the ranks sign their reports.
-Without a GPU it runs on the CPU, with gloo. Prints one line of JSON: null, or what is wrong and the bad rank. Rank 0
-speaks for all; the others speak only of what keeps them from taking part.
+be killed. LEAST is the FLOP/s that the product must reach, or 0 for any. SECRET is the file with which the ranks sign
+their reports. Without a GPU it runs on the CPU, with gloo. Prints one line of JSON: null, or the problem and the bad
+rank. Rank 0 speaks for all; another rank reports only the reason why it cannot take part.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ PLACE = "device-test.json"
 def check(ranks: Ranks, least: float) -> Failure | None:
     """Returns the problem of a node of this launch; None without one.
 
-    On a rank other than 0: what kept it from taking part.
+    On a rank other than 0, it is the reason why it could not take part.
 
     Args:
+        ranks: The ranks of the launch.
         least: FLOP/s that the product of matrices must reach on each GPU; 0: any.
     """
     place = {"host": address()[1].strip("[]"), "port": free_port()} if ranks.rank == 0 else None
@@ -104,7 +105,7 @@ class Problem(TypedDict):
 class Table:
     """The reports of the ranks in the store of rank 0, to which anyone in the network may write.
 
-    key: with which they sign it.
+    So the ranks sign their reports with `key`, and reports that are not signed do not count.
     """
 
     store: Any
@@ -144,9 +145,11 @@ def main(rank: int, size: int, local_rank: int, host: str, port: int, least: flo
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     patience = timedelta(seconds=SECONDS)
     try:
+        # Rank 0 does not wait for the others here, so that it can name those that do not come.
         store = dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False)
     except dist.DistError as error:
         return {"rank": None, "text": f"rank 0 at {host}:{port} cannot be reached ({str(error).splitlines()[0][:300]})"}
+    # A single rank has no secret: it is alone with its store.
     table = Table(store, size, atom_secret.read(secret) if size > 1 else bytes(32))
     table.write(rank, "product", product_problem(device, least))
     if size > 1:
@@ -170,7 +173,8 @@ def product_problem(device: torch.device, least: float) -> str | None:
     """Returns the problem of a product of matrices on a device; None without one.
 
     Args:
-        least: FLOP/s.
+        device: The device.
+        least: FLOP/s that it must reach; 0: any.
     """
     import torch
 
@@ -183,6 +187,7 @@ def product_problem(device: torch.device, least: float) -> str | None:
     if not least:
         return None
     wait: Callable[[], object] = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    # A GPU works on after the call returns, so the clock starts and stops only when it has caught up.
     wait()
     began = time.perf_counter()
     for _ in range(REPEATS):
@@ -223,6 +228,7 @@ def verdict(table: Table) -> Problem | None:
     received = table.read("wrong")
     pairs = [(sender, receiver) for receiver, senders in received.items() for sender in senders]
     if pairs:
+        # A rank with a bad link is in more of the wrong pairs than any other.
         (rank, count), *_ = Counter(rank for pair in pairs for rank in set(pair)).most_common()
         return {"rank": rank, "text": f"numbers to or from {count} ranks arrived wrong; have its network checked"}
     if silent := sorted(set(range(table.size)) - set(received)):

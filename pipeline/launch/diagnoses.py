@@ -100,12 +100,13 @@ def of_job(state: str, code: str) -> Diagnosis | None:
 
 
 def of_error(error: BaseException) -> tuple[Diagnosis, str] | None:
-    """Returns the diagnosis of a rank's exception, from its message and those of its causes, with the line that shows
-    it; None without one.
+    """Returns the diagnosis of a rank's exception, with the line of its message that shows it; None without one.
 
-    Only a RuntimeError counts, as PyTorch and NCCL raise it: other text may quote anything.
+    The messages of its causes count as well. Only a RuntimeError counts, as PyTorch and NCCL raise it: other text may
+    quote anything.
     """
     cause: BaseException | None = error
+    # The chain of causes may be a circle.
     for _ in range(10):
         if cause is None:
             return None
@@ -211,7 +212,10 @@ WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD
 
 @dataclass(frozen=True)
 class WaitingReason:
-    """One row of waiting_reasons.yaml, which explains the fields. reasons: one regular expression of all of them."""
+    """One row of waiting_reasons.yaml, which explains the fields.
+
+    `reasons` is one regular expression for all of them.
+    """
 
     name: str
     reasons: str

@@ -82,6 +82,7 @@ def run(task: Task, limits: JobLimits) -> str:
     folder = store.logs / task.run / task.node
     launch = launch_folder(folder, slurm_job.raw_job_id)
     launch.mkdir(parents=True, exist_ok=True)
+    # By this file the job's script and the checks see which ranks have started, and where.
     (launch / f"started-{slurm_job.global_rank}").write_text(node_name() + "\n")
     ranks = Ranks.from_environment(task.ranks, folder)
     if ranks.rank:
@@ -93,8 +94,12 @@ def run(task: Task, limits: JobLimits) -> str:
     with watch_stop_signals() as stop_signals_received:
 
         def record_outcome(outcome: str | Failure) -> None:
-            """Called after the outcome is recorded, from the thread that ends the attempt."""
+            """Acts on the recorded outcome: decides about the job, and releases the other processes.
+
+            The thread that ends the attempt calls it.
+            """
             if outcome == "sealed":
+                # From the last stage on, so that usually one look is enough.
                 is_last = all(store.sealed(key) for key in reversed(keys))
                 decision = Decision.DONE if is_last else Decision.SEALED
             else:
@@ -339,6 +344,7 @@ def _failed_starts(launch: Path) -> int:
 def watch_stop_signals() -> Iterator[Callable[[], set[int]]]:
     """Returns a function for the signals to stop that have arrived, also if other code handles them."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    # Python writes the number of each signal there before any handler runs, so none is missed.
     previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     signals: set[int] = set()
 
@@ -359,7 +365,7 @@ def watch_stop_signals() -> Iterator[Callable[[], set[int]]]:
 class Standstill:
     """The number of consecutive attempts without progress, including this one, and their position.
 
-    repeated: the last two ended with the same unexpected exception, so it is deterministic.
+    `repeated` is True if the last two ended with the same unexpected exception, which is deterministic then.
     """
 
     since: int

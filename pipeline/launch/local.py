@@ -36,6 +36,7 @@ from pipeline.launch.rendezvous import (
 from pipeline.launch.worker import work
 
 POLL = 0.2
+# submitit's executor needs a time limit, and stages on this machine have none.
 FOREVER_MINUTES = 60 * 24 * 365
 # Seconds that the ranks of an ended launch get to end by themselves.
 LAST_SECONDS = 4.0
@@ -96,8 +97,10 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
 
 
 def damage_of(graph: Graph, store: Store, selected: list[str]) -> dict[str, str]:
-    """Returns the selected stages that cannot be used or run because their artifact or one of their inputs is
-    damaged, each with a sentence that names the file."""
+    """Returns the selected stages that a damaged artifact stops, each with a sentence that names the file.
+
+    The damage is in the artifact of the stage itself, or in one of its inputs.
+    """
     sentences: dict[str, str] = {}
     for name in selected:
         node = graph.nodes[name]
@@ -175,11 +178,13 @@ class LocalLauncher:
                     if outcome is None:
                         continue
                     del self.running[name]
+                    # Another process took the lease first, so the stage is looked at again later.
                     if outcome == "busy":
                         waiting.append(name)
                     elif isinstance(outcome, Failure):
                         failures[name] = outcome
                         self.display.failed(name, outcome.text)
+                # After a failure no stage starts, but those that run may still end well.
                 if failures and not self.running:
                     break
                 time.sleep(POLL)
@@ -191,12 +196,15 @@ class LocalLauncher:
             raise of_kind(failure, f"stage {name} failed: {failure.text} (log: atom logs {name})")
 
     def _places(self, node: Node) -> int:
-        """Slots that a stage takes: one for each rank, or all if it would share this machine's GPUs with another."""
+        """Returns the slots that a stage takes: one for each rank.
+
+        It takes all of them if it would share this machine's GPUs with another stage.
+        """
         needs, jobs = node.stage.needs(node.config), self.profile.local.jobs
         return jobs if needs.gpus else min(needs.ranks, jobs)
 
     def _free_places(self) -> int:
-        """Slots without work. A job whose outcome is known only has to exit, which takes a second."""
+        """Returns the slots without work. A job whose outcome is known only has to exit, which takes a second."""
         working = [job.node for job in self.running.values() if job.outcome is None]
         return self.profile.local.jobs - sum(self._places(node) for node in working)
 
@@ -230,6 +238,7 @@ class LocalLauncher:
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             tail = EventTail(folder / "events.jsonl")
+            # Events of earlier attempts in this run are passed over.
             tail.read()
             job = executor.submit(work, task)
         finally:
@@ -239,6 +248,7 @@ class LocalLauncher:
 
     def _poll(self, job: RunningJob) -> str | Failure | None:
         """Returns the job's outcome, or None while it runs."""
+        # Asked before the events are read: so those of a job that is done are complete.
         is_done = job.submitted.done()
         for event in job.tail.read():
             if event["event"] == "start":
@@ -267,9 +277,11 @@ class LocalLauncher:
         return job.outcome
 
     def _end_leftover_ranks(self, job: RunningJob) -> None:
-        """Ends the remaining ranks after rank 0 has ended the attempt or a required rank has exited: they may hang in a
-        collective, or be stopped, so they get a grace time and are then killed. A killed rank is announced to the
-        others."""
+        """Ends the remaining ranks after rank 0 has ended the attempt or a required rank has exited.
+
+        They may hang in a collective, or be stopped, so they get a grace time and are then killed. A killed rank is
+        announced to the others.
+        """
         if job.ranks == 1:
             return
         living = living_ranks(job.submitted._process.pid)
@@ -292,6 +304,7 @@ class LocalLauncher:
 
     def _stop(self) -> None:
         """Signals every running stage to stop, waits for the grace time, then kills the rest."""
+        # A second Ctrl-C must not interrupt the clean stop.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.display.stopping()
         for job in self.running.values():
@@ -315,8 +328,10 @@ def visible_gpus() -> list[int]:
 
 
 def prepare_environment() -> None:
-    """Sets the variables that affect bytes and the limit of open files before the first job starts, which inherits
-    them."""
+    """Sets the variables that affect bytes, and the limit of open files.
+
+    The jobs inherit both, so this comes before the first of them starts.
+    """
     preflight.allow_open_files()
     os.environ.update(JOB_ENVIRONMENT)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

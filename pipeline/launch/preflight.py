@@ -35,14 +35,17 @@ from pipeline.run_secret.atom_secret import UnusableSecret, is_signed, sign
 SECONDS = 120.0
 # The maximum time for the line of one caller, so that a foreign connection causes no long delay.
 CALLER_SECONDS = 5.0
+# Seconds by which a node's clock may differ from that of the file system.
 SKEW_SECONDS = 30.0
 POLL = 0.1
 # How often a waiting rank looks whether another one has failed.
 LOOK_SECONDS = 1.0
+# Bytes of a message that are read: anyone in the network may send any number.
 LONGEST_LINE = 65536
 # The files and sockets that each process may have open, where the node's hard limit allows so many; the job's script
 # asks for as many.
 OPEN_FILES = 65536
+# Seconds for a call of nvidia-smi, which hangs with its driver.
 SMI_SECONDS = 60.0
 # The fields of `nvidia-smi --query-gpu`, and the values of a sound GPU. The last one is that of newer drivers.
 SOUND = {
@@ -57,14 +60,18 @@ UNKNOWN = ("n/a", "not supported", "unknown", "requested functionality has been 
 
 
 def least_open_files(ranks: int) -> int:
-    """Returns the fewest open files that a rank of so many needs. gloo connects it with each other rank, and with
-    rank 0 once more, where the ranks meet; the rest is for NCCL and data."""
+    """Returns the fewest open files that a rank of so many needs.
+
+    gloo connects it with each other rank, and with rank 0 once more, where the ranks meet. The rest is for NCCL and
+    data.
+    """
     return 512 + 4 * ranks
 
 
 def allow_open_files() -> int:
-    """Raises the limit of open files of this process and of its later children to OPEN_FILES, but not above the hard
-    limit. A higher limit stays as it is.
+    """Raises the limit of open files of this process and of its later children to OPEN_FILES.
+
+    The limit does not rise above the hard limit, and a higher one stays as it is.
 
     Returns:
         The limit of this process after the call.
@@ -78,21 +85,28 @@ def allow_open_files() -> int:
 
 
 def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Failure | None:
-    """Returns the problem of a node of this launch, in one sentence with its name; on a rank other than 0, the reason
-    why it could not report to rank 0. None without a problem."""
+    """Returns the problem of a node of this launch, in one sentence with its name; None without one.
+
+    On a rank other than 0, it is the reason why the rank could not report to rank 0.
+    """
     problem = check_node(home, free_gb, scratch, ranks.size)
+    # Also without a problem, since rank 0 waits for a report of each rank.
     if ranks.rank:
         text = _send_report(ranks, problem)
         return None if text is None else Failure(text)
+    # A problem of rank 0's own node counts without the reports of the others.
     return problem if problem is not None or ranks.size == 1 else _gather_reports(ranks)
 
 
 def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) -> Failure | None:
-    """Returns the problem of this node, if any.
+    """Returns the problem of this node; None without one.
 
     The node is named as bad, except for a problem of $ATOM_HOME: all share it.
 
     Args:
+        home: $ATOM_HOME.
+        free_gb: GB that must be free in each folder.
+        scratch: The folder of the node for temporary files; None without one.
         ranks: Processes of the job.
     """
     name = node_name()
@@ -126,13 +140,16 @@ def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) 
 
 
 def _gpus(name: str) -> Failure | None:
-    """Checks that the GPUs that Slurm allocated exist, by their device files and without torch, and that they are
-    sound."""
+    """Returns the problem of the GPUs that Slurm allocated here; None without one.
+
+    They must exist, by their device files and without torch, and be sound.
+    """
     assigned = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
     device_files = list(Path("/dev").glob("nvidia[0-9]*"))
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
         gave = f"and Slurm gave {len(assigned)}; check the NVIDIA driver"
         return Failure(f"node {name} has {len(device_files)} GPUs under /dev, {gave}", bad_node=name)
+    # One rank of a node checks for all of them, unless each rank sees its own GPUs only.
     is_first = os.environ.get("SLURM_LOCALID", "0") == "0"  # of the ranks of this node, if all have the same GPUs
     has_part = len(assigned) < int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     return gpu_problem(name, assigned) if assigned and (is_first or has_part) else None
@@ -144,7 +161,8 @@ def gpu_problem(node: str, gpus: Sequence[str]) -> Failure | None:
     Without nvidia-smi nothing is known, which a line of the log says.
 
     Args:
-        gpus: Their numbers; the others may be another job's.
+        node: The name of this node.
+        gpus: The numbers of the GPUs; the others may be another job's.
     """
     if shutil.which("nvidia-smi") is None:
         text = f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked"
@@ -184,7 +202,10 @@ def _first_problem(node: str, fields: list[str], output: str) -> Failure | None:
 
 
 def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
-    """On another rank: sends the state of its node to rank 0."""
+    """Sends the state of this node to rank 0, on another rank.
+
+    Returns the reason if that fails; None if it does not.
+    """
     path, listener, next_look = ranks.folder / "listener.json", None, time.monotonic() + LOOK_SECONDS
     for _ in polls(time.monotonic() + SECONDS):
         if path.exists() and (listener := read(path)) is not None:
@@ -209,6 +230,7 @@ def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
             line.settimeout(SECONDS)
             with line.makefile("rb") as file:
                 answer = file.readline(LONGEST_LINE).decode(errors="replace").strip()
+        # The answer is signed as well, so that no other listener is taken for rank 0.
         if is_signed(answer, key, "received", text):
             return None
         return f"node {node_name()}: rank 0 at {listener['host']} hung up"
@@ -220,7 +242,7 @@ def _send_report(ranks: Ranks, problem: Failure | None) -> str | None:
 
 
 def _gather_reports(ranks: Ranks) -> Failure | None:
-    """On rank 0: receives the reports of all other ranks, and returns the problem, if any.
+    """Receives the reports of all other ranks, on rank 0, and returns the problem, if any.
 
     Rank 0's own node is sound: a problem of another node is that node's, also one with $ATOM_HOME.
     """
@@ -277,7 +299,9 @@ def _receive_report(line: socket.socket, key: bytes) -> dict[str, Any] | None:
 
 
 def address() -> tuple[str, str]:
-    """Returns the address on which this node listens for other nodes of the job, and the host under which they reach
-    it."""
+    """Returns the address on which this node listens, and the host under which other nodes of the job reach it.
+
+    A job on one node uses the loopback.
+    """
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     return own_address() if nodes > 1 else ("127.0.0.1", "127.0.0.1")

@@ -47,6 +47,7 @@ from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
 from pipeline.core.json_files import Damaged
 
+# Seconds without a new message of rank 0 after which the other ranks give up.
 RENDEZVOUS_SECONDS = 600.0
 USAGE_SECONDS = 5.0
 # How long rank 0 waits for the usage of the others; less after a failure, which has 5 seconds in all.
@@ -59,7 +60,9 @@ EXIT_SECONDS = 3.0
 CAUSE_SECONDS = 2.5
 FOLLOWED = "followed"
 FAILURES = "failures.jsonl"
+# The lowest port that is tried: those of many known services lie below it.
 FIRST_PORT = 20000
+# Seconds between two looks at a file, at first and at most.
 POLL = 0.05
 SLOWEST_POLL = 1.0
 
@@ -116,12 +119,13 @@ class Ranks:
         job = submitit.JobEnvironment()
         folder = launch_folder(node_folder, job.job_id)
         folder.mkdir(parents=True, exist_ok=True)
+        # From the start, because a shared file system may cache the absence of a file for long.
         (folder / FAILURES).touch()
         write(folder / f"rank-{job.global_rank}.json", lease.this_process())
         return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
 
     def open_rendezvous(self, lease: int) -> Rendezvous | None:
-        """On rank 0: writes the address for the other ranks. None if there are no others."""
+        """Writes the address for the other ranks, on rank 0. Returns None if there are no others."""
         if self.size == 1:
             return None
         rendezvous = Rendezvous(lease, "127.0.0.1" if self.one_host else node_name(), free_port())
@@ -129,7 +133,7 @@ class Ranks:
         return rendezvous
 
     def report_waiting(self, turns: int) -> None:
-        """On rank 0: reports to the others at intervals that it waits for its turn.
+        """Reports to the other ranks at intervals that rank 0 waits for its turn.
 
         Raises PeerLost if one has failed.
         """
@@ -141,8 +145,7 @@ class Ranks:
 
     @contextmanager
     def report_busy(self, turns: int, has_progress: Callable[[], bool]) -> Iterator[None]:
-        """On rank 0: asks the others to help with the check of the inputs, and reports to them from a thread that this
-        work goes on before the rendezvous.
+        """Reports to the other ranks, from a thread, that rank 0 still checks the inputs, and asks for their help.
 
         Args:
             turns: The number of intervals for which it has waited.
@@ -158,6 +161,7 @@ class Ranks:
                 if has_progress() or turn == turns + 1:
                     with suppress(OSError):  # a transient error of the file system: the next report follows
                         write(self.folder / "meeting.json", {"turns": turn, "checks": True})
+                # Often enough that the others give up only after many missing reports.
                 if stop.wait(RENDEZVOUS_SECONDS / 20):
                     return
 
@@ -166,14 +170,15 @@ class Ranks:
             yield
 
     def cancel_rendezvous(self, reason: str) -> None:
-        """On rank 0, at an end without failure: cancels a rendezvous that has not happened yet."""
+        """Cancels a rendezvous that has not happened yet, on rank 0 at an end without failure."""
         if self.size > 1:
             present = read(self.folder / "meeting.json")
+            # An address calls the others to the rendezvous, and must not be replaced.
             if present is None or "turns" in present:
                 write(self.folder / "meeting.json", {"dismissed": reason})
 
     def join_rendezvous(self, help_to_check: Callable[[], None] = lambda: None) -> Rendezvous | None:
-        """On another rank: waits for the call of rank 0; None if rank 0 needs no other rank.
+        """Waits for the call of rank 0, on another rank. Returns None if rank 0 needs no other rank.
 
         Raises MachineError without a call.
 
@@ -205,18 +210,23 @@ class Ranks:
             announce(self.folder, self.rank, failure)
 
     def failure(self) -> Failure | None:
-        """Returns the failure of the launch that another rank has announced, if any: the sentence names the first
-        rank that failed."""
+        """Returns the failure of the launch that another rank has announced, if any.
+
+        The sentence names the first rank that failed.
+        """
         for row in _rows(self.folder):
             if "text" in row:
+                # The first line is this rank's own: the others end because of it.
                 if row.get("rank") == self.rank:
                     return None
                 return Failure.read(f"rank {row['rank']}: {row['text']}", row.get("kind"), str(row.get("bad_node", "")))
         return None
 
     def find_cause(self, failure: Failure) -> Failure:
-        """After a lost connection to another rank: the failure that this rank announces, if it announces one in
-        time."""
+        """Returns the cause of a lost connection: the failure that another rank announces in time.
+
+        Returns `failure` itself if no other rank announces one.
+        """
         deadline = time.monotonic() + CAUSE_SECONDS
         while self.size > 1 and time.monotonic() < deadline:
             if (cause := self.failure()) is not None:
@@ -226,8 +236,10 @@ class Ranks:
 
     @contextmanager
     def watch_failures(self, react: Callable[[Failure], object]) -> Iterator[None]:
-        """Calls `react` from a thread of its own when another rank has failed, or when the launcher announces a failed
-        rank."""
+        """Calls `react`, from a thread of its own, once another rank has failed.
+
+        The launcher can announce the failure as well, for a rank that was killed.
+        """
         if self.size == 1:
             yield
             return
@@ -243,13 +255,15 @@ class Ranks:
             yield
 
     def finish(self) -> None:
-        """On rank 0 of a failed launch, when everything is written: releases the ranks that wait for it."""
+        """Releases the ranks that wait for rank 0 of a failed launch, once it has written everything."""
         if self.size > 1:
             _append(self.folder, {"over": True})
 
     def exit_after_failure(self) -> NoReturn:
-        """On another rank of a failed launch: ends this process when rank 0 has written everything, or after a
-        timeout."""
+        """Ends this process, on a rank other than 0 of a failed launch.
+
+        It waits until rank 0 has written everything, or for a few seconds.
+        """
         deadline = time.monotonic() + EXIT_SECONDS
         with suppress(OSError):
             while time.monotonic() < deadline and not any("over" in row for row in _rows(self.folder)):
@@ -257,13 +271,16 @@ class Ranks:
         end_process(1)
 
     def fail(self, failure: Failure, usage: Usage) -> NoReturn:
-        """On another rank: dismisses all, and ends this process."""
+        """Dismisses all ranks, on another rank than 0, and ends this process."""
         self.announce(failure)
         self.record_end(failure.text, usage)
         self.exit_after_failure()
 
     def exit_on_peer_failure(self, failure: Failure, usage: Usage) -> NoReturn:
-        """On another rank, from a thread, when the launch has failed: writes its stacks to its log, and exits."""
+        """Writes the stacks of this rank to its log, and exits, because the launch has failed.
+
+        A thread of a rank other than 0 calls it.
+        """
         text = f"this launch has failed ({failure.text}), so rank {self.rank} ends; it stands here:\n"
         os.write(2, text.encode())  # not `print`: the hanging thread may hold its lock
         faulthandler.dump_traceback(2, all_threads=True)
@@ -281,16 +298,17 @@ class Ranks:
             yield
 
     def record_end(self, outcome: str, usage: Usage) -> None:
-        """On another rank, at its end: records its outcome and usage.
+        """Records the outcome and the usage of a rank other than 0, at its end.
 
         Args:
             outcome: FOLLOWED, or one sentence on the failure.
+            usage: The usage of this process.
         """
         with suppress(OSError):  # on a full disk its usage is lost
             write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
 
     def peer_usages(self, seconds: float = USAGE_SECONDS) -> list[Usage]:
-        """On rank 0: the usage of the other ranks that end within a few seconds."""
+        """Returns the usage of the other ranks that end within a few seconds, on rank 0."""
         if self.size == 1:
             return []
         deadline = time.monotonic() + seconds
@@ -309,10 +327,9 @@ class Ranks:
 
 @contextmanager
 def _thread(name: str, target: Callable[[threading.Event], None], join: bool = False) -> Iterator[None]:
-    """Runs `target` in a daemon thread and sets its event at the end of the context.
+    """Runs `target` in a daemon thread, and sets its event at the end of the context.
 
-    Args:
-        join: Wait for the thread then.
+    With `join`, the end of the context waits for the thread.
     """
     stop = threading.Event()
     thread = threading.Thread(target=target, args=(stop,), name=name, daemon=True)
@@ -326,16 +343,13 @@ def _thread(name: str, target: Callable[[threading.Event], None], join: bool = F
 
 
 def announce(folder: Path, rank: int, failure: Failure) -> None:
-    """Dismisses every rank of the launch in `folder`.
-
-    Args:
-        rank: The one that failed.
-    """
+    """Dismisses every rank of the launch in `folder`, because `rank` has failed."""
     _append(folder, {"rank": rank, "node": node_name(), **failure.json()})
 
 
 def _append(folder: Path, row: dict[str, Any]) -> None:
     try:
+        # Appended in one piece, so that lines of one host do not mix.
         with open(folder / FAILURES, "a") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:  # on a full disk the launcher or srun ends the others after this rank
@@ -359,14 +373,17 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def end_process(code: int) -> NoReturn:
     """Ends this process, whatever its other threads or the library of a collective do."""
+    # `os._exit` flushes nothing itself.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def polls(deadline: float = float("inf")) -> Iterator[None]:
-    """Yields at growing intervals for polling, because hundreds of ranks wait for one file: at least once, and not
-    after `deadline`."""
+    """Yields at once and then at growing intervals, but not after `deadline`.
+
+    The intervals grow because hundreds of ranks wait for one file.
+    """
     pause = POLL
     while True:
         yield
@@ -429,6 +446,7 @@ def free_port() -> int:
             with socket.socket() as s, suppress(OSError):
                 s.bind(("", port))
                 return port
+    # Without such a port, the system chooses one.
     with socket.socket() as s:
         s.bind(("", 0))
         return int(s.getsockname()[1])
@@ -439,6 +457,7 @@ def living_ranks(controller: int) -> dict[int, int]:
     pids = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
+            # The name of the program stands in parentheses, and may itself contain spaces and parentheses.
             state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
             if int(parent) == controller and state not in b"ZX":
                 environment = (path.parent / "environ").read_bytes()
@@ -479,7 +498,7 @@ class Verdict:
 
     @classmethod
     def of(cls, decision: Decision, outcome: str | Failure) -> Verdict:
-        """outcome: of the attempt, as a failure or in words."""
+        """Returns the verdict with the outcome of the attempt, which is a failure or a word such as `sealed`."""
         if isinstance(outcome, Failure):
             return cls(decision, outcome.text, outcome.kind)
         return cls(decision, outcome)
@@ -491,8 +510,10 @@ class Verdict:
 
     @classmethod
     def read(cls, launch: Path) -> Verdict | None:
-        """Returns the verdict of a launch; None if it does not exist yet, or if its file is damaged, which is
-        reported."""
+        """Returns the verdict of a launch; None if it does not exist yet.
+
+        A damaged file is reported, and counts as none.
+        """
         path = launch / "decision"
         with json_files.reporting("how that task ended is not known"):
             try:

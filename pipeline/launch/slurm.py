@@ -39,6 +39,7 @@ from pipeline.launch.job import JobLimits
 from pipeline.launch.local import damage_of, require_inputs
 from pipeline.launch.slurm_client import Job, NoAnswer, Owner
 
+# Restarts that submitit itself may allow. The job's script counts restarts instead.
 UNLIMITED = 10**6
 # The options that both sbatch and srun have, by which `srun --test-only` knows the job.
 _OF_ALLOCATION = (
@@ -118,6 +119,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             for name in selected:
                 submitter.submit(graph.nodes[name])
         except BaseException as error:
+            # Also after Ctrl-C, since the jobs before it must not run without the rest.
             sentence = _withdraw(submission, store, graph, error)
             try:
                 run.refuse(sentence)
@@ -166,6 +168,7 @@ class _Submitter:
         else:
             previous = None
             if claim is not None and claim.is_hidden(slurm_jobs):
+                # That job may still live, so the new one waits for its end, however it ends.
                 previous, submission.waiting[node.name] = claim.job, claim.user
             self._start(node, previous)
             submission_lock.write(store, node.key, Owner(self.run.id, node.name), submission.submitted[node.name])
@@ -181,6 +184,7 @@ class _Submitter:
         if tasks := array_of(scripts.slurm, node):
             script = self.avoidance.apply(scripts.of_stage(node, dependencies, tasks, previous))
             submission.arrays[name] = start_array(script, task, self.limits, tasks)
+            # The array waits for the inputs, so the stage's job need wait for the array alone.
             dependencies = [submission.arrays[name]]
 
         servers, server_job = servers_of(scripts.slurm, node), ""
@@ -214,6 +218,7 @@ def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseExc
     except NoAnswer as failure:
         return f"{reason}; the jobs before it may still be queued, since {failure}; `atom cancel` cancels them"
     try:
+        # Only after the jobs are cancelled: as long as a job may live, its claim must stand.
         for name in submission.submitted:
             submission_lock.remove(store, graph.nodes[name].key)
     except OSError as failure:
@@ -249,10 +254,8 @@ def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[
 class Avoidance:
     """Excludes bad nodes from jobs, beside those of the profile, but never so many that a job could not start.
 
-    Slurm is asked once for all jobs that request the same, and once more for each bad node if it refuses to do
-    without all.
-
-    kept: a sentence about each node that a job may get all the same.
+    Slurm is asked once for all jobs that request the same, and once more for each bad node if it refuses to do without
+    all. `kept` has a sentence about each node that a job may get all the same.
     """
 
     def __init__(self, bad: list[BadNode]) -> None:
@@ -364,12 +367,15 @@ def _submit(
 
 
 def refusal(output: str, script: BatchScript) -> str:
-    """Returns the message of sbatch in one line: its errors without their prefixes, and the request if it does not
-    fit."""
+    """Returns the message of sbatch in one line: its errors without their prefixes.
+
+    A remedy or the request of the script follows where the message alone does not help.
+    """
     lines = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
     message = "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(output.split())
     if "MaxSubmitJob" in message or "job array" in message:  # too many jobs of a user; more tasks than MaxArraySize
         return f"{message}; lower slurm.array_size, or submit fewer stages at once by --until"
+    # Messages with these words do not say which option Slurm objects to.
     if "specifi" in message or "configuration" in message:
         return f"{message} ({' '.join(_request(script))})"
     return message
@@ -439,13 +445,16 @@ class Checked:
     answer: str
 
     def json(self) -> dict[str, Any]:
-        """With the published name of the answer."""
+        """Returns the fields, with the published name of the answer."""
         return {"stage": self.stage, "script": self.script, "ok": self.ok, "said": self.answer}
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The written scripts, and the folder that has them. lack: why there was no Slurm that could have checked them."""
+    """The written scripts, and the folder that has them.
+
+    `lack` is the reason why there was no Slurm that could have checked them; None if there was one.
+    """
 
     folder: Path
     checks: list[Checked]
@@ -463,9 +472,11 @@ class DryRun:
 
 
 def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> DryRun:
-    """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/` and tests each with `sbatch
-    --test-only`, and its call of srun with `srun --test-only`, if there is a Slurm. Dependencies are comments, because
-    the jobs to wait for do not exist."""
+    """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/`, and has Slurm test them.
+
+    If there is a Slurm, `sbatch --test-only` tests each script, and `srun --test-only` its call of srun. Dependencies
+    are comments, because the jobs to wait for do not exist.
+    """
     require_inputs(graph, store, selected, profile.other_python)
     code = source_code.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
@@ -499,7 +510,11 @@ def _check_script(
     Without `EnforcePartLimits`, Slurm takes a job beyond them and never starts it, unless the QOS lifts the limit.
 
     Args:
+        script: The script.
+        path: The file to write.
+        dependencies: The stages that the job would wait for, for a comment.
         limits: The time limits of the partitions, in minutes.
+        lack: The reason why there is no Slurm; None if it answers.
     """
     head, _, body = script.text().partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -512,6 +527,7 @@ def _check_script(
     except slurm_client.Refused as error:
         return Checked(script.stage, str(path), False, refusal(str(error), script))
     partitions, minutes = str(script.sbatch_options["partition"]), int(script.sbatch_options["time"])
+    # Slurm may start the job in any of its partitions, so the longest limit counts.
     longest = max(limits.get(name, math.inf) for name in partitions.split(","))
     if minutes > longest and "qos" not in script.sbatch_options:
         answer = f"minutes = {minutes} is more than the time limit of partition {partitions}, {longest:.0f} minutes"

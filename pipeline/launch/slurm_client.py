@@ -42,11 +42,15 @@ class Refused(AtomError):
 
 @dataclass(frozen=True)
 class Owner:
-    """The run and the stage that a job belongs to, by the path of its script, which no site changes and no other
-    submission has. Sites change comments and names of jobs, requeueing changes the time of submission, and a controller
-    that lost its state assigns ids again.
+    """The run and the stage that a job belongs to, as the path of its script says.
 
-    part: `shards` or `servers` of a job array beside the stage's job; empty for that job.
+    No site changes that path, and no other submission has it. Sites change comments and names of jobs, requeueing
+    changes the time of submission, and a controller that lost its state assigns ids again.
+
+    Attributes:
+        run: The id of the run.
+        node: The name of the stage.
+        part: `shards` or `servers` of a job array beside the stage's job; empty for that job.
     """
 
     run: str
@@ -71,6 +75,7 @@ class Owner:
         return f"atom {self.run} {self.node} {key}" + (f".{self.part}" if self.part else "")
 
 
+# The names of the scripts are submitit's. Slurm shows the path of a script as the command of its job.
 _SCRIPT = re.compile(
     r"/logs/(?P<run>[^/\s|]+)/(?P<node>[^/\s|]+)/(?:(?P<part>shards|servers)/)?submitit/\.?submission_file_\w+\.sh"
 )
@@ -126,11 +131,14 @@ def run_command(*command: str, seconds: float = SECONDS) -> str:
 
 
 def test_only(*command: str, text: str | None = None) -> str:
-    """When and where a job could start that sbatch or srun is given with these arguments, in Slurm's words; nothing is
-    submitted. Raises Refused.
+    """Returns the start that Slurm expects for a job, in its words; empty if it names none. Nothing is submitted.
 
     Args:
+        *command: sbatch or srun, and its arguments.
         text: The script, if no file has it.
+
+    Raises:
+        Refused: Slurm would not take the job.
     """
     answer = _run((command[0], "--test-only", *command[1:]), SECONDS, text).stderr
     _, _, start = answer.partition(" to start at ")
@@ -146,6 +154,7 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
         raise NoAnswer(f"{command[0]} gave no answer within {seconds:.0f} s; see whether slurmctld is up") from None
     if process.returncode:
         message = process.stderr.strip() or f"exit code {process.returncode}"
+        # These commands judge a request, so their errors are about the request and not about Slurm.
         if command[0] == "sbatch" or "--test-only" in command:
             raise Refused(f"{command[0]}: {message}")
         raise NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
@@ -173,6 +182,7 @@ def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
     Slurm selects by one user; of several users or ids it would send the jobs of the whole cluster.
     """
     jobs = {}
+    # Width 0 keeps squeue from cutting values.
     fields = ",".join(f"{name}:0|" for name in QUEUE_FIELDS)
     for user in sorted(set(users)):
         for row in run_command("squeue", "-h", "-t", "all", "-u", user, "-O", fields).splitlines():
@@ -191,8 +201,10 @@ def _word(value: str) -> str:
 
 
 def _seconds(time_text: str) -> float | None:
-    """Returns a time of Slurm, by the clock and the time zone of this host, in seconds since the epoch; None if it
-    is none."""
+    """Returns a time of Slurm in seconds since the epoch; None if it is none.
+
+    Slurm writes times by the clock and the time zone of this host.
+    """
     try:
         return datetime.fromisoformat(time_text).timestamp()
     except ValueError:  # N/A
@@ -212,7 +224,7 @@ def hides_jobs() -> bool:
 
 
 def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
-    """Jobs from the accounting, by id. Raises NoAnswer without accounting."""
+    """Returns jobs from the accounting, by id. Raises NoAnswer without accounting."""
     job_ids = sorted(set(ids), key=len)
     if not job_ids:
         return {}
@@ -220,7 +232,9 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
     rows = run_command("sacct", "-X", "-n", "-P", "-o", fields, "-j", ",".join(job_ids)).splitlines()
     jobs = {}
     for row in rows:
+        # The submit line and the comment may contain any characters, so they come last and stay together.
         id, state, code, nodes, elapsed, user, reason, text = (row.split("|", 7) + [""] * 8)[:8]
+        # The accounting shows a cancelled job as `CANCELLED by 1000`.
         state, _, uid = state.partition(" by ")
         canceller = user_name(int(uid)) if uid.isdecimal() else ""
         owner = Owner.read(text)
@@ -229,8 +243,11 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
 
 
 def memory_of(id: str) -> tuple[str, str]:
-    """Returns (memory that a job requested on all of its nodes, the most that a task of it was seen to use) in the
-    notation of Slurm, from the accounting; empty where it knows none. Raises NoAnswer without accounting."""
+    """Returns (requested memory, used memory) of a job in the notation of Slurm, from the accounting.
+
+    The first is for all nodes of the job. The second is the most that a task was seen to use. Either is empty where the
+    accounting knows none. Raises NoAnswer without accounting.
+    """
     lines = run_command("sacct", "-n", "-P", "-o", "ReqMem,NNodes,MaxRSS", "-j", id).splitlines()
     rows = [[*line.split("|"), "", ""][:3] for line in lines]
     requested = next((f"{size} on {nodes} nodes" if nodes != "1" else size for size, nodes, _ in rows if size), "")
@@ -238,8 +255,10 @@ def memory_of(id: str) -> tuple[str, str]:
 
 
 def time_of(id: str) -> tuple[str, str]:
-    """Returns (time limit of a job, time that it ran) in the notation of Slurm, from the accounting; empty where it
-    knows none. Raises NoAnswer without accounting."""
+    """Returns (time limit of a job, time that it ran) in the notation of Slurm, from the accounting.
+
+    Either is empty where the accounting knows none. Raises NoAnswer without accounting.
+    """
     rows = run_command("sacct", "-X", "-n", "-P", "-o", "Timelimit,Elapsed", "-j", id).splitlines()
     limit, _, elapsed = rows[-1].partition("|") if rows else ("", "", "")
     return limit, elapsed
@@ -275,7 +294,7 @@ def unavailable_nodes() -> str:
 
 
 def reservation(name: str | None) -> str:
-    """When a reservation begins and ends, in words; Raises NoAnswer.
+    """Returns the name, the begin and the end of a reservation, in words. Raises NoAnswer.
 
     Args:
         name: None for the next maintenance.
@@ -315,7 +334,8 @@ class Answers:
 
         Args:
             function: The function.
-            arguments: Its arguments, which can be hashed.
+            *arguments: Its arguments, which can be hashed. Answers are kept by them.
+            **options: Further arguments, by which answers are not told apart.
 
         Raises:
             NoAnswer: Slurm does not answer, or did not the last time.
@@ -326,6 +346,7 @@ class Answers:
             try:
                 answer = function(*arguments, **options)
             except NoAnswer as error:
+                # Kept as well, so that a controller that does not answer is not asked again at once.
                 answer = error
             now = time.monotonic()
             self._kept = {key: kept for key, kept in self._kept.items() if now - kept[0] < self.seconds}

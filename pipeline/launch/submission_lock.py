@@ -29,6 +29,7 @@ from pipeline.graph.run import BODY
 from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import Job, Owner
 
+# Seconds that a submitter waits for another one, which asks Slurm several times for each stage.
 PATIENCE = 300.0
 
 
@@ -104,6 +105,7 @@ def _key_of(store: Store, owner: Owner) -> str | None:
 def write(store: Store, key: str, owner: Owner, job: str) -> None:
     """Records the job of a key as this user's."""
     claim: _Claim = {"key": key, "job": job, "run": owner.run, "node": owner.node}
+    # On disk at once, because a lost claim would let a second job make the same key.
     atomic_files.write(folder(store) / f"{key}.json", json.dumps(claim) + "\n", durable=True)
 
 

@@ -53,9 +53,12 @@ def work(task: Task) -> str:
 def attempt(
     task: Task, store: Store, ranks: Ranks, on_outcome: Callable[[str | Failure], None] = lambda outcome: None
 ) -> str | Failure:
-    """Runs the attempt on each rank.
+    """Runs the attempt on each rank, and returns its outcome.
 
     Args:
+        task: The parameters of the job.
+        store: The home.
+        ranks: This process among the ranks of the stage.
         on_outcome: Called on rank 0 after the outcome is recorded, by the thread that ends the attempt; the process may
             exit right after.
     """
@@ -80,6 +83,7 @@ def attempt(
         report.ending.acquire()
         outcome = report_failure(error, task.node, task.stage, store)
         ranks.announce(outcome)
+    # The other ranks learn of a failure by its announcement, and of any other end here.
     if isinstance(outcome, str) or outcome.kind is Kind.STOPPED:
         ranks.cancel_rendezvous(outcome if isinstance(outcome, str) else outcome.text)
     end(outcome)
@@ -89,8 +93,10 @@ def attempt(
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Raises Interrupted in the main thread on the first signal to stop: a second signal must not interrupt the
-    cleanup."""
+    """Raises Interrupted in the main thread on the first signal to stop.
+
+    Later signals are ignored, since they must not interrupt the cleanup.
+    """
 
     def stop(number: int, frame: Any) -> None:
         for stop_signal in STOP:
@@ -186,6 +192,7 @@ def _run_attempt(
 
     report.record_abandoned = abandon
     if "SLURM_JOB_ID" in os.environ:
+        # Slurm may start a job again while its old processes live on, on a node that it gave up.
         lease.on_lost = exit_superseded
     try:
         # Another worker may have sealed the product between the look of the launcher and the lease.

@@ -96,7 +96,7 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
 
 
 def _of_jobs(stages: Sequence[NodeStatus], now: float, limits: Thresholds) -> Iterator[Alert]:
-    """Alerts on jobs that do not start: one for each cause, however many jobs have it."""
+    """Yields alerts on jobs that do not start: one for each cause, however many jobs have it."""
     causes: dict[str, list[NodeStatus]] = {}
     for stage in stages:
         if stage.state == REFUSED:
@@ -158,8 +158,10 @@ def _last_spike(recent: Sequence[Sequence[float]]) -> str | None:
 
 
 def _dead_experts(curves: Curves) -> float:
-    """Returns the latest count of dead experts, if there was one at each report of the last `DEAD_STEPS` steps; else
-    0."""
+    """Returns the latest count of dead experts if they are dead for long, else 0.
+
+    There must have been one at each report of the last `DEAD_STEPS` steps.
+    """
     points = curves.points("dead_experts")
     if not points or points[-1][0] - points[0][0] < DEAD_STEPS:
         return 0.0

@@ -71,8 +71,10 @@ def graph_of(recipe: str, without_data: bool = False) -> Graph:
 
 
 def warn_of_home(store: Store) -> None:
-    """Warns on standard error of a full disk, which causes the rest, and of a file in the place of a folder of the
-    home."""
+    """Warns on standard error of a full disk, and of a file in the place of a folder of the home.
+
+    A full disk causes further errors, so it is named first.
+    """
     from pipeline.core import os_errors
 
     if text := os_errors.full_disk(store.home):

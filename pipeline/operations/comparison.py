@@ -1,5 +1,7 @@
-"""Compares two recipes, by settings, keys and the cost of what would run again; and runs, by settings, metrics, scores
-and costs, from their files alone.
+"""Compares two recipes, or several runs.
+
+Recipes are compared by settings, keys and the cost of what would run again. Runs are compared by settings, metrics,
+scores and costs, from their files alone.
 """
 
 from __future__ import annotations
@@ -273,8 +275,10 @@ def _log(run: Run, store: Store, node: NodeRow, statements: Sequence[Statement])
 
 
 def _invocation(body: Statement) -> tuple[str, str]:
-    """Returns the run and the stage of an attempt; two empty texts if the statement does not say it as a place of
-    logs."""
+    """Returns the run and the stage of an attempt.
+
+    Returns two empty texts if the statement does not name them as a place of logs.
+    """
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w@.-]*)", provenance.invocation(body))
     return (match[1], match[2]) if match else ("", "")
 

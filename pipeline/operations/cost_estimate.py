@@ -1,5 +1,7 @@
-"""Estimates the cost of a plan on a cluster: hours, money and energy of each stage, from its estimate and the
-profile."""
+"""Estimates the cost of a plan on a cluster.
+
+The hours, the money and the energy of each stage follow from its estimate and the cluster profile.
+"""
 
 from __future__ import annotations
 
@@ -83,6 +85,7 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
     gpus, slurm = _gpus(row, profile), profile.slurm
     if gpus and row.gpus and estimate.gpu_seconds is not None:
         seconds = _in_shards(row, estimate.gpu_seconds / gpus, slurm)
+        # The job pays for all of its GPUs, and the stage may use only some of them.
         held = _gpus(row, profile, all_of_job=True) / gpus
         return Use(name, seconds / 3600, gpu_hours=held * estimate.gpu_seconds / 3600)
     if gpus:
@@ -103,12 +106,20 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
 
 
 def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
-    """Returns the use of a stage on so many GPUs, whose `hours` are those in which its ranks compute, with the work
-    that servers do for it, or rank 0 without any. Servers in jobs of their own hold their GPUs as long as the stage
-    runs."""
+    """Returns the use of a stage with the work that its servers do, or rank 0 if it has no servers.
+
+    Servers in jobs of their own hold their GPUs as long as the stage runs.
+
+    Args:
+        use: The use without that work. Its `hours` are those in which the ranks compute.
+        row: The plan of the stage.
+        profile: The cluster profile.
+        gpus: The number of GPUs of the ranks.
+    """
     work, servers = row.estimate.served, servers_of(row, profile)
     if work is None:
         return replace(use, gpu_hours=use.hours * gpus)
+    # Without servers in jobs of their own, rank 0 does their work: on one GPU if it has any, else on a core.
     in_server = servers.gpus_per_node if servers else min(gpus, 1)
     rate = in_server * work.gpu_flops or (servers.cpus_per_task if servers else 1) * work.cpu_flops
     # Seconds of the servers' work, in parallel on all of them; it comes on top unless the ranks compute meanwhile.
@@ -138,8 +149,10 @@ def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
 
 
 def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
-    """Returns the source of the time of a training phase: a measured rate or the model; or the reason that it has
-    none."""
+    """Returns the source of the time of a training phase: a measured rate, or the model of training time.
+
+    Without either, returns the reason.
+    """
     training, gpu, name = row.estimate.training, profile.gpu, f"cluster profile {profile.name}"
     if training is None:
         return "on GPUs training phases alone are estimated"
@@ -158,13 +171,13 @@ def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
 
 
 def _seconds(row: StagePlan, rate: Rate) -> float:
-    """GPU seconds of a training phase at a measured rate."""
+    """Returns the GPU seconds of a training phase at a measured rate."""
     assert rate.utilization is not None
     return _flops_of_ranks(row) * (RECOMPUTED if _recomputes(row) else 1) / (rate.peak * rate.utilization)
 
 
 def _flops_of_ranks(row: StagePlan) -> float:
-    """FLOPs without those that servers may take over."""
+    """Returns the FLOPs of a stage without those that servers may take over."""
     assert row.estimate.flops is not None
     return row.estimate.flops - (row.estimate.served.flops if row.estimate.served else 0.0)
 
@@ -185,8 +198,7 @@ def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
 def _gpus(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
     """Returns the total number of GPUs of a stage's ranks.
 
-    Args:
-        all_of_job: With unused ones and those of spare nodes.
+    With `all_of_job`, unused GPUs of its nodes and those of spare nodes count as well.
     """
     if profile.slurm is None:
         return 0
@@ -277,7 +289,7 @@ def _without_estimate(uses: tuple[Use, ...]) -> list[str]:
 
 
 def _unused_gpus(rows: list[StagePlan], profile: Profile) -> list[str]:
-    """Sentences on the stages whose jobs request whole nodes and leave some GPUs unused."""
+    """Returns sentences on the stages whose jobs request whole nodes and leave some GPUs unused."""
     if profile.slurm is None:
         return []
     names: dict[tuple[int, int], list[str]] = {}

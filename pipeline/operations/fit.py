@@ -35,10 +35,14 @@ class Fit:
 
 
 def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> list[Fit]:
-    """For each stage. What earlier stages leave on disk counts for later ones.
+    """Returns for each stage the reasons why it does not fit the cluster, if any.
+
+    The data that earlier stages leave on the disk counts for later ones.
 
     Args:
+        rows: The plans of the stages, in order.
         uses: The cost estimate of each stage, by its name.
+        profile: The cluster profile.
 
     Raises:
         RecipeError: The ranks of a stage do not fill the profile's nodes equally.
@@ -71,8 +75,10 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
 
 
 def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -> None:
-    """Raises RecipeError if a selected stage does not fit, if the Hub would not take what it publishes, or if its
-    watchdog is too impatient."""
+    """Raises RecipeError if a selected stage does not fit the cluster.
+
+    It is also raised if the Hub would not take what a stage publishes, or if a watchdog is too impatient.
+    """
     rows = plan(graph, states(graph, store), selected)
     require_publishable(rows)
     require_patient_watchdogs(rows, profile.storage.gb_s)
@@ -95,8 +101,11 @@ def require_publishable(rows: list[StagePlan]) -> None:
 
 
 def unpublishable(rows: list[StagePlan]) -> list[str]:
-    """Returns a sentence for each limit of the Hub that the published files exceed: bytes of a file, files of a
-    folder, and files of a repository. Sizes are those of the estimates, with equal parts."""
+    """Returns a sentence for each limit of the Hub that the published files exceed.
+
+    The limits are for the bytes of a file, the files of a folder and the files of a repository. Sizes are those of the
+    estimates, with equal parts.
+    """
     refused: list[str] = []
     shared: Counter[str] = Counter()
     for row in rows:
@@ -146,7 +155,7 @@ def _nodes(row: StagePlan, profile: Profile) -> list[str]:
 
 
 def _format(row: StagePlan, profile: Profile) -> list[str]:
-    """Products in FP4, where the profile states its GPUs and no rate for them."""
+    """Returns the problem of products in FP4, where the profile states its GPUs and no rate for them."""
     training, gpu, slurm = row.estimate.training, profile.gpu, profile.slurm
     on_gpus = slurm is not None and slurm.allocation(row.state.name, row.needs).gpus
     if training is None or gpu is None or not on_gpus or family(training.precision) != "fp4" or gpu.fp4 is not None:
@@ -201,8 +210,11 @@ def _machine_bytes(profile: Profile) -> float:
 
 
 def _time(row: StagePlan, use: Use, profile: Profile) -> list[str]:
-    """Returns the part of a stage that must end within one start: training to its next work checkpoint, a shard and
-    the joining of all, else the whole stage."""
+    """Returns the reason why a job is too short for a stage, as a list that is empty if it is not.
+
+    One start must last for training to the next work checkpoint, for a shard and for the joining of all shards, or else
+    for the whole stage.
+    """
     slurm, estimate, hours, what = profile.slurm, row.estimate, use.hours, "it"
     if slurm is None:
         return []

@@ -1,9 +1,9 @@
-"""Finds the data of `$ATOM_HOME` that can be removed: state of sealed stages, leftovers of failed attempts, and data
-that no run references.
+"""Finds the data of `$ATOM_HOME` that can be removed.
 
-Every artifact that a run of any age and recipe references, or that a release was built from, is kept. Products of
-training stages, including checkpoints of unfinished ones, and predictions are removed only by name. If a file with
-references is unreadable, everything that it might reference is kept.
+It is the state of sealed stages, leftovers of failed attempts, and data that no run references. Every artifact that a
+run of any age and recipe references, or that a release was built from, is kept. Products of training stages, including
+checkpoints of unfinished ones, and predictions are removed only by name. If a file with references is unreadable,
+everything that it might reference is kept.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Needed:
 
 
 def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> tuple[list[Loose], list[str]]:
-    """Returns the removable folders, the largest first, and the unreferenced folders that are kept, each with the
-    reason.
+    """Returns the removable folders, the largest first, and notes on unreferenced ones that are kept, with the reason.
 
     Args:
+        store: The home.
         named: Keys to remove in spite of references.
         ignored: Ids of runs whose references do not count.
 
@@ -147,6 +147,7 @@ def delete(
             if not os.path.lexists(row.path):
                 os.rename(moved[row], row.path)
             del moved[row]
+        # With the folders that an interrupted deletion left there.
         shutil.rmtree(trash)
     return list(moved)
 
@@ -253,8 +254,10 @@ def _add_needed_by_releases(store: Store, needed: Needed) -> None:
 
 
 def _is_beside(path: Path) -> bool:
-    """Returns True if an entry of the folder of releases is hidden, or what publications and replays leave beside a
-    release."""
+    """Returns True if an entry of the folder of releases is no release.
+
+    It is hidden, or a file or folder that publications and replays leave beside a release.
+    """
     is_file, is_folder = path.is_file() and not path.is_symlink(), path.is_dir() and not (path / "evidence").exists()
     beside = (is_file and path.name.endswith(".publish.jsonl")) or (is_folder and path.name.endswith(".replays"))
     return path.name.startswith(".") or beside

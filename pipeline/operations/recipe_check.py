@@ -51,7 +51,9 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
     """Checks a recipe and the data recipe that it names.
 
     Args:
-        cluster: And whether it fits this profile.
+        reference: The recipe as the user wrote it.
+        store: The home.
+        cluster: A cluster profile that is checked too, with the fit of the recipe to it; None: no profile.
     """
     path, problems = _load(reference, "pipeline.recipes", "recipe", recipe.schema())
     raw = _mapping(path)

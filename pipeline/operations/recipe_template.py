@@ -84,11 +84,14 @@ def write(name: str, source: str, folder: Path, start_from: str | None = None) -
     """Writes `<folder>/<name>.yaml` from a packaged recipe, and the schema beside it. Returns its path.
 
     Args:
+        name: The name of the release, and of the file.
+        source: The name of the packaged recipe.
+        folder: The folder for both files.
         start_from: The published model with which it begins, for a packaged recipe with that section.
 
     Raises:
-        AtomError: The name is none of a release, if no packaged recipe is called `source`, for a model that cannot be
-            read, and if the file exists.
+        AtomError: The name is none of a release or is that of a packaged recipe, no packaged recipe is called `source`,
+            the model or a file cannot be read or written, or the recipe exists already.
     """
     try:
         TypeAdapter(ReleaseName).validate_python(name)

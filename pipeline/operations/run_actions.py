@@ -54,7 +54,7 @@ class RunRow:
 
     @property
     def hours(self) -> float:
-        """From its start to its last event."""
+        """The hours from its start to its last event."""
         return (self.last_event - self.began) / 3600
 
     def json(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def has_log(run: Run, stage: str, rank: int) -> bool:
 
 
 def _logs(run: Run, stage: str) -> list[Path]:
-    """Rank 0's logs of a stage, the latest last."""
+    """Returns rank 0's logs of a stage, the latest last."""
     return sorted((run.folder / stage / "submitit").glob(f"*{FIRST}"), key=lambda path: path.stat().st_mtime)
 
 

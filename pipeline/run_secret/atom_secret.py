@@ -1,7 +1,8 @@
 """A secret that the processes of a run share, and the signatures by which they know each other's messages.
 
 The secret is 32 random bytes in a file that only its user may read. It never travels: a message carries an HMAC
-(SHA-256) of its purpose and its content. No module of this project: vLLM's processes import it too.
+(SHA-256) of its purpose and its content. This module imports no other one of the project, because vLLM's processes
+import it too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def make(path: Path) -> None:
             file.write(secrets.token_hex(32))
             file.flush()
             os.fsync(descriptor)
+        # The link appears with its content complete, and fails if another process was faster.
         with suppress(FileExistsError):
             os.link(draft, path)
     finally:
@@ -40,6 +42,7 @@ def make(path: Path) -> None:
 def read(path: Path) -> bytes:
     """Returns the secret in a file. Raises UnusableSecret if another user owns the file or may read it."""
     try:
+        # A link is not followed, and the writer of a pipe is not waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise UnusableSecret(f"the secret {path} cannot be read ({error.strerror})") from None
@@ -57,11 +60,14 @@ def sign(key: bytes, purpose: str, *parts: str) -> str:
     """Returns the signature of a message.
 
     Args:
+        key: The secret.
         purpose: The use of the message, so that no message stands for another.
+        *parts: The parts of the message.
     """
     signature = hmac.new(key, digestmod="sha256")
     for part in (purpose, *parts):
         data = part.encode(errors="surrogateescape")
+        # The length before each part tells apart ("ab", "c") and ("a", "bc").
         signature.update(len(data).to_bytes(8, "big") + data)
     return signature.hexdigest()
 

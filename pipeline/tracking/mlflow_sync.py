@@ -41,6 +41,7 @@ from pipeline.launch import attempt
 from pipeline.launch.attempt import StartSettings
 from pipeline.launch.companion import NO_TRACKING
 
+# The most metrics and the most params that MLflow takes in one request.
 BATCH, PARAMS_PER_BATCH = 1000, 100
 # The curve from which the utilization of the GPUs is computed.
 SPEED = "step_tokens_per_s"
@@ -90,8 +91,10 @@ def error_tags(node: NodeStatus) -> dict[str, str]:
 
 
 def curve_metrics(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
-    """Returns the points of a log of metrics, and `mfu` where the profile states the peak of its GPUs: the share of it
-    that the model's FLOPs of a step reach."""
+    """Returns the points of a log of metrics, with `mfu` where the profile states the peak of its GPUs.
+
+    `mfu` is the share of that peak that the model's FLOPs of a step reach.
+    """
     from mlflow.entities import Metric
 
     peak = flops = 0.0
@@ -153,10 +156,12 @@ STATE: TypeAdapter[Any] = TypeAdapter(_State)
 # Seconds between two transfers.
 EVERY = 5.0
 SQLITE = b"SQLite format 3\0"
+# The largest result file that is sent, in bytes.
 SMALL = 1_000_000
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    # One retry and a short timeout, because the next transfer begins a few seconds later anyway.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_LOGGING_LEVEL": "ERROR",  # below, MLflow prints each value that it cuts
@@ -219,6 +224,7 @@ class Forwarder:
         if uri == NO_TRACKING:
             raise AtomError(f"MLFLOW_TRACKING_URI = {NO_TRACKING}, so nothing is sent; unset it, or name a store")
         _require_sqlite(uri, self.store.home / "mlartifacts")
+        # Before the import, because MLflow reads some of them when it is imported.
         os.environ.update({k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ})
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
@@ -265,8 +271,10 @@ class Forwarder:
         self._set_status(client, progress, node)
 
     def _set_status(self, client: Any, progress: dict[str, Any], node: NodeStatus) -> None:
-        """Sets the status of a stage, once for each change: FINISHED, FAILED or KILLED with the error, or RUNNING again
-        after one of these."""
+        """Sets the status of a stage, once for each change.
+
+        It becomes FINISHED, or FAILED or KILLED with the error, or RUNNING again after one of these.
+        """
         before, now = progress.get("status", "RUNNING"), child_status(node)
         if now == before:
             return
@@ -288,6 +296,7 @@ class Forwarder:
         while has_more:
             send_batch(client, progress["id"], metrics=curve_metrics(tail.read(), start))
             has_more = tail.has_more
+            # Recorded after the rows are sent: after a kill some are sent again, and none is lost.
             if tail.offset != progress["offset"]:
                 progress["offset"] = tail.offset
                 self._save()
@@ -329,10 +338,10 @@ def outcome_of(nodes: list[NodeStatus]) -> str:
 
 @cache
 def _require_sqlite(uri: str, artifact_folder: Path) -> None:
-    """Raises Damaged if the path for an SQLite file is something else: MLflow would retry for a minute, and wait
-    forever for a pipe.
+    """Raises Damaged if something else has the path of an SQLite file or of the folder of artifacts.
 
-    Only called before SQLite opens the file, because closing it here would release SQLite's locks on it.
+    MLflow would retry for a minute, and wait forever for a pipe. Only called before SQLite opens the file, because
+    closing it here would release SQLite's locks on it.
     """
     if not uri.startswith("sqlite:///"):
         return
@@ -380,6 +389,7 @@ def follow(home: Path, run_id: str, whole: bool) -> None:
     folder = run.folder / "mlflow"
     end = folder / "over"
     lease = Lease.take(folder)
+    # The input ends with the process that started this one, also if that process is killed.
     while not select.select([sys.stdin], [], [], EVERY)[0]:
         if lease is None or lease.lost:
             lease = Lease.take(folder)
@@ -388,6 +398,7 @@ def follow(home: Path, run_id: str, whole: bool) -> None:
     over = whole or sys.stdin.read() == "over"
     if over:
         end.touch()
+    # At the end of a run its rest is sent here, once no other process sends.
     while lease is None and over:
         time.sleep(0.5)
         lease = Lease.take(folder)

@@ -38,7 +38,7 @@ class StageView:
 
     @property
     def events(self) -> EventSummary:
-        """As its status was read from them."""
+        """The summary of its events, as it was when its status was read."""
         assert self.status.events is not None, "the status of a node of a run has them"
         return self.status.events
 
@@ -54,7 +54,7 @@ class StageView:
         return [name for name in [*known, *sorted(set(names) - set(known))] if name not in NO_CHARTS]
 
     def counts(self) -> list[str]:
-        """Restarts, spikes and dead experts, in words."""
+        """Returns the numbers of restarts, spikes and dead experts, in words."""
         counts = {
             "restart": self.status.restarts or 0,
             "loss spike": self.curves.count("spike") if self.curves else 0,
@@ -81,7 +81,7 @@ class Spending:
         return self.used[name] + self.running[name]
 
     def expected(self, name: Resource) -> float:
-        """At the end of the running stages."""
+        """Returns the use that is expected at the end of the running stages."""
         return self.now(name) + self.coming[name]
 
 
@@ -106,7 +106,7 @@ class Snapshot:
         return sorted(reversed(with_curves), key=lambda stage: stage.status.state != "running")
 
     def spending_text(self) -> list[str]:
-        """Hours and money, used and expected, beside the budget."""
+        """Returns lines on the hours and the money, used and expected, beside the budget."""
         prices, lines = self.run.body.get("prices"), []
         total = budget.hours(self.spending.now)
         expected = budget.hours(self.spending.expected)
@@ -124,8 +124,7 @@ class Snapshot:
 def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
     """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing.
 
-    Args:
-        answers: Answers of Slurm, which a loop keeps.
+    `answers` are the answers of Slurm, which a loop keeps.
     """
     nodes, lack = status.status(run, store, answers)
     stages = []
@@ -163,6 +162,7 @@ def used_hours(store: Store, key: str) -> Hours:
         return budget.used(store, [key])  # which reports it
 
 
+# A statement never changes, so the names of statements stand for their content.
 @lru_cache(maxsize=10_000)
 def _hours(home: Path, key: str, names: tuple[str, ...]) -> Hours:
     return budget.used(Store(home), [key])

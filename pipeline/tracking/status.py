@@ -38,10 +38,9 @@ UNSUBMITTED = "unsubmitted"
 
 
 def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
-    """Returns the stages of a run, and one sentence on missing information.
+    """Returns the stages of a run, and one sentence on missing information; None instead of it if nothing is missing.
 
-    Args:
-        answers: Answers of Slurm, which a loop keeps.
+    `answers` are the answers of Slurm, which a loop keeps.
     """
     answers = answers or Answers()
     stages, jobs = runs.status(run, store), run.jobs()
@@ -138,8 +137,12 @@ def _add_job_state(
     """Returns the status of a node from its files and from Slurm's state of its job; an artifact outranks both.
 
     Args:
+        node: The status by the files of the stage.
+        id: The id of the job.
+        job: The job as Slurm describes it; None if Slurm does not know it.
         launch: The folder of the last launch.
         hidden_of: The user whose jobs Slurm does not show to this one.
+        answers: Answers of Slurm.
     """
     node = replace(node, job=id)
     if launch is not None:
@@ -189,11 +192,16 @@ def _hides_jobs(answers: Answers) -> bool:
 
 
 def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers, kind: str | None = None) -> str:
-    """Returns the sentence about an ended job: the outcome that its stage or its script recorded, else by Slurm's final
-    state.
+    """Returns the sentence about an ended job.
+
+    It is the outcome that the stage or the script of the job recorded, or else follows from Slurm's final state.
 
     Args:
-        recorded, kind: The outcome of the stage, and its kind; empty, or CUT_OFF, if it recorded none.
+        job: The job.
+        recorded: The outcome that the stage recorded; empty, or CUT_OFF, if it recorded none.
+        verdict: The decision of the last launch; None without one.
+        answers: Answers of Slurm.
+        kind: The kind of the recorded failure.
     """
     row = diagnoses.of_job(job.state, job.code)
     if row is FAILURES["cancelled"]:
