@@ -1,5 +1,6 @@
 """The commands that predict runs, and the one that shows the whole pipeline: `predict` seals what it says of a run,
-`ladder` fits a law and answers questions, `demo` makes a tiny release."""
+`ladder` fits a law and answers questions, `demo` makes a tiny release.
+"""
 
 from __future__ import annotations
 

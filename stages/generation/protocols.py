@@ -145,7 +145,8 @@ class Sampler(ABC):
     @abstractmethod
     def load(self, weights: Weights) -> None:
         """Loads a policy's weights: a mapping by their Hugging Face names, with the policy's digest and, if they are in
-        files, the folder."""
+        files, the folder.
+        """
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
