@@ -62,6 +62,7 @@ class VllmServer(Sampler):
         settings = context.settings
         self.config, self.stops, self.folder = dict(context.config), frozenset(context.stops), context.folder.absolute()
         self.max_new_tokens, self.temperature = settings.max_new_tokens, temperature
+        # Servers that the recipe names come first, so nothing is searched then.
         self.note, self.search = context.note, None if settings.url else search
         self.weights: Weights | None = None
         # The servers that have the weights; the others are new or lost.
@@ -113,6 +114,7 @@ class VllmServer(Sampler):
             if self.weights is not None and weights.digest == self.weights.digest:
                 return
             self.weights, was_alone = weights, not self.serving
+            # Before a server has them: an answer under way may end with the new weights.
             self.handed_over.append(weights.digest)
             try:
                 try:
