@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 RETRACTED_CODE = 3
+# The check that recognizes an old copy.
 RETRACTION = "retraction"
-"""The check that recognizes an old copy."""
 
 
 @app.command(rich_help_panel=CHECK)
@@ -242,7 +242,7 @@ def replay(
 
 
 def _span(steps: str | None) -> tuple[int | None, int | None]:
-    """The two numbers of A:B. Raises AtomError."""
+    """Returns the two numbers of A:B. Raises AtomError if there are none."""
     if steps is None:
         return None, None
     first, _, last = steps.partition(":")
@@ -252,9 +252,9 @@ def _span(steps: str | None) -> tuple[int | None, int | None]:
 
 
 def _verdict_text(verdict: Verdict, quiet: bool = False) -> str:
-    """One line for each check, its problems below it, a sentence to quote, and the verdict last.
+    """Returns one line for each check, its problems below it, a sentence to quote, and the verdict last.
 
-    quiet: of the checks only those that are bad or noted.
+    With `quiet`, only the checks that are bad or noted have a line.
     """
     marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
     lines = []

@@ -179,7 +179,7 @@ def retract(
 
 
 def _published_text(report: PublishReport) -> str:
-    """One line for each repository."""
+    """Returns one line for each repository, and one on the whole publication."""
     lines = [f"{r.kind} {r.repo}@{r.revision} {r.commit[:12]}" for r in report.repositories]
     visible = "public" if report.public else "private"
     return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])

@@ -1,9 +1,11 @@
 """`atom publish`: uploads a release to the Hub in stages, so that no partial upload is ever public.
 
-1. private repositories, filled in commits of at most 50 files, the checksum file of each last; the missing files of a
-public repository go to a staging branch (see `upload`); 2. everything pulled back into a temporary folder and verified,
-moved from the staging branches, and tagged; the page, as a Space (see `space`); 3. only then, and only with
-`--public`, public in the order data, checkpoints, models, Space, collection.
+1. Private repositories are filled in commits of at most 50 files (more in a large upload), the checksum file of each
+   last. The missing files of a public repository go to a staging branch (see `upload`).
+2. Everything is pulled back into a temporary folder and verified, moved from the staging branches, and tagged. The page
+   is published as a Space (see `space`).
+3. Only then, and only with `--public`, the repositories become public, in the order data, checkpoints, models, Space,
+   collection.
 
 Each changing call is recorded in `<release>.publish.jsonl` beside the release. No other state is kept: a second run
 uploads only the differences to the Hub, so it finishes an interrupted publication.

@@ -27,14 +27,14 @@ from stages.evaluation.scaling_law import Band
 
 SCHEMA = 1
 REPORT, PLOT = "ladder.json", "ladder.png"
+# Places of the drawn law.
 CURVE = 40
-"""Places of the drawn law."""
+# Sizes with a color of their own in the plot; of more, all points have one.
 MOST_SIZES = 6
-"""Sizes with a color of their own in the plot; of more, all points have one."""
+# FLOPs of a parameter and token.
 TRAIN, SERVE = 6.0, 2.0
-"""FLOPs of a parameter and token."""
+# Sizes that are compared at once, and how often the search narrows to the neighbors of the best one.
 GRID, ZOOMS = 200, 6
-"""Sizes that are compared at once, and how often the search narrows to the neighbors of the best one."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ def _cheapest(law: dict[str, Array], loss: float, served: float) -> Choice:
     return Choice(float(size), read, loss, TRAIN * size * read, SERVE * size * served)
 
 
+# Compute, the value there, and its band.
 Points = list[tuple[float, float, float, float]]
-"""Compute, the value there, and its band."""
 
 
 @dataclass(frozen=True)

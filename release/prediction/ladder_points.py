@@ -21,10 +21,10 @@ from pipeline.graph.dag import Graph
 from release.prediction import sealing
 from stages.evaluation.ladder_laws import Form
 
+# Points of a file: the refits of a band hold 16 kB for each.
 MOST_POINTS = 2000
-"""Points of a file: the refits of a band hold 16 kB for each."""
+# {figure: its name in prediction.json of a release}
 ALIASES = {"parameters": "active", "loss": "heldout_loss"}
-"""{figure: its name in prediction.json of a release}"""
 ANY = TypeAdapter(Any)
 
 

@@ -43,10 +43,10 @@ from release.signing import SigningKey, sign
 from release.tracing.release_data import ReleaseData
 from stages.data.curate.deny_list import DenyList
 
+# The files that stay of a model that is taken back as a whole.
 KEPT_OF_REMOVED = (CARD, "LICENSE", RETRACTED)
-"""The files that stay of a model that is taken back as a whole."""
+# Documents that a report lists.
 SHOWN = 20
-"""Documents that a report lists."""
 Progress = Callable[[str], None]
 
 

@@ -20,12 +20,12 @@ from release.retraction.documents import Reached
 from release.schema import CARD
 from stages.data.curate.deny_list import OPT_OUT_RULE, match_text
 
+# A shorter text is looked for as the whole value of a column only: it occurs in others by chance.
 MIN_TEXT = 20
-"""A shorter text is looked for as the whole value of a column only: it occurs in others by chance."""
 BATCH = 4096
 MESSAGES = f"dataset/{message_tables.FOLDER}/"
+# The folders of tables that are about documents and do not hold their texts as they are.
 BY_ID = (f"dataset/{ATTRIBUTION}/", MESSAGES)
-"""The folders of tables that are about documents and do not hold their texts as they are."""
 HEAD = re.compile(r"\A---\r?\n.*?\r?\n---\s*?\n", re.DOTALL)
 
 
@@ -63,7 +63,7 @@ def add_notice(card: Path, notice: str) -> None:
 
 
 def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
-    """Writes a table again if it holds a document. name: the path of the table in the release."""
+    """Writes a table again if it holds a document. Its path in the release is `name`."""
     import pyarrow.parquet as pq
 
     # Dispositions keep their rows, and state the removal; other tables lose rows.

@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 
+# The extension of a certificate that names the OpenID provider.
 ISSUER = "1.3.6.1.4.1.57264.1.1"
-"""The extension of a certificate that names the OpenID provider."""
 ONLINE = "; Sigstore needs a network, or give --trust-config of another instance"
 
 

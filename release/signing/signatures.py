@@ -91,8 +91,8 @@ def is_fingerprint(text: str | None) -> bool:
     return text is not None and FINGERPRINT.fullmatch(text) is not None
 
 
+# Files that a signature does not cover, besides git's: the signature and its key, and files of the Hub's client.
 IGNORED = (SIGNATURE, PUBLIC_KEY, ".cache")
-"""Files that a signature does not cover, besides git's: the signature and its key, and files of the Hub's client."""
 
 
 def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambda text: None) -> str:

@@ -122,7 +122,7 @@ def verify(
 
 
 class _Invalid(Exception):
-    """A signature that is not valid. signer: the one that it claims, if that is known."""
+    """A signature that is not valid. `signer` is the one that it claims, if that is known."""
 
     def __init__(self, problem: str, signer: str | None = None) -> None:
         super().__init__(problem)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 LFS_BYTES = 10 << 20
 PART_BYTES = 64 << 20
+# Commits to a repository: the Hub states this number when it refuses one more (braindecode/braindecode issue 947).
 COMMITS_PER_HOUR = 128
-"""Commits to a repository: the Hub states this number when it refuses one more (braindecode/braindecode issue 947)."""
 
 
 async def health(request: Request) -> Response:

@@ -22,11 +22,9 @@ from pathlib import Path
 from pipeline.core.errors import AtomError
 
 LOCAL_TOKEN = "hf_local"
+# Seconds for which an idle connection stays open. Clients keep one for a shorter time, so none sends its next request
+# on a connection that the server is about to close.
 IDLE_SECONDS = 75
-"""Seconds for which an idle connection stays open.
-
-Clients keep one for a shorter time, so none sends its next request on a connection that the server is about to close.
-"""
 
 
 def main(argv: list[str] | None = None) -> None:

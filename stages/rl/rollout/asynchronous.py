@@ -41,6 +41,8 @@ class Group:
     """A group that is issued and not yet taken.
 
     Attributes:
+        number: Number in which it was issued.
+        row: Its task.
         version: Version of the policy at that time.
         requests: (task, seed) of each answer.
     """
@@ -52,20 +54,22 @@ class Group:
 
 
 class Source(Protocol):
-    """Where the answers of issued groups come from."""
+    """A source of the answers of issued groups."""
 
     def issue(self, groups: Iterable[Group]) -> None:
-        """Groups to draw."""
+        """Takes groups to draw."""
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
         """Returns the group that the step takes next, at this place among its answers, as it was drawn and scored.
 
         Args:
+            step: Number of the step.
+            place: Number of answers that the step has taken so far.
             history: {digest of a policy: its version} of all policies so far.
         """
 
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
-        """The answers that the step took."""
+        """Takes note of the answers that the step took."""
 
 
 class Intake:
@@ -114,6 +118,7 @@ class Intake:
         Rank 0 only. Raises what the source raises.
 
         Args:
+            step: Number of the step.
             digest: Digest of the trainer's policy.
             mark: Gives the answers of a group the reason why no update uses them.
         """
@@ -227,7 +232,10 @@ class LiveGroups:
                     self.pending.append(group)
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
-        """Raises the error of the sampler or a verifier, and MachineError if no group is finished in time."""
+        """Returns the group that the step takes next, with its answers.
+
+        Raises the error of the sampler or a verifier, and MachineError if no group is finished in time.
+        """
         while True:
             before = self.taken_before.get(step)
             answers = before[0] if before else self._wait(step)
@@ -344,7 +352,7 @@ class LiveGroups:
                 path.unlink()
 
     def _report(self, step: int, queued: int) -> None:
-        """The metrics of the time since the last step took its groups."""
+        """Reports the metrics of the time since the last step took its groups."""
         with self.changed:
             now = time.monotonic()
             if self.idle_since is not None:
@@ -374,7 +382,7 @@ class LiveGroups:
                 return
 
     def _to_draw(self) -> list[Group]:
-        """Groups to draw at once; none if the phase ends."""
+        """Returns the groups to draw at once; none if the phase ends."""
         with self.changed:
             while not self.released and not self.closed:
                 self.changed.wait()

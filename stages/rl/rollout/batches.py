@@ -30,8 +30,8 @@ class Example:
         start: Index of the answer's first token.
         row: Numbers of the example by name.
         tokens: Numbers of each token of the answer by name.
-        mask: Which tokens of the answer are targets, by default all; the others, such as results of tools, are only
-            read.
+        mask: True for each token of the answer that is a target, by default for all. The others, such as results of
+            tools, are only read.
         routes: The experts of all tokens but the last, int16 [tokens, layers with experts, experts of a token]; None:
             those that the routers choose.
     """
@@ -60,6 +60,9 @@ def build_rank_batch(
 
     Args:
         units: Examples that must stay together, such as the two of a pair, those of one question in succession.
+        micro_batches: Micro-batches of the update, over all data-parallel ranks.
+        ranks: The ranks of the trainer.
+        pad_id: Id of the padding token.
         targets: The divisor of the objective's sum.
     """
     assert micro_batches % ranks.data_ranks == 0, "the recipe's check"
@@ -124,6 +127,9 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
     Labels, loss mask and extras have a row for each example, a column for each token of its answer.
 
     Args:
+        examples: The examples of the row, from left to right.
+        width: Tokens of the row, padding included.
+        pad_id: Id of the padding token.
         recorded: The routes of some example of the update, if any has some.
     """
     segments = _segments(examples)
@@ -165,7 +171,10 @@ def _routes(
     """Returns the experts of a row's tokens, for `Batch.routes`: all micro-batches of an update have them, or none.
 
     Args:
+        examples: The examples of the row.
         answers: The segment of each example's answer.
+        width: Tokens of the row, padding included.
+        recorded: The routes of some example of the update, if any has some.
     """
     if recorded is None:
         return None

@@ -151,8 +151,9 @@ class Verifiers:
         raise AssertionError("unreachable")
 
     def _note_killed(self, name: str, answers: list[Answer], scored: list[Parts]) -> list[Parts]:
-        """Reports the answers that were killed or that killed their verifier, because a reward of 0 does not show
-        this.
+        """Reports the answers that were killed or that killed their verifier.
+
+        A reward of 0 does not show this.
         """
         killed = [str(row["id"]) for (row, _), parts in zip(answers, scored, strict=True) if parts.get("killed")]
         if killed:

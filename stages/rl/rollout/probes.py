@@ -143,7 +143,10 @@ def _means(rows: Sequence[Row], frequent: Sequence[str], score: Score, names: se
     """Returns the mean reward of each answer over tasks, the best first.
 
     Args:
-        names: Names of the answers; None: all.
+        rows: The tasks.
+        frequent: The most frequent right answers.
+        score: Scores answers by the verifier of the tasks.
+        names: Names of the answers; None for all.
     """
     answers: list[tuple[str, Answer]] = [
         (name, (row, Response.parse(text, finished=True)))

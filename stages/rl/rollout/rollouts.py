@@ -88,7 +88,7 @@ class Rollout:
 
     @property
     def is_sampled(self) -> list[bool]:
-        """A bool for each of `ids`: the policy drew it."""
+        """The flag of each of `ids`, which is True if the policy drew the token."""
         if self.turns is None:
             return [True] * len(self.ids)
         return [flag for t in self.turns for flag in [True] * t["sampled"] + [False] * t["appended"]]
@@ -127,6 +127,8 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
     """Writes the file atomically.
 
     Args:
+        path: The file.
+        rollouts: Its answers.
         durable: Waits until it is on disk, so that a crash of the machine keeps it too.
     """
     import pyarrow as pa
@@ -154,6 +156,8 @@ def merge(parts: Sequence[Path], target: Path, columns: pa.Schema) -> int:
     """Merges all answers of a phase into one file, one row group per step, and returns their number.
 
     Args:
+        parts: Files of the answers, in order.
+        target: The file to write.
         columns: A `schema`.
     """
     import pyarrow.parquet as pq
@@ -185,8 +189,8 @@ def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def consumption_digest(rollouts: Sequence[Rollout]) -> str:
     """Returns SHA-256 over the answers of an asynchronous phase in their order.
 
-    Of each: a line of JSON (sorted keys, no spaces) with all columns but `logprobs` and `routes`, the log-probabilities
-    as little-endian fp32, and the bytes of `routes`, if any.
+    Each answer gives a line of JSON (sorted keys, no spaces) with all columns but `logprobs`, `routes` and `turns`, its
+    log-probabilities as little-endian fp32, and the bytes of `routes`, if any.
     """
     hasher = hashlib.sha256()
     for r in rollouts:

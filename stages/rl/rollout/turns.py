@@ -1,5 +1,6 @@
-"""Answers in turns: the policy draws a turn, tools answer the calls in it, and the policy draws the next one after the
-results.
+"""Answers in turns, between which tools answer calls.
+
+The policy draws a turn, tools answer the calls in it, and the policy draws the next one after the results.
 
 A call is `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Hermes and Qwen write it, after the reasoning
 of a turn that ends with `<|im_end|>`. An answer is exact by token: it is the ids of its question, those drawn, those of
@@ -46,6 +47,7 @@ class Request:
     """A call to answer.
 
     Attributes:
+        row: The task.
         texts: Texts of all calls of its answer so far, its own the last.
     """
 
@@ -105,7 +107,10 @@ def read_call(request: str, tools: Tools, row: Row, before: Sequence[str] = ()) 
     """Returns the call, or what is wrong with it as its result.
 
     Args:
-        before: The text of the answer's earlier calls.
+        request: Text of the model between the tags.
+        tools: Tools that the phase offers.
+        row: The task.
+        before: Texts of the answer's earlier calls.
     """
 
     def refused(status: str, text: str, name: str = "") -> ToolCall:
@@ -189,7 +194,7 @@ class Episode:
     def resume(self, calls: Sequence[ToolCall]) -> bool:
         """Appends the results of the last turn's calls.
 
-        Returns whether there is room for another turn; if not, the answer ends unfinished, without the results.
+        Returns True if there is room for another turn. If not, the answer ends unfinished, without the results.
         """
         self.turns[-1]["calls"] = list(calls)
         appended = self.chat.encode_results([call["result"] for call in calls])
@@ -238,8 +243,8 @@ def draw(
 def problem(r: Rollout, chat: Chat, row: Row, limits: Limits | None) -> str | None:
     """Returns the reason why the turns of an answer from a file cannot be those of its tokens; None if they can.
 
-    The calls must
-    be in the drawn tokens, and the results in those between them; each turn must end or go on as it would.
+    The calls must be in the drawn tokens, and the results in those between them. Each turn must end or go on as it
+    would.
     """
     if limits is None or r.turns is None:
         return None if limits is None and r.turns is None else "has turns, or lacks them, unlike the phase"

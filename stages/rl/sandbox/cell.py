@@ -34,7 +34,7 @@ USER_NAMESPACES = (
 
 
 class Running:
-    """A program in its cell. As a context: its remaining processes are killed at the end."""
+    """A program in its cell. Used as a context, it kills its remaining processes at the end."""
 
     def __init__(self, cell: Cell, job: Job, cgroup: Cgroup | None) -> None:
         self.cell, self.limits, self._cgroup = cell, cell.limits, cgroup

@@ -83,8 +83,9 @@ class Cgroup:
                 )
 
     def _folder(self, home: Home, name: str, file_name: str) -> Path | None:
-        """Returns the group with the file `file_name`: in this process's group, or in the nearest parent that allows
-        it.
+        """Returns the group with the file `file_name`; None if none can be made.
+
+        It is made in this process's group, or in the nearest parent that allows it.
 
         Version 2 gives no controller to the children of a group that has processes of its own.
         """

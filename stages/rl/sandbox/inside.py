@@ -50,7 +50,7 @@ class Channel:
         self.lines = os.fdopen(CHANNEL, "rb", closefd=False)
 
     def receive(self) -> Any:
-        """Raises EOFError when the parent has closed its end."""
+        """Returns the next message. Raises EOFError when the parent has closed its end."""
         line = self.lines.readline()
         if not line:
             raise EOFError

@@ -82,8 +82,9 @@ class SearchTool(Tool):
 
 
 def cut(text: str, characters: int) -> Iterator[str]:
-    """Yields the text in pieces of at most so many characters, each up to a space where there is one in its second
-    half.
+    """Yields the text in pieces of at most so many characters.
+
+    A piece ends at a space where there is one in its second half.
     """
     start = 0
     while start < len(text):

@@ -46,7 +46,8 @@ class Unanswered(Exception):
     """A server did not do what it was asked for, in words.
 
     Args:
-        again: Whether it may the next time.
+        reason: The sentence.
+        again: True if it may the next time.
     """
 
     def __init__(self, reason: str, again: bool = True) -> None:

@@ -123,7 +123,10 @@ class HubTasks(SourceSettings):
         return [f"{self.kind}/{self.level}"]
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
-        """Raises AtomError if hardly any row is a task, or a file cannot be read; and what `hub_files.pull` raises."""
+        """Yields the tasks of the dataset.
+
+        Raises AtomError if hardly any row is a task, or a file cannot be read; and what `hub_files.pull` raises.
+        """
         salt = f"{seed_of(f'tasks/hub/{self.kind}/{self.level}', seed)}/"
         hashed = ((hashlib.sha256((salt + row.name).encode()).digest(), row.name, row.fields) for row in self._read())
         # By hash, so that the same rows are drawn from any order of the files, in bounded memory.
@@ -189,7 +192,7 @@ class HubTasks(SourceSettings):
 def tests_of(value: object) -> tuple[str, list[str]] | None:
     """Returns the function that asserts test, and each assert in one line.
 
-    None unless all are asserts that call one function of no builtin name.
+    It returns None unless all are asserts that call one function, which has no name of a builtin.
 
     Args:
         value: A list of asserts, or its JSON.
