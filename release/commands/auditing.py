@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from release.checks.verdict import Verdict
 
 app = typer.Typer()
+# The exit code for published bytes of which documents were taken back since.
 RETRACTED_CODE = 3
 # The check that recognizes an old copy.
 RETRACTION = "retraction"
@@ -82,6 +83,7 @@ def verify(
         verdict = verify_release(target, deep, progress, trust, retracted, ask_hub=True)
     from release.audit import openness as audit
 
+    # An identity counts only with a verified signature.
     checked = identity if identity and verdict.signed else ""
     table = list(audit.rows(Path(target), checked)) if openness and verdict.ok else []
     if as_json:
@@ -104,6 +106,7 @@ def _check_proofs(proof: Path, roots: Path, as_json: bool) -> None:
     else:
         for table, problem in problems.items():
             print(f"BAD     {table}: {problem}" if problem else f"ok      {table}: the row is in it, by its root alone")
+    # A file without proofs proves nothing.
     if not problems or any(problems.values()):
         raise typer.Exit(1)
 

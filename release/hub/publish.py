@@ -191,6 +191,7 @@ def _make_collection(mains: Sequence[RemoteRepository], title: str, namespace: s
     """Makes the collection of the repositories, or completes it. Returns its slug."""
     client = api()
     with translate_errors("making the collection"):
+        # It may exist: a second run completes what an interrupted one began.
         collection = client.create_collection(title, namespace=namespace, private=False, exists_ok=True)
         with parsing():
             slug = str(collection.slug)

@@ -119,6 +119,7 @@ def hub_address(info: ReleaseInfo, path: str) -> str:
         kind, suffix = "", "-checkpoints"
         # Each checkpoint is a branch of one repository, which has no tag of the version.
         branch, _, below = rest.partition("/")
+        # Other files below checkpoints/ are on the main branch.
         if re.search(r"-step-[0-9]+$", branch):
             revision, rest = branch, below
     elif top.partition("-")[0] in (MODEL, VARIANT):

@@ -187,6 +187,7 @@ class Destination:
         difference = self._difference(file_ids, branches.get(branch))
         if difference and not private:
             branch = self.staging_branch
+        # A staging branch begins with the present files, so that only those that differ are sent.
         head = self._ensure_branch(branch, branches.get(self.branch))
         # The staging branch of an interrupted upload may have some of the files already.
         if head != branches.get(self.branch):

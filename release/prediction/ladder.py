@@ -25,6 +25,7 @@ from stages.evaluation import ladder_laws
 from stages.evaluation.ladder_laws import LEVEL, PRETRAINING, Array, Fit, Form, band
 from stages.evaluation.scaling_law import Band
 
+# Version of the form of ladder.json.
 SCHEMA = 1
 REPORT, PLOT = "ladder.json", "ladder.png"
 # Places of the drawn law.
@@ -181,6 +182,7 @@ def _compute_optimal(law: dict[str, Array], budget: float, served: float) -> Cho
     """Returns the model that is optimal for its training FLOPs alone, and whose whole life costs the budget."""
     # Its cost rises with the FLOPs of training, so bisection finds them.
     low, high = np.log(1e-9 * budget), np.log(budget)
+    # After a hundred halvings, fp64 tells the two ends apart no more.
     for _ in range(100):
         middle = (low + high) / 2
         size = _best_size(law, float(np.exp(middle)), 0.0)[0]
@@ -201,6 +203,7 @@ def _cheapest(law: dict[str, Array], loss: float, served: float) -> Choice:
     def cost(sizes: Array) -> Array:
         return sizes * (TRAIN * tokens(sizes) + SERVE * served)
 
+    # Just above it: a model of the smallest size would need infinitely many tokens.
     low = np.log(smallest) + 1e-6
     size = _least(cost, np.asarray([low]), np.asarray([low + 20.0]))[0]
     read = float(tokens(size))

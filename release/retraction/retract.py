@@ -183,6 +183,7 @@ def _rewrite_folder(
         if not dry_run:
             _swap(draft, release)
     finally:
+        # After the replacement there is no draft any more.
         shutil.rmtree(draft, ignore_errors=True)
     return tombstone
 
@@ -297,6 +298,7 @@ def _seal(draft: Path, release: Path, changed: set[str], key: SigningKey | None,
 
 def _swap(draft: Path, release: Path) -> None:
     """Puts the draft in the place of the release, which is deleted."""
+    # Between the two renames there is no release; `settle` then brings the old one back.
     os.rename(release, _old(release))
     os.rename(draft, release)
     settle(release)

@@ -17,6 +17,7 @@ from pipeline.core.errors import AtomError
 
 # The extension of a certificate that names the OpenID provider.
 ISSUER = "1.3.6.1.4.1.57264.1.1"
+# The remedy at the end of messages about Sigstore.
 ONLINE = "; Sigstore needs a network, or give --trust-config of another instance"
 
 

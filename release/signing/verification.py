@@ -134,6 +134,7 @@ def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> tuple[st
     if os.path.lexists(public):
         raise _Invalid(f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key")
     try:
+        # The libraries may print, and stdout is for the verdict.
         with redirect_stdout(sys.stderr):
             identity, manifest = keyless.verify_bundle(signature, policy.verifier)
         return str(identity), _digests(manifest)

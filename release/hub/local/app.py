@@ -21,6 +21,7 @@ from release.hub.local.store import HubError, HubStore, current_time, write_json
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+# Bytes from which a file goes through LFS, and bytes of a part of a larger upload.
 LFS_BYTES = 10 << 20
 PART_BYTES = 64 << 20
 # Commits to a repository: the Hub states this number when it refuses one more (braindecode/braindecode issue 947).

@@ -16,8 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Endings of files that go through LFS whatever their size.
 LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".idx", ".gz", ".zst", ".gguf", ".npy")
+# The .gitattributes of a new repository.
 ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+# The text that git holds in place of an LFS file.
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
 
 
@@ -238,6 +241,7 @@ class HubStore:
 
     def join(self, parts: list[Path], sha256: str) -> None:
         """Joins the parts of a multipart upload, in order, into the blob. Raises HubError 400 if a part is missing."""
+        # A name of its own, since an equal file may be joined at the same time.
         joined = self.blobs / f"{sha256}.{uuid.uuid4().hex}.joined"
         try:
             with open(joined, "wb") as target:

@@ -86,6 +86,7 @@ def build_rank_batch(
 
 def _masked_example(example: Example) -> Example:
     """Returns an example without a loss."""
+    # Both tokens are the question, so that none is a target.
     return Example(example.ids[:2], 2, dict.fromkeys(example.row, 0.0), dict.fromkeys(example.tokens, ()))
 
 
@@ -135,6 +136,7 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
     segments = _segments(examples)
     ids, padding = torch.full((1, width), pad_id), torch.ones(1, width, dtype=torch.bool)
     length = segments[-1][1]
+    # Padding is a segment of its own, which begins after the last answer.
     starts, prefixes = torch.full((1, width), length), torch.zeros(2, 1, width, dtype=torch.long)
     for begin, end, first, last, tokens in segments:
         ids[0, begin:end], padding[0, begin:end], starts[0, begin:end] = torch.tensor(tokens), False, begin
@@ -151,6 +153,7 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
             # Logits are computed for targets alone, and results of tools are none.
             columns = torch.arange(count) if example.mask is None else torch.tensor(example.mask).nonzero()[:, 0]
             labels[i, :count], mask[i, columns] = torch.tensor(example.ids[example.start :]), 1
+            # The last token of the question predicts the first one of the answer.
             inputs.append(torch.cat((torch.tensor([question_end - 1]), torch.arange(begin, end)))[columns])
             cells.append(i * shape[1] + columns)
         for name, value in example.row.items():

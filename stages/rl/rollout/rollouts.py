@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+# {reason why no update used an answer: its description}.
 DROPPED = {
     "": "kept",
     "variance": "all answers to the task have one reward, so none is better than another",
@@ -136,6 +137,7 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
 
     rows = [{**vars(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A column that no answer fills is one that the phase does not have.
     present = (any(getattr(r, name) is not None for r in rollouts) for name in ("routes", "versions", "turns"))
     table = pa.Table.from_pylist(rows, schema(*present))
     with atomic_files.replacing(path, durable) as draft:

@@ -29,7 +29,9 @@ from stages.tasks.rows import Row
 CALL_TEXT = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 # Calls of a turn that are answered; further ones are not.
 MOST_CALLS = 8
+# The mark in place of the rest of a result. stages/rl/rewards/gym_server.py looks for its beginning.
 CUT = "\n[cut: {} more characters]"
+# The form of a call, for messages to the model.
 FORM = '{"name": ..., "arguments": {...}}'
 
 
@@ -165,6 +167,7 @@ class Episode:
     def prompt(self) -> Prompt:
         """Returns the prompt of the next turn, which has a seed of its own."""
         number = len(self.turns) + 1
+        # The first turn has the seed of the answer, so an answer without calls is as it would be without tools.
         seed = self.seed if number == 1 else seed_of(f"turn/{number}", self.seed)
         return Prompt((*self.question, *self.ids), seed)
 
@@ -177,13 +180,16 @@ class Episode:
             self.routes = (self.routes or b"") + drawn.routes[len(self.routes or b"") :]
         for policy, tokens in drawn.versions:
             if self.versions and self.versions[-1][0] == policy:
+                # Successive tokens of one policy are one span, also across turns.
                 tokens += self.versions.pop()[1]
             self.versions.append((policy, tokens))
         calls = []
+        # A turn that its maximum length cut, or that ended the document, calls nothing.
         if self.offers_tools and drawn.finished and drawn.ids[-1] == self.chat.turn_end:
             text = answer_of(self.chat.decode(drawn.ids[:-1]))
             calls = [request.strip() for request in CALL_TEXT.findall(text)][:MOST_CALLS]
         self.is_finished = drawn.finished and not calls
+        # In the last turn, calls stay without an answer.
         return calls if len(self.turns) < self.limits.max_turns else []
 
     def requests(self, calls: Sequence[str]) -> list[Request]:
