@@ -86,6 +86,7 @@ def publish(
     release_info = schema.read_release(release)
     _require_publishable(release_info, namespace, public, acknowledge)
     certificates = read_certificates(release)
+    # A token that the Hub refuses shows here, before anything is sent.
     with translate_errors("asking who the token belongs to"):
         api().whoami()
 

@@ -96,6 +96,7 @@ class Journal:
             "call": call,
             **fields,
         }
+        # Appended call by call, so that an interrupted publication leaves its record.
         with open(self.path, "a") as f:
             f.write(json.dumps(row, sort_keys=True) + "\n")
 
@@ -224,6 +225,7 @@ class Destination:
             return staged
         head = self._ensure_branch(self.branch, None)
         verified = self._files(staged.commit)
+        # The Hub adds .gitattributes by itself.
         file_ids: FileIds = {path: (file.id,) for path, file in verified.items() if path != ".gitattributes"}
         # One commit, whatever its size: a reader sees the old release or the new one, never a mixture.
         if difference := self._difference(file_ids, head):

@@ -103,6 +103,7 @@ def advise(fit: Fit, budget: float, served: float) -> Advice:
             f"serving {served:.3g} tokens costs {SERVE * served:.3g} FLOPs for each parameter, and the budget is "
             f"{budget:.3g}; raise --budget"
         )
+    # The law of the fit, and those of its refits, from which the bands follow.
     value, drawn = fit.form.published(fit.parameters[None]), fit.form.published(fit.draws)
     best = _choice(value, _best_size(value, budget, served)[0], budget, served)
     # The bands are those of the best models by the refits.
@@ -155,6 +156,7 @@ def _least(cost: Any, low: Array, high: Array) -> Array:
     """Returns e to the argument between low and high [B] at which the cost ([B, G] -> [B, G]) is least, [B]."""
     # The cost has one valley, so the least one of a grid encloses it with its neighbors.
     for _ in range(ZOOMS):
+        # Sizes are compared on a logarithmic scale.
         grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, GRID)
         place = np.argmin(cost(np.exp(grid)), axis=1)
         rows = np.arange(len(grid))

@@ -79,6 +79,7 @@ def _figure(row: Mapping[str, Any], name: str, form: Form, where: str) -> float:
     if stated is None:
         raise AtomError(f"{where} has no {name}; the law {form.name} needs {', '.join((*form.columns, form.value))}")
     try:
+        # In Python a bool is an int, but it is no figure.
         value = float(stated) if isinstance(stated, str | int | float) and not isinstance(stated, bool) else math.nan
     except (ValueError, OverflowError):
         value = math.nan

@@ -35,6 +35,7 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
             ladder is not sealed or was measured on other data, or if the runs cannot carry a law.
     """
     node = pretraining(target)
+    # The key follows from that of the run, so a run has one prediction.
     key = prediction_key(node.key)
     name = target.recipe.config.name
     if store.sealed(key):

@@ -73,6 +73,7 @@ def _delete_space(space: RemoteRepository, journal: Journal) -> Iterator[str]:
 
 
 def _journal(release: Path) -> Journal:
+    # The journal of the publication, beside the release.
     return Journal(release.with_name(f"{release.name}.publish.jsonl"))
 
 

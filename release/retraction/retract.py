@@ -131,6 +131,7 @@ def _old(release: Path) -> Path:
 
 
 def _is_of(tombstone: Tombstone, deny_list: DenyList) -> bool:
+    # Dates are by request, so this compares the requests.
     return set(tombstone.dates) <= set(deny_list.dates)
 
 

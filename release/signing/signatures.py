@@ -153,6 +153,7 @@ def sign_keyless(
     with keyless.as_atom_error(f"not every signature could be written into {release}", "; sign it again"):
         for repository, signature in zip(release_repositories, signatures, strict=True):
             signature.write(release / repository.folder / SIGNATURE)
+            # The key of an earlier signature would contradict this one.
             (release / repository.folder / PUBLIC_KEY).unlink(missing_ok=True)
     return identity
 

@@ -148,6 +148,7 @@ def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> tuple[str, di
     if missing := [path.name for path in (signature, public) if not path.is_file()]:
         raise _Invalid(f"{missing[0]} is missing")
     try:
+        # Exact, since the signature does not cover the file of its key.
         name = fingerprint(public.read_bytes(), exact=True)
     except ValueError:
         raise _Invalid(f"{PUBLIC_KEY} is not a public key, or is altered") from None

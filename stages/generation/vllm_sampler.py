@@ -71,6 +71,7 @@ class VllmServer(Sampler):
         # The digests of all policies that were loaded, in order.
         self.handed_over: list[str] = []
         self.renewing = threading.RLock()
+        # Its files are those of an earlier attempt.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(self.config))
@@ -176,11 +177,13 @@ class VllmServer(Sampler):
                 if server not in self.lost:
                     self.lost[server] = error
                     self.note(f"left out until it is back: {error}")
+                # Another request may have removed it already.
                 with contextlib.suppress(ValueError):
                     self.serving.remove(server)
                 return False
             return True
 
+        # As many requests at once as all servers together decode.
         kept = in_parallel(attempt, items, IN_FLIGHT * len(self.servers))
         return [server for (server, _), done in zip(items, kept, strict=True) if done]
 
@@ -378,6 +381,7 @@ class VllmServer(Sampler):
                 )
 
         for server in servers:
+            # A daemon, since a server that hangs must not keep the stage from ending.
             threading.Thread(target=run, args=(server,), name="request", daemon=True).start()
         succeeded = act()
         return [server for server in servers if self._each(confirm, [server])]

@@ -184,6 +184,7 @@ def environment() -> dict[str, str]:
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_LOGGING_LEVEL": "WARNING",
+        # The user's environment wins over the entries above, and not over those below.
         **{name: value for name, value in os.environ.items() if name not in _RANK},
         "PYTHONPATH": _WORKER,
         "VLLM_SERVER_DEV_MODE": "0",
@@ -329,6 +330,7 @@ class Server:
         names = {**variables, atom_secret.VARIABLE: str(secret.absolute())}
 
         def run() -> subprocess.Popen[bytes]:
+            # Appended, so that the output of a server that died stays.
             with open(log, "ab") as out:
                 return subprocess.Popen(
                     arguments,

@@ -263,6 +263,7 @@ class Broadcast:
         try:
             sampler.load(Weights(digest, {}, sender=self))
         finally:
+            # After an error too, or the other ranks would wait for ever.
             self.ranks.from_first(None)
         return digest
 
@@ -271,6 +272,7 @@ class Broadcast:
         # Without turns the first data ranks alone have the tensors, and they send.
         held = [name for name, tensor in self.tensors(False) if not tensor.is_meta]
         root_of = {name: rank for rank, names in enumerate(self.ranks.gather(held)) for name in names}
+        # Rank 0 is among them in any case, since the members of a group meet at its store.
         if (senders := sorted({0, *root_of.values()})) != self.senders:
             self.close()
             self.senders = senders

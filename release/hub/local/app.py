@@ -216,6 +216,7 @@ class RawPaths:
     """Routes on the path as it was sent, and logs each request: its method and its path."""
 
     def __init__(self, app: ASGIApp, log: Path | None = None) -> None:
+        # Line by line, so that a reader of the log sees each request at once.
         self.app, self.log = app, log.open("a", buffering=1) if log else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

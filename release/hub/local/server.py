@@ -94,6 +94,7 @@ def running(
     # The caller may have found this package by its own search path, which a new process does not inherit.
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
+    # Its line for people would mix with the output of the caller.
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + seconds

@@ -50,6 +50,7 @@ class File:
 
     @property
     def etag(self) -> str:
+        # As on the Hub: the SHA-256 of an LFS file, the git id of any other.
         return self.blob if self.lfs else self.oid
 
 
@@ -105,6 +106,7 @@ class Repo:
 
     def add(self, branch: str, commit: Commit) -> str:
         """Puts a commit on a branch and returns its id (40 hex digits, as the client insists)."""
+        # With kind and id, so that equal commits of two repositories differ.
         sha = hashlib.sha1(json.dumps([self.kind, self.id, asdict(commit)], sort_keys=True).encode()).hexdigest()
         self.commits[sha], self.branches[branch] = commit, sha
         for path, file in commit.files.items():
@@ -142,6 +144,7 @@ class HubStore:
 
     def __init__(self, root: Path) -> None:
         self.blobs, self.repos, self.collections = root / "blobs", root / "repos", root / "collections"
+        # By file: its version, and the repository that was read from it.
         self._views: dict[Path, tuple[tuple[int, int, int], Repo | None]] = {}
         for folder in (self.blobs, self.repos, self.collections):
             folder.mkdir(parents=True, exist_ok=True)

@@ -105,11 +105,13 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
     def init_transfer_engine(self, info: Model) -> None:
         config = self.model_config.hf_text_config
         for name, value in sorted(info.sizes.items()):
+            # An entry that this model's config lacks is no contradiction.
             if getattr(config, name, value) != value:
                 raise Refused(
                     f"its model has {name} = {getattr(config, name)}, and the trainer's has {value}; start it with the "
                     "trainer's config.json"
                 )
+        # An invitation ends the group before it.
         self.shutdown()
         if info.store is not None:
             if self.device.type != info.device:

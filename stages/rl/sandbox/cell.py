@@ -134,8 +134,8 @@ class Running:
                         self._channel.close()
                     continue
                 buffer = self._texts.get(key.fd, self._lines)
+                # Output that comes after the decision to kill is dropped.
                 if self._reason is None:
-                    # Output after the reason of a kill is dropped.
                     buffer += data
                 if len(buffer) > self.limits.output_bytes:
                     self._kill("output")
