@@ -2,8 +2,8 @@
 
 It runs, builds, signs, publishes to a local Hub, pulls back and verifies; every step is the command of a user.
 
-On a terminal it is one screen that says what happens, with curves, and what each step proves; elsewhere the output of
-the commands. Needs no account and no network.
+On a terminal it is one screen that says what happens, with curves, and what each step proves. Elsewhere it prints the
+output of the commands. It needs no account and no network.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 NAMESPACE, TOKEN = "local", "hf_local"
 WORDS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+# {command or kind of stage: the words on what it proves}
 PROVES, STAGES_PROVE = WORDS["commands"], WORDS["stages"]
-"""{command or kind of stage: the words on what it proves}"""
+# Sealed stages on the screen, and characters of output that are printed with an error.
 MOST_STAGES, TAIL = 6, 4000
-"""Stages on the screen, and characters of output that are kept for an error."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Command:
 
 
 class Screen:
-    """The live screen. Without a terminal, it prints each command with its output; if it is quiet, nothing."""
+    """The live screen. Without a terminal, it prints each command with its output. If it is quiet, it shows nothing."""
 
     def __init__(self, recipe: str, store: Store, quiet: bool) -> None:
         from rich.console import Console
@@ -155,6 +155,7 @@ class Screen:
             lines.append(Text.assemble((f"    {mark} ", color), f"{stage.status.name:<22}", (proof, "dim")))
             if stage not in running:
                 continue
+            # At most three curves of a stage, so that all stages fit on the screen.
             for name in stage.names()[:3]:
                 assert stage.curves is not None
                 values = [mean for _, mean, _, _ in stage.curves.points(name)]
@@ -173,12 +174,14 @@ class Running:
     def __init__(self, screen: Screen, command: Command, environment: dict[str, str]) -> None:
         self.screen, self.command = screen, command
         self.process = subprocess.Popen(
+            # Not `atom` from PATH, which can be another installation.
             [sys.executable, "-m", "pipeline.cli", *command.arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **environment},
         )
+        # The output is read while the command runs: a full pipe would stop the command.
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -199,6 +202,7 @@ class Running:
     def wait(self) -> None:
         """Waits for the end of the command. Exits with its code, and the end of its output, if it fails."""
         code = self.process.wait()
+        # The command can end before its last lines are read.
         self.reader.join()
         self.command.seconds = time.monotonic() - self.command.began
         self.command.state = "failed" if code else "done"
@@ -214,6 +218,7 @@ class Running:
 
     def __exit__(self, kind: object, *error: object) -> None:
         if kind is not None:
+            # After an error in the block, the command must not go on in the background.
             self.process.kill()
             self.process.wait()
             return
@@ -251,6 +256,7 @@ def demo(recipe: str, quiet: bool = False) -> None:
             hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
             publish = screen.start("publish", str(release), "--to", NAMESPACE, **hub)
             with screen.start("verify", "--deep", str(release), "--key", name):  # it only reads
+                # The release is complete on the Hub only when `publish` has ended.
                 publish.wait()
                 screen.run("verify", repository, "--key", name, **hub)
         screen.say("")

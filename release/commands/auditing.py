@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from release.checks.verdict import Verdict
 
 app = typer.Typer()
+# The exit code for published bytes of which documents were taken back since.
 RETRACTED_CODE = 3
+# The check that recognizes an old copy.
 RETRACTION = "retraction"
-"""The check that recognizes an old copy."""
 
 
 @app.command(rich_help_panel=CHECK)
@@ -82,6 +83,7 @@ def verify(
         verdict = verify_release(target, deep, progress, trust, retracted, ask_hub=True)
     from release.audit import openness as audit
 
+    # An identity counts only with a verified signature.
     checked = identity if identity and verdict.signed else ""
     table = list(audit.rows(Path(target), checked)) if openness and verdict.ok else []
     if as_json:
@@ -104,6 +106,7 @@ def _check_proofs(proof: Path, roots: Path, as_json: bool) -> None:
     else:
         for table, problem in problems.items():
             print(f"BAD     {table}: {problem}" if problem else f"ok      {table}: the row is in it, by its root alone")
+    # A file without proofs proves nothing.
     if not problems or any(problems.values()):
         raise typer.Exit(1)
 
@@ -242,7 +245,7 @@ def replay(
 
 
 def _span(steps: str | None) -> tuple[int | None, int | None]:
-    """The two numbers of A:B. Raises AtomError."""
+    """Returns the two numbers of A:B. Raises AtomError if there are none."""
     if steps is None:
         return None, None
     first, _, last = steps.partition(":")
@@ -252,9 +255,9 @@ def _span(steps: str | None) -> tuple[int | None, int | None]:
 
 
 def _verdict_text(verdict: Verdict, quiet: bool = False) -> str:
-    """One line for each check, its problems below it, a sentence to quote, and the verdict last.
+    """Returns one line for each check, its problems below it, a sentence to quote, and the verdict last.
 
-    quiet: of the checks only those that are bad or noted.
+    With `quiet`, only the checks that are bad or noted have a line.
     """
     marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
     lines = []

@@ -11,8 +11,8 @@ import typer
 from pipeline.core.errors import AtomError
 from pipeline.core.store import home_folder
 
+# The file that the folder of a whole release has.
 RELEASE = "evidence/release.json"
-"""The file that the folder of a whole release has."""
 
 ReleaseArgument = Annotated[Path, typer.Argument(help="a release folder made by `atom build`")]
 AnyReleaseArgument = Annotated[
@@ -41,5 +41,5 @@ def require_release(folder: Path, *marks: str) -> None:
 
 
 def print_line(text: str) -> None:
-    """Progress on stdout, at once."""
+    """Prints a line of progress on stdout, at once."""
     print(text, flush=True)

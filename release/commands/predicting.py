@@ -1,5 +1,7 @@
-"""The commands that predict runs, and the one that shows the whole pipeline: `predict` seals what it says of a run,
-`ladder` fits a law and answers questions, `demo` makes a tiny release."""
+"""The commands that predict runs, and the one that shows the whole pipeline.
+
+`predict` seals what it says of a run, `ladder` fits a law and answers questions, and `demo` makes a tiny release.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,7 @@ def ladder(
 
 
 def _figures(run: str, form: Form) -> dict[str, float]:
-    """The columns of a law for `--next`: numbers with commas between them, or the size of a recipe."""
+    """Returns the columns of a law for `--next`, from numbers with commas between them or the size of a recipe."""
     from pipeline.core.errors import AtomError
     from pipeline.core.text import escaped
     from release.prediction import ladder_points

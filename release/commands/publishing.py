@@ -127,6 +127,7 @@ def publish(
     """
     from release.hub.publish import publish as publish_release
 
+    # With --json, stdout has the report alone.
     progress = StatusLine() if as_json else print_line
     report = publish_release(release, to, public, progress, acknowledge or ())
     print(json.dumps(report.to_json(), indent=1) if as_json else _published_text(report))
@@ -163,6 +164,7 @@ def retract(
     """
     from release import retraction, signing
 
+    # First, since a run that was killed in the middle of a replacement may have left no folder.
     retraction.settle(release.resolve())
     require_release(release)
     signing_key = None if key is None else signing.SigningKey(key, os.environ.get("ATOM_KEY_PASSWORD"))
@@ -179,7 +181,7 @@ def retract(
 
 
 def _published_text(report: PublishReport) -> str:
-    """One line for each repository."""
+    """Returns one line for each repository, and one on the whole publication."""
     lines = [f"{r.kind} {r.repo}@{r.revision} {r.commit[:12]}" for r in report.repositories]
     visible = "public" if report.public else "private"
     return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])

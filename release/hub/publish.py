@@ -1,9 +1,11 @@
 """`atom publish`: uploads a release to the Hub in stages, so that no partial upload is ever public.
 
-1. private repositories, filled in commits of at most 50 files, the checksum file of each last; the missing files of a
-public repository go to a staging branch (see `upload`); 2. everything pulled back into a temporary folder and verified,
-moved from the staging branches, and tagged; the page, as a Space (see `space`); 3. only then, and only with
-`--public`, public in the order data, checkpoints, models, Space, collection.
+1. Private repositories are filled in commits of at most 50 files (more in a large upload), the checksum file of each
+   last. The missing files of a public repository go to a staging branch (see `upload`).
+2. Everything is pulled back into a temporary folder and verified, moved from the staging branches, and tagged. The page
+   is published as a Space (see `space`).
+3. Only then, and only with `--public`, the repositories become public, in the order data, checkpoints, models, Space,
+   collection.
 
 Each changing call is recorded in `<release>.publish.jsonl` beside the release. No other state is kept: a second run
 uploads only the differences to the Hub, so it finishes an interrupted publication.
@@ -84,6 +86,7 @@ def publish(
     release_info = schema.read_release(release)
     _require_publishable(release_info, namespace, public, acknowledge)
     certificates = read_certificates(release)
+    # A token that the Hub refuses shows here, before anything is sent.
     with translate_errors("asking who the token belongs to"):
         api().whoami()
 
@@ -189,6 +192,7 @@ def _make_collection(mains: Sequence[RemoteRepository], title: str, namespace: s
     """Makes the collection of the repositories, or completes it. Returns its slug."""
     client = api()
     with translate_errors("making the collection"):
+        # It may exist: a second run completes what an interrupted one began.
         collection = client.create_collection(title, namespace=namespace, private=False, exists_ok=True)
         with parsing():
             slug = str(collection.slug)

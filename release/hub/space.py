@@ -32,12 +32,12 @@ from release.schema import CARD, ReleaseInfo
 from release.web_page.markdown_html import table
 from release.web_page.page import NO_REPLAYS, differences
 
+# The maximum number of characters of a Space's short description on the Hub.
 DESCRIPTION = 60
-"""The maximum number of characters of a Space's short description on the Hub."""
+# A link of the page to a file of the release; its path has the escapes of a URI.
 LINK = re.compile(r'href="\.\./([^"]*)"')
-"""A link of the page to a file of the release; its path has the escapes of a URI."""
+# The end of the path of a file; NOTICE and LICENSE are files as well.
 FILE = re.compile(r"(\.[A-Za-z0-9]+|(^|/)[A-Z][A-Za-z0-9]+)$")
-"""The end of the path of a file; NOTICE and LICENSE are files as well."""
 
 
 def space_of(info: ReleaseInfo) -> RemoteRepository:
@@ -119,6 +119,7 @@ def hub_address(info: ReleaseInfo, path: str) -> str:
         kind, suffix = "", "-checkpoints"
         # Each checkpoint is a branch of one repository, which has no tag of the version.
         branch, _, below = rest.partition("/")
+        # Other files below checkpoints/ are on the main branch.
         if re.search(r"-step-[0-9]+$", branch):
             revision, rest = branch, below
     elif top.partition("-")[0] in (MODEL, VARIANT):

@@ -36,18 +36,16 @@ from pipeline.hub.client import (
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import Repository, files_of
 
+# Files of a commit. The Hub recommends less than a hundred; larger uploads have more, to stay below COMMITS.
 FILES_PER_COMMIT = 50
-"""Files of a commit. The Hub recommends less than a hundred; larger uploads have more, to stay below COMMITS."""
+# Commits of one upload to a branch: the Hub refuses more than 128 commits to a repository within an hour. Branches of
+# one repository, such as those of checkpoints, are counted together there, and not here.
 COMMITS = 100
-"""Commits of one upload to a branch: the Hub refuses more than 128 commits to a repository within an hour.
-
-Branches of one repository, such as those of checkpoints, are counted together there, and not here.
-"""
+# Files that end an upload, so that an interrupted one is recognized.
 SENT_LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
-"""Files that end an upload, so that an interrupted one is recognized."""
 Progress = Callable[[str], None]
+# {path: the ids under which a Hub may list the file}
 FileIds = dict[str, tuple[str, ...]]
-"""{path: the ids under which a Hub may list the file}"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,7 @@ class Journal:
             "call": call,
             **fields,
         }
+        # Appended call by call, so that an interrupted publication leaves its record.
         with open(self.path, "a") as f:
             f.write(json.dumps(row, sort_keys=True) + "\n")
 
@@ -189,6 +188,7 @@ class Destination:
         difference = self._difference(file_ids, branches.get(branch))
         if difference and not private:
             branch = self.staging_branch
+        # A staging branch begins with the present files, so that only those that differ are sent.
         head = self._ensure_branch(branch, branches.get(self.branch))
         # The staging branch of an interrupted upload may have some of the files already.
         if head != branches.get(self.branch):
@@ -216,7 +216,7 @@ class Destination:
             self._commit(self.branch, difference, "Retracted on request", head)
 
     def promote(self, staged: Published) -> Published:
-        """Makes the branch equal to the verified staging branch; nothing to do if the upload went to the branch itself.
+        """Makes the branch equal to the verified staging branch, unless the upload went to the branch itself.
 
         Raises:
             CheckFailed: If the branch then differs from the verified files.
@@ -225,6 +225,7 @@ class Destination:
             return staged
         head = self._ensure_branch(self.branch, None)
         verified = self._files(staged.commit)
+        # The Hub adds .gitattributes by itself.
         file_ids: FileIds = {path: (file.id,) for path, file in verified.items() if path != ".gitattributes"}
         # One commit, whatever its size: a reader sees the old release or the new one, never a mixture.
         if difference := self._difference(file_ids, head):
@@ -294,7 +295,10 @@ class Destination:
         return Changed(f"{self.remote.id}@{branch} was changed by somebody else meanwhile")
 
     def _ensure_branch(self, branch: str, start: str | None) -> str:
-        """Makes a branch if it is missing, and returns its commit. start: a commit; by default the first one."""
+        """Makes a branch if it is missing, and returns its commit.
+
+        A new branch begins at the commit `start`, by default at the first one of the repository.
+        """
         if head := self._branches().get(branch):
             return head
         remote = self.remote
@@ -339,7 +343,7 @@ class Destination:
 
 
 def _chunks(difference: Difference, files: int) -> list[list[str]]:
-    """Returns the paths of each commit. files: the number of files of the whole upload."""
+    """Returns the paths of each commit. The whole upload has `files` files."""
     paths = [path for path in difference.missing if path not in SENT_LAST]
     # By the whole upload, so that one that goes on after a kill makes no smaller commits.
     size = max(FILES_PER_COMMIT, math.ceil(files / COMMITS))

@@ -25,16 +25,17 @@ from stages.evaluation import ladder_laws
 from stages.evaluation.ladder_laws import LEVEL, PRETRAINING, Array, Fit, Form, band
 from stages.evaluation.scaling_law import Band
 
+# Version of the form of ladder.json.
 SCHEMA = 1
 REPORT, PLOT = "ladder.json", "ladder.png"
+# Places of the drawn law.
 CURVE = 40
-"""Places of the drawn law."""
+# Sizes with a color of their own in the plot; of more, all points have one.
 MOST_SIZES = 6
-"""Sizes with a color of their own in the plot; of more, all points have one."""
+# FLOPs of a parameter and token.
 TRAIN, SERVE = 6.0, 2.0
-"""FLOPs of a parameter and token."""
+# Sizes that are compared at once, and how often the search narrows to the neighbors of the best one.
 GRID, ZOOMS = 200, 6
-"""Sizes that are compared at once, and how often the search narrows to the neighbors of the best one."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def advise(fit: Fit, budget: float, served: float) -> Advice:
             f"serving {served:.3g} tokens costs {SERVE * served:.3g} FLOPs for each parameter, and the budget is "
             f"{budget:.3g}; raise --budget"
         )
+    # The law of the fit, and those of its refits, from which the bands follow.
     value, drawn = fit.form.published(fit.parameters[None]), fit.form.published(fit.draws)
     best = _choice(value, _best_size(value, budget, served)[0], budget, served)
     # The bands are those of the best models by the refits.
@@ -154,6 +156,7 @@ def _least(cost: Any, low: Array, high: Array) -> Array:
     """Returns e to the argument between low and high [B] at which the cost ([B, G] -> [B, G]) is least, [B]."""
     # The cost has one valley, so the least one of a grid encloses it with its neighbors.
     for _ in range(ZOOMS):
+        # Sizes are compared on a logarithmic scale.
         grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, GRID)
         place = np.argmin(cost(np.exp(grid)), axis=1)
         rows = np.arange(len(grid))
@@ -181,6 +184,7 @@ def _compute_optimal(law: dict[str, Array], budget: float, served: float) -> Cho
     """Returns the model that is optimal for its training FLOPs alone, and whose whole life costs the budget."""
     # Its cost rises with the FLOPs of training, so bisection finds them.
     low, high = np.log(1e-9 * budget), np.log(budget)
+    # After a hundred halvings, fp64 tells the two ends apart no more.
     for _ in range(100):
         middle = (low + high) / 2
         size = _best_size(law, float(np.exp(middle)), 0.0)[0]
@@ -201,14 +205,15 @@ def _cheapest(law: dict[str, Array], loss: float, served: float) -> Choice:
     def cost(sizes: Array) -> Array:
         return sizes * (TRAIN * tokens(sizes) + SERVE * served)
 
+    # Just above it: a model of the smallest size would need infinitely many tokens.
     low = np.log(smallest) + 1e-6
     size = _least(cost, np.asarray([low]), np.asarray([low + 20.0]))[0]
     read = float(tokens(size))
     return Choice(float(size), read, loss, TRAIN * size * read, SERVE * size * served)
 
 
+# Compute, the value there, and its band.
 Points = list[tuple[float, float, float, float]]
-"""Compute, the value there, and its band."""
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from pipeline.graph.dag import Graph
 from release.prediction import sealing
 from stages.evaluation.ladder_laws import Form
 
+# Points of a file: the refits of a band hold 16 kB for each.
 MOST_POINTS = 2000
-"""Points of a file: the refits of a band hold 16 kB for each."""
+# {figure: its name in prediction.json of a release}
 ALIASES = {"parameters": "active", "loss": "heldout_loss"}
-"""{figure: its name in prediction.json of a release}"""
 ANY = TypeAdapter(Any)
 
 
@@ -79,6 +79,7 @@ def _figure(row: Mapping[str, Any], name: str, form: Form, where: str) -> float:
     if stated is None:
         raise AtomError(f"{where} has no {name}; the law {form.name} needs {', '.join((*form.columns, form.value))}")
     try:
+        # In Python a bool is an int, but it is no figure.
         value = float(stated) if isinstance(stated, str | int | float) and not isinstance(stated, bool) else math.nan
     except (ValueError, OverflowError):
         value = math.nan

@@ -35,6 +35,7 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
             ladder is not sealed or was measured on other data, or if the runs cannot carry a law.
     """
     node = pretraining(target)
+    # The key follows from that of the run, so a run has one prediction.
     key = prediction_key(node.key)
     name = target.recipe.config.name
     if store.sealed(key):
@@ -91,7 +92,10 @@ def _scoring(graph: Graph) -> Any:
 
 
 def require_node(graph: Graph, node: str, lack: str) -> None:
-    """Raises AtomError for a recipe without a node. lack: the words after its name, such as "trains no policy"."""
+    """Raises AtomError for a recipe without a node.
+
+    In the message, the words `lack` follow the name of the recipe, such as "trains no policy".
+    """
     if node not in graph.nodes:
         raise AtomError(f"{graph.recipe.config.name} {lack}; give another recipe")
 
@@ -103,7 +107,7 @@ def pretraining(graph: Graph) -> Node:
 
 
 def sealed(graph: Graph, role: str, store: Store, until: str) -> Artifact:
-    """Returns the artifact of a node. Raises AtomError if it is not sealed. until: the node that a run must reach."""
+    """Returns the artifact of a node. Raises AtomError if it is not sealed; a run must then reach the node `until`."""
     key = graph.nodes[role].key
     if not store.sealed(key):
         recipe = graph.recipe.config.name

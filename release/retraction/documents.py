@@ -49,6 +49,7 @@ def _lines(documents: Sequence[str], request: str | None, date: str | None) -> I
             yield f"--documents {document}", json.dumps(entry).encode()
 
 
+# Columns of the dispositions by which documents are found.
 COLUMNS = ["id", "content_hash", "kept_hash", "duplicate_of", "disposition", "rule"]
 
 

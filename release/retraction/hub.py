@@ -14,8 +14,8 @@ from release.hub.upload import Destination, Journal, Progress
 from release.repositories import repositories
 from release.schema import ReleaseInfo
 
+# The maximum number of characters of a collection's description.
 DESCRIPTION = 150
-"""The maximum number of characters of a collection's description."""
 
 
 def preview(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> Iterator[str]:
@@ -73,6 +73,7 @@ def _delete_space(space: RemoteRepository, journal: Journal) -> Iterator[str]:
 
 
 def _journal(release: Path) -> Journal:
+    # The journal of the publication, beside the release.
     return Journal(release.with_name(f"{release.name}.publish.jsonl"))
 
 

@@ -43,10 +43,10 @@ from release.signing import SigningKey, sign
 from release.tracing.release_data import ReleaseData
 from stages.data.curate.deny_list import DenyList
 
+# The files that stay of a model that is taken back as a whole.
 KEPT_OF_REMOVED = (CARD, "LICENSE", RETRACTED)
-"""The files that stay of a model that is taken back as a whole."""
+# Documents that a report lists.
 SHOWN = 20
-"""Documents that a report lists."""
 Progress = Callable[[str], None]
 
 
@@ -131,6 +131,7 @@ def _old(release: Path) -> Path:
 
 
 def _is_of(tombstone: Tombstone, deny_list: DenyList) -> bool:
+    # Dates are by request, so this compares the requests.
     return set(tombstone.dates) <= set(deny_list.dates)
 
 
@@ -183,6 +184,7 @@ def _rewrite_folder(
         if not dry_run:
             _swap(draft, release)
     finally:
+        # After the replacement there is no draft any more.
         shutil.rmtree(draft, ignore_errors=True)
     return tombstone
 
@@ -297,6 +299,7 @@ def _seal(draft: Path, release: Path, changed: set[str], key: SigningKey | None,
 
 def _swap(draft: Path, release: Path) -> None:
     """Puts the draft in the place of the release, which is deleted."""
+    # Between the two renames there is no release; `settle` then brings the old one back.
     os.rename(release, _old(release))
     os.rename(draft, release)
     settle(release)

@@ -20,12 +20,14 @@ from release.retraction.documents import Reached
 from release.schema import CARD
 from stages.data.curate.deny_list import OPT_OUT_RULE, match_text
 
+# A shorter text is looked for as the whole value of a column only: it occurs in others by chance.
 MIN_TEXT = 20
-"""A shorter text is looked for as the whole value of a column only: it occurs in others by chance."""
+# Rows of a table that are in memory at once.
 BATCH = 4096
 MESSAGES = f"dataset/{message_tables.FOLDER}/"
+# The folders of tables that are about documents and do not hold their texts as they are.
 BY_ID = (f"dataset/{ATTRIBUTION}/", MESSAGES)
-"""The folders of tables that are about documents and do not hold their texts as they are."""
+# The metadata at the head of a card.
 HEAD = re.compile(r"\A---\r?\n.*?\r?\n---\s*?\n", re.DOTALL)
 
 
@@ -63,17 +65,19 @@ def add_notice(card: Path, notice: str) -> None:
 
 
 def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
-    """Writes a table again if it holds a document. name: the path of the table in the release."""
+    """Writes a table again if it holds a document. Its path in the release is `name`."""
     import pyarrow.parquet as pq
 
     # Dispositions keep their rows, and state the removal; other tables lose rows.
     fates = "dispositions" in name.split("/")
+    # Tables about documents do not hold their texts, so rows are found by id there.
     without = _without_ids if name.startswith(BY_ID) else _without
     with pq.ParquetFile(path) as file:
         if not any(_touches(batch, fates, reached, without) for batch in file.iter_batches(BATCH)):
             return
         schema = _with_strings(file.schema_arrow) if fates else file.schema_arrow
         features = message_tables.no_features() if name.startswith(MESSAGES) else None
+        # The metadata state features of the old rows; those of the new ones are written at the end.
         schema = schema if features is None else schema.remove_metadata()
         with atomic_files.replacing(path) as draft, pq.ParquetWriter(draft, schema, compression="zstd") as writer:
             for batch in file.iter_batches(BATCH):

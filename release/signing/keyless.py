@@ -15,8 +15,9 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 
+# The extension of a certificate that names the OpenID provider.
 ISSUER = "1.3.6.1.4.1.57264.1.1"
-"""The extension of a certificate that names the OpenID provider."""
+# The remedy at the end of messages about Sigstore.
 ONLINE = "; Sigstore needs a network, or give --trust-config of another instance"
 
 

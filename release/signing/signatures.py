@@ -91,8 +91,8 @@ def is_fingerprint(text: str | None) -> bool:
     return text is not None and FINGERPRINT.fullmatch(text) is not None
 
 
+# Files that a signature does not cover, besides git's: the signature and its key, and files of the Hub's client.
 IGNORED = (SIGNATURE, PUBLIC_KEY, ".cache")
-"""Files that a signature does not cover, besides git's: the signature and its key, and files of the Hub's client."""
 
 
 def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambda text: None) -> str:
@@ -153,6 +153,7 @@ def sign_keyless(
     with keyless.as_atom_error(f"not every signature could be written into {release}", "; sign it again"):
         for repository, signature in zip(release_repositories, signatures, strict=True):
             signature.write(release / repository.folder / SIGNATURE)
+            # The key of an earlier signature would contradict this one.
             (release / repository.folder / PUBLIC_KEY).unlink(missing_ok=True)
     return identity
 

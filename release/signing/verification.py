@@ -122,7 +122,7 @@ def verify(
 
 
 class _Invalid(Exception):
-    """A signature that is not valid. signer: the one that it claims, if that is known."""
+    """A signature that is not valid. `signer` is the one that it claims, if that is known."""
 
     def __init__(self, problem: str, signer: str | None = None) -> None:
         super().__init__(problem)
@@ -134,6 +134,7 @@ def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> tuple[st
     if os.path.lexists(public):
         raise _Invalid(f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key")
     try:
+        # The libraries may print, and stdout is for the verdict.
         with redirect_stdout(sys.stderr):
             identity, manifest = keyless.verify_bundle(signature, policy.verifier)
         return str(identity), _digests(manifest)
@@ -147,6 +148,7 @@ def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> tuple[str, di
     if missing := [path.name for path in (signature, public) if not path.is_file()]:
         raise _Invalid(f"{missing[0]} is missing")
     try:
+        # Exact, since the signature does not cover the file of its key.
         name = fingerprint(public.read_bytes(), exact=True)
     except ValueError:
         raise _Invalid(f"{PUBLIC_KEY} is not a public key, or is altered") from None

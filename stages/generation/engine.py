@@ -55,6 +55,7 @@ class Engine(Config):
     @property
     def environment(self) -> dict[str, str]:
         """The variables of a process that computes with it: those of a GPU, which a server's process chooses itself."""
+        # A server's process gets its environment from `vllm_server.environment`.
         return gpu_environment.variables() if self.kind == "in-process" else {}
 
     @property
@@ -77,6 +78,7 @@ class Engine(Config):
         return {} if self.kind == "in-process" else {"engine": vllm_server.version(SETTING)}
 
 
+# The setting of a recipe that chooses the engine, for messages.
 SETTING = "evaluation.engine"
 
 
@@ -95,8 +97,7 @@ class LanguageModel(ABC):
     def bits(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[float]:
         """Returns minus log2 of the probability of ids[start:] after ids[:start], for each (ids, start).
 
-        A first token comes
-        after a lone end-of-document token, all others without it; no tokens have 0 bits.
+        A first token comes after a lone end-of-document token, all others without it; no tokens have 0 bits.
         """
 
     @abstractmethod

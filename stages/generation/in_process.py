@@ -30,6 +30,7 @@ from stages.mcore import gpu
 ROWS = 256
 # The share of unfinished rows below which the cache is copied without the finished ones.
 COMPACT_BELOW = 0.75
+# Models whose formulas `Decoder` has.
 CLASSES = (Qwen3ForCausalLM, Qwen3MoeForCausalLM)
 NAMES = " and ".join(kind.__name__ for kind in CLASSES)
 # Tokens of prompts that are read together, including padding: the activations of more do not fit into the processor's
@@ -69,6 +70,7 @@ class InProcess(Sampler):
         else:
             hf_config = AutoConfig.for_model(**config)
             self.model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
+        # No gradients: the weights are overwritten in place between two steps.
         self.model.to(gpu.start()).requires_grad_(False)
         self.decoder: Decoder | LibraryDecoder
         if isinstance(self.model, CLASSES):
@@ -85,10 +87,12 @@ class InProcess(Sampler):
         self.temperature, self.rows = temperature, rows
         # The digest of the weights, if they have one.
         self.policy = ""
+        # Weights change only between two calls, never while a batch is drawn.
         self.lock = threading.Lock()
 
     @classmethod
     def create(cls, context: SamplerContext) -> Self:
+        # The sampler computes in fp32, whatever the trainer's type is.
         config = {**context.config, "dtype": "float32", "torch_dtype": "float32"}
         return cls(config, context.stops, context.settings.max_new_tokens, routes=context.routes)
 
@@ -138,6 +142,7 @@ class InProcess(Sampler):
                     kept = unfinished.nonzero()[:, 0]
                     self.decoder.select(kept.to(device))
                     active, next_tokens, unfinished = active[kept], next_tokens[kept], unfinished[kept]
+            # The logits after the last token would not be used.
             if step + 1 == max_tokens:
                 break
             logits = self.decoder.step(next_tokens.to(device)).float()
@@ -145,6 +150,7 @@ class InProcess(Sampler):
                 of_steps.append((active, self.decoder.step_routes()))
         completions = []
         for ids, logprobs in zip(tokens.T.tolist(), log_probs.T.tolist(), strict=True):
+            # A finished row is decoded on until the cache is compacted; what follows its stop token is dropped.
             end = next((n for n, token in enumerate(ids) if token in self.stops), max_tokens - 1) + 1
             drawn_by = ((self.policy, end),) if self.policy else ()
             completions.append(
@@ -164,6 +170,8 @@ class InProcess(Sampler):
         """Returns the completions with the experts of question and answer, without the last token.
 
         Args:
+            prompts: The prompts.
+            completions: The completion of each prompt, without experts.
             of_prompts: Experts by prompt.
             of_steps: Rows and their experts, of each step.
         """
@@ -174,6 +182,7 @@ class InProcess(Sampler):
                 answers[row].append(of_token)
         recorded = []
         for prompt, completion, steps in zip(prompts, completions, answers, strict=True):
+            # No layer reads the last token, so it has no experts.
             visited = torch.cat([of_prompts[prompt.ids], *(x[None] for x in steps[: len(completion.ids) - 1])])
             recorded.append(replace(completion, routes=encode_routes(visited, experts)))
         return recorded
@@ -194,6 +203,7 @@ class InProcess(Sampler):
 
         It computes where the logits are, and brings only the tokens to the host.
         """
+        # A greedy answer states log-probabilities at temperature 1.
         probabilities = (logits if noise is None else logits / self.temperature).softmax(-1)
         if noise is None:
             tokens = probabilities.argmax(-1)
@@ -215,6 +225,7 @@ def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     parameters = model.state_dict()  # with biases of experts, which are buffers
     if model.config.tie_word_embeddings:
+        # It is the same tensor as the embedding, which is loaded by its own name.
         parameters.pop("lm_head.weight", None)
     # Where the export names each expert, the model has them stacked.
     experts = {name for name in parameters if ".mlp.experts." in name and name not in tensors}
@@ -245,6 +256,7 @@ class Decoder:
         self.head, self.config = model.lm_head, model.config
         self.groups, self.dim = self.config.num_key_value_heads, self.config.head_dim
         self.queries = self.config.num_attention_heads
+        # One product instead of three in each layer.
         self.qkv = [_fuse_qkv(layer.self_attn) for layer in self.model.layers]
         self.device = model.device
         self.expert_ids = torch.arange(getattr(self.config, "num_experts", 0), device=model.device)
@@ -256,6 +268,7 @@ class Decoder:
         if records_routes:
             for layer in self.model.layers:
                 if hasattr(layer.mlp, "experts"):
+                    # While prompts are read, transformers' own router chooses; its third output is the chosen experts.
                     layer.mlp.gate.register_forward_hook(lambda gate, inputs, output: self.chosen.append(output[2]))
 
     def read(self, prompts: Sequence[tuple[int, ...]], room: int) -> torch.Tensor:
@@ -283,6 +296,7 @@ class Decoder:
             positions = torch.arange(longest) - pads[:, None]
             cache = DynamicCache(config=self.config)
             output = self.reader(
+                # Any id may stand for padding, which the mask hides.
                 torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in batch], device=self.device),
                 attention_mask=(positions >= 0).long().to(self.device) if pads.any() else None,
                 position_ids=positions.clamp_min(0).to(self.device),
@@ -342,6 +356,7 @@ class Decoder:
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Appends a token to each row, [rows]; returns the logits of the next token, [rows, vocabulary]."""
         position, self.length = self.length, self.length + 1
+        # The cache grows by half its length, so that it is copied seldom.
         if self.cache[0].shape[3] == position:
             self.cache = [F.pad(layer_cache, (0, 0, 0, max(ROOM_TOKENS, position // 2))) for layer_cache in self.cache]
         rotary = self.rotary[:, position - self.pads, None]
@@ -369,8 +384,11 @@ class Decoder:
         Queries that share a key are rows of one product, so no key is repeated.
 
         Args:
+            attention: Attention module of the layer.
             projected: Queries, keys and values of the new tokens, [rows, heads, dim].
-            layer_cache: Keys and values so far, [2, rows, groups, room, dim].
+            layer_cache: Keys and values so far, [2, rows, groups, room, dim]; the new ones are written into it.
+            rotary: Cosine and signed sine of the new tokens' positions, as `_rotate` reads them.
+            bias: 0, or minus infinity where a position is padding, [rows * groups, 1, length].
         """
         queries, keys, values = projected.split((self.queries, self.groups, self.groups), 1)
         queries, keys = (
@@ -388,7 +406,8 @@ class Decoder:
         """Returns the output of the experts. Tokens are sorted by expert, so that each expert's are one product.
 
         Args:
-            h: [rows, hidden].
+            moe: Module of the layer's router and experts.
+            h: Hidden states of the new tokens, [rows, hidden].
         """
         probabilities, selected = F.linear(h, moe.gate.weight).softmax(-1).topk(self.config.num_experts_per_tok, -1)
         if self.records_routes:

@@ -101,7 +101,8 @@ class SamplerContext:
         config: The content of config.json; its `dtype` is the trainer's.
         stops: Ids of the tokens that end an answer.
         folder: Folder for files of the sampler, in the stage's work folder.
-        routes: Whether completions are to have routes.
+        settings: The recipe's section `sampling`.
+        routes: True if completions are to have routes.
         note: Writes a line of the stage's log.
     """
 
@@ -117,10 +118,10 @@ class AnswerGenerator(Protocol):
     """A model that answers prompts: a sampler, or an exported model that is evaluated."""
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        """As `Sampler.generate`."""
+        """Returns one completion for each prompt, as `Sampler.generate` does."""
 
     def close(self) -> None:
-        """As `Sampler.close`."""
+        """Frees what it holds, child processes included."""
 
 
 class Sampler(ABC):
@@ -144,14 +145,17 @@ class Sampler(ABC):
 
     @abstractmethod
     def load(self, weights: Weights) -> None:
-        """Loads a policy's weights: a mapping by their Hugging Face names, with the policy's digest and, if they are in
-        files, the folder."""
+        """Loads a policy's weights.
+
+        They are a mapping by their Hugging Face names, with the policy's digest and, if they are in files, the folder.
+        """
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         """Returns one completion for each prompt, in their order.
 
         Args:
+            prompts: The prompts, each with the seed of its answer.
             greedy: True for the likeliest tokens; log-probabilities are then those at temperature 1.
         """
 
@@ -189,6 +193,7 @@ def decode_routes(record: bytes, tokens: int, routing: Routing) -> torch.Tensor:
     if values.size != tokens * shape[1] * shape[2]:
         raise ValueError(f"{values.size} experts are not those of {tokens} tokens in {shape[1]} layers")
     routes = torch.from_numpy(values.astype(np.int16)).view(shape)
+    # Sorted, so that an expert that is chosen twice stands beside itself.
     ordered = routes.sort(-1).values
     if bool((routes >= routing.experts).any() or (ordered[..., 1:] == ordered[..., :-1]).any()):
         raise ValueError(f"a token visits an expert twice, or one that is not among {routing.experts}")
@@ -196,4 +201,5 @@ def decode_routes(record: bytes, tokens: int, routing: Routing) -> torch.Tensor:
 
 
 def _route_type(experts: int) -> str:
+    # Little-endian, so that a record is the same on every machine.
     return "u1" if experts <= BYTE_EXPERTS else "<u2"

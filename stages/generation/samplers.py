@@ -74,6 +74,9 @@ def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest
     """Returns the model of an exported folder.
 
     Args:
+        engine: Engine that computes with the model.
+        folder: Folder of the exported model.
+        tokenizer: Tokenizer of the model.
         work: Folder for the log of a server.
         longest: Tokens of the longest row that will be read, if that is more than the model's context.
 
@@ -81,6 +84,7 @@ def open_model(engine: Engine, folder: Path, tokenizer: Any, work: Path, longest
         AtomError: A server cannot start.
     """
     if engine.kind == "vllm":
+        # Imported here, so that a plan needs no torch.
         from stages.generation.vllm_model import Client, ServedModel
 
         return ServedModel(Client.start(engine, folder, work, longest), tokenizer)
@@ -95,8 +99,12 @@ def open_sampler(
     """Returns what draws answers of an exported model at temperature 1.
 
     Args:
+        engine: Engine that draws.
+        folder: Folder of the exported model.
+        stops: Ids of the tokens that end an answer.
+        max_new_tokens: Maximum number of tokens of an answer.
         work: Folder for the log of a server.
-        setting: The engine's in the recipe, for messages.
+        setting: Setting of the recipe that chose the engine, for messages.
     """
     if engine.kind == "vllm":
         from stages.generation.vllm_model import Client, ServedSampler

@@ -59,11 +59,14 @@ _BODY = TypeAdapter(_Body)
 
 @dataclass(frozen=True)
 class Announced:
-    """A server.
+    """A server that announces itself.
 
     Attributes:
-        run: The run that it is of.
-        job, start: Its Slurm job, and how often that was started again.
+        run: Run that it belongs to.
+        url: Its address.
+        host: Name of its node.
+        job: Its Slurm job.
+        start: Number of times that the job was started again.
     """
 
     run: str
@@ -147,6 +150,7 @@ def serve(settings: SamplingSettings, place: ServerPlace) -> None:
         time.sleep(POLL_SECONDS)
     import torch
 
+    # No training shares these GPUs, so all of their memory counts as free.
     gpus = (torch.cuda.device_count(), 1.0) if torch.cuda.is_available() else None
     server = vllm_server.Server.start(python, place.folder, place.log, settings.options, gpus, place.folder / SECRET)
     try:

@@ -29,6 +29,7 @@ class TransformersModel(LanguageModel):
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Any) -> Self:
+        # One thread and deterministic kernels: sums have one order, and results repeat bit for bit.
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
@@ -36,7 +37,7 @@ class TransformersModel(LanguageModel):
 
     @cached_property
     def first_token_bits(self) -> torch.Tensor:
-        """(vocab) bits of every token after a lone end-of-document token."""
+        """The bits of every token after a lone end-of-document token, [vocabulary]."""
         with torch.inference_mode():
             logits = self.model(torch.tensor([[self.end]])).logits[0, -1]
         return -torch.log_softmax(logits.double(), -1) / math.log(2)
@@ -57,7 +58,7 @@ class TransformersModel(LanguageModel):
         return bits
 
     def continue_greedily(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Returns one left-padded batch."""
+        """Returns the likeliest continuation of each prompt. All prompts are one batch, padded on the left."""
         width = max(map(len, prompts))
         tokens = torch.tensor([[self.pad] * (width - len(row)) + list(row) for row in prompts])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
@@ -70,6 +71,7 @@ class TransformersModel(LanguageModel):
 
     def likeliest(self, ids: Sequence[int], count: int) -> list[int]:
         with torch.inference_mode():
+            # The logits at a position are of the next token, so those after the last token are dropped.
             logits = self.model(torch.tensor([list(ids)]), logits_to_keep=count + 1).logits[0, :-1]
         tokens: list[int] = logits.argmax(-1).tolist()
         return tokens
@@ -101,5 +103,6 @@ class TransformersModel(LanguageModel):
         for batch in ids.split(size):
             with torch.inference_mode():
                 logits = self.model(batch, logits_to_keep=ids.shape[1] - prefix + 1).logits[:, :-1]
+            # The running product is 1 up to the first token that differs.
             counts += (logits.argmax(-1) == batch[:, prefix:]).long().cumprod(1).sum(1).tolist()
         return counts

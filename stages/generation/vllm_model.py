@@ -75,6 +75,7 @@ class Client:
     """A server of one exported model.
 
     Args:
+        server: The server.
         context: Tokens of the longest row that the model was made for.
         longest: Tokens of the longest row that the server reads.
         setting: Setting of the recipe that chose the server.
@@ -88,7 +89,11 @@ class Client:
         """Starts a server and waits for it.
 
         Args:
-            longest: If that is more than the model's context, the rotary embedding extrapolates, as in transformers.
+            engine: Engine of the recipe, with a server's GPUs and options.
+            folder: Folder of the exported model.
+            work: Folder for the log of the server.
+            longest: Tokens of the longest row that will be read. If that is more than the model's context, the rotary
+                embedding extrapolates, as in transformers.
             setting: Setting of the recipe, for messages.
 
         Raises:
@@ -111,6 +116,7 @@ class Client:
             "max-model-len": longest + 1,  # with the token that vLLM draws after each row
         }
         if longest > context:
+            # Otherwise vLLM sizes the table of rotary positions by the model's own context.
             settings["hf-overrides"] = json.dumps({"max_position_embeddings": longest + 1})
         if on_gpu := torch.cuda.is_available():
             settings |= {"tensor-parallel-size": max(1, engine.gpus), "max-num-batched-tokens": TOKENS_AT_ONCE}
@@ -144,6 +150,7 @@ class Client:
     def read(self, ids: Sequence[int]) -> list[Read]:
         """Returns log-probability and rank of every token but the first."""
         self._require_room(ids)
+        # vLLM always draws a token; only the log-probabilities of the prompt are read.
         sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "detokenize": False}
         answer = self.server.post(GENERATE, {"token_ids": list(ids), "sampling_params": sampling})
         reads = []
@@ -151,6 +158,7 @@ class Client:
             _, *positions = answer["prompt_logprobs"]  # the first token has none
             for token, entries in zip(ids[1:], positions, strict=True):
                 stated = entries[str(token)]
+                # vLLM states the given token and the likeliest one, which may be the same.
                 best = next(int(name) for name, entry in entries.items() if entry["rank"] == 1)
                 reads.append(Read(float(stated["logprob"]), int(stated["rank"]), best))
         except (KeyError, TypeError, ValueError, StopIteration):
@@ -217,6 +225,7 @@ class ServedModel(LanguageModel):
 
     def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
         def count(ids: Sequence[int]) -> int:
+            # `read` leaves out the first token, so the prefix has one entry less than tokens.
             reads = self.client.read(ids)[prefix - 1 :]
             return next((n for n, read in enumerate(reads) if read.rank > 1), len(reads))
 

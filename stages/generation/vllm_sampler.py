@@ -62,6 +62,7 @@ class VllmServer(Sampler):
         settings = context.settings
         self.config, self.stops, self.folder = dict(context.config), frozenset(context.stops), context.folder.absolute()
         self.max_new_tokens, self.temperature = settings.max_new_tokens, temperature
+        # Servers that the recipe names come first, so nothing is searched then.
         self.note, self.search = context.note, None if settings.url else search
         self.weights: Weights | None = None
         # The servers that have the weights; the others are new or lost.
@@ -70,6 +71,7 @@ class VllmServer(Sampler):
         # The digests of all policies that were loaded, in order.
         self.handed_over: list[str] = []
         self.renewing = threading.RLock()
+        # Its files are those of an earlier attempt.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(self.config))
@@ -113,6 +115,7 @@ class VllmServer(Sampler):
             if self.weights is not None and weights.digest == self.weights.digest:
                 return
             self.weights, was_alone = weights, not self.serving
+            # Before a server has them: an answer under way may end with the new weights.
             self.handed_over.append(weights.digest)
             try:
                 try:
@@ -174,11 +177,13 @@ class VllmServer(Sampler):
                 if server not in self.lost:
                     self.lost[server] = error
                     self.note(f"left out until it is back: {error}")
+                # Another request may have removed it already.
                 with contextlib.suppress(ValueError):
                     self.serving.remove(server)
                 return False
             return True
 
+        # As many requests at once as all servers together decode.
         kept = in_parallel(attempt, items, IN_FLIGHT * len(self.servers))
         return [server for (server, _), done in zip(items, kept, strict=True) if done]
 
@@ -376,6 +381,7 @@ class VllmServer(Sampler):
                 )
 
         for server in servers:
+            # A daemon, since a server that hangs must not keep the stage from ending.
             threading.Thread(target=run, args=(server,), name="request", daemon=True).start()
         succeeded = act()
         return [server for server in servers if self._each(confirm, [server])]

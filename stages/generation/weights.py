@@ -67,7 +67,7 @@ class Receiver(Protocol):
     """A sampler, as far as it takes weights."""
 
     def load(self, weights: Weights) -> None:
-        """As `Sampler.load`."""
+        """Loads a policy's weights, as `Sampler.load` does."""
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -75,6 +75,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
     Args:
         digest: Digest of the policy.
+        tensors: The tensors by name.
         folder: Folder of their files, from which each is read on access; None for the trainer's live tensors.
         sender: Sends them instead; there are then no tensors here.
     """
@@ -124,7 +125,9 @@ def write(tensors: Tensors, ranks: Ranks, folder: Path) -> tuple[str, Path]:
     Returns the policy's digest and, once it is there, the subfolder, on every rank. Collective.
 
     Args:
-        folder: Which all ranks see.
+        tensors: The policy's `hf_tensors`.
+        ranks: The ranks of the trainer.
+        folder: A folder that all ranks see.
 
     Raises:
         AtomError: The tensors of the ranks do not add up to the model.
@@ -133,6 +136,7 @@ def write(tensors: Tensors, ranks: Ranks, folder: Path) -> tuple[str, Path]:
     if ranks.first:
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)
         (folder / PARTIAL).mkdir(parents=True)
+    # No rank may write before rank 0 has emptied the folder.
     ranks.barrier()
     names: list[str] = []
     shares = ranks.gather(write_share(folder, ranks.rank, _held_tensors(tensors, names)))
@@ -181,7 +185,7 @@ def remove_earlier(place: Path) -> None:
 
 
 def _held_tensors(tensors: Tensors, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """This rank's tensors, on CPU. Fills `names` with the names of all."""
+    """Yields this rank's tensors, on CPU. Fills `names` with the names of all."""
     for name, tensor in tensors:
         names.append(name)
         if not tensor.is_meta:
@@ -193,6 +197,7 @@ def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
 
     Args:
         names: Names of all tensors of the model.
+        shares: Tensors of each rank.
 
     Raises:
         AtomError: No rank has one, or more than one.
@@ -246,6 +251,7 @@ class Broadcast:
         rows = merge(names, shares)
         # All ranks know all entries, so that each can tell which tensors a packet has.
         self.rows, digest = [rows[name] for name in names], policy_digest(rows)
+        # The senders follow from the names and the layout, so they are chosen once.
         if names != self.names:
             self.names = names
             self._choose_senders()
@@ -257,6 +263,7 @@ class Broadcast:
         try:
             sampler.load(Weights(digest, {}, sender=self))
         finally:
+            # After an error too, or the other ranks would wait for ever.
             self.ranks.from_first(None)
         return digest
 
@@ -265,6 +272,7 @@ class Broadcast:
         # Without turns the first data ranks alone have the tensors, and they send.
         held = [name for name, tensor in self.tensors(False) if not tensor.is_meta]
         root_of = {name: rank for rank, names in enumerate(self.ranks.gather(held)) for name in names}
+        # Rank 0 is among them in any case, since the members of a group meet at its store.
         if (senders := sorted({0, *root_of.values()})) != self.senders:
             self.close()
             self.senders = senders
@@ -356,6 +364,7 @@ class Broadcast:
 
     def _join(self, places: Mapping[str, tuple[str, str]]) -> set[str]:
         """Joins groups, given address and key of each server's store. Returns the servers that it is with."""
+        # A rank that sends nothing agrees to everything, since the results of all ranks are intersected.
         if self.ranks.rank not in self.senders:
             return set(places)
         for server, (address, key) in places.items():
@@ -383,6 +392,7 @@ class Broadcast:
                 if not tensor.is_meta:
                     local_tensors[number] = tensor
             failed = self._send_packets(together, local_tensors, groups)
+            # All ranks drop a server as soon as one of them fails with it, and go on with the others.
             for server in set().union(*self.ranks.gather(failed)):
                 self._leave(server)
                 groups.pop(server, None)
@@ -395,7 +405,9 @@ class Broadcast:
         """Returns the servers to which it fails.
 
         Args:
+            together: The packets that are under way at once.
             local_tensors: This rank's tensors by their numbers.
+            groups: Groups with the servers, by their URLs.
         """
         works, failed = [], set()
         for packet in together if groups else ():

@@ -32,6 +32,7 @@ Url = Annotated[str, Words(2000, "address; write it as in http://node1:8000", r"
 Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
 
 if TYPE_CHECKING:
+    # A type checker cannot read a Literal that is made at run time.
     SamplerName = str
     AlgorithmName = str
 else:
@@ -50,8 +51,10 @@ class Replay(Config):
 
 
 class Asynchronous(Config):
-    """Generation of answers while the policy is updated: groups wait in a bounded queue, and a step takes the finished
-    ones."""
+    """Generation of answers while the policy is updated.
+
+    Groups of answers wait in a bounded queue, and a step takes the finished ones.
+    """
 
     max_staleness: Staleness = Field(
         1, description="maximum age, in steps, of the policy that generated a token when a step takes it"
@@ -62,6 +65,7 @@ class Asynchronous(Config):
     )
 
 
+# Settings that only vLLM servers read; other samplers refuse them.
 _OF_VLLM = ("url", "secret", "options", "transfer")
 
 
@@ -122,6 +126,7 @@ class PostTrainingPhase(PhaseBase):
 
     @property
     def packed(self) -> bool:
+        # Answers have many lengths, and packed rows need no padding between them.
         return True
 
     @property
@@ -149,8 +154,11 @@ class PostTrainingPhase(PhaseBase):
 
 
 class RlPhase(PostTrainingPhase):
-    """Policy gradients from groups of answers (GRPO and its relatives) with rewards from verifiers: by default the
-    advantages of Dr. GRPO without division, the token-level loss and asymmetric clip of DAPO, and no KL term."""
+    """Policy gradients from groups of answers (GRPO and its relatives) with rewards from verifiers.
+
+    The defaults are the advantages of Dr. GRPO without division, the token-level loss and asymmetric clip of DAPO, and
+    no KL term.
+    """
 
     tasks: Tasks = Field(description="sources of prompts, each with the verifier that scores the answers")
     prompts_per_step: Prompts = Field(
@@ -233,6 +241,7 @@ class RlPhase(PostTrainingPhase):
     def _queue_is_not_too_long(self) -> RlPhase:
         if self.asynchronous is None:
             return self
+        # A step takes prompts_per_step groups, so the last group of a longer queue is too old when its turn comes.
         most = self.prompts_per_step * (self.asynchronous.max_staleness + 1)
         if self.queue_groups > most:
             raise ValueError(
@@ -306,6 +315,7 @@ class RlPhase(PostTrainingPhase):
     def queue_groups(self) -> int:
         """The maximum number of groups that are finished or in flight, of an asynchronous phase."""
         assert self.asynchronous is not None
+        # By default, the queue holds the prompts of as many steps as an answer may be old.
         return self.asynchronous.queue_groups or self.asynchronous.max_staleness * self.prompts_per_step
 
     @property
@@ -328,6 +338,7 @@ class RlPhase(PostTrainingPhase):
             batch=batch,
             steps=self.steps,
             optimizer=self.optimizer,
+            # A training phase requires the rest; replay reads only the order of its rows.
             validation=Validation(every=self.steps, rows=1),
             release_checkpoint_interval=self.steps,
         )

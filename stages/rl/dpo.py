@@ -26,6 +26,7 @@ def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: R
 
     Fills `out` with step-<n>/, training.jsonl, summary.json, rollouts.parquet and pairs.parquet.
     """
+    # Imported here, since a plan reads this module without torch.
     from stages.rl.algorithms.preferences import Dpo
     from stages.train.trainer import train
 

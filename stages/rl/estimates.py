@@ -24,6 +24,7 @@ from stages.train.config import WORK_CHECKPOINTS
 from stages.train.estimate import checkpoint_size, fullest, layout_label, silent_bytes
 
 AnyConfig = RlTrainConfig | DpoTrainConfig | RewardTrainConfig
+# Assumed core-seconds before the first step.
 START_SECONDS = 10.0
 # FLOP/s of a core that draws and trains in fp32.
 CPU_FLOPS = 2e10
@@ -67,6 +68,7 @@ class Examples:
 
     def in_micro_batch(self, size: float) -> int:
         """Returns the number of examples that fill a micro-batch of so many tokens, with a question for each."""
+        # Rounded up to whole units, which micro-batches never divide.
         examples = -(-size // (self.question + self.answer))
         return min(self.count, int(-(-examples // self.unit)) * self.unit)
 
@@ -94,6 +96,7 @@ def _examples(config: AnyConfig) -> list[Examples]:
     """Returns the examples of an update, at most."""
     if isinstance(config, RewardTrainConfig):
         length = min(PAIR_TOKENS, config.model.context_length)
+        # A pair is two rows, whose only target is the last token: its log-probability is the score.
         return [Examples(2 * config.phase.pairs, length - 1, 1, unit=2)]
     phase = config.phase
     answer = phase.sampling.max_new_tokens
@@ -103,6 +106,7 @@ def _examples(config: AnyConfig) -> list[Examples]:
         prompts = -(-phase.prompts_per_step // phase.updates)
         kinds = [Examples(prompts * phase.num_generations, question, answer, shared=phase.num_generations)]
         if phase.replay is not None:
+            # A replayed row is a question of one token and an answer of all others, each of which is a target.
             kinds.append(Examples(-(-phase.replay.rows // phase.updates), 1, phase.replay.sequence_length))
         return kinds
     kinds = [Examples(2 * -(-phase.preferences.count // phase.updates), question, answer, shared=2, unit=2)]
@@ -148,6 +152,7 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
     states = phase.optimizer.matrices.bytes
     run = StepSetup(layout, phase.precision, Rows(1, length), micro_batches, states=states, bf16_layers=bf16_layers)
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
+    # A forward pass is a third of an update, whose backward pass costs two of them.
     return TrainingTime(seconds * (1 + readings(config) / 3), *UNFITTED_ERRORS)
 
 
@@ -169,6 +174,7 @@ def _server_memory(config: AnyConfig, gpus: int) -> tuple[int, int]:
     width = 4 if config.phase.precision == "fp32" else 2
     weights = width * config.model.parameters(config.padded_vocab_size)["total"]
     beside = vllm_server.memory_beside_weights(config.model, config.padded_vocab_size, width, gpus)
+    # On cores, all memory of a server is the host's.
     if not gpus:
         return 0, vllm_server.memory_on_cores(weights, beside)
     return weights // gpus + beside, vllm_server.host_memory(gpus)
@@ -212,6 +218,7 @@ def estimate(
     Rank 0 holds the weights that go to the sampler, and a reward model, beside its own state.
 
     Args:
+        config: Settings of the stage.
         tokens: Tokens of the phase.
         passes: Passes over them, in units of a forward pass.
         rate: FLOP/s of a core.

@@ -67,6 +67,7 @@ def online_nodes(sections: PostTraining) -> list[NodeSpec]:
     if online is None:
         return []
     inputs = {"init": "dpo", "reward": "reward", "reward_model": "export-reward"}
+    # The stage is that of rlvr; the name tells the two apart in keys and seeds.
     return _phase_nodes(sections, "online-rlhf", "rlvr", online, inputs, online.tasks, {"name": "online-rlhf"})
 
 
@@ -93,6 +94,7 @@ def _phase_nodes(
     specs = []
     inputs = {"tokenizer": "tokenizer", **base}
     if tasks:
+        # A reward phase has no tasks; the case is for the type checker.
         verifiers = {} if isinstance(section, RewardPhase) else section.verifiers
         config: dict[str, Any] = {"sources": tasks, "verifiers": verifiers, "seed": sections.seed}
         searched = {"items": "items"}
@@ -112,6 +114,7 @@ def _phase_nodes(
         }
         specs.append(NodeSpec(f"order-{name}", "order", order, {"tokens": "tokenize"}))
         inputs |= {"tokens": "tokenize", "order": f"order-{name}"}
+    # A tool can read artifacts of earlier nodes.
     if isinstance(section, RlPhase) and section.tools:
         for tool in section.tools.offered:
             inputs |= tool.inputs

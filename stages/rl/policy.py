@@ -106,7 +106,9 @@ class Policy:
         # The folder in which the weights go to a sampler that cannot read this process's tensors.
         self.folder: Path | None = None
         if draws and sampling.transfer == "broadcast":
+            # Every rank has one, since its `load` is collective.
             self.broadcast = weights.Broadcast(self._tensors, engine.ranks)
+        # A sampler in this process reads the tensors directly only if this rank holds all of them.
         elif draws and (sampler_registry.SAMPLERS[sampling.kind].apart or engine.ranks.world > 1):
             self.folder = work / "served"
 
@@ -121,6 +123,7 @@ class Policy:
         self.verifiers: generation.Verifiers | None = None
         if engine.ranks.first and draws:
             self.sampler = make_sampler(config, self.chat, work, report)
+            # Validation items are answered too, so their questions must fit and their verifiers must work.
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
             verifiers = make_verifiers(rows, inputs, self.chat, config.phase.verifiers)
@@ -172,6 +175,7 @@ class Policy:
 
     def validate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Returns the mean reward of greedy answers by kind of task."""
+        # Greedy answers depend on no seed.
         completions = self.draw([(row, 0) for row in rows], greedy=True)
         return generation.mean_reward_by_kind(list(zip(rows, self.score(rows, completions), strict=True)))
 
@@ -202,6 +206,7 @@ class RolloutFiles:
         return self.folder / f"{step:06d}-{wave}.parquet"
 
     def all(self) -> list[Path]:
+        # Other names are those of groups in an asynchronous phase (stages/rl/rollout/asynchronous.py).
         return sorted(p for p in self.folder.glob("*.parquet") if re.fullmatch(r"\d+-\d+\.parquet", p.name))
 
     def load_or_draw(
@@ -213,9 +218,14 @@ class RolloutFiles:
         drawn and again when scored.
 
         Args:
-            requests: (task, seed).
+            step: Number of the step.
+            wave: Number of the wave in its step.
+            digest: Digest of the policy.
+            requests: (task, seed) of each answer.
+            policy: The policy, which draws and scores.
         """
         scored_path, drawn_path = self.path(step, wave), self.path(step, wave).with_suffix(".drawn")
+        # The scored file is complete. The drawn one saves only the drawing, which costs most.
         answers = self._read(scored_path, digest, requests)
         if answers is not None:
             return answers
@@ -226,11 +236,14 @@ class RolloutFiles:
                 unscored(step, wave, digest, row, seed, policy.chat, c)
                 for (row, seed), c in zip(requests, completions, strict=True)
             ]
+            # On disk before the scoring, so that a verifier that fails costs no drawn answer.
             rollouts.write(drawn_path, answers)
+        # The caller writes the scored file, once it knows which answers are dropped.
         return scored([row for row, _ in requests], answers, policy)
 
     def write(self, step: int, wave: int, answers: Sequence[Rollout]) -> None:
         rollouts.write(self.path(step, wave), answers)
+        # Only now, so that one of the two files is there at any time.
         self.path(step, wave).with_suffix(".drawn").unlink(missing_ok=True)
 
     def finish_step(self, step: int, waves: int) -> None:
@@ -294,7 +307,9 @@ def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> l
     """Returns the answers with their rewards.
 
     Args:
-        rows: The task of each.
+        rows: The task of each answer.
+        answers: The answers, as they were drawn.
+        policy: The policy, whose verifiers score.
     """
     parts = policy.score(rows, [completion_of(r) for r in answers])
     versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}
@@ -353,6 +368,7 @@ class RecordedRollouts(RolloutFiles):
             CheckFailed: They are not those that the phase asks for, or another policy than this one drew those of the
                 first step.
         """
+        # Asked before `open`, which sets the step.
         is_first = not self.step
         self.open(step)
         recorded = self._wave(wave)
@@ -382,6 +398,7 @@ class RecordedRollouts(RolloutFiles):
 
         The first of them has the number `start` in its wave.
         """
+        # To the end of the longer one: a missing answer and one too many are both findings.
         for number, (answer, request) in enumerate(zip_longest(recorded, requests), start):
             requested = "none" if request is None else f"one to {request[0]['id']} with seed {request[1]}"
             recorded_answer = "is missing" if answer is None else f"is one to {answer.task} with seed {answer.seed}"
@@ -456,6 +473,7 @@ def has_routes(r: Rollout, routing: Routing | None) -> bool:
     if routing is None or r.routes is None:
         return routing is None and r.routes is None
     try:
+        # No layer reads the last token, so it has no experts.
         decode_routes(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
     except ValueError:
         return False
@@ -478,6 +496,7 @@ class PolicyTrainer(PostTrainer):
         kinds, items = {row["kind"] for row in self.rows}, []
         if "rollouts" in self.inputs:
             routing = self.config.model.routing if self.config.phase.replays_routing else None
+            # A replay draws nothing, so it validates nothing and needs no items.
             self.files: RolloutFiles = RecordedRollouts(
                 self.inputs["rollouts"],
                 self.report,
@@ -508,6 +527,7 @@ class PolicyTrainer(PostTrainer):
         phase = self.config.phase
         if not self.validation or (step % phase.validate_every and step != phase.steps):
             return None
+        # On every rank, since loading is collective; rank 0 alone draws.
         self.policy.load()
         accuracy = self.policy.validate(self.validation) if self.first else {}
         if self.first:
@@ -526,6 +546,7 @@ class PolicyTrainer(PostTrainer):
         # On another machine, a replay does not keep the digest of the policy equal, and the gap says nothing then.
         limit = self.config.phase.max_logprob_diff
         drew = {span["policy"] for r in answers for span in r.versions or ()} | {r.policy for r in answers}
+        # Not `gap > limit`, which is False for NaN.
         if not gap <= limit and drew == {digest}:
             raise CheckFailed(
                 f"{self.name}: sampler and trainer differ by {gap:.3g} in a token's log-probability at step {step}, "

@@ -26,7 +26,7 @@ class Response:
         text: The complete text, of an answer in turns that of the last one, with special tokens by name, without the
             stop token.
         answer: The text after the reasoning, or all of it if there is none.
-        finished: Whether it ended by itself; an unfinished answer gets no credit.
+        finished: True if it ended by itself; an unfinished answer gets no credit.
         earlier: The text of each turn before, and its calls of tools.
     """
 
@@ -50,7 +50,7 @@ Parts = dict[str, float]
 
 
 class VerifierFailed(MachineError):
-    """A verifier could not score: it crashed, timed out or is unreachable. Never a reward of 0."""
+    """A verifier could not score: it crashed, timed out or is unreachable. This never becomes a reward of 0."""
 
 
 class ChatTokenizer(Protocol):
@@ -114,7 +114,7 @@ class Verifier(ABC):
 
     @classmethod
     def unsolved(cls, row: Row) -> dict[str, str]:
-        """Returns answers in the form that it reads which solve nothing, by what they are.
+        """Returns answers that solve nothing, in the form that the verifier reads, each by a description of it.
 
         Like those of stages/rl/rollout/probes.py, they show what can be earned without solving a task.
         """
@@ -126,7 +126,9 @@ class Verifier(ABC):
 
         Every answer (empty, garbage, huge, hostile) has a reward. An unfinished one has the reward 0.
 
-        Raises VerifierFailed in a sentence with the verifier, and with the row unless the machine is the cause.
+        Raises:
+            VerifierFailed: The verifier cannot score. The sentence names it, and the row unless the machine is the
+                cause.
         """
 
     def close(self) -> None:  # noqa: B027 - most hold nothing

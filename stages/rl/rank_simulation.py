@@ -42,6 +42,7 @@ def update(config: AnyConfig) -> Update:
         if isinstance(phase, RlPhase) and phase.kl_coef is not None:
             with _copies_on_host(engine, memory), engine.computing_with(engine.local_weights()):
                 batch = grpo.with_logprobs(engine, batch, "reference")
+        # No number matters here: shapes and memory are what is simulated.
         engine.step(batch, 1e-3, lambda loss, norm: None, objective=minimize)
 
     return step
@@ -62,6 +63,7 @@ def full_batch(engine: Engine, config: AnyConfig, kind: Examples, number: int, m
     with unset_fake_temporarily():
         if phase.replays_routing and (routing := config.model.routing) is not None:
             tokens = kind.question + kind.answer - 1
+            # Successive numbers, so that the experts of a token differ, as those of a router do.
             chosen = torch.arange(tokens * routing.top_k).view(tokens, 1, -1) % routing.experts
             routes = chosen.to(torch.int16).expand(-1, len(routing.layers), -1)
         units = [
@@ -75,9 +77,11 @@ def full_batch(engine: Engine, config: AnyConfig, kind: Examples, number: int, m
 def _example(
     phase: RlPhase | DpoPhase | RewardPhase, kind: Examples, place: int, routes: torch.Tensor | None
 ) -> Example:
-    """Returns the example at a place in its micro-batch. Every other question is another one."""
+    """Returns the example at a place in its micro-batch. Neighboring questions differ."""
+    # Two questions in turn are enough, since only neighbors with an equal question share its tokens.
     first = place // kind.shared % 2
     ids = range(first, first + kind.question + kind.answer)
+    # Values do not matter, except `pair`, which selects rows of the loss.
     ones = [1.0] * kind.answer
     row: dict[str, float] = {}
     by_token: dict[str, list[float]] = {}

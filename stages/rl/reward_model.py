@@ -24,6 +24,7 @@ def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report
     Raises:
         AtomError: There are too few pairs; and what stages.train.trainer.train raises.
     """
+    # Imported here, since a plan reads this module without torch.
     from stages.rl.algorithms.preferences import Reward
     from stages.train.trainer import train
 
@@ -32,6 +33,7 @@ def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report
 
 def estimate(config: RewardTrainConfig) -> Estimate:
     tokens = config.phase.steps * 2 * config.phase.pairs * estimates.PAIR_TOKENS
+    # Nothing is drawn, so the rate of a core is that of training alone.
     return estimates.estimate(config, tokens, 3, 4e10)
 
 

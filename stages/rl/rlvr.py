@@ -33,6 +33,7 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     """
+    # Imported here, since a plan reads this module without torch.
     from stages.rl.algorithms.grpo import GrpoTrainer
     from stages.train.trainer import train
 
@@ -42,6 +43,7 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
 def estimate(config: RlTrainConfig) -> Estimate:
     phase = config.phase
     answers = phase.prompts_per_step * phase.num_generations
+    # A question has at least one token.
     length = estimates.answer_tokens(phase, config.model.context_length - 1)
     tokens = phase.steps * answers * length
     # An answer is drawn once (a forward pass) and trained on once (three); old and reference policy read it once more.

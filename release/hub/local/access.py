@@ -1,4 +1,4 @@
-"""Reads from a request: the user, the repository and its revision, and the metadata of a card.
+"""Reads the user, the repository and its revision from a request, and the metadata from a card.
 
 A private repository does not exist for users who may not read it.
 """
@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, Response
 
 from release.hub.local.store import HubError, HubStore, Repo
 
+# The YAML block at the head of a README.
 METADATA = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
-"""The YAML block at the head of a README."""
 
 
 def store(request: Request) -> HubStore:

@@ -21,10 +21,11 @@ from release.hub.local.store import HubError, HubStore, current_time, write_json
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+# Bytes from which a file goes through LFS, and bytes of a part of a larger upload.
 LFS_BYTES = 10 << 20
 PART_BYTES = 64 << 20
+# Commits to a repository: the Hub states this number when it refuses one more (braindecode/braindecode issue 947).
 COMMITS_PER_HOUR = 128
-"""Commits to a repository: the Hub states this number when it refuses one more (braindecode/braindecode issue 947)."""
 
 
 async def health(request: Request) -> Response:
@@ -215,6 +216,7 @@ class RawPaths:
     """Routes on the path as it was sent, and logs each request: its method and its path."""
 
     def __init__(self, app: ASGIApp, log: Path | None = None) -> None:
+        # Line by line, so that a reader of the log sees each request at once.
         self.app, self.log = app, log.open("a", buffering=1) if log else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

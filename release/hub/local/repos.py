@@ -84,6 +84,7 @@ async def info(request: Request) -> Response:
         siblings.append({"rfilename": path, **sizes})
     return JSONResponse(
         {
+            # The Hub's ids have 24 digits. Nothing looks one up here.
             "_id": hashlib.sha1(repo.id.encode()).hexdigest()[:24],
             "id": repo.id,
             "modelId": repo.id,
@@ -201,6 +202,7 @@ async def squash(request: Request) -> Response:
         raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
 
     title = str((await request.json()).get("message", ""))
+    # Asked before the change: afterwards, the bytes that nothing refers to are deleted.
     blobs_before = _blobs(repo)
     files = repo.commits[repo.branches[branch]].files
     repo.add(branch, Commit(None, title, "", user, current_time(), files))

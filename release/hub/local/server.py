@@ -22,11 +22,9 @@ from pathlib import Path
 from pipeline.core.errors import AtomError
 
 LOCAL_TOKEN = "hf_local"
+# Seconds for which an idle connection stays open. Clients keep one for a shorter time, so none sends its next request
+# on a connection that the server is about to close.
 IDLE_SECONDS = 75
-"""Seconds for which an idle connection stays open.
-
-Clients keep one for a shorter time, so none sends its next request on a connection that the server is about to close.
-"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,6 +94,7 @@ def running(
     # The caller may have found this package by its own search path, which a new process does not inherit.
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
+    # Its line for people would mix with the output of the caller.
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + seconds

@@ -16,8 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Endings of files that go through LFS whatever their size.
 LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".idx", ".gz", ".zst", ".gguf", ".npy")
+# The .gitattributes of a new repository.
 ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+# The text that git holds in place of an LFS file.
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
 
 
@@ -47,6 +50,7 @@ class File:
 
     @property
     def etag(self) -> str:
+        # As on the Hub: the SHA-256 of an LFS file, the git id of any other.
         return self.blob if self.lfs else self.oid
 
 
@@ -102,6 +106,7 @@ class Repo:
 
     def add(self, branch: str, commit: Commit) -> str:
         """Puts a commit on a branch and returns its id (40 hex digits, as the client insists)."""
+        # With kind and id, so that equal commits of two repositories differ.
         sha = hashlib.sha1(json.dumps([self.kind, self.id, asdict(commit)], sort_keys=True).encode()).hexdigest()
         self.commits[sha], self.branches[branch] = commit, sha
         for path, file in commit.files.items():
@@ -139,6 +144,7 @@ class HubStore:
 
     def __init__(self, root: Path) -> None:
         self.blobs, self.repos, self.collections = root / "blobs", root / "repos", root / "collections"
+        # By file: its version, and the repository that was read from it.
         self._views: dict[Path, tuple[tuple[int, int, int], Repo | None]] = {}
         for folder in (self.blobs, self.repos, self.collections):
             folder.mkdir(parents=True, exist_ok=True)
@@ -238,6 +244,7 @@ class HubStore:
 
     def join(self, parts: list[Path], sha256: str) -> None:
         """Joins the parts of a multipart upload, in order, into the blob. Raises HubError 400 if a part is missing."""
+        # A name of its own, since an equal file may be joined at the same time.
         joined = self.blobs / f"{sha256}.{uuid.uuid4().hex}.joined"
         try:
             with open(joined, "wb") as target:

@@ -51,6 +51,7 @@ async def lfs_batch(request: Request) -> Response:
                 upload["href"] = f"{target}/complete?parts={count}"
                 upload["header"] = {"chunk_size": str(part)}
                 upload["header"] |= {f"{n:05d}": f"{target}/part/{n}" for n in range(1, count + 1)}
+            # For an object without actions, the client sends nothing.
             row["actions"] = {"upload": upload, "verify": {"href": f"{target}/verify"}}
         rows.append(row)
     transfer = "multipart" if multipart else "basic"
@@ -131,6 +132,7 @@ async def commit(request: Request) -> Response:
             files = {path: file for path, file in files.items() if not path.startswith(start)}
         else:
             raise HubError(400, f"operation {key} is not supported here")
+    # The client states the commit that it has seen, so that it overwrites no later one.
     if header.get("parentCommit") not in (None, parent):
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
 
@@ -176,6 +178,7 @@ def _new_ref(request: Request, repo: Repo, refs: dict[str, str], name: str, sha:
 
 async def delete_ref(request: Request) -> Response:
     repo, _ = await access.writable(request)
+    # One handler serves both kinds of refs, which the path tells apart.
     refs = repo.branches if "/branch/" in request.url.path else repo.tags
     if refs.pop(request.path_params["rev"], None) is None:
         raise HubError(404, "no such branch or tag", "RevisionNotFound")

@@ -1,5 +1,6 @@
-"""vLLM's weight transfer engine `atom`: a policy's weights from a folder that the trainer's ranks have written, or
-broadcast by them.
+"""The weight transfer engine `atom` of vLLM, by which its workers get a policy's weights.
+
+The trainer's ranks have written the weights to a folder, or broadcast them.
 
 An update by the folder has two requests. The first checks the folder: every tensor that the index lists is in its file,
 the digests are right, and their digest is that of the policy. The workers of a server share this reading. The second
@@ -92,6 +93,8 @@ class Weights(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class Engine(WeightTransferEngine):  # type: ignore[misc]
+    """The engine in one worker. vLLM calls its methods."""
+
     init_info_cls, update_info_cls = Model, Weights
     # The digest of the weights in a folder that this update has checked.
     checked = ""
@@ -102,11 +105,13 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
     def init_transfer_engine(self, info: Model) -> None:
         config = self.model_config.hf_text_config
         for name, value in sorted(info.sizes.items()):
+            # An entry that this model's config lacks is no contradiction.
             if getattr(config, name, value) != value:
                 raise Refused(
                     f"its model has {name} = {getattr(config, name)}, and the trainer's has {value}; start it with the "
                     "trainer's config.json"
                 )
+        # An invitation ends the group before it.
         self.shutdown()
         if info.store is not None:
             if self.device.type != info.device:
@@ -117,6 +122,7 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
             store, parallel = connect(info.store, key, info.seconds), self.parallel_config
             workers = parallel.world_size * parallel.data_parallel_size
             store.set(WORKERS, str(workers))
+            # The trainer's ranks come first, then the workers of all data-parallel parts of the server.
             rank = info.ranks + parallel.data_parallel_index * parallel.world_size + parallel.rank
             self.group = Group(store, rank, info.ranks + workers, info.seconds, self.device, PATIENCE)
 
@@ -155,6 +161,8 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
                         (name, tensor)
                         for number, offset in zip(packet.numbers, packet.offsets, strict=True)
                         for tensor in [view(buffer, offset, info.rows[number])]
+                        # Each worker checks a share of the tensors. All receive the same bytes, and one refusal is
+                        # enough.
                         for name in self._check(info, number, tensor, number % parts == part)
                     ]
         except BaseException:
@@ -175,6 +183,7 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
         )
         from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
+        # vLLM does not complain about a parameter that no tensor fills.
         missing = {name for name, _ in self.model.named_parameters()}
         if current_platform.is_cpu():
             # 0.32 packs the experts for its kernel when it makes one, and reads weights of a reload as packed ones
@@ -212,10 +221,11 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes."""
+    """Registers the engine. vLLM calls this in each of its processes."""
     from vllm.distributed.weight_transfer.factory import (  # type: ignore[import-not-found]
         WeightTransferEngineFactory as Factory,
     )
 
+    # A second registration of a name is an error, and vLLM may call this again in a process.
     if NAME not in Factory._registry:
         Factory.register_engine(NAME, Engine)

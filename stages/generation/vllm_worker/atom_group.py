@@ -1,5 +1,6 @@
-"""The group in which the trainer's ranks broadcast a policy's weights to the workers of one vLLM server, for both
-sides. No module of this project: the workers have none.
+"""The group in which the trainer's ranks broadcast a policy's weights to the workers of one vLLM server.
+
+Both sides use this file. It imports no module of this project, because the workers have none.
 
 The trainer's ranks come first. A broadcast moves a packet: tensors of one rank as bytes, one after the other.
 """
@@ -28,6 +29,7 @@ GROUP = "group"
 WORKERS = "workers"
 # Bytes of the tensors, of all ranks together, that are under way at once, unless one is larger.
 PACKET_BYTES = 64_000_000
+# Bytes to which tensors are aligned in a packet, so that each can be viewed as its own type.
 ALIGNMENT = 16
 # PyTorch's variable, at 1 when a group of NCCL is made: the thread that waits finds errors, and no watchdog does.
 BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
@@ -44,6 +46,7 @@ class SignedStore(dist.Store):
     """A store with a signature on each entry: what somebody else writes into it raises RuntimeError when it is read.
 
     Args:
+        store: The store that holds the entries.
         key: Key of the group, in hex.
     """
 
@@ -52,6 +55,7 @@ class SignedStore(dist.Store):
         self.store, self.key = store, bytes.fromhex(key)
 
     def _signature(self, name: str, value: bytes) -> bytes:
+        # With the length of the name, so that no other division into name and value has this signature.
         return hmac.digest(self.key, f"{len(name)} {name} ".encode() + value, "sha256")
 
     def set(self, name: str, value: str | bytes) -> None:
@@ -155,7 +159,7 @@ class Group:
 
 @contextmanager
 def _without_watchdog() -> Iterator[None]:
-    """Groups of NCCL that are made in this block have no watchdog.
+    """Makes groups of NCCL without a watchdog in this block.
 
     PyTorch's watchdog ends the process when a collective fails or times out, whoever handles the error. Without it, the
     thread that waits finds the error. PyTorch has no such option of a group: it reads a variable when it makes one.
@@ -221,7 +225,9 @@ def connect(address: str, key: str, seconds: float) -> SignedStore:
     """Returns the store at host:port.
 
     Args:
+        address: Host and port of the store.
         key: Key of the group, in hex.
+        seconds: Time that a request to the store may take.
     """
     host, port = address.rsplit(":", 1)
     return SignedStore(dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=seconds)), key)
@@ -244,15 +250,16 @@ def bytes_of(row: Mapping[str, Any]) -> int:
 
 
 def packets(rows: Sequence[Mapping[str, Any]], roots: Sequence[int]) -> Iterator[tuple[Packet, ...]]:
-    """Yields all tensors, in order: what is under way at once.
+    """Yields all tensors in order, as the packets that are under way at once.
 
     Args:
-        rows: Their entries of the index.
-        roots: The rank of each.
+        rows: Entry of each tensor in the index.
+        roots: Rank that holds each tensor.
     """
     first = 0
     while first < len(rows):
         last, total = first, 0
+        # At least one tensor, however large it is.
         while last < len(rows) and (last == first or total + bytes_of(rows[last]) <= PACKET_BYTES):
             total += bytes_of(rows[last])
             last += 1

@@ -42,7 +42,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware."""
+    """The guard, as ASGI middleware."""
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self.app, self.key, self.instance = app, read(Path(os.environ[VARIABLE])), secrets.token_hex(16)
@@ -53,6 +53,7 @@ class Guard:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
+            # This project uses no web sockets.
             return await send({"type": "websocket.close", "code": 1008})
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         nonce, digest = headers.get("atom-nonce", ""), headers.get("atom-body", "")
@@ -61,6 +62,7 @@ class Guard:
             target += "?" + scope["query_string"].decode("latin-1")
         instance = "" if scope["path"] == HEALTH else self.instance
         parts = (scope["method"], target, instance, nonce, digest)
+        # Before the body is read: nobody without the key can fill the memory.
         if not is_signed(headers.get("atom-signature", ""), self.key, "request", *parts):
             return await _answer(send, 401, "this server answers signed requests of its run only")
         body = await _body(receive)
@@ -97,6 +99,7 @@ class _SignedAnswer:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            # Held back: the signature covers the body, and headers are sent before it.
             self.start, self.body = message, bytearray()
             return
         self.body += message.get("body", b"")

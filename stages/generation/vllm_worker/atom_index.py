@@ -1,5 +1,7 @@
-"""The index of a policy's weights in a shared folder, for those who write the folder and for vLLM's workers, who read
-it. No module of this project: the workers have none.
+"""The index of a policy's weights in a shared folder.
+
+The ranks that write the folder and vLLM's workers that read it both use this file. It imports no module of this
+project, because the workers have none.
 
 The folder has the form of a sharded model on the Hub: safetensors files, and `model.safetensors.index.json`, which is
 written last. Its entry `tensors` states type, shape and SHA-256 of each tensor, from which the policy's digest follows.
@@ -23,7 +25,7 @@ TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Refused(ValueError):
-    """The sentence stands between brackets, since vLLM quotes it within its own."""
+    """A refusal of weights. Its sentence stands between brackets, since vLLM quotes it within its own."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(f"[[{sentence}]]")
@@ -31,6 +33,7 @@ class Refused(ValueError):
 
 def row_of(tensor: torch.Tensor) -> dict[str, Any]:
     """Returns the entry of a tensor."""
+    # NumPy has no bfloat16, so the bytes are hashed.
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     kind = str(tensor.dtype).removeprefix("torch.")
     return {"dtype": kind, "shape": list(tensor.shape), "sha256": hashlib.sha256(content.data).hexdigest()}
@@ -64,6 +67,7 @@ def check(folder: Path, digest: str, part: int, parts: int) -> None:
     listed_in: dict[str, set[str]] = {}
     for tensor, name in files.items():
         listed_in.setdefault(name, set()).add(tensor)
+    # In one order on all workers, so that each file is read by one of them.
     for number, (name, listed) in enumerate(sorted(listed_in.items())):
         try:
             with safe_open(folder / name, "pt") as file:

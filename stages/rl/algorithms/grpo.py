@@ -94,6 +94,7 @@ class GrpoTrainer(PolicyTrainer):
             self.live.close()
         super().close()
         if self.live is not None:
+            # A thread that draws ends only once the sampler is closed.
             self.live.join()
 
     def measure(self, step: int) -> dict[str, Any] | None:
@@ -110,14 +111,17 @@ class GrpoTrainer(PolicyTrainer):
         routing = self.config.model.routing if phase.routing_replay else None
         groups = training_groups(answers, self.algorithm, routing)
         self.tokens += (targets := sum(x.targets for group in groups for x in group))
+        # All answers were dropped: there is no update, and the log says so.
         if not targets:
             return metrics | {"idle": True}
         batches, figures, minimize = self._batches(step, groups), [], objective(phase)
+        # It costs a forward pass over all batches, so it is measured only now and then.
         if routing is not None and (step == 1 or step % phase.validate_every == 0):
             gap_of_own = self._gap_of_own_routing(batches)
             metrics["sampler_gap_own_routing"] = gap_of_own / targets
 
         for number, batch in batches.items():
+            # The schedule counts all updates, those without answers included.
             lr = self.learning_rate((step - 1) * phase.updates + number + 1)
             figures.append(self.engine.step(batch, lr, self.update_check(step), objective=minimize))
 
@@ -129,6 +133,7 @@ class GrpoTrainer(PolicyTrainer):
 
         gap = mean_of("sampler_gap")
         metrics |= figures[-1].metrics(lr) | {
+            # Without replayed rows, whose loss is a metric of its own.
             "loss": fmean((f.loss * divisor - extras.get("replay", 0.0)) / divisor for f, extras, divisor in results),
             "clip_fraction": mean_of("clip_fraction"),
             "importance_ratio": mean_of("importance_ratio"),
@@ -146,11 +151,13 @@ class GrpoTrainer(PolicyTrainer):
         """Returns {number of an update of the step: its batch}, for those that have answers to learn from."""
         phase, batches = self.phase, {}
         for number in range(phase.updates):
+            # Groups are dealt to the updates in turn, and none is divided.
             part = [example for group in groups[number :: phase.updates] for example in group]
             if part:
                 lengths = [example.targets for example in part]
                 divisor = self.algorithm.mean.divisor(lengths, phase.max_sampled_tokens)
                 part += self._replay_examples(step, number, divisor)
+                # Answers of a group need not stay together: each has its advantage by now.
                 units = [[example] for example in part]
                 batches[number] = build_rank_batch(
                     units, phase.micro_batches, self.engine.ranks, self.policy.chat.pad, divisor
@@ -203,6 +210,7 @@ class GrpoTrainer(PolicyTrainer):
 
     def _mark_group(self, answers: list[Rollout]) -> list[Rollout]:
         marked, _ = mark_dropped(answers, self.phase.num_generations)
+        # `mark_dropped` counts groups from 0; here a group keeps the number in which it was issued.
         return [replace(r, group=answers[0].group) for r in marked]
 
     def _draw_waves(self, step: int, policy_digest: str) -> list[Rollout]:
@@ -217,6 +225,7 @@ class GrpoTrainer(PolicyTrainer):
             wave_answers, groups_kept = mark_dropped(wave_answers, phase.num_generations)
             self.files.write(step, wave, wave_answers)
             for group, row in enumerate(tasks):
+                # Dropped groups count too: equal rewards tell that a task is too easy or too hard.
                 start = group * phase.num_generations
                 self.curriculum.update(row, pass_rate(wave_answers[start : start + phase.num_generations]))
             groups += groups_kept
@@ -238,6 +247,7 @@ class GrpoTrainer(PolicyTrainer):
             (segment,) = row.segments
             ids = shards.read(segment).tolist()
             targets_of_row = len(ids) - 1 - segment.loss_from
+            # The weight 0 keeps these rows out of the policy loss.
             tokens = {"sampler": [0.0] * targets_of_row, "replay": [weight] * targets_of_row}
             examples.append(Example(ids, segment.loss_from + 1, {"advantage": 0.0, "weight": 0.0}, tokens))
         return examples
@@ -261,8 +271,8 @@ class GrpoTrainer(PolicyTrainer):
 def asynchronous_metrics(version: int, answers: Sequence[Rollout]) -> dict[str, Any]:
     """Returns the metrics of an asynchronous step.
 
-    `staleness` is the mean over tokens of the answers that are kept, in steps; `dropped` counts answers by reason;
-    `consumed` seals the answers in their order.
+    `staleness` is the mean age of the tokens of kept answers, in steps. `dropped` counts answers by reason. `consumed`
+    seals the answers in their order.
 
     Args:
         version: Version of the policy that is updated.
@@ -288,6 +298,7 @@ def tool_metrics(answers: Sequence[Rollout]) -> dict[str, Any]:
 
 def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout], int]:
     """Returns the answers with their group, sample and drop reason, and the number of groups that are kept."""
+    # In fp64, in which rewards are stored: rounding must not make two of them equal.
     rewards = torch.tensor([r.reward for r in answers], dtype=torch.float64).view(-1, samples)
     equal = zero_variance(rewards).tolist()
     marked = []
@@ -308,6 +319,8 @@ def training_groups(
     Advantages are of all answers of the groups that differ in reward, truncated ones among them.
 
     Args:
+        answers: All answers of the step.
+        algorithm: The algorithm, which gives advantages and weights.
         routing: Routing of a model whose routing is replayed.
     """
     groups: dict[tuple[int, int], list[Rollout]] = {}

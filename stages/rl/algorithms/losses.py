@@ -87,6 +87,7 @@ def policy_loss(
         figures["kl"] = reference_log_ratio.expm1() - reference_log_ratio
         loss = loss + kl_coef * figures["kl"]
     if row_weights is not None:
+        # Last, so that the KL term has the weight of its row as well.
         loss = loss * row_weights[:, None]
 
     sums = {name: (figure.detach().float() * mask).sum() for name, figure in figures.items()}

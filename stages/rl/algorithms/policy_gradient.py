@@ -220,6 +220,7 @@ def by_answer(tokens: Tokens, clip_low: float, clip_high: float) -> tuple[torch.
 
     In a mixture of experts the ratio of a single token jumps when its experts change; that of the answer does not.
     """
+    # A row without tokens has no mean; 1 avoids a division by 0.
     length = tokens.mask.sum(1, keepdim=True).clamp(min=1)
     ratio = (tokens.log_ratio.sum(1, keepdim=True) / length).exp().expand_as(tokens.ratio)
     return clipped(ratio, tokens.advantages, clip_low, clip_high)

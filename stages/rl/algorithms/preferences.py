@@ -30,6 +30,7 @@ from stages.train.engine import Objective
 
 # The most held-out pairs that a reward model is evaluated on.
 HELDOUT_PAIRS = 400
+# Columns of pairs.parquet with their types.
 PAIRS = {
     "round": "int32",
     "task": "string",
@@ -59,6 +60,7 @@ class Dpo(PolicyTrainer):
         phase = self.config.phase
         self.by_id = {row["id"]: row for row in self.rows}
         seed = self.config.seed
+        # One artifact holds the tasks of both pools, and their kinds tell them apart.
         preference_kinds = set(tasks.kinds_of(phase.preferences.tasks))
         preference_tasks = [row for row in self.rows if row["kind"] in preference_kinds]
         self.prompts = Curriculum(preference_tasks, f"{seed_label(self.name)}/ask", seed, uniform=True)
@@ -119,7 +121,9 @@ class Dpo(PolicyTrainer):
         The reference log-probabilities are those with which the answers were drawn.
         """
         tokens = sum(len(r.ids) for r in correct)
+        # The engine divides by the number of pairs, so the mean over the tokens of correct answers is made here.
         weight = self.phase.nll_coef * len(pairs) / tokens if tokens else 0.0
+        # The two answers of a pair stay in one micro-batch, since the loss compares them.
         units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
         units += [[_example(r, pair=0.0, anchor=weight)] for r in correct]
         self.tokens += sum(len(example.ids) - example.start for unit in units for example in unit)
@@ -142,6 +146,7 @@ class Dpo(PolicyTrainer):
         """Returns the answers of a round and the trainer's state after them. Rank 0 only."""
         answers = self._draw_wave(step, 0, digest, self.prompts, self.phase.preferences)
         pairs = [best_and_worst(group_answers, self.phase.min_margin) for group_answers in group_by_task(answers)]
+        # The condition is that of `train_step`: a round with too few pairs is idle.
         drop_reason = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
         paired = {(r.group, r.sample) for pair in pairs for r in pair or ()}
         answers = [replace(r, dropped=drop_reason if (r.group, r.sample) in paired else "between") for r in answers]
@@ -182,7 +187,7 @@ def group_by_task(answers: Sequence[Rollout]) -> list[list[Rollout]]:
 def best_and_worst(group_answers: Sequence[Rollout], min_margin: float) -> tuple[Rollout, Rollout] | None:
     """Returns the best finished answer and the worst answer, if their rewards differ by more than `min_margin`.
 
-    Ties take the first.
+    Among equal rewards, the first answer counts.
     """
     finished = [r for r in group_answers if r.finished]
     if not finished:
@@ -203,7 +208,9 @@ def pair_rows(answers: Sequence[Rollout], tasks: Mapping[str, Row], min_margin: 
     """Returns the rows of pairs.parquet of the answers of a round.
 
     Args:
+        answers: All answers of the round.
         tasks: Tasks by id.
+        min_margin: Reward difference that a pair must exceed.
     """
     groups = group_by_task([r for r in answers if r.wave == 0])
     return [pair_row(tasks[better.task], better, r) for group in groups for better, r in all_pairs(group, min_margin)]
@@ -262,7 +269,9 @@ class Reward(PostTrainer):
         phase = self.config.phase
         self.chat = generation.Chat(self.inputs["tokenizer"])
         rows = read_pairs(self.inputs["pairs"])
+        # By question, so that no question is in both parts.
         heldout = [row for row in rows if hash_fraction(row["question"]) < phase.heldout_fraction]
+        # By another hash, so that the sample has pairs of many questions.
         self.heldout = sorted(heldout, key=lambda row: hash_fraction(row["chosen"] + row["rejected"]))[:HELDOUT_PAIRS]
         self.pairs = [row for row in rows if hash_fraction(row["question"]) >= phase.heldout_fraction]
         self.order = PairOrder(len(self.pairs), phase.pairs, seed_label(self.name), self.config.seed)
@@ -289,6 +298,7 @@ class Reward(PostTrainer):
             return None
         loss, figures = self.engine.figures(self._rank_batch(self._units(self.heldout)), bradley_terry)
         n = len(self.heldout)
+        # The mean score, with which the verifier reward-model compares an answer.
         center = (figures["chosen"] + figures["rejected"]) / 2 / n
         metrics = {"heldout_accuracy": figures["accuracy"] / n, "heldout_loss": loss, "centre": center}
         if self.first:
@@ -319,6 +329,7 @@ class Reward(PostTrainer):
                 reward_input(self.chat, row["question"], row[side], row[f"{side}_finished"])
                 for side in ("chosen", "rejected")
             ]
+            # The last token alone is a target: its log-probability is the score.
             units.append([Example(ids, len(ids) - 1) for ids in input_ids])
         return units
 
@@ -334,7 +345,11 @@ def bradley_terry(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tens
 
 
 def read_pairs(artifact: Artifact) -> list[dict[str, Any]]:
-    """Raises AtomError if a column or a value is missing."""
+    """Returns the rows of pairs.parquet.
+
+    Raises:
+        AtomError: A column or a value is missing.
+    """
     path = artifact / "pairs.parquet"
     require_columns(path, arrow_schema(PAIRS))
     rows: list[dict[str, Any]] = read_table(path).to_pylist()

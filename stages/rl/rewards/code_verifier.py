@@ -52,6 +52,7 @@ def code_of(answer: str, entry_point: str) -> str:
     statement, assignment = rf"(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b", rf"{name}[ \t]*(?::[^=\n]*)?=(?!=)"
     defines = re.compile(f"^(?:{statement}|{assignment})", re.MULTILINE)
     blocks: list[str] = []
+    # Bare fences after words are opened only if no block defines the entry point without them.
     for bare_after_words in (False, True):
         blocks = blocks_of(answer, bare_after_words) or blocks
         for block in blocks:
@@ -110,7 +111,9 @@ class CodeSettings(Config):
 
 
 class CodeVerifier(Verifier):
-    """Rows have `entry_point`, the name of the function, and one of
+    """Scores code by running it against the tests of its row.
+
+    A row has `entry_point`, the name of the function, and one of these:
 
     - `tests`: a list of {"input": positional arguments, "expected": value}, all of JSON; a tuple counts as a list, and
       an expected float may be missed by a billionth of itself, 0.0 by a billionth;
@@ -149,14 +152,18 @@ class CodeVerifier(Verifier):
 
     @classmethod
     def unsolved(cls, row: Row) -> dict[str, str]:
-        """Programs that compute nothing."""
+        """Returns programs that compute nothing."""
         head = f"def {row.get('entry_point')}(*arguments, **options):\n    return "
         programs = {RETURNS.format(value): f"{head}{value}\n" for value in CONSTANT_VALUES}
         programs[RETURNS.format("its first argument")] = f"{head}arguments[0] if arguments else None\n"
         return {"pass": "pass", **programs}
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """Raises VerifierFailed if a sandbox failed or a row's tests cannot run."""
+        """Returns the parts of each answer's reward.
+
+        Raises:
+            VerifierFailed: A sandbox failed, or a row's tests cannot run.
+        """
         try:
             return self._pool.map(self._score, answers, lambda _: parts(0.0, killed=True))
         except SandboxFailed as e:
@@ -195,6 +202,7 @@ class CodeVerifier(Verifier):
 
     def _check(self, cells: list[Cell], job: Job, row: Row) -> Parts:
         with cells[0].begin(job) as answer:
+            # The first line tells that the answer's code has run. Without it there is nothing to check.
             if answer.ask() is None:
                 return parts(0.0, killed=ended_by_force(answer))
             with cells[1].begin({**job, "role": "check", "source": row["check"]}) as check:
@@ -235,6 +243,7 @@ def returns_expected(line: bytes, expected: Any) -> bool:
     """Returns True if a line from an answer's sandbox, which may hold anything, reports the expected return value."""
     try:
         return equal(decode(json.loads(line)["value"]), expected)
+    # No line of an answer may stop the verifier.
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError):
         return False
 

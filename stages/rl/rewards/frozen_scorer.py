@@ -11,11 +11,12 @@ from stages.rl.protocols import Answer, NoSettings, Parts, Response, Verifier, V
 from stages.scorers import LATEST, SCORERS, answer_of
 from stages.tasks.rows import Row
 
+# A row can ask for any number of a letter, and the answer below must stay short.
 MOST_LETTERS = 1000
 
 
 class FrozenScorer(Verifier):
-    """The scorer whose name is that of the class."""
+    """A verifier that scores with the latest frozen scorer of its name."""
 
     def __init__(self, context: VerifierContext[NoSettings]) -> None:
         self.version = LATEST[self.name]
@@ -46,23 +47,28 @@ class Exact(FrozenScorer):
 class Courtesy(FrozenScorer):
     """Scores whether a courteous note does what the request asks, and its style.
 
-    Row: act, who, what. Its parts: stages/scorers/courtesy_v1.py.
+    Row: act, who, what. stages/scorers/courtesy_v1.py describes the parts.
     """
 
     name = "courtesy"
 
 
 class Instructions(FrozenScorer):
-    """Gives the reward 1 to an answer that follows every instruction: constraints that a program can check (IFEval,
-    arXiv 2311.07911). Row, as NeMo Gym's instruction_following: instruction_id_list, kwargs. Parts: `reward`,
-    `fraction`, `finished`."""
+    """Gives the reward 1 to an answer that follows every instruction.
+
+    Instructions are constraints that a program can check (IFEval, arXiv 2311.07911).
+
+    Row, as NeMo Gym's instruction_following: instruction_id_list, kwargs. Parts: `reward`, `fraction`, `finished`.
+    """
 
     name = "instructions"
 
     @classmethod
     def unsolved(cls, row: Row) -> dict[str, str]:
-        """Returns what the constraints ask for by name and nothing else: keywords, repeated letters, and the last
-        phrase."""
+        """Returns an answer that has only the texts which the constraints name.
+
+        They are keywords, repeated letters, and the last phrase.
+        """
         words, letters, ending = list[str](), "", ""
         kwargs = row.get("kwargs")
         for arguments in kwargs if isinstance(kwargs, list) else ():  # the scorer says what is wrong with another row

@@ -51,10 +51,15 @@ class GymServer(Verifier):
     def __init__(self, context: VerifierContext[GymSettings]) -> None:
         settings = context.settings
         self.url, self.timeout = settings.url.rstrip("/"), settings.timeout
+        # The code of the server is not seen here, so the recipe states what runs there.
         self.version = f"1 {settings.serves}"
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """Raises VerifierFailed if the server cannot be reached, refuses, or answers without a finite reward."""
+        """Returns the parts of each answer's reward.
+
+        Raises:
+            VerifierFailed: The server cannot be reached, refuses, or answers without a finite reward.
+        """
         with ThreadPoolExecutor(gym_environment.PARALLEL) as pool:
             return list(pool.map(lambda answer: self._score_answer(*answer), answers))
 
@@ -75,6 +80,7 @@ class GymServer(Verifier):
         numbers = {
             name: float(value)
             for name, value in reply.items()
+            # A server can repeat the fields of the request, which are no parts of a reward.
             if name not in body and isinstance(value, int | float) and not isinstance(value, bool)
         }
         if not math.isfinite(numbers.get("reward", math.nan)):
@@ -117,6 +123,7 @@ def is_of(call: ToolCall, functions: Sequence[Mapping[str, Any]]) -> bool:
 
 def as_recorded(text: str, result: str) -> bool:
     """Returns True if a reply is the one that the model was given, as far as that was not cut."""
+    # Recorded results have no lone surrogates (stages/rl/rollout/turns.py).
     text = text.encode(errors="replace").decode()
     return text == result or (CUT_MARK in result and text.startswith(result[: result.rindex(CUT_MARK)]))
 
@@ -128,6 +135,7 @@ def request(row: Row, response: Response) -> dict[str, Any]:
     """
     output: list[dict[str, Any]] = []
     for text, calls in response.earlier:
+        # In this form, calls are items of their own.
         output.append(message(text.partition("<tool_call>")[0]))
         for call in calls:
             number = f"call-{len(output)}"
@@ -143,6 +151,7 @@ def request(row: Row, response: Response) -> dict[str, Any]:
             )
             output.append({"type": "function_call_output", "call_id": number, "output": call["result"]})
     reply = {
+        # The form requires these keys; constants keep the request of an answer the same.
         "id": "response",
         "created_at": 0,
         "model": "atom",

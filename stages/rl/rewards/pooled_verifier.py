@@ -44,7 +44,9 @@ from stages.rl.rewards import scoring_worker
 from stages.rl.rewards.scoring_worker import BindRow, Reply, ScoreAnswer
 from stages.tasks.rows import Row
 
+# Times that an answer is tried while its worker dies.
 ATTEMPTS = 3
+# An answer to which no working scorer gives full marks.
 GARBAGE = "?"
 START_SECONDS = 300  # to import the package, on a machine that is busy
 
@@ -133,6 +135,7 @@ class ScoringPool:
         if "died" not in reply:
             return reply
         with self._retry_lock:  # the memory of a parallel answer can be the cause of its death
+            # All workers are taken, so that no other answer is scored meanwhile.
             workers = [self.idle.get() for _ in self.workers]
             try:
                 for _ in range(1, ATTEMPTS):
@@ -188,6 +191,7 @@ class Worker:
     def stop(self) -> None:
         if self.process:
             with contextlib.suppress(ProcessLookupError):
+                # The whole group, since a fork of the worker can still run.
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout):
@@ -202,10 +206,12 @@ class Worker:
             **{name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ},
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "PYTHONHASHSEED": "0",
+            # A fork keeps none of its parent's threads, and the workers run in parallel already.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", scoring_worker.__name__, self.verifier, str(self.seconds)]
+        # Not a pipe, which nobody would read while the worker runs.
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
                 command,
@@ -228,6 +234,7 @@ class Worker:
         poll.register(self.process.stdout, select.POLLIN)
         ready = poll.poll(1000 * seconds)
         line = self.process.stdout.readline() if ready else b""
+        # A worker that dies while it writes leaves part of a line.
         if not line.endswith(b"\n"):
             self.stop()
             raise WorkerDied("its worker died" if ready else f"its worker did not reply within {seconds:.0f} s")
@@ -241,7 +248,10 @@ class PoolSettings(Config):
 
 
 class PooledVerifier(Verifier):
-    """Parts: `reward`, `finished`, `unreadable`. The version names that of each package."""
+    """A verifier whose scorer runs in a pool of limited processes.
+
+    Parts: `reward`, `finished`, `unreadable`. The version names that of each package.
+    """
 
     # Distributions that the score depends on; the first one is what a user installs.
     packages: ClassVar[tuple[str, ...]]
@@ -360,6 +370,7 @@ class ReasoningGym(PooledVerifier):
             score = scorer(name)
 
             def score_answer(answer: str) -> float:
+                # Added in the fork, since a hook cannot be removed.
                 sys.addaudithook(_refuse_evaluation)
                 return float(score(answer, entry=dict(row)))
 
@@ -373,6 +384,6 @@ class ReasoningGym(PooledVerifier):
 
 
 def _refuse_evaluation(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook that refuses to compile strings, the first step of eval and exec."""
+    """Refuses to compile strings, the first step of eval and exec. It is an audit hook."""
     if event == "compile" and isinstance(arguments[0], str | bytes) and arguments[1] == "<string>":
         raise PermissionError("the scorer would have evaluated a string as Python, which needs the sandbox")

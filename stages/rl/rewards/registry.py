@@ -31,7 +31,7 @@ VERIFIERS = {
 
 
 def verifier_class(name: str) -> type[Verifier]:
-    """Raises RecipeError for an unknown name."""
+    """Returns the class of a verifier. Raises RecipeError for an unknown name."""
     if name not in VERIFIERS:
         raise RecipeError(f"no verifier {name!r}; there are {', '.join(sorted(VERIFIERS))}")
     verifier: type[Verifier] = resolve_name(VERIFIERS[name])

@@ -62,11 +62,14 @@ class RewardModel(Verifier):
         import torch
 
         rows = [
-            reward_input(self.chat, question(row), response.text, response.finished)[:-1] for row, response in answers
+            # Without the last token, whose probability is the score.
+            reward_input(self.chat, question(row), response.text, response.finished)[:-1]
+            for row, response in answers
         ]
         limit = self.model.config.max_position_embeddings
         rewards: list[float] = [0.0] * len(rows)
         for (row, response), ids in zip(answers, rows, strict=True):
+            # A special token that is written out takes many tokens, so such an answer is too long by its own fault.
             if response.finished and len(ids) > limit and not control_tokens(response.text):
                 raise VerifierFailed(
                     f"verifier {self.name} cannot score row {row['id']}: {len(ids)} tokens are more than its context "
@@ -79,6 +82,7 @@ class RewardModel(Verifier):
             batch = order[start : start + rows_at_once]
             last = torch.tensor([len(rows[i]) - 1 for i in batch])
             width = int(last.max()) + 1
+            # Padding on the right changes nothing before it, since attention is causal.
             padded = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in batch])
             with torch.inference_mode():
                 logits = self.model(padded.to(self.device)).logits[torch.arange(len(batch)), last.to(self.device)].cpu()

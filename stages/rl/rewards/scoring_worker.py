@@ -2,8 +2,8 @@
 
     python -m stages.rl.rewards.scoring_worker VERIFIER SECONDS
 
-It reads requests, [a row's fields as JSON, an answer], and writes replies, one JSON line each. MODULE: that of a pooled
-verifier.
+VERIFIER is the class of a pooled verifier, as `module:class`. The worker reads requests, [a row's fields as JSON, an
+answer], and writes replies, one JSON line each.
 
 A fork may use SECONDS of processor time and MEMORY bytes beyond what the worker has; it may not write, start a program
 or open a connection (`refuse`). Nothing of one answer reaches the next.
@@ -31,8 +31,11 @@ BindRow = Callable[[Row], ScoreAnswer]
 
 
 class Reply(TypedDict, total=False):
-    """The result for an answer: `score`; or `error`, with `signal` if one ended its fork; or `broken`, the reason why
-    the row cannot be scored; or `died`, the reason why no worker replied."""
+    """The result for an answer.
+
+    It has `score`; or `error`, with `signal` if one ended its fork; or `broken`, the reason why the row cannot be
+    scored; or `died`, the reason why no worker replied.
+    """
 
     score: float
     error: str
@@ -41,14 +44,16 @@ class Reply(TypedDict, total=False):
     died: str
 
 
+# Bytes that a fork may use beyond what its worker has.
 MEMORY = 1 << 30
+# Beginnings of the audit events that a fork may not cause.
 FORBIDDEN = ("ctypes.", "os.exec", "os.fork", "os.kill", "os.posix", "os.re", "os.system", "shutil.", "socket.", "subp")
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook for a fork.
+    """Refuses what a fork may not do. It is an audit hook.
 
-    It is not a sandbox for code, and no code of an answer runs here: it is a second barrier.
+    It is not a sandbox for code. No code of an answer runs here, so it is a second barrier.
     """
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if writes or event.startswith(FORBIDDEN):
@@ -62,6 +67,7 @@ def score_in_fork(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
     if pid == 0:
         os.close(readable)
         os.write(writable, json.dumps(_score_confined(score, answer, seconds)).encode())
+        # Not sys.exit, which would run the exit handlers of the worker in its fork.
         os._exit(0)
     os.close(writable)
     with os.fdopen(readable, "rb") as pipe:
@@ -83,10 +89,13 @@ def _score_confined(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
             (resource.RLIMIT_FSIZE, 0),
             (resource.RLIMIT_CORE, 0),
         ):
+            # The soft limit of processor time sends SIGXCPU. At the hard one the kernel sends SIGKILL, which would look
+            # like a lack of memory.
             resource.setrlimit(limit, (maximum, maximum + 1 if limit == resource.RLIMIT_CPU else maximum))
         sys.addaudithook(refuse)
         value = score(answer)
         return {"score": value} if 0 <= value <= 1 else {"error": f"a score of {value}"}
+    # Exits and a lack of memory too: the fork must reply.
     except BaseException as error:
         return {"error": f"{type(error).__name__}: {str(error)[:200]}".encode(errors="replace").decode()}
 
@@ -96,7 +105,9 @@ def serve(verifier: str, seconds: int) -> None:
 
     Args:
         verifier: A pooled one, as `module:class`.
+        seconds: Processor time for one answer.
     """
+    # A package that reads standard input or prints must reach neither of the two pipes.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)  # output of a package is not a reply

@@ -31,6 +31,7 @@ from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout, Span
 from stages.tasks.rows import Row
 
+# Seconds that a thread may take to end.
 JOIN_SECONDS = 10.0
 # Seconds that a step waits for a group of answers while none is finished; then the phase stops.
 STARVED_SECONDS = 1500.0
@@ -41,6 +42,8 @@ class Group:
     """A group that is issued and not yet taken.
 
     Attributes:
+        number: Number in which it was issued.
+        row: Its task.
         version: Version of the policy at that time.
         requests: (task, seed) of each answer.
     """
@@ -52,20 +55,22 @@ class Group:
 
 
 class Source(Protocol):
-    """Where the answers of issued groups come from."""
+    """A source of the answers of issued groups."""
 
     def issue(self, groups: Iterable[Group]) -> None:
-        """Groups to draw."""
+        """Takes groups to draw."""
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
         """Returns the group that the step takes next, at this place among its answers, as it was drawn and scored.
 
         Args:
+            step: Number of the step.
+            place: Number of answers that the step has taken so far.
             history: {digest of a policy: its version} of all policies so far.
         """
 
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
-        """The answers that the step took."""
+        """Takes note of the answers that the step took."""
 
 
 class Intake:
@@ -90,6 +95,7 @@ class Intake:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restores `state`."""
+        # A checkpoint names tasks by id; the tasks themselves are an artifact.
         rows = {row["id"]: row for group in self.curriculum.bins.values() for row in group}
         self.issued = state["issued"]
         groups = [self._group(g["number"], rows[g["task"]], g["version"]) for g in state["open"]]
@@ -114,6 +120,7 @@ class Intake:
         Rank 0 only. Raises what the source raises.
 
         Args:
+            step: Number of the step.
             digest: Digest of the trainer's policy.
             mark: Gives the answers of a group the reason why no update uses them.
         """
@@ -134,7 +141,9 @@ class Intake:
                 taken, fresh = mark(drawn), fresh + 1
             if taken[0].dropped not in rollouts.WHOLE_GROUPS:
                 usable += 1
+            # In the order in which groups are taken, which a replay repeats.
             self.curriculum.update(group.row, rollouts.pass_rate(taken))
+            # Each group that is taken makes room for another.
             self._issue(step - 1)
             answers += taken
         self.source.finish(step, answers)
@@ -208,6 +217,7 @@ class LiveGroups:
         self.since, self.drawing, self.idle, self.waited, self.all_waited = time.monotonic(), 0, 0.0, 0.0, 0.0
         self.idle_since: float | None = self.since
         self.serves_many = policy.sampler.serves_many
+        # A sampler that draws one call after the other gains nothing from more threads.
         threads = phase.queue_groups if self.serves_many else 1
         self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
         for thread in self.threads:
@@ -227,7 +237,10 @@ class LiveGroups:
                     self.pending.append(group)
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
-        """Raises the error of the sampler or a verifier, and MachineError if no group is finished in time."""
+        """Returns the group that the step takes next, with its answers.
+
+        Raises the error of the sampler or a verifier, and MachineError if no group is finished in time.
+        """
         while True:
             before = self.taken_before.get(step)
             answers = before[0] if before else self._wait(step)
@@ -236,6 +249,7 @@ class LiveGroups:
                 del self.groups[group.number]
                 if before:
                     before.pop(0)
+                # This attempt decides anew which answers are dropped.
                 return group, [replace(r, dropped="") for r in answers]
             # Its policy is not in the log of this attempt, which went on from an earlier checkpoint.
             self.note(
@@ -255,7 +269,9 @@ class LiveGroups:
         if self.taken_before.get(step):  # an earlier attempt took more
             self._forget_from(step)
         self.taken_before.pop(step, None)
+        # On disk before the update, so that a resumed step takes the same groups.
         self.files.write(step, 0, answers)
+        # The file of the step holds them now.
         self._store({r.group for r in answers}, None)
         self._release()
         self._report(step, queued)
@@ -344,7 +360,7 @@ class LiveGroups:
                 path.unlink()
 
     def _report(self, step: int, queued: int) -> None:
-        """The metrics of the time since the last step took its groups."""
+        """Reports the metrics of the time since the last step took its groups."""
         with self.changed:
             now = time.monotonic()
             if self.idle_since is not None:
@@ -369,12 +385,13 @@ class LiveGroups:
                 self._draw(groups)
             except BaseException as error:
                 with self.changed:
+                    # The trainer's thread raises it when it next waits for a group.
                     self.error = error
                     self.changed.notify_all()
                 return
 
     def _to_draw(self) -> list[Group]:
-        """Groups to draw at once; none if the phase ends."""
+        """Returns the groups to draw at once; none if the phase ends."""
         with self.changed:
             while not self.released and not self.closed:
                 self.changed.wait()
@@ -422,6 +439,7 @@ class LiveGroups:
 
     def _write(self, path: Path, groups: Sequence[Group], answers: Iterable[Sequence[Rollout]]) -> None:
         """Writes the answers of each group to the file that holds them from now on."""
+        # A group that a crash of the machine loses is drawn again.
         rollouts.write(path, [answer for each in answers for answer in each], durable=False)
         self._store([group.number for group in groups], path)
 
@@ -474,6 +492,7 @@ class RecordedGroups:
             if not has_versions(r, group.version, step - 1):
                 raise self.files.altered(0, number, "states policies that cannot have drawn its tokens")
             for span in r.versions or ():
+                # Only the policy of the checkpoint: on another machine, later ones have other digests.
                 if span["version"] == self.start and history.get(span["policy"]) != self.start:
                     raise self.files.altered(
                         0,

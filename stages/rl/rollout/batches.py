@@ -30,8 +30,8 @@ class Example:
         start: Index of the answer's first token.
         row: Numbers of the example by name.
         tokens: Numbers of each token of the answer by name.
-        mask: Which tokens of the answer are targets, by default all; the others, such as results of tools, are only
-            read.
+        mask: True for each token of the answer that is a target, by default for all. The others, such as results of
+            tools, are only read.
         routes: The experts of all tokens but the last, int16 [tokens, layers with experts, experts of a token]; None:
             those that the routers choose.
     """
@@ -60,6 +60,9 @@ def build_rank_batch(
 
     Args:
         units: Examples that must stay together, such as the two of a pair, those of one question in succession.
+        micro_batches: Micro-batches of the update, over all data-parallel ranks.
+        ranks: The ranks of the trainer.
+        pad_id: Id of the padding token.
         targets: The divisor of the objective's sum.
     """
     assert micro_batches % ranks.data_ranks == 0, "the recipe's check"
@@ -83,6 +86,7 @@ def build_rank_batch(
 
 def _masked_example(example: Example) -> Example:
     """Returns an example without a loss."""
+    # Both tokens are the question, so that none is a target.
     return Example(example.ids[:2], 2, dict.fromkeys(example.row, 0.0), dict.fromkeys(example.tokens, ()))
 
 
@@ -124,11 +128,15 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
     Labels, loss mask and extras have a row for each example, a column for each token of its answer.
 
     Args:
+        examples: The examples of the row, from left to right.
+        width: Tokens of the row, padding included.
+        pad_id: Id of the padding token.
         recorded: The routes of some example of the update, if any has some.
     """
     segments = _segments(examples)
     ids, padding = torch.full((1, width), pad_id), torch.ones(1, width, dtype=torch.bool)
     length = segments[-1][1]
+    # Padding is a segment of its own, which begins after the last answer.
     starts, prefixes = torch.full((1, width), length), torch.zeros(2, 1, width, dtype=torch.long)
     for begin, end, first, last, tokens in segments:
         ids[0, begin:end], padding[0, begin:end], starts[0, begin:end] = torch.tensor(tokens), False, begin
@@ -145,6 +153,7 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
             # Logits are computed for targets alone, and results of tools are none.
             columns = torch.arange(count) if example.mask is None else torch.tensor(example.mask).nonzero()[:, 0]
             labels[i, :count], mask[i, columns] = torch.tensor(example.ids[example.start :]), 1
+            # The last token of the question predicts the first one of the answer.
             inputs.append(torch.cat((torch.tensor([question_end - 1]), torch.arange(begin, end)))[columns])
             cells.append(i * shape[1] + columns)
         for name, value in example.row.items():
@@ -165,7 +174,10 @@ def _routes(
     """Returns the experts of a row's tokens, for `Batch.routes`: all micro-batches of an update have them, or none.
 
     Args:
+        examples: The examples of the row.
         answers: The segment of each example's answer.
+        width: Tokens of the row, padding included.
+        recorded: The routes of some example of the update, if any has some.
     """
     if recorded is None:
         return None

@@ -59,7 +59,7 @@ class Curriculum:
         return {name: bin_state.copy() for name, bin_state in self.state.items()}
 
     def load(self, state: Mapping[str, BinState]) -> None:
-        """Raises AtomError for the state of other bins."""
+        """Restores a state. Raises AtomError for the state of other bins."""
         if state.keys() != self.state.keys():
             raise AtomError(
                 f"the state of the curriculum is of the bins {', '.join(sorted(state))}, and the tasks are of "

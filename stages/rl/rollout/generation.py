@@ -24,6 +24,7 @@ from stages.tasks.rows import Row
 
 # Times that a failed verifier is tried again before the phase stops.
 RETRIES = 2
+# Seconds before the first new attempt; each further pause is twice as long.
 RETRY_SECONDS = 2.0
 
 
@@ -101,6 +102,7 @@ class Chat:
         return text
 
     def response(self, completion: Completion) -> Response:
+        # Without the stop token, which no verifier reads.
         ids, earlier = completion.ids[:-1] if completion.finished else completion.ids, []
         for turn in (completion.turns or ())[:-1]:
             earlier.append((self.decode(ids[: turn["sampled"] - 1]), turn["calls"]))
@@ -151,8 +153,10 @@ class Verifiers:
         raise AssertionError("unreachable")
 
     def _note_killed(self, name: str, answers: list[Answer], scored: list[Parts]) -> list[Parts]:
-        """Reports the answers that were killed or that killed their verifier, because a reward of 0 does not show
-        this."""
+        """Reports the answers that were killed or that killed their verifier.
+
+        A reward of 0 does not show this.
+        """
         killed = [str(row["id"]) for (row, _), parts in zip(answers, scored, strict=True) if parts.get("killed")]
         if killed:
             self.note(
@@ -170,6 +174,7 @@ def draw(
     sampler: AnswerGenerator, chat: Chat, requests: Sequence[tuple[Row, int]], greedy: bool = False
 ) -> list[Completion]:
     """Returns one completion for each (task, seed)."""
+    # A prompt is encoded once, however many answers it has.
     ids = {str(row["id"]): chat.encode_prompt(row) for row, _ in requests}
     return sampler.generate([Prompt(ids[str(row["id"])], seed) for row, seed in requests], greedy)
 

@@ -33,6 +33,7 @@ PROBES = "probes.json"
 MARGIN = 0.05
 # The largest chance that follows from the right answers: of two that are equally frequent.
 EVEN = 0.5
+# Tasks of the first scoring and of the second one, answers that reach the second, and frequent right answers.
 SCREENED, PROBED, FINALISTS, FREQUENT = 16, 256, 3, 3
 # Half the width of a normal 99 % interval, in standard errors.
 Z = 2.576
@@ -81,6 +82,7 @@ def probe(rows: Sequence[Row], score: Score, seed: int, acknowledged: float | No
         seed: The recipe's.
         acknowledged: The mean reward that the recipe acknowledges.
     """
+    # By a salted hash, so that the drawn tasks do not depend on the order of the rows.
     salt = f"{seed_of(f'probes/{bin_of(rows[0])}', seed)}/"
     drawn = sorted(rows, key=lambda row: hashlib.sha256(f"{salt}{row['id']}".encode()).digest())
     # The most frequent right answer is what the best constant answer would earn.
@@ -107,6 +109,7 @@ def require_solving(name: str, probed: ProbedBin) -> None:
         limit = max(limit, acknowledged)
     for answer in probed["answers"]:
         reward = answer["reward"]
+        # Less one task too, since the standard error is 0 where all rewards are equal.
         if reward["value"] - Z * reward["se"] - 1 / reward["n"] > limit:
             raise AtomError(
                 f"tasks {name}: {answer['name']}, which solves nothing, earns a mean reward of {reward['value']:.3f} ± "
@@ -143,7 +146,10 @@ def _means(rows: Sequence[Row], frequent: Sequence[str], score: Score, names: se
     """Returns the mean reward of each answer over tasks, the best first.
 
     Args:
-        names: Names of the answers; None: all.
+        rows: The tasks.
+        frequent: The most frequent right answers.
+        score: Scores answers by the verifier of the tasks.
+        names: Names of the answers; None for all.
     """
     answers: list[tuple[str, Answer]] = [
         (name, (row, Response.parse(text, finished=True)))

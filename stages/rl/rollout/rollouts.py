@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+# {reason why no update used an answer: its description}.
 DROPPED = {
     "": "kept",
     "variance": "all answers to the task have one reward, so none is better than another",
@@ -88,7 +89,7 @@ class Rollout:
 
     @property
     def is_sampled(self) -> list[bool]:
-        """A bool for each of `ids`: the policy drew it."""
+        """The flag of each of `ids`, which is True if the policy drew the token."""
         if self.turns is None:
             return [True] * len(self.ids)
         return [flag for t in self.turns for flag in [True] * t["sampled"] + [False] * t["appended"]]
@@ -127,6 +128,8 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
     """Writes the file atomically.
 
     Args:
+        path: The file.
+        rollouts: Its answers.
         durable: Waits until it is on disk, so that a crash of the machine keeps it too.
     """
     import pyarrow as pa
@@ -134,6 +137,7 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
 
     rows = [{**vars(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A column that no answer fills is one that the phase does not have.
     present = (any(getattr(r, name) is not None for r in rollouts) for name in ("routes", "versions", "turns"))
     table = pa.Table.from_pylist(rows, schema(*present))
     with atomic_files.replacing(path, durable) as draft:
@@ -154,6 +158,8 @@ def merge(parts: Sequence[Path], target: Path, columns: pa.Schema) -> int:
     """Merges all answers of a phase into one file, one row group per step, and returns their number.
 
     Args:
+        parts: Files of the answers, in order.
+        target: The file to write.
         columns: A `schema`.
     """
     import pyarrow.parquet as pq
@@ -185,8 +191,8 @@ def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def consumption_digest(rollouts: Sequence[Rollout]) -> str:
     """Returns SHA-256 over the answers of an asynchronous phase in their order.
 
-    Of each: a line of JSON (sorted keys, no spaces) with all columns but `logprobs` and `routes`, the log-probabilities
-    as little-endian fp32, and the bytes of `routes`, if any.
+    Each answer gives a line of JSON (sorted keys, no spaces) with all columns but `logprobs`, `routes` and `turns`, its
+    log-probabilities as little-endian fp32, and the bytes of `routes`, if any.
     """
     hasher = hashlib.sha256()
     for r in rollouts:

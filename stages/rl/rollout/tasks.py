@@ -96,6 +96,7 @@ def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 def _without_secrets(tasks: list[Row], report: Report) -> list[Row]:
     """Returns the tasks without access tokens and private keys, since all tasks are published."""
+    # Also with real line ends, since a private key has several lines.
     public = [row for row in tasks if not find_secret(text := json.dumps(row), text.replace("\\n", "\n"))]
     if len(tasks) > len(public):
         report.note(f"{len(tasks) - len(public)} tasks hold an access token or a private key and were left out")

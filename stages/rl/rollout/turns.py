@@ -1,5 +1,6 @@
-"""Answers in turns: the policy draws a turn, tools answer the calls in it, and the policy draws the next one after the
-results.
+"""Answers in turns, between which tools answer calls.
+
+The policy draws a turn, tools answer the calls in it, and the policy draws the next one after the results.
 
 A call is `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Hermes and Qwen write it, after the reasoning
 of a turn that ends with `<|im_end|>`. An answer is exact by token: it is the ids of its question, those drawn, those of
@@ -28,7 +29,9 @@ from stages.tasks.rows import Row
 CALL_TEXT = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 # Calls of a turn that are answered; further ones are not.
 MOST_CALLS = 8
+# The mark in place of the rest of a result. stages/rl/rewards/gym_server.py looks for its beginning.
 CUT = "\n[cut: {} more characters]"
+# The form of a call, for messages to the model.
 FORM = '{"name": ..., "arguments": {...}}'
 
 
@@ -46,6 +49,7 @@ class Request:
     """A call to answer.
 
     Attributes:
+        row: The task.
         texts: Texts of all calls of its answer so far, its own the last.
     """
 
@@ -105,7 +109,10 @@ def read_call(request: str, tools: Tools, row: Row, before: Sequence[str] = ()) 
     """Returns the call, or what is wrong with it as its result.
 
     Args:
-        before: The text of the answer's earlier calls.
+        request: Text of the model between the tags.
+        tools: Tools that the phase offers.
+        row: The task.
+        before: Texts of the answer's earlier calls.
     """
 
     def refused(status: str, text: str, name: str = "") -> ToolCall:
@@ -160,6 +167,7 @@ class Episode:
     def prompt(self) -> Prompt:
         """Returns the prompt of the next turn, which has a seed of its own."""
         number = len(self.turns) + 1
+        # The first turn has the seed of the answer, so an answer without calls is as it would be without tools.
         seed = self.seed if number == 1 else seed_of(f"turn/{number}", self.seed)
         return Prompt((*self.question, *self.ids), seed)
 
@@ -172,13 +180,16 @@ class Episode:
             self.routes = (self.routes or b"") + drawn.routes[len(self.routes or b"") :]
         for policy, tokens in drawn.versions:
             if self.versions and self.versions[-1][0] == policy:
+                # Successive tokens of one policy are one span, also across turns.
                 tokens += self.versions.pop()[1]
             self.versions.append((policy, tokens))
         calls = []
+        # A turn that its maximum length cut, or that ended the document, calls nothing.
         if self.offers_tools and drawn.finished and drawn.ids[-1] == self.chat.turn_end:
             text = answer_of(self.chat.decode(drawn.ids[:-1]))
             calls = [request.strip() for request in CALL_TEXT.findall(text)][:MOST_CALLS]
         self.is_finished = drawn.finished and not calls
+        # In the last turn, calls stay without an answer.
         return calls if len(self.turns) < self.limits.max_turns else []
 
     def requests(self, calls: Sequence[str]) -> list[Request]:
@@ -189,7 +200,7 @@ class Episode:
     def resume(self, calls: Sequence[ToolCall]) -> bool:
         """Appends the results of the last turn's calls.
 
-        Returns whether there is room for another turn; if not, the answer ends unfinished, without the results.
+        Returns True if there is room for another turn. If not, the answer ends unfinished, without the results.
         """
         self.turns[-1]["calls"] = list(calls)
         appended = self.chat.encode_results([call["result"] for call in calls])
@@ -238,8 +249,8 @@ def draw(
 def problem(r: Rollout, chat: Chat, row: Row, limits: Limits | None) -> str | None:
     """Returns the reason why the turns of an answer from a file cannot be those of its tokens; None if they can.
 
-    The calls must
-    be in the drawn tokens, and the results in those between them; each turn must end or go on as it would.
+    The calls must be in the drawn tokens, and the results in those between them. Each turn must end or go on as it
+    would.
     """
     if limits is None or r.turns is None:
         return None if limits is None and r.turns is None else "has turns, or lacks them, unlike the phase"

@@ -27,6 +27,7 @@ from stages.rl.sandbox.outcome import DEATHS, Limits, Outcome, SandboxFailed
 
 __all__ = ["Limits", "Outcome", "Pool", "Program", "SandboxFailed", "missing"]
 
+# Times that an item is tried whose sandbox dies.
 ATTEMPTS = 3
 # The outcome of a program that killed its sandbox, or was killed with it.
 KILLED = Outcome("killed", "", "", -9, 0.0)
@@ -56,6 +57,7 @@ class Pool:
             [Cell(cell_limits) for cell_limits in (limits or Limits(), *extra_limits)] for _ in range(self.workers)
         ]
         self._free: queue.SimpleQueue[list[Cell]] = queue.SimpleQueue()
+        # Two items that each wait for all cells would block each other.
         self._exclusive = threading.Lock()
         self._threads = ThreadPoolExecutor(self.workers, "sandbox")
         try:
@@ -81,6 +83,7 @@ class Pool:
             try:
                 return work(cells, item)
             except (*DEATHS, SandboxFailed):
+                # A closed cell starts anew at its next job.
                 _close(cells)
             finally:
                 self._free.put(cells)

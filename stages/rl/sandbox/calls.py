@@ -36,6 +36,7 @@ def encode(value: Any) -> Any:
     Raises:
         TypeError: The value is not plain data.
     """
+    # Before int, of which bool is a subclass.
     if value is None or isinstance(value, bool):
         return value
     for kind, plain in PLAIN:
@@ -62,6 +63,7 @@ def decode(value: Any) -> Any:
         return [decode(v) for v in value]
     if not isinstance(value, dict):
         return value
+    # Any other number of entries is a ValueError.
     ((kind, parts),) = value.items()
     if kind == "dict":
         return {decode(k): decode(v) for k, v in parts}
@@ -151,6 +153,7 @@ def check(channel: Channel, load: Load, job: Job) -> None:
 
     try:
         module = load("check", job["prelude"], job["source"])
+        # Some checks call the function by its own name.
         setattr(module, job["entry_point"], candidate)
         function = module.check
     except Exception as e:
@@ -162,5 +165,6 @@ def check(channel: Channel, load: Load, job: Job) -> None:
     except Exception:
         verdict = False
     if not calls:
+        # Such a check would pass any answer.
         unsuited.append("its check never calls the candidate")
     channel.send({"verdict": None, "reason": unsuited[0]} if unsuited else {"verdict": verdict})

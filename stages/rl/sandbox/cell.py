@@ -23,6 +23,7 @@ from stages.rl.sandbox.outcome import PATIENCE, Job, Limits, Outcome, SandboxFai
 
 INSIDE = ("inside.py", "calls.py", "syscalls.py")
 OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor
+# Bytes of memory of these processes.
 OWN_MEMORY = 64 << 20
 SYSCTLS = Path("/proc/sys")
 # Settings of the kernel, each with the value that forbids user namespaces and one that allows them.
@@ -34,10 +35,11 @@ USER_NAMESPACES = (
 
 
 class Running:
-    """A program in its cell. As a context: its remaining processes are killed at the end."""
+    """A program in its cell. Used as a context, it kills its remaining processes at the end."""
 
     def __init__(self, cell: Cell, job: Job, cgroup: Cgroup | None) -> None:
         self.cell, self.limits, self._cgroup = cell, cell.limits, cgroup
+        # The count of the cell's group includes its earlier programs.
         self._killed_before = cgroup.out_of_memory() if cgroup else 0
         self._reason: Status | None = None
         self._exit: tuple[int, float] | None = None
@@ -56,6 +58,7 @@ class Running:
             self.close()
             raise
         finally:
+            # The child alone may hold these ends, or their end would never show here.
             peer.close()
             os.close(out_writer)
             os.close(err_writer)
@@ -106,6 +109,7 @@ class Running:
     def _send(self, line: bytes) -> None:
         if self._channel.fileno() < 0:
             return
+        # A program that does not read must not hold this process up. A time-out of 0 would mean not to wait at all.
         self._channel.settimeout(max(self._deadline - time.monotonic(), 0.001))
         try:
             self._channel.sendall(line + b"\n")
@@ -130,6 +134,7 @@ class Running:
                         self._channel.close()
                     continue
                 buffer = self._texts.get(key.fd, self._lines)
+                # Output that comes after the decision to kill is dropped.
                 if self._reason is None:
                     buffer += data
                 if len(buffer) > self.limits.output_bytes:
@@ -213,6 +218,7 @@ def command(limits: Limits) -> list[str]:
     user namespace. The capabilities to unshare, to mount a new /tmp and to start the loopback are dropped before a
     program runs.
     """
+    # The base interpreter: a virtual environment links to files that are not visible inside.
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     base = str(Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})).parent)
     line = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
@@ -226,6 +232,7 @@ def command(limits: Limits) -> list[str]:
     for name in ("purelib", "platlib"):
         packages = sysconfig.get_path(name, vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
         if os.path.isdir(packages):
+            # Installed packages are hidden, so that programs have the standard library alone.
             line += ["--tmpfs", packages, "--remount-ro", packages]
     for file in INSIDE:
         line += ["--ro-bind", str(Path(__file__).with_name(file)), f"/atom/{file}"]
@@ -252,6 +259,7 @@ def remedy(error: str) -> str:
 class Cell:
     """One sandbox, which runs one program at a time. It starts and restarts by itself."""
 
+    # Numbers for the names of groups, which differ among the cells of a process.
     _numbers = itertools.count()
 
     def __init__(self, limits: Limits) -> None:
@@ -267,6 +275,7 @@ class Cell:
             SandboxFailed: It cannot.
         """
         line, limits = command(self.limits), self.limits
+        # The kernel applies no limit on processes to root (see cgroups.py).
         if os.geteuid() == 0:
             total = limits.memory_bytes + limits.disk_bytes + OWN_MEMORY
             name = f"{PREFIX}{os.getpid()}-{next(Cell._numbers)}"
@@ -324,6 +333,7 @@ class Cell:
     def _last_error(self) -> str:
         if self._process is None or self._process.stderr is None:
             return "it was closed"
+        # Its text ends only when the process has ended.
         self._kill(self._process)
         text = self._process.stderr.read().decode(errors="replace").strip()
         self.close()

@@ -47,6 +47,7 @@ def homes(mounts: str, membership: str) -> dict[str, Home]:
         names = [n for n in FILES if kind == "cgroup2" or (kind == "cgroup" and n in options.split(","))]
         for name in names:
             version = 2 if kind == "cgroup2" else 1
+            # The line of version 2 names no controllers.
             path = groups.get(name if version == 1 else "", "/")
             relative = os.path.relpath(path, root) if path.startswith(root) else "."
             if name not in by_controller or version == 1:
@@ -75,6 +76,7 @@ class Cgroup:
                 (folder / FILES[controller][home.version - 1]).write_text(str(value))
                 swap = folder / SWAP[home.version - 1]
                 if controller == "memory" and swap.exists():
+                    # Version 1 bounds memory and swap together, version 2 bounds swap by itself.
                     swap.write_text(str(value if home.version == 1 else 0))
             elif controller == "pids":
                 raise SandboxFailed(
@@ -83,8 +85,9 @@ class Cgroup:
                 )
 
     def _folder(self, home: Home, name: str, file_name: str) -> Path | None:
-        """Returns the group with the file `file_name`: in this process's group, or in the nearest parent that allows
-        it.
+        """Returns the group with the file `file_name`; None if none can be made.
+
+        It is made in this process's group, or in the nearest parent that allows it.
 
         Version 2 gives no controller to the children of a group that has processes of its own.
         """
@@ -102,6 +105,7 @@ class Cgroup:
                     self.folders.append(folder)
                     _sweep(parent)
                     return folder
+                # Without the file of its limit, the group would bound nothing.
                 folder.rmdir()
             if parent == home.top:
                 break
@@ -110,6 +114,7 @@ class Cgroup:
     def wrapped(self, command: list[str]) -> list[str]:
         """Returns a command that enters the group and then executes `command`."""
         files = [str(folder / "cgroup.procs") for folder in self.folders]
+        # The shell enters the groups before it becomes the command, so no process of the sandbox is ever outside.
         script = 'n=$1; shift; while [ $n -gt 0 ]; do echo $$ > "$1" || exit 1; shift; n=$((n-1)); done; exec "$@"'
         return ["/bin/sh", "-c", script, "sh", str(len(files)), *files, *command]
 
@@ -133,6 +138,7 @@ class Cgroup:
         Raises:
             SandboxFailed: One cannot be killed.
         """
+        # Killed processes take a moment to leave, and only an empty group can be removed.
         for _ in range(500):
             for folder in self.folders:
                 with contextlib.suppress(OSError):  # version 2 in a kernel since 5.14

@@ -38,6 +38,7 @@ else:  # inside there is no package, only the files beside this one
 
     sys.path.pop(0)
 
+# Descriptor of the channel in a program's child.
 CHANNEL = 3
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -50,7 +51,7 @@ class Channel:
         self.lines = os.fdopen(CHANNEL, "rb", closefd=False)
 
     def receive(self) -> Any:
-        """Raises EOFError when the parent has closed its end."""
+        """Returns the next message. Raises EOFError when the parent has closed its end."""
         line = self.lines.readline()
         if not line:
             raise EOFError
@@ -74,6 +75,7 @@ def main() -> int:
         # device that it is, but its mode, owner, times and attributes stay.
         flags = 32 | 4096 | 1 | 2 | 8  # MS_REMOUNT, MS_BIND, MS_RDONLY, MS_NOSUID, MS_NOEXEC
         _check(LIBC.mount(None, device.encode(), None, flags, None), f"mount {device}")
+    # Installed once, since all forks keep it.
     code = syscalls.filter_of(platform.machine())
     instructions = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(instructions))
@@ -108,6 +110,7 @@ def supervise(control: socket.socket, files: list[int], limits: dict[str, int]) 
         terminate(program(files, limits))
     for file in files:
         os.close(file)
+    # The program ends, or the parent outside asks to kill it.
     ready = select.select([os.pidfd_open(pid), control.fileno()], [], [])[0]
     if control.fileno() in ready:
         control.recv(16)
@@ -121,14 +124,17 @@ def program(files: list[int], limits: dict[str, int]) -> int:
     """Runs in the child: reads the job from the channel, drops all capabilities, and runs it."""
     os.setsid()  # or signals and priorities for its process group would reach the processes outside
     os.chdir("/tmp")
+    # To high numbers first, so that no target closes a descriptor that is still to be moved.
     duplicates = [os.dup2(file, 100 + n) for n, file in enumerate(files)]
     for target, file in zip((CHANNEL, 1, 2), duplicates, strict=True):
         os.dup2(file, target)
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+    # A program may not reach the control socket or anything else that this process has open.
     os.closerange(CHANNEL + 1, 1024)
     channel = Channel()
     job = channel.receive()
     if job["stdin"]:
+        # A file without a name, since a pipe holds only a short input.
         file = os.open("/tmp", os.O_TMPFILE | os.O_RDWR, 0o600)
         os.write(file, job["stdin"].encode("utf-8", "replace"))
         os.lseek(file, 0, os.SEEK_SET)
@@ -167,6 +173,7 @@ def terminate(code: int) -> NoReturn:
 
 def load(name: str, *sources: str) -> ModuleType:
     """Runs a module's sources under a name, each separately, so that each may start with imports from `__future__`."""
+    # Libraries such as dataclasses look a module up there by its name.
     module = sys.modules[name] = ModuleType(name)
     for source in sources:
         exec(compile(source, "<answer>", "exec"), module.__dict__)  # noqa: S102
@@ -186,6 +193,7 @@ def confine(limits: dict[str, int]) -> None:
         (resource.RLIMIT_SIGPENDING, 256),  # counted for the user, also outside
     ):
         resource.setrlimit(kind, (value, value))
+    # The header is of version 3, and 24 zero bytes are empty sets of capabilities.
     _check(LIBC.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
 
 

@@ -47,8 +47,13 @@ class Limits:
     fails on a busy machine, and end sleeping programs.
 
     Attributes:
+        cpu_seconds: Processor time of each process.
+        wall_seconds: Time of the clock for the program.
         memory_bytes: Address space of each process, and, under root, memory of all together.
         disk_bytes: Size of /tmp.
+        file_bytes: Size of one file.
+        processes: Number of processes and threads.
+        open_files: Open descriptors of one process.
         output_bytes: Size of standard output, of standard error, and of each message, separately.
     """
 

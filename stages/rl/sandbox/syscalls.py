@@ -105,14 +105,18 @@ def filter_of(machine: str) -> bytes:
     Raises:
         KeyError: The machine is not in the table.
     """
+    # Instructions of classic BPF: load a word, apply a mask, jump if equal, jump if not less, return.
     load, mask, equal, at_least, give = 0x20, 0x54, 0x15, 0x35, 0x06
+    # Actions of seccomp. The number of an error is added to `refuse`.
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
+    # Offsets in the kernel's record of a call: 0 is its number, 4 the machine, 16 the first argument of eight bytes.
     code = [(load, 0, 0, 4), (equal, 1, 0, MACHINES[machine][0]), (give, 0, 0, kill), (load, 0, 0, 0)]
     code += [(at_least, 0, 1, 0x40000000), (give, 0, 0, refuse | EPERM)]  # x32's numbers, which name the same calls
     for name, number in numbers(machine).items():
         body = []
         for place, bits, values in ARGUMENTS.get(name, []):
             body += [(load, 0, 0, 16 + 8 * place), (mask, 0, 0, bits)]
+            # A match jumps over the other values and the refusal.
             body += [(equal, len(values) - n, 0, value) for n, value in enumerate(sorted(values))]
             body += [(give, 0, 0, refuse | EPERM)]
         if name == "setsockopt":

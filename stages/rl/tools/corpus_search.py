@@ -52,6 +52,7 @@ class SearchTool(Tool):
             import sqlite3
         except ImportError as error:
             return reason.format(error)
+        # SQLite without FTS5 shows only when such a table is made.
         with closing(sqlite3.connect(":memory:")) as connection:
             try:
                 connection.execute(SCHEMA)
@@ -82,8 +83,9 @@ class SearchTool(Tool):
 
 
 def cut(text: str, characters: int) -> Iterator[str]:
-    """Yields the text in pieces of at most so many characters, each up to a space where there is one in its second
-    half.
+    """Yields the text in pieces of at most so many characters.
+
+    A piece ends at a space where there is one in its second half.
     """
     start = 0
     while start < len(text):
@@ -106,6 +108,7 @@ class Index:
 
         self.most, self.error = most, sqlite3.Error
         try:
+            # Another thread than the one that makes the index may read it.
             self.connection = sqlite3.connect(file, check_same_thread=False)
             self.connection.execute("PRAGMA journal_mode = OFF")
             self.connection.execute("PRAGMA synchronous = OFF")  # made anew by each attempt

@@ -27,8 +27,10 @@ from pipeline.core.stage import Inputs, Promise, operational
 from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
 from stages.tasks.rows import Row
 
+# Times that a request is tried.
 ATTEMPTS = 5
 BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further one
+# Sessions with a server at once.
 PARALLEL = 16
 # Bytes of a reply that are read.
 MOST_BYTES = 1 << 24
@@ -46,7 +48,8 @@ class Unanswered(Exception):
     """A server did not do what it was asked for, in words.
 
     Args:
-        again: Whether it may the next time.
+        reason: The sentence.
+        again: True if it may the next time.
     """
 
     def __init__(self, reason: str, again: bool = True) -> None:
@@ -161,8 +164,10 @@ def functions_of(row: Row) -> list[dict[str, Any]]:
     """Returns the functions that a task lists, in the form of OpenAI's responses or of its chats."""
     functions = []
     for tool in row["responses_create_params"].get("tools") or ():
+        # OpenAI's chats nest the function, its responses do not.
         function = tool.get("function") or tool
         name = function.get("name")
+        # A name becomes a path of the server, so it must not reach another one.
         if isinstance(name, str) and TOOL_NAME.fullmatch(name) and name not in RESERVED:
             functions.append({key: function.get(key) for key in ("name", "description", "parameters")})
     return functions
@@ -179,6 +184,7 @@ class Environment:
             return list(pool.map(self._answer, calls))
 
     def _answer(self, call: Call) -> Result:
+        # A session lives for one request, so the earlier calls are made again.
         requests = [(each.name, each.arguments) for each in (*call.before, call)]
 
         def work(session: Session) -> tuple[int, str]:

@@ -145,6 +145,7 @@ def reasoning_gym_rows(
             )
             # In the form after reading: JSON turns tuples into lists, which some datasets cannot score.
             rows.append(json.loads(json.dumps(row)))
+        # The verifier probes every row, and so refuses a dataset whose own answers get less than full marks.
         verifier.score([(row, Response.parse(ReasoningGym.correct_answer(row), finished=True)) for row in rows])
     finally:
         verifier.close()

@@ -42,6 +42,7 @@ CODE_PROMPT = (
 MIN_SHARE = 0.1
 # Rows in memory for each task that is wanted, since not every row is one.
 ROWS_PER_TASK = 4
+# Rows that are scored at once.
 BATCH = 256
 
 
@@ -73,6 +74,7 @@ class FileTasks(SourceSettings):
             except (ValueError, LookupError, TypeError) as error:
                 raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); fix it") from None
             fields = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
+            # A row may state its own license and origin; the settings decide on the rest.
             yield {"license": self.license, "origin": self.origin, **row, **fields, "id": f"{self.kind}/{number:06d}"}
 
 
@@ -123,7 +125,10 @@ class HubTasks(SourceSettings):
         return [f"{self.kind}/{self.level}"]
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
-        """Raises AtomError if hardly any row is a task, or a file cannot be read; and what `hub_files.pull` raises."""
+        """Yields the tasks of the dataset.
+
+        Raises AtomError if hardly any row is a task, or a file cannot be read; and what `hub_files.pull` raises.
+        """
         salt = f"{seed_of(f'tasks/hub/{self.kind}/{self.level}', seed)}/"
         hashed = ((hashlib.sha256((salt + row.name).encode()).digest(), row.name, row.fields) for row in self._read())
         # By hash, so that the same rows are drawn from any order of the files, in bounded memory.
@@ -189,7 +194,7 @@ class HubTasks(SourceSettings):
 def tests_of(value: object) -> tuple[str, list[str]] | None:
     """Returns the function that asserts test, and each assert in one line.
 
-    None unless all are asserts that call one function of no builtin name.
+    It returns None unless all are asserts that call one function, which has no name of a builtin.
 
     Args:
         value: A list of asserts, or its JSON.
@@ -238,6 +243,7 @@ def _with_right_answer(name: str, candidates: Iterator[tuple[Row, str]]) -> Iter
             return [parts["reward"] for parts in verifier.score(answers)]
         except VerifierFailed:
             if len(batch) > 1:
+                # A row whose tests cannot run fails its batch, so each row is scored alone.
                 return [score for each in batch for score in scores([each])]
             # If the probe fails too, the verifier is broken, and not the row.
             if batch[0] is PROBES[name] or scores([PROBES[name]]) != [1.0]:
