@@ -125,11 +125,9 @@ class ContaminationConfig(Config):
 def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seals `items.parquet`, one row for each item and phase, and `report.json`.
 
-    Resumes after the last searched part.
-
-    Args:
-        inputs: dedup and items; order-<phase> and tasks-<phase> of every phase; fresh and benchmarks, if the recipe has
-            them; and of each model the tables evaluate-<model>, solve-<model>, fresh-solve-<model>.
+    Resumes after the last searched part. The inputs are dedup and items; order-<phase> and tasks-<phase> of every
+    phase; fresh and benchmarks, if the recipe has them; and of each model the tables evaluate-<model>, solve-<model>
+    and fresh-solve-<model>.
 
     Raises:
         AtomError: A document in an order is not among the kept ones.

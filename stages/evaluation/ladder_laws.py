@@ -202,12 +202,17 @@ def _line(x: Array, y: Array) -> tuple[float, float]:
 
 
 def _minimize(form: Form, starts: Array, x: Array, y: Array, scale: float | None) -> tuple[Array, Array]:
-    """Minimizes by Levenberg-Marquardt, from each start [B, P] to its own values [B, n].
-
-    Returns parameters and costs [B].
+    """Fits a form by Levenberg-Marquardt, from each of B starts on its own.
 
     Args:
+        form: The form with P parameters.
+        starts: The starts [B, P].
+        x: The places of the values.
+        y: The values [B, n] that each start is fitted to.
         scale: Standard deviation of the scatter, for Huber's weights; None: least squares.
+
+    Returns:
+        The parameters [B, P] and their costs [B].
     """
     theta, count = np.array(starts, float), starts.shape[1]
     damping = np.full(len(theta), 1e-2)

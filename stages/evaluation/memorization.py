@@ -251,7 +251,7 @@ def _continue(
 
 
 def stratum(times_seen: int) -> str:
-    """Returns the range of times seen of a document: `0`, `1`, `2-3`, `4-7`, …"""
+    """Returns the range that a number of times seen lies in: `0`, `1`, `2-3`, `4-7`, and so on."""
     # The largest power of two that is not above it.
     low = 1 << times_seen.bit_length() >> 1
     return str(times_seen) if low < 2 else f"{low}-{2 * low - 1}"

@@ -54,16 +54,18 @@ def _template() -> jinja2.Template:
 
 
 def render(messages: Sequence[Message], ask: bool = False, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The messages in the release's chat template; `ask` adds the beginning of an answer.
+    """Returns the messages in the release's chat template; `ask` adds the beginning of an answer.
 
-    tools: JSON schemas of the functions that may be called.
+    `tools` are the JSON schemas of the functions that may be called.
     """
     return _template().render(messages=messages, add_generation_prompt=ask, tools=tools)
 
 
 def after_calls(results: Sequence[str]) -> list[str]:
-    """The template's text between a turn of the assistant that calls tools and its next one, with the results of the
-    calls, in pieces."""
+    """Returns the template's text between a turn of the assistant that calls tools and its next one, in pieces.
+
+    The text contains the results of the calls.
+    """
     before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     # Only the difference to the turn before is wanted, which the template decides.
     turn = render(before)
@@ -95,9 +97,10 @@ def without_calls(messages: Sequence[Message]) -> list[Message]:
 
 
 def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Iterator[tuple[str, int]]:
-    """(text, number of leading characters without loss) of each turn of the assistant, with all earlier turns, but
-    without reasoning from before the last message of the user, which the template drops. tools: JSON schemas of the
-    tools that the conversation offers; None: calls of tools are left out.
+    """Yields (text, number of leading characters without loss) of each turn of the assistant, with all earlier turns.
+
+    Reasoning from before the last message of the user is missing, since the template drops it. `tools` are the JSON
+    schemas of the tools that the conversation offers; if it is None, calls of tools are left out.
 
     Raises ValueError in words if the messages are not a conversation, or contain the name of a special token, which
     training could not distinguish from the token.
@@ -180,7 +183,7 @@ def _is_call(call: Any) -> bool:
 
 
 class MessagesRow(TypedDict):
-    """A conversation. tools: the JSON of a list of schemas, None without tools."""
+    """A conversation; `tools` is the JSON of a list of schemas, None without tools."""
 
     id: Annotated[str, "string"]
     license: Annotated[str, "string"]

@@ -1,5 +1,7 @@
-"""DuckDB for reductions over tables of any size: bounded memory, temporary files in the work folder, one sentence for
-each error."""
+"""DuckDB for reductions over tables of any size.
+
+Memory is bounded, temporary files are in the work folder, and each error is one sentence.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class DocumentRow(TypedDict):
 
 
 class FailedRow(TypedDict):
-    """A document that could not be read; license: that of its source."""
+    """A document that could not be read; its license is that of its source."""
 
     id: String
     source: String
@@ -212,7 +212,10 @@ def content_hash(text: str) -> str:
 
 
 def hash_columns(buckets: int) -> dict[str, str]:
-    """The columns of the hashes of a source's filtered documents. buckets: of MinHash; 0 for a source without."""
+    """The columns of the hashes of a source's filtered documents.
+
+    `buckets` are those of MinHash, 0 for a source without a search for near duplicates.
+    """
     return dict.fromkeys(["hash_high", "hash_low", *(f"band_{n:02d}" for n in range(buckets))], "uint64")
 
 
@@ -271,8 +274,11 @@ def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Map
 
 @contextmanager
 def table_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[pa.Table], None]]:
-    """A context with a function that writes the rows of a table, with these columns in any order and of types that cast
-    to theirs. It buffers a row group, which ends when it has ROWS_PER_GROUP rows or GROUP_BYTES."""
+    """A context with a function that writes the rows of a table.
+
+    The table has these columns, in any order and of types that cast to theirs. The function buffers a row group, which
+    ends when it has ROWS_PER_GROUP rows or GROUP_BYTES.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

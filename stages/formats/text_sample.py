@@ -20,8 +20,11 @@ PENDING = 1_000_000  # documents that are collected before those with larger has
 
 
 def choose_files(kept: Path, leave_out: Collection[str], size: int) -> dict[str, list[Path]]:
-    """The files of kept documents of each source from which a sample of `size` bytes is drawn: all, or as many of them,
-    in the order of a hash of their number, as have SPARE times these bytes. Reads their footers only."""
+    """Returns the files of kept documents of each source from which a sample of `size` bytes is drawn.
+
+    These are all files, or as many of them, in the order of a hash of their number, as have SPARE times these bytes.
+    Reads their footers only.
+    """
     import pyarrow.parquet as pq
 
     chosen = {}
@@ -48,8 +51,11 @@ def _text_bytes(footer: Any) -> int:
 class Sample:
     """The documents of a split of a source with the least content hashes, an order that mixes the parts of a source.
 
-    split: None for documents before the split. hashes: their first 64 bits, ascending. lengths: bytes of the texts.
-    Each has shape [documents].
+    Attributes:
+        files: The files of the source.
+        split: Name of the split; None for documents before the split.
+        hashes: The first 64 bits of the content hashes, ascending [documents].
+        lengths: Bytes of the texts [documents].
     """
 
     files: Sequence[Path]
@@ -114,8 +120,11 @@ def _hashes(rows: pa.RecordBatch) -> NDArray[np.uint64]:
 
 
 def interleave(lengths: Mapping[str, Sequence[int] | NDArray[np.int64]], limit: int) -> dict[str, int]:
-    """The number of documents to take of each source, in their order, so that all sources have equal bytes, until a
-    source is exhausted, up to `limit` bytes in total. lengths: the bytes of each document, by source."""
+    """Returns the number of documents to take of each source, so that all sources have equal bytes.
+
+    Documents are taken in their order, until they have `limit` bytes in total. A source that is exhausted gives no
+    more; the others go on. `lengths` are the bytes of each document, by source.
+    """
     counts, taken, total = dict.fromkeys(sorted(lengths), 0), dict.fromkeys(sorted(lengths), 0), 0
     while taken and total < limit:
         name = min(taken, key=lambda n: (taken[n], n))

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer that transformers, vLLM and llama.cpp load unchanged.
+"""Stage `tokenizer`: trains a byte-level BPE tokenizer that transformers, vLLM and llama.cpp load unchanged.
 
 The pre-tokenizer is Qwen2's pattern (llama.cpp: `pre=qwen2`), which splits digits singly. There is no normalizer, so
 that decode(encode(x)) == x for any text.
@@ -79,11 +79,13 @@ class TokenizerSection(Config):
 
 
 def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Train on a sample of the training split and seal tokenizer files and `stats.json` (bytes per token by source).
+    """Trains on a sample of the training split and seals tokenizer files and `stats.json` (bytes per token by source).
 
-    inputs["dedup"]: kept documents; inputs["import"]: a published model, whose tokenizer is taken over instead. Of a
-    large source only some parts are read, and the texts are streamed. Raises RecipeError if the corpus cannot yield
-    vocab_size tokens.
+    `inputs["dedup"]` holds the kept documents. If there is `inputs["import"]`, a published model, its tokenizer is
+    taken over instead. Of a large source only some parts are read, and the texts are streamed.
+
+    Raises:
+        RecipeError: The corpus cannot yield vocab_size tokens.
     """
     if "import" in inputs:
         _take_over(config, inputs, out, report)

@@ -57,8 +57,10 @@ class BenchmarksConfig(Config):
 
 
 def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seals `items.parquet`; of each task `data/<task>/<split>.parquet`, the splits that it reads; of each set with a
-    folder `folders/<set>/`, its files; and `tasks.json`: sets with their tasks and licenses.
+    """Seals the items of the benchmarks, and what their tasks need to be run again.
+
+    The files are `items.parquet`; of each task `data/<task>/<split>.parquet`, the splits that it reads; of each set
+    with a folder `folders/<set>/`, its files; and `tasks.json`, the sets with their tasks and licenses.
 
     Raises AtomError if a task or its data is missing, or two sets have a task of one name.
     """

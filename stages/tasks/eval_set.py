@@ -37,8 +37,10 @@ Requests = Annotated[int, Range(0, 10_000)]
 
 
 class ChatItems(Config):
-    """Evaluation items in conversations: the problems of `evaluation.problems`, further ones for validation, and
-    requests for courteous notes."""
+    """Evaluation items in conversations.
+
+    These are the problems of `evaluation.problems`, further ones for validation, and requests for courteous notes.
+    """
 
     validation: dict[Task, Items] = Field(
         {}, max_length=len(TASKS), description="number of further problems by task, for choosing settings"
@@ -56,7 +58,7 @@ class ItemsConfig(Config):
 
 
 def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `items.parquet`: id, task, prompt, answer, and the text that must not occur in training data.
+    """Seals `items.parquet`: id, task, prompt, answer, and the text that must not occur in training data.
 
     The seed's label differs from that of the training problems, so the two streams are independent; a training
     problem may equal an item by chance, and is then removed and counted by curation.

@@ -13,9 +13,9 @@ Row = Mapping[str, Any]
 def to_row(
     id: str, prompt: str | Sequence[Mapping[str, str]], /, verifier: str, kind: str, level: int, **fields: Any
 ) -> dict[str, Any]:
-    """A task in NeMo Gym's row format.
+    """Returns a task in NeMo Gym's row format.
 
-    prompt: the user's question, or the messages up to it. fields: the verifier's own; one may also be called
+    `prompt` is the user's question, or the messages up to it. `fields` are the verifier's own; one may also be called
     `prompt`.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]

@@ -1,4 +1,4 @@
-"""Acquire one source: read files, or generate from a seed, documents with their id, license and origin.
+"""Stage `acquire`: reads or generates the documents of one source, with their id, license and origin.
 
 A document that is not used, because its license is unknown or it opts out, is a row of `failed` with the reason.
 
@@ -75,8 +75,9 @@ class AcquireConfig(Config):
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Read one source into `documents`, and the rows that are no documents into `failed`; `source.json` declares
-    license, evidence, tree digest and counts.
+    """Reads one source into `documents`, and the rows that are no documents into `failed`.
+
+    `source.json` declares license, evidence, tree digest and counts.
 
     Resumes after the last sealed part. Raises AtomError if a file is corrupt, if the tree digest differs from the
     config's, if two documents have the same id, or if many documents cannot be read.
@@ -92,9 +93,9 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
 
 def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, out: Path, report: Report) -> None:
-    """Joins the parts into `out` and writes `source.json`. files: the number of files that were read.
+    """Joins the parts into `out` and writes `source.json`.
 
-    Raises AtomError if there is no document, or if two have the same id.
+    `files` is the number of files that were read. Raises AtomError if there is no document, or if two have the same id.
     """
     source = config.source
     counts = {name: sum(part.facts[name] for part in parts) for name in ("documents", "documents_found", "bytes")}
@@ -321,8 +322,10 @@ def _repeated(hashes: array[int]) -> set[int]:
 
 
 def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[str, str]]) -> None:
-    """Raises AtomError if the files that were read are not those of the tree digest, and removes the parts made from
-    them, so that a later attempt reads again."""
+    """Raises AtomError if the files that were read are not those of the tree digest.
+
+    The parts made from them are removed, so that a later attempt reads again.
+    """
     digest = tree_digest(files)
     if digest == source.tree_digest:
         return

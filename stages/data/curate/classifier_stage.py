@@ -55,10 +55,12 @@ class ClassifierConfig(Config):
 
 
 def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `model.bin` and `meta.json`: the examples by source, and accuracy and ROC AUC on held-out ones.
+    """Seals `model.bin` and `meta.json`: the examples by source, and accuracy and ROC AUC on held-out ones.
 
-    inputs[<source>]: acquired documents of each source of the classifier. Raises AtomError if a label has no example of
-    either split.
+    The inputs are the acquired documents of each source of the classifier, under its name.
+
+    Raises:
+        AtomError: A label has no example of either split.
     """
     settings, counts = config.classifier, dict[str, dict[str, int]]()
     examples, heldout = work / "examples.txt", work / "heldout.txt"

@@ -90,7 +90,7 @@ class ItemRuns:
         return closed_runs
 
     def lengths(self, id: str, runs: set[int]) -> list[int]:
-        """For each word of an item, the length of the longest matching run that begins with it."""
+        """Returns, for each word of an item, the length of the longest matching run that begins with it."""
         words, lengths = self.words[id], []
         for start in range(len(words)):
             node = length = 0

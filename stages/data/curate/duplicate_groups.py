@@ -204,7 +204,7 @@ def _grouped(rows: UInts, columns: list[int]) -> tuple[UInts, Ints]:
 
 
 def _numbers(batch: pa.RecordBatch, column: str, valid: bool = False) -> NDArray[Any]:
-    """A column with 0 for null; valid: whether each value is there."""
+    """Returns a column with 0 for null; with `valid`, 1 for each value that is there."""
     values = batch.column(column)
     numbers: NDArray[Any] = (values.is_valid() if valid else values.fill_null(0)).to_numpy(zero_copy_only=False)
     return numbers
@@ -300,7 +300,7 @@ def _exact_copies(exact: Removed, searched: Sequence[int]) -> Iterator[Ints]:
 def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
     """The edges of stars without the documents that are gone. If the first of a star is, the next one takes its place.
 
-    gone: ascending.
+    The addresses in `gone` ascend.
     """
     substitutes: dict[int, int] = {}
     with pq.ParquetFile(stars / STARS) as file:

@@ -140,11 +140,10 @@ class DuplicatesConfig(Config):
 
 
 def run(config: DuplicatesConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `removed/exact` and `removed/near`: the documents to remove, and which ones they duplicate; with a
-    deny-list also `removed/opt_out`: those that requests reach through a denied document.
+    """Seals `removed/exact` and `removed/near`: the documents to remove, and which ones they duplicate.
 
-    inputs["filter"]: the hashes of each part. Uses all cores that the process may use. Resumes after the last finished
-    partition.
+    With a deny-list also `removed/opt_out`: those that requests reach through a denied document. `inputs["filter"]`
+    holds the hashes of each part. Uses all cores that the process may use. Resumes after the last finished partition.
     """
     count = len(config.partitions())
     with processes(count if shards(config) > 1 else 1) as for_each:

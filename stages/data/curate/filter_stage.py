@@ -87,12 +87,15 @@ class FilterConfig(Config):
 
 
 def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal the documents that pass, by source and part, their hashes, what steps measured of them, a disposition for
-    every acquired document, and the number of documents that each step edited.
+    """Seals the documents that pass, by source and part, and a disposition for every acquired document.
 
-    inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items;
-    inputs["classifier-<name>"]: each classifier that a step uses. With a deny-list, also the hashes of denied documents
-    and the parents of kept ones by part, and the requests.
+    Also sealed are the hashes of those documents, what steps measured of them, and the number of documents that each
+    step edited. With a deny-list these are followed by the hashes of denied documents and the parents of kept ones, by
+    part, and by the requests.
+
+    The inputs are the acquired documents of each source under its name, the evaluation items under `items`, and each
+    classifier that a step uses under `classifier-<name>`.
+
     Resumes after the last sealed part. Raises AtomError if no document of any source is left, if many fail, or if a
     rule removes so large a share of a source that the recipe must acknowledge it.
     """
@@ -243,7 +246,7 @@ class _PartMaker:
             opt_out.write_denied(dict(zip(columns, values, strict=True)))
 
     def _hashes(self, documents: list[tuple[str, str]], minhash: MinHash | None) -> Iterator[list[int | None]]:
-        """For each (text, its SHA-256) the halves of 128 bits of that, and with MinHash a hash of each bucket."""
+        """Yields two halves of 128 bits of the SHA-256 of each (text, SHA-256), and with MinHash a hash of each bucket."""
         halves: list[list[int | None]] = [
             [int(digest[start : start + 16], 16) for start in (0, 16)] for _, digest in documents
         ]

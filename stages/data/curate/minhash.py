@@ -113,8 +113,10 @@ def _without_numbers(text: str) -> str:
 
 
 def _simplified(character: str) -> int:
-    """The code of what becomes of a lower-case character; _BY_CONTEXT if that depends on its neighbors, or is several
-    characters."""
+    """Returns the code of the character that a lower-case character becomes.
+
+    _BY_CONTEXT if that depends on its neighbors, or is several characters.
+    """
     if character == _BREAK:
         return ord(_BREAK)
     if character in "0123456789":
@@ -137,8 +139,10 @@ _ASCII_TABLE = bytes(_simplified(chr(code).lower()) for code in range(128)) + by
 
 
 def band_hashes(texts: list[str], settings: MinHash, seed: int) -> tuple[UInts, NDArray[np.bool_]]:
-    """A 64-bit hash of each bucket of each text's MinHash signature, shape [texts, num_buckets], and whether the text
-    is shorter than one n-gram (then its hashes are 0 and mean nothing).
+    """Returns a 64-bit hash of each bucket of each text's MinHash signature, and whether the text is short.
+
+    The hashes have the shape [texts, num_buckets]. A short text has less than one n-gram; its hashes are 0 and mean
+    nothing.
 
     Two texts share a hash exactly where their signatures in datatrove agree in that bucket.
     """
@@ -205,10 +209,13 @@ def _combine(signed: UInts) -> UInts:
 
 
 def components(nodes: Ints, edges: Iterable[tuple[Ints, Ints]]) -> Ints:
-    """For each node, the place of the first node that edges connect it with, by union-find.
+    """Returns, for each node, the place of the first node that edges connect it with, by union-find.
 
-    nodes: sorted addresses, of any size, of all documents that have an edge; edges: pairs of addresses, a batch at a
-    time. Memory: 8 bytes a node beside `nodes`, and the batches.
+    Memory holds 8 bytes a node beside `nodes`, and the batches.
+
+    Args:
+        nodes: Sorted addresses, of any size, of all documents that have an edge.
+        edges: Pairs of addresses, a batch at a time.
     """
     parent = np.arange(len(nodes))
     for a, b in edges:

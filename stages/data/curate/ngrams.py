@@ -101,8 +101,10 @@ class NGrams:
         return len(" ".join(words[first : first + n])) * count
 
     def repeated(self, n: int) -> int:
-        """Characters in n-grams that occurred before, from left to right and without overlap; n-grams are compared as
-        strings without spaces."""
+        """Returns the number of characters in n-grams that occurred before, from left to right and without overlap.
+
+        n-grams are compared as strings without spaces.
+        """
         words = self._words.words
         if len(words) <= n:
             return 0

@@ -46,7 +46,7 @@ _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
 class DeniedPart(Part):
-    """The denied texts of a part. number: of the part among those of all sources."""
+    """The denied texts of a part; `number` counts the parts of all sources."""
 
     @property
     def first(self) -> int:

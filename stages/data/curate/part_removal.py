@@ -49,12 +49,17 @@ class PartRemoval:
         minhash: MinHash | None,
         opted_out: Mapping[int, tuple[str, str, float, float]],
     ) -> None:
-        """Args: filtered: The folder of the artifact of stage `filter`.
+        """Maps the removals of the part; no document is read yet.
 
-        part: The part. heldout_fraction: Share of the documents of its source that are held out. exact: The
-        exact duplicates. near: The near duplicates. representatives: The documents that they duplicate.
-        minhash: None without a search for near duplicates. opted_out: By row, the documents that are removed on
-        request, which goes before the other rules.
+        Args:
+            filtered: The folder of the artifact of stage `filter`.
+            part: The part.
+            heldout_fraction: Share of the documents of its source that are held out.
+            exact: The exact duplicates.
+            near: The near duplicates.
+            representatives: The documents that they duplicate.
+            minhash: The settings of the search for near duplicates; None without one.
+            opted_out: By row, the documents that are removed on request, which goes before the other rules.
         """
         self.opted_out = opted_out
         self.part, self.heldout_fraction, self.minhash = part, heldout_fraction, minhash
@@ -66,8 +71,10 @@ class PartRemoval:
         self.near = near.of(part)
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Writes the part's kept documents and dispositions below `folder`, and returns the counts for the summary:
-        documents_in, bytes_in, kept by split, removed by rule, removed_bytes, and `written` documents."""
+        """Writes the part's kept documents and dispositions below `folder`, and returns the counts for the summary.
+
+        These are documents_in, bytes_in, kept by split, removed by rule, removed_bytes, and `written` documents.
+        """
         documents, start, counts = _Rows(self.kept), 0, Counts()
         is_generated = "generator" in column_names(self.dispositions)
         columns = GENERATED_DISPOSITIONS if is_generated else DISPOSITIONS

@@ -33,10 +33,18 @@ def block_folder(folder: Path, number: int) -> Path:
 def write_representatives(
     folder: Path, kept: Path, parts: Sequence[Part], exact: Removed, near: Removed, n_grams: int
 ) -> int:
-    """Writes the representatives of a block: `records`, each an id and, of near duplicates, the shingles; and `index`,
-    their addresses, then the ends of their records, then the bytes of their ids. Returns their number.
+    """Writes the representatives of a block as the files `records` and `index`, and returns their number.
 
-    kept: folder of the filtered documents of each part.
+    A record is an id and, if the representative has near duplicates, its shingles. The index has the addresses, then
+    the ends of the records, then the bytes of the ids.
+
+    Args:
+        folder: The folder of the block, which is made.
+        kept: The folder of the filtered documents of each part.
+        parts: The parts of the block.
+        exact: The exact duplicates.
+        near: The near duplicates.
+        n_grams: The number of words in a shingle.
     """
     addresses, ends, id_bytes = array("q"), array("q"), array("q")
     folder.mkdir(parents=True)
@@ -74,7 +82,7 @@ class Representatives:
     """The representatives of all blocks, by address: a context, in which the files that were read stay open."""
 
     def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
-        """folder: the artifact of stage `representatives`."""
+        """Opens no file yet; `folder` is the artifact of stage `representatives`."""
         self.folder, self.starts = folder, [block[0].first for block in blocks_of(parts)]
         self.blocks: dict[int, _Block] = {}
 

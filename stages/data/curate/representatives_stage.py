@@ -47,10 +47,10 @@ class RepresentativesConfig(Config):
 
 
 def run(config: RepresentativesConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal the ids of the documents that others duplicate and, of near duplicates, their shingles, by blocks of parts.
+    """Seals the ids of the documents that others duplicate and, of near duplicates, their shingles, by blocks of parts.
 
-    inputs["filter"]: the kept documents of each part; inputs["duplicates"]: those to remove. Resumes after the last
-    sealed block.
+    `inputs["filter"]` holds the kept documents of each part, and `inputs["duplicates"]` those to remove. Resumes after
+    the last sealed block.
     """
     count, sealed = config.blocks, list[Part]()
     for number in range(count):

@@ -73,11 +73,15 @@ class SourceFilter:
         license_allow: Sequence[str] = (),
         blocklist: UrlBlocklist | None = None,
     ) -> None:
-        """Args: source: Name of the source.
+        """Prepares the steps.
 
-        kind: Kind of its documents. steps: Its steps, with the inputs that they need. index: The evaluation
-        items. license_allow: The licenses of documents that are kept; empty: all. blocklist: The URL blocklist;
-        None without one.
+        Args:
+            source: Name of the source.
+            kind: Kind of its documents.
+            steps: Its steps, with the inputs that they need.
+            index: The evaluation items.
+            license_allow: The licenses of documents that are kept; empty: all.
+            blocklist: The URL blocklist; None without one.
         """
         self.blocklist = blocklist
         self.allowed = AllowedLicenses(license_allow) if license_allow else None
@@ -144,8 +148,11 @@ class SourceFilter:
         return Removed("decontamination", words, self.index.ngram, item)
 
     def _edited(self, row: DocumentRow, text: str) -> DocumentRow:
-        """Raises ValueError for a conversation with other special tokens than before: `<|im_[1]end|>` is text until a
-        step removes the citation in it."""
+        """Returns the row with the edited text.
+
+        Raises ValueError for a conversation with other special tokens than before: `<|im_[1]end|>` is text until a step
+        removes the citation in it.
+        """
         document: DocumentRow = {**row, "text": text, "content_hash": content_hash(text)}
         if self.kind == "chat":
             # A step that makes a special token out of text would move the end of a turn.

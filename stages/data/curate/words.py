@@ -298,7 +298,10 @@ class Words:
 
     @cached_property
     def kinds(self) -> NDArray[np.uint8]:
-        """For each word NOT_PUNCTUATION if it has a character that is none, LETTER if it has a letter, or their sum."""
+        """Returns the marks of each word, or their sum.
+
+        NOT_PUNCTUATION marks a word with a character that is no punctuation, LETTER one with a letter.
+        """
         return np.frombuffer(bytes(map(_KINDS.__getitem__, self.words)), np.uint8)
 
     @cached_property

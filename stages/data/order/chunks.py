@@ -93,9 +93,10 @@ class Cut:
 
 
 def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part:
-    """The sealed index of one part of a source, from its table of documents.
+    """Seals the index of one part of a source, made from its table of documents.
 
-    facts: `batches`, for each batch its documents and the chunks of each pool, and `slots` of each pool.
+    Its facts are `batches`, for each batch the number of its documents and of the chunks of each pool, and the `slots`
+    of each pool.
     """
     import pyarrow as pa
 
@@ -117,8 +118,11 @@ def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part
 
 
 def _documents(file: Path, source: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The training documents of a source in a table, in batches of those among BATCH rows: `tokens`, `loss_from` and
-    the columns asked for. Raises AtomError if they are not counted from 0."""
+    """Yields the training documents of a source in a table, in batches of those among BATCH rows.
+
+    Among their columns are `tokens`, `loss_from` and the columns asked for. Raises AtomError if the documents are not
+    counted from 0.
+    """
     import numpy as np
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -161,7 +165,7 @@ class ChunkIndex:
     """The chunks of a source, from the sealed index of each of its parts."""
 
     def __init__(self, parts: Sequence[tuple[int, Part]], cut: Cut) -> None:
-        """parts: (number, index) of each part, in order."""
+        """Adds up the counts of the parts; `parts` are the (number, index) of each part, in order."""
         import numpy as np
 
         self.cut, self.files = cut, [part.folder / FILE for _, part in parts]
@@ -190,8 +194,10 @@ class ChunkIndex:
         return int(self.starts[pool][-1])
 
     def read(self, pool: str, chunks: NDArray[np.int64], ids: bool = True) -> dict[str, Any]:
-        """The columns part, ordinal, offset, length and loss_from of these chunks of a pool, and `id` as an Arrow array
-        if asked for."""
+        """Returns the columns part, ordinal, offset, length and loss_from of these chunks of a pool.
+
+        With `ids` also the column `id`, an Arrow array.
+        """
         import numpy as np
         import pyarrow as pa
 
@@ -280,11 +286,14 @@ class ChunkIndex:
 
 
 class TableIndex(ChunkIndex):
-    """An index that is not on disk: it counts chunks in the tables of documents, and reads a table again to look into
-    it. For few look-ups, this is faster than to make the files."""
+    """An index that is not on disk.
+
+    It counts chunks in the tables of documents, and reads a table again to look into it. For few look-ups, this is
+    faster than to make the files.
+    """
 
     def __init__(self, files: Sequence[tuple[int, Path]], source: str, cut: Cut) -> None:
-        """files: (number, table of documents) of each part, in order."""
+        """Counts the chunks; `files` are the (number, table of documents) of each part, in order."""
         parts = []
         for number, file in files:
             facts = _Facts(cut)
@@ -307,9 +316,12 @@ class TableIndex(ChunkIndex):
 def _by_batch(
     starts: NDArray[np.int64], numbers: NDArray[np.int64], by_number: NDArray[np.int64]
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """(batch, positions in `numbers`, numbers within the batch) of each batch with any of these numbers.
+    """Yields (batch, positions in `numbers`, numbers within the batch) of each batch with any of these numbers.
 
-    starts: the first number of each batch, and their end; by_number: positions in the order of the numbers.
+    Args:
+        starts: The first number of each batch, and the end of the last.
+        numbers: The numbers to look up, in any order.
+        by_number: Positions in `numbers`, in the order of the numbers.
     """
     import numpy as np
 

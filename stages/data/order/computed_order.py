@@ -31,11 +31,16 @@ FUNCTION_VERSION = 2
 
 
 def read_indexes(config: OrderConfig, tokens: Path, work: Path, turn: float = 0.0) -> dict[str, ChunkIndex]:
-    """{source: index of its chunks}, made in `work` where it is missing.
+    """Returns {source: index of its chunks}, made in `work` where it is missing.
 
-    tokens: the tokenize artifact, or its published copy. turn: the fraction of the parts at which to begin, so that
-    processes with different turns share the work. Raises RecipeError if the shares of the mix do not sum to 1, or a
-    source of it is unknown or empty.
+    Args:
+        config: The settings of the order.
+        tokens: The tokenize artifact, or its published copy.
+        work: The folder of the sealed indexes.
+        turn: The fraction of the parts at which to begin, so that processes with different turns share the work.
+
+    Raises:
+        RecipeError: The shares of the mix do not sum to 1, or a source of it is unknown or empty.
     """
     if abs(sum(config.mix.values()) - 1) > 1e-6:
         raise RecipeError(f"{config.phase}.mix: shares sum to {sum(config.mix.values()):.6g}, not 1; adjust them")
@@ -73,12 +78,15 @@ class ComputedOrder:
         turn: float = 0.0,
         starts: Mapping[int, dict[str, Place]] | None = None,
     ) -> None:
-        """Args: config: The settings of the order.
+        """Divides the mix among the streams; no row is computed yet.
 
-        indexes: The index of chunks of each source. cursor: The step and the positions at which the order
-        begins. work: The folder of the sealed sums, as in `read_indexes`. turn: The place at which to begin
-        with them, as in `read_indexes`. starts: The result of `start` for each block, if known; sums over whole
-        streams are then not needed.
+        Args:
+            config: The settings of the order.
+            indexes: The index of chunks of each source.
+            cursor: The step and the positions at which the order begins.
+            work: The folder of the sealed sums, as in `read_indexes`.
+            turn: The place at which to begin with them, as in `read_indexes`.
+            starts: The result of `start` for each block, if known; sums over whole streams are then not needed.
         """
         self.config, self.indexes, self.cursor, self.work, self.turn = config, indexes, cursor, work, turn
         self.label = f"order/{seed_label(config.phase)}"
@@ -120,7 +128,10 @@ class ComputedOrder:
         return (_from_step(table, steps.start + skipped) if skipped > 0 else table), unread
 
     def start(self, n: int) -> dict[str, Place]:
-        """Where each stream of a packed phase stands at the first step of a block; `config.blocks`: at the end."""
+        """Returns the place of each stream of a packed phase at the first step of block `n`.
+
+        Block `config.blocks` stands for the end of the phase.
+        """
         # Looking a position up needs sums over the stream, so it is done once.
         if n not in self._starts:
             targets = self.targets(n)

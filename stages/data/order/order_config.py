@@ -26,8 +26,10 @@ MOST_BLOCKS = 9000
 
 
 class OrderConfig(Config):
-    """`rows` are the rows of one step; `mix` is each source's share of all rows of the phase, of all tokens if rows are
-    packed; `ramp`: (last step, rows) of smaller steps at the beginning."""
+    """The settings of the order of one phase.
+
+    `mix` is each source's share of all rows of the phase, or of all tokens if rows are packed.
+    """
 
     phase: Key = Field(description="name of the phase")
     mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
@@ -93,7 +95,10 @@ class OrderConfig(Config):
 
 
 def rows_from(first: int, sizes: Iterable[tuple[int, int]]) -> int:
-    """Rows of all steps from `first` on, in closed form. sizes: (last step, rows of each step), one after the other."""
+    """Returns the rows of all steps from `first` on, in closed form.
+
+    `sizes` are (last step, rows of each step), one after the other.
+    """
     total, last_counted = 0, first - 1
     for last, rows in sizes:
         total += max(0, last - last_counted) * rows

@@ -45,12 +45,12 @@ def settings(config: OrderConfig) -> dict[str, Any]:
 
 
 def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `part-NNNNN.parquet`, one row for every segment of every step from `first_step` on, and `meta.json`.
+    """Seals `part-NNNNN.parquet`, one row for every segment of every step from `first_step` on, and `meta.json`.
 
-    inputs["tokens"]: only its tables of documents are read. A document longer than a row is cut into chunks
+    Of `inputs["tokens"]` only the tables of documents are read. A document longer than a row is cut into chunks
     of sequence_length + 1 tokens that overlap by one, so that each token but a document's first is a target once.
     Every source is read in a seeded permutation of its chunks, a new one each epoch.
-    inputs["continue"], if present: a checkpoint, at whose data position the cursors continue.
+    `inputs["continue"]`, if present, is a checkpoint, at whose data position the cursors continue.
     Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
     another step, or for long documents of which more are missing than the recipe allows.
     """

@@ -69,9 +69,10 @@ class SourceDraw:
         return block * BLOCK + int(rows[place - before[source]])
 
     def _find(self, is_left: Callable[[int, list[int]], bool]) -> tuple[int, list[int], list[int]]:
-        """(block, rows of each source before it, rows of each source in it).
+        """Returns (block, rows of each source before it, rows of each source in it) of the block that is sought.
 
-        is_left: whether the block is before the block `middle`, before which each source has `until` rows.
+        `is_left(middle, until)` is true if the block is before the block `middle`, before which each source has `until`
+        rows.
         """
         low, high, before, counts = 0, -(-self.rows // BLOCK), [0] * len(self.names), self.totals
         while high - low > 1:

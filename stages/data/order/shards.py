@@ -32,9 +32,9 @@ def shard_name(split: str, source: str, part: int) -> str:
 
 
 def document_files(tokens: Path) -> dict[str, list[tuple[int, Path]]]:
-    """Lists {source: (part, table of its documents) of each part}, in order.
+    """Returns {source: (part, table of its documents) of each part}, in order.
 
-    tokens: the tokenize artifact, or its published copy.
+    `tokens` is the tokenize artifact, or its published copy.
     """
     folders = sorted(path for path in (tokens / "documents").glob("*") if path.is_dir())
     parts = {path.name: [(int(part_number(file) or 0), file) for file in part_tables(path)] for path in folders}

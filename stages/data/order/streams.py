@@ -108,8 +108,10 @@ class Permutation:
         return left, right
 
     def _round(self, digit: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
-        """A keyed hash of a digit, below `side`: SplitMix64's finalizer (Steele et al., 2014), and a multiplication in
-        place of a remainder (Lemire, 2019)."""
+        """Returns a keyed hash of a digit, below `side`.
+
+        It is SplitMix64's finalizer (Steele et al., 2014), and a multiplication in place of a remainder (Lemire, 2019).
+        """
         import numpy as np
 
         z = digit * np.uint64(0x9E3779B97F4A7C15)
@@ -227,10 +229,10 @@ class Stream:
         raise AssertionError("the sums of an epoch are those of its chunks")
 
     def sums(self, epoch: int, until: int, work: Path, turn: float) -> Iterator[tuple[int, int]]:
-        """(first place, targets of the chunks of STRIDE places) through an epoch. Missing sums are sealed in `work`.
+        """Yields (first place, targets of the chunks of STRIDE places) through an epoch.
 
-        until: the place up to which they are made first, beginning at the fraction `turn` of them: processes with
-        different turns share that work.
+        Missing sums are sealed in `work`. Those up to the place `until` are made first, beginning at the fraction
+        `turn` of them, so that processes with different turns share that work.
         """
         runs = until // RUN + 1
         for k in range(runs):

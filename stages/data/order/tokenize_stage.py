@@ -1,4 +1,4 @@
-"""Encode kept documents into Megatron's .bin/.idx shards, one for each split of a part, and tables of documents.
+"""Encodes kept documents into Megatron's .bin/.idx shards, one for each split of a part, and tables of documents.
 
 Texts are encoded by tiktoken, with exactly the ids that the `tokenizers` library gives for the same tokenizer.json.
 tiktoken is seven times as fast, but merges any two neighbors whose bytes together are a token, where `tokenizers`
@@ -109,9 +109,11 @@ def _tiktoken_encode(tokenizer: Tokenizer, special_tokens: bool) -> Callable[[st
 
 
 def _merged_tokens(description: dict[str, Any], specials: Sequence[str]) -> list[str] | None:
-    """The tokens that the merges make, in the order of the merges; None if the tokenizer is of another kind: other
-    steps or options than that of an untrained one, tokens that no merge makes or several make, merges of tokens that
-    come later, or special tokens that `tokenizers` does not simply look for."""
+    """Returns the tokens that the merges make, in the order of the merges; None for a tokenizer of another kind.
+
+    A tokenizer of another kind has other steps or options than an untrained one, tokens that no merge or several merges
+    make, merges of tokens that come later, or special tokens that `tokenizers` does not simply look for.
+    """
     model, kind = description["model"], json.loads(untrained().to_str())
     steps = ("truncation", "padding", "normalizer", "pre_tokenizer")
     options = [name for name in kind["model"] if name not in ("vocab", "merges")]
@@ -164,7 +166,7 @@ class TokenizeConfig(Config):
 
 
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `<split>/<source>/part-*.bin` and `.idx`, `documents/<source>/part-*.parquet` and `meta.json`.
+    """Seals `<split>/<source>/part-*.bin` and `.idx`, `documents/<source>/part-*.parquet` and `meta.json`.
 
     Every document ends with `<|endoftext|>`, a conversation with its own `<|im_end|>`. A part without documents of
     a split has no shard of it.
@@ -220,8 +222,10 @@ def _kept_files(inputs: Inputs) -> dict[str, list[Path]]:
 
 
 def _tokenizer(inputs: Inputs) -> _Tokenizer:
-    """The input's tokenizer, loaded once by a process that makes many parts: tiktoken keeps the memory of an encoding
-    that is no longer used, 3 MB for 8,192 tokens."""
+    """Returns the input's tokenizer, loaded once by a process that makes many parts.
+
+    tiktoken keeps the memory of an encoding that is no longer used, 3 MB for 8,192 tokens.
+    """
     file = inputs["tokenizer"] / "tokenizer.json"
     return _load_tokenizer(file, sha256_file(file))
 

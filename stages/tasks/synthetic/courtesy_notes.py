@@ -144,7 +144,7 @@ LEVELS = range(1, len(KINDS) + 1)
 def requests(count: int, rng: random.Random, level: int) -> list[tuple[str, dict[str, Any]]]:
     """`count` different requests with as many constraints as the level: the user's message, and the fields of the row.
 
-    level: one of LEVELS. Raises ValueError for more requests than there are.
+    `level` is one of LEVELS. Raises ValueError for more requests than there are.
     """
     rows = []
     for request in draw_distinct(count, rng, heldout=False):

@@ -69,8 +69,10 @@ class AllowedLicenses:
 
 
 def forbids_derivatives(expression: str) -> bool:
-    """Returns True if an SPDX expression forbids derived works, such as rephrased texts, whichever of its alternatives
-    one chooses, and for a text that is no expression."""
+    """Returns True if an SPDX expression forbids derived works, such as rephrased texts.
+
+    It forbids them if each of its alternatives does. True also for a text that is no expression.
+    """
     identifiers = re.findall(r"[^\s()]+", re.sub(r" WITH \S+", "", expression))
     # Allowed is every other license in the expression, so an alternative without ND is enough.
     allowed = [name for name in identifiers if not NO_DERIVATIVES.search(name) and name not in ("AND", "OR")]

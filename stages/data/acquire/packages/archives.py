@@ -1,7 +1,7 @@
-"""The regular files of a package, read as a stream: of a .deb (deb(5): an ar archive with a tar archive in it) or of a
-.tar.gz.
+"""The regular files of a package, a .deb or a .tar.gz, read as a stream.
 
-Nothing is extracted, no link is followed, and memory holds one member of at most MAX_MEMBER bytes.
+A .deb is an ar archive with a tar archive in it: deb(5). Nothing is extracted, no link is followed, and memory holds
+one member of at most MAX_MEMBER bytes.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ class Member:
 
 
 def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[Member]:
-    """The regular files whose path is wanted, in the order of the archive; one that must not or cannot be read has a
-    problem. Raises ArchiveError after the last readable member if the archive is corrupt or too large."""
+    """Yields the regular files whose path is wanted, in the order of the archive.
+
+    A file that must not or cannot be read has a problem in place of its content. Raises ArchiveError after the last
+    readable member if the archive is corrupt or too large.
+    """
     with ExitStack() as stack:
         try:
             stream = _Forward(_unpacked(path, stack))

@@ -82,7 +82,7 @@ class _Wildcards:
 
 
 class Copyright:
-    """A parsed file. paragraphs: the patterns and the license of each paragraph with `Files`."""
+    """A parsed file; `paragraphs` holds the patterns and the license of each paragraph with `Files`."""
 
     def __init__(self, paragraphs: Sequence[tuple[Sequence[str], License]]) -> None:
         self._licenses = [license for _, license in paragraphs]
@@ -220,8 +220,11 @@ def _paragraphs(text: str) -> Iterator[dict[str, str]]:
 
 
 def _regex(pattern: str) -> str:
-    r"""The regular expression of a pattern: `*` is any text, slashes too, `?` any character, a backslash escapes. The
-    text after `*` is sought once, so that no pattern takes long."""
+    r"""Returns the regular expression of a pattern of file names.
+
+    `*` stands for any text, slashes too, and `?` for any character; a backslash escapes. The text after `*` is sought
+    once, so that no pattern takes long.
+    """
     tokens = re.findall(r"\\[*?\\]|\*+|.", pattern, re.DOTALL)
     pieces = [""]
     for token in tokens:

@@ -217,8 +217,10 @@ class Reader(Config):
         return iter(())
 
     def missing(self, source: str) -> str | None:
-        """The start of an error message if the files of the source are missing; None if they exist or none are
-        needed."""
+        """Returns the start of an error message if the files of the source are missing.
+
+        None if they exist or none are needed.
+        """
         return None
 
     def files(self, source: str) -> Files:
@@ -226,8 +228,10 @@ class Reader(Config):
         return []
 
     def digests(self, source: str, files: Files) -> list[str]:
-        """The digest of each of these files, in the tree digest of the source: SHA-256, unless a reader states what
-        else. It may be known before `pull`."""
+        """Returns the digest of each of these files, as it enters the tree digest of the source.
+
+        It is SHA-256 unless a reader states another one. It may be known before `pull`.
+        """
         return file_digests([path for _, path in files])
 
     def pull(self, source: str, files: Files) -> None:
@@ -256,7 +260,7 @@ class Reader(Config):
         A call gets the files of one part of the source, and the documents of a file do not depend on the
         others.
 
-        source: name of the source; seed: of the recipe. Raises AtomError naming a file that is corrupt.
+        Raises AtomError naming a file that is corrupt.
         """
 
 

@@ -20,8 +20,10 @@ MAX_LINE = 2**28
 
 
 class Jsonl(RowReader):
-    """JSON Lines files, plain, gzip or Zstandard; `path` is a file or a folder of *.jsonl, *.jsonl.gz and
-    *.jsonl.zst."""
+    """JSON Lines files, plain, gzip or Zstandard.
+
+    `path` is a file or a folder of *.jsonl, *.jsonl.gz and *.jsonl.zst.
+    """
 
     suffixes: ClassVar = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 

@@ -158,9 +158,10 @@ def _parse_files(files: Files) -> Iterator[_LibraryFile | Unreadable]:
 def _definitions(
     tree: ast.AST, prefix: str, name_counts: Counter[str] | None = None
 ) -> Iterator[tuple[str, Documented]]:
-    """Module, classes, methods and functions with dotted names; a name used again becomes name#2, name#3, …
+    """Yields the module, its classes, methods and functions with dotted names.
 
-    Functions inside functions belong to their outer function.
+    A name that is used again becomes name#2, name#3, and so on. Functions inside functions belong to their outer
+    function.
     """
     name_counts = Counter() if name_counts is None else name_counts
     if isinstance(tree, ast.Module):

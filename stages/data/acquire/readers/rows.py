@@ -147,9 +147,11 @@ class RowReader(FileReader):
         """
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
-        """One document for each row or, with messages_field, for each turn of the assistant; a row whose messages are
-        not a conversation is unreadable, one without its fields has failed, and one whose license is unknown is
-        unmapped."""
+        """Yields one document for each row or, with messages_field, for each turn of the assistant.
+
+        A row whose messages are not a conversation is unreadable, one without its fields has failed, and one whose
+        license is unknown is unmapped.
+        """
         from stages.formats.chat import turns
 
         licenses = load_map(self.license_map) if self.license_map else LicenseMap({})
@@ -224,8 +226,10 @@ class RowReader(FileReader):
 
 
 def field_at(fields: Mapping[str, Any], path: str) -> Any:
-    """The value of a field, or of a nested field whose names are joined by dots; of a list of mappings, the list of
-    their values. None if there is none."""
+    """Returns the value of a field, or of a nested field whose names are joined by dots; None if there is none.
+
+    A field below a list of mappings has the list of their values.
+    """
     value: Any = fields
     # A field may have a dot in its own name, so the whole path is tried first.
     for name in (path,) if path in fields else path.split("."):

@@ -160,7 +160,10 @@ def _skip_rest(record: Any) -> None:
 
 
 class _BoundedHeaders:
-    """A file that fails when headers are read that do not end. budget: bytes that may still be read; None: any."""
+    """A file that fails when headers are read that do not end.
+
+    `budget` is the number of bytes that may still be read; None: any.
+    """
 
     def __init__(self, file: gzip.GzipFile | BufferedReader) -> None:
         self._file = file

@@ -231,7 +231,10 @@ def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
 
 
 class _Places:
-    """Where the elements of a page stand. What is found of an element is remembered for those inside it."""
+    """The places of the elements of a page: in its own text, in a footer, or in a part about other things.
+
+    A finding about an element is remembered for those inside it.
+    """
 
     def __init__(self) -> None:
         self._elsewhere: dict[Any, bool] = {}
@@ -294,8 +297,10 @@ def _item_types(element: Any) -> set[str]:
 
 
 def _places(element: Any) -> set[str]:
-    """The words of the class, the id, the role, the label and the property of an element, in lower case; without names
-    that describe the layout, such as has-sidebar and comments-open."""
+    """Returns the words of the class, id, role, label and property of an element, in lower case.
+
+    Names that describe the layout, such as has-sidebar and comments-open, are left out.
+    """
     names = " ".join(element.get(key) or "" for key in ("class", "id", "role", "aria-label", "itemprop")).split()
     words = (re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()) for name in names)
     return {word for name in words if name and name[0] not in _LAYOUT and name[-1] not in _LAYOUT for word in name}

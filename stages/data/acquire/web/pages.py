@@ -59,7 +59,10 @@ class Page:
 
 
 class PageReader:
-    """Reads pages. agents: crawlers whose opt-outs are honored; max_bytes: of a page, for messages."""
+    """Reads pages.
+
+    `agents` are the crawlers whose opt-outs are honored; `max_bytes` is the limit for a page, named in messages.
+    """
 
     def __init__(self, agents: Sequence[str], max_bytes: int) -> None:
         self.agents, self.max_bytes = agents, max_bytes
