@@ -67,7 +67,7 @@ LAWS = {
 
 
 def total(sizes: Iterable[Size | None]) -> Size | None:
-    """The size of several sources; None if that of one is unknown."""
+    """Returns the size of several sources; None if that of one is unknown."""
     known = list(sizes)
     stated = [size for size in known if size is not None]
     if not stated or len(stated) < len(known):

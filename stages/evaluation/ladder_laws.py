@@ -288,7 +288,10 @@ def _power_starts(x: Array, y: Array) -> Array:
 
 
 def _sigmoid(p: Array, x: Array) -> Array:
-    """Parameters: logit of S0, logit of the part of 1 - S0 that is won, log of C_mid, log of B."""
+    """Returns the values of a sigmoid.
+
+    Its parameters are the logit of S0, the logit of the part of 1 - S0 that is won, the log of C_mid and the log of B.
+    """
     first = _share(p[:, :1])
     slope, logs = np.exp(np.clip(p[:, 3:4], -20, 5)), np.log(np.maximum(x[0], 1e-300))
     return first + (1 - first) * _share(p[:, 1:2]) * _share(slope * (logs - p[:, 2:3]))

@@ -75,12 +75,12 @@ def after_calls(results: Sequence[str]) -> list[str]:
 
 
 def question_pieces(question: str) -> list[str]:
-    """The template's text up to the answer to a question, in pieces."""
+    """Returns the template's text up to the answer to a question, in pieces."""
     return _pieces(render([{"role": "user", "content": MARK}], ask=True), [question])
 
 
 def _pieces(text: str, contents: Sequence[str]) -> list[str]:
-    """The pieces of a text of the template, in which a MARK stands for each content.
+    """Returns the pieces of a text of the template, in which a MARK stands for each content.
 
     Each special token of the template is a piece of its own. A content that holds the name of a special token stands in
     a piece with other text, so an encoder of pieces can tell both.
@@ -92,7 +92,7 @@ def _pieces(text: str, contents: Sequence[str]) -> list[str]:
 
 
 def without_calls(messages: Sequence[Message]) -> list[Message]:
-    """The messages without calls of tools."""
+    """Returns the messages without calls of tools."""
     return [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
 
 
@@ -119,7 +119,7 @@ def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
 
 
 def features(text: str) -> list[str]:
-    """The FEATURES of a document that `turns` made."""
+    """Returns the FEATURES of a document that `turns` made."""
     opening, _, _ = text.partition(TURN_END)
     is_system = opening.startswith(f"{TURN_START}system\n")
     message, tools, _ = opening.removeprefix(f"{TURN_START}system\n").partition(TOOLS_BEGIN)
@@ -128,7 +128,7 @@ def features(text: str) -> list[str]:
 
 
 def prompt_chars(text: str) -> int:
-    """The number of leading characters without loss of a document that `turns` made."""
+    """Returns the number of leading characters without loss of a document that `turns` made."""
     return text.rindex(BEGIN) + len(BEGIN)
 
 
@@ -156,7 +156,7 @@ def check(messages: Sequence[Message], calls: bool = False) -> None:
 
 
 def control_tokens(text: str) -> list[str]:
-    """The special tokens whose names are in a text, in their order."""
+    """Returns the special tokens whose names are in a text, in their order."""
     return SPECIAL.findall(text)
 
 
@@ -167,7 +167,7 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _special_token(text: str) -> str | None:
-    """A special token whose name is in the text, if any."""
+    """Returns a special token whose name is in the text, if any."""
     return next((token for token in SPECIAL_TOKENS if token in text), None)
 
 
@@ -192,7 +192,10 @@ class MessagesRow(TypedDict):
 
 
 def arrow_schema() -> Any:
-    """The schema of a table of MessagesRow. Arguments of a call are their JSON, because those of two tools differ."""
+    """Returns the schema of a table of MessagesRow.
+
+    Arguments of a call are their JSON, because those of two tools differ.
+    """
     import pyarrow as pa
 
     function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
@@ -204,7 +207,7 @@ def arrow_schema() -> Any:
 
 
 def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """(messages, schemas of tools) of a text that `turns` made.
+    """Returns (messages, schemas of tools) of a text that `turns` made.
 
     Raises ValueError if the template does not render them to the same text.
     """
@@ -229,7 +232,7 @@ def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
 
 
 def _answer(content: str) -> dict[str, Any]:
-    """The fields of a turn of the assistant."""
+    """Returns the fields of a turn of the assistant."""
     fields: dict[str, Any] = {}
     if content.startswith(f"{THINK_START}\n") and f"\n{THINK_END}\n\n" in content:
         reasoning, _, content = content.removeprefix(f"{THINK_START}\n").partition(f"\n{THINK_END}\n\n")

@@ -49,7 +49,7 @@ _RECORD: TypeAdapter[_Record] = TypeAdapter(_Record)
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:
-    """The SHA-256 of each file."""
+    """Returns the SHA-256 of each file."""
     digests: list[str] = []
     for folder, files in groupby(paths, key=lambda path: path.parent):
         digests += _digests_in(folder, list(files))
@@ -128,5 +128,5 @@ def _save(folder: Path, new: dict[str, tuple[Version, str]]) -> None:
 
 
 def tree_digest(files: Iterable[tuple[str, str]]) -> str:
-    """`sha256:` over the (relative path, digest) of the files, in their order."""
+    """Returns `sha256:` over the (relative path, digest) of the files, in their order."""
     return f"sha256:{sha256_bytes(canonical([list(row) for row in files]))}"

@@ -65,7 +65,7 @@ class Sample:
 
     @classmethod
     def draw(cls, files: Sequence[Path], split: str | None, documents: int, size: int = 0) -> Sample:
-        """At least so many documents and `size` bytes, or all documents if there are less."""
+        """Returns at least so many documents and `size` bytes, or all documents if there are less."""
         import numpy as np
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -93,7 +93,7 @@ class Sample:
         return cls(files, split, hashes, lengths)
 
     def texts(self, count: int) -> Iterator[list[str]]:
-        """The texts of the first `count` documents, in the order of the files and a few at a time."""
+        """Yields the texts of the first `count` documents, in the order of the files and a few at a time."""
         import pyarrow as pa
 
         if not count:
@@ -104,7 +104,7 @@ class Sample:
 
 
 def _rows_of(path: Path, split: str | None) -> Iterator[pa.RecordBatch]:
-    """Texts and hashes of the documents of a split, some at a time."""
+    """Yields the texts and hashes of the documents of a split, some at a time."""
     import pyarrow.compute as pc
 
     columns = ["text", "content_hash"]
@@ -113,7 +113,7 @@ def _rows_of(path: Path, split: str | None) -> Iterator[pa.RecordBatch]:
 
 
 def _hashes(rows: pa.RecordBatch) -> NDArray[np.uint64]:
-    """The first 64 bits of the content hash of each document."""
+    """Returns the first 64 bits of the content hash of each document."""
     import numpy as np
 
     return np.array([int(hash[:16], 16) for hash in rows["content_hash"].to_pylist()], np.uint64)

@@ -167,7 +167,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def tokenizer_config() -> dict[str, Any]:
-    """The content of tokenizer_config.json, without the length of a model's context."""
+    """Returns the content of tokenizer_config.json, without the length of a model's context."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -182,12 +182,15 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def load_for_corpus(path: Path) -> Tokenizer:
-    """The tokenizer that encodes documents: names of special tokens occurring in a text are ordinary bytes to it."""
+    """Returns the tokenizer that encodes documents.
+
+    Names of special tokens that occur in a text are ordinary bytes to it.
+    """
     return for_corpus(json.loads(path.read_text("utf-8")))
 
 
 def for_corpus(content: dict[str, Any]) -> Tokenizer:
-    """The same, from the content of its tokenizer.json.
+    """Returns the tokenizer of `load_for_corpus` from the content of its tokenizer.json.
 
     `tokenizers` looks for added tokens that are not special in every text, so all are special here.
     """
@@ -198,7 +201,7 @@ def for_corpus(content: dict[str, Any]) -> Tokenizer:
 
 
 def without_special(tokenizer: Any) -> Any:
-    """A tokenizer of transformers that reads names of special tokens in a text as text, as in training.
+    """Returns a tokenizer of transformers that reads names of special tokens in a text as text, as in training.
 
     It is changed in place: for each text, transformers sets anew whether the backend looks for them.
     """
@@ -215,7 +218,7 @@ def _from_description(content: dict[str, Any]) -> Tokenizer:
 
 
 def bytes_per_token(tokenizer: Tokenizer, samples: Mapping[str, Sample]) -> dict[str, Any]:
-    """Bytes per token by source, on at most REPORTED documents of each sample."""
+    """Returns the bytes per token by source, on at most REPORTED documents of each sample."""
     stats = {}
     for name, sample in sorted(samples.items()):
         documents = min(REPORTED, len(sample.lengths))
@@ -236,7 +239,7 @@ def bytes_per_token(tokenizer: Tokenizer, samples: Mapping[str, Sample]) -> dict
 
 
 def untrained() -> Tokenizer:
-    """A byte-level BPE tokenizer with the pre-tokenizer of this project, without tokens."""
+    """Returns a byte-level BPE tokenizer with the pre-tokenizer of this project, without tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE())
@@ -249,7 +252,7 @@ def untrained() -> Tokenizer:
 
 
 def bpe_trainer(vocab_size: int) -> BpeTrainer:
-    """A trainer whose tokenizers have all bytes and the special tokens."""
+    """Returns a trainer whose tokenizers have all bytes and the special tokens."""
     from tokenizers import pre_tokenizers, trainers
 
     return trainers.BpeTrainer(

@@ -24,10 +24,10 @@ def to_row(
 
 
 def bin_of(row: Row) -> str:
-    """The bin of tasks of one kind and level that a task belongs to."""
+    """Returns the bin of tasks of one kind and level that a task belongs to."""
     return f"{row['kind']}/{row['level']}"
 
 
 def question(row: Row) -> str:
-    """The user's question: the content of the last message."""
+    """Returns the user's question: the content of the last message."""
     return str(row["responses_create_params"]["input"][-1]["content"])

@@ -137,7 +137,7 @@ class HarnessSection(Config):
         return self
 
     def tokens(self, served: bool) -> int:
-        """Tokens that the evaluation of one model reads, as assumed for `atom plan`.
+        """Returns the number of tokens that the evaluation of one model reads, as assumed for `atom plan`.
 
         If `served`, the evaluator is vLLM, which reads an item once with each choice.
         """
@@ -152,11 +152,11 @@ class HarnessSection(Config):
         return total
 
     def tasks(self) -> int:
-        """The number of all tasks."""
+        """Returns the number of all tasks."""
         return sum(len(TASK_SETS[name].tasks) for name in self.sets) + sum(len(folder.tasks) for folder in self.folders)
 
     def task_sets(self, base: Path, where: str) -> tuple[TaskSet, ...]:
-        """The sets with the digests of their folders.
+        """Returns the sets with the digests of their folders.
 
         `base` is the folder of the recipe. Raises RecipeError if a folder is missing, has no YAML file, or differs
         from its pin.

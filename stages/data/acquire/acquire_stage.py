@@ -220,7 +220,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
 
 
 def _license(source: Source, document: Document) -> tuple[str, LicenseFound]:
-    """The license of a document, and how it was found."""
+    """Returns the license of a document, and how it was found."""
     if document.license is not None:
         return document.license, document.license_found
     license = source.document_license or source.license
@@ -228,7 +228,7 @@ def _license(source: Source, document: Document) -> tuple[str, LicenseFound]:
 
 
 def document_row(source: Source, id: str, document: Document) -> DocumentRow:
-    """The row of a document that a reader gave."""
+    """Returns the row of a document that a reader gave."""
     place = f"{source.origin}#{document.location}" if document.location else source.origin
     return {
         "id": id,
@@ -255,7 +255,7 @@ def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator
 
 
 def _documents(config: AcquireConfig, files: Files) -> Iterator[Read]:
-    """The documents of the reader; one whose text has no UTF-8 form has failed."""
+    """Yields the documents of the reader; one whose text has no UTF-8 form has failed."""
     for document in config.source.reader.documents(config.source.name, config.seed, files):
         if isinstance(document, Document | Unmapped) and not is_unicode(document.text):
             yield Failed(document.name, "its text holds a lone surrogate, which is not Unicode")
@@ -314,7 +314,7 @@ class _Selection:
 
 
 def _repeated(hashes: array[int]) -> set[int]:
-    """The values that occur twice."""
+    """Returns the values that occur twice."""
     import numpy as np
 
     values = np.sort(np.frombuffer(hashes, np.uint64))
@@ -363,7 +363,10 @@ def inspect(config: AcquireConfig) -> list[str]:
 
 
 def estimate(config: AcquireConfig) -> Estimate:
-    """Without an expected size: seconds for a source from Python's library or from a seed, none for files."""
+    """Returns the estimate by the expected size of the source.
+
+    Without one, the time is a few seconds for a source from Python's library or from a seed, and unknown for files.
+    """
     size, reader = config.source.expected, config.source.reader
     if size is None:
         return estimates.estimate("acquire", None, None if isinstance(reader, FileReader) else 5.0)

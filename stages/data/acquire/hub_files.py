@@ -65,7 +65,7 @@ class LockedFile:
         return self.digest.partition(":")[2]
 
     def digest_of(self, path: Path) -> str:
-        """The digest of a local file, of the kind that this file has here."""
+        """Returns the digest of a local file, of the kind that this file has here."""
         if self.digest.startswith("sha256:"):
             return f"sha256:{sha256_file(path)}"
         with open(path, "rb") as file:
@@ -85,7 +85,7 @@ class LockedSource(Config):
     files: str = Field(description="a line for each file: its digest, its bytes and its path")
 
     def rows(self) -> list[LockedFile]:
-        """The files, sorted by path. Raises ValueError naming a line that `atom pin` did not write."""
+        """Returns the files, sorted by path. Raises ValueError naming a line that `atom pin` did not write."""
         return _rows(self.files)
 
     def require_rows(self, title: str) -> None:
@@ -117,7 +117,7 @@ class LockFile(Config):
 
 
 def read(path: Path) -> Mapping[str, LockedSource]:
-    """The pinned sources in a lock file, by name; none if there is no such file.
+    """Returns the pinned sources in a lock file, by name; none if there is no such file.
 
     Raises RecipeError if it is damaged.
     """

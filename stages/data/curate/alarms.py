@@ -50,7 +50,7 @@ class Loss:
 
 
 def filter_losses(source: str, steps: Sequence[str], documents: int, removed: Mapping[str, int]) -> list[Loss]:
-    """The losses by the rules of filtering, in their order.
+    """Returns the losses by the rules of filtering, in their order.
 
     Args:
         source: Name of the source.
@@ -70,7 +70,7 @@ def filter_losses(source: str, steps: Sequence[str], documents: int, removed: Ma
 
 
 def dedup_losses(source: str, documents: int, kept: int, removed: Mapping[str, int]) -> list[Loss]:
-    """The losses by deduplication and by all opt-outs.
+    """Returns the losses by deduplication and by all opt-outs.
 
     Args:
         source: Name of the source.

@@ -99,7 +99,10 @@ def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report:
 
 
 def as_line(text: str) -> str:
-    """A document as fastText reads it: one line, in lower case. Words of the form of a label are no labels here."""
+    """Returns a document as fastText reads it: one line, in lower case.
+
+    Words of the form of a label are no labels here.
+    """
     # fastText takes a word that begins so for a label.
     return " ".join(text[:MOST_CHARACTERS].lower().replace("__label__", " ").split())
 
@@ -124,7 +127,10 @@ def _texts(documents: Path, count: int) -> Iterator[str]:
 
 
 def _alternating(streams: list[tuple[str, str, Iterator[str]]]) -> Iterator[tuple[str, str, str]]:
-    """(label, source, text), one of each stream in turn until all are exhausted: fastText learns in this order."""
+    """Yields (label, source, text), one of each stream in turn until all are exhausted.
+
+    fastText learns in this order.
+    """
     left = list(streams)
     while left:
         for stream in list(left):
@@ -146,7 +152,7 @@ def _require_both_labels(settings: ClassifierSettings, counts: dict[str, dict[st
 
 
 def _measure(model: Path, heldout: Path) -> dict[str, Any]:
-    """Accuracy at a score of one half, and area under the ROC curve, on the held-out examples."""
+    """Returns the accuracy at a score of one half, and area under the ROC curve, on the held-out examples."""
     import numpy as np
 
     score, labels, scores = scorer(model), [], []
@@ -164,7 +170,7 @@ def _measure(model: Path, heldout: Path) -> dict[str, Any]:
 
 
 def _auc(positive: NDArray[Any], negative: NDArray[Any]) -> float:
-    """The probability that a positive example scores above a negative one; equal scores count half."""
+    """Returns the probability that a positive example scores above a negative one; equal scores count half."""
     import numpy as np
 
     ordered = np.sort(negative)

@@ -38,7 +38,7 @@ class DedupConfig(Config):
     alarm_share: AlarmShare = operational(0.5, "share of a source above which a removal must be acknowledged")
 
     def parts(self) -> list[tuple[int, int]]:
-        """Number of the source, and part, of every part of all sources in order."""
+        """Returns the number of the source, and part, of every part of all sources in order."""
         return [(number, part) for number, source in enumerate(self.sources) for part in range(source.parts)]
 
 
@@ -139,7 +139,7 @@ def _empty() -> dict[str, Any]:
 
 
 def estimate(config: DedupConfig) -> Estimate:
-    """The bytes of the dispositions count as those of the kept documents."""
+    """Returns the estimate, in which the bytes of the dispositions count as those of the kept documents."""
     parts = {source.name: source.parts for source in config.sources}
     sizes = {s.name: int(estimates.LAWS["dedup"].disk * s.expected.bytes) for s in config.sources if s.expected}
     tables = *estimates.published("kept", parts, sizes), *estimates.published("dispositions", parts)

@@ -91,7 +91,7 @@ class Partition:
         return f"{self.column}-{self.n:05d}-of-{self.count:05d}"
 
     def bounds(self) -> tuple[int, int]:
-        """The smallest and the largest value."""
+        """Returns the smallest and the largest value."""
         return 2**64 * self.n // self.count, 2**64 * (self.n + 1) // self.count - 1
 
 
@@ -135,7 +135,7 @@ def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Pa
 
 
 def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator[UInts]:
-    """The rows of a partition in the order of addresses, shape [rows, 4], about BATCH at a time."""
+    """Yields the rows of a partition in the order of addresses, shape [rows, 4], about BATCH at a time."""
     low, high = map(np.uint64, partition.bounds())
     pending: list[UInts] = []
     for part in parts:
@@ -154,13 +154,13 @@ def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator
 
 
 def _read_bucket(file: Path, first: int = 0, count: int = -1) -> UInts:
-    """`count` rows of a bucket from row `first` on, shape [rows, 4]; -1: all."""
+    """Returns `count` rows of a bucket from row `first` on, shape [rows, 4]; -1: all."""
     values = np.fromfile(file, np.uint64, max(count * 4, -1), offset=first * ROW_BYTES)
     return values.reshape(-1, 4)
 
 
 def _stars(rows: UInts, exact: bool) -> Ints:
-    """The stars among the rows of a bucket, shape [stars, 2]: a document, and the first of its group."""
+    """Returns the stars among the rows of a bucket, shape [stars, 2]: a document, and the first of its group."""
     keys = np.sort(rows[:, KEY])
     shared = np.unique(keys[1:][keys[1:] == keys[:-1]])
     if not len(shared):
@@ -177,7 +177,7 @@ def _stars(rows: UInts, exact: bool) -> Ints:
 
 
 def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
-    """The stars of `_stars`, some at a time, of a bucket of any size.
+    """Yields the stars of `_stars`, some at a time, of a bucket of any size.
 
     Hashes are spread evenly, so a large bucket has a few frequent ones: the table of those is what each row is looked
     up in, hence joins must keep it on their right side.
@@ -197,7 +197,7 @@ def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
 
 
 def _grouped(rows: UInts, columns: list[int]) -> tuple[UInts, Ints]:
-    """The rows sorted by columns and address, and for each the place of the first one that is equal in the columns."""
+    """Returns the rows sorted by columns and address, and for each the place of the first that equals it in these."""
     rows = rows[np.lexsort([rows[:, column] for column in (ADDRESS, *reversed(columns))])]
     new = np.append(True, (rows[1:, columns] != rows[:-1, columns]).any(axis=1))[: len(rows)]
     return rows, np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
@@ -223,18 +223,21 @@ class Removed:
         self.address, self.first, self.firsts = (mapped(folder / f"{name}.i64") for name in _FILES)
 
     def of(self, part: Part) -> tuple[Ints, Ints]:
-        """The removed rows of a part, and the address of the document that each duplicates."""
+        """Returns the removed rows of a part, and the address of the document that each duplicates."""
         start, stop = np.searchsorted(self.address, [part.first, part.end])
         return self.address[start:stop] - part.first, np.array(self.first[start:stop])
 
     def firsts_of(self, part: Part) -> Ints:
-        """The rows of a part that removed documents duplicate."""
+        """Returns the rows of a part that removed documents duplicate."""
         start, stop = np.searchsorted(self.firsts, [part.first, part.end])
         return self.firsts[start:stop] - part.first
 
 
 def removed_folder(folder: Path, kind: str) -> Path:
-    """The files of `Removed` of a kind of duplicates, `exact` or `near`, in the folder of an artifact or a part."""
+    """Returns the folder of the files of `Removed`, in the folder of an artifact or a part.
+
+    `kind` is a kind of duplicates, such as `exact` or `near`.
+    """
     return folder / "removed" / kind
 
 
@@ -288,7 +291,7 @@ def write_near(
 
 
 def _exact_copies(exact: Removed, searched: Sequence[int]) -> Iterator[Ints]:
-    """The exact duplicates in searched sources of documents in other sources, ascending."""
+    """Yields the exact duplicates in searched sources of documents in other sources, ascending."""
     for start in range(0, len(exact.address), BATCH):
         address, first = exact.address[start : start + BATCH], exact.first[start : start + BATCH]
         is_searched, first_is_searched = (
@@ -298,7 +301,9 @@ def _exact_copies(exact: Removed, searched: Sequence[int]) -> Iterator[Ints]:
 
 
 def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """The edges of stars without the documents that are gone. If the first of a star is, the next one takes its place.
+    """Yields the edges of stars without the documents that are gone.
+
+    If the first of a star is, the next one takes its place.
 
     The addresses in `gone` ascend.
     """
@@ -315,7 +320,7 @@ def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
 
 
 def _contains(values: Ints, sought: Ints) -> NDArray[np.bool_]:
-    """True for each of the sought that is among ascending values."""
+    """Returns True for each of the sought that is among ascending values."""
     if not len(values):
         return np.zeros(len(sought), np.bool_)
     return np.equal(values[np.minimum(np.searchsorted(values, sought), len(values) - 1)], sought)
@@ -343,5 +348,5 @@ def write_array(path: Path, pieces: Iterable[Ints]) -> int:
 
 
 def mapped(path: Path) -> Ints:
-    """The integers of a file, read where they are used."""
+    """Returns the integers of a file, read where they are used."""
     return np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)

@@ -111,7 +111,7 @@ class DuplicatesConfig(Config):
         return self.minhash.kinds if self.minhash is not None else ()
 
     def parts(self) -> list[duplicate_groups.Part]:
-        """The parts of all sources, in order."""
+        """Returns the parts of all sources, in order."""
         from stages.data.curate.duplicate_groups import Part
 
         return [Part(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
@@ -120,7 +120,7 @@ class DuplicatesConfig(Config):
         return self.sources[part.number].kind in self.searched_kinds
 
     def partitions(self) -> list[duplicate_groups.Partition]:
-        """The partitions of the exact search, then those of each band."""
+        """Returns the partitions of the exact search, then those of each band."""
         from stages.data.curate.duplicate_groups import Partition
 
         return [Partition(column, n, self.ranges) for column in self.columns for n in range(self.ranges)]
@@ -160,7 +160,7 @@ def run_shard(config: DuplicatesConfig, inputs: Inputs, work: Path, shard: int) 
 
 
 def shards(config: DuplicatesConfig) -> int:
-    """The partitions; 1 for a corpus so small that no source has several parts."""
+    """Returns the partitions; 1 for a corpus so small that no source has several parts."""
     return len(config.columns) * config.ranges if any(source.parts > 1 for source in config.sources) else 1
 
 
@@ -179,7 +179,7 @@ def _find_stars(config: DuplicatesConfig, filtered: Path, work: Path, number: in
 
 
 def _join_stars(config: DuplicatesConfig, filtered: Path, work: Path) -> dict[str, Part]:
-    """The exact and the near duplicates, and what requests reach, from the stars of all partitions."""
+    """Returns the exact and the near duplicates, and what requests reach, from the stars of all partitions."""
     from stages.data.curate.duplicate_groups import Removed, removed_folder, write_exact, write_near
     from stages.data.curate.opt_out_copies import OptOuts, denied_parts, write_opt_outs
 

@@ -82,7 +82,7 @@ class FilterConfig(Config):
     seed: Seed = Field(description="seed of the recipe")
 
     def parts(self) -> list[tuple[FilteredSource, int]]:
-        """Every part of every source, in order."""
+        """Returns every part of every source, in order."""
         return [(source, part) for source in self.sources for part in range(source.parts)]
 
 
@@ -162,7 +162,7 @@ class _PartMaker:
         return Variants([source.steps for source in self.config.sources])
 
     def _minhash(self, *sources: FilteredSource) -> MinHash | None:
-        """The MinHash settings for sources, or None if the kind of none is deduplicated."""
+        """Returns the MinHash settings for sources, or None if the kind of none is deduplicated."""
         settings = self.config.curation.minhash
         searched = settings is not None and any(source.kind in settings.kinds for source in sources)
         return settings if searched else None
@@ -246,7 +246,7 @@ class _PartMaker:
             opt_out.write_denied(dict(zip(columns, values, strict=True)))
 
     def _hashes(self, documents: list[tuple[str, str]], minhash: MinHash | None) -> Iterator[list[int | None]]:
-        """Yields two halves of 128 bits of the SHA-256 of each (text, SHA-256), and with MinHash a hash of each bucket."""
+        """Yields 128 bits of the SHA-256 of each (text, SHA-256), in halves, and with MinHash a hash of each bucket."""
         halves: list[list[int | None]] = [
             [int(digest[start : start + 16], 16) for start in (0, 16)] for _, digest in documents
         ]
@@ -266,7 +266,7 @@ def _buckets(minhash: MinHash | None) -> int:
 
 
 def _failed_documents(path: Path) -> Iterator[tuple[DocumentRow, str]]:
-    """The documents that could not be read or were refused, as documents with an empty text, and their rules."""
+    """Yields the documents that could not be read or were refused, as documents with an empty text, and their rules."""
     for row in stream_rows(path, list(FAILED)):
         document: DocumentRow = {
             "id": row["id"],
@@ -310,7 +310,7 @@ def _report_source(name: str, parts: list[Part], report: Report) -> None:
 
 
 def _add_up(parts: list[Part], fact: str) -> dict[str, int]:
-    """The sums of a fact that counts by name."""
+    """Returns the sums of a fact that counts by name."""
     total = Counter[str]()
     for part in parts:
         total.update(part.facts[fact])

@@ -57,7 +57,7 @@ class DeniedPart(Part):
 
 
 def denied_parts(filtered: Path, parts: Sequence[Part]) -> list[DeniedPart]:
-    """The denied texts of each part; none for a recipe without a deny-list."""
+    """Returns the denied texts of each part; none for a recipe without a deny-list."""
     if not (filtered / DENIED).is_dir():
         return []
     return [DeniedPart(number, part.source, part.part) for number, part in enumerate(parts)]
@@ -115,7 +115,10 @@ class _Search:
             self._next_roots()
 
     def _create_groups(self) -> None:
-        """The members of each group of equal texts, and of each group with an equal band, as (group, address)."""
+        """Creates the tables `exact` and `near` of the members of groups with equal texts, or with an equal band.
+
+        A group is named by `band`, a column of hashes, and by `first`, the address of its first member.
+        """
         for name, folders in (("exact", self.exact), ("near", self.near)):
             files = [str(folder / STARS) for folder in folders]
             if not files:
@@ -137,7 +140,7 @@ class _Search:
         self.database.execute(f"INSERT INTO removed {self._members('near', 'near_duplicate', 'count(DISTINCT band)')}")
 
     def _members(self, groups: str, kind: str, bands: str) -> str:
-        """The other members of the groups of reached texts that are not removed yet."""
+        """Returns the other members of the groups of reached texts that are not removed yet."""
         return f"""
             SELECT address, min(id), {_JOINED}, '{kind}', {bands} FROM (
                 SELECT other.address, reached.id, reached.requests, other.band FROM reached
@@ -225,7 +228,7 @@ class OptOuts:
         return np.concatenate([np.empty(0, np.int64), *columns])
 
     def of(self, part: Part) -> dict[int, tuple[str, str, float, float]]:
-        """{row: the columns duplicate_of, match, value, threshold of its disposition} of a part."""
+        """Returns {row: the columns duplicate_of, match, value, threshold of its disposition} of a part."""
         if not self.exists:
             return {}
         filters = [("address", ">=", part.first), ("address", "<", part.end)]
@@ -234,7 +237,7 @@ class OptOuts:
 
 
 def _decision(row: dict[str, Any]) -> tuple[str, str, float, float]:
-    """The columns of a disposition: duplicate_of, match, value and threshold.
+    """Returns the columns of a disposition: duplicate_of, match, value and threshold.
 
     The value is the number of bands that a near duplicate shares with the other text, of which one suffices; 1 for
     others.

@@ -105,7 +105,7 @@ class PartRemoval:
         return counts.facts
 
     def _decide(self, rows: pa.Table, start: int) -> Decisions:
-        """The decisions about rows of the part, of which the first has the number `start`."""
+        """Returns the decisions about rows of the part, of which the first has the number `start`."""
         count = len(rows)
         decisions: Decisions = {name: [None] * count for name in (*_RULE, "match")}
         for row, first in _slice(self.exact, start, count):
@@ -172,7 +172,7 @@ class _Rows:
         self.rest = arrow_schema(DOCUMENTS).empty_table()
 
     def take(self, count: int) -> pa.Table | None:
-        """The next `count` rows; None if there are fewer."""
+        """Returns the next `count` rows; None if there are fewer."""
         while len(self.rest) < count:
             batch = next(self.batches, None)
             if batch is None:
@@ -183,7 +183,7 @@ class _Rows:
 
 
 def _slice(removed: tuple[NDArray[np.int64], NDArray[np.int64]], start: int, count: int) -> list[tuple[int, int]]:
-    """The removed rows among `count` rows from `start`, by their place among them, and what each duplicates."""
+    """Returns the removed rows among `count` rows from `start`, by their place among them, and what each duplicates."""
     rows, firsts = removed
     low, high = np.searchsorted(rows, [start, start + count])
     return list(zip((rows[low:high] - start).tolist(), firsts[low:high].tolist(), strict=True))

@@ -26,7 +26,7 @@ def blocks_of(parts: Sequence[Part]) -> list[Sequence[Part]]:
 
 
 def block_folder(folder: Path, number: int) -> Path:
-    """The files of a block in the folder of an artifact or a part."""
+    """Returns the files of a block in the folder of an artifact or a part."""
     return folder / "representatives" / f"block-{number:05d}"
 
 
@@ -73,7 +73,7 @@ def write_representatives(
 
 
 def _within(rows: Ints, start: int, count: int) -> Any:
-    """The sorted rows that lie in a batch of `count` rows from `start`, by their place in it."""
+    """Returns the sorted rows that lie in a batch of `count` rows from `start`, by their place in it."""
     first, stop = np.searchsorted(rows, [start, start + count])
     return pa.array(rows[first:stop] - start)
 
@@ -94,7 +94,10 @@ class Representatives:
             block.records.close()
 
     def read(self, address: int) -> tuple[str, UInts]:
-        """The id and the shingles of a representative; an exact duplicate's has no shingles unless it has near ones."""
+        """Returns the id and the shingles of a representative.
+
+        There are no shingles if all its duplicates are exact.
+        """
         number = bisect_right(self.starts, address) - 1
         # Removed documents of a part duplicate few blocks; their files stay open.
         if number not in self.blocks:

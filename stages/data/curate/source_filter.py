@@ -44,7 +44,7 @@ class Removed:
 
 
 def to_document(row: Mapping[str, Any]) -> Document:
-    """An acquired document as a step of the source gets it."""
+    """Returns an acquired document as a step of the source gets it."""
     from datatrove import data
 
     metadata = {"source": row["source"], "license": row["license"]}
@@ -93,7 +93,7 @@ class SourceFilter:
         self.failures = Failures(f"source {source}", "fail in its steps; check the steps")
 
     def apply(self, row: DocumentRow) -> DocumentRow | Removed:
-        """The document as it passes, or the rule that removes it.
+        """Returns the document as it passes, or the rule that removes it.
 
         Raises AtomError if a step returns neither a text nor a removal, and for an id that cannot be published. Another
         exception of a step removes the document, unless it is of the machine.
@@ -163,7 +163,7 @@ class SourceFilter:
 
 
 def kept_disposition(row: DocumentRow, kept_hash: str) -> DispositionRow:
-    """The disposition of an acquired document that passes filtering; deduplication decides on its split.
+    """Returns the disposition of an acquired document that passes filtering; deduplication decides on its split.
 
     Raises:
         AtomError: The document has no license.
@@ -172,7 +172,7 @@ def kept_disposition(row: DocumentRow, kept_hash: str) -> DispositionRow:
 
 
 def removed_disposition(row: DocumentRow, removed: Removed) -> DispositionRow:
-    """The disposition of an acquired document that a rule removed, with the same error."""
+    """Returns the disposition of an acquired document that a rule removed, with the same error."""
     return {
         **_undecided(row),
         "disposition": "removed",

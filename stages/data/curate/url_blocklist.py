@@ -90,7 +90,7 @@ class UrlBlocklist:
 
 
 def _entry(line: bytes) -> str:
-    """The entry of a line, without its comment; empty if it has none."""
+    """Returns the entry of a line, without its comment; empty if it has none."""
     return re.split(r"(?:^|\s)#", line.decode("utf-8", "replace"), maxsplit=1)[0].strip()
 
 

@@ -30,7 +30,7 @@ FILE = "chunks.arrow"
 
 
 def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, int, int]]:
-    """(offset, length, targets without loss) of the chunks of one document that carry loss.
+    """Returns (offset, length, targets without loss) of the chunks of one document that carry loss.
 
     `loss_from` is the first token of the document that carries loss. A chunk of length n has n - 1 targets.
     """
@@ -60,7 +60,7 @@ class Cut:
         return (ALL,) if self.over is None else (LONG, SHORT)
 
     def ranges(self, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        """(first, first short one, end) of the chunks of each document that carry loss, in closed form of `chunk`.
+        """Returns (first, first short, end) of the chunks of each document that carry loss, in closed form of `chunk`.
 
         Chunks without loss come first. Of the others, all but a document's last fill a row, so long ones come before
         short ones. With one pool every chunk is a short one.
@@ -80,12 +80,12 @@ class Cut:
     def spans(
         self, pool: str, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(first chunk, number of chunks) of each document in a pool."""
+        """Returns (first chunk, number of chunks) of each document in a pool."""
         first, short, end = self.ranges(tokens, loss_from)
         return (first, short - first) if pool == LONG else (short, end - short)
 
     def slots(self, pool: str, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]) -> int:
-        """Targets of all chunks in a pool, with and without loss."""
+        """Returns the number of targets of all chunks in a pool, with and without loss."""
         first, count = self.spans(pool, tokens, loss_from)
         row = self.sequence_length
         begin, end = first * row, (first + count) * row
@@ -147,7 +147,7 @@ class _Facts:
         self.cut, self.batches, self.slots = cut, list[list[int]](), dict.fromkeys(cut.pools, 0)
 
     def add(self, batch: pa.RecordBatch) -> dict[str, NDArray[np.int64]]:
-        """The chunks of each pool before each document of a batch."""
+        """Counts a batch, and returns the number of chunks of each pool before each of its documents."""
         import numpy as np
 
         tokens, loss_from = (batch[name].to_numpy().astype(np.int64) for name in ("tokens", "loss_from"))
@@ -225,7 +225,7 @@ class ChunkIndex:
         return columns
 
     def chunks_of(self, part: int, ordinal: int) -> dict[str, range]:
-        """The chunks of a document, by pool. Raises AtomError if the source has no such training document."""
+        """Returns the chunks of a document, by pool. Raises AtomError if the source has no such training document."""
         import numpy as np
 
         place = np.flatnonzero(self.numbers == part)
@@ -244,7 +244,7 @@ class ChunkIndex:
         raise AtomError(f"part {part} has no training document {ordinal}; ordinals count from 0 in each part")
 
     def documents_at(self, parts: NDArray[np.int64], ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], pa.Array]:
-        """(tokens, id) of these training documents; -1 and null where there is none."""
+        """Returns (tokens, id) of these training documents; -1 and null where there is none."""
         import numpy as np
         import pyarrow as pa
 
@@ -266,18 +266,18 @@ class ChunkIndex:
         return tokens, pa.concat_arrays(ids).take(pa.array(place, mask=~known))
 
     def document_numbers(self, parts: NDArray[np.int64], ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers of documents through all parts."""
+        """Returns the numbers of documents through all parts."""
         import numpy as np
 
         first_batch = np.searchsorted(self.place, np.searchsorted(self.numbers, parts))
         return self.documents[first_batch] + ordinals
 
     def _first_ordinal(self, batch: int) -> int:
-        """The ordinal of a batch's first document in its part."""
+        """Returns the ordinal of a batch's first document in its part."""
         return int(self.documents[batch] - self.documents[batch - self.batch[batch]])
 
     def _load(self, batch: int) -> Any:
-        """A batch of the index, mapped and not copied."""
+        """Returns a batch of the index, mapped and not copied."""
         import pyarrow as pa
 
         path = self.files[self.place[batch]]
@@ -332,7 +332,7 @@ def _by_batch(
 
 
 def _sums(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The sums of the first 0, 1, … counts."""
+    """Returns the sums of the first 0, 1, … counts."""
     import numpy as np
 
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

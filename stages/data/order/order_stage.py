@@ -40,7 +40,7 @@ VERSION = 2
 
 
 def settings(config: OrderConfig) -> dict[str, Any]:
-    """The part of a config that a checkpoint keeps, to detect whether a later config implies the same rows."""
+    """Returns the part of a config that a checkpoint keeps, to detect whether a later config implies the same rows."""
     return {name: value for name, value in identity(config).items() if name != "first_step"}
 
 
@@ -91,7 +91,7 @@ def run_shard(config: OrderConfig, inputs: Inputs, work: Path, shard: int) -> No
 def _open(
     config: OrderConfig, inputs: Inputs, work: Path, turn: float = 0.0
 ) -> tuple[ComputedOrder, dict[str, Any] | None]:
-    """The order as a function, and the position of every source at a checkpoint."""
+    """Returns the order as a function, and the position of every source at a checkpoint."""
     indexes = read_indexes(config, inputs["tokens"].path, work, turn)
     cursor, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
@@ -104,7 +104,10 @@ def _open(
 
 
 def _seal_block(order: ComputedOrder, work: Path, n: int) -> Part:
-    """The sealed part of a block. facts: `meta`, its entry in meta.json; `sources`: counts to add up over the parts."""
+    """Seals the part of a block.
+
+    Among its facts are `meta`, its entry in meta.json, and `sources`, counts to add up over the parts.
+    """
 
     def make(folder: Path) -> dict[str, Any]:
         import pyarrow.compute as pc
@@ -131,7 +134,7 @@ def _seal_block(order: ComputedOrder, work: Path, n: int) -> Part:
 
 
 def _source_facts(order: ComputedOrder, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
-    """`sources` of meta.json: the sums over the parts, and the distinct documents, by one bit for each."""
+    """Returns `sources` of meta.json: the sums over the parts, and the distinct documents, by one bit for each."""
     import numpy as np
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -159,12 +162,12 @@ def _source_facts(order: ComputedOrder, parts: Sequence[Part]) -> dict[str, dict
 
 
 def merkle_root(digests: Iterable[str]) -> str:
-    """The root over SHA-256 digests in hex, of which each is a leaf (RFC 9162, section 2.1)."""
+    """Returns the root over SHA-256 digests in hex, of which each is a leaf (RFC 9162, section 2.1)."""
     return Tree.of(map(bytes.fromhex, digests)).root.hex()
 
 
 def position(meta: Mapping[str, Any], rows_read: Mapping[str, int], step: int) -> dict[str, Any]:
-    """`data_position` of a checkpoint: the state from which another order continues after `step`.
+    """Returns `data_position` of a checkpoint: the state from which another order continues after `step`.
 
     meta: the meta.json of the current order; rows_read: the number of its rows, by source, in its steps up to `step`.
     `rows` counts all rows of each source since the phase's first step, `chunks` is an epoch's rows. `streams`, of a
@@ -187,7 +190,7 @@ def position(meta: Mapping[str, Any], rows_read: Mapping[str, int], step: int) -
 def _resume_cursor(
     config: OrderConfig, checkpoint: Artifact, indexes: Mapping[str, ChunkIndex]
 ) -> tuple[DataCursor, dict[str, Any]]:
-    """The cursor after a checkpoint, and the position of every source: `rows` read and `chunks` of an epoch.
+    """Returns the cursor after a checkpoint, and the position of every source: `rows` read and `chunks` of an epoch.
 
     A source whose number of chunks changes (by another row length or other documents) continues at the same fraction of
     its epoch, and so does one whose chunks are divided anew into long and short ones.
@@ -227,12 +230,18 @@ def _resume_cursor(
 
 
 def documents_of_step(order: Path, step: int) -> pa.Table:
-    """The rows of a published order of one step (1-based), by row. `order`: its folder, or a file of it."""
+    """Returns the rows of a published order of one step (1-based), by row.
+
+    `order` is its folder, or a file of it.
+    """
     return _select(order, ("step", "=", step))
 
 
 def steps_of_document(order: Path, id: str) -> pa.Table:
-    """The rows of a published order in which the document occurs, by step. `order`: its folder, or a file of it."""
+    """Returns the rows of a published order in which the document occurs, by step.
+
+    `order` is its folder, or a file of it.
+    """
     return _select(order, ("id", "=", id))
 
 

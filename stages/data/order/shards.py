@@ -88,7 +88,7 @@ class ShardWriter:
 
 
 def first_tokens(folder: Path, name: str, ordinals: Sequence[int], count: int) -> NDArray[Any]:
-    """The first `count` tokens of some sequences of a shard, [len(ordinals), count].
+    """Returns the first `count` tokens of some sequences of a shard, [len(ordinals), count].
 
     Raises AtomError if the shard is damaged, or has no such sequence.
     """
@@ -108,7 +108,7 @@ def first_tokens(folder: Path, name: str, ordinals: Sequence[int], count: int) -
 
 
 def check_sizes(folder: Path, name: str) -> int:
-    """The number of sequences of the shard `name` in a folder of token shards.
+    """Returns the number of sequences of the shard `name` in a folder of token shards.
 
     Raises AtomError with the damaged file. Checks the header, and the sizes of both files by the last entries of the
     index, in constant time.
@@ -117,7 +117,10 @@ def check_sizes(folder: Path, name: str) -> int:
 
 
 def check_shard(folder: Path, name: str) -> int:
-    """Like `check_sizes`; also checks that the sequences lie one behind the other. Reads the index in pieces."""
+    """Returns the number of sequences like `check_sizes`, and also checks that they lie one behind the other.
+
+    Reads the index in pieces.
+    """
     import numpy as np
 
     shard, end = _Shard(folder, name), 0
@@ -162,7 +165,7 @@ class _Shard:
                 )
 
             def last(kind: str, end: int, entries: int) -> int:
-                """The last of an array's entries, 0 if there are none; the array ends at the offset `end`."""
+                """Returns the last of an array's entries, 0 if there are none; the array ends at the offset `end`."""
                 file.seek(end - struct.calcsize(kind))
                 return int(struct.unpack(kind, file.read(struct.calcsize(kind)))[0]) if entries else 0
 

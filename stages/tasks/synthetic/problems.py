@@ -105,12 +105,12 @@ TASKS: dict[str, Callable[..., Problem]] = {"add": add, "sort": sort, "trace": t
 
 
 def plain(problem: Problem) -> tuple[str, int]:
-    """(text, number of leading characters without loss)."""
+    """Returns (text, number of leading characters without loss)."""
     return f"{problem.question}={problem.answer}", len(problem.question) + 1
 
 
 def worked(problem: Problem) -> tuple[str, int]:
-    """(text, number of leading characters without loss)."""
+    """Returns (text, number of leading characters without loss)."""
     return f"{problem.prompt}{problem.steps}:{problem.answer}", len(problem.prompt)
 
 
@@ -118,7 +118,7 @@ FORMS: dict[str, Callable[[Problem], tuple[str, int]]] = {"plain": plain, "worke
 
 
 def messages(problem: Problem, thinking: bool) -> list[dict[str, str]]:
-    """A conversation; `thinking`: with the steps as the assistant's reasoning."""
+    """Returns a conversation; with `thinking`, the steps are the assistant's reasoning."""
     answer = {"role": "assistant", "content": problem.answer}
     if thinking:
         answer["reasoning_content"] = problem.steps
@@ -126,14 +126,17 @@ def messages(problem: Problem, thinking: bool) -> list[dict[str, str]]:
 
 
 def draw(tasks: Mapping[str, float], count: int, rng: random.Random) -> list[Problem]:
-    """`count` problems from the whole space of each task, tasks chosen with the given weights; repeats are possible."""
+    """Returns `count` problems from the whole space of each task; repeats are possible.
+
+    Tasks are chosen with the given weights.
+    """
     names = sorted(tasks)
     weights = [tasks[name] for name in names]
     return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
 
 
 def draw_distinct(task: str, count: int, rng: random.Random, without: Collection[str] = ()) -> list[Problem]:
-    """`count` problems of one task with different questions, none of them in `without`.
+    """Returns `count` problems of one task with different questions, none of them in `without`.
 
     Raises ValueError if the task has too few problems.
     """

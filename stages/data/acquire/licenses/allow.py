@@ -43,7 +43,7 @@ class AllowedLicenses:
         return verdict and position == len(tokens)
 
     def _alternatives(self, tokens: list[str], position: int) -> tuple[bool, int]:
-        """The verdict on operands joined by OR from a position, and the position after them."""
+        """Returns the verdict on operands joined by OR from a position, and the position after them."""
         verdict, position = self._conjunction(tokens, position)
         while tokens[position : position + 1] == ["OR"]:
             operand, position = self._conjunction(tokens, position + 1)

@@ -94,14 +94,20 @@ def _member(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> Member:
 
 
 def _normalized(name: str) -> str:
-    """A member's name without empty folders and `.`, with bytes that are not UTF-8 and control characters escaped."""
+    """Returns a member's name without empty folders and `.`.
+
+    Bytes that are not UTF-8 and control characters are escaped.
+    """
     root = "/" if name.startswith("/") else ""
     path = root + "/".join(part for part in name.split("/") if part not in ("", "."))
     return escaped(path.encode(errors="backslashreplace").decode(), 4096)
 
 
 def gunzip(content: bytes) -> bytes:
-    """The content of a gzip member of a package. Raises ArchiveError if it is corrupt, or longer than MAX_MEMBER."""
+    """Returns the content of a gzip member of a package.
+
+    Raises ArchiveError if it is corrupt, or longer than MAX_MEMBER.
+    """
     decoder = zlib.decompressobj(wbits=31)
     try:
         text = decoder.decompress(content, MAX_MEMBER + 1)
@@ -116,7 +122,7 @@ def gunzip(content: bytes) -> bytes:
 
 
 def _unpacked(path: Path, stack: ExitStack) -> BinaryIO:
-    """The tar archive of a package, decompressed as it is read."""
+    """Returns the tar archive of a package, decompressed as it is read."""
     file = stack.enter_context(path.open("rb"))
     if not path.name.endswith(".deb"):
         return cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
@@ -134,7 +140,7 @@ def _unpacked(path: Path, stack: ExitStack) -> BinaryIO:
 
 
 def _data_archive(file: BinaryIO) -> tuple[str, BinaryIO]:
-    """The name and the bytes of the member `data.tar*` of an ar archive."""
+    """Returns the name and the bytes of the member `data.tar*` of an ar archive."""
     if file.read(len(AR_MAGIC)) != AR_MAGIC:
         raise ValueError("it does not begin as an ar archive")
     end = os.fstat(file.fileno()).st_size

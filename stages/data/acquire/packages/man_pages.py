@@ -93,7 +93,7 @@ def _pieces(lines: list[str]) -> Iterator[str]:
 
 
 def _after(lines: list[str], number: int, end: str, pattern: bool = False) -> int:
-    """The number of the line after the one that ends a definition."""
+    """Returns the number of the line after the one that ends a definition."""
     while number < len(lines):
         number += 1
         line = lines[number - 1]
@@ -103,7 +103,7 @@ def _after(lines: list[str], number: int, end: str, pattern: bool = False) -> in
 
 
 def _after_block(lines: list[str], number: int, rest: str) -> int:
-    """The number of the line after a conditional request, whose block may have several lines."""
+    """Returns the number of the line after a conditional request, whose block may have several lines."""
     depth = rest.count("\\{") - rest.count("\\}")
     while depth > 0 and number < len(lines):
         depth += lines[number].count("\\{") - lines[number].count("\\}")
@@ -112,14 +112,14 @@ def _after_block(lines: list[str], number: int, rest: str) -> int:
 
 
 def arguments(rest: str) -> list[str]:
-    """The arguments of a macro; those with spaces are in double quotes."""
+    """Returns the arguments of a macro; those with spaces are in double quotes."""
     rest = re.sub(r"\\\".*", "", rest)
     pairs = re.findall(r'"((?:[^"]|"")*)"?|((?:[^\s"\\]|\\.)(?:[^\s\\]|\\.)*|\\$)', rest)
     return [quoted.replace('""', '"') or plain for quoted, plain in pairs if quoted or plain]
 
 
 def _mdoc(words: list[str], name: str) -> str:
-    """The text of a line of mdoc macros."""
+    """Returns the text of a line of mdoc macros."""
     text, attached, closing = "", True, ""
     words = list(words)
     while words:
@@ -151,7 +151,7 @@ def _mdoc(words: list[str], name: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    """The text with its escape sequences replaced (groff(7))."""
+    """Returns the text with its escape sequences replaced (groff(7))."""
     return ESCAPE.sub(_character, text)
 
 

@@ -156,7 +156,7 @@ Read = Document | Unreadable | Failed | Unmapped | Refused
 
 
 def is_unicode(text: str) -> bool:
-    """False for text with lone surrogates, which has no UTF-8 form."""
+    """Returns False for text with lone surrogates, which has no UTF-8 form."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -213,7 +213,7 @@ class Reader(Config):
         return False
 
     def notices(self, files: Files) -> Iterator[Notice]:
-        """The notices of the packages that are `files`, in their order."""
+        """Yields the notices of the packages that are `files`, in their order."""
         return iter(())
 
     def missing(self, source: str) -> str | None:
@@ -224,7 +224,10 @@ class Reader(Config):
         return None
 
     def files(self, source: str) -> Files:
-        """The files to read; their content is in the key of the source. Raises RecipeError if they are missing."""
+        """Returns the files to read; their content is in the key of the source.
+
+        Raises RecipeError if they are missing.
+        """
         return []
 
     def digests(self, source: str, files: Files) -> list[str]:
@@ -238,11 +241,11 @@ class Reader(Config):
         """Brings the files of one part to this machine, if they are elsewhere, and compares them with `digests`."""
 
     def absolute(self, folder: Path) -> Reader:
-        """The reader with paths relative to `folder` made absolute."""
+        """Returns the reader with paths relative to `folder` made absolute."""
         return self
 
     def locked(self, lock: Path) -> Reader:
-        """The reader with the lock file of its data recipe, which may be missing."""
+        """Returns the reader with the lock file of its data recipe, which may be missing."""
         return self
 
     def inspect(self) -> str | None:
@@ -255,7 +258,7 @@ class Reader(Config):
 
     @abstractmethod
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
-        """The documents of `files`, in an order that depends only on the files, the settings and the seed.
+        """Yields the documents of `files`, in an order that depends only on the files, the settings and the seed.
 
         A call gets the files of one part of the source, and the documents of a file do not depend on the
         others.
@@ -298,7 +301,7 @@ class FileReader(SampledReader):
         return self.model_copy(update={"path": str((folder / self.path).resolve())})
 
     def _walk(self, source: str, root: Path) -> Iterator[Path]:
-        """The regular files with the reader's suffixes under a folder.
+        """Yields the regular files with the reader's suffixes under a folder.
 
         Raises RecipeError if it holds more than MAX_ENTRIES entries, as a wrong path such as a root folder
         does.

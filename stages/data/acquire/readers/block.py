@@ -117,6 +117,6 @@ def _left_out(block: Any, file: str) -> Iterator[list[Failed]]:
 
 
 def _taken(rows: list[Failed]) -> list[Failed]:
-    """The rows since the last call."""
+    """Returns the rows since the last call."""
     taken, rows[:] = list(rows), []
     return taken

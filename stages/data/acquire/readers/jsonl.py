@@ -54,7 +54,7 @@ class Jsonl(RowReader):
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, line) of every line that is not blank; None for one that is too long."""
+    """Yields (line number from 1, line) of every line that is not blank; None for one that is too long."""
     number = 0
     try:
         with _open(path) as file:

@@ -61,13 +61,13 @@ class Packages(FileReader):
         return f"source {source}: no package {names[0]}{others} at {self.path}"
 
     def files(self, source: str) -> Files:
-        """The files of the lock file: others in the folder are not read."""
+        """Returns the files of the lock file: others in the folder are not read."""
         if missing := self.missing(source):
             raise RecipeError(f"{missing}; {self.remedy}, or check reader.path")
         return [(package.file, Path(self.path, package.file)) for package in self._packages()]
 
     def digests(self, source: str, files: Files) -> list[str]:
-        """The digests of the lock file, with which `pull` compares the files."""
+        """Returns the digests of the lock file, with which `pull` compares the files."""
         locked = {package.file: package.sha256 for package in self._packages()}
         return [locked[name] for name, _ in files]
 
@@ -162,7 +162,7 @@ def _document(package: LockedPackage, member: Member, license_of: LicenseOf) -> 
 
 
 def _debian_licenses(path: Path) -> LicenseOf:
-    """The licenses of a Debian package, by its own copyright file."""
+    """Returns the licenses of a Debian package, by its own copyright file."""
     names = load_map("dep5")
     for member in members(path, debian_copyright.is_copyright_file):
         if member.content is not None:
@@ -174,7 +174,7 @@ def _debian_licenses(path: Path) -> LicenseOf:
 
 
 def _python_licenses(path: Path) -> LicenseOf:
-    """The licenses of a source distribution, by its PKG-INFO and the places of its license files."""
+    """Returns the licenses of a source distribution, by its PKG-INFO and the places of its license files."""
     files = (
         (m.path.partition("/")[2], _characters(m)) for m in members(path, python_metadata.is_metadata) if m.content
     )

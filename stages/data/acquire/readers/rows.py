@@ -141,7 +141,7 @@ class RowReader(FileReader):
 
     @abstractmethod
     def rows(self, files: Files, columns: Sequence[Column] | None = None) -> Iterator[Row | Failed]:
-        """Every row of every file, in order, with at least these columns; None: those of the settings.
+        """Yields every row of every file, in order, with at least these columns; None: those of the settings.
 
         Raises AtomError naming the file that is corrupt.
         """
@@ -195,7 +195,7 @@ class RowReader(FileReader):
         return Document(name, text, row.file, prompt_chars, expression, url, "field", parents, *credit)
 
     def _content(self, row: Row) -> str | list[Any]:
-        """The text, or the list of messages. Raises ValueError in words."""
+        """Returns the text, or the list of messages. Raises ValueError in words."""
         if self.answer_field:
             question = [_text_at(row, field) for field in self.question_fields]
             messages = {"user": "\n\n".join(filter(None, question)), "assistant": _text_at(row, self.answer_field)}
@@ -241,7 +241,7 @@ def field_at(fields: Mapping[str, Any], path: str) -> Any:
 
 
 def _tools(value: Any) -> list[Any]:
-    """The schemas of tools in a field; none if it is empty. Raises ValueError in words."""
+    """Returns the schemas of tools in a field; none if it is empty. Raises ValueError in words."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value or []
     except (ValueError, RecursionError):
@@ -254,7 +254,7 @@ def _tools(value: Any) -> list[Any]:
 
 
 def _text_at(row: Row, field: str) -> str:
-    """The text of a field, which may be empty. Raises ValueError in words."""
+    """Returns the text of a field, which may be empty. Raises ValueError in words."""
     content = field_at(row.fields, field)
     if not isinstance(content, str):
         available = ", ".join(sorted(map(str, row.fields)))
@@ -267,7 +267,7 @@ def _text_at(row: Row, field: str) -> str:
 
 
 def _in_words(stated: object) -> str:
-    """The license that a row states, in its own words; empty if it states nothing."""
+    """Returns the license that a row states, in its own words; empty if it states nothing."""
     if stated is None or stated == []:
         return ""
     # A list or a mapping is shown as the row has it.
@@ -276,21 +276,21 @@ def _in_words(stated: object) -> str:
 
 
 def _url(value: object) -> str:
-    """A web address, or an empty text for anything else."""
+    """Returns a web address, or an empty text for anything else."""
     text = value.strip() if isinstance(value, str) else ""
     is_address = text.startswith(("http://", "https://")) and len(text) <= 8192 and text.isprintable()
     return text if is_address else ""
 
 
 def _names(value: object) -> str:
-    """A title or a name, or a list of them, in one line; an empty text for anything else."""
+    """Returns a title or a name, or a list of them, in one line; an empty text for anything else."""
     values = value if isinstance(value, list) else [value]
     names = [" ".join(name.split()) for name in values if isinstance(name, str) and is_unicode(name)]
     return "; ".join(filter(None, names))[:MOST_CHARACTERS]
 
 
 def _parents(row: Row, field: str) -> tuple[str, ...]:
-    """The ids or URLs of the documents that a row was made from.
+    """Returns the ids or URLs of the documents that a row was made from.
 
     Raises ValueError in words if that is not stated.
     """

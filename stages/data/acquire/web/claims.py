@@ -83,7 +83,7 @@ _INLINE = frozenset(("a", "abbr", "b", "bdi", "cite", "em", "font", "i", "small"
 
 
 def expression_of(address: str) -> str | None:
-    """The SPDX expression of the license whose text or summary has this address; None if it is unknown.
+    """Returns the SPDX expression of the license whose text or summary has this address; None if it is unknown.
 
     A license of Creative Commons that was adapted to a country and is not in SPDX is a LicenseRef of its own.
     """
@@ -132,7 +132,7 @@ class PageLicense:
 
 
 def license_of(tree: Any, url: str, headers: Headers) -> PageLicense:
-    """The license that a page states for its text.
+    """Returns the license that a page states for its text.
 
     Args:
         tree: The page as lxml parsed it.
@@ -178,7 +178,7 @@ def _in_metadata(tree: Any, page: _Places) -> Iterator[str]:
 
 
 def _in_json(text: str) -> Iterator[str]:
-    """The licenses of the texts that JSON-LD describes at its top."""
+    """Yields the licenses of the texts that JSON-LD describes at its top."""
     try:
         top = json.loads(text)
     except (ValueError, RecursionError):
@@ -214,7 +214,7 @@ def _in_microdata(tree: Any, page: _Places) -> Iterator[str]:
 
 
 def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
-    """The addresses of links with rel=license or, not explicit, of links to licenses in footers."""
+    """Yields the addresses of links with rel=license or, not explicit, of links to licenses in footers."""
     in_comments = 0
     for element in tree.iter("a", "area", "footer", "h1", "h2", "h3", "h4", "h5", "h6"):
         if element.tag == "footer":
@@ -272,7 +272,7 @@ class _Places:
         return verdict
 
     def _statement(self, link: Any) -> str:
-        """The text of the block around a link, or of the link alone if the block is a long text."""
+        """Returns the text of the block around a link, or of the link alone if the block is a long text."""
         block = next((each for each in link.iterancestors() if each.tag not in _INLINE), link)
         if block not in self._texts:
             self._texts[block] = _text(block)
@@ -292,7 +292,7 @@ def _is_other(element: Any) -> bool:
 
 
 def _item_types(element: Any) -> set[str]:
-    """The types of schema.org of an element with microdata."""
+    """Returns the types of schema.org of an element with microdata."""
     return {kind.rsplit("/", 1)[-1] for kind in (element.get("itemtype") or "").split()}
 
 
@@ -329,7 +329,7 @@ def _is_copy(tree: Any, url: str) -> bool:
 
 
 def site_of(url: str) -> str:
-    """The registrable domain of an address, by the public suffix list; "" if it has none."""
+    """Returns the registrable domain of an address, by the public suffix list; "" if it has none."""
     try:
         host = urlsplit(url).hostname or ""
     except ValueError:

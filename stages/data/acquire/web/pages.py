@@ -70,7 +70,7 @@ class PageReader:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def read(self, page: Page) -> Document | Unmapped | Refused:
-        """The document of a page. Never raises for its content."""
+        """Returns the document of a page. Never raises for its content."""
         if reason := page_opt_outs.stated_in_headers(page.headers, self.agents):
             return Refused(page.name, "opt_out", reason)
         if page.body is None:
@@ -118,7 +118,10 @@ class PageReader:
 
 
 def decode(body: bytes, charset: str) -> str | None:
-    """The text of a page: in UTF-8, else as its header or element says, else as its bytes look. None if it is none."""
+    """Returns the text of a page: in UTF-8, else as its header or element says, else as its bytes look.
+
+    None if it is none.
+    """
     for mark, unicode in _MARKS:
         if body.startswith(mark):
             return _decoded(body, unicode)
@@ -148,7 +151,10 @@ def _detected(body: bytes) -> str:
 
 
 def _encoding(label: str) -> str | None:
-    """Python's name of an encoding of the web; Latin-1 is the Windows encoding that contains it, as in browsers."""
+    """Returns Python's name of an encoding of the web; None for an unknown one.
+
+    As in browsers, Latin-1 stands for the Windows encoding that contains it.
+    """
     try:
         name = codecs.lookup(label).name
     except (LookupError, ValueError):
@@ -164,7 +170,7 @@ def _charset(headers: Headers) -> str:
 
 
 def _address(tree: Any) -> str:
-    """The address that a saved page has of itself."""
+    """Returns the address that a saved page has of itself."""
     for element in tree.iter("link"):
         if (element.get("rel") or "").strip().lower() == "canonical":
             address: str = (element.get("href") or "").strip()

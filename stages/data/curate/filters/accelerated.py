@@ -106,7 +106,10 @@ def gopher_repetition(block: Any) -> Function:
 
 
 def c4_quality(block: Any) -> Function | None:
-    """The block counts the sentences of every line; here, counting ends when there are enough."""
+    """Returns the function of C4's filter, which stops counting sentences when there are enough.
+
+    The block counts those of every line. None for a block that does not split the text into lines.
+    """
     if not block.split_paragraph:
         return None
     least = block.min_num_sentences
@@ -146,7 +149,10 @@ def c4_quality(block: Any) -> Function | None:
 
 
 def pii(block: Any) -> Function:
-    """The block's patterns take long to find nothing, so a text without a sign of an address is not searched."""
+    """Returns the function of the filter of personal data.
+
+    The block's patterns take long to find nothing, so a text without a sign of an address is not searched.
+    """
 
     def apply(text: str) -> str:
         if block.remove_emails and "@" in text:

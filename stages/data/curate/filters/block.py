@@ -89,7 +89,7 @@ class BlockStep(Block, Filter):
         return _stock(block) if accelerated is None else lambda document: accelerated(document.text)
 
     def _create(self) -> Any:
-        """The block, which has filtered a text: what it lacks is found before there are documents."""
+        """Returns the block, which has filtered a text: what it lacks is found before there are documents."""
         kind = self.imported(BASES, WHAT)
         self.require_parameters(kind, {})
         for path, digest in self.assets.items():
@@ -111,7 +111,7 @@ class BlockStep(Block, Filter):
         return block
 
     def _words(self, kind: type[Any]) -> dict[str, Any]:
-        """The parameter with the words of this project, if the recipe names them."""
+        """Returns the parameter with the words of this project, if the recipe names them."""
         from datatrove.utils.typeshelper import Languages
         from datatrove.utils.word_tokenizers import load_word_tokenizer
 
@@ -135,7 +135,7 @@ class BlockStep(Block, Filter):
         return {}
 
     def _accelerated(self, block: Any) -> Callable[[str], str | Removal] | None:
-        """The accelerator of a block; None if it has none that is proven to give the same."""
+        """Returns the accelerator of a block; None if it has none that is proven to give the same."""
         from stages.data.curate.filters.accelerated import ACCELERATORS
         from stages.data.curate.words import WORDS
 
@@ -167,7 +167,7 @@ def _spacy_version() -> str | None:
 
 
 def _stock(block: Any) -> FilterFunction:
-    """A block's own function, without the bookkeeping of datatrove's pipelines."""
+    """Returns a block's own function, without the bookkeeping of datatrove's pipelines."""
     from datatrove.pipeline.extractors.base import BaseExtractor
     from datatrove.pipeline.filters.base_filter import get_filter_result
     from datatrove.pipeline.formatters.base import BaseFormatter
@@ -218,7 +218,7 @@ def _pin_downloads(block: Any) -> None:
 
 
 def _pinned_file(remote_path: str, *options: Any, **others: Any) -> str:
-    """The pinned file in the place of a download."""
+    """Returns the pinned file in the place of a download."""
     name = remote_path.rsplit("/", 1)[-1]
     if name not in _assets:
         raise AtomError(f"it reads {remote_path}, which no digest pins; put {name} and its SHA-256 into `assets`")
