@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 PART_BITS, ROW_BITS = 17, 36  # 100,000 parts; with 10 bits for the source below 2^63
 # Above the addresses of the documents of 1,000 sources; denied texts have higher ones (`opt_out`).
 MOST_ADDRESS = 1000 << (PART_BITS + ROW_BITS)
+# Rows of a bucket on average, 2 MB.
 BUCKET_ROWS = 2**16
 MOST_ROWS = 2**20  # of a bucket in memory, where they take some 150 bytes each; a frequent hash gives a bucket more
 MAX_BUCKETS = 500  # files open at once
+# Rows that are read, joined or written at a time.
 BATCH = 2**17
 MEMORY = "250MB"  # of the database that groups a bucket of more rows
 STARS = "stars.parquet"
@@ -42,6 +44,7 @@ _EXACT_STARS = """
     JOIN (SELECT key, high, low, min(address) AS first FROM bucket GROUP BY key, high, low HAVING count(*) > 1)
     USING (key, high, low) WHERE address != first
 """
+# Only the first of equal texts takes part in a band, as in `_stars`.
 _BAND_STARS = """
     WITH texts AS MATERIALIZED (SELECT key, min(address) AS address FROM bucket GROUP BY key, high, low)
     SELECT address, first FROM texts
@@ -92,6 +95,7 @@ class Partition:
 
     def bounds(self) -> tuple[int, int]:
         """Returns the smallest and the largest value."""
+        # By Python's integers, since 2**64 does not fit into 64 bits.
         return 2**64 * self.n // self.count, 2**64 * (self.n + 1) // self.count - 1
 
 
@@ -130,6 +134,7 @@ def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Pa
             for stars in _stars_on_disk(file, exact) if is_large else [_stars(_read_bucket(file), exact)]:
                 writer.write_table(pa.table(list(stars.T.copy()), schema=schema))
                 written += len(stars)
+            # Each bucket goes as soon as its stars are written, so that the disk does not hold all of both.
             file.unlink()
     return written
 
@@ -146,6 +151,7 @@ def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator
             columns = [keys, _numbers(batch, "hash_high"), _numbers(batch, "hash_low"), np.arange(len(keys)) + address]
             pending.append(np.stack([column[chosen].astype(np.uint64) for column in columns], axis=1))
             address += len(batch)
+            # In a narrow range most batches have few rows, so their number is bounded as well.
             if sum(map(len, pending)) >= BATCH or len(pending) >= 1000:
                 yield np.concatenate(pending)
                 pending = []
@@ -165,6 +171,7 @@ def _stars(rows: UInts, exact: bool) -> Ints:
     shared = np.unique(keys[1:][keys[1:] == keys[:-1]])
     if not len(shared):
         return np.empty((0, 2), np.int64)
+    # Most hashes occur once. Their rows are dropped before the sort, which takes longer.
     place = np.minimum(np.searchsorted(shared, rows[:, KEY]), len(shared) - 1)
     rows = rows[shared[place] == rows[:, KEY]]
     rows, first = _grouped(rows, [KEY, HIGH, LOW])
@@ -198,7 +205,9 @@ def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
 
 def _grouped(rows: UInts, columns: list[int]) -> tuple[UInts, Ints]:
     """Returns the rows sorted by columns and address, and for each the place of the first that equals it in these."""
+    # lexsort takes the most significant column last.
     rows = rows[np.lexsort([rows[:, column] for column in (ADDRESS, *reversed(columns))])]
+    # Without rows the appended True would be one too many, hence the slice.
     new = np.append(True, (rows[1:, columns] != rows[:-1, columns]).any(axis=1))[: len(rows)]
     return rows, np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
 
@@ -253,6 +262,7 @@ def write_exact(folder: Path, work: Path, stars: Sequence[Path]) -> int:
     )
     with connect(work) as database:
         _open_stars(database, stars)
+        # `firsts` has at most as many values as the other two, which have one for each removed document.
         return max(
             write_array(folder / f"{name}.i64", _integers(database, query))
             for name, query in zip(_FILES, queries, strict=True)
@@ -307,6 +317,7 @@ def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
 
     The addresses in `gone` ascend.
     """
+    # Kept through the file, since a star may go on in the next batch.
     substitutes: dict[int, int] = {}
     with pq.ParquetFile(stars / STARS) as file:
         for batch in file.iter_batches(batch_size=BATCH):
@@ -330,6 +341,7 @@ def _open_stars(database: duckdb.DuckDBPyConnection, stars: Sequence[Path]) -> N
     if stars:
         database.from_parquet([str(path / STARS) for path in stars]).create_view("stars")
     else:
+        # A view needs at least one file.
         database.execute("CREATE TABLE stars (address BIGINT, first BIGINT)")
 
 
@@ -343,10 +355,12 @@ def write_array(path: Path, pieces: Iterable[Ints]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         for piece in pieces:
+            # A fixed byte order, since another machine may map the file.
             piece.astype("<i8", copy=False).tofile(file)
         return file.tell() // 8
 
 
 def mapped(path: Path) -> Ints:
     """Returns the integers of a file, read where they are used."""
+    # numpy cannot map an empty file.
     return np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)

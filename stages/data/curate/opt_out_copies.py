@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 TABLE = "opt_out.parquet"
 BATCH = 2**14
-# A document that is removed on request. bands: of MinHash that it shares with a text; null if it has not, or need
-# not.
+# The columns of a document that is removed on request. `bands` is the number of bands of MinHash that it shares with
+# the other text; null for a document that was found in another way.
 REMOVED = {"address": "int64", "duplicate_of": "string", "requests": "string", "found": "string", "bands": "int64"}
 # All requests of a group.
 _JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(requests, ' '))))), ' ')"
@@ -50,6 +50,7 @@ class DeniedPart(Part):
 
     @property
     def first(self) -> int:
+        # Above the addresses of all documents, so that a comparison tells a denied text from a document.
         return MOST_ADDRESS + (self.number << ROW_BITS)
 
     def file(self, folder: Path) -> Path:
@@ -68,7 +69,8 @@ def write_opt_outs(
 ) -> int:
     """Writes the documents that requests reach beside the denied ones (REMOVED), by address; returns their number.
 
-    exact, near: folders of the stars of all partitions. Memory: of one batch; the reduction spills to disk.
+    `exact` and `near` are the folders of the stars of all partitions. Memory holds one batch; the reduction spills to
+    disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with connect(work) as database:
@@ -117,15 +119,17 @@ class _Search:
     def _create_groups(self) -> None:
         """Creates the tables `exact` and `near` of the members of groups with equal texts, or with an equal band.
 
-        A group is named by `band`, a column of hashes, and by `first`, the address of its first member.
+        A group is named by `band`, its partition of the hashes, and by `first`, the address of its first member.
         """
         for name, folders in (("exact", self.exact), ("near", self.near)):
             files = [str(folder / STARS) for folder in folders]
             if not files:
                 self.database.execute(f"CREATE TABLE {name} (band VARCHAR, first BIGINT, address BIGINT)")
                 continue
+            # The folder of a file of stars has the name of its partition.
             band = "parse_filename(parse_dirpath(filename))"
             stars = f"SELECT {band} AS band, first, address FROM read_parquet({files!r}, filename = true)"
+            # The first of a star is a member as well, and has no row of its own.
             members = (
                 f"{stars} UNION SELECT DISTINCT {band}, first, first FROM read_parquet({files!r}, filename = true)"
             )
@@ -155,6 +159,7 @@ class _Search:
         """Makes the documents roots that state a parent which was reached, and records them as removed."""
         run = self.database.execute
         self._name_removed()
+        # A document may name its parent by id, by the URL of a denied one, or by the whole that the parent is a part of.
         run("""
             CREATE OR REPLACE TABLE known AS
             WITH named AS (
@@ -169,6 +174,7 @@ class _Search:
             JOIN known ON known.id = parents.parent WHERE address NOT IN (SELECT address FROM removed)
             GROUP BY address""")
         run("INSERT INTO removed SELECT address, parent, requests, 'derived', NULL FROM children")
+        # The ids of the new roots are recorded with the copies that the next round finds.
         self._name_removed()
         run(
             "CREATE OR REPLACE TABLE roots AS SELECT children.address, names.id, requests FROM children "

@@ -27,7 +27,9 @@ MAX_CHUNK = 1000
 # Entries of a table of chunks or words; a full table is emptied.
 MAX_CACHED = 2**18
 MAX_CACHED_LENGTH = 100
+# Marks that are added up for each word (`_kind`).
 NOT_PUNCTUATION, LETTER = 1, 2
+# 2^64 divided by the golden ratio, an odd number whose powers spread over all 64 bits.
 HASH_BASE = 0x9E3779B97F4A7C15
 _UINT64 = 2**64 - 1
 Value = TypeVar("Value")
@@ -115,7 +117,7 @@ def _contractions() -> dict[str, tuple[str, ...]]:
     for word in modal:
         add(word, "n't", "'ve")
     # Contractions without their apostrophe that are words of their own.
-    for word in ["Ill", "Its", "Hell", "Shell", "Shed", "Were", "Well"]:  # words of their own
+    for word in ["Ill", "Its", "Hell", "Shell", "Shed", "Were", "Well"]:
         for written in (word, word.lower()):
             parts.pop(written, None)
     for joined in ("can not", "gon na", "got ta"):
@@ -129,6 +131,7 @@ def _contractions() -> dict[str, tuple[str, ...]]:
 
 _SPECIAL = _contractions()
 MAX_SPECIAL = max(map(len, _SPECIAL))
+# Entries with a sign, which cutting at the ends may have split.
 _SIGNED = {word: parts for word, parts in _SPECIAL.items() if not word.isalnum()}
 
 
@@ -211,6 +214,7 @@ def _inside(rest: str) -> Iterable[str]:
     """Returns the words of a chunk whose ends are cut."""
     if whole := _whole(rest):
         return whole
+    # An address is one word, whatever signs it has inside.
     if rest.isalnum() or ("." in rest and _ADDRESS.fullmatch(rest)):
         return (rest,)
     if not _INSIDE.search(rest):
@@ -301,7 +305,7 @@ class Words:
 
     @cached_property
     def kinds(self) -> NDArray[np.uint8]:
-        """Returns the marks of each word, or their sum.
+        """The kind of each word, a sum of marks.
 
         NOT_PUNCTUATION marks a word with a character that is no punctuation, LETTER one with a letter.
         """
@@ -353,6 +357,7 @@ class EnglishWords(WordTokenizer):  # type: ignore[misc]
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
         words, position, offsets = split_words(text), 0, []
         for word in words:
+            # Words are pieces of the text in its order, so each is found after the one before.
             position = text.index(word, position)
             offsets.append(position)
             position += len(word)

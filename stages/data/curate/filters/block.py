@@ -140,6 +140,7 @@ class BlockStep(Block, Filter):
         from stages.data.curate.words import WORDS
 
         kind = type(block)
+        # The accelerators count the words of this project; a block with other words runs as it is.
         if not is_stock(kind) or datatrove_version() != PROVEN or getattr(block, "language", WORDS) is not WORDS:
             return None
         accelerator = ACCELERATORS.get(kind.__name__)
@@ -175,6 +176,7 @@ def _stock(block: Any) -> FilterFunction:
     def filter_document(document: Document) -> str | Removal:
         (result,) = block.filter_batch([document])
         passes, reason = get_filter_result(result)
+        # The reason is published as a part of the rule.
         return document.text if passes else Removal(escaped(str(reason), 100) if reason else "")
 
     if isinstance(block, BaseFormatter):
@@ -210,6 +212,7 @@ def _pin_downloads(block: Any) -> None:
     """Makes datatrove read files that are pinned, where it would download them."""
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("datatrove.") and hasattr(module, _DOWNLOAD):
+            # Modules import the function by name, so each has a reference of its own.
             setattr(module, _DOWNLOAD, _pinned_file)
     if hasattr(block, "tldextractor"):  # of URLFilter: the list of public suffixes in the package, not the net's
         from tldextract import TLDExtract
