@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 VERSION = 3
 
+# Their order gives their ids in a trained tokenizer, from 0 on.
 PAD, END, TURN_START, TURN_END, THINK_START, THINK_END = SPECIAL_TOKENS = (
     "<|pad|>",
     "<|endoftext|>",
@@ -113,6 +114,7 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     heldout = {name: Sample.draw(source_files, "heldout", REPORTED) for name, source_files in files.items()}
     ratios = bytes_per_token(
         load_for_corpus(out / "tokenizer.json"),
+        # A source without held-out documents is measured on training documents.
         {name: heldout[name] if len(heldout[name].lengths) else train[name] for name in files},
     )
     stats = {
@@ -258,6 +260,7 @@ def bpe_trainer(vocab_size: int) -> BpeTrainer:
     return trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
+        # All bytes are tokens, also those that the sample lacks, so that any text can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

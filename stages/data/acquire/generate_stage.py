@@ -51,7 +51,7 @@ SETTING = "reader.engine"
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Draws the texts of a source, and seals them as stage `acquire` seals documents.
 
-    inputs["parent"]: the acquired documents of the source that the texts are made from.
+    `inputs["parent"]` holds the acquired documents of the source that the texts are made from.
 
     Resumes after the last sealed batch. Raises RecipeError if the generator's files are not those that are pinned, and
     AtomError if it cannot be loaded or there is no document.
@@ -222,6 +222,7 @@ class Generator:
         """Returns the text that was drawn, or the reason why it is not used."""
         # The last id of a finished text is the stop token.
         ids = list(completion.ids[:-1] if completion.finished else completion.ids)
+        # Special tokens stay, so that a text that holds one is found below.
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text = (answer_of(text) if self.reader.form == "chat" else text).strip()
         if not completion.finished and self.reader.unfinished == "remove":

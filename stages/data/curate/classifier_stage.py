@@ -114,7 +114,9 @@ def scorer(model: Path) -> Any:
     predict = _FastText(str(model)).f.predict
 
     def score(text: str) -> float:
+        # The line break stands for the word at the end of each line of the training.
         predictions = predict(as_line(text) + "\n", len(LABELS), 0.0, "strict")
+        # fastText's probabilities can be a little above 1.
         return float(next((min(share, 1.0) for share, label in predictions if label == POSITIVE), 0.0))
 
     return score

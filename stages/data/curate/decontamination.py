@@ -84,6 +84,7 @@ class ItemRuns:
         """Returns the runs with all their prefixes."""
         closed_runs = {0}
         for node in runs:
+            # A run in the set has all its prefixes there, so each is visited once.
             while node not in closed_runs:
                 closed_runs.add(node)
                 node = self.parent[node]

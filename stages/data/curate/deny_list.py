@@ -101,6 +101,7 @@ class DenyList:
             parents: The ids or URLs of the documents that it was made from.
         """
         matches: list[tuple[Match, str]] = []
+        # The order of the kinds matters: the first match names the removal.
         matches += [("id", request) for request in self._by_id(id)]
         matches += [("content_hash", r) for hash in hashes for r in self.entries["content_hash"].get(hash, ())]
         matches += self._by_address(origin)

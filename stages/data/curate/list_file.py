@@ -152,6 +152,7 @@ def listed_host(text: str) -> str:
 def host_and_parents(host: str) -> Iterator[str]:
     """Yields the names under which a list may have a host: its own, and those of the hosts above it."""
     yield host
+    # An IP address has no hosts above it.
     if not IP_ADDRESS.fullmatch(host):
         labels = host.split(".")
         yield from (".".join(labels[start:]) for start in range(1, len(labels)))

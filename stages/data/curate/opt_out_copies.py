@@ -159,7 +159,7 @@ class _Search:
         """Makes the documents roots that state a parent which was reached, and records them as removed."""
         run = self.database.execute
         self._name_removed()
-        # A document may name its parent by id, by the URL of a denied one, or by the whole that the parent is a part of.
+        # A parent may be named by its id, by its URL if it is denied, or by the document that it is a part of.
         run("""
             CREATE OR REPLACE TABLE known AS
             WITH named AS (

@@ -169,9 +169,13 @@ def merkle_root(digests: Iterable[str]) -> str:
 def position(meta: Mapping[str, Any], rows_read: Mapping[str, int], step: int) -> dict[str, Any]:
     """Returns `data_position` of a checkpoint: the state from which another order continues after `step`.
 
-    meta: the meta.json of the current order; rows_read: the number of its rows, by source, in its steps up to `step`.
-    `rows` counts all rows of each source since the phase's first step, `chunks` is an epoch's rows. `streams`, of a
-    packed phase: [position, chunks of an epoch] of each stream at the end of the block in which the step is.
+    In the result, `rows` counts all rows of each source since the phase's first step, and `chunks` is an epoch's rows.
+    A packed phase has `streams`: [position, chunks of an epoch] of each stream at the end of the block of the step.
+
+    Args:
+        meta: The meta.json of the current order.
+        rows_read: The number of its rows, by source, in its steps up to `step`.
+        step: The step of the checkpoint.
     """
     start = meta.get("start", {"rows": {}, "chunks": {}})
     rows = {name: start["rows"].get(name, 0) + rows_read.get(name, 0) for name in sorted({*start["rows"], *rows_read})}
@@ -181,6 +185,7 @@ def position(meta: Mapping[str, Any], rows_read: Mapping[str, int], step: int) -
     order = {name: meta[name] for name in names} | {"walk": cursor}
     result = {"next_step": step + 1, "steps": meta["steps"], "rows": rows, "chunks": chunks, "order": order}
     if "end" in meta:
+        # A block is packed as a whole, so its streams are at one position for all of its steps.
         places = next((part["start"] for part in meta["parts"] if part["first_step"] > step), meta["end"])
         streams = {name: [place, meta["function"]["streams"][name]] for name, (place, _) in places.items()}
         result["streams"] = start.get("streams", {}) | streams
@@ -212,6 +217,7 @@ def _resume_cursor(
         for pool in index.cut.pools:
             name = stream_name(source, pool)
             place, epoch = streams.get(name, (read, size))
+            # Rounded up, so that no chunk that was read comes again.
             places[name] = -(-place * index.count(pool) // epoch)
     # In a packed phase rows say nothing about the position in a stream.
     rows = data_position["rows"] | ({} if config.pack else {name: places[name] for name in indexes})
@@ -253,7 +259,7 @@ def _select(order: Path, condition: tuple[str, str, Any]) -> pa.Table:
 
 
 def estimate(config: OrderConfig) -> Estimate:
-    """Figures of docs/lab-log.md.
+    """Returns the estimate, by figures of docs/lab-log.md.
 
     The chunks of a packed row are as many as if they had 1,000 tokens. The process that joins the blocks reads the
     places of all chunks.

@@ -75,6 +75,7 @@ class SourceDraw:
         rows.
         """
         low, high, before, counts = 0, -(-self.rows // BLOCK), [0] * len(self.names), self.totals
+        # The counts are divided from the whole down to one block, so that no block needs those before it.
         while high - low > 1:
             middle = (low + high) // 2
             left = _deal(counts, (middle - low) * BLOCK)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
+# Bytes a token, by Megatron's codes of data types.
 _BYTES_A_TOKEN = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 _CODES = {2: 8, 4: 4}  # uint16 and int32, by bytes a token
 _ENTRIES = 1 << 18  # of an index that are in memory at a time
@@ -54,6 +55,7 @@ class ShardWriter:
         self.prefix, self.lengths, self.tokens = prefix, array("i"), 0
         self.buffer = bytearray()
         prefix.parent.mkdir(parents=True, exist_ok=True)
+        # The file is emptied, since tokens are appended to what an earlier attempt may have left.
         _with_suffix(prefix, ".bin").write_bytes(b"")
 
     def add(self, ids: NDArray[Any]) -> None:
@@ -138,7 +140,10 @@ def check_shard(folder: Path, name: str) -> int:
 
 
 class _Shard:
-    """The two files of a shard. lengths, pointers: offsets in the index of the arrays with an entry a sequence."""
+    """The two files of a shard.
+
+    `lengths` and `pointers` are the offsets in the index of the arrays with an entry a sequence.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.sequences: int

@@ -78,6 +78,7 @@ def draw(
 def draw_size(chars: tuple[int, int], rng: random.Random) -> int:
     """Returns a number of characters for a document, log-uniform from least to most."""
     low, high = chars
+    # With high + 1 the largest number can be drawn as well; rounding must not pass it.
     return min(high, int(low * math.exp(rng.random() * math.log((high + 1) / low))))
 
 
@@ -94,6 +95,7 @@ def cut_filler(texts: Sequence[tuple[str, str]], start: int, size: int) -> str:
     remaining, n = size, start
     while remaining > 0:
         parts.append(texts[n % len(texts)][0][:remaining])
+        # The empty line between two texts takes two characters.
         remaining -= len(parts[-1]) + 2
         n += 1
     return "\n\n".join(parts)[:size]

@@ -77,10 +77,12 @@ def _pieces(lines: list[str]) -> Iterator[str]:
             yield "\n\n"
         elif macro == "IP":
             yield f"\n\n{unescaped(' '.join(arguments(rest)[:1]))}\n"
+        # Macros that alternate fonts join their arguments without spaces.
         elif macro in ALTERNATING:
             yield f"{unescaped(''.join(arguments(rest)))}\n"
         elif macro in FONTS:
             yield f"{unescaped(' '.join(arguments(rest)))}\n"
+        # The lines up to one that ends with a point lay out a table; the rows after it are text.
         elif macro == "TS":
             number = _after(lines, number, r".*\.[ \t]*", pattern=True)
         elif macro in MDOC_INLINE:

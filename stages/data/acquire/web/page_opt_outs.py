@@ -65,6 +65,7 @@ def _refuses(name: str, value: str, agents: Iterable[str]) -> bool:
         crawler, colon, directive = (text.strip() for text in part.partition(":"))
         if colon and crawler in VALUED:
             continue
+        # A crawler holds for the directives after it as well, until another one is named.
         name, directive = (crawler, directive) if colon else (name, crawler)
         if directive == "noai" and (name == "robots" or name.endswith("bot") or name in crawlers):
             return True
@@ -97,6 +98,7 @@ class Robots:
         host, path = _split(url)
         if path != "/robots.txt":
             return
+        # Rules before the first user agent go to a group that names no crawler, and so have no effect.
         groups, is_open = [_Group()], False
         for line in content[:ROBOTS_BYTES].decode("utf-8", "replace").splitlines():
             key, _, value = line.partition("#")[0].partition(":")
@@ -106,10 +108,12 @@ class Robots:
                 if not is_open:
                     groups.append(_Group())
                 groups[-1].agents.add(value.lower())
+            # An empty Disallow allows everything, just as no rule does.
             elif key in ("allow", "disallow") and value:
                 groups[-1].rules.append((value, key == "allow"))
             elif key == "content-signal" and re.search(r"\bai-train\s*=\s*no\b", value, re.IGNORECASE):
                 groups[-1].refuses_training = True
+            # A blank line or a comment does not end a list of user agents.
             if key:
                 is_open = key == "user-agent"
         relevant = [

@@ -122,6 +122,7 @@ def decode(body: bytes, charset: str) -> str | None:
 
     None if it is none.
     """
+    # A byte order mark goes before all that a page states.
     for mark, unicode in _MARKS:
         if body.startswith(mark):
             return _decoded(body, unicode)
@@ -147,6 +148,7 @@ def _decoded(body: bytes, name: str) -> str | None:
 def _detected(body: bytes) -> str:
     import cchardet
 
+    # A megabyte shows the encoding; the rest would only take longer.
     return cchardet.detect(body[: 2**20])["encoding"] or ""
 
 

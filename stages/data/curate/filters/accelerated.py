@@ -95,6 +95,7 @@ def gopher_repetition(block: Any) -> Function:
         ngrams = NGrams(words_of(text))
         # The most frequent n-gram of each length, then all repeated ones (Rae et al. 2021, table A1).
         for n, limit in block.top_n_grams:
+            # One character less than the limit, so that rounding cannot end the search too early.
             if (share := ngrams.most_frequent(n, 1, limit * len(text) - 1) / len(text)) > limit:
                 return Removal(f"top_{n}_gram", share, limit)
         for n, limit in block.dup_n_grams:
