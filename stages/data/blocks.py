@@ -76,6 +76,7 @@ class Block(Config):
         fields = {name: value for name, value in values.items() if name in cls.model_fields}
         parameters = {name: value for name, value in values.items() if name not in cls.model_fields}
         stated = fields.get("parameters", {})
+        # Values of a wrong form are left as they are, so that validation names them.
         return {**fields, "parameters": {**stated, **parameters}} if parameters and isinstance(stated, dict) else values
 
     @property
@@ -187,6 +188,7 @@ _VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:
     """Returns the parameters of a class, by name."""
+    # Without the first one, which is the instance.
     return dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
 
 

@@ -48,9 +48,13 @@ class Failures:
     """The failed documents of a part, or of the parts of a source."""
 
     def __init__(self, subject: str = "", problem: str = "", most_share: float = MOST_SHARE, kept: int = SHOWN) -> None:
-        """The sentence if there are too many continues after `subject: 11 of 100 documents`.
+        """Begins without failures.
 
-        most_share: in place of MOST_SHARE; kept: the number of failures whose names are kept.
+        Args:
+            subject: The beginning of the sentence if there are too many: `subject: 11 of 100 documents`.
+            problem: The rest of that sentence.
+            most_share: The largest share of failures that is no error.
+            kept: The number of failures whose names are kept.
         """
         self.subject, self.problem, self.most_share, self.kept = subject, problem, most_share, kept
         self.count = 0

@@ -65,6 +65,7 @@ def filter_losses(source: str, steps: Sequence[str], documents: int, removed: Ma
     losses = []
     for rule in [*order, *(rule for rule in by_rule if rule not in order)]:
         losses.append(Loss(source, rule, by_rule[rule], documents))
+        # A rule only sees what those before it have left.
         documents -= by_rule[rule]
     return losses
 
@@ -82,6 +83,7 @@ def dedup_losses(source: str, documents: int, kept: int, removed: Mapping[str, i
     opted_out = removed.get(OPT_OUT_RULE, 0)
     return [
         Loss(source, OPT_OUT_RULE, opted_out, documents),
+        # A share of the documents that reached deduplication, not of all acquired ones.
         Loss(source, DEDUPLICATION, duplicates, kept + duplicates),
     ]
 
@@ -112,6 +114,7 @@ def require_acknowledged(
             report.note(f"alarm: {loss}, which the data recipe acknowledges up to {allowed:g}")
     if open_losses:
         first, others = open_losses[0], ", ".join(map(str, open_losses[1:4]))
+        # The suggested share is rounded up, so that it suffices.
         limit = acknowledged.get(first.source, {}).get(first.rule, alarm_share)
         further = f"; also {others}{', …' if len(open_losses) > 4 else ''}" if others else ""
         raise AtomError(

@@ -160,7 +160,7 @@ def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator
 
 
 def _read_bucket(file: Path, first: int = 0, count: int = -1) -> UInts:
-    """Returns `count` rows of a bucket from row `first` on, shape [rows, 4]; -1: all."""
+    """Returns `count` rows of a bucket from row `first` on, shape [rows, 4]; all for -1."""
     values = np.fromfile(file, np.uint64, max(count * 4, -1), offset=first * ROW_BYTES)
     return values.reshape(-1, 4)
 
@@ -313,9 +313,7 @@ def _exact_copies(exact: Removed, searched: Sequence[int]) -> Iterator[Ints]:
 def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
     """Yields the edges of stars without the documents that are gone.
 
-    If the first of a star is, the next one takes its place.
-
-    The addresses in `gone` ascend.
+    If the first of a star is gone, the next one takes its place. The addresses in `gone` ascend.
     """
     # Kept through the file, since a star may go on in the next batch.
     substitutes: dict[int, int] = {}

@@ -82,6 +82,7 @@ def _license(text: str, names: Mapping[str, str]) -> str | None:
     if keyword is None:
         return None
     identifier = EXCEPTIONS.get(keyword[1].casefold())
+    # An exception without an SPDX identifier is left out: it only permits more.
     return license if identifier is None or " " in license else f"{license} WITH {identifier}"
 
 

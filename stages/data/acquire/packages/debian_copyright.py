@@ -207,6 +207,7 @@ def _paragraphs(text: str) -> Iterator[dict[str, str]]:
     """Yields the fields of each paragraph, by their names in lower case; of a field that is repeated, the first."""
     fields: dict[str, str] = {}
     name = ""
+    # The empty line at the end closes the last paragraph.
     for line in [*text.replace("\r\n", "\n").split("\n"), ""]:
         if line.startswith("#"):
             continue
@@ -219,6 +220,7 @@ def _paragraphs(text: str) -> Iterator[dict[str, str]]:
                 fields[name] += "\n" if line.strip() == "." else f"\n{line.strip()}"
         elif match := re.match(r"([!-9;-~]+):(.*)", line):
             name = match[1].casefold()
+            # Without a name, the further lines of a repeated field are left out as well.
             if name in fields:
                 name = ""
             else:

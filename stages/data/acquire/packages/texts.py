@@ -144,9 +144,11 @@ def html_text(html: str) -> str:
 
     parser = lxml.html.HTMLParser(encoding="utf-8")
     try:
+        # KEPT marks the lines that keep their blanks, so a page must not bring any.
         page = lxml.html.document_fromstring(html.replace(KEPT, "").encode(), parser=parser)
     except lxml.etree.ParserError:  # nothing in it
         return ""
+    # The first kind of main element that occurs exactly once; otherwise the whole page.
     root = next((elements[0] for elements in map(page.xpath, MAIN) if len(elements) == 1), page)
     lines = (_line(line) for line in "".join(_pieces(root)).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
@@ -174,6 +176,7 @@ def _pieces(root: Any) -> list[str]:
         elif event == "end":
             preformatted -= name == "pre"
             pieces.append(LINE_BREAKS.get(name, "") if name != "br" else "")
+        # The text after an element belongs to the one around it, and stays where the element is removed.
         if event != "start" and element is not root:
             pieces.append(_characters(element.tail, preformatted))
     return pieces

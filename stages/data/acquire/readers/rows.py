@@ -141,7 +141,7 @@ class RowReader(FileReader):
 
     @abstractmethod
     def rows(self, files: Files, columns: Sequence[Column] | None = None) -> Iterator[Row | Failed]:
-        """Yields every row of every file, in order, with at least these columns; None: those of the settings.
+        """Yields every row of every file, in order, with at least these columns, or those of the settings for None.
 
         Raises AtomError naming the file that is corrupt.
         """

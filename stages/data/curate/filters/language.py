@@ -57,7 +57,7 @@ def identify(text: str) -> tuple[float, str]:
 
 
 class Language(Filter):
-    """Keep documents whose fastText language score for one of `languages` exceeds the threshold."""
+    """Keeps documents whose fastText language score for one of `languages` exceeds the threshold."""
 
     step: Literal["language"] = Field(description="selects this step")
     languages: tuple[Identified, ...] = Field(
@@ -106,7 +106,7 @@ Steps = Annotated[tuple[Any, ...], Field(max_length=MOST_STEPS), BeforeValidator
 
 
 class ByLanguage(Filter):
-    """Run the steps of the language that fastText identifies in a document."""
+    """Runs the steps of the language that fastText identifies in a document."""
 
     step: Literal["by_language"] = Field(description="selects this step")
     rules: dict[Identified, Steps] = Field(
