@@ -216,7 +216,7 @@ def worst_verdicts(rows: Sequence[OverlapRow]) -> dict[str, str]:
 
 
 def summary(rows: Sequence[OverlapRow]) -> VerdictCounts:
-    """Counts of verdicts from items.parquet alone: of items by split, each by its worst, and by phase and split."""
+    """Counts verdicts from items.parquet alone: of items by split, each by its worst, and by phase and split."""
     splits = {row["id"]: row["split"] for row in rows}
     items = Counter((splits[id], verdict) for id, verdict in worst_verdicts(rows).items())
     pairs = Counter((row["phase"], row["split"], row["verdict"]) for row in rows)

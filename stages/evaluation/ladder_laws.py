@@ -270,7 +270,10 @@ def _joint(p: Array, x: Array) -> Array:
 
 
 def _joint_starts(x: Array, y: Array) -> Array:
-    """Exponents of a grid, and floors below the least loss; the rest of the loss at the middle is shared."""
+    """Returns starts with the exponents of a grid, and with floors below the least loss.
+
+    The two other terms share the rest of the loss at the middle of the points.
+    """
     n, d = np.log(x).mean(1)
     starts = []
     for share in (0.2, 0.5, 0.8, 0.95):

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def connect(work: Path, memory: str = "1GB", threads: int = 1) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A context with an empty database, which is removed at the end. What exceeds `memory` is written below `work`.
+    """Opens a context with an empty database, which is removed at the end.
+
+    Data that exceed `memory` are written below `work`.
 
     The order of rows is that of ORDER BY alone. Errors of DuckDB inside the context become MachineError for a lack of
     space, and otherwise AtomError, in one sentence.

@@ -239,7 +239,9 @@ def write_rows(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[st
 
 @contextmanager
 def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A context with a function that writes one row and buffers a row group of at most GROUP_BYTES characters of text.
+    """Opens a context with a function that writes one row.
+
+    The function buffers a row group of at most GROUP_BYTES characters of text.
 
     The bytes are those of `write_table` where no row group has more.
     """
@@ -274,7 +276,7 @@ def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Map
 
 @contextmanager
 def table_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[pa.Table], None]]:
-    """A context with a function that writes the rows of a table.
+    """Opens a context with a function that writes the rows of a table.
 
     The table has these columns, in any order and of types that cast to theirs. The function buffers a row group, which
     ends when it has ROWS_PER_GROUP rows or GROUP_BYTES.

@@ -243,7 +243,7 @@ def document_row(source: Source, id: str, document: Document) -> DocumentRow:
 
 @contextmanager
 def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A context with a function that writes a row of a table.
+    """Opens a context with a function that writes a row of a table.
 
     No file is written for a reader that does not state it.
     """

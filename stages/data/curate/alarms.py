@@ -114,9 +114,9 @@ def require_acknowledged(
             report.note(f"alarm: {loss}, which the data recipe acknowledges up to {allowed:g}")
     if open_losses:
         first, others = open_losses[0], ", ".join(map(str, open_losses[1:4]))
-        # The suggested share is rounded up, so that it suffices.
         limit = acknowledged.get(first.source, {}).get(first.rule, alarm_share)
         further = f"; also {others}{', …' if len(open_losses) > 4 else ''}" if others else ""
+        # The suggested share is rounded up, so that it suffices.
         raise AtomError(
             f"source {first}, a larger share than {limit:g}; look at what it removes and change it, or acknowledge it "
             f"in the data recipe by acknowledged_removals: {{{first.rule}: {math.ceil(first.share * 100) / 100:g}}} of "

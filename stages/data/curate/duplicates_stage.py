@@ -44,9 +44,9 @@ PARTS_PER_RANGE = 500
 
 @contextmanager
 def processes(number: int) -> Iterator[ForEach]:
-    """A context with a `ForEach` of at most `number` processes, and of one for each core that this one may use.
+    """Opens a context with a `ForEach` of at most `number` processes.
 
-    With one, no other process is started.
+    There are no more processes than cores that this one may use. With one, no other process is started.
     """
     number = min(number, len(os.sched_getaffinity(0)))
     if number < 2:

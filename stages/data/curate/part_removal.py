@@ -49,7 +49,7 @@ class PartRemoval:
         minhash: MinHash | None,
         opted_out: Mapping[int, tuple[str, str, float, float]],
     ) -> None:
-        """Maps the removals of the part; no document is read yet.
+        """Looks up the removals of the part; no document is read yet.
 
         Args:
             filtered: The folder of the artifact of stage `filter`.

@@ -34,7 +34,9 @@ class Problem:
 
 
 def add(rng: random.Random, level: int | None = None) -> Problem:
-    """Two numbers of three digits, added digit by digit from the right: `7+6+0=13` is digit+digit+carry=sum.
+    """Draws two numbers of three digits, which are added digit by digit from the right.
+
+    The step `7+6+0=13` is digit+digit+carry=sum.
 
     The level is the number of carries, 0 to 3.
     """
@@ -53,7 +55,7 @@ def add(rng: random.Random, level: int | None = None) -> Problem:
 
 
 def sort(rng: random.Random, level: int | None = None) -> Problem:
-    """Five digits sorted by insertion: each step shows the digits so far in order.
+    """Draws five digits, which are sorted by insertion: each step shows the digits so far in order.
 
     The level is the number of digits that are less than the one before, 0 to 4.
     """
@@ -72,7 +74,7 @@ def sort(rng: random.Random, level: int | None = None) -> Problem:
 
 
 def trace(rng: random.Random, level: int | None = None) -> Problem:
-    """A small Python program, executed line by line: `a=7;b=a+2;c=b-4;print(c)`.
+    """Draws a small Python program, which is executed line by line: `a=7;b=a+2;c=b-4;print(c)`.
 
     The steps are the values in between, `b=9`, and the answer is what it prints. Each assignment changes the value
     of the one before; all values are single digits. The level is the number of values in between, 1 to 8; without a

@@ -38,7 +38,10 @@ ESCAPE = re.compile(
 
 
 def man_text(source: str) -> str:
-    """Headings and paragraphs as lines, a blank line before each; empty for a page that only names another (`.so`)."""
+    """Returns headings and paragraphs as lines, a blank line before each.
+
+    The text is empty for a page that only names another (`.so`).
+    """
     pieces = "".join(_pieces(source.split("\n")))
     lines = (line.rstrip() for line in pieces.split("\n"))
     return f"{text}\n" if (text := re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")) else ""

@@ -82,7 +82,10 @@ class BlockReader(Block, RowReader):
 
 @contextmanager
 def _left_out(block: Any, file: str) -> Iterator[list[Failed]]:
-    """A context with the rows of a file that a reader leaves out: those without text, and those that it warns of."""
+    """Opens a context with the rows of a file that a reader leaves out.
+
+    These are rows without text, and rows that it warns of.
+    """
     from loguru import logger
 
     rows: list[Failed] = []
