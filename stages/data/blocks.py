@@ -76,6 +76,7 @@ class Block(Config):
         fields = {name: value for name, value in values.items() if name in cls.model_fields}
         parameters = {name: value for name, value in values.items() if name not in cls.model_fields}
         stated = fields.get("parameters", {})
+        # Values of a wrong form are left as they are, so that validation names them.
         return {**fields, "parameters": {**stated, **parameters}} if parameters and isinstance(stated, dict) else values
 
     @property
@@ -107,7 +108,7 @@ class Block(Config):
         return self.model_copy(update={"folder": "", "extension": ""})
 
     def _present_code(self) -> str:
-        """The version of the code that is here."""
+        """Returns the version of the code that is here."""
         digest = [] if not self.extension else [f"{Path(self.extension).name} {extension_digest(Path(self.extension))}"]
         return ", ".join([f"datatrove {datatrove_version()}", *digest])
 
@@ -186,7 +187,8 @@ _VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 def parameters_of(kind: type[Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a class, by name."""
+    """Returns the parameters of a class, by name."""
+    # Without the first one, which is the instance.
     return dict(list(inspect.signature(kind.__init__).parameters.items())[1:])
 
 
@@ -196,7 +198,7 @@ def is_stock(kind: type[Any]) -> bool:
 
 
 def in_words(error: Exception) -> str:
-    """An error of another package in one line, without a full stop."""
+    """Returns an error of another package in one line, without a full stop."""
     text = " ".join(str(error).split()).rstrip(".")
     return escaped(f"{type(error).__name__}: {text}" if text else type(error).__name__, 400)
 
@@ -207,7 +209,7 @@ def datatrove_version() -> str:
 
 
 def extension_folders(recipe_folder: Path, extensions: Extensions) -> dict[str, Path]:
-    """The folder of each package that a data recipe lists under `extensions`.
+    """Returns the folder of each package that a data recipe lists under `extensions`.
 
     Raises:
         RecipeError: A folder has no Python module, or a name that no package can have.
@@ -227,7 +229,7 @@ def extension_folders(recipe_folder: Path, extensions: Extensions) -> dict[str, 
 
 
 def extension_files(folder: Path) -> list[Path]:
-    """The Python modules of an extension."""
+    """Returns the Python modules of an extension."""
     return sorted(path for path in folder.rglob("*.py") if path.is_file())
 
 

@@ -67,7 +67,7 @@ LAWS = {
 
 
 def total(sizes: Iterable[Size | None]) -> Size | None:
-    """The size of several sources; None if that of one is unknown."""
+    """Returns the size of several sources; None if that of one is unknown."""
     known = list(sizes)
     stated = [size for size in known if size is not None]
     if not stated or len(stated) < len(known):
@@ -76,10 +76,13 @@ def total(sizes: Iterable[Size | None]) -> Size | None:
 
 
 def estimate(stage: str, size: Size | None, small: float | None = None, step_seconds: float = 0.0) -> Estimate:
-    """The resources of a data stage on text of that size.
+    """Returns the resources of a data stage on text of that size.
 
-    small: core seconds of a small corpus, for an unknown size; None: no estimate then. step_seconds: of curation steps
-    or a reader, beside the law.
+    Args:
+        stage: Name of the stage.
+        size: Size of the text; None if it is unknown.
+        small: Core seconds of a small corpus, for an unknown size; None: no estimate then.
+        step_seconds: Core seconds of curation steps or a reader, beside the law.
     """
     law = LAWS[stage]
     if size is None:
@@ -97,9 +100,9 @@ def estimate(stage: str, size: Size | None, small: float | None = None, step_sec
 
 
 def published(folder: str, parts: Mapping[str, int], sizes: Mapping[str, int] | None = None) -> tuple[Published, ...]:
-    """The files of a published table that has a file for each part of each source.
+    """Returns the files of a published table that has a file for each part of each source.
 
-    sizes: bytes of the table by source; without one they count as none.
+    `sizes` are the bytes of the table by source; a source without an entry counts as empty.
     """
     return tuple(
         Published(

@@ -52,7 +52,7 @@ class Pin:
 
 
 def data_recipe(reference: str) -> Path:
-    """The data recipe of a name or path, which may be that of a recipe that names it. Raises RecipeError."""
+    """Returns the data recipe of a name or path, which may be that of a recipe that names it. Raises RecipeError."""
     try:
         path = find(reference, "pipeline.recipes", "recipe")
     except RecipeError as error:
@@ -86,7 +86,7 @@ def pin(path: Path) -> Iterator[Pin]:
 
 
 def _known(lock: Path) -> Mapping[str, LockedSource]:
-    """The sources in a lock file; none if it is damaged, as it is written anew."""
+    """Returns the sources in a lock file; none if it is damaged, as it is written anew."""
     try:
         return hub_files.read(lock)
     except RecipeError:

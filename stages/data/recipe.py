@@ -158,7 +158,7 @@ class DataRecipe(Config):
         return self
 
     def resolved(self) -> DataRecipe:
-        """The recipe with the digest of every source tree and of the lists of curation computed from the files on disk.
+        """Returns the recipe with the digests of all source trees and of the lists of curation, from the files on disk.
 
         Raises RecipeError if a pin differs.
         """
@@ -190,12 +190,15 @@ class DataRecipe(Config):
         return self.model_copy(update={"sources": tuple(sources), "curation": curation}), tuple(messages)
 
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
-        """The config of stage acquire for one source: without its curation steps, which must not re-acquire it."""
+        """Returns the config of stage acquire for one source.
+
+        The curation steps are left out, because a change of them must not acquire the source again.
+        """
         source_config = next(s for s in self.sources if s.name == source)
         return {"source": _fields_of(source_config, Source), "seed": seed}
 
     def filter_config(self, seed: int) -> dict[str, Any]:
-        """The config of stage filter for all sources."""
+        """Returns the config of stage filter for all sources."""
         sources = []
         for source in self.sources:
             generator = source.reader.generator if isinstance(source.reader, Generated) else None
@@ -203,22 +206,22 @@ class DataRecipe(Config):
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
     def classifier_config(self, name: str, seed: int) -> dict[str, Any]:
-        """The config of stage classifier for one classifier."""
+        """Returns the config of stage classifier for one classifier."""
         settings = next(classifier for classifier in self.classifiers if classifier.name == name)
         return {"classifier": settings.model_dump(), "seed": seed}
 
     def duplicates_config(self) -> dict[str, Any]:
-        """The config of stage duplicates for all sources."""
+        """Returns the config of stage duplicates for all sources."""
         sources = [_fields_of(source, SearchedSource) for source in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
     def representatives_config(self) -> dict[str, Any]:
-        """The config of stage representatives for all sources."""
+        """Returns the config of stage representatives for all sources."""
         sources = [_fields_of(source, CopiedSource) for source in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
     def dedup_config(self) -> dict[str, Any]:
-        """The config of stage dedup for all sources."""
+        """Returns the config of stage dedup for all sources."""
         sources = [
             _fields_of(source, DedupSource) | {"heldout_fraction": self.heldout_fraction_of(source)}
             for source in self.sources
@@ -227,7 +230,7 @@ class DataRecipe(Config):
         return {"sources": sources, "minhash": minhash, "alarm_share": alarm_share}
 
     def tokenize_config(self) -> dict[str, Any]:
-        """The config of stage tokenize for all sources."""
+        """Returns the config of stage tokenize for all sources."""
         return {"conversations": self.conversations, "parts": self.parts, "expected": self.expected}
 
     def acquisition_nodes(self, seed: int) -> list[NodeSpec]:
@@ -296,11 +299,11 @@ class DataRecipe(Config):
         return tuple(source.name for source in self.sources if source.kind == "chat")
 
     def _list(self, file: ListFile[Any]) -> tuple[str | None, str | None]:
-        """The path and the pinned digest of a list."""
+        """Returns the path and the pinned digest of a list."""
         return getattr(self.curation, file.setting), getattr(self.curation, f"{file.setting}_sha256")
 
     def _resolved_curation(self, lists: Sequence[ListFile[Any]]) -> CurationSettings:
-        """Curation with the digests of these lists, if it has them."""
+        """Returns the settings of curation with the digests of these lists, if it has them."""
         digests = {}
         for file in lists:
             path, pin = self._list(file)
@@ -315,7 +318,7 @@ class DataRecipe(Config):
         return self.curation.model_copy(update=digests)
 
     def heldout_fraction_of(self, source: SourceConfig) -> float:
-        """The share of a source's documents that are held out from training."""
+        """Returns the share of a source's documents that are held out from training."""
         if source.heldout_fraction is not None:
             return source.heldout_fraction
         return 0.0 if source.kind == "problems" else self.heldout_fraction
@@ -327,7 +330,7 @@ def _fields_of(source: SourceConfig, kind: type[Config]) -> dict[str, Any]:
 
 
 def load(name_or_path: str | Path) -> DataRecipe:
-    """A data recipe by packaged name or by path; relative file paths inside are relative to the YAML.
+    """Returns a data recipe by packaged name or by path; relative file paths inside are relative to the YAML.
 
     Raises RecipeError in one sentence: no such recipe, not YAML, or the first invalid field and its remedy.
     """
@@ -362,7 +365,7 @@ def loads(content: bytes, path: Path) -> DataRecipe:
 
 
 def extension_modules(recipe: DataRecipe, path: Path) -> dict[str, bytes]:
-    """The Python modules of the extensions of the recipe at `path`, by package and path in it."""
+    """Returns the Python modules of the extensions of the recipe at `path`, by package and path in it."""
     folders = extension_folders(path.parent, recipe.extensions)
     return {
         f"{name}/{file.relative_to(folder).as_posix()}": file.read_bytes()

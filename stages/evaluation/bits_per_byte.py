@@ -85,6 +85,9 @@ def score_documents(
     the context of training. By the chain rule this is a proper probability of the text that covers every byte.
 
     Args:
+        model: The model that gives the bits.
+        tokenizer: Its tokenizer.
+        documents: The documents, with their texts.
         conversations: Sources whose documents contain special tokens.
     """
     rows = []
@@ -152,6 +155,7 @@ def heldout_documents(folder: Path, limit: int) -> list[HeldoutDocument]:
 
     Args:
         folder: Folder of the kept documents.
+        limit: Most documents of a source.
 
     Raises:
         AtomError: A source has a single one, or there are none.
@@ -191,11 +195,7 @@ def heldout_texts(folder: Path) -> list[HeldoutDocument]:
 
 
 def _tickets(files: Sequence[Path], prompts: bool = True) -> Iterator[Ticket]:
-    """Yields every held-out document of some files.
-
-    Args:
-        prompts: Also those that begin with a prompt.
-    """
+    """Yields a ticket for every held-out document of some files; without `prompts`, only of those without a prompt."""
     import pyarrow.compute as pc
 
     for path in files:

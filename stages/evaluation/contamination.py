@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
 
 VERSION = 1
+# Forms in which items are planted to test the detector.
 FORMS = ("verbatim", "spacing", "case", "embedded")
 # split (test, validation or fresh), kind, text.
 Item = tuple[str, str, str]
@@ -125,11 +126,9 @@ class ContaminationConfig(Config):
 def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seals `items.parquet`, one row for each item and phase, and `report.json`.
 
-    Resumes after the last searched part.
-
-    Args:
-        inputs: dedup and items; order-<phase> and tasks-<phase> of every phase; fresh and benchmarks, if the recipe has
-            them; and of each model the tables evaluate-<model>, solve-<model>, fresh-solve-<model>.
+    Resumes after the last searched part. The inputs are dedup and items; order-<phase> and tasks-<phase> of every
+    phase; fresh and benchmarks, if the recipe has them; and of each model the tables evaluate-<model>, solve-<model>
+    and fresh-solve-<model>.
 
     Raises:
         AtomError: A document in an order is not among the kept ones.
@@ -138,6 +137,7 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
     search = _search(config, inputs, work, items)
     runs, sources = search.runs, sorted(config.parts) or sources_of(search.kept)
     corpus = Corpus(search, items, sources, report)
+    # A search finds the longest runs alone; shorter n-grams are among their prefixes.
     matched_runs = {phase: runs.with_prefixes(nodes) for phase, nodes in corpus.matched.items()}
     rows: list[OverlapRow] = []
     for id, (split, kind, _) in sorted(items.items()):
@@ -193,6 +193,7 @@ def items_of(inputs: Inputs) -> dict[str, Item]:
     """Returns every evaluation item by id."""
     items: dict[str, Item] = {}
     for row in read_table(inputs["items"] / "items.parquet", ["id", "task"]).to_pylist():
+        # The texts follow below, from the one function that decontamination takes them from as well.
         items[row["id"]] = ("test", row["task"], "")
     for row in chat_rows(inputs["items"]):
         items[row["id"]] = (row["split"], row["kind"], "")
@@ -215,7 +216,7 @@ def worst_verdicts(rows: Sequence[OverlapRow]) -> dict[str, str]:
 
 
 def summary(rows: Sequence[OverlapRow]) -> VerdictCounts:
-    """Counts of verdicts from items.parquet alone: of items by split, each by its worst, and by phase and split."""
+    """Counts verdicts from items.parquet alone: of items by split, each by its worst, and by phase and split."""
     splits = {row["id"]: row["split"] for row in rows}
     items = Counter((splits[id], verdict) for id, verdict in worst_verdicts(rows).items())
     pairs = Counter((row["phase"], row["split"], row["verdict"]) for row in rows)
@@ -235,8 +236,8 @@ def _score_roles(inputs: Inputs) -> list[str]:
 def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
     """Returns (kind, score) of each item in one table.
 
-    The score of an answer in conversation is the greedy answer's reward, or
-    without a greedy answer the mean reward of the samples.
+    The score of an answer in conversation is the greedy answer's reward, or without a greedy answer the mean reward of
+    the samples.
     """
     if role.startswith("evaluate-"):
         rows = read_table(inputs[role] / "items.parquet", ["id", "task", "score"]).to_pylist()
@@ -301,6 +302,7 @@ class CorpusSearch:
         # Three times as many as are planted and left out: some occur in the corpus by themselves, and drop out.
         lottery = sorted(items, key=lambda id: _draw_hash("item", id, seed))
         self.candidates = {id: _without_spaces(items[id][2]) for id in lottery[: 3 * canaries] if runs.words[id]}
+        # Sealed once, since every part of every source looks its documents up in it.
         index = seal_part(work, "order-hashes", self._write_index).folder
         self.trained = {role.removeprefix("order-"): _load(index / f"{role}.hashes") for role in self.orders}
 
@@ -350,6 +352,7 @@ class CorpusSearch:
                     if mask[n]:
                         matched[phase] |= nodes
                         read[phase] += 1
+                # A candidate is searched for until it was met once.
                 absent = {id: item_text for id, item_text in absent.items() if item_text not in squeezed}
                 hosts.append((_draw_hash("host", ids[n], self.seed), ids[n], text))
             # Memory holds the texts of the first documents of the lottery alone.
@@ -440,8 +443,10 @@ class Corpus:
         count = min(self.canaries, len(self.unmatched) // 2, len(self.hosts))
         ids = list(self.unmatched)
         planted, others = ids[:count], ids[count : 2 * count]
+        # There may be more hosts than planted items.
         for n, (id, host) in enumerate(zip(planted, sorted(self.hosts), strict=False)):
             text = plant(self.items[id][2], self.hosts[host], FORMS[n % len(FORMS)], _draw_hash("place", id, self.seed))
+            # A new set, since the caller goes on with the one that it gave.
             matched = matched | self.runs.search(text)
         matched_runs = self.runs.with_prefixes(matched)
 

@@ -76,6 +76,7 @@ def compute(
     """
     opened: list[M] = []
 
+    # Opened once, and only if a piece is missing: a stage that resumes after its last piece loads no weights.
     @cache
     def model() -> M:
         opened.append(load())
@@ -102,6 +103,7 @@ def compute(
 
 def compute_shard(pieces: Sequence[Piece[M]], work: Path, load: Callable[[], M], shard: int, shards: int) -> None:
     """Leaves the results of one shard's pieces in `work`: every `shards`-th."""
+    # Neighbors have similar lengths, so every n-th piece gives shards that take about as long as each other.
     compute(pieces[shard::shards], work, load)
 
 

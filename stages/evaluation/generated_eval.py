@@ -116,6 +116,7 @@ def digest_of(folder: Path) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        # As bytes, since numpy has no type for bf16.
         hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
     return f"sha256:{hasher.hexdigest()}"
 

@@ -90,6 +90,7 @@ def _load(config: HarnessConfig, inputs: Inputs, work: Path) -> Any:
         from stages.evaluation.harness_vllm import served_model
 
         return served_model(config.engine, inputs["model"] / "model", work)
+    # One thread and deterministic kernels, so that the results repeat bit for bit.
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     return language_model(inputs["model"] / "model")
@@ -147,6 +148,7 @@ def language_model(folder: Path) -> Any:
             return super()._model_generate(context, max_length, stop, eos_token_id=end_token, **settings)
 
     model = Published(str(folder.resolve()), dtype="float32", device=gpu.start().type, batch_size=BATCH)
+    # Names of special tokens in a question are text, as in training.
     model.tokenizer = without_special(model.tokenizer)
     return model
 
@@ -155,6 +157,7 @@ def evaluate(model: Any, tasks: list[Any], manager: Any, limit: int | None = Non
     """Returns the harness's result: `results` by task, and `samples`. `manager` is its index of tasks."""
     import lm_eval
 
+    # Without the bootstrap of the harness: errors are computed from the items (`summary`).
     results: dict[str, Any] = lm_eval.simple_evaluate(
         model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
     )

@@ -70,6 +70,7 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
     ) -> list[tuple[float, bool]]:
         def score(request: tuple[Any, list[int], list[int]]) -> tuple[float, bool]:
             _, context, continuation = request
+            # A row that is too long loses its beginning, so that the whole continuation is scored.
             reads = self.client.read([*context, *continuation][-self.longest :])[-len(continuation) :]
             return sum(read.logprob for read in reads), all(read.rank == 1 for read in reads)
 
@@ -96,6 +97,7 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
                 )
             # As `HFLM` does, the question loses its beginning where answer and question do not fit.
             ids = self.tok_encode(text)[-(self.client.context - room) :]
+            # The number of the request is its seed, so that drawn answers repeat.
             seed = number if settings["do_sample"] else None
             sampling = {name: settings[name] for name in SAMPLING if seed is not None and name in settings}
             drawn = self.client.draw(ids, room, [self.end], seed, **sampling).ids

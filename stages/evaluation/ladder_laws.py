@@ -96,12 +96,14 @@ class Fit:
         """Returns value, low and high of the law itself at columns [C, n]: without the scatter of a run."""
         value, drawn = self._at(self.parameters[None], columns)[0], self._at(self.draws, columns)
         low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
+        # A band holds its value, also where all refits lie to one side of it.
         return value, np.minimum(low, value), np.maximum(high, value)
 
     def predict(self, point: Sequence[float]) -> Band:
         """Returns what is expected of one further run at a point."""
         at = np.asarray(point, float)[:, None]
         value, drawn = (self.form.value_of(p, at)[:, 0] for p in (self.parameters[None], self.draws))
+        # Another seed than that of the refits, so that the two are independent.
         scatter = np.random.default_rng(SEED + 1).choice(self.residuals, len(drawn))
         return band(float(self.form.unscaled(value)[0]), self.form.unscaled(drawn + scatter))
 
@@ -136,7 +138,7 @@ def band(value: float, drawn: Array) -> Band:
 
 
 def fit(form: Form, columns: Sequence[Sequence[float]], values: Sequence[float]) -> Fit:
-    """Fits a law. columns [C, n], values [n].
+    """Fits a law to points, given as columns [C, n] and values [n].
 
     Raises ValueError with a sentence if the points cannot carry it.
     """
@@ -156,6 +158,7 @@ def fit(form: Form, columns: Sequence[Sequence[float]], values: Sequence[float])
     # The fit takes up part of the scatter, by its number of parameters.
     freedom = len(y) - len(best)
     residuals = (y - law) * np.sqrt(len(y) / freedom)
+    # Centered, so that the refits do not drift away from the law.
     residuals = residuals - residuals.mean()
     drawn = law + np.random.default_rng(SEED).choice(residuals, (DRAWS, len(y)))
     # Each refit begins at the law, which is near, so that one start is enough.
@@ -202,18 +205,24 @@ def _line(x: Array, y: Array) -> tuple[float, float]:
 
 
 def _minimize(form: Form, starts: Array, x: Array, y: Array, scale: float | None) -> tuple[Array, Array]:
-    """Minimizes by Levenberg-Marquardt, from each start [B, P] to its own values [B, n].
-
-    Returns parameters and costs [B].
+    """Fits a form by Levenberg-Marquardt, from each of B starts on its own.
 
     Args:
+        form: The form with P parameters.
+        starts: The starts [B, P].
+        x: The places of the values.
+        y: The values [B, n] that each start is fitted to.
         scale: Standard deviation of the scatter, for Huber's weights; None: least squares.
+
+    Returns:
+        The parameters [B, P] and their costs [B].
     """
     theta, count = np.array(starts, float), starts.shape[1]
     damping = np.full(len(theta), 1e-2)
     rest = form.value_of(theta, x) - y
     cost = _cost(rest, scale)
     for _ in range(ITERATIONS):
+        # Huber's weights are 1 up to TUNING standard deviations, and fall beyond.
         weights = (
             np.ones_like(rest) if scale is None else np.minimum(1, TUNING * scale / np.maximum(np.abs(rest), 1e-300))
         )
@@ -250,6 +259,7 @@ def _cost(rest: Array, scale: float | None) -> Array:
 
 
 def _joint(p: Array, x: Array) -> Array:
+    # By logarithms, so that no parameter becomes negative and no power overflows.
     n, d = np.log(x)
     terms = [
         np.broadcast_to(p[:, :1], (len(p), x.shape[1])),
@@ -260,7 +270,10 @@ def _joint(p: Array, x: Array) -> Array:
 
 
 def _joint_starts(x: Array, y: Array) -> Array:
-    """Exponents of a grid, and floors below the least loss; the rest of the loss at the middle is shared."""
+    """Returns starts with the exponents of a grid, and with floors below the least loss.
+
+    The two other terms share the rest of the loss at the middle of the points.
+    """
     n, d = np.log(x).mean(1)
     starts = []
     for share in (0.2, 0.5, 0.8, 0.95):
@@ -283,8 +296,12 @@ def _power_starts(x: Array, y: Array) -> Array:
 
 
 def _sigmoid(p: Array, x: Array) -> Array:
-    """Parameters: logit of S0, logit of the part of 1 - S0 that is won, log of C_mid, log of B."""
+    """Returns the values of a sigmoid.
+
+    Its parameters are the logit of S0, the logit of the part of 1 - S0 that is won, the log of C_mid and the log of B.
+    """
     first = _share(p[:, :1])
+    # A point may have no compute; its score is then S0.
     slope, logs = np.exp(np.clip(p[:, 3:4], -20, 5)), np.log(np.maximum(x[0], 1e-300))
     return first + (1 - first) * _share(p[:, 1:2]) * _share(slope * (logs - p[:, 2:3]))
 

@@ -123,8 +123,10 @@ def pieces(
     A piece raises AtomError if a length leaves no room for a key, or if the documents are too few or too short.
 
     Args:
-        read: The documents in the order of a fixed lottery.
+        section: The settings of the evaluation.
+        tokenizer: The model's tokenizer, which decodes its answers.
         encode: Text to token ids, as in training.
+        read: Reads the documents in the order of a fixed lottery.
     """
 
     @cache
@@ -159,6 +161,9 @@ def items(section: ContextSection, length: int, encode: Encode, filler: Sequence
     The items depend only on the section and the filler.
 
     Args:
+        section: The settings of the evaluation.
+        length: Tokens of an item.
+        encode: Text to token ids, as in training.
         filler: The text around the keys, as tokens; an item starts at a drawn position of it.
     """
     question = encode(passkeys.QUESTION)

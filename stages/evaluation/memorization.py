@@ -159,6 +159,7 @@ def draw(config: MemorizationConfig, inputs: Inputs) -> list[Place]:
             "are all that carries no loss; lower evaluation.memorization.prefix_tokens or continuation_tokens"
         )
     drawn = [place for group in strata.values() for place in _first(config, group)]
+    # Held-out documents, seen 0 times, show how often a text is continued verbatim without having been read.
     for source, files in document_files(inputs["tokens"].path).items():
         drawn += _first(config, _heldout(config, source, files))
     return sorted(drawn, key=lambda place: (place["source"], place["split"], place["part"], place["ordinal"]))
@@ -214,6 +215,7 @@ def _heldout(config: MemorizationConfig, source: str, files: Sequence[tuple[int,
     import pyarrow.compute as pc
 
     eligible = (pc.field("source") == source) & (pc.field("split") == "heldout")
+    # `loss_from` counts tokens here. In an order it counts targets, one less, hence the other comparison there.
     eligible &= (pc.field("tokens") >= config.length) & (pc.field("loss_from") <= config.prefix_tokens)
     for part, file in files:
         for batch in stream_part_batches([file], ["id", "source", "split", "ordinal", "tokens", "loss_from"]):
@@ -251,7 +253,7 @@ def _continue(
 
 
 def stratum(times_seen: int) -> str:
-    """Returns the range of times seen of a document: `0`, `1`, `2-3`, `4-7`, …"""
+    """Returns the range that a number of times seen lies in: `0`, `1`, `2-3`, `4-7`, and so on."""
     # The largest power of two that is not above it.
     low = 1 << times_seen.bit_length() >> 1
     return str(times_seen) if low < 2 else f"{low}-{2 * low - 1}"
@@ -273,6 +275,7 @@ def summary(documents: Sequence[DocumentRow]) -> MemorizationScores:
 
 
 def _by_stratum(strata: Mapping[str, Sequence[DocumentRow]]) -> dict[str, Regurgitation]:
+    # By number, since as texts 16-31 would come before 2-3.
     return {name: _summarize(strata[name]) for name in sorted(strata, key=lambda name: int(name.split("-")[0]))}
 
 

@@ -44,6 +44,7 @@ from stages.generation.engine import LanguageModel
 from stages.generation.samplers import open_model
 
 VERSION = 3
+# Documents or problems that a model gets at once; a stage resumes after the last finished batch.
 ROWS_PER_BATCH = 32
 # Kinds of rows: the beginnings of the names of pieces. Each has a table of that name.
 KINDS = ("documents", "items", "passkey", "positions")
@@ -91,6 +92,7 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     """
     scores = measure(config, inputs["model"] / "model", inputs, work, out, report)
     published = {**scores, **config.engine.stated()}
+    # NaN is no JSON; a score that is none must end the stage here.
     (out / "scores.json").write_text(json.dumps(published, indent=1, sort_keys=True, allow_nan=False) + "\n")
     for task, row in scores["accuracy"].items():
         report.note(f"{task}: {row['value']:.3f} ± {row['se']:.3f} exact match on {row['n']} problems")
@@ -211,6 +213,8 @@ def summary(
         for source in sorted({row["source"] for row in documents})
     }
     size = sum(row["bytes"] for row in by_source.values())
+    # Errors of different sources are independent, so their squares add up, each weighted by its bytes. The sums are
+    # exactly rounded, and so the same in any order.
     pooled: Ratio = {
         "value": math.fsum(row["nll_bits"] for row in documents) / size,
         "se": math.sqrt(math.fsum((row["se"] * row["bytes"]) ** 2 for row in by_source.values())) / size,

@@ -168,8 +168,10 @@ def memorization_nodes(
     specs = []
     for model in _chosen(measured, every_model=False):
         config = settings | {"expected": _expected(measured, model, tokens)}
+        # Phases up to the one that made the model; it has not seen the data of later ones.
         read = [f"order-{name}" for name in trained[: trained.index(model.node) + 1]]
         inputs = {"model": f"export-{model.name}", "tokens": "tokenize"}
+        # A phase on prompts has no order.
         inputs |= {order: order for order in read if order in nodes}
         specs.append(NodeSpec(f"memorization-{model.name}", "memorization", config, inputs))
     return specs
@@ -191,6 +193,7 @@ def harness_nodes(measured: Measured, benchmarks: Mapping[str, Any]) -> list[Nod
 
 def _chosen(measured: Measured, every_model: bool) -> list[ExportedModel]:
     """Returns every model that is exported after its last step, or the final one alone."""
+    # A model with a step is a checkpoint from within a phase.
     whole = [model for model in measured.models.values() if model.step is None]
     return whole if every_model else whole[-1:]
 

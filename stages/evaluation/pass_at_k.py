@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 VERSION = 2
 # Number of the greedy answer among the samples.
 GREEDY = -1
+# Items that are answered together; a stage resumes after the last finished batch.
 ITEMS_PER_BATCH = 32
 # Kinds of items without a single right answer.
 JUDGED = ("courtesy",)
@@ -94,6 +95,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     rows = _rows(config, inputs)
     results = compute(_pieces(rows, config), work, _loader(rows, config, inputs, work, report.note), report)
     answered: list[Answer] = [answer for answers in results for answer in answers]
+    # In a batch all greedy answers come first; the table has the answers item by item.
     answered.sort(key=lambda row: (row["id"], row["sample"]))
     write_rows(out / "answers.parquet", ANSWERS, answered)
     scores = summary(answered)
@@ -225,6 +227,7 @@ class ChatModel:
 def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
     """Returns the greedy answers to the problems of a batch, then the samples to all of its items."""
     problems = [row for row in batch if row["kind"] not in JUDGED]
+    # A greedy answer draws nothing, so its seed is 0.
     answers = chat_model.answer([(row, GREEDY, 0) for row in problems], greedy=True) if problems else []
     # A judged request is answered once: it has no right answer that a vote of several could find.
     sample_requests = [
@@ -256,6 +259,7 @@ def _summarize_problems(items: Mapping[str, list[Answer]]) -> ProblemScores:
     sample_statistics = _answer_statistics(samples, "accuracy")
     correct = {id: sum(row["reward"] >= 1 for row in rows) for id, rows in samples.items()}
     at: dict[str, SeveralAnswers] = {}
+    # Up to the fewest samples of a problem, so that every k is measured on all problems.
     for k in powers_of_two(min(len(rows) for rows in samples.values())):
         at[str(k)] = {
             "tokens": k * sample_statistics["tokens"],
@@ -266,6 +270,7 @@ def _summarize_problems(items: Mapping[str, list[Answer]]) -> ProblemScores:
 
 
 def _majority_of(rows: Sequence[Answer], k: int) -> float:
+    # An answer that was cut off has no vote.
     votes = [row["answer"] if row["finished"] else None for row in rows]
     return majority_at(votes, {row["answer"] for row in rows if row["reward"] >= 1}, k)
 

@@ -35,7 +35,9 @@ def fit(flops: Sequence[float], losses: Sequence[float], floors: int = 400) -> d
     kept.
 
     Args:
-        floors: Values of c, from 0 on.
+        flops: FLOPs C of each run.
+        losses: Loss L of each run.
+        floors: Number of values of c in the grid, from 0 on.
     """
     x, y = np.log(np.asarray(flops)), np.asarray(losses)
     # The law is linear in log C for a given floor c, so that only c needs a search.
@@ -89,8 +91,11 @@ def accuracy_band(
     """Returns the logistic curve of runs in log C, and what it says of `target` FLOPs.
 
     Args:
+        flops: FLOPs C of each run.
+        accuracies: Accuracy of each run.
         items: The number that each accuracy is over; half an item is added to right and wrong ones, so that 0 and 1
             have a logit.
+        target: FLOPs for which the curve is read.
     """
     share = (np.asarray(accuracies) * items + 0.5) / (items + 1)
     x, logits = np.log(np.asarray(flops)), np.log(share / (1 - share))

@@ -97,8 +97,9 @@ class AnswerScores(TypedDict):
 
 
 def pass_at_1(scores: Mapping[str, AnswerScores]) -> dict[str, Mean]:
-    """Returns the accuracy of answers drawn at temperature 1 to all problems, by model; without models that answered
-    none.
+    """Returns the accuracy of answers drawn at temperature 1 to all problems, by model.
+
+    Models that answered no problem are left out.
     """
     totals = {name: model_scores["problems_all"] for name, model_scores in scores.items()}
     return {name: total["samples"]["accuracy"] for name, total in totals.items() if total}

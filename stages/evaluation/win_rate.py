@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 VERSION = 3
 ITEMS_PER_BATCH = 256
+# Pairs that scores.json shows.
 EXAMPLES = 8
 SIDES = ("model", "before")
 SIDE_COLUMNS = {"text": "string", "answer": "string", "finished": "bool", "tokens": "int32", "reward": "double"}
@@ -88,6 +89,7 @@ def _pair(row: Row, model: Answer, before: Answer) -> dict[str, Any]:
     """Returns a row of pairs.parquet: columns that both answers share, and those of each side."""
     from stages.tasks.rows import question
 
+    # Both answers have the same id, seed and verifier, so those of one side are enough.
     pair = {name: value for name, value in model.items() if name in PAIRS} | {"question": question(row)}
     columns: dict[str, Mapping[str, Any]] = {"model": model, "before": before}
     for side, answer in columns.items():
@@ -151,7 +153,9 @@ def summary(pairs: Sequence[dict[str, Any]]) -> PairScores:
     rate = clustered([0.5 if margin == 0 else float(margin > 0) for margin in margins])
     decided = wins + losses
     low, high = wilson(wins, decided) if decided else (0.0, 1.0)
+    # Ties count as half a win, as in the rate.
     rate_low, rate_high = wilson(wins + (len(pairs) - decided) / 2, len(pairs))
+    # By a hash of the id, so that the examples are neither chosen by anyone nor all of one kind.
     shuffled = sorted(pairs, key=lambda pair: hashlib.sha256(pair["id"].encode()).hexdigest())
     return {
         "win_rate": {**rate, "low": rate_low, "high": rate_high},

@@ -54,16 +54,18 @@ def _template() -> jinja2.Template:
 
 
 def render(messages: Sequence[Message], ask: bool = False, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The messages in the release's chat template; `ask` adds the beginning of an answer.
+    """Returns the messages in the release's chat template; `ask` adds the beginning of an answer.
 
-    tools: JSON schemas of the functions that may be called.
+    `tools` are the JSON schemas of the functions that may be called.
     """
     return _template().render(messages=messages, add_generation_prompt=ask, tools=tools)
 
 
 def after_calls(results: Sequence[str]) -> list[str]:
-    """The template's text between a turn of the assistant that calls tools and its next one, with the results of the
-    calls, in pieces."""
+    """Returns the template's text between a turn of the assistant that calls tools and its next one, in pieces.
+
+    The text contains the results of the calls.
+    """
     before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
     # Only the difference to the turn before is wanted, which the template decides.
     turn = render(before)
@@ -73,12 +75,12 @@ def after_calls(results: Sequence[str]) -> list[str]:
 
 
 def question_pieces(question: str) -> list[str]:
-    """The template's text up to the answer to a question, in pieces."""
+    """Returns the template's text up to the answer to a question, in pieces."""
     return _pieces(render([{"role": "user", "content": MARK}], ask=True), [question])
 
 
 def _pieces(text: str, contents: Sequence[str]) -> list[str]:
-    """The pieces of a text of the template, in which a MARK stands for each content.
+    """Returns the pieces of a text of the template, in which a MARK stands for each content.
 
     Each special token of the template is a piece of its own. A content that holds the name of a special token stands in
     a piece with other text, so an encoder of pieces can tell both.
@@ -90,14 +92,15 @@ def _pieces(text: str, contents: Sequence[str]) -> list[str]:
 
 
 def without_calls(messages: Sequence[Message]) -> list[Message]:
-    """The messages without calls of tools."""
+    """Returns the messages without calls of tools."""
     return [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
 
 
 def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Iterator[tuple[str, int]]:
-    """(text, number of leading characters without loss) of each turn of the assistant, with all earlier turns, but
-    without reasoning from before the last message of the user, which the template drops. tools: JSON schemas of the
-    tools that the conversation offers; None: calls of tools are left out.
+    """Yields (text, number of leading characters without loss) of each turn of the assistant, with all earlier turns.
+
+    Reasoning from before the last message of the user is missing, since the template drops it. `tools` are the JSON
+    schemas of the tools that the conversation offers; if it is None, calls of tools are left out.
 
     Raises ValueError in words if the messages are not a conversation, or contain the name of a special token, which
     training could not distinguish from the token.
@@ -116,7 +119,7 @@ def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
 
 
 def features(text: str) -> list[str]:
-    """The FEATURES of a document that `turns` made."""
+    """Returns the FEATURES of a document that `turns` made."""
     opening, _, _ = text.partition(TURN_END)
     is_system = opening.startswith(f"{TURN_START}system\n")
     message, tools, _ = opening.removeprefix(f"{TURN_START}system\n").partition(TOOLS_BEGIN)
@@ -125,7 +128,7 @@ def features(text: str) -> list[str]:
 
 
 def prompt_chars(text: str) -> int:
-    """The number of leading characters without loss of a document that `turns` made."""
+    """Returns the number of leading characters without loss of a document that `turns` made."""
     return text.rindex(BEGIN) + len(BEGIN)
 
 
@@ -153,7 +156,7 @@ def check(messages: Sequence[Message], calls: bool = False) -> None:
 
 
 def control_tokens(text: str) -> list[str]:
-    """The special tokens whose names are in a text, in their order."""
+    """Returns the special tokens whose names are in a text, in their order."""
     return SPECIAL.findall(text)
 
 
@@ -164,7 +167,7 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _special_token(text: str) -> str | None:
-    """A special token whose name is in the text, if any."""
+    """Returns a special token whose name is in the text, if any."""
     return next((token for token in SPECIAL_TOKENS if token in text), None)
 
 
@@ -180,7 +183,7 @@ def _is_call(call: Any) -> bool:
 
 
 class MessagesRow(TypedDict):
-    """A conversation. tools: the JSON of a list of schemas, None without tools."""
+    """A conversation; `tools` is the JSON of a list of schemas, None without tools."""
 
     id: Annotated[str, "string"]
     license: Annotated[str, "string"]
@@ -189,7 +192,10 @@ class MessagesRow(TypedDict):
 
 
 def arrow_schema() -> Any:
-    """The schema of a table of MessagesRow. Arguments of a call are their JSON, because those of two tools differ."""
+    """Returns the schema of a table of MessagesRow.
+
+    Arguments of a call are their JSON, because those of two tools differ.
+    """
     import pyarrow as pa
 
     function = pa.struct([("name", pa.string()), ("arguments", pa.string())])
@@ -201,7 +207,7 @@ def arrow_schema() -> Any:
 
 
 def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
-    """(messages, schemas of tools) of a text that `turns` made.
+    """Returns (messages, schemas of tools) of a text that `turns` made.
 
     Raises ValueError if the template does not render them to the same text.
     """
@@ -226,7 +232,7 @@ def parse(text: str) -> tuple[list[dict[str, Any]], list[Any]]:
 
 
 def _answer(content: str) -> dict[str, Any]:
-    """The fields of a turn of the assistant."""
+    """Returns the fields of a turn of the assistant."""
     fields: dict[str, Any] = {}
     if content.startswith(f"{THINK_START}\n") and f"\n{THINK_END}\n\n" in content:
         reasoning, _, content = content.removeprefix(f"{THINK_START}\n").partition(f"\n{THINK_END}\n\n")

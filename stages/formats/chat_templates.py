@@ -131,6 +131,6 @@ def training_template() -> str:
 
 
 def inference_template() -> str:
-    """The training template without the lines of its `generation` blocks."""
+    """Returns the training template without the lines of its `generation` blocks."""
     lines = TRAINING.splitlines(keepends=True)
     return "".join(line for line in lines if line.strip() not in ("{%- generation -%}", "{%- endgeneration -%}"))

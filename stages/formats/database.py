@@ -1,5 +1,7 @@
-"""DuckDB for reductions over tables of any size: bounded memory, temporary files in the work folder, one sentence for
-each error."""
+"""DuckDB for reductions over tables of any size.
+
+Memory is bounded, temporary files are in the work folder, and each error is one sentence.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def connect(work: Path, memory: str = "1GB", threads: int = 1) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A context with an empty database, which is removed at the end. What exceeds `memory` is written below `work`.
+    """Opens a context with an empty database, which is removed at the end.
+
+    Data that exceed `memory` are written below `work`.
 
     The order of rows is that of ORDER BY alone. Errors of DuckDB inside the context become MachineError for a lack of
     space, and otherwise AtomError, in one sentence.

@@ -49,7 +49,7 @@ _RECORD: TypeAdapter[_Record] = TypeAdapter(_Record)
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:
-    """The SHA-256 of each file."""
+    """Returns the SHA-256 of each file."""
     digests: list[str] = []
     for folder, files in groupby(paths, key=lambda path: path.parent):
         digests += _digests_in(folder, list(files))
@@ -75,6 +75,7 @@ def _digests_in(folder: Path, paths: Sequence[Path]) -> list[str]:
     return digests
 
 
+# Remembered in the process too, where no record can be written.
 @cache
 def _digest_of_version(path: Path, version: Version) -> str:
     return sha256_file(path)
@@ -82,10 +83,12 @@ def _digest_of_version(path: Path, version: Version) -> str:
 
 def _version(path: Path) -> Version:
     entry = path.stat()
+    # With ctime, since a program can set the time of modification back, but not that of change.
     return entry.st_size, entry.st_mtime_ns, entry.st_ino, entry.st_ctime_ns
 
 
 def _path(folder: Path) -> Path:
+    # Named by a hash, since a path may be too long for the name of a file.
     return home_folder() / "digests" / f"{sha256_bytes(os.fsencode(folder.absolute()))}.json"
 
 
@@ -128,5 +131,5 @@ def _save(folder: Path, new: dict[str, tuple[Version, str]]) -> None:
 
 
 def tree_digest(files: Iterable[tuple[str, str]]) -> str:
-    """`sha256:` over the (relative path, digest) of the files, in their order."""
+    """Returns `sha256:` over the (relative path, digest) of the files, in their order."""
     return f"sha256:{sha256_bytes(canonical([list(row) for row in files]))}"

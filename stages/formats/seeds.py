@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def seed_of(label: str, seed: int) -> int:
-    """A 64-bit seed for one purpose: different labels give independent streams of the same recipe seed."""
+    """Returns a 64-bit seed for one purpose: different labels give independent streams of the same recipe seed."""
     return int.from_bytes(hashlib.sha256(f"{label}\0{seed}".encode()).digest()[:8], "big")
 
 
 def split_mix(numbers: NDArray[np.uint64], label: str, seed: int) -> NDArray[np.uint64]:
-    """The hash of each number by SplitMix64 (Steele et al. 2014), in the same shape."""
+    """Returns the hash of each number by SplitMix64 (Steele et al. 2014), in the same shape."""
     import numpy as np
 
     with np.errstate(over="ignore"):
@@ -27,7 +27,7 @@ def split_mix(numbers: NDArray[np.uint64], label: str, seed: int) -> NDArray[np.
 
 
 def permutation(n: int, label: str, seed: int) -> NDArray[np.int64]:
-    """A permutation of 0..n-1, shape [n].
+    """Returns a permutation of 0..n-1, shape [n].
 
     Indices are sorted by their hash, so that the result is fixed by arithmetic; the streams of numpy's generators may
     change between its releases.

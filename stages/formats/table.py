@@ -58,7 +58,7 @@ class DocumentRow(TypedDict):
 
 
 class FailedRow(TypedDict):
-    """A document that could not be read; license: that of its source."""
+    """A document that could not be read; its license is that of its source."""
 
     id: String
     source: String
@@ -188,7 +188,7 @@ class OrderRow(TypedDict):
 
 
 def columns_of(row: type[Any]) -> dict[str, str]:
-    """{column: Arrow type by name} of a table whose rows are such a TypedDict."""
+    """Returns {column: Arrow type by name} of a table whose rows are such a TypedDict."""
     return {name: hint.__metadata__[0] for name, hint in get_type_hints(row, include_extras=True).items()}
 
 
@@ -212,12 +212,15 @@ def content_hash(text: str) -> str:
 
 
 def hash_columns(buckets: int) -> dict[str, str]:
-    """The columns of the hashes of a source's filtered documents. buckets: of MinHash; 0 for a source without."""
+    """Returns the columns of the hashes of a source's filtered documents.
+
+    `buckets` are those of MinHash, 0 for a source without a search for near duplicates.
+    """
     return dict.fromkeys(["hash_high", "hash_low", *(f"band_{n:02d}" for n in range(buckets))], "uint64")
 
 
 def short_hash(id: str) -> int:
-    """64 bits that stand for an id where all ids of a corpus are compared."""
+    """Returns 64 bits that stand for an id where all ids of a corpus are compared."""
     return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
 
 
@@ -236,7 +239,9 @@ def write_rows(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[st
 
 @contextmanager
 def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A context with a function that writes one row and buffers a row group of at most GROUP_BYTES characters of text.
+    """Opens a context with a function that writes one row.
+
+    The function buffers a row group of at most GROUP_BYTES characters of text.
 
     The bytes are those of `write_table` where no row group has more.
     """
@@ -271,8 +276,11 @@ def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Map
 
 @contextmanager
 def table_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[pa.Table], None]]:
-    """A context with a function that writes the rows of a table, with these columns in any order and of types that cast
-    to theirs. It buffers a row group, which ends when it has ROWS_PER_GROUP rows or GROUP_BYTES."""
+    """Opens a context with a function that writes the rows of a table.
+
+    The table has these columns, in any order and of types that cast to theirs. The function buffers a row group, which
+    ends when it has ROWS_PER_GROUP rows or GROUP_BYTES.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -351,7 +359,7 @@ def order_files(folder: Path) -> list[Path]:
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns of a table. Raises the errors of `read_table`."""
+    """Returns the columns of a table. Raises the errors of `read_table`."""
     import pyarrow.parquet as pq
 
     with read_errors(path):
@@ -360,19 +368,19 @@ def column_names(path: Path) -> list[str]:
 
 
 def stream_parts(files: Iterable[Path], columns: list[str]) -> Iterator[Any]:
-    """The rows of several files of one table, as `stream_rows` gives those of each."""
+    """Yields the rows of several files of one table, as `stream_rows` gives those of each."""
     for path in files:
         yield from stream_rows(path, columns)
 
 
 def stream_rows(path: Path, columns: list[str]) -> Iterator[Any]:
-    """The rows of a file of any size, a few thousand in memory at a time. Raises the errors of `read_table`."""
+    """Yields the rows of a file of any size, a few thousand in memory at a time. Raises the errors of `read_table`."""
     for batch in stream_batches(path, columns):
         yield from batch.to_pylist()
 
 
 def stream_batches(path: Path, columns: list[str], rows: int = 4096) -> Iterator[pa.RecordBatch]:
-    """The rows of a file of any size as Arrow batches of at most `rows`, each of one row group.
+    """Yields the rows of a file of any size as Arrow batches of at most `rows`, each of one row group.
 
     Raises the errors of `read_table`.
     """
@@ -384,13 +392,13 @@ def stream_batches(path: Path, columns: list[str], rows: int = 4096) -> Iterator
 
 
 def stream_part_batches(files: Iterable[Path], columns: list[str], rows: int = 65_536) -> Iterator[pa.RecordBatch]:
-    """The rows of several files of one table, as `stream_batches` gives those of each."""
+    """Yields the rows of several files of one table, as `stream_batches` gives those of each."""
     for path in files:
         yield from stream_batches(path, columns, rows)
 
 
 def rows_at(path: Path, numbers: Sequence[int], columns: list[str]) -> Iterator[Any]:
-    """The rows of a file with these increasing numbers, from 0; reads the row groups that hold them.
+    """Yields the rows of a file with these increasing numbers, from 0; reads the row groups that hold them.
 
     Raises the errors of `read_table`.
     """
@@ -409,7 +417,7 @@ def rows_at(path: Path, numbers: Sequence[int], columns: list[str]) -> Iterator[
 
 
 def row_count(path: Path) -> int:
-    """The number of rows of a file. Raises the errors of `read_table`."""
+    """Returns the number of rows of a file. Raises the errors of `read_table`."""
     import pyarrow.parquet as pq
 
     with read_errors(path):
@@ -442,5 +450,5 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def split_of(content_hash: str, heldout_fraction: float) -> str:
-    """The split of a document, by the hash of its text only."""
+    """Returns the split of a document, by the hash of its text only."""
     return "heldout" if int(content_hash[:16], 16) < heldout_fraction * 2**64 else "train"

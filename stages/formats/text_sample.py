@@ -20,8 +20,11 @@ PENDING = 1_000_000  # documents that are collected before those with larger has
 
 
 def choose_files(kept: Path, leave_out: Collection[str], size: int) -> dict[str, list[Path]]:
-    """The files of kept documents of each source from which a sample of `size` bytes is drawn: all, or as many of them,
-    in the order of a hash of their number, as have SPARE times these bytes. Reads their footers only."""
+    """Returns the files of kept documents of each source from which a sample of `size` bytes is drawn.
+
+    These are all files, or as many of them, in the order of a hash of their number, as have SPARE times these bytes.
+    Reads their footers only.
+    """
     import pyarrow.parquet as pq
 
     chosen = {}
@@ -48,8 +51,11 @@ def _text_bytes(footer: Any) -> int:
 class Sample:
     """The documents of a split of a source with the least content hashes, an order that mixes the parts of a source.
 
-    split: None for documents before the split. hashes: their first 64 bits, ascending. lengths: bytes of the texts.
-    Each has shape [documents].
+    Attributes:
+        files: The files of the source.
+        split: Name of the split; None for documents before the split.
+        hashes: The first 64 bits of the content hashes, ascending [documents].
+        lengths: Bytes of the texts [documents].
     """
 
     files: Sequence[Path]
@@ -59,7 +65,7 @@ class Sample:
 
     @classmethod
     def draw(cls, files: Sequence[Path], split: str | None, documents: int, size: int = 0) -> Sample:
-        """At least so many documents and `size` bytes, or all documents if there are less."""
+        """Returns at least so many documents and `size` bytes, or all documents if there are less."""
         import numpy as np
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -87,7 +93,7 @@ class Sample:
         return cls(files, split, hashes, lengths)
 
     def texts(self, count: int) -> Iterator[list[str]]:
-        """The texts of the first `count` documents, in the order of the files and a few at a time."""
+        """Yields the texts of the first `count` documents, in the order of the files and a few at a time."""
         import pyarrow as pa
 
         if not count:
@@ -98,7 +104,7 @@ class Sample:
 
 
 def _rows_of(path: Path, split: str | None) -> Iterator[pa.RecordBatch]:
-    """Texts and hashes of the documents of a split, some at a time."""
+    """Yields the texts and hashes of the documents of a split, some at a time."""
     import pyarrow.compute as pc
 
     columns = ["text", "content_hash"]
@@ -107,15 +113,18 @@ def _rows_of(path: Path, split: str | None) -> Iterator[pa.RecordBatch]:
 
 
 def _hashes(rows: pa.RecordBatch) -> NDArray[np.uint64]:
-    """The first 64 bits of the content hash of each document."""
+    """Returns the first 64 bits of the content hash of each document."""
     import numpy as np
 
     return np.array([int(hash[:16], 16) for hash in rows["content_hash"].to_pylist()], np.uint64)
 
 
 def interleave(lengths: Mapping[str, Sequence[int] | NDArray[np.int64]], limit: int) -> dict[str, int]:
-    """The number of documents to take of each source, in their order, so that all sources have equal bytes, until a
-    source is exhausted, up to `limit` bytes in total. lengths: the bytes of each document, by source."""
+    """Returns the number of documents to take of each source, so that all sources have equal bytes.
+
+    Documents are taken in their order, until they have `limit` bytes in total. A source that is exhausted gives no
+    more; the others go on. `lengths` are the bytes of each document, by source.
+    """
     counts, taken, total = dict.fromkeys(sorted(lengths), 0), dict.fromkeys(sorted(lengths), 0), 0
     while taken and total < limit:
         name = min(taken, key=lambda n: (taken[n], n))

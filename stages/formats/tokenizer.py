@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer that transformers, vLLM and llama.cpp load unchanged.
+"""Stage `tokenizer`: trains a byte-level BPE tokenizer that transformers, vLLM and llama.cpp load unchanged.
 
 The pre-tokenizer is Qwen2's pattern (llama.cpp: `pre=qwen2`), which splits digits singly. There is no normalizer, so
 that decode(encode(x)) == x for any text.
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 VERSION = 3
 
+# Their order gives their ids in a trained tokenizer, from 0 on.
 PAD, END, TURN_START, TURN_END, THINK_START, THINK_END = SPECIAL_TOKENS = (
     "<|pad|>",
     "<|endoftext|>",
@@ -79,11 +80,13 @@ class TokenizerSection(Config):
 
 
 def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Train on a sample of the training split and seal tokenizer files and `stats.json` (bytes per token by source).
+    """Trains on a sample of the training split and seals tokenizer files and `stats.json` (bytes per token by source).
 
-    inputs["dedup"]: kept documents; inputs["import"]: a published model, whose tokenizer is taken over instead. Of a
-    large source only some parts are read, and the texts are streamed. Raises RecipeError if the corpus cannot yield
-    vocab_size tokens.
+    `inputs["dedup"]` holds the kept documents. If there is `inputs["import"]`, a published model, its tokenizer is
+    taken over instead. Of a large source only some parts are read, and the texts are streamed.
+
+    Raises:
+        RecipeError: The corpus cannot yield vocab_size tokens.
     """
     if "import" in inputs:
         _take_over(config, inputs, out, report)
@@ -111,6 +114,7 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     heldout = {name: Sample.draw(source_files, "heldout", REPORTED) for name, source_files in files.items()}
     ratios = bytes_per_token(
         load_for_corpus(out / "tokenizer.json"),
+        # A source without held-out documents is measured on training documents.
         {name: heldout[name] if len(heldout[name].lengths) else train[name] for name in files},
     )
     stats = {
@@ -165,7 +169,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def tokenizer_config() -> dict[str, Any]:
-    """The content of tokenizer_config.json, without the length of a model's context."""
+    """Returns the content of tokenizer_config.json, without the length of a model's context."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -180,12 +184,15 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def load_for_corpus(path: Path) -> Tokenizer:
-    """The tokenizer that encodes documents: names of special tokens occurring in a text are ordinary bytes to it."""
+    """Returns the tokenizer that encodes documents.
+
+    Names of special tokens that occur in a text are ordinary bytes to it.
+    """
     return for_corpus(json.loads(path.read_text("utf-8")))
 
 
 def for_corpus(content: dict[str, Any]) -> Tokenizer:
-    """The same, from the content of its tokenizer.json.
+    """Returns the tokenizer of `load_for_corpus` from the content of its tokenizer.json.
 
     `tokenizers` looks for added tokens that are not special in every text, so all are special here.
     """
@@ -196,7 +203,7 @@ def for_corpus(content: dict[str, Any]) -> Tokenizer:
 
 
 def without_special(tokenizer: Any) -> Any:
-    """A tokenizer of transformers that reads names of special tokens in a text as text, as in training.
+    """Returns a tokenizer of transformers that reads names of special tokens in a text as text, as in training.
 
     It is changed in place: for each text, transformers sets anew whether the backend looks for them.
     """
@@ -213,7 +220,7 @@ def _from_description(content: dict[str, Any]) -> Tokenizer:
 
 
 def bytes_per_token(tokenizer: Tokenizer, samples: Mapping[str, Sample]) -> dict[str, Any]:
-    """Bytes per token by source, on at most REPORTED documents of each sample."""
+    """Returns the bytes per token by source, on at most REPORTED documents of each sample."""
     stats = {}
     for name, sample in sorted(samples.items()):
         documents = min(REPORTED, len(sample.lengths))
@@ -234,7 +241,7 @@ def bytes_per_token(tokenizer: Tokenizer, samples: Mapping[str, Sample]) -> dict
 
 
 def untrained() -> Tokenizer:
-    """A byte-level BPE tokenizer with the pre-tokenizer of this project, without tokens."""
+    """Returns a byte-level BPE tokenizer with the pre-tokenizer of this project, without tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE())
@@ -247,12 +254,13 @@ def untrained() -> Tokenizer:
 
 
 def bpe_trainer(vocab_size: int) -> BpeTrainer:
-    """A trainer whose tokenizers have all bytes and the special tokens."""
+    """Returns a trainer whose tokenizers have all bytes and the special tokens."""
     from tokenizers import pre_tokenizers, trainers
 
     return trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
+        # All bytes are tokens, also those that the sample lacks, so that any text can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -57,8 +57,10 @@ class BenchmarksConfig(Config):
 
 
 def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seals `items.parquet`; of each task `data/<task>/<split>.parquet`, the splits that it reads; of each set with a
-    folder `folders/<set>/`, its files; and `tasks.json`: sets with their tasks and licenses.
+    """Seals the items of the benchmarks, and what their tasks need to be run again.
+
+    The files are `items.parquet`; of each task `data/<task>/<split>.parquet`, the splits that it reads; of each set
+    with a folder `folders/<set>/`, its files; and `tasks.json`, the sets with their tasks and licenses.
 
     Raises AtomError if a task or its data is missing, or two sets have a task of one name.
     """
@@ -89,7 +91,10 @@ def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report:
 
 
 def load_tasks(task_set: TaskSet, folder: Path | None) -> dict[str, Any]:
-    """The harness's tasks of a set with their data, by name. Raises AtomError if one is unknown or cannot be read."""
+    """Returns the harness's tasks of a set with their data, by name.
+
+    Raises AtomError if one is unknown or cannot be read.
+    """
     manager = task_manager(folder)
     if unknown := [name for name in task_set.tasks if name not in manager.all_subtasks]:
         raise AtomError(
@@ -109,12 +114,15 @@ def load_tasks(task_set: TaskSet, folder: Path | None) -> dict[str, Any]:
 
 
 def load_task(manager: Any, name: str, settings: Mapping[str, Any]) -> Any:
-    """A task of the harness with some settings in place of those of its YAML file, which only groups can have."""
+    """Returns a task of the harness with some settings in place of those of its YAML file.
+
+    Only a group can replace settings, so the task is loaded as the one of a group.
+    """
     return manager.load({"group": "sealed", "task": [{"task": name, **settings}]})["tasks"][name]
 
 
 def task_manager(folder: Path | None) -> Any:
-    """The harness's index of tasks: of a folder alone, or its own. Raises AtomError without the harness."""
+    """Returns the harness's index of tasks: of a folder alone, or its own. Raises AtomError without the harness."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -130,7 +138,7 @@ def in_folder(folder: Path | None) -> Iterator[None]:
 
 
 def data_folder(task: str) -> str:
-    """The folder of a task's splits; names of subtasks may have other characters than files."""
+    """Returns the folder of a task's splits; names of subtasks may have other characters than files."""
     return f"data/{re.sub(r'[^A-Za-z0-9._-]', '_', task)}"
 
 
@@ -157,7 +165,7 @@ def _question(task: Any, document: Mapping[str, Any]) -> str:
 
 
 def texts_of(benchmarks: Artifact) -> list[tuple[str, str]]:
-    """(id, text that must not occur in training data) of every item."""
+    """Returns (id, text that must not occur in training data) of every item."""
     return [(row["id"], row["text"]) for row in read_table(benchmarks / "items.parquet", ["id", "text"]).to_pylist()]
 
 

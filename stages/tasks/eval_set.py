@@ -37,8 +37,10 @@ Requests = Annotated[int, Range(0, 10_000)]
 
 
 class ChatItems(Config):
-    """Evaluation items in conversations: the problems of `evaluation.problems`, further ones for validation, and
-    requests for courteous notes."""
+    """Evaluation items in conversations.
+
+    These are the problems of `evaluation.problems`, further ones for validation, and requests for courteous notes.
+    """
 
     validation: dict[Task, Items] = Field(
         {}, max_length=len(TASKS), description="number of further problems by task, for choosing settings"
@@ -56,7 +58,7 @@ class ItemsConfig(Config):
 
 
 def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `items.parquet`: id, task, prompt, answer, and the text that must not occur in training data.
+    """Seals `items.parquet`: id, task, prompt, answer, and the text that must not occur in training data.
 
     The seed's label differs from that of the training problems, so the two streams are independent; a training
     problem may equal an item by chance, and is then removed and counted by curation.
@@ -88,7 +90,7 @@ def _too_many(setting: str) -> Iterator[None]:
 
 
 def courtesy_row(id: str, request: courtesy_notes.Request, verifier: str = "courtesy", **extra_fields: Any) -> Row:
-    """The row for a request for a courteous note."""
+    """Returns the row for a request for a courteous note."""
     fields = {"act": request.act.name, "who": request.who, "what": request.what, **extra_fields}
     return to_row(id, request.text, verifier, "courtesy", 1, **fields)
 
@@ -115,12 +117,12 @@ def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Ite
 
 
 def chat_rows(items: Artifact) -> list[dict[str, Any]]:
-    """The items for conversations, if the recipe has them."""
+    """Returns the items for conversations, if the recipe has them."""
     return read_jsonl(items / CHAT) if (items / CHAT).exists() else []
 
 
 def texts_of(items: Artifact) -> list[tuple[str, str]]:
-    """(id, text that must not occur in training data) of every item."""
+    """Returns (id, text that must not occur in training data) of every item."""
     rows = read_table(items / "items.parquet", ["id", "text"]).to_pylist()
     texts = {row["id"]: row["text"] for row in rows}
     return list({**{row["id"]: question(row) for row in chat_rows(items)}, **texts}.items())

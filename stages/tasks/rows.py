@@ -13,9 +13,9 @@ Row = Mapping[str, Any]
 def to_row(
     id: str, prompt: str | Sequence[Mapping[str, str]], /, verifier: str, kind: str, level: int, **fields: Any
 ) -> dict[str, Any]:
-    """A task in NeMo Gym's row format.
+    """Returns a task in NeMo Gym's row format.
 
-    prompt: the user's question, or the messages up to it. fields: the verifier's own; one may also be called
+    `prompt` is the user's question, or the messages up to it. `fields` are the verifier's own; one may also be called
     `prompt`.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
@@ -24,10 +24,10 @@ def to_row(
 
 
 def bin_of(row: Row) -> str:
-    """The bin of tasks of one kind and level that a task belongs to."""
+    """Returns the bin of tasks of one kind and level that a task belongs to."""
     return f"{row['kind']}/{row['level']}"
 
 
 def question(row: Row) -> str:
-    """The user's question: the content of the last message."""
+    """Returns the user's question: the content of the last message."""
     return str(row["responses_create_params"]["input"][-1]["content"])

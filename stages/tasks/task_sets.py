@@ -137,9 +137,9 @@ class HarnessSection(Config):
         return self
 
     def tokens(self, served: bool) -> int:
-        """Tokens that the evaluation of one model reads, as assumed for `atom plan`.
+        """Returns the number of tokens that the evaluation of one model reads, as assumed for `atom plan`.
 
-        served: by vLLM, which reads an item once with each choice.
+        If `served`, the evaluator is vLLM, which reads an item once with each choice.
         """
         total = 0
         for tasks, items, letters in (
@@ -152,13 +152,13 @@ class HarnessSection(Config):
         return total
 
     def tasks(self) -> int:
-        """The number of all tasks."""
+        """Returns the number of all tasks."""
         return sum(len(TASK_SETS[name].tasks) for name in self.sets) + sum(len(folder.tasks) for folder in self.folders)
 
     def task_sets(self, base: Path, where: str) -> tuple[TaskSet, ...]:
-        """The sets with the digests of their folders.
+        """Returns the sets with the digests of their folders.
 
-        base: the folder of the recipe. Raises RecipeError if a folder is missing, has no YAML file, or differs
+        `base` is the folder of the recipe. Raises RecipeError if a folder is missing, has no YAML file, or differs
         from its pin.
         """
         return (*(TASK_SETS[name] for name in self.sets), *(_of_folder(tasks, base, where) for tasks in self.folders))

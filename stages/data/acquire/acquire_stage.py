@@ -1,4 +1,4 @@
-"""Acquire one source: read files, or generate from a seed, documents with their id, license and origin.
+"""Stage `acquire`: reads or generates the documents of one source, with their id, license and origin.
 
 A document that is not used, because its license is unknown or it opts out, is a row of `failed` with the reason.
 
@@ -75,8 +75,9 @@ class AcquireConfig(Config):
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Read one source into `documents`, and the rows that are no documents into `failed`; `source.json` declares
-    license, evidence, tree digest and counts.
+    """Reads one source into `documents`, and the rows that are no documents into `failed`.
+
+    `source.json` declares license, evidence, tree digest and counts.
 
     Resumes after the last sealed part. Raises AtomError if a file is corrupt, if the tree digest differs from the
     config's, if two documents have the same id, or if many documents cannot be read.
@@ -92,9 +93,9 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
 
 def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, out: Path, report: Report) -> None:
-    """Joins the parts into `out` and writes `source.json`. files: the number of files that were read.
+    """Joins the parts into `out` and writes `source.json`.
 
-    Raises AtomError if there is no document, or if two have the same id.
+    `files` is the number of files that were read. Raises AtomError if there is no document, or if two have the same id.
     """
     source = config.source
     counts = {name: sum(part.facts[name] for part in parts) for name in ("documents", "documents_found", "bytes")}
@@ -219,7 +220,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
 
 
 def _license(source: Source, document: Document) -> tuple[str, LicenseFound]:
-    """The license of a document, and how it was found."""
+    """Returns the license of a document, and how it was found."""
     if document.license is not None:
         return document.license, document.license_found
     license = source.document_license or source.license
@@ -227,7 +228,7 @@ def _license(source: Source, document: Document) -> tuple[str, LicenseFound]:
 
 
 def document_row(source: Source, id: str, document: Document) -> DocumentRow:
-    """The row of a document that a reader gave."""
+    """Returns the row of a document that a reader gave."""
     place = f"{source.origin}#{document.location}" if document.location else source.origin
     return {
         "id": id,
@@ -242,7 +243,7 @@ def document_row(source: Source, id: str, document: Document) -> DocumentRow:
 
 @contextmanager
 def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A context with a function that writes a row of a table.
+    """Opens a context with a function that writes a row of a table.
 
     No file is written for a reader that does not state it.
     """
@@ -254,7 +255,7 @@ def _writer(is_stated: bool, path: Path, columns: Mapping[str, str]) -> Iterator
 
 
 def _documents(config: AcquireConfig, files: Files) -> Iterator[Read]:
-    """The documents of the reader; one whose text has no UTF-8 form has failed."""
+    """Yields the documents of the reader; one whose text has no UTF-8 form has failed."""
     for document in config.source.reader.documents(config.source.name, config.seed, files):
         if isinstance(document, Document | Unmapped) and not is_unicode(document.text):
             yield Failed(document.name, "its text holds a lone surrogate, which is not Unicode")
@@ -313,7 +314,7 @@ class _Selection:
 
 
 def _repeated(hashes: array[int]) -> set[int]:
-    """The values that occur twice."""
+    """Returns the values that occur twice."""
     import numpy as np
 
     values = np.sort(np.frombuffer(hashes, np.uint64))
@@ -321,8 +322,10 @@ def _repeated(hashes: array[int]) -> set[int]:
 
 
 def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[str, str]]) -> None:
-    """Raises AtomError if the files that were read are not those of the tree digest, and removes the parts made from
-    them, so that a later attempt reads again."""
+    """Raises AtomError if the files that were read are not those of the tree digest.
+
+    The parts made from them are removed, so that a later attempt reads again.
+    """
     digest = tree_digest(files)
     if digest == source.tree_digest:
         return
@@ -360,7 +363,10 @@ def inspect(config: AcquireConfig) -> list[str]:
 
 
 def estimate(config: AcquireConfig) -> Estimate:
-    """Without an expected size: seconds for a source from Python's library or from a seed, none for files."""
+    """Returns the estimate by the expected size of the source.
+
+    Without one, the time is a few seconds for a source from Python's library or from a seed, and unknown for files.
+    """
     size, reader = config.source.expected, config.source.reader
     if size is None:
         return estimates.estimate("acquire", None, None if isinstance(reader, FileReader) else 5.0)

@@ -48,9 +48,13 @@ class Failures:
     """The failed documents of a part, or of the parts of a source."""
 
     def __init__(self, subject: str = "", problem: str = "", most_share: float = MOST_SHARE, kept: int = SHOWN) -> None:
-        """The sentence if there are too many continues after `subject: 11 of 100 documents`.
+        """Begins without failures.
 
-        most_share: in place of MOST_SHARE; kept: the number of failures whose names are kept.
+        Args:
+            subject: The beginning of the sentence if there are too many: `subject: 11 of 100 documents`.
+            problem: The rest of that sentence.
+            most_share: The largest share of failures that is no error.
+            kept: The number of failures whose names are kept.
         """
         self.subject, self.problem, self.most_share, self.kept = subject, problem, most_share, kept
         self.count = 0
@@ -80,7 +84,7 @@ class Failures:
 
     @classmethod
     def joined(cls, parts: Iterable[FailureFacts], kept: int = SHOWN) -> Failures:
-        """The failures of all parts."""
+        """Returns the failures of all parts."""
         failures = cls(kept=kept)
         for facts in parts:
             failures.count += facts["count"]
@@ -97,7 +101,7 @@ def kind_of(document: Unmapped | Refused) -> str:
 
 
 def refused_row(source: str, id: str, document: Unmapped | Refused) -> FailedRow:
-    """The row of `failed`. Its license is not that of the source, which covers the documents that are used."""
+    """Returns the row of `failed`. Its license is not that of the source, which covers the documents that are used."""
     if isinstance(document, Refused):
         license, reason = document.license or UNKNOWN_WEB, document.reason
     else:
@@ -135,7 +139,7 @@ class LicenseTally:
             self.unmapped[string] += 1
 
     def facts(self) -> dict[str, Any]:
-        """The counts as JSON: `licenses`, and `licenses_unmapped` of the most frequent strings.
+        """Returns the counts as JSON: `licenses`, and `licenses_unmapped` of the most frequent strings.
 
         Empty for a source whose license is that of every document.
         """
@@ -151,13 +155,13 @@ class LicenseTally:
         return {"licenses": rows} | ({"licenses_unmapped": listed} if listed else {})
 
     def part_facts(self) -> dict[str, Any]:
-        """The counts as JSON, for `joined`."""
+        """Returns the counts as JSON, for `joined`."""
         counts = [[*key, count, self.bytes[key]] for key, count in sorted(self.documents.items())]
         return {"counts": counts, "unmapped": sorted(self.unmapped.items())}
 
     @classmethod
     def joined(cls, parts: Iterable[dict[str, Any]]) -> LicenseTally:
-        """The counts of all parts."""
+        """Returns the counts of all parts."""
         tally = cls()
         for part in parts:
             for license, basis, documents, size in part["counts"]:

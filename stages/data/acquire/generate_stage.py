@@ -51,7 +51,7 @@ SETTING = "reader.engine"
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Draws the texts of a source, and seals them as stage `acquire` seals documents.
 
-    inputs["parent"]: the acquired documents of the source that the texts are made from.
+    `inputs["parent"]` holds the acquired documents of the source that the texts are made from.
 
     Resumes after the last sealed batch. Raises RecipeError if the generator's files are not those that are pinned, and
     AtomError if it cannot be loaded or there is no document.
@@ -75,7 +75,7 @@ class _Maker:
     """Makes the parts of a source. The generator is loaded for the first batch that is missing."""
 
     def __init__(self, config: AcquireConfig, inputs: Inputs, work: Path, stack: ExitStack) -> None:
-        """stack: closes the generator. Raises RecipeError if its files are not those that are pinned."""
+        """Checks the generator; `stack` closes it. Raises RecipeError if its files are not those that are pinned."""
         assert isinstance(config.source.reader, Generated)
         self.config, self.reader, self.name = config, config.source.reader, config.source.name
         self.parent, self.work, self.stack = inputs["parent"].path, work, stack
@@ -100,7 +100,7 @@ class _Maker:
         return acquire_stage.read_part(self.config, number, batches, folder)
 
     def _batches(self, number: int) -> Iterator[tuple[str, Path]]:
-        """(name, table) of each batch of a part, drawn unless it is sealed."""
+        """Yields (name, table) of each batch of a part, drawn unless it is sealed."""
         documents = self._chosen(self.parent / "documents" / part_file(number))
         for batch in count():
             if not (rows := list(islice(documents, self.reader.batch))):
@@ -109,7 +109,7 @@ class _Maker:
             yield name, seal_part(self.work, name, partial(self._draw, rows)).folder / TEXTS
 
     def _chosen(self, table: Path) -> Iterator[DocumentRow]:
-        """The documents of the part that texts are made from."""
+        """Yields the documents of the part that texts are made from."""
         # A hash of the id decides, so the choice is the same for any number of parts and tasks.
         bound = self.reader.share * 2**64
         for row in stream_rows(table, list(DOCUMENTS)):
@@ -134,7 +134,7 @@ class _Maker:
         return {}
 
     def _row(self, row: DocumentRow) -> GeneratedText:
-        """The record of a text that is not drawn yet."""
+        """Returns the record of a text that is not drawn yet."""
         reader, id = self.reader, row["id"]
         is_forbidden = forbids_derivatives(row["license"])
         return {
@@ -197,7 +197,7 @@ class Generator:
         self.model = open_sampler(reader.engine, folder, stops, reader.max_new_tokens, work, SETTING)
 
     def prompt(self, text: str) -> tuple[list[int], str]:
-        """The token ids of the prompt for a document, and the reason why it cannot be asked, if there is one."""
+        """Returns the token ids of the prompt for a document, and the reason, if any, why it cannot be asked."""
         if token := next((token for token in self.special if token in text), None):
             # It would be read as a special token and not as text, so that the document could end the turn.
             return [], f"the document holds {token}, a token of the generator"
@@ -211,7 +211,7 @@ class Generator:
         return ids, ""
 
     def draw(self, requests: Sequence[tuple[int, list[int], int]]) -> list[Completion]:
-        """The completions of requests, each (number, token ids, seed)."""
+        """Returns the completions of requests, each (number, token ids, seed)."""
         from stages.generation.protocols import Prompt
 
         # All texts of a batch are computed together, so that rounding does not depend on anything but the batch.
@@ -219,9 +219,10 @@ class Generator:
         return self.model.generate(prompts, self.reader.greedy) if prompts else []
 
     def read(self, completion: Completion) -> tuple[str, str]:
-        """The text that was drawn, or the reason why it is not used."""
+        """Returns the text that was drawn, or the reason why it is not used."""
         # The last id of a finished text is the stop token.
         ids = list(completion.ids[:-1] if completion.finished else completion.ids)
+        # Special tokens stay, so that a text that holds one is found below.
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text = (answer_of(text) if self.reader.form == "chat" else text).strip()
         if not completion.finished and self.reader.unfinished == "remove":
@@ -242,7 +243,7 @@ def _reader(config: AcquireConfig) -> Generated:
 
 
 def estimate(config: AcquireConfig) -> Estimate:
-    """The estimate of reading and writing; how long the generator takes is not known."""
+    """Returns the estimate of reading and writing; how long the generator takes is not known."""
     return estimates.estimate("acquire", config.source.expected)
 
 

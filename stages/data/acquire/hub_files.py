@@ -42,7 +42,9 @@ HEADER = """\
 """
 
 Commit = Annotated[str, Words(40, "commit of 40 hex digits", COMMIT)]
+# Seconds between two looks at a file that another process pulls.
 POLL = 1.0
+# Bytes of a file; a Hub that states more is in error.
 MOST_BYTES = 10**15
 
 
@@ -65,10 +67,11 @@ class LockedFile:
         return self.digest.partition(":")[2]
 
     def digest_of(self, path: Path) -> str:
-        """The digest of a local file, of the kind that this file has here."""
+        """Returns the digest of a local file, of the kind that this file has here."""
         if self.digest.startswith("sha256:"):
             return f"sha256:{sha256_file(path)}"
         with open(path, "rb") as file:
+            # git hashes a blob with its length before it.
             sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
             while chunk := file.read(1 << 20):
                 sha1.update(chunk)
@@ -85,7 +88,7 @@ class LockedSource(Config):
     files: str = Field(description="a line for each file: its digest, its bytes and its path")
 
     def rows(self) -> list[LockedFile]:
-        """The files, sorted by path. Raises ValueError naming a line that `atom pin` did not write."""
+        """Returns the files, sorted by path. Raises ValueError naming a line that `atom pin` did not write."""
         return _rows(self.files)
 
     def require_rows(self, title: str) -> None:
@@ -117,7 +120,7 @@ class LockFile(Config):
 
 
 def read(path: Path) -> Mapping[str, LockedSource]:
-    """The pinned sources in a lock file, by name; none if there is no such file.
+    """Returns the pinned sources in a lock file, by name; none if there is no such file.
 
     Raises RecipeError if it is damaged.
     """
@@ -156,6 +159,7 @@ def write(path: Path, sources: Mapping[str, LockedSource]) -> None:
             for field, value in source.model_dump().items()
             if field != "files"
         ]
+        # A line for each file, so that a diff shows which files another revision has changed.
         text += ["    files: |\n", *(f"      {line}\n" for line in source.files.splitlines())]
     try:
         atomic_files.write(path, "".join(text))
@@ -224,6 +228,7 @@ def _is_intact(file: LockedFile, path: Path) -> bool:
 
 def _download(source: str, locked: LockedSource, file: LockedFile, target: Path) -> None:
     name = f"source {source}: {printable(file.path)} of {locked.repo}@{locked.revision[:12]}"
+    # Beside the target, so that the last step is a move within one file system.
     draft = target.parent / ".pulling"
     shutil.rmtree(draft, ignore_errors=True)  # what a killed process has left
     if file.size > (free := shutil.disk_usage(target.parent).free):

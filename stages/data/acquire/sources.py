@@ -108,7 +108,7 @@ class Source(Config):
         return {readers.__name__: [READERS[self.reader.reader].partition(":")[0]]}
 
     def files(self) -> Files:
-        """The files of all parts. Raises RecipeError if they are missing, or fewer than the parts."""
+        """Returns the files of all parts. Raises RecipeError if they are missing, or fewer than the parts."""
         files = self.reader.files(self.name)
         if isinstance(self.reader, Generated):
             return files
@@ -119,13 +119,13 @@ class Source(Config):
         return files
 
     def files_of(self, part: int) -> Files:
-        """The files of one part."""
+        """Returns the files of one part."""
         files = self.files()
         return files[part_slice(len(files), part, self.parts)]
 
 
 def resolve_tree_digest(source: Source) -> str:
-    """The pinned digest, or the `tree_digest` of the files that the source's reader reads, which may be none.
+    """Returns the pinned digest, or the `tree_digest` of the files that the source's reader reads, which may be none.
 
     The files of a generator must be pinned, because its name stands for them. Any other pin is compared with the files
     when they are acquired: planning need not read a large corpus. Raises RecipeError if the files are missing, or fewer

@@ -29,7 +29,7 @@ class Agreement(TypedDict):
 
 
 def agreement_of(ours: Sequence[str | None], reference: Sequence[str | None]) -> Agreement:
-    """From the reasons for removing each document, None where it is kept."""
+    """Returns the agreement, by the reasons for removing each document, None where it is kept."""
     count = len(ours)
     kept, reference_kept = sum(reason is None for reason in ours), sum(reason is None for reason in reference)
     equal = sum((a is None) == (b is None) for a, b in zip(ours, reference, strict=True)) / count
@@ -39,7 +39,7 @@ def agreement_of(ours: Sequence[str | None], reference: Sequence[str | None]) ->
 
 
 def read_figures() -> dict[str, Any]:
-    """`reference`, `corpus`, number of `documents`, and the `rules` with an Agreement each."""
+    """Returns `reference`, `corpus`, number of `documents`, and the `rules` with an Agreement each."""
     import yaml
 
     figures: dict[str, Any] = yaml.safe_load(FIGURES.read_text())

@@ -50,7 +50,7 @@ class Loss:
 
 
 def filter_losses(source: str, steps: Sequence[str], documents: int, removed: Mapping[str, int]) -> list[Loss]:
-    """The losses by the rules of filtering, in their order.
+    """Returns the losses by the rules of filtering, in their order.
 
     Args:
         source: Name of the source.
@@ -65,12 +65,13 @@ def filter_losses(source: str, steps: Sequence[str], documents: int, removed: Ma
     losses = []
     for rule in [*order, *(rule for rule in by_rule if rule not in order)]:
         losses.append(Loss(source, rule, by_rule[rule], documents))
+        # A rule only sees what those before it have left.
         documents -= by_rule[rule]
     return losses
 
 
 def dedup_losses(source: str, documents: int, kept: int, removed: Mapping[str, int]) -> list[Loss]:
-    """The losses by deduplication and by all opt-outs.
+    """Returns the losses by deduplication and by all opt-outs.
 
     Args:
         source: Name of the source.
@@ -82,6 +83,7 @@ def dedup_losses(source: str, documents: int, kept: int, removed: Mapping[str, i
     opted_out = removed.get(OPT_OUT_RULE, 0)
     return [
         Loss(source, OPT_OUT_RULE, opted_out, documents),
+        # A share of the documents that reached deduplication, not of all acquired ones.
         Loss(source, DEDUPLICATION, duplicates, kept + duplicates),
     ]
 
@@ -114,6 +116,7 @@ def require_acknowledged(
         first, others = open_losses[0], ", ".join(map(str, open_losses[1:4]))
         limit = acknowledged.get(first.source, {}).get(first.rule, alarm_share)
         further = f"; also {others}{', …' if len(open_losses) > 4 else ''}" if others else ""
+        # The suggested share is rounded up, so that it suffices.
         raise AtomError(
             f"source {first}, a larger share than {limit:g}; look at what it removes and change it, or acknowledge it "
             f"in the data recipe by acknowledged_removals: {{{first.rule}: {math.ceil(first.share * 100) / 100:g}}} of "

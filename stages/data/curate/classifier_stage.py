@@ -55,10 +55,12 @@ class ClassifierConfig(Config):
 
 
 def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `model.bin` and `meta.json`: the examples by source, and accuracy and ROC AUC on held-out ones.
+    """Seals `model.bin` and `meta.json`: the examples by source, and accuracy and ROC AUC on held-out ones.
 
-    inputs[<source>]: acquired documents of each source of the classifier. Raises AtomError if a label has no example of
-    either split.
+    The inputs are the acquired documents of each source of the classifier, under its name.
+
+    Raises:
+        AtomError: A label has no example of either split.
     """
     settings, counts = config.classifier, dict[str, dict[str, int]]()
     examples, heldout = work / "examples.txt", work / "heldout.txt"
@@ -97,7 +99,10 @@ def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report:
 
 
 def as_line(text: str) -> str:
-    """A document as fastText reads it: one line, in lower case. Words of the form of a label are no labels here."""
+    """Returns a document as fastText reads it: one line, in lower case.
+
+    Words of the form of a label are no labels here.
+    """
     # fastText takes a word that begins so for a label.
     return " ".join(text[:MOST_CHARACTERS].lower().replace("__label__", " ").split())
 
@@ -109,7 +114,9 @@ def scorer(model: Path) -> Any:
     predict = _FastText(str(model)).f.predict
 
     def score(text: str) -> float:
+        # The line break stands for the word at the end of each line of the training.
         predictions = predict(as_line(text) + "\n", len(LABELS), 0.0, "strict")
+        # fastText's probabilities can be a little above 1.
         return float(next((min(share, 1.0) for share, label in predictions if label == POSITIVE), 0.0))
 
     return score
@@ -122,7 +129,10 @@ def _texts(documents: Path, count: int) -> Iterator[str]:
 
 
 def _alternating(streams: list[tuple[str, str, Iterator[str]]]) -> Iterator[tuple[str, str, str]]:
-    """(label, source, text), one of each stream in turn until all are exhausted: fastText learns in this order."""
+    """Yields (label, source, text), one of each stream in turn until all are exhausted.
+
+    fastText learns in this order.
+    """
     left = list(streams)
     while left:
         for stream in list(left):
@@ -144,7 +154,7 @@ def _require_both_labels(settings: ClassifierSettings, counts: dict[str, dict[st
 
 
 def _measure(model: Path, heldout: Path) -> dict[str, Any]:
-    """Accuracy at a score of one half, and area under the ROC curve, on the held-out examples."""
+    """Returns the accuracy at a score of one half, and area under the ROC curve, on the held-out examples."""
     import numpy as np
 
     score, labels, scores = scorer(model), [], []
@@ -162,7 +172,7 @@ def _measure(model: Path, heldout: Path) -> dict[str, Any]:
 
 
 def _auc(positive: NDArray[Any], negative: NDArray[Any]) -> float:
-    """The probability that a positive example scores above a negative one; equal scores count half."""
+    """Returns the probability that a positive example scores above a negative one; equal scores count half."""
     import numpy as np
 
     ordered = np.sort(negative)

@@ -32,7 +32,7 @@ class ContaminationIndex:
                 self.by_length.setdefault(n, {}).setdefault(tuple(words[i : i + n]), item_id)
 
     def find(self, text: str) -> tuple[str, int] | None:
-        """(item id, length of the match in words) of the longest kind of match, else None."""
+        """Returns (item id, length of the match in words) of the longest kind of match, else None."""
         words = searched_words(text)
         # Longer matches are the stronger evidence, so they are reported first.
         for n in sorted(self.by_length, reverse=True):
@@ -50,7 +50,7 @@ class ItemRuns:
     """
 
     def __init__(self, items: Mapping[str, str]) -> None:
-        """items: text by id."""
+        """Builds the trie; `items` are the texts by id."""
         self.words = {id: searched_words(text) for id, text in items.items()}
         self.children: list[dict[str, int]] = [{}]
         self.parent = [0]
@@ -66,7 +66,7 @@ class ItemRuns:
                     node = child
 
     def search(self, text: str) -> set[int]:
-        """The longest runs at each position of a text; every prefix of such a run occurs as well."""
+        """Returns the longest runs at each position of a text; every prefix of such a run occurs as well."""
         words, runs, children = searched_words(text), set(), self.children
         for start, word in enumerate(words):
             node = children[0].get(word)
@@ -81,16 +81,17 @@ class ItemRuns:
         return runs
 
     def with_prefixes(self, runs: Iterable[int]) -> set[int]:
-        """The runs with all their prefixes."""
+        """Returns the runs with all their prefixes."""
         closed_runs = {0}
         for node in runs:
+            # A run in the set has all its prefixes there, so each is visited once.
             while node not in closed_runs:
                 closed_runs.add(node)
                 node = self.parent[node]
         return closed_runs
 
     def lengths(self, id: str, runs: set[int]) -> list[int]:
-        """For each word of an item, the length of the longest matching run that begins with it."""
+        """Returns for each word of an item the length of the longest matching run that begins with it."""
         words, lengths = self.words[id], []
         for start in range(len(words)):
             node = length = 0
@@ -103,7 +104,7 @@ class ItemRuns:
         return lengths
 
     def overlap(self, id: str, runs: set[int], ngram: int) -> tuple[float, int]:
-        """The share of an item's n-grams that are found, and the longest found run in words.
+        """Returns the share of an item's n-grams that are found, and the longest found run in words.
 
         An item of fewer than `ngram` words is one n-gram as a whole; one without words overlaps with nothing.
         """

@@ -38,17 +38,19 @@ class DedupConfig(Config):
     alarm_share: AlarmShare = operational(0.5, "share of a source above which a removal must be acknowledged")
 
     def parts(self) -> list[tuple[int, int]]:
-        """Number of the source, and part, of every part of all sources in order."""
+        """Returns the number of the source, and part, of every part of all sources in order."""
         return [(number, part) for number, source in enumerate(self.sources) for part in range(source.parts)]
 
 
 def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal kept documents and dispositions of every input document by part, and a summary.
+    """Seals kept documents and dispositions of every input document by part, and a summary.
 
-    inputs["filter"]: the filtered documents of each part; inputs["duplicates"]: those to remove;
-    inputs["representatives"]: what is known of the documents that they duplicate. Resumes after the last
-    sealed part. Raises AtomError if counts do not balance, or if a source loses so large a share that the recipe must
-    acknowledge it.
+    `inputs["filter"]` holds the filtered documents of each part, `inputs["duplicates"]` those to remove, and
+    `inputs["representatives"]` the ids and shingles of the documents that they duplicate. Resumes after the last sealed
+    part.
+
+    Raises:
+        AtomError: Counts do not balance, or a source loses so large a share that the recipe must acknowledge it.
     """
     count, sealed = len(config.parts()), list[Part]()
     for number in range(count):
@@ -105,9 +107,9 @@ def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> P
 
 
 def _summarize(config: DedupConfig, facts: list[dict[str, Any]], edits: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Documents and bytes, in, kept by split, and removed by rule; by source and in total. facts: of each part.
+    """Returns documents and bytes, in, kept by split, and removed by rule; by source and in total.
 
-    Raises AtomError if the counts of a source do not balance.
+    `facts` are those of each part. Raises AtomError if the counts of a source do not balance.
     """
     sources: dict[str, Any] = {source.name: _empty() for source in config.sources}
     total = _empty()
@@ -137,7 +139,7 @@ def _empty() -> dict[str, Any]:
 
 
 def estimate(config: DedupConfig) -> Estimate:
-    """The bytes of the dispositions count as those of the kept documents."""
+    """Returns the estimate, in which the bytes of the dispositions count as those of the kept documents."""
     parts = {source.name: source.parts for source in config.sources}
     sizes = {s.name: int(estimates.LAWS["dedup"].disk * s.expected.bytes) for s in config.sources if s.expected}
     tables = *estimates.published("kept", parts, sizes), *estimates.published("dispositions", parts)

@@ -27,9 +27,10 @@ PARENT_COLUMNS = {"row": "int64", "parent": "string"}
 
 
 def denied_columns(buckets: int) -> dict[str, str]:
-    """A row for each text of a denied document.
+    """Returns the columns of the table with a row for each text of a denied document.
 
-    requests: the SHA-256 of each reference; url: its origin. buckets: of MinHash.
+    `requests` holds the SHA-256 of each reference, and `url` the origin of the document. The hashes follow, one for
+    each of the MinHash buckets.
     """
     return {"id": "string", "requests": "string", "url": "string", **hash_columns(buckets)}
 
@@ -42,7 +43,7 @@ class Variants:
     """The texts that a document has after the steps of any source."""
 
     def __init__(self, steps: Sequence[tuple[Filter, ...]]) -> None:
-        """steps: of each source."""
+        """Loads nothing yet; `steps` are those of each source."""
         self.steps = steps
 
     @cached_property
@@ -53,7 +54,7 @@ class Variants:
         return [[step.function() for step in pipeline] for pipeline in different.values()]
 
     def of(self, row: DocumentRow) -> list[str]:
-        """The text of a document and its variants, without repetitions.
+        """Returns the text of a document and its variants, without repetitions.
 
         A source whose steps remove it, or fail, has none.
         """
@@ -62,7 +63,7 @@ class Variants:
 
     @staticmethod
     def _edit(pipeline: Sequence[FilterFunction], row: DocumentRow) -> str | None:
-        """The text after all steps; None if one removes it or raises an exception, which removes it as well."""
+        """Returns the text after all steps; None if one removes it or raises an exception, which removes it as well."""
         document = to_document(row)
         try:
             for function in pipeline:
@@ -100,7 +101,7 @@ class PartOptOut:
     """The opt-outs of one part of a source: finds them, and writes what deduplication needs."""
 
     def __init__(self, stack: ExitStack, deny_list: DenyList, variants: Variants, acquired_parents: Path) -> None:
-        """acquired_parents: the part's table of parents, which may be missing."""
+        """Opens the part's table of parents, `acquired_parents`, which may be missing."""
         self.stack, self.deny_list, self.variants = stack, deny_list, variants
         self.states_parents = acquired_parents.exists()
         self.rows = stream_rows(acquired_parents, list(DERIVED)) if self.states_parents else iter(())
@@ -115,7 +116,7 @@ class PartOptOut:
             self.write_parent = self.stack.enter_context(row_writer(parents, PARENT_COLUMNS))
 
     def find(self, row: DocumentRow) -> Removed | None:
-        """The removal of the next acquired document, if it is denied."""
+        """Returns the removal of the next acquired document, if it is denied."""
         self.parents = []
         # The table of parents has the order of the documents, so one pass over both is enough.
         while self.next_row is not None and self.next_row["id"] == row["id"]:
@@ -125,9 +126,9 @@ class PartOptOut:
         return None if denial is None else self._deny(row, denial)
 
     def find_edited(self, row: DocumentRow, edited: DocumentRow, number: int) -> Removed | None:
-        """The same for a document that passes the steps, by the hash of its edited text.
+        """Returns the removal of a document that passes the steps, if the hash of its edited text is denied.
 
-        number: of its row among the kept ones.
+        Otherwise its parents are written. `number` is the number of its row among the kept ones.
         """
         denial = self.deny_list.find("", "", [edited["content_hash"]])
         if denial is not None:
@@ -137,12 +138,12 @@ class PartOptOut:
         return None
 
     def find_failed(self, row: DocumentRow) -> Removed | None:
-        """The same for a document that could not be read, by its id."""
+        """Returns the removal of a document that could not be read, if its id is denied."""
         denial = self.deny_list.find(row["id"], "", ())
         return None if denial is None else removed_on_request(denial)
 
     def take_texts(self) -> Iterator[DeniedText]:
-        """The texts of the documents that were denied since the last call."""
+        """Yields the texts of the documents that were denied since the last call."""
         texts, self.texts = self.texts, []
         yield from texts
 

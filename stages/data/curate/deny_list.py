@@ -55,7 +55,10 @@ class Denial:
 
 
 def match_text(kind: str, requests: str) -> str:
-    """The column `match` of a document that was removed on request. requests: hashes with spaces between them."""
+    """Returns the column `match` of a document that was removed on request.
+
+    `requests` are hashes with spaces between them.
+    """
     return f"{kind} {requests}"
 
 
@@ -82,7 +85,7 @@ class DenyList:
             self._add(place, line)
 
     def requests(self) -> list[DeniedRequest]:
-        """Every request for the evidence."""
+        """Returns every request for the evidence."""
         return [
             {"request": request, "date": self.dates[request], "entries": dict(sorted(self.counts[request].items()))}
             for request in sorted(self.dates)
@@ -98,6 +101,7 @@ class DenyList:
             parents: The ids or URLs of the documents that it was made from.
         """
         matches: list[tuple[Match, str]] = []
+        # The order of the kinds matters: the first match names the removal.
         matches += [("id", request) for request in self._by_id(id)]
         matches += [("content_hash", r) for hash in hashes for r in self.entries["content_hash"].get(hash, ())]
         matches += self._by_address(origin)
@@ -109,14 +113,20 @@ class DenyList:
         return Denial(matches[0][0], tuple(sorted({request for _, request in matches})))
 
     def _by_id(self, id: str) -> Iterator[str]:
-        """An entry also names the parts of a document: `a/b` names the turn `a/b#0` of a conversation."""
+        """Yields the requests that name an id.
+
+        An entry also names the parts of a document: `a/b` names the turn `a/b#0` of a conversation.
+        """
         ids = self.entries["id"]
         if ids:
             yield from ids.get(id, ())
             yield from ids.get(id.rpartition("#")[0], ()) if "#" in id else ()
 
     def _by_address(self, origin: str) -> list[tuple[Match, str]]:
-        """An entry of a page also names its parts, and one of a part the page that is stored as a whole."""
+        """Returns the requests that name a page or its host.
+
+        An entry of a page also names its parts, and one of a part the page that is stored as a whole.
+        """
         if not (self.pages or self.entries["host"]) or (address := page_address(origin)) is None:
             return []
         part, pages = address.fragment, self.pages.get(address.page, ())
@@ -184,7 +194,7 @@ def _is_date(text: str) -> bool:
 
 
 def _key(kind: Kind, value: str) -> str:
-    """The form in which an entry is compared. Raises ValueError in words."""
+    """Returns the form in which an entry is compared. Raises ValueError in words."""
     if kind == "content_hash":
         if not re.fullmatch("[0-9a-f]{64}", value.lower()):
             raise ValueError("is no SHA-256 of a text, 64 hex digits")
@@ -197,7 +207,7 @@ def _key(kind: Kind, value: str) -> str:
 
 
 def _page(value: str) -> tuple[str, str]:
-    """(page, fragment) of a URL. Raises ValueError in words."""
+    """Returns (page, fragment) of a URL. Raises ValueError in words."""
     if not value.lower().startswith(WEB):
         raise ValueError("does not start with http:// or https://")
     address = parse_url(value)

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 PART_BITS, ROW_BITS = 17, 36  # 100,000 parts; with 10 bits for the source below 2^63
 # Above the addresses of the documents of 1,000 sources; denied texts have higher ones (`opt_out`).
 MOST_ADDRESS = 1000 << (PART_BITS + ROW_BITS)
+# Rows of a bucket on average, 2 MB.
 BUCKET_ROWS = 2**16
 MOST_ROWS = 2**20  # of a bucket in memory, where they take some 150 bytes each; a frequent hash gives a bucket more
 MAX_BUCKETS = 500  # files open at once
+# Rows that are read, joined or written at a time.
 BATCH = 2**17
 MEMORY = "250MB"  # of the database that groups a bucket of more rows
 STARS = "stars.parquet"
@@ -42,6 +44,7 @@ _EXACT_STARS = """
     JOIN (SELECT key, high, low, min(address) AS first FROM bucket GROUP BY key, high, low HAVING count(*) > 1)
     USING (key, high, low) WHERE address != first
 """
+# Only the first of equal texts takes part in a band, as in `_stars`.
 _BAND_STARS = """
     WITH texts AS MATERIALIZED (SELECT key, min(address) AS address FROM bucket GROUP BY key, high, low)
     SELECT address, first FROM texts
@@ -91,7 +94,8 @@ class Partition:
         return f"{self.column}-{self.n:05d}-of-{self.count:05d}"
 
     def bounds(self) -> tuple[int, int]:
-        """The smallest and the largest value."""
+        """Returns the smallest and the largest value."""
+        # By Python's integers, since 2**64 does not fit into 64 bits.
         return 2**64 * self.n // self.count, 2**64 * (self.n + 1) // self.count - 1
 
 
@@ -130,12 +134,13 @@ def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Pa
             for stars in _stars_on_disk(file, exact) if is_large else [_stars(_read_bucket(file), exact)]:
                 writer.write_table(pa.table(list(stars.T.copy()), schema=schema))
                 written += len(stars)
+            # Each bucket goes as soon as its stars are written, so that the disk does not hold all of both.
             file.unlink()
     return written
 
 
 def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator[UInts]:
-    """The rows of a partition in the order of addresses, shape [rows, 4], about BATCH at a time."""
+    """Yields the rows of a partition in the order of addresses, shape [rows, 4], about BATCH at a time."""
     low, high = map(np.uint64, partition.bounds())
     pending: list[UInts] = []
     for part in parts:
@@ -146,6 +151,7 @@ def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator
             columns = [keys, _numbers(batch, "hash_high"), _numbers(batch, "hash_low"), np.arange(len(keys)) + address]
             pending.append(np.stack([column[chosen].astype(np.uint64) for column in columns], axis=1))
             address += len(batch)
+            # In a narrow range most batches have few rows, so their number is bounded as well.
             if sum(map(len, pending)) >= BATCH or len(pending) >= 1000:
                 yield np.concatenate(pending)
                 pending = []
@@ -154,17 +160,18 @@ def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator
 
 
 def _read_bucket(file: Path, first: int = 0, count: int = -1) -> UInts:
-    """`count` rows of a bucket from row `first` on, shape [rows, 4]; -1: all."""
+    """Returns `count` rows of a bucket from row `first` on, shape [rows, 4]; all for -1."""
     values = np.fromfile(file, np.uint64, max(count * 4, -1), offset=first * ROW_BYTES)
     return values.reshape(-1, 4)
 
 
 def _stars(rows: UInts, exact: bool) -> Ints:
-    """The stars among the rows of a bucket, shape [stars, 2]: a document, and the first of its group."""
+    """Returns the stars among the rows of a bucket, shape [stars, 2]: a document, and the first of its group."""
     keys = np.sort(rows[:, KEY])
     shared = np.unique(keys[1:][keys[1:] == keys[:-1]])
     if not len(shared):
         return np.empty((0, 2), np.int64)
+    # Most hashes occur once. Their rows are dropped before the sort, which takes longer.
     place = np.minimum(np.searchsorted(shared, rows[:, KEY]), len(shared) - 1)
     rows = rows[shared[place] == rows[:, KEY]]
     rows, first = _grouped(rows, [KEY, HIGH, LOW])
@@ -177,7 +184,7 @@ def _stars(rows: UInts, exact: bool) -> Ints:
 
 
 def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
-    """The stars of `_stars`, some at a time, of a bucket of any size.
+    """Yields the stars of `_stars`, some at a time, of a bucket of any size.
 
     Hashes are spread evenly, so a large bucket has a few frequent ones: the table of those is what each row is looked
     up in, hence joins must keep it on their right side.
@@ -197,14 +204,16 @@ def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
 
 
 def _grouped(rows: UInts, columns: list[int]) -> tuple[UInts, Ints]:
-    """The rows sorted by columns and address, and for each the place of the first one that is equal in the columns."""
+    """Returns the rows sorted by columns and address, and for each the place of the first that equals it in these."""
+    # lexsort takes the most significant column last.
     rows = rows[np.lexsort([rows[:, column] for column in (ADDRESS, *reversed(columns))])]
+    # Without rows the appended True would be one too many, hence the slice.
     new = np.append(True, (rows[1:, columns] != rows[:-1, columns]).any(axis=1))[: len(rows)]
     return rows, np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
 
 
 def _numbers(batch: pa.RecordBatch, column: str, valid: bool = False) -> NDArray[Any]:
-    """A column with 0 for null; valid: whether each value is there."""
+    """Returns a column with 0 for null; with `valid`, 1 for each value that is there."""
     values = batch.column(column)
     numbers: NDArray[Any] = (values.is_valid() if valid else values.fill_null(0)).to_numpy(zero_copy_only=False)
     return numbers
@@ -223,18 +232,21 @@ class Removed:
         self.address, self.first, self.firsts = (mapped(folder / f"{name}.i64") for name in _FILES)
 
     def of(self, part: Part) -> tuple[Ints, Ints]:
-        """The removed rows of a part, and the address of the document that each duplicates."""
+        """Returns the removed rows of a part, and the address of the document that each duplicates."""
         start, stop = np.searchsorted(self.address, [part.first, part.end])
         return self.address[start:stop] - part.first, np.array(self.first[start:stop])
 
     def firsts_of(self, part: Part) -> Ints:
-        """The rows of a part that removed documents duplicate."""
+        """Returns the rows of a part that removed documents duplicate."""
         start, stop = np.searchsorted(self.firsts, [part.first, part.end])
         return self.firsts[start:stop] - part.first
 
 
 def removed_folder(folder: Path, kind: str) -> Path:
-    """The files of `Removed` of a kind of duplicates, `exact` or `near`, in the folder of an artifact or a part."""
+    """Returns the folder of the files of `Removed`, in the folder of an artifact or a part.
+
+    `kind` is a kind of duplicates, such as `exact` or `near`.
+    """
     return folder / "removed" / kind
 
 
@@ -250,6 +262,7 @@ def write_exact(folder: Path, work: Path, stars: Sequence[Path]) -> int:
     )
     with connect(work) as database:
         _open_stars(database, stars)
+        # `firsts` has at most as many values as the other two, which have one for each removed document.
         return max(
             write_array(folder / f"{name}.i64", _integers(database, query))
             for name, query in zip(_FILES, queries, strict=True)
@@ -288,7 +301,7 @@ def write_near(
 
 
 def _exact_copies(exact: Removed, searched: Sequence[int]) -> Iterator[Ints]:
-    """The exact duplicates in searched sources of documents in other sources, ascending."""
+    """Yields the exact duplicates in searched sources of documents in other sources, ascending."""
     for start in range(0, len(exact.address), BATCH):
         address, first = exact.address[start : start + BATCH], exact.first[start : start + BATCH]
         is_searched, first_is_searched = (
@@ -298,10 +311,11 @@ def _exact_copies(exact: Removed, searched: Sequence[int]) -> Iterator[Ints]:
 
 
 def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """The edges of stars without the documents that are gone. If the first of a star is, the next one takes its place.
+    """Yields the edges of stars without the documents that are gone.
 
-    gone: ascending.
+    If the first of a star is gone, the next one takes its place. The addresses in `gone` ascend.
     """
+    # Kept through the file, since a star may go on in the next batch.
     substitutes: dict[int, int] = {}
     with pq.ParquetFile(stars / STARS) as file:
         for batch in file.iter_batches(batch_size=BATCH):
@@ -315,7 +329,7 @@ def _edges(stars: Path, gone: Ints) -> Iterator[tuple[Ints, Ints]]:
 
 
 def _contains(values: Ints, sought: Ints) -> NDArray[np.bool_]:
-    """True for each of the sought that is among ascending values."""
+    """Returns True for each of the sought that is among ascending values."""
     if not len(values):
         return np.zeros(len(sought), np.bool_)
     return np.equal(values[np.minimum(np.searchsorted(values, sought), len(values) - 1)], sought)
@@ -325,6 +339,7 @@ def _open_stars(database: duckdb.DuckDBPyConnection, stars: Sequence[Path]) -> N
     if stars:
         database.from_parquet([str(path / STARS) for path in stars]).create_view("stars")
     else:
+        # A view needs at least one file.
         database.execute("CREATE TABLE stars (address BIGINT, first BIGINT)")
 
 
@@ -338,10 +353,12 @@ def write_array(path: Path, pieces: Iterable[Ints]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         for piece in pieces:
+            # A fixed byte order, since another machine may map the file.
             piece.astype("<i8", copy=False).tofile(file)
         return file.tell() // 8
 
 
 def mapped(path: Path) -> Ints:
-    """The integers of a file, read where they are used."""
+    """Returns the integers of a file, read where they are used."""
+    # numpy cannot map an empty file.
     return np.memmap(path, "<i8", "r") if path.stat().st_size else np.empty(0, np.int64)

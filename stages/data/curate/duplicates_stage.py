@@ -44,9 +44,9 @@ PARTS_PER_RANGE = 500
 
 @contextmanager
 def processes(number: int) -> Iterator[ForEach]:
-    """A context with a `ForEach` of at most `number` processes, and of one for each core that this one may use.
+    """Opens a context with a `ForEach` of at most `number` processes.
 
-    With one, no other process is started.
+    There are no more processes than cores that this one may use. With one, no other process is started.
     """
     number = min(number, len(os.sched_getaffinity(0)))
     if number < 2:
@@ -111,7 +111,7 @@ class DuplicatesConfig(Config):
         return self.minhash.kinds if self.minhash is not None else ()
 
     def parts(self) -> list[duplicate_groups.Part]:
-        """The parts of all sources, in order."""
+        """Returns the parts of all sources, in order."""
         from stages.data.curate.duplicate_groups import Part
 
         return [Part(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
@@ -120,7 +120,7 @@ class DuplicatesConfig(Config):
         return self.sources[part.number].kind in self.searched_kinds
 
     def partitions(self) -> list[duplicate_groups.Partition]:
-        """The partitions of the exact search, then those of each band."""
+        """Returns the partitions of the exact search, then those of each band."""
         from stages.data.curate.duplicate_groups import Partition
 
         return [Partition(column, n, self.ranges) for column in self.columns for n in range(self.ranges)]
@@ -140,11 +140,10 @@ class DuplicatesConfig(Config):
 
 
 def run(config: DuplicatesConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `removed/exact` and `removed/near`: the documents to remove, and which ones they duplicate; with a
-    deny-list also `removed/opt_out`: those that requests reach through a denied document.
+    """Seals `removed/exact` and `removed/near`: the documents to remove, and which ones they duplicate.
 
-    inputs["filter"]: the hashes of each part. Uses all cores that the process may use. Resumes after the last finished
-    partition.
+    With a deny-list also `removed/opt_out`: those that requests reach through a denied document. `inputs["filter"]`
+    holds the hashes of each part. Uses all cores that the process may use. Resumes after the last finished partition.
     """
     count = len(config.partitions())
     with processes(count if shards(config) > 1 else 1) as for_each:
@@ -161,7 +160,7 @@ def run_shard(config: DuplicatesConfig, inputs: Inputs, work: Path, shard: int) 
 
 
 def shards(config: DuplicatesConfig) -> int:
-    """The partitions; 1 for a corpus so small that no source has several parts."""
+    """Returns the partitions; 1 for a corpus so small that no source has several parts."""
     return len(config.columns) * config.ranges if any(source.parts > 1 for source in config.sources) else 1
 
 
@@ -180,7 +179,7 @@ def _find_stars(config: DuplicatesConfig, filtered: Path, work: Path, number: in
 
 
 def _join_stars(config: DuplicatesConfig, filtered: Path, work: Path) -> dict[str, Part]:
-    """The exact and the near duplicates, and what requests reach, from the stars of all partitions."""
+    """Returns the exact and the near duplicates, and what requests reach, from the stars of all partitions."""
     from stages.data.curate.duplicate_groups import Removed, removed_folder, write_exact, write_near
     from stages.data.curate.opt_out_copies import OptOuts, denied_parts, write_opt_outs
 

@@ -1,4 +1,4 @@
-"""Train a fastText classifier in a process of its own, whose memory is filled with a constant.
+"""Trains a fastText classifier in a process of its own, whose memory is filled with a constant.
 
 With one thread, fastText sets a tenth of its input vectors at random and leaves the others as the allocator gave them:
 two trainings in one process differ, or end in "Encountered NaN". glibc fills new memory with a byte if MALLOC_PERTURB_

@@ -82,17 +82,20 @@ class FilterConfig(Config):
     seed: Seed = Field(description="seed of the recipe")
 
     def parts(self) -> list[tuple[FilteredSource, int]]:
-        """Every part of every source, in order."""
+        """Returns every part of every source, in order."""
         return [(source, part) for source in self.sources for part in range(source.parts)]
 
 
 def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal the documents that pass, by source and part, their hashes, what steps measured of them, a disposition for
-    every acquired document, and the number of documents that each step edited.
+    """Seals the documents that pass, by source and part, and a disposition for every acquired document.
 
-    inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items;
-    inputs["classifier-<name>"]: each classifier that a step uses. With a deny-list, also the hashes of denied documents
-    and the parents of kept ones by part, and the requests.
+    Also sealed are the hashes of those documents, what steps measured of them, and the number of documents that each
+    step edited. With a deny-list these are followed by the hashes of denied documents and the parents of kept ones, by
+    part, and by the requests.
+
+    The inputs are the acquired documents of each source under its name, the evaluation items under `items`, and each
+    classifier that a step uses under `classifier-<name>`.
+
     Resumes after the last sealed part. Raises AtomError if no document of any source is left, if many fail, or if a
     rule removes so large a share of a source that the recipe must acknowledge it.
     """
@@ -159,7 +162,7 @@ class _PartMaker:
         return Variants([source.steps for source in self.config.sources])
 
     def _minhash(self, *sources: FilteredSource) -> MinHash | None:
-        """The MinHash settings for sources, or None if the kind of none is deduplicated."""
+        """Returns the MinHash settings for sources, or None if the kind of none is deduplicated."""
         settings = self.config.curation.minhash
         searched = settings is not None and any(source.kind in settings.kinds for source in sources)
         return settings if searched else None
@@ -243,7 +246,7 @@ class _PartMaker:
             opt_out.write_denied(dict(zip(columns, values, strict=True)))
 
     def _hashes(self, documents: list[tuple[str, str]], minhash: MinHash | None) -> Iterator[list[int | None]]:
-        """For each (text, its SHA-256) the halves of 128 bits of that, and with MinHash a hash of each bucket."""
+        """Yields 128 bits of the SHA-256 of each (text, SHA-256), in halves, and with MinHash a hash of each bucket."""
         halves: list[list[int | None]] = [
             [int(digest[start : start + 16], 16) for start in (0, 16)] for _, digest in documents
         ]
@@ -263,7 +266,7 @@ def _buckets(minhash: MinHash | None) -> int:
 
 
 def _failed_documents(path: Path) -> Iterator[tuple[DocumentRow, str]]:
-    """The documents that could not be read or were refused, as documents with an empty text, and their rules."""
+    """Yields the documents that could not be read or were refused, as documents with an empty text, and their rules."""
     for row in stream_rows(path, list(FAILED)):
         document: DocumentRow = {
             "id": row["id"],
@@ -307,7 +310,7 @@ def _report_source(name: str, parts: list[Part], report: Report) -> None:
 
 
 def _add_up(parts: list[Part], fact: str) -> dict[str, int]:
-    """The sums of a fact that counts by name."""
+    """Returns the sums of a fact that counts by name."""
     total = Counter[str]()
     for part in parts:
         total.update(part.facts[fact])

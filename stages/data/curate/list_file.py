@@ -34,28 +34,28 @@ class ListFile(Generic[List]):
         self.title, self.setting, self.parse = title, setting, parse
 
     def lines(self, path: Path) -> Iterator[Line]:
-        """The lines that are not empty.
+        """Yields the lines that are not empty.
 
         Raises RecipeError if the file cannot be read, or for a line that is too long.
         """
         return self._lines(path, self._read_bytes(path))
 
     def digest_of(self, path: Path) -> str:
-        """The digest of a file, `sha256:…`, whose lines were all read. Raises RecipeError."""
+        """Returns the digest of a file, `sha256:…`, whose lines were all read. Raises RecipeError."""
         content = self._read_bytes(path)
         # Parsed while planning, so that a wrong line is found before any stage runs.
         self.parse(self._lines(path, content))
         return f"sha256:{sha256_bytes(content)}"
 
     def read(self, path: Path, sha256: str) -> List:
-        """The list of a file. Raises RecipeError if it cannot be read, or is not the one in the key."""
+        """Returns the list of a file. Raises RecipeError if it cannot be read, or is not the one in the key."""
         content = self._read_bytes(path)
         if sha256 != f"sha256:{sha256_bytes(content)}":
             raise RecipeError(f"{self.title} {path} changed after the run was planned; plan and run again")
         return self.parse(self._lines(path, content))
 
     def require(self, path: str | None, sha256: str | None) -> List | None:
-        """The list of a config of filter, or None without one.
+        """Returns the list of a config of filter, or None without one.
 
         Raises RecipeError, and AtomError for a config whose digest is not resolved.
         """
@@ -125,7 +125,7 @@ def parse_url(url: str) -> Address:
 
 
 def page_address(origin: str) -> Address | None:
-    """The address of a document by its column `origin`; None if that is no URL of a page."""
+    """Returns the address of a document by its column `origin`; None if that is no URL of a page."""
     try:
         return parse_url(origin) if origin.startswith(WEB) else None
     except ValueError:
@@ -133,7 +133,7 @@ def page_address(origin: str) -> Address | None:
 
 
 def host_name(text: str) -> str:
-    """A host in lower case and in ASCII. Raises ValueError in words."""
+    """Returns a host in lower case and in ASCII. Raises ValueError in words."""
     name = text.strip().rstrip(".").lower()
     try:
         name = name.encode("idna").decode() if not name.isascii() else name
@@ -145,13 +145,14 @@ def host_name(text: str) -> str:
 
 
 def listed_host(text: str) -> str:
-    """The form of a host that a list names, for `host_and_parents`. Raises ValueError in words."""
+    """Returns the form of a host that a list names, for `host_and_parents`. Raises ValueError in words."""
     return host_name(text).removeprefix("www.")
 
 
 def host_and_parents(host: str) -> Iterator[str]:
-    """The names under which a list may have a host: its own, and those of the hosts above it."""
+    """Yields the names under which a list may have a host: its own, and those of the hosts above it."""
     yield host
+    # An IP address has no hosts above it.
     if not IP_ADDRESS.fullmatch(host):
         labels = host.split(".")
         yield from (".".join(labels[start:]) for start in range(1, len(labels)))

@@ -37,7 +37,7 @@ PRIME = 2**61 - 1
 
 
 def batches(texts: list[str]) -> Iterator[slice]:
-    """The slices of texts that together have about CHARACTERS."""
+    """Yields the slices of texts that together have about CHARACTERS."""
     start = characters = 0
     for stop, text in enumerate(texts, start=1):
         characters += len(text)
@@ -47,14 +47,14 @@ def batches(texts: list[str]) -> Iterator[slice]:
 
 
 def shingle_sets(texts: list[str], n_grams: int) -> Iterator[NDArray[np.uint64]]:
-    """The shingles of each text, sorted and without repetitions."""
+    """Yields the shingles of each text, sorted and without repetitions."""
     for batch in batches(texts):
         values, sizes = shingles(texts[batch], n_grams)
         yield from map(np.unique, np.split(values, np.cumsum(sizes)[:-1]))
 
 
 def shingles(texts: list[str], n_grams: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """The hashes of the n-grams of each text, one text after the other, and how many each text has."""
+    """Returns the hashes of the n-grams of each text, one text after the other, and how many each text has."""
     words = [split_words(text) for text in simplify(texts)]
     counts = np.array([len(each) for each in words], np.int64)
     joined = " ".join(chain.from_iterable(words)).encode()
@@ -68,13 +68,13 @@ def shingles(texts: list[str], n_grams: int) -> tuple[NDArray[np.uint64], NDArra
 
 
 def jaccard(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> float:
-    """The Jaccard index of two sets of shingles, each sorted and without repetitions, and not both empty."""
+    """Returns the Jaccard index of two sets of shingles, each sorted and without repetitions, and not both empty."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 
 
 def simplify(texts: list[str]) -> list[str]:
-    """Each text as datatrove's `simplify_text` gives it, but for the number of spaces between words."""
+    """Returns each text as datatrove's `simplify_text` gives it, but for the number of spaces between words."""
     ascii_texts = [text for text in texts if text.isascii()]
     other_texts = [text for text in texts if not text.isascii()]
     simple = {True: iter(_simplify_ascii(ascii_texts)), False: iter(_simplify_any(other_texts))}
@@ -113,8 +113,10 @@ def _without_numbers(text: str) -> str:
 
 
 def _simplified(character: str) -> int:
-    """The code of what becomes of a lower-case character; _BY_CONTEXT if that depends on its neighbors, or is several
-    characters."""
+    """Returns the code of the character that a lower-case character becomes.
+
+    _BY_CONTEXT if that depends on its neighbors, or is several characters.
+    """
     if character == _BREAK:
         return ord(_BREAK)
     if character in "0123456789":
@@ -137,8 +139,10 @@ _ASCII_TABLE = bytes(_simplified(chr(code).lower()) for code in range(128)) + by
 
 
 def band_hashes(texts: list[str], settings: MinHash, seed: int) -> tuple[UInts, NDArray[np.bool_]]:
-    """A 64-bit hash of each bucket of each text's MinHash signature, shape [texts, num_buckets], and whether the text
-    is shorter than one n-gram (then its hashes are 0 and mean nothing).
+    """Returns a 64-bit hash of each bucket of each text's MinHash signature, and whether the text is short.
+
+    The hashes have the shape [texts, num_buckets]. A short text has less than one n-gram; its hashes are 0 and mean
+    nothing.
 
     Two texts share a hash exactly where their signatures in datatrove agree in that bucket.
     """
@@ -155,7 +159,7 @@ def band_hashes(texts: list[str], settings: MinHash, seed: int) -> tuple[UInts, 
 
 
 def signatures(values: UInts, sizes: Ints, count: int, seed: int) -> UInts:
-    """The MinHash signatures of texts, shape [texts, count].
+    """Returns the MinHash signatures of texts, shape [texts, count].
 
     The k-th hash of a shingle s is ((a_k s + b_k) mod 2^64) mod (2^61 - 1). A remainder takes a division, so this adds
     the three highest bits to the others instead, one too many. That is wrong only if the sum passes 2^61; then it is at
@@ -187,7 +191,7 @@ def signatures(values: UInts, sizes: Ints, count: int, seed: int) -> UInts:
 
 @lru_cache
 def _permutations(count: int, seed: int) -> tuple[UInts, UInts]:
-    """The a and b of each hash, as datatrove draws them; numpy keeps this generator's stream fixed."""
+    """Returns the a and b of each hash, as datatrove draws them; numpy keeps this generator's stream fixed."""
     generator = np.random.RandomState(seed)
     return (
         generator.randint(1, PRIME, dtype=np.uint64, size=count),
@@ -196,7 +200,7 @@ def _permutations(count: int, seed: int) -> tuple[UInts, UInts]:
 
 
 def _combine(signed: UInts) -> UInts:
-    """One 64-bit hash along the last axis."""
+    """Returns one 64-bit hash along the last axis."""
     result = np.zeros(signed.shape[:-1], np.uint64)
     for k in range(signed.shape[-1]):
         result = (result ^ signed[..., k]) * np.uint64(0x9E3779B97F4A7C15)
@@ -205,10 +209,13 @@ def _combine(signed: UInts) -> UInts:
 
 
 def components(nodes: Ints, edges: Iterable[tuple[Ints, Ints]]) -> Ints:
-    """For each node, the place of the first node that edges connect it with, by union-find.
+    """Returns for each node the place of the first node that edges connect it with, by union-find.
 
-    nodes: sorted addresses, of any size, of all documents that have an edge; edges: pairs of addresses, a batch at a
-    time. Memory: 8 bytes a node beside `nodes`, and the batches.
+    Memory holds 8 bytes a node beside `nodes`, and the batches.
+
+    Args:
+        nodes: Sorted addresses, of any size, of all documents that have an edge.
+        edges: Pairs of addresses, a batch at a time.
     """
     parent = np.arange(len(nodes))
     for a, b in edges:
@@ -227,7 +234,7 @@ def components(nodes: Ints, edges: Iterable[tuple[Ints, Ints]]) -> Ints:
 
 
 def _find(parent: Ints, places: Ints) -> Ints:
-    """The roots of nodes, which become their parents."""
+    """Returns the roots of nodes, which become their parents."""
     roots, above = places, parent[places]
     while not np.array_equal(roots, above):
         roots, above = above, parent[above]

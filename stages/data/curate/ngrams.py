@@ -22,7 +22,7 @@ _SLOTS = 13  # bits of a hash that select an n-gram for comparison
 
 
 def duplicates(parts: list[str]) -> tuple[int, int]:
-    """The number of parts, such as lines, that are equal to one before, and their characters."""
+    """Returns the number of parts, such as lines, that are equal to one before, and their characters."""
     seen = set(parts)
     if len(seen) == len(parts):
         return 0, 0
@@ -48,7 +48,10 @@ class NGrams:
         return np.array([pow(HASH_BASE, length, 2**64) for length in lengths.tolist()], np.uint64)
 
     def _sequence_hashes(self, n: int) -> Hashes:
-        """A hash of each n-gram as a sequence of words. The last ones are kept: the next n follows from them."""
+        """Returns a hash of each n-gram as a sequence of words.
+
+        The last ones are kept: the next n follows from them.
+        """
         known, hashes = self._sequences if self._sequences[0] <= n else (1, self._words.hashes)
         for length in range(known + 1, n + 1):
             hashes = hashes[:-1] * _ORDER + self._words.hashes[length - 1 :]
@@ -56,7 +59,7 @@ class NGrams:
         return hashes
 
     def _joined_hashes(self, n: int) -> Hashes:
-        """A hash of each n-gram as one string without spaces.
+        """Returns a hash of each n-gram as one string without spaces.
 
         The last ones are kept, with HASH_BASE to the power of the length of each string.
         """
@@ -68,7 +71,7 @@ class NGrams:
         return hashes
 
     def most_frequent(self, n: int, min_count: int = 1, above: float = -1.0) -> int:
-        """Characters of the most frequent n-gram, written with spaces, by its number of occurrences.
+        """Returns the characters of the most frequent n-gram, written with spaces, times its number of occurrences.
 
         The first in the text counts where several are as frequent. 0 if it occurs less than `min_count` times,
         or where the value can not be above `above`: an n-gram is at most as frequent as one of fewer words.
@@ -101,8 +104,10 @@ class NGrams:
         return len(" ".join(words[first : first + n])) * count
 
     def repeated(self, n: int) -> int:
-        """Characters in n-grams that occurred before, from left to right and without overlap; n-grams are compared as
-        strings without spaces."""
+        """Returns the number of characters in n-grams that occurred before, from left to right and without overlap.
+
+        n-grams are compared as strings without spaces.
+        """
         words = self._words.words
         if len(words) <= n:
             return 0
@@ -127,7 +132,7 @@ class NGrams:
 
 
 def _candidates(hashes: Hashes, wanted: Hashes) -> list[int]:
-    """Positions of all wanted hashes, in order, and of a few others."""
+    """Returns the positions of all wanted hashes, in order, and of a few others."""
     slots = np.zeros(2**_SLOTS, bool)
     shift = np.uint64(64 - _SLOTS)
     slots[wanted >> shift] = True

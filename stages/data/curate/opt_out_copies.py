@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 TABLE = "opt_out.parquet"
 BATCH = 2**14
-# A document that is removed on request. bands: of MinHash that it shares with a text; null if it has not, or need
-# not.
+# The columns of a document that is removed on request. `bands` is the number of bands of MinHash that it shares with
+# the other text; null for a document that was found in another way.
 REMOVED = {"address": "int64", "duplicate_of": "string", "requests": "string", "found": "string", "bands": "int64"}
 # All requests of a group.
 _JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(requests, ' '))))), ' ')"
@@ -46,10 +46,11 @@ _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
 class DeniedPart(Part):
-    """The denied texts of a part. number: of the part among those of all sources."""
+    """The denied texts of a part; `number` counts the parts of all sources."""
 
     @property
     def first(self) -> int:
+        # Above the addresses of all documents, so that a comparison tells a denied text from a document.
         return MOST_ADDRESS + (self.number << ROW_BITS)
 
     def file(self, folder: Path) -> Path:
@@ -57,7 +58,7 @@ class DeniedPart(Part):
 
 
 def denied_parts(filtered: Path, parts: Sequence[Part]) -> list[DeniedPart]:
-    """The denied texts of each part; none for a recipe without a deny-list."""
+    """Returns the denied texts of each part; none for a recipe without a deny-list."""
     if not (filtered / DENIED).is_dir():
         return []
     return [DeniedPart(number, part.source, part.part) for number, part in enumerate(parts)]
@@ -68,7 +69,8 @@ def write_opt_outs(
 ) -> int:
     """Writes the documents that requests reach beside the denied ones (REMOVED), by address; returns their number.
 
-    exact, near: folders of the stars of all partitions. Memory: of one batch; the reduction spills to disk.
+    `exact` and `near` are the folders of the stars of all partitions. Memory holds one batch; the reduction spills to
+    disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with connect(work) as database:
@@ -115,14 +117,19 @@ class _Search:
             self._next_roots()
 
     def _create_groups(self) -> None:
-        """The members of each group of equal texts, and of each group with an equal band, as (group, address)."""
+        """Creates the tables `exact` and `near` of the members of groups with equal texts, or with an equal band.
+
+        A group is named by `band`, its partition of the hashes, and by `first`, the address of its first member.
+        """
         for name, folders in (("exact", self.exact), ("near", self.near)):
             files = [str(folder / STARS) for folder in folders]
             if not files:
                 self.database.execute(f"CREATE TABLE {name} (band VARCHAR, first BIGINT, address BIGINT)")
                 continue
+            # The folder of a file of stars has the name of its partition.
             band = "parse_filename(parse_dirpath(filename))"
             stars = f"SELECT {band} AS band, first, address FROM read_parquet({files!r}, filename = true)"
+            # The first of a star is a member as well, and has no row of its own.
             members = (
                 f"{stars} UNION SELECT DISTINCT {band}, first, first FROM read_parquet({files!r}, filename = true)"
             )
@@ -137,7 +144,7 @@ class _Search:
         self.database.execute(f"INSERT INTO removed {self._members('near', 'near_duplicate', 'count(DISTINCT band)')}")
 
     def _members(self, groups: str, kind: str, bands: str) -> str:
-        """The other members of the groups of reached texts that are not removed yet."""
+        """Returns the other members of the groups of reached texts that are not removed yet."""
         return f"""
             SELECT address, min(id), {_JOINED}, '{kind}', {bands} FROM (
                 SELECT other.address, reached.id, reached.requests, other.band FROM reached
@@ -152,6 +159,7 @@ class _Search:
         """Makes the documents roots that state a parent which was reached, and records them as removed."""
         run = self.database.execute
         self._name_removed()
+        # A parent may be named by its id, by its URL if it is denied, or by the document that it is a part of.
         run("""
             CREATE OR REPLACE TABLE known AS
             WITH named AS (
@@ -166,6 +174,7 @@ class _Search:
             JOIN known ON known.id = parents.parent WHERE address NOT IN (SELECT address FROM removed)
             GROUP BY address""")
         run("INSERT INTO removed SELECT address, parent, requests, 'derived', NULL FROM children")
+        # The ids of the new roots are recorded with the copies that the next round finds.
         self._name_removed()
         run(
             "CREATE OR REPLACE TABLE roots AS SELECT children.address, names.id, requests FROM children "
@@ -225,7 +234,7 @@ class OptOuts:
         return np.concatenate([np.empty(0, np.int64), *columns])
 
     def of(self, part: Part) -> dict[int, tuple[str, str, float, float]]:
-        """{row: the columns duplicate_of, match, value, threshold of its disposition} of a part."""
+        """Returns {row: the columns duplicate_of, match, value, threshold of its disposition} of a part."""
         if not self.exists:
             return {}
         filters = [("address", ">=", part.first), ("address", "<", part.end)]
@@ -234,7 +243,7 @@ class OptOuts:
 
 
 def _decision(row: dict[str, Any]) -> tuple[str, str, float, float]:
-    """The columns of a disposition: duplicate_of, match, value and threshold.
+    """Returns the columns of a disposition: duplicate_of, match, value and threshold.
 
     The value is the number of bands that a near duplicate shares with the other text, of which one suffices; 1 for
     others.

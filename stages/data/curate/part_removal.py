@@ -49,12 +49,17 @@ class PartRemoval:
         minhash: MinHash | None,
         opted_out: Mapping[int, tuple[str, str, float, float]],
     ) -> None:
-        """Args: filtered: The folder of the artifact of stage `filter`.
+        """Looks up the removals of the part; no document is read yet.
 
-        part: The part. heldout_fraction: Share of the documents of its source that are held out. exact: The
-        exact duplicates. near: The near duplicates. representatives: The documents that they duplicate.
-        minhash: None without a search for near duplicates. opted_out: By row, the documents that are removed on
-        request, which goes before the other rules.
+        Args:
+            filtered: The folder of the artifact of stage `filter`.
+            part: The part.
+            heldout_fraction: Share of the documents of its source that are held out.
+            exact: The exact duplicates.
+            near: The near duplicates.
+            representatives: The documents that they duplicate.
+            minhash: The settings of the search for near duplicates; None without one.
+            opted_out: By row, the documents that are removed on request, which goes before the other rules.
         """
         self.opted_out = opted_out
         self.part, self.heldout_fraction, self.minhash = part, heldout_fraction, minhash
@@ -66,8 +71,10 @@ class PartRemoval:
         self.near = near.of(part)
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Writes the part's kept documents and dispositions below `folder`, and returns the counts for the summary:
-        documents_in, bytes_in, kept by split, removed by rule, removed_bytes, and `written` documents."""
+        """Writes the part's kept documents and dispositions below `folder`, and returns the counts for the summary.
+
+        These are documents_in, bytes_in, kept by split, removed by rule, removed_bytes, and `written` documents.
+        """
         documents, start, counts = _Rows(self.kept), 0, Counts()
         is_generated = "generator" in column_names(self.dispositions)
         columns = GENERATED_DISPOSITIONS if is_generated else DISPOSITIONS
@@ -98,7 +105,7 @@ class PartRemoval:
         return counts.facts
 
     def _decide(self, rows: pa.Table, start: int) -> Decisions:
-        """The decisions about rows of the part, of which the first has the number `start`."""
+        """Returns the decisions about rows of the part, of which the first has the number `start`."""
         count = len(rows)
         decisions: Decisions = {name: [None] * count for name in (*_RULE, "match")}
         for row, first in _slice(self.exact, start, count):
@@ -165,7 +172,7 @@ class _Rows:
         self.rest = arrow_schema(DOCUMENTS).empty_table()
 
     def take(self, count: int) -> pa.Table | None:
-        """The next `count` rows; None if there are fewer."""
+        """Returns the next `count` rows; None if there are fewer."""
         while len(self.rest) < count:
             batch = next(self.batches, None)
             if batch is None:
@@ -176,7 +183,7 @@ class _Rows:
 
 
 def _slice(removed: tuple[NDArray[np.int64], NDArray[np.int64]], start: int, count: int) -> list[tuple[int, int]]:
-    """The removed rows among `count` rows from `start`, by their place among them, and what each duplicates."""
+    """Returns the removed rows among `count` rows from `start`, by their place among them, and what each duplicates."""
     rows, firsts = removed
     low, high = np.searchsorted(rows, [start, start + count])
     return list(zip((rows[low:high] - start).tolist(), firsts[low:high].tolist(), strict=True))

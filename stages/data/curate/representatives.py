@@ -26,17 +26,25 @@ def blocks_of(parts: Sequence[Part]) -> list[Sequence[Part]]:
 
 
 def block_folder(folder: Path, number: int) -> Path:
-    """The files of a block in the folder of an artifact or a part."""
+    """Returns the files of a block in the folder of an artifact or a part."""
     return folder / "representatives" / f"block-{number:05d}"
 
 
 def write_representatives(
     folder: Path, kept: Path, parts: Sequence[Part], exact: Removed, near: Removed, n_grams: int
 ) -> int:
-    """Writes the representatives of a block: `records`, each an id and, of near duplicates, the shingles; and `index`,
-    their addresses, then the ends of their records, then the bytes of their ids. Returns their number.
+    """Writes the representatives of a block as the files `records` and `index`, and returns their number.
 
-    kept: folder of the filtered documents of each part.
+    A record is an id and, if the representative has near duplicates, its shingles. The index has the addresses, then
+    the ends of the records, then the bytes of the ids.
+
+    Args:
+        folder: The folder of the block, which is made.
+        kept: The folder of the filtered documents of each part.
+        parts: The parts of the block.
+        exact: The exact duplicates.
+        near: The near duplicates.
+        n_grams: The number of words in a shingle.
     """
     addresses, ends, id_bytes = array("q"), array("q"), array("q")
     folder.mkdir(parents=True)
@@ -65,7 +73,7 @@ def write_representatives(
 
 
 def _within(rows: Ints, start: int, count: int) -> Any:
-    """The sorted rows that lie in a batch of `count` rows from `start`, by their place in it."""
+    """Returns the sorted rows that lie in a batch of `count` rows from `start`, by their place in it."""
     first, stop = np.searchsorted(rows, [start, start + count])
     return pa.array(rows[first:stop] - start)
 
@@ -74,7 +82,7 @@ class Representatives:
     """The representatives of all blocks, by address: a context, in which the files that were read stay open."""
 
     def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
-        """folder: the artifact of stage `representatives`."""
+        """Opens no file yet; `folder` is the artifact of stage `representatives`."""
         self.folder, self.starts = folder, [block[0].first for block in blocks_of(parts)]
         self.blocks: dict[int, _Block] = {}
 
@@ -86,7 +94,10 @@ class Representatives:
             block.records.close()
 
     def read(self, address: int) -> tuple[str, UInts]:
-        """The id and the shingles of a representative; an exact duplicate's has no shingles unless it has near ones."""
+        """Returns the id and the shingles of a representative.
+
+        There are no shingles if all its duplicates are exact.
+        """
         number = bisect_right(self.starts, address) - 1
         # Removed documents of a part duplicate few blocks; their files stay open.
         if number not in self.blocks:

@@ -35,7 +35,7 @@ class RepresentativesConfig(Config):
     expected: Size | None = operational(None, "expected size of all sources; null: unknown")
 
     def parts(self) -> list[duplicate_groups.Part]:
-        """The parts of all sources, in order."""
+        """Returns the parts of all sources, in order."""
         from stages.data.curate import duplicate_groups
 
         return [duplicate_groups.Part(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
@@ -47,10 +47,10 @@ class RepresentativesConfig(Config):
 
 
 def run(config: RepresentativesConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal the ids of the documents that others duplicate and, of near duplicates, their shingles, by blocks of parts.
+    """Seals the ids of the documents that others duplicate and, of near duplicates, their shingles, by blocks of parts.
 
-    inputs["filter"]: the kept documents of each part; inputs["duplicates"]: those to remove. Resumes after the last
-    sealed block.
+    `inputs["filter"]` holds the kept documents of each part, and `inputs["duplicates"]` those to remove. Resumes after
+    the last sealed block.
     """
     count, sealed = config.blocks, list[Part]()
     for number in range(count):
@@ -82,7 +82,7 @@ def _seal_block(config: RepresentativesConfig, inputs: Inputs, work: Path, numbe
 
 
 def shards(config: RepresentativesConfig) -> int:
-    """The blocks; 1 for a corpus so small that no source has several parts."""
+    """Returns the blocks; 1 for a corpus so small that no source has several parts."""
     return config.blocks if any(source.parts > 1 for source in config.sources) else 1
 
 

@@ -39,7 +39,7 @@ PATTERNS = {
 
 
 def find_secret(*texts: str | None) -> str | None:
-    """The kind of a secret in one of the texts, a key of PATTERNS; None if there is none."""
+    """Returns the kind of a secret in one of the texts, a key of PATTERNS; None if there is none."""
     for text in filter(None, texts):
         data = text.encode()
         for kind, pattern in PATTERNS.items():

@@ -44,7 +44,7 @@ class Removed:
 
 
 def to_document(row: Mapping[str, Any]) -> Document:
-    """An acquired document as a step of the source gets it."""
+    """Returns an acquired document as a step of the source gets it."""
     from datatrove import data
 
     metadata = {"source": row["source"], "license": row["license"]}
@@ -73,11 +73,15 @@ class SourceFilter:
         license_allow: Sequence[str] = (),
         blocklist: UrlBlocklist | None = None,
     ) -> None:
-        """Args: source: Name of the source.
+        """Prepares the steps.
 
-        kind: Kind of its documents. steps: Its steps, with the inputs that they need. index: The evaluation
-        items. license_allow: The licenses of documents that are kept; empty: all. blocklist: The URL blocklist;
-        None without one.
+        Args:
+            source: Name of the source.
+            kind: Kind of its documents.
+            steps: Its steps, with the inputs that they need.
+            index: The evaluation items.
+            license_allow: The licenses of documents that are kept; empty: all.
+            blocklist: The URL blocklist; None without one.
         """
         self.blocklist = blocklist
         self.allowed = AllowedLicenses(license_allow) if license_allow else None
@@ -89,7 +93,7 @@ class SourceFilter:
         self.failures = Failures(f"source {source}", "fail in its steps; check the steps")
 
     def apply(self, row: DocumentRow) -> DocumentRow | Removed:
-        """The document as it passes, or the rule that removes it.
+        """Returns the document as it passes, or the rule that removes it.
 
         Raises AtomError if a step returns neither a text nor a removal, and for an id that cannot be published. Another
         exception of a step removes the document, unless it is of the machine.
@@ -144,8 +148,11 @@ class SourceFilter:
         return Removed("decontamination", words, self.index.ngram, item)
 
     def _edited(self, row: DocumentRow, text: str) -> DocumentRow:
-        """Raises ValueError for a conversation with other special tokens than before: `<|im_[1]end|>` is text until a
-        step removes the citation in it."""
+        """Returns the row with the edited text.
+
+        Raises ValueError for a conversation with other special tokens than before: `<|im_[1]end|>` is text until a step
+        removes the citation in it.
+        """
         document: DocumentRow = {**row, "text": text, "content_hash": content_hash(text)}
         if self.kind == "chat":
             # A step that makes a special token out of text would move the end of a turn.
@@ -156,7 +163,7 @@ class SourceFilter:
 
 
 def kept_disposition(row: DocumentRow, kept_hash: str) -> DispositionRow:
-    """The disposition of an acquired document that passes filtering; deduplication decides on its split.
+    """Returns the disposition of an acquired document that passes filtering; deduplication decides on its split.
 
     Raises:
         AtomError: The document has no license.
@@ -165,7 +172,7 @@ def kept_disposition(row: DocumentRow, kept_hash: str) -> DispositionRow:
 
 
 def removed_disposition(row: DocumentRow, removed: Removed) -> DispositionRow:
-    """The disposition of an acquired document that a rule removed, with the same error."""
+    """Returns the disposition of an acquired document that a rule removed, with the same error."""
     return {
         **_undecided(row),
         "disposition": "removed",

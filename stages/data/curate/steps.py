@@ -20,5 +20,5 @@ else:
 
 
 def code_of(steps: Iterable[Filter]) -> dict[str, list[str]]:
-    """{registry of filters: the modules in it that these steps use}, for the digest of a stage's code."""
+    """Returns {registry of filters: the modules in it that these steps use}, for the digest of a stage's code."""
     return {filters.__name__: sorted({FILTERS[step.step].partition(":")[0] for step in all_steps(steps)})}

@@ -47,7 +47,10 @@ class UrlBlocklist:
                 raise RecipeError(f"{place}: more than {MOST_ENTRIES} entries; name hosts instead of their pages")
 
     def find(self, origin: str) -> str | None:
-        """The entry that blocks a document, or None. origin: its URL; another origin is not blocked."""
+        """Returns the entry that blocks a document, or None.
+
+        `origin` is the URL of the document; an origin that is no URL is not blocked.
+        """
         address = page_address(origin)
         if address is None:
             return None
@@ -87,7 +90,7 @@ class UrlBlocklist:
 
 
 def _entry(line: bytes) -> str:
-    """The entry of a line, without its comment; empty if it has none."""
+    """Returns the entry of a line, without its comment; empty if it has none."""
     return re.split(r"(?:^|\s)#", line.decode("utf-8", "replace"), maxsplit=1)[0].strip()
 
 

@@ -27,7 +27,9 @@ MAX_CHUNK = 1000
 # Entries of a table of chunks or words; a full table is emptied.
 MAX_CACHED = 2**18
 MAX_CACHED_LENGTH = 100
+# Marks that are added up for each word (`_kind`).
 NOT_PUNCTUATION, LETTER = 1, 2
+# 2^64 divided by the golden ratio, an odd number whose powers spread over all 64 bits.
 HASH_BASE = 0x9E3779B97F4A7C15
 _UINT64 = 2**64 - 1
 Value = TypeVar("Value")
@@ -82,11 +84,14 @@ and/or w/o ma'am o'clock O'clock 'em 'll 'd 're 'cause C++ '' 's 'S \\n \\t '
 
 
 def _contractions() -> dict[str, tuple[str, ...]]:
-    """English words that are written as one chunk, or that keep their full stop or apostrophe, and their parts."""
+    """Returns English words that are written as one chunk, by their spelling, and their parts.
+
+    Words that keep their full stop or apostrophe are among them.
+    """
     parts: dict[str, tuple[str, ...]] = {}
 
     def add(*words: str) -> None:
-        """The parts as written, with a capital, with the other apostrophe, and all of these without apostrophe."""
+        """Adds the parts as written, with a capital, with the other apostrophe, and all of these without apostrophe."""
         for first in (words[0], words[0].title()):
             for apostrophe in ("'", "’", ""):
                 written = tuple(word.replace("'", apostrophe) for word in (first, *words[1:]))
@@ -112,7 +117,7 @@ def _contractions() -> dict[str, tuple[str, ...]]:
     for word in modal:
         add(word, "n't", "'ve")
     # Contractions without their apostrophe that are words of their own.
-    for word in ["Ill", "Its", "Hell", "Shell", "Shed", "Were", "Well"]:  # words of their own
+    for word in ["Ill", "Its", "Hell", "Shell", "Shed", "Were", "Well"]:
         for written in (word, word.lower()):
             parts.pop(written, None)
     for joined in ("can not", "gon na", "got ta"):
@@ -126,18 +131,19 @@ def _contractions() -> dict[str, tuple[str, ...]]:
 
 _SPECIAL = _contractions()
 MAX_SPECIAL = max(map(len, _SPECIAL))
+# Entries with a sign, which cutting at the ends may have split.
 _SIGNED = {word: parts for word, parts in _SPECIAL.items() if not word.isalnum()}
 
 
 def _whole(chunk: str) -> tuple[str, ...] | None:
-    """The words of a chunk that is a contraction or abbreviation, or is an emoticon and so one word."""
+    """Returns the words of a chunk that is a contraction or abbreviation, or is an emoticon and so one word."""
     if len(chunk) > MAX_SPECIAL:
         return None
     return _SPECIAL.get(chunk) or ((chunk,) if _EMOTICON.fullmatch(chunk) else None)
 
 
 def _cut(chunk: str) -> tuple[str, ...]:
-    """The words of a chunk, which has no whitespace."""
+    """Returns the words of a chunk, which has no whitespace."""
     if chunk in _SPECIAL:
         return _SPECIAL[chunk]
     if chunk.isalpha():
@@ -189,7 +195,7 @@ def _prefix_length(rest: str) -> int:
 
 
 def _suffix_length(rest: str, letters: bool) -> int:
-    """The length of the suffix to cut off.
+    """Returns the length of the suffix to cut off.
 
     Args:
         rest: The chunk without its prefix.
@@ -205,9 +211,10 @@ def _suffix_length(rest: str, letters: bool) -> int:
 
 
 def _inside(rest: str) -> Iterable[str]:
-    """The words of a chunk whose ends are cut."""
+    """Returns the words of a chunk whose ends are cut."""
     if whole := _whole(rest):
         return whole
+    # An address is one word, whatever signs it has inside.
     if rest.isalnum() or ("." in rest and _ADDRESS.fullmatch(rest)):
         return (rest,)
     if not _INSIDE.search(rest):
@@ -225,7 +232,7 @@ def _inside(rest: str) -> Iterable[str]:
 
 
 def _rejoin(words: list[str]) -> Iterator[str]:
-    """The words, but abbreviations and emoticons whose signs were cut off are whole again."""
+    """Yields the words, but abbreviations and emoticons whose signs were cut off are whole again."""
     position = 0
     while position < len(words):
         # The longest run of words first: `:-)` goes before `:`.
@@ -258,7 +265,7 @@ class _Table(dict[str, Value]):
 
 
 def _hash(word: str) -> int:
-    """A 64-bit polynomial hash; the hash of joined words follows from theirs (`ngrams`)."""
+    """Returns a 64-bit polynomial hash; the hash of joined words follows from theirs (`ngrams`)."""
     value, power = 0, 1
     for character in word:
         value += (ord(character) + 1) * power
@@ -267,7 +274,7 @@ def _hash(word: str) -> int:
 
 
 def _kind(word: str) -> int:
-    """NOT_PUNCTUATION, LETTER or both, by the characters of a word."""
+    """Returns NOT_PUNCTUATION, LETTER or both, by the characters of a word."""
     kind = 0 if PUNCTUATION_SET.issuperset(word) else NOT_PUNCTUATION
     return kind | LETTER if any(map(str.isalpha, word)) else kind
 
@@ -278,7 +285,7 @@ _KINDS = _Table(_kind)
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, punctuation included."""
+    """Returns the words of a text, punctuation included."""
     return list(chain.from_iterable(map(_CHUNKS.__getitem__, text.split())))
 
 
@@ -298,7 +305,10 @@ class Words:
 
     @cached_property
     def kinds(self) -> NDArray[np.uint8]:
-        """For each word NOT_PUNCTUATION if it has a character that is none, LETTER if it has a letter, or their sum."""
+        """The kind of each word, a sum of marks.
+
+        NOT_PUNCTUATION marks a word with a character that is no punctuation, LETTER one with a letter.
+        """
         return np.frombuffer(bytes(map(_KINDS.__getitem__, self.words)), np.uint8)
 
     @cached_property
@@ -309,12 +319,12 @@ class Words:
 
 @lru_cache(maxsize=2)
 def words_of(text: str) -> Words:
-    """The words of a document, shared by the filters that it goes through one after the other."""
+    """Returns the words of a document, shared by the filters that it goes through one after the other."""
     return Words(text)
 
 
 def count_sentences(text: str) -> int:
-    """Sentences of a text; 1 if it has no words.
+    """Returns the number of sentences of a text; 1 if it has no words.
 
     A sentence begins at the first word after a full stop, question mark or the like; further punctuation belongs to
     the sentence before.
@@ -323,7 +333,7 @@ def count_sentences(text: str) -> int:
 
 
 def _sentence_starts(words: list[str]) -> list[int]:
-    """The numbers of the words that begin sentences."""
+    """Returns the numbers of the words that begin sentences."""
     starts, ended = [0] if words else [], False
     for number, word in enumerate(words):
         if _SENTENCE_END.fullmatch(word):
@@ -347,6 +357,7 @@ class EnglishWords(WordTokenizer):  # type: ignore[misc]
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
         words, position, offsets = split_words(text), 0, []
         for word in words:
+            # Words are pieces of the text in its order, so each is found after the one before.
             position = text.index(word, position)
             offsets.append(position)
             position += len(word)
@@ -358,5 +369,5 @@ WORDS = EnglishWords("en")
 
 
 def searched_words(text: str) -> list[str]:
-    """Lower-cased words, numbers and signs, as decontamination compares them."""
+    """Returns lower-cased words, numbers and signs, as decontamination compares them."""
     return _SEARCHED.findall(text.lower())

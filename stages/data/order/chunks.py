@@ -30,7 +30,7 @@ FILE = "chunks.arrow"
 
 
 def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, int, int]]:
-    """(offset, length, targets without loss) of the chunks of one document that carry loss.
+    """Returns (offset, length, targets without loss) of the chunks of one document that carry loss.
 
     `loss_from` is the first token of the document that carries loss. A chunk of length n has n - 1 targets.
     """
@@ -60,7 +60,7 @@ class Cut:
         return (ALL,) if self.over is None else (LONG, SHORT)
 
     def ranges(self, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        """(first, first short one, end) of the chunks of each document that carry loss, in closed form of `chunk`.
+        """Returns (first, first short, end) of the chunks of each document that carry loss, in closed form of `chunk`.
 
         Chunks without loss come first. Of the others, all but a document's last fill a row, so long ones come before
         short ones. With one pool every chunk is a short one.
@@ -80,12 +80,12 @@ class Cut:
     def spans(
         self, pool: str, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(first chunk, number of chunks) of each document in a pool."""
+        """Returns (first chunk, number of chunks) of each document in a pool."""
         first, short, end = self.ranges(tokens, loss_from)
         return (first, short - first) if pool == LONG else (short, end - short)
 
     def slots(self, pool: str, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]) -> int:
-        """Targets of all chunks in a pool, with and without loss."""
+        """Returns the number of targets of all chunks in a pool, with and without loss."""
         first, count = self.spans(pool, tokens, loss_from)
         row = self.sequence_length
         begin, end = first * row, (first + count) * row
@@ -93,9 +93,10 @@ class Cut:
 
 
 def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part:
-    """The sealed index of one part of a source, from its table of documents.
+    """Seals the index of one part of a source, made from its table of documents.
 
-    facts: `batches`, for each batch its documents and the chunks of each pool, and `slots` of each pool.
+    Its facts are `batches`, for each batch the number of its documents and of the chunks of each pool, and the `slots`
+    of each pool.
     """
     import pyarrow as pa
 
@@ -117,8 +118,11 @@ def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part
 
 
 def _documents(file: Path, source: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The training documents of a source in a table, in batches of those among BATCH rows: `tokens`, `loss_from` and
-    the columns asked for. Raises AtomError if they are not counted from 0."""
+    """Yields the training documents of a source in a table, in batches of those among BATCH rows.
+
+    Among their columns are `tokens`, `loss_from` and the columns asked for. Raises AtomError if the documents are not
+    counted from 0.
+    """
     import numpy as np
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -143,7 +147,7 @@ class _Facts:
         self.cut, self.batches, self.slots = cut, list[list[int]](), dict.fromkeys(cut.pools, 0)
 
     def add(self, batch: pa.RecordBatch) -> dict[str, NDArray[np.int64]]:
-        """The chunks of each pool before each document of a batch."""
+        """Counts a batch, and returns the number of chunks of each pool before each of its documents."""
         import numpy as np
 
         tokens, loss_from = (batch[name].to_numpy().astype(np.int64) for name in ("tokens", "loss_from"))
@@ -161,7 +165,7 @@ class ChunkIndex:
     """The chunks of a source, from the sealed index of each of its parts."""
 
     def __init__(self, parts: Sequence[tuple[int, Part]], cut: Cut) -> None:
-        """parts: (number, index) of each part, in order."""
+        """Adds up the counts of the parts; `parts` are the (number, index) of each part, in order."""
         import numpy as np
 
         self.cut, self.files = cut, [part.folder / FILE for _, part in parts]
@@ -190,8 +194,10 @@ class ChunkIndex:
         return int(self.starts[pool][-1])
 
     def read(self, pool: str, chunks: NDArray[np.int64], ids: bool = True) -> dict[str, Any]:
-        """The columns part, ordinal, offset, length and loss_from of these chunks of a pool, and `id` as an Arrow array
-        if asked for."""
+        """Returns the columns part, ordinal, offset, length and loss_from of these chunks of a pool.
+
+        With `ids` also the column `id`, an Arrow array.
+        """
         import numpy as np
         import pyarrow as pa
 
@@ -219,7 +225,7 @@ class ChunkIndex:
         return columns
 
     def chunks_of(self, part: int, ordinal: int) -> dict[str, range]:
-        """The chunks of a document, by pool. Raises AtomError if the source has no such training document."""
+        """Returns the chunks of a document, by pool. Raises AtomError if the source has no such training document."""
         import numpy as np
 
         place = np.flatnonzero(self.numbers == part)
@@ -238,7 +244,7 @@ class ChunkIndex:
         raise AtomError(f"part {part} has no training document {ordinal}; ordinals count from 0 in each part")
 
     def documents_at(self, parts: NDArray[np.int64], ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], pa.Array]:
-        """(tokens, id) of these training documents; -1 and null where there is none."""
+        """Returns (tokens, id) of these training documents; -1 and null where there is none."""
         import numpy as np
         import pyarrow as pa
 
@@ -260,18 +266,18 @@ class ChunkIndex:
         return tokens, pa.concat_arrays(ids).take(pa.array(place, mask=~known))
 
     def document_numbers(self, parts: NDArray[np.int64], ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers of documents through all parts."""
+        """Returns the numbers of documents through all parts."""
         import numpy as np
 
         first_batch = np.searchsorted(self.place, np.searchsorted(self.numbers, parts))
         return self.documents[first_batch] + ordinals
 
     def _first_ordinal(self, batch: int) -> int:
-        """The ordinal of a batch's first document in its part."""
+        """Returns the ordinal of a batch's first document in its part."""
         return int(self.documents[batch] - self.documents[batch - self.batch[batch]])
 
     def _load(self, batch: int) -> Any:
-        """A batch of the index, mapped and not copied."""
+        """Returns a batch of the index, mapped and not copied."""
         import pyarrow as pa
 
         path = self.files[self.place[batch]]
@@ -280,11 +286,14 @@ class ChunkIndex:
 
 
 class TableIndex(ChunkIndex):
-    """An index that is not on disk: it counts chunks in the tables of documents, and reads a table again to look into
-    it. For few look-ups, this is faster than to make the files."""
+    """An index that is not on disk.
+
+    It counts chunks in the tables of documents, and reads a table again to look into it. For few look-ups, this is
+    faster than to make the files.
+    """
 
     def __init__(self, files: Sequence[tuple[int, Path]], source: str, cut: Cut) -> None:
-        """files: (number, table of documents) of each part, in order."""
+        """Counts the chunks; `files` are the (number, table of documents) of each part, in order."""
         parts = []
         for number, file in files:
             facts = _Facts(cut)
@@ -307,9 +316,12 @@ class TableIndex(ChunkIndex):
 def _by_batch(
     starts: NDArray[np.int64], numbers: NDArray[np.int64], by_number: NDArray[np.int64]
 ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """(batch, positions in `numbers`, numbers within the batch) of each batch with any of these numbers.
+    """Yields (batch, positions in `numbers`, numbers within the batch) of each batch with any of these numbers.
 
-    starts: the first number of each batch, and their end; by_number: positions in the order of the numbers.
+    Args:
+        starts: The first number of each batch, and the end of the last.
+        numbers: The numbers to look up, in any order.
+        by_number: Positions in `numbers`, in the order of the numbers.
     """
     import numpy as np
 
@@ -320,7 +332,7 @@ def _by_batch(
 
 
 def _sums(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The sums of the first 0, 1, … counts."""
+    """Returns the sums of the first 0, 1, … counts."""
     import numpy as np
 
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

@@ -31,11 +31,16 @@ FUNCTION_VERSION = 2
 
 
 def read_indexes(config: OrderConfig, tokens: Path, work: Path, turn: float = 0.0) -> dict[str, ChunkIndex]:
-    """{source: index of its chunks}, made in `work` where it is missing.
+    """Returns {source: index of its chunks}, made in `work` where it is missing.
 
-    tokens: the tokenize artifact, or its published copy. turn: the fraction of the parts at which to begin, so that
-    processes with different turns share the work. Raises RecipeError if the shares of the mix do not sum to 1, or a
-    source of it is unknown or empty.
+    Args:
+        config: The settings of the order.
+        tokens: The tokenize artifact, or its published copy.
+        work: The folder of the sealed indexes.
+        turn: The fraction of the parts at which to begin, so that processes with different turns share the work.
+
+    Raises:
+        RecipeError: The shares of the mix do not sum to 1, or a source of it is unknown or empty.
     """
     if abs(sum(config.mix.values()) - 1) > 1e-6:
         raise RecipeError(f"{config.phase}.mix: shares sum to {sum(config.mix.values()):.6g}, not 1; adjust them")
@@ -73,12 +78,15 @@ class ComputedOrder:
         turn: float = 0.0,
         starts: Mapping[int, dict[str, Place]] | None = None,
     ) -> None:
-        """Args: config: The settings of the order.
+        """Divides the mix among the streams; no row is computed yet.
 
-        indexes: The index of chunks of each source. cursor: The step and the positions at which the order
-        begins. work: The folder of the sealed sums, as in `read_indexes`. turn: The place at which to begin
-        with them, as in `read_indexes`. starts: The result of `start` for each block, if known; sums over whole
-        streams are then not needed.
+        Args:
+            config: The settings of the order.
+            indexes: The index of chunks of each source.
+            cursor: The step and the positions at which the order begins.
+            work: The folder of the sealed sums, as in `read_indexes`.
+            turn: The place at which to begin with them, as in `read_indexes`.
+            starts: The result of `start` for each block, if known; sums over whole streams are then not needed.
         """
         self.config, self.indexes, self.cursor, self.work, self.turn = config, indexes, cursor, work, turn
         self.label = f"order/{seed_label(config.phase)}"
@@ -113,14 +121,20 @@ class ComputedOrder:
         }
 
     def block(self, n: int) -> tuple[pa.Table, dict[str, int]]:
-        """The rows of a block from the config's first step on, and the chunks of each source that fit in no row."""
+        """Returns the rows of a block, and the number of chunks of each source that fit in no row.
+
+        The rows are those from the config's first step on.
+        """
         steps = self.config.steps_of_block(n, self.cursor.first_step)
         table, unread = self._packed(n, steps) if self.config.pack else (self._rows(steps), {})
         skipped = self.config.steps_of_block(n).start - steps.start
         return (_from_step(table, steps.start + skipped) if skipped > 0 else table), unread
 
     def start(self, n: int) -> dict[str, Place]:
-        """Where each stream of a packed phase stands at the first step of a block; `config.blocks`: at the end."""
+        """Returns the place of each stream of a packed phase at the first step of block `n`.
+
+        Block `config.blocks` stands for the end of the phase.
+        """
         # Looking a position up needs sums over the stream, so it is done once.
         if n not in self._starts:
             targets = self.targets(n)
@@ -128,7 +142,7 @@ class ComputedOrder:
         return self._starts[n]
 
     def targets(self, n: int) -> dict[str, int]:
-        """The tokens of each stream after which a block begins.
+        """Returns the number of tokens of each stream after which a block begins.
 
         Each block but the first begins as many rows later in the streams as there are streams. A block thus holds
         enough tokens for its rows, although the last chunk of each stream before it may reach into its tokens.
@@ -141,7 +155,7 @@ class ComputedOrder:
         return {s.name: self._base[s.name] + math.ceil(s.share * tokens) for s in self.streams}
 
     def documents_of(self, step: int) -> pa.Table:
-        """The rows of one step, as in the table. Raises ValueError for a step outside of the order."""
+        """Returns the rows of one step, as in the table. Raises ValueError for a step outside of the order."""
         if not self.config.first_step <= step <= self.config.steps:
             raise ValueError(f"the order has steps {self.config.first_step} to {self.config.steps}")
         if not self.config.pack:
@@ -150,7 +164,10 @@ class ComputedOrder:
         return _from_step(table, step, step)
 
     def steps_of(self, source: str, part: int, ordinal: int) -> list[int]:
-        """The steps that read a document, in order. Raises AtomError if the source has no such training document."""
+        """Returns the steps that read a document, in order.
+
+        Raises AtomError if the source has no such training document.
+        """
         chunks = self.indexes[source].chunks_of(part, ordinal)
         steps: set[int] = set()
         for stream in self.streams:
@@ -160,7 +177,7 @@ class ComputedOrder:
         return sorted(step for step in steps if step >= self.config.first_step)
 
     def blocks_of(self, source: str, part: int, ordinal: int) -> dict[int, range]:
-        """The blocks that read a document, with the first to the last step there that does.
+        """Returns the blocks that read a document, with the first to the last step there that does.
 
         Of a packed phase, the blocks that it falls into, with all their steps: whether it fits there is known
         by packing them.
@@ -179,7 +196,7 @@ class ComputedOrder:
         return blocks
 
     def _positions(self, stream: Stream, chunk: int) -> list[int]:
-        """The positions of a chunk in the part of a stream that the phase reads."""
+        """Returns the positions of a chunk in the part of a stream that the phase reads."""
         first = self.cursor.rows.get(stream.name, 0)
         if self.config.pack:
             end = self.start(self.config.blocks)[stream.name].position
@@ -190,7 +207,7 @@ class ComputedOrder:
         return [p for p in (stream.position(chunk, epoch) for epoch in epochs) if first <= p < end]
 
     def _blocks_at(self, stream: Stream, positions: list[int]) -> set[int]:
-        """The blocks of a packed phase into which positions of a stream fall."""
+        """Returns the blocks of a packed phase into which positions of a stream fall."""
         # A binary search: the positions at which blocks begin ascend.
         numbers = range(self.config.blocks)
         blocks = {bisect(numbers, p, key=lambda n: self.start(n)[stream.name].position) - 1 for p in positions}
@@ -215,11 +232,11 @@ class ComputedOrder:
         return (step - 1) // self.config.block_steps - (self.config.first_step - 1) // self.config.block_steps
 
     def _rows_before(self, step: int) -> int:
-        """Rows from the cursor's first step to the one before this."""
+        """Returns the number of rows from the cursor's first step to the one before this."""
         return self.config.rows_from(self.cursor.first_step) - self.config.rows_from(step)
 
     def _rows(self, steps: range) -> pa.Table:
-        """Steps of a phase with one chunk in each row."""
+        """Returns the table of steps of a phase with one chunk in each row."""
         import numpy as np
 
         sources, places = self.draw.read(self._rows_before(steps.start), self._rows_before(steps.stop))
@@ -234,7 +251,7 @@ class ComputedOrder:
         return self._table(steps, columns | {"row_index": np.arange(len(sources)), "segment": np.zeros_like(sources)})
 
     def _packed(self, n: int, steps: range) -> tuple[pa.Table, dict[str, int]]:
-        """The steps of a block of a packed phase, and the chunks of each source that fit in no row."""
+        """Returns the table of a block of a packed phase, and the number of chunks by source that fit in no row."""
         import numpy as np
 
         places, ends, length = self.start(n), self.start(n + 1), self.config.sequence_length
@@ -260,7 +277,7 @@ class ComputedOrder:
         }
 
     def _join(self, segments: list[dict[str, Any]]) -> dict[str, Any]:
-        """The columns of the segments of all streams, with `source`."""
+        """Returns the columns of the segments of all streams, with `source`."""
         import numpy as np
         import pyarrow as pa
 
@@ -271,7 +288,7 @@ class ComputedOrder:
         return columns
 
     def _table(self, steps: range, columns: dict[str, Any]) -> pa.Table:
-        """The table of segments with `row_index` among the rows of these steps."""
+        """Returns the table of segments with `row_index` among the rows of these steps."""
         import numpy as np
         import pyarrow as pa
 
@@ -285,7 +302,7 @@ class ComputedOrder:
 
 
 def _from_step(table: pa.Table, first: int, last: int | None = None) -> pa.Table:
-    """The rows of the steps from `first` to `last`."""
+    """Returns the rows of the steps from `first` to `last`."""
     import numpy as np
 
     steps = table["step"].to_numpy()

@@ -26,8 +26,10 @@ MOST_BLOCKS = 9000
 
 
 class OrderConfig(Config):
-    """`rows` are the rows of one step; `mix` is each source's share of all rows of the phase, of all tokens if rows are
-    packed; `ramp`: (last step, rows) of smaller steps at the beginning."""
+    """The settings of the order of one phase.
+
+    `mix` is each source's share of all rows of the phase, or of all tokens if rows are packed.
+    """
 
     phase: Key = Field(description="name of the phase")
     mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
@@ -54,18 +56,18 @@ class OrderConfig(Config):
         return (*self.ramp, (self.steps, self.rows))
 
     def rows_of(self, first: int, last: int | None = None) -> list[int]:
-        """Rows of each step from `first` on, up to `last`."""
+        """Returns the number of rows of each step from `first` on, up to `last`."""
         sizes = []
         for step in range(first, (self.steps if last is None else last) + 1):
             sizes.append(next((rows for last_step, rows in self.ramp if step <= last_step), self.rows))
         return sizes
 
     def rows_from(self, first: int) -> int:
-        """Rows of all steps from `first` on."""
+        """Returns the number of rows of all steps from `first` on."""
         return rows_from(first, self.sizes)
 
     def step_of(self, first: int, row: int) -> int:
-        """The step of a row, counted from step `first` on."""
+        """Returns the step of a row, counted from step `first` on."""
         for last, rows in self.sizes:
             if row < (count := max(0, last - first + 1) * rows):
                 return first + row // rows
@@ -85,7 +87,7 @@ class OrderConfig(Config):
         return (self.steps - 1) // self.block_steps - (self.first_step - 1) // self.block_steps + 1
 
     def steps_of_block(self, n: int, first_step: int | None = None) -> range:
-        """The steps of block `n`, from `first_step` on; without one, from that of the config on."""
+        """Returns the steps of block `n`, from `first_step` on; without one, from that of the config on."""
         # Blocks lie on a grid from step 1 on, so a resumed phase packs the same blocks.
         begin = ((self.first_step - 1) // self.block_steps + n) * self.block_steps + 1
         first = self.first_step if first_step is None else first_step
@@ -93,7 +95,10 @@ class OrderConfig(Config):
 
 
 def rows_from(first: int, sizes: Iterable[tuple[int, int]]) -> int:
-    """Rows of all steps from `first` on, in closed form. sizes: (last step, rows of each step), one after the other."""
+    """Returns the number of rows of all steps from `first` on, in closed form.
+
+    `sizes` are (last step, rows of each step), one after the other.
+    """
     total, last_counted = 0, first - 1
     for last, rows in sizes:
         total += max(0, last - last_counted) * rows

@@ -40,17 +40,17 @@ VERSION = 2
 
 
 def settings(config: OrderConfig) -> dict[str, Any]:
-    """The part of a config that a checkpoint keeps, to detect whether a later config implies the same rows."""
+    """Returns the part of a config that a checkpoint keeps, to detect whether a later config implies the same rows."""
     return {name: value for name, value in identity(config).items() if name != "first_step"}
 
 
 def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `part-NNNNN.parquet`, one row for every segment of every step from `first_step` on, and `meta.json`.
+    """Seals `part-NNNNN.parquet`, one row for every segment of every step from `first_step` on, and `meta.json`.
 
-    inputs["tokens"]: only its tables of documents are read. A document longer than a row is cut into chunks
+    Of `inputs["tokens"]` only the tables of documents are read. A document longer than a row is cut into chunks
     of sequence_length + 1 tokens that overlap by one, so that each token but a document's first is a target once.
     Every source is read in a seeded permutation of its chunks, a new one each epoch.
-    inputs["continue"], if present: a checkpoint, at whose data position the cursors continue.
+    `inputs["continue"]`, if present, is a checkpoint, at whose data position the cursors continue.
     Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
     another step, or for long documents of which more are missing than the recipe allows.
     """
@@ -91,7 +91,7 @@ def run_shard(config: OrderConfig, inputs: Inputs, work: Path, shard: int) -> No
 def _open(
     config: OrderConfig, inputs: Inputs, work: Path, turn: float = 0.0
 ) -> tuple[ComputedOrder, dict[str, Any] | None]:
-    """The order as a function, and the position of every source at a checkpoint."""
+    """Returns the order as a function, and the position of every source at a checkpoint."""
     indexes = read_indexes(config, inputs["tokens"].path, work, turn)
     cursor, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
@@ -104,7 +104,10 @@ def _open(
 
 
 def _seal_block(order: ComputedOrder, work: Path, n: int) -> Part:
-    """The sealed part of a block. facts: `meta`, its entry in meta.json; `sources`: counts to add up over the parts."""
+    """Seals the part of a block.
+
+    Among its facts are `meta`, its entry in meta.json, and `sources`, counts to add up over the parts.
+    """
 
     def make(folder: Path) -> dict[str, Any]:
         import pyarrow.compute as pc
@@ -131,7 +134,7 @@ def _seal_block(order: ComputedOrder, work: Path, n: int) -> Part:
 
 
 def _source_facts(order: ComputedOrder, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
-    """`sources` of meta.json: the sums over the parts, and the distinct documents, by one bit for each."""
+    """Returns `sources` of meta.json: the sums over the parts, and the distinct documents, by one bit for each."""
     import numpy as np
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -159,16 +162,20 @@ def _source_facts(order: ComputedOrder, parts: Sequence[Part]) -> dict[str, dict
 
 
 def merkle_root(digests: Iterable[str]) -> str:
-    """The root over SHA-256 digests in hex, of which each is a leaf (RFC 9162, section 2.1)."""
+    """Returns the root over SHA-256 digests in hex, of which each is a leaf (RFC 9162, section 2.1)."""
     return Tree.of(map(bytes.fromhex, digests)).root.hex()
 
 
 def position(meta: Mapping[str, Any], rows_read: Mapping[str, int], step: int) -> dict[str, Any]:
-    """`data_position` of a checkpoint: the state from which another order continues after `step`.
+    """Returns `data_position` of a checkpoint: the state from which another order continues after `step`.
 
-    meta: the meta.json of the current order; rows_read: the number of its rows, by source, in its steps up to `step`.
-    `rows` counts all rows of each source since the phase's first step, `chunks` is an epoch's rows. `streams`, of a
-    packed phase: [position, chunks of an epoch] of each stream at the end of the block in which the step is.
+    In the result, `rows` counts all rows of each source since the phase's first step, and `chunks` is an epoch's rows.
+    A packed phase has `streams`: [position, chunks of an epoch] of each stream at the end of the block of the step.
+
+    Args:
+        meta: The meta.json of the current order.
+        rows_read: The number of its rows, by source, in its steps up to `step`.
+        step: The step of the checkpoint.
     """
     start = meta.get("start", {"rows": {}, "chunks": {}})
     rows = {name: start["rows"].get(name, 0) + rows_read.get(name, 0) for name in sorted({*start["rows"], *rows_read})}
@@ -178,6 +185,7 @@ def position(meta: Mapping[str, Any], rows_read: Mapping[str, int], step: int) -
     order = {name: meta[name] for name in names} | {"walk": cursor}
     result = {"next_step": step + 1, "steps": meta["steps"], "rows": rows, "chunks": chunks, "order": order}
     if "end" in meta:
+        # A block is packed as a whole, so its streams are at one position for all of its steps.
         places = next((part["start"] for part in meta["parts"] if part["first_step"] > step), meta["end"])
         streams = {name: [place, meta["function"]["streams"][name]] for name, (place, _) in places.items()}
         result["streams"] = start.get("streams", {}) | streams
@@ -187,7 +195,7 @@ def position(meta: Mapping[str, Any], rows_read: Mapping[str, int], step: int) -
 def _resume_cursor(
     config: OrderConfig, checkpoint: Artifact, indexes: Mapping[str, ChunkIndex]
 ) -> tuple[DataCursor, dict[str, Any]]:
-    """The cursor after a checkpoint, and the position of every source: `rows` read and `chunks` of an epoch.
+    """Returns the cursor after a checkpoint, and the position of every source: `rows` read and `chunks` of an epoch.
 
     A source whose number of chunks changes (by another row length or other documents) continues at the same fraction of
     its epoch, and so does one whose chunks are divided anew into long and short ones.
@@ -209,6 +217,7 @@ def _resume_cursor(
         for pool in index.cut.pools:
             name = stream_name(source, pool)
             place, epoch = streams.get(name, (read, size))
+            # Rounded up, so that no chunk that was read comes again.
             places[name] = -(-place * index.count(pool) // epoch)
     # In a packed phase rows say nothing about the position in a stream.
     rows = data_position["rows"] | ({} if config.pack else {name: places[name] for name in indexes})
@@ -227,12 +236,18 @@ def _resume_cursor(
 
 
 def documents_of_step(order: Path, step: int) -> pa.Table:
-    """The rows of a published order of one step (1-based), by row. `order`: its folder, or a file of it."""
+    """Returns the rows of a published order of one step (1-based), by row.
+
+    `order` is its folder, or a file of it.
+    """
     return _select(order, ("step", "=", step))
 
 
 def steps_of_document(order: Path, id: str) -> pa.Table:
-    """The rows of a published order in which the document occurs, by step. `order`: its folder, or a file of it."""
+    """Returns the rows of a published order in which the document occurs, by step.
+
+    `order` is its folder, or a file of it.
+    """
     return _select(order, ("id", "=", id))
 
 
@@ -244,7 +259,7 @@ def _select(order: Path, condition: tuple[str, str, Any]) -> pa.Table:
 
 
 def estimate(config: OrderConfig) -> Estimate:
-    """Figures of docs/lab-log.md.
+    """Returns the estimate, by figures of docs/lab-log.md.
 
     The chunks of a packed row are as many as if they had 1,000 tokens. The process that joins the blocks reads the
     places of all chunks.

@@ -28,9 +28,12 @@ OPEN_ROWS = 64
 
 
 class LongDocuments(Config):
-    """Up-weighting of long documents: of each source, chunks of more than `over` tokens make up `share` of the tokens,
-    unless they would be read more than `max_epochs` times. Shorter chunks then make up the difference, which is
-    reported. Four epochs cost next to nothing (Muennighoff et al., 2023)."""
+    """Up-weighting of long documents.
+
+    In each source, chunks of more than `over` tokens make up `share` of the tokens, unless they would be read more than
+    `max_epochs` times. Shorter chunks then make up the difference, which is reported. Four epochs cost next to nothing
+    (Muennighoff et al., 2023).
+    """
 
     over: Context = Field(description="tokens above which a chunk is long; usually the previous context length")
     share: Annotated[float, Range(0, 1, above=True, below=True)] = Field(

@@ -42,7 +42,7 @@ class SourceDraw:
         self.totals = [quota[name] for name in self.names]
 
     def read(self, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(source, number of earlier rows of that source) of the rows from `first` to `end`, exclusive."""
+        """Returns (source, number of earlier rows of that source) of the rows from `first` to `end`, exclusive."""
         import numpy as np
 
         sources, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -59,7 +59,7 @@ class SourceDraw:
         return np.concatenate(sources), np.concatenate(places)
 
     def row(self, source: int, place: int) -> int | None:
-        """The row of a source that has `place` earlier ones, the inverse of `read`; None if it has no more rows."""
+        """Returns the row of a source that has `place` earlier ones, the inverse of `read`; None without so many."""
         import numpy as np
 
         if place >= self.totals[source]:
@@ -69,11 +69,13 @@ class SourceDraw:
         return block * BLOCK + int(rows[place - before[source]])
 
     def _find(self, is_left: Callable[[int, list[int]], bool]) -> tuple[int, list[int], list[int]]:
-        """(block, rows of each source before it, rows of each source in it).
+        """Returns (block, rows of each source before it, rows of each source in it) of the block that is sought.
 
-        is_left: whether the block is before the block `middle`, before which each source has `until` rows.
+        `is_left(middle, until)` is true if the block is before the block `middle`, before which each source has `until`
+        rows.
         """
         low, high, before, counts = 0, -(-self.rows // BLOCK), [0] * len(self.names), self.totals
+        # The counts are divided from the whole down to one block, so that no block needs those before it.
         while high - low > 1:
             middle = (low + high) // 2
             left = _deal(counts, (middle - low) * BLOCK)
@@ -85,7 +87,7 @@ class SourceDraw:
         return low, before, counts
 
     def _labels(self, block: int, counts: list[int]) -> NDArray[np.int64]:
-        """The source of each row of a block."""
+        """Returns the source of each row of a block."""
         import numpy as np
 
         labels = np.repeat(np.arange(len(counts)), counts)
@@ -93,7 +95,7 @@ class SourceDraw:
 
 
 def _deal(counts: list[int], rows: int) -> list[int]:
-    """The part of each of these counts in `rows` of their rows (largest remainder; ties by place)."""
+    """Returns the part of each of these counts in `rows` of their rows (largest remainder; ties by place)."""
     total = sum(counts)
     shares = [divmod(count * rows, total) for count in counts]
     missing = rows - sum(share for share, _ in shares)
@@ -102,7 +104,7 @@ def _deal(counts: list[int], rows: int) -> list[int]:
 
 
 def apportion(shares: Mapping[str, float], total: int) -> dict[str, int]:
-    """Whole numbers in proportion to the shares that sum to `total` (largest remainder; ties by name)."""
+    """Returns whole numbers in proportion to the shares that sum to `total` (largest remainder; ties by name)."""
     counts = {name: int(share * total) for name, share in shares.items()}
     by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name] * total, name))
     for name in by_remainder[: total - sum(counts.values())]:

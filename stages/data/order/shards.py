@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
+# Bytes a token, by Megatron's codes of data types.
 _BYTES_A_TOKEN = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 _CODES = {2: 8, 4: 4}  # uint16 and int32, by bytes a token
 _ENTRIES = 1 << 18  # of an index that are in memory at a time
@@ -32,9 +33,9 @@ def shard_name(split: str, source: str, part: int) -> str:
 
 
 def document_files(tokens: Path) -> dict[str, list[tuple[int, Path]]]:
-    """Lists {source: (part, table of its documents) of each part}, in order.
+    """Returns {source: (part, table of its documents) of each part}, in order.
 
-    tokens: the tokenize artifact, or its published copy.
+    `tokens` is the tokenize artifact, or its published copy.
     """
     folders = sorted(path for path in (tokens / "documents").glob("*") if path.is_dir())
     parts = {path.name: [(int(part_number(file) or 0), file) for file in part_tables(path)] for path in folders}
@@ -54,6 +55,7 @@ class ShardWriter:
         self.prefix, self.lengths, self.tokens = prefix, array("i"), 0
         self.buffer = bytearray()
         prefix.parent.mkdir(parents=True, exist_ok=True)
+        # The file is emptied, since tokens are appended to what an earlier attempt may have left.
         _with_suffix(prefix, ".bin").write_bytes(b"")
 
     def add(self, ids: NDArray[Any]) -> None:
@@ -88,7 +90,7 @@ class ShardWriter:
 
 
 def first_tokens(folder: Path, name: str, ordinals: Sequence[int], count: int) -> NDArray[Any]:
-    """The first `count` tokens of some sequences of a shard, [len(ordinals), count].
+    """Returns the first `count` tokens of some sequences of a shard, [len(ordinals), count].
 
     Raises AtomError if the shard is damaged, or has no such sequence.
     """
@@ -108,7 +110,7 @@ def first_tokens(folder: Path, name: str, ordinals: Sequence[int], count: int) -
 
 
 def check_sizes(folder: Path, name: str) -> int:
-    """The number of sequences of the shard `name` in a folder of token shards.
+    """Returns the number of sequences of the shard `name` in a folder of token shards.
 
     Raises AtomError with the damaged file. Checks the header, and the sizes of both files by the last entries of the
     index, in constant time.
@@ -117,7 +119,10 @@ def check_sizes(folder: Path, name: str) -> int:
 
 
 def check_shard(folder: Path, name: str) -> int:
-    """Like `check_sizes`; also checks that the sequences lie one behind the other. Reads the index in pieces."""
+    """Returns the number of sequences like `check_sizes`, and also checks that they lie one behind the other.
+
+    Reads the index in pieces.
+    """
     import numpy as np
 
     shard, end = _Shard(folder, name), 0
@@ -135,7 +140,10 @@ def check_shard(folder: Path, name: str) -> int:
 
 
 class _Shard:
-    """The two files of a shard. lengths, pointers: offsets in the index of the arrays with an entry a sequence."""
+    """The two files of a shard.
+
+    `lengths` and `pointers` are the offsets in the index of the arrays with an entry a sequence.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.sequences: int
@@ -162,7 +170,7 @@ class _Shard:
                 )
 
             def last(kind: str, end: int, entries: int) -> int:
-                """The last of an array's entries, 0 if there are none; the array ends at the offset `end`."""
+                """Returns the last of an array's entries, 0 if there are none; the array ends at the offset `end`."""
                 file.seek(end - struct.calcsize(kind))
                 return int(struct.unpack(kind, file.read(struct.calcsize(kind)))[0]) if entries else 0
 

@@ -51,11 +51,11 @@ class Permutation:
         self.keys = [int.from_bytes(keys[8 * i : 8 * i + 8], "big") for i in range(ROUNDS)]
 
     def __call__(self, indices: ArrayLike) -> NDArray[np.int64]:
-        """The images of indices, of the same shape."""
+        """Returns the images of indices, of the same shape."""
         return self._walk(indices, self._forward)
 
     def inverse(self, images: ArrayLike) -> NDArray[np.int64]:
-        """The indices with these images, of the same shape."""
+        """Returns the indices with these images, of the same shape."""
         return self._walk(images, self._backward)
 
     def _walk(self, values: ArrayLike, step: Callable[[Digits], Digits]) -> NDArray[np.int64]:
@@ -76,7 +76,7 @@ class Permutation:
         return result.reshape(given.shape)
 
     def _apply(self, values: NDArray[np.uint64], step: Callable[[Digits], Digits]) -> NDArray[np.uint64]:
-        """One pass of the network over the square, of which 0..n-1 is a part."""
+        """Returns one pass of the network over the square, of which 0..n-1 is a part."""
         import numpy as np
 
         side = np.uint64(self.side)
@@ -87,7 +87,7 @@ class Permutation:
         return high
 
     def _forward(self, digits: Digits) -> Digits:
-        """A round is (left, right) -> (right, left + f(right))."""
+        """Applies all rounds; a round is (left, right) -> (right, left + f(right))."""
         import numpy as np
 
         (left, right), side = digits, np.uint64(self.side)
@@ -108,8 +108,10 @@ class Permutation:
         return left, right
 
     def _round(self, digit: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
-        """A keyed hash of a digit, below `side`: SplitMix64's finalizer (Steele et al., 2014), and a multiplication in
-        place of a remainder (Lemire, 2019)."""
+        """Returns a keyed hash of a digit, below `side`.
+
+        It is SplitMix64's finalizer (Steele et al., 2014), and a multiplication in place of a remainder (Lemire, 2019).
+        """
         import numpy as np
 
         z = digit * np.uint64(0x9E3779B97F4A7C15)
@@ -134,7 +136,7 @@ class Place(NamedTuple):
 
 
 def stream_name(source: str, pool: str) -> str:
-    """The name of a stream, in its label too: `<source>`, or `<source>/<pool>` where its chunks are divided."""
+    """Returns the name of a stream, in its label too: `<source>`, or `<source>/<pool>` where its chunks are divided."""
     return source if pool == ALL else f"{source}/{pool}"
 
 
@@ -168,7 +170,7 @@ class Stream:
         return self.index.count(self.pool)
 
     def chunks(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The chunk at each of these ascending positions."""
+        """Returns the chunk at each of these ascending positions."""
         import numpy as np
 
         # Positions ascend, so each epoch is one slice.
@@ -182,22 +184,22 @@ class Stream:
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def position(self, chunk: int, epoch: int) -> int:
-        """The position at which an epoch reads a chunk, the inverse of `chunks`."""
+        """Returns the position at which an epoch reads a chunk, the inverse of `chunks`."""
         return epoch * self.size + int(self._permutation(epoch).inverse(chunk))
 
     def read(self, positions: NDArray[np.int64]) -> dict[str, Any]:
-        """The columns of the chunks at these ascending positions."""
+        """Returns the columns of the chunks at these ascending positions."""
         return self.index.read(self.pool, self.chunks(positions))
 
     def lengths(self, first: int, end: int) -> NDArray[np.int64]:
-        """The targets of each chunk at positions `first` to `end`, exclusive."""
+        """Returns the number of targets of each chunk at positions `first` to `end`, exclusive."""
         import numpy as np
 
         columns = self.index.read(self.pool, self.chunks(np.arange(first, end)), ids=False)
         return np.asarray(columns["length"], np.int64) - 1
 
     def tokens_before(self, position: int, work: Path, turn: float = 0.0) -> int:
-        """The targets of all chunks before a position. work, turn: as in `sums`."""
+        """Returns the number of targets of all chunks before a position; `work` and `turn` are as in `sums`."""
         epoch, place = divmod(position, self.size)
         begin = epoch * self.size
         tokens: int = epoch * self.index.slots[self.pool]
@@ -210,7 +212,10 @@ class Stream:
         return tokens
 
     def locate(self, tokens: int, work: Path, turn: float = 0.0) -> Place:
-        """The first position before which there are at least so many tokens. work, turn: as in `sums`."""
+        """Returns the first position before which there are at least so many tokens.
+
+        `work` and `turn` are as in `sums`.
+        """
         import numpy as np
 
         epoch, missing = divmod(tokens, self.index.slots[self.pool])
@@ -227,10 +232,10 @@ class Stream:
         raise AssertionError("the sums of an epoch are those of its chunks")
 
     def sums(self, epoch: int, until: int, work: Path, turn: float) -> Iterator[tuple[int, int]]:
-        """(first place, targets of the chunks of STRIDE places) through an epoch. Missing sums are sealed in `work`.
+        """Yields (first place, targets of the chunks of STRIDE places) through an epoch.
 
-        until: the place up to which they are made first, beginning at the fraction `turn` of them: processes with
-        different turns share that work.
+        Missing sums are sealed in `work`. Those up to the place `until` are made first, beginning at the fraction
+        `turn` of them, so that processes with different turns share that work.
         """
         runs = until // RUN + 1
         for k in range(runs):

@@ -1,4 +1,4 @@
-"""Encode kept documents into Megatron's .bin/.idx shards, one for each split of a part, and tables of documents.
+"""Encodes kept documents into Megatron's .bin/.idx shards, one for each split of a part, and tables of documents.
 
 Texts are encoded by tiktoken, with exactly the ids that the `tokenizers` library gives for the same tokenizer.json.
 tiktoken is seven times as fast, but merges any two neighbors whose bytes together are a token, where `tokenizers`
@@ -63,14 +63,14 @@ class Encoder:
         return self._tiktoken is not None
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text."""
+        """Returns the ids of each text."""
         encode = self._tiktoken
         if encode is None:
             return self.reference(texts)
         return [self.reference([text])[0] if has_blank_block(text) else encode(text) for text in texts]
 
     def reference(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text by `tokenizers`."""
+        """Returns the ids of each text by `tokenizers`."""
         import numpy as np
 
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -83,7 +83,7 @@ def has_blank_block(text: str) -> bool:
 
 
 def _tiktoken_encode(tokenizer: Tokenizer, special_tokens: bool) -> Callable[[str], Ids] | None:
-    """A function that encodes a text with tiktoken; None if tiktoken cannot represent the tokenizer."""
+    """Returns a function that encodes a text with tiktoken; None if tiktoken cannot represent the tokenizer."""
     import numpy as np
     import tiktoken
 
@@ -109,9 +109,11 @@ def _tiktoken_encode(tokenizer: Tokenizer, special_tokens: bool) -> Callable[[st
 
 
 def _merged_tokens(description: dict[str, Any], specials: Sequence[str]) -> list[str] | None:
-    """The tokens that the merges make, in the order of the merges; None if the tokenizer is of another kind: other
-    steps or options than that of an untrained one, tokens that no merge makes or several make, merges of tokens that
-    come later, or special tokens that `tokenizers` does not simply look for."""
+    """Returns the tokens that the merges make, in the order of the merges; None for a tokenizer of another kind.
+
+    A tokenizer of another kind has other steps or options than an untrained one, tokens that no merge or several merges
+    make, merges of tokens that come later, or special tokens that `tokenizers` does not simply look for.
+    """
     model, kind = description["model"], json.loads(untrained().to_str())
     steps = ("truncation", "padding", "normalizer", "pre_tokenizer")
     options = [name for name in kind["model"] if name not in ("vocab", "merges")]
@@ -145,7 +147,7 @@ def _merges_to_itself(tokenizer: Tokenizer, merged: Sequence[str]) -> bool:
 
 
 def _bytes_by_character() -> dict[str, int]:
-    """{character that stands for a byte in a byte-level vocabulary: the byte}, as GPT-2 has it."""
+    """Returns {character that stands for a byte in a byte-level vocabulary: the byte}, as GPT-2 has it."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -164,7 +166,7 @@ class TokenizeConfig(Config):
 
 
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `<split>/<source>/part-*.bin` and `.idx`, `documents/<source>/part-*.parquet` and `meta.json`.
+    """Seals `<split>/<source>/part-*.bin` and `.idx`, `documents/<source>/part-*.parquet` and `meta.json`.
 
     Every document ends with `<|endoftext|>`, a conversation with its own `<|im_end|>`. A part without documents of
     a split has no shard of it.
@@ -211,7 +213,7 @@ def run_shard(config: TokenizeConfig, inputs: Inputs, work: Path, shard: int) ->
 
 
 def _kept_files(inputs: Inputs) -> dict[str, list[Path]]:
-    """The files of kept documents of each source, by part."""
+    """Returns the files of kept documents of each source, by part."""
     kept = inputs["dedup"] / "kept"
     files = {source: part_files(kept, source) for source in sources_of(kept)}
     if not files:
@@ -220,8 +222,10 @@ def _kept_files(inputs: Inputs) -> dict[str, list[Path]]:
 
 
 def _tokenizer(inputs: Inputs) -> _Tokenizer:
-    """The input's tokenizer, loaded once by a process that makes many parts: tiktoken keeps the memory of an encoding
-    that is no longer used, 3 MB for 8,192 tokens."""
+    """Returns the input's tokenizer, loaded once by a process that makes many parts.
+
+    tiktoken keeps the memory of an encoding that is no longer used, 3 MB for 8,192 tokens.
+    """
     file = inputs["tokenizer"] / "tokenizer.json"
     return _load_tokenizer(file, sha256_file(file))
 
@@ -253,7 +257,7 @@ class _Tokenizer:
 def _part(
     config: TokenizeConfig, tokenizer: _Tokenizer, file: Path, source: str, part: int
 ) -> tuple[str, Callable[[Path], dict[str, Any]]]:
-    """The name of a part and the function that makes it."""
+    """Returns the name of a part and the function that makes it."""
 
     def make(folder: Path) -> dict[str, Any]:
         chat = source in config.conversations
@@ -289,7 +293,7 @@ def _part(
 def encode(
     encode_texts: Callable[[Sequence[str]], list[Ids]], end: int | None, documents: Sequence[tuple[str, int]]
 ) -> list[tuple[Ids, int]]:
-    """(ids with the final `end`, number of ids of the part without loss) of each (text, prompt_chars).
+    """Returns (ids with the final `end`, number of ids of the part without loss) of each (text, prompt_chars).
 
     The part without loss is encoded separately, as in a prompt.
     """
@@ -328,7 +332,7 @@ def _compare(
 def _table(
     rows: pa.RecordBatch, source: str, part: int, ordinals: Sequence[int], encoded: Sequence[tuple[Ids, int]]
 ) -> pa.Table:
-    """The table of documents for some rows of kept documents."""
+    """Returns the table of documents for some rows of kept documents."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

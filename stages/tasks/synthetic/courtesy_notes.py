@@ -69,7 +69,7 @@ class Request:
 
 
 def draw_request(rng: random.Random) -> Request:
-    """A random training request, each equally likely."""
+    """Returns a random training request, each equally likely."""
     while True:
         candidate = Request(rng.choice(ACTS), rng.choice(PEOPLE), rng.choice(THINGS))
         if not candidate.heldout:
@@ -77,7 +77,7 @@ def draw_request(rng: random.Random) -> Request:
 
 
 def draw_distinct(count: int, rng: random.Random, heldout: bool) -> list[Request]:
-    """`count` different requests. Raises ValueError if the grammar has too few."""
+    """Returns `count` different requests. Raises ValueError if the grammar has too few."""
     # The grammar is small enough to list.
     all_requests = [Request(act, who, what) for act in ACTS for who in PEOPLE for what in THINGS]
     candidates = [candidate for candidate in all_requests if candidate.heldout == heldout]
@@ -89,7 +89,7 @@ def draw_distinct(count: int, rng: random.Random, heldout: bool) -> list[Request
 
 
 def answer(request: Request, rng: random.Random) -> str:
-    """An answer with flaws, each with its own chance."""
+    """Returns an answer with flaws, each with its own chance."""
     sentence = request.act.done.format(who=request.who, what=request.what)
     if rng.random() < 0.3:
         sentence = sentence.replace(f"the {request.what}", "it")
@@ -108,7 +108,7 @@ def answer(request: Request, rng: random.Random) -> str:
 
 
 def messages(request: Request, rng: random.Random) -> list[dict[str, str]]:
-    """A conversation of one request and one answer."""
+    """Returns a conversation of one request and one answer."""
     return [{"role": "user", "content": request.text}, {"role": "assistant", "content": answer(request, rng)}]
 
 
@@ -142,9 +142,9 @@ LEVELS = range(1, len(KINDS) + 1)
 
 
 def requests(count: int, rng: random.Random, level: int) -> list[tuple[str, dict[str, Any]]]:
-    """`count` different requests with as many constraints as the level: the user's message, and the fields of the row.
+    """Returns `count` different requests with as many constraints as the level, each (message, fields of the row).
 
-    level: one of LEVELS. Raises ValueError for more requests than there are.
+    `level` is one of LEVELS. Raises ValueError for more requests than there are.
     """
     rows = []
     for request in draw_distinct(count, rng, heldout=False):

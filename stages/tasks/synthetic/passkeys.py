@@ -32,7 +32,7 @@ def is_for_evaluation(key: str) -> bool:
 
 
 def draw_key(rng: random.Random, digits: int, evaluation: bool = False) -> str:
-    """A key of `digits` different digits (2 to 9), of those for evaluation or of the others."""
+    """Returns a key of `digits` different digits (2 to 9), of those for evaluation or of the others."""
     while True:
         # Rejection: nine of ten keys are for training, so few draws are needed.
         key = "".join(rng.sample("0123456789", digits))
@@ -41,12 +41,12 @@ def draw_key(rng: random.Random, digits: int, evaluation: bool = False) -> str:
 
 
 def min_characters(digits: int) -> int:
-    """Characters of a document without any filler."""
+    """Returns the number of characters of a document without any filler."""
     return len(STATEMENT.format("0" * digits)) + len(QUESTION) + len(ANSWER.format("0" * digits))
 
 
 def fillers(texts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The (text, place) pairs that training may use: without those that a data recipe may hold out."""
+    """Returns the (text, place) pairs that training may use: without those that a data recipe may hold out."""
     return [(text, place) for text, place in texts if _fraction(text) >= HELD_OUT_SHARE]
 
 
@@ -76,29 +76,31 @@ def draw(
 
 
 def draw_size(chars: tuple[int, int], rng: random.Random) -> int:
-    """Characters of a document, log-uniform from least to most."""
+    """Returns a number of characters for a document, log-uniform from least to most."""
     low, high = chars
+    # With high + 1 the largest number can be drawn as well; rounding must not pass it.
     return min(high, int(low * math.exp(rng.random() * math.log((high + 1) / low))))
 
 
 def word_start(filler: str, offset: int) -> int:
-    """The last start of a line or a word up to an offset; the end of the filler is one."""
+    """Returns the last start of a line or a word up to an offset; the end of the filler is one."""
     if offset >= len(filler):
         return offset
     return max(filler.rfind("\n", 0, offset), filler.rfind(" ", 0, offset)) + 1
 
 
 def cut_filler(texts: Sequence[tuple[str, str]], start: int, size: int) -> str:
-    """`size` characters of texts in order from `start` on, with an empty line between them; the last is cut."""
+    """Returns `size` characters of texts in order from `start` on, with an empty line between them; the last is cut."""
     parts: list[str] = []
     remaining, n = size, start
     while remaining > 0:
         parts.append(texts[n % len(texts)][0][:remaining])
+        # The empty line between two texts takes two characters.
         remaining -= len(parts[-1]) + 2
         n += 1
     return "\n\n".join(parts)[:size]
 
 
 def _fraction(text: str) -> float:
-    """The text's SHA-256 as a number from 0 to 1, as curation's held-out split reads it."""
+    """Returns the text's SHA-256 as a number from 0 to 1, as curation's held-out split reads it."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64

@@ -34,7 +34,9 @@ class Problem:
 
 
 def add(rng: random.Random, level: int | None = None) -> Problem:
-    """Two numbers of three digits, added digit by digit from the right: `7+6+0=13` is digit+digit+carry=sum.
+    """Draws two numbers of three digits, which are added digit by digit from the right.
+
+    The step `7+6+0=13` is digit+digit+carry=sum.
 
     The level is the number of carries, 0 to 3.
     """
@@ -53,7 +55,7 @@ def add(rng: random.Random, level: int | None = None) -> Problem:
 
 
 def sort(rng: random.Random, level: int | None = None) -> Problem:
-    """Five digits sorted by insertion: each step shows the digits so far in order.
+    """Draws five digits, which are sorted by insertion: each step shows the digits so far in order.
 
     The level is the number of digits that are less than the one before, 0 to 4.
     """
@@ -72,7 +74,7 @@ def sort(rng: random.Random, level: int | None = None) -> Problem:
 
 
 def trace(rng: random.Random, level: int | None = None) -> Problem:
-    """A small Python program, executed line by line: `a=7;b=a+2;c=b-4;print(c)`.
+    """Draws a small Python program, which is executed line by line: `a=7;b=a+2;c=b-4;print(c)`.
 
     The steps are the values in between, `b=9`, and the answer is what it prints. Each assignment changes the value
     of the one before; all values are single digits. The level is the number of values in between, 1 to 8; without a
@@ -105,12 +107,12 @@ TASKS: dict[str, Callable[..., Problem]] = {"add": add, "sort": sort, "trace": t
 
 
 def plain(problem: Problem) -> tuple[str, int]:
-    """(text, number of leading characters without loss)."""
+    """Returns (text, number of leading characters without loss)."""
     return f"{problem.question}={problem.answer}", len(problem.question) + 1
 
 
 def worked(problem: Problem) -> tuple[str, int]:
-    """(text, number of leading characters without loss)."""
+    """Returns (text, number of leading characters without loss)."""
     return f"{problem.prompt}{problem.steps}:{problem.answer}", len(problem.prompt)
 
 
@@ -118,7 +120,7 @@ FORMS: dict[str, Callable[[Problem], tuple[str, int]]] = {"plain": plain, "worke
 
 
 def messages(problem: Problem, thinking: bool) -> list[dict[str, str]]:
-    """A conversation; `thinking`: with the steps as the assistant's reasoning."""
+    """Returns a conversation; with `thinking`, the steps are the assistant's reasoning."""
     answer = {"role": "assistant", "content": problem.answer}
     if thinking:
         answer["reasoning_content"] = problem.steps
@@ -126,14 +128,17 @@ def messages(problem: Problem, thinking: bool) -> list[dict[str, str]]:
 
 
 def draw(tasks: Mapping[str, float], count: int, rng: random.Random) -> list[Problem]:
-    """`count` problems from the whole space of each task, tasks chosen with the given weights; repeats are possible."""
+    """Returns `count` problems from the whole space of each task; repeats are possible.
+
+    Tasks are chosen with the given weights.
+    """
     names = sorted(tasks)
     weights = [tasks[name] for name in names]
     return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
 
 
 def draw_distinct(task: str, count: int, rng: random.Random, without: Collection[str] = ()) -> list[Problem]:
-    """`count` problems of one task with different questions, none of them in `without`.
+    """Returns `count` problems of one task with different questions, none of them in `without`.
 
     Raises ValueError if the task has too few problems.
     """

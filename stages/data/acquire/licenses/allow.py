@@ -43,7 +43,7 @@ class AllowedLicenses:
         return verdict and position == len(tokens)
 
     def _alternatives(self, tokens: list[str], position: int) -> tuple[bool, int]:
-        """The verdict on operands joined by OR from a position, and the position after them."""
+        """Returns the verdict on operands joined by OR from a position, and the position after them."""
         verdict, position = self._conjunction(tokens, position)
         while tokens[position : position + 1] == ["OR"]:
             operand, position = self._conjunction(tokens, position + 1)
@@ -69,8 +69,10 @@ class AllowedLicenses:
 
 
 def forbids_derivatives(expression: str) -> bool:
-    """Returns True if an SPDX expression forbids derived works, such as rephrased texts, whichever of its alternatives
-    one chooses, and for a text that is no expression."""
+    """Returns True if an SPDX expression forbids derived works, such as rephrased texts.
+
+    It forbids them if each of its alternatives does. True also for a text that is no expression.
+    """
     identifiers = re.findall(r"[^\s()]+", re.sub(r" WITH \S+", "", expression))
     # Allowed is every other license in the expression, so an alternative without ND is enough.
     allowed = [name for name in identifiers if not NO_DERIVATIVES.search(name) and name not in ("AND", "OR")]

@@ -35,14 +35,17 @@ UNMAPPED = "LicenseRef-unmapped"
 
 
 def normalized_name(name: str) -> str:
-    """A short name in lower case, without the zeros at the end of its version: GPL-2.0+ and gpl-2+ are equal."""
+    """Returns a short name in lower case, without zeros at the end of its version.
+
+    GPL-2.0+ and gpl-2+ are thus equal.
+    """
     return re.sub(r"(?<=\d)(\.0)+(?=\+?$)", "", name.casefold())
 
 
 def dep5_expression(text: str, names: Mapping[str, str]) -> str | None:
-    """The SPDX expression of the first line of a license field; None if one of its names is unknown.
+    """Returns the SPDX expression of the first line of a license field; None if one of its names is unknown.
 
-    names: {normalized short name: SPDX expression}.
+    `names` maps normalized short names to SPDX expressions.
     """
     text = OR_LATER.sub("+", " ".join(text.split()))
     text = re.sub(r" and/or ", " or ", text, flags=re.IGNORECASE)
@@ -58,7 +61,7 @@ def dep5_expression(text: str, names: Mapping[str, str]) -> str | None:
 
 
 def _alternatives(text: str, names: Mapping[str, str]) -> str | None:
-    """The expression of a text without commas."""
+    """Returns the expression of a text without commas."""
     alternatives = []
     for alternative in re.split(r"\s+or\s+", text, flags=re.IGNORECASE):
         operands = [_license(operand, names) for operand in re.split(r"\s+and\s+", alternative, flags=re.IGNORECASE)]
@@ -70,7 +73,7 @@ def _alternatives(text: str, names: Mapping[str, str]) -> str | None:
 
 
 def _license(text: str, names: Mapping[str, str]) -> str | None:
-    """The expression of a short name, which a `+` and an exception may follow."""
+    """Returns the expression of a short name, which a `+` and an exception may follow."""
     name, _, exception = (part.strip() for part in re.sub(r"\s+with\s+", "\0", text, flags=re.I).partition("\0"))
     license = _or_later(normalized_name(name), names)
     if license is None or not exception:
@@ -79,11 +82,12 @@ def _license(text: str, names: Mapping[str, str]) -> str | None:
     if keyword is None:
         return None
     identifier = EXCEPTIONS.get(keyword[1].casefold())
+    # An exception without an SPDX identifier is left out: it only permits more.
     return license if identifier is None or " " in license else f"{license} WITH {identifier}"
 
 
 def _or_later(name: str, names: Mapping[str, str]) -> str | None:
-    """The license of a normalized name: with `+`, also its later versions."""
+    """Returns the license of a normalized name: with `+`, also its later versions."""
     if not name.endswith("+"):
         return names.get(name)
     license = names.get(name[:-1])
@@ -119,7 +123,7 @@ class LicenseMap:
     _known: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
 
     def expression(self, value: object) -> str | None:
-        """The SPDX expression of a string, or of a list of strings that all apply.
+        """Returns the SPDX expression of a string, or of a list of strings that all apply.
 
         None if there is none, or if one of the strings is unknown.
         """
@@ -134,13 +138,13 @@ class LicenseMap:
         return _all_of(expressions)
 
     def extended(self, licenses: Mapping[str, str]) -> LicenseMap:
-        """The map with the strings of a recipe, which come first."""
+        """Returns the map with the strings of a recipe, which come first."""
         return LicenseMap(
             {**self.licenses, **licenses}, self.syntax, self.separator, self.several, self.ignored, self.digest
         )
 
     def _expression_of(self, text: str) -> str | None:
-        """The expression of one string. The strings of a corpus are few, so they are remembered."""
+        """Returns the expression of one string. The strings of a corpus are few, so they are remembered."""
         if text not in self._known:
             # A map of a stranger's corpus may meet a new string in every document.
             if len(self._known) >= 100_000:
@@ -173,7 +177,7 @@ class LicenseMap:
 
 
 def _all_of(expressions: set[str | None]) -> str | None:
-    """The expression of licenses that all apply; None if one of them is None."""
+    """Returns the expression of licenses that all apply; None if one of them is None."""
     known = [expression for expression in expressions if expression is not None]
     if len(known) < len(expressions):
         return None
@@ -184,7 +188,7 @@ def _all_of(expressions: set[str | None]) -> str | None:
 
 @cache
 def load_map(name: MapName) -> LicenseMap:
-    """A shipped map."""
+    """Returns a shipped map."""
     content = (files(__package__) / f"{name}.yaml").read_bytes()
     fields: dict[str, Any] = parse_yaml(content, f"license map {name}")
     return LicenseMap(

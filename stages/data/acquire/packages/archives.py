@@ -1,7 +1,7 @@
-"""The regular files of a package, read as a stream: of a .deb (deb(5): an ar archive with a tar archive in it) or of a
-.tar.gz.
+"""The regular files of a package, a .deb or a .tar.gz, read as a stream.
 
-Nothing is extracted, no link is followed, and memory holds one member of at most MAX_MEMBER bytes.
+A .deb is an ar archive with a tar archive in it: deb(5). Nothing is extracted, no link is followed, and memory holds
+one member of at most MAX_MEMBER bytes.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ class Member:
 
 
 def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[Member]:
-    """The regular files whose path is wanted, in the order of the archive; one that must not or cannot be read has a
-    problem. Raises ArchiveError after the last readable member if the archive is corrupt or too large."""
+    """Yields the regular files whose path is wanted, in the order of the archive.
+
+    A file that must not or cannot be read has a problem in place of its content. Raises ArchiveError after the last
+    readable member if the archive is corrupt or too large.
+    """
     with ExitStack() as stack:
         try:
             stream = _Forward(_unpacked(path, stack))
@@ -91,14 +94,20 @@ def _member(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> Member:
 
 
 def _normalized(name: str) -> str:
-    """A member's name without empty folders and `.`, with bytes that are not UTF-8 and control characters escaped."""
+    """Returns a member's name without empty folders and `.`.
+
+    Bytes that are not UTF-8 and control characters are escaped.
+    """
     root = "/" if name.startswith("/") else ""
     path = root + "/".join(part for part in name.split("/") if part not in ("", "."))
     return escaped(path.encode(errors="backslashreplace").decode(), 4096)
 
 
 def gunzip(content: bytes) -> bytes:
-    """The content of a gzip member of a package. Raises ArchiveError if it is corrupt, or longer than MAX_MEMBER."""
+    """Returns the content of a gzip member of a package.
+
+    Raises ArchiveError if it is corrupt, or longer than MAX_MEMBER.
+    """
     decoder = zlib.decompressobj(wbits=31)
     try:
         text = decoder.decompress(content, MAX_MEMBER + 1)
@@ -113,7 +122,7 @@ def gunzip(content: bytes) -> bytes:
 
 
 def _unpacked(path: Path, stack: ExitStack) -> BinaryIO:
-    """The tar archive of a package, decompressed as it is read."""
+    """Returns the tar archive of a package, decompressed as it is read."""
     file = stack.enter_context(path.open("rb"))
     if not path.name.endswith(".deb"):
         return cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
@@ -131,7 +140,7 @@ def _unpacked(path: Path, stack: ExitStack) -> BinaryIO:
 
 
 def _data_archive(file: BinaryIO) -> tuple[str, BinaryIO]:
-    """The name and the bytes of the member `data.tar*` of an ar archive."""
+    """Returns the name and the bytes of the member `data.tar*` of an ar archive."""
     if file.read(len(AR_MAGIC)) != AR_MAGIC:
         raise ValueError("it does not begin as an ar archive")
     end = os.fstat(file.fileno()).st_size

@@ -82,7 +82,7 @@ class _Wildcards:
 
 
 class Copyright:
-    """A parsed file. paragraphs: the patterns and the license of each paragraph with `Files`."""
+    """A parsed file; `paragraphs` holds the patterns and the license of each paragraph with `Files`."""
 
     def __init__(self, paragraphs: Sequence[tuple[Sequence[str], License]]) -> None:
         self._licenses = [license for _, license in paragraphs]
@@ -99,7 +99,10 @@ class Copyright:
                     self._by_name.setdefault(path.rpartition("/")[2], []).append(number)
 
     def license_of(self, path: str) -> License:
-        """The license of a file by its path in the source package, or in a binary package without the suffix .gz."""
+        """Returns the license of a file by its path.
+
+        The path is that in the source package, or in a binary package without the suffix .gz.
+        """
         source_path = INSTALL_FOLDERS.sub("", path)
         if installed := OF_DEBIAN.match(path):
             source_path = f"debian/{installed[1]}"
@@ -140,7 +143,7 @@ def _covers_installed(pattern: re.Pattern[str], path: str) -> bool:
 
 
 def parse(text: str, names: LicenseMap) -> Copyright | None:
-    """The paragraphs of a copyright file, with SPDX by `names`; None if the file is not machine-readable."""
+    """Returns the paragraphs of a copyright file, with SPDX by `names`; None if the file is not machine-readable."""
     paragraphs = list(_paragraphs(text))
     if not paragraphs or not any(paragraphs[0].get(name) for name in FORMAT_FIELDS):
         return None
@@ -157,7 +160,7 @@ def parse(text: str, names: LicenseMap) -> Copyright | None:
 
 
 def _patterns(field: str) -> list[str]:
-    """The patterns of a field; commas between them are of drafts of the specification."""
+    """Returns the patterns of a field; commas between them are of drafts of the specification."""
     return [pattern.rstrip(",").removeprefix("./").lstrip("/") for pattern in field.split()]
 
 
@@ -166,7 +169,10 @@ def _name(paragraph: Mapping[str, str]) -> str:
 
 
 def _license(paragraph: Mapping[str, str], texts: Mapping[str, str], names: LicenseMap) -> License:
-    """The license of a paragraph. A name that `names` lacks may be an SPDX identifier, MIT if its text says so."""
+    """Returns the license of a paragraph.
+
+    A name that `names` lacks may be an SPDX identifier, MIT if its text says so.
+    """
     name = _name(paragraph)
     expression = names.expression(name)
     if expression is not None:
@@ -188,7 +194,7 @@ def _words(text: str) -> str:
 
 
 def _all_of(licenses: list[License]) -> License:
-    """The license of a file to which all of these apply."""
+    """Returns the license of a file to which all of these apply."""
     distinct = list(dict.fromkeys(licenses))
     if len(distinct) == 1:
         return distinct[0]
@@ -198,9 +204,10 @@ def _all_of(licenses: list[License]) -> License:
 
 
 def _paragraphs(text: str) -> Iterator[dict[str, str]]:
-    """The fields of each paragraph, by their names in lower case; of a field that is repeated, the first."""
+    """Yields the fields of each paragraph, by their names in lower case; of a field that is repeated, the first."""
     fields: dict[str, str] = {}
     name = ""
+    # The empty line at the end closes the last paragraph.
     for line in [*text.replace("\r\n", "\n").split("\n"), ""]:
         if line.startswith("#"):
             continue
@@ -213,6 +220,7 @@ def _paragraphs(text: str) -> Iterator[dict[str, str]]:
                 fields[name] += "\n" if line.strip() == "." else f"\n{line.strip()}"
         elif match := re.match(r"([!-9;-~]+):(.*)", line):
             name = match[1].casefold()
+            # Without a name, the further lines of a repeated field are left out as well.
             if name in fields:
                 name = ""
             else:
@@ -220,8 +228,11 @@ def _paragraphs(text: str) -> Iterator[dict[str, str]]:
 
 
 def _regex(pattern: str) -> str:
-    r"""The regular expression of a pattern: `*` is any text, slashes too, `?` any character, a backslash escapes. The
-    text after `*` is sought once, so that no pattern takes long."""
+    r"""Returns the regular expression of a pattern of file names.
+
+    `*` stands for any text, slashes too, and `?` for any character; a backslash escapes. The text after `*` is sought
+    once, so that no pattern takes long.
+    """
     tokens = re.findall(r"\\[*?\\]|\*+|.", pattern, re.DOTALL)
     pieces = [""]
     for token in tokens:
@@ -237,7 +248,7 @@ def _regex(pattern: str) -> str:
 
 
 def _end_of(pattern: str) -> str | None:
-    """The shortest end of a pattern that has a name without wildcards; None if it has no such name."""
+    """Returns the shortest end of a pattern that has a name without wildcards; None if it has no such name."""
     names = pattern.split("/")
     for start in reversed(range(len(names))):
         if names[start] and not WILDCARD.search(names[start]):

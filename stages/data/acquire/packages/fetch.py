@@ -89,7 +89,10 @@ def python_package(requirement: str, folder: Path) -> LockedPackage:
 
 
 def _locked_distribution(path: Path) -> LockedPackage:
-    """The entry of a source distribution. Its path in PyPI's file store is the BLAKE2b-256 digest of the file."""
+    """Returns the entry of a source distribution.
+
+    Its path in PyPI's file store is the BLAKE2b-256 digest of the file.
+    """
     name, _, version = path.name.removesuffix(".tar.gz").rpartition("-")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
@@ -127,7 +130,7 @@ def require_digests(packages: Sequence[LockedPackage], folder: Path) -> None:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """The output of a client. Raises AtomError with its last line if it fails."""
+    """Returns the output of a client. Raises AtomError with its last line if it fails."""
     try:
         process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -62,7 +62,7 @@ def read_lock(path: Path) -> Lock:
 
 
 def write_lock(path: Path, packages: list[LockedPackage], about: str) -> None:
-    """One line for each package. about: lines of a comment at the top."""
+    """Writes one line for each package; `about` are the lines of a comment at the top."""
     rows = [package.model_dump() for package in sorted(packages, key=lambda package: package.file)]
     lines = [yaml.safe_dump(row, default_flow_style=True, sort_keys=False, width=10**6).strip() for row in rows]
     comment = "".join(f"# {line}\n" for line in about.splitlines())

@@ -38,7 +38,10 @@ ESCAPE = re.compile(
 
 
 def man_text(source: str) -> str:
-    """Headings and paragraphs as lines, a blank line before each; empty for a page that only names another (`.so`)."""
+    """Returns headings and paragraphs as lines, a blank line before each.
+
+    The text is empty for a page that only names another (`.so`).
+    """
     pieces = "".join(_pieces(source.split("\n")))
     lines = (line.rstrip() for line in pieces.split("\n"))
     return f"{text}\n" if (text := re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")) else ""
@@ -77,10 +80,12 @@ def _pieces(lines: list[str]) -> Iterator[str]:
             yield "\n\n"
         elif macro == "IP":
             yield f"\n\n{unescaped(' '.join(arguments(rest)[:1]))}\n"
+        # Macros that alternate fonts join their arguments without spaces.
         elif macro in ALTERNATING:
             yield f"{unescaped(''.join(arguments(rest)))}\n"
         elif macro in FONTS:
             yield f"{unescaped(' '.join(arguments(rest)))}\n"
+        # The lines up to one that ends with a point lay out a table; the rows after it are text.
         elif macro == "TS":
             number = _after(lines, number, r".*\.[ \t]*", pattern=True)
         elif macro in MDOC_INLINE:
@@ -93,7 +98,7 @@ def _pieces(lines: list[str]) -> Iterator[str]:
 
 
 def _after(lines: list[str], number: int, end: str, pattern: bool = False) -> int:
-    """The number of the line after the one that ends a definition."""
+    """Returns the number of the line after the one that ends a definition."""
     while number < len(lines):
         number += 1
         line = lines[number - 1]
@@ -103,7 +108,7 @@ def _after(lines: list[str], number: int, end: str, pattern: bool = False) -> in
 
 
 def _after_block(lines: list[str], number: int, rest: str) -> int:
-    """The number of the line after a conditional request, whose block may have several lines."""
+    """Returns the number of the line after a conditional request, whose block may have several lines."""
     depth = rest.count("\\{") - rest.count("\\}")
     while depth > 0 and number < len(lines):
         depth += lines[number].count("\\{") - lines[number].count("\\}")
@@ -112,14 +117,14 @@ def _after_block(lines: list[str], number: int, rest: str) -> int:
 
 
 def arguments(rest: str) -> list[str]:
-    """The arguments of a macro; those with spaces are in double quotes."""
+    """Returns the arguments of a macro; those with spaces are in double quotes."""
     rest = re.sub(r"\\\".*", "", rest)
     pairs = re.findall(r'"((?:[^"]|"")*)"?|((?:[^\s"\\]|\\.)(?:[^\s\\]|\\.)*|\\$)', rest)
     return [quoted.replace('""', '"') or plain for quoted, plain in pairs if quoted or plain]
 
 
 def _mdoc(words: list[str], name: str) -> str:
-    """The text of a line of mdoc macros."""
+    """Returns the text of a line of mdoc macros."""
     text, attached, closing = "", True, ""
     words = list(words)
     while words:
@@ -151,7 +156,7 @@ def _mdoc(words: list[str], name: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    """The text with its escape sequences replaced (groff(7))."""
+    """Returns the text with its escape sequences replaced (groff(7))."""
     return ESCAPE.sub(_character, text)
 
 

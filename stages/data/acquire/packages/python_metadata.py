@@ -57,7 +57,7 @@ class Metadata:
     foreign: Mapping[str, str]
 
     def license_of(self, path: str) -> License:
-        """The license of a file by its path in the distribution, without the first folder."""
+        """Returns the license of a file by its path in the distribution, without the first folder."""
         for folder in PurePosixPath(path).parents:
             if str(folder) in self.foreign:
                 return License(f"its folder has a license file of its own, {self.foreign[str(folder)]}", None)
@@ -91,7 +91,10 @@ def _is_of_texts(path: str) -> bool:
 
 
 def _license(pkg_info: str, classifiers: LicenseMap) -> License:
-    """The license by the field License-Expression; else by the classifiers or the field License, if they agree."""
+    """Returns the license by the field License-Expression.
+
+    Without that field, it is the license by the classifiers or the field License, if they agree.
+    """
     fields = HeaderParser().parsestr(pkg_info)
     if expression := fields.get("License-Expression"):
         return License(str(expression), _spdx(str(expression)))

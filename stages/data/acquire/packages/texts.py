@@ -76,7 +76,7 @@ class NotText(Exception):
 
 
 def content_of(path: str) -> Content | None:
-    """The kind of a file, by its path without .gz; None if it is no text for a corpus."""
+    """Returns the kind of a file, by its path without .gz; None if it is no text for a corpus."""
     name = PurePosixPath(path).name
     suffix = PurePosixPath(name).suffix.lower()
     # Lists are checked first: some have suffixes of code or of documentation.
@@ -93,7 +93,10 @@ def content_of(path: str) -> Content | None:
 
 
 def decoded(path: str, content: bytes) -> str:
-    """The characters of a file. Raises NotText in words if it has none, ArchiveError if its compression is damaged."""
+    """Returns the characters of a file.
+
+    Raises NotText in words if it has none, ArchiveError if its compression is damaged.
+    """
     if path.endswith(".gz"):
         content = gunzip(content)
     content = content.removeprefix(codecs.BOM_UTF8)
@@ -119,7 +122,7 @@ def _decoded_as_declared(content: bytes, error: UnicodeDecodeError) -> str:
 
 
 def spdx_tag(text: str) -> str | None:
-    """The text after `SPDX-License-Identifier:` in a file, which may be no expression; None without a tag."""
+    """Returns the text after `SPDX-License-Identifier:` in a file, which may be no expression; None without a tag."""
     match = SPDX_TAG.search(text[:TAG_WITHIN])
     if match is None:
         return None
@@ -128,22 +131,24 @@ def spdx_tag(text: str) -> str | None:
 
 
 def plain_text(path: str, text: str) -> str:
-    """The text without markup, by the suffix of the path without .gz."""
+    """Returns the text without markup, by the suffix of the path without .gz."""
     if PurePosixPath(path).suffix.lower() in HTML:
         return html_text(text)
     return man_text(text) if MAN_PAGE.fullmatch(path) else text
 
 
 def html_text(html: str) -> str:
-    """One line for each block, a blank line between paragraphs."""
+    """Returns one line for each block, a blank line between paragraphs."""
     import lxml.etree
     import lxml.html
 
     parser = lxml.html.HTMLParser(encoding="utf-8")
     try:
+        # KEPT marks the lines that keep their blanks, so a page must not bring any.
         page = lxml.html.document_fromstring(html.replace(KEPT, "").encode(), parser=parser)
     except lxml.etree.ParserError:  # nothing in it
         return ""
+    # The first kind of main element that occurs exactly once; otherwise the whole page.
     root = next((elements[0] for elements in map(page.xpath, MAIN) if len(elements) == 1), page)
     lines = (_line(line) for line in "".join(_pieces(root)).split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
@@ -154,7 +159,7 @@ def _line(line: str) -> str:
 
 
 def _pieces(root: Any) -> list[str]:
-    """The texts of an element in their order, and the line breaks of blocks."""
+    """Returns the texts of an element in their order, and the line breaks of blocks."""
     import lxml.etree
 
     pieces, preformatted = [], 0
@@ -171,6 +176,7 @@ def _pieces(root: Any) -> list[str]:
         elif event == "end":
             preformatted -= name == "pre"
             pieces.append(LINE_BREAKS.get(name, "") if name != "br" else "")
+        # The text after an element belongs to the one around it, and stays where the element is removed.
         if event != "start" and element is not root:
             pieces.append(_characters(element.tail, preformatted))
     return pieces

@@ -156,7 +156,7 @@ Read = Document | Unreadable | Failed | Unmapped | Refused
 
 
 def is_unicode(text: str) -> bool:
-    """False for text with lone surrogates, which has no UTF-8 form."""
+    """Returns False for text with lone surrogates, which has no UTF-8 form."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -213,32 +213,39 @@ class Reader(Config):
         return False
 
     def notices(self, files: Files) -> Iterator[Notice]:
-        """The notices of the packages that are `files`, in their order."""
+        """Yields the notices of the packages that are `files`, in their order."""
         return iter(())
 
     def missing(self, source: str) -> str | None:
-        """The start of an error message if the files of the source are missing; None if they exist or none are
-        needed."""
+        """Returns the start of an error message if the files of the source are missing.
+
+        None if they exist or none are needed.
+        """
         return None
 
     def files(self, source: str) -> Files:
-        """The files to read; their content is in the key of the source. Raises RecipeError if they are missing."""
+        """Returns the files to read; their content is in the key of the source.
+
+        Raises RecipeError if they are missing.
+        """
         return []
 
     def digests(self, source: str, files: Files) -> list[str]:
-        """The digest of each of these files, in the tree digest of the source: SHA-256, unless a reader states what
-        else. It may be known before `pull`."""
+        """Returns the digest of each of these files, as it enters the tree digest of the source.
+
+        It is SHA-256 unless a reader states another one. It may be known before `pull`.
+        """
         return file_digests([path for _, path in files])
 
     def pull(self, source: str, files: Files) -> None:
         """Brings the files of one part to this machine, if they are elsewhere, and compares them with `digests`."""
 
     def absolute(self, folder: Path) -> Reader:
-        """The reader with paths relative to `folder` made absolute."""
+        """Returns the reader with paths relative to `folder` made absolute."""
         return self
 
     def locked(self, lock: Path) -> Reader:
-        """The reader with the lock file of its data recipe, which may be missing."""
+        """Returns the reader with the lock file of its data recipe, which may be missing."""
         return self
 
     def inspect(self) -> str | None:
@@ -251,12 +258,12 @@ class Reader(Config):
 
     @abstractmethod
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
-        """The documents of `files`, in an order that depends only on the files, the settings and the seed.
+        """Yields the documents of `files`, in an order that depends only on the files, the settings and the seed.
 
         A call gets the files of one part of the source, and the documents of a file do not depend on the
         others.
 
-        source: name of the source; seed: of the recipe. Raises AtomError naming a file that is corrupt.
+        Raises AtomError naming a file that is corrupt.
         """
 
 
@@ -294,7 +301,7 @@ class FileReader(SampledReader):
         return self.model_copy(update={"path": str((folder / self.path).resolve())})
 
     def _walk(self, source: str, root: Path) -> Iterator[Path]:
-        """The regular files with the reader's suffixes under a folder.
+        """Yields the regular files with the reader's suffixes under a folder.
 
         Raises RecipeError if it holds more than MAX_ENTRIES entries, as a wrong path such as a root folder
         does.

@@ -82,7 +82,10 @@ class BlockReader(Block, RowReader):
 
 @contextmanager
 def _left_out(block: Any, file: str) -> Iterator[list[Failed]]:
-    """A context with the rows of a file that a reader leaves out: those without text, and those that it warns of."""
+    """Opens a context with the rows of a file that a reader leaves out.
+
+    These are rows without text, and rows that it warns of.
+    """
     from loguru import logger
 
     rows: list[Failed] = []
@@ -117,6 +120,6 @@ def _left_out(block: Any, file: str) -> Iterator[list[Failed]]:
 
 
 def _taken(rows: list[Failed]) -> list[Failed]:
-    """The rows since the last call."""
+    """Returns the rows since the last call."""
     taken, rows[:] = list(rows), []
     return taken

@@ -88,13 +88,13 @@ class Generated(Reader):
         return self.model_copy(update={"path": str((folder / self.path).resolve())})
 
     def license_of(self, license: str) -> str:
-        """The license of a text from a document of that license."""
+        """Returns the license of a text from a document of that license."""
         if self.output_license in (None, license):
             return license
         return " AND ".join(f"({part})" if " OR " in part else part for part in (license, str(self.output_license)))
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Refused]:
-        """The texts of the tables of a part, as stage `generate` draws them."""
+        """Yields the texts of the tables of a part, as stage `generate` draws them."""
         for _, path in files:
             for row in stream_rows(path, list(GENERATED_TEXTS)):
                 if row["reason"]:

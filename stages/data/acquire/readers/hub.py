@@ -56,7 +56,7 @@ class Hub(RowReader):
         return [(file.path, self.place(file)) for file in self._rows(source)]
 
     def digests(self, source: str, files: Files) -> list[str]:
-        """The digests by the lock file, which `pull` compares: a SHA-256, or `git:` and the id of a blob."""
+        """Returns the digests by the lock file, which `pull` compares: a SHA-256, or `git:` and the id of a blob."""
         digests = {file.path: file.digest.removeprefix("sha256:") for file in self._rows(source)}
         return [digests[name] for name, _ in files]
 
@@ -80,7 +80,7 @@ class Hub(RowReader):
         yield from FORMATS[self.format](**{**settings, "reader": self.format}).rows(files, columns)
 
     def _locked(self, source: str) -> LockedSource | None:
-        """The source as it is pinned; None if it is not, or if these settings have changed since."""
+        """Returns the source as it is pinned; None if it is not, or if these settings have changed since."""
         entry = hub_files.read(Path(self.lock)).get(source) if self.lock else None
         settings = self.repo, self.pattern
         if (
@@ -100,12 +100,15 @@ class Hub(RowReader):
         return f"{self.repo} is not pinned{place}"
 
     def _rows(self, source: str) -> list[LockedFile]:
-        """The pinned files. Raises RecipeError without any."""
+        """Returns the pinned files. Raises RecipeError without any."""
         entry = self._locked(source)
         if entry is None:
             raise RecipeError(f"{self.missing(source)}; {self.remedy}")
         return entry.rows()
 
     def place(self, file: LockedFile) -> Path:
-        """The place of a pulled file: under its digest, so that an unchanged file of another revision is not pulled."""
+        """Returns the place of a pulled file.
+
+        It is below the digest, so that an unchanged file of another revision is not pulled again.
+        """
         return Path(self.path, self.repo, file.hex, file.path.rsplit("/", 1)[-1])

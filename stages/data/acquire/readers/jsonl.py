@@ -20,8 +20,10 @@ MAX_LINE = 2**28
 
 
 class Jsonl(RowReader):
-    """JSON Lines files, plain, gzip or Zstandard; `path` is a file or a folder of *.jsonl, *.jsonl.gz and
-    *.jsonl.zst."""
+    """JSON Lines files, plain, gzip or Zstandard.
+
+    `path` is a file or a folder of *.jsonl, *.jsonl.gz and *.jsonl.zst.
+    """
 
     suffixes: ClassVar = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
@@ -52,7 +54,7 @@ class Jsonl(RowReader):
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, line) of every line that is not blank; None for one that is too long."""
+    """Yields (line number from 1, line) of every line that is not blank; None for one that is too long."""
     number = 0
     try:
         with _open(path) as file:

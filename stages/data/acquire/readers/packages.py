@@ -61,13 +61,13 @@ class Packages(FileReader):
         return f"source {source}: no package {names[0]}{others} at {self.path}"
 
     def files(self, source: str) -> Files:
-        """The files of the lock file: others in the folder are not read."""
+        """Returns the files of the lock file: others in the folder are not read."""
         if missing := self.missing(source):
             raise RecipeError(f"{missing}; {self.remedy}, or check reader.path")
         return [(package.file, Path(self.path, package.file)) for package in self._packages()]
 
     def digests(self, source: str, files: Files) -> list[str]:
-        """The digests of the lock file, with which `pull` compares the files."""
+        """Returns the digests of the lock file, with which `pull` compares the files."""
         locked = {package.file: package.sha256 for package in self._packages()}
         return [locked[name] for name, _ in files]
 
@@ -84,8 +84,11 @@ class Packages(FileReader):
         )
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
-        """The text files of each package, in the order of its archive; one whose license has no SPDX expression is
-        unmapped, and one that is no text is skipped. A package that is corrupt has failed, after what could be read."""
+        """Yields the text files of each package, in the order of its archive.
+
+        A file whose license has no SPDX expression is unmapped, and one that is no text is skipped. A package that is
+        corrupt has failed, after what could be read.
+        """
         locked = {package.file: package for package in self._packages()}
         for name, path in files:
             yield from self._documents_of(locked[name], path)
@@ -95,8 +98,10 @@ class Packages(FileReader):
         return True
 
     def notices(self, files: Files) -> Iterator[Notice]:
-        """The copyright file of each Debian package, the license files and NOTICEs of each source distribution; of a
-        package that is corrupt, those before the damage, which `documents` reports."""
+        """Yields the copyright file of each Debian package, the license files and NOTICEs of each source distribution.
+
+        Of a corrupt package only those before the damage are found; `documents` reports the damage.
+        """
         for name, path in files:
             is_debian = path.name.endswith(".deb")
             wanted = debian_copyright.is_copyright_file if is_debian else python_metadata.is_notice
@@ -131,7 +136,10 @@ class Packages(FileReader):
 
 
 def _document(package: LockedPackage, member: Member, license_of: LicenseOf) -> Read | None:
-    """A file of a package as a document; None if it has no text. Of the file's path, .gz is no part of the source's."""
+    """Returns a file of a package as a document; None if it has no text.
+
+    Its license and its kind are those of its path without .gz, which the file in the source does not have.
+    """
     name, path = f"{package.file}/{member.path}", member.path.removesuffix(".gz")
     if member.content is None:
         return Failed(name, member.problem)
@@ -154,7 +162,7 @@ def _document(package: LockedPackage, member: Member, license_of: LicenseOf) -> 
 
 
 def _debian_licenses(path: Path) -> LicenseOf:
-    """The licenses of a Debian package, by its own copyright file."""
+    """Returns the licenses of a Debian package, by its own copyright file."""
     names = load_map("dep5")
     for member in members(path, debian_copyright.is_copyright_file):
         if member.content is not None:
@@ -166,7 +174,7 @@ def _debian_licenses(path: Path) -> LicenseOf:
 
 
 def _python_licenses(path: Path) -> LicenseOf:
-    """The licenses of a source distribution, by its PKG-INFO and the places of its license files."""
+    """Returns the licenses of a source distribution, by its PKG-INFO and the places of its license files."""
     files = (
         (m.path.partition("/")[2], _characters(m)) for m in members(path, python_metadata.is_metadata) if m.content
     )

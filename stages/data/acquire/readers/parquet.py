@@ -48,7 +48,7 @@ class Parquet(RowReader):
 
 
 def _column_to_read(schema: Any, path: str) -> str | None:
-    """The column that has the field of a path, alone where it is nested in columns without lists.
+    """Returns the column that has the field of a path, alone where it is nested in columns without lists.
 
     None if there is none.
     """
@@ -72,7 +72,7 @@ def _column_to_read(schema: Any, path: str) -> str | None:
 
 
 def _rows_of(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The fields of each row, or the reason why a row has none."""
+    """Yields the fields of each row, or the reason why a row has none."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # before the first row: find the row, and keep the others

@@ -49,7 +49,7 @@ Found = Document | Unmapped | Unreadable
 
 
 def library_files(top_level: bool = False) -> Files:
-    """(relative path, path) of the library's modules, sorted; `top_level` leaves packages out."""
+    """Returns (relative path, path) of the library's modules, sorted; `top_level` leaves packages out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = []
     for folder, folders, names in os.walk(root):
@@ -76,14 +76,14 @@ def own_terms(text: str) -> str:
 
 
 def read_docstrings(files: Files) -> Iterator[Found]:
-    """Every docstring, located by its file; a file that does not parse is unreadable."""
+    """Yields every docstring, located by its file; a file that does not parse is unreadable."""
     return _documents(
         files, lambda file: ((name, ast.get_docstring(node)) for name, node in _definitions(file.tree, ""))
     )
 
 
 def read_functions(files: Files) -> Iterator[Found]:
-    """Every function and method with more than a docstring; a file that does not parse is unreadable."""
+    """Yields every function and method with more than a docstring; a file that does not parse is unreadable."""
     return _documents(
         files,
         lambda file: (
@@ -95,12 +95,12 @@ def read_functions(files: Files) -> Iterator[Found]:
 
 
 def read_modules(files: Files) -> Iterator[Found]:
-    """Every file with more than docstrings; a file that does not parse is unreadable."""
+    """Yields every file with more than docstrings; a file that does not parse is unreadable."""
     return _documents(files, lambda file: [("", _file_without_docstrings(file.tree, file.lines))])
 
 
 def _documents(files: Files, texts_of: Callable[[_LibraryFile], Iterable[tuple[str, str | None]]]) -> Iterator[Found]:
-    """The documents of (definition, text) that `texts_of` gives for each file."""
+    """Yields the documents of (definition, text) that `texts_of` gives for each file."""
     for file in _parse_files(files):
         if isinstance(file, Unreadable):
             yield file
@@ -127,7 +127,7 @@ class _LibraryFile:
     terms: str
 
     def document(self, definition: str, text: str) -> Document | Unmapped:
-        """The document of a definition of the file; "" is the whole module."""
+        """Returns the document of a definition of the file; "" is the whole module."""
         name = f"{self.path}:{definition}" if definition else self.path
         if self.terms:
             return Unmapped(name, text, self.terms, "file")
@@ -158,9 +158,10 @@ def _parse_files(files: Files) -> Iterator[_LibraryFile | Unreadable]:
 def _definitions(
     tree: ast.AST, prefix: str, name_counts: Counter[str] | None = None
 ) -> Iterator[tuple[str, Documented]]:
-    """Module, classes, methods and functions with dotted names; a name used again becomes name#2, name#3, …
+    """Yields the module, its classes, methods and functions with dotted names.
 
-    Functions inside functions belong to their outer function.
+    A name that is used again becomes name#2, name#3, and so on. Functions inside functions belong to their outer
+    function.
     """
     name_counts = Counter() if name_counts is None else name_counts
     if isinstance(tree, ast.Module):
@@ -189,7 +190,7 @@ def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, line
 
 
 def _file_without_docstrings(tree: ast.Module, lines: Sequence[str]) -> str:
-    """The file's text without the docstrings of `_definitions`, and of functions inside functions.
+    """Returns the file's text without the docstrings of `_definitions`, and of functions inside functions.
 
     A docstring that is the whole body, or shares a line with code, becomes `pass`, so that the rest still parses.
     """

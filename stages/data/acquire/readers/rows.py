@@ -141,15 +141,17 @@ class RowReader(FileReader):
 
     @abstractmethod
     def rows(self, files: Files, columns: Sequence[Column] | None = None) -> Iterator[Row | Failed]:
-        """Every row of every file, in order, with at least these columns; None: those of the settings.
+        """Yields every row of every file, in order, with at least these columns, or those of the settings for None.
 
         Raises AtomError naming the file that is corrupt.
         """
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
-        """One document for each row or, with messages_field, for each turn of the assistant; a row whose messages are
-        not a conversation is unreadable, one without its fields has failed, and one whose license is unknown is
-        unmapped."""
+        """Yields one document for each row or, with messages_field, for each turn of the assistant.
+
+        A row whose messages are not a conversation is unreadable, one without its fields has failed, and one whose
+        license is unknown is unmapped.
+        """
         from stages.formats.chat import turns
 
         licenses = load_map(self.license_map) if self.license_map else LicenseMap({})
@@ -193,7 +195,7 @@ class RowReader(FileReader):
         return Document(name, text, row.file, prompt_chars, expression, url, "field", parents, *credit)
 
     def _content(self, row: Row) -> str | list[Any]:
-        """The text, or the list of messages. Raises ValueError in words."""
+        """Returns the text, or the list of messages. Raises ValueError in words."""
         if self.answer_field:
             question = [_text_at(row, field) for field in self.question_fields]
             messages = {"user": "\n\n".join(filter(None, question)), "assistant": _text_at(row, self.answer_field)}
@@ -224,8 +226,10 @@ class RowReader(FileReader):
 
 
 def field_at(fields: Mapping[str, Any], path: str) -> Any:
-    """The value of a field, or of a nested field whose names are joined by dots; of a list of mappings, the list of
-    their values. None if there is none."""
+    """Returns the value of a field, or of a nested field whose names are joined by dots; None if there is none.
+
+    A field below a list of mappings has the list of their values.
+    """
     value: Any = fields
     # A field may have a dot in its own name, so the whole path is tried first.
     for name in (path,) if path in fields else path.split("."):
@@ -237,7 +241,7 @@ def field_at(fields: Mapping[str, Any], path: str) -> Any:
 
 
 def _tools(value: Any) -> list[Any]:
-    """The schemas of tools in a field; none if it is empty. Raises ValueError in words."""
+    """Returns the schemas of tools in a field; none if it is empty. Raises ValueError in words."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value or []
     except (ValueError, RecursionError):
@@ -250,7 +254,7 @@ def _tools(value: Any) -> list[Any]:
 
 
 def _text_at(row: Row, field: str) -> str:
-    """The text of a field, which may be empty. Raises ValueError in words."""
+    """Returns the text of a field, which may be empty. Raises ValueError in words."""
     content = field_at(row.fields, field)
     if not isinstance(content, str):
         available = ", ".join(sorted(map(str, row.fields)))
@@ -263,7 +267,7 @@ def _text_at(row: Row, field: str) -> str:
 
 
 def _in_words(stated: object) -> str:
-    """The license that a row states, in its own words; empty if it states nothing."""
+    """Returns the license that a row states, in its own words; empty if it states nothing."""
     if stated is None or stated == []:
         return ""
     # A list or a mapping is shown as the row has it.
@@ -272,21 +276,21 @@ def _in_words(stated: object) -> str:
 
 
 def _url(value: object) -> str:
-    """A web address, or an empty text for anything else."""
+    """Returns a web address, or an empty text for anything else."""
     text = value.strip() if isinstance(value, str) else ""
     is_address = text.startswith(("http://", "https://")) and len(text) <= 8192 and text.isprintable()
     return text if is_address else ""
 
 
 def _names(value: object) -> str:
-    """A title or a name, or a list of them, in one line; an empty text for anything else."""
+    """Returns a title or a name, or a list of them, in one line; an empty text for anything else."""
     values = value if isinstance(value, list) else [value]
     names = [" ".join(name.split()) for name in values if isinstance(name, str) and is_unicode(name)]
     return "; ".join(filter(None, names))[:MOST_CHARACTERS]
 
 
 def _parents(row: Row, field: str) -> tuple[str, ...]:
-    """The ids or URLs of the documents that a row was made from.
+    """Returns the ids or URLs of the documents that a row was made from.
 
     Raises ValueError in words if that is not stated.
     """

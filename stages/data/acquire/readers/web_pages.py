@@ -61,7 +61,7 @@ class Html(WebReader):
     )
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
-        """The text of every page."""
+        """Yields the text of every page."""
         reader = PageReader(self.opt_out_agents, self.max_page_bytes)
         for relative, path in files:
             url = f"{self.base_url.rstrip('/')}/{quote(relative)}" if self.base_url else ""
@@ -69,7 +69,7 @@ class Html(WebReader):
 
 
 def _read_bytes(path: Path, most: int) -> bytes | None:
-    """The content of a file; None if it has more bytes."""
+    """Returns the content of a file; None if it has more bytes."""
     with open(path, "rb") as file:
         content = file.read(most + 1)
     return content if len(content) <= most else None
@@ -86,7 +86,7 @@ class Warc(WebReader):
     reader: Literal["warc"] = Field(description="selects this reader")
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
-        """The text of every page, named by the file and the number of its record."""
+        """Yields the text of every page, named by the file and the number of its record."""
         reader = PageReader(self.opt_out_agents, self.max_page_bytes)
         for relative, path in files:
             # robots.txt may stand anywhere in the file, so it is read twice.
@@ -103,7 +103,7 @@ class Warc(WebReader):
                 yield Refused(f"{relative}:{error.number}", "page", f"the file cannot be read from here on ({error})")
 
     def _robots(self, path: Path) -> Robots:
-        """The robots.txt files in a WARC file, which may stand after the pages."""
+        """Returns the robots.txt files in a WARC file, which may stand after the pages."""
         robots = Robots(self.opt_out_agents)
         try:
             for _, record in _records(path):
@@ -124,7 +124,7 @@ class _Damaged(Exception):
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number from 1, record) of every record. Raises _Damaged where the file is cut short or is no WARC."""
+    """Yields (number from 1, record) of every record. Raises _Damaged where the file is cut short or is no WARC."""
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
@@ -160,7 +160,10 @@ def _skip_rest(record: Any) -> None:
 
 
 class _BoundedHeaders:
-    """A file that fails when headers are read that do not end. budget: bytes that may still be read; None: any."""
+    """A file that fails when headers are read that do not end.
+
+    `budget` is the number of bytes that may still be read; None: any.
+    """
 
     def __init__(self, file: gzip.GzipFile | BufferedReader) -> None:
         self._file = file
@@ -182,7 +185,7 @@ class _BoundedHeaders:
 
 
 def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Refused | None:
-    """The page of a record, why it cannot be read, or None for a record that is no page.
+    """Returns the page of a record, why it cannot be read, or None for a record that is no page.
 
     Raises _Damaged if the file ends in it.
     """
@@ -221,7 +224,7 @@ def _require_whole(record: Any, number: int) -> None:
 
 
 def _read_body(record: Any, most: int) -> bytes | None:
-    """The body of a record, decompressed and without the transfer encoding; None if it has more bytes."""
+    """Returns the body of a record, decompressed and without the transfer encoding; None if it has more bytes."""
     stream, pieces, size = record.content_stream(), [], 0
     while piece := stream.read(PIECE):
         pieces.append(piece)
@@ -236,7 +239,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _read_start(record: Any) -> bytes:
-    """The first bytes of a robots.txt file."""
+    """Returns the first bytes of a robots.txt file."""
     try:
         start: bytes = record.content_stream().read(ROBOTS_BYTES)
         return start

@@ -14,12 +14,18 @@ CHUNK = 2**12
 
 
 def open_zstd(path: Path) -> IO[bytes]:
-    """The decompressed bytes of a file. Reading raises EOFError if it is cut short, and OSError if it is corrupt."""
+    """Returns the decompressed bytes of a file.
+
+    Reading raises EOFError if it is cut short, and OSError if it is corrupt.
+    """
     return decompressed(open(path, "rb"))
 
 
 def decompressed(file: IO[bytes]) -> IO[bytes]:
-    """The decompressed bytes of an open file, which is closed with the result. Errors are those of `open_zstd`."""
+    """Returns the decompressed bytes of an open file, which is closed with the result.
+
+    Errors are those of `open_zstd`.
+    """
     return cast(IO[bytes], io.BufferedReader(_Decompressed(file), 2**20))
 
 
@@ -43,7 +49,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _decompress(file: IO[bytes]) -> Iterator[bytes]:
-    """The decompressed bytes in pieces that are not empty."""
+    """Yields the decompressed bytes in pieces that are not empty."""
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)

@@ -83,7 +83,7 @@ _INLINE = frozenset(("a", "abbr", "b", "bdi", "cite", "em", "font", "i", "small"
 
 
 def expression_of(address: str) -> str | None:
-    """The SPDX expression of the license whose text or summary has this address; None if it is unknown.
+    """Returns the SPDX expression of the license whose text or summary has this address; None if it is unknown.
 
     A license of Creative Commons that was adapted to a country and is not in SPDX is a LicenseRef of its own.
     """
@@ -132,7 +132,7 @@ class PageLicense:
 
 
 def license_of(tree: Any, url: str, headers: Headers) -> PageLicense:
-    """The license that a page states for its text.
+    """Returns the license that a page states for its text.
 
     Args:
         tree: The page as lxml parsed it.
@@ -178,7 +178,7 @@ def _in_metadata(tree: Any, page: _Places) -> Iterator[str]:
 
 
 def _in_json(text: str) -> Iterator[str]:
-    """The licenses of the texts that JSON-LD describes at its top."""
+    """Yields the licenses of the texts that JSON-LD describes at its top."""
     try:
         top = json.loads(text)
     except (ValueError, RecursionError):
@@ -214,7 +214,7 @@ def _in_microdata(tree: Any, page: _Places) -> Iterator[str]:
 
 
 def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
-    """The addresses of links with rel=license or, not explicit, of links to licenses in footers."""
+    """Yields the addresses of links with rel=license or, not explicit, of links to licenses in footers."""
     in_comments = 0
     for element in tree.iter("a", "area", "footer", "h1", "h2", "h3", "h4", "h5", "h6"):
         if element.tag == "footer":
@@ -231,7 +231,10 @@ def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
 
 
 class _Places:
-    """Where the elements of a page stand. What is found of an element is remembered for those inside it."""
+    """The places of the elements of a page: in its own text, in a footer, or in a part about other things.
+
+    A finding about an element is remembered for those inside it.
+    """
 
     def __init__(self) -> None:
         self._elsewhere: dict[Any, bool] = {}
@@ -269,7 +272,7 @@ class _Places:
         return verdict
 
     def _statement(self, link: Any) -> str:
-        """The text of the block around a link, or of the link alone if the block is a long text."""
+        """Returns the text of the block around a link, or of the link alone if the block is a long text."""
         block = next((each for each in link.iterancestors() if each.tag not in _INLINE), link)
         if block not in self._texts:
             self._texts[block] = _text(block)
@@ -289,13 +292,15 @@ def _is_other(element: Any) -> bool:
 
 
 def _item_types(element: Any) -> set[str]:
-    """The types of schema.org of an element with microdata."""
+    """Returns the types of schema.org of an element with microdata."""
     return {kind.rsplit("/", 1)[-1] for kind in (element.get("itemtype") or "").split()}
 
 
 def _places(element: Any) -> set[str]:
-    """The words of the class, the id, the role, the label and the property of an element, in lower case; without names
-    that describe the layout, such as has-sidebar and comments-open."""
+    """Returns the words of the class, id, role, label and property of an element, in lower case.
+
+    Names that describe the layout, such as has-sidebar and comments-open, are left out.
+    """
     names = " ".join(element.get(key) or "" for key in ("class", "id", "role", "aria-label", "itemprop")).split()
     words = (re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()) for name in names)
     return {word for name in words if name and name[0] not in _LAYOUT and name[-1] not in _LAYOUT for word in name}
@@ -324,7 +329,7 @@ def _is_copy(tree: Any, url: str) -> bool:
 
 
 def site_of(url: str) -> str:
-    """The registrable domain of an address, by the public suffix list; "" if it has none."""
+    """Returns the registrable domain of an address, by the public suffix list; "" if it has none."""
     try:
         host = urlsplit(url).hostname or ""
     except ValueError:

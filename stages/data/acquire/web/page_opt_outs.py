@@ -31,7 +31,7 @@ Headers = Sequence[tuple[str, str]]
 
 
 def stated_in_headers(headers: Headers, agents: Iterable[str]) -> str:
-    """The opt-out in the headers of a response, in words; empty if there is none."""
+    """Returns the opt-out in the headers of a response, in words; empty if there is none."""
     for name, value in headers:
         if name.lower() == "x-robots-tag" and _refuses("robots", value, agents):
             return f"X-Robots-Tag: {value[:200]}"
@@ -41,7 +41,7 @@ def stated_in_headers(headers: Headers, agents: Iterable[str]) -> str:
 
 
 def stated_in_page(tree: Any, agents: Iterable[str]) -> str:
-    """The opt-out in the <meta> elements of an lxml tree, in words; empty if there is none."""
+    """Returns the opt-out in the <meta> elements of an lxml tree, in words; empty if there is none."""
     for element in tree.iter("meta"):
         name = (element.get("name") or element.get("http-equiv") or "").strip().lower()
         content = element.get("content") or ""
@@ -65,6 +65,7 @@ def _refuses(name: str, value: str, agents: Iterable[str]) -> bool:
         crawler, colon, directive = (text.strip() for text in part.partition(":"))
         if colon and crawler in VALUED:
             continue
+        # A crawler holds for the directives after it as well, until another one is named.
         name, directive = (crawler, directive) if colon else (name, crawler)
         if directive == "noai" and (name == "robots" or name.endswith("bot") or name in crawlers):
             return True
@@ -93,10 +94,11 @@ class Robots:
         self._groups: dict[str, list[_Group]] = {}
 
     def add(self, url: str, content: bytes) -> None:
-        """A robots.txt file, by its URL; only that of the root of a host holds."""
+        """Adds a robots.txt file, by its URL; only that of the root of a host holds."""
         host, path = _split(url)
         if path != "/robots.txt":
             return
+        # Rules before the first user agent go to a group that names no crawler, and so have no effect.
         groups, is_open = [_Group()], False
         for line in content[:ROBOTS_BYTES].decode("utf-8", "replace").splitlines():
             key, _, value = line.partition("#")[0].partition(":")
@@ -106,10 +108,12 @@ class Robots:
                 if not is_open:
                     groups.append(_Group())
                 groups[-1].agents.add(value.lower())
+            # An empty Disallow allows everything, just as no rule does.
             elif key in ("allow", "disallow") and value:
                 groups[-1].rules.append((value, key == "allow"))
             elif key == "content-signal" and re.search(r"\bai-train\s*=\s*no\b", value, re.IGNORECASE):
                 groups[-1].refuses_training = True
+            # A blank line or a comment does not end a list of user agents.
             if key:
                 is_open = key == "user-agent"
         relevant = [
@@ -119,7 +123,7 @@ class Robots:
             self._groups[host] = relevant
 
     def opt_out(self, url: str) -> str:
-        """The reason why robots.txt keeps a page from one of the agents; empty if it does not."""
+        """Returns the reason why robots.txt keeps a page from one of the agents; empty if it does not."""
         host, path = _split(url)
         groups = self._groups.get(host, [])
         for agent in sorted(self._agents & {name for group in groups for name in group.agents}):
@@ -135,7 +139,7 @@ class Robots:
 
 
 def _split(url: str) -> tuple[str, str]:
-    """The host, with a port, and the path, with a query, of an address."""
+    """Returns the host, with a port, and the path, with a query, of an address."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -144,7 +148,10 @@ def _split(url: str) -> tuple[str, str]:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """RFC 9309, section 2.2.3: `*` is any text, `$` the end. Without regular expressions, whose time has no bound."""
+    """Returns True if a pattern of robots.txt matches a path, by RFC 9309, section 2.2.3.
+
+    `*` stands for any text, and `$` for the end. Regular expressions are not used, since their time has no bound.
+    """
     ends, pattern = pattern.endswith("$"), pattern.removesuffix("$")
     first, *rest = pattern.split("*")
     if not path.startswith(first):

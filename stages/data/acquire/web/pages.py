@@ -59,7 +59,10 @@ class Page:
 
 
 class PageReader:
-    """Reads pages. agents: crawlers whose opt-outs are honored; max_bytes: of a page, for messages."""
+    """Reads pages.
+
+    `agents` are the crawlers whose opt-outs are honored; `max_bytes` is the limit for a page, named in messages.
+    """
 
     def __init__(self, agents: Sequence[str], max_bytes: int) -> None:
         self.agents, self.max_bytes = agents, max_bytes
@@ -67,7 +70,7 @@ class PageReader:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def read(self, page: Page) -> Document | Unmapped | Refused:
-        """The document of a page. Never raises for its content."""
+        """Returns the document of a page. Never raises for its content."""
         if reason := page_opt_outs.stated_in_headers(page.headers, self.agents):
             return Refused(page.name, "opt_out", reason)
         if page.body is None:
@@ -115,7 +118,11 @@ class PageReader:
 
 
 def decode(body: bytes, charset: str) -> str | None:
-    """The text of a page: in UTF-8, else as its header or element says, else as its bytes look. None if it is none."""
+    """Returns the text of a page: in UTF-8, else as its header or element says, else as its bytes look.
+
+    None if it is none.
+    """
+    # A byte order mark goes before all that a page states.
     for mark, unicode in _MARKS:
         if body.startswith(mark):
             return _decoded(body, unicode)
@@ -141,11 +148,15 @@ def _decoded(body: bytes, name: str) -> str | None:
 def _detected(body: bytes) -> str:
     import cchardet
 
+    # A megabyte shows the encoding; the rest would only take longer.
     return cchardet.detect(body[: 2**20])["encoding"] or ""
 
 
 def _encoding(label: str) -> str | None:
-    """Python's name of an encoding of the web; Latin-1 is the Windows encoding that contains it, as in browsers."""
+    """Returns Python's name of an encoding of the web; None for an unknown one.
+
+    As in browsers, Latin-1 stands for the Windows encoding that contains it.
+    """
     try:
         name = codecs.lookup(label).name
     except (LookupError, ValueError):
@@ -161,7 +172,7 @@ def _charset(headers: Headers) -> str:
 
 
 def _address(tree: Any) -> str:
-    """The address that a saved page has of itself."""
+    """Returns the address that a saved page has of itself."""
     for element in tree.iter("link"):
         if (element.get("rel") or "").strip().lower() == "canonical":
             address: str = (element.get("href") or "").strip()

@@ -95,6 +95,7 @@ def gopher_repetition(block: Any) -> Function:
         ngrams = NGrams(words_of(text))
         # The most frequent n-gram of each length, then all repeated ones (Rae et al. 2021, table A1).
         for n, limit in block.top_n_grams:
+            # One character less than the limit, so that rounding cannot end the search too early.
             if (share := ngrams.most_frequent(n, 1, limit * len(text) - 1) / len(text)) > limit:
                 return Removal(f"top_{n}_gram", share, limit)
         for n, limit in block.dup_n_grams:
@@ -106,7 +107,10 @@ def gopher_repetition(block: Any) -> Function:
 
 
 def c4_quality(block: Any) -> Function | None:
-    """The block counts the sentences of every line; here, counting ends when there are enough."""
+    """Returns the function of C4's filter, which stops counting sentences when there are enough.
+
+    The block counts those of every line. None for a block that does not split the text into lines.
+    """
     if not block.split_paragraph:
         return None
     least = block.min_num_sentences
@@ -146,7 +150,10 @@ def c4_quality(block: Any) -> Function | None:
 
 
 def pii(block: Any) -> Function:
-    """The block's patterns take long to find nothing, so a text without a sign of an address is not searched."""
+    """Returns the function of the filter of personal data.
+
+    The block's patterns take long to find nothing, so a text without a sign of an address is not searched.
+    """
 
     def apply(text: str) -> str:
         if block.remove_emails and "@" in text:

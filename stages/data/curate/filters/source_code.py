@@ -14,7 +14,7 @@ from stages.data.curate.filters.base import Amount, Document, Filter, FilterFunc
 
 
 class PythonSyntax(Filter):
-    """Keep documents that the parser of Python accepts."""
+    """Keeps documents that the parser of Python accepts."""
 
     step: Literal["python_syntax"] = Field(description="selects this step")
 
@@ -34,7 +34,7 @@ def _parse(document: Document) -> str | Removal:
 
 
 class CodeShape(Filter):
-    """Remove code files by number and length of lines and by characters, such as generated tables and data blobs."""
+    """Removes code files by number and length of lines and by characters, such as generated tables and data blobs."""
 
     step: Literal["code_shape"] = Field(description="selects this step")
     min_lines: Amount = Field(3, description="minimum number of lines")

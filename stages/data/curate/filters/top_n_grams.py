@@ -13,7 +13,7 @@ NGrams = Annotated[tuple[tuple[Annotated[int, Range(1, 100)], Share], ...], Fiel
 
 
 class TopNGrams(Filter):
-    """Remove documents whose most frequent n-gram of words has a large share of the text.
+    """Removes documents whose most frequent n-gram of words has a large share of the text.
 
     GopherRepetitionFilter has this rule, too, but counts an n-gram that occurs once, and so removes any text of about
     ten words. Give it `top_n_grams: []`, and use this step with short documents.
