@@ -47,7 +47,7 @@ SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "t
 """The distribution of the model itself, from which post-training and pass@k draw. Without `top_k` transformers cuts
 it to 50 tokens."""
 BASE_BYTES = 700_000_000
-"""Of a process with Megatron or transformers (bench/export.py)."""
+"""Memory of a process that has loaded Megatron or transformers, without a model (bench/export.py)."""
 
 
 class ExportConfig(Config):
@@ -80,9 +80,11 @@ class ExportConfig(Config):
 
 
 def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["checkpoint"]: a pretrain or midtrain artifact, unless the config has a seed; inputs["tokenizer"]: the
-    tokenizer artifact; inputs["base"]: if the checkpoint is an adapter, the phase before it, into whose last weights
-    the adapter is merged.
+    """Exports a checkpoint as a model of transformers, and checks that both compute the same.
+
+    inputs["checkpoint"] is a pretrain or midtrain artifact, and is absent if the config has a seed. inputs["tokenizer"]
+    is the tokenizer artifact. If the checkpoint is an adapter, inputs["base"] is the phase before it, into whose last
+    weights the adapter is merged.
 
     Fills `out` with model/ (config.json, generation_config.json, the tokenizer's files, and model.safetensors or, above
     5 GB, shards with an index) and parity.json. Raises CheckFailed if the export is not the checkpoint's model,
@@ -238,8 +240,11 @@ def estimate(config: ExportConfig) -> Estimate:
 
 
 def memory(config: ExportConfig) -> int:
-    """Largest bytes of the stage's processes together: when a file is written, when Megatron's model computes beside an
-    interpreter with transformers, and when that one's does, beside the hidden states that wait for its logits."""
+    """Largest bytes of the stage's processes together.
+
+    Three moments compete: a file is written; Megatron's model computes beside an interpreter with transformers; that
+    interpreter's model computes beside the hidden states that wait for its logits.
+    """
     model, layout = config.model, Layout()
     width = 4 if config.dtype == "float32" else 2
     parameters = model.parameters(config.padded_vocab_size)

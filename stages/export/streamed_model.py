@@ -1,7 +1,6 @@
-"""A model in plain transformers, whole or a layer at a time, for the scripts of this folder that run without this
-project's code.
+"""A model in plain transformers, whole or a layer at a time, for scripts that run without this project's code.
 
-This file imports no module of this project, on purpose. The scripts load it by its path.
+This file imports no module of this project, on purpose. The scripts of this folder load it by its path.
 """
 
 from __future__ import annotations
@@ -45,8 +44,11 @@ class Whole:
 
 
 class ByLayer:
-    """A model in fp32 without weights, of which parts get theirs by the method that `from_pretrained` calls for all of
-    them. keys: as those of `Whole`, of the parts that were loaded."""
+    """A model in fp32 without weights, of which parts are loaded one at a time.
+
+    Parts get their weights by the method that `from_pretrained` calls for all of them. `keys` are as those of `Whole`,
+    of the parts that were loaded.
+    """
 
     in_memory = False
 

@@ -149,8 +149,10 @@ class Linear(torch.autograd.Function):
 
 
 def _quantize_both_ways(x: Tensor, kind: Kind, ctx: Any) -> tuple[Quantized, Quantized]:
-    """A matrix rounded for the product that sums over its columns, and for the one that sums over its rows; the same if
-    the blocks are. The latter is transformed first where the recipe has it, unless it is a weight."""
+    """A matrix rounded for the product that sums over its columns, and for the one that sums over its rows.
+
+    Both are the same if the blocks are. The latter is transformed first where the recipe has it, unless it is a weight.
+    """
     recipe: QuantizationRecipe = ctx.recipe
 
     def rounded(values: Tensor, summed: int) -> Quantized:
@@ -169,8 +171,10 @@ def _quantize_both_ways(x: Tensor, kind: Kind, ctx: Any) -> tuple[Quantized, Qua
 
 
 def multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """a b times a factor, [m, k] x [k, n] -> [m, n], in their type; the factor is applied to the sums before they are
-    rounded to it."""
+    """The product a b times a factor, [m, k] x [k, n] -> [m, n], in their type.
+
+    The factor is applied to the sums before they are rounded to that type.
+    """
     if factor == 1.0:
         return torch.mm(a, b)
     return torch.addmm(torch.zeros((), dtype=a.dtype, device=a.device), a, b, beta=0, alpha=factor)

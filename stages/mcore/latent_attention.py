@@ -124,15 +124,20 @@ def _by_token(table: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [..., dim], of which the neighbors 2i and 2i+1 turn together; the result has all first ones, then all second
-    ones. The arithmetic is fp32 for any type of x, the result has its type."""
+    """Turns the neighbors 2i and 2i+1 of x, [..., dim], together; the result has all first ones, then all second ones.
+
+    The arithmetic is fp32 for any type of x, the result has its type.
+    """
     first, second = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 class WidenedAttention(layers.Attention):
-    """This project's attention for values of another width than keys: its kernels want one width, so zeros fill the
-    narrower ones, which changes no score, and the output is narrowed again."""
+    """This project's attention for values of another width than keys.
+
+    Its kernels want one width, so zeros fill the narrower ones, which changes no score, and the output is narrowed
+    again.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> Tensor:
         """As `layer_spec.Attention`."""
@@ -144,8 +149,10 @@ class WidenedAttention(layers.Attention):
 
 
 class WholeLinear(torch.nn.Module):
-    """A matrix without bias that every tensor rank has whole and applies to its share of the sequence, called as
-    Megatron's linear layers; its gradient is summed over these ranks."""
+    """A matrix without bias that every tensor rank has whole and applies to its share of the sequence.
+
+    It is called as Megatron's linear layers are. Its gradient is summed over these ranks.
+    """
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, tp_group: Any) -> None:
         super().__init__()

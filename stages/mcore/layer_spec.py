@@ -97,9 +97,12 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """PyTorch's, marked so that its gradient is summed over sequence-parallel ranks (Megatron's local one refuses
-    sequence parallelism). On a CPU in fp32, where PyTorch has no kernel, its bits from fewer passes over memory.
-    With an offset it computes in fp32, and multiplies by offset + weight: by 1 + weight for norms around zero."""
+    """PyTorch's norm, marked so that its gradient is summed over sequence-parallel ranks.
+
+    Megatron's local one refuses sequence parallelism. On a CPU in fp32, where PyTorch has no kernel, this one gives
+    PyTorch's bits from fewer passes over memory. With an offset it computes in fp32, and multiplies by offset + weight:
+    by 1 + weight for norms around zero.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)

@@ -55,8 +55,11 @@ FUSIONS: dict[Fusion, tuple[dict[str, Any], str, str]] = {
 def transformer_config(
     model: ModelConfig, layout: Layout, precision: Precision = "fp32", routing_replay: bool = False
 ) -> TransformerConfig:
-    """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
-    the precision. routing_replay: routers can be given the experts of their tokens."""
+    """Megatron's configuration of a model without dropout or biases.
+
+    It follows from the architecture of the model, its sizes, the layout and the precision. With `routing_replay`,
+    routers can be given the experts of their tokens.
+    """
     words, of_model = keywords(precision, model.layers), model.spec().megatron(model)
     engine = uses_transformer_engine(words["params_dtype"])
     # Before the routers are built: it is a switch of the process.

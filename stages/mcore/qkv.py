@@ -28,8 +28,10 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
         return super().forward(hidden, attention_mask, rotary_pos_emb=None, **kwargs)
 
     def get_query_key_value_tensors(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-        """hidden: [sequence, batch, hidden] -> queries [sequence, batch, heads, dim], keys and values [sequence, batch,
-        kv_heads, dim], of this tensor-parallel rank; each a view of [batch, heads, sequence, dim]."""
+        """Queries [sequence, batch, heads, dim], keys and values [sequence, batch, kv_heads, dim], of this tensor rank.
+
+        `hidden` is [sequence, batch, hidden]. Each result is a view of [batch, heads, sequence, dim].
+        """
         mixed, _ = self.linear_qkv(hidden)
         mixed = mixed.unflatten(2, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
         cos, sin = self.config.rows.of(self.starts, mixed.shape[0], mixed.device).rotary
@@ -42,9 +44,10 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
 
 
 class Heads(torch.autograd.Function):
-    """mixed: [sequence, batch, groups, queries + 2, dim], a group being its queries, its key, its value; cos, sin:
-    [..., sequence, rotary dim] -> queries, keys (RMS-normalized, turned) and values, each [batch, heads, sequence,
-    dim].
+    """Splits a projection into queries and keys, both RMS-normalized and turned, and values.
+
+    Its input `mixed` is [sequence, batch, groups, queries + 2, dim], a group being its queries, its key, its value;
+    `cos` and `sin` are [..., sequence, rotary dim]. Each output is [batch, heads, sequence, dim].
 
     The arithmetic is fp32 for any type of `mixed`; the result has its type.
     """
@@ -81,8 +84,10 @@ def rotated_heads(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [..., sequence, dim]; cos, sin: [..., sequence, rotary dim], of the first so many numbers of a head, whose
-    halves turn."""
+    """Turns the halves of the first numbers of each head of x, [..., sequence, dim], and leaves the rest.
+
+    They are as many as `cos` and `sin` have, [..., sequence, rotary dim].
+    """
     turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     first, second = turned.float().chunk(2, -1)
     turned = (turned.float() * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)

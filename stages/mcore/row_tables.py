@@ -65,11 +65,19 @@ class Tables:
         step: int = 1,
         has_sinks: bool = False,
     ) -> None:
-        """starts: the first position of the document of each position, int64 [batch, complete row], on any device; or
-        [3, batch, complete row] with the first position and the end of what the document continues, its prefix in the
-        same row; None if each row is one document. length: of this context rank's share of a row. rope: frequencies and
-        factor. step: the distance of neighbors' positions for the rotary embedding. has_sinks: of the heads, for
-        which a GPU has no kernel."""
+        """Tables of rows of which this context rank has a share.
+
+        Args:
+            starts: The first position of the document of each position, int64 [batch, complete row], on any device. Or
+                [3, batch, complete row] with the first position and the end of what the document continues, its prefix
+                in the same row. None if each row is one document.
+            length: Of this context rank's share of a row.
+            context: Context ranks, over which a row is cut.
+            device: Where the tables are made.
+            rope: Frequencies and factor.
+            step: The distance of neighbors' positions for the rotary embedding.
+            has_sinks: True if heads have sinks, for which a GPU has no kernel.
+        """
         self.starts, self.length, self.context, self.device, self.rope = starts, length, context, device, rope
         self.step, self.has_sinks = step, has_sinks
         self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
@@ -97,8 +105,10 @@ class Tables:
 
     @cached_property
     def rotary(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, fp32: [length, dim], or [batch, 1, 1, length, dim] if rows hold several documents, each of
-        which counts from 0."""
+        """Cosines and sines, fp32 [length, dim], or [batch, 1, 1, length, dim] if rows hold several documents.
+
+        Each of these documents counts from 0.
+        """
         positions, starts = self._on_device
         if starts is not None:
             if self.prefixes is not None:  # a document counts on from its prefix
@@ -191,8 +201,11 @@ class Tables:
         return Documents(queries, keys, longest, gathered)
 
     def buckets(self, batch: int, dtype: torch.dtype, window: int | None = None) -> tuple[list[Bucket], Tensor]:
-        """The documents of `batch` rows by length, for kernels that take rows of one length; and the place of each
-        position in the queries of all buckets side by side. window: maximum keys that a query sees; None: all."""
+        """The documents of `batch` rows by length, for kernels that take rows of one length.
+
+        The second result is the place of each position in the queries of all buckets side by side. `window` is the
+        maximum of keys that a query sees; None means all.
+        """
         if (dtype, window) not in self._buckets:
             self._buckets[dtype, window] = self._make_buckets(self.documents(batch), dtype, window)
         return self._buckets[dtype, window]
@@ -266,8 +279,10 @@ class RowTables:
 
 
 def context_positions(length: int) -> Tensor:
-    """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them: of
-    2C slices the one with its number, and the one as far from the end."""
+    """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them.
+
+    Of 2C slices for C ranks, it holds the one with its number, and the one as far from the end.
+    """
     rank = parallel_state.get_context_parallel_rank()
     # The first slices see few keys and the last ones many: a pair of both has the same work on every rank.
     slices = torch.arange(length).chunk(2 * parallel_state.get_context_parallel_world_size())

@@ -35,8 +35,10 @@ EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
 
 
 def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> tuple[Box, ...]:
-    """The boxes of this rank, or of another tensor rank of its group, for the tensor of that global name and full
-    shape."""
+    """The boxes that this rank holds of the tensor with that global name and full shape.
+
+    With `tensor_rank`, they are those of another tensor rank of its group.
+    """
     expert = ".experts." in name
     if expert:
         rank, size = parallel_state.get_expert_tensor_parallel_rank(), _expert_tensor_size()

@@ -41,7 +41,7 @@ from stages.models.costs import AttentionCost, Rows
 from stages.models.parallel_layout import Layout
 
 FLOPS = 6
-"""Of a matrix parameter and token: 2 forward, 4 backward."""
+"""FLOPs of a matrix parameter and token, 2 forward and 4 backward."""
 RESCORED = 7 / 6
 """FLOPs of attention with the scores that the backward pass computes again, beside the model's."""
 NARROWEST = 256
@@ -271,8 +271,10 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
 
 
 def _host(shape: Shape, run: StepSetup, c: Constants) -> float:
-    """Seconds in which the host issues a micro-batch in all layers: Python's part by layer, and each expert's kernels,
-    which one call launches."""
+    """Seconds in which the host issues a micro-batch in all layers.
+
+    They are Python's part by layer, and each expert's kernels, which one call launches.
+    """
     seconds = shape.depth * c.host * LAUNCHED[run.graphs]
     if run.graphs != "full" and run.layout.dispatcher != "flex":
         seconds += shape.sparse * (c.sparse_host + c.launch * _of_experts(shape, run))
@@ -311,8 +313,10 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
 
 
 def collective(gpu: Accelerator, size: float, ranks: int, stride: int) -> float:
-    """Seconds of an all-gather or reduce-scatter of `size` bytes over `ranks` that lie `stride` apart, at full
-    bandwidth: by NVLink in each domain, whose ranks share the way between domains."""
+    """Seconds of an all-gather or reduce-scatter of `size` bytes over `ranks` that lie `stride` apart.
+
+    It runs at full bandwidth, by NVLink in each domain, whose ranks share the way between domains.
+    """
     inside = min(ranks, max(1, gpu.nvlink_gpus // stride))
     domains = ranks / inside
     return size * ((inside - 1) / inside / gpu.nvlink + (domains - 1) / domains / inside / gpu.network)

@@ -87,8 +87,11 @@ class Layout(Config):
 
     @property
     def width_unit(self) -> int:
-        """Rows are padded to a multiple of this many tokens: two slices for each context rank (the zigzag that evens
-        out causal attention), each cut again by sequence parallelism."""
+        """The number of tokens of which rows are padded to a multiple.
+
+        It is two slices for each context rank (the zigzag that evens out causal attention), each cut again by sequence
+        parallelism.
+        """
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
     @property

@@ -32,7 +32,7 @@ SCORERS: dict[tuple[str, str], Score] = {
 LATEST = {"courtesy": "1", "exact": "1", "instructions": "1"}
 """The versions that score new outputs."""
 answer_of = response_v1.answer_of
-"""What scorers of conversations score of a text."""
+"""Returns the part of a text that scorers of conversations score."""
 answer_of_problem, score_problem = problems_v1.answer_of, problems_v1.score
 
 

@@ -81,10 +81,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one micro-batch, each [rows, width]; `loss_mask` is 1 where a target carries loss, `padding` is True
-    where an input is padding (Megatron's router leaves those out of its balance). `starts`, where rows are packed: the
-    position at which the segment of each position begins; padding is a segment of its own. `extras`: what an objective
-    other than the plain loss needs, each [rows] or [rows, width].
+    """Rows of one micro-batch, each [rows, width].
+
+    `loss_mask` is 1 where a target carries loss, `padding` is True where an input is padding (Megatron's router leaves
+    those out of its balance). `starts`, where rows are packed: the position at which the segment of each position
+    begins; padding is a segment of its own. `extras`: what an objective other than the plain loss needs, each [rows] or
+    [rows, width].
 
     `prefixes`, where segments continue others: first position and end of what stands before the segment of each
     position, int64 [2, rows, width]; equal numbers stand for nothing.

@@ -83,8 +83,11 @@ class Piece:
 
 
 class BucketedDDP(DistributedDataParallel):  # type: ignore[misc]
-    """Cuts gradients into buckets on every pipeline rank, so that `overlap_gradients` hides their reduction; Megatron
-    does on the first rank only, and reduces all of a later rank's at once, after its backward pass."""
+    """Megatron's DDP with gradients cut into buckets on every pipeline rank.
+
+    `overlap_gradients` then hides their reduction. Megatron does so on the first rank only, and reduces all of a later
+    rank's at once, after its backward pass.
+    """
 
     @property
     def bucket_size(self) -> int | None:
@@ -104,7 +107,7 @@ class Engine:
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
         self._is_stale = False
-        """Whether this rank lacks the updated weights of others, which the next step's forward pass gathers."""
+        """True if this rank lacks the updated weights of others, which the next step's forward pass gathers."""
         kind, model = config.phase.precision, config.model
         # Before the model is built: without the kernels, Transformer Engine fails late and in its own words.
         if reason := missing_requirement(kind):
@@ -112,7 +115,7 @@ class Engine:
         self.model_shapes = model.shapes(config.padded_vocab_size)
         self.lora = config.phase.adapter
         self.shapes = self.lora.shapes(self.model_shapes) if self.lora else self.model_shapes
-        """Of the tensors that training changes, which checkpoints hold."""
+        """Shapes of the tensors that training changes, which checkpoints hold."""
         if vocab_size > config.padded_vocab_size:
             raise RecipeError(
                 f"tokenizer.padded_vocab_size = {config.padded_vocab_size} is less than the {vocab_size} tokens of the "
@@ -252,7 +255,7 @@ class Engine:
         return RouterFigures(aux, z if self.routers.routing.z_loss else None, experts)
 
     def _gradients(self) -> dict[str, float]:
-        """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
+        """Norms of the present gradients by part of the model, such as embedding, each layer's attention, experts."""
         parts = sorted({part_of(name) for name in self.shapes})
         # In float64, and what several ranks hold once, so that every layout gives the same norms.
         squares, tied = torch.zeros(len(parts), dtype=torch.float64), self.config.model.tie_embeddings
@@ -277,8 +280,10 @@ class Engine:
         return result
 
     def full_tensors(self, by_turns: bool = True) -> FullTensors:
-        """The full tensors that training changes, as the model computes with them, by global name, each put together
-        when it is read. by_turns: whether data ranks take turns at it."""
+        """The full tensors that training changes, as the model computes with them, by global name.
+
+        Each is put together when it is read. `by_turns` has data ranks take turns at it.
+        """
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
         model = self.config.model
@@ -315,8 +320,9 @@ class Engine:
         return [*(tensor.data for _, tensor in named_tensors(self.chunks)), *self.buffers.values()]
 
     def _run(self, rank_batch: RankBatch, forward_only: bool, objective: Objective) -> tuple[float, dict[str, float]]:
-        """Runs this rank's batch through Megatron's schedule; returns the mean of the objective over all ranks, and its
-        figures.
+        """Runs this rank's batch through Megatron's schedule.
+
+        Returns the mean of the objective over all ranks, and its figures.
 
         The loss of a step is the mean over its loss-carrying targets on all ranks. Megatron averages over micro-batches
         and DDP over ranks, so each micro-batch's sum is scaled back by both counts.
@@ -415,8 +421,11 @@ class Engine:
         return self.replay.forward(self.ddp.index(model), routes)
 
     def _set_rates(self, lr: float) -> None:
-        """Megatron marks groups that are not to be decayed (norms) with `wd_mult` 0 and leaves it to its scheduler to
-        multiply; a loop without that scheduler would decay them silently."""
+        """Sets the learning rate and weight decay of each group of the optimizer.
+
+        Megatron marks groups that are not to be decayed (norms) with `wd_mult` 0 and leaves it to its scheduler to
+        multiply; a loop without that scheduler would decay them silently.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.config.phase.optimizer.weight_decay * group.get("wd_mult", 1.0)
@@ -521,8 +530,10 @@ def part_of(name: str) -> str:
 
 
 def _weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method for Megatron's config, which outlives the engine: held there, model, optimizer and the threads of their
-    process groups would outlive it too."""
+    """A method for Megatron's config, which outlives the engine.
+
+    Held there, model, optimizer and the threads of their process groups would outlive it too.
+    """
     reference = weakref.WeakMethod(method)
 
     def call(*args: Any) -> Any:

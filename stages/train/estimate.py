@@ -216,8 +216,11 @@ def checkpoint_size(config: TrainerConfig) -> CheckpointSize:
 
 
 def silent_bytes(parameters: Mapping[str, int], checkpoint: int) -> int:
-    """The most bytes of a checkpoint that a rank reads or writes between two reports of progress: it flushes files as
-    they grow, and reads a tensor at once, of which the embedding is the largest. parameters: of the model by part."""
+    """The most bytes of a checkpoint that a rank reads or writes between two reports of progress.
+
+    It flushes files as they grow, and reads a tensor at once, of which the embedding is the largest. `parameters` are
+    those of the model by part.
+    """
     return min(checkpoint, max(FLUSH_BYTES, MASTER * parameters["embedding"]))
 
 

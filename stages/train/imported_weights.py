@@ -97,7 +97,9 @@ class ImportConfig(StartFrom):
 
 
 def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Fills `out` with step-000000/ as pre-training does, the tokenizer's files, and base.json: repository, license
+    """Imports a published model as the first phase of a recipe.
+
+    Fills `out` with step-000000/ as pre-training does, the tokenizer's files, and base.json: repository, license
     and the digest of each imported file.
 
     Raises CheckFailed for files that are not those of the digest, RecipeError for a model that is another than the
@@ -259,8 +261,11 @@ def estimate(config: ImportConfig) -> Estimate:
 
 
 def start_from_section(model: str) -> dict[str, str]:
-    """The section start_from for a published model: a model's folder of a release, such as RELEASE/model, or a
-    repository of the Hub, with @ and a revision if it is not `main`. Raises AtomError."""
+    """The section start_from for a published model.
+
+    A published model is a model's folder of a release, such as RELEASE/model, or a repository of the Hub, with @ and a
+    revision if it is not `main`. Raises AtomError.
+    """
     if Path(model).is_dir():
         return _stated(Path(model), _repository_of(Path(model))) | {"folder": _portable(model)}
     if (match := REPOSITORY.fullmatch(model)) is None:
@@ -295,8 +300,10 @@ def dtype_of(folder: Path) -> str | None:
 
 
 def require_dtype(repo: str, published: str | None, dtype: str | None) -> str | None:
-    """A sentence if the first phase would publish its weights in another type than those of the model; None if not, or
-    if one of them is not known."""
+    """A sentence if the first phase would publish its weights in another type than those of the model.
+
+    None if not, or if one of them is not known.
+    """
     if None in (published, dtype) or published == dtype:
         return None
     return (

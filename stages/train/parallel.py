@@ -45,7 +45,7 @@ class Ranks:
     data_rank: int
     data_ranks: int
     counts_loss: bool
-    """Whether this rank's loss enters the sum: one rank for each share of the tokens."""
+    """True if this rank's loss enters the sum: one rank for each share of the tokens."""
     objects: dist.ProcessGroup | None = field(default=None, compare=False)
     """All ranks as a group of gloo, for objects and for tensors of the host; None: the default group is one."""
     wrapped: list[DistributedDataParallel] = field(default_factory=list, compare=False)

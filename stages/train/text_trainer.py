@@ -86,8 +86,11 @@ def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence
 
 
 class TextTrainer(Trainer):
-    """inputs["tokens"]: Megatron shards; inputs["order"]: the tokens that each step reads; inputs["init"]: the previous
-    phase, whose last weights are loaded, if any; inputs["continue"]: the checkpoint that it continues from."""
+    """A trainer on tokens of text.
+
+    inputs["tokens"] are Megatron shards; inputs["order"] holds the tokens that each step reads. inputs["init"] is the
+    previous phase, whose last weights are loaded, if any. inputs["continue"] is the checkpoint that it continues from.
+    """
 
     config: TrainConfig
     rng = "not used: no dropout, and the data order is an artifact"

@@ -307,8 +307,9 @@ class Trainer(ABC):
 def train(
     trainer: type[Trainer], name: str, config: TrainerConfig, inputs: Inputs, work: Path, out: Path, report: Report
 ) -> None:
-    """Runs a phase to its end and fills `out` with sealed checkpoints, training.jsonl, summary.json and the phase's own
-    files.
+    """Runs a phase to its end and fills `out` with its sealed checkpoints and records.
+
+    The records are training.jsonl, summary.json and the phase's own files.
 
     Raises AtomError if the loss is not finite, if data and recipe do not match, if no work checkpoint is intact, if
     memory is full, or if another rank is lost; Interrupted after a stop signal; and the errors of the trainer.

@@ -121,7 +121,7 @@ def digests(model: Path) -> dict[str, str]:
 
 
 def combined(base: Path, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """transformers' tensors of the base with the adapter of a folder in them, in fp32, by PEFT's formulas.
+    """The base's tensors with the adapter of a folder in them, as transformers names them, in fp32, by PEFT's formulas.
 
     Raises CheckFailed if the adapter is another base's, or does not fit it.
     """
@@ -166,8 +166,10 @@ def _pairs(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, 
 
 
 def largest_difference(base: Path, folder: Path, merged: Path) -> tuple[float, float]:
-    """The largest difference of a weight between base and adapter together and the merged model, and the largest one
-    that rounding explains. Raises CheckFailed if they have other tensors."""
+    """The largest difference of a weight between base plus adapter and the merged model, and the largest from rounding.
+
+    Raises CheckFailed if they have other tensors.
+    """
     expected, worst, largest, eps = Tensors(merged), 0.0, 0.0, 0.0
     seen = set()
     for name, tensor in combined(base, folder):

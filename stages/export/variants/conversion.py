@@ -53,8 +53,10 @@ def write(name: VariantName, model: Path, folder: Path) -> None:
 
 
 def write_dequantized(name: VariantName, model: Path, folder: Path, target: Path, base: Path | None = None) -> None:
-    """Writes the weights of the variant in `folder` in fp32, as a model that transformers loads, into `target`, which
-    is made anew. model: the exported model of the variant. base: that of an adapter."""
+    """Writes the weights of the variant in `folder` in fp32 into `target`, as a model that transformers loads.
+
+    `target` is made anew. `model` is the exported model of the variant, `base` that of an adapter.
+    """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     copy_tokenizer(model, target)

@@ -313,7 +313,7 @@ def decode(values: NDArray[np.generic], kind: Kind) -> Floats:
 
 
 def _divide(values: Floats, by: Floats) -> Floats:
-    """values / by, and 0 where it is divided by 0."""
+    """The quotient values / by, and 0 where it is divided by 0."""
     return np.divide(values, by, out=np.zeros_like(values), where=by != 0)
 
 
@@ -324,8 +324,11 @@ def _halves(values: Floats) -> tuple[Bytes, Floats]:
 
 
 def q4_k(blocks: Floats) -> Bytes:
-    """[blocks, 256] -> [blocks, 144]: two scales in fp16; six bits for scale and minimum of each of eight sub-blocks;
-    four bits a weight."""
+    """Quantizes blocks of 256 weights to Q4_K, [blocks, 256] -> [blocks, 144].
+
+    A block is two scales in fp16, then six bits for scale and minimum of each of eight sub-blocks, then four bits a
+    weight.
+    """
     parts = blocks.reshape(-1, 8, 32)
     # A block stores scale * n - minimum, with n from 0 to 15 and a minimum that is never negative.
     minimum = -np.minimum(parts.min(-1), 0)
@@ -344,8 +347,11 @@ def q4_k(blocks: Floats) -> Bytes:
 
 
 def q6_k(blocks: Floats) -> Bytes:
-    """[blocks, 256] -> [blocks, 210]: the four low and two high bits of each weight; eight bits for the scale of each
-    of sixteen sub-blocks; their scale in fp16."""
+    """Quantizes blocks of 256 weights to Q6_K, [blocks, 256] -> [blocks, 210].
+
+    A block is the four low and two high bits of each weight, then eight bits for the scale of each of sixteen
+    sub-blocks, then their common scale in fp16.
+    """
     parts = blocks.reshape(-1, 16, 16)
     scale = np.abs(parts).max(-1) / np.float32(31)
     scale_bytes, d = _halves(scale.max(-1, keepdims=True) / np.float32(127))

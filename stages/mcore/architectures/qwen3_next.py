@@ -59,9 +59,11 @@ def _swiglus(model: Qwen3NextConfig, layer: int) -> list[tuple[str, str]]:
 
 
 def _parts(model: Qwen3NextConfig, layer: int) -> tuple[list[int], list[int]]:
-    """The rows of one group of heads in Megatron's projection of a layer, by part: of linear attention the query, the
-    key, values, output gates, rates and decays of a key head; of full attention queries, their gates, key and value.
-    And the sizes of a key head's channels of the convolution."""
+    """Rows by part of one group of heads in Megatron's projection of a layer, and sizes of its convolution channels.
+
+    In linear attention a group is a key head: its query, key, values, output gates, rates and decays. In full attention
+    it is queries, their gates, key and value. The channels are those of a key head.
+    """
     if not model.is_linear(layer):
         queries = model.heads // model.kv_heads * model.head_dim
         return [queries, queries, model.head_dim, model.head_dim], []

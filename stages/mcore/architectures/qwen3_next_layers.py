@@ -39,7 +39,7 @@ from stages.models.qwen3_next import CHUNK
 # isort: split
 
 EPSILON = 1e-6
-"""Of the length to which queries and keys are divided."""
+"""A number added to the squared length of queries and keys before they are divided by its root."""
 
 
 def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
@@ -177,9 +177,16 @@ class GatedAttention(SelfAttention):
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, starts: Tensor | None = None
 ) -> Tensor:
-    """query, key: [rows, length, heads, dim], of length 1 each; value: [rows, length, heads, dim of a value]; g, beta:
-    [rows, length, heads]; starts: the first position of each position's document, [rows, length], or None if a row is
-    one document. Returns the outputs in the shape of value, in its type; the arithmetic is fp32."""
+    """Returns the outputs of the gated delta rule in the shape and type of value; the arithmetic is fp32.
+
+    Args:
+        query: [rows, length, heads, dim], of length 1 each.
+        key: As query.
+        value: [rows, length, heads, dim of a value].
+        g: [rows, length, heads].
+        beta: [rows, length, heads].
+        starts: The first position of each position's document, [rows, length], or None if a row is one document.
+    """
     length, kind = value.shape[1], value.dtype
     chunks = -(-length // CHUNK)
     query, key, value, g, beta = (_by_chunks(x, chunks) for x in (query, key, value, g, beta))

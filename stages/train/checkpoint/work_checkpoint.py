@@ -87,7 +87,7 @@ class Checkpoints:
         self.bytes_done = 0
         """Bytes that the thread has read, hashed and written."""
         self.release_records: dict[str, FileRecord] = {}
-        """Of the release checkpoints' files, which never change. Rank 0 only."""
+        """Records of the release checkpoints' files, which never change. Rank 0 only."""
         self.given_up = threading.Event()
         self.copies: dict[str, Tensor] = {}
         self.lost_lines: list[dict[str, Any]] = []
@@ -331,8 +331,9 @@ class Checkpoints:
         return None
 
     def rewind(self, step: int) -> dict[str, Any]:
-        """Loads the newest usable checkpoint of this step or an earlier one into the engine, and takes the log back to
-        there. Release checkpoints stay: they are made again with the same bytes. Returns the state saved with it.
+        """Loads the newest usable checkpoint of this step or an earlier one into the engine; returns its saved state.
+
+        The log is taken back to there. Release checkpoints stay: they are made again with the same bytes.
 
         Raises AtomError if there is none.
         """
@@ -389,8 +390,10 @@ class Checkpoints:
         return None
 
     def _take_over(self, folder: Path, marker: dict[str, Any], is_release_step: Callable[[int], bool]) -> bool:
-        """Links the log and release checkpoints up to a checkpoint's step into this attempt's folder, and removes the
-        skipped checkpoints. Returns whether the release checkpoint of that step is still to be made."""
+        """Links the log and release checkpoints up to a checkpoint's step into this attempt's folder.
+
+        Removes the skipped checkpoints. Returns whether the release checkpoint of that step is still to be made.
+        """
         previous, current = folder.parent.parent, self.folder
         try:
             for name, (_, sha256, *_) in marker["product"].items():
@@ -448,8 +451,7 @@ def find_damage(ranks: Ranks, folder: Path, find: Callable[[], str | None]) -> s
 
 
 def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
-    """The lines after a log in the longest log of earlier attempts that continues it, up to one that was cut or
-    damaged."""
+    """The lines after a log in the longest log of earlier attempts that continues it, up to a cut or damaged one."""
     longest = b""
     for path in (attempt / LOG for attempt in attempts):
         text = path.read_bytes() if path.is_file() else b""

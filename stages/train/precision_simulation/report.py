@@ -136,8 +136,10 @@ def _entry(
 
 
 def _norm_deviation(runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], window: int) -> dict[str, Any]:
-    """Returns the deviation of the gradient norm from the baseline's: in the first step, whose weights are equal, and
-    of the mean over the last steps. Empty if a run ended earlier."""
+    """Returns the deviation of the gradient norm from the baseline's; empty if a run ended earlier.
+
+    It is taken in the first step, whose weights are equal, and of the mean over the last steps.
+    """
     if any(run["diverged_at"] for run in (*runs, *base)):
         return {}
     pairs = [(run["grad_norms"], baseline["grad_norms"]) for run, baseline in zip(runs, base, strict=True)]

@@ -249,8 +249,10 @@ def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
 
 
 def step_tokens(proxy: ModelConfig, smallest: int, sequence_length: int) -> int:
-    """Tokens of a step, in complete rows: at least SPARE times the number with which an average expert sees
-    `smallest`."""
+    """Tokens of a step, in complete rows.
+
+    They are at least SPARE times the number with which an average expert sees `smallest`.
+    """
     routing = proxy.routing
     tokens = max(MIN_TOKENS, SPARE * smallest * routing.experts / routing.top_k) if routing else MIN_TOKENS
     return math.ceil(tokens / sequence_length) * sequence_length
