@@ -299,8 +299,11 @@ _RECIPES: dict[Precision, dict[str, Any]] = {
 
 
 def keywords(precision: Precision, layers: int = 1) -> dict[str, Any]:
-    """The keyword arguments of Megatron's TransformerConfig; constructing it with the FP8 and FP4 ones needs
-    Transformer Engine. Weights stay bf16 under them and are quantized as they are used. layers: of the model."""
+    """The keyword arguments of Megatron's TransformerConfig for a precision, in a model of so many layers.
+
+    Constructing it with the FP8 and FP4 ones needs Transformer Engine. Weights stay bf16 under them and are quantized
+    as they are used.
+    """
     if precision == "fp32":
         return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     words = {**_BF16, **_RECIPES.get(precision, {})}
@@ -311,8 +314,10 @@ def keywords(precision: Precision, layers: int = 1) -> dict[str, Any]:
 
 
 def missing_requirement(precision: Precision) -> str | None:
-    """The requirement of a precision that this machine lacks, in a sentence that begins with the recipe's field, or
-    None."""
+    """The requirement of a precision that this machine lacks, or None.
+
+    It is a sentence that begins with the recipe's field.
+    """
     requirement = f"precision = {precision} needs"
     if precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return f"{requirement} a GPU of the Ampere generation or newer, and this one is older; choose fp32"
