@@ -105,6 +105,8 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
             f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
             f"{config.padded_vocab_size}; raise it in the recipe"
         )
+    # Rounded before both uses: Megatron's model computes with the weights that are exported, so no tolerance has to
+    # allow for the rounding.
     tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype))
     mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)

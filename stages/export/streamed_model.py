@@ -108,6 +108,7 @@ def files(folder: Path) -> dict[str, Path]:
     """The file of each tensor. Raises ValueError if an index does not add up with its files."""
     index = folder / "model.safetensors.index.json"
     stated = json.loads(index.read_text())["weight_map"] if index.exists() else None
+    # File names alone: the index of a stranger must not lead out of the folder.
     if outside := [name for name in set(stated.values()) if Path(name).name != name] if stated else []:
         raise ValueError(f"{index.name} names the file {outside[0]}, which is not in its folder")
     file_of: dict[str, Path] = {}
@@ -123,8 +124,8 @@ def files(folder: Path) -> dict[str, Path]:
 def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[int] | None = None) -> list[Tensor]:
     """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once.
 
-    None if layers lack tensors, which `source.keys` then names. steps: of each row, the distance of its neighbors'
-    positions; None: 1.
+    An empty list if layers lack tensors, which `source.keys` then names. steps: of each row, the distance of its
+    neighbors' positions; None: 1.
     """
     base = source.model.base_model
     states: list[Tensor] = []

@@ -117,6 +117,7 @@ def _product(recipe: QuantizationRecipe, group: Any, record: LinearRecord) -> An
         elif allreduce_dgrad:
             input = tensor_parallel.copy_to_tensor_model_parallel_region(input, group=group)
         tokens = input.numel() // input.shape[-1]
+        # An expert may get no token, which is no product.
         if tokens:
             record.tokens[tokens] += 1
         out: torch.Tensor = Linear.apply(input, weight, recipe, group, record)
@@ -177,4 +178,5 @@ def multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:
     """
     if factor == 1.0:
         return torch.mm(a, b)
+    # It multiplies its sums by alpha. A factor after `mm` would round a second time.
     return torch.addmm(torch.zeros((), dtype=a.dtype, device=a.device), a, b, beta=0, alpha=factor)

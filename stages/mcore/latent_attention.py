@@ -26,6 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 def latent_layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
     """As `layer_spec.layer_spec`, with latent attention in each layer."""
     block = layers.layer_spec(config, virtual_stage, packed)
+    # Layers of one kind share a spec, which is changed once.
     for spec in {id(spec): spec for spec in block.layer_specs}.values():
         spec.submodules.input_layernorm = block.layer_norm
         spec.submodules.self_attention = ModuleSpec(module=LatentAttention, params={"packed": packed})
@@ -112,6 +113,7 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         kv = kv.unflatten(-1, (-1, c.qk_head_dim + c.v_head_dim))
         (plain, turned), (k, v) = (x.split([c.qk_head_dim, x.shape[-1] - c.qk_head_dim], -1) for x in (q, kv))
         cos, sin = (_by_token(x) for x in c.rows.of(starts, q.shape[0], q.device).rotary)
+        # All heads share this part of the keys, so it is turned once.
         shared = rotate_pairs(shared.unsqueeze(2), cos, sin).expand(*k.shape[:-1], -1)
         q = torch.cat([plain, rotate_pairs(turned, cos, sin)], -1)
         return q, torch.cat([k, shared], -1), v.contiguous()

@@ -209,6 +209,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
         kernel = varlen_kernel()
         assert kernel is not None
         ends = (documents.queries, documents.keys, documents.longest, documents.longest)
+        # The kernel counts the keys before a query's own one; -1 stands for all.
         before = -1 if self.window is None else self.window - 1
         attended: Tensor = kernel(q, k, v, *ends, scale=self.scale, window_size=(before, 0))
         return attended
@@ -393,6 +394,7 @@ class SinkAttention(torch.autograd.Function):
         d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient, q, k, v, out, with_sink, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
         )
+        # A sink has no value: its gradient comes from the probability that it takes from the keys.
         probability = (sinks.float()[:, None] - with_sink).exp_()
         d_sinks = -(probability * (gradient.float() * out.float()).sum(-1)).sum((0, 2))
         return d_q, d_k, d_v, d_sinks.to(sinks.dtype), None, None
@@ -405,5 +407,6 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor
     if mask is None:
         mask = torch.full(scores.shape[-2:], -torch.inf, device=q.device).triu_(1)
     sink = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+    # The sink takes part in the softmax, and has no value to be weighted.
     probabilities = torch.cat((scores + mask, sink), -1).softmax(-1)[..., :-1]
     return probabilities.to(v.dtype) @ v

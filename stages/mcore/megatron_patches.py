@@ -137,6 +137,7 @@ def _patch_torch_names() -> None:
 
 def _called_by_megatron() -> bool:
     """Returns True if the calling function was called from a function of Megatron."""
+    # Frame 1 is the replaced method, and frame 2 its caller.
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.")
 
 

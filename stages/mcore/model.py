@@ -169,6 +169,7 @@ def build(
             # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
             # gradient norm counts those of tensor rank 0 only.
             parameter.tensor_model_parallel = not is_copied(name)  # type: ignore[attr-defined]
+        # For the loss by slices (language_model.py).
         chunk.layout, chunk.real_vocab_size = layout, vocab_size or padded_vocab_size
         if vocab_size is not None and chunk.post_process:
             # Ids that pad the table must get no probability, as no runtime has them.

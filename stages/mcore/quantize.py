@@ -191,6 +191,7 @@ def quantize(
         shared = _multiplier(_max_magnitude(x, group), format_.largest, "fp32")
         factor = float(1 / shared)
     elif recipe.scale == "e4m3":
+        # The largest value becomes the format's largest number times the largest scale of a block.
         shared = _multiplier(_max_magnitude(x, group), format_.largest * E4M3.largest, "fp32")
         factor = float(1 / shared)
     height, width = shape or (1, x.shape[1])
@@ -236,6 +237,7 @@ def _quantize(
     padding = (0, -columns % width, 0, -rows % height)
     padded = F.pad(x, padding) if any(padding) else x
     blocks = (-1, height, padded.shape[1] // width, width)
+    # A copy, as it is rounded in place below.
     y = padded.reshape(blocks).to(torch.float32, copy=True)
     largest = y.abs().amax((1, 3), keepdim=True)
     block_scale = None
@@ -243,17 +245,20 @@ def _quantize(
         assert shared is not None
         block_scale = _block_scale(largest, shared, format_)
         multiplier = 1 / (block_scale * (1 / shared))
+        # The inverse of a scale of zero is infinite, and would turn zeros into NaN.
         multiplier[block_scale == 0] = 0.0
         multiplier.clamp_max_(FP32_MAX)
     else:
         multiplier = _multiplier(largest, format_.largest, scale) if shared is None else shared
     nonzero = int(torch.count_nonzero(y))
     y.mul_(multiplier)
+    # The blocks' largest magnitudes tell if any value is clipped. Mostly none is, which saves a pass over all.
     clips = not bool((largest * multiplier < format_.overflow).all())
     overflow = int((~(y.abs() < format_.overflow)).sum()) if clips else 0
     if noise is None:
         _round(y, format_)
     else:
+        # Draws of the values alone, so that none depends on the padding of blocks.
         draws = torch.rand(rows, columns, generator=noise, device=x.device)
         _round_stochastically(y, (F.pad(draws, padding) if any(padding) else draws).reshape(blocks))
     counts = Counts(x.numel(), nonzero, nonzero - int(torch.count_nonzero(y)), overflow)

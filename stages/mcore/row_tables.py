@@ -151,6 +151,7 @@ class Tables:
         """
         slices = self.slices(window)
         count, first, end = slices[number]
+        # As many keys as queries, so the kernel's own causal order is right without a mask.
         if self.local_starts is None and end == count and (window is None or end <= window):
             return None
         if (number, dtype, window) in self._masks:
@@ -186,12 +187,14 @@ class Tables:
         sizes = self.positions[(bounds[1:] - 1) % self.length] + 1 - first_key
         gathered = None
         if self.prefixes is not None:
+            # The keys of a document are those of its prefix, and then its own.
             shared = [torch.arange(*ends) for ends in (self.prefixes[:, row, column] + row * self.length).T.tolist()]
             rest = torch.arange(batch * self.length).split(sizes.tolist())
             gathered = gpu.upload(torch.cat([x for pair in zip(shared, rest, strict=True) for x in pair]), self.device)
             sizes = sizes + self.prefixes[1, row, column] - self.prefixes[0, row, column]
         keys = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
         if self.context > 1:
+            # Keys lie in complete rows, and the queries of this rank in its share of them.
             shift = row * self.length * self.context + first_key - keys[:-1]
             gathered = gpu.upload(torch.arange(int(keys[-1])) + shift.repeat_interleave(sizes), self.device)
         # a power of two, as cuDNN builds a plan for each value
@@ -216,6 +219,7 @@ class Tables:
         assert documents.gathered is not None, "the documents have prefixes"
         count, total = (x.cpu().long().diff() for x in (documents.queries, documents.keys))
         prefix = total - count
+        # Documents with and without a prefix stay apart, as the latter need no mask unless a window cuts them.
         kinds: dict[tuple[bool, int], list[int]] = {}
         for document, (before, length) in enumerate(zip(prefix.tolist(), count.tolist(), strict=True)):
             kinds.setdefault((before > 0, (length - 1).bit_length()), []).append(document)
@@ -237,6 +241,7 @@ class Tables:
             width = before + longest if window is None else window
             is_windowed = before + longest > width
             if before or is_windowed:
+                # One mask serves the whole bucket if all its prefixes have one length.
                 if bool((ahead == ahead[0]).all()):
                     ahead = ahead[:1]
                 seen = (key <= before + query[:, None]) & (key >= ahead[:, :, None])

@@ -265,6 +265,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
             (TopKRouter, "routing", balanced(TopKRouter.routing)),
             # a tensor of the process: a fake one would give the balance loss of a later real step any weight
             (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
+            # PyTorch remembers the values of constants up to this size, by itself of single numbers only.
             (fake_tensor, "CONSTANT_NUMEL_LIMIT", 4096),
             # Megatron's `torch` is not PyTorch's where there is no GPU
             *(
@@ -273,6 +274,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
             ),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
+        # Positions and masks have values, and meet fake tensors in the same operators.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(SimulatedRank())
 

@@ -224,4 +224,5 @@ def is_repeated(name: str, tied: bool) -> bool:
 
 def _turn(name: str) -> int:
     """A number by which ranks that could all hand a tensor over take turns: the same on each of them."""
+    # Python's own hash of a text differs from process to process.
     return zlib.crc32(name.encode())

@@ -269,6 +269,7 @@ class Order:
             "sequence_length": phase.sequence_length,
         }
         expected |= {"ramp": [list(ramp_step) for ramp_step in phase.row_ramp], "pack": phase.pack}
+        # Orders that were made before these settings existed do not state them.
         for name, value in expected.items():
             if meta.get(name, {"ramp": [], "pack": False}.get(name)) != value:
                 raise AtomError(f"order artifact {order.key} was made for {name} = {meta.get(name)}, not {value}")
@@ -284,6 +285,7 @@ class Order:
         self.lock = threading.Lock()
         self.open: tuple[int, _PartReader] | None = None
         """The number of the part that was read last, and its reader."""
+        # Opened now, so that a table with a wrong number of rows fails before the first step.
         self._reader(0)
         self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the parts before this one, by source
 
@@ -317,6 +319,7 @@ class Order:
         Cheap for one step after another, and a part of the table is read for any other step.
         """
         number, counts = self.counted
+        # After a rewind the count begins anew.
         if number and self.parts[number - 1].last > step:
             number, counts = 0, Counter()
         while number < len(self.parts) and self.parts[number].last <= step:
@@ -360,6 +363,7 @@ class _PartReader:
     def __init__(self, file: Path, columns: Sequence[str]) -> None:
         self.file, self.columns = pq.ParquetFile(file), [*columns]
         step = self.file.schema_arrow.get_field_index("step")
+        # The rows are in the order of steps, so these statistics find a step without reading other row groups.
         groups = [self.file.metadata.row_group(i).column(step).statistics for i in range(self.file.num_row_groups)]
         self.spans = [(group.min, group.max) for group in groups]
         """First and last step of each row group."""
@@ -420,6 +424,7 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
             loss_from = max(0, document["loss_from"] - 1)
             segment = Segment(source, document["id"], document["ordinal"], 0, length, loss_from, document["part"])
             rows.append(Row((segment,)))
+    # The cut may leave no target that carries loss.
     rows = [row for row in rows if row.targets]
     if not rows:
         raise RecipeError(

@@ -276,6 +276,7 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             result = self._run(rank_batch, forward_only=True, objective=objective)
+        # Dropped: the figures of the next step are to be of that step alone.
         routers.collect_losses()
         return result
 
@@ -444,6 +445,7 @@ class Engine:
             yield piece, {"weight": buffer.flatten()}
 
     def _buffer_pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+        # An adapter leaves the biases of experts as they are: they are its base's.
         for name, buffer in ({} if self.lora else self.buffers).items():
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
@@ -474,6 +476,7 @@ class Engine:
             part._copy_main_params_to_model_params()
         for chunk in self.ddp:
             chunk.start_param_sync(force_sync=True)
+        # Without the moments a new optimizer begins, whose updates count from 0.
         self.step_done = step if moments else 0
 
     def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
@@ -489,6 +492,7 @@ class Engine:
     def _distributed_optimizers(self) -> list[Any]:
         """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        # A rank without parameters of a kind has a stub, which owns no state.
         return [part for part in parts if not part.is_stub_optimizer]
 
     def _owned_state(self) -> Iterator[tuple[Piece, Any, Tensor, dict[str, Tensor]]]:

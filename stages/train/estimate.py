@@ -56,6 +56,7 @@ def estimate(config: TrainConfig) -> Estimate:
         memory_bytes=memory,
         host_bytes=owned,
         disk_bytes=disk,
+        # A work checkpoint has two files of each rank, its marker and the parts of a release checkpoint.
         files=work * (2 * layout.ranks + 1 + checkpoint.files) + releases * checkpoint.files,
         published=checkpoint.published(trained, has_step_0),
         parameters=parameters,
@@ -89,6 +90,7 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
     rows, first, seconds = Rows(phase.micro_rows, phase.sequence_length), phase.first_step, 0.0
     for last, batch_rows in (*phase.row_ramp, (phase.steps, phase.rows_of(phase.steps))):
         micro_batches = batch_rows // rows.rows // layout.data
+        # A continued phase begins beyond the steps of some batch sizes.
         if last >= first:
             bf16_layers = layers_in_bf16(phase.precision, config.model.layers)
             states = phase.optimizer.matrices.bytes

@@ -170,6 +170,7 @@ def _pull(config: ImportConfig, target: Path) -> None:
     from pipeline.hub import limits
     from pipeline.hub.client import RemoteRepository, api, is_unsafe, online, translate_errors
 
+    # The sums are pulled last, so the other files are here too. Each is compared with them later.
     if (target / SUMS).is_file() and _digest(target / SUMS) == config.digest:
         return
     remote, name = RemoteRepository(config.repo, "model"), f"{config.repo}@{config.revision}"
@@ -256,6 +257,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def estimate(config: ImportConfig) -> Estimate:
     total = 4 * config.model.parameters(config.padded_vocab_size)["total"]
+    # An interpreter with its libraries, and the tensors of one file.
     memory = 700_000_000 + min(total, SHARD_BYTES)
     return Estimate(cpu_seconds=10 + total / 2e8, memory_bytes=memory, disk_bytes=2 * total)
 

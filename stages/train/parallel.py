@@ -97,6 +97,7 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
+        # By gloo: with NCCL, the barrier of torch would be a kernel of the GPU.
         self.max(0)
 
 

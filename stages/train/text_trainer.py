@@ -43,6 +43,7 @@ class SpikeDetector:
         self.losses: deque[float] = deque(maxlen=window)
         self.norms: deque[float] = deque(maxlen=window)
         for line in lines:
+            # Accepted steps only: evaluations have no norm, and a skipped step is no measure of usual ones.
             if "grad_norm" in line and "skipped" not in line:
                 self.accept(line["loss"], line["grad_norm"])
 
@@ -174,9 +175,11 @@ class TextTrainer(Trainer):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.pending = state.get(PENDING, [])
+        # Pending spikes have no line yet: theirs are written when their steps are passed.
         self.spikes = len(self.pending) + sum("spike" in line for line in self.log_lines())
 
     def measure(self, step: int) -> dict[str, Any] | None:
+        # A continued phase measures the model that it begins with, so that its curve joins the earlier run's.
         begins = self.origin is not None and step == self.origin.step
         if not begins and step != self.phase.steps and step % self.phase.validation.every:
             return None
@@ -316,6 +319,7 @@ class TextTrainer(Trainer):
         # Spikes after the checkpoint are recorded again when their steps are passed.
         self.pending = [x for x in dropped_spikes if x["excluded"][-1] > state["step"]] + self.pending
         self.pending.append(spike_record(step, "rewind", range(rewind_step + 1, step + 1), rows, figures))
+        # From the shortened log, as a phase that is resumed here would begin.
         self.spike_detector = SpikeDetector(policy, self.log_lines())
         if self.first:
             self.report.note(

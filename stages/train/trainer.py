@@ -299,6 +299,7 @@ class Trainer(ABC):
         shutil.copyfile(self.log.path, out / LOG)
         folder = self.checkpoints.folder / SEALED
         for step in release_checkpoint.steps_of(folder):
+            # Links, as release checkpoints never change and may have terabytes.
             shutil.copytree(
                 folder / release_checkpoint.name_of(step), out / release_checkpoint.name_of(step), copy_function=os.link
             )
@@ -336,6 +337,7 @@ def train(
 
 def peak_memory(device: torch.device | str) -> dict[str, float]:
     """Bytes that this process has held at most: of the host, and of its GPU if it has one."""
+    # Linux states the peak in KiB.
     peaks = {"peak_memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
     if torch.device(device).type == "cuda":
         peaks["peak_gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(device))

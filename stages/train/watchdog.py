@@ -101,6 +101,7 @@ class Watchdog:
         with open(path, "w") as file:
             # All threads: the main one stands in the collective, and another may be writing a checkpoint.
             faulthandler.dump_traceback(file, all_threads=True)
+        # After the stacks: for rank 0 this file is the sign that they are complete.
         atomic_files.write(path.with_suffix(".json"), json.dumps(asdict(WAITS.place(self.rank))))
         print(
             f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
@@ -134,6 +135,7 @@ class Watchdog:
         """The ranks whose stacks were written in this hang."""
         ranks = set()
         for path in (self.work / "stacks").glob("rank-*.json"):  # written after the stacks
+            # The limit is a margin for the clocks of other nodes. Stacks of an earlier hang are older.
             if path.stat().st_mtime > since - self.limit:
                 ranks.add(int(path.stem[5:]))
         return ranks

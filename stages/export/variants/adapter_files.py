@@ -70,6 +70,8 @@ def factors(
     """(transformers' name of a matrix, A, B) of all matrices with an adapter. adapter: Megatron's, by global name."""
     shapes, to_hf = model.shapes(vocab_size), model.spec().to_hf
     names = list(shapes)
+    # The mapping renames matrices and cuts their rows. What becomes of a mark tells which matrix it was, and what
+    # becomes of B its rows.
     marked, rows = to_hf(_Marked(shapes), model, vocab_size), to_hf(_Rows(shapes, adapter, lora), model, vocab_size)
     for (hf_name, place), (_, padded) in zip(marked, rows, strict=True):
         name = names[int(place.flatten()[0])]
@@ -93,6 +95,7 @@ def write(
         else:
             module = PREFIX + name.removesuffix(".weight")
             plain |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    # The last part of a module's name, such as q_proj.
     modules = sorted({name.split(".")[-3] for name in plain})
     for module, experts in stacks.items():
         for stacked, parts in {"gate_up": ("gate", "up"), "down": ("down",)}.items():

@@ -144,5 +144,6 @@ def _quantized(tensors: Mapping[str, Tensor], encoding: Encoding) -> Iterator[tu
         scale = values.abs().amax(1, keepdim=True) / encoding.largest
         # A channel of zeros stays zeros.
         scale[scale == 0] = 1.0
+        # The division may round the largest value to a little more than the type holds.
         yield name, encoding.convert((values / scale).clamp(-encoding.largest, encoding.largest))
         yield name + SCALE, scale

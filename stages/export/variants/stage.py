@@ -191,6 +191,7 @@ def estimate(config: VariantConfig) -> Estimate:
     return replace(
         base,
         disk_bytes=(base.disk_bytes or 0) + size,
+        # Of several shards, each converts the variant for itself, beside the stage.
         work_bytes=whole if count == 1 else (count + 1) * whole + count * size,
         files=FILES + shards,
         published=(Published("model", "", shards, size, remedy),),

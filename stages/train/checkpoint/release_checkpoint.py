@@ -119,6 +119,7 @@ def write_part(parts: Path, file: TensorFile, read: Read, progress: Progress = n
 
 def read_records(parts: Path, files: Iterable[TensorFile]) -> dict[str, FileRecord] | None:
     """The records of all files by name; None until all are written."""
+    # One listing in place of a look for each file: rank 0 asks again and again until all are there.
     present = set(os.listdir(parts))
     names = [file.name for file in files]
     if not all(_record_path(parts / name).name in present for name in names):

@@ -114,6 +114,7 @@ class Checkpoints:
             # The copies are asynchronous, and the next step overwrites the optimizer's state.
             torch.cuda.synchronize()
         copies = {name: self.copies[name] for name in tensors_by_name}
+        # Now, as the log grows while the thread writes.
         log = (self.folder / LOG).stat().st_size if self.ranks.first else 0
         pieces, folder = [piece for piece, _ in owned], self.folder / "checkpoints" / f"step-{step:09d}"
         self._start(folder, partial(self._write, folder, step, pieces, copies, dict(state), seal, log))
@@ -175,6 +176,7 @@ class Checkpoints:
             except Exception as error:  # an AtomError or a bug
                 self.error = error
 
+        # A daemon, so that a process that fails does not wait for the write.
         self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self.thread.start()
 
@@ -288,6 +290,7 @@ class Checkpoints:
         for old in complete:
             if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
+        # Nobody is left to complete those of earlier attempts. Those of this one may still be written.
         for folder in folders:
             if folder.parent.parent < self.folder and folder not in complete:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -349,6 +352,7 @@ class Checkpoints:
                 ShardReader(folder, marker["files"], self.progress).read, int(state["optimizer_step"])
             )
             if self.ranks.first:
+                # A superseded attempt must not remove checkpoints that its successor may load.
                 self._require_present()
                 self.lost_lines = []
                 # Lines after the step are written again, in the order of the repeated steps.
@@ -403,12 +407,14 @@ class Checkpoints:
                     # Links, not copies: release checkpoints never change, and may have terabytes.
                     os.link(previous / name, path)
                     self.release_records[name] = FileRecord.of(path, sha256)
+                    # The seal of the artifact then need not read the file again.
                     hand_over_hash(path, sha256)
             size = marker["product"][LOG][0]
             log = (previous / LOG).read_bytes()[:size]
             (current / LOG).write_bytes(log)
             self.lost_lines = _lines_after(log, [a for a in _attempts(self.work) if a < current])
         except FileNotFoundError:
+            # A successor removes the folders of earlier attempts that it does not need.
             self._require_present()
             raise
         self._require_present()
@@ -459,6 +465,7 @@ def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
         if text.startswith(log) and len(text) - len(log) > len(longest):
             longest = text[len(log) :]
     lines: list[dict[str, Any]] = []
+    # After the last newline there is nothing, or a line that a kill cut off.
     for text in longest.split(b"\n")[:-1]:
         try:
             line = json.loads(text)
