@@ -79,6 +79,7 @@ def pass_at(n: int, correct: int, k: int) -> float:
 
     This is the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374).
     """
+    # As a fraction, since binomials of many answers are beyond the range of floats.
     return float(1 - Fraction(math.comb(n - correct, k), math.comb(n, k)))
 
 
@@ -102,5 +103,6 @@ def majority_at(votes: Sequence[str | None], correct: Collection[str], k: int) -
                 others = updated
             for (drawn, ties), count in others.items():
                 remaining = math.comb(abstentions, k - j - drawn)
+                # Of answers with equally many votes, each is chosen equally often.
                 ways += Fraction(math.comb(counts[winner], j) * count * remaining, ties + 1)
     return float(ways / math.comb(len(votes), k))

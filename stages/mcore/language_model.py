@@ -42,6 +42,7 @@ def mask_padding(logits: Tensor, vocab_size: int) -> None:
     logits: [..., this tensor rank's part of the padded vocabulary].
     """
     first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    # An empty slice on the ranks whose ids all exist.
     logits[..., max(0, vocab_size - first) :] = -math.inf
 
 
@@ -54,6 +55,7 @@ class _TokenLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.vocab_size = vocab_size
         ctx.has_gradients = weights is not None and any(ctx.needs_input_grad)
+        # Without weights nothing is known of the backward pass, so the gradients are left to it.
         if weights is None or not ctx.has_gradients:
             ctx.save_for_backward(head, hidden, labels)
             return _losses(hidden, head, labels, vocab_size)

@@ -98,6 +98,7 @@ def _balance_dispatched_experts() -> None:
         if score_function != "sigmoid":
             routing_map, scores = scores_for_loss(logits, topk, score_function, *args, **kwargs)
             return routing_map, scores
+        # Taken off, so that the logits do not keep the map alive.
         routing_map = logits.__dict__.pop("routing_map")
         # sigmoid(x) / sum of sigmoids, computed in logarithms, so that tiny scores keep their ratios.
         scores = torch.softmax(torch.nn.functional.logsigmoid(logits.float()), dim=-1)

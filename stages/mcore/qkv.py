@@ -110,6 +110,7 @@ def _norm_and_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: f
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(x, scale, out=x.new_empty(x.shape))
     turned, half = cos.shape[-1], cos.shape[-1] // 2
+    # Weights and cosines are multiplied first: both are small beside the heads.
     out = normed * (_for_heads(cos, x.shape[-1]) * weight)
     out[..., :half].addcmul_(normed[..., half:turned], sin[..., :half] * weight[half:turned], value=-1)
     out[..., half:turned].addcmul_(normed[..., :half], sin[..., half:] * weight[:half])

@@ -214,7 +214,9 @@ def step_time(shape: Shape, gpu: Accelerator, run: StepSetup, constants: Constan
     micro_batch = _micro_batch(shape, gpu, run, constants)
     reduction, optimizer = _update(shape, gpu, run, constants)
     parts = {field.name: getattr(micro_batch, field.name) * run.micro_batches for field in fields(micro_batch)}
+    # 1F1B idles while it fills and drains the pipeline. Interleaved chunks shorten that by their number.
     parts["bubble"] = (layout.pp - 1) / layout.vpp * micro_batch.total
+    # It runs beside the last micro-batch, unless the layout forbids that.
     parts["reduction"] = max(0.0, reduction - (0 if layout.overlap_gradients is False else micro_batch.total))
     return StepTime(**parts | {"optimizer": optimizer})
 
@@ -227,6 +229,7 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
     bf16 = gpu.peaks["bf16"] * min(1.0, c.bf16 * clock)
     rate = gpu.peaks[low] * min(1.0, getattr(c, low) * clock) if quantizes else bf16
     exempt = run.bf16_layers / shape.depth
+    # Times add up, so rates are averaged by their inverses.
     rate = 1 / ((1 - exempt) / rate + exempt / bf16)
     scoring = gpu.peaks["bf16"] * min(1.0, c.attention * clock) / RESCORED
     quantized = 0
@@ -299,6 +302,7 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
     layout, total = run.layout, shape.total
     split, (dense_ranks, expert_ranks) = layout.ep * layout.split_experts, sharing(layout)
     table = shape.vocabulary * shape.hidden
+    # With a pipeline, the table is on the first stage and the head on the last one.
     dense = (total.dense / layout.pp + (shape.head + table) / (1 if layout.pp == 1 else 2)) / layout.tp
     experts = total.experts / layout.pp / split
     # Gradients are scattered and weights gathered: in and out once each, over the ranks that share a tensor.

@@ -116,6 +116,7 @@ def sliced_attention(rows: Rows, window: int | None) -> tuple[float, float]:
     document. Documents of rows with targets are computed as batches, each with its own keys.
     """
     if rows.targets is not None:
+        # Each document but the first has keys of its prefix once more.
         return rows.longest or rows.length, 1 + rows.prefixed / (rows.rows * rows.length)
     most = min(window or rows.length, rows.longest or rows.length)
     slices = [(start, min(start + SLICE, rows.length)) for start in range(0, rows.length, SLICE)]

@@ -79,8 +79,8 @@ class DecoderConfig(ModelConfig):
     def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
         """Parameters of the feed-forward part of a layer, in three counts.
 
-        The first are whole on each tensor rank. The second are cut by tensor parallelism. They are counted
-        before they are cut. The third are those of the experts on one rank.
+        The first are whole on each tensor rank. The second are cut by tensor parallelism, and are
+        counted before that. The third are those of the experts on one rank.
         """
 
     @abstractmethod
@@ -162,6 +162,7 @@ class DecoderConfig(ModelConfig):
             "input of the second half": tokens,
             "its norm": tokens,
             **self.mlp_activations(layout, size, layer, fused),
+            # Negative: these inputs are counted above in the model's type, and kept in 8 bits.
             "inputs of matrices in 8 bits": -(size - EIGHT_BITS_BYTES) * quantized,
         }
 

@@ -270,8 +270,8 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
 def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
     """At most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible.
 
-    The first number is the experts, the second those that a token visits. Of equally near
-    choices, the fewest are taken.
+    The first number is the experts, the second those that a token visits. Of equally near choices, the fewest are
+    taken.
     """
     if experts <= PROXY_EXPERTS:
         return experts, top_k

@@ -214,6 +214,7 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         key, value = self.linear_key_head_dim, self.linear_value_head_dim
         copies = 2
         if rows.packed:
+            # In packed rows the convolution is a sum over its width, of which each term keeps a copy.
             copies = self.linear_conv_kernel_dim + (2 if rows.prefixed else 1)
         with_prefixes = {
             "the convolution's inputs": size * (2 * self.key_width + values) * copies,

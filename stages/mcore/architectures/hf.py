@@ -31,6 +31,7 @@ def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_
         "pad_token_id": pad_token_id,
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": rope,
+        # The entries of transformers 4, which other readers of config.json still look for.
         "rope_scaling": None if model.yarn is None else {k: v for k, v in rope.items() if k != "rope_theta"},
         "rope_theta": model.rope_theta,
         "tie_word_embeddings": model.tie_embeddings,

@@ -91,6 +91,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         self.dt_bias = torch.nn.Parameter(torch.ones(self.heads * self.group))
         self.A_log = torch.nn.Parameter(torch.zeros(self.heads * self.group))
         self.out_norm = layers.RMSNorm(config, self.value, config.layernorm_epsilon)
+        # Unlike the other norms of the model this one multiplies by its weight alone, but in fp32 as they do.
         self.out_norm.offset = 0
         self.out_proj = tensor_parallel.RowParallelLinear(
             config.linear_num_value_heads * self.value,
@@ -131,8 +132,10 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         """
         convolved = short_convolution(inputs.flatten(2), self.conv1d.weight, starts).unflatten(2, (self.heads, -1))
         query, key, value = convolved.split([self.key, self.key, self.group * self.value], -1)
+        # Each query and key head serves a group of value heads.
         query, key = (_unit(x.float()).repeat_interleave(self.group, 2) for x in (query, key))
         rate, decay = (x.flatten(2) for x in rates_and_decays.split(self.group, -1))
+        # The logarithm of what is left of the state, so it is never above 0.
         decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
         out = gated_delta_rule(
             query, key, value.unflatten(-1, (self.group, -1)).flatten(2, 3), decay, rate.float().sigmoid(), starts
@@ -147,6 +150,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         starts = ends[:-1].repeat_interleave(ends.diff())[None]
         values, rates = (x.flatten(0, 1).index_select(0, documents.gathered)[None] for x in (inputs, rates_and_decays))
         out = self._attend(values, rates, starts)[0]
+        # A document's own tokens are the last ones of its copy.
         places = torch.arange(int(first[-1]), device=out.device) + (ends[1:] - first[1:]).repeat_interleave(counts)
         taken: torch.Tensor = out.index_select(0, places).unflatten(0, inputs.shape[:2])
         return taken
@@ -194,6 +198,7 @@ def gated_delta_rule(
     if starts is None:
         starts = torch.zeros_like(position)
     else:
+        # Padding is a document of its own, which begins beyond the row.
         starts = F.pad(starts, (0, chunks * CHUNK - length), value=length).view(-1, chunks, CHUNK)
     same = (starts[..., None] == starts[..., None, :])[:, None]  # [rows, 1, chunks, CHUNK, CHUNK]
     earlier = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=value.device).tril()
@@ -244,6 +249,7 @@ def short_convolution(x: Tensor, weight: Tensor, starts: Tensor | None = None) -
         padded = F.pad(x.transpose(1, 2), (width - 1, 0))
         return F.silu(F.conv1d(padded, weight, groups=len(weight)).transpose(1, 2))
     position = torch.arange(x.shape[1], device=x.device)
+    # A sum over the width: the kernel of a convolution would reach back into the document before.
     out = x * weight[:, 0, -1]
     for back in range(1, min(width, x.shape[1])):
         inside = (position[back:] - back >= starts[:, back:])[..., None]

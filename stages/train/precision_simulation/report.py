@@ -57,6 +57,7 @@ def compose(
     verdicts = {entry["verdict"] for entry in entries}
     return {
         "recipe": settings.recipe,
+        # The worst verdict of a precision is that of the report.
         "verdict": next(verdict for verdict in ("fails", "inconclusive", "holds") if verdict in verdicts),
         "bound": bound,
         "seeds": seeds,
@@ -98,6 +99,7 @@ def _entry(
         loss, expected = _tail_loss(run, window), _tail_loss(baseline, window)
         deviations.append(None if loss is None or expected is None else loss / expected - 1)
     finite = [d for d in deviations if d is not None]
+    # Where the baseline diverges too, the precision is not the cause.
     diverged = [
         run for run, baseline in zip(runs, base, strict=True) if run["diverged_at"] and not baseline["diverged_at"]
     ]
