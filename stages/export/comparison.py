@@ -86,7 +86,7 @@ def megatron_logits(
     vocab_size: int,
     steps: Mapping[int, int] | None = None,
 ) -> Generator[Tensor, None, None]:
-    """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other.
+    """The fp32 logits of Megatron's model, [positions, vocab_size], of each row one slice after the other.
 
     steps: the distance of neighbors' positions in rows of that length, if it is not 1.
 

@@ -44,8 +44,10 @@ if TYPE_CHECKING:
 VERSION = 3
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-"""The distribution of the model itself, from which post-training and pass@k draw. Without `top_k` transformers cuts
-it to 50 tokens."""
+"""The distribution of the model itself, from which post-training and pass@k draw.
+
+Without `top_k` transformers cuts it to 50 tokens.
+"""
 BASE_BYTES = 700_000_000
 """Memory of a process that has loaded Megatron or transformers, without a model (bench/export.py)."""
 

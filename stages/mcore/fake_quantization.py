@@ -127,7 +127,10 @@ def _product(recipe: QuantizationRecipe, group: Any, record: LinearRecord) -> An
 
 
 class Linear(torch.autograd.Function):
-    """x: [..., K], w: [N, K] -> [..., N], both of the same type; all three products rounded by the recipe."""
+    """A product of a linear layer, [..., K] x [N, K] -> [..., N], with the two of its backward pass.
+
+    All three are rounded by the recipe. x and w are of the same type.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, recipe: QuantizationRecipe, group: Any, record: LinearRecord) -> Tensor:

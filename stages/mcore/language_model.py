@@ -47,7 +47,10 @@ def mask_padding(logits: Tensor, vocab_size: int) -> None:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """hidden: [tokens, hidden_size]; labels, weights, losses: [tokens]."""
+    """The losses of tokens by slices, and their gradients.
+
+    `hidden` is [tokens, hidden_size]; `labels`, `weights` and the losses are [tokens].
+    """
 
     @staticmethod
     def forward(

@@ -84,9 +84,9 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         self.linear_proj = out(heads * c.v_head_dim, c.hidden_size, **of_output, **common)
 
     def forward(self, hidden: Tensor, attention_mask: Any, **settings: Any) -> Any:
-        """hidden: [this rank's share of the sequence, batch, hidden] -> the same.
+        """The output of the attention in the shape of `hidden`, [this rank's share of the sequence, batch, hidden].
 
-        attention_mask: `starts` of `row_tables.Tables`.
+        `attention_mask` is `starts` of `row_tables.Tables`.
         """
         if settings.get("inference_context") is not None or settings.get("packed_seq_params") is not None:
             raise NotImplementedError("a cache of keys and values, or Megatron's own kind of packed rows")

@@ -175,9 +175,10 @@ class Attention(MegatronModule):  # type: ignore[misc]
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        """q: [sequence, batch, heads, dim]; k, v: [sequence, batch, kv_heads, dim] -> [sequence, batch, heads*dim].
+        """The output of this tensor rank's heads, [sequence, batch, heads*dim].
 
-        `sequence` is this rank's share of the row.
+        `q` is [sequence, batch, heads, dim], `k` and `v` are [sequence, batch, kv_heads, dim]. `sequence` is this
+        rank's share of the row.
         """
         tables = self.config.rows.of(starts, q.shape[0], q.device)
         if self.config.context_parallel_size > 1:
@@ -205,7 +206,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
         return q.is_cuda and fits_flash_attention(q) and varlen_kernel() is not None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        """q, k, v: [tokens of all rows, heads, dim] -> as q."""
+        """Attention of documents side by side; q, k, v and the result are [tokens of all rows, heads, dim]."""
         kernel = varlen_kernel()
         assert kernel is not None
         ends = (documents.queries, documents.keys, documents.longest, documents.longest)
@@ -355,10 +356,11 @@ class GatherSlices(torch.autograd.Function):
 def attend_with_sinks(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """q: [batch, heads, queries, dim]; k, v: [batch, kv_heads, keys, dim]; sinks: [heads] -> as q.
+    """Attention with sinks, by a fused kernel on a CPU and by plain products elsewhere.
 
-    mask: what to add to the scores, [queries, keys] or [batch, heads or 1, queries, keys]; None: causal, with as many
-    keys as queries. scale: of the scores; None: 1 / sqrt(dim).
+    `q` and the result are [batch, heads, queries, dim], `k` and `v` are [batch, kv_heads, keys, dim], `sinks` is
+    [heads]. `mask` is added to the scores, [queries, keys] or [batch, heads or 1, queries, keys]; None means causal,
+    with as many keys as queries. `scale` multiplies the scores; None means 1 / sqrt(dim).
     """
     if q.device.type == "cpu":
         out: Tensor = SinkAttention.apply(q, k, v, sinks, mask, scale)

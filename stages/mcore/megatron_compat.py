@@ -32,7 +32,11 @@ def before_import() -> None:
 
 
 def after_import() -> None:
-    """0.16: the router's matrix product looks up a kernel's name that is only defined where Transformer Engine is."""
+    """Applies the corrections of modules of Megatron that are imported.
+
+    In 0.16 the router's matrix product looks up a kernel's name that is only defined where Transformer Engine is. Here
+    it is defined everywhere.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     global _te_general_gemm

@@ -383,7 +383,7 @@ class Initial(Mapping[str, Tensor]):
     """The initial tensors of a model, each drawn on access."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, seed: int) -> None:
-        """shapes: by global name."""
+        """The initial tensors of these shapes, which are given by global name."""
         self.shapes, self.model, self.seed = shapes, model, seed
 
     def __getitem__(self, name: str) -> Tensor:

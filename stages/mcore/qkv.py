@@ -21,7 +21,7 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
     """
 
     def forward(self, hidden: Tensor, attention_mask: Any, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
-        """attention_mask: `starts` of `row_tables.Tables`."""
+        """The output of the attention; `attention_mask` is `starts` of `row_tables.Tables`."""
         if kwargs.get("inference_context") is not None or kwargs.get("packed_seq_params") is not None:
             raise NotImplementedError("a cache of keys and values, or Megatron's own kind of packed rows")
         self.starts = attention_mask
@@ -105,7 +105,7 @@ def _split_qkv(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _norm_and_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """x: [..., sequence, dim] -> RMSNorm and rotary embedding of x, x / RMS, 1 / RMS. As in `rotate`."""
+    """RMSNorm and rotary embedding of x, [..., sequence, dim], as in `rotate`; then x / RMS, and 1 / RMS."""
     # RMSNorm: x / sqrt(mean(x^2) + eps).
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(x, scale, out=x.new_empty(x.shape))

@@ -268,10 +268,10 @@ class RowTables:
         self.tables: Tables | None = None
 
     def of(self, starts: Tensor | None, length: int, device: torch.device) -> Tables:
-        """starts: as in `Tables`.
+        """The tables of these rows, which are kept until others come.
 
-        length: of this context rank's share of a row. The tables keep `starts`, so its memory is not used again
-        while they are the latest.
+        `starts` is as in `Tables`, and `length` that of this context rank's share of a row. The tables keep `starts`,
+        so its memory is not used again while they are the latest.
         """
         # By its memory: recomputation and pipeline stages hand over other views of the same tensor.
         place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
@@ -295,7 +295,7 @@ def context_positions(length: int) -> Tensor:
 
 
 def frequencies(model: ModelConfig) -> tuple[Tensor, float]:
-    """(radians by position, [rotary_dim / 2], fp32; the factor of cosines and sines)."""
+    """Radians by position, [rotary_dim / 2] in fp32, and the factor of cosines and sines."""
     dim = model.rotary_dim
     base = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if model.yarn is None:

@@ -120,10 +120,10 @@ class FullTensors(Mapping[str, torch.Tensor]):
         by_turns: bool = True,
         stacked: bool = False,
     ) -> None:
-        """local: this rank's tensors by global name.
+        """The full tensors of which `local` are this rank's parts, both by global name.
 
-        shapes: the full ones. tied: whether the model ties its embeddings. by_turns: whether data ranks take
-        turns. stacked: whether one rank gets the equal tensors of all experts of a layer, which must be whole.
+        `shapes` are the full ones. `tied` is True if the model ties its embeddings, `by_turns` if data ranks take
+        turns, and `stacked` if one rank gets the equal tensors of all experts of a layer, which must be whole.
         """
         self.local, self.shapes, self.tied, self.by_turns, self.stacked = local, shapes, tied, by_turns, stacked
         self.stacks: dict[str, list[torch.Tensor]] = {}

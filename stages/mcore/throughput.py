@@ -53,8 +53,11 @@ READ = {"bf16": 2.0, "fp8": 1.0, "fp4": NVFP4}
 CLOCK = 0.6
 """Watts for a TFLOP/s of bf16 at which the constants hold. The rest of the power decides the clock under load."""
 LAYER_KERNELS, SPARSE_KERNELS, EXPERT_KERNELS, EXPERT_KERNELS_FP8 = 80, 40, 6, 18
-"""Kernels of a micro-batch: of a layer; of its routing and exchange; of each expert on the rank, whose three products
-are six, and which quantizes inputs and gradients in three kernels each under FP8 and NVFP4."""
+"""Kernels of a micro-batch for a layer, for its routing and exchange, and for each expert on the rank.
+
+The three products of an expert are six kernels. Under FP8 and NVFP4 it also quantizes inputs and gradients, in three
+kernels each.
+"""
 
 LAUNCHED = {"none": 1.0, "mlp": 0.5, "partial": 0.0, "full": 0.0}
 """Share of a layer's launches that graphs leave to the host, those of its routing and experts apart."""

@@ -31,10 +31,12 @@ Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-for
 RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
 LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
 Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4"]
-BF16_SHARE = 0.15
-"""Share of the layers, from the last one backwards, whose products stay in bf16 under FP4: the NVFP4 paper
-(arXiv:2509.25149) keeps about as many linear layers in bf16, and finds the last layers to be enough."""
 """The precision of matrix products. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
+BF16_SHARE = 0.15
+"""Share of the layers, from the last one backwards, whose products stay in bf16 under FP4.
+
+The NVFP4 paper (arXiv:2509.25149) keeps about as many linear layers in bf16, and finds the last layers to be enough.
+"""
 PositiveCount = Annotated[int, Range(1, 1e15)]
 MOST_PARAMETERS = 10**14
 """Maximum parameters of a model; the largest published ones have 2e12."""

@@ -19,8 +19,10 @@ from typing import Any
 from stages.scorers import courtesy_v1, exact_v1, instructions_v1, problems_v1, response_v1
 
 Score = Callable[[Mapping[str, Any], str, bool], dict[str, float]]
-"""(row of the task, what `answer_of` takes of the text, whether it ended by itself) -> parts by name; `reward` is the
-total."""
+"""(row of the task, what `answer_of` takes of the text, whether it ended by itself) -> parts by name.
+
+`reward` is the total.
+"""
 PROBLEMS = ("problems", "1")
 """Scores outputs of base models; it takes the expected answer and the whole output."""
 SCORERS: dict[tuple[str, str], Score] = {

@@ -196,7 +196,7 @@ class RankBatch:
         quantized: bool = False,
         slots: int = 0,
     ) -> RankBatch:
-        """slots: that each row has at least.
+        """Reads this rank's part of the rows of a step, each with at least `slots` inputs.
 
         Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
         micro-batches are the same in every layout. An uneven last part (only in evaluation) is filled with padding.

@@ -38,8 +38,11 @@ UpdateCheck = Callable[[float, float | None], str | None]
 
 
 Objective = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
-"""(minus the log-probability of each target [rows, width], the batch) -> the sum to minimize, which the engine divides
-by the share's targets, and figures that are summed over the step; for a name `max_…` the maximum is kept."""
+"""(minus the log-probability of each target [rows, width], the batch) -> the sum to minimize, and figures.
+
+The engine divides the sum by the share's targets. The figures are summed over the step; for a name `max_…` the maximum
+is kept.
+"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,10 @@ class Engine:
     """Holds model and optimizer. Every method is collective: all ranks call it with the same arguments."""
 
     def __init__(self, config: TrainerConfig, ranks: Ranks, vocab_size: int) -> None:
-        """vocab_size: of the tokenizer; ids beyond it only pad the model's table."""
+        """Builds the model and its optimizer, without initial weights.
+
+        `vocab_size` is that of the tokenizer; ids beyond it only pad the model's table.
+        """
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
         self._is_stale = False
@@ -394,7 +400,7 @@ class Engine:
         return loss, extras
 
     def _inputs(self, batch: Batch, model: Any) -> Iterator[Tensor]:
-        """ids, positions, labels, loss mask and padding for this rank's part of the model.
+        """The ids, positions, labels, loss mask and padding for this rank's part of the model.
 
         Positions are only for Megatron's signature: attention computes its own.
         """

@@ -197,7 +197,10 @@ def _require_own_gpu(objects: dist.ProcessGroup) -> None:
 
 @contextmanager
 def _no_tf32() -> Iterator[None]:
-    """fp32 products in fp32: the default, unless TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as in NVIDIA's images."""
+    """Computes products of fp32 in fp32.
+
+    This is the default, unless TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as in NVIDIA's images.
+    """
     saved = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

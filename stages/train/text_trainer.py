@@ -37,7 +37,7 @@ class SpikeDetector:
     """Detects spikes by the losses and gradient norms of the last accepted steps."""
 
     def __init__(self, policy: Spikes | None, lines: Iterable[Record]) -> None:
-        """lines: of training.jsonl so far."""
+        """A detector that begins with the steps in `lines` of training.jsonl."""
         self.policy = policy
         window = policy.window if policy else 1
         self.losses: deque[float] = deque(maxlen=window)

@@ -36,8 +36,10 @@ PROGRESS_SECONDS = 10.0
 """The longest time from one sign of progress to the next of a rank that reads or writes checkpoints."""
 
 PREFIX = "nccl-rank-"
-"""Prefix of the files of NCCL's flight recorder, by rank: `fr_trace FOLDER -p nccl-rank-` names the collective that a
-rank did not join."""
+"""Prefix of the files of NCCL's flight recorder, by rank.
+
+`fr_trace FOLDER -p nccl-rank-` names the collective that a rank did not join.
+"""
 SETTINGS = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 """Variables of PyTorch that start the recorder, unless the cluster profile sets others."""
 RECORDER_SECONDS = 60.0

@@ -88,7 +88,7 @@ def copy_tokenizer(model: Path, folder: Path) -> None:
 
 
 def _write_config(model: Path, folder: Path, dtype: str) -> None:
-    """config.json of a model with weights of another type."""
+    """Writes config.json of a model with weights of another type."""
     config = json.loads((model / "config.json").read_text())
     text = json.dumps({**config, "dtype": dtype, "torch_dtype": dtype}, indent=1, sort_keys=True)
     (folder / "config.json").write_text(f"{text}\n")
@@ -96,7 +96,10 @@ def _write_config(model: Path, folder: Path, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Encoding:
-    """matrices: pattern of the tensors that are quantized. largest: number of the type."""
+    """An encoding in 8 bits.
+
+    `matrices` is the pattern of the tensors that are quantized, and `largest` the largest number of the type.
+    """
 
     matrices: re.Pattern[str]
     largest: float

@@ -321,7 +321,7 @@ def _divide(values: Floats, by: Floats) -> Floats:
 
 
 def _halves(values: Floats) -> tuple[Bytes, Floats]:
-    """[blocks, 1] numbers as bytes of fp16, and the values of those bytes."""
+    """Numbers, [blocks, 1], as bytes of fp16, and the values of those bytes."""
     halves = values.astype(np.float16)
     return halves.view(np.uint8), halves.astype(np.float32)
 

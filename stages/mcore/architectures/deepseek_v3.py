@@ -42,7 +42,10 @@ NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 
 
 def megatron(model: DeepseekV3Config) -> dict[str, Any]:
-    """`softmax_scale`: with YaRN also the square of its factor, which queries and keys have each."""
+    """Keyword arguments of Megatron's TransformerConfig.
+
+    With YaRN, `softmax_scale` has the square of its factor, which queries and keys have each.
+    """
     return {
         "multi_latent_attention": True,
         "num_attention_heads": model.heads,

@@ -105,9 +105,9 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, **settings: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden: [sequence, batch, hidden]; attention_mask: `starts` of `row_tables.Tables`.
+        """The output of the layer in the shape of `hidden`, [sequence, batch, hidden], and no bias.
 
-        Returns the same shape, and no bias.
+        `attention_mask` is `starts` of `row_tables.Tables`.
         """
         if settings.get("inference_context") is not None or settings.get("packed_seq_params") is not None:
             raise NotImplementedError("a state for generation, or Megatron's own kind of packed rows")
@@ -231,7 +231,10 @@ def gated_delta_rule(
 
 
 def _by_chunks(x: Tensor, chunks: int) -> Tensor:
-    """[rows, length, heads, ...] -> fp32 [rows, heads, chunks, CHUNK, ...], padded with zeros, which write nothing."""
+    """Cuts [rows, length, heads, ...] into fp32 chunks, [rows, heads, chunks, CHUNK, ...].
+
+    They are padded with zeros, which write nothing.
+    """
     x = x.transpose(1, 2).float()
     padding = (0, 0) * (x.dim() - 3) + (0, chunks * CHUNK - x.shape[2])
     padded: Tensor = F.pad(x, padding).unflatten(2, (chunks, CHUNK))

@@ -53,7 +53,7 @@ class ShardReader:
     """Reads full tensors or pieces of them from the files of all ranks."""
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], progress: Progress = no_progress) -> None:
-        """files: the receipt of each file; progress: gets the bytes that are read."""
+        """A reader by the receipts of files; `progress` gets the bytes that are read."""
         self.folder, self.progress = folder, progress
         self.locations: dict[str, dict[tuple[Box, ...], list[Location]]] = {}
         for file, receipt in files.items():

@@ -67,9 +67,10 @@ class Checkpoints:
         rewind_steps: int = 0,
         progress: Progress = no_progress,
     ) -> None:
-        """lease: the number of this attempt, if the caller counts them; None: the latest.
+        """The checkpoints of an attempt, which gets a folder of its own.
 
-        rewind_steps: the largest number of steps that `rewind` goes back from the next step. progress: gets the
+        `lease` is the number of this attempt, if the caller counts them; None means the one after the latest.
+        `rewind_steps` is the largest number of steps that `rewind` goes back from the next step. `progress` gets the
         bytes of files for which training waits.
         """
         self.rewind_steps, self.progress = rewind_steps, progress
