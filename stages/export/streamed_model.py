@@ -82,6 +82,7 @@ class ByLayer:
             # A slice is read when transformers asks for it, in its type.
             state[name] = opened[path].get_slice(name)
         settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self.conversions)
+        # A private method of transformers, as the public one loads all tensors at once.
         loading, _ = self.model._load_pretrained_model(self.model, state, None, settings)
         tied = self.model.all_tied_weights_keys
         names = [n for n, p in self.model.named_parameters() if n.startswith(at) and p.is_meta]

@@ -57,6 +57,7 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
     matrices. So does its rotary embedding of a part of each head, which Megatron's YaRN does not know.
     """
     engine = uses_transformer_engine(config.params_dtype)
+    # One frequency turns two numbers of a head.
     is_partial = 2 * len(config.rows.rope[0]) < config.kv_channels
     if not engine and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1:
         # no rank to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more

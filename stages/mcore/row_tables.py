@@ -184,6 +184,7 @@ class Tables:
         row, column = begins.nonzero(as_tuple=True)
         bounds = torch.cat([row * self.length + column, torch.tensor([batch * self.length])])
         first_key = starts[row, column]
+        # Up to the last position of a part, also the keys that other context ranks hold.
         sizes = self.positions[(bounds[1:] - 1) % self.length] + 1 - first_key
         gathered = None
         if self.prefixes is not None:
@@ -308,6 +309,7 @@ def frequencies(model: ModelConfig) -> tuple[Tensor, float]:
 
     low, high = max(math.floor(pair_index(yarn.beta_fast)), 0), min(math.ceil(pair_index(yarn.beta_slow)), dim - 1)
     width = high - low or 0.001  # equal ends turn the ramp into a step
+    # 0 keeps a frequency, 1 divides it, and between them both are mixed.
     ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / width, 0, 1)
     factor = 1.0 if model.yarn_scales_heads else yarn_factor(model)
     return base / yarn.factor * ramp + base * (1 - ramp), factor

@@ -130,6 +130,7 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     rows: a micro-batch.
     """
     phase, model, layout, vocabulary = config.phase, config.model, config.phase.parallelism, config.padded_vocab_size
+    # The largest batch of a ramp has the most micro-batches in flight.
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
     frozen = phase.adapter is not None

@@ -36,6 +36,7 @@ from stages.train.log import Log, LogReplay, finite_or_none
 from stages.train.step_times import measured_waits
 from stages.train.watchdog import START_SECONDS, Watchdog, prepare_recorder
 
+# By weight: all ranks act on the largest status of any.
 RUNNING, STOP, FAILED = 0, 1, 2
 
 
