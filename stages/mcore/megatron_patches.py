@@ -163,7 +163,7 @@ def _patch_functions() -> None:
 
 
 def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective of DDP that does nothing if its group is one rank, which has the result in place.
+    """A collective of DDP that does nothing if its group is one rank and the result is in place already.
 
     Gloo would copy all weights and all gradients in each step there. NCCL does nothing either.
     """

@@ -24,7 +24,7 @@ class DecoderConfig(ModelConfig):
     def has_engine_attention(layout: Layout, precision: Precision, rows: Rows, fused: bool) -> bool:
         """Returns True if attention is surely Transformer Engine's; this project's attention keeps more.
 
-        It is in plain rows, if the precision or the layout needs it, or if `fused` states it.
+        That is so in plain rows if the precision or the layout needs it, or if `fused` states it.
         """
         return not rows.packed and (fused or layout.needs_engine or precision not in ("fp32", "bf16"))
 
@@ -79,8 +79,8 @@ class DecoderConfig(ModelConfig):
     def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
         """Parameters of the feed-forward part of a layer, in three counts.
 
-        The first are whole on each tensor rank. The second are cut by tensor parallelism, and are
-        counted before that. The third are those of the experts on one rank.
+        The first are whole on each tensor rank. The second are cut by tensor parallelism, and are counted
+        before that. The third are those of the experts on one rank.
         """
 
     @abstractmethod

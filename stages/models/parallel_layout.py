@@ -87,7 +87,7 @@ class Layout(Config):
 
     @property
     def width_unit(self) -> int:
-        """The number of tokens of which rows are padded to a multiple.
+        """The unit of a row's width in tokens, to a multiple of which rows are padded.
 
         It is two slices for each context rank (the zigzag that evens out causal attention), each cut again by sequence
         parallelism.

@@ -76,7 +76,8 @@ def _same(model: DeepseekV3Config, layer: int) -> dict[str, str]:
 def to_hf(tensors: Mapping[str, Tensor], model: DeepseekV3Config, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     """The tensors under transformers' names and in its layout, without the padding of the vocabulary.
 
-    It pairs the rotary dimensions of a head as Megatron does: two neighbors turn together (`rope_interleave`).
+    transformers pairs the rotary dimensions of a head as Megatron does: two neighbors turn together
+    (`rope_interleave`).
     """
     return map_to_hf(tensors, model, vocab_size, partial(_same, model), partial(sigmoid_swiglus, model))
 

@@ -187,8 +187,8 @@ def gated_delta_rule(
         query: [rows, length, heads, dim], of length 1 each.
         key: As query.
         value: [rows, length, heads, dim of a value].
-        g: [rows, length, heads].
-        beta: [rows, length, heads].
+        g: The logarithm of what is left of the state after each token, [rows, length, heads].
+        beta: The rate at which each token writes, [rows, length, heads].
         starts: The first position of each position's document, [rows, length], or None if a row is one document.
     """
     length, kind = value.shape[1], value.dtype
