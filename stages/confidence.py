@@ -53,8 +53,10 @@ def binomial(scores: Sequence[int]) -> Mean:
 
 
 def clustered(values: Sequence[float]) -> Mean:
-    """Mean of one value per item with its standard error over items, at least two: answers to one item are correlated,
-    so they are averaged first (Miller 2024, arXiv 2411.00640)."""
+    """Mean of one value per item with its standard error over items, of which there are at least two.
+
+    Answers to one item are correlated, so they are averaged first (Miller 2024, arXiv 2411.00640).
+    """
     n, mean = len(values), math.fsum(values) / len(values)
     spread = math.fsum((x - mean) ** 2 for x in values)
     return {"value": mean, "se": math.sqrt(spread / (n - 1) / n), "n": n}
@@ -73,16 +75,20 @@ def powers_of_two(n: int) -> list[int]:
 
 
 def pass_at(n: int, correct: int, k: int) -> float:
-    """Probability that one of k answers is correct, drawn without replacement from n of which `correct` are: the
-    unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374)."""
+    """Probability that at least one of k answers is correct, drawn without replacement from n of which `correct` are.
+
+    This is the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374).
+    """
+    # As a fraction, since binomials of many answers are beyond the range of floats.
     return float(1 - Fraction(math.comb(n - correct, k), math.comb(n, k)))
 
 
 def majority_at(votes: Sequence[str | None], correct: Collection[str], k: int) -> float:
-    """Probability that the most frequent of k answers is correct, drawn without replacement from all: the expectation
-    of maj@k over every subset, in closed form. None is an answer without a vote; ties are broken at random.
+    """Probability that the most frequent of k answers is correct, if k are drawn without replacement from all.
 
-    A correct answer wins with j votes if no other has more; the number of ways to draw the others is a convolution.
+    It is the expectation of maj@k over every subset, in closed form. None is an answer without a vote; ties are broken
+    at random. A correct answer wins with j votes if no other has more; the number of ways to draw the others is a
+    convolution.
     """
     counts = Counter(vote for vote in votes if vote is not None)
     abstentions, ways = len(votes) - counts.total(), Fraction(0)
@@ -97,5 +103,6 @@ def majority_at(votes: Sequence[str | None], correct: Collection[str], k: int) -
                 others = updated
             for (drawn, ties), count in others.items():
                 remaining = math.comb(abstentions, k - j - drawn)
+                # Of answers with equally many votes, each is chosen equally often.
                 ways += Fraction(math.comb(counts[winner], j) * count * remaining, ties + 1)
     return float(ways / math.comb(len(votes), k))

@@ -155,6 +155,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         specs.append(heldout_node(measured, model))
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
+    # A row that predicts n tokens is made of n + 1.
     longest_row = max(phase.config.sequence_length for phase in phases) + 1
     specs += memorization_nodes(measured, longest_row, list(trained), {spec.name for spec in specs})
     specs += harness_nodes(measured, benchmarks)

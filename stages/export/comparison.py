@@ -40,6 +40,7 @@ def compare_files(folder: Path, tensors: Mapping[str, Tensor], model: ModelConfi
     remaining = set(tensors)
     try:
         for name, actual in model.spec().from_hf(release_checkpoint.Tensors(folder), model):
+            # Exports leave out the rows that pad the vocabulary.
             expected = tensors[name][:vocab_size] if name.endswith(TABLES) else tensors[name]
             if expected.dtype != actual.dtype or not torch.equal(expected, actual):
                 raise CheckFailed(
@@ -85,7 +86,7 @@ def megatron_logits(
     vocab_size: int,
     steps: Mapping[int, int] | None = None,
 ) -> Generator[Tensor, None, None]:
-    """fp32 logits of Megatron's model, [positions, vocab_size]: of each row, one slice after the other.
+    """The fp32 logits of Megatron's model, [positions, vocab_size], of each row one slice after the other.
 
     steps: the distance of neighbors' positions in rows of that length, if it is not 1.
 
@@ -131,6 +132,7 @@ def megatron_logits(
         else:
             gpt.embedding.to("meta")
             fill(gpt.output_layer, "output_layer")
+        # Taken out one by one, so that the states of a row are freed when its logits are done.
         while calls:
             hidden = gpt.decoder.final_layernorm(calls.pop(0)["hidden_states"])
             for part in hidden.split(slice_positions(vocab_size)):
@@ -159,6 +161,7 @@ def compare_logits(
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # One thread, as Megatron's model has: the order of sums then does not depend on the machine.
         "OMP_NUM_THREADS": "1",
     }
     # -P keeps this package's folder off the module path, where its file names could hide the libraries'
@@ -175,6 +178,7 @@ def compare_logits(
             assert process.stdin is not None
             slices = iter(logits)
             try:
+                # Before the request, which states how many positions a slice has.
                 part = next(slices)
                 row_steps = [(steps or {}).get(len(row), 1) for row in rows]
                 request = {"rows": rows, "steps": row_steps, "positions": slice_positions(part.shape[-1])}
@@ -192,6 +196,7 @@ def compare_logits(
         errors.seek(0)
         stdout, stderr = out.read().decode(), errors.read().decode(errors="replace")
     if process.returncode:
+        # The last line of a traceback is the error.
         message = (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         raise CheckFailed(f"export parity: transformers cannot load {folder}: {message}")
     result: dict[str, Any] = json.loads(stdout.splitlines()[-1])

@@ -44,10 +44,12 @@ if TYPE_CHECKING:
 VERSION = 3
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-"""The distribution of the model itself, from which post-training and pass@k draw. Without `top_k` transformers cuts
-it to 50 tokens."""
+"""The distribution of the model itself, from which post-training and pass@k draw.
+
+Without `top_k` transformers cuts it to 50 tokens.
+"""
 BASE_BYTES = 700_000_000
-"""Of a process with Megatron or transformers (bench/export.py)."""
+"""Memory of a process that has loaded Megatron or transformers, without a model (bench/export.py)."""
 
 
 class ExportConfig(Config):
@@ -80,9 +82,11 @@ class ExportConfig(Config):
 
 
 def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["checkpoint"]: a pretrain or midtrain artifact, unless the config has a seed; inputs["tokenizer"]: the
-    tokenizer artifact; inputs["base"]: if the checkpoint is an adapter, the phase before it, into whose last weights
-    the adapter is merged.
+    """Exports a checkpoint as a model of transformers, and checks that both compute the same.
+
+    inputs["checkpoint"] is a pretrain or midtrain artifact, and is absent if the config has a seed. inputs["tokenizer"]
+    is the tokenizer artifact. If the checkpoint is an adapter, inputs["base"] is the phase before it, into whose last
+    weights the adapter is merged.
 
     Fills `out` with model/ (config.json, generation_config.json, the tokenizer's files, and model.safetensors or, above
     5 GB, shards with an index) and parity.json. Raises CheckFailed if the export is not the checkpoint's model,
@@ -103,6 +107,8 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
             f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
             f"{config.padded_vocab_size}; raise it in the recipe"
         )
+    # Rounded before both uses: Megatron's model computes with the weights that are exported, so no tolerance has to
+    # allow for the rounding.
     tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype))
     mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
@@ -238,8 +244,11 @@ def estimate(config: ExportConfig) -> Estimate:
 
 
 def memory(config: ExportConfig) -> int:
-    """Largest bytes of the stage's processes together: when a file is written, when Megatron's model computes beside an
-    interpreter with transformers, and when that one's does, beside the hidden states that wait for its logits."""
+    """Largest bytes of the stage's processes together.
+
+    Three moments compete: a file is written; Megatron's model computes beside an interpreter with transformers; that
+    interpreter's model computes beside the hidden states that wait for its logits.
+    """
     model, layout = config.model, Layout()
     width = 4 if config.dtype == "float32" else 2
     parameters = model.parameters(config.padded_vocab_size)

@@ -91,7 +91,9 @@ def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]], list[
     if not path.is_file():
         return TEXTS, MESSAGES[:1], conversations.CONVERSATIONS
     with open(path, "rb") as file:
+        # A longer file is cut off here, and is no JSON any more.
         content = json.loads(file.read(MOST_BYTES))
+    # The last row is the conversation, which is rendered anew from the messages.
     texts = [str(row["text"]) for row in content["rows"][:-1]]
     talks = [{name: row[name] for name in TALK} for row in content.get("conversations", ())]
     if (
@@ -179,6 +181,7 @@ def limit(memory: int, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))
     spent = round(time.process_time())
+    # The first limit sends SIGXCPU, and the second one, a second later, SIGKILL.
     resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, spent + seconds + 1))
 
 

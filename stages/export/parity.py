@@ -40,6 +40,7 @@ def compare(model: Any, states: list[torch.Tensor], positions: int) -> dict[str,
             logits = model.get_output_embeddings()(state[:, first : first + positions])[0].float()
             content = sys.stdin.buffer.read(4 * logits.numel())
             expected = torch.frombuffer(bytearray(content), dtype=torch.float32).view(logits.shape)
+            # No comparison with NaN is true, so that it would pass for no difference.
             deltas = torch.nan_to_num((logits - expected).abs().amax(-1), nan=float("inf"))
             place = int(deltas.argmax())
             if float(deltas[place]) > worst["delta"]:

@@ -1,7 +1,6 @@
-"""A model in plain transformers, whole or a layer at a time, for the scripts of this folder that run without this
-project's code.
+"""A model in plain transformers, whole or a layer at a time, for scripts that run without this project's code.
 
-This file imports no module of this project, on purpose. The scripts load it by its path.
+This file imports no module of this project, on purpose. The scripts of this folder load it by its path.
 """
 
 from __future__ import annotations
@@ -45,8 +44,11 @@ class Whole:
 
 
 class ByLayer:
-    """A model in fp32 without weights, of which parts get theirs by the method that `from_pretrained` calls for all of
-    them. keys: as those of `Whole`, of the parts that were loaded."""
+    """A model in fp32 without weights, of which parts are loaded one at a time.
+
+    Parts get their weights by the method that `from_pretrained` calls for all of them. `keys` are as those of `Whole`,
+    of the parts that were loaded.
+    """
 
     in_memory = False
 
@@ -80,6 +82,7 @@ class ByLayer:
             # A slice is read when transformers asks for it, in its type.
             state[name] = opened[path].get_slice(name)
         settings = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self.conversions)
+        # A private method of transformers, as the public one loads all tensors at once.
         loading, _ = self.model._load_pretrained_model(self.model, state, None, settings)
         tied = self.model.all_tied_weights_keys
         names = [n for n, p in self.model.named_parameters() if n.startswith(at) and p.is_meta]
@@ -106,6 +109,7 @@ def files(folder: Path) -> dict[str, Path]:
     """The file of each tensor. Raises ValueError if an index does not add up with its files."""
     index = folder / "model.safetensors.index.json"
     stated = json.loads(index.read_text())["weight_map"] if index.exists() else None
+    # File names alone: the index of a stranger must not lead out of the folder.
     if outside := [name for name in set(stated.values()) if Path(name).name != name] if stated else []:
         raise ValueError(f"{index.name} names the file {outside[0]}, which is not in its folder")
     file_of: dict[str, Path] = {}
@@ -121,8 +125,8 @@ def files(folder: Path) -> dict[str, Path]:
 def hidden_states(source: Whole | ByLayer, rows: list[list[int]], steps: list[int] | None = None) -> list[Tensor]:
     """The rows' hidden states after the last norm, [1, length, hidden]; each layer is loaded once.
 
-    None if layers lack tensors, which `source.keys` then names. steps: of each row, the distance of its neighbors'
-    positions; None: 1.
+    An empty list if layers lack tensors, which `source.keys` then names. steps: of each row, the distance of its
+    neighbors' positions; None: 1.
     """
     base = source.model.base_model
     states: list[Tensor] = []

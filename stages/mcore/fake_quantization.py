@@ -117,6 +117,7 @@ def _product(recipe: QuantizationRecipe, group: Any, record: LinearRecord) -> An
         elif allreduce_dgrad:
             input = tensor_parallel.copy_to_tensor_model_parallel_region(input, group=group)
         tokens = input.numel() // input.shape[-1]
+        # An expert may get no token, which is no product.
         if tokens:
             record.tokens[tokens] += 1
         out: torch.Tensor = Linear.apply(input, weight, recipe, group, record)
@@ -126,7 +127,10 @@ def _product(recipe: QuantizationRecipe, group: Any, record: LinearRecord) -> An
 
 
 class Linear(torch.autograd.Function):
-    """x: [..., K], w: [N, K] -> [..., N], both of the same type; all three products rounded by the recipe."""
+    """A product of a linear layer, [..., K] x [N, K] -> [..., N], with the two of its backward pass.
+
+    All three are rounded by the recipe. x and w are of the same type.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, recipe: QuantizationRecipe, group: Any, record: LinearRecord) -> Tensor:
@@ -149,8 +153,10 @@ class Linear(torch.autograd.Function):
 
 
 def _quantize_both_ways(x: Tensor, kind: Kind, ctx: Any) -> tuple[Quantized, Quantized]:
-    """A matrix rounded for the product that sums over its columns, and for the one that sums over its rows; the same if
-    the blocks are. The latter is transformed first where the recipe has it, unless it is a weight."""
+    """A matrix rounded for the product that sums over its columns, and for the one that sums over its rows.
+
+    Both are the same if the blocks are. The latter is transformed first where the recipe has it, unless it is a weight.
+    """
     recipe: QuantizationRecipe = ctx.recipe
 
     def rounded(values: Tensor, summed: int) -> Quantized:
@@ -169,8 +175,11 @@ def _quantize_both_ways(x: Tensor, kind: Kind, ctx: Any) -> tuple[Quantized, Qua
 
 
 def multiply(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """a b times a factor, [m, k] x [k, n] -> [m, n], in their type; the factor is applied to the sums before they are
-    rounded to it."""
+    """The product a b times a factor, [m, k] x [k, n] -> [m, n], in their type.
+
+    The factor is applied to the sums before they are rounded to that type.
+    """
     if factor == 1.0:
         return torch.mm(a, b)
+    # It multiplies its sums by alpha. A factor after `mm` would round a second time.
     return torch.addmm(torch.zeros((), dtype=a.dtype, device=a.device), a, b, beta=0, alpha=factor)

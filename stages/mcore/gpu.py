@@ -72,8 +72,10 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for the copy: from pinned memory, which a kernel's stream reads
-    in its turn."""
+    """A tensor of the host on a device, without waiting for the copy.
+
+    The copy is from pinned memory, which a kernel's stream reads in its turn.
+    """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -42,11 +42,15 @@ def mask_padding(logits: Tensor, vocab_size: int) -> None:
     logits: [..., this tensor rank's part of the padded vocabulary].
     """
     first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    # An empty slice on the ranks whose ids all exist.
     logits[..., max(0, vocab_size - first) :] = -math.inf
 
 
 class _TokenLosses(torch.autograd.Function):
-    """hidden: [tokens, hidden_size]; labels, weights, losses: [tokens]."""
+    """The losses of tokens by slices, and their gradients.
+
+    `hidden` is [tokens, hidden_size]; `labels`, `weights` and the losses are [tokens].
+    """
 
     @staticmethod
     def forward(
@@ -54,6 +58,7 @@ class _TokenLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.vocab_size = vocab_size
         ctx.has_gradients = weights is not None and any(ctx.needs_input_grad)
+        # Without weights nothing is known of the backward pass, so the gradients are left to it.
         if weights is None or not ctx.has_gradients:
             ctx.save_for_backward(head, hidden, labels)
             return _losses(hidden, head, labels, vocab_size)
@@ -88,8 +93,10 @@ def _losses(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int) -> Te
 def _losses_and_gradients(
     hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses, and the gradients of sum(weights * losses): of `hidden`, this tensor rank's share of a sum, and of
-    `head`, in fp32."""
+    """The losses, and the gradients of sum(weights * losses) with respect to `hidden` and `head`.
+
+    That of `hidden` is this tensor rank's share of a sum; that of `head` is in fp32.
+    """
     losses = torch.empty_like(weights)
     of_hidden, of_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
     for part in _parts(len(labels)):
@@ -110,8 +117,11 @@ def _losses_and_gradients(
 def _slice(
     hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
-    """The losses of a slice; the probabilities of this tensor rank's ids, fp32 [tokens, ids]; where in them the labels
-    are, and whether this rank has them."""
+    """The losses of a slice of tokens, and what their gradients are made of.
+
+    After the losses come the probabilities of this tensor rank's ids, fp32 [tokens, ids]; where in them the labels are;
+    and whether this rank has them.
+    """
     group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
     logits = hidden @ head.t()
     mask_padding(logits, vocab_size)
@@ -137,8 +147,10 @@ def _slice(
 
 
 class TokenLosses:
-    """For a language model of Megatron, left of it among the bases: a loss by slices of tokens where the layout has one
-    (`Layout.slices_loss`). The argument `loss_mask` then has the meaning of `weights` in `token_losses`.
+    """A base class that gives a language model of Megatron its loss by slices of tokens.
+
+    It stands left of Megatron's among the bases, and acts where the layout has this loss (`Layout.slices_loss`). The
+    argument `loss_mask` then has the meaning of `weights` in `token_losses`.
 
     The model's `forward` passes its last hidden states to `_postprocess`, as GPTModel does. The argument `targets`
     (`stages.train.data.Batch`) computes the logits of these alone; the losses have the shape of `labels`, and are 0

@@ -26,6 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 def latent_layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
     """As `layer_spec.layer_spec`, with latent attention in each layer."""
     block = layers.layer_spec(config, virtual_stage, packed)
+    # Layers of one kind share a spec, which is changed once.
     for spec in {id(spec): spec for spec in block.layer_specs}.values():
         spec.submodules.input_layernorm = block.layer_norm
         spec.submodules.self_attention = ModuleSpec(module=LatentAttention, params={"packed": packed})
@@ -83,9 +84,9 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         self.linear_proj = out(heads * c.v_head_dim, c.hidden_size, **of_output, **common)
 
     def forward(self, hidden: Tensor, attention_mask: Any, **settings: Any) -> Any:
-        """hidden: [this rank's share of the sequence, batch, hidden] -> the same.
+        """The output of the attention in the shape of `hidden`, [this rank's share of the sequence, batch, hidden].
 
-        attention_mask: `starts` of `row_tables.Tables`.
+        `attention_mask` is `starts` of `row_tables.Tables`.
         """
         if settings.get("inference_context") is not None or settings.get("packed_seq_params") is not None:
             raise NotImplementedError("a cache of keys and values, or Megatron's own kind of packed rows")
@@ -112,6 +113,7 @@ class LatentAttention(MegatronModule):  # type: ignore[misc]
         kv = kv.unflatten(-1, (-1, c.qk_head_dim + c.v_head_dim))
         (plain, turned), (k, v) = (x.split([c.qk_head_dim, x.shape[-1] - c.qk_head_dim], -1) for x in (q, kv))
         cos, sin = (_by_token(x) for x in c.rows.of(starts, q.shape[0], q.device).rotary)
+        # All heads share this part of the keys, so it is turned once.
         shared = rotate_pairs(shared.unsqueeze(2), cos, sin).expand(*k.shape[:-1], -1)
         q = torch.cat([plain, rotate_pairs(turned, cos, sin)], -1)
         return q, torch.cat([k, shared], -1), v.contiguous()
@@ -124,15 +126,20 @@ def _by_token(table: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [..., dim], of which the neighbors 2i and 2i+1 turn together; the result has all first ones, then all second
-    ones. The arithmetic is fp32 for any type of x, the result has its type."""
+    """Turns the neighbors 2i and 2i+1 of x, [..., dim], together; the result has all first ones, then all second ones.
+
+    The arithmetic is fp32 for any type of x, the result has its type.
+    """
     first, second = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 class WidenedAttention(layers.Attention):
-    """This project's attention for values of another width than keys: its kernels want one width, so zeros fill the
-    narrower ones, which changes no score, and the output is narrowed again."""
+    """This project's attention for values of another width than keys.
+
+    Its kernels want one width, so zeros fill the narrower ones, which changes no score, and the output is narrowed
+    again.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **settings: Any) -> Tensor:
         """As `layer_spec.Attention`."""
@@ -144,8 +151,10 @@ class WidenedAttention(layers.Attention):
 
 
 class WholeLinear(torch.nn.Module):
-    """A matrix without bias that every tensor rank has whole and applies to its share of the sequence, called as
-    Megatron's linear layers; its gradient is summed over these ranks."""
+    """A matrix without bias that every tensor rank has whole and applies to its share of the sequence.
+
+    It is called as Megatron's linear layers are. Its gradient is summed over these ranks.
+    """
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, tp_group: Any) -> None:
         super().__init__()

@@ -57,6 +57,7 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
     matrices. So does its rotary embedding of a part of each head, which Megatron's YaRN does not know.
     """
     engine = uses_transformer_engine(config.params_dtype)
+    # One frequency turns two numbers of a head.
     is_partial = 2 * len(config.rows.rope[0]) < config.kv_channels
     if not engine and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1:
         # no rank to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more
@@ -97,9 +98,12 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """PyTorch's, marked so that its gradient is summed over sequence-parallel ranks (Megatron's local one refuses
-    sequence parallelism). On a CPU in fp32, where PyTorch has no kernel, its bits from fewer passes over memory.
-    With an offset it computes in fp32, and multiplies by offset + weight: by 1 + weight for norms around zero."""
+    """PyTorch's norm, marked so that its gradient is summed over sequence-parallel ranks.
+
+    Megatron's local one refuses sequence parallelism. On a CPU in fp32, where PyTorch has no kernel, this one gives
+    PyTorch's bits from fewer passes over memory. With an offset it computes in fp32, and multiplies by offset + weight:
+    by 1 + weight for norms around zero.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -172,9 +176,10 @@ class Attention(MegatronModule):  # type: ignore[misc]
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        """q: [sequence, batch, heads, dim]; k, v: [sequence, batch, kv_heads, dim] -> [sequence, batch, heads*dim].
+        """The output of this tensor rank's heads, [sequence, batch, heads*dim].
 
-        `sequence` is this rank's share of the row.
+        `q` is [sequence, batch, heads, dim], `k` and `v` are [sequence, batch, kv_heads, dim]. `sequence` is this
+        rank's share of the row.
         """
         tables = self.config.rows.of(starts, q.shape[0], q.device)
         if self.config.context_parallel_size > 1:
@@ -202,10 +207,11 @@ class Attention(MegatronModule):  # type: ignore[misc]
         return q.is_cuda and fits_flash_attention(q) and varlen_kernel() is not None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        """q, k, v: [tokens of all rows, heads, dim] -> as q."""
+        """Attention of documents side by side; q, k, v and the result are [tokens of all rows, heads, dim]."""
         kernel = varlen_kernel()
         assert kernel is not None
         ends = (documents.queries, documents.keys, documents.longest, documents.longest)
+        # The kernel counts the keys before a query's own one; -1 stands for all.
         before = -1 if self.window is None else self.window - 1
         attended: Tensor = kernel(q, k, v, *ends, scale=self.scale, window_size=(before, 0))
         return attended
@@ -351,10 +357,11 @@ class GatherSlices(torch.autograd.Function):
 def attend_with_sinks(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """q: [batch, heads, queries, dim]; k, v: [batch, kv_heads, keys, dim]; sinks: [heads] -> as q.
+    """Attention with sinks, by a fused kernel on a CPU and by plain products elsewhere.
 
-    mask: what to add to the scores, [queries, keys] or [batch, heads or 1, queries, keys]; None: causal, with as many
-    keys as queries. scale: of the scores; None: 1 / sqrt(dim).
+    `q` and the result are [batch, heads, queries, dim], `k` and `v` are [batch, kv_heads, keys, dim], `sinks` is
+    [heads]. `mask` is added to the scores, [queries, keys] or [batch, heads or 1, queries, keys]; None means causal,
+    with as many keys as queries. `scale` multiplies the scores; None means 1 / sqrt(dim).
     """
     if q.device.type == "cpu":
         out: Tensor = SinkAttention.apply(q, k, v, sinks, mask, scale)
@@ -390,6 +397,7 @@ class SinkAttention(torch.autograd.Function):
         d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gradient, q, k, v, out, with_sink, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
         )
+        # A sink has no value: its gradient comes from the probability that it takes from the keys.
         probability = (sinks.float()[:, None] - with_sink).exp_()
         d_sinks = -(probability * (gradient.float() * out.float()).sum(-1)).sum((0, 2))
         return d_q, d_k, d_v, d_sinks.to(sinks.dtype), None, None
@@ -402,5 +410,6 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor
     if mask is None:
         mask = torch.full(scores.shape[-2:], -torch.inf, device=q.device).triu_(1)
     sink = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+    # The sink takes part in the softmax, and has no value to be weighted.
     probabilities = torch.cat((scores + mask, sink), -1).softmax(-1)[..., :-1]
     return probabilities.to(v.dtype) @ v

@@ -90,8 +90,10 @@ class Lora(Config):
         return MemoryShare(dense, experts // layout.ep)
 
     def problem(self, layout: Layout, precision: Precision, model: ModelConfig) -> str | None:
-        """The reason why these adapters cannot be trained in this way, as a sentence that starts with a field; None if
-        they can."""
+        """The reason why these adapters cannot be trained in this way; None if they can.
+
+        It is a sentence that starts with a field.
+        """
         if precision not in ("fp32", "bf16"):
             return f"precision = {precision} does not train lora, whose matrices are sums of two; use fp32 or bf16"
         if model.architecture not in ARCHITECTURES:

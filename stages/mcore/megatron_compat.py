@@ -32,7 +32,11 @@ def before_import() -> None:
 
 
 def after_import() -> None:
-    """0.16: the router's matrix product looks up a kernel's name that is only defined where Transformer Engine is."""
+    """Applies the corrections of modules of Megatron that are imported.
+
+    In 0.16 the router's matrix product looks up a kernel's name that is only defined where Transformer Engine is. Here
+    it is defined everywhere.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     global _te_general_gemm
@@ -56,8 +60,11 @@ def multiply_routers_with_transformer_engine(wanted: bool) -> None:
 
 
 def _count_without_padding() -> None:
-    """All versions: the router with expert biases counts their tokens under a padding mask of another shape,
-    which fails (or, with as many tokens as experts, counts wrongly)."""
+    """Corrects, in all versions, how the router with expert biases counts their tokens.
+
+    It counts them under a padding mask of another shape, which fails (or, with as many tokens as experts, counts
+    wrongly).
+    """
     from megatron.core.transformer.moe.router import TopKRouter
 
     count = TopKRouter._apply_expert_bias
@@ -72,11 +79,13 @@ def _count_without_padding() -> None:
 
 
 def _balance_dispatched_experts() -> None:
-    """All versions, of routers with sigmoid scores: the balance loss counts the experts with the best scores, while
-    tokens are dispatched by biased scores within groups (issue 2767 of Megatron-LM). It divides the scores
-    of a token by their sum plus 1e-20. A router can therefore lower the loss without balancing anything, by making all
-    scores very small (issue 1545). Here the loss counts the dispatched experts, and the scores of a token sum to 1
-    whatever their size."""
+    """Corrects, in all versions, the balance loss of routers with sigmoid scores.
+
+    Megatron's loss counts the experts with the best scores, while tokens are dispatched by biased scores within groups
+    (issue 2767 of Megatron-LM). It divides the scores of a token by their sum plus 1e-20. A router can therefore lower
+    the loss without balancing anything, by making all scores very small (issue 1545). Here the loss counts the
+    dispatched experts, and the scores of a token sum to 1 whatever their size.
+    """
     from megatron.core.transformer.moe import router
 
     dispatch, scores_for_loss = router.topk_routing_with_score_function, router.compute_routing_scores_for_aux_loss
@@ -93,6 +102,7 @@ def _balance_dispatched_experts() -> None:
         if score_function != "sigmoid":
             routing_map, scores = scores_for_loss(logits, topk, score_function, *args, **kwargs)
             return routing_map, scores
+        # Taken off, so that the logits do not keep the map alive.
         routing_map = logits.__dict__.pop("routing_map")
         # sigmoid(x) / sum of sigmoids, computed in logarithms, so that tiny scores keep their ratios.
         scores = torch.softmax(torch.nn.functional.logsigmoid(logits.float()), dim=-1)
@@ -106,9 +116,12 @@ def _balance_dispatched_experts() -> None:
 
 
 def _keep_graph_inputs() -> None:
-    """0.16: the buffer of the first layer's input becomes that of the last layer's incoming gradient, though the first
-    layer's backward graph reads it, if its norm keeps its input: the gradient of the embedding would be wrong. Buffers
-    of inputs, which Megatron marks, are not given to others; the process keeps them."""
+    """Keeps, in 0.16, the buffers of the inputs of CUDA graphs from being given to other tensors.
+
+    There the buffer of the first layer's input becomes that of the last layer's incoming gradient, though the first
+    layer's backward graph reads it, if its norm keeps its input: the gradient of the embedding would be wrong. Here
+    buffers of inputs, which Megatron marks, are not given to others; the process keeps them.
+    """
     from megatron.core.transformer import cuda_graphs
 
     record = cuda_graphs._CudagraphGlobalRecord
@@ -124,8 +137,10 @@ def _keep_graph_inputs() -> None:
 
 
 def router_losses() -> dict[str, Tensor]:
-    """This rank's losses of the routers by name ("load_balancing_loss", "z_loss", ...) and layer, summed since the last
-    reset; 0.17 moved them into an object."""
+    """This rank's losses of the routers by name ("load_balancing_loss", "z_loss", ...) and layer, since the last reset.
+
+    Each is a sum. Megatron 0.17 moved them into an object.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     if hasattr(moe_utils, "get_moe_metrics_tracker"):

@@ -137,6 +137,7 @@ def _patch_torch_names() -> None:
 
 def _called_by_megatron() -> bool:
     """Returns True if the calling function was called from a function of Megatron."""
+    # Frame 1 is the replaced method, and frame 2 its caller.
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.")
 
 
@@ -162,8 +163,10 @@ def _patch_functions() -> None:
 
 
 def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective of DDP without one rank that has all of the result in place: gloo copies it, all weights and all
-    gradients in each step, where NCCL does nothing."""
+    """A collective of DDP that does nothing if its group is one rank and the result is in place already.
+
+    Gloo would copy all weights and all gradients in each step there. NCCL does nothing either.
+    """
 
     def call(output: Tensor, input: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
         places = {(x.untyped_storage()._cdata, x.storage_offset(), x.numel()) for x in (output, input)}
@@ -195,8 +198,10 @@ def _gloo() -> types.ModuleType:
 
 
 def of_unequal_sizes(all_gather: Callable[..., Any], reduce_scatter: Callable[..., Any]) -> dict[str, Any]:
-    """Both collectives of `torch.distributed`, by name, on parts of unequal size too, which gloo lacks and NCCL has:
-    tokens of split experts are gathered and summed so. They are made of collectives on equal sizes."""
+    """Both collectives of `torch.distributed`, by name, on parts of unequal size too, which gloo lacks and NCCL has.
+
+    Tokens of split experts are gathered and summed so. They are made of collectives on equal sizes.
+    """
 
     def gather(parts: list[Tensor], tensor: Tensor, group: Any = None, **kwargs: Any) -> Any:
         sizes = [part.shape[0] for part in parts]

@@ -95,10 +95,12 @@ def _shared_bytes(share: MemoryShare, layout: Layout, weight: int, optimizer: Ki
 
 
 def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
-    """The maximum number of micro-batches between their forward and backward pass on a pipeline rank; with interleaved
-    chunks a fraction, of all of the rank's layers.
+    """The maximum number of micro-batches between their forward and backward pass on a pipeline rank.
 
-    1F1B (Narayanan et al., 2021): the ranks behind it, and its own one. Interleaved: twice as far ahead, by chunks.
+    With interleaved chunks it is a fraction, of all of the rank's layers.
+
+    1F1B (Narayanan et al., 2021) holds one for each rank behind it, and its own one. Interleaved runs twice as far
+    ahead, by chunks.
     """
     later_ranks = layout.pp - pipeline_rank - 1
     if layout.vpp == 1:

@@ -55,8 +55,11 @@ FUSIONS: dict[Fusion, tuple[dict[str, Any], str, str]] = {
 def transformer_config(
     model: ModelConfig, layout: Layout, precision: Precision = "fp32", routing_replay: bool = False
 ) -> TransformerConfig:
-    """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
-    the precision. routing_replay: routers can be given the experts of their tokens."""
+    """Megatron's configuration of a model without dropout or biases.
+
+    It follows from the architecture of the model, its sizes, the layout and the precision. With `routing_replay`,
+    routers can be given the experts of their tokens.
+    """
     words, of_model = keywords(precision, model.layers), model.spec().megatron(model)
     engine = uses_transformer_engine(words["params_dtype"])
     # Before the routers are built: it is a switch of the process.
@@ -166,6 +169,7 @@ def build(
             # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
             # gradient norm counts those of tensor rank 0 only.
             parameter.tensor_model_parallel = not is_copied(name)  # type: ignore[attr-defined]
+        # For the loss by slices (language_model.py).
         chunk.layout, chunk.real_vocab_size = layout, vocab_size or padded_vocab_size
         if vocab_size is not None and chunk.post_process:
             # Ids that pad the table must get no probability, as no runtime has them.
@@ -296,8 +300,11 @@ _RECIPES: dict[Precision, dict[str, Any]] = {
 
 
 def keywords(precision: Precision, layers: int = 1) -> dict[str, Any]:
-    """The keyword arguments of Megatron's TransformerConfig; constructing it with the FP8 and FP4 ones needs
-    Transformer Engine. Weights stay bf16 under them and are quantized as they are used. layers: of the model."""
+    """The keyword arguments of Megatron's TransformerConfig for a precision, in a model of so many layers.
+
+    Constructing it with the FP8 and FP4 ones needs Transformer Engine. Weights stay bf16 under them and are quantized
+    as they are used.
+    """
     if precision == "fp32":
         return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     words = {**_BF16, **_RECIPES.get(precision, {})}
@@ -308,8 +315,10 @@ def keywords(precision: Precision, layers: int = 1) -> dict[str, Any]:
 
 
 def missing_requirement(precision: Precision) -> str | None:
-    """The requirement of a precision that this machine lacks, in a sentence that begins with the recipe's field, or
-    None."""
+    """The requirement of a precision that this machine lacks, or None.
+
+    It is a sentence that begins with the recipe's field.
+    """
     requirement = f"precision = {precision} needs"
     if precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return f"{requirement} a GPU of the Ampere generation or newer, and this one is older; choose fp32"
@@ -374,7 +383,7 @@ class Initial(Mapping[str, Tensor]):
     """The initial tensors of a model, each drawn on access."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, seed: int) -> None:
-        """shapes: by global name."""
+        """The initial tensors of these shapes, which are given by global name."""
         self.shapes, self.model, self.seed = shapes, model, seed
 
     def __getitem__(self, name: str) -> Tensor:

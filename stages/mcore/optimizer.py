@@ -116,6 +116,7 @@ class OptimizerSettings(Config, ABC):
     @classmethod
     def rule_of(cls, name: str, shape: tuple[int, ...]) -> Rule:
         """Returns the rule for a tensor, by its global name and its full shape."""
+        # The table and the output head are matrices too, but no layer's.
         return cls.matrices if name.startswith("decoder.layers.") and len(shape) == 2 else cls.others
 
     @classmethod

@@ -21,15 +21,17 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
     """
 
     def forward(self, hidden: Tensor, attention_mask: Any, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
-        """attention_mask: `starts` of `row_tables.Tables`."""
+        """The output of the attention; `attention_mask` is `starts` of `row_tables.Tables`."""
         if kwargs.get("inference_context") is not None or kwargs.get("packed_seq_params") is not None:
             raise NotImplementedError("a cache of keys and values, or Megatron's own kind of packed rows")
         self.starts = attention_mask
         return super().forward(hidden, attention_mask, rotary_pos_emb=None, **kwargs)
 
     def get_query_key_value_tensors(self, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-        """hidden: [sequence, batch, hidden] -> queries [sequence, batch, heads, dim], keys and values [sequence, batch,
-        kv_heads, dim], of this tensor-parallel rank; each a view of [batch, heads, sequence, dim]."""
+        """Queries [sequence, batch, heads, dim], keys and values [sequence, batch, kv_heads, dim], of this tensor rank.
+
+        `hidden` is [sequence, batch, hidden]. Each result is a view of [batch, heads, sequence, dim].
+        """
         mixed, _ = self.linear_qkv(hidden)
         mixed = mixed.unflatten(2, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
         cos, sin = self.config.rows.of(self.starts, mixed.shape[0], mixed.device).rotary
@@ -42,9 +44,10 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
 
 
 class Heads(torch.autograd.Function):
-    """mixed: [sequence, batch, groups, queries + 2, dim], a group being its queries, its key, its value; cos, sin:
-    [..., sequence, rotary dim] -> queries, keys (RMS-normalized, turned) and values, each [batch, heads, sequence,
-    dim].
+    """Splits a projection into queries and keys, both RMS-normalized and turned, and values.
+
+    Its input `mixed` is [sequence, batch, groups, queries + 2, dim], a group being its queries, its key, its value;
+    `cos` and `sin` are [..., sequence, rotary dim]. Each output is [batch, heads, sequence, dim].
 
     The arithmetic is fp32 for any type of `mixed`; the result has its type.
     """
@@ -81,8 +84,10 @@ def rotated_heads(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: [..., sequence, dim]; cos, sin: [..., sequence, rotary dim], of the first so many numbers of a head, whose
-    halves turn."""
+    """Turns the halves of the first numbers of each head of x, [..., sequence, dim], and leaves the rest.
+
+    They are as many as `cos` and `sin` have, [..., sequence, rotary dim].
+    """
     turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     first, second = turned.float().chunk(2, -1)
     turned = (turned.float() * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
@@ -100,11 +105,12 @@ def _split_qkv(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _norm_and_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """x: [..., sequence, dim] -> RMSNorm and rotary embedding of x, x / RMS, 1 / RMS. As in `rotate`."""
+    """RMSNorm and rotary embedding of x, [..., sequence, dim], as in `rotate`; then x / RMS, and 1 / RMS."""
     # RMSNorm: x / sqrt(mean(x^2) + eps).
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(x, scale, out=x.new_empty(x.shape))
     turned, half = cos.shape[-1], cos.shape[-1] // 2
+    # Weights and cosines are multiplied first: both are small beside the heads.
     out = normed * (_for_heads(cos, x.shape[-1]) * weight)
     out[..., :half].addcmul_(normed[..., half:turned], sin[..., :half] * weight[half:turned], value=-1)
     out[..., half:turned].addcmul_(normed[..., :half], sin[..., half:] * weight[:half])

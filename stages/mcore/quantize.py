@@ -74,12 +74,12 @@ class QuantizationRecipe:
     block: int | None
     """Values that share a scale, along the summed dimension; None: all of the tensor."""
     square_weights: bool = False
-    """Whether a weight's blocks are block x block, and therefore the same for both of its products."""
+    """True if a weight's blocks are block x block, and therefore the same for both of its products."""
     scale: Literal["fp32", "power of two", "e8m0", "e8m0, rounded down", "e4m3"] = "fp32"
     stochastic_gradients: bool = False
-    """Whether gradients are rounded up or down at random, so that their expectation is the value."""
+    """True if gradients are rounded up or down at random, so that their expectation is the value."""
     hadamard: bool = False
-    """Whether both operands of a weight's gradient are transformed."""
+    """True if both operands of a weight's gradient are transformed."""
 
     def format(self, kind: Kind) -> Format:
         return self.backward if kind == "gradient" else self.forward
@@ -163,8 +163,10 @@ def quantize(
     group: Any = None,
     noise: torch.Generator | None = None,
 ) -> Quantized:
-    """Rounds a matrix to the format's nearest numbers (ties to even), scaled so that each block's largest magnitude
-    comes as near to the format's largest number as the scale allows, and saturating there.
+    """Rounds a matrix to the format's nearest numbers (ties to even), with a scale for each block.
+
+    The scale brings the block's largest magnitude as near to the format's largest number as the scale's own type
+    allows; values beyond that saturate.
 
     x: [rows, columns], fp32 or bf16, which is what `values` are as well. summed: the dimension that the product sums
     over, along which 1-D blocks lie; where it is no multiple of the block, the last block of each line is shorter.
@@ -189,6 +191,7 @@ def quantize(
         shared = _multiplier(_max_magnitude(x, group), format_.largest, "fp32")
         factor = float(1 / shared)
     elif recipe.scale == "e4m3":
+        # The largest value becomes the format's largest number times the largest scale of a block.
         shared = _multiplier(_max_magnitude(x, group), format_.largest * E4M3.largest, "fp32")
         factor = float(1 / shared)
     height, width = shape or (1, x.shape[1])
@@ -226,12 +229,15 @@ def _quantize(
     scale: str,
     noise: torch.Generator | None,
 ) -> Counts:
-    """Fills `out` with the rounded values of x, [rows, columns], in blocks of height x width that are scaled each by
-    itself; with a `shared` multiplier, the values stay multiplied by it."""
+    """Fills `out` with the rounded values of x, [rows, columns], in blocks of height x width.
+
+    Each block is scaled by itself. With a `shared` multiplier, the values stay multiplied by it.
+    """
     rows, columns = x.shape
     padding = (0, -columns % width, 0, -rows % height)
     padded = F.pad(x, padding) if any(padding) else x
     blocks = (-1, height, padded.shape[1] // width, width)
+    # A copy, as it is rounded in place below.
     y = padded.reshape(blocks).to(torch.float32, copy=True)
     largest = y.abs().amax((1, 3), keepdim=True)
     block_scale = None
@@ -239,17 +245,20 @@ def _quantize(
         assert shared is not None
         block_scale = _block_scale(largest, shared, format_)
         multiplier = 1 / (block_scale * (1 / shared))
+        # The inverse of a scale of zero is infinite, and would turn zeros into NaN.
         multiplier[block_scale == 0] = 0.0
         multiplier.clamp_max_(FP32_MAX)
     else:
         multiplier = _multiplier(largest, format_.largest, scale) if shared is None else shared
     nonzero = int(torch.count_nonzero(y))
     y.mul_(multiplier)
+    # The blocks' largest magnitudes tell if any value is clipped. Mostly none is, which saves a pass over all.
     clips = not bool((largest * multiplier < format_.overflow).all())
     overflow = int((~(y.abs() < format_.overflow)).sum()) if clips else 0
     if noise is None:
         _round(y, format_)
     else:
+        # Draws of the values alone, so that none depends on the padding of blocks.
         draws = torch.rand(rows, columns, generator=noise, device=x.device)
         _round_stochastically(y, (F.pad(draws, padding) if any(padding) else draws).reshape(blocks))
     counts = Counts(x.numel(), nonzero, nonzero - int(torch.count_nonzero(y)), overflow)
@@ -283,15 +292,21 @@ def _multiplier(largest: Tensor, limit: float, scale: str) -> Tensor:
 
 
 def _block_scale(largest: Tensor, shared: Tensor, format_: Format) -> Tensor:
-    """The e4m3 scale of each block of nvfp4, by which its rounded numbers are multiplied before the tensor's fp32
-    scale (arXiv:2509.25149, appendix B). shared: the inverse of the tensor's scale."""
+    """The e4m3 scale of each block of nvfp4.
+
+    The block's rounded numbers are multiplied by it before the tensor's fp32 scale (arXiv:2509.25149, appendix B).
+    `shared` is the inverse of the tensor's scale.
+    """
     scale = largest.div(torch.full_like(largest, format_.largest)).mul_(shared)
     return _round(scale, E4M3)
 
 
 def _round_stochastically(y: Tensor, draws: Tensor) -> Tensor:
-    """Rounds fp32 values in place to one of the two neighboring numbers of e2m1; up, in magnitude, where the draw from
-    [0, 1) is less than the distance from the lower one in spacings. Saturates; NaN stays."""
+    """Rounds fp32 values in place to one of the two neighboring numbers of e2m1.
+
+    A value goes up, in magnitude, where the draw from [0, 1) is less than the distance from the lower number in
+    spacings. Values beyond the largest saturate; NaN stays.
+    """
     y.clamp_(-E2M1.largest, E2M1.largest)
     spacing = _spacing(y)
     size = y.abs().div_(spacing)  # exact: the spacing is a power of two

@@ -28,8 +28,10 @@ UNRECORDED = -1
 
 
 def collect_losses() -> tuple[Tensor, Tensor]:
-    """(load-balancing loss, z-loss): this rank's part of the sum over layers, tokens and micro-batches since the last
-    call, scalars without their weights."""
+    """The load-balancing loss and the z-loss since the last call, scalars without their weights.
+
+    Each is this rank's part of the sum over layers, tokens and micro-batches.
+    """
     losses = {"balance": torch.zeros(()), "z": torch.zeros(())}
     for name, values in megatron_compat.router_losses().items():
         kind = "z" if name == "z_loss" else "balance"
@@ -174,9 +176,11 @@ class RoutingReplay:
 
     @contextmanager
     def forward(self, chunk: int, routes: Tensor | None) -> Iterator[None]:
-        """Within it a chunk computes with these experts: [tokens, layers with experts, experts of a token], or
-        `UNRECORDED`; None: with those that its routers choose. A layer that is computed again in the backward pass
-        takes them in the order of the forward passes."""
+        """A context within which a chunk computes with these experts of its tokens.
+
+        They are [tokens, layers with experts, experts of a token], or `UNRECORDED`; with None, the routers choose. A
+        layer that is computed again in the backward pass takes them in the order of the forward passes.
+        """
         if routes is None:
             yield
             return

@@ -65,11 +65,19 @@ class Tables:
         step: int = 1,
         has_sinks: bool = False,
     ) -> None:
-        """starts: the first position of the document of each position, int64 [batch, complete row], on any device; or
-        [3, batch, complete row] with the first position and the end of what the document continues, its prefix in the
-        same row; None if each row is one document. length: of this context rank's share of a row. rope: frequencies and
-        factor. step: the distance of neighbors' positions for the rotary embedding. has_sinks: of the heads, for
-        which a GPU has no kernel."""
+        """Tables of rows of which this context rank has a share.
+
+        Args:
+            starts: The first position of the document of each position, int64 [batch, complete row], on any device. Or
+                [3, batch, complete row] with the first position and the end of what the document continues, its prefix
+                in the same row. None if each row is one document.
+            length: Of this context rank's share of a row.
+            context: Context ranks, over which a row is cut.
+            device: Where the tables are made.
+            rope: Frequencies and factor.
+            step: The distance of neighbors' positions for the rotary embedding.
+            has_sinks: True if heads have sinks, for which a GPU has no kernel.
+        """
         self.starts, self.length, self.context, self.device, self.rope = starts, length, context, device, rope
         self.step, self.has_sinks = step, has_sinks
         self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
@@ -97,8 +105,10 @@ class Tables:
 
     @cached_property
     def rotary(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, fp32: [length, dim], or [batch, 1, 1, length, dim] if rows hold several documents, each of
-        which counts from 0."""
+        """Cosines and sines, fp32 [length, dim], or [batch, 1, 1, length, dim] if rows hold several documents.
+
+        Each of these documents counts from 0.
+        """
         positions, starts = self._on_device
         if starts is not None:
             if self.prefixes is not None:  # a document counts on from its prefix
@@ -141,6 +151,7 @@ class Tables:
         """
         slices = self.slices(window)
         count, first, end = slices[number]
+        # As many keys as queries, so the kernel's own causal order is right without a mask.
         if self.local_starts is None and end == count and (window is None or end <= window):
             return None
         if (number, dtype, window) in self._masks:
@@ -173,15 +184,18 @@ class Tables:
         row, column = begins.nonzero(as_tuple=True)
         bounds = torch.cat([row * self.length + column, torch.tensor([batch * self.length])])
         first_key = starts[row, column]
+        # Up to the last position of a part, also the keys that other context ranks hold.
         sizes = self.positions[(bounds[1:] - 1) % self.length] + 1 - first_key
         gathered = None
         if self.prefixes is not None:
+            # The keys of a document are those of its prefix, and then its own.
             shared = [torch.arange(*ends) for ends in (self.prefixes[:, row, column] + row * self.length).T.tolist()]
             rest = torch.arange(batch * self.length).split(sizes.tolist())
             gathered = gpu.upload(torch.cat([x for pair in zip(shared, rest, strict=True) for x in pair]), self.device)
             sizes = sizes + self.prefixes[1, row, column] - self.prefixes[0, row, column]
         keys = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
         if self.context > 1:
+            # Keys lie in complete rows, and the queries of this rank in its share of them.
             shift = row * self.length * self.context + first_key - keys[:-1]
             gathered = gpu.upload(torch.arange(int(keys[-1])) + shift.repeat_interleave(sizes), self.device)
         # a power of two, as cuDNN builds a plan for each value
@@ -191,8 +205,11 @@ class Tables:
         return Documents(queries, keys, longest, gathered)
 
     def buckets(self, batch: int, dtype: torch.dtype, window: int | None = None) -> tuple[list[Bucket], Tensor]:
-        """The documents of `batch` rows by length, for kernels that take rows of one length; and the place of each
-        position in the queries of all buckets side by side. window: maximum keys that a query sees; None: all."""
+        """The documents of `batch` rows by length, for kernels that take rows of one length.
+
+        The second result is the place of each position in the queries of all buckets side by side. `window` is the
+        maximum of keys that a query sees; None means all.
+        """
         if (dtype, window) not in self._buckets:
             self._buckets[dtype, window] = self._make_buckets(self.documents(batch), dtype, window)
         return self._buckets[dtype, window]
@@ -203,6 +220,7 @@ class Tables:
         assert documents.gathered is not None, "the documents have prefixes"
         count, total = (x.cpu().long().diff() for x in (documents.queries, documents.keys))
         prefix = total - count
+        # Documents with and without a prefix stay apart, as the latter need no mask unless a window cuts them.
         kinds: dict[tuple[bool, int], list[int]] = {}
         for document, (before, length) in enumerate(zip(prefix.tolist(), count.tolist(), strict=True)):
             kinds.setdefault((before > 0, (length - 1).bit_length()), []).append(document)
@@ -224,6 +242,7 @@ class Tables:
             width = before + longest if window is None else window
             is_windowed = before + longest > width
             if before or is_windowed:
+                # One mask serves the whole bucket if all its prefixes have one length.
                 if bool((ahead == ahead[0]).all()):
                     ahead = ahead[:1]
                 seen = (key <= before + query[:, None]) & (key >= ahead[:, :, None])
@@ -250,10 +269,10 @@ class RowTables:
         self.tables: Tables | None = None
 
     def of(self, starts: Tensor | None, length: int, device: torch.device) -> Tables:
-        """starts: as in `Tables`.
+        """The tables of these rows, which are kept until others come.
 
-        length: of this context rank's share of a row. The tables keep `starts`, so its memory is not used again
-        while they are the latest.
+        `starts` is as in `Tables`, and `length` that of this context rank's share of a row. The tables keep `starts`,
+        so its memory is not used again while they are the latest.
         """
         # By its memory: recomputation and pipeline stages hand over other views of the same tensor.
         place = None if starts is None else (starts.untyped_storage()._cdata, starts.storage_offset(), starts.shape)
@@ -266,8 +285,10 @@ class RowTables:
 
 
 def context_positions(length: int) -> Tensor:
-    """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them: of
-    2C slices the one with its number, and the one as far from the end."""
+    """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them.
+
+    Of 2C slices for C ranks, it holds the one with its number, and the one as far from the end.
+    """
     rank = parallel_state.get_context_parallel_rank()
     # The first slices see few keys and the last ones many: a pair of both has the same work on every rank.
     slices = torch.arange(length).chunk(2 * parallel_state.get_context_parallel_world_size())
@@ -275,7 +296,7 @@ def context_positions(length: int) -> Tensor:
 
 
 def frequencies(model: ModelConfig) -> tuple[Tensor, float]:
-    """(radians by position, [rotary_dim / 2], fp32; the factor of cosines and sines)."""
+    """Radians by position, [rotary_dim / 2] in fp32, and the factor of cosines and sines."""
     dim = model.rotary_dim
     base = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if model.yarn is None:
@@ -288,6 +309,7 @@ def frequencies(model: ModelConfig) -> tuple[Tensor, float]:
 
     low, high = max(math.floor(pair_index(yarn.beta_fast)), 0), min(math.ceil(pair_index(yarn.beta_slow)), dim - 1)
     width = high - low or 0.001  # equal ends turn the ramp into a step
+    # 0 keeps a frequency, 1 divides it, and between them both are mixed.
     ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / width, 0, 1)
     factor = 1.0 if model.yarn_scales_heads else yarn_factor(model)
     return base / yarn.factor * ramp + base * (1 - ramp), factor

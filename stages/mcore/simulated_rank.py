@@ -90,8 +90,11 @@ def group_names() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective or a message: its operation as torch names it, its group's role and ranks, and the bytes of its
-    larger side on this rank (all gathered parts, all parts before they are summed and scattered)."""
+    """A collective or a message of this rank.
+
+    It states its operation as torch names it, its group's role and ranks, and the bytes of its larger side on this rank
+    (all gathered parts, all parts before they are summed and scattered).
+    """
 
     operation: str
     group: str
@@ -245,8 +248,11 @@ def _fits(func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> boo
 
 @contextmanager
 def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
-    """This process as a rank of a layout, in which tensors have no memory; yields the count of its bytes and
-    collectives. Norms are one kernel and keep their input, as on a GPU, and tokens are spread evenly over experts."""
+    """A context in which this process is a rank of a layout, with tensors that have no memory.
+
+    It yields the count of the rank's bytes and collectives. Norms are one kernel and keep their input, as on a GPU, and
+    tokens are spread evenly over experts.
+    """
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     with gpu.deterministic_kernels(layout.deterministic), fake_groups(layout, rank), contextlib.ExitStack() as stack:
@@ -259,6 +265,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
             (TopKRouter, "routing", balanced(TopKRouter.routing)),
             # a tensor of the process: a fake one would give the balance loss of a later real step any weight
             (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
+            # PyTorch remembers the values of constants up to this size, by itself of single numbers only.
             (fake_tensor, "CONSTANT_NUMEL_LIMIT", 4096),
             # Megatron's `torch` is not PyTorch's where there is no GPU
             *(
@@ -267,6 +274,7 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
             ),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
+        # Positions and masks have values, and meet fake tensors in the same operators.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(SimulatedRank())
 

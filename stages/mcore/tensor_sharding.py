@@ -35,8 +35,10 @@ EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
 
 
 def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> tuple[Box, ...]:
-    """The boxes of this rank, or of another tensor rank of its group, for the tensor of that global name and full
-    shape."""
+    """The boxes that this rank holds of the tensor with that global name and full shape.
+
+    With `tensor_rank`, they are those of another tensor rank of its group.
+    """
     expert = ".experts." in name
     if expert:
         rank, size = parallel_state.get_expert_tensor_parallel_rank(), _expert_tensor_size()
@@ -118,10 +120,10 @@ class FullTensors(Mapping[str, torch.Tensor]):
         by_turns: bool = True,
         stacked: bool = False,
     ) -> None:
-        """local: this rank's tensors by global name.
+        """The full tensors of which `local` are this rank's parts, both by global name.
 
-        shapes: the full ones. tied: whether the model ties its embeddings. by_turns: whether data ranks take
-        turns. stacked: whether one rank gets the equal tensors of all experts of a layer, which must be whole.
+        `shapes` are the full ones. `tied` is True if the model ties its embeddings, `by_turns` if data ranks take
+        turns, and `stacked` if one rank gets the equal tensors of all experts of a layer, which must be whole.
         """
         self.local, self.shapes, self.tied, self.by_turns, self.stacked = local, shapes, tied, by_turns, stacked
         self.stacks: dict[str, list[torch.Tensor]] = {}
@@ -222,4 +224,5 @@ def is_repeated(name: str, tied: bool) -> bool:
 
 def _turn(name: str) -> int:
     """A number by which ranks that could all hand a tensor over take turns: the same on each of them."""
+    # Python's own hash of a text differs from process to process.
     return zlib.crc32(name.encode())

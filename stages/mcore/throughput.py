@@ -41,7 +41,7 @@ from stages.models.costs import AttentionCost, Rows
 from stages.models.parallel_layout import Layout
 
 FLOPS = 6
-"""Of a matrix parameter and token: 2 forward, 4 backward."""
+"""FLOPs of a matrix parameter and token, 2 forward and 4 backward."""
 RESCORED = 7 / 6
 """FLOPs of attention with the scores that the backward pass computes again, beside the model's."""
 NARROWEST = 256
@@ -53,8 +53,11 @@ READ = {"bf16": 2.0, "fp8": 1.0, "fp4": NVFP4}
 CLOCK = 0.6
 """Watts for a TFLOP/s of bf16 at which the constants hold. The rest of the power decides the clock under load."""
 LAYER_KERNELS, SPARSE_KERNELS, EXPERT_KERNELS, EXPERT_KERNELS_FP8 = 80, 40, 6, 18
-"""Kernels of a micro-batch: of a layer; of its routing and exchange; of each expert on the rank, whose three products
-are six, and which quantizes inputs and gradients in three kernels each under FP8 and NVFP4."""
+"""Kernels of a micro-batch for a layer, for its routing and exchange, and for each expert on the rank.
+
+The three products of an expert are six kernels. Under FP8 and NVFP4 it also quantizes inputs and gradients, in three
+kernels each.
+"""
 
 LAUNCHED = {"none": 1.0, "mlp": 0.5, "partial": 0.0, "full": 0.0}
 """Share of a layer's launches that graphs leave to the host, those of its routing and experts apart."""
@@ -214,7 +217,9 @@ def step_time(shape: Shape, gpu: Accelerator, run: StepSetup, constants: Constan
     micro_batch = _micro_batch(shape, gpu, run, constants)
     reduction, optimizer = _update(shape, gpu, run, constants)
     parts = {field.name: getattr(micro_batch, field.name) * run.micro_batches for field in fields(micro_batch)}
+    # 1F1B idles while it fills and drains the pipeline. Interleaved chunks shorten that by their number.
     parts["bubble"] = (layout.pp - 1) / layout.vpp * micro_batch.total
+    # It runs beside the last micro-batch, unless the layout forbids that.
     parts["reduction"] = max(0.0, reduction - (0 if layout.overlap_gradients is False else micro_batch.total))
     return StepTime(**parts | {"optimizer": optimizer})
 
@@ -227,6 +232,7 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
     bf16 = gpu.peaks["bf16"] * min(1.0, c.bf16 * clock)
     rate = gpu.peaks[low] * min(1.0, getattr(c, low) * clock) if quantizes else bf16
     exempt = run.bf16_layers / shape.depth
+    # Times add up, so rates are averaged by their inverses.
     rate = 1 / ((1 - exempt) / rate + exempt / bf16)
     scoring = gpu.peaks["bf16"] * min(1.0, c.attention * clock) / RESCORED
     quantized = 0
@@ -271,8 +277,10 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
 
 
 def _host(shape: Shape, run: StepSetup, c: Constants) -> float:
-    """Seconds in which the host issues a micro-batch in all layers: Python's part by layer, and each expert's kernels,
-    which one call launches."""
+    """Seconds in which the host issues a micro-batch in all layers.
+
+    They are Python's part by layer, and each expert's kernels, which one call launches.
+    """
     seconds = shape.depth * c.host * LAUNCHED[run.graphs]
     if run.graphs != "full" and run.layout.dispatcher != "flex":
         seconds += shape.sparse * (c.sparse_host + c.launch * _of_experts(shape, run))
@@ -297,6 +305,7 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
     layout, total = run.layout, shape.total
     split, (dense_ranks, expert_ranks) = layout.ep * layout.split_experts, sharing(layout)
     table = shape.vocabulary * shape.hidden
+    # With a pipeline, the table is on the first stage and the head on the last one.
     dense = (total.dense / layout.pp + (shape.head + table) / (1 if layout.pp == 1 else 2)) / layout.tp
     experts = total.experts / layout.pp / split
     # Gradients are scattered and weights gathered: in and out once each, over the ranks that share a tensor.
@@ -311,8 +320,10 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
 
 
 def collective(gpu: Accelerator, size: float, ranks: int, stride: int) -> float:
-    """Seconds of an all-gather or reduce-scatter of `size` bytes over `ranks` that lie `stride` apart, at full
-    bandwidth: by NVLink in each domain, whose ranks share the way between domains."""
+    """Seconds of an all-gather or reduce-scatter of `size` bytes over `ranks` that lie `stride` apart.
+
+    It runs at full bandwidth, by NVLink in each domain, whose ranks share the way between domains.
+    """
     inside = min(ranks, max(1, gpu.nvlink_gpus // stride))
     domains = ranks / inside
     return size * ((inside - 1) / inside / gpu.nvlink + (domains - 1) / domains / inside / gpu.network)

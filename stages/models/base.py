@@ -31,10 +31,12 @@ Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-for
 RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
 LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
 Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4"]
-BF16_SHARE = 0.15
-"""Share of the layers, from the last one backwards, whose products stay in bf16 under FP4: the NVFP4 paper
-(arXiv:2509.25149) keeps about as many linear layers in bf16, and finds the last layers to be enough."""
 """The precision of matrix products. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
+BF16_SHARE = 0.15
+"""Share of the layers, from the last one backwards, whose products stay in bf16 under FP4.
+
+The NVFP4 paper (arXiv:2509.25149) keeps about as many linear layers in bf16, and finds the last layers to be enough.
+"""
 PositiveCount = Annotated[int, Range(1, 1e15)]
 MOST_PARAMETERS = 10**14
 """Maximum parameters of a model; the largest published ones have 2e12."""
@@ -50,8 +52,10 @@ def layers_in_bf16(precision: Precision, layers: int) -> int:
 
 
 class Yarn(Config):
-    """YaRN (Peng et al., 2023, arXiv:2309.00071): divides slow rotary frequencies by `factor`, keeps fast ones, and
-    scales queries and keys by 0.1 ln(factor) + 1 each."""
+    """YaRN (Peng et al., 2023, arXiv:2309.00071), which changes rotary frequencies for a longer context.
+
+    It divides slow frequencies by `factor`, keeps fast ones, and scales queries and keys by 0.1 ln(factor) + 1 each.
+    """
 
     factor: Annotated[float, Range(1, 4096, "DeepSeek-V3: 40", above=True)] = Field(
         description="ratio of the new context length to original_length"
@@ -108,12 +112,14 @@ class ModelConfig(Config, ABC):
     stated_parameters: StatedParameters | None = operational(None, "expected parameter counts; null: not checked")
 
     zero_centered_norms: ClassVar[bool] = False
-    """Whether the norms around and in an attention layer multiply by 1 + weight, so that weights start as zeros."""
+    """True if the norms around and in an attention layer multiply by 1 + weight, so that weights start as zeros."""
     spec_module: ClassVar[str]
     """The module that defines SPEC, the architecture's ModelSpec."""
     yarn_scales_heads: ClassVar[bool] = False
-    """Whether YaRN's factor is of whole queries and keys, where a part of them has no rotary embedding; as the
-    architecture's class in transformers has it."""
+    """True if YaRN's factor scales whole queries and keys, though a part of them has no rotary embedding.
+
+    The architecture's class in transformers decides it.
+    """
     if TYPE_CHECKING:  # each architecture declares the field with its name as the only value
         architecture: str
 
@@ -164,8 +170,10 @@ class ModelConfig(Config, ABC):
         return 0.0
 
     def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:
-        """Bytes of temporary tensors that a forward pass of a layer writes, for each of a rank's tokens, with SwiGLU as
-        one kernel."""
+        """Bytes of temporary tensors that a forward pass of a layer writes, for each of a rank's tokens.
+
+        SwiGLU counts as one kernel.
+        """
         return 0.0
 
     def masked_windows(
@@ -198,13 +206,17 @@ class ModelConfig(Config, ABC):
         """The sizes in words."""
 
     def cache_bytes(self, size: int, ranks: int, tokens: int) -> int:
-        """Bytes that the model keeps of a text of so many tokens on each of so many tensor ranks while it generates:
-        keys and values, or what stands for them. size: bytes of a number."""
+        """Bytes that the model keeps of a text of so many tokens on each of so many tensor ranks while it generates.
+
+        They are keys and values, or what stands for them. `size` is the bytes of a number.
+        """
         return size * sum(a.cached(tokens, ranks) for a in self.attention())
 
     def full_attention(self) -> list[AttentionCost]:
-        """The attention layers if each kept keys and values of all its heads and tokens: what `long_context` compares
-        with. The default leaves out windows."""
+        """The attention layers if each kept keys and values of all its heads and tokens.
+
+        `long_context` compares with these. The default leaves out windows.
+        """
         return [replace(a, window=None) for a in self.attention()]
 
     def inner_widths(self) -> dict[str, int]:
@@ -212,13 +224,14 @@ class ModelConfig(Config, ABC):
         return {}
 
     def layout_obstacle(self, layout: Layout) -> str | None:
-        """The setting of a layout in which the model cannot be trained, as a sentence that starts with it; None without
-        one. What `split_sizes` states is not repeated."""
+        """The setting of a layout in which the model cannot be trained; None without one.
+
+        It is a sentence that starts with the setting. Obstacles that `split_sizes` states are not repeated.
+        """
         return None
 
     def export_obstacle(self) -> str | None:
-        """The property of the model that its class in transformers cannot express, in one sentence; None without
-        one."""
+        """A sentence on the property of the model that its class in transformers cannot express; None without one."""
         return None
 
     # -- derived methods ----------------------------------------------------------------------------------------------

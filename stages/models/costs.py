@@ -45,8 +45,11 @@ class StateCost(AttentionCost):
     """Equal layers of linear attention: each head has a state of `qk` x `v` numbers, whatever the length of a row."""
 
     def keys(self, sequence_length: int) -> float:
-        """The keys that cost as much as a token's products with the state: four of its size, as NVIDIA counts the
-        delta rule (flop_utils.py of Megatron-Bridge)."""
+        """The keys that cost as much as a token's products with the state.
+
+        They are counted as four products of its size, as NVIDIA counts the delta rule (flop_utils.py of
+        Megatron-Bridge).
+        """
         return 4 * self.qk * self.v / (self.qk + self.v)
 
     def cached(self, tokens: int, ranks: int) -> int:
@@ -55,9 +58,10 @@ class StateCost(AttentionCost):
 
 
 def training_flops(matrices: int, attention: Iterable[AttentionCost], sequence_length: int) -> float:
-    """Training FLOPs of one token: 2 forward and 4 backward for each matrix parameter that the token uses (including
-    the output head, but not the input table, which is a lookup), and the same for each product of its query with a key
-    and of a score with a value.
+    """Training FLOPs of one token, 2 forward and 4 backward for each matrix parameter that the token uses.
+
+    The output head counts, but not the input table, which is a lookup. Each product of the token's query with a key and
+    of a score with a value counts in the same way.
 
     NVIDIA's published tables count in the same way (docs/performance-summary.md of Megatron-Bridge); Chowdhery et al.
     (2022, appendix B) count attention without causality. Recomputation is not added: these are the model's FLOPs, not
@@ -70,8 +74,10 @@ def training_flops(matrices: int, attention: Iterable[AttentionCost], sequence_l
 
 @dataclass(frozen=True)
 class MemoryShare:
-    """The parameters on one rank, by the group of ranks that shares their optimizer state: experts lie on fewer
-    ranks."""
+    """The parameters on one rank, by the group of ranks that shares their optimizer state.
+
+    Experts lie on fewer ranks.
+    """
 
     dense: int
     experts: int
@@ -104,10 +110,13 @@ class Rows:
 
 @cache
 def sliced_attention(rows: Rows, window: int | None) -> tuple[float, float]:
-    """(scores, keys) for each query, when each slice of SLICE queries is computed by itself, with one document in a row
-    unless `rows` states its longest. A slice sees no keys before its window or its first document. Documents of
-    rows with targets are computed as batches, each with its own keys."""
+    """The scores and the keys for each query, when each slice of SLICE queries is computed by itself.
+
+    A row has one document unless `rows` states its longest. A slice sees no keys before its window or its first
+    document. Documents of rows with targets are computed as batches, each with its own keys.
+    """
     if rows.targets is not None:
+        # Each document but the first has keys of its prefix once more.
         return rows.longest or rows.length, 1 + rows.prefixed / (rows.rows * rows.length)
     most = min(window or rows.length, rows.longest or rows.length)
     slices = [(start, min(start + SLICE, rows.length)) for start in range(0, rows.length, SLICE)]

@@ -1,5 +1,6 @@
-"""Decoders whose layers are an attention and a feed-forward part, each behind a norm: their tensors and the costs of a
-layer in closed form, from those of the two parts. No torch here.
+"""Decoders whose layers are an attention and a feed-forward part, each behind a norm. No torch here.
+
+This module has their tensors and the costs of a layer in closed form, from those of the two parts.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ class DecoderConfig(ModelConfig):
 
     @staticmethod
     def has_engine_attention(layout: Layout, precision: Precision, rows: Rows, fused: bool) -> bool:
-        """Returns True if attention is surely Transformer Engine's: in plain rows, if the precision or the layout needs
-        it, or if `fused` states it. This project's attention keeps more."""
+        """Returns True if attention is surely Transformer Engine's; this project's attention keeps more.
+
+        That is so in plain rows if the precision or the layout needs it, or if `fused` states it.
+        """
         return not rows.packed and (fused or layout.needs_engine or precision not in ("fp32", "bf16"))
 
     # -- the attention of a layer -------------------------------------------------------------------------------------
@@ -33,8 +36,10 @@ class DecoderConfig(ModelConfig):
 
     @abstractmethod
     def attention_memory(self, layer: int) -> tuple[int, int]:
-        """(whole on each tensor rank, cut by tensor parallelism) parameters of a layer's attention; the second before
-        it is cut."""
+        """Parameters of a layer's attention: (whole on each tensor rank, cut by tensor parallelism).
+
+        The second are those before they are cut.
+        """
 
     @abstractmethod
     def attention_activations(
@@ -46,8 +51,10 @@ class DecoderConfig(ModelConfig):
         """
 
     def attention_inputs(self, layer: int) -> int:
-        """Numbers in the inputs of the matrices of a layer's attention that Transformer Engine keeps quantized and not
-        in bf16 too, for each of the rank's tokens."""
+        """Numbers in the inputs of a layer's attention matrices that are kept quantized alone.
+
+        Transformer Engine keeps these without a copy in bf16. The count is for each of the rank's tokens.
+        """
         return self.hidden_size
 
     def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
@@ -70,8 +77,11 @@ class DecoderConfig(ModelConfig):
 
     @abstractmethod
     def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
-        """(whole on each tensor rank, cut by tensor parallelism, of experts on one rank) parameters of the feed-forward
-        part of a layer; the second before it is cut."""
+        """Parameters of the feed-forward part of a layer, in three counts.
+
+        The first are whole on each tensor rank. The second are cut by tensor parallelism, and are counted
+        before that. The third are those of the experts on one rank.
+        """
 
     @abstractmethod
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
@@ -81,8 +91,10 @@ class DecoderConfig(ModelConfig):
         """
 
     def mlp_inputs(self, layout: Layout, layer: int) -> int:
-        """Numbers in the inputs of the feed-forward matrices of a layer for each of the rank's tokens; without the norm
-        that a router and shared experts read too."""
+        """Numbers in the inputs of the feed-forward matrices of a layer for each of the rank's tokens.
+
+        They leave out the norm that a router and shared experts read too.
+        """
         shapes, at = self.mlp_shapes(layer), "experts.local_experts.0."
         if at + "linear_fc1.weight" not in shapes:
             return sum(shapes[f"{name}.weight"][1] for name in ("linear_fc1", "linear_fc2"))
@@ -134,9 +146,12 @@ class DecoderConfig(ModelConfig):
     def layer_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool = False
     ) -> dict[str, float]:
-        """A rank's tokens are its share of a micro-batch under context and sequence parallelism, rows * length /
-        (context * tensor). Between the projections it works on `tensor` times as many tokens and 1/tensor of the heads,
-        which comes to the same."""
+        """Bytes by tensor that the backward pass of a layer needs, for each of a rank's tokens.
+
+        A rank's tokens are its share of a micro-batch under context and sequence parallelism, rows * length / (context
+        * tensor). Between the projections it works on `tensor` times as many tokens and 1/tensor of the heads, which
+        comes to the same.
+        """
         size = 4 if precision == "fp32" else 2
         tokens = size * self.hidden_size
         quantized = self.attention_inputs(layer) + self.mlp_inputs(layout, layer) if precision in EIGHT_BITS else 0
@@ -147,6 +162,7 @@ class DecoderConfig(ModelConfig):
             "input of the second half": tokens,
             "its norm": tokens,
             **self.mlp_activations(layout, size, layer, fused),
+            # Negative: these inputs are counted above in the model's type, and kept in 8 bits.
             "inputs of matrices in 8 bits": -(size - EIGHT_BITS_BYTES) * quantized,
         }
 

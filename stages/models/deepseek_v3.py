@@ -71,8 +71,11 @@ class DeepseekV3Config(SigmoidMixtureConfig):
         return None
 
     def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """A head of `linear_q_up_proj` is its part without rotary embedding and the one with it; of
-        `linear_kv_up_proj`, its key and its value."""
+        """The shapes of a layer's attention tensors by name.
+
+        A head of `linear_q_up_proj` is its part without rotary embedding and the one with it. A head of
+        `linear_kv_up_proj` is its key and its value.
+        """
         matrices, q = self._attention_matrices, self.q_lora_rank
         return {
             **{f"{name}.weight": shape for name, shape in matrices.items()},
@@ -110,8 +113,11 @@ class DeepseekV3Config(SigmoidMixtureConfig):
     def attention_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
-        """A latent is kept before and after its norm; this project's attention widens the narrower ones of queries,
-        keys and values, and narrows its output again."""
+        """Bytes by tensor that the attention of a layer keeps for each of the rank's tokens.
+
+        A latent is kept before and after its norm; this project's attention widens the narrower ones of queries, keys
+        and values, and narrows its output again.
+        """
         size = 4 if precision == "fp32" else 2
         qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
         keys, copied, wide = keys_of_tokens(layout, rows), self._copies_output(precision, rows), max(qk, v)
@@ -132,8 +138,12 @@ class DeepseekV3Config(SigmoidMixtureConfig):
         return (self.q_lora_rank or 0) + self.kv_lora_rank
 
     def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
-        """The gradients of queries, keys, values and output; by slices of queries, in fp32, those of keys and values of
-        this slice, of those before, and their sum. The narrowed output is gone."""
+        """Bytes that the attention of a layer has at one time beyond what it keeps, for each of the rank's tokens.
+
+        In bf16 these are the gradients of queries, keys, values and output. In fp32, which goes by slices of queries,
+        they are those of keys and values of this slice, of the slices before, and their sum. The narrowed output is
+        gone.
+        """
         if self.has_engine_attention(layout, precision, rows, False):
             return 0.0
         size, gradients = (4, 6) if precision == "fp32" else (2, 4)

@@ -1,5 +1,7 @@
-"""A mixture of experts of the GPT-OSS shape (arXiv:2508.10925): layers with a sliding window and layers with full
-attention take turns, the first with a window. transformers loads its export as GptOssForCausalLM. No torch here.
+"""A mixture of experts of the GPT-OSS shape (arXiv:2508.10925). No torch here.
+
+Layers with a sliding window and layers with full attention take turns, the first with a window. transformers loads its
+export as GptOssForCausalLM.
 
 Each head has a sink, a score of its own in the softmax, and all matrices but embeddings have biases. An expert computes
 (up + 1) * gate * sigmoid(1.702 gate), with gate and up cut off at 7.
@@ -91,10 +93,13 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
     def attention_activations(
         self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
     ) -> dict[str, float]:
-        """PyTorch has no kernel with sinks for a GPU: there plain products keep the scores of every query, in fp32 and
+        """Bytes by tensor that the attention of a layer keeps for each of the rank's tokens.
+
+        PyTorch has no kernel with sinks for a GPU: there plain products keep the scores of every query, in fp32 and
         rounded, and the keys and values of each slice of queries for all heads. Transformer Engine has one for rows of
         one document; it is counted on if the precision or the layout needs it. fp32 is counted as on a CPU, whose
-        kernel keeps none."""
+        kernel keeps none.
+        """
         if precision == "fp32" or self.has_engine_attention(layout, precision, rows, fused):
             return super().attention_activations(layout, precision, rows, layer, fused)
         q = self.heads * self.head_dim
@@ -134,8 +139,11 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
         }
 
     def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
-        """Or, in the backward pass, the gradients of what the experts return, and three tensors in fp32 of the weighted
-        biases of one expert."""
+        """Bytes that the feed-forward part of a layer has at one time beyond what it keeps, for each token of the rank.
+
+        It is the larger of two states: tokens on their way to experts, and the backward pass. The latter has the
+        gradients of what the experts return, and three tensors in fp32 of the weighted biases of one expert.
+        """
         size, numbers = 4 if precision == "fp32" else 2, self.hidden_size * self.num_experts_per_tok
         local = self.experts // layout.ep
         sent = sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision, alone=local == 1)

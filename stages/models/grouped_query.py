@@ -99,9 +99,13 @@ class GroupedQueryConfig(DecoderConfig):
         return tensors | {"attention's output": size * q, "log-sum-exp of the scores": 4 * self.heads}
 
     def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
-        """The norms of queries and keys in the backward pass, or without norms their rotation in the forward pass:
-        some tensors in fp32 of the queries, beside these and what they are made of. The output is not there. Or, by
-        slices of queries, gradients of keys and values in the backward pass, before and with those of a slice."""
+        """Bytes that the attention of a layer has at one time beyond what it keeps, for each of the rank's tokens.
+
+        They belong to the norms of queries and keys in the backward pass, or without norms to their rotation in the
+        forward pass: some tensors in fp32 of the queries, beside these and what they are made of. The output is not
+        there. Or, by slices of queries, they are gradients of keys and values in the backward pass, before and with
+        those of a slice.
+        """
         if self.has_engine_attention(layout, precision, rows, False):
             return 0.0
         size = 4 if precision == "fp32" else 2
@@ -189,8 +193,10 @@ def keys_of_tokens(layout: Layout, rows: Rows) -> float:
 
 
 def _copies_of_output(precision: Precision, rows: Rows) -> int:
-    """Copies of the output of this project's attention, which computes rows side by side, and in fp32 by slices of
-    queries or by documents of like length."""
+    """Copies of the output of this project's attention.
+
+    It computes rows side by side, and in fp32 by slices of queries or by documents of like length.
+    """
     return int(rows.rows > 1 or precision == "fp32")
 
 
@@ -200,15 +206,19 @@ def swiglu_shapes(hidden: int, intermediate: int, at: str = "") -> dict[str, tup
 
 
 def swiglu_activations(size: int, intermediate: int, fused: bool) -> dict[str, float]:
-    """Bytes that a SwiGLU keeps for each token: gate and up, and, unless it is one fused kernel, silu(gate), up, and
-    their product."""
+    """Bytes that a SwiGLU keeps for each token.
+
+    They are gate and up, and, unless it is one fused kernel, silu(gate), up, and their product.
+    """
     return {"gate and up": 2 * size * intermediate, "SwiGLU": (1 if fused else 3) * size * intermediate}
 
 
 def swiglu_gradients(hidden: int, intermediate: int, layout: Layout, precision: Precision) -> float:
-    """Bytes for each token of a rank of the gradients in the backward pass of a SwiGLU: of its output, which skips it
-    too, and gathered over tensor ranks, and of the product; or then of the product and its two factors, without the
-    product."""
+    """Bytes of the gradients in the backward pass of a SwiGLU, for each token of a rank.
+
+    At one time these are of its output, which skips it too, and gathered over tensor ranks, and of the product. Later
+    they are of the product and its two factors, without the product.
+    """
     size = 4 if precision == "fp32" else 2
     return size * (hidden + intermediate + max(intermediate, layout.tp * hidden if layout.tp > 1 else 0))
 

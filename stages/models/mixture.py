@@ -1,5 +1,6 @@
-"""A mixture of experts as the feed-forward part of a layer: its settings, and its costs in closed form, for decoders
-with any attention. No torch here.
+"""A mixture of experts as the feed-forward part of a layer, for decoders with any attention. No torch here.
+
+This module has its settings, and its costs in closed form.
 
 A token visits `num_experts_per_tok` of the experts of a layer. Of `MixtureConfig` these are SwiGLUs, all tokens visit
 the shared ones if there are some, and the first `dense_layers` have one SwiGLU instead.
@@ -157,7 +158,10 @@ class MixtureConfig(RoutedConfig):
         return sparse * (self.experts * hidden + expert) + self.dense_layers * dense
 
     def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
-        """Routers are whole on each tensor rank. (Biases of experts are no parameters: a few kilobytes.)"""
+        """Parameters as in `Decoder.mlp_memory`; routers are whole on each tensor rank.
+
+        Biases of experts are no parameters: a few kilobytes.
+        """
         hidden = self.hidden_size
         if layer < self.dense_layers:
             return 0, 3 * hidden * (self.intermediate_size or 0), 0
@@ -238,12 +242,16 @@ class GroupedMixtureConfig(MixtureConfig, GroupedQueryConfig):
 
 
 def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precision, alone: bool) -> float:
-    """Bytes of tokens on their way to experts and back, for each of a rank's tokens: as sorted for the ranks that have
-    them, as received, as the experts return them and as sorted back. With all experts on one rank these are what each
-    expert returns, and that side by side. Ranks that split experts sum what these return, below fp32 after another copy
-    in fp32, and have their part of the sum. If all ranks gather all tokens, there are as many outputs, which are summed
-    in fp32. alone: a rank has one expert, for which nothing is sorted: it gets what is received, and returns what is
-    sent."""
+    """Bytes of tokens on their way to experts and back, for each of a rank's tokens.
+
+    They are counted as sorted for the ranks that have them, as received, as the experts return them and as sorted back.
+    With all experts on one rank these are what each expert returns, and that side by side. Ranks that split experts sum
+    what these return, below fp32 after another copy in fp32, and have their part of the sum. If all ranks gather all
+    tokens, there are as many outputs, which are summed in fp32.
+
+    `alone` means that a rank has one expert, for which nothing is sorted: it gets what is received, and returns what is
+    sent.
+    """
     size, split, copies = 4 if precision == "fp32" else 2, layout.split_experts, hidden_size * top_k
     in_fp32 = 0 if precision == "fp32" else 4  # bytes of a copy in fp32 of what is summed
     if layout.ep * split == 1:
@@ -260,8 +268,11 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
 
 
 def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
-    """At most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible; of equally
-    near choices, the fewest."""
+    """At most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible.
+
+    The first number is the experts, the second those that a token visits. Of equally near choices, the fewest are
+    taken.
+    """
     if experts <= PROXY_EXPERTS:
         return experts, top_k
     pairs = [
@@ -328,8 +339,10 @@ class SigmoidMixtureConfig(MixtureConfig):
         return {**experts, **self._scaled_groups(experts["experts"], experts["num_experts_per_tok"])}
 
     def _scaled_groups(self, experts: int, top_k: int) -> dict[str, int]:
-        """Groups for a proxy with so many experts, of which a token visits as large a share as possible of the
-        recipe's; one group if no other number fits."""
+        """Groups for a proxy with so many experts, and those that a token visits.
+
+        Their ratio is as near to the recipe's as possible. It is one group if no other number fits.
+        """
         chosen = top_k // BEST
         wanted = self.n_group * chosen / self.topk_group
         sizes = [n for n in range(chosen, experts // BEST + 1) if experts % n == 0 and chosen * experts // n >= top_k]

@@ -87,8 +87,11 @@ class Layout(Config):
 
     @property
     def width_unit(self) -> int:
-        """Rows are padded to a multiple of this many tokens: two slices for each context rank (the zigzag that evens
-        out causal attention), each cut again by sequence parallelism."""
+        """The unit of a row's width in tokens, to a multiple of which rows are padded.
+
+        It is two slices for each context rank (the zigzag that evens out causal attention), each cut again by sequence
+        parallelism.
+        """
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
     @property

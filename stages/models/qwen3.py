@@ -1,5 +1,7 @@
-"""A dense decoder of the Qwen3 shape: grouped-query attention with normalized queries and keys, and one SwiGLU in each
-layer. transformers loads its export as Qwen3ForCausalLM. No torch here.
+"""A dense decoder of the Qwen3 shape. No torch here.
+
+It has grouped-query attention with normalized queries and keys, and one SwiGLU in each layer. transformers loads its
+export as Qwen3ForCausalLM.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""A hybrid of linear and full attention of the Qwen3-Next shape: gated delta nets (Yang et al., 2024,
-arXiv:2412.06464), every few layers a gated attention instead, and in each layer experts with a shared one.
+"""A hybrid of linear and full attention of the Qwen3-Next shape, with experts in each layer.
+
+Most layers are gated delta nets (Yang et al., 2024, arXiv:2412.06464), every few layers a gated attention instead. Each
+layer's experts have a shared one.
 
 A gated delta net keeps a state of fixed size where attention keeps the keys and values of all tokens. No torch here:
 `atom plan` reads this file.
@@ -24,7 +26,7 @@ HeadWidth = Annotated[int, Range(1, 1024, "Qwen3-Next: 128")]
 CHUNK = 64
 """Tokens that the delta rule computes together."""
 STATE_BYTES = 4
-"""Of a number in the state of a layer while it generates: fp32."""
+"""Bytes of a number in the state of a layer while it generates, which is fp32."""
 
 
 class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
@@ -182,8 +184,11 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         )
 
     def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
-        """A gated attention has gradients of its gates in the backward pass, and a delta net has what its chunks of the
-        forward pass are made of, as simulated ranks show. The output is not there."""
+        """Bytes that the attention of a layer has at one time beyond what it keeps, for each of the rank's tokens.
+
+        A gated attention has gradients of its gates in the backward pass, and a delta net has what its chunks of the
+        forward pass are made of, as simulated ranks show. The output is not there.
+        """
         is_narrow = precision != "fp32"
         if not self.is_linear(layer):
             q = self.heads * self.head_dim
@@ -209,6 +214,7 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
         key, value = self.linear_key_head_dim, self.linear_value_head_dim
         copies = 2
         if rows.packed:
+            # In packed rows the convolution is a sum over its width, of which each term keeps a copy.
             copies = self.linear_conv_kernel_dim + (2 if rows.prefixed else 1)
         with_prefixes = {
             "the convolution's inputs": size * (2 * self.key_width + values) * copies,

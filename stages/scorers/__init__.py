@@ -19,8 +19,10 @@ from typing import Any
 from stages.scorers import courtesy_v1, exact_v1, instructions_v1, problems_v1, response_v1
 
 Score = Callable[[Mapping[str, Any], str, bool], dict[str, float]]
-"""(row of the task, what `answer_of` takes of the text, whether it ended by itself) -> parts by name; `reward` is the
-total."""
+"""(row of the task, what `answer_of` takes of the text, whether it ended by itself) -> parts by name.
+
+`reward` is the total.
+"""
 PROBLEMS = ("problems", "1")
 """Scores outputs of base models; it takes the expected answer and the whole output."""
 SCORERS: dict[tuple[str, str], Score] = {
@@ -32,7 +34,7 @@ SCORERS: dict[tuple[str, str], Score] = {
 LATEST = {"courtesy": "1", "exact": "1", "instructions": "1"}
 """The versions that score new outputs."""
 answer_of = response_v1.answer_of
-"""What scorers of conversations score of a text."""
+"""Returns the part of a text that scorers of conversations score."""
 answer_of_problem, score_problem = problems_v1.answer_of, problems_v1.score
 
 

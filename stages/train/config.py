@@ -1,5 +1,7 @@
-"""The training sections of a recipe (`pretrain`, `midtrain`, `long_context`), and the config of the stages that run
-them."""
+"""The training sections of a recipe, and the config of the stages that run them.
+
+The sections are `pretrain`, `midtrain` and `long_context`.
+"""
 
 from __future__ import annotations
 
@@ -240,8 +242,10 @@ class PhaseConfig(PhaseBase):
 
     @property
     def least_slots(self) -> int:
-        """Inputs that each row has at least, with padding: all, if kernels are repeated with the sizes of a first
-        run."""
+        """Inputs that each row has at least, with padding.
+
+        They are all of the sequence if kernels are repeated with the sizes of a first run.
+        """
         return self.sequence_length if self.parallelism.cuda_graphs else 0
 
     @property

@@ -81,10 +81,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one micro-batch, each [rows, width]; `loss_mask` is 1 where a target carries loss, `padding` is True
-    where an input is padding (Megatron's router leaves those out of its balance). `starts`, where rows are packed: the
-    position at which the segment of each position begins; padding is a segment of its own. `extras`: what an objective
-    other than the plain loss needs, each [rows] or [rows, width].
+    """Rows of one micro-batch, each [rows, width].
+
+    `loss_mask` is 1 where a target carries loss, `padding` is True where an input is padding (Megatron's router leaves
+    those out of its balance). `starts`, where rows are packed: the position at which the segment of each position
+    begins; padding is a segment of its own. `extras`: what an objective other than the plain loss needs, each [rows] or
+    [rows, width].
 
     `prefixes`, where segments continue others: first position and end of what stands before the segment of each
     position, int64 [2, rows, width]; equal numbers stand for nothing.
@@ -194,7 +196,7 @@ class RankBatch:
         quantized: bool = False,
         slots: int = 0,
     ) -> RankBatch:
-        """slots: that each row has at least.
+        """Reads this rank's part of the rows of a step, each with at least `slots` inputs.
 
         Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
         micro-batches are the same in every layout. An uneven last part (only in evaluation) is filled with padding.
@@ -267,6 +269,7 @@ class Order:
             "sequence_length": phase.sequence_length,
         }
         expected |= {"ramp": [list(ramp_step) for ramp_step in phase.row_ramp], "pack": phase.pack}
+        # Orders that were made before these settings existed do not state them.
         for name, value in expected.items():
             if meta.get(name, {"ramp": [], "pack": False}.get(name)) != value:
                 raise AtomError(f"order artifact {order.key} was made for {name} = {meta.get(name)}, not {value}")
@@ -282,6 +285,7 @@ class Order:
         self.lock = threading.Lock()
         self.open: tuple[int, _PartReader] | None = None
         """The number of the part that was read last, and its reader."""
+        # Opened now, so that a table with a wrong number of rows fails before the first step.
         self._reader(0)
         self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the parts before this one, by source
 
@@ -315,6 +319,7 @@ class Order:
         Cheap for one step after another, and a part of the table is read for any other step.
         """
         number, counts = self.counted
+        # After a rewind the count begins anew.
         if number and self.parts[number - 1].last > step:
             number, counts = 0, Counter()
         while number < len(self.parts) and self.parts[number].last <= step:
@@ -358,6 +363,7 @@ class _PartReader:
     def __init__(self, file: Path, columns: Sequence[str]) -> None:
         self.file, self.columns = pq.ParquetFile(file), [*columns]
         step = self.file.schema_arrow.get_field_index("step")
+        # The rows are in the order of steps, so these statistics find a step without reading other row groups.
         groups = [self.file.metadata.row_group(i).column(step).statistics for i in range(self.file.num_row_groups)]
         self.spans = [(group.min, group.max) for group in groups]
         """First and last step of each row group."""
@@ -418,6 +424,7 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
             loss_from = max(0, document["loss_from"] - 1)
             segment = Segment(source, document["id"], document["ordinal"], 0, length, loss_from, document["part"])
             rows.append(Row((segment,)))
+    # The cut may leave no target that carries loss.
     rows = [row for row in rows if row.targets]
     if not rows:
         raise RecipeError(

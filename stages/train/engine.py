@@ -38,8 +38,11 @@ UpdateCheck = Callable[[float, float | None], str | None]
 
 
 Objective = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
-"""(minus the log-probability of each target [rows, width], the batch) -> the sum to minimize, which the engine divides
-by the share's targets, and figures that are summed over the step; for a name `max_…` the maximum is kept."""
+"""(minus the log-probability of each target [rows, width], the batch) -> the sum to minimize, and figures.
+
+The engine divides the sum by the share's targets. The figures are summed over the step; for a name `max_…` the maximum
+is kept.
+"""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,11 @@ class Piece:
 
 
 class BucketedDDP(DistributedDataParallel):  # type: ignore[misc]
-    """Cuts gradients into buckets on every pipeline rank, so that `overlap_gradients` hides their reduction; Megatron
-    does on the first rank only, and reduces all of a later rank's at once, after its backward pass."""
+    """Megatron's DDP with gradients cut into buckets on every pipeline rank.
+
+    `overlap_gradients` then hides their reduction. Megatron does so on the first rank only, and reduces all of a later
+    rank's at once, after its backward pass.
+    """
 
     @property
     def bucket_size(self) -> int | None:
@@ -100,11 +106,14 @@ class Engine:
     """Holds model and optimizer. Every method is collective: all ranks call it with the same arguments."""
 
     def __init__(self, config: TrainerConfig, ranks: Ranks, vocab_size: int) -> None:
-        """vocab_size: of the tokenizer; ids beyond it only pad the model's table."""
+        """Builds the model and its optimizer, without initial weights.
+
+        `vocab_size` is that of the tokenizer; ids beyond it only pad the model's table.
+        """
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
         self._is_stale = False
-        """Whether this rank lacks the updated weights of others, which the next step's forward pass gathers."""
+        """True if this rank lacks the updated weights of others, which the next step's forward pass gathers."""
         kind, model = config.phase.precision, config.model
         # Before the model is built: without the kernels, Transformer Engine fails late and in its own words.
         if reason := missing_requirement(kind):
@@ -112,7 +121,7 @@ class Engine:
         self.model_shapes = model.shapes(config.padded_vocab_size)
         self.lora = config.phase.adapter
         self.shapes = self.lora.shapes(self.model_shapes) if self.lora else self.model_shapes
-        """Of the tensors that training changes, which checkpoints hold."""
+        """Shapes of the tensors that training changes, which checkpoints hold."""
         if vocab_size > config.padded_vocab_size:
             raise RecipeError(
                 f"tokenizer.padded_vocab_size = {config.padded_vocab_size} is less than the {vocab_size} tokens of the "
@@ -252,7 +261,7 @@ class Engine:
         return RouterFigures(aux, z if self.routers.routing.z_loss else None, experts)
 
     def _gradients(self) -> dict[str, float]:
-        """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
+        """Norms of the present gradients by part of the model, such as embedding, each layer's attention, experts."""
         parts = sorted({part_of(name) for name in self.shapes})
         # In float64, and what several ranks hold once, so that every layout gives the same norms.
         squares, tied = torch.zeros(len(parts), dtype=torch.float64), self.config.model.tie_embeddings
@@ -273,12 +282,15 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             result = self._run(rank_batch, forward_only=True, objective=objective)
+        # Dropped: the figures of the next step are to be of that step alone.
         routers.collect_losses()
         return result
 
     def full_tensors(self, by_turns: bool = True) -> FullTensors:
-        """The full tensors that training changes, as the model computes with them, by global name, each put together
-        when it is read. by_turns: whether data ranks take turns at it."""
+        """The full tensors that training changes, as the model computes with them, by global name.
+
+        Each is put together when it is read. `by_turns` has data ranks take turns at it.
+        """
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
         model = self.config.model
@@ -315,8 +327,9 @@ class Engine:
         return [*(tensor.data for _, tensor in named_tensors(self.chunks)), *self.buffers.values()]
 
     def _run(self, rank_batch: RankBatch, forward_only: bool, objective: Objective) -> tuple[float, dict[str, float]]:
-        """Runs this rank's batch through Megatron's schedule; returns the mean of the objective over all ranks, and its
-        figures.
+        """Runs this rank's batch through Megatron's schedule.
+
+        Returns the mean of the objective over all ranks, and its figures.
 
         The loss of a step is the mean over its loss-carrying targets on all ranks. Megatron averages over micro-batches
         and DDP over ranks, so each micro-batch's sum is scaled back by both counts.
@@ -387,7 +400,7 @@ class Engine:
         return loss, extras
 
     def _inputs(self, batch: Batch, model: Any) -> Iterator[Tensor]:
-        """ids, positions, labels, loss mask and padding for this rank's part of the model.
+        """The ids, positions, labels, loss mask and padding for this rank's part of the model.
 
         Positions are only for Megatron's signature: attention computes its own.
         """
@@ -415,8 +428,11 @@ class Engine:
         return self.replay.forward(self.ddp.index(model), routes)
 
     def _set_rates(self, lr: float) -> None:
-        """Megatron marks groups that are not to be decayed (norms) with `wd_mult` 0 and leaves it to its scheduler to
-        multiply; a loop without that scheduler would decay them silently."""
+        """Sets the learning rate and weight decay of each group of the optimizer.
+
+        Megatron marks groups that are not to be decayed (norms) with `wd_mult` 0 and leaves it to its scheduler to
+        multiply; a loop without that scheduler would decay them silently.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.config.phase.optimizer.weight_decay * group.get("wd_mult", 1.0)
@@ -435,6 +451,7 @@ class Engine:
             yield piece, {"weight": buffer.flatten()}
 
     def _buffer_pieces(self) -> Iterator[tuple[Piece, Tensor]]:
+        # An adapter leaves the biases of experts as they are: they are its base's.
         for name, buffer in ({} if self.lora else self.buffers).items():
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
@@ -465,6 +482,7 @@ class Engine:
             part._copy_main_params_to_model_params()
         for chunk in self.ddp:
             chunk.start_param_sync(force_sync=True)
+        # Without the moments a new optimizer begins, whose updates count from 0.
         self.step_done = step if moments else 0
 
     def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
@@ -480,6 +498,7 @@ class Engine:
     def _distributed_optimizers(self) -> list[Any]:
         """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        # A rank without parameters of a kind has a stub, which owns no state.
         return [part for part in parts if not part.is_stub_optimizer]
 
     def _owned_state(self) -> Iterator[tuple[Piece, Any, Tensor, dict[str, Tensor]]]:
@@ -521,8 +540,10 @@ def part_of(name: str) -> str:
 
 
 def _weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method for Megatron's config, which outlives the engine: held there, model, optimizer and the threads of their
-    process groups would outlive it too."""
+    """A method for Megatron's config, which outlives the engine.
+
+    Held there, model, optimizer and the threads of their process groups would outlive it too.
+    """
     reference = weakref.WeakMethod(method)
 
     def call(*args: Any) -> Any:

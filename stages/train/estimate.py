@@ -56,6 +56,7 @@ def estimate(config: TrainConfig) -> Estimate:
         memory_bytes=memory,
         host_bytes=owned,
         disk_bytes=disk,
+        # A work checkpoint has two files of each rank, its marker and the parts of a release checkpoint.
         files=work * (2 * layout.ranks + 1 + checkpoint.files) + releases * checkpoint.files,
         published=checkpoint.published(trained, has_step_0),
         parameters=parameters,
@@ -89,6 +90,7 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
     rows, first, seconds = Rows(phase.micro_rows, phase.sequence_length), phase.first_step, 0.0
     for last, batch_rows in (*phase.row_ramp, (phase.steps, phase.rows_of(phase.steps))):
         micro_batches = batch_rows // rows.rows // layout.data
+        # A continued phase begins beyond the steps of some batch sizes.
         if last >= first:
             bf16_layers = layers_in_bf16(phase.precision, config.model.layers)
             states = phase.optimizer.matrices.bytes
@@ -128,6 +130,7 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     rows: a micro-batch.
     """
     phase, model, layout, vocabulary = config.phase, config.model, config.phase.parallelism, config.padded_vocab_size
+    # The largest batch of a ramp has the most micro-batches in flight.
     micro_batches = max(phase.micro_batch_counts) // layout.data
     share = memory_share(model, vocabulary, layout, pipeline_rank)
     frozen = phase.adapter is not None
@@ -216,8 +219,11 @@ def checkpoint_size(config: TrainerConfig) -> CheckpointSize:
 
 
 def silent_bytes(parameters: Mapping[str, int], checkpoint: int) -> int:
-    """The most bytes of a checkpoint that a rank reads or writes between two reports of progress: it flushes files as
-    they grow, and reads a tensor at once, of which the embedding is the largest. parameters: of the model by part."""
+    """The most bytes of a checkpoint that a rank reads or writes between two reports of progress.
+
+    It flushes files as they grow, and reads a tensor at once, of which the embedding is the largest. `parameters` are
+    those of the model by part.
+    """
     return min(checkpoint, max(FLUSH_BYTES, MASTER * parameters["embedding"]))
 
 

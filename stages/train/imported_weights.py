@@ -97,7 +97,9 @@ class ImportConfig(StartFrom):
 
 
 def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Fills `out` with step-000000/ as pre-training does, the tokenizer's files, and base.json: repository, license
+    """Imports a published model as the first phase of a recipe.
+
+    Fills `out` with step-000000/ as pre-training does, the tokenizer's files, and base.json: repository, license
     and the digest of each imported file.
 
     Raises CheckFailed for files that are not those of the digest, RecipeError for a model that is another than the
@@ -168,6 +170,7 @@ def _pull(config: ImportConfig, target: Path) -> None:
     from pipeline.hub import limits
     from pipeline.hub.client import RemoteRepository, api, is_unsafe, online, translate_errors
 
+    # The sums are pulled last, so the other files are here too. Each is compared with them later.
     if (target / SUMS).is_file() and _digest(target / SUMS) == config.digest:
         return
     remote, name = RemoteRepository(config.repo, "model"), f"{config.repo}@{config.revision}"
@@ -254,13 +257,17 @@ def _json(path: Path) -> dict[str, Any]:
 
 def estimate(config: ImportConfig) -> Estimate:
     total = 4 * config.model.parameters(config.padded_vocab_size)["total"]
+    # An interpreter with its libraries, and the tensors of one file.
     memory = 700_000_000 + min(total, SHARD_BYTES)
     return Estimate(cpu_seconds=10 + total / 2e8, memory_bytes=memory, disk_bytes=2 * total)
 
 
 def start_from_section(model: str) -> dict[str, str]:
-    """The section start_from for a published model: a model's folder of a release, such as RELEASE/model, or a
-    repository of the Hub, with @ and a revision if it is not `main`. Raises AtomError."""
+    """The section start_from for a published model.
+
+    A published model is a model's folder of a release, such as RELEASE/model, or a repository of the Hub, with @ and a
+    revision if it is not `main`. Raises AtomError.
+    """
     if Path(model).is_dir():
         return _stated(Path(model), _repository_of(Path(model))) | {"folder": _portable(model)}
     if (match := REPOSITORY.fullmatch(model)) is None:
@@ -295,8 +302,10 @@ def dtype_of(folder: Path) -> str | None:
 
 
 def require_dtype(repo: str, published: str | None, dtype: str | None) -> str | None:
-    """A sentence if the first phase would publish its weights in another type than those of the model; None if not, or
-    if one of them is not known."""
+    """A sentence if the first phase would publish its weights in another type than those of the model.
+
+    None if not, or if one of them is not known.
+    """
     if None in (published, dtype) or published == dtype:
         return None
     return (

@@ -28,7 +28,7 @@ MOST_DEVIATIONS = 10
 
 
 class Log:
-    """training.jsonl: one line for each step and each held-out evaluation, in order, without times."""
+    """The file training.jsonl, with a line for each step and each held-out evaluation, in order, without times."""
 
     def __init__(self, path: Path, is_writer: bool) -> None:
         self.path, self.is_writer = path, is_writer
@@ -121,9 +121,10 @@ class LogReplay:
         self.lines = self.lines[: self.compared]
 
     def record(self) -> Replayed:
-        """first, last: of the steps that the earlier attempt had finished after the checkpoint, None without any.
+        """The comparison so far, for the record of the start.
 
-        lines: compared so far.
+        `first` and `last` are of the steps that the earlier attempt had finished after the checkpoint, None without
+        any. `lines` are those compared so far.
         """
         first, last = (self.steps[0], self.steps[-1]) if self.steps else (None, None)
         return {
@@ -148,7 +149,7 @@ class LogReplay:
 
 
 def write_start(path: Path, restored_step: int | None, device: Mapping[str, Any], replay: LogReplay) -> None:
-    """restored_step: of the work checkpoint; None if the phase begins."""
+    """Writes the record of a start; `restored_step` is the work checkpoint's, or None if the phase begins."""
     body = {"restored_step": restored_step, "device": dict(device), "replayed": replay.record()}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write(path, json.dumps(body, sort_keys=True) + "\n")

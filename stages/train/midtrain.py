@@ -20,7 +20,9 @@ VERSION = 8
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training; inputs["init"]: the previous phase.
+    """Trains a phase on text that begins with the model of another one.
+
+    inputs["tokens"], inputs["order"], `work` and `out` are as in pre-training; inputs["init"] is the previous phase.
 
     Raises what stages.train.trainer.train raises, and AtomError if the init's tensors do not fit the model.
     """

@@ -45,7 +45,7 @@ class Ranks:
     data_rank: int
     data_ranks: int
     counts_loss: bool
-    """Whether this rank's loss enters the sum: one rank for each share of the tokens."""
+    """True if this rank's loss enters the sum: one rank for each share of the tokens."""
     objects: dist.ProcessGroup | None = field(default=None, compare=False)
     """All ranks as a group of gloo, for objects and for tensors of the host; None: the default group is one."""
     wrapped: list[DistributedDataParallel] = field(default_factory=list, compare=False)
@@ -97,6 +97,7 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
+        # By gloo: with NCCL, the barrier of torch would be a kernel of the GPU.
         self.max(0)
 
 
@@ -196,7 +197,10 @@ def _require_own_gpu(objects: dist.ProcessGroup) -> None:
 
 @contextmanager
 def _no_tf32() -> Iterator[None]:
-    """fp32 products in fp32: the default, unless TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as in NVIDIA's images."""
+    """Computes products of fp32 in fp32.
+
+    This is the default, unless TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as in NVIDIA's images.
+    """
     saved = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -16,7 +16,9 @@ VERSION = 8
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["tokens"]: Megatron shards; inputs["order"]: the tokens that each step reads.
+    """Trains the first phase on text.
+
+    inputs["tokens"] are Megatron shards; inputs["order"] holds the tokens that each step reads.
 
     Resumes from the checkpoint in `work` if an earlier attempt left one. Fills `out` with step-<n>/ (safetensors
     weights and optimizer, state.json), training.jsonl and summary.json. Raises what stages.train.trainer.train raises.

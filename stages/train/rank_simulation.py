@@ -64,6 +64,7 @@ def simulate_updates(
     # The largest batch of a ramp needs the most memory.
     micro_batches = max(phase.micro_batch_counts) // layout.data
     unit = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule takes them in groups
+    # Two steps with a full pipeline: their difference is what a further group of micro-batches adds.
     counts = [min(micro_batches, layout.pp * layout.vpp + extra) for extra in (0, unit)]
     with simulated(layout, rank) as machine:
         place = parallel_state.get_pipeline_model_parallel_rank()

@@ -103,9 +103,9 @@ class SizeConfig(TrainConfig):
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training, whose order it reads.
+    """Trains a smaller model on the order of pre-training.
 
-    Raises what stages.train.trainer.train raises.
+    inputs["tokens"], inputs["order"], `work` and `out` are as there. Raises what stages.train.trainer.train raises.
     """
     from stages.train.text_trainer import TextTrainer
     from stages.train.trainer import train

@@ -69,8 +69,10 @@ class Place:
 
 
 def first_missing(places: list[Place]) -> str:
-    """Which rank the others wait for, in words: one that is in no collective, or, if all are in one, that with the
-    fewest."""
+    """The rank for which the others wait, in words.
+
+    It is one that is in no collective, or, if all are in one, that with the fewest.
+    """
     # A rank outside of any collective is the one for which the others wait.
     outside = [place for place in places if not place.in_collective]
     if outside:
@@ -120,8 +122,10 @@ def measured_waits() -> Iterator[Waits]:
 
 @dataclass(frozen=True)
 class RankTime:
-    """Seconds of one rank in the steps of an interval. position: of its pipeline stage; ranks of one position do the
-    same work."""
+    """Seconds of one rank in the steps of an interval.
+
+    `position` is that of its pipeline stage; ranks of one position do the same work.
+    """
 
     rank: int
     node: str

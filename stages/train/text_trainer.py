@@ -37,12 +37,13 @@ class SpikeDetector:
     """Detects spikes by the losses and gradient norms of the last accepted steps."""
 
     def __init__(self, policy: Spikes | None, lines: Iterable[Record]) -> None:
-        """lines: of training.jsonl so far."""
+        """A detector that begins with the steps in `lines` of training.jsonl."""
         self.policy = policy
         window = policy.window if policy else 1
         self.losses: deque[float] = deque(maxlen=window)
         self.norms: deque[float] = deque(maxlen=window)
         for line in lines:
+            # Accepted steps only: evaluations have no norm, and a skipped step is no measure of usual ones.
             if "grad_norm" in line and "skipped" not in line:
                 self.accept(line["loss"], line["grad_norm"])
 
@@ -86,8 +87,11 @@ def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence
 
 
 class TextTrainer(Trainer):
-    """inputs["tokens"]: Megatron shards; inputs["order"]: the tokens that each step reads; inputs["init"]: the previous
-    phase, whose last weights are loaded, if any; inputs["continue"]: the checkpoint that it continues from."""
+    """A trainer on tokens of text.
+
+    inputs["tokens"] are Megatron shards; inputs["order"] holds the tokens that each step reads. inputs["init"] is the
+    previous phase, whose last weights are loaded, if any. inputs["continue"] is the checkpoint that it continues from.
+    """
 
     config: TrainConfig
     rng = "not used: no dropout, and the data order is an artifact"
@@ -171,9 +175,11 @@ class TextTrainer(Trainer):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.pending = state.get(PENDING, [])
+        # Pending spikes have no line yet: theirs are written when their steps are passed.
         self.spikes = len(self.pending) + sum("spike" in line for line in self.log_lines())
 
     def measure(self, step: int) -> dict[str, Any] | None:
+        # A continued phase measures the model that it begins with, so that its curve joins the earlier run's.
         begins = self.origin is not None and step == self.origin.step
         if not begins and step != self.phase.steps and step % self.phase.validation.every:
             return None
@@ -313,6 +319,7 @@ class TextTrainer(Trainer):
         # Spikes after the checkpoint are recorded again when their steps are passed.
         self.pending = [x for x in dropped_spikes if x["excluded"][-1] > state["step"]] + self.pending
         self.pending.append(spike_record(step, "rewind", range(rewind_step + 1, step + 1), rows, figures))
+        # From the shortened log, as a phase that is resumed here would begin.
         self.spike_detector = SpikeDetector(policy, self.log_lines())
         if self.first:
             self.report.note(

@@ -36,6 +36,7 @@ from stages.train.log import Log, LogReplay, finite_or_none
 from stages.train.step_times import measured_waits
 from stages.train.watchdog import START_SECONDS, Watchdog, prepare_recorder
 
+# By weight: all ranks act on the largest status of any.
 RUNNING, STOP, FAILED = 0, 1, 2
 
 
@@ -299,6 +300,7 @@ class Trainer(ABC):
         shutil.copyfile(self.log.path, out / LOG)
         folder = self.checkpoints.folder / SEALED
         for step in release_checkpoint.steps_of(folder):
+            # Links, as release checkpoints never change and may have terabytes.
             shutil.copytree(
                 folder / release_checkpoint.name_of(step), out / release_checkpoint.name_of(step), copy_function=os.link
             )
@@ -307,8 +309,9 @@ class Trainer(ABC):
 def train(
     trainer: type[Trainer], name: str, config: TrainerConfig, inputs: Inputs, work: Path, out: Path, report: Report
 ) -> None:
-    """Runs a phase to its end and fills `out` with sealed checkpoints, training.jsonl, summary.json and the phase's own
-    files.
+    """Runs a phase to its end and fills `out` with its sealed checkpoints and records.
+
+    The records are training.jsonl, summary.json and the phase's own files.
 
     Raises AtomError if the loss is not finite, if data and recipe do not match, if no work checkpoint is intact, if
     memory is full, or if another rank is lost; Interrupted after a stop signal; and the errors of the trainer.
@@ -335,6 +338,7 @@ def train(
 
 def peak_memory(device: torch.device | str) -> dict[str, float]:
     """Bytes that this process has held at most: of the host, and of its GPU if it has one."""
+    # Linux states the peak in KiB.
     peaks = {"peak_memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
     if torch.device(device).type == "cuda":
         peaks["peak_gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(device))

@@ -36,8 +36,10 @@ PROGRESS_SECONDS = 10.0
 """The longest time from one sign of progress to the next of a rank that reads or writes checkpoints."""
 
 PREFIX = "nccl-rank-"
-"""Prefix of the files of NCCL's flight recorder, by rank: `fr_trace FOLDER -p nccl-rank-` names the collective that a
-rank did not join."""
+"""Prefix of the files of NCCL's flight recorder, by rank.
+
+`fr_trace FOLDER -p nccl-rank-` names the collective that a rank did not join.
+"""
 SETTINGS = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 """Variables of PyTorch that start the recorder, unless the cluster profile sets others."""
 RECORDER_SECONDS = 60.0
@@ -101,6 +103,7 @@ class Watchdog:
         with open(path, "w") as file:
             # All threads: the main one stands in the collective, and another may be writing a checkpoint.
             faulthandler.dump_traceback(file, all_threads=True)
+        # After the stacks: for rank 0 this file is the sign that they are complete.
         atomic_files.write(path.with_suffix(".json"), json.dumps(asdict(WAITS.place(self.rank))))
         print(
             f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
@@ -134,6 +137,7 @@ class Watchdog:
         """The ranks whose stacks were written in this hang."""
         ranks = set()
         for path in (self.work / "stacks").glob("rank-*.json"):  # written after the stacks
+            # The limit is a margin for the clocks of other nodes. Stacks of an earlier hang are older.
             if path.stat().st_mtime > since - self.limit:
                 ranks.add(int(path.stem[5:]))
         return ranks

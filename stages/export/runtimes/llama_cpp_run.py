@@ -48,6 +48,7 @@ def main() -> None:
         model_path=path,
         n_ctx=longest + 1,
         n_batch=longest + 1,
+        # Keys and values in fp32, plain attention and one thread: as near to the reference as the program can be.
         n_threads=1,
         n_threads_batch=1,
         n_gpu_layers=0,
@@ -60,6 +61,7 @@ def main() -> None:
     rows = [run_row(llama, row) for row in request["rows"]]
     texts = [encode(llama, text) for text in request.get("texts", [])]
     stated = {"program": "llama-cpp-python", "version": llama_cpp.__version__}
+    # The libraries print lines of their own, so the result has a mark.
     print("RUN " + json.dumps({**stated, "rows": rows, "texts": texts}))
 
 

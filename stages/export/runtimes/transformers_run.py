@@ -55,6 +55,7 @@ def main() -> None:
     stated = {"program": "transformers", "version": transformers.__version__}
     if base != folder:
         stated = {"program": "PEFT", "version": f"{peft.__version__} (transformers {transformers.__version__})"}
+    # The libraries print lines of their own, so the result has a mark.
     print("RUN " + json.dumps({**stated, "rows": rows, "texts": texts}))
 
 

@@ -29,9 +29,11 @@ def main() -> None:
         text, places = tokenizer(row["text"], add_special_tokens=False)["input_ids"], scored.prompt_logprobs[1:]
         logprobs = [place[token].logprob for place, token in zip(places, ids[1:], strict=True)]
         answers.append({"ids": text, "greedy": list(drawn.outputs[0].token_ids), "logprobs": logprobs})
+    # Builds for other devices have the same module in a package of another name.
     name = min(packages_distributions()["vllm"])
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request.get("texts", [])]
     stated = {"program": name, "version": version(name)}
+    # The libraries print lines of their own, so the result has a mark.
     print("RUN " + json.dumps({**stated, "rows": answers, "texts": texts}), flush=True)
 
 

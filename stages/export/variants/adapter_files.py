@@ -70,6 +70,8 @@ def factors(
     """(transformers' name of a matrix, A, B) of all matrices with an adapter. adapter: Megatron's, by global name."""
     shapes, to_hf = model.shapes(vocab_size), model.spec().to_hf
     names = list(shapes)
+    # The mapping renames matrices and cuts their rows. What becomes of a mark tells which matrix it was, and what
+    # becomes of B its rows.
     marked, rows = to_hf(_Marked(shapes), model, vocab_size), to_hf(_Rows(shapes, adapter, lora), model, vocab_size)
     for (hf_name, place), (_, padded) in zip(marked, rows, strict=True):
         name = names[int(place.flatten()[0])]
@@ -93,6 +95,7 @@ def write(
         else:
             module = PREFIX + name.removesuffix(".weight")
             plain |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    # The last part of a module's name, such as q_proj.
     modules = sorted({name.split(".")[-3] for name in plain})
     for module, experts in stacks.items():
         for stacked, parts in {"gate_up": ("gate", "up"), "down": ("down",)}.items():
@@ -121,7 +124,7 @@ def digests(model: Path) -> dict[str, str]:
 
 
 def combined(base: Path, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """transformers' tensors of the base with the adapter of a folder in them, in fp32, by PEFT's formulas.
+    """The base's tensors with the adapter of a folder in them, as transformers names them, in fp32, by PEFT's formulas.
 
     Raises CheckFailed if the adapter is another base's, or does not fit it.
     """
@@ -166,8 +169,10 @@ def _pairs(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, 
 
 
 def largest_difference(base: Path, folder: Path, merged: Path) -> tuple[float, float]:
-    """The largest difference of a weight between base and adapter together and the merged model, and the largest one
-    that rounding explains. Raises CheckFailed if they have other tensors."""
+    """The largest difference of a weight between base plus adapter and the merged model, and the largest from rounding.
+
+    Raises CheckFailed if they have other tensors.
+    """
     expected, worst, largest, eps = Tensors(merged), 0.0, 0.0, 0.0
     seen = set()
     for name, tensor in combined(base, folder):

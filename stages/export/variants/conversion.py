@@ -53,8 +53,10 @@ def write(name: VariantName, model: Path, folder: Path) -> None:
 
 
 def write_dequantized(name: VariantName, model: Path, folder: Path, target: Path, base: Path | None = None) -> None:
-    """Writes the weights of the variant in `folder` in fp32, as a model that transformers loads, into `target`, which
-    is made anew. model: the exported model of the variant. base: that of an adapter."""
+    """Writes the weights of the variant in `folder` in fp32 into `target`, as a model that transformers loads.
+
+    `target` is made anew. `model` is the exported model of the variant, `base` that of an adapter.
+    """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     copy_tokenizer(model, target)
@@ -86,7 +88,7 @@ def copy_tokenizer(model: Path, folder: Path) -> None:
 
 
 def _write_config(model: Path, folder: Path, dtype: str) -> None:
-    """config.json of a model with weights of another type."""
+    """Writes config.json of a model with weights of another type."""
     config = json.loads((model / "config.json").read_text())
     text = json.dumps({**config, "dtype": dtype, "torch_dtype": dtype}, indent=1, sort_keys=True)
     (folder / "config.json").write_text(f"{text}\n")
@@ -94,7 +96,10 @@ def _write_config(model: Path, folder: Path, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Encoding:
-    """matrices: pattern of the tensors that are quantized. largest: number of the type."""
+    """An encoding in 8 bits.
+
+    `matrices` is the pattern of the tensors that are quantized, and `largest` the largest number of the type.
+    """
 
     matrices: re.Pattern[str]
     largest: float
@@ -142,5 +147,6 @@ def _quantized(tensors: Mapping[str, Tensor], encoding: Encoding) -> Iterator[tu
         scale = values.abs().amax(1, keepdim=True) / encoding.largest
         # A channel of zeros stays zeros.
         scale[scale == 0] = 1.0
+        # The division may round the largest value to a little more than the type holds.
         yield name, encoding.convert((values / scale).clamp(-encoding.largest, encoding.largest))
         yield name + SCALE, scale

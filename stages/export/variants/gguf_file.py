@@ -158,6 +158,7 @@ def _add_tokenizer(writer: GGUFWriter, model: Path, config: Mapping[str, Any]) -
     """The vocabulary, merges, special tokens and chat template."""
     tokenizer = read_json(model / "tokenizer.json")
     size, added = config["vocab_size"], tokenizer["added_tokens"]
+    # The list has a text for every id, also for those without a token.
     tokens, types = [f"[UNUSED{n}]" for n in range(size)], [TokenType.UNUSED] * size
     for token, number in tokenizer["model"]["vocab"].items():
         tokens[number], types[number] = token, TokenType.NORMAL
@@ -169,6 +170,7 @@ def _add_tokenizer(writer: GGUFWriter, model: Path, config: Mapping[str, Any]) -
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     merges = tokenizer["model"]["merges"]
+    # A tokenizer.json has merges as texts or as pairs, depending on the version that wrote it.
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_pad_token_id(config["pad_token_id"])
@@ -294,6 +296,7 @@ def encode(matrix: Floats, kind: Kind) -> NDArray[np.generic]:
     if kind == Kind.F32:
         return matrix
     if kind == Kind.F16:
+        # The sentence below takes the place of numpy's warning.
         with np.errstate(over="ignore"):
             halves = matrix.astype(np.float16)
         if not np.isfinite(halves).all():
@@ -313,23 +316,27 @@ def decode(values: NDArray[np.generic], kind: Kind) -> Floats:
 
 
 def _divide(values: Floats, by: Floats) -> Floats:
-    """values / by, and 0 where it is divided by 0."""
+    """The quotient values / by, and 0 where it is divided by 0."""
     return np.divide(values, by, out=np.zeros_like(values), where=by != 0)
 
 
 def _halves(values: Floats) -> tuple[Bytes, Floats]:
-    """[blocks, 1] numbers as bytes of fp16, and the values of those bytes."""
+    """Numbers, [blocks, 1], as bytes of fp16, and the values of those bytes."""
     halves = values.astype(np.float16)
     return halves.view(np.uint8), halves.astype(np.float32)
 
 
 def q4_k(blocks: Floats) -> Bytes:
-    """[blocks, 256] -> [blocks, 144]: two scales in fp16; six bits for scale and minimum of each of eight sub-blocks;
-    four bits a weight."""
+    """Quantizes blocks of 256 weights to Q4_K, [blocks, 256] -> [blocks, 144].
+
+    A block is two scales in fp16, then six bits for scale and minimum of each of eight sub-blocks, then four bits a
+    weight.
+    """
     parts = blocks.reshape(-1, 8, 32)
     # A block stores scale * n - minimum, with n from 0 to 15 and a minimum that is never negative.
     minimum = -np.minimum(parts.min(-1), 0)
     scale = (parts.max(-1) + minimum) / np.float32(15)
+    # The numbers below are computed with the scales as they are stored, after their rounding to fp16.
     scale_bytes, d = _halves(scale.max(-1, keepdims=True) / np.float32(63))
     minimum_bytes, d_minimum = _halves(minimum.max(-1, keepdims=True) / np.float32(63))
     scales = np.rint(_divide(scale, np.broadcast_to(d, scale.shape))).clip(0, 63).astype(np.uint8)
@@ -338,14 +345,19 @@ def q4_k(blocks: Floats) -> Bytes:
     numbers = np.rint(_divide(parts + offset, np.broadcast_to(step, parts.shape))).clip(0, 15).astype(np.uint8)
     pairs = numbers.reshape(-1, 4, 2, 32)
     low, high = (np.stack([a[:, :4], a[:, 4:]]) for a in (scales, minima))
+    # Four bytes each: the first four scales in six bits, and above them two bits of the others; the minima likewise;
+    # then the other four bits of the last scales and minima.
     packed = [low[0] | (low[1] >> 4) << 6, high[0] | (high[1] >> 4) << 6, (low[1] & 15) | (high[1] & 15) << 4]
     weights = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
     return np.concatenate([scale_bytes, minimum_bytes, *packed, weights], axis=-1)
 
 
 def q6_k(blocks: Floats) -> Bytes:
-    """[blocks, 256] -> [blocks, 210]: the four low and two high bits of each weight; eight bits for the scale of each
-    of sixteen sub-blocks; their scale in fp16."""
+    """Quantizes blocks of 256 weights to Q6_K, [blocks, 256] -> [blocks, 210].
+
+    A block is the four low and two high bits of each weight, then eight bits for the scale of each of sixteen
+    sub-blocks, then their common scale in fp16.
+    """
     parts = blocks.reshape(-1, 16, 16)
     scale = np.abs(parts).max(-1) / np.float32(31)
     scale_bytes, d = _halves(scale.max(-1, keepdims=True) / np.float32(127))

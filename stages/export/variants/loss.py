@@ -92,10 +92,12 @@ def summary(
     original_answers: Mapping[str, str],
     stated_by: str,
 ) -> VariantLoss:
-    """sizes: bytes of `variant` and `original`.
+    """The content of `loss.json`.
 
-    scores, original: of the variant and of the exported model. original_answers: {problem: the exported model's
-    text}. stated_by: of `measured_by`. Raises AtomError if the answers lack a problem.
+    `sizes` are the bytes of `variant` and `original`. `scores` are those of the variant, and `original` those of the
+    exported model. `original_answers` has the exported model's text by problem. `stated_by` becomes `measured_by`.
+
+    Raises AtomError if the exported model has no answer to a problem.
     """
     if missing := [row["id"] for row in answers if row["id"] not in original_answers]:
         raise AtomError(f"the original has no answer to problem {missing[0]}; evaluate it on the same problems")

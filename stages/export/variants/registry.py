@@ -29,9 +29,9 @@ Writer = Literal["safetensors", "gguf", "compressed-tensors", "peft"]
 ADAPTER: VariantName = "adapter"
 """The variant of a model that is an adapter on an earlier one."""
 GGUF_MODEL_TYPES = ("qwen3", "qwen3_moe")
-"""Of config.json: the models for which llama.cpp's names are known (gguf_file.py)."""
+"""The `model_type` in config.json of models for which llama.cpp's names are known (gguf_file.py)."""
 STACKED_EXPERTS = ("gpt_oss",)
-"""Of config.json: the models whose experts are one tensor, which compressed-tensors does not describe."""
+"""The `model_type` in config.json of models with experts in one tensor, which compressed-tensors cannot describe."""
 SUPER_BLOCK = 256
 """Weights of a row that a K-quant of GGUF encodes together."""
 LLAMA = "llama.cpp loads the file, with its tokenizer and chat template."

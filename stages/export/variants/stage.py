@@ -44,7 +44,7 @@ TEXTS, TOKENS = 64, 512
 MODELS = 2
 """The original and the variant, in fp32: both are in memory together while their distributions are compared."""
 FILES = 12
-"""Of an artifact, beside its weights: tables, loss, tokenizer, index and manifest."""
+"""Files of an artifact beside its weights, which are tables, loss, tokenizer, index and manifest."""
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 
@@ -64,9 +64,11 @@ class VariantConfig(EvaluateConfig):
 
 
 def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["model"]: an export; inputs["scores"]: its evaluation; inputs["dedup"], inputs["items"]: those that it was
-    evaluated on. The variant adapter has more: inputs["base"], the export of its base, and inputs["checkpoint"], the
-    phase that trained it.
+    """Makes a variant of an exported model and measures what it loses.
+
+    inputs["model"] is an export, inputs["scores"] its evaluation; inputs["dedup"] and inputs["items"] are those that it
+    was evaluated on. The variant adapter has more: inputs["base"], the export of its base, and inputs["checkpoint"],
+    the phase that trained it.
 
     Seals `model/`, the tables `documents.parquet`, `items.parquet` and `divergence.parquet`, and `loss.json`. Raises
     AtomError if the model has no such variant, CheckFailed if base and adapter are not the model.
@@ -165,8 +167,11 @@ def _divergence(models: Models, name: str, ids: Sequence[int]) -> DivergenceRow:
 
 
 def estimate(config: VariantConfig) -> Estimate:
-    """Two models in fp32 in memory, which is the host's beside an engine with GPUs; on disk, for as long as it runs,
-    the variant and its fp32 values for each shard."""
+    """Memory for two models in fp32, and disk for the variant and its fp32 values.
+
+    The memory is the host's beside an engine with GPUs. The disk is needed for as long as the stage runs, for each
+    shard.
+    """
     if (expected := config.expected) is None:
         return estimates.estimate(None, MODELS, config.engine)
     variant = VARIANTS[config.variant]
@@ -186,6 +191,7 @@ def estimate(config: VariantConfig) -> Estimate:
     return replace(
         base,
         disk_bytes=(base.disk_bytes or 0) + size,
+        # Of several shards, each converts the variant for itself, beside the stage.
         work_bytes=whole if count == 1 else (count + 1) * whole + count * size,
         files=FILES + shards,
         published=(Published("model", "", shards, size, remedy),),

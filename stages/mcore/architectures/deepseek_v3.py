@@ -42,7 +42,10 @@ NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 
 
 def megatron(model: DeepseekV3Config) -> dict[str, Any]:
-    """`softmax_scale`: with YaRN also the square of its factor, which queries and keys have each."""
+    """Keyword arguments of Megatron's TransformerConfig.
+
+    With YaRN, `softmax_scale` has the square of its factor, which queries and keys have each.
+    """
     return {
         "multi_latent_attention": True,
         "num_attention_heads": model.heads,
@@ -71,8 +74,11 @@ def _same(model: DeepseekV3Config, layer: int) -> dict[str, str]:
 
 
 def to_hf(tensors: Mapping[str, Tensor], model: DeepseekV3Config, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """transformers pairs the rotary dimensions of a head as Megatron's do: two neighbors turn together
-    (`rope_interleave`)."""
+    """The tensors under transformers' names and in its layout, without the padding of the vocabulary.
+
+    transformers pairs the rotary dimensions of a head as Megatron does: two neighbors turn together
+    (`rope_interleave`).
+    """
     return map_to_hf(tensors, model, vocab_size, partial(_same, model), partial(sigmoid_swiglus, model))
 
 

@@ -50,6 +50,7 @@ def megatron(model: GptOssConfig) -> dict[str, Any]:
 def layer_spec(config: Any, virtual_stage: int | None = None, packed: bool = False) -> Any:
     block = kernels.layer_spec(config, virtual_stage, packed)
     if not kernels.uses_transformer_engine(config.params_dtype):
+        # Layers of one kind share a spec, which is changed once.
         for layer in {id(layer): layer for layer in block.layer_specs}.values():
             experts = submodules_of(layer.submodules.mlp).experts
             submodules_of(experts).linear_fc2 = ExpertOutput
@@ -92,6 +93,7 @@ def from_hf(tensors: Mapping[str, Tensor], model: GptOssConfig) -> Iterator[tupl
         ):
             for e, tensor in enumerate(read(name)):
                 full = tensor.T if tensor.dim() == 2 else tensor
+                # Rows of gate and up take turns in transformers, and Megatron has gate above up.
                 full = torch.cat((full[::2], full[1::2])) if kind.startswith("linear_fc1") else full
                 yield EXPERT.format(e) + kind, full.contiguous()
 

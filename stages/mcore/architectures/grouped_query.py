@@ -1,5 +1,6 @@
-"""The common parts of decoders with grouped-query attention in Megatron and in transformers: configuration, and the
-names and shapes of tensors. Pure functions, exact in both directions.
+"""The common parts of decoders with grouped-query attention in Megatron and in transformers.
+
+These are the configuration, and the names and shapes of tensors. All are pure functions, exact in both directions.
 """
 
 from __future__ import annotations
@@ -65,8 +66,10 @@ def hf_rotary_part(model: PartialRotaryConfig) -> dict[str, Any]:
 def map_to_hf(
     tensors: Tensors, model: GroupedQueryConfig, vocab_size: int, same: Same, swiglus: Swiglus, rest: Rest | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """As `stages.mcore.architectures.hf_mapping.map_to_hf`, with the attention: the arguments are of
-    the feed-forward part, and `rest` of all tensors of another layout but those of `linear_qkv`.
+    """As `stages.mcore.architectures.hf_mapping.map_to_hf`, and maps the attention too.
+
+    `same` and `swiglus` are of the feed-forward part. `rest` is of all tensors of another layout but those of
+    `linear_qkv`.
 
     A head group of these ([kv_heads, heads/kv_heads + 2, head_dim, ...]) is its queries, its key, its value.
     """

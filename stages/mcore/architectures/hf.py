@@ -10,7 +10,7 @@ from stages.models.base import ModelConfig
 
 
 def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_id: int, dtype: str) -> dict[str, Any]:
-    """config.json: the entries of the architecture, and the common ones.
+    """The content of config.json, with the entries of the architecture and the common ones.
 
     The rotary embedding has two forms: transformers 5 reads `rope_parameters`, older programs read `rope_theta` and
     `rope_scaling`. Raises AtomError for a property that the class in transformers cannot express.
@@ -31,6 +31,7 @@ def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_
         "pad_token_id": pad_token_id,
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": rope,
+        # The entries of transformers 4, which other readers of config.json still look for.
         "rope_scaling": None if model.yarn is None else {k: v for k, v in rope.items() if k != "rope_theta"},
         "rope_theta": model.rope_theta,
         "tie_word_embeddings": model.tie_embeddings,

@@ -29,15 +29,15 @@ OUTSIDE = {
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
-"""Of the tensors in no layer: Megatron's name, and transformers'."""
+"""Names of the tensors outside of layers, Megatron's to transformers'."""
 BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
-"""transformers' tensors with a row for each token."""
+"""The tensors of transformers with a row for each token."""
 
 
 def map_to_hf(
     tensors: Tensors, model: ModelConfig, vocab_size: int, same: Same, swiglus: Swiglus, rest: Rest | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """transformers' tensors, layer by layer; each of Megatron's is read once.
+    """The tensors of transformers, layer by layer; each of Megatron's is read once.
 
     Rows of the vocabulary beyond `vocab_size` are padding and left out. A `linear_fc1` is gate above up.
     """

@@ -13,7 +13,7 @@ from stages.models.base import ModelSpec
 from stages.models.qwen3 import Qwen3Config
 
 SWIGLU = [("mlp.", "mlp.")]
-"""Of each layer, by the prefixes of its tensors in Megatron and in transformers."""
+"""The SwiGLU of each layer, by the prefixes of its tensors in Megatron and in transformers."""
 
 
 def megatron(model: Qwen3Config) -> dict[str, Any]:

@@ -59,9 +59,11 @@ def _swiglus(model: Qwen3NextConfig, layer: int) -> list[tuple[str, str]]:
 
 
 def _parts(model: Qwen3NextConfig, layer: int) -> tuple[list[int], list[int]]:
-    """The rows of one group of heads in Megatron's projection of a layer, by part: of linear attention the query, the
-    key, values, output gates, rates and decays of a key head; of full attention queries, their gates, key and value.
-    And the sizes of a key head's channels of the convolution."""
+    """Rows by part of one group of heads in Megatron's projection of a layer, and sizes of its convolution channels.
+
+    In linear attention a group is a key head: its query, key, values, output gates, rates and decays. In full attention
+    it is queries, their gates, key and value. The channels are those of a key head.
+    """
     if not model.is_linear(layer):
         queries = model.heads // model.kv_heads * model.head_dim
         return [queries, queries, model.head_dim, model.head_dim], []
@@ -87,10 +89,12 @@ def to_hf(tensors: Tensors, model: Qwen3NextConfig, vocab_size: int) -> Iterator
             yield "linear_attn.in_proj_qkvz.weight", _join(parts[:4])
             yield "linear_attn.in_proj_ba.weight", _join(parts[4:])
             parts = _split(read("self_attention.conv1d.weight"), model.linear_num_key_heads, channels)
+            # The channels of all queries, then of all keys, then of all values.
             yield "linear_attn.conv1d.weight", torch.cat([part.flatten(0, 1) for part in parts])
         else:
             queries, gates, keys, values = _split(read("self_attention.linear_qkv.weight"), model.kv_heads, rows)
             heads = [part.unflatten(1, (-1, model.head_dim)).flatten(0, 1) for part in (queries, gates)]
+            # Each head is its query, and then its gate.
             yield "self_attn.q_proj.weight", _join(heads)
             yield "self_attn.k_proj.weight", keys.flatten(0, 1)
             yield "self_attn.v_proj.weight", values.flatten(0, 1)

@@ -39,7 +39,7 @@ from stages.models.qwen3_next import CHUNK
 # isort: split
 
 EPSILON = 1e-6
-"""Of the length to which queries and keys are divided."""
+"""A number added to the squared length of queries and keys before they are divided by its root."""
 
 
 def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
@@ -91,6 +91,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         self.dt_bias = torch.nn.Parameter(torch.ones(self.heads * self.group))
         self.A_log = torch.nn.Parameter(torch.zeros(self.heads * self.group))
         self.out_norm = layers.RMSNorm(config, self.value, config.layernorm_epsilon)
+        # Unlike the other norms of the model this one multiplies by its weight alone, but in fp32 as they do.
         self.out_norm.offset = 0
         self.out_proj = tensor_parallel.RowParallelLinear(
             config.linear_num_value_heads * self.value,
@@ -104,9 +105,9 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, **settings: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden: [sequence, batch, hidden]; attention_mask: `starts` of `row_tables.Tables`.
+        """The output of the layer in the shape of `hidden`, [sequence, batch, hidden], and no bias.
 
-        Returns the same shape, and no bias.
+        `attention_mask` is `starts` of `row_tables.Tables`.
         """
         if settings.get("inference_context") is not None or settings.get("packed_seq_params") is not None:
             raise NotImplementedError("a state for generation, or Megatron's own kind of packed rows")
@@ -131,8 +132,10 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         """
         convolved = short_convolution(inputs.flatten(2), self.conv1d.weight, starts).unflatten(2, (self.heads, -1))
         query, key, value = convolved.split([self.key, self.key, self.group * self.value], -1)
+        # Each query and key head serves a group of value heads.
         query, key = (_unit(x.float()).repeat_interleave(self.group, 2) for x in (query, key))
         rate, decay = (x.flatten(2) for x in rates_and_decays.split(self.group, -1))
+        # The logarithm of what is left of the state, so it is never above 0.
         decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
         out = gated_delta_rule(
             query, key, value.unflatten(-1, (self.group, -1)).flatten(2, 3), decay, rate.float().sigmoid(), starts
@@ -147,6 +150,7 @@ class GatedDeltaNet(MegatronModule):  # type: ignore[misc]
         starts = ends[:-1].repeat_interleave(ends.diff())[None]
         values, rates = (x.flatten(0, 1).index_select(0, documents.gathered)[None] for x in (inputs, rates_and_decays))
         out = self._attend(values, rates, starts)[0]
+        # A document's own tokens are the last ones of its copy.
         places = torch.arange(int(first[-1]), device=out.device) + (ends[1:] - first[1:]).repeat_interleave(counts)
         taken: torch.Tensor = out.index_select(0, places).unflatten(0, inputs.shape[:2])
         return taken
@@ -177,9 +181,16 @@ class GatedAttention(SelfAttention):
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, starts: Tensor | None = None
 ) -> Tensor:
-    """query, key: [rows, length, heads, dim], of length 1 each; value: [rows, length, heads, dim of a value]; g, beta:
-    [rows, length, heads]; starts: the first position of each position's document, [rows, length], or None if a row is
-    one document. Returns the outputs in the shape of value, in its type; the arithmetic is fp32."""
+    """Returns the outputs of the gated delta rule in the shape and type of value; the arithmetic is fp32.
+
+    Args:
+        query: [rows, length, heads, dim], of length 1 each.
+        key: As query.
+        value: [rows, length, heads, dim of a value].
+        g: The logarithm of what is left of the state after each token, [rows, length, heads].
+        beta: The rate at which each token writes, [rows, length, heads].
+        starts: The first position of each position's document, [rows, length], or None if a row is one document.
+    """
     length, kind = value.shape[1], value.dtype
     chunks = -(-length // CHUNK)
     query, key, value, g, beta = (_by_chunks(x, chunks) for x in (query, key, value, g, beta))
@@ -187,6 +198,7 @@ def gated_delta_rule(
     if starts is None:
         starts = torch.zeros_like(position)
     else:
+        # Padding is a document of its own, which begins beyond the row.
         starts = F.pad(starts, (0, chunks * CHUNK - length), value=length).view(-1, chunks, CHUNK)
     same = (starts[..., None] == starts[..., None, :])[:, None]  # [rows, 1, chunks, CHUNK, CHUNK]
     earlier = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=value.device).tril()
@@ -219,7 +231,10 @@ def gated_delta_rule(
 
 
 def _by_chunks(x: Tensor, chunks: int) -> Tensor:
-    """[rows, length, heads, ...] -> fp32 [rows, heads, chunks, CHUNK, ...], padded with zeros, which write nothing."""
+    """Cuts [rows, length, heads, ...] into fp32 chunks, [rows, heads, chunks, CHUNK, ...].
+
+    They are padded with zeros, which write nothing.
+    """
     x = x.transpose(1, 2).float()
     padding = (0, 0) * (x.dim() - 3) + (0, chunks * CHUNK - x.shape[2])
     padded: Tensor = F.pad(x, padding).unflatten(2, (chunks, CHUNK))
@@ -237,6 +252,7 @@ def short_convolution(x: Tensor, weight: Tensor, starts: Tensor | None = None) -
         padded = F.pad(x.transpose(1, 2), (width - 1, 0))
         return F.silu(F.conv1d(padded, weight, groups=len(weight)).transpose(1, 2))
     position = torch.arange(x.shape[1], device=x.device)
+    # A sum over the width: the kernel of a convolution would reach back into the document before.
     out = x * weight[:, 0, -1]
     for back in range(1, min(width, x.shape[1])):
         inside = (position[back:] - back >= starts[:, back:])[..., None]

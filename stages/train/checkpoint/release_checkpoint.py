@@ -119,6 +119,7 @@ def write_part(parts: Path, file: TensorFile, read: Read, progress: Progress = n
 
 def read_records(parts: Path, files: Iterable[TensorFile]) -> dict[str, FileRecord] | None:
     """The records of all files by name; None until all are written."""
+    # One listing in place of a look for each file: rank 0 asks again and again until all are there.
     present = set(os.listdir(parts))
     names = [file.name for file in files]
     if not all(_record_path(parts / name).name in present for name in names):
@@ -186,10 +187,10 @@ def _split(tensors: Iterable[tuple[str, T]], size: Callable[[T], int], most_byte
 
 
 def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes `<stem>.safetensors`, or, above SHARD_BYTES, shards in the order of the tensors with an index; nothing if
-    there are no tensors. Holds the tensors of one file at a time.
+    """Writes `<stem>.safetensors`, or, above SHARD_BYTES, shards in the order of the tensors with an index.
 
-    Raises MachineError if a write fails.
+    Writes nothing if there are no tensors. Holds the tensors of one file at a time. Raises MachineError if a write
+    fails.
     """
     sizes: dict[str, int] = {}
 
@@ -241,8 +242,10 @@ def _index(stem: str) -> str:
 def damage(
     artifact: Artifact, subfolder: str, moments: bool, share: tuple[int, int] = (0, 1), progress: Progress = no_progress
 ) -> str | None:
-    """Hashes the files of a checkpoint that are about to be read: opening an artifact compares only sizes, and its
-    digests are those of what was written, not of what the disk has now.
+    """Hashes the files of a checkpoint that are about to be read.
+
+    Opening an artifact compares only sizes, and its digests are those of what was written, not of what the disk has
+    now.
 
     Args:
         artifact: The artifact.

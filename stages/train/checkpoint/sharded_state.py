@@ -42,6 +42,7 @@ def write(
 def receipts(folder: Path, world: int) -> dict[str, dict[str, Any]] | None:
     """The receipts of all ranks by file; None until all ranks have written."""
     paths = [folder / f"rank-{rank:05d}.json" for rank in range(world)]
+    # One listing in place of a look for the file of each rank, as this is asked again and again.
     present = set(os.listdir(folder))
     if any(path.name not in present for path in paths):
         return None
@@ -52,7 +53,7 @@ class ShardReader:
     """Reads full tensors or pieces of them from the files of all ranks."""
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]], progress: Progress = no_progress) -> None:
-        """files: the receipt of each file; progress: gets the bytes that are read."""
+        """A reader by the receipts of files; `progress` gets the bytes that are read."""
         self.folder, self.progress = folder, progress
         self.locations: dict[str, dict[tuple[Box, ...], list[Location]]] = {}
         for file, receipt in files.items():
@@ -66,6 +67,7 @@ class ShardReader:
         # The usual case: the layout has the same cuts, and a range of a local tensor is read.
         if piece.boxes in self.locations[piece.name]:
             return self._local(kind, piece.name, piece.boxes, piece.start, piece.stop)
+        # The boxes of all ranks together reach the ends of the full tensor.
         shape = tuple(
             max(box[d][1] for parts in self.locations[piece.name] for box in parts) for d in range(len(piece.boxes[0]))
         )

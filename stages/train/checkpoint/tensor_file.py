@@ -118,6 +118,7 @@ def _chunks(
         tensor = read(name).detach().cpu().contiguous()
         if (tensor.dtype, tuple(tensor.shape)) != shapes[name]:
             raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {shapes[name]}")
+        # As bytes, since numpy has no bf16 and no FP8.
         data = tensor.flatten().view(torch.uint8).numpy().data
         for start in range(0, len(data), CHUNK_BYTES):
             yield data[start : start + CHUNK_BYTES]

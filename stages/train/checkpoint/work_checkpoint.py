@@ -67,9 +67,10 @@ class Checkpoints:
         rewind_steps: int = 0,
         progress: Progress = no_progress,
     ) -> None:
-        """lease: the number of this attempt, if the caller counts them; None: the latest.
+        """The checkpoints of an attempt, which gets a folder of its own.
 
-        rewind_steps: the largest number of steps that `rewind` goes back from the next step. progress: gets the
+        `lease` is the number of this attempt, if the caller counts them; None means the one after the latest.
+        `rewind_steps` is the largest number of steps that `rewind` goes back from the next step. `progress` gets the
         bytes of files for which training waits.
         """
         self.rewind_steps, self.progress = rewind_steps, progress
@@ -87,7 +88,7 @@ class Checkpoints:
         self.bytes_done = 0
         """Bytes that the thread has read, hashed and written."""
         self.release_records: dict[str, FileRecord] = {}
-        """Of the release checkpoints' files, which never change. Rank 0 only."""
+        """Records of the release checkpoints' files, which never change. Rank 0 only."""
         self.given_up = threading.Event()
         self.copies: dict[str, Tensor] = {}
         self.lost_lines: list[dict[str, Any]] = []
@@ -114,6 +115,7 @@ class Checkpoints:
             # The copies are asynchronous, and the next step overwrites the optimizer's state.
             torch.cuda.synchronize()
         copies = {name: self.copies[name] for name in tensors_by_name}
+        # Now, as the log grows while the thread writes.
         log = (self.folder / LOG).stat().st_size if self.ranks.first else 0
         pieces, folder = [piece for piece, _ in owned], self.folder / "checkpoints" / f"step-{step:09d}"
         self._start(folder, partial(self._write, folder, step, pieces, copies, dict(state), seal, log))
@@ -175,6 +177,7 @@ class Checkpoints:
             except Exception as error:  # an AtomError or a bug
                 self.error = error
 
+        # A daemon, so that a process that fails does not wait for the write.
         self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self.thread.start()
 
@@ -288,6 +291,7 @@ class Checkpoints:
         for old in complete:
             if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
+        # Nobody is left to complete those of earlier attempts. Those of this one may still be written.
         for folder in folders:
             if folder.parent.parent < self.folder and folder not in complete:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -331,8 +335,9 @@ class Checkpoints:
         return None
 
     def rewind(self, step: int) -> dict[str, Any]:
-        """Loads the newest usable checkpoint of this step or an earlier one into the engine, and takes the log back to
-        there. Release checkpoints stay: they are made again with the same bytes. Returns the state saved with it.
+        """Loads the newest usable checkpoint of this step or an earlier one into the engine; returns its saved state.
+
+        The log is taken back to there. Release checkpoints stay: they are made again with the same bytes.
 
         Raises AtomError if there is none.
         """
@@ -348,6 +353,7 @@ class Checkpoints:
                 ShardReader(folder, marker["files"], self.progress).read, int(state["optimizer_step"])
             )
             if self.ranks.first:
+                # A superseded attempt must not remove checkpoints that its successor may load.
                 self._require_present()
                 self.lost_lines = []
                 # Lines after the step are written again, in the order of the repeated steps.
@@ -389,8 +395,10 @@ class Checkpoints:
         return None
 
     def _take_over(self, folder: Path, marker: dict[str, Any], is_release_step: Callable[[int], bool]) -> bool:
-        """Links the log and release checkpoints up to a checkpoint's step into this attempt's folder, and removes the
-        skipped checkpoints. Returns whether the release checkpoint of that step is still to be made."""
+        """Links the log and release checkpoints up to a checkpoint's step into this attempt's folder.
+
+        Removes the skipped checkpoints. Returns whether the release checkpoint of that step is still to be made.
+        """
         previous, current = folder.parent.parent, self.folder
         try:
             for name, (_, sha256, *_) in marker["product"].items():
@@ -400,12 +408,14 @@ class Checkpoints:
                     # Links, not copies: release checkpoints never change, and may have terabytes.
                     os.link(previous / name, path)
                     self.release_records[name] = FileRecord.of(path, sha256)
+                    # The seal of the artifact then need not read the file again.
                     hand_over_hash(path, sha256)
             size = marker["product"][LOG][0]
             log = (previous / LOG).read_bytes()[:size]
             (current / LOG).write_bytes(log)
             self.lost_lines = _lines_after(log, [a for a in _attempts(self.work) if a < current])
         except FileNotFoundError:
+            # A successor removes the folders of earlier attempts that it does not need.
             self._require_present()
             raise
         self._require_present()
@@ -448,8 +458,7 @@ def find_damage(ranks: Ranks, folder: Path, find: Callable[[], str | None]) -> s
 
 
 def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
-    """The lines after a log in the longest log of earlier attempts that continues it, up to one that was cut or
-    damaged."""
+    """The lines after a log in the longest log of earlier attempts that continues it, up to a cut or damaged one."""
     longest = b""
     for path in (attempt / LOG for attempt in attempts):
         text = path.read_bytes() if path.is_file() else b""
@@ -457,6 +466,7 @@ def _lines_after(log: bytes, attempts: list[Path]) -> list[dict[str, Any]]:
         if text.startswith(log) and len(text) - len(log) > len(longest):
             longest = text[len(log) :]
     lines: list[dict[str, Any]] = []
+    # After the last newline there is nothing, or a line that a kill cut off.
     for text in longest.split(b"\n")[:-1]:
         try:
             line = json.loads(text)

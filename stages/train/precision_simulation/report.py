@@ -57,6 +57,7 @@ def compose(
     verdicts = {entry["verdict"] for entry in entries}
     return {
         "recipe": settings.recipe,
+        # The worst verdict of a precision is that of the report.
         "verdict": next(verdict for verdict in ("fails", "inconclusive", "holds") if verdict in verdicts),
         "bound": bound,
         "seeds": seeds,
@@ -98,6 +99,7 @@ def _entry(
         loss, expected = _tail_loss(run, window), _tail_loss(baseline, window)
         deviations.append(None if loss is None or expected is None else loss / expected - 1)
     finite = [d for d in deviations if d is not None]
+    # Where the baseline diverges too, the precision is not the cause.
     diverged = [
         run for run, baseline in zip(runs, base, strict=True) if run["diverged_at"] and not baseline["diverged_at"]
     ]
@@ -136,8 +138,10 @@ def _entry(
 
 
 def _norm_deviation(runs: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], window: int) -> dict[str, Any]:
-    """Returns the deviation of the gradient norm from the baseline's: in the first step, whose weights are equal, and
-    of the mean over the last steps. Empty if a run ended earlier."""
+    """Returns the deviation of the gradient norm from the baseline's; empty if a run ended earlier.
+
+    It is taken in the first step, whose weights are equal, and of the mean over the last steps.
+    """
     if any(run["diverged_at"] for run in (*runs, *base)):
         return {}
     pairs = [(run["grad_norms"], baseline["grad_norms"]) for run, baseline in zip(runs, base, strict=True)]

@@ -92,6 +92,7 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
     from stages.train.engine import Engine
 
     text, files = read_library()
+    # Runs are compared with each other, also with those of an earlier day, so all must read the same text.
     if describe(text, files) != settings.data:
         raise SystemExit("the standard library is not the one that this simulation began with")
     losses: list[float] = []
@@ -104,6 +105,7 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
         record = attach(engine.chunks, recipe, seed, in_bf16) if recipe else {}
         for step in range(1, settings.steps + 1):
             lr = settings.optimizer.learning_rate(step, settings.steps)
+            # The label is what the rows are drawn from, so another wording would draw others.
             batch = byte_windows(text, settings.rows, settings.sequence_length, f"rehearsal {seed} {step}")
             figures = engine.step(batch, lr, lambda loss, norm: _not_finite(loss))
             if figures.refused:

@@ -140,6 +140,7 @@ def _file(folder: Path, precision: str, seed: int) -> Path:
 
 def run_all(folder: Path, requested: Sequence[tuple[str, int]], display: Display) -> None:
     """Trains the runs without a file, one at a time on each core. Raises AtomError if one fails."""
+    # Finished runs have a file, so that an interrupted simulation goes on where it stopped.
     waiting = [run for run in requested if not _file(folder, *run).exists()]
     display.started("simulation", f"{folder / 'runs'}/*.log")
     if not waiting:
@@ -165,7 +166,9 @@ def run_all(folder: Path, requested: Sequence[tuple[str, int]], display: Display
 
 def _start(folder: Path, precision: str, seed: int) -> subprocess.Popen[bytes]:
     out = _file(folder, precision, seed)
+    # Runs fill the cores, and on one thread sums have one order.
     one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    # Each run is a process by itself, also where a launcher has started this one as a rank.
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | one_thread | missing()
     module = [sys.executable, "-m", "stages.train.precision_simulation.runner"]
     with open(out.with_suffix(".log"), "w") as log:
@@ -249,8 +252,10 @@ def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
 
 
 def step_tokens(proxy: ModelConfig, smallest: int, sequence_length: int) -> int:
-    """Tokens of a step, in complete rows: at least SPARE times the number with which an average expert sees
-    `smallest`."""
+    """Tokens of a step, in complete rows.
+
+    They are at least SPARE times the number with which an average expert sees `smallest`.
+    """
     routing = proxy.routing
     tokens = max(MIN_TOKENS, SPARE * smallest * routing.experts / routing.top_k) if routing else MIN_TOKENS
     return math.ceil(tokens / sequence_length) * sequence_length
