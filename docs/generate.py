@@ -228,7 +228,7 @@ class Document:
             kind, bounds = self._describe(info.annotation, info.metadata)
             extra = info.json_schema_extra
             operational = isinstance(extra, dict) and extra.get("identity") is False
-            text = ("*Operational.* " if operational else "") + (info.description or "")
+            text = ("*Operational.* " if operational else "") + " ".join((info.description or "").split())
             rows.append((f"`{name}`", kind, default_of(info), bounds, text.strip()))
         if rows:
             yield from described(("setting", "type", "default", "range", "description"), rows)

@@ -47,12 +47,18 @@ class Reference(Config):
     digest} of the files, of which `parts` are read one after the other. steps: those that edited texts, in order.
     """
 
-    source: dict[str, Any] = Field(description="settings of the source")
-    seed: int = Field(description="seed of the recipe")
-    parts: PartCount = Field(description="parts of the source")
-    lock: str | None = Field(None, description="content of the lock file of the reader")
-    files: dict[str, str] = Field(description="digest of each file")
-    steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="steps that edited texts, in order")
+    source: dict[str, Any]
+    """settings of the source"""
+    seed: int
+    """seed of the recipe"""
+    parts: PartCount
+    """parts of the source"""
+    lock: str | None = None
+    """content of the lock file of the reader"""
+    files: dict[str, str]
+    """digest of each file"""
+    steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
+    """steps that edited texts, in order"""
 
     @classmethod
     def of(cls, source: Source, seed: int, steps: Sequence[AnyFilter]) -> Reference:
@@ -143,8 +149,10 @@ def _lock_of(source: Source) -> str | None:
 class References(Config):
     """The content of references.json."""
 
-    sources: dict[str, Reference] = Field(description="sources by reference, by name")
-    generated: dict[str, Line] = Field({}, description="why texts that a model wrote from these sources are published")
+    sources: dict[str, Reference]
+    """sources by reference, by name"""
+    generated: dict[str, Line] = Field({})
+    """why texts that a model wrote from these sources are published"""
 
 
 def read(dataset: Path) -> Mapping[str, Reference]:

@@ -57,99 +57,102 @@ Date = Annotated[str, Words(10, "date, such as 2026-08-02", r"[0-9]{4}-[0-9]{2}-
 class Carbon(Config):
     """The factor from energy to carbon dioxide."""
 
-    grams_per_kwh: Annotated[float, Range(0, 2000, "g CO2e per kWh; coal: about 1,000")] = Field(
-        description="carbon intensity of the electricity, in grams of CO2 equivalent per kWh"
-    )
-    source: Text = Field(description="who publishes this factor, of which grid and year")
-    overhead: Annotated[float, Range(1, 10, "PUE of data centers: 1.1 to 2")] = Field(
-        1.0, description="power usage effectiveness: all energy of the site for each unit of the machines"
-    )
+    grams_per_kwh: Annotated[float, Range(0, 2000, "g CO2e per kWh; coal: about 1,000")]
+    """carbon intensity of the electricity, in grams of CO2 equivalent per kWh"""
+    source: Text
+    """who publishes this factor, of which grid and year"""
+    overhead: Annotated[float, Range(1, 10, "PUE of data centers: 1.1 to 2")] = 1.0
+    """power usage effectiveness: all energy of the site for each unit of the machines"""
 
 
 class Crawler(Config):
     """Behavior of the provider's crawler, which collected the crawled sources."""
 
-    name: Line = Field(description="name or user agent of the crawler")
-    purpose: Text = Field(description="purpose of the crawler")
-    behavior: Text = Field(description="how it treats robots.txt, logins and paywalls")
-    period: Line = Field(description="first and last month of collection")
-    content: Text | None = Field(None, description="the types of content and of online sources, in words")
+    name: Line
+    """name or user agent of the crawler"""
+    purpose: Text
+    """purpose of the crawler"""
+    behavior: Text
+    """how it treats robots.txt, logins and paywalls"""
+    period: Line
+    """first and last month of collection"""
+    content: Text | None = None
+    """the types of content and of online sources, in words"""
 
 
 class Maker(Config):
     """Statements of the maker, published as such; null: not stated."""
 
-    provider: Line | None = Field(None, description="legal name of the provider")
-    address: LongLine | None = Field(None, description="postal address and contact of the provider")
-    representative: LongLine | None = Field(
-        None, description="authorized representative in the EU, if the provider is established elsewhere"
-    )
-    market_date: Date | None = Field(None, description="date of placement on the market of the EU")
-    continuous_training: Flag | None = Field(
-        None, description="whether the model is trained further on data collected after its release"
-    )
-    characteristics: Text | None = Field(
-        None, description="characteristics of the training data that no file states, such as regions or groups"
-    )
-    code_of_practice: Flag | None = Field(
-        None, description="whether the provider signed the EU's code of practice for general-purpose AI"
-    )
-    rights_reservations: Text | None = Field(
-        None, description="measures that respect reservations of rights against text and data mining"
-    )
-    illegal_content: Text | None = Field(None, description="measures against illegal content in the training data")
-    user_data: Text | None = Field(None, description="whether data of users was used for training, and which")
-    user_interactions: tuple[Literal["model", "services"], ...] | None = Field(
-        None,
-        max_length=2,
-        description="what the sources whose category is user come from: interactions with the model, or with services",
-    )
-    comments: Text | None = Field(None, description="further information for the EU summary")
-    crawler: Crawler | None = Field(None, description="the crawler of the sources whose category is crawled")
-    sources: dict[SourceName, Category] = Field(
-        default_factory=dict,
-        max_length=MOST_SOURCES,
-        description="category of sources in the EU summary; without an entry it follows from reader and origin",
-    )
-    technical_report: LongLine | None = Field(None, description="address of a technical report")
-    research_paper: LongLine | None = Field(None, description="address of a research paper")
-    carbon: Carbon | None = Field(None, description="factor from energy to carbon; null: no carbon is computed")
+    provider: Line | None = None
+    """legal name of the provider"""
+    address: LongLine | None = None
+    """postal address and contact of the provider"""
+    representative: LongLine | None = None
+    """authorized representative in the EU, if the provider is established elsewhere"""
+    market_date: Date | None = None
+    """date of placement on the market of the EU"""
+    continuous_training: Flag | None = None
+    """whether the model is trained further on data collected after its release"""
+    characteristics: Text | None = None
+    """characteristics of the training data that no file states, such as regions or groups"""
+    code_of_practice: Flag | None = None
+    """whether the provider signed the EU's code of practice for general-purpose AI"""
+    rights_reservations: Text | None = None
+    """measures that respect reservations of rights against text and data mining"""
+    illegal_content: Text | None = None
+    """measures against illegal content in the training data"""
+    user_data: Text | None = None
+    """whether data of users was used for training, and which"""
+    user_interactions: tuple[Literal["model", "services"], ...] | None = Field(None, max_length=2)
+    """what the sources whose category is user come from: interactions with the model, or with services"""
+    comments: Text | None = None
+    """further information for the EU summary"""
+    crawler: Crawler | None = None
+    """the crawler of the sources whose category is crawled"""
+    sources: dict[SourceName, Category] = Field(default_factory=dict, max_length=MOST_SOURCES)
+    """category of sources in the EU summary; without an entry it follows from reader and origin"""
+    technical_report: LongLine | None = None
+    """address of a technical report"""
+    research_paper: LongLine | None = None
+    """address of a research paper"""
+    carbon: Carbon | None = None
+    """factor from energy to carbon; null: no carbon is computed"""
 
 
 class Licenses(Config):
     """Licenses of a release, as SPDX expressions. Documents keep their own licenses."""
 
-    weights: License = Field(description="license of the model weights")
-    data_compilation: License = Field(description="license of the selection and arrangement of the documents")
-    code: License = Field(description="license of the code and the evidence")
+    weights: License
+    """license of the model weights"""
+    data_compilation: License
+    """license of the selection and arrangement of the documents"""
+    code: License
+    """license of the code and the evidence"""
 
 
 class ReleaseSection(Config):
     """Metadata of the model and dataset cards."""
 
-    license: Licenses = Field(description="licenses of weights, data and code")
-    namespace: Namespace = Field("local", description="user or organization on the Hugging Face Hub")
-    title: Line | None = Field(None, description="heading of the cards; null: the name of the recipe")
-    contact: Line | None = Field(None, description="URL or address for questions and removal requests")
-    variants: Annotated[tuple[VariantName, ...], Field(max_length=len(VARIANTS))] = added(
-        (), "further forms of the final model's weights, each in its own repository with its measured loss of quality"
-    )
-    languages: tuple[Language, ...] = Field(
-        min_length=1, max_length=200, description="ISO 639 language codes for the metadata of the cards"
-    )
-    by_reference: Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)] = added(
-        (),
-        "sources whose texts are not published, because their size or license does not allow it: the release has "
-        "only origin and hash of each document, from which `atom rebuild-data` restores the texts",
-    )
-    publish_generated: Annotated[dict[SourceName, Line], Field(max_length=MOST_SOURCES)] = added(
-        {},
-        "why the texts of a source may be published that a model wrote from a source by reference; without a reason, "
-        "the recipe is refused",
-    )
-    maker: Maker = added(
-        Maker.model_validate({}), "statements of the maker for the documents in standard formats; none by default"
-    )
+    license: Licenses
+    """licenses of weights, data and code"""
+    namespace: Namespace = "local"
+    """user or organization on the Hugging Face Hub"""
+    title: Line | None = None
+    """heading of the cards; null: the name of the recipe"""
+    contact: Line | None = None
+    """URL or address for questions and removal requests"""
+    variants: Annotated[tuple[VariantName, ...], Field(max_length=len(VARIANTS))] = added(())
+    """further forms of the final model's weights, each in its own repository with its measured loss of quality"""
+    languages: tuple[Language, ...] = Field(min_length=1, max_length=200)
+    """ISO 639 language codes for the metadata of the cards"""
+    by_reference: Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)] = added(())
+    """sources whose texts are not published, because their size or license does not allow it: the release has only
+    origin and hash of each document, from which `atom rebuild-data` restores the texts"""
+    publish_generated: Annotated[dict[SourceName, Line], Field(max_length=MOST_SOURCES)] = added({})
+    """why the texts of a source may be published that a model wrote from a source by reference; without a reason,
+    the recipe is refused"""
+    maker: Maker = added(Maker.model_validate({}))
+    """statements of the maker for the documents in standard formats; none by default"""
 
     @field_validator("variants")
     @classmethod
@@ -162,33 +165,36 @@ class ReleaseSection(Config):
 class ReleaseRecipe(Identity):
     """A release. Phases whose section is left out are not trained."""
 
-    tokenizer: TokenizerSection = Field(description="training of the tokenizer")
-    start_from: StartFrom | None = added(
-        None, "published model from whose weights training starts, with its tokenizer; null: initial weights"
-    )
-    model: Model = Field(description="architecture of the model")
-    pretrain: PhaseConfig | None = added(None, "pretraining; null, only with start_from: none")
-    midtrain: PhaseConfig | None = added(None, "mid-training; null, only with start_from: none")
-    long_context: LongContext = Field((), description="mid-training phases on longer and longer rows, in order")
-    sft: SftPhase | None = Field(None, description="supervised fine-tuning; null: none")
-    rlvr: RlPhase | None = Field(None, description="reinforcement learning with verifiable rewards; null: none")
-    dpo: DpoPhase | None = Field(None, description="direct preference optimization; null: none")
-    reward_model: RewardPhase | None = Field(
-        None, description="reward model, trained on the pairs of dpo; requires dpo; null: none"
-    )
-    online_rlhf: RlPhase | None = Field(
-        None, description="reinforcement learning with the reward model; requires reward_model; null: none"
-    )
-    evaluation: EvaluationSection = Field(
-        description="measurements after each phase, and thresholds of the release gates"
-    )
-    extra_stages: Annotated[dict[Key, Settings], Field(max_length=100)] = added(
-        {}, "further stages by name, each with its settings; they read artifacts, and no other stage reads theirs"
-    )
-    sizes: Sizes = added(
-        (), "smaller models of the recipe, pre-trained on the same rows and published beside its model"
-    )
-    release: ReleaseSection = Field(description="metadata of the model and dataset cards")
+    tokenizer: TokenizerSection
+    """training of the tokenizer"""
+    start_from: StartFrom | None = added(None)
+    """published model from whose weights training starts, with its tokenizer; null: initial weights"""
+    model: Model
+    """architecture of the model"""
+    pretrain: PhaseConfig | None = added(None)
+    """pretraining; null, only with start_from: none"""
+    midtrain: PhaseConfig | None = added(None)
+    """mid-training; null, only with start_from: none"""
+    long_context: LongContext = ()
+    """mid-training phases on longer and longer rows, in order"""
+    sft: SftPhase | None = None
+    """supervised fine-tuning; null: none"""
+    rlvr: RlPhase | None = None
+    """reinforcement learning with verifiable rewards; null: none"""
+    dpo: DpoPhase | None = None
+    """direct preference optimization; null: none"""
+    reward_model: RewardPhase | None = None
+    """reward model, trained on the pairs of dpo; requires dpo; null: none"""
+    online_rlhf: RlPhase | None = None
+    """reinforcement learning with the reward model; requires reward_model; null: none"""
+    evaluation: EvaluationSection
+    """measurements after each phase, and thresholds of the release gates"""
+    extra_stages: Annotated[dict[Key, Settings], Field(max_length=100)] = added({})
+    """further stages by name, each with its settings; they read artifacts, and no other stage reads theirs"""
+    sizes: Sizes = added(())
+    """smaller models of the recipe, pre-trained on the same rows and published beside its model"""
+    release: ReleaseSection
+    """metadata of the model and dataset cards"""
 
     @model_validator(mode="after")
     def _begins(self) -> ReleaseRecipe:

@@ -22,22 +22,27 @@ Inputs = Mapping[str, Artifact]
 
 
 class Config(BaseModel):
-    """Base of every recipe section and stage config: unknown fields are errors, values are frozen."""
+    """Base of every recipe section and stage config: unknown fields are errors, values are frozen.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    The text below a field is its description, in schemas and in docs/configuration.md.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
 
-def operational(default: Any, description: str, **rules: Any) -> Any:
+def operational(default: Any, **rules: Any) -> Any:
     """Returns a config field that says how to run, not what to make.
 
     It is left out of the key, and must not change the bytes.
     """
-    return Field(default, description=description, json_schema_extra={"identity": False}, **rules)
+    return Field(default, json_schema_extra={"identity": False}, **rules)
 
 
-def added(default: Any, description: str, **rules: Any) -> Any:
+def added(default: Any, **rules: Any) -> Any:
     """Returns a config field that was added after keys existed: with its default value it is left out of the key."""
-    return Field(default, description=description, json_schema_extra={"identity": "unless default"}, **rules)
+    return Field(default, json_schema_extra={"identity": "unless default"}, **rules)
 
 
 def identity(config: BaseModel) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.core.bounds import OUT_OF_BOUNDS, LongLine, Range, ReleaseName, Seed, Text, Version
 from pipeline.core.errors import RecipeError
@@ -33,19 +33,27 @@ Hours = Annotated[float, Range(0, 1e11, "a million GPUs use 1e10 hours in a year
 class Budget(Config):
     """Limits on the total use of a release, failed attempts included. Once one is reached, no further job starts."""
 
-    gpu_hours: Hours | None = Field(None, description="hours of allocated GPUs; null: no limit")
-    core_hours: Hours | None = Field(None, description="hours of busy CPU cores; null: no limit")
+    gpu_hours: Hours | None = None
+    """hours of allocated GPUs; null: no limit"""
+    core_hours: Hours | None = None
+    """hours of busy CPU cores; null: no limit"""
 
 
 class Identity(Config):
     """Name, version and inputs of a release."""
 
-    name: ReleaseName = Field(description="lower-case name; name and version give the name of the release folder")
-    version: Version = Field(description="semantic version of the release")
-    description: Text = Field(description="one or two sentences for the model and dataset cards")
-    seed: Seed = Field(description="seed from which the seeds of all stages are derived")
-    data: LongLine = Field(description="data recipe: the name of a packaged one, or a path relative to this file")
-    budget: Budget | None = operational(None, "limits on hours, enforced by `atom submit` and its jobs")
+    name: ReleaseName
+    """lower-case name; name and version give the name of the release folder"""
+    version: Version
+    """semantic version of the release"""
+    description: Text
+    """one or two sentences for the model and dataset cards"""
+    seed: Seed
+    """seed from which the seeds of all stages are derived"""
+    data: LongLine
+    """data recipe: the name of a packaged one, or a path relative to this file"""
+    budget: Budget | None = operational(None)
+    """limits on hours, enforced by `atom submit` and its jobs"""
 
 
 def schema() -> type[Identity]:

@@ -150,11 +150,9 @@ class Resources(Section):
     """type of the GPUs, as gpu_type:number of --gpus-per-node; null: any"""
     cpus_per_task: Annotated[int, Range(1, 4096)] = 1
     """CPU cores per rank or server"""
-    memory_gb: Annotated[float, Range(0, 1e6)] | None = Field(
-        None,
-        description="memory per node in GiB; 0: all of the node; null: all of the node for a job that has the node "
-        "alone or all of its GPUs, else the default of the partition",
-    )
+    memory_gb: Annotated[float, Range(0, 1e6)] | None = None
+    """memory per node in GiB; 0: all of the node; null: all of the node for a job that has the node alone or all of
+    its GPUs, else the default of the partition"""
     account: SlurmName | None = None
     """Slurm account; null: the default of the user"""
     qos: SlurmName | None = None
@@ -195,11 +193,9 @@ class Jobs(Resources):
 
     tasks_per_node: Annotated[int, Range(1, 1024)] = 1
     """maximum number of ranks per node; on GPU nodes, one per GPU"""
-    spare_nodes: Annotated[int, Range(0, 1024)] = Field(
-        0,
-        description="additional idle nodes of a job with several nodes; one replaces a node that is lost; a job that "
-        "loses its first node is requeued",
-    )
+    spare_nodes: Annotated[int, Range(0, 1024)] = 0
+    """additional idle nodes of a job with several nodes; one replaces a node that is lost; a job that loses its
+    first node is requeued"""
     nodes: Annotated[int, Range(1, 1e6)] | None = None
     """nodes of the partition that your jobs can have at once; null: not limited"""
     array_tasks: Annotated[int, Range(1, 1e6)] | None = None
@@ -346,11 +342,9 @@ class Slurm(Section):
     """folder on each node for temporary files; null: the default of the system"""
     free_gb: Annotated[float, Range(0, 1e9)] = 1.0
     """free space in GB that $ATOM_HOME and scratch must have"""
-    device_test_share: Annotated[float, Range(0, 1)] = Field(
-        0.4,
-        description="before training on GPUs: minimum share of the peak in bf16 that a product of matrices must "
-        "reach on each GPU; 0: no test of products and collectives",
-    )
+    device_test_share: Annotated[float, Range(0, 1)] = 0.4
+    """before training on GPUs: minimum share of the peak in bf16 that a product of matrices must reach on each GPU;
+    0: no test of products and collectives"""
     signal_before_limit_seconds: Annotated[int, Range(10, 65_535, "Slurm takes no more than 65535")] = 120
     """seconds before the time limit at which a stage is signaled to save"""
     array_size: Annotated[int, Range(2, 4_000_001, "Slurm's MaxArraySize is at most 4000001")] = 1000

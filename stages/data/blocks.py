@@ -57,15 +57,16 @@ class Block(Config):
     # Parameters of the class that a recipe cannot set, and what to do instead.
     refused: ClassVar[Mapping[str, str]] = {}
 
-    block: BlockPath = Field(description="import path of the class; further settings are its own parameters")
-    parameters: Settings = Field(
-        {}, description="parameters of the class, if one of them is called like a setting here"
-    )
-    code: LongLine = Field(
-        "auto", description="expected version of datatrove, and digest of the extension; auto: those that are here"
-    )
-    folder: Place = operational("", "folder of the data recipe; set when that is read")
-    extension: Place = operational("", "folder of the extension that has the class; set when the data recipe is read")
+    block: BlockPath
+    """import path of the class; further settings are its own parameters"""
+    parameters: Settings = Field({})
+    """parameters of the class, if one of them is called like a setting here"""
+    code: LongLine = "auto"
+    """expected version of datatrove, and digest of the extension; auto: those that are here"""
+    folder: Place = operational("")
+    """folder of the data recipe; set when that is read"""
+    extension: Place = operational("")
+    """folder of the extension that has the class; set when the data recipe is read"""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field
-
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Estimate, Published
 
@@ -29,8 +27,10 @@ WORK = 1.0
 class Size(Config):
     """The expected size of a source, for `atom plan` alone."""
 
-    documents: Annotated[int, Range(1, 1e13)] = Field(description="number of documents")
-    bytes: Annotated[int, Range(1, 1e17)] = Field(description="bytes of their text in UTF-8")
+    documents: Annotated[int, Range(1, 1e13)]
+    """number of documents"""
+    bytes: Annotated[int, Range(1, 1e17)]
+    """bytes of their text in UTF-8"""
 
 
 @dataclass(frozen=True)

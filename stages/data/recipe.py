@@ -49,19 +49,15 @@ LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)
 class SourceConfig(Source):
     """A source of a data recipe: how its documents are acquired and curated."""
 
-    heldout_fraction: HeldoutFraction | None = Field(
-        None, description="held-out fraction of this source; null: that of the data recipe"
-    )
-    license_allow: Licenses = added(
-        (),
-        "SPDX licenses of documents that are kept; of `A OR B` one must be listed, of `A AND B` both; empty: all",
-    )
-    steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
-    acknowledged_removals: Acknowledged = operational(
-        {},
-        "by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, secrets, "
-        "decontamination, deduplication), the share of the source that it may remove above curation.alarm_share",
-    )
+    heldout_fraction: HeldoutFraction | None = None
+    """held-out fraction of this source; null: that of the data recipe"""
+    license_allow: Licenses = added(())
+    """SPDX licenses of documents that are kept; of `A OR B` one must be listed, of `A AND B` both; empty: all"""
+    steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
+    """curation steps, in order"""
+    acknowledged_removals: Acknowledged = operational({})
+    """by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, secrets, decontamination,
+    deduplication), the share of the source that it may remove above curation.alarm_share"""
 
     @model_validator(mode="after")
     def _check_acknowledged(self) -> SourceConfig:
@@ -88,23 +84,21 @@ class SourceConfig(Source):
 class DataRecipe(Config):
     """A data recipe: one file of `data_recipes/`."""
 
-    name: Key = Field(description="name of the data recipe")
-    description: Text = Field(description="short description of the corpus")
-    sources: tuple[SourceConfig, ...] = Field(
-        min_length=1, max_length=MOST_SOURCES, description="sources of the corpus"
-    )
-    classifiers: tuple[ClassifierSettings, ...] = added(
-        (), "quality classifiers, each trained on documents of some sources", max_length=MOST_SOURCES
-    )
-    curation: CurationSettings = Field(CurationSettings(), description="curation of all sources together")
-    extensions: Extensions = operational(
-        (),
-        "folders of Python modules, relative to this file, whose classes `block` can name; their digests are part of "
-        "the keys",
-    )
-    heldout_fraction: HeldoutFraction = Field(
-        0.05, description="share of documents, by content hash, held out from training; 0 for problems"
-    )
+    name: Key
+    """name of the data recipe"""
+    description: Text
+    """short description of the corpus"""
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
+    """sources of the corpus"""
+    classifiers: tuple[ClassifierSettings, ...] = added((), max_length=MOST_SOURCES)
+    """quality classifiers, each trained on documents of some sources"""
+    curation: CurationSettings = CurationSettings()
+    """curation of all sources together"""
+    extensions: Extensions = operational(())
+    """folders of Python modules, relative to this file, whose classes `block` can name; their digests are part of
+    the keys"""
+    heldout_fraction: HeldoutFraction = 0.05
+    """share of documents, by content hash, held out from training; 0 for problems"""
 
     @model_validator(mode="after")
     def _check_distinct(self) -> DataRecipe:

@@ -99,23 +99,20 @@ OVERLAPS = columns_of(OverlapRow)
 class ContaminationConfig(Config):
     """The thresholds of contamination, and the size of the detector's test."""
 
-    ngram: Annotated[int, Range(1, 1000)] = Field(
-        8, description="words of an n-gram; a shorter item is a single n-gram"
-    )
-    contaminated_from: PositiveShare = Field(
-        0.5, description="share of its n-grams in one phase from which an item is contaminated"
-    )
-    overlap_from: PositiveShare = Field(
-        0.8, description="share of its words in one consecutive match from which an item overlaps"
-    )
-    canaries: Annotated[int, Range(4, 1e6)] = Field(
-        80, description="maximum number of planted items, with as many that are not planted"
-    )
-    seed: Seed = Field(description="seed of the recipe")
-    parts: Annotated[dict[SourceName, PartCount], Field(max_length=MOST_SOURCES)] = operational(
-        {}, "parts of each source that is trained on; empty: all sources that were kept"
-    )
-    expected: Size | None = operational(None, "size of the corpus, for `atom plan` alone; null: unknown")
+    ngram: Annotated[int, Range(1, 1000)] = 8
+    """words of an n-gram; a shorter item is a single n-gram"""
+    contaminated_from: PositiveShare = 0.5
+    """share of its n-grams in one phase from which an item is contaminated"""
+    overlap_from: PositiveShare = 0.8
+    """share of its words in one consecutive match from which an item overlaps"""
+    canaries: Annotated[int, Range(4, 1e6)] = 80
+    """maximum number of planted items, with as many that are not planted"""
+    seed: Seed
+    """seed of the recipe"""
+    parts: Annotated[dict[SourceName, PartCount], Field(max_length=MOST_SOURCES)] = operational({})
+    """parts of each source that is trained on; empty: all sources that were kept"""
+    expected: Size | None = operational(None)
+    """size of the corpus, for `atom plan` alone; null: unknown"""
 
     def verdict(self, words: int, overlap: float, longest: int) -> str:
         if overlap >= self.contaminated_from:

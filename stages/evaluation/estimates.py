@@ -13,8 +13,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import Field
-
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Estimate, Report, operational
 from pipeline.core.store import once
@@ -132,21 +130,27 @@ def count(items: int, size: int) -> int:
 class Expected(Config):
     """The model and the tokens that are expected, for `atom plan` alone."""
 
-    parameters: Annotated[int, Range(1, 1e21)] = Field(description="parameters of the model")
-    active: Annotated[int, Range(1, 1e21)] = Field(description="parameters that a token uses")
-    tokens: Annotated[int, Range(0, 1e15)] = Field(description="tokens that are read or drawn")
-    pieces: Annotated[int, Range(1, 1e9)] = Field(1, description="pieces of work that tasks may share")
-    weight_bytes: Annotated[int, Range(0, 1e22)] = Field(0, description="bytes of the exported weights")
-    served_bytes: Annotated[int, Range(0, 1e22)] = Field(
-        0, description="memory of a vLLM server's process beside its weights, on each GPU if it has some"
-    )
+    parameters: Annotated[int, Range(1, 1e21)]
+    """parameters of the model"""
+    active: Annotated[int, Range(1, 1e21)]
+    """parameters that a token uses"""
+    tokens: Annotated[int, Range(0, 1e15)]
+    """tokens that are read or drawn"""
+    pieces: Annotated[int, Range(1, 1e9)] = 1
+    """pieces of work that tasks may share"""
+    weight_bytes: Annotated[int, Range(0, 1e22)] = 0
+    """bytes of the exported weights"""
+    served_bytes: Annotated[int, Range(0, 1e22)] = 0
+    """memory of a vLLM server's process beside its weights, on each GPU if it has some"""
 
 
 class EngineConfig(Config):
     """Settings of every stage that runs an exported model."""
 
     engine: Engine = engine_field()
-    expected: Expected | None = operational(None, "the model and tokens, for `atom plan` alone; null: unknown")
+    """what computes the results"""
+    expected: Expected | None = operational(None)
+    """the model and tokens, for `atom plan` alone; null: unknown"""
 
 
 def expected(

@@ -46,14 +46,14 @@ Sources = Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)]
 class FreshConfig(Config):
     """The number of problems by task, and the sources of documents of each training phase."""
 
-    problems: Problems = Field(description="number of problems by task")
-    phases: Annotated[dict[Key, Sources], Field(max_length=100)] = Field(
-        description="sources of documents by training phase"
-    )
-    parts: Annotated[dict[SourceName, PartCount], Field(max_length=MOST_SOURCES)] = operational(
-        {}, "parts of each of these sources; empty: no job array"
-    )
-    expected: Size | None = operational(None, "size of the corpus, for `atom plan` alone; null: unknown")
+    problems: Problems
+    """number of problems by task"""
+    phases: Annotated[dict[Key, Sources], Field(max_length=100)]
+    """sources of documents by training phase"""
+    parts: Annotated[dict[SourceName, PartCount], Field(max_length=MOST_SOURCES)] = operational({})
+    """parts of each of these sources; empty: no job array"""
+    expected: Size | None = operational(None)
+    """size of the corpus, for `atom plan` alone; null: unknown"""
 
 
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

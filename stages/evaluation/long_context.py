@@ -70,21 +70,16 @@ POSITIONS = columns_of(PositionRow)
 class ContextSection(Config):
     """Evaluation on long texts: retrieval of passkeys, and the loss by position."""
 
-    lengths: tuple[Context, ...] = Field(
-        min_length=1, max_length=100, description="lengths of passkey items in tokens, increasing"
-    )
-    depths: tuple[Share, ...] = Field(
-        min_length=1,
-        max_length=101,
-        description="positions of the key in the text, from 0 (start) to 1 (end), increasing",
-    )
-    per_cell: Annotated[int, Range(1, 1e5)] = Field(description="passkey items per length and depth")
-    documents: Annotated[int, Range(2, 1e6)] = Field(
-        description="maximum number of long held-out documents for the loss by position"
-    )
-    digits: Annotated[int, Range(2, 9)] = Field(
-        6, description="digits of a passkey; use the same number as in the training data"
-    )
+    lengths: tuple[Context, ...] = Field(min_length=1, max_length=100)
+    """lengths of passkey items in tokens, increasing"""
+    depths: tuple[Share, ...] = Field(min_length=1, max_length=101)
+    """positions of the key in the text, from 0 (start) to 1 (end), increasing"""
+    per_cell: Annotated[int, Range(1, 1e5)]
+    """passkey items per length and depth"""
+    documents: Annotated[int, Range(2, 1e6)]
+    """maximum number of long held-out documents for the loss by position"""
+    digits: Annotated[int, Range(2, 9)] = 6
+    """digits of a passkey; use the same number as in the training data"""
 
     @model_validator(mode="after")
     def _check_increasing(self) -> ContextSection:

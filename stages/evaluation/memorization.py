@@ -26,8 +26,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from pydantic import Field
-
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage
@@ -90,11 +88,12 @@ class Place(TypedDict):
 class MemorizationSection(Config):
     """Memorization of the training data by the final model: verbatim continuations."""
 
-    documents: Annotated[int, Range(2, 1e5)] = Field(
-        50, description="maximum number of documents per source and range of times seen"
-    )
-    prefix_tokens: Context = Field(50, description="tokens of a document that the model receives")
-    continuation_tokens: Context = Field(50, description="tokens after them that are compared")
+    documents: Annotated[int, Range(2, 1e5)] = 50
+    """maximum number of documents per source and range of times seen"""
+    prefix_tokens: Context = 50
+    """tokens of a document that the model receives"""
+    continuation_tokens: Context = 50
+    """tokens after them that are compared"""
 
     @property
     def length(self) -> int:
@@ -108,7 +107,8 @@ class MemorizationSection(Config):
 class MemorizationConfig(MemorizationSection, EngineConfig):
     """Config of the stage."""
 
-    seed: Seed = Field(description="seed of the recipe")
+    seed: Seed
+    """seed of the recipe"""
 
     @cached_property
     def salt(self) -> int:

@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from pydantic import Field
-
 from pipeline.core.bounds import MOST_SOURCES, Context, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage, added
@@ -72,12 +70,14 @@ PROBLEM_ANSWERS = columns_of(ProblemAnswer)
 class EvaluateConfig(EngineConfig):
     """The part of the evaluation section that changes the measured numbers."""
 
-    heldout_documents: HeldoutLimit = Field(description="maximum number of held-out documents per source")
-    max_new_tokens: Context = Field(description="maximum number of tokens generated per problem")
-    context: ContextSection | None = added(None, "evaluation on long texts; null: none")
-    conversations: tuple[SourceName, ...] = added(
-        (), "sources whose documents contain special tokens", max_length=MOST_SOURCES
-    )
+    heldout_documents: HeldoutLimit
+    """maximum number of held-out documents per source"""
+    max_new_tokens: Context
+    """maximum number of tokens generated per problem"""
+    context: ContextSection | None = added(None)
+    """evaluation on long texts; null: none"""
+    conversations: tuple[SourceName, ...] = added((), max_length=MOST_SOURCES)
+    """sources whose documents contain special tokens"""
 
 
 def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -24,8 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
-from pydantic import Field
-
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage
@@ -77,10 +75,14 @@ NumSamples = Annotated[int, Range(1, 4096)]
 class SolveConfig(EngineConfig):
     """The items, the number of answers to each, and their maximum length."""
 
-    num_samples: NumSamples = Field(description="answers per item")
-    max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
-    split: Literal["test", "validation"] = Field("test", description="split of the items")
-    seed: Seed = Field(description="seed of the recipe")
+    num_samples: NumSamples
+    """answers per item"""
+    max_new_tokens: Context
+    """maximum number of tokens of an answer"""
+    split: Literal["test", "validation"] = "test"
+    """split of the items"""
+    seed: Seed
+    """seed of the recipe"""
 
 
 def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

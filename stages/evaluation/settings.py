@@ -50,52 +50,48 @@ Gain = Annotated[float, Range(0, 1, below=True)]
 class ChatSection(Config):
     """Evaluation in conversations, and the thresholds of its release gates."""
 
-    items: ChatItems = Field(description="evaluation items")
-    max_new_tokens: Context = Field(64, description="maximum number of tokens of an answer")
-    num_samples: NumSamples = Field(8, description="answers per problem, for pass@k and maj@k")
-    min_gain: Gain = Field(
-        0.0, description="gain in pass@1 from SFT to RLVR that must be exceeded, as far as there is room for it"
-    )
-    min_win_rate: Annotated[float, Range(0.5, 1, below=True)] = Field(
-        0.5, description="value that the lower confidence bound of a win rate must exceed"
-    )
-    skill_tolerance: Annotated[float, Range(0, 0.25)] = Field(
-        0.05, description="maximum loss of pass@1 in phases after RLVR"
-    )
+    items: ChatItems
+    """evaluation items"""
+    max_new_tokens: Context = 64
+    """maximum number of tokens of an answer"""
+    num_samples: NumSamples = 8
+    """answers per problem, for pass@k and maj@k"""
+    min_gain: Gain = 0.0
+    """gain in pass@1 from SFT to RLVR that must be exceeded, as far as there is room for it"""
+    min_win_rate: Annotated[float, Range(0.5, 1, below=True)] = 0.5
+    """value that the lower confidence bound of a win rate must exceed"""
+    skill_tolerance: Annotated[float, Range(0, 0.25)] = 0.05
+    """maximum loss of pass@1 in phases after RLVR"""
 
 
 class EvaluationSection(Config):
     """Measurements after each phase, and the thresholds of the release gates."""
 
-    problems: Problems = Field(description="number of evaluation problems by task")
-    heldout_documents: HeldoutLimit = Field(60, description="maximum number of held-out documents per source")
-    max_new_tokens: Context = Field(64, description="maximum number of tokens generated per problem")
-    parity_tolerance: Annotated[float, Range(0, 0.1, above=True)] = Field(
-        1e-4,
-        description="maximum difference of any fp32 logit between an export and the trainer; rounding grows with the "
-        "logits and the context",
-    )
-    bits_per_byte_tolerance: Annotated[float, Range(0, 0.5)] = Field(
-        0.05,
-        description="maximum increase in bits per byte of the sources that mid-training or a long-context phase reads",
-    )
-    min_accuracy_gain: Gain = Field(
-        0.0,
-        description="gain in accuracy from mid-training that must be exceeded, as far as there is room for it",
-    )
-    waived_gates: Annotated[dict[WaivableGate, Line], Field(max_length=len(WAIVABLE_GATES))] = Field(
-        {},
-        description="gates on the effect of training that do not refuse the release, each with the reason, which "
-        "the cards state",
-    )
-    chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
-    context: ContextSection | None = added(None, "evaluation on long texts: passkeys and loss by position; null: none")
-    memorization: MemorizationSection | None = added(
-        None,
-        "how much of its training data a model reproduces: verbatim continuations; null: not measured",
-    )
-    harness: HarnessSection | None = added(None, "task sets of lm-evaluation-harness; null: none")
-    engine: Engine = Field(Engine(), description="what computes evaluations: the stages' processes, or vLLM")
+    problems: Problems
+    """number of evaluation problems by task"""
+    heldout_documents: HeldoutLimit = 60
+    """maximum number of held-out documents per source"""
+    max_new_tokens: Context = 64
+    """maximum number of tokens generated per problem"""
+    parity_tolerance: Annotated[float, Range(0, 0.1, above=True)] = 1e-4
+    """maximum difference of any fp32 logit between an export and the trainer; rounding grows with the logits and
+    the context"""
+    bits_per_byte_tolerance: Annotated[float, Range(0, 0.5)] = 0.05
+    """maximum increase in bits per byte of the sources that mid-training or a long-context phase reads"""
+    min_accuracy_gain: Gain = 0.0
+    """gain in accuracy from mid-training that must be exceeded, as far as there is room for it"""
+    waived_gates: Annotated[dict[WaivableGate, Line], Field(max_length=len(WAIVABLE_GATES))] = Field({})
+    """gates on the effect of training that do not refuse the release, each with the reason, which the cards state"""
+    chat: ChatSection | None = added(None)
+    """evaluation in conversations; null: none"""
+    context: ContextSection | None = added(None)
+    """evaluation on long texts: passkeys and loss by position; null: none"""
+    memorization: MemorizationSection | None = added(None)
+    """how much of its training data a model reproduces: verbatim continuations; null: not measured"""
+    harness: HarnessSection | None = added(None)
+    """task sets of lm-evaluation-harness; null: none"""
+    engine: Engine = Engine()
+    """what computes evaluations: the stages' processes, or vLLM"""
 
     def tokens(self, sources: int) -> int:
         """Returns the tokens that the evaluation of one model on so many sources reads and draws, at most."""

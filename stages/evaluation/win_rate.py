@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from pipeline.core.bounds import Context, Key, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage
@@ -46,10 +44,14 @@ PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**SIDE_COL
 class PreferConfig(EngineConfig):
     """The names of the two models in the recipe, and the maximum length of an answer."""
 
-    model: Key = Field(description="name of the model")
-    before: Key = Field(description="name of the model that it is compared with")
-    max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
-    seed: Seed = Field(description="seed of the recipe")
+    model: Key
+    """name of the model"""
+    before: Key
+    """name of the model that it is compared with"""
+    max_new_tokens: Context
+    """maximum number of tokens of an answer"""
+    seed: Seed
+    """seed of the recipe"""
 
 
 def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
-
 from pipeline.core.bounds import Context, Flag, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
@@ -53,22 +51,25 @@ BASE_BYTES = 700_000_000
 
 
 class ExportConfig(Config):
-    model: Model = Field(description="model section, with the rotary embedding of the phase")
-    padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
-    step: Annotated[int, Range(0, 1e8)] | None = Field(
-        None, description="step of the sealed checkpoint; null: the last one"
-    )
-    seed: Seed | None = added(None, "seed of random weights that are exported instead of a checkpoint; null: none")
-    parity_tolerance: Annotated[float, Range(0, 1, above=True)] = Field(
-        1e-4, description="maximum difference of any fp32 logit"
-    )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of the exported weights")
-    converses: Flag = added(False, "sample by default, as chat models do; else decode greedily")
-    parity_tokens: Context | None = added(
-        None, "tokens of the longest compared row, spread over the context; null: as many as the context"
-    )
+    model: Model
+    """model section, with the rotary embedding of the phase"""
+    padded_vocab_size: PositiveInt
+    """rows of the embedding matrix"""
+    step: Annotated[int, Range(0, 1e8)] | None = None
+    """step of the sealed checkpoint; null: the last one"""
+    seed: Seed | None = added(None)
+    """seed of random weights that are exported instead of a checkpoint; null: none"""
+    parity_tolerance: Annotated[float, Range(0, 1, above=True)] = 1e-4
+    """maximum difference of any fp32 logit"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """data type of the exported weights"""
+    converses: Flag = added(False)
+    """sample by default, as chat models do; else decode greedily"""
+    parity_tokens: Context | None = added(None)
+    """tokens of the longest compared row, spread over the context; null: as many as the context"""
 
-    lora: Lora | None = added(None, "adapter that the checkpoint is, on the weights of the input `base`; null: none")
+    lora: Lora | None = added(None)
+    """adapter that the checkpoint is, on the weights of the input `base`; null: none"""
 
     @property
     def longest_row(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.core.errors import RecipeError
@@ -59,16 +59,14 @@ REPORTED = 2_000  # documents of each source on which the bytes per token are me
 class TokenizerSection(Config):
     """The byte-level BPE tokenizer of a release, and the size of the embedding, which is the same for every layout."""
 
-    vocab_size: Vocabulary = Field(description="tokens of the vocabulary, special tokens included")
-    padded_vocab_size: Vocabulary = Field(
-        description="rows of the embedding matrix: at least vocab_size, and a multiple of tp"
-    )
-    sample_bytes: SampleBytes = Field(
-        4_000_000, description="maximum bytes of training text from which the tokenizer is trained"
-    )
-    leave_out: tuple[SourceName, ...] = added(
-        (), "sources excluded from its training; conversations are always excluded", max_length=MOST_SOURCES
-    )
+    vocab_size: Vocabulary
+    """tokens of the vocabulary, special tokens included"""
+    padded_vocab_size: Vocabulary
+    """rows of the embedding matrix: at least vocab_size, and a multiple of tp"""
+    sample_bytes: SampleBytes = 4_000_000
+    """maximum bytes of training text from which the tokenizer is trained"""
+    leave_out: tuple[SourceName, ...] = added((), max_length=MOST_SOURCES)
+    """sources excluded from its training; conversations are always excluded"""
 
     @model_validator(mode="after")
     def _check_vocab_sizes(self) -> TokenizerSection:

@@ -25,16 +25,12 @@ if TYPE_CHECKING:
 class Engine(Config):
     """The engine that computes the evaluation of a model."""
 
-    kind: Literal["in-process", "vllm"] = Field(
-        default="in-process",
-        description="in-process: transformers in fp32 on a core, bitwise reproducible; vllm: a server",
-    )
-    gpus: Annotated[int, Range(0, 1024)] = operational(
-        0, "GPUs of one node that a server's model is spread over (tensor parallelism); 0: it computes on cores"
-    )
-    options: tuple[LongLine, ...] = operational(
-        (), "additional command-line options of the vLLM server", max_length=100
-    )
+    kind: Literal["in-process", "vllm"] = Field(default="in-process")
+    """in-process: transformers in fp32 on a core, bitwise reproducible; vllm: a server"""
+    gpus: Annotated[int, Range(0, 1024)] = operational(0)
+    """GPUs of one node that a server's model is spread over (tensor parallelism); 0: it computes on cores"""
+    options: tuple[LongLine, ...] = operational((), max_length=100)
+    """additional command-line options of the vLLM server"""
 
     @model_validator(mode="after")
     def _effective(self) -> Engine:
@@ -84,7 +80,7 @@ SETTING = "evaluation.engine"
 
 def engine_field() -> Any:
     """Returns the field of a stage's config: without a value it is left out of the key."""
-    return added(Engine(), "what computes the results")
+    return added(Engine())
 
 
 class LanguageModel(ABC):

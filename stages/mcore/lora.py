@@ -37,15 +37,13 @@ ARCHITECTURES = ("qwen3", "qwen3_moe")
 class Lora(Config):
     """Low-rank adapters on a frozen base."""
 
-    rank: Annotated[int, Range(1, 1024, "usual: 4 to 64")] = Field(description="columns of B and rows of A")
-    alpha: Annotated[float, Range(0, 1e4, "usual: rank or twice the rank", above=True)] = Field(
-        description="the product B A is multiplied by alpha / rank"
-    )
-    targets: Annotated[tuple[Literal["attention", "mlp"], ...], Field(min_length=1, max_length=2)] = Field(
-        ("attention",),
-        description="matrices with an adapter: attention (queries, keys, values, output), mlp (gate, up and down of "
-        "dense layers and of each expert; routers never)",
-    )
+    rank: Annotated[int, Range(1, 1024, "usual: 4 to 64")]
+    """columns of B and rows of A"""
+    alpha: Annotated[float, Range(0, 1e4, "usual: rank or twice the rank", above=True)]
+    """the product B A is multiplied by alpha / rank"""
+    targets: Annotated[tuple[Literal["attention", "mlp"], ...], Field(min_length=1, max_length=2)] = ("attention",)
+    """matrices with an adapter: attention (queries, keys, values, output), mlp (gate, up and down of dense layers
+    and of each expert; routers never)"""
 
     @field_validator("targets")
     @classmethod

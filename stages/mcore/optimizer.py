@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Tag, model_validator
 
 from pipeline.core.bounds import Range, Steps
 from pipeline.core.stage import Config, added
@@ -61,19 +61,24 @@ class OptimizerSettings(Config, ABC):
     decays in the last `decay_steps` by 1 - sqrt (Hägele et al., 2024).
     """
 
-    schedule: Literal["cosine", "wsd"] = added("cosine", "learning-rate schedule: cosine, or warmup-stable-decay")
-    decay_steps: Steps | None = added(None, "steps of the final decay; only for wsd, which requires it")
-    lr: PeakRate = Field(description="peak learning rate")
-    final_lr: LearningRate = Field(description="learning rate at the last step")
-    warmup_steps: Annotated[int, Range(0, 1e8)] = Field(description="steps of linear warmup")
-    weight_decay: Annotated[float, Range(0, 10, "usual: 0 to 0.1")] = Field(
-        0.1, description="decoupled weight decay; norms are not decayed"
-    )
-    beta1: Beta = Field(0.9, description="decay rate of the running mean of gradients")
-    beta2: Beta = Field(0.95, description="decay rate of the running mean of squared gradients")
-    clip: Annotated[float, Range(0, 1000, "usual: 1", above=True)] = Field(
-        1.0, description="maximum global norm of the gradients; larger ones are scaled down to it"
-    )
+    schedule: Literal["cosine", "wsd"] = added("cosine")
+    """learning-rate schedule: cosine, or warmup-stable-decay"""
+    decay_steps: Steps | None = added(None)
+    """steps of the final decay; only for wsd, which requires it"""
+    lr: PeakRate
+    """peak learning rate"""
+    final_lr: LearningRate
+    """learning rate at the last step"""
+    warmup_steps: Annotated[int, Range(0, 1e8)]
+    """steps of linear warmup"""
+    weight_decay: Annotated[float, Range(0, 10, "usual: 0 to 0.1")] = 0.1
+    """decoupled weight decay; norms are not decayed"""
+    beta1: Beta = 0.9
+    """decay rate of the running mean of gradients"""
+    beta2: Beta = 0.95
+    """decay rate of the running mean of squared gradients"""
+    clip: Annotated[float, Range(0, 1000, "usual: 1", above=True)] = 1.0
+    """maximum global norm of the gradients; larger ones are scaled down to it"""
 
     title: ClassVar[str]
     """The name in texts."""
@@ -157,7 +162,8 @@ class Adam(OptimizerSettings):
     """
 
     # Not written out: configs and keys of recipes without `kind` stay as they are. Another kind writes its name.
-    kind: Literal["adam"] = added("adam", "kind of optimizer", exclude=True)
+    kind: Literal["adam"] = added("adam", exclude=True)
+    """kind of optimizer"""
 
     title = "AdamW"
     matrices = ADAM

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.core.bounds import Context, Flag, Range
 from pipeline.core.stage import Config, LongContext, added, operational
@@ -57,10 +57,10 @@ class Yarn(Config):
     It divides slow frequencies by `factor`, keeps fast ones, and scales queries and keys by 0.1 ln(factor) + 1 each.
     """
 
-    factor: Annotated[float, Range(1, 4096, "DeepSeek-V3: 40", above=True)] = Field(
-        description="ratio of the new context length to original_length"
-    )
-    original_length: Context = Field(description="context length in tokens for which the frequencies were trained")
+    factor: Annotated[float, Range(1, 4096, "DeepSeek-V3: 40", above=True)]
+    """ratio of the new context length to original_length"""
+    original_length: Context
+    """context length in tokens for which the frequencies were trained"""
     beta_fast: ClassVar[float] = 32.0
     """Rotations within original_length above which a frequency is kept."""
     beta_slow: ClassVar[float] = 1.0
@@ -70,15 +70,19 @@ class Yarn(Config):
 class Rope(Config):
     """A changed rotary embedding from a phase on."""
 
-    theta: RopeBase | None = Field(None, description="base of the rotary frequencies; null: as in the previous phase")
-    yarn: Yarn | None = Field(None, description="YaRN scaling; null: none")
+    theta: RopeBase | None = None
+    """base of the rotary frequencies; null: as in the previous phase"""
+    yarn: Yarn | None = None
+    """YaRN scaling; null: none"""
 
 
 class StatedParameters(Config):
     """Expected parameter counts. A recipe whose model has other counts is refused."""
 
-    total: PositiveCount = Field(description="all parameters, with embeddings")
-    active: PositiveCount = Field(description="parameters that one token uses, with embeddings")
+    total: PositiveCount
+    """all parameters, with embeddings"""
+    active: PositiveCount
+    """parameters that one token uses, with embeddings"""
 
 
 @dataclass(frozen=True)
@@ -97,19 +101,24 @@ class ModelConfig(Config, ABC):
     The padded vocabulary size is in the tokenizer section.
     """
 
-    layers: Layers = Field(description="number of transformer layers")
-    hidden_size: Width = Field(description="width of the residual stream")
-    context_length: Context = Field(description="maximum sequence length in tokens")
-    rope_theta: RopeBase = Field(10000.0, description="base of the rotary frequencies")
-    norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = Field(
-        1e-6, description="epsilon of every RMSNorm"
-    )
-    tie_embeddings: Flag = Field(True, description="share the weights of input embedding and output head")
-    init_std: Annotated[float, Range(0, 1, "usual: 0.006 to 0.1", above=True)] = Field(
-        0.02, description="standard deviation of the initial weights"
-    )
-    yarn: Yarn | None = added(None, "YaRN scaling of the rotary frequencies; null: none")
-    stated_parameters: StatedParameters | None = operational(None, "expected parameter counts; null: not checked")
+    layers: Layers
+    """number of transformer layers"""
+    hidden_size: Width
+    """width of the residual stream"""
+    context_length: Context
+    """maximum sequence length in tokens"""
+    rope_theta: RopeBase = 10000.0
+    """base of the rotary frequencies"""
+    norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = 1e-6
+    """epsilon of every RMSNorm"""
+    tie_embeddings: Flag = True
+    """share the weights of input embedding and output head"""
+    init_std: Annotated[float, Range(0, 1, "usual: 0.006 to 0.1", above=True)] = 0.02
+    """standard deviation of the initial weights"""
+    yarn: Yarn | None = added(None)
+    """YaRN scaling of the rotary frequencies; null: none"""
+    stated_parameters: StatedParameters | None = operational(None)
+    """expected parameter counts; null: not checked"""
 
     zero_centered_norms: ClassVar[bool] = False
     """True if the norms around and in an attention layer multiply by 1 + weight, so that weights start as zeros."""
@@ -268,9 +277,8 @@ class ModelConfig(Config, ABC):
 class UntiedConfig(ModelConfig):
     """An architecture whose class in vLLM does not share the table with the head."""
 
-    tie_embeddings: Flag = Field(
-        False, description="always false: vLLM's class of the architecture has a head of its own"
-    )
+    tie_embeddings: Flag = False
+    """always false: vLLM's class of the architecture has a head of its own"""
 
     @model_validator(mode="after")
     def _possible_head(self) -> UntiedConfig:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.core.bounds import Range
 from stages.models.base import Precision
@@ -32,17 +32,20 @@ class DeepseekV3Config(SigmoidMixtureConfig):
 
     spec_module: ClassVar[str] = "stages.mcore.architectures.deepseek_v3"
     yarn_scales_heads: ClassVar[bool] = True
-    architecture: Literal["deepseek_v3"] = Field(
-        description="deepseek_v3: a mixture of experts with latent attention and shared experts"
-    )
-    heads: Heads = Field(description="attention heads")
-    q_lora_rank: Rank | None = Field(None, description="width of the latent of queries; null: queries have none")
-    kv_lora_rank: Rank = Field(description="width of the latent of keys and values, which a cache keeps")
-    qk_nope_head_dim: HeadPart = Field(description="width of the part of a query or key without rotary embedding")
-    qk_rope_head_dim: HeadPart = Field(
-        description="width of the part with rotary embedding; must be even. All heads share that of the key"
-    )
-    v_head_dim: HeadPart = Field(description="width of a head's values")
+    architecture: Literal["deepseek_v3"]
+    """deepseek_v3: a mixture of experts with latent attention and shared experts"""
+    heads: Heads
+    """attention heads"""
+    q_lora_rank: Rank | None = None
+    """width of the latent of queries; null: queries have none"""
+    kv_lora_rank: Rank
+    """width of the latent of keys and values, which a cache keeps"""
+    qk_nope_head_dim: HeadPart
+    """width of the part of a query or key without rotary embedding"""
+    qk_rope_head_dim: HeadPart
+    """width of the part with rotary embedding; must be even. All heads share that of the key"""
+    v_head_dim: HeadPart
+    """width of a head's values"""
 
     @model_validator(mode="after")
     def _possible_attention(self) -> DeepseekV3Config:

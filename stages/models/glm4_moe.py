@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
-
 from pipeline.core.bounds import Flag
 from stages.models.base import UntiedConfig
 from stages.models.grouped_query import PartialRotaryConfig, RotaryPart
@@ -21,12 +19,14 @@ class Glm4MoeConfig(UntiedConfig, SigmoidMixtureConfig, GroupedMixtureConfig, Pa
     """A mixture of experts with shared ones and partial rotary embedding: `architecture: glm4_moe`."""
 
     spec_module: ClassVar[str] = "stages.mcore.architectures.glm4_moe"
-    architecture: Literal["glm4_moe"] = Field(
-        description="glm4_moe: a mixture of experts with shared ones, chosen by sigmoids, and grouped-query attention"
-    )
-    partial_rotary_factor: RotaryPart = Field(0.5, description="share of a head that has rotary embedding")
-    attention_bias: Flag = Field(True, description="biases of queries, keys and values")
-    use_qk_norm: Flag = Field(False, description="normalize each head's queries and keys")
+    architecture: Literal["glm4_moe"]
+    """glm4_moe: a mixture of experts with shared ones, chosen by sigmoids, and grouped-query attention"""
+    partial_rotary_factor: RotaryPart = 0.5
+    """share of a head that has rotary embedding"""
+    attention_bias: Flag = True
+    """biases of queries, keys and values"""
+    use_qk_norm: Flag = False
+    """normalize each head's queries and keys"""
 
     @property
     def qk_norm(self) -> bool:

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
 from pipeline.core.bounds import Context
 from stages.models.base import Precision, UntiedConfig
 from stages.models.costs import AttentionCost, Rows, sliced_attention
@@ -28,12 +26,10 @@ class GptOssConfig(UntiedConfig, RoutedConfig, GroupedQueryConfig):
     spec_module: ClassVar[str] = "stages.mcore.architectures.gpt_oss"
     qk_norm: ClassVar[bool] = False
     qkv_bias: ClassVar[bool] = True
-    architecture: Literal["gpt_oss"] = Field(
-        description="gpt_oss: a mixture of experts whose layers see a window and all tokens in turns"
-    )
-    sliding_window: Context = Field(
-        description="tokens that the first, third, ... layer sees, its own among them; the other layers see all"
-    )
+    architecture: Literal["gpt_oss"]
+    """gpt_oss: a mixture of experts whose layers see a window and all tokens in turns"""
+    sliding_window: Context
+    """tokens that the first, third, ... layer sees, its own among them; the other layers see all"""
 
     def layout_obstacle(self, layout: Layout) -> str | None:
         if layout.split_experts == 1:

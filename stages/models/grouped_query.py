@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.core.bounds import Range
 from stages.models.base import Precision
@@ -24,11 +24,12 @@ RotaryPart = Annotated[float, Range(0, 1, "Qwen3-Next: 0.25, GLM-4.5: 0.5", abov
 class GroupedQueryConfig(DecoderConfig):
     """A decoder whose attention is grouped-query attention, as Qwen3's and Llama's."""
 
-    heads: Heads = Field(description="query heads")
-    kv_heads: Heads = Field(description="key and value heads; must divide heads")
-    head_dim: Annotated[int, Range(1, 1024, "usual: 64 to 256")] = Field(
-        description="width of one head; must be even for the rotary embedding"
-    )
+    heads: Heads
+    """query heads"""
+    kv_heads: Heads
+    """key and value heads; must divide heads"""
+    head_dim: Annotated[int, Range(1, 1024, "usual: 64 to 256")]
+    """width of one head; must be even for the rotary embedding"""
 
     @model_validator(mode="after")
     def _possible_heads(self) -> GroupedQueryConfig:
@@ -152,7 +153,8 @@ class GroupedQueryConfig(DecoderConfig):
 class PartialRotaryConfig(GroupedQueryConfig):
     """Such a decoder of whose heads only a first part has rotary embedding."""
 
-    partial_rotary_factor: RotaryPart = Field(description="share of a head that has rotary embedding")
+    partial_rotary_factor: RotaryPart
+    """share of a head that has rotary embedding"""
 
     @model_validator(mode="after")
     def _possible_part(self) -> PartialRotaryConfig:

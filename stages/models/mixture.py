@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import added
@@ -34,18 +34,18 @@ class RoutedConfig(DecoderConfig):
     in the methods of every config.
     """
 
-    experts: Experts = Field(description="experts in each layer")
-    num_experts_per_tok: Experts = Field(description="experts to which each token is routed (top-k)")
-    moe_intermediate_size: Width = Field(description="inner width of one expert")
-    aux_loss: LossWeight = Field(
-        1e-3, description="weight of the load-balancing loss, summed over layers as in Megatron-Core"
-    )
-    balance: Literal["batch", "sequence"] = added(
-        "batch", "tokens over which aux_loss balances experts: those of a micro-batch or of each row"
-    )
-    z_loss: LossWeight = added(
-        0.0, "weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"
-    )
+    experts: Experts
+    """experts in each layer"""
+    num_experts_per_tok: Experts
+    """experts to which each token is routed (top-k)"""
+    moe_intermediate_size: Width
+    """inner width of one expert"""
+    aux_loss: LossWeight = 1e-3
+    """weight of the load-balancing loss, summed over layers as in Megatron-Core"""
+    balance: Literal["batch", "sequence"] = added("batch")
+    """tokens over which aux_loss balances experts: those of a micro-batch or of each row"""
+    z_loss: LossWeight = added(0.0)
+    """weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"""
 
     @model_validator(mode="after")
     def _possible_choice(self) -> RoutedConfig:
@@ -92,13 +92,12 @@ class RoutedConfig(DecoderConfig):
 class MixtureConfig(RoutedConfig):
     """A decoder whose layers have SwiGLUs as experts."""
 
-    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = added(
-        0.0, "change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"
-    )
-    dense_layers: Annotated[int, Range(0, 1023)] = added(
-        0, "number of first layers with a dense SwiGLU instead of experts"
-    )
-    intermediate_size: Width | None = added(None, "inner width of the SwiGLU in dense layers")
+    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = added(0.0)
+    """change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"""
+    dense_layers: Annotated[int, Range(0, 1023)] = added(0)
+    """number of first layers with a dense SwiGLU instead of experts"""
+    intermediate_size: Width | None = added(None)
+    """inner width of the SwiGLU in dense layers"""
 
     @property
     def shared_width(self) -> int:
@@ -284,17 +283,16 @@ def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
 class SigmoidMixtureConfig(MixtureConfig):
     """A decoder whose layers have such experts."""
 
-    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = Field(
-        1e-3, description="change of an expert's bias per step in auxiliary-loss-free balancing; 0: biases stay zero"
-    )
-    n_shared_experts: Annotated[int, Range(1, 64, "DeepSeek-V3: 1, Moonlight: 2")] = Field(
-        1, description="experts that every token uses"
-    )
-    n_group: Experts = Field(1, description="groups of the experts of a layer; 1: no groups")
-    topk_group: Experts = Field(1, description="groups from which the experts of a token are chosen")
-    routed_scaling_factor: Annotated[float, Range(0, 100, "DeepSeek-V3: 2.5, Kimi K2: 2.827", above=True)] = Field(
-        1.0, description="factor of the sum of the routed experts, whose weights sum to 1"
-    )
+    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = 1e-3
+    """change of an expert's bias per step in auxiliary-loss-free balancing; 0: biases stay zero"""
+    n_shared_experts: Annotated[int, Range(1, 64, "DeepSeek-V3: 1, Moonlight: 2")] = 1
+    """experts that every token uses"""
+    n_group: Experts = 1
+    """groups of the experts of a layer; 1: no groups"""
+    topk_group: Experts = 1
+    """groups from which the experts of a token are chosen"""
+    routed_scaling_factor: Annotated[float, Range(0, 100, "DeepSeek-V3: 2.5, Kimi K2: 2.827", above=True)] = 1.0
+    """factor of the sum of the routed experts, whose weights sum to 1"""
 
     @model_validator(mode="after")
     def _possible_groups(self) -> SigmoidMixtureConfig:

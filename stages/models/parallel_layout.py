@@ -26,42 +26,35 @@ MOST_LOGITS = 2**22
 class Layout(Config):
     """The ranks of a phase and their parallel layout. All layouts give the same loss within rounding."""
 
-    ranks: Annotated[int, Range(1, 1e6, "Llama 3: 16384")] = Field(
-        default=1, description="number of processes, one per device"
-    )
-    tp: Split = Field(default=1, description="tensor-parallel ranks, with sequence parallelism of the activations")
-    pp: Split = Field(default=1, description="pipeline-parallel ranks, which split the layers")
-    vpp: Split = Field(default=1, description="model chunks per pipeline rank; above 1: interleaved 1F1B schedule")
-    cp: Split = Field(default=1, description="context-parallel ranks, which split each sequence")
-    ep: Split = Field(default=1, description="expert-parallel ranks, which split the experts of a layer")
-    etp: Split | None = Field(default=None, description="tensor-parallel ranks of each expert; null: as tp")
-    dispatcher: Literal["alltoall", "allgather", "flex"] = Field(
-        default="alltoall",
-        description="how tokens are sent to their experts; flex: by DeepEP's kernels, only with GPUs",
-    )
-    recompute: Literal["none", "layer"] = Field(
-        default="none",
-        description="layer: keep only the input of each layer, and recompute the rest in the backward pass",
-    )
-    overlap_gradients: Flag | None = Field(
-        default=None, description="overlap the reduction of gradients with the backward pass; null: if there are GPUs"
-    )
-    overlap_weights: Flag = Field(
-        default=False,
-        description="overlap the gathering of updated weights with the next step's forward pass, and gradients",
-    )
-    fusions: tuple[Fusion, ...] | None = Field(
-        default=None, max_length=6, description="fused kernels, only with GPUs; null: all that the machine has"
-    )
-    cuda_graphs: Flag = Field(
-        default=False,
-        description="only with GPUs: replay the kernels of a layer as one CUDA graph; for dense models in plain rows",
-    )
-    deterministic: Flag = Field(
-        default=False,
-        description="only with GPUs, slower: kernels and collectives that add in one order, for equal bits of a "
-        "repeated step (CPU ranks always have; not yet shown on a GPU)",
-    )
+    ranks: Annotated[int, Range(1, 1e6, "Llama 3: 16384")] = Field(default=1)
+    """number of processes, one per device"""
+    tp: Split = Field(default=1)
+    """tensor-parallel ranks, with sequence parallelism of the activations"""
+    pp: Split = Field(default=1)
+    """pipeline-parallel ranks, which split the layers"""
+    vpp: Split = Field(default=1)
+    """model chunks per pipeline rank; above 1: interleaved 1F1B schedule"""
+    cp: Split = Field(default=1)
+    """context-parallel ranks, which split each sequence"""
+    ep: Split = Field(default=1)
+    """expert-parallel ranks, which split the experts of a layer"""
+    etp: Split | None = Field(default=None)
+    """tensor-parallel ranks of each expert; null: as tp"""
+    dispatcher: Literal["alltoall", "allgather", "flex"] = Field(default="alltoall")
+    """how tokens are sent to their experts; flex: by DeepEP's kernels, only with GPUs"""
+    recompute: Literal["none", "layer"] = Field(default="none")
+    """layer: keep only the input of each layer, and recompute the rest in the backward pass"""
+    overlap_gradients: Flag | None = Field(default=None)
+    """overlap the reduction of gradients with the backward pass; null: if there are GPUs"""
+    overlap_weights: Flag = Field(default=False)
+    """overlap the gathering of updated weights with the next step's forward pass, and gradients"""
+    fusions: tuple[Fusion, ...] | None = Field(default=None, max_length=6)
+    """fused kernels, only with GPUs; null: all that the machine has"""
+    cuda_graphs: Flag = Field(default=False)
+    """only with GPUs: replay the kernels of a layer as one CUDA graph; for dense models in plain rows"""
+    deterministic: Flag = Field(default=False)
+    """only with GPUs, slower: kernels and collectives that add in one order, for equal bits of a repeated step (CPU
+    ranks always have; not yet shown on a GPU)"""
 
     @property
     def data(self) -> int:

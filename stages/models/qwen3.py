@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
 from stages.models.base import Precision, Width
 from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_gradients, swiglu_shapes
 from stages.models.parallel_layout import Layout
@@ -20,8 +18,10 @@ class Qwen3Config(GroupedQueryConfig):
     """A dense decoder: `architecture: qwen3`."""
 
     spec_module: ClassVar[str] = "stages.mcore.architectures.qwen3"
-    architecture: Literal["qwen3"] = Field(description="qwen3: a dense decoder")
-    intermediate_size: Width = Field(description="inner width of the SwiGLU of each layer")
+    architecture: Literal["qwen3"]
+    """qwen3: a dense decoder"""
+    intermediate_size: Width
+    """inner width of the SwiGLU of each layer"""
 
     def mlp_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         return swiglu_shapes(self.hidden_size, self.intermediate_size)

@@ -19,10 +19,10 @@ class Qwen3MoeConfig(GroupedMixtureConfig):
     """A mixture of experts: `architecture: qwen3_moe`, the default of a section without this setting."""
 
     spec_module: ClassVar[str] = "stages.mcore.architectures.qwen3_moe"
-    architecture: Literal["qwen3_moe"] = added("qwen3_moe", "qwen3_moe: a mixture of experts")
-    shared_expert_intermediate_size: Width | None = added(
-        None, "inner width of a shared expert that every token uses; null: none"
-    )
+    architecture: Literal["qwen3_moe"] = added("qwen3_moe")
+    """qwen3_moe: a mixture of experts"""
+    shared_expert_intermediate_size: Width | None = added(None)
+    """inner width of a shared expert that every token uses; null: none"""
 
     @property
     def shared_width(self) -> int:

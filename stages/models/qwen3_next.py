@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.core.bounds import Range
 from stages.models.base import Layers, Precision, UntiedConfig, Width
@@ -34,25 +34,24 @@ class Qwen3NextConfig(UntiedConfig, Qwen3MoeConfig, PartialRotaryConfig):
 
     spec_module: ClassVar[str] = "stages.mcore.architectures.qwen3_next"
     zero_centered_norms: ClassVar[bool] = True
-    architecture: Literal["qwen3_next"] = Field(  # type: ignore[assignment]
-        description="qwen3_next: gated delta nets and gated attention, with experts"
-    )
-    shared_expert_intermediate_size: Width = Field(description="inner width of the shared expert, which has a gate")
-    full_attention_interval: Layers = Field(
-        4, description="every layer whose number this divides has full attention, the others are gated delta nets"
-    )
-    partial_rotary_factor: RotaryPart = Field(
-        0.25, description="share of a head of full attention that has rotary embedding"
-    )
-    linear_num_key_heads: Heads = Field(description="query and key heads of a gated delta net")
-    linear_num_value_heads: Heads = Field(
-        description="value heads of a gated delta net; a multiple of linear_num_key_heads"
-    )
-    linear_key_head_dim: HeadWidth = Field(description="width of a query or key head of a gated delta net")
-    linear_value_head_dim: HeadWidth = Field(description="width of a value head of a gated delta net")
-    linear_conv_kernel_dim: Annotated[int, Range(2, 64, "Qwen3-Next: 4")] = Field(
-        4, description="tokens of the short convolution of a gated delta net"
-    )
+    architecture: Literal["qwen3_next"]  # type: ignore[assignment]
+    """qwen3_next: gated delta nets and gated attention, with experts"""
+    shared_expert_intermediate_size: Width
+    """inner width of the shared expert, which has a gate"""
+    full_attention_interval: Layers = 4
+    """every layer whose number this divides has full attention, the others are gated delta nets"""
+    partial_rotary_factor: RotaryPart = 0.25
+    """share of a head of full attention that has rotary embedding"""
+    linear_num_key_heads: Heads
+    """query and key heads of a gated delta net"""
+    linear_num_value_heads: Heads
+    """value heads of a gated delta net; a multiple of linear_num_key_heads"""
+    linear_key_head_dim: HeadWidth
+    """width of a query or key head of a gated delta net"""
+    linear_value_head_dim: HeadWidth
+    """width of a value head of a gated delta net"""
+    linear_conv_kernel_dim: Annotated[int, Range(2, 64, "Qwen3-Next: 4")] = 4
+    """tokens of the short convolution of a gated delta net"""
 
     @model_validator(mode="after")
     def _possible_hybrid(self) -> Qwen3NextConfig:

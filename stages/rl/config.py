@@ -42,12 +42,14 @@ else:
 class Replay(Config):
     """Replay of earlier training data in every step, against forgetting: its mean loss is added with a weight."""
 
-    mix: Mix = Field(description="share of rows by source")
-    rows: Annotated[int, Range(1, 1e6)] = Field(description="replayed rows in each step")
-    sequence_length: Context = Field(description="tokens predicted in one row")
-    weight: Annotated[float, Range(0, 1000, above=True)] = Field(
-        description="weight of the mean loss of the rows; the policy loss has weight 1"
-    )
+    mix: Mix
+    """share of rows by source"""
+    rows: Annotated[int, Range(1, 1e6)]
+    """replayed rows in each step"""
+    sequence_length: Context
+    """tokens predicted in one row"""
+    weight: Annotated[float, Range(0, 1000, above=True)]
+    """weight of the mean loss of the rows; the policy loss has weight 1"""
 
 
 class Asynchronous(Config):
@@ -56,13 +58,10 @@ class Asynchronous(Config):
     Groups of answers wait in a bounded queue, and a step takes the finished ones.
     """
 
-    max_staleness: Staleness = Field(
-        1, description="maximum age, in steps, of the policy that generated a token when a step takes it"
-    )
-    queue_groups: Prompts | None = Field(
-        None,
-        description="maximum number of groups, finished or in flight; null: max_staleness times prompts_per_step",
-    )
+    max_staleness: Staleness = 1
+    """maximum age, in steps, of the policy that generated a token when a step takes it"""
+    queue_groups: Prompts | None = None
+    """maximum number of groups, finished or in flight; null: max_staleness times prompts_per_step"""
 
 
 # Settings that only vLLM servers read; other samplers refuse them.
@@ -72,24 +71,18 @@ _OF_VLLM = ("url", "secret", "options", "transfer")
 class Sampling(Config):
     """Sampling of answers at temperature 1 without top-k or top-p: from the distribution that is trained."""
 
-    kind: SamplerName = Field(
-        "in-process", description="sampler of stages/generation; vllm alone is not bitwise reproducible"
-    )
-    max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
-    url: tuple[Url, ...] = operational(
-        (),
-        "URLs of vLLM servers on other nodes; empty: those of slurm.servers, else one that the stage starts",
-        max_length=1000,
-    )
-    secret: LongLine | None = operational(
-        None, "file with the secret of the servers of url, the same that they were started with"
-    )
-    transfer: Literal["folder", "broadcast"] = operational(
-        "folder", "how vLLM servers get the weights: by files in the work folder, or by NCCL (on CPU gloo)"
-    )
-    options: tuple[LongLine, ...] = operational(
-        (), "additional command-line options of the vLLM server that the stage starts", max_length=100
-    )
+    kind: SamplerName = "in-process"
+    """sampler of stages/generation; vllm alone is not bitwise reproducible"""
+    max_new_tokens: Context
+    """maximum number of tokens of an answer"""
+    url: tuple[Url, ...] = operational((), max_length=1000)
+    """URLs of vLLM servers on other nodes; empty: those of slurm.servers, else one that the stage starts"""
+    secret: LongLine | None = operational(None)
+    """file with the secret of the servers of url, the same that they were started with"""
+    transfer: Literal["folder", "broadcast"] = operational("folder")
+    """how vLLM servers get the weights: by files in the work folder, or by NCCL (on CPU gloo)"""
+    options: tuple[LongLine, ...] = operational((), max_length=100)
+    """additional command-line options of the vLLM server that the stage starts"""
 
     @model_validator(mode="after")
     def _effective(self) -> Sampling:
@@ -116,13 +109,12 @@ class Sampling(Config):
 class PostTrainingPhase(PhaseBase):
     """Common settings of all phases of post-training."""
 
-    steps: Steps = Field(
-        description="rounds of generated answers, each with its updates; rounds in dpo; updates in reward_model"
-    )
-    micro_batches: Annotated[int, Range(1, 1e6)] = Field(
-        description="micro-batches of one update, over all data-parallel ranks"
-    )
-    checkpoint_interval: Steps = operational(20, "steps between checkpoints from which an interrupted run resumes")
+    steps: Steps
+    """rounds of generated answers, each with its updates; rounds in dpo; updates in reward_model"""
+    micro_batches: Annotated[int, Range(1, 1e6)]
+    """micro-batches of one update, over all data-parallel ranks"""
+    checkpoint_interval: Steps = operational(20)
+    """steps between checkpoints from which an interrupted run resumes"""
 
     @property
     def packed(self) -> bool:
@@ -160,47 +152,42 @@ class RlPhase(PostTrainingPhase):
     no KL term.
     """
 
-    tasks: Tasks = Field(description="sources of prompts, each with the verifier that scores the answers")
-    prompts_per_step: Prompts = Field(
-        description="prompts of one step, counting only those whose answers differ in reward"
-    )
-    num_generations: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16")] = Field(
-        description="answers per prompt (the group size of GRPO)"
-    )
-    sampling: Sampling = Field(description="sampling of answers")
-    algorithm: AlgorithmName = added(
-        policy_gradient.DEFAULT,
-        "advantages and loss, by name (docs/post-training.md)",
-    )
-    updates: Updates = added(
-        1, "optimizer updates per step, among which its prompts are divided; the clip acts from the second on"
-    )
-    clip_low: ClipLow | None = Field(None, description="lower range of the clip; null: the algorithm's, if it has one")
-    clip_high: ClipHigh | None = Field(
-        None, description="upper range of the clip; null: the algorithm's, if it has one"
-    )
-    kl_coef: KlCoefficient | None = added(
-        None, "weight of the KL divergence from the policy at the start of the phase (k3 estimator); null: none"
-    )
-    tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = Field(
-        2.0, description="cap of a token's importance weight, trainer over sampler"
-    )
-    routing_replay: Flag = added(
-        False, "train each token with the experts that the sampler chose for it (R3); only for mixtures of experts"
-    )
-    max_resample_rounds: Retries = Field(
-        2, description="extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"
-    )
-    asynchronous: Asynchronous | None = added(
-        None, "generation of answers while the policy is updated; null: each step generates, then updates"
-    )
-    tools: Tools | None = added(None, "tools that the model may call while it answers, in turns; null: none")
-    replay: Replay | None = Field(None, description="replay of earlier training data; null: none")
-    validate_every: Steps = Field(description="steps between evaluations on the validation items")
-    max_logprob_diff: Gap = Field(
-        1e-3, description="maximum mean difference in token log-probability between sampler and trainer, in nats"
-    )
-    verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
+    tasks: Tasks
+    """sources of prompts, each with the verifier that scores the answers"""
+    prompts_per_step: Prompts
+    """prompts of one step, counting only those whose answers differ in reward"""
+    num_generations: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16")]
+    """answers per prompt (the group size of GRPO)"""
+    sampling: Sampling
+    """sampling of answers"""
+    algorithm: AlgorithmName = added(policy_gradient.DEFAULT)
+    """advantages and loss, by name (docs/post-training.md)"""
+    updates: Updates = added(1)
+    """optimizer updates per step, among which its prompts are divided; the clip acts from the second on"""
+    clip_low: ClipLow | None = None
+    """lower range of the clip; null: the algorithm's, if it has one"""
+    clip_high: ClipHigh | None = None
+    """upper range of the clip; null: the algorithm's, if it has one"""
+    kl_coef: KlCoefficient | None = added(None)
+    """weight of the KL divergence from the policy at the start of the phase (k3 estimator); null: none"""
+    tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = 2.0
+    """cap of a token's importance weight, trainer over sampler"""
+    routing_replay: Flag = added(False)
+    """train each token with the experts that the sampler chose for it (R3); only for mixtures of experts"""
+    max_resample_rounds: Retries = 2
+    """extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"""
+    asynchronous: Asynchronous | None = added(None)
+    """generation of answers while the policy is updated; null: each step generates, then updates"""
+    tools: Tools | None = added(None)
+    """tools that the model may call while it answers, in turns; null: none"""
+    replay: Replay | None = None
+    """replay of earlier training data; null: none"""
+    validate_every: Steps
+    """steps between evaluations on the validation items"""
+    max_logprob_diff: Gap = 1e-3
+    """maximum mean difference in token log-probability between sampler and trainer, in nats"""
+    verifiers: Verifiers = operational({})
+    """settings of verifiers by name, such as the URL of a server"""
 
     @model_validator(mode="before")
     @classmethod
@@ -347,9 +334,12 @@ class RlPhase(PostTrainingPhase):
 class PromptPool(Config):
     """Tasks from which the prompts of every round are drawn."""
 
-    tasks: Tasks = Field(description="sources of prompts, each with the verifier that scores the answers")
-    count: Prompts = Field(description="prompts per round")
-    num_generations: Answers = Field(description="answers per prompt")
+    tasks: Tasks
+    """sources of prompts, each with the verifier that scores the answers"""
+    count: Prompts
+    """prompts per round"""
+    num_generations: Answers
+    """answers per prompt"""
 
 
 class DpoPhase(PostTrainingPhase):
@@ -359,24 +349,26 @@ class DpoPhase(PostTrainingPhase):
     `steps` counts rounds; the steps of the optimizer are updates, `updates` per round.
     """
 
-    preferences: PromptPool = Field(description="prompts of the preference pairs")
-    sft_tasks: PromptPool | None = Field(
-        None, description="verified tasks whose correct answers are trained on with an NLL loss; null: none"
-    )
-    sampling: Sampling = Field(description="sampling of answers")
-    updates: Updates = Field(description="optimizer updates per round, among which its pairs are divided")
-    beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)] = Field(
-        description="beta of DPO: scale of the log-probability margin of a pair"
-    )
-    max_logprob_diff: Gap = Field(
-        1e-3, description="maximum mean difference in token log-probability between sampler and trainer, in nats"
-    )
-    min_margin: Coefficient = Field(0.05, description="reward difference that a pair must exceed")
-    nll_coef: Coefficient = Field(
-        1.0, description="weight of the mean NLL loss of correct answers; the loss of pairs has weight 1"
-    )
-    validate_every: Steps = Field(description="rounds between evaluations on the validation items")
-    verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
+    preferences: PromptPool
+    """prompts of the preference pairs"""
+    sft_tasks: PromptPool | None = None
+    """verified tasks whose correct answers are trained on with an NLL loss; null: none"""
+    sampling: Sampling
+    """sampling of answers"""
+    updates: Updates
+    """optimizer updates per round, among which its pairs are divided"""
+    beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)]
+    """beta of DPO: scale of the log-probability margin of a pair"""
+    max_logprob_diff: Gap = 1e-3
+    """maximum mean difference in token log-probability between sampler and trainer, in nats"""
+    min_margin: Coefficient = 0.05
+    """reward difference that a pair must exceed"""
+    nll_coef: Coefficient = 1.0
+    """weight of the mean NLL loss of correct answers; the loss of pairs has weight 1"""
+    validate_every: Steps
+    """rounds between evaluations on the validation items"""
+    verifiers: Verifiers = operational({})
+    """settings of verifiers by name, such as the URL of a server"""
 
     @property
     def promise(self) -> Promise:
@@ -404,11 +396,12 @@ class RewardPhase(PostTrainingPhase):
     of the policy.
     """
 
-    pairs: Prompts = Field(description="pairs per update")
-    heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = Field(
-        0.2, description="share of prompts, by hash, whose pairs are held out from training"
-    )
-    validate_every: Steps = Field(description="updates between evaluations on the held-out pairs")
+    pairs: Prompts
+    """pairs per update"""
+    heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
+    """share of prompts, by hash, whose pairs are held out from training"""
+    validate_every: Steps
+    """updates between evaluations on the held-out pairs"""
 
 
 def lack(phase: RlPhase | DpoPhase) -> str | None:
@@ -425,8 +418,10 @@ def lack(phase: RlPhase | DpoPhase) -> str | None:
 class RlTrainConfig(TrainerConfig):
     """Config of a phase of reinforcement learning."""
 
-    name: Literal["rlvr", "online-rlhf"] = Field("rlvr", description="name of the phase")
-    phase: RlPhase = Field(description="section of the phase")
+    name: Literal["rlvr", "online-rlhf"] = "rlvr"
+    """name of the phase"""
+    phase: RlPhase
+    """section of the phase"""
 
     @model_validator(mode="after")
     def _model_fits_the_phase(self) -> RlTrainConfig:
@@ -439,7 +434,8 @@ class RlTrainConfig(TrainerConfig):
 class DpoTrainConfig(TrainerConfig):
     """Config of a phase of preference optimization."""
 
-    phase: DpoPhase = Field(description="section of the phase")
+    phase: DpoPhase
+    """section of the phase"""
 
     @model_validator(mode="after")
     def _answers_fit_the_context(self) -> DpoTrainConfig:
@@ -450,7 +446,8 @@ class DpoTrainConfig(TrainerConfig):
 class RewardTrainConfig(TrainerConfig):
     """Config of the training of a reward model."""
 
-    phase: RewardPhase = Field(description="section of the phase")
+    phase: RewardPhase
+    """section of the phase"""
 
 
 def require_room(sampling: Sampling, model: ModelConfig) -> None:

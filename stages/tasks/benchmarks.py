@@ -52,8 +52,10 @@ ITEMS = columns_of(BenchmarkItem)
 class BenchmarksConfig(Config):
     """The task sets, and the number of items of a task."""
 
-    sets: Annotated[tuple[TaskSet, ...], Field(min_length=1, max_length=200)] = Field(description="task sets")
-    limit: Annotated[int, Range(2, 1e6)] | None = Field(None, description="first items of a task; null: all")
+    sets: Annotated[tuple[TaskSet, ...], Field(min_length=1, max_length=200)]
+    """task sets"""
+    limit: Annotated[int, Range(2, 1e6)] | None = None
+    """first items of a task; null: all"""
 
 
 def run(config: BenchmarksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -42,19 +42,23 @@ class ChatItems(Config):
     These are the problems of `evaluation.problems`, further ones for validation, and requests for courteous notes.
     """
 
-    validation: dict[Task, Items] = Field(
-        {}, max_length=len(TASKS), description="number of further problems by task, for choosing settings"
-    )
-    courtesies: Requests = Field(0, description="number of held-out requests for measuring win rates")
-    courtesies_validation: Requests = Field(0, description="number of further requests for choosing settings")
+    validation: dict[Task, Items] = Field({}, max_length=len(TASKS))
+    """number of further problems by task, for choosing settings"""
+    courtesies: Requests = 0
+    """number of held-out requests for measuring win rates"""
+    courtesies_validation: Requests = 0
+    """number of further requests for choosing settings"""
 
 
 class ItemsConfig(Config):
     """The number of problems by task, and the recipe's seed."""
 
-    problems: Problems = Field(description="number of evaluation problems by task")
-    seed: Seed = Field(description="seed of the recipe")
-    chat: ChatItems | None = added(None, "evaluation items in conversations; null: none")
+    problems: Problems
+    """number of evaluation problems by task"""
+    seed: Seed
+    """seed of the recipe"""
+    chat: ChatItems | None = added(None)
+    """evaluation items in conversations; null: none"""
 
 
 def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

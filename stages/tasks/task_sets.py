@@ -31,21 +31,24 @@ TASK_ITEMS, ITEM_TOKENS = 2000, 500
 class TaskSet(Config):
     """Tasks of the harness that read the same data."""
 
-    name: SourceName = Field(description="name of the set")
-    tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)] = Field(description="tasks of the harness")
-    license: License = Field(description="SPDX license of the data")
-    license_evidence: Text = Field(description="text or URL that shows the license")
-    revision: Text | None = Field(None, description="revision of the dataset on the Hub; null: data of a folder")
-    folder: Text | None = operational(None, "folder of the YAML files; null: the harness has the tasks")
-    folder_digest: TreeDigest | None = Field(
-        default=None, description="digest of the files of the folder; null: no folder"
-    )
-    items: Annotated[int, Range(1, 1e9)] | None = operational(
-        None, "items that the tasks evaluate together, for `atom plan` alone; null: assumed"
-    )
-    letters: Annotated[int, Range(1, 100)] = operational(
-        1, "choices of an item that are one token each, which transformers reads in one row, for `atom plan` alone"
-    )
+    name: SourceName
+    """name of the set"""
+    tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)]
+    """tasks of the harness"""
+    license: License
+    """SPDX license of the data"""
+    license_evidence: Text
+    """text or URL that shows the license"""
+    revision: Text | None = None
+    """revision of the dataset on the Hub; null: data of a folder"""
+    folder: Text | None = operational(None)
+    """folder of the YAML files; null: the harness has the tasks"""
+    folder_digest: TreeDigest | None = Field(default=None)
+    """digest of the files of the folder; null: no folder"""
+    items: Annotated[int, Range(1, 1e9)] | None = operational(None)
+    """items that the tasks evaluate together, for `atom plan` alone; null: assumed"""
+    letters: Annotated[int, Range(1, 100)] = operational(1)
+    """choices of an item that are one token each, which transformers reads in one row, for `atom plan` alone"""
 
 
 MMLU_SUBJECTS = """
@@ -107,25 +110,31 @@ def _set_error(name: str) -> str | None:
 class TaskFolder(Config):
     """Your own tasks: YAML files in the form of the harness, and data files beside them."""
 
-    name: SourceName = Field(description="name of the set")
-    path: Text = Field(description="folder of the YAML files, from that of the recipe; data files are named from it")
-    tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)] = Field(description="tasks in the folder")
-    license: License = Field(description="SPDX license of the data")
-    license_evidence: Text = Field(description="text or URL that shows the license")
-    digest: TreeDigest = Field("auto", description="expected digest of the files; auto: computed from the files")
+    name: SourceName
+    """name of the set"""
+    path: Text
+    """folder of the YAML files, from that of the recipe; data files are named from it"""
+    tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)]
+    """tasks in the folder"""
+    license: License
+    """SPDX license of the data"""
+    license_evidence: Text
+    """text or URL that shows the license"""
+    digest: TreeDigest = "auto"
+    """expected digest of the files; auto: computed from the files"""
 
 
 class HarnessSection(Config):
     """Task sets of lm-evaluation-harness; needs the extra `harness`."""
 
-    sets: Annotated[tuple[Annotated[str, Words(40, test=_set_error)], ...], Field(max_length=100)] = Field(
-        (), description="task sets by name"
-    )
-    folders: Annotated[tuple[TaskFolder, ...], Field(max_length=100)] = Field(
-        (), description="task sets from your own folders"
-    )
-    limit: Annotated[int, Range(2, 1e6)] | None = Field(None, description="first items of a task; null: all")
-    every_model: Flag = Field(False, description="measure every trained model, not only the final one")
+    sets: Annotated[tuple[Annotated[str, Words(40, test=_set_error)], ...], Field(max_length=100)] = ()
+    """task sets by name"""
+    folders: Annotated[tuple[TaskFolder, ...], Field(max_length=100)] = ()
+    """task sets from your own folders"""
+    limit: Annotated[int, Range(2, 1e6)] | None = None
+    """first items of a task; null: all"""
+    every_model: Flag = False
+    """measure every trained model, not only the final one"""
 
     @model_validator(mode="after")
     def _check_names(self) -> HarnessSection:

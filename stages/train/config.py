@@ -33,18 +33,21 @@ MOST_EXCLUDED = 10_000
 class RampStep(Config):
     """A smaller batch at the beginning of a phase."""
 
-    until_step: Steps = Field(description="last step with this batch size")
-    global_tokens: BatchTokens = Field(description="token slots of one optimizer step up to that step, over all ranks")
+    until_step: Steps
+    """last step with this batch size"""
+    global_tokens: BatchTokens
+    """token slots of one optimizer step up to that step, over all ranks"""
 
 
 class BatchSizes(Config):
     """Batch sizes in token slots (rows times sequence_length), padding included."""
 
-    global_tokens: BatchTokens = Field(description="token slots of one optimizer step, over all ranks")
-    micro_tokens: BatchTokens = Field(description="token slots of one forward and backward pass on one rank")
-    ramp: tuple[RampStep, ...] = added(
-        (), "smaller batches at the beginning of the phase, in order", max_length=MOST_RAMP_STEPS
-    )
+    global_tokens: BatchTokens
+    """token slots of one optimizer step, over all ranks"""
+    micro_tokens: BatchTokens
+    """token slots of one forward and backward pass on one rank"""
+    ramp: tuple[RampStep, ...] = added((), max_length=MOST_RAMP_STEPS)
+    """smaller batches at the beginning of the phase, in order"""
 
     @model_validator(mode="after")
     def _possible(self) -> BatchSizes:
@@ -65,10 +68,10 @@ class BatchSizes(Config):
 class Validation(Config):
     """Measurement of the loss on held-out documents during training."""
 
-    every: Steps = Field(description="steps between measurements; the last step is always measured")
-    rows: Annotated[int, Range(1, 1e6)] = Field(
-        description="held-out documents that are measured, divided among the sources as in mix"
-    )
+    every: Steps
+    """steps between measurements; the last step is always measured"""
+    rows: Annotated[int, Range(1, 1e6)]
+    """held-out documents that are measured, divided among the sources as in mix"""
 
 
 class Spikes(Config):
@@ -79,37 +82,38 @@ class Spikes(Config):
     infinity are always spikes. Other spikes are detected only after `window` accepted steps.
     """
 
-    action: Literal["skip", "rewind", "stop"] = Field(
-        description="skip: discard the update; rewind: return to an earlier checkpoint and train again without the "
-        "last rewind_steps batches; stop: end the phase with an error that names the documents"
-    )
-    loss_sigmas: Annotated[float, Range(0, 1000, above=True)] = Field(
-        6.0, description="standard deviations above the median beyond which a loss is a spike"
-    )
-    norm_factor: Annotated[float, Range(1, 1e6, above=True)] = Field(
-        10.0, description="multiple of the median beyond which a gradient norm is a spike"
-    )
-    window: Annotated[int, Range(4, 1e5)] = Field(64, description="accepted steps from which the medians are computed")
-    rewind_steps: Annotated[int, Range(1, 1e5, "PaLM: 200 to 500")] = Field(
-        1, description="batches that a rewind excludes, ending with that of the spike"
-    )
-    max_spikes: Annotated[int, Range(1, 1e5)] = Field(
-        16, description="maximum number of spikes; one more stops the phase"
-    )
+    action: Literal["skip", "rewind", "stop"]
+    """skip: discard the update; rewind: return to an earlier checkpoint and train again without the last
+    rewind_steps batches; stop: end the phase with an error that names the documents"""
+    loss_sigmas: Annotated[float, Range(0, 1000, above=True)] = 6.0
+    """standard deviations above the median beyond which a loss is a spike"""
+    norm_factor: Annotated[float, Range(1, 1e6, above=True)] = 10.0
+    """multiple of the median beyond which a gradient norm is a spike"""
+    window: Annotated[int, Range(4, 1e5)] = 64
+    """accepted steps from which the medians are computed"""
+    rewind_steps: Annotated[int, Range(1, 1e5, "PaLM: 200 to 500")] = 1
+    """batches that a rewind excludes, ending with that of the spike"""
+    max_spikes: Annotated[int, Range(1, 1e5)] = 16
+    """maximum number of spikes; one more stops the phase"""
 
 
 class PhaseBase(Config):
     """Settings of every phase that trains."""
 
-    steps: Steps = Field(description="optimizer steps, counted from the beginning of the phase")
-    optimizer: Optimizer = Field(description="optimizer and its learning-rate schedule")
-    precision: Precision = Field("fp32", description="data type of matrix multiplications")
-    release_checkpoint_interval: Steps = Field(description="steps between sealed checkpoints")
-    checkpoint_interval: Steps = operational(1000, "steps between checkpoints from which an interrupted run resumes")
-    watchdog_timeout_seconds: Patience = operational(
-        1800.0, "seconds without a finished step or progress of a checkpoint after which a rank is considered hung"
-    )
-    parallelism: Layout = operational(Layout(), "distribution of the phase over processes")
+    steps: Steps
+    """optimizer steps, counted from the beginning of the phase"""
+    optimizer: Optimizer
+    """optimizer and its learning-rate schedule"""
+    precision: Precision = "fp32"
+    """data type of matrix multiplications"""
+    release_checkpoint_interval: Steps
+    """steps between sealed checkpoints"""
+    checkpoint_interval: Steps = operational(1000)
+    """steps between checkpoints from which an interrupted run resumes"""
+    watchdog_timeout_seconds: Patience = operational(1800.0)
+    """seconds without a finished step or progress of a checkpoint after which a rank is considered hung"""
+    parallelism: Layout = operational(Layout())
+    """distribution of the phase over processes"""
 
     @property
     def adapter(self) -> Lora | None:
@@ -145,21 +149,28 @@ class PhaseBase(Config):
 class PhaseConfig(PhaseBase):
     """One training phase on text: data mix, batch size, number of steps and optimizer."""
 
-    mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
-    sequence_length: Context = Field(description="tokens predicted in one row")
-    batch: BatchSizes = Field(description="batch sizes")
-    validation: Validation = Field(description="measurement of the loss on held-out documents")
-    precision: Precision = added("fp32", "data type of matrix multiplications")
-    rope: Rope | None = added(None, "rotary embedding from this phase on; null: as in the previous phase")
-    pack: Flag = added(False, "pack several documents into a row, each with its own attention and positions")
-    long_documents: LongDocuments | None = added(None, "up-weighting of long documents; requires pack; null: none")
-    spikes: Spikes | None = added(None, "response to loss spikes; null: only NaN or infinity stops the phase")
-    excluded_steps: tuple[Steps, ...] = added(
-        (), "steps whose batch is skipped because its data is known to be bad", max_length=MOST_EXCLUDED
-    )
-    continue_from: Line | None = added(
-        None, "release checkpoint to continue from, such as pretrain@1200; only later steps are trained"
-    )
+    mix: Mix
+    """share of rows by source; with pack, share of tokens"""
+    sequence_length: Context
+    """tokens predicted in one row"""
+    batch: BatchSizes
+    """batch sizes"""
+    validation: Validation
+    """measurement of the loss on held-out documents"""
+    precision: Precision = added("fp32")
+    """data type of matrix multiplications"""
+    rope: Rope | None = added(None)
+    """rotary embedding from this phase on; null: as in the previous phase"""
+    pack: Flag = added(False)
+    """pack several documents into a row, each with its own attention and positions"""
+    long_documents: LongDocuments | None = added(None)
+    """up-weighting of long documents; requires pack; null: none"""
+    spikes: Spikes | None = added(None)
+    """response to loss spikes; null: only NaN or infinity stops the phase"""
+    excluded_steps: tuple[Steps, ...] = added((), max_length=MOST_EXCLUDED)
+    """steps whose batch is skipped because its data is known to be bad"""
+    continue_from: Line | None = added(None)
+    """release checkpoint to continue from, such as pretrain@1200; only later steps are trained"""
 
     @model_validator(mode="after")
     def _possible(self) -> PhaseConfig:
@@ -261,9 +272,8 @@ class PhaseConfig(PhaseBase):
 class SftPhase(PhaseConfig):
     """Supervised fine-tuning: of all weights, or of adapters on them."""
 
-    lora: Lora | None = added(
-        None, "train low-rank adapters on the frozen model of the previous phase; null: train all weights"
-    )
+    lora: Lora | None = added(None)
+    """train low-rank adapters on the frozen model of the previous phase; null: train all weights"""
 
     @property
     def adapter(self) -> Lora | None:
@@ -277,9 +287,12 @@ LongContext = Annotated[tuple[PhaseConfig, ...], Field(max_length=16)]
 class TrainerConfig(Config):
     """Config of a stage that trains: the resolved sections of the recipe. A subclass has the field `phase`."""
 
-    model: Model = Field(description="model section, with the rotary embedding of the phase")
-    padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
-    seed: Seed = Field(description="seed of the recipe")
+    model: Model
+    """model section, with the rotary embedding of the phase"""
+    padded_vocab_size: PositiveInt
+    """rows of the embedding matrix"""
+    seed: Seed
+    """seed of the recipe"""
 
     if TYPE_CHECKING:
         phase: PhaseBase
@@ -298,7 +311,8 @@ class TrainerConfig(Config):
 class TrainConfig(TrainerConfig):
     """Config of a stage that trains on text."""
 
-    phase: PhaseConfig = Field(description="section of the phase")
+    phase: PhaseConfig
+    """section of the phase"""
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
@@ -337,4 +351,5 @@ class TrainConfig(TrainerConfig):
 class SftConfig(TrainConfig):
     """Config of supervised fine-tuning."""
 
-    phase: SftPhase = Field(description="section of the phase")
+    phase: SftPhase
+    """section of the phase"""

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
 
 from pipeline.core.bounds import License, Line, LongLine, Words, spdx
 from pipeline.core.environment import machine_paths
@@ -55,15 +54,17 @@ REPOSITORY = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<r
 class StartFrom(Config):
     """A published model from which training begins, with its tokenizer."""
 
-    digest: Digest = Field(description="SHA-256 of the SHA256SUMS of its repository, which has those of its files")
-    repo: Repo = Field(description="repository of the model on the Hub, for the cards of the new models")
-    license: License = Field(description="SPDX license of its weights, which its card must state")
-    revision: Line = operational("main", "branch, tag or commit of the repository")
-    folder: LongLine | None = operational(
-        None,
-        "folder that holds the repository, from that of the recipe; null: it is pulled from HF_ENDPOINT to "
-        "$ATOM_HOME/models",
-    )
+    digest: Digest
+    """SHA-256 of the SHA256SUMS of its repository, which has those of its files"""
+    repo: Repo
+    """repository of the model on the Hub, for the cards of the new models"""
+    license: License
+    """SPDX license of its weights, which its card must state"""
+    revision: Line = operational("main")
+    """branch, tag or commit of the repository"""
+    folder: LongLine | None = operational(None)
+    """folder that holds the repository, from that of the recipe; null: it is pulled from HF_ENDPOINT to
+    $ATOM_HOME/models"""
 
     def resolve(self, beside: Path, home: Path) -> StartFrom:
         """With the path of its folder from that of the recipe.
@@ -89,11 +90,12 @@ class StartFrom(Config):
 
 
 class ImportConfig(StartFrom):
-    model: Model = Field(description="model section, which must describe the imported model")
-    padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
-    dtype: Literal["float32", "bfloat16"] | None = operational(
-        None, "type of the weights that the release has of the model; null: it has none"
-    )
+    model: Model
+    """model section, which must describe the imported model"""
+    padded_vocab_size: PositiveInt
+    """rows of the embedding matrix"""
+    dtype: Literal["float32", "bfloat16"] | None = operational(None)
+    """type of the weights that the release has of the model; null: it has none"""
 
 
 def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -32,9 +32,12 @@ VERSION = 2
 class SmallerModel(Config):
     """A smaller model of the recipe, pre-trained on the same rows in the same order."""
 
-    model: Settings = Field(description="the settings of the section model that differ")
-    optimizer: Optimizer | None = added(None, "optimizer and its learning-rate schedule; null: as in pretrain")
-    parallelism: Layout = operational(Layout(), "distribution of its training over processes")
+    model: Settings
+    """the settings of the section model that differ"""
+    optimizer: Optimizer | None = added(None)
+    """optimizer and its learning-rate schedule; null: as in pretrain"""
+    parallelism: Layout = operational(Layout())
+    """distribution of its training over processes"""
 
     def resolve(self, model: ModelConfig, phase: PhaseConfig) -> tuple[ModelConfig, PhaseConfig]:
         """The model, and the phase that trains it: that of pre-training, with checkpoints of its first and last step.
@@ -97,9 +100,8 @@ def problems(
 class SizeConfig(TrainConfig):
     """Config of the training of a smaller model."""
 
-    name: Annotated[str, Words(20, "name such as size-1", f"{NAME}-[1-9][0-9]?")] = Field(
-        description="name of the phase"
-    )
+    name: Annotated[str, Words(20, "name such as size-1", f"{NAME}-[1-9][0-9]?")]
+    """name of the phase"""
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

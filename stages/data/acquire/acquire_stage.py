@@ -20,8 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from pipeline.core.bounds import Seed
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
@@ -70,8 +68,10 @@ SKIPPED_NAMES = 20
 class AcquireConfig(Config):
     """One source with its tree digest resolved, and the recipe's seed."""
 
-    source: Source = Field(description="settings of the source, with its tree digest resolved")
-    seed: Seed = Field(description="seed of the recipe")
+    source: Source
+    """settings of the source, with its tree digest resolved"""
+    seed: Seed
+    """seed of the recipe"""
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

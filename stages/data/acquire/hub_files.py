@@ -81,11 +81,16 @@ class LockedFile:
 class LockedSource(Config):
     """A source of the Hub as it was pinned."""
 
-    repo: Line = Field(description="dataset repository")
-    requested: Line = Field(description="revision that the recipe requests")
-    revision: Commit = Field(description="commit of that revision when it was pinned")
-    pattern: Line = Field(description="pattern of the files")
-    files: str = Field(description="a line for each file: its digest, its bytes and its path")
+    repo: Line
+    """dataset repository"""
+    requested: Line
+    """revision that the recipe requests"""
+    revision: Commit
+    """commit of that revision when it was pinned"""
+    pattern: Line
+    """pattern of the files"""
+    files: str
+    """a line for each file: its digest, its bytes and its path"""
 
     def rows(self) -> list[LockedFile]:
         """Returns the files, sorted by path. Raises ValueError naming a line that `atom pin` did not write."""
@@ -114,9 +119,8 @@ def _rows(text: str) -> list[LockedFile]:
 class LockFile(Config):
     """The pinned sources of a data recipe, by their names."""
 
-    sources: Annotated[dict[SourceName, LockedSource], Field(max_length=MOST_SOURCES)] = Field(
-        description="pinned sources"
-    )
+    sources: Annotated[dict[SourceName, LockedSource], Field(max_length=MOST_SOURCES)]
+    """pinned sources"""
 
 
 def read(path: Path) -> Mapping[str, LockedSource]:

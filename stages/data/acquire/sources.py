@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from pipeline.core.bounds import License, SourceName, Text
 from pipeline.core.errors import RecipeError
@@ -33,30 +33,29 @@ COLLECTION_LICENSES = ("ODC-By-1.0", "ODbL-1.0")
 class Source(Config):
     """Settings for acquiring one source."""
 
-    name: SourceName = Field(description="name of the source, as in the mix of a phase")
-    kind: Kind = Field(description="kind of the documents; chat: conversations")
-    license: License = Field(
-        description="SPDX license of every document; only of the collection if documents have their own, or if "
-        "document_license is set"
-    )
-    license_evidence: Text = Field(description="text or URL that shows the license")
-    origin: Text = Field(
-        description="URL or text that states where the source comes from; {python_version} stands for the version of "
-        "the running Python, such as 3.11.7"
-    )
-    tree_digest: TreeDigest = Field(
-        "auto", description="expected digest of the files; auto: computed from the files present"
-    )
-    reader: AnyReader = Field(description="reader of the documents")
-    document_license: License | None = added(
-        None,
-        "SPDX license of documents of unknown license, if `license` covers only the collection, such as "
-        "LicenseRef-unknown-web; null: `license`",
-    )
-    parts: PartCount = added(
-        1, "parts into which the files of the source are divided, in their order; jobs process the parts one by one"
-    )
-    expected: Size | None = operational(None, "expected size of the source, for `atom plan`; null: unknown")
+    name: SourceName
+    """name of the source, as in the mix of a phase"""
+    kind: Kind
+    """kind of the documents; chat: conversations"""
+    license: License
+    """SPDX license of every document; only of the collection if documents have their own, or if document_license is
+    set"""
+    license_evidence: Text
+    """text or URL that shows the license"""
+    origin: Text
+    """URL or text that states where the source comes from; {python_version} stands for the version of the running
+    Python, such as 3.11.7"""
+    tree_digest: TreeDigest = "auto"
+    """expected digest of the files; auto: computed from the files present"""
+    reader: AnyReader
+    """reader of the documents"""
+    document_license: License | None = added(None)
+    """SPDX license of documents of unknown license, if `license` covers only the collection, such as
+    LicenseRef-unknown-web; null: `license`"""
+    parts: PartCount = added(1)
+    """parts into which the files of the source are divided, in their order; jobs process the parts one by one"""
+    expected: Size | None = operational(None)
+    """expected size of the source, for `atom plan`; null: unknown"""
 
     @field_validator("name")
     @classmethod

@@ -35,23 +35,33 @@ Sources = Annotated[tuple[SourceName, ...], Field(min_length=1, max_length=MOST_
 class ClassifierSettings(Config):
     """A quality classifier of a data recipe."""
 
-    name: SourceName = Field(description="name of the classifier, as in the steps that use it")
-    positive: Sources = Field(description="sources whose documents are examples of good text")
-    negative: Sources = Field(description="sources whose documents are examples of other text")
-    documents: Annotated[int, Range(20, 1e8)] = Field(
-        200_000, description="maximum number of examples of each source, those with the smallest content hashes"
-    )
-    heldout_fraction: Share = Field(0.1, description="share of the examples on which the classifier is measured")
-    dimension: Annotated[int, Range(1, 1000)] = Field(64, description="size of the vector of a word")
-    epochs: Annotated[int, Range(1, 1000)] = Field(5, description="passes over the examples")
-    learning_rate: Annotated[float, Range(0, 10, above=True)] = Field(0.1, description="first learning rate")
-    word_ngrams: Annotated[int, Range(1, 5)] = Field(2, description="words of the longest n-gram")
-    buckets: Annotated[int, Range(1, 1e7)] = Field(200_000, description="hashed n-grams, each with a vector")
+    name: SourceName
+    """name of the classifier, as in the steps that use it"""
+    positive: Sources
+    """sources whose documents are examples of good text"""
+    negative: Sources
+    """sources whose documents are examples of other text"""
+    documents: Annotated[int, Range(20, 1e8)] = 200_000
+    """maximum number of examples of each source, those with the smallest content hashes"""
+    heldout_fraction: Share = 0.1
+    """share of the examples on which the classifier is measured"""
+    dimension: Annotated[int, Range(1, 1000)] = 64
+    """size of the vector of a word"""
+    epochs: Annotated[int, Range(1, 1000)] = 5
+    """passes over the examples"""
+    learning_rate: Annotated[float, Range(0, 10, above=True)] = 0.1
+    """first learning rate"""
+    word_ngrams: Annotated[int, Range(1, 5)] = 2
+    """words of the longest n-gram"""
+    buckets: Annotated[int, Range(1, 1e7)] = 200_000
+    """hashed n-grams, each with a vector"""
 
 
 class ClassifierConfig(Config):
-    classifier: ClassifierSettings = Field(description="settings of the classifier")
-    seed: Seed = Field(description="seed of the recipe")
+    classifier: ClassifierSettings
+    """settings of the classifier"""
+    seed: Seed
+    """seed of the recipe"""
 
 
 def run(config: ClassifierConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

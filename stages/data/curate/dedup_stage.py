@@ -25,17 +25,25 @@ VERSION = 4
 class DedupSource(Config):
     """The settings of one source that deduplication uses."""
 
-    name: SourceName = Field(description="name of the source")
-    heldout_fraction: HeldoutFraction = Field(description="share of documents held out from training")
-    parts: PartCount = added(1, "parts of the source")
-    acknowledged_removals: Acknowledged = operational({}, "by rule, the share of the source that it may remove")
-    expected: Size | None = operational(None, "expected size of the source; null: unknown")
+    name: SourceName
+    """name of the source"""
+    heldout_fraction: HeldoutFraction
+    """share of documents held out from training"""
+    parts: PartCount = added(1)
+    """parts of the source"""
+    acknowledged_removals: Acknowledged = operational({})
+    """by rule, the share of the source that it may remove"""
+    expected: Size | None = operational(None)
+    """expected size of the source; null: unknown"""
 
 
 class DedupConfig(Config):
-    sources: tuple[DedupSource, ...] = Field(min_length=1, max_length=MOST_SOURCES, description="sources of the corpus")
-    minhash: MinHash | None = Field(description="near-duplicate removal; null: none")
-    alarm_share: AlarmShare = operational(0.5, "share of a source above which a removal must be acknowledged")
+    sources: tuple[DedupSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
+    """sources of the corpus"""
+    minhash: MinHash | None
+    """near-duplicate removal; null: none"""
+    alarm_share: AlarmShare = operational(0.5)
+    """share of a source above which a removal must be acknowledged"""
 
     def parts(self) -> list[tuple[int, int]]:
         """Returns the number of the source, and part, of every part of all sources in order."""

@@ -93,17 +93,21 @@ def _end_with(parent: int) -> None:
 class SearchedSource(Config):
     """The settings of one source that the search uses."""
 
-    name: SourceName = Field(description="name of the source")
-    kind: Kind = Field(description="kind of the documents")
-    parts: PartCount = added(1, "parts of the source")
+    name: SourceName
+    """name of the source"""
+    kind: Kind
+    """kind of the documents"""
+    parts: PartCount = added(1)
+    """parts of the source"""
 
 
 class DuplicatesConfig(Config):
-    sources: tuple[SearchedSource, ...] = Field(
-        min_length=1, max_length=MOST_SOURCES, description="sources of the corpus"
-    )
-    minhash: MinHash | None = Field(description="near-duplicate removal; null: none")
-    expected: Size | None = operational(None, "expected size of all sources; null: unknown")
+    sources: tuple[SearchedSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
+    """sources of the corpus"""
+    minhash: MinHash | None
+    """near-duplicate removal; null: none"""
+    expected: Size | None = operational(None)
+    """expected size of all sources; null: unknown"""
 
     @property
     def searched_kinds(self) -> tuple[Kind, ...]:

@@ -64,22 +64,31 @@ VERSION = 4
 class FilteredSource(Config):
     """The settings of one source that filtering uses; its documents are the input of the same name."""
 
-    name: SourceName = Field(description="name of the source")
-    kind: Kind = Field(description="kind of the documents")
-    steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
-    parts: PartCount = added(1, "parts of the source")
-    expected: Size | None = operational(None, "expected size of the source; null: unknown")
-    license_allow: Licenses = added((), "licenses of the documents that are kept; empty: all")
-    acknowledged_removals: Acknowledged = operational({}, "by rule, the share of the source that it may remove")
-    generator: Line | None = added(None, "generator of the source's texts, which its dispositions name; null: none")
+    name: SourceName
+    """name of the source"""
+    kind: Kind
+    """kind of the documents"""
+    steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
+    """curation steps, in order"""
+    parts: PartCount = added(1)
+    """parts of the source"""
+    expected: Size | None = operational(None)
+    """expected size of the source; null: unknown"""
+    license_allow: Licenses = added(())
+    """licenses of the documents that are kept; empty: all"""
+    acknowledged_removals: Acknowledged = operational({})
+    """by rule, the share of the source that it may remove"""
+    generator: Line | None = added(None)
+    """generator of the source's texts, which its dispositions name; null: none"""
 
 
 class FilterConfig(Config):
-    sources: tuple[FilteredSource, ...] = Field(
-        min_length=1, max_length=MOST_SOURCES, description="sources of the corpus"
-    )
-    curation: CurationSettings = Field(description="curation of all sources together")
-    seed: Seed = Field(description="seed of the recipe")
+    sources: tuple[FilteredSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
+    """sources of the corpus"""
+    curation: CurationSettings
+    """curation of all sources together"""
+    seed: Seed
+    """seed of the recipe"""
 
     def parts(self) -> list[tuple[FilteredSource, int]]:
         """Returns every part of every source, in order."""

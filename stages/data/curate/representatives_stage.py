@@ -23,16 +23,19 @@ VERSION = 1
 class CopiedSource(Config):
     """The parts of one source."""
 
-    name: SourceName = Field(description="name of the source")
-    parts: PartCount = added(1, "parts of the source")
+    name: SourceName
+    """name of the source"""
+    parts: PartCount = added(1)
+    """parts of the source"""
 
 
 class RepresentativesConfig(Config):
-    sources: tuple[CopiedSource, ...] = Field(
-        min_length=1, max_length=MOST_SOURCES, description="sources of the corpus"
-    )
-    minhash: MinHash | None = Field(description="near-duplicate removal; null: none")
-    expected: Size | None = operational(None, "expected size of all sources; null: unknown")
+    sources: tuple[CopiedSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
+    """sources of the corpus"""
+    minhash: MinHash | None
+    """near-duplicate removal; null: none"""
+    expected: Size | None = operational(None)
+    """expected size of all sources; null: unknown"""
 
     def parts(self) -> list[duplicate_groups.Part]:
         """Returns the parts of all sources, in order."""

@@ -22,12 +22,14 @@ class MinHash(Config):
     Pairs are likely found if their similarity is above (1 / num_buckets) ^ (1 / hashes_per_bucket).
     """
 
-    kinds: tuple[Kind, ...] = Field(
-        default=("prose", "code"), max_length=len(get_args(Kind)), description="kinds of sources that are deduplicated"
-    )
-    n_grams: Hashes = Field(default=5, description="words of an n-gram")
-    num_buckets: Hashes = Field(default=14, description="number of LSH buckets")
-    hashes_per_bucket: Hashes = Field(default=8, description="hashes in each bucket")
+    kinds: tuple[Kind, ...] = Field(default=("prose", "code"), max_length=len(get_args(Kind)))
+    """kinds of sources that are deduplicated"""
+    n_grams: Hashes = Field(default=5)
+    """words of an n-gram"""
+    num_buckets: Hashes = Field(default=14)
+    """number of LSH buckets"""
+    hashes_per_bucket: Hashes = Field(default=8)
+    """hashes in each bucket"""
 
     @property
     def threshold(self) -> float:
@@ -42,35 +44,29 @@ Ngram = Annotated[int, Range(1, 1000, "GPT-3: 13")]
 class Decontamination(Config):
     """Removal of documents that contain `ngram` consecutive words of an evaluation item, or all of a shorter one."""
 
-    ngram: Ngram = Field(default=13, description="consecutive words of an item that make a match")
+    ngram: Ngram = Field(default=13)
+    """consecutive words of an item that make a match"""
 
 
 class CurationSettings(Config):
     """Curation of all sources together, after the steps of each."""
 
-    decontamination: Decontamination = Field(
-        default=Decontamination(), description="removal of documents that contain evaluation items"
-    )
-    minhash: MinHash | None = Field(default=MinHash(), description="near-duplicate removal; null: none")
-    deny_list: LongLine | None = operational(
-        None, "file of documents to remove on request (docs/opt-out.md); its digest, not the path, is part of the key"
-    )
-    deny_list_sha256: Sha256 | None = added(
-        None, "expected digest of the deny-list; null: computed from the file present"
-    )
-    url_blocklist: LongLine | None = operational(
-        None,
-        "file of hosts and beginnings of URLs whose documents are removed (docs/licenses.md); its digest, not the "
-        "path, is part of the key",
-    )
-    url_blocklist_sha256: Sha256 | None = added(
-        None, "expected digest of the URL blocklist; null: computed from the file present"
-    )
+    decontamination: Decontamination = Field(default=Decontamination())
+    """removal of documents that contain evaluation items"""
+    minhash: MinHash | None = Field(default=MinHash())
+    """near-duplicate removal; null: none"""
+    deny_list: LongLine | None = operational(None)
+    """file of documents to remove on request (docs/opt-out.md); its digest, not the path, is part of the key"""
+    deny_list_sha256: Sha256 | None = added(None)
+    """expected digest of the deny-list; null: computed from the file present"""
+    url_blocklist: LongLine | None = operational(None)
+    """file of hosts and beginnings of URLs whose documents are removed (docs/licenses.md); its digest, not the
+    path, is part of the key"""
+    url_blocklist_sha256: Sha256 | None = added(None)
+    """expected digest of the URL blocklist; null: computed from the file present"""
 
-    alarm_share: Annotated[float, Range(0, 1)] = operational(
-        0.5,
-        "a rule that removes a larger share of a source stops the run, unless acknowledged_removals of it allow that",
-    )
+    alarm_share: Annotated[float, Range(0, 1)] = operational(0.5)
+    """a rule that removes a larger share of a source stops the run, unless acknowledged_removals of it allow that"""
 
     @model_validator(mode="after")
     def _check_lists(self) -> CurationSettings:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated
 
-from pydantic import Field
-
 from pipeline.core.bounds import MOST_RAMP_STEPS, Flag, Key, Mix, Range, Seed, Steps
 from pipeline.core.stage import Config, added
 from stages.data.order.packing import LongDocuments
@@ -31,24 +29,30 @@ class OrderConfig(Config):
     `mix` is each source's share of all rows of the phase, or of all tokens if rows are packed.
     """
 
-    phase: Key = Field(description="name of the phase")
-    mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
-    sequence_length: Annotated[int, Range(2, 2**24)] = Field(description="tokens predicted in one row")
-    rows: Rows = Field(description="rows of one step")
-    steps: Steps = Field(description="steps of the phase")
-    seed: Seed = Field(description="seed of the recipe")
-    first_step: Steps = added(1, "first step; above 1 only if the phase continues from a checkpoint")
-    ramp: tuple[tuple[Steps, Rows], ...] = added(
-        (), "(last step, rows) of smaller steps at the beginning", max_length=MOST_RAMP_STEPS
-    )
-    pack: Flag = added(False, "pack several chunks into a row")
-    long_documents: LongDocuments | None = added(None, "up-weighting of long chunks; requires pack; null: none")
+    phase: Key
+    """name of the phase"""
+    mix: Mix
+    """share of rows by source; with pack, share of tokens"""
+    sequence_length: Annotated[int, Range(2, 2**24)]
+    """tokens predicted in one row"""
+    rows: Rows
+    """rows of one step"""
+    steps: Steps
+    """steps of the phase"""
+    seed: Seed
+    """seed of the recipe"""
+    first_step: Steps = added(1)
+    """first step; above 1 only if the phase continues from a checkpoint"""
+    ramp: tuple[tuple[Steps, Rows], ...] = added((), max_length=MOST_RAMP_STEPS)
+    """(last step, rows) of smaller steps at the beginning"""
+    pack: Flag = added(False)
+    """pack several chunks into a row"""
+    long_documents: LongDocuments | None = added(None)
+    """up-weighting of long chunks; requires pack; null: none"""
 
-    block_rows: Rows | None = added(
-        None,
-        "rows of the steps that one part of the order holds and packs together, at least one step; null: a 256th "
-        "of the phase, within bounds",
-    )
+    block_rows: Rows | None = added(None)
+    """rows of the steps that one part of the order holds and packs together, at least one step; null: a 256th of
+    the phase, within bounds"""
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

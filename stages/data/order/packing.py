@@ -11,8 +11,6 @@ import bisect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
-
 from pipeline.core.bounds import Context, Range, Share
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, added
@@ -35,16 +33,14 @@ class LongDocuments(Config):
     (Muennighoff et al., 2023).
     """
 
-    over: Context = Field(description="tokens above which a chunk is long; usually the previous context length")
-    share: Annotated[float, Range(0, 1, above=True, below=True)] = Field(
-        description="share of the tokens of each source that come from long chunks"
-    )
-    max_epochs: Annotated[float, Range(0, 1000, above=True)] = Field(
-        4.0, description="maximum number of times that a long chunk is read"
-    )
-    max_missing: Share = added(
-        1.0, "share of the requested long tokens of a source that may be missing; with more, the order is refused"
-    )
+    over: Context
+    """tokens above which a chunk is long; usually the previous context length"""
+    share: Annotated[float, Range(0, 1, above=True, below=True)]
+    """share of the tokens of each source that come from long chunks"""
+    max_epochs: Annotated[float, Range(0, 1000, above=True)] = 4.0
+    """maximum number of times that a long chunk is read"""
+    max_missing: Share = added(1.0)
+    """share of the requested long tokens of a source that may be missing; with more, the order is refused"""
 
 
 def split(

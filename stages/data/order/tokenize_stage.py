@@ -156,13 +156,12 @@ def _bytes_by_character() -> dict[str, int]:
 class TokenizeConfig(Config):
     """Tokenizer and documents come as inputs."""
 
-    conversations: tuple[SourceName, ...] = added(
-        (), "sources whose documents contain special tokens and end with one", max_length=MOST_SOURCES
-    )
-    parts: dict[SourceName, PartCount] = operational(
-        {}, "parts of each source, the tasks of a job array; those of the kept documents", max_length=MOST_SOURCES
-    )
-    expected: Size | None = operational(None, "expected size of all sources; null: unknown")
+    conversations: tuple[SourceName, ...] = added((), max_length=MOST_SOURCES)
+    """sources whose documents contain special tokens and end with one"""
+    parts: dict[SourceName, PartCount] = operational({}, max_length=MOST_SOURCES)
+    """parts of each source, the tasks of a job array; those of the kept documents"""
+    expected: Size | None = operational(None)
+    """expected size of all sources; null: unknown"""
 
 
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

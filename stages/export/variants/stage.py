@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from pipeline.core.bounds import Line
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
 from stages.evaluation import estimates
@@ -51,16 +49,21 @@ WEIGHTS = ("*.safetensors", "*.gguf")
 class AdapterSource(Config):
     """The settings from which the variant `adapter` is written, in addition to the inputs."""
 
-    lora: Lora = Field(description="settings of the adapter")
-    model: Model = Field(description="model section, with the rotary embedding of the phase")
-    repo: Line = Field(description="repository of the base on the Hub, for adapter_config.json")
+    lora: Lora
+    """settings of the adapter"""
+    model: Model
+    """model section, with the rotary embedding of the phase"""
+    repo: Line
+    """repository of the base on the Hub, for adapter_config.json"""
 
 
 class VariantConfig(EvaluateConfig):
     """A variant, and what it is measured on."""
 
-    variant: VariantName = Field(description="form of the weights")
-    adapter: AdapterSource | None = added(None, "of the variant adapter; null: another variant")
+    variant: VariantName
+    """form of the weights"""
+    adapter: AdapterSource | None = added(None)
+    """of the variant adapter; null: another variant"""
 
 
 def run(config: VariantConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field
-
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config
 from stages.rl import sandbox
@@ -105,9 +103,8 @@ def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
 class CodeSettings(Config):
     """Settings of the sandboxes in which answers run."""
 
-    workers: Annotated[int, Range(1, 4096)] | None = Field(
-        None, description="answers that are scored at once; null: two for each core"
-    )
+    workers: Annotated[int, Range(1, 4096)] | None = None
+    """answers that are scored at once; null: two for each core"""
 
 
 class CodeVerifier(Verifier):

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
-from pydantic import Field
-
 from pipeline.core.bounds import Line, LongLine, Range
 from pipeline.core.stage import Config
 from stages.generation.protocols import ToolCall
@@ -32,11 +30,12 @@ CUT_MARK = "\n[cut: "
 class GymSettings(Config):
     """Settings of a client of a NeMo Gym resources server."""
 
-    url: LongLine = Field(description="URL of the server, such as http://host:port")
-    serves: Line = Field(
-        description="what runs there, such as nemo-gym 0.7.0 math_with_judge; it is part of the version"
-    )
-    timeout: Annotated[float, Range(0, 86400, above=True)] = Field(60.0, description="seconds for one answer")
+    url: LongLine
+    """URL of the server, such as http://host:port"""
+    serves: Line
+    """what runs there, such as nemo-gym 0.7.0 math_with_judge; it is part of the version"""
+    timeout: Annotated[float, Range(0, 86400, above=True)] = 60.0
+    """seconds for one answer"""
 
 
 class GymServer(Verifier):

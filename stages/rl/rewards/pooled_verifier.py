@@ -34,8 +34,6 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import Field
-
 from pipeline.core.bounds import Range
 from pipeline.core.errors import installing
 from pipeline.core.stage import Config
@@ -244,7 +242,8 @@ class Worker:
 class PoolSettings(Config):
     """Settings of a verifier that runs in limited processes."""
 
-    seconds: Annotated[int, Range(1, 86400)] = Field(5, description="processor time for one answer, in seconds")
+    seconds: Annotated[int, Range(1, 86400)] = 5
+    """processor time for one answer, in seconds"""
 
 
 class PooledVerifier(Verifier):

@@ -46,17 +46,15 @@ Tasks = Annotated[tuple[Source, ...], Field(min_length=1, max_length=1000)]
 class TasksConfig(Config):
     """The sources of a phase's tasks, and the recipe's seed."""
 
-    sources: Annotated[tuple[Source, ...], Field(min_length=1, max_length=2000)] = Field(
-        description="sources of the tasks"
-    )
-    seed: Seed = Field(description="seed of the recipe")
-    ngram: Ngram | None = added(
-        None, "number of words that no question may share with an item of a task set; null: there are no task sets"
-    )
+    sources: Annotated[tuple[Source, ...], Field(min_length=1, max_length=2000)]
+    """sources of the tasks"""
+    seed: Seed
+    """seed of the recipe"""
+    ngram: Ngram | None = added(None)
+    """number of words that no question may share with an item of a task set; null: there are no task sets"""
 
-    verifiers: Annotated[dict[Key, Settings], Field(max_length=100)] = operational(
-        {}, "settings of verifiers by name, such as the URL of a server"
-    )
+    verifiers: Annotated[dict[Key, Settings], Field(max_length=100)] = operational({})
+    """settings of verifiers by name, such as the URL of a server"""
 
     @model_validator(mode="after")
     def _check_distinct(self) -> TasksConfig:

@@ -37,14 +37,14 @@ class SearchTool(Tool):
     parameters: ClassVar = {"query": "words to search for"}
     inputs: ClassVar = {"documents": "dedup"}
 
-    tool: Literal["search"] = Field(description="selects this tool")
-    sources: tuple[SourceName, ...] = Field(
-        (), max_length=MOST_SOURCES, description="sources of the data recipe to search; empty: all"
-    )
-    documents: Annotated[int, Range(1, 1e9)] = Field(
-        100_000, description="maximum documents of each source, the first ones, which bounds the start of the phase"
-    )
-    passages: Annotated[int, Range(1, 1000)] = Field(3, description="maximum passages of a result")
+    tool: Literal["search"]
+    """selects this tool"""
+    sources: tuple[SourceName, ...] = Field((), max_length=MOST_SOURCES)
+    """sources of the data recipe to search; empty: all"""
+    documents: Annotated[int, Range(1, 1e9)] = 100_000
+    """maximum documents of each source, the first ones, which bounds the start of the phase"""
+    passages: Annotated[int, Range(1, 1000)] = 3
+    """maximum passages of a result"""
 
     def missing(self) -> str | None:
         reason = "the tool search needs SQLite with FTS5, and this Python has none ({}); use another one"

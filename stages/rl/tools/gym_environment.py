@@ -20,8 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
-
 from pipeline.core.bounds import Line, LongLine, Range
 from pipeline.core.stage import Inputs, Promise, operational
 from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
@@ -144,10 +142,14 @@ class GymTool(Tool):
 
     promise: ClassVar[Promise] = "numeric"
 
-    tool: Literal["nemo-gym"] = Field(description="selects this tool")
-    url: LongLine = operational(..., "URL of the resources server, such as http://localhost:8000")
-    serves: Line = Field(description="what runs there, such as nemo-gym 0.7.0 workplace_assistant")
-    timeout: Annotated[float, Range(0, 86400, above=True)] = operational(60.0, "seconds for one reply")
+    tool: Literal["nemo-gym"]
+    """selects this tool"""
+    url: LongLine = operational(...)
+    """URL of the resources server, such as http://localhost:8000"""
+    serves: Line
+    """what runs there, such as nemo-gym 0.7.0 workplace_assistant"""
+    timeout: Annotated[float, Range(0, 86400, above=True)] = operational(60.0)
+    """seconds for one reply"""
 
     def functions(self, row: Row) -> list[dict[str, Any]]:
         return functions_of(row)

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Inputs, Promise, operational
 from stages.rl import sandbox
@@ -36,13 +34,12 @@ class PythonTool(Tool):
     parameters: ClassVar = {"code": "the whole program; print what you need"}
     promise: ClassVar[Promise] = "numeric"  # a program can print the time, or an address of its memory
 
-    tool: Literal["python"] = Field(description="selects this tool")
-    cpu_seconds: Annotated[int, Range(1, 3600)] = Field(
-        4, description="processor time of a program, in seconds; its wall-clock limit is ten times as long"
-    )
-    workers: Annotated[int, Range(1, 4096)] | None = operational(
-        None, "programs that run at once; null: two for each core"
-    )
+    tool: Literal["python"]
+    """selects this tool"""
+    cpu_seconds: Annotated[int, Range(1, 3600)] = 4
+    """processor time of a program, in seconds; its wall-clock limit is ten times as long"""
+    workers: Annotated[int, Range(1, 4096)] | None = operational(None)
+    """programs that run at once; null: two for each core"""
 
     def missing(self) -> str | None:
         reason = sandbox.missing()

@@ -24,17 +24,14 @@ else:
 class Tools(Config):
     """Tools that the model may call while it answers, in turns."""
 
-    offered: Annotated[tuple[AnyTool, ...], Field(min_length=1, max_length=100)] = Field(description="tools, each once")
-    kinds: tuple[Annotated[str, Words(100)], ...] = Field(
-        (), max_length=1000, description="kinds of tasks that offer them; empty: all"
-    )
-    max_turns: Annotated[int, Range(2, 1000, "usual: 2 to 20")] = Field(
-        4,
-        description="maximum turns of an answer, each of at most sampling.max_new_tokens; the last calls no tool",
-    )
-    max_result_characters: Annotated[int, Range(1, 1e7)] = Field(
-        2000, description="maximum characters of a result; a longer one is cut, with a mark"
-    )
+    offered: Annotated[tuple[AnyTool, ...], Field(min_length=1, max_length=100)]
+    """tools, each once"""
+    kinds: tuple[Annotated[str, Words(100)], ...] = Field((), max_length=1000)
+    """kinds of tasks that offer them; empty: all"""
+    max_turns: Annotated[int, Range(2, 1000, "usual: 2 to 20")] = 4
+    """maximum turns of an answer, each of at most sampling.max_new_tokens; the last calls no tool"""
+    max_result_characters: Annotated[int, Range(1, 1e7)] = 2000
+    """maximum characters of a result; a longer one is cut, with a mark"""
 
     @model_validator(mode="after")
     def _check_distinct(self) -> Tools:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeInt
+from pydantic import NonNegativeInt
 
 from pipeline.core import atomic_files, process
 from pipeline.core.stage import Config
@@ -34,24 +34,37 @@ BASELINE = "bf16"
 class Data(Config):
     """The training text of the runs: the sources of the running interpreter's standard library, as bytes."""
 
-    python: str = Field(description="version of Python")
-    files: PositiveInt = Field(description="number of files")
-    bytes: PositiveInt = Field(description="size of the text in bytes")
-    sha256: str = Field(description="SHA-256 digest of the text")
+    python: str
+    """version of Python"""
+    files: PositiveInt
+    """number of files"""
+    bytes: PositiveInt
+    """size of the text in bytes"""
+    sha256: str
+    """SHA-256 digest of the text"""
 
 
 class Settings(Config):
     """The common settings of all runs. With precision and seed they determine every byte of a run."""
 
-    recipe: str = Field(description="name of the recipe")
-    model: Model = Field(description="architecture of the model")
-    sequence_length: PositiveInt = Field(description="tokens predicted in one row")
-    rows: PositiveInt = Field(description="rows of one step")
-    steps: PositiveInt = Field(description="steps of a run")
-    optimizer: Optimizer = Field(description="optimizer and its learning-rate schedule")
-    data: Data = Field(description="training text")
-    packages: dict[str, str] = Field(description="versions of packages by name")
-    code: str = Field(description="digest of the code")
+    recipe: str
+    """name of the recipe"""
+    model: Model
+    """architecture of the model"""
+    sequence_length: PositiveInt
+    """tokens predicted in one row"""
+    rows: PositiveInt
+    """rows of one step"""
+    steps: PositiveInt
+    """steps of a run"""
+    optimizer: Optimizer
+    """optimizer and its learning-rate schedule"""
+    data: Data
+    """training text"""
+    packages: dict[str, str]
+    """versions of packages by name"""
+    code: str
+    """digest of the code"""
 
     def config(self, seed: NonNegativeInt) -> TrainConfig:
         """The engine's config: one micro-batch a step, computed in bf16."""

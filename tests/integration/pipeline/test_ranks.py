@@ -334,7 +334,7 @@ def test_the_local_launcher_hides_no_gpu(
 class Hanging(Config):
     """Config of a stage that hangs."""
 
-    path: str = operational("/somewhere/private/file", "")
+    path: str = operational("/somewhere/private/file")
     holding_the_lock: bool = False
     failing_rank: int | None = None
 

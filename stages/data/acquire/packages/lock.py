@@ -22,22 +22,25 @@ MAX_PACKAGES = 1000
 class LockedPackage(Config):
     """A package of a lock file."""
 
-    file: Annotated[str, Words(255, "file name of a .deb or .tar.gz", r"[A-Za-z0-9][\w.+~%:-]*(\.deb|\.tar\.gz)")] = (
-        Field(description="name of the file")
-    )
-    name: Line = Field(description="name of the package")
-    version: Line = Field(description="version of the package")
-    sha256: Annotated[str, Words(64, "SHA-256 of 64 hex digits", r"[0-9a-f]{64}")] = Field(
-        description="digest of the file"
-    )
-    bytes: Annotated[int, Range(1, 2**40)] = Field(description="size of the file")
-    origin: LongLine = Field(description="path of the file in the archive or index that published it")
+    file: Annotated[str, Words(255, "file name of a .deb or .tar.gz", r"[A-Za-z0-9][\w.+~%:-]*(\.deb|\.tar\.gz)")]
+    """name of the file"""
+    name: Line
+    """name of the package"""
+    version: Line
+    """version of the package"""
+    sha256: Annotated[str, Words(64, "SHA-256 of 64 hex digits", r"[0-9a-f]{64}")]
+    """digest of the file"""
+    bytes: Annotated[int, Range(1, 2**40)]
+    """size of the file"""
+    origin: LongLine
+    """path of the file in the archive or index that published it"""
 
 
 class Lock(Config):
     """A lock file."""
 
-    packages: tuple[LockedPackage, ...] = Field(min_length=1, max_length=MAX_PACKAGES, description="packages, by file")
+    packages: tuple[LockedPackage, ...] = Field(min_length=1, max_length=MAX_PACKAGES)
+    """packages, by file"""
 
     @model_validator(mode="after")
     def _check_order(self) -> Lock:

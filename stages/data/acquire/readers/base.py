@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
-
 from pipeline.core.bounds import LongLine, Range
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, operational
@@ -170,7 +168,8 @@ class Reader(Config):
     # What to do where `missing` has a message.
     remedy: ClassVar[str] = "put it there"
 
-    reader: str = Field(description="selects this reader")
+    reader: str
+    """selects this reader"""
 
     @property
     def conversations(self) -> bool:
@@ -270,9 +269,8 @@ class Reader(Config):
 class SampledReader(Reader):
     """A reader whose documents can be subsampled."""
 
-    limit: Documents | None = Field(
-        None, description="maximum number of documents, chosen by a seeded hash of the id; null: all"
-    )
+    limit: Documents | None = None
+    """maximum number of documents, chosen by a seeded hash of the id; null: all"""
 
 
 class FileReader(SampledReader):
@@ -280,7 +278,8 @@ class FileReader(SampledReader):
 
     suffixes: ClassVar[tuple[str, ...]]
 
-    path: LongLine = operational(..., "file or folder; the tree digest, not the path, is part of the key")
+    path: LongLine = operational(...)
+    """file or folder; the tree digest, not the path, is part of the key"""
 
     def missing(self, source: str) -> str | None:
         root = Path(self.path)

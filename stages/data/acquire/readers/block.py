@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
 from pipeline.core.bounds import Line
 from pipeline.core.errors import AtomError
 from stages.data.acquire.readers.base import Failed, Files
@@ -40,8 +38,10 @@ class BlockReader(Block, RowReader):
         "doc_progress": "progress is shown by part",
     }
 
-    reader: Literal["datatrove"] = Field("datatrove", description="selects this reader; `block` alone does so as well")
-    pattern: Line | None = Field(None, description="pattern of paths below `path`; * matches / as well; null: all")
+    reader: Literal["datatrove"] = "datatrove"
+    """selects this reader; `block` alone does so as well"""
+    pattern: Line | None = None
+    """pattern of paths below `path`; * matches / as well; null: all"""
 
     @property
     def names_files(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from pipeline.core.bounds import Context, Flag, License, Line, LongLine, PositiveShare, Range, SourceName, Text
 from pipeline.core.errors import RecipeError
@@ -30,27 +30,36 @@ class Generated(Reader):
     The source's tree_digest is that of the generator's files, and must be given.
     """
 
-    reader: Literal["generated"] = Field(description="selects this reader")
-    from_source: SourceName = Field(description="source of the documents from which the texts are written")
-    share: PositiveShare = Field(1.0, description="share of these documents, chosen by a seeded hash of the id")
-    generator: Line = Field(description="name of the generator, for cards and records")
-    path: LongLine = operational(..., "folder of the generator in the format of transformers")
-    generator_license: License = Field(description="SPDX license of the generator's weights")
-    generator_terms: Text = Field(description="text or URL that shows the generator's terms for its outputs")
-    output_license: License | None = Field(
-        None, description="SPDX license that these terms put on outputs, beside that of the document; null: none"
-    )
-    prompt: Text = Field(description="prompt of the generator; {text} is replaced by the document")
-    form: Literal["chat", "text"] = Field(
-        "chat", description="chat: the prompt is a user's message in the generator's template; text: it is continued"
-    )
-    greedy: Flag = Field(False, description="take the most probable tokens; false: sample at temperature 1")
-    max_new_tokens: Context = Field(description="maximum number of tokens of a text")
-    unfinished: Literal["remove", "keep"] = Field("remove", description="texts that did not end within max_new_tokens")
-    batch: Annotated[int, Range(1, 1e5)] = Field(
-        256, description="documents whose texts are generated together; a kill loses at most one batch"
-    )
+    reader: Literal["generated"]
+    """selects this reader"""
+    from_source: SourceName
+    """source of the documents from which the texts are written"""
+    share: PositiveShare = 1.0
+    """share of these documents, chosen by a seeded hash of the id"""
+    generator: Line
+    """name of the generator, for cards and records"""
+    path: LongLine = operational(...)
+    """folder of the generator in the format of transformers"""
+    generator_license: License
+    """SPDX license of the generator's weights"""
+    generator_terms: Text
+    """text or URL that shows the generator's terms for its outputs"""
+    output_license: License | None = None
+    """SPDX license that these terms put on outputs, beside that of the document; null: none"""
+    prompt: Text
+    """prompt of the generator; {text} is replaced by the document"""
+    form: Literal["chat", "text"] = "chat"
+    """chat: the prompt is a user's message in the generator's template; text: it is continued"""
+    greedy: Flag = False
+    """take the most probable tokens; false: sample at temperature 1"""
+    max_new_tokens: Context
+    """maximum number of tokens of a text"""
+    unfinished: Literal["remove", "keep"] = "remove"
+    """texts that did not end within max_new_tokens"""
+    batch: Annotated[int, Range(1, 1e5)] = 256
+    """documents whose texts are generated together; a kill loses at most one batch"""
     engine: Engine = engine_field()
+    """what computes the results"""
 
     @field_validator("prompt")
     @classmethod

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
-
 from pipeline.core.bounds import Line, LongLine, Words
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import operational
@@ -39,15 +37,20 @@ class Hub(RowReader):
 
     remedy: ClassVar = "run `atom pin RECIPE`"
 
-    reader: Literal["hub"] = Field(description="selects this reader")
-    repo: Repo = operational(..., "dataset repository; the digests of its files are part of the key")
-    revision: Line = operational("main", "branch, tag or commit, which `atom pin` resolves to a commit")
-    pattern: Line = operational(..., "pattern of the paths of files in the repository; * matches / as well")
-    format: Literal["jsonl", "parquet"] = Field(description="reader of the files")
-    path: LongLine = operational(f"{HOME}/hub", "folder that keeps pulled files; it may be removed at any time")
-    lock: LockPath = operational(
-        "", "lock file, NAME.lock.yaml beside the data recipe NAME.yaml; set when that is read"
-    )
+    reader: Literal["hub"]
+    """selects this reader"""
+    repo: Repo = operational(...)
+    """dataset repository; the digests of its files are part of the key"""
+    revision: Line = operational("main")
+    """branch, tag or commit, which `atom pin` resolves to a commit"""
+    pattern: Line = operational(...)
+    """pattern of the paths of files in the repository; * matches / as well"""
+    format: Literal["jsonl", "parquet"]
+    """reader of the files"""
+    path: LongLine = operational(f"{HOME}/hub")
+    """folder that keeps pulled files; it may be removed at any time"""
+    lock: LockPath = operational("")
+    """lock file, NAME.lock.yaml beside the data recipe NAME.yaml; set when that is read"""
 
     def missing(self, source: str) -> str | None:
         return None if self._locked(source) else f"source {source}: {self._unpinned(source)}"

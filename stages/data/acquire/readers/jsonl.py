@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, ClassVar, Literal, cast
 
-from pydantic import Field
-
 from pipeline.core.errors import AtomError
 from stages.data.acquire.readers.base import Failed, Files
 from stages.data.acquire.readers.rows import Row, RowReader
@@ -27,7 +25,8 @@ class Jsonl(RowReader):
 
     suffixes: ClassVar = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
-    reader: Literal["jsonl"] = Field(description="selects this reader")
+    reader: Literal["jsonl"]
+    """selects this reader"""
 
     def rows(self, files: Files, columns: Sequence[str] | None = None) -> Iterator[Row | Failed]:
         for relative, path in files:

@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
-
 from pipeline.core.bounds import LongLine
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import operational
@@ -36,9 +34,12 @@ class Packages(FileReader):
     suffixes: ClassVar = (".deb", ".tar.gz")
     remedy: ClassVar = "fetch them by `python -m stages.data.acquire.packages.fetch locked LOCK FOLDER`"
 
-    reader: Literal["packages"] = Field(description="selects this reader")
-    lock: LongLine = operational(..., "lock file of the packages: name, version, SHA-256, size and origin of each")
-    content: Content = Field(description="files to read: documentation without its markup, or source code, by suffix")
+    reader: Literal["packages"]
+    """selects this reader"""
+    lock: LongLine = operational(...)
+    """lock file of the packages: name, version, SHA-256, size and origin of each"""
+    content: Content
+    """files to read: documentation without its markup, or source code, by suffix"""
 
     @property
     def names_files(self) -> bool:

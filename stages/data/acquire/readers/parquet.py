@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
-
 from pipeline.core.errors import AtomError
 from stages.data.acquire.readers.base import Failed, Files
 from stages.data.acquire.readers.rows import Row, RowReader
@@ -17,7 +15,8 @@ class Parquet(RowReader):
 
     suffixes: ClassVar = (".parquet",)
 
-    reader: Literal["parquet"] = Field(description="selects this reader")
+    reader: Literal["parquet"]
+    """selects this reader"""
 
     def rows(self, files: Files, columns: Sequence[str] | None = None) -> Iterator[Row | Failed]:
         import pyarrow as pa

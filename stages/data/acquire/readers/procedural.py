@@ -36,12 +36,14 @@ TaskWeights = Annotated[
 class Problems(Reader):
     """Procedural problems, drawn with the seed of the recipe."""
 
-    reader: Literal["problems"] = Field(description="selects this reader")
-    tasks: TaskWeights = Field(description="weights of tasks by name; they need not sum to 1")
-    form: Literal["plain", "worked"] = Field(
-        description="plain: question and answer; worked: with the steps between them"
-    )
-    count: Drawn = Field(description="number of problems")
+    reader: Literal["problems"]
+    """selects this reader"""
+    tasks: TaskWeights
+    """weights of tasks by name; they need not sum to 1"""
+    form: Literal["plain", "worked"]
+    """plain: question and answer; worked: with the steps between them"""
+    count: Drawn
+    """number of problems"""
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
         rng = random.Random(seed_of(f"problems/{source}", seed))
@@ -53,10 +55,14 @@ class Problems(Reader):
 class ChatProblems(Reader):
     """Procedural problems as conversations, some of whose answers reason first."""
 
-    reader: Literal["chat-problems"] = Field(description="selects this reader")
-    tasks: TaskWeights = Field(description="weights of tasks by name; they need not sum to 1")
-    thinking: Share = Field(description="share of answers that show their steps first")
-    count: Drawn = Field(description="number of conversations")
+    reader: Literal["chat-problems"]
+    """selects this reader"""
+    tasks: TaskWeights
+    """weights of tasks by name; they need not sum to 1"""
+    thinking: Share
+    """share of answers that show their steps first"""
+    count: Drawn
+    """number of conversations"""
 
     @property
     def conversations(self) -> bool:
@@ -74,8 +80,10 @@ class ChatProblems(Reader):
 class Courtesies(Reader):
     """Requests for a courteous note, with answers of mixed quality (stages/tasks/synthetic/courtesy_notes.py)."""
 
-    reader: Literal["courtesies"] = Field(description="selects this reader")
-    count: Drawn = Field(description="number of conversations")
+    reader: Literal["courtesies"]
+    """selects this reader"""
+    count: Drawn
+    """number of conversations"""
 
     @property
     def conversations(self) -> bool:
@@ -98,13 +106,16 @@ class Passkeys(Reader):
     project's, so the license is `PSF-2.0 AND Apache-2.0`.
     """
 
-    reader: Literal["passkeys"] = Field(description="selects this reader")
-    count: Drawn = Field(description="number of documents")
-    min_chars: Characters = Field(description="minimum length of a document in characters")
-    max_chars: Characters = Field(description="maximum length of a document in characters")
-    digits: Annotated[int, Range(2, 9)] = Field(
-        6, description="digits of a passkey, all different; few digits give too few keys to generalize from"
-    )
+    reader: Literal["passkeys"]
+    """selects this reader"""
+    count: Drawn
+    """number of documents"""
+    min_chars: Characters
+    """minimum length of a document in characters"""
+    max_chars: Characters
+    """maximum length of a document in characters"""
+    digits: Annotated[int, Range(2, 9)] = 6
+    """digits of a passkey, all different; few digits give too few keys to generalize from"""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Passkeys:

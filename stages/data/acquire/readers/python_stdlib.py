@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
 from pipeline.core.stage import added
 from stages.data.acquire.readers.base import Document, Files, SampledReader, Unmapped, Unreadable, is_unicode
 
@@ -214,9 +212,12 @@ class StdlibSource(SampledReader):
     Docstrings are removed, so that no held-out docstring is trained on inside its function.
     """
 
-    reader: Literal["stdlib-source"] = Field(description="selects this reader")
-    unit: Literal["function", "file"] = added("function", "what one document is; use only one of them in a data recipe")
-    modules: Literal["all", "top-level"] = Field("all", description="modules to read; top-level leaves packages out")
+    reader: Literal["stdlib-source"]
+    """selects this reader"""
+    unit: Literal["function", "file"] = added("function")
+    """what one document is; use only one of them in a data recipe"""
+    modules: Literal["all", "top-level"] = "all"
+    """modules to read; top-level leaves packages out"""
 
     def files(self, source: str) -> Files:
         return library_files(top_level=self.modules == "top-level")
@@ -228,8 +229,10 @@ class StdlibSource(SampledReader):
 class StdlibDocstrings(SampledReader):
     """Docstrings of modules, classes and functions of the running Python's standard library."""
 
-    reader: Literal["stdlib-docstrings"] = Field(description="selects this reader")
-    modules: Literal["all", "top-level"] = Field("all", description="modules to read; top-level leaves packages out")
+    reader: Literal["stdlib-docstrings"]
+    """selects this reader"""
+    modules: Literal["all", "top-level"] = "all"
+    """modules to read; top-level leaves packages out"""
 
     def files(self, source: str) -> Files:
         return library_files(top_level=self.modules == "top-level")

@@ -41,43 +41,34 @@ class Row:
 class RowReader(FileReader):
     """A reader of files of rows with a field for the text."""
 
-    text_field: Column = Field("text", description="field with the text of a document")
-    messages_field: Column | None = added(
-        None, "field with messages (role, content, reasoning_content), read instead of text_field"
-    )
-    tools_field: Column | None = added(
-        None,
-        "field with the JSON schemas of the tools that a conversation offers, a list or its JSON; messages then have "
-        "tool_calls; null: tools and calls are left out",
-    )
-    question_fields: Annotated[tuple[Column, ...], Field(max_length=10)] = added(
-        (), "fields whose texts, joined by a blank line, are a user's message; the answer is in answer_field"
-    )
-    answer_field: Column | None = added(
-        None, "field with the assistant's answer to question_fields; a row is then a conversation of one turn"
-    )
-    id_field: Column | None = Field(
-        None, description="field with a unique id; null: the id is the file name and the number of the line or row"
-    )
-    license_field: Column | None = added(
-        None,
-        "field with the license of a document, or a list of licenses that all apply, such as metadata.license; null: "
-        "that of the source",
-    )
-    license_map: MapName | None = added(
-        None, "shipped map from the strings of license_field to SPDX; null: they are SPDX"
-    )
-    license_strings: LicenseStrings = added(
-        {}, "SPDX expressions by strings of license_field, which come before those of license_map"
-    )
-    url_field: Column | None = added(None, "field with the URL of a document; null: documents have none")
-    title_field: Column | None = added(None, "field with the title of a document, for attribution; null: not stated")
-    author_field: Column | None = added(
-        None, "field with the author of a document, or a list of them, such as metadata.authors.name; null: not stated"
-    )
-    derived_from_field: Column | None = added(
-        None, "field with the id or URL of the original of a rewritten document, or a list; null: not stated"
-    )
+    text_field: Column = "text"
+    """field with the text of a document"""
+    messages_field: Column | None = added(None)
+    """field with messages (role, content, reasoning_content), read instead of text_field"""
+    tools_field: Column | None = added(None)
+    """field with the JSON schemas of the tools that a conversation offers, a list or its JSON; messages then have
+    tool_calls; null: tools and calls are left out"""
+    question_fields: Annotated[tuple[Column, ...], Field(max_length=10)] = added(())
+    """fields whose texts, joined by a blank line, are a user's message; the answer is in answer_field"""
+    answer_field: Column | None = added(None)
+    """field with the assistant's answer to question_fields; a row is then a conversation of one turn"""
+    id_field: Column | None = None
+    """field with a unique id; null: the id is the file name and the number of the line or row"""
+    license_field: Column | None = added(None)
+    """field with the license of a document, or a list of licenses that all apply, such as metadata.license; null:
+    that of the source"""
+    license_map: MapName | None = added(None)
+    """shipped map from the strings of license_field to SPDX; null: they are SPDX"""
+    license_strings: LicenseStrings = added({})
+    """SPDX expressions by strings of license_field, which come before those of license_map"""
+    url_field: Column | None = added(None)
+    """field with the URL of a document; null: documents have none"""
+    title_field: Column | None = added(None)
+    """field with the title of a document, for attribution; null: not stated"""
+    author_field: Column | None = added(None)
+    """field with the author of a document, or a list of them, such as metadata.authors.name; null: not stated"""
+    derived_from_field: Column | None = added(None)
+    """field with the id or URL of the original of a rewritten document, or a list; null: not stated"""
 
     @model_validator(mode="after")
     def _check_licenses(self) -> RowReader:

@@ -35,10 +35,10 @@ PAGE_TYPES = ("text/html", "application/xhtml+xml")
 class WebReader(FileReader):
     """Base of the readers of web pages. A document has the license that its page states, or LicenseRef-unknown-web."""
 
-    max_page_bytes: PageBytes = Field(5_000_000, description="bytes of a page; a larger one is removed")
-    opt_out_agents: Agents = Field(
-        AGENTS, description="crawlers whose rules in robots.txt and in pages are opt-outs; *: rules for every crawler"
-    )
+    max_page_bytes: PageBytes = 5_000_000
+    """bytes of a page; a larger one is removed"""
+    opt_out_agents: Agents = AGENTS
+    """crawlers whose rules in robots.txt and in pages are opt-outs; *: rules for every crawler"""
 
     @property
     def gives_licenses(self) -> bool:
@@ -54,11 +54,10 @@ class Html(WebReader):
 
     suffixes: ClassVar = (".html", ".htm", ".xhtml")
 
-    reader: Literal["html"] = Field(description="selects this reader")
-    base_url: Address | None = Field(
-        None,
-        description="address of the folder, such as https://example.org/; null: the canonical address in each page",
-    )
+    reader: Literal["html"]
+    """selects this reader"""
+    base_url: Address | None = None
+    """address of the folder, such as https://example.org/; null: the canonical address in each page"""
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """Yields the text of every page."""
@@ -83,7 +82,8 @@ class Warc(WebReader):
 
     suffixes: ClassVar = (".warc", ".warc.gz")
 
-    reader: Literal["warc"] = Field(description="selects this reader")
+    reader: Literal["warc"]
+    """selects this reader"""
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """Yields the text of every page, named by the file and the number of its record."""

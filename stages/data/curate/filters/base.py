@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, Self
 
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config, Inputs
@@ -69,7 +69,8 @@ def _discard(name: str, value: str | float) -> None:
 class Filter(Config):
     """Base of the settings of a filter."""
 
-    step: str = Field(description="name of the step")
+    step: str
+    """name of the step"""
     _record: Record = PrivateAttr(default_factory=lambda: _discard)
 
     @property

@@ -59,11 +59,12 @@ class BlockStep(Block, Filter):
         "timeout": "a clock must not decide what is kept",
     }
 
-    step: Literal["datatrove"] = Field("datatrove", description="selects this step; `block` alone does so as well")
-    words: Literal["atom"] | None = Field(
-        None, description="atom: words are counted by stages/data/curate/words.py; null: as the block does it"
-    )
-    assets: Assets = Field({}, description="digests of files that the block reads, by paths from the data recipe")
+    step: Literal["datatrove"] = "datatrove"
+    """selects this step; `block` alone does so as well"""
+    words: Literal["atom"] | None = None
+    """atom: words are counted by stages/data/curate/words.py; null: as the block does it"""
+    assets: Assets = Field({})
+    """digests of files that the block reads, by paths from the data recipe"""
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 
 from pipeline.core.bounds import Share, SourceName
 from pipeline.core.errors import AtomError
@@ -17,9 +17,12 @@ from stages.formats.table import SCORE
 class Classifier(Filter):
     """Keeps documents to which a classifier of the recipe gives a score above the minimum."""
 
-    step: Literal["classifier"] = Field(description="selects this step")
-    classifier: SourceName = Field(description="name of a classifier of the data recipe")
-    min_score: Share = Field(0.5, description="score that a document must exceed")
+    step: Literal["classifier"]
+    """selects this step"""
+    classifier: SourceName
+    """name of a classifier of the data recipe"""
+    min_score: Share = 0.5
+    """score that a document must exceed"""
     _model: Path | None = PrivateAttr(None)
 
     @property

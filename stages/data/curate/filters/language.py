@@ -59,11 +59,12 @@ def identify(text: str) -> tuple[float, str]:
 class Language(Filter):
     """Keeps documents whose fastText language score for one of `languages` exceeds the threshold."""
 
-    step: Literal["language"] = Field(description="selects this step")
-    languages: tuple[Identified, ...] = Field(
-        ("en",), min_length=1, max_length=len(LANGUAGES), description="codes of the languages to keep"
-    )
-    language_threshold: Share = Field(0.65, description="score that a document must exceed")
+    step: Literal["language"]
+    """selects this step"""
+    languages: tuple[Identified, ...] = Field(("en",), min_length=1, max_length=len(LANGUAGES))
+    """codes of the languages to keep"""
+    language_threshold: Share = 0.65
+    """score that a document must exceed"""
 
     @property
     def measures(self) -> dict[str, str]:
@@ -108,12 +109,14 @@ Steps = Annotated[tuple[Any, ...], Field(max_length=MOST_STEPS), BeforeValidator
 class ByLanguage(Filter):
     """Runs the steps of the language that fastText identifies in a document."""
 
-    step: Literal["by_language"] = Field(description="selects this step")
-    rules: dict[Identified, Steps] = Field(
-        min_length=1, max_length=len(LANGUAGES), description="steps by language; a language may have none"
-    )
-    language_threshold: Share = Field(0.65, description="score that the most probable language must exceed")
-    others: Literal["remove", "keep"] = Field("remove", description="treatment of documents in other languages")
+    step: Literal["by_language"]
+    """selects this step"""
+    rules: dict[Identified, Steps] = Field(min_length=1, max_length=len(LANGUAGES))
+    """steps by language; a language may have none"""
+    language_threshold: Share = 0.65
+    """score that the most probable language must exceed"""
+    others: Literal["remove", "keep"] = "remove"
+    """treatment of documents in other languages"""
 
     @property
     def held(self) -> tuple[Filter, ...]:

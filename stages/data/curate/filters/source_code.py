@@ -7,7 +7,7 @@ import re
 import warnings
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.core.bounds import Share
 from stages.data.curate.filters.base import Amount, Document, Filter, FilterFunction, Length, Removal
@@ -16,7 +16,8 @@ from stages.data.curate.filters.base import Amount, Document, Filter, FilterFunc
 class PythonSyntax(Filter):
     """Keeps documents that the parser of Python accepts."""
 
-    step: Literal["python_syntax"] = Field(description="selects this step")
+    step: Literal["python_syntax"]
+    """selects this step"""
 
     def function(self) -> FilterFunction:
         return _parse
@@ -36,15 +37,20 @@ def _parse(document: Document) -> str | Removal:
 class CodeShape(Filter):
     """Removes code files by number and length of lines and by characters, such as generated tables and data blobs."""
 
-    step: Literal["code_shape"] = Field(description="selects this step")
-    min_lines: Amount = Field(3, description="minimum number of lines")
-    max_lines: Amount = Field(400, description="maximum number of lines")
-    max_line_length: Amount = Field(120, description="maximum length of any line in characters")
-    max_average_line_length: Length = Field(80, description="maximum average line length in characters")
-    min_alphanumeric_fraction: Share = Field(
-        0.5, description="minimum share of letters and digits, whitespace not counted"
-    )
-    max_digit_fraction: Share = Field(0.2, description="maximum share of digits, whitespace not counted")
+    step: Literal["code_shape"]
+    """selects this step"""
+    min_lines: Amount = 3
+    """minimum number of lines"""
+    max_lines: Amount = 400
+    """maximum number of lines"""
+    max_line_length: Amount = 120
+    """maximum length of any line in characters"""
+    max_average_line_length: Length = 80
+    """maximum average line length in characters"""
+    min_alphanumeric_fraction: Share = 0.5
+    """minimum share of letters and digits, whitespace not counted"""
+    max_digit_fraction: Share = 0.2
+    """maximum share of digits, whitespace not counted"""
 
     @model_validator(mode="after")
     def _check_ranges(self) -> CodeShape:

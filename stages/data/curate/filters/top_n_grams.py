@@ -19,12 +19,12 @@ class TopNGrams(Filter):
     ten words. Give it `top_n_grams: []`, and use this step with short documents.
     """
 
-    step: Literal["top_n_grams"] = Field(description="selects this step")
-    min_top_count: Positive = Field(3, description="occurrences from which an n-gram counts")
-    top_n_grams: NGrams = Field(
-        ((2, 0.2), (3, 0.18), (4, 0.16)),
-        description="(n, maximum share of characters in the most frequent n-gram of words)",
-    )
+    step: Literal["top_n_grams"]
+    """selects this step"""
+    min_top_count: Positive = 3
+    """occurrences from which an n-gram counts"""
+    top_n_grams: NGrams = ((2, 0.2), (3, 0.18), (4, 0.16))
+    """(n, maximum share of characters in the most frequent n-gram of words)"""
 
     def function(self) -> FilterFunction:
         return self._apply

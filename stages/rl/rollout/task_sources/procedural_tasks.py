@@ -25,10 +25,14 @@ class ProblemTasks(SourceSettings):
     """Procedural problems, of which the answer alone is verified."""
 
     verifier: ClassVar[str] = "exact"
-    source: Literal["problems"] = Field(description="selects this kind of tasks")
-    task: Task = Field(description="name of the task, such as add")
-    levels: tuple[Level, ...] = Field(min_length=1, max_length=100, description="levels of difficulty, one bin each")
-    count: Count = Field(description="maximum number of tasks per level; easy levels may have fewer")
+    source: Literal["problems"]
+    """selects this kind of tasks"""
+    task: Task
+    """name of the task, such as add"""
+    levels: tuple[Level, ...] = Field(min_length=1, max_length=100)
+    """levels of difficulty, one bin each"""
+    count: Count
+    """maximum number of tasks per level; easy levels may have fewer"""
 
     @model_validator(mode="after")
     def _check_levels(self) -> Self:
@@ -54,9 +58,12 @@ class ProblemTasks(SourceSettings):
 class CourtesyTasks(SourceSettings):
     """Requests for a courteous note, scored by a reward function."""
 
-    source: Literal["courtesies"] = Field(description="selects this kind of tasks")
-    verifier: Key = Field("courtesy", description="reward function: courtesy (rules) or reward-model (trained)")
-    count: Count = Field(description="number of requests")
+    source: Literal["courtesies"]
+    """selects this kind of tasks"""
+    verifier: Key = "courtesy"
+    """reward function: courtesy (rules) or reward-model (trained)"""
+    count: Count
+    """number of requests"""
 
     def bins(self) -> list[str]:
         return ["courtesy/1"]
@@ -79,11 +86,12 @@ class InstructionTasks(SourceSettings):
     """
 
     verifier: ClassVar[str] = "instructions"
-    source: Literal["instructions"] = Field(description="selects this kind of tasks")
-    levels: tuple[Annotated[int, Range(LEVELS[0], LEVELS[-1])], ...] = Field(
-        min_length=1, max_length=len(LEVELS), description="numbers of constraints, one bin each"
-    )
-    count: Count = Field(description="number of tasks per level")
+    source: Literal["instructions"]
+    """selects this kind of tasks"""
+    levels: tuple[Annotated[int, Range(LEVELS[0], LEVELS[-1])], ...] = Field(min_length=1, max_length=len(LEVELS))
+    """numbers of constraints, one bin each"""
+    count: Count
+    """number of tasks per level"""
 
     def bins(self) -> list[str]:
         return [f"instructions/{level}" for level in self.levels]
@@ -104,11 +112,16 @@ class ReasoningGymTasks(SourceSettings):
     """A dataset of the package reasoning-gym."""
 
     verifier: ClassVar[str] = "reasoning-gym"
-    source: Literal["reasoning-gym"] = Field(description="selects this kind of tasks")
-    dataset: Key = Field(description="name of the dataset")
-    level: Level = Field(1, description="level of the bin; `settings` determine the difficulty")
-    settings: Settings = Field(default_factory=dict, description="arguments of the dataset, by name")
-    count: Count = Field(description="number of tasks")
+    source: Literal["reasoning-gym"]
+    """selects this kind of tasks"""
+    dataset: Key
+    """name of the dataset"""
+    level: Level = 1
+    """level of the bin; `settings` determine the difficulty"""
+    settings: Settings = Field(default_factory=dict)
+    """arguments of the dataset, by name"""
+    count: Count
+    """number of tasks"""
 
     def bins(self) -> list[str]:
         return [f"{self.dataset}/{self.level}"]

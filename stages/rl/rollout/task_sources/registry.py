@@ -34,11 +34,9 @@ TASK_SOURCES = {
 class SourceSettings(Config):
     """Settings of every source of tasks."""
 
-    acknowledged_reward: Share | None = operational(
-        None,
-        "mean reward up to which tasks are used although an answer that solves nothing earns it, which the cards "
-        "state; null: 0.05 above chance",
-    )
+    acknowledged_reward: Share | None = operational(None)
+    """mean reward up to which tasks are used although an answer that solves nothing earns it, which the cards
+    state; null: 0.05 above chance"""
 
 
 def source_classes() -> tuple[type[TaskSource], ...]:

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.core.bounds import Key, License, Line, LongLine, Sha256, Text, Words
 from pipeline.core.errors import AtomError, RecipeError
@@ -49,14 +49,22 @@ BATCH = 256
 class FileTasks(SourceSettings):
     """Rows of a file in the format of NeMo Gym, one JSON object per line."""
 
-    source: Literal["rows"] = Field(description="selects this kind of tasks")
-    path: LongLine = operational(..., "path of the file; its digest, not its path, is part of the key")
-    digest: Sha256 = Field(description="SHA-256 digest of the file")
-    verifier: Key = Field(description="name of the verifier that scores the answers")
-    kind: Kind = Field(description="kind of the tasks, which names their bin")
-    level: Level = Field(1, description="level of difficulty, which names their bin")
-    license: License = Field(description="SPDX license of rows that state none")
-    origin: Text = Field(description="origin of rows that state none: URL or text")
+    source: Literal["rows"]
+    """selects this kind of tasks"""
+    path: LongLine = operational(...)
+    """path of the file; its digest, not its path, is part of the key"""
+    digest: Sha256
+    """SHA-256 digest of the file"""
+    verifier: Key
+    """name of the verifier that scores the answers"""
+    kind: Kind
+    """kind of the tasks, which names their bin"""
+    level: Level = 1
+    """level of difficulty, which names their bin"""
+    license: License
+    """SPDX license of rows that state none"""
+    origin: Text
+    """origin of rows that state none: URL or text"""
 
     def bins(self) -> list[str]:
         return [f"{self.kind}/{self.level}"]
@@ -85,30 +93,40 @@ class HubTasks(SourceSettings):
     fails its tests, or whose tests pass what is no number.
     """
 
-    source: Literal["hub"] = Field(description="selects this kind of tasks")
-    repo: Repo = Field(description="dataset repository")
-    revision: Commit = Field(description="commit of the repository")
-    pattern: Line = Field(description="pattern of the paths of files in the repository; * matches / as well")
-    format: Literal["jsonl", "parquet"] = Field(description="reader of the files")
-    verifier: Literal["math-verify", "python-tests"] = Field(description="verifier that scores the answers")
-    kind: Kind = Field(description="kind of the tasks, which names their bin")
-    level: Level = Field(1, description="level of difficulty, which names their bin")
-    count: Count = Field(description="maximum number of tasks, chosen by a seeded hash of the file and the row")
-    license: License = Field(description="SPDX license of the rows")
-    license_evidence: Text = Field(description="text or URL that shows the license")
-    question_field: Column = Field(description="field with the question")
-    answer_field: Column = Field(
-        description="math-verify: field with the answer; python-tests: field with asserts, a list or its JSON"
-    )
-    answer_after: Annotated[str, Words(100)] | None = Field(
-        None,
-        description="math-verify: the answer is the text after the last of these in its field; null: the whole field",
-    )
-    solution_field: Column | None = Field(None, description="python-tests: field with a correct solution")
-    setup_field: Column | None = Field(
-        None, description="python-tests: field with code that runs before answers and tests; null: none"
-    )
-    path: LongLine = operational(f"{HOME}/hub", "folder that keeps pulled files; it may be removed at any time")
+    source: Literal["hub"]
+    """selects this kind of tasks"""
+    repo: Repo
+    """dataset repository"""
+    revision: Commit
+    """commit of the repository"""
+    pattern: Line
+    """pattern of the paths of files in the repository; * matches / as well"""
+    format: Literal["jsonl", "parquet"]
+    """reader of the files"""
+    verifier: Literal["math-verify", "python-tests"]
+    """verifier that scores the answers"""
+    kind: Kind
+    """kind of the tasks, which names their bin"""
+    level: Level = 1
+    """level of difficulty, which names their bin"""
+    count: Count
+    """maximum number of tasks, chosen by a seeded hash of the file and the row"""
+    license: License
+    """SPDX license of the rows"""
+    license_evidence: Text
+    """text or URL that shows the license"""
+    question_field: Column
+    """field with the question"""
+    answer_field: Column
+    """math-verify: field with the answer; python-tests: field with asserts, a list or its JSON"""
+    answer_after: Annotated[str, Words(100)] | None = None
+    """math-verify: the answer is the text after the last of these in its field; null: the whole field"""
+    solution_field: Column | None = None
+    """python-tests: field with a correct solution"""
+    setup_field: Column | None = None
+    """python-tests: field with code that runs before answers and tests; null: none"""
+    path: LongLine = operational(f"{HOME}/hub")
+    """folder that keeps pulled files; it may be removed at any time"""
 
     @model_validator(mode="after")
     def _effective(self) -> HubTasks:
