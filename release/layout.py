@@ -86,8 +86,10 @@ def when(name: str) -> tuple[int, int, str]:
 
 
 def numbered(name: str) -> tuple[str, int]:
-    """The kind of a phase or an exported model, and its number: longcontext and 2 of longcontext-2; 0 for a single one,
-    such as online-rlhf."""
+    """Returns the kind of a phase or an exported model, and its number.
+
+    For longcontext-2 these are longcontext and 2. The number is 0 for a single one, such as online-rlhf.
+    """
     match = re.fullmatch(r"(.+)-([0-9]{1,9})", name)
     return (match[1], int(match[2])) if match else (name, 0)
 

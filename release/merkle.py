@@ -127,7 +127,7 @@ def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
 
 
 def _tables(dataset: Path) -> dict[str, tuple[list[Path], list[str]]]:
-    """{table: (its files, the columns of its leaves)}"""
+    """Returns {table: (its files, the columns of its leaves)}."""
     tables: dict[str, tuple[list[Path], list[str]]] = {}
     for source, files in data_layout.disposition_files(dataset).items():
         tables[f"dispositions/{source}"] = files, column_names(files[0])

@@ -174,8 +174,11 @@ def _made(paths: str, origin: str, at: str = "") -> tuple[PublishedFile, ...]:
 def _copied(
     node: str, paths: str, at: str = "", below: str = "", receivers: Receivers = ""
 ) -> tuple[PublishedFile, ...]:
-    """Lists copies of files of one artifact, whose paths are those after `below` in the artifact and after `at` in the
-    repository. An exclamation mark stands before those that are needed."""
+    """Lists copies of files of one artifact.
+
+    The paths are those after `below` in the artifact and after `at` in the repository. An exclamation mark stands
+    before those that are needed.
+    """
     names = [(path.removeprefix("!"), path.startswith("!")) for path in paths.split()]
     return tuple(
         PublishedFile(at + name, node=node, source=below + name, receivers=receivers, needed=needed)
@@ -428,8 +431,10 @@ def placements(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, str, st
 
 
 def earlier_placements(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, str, str]]:
-    """Yields (key, file of its artifact, path in the release) of artifacts of earlier runs that training resumed from:
-    checkpoints among the others, data by their keys in dataset/earlier/."""
+    """Yields (key, file of its artifact, path in the release) of artifacts of earlier runs that training resumed from.
+
+    Their checkpoints stand among the others, and their data by their keys in dataset/earlier/.
+    """
     for key, artifact in sorted(artifacts.items()):
         for file, target in placement(key.rsplit("-", 1)[0], artifact):
             if target.startswith("dataset/"):
@@ -498,8 +503,10 @@ def code_license_text(roots: list[Path]) -> bytes | None:
 
 
 def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
-    """Returns the content of LICENSE: the full text if it is the license of the code and available; else the SPDX id
-    and the address of the text."""
+    """Returns the content of LICENSE.
+
+    This is the full text if it is the license of the code and available, else the SPDX id and the address of the text.
+    """
     text = code_license_text(roots)
     if spdx == code_license and text is not None:
         return text

@@ -1,5 +1,7 @@
-"""Sources that a release publishes by reference: of each document its id, license, origin and the hash of its text, and
-not the text itself, because its license or its size does not allow it.
+"""Sources that a release publishes by reference.
+
+Of each document, the release has its id, license, origin and the hash of its text. The text itself is left out, because
+its license or its size does not allow it.
 
 `references.json` of the dataset repository states how to read the texts again: the settings of the reader, the digest
 of every file, and the steps that edit texts. `atom rebuild-data` does it.
@@ -180,8 +182,10 @@ def kept_tables(dataset: Path, name: str, parts: int) -> Iterator[tuple[int, Pat
 
 
 def write_without_text(source: Path, target: Path) -> None:
-    """Writes a table of kept documents without their texts, and with the same row groups, so that the table with texts
-    can be written again byte for byte. Memory holds a row group."""
+    """Writes a table of kept documents without their texts, and with the same row groups.
+
+    So the table with texts can be written again byte for byte. Memory holds a row group.
+    """
     import pyarrow as pa
 
     with group_writer(target) as writer:

@@ -33,8 +33,10 @@ class Repository:
 
 
 def model_folders(release: Path) -> list[str]:
-    """Lists the folders of a release that hold models, the final one first, then in the order of training; links to
-    folders are none."""
+    """Lists the folders of a release that hold models, the final one first, then in the order of training.
+
+    Links to folders are not listed.
+    """
     names = [path.name.removeprefix(f"{MODEL}-") for path in release.glob(f"{MODEL}-*") if _is_own_folder(path)]
     return [MODEL, *(f"{MODEL}-{name}" for name in sorted(names, key=when))]
 
@@ -45,8 +47,11 @@ def variant_folders(release: Path) -> list[str]:
 
 
 def repositories(release: Path) -> list[Repository]:
-    """Lists the repositories of a release in the order in which they are made public: data, checkpoints, models, of
-    which the variants come before the final one; links to folders are none."""
+    """Lists the repositories of a release in the order in which they are made public.
+
+    The order is data, checkpoints, models, of which the variants come before the final one. Links to folders are not
+    listed.
+    """
     places = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
     steps = sorted(p.name for p in (release / "checkpoints").iterdir() if _is_own_folder(p))
     places.append(Repository("checkpoints", "-checkpoints", "model"))
@@ -62,8 +67,10 @@ def _is_own_folder(path: Path) -> bool:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Every file below a folder as sorted POSIX paths, without signatures and keys in their places, and without the
-    files that a Hub and its client add to a repository. Links are listed and not followed.
+    """Lists every file below a folder that is published, as sorted POSIX paths.
+
+    Signatures and keys in their places are left out, and so are the files that a Hub and its client add to a
+    repository. Links are listed and not followed.
 
     Raises CheckFailed if there are more files than any release has.
     """

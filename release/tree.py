@@ -72,8 +72,11 @@ class Tree:
 
 
 def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """Lists (path, status) of everything below a folder but readable folders, at most DEPTH levels deep, with relative
-    paths. A deeper or unreadable folder is itself an entry, and "." follows after `max_entries` entries."""
+    """Yields (path, status) of everything below a folder but readable folders, with relative paths.
+
+    It descends at most DEPTH levels. A deeper or unreadable folder is itself an entry. If there are more than
+    `max_entries` entries, the entry "." comes last.
+    """
     entry_count = 0
     pending = [""]
     while pending:
@@ -190,8 +193,10 @@ def is_foreign_link(folder: Path, path: str) -> bool:
 
 
 def _blob(folder: Path, path: str) -> os.stat_result | None:
-    """The status of the file that a link of the Hub client's cache leads to, from `<repository>/snapshots/<commit>`
-    into its `blobs`; None for any other link."""
+    """Returns the status of the file that a link of the Hub client's cache leads to; None for any other link.
+
+    Such a link leads from `<repository>/snapshots/<commit>` into the `blobs` of the repository.
+    """
     # The cache's layout: <repository>/snapshots/<commit>/<path> links to <repository>/blobs/<digest>.
     snapshot = folder.resolve()
     repository = snapshot.parent.parent

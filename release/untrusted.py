@@ -97,8 +97,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]:
-    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, after checking every number in it: tensors are
-    contiguous, with the length of shape and dtype, up to the end of the file. Raises CheckFailed."""
+    """Returns {tensor: {dtype, shape, data_offsets}} of a safetensors file, after checking every number in it.
+
+    The tensors must be contiguous, with the length of shape and dtype, up to the end of the file. Raises CheckFailed
+    otherwise.
+    """
     with open_regular(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)

@@ -1,5 +1,8 @@
-"""The attribution tables of the dataset: kept documents whose licenses ask to name authors or to keep notices, and the
-notices of the packages that they are from."""
+"""The attribution tables of the dataset.
+
+They list the kept documents whose licenses ask to name authors or to keep notices, and the notices of the packages that
+these documents are from.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +74,10 @@ def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]
 
 
 def _stream(acquired: Path | None, name: str, path: Path, columns: Mapping[str, str]) -> Iterator[Any] | None:
-    """The rows of a table of acquire, of the part of a table of kept documents; None if the source has no such
-    table."""
+    """Returns the rows of a table of acquire that belong to one part of a table of kept documents.
+
+    None if the source has no such table.
+    """
     if acquired is None or part_number(path) is None:
         return None
     table = acquired / name / path.name

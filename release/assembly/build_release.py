@@ -87,8 +87,11 @@ def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes the file of each repository first, then the one over the whole release, then the root's, which covers that
-    one too."""
+    """Writes the checksum files of a release.
+
+    Each repository gets its own first. Then follows the one over the whole release, and last the root's, which covers
+    that one too.
+    """
     repos = repositories(folder)
     for repository in repos:
         # The checksum files of the other repositories are themselves files of the whole, so the root's come last.

@@ -76,8 +76,10 @@ def evaluate(model: Any, tasks: list[str], include: Path | None = None, limit: i
 
 
 def compare_answers(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
-    """Evaluates the release's problems with the harness: its figure, the stated one, and the ids of answers that
-    differ."""
+    """Evaluates the release's problems with the harness, and compares the answers with the published ones.
+
+    The result has the harness's figure, the stated one, and the ids of the answers that differ.
+    """
     stated, max_new_tokens = read_problems(release, folder)
     stated = sorted(stated, key=lambda row: row["id"])[:limit]
     rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]

@@ -492,7 +492,6 @@ def _bars(axis: Axes, title: str, rows: Mapping[str, int], color: str) -> None:
 
 def law(drawing: Drawing) -> bytes:
     """Draws a law of `atom ladder` by compute, with its band, the runs, and the predictions."""
-
     import numpy as np
 
     def paint(figure: Figure) -> None:

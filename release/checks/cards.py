@@ -1,5 +1,7 @@
-"""Checks what people read of a release against its files: cards with their metadata, plots, the description of the
-data, and the page."""
+"""Checks the parts of a release that people read against its files.
+
+These are cards with their metadata, plots, the description of the data, and the page.
+"""
 
 from __future__ import annotations
 
@@ -158,8 +160,10 @@ def _look_alike(published: bytes, drawn: bytes) -> bool:
 
 
 def same_versions(release: Release) -> Findings:
-    """Checks that every card of a release or repository states the present versions, and that no file but release.json
-    does so too."""
+    """Checks that every card of a release or repository states the present versions.
+
+    Apart from the cards, release.json at the root is the only file that may state them.
+    """
     problems = []
     for path in release.files:
         place, _, name = path.rpartition("/")

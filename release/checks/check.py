@@ -1,5 +1,7 @@
-"""The definition of a check: one function over a release, which returns Findings, and its line of the registry with
-scope and conditions."""
+"""The definition of a check.
+
+A check is one function over a release, which returns Findings, and its line of the registry with scope and conditions.
+"""
 
 from __future__ import annotations
 

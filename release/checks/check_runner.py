@@ -1,5 +1,7 @@
-"""Limits on the processor time and memory of checks: fixed ones, and ones by the size of the files that a check
-reads."""
+"""Limits on the processor time and memory of checks.
+
+Some are fixed, and some depend on the size of the files that a check reads.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,10 @@ def _result(name: str, findings: Findings) -> CheckResult:
 
 
 def guarded(name: str, question: Callable[[], CheckResult]) -> CheckResult:
-    """The result of a question about untrusted files, whatever it raises: checksums prove nothing about content, so a
-    malformed file is a finding."""
+    """Returns the result of a question about untrusted files, whatever it raises.
+
+    Checksums prove nothing about content, so a malformed file is a finding.
+    """
     try:
         return question()
     except ImportError as error:

@@ -1,5 +1,6 @@
-"""Checks that every document has one disposition, a license, and the same text in every table, the messages of
-conversations, and the Merkle roots of the tables.
+"""Checks the tables of documents: dispositions, licenses, texts, conversations and Merkle roots.
+
+Every document has one disposition, a license, and the same text in every table.
 
 Tables are streamed in bounded memory and compared row by row: the kept documents of a part stand in the order of their
 dispositions, and those of each split in the order of their tokens.
@@ -179,8 +180,10 @@ def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:
 
 
 def dispositions(release: Release) -> Findings:
-    """Checks that each document has one disposition, that in = kept + removed, and that the kept ones are exactly those
-    of the tables of kept documents."""
+    """Checks that each document has one disposition, and that in = kept + removed.
+
+    The kept ones must be exactly those of the tables of kept documents.
+    """
     counts: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     problems = list(islice(_unbalanced(release.dataset, counts, kept), MOST_PROBLEMS))
@@ -282,8 +285,10 @@ def _has(path: Path, id: str, only_kept: bool = False) -> bool:
 
 
 def content_hashes(release: Release) -> Findings:
-    """Checks that the content hash of every kept document is that of its text, if the text is published, and equal in
-    every table."""
+    """Checks that the content hash of every kept document is equal in every table.
+
+    It must be that of the document's text, if the text is published.
+    """
     dataset = release.dataset
     by_reference = references.read(dataset).keys()
     parts = list(data_layout.document_parts(dataset))

@@ -129,8 +129,11 @@ def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
 
 
 def _json_problems(data: bytes, name: str) -> Iterator[str]:
-    """Problems of a JSON file: a form in which this tool writes none, and the name of code to load a model with, at any
-    depth and in any spelling."""
+    """Yields the problems of a JSON file.
+
+    They are a form in which this tool writes none, and the name of code to load a model with, at any depth and in any
+    spelling.
+    """
     value = untrusted.parse_json(data, name)
     if not any(data == text.encode(errors="surrogatepass") for text in _forms(value)):
         yield "is not in a form in which atom writes JSON"

@@ -1,5 +1,7 @@
-"""Checks the effect of training: bits per byte, accuracy, passkeys and preferences of each model against the previous
-one."""
+"""Checks the effect of training.
+
+Bits per byte, accuracy, passkeys and preferences of each model are compared with those of the previous one.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ BEYOND = f", beyond {SURE} standard errors of the difference"
 
 
 def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
-    """For the sources that pre-training read, together and one by one, so that a large source does not hide a small
-    one. None without pre-training."""
+    """Checks that pre-training lowers the bits per byte on the sources that it read.
+
+    The sources are judged together and one by one, so that a large source does not hide a small one. None without
+    pre-training.
+    """
     if "init" not in build.release.data.evaluation:
         return None
     read = build.release.data.sources_read("pretrain")
@@ -57,10 +62,15 @@ def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
 
 
 def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, str]) -> Findings:
-    """Compares models with an earlier one on the held-out documents of the sources that the phase of each model reads,
-    together and one by one. A phase forgets what its mix leaves out: those sources are stated and not judged.
+    """Compares models with an earlier one on the held-out documents of the sources that the phase of each model reads.
 
-    phases: {model: the phase that trained it}.
+    The sources are compared together and one by one. A phase forgets the sources that its mix leaves out, so these are
+    stated and not judged.
+
+    Args:
+        build: The build whose models are judged.
+        before: The earlier model.
+        phases: {model: the phase that trained it}.
     """
     scores, allowed = build.release.data.evaluation, build.evaluation["bits_per_byte_tolerance"]
     details, worst = [], -math.inf
@@ -168,8 +178,10 @@ def _rise(change: Change) -> float:
 
 
 def _sure_rise(change: Change) -> float:
-    """The significant part of a rise: a small source has few held-out documents, so its figures are too uncertain for
-    one bound for all sources."""
+    """Returns the significant part of a rise.
+
+    A small source has few held-out documents, so its figures are too uncertain for one bound for all sources.
+    """
     return _rise(change) - SURE * math.hypot(change[0]["se"], change[1]["se"])
 
 
@@ -213,8 +225,11 @@ def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
 
 
 def is_preferred(model: str, build: BuildContext) -> Findings | None:
-    """The answers of a model that learned from preferences win against the previous model; if those of the previous
-    model cannot be better, they do not lose. None if it was not compared."""
+    """Checks that the answers of a model that learned from preferences win against the previous model.
+
+    If those of the previous model cannot be better, it is enough that they do not lose. None if the model was not
+    compared.
+    """
     # A model may be evaluated without having been compared.
     if model not in _pass_at_1(build) or model not in build.release.data.chat.get("preferences", {}):
         return None

@@ -69,8 +69,10 @@ def parts_of(folder: Path) -> list[str]:
 
 
 def looks_like_release(folder: Path) -> bool:
-    """Returns True if a folder is, or was, part of a release: then a missing checksum file is a finding, and not a
-    wrong name."""
+    """Returns True if a folder is, or was, part of a release.
+
+    In such a folder a missing checksum file is a finding. In any other, the caller has given a wrong name.
+    """
     if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / marker) for marker in SIGNS):
         return True
     if any(os.path.lexists(folder / part / marker) for part in parts_of(folder) for marker in (SUMS, "config.json")):
@@ -250,8 +252,10 @@ def missing_parts(folder: Path, kind: str) -> Problems:
 
 
 def _sizes(folder: Path, tree: Tree) -> dict[str, int]:
-    """{path: bytes} of the files copied from artifacts, by the readable manifests: a file of another size need not be
-    hashed."""
+    """Returns {path: bytes} of the files copied from artifacts, by the readable manifests.
+
+    A file of another size need not be hashed.
+    """
     sizes: dict[str, int] = {}
     try:
         rows: dict[tuple[str, str], Any] = {}

@@ -1,5 +1,7 @@
-"""Checks that plain transformers loads the models of a release, in a fresh interpreter, and that models, tokenizers and
-chat templates give the outputs that the build recorded."""
+"""Checks that plain transformers loads the models of a release, in a fresh interpreter.
+
+Models, tokenizers and chat templates must give the outputs that the build recorded.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +83,10 @@ MEMORY, SECONDS = 400 << 20, 10
 
 
 def loads_with_goldens(release: Release) -> Findings:
-    """Checks that each model loads within limits, that its chat template round-trips, and that fixed inputs give the
-    outputs of the build."""
+    """Checks that each model loads within limits, and that fixed inputs give the outputs of the build.
+
+    Its chat template must round-trip, too.
+    """
     if lacking := confine.missing():
         raise Absent(f"not checked, because loading a model within limits needs {lacking}")
     for name in ("torch", "transformers"):  # the fresh interpreter would report their absence as a fault of the model
@@ -120,8 +124,10 @@ def _compare_with_goldens(model: Path, report: LoadReport) -> list[str]:
 
 
 def loads_as_exported(build: BuildContext) -> Findings:
-    """Checks that every model loads with all its tensors and the number of parameters in its files, and has finite
-    logits."""
+    """Checks that every model loads completely, and has finite logits.
+
+    It must have all its tensors and the number of parameters in its files.
+    """
     findings = Findings(summary="every model loads, finite logits")
     for folder, report in build.load_reports.items():
         findings.problems += [f"{folder}: {text}" for text in report.of_part(MODEL)]
@@ -133,8 +139,10 @@ def loads_as_exported(build: BuildContext) -> Findings:
 
 
 def chat_template_round_trips(build: BuildContext) -> Findings:
-    """Checks that the output of the chat template survives the tokenizer, with every marker as one token, and that the
-    files have the form that runtimes read."""
+    """Checks that the output of the chat template survives the tokenizer, with every marker as one token.
+
+    The files must have the form that runtimes read.
+    """
     findings = Findings(summary="text, tokens and markers survive")
     for folder, report in build.load_reports.items():
         texts = [*report.of_part(CHAT_TEMPLATE), *_form_problems(build.release.root / folder)]
@@ -164,8 +172,11 @@ ARGUMENTS = ("messages", "tools", "add_generation_prompt")
 
 
 def chat_templates(release: Release) -> Findings:
-    """Checks that every chat template of a model renders a conversation, and that sandboxed Jinja renders the recorded
-    conversations with both templates as transformers did at the build; `tokenizers` must give its token ids."""
+    """Checks that every chat template of a model renders the recorded conversations as at the build.
+
+    Every template must render a conversation. With both templates, sandboxed Jinja must render the recorded
+    conversations as transformers did at the build, and `tokenizers` must give the recorded token ids.
+    """
     findings = Findings(compared=False, summary="Jinja and transformers render the recorded conversations alike")
     for model in release.model_folders:
         templates = formats.templates(model)

@@ -1,5 +1,7 @@
-"""Checks that the order of training is within the training documents, is the one that its function gives, and ends at
-the last checkpoint."""
+"""Checks the order of training.
+
+It must be within the training documents, be the one that its function gives, and end at the last checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,10 @@ Indexes = Mapping[str, ChunkIndex]
 
 
 def segments(release: Release) -> Findings:
-    """Checks that every segment of the order is within a training document, that no held-out document was trained on,
-    and that the function of an order gives its rows: of all blocks, or of a sample of a large order.
+    """Checks that every segment of the order is within a training document, and that the order follows its function.
+
+    So no held-out document was trained on. The function of an order must give its rows: those of all blocks, or of a
+    sample of a large order.
 
     In memory is a part of the order and of the documents.
     """

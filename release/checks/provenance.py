@@ -1,5 +1,7 @@
-"""Checks that every file leads back to a statement: by the origins of copies to the manifest of an artifact, and from
-there to the in-toto statement about it."""
+"""Checks that every file leads back to a statement.
+
+The origins of copies lead to the manifest of an artifact, and from there to the in-toto statement about it.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,11 @@ def manifest_digests(release: Release) -> Findings:
 
 
 def origins(release: Release) -> Findings:
-    """Checks that every file has an origin: that each copy is, byte for byte, the file of its artifact's manifest, in
-    the place in which the build puts it, and that the others are files that the build makes."""
+    """Checks that every file has an origin, and that each copy is the file of its artifact's manifest.
+
+    A copy must be the same byte for byte, and stand in the place in which the build puts it. The other files must be
+    files that the build makes.
+    """
     folder, paths = release.root, release.files
     stated = untrusted.read_json(folder / ORIGINS, follow=True)
     problems = [f"{path} has no origin" for path in unexplained(stated, paths)]
@@ -83,8 +88,10 @@ ARTIFACT_URI = "atom:artifact/"
 
 
 def statements(release: Release) -> Findings:
-    """Checks that each artifact is the subject of a statement, that each statement's materials are the artifacts of the
-    release, and that the summary in it is that of its product."""
+    """Checks that each artifact is the subject of a statement, and that the statement describes it.
+
+    Its materials must be artifacts of the release, and the summary in it must be that of its product.
+    """
     folder, manifests = release.root, release.manifests
     artifact_digests = {manifest.key: manifest.digest for manifest in manifests.values()}
     published_summaries = _summaries(release)

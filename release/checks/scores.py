@@ -1,5 +1,7 @@
-"""Checks the measurements of a release: every scores.json against the tables beside it, every answer against its score,
-the contamination with evaluation items, and the fresh set.
+"""Checks the measurements of a release.
+
+These are every scores.json against the tables beside it, every answer against its score, the contamination with
+evaluation items, and the fresh set.
 
 The scorers of stages/scorers are frozen files, so an old answer is scored as before. Other scorers need a sandbox,
 other packages, a model or a server: they are not run, and the number of their answers is reported.
@@ -102,8 +104,10 @@ def contamination_report(build: BuildContext) -> Findings | None:
 
 
 def fresh_set(release: Release) -> Findings:
-    """Checks that the fresh set follows from the published weights: it is drawn from their digest, without the removed
-    problems."""
+    """Checks that the fresh set follows from the published weights.
+
+    It is drawn from their digest, without the removed problems.
+    """
     from stages.evaluation import generated_eval
     from stages.formats.table import read_jsonl
 

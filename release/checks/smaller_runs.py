@@ -1,5 +1,8 @@
-"""Checks what smaller runs say of a release: that the smaller models of its recipe were trained as it states, and that
-a prediction was sealed before training and follows from its runs."""
+"""Checks the smaller runs that belong to a release.
+
+The smaller models of its recipe must have been trained as the recipe states. A prediction must have been sealed before
+training, and follow from its runs.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,11 @@ SHARED = ("tokens", "order")
 
 
 def sizes(release: Release) -> Findings:
-    """Checks that the recipe states every smaller model; that each was trained with the recipe's settings but for those
-    that it states, on the rows of pre-training; that it is smaller; and that its figures are those of its log."""
+    """Checks that the recipe states every smaller model, and that each was trained as it states.
+
+    That is with the recipe's settings but for those stated for that model, and on the rows of pre-training. Each must
+    have fewer parameters than the model of the release, and its figures must be those of its log.
+    """
     folder = release.root
     stated = untrusted.read_json(folder / RECIPE, follow=True).get("sizes", [])
     expected, published = [f"{SIZE}-{n + 1}" for n in range(len(stated))], run_facts.smaller_models(folder)
@@ -52,7 +58,7 @@ def sizes(release: Release) -> Findings:
 
 
 def _statements(release: Release, names: list[str]) -> dict[str, provenance.Statement]:
-    """{node: statement about its artifact as it is here}"""
+    """Returns {node: statement about its artifact as it is here}."""
     manifests = release.manifests
     subjects = {(m.key, m.digest): name for name in names if (m := manifests.get(name)) is not None}
     statements = {}
@@ -107,8 +113,11 @@ PROOF = (
 
 
 def prediction(release: Release) -> Findings:
-    """Checks the chain from prediction.json over its manifest and statement to the statement about training, whose
-    first start names it, the order of their times, and that the forecast follows from the runs in it."""
+    """Checks that a prediction was sealed before training, and that its forecast follows from the runs in it.
+
+    The chain leads from prediction.json over its manifest and statement to the statement about training, whose first
+    start names it. The times must be in this order.
+    """
     folder, place = release.root, release.root / FOLDER
     predicted = forecast.read(place / FILE)
     manifest, statement = (untrusted.read_json(place / name) for name in ("manifest.json", "statement.json"))

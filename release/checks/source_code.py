@@ -28,8 +28,11 @@ NAMED = 10
 
 
 def source_files(release: Release) -> Findings:
-    """Checks that the published source files are those in the statements of the published artifacts, except for stale
-    ones. Says which files of the code are not those of this atom: they are to be read before they are run."""
+    """Checks that the published source files are those in the statements of the published artifacts.
+
+    Stale artifacts are left out. The findings also name the files of the code that the atom installed here does not
+    have in this form, since they are to be read before they are run.
+    """
     folder, info = release.root, release.info
     current = {artifact.key for node, artifact in info.nodes.items() if node not in info.stale}
     stated = _stated(release, current)

@@ -1,5 +1,7 @@
-"""Checks the files that this tool writes without measuring anything: programs, options of servers, chat templates,
-texts of licenses. Each must be, byte for byte, what this tool writes, since people run them and rely on them.
+"""Checks the files that this tool writes without measuring anything.
+
+These are programs, options of servers, chat templates and texts of licenses. Each must be, byte for byte, the file that
+this tool writes, since people run them and rely on them.
 
 config.json and adapter_config.json, by which loaders choose the code that they run, have the keys that this tool writes
 and no others: a key such as `attn_implementation` names a kernel on the Hub, which transformers would download and run.

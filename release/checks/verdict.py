@@ -27,8 +27,10 @@ OPEN = {
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of one check; `wrong` names every file or number at fault, `skipped` every part that was not compared,
-    with the reason. `ok` is None if the check did not run.
+    """The result of one check.
+
+    `wrong` names every file or number at fault, and `skipped` every part that was not compared, with the reason. `ok`
+    is None if the check did not run.
 
     Names and contents of files are untrusted: every text is one line that is safe to print.
     """
@@ -86,8 +88,11 @@ class Verdict:
         return all(check.ok is not False for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """{schema, subject, kind, deep, ok, retracted, digest, outcome, checks: [{name, ok, detail, wrong, skipped}]};
-        fields are only added."""
+        """Returns the verdict as a value for JSON; new versions only add fields.
+
+        It is {schema, subject, kind, deep, ok, retracted, digest, outcome, checks: [{name, ok, detail, wrong,
+        skipped}]}.
+        """
         body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
         body |= {"retracted": self.retracted, "digest": self.digest, "outcome": self.outcome()}
         return {**body, "checks": [asdict(check) for check in self.checks]}

@@ -1,5 +1,8 @@
-"""Checks the tensors of models and checkpoints, the parity of exports, the published base, and the variants of the
-final model."""
+"""Checks the tensors of a release.
+
+These are the tensors of models and checkpoints, the parity of exports, the published base, and the variants of the
+final model.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ from stages.train.imported_weights import NAME, TOKENIZER
 
 
 def tensors(release: Release) -> Findings:
-    """Checks that every tensor is readable and finite, that an index lists the tensors of its files, and that an
-    optimizer has the tensors of its model."""
+    """Checks that every tensor is readable and finite.
+
+    An index must list the tensors of its files, and an optimizer must have the tensors of its model.
+    """
     import torch
     from safetensors import safe_open
 
@@ -54,8 +59,10 @@ def tensors(release: Release) -> Findings:
 
 
 def shards(release: Release) -> Findings:
-    """Checks that the tensors of each model and each optimizer are in one file, or in the shards of its index: no file
-    more or less, and in each the tensors that the index states."""
+    """Checks that the tensors of each model and each optimizer are in one file, or in the shards of its index.
+
+    There must be no file more or less, and each must have the tensors that the index states.
+    """
     folder, findings = release.root, Findings(compared=False)
     names_by_place: dict[str, list[str]] = {}
     for path in release.files:  # without those of a client, which has one for each file that it downloads
@@ -119,8 +126,11 @@ def export_parity(build: BuildContext) -> Findings:
 
 
 def published_base(release: Release) -> Findings:
-    """Checks that the weights and the tokenizer of `model-base` have the digests of the published model, which
-    `evidence/base.json` states. Nothing to compare if pre-training began with it."""
+    """Checks that the weights and the tokenizer of `model-base` have the digests of the published model.
+
+    `evidence/base.json` states them. Nothing is compared if pre-training began with the published model, since training
+    changes its weights.
+    """
     folder, base = release.root, read_json(release.root / "evidence" / NAME)
     # Pre-training from a published model changes its weights, so no digest can be compared.
     if "pretrain" in release.info.nodes:
@@ -170,8 +180,10 @@ def _loss(folder: Path, original: Original | None) -> Findings:
 
 
 def conversions(release: Release) -> Findings:
-    """Checks that the files of each variant are what the weights of the final model give, byte for byte; and of an
-    adapter, that its base in the release and it together are the final model."""
+    """Checks that the files of each variant are those that the weights of the final model give, byte for byte.
+
+    For an adapter, its base in the release and it together must be the final model.
+    """
     from stages.export.variants import conversion
 
     folder, problems, texts = release.root, list[str](), list[str]()
@@ -207,8 +219,10 @@ def _sum(release: Path, name: str, problems: list[str]) -> str:
 
 
 def runtimes(release: Release) -> Findings:
-    """Checks that each run of evidence/runtimes.json passed by its own figures or was skipped for a reason, and that no
-    program that reads the final model or a variant is left out."""
+    """Checks that each run of evidence/runtimes.json passed by its own figures or was skipped for a reason.
+
+    No program that reads the final model or a variant may be left out.
+    """
     folder, findings = release.root, Findings()
     runs = read_json(folder / FILE)
     for run in runs:

@@ -125,7 +125,7 @@ class OrderFacts:
     parts: list[OrderPart]
 
     def tokens(self) -> dict[str, int]:
-        """{source: predicted tokens}"""
+        """Returns {source: predicted tokens}."""
         tokens: Counter[str] = Counter()
         for part in self.parts:
             tokens.update({source: row.tokens for source, row in part.by_source.items()})
@@ -196,8 +196,10 @@ def read_data_facts(dataset: Path) -> DataFacts:
 
 
 def _first_documents(dataset: Path) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(source, (id, beginning of the text)) of the first sources with a training document near the start of their
-    table."""
+    """Yields an example document of each of the first sources: (source, (id, beginning of the text)).
+
+    It is the first training document near the start of the source's table; a source without one is left out.
+    """
     for source, files in list(data_layout.kept_files(dataset).items())[:EXAMPLES]:
         rows = islice(stream_rows(files, ["id", "text", "split"], EXAMPLE_ROWS), EXAMPLE_ROWS)
         first = next((row for row in rows if row["split"] == "train" and row["text"]), None)
@@ -237,8 +239,10 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
 
 
 def _totals(files: list[Path], columns: list[str], summed: str) -> Iterator[tuple[tuple[Any, ...], int, int]]:
-    """(values of columns, rows, sum of another column) of each combination of values, several times if it occurs in
-    several batches."""
+    """Yields (values of columns, rows, sum of another column) of each combination of values.
+
+    A combination comes several times if it occurs in several batches.
+    """
     import pyarrow as pa
 
     for batch in stream_batches(files, [*columns, summed], BATCH):
@@ -394,8 +398,10 @@ BYTES = (1 << BLOCK_BITS) // 8
 
 
 class Distinct:
-    """Counts distinct integers from 0 to 2^62 in a bit for each if their neighbors occur too, else in at most 800
-    bytes."""
+    """A counter of distinct integers from 0 to 2^62.
+
+    A number takes one bit if its neighbors occur too, else at most 800 bytes.
+    """
 
     def __init__(self) -> None:
         import numpy as np

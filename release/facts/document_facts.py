@@ -1,5 +1,7 @@
-"""Licenses, lengths, languages and quality scores of the tokenized documents, and opt-outs, from the tables of the
-dataset repository."""
+"""Licenses, lengths, languages and quality scores of the tokenized documents, and opt-outs.
+
+They are read from the tables of the dataset repository.
+"""
 
 from __future__ import annotations
 

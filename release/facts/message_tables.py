@@ -1,5 +1,7 @@
-"""The conversations of chat sources as `messages`, which training libraries load unchanged: one row for each kept
-document, by source and split."""
+"""The conversations of chat sources as `messages`, which training libraries load unchanged.
+
+The tables have one row for each kept document, by source and split.
+"""
 
 from __future__ import annotations
 
@@ -112,8 +114,10 @@ def state_features(writer: Any, features: Counter[str]) -> None:
 
 
 def features_of(dataset: Path, source: str) -> dict[str, int] | None:
-    """The number of kept conversations of a source with each feature, as its tables state them and the check `messages`
-    compares; None without tables or statements."""
+    """Returns the number of kept conversations of a source with each feature.
+
+    Its tables state the numbers, and the check `messages` compares them. None without tables or statements.
+    """
     tables = [path for split in SPLITS for path in part_tables(dataset / FOLDER / source / split)]
     stated = [_stated_features(path) for path in tables]
     # A table that states nothing could have any number.

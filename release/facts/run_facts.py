@@ -1,5 +1,7 @@
-"""The traces of the run of a release: its checkpoints and resumptions, its cost, its smaller models, and what changed
-since the version before."""
+"""The traces of the run of a release.
+
+These are its checkpoints and resumptions, its cost, its smaller models, and the changes since the version before.
+"""
 
 from __future__ import annotations
 
@@ -114,8 +116,11 @@ COST_COLUMNS = ("attempts", "failed", "core_hours", "gpu_hours", "energy_wh")
 
 
 def usage_by_stage(statements: Iterable[provenance.Statement]) -> Costs:
-    """{stage: {attempts, failed, core_hours (busy), gpu_hours (allotted), energy_wh (an estimate)}} in alphabetical
-    order. A release checkpoint is part of the attempt that wrote it and is not counted again."""
+    """Returns {stage: its cost}, with the stages in alphabetical order.
+
+    A cost is {attempts, failed, core_hours (busy), gpu_hours (allotted), energy_wh (an estimate)}. A release checkpoint
+    is part of the attempt that wrote it and is not counted again.
+    """
     costs_by_stage: Costs = {}
     for body in statements:
         # A release checkpoint is part of the attempt that wrote it.

@@ -1,10 +1,10 @@
-"""Runs the final model and its variants in other programs, and compares tokens and log-probabilities:
-`evidence/runtimes.json`.
+"""Runs the final model and its variants in other programs, and compares tokens and log-probabilities.
 
-Each program has an interpreter of its own, which an environment variable names; `make test-runtimes` makes them. The
-fixed inputs of goldens.json are compared: token ids of the texts, greedy continuations, and the log-probability of each
-token. The reference is transformers here, in fp32, on the weights as a variant stores them. So a difference is that of
-the program, and not of the rounding of weights, which `loss.json` states.
+The result is `evidence/runtimes.json`. Each program has an interpreter of its own, which an environment variable names;
+`make test-runtimes` makes them. The fixed inputs of goldens.json are compared: token ids of the texts, greedy
+continuations, and the log-probability of each token. The reference is transformers here, in fp32, on the weights as a
+variant stores them. So a difference is that of the program, and not of the rounding of weights, which `loss.json`
+states.
 """
 
 from __future__ import annotations
@@ -315,8 +315,11 @@ def _run(
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without its modules, network and threads. vLLM's engine runs in the program's own process: the
-    error of another one would only be "Engine core initialization failed"."""
+    """Returns the environment of a program: this process's, without its modules, network and threads.
+
+    vLLM's engine runs in the program's own process: the error of another one would only be "Engine core initialization
+    failed".
+    """
     ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     vllm = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

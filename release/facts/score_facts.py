@@ -1,5 +1,8 @@
-"""Scores of models, published and recomputed from their tables, which `verify` compares; and answers for the cards,
-chosen by a rule, so that nobody picks the best ones."""
+"""Scores of models, and answers for the cards.
+
+The scores are the published ones and those recomputed from their tables, which `verify` compares. The answers are
+chosen by a rule, so that nobody picks the best ones.
+"""
 
 from __future__ import annotations
 
@@ -103,8 +106,10 @@ def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
 
 
 def _stated(folder: Path, *names: str) -> dict[str, str]:
-    """Returns the fields that no table has, as the published scores of a folder state them: the two models of a
-    comparison, and the engine that computed the scores."""
+    """Returns the fields that no table has, as the published scores of a folder state them.
+
+    These are the two models of a comparison, and the engine that computed the scores.
+    """
     path = folder / "scores.json"
     stated = read_json(path) if path.exists() else {}
     return {name: stated[name] for name in names if name in stated}

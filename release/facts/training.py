@@ -103,8 +103,10 @@ def _first_and_last_means(means: list[float]) -> FirstAndLast:
 
 
 def curves(lines: list[Facts]) -> tuple[list[int], list[float], list[float]]:
-    """The steps that updated weights, and for each the largest violation of balance and the mean entropy of the
-    routers."""
+    """Returns the steps that updated weights, and two figures of the routers for each.
+
+    The figures are the largest violation of balance and the mean entropy.
+    """
     rows = [line for line in lines if "expert_max_violation" in line and "skipped" not in line]
     return (
         [row["step"] for row in rows],

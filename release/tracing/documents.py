@@ -29,11 +29,17 @@ USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def trace_step(folder: Path, phase: str | None, n: int) -> Step:
-    """The documents of optimizer step `n` (from 1) of a release or its data repository, and the tasks, answers and
-    pairs of a step that sampled or read them.
+    """Returns the documents, tasks, answers and pairs of an optimizer step.
 
-    phase: None if only one phase has such a step. Raises AtomError for an unknown step or phase, and if several phases
-    have the step.
+    Only a step that sampled or read tasks, answers and pairs has them.
+
+    Args:
+        folder: A release or its data repository.
+        phase: The phase; None if only one has such a step.
+        n: The number of the step, from 1.
+
+    Raises:
+        AtomError: The step or the phase is unknown, or several phases have the step and none is named.
     """
     data = ReleaseData.locate(folder)
     orders, sampling = data.orders(), rollout_lookup.last_steps(data)
@@ -140,10 +146,13 @@ def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]
 
 
 def find_uses(data: ReleaseData, ids: Iterable[str], places: Places | None = None) -> dict[str, list[Use]]:
-    """{id: the steps that read it, by order of training}
+    """Returns {id: the steps that read the document, by order of training}.
 
-    places: those of all the training documents among them, if known: where an order is a function, only the rows are
-    read that it gives for them.
+    Args:
+        data: The data of a release.
+        ids: The documents.
+        places: The places of all the training documents among them, if known. Where an order is a function, only the
+            rows are read that it gives for them.
     """
     sorted_ids, uses_by_id = sorted(ids), dict[str, dict[tuple[str, int], Use]]()
     for phase, parts in data.orders().items() if sorted_ids else ():
@@ -231,7 +240,7 @@ def _trained_by(model: str) -> str:
 
 
 def _find_tasks(data: ReleaseData, fates: dict[str, list[Fate]]) -> dict[str, list[TaskUse]]:
-    """{id: tasks of reinforcement learning with its id or its question, by order of training}"""
+    """Returns {id: tasks of reinforcement learning with its id or its question, by order of training}."""
     uses_by_id: dict[str, list[TaskUse]] = {}
     for id, use in _task_uses(data, fates):
         uses_by_id.setdefault(id, []).append(use)

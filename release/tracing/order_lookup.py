@@ -1,5 +1,8 @@
-"""The function of a published order, from its meta.json, and the steps in which it reads documents: by that function
-and the tables of documents, without a search of its rows."""
+"""The function of a published order, and the steps in which it reads documents.
+
+The function is stated in the order's meta.json. With the tables of documents it gives these steps without a search of
+the order's rows.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +58,14 @@ MOST_EPOCHS = 10_000
 
 
 def steps_by_file(data: Path, order: Path, places: Places) -> dict[Path, range] | None:
-    """{file of an order: the first to the last of its steps in which it may read the documents}; None if the order is
-    no function of the tables of documents, so that its rows have to be searched.
+    """Returns {file of an order: the first to the last of its steps in which it may read the documents}.
 
-    data: a dataset folder; order: the folder of one of its orders, not of an earlier run.
+    None if the order is no function of the tables of documents, so that its rows have to be searched.
+
+    Args:
+        data: A dataset folder.
+        order: The folder of one of its orders, not of an earlier run.
+        places: The places of the documents.
     """
     meta = read_json(order / "meta.json")
     try:

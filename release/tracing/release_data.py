@@ -73,8 +73,10 @@ class ReleaseData:
 
     @classmethod
     def locate(cls, folder: Path) -> ReleaseData:
-        """Raises AtomError if a folder is neither a release nor a data repository, CheckFailed if it states another
-        version."""
+        """Opens a release folder or a data repository.
+
+        Raises AtomError if a folder is neither, and CheckFailed if it states another version.
+        """
         schema.require_readable(folder)
         for opened in (Release(folder), Release(folder, "dataset")):
             if data_layout.has_documents(opened.dataset):

@@ -42,15 +42,17 @@ def tables(data: ReleaseData) -> dict[str, Path]:
 
 
 def log_folder(data: ReleaseData, phase: str) -> Path | None:
-    """A folder by whose name `ReleaseData.weight_updates` finds the log of a phase that samples its data; None of
-    another phase."""
+    """Returns a folder by whose name `ReleaseData.weight_updates` finds the log of a phase that samples its data.
+
+    None for another phase.
+    """
     if phase != REWARD:
         return tables(data).get(phase)
     return data.data / "rl" / REWARD if data.checkpoints() else None
 
 
 def last_steps(data: ReleaseData) -> dict[str, int]:
-    """{phase: the last step that sampled answers}"""
+    """Returns {phase: the last step that sampled answers}."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

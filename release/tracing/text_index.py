@@ -41,12 +41,20 @@ ABOUT = ("id", "source", "license", "origin", "split", "content_hash")
 
 
 def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda text: None) -> TextMatches:
-    """Every kept document of a release or its data repository that contains the span exactly, with the steps that read
-    it. Steps are found by id: if an earlier run had another text under the same id, its steps read that text.
+    """Finds every kept document that contains the span exactly, with the steps that read it.
 
-    cache: folder of the index, which is made if it is missing, and is named by the checksums of the kept files in
-    `SHA256SUMS`; whether the files here have these checksums is for `atom verify`. A span of less than three characters
-    is searched for in every text. Raises AtomError for an empty span, or a damaged index.
+    Steps are found by id: if an earlier run had another text under the same id, its steps read that text. A span of
+    less than three characters is searched for in every text.
+
+    Args:
+        folder: A release or its data repository.
+        span: The text to find.
+        cache: The folder of the index, which is made if it is missing. The index is named by the checksums of the
+            kept files in `SHA256SUMS`; `atom verify` tells whether the files here have these checksums.
+        progress: Is told each step.
+
+    Raises:
+        AtomError: The span is empty, or the index is damaged.
     """
     data = ReleaseData.locate(folder)
     try:
@@ -70,9 +78,11 @@ def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda
 
 
 def build_index(folder: Path, cache: Path, progress: Progress = lambda text: None) -> Path | None:
-    """The index of the kept texts of a release, made if it is not in the cache: trigrams of every text by running
-    number of row. None if this Python's SQLite cannot make one. Raises AtomError if a kept file differs from its
-    checksum, or if the cache cannot be written."""
+    """Returns the index of the kept texts of a release, and makes it if it is not in the cache.
+
+    It has the trigrams of every text by running number of row. None if this Python's SQLite cannot make one. Raises
+    AtomError if a kept file differs from its checksum, or if the cache cannot be written.
+    """
     if not _has_trigrams():
         return None
     files, sums = _kept_files(ReleaseData.locate(folder))

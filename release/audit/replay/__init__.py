@@ -82,8 +82,11 @@ def replay(
 
 
 def replay_into(release: Path, phase: str, first: int, last: int, folder: Path) -> None:
-    """Replays steps in `folder` as the code that a release carries, for `carried_code.run` of a later version: writes
-    the result there as JSON. Prints each line of progress after `ATOM`. Raises what `retrain` raises."""
+    """Replays steps in `folder` as the code that a release carries, and writes the result there as JSON.
+
+    `carried_code.run` of a later version starts it in a process of its own. Each line of progress is printed after
+    `ATOM`. Raises what `retrain` raises.
+    """
 
     def print_progress(line: str) -> None:
         print("ATOM " + " ".join(line.split()), flush=True)

@@ -97,8 +97,12 @@ class Code:
 
 
 def find(source: Source, phase: str, last: int) -> Code | None:
-    """Returns the carried code, if the present code differs from the code that trained the phase or tokenized its
-    documents, and the release carries that code; else None. Raises CheckFailed if the release does not state it."""
+    """Returns the code that the release carries, if a replay needs it; else None.
+
+    It is needed if the present code differs from the code that trained the phase or tokenized its documents. None also
+    stands for a release that does not carry that code. Raises CheckFailed if the release does not state which code it
+    was.
+    """
     try:
         origin = source.origins[f"checkpoints/{phase}-step-{last}/state.json"]["artifact"]
         bodies = [source.statement(origin)[1]]

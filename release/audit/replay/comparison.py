@@ -68,8 +68,10 @@ def compare_checkpoints(published: Path, retrained: Path) -> Comparison:
 
 
 def _relative_difference(published: torch.Tensor, retrained: torch.Tensor) -> float | None:
-    """The largest difference over the published largest absolute value, inf for another shape or what is not a number;
-    None if the bits are the same."""
+    """Returns the largest difference of two tensors, divided by the largest absolute value of the published one.
+
+    None if the bits are the same; infinite for another shape or type, and for what is not a number.
+    """
     import torch
 
     if published.dtype != retrained.dtype or published.shape != retrained.shape:
@@ -92,8 +94,10 @@ def changed_fields(plan: Plan, retrained: Path) -> tuple[str, ...]:
 
 
 def first_divergence(plan: Plan, log: Path) -> int | None:
-    """The first step whose lines in a retrained log differ from the published log; None if none differ, or no log is
-    published."""
+    """Returns the first step whose lines in a retrained log differ from the published log.
+
+    None if none differ, or if no log is published.
+    """
     if not plan.log:
         return None
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -112,8 +116,10 @@ def _lines_by_step(log: Iterable[Mapping[str, Any]], plan: Plan) -> dict[int, li
 
 
 def compare_environments(plan: Plan) -> tuple[tuple[str, ...], str]:
-    """(`name: then, now` of all that differs from when the phase was trained, the fingerprint of the environment here
-    as statements have it).
+    """Compares the environment here with the one in which the phase was trained.
+
+    Returns a line `name: then, now` for each value that differs, and the fingerprint of the environment here in the
+    form that statements have.
 
     Call it after training, as statements are written: training imports setuptools, which adds the packages that it
     carries to the path, so an earlier list lacks them.

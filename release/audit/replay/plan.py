@@ -184,8 +184,10 @@ class Plan:
 
     @property
     def init(self) -> str | None:
-        """The folder of the checkpoint of the phase before, if the replay begins with it, has a KL term to it or trains
-        an adapter on it."""
+        """The folder of the checkpoint of the phase before, if the replay reads it.
+
+        It does so if it begins with that checkpoint, has a KL term to it or trains an adapter on it.
+        """
         return self.start if self.start_state is None else self.reference
 
     @property

@@ -1,5 +1,7 @@
-"""The inputs of a replay of rlvr, dpo, reward or online-rlhf instead of an order of documents: published answers or
-pairs, tasks and tokenizer, and before step 1 the last checkpoint of the phase before.
+"""The inputs of a replay of rlvr, dpo, reward or online-rlhf.
+
+Instead of an order of documents, these phases read published answers or pairs, tasks and tokenizer, and before step 1
+the last checkpoint of the phase before.
 
 Nothing is sampled or scored again. `stages.rl.policy.RecordedRollouts` reads the answers as the phase consumed them.
 """
@@ -67,8 +69,18 @@ def require_pairs_of_answers(source: Source, key: str) -> None:
 
 
 def require_same_policies(source: Source, path: str, log: Iterable[Mapping[str, Any]]) -> None:
-    """Compares the policies that drew the answers of each step with those of the log, which a replay compares with its
-    own. path: of rollouts.parquet. Raises CheckFailed with the first step that differs."""
+    """Compares the policies that drew the answers of each step with those of the log.
+
+    A replay compares the policies of the log with its own.
+
+    Args:
+        source: The release.
+        path: The path of rollouts.parquet in it.
+        log: The published lines of the phase.
+
+    Raises:
+        CheckFailed: A step differs; the message names the first.
+    """
     from stages.formats.table import read_table
 
     table = read_table(source.folder / path, ["step", "policy"]).group_by(["step", "policy"]).aggregate([])
@@ -85,8 +97,17 @@ def require_same_policies(source: Source, path: str, log: Iterable[Mapping[str, 
 
 
 def require_same_consumption(path: Path, log: Iterable[Mapping[str, Any]]) -> None:
-    """Compares the answers that each step of an asynchronous phase took, their order, and the policies that drew them
-    with those that the log seals. path: of rollouts.parquet. Raises CheckFailed with the first step that differs."""
+    """Compares the answers that each step of an asynchronous phase took with those that the log seals.
+
+    Their order and the policies that drew them are compared, too.
+
+    Args:
+        path: The file rollouts.parquet.
+        log: The published lines of the phase.
+
+    Raises:
+        CheckFailed: A step differs; the message names the first.
+    """
     from stages.rl.rollout import rollouts
 
     lines = [line for line in log if "policy" in line]
@@ -107,8 +128,17 @@ def require_same_consumption(path: Path, log: Iterable[Mapping[str, Any]]) -> No
 
 
 def previous_checkpoint(source: Source, key: str) -> str:
-    """The published folder of the last checkpoint of the phase before; without one, that of the published model that
-    the first phase began with. key: of its artifact. Raises CheckFailed if it is not published."""
+    """Returns the published folder of the last checkpoint of the phase before.
+
+    If no phase was before, it is that of the published model that the first phase began with.
+
+    Args:
+        source: The release.
+        key: The key of the artifact that has the checkpoint.
+
+    Raises:
+        CheckFailed: The checkpoint is not published.
+    """
     steps = {int(match[1]): file for file in source.listed(key) if (match := STATE.fullmatch(file))}
     if not steps:
         raise CheckFailed(f"the manifest of {key} lists no checkpoint; it was changed")

@@ -77,11 +77,13 @@ class Replay:
 
 
 def certificate(replay: Replay, release: Path) -> dict[str, Any]:
-    """An in-toto Statement v1 about the published checkpoint, with the predicate test-result v0.1: PASSED if every bit
-    is the same, WARNED if within tolerance or if the log diverges, FAILED otherwise. It contains no clock, host or path
-    of the machine.
+    """Returns an in-toto Statement v1 about the published checkpoint, with the predicate test-result v0.1.
+
+    The result is PASSED if every bit is the same, WARNED if the weights are within tolerance or the log diverges, and
+    FAILED otherwise. The statement contains no clock, host or path of the machine.
 
     https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
+
     Raises CheckFailed if the release was changed since the replay.
     """
     source = Source(release)
@@ -194,8 +196,11 @@ class Certificate:
     notes: dict[str, Any]
 
     def row(self) -> list[Any]:
-        """[name, result, phase, first step, last step, verdict, tensors, tensors that differ, fingerprint of the
-        environment], each a short text or a number."""
+        """Returns the cells of the certificate's row in a table, each a short text or a number.
+
+        They are name, result, phase, first step, last step, verdict, tensors, tensors that differ, and the fingerprint
+        of the environment.
+        """
         first, last = self.notes["steps"]
         phase, verdict = (str(self.notes[name])[:80] for name in ("phase", "verdict"))
         counts = int(self.notes["tensors"]), int(self.notes["tensors_that_differ"])

@@ -88,8 +88,11 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
 
 
 def tokenize(plan: Plan, folder: Path) -> Artifact:
-    """The token shards of the sources that the phase reads, from the published documents and tokenizer, in
-    `folder`/tokens. Raises CheckFailed if they differ from the manifest of the shards that were trained on."""
+    """Makes the token shards of the sources that the phase reads, from the published documents and tokenizer.
+
+    They are written to `folder`/tokens. Raises CheckFailed if they differ from the manifest of the shards that were
+    trained on.
+    """
     source, key = plan.source, plan.materials["tokens"]
     node, mix = source.manifests[key].node, plan.mix
     _, body = source.statement(node)
@@ -137,9 +140,11 @@ def _kept_files(source: Source, key: str, name: str) -> list[str]:
 
 
 def write_work_checkpoint(plan: Plan, work: Path) -> None:
-    """Writes the published checkpoint and the log up to it, like an attempt that was killed at that step; nothing if
-    the phase begins there with the weights of the phase before. Raises CheckFailed if tensors are missing or have other
-    shapes than the config implies."""
+    """Writes the published checkpoint and the log up to it, like an attempt that was killed at that step.
+
+    Writes nothing if the phase begins there with the weights of the phase before. Raises CheckFailed if tensors are
+    missing or have other shapes than the config implies.
+    """
     if (state := plan.start_state) is None:
         return
     from stages.mcore.model import check_tensors

@@ -22,8 +22,11 @@ class Source:
     """A release folder. sums: {path: SHA-256} of every file that the checksum files list."""
 
     def __init__(self, release: Path) -> None:
-        """Raises AtomError if the folder is not a release, CheckFailed if it cannot be read or its checksum files are
-        damaged."""
+        """Opens a release folder and reads its checksum files.
+
+        Raises AtomError if the folder is not a release, and CheckFailed if it cannot be read or its checksum files are
+        damaged.
+        """
         if not (release / ALL_SUMS).is_file():
             raise AtomError(f"{release} is not a release folder: it has no {ALL_SUMS}; give one that `atom build` made")
         schema.require_readable(release)
@@ -64,8 +67,11 @@ class Source:
         return self.file(self.place(key, file) or f"{file} of {key}")
 
     def kept(self, key: str, file: str) -> Path:
-        """A table of kept documents of an artifact of `dedup`, which `atom rebuild-data` wrote if its texts are by
-        reference. Raises CheckFailed if it is missing or altered, AtomError if it is to be rebuilt."""
+        """Returns a table of kept documents of an artifact of `dedup`.
+
+        If its texts are by reference, it is the table that `atom rebuild-data` wrote. Raises CheckFailed if it is
+        missing or altered, and AtomError if it has to be rebuilt first.
+        """
         if self.place(key, file) is not None or f"dataset/{REFERENCES}" not in self.sums:
             return self.copy(key, file)
         rebuilt = rebuild.folder_of(self.folder) / file
@@ -103,7 +109,7 @@ class Source:
 
     @cached_property
     def _places(self) -> dict[tuple[str, str], str]:
-        """{(node, file of its artifact): the first path in the release}"""
+        """The first path in the release of each published file, by the node and the file of its artifact."""
         places: dict[tuple[str, str], str] = {}
         for path, origin in sorted(self.origins.items()):
             if set(origin) == {"artifact", "file"}:
