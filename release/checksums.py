@@ -30,7 +30,7 @@ def write_sums(target: Path, folder: Path, paths: list[str]) -> None:
 
 
 def read_sums(path: Path, name: str) -> dict[str, str]:
-    """{path: sha256}.
+    """Returns {path: sha256}.
 
     Raises CheckFailed with the line that is damaged, duplicate or out of order, or whose path no release can have.
     """
@@ -83,7 +83,7 @@ def compare(
     name: str,
     digest: Callable[[Path], str] = sha256_file,
 ) -> list[str]:
-    """The differences between a checksum file and a folder: every missing, extra and altered file, by name.
+    """Returns the differences between a checksum file and a folder: every missing, extra and altered file, by name.
 
     present: the regular files in the folder.
     """
@@ -122,7 +122,7 @@ class Digests:
         return self.digests[path]
 
     def _digest(self, path: str) -> str:
-        """The digest; "" for a file that may not be read, or that changes meanwhile."""
+        """Returns the digest; "" for a file that may not be read, or that changes meanwhile."""
         status = self.tree.files.get(path)
         if status is None:
             return ""

@@ -145,7 +145,7 @@ def cores() -> int:
 
 
 def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: Sequence[Path]) -> Iterator[Result]:
-    """The result of `work` for each part, in their order.
+    """Yields the result of `work` for each part, in their order.
 
     Each process holds what one part needs, so memory grows with the cores and not with the parts. work: picklable,
     as parts and results are. files: that are read, for their size. An error of a call is raised.

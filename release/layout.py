@@ -95,17 +95,17 @@ def numbered(name: str) -> tuple[str, int]:
 
 
 def phases_of(nodes: Iterable[str]) -> list[str]:
-    """The training phases among a graph's nodes, in order."""
+    """Returns the training phases among a graph's nodes, in order."""
     return sorted((node for node in nodes if numbered(node)[0] in TRAINING), key=when)
 
 
 def sizes_of(nodes: Iterable[str]) -> list[str]:
-    """The smaller models of the recipe among a graph's nodes, in order."""
+    """Returns the smaller models of the recipe among a graph's nodes, in order."""
     return sorted((node for node in nodes if numbered(node)[0] == SIZE), key=when)
 
 
 def order_of(phase: str) -> str:
-    """The phase whose order of documents a phase reads: a smaller model reads that of pre-training."""
+    """Returns the phase whose order of documents a phase reads: a smaller model reads that of pre-training."""
     return "pretrain" if numbered(phase)[0] == SIZE else phase
 
 
@@ -116,12 +116,12 @@ def models_of(nodes: Iterable[str]) -> list[str]:
 
 
 def model_name(folder: str, final: str) -> str:
-    """The name of the exported model in a folder; final: the name of the last one."""
+    """Returns the name of the exported model in a folder; final: the name of the last one."""
     return final if folder == MODEL else folder.removeprefix(f"{MODEL}-")
 
 
 def folders_of(models: Sequence[str]) -> dict[str, str]:
-    """{exported model: its folder}; models: in the order of training.
+    """Returns {exported model: its folder}; models: in the order of training.
 
     The untrained one is only published as a checkpoint.
     """

@@ -57,7 +57,7 @@ def roots(dataset: Path) -> dict[str, dict[str, Any]]:
 
 
 def prove(dataset: Path, doc_id: str) -> dict[str, Proof]:
-    """{table: proof} for each table of `roots` that has the document.
+    """Returns {table: proof} for each table of `roots` that has the document.
 
     Raises AtomError for a document that no table has, or if a table is damaged.
     """
@@ -73,7 +73,7 @@ def prove(dataset: Path, doc_id: str) -> dict[str, Proof]:
 
 
 def _index_of(files: Iterable[Path], doc_id: str) -> int | None:
-    """The number of the first row of a document."""
+    """Returns the number of the first row of a document."""
     import pyarrow.compute as pc
 
     first = 0
@@ -86,7 +86,10 @@ def _index_of(files: Iterable[Path], doc_id: str) -> int | None:
 
 
 def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
-    """The problem with a proof, in a sentence; None if it is valid. roots: those of `roots`, from a trusted source."""
+    """Returns the problem with a proof, in a sentence; None if it is valid.
+
+    roots: those of `roots`, from a trusted source.
+    """
     for name, kind in FIELDS.items():
         if not isinstance(proof.get(name), kind) or isinstance(proof[name], bool):
             return f"the proof is malformed: its field {name} is missing or is no {kind.__name__}"
@@ -111,7 +114,7 @@ def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
 
 
 def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
-    """{table: the problem with its proof, or None} of a file that `atom trace --doc ID --report --json` wrote.
+    """Returns {table: the problem with its proof, or None} of a file that `atom trace --doc ID --report --json` wrote.
 
     roots: a merkle.json from a trusted source. Raises AtomError if a file is malformed.
     """
@@ -139,7 +142,7 @@ def _tables(dataset: Path) -> dict[str, tuple[list[Path], list[str]]]:
 
 
 def _leaves(files: Iterable[Path], columns: list[str]) -> Iterator[bytes]:
-    """The canonical JSON of each row. NaN and infinities are strings, since JSON has no such numbers.
+    """Yields the canonical JSON of each row. NaN and infinities are strings, since JSON has no such numbers.
 
     A row is joined from the texts of its values, column by column, in half the time of a row at a time.
     """
@@ -151,7 +154,7 @@ def _leaves(files: Iterable[Path], columns: list[str]) -> Iterator[bytes]:
 
 
 def _json_text(value: Any) -> str:
-    """A value as in canonical JSON."""
+    """Returns a value as in canonical JSON."""
     if isinstance(value, str):
         return encode_basestring(value)
     if value is None:

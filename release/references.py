@@ -99,7 +99,7 @@ class Reference(Config):
         return escaped(str(self.source.get("origin")), 200)
 
     def restored(self, folder: Path | None, temporary: Path) -> Source:
-        """The source with its places on this machine.
+        """Returns the source with its places on this machine.
 
         folder: of its files; temporary: gets its lock file. Raises CheckFailed if its settings are malformed,
         AtomError if it needs a folder.
@@ -131,7 +131,7 @@ def _portable(step: Filter) -> Filter:
 
 
 def _lock_of(source: Source) -> str | None:
-    """The content of a lock file for the source alone; None for a reader without one."""
+    """Returns the content of a lock file for the source alone; None for a reader without one."""
     reader = source.reader
     if isinstance(reader, Packages):
         return Path(reader.lock).read_text("utf-8")
@@ -150,7 +150,7 @@ class References(Config):
 
 
 def read(dataset: Path) -> Mapping[str, Reference]:
-    """The sources by reference of a dataset folder, by name; none without the file.
+    """Returns the sources by reference of a dataset folder, by name; none without the file.
 
     Raises CheckFailed if it is malformed.
     """
@@ -158,7 +158,7 @@ def read(dataset: Path) -> Mapping[str, Reference]:
 
 
 def published_reasons(dataset: Path) -> Mapping[str, str]:
-    """{source that a model wrote from one by reference: why its texts are published}. Raises CheckFailed."""
+    """Returns {source that a model wrote from one by reference: why its texts are published}. Raises CheckFailed."""
     return dict(sorted(_read(dataset).generated.items()))
 
 
@@ -176,7 +176,7 @@ def _read(dataset: Path) -> References:
 
 
 def kept_tables(dataset: Path, name: str, parts: int) -> Iterator[tuple[int, Path]]:
-    """(number, path) of the tables of the kept documents of a source by reference."""
+    """Yields (number, path) of the tables of the kept documents of a source by reference."""
     for number in range(parts):
         yield number, dataset / "kept" / name / part_file(number)
 
@@ -195,7 +195,7 @@ def write_without_text(source: Path, target: Path) -> None:
 
 
 def row_groups(path: Path) -> Iterator[pa.Table]:
-    """The row groups of a table of kept documents. Raises AtomError if it cannot be read."""
+    """Yields the row groups of a table of kept documents. Raises AtomError if it cannot be read."""
     import pyarrow.parquet as pq
 
     with read_errors(path), pq.ParquetFile(path) as file:
@@ -204,7 +204,7 @@ def row_groups(path: Path) -> Iterator[pa.Table]:
 
 
 def group_writer(path: Path) -> pq.ParquetWriter:
-    """A writer as that of the stage `dedup`: `stages.formats.table.table_writer`."""
+    """Returns a writer as that of the stage `dedup`: `stages.formats.table.table_writer`."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)

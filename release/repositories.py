@@ -42,7 +42,7 @@ def model_folders(release: Path) -> list[str]:
 
 
 def variant_folders(release: Path) -> list[str]:
-    """The folders of a release that hold variants of the final model; links to folders are none."""
+    """Returns the folders of a release that hold variants of the final model; links to folders are none."""
     return sorted(path.name for path in release.glob(f"{VARIANT}-*") if _is_own_folder(path))
 
 
@@ -87,13 +87,13 @@ def files_below(folder: Path) -> list[str]:
 
 
 def published(paths: Iterable[str], places: Iterable[Repository]) -> list[str]:
-    """The sorted files below a folder that its checksum file lists. places: the repositories in it."""
+    """Returns the sorted files below a folder that its checksum file lists. places: the repositories in it."""
     signed = {f"{place.folder}/{name}".lstrip("/") for place in places for name in (SIGNATURE, PUBLIC_KEY)}
     return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/") and p not in signed)
 
 
 def files_of(release: Path, repository: Repository) -> list[str]:
-    """The files of a repository, relative to its folder, without its checksum file.
+    """Returns the files of a repository, relative to its folder, without its checksum file.
 
     Raises CheckFailed as `files_below` does.
     """
@@ -103,7 +103,10 @@ def files_of(release: Path, repository: Repository) -> list[str]:
 
 
 def files_within(paths: Sequence[str], repository: Repository, models: Iterable[str]) -> list[str]:
-    """The same, from the sorted paths of all files below a release. models: its folders of models and variants."""
+    """Returns the same, from the sorted paths of all files below a release.
+
+    models: its folders of models and variants.
+    """
     prefix = f"{repository.folder}/" if repository.folder else ""
     below = paths[bisect_left(paths, prefix) : bisect_left(paths, f"{prefix}\U0010ffff")] if prefix else paths
     return _of(repository, published((path[len(prefix) :] for path in below), [Repository("", "", "")]), models)

@@ -21,7 +21,7 @@ PREFIX = "atom-scratch-"
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A new folder in TMPDIR, removed at the end. Sweeps folders of exited processes.
+    """Gives a new folder in TMPDIR, removed at the end. Sweeps folders of exited processes.
 
     Raises MachineError if none can be made or locked there.
     """
@@ -54,7 +54,7 @@ def sweep(parent: Path) -> list[Path]:
 
 
 def _make_locked_folder(parent: Path) -> tuple[Path, int]:
-    """A new folder, and the descriptor that holds its lock. Raises MachineError."""
+    """Returns a new folder, and the descriptor that holds its lock. Raises MachineError."""
     while True:
         try:
             path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))

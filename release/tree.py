@@ -108,7 +108,7 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
 
 
 def scan(folder: Path, listed_count: int) -> Tree:
-    """The files of a folder that may be read.
+    """Returns the files of a folder that may be read.
 
     listed_count: the number of files that its checksum files can name, by their sizes.
     """
@@ -131,7 +131,7 @@ def scan(folder: Path, listed_count: int) -> Tree:
 
 
 def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) -> str:
-    """The reason why a path may not be read; "" if it may."""
+    """Returns the reason why a path may not be read; "" if it may."""
     try:
         # Names are bytes on Linux, and what is no UTF-8 cannot be printed, listed or compared.
         path.encode()
@@ -167,7 +167,7 @@ def is_sparse(status: os.stat_result) -> bool:
 
 
 def real_bytes(files: Iterable[os.stat_result]) -> int:
-    """The bytes of files on the disk: holes do not count, and a file with several names counts once."""
+    """Returns the bytes of files on the disk: holes do not count, and a file with several names counts once."""
     return sum({inode(status): min(status.st_size, disk_bytes(status)) for status in files}.values())
 
 

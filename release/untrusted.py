@@ -63,7 +63,7 @@ def open_regular(path: Path, follow: bool = False) -> BinaryIO:
 
 
 def read(path: Path, limit: int, follow: bool = False) -> bytes:
-    """The bytes of a regular file. Raises CheckFailed for anything else, or for more than `limit` bytes."""
+    """Returns the bytes of a regular file. Raises CheckFailed for anything else, or for more than `limit` bytes."""
     with open_regular(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(limit + 1) if size <= limit else b""
@@ -128,7 +128,7 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
 
 
 def _span(file: str, name: str, entry: Any) -> tuple[int, int]:
-    """The start and the end of a tensor. Raises CheckFailed."""
+    """Returns the start and the end of a tensor. Raises CheckFailed."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [begin, end, *shape]

@@ -54,12 +54,12 @@ def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[P
 
 
 def _asking(batch: pa.RecordBatch) -> list[str]:
-    """The licenses of documents that ask for attribution."""
+    """Returns the licenses of documents that ask for attribution."""
     return [license for license in batch["license"].unique().to_pylist() if asks_for_attribution(license)]
 
 
 def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]:
-    """The rows of a table of kept documents. credits: of the documents of the part, in their order."""
+    """Yields the rows of a table of kept documents. credits: of the documents of the part, in their order."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

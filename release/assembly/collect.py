@@ -71,7 +71,7 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
 
 
 def _prediction(graph: Graph, store: Store) -> tuple[Artifact, Path] | None:
-    """The sealed prediction of this run and its statement, if it has one; only pre-training is predicted."""
+    """Returns the sealed prediction of this run and its statement, if it has one; only pre-training is predicted."""
     if PHASE not in graph.nodes:
         return None
     key = prediction_key(graph.nodes[PHASE].key)
@@ -92,7 +92,7 @@ def _deny_list(graph: Graph) -> DenyList | None:
 def _references(
     graph: Graph, artifacts: Mapping[str, Artifact], earlier: Mapping[str, Artifact]
 ) -> dict[str, Reference]:
-    """The sources by reference.
+    """Returns the sources by reference.
 
     Raises AtomError for a source that is in no files, or of a run that resumed from data of an earlier one.
     """
@@ -116,7 +116,7 @@ def _references(
 
 
 def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:
-    """{key: artifact} of earlier runs that this run resumes from: checkpoints and all their inputs."""
+    """Returns {key: artifact} of earlier runs that this run resumes from: checkpoints and all their inputs."""
     run_keys = {node.key for node in graph.nodes.values()}
     # The inputs of an input count as well, or no statement would lead to the texts of the first run.
     pending = [key for node in graph.nodes.values() for key in node.external.values()]

@@ -25,7 +25,7 @@ PROBLEMS = "release_problems"
 
 
 def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
-    """The task with the evaluation problems; each row has `id`, `task`, `prompt` and `answer`."""
+    """Returns the task with the evaluation problems; each row has `id`, `task`, `prompt` and `answer`."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
@@ -66,7 +66,10 @@ def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int
 
 
 def evaluate(model: Any, tasks: list[str], include: Path | None = None, limit: int | None = None) -> dict[str, Any]:
-    """The harness's result on tasks by name: `results` by task, and `samples`. Raises AtomError for an unknown task."""
+    """Returns the harness's result on tasks by name: `results` by task, and `samples`.
+
+    Raises AtomError for an unknown task.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include is None else str(include))

@@ -62,7 +62,7 @@ def recognize(
     ask_hub: bool,
     verify_folder: Callable[..., Verdict],
 ) -> Verdict:
-    """The verdict with what was taken back from an intact copy since it was made.
+    """Returns the verdict with what was taken back from an intact copy since it was made.
 
     retracted: a repository with a tombstone. Raises AtomError if that has none, or does not verify. ask_hub: without
     it, to ask the evidence of the release on the Hub, if HF_ENDPOINT is set; not to reach it is no error.
@@ -141,7 +141,7 @@ def _has_tombstone(name: str) -> bool:
 
 
 def _evidence_of(folder: Path, kind: str) -> str | None:
-    """The evidence repository of a release, its evidence or its data, as they name it."""
+    """Returns the evidence repository of a release, its evidence or its data, as they name it."""
     if (folder / RELEASE).is_file():
         return f"{schema.read_release(folder).repository}-evidence"
     if kind != "dataset" or not (folder / schema.CARD).is_file():

@@ -104,17 +104,17 @@ class Published(Release):
         return str(read_json(path)["repo"]) if path.exists() else None
 
     def without(self, paths: dict[str, str]) -> list[str]:
-        """The names whose path, or pattern, matches no file."""
+        """Returns the names whose path, or pattern, matches no file."""
         return [name for name, path in paths.items() if next(self.root.glob(path), None) is None]
 
     def passed(self, gate: str) -> str | None:
-        """The detail of a gate that was passed."""
+        """Returns the detail of a gate that was passed."""
         result = self.gates.get(gate, {})
         return result["detail"] if result.get("ok") else None
 
 
 def _complete(missing: Sequence[str], total: int, whole: str, lack: str, evidence: Sequence[str]) -> Answer:
-    """Y if nothing is missing, N if all of `total` is, else P."""
+    """Returns Y if nothing is missing, N if all of `total` is, else P."""
     if not missing:
         return "Y", whole, evidence
     none_is_there = len(missing) == total
@@ -305,7 +305,7 @@ def _signatures(release: Published) -> Answer:
 
 
 def _of_standards(release: Published, paths: Sequence[str]) -> Answer:
-    """Y if the documents are there and the gate found them valid and right."""
+    """Returns Y if the documents are there and the gate found them valid and right."""
     if missing := release.without({path: path for path in paths}):
         return "N", f"there is no {missing[0]}", []
     return _of_gate(release, "standards", paths)
@@ -402,7 +402,7 @@ def _sizes(release: Published) -> Answer:
 
 
 def rows(folder: Path, identity: str = "") -> Iterator[Row]:
-    """The twenty rows, in order. Raises AtomError if the folder is not a whole release that can be read.
+    """Yields the twenty rows, in order. Raises AtomError if the folder is not a whole release that can be read.
 
     Args:
         folder: Of the release.

@@ -63,7 +63,7 @@ class Rebuilt:
 
 
 def folder_of(release: Path) -> Path:
-    """The folder of the rebuilt tables of a release, unless another one is given."""
+    """Returns the folder of the rebuilt tables of a release, unless another one is given."""
     release = release.absolute()
     return release.with_name(f"{release.name}{SUFFIX}")
 
@@ -139,7 +139,7 @@ class _Texts:
         self.documents: Iterator[Document] = (each for each in documents if isinstance(each, Document))
 
     def find(self, id: str, digest: str) -> str:
-        """The text of the next kept document. Raises CheckFailed if it is not there or has another hash."""
+        """Returns the text of the next kept document. Raises CheckFailed if it is not there or has another hash."""
         name = id.removeprefix(f"{self.source.name}/")
         document = next((each for each in self.documents if each.name == name), None)
         if document is None:
@@ -156,7 +156,7 @@ class _Texts:
         )
 
     def _edited(self, id: str, acquired: Document) -> Iterator[str]:
-        """The text after the steps that edited texts; nothing if one removes it."""
+        """Yields the text after the steps that edited texts; nothing if one removes it."""
         from stages.data.acquire.acquire_stage import document_row
         from stages.data.curate.source_filter import to_document
 
@@ -174,7 +174,7 @@ class _Texts:
 
 
 def _compare(listed: Path, path: Path) -> tuple[int, int]:
-    """(documents, bytes of their texts) of a rebuilt table.
+    """Returns (documents, bytes of their texts) of a rebuilt table.
 
     Raises CheckFailed unless it has the rows of the published one and every text its hash.
     """
@@ -221,7 +221,7 @@ def _require_digests(source: Source, reference: Reference, files: Files) -> None
 
 
 def _published(dataset: Path) -> Mapping[str, str]:
-    """{path: SHA-256} of the tables that the stage `dedup` made; empty without the release's evidence."""
+    """Returns {path: SHA-256} of the tables that the stage `dedup` made; empty without the release's evidence."""
     manifest = dataset.parent / "evidence/manifests/dedup.json"
     return Manifest.parse("dedup", read_json(manifest)).digests if manifest.is_file() else {}
 

@@ -178,12 +178,12 @@ def _check_remainder(verdict: Verdict, runner: CheckRunner, bytes_hold: bool) ->
 
 
 def _left_out(name: str, when: str, checks: Iterable[Check]) -> CheckResult:
-    """The result that stands for checks that do not run."""
+    """Returns the result that stands for checks that do not run."""
     return CheckResult(name, None, f"not checked {when}: {', '.join(check.name for check in checks)}")
 
 
 def _byte_checks(contents: Contents, digests: Digests) -> Iterator[CheckResult]:
-    """One check for each checksum file: all listed files exist unchanged, and no others exist."""
+    """Yields one check for each checksum file: all listed files exist unchanged, and no others exist."""
     if contents.kind != "release":
         yield _check_sums(contents, SUMS, "", [p for p in contents.present() if p != SUMS], digests)
         if contents.kind == "evidence":

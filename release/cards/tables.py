@@ -335,7 +335,7 @@ def license_evidence(data: DataFacts) -> list[str]:
 
 
 def funnel(data: DataFacts) -> list[str]:
-    """Removed documents, one row for each rule; the first row less the others is the last."""
+    """Returns removed documents, one row for each rule; the first row less the others is the last."""
     rules = sorted({rule for row in data.sources.values() for rule in row.removed})
 
     def line(label: str, numbers: Mapping[str, int]) -> list[str]:
@@ -384,7 +384,7 @@ def conversations(data: DataFacts, phases: Iterable[str]) -> list[str]:
 
 
 def further_evidence(release: Path) -> list[str]:
-    """Rows of the evidence card for what only some releases have."""
+    """Returns rows of the evidence card for what only some releases have."""
     rows = {
         RUNTIMES: "what other programs make of the final model and its variants: tokens and log-probabilities",
         f"{PREDICTION}/": "what smaller runs said of this one, sealed before it began",

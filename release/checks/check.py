@@ -92,7 +92,7 @@ class Reads:
     weights: bool = False
 
     def below(self, folder: str) -> Reads:
-        """The same files, for places within a folder."""
+        """Returns the same files, for places within a folder."""
         return Reads(tuple(f"{folder}/{place}" for place in self.places), self.weights) if folder else self
 
 

@@ -129,7 +129,10 @@ class CheckRunner:
             return answer(name, [f"cannot be checked: it {error}"])
 
     def _run_confined(self, call: Callable[[], Any], budget: Budget) -> Any:
-        """The result of `call`. budget: its allowance beside the shared one. Raises CheckFailed if it exceeds them."""
+        """Returns the result of `call`.
+
+        budget: its allowance beside the shared one. Raises CheckFailed if it exceeds them.
+        """
         # The shared time is spent: a file that costs each check a little must not cost all of them much.
         if self.seconds <= 0:
             raise CheckFailed(f"comes after checks that took {SECONDS:.0f} s of processor time")
@@ -139,7 +142,7 @@ class CheckRunner:
         return result
 
     def limits(self) -> Iterator[CheckResult]:
-        """A skipped check about the limits themselves, where there are none."""
+        """Yields a skipped check about the limits themselves, where there are none."""
         if self.unlimited:
             reason = f"needs {self.unlimited}: the checks ran without limits on their time and memory"
             yield CheckResult("limits", None, reason)
@@ -175,7 +178,7 @@ class CheckRunner:
         return {**body, "wrong": result.wrong or [result.detail] * (result.ok is None)}
 
     def _allowance(self, reads: Reads) -> Budget:
-        """The allowance of a check for the files that it reads."""
+        """Returns the allowance of a check for the files that it reads."""
         paths = [path for path in self.tree.files if path.startswith(reads.places)]
         texts = real_bytes(self.tree.files[path] for path in paths if path.endswith(".json"))
         logs = [real_bytes([self.tree.files[path]]) for path in paths if path.endswith(".jsonl")]

@@ -46,7 +46,7 @@ def missing() -> str:
 
 
 def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
-    """The result of `call`, which must be JSON, and its processor time.
+    """Returns the result of `call`, which must be JSON, and its processor time.
 
     The call runs in a fork: it sees the state of this process and does not change it. Raises CheckFailed if the
     budget does not suffice, or if the child is killed.
@@ -88,7 +88,7 @@ def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
 
 
 def _receive(descriptor: int, deadline: float) -> bytes | None:
-    """All output of the child; None if it does not end in time."""
+    """Returns all output of the child; None if it does not end in time."""
     parts: list[bytes] = []
     while (remaining := deadline - time.monotonic()) > 0 and select.select([descriptor], [], [], remaining)[0]:
         part = os.read(descriptor, 1 << 16)
@@ -146,7 +146,7 @@ def set_limits(budget: Budget) -> None:
 
 
 def _data_bytes() -> int:
-    """The private writable memory of this process, which RLIMIT_DATA counts."""
+    """Returns the private writable memory of this process, which RLIMIT_DATA counts."""
     with open(STATUS) as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
 

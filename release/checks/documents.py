@@ -48,7 +48,7 @@ class Rows:
         self._rest: Any = None
 
     def take(self, count: int) -> Any:
-        """The next rows, as a batch; fewer than `count` at the end."""
+        """Returns the next rows, as a batch; fewer than `count` at the end."""
         import pyarrow as pa
 
         taken: list[Any] = []
@@ -69,7 +69,7 @@ class Rows:
         return pa.RecordBatch.from_arrays(columns, names=self.columns)
 
     def next(self) -> dict[str, Any] | None:
-        """The next row; None at the end."""
+        """Returns the next row; None at the end."""
         rows = self.take(1).to_pylist()
         return rows[0] if rows else None
 
@@ -99,7 +99,7 @@ def equals(column: Any, value: str) -> Any:
 
 
 def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
-    """(file, id) of every row whose id occurred in an earlier row."""
+    """Yields (file, id) of every row whose id occurred in an earlier row."""
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -133,7 +133,7 @@ def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _id_hashes(files: list[Path]) -> Iterator[tuple[Path, list[str], Any]]:
-    """(file, ids, their hashes in this process) by batch.
+    """Yields (file, ids, their hashes in this process) by batch.
 
     Python's hash of a string is keyed, so no file can be made whose ids collide.
     """
@@ -165,7 +165,7 @@ def licenses(release: Release) -> Findings:
 
 
 def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:
-    """Sentences about documents without a license. Adds the licenses to `expressions`."""
+    """Yields sentences about documents without a license. Adds the licenses to `expressions`."""
     import pyarrow.compute as pc
 
     for path in data_layout.all_files(data_layout.disposition_files(dataset)):
@@ -352,7 +352,7 @@ def _hashes_of_removed(dataset: Path, part: data_layout.Part) -> Iterator[str]:
 
 
 def _other_hashes(kept: Any, rows: Rows) -> Iterator[str]:
-    """The ids of kept documents whose hash in the next rows of another table differs, or that are not there.
+    """Yields the ids of kept documents whose hash in the next rows of another table differs, or that are not there.
 
     Nothing after the first that is not there.
     """
@@ -370,7 +370,7 @@ def _other_hashes(kept: Any, rows: Rows) -> Iterator[str]:
 
 
 def _first_difference(expected: Any, actual: Any) -> int | None:
-    """The first place where two columns differ, or where the second one ends."""
+    """Returns the first place where two columns differ, or where the second one ends."""
     import pyarrow.compute as pc
 
     count = len(actual)
@@ -382,7 +382,7 @@ def _first_difference(expected: Any, actual: Any) -> int | None:
 
 
 def _differences(expected: Any, actual: Any, columns: list[str]) -> list[int]:
-    """The rows of two tables of the same length that differ in a column."""
+    """Returns the rows of two tables of the same length that differ in a column."""
     import pyarrow.compute as pc
 
     equal = None

@@ -62,7 +62,7 @@ CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 
 
 def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
-    """The problems with the kinds of files in a folder.
+    """Returns the problems with the kinds of files in a folder.
 
     files: {path: its status}. archive: whether `code/` is the source code of the release, which only a release and its
     evidence have.
@@ -85,7 +85,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
 
 
 def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
-    """The problem with one file. Raises CheckFailed if it cannot be read."""
+    """Yields the problem with one file. Raises CheckFailed if it cannot be read."""
     suffix, name = file.suffix.lower(), file.name
     with untrusted.open_regular(file, follow=True) as stream:
         start = stream.read(16)
@@ -152,14 +152,14 @@ def _json_problems(data: bytes, name: str) -> Iterator[str]:
 
 
 def _forms(value: Any) -> Iterator[str]:
-    """The texts of JSON that this tool and its libraries write for a value."""
+    """Yields the texts of JSON that this tool and its libraries write for a value."""
     yield json.dumps(value, indent=1) + "\n"
     yield json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     yield json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def templates(folder: Path) -> dict[str, str]:
-    """{where: template} of the chat templates of a model. Raises CheckFailed if a file cannot be read."""
+    """Returns {where: template} of the chat templates of a model. Raises CheckFailed if a file cannot be read."""
     texts = {}
     for path in [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
         texts[path.relative_to(folder).as_posix()] = untrusted.read(path, TEXT_BYTES, follow=True).decode()

@@ -28,7 +28,7 @@ class GateResult:
 
 
 def names(checks: Checks) -> list[str]:
-    """The names of all gates, in the order of their checks."""
+    """Returns the names of all gates, in the order of their checks."""
     return list(dict.fromkeys(check.gate for check in checks if check.gate))
 
 

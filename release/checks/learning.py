@@ -126,7 +126,7 @@ def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
 
 
 def _pooled(shares: Sequence[Mean]) -> Mean:
-    """The share over all items of several sets."""
+    """Returns the share over all items of several sets."""
     n = sum(row["n"] for row in shares)
     value = sum(row["value"] * row["n"] for row in shares) / n
     return {"value": value, "se": math.sqrt(value * (1 - value) / n), "n": n}
@@ -172,7 +172,7 @@ def _changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> dict[
 
 
 def _rise(change: Change) -> float:
-    """The rise; infinite for a value that one of the models lacks or that is NaN."""
+    """Returns the rise; infinite for a value that one of the models lacks or that is NaN."""
     rise = change[1]["value"] - change[0]["value"]
     return rise if math.isfinite(rise) else math.inf
 
@@ -243,7 +243,7 @@ def is_preferred(model: str, build: BuildContext) -> Findings | None:
 
 
 def _pass_at_1(build: BuildContext) -> dict[str, Mean]:
-    """{model: accuracy on all test problems}, in the order of training; empty without a chat model."""
+    """Returns {model: accuracy on all test problems}, in the order of training; empty without a chat model."""
     return pass_at_1(build.release.data.chat.get("test", {}))
 
 
@@ -286,7 +286,7 @@ def at_ceiling(before: Mean) -> bool:
 
 
 def _chance(share: Mean) -> float:
-    """The difference of two shares over as many items that chance makes once in 20 times.
+    """Returns the difference of two shares over as many items that chance makes once in 20 times.
 
     Two right and two wrong items are added (Agresti and Coull 1998), because the standard error of a share of 1 is 0
     however few its items are.

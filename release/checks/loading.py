@@ -33,7 +33,7 @@ NOTHING_FROM_THE_HUB = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
 
 
 def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadReport]:
-    """A report on each model folder, from one fresh interpreter.
+    """Returns a report on each model folder, from one fresh interpreter.
 
     budget: the limits for untrusted models after the libraries are loaded.
     """

@@ -74,7 +74,7 @@ def segments(release: Release) -> Findings:
 
 
 def read_documents(tokens: Path, work: Path, cut: Cut) -> dict[str, ChunkIndex]:
-    """The index of the training documents of each source, made in `work` from the published tables."""
+    """Returns the index of the training documents of each source, made in `work` from the published tables."""
     return {
         source: ChunkIndex([(part, seal_index(work, file, source, part, cut)) for part, file in files], cut)
         for source, files in document_files(tokens).items()
@@ -87,7 +87,7 @@ def _fits(meta: Mapping[str, Any], indexes: Indexes) -> bool:
 
 
 def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]:
-    """A sentence for each segment that is no part of a training document, or is out of order."""
+    """Yields a sentence for each segment that is no part of a training document, or is out of order."""
     import numpy as np
     import pyarrow.compute as pc
 

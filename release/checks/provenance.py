@@ -60,7 +60,7 @@ def origins(release: Release) -> Findings:
 
 
 def _misplaced(release: Release, stated: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences about origins that are not those that the build gives to the artifacts of the release."""
+    """Yields sentences about origins that are not those that the build gives to the artifacts of the release."""
     nodes, manifests = release.info.nodes, release.manifests
     artifacts = {name: Artifact(row.key, row.digest, release.root, row.files) for name, row in manifests.items()}
     own = {node: artifacts[node] for node in nodes if node in artifacts}

@@ -47,7 +47,7 @@ def scores(release: Release) -> Findings:
 
 
 def score_problems(evaluation: Path) -> list[str]:
-    """The problems with scores. evaluation: the folder of that name in a dataset repository."""
+    """Returns the problems with scores. evaluation: the folder of that name in a dataset repository."""
     folders = [path.parent for path in sorted(evaluation.glob("*/scores.json"))]
     problems = [
         f"evaluation/{folder.name}/scores.json is not what its tables give"
@@ -226,7 +226,7 @@ def _rescore_problems(dataset: Path, tally: Tally) -> list[str]:
 
 
 def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
-    """Every answer of a chat model with its scorer, by table, including those sampled for training."""
+    """Yields every answer of a chat model with its scorer, by table, including those sampled for training."""
     items = _tasks(dataset / "evaluation/chat.jsonl")
     for benchmark, tasks in (("test", items), ("fresh", _tasks(dataset / "evaluation/fresh/chat.jsonl"))):
         for path in chat_tables_of(dataset / "evaluation", benchmark):
@@ -273,7 +273,7 @@ def _scored_answer(location: str, tasks: dict[str, Row], task: str, row: Row) ->
 
 
 def _rescore_answers(scorer: Scorer, scored: Sequence[Scored], tally: Tally) -> list[str]:
-    """The problems of answers of one scorer; counts the answers in the tally."""
+    """Returns the problems of answers of one scorer; counts the answers in the tally."""
     if scorer not in scorers.SCORERS:
         tally.skip(scorer, _skip_reason(scorer), len(scored))
         return []

@@ -57,13 +57,13 @@ def source_files(release: Release) -> Findings:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first NAMED names, and the number of the others."""
+    """Returns the first NAMED names, and the number of the others."""
     shown = ", ".join(map(escaped, names[:NAMED]))
     return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} further files"
 
 
 def _stated(release: Release, artifacts: set[str]) -> Mapping[str, set[str]]:
-    """{module: digests of its file} by the statements about these artifacts."""
+    """Returns {module: digests of its file} by the statements about these artifacts."""
     digests_by_module: dict[str, set[str]] = {}
     for body in release.statements.values():
         if {subject["name"] for subject in body["subject"]} & artifacts:
@@ -126,7 +126,7 @@ def machine_patterns(paths: list[Path]) -> dict[str, Pattern]:
 
 
 def secret_values() -> dict[str, Pattern]:
-    """The secrets in the environment of this process.
+    """Returns the secrets in the environment of this process.
 
     The token of the local Hub is in the code of atom: it is not a secret.
     """

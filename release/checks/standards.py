@@ -44,7 +44,7 @@ def passed_gates(checks: Callable[[], Checks], release: Release) -> Findings:
 
 
 def _gate_problems(checks: Checks, release: Release, published: Mapping[str, Any], findings: Findings) -> Iterator[str]:
-    """Sentences about gates that are invented, missing, or not what the published files give."""
+    """Yields sentences about gates that are invented, missing, or not what the published files give."""
     yield from (
         f"{GATES}: there is no gate {escaped(name)}" for name in sorted(published.keys() - set(gates.names(checks)))
     )

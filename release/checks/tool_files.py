@@ -268,7 +268,7 @@ WORD = re.compile(r"[A-Za-z0-9_.]+")
 
 
 def loader_config_problems(folder: Path) -> Iterator[str]:
-    """Sentences about the configs in the folder of a model or of a variant."""
+    """Yields sentences about the configs in the folder of a model or of a variant."""
     if (folder / CONFIG).is_file():
         yield from _config_problems(read_json(folder / CONFIG), _quantization(folder))
     if (folder / ADAPTER_CONFIG).is_file() and not _is_adapter_config(
@@ -278,7 +278,7 @@ def loader_config_problems(folder: Path) -> Iterator[str]:
 
 
 def _quantization(folder: Path) -> dict[str, Any] | None:
-    """`quantization_config` that a folder's config.json should have; None: none."""
+    """Returns `quantization_config` that a folder's config.json should have; None: none."""
     if not (folder / LOSS).is_file():
         return None
     variant = VARIANTS.get(read_json(folder / LOSS)["variant"])

@@ -108,7 +108,7 @@ class Verdict:
         return ", ".join(parts)
 
     def outcome(self) -> str:
-        """The verdict in one sentence, with what it leaves open: what only the signer's key can show."""
+        """Returns the verdict in one sentence, with what it leaves open: what only the signer's key can show."""
         if not self.ok:
             return "NOT what it claims to be"
         result = f"retracted: {self.retracted}" if self.retracted else "verified"
@@ -128,5 +128,5 @@ class Verdict:
 
 
 def answer(name: str, problems: Problems, detail: str = "holds") -> CheckResult:
-    """A check that holds without problems; the first problem is its detail."""
+    """Returns a check that holds without problems; the first problem is its detail."""
     return CheckResult(name, not problems, problems[0] if problems else detail, problems)

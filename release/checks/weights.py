@@ -80,7 +80,7 @@ def shards(release: Release) -> Findings:
 
 
 def _missing(release: Release) -> Iterator[str]:
-    """The stems of weights that a folder must have and lacks: a checkpoint has an optimizer but at step 0."""
+    """Yields the stems of weights that a folder must have and lacks: a checkpoint has an optimizer but at step 0."""
     folder = release.root
     stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in release.model_folders]
     if release.kind == "variant":

@@ -76,7 +76,7 @@ def _reference_problems(dataset: Path, name: str, reference: Reference, tables: 
 
 
 def _counts(path: Path) -> tuple[int, int]:
-    """(documents, documents without a text) of a table."""
+    """Returns (documents, documents without a text) of a table."""
     import pyarrow.parquet as pq
 
     with read_errors(path), pq.ParquetFile(path) as file:

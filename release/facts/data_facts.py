@@ -165,11 +165,11 @@ class DataFacts:
     probes: dict[str, dict[str, ProbedBin]] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
-        """The sources of a phase's order; none for a phase without an order."""
+        """Returns the sources of a phase's order; none for a phase without an order."""
         return set(self.tokens_read(phase))
 
     def tokens_read(self, phase: str) -> dict[str, int]:
-        """{source: tokens that a phase predicted}; none for a phase without an order."""
+        """Returns {source: tokens that a phase predicted}; none for a phase without an order."""
         return self.order[phase].tokens() if phase in self.order else {}
 
 
@@ -302,7 +302,7 @@ def _by_name(folders: Iterable[Path]) -> list[tuple[str, Path]]:
 
 
 def earlier_orders(dataset: Path, phase: str) -> list[Path]:
-    """The orders of earlier runs that a phase followed before its own, the first one first."""
+    """Returns the orders of earlier runs that a phase followed before its own, the first one first."""
     metas = {p.parent: read_json(p) for p in (dataset / "earlier").glob("order-*/meta.json")}
     phase_orders = [folder for folder, meta in metas.items() if meta["phase"] == phase]
     return sorted(phase_orders, key=lambda folder: int(metas[folder].get("first_step", 1)))
@@ -320,7 +320,7 @@ def order_facts(folders: list[Path]) -> OrderFacts:
 
 
 def _part(folder: Path, end: int | None) -> OrderPart:
-    """The data that the steps of an order index up to `end` read.
+    """Returns the data that the steps of an order index up to `end` read.
 
     A segment of n tokens predicts n - 1 of them. Documents are counted by their places in token shards. Raises
     CheckFailed if the order is not by step and row.
@@ -382,12 +382,12 @@ class _Rows:
 
 
 def _joined(table: Any, high: str, low: str) -> Any:
-    """Two columns of int32 as one array of int64."""
+    """Returns two columns of int32 as one array of int64."""
     return table[high].to_numpy().astype("int64") << 32 | table[low].to_numpy().astype("int64")
 
 
 def canary_of(items: str) -> dict[str, str]:
-    """A string that identifies evaluation items in a training corpus; its GUID follows from their digest."""
+    """Returns a string that identifies evaluation items in a training corpus; its GUID follows from their digest."""
     guid = uuid.uuid5(uuid.NAMESPACE_URL, f"sha256:{items}")
     return {"canary": f"Evaluation data; it should never appear in a training corpus. canary GUID {guid}"}
 

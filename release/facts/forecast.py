@@ -114,7 +114,10 @@ class Outcome:
 
 
 def predict(target: RunSize, points: Sequence[Point]) -> Prediction:
-    """The prediction for a run from finished ones. Raises ValueError with a sentence if they cannot carry one."""
+    """Returns the prediction for a run from finished ones.
+
+    Raises ValueError with a sentence if they cannot carry one.
+    """
     from stages.evaluation import scaling_law
 
     # Equal input gives an equal prediction, in whatever order the runs were named.

@@ -28,7 +28,7 @@ METADATA = "atom.features"
 
 
 def chat_sources(dataset: Path) -> dict[str, list[Path]]:
-    """{source of conversations: its tables of kept documents}, without those by reference."""
+    """Returns {source of conversations: its tables of kept documents}, without those by reference."""
     by_reference = references.read(dataset)
     return {
         name: files
@@ -43,12 +43,12 @@ def _kind(dataset: Path, name: str) -> str | None:
 
 
 def table_of(dataset: Path, source: str, split: str, kept: Path) -> Path:
-    """The table of the conversations of a split in a table of kept documents."""
+    """Returns the table of the conversations of a split in a table of kept documents."""
     return dataset / FOLDER / source / split / kept.name
 
 
 def published(dataset: Path) -> dict[str, list[str]]:
-    """{source: splits} of the tables of a dataset folder."""
+    """Returns {source: splits} of the tables of a dataset folder."""
     folders = sorted((dataset / FOLDER).iterdir()) if (dataset / FOLDER).is_dir() else []
     return {path.name: [split for split in SPLITS if part_tables(path / split)] for path in folders}
 
@@ -98,7 +98,7 @@ def no_features() -> Counter[str]:
 
 
 def row_features(row: chat.MessagesRow) -> list[str]:
-    """The `chat_templates.FEATURES` of a conversation."""
+    """Returns the `chat_templates.FEATURES` of a conversation."""
     first = row["messages"][0]
     present = (
         first["role"] == "system" and bool((first["content"] or "").strip()),
@@ -139,7 +139,7 @@ def _stated_features(path: Path) -> dict[str, int] | None:
 
 
 def message_row(document: dict[str, Any]) -> chat.MessagesRow:
-    """The row of a kept document. Raises CheckFailed."""
+    """Returns the row of a kept document. Raises CheckFailed."""
     try:
         messages, tools = chat.parse(document["text"])
     except (ValueError, KeyError) as error:

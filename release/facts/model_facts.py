@@ -99,7 +99,7 @@ class ModelFacts:
     rendered_chat: str = ""
 
     def own_scores(self) -> ModelScores:
-        """The scores of the model itself, the last ones, because a card compares only with earlier models."""
+        """Returns the scores of the model itself, the last ones, because a card compares only with earlier models."""
         return self.scores[self.name()]
 
     @property
@@ -135,7 +135,7 @@ class ModelFacts:
         return str(self.base["license"]) if self.base and self.is_copy else release
 
     def name(self) -> str:
-        """The name of this exported model."""
+        """Returns the name of this exported model."""
         return list(self.scores)[-1]
 
 
@@ -175,13 +175,13 @@ def _special_tokens(model: Path) -> list[str]:
 
 
 def rendered_chat(goldens: Mapping[str, Any]) -> str:
-    """The last text of goldens.json: its messages in the chat template. "" for an empty one."""
+    """Returns the last text of goldens.json: its messages in the chat template. "" for an empty one."""
     rows = goldens.get("rows") or [{"text": ""}]
     return str(rows[-1]["text"])
 
 
 def _measured(model: Path, scores: dict[str, ModelScores]) -> dict[str, float]:
-    """{figure: value} of a prediction's model: its scores, and the last held-out loss of its phase."""
+    """Returns {figure: value} of a prediction's model: its scores, and the last held-out loss of its phase."""
     figures = {name: scores[forecast.MODEL][name]["value"] for name in (forecast.BITS, forecast.ACCURACY)}  # type: ignore[literal-required]
     if (log := training.logs(model).get(forecast.PHASE)) is not None:
         lines = training.read(log, ("step", forecast.LOSS))
@@ -210,7 +210,10 @@ def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """{tensor: shape} from the header of a safetensors file, without reading the tensors. Raises CheckFailed."""
+    """Returns {tensor: shape} from the header of a safetensors file, without reading the tensors.
+
+    Raises CheckFailed.
+    """
     return {name: entry["shape"] for name, entry in tensor_header(path, follow=True).items()}
 
 
@@ -223,7 +226,7 @@ SERVE_FILE = "serve.yaml"
 
 
 def serve_config(folder: Path, repo: str, version: str) -> str:
-    """The content of serve.yaml of the model in a folder. repo: its repository on the Hub.
+    """Returns the content of serve.yaml of the model in a folder. repo: its repository on the Hub.
 
     The parsers `hf` of vLLM read answers as `response_template` of the tokenizer says; without it none is set, and
     reasoning stays a part of the content.

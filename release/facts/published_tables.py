@@ -56,13 +56,13 @@ class Manifest:
 
 
 def read_manifests(release: Path) -> dict[str, Manifest]:
-    """{node: manifest} of evidence/manifests."""
+    """Returns {node: manifest} of evidence/manifests."""
     paths = sorted((release / "evidence/manifests").glob("*.json"))
     return {path.stem: Manifest.parse(path.stem, read_json(path)) for path in paths}
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """All rows of a published table, in the form of `stream_rows`."""
+    """Returns all rows of a published table, in the form of `stream_rows`."""
     return list(stream_rows(path, columns))
 
 

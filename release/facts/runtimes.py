@@ -156,7 +156,7 @@ RUNTIMES = {
 
 
 def bound_of(runtime: str, variant: Variant) -> Bound:
-    """The bound of a run."""
+    """Returns the bound of a run."""
     if runtime not in ("llama.cpp", "vLLM") or variant.encoding in ("", "F32", "bfloat16"):
         return EXACT
     return BOUNDS.get(variant.encoding, ROUNDED)
@@ -284,7 +284,7 @@ def problem_of(run: ProgramRun) -> str:
 def _run(
     runtime: Runtime, folder: Path, variant: Variant, rows: Sequence[Mapping[str, Any]], texts: Sequence[str] = ()
 ) -> Answers:
-    """The answer of a program. Raises Failed."""
+    """Returns the answer of a program. Raises Failed."""
     # Programs such as vLLM need packages that exclude ours, so each has an interpreter of its own.
     python = os.environ[runtime.variable] if runtime.variable else sys.executable
     subject = next(iter(sorted(folder.glob("*.gguf"))), folder)

@@ -33,7 +33,7 @@ HARNESS = "harness"
 
 
 def compute_scores(folder: Path) -> ModelScores:
-    """The scores of one phase, recomputed from its tables: two, and further ones with long contexts."""
+    """Returns the scores of one phase, recomputed from its tables: two, and further ones with long contexts."""
     from stages.evaluation.model_evaluation import KINDS, summary
 
     files = [folder / f"{name}.parquet" for name in KINDS]
@@ -42,7 +42,7 @@ def compute_scores(folder: Path) -> ModelScores:
 
 
 def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
-    """The scores recomputed from the tables, by benchmark and model. Empty without a chat model."""
+    """Returns the scores recomputed from the tables, by benchmark and model. Empty without a chat model."""
     from stages.evaluation import pass_at_k, win_rate
 
     facts: dict[str, ChatScores] = {}
@@ -78,14 +78,14 @@ class HarnessFacts:
 
 
 def read_harness(folder: Path) -> HarnessFacts | None:
-    """The published results of a model; None if it was not measured."""
+    """Returns the published results of a model; None if it was not measured."""
     if not (folder / "scores.json").exists():
         return None
     return HarnessFacts(read_json(folder / "scores.json"), read_json(folder / "tasks.json"))
 
 
 def compute_harness(folder: Path) -> HarnessScores:
-    """The scores of one model's task sets, recomputed from the table of its items."""
+    """Returns the scores of one model's task sets, recomputed from the table of its items."""
     from stages.evaluation import harness
 
     rows: Any = read_rows(folder / "items.parquet")
@@ -101,7 +101,7 @@ def compute_memorization(folder: Path) -> MemorizationScores:
 
 
 def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
-    """The tables of a benchmark, one for each model."""
+    """Returns the tables of a benchmark, one for each model."""
     return sorted((evaluation / benchmark).glob(f"*/{'pairs' if benchmark == 'preferences' else 'answers'}.parquet"))
 
 
@@ -139,7 +139,7 @@ class ExampleAnswer:
 
 
 def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
-    """The greedy answers to the first problems, by id, of each kind: SHOWN right ones and SHOWN wrong ones.
+    """Returns the greedy answers to the first problems, by id, of each kind: SHOWN right ones and SHOWN wrong ones.
 
     Of a model that was not measured in conversation, the continuations of problems in plain text.
 
@@ -154,7 +154,10 @@ def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
 
 
 def best_example(examples: Sequence[ExampleAnswer]) -> ExampleAnswer | None:
-    """The answer for a reader to draw again: the first right one, or the first of all. An empty text is no answer."""
+    """Returns the answer for a reader to draw again: the first right one, or the first of all.
+
+    An empty text is no answer.
+    """
     return min(filter(lambda answer: answer.text.strip(), examples), key=lambda answer: not answer.right, default=None)
 
 
@@ -188,7 +191,7 @@ def _chosen(answers: Iterable[tuple[str, ExampleAnswer]]) -> list[ExampleAnswer]
 
 
 def settings_of(recipe: Any, phase: str) -> dict[str, Any]:
-    """The section of a phase in a resolved recipe; empty if it has none."""
+    """Returns the section of a phase in a resolved recipe; empty if it has none."""
     kind, _, number = phase.partition("-")
     if kind == "longcontext":
         sections = recipe.get("long_context") or []

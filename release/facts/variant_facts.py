@@ -34,7 +34,7 @@ class VariantFacts:
     base: str = ""
 
     def figures(self) -> dict[str, float]:
-        """The measured figures of the variant, for bills of materials."""
+        """Returns the measured figures of the variant, for bills of materials."""
         return {
             "bits per byte": self.loss["bits_per_byte"]["variant"]["value"],
             "exact match": self.loss["accuracy"]["variant"]["value"],
@@ -68,7 +68,10 @@ def read_variant_facts(folder: Path) -> VariantFacts:
 
 
 def base_of(release: Path, folder: Path) -> Path:
-    """The model in a release on which the variant in a folder is an adapter. Raises CheckFailed if it holds none."""
+    """Returns the model in a release on which the variant in a folder is an adapter.
+
+    Raises CheckFailed if it holds none.
+    """
     from stages.export.variants.adapter_files import digests
 
     stated = read_json(folder / BASE)["files"]
@@ -92,7 +95,7 @@ def read_original(model: Path, evaluation: Path) -> Original:
 
 
 def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -> VariantLoss:
-    """`loss.json` of a variant from its tables; what measured it is as stated.
+    """Returns `loss.json` of a variant from its tables; what measured it is as stated.
 
     original: its model; None: what only that shows is as stated, too.
     """

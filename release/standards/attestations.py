@@ -60,7 +60,7 @@ def evaluations(release: Release) -> dict[str, dict[str, Any]]:
 
 
 def evaluation_path(model: str) -> str:
-    """The path in a release of the statement about the evaluation of a model."""
+    """Returns the path in a release of the statement about the evaluation of a model."""
     return f"{FOLDER}/evaluation-{model}.json"
 
 
@@ -83,5 +83,5 @@ def gates(release: Release, results: Mapping[str, bool | None]) -> dict[str, Any
 
 
 def code_files(release: Path) -> list[Path]:
-    """The files of the folder `code/` of a release, in order."""
+    """Returns the files of the folder `code/` of a release, in order."""
     return sorted(path for path in (release / "code").rglob("*") if path.is_file())

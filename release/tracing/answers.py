@@ -21,7 +21,7 @@ class Answer:
     KIND: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, and `schema`, `kind`; fields are only ever added."""
+        """Returns the fields, and `schema`, `kind`; fields are only ever added."""
         return {"schema": SCHEMA, "kind": self.KIND, **asdict(self)}
 
 

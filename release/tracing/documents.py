@@ -79,7 +79,7 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
 
 
 def trace_document(folder: Path, doc_id: str) -> Document:
-    """The fate of a document of a release or its data repository, or the use of a task.
+    """Returns the fate of a document of a release or its data repository, or the use of a task.
 
     Raises AtomError for an unknown document, with the nearest id.
     """
@@ -95,7 +95,7 @@ def trace_document(folder: Path, doc_id: str) -> Document:
 
 
 def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
-    """A task that is no document.
+    """Returns a task that is no document.
 
     Checkpoints and models are those after the first answer or pair that was learnt from.
     """
@@ -117,7 +117,7 @@ def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[l
 
 
 def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]:
-    """{id: document} of those in a table of dispositions."""
+    """Returns {id: document} of those in a table of dispositions."""
     # A document may be in this run's tables and in those of earlier runs.
     fates: dict[str, list[Fate]] = {}
     for path in data.dispositions():
@@ -167,7 +167,7 @@ def find_uses(data: ReleaseData, ids: Iterable[str], places: Places | None = Non
 
 
 def _rows_with(data: ReleaseData, part: OrderPart, ids: Sequence[str], places: Places | None) -> Iterator[Any]:
-    """The rows of an order, as far as it was followed, that read one of the documents."""
+    """Yields the rows of an order, as far as it was followed, that read one of the documents."""
     steps_by_file = None
     if places is not None and part.folder.parent == data.data / "order":
         steps_by_file = order_lookup.steps_by_file(data.data, part.folder, places)
@@ -191,7 +191,7 @@ def _training_places(data: ReleaseData, fates: Mapping[str, Sequence[Fate]]) -> 
 
 
 def kept_rows(data: ReleaseData, id: str, fates: Iterable[Fate]) -> Rows:
-    """[{id, text, content_hash}] of a document in the tables of kept text."""
+    """Returns [{id, text, content_hash}] of a document in the tables of kept text."""
     rows: Rows = []
     for fate in fates:
         if fate.kept:
@@ -214,7 +214,7 @@ def _last_step(part: OrderPart) -> int:
 def _licenses_and_origins(
     data: ReleaseData, documents: set[tuple[str, int, str]], order: Path
 ) -> dict[str, tuple[str, str]]:
-    """{id: (license, origin)} of kept documents, (source, part, id).
+    """Returns {id: (license, origin)} of kept documents, (source, part, id).
 
     Of an order of an earlier run, that run's tables take precedence.
     """
@@ -283,7 +283,7 @@ def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tupl
 
 
 def _nearest(data: ReleaseData, doc_id: str) -> str | None:
-    """The id most similar to an unknown one, if one is close. Compares the ids before and after it in order."""
+    """Returns the id most similar to an unknown one, if one is close. Compares the ids before and after it in order."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -298,7 +298,7 @@ def _nearest(data: ReleaseData, doc_id: str) -> str | None:
 
 
 def _outermost(ids: Any, others: Any, order: str) -> Any:
-    """The first of two arrays of ids in an order, at most NEAR / 2."""
+    """Returns the first of two arrays of ids in an order, at most NEAR / 2."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -38,7 +38,7 @@ def write_receipts(
     deny_list: DenyList | None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(request, receipt) of each request of a dataset folder.
+    """Yields (request, receipt) of each request of a dataset folder.
 
     earlier: the folder of an earlier release, which is searched for the documents of the deny-list. Raises AtomError
     if it is none.
@@ -105,7 +105,7 @@ class EarlierRelease:
     def reach(
         self, deny_list: DenyList, removed: Mapping[str, list[dict[str, Any]]], progress: Callable[[str], None]
     ) -> dict[str, dict[str, Any]]:
-        """{request: its documents here, and what they had reached}, for all requests of the deny-list.
+        """Returns {request: its documents here, and what they had reached}, for all requests of the deny-list.
 
         removed: by request, what the later release removed: copies, near duplicates and rewrites are found by their
         ids and hashes, since a deny-list names only the documents themselves.
@@ -176,7 +176,7 @@ class EarlierRelease:
 
 
 def receipt_path(request: str) -> str:
-    """The path of the receipt of a request in a release."""
+    """Returns the path of the receipt of a request in a release."""
     return f"evidence/opt_out/{request}.json"
 
 

@@ -87,24 +87,24 @@ class ReleaseData:
         )
 
     def name(self, path: Path) -> str:
-        """The path of a file or folder in the data."""
+        """Returns the path of a file or folder in the data."""
         return path.relative_to(self.data).as_posix()
 
     def folders(self) -> list[Path]:
-        """The folder of this run's data, and those of the data of earlier runs."""
+        """Returns the folder of this run's data, and those of the data of earlier runs."""
         return [self.data, *sorted(self.data.glob("earlier/*"))]
 
     def dispositions(self) -> list[Path]:
-        """The tables of dispositions: those of this run before those of earlier runs."""
+        """Returns the tables of dispositions: those of this run before those of earlier runs."""
         files = [path for folder in self.folders() for path in all_files(disposition_files(folder))]
         return [path for path in files if path.exists()]
 
     def kept(self) -> list[Path]:
-        """The tables of kept documents: those of this run before those of earlier runs."""
+        """Returns the tables of kept documents: those of this run before those of earlier runs."""
         return [path for folder in self.folders() for path in all_files(kept_files(folder))]
 
     def orders(self) -> dict[str, list[OrderPart]]:
-        """{phase: the orders that it followed}, both in the order of training."""
+        """Returns {phase: the orders that it followed}, both in the order of training."""
         parts_by_phase = {}
         final_orders = {folder.name: folder for folder in data_layout.orders(self.data)}
         for phase in sorted(final_orders, key=when):
@@ -115,7 +115,7 @@ class ReleaseData:
         return parts_by_phase
 
     def weight_updates(self, order: Path) -> Callable[[int], bool | None]:
-        """A function from a step to whether it updated the weights; None if the log is not available.
+        """Returns a function from a step to whether it updated the weights; None if the log is not available.
 
         order: the folder of an order, or of the tables of a phase that samples its data.
         """
@@ -137,7 +137,7 @@ class ReleaseData:
         return sorted(checkpoints, key=lambda checkpoint: (when(checkpoint.phase), checkpoint.step))
 
     def models(self) -> list[str]:
-        """Names of the exported models, by order of training."""
+        """Returns names of the exported models, by order of training."""
         names = (path.parent.name for path in self.data.glob("evaluation/*/scores.json"))
         return sorted((name for name in names if numbered(name)[0] in EXPORTED), key=when)
 
@@ -212,7 +212,7 @@ def _may_hold(group: Any, column: str, comparison: str, value: Any) -> bool:
 
 
 def _positions(file: Any, group: int, columns: list[str], filters: Sequence[tuple[str, str, Any]]) -> list[int]:
-    """The numbers of the rows of a row group that pass the filters, in order."""
+    """Returns the numbers of the rows of a row group that pass the filters, in order."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

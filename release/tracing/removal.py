@@ -16,7 +16,7 @@ from release.tracing.release_data import Progress, ReleaseData, select_rows
 
 
 def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: None) -> Removal:
-    """The scope of removing a document or a task. Reads every table of the release.
+    """Returns the scope of removing a document or a task. Reads every table of the release.
 
     Raises what `trace_document` raises.
     """
@@ -40,7 +40,7 @@ def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: N
 
 
 def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
-    """{other document: its relation}, along chains of duplicates."""
+    """Returns {other document: its relation}, along chains of duplicates."""
     relations: dict[str, str] = {document.id: ""}
     paths = data.dispositions()
     for relation, column, match_column in (
@@ -96,7 +96,7 @@ def _json_bytes(text: str, ascii: bool) -> bytes:
 
 
 def _count_rows(path: Path, doc_id: str, texts: set[str]) -> tuple[int, int]:
-    """Rows of a table with a column of strings that equals the id, and rows with one that contains a text."""
+    """Returns rows of a table with a column of strings that equals the id, and rows with one that contains a text."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -115,7 +115,7 @@ def _count_rows(path: Path, doc_id: str, texts: set[str]) -> tuple[int, int]:
 
 
 def _count_any(masks: list[Any]) -> int:
-    """The rows that any of the masks has."""
+    """Returns the rows that any of the masks has."""
     import pyarrow.compute as pc
 
     if not masks:

@@ -18,7 +18,7 @@ USES = {
 
 
 def text(answer: Answer) -> str:
-    """Any answer for a terminal; control characters in it are escaped."""
+    """Returns any answer for a terminal; control characters in it are escaped."""
     answer = cleaned(answer)
     if isinstance(answer, Step):
         return _step_text(answer)
@@ -48,7 +48,7 @@ def _step_text(step: Step) -> str:
 
 
 def _task_text(task: TaskRecord, with_steps: bool = False) -> list[str]:
-    """A task with its answers and pairs. Texts are cut; JSON has all of them. with_steps: of several steps."""
+    """Returns a task with its answers and pairs. Texts are cut; JSON has all of them. with_steps: of several steps."""
     prompt = " / ".join(message["content"] for message in task.messages or ()) or "its prompt is not in the tasks"
     lines = [f"  task {task.id} ({task.phase}): {_line(prompt)}"]
     for answer in task.answers:
@@ -68,7 +68,7 @@ def _task_text(task: TaskRecord, with_steps: bool = False) -> list[str]:
 
 
 def _line(text: str) -> str:
-    """A text on one line, cut to WIDTH characters."""
+    """Returns a text on one line, cut to WIDTH characters."""
     line = " ".join(text.split())
     return f'"{line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"}"'
 

@@ -36,7 +36,7 @@ OF_PAIR = (
 
 
 def tables(data: ReleaseData) -> dict[str, Path]:
-    """{phase: the folder of its tables}, in the order of training."""
+    """Returns {phase: the folder of its tables}, in the order of training."""
     folders = {path.name: path for path in sorted(data.data.glob("rl/*")) if path.is_dir()}
     return dict(sorted(folders.items(), key=lambda entry: when(entry[0])))
 
@@ -68,7 +68,7 @@ def last_steps(data: ReleaseData) -> dict[str, int]:
 
 
 def step_tasks(data: ReleaseData, phase: str, n: int) -> list[TaskRecord]:
-    """The tasks of a step with their answers of this step, and the pairs that the step formed or read.
+    """Returns the tasks of a step with their answers of this step, and the pairs that the step formed or read.
 
     Empty if the phase samples nothing in it.
     """
@@ -83,7 +83,7 @@ def step_tasks(data: ReleaseData, phase: str, n: int) -> list[TaskRecord]:
 
 
 def task_records(data: ReleaseData, task: str) -> list[TaskRecord]:
-    """A task in each phase that has one of this id, with all answers to it and all pairs of them."""
+    """Returns a task in each phase that has one of this id, with all answers to it and all pairs of them."""
     records = []
     for phase, folder in tables(data).items():
         if (row := _task_rows(folder, {task}).get(task)) is not None:
@@ -132,13 +132,13 @@ class RewardOrder:
             ) from None
 
     def of_step(self, n: int) -> list[int]:
-        """The numbers of the rows that a step read, in its order."""
+        """Returns the numbers of the rows that a step read, in its order."""
         if not 1 <= n <= self.steps or not self.rows:
             return []
         return [self.rows[number] for number in self.order.of_step(n)]
 
     def steps_of(self, rows: set[int]) -> dict[int, list[int]]:
-        """{row: the steps that read it} of some rows of the table."""
+        """Returns {row: the steps that read it} of some rows of the table."""
         steps: dict[int, list[int]] = {row: [] for row in rows}
         for n in range(1, self.steps + 1) if rows else ():
             for row in self.of_step(n):
@@ -186,7 +186,7 @@ def _parts(path: Path, text: str) -> dict[str, float]:
 
 
 def _pairs(data: ReleaseData, folder: Path, condition: tuple[str, str, object]) -> list[PairRecord]:
-    """The pairs of a phase that meet a condition, with the steps of the reward model that read them."""
+    """Returns the pairs of a phase that meet a condition, with the steps of the reward model that read them."""
     path = folder / PAIRS
     if not path.exists():
         return []
@@ -197,7 +197,7 @@ def _pairs(data: ReleaseData, folder: Path, condition: tuple[str, str, object]) 
 
 
 def _numbered_rows(path: Path, condition: tuple[str, str, object]) -> dict[int, dict[str, Any]]:
-    """{number in the table: row} of the rows whose column equals a value."""
+    """Returns {number in the table: row} of the rows whose column equals a value."""
     import pyarrow.compute as pc
 
     column, _, value = condition
@@ -212,7 +212,7 @@ def _numbered_rows(path: Path, condition: tuple[str, str, object]) -> dict[int, 
 def _records(
     data: ReleaseData, phase: str, folder: Path, answers: list[SampledAnswer], pairs: list[PairRecord]
 ) -> list[TaskRecord]:
-    """A record for each task of the answers and pairs, in their order."""
+    """Returns a record for each task of the answers and pairs, in their order."""
     ids = list(dict.fromkeys([*(answer.task for answer in answers), *(pair.task for pair in pairs)]))
     rows = _task_rows(folder, set(ids))
     by_task: dict[str, tuple[list[SampledAnswer], list[PairRecord]]] = {id: ([], []) for id in ids}
@@ -238,7 +238,7 @@ def _record(
 
 
 def _task_rows(folder: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
-    """{id: row} of tasks, line by line."""
+    """Returns {id: row} of tasks, line by line."""
     path, rows = folder / TASKS, dict[str, dict[str, Any]]()
     if not ids or not path.exists():
         return rows

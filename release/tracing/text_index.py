@@ -109,7 +109,7 @@ def build_index(folder: Path, cache: Path, progress: Progress = lambda text: Non
 
 
 def _kept_files(data: ReleaseData) -> tuple[dict[str, Path], dict[str, str]]:
-    """{table: its file} and {table: SHA-256 in the checksum file} of the tables of kept text.
+    """Returns {table: its file} and {table: SHA-256 in the checksum file} of the tables of kept text.
 
     Raises AtomError if one is missing or not listed.
     """
@@ -156,7 +156,7 @@ def _without_nul(text: str) -> str:
 
 
 def _candidates(index: Path, span: str) -> Iterator[tuple[str, Sequence[int]]]:
-    """(table, rows that have the trigrams of a span) of each table with such rows."""
+    """Yields (table, rows that have the trigrams of a span) of each table with such rows."""
     indexed_span = _without_nul(span)
     terms = sorted({indexed_span[i : i + 3] for i in range(len(indexed_span) - 2)})
     query = " AND ".join('"' + term.replace('"', '""') + '"' for term in terms[:: len(terms) // TERMS + 1])
@@ -174,7 +174,7 @@ def _candidates(index: Path, span: str) -> Iterator[tuple[str, Sequence[int]]]:
 
 
 def _matching_rows(path: Path, span: str, rows: Sequence[int] | None) -> Iterator[dict[str, Any]]:
-    """The rows of a table whose text contains the span. rows: numbers of the rows to compare, None for all."""
+    """Yields the rows of a table whose text contains the span. rows: numbers of the rows to compare, None for all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

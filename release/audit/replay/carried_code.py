@@ -125,7 +125,7 @@ def find(source: Source, phase: str, last: int) -> Code | None:
 
 
 def _carried_digest(source: Source, module: str) -> str | None:
-    """The digest of the file of a module that the release lists."""
+    """Returns the digest of the file of a module that the release lists."""
     stem = f"code/{module.replace('.', '/')}"
     return next((source.sums[path] for path in (f"{stem}.py", f"{stem}/__init__.py") if path in source.sums), None)
 
@@ -172,7 +172,7 @@ def run(code: Code, phase: str, first: int, last: int, folder: Path, unconfined:
 
 
 def _lines(stream: Any) -> Iterator[str]:
-    """Lines of bounded length, without control characters."""
+    """Yields lines of bounded length, without control characters."""
     while text := stream.readline(4096):
         yield "".join(c if c.isprintable() else " " for c in text.rstrip("\n"))
 
@@ -222,14 +222,14 @@ def _read_result(work: Path) -> Retrained:
 
 
 def _variables(code: Path, work: Path) -> dict[str, str]:
-    """The environment variables of the carried code."""
+    """Returns the environment variables of the carried code."""
     inherited = {name: value for name, value in os.environ.items() if ARITHMETIC.fullmatch(name)}
     fixed = {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(work), "TMPDIR": str(work)}
     return inherited | fixed | {"PATH": os.defpath, "LANG": "C.UTF-8", "USER": "atom", "LOGNAME": "atom"}
 
 
 def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -> list[str]:
-    """The bwrap command, without the program to run.
+    """Returns the bwrap command, without the program to run.
 
     variables: the program's environment. Raises AtomError if bwrap is missing or cannot start.
     """
@@ -264,7 +264,7 @@ def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -
 
 
 def _python_paths() -> list[str]:
-    """Folders and files that Python and its packages need.
+    """Returns folders and files that Python and its packages need.
 
     No other folders of sys.path: the working folder can be one of them, and with it a home.
     """

@@ -39,7 +39,7 @@ class Comparison:
     different: dict[str, float]
 
     def verdict(self, state: Sequence[str]) -> str:
-        """BITWISE, CLOSE or DIFFERS. state: fields of state.json that differ."""
+        """Returns BITWISE, CLOSE or DIFFERS. state: fields of state.json that differ."""
         if state or max(self.different.values(), default=0.0) > TOLERANCE:
             return DIFFERS
         return CLOSE if self.different else BITWISE
@@ -87,7 +87,7 @@ def _relative_difference(published: torch.Tensor, retrained: torch.Tensor) -> fl
 
 
 def changed_fields(plan: Plan, retrained: Path) -> tuple[str, ...]:
-    """Fields of a retrained checkpoint's state.json that differ from the published one."""
+    """Returns fields of a retrained checkpoint's state.json that differ from the published one."""
     state = json.loads((retrained / "state.json").read_text())
     compared = sorted({*state, *plan.end_state} - {"config", "rng"})  # the config was compared, `rng` is a sentence
     return tuple(name for name in compared if state.get(name) != plan.end_state.get(name))

@@ -28,7 +28,7 @@ another."""
 
 
 def select_steps(source: Source, phase: str, first: int | None, last: int | None) -> tuple[int, int]:
-    """The steps of the two checkpoints to replay between.
+    """Returns the steps of the two checkpoints to replay between.
 
     Step 0 of a phase of post-training is the last checkpoint of the phase before. Raises AtomError with the
     published ones.
@@ -174,7 +174,7 @@ class Plan:
 
     @staticmethod
     def checkpoint(phase: str, step: int) -> str:
-        """The folder of a published checkpoint."""
+        """Returns the folder of a published checkpoint."""
         return f"checkpoints/{phase}-step-{step}"
 
     @property
@@ -207,18 +207,21 @@ class Plan:
         return (*self.order_files, *self.files.values())
 
     def order(self) -> Artifact:
-        """The published order, in its folder of the release."""
+        """Returns the published order, in its folder of the release."""
         return Artifact(self.materials["order"], "", (self.source.folder / self.order_files[0]).parent, ())
 
 
 def checkpoint_files(source: Source, checkpoint: str) -> dict[str, str]:
-    """{path: SHA-256} of a published checkpoint: its tensors, their index if they are split, and state.json."""
+    """Returns {path: SHA-256} of a published checkpoint: its tensors, their index if they are split, and state.json."""
     digests = source.digests(checkpoint)
     return {path: digest for path, digest in digests.items() if path.endswith((".safetensors", ".json"))}
 
 
 def environment_values(version: int, code: Mapping[str, str], description: Mapping[str, Any]) -> dict[str, str]:
-    """{name: value} of an environment, the most important first. version: of the stage; code: {module: SHA-256}."""
+    """Returns {name: value} of an environment, the most important first.
+
+    version: of the stage; code: {module: SHA-256}.
+    """
     values = {"stage version": str(version), "python": description["python"]}
     values |= {f"device {name}": str(value) for name, value in sorted(description["device"].items())}
     values |= {f"code of {name}": digest[:12] for name, digest in sorted(code.items())}
@@ -226,7 +229,10 @@ def environment_values(version: int, code: Mapping[str, str], description: Mappi
 
 
 def _checked_state(source: Source, phase: str, step: int) -> dict[str, Any]:
-    """state.json of a checkpoint whose files all have their checksums. Raises CheckFailed if it is of another step."""
+    """Returns state.json of a checkpoint whose files all have their checksums.
+
+    Raises CheckFailed if it is of another step.
+    """
     checkpoint = Plan.checkpoint(phase, step)
     for path in checkpoint_files(source, checkpoint):
         source.file(path)
@@ -237,5 +243,5 @@ def _checked_state(source: Source, phase: str, step: int) -> dict[str, Any]:
 
 
 def _statement_of(source: Source, phase: str, step: int) -> tuple[str, provenance.Statement]:
-    """(key, statement) of the artifact that a published checkpoint comes from."""
+    """Returns (key, statement) of the artifact that a published checkpoint comes from."""
     return source.statement(source.origins[f"{Plan.checkpoint(phase, step)}/state.json"]["artifact"])

@@ -26,7 +26,7 @@ FILES = {"tasks": "tasks.jsonl", "pairs": "pairs.parquet"}
 
 
 def published_files(source: Source, key: str, stage: str, materials: Mapping[str, str]) -> dict[str, str]:
-    """{role: path in the release} of the files that a phase reads beside tokens and checkpoints.
+    """Returns {role: path in the release} of the files that a phase reads beside tokens and checkpoints.
 
     key: of its artifact; materials: {role: key} of its inputs. Raises CheckFailed if one is missing or altered.
     """
@@ -148,7 +148,7 @@ def previous_checkpoint(source: Source, key: str) -> str:
 
 
 def inputs(source: Source, files: Mapping[str, str], init: str | None, folder: Path) -> dict[str, Artifact]:
-    """The inputs of a phase of post-training.
+    """Returns the inputs of a phase of post-training.
 
     files: {role: path in the release}; init: the folder of the checkpoint of the phase before, which is linked in
     `folder`/init, if the replay reads it.

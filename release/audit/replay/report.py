@@ -137,7 +137,7 @@ def _descriptors(digests: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def text(replay: Replay) -> str:
-    """The result for a terminal: the verdict, then one line for each finding."""
+    """Returns the result for a terminal: the verdict, then one line for each finding."""
     steps = f"steps {replay.first + 1} to {replay.last}"
     start = next((path.split("/")[1] for path in replay.materials if path.startswith("checkpoints/")), "")
     previous, _, step = start.rpartition("-step-")
@@ -217,12 +217,12 @@ class Certificate:
 
 
 def folder_of(release: Path) -> Path:
-    """The folder of the certificates of a release."""
+    """Returns the folder of the certificates of a release."""
     return release.with_name(f"{release.name}.replays")
 
 
 def read_certificates(release: Path) -> list[Certificate]:
-    """The certificates of a release, by name. Raises AtomError for one that is not about it."""
+    """Returns the certificates of a release, by name. Raises AtomError for one that is not about it."""
     paths = sorted(folder_of(release).glob("*.json"))
     if not paths:
         return []
@@ -233,7 +233,7 @@ def read_certificates(release: Path) -> list[Certificate]:
 
 
 def read_certificate(path: Path, source: Source) -> Certificate:
-    """A certificate about the release of a source. Raises AtomError if it is none."""
+    """Returns a certificate about the release of a source. Raises AtomError if it is none."""
     if not NAME.fullmatch(path.stem):
         raise AtomError(f"{path}: the name of a certificate has 1 to 64 letters, digits, points, dashes, underscores")
     try:

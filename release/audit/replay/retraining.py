@@ -126,7 +126,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
 
 
 def _kept_files(source: Source, key: str, name: str) -> list[str]:
-    """The paths in the artifact of dedup of a source's kept documents, by its manifest.
+    """Returns the paths in the artifact of dedup of a source's kept documents, by its manifest.
 
     Raises CheckFailed if it lists none.
     """

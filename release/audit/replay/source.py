@@ -36,7 +36,7 @@ class Source:
         self.sums |= read_sums(release / ALL_SUMS, ALL_SUMS)
 
     def file(self, path: str) -> Path:
-        """A file of the release. Raises CheckFailed if it is missing, a link, or differs from the checksums."""
+        """Returns a file of the release. Raises CheckFailed if it is missing, a link, or differs from the checksums."""
         if path not in self.sums:
             raise CheckFailed(f"{printable(path)} is not in the release, and a replay needs it")
         if is_foreign_link(self.folder, path):
@@ -47,23 +47,23 @@ class Source:
         return self.folder / path
 
     def json(self, path: str) -> Any:
-        """The content of a JSON file. Raises what `file` raises, and ValueError for other text."""
+        """Returns the content of a JSON file. Raises what `file` raises, and ValueError for other text."""
         return json.loads(self.file(path).read_bytes())
 
     def digests(self, *places: str) -> dict[str, str]:
-        """{path: SHA-256} of files, and of those in folders."""
+        """Returns {path: SHA-256} of files, and of those in folders."""
         return {path: d for path, d in self.sums.items() for place in places if f"{path}/".startswith(f"{place}/")}
 
     def listed(self, key: str) -> dict[str, str]:
-        """{file: SHA-256} of an artifact, by its manifest."""
+        """Returns {file: SHA-256} of an artifact, by its manifest."""
         return self.manifests[key].digests
 
     def place(self, key: str, file: str) -> str | None:
-        """The path in the release of a file of an artifact; None if it is not published."""
+        """Returns the path in the release of a file of an artifact; None if it is not published."""
         return self._places.get((self.manifests[key].node, file))
 
     def copy(self, key: str, file: str) -> Path:
-        """The published copy of a file of an artifact. Raises CheckFailed if it is missing or altered."""
+        """Returns the published copy of a file of an artifact. Raises CheckFailed if it is missing or altered."""
         return self.file(self.place(key, file) or f"{file} of {key}")
 
     def kept(self, key: str, file: str) -> Path:
@@ -82,7 +82,7 @@ class Source:
         return rebuilt
 
     def tokenizer(self, key: str) -> Path:
-        """The published tokenizer.json of an artifact of the tokenizer: each model's repository has a copy.
+        """Returns the published tokenizer.json of an artifact of the tokenizer: each model's repository has a copy.
 
         Raises CheckFailed if it is missing or altered.
         """
@@ -91,7 +91,10 @@ class Source:
         return self.file(next(copies, f"tokenizer.json of {key}"))
 
     def statement(self, node: str) -> tuple[str, Statement]:
-        """(key, provenance statement) of the artifact of a node. Raises CheckFailed if no statement is about it."""
+        """Returns (key, provenance statement) of the artifact of a node.
+
+        Raises CheckFailed if no statement is about it.
+        """
         manifest = self._manifest(f"evidence/manifests/{node}.json")
         subject = {"name": manifest.key, "digest": {"sha256": manifest.digest}}
         for body in self.statements:
