@@ -104,7 +104,10 @@ class Digests:
     """
 
     def __init__(self, folder: Path, tree: Tree, paths: Set[str] = frozenset()) -> None:
-        """paths: relative to the folder; their digests are computed at once, the largest file first."""
+        """Computes the digests of `paths` at once, the largest file first.
+
+        `paths` are relative to the folder. Digests of other files are computed when they are asked for.
+        """
         self.folder, self.tree = folder, tree
         # Largest first, so that no core ends with the longest file alone.
         present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)

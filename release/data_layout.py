@@ -117,7 +117,7 @@ def orders(dataset: Path) -> list[Path]:
 
 
 def problems(dataset: Path) -> Iterator[str]:
-    """Names the tables with missing parts."""
+    """Yields a sentence for each table with missing parts."""
     for folder in (DISPOSITIONS, KEPT, TOKENS):
         for source, files in _parts(dataset / folder).items():
             if [path.name for path in files] != [part_file(number) for number in range(len(files))]:
@@ -140,7 +140,7 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

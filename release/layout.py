@@ -80,7 +80,10 @@ REWARD_EXPORT = "export-reward"
 
 
 def when(name: str) -> tuple[int, int, str]:
-    """Sort key of phases, or of exported models: midtrain, longcontext-1, …, longcontext-10; unknown ones last."""
+    """Returns the sort key of a phase, or of an exported model.
+
+    The order is midtrain, longcontext-1, …, longcontext-10; unknown ones come last.
+    """
     kind, number = numbered(name)
     return (ORDER.index(kind), number, name) if kind in ORDER else (len(ORDER), 0, name)
 
@@ -110,7 +113,10 @@ def order_of(phase: str) -> str:
 
 
 def models_of(nodes: Iterable[str]) -> list[str]:
-    """The models that nodes export or evaluate, in the order of training: the last one is the release's model."""
+    """Returns the models that nodes export or evaluate, in the order of training.
+
+    The last one is the model of the release.
+    """
     named = (node.partition("-") for node in nodes if node != REWARD_EXPORT)
     return sorted({which for kind, _, which in named if kind in ("export", "evaluate")}, key=when)
 

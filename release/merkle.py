@@ -44,10 +44,9 @@ class Proof:
 
 
 def roots(dataset: Path) -> dict[str, dict[str, Any]]:
-    """{table: {root (hex), size (rows), leaf (the columns of a row that are hashed)}} of a release's dataset folder.
+    """Returns {table: {root (hex), size (rows), leaf}} of a release's dataset folder.
 
-    Tables: `dispositions/<source>`, `kept/<source>`, `tokens/<source>`. Leaf i is the canonical JSON of row i, in the
-    order of the parts. Raises AtomError if a table is damaged.
+    `leaf` lists the columns of a row that are hashed.
     """
     table_roots = {}
     for name, (files, columns) in _tables(dataset).items():

@@ -58,7 +58,10 @@ class Reference(Config):
 
     @classmethod
     def of(cls, source: Source, seed: int, steps: Sequence[AnyFilter]) -> Reference:
-        """Raises AtomError if the documents of a source are not in files, or if code of an extension makes them."""
+        """Describes a source as a release publishes it.
+
+        Raises AtomError if the documents of the source are not in files, or if code of an extension makes them.
+        """
         files = source.files()
         if not files:
             raise AtomError(
@@ -87,7 +90,10 @@ class Reference(Config):
     @field_validator("steps")
     @classmethod
     def _leave_out_places(cls, steps: tuple[Filter, ...]) -> tuple[Filter, ...]:
-        """A release names no folder of this machine, from which code would be imported."""
+        """Leaves folders of this machine out of the steps.
+
+        A release names none of them, since code would be imported from there.
+        """
         return tuple(step.changed(_portable) for step in steps)
 
     @property

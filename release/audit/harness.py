@@ -49,9 +49,9 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
 
 
 def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
-    """The problems with a model's stated answers (`output`, `score`), and the longest answer allowed, in tokens.
+    """Reads the evaluation problems with a model's stated answers (`output`, `score`).
 
-    Raises CheckFailed if the release does not contain them.
+    Also returns the longest answer allowed, in tokens.
     """
     from release.facts.published_tables import read_json, read_rows
     from stages.evaluation.settings import EvaluationSection

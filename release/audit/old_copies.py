@@ -87,7 +87,10 @@ def recognize(
 
 
 def missing_revision(subject: str, deep: bool) -> Verdict | None:
-    """The verdict on a revision that is not on the Hub any more because its repository was retracted; else None."""
+    """Returns the verdict on a revision that is gone because its repository was retracted.
+
+    None if the repository was not retracted, or if no revision was asked for.
+    """
     name, _, revision = subject.partition("@")
     try:
         if not revision or not _has_tombstone(name):

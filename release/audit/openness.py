@@ -263,7 +263,10 @@ def _replay(release: Published) -> Answer:
     "replay it yourself: `atom replay . PHASE`; a certificate in NAME-VERSION.replays is a file that anybody can write",
 )
 def _bitwise(release: Published) -> Answer:
-    """Never Y from files: a certificate has no signature, so its maker may have written it."""
+    """Answers if the training can be repeated bit for bit.
+
+    Never Y from files: a certificate has no signature, so its maker may have written it.
+    """
     stated = {
         certificate.notes["phase"]: certificate.path.name
         for certificate in read_certificates(release.root)

@@ -104,7 +104,7 @@ def _scores(model: ModelFacts) -> dict[str, Figure]:
 
 
 def text(facts: dict[str, Any], width: int = WIDTH) -> str:
-    """Returns the page; control characters in it are escaped. width: its columns."""
+    """Returns the page, `width` columns wide; control characters in it are escaped."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table

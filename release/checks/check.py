@@ -43,7 +43,10 @@ class Findings:
 
     @classmethod
     def of_measurement(cls, ok: bool, text: str) -> Findings:
-        """The findings for one figure and its threshold: the text is the summary if it passes, else the problem."""
+        """Returns the findings for one figure and its threshold.
+
+        The text is the summary if the figure passes, else the problem.
+        """
         return cls(summary=text) if ok else cls([text])
 
     def add(self, other: Findings, prefix: str = "") -> None:

@@ -41,7 +41,7 @@ class Budget:
 
 
 def missing() -> str:
-    """Names what this platform lacks for limits on a child; "" on Linux."""
+    """Returns the name of what this platform lacks for limits on a child; "" on Linux."""
     return "" if os.path.exists(STATUS) else f"{STATUS}, which Linux has"
 
 
@@ -99,7 +99,7 @@ def _receive(descriptor: int, deadline: float) -> bytes | None:
 
 
 def _child(call: Callable[[], Any], budget: Budget, write_end: int) -> None:
-    """Never returns."""
+    """Runs `call` in the child process, sends its result to the parent, and ends the process; never returns."""
     body: dict[str, Any]
     gc.freeze()  # collections in the child do not end objects of its parent, whose threads it has not, and are quick
     try:

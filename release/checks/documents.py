@@ -75,7 +75,10 @@ class Rows:
 
 
 def _batches_where(path: Path, columns: list[str], where: Mapping[str, str]) -> Iterator[Any]:
-    """Not a method: the generator would refer to the object that holds it, and both would stay in memory."""
+    """Streams the rows that have the given values in some columns.
+
+    It is not a method: the generator would refer to the object that holds it, and both would stay in memory.
+    """
     for batch in text_batches(path, [*columns, *where], BATCH):
         for name, value in where.items():
             batch = batch.filter(equals(batch.column(name), value))
@@ -92,7 +95,7 @@ def text_batches(files: Path | list[Path], columns: list[str], size: int = BATCH
 
 
 def equals(column: Any, value: str) -> Any:
-    """Where a column has a value; false for null."""
+    """Returns a mask of the rows where a column has a value; false for null."""
     import pyarrow.compute as pc
 
     return pc.fill_null(pc.equal(column, value), False)

@@ -33,7 +33,10 @@ def names(checks: Checks) -> list[str]:
 
 
 def required(checks: Checks, release: Release) -> set[str]:
-    """The gates that apply to a release, or to the release of an evidence repository, as far as its files show it."""
+    """Returns the gates that apply to a release.
+
+    For an evidence repository, these are the gates of its release, as far as its files show it.
+    """
     # The evidence alone is judged as its whole release, as far as its files show it.
     whole = Release(release.root)
     return {
@@ -44,7 +47,9 @@ def required(checks: Checks, release: Release) -> set[str]:
 
 
 def computed_again(checks: Checks, release: Release) -> dict[str, GateResult | None]:
-    """{gate: its result by the published files; None if it does not apply} of the gates that follow from these alone.
+    """Computes the gates again that follow from the published files alone.
+
+    Returns {gate: its result; None if it does not apply}.
 
     Args:
         checks: All checks.

@@ -39,7 +39,7 @@ def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
 
 
 def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
-    """By more than the recipe requires. None without mid-training."""
+    """Checks that mid-training raises the accuracy by more than the recipe requires. None without mid-training."""
     if "mid" not in build.release.data.evaluation:
         return None
     before, after = (build.release.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))

@@ -122,7 +122,10 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
 
 
 def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
-    """A sentence for each block whose rows or places in the streams differ from those of the order's function."""
+    """Yields a sentence for each block that is not the one that the order's function gives.
+
+    Its rows differ, or its places in the streams.
+    """
     config = order_lookup.config_of(meta)
     # Computing blocks of other documents would only give a misleading difference.
     if not _fits(meta, indexes):

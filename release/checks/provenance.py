@@ -175,7 +175,10 @@ def _compare_build(release: Release, findings: Findings) -> None:
 
 
 def _summaries(release: Release) -> dict[str, Any]:
-    """{key: the byproduct that a statement about it should have} of each artifact whose summary.json is published."""
+    """Returns the byproduct that a statement about an artifact should have, by the key of the artifact.
+
+    These are the artifacts whose summary.json is published.
+    """
     summaries, present = {}, set(release.files)
     for path, origin in read_json(release.root / ORIGINS).items():
         if origin.get("file") == provenance.SUMMARY and path in present:

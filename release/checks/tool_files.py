@@ -133,7 +133,10 @@ def _of_model(release: Release, model: Path, findings: Findings) -> Iterator[str
 
 
 def _names(release: Release, model: Path) -> tuple[str, str]:
-    """The repository of a model, and the version of its release; alone, as its card and its results state them."""
+    """Returns the repository of a model, and the version of its release.
+
+    For a model repository alone, these are as its card and its results state them.
+    """
     if release.is_whole:
         return f"{release.info.repository}{model.name.removeprefix(MODEL)}", release.info.version
     card = (model / CARD).read_text()
@@ -278,7 +281,7 @@ def loader_config_problems(folder: Path) -> Iterator[str]:
 
 
 def _quantization(folder: Path) -> dict[str, Any] | None:
-    """Returns `quantization_config` that a folder's config.json should have; None: none."""
+    """Returns the `quantization_config` that a folder's config.json should have; None if it should have none."""
     if not (folder / LOSS).is_file():
         return None
     variant = VARIANTS.get(read_json(folder / LOSS)["variant"])

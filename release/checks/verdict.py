@@ -49,7 +49,10 @@ class CheckResult:
 
 
 def _printable_texts(texts: list[str]) -> list[str]:
-    """Idempotent: its own output does not change."""
+    """Makes texts printable, and replaces those beyond NAMED by their number.
+
+    It is idempotent: its own output does not change.
+    """
     remaining = len(texts) - NAMED
     return [printable(text) for text in texts[: NAMED + (remaining == 1)]] + (
         [f"and {remaining} others"] if remaining > 1 else []
@@ -98,7 +101,10 @@ class Verdict:
         return {**body, "checks": [asdict(check) for check in self.checks]}
 
     def in_one_sentence(self) -> str:
-        """A sentence to quote: the number of checks by their result, and the digest that stands for the bytes."""
+        """Returns a sentence to quote.
+
+        It has the number of checks by their result, and the digest that stands for the bytes.
+        """
         bad = [check.name for check in self.checks if check.ok is False]
         skipped = sum(check.ok is None for check in self.checks)
         parts = [f"{sum(check.ok is True for check in self.checks)} of {len(self.checks)} checks hold"]

@@ -80,7 +80,10 @@ def shards(release: Release) -> Findings:
 
 
 def _missing(release: Release) -> Iterator[str]:
-    """Yields the stems of weights that a folder must have and lacks: a checkpoint has an optimizer but at step 0."""
+    """Yields the stems of weights that a folder must have and lacks.
+
+    Every checkpoint but that of step 0 has an optimizer.
+    """
     folder = release.root
     stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in release.model_folders]
     if release.kind == "variant":

@@ -413,7 +413,7 @@ class Distinct:
         self._bits = np.zeros((0, BYTES), np.uint8)
 
     def add(self, numbers: Any) -> None:
-        """numbers: array of int64."""
+        """Adds an array of int64."""
         import numpy as np
 
         numbers = np.unique(numbers)

@@ -159,5 +159,8 @@ def read(path: Path) -> Prediction:
 
 
 def outcomes(prediction: Prediction, measured: Mapping[str, float]) -> list[Outcome]:
-    """measured: by figure; others are left out."""
+    """Compares the forecasts with the measured values, which are given by figure.
+
+    Forecasts of a figure that was not measured are left out.
+    """
     return [Outcome(row, measured[row.figure]) for row in prediction.forecasts if row.figure in measured]

@@ -160,7 +160,7 @@ def problems(dataset: Path) -> Iterator[str]:
 
 
 def _part_problems(dataset: Path, source: str, kept: Path) -> list[str]:
-    """At most one for each table."""
+    """Lists the problems of the tables made from one part of a source, at most one for each table."""
     return [text for split in SPLITS if (text := _table_problem(dataset, source, split, kept))]
 
 

@@ -131,7 +131,10 @@ class ModelFacts:
         return self.on_published and not self.training
 
     def license(self, release: str) -> str:
-        """The license of its weights: of a copy, the one of its original; else that of the release's weights."""
+        """Returns the license of the model's weights.
+
+        A copy has the license of its original, and others that of the release's weights.
+        """
         return str(self.base["license"]) if self.base and self.is_copy else release
 
     def name(self) -> str:

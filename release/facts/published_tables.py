@@ -42,7 +42,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, node: str, body: Any) -> Manifest:
-        """body: the content of the file. Raises CheckFailed for another shape."""
+        """Reads the content of a manifest. Raises CheckFailed if it has another shape."""
         try:
             files = tuple(FileRow(row["path"], row["size"], row["sha256"]) for row in body["files"])
             return cls(node, body["key"], body["digest"], files)

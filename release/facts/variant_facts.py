@@ -87,7 +87,12 @@ def read_variants(release: Path, folders: Iterable[str]) -> dict[str, VariantFac
 
 
 def read_original(model: Path, evaluation: Path) -> Original:
-    """model: its folder; evaluation: the folder of its scores and answers in the dataset."""
+    """Reads the original of the variants.
+
+    Args:
+        model: The folder of the model.
+        evaluation: The folder of its scores and answers in the dataset.
+    """
     from stages.export.variants.stage import weight_bytes
 
     answers = {row["id"]: row["output"] for row in read_rows(evaluation / "items.parquet", ["id", "output"])}

@@ -28,7 +28,14 @@ BUILD_INPUTS = (ENVIRONMENT, RECIPE, RELEASE)
 def test_result(
     subjects: dict[str, str], configuration: dict[str, str], passed: Iterable[str], failed: Iterable[str]
 ) -> dict[str, Any]:
-    """subjects, configuration: {name: SHA-256}; passed, failed: names of tests. One failed test fails the result."""
+    """Returns an in-toto statement with the predicate test-result; one failed test fails the result.
+
+    Args:
+        subjects: {name: SHA-256} of the tested files.
+        configuration: {name: SHA-256} of the files that configure the tests.
+        passed: The names of the passed tests.
+        failed: The names of the failed tests.
+    """
     passed, failed = sorted(passed), sorted(failed)
     return {
         "_type": STATEMENT,

@@ -109,7 +109,10 @@ def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
 
 
 def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[list[str] | None, list[str]]:
-    """The folders of checkpoints, None if they are not available, and the names of models since a step of a phase."""
+    """Returns the folders of checkpoints and the names of models that were trained with or after a step of a phase.
+
+    The folders are None if they are not available.
+    """
     checkpoints = data.checkpoints()
     folders = [c.folder for c in checkpoints or () if first_use and (when(order_of(c.phase)), c.step) >= first_use]
     models = [name for name in data.models() if first_use and when(_trained_by(name)) >= first_use[0]]

@@ -42,7 +42,10 @@ def cursor_of(meta: Meta) -> DataCursor:
 
 
 def starts_of(meta: Meta) -> dict[int, dict[str, Place]]:
-    """Where each stream of a packed phase stands at each block and at the end; nothing for other phases."""
+    """Returns the place of each stream of a packed phase at each block and at the end.
+
+    It is empty for other phases.
+    """
     if not meta.get("pack"):
         return {}
     places = [*(part["start"] for part in meta["parts"]), meta["end"]]

@@ -155,7 +155,7 @@ class EarlierRelease:
         }
 
     def _places(self, documents: Sequence[Document]) -> dict[str, Any]:
-        """Where documents are: data, steps, tasks, checkpoints and models, by the names of repositories."""
+        """Returns the places of documents: data, steps, tasks, checkpoints and models, by the names of repositories."""
         splits = {(fate.source, fate.split) for each in documents for fate in each.fates if fate.kept}
         steps: dict[str, set[int]] = defaultdict(set)
         for use in (use for each in documents for use in each.uses):

@@ -126,7 +126,7 @@ class ReleaseData:
         return lambda step: step in steps
 
     def checkpoints(self) -> list[ReleaseCheckpoint] | None:
-        """By order of training; None if they are not available."""
+        """Returns the published checkpoints by order of training; None if they are not available."""
         if self.release is None or not (self.release / "checkpoints").is_dir():
             return None
         names = [path.parent.name for path in self.release.glob("checkpoints/*/state.json")]

@@ -67,7 +67,10 @@ def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
 
 
 def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progress) -> list[Mention]:
-    """The files of a release, or of its data, that have the id or contain a text, in a column or a JSON string."""
+    """Lists the files of a release, or of its data, that have the id or contain a text.
+
+    It may be in a column or in a JSON string.
+    """
     release, mentions = data.opened, []
     names: dict[str, str] = {}
     if release.is_whole and (release.root / "checkpoints").is_dir():

@@ -18,7 +18,7 @@ USES = {
 
 
 def text(answer: Answer) -> str:
-    """Returns any answer for a terminal; control characters in it are escaped."""
+    """Returns the text of an answer for a terminal; control characters in it are escaped."""
     answer = cleaned(answer)
     if isinstance(answer, Step):
         return _step_text(answer)
@@ -138,7 +138,7 @@ def _unknown_lines(unknown: Sequence[str]) -> list[str]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 as 1-3, 7."""
+    """Returns sorted numbers as text, with neighbors joined: 1, 2, 3, 7 as 1-3, 7."""
     parts: list[list[int]] = []
     for n in numbers:
         if parts and n == parts[-1][-1] + 1:

@@ -116,7 +116,10 @@ class RewardOrder:
 
     @classmethod
     def locate(cls, data: ReleaseData) -> RewardOrder | None:
-        """None without a reward model, or where its settings are not: they stand in the whole release only."""
+        """Returns the order of the reward model; None without such a model, or where its settings are missing.
+
+        The settings stand in the whole release only.
+        """
         steps = [c for c in data.checkpoints() or () if c.phase == REWARD]
         table = next((f / PAIRS for f in tables(data).values() if (f / PAIRS).exists()), None)
         if not steps or table is None or data.release is None:

@@ -66,7 +66,10 @@ class Replay:
         return max(self.different.values(), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; a difference without a finite number (another shape, not a number) is the string `inf`."""
+        """Returns the result as plain JSON.
+
+        A difference without a finite number (another shape, not a number) is the string `inf`.
+        """
         differences = {name: _number(value) for name, value in self.different.items()}
         return {
             **self.__dict__,
