@@ -89,7 +89,7 @@ def runs(process: str, script: str) -> bool:
 
 def write_checkpoint(folder: Path, config: Qwen3MoeConfig) -> None:
     """A release checkpoint with the initial weights; holds one of its files, which are small here."""
-    from stages.mcore.weight_init import Initial
+    from stages.mcore.model import Initial
     from stages.train.checkpoint import release_checkpoint
 
     release_checkpoint.SHARD_BYTES = SHARD

@@ -166,9 +166,8 @@ def child(folder: Path, config: Qwen3MoeConfig) -> None:
     from stages.generation import weights
     from stages.generation.vllm_worker import atom_index
     from stages.generation.weights import Broadcast
-    from stages.mcore.model import build, named_tensors
+    from stages.mcore.model import Initial, build, named_tensors
     from stages.mcore.tensor_sharding import FullTensors, boxes, cut
-    from stages.mcore.weight_init import Initial
     from stages.models.parallel_layout import Layout
     from stages.train import parallel
 
@@ -212,8 +211,8 @@ def group_child(folder: Path, servers: int, everyone: bool, config: Qwen3MoeConf
     """A data rank, which all hold the whole model: forms the groups and sends twice; rank 0 prints what it took."""
     from stages.generation import weights
     from stages.generation.weights import Broadcast
+    from stages.mcore.model import Initial
     from stages.mcore.tensor_sharding import FullTensors
-    from stages.mcore.weight_init import Initial
     from stages.models.parallel_layout import Layout
     from stages.train import parallel
 

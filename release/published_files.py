@@ -292,7 +292,7 @@ DATASET = FileList(
         *_made("composition.png", "plot of the tables of kept documents"),
         *_made("!evaluation/canary.json", "made from the digest of the evaluation items"),
         *_made("kept/{source}/{part}", "{file} of {key} without its texts"),
-        *_made("attribution/{source}/{part} notices/{source}/{part}", "release.assembly.attribution"),
+        *_made("attribution/{source}/{part} notices/{source}/{part}", "release.assembly.assemble"),
         *_made("messages/{source}/{table}/{part}", "release.facts.message_tables"),
     ),
     together={

@@ -158,8 +158,7 @@ def _weights(config: ExportConfig, inputs: Inputs) -> Mapping[str, torch.Tensor]
     Raises AtomError if the checkpoint is missing or damaged, or not of the model.
     """
     from stages.mcore.lora_layers import Merged
-    from stages.mcore.model import check_tensors
-    from stages.mcore.weight_init import Initial
+    from stages.mcore.model import Initial, check_tensors
     from stages.train.checkpoint import release_checkpoint
 
     shapes = config.model.shapes(config.padded_vocab_size)

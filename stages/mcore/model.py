@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,15 +14,14 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import AtomError, RecipeError
-from stages.mcore import gpu, megatron_compat
+from stages.mcore import gpu, megatron_compat, megatron_patches
 from stages.mcore.language_model import LanguageModel, mask_padding
-from stages.mcore.layer_spec import uses_transformer_engine
+from stages.mcore.layer_spec import has_transformer_engine, uses_transformer_engine
 from stages.mcore.megatron_imports import GPTModel, MLATransformerConfig, TopKRouter, TransformerConfig, parallel_state
-from stages.mcore.param_names import BUFFERS, global_name
-from stages.mcore.precision import keywords
+from stages.mcore.param_names import BUFFERS, INTO_THE_STREAM, MATRICES, VECTORS, global_name
 from stages.mcore.row_tables import RowTables, frequencies, megatron_yarn
 from stages.mcore.tensor_sharding import is_copied
-from stages.models.base import ModelConfig, Precision
+from stages.models.base import ModelConfig, Precision, layers_in_bf16
 from stages.models.parallel_layout import Fusion, Layout
 
 FUSIONS: dict[Fusion, tuple[dict[str, Any], str, str]] = {
@@ -270,3 +271,117 @@ def _is_there(place: str) -> bool:
     """Returns True if a name of Megatron, given with its module, has a value that is neither None nor false."""
     module, _, name = place.rpartition(".")
     return not place or bool(getattr(importlib.import_module(f"megatron.core.{module}"), name, None))
+
+
+# Of each format of 8 or 4 bits: the first GPU generation whose tensor cores support it, and Transformer Engine's answer
+# whether this machine does, which also depends on the versions of CUDA and its libraries.
+QUANTIZED: dict[Precision, tuple[str, str]] = {
+    "fp8-tensorwise": ("Ada or Hopper", "is_fp8_available"),
+    "fp8-blockwise": ("Hopper", "is_fp8_block_scaling_available"),
+    "mxfp8": ("Blackwell", "is_mxfp8_available"),
+    "nvfp4": ("Blackwell", "is_nvfp4_available"),
+}
+_BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+_RECIPES: dict[Precision, dict[str, Any]] = {
+    # e4m3 forward, e5m2 for gradients, one scale per tensor from its present maximum
+    "fp8-tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    # e4m3 everywhere; scales by 1 x 128 of activations and gradients, 128 x 128 of weights (DeepSeek-V3)
+    "fp8-blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    # e4m3 everywhere; scales that are powers of two, by 1 x 32 (OCP Microscaling)
+    "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8"},
+    # e2m1 everywhere; e4m3 scales by 1 x 16 of activations and gradients, 16 x 16 of weights, under one of the tensor;
+    # stochastic rounding of gradients and the Hadamard transform are on by default (NVIDIA, arXiv:2509.25149)
+    "nvfp4": {"fp4": "e2m1", "fp4_recipe": "nvfp4"},
+}
+
+
+def keywords(precision: Precision, layers: int = 1) -> dict[str, Any]:
+    """The keyword arguments of Megatron's TransformerConfig; constructing it with the FP8 and FP4 ones needs
+    Transformer Engine. Weights stay bf16 under them and are quantized as they are used. layers: of the model."""
+    if precision == "fp32":
+        return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
+    words = {**_BF16, **_RECIPES.get(precision, {})}
+    if precision == "nvfp4":
+        words |= {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 0}
+        words["num_layers_at_end_in_bf16"] = layers_in_bf16(precision, layers)
+    return words
+
+
+def missing_requirement(precision: Precision) -> str | None:
+    """The requirement of a precision that this machine lacks, in a sentence that begins with the recipe's field, or
+    None."""
+    requirement = f"precision = {precision} needs"
+    if precision == "bf16" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return f"{requirement} a GPU of the Ampere generation or newer, and this one is older; choose fp32"
+    if precision not in QUANTIZED:
+        return None
+    if megatron_patches.te_on_cpu():
+        return None
+    generation, question = QUANTIZED[precision]
+    if not torch.cuda.is_available():
+        return (
+            f"{requirement} a GPU of the {generation} generation or newer and Transformer Engine, and this machine "
+            f"has no GPU; `atom simulate-precision` shows here what the format does to the loss"
+        )
+    if not has_transformer_engine():
+        return f"{requirement} Transformer Engine, which cannot be imported here; install transformer-engine[pytorch]"
+    available, reason = getattr(importlib.import_module("transformer_engine.pytorch"), question)(return_reason=True)
+    if not available:
+        return f"{requirement} what this machine lacks, says Transformer Engine: {reason.strip(' .')}; choose bf16"
+    return None
+
+
+def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
+    """The whole initial fp32 tensor of that global name.
+
+    Ones for norms (zeros where 1 is added to them), zeros for biases and sinks, otherwise normal with standard
+    deviation `init_std`, divided by sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling).
+    A gated delta net starts as Megatron's: ones for the biases of the decay, its rates uniform from 1 to 16, and a
+    convolution as PyTorch's.
+    Of an adapter, B is zero and A uniform up to 1 / sqrt(its columns), as PEFT draws it.
+    """
+    if name.endswith("layernorm.weight"):
+        return torch.zeros(shape) if model.zero_centered_norms else torch.ones(shape)
+    if name.endswith(("out_norm.weight", ".dt_bias")):
+        return torch.ones(shape)
+    if name.endswith(("expert_bias", ".lora_B", *VECTORS)):
+        return torch.zeros(shape)
+    if name.endswith(".lora_A"):
+        bound = 1 / math.sqrt(shape[1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
+    if name.endswith(".A_log"):
+        # Rates of decay as in Mamba-2 and in Megatron's layer, kept as logarithms.
+        return torch.empty(shape).uniform_(1.0, 16.0, generator=_generator(name, seed)).log_()
+    if name.endswith(".conv1d.weight"):
+        bound = 1 / math.sqrt(shape[-1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
+    if not name.endswith(MATRICES):
+        raise ValueError(f"there is no rule for the initial weights of {name}; add one to stages/mcore/model.py")
+    std = model.init_std
+    if name.endswith(INTO_THE_STREAM):
+        # Two such matrices a layer: the variance of the stream then stays that of one layer (GPT-2).
+        std /= math.sqrt(2 * model.layers)
+    return torch.empty(shape).normal_(0.0, std, generator=_generator(name, seed))
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    # Not from Python's hash, which differs from process to process.
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Initial(Mapping[str, Tensor]):
+    """The initial tensors of a model, each drawn on access."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, seed: int) -> None:
+        """shapes: by global name."""
+        self.shapes, self.model, self.seed = shapes, model, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        return full_tensor(name, self.shapes[name], self.model, self.seed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

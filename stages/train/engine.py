@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import RecipeError
-from stages.mcore import gpu, lora_layers, precision, routers
+from stages.mcore import gpu, lora_layers, routers
 from stages.mcore.layer_spec import uses_transformer_engine
 from stages.mcore.megatron_imports import (
     DistributedDataParallel,
@@ -25,11 +25,10 @@ from stages.mcore.megatron_imports import (
     get_forward_backward_func,
     parallel_state,
 )
-from stages.mcore.model import build, named_buffers, named_tensors
+from stages.mcore.model import build, full_tensor, missing_requirement, named_buffers, named_tensors
 from stages.mcore.routers import Experts, RouterWatch, RoutingReplay
 from stages.mcore.row_tables import context_positions
 from stages.mcore.tensor_sharding import Box, FullTensors, boxes, cut, is_repeated
-from stages.mcore.weight_init import full_tensor
 from stages.train.config import TrainerConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.parallel import Ranks
@@ -108,7 +107,7 @@ class Engine:
         """Whether this rank lacks the updated weights of others, which the next step's forward pass gathers."""
         kind, model = config.phase.precision, config.model
         # Before the model is built: without the kernels, Transformer Engine fails late and in its own words.
-        if reason := precision.missing_requirement(kind):
+        if reason := missing_requirement(kind):
             raise RecipeError(reason)
         self.model_shapes = model.shapes(config.padded_vocab_size)
         self.lora = config.phase.adapter

@@ -24,8 +24,8 @@ from stages.export import comparison, hf
 from stages.formats.tokenizer import END, PAD
 from stages.mcore.architectures import qwen3_next
 from stages.mcore.architectures.hf import hf_config
+from stages.mcore.model import Initial
 from stages.mcore.param_names import BUFFERS, global_name
-from stages.mcore.weight_init import Initial
 from stages.models import registry
 from stages.models.base import ModelConfig
 from stages.models.qwen3_next import Qwen3NextConfig

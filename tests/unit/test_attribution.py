@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file
-from release.assembly.attribution import write_attribution
+from release.assembly.assemble import write_attribution
 from release.retraction.documents import Reached
 from release.retraction.rewrite import rewrite
 from stages.data.acquire import acquire_stage

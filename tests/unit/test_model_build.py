@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.mcore.model import build, named_tensors
+from stages.mcore.model import build, full_tensor, named_tensors
 from stages.mcore.param_names import global_name
-from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import train_fixtures

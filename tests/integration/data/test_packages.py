@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, sha256_file
-from release.assembly.attribution import write_attribution
+from release.assembly.assemble import write_attribution
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.licenses.maps import UNMAPPED
 from stages.data.acquire.packages import fetch

@@ -28,7 +28,7 @@ from stages.generation.vllm_sampler import VllmServer
 from stages.generation.weights import Broadcast, Weights
 from stages.mcore.architectures import qwen3_moe
 from stages.mcore.architectures.hf import hf_config
-from stages.mcore.weight_init import full_tensor
+from stages.mcore.model import full_tensor
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl.rollout import rollouts

@@ -26,9 +26,8 @@ from stages.mcore.architectures.hf import hf_config
 from stages.mcore.fake_quantization import attach
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import Activations, memory_share
-from stages.mcore.model import build, named_buffers, named_tensors
+from stages.mcore.model import Initial, build, named_buffers, named_tensors
 from stages.mcore.quantize import RECIPES
-from stages.mcore.weight_init import Initial
 from stages.models import registry
 from stages.models.base import ModelConfig
 from stages.models.costs import Rows

@@ -44,7 +44,7 @@ def test_counts_are_those_of_another_implementation(corpus: Path) -> None:
 
     from stages.mcore.architectures.hf import hf_config
     from stages.mcore.architectures.qwen3_moe import to_hf
-    from stages.mcore.weight_init import full_tensor
+    from stages.mcore.model import full_tensor
     from stages.models.qwen3_moe import Qwen3MoeConfig
 
     model = Qwen3MoeConfig(**train_fixtures.MODEL)

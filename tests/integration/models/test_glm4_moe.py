@@ -22,8 +22,7 @@ from stages.mcore.architectures import glm4_moe
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share
-from stages.mcore.model import build, named_buffers, named_tensors
-from stages.mcore.weight_init import Initial
+from stages.mcore.model import Initial, build, named_buffers, named_tensors
 from stages.models import registry
 from stages.models.glm4_moe import Glm4MoeConfig
 from stages.models.parallel_layout import Layout

@@ -14,9 +14,8 @@ from pipeline.core.errors import AtomError
 from stages.export import comparison, hf, streamed_model
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.architectures.qwen3_moe import from_hf, to_hf
-from stages.mcore.model import transformer_config
+from stages.mcore.model import full_tensor, transformer_config
 from stages.mcore.row_tables import frequencies
-from stages.mcore.weight_init import full_tensor
 from stages.models.base import Rope, Yarn
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig

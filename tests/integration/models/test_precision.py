@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
 from stages.export import hf
-from stages.mcore import precision
+from stages.mcore import model
 from stages.mcore.megatron_imports import gpt_layer_specs
 from stages.train.config import TrainConfig
 from tests.fixtures import train_fixtures
@@ -38,7 +38,7 @@ BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bf
     ],
 )  # fmt: skip
 def test_megatrons_words(kind: Any, expected: dict[str, Any]) -> None:
-    assert precision.keywords(kind, 10) == expected
+    assert model.keywords(kind, 10) == expected
     from megatron.core.enums import Fp4Recipe, Fp8Recipe
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -93,9 +93,9 @@ def test_what_a_machine_lacks(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     monkeypatch.setattr(gpt_layer_specs, "HAVE_TE", engine is not None)
-    questions = {question: lambda return_reason: engine for _, question in precision.QUANTIZED.values()}
+    questions = {question: lambda return_reason: engine for _, question in model.QUANTIZED.values()}
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.SimpleNamespace(**questions))
-    problem = precision.missing_requirement(kind)
+    problem = model.missing_requirement(kind)
     assert (
         problem is None
         if message is None

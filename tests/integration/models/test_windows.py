@@ -20,8 +20,7 @@ from stages.generation.protocols import Prompt
 from stages.mcore.architectures.hf import hf_config
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share
-from stages.mcore.model import build, named_tensors
-from stages.mcore.weight_init import Initial
+from stages.mcore.model import Initial, build, named_tensors
 from stages.models.gpt_oss import GptOssConfig
 from stages.models.parallel_layout import Layout
 from stages.train import parallel

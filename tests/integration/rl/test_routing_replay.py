@@ -119,9 +119,8 @@ def test_recorded_experts_that_no_router_chose_are_refused(place: Path, replayed
 
 
 def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() -> None:
-    from stages.mcore.model import build
+    from stages.mcore.model import build, full_tensor
     from stages.mcore.routers import UNRECORDED, RoutingReplay
-    from stages.mcore.weight_init import full_tensor
     from stages.models.qwen3_moe import Qwen3MoeConfig
     from stages.train import parallel
     from tests.fixtures.model_fixtures import load_tensors

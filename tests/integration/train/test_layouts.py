@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from stages.generation.vllm_worker import atom_index
-from stages.mcore.weight_init import Initial
+from stages.mcore.model import Initial
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, train_fixtures

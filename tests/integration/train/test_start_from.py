@@ -21,7 +21,7 @@ from stages.data.acquire.readers.parquet import Parquet
 from stages.export import hf
 from stages.formats import tokenizer
 from stages.formats.table import KEPT, content_hash, write_rows
-from stages.mcore.weight_init import Initial
+from stages.mcore.model import Initial
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train import imported_weights
 from stages.train.checkpoint import release_checkpoint
