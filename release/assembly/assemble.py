@@ -438,7 +438,7 @@ def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[P
 
 
 def _asking(batch: pa.RecordBatch) -> list[str]:
-    """The licenses of documents that ask for attribution."""
+    """Returns the licenses of documents that ask for attribution."""
     return [license for license in batch["license"].unique().to_pylist() if asks_for_attribution(license)]
 
 
@@ -458,8 +458,10 @@ def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]
 
 
 def _stream(acquired: Path | None, name: str, path: Path, columns: Mapping[str, str]) -> Iterator[Any] | None:
-    """The rows of a table of acquire, of the part of a table of kept documents; None if the source has no such
-    table."""
+    """Returns the rows of a table of acquire that belong to one part of a table of kept documents.
+
+    None if the source has no such table.
+    """
     if acquired is None or part_number(path) is None:
         return None
     table = acquired / name / path.name
