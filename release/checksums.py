@@ -45,6 +45,7 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
         raise CheckFailed(str(error).replace(path.name, name, 1)) from None
     rows: dict[str, str] = {}
     last, line = "", b"\n"
+    # Splits at line feeds only; `splitlines` also splits at characters that a name may contain.
     for number, line in enumerate(io.BytesIO(data), 1):
         if number > SUMS_LINES:
             raise CheckFailed(f"{name} has more than {SUMS_LINES} lines")

@@ -159,4 +159,5 @@ def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: S
     try:
         yield from pool.map(work, parts)
     finally:
+        # A caller that stops early does not wait for parts that have not begun.
         pool.shutdown(cancel_futures=True)

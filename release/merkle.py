@@ -90,6 +90,7 @@ def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
     roots: those of `roots`, from a trusted source.
     """
     for name, kind in FIELDS.items():
+        # A bool is an int in Python, but no number of a row.
         if not isinstance(proof.get(name), kind) or isinstance(proof[name], bool):
             return f"the proof is malformed: its field {name} is missing or is no {kind.__name__}"
     table, index, size = proof["table"], proof["index"], proof["size"]
@@ -146,6 +147,7 @@ def _leaves(files: Iterable[Path], columns: list[str]) -> Iterator[bytes]:
     A row is joined from the texts of its values, column by column, in half the time of a row at a time.
     """
     names = sorted(columns)
+    # The line is a template for `%`, so a percent sign in a name is doubled.
     row = "{" + ",".join(encode_basestring(name).replace("%", "%%") + ":%s" for name in names) + "}"
     for batch in stream_part_batches(files, columns, LEAVES):
         texts = [map(_json_text, batch[name].to_pylist()) for name in names]
@@ -158,6 +160,7 @@ def _json_text(value: Any) -> str:
         return encode_basestring(value)
     if value is None:
         return "null"
+    # Not `isinstance`: a bool is an int as well, and JSON writes it in another way.
     if type(value) is int:
         return int.__repr__(value)
     if isinstance(value, float) and not math.isfinite(value):

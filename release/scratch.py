@@ -31,6 +31,7 @@ def folder() -> Iterator[Path]:
     try:
         yield path
     finally:
+        # While the lock is still held, so that no other process sweeps the folder at the same time.
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
@@ -43,6 +44,7 @@ def sweep(parent: Path) -> list[Path]:
             status = path.lstat()
             if status.st_uid != os.geteuid() or path.is_symlink() or not path.is_dir():
                 continue
+            # A living process holds the lock of its folder, and the system frees it however that process ends.
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,6 +66,7 @@ def _make_locked_folder(parent: Path) -> tuple[Path, int]:
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Fails if another process swept the folder before it was locked.
             path.lstat()
             return path, lock
         except OSError as error:

@@ -114,6 +114,7 @@ def scan(folder: Path, listed_count: int) -> Tree:
     """
     tree = Tree()
     path_of_name: dict[str, str] = {}
+    # Beside the listed files there are folders, signatures and what the Hub's client adds.
     for path, status in walk(folder, ENTRIES + 4 * listed_count):
         if isinstance(status, OSError):
             if status.errno == errno.E2BIG:
@@ -173,6 +174,7 @@ def real_bytes(files: Iterable[os.stat_result]) -> int:
 
 def disk_bytes(status: os.stat_result) -> int:
     """Returns the bytes that a file has on the disk."""
+    # The unit of `st_blocks` is 512 bytes on every file system.
     return status.st_blocks * 512
 
 
@@ -200,6 +202,7 @@ def _blob(folder: Path, path: str) -> os.stat_result | None:
     # The cache's layout: <repository>/snapshots/<commit>/<path> links to <repository>/blobs/<digest>.
     snapshot = folder.resolve()
     repository = snapshot.parent.parent
+    # Not `resolve`, which would follow further links.
     target = Path(os.path.normpath((snapshot / path).parent / os.readlink(folder / path)))
     if snapshot.parent.name != "snapshots" or CACHED.fullmatch(repository.name) is None:
         return None
@@ -224,6 +227,7 @@ def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
     real_path, longest, kind = os.path.realpath(folder), -1, ""
     for line in text.splitlines():
         mount, _, filesystem = line.partition(" - ")
+        # The kernel writes spaces and backslashes of a path as octal numbers.
         mount_point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
         # a later mount covers an earlier
         if len(mount_point) >= longest and f"{real_path}/".startswith(mount_point.rstrip("/") + "/"):

@@ -66,6 +66,7 @@ def read(path: Path, limit: int, follow: bool = False) -> bytes:
     """Returns the bytes of a regular file. Raises CheckFailed for anything else, or for more than `limit` bytes."""
     with open_regular(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
+        # One byte more than allowed shows that a file has grown since its size was read.
         data = file.read(limit + 1) if size <= limit else b""
     if size > limit or len(data) > limit:
         raise CheckFailed(f"{path.name} has {max(size, len(data))} bytes, and at most {limit} are read of such a file")
@@ -132,6 +133,7 @@ def _span(file: str, name: str, entry: Any) -> tuple[int, int]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [begin, end, *shape]
+        # Not `isinstance`: `true` is an int for Python.
         if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers) or len(shape) > 16:
             raise ValueError
         bits = DTYPE_BITS[dtype]

@@ -266,6 +266,7 @@ def _place_evidence(draft: Draft) -> None:
     draft.json(RECIPE, source.recipe)
     draft.copy(OWN_VERIFIER, SECOND_VERIFIER)
     draft.json(RELEASE, describe(source).to_json())
+    # The facts are read from release.json in the folder, so it is written before.
     draft.write(CODE_README, render.code_readme(draft.release.info).encode())
 
 
@@ -383,6 +384,7 @@ def _write_standards(draft: Draft) -> None:
 
 
 def _write_origins(draft: Draft) -> None:
+    # Stated before the file is written, so that it lists itself.
     draft.state(ORIGINS)
     (draft.folder / ORIGINS).write_bytes(to_json(draft.origins))
 

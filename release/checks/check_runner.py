@@ -122,9 +122,11 @@ class CheckRunner:
         if self.spent:
             return CheckResult(name, None, f"not checked, because {self.spent}")
         try:
+            # The result comes from another process as JSON.
             answered = self._run_confined(lambda: asdict(guarded(name, question)), self._allowance(reads))
             return CheckResult(**answered)
         except CheckFailed as error:
+            # Every further check could cost as much, so none runs.
             self.spent = f"{name} took all the time or memory that there is"
             return answer(name, [f"cannot be checked: it {error}"])
 

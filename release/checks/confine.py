@@ -64,6 +64,7 @@ def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
         os.close(read_end)
         _child(call, budget, write_end)
     os.close(write_end)
+    # Stays None if this process is interrupted while it waits; the child is then killed as well.
     data = None
     try:
         data = _receive(read_end, time.monotonic() + 10 + WAITING * budget.seconds)
@@ -119,6 +120,7 @@ def _child(call: Callable[[], Any], budget: Budget, write_end: int) -> None:
 
 def _limit(budget: Budget) -> None:
     faulthandler.disable()
+    # The handlers are the parent's, and would do its cleaning up in the child.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDWR)
@@ -136,7 +138,9 @@ def set_limits(budget: Budget) -> None:
     """Limits this process."""
     # The limit counts from the start of the process, so what it has used already is added.
     seconds = max(1, round(budget.seconds + time.process_time()))
+    # A library that crashes on a crafted file must not leave a large core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The soft limit sends a signal that a process may ignore; the hard one, a second later, kills it.
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     # What is in use at the fork belongs to the parent and is not the fault of the file.
     data_limit = _data_bytes() + budget.memory
@@ -154,6 +158,7 @@ def _data_bytes() -> int:
 def _reason(code: int, budget: Budget) -> str:
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"does not end within {budget.seconds:.0f} s of processor time"
+    # Libraries in C++ abort when they get no memory.
     if code == -signal.SIGABRT:
         return _too_large(budget)
     if code < 0:

@@ -109,6 +109,7 @@ def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
     total = sum(pq.read_metadata(path).num_rows for path in files)
     # Each pass keeps the hashes of one residue class, so memory is bounded for any number of documents.
     passes = max(1, -(-total // HASHES))
+    # Hashes spread evenly over the passes, so twice the average is room enough.
     room = total if passes == 1 else 2 * (total // passes) + 1024
     candidates: set[int] = set()
     for number in range(passes):
@@ -255,6 +256,7 @@ def _misplaced(dataset: Path, part: data_layout.Part, table: Rows, expected: Any
     if row is not None:
         table.aligned = False
         id = expected.column("id")[row].as_py()
+        # A missing document and one in another place look alike here; a search tells which it is.
         if not _has(table.path, id) or row == len(actual):
             yield _not_in_both(dataset, table.path, id)
             return
@@ -323,6 +325,7 @@ def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collect
             for id in _other_hashes(batch.filter(equals(batch.column("split"), split)), rows):
                 yield f"{tokens_name}: the content hash of {id} is not that of {name}"
     for rows in tokens.values():
+        # Rows that are left over are of documents that the table of kept ones does not have.
         stray = rows.stray if not rows.aligned else (rows.next() or {}).get("id")
         if stray is not None:
             yield f"{tokens_name}: {stray} is no kept document"
@@ -368,6 +371,7 @@ def _other_hashes(kept: Any, rows: Rows) -> Iterator[str]:
         rows.stray = other.column("id")[row].as_py() if row < len(other) else None
         yield kept.column("id")[row].as_py()
         return
+    # The tables have other names for this hash, such as `kept_hash`.
     for row in _differences(kept, other.rename_columns(["id", "content_hash"]), ["content_hash"]):
         yield kept.column("id")[row].as_py()
 
@@ -390,6 +394,7 @@ def _differences(expected: Any, actual: Any, columns: list[str]) -> list[int]:
 
     equal = None
     for column in columns:
+        # Arrow has no answer for a comparison with null, and here two nulls are equal.
         left, right = (pc.fill_null(table.column(column), "\0") for table in (expected, actual))
         same = pc.equal(left, right)
         equal = same if equal is None else pc.and_(equal, same)

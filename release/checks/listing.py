@@ -46,6 +46,7 @@ def kind_of(folder: Path) -> str:
     # A release that lost its evidence is still a release, and not a repository that lacks its files.
     if parts_of(folder):
         return "release"
+    # The order matters: the repository of a variant may also have a config.json.
     marks = {
         "dispositions": "dataset",
         LOSS: "variant",

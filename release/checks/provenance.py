@@ -125,6 +125,7 @@ def statements(release: Release) -> Findings:
         for key, _ in artifacts:
             if (summary := provenance.summary(body)) and published_summaries.get(key, summary) != summary:
                 problems.append(f"{name}: what it says is in {provenance.SUMMARY} of {key} is not what is there")
+        # A failed attempt has a statement, but no artifact here; its materials may be gone.
         for material in provenance.dependencies_of(body) if artifacts else ():
             uri = material.get("uri", "")
             key = uri.removeprefix(ARTIFACT_URI)

@@ -69,6 +69,7 @@ def score_problems(evaluation: Path) -> list[str]:
 
 def _equals_measured(path: Path, measured: Mapping[str, Any]) -> bool:
     """Returns True if a scores.json equals the measured scores."""
+    # By way of JSON, which turns tuples into lists, and keys into texts.
     return bool(read_json(path) == json.loads(json.dumps(measured)))
 
 
@@ -115,6 +116,7 @@ def fresh_set(release: Release) -> Findings:
     if not (folder / META).exists():
         return Findings(["evaluation/fresh/meta.json is missing: no item is known to be newer than the weights"])
     meta = read_json(folder / META)
+    # A data repository alone has no weights to compare with.
     if (folder / "model").is_dir() and (digest := generated_eval.digest_of(folder / "model")) != meta["digest"]:
         text = f"evaluation/fresh/meta.json was drawn from the weights {meta['digest']}, and these are {digest}"
         return Findings([text])

@@ -259,6 +259,7 @@ def _join_split(
                 pending = pending.slice(count)
                 break
             pending = next(batches, None)
+    # A batch without rows of this split is empty after the filter.
     while pending is not None and not len(pending):
         pending = next(batches, None)
     if pending is not None:

@@ -221,6 +221,7 @@ def _reference(model: Path, folder: Path, place: Path, rows: Sequence[Mapping[st
         variant = read_json(folder / LOSS)["variant"]
         base = base_of(folder.parent, folder) if VARIANTS[variant].writer == "peft" else None
         conversion.write_dequantized(variant, model, folder, place, base)
+        # The recorded continuations are those of the final model; a variant may give others, so they are drawn again.
         request = [{"text": row["text"], "ids": row["ids"], "draw": len(row["greedy"])} for row in rows]
     read = _run(RUNTIMES[REFERENCE], model if folder == model else place, ORIGINAL, request)["rows"]
     request = [{**row, "greedy": answer["greedy"]} for row, answer in zip(rows, read, strict=True)]
@@ -287,6 +288,7 @@ def _run(
     """Returns the answer of a program. Raises Failed."""
     # Programs such as vLLM need packages that exclude ours, so each has an interpreter of its own.
     python = os.environ[runtime.variable] if runtime.variable else sys.executable
+    # llama.cpp opens one file, and the others a folder.
     subject = next(iter(sorted(folder.glob("*.gguf"))), folder)
     script = Path(scripts.__path__[0]) / runtime.script
     command = [python, "-P", str(script), str(subject.resolve()), *runtime.arguments(variant)]
@@ -306,6 +308,7 @@ def _run(
     except OSError as error:
         setting = f"{runtime.variable} = {python}" if runtime.variable else python
         raise Failed(f"{setting} does not run ({error.strerror}); name a Python interpreter") from None
+    # Programs print messages of their own, so the line with the answer is marked.
     lines = [line.removeprefix("RUN ") for line in process.stdout.splitlines() if line.startswith("RUN ")]
     if process.returncode or not lines:
         last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]

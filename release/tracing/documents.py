@@ -133,6 +133,7 @@ def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]
     uses, tasks = find_uses(data, fates, _training_places(data, fates)), _find_tasks(data, fates)
     unknown, documents = data.unknown(checkpoints=True), {}
     for id, document_fates in fates.items():
+        # A use counts unless the log says that it moved no weights; without the log it may have.
         moving_uses = [(when(use.phase), use.step) for use in uses.get(id, []) if use.moved is not False]
         checkpoints, models = _trained_on(data, min(moving_uses, default=None))
         documents[id] = Document(
@@ -172,6 +173,7 @@ def find_uses(data: ReleaseData, ids: Iterable[str], places: Places | None = Non
 def _rows_with(data: ReleaseData, part: OrderPart, ids: Sequence[str], places: Places | None) -> Iterator[Any]:
     """Yields the rows of an order, as far as it was followed, that read one of the documents."""
     steps_by_file = None
+    # Orders of earlier runs may have been computed from other tables than those of this run.
     if places is not None and part.folder.parent == data.data / "order":
         steps_by_file = order_lookup.steps_by_file(data.data, part.folder, places)
     if steps_by_file is None:
@@ -179,6 +181,7 @@ def _rows_with(data: ReleaseData, part: OrderPart, ids: Sequence[str], places: P
     else:
         searches = [([file], max(part.first, steps.start), steps[-1]) for file, steps in steps_by_file.items()]
     for files, first, last in searches:
+        # A part that was followed to its end has no last step.
         conditions = [("step", ">=", first), *([("step", "<=", int(last))] if last != float("inf") else [])]
         yield from select_rows(files, ["step", "id", *PLACE], ("id", "in", ids), *conditions)
 
@@ -225,6 +228,7 @@ def _licenses_and_origins(
     for source, part, id in sorted(documents):
         ids_of_part.setdefault((source, part), []).append(id)
     origins: dict[str, tuple[str, str]] = {}
+    # What a later folder has replaces what an earlier one gave.
     folders = data.folders() if order.parent.name == "earlier" else data.folders()[::-1]
     for folder in folders:
         files = kept_files(folder)
@@ -254,6 +258,7 @@ def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tupl
     tables = sorted(data.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(path.parent.name))
     if not tables:
         return
+    # A task made from a document need not have its id, so it is also found by its question.
     questions = {
         (id, text)
         for id, document_fates in fates.items()

@@ -143,6 +143,7 @@ class EarlierRelease:
     def _trace(self, reach: Reach) -> dict[str, Any]:
         documents: list[Document] = []
         ids = sorted(reach.kinds)
+        # Each call reads the tables once for all its documents.
         for start in range(0, len(ids), TRACED_TOGETHER):
             documents += find_documents(self.data, ids[start : start + TRACED_TOGETHER]).values()
         listed = documents[:MOST_LISTED]

@@ -61,6 +61,7 @@ def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
     for path in paths:
         for name in ("content_hash", "kept_hash"):
             duplicates = select_rows(path, ["id"], (name, "in", hashes))
+            # A relation that the tables state says more than an equal text, so it is kept.
             relations = dict.fromkeys((row["id"] for row in duplicates), "it has the same text") | relations
     del relations[document.id]
     return relations
@@ -84,6 +85,8 @@ def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progres
             content = (release.root / path).read_bytes()
             # JSON may be written with and without escapes of letters.
             ids = {_json_bytes(doc_id, ascii) for ascii in (True, False)}
+            # An id stands alone between its quotes; a text may be part of a longer string, so it is searched without
+            # them.
             inner = {_json_bytes(text, ascii)[1:-1] for text in texts for ascii in (True, False)}
             by_id, by_text = (int(any(part in content for part in parts)) for parts in (ids, inner))
         else:

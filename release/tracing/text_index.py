@@ -65,6 +65,7 @@ def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda
         raise AtomError("the span is empty; give at least one character of the text")
     files, _ = _kept_files(data)
     index = build_index(folder, cache, progress) if len(span) >= 3 else None
+    # None stands for all rows: without an index every text is compared.
     scanned: Iterable[tuple[str, Sequence[int] | None]] = dict.fromkeys(files).items()
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, candidates in scanned if index is None else _candidates(index, span):
@@ -89,6 +90,7 @@ def build_index(folder: Path, cache: Path, progress: Progress = lambda text: Non
     index = cache / f"texts-{sha256_bytes(canonical([INDEX, dict(sums)]))}.sqlite"
     if index.exists():
         return index
+    # Each process writes a file of its own, and only a complete one gets the name of the index.
     draft = index.with_name(f".{index.name}.{os.getpid()}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -136,6 +138,7 @@ def _has_trigrams() -> bool:
 def _write_index(target: Path, files: Mapping[str, Path], progress: Progress) -> None:
     row_number = 0
     with closing(sqlite3.connect(target)) as db:
+        # An index that is not complete is thrown away, so it needs no journal.
         db.execute("PRAGMA journal_mode = OFF")
         db.execute("CREATE TABLE files (first INTEGER, name TEXT)")
         db.execute(TEXTS)
@@ -162,6 +165,7 @@ def _candidates(index: Path, span: str) -> Iterator[tuple[str, Sequence[int]]]:
     query = " AND ".join('"' + term.replace('"', '""') + '"' for term in terms[:: len(terms) // TERMS + 1])
     try:
         with closing(sqlite3.connect(f"{index.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            # A table without rows begins where the next one does; the one with rows comes last of them.
             starts = db.execute("SELECT first, name FROM files ORDER BY first, rowid").fetchall()
             rows = (
                 row for (row,) in db.execute("SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rowid", (query,))

@@ -106,6 +106,7 @@ def find(source: Source, phase: str, last: int) -> Code | None:
     try:
         origin = source.origins[f"checkpoints/{phase}-step-{last}/state.json"]["artifact"]
         bodies = [source.statement(origin)[1]]
+        # A replay tokenizes the documents again, so the code of that stage counts as well.
         if (tokens := provenance.material_keys(bodies[0]).get("tokens")) is not None:
             bodies.append(source.statement(source.manifests[tokens].node)[1])
         stages = [provenance.parameters_of(body)["stage"] for body in bodies]
@@ -119,6 +120,7 @@ def find(source: Source, phase: str, last: int) -> Code | None:
     for stage in stages:
         current |= code_digests(registry.stages()[stage]) if stage in registry.stages() else {}
     changed = sorted(name for name in recorded if current.get(name) != recorded[name])
+    # Code that differs from what the statements name did not train the phase, and running it would prove nothing.
     if not changed or not recorded or any(_carried_digest(source, name) != digest for name, digest in recorded.items()):
         return None
     return Code(source, recorded, changed)
@@ -137,6 +139,7 @@ def run(code: Code, phase: str, first: int, last: int, folder: Path, unconfined:
     """
     code_folder, work = code.extract(folder), folder / "work"
     work.mkdir()
+    # -s and -P keep the packages of the user and the working folder off the path, where other code could be imported.
     command = [sys.executable, "-s", "-P", "-c", DRIVER]
     command += [str(code.source.folder), phase, str(first), str(last), str(work)]
     variables = _variables(code_folder, work)
@@ -173,6 +176,7 @@ def run(code: Code, phase: str, first: int, last: int, folder: Path, unconfined:
 
 def _lines(stream: Any) -> Iterator[str]:
     """Yields lines of bounded length, without control characters."""
+    # The code is not trusted, and may print a line without an end.
     while text := stream.readline(4096):
         yield "".join(c if c.isprintable() else " " for c in text.rstrip("\n"))
 
@@ -195,11 +199,13 @@ def write_result(retrained: Retrained, folder: Path) -> None:
 def _read_result(work: Path) -> Retrained:
     path = work / RESULT
     try:
+        # The carried code wrote this file, and could have linked it to one outside of its folder.
         if path.is_symlink() or path.stat().st_size > RESULT_BYTES:
             raise ValueError("it is a link, or too long")
         result = json.loads(path.read_bytes())
         mistyped = [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]
         checkpoint = (work / result["made"]).resolve()
+        # The checkpoint is read outside of the sandbox, so its path must not lead out of the folder.
         if mistyped or not checkpoint.is_relative_to(work.resolve()) or not checkpoint.is_dir():
             raise ValueError(f"{(mistyped or ['made'])[0]} has another type")
         texts = [*result["state"], *result["environment"]]
@@ -224,6 +230,7 @@ def _read_result(work: Path) -> Retrained:
 def _variables(code: Path, work: Path) -> dict[str, str]:
     """Returns the environment variables of the carried code."""
     inherited = {name: value for name, value in os.environ.items() if ARITHMETIC.fullmatch(name)}
+    # The sandbox mounts the code read-only; what the code writes goes to its work folder.
     fixed = {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(work), "TMPDIR": str(work)}
     return inherited | fixed | {"PATH": os.defpath, "LANG": "C.UTF-8", "USER": "atom", "LOGNAME": "atom"}
 
@@ -242,14 +249,17 @@ def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -
     for name, value in sorted(variables.items()):
         command += ["--setenv", name, value]
     command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    # `--dev` makes a minimal /dev, which has no GPUs.
     for device in sorted(glob.glob("/dev/nvidia*")):
         command += ["--dev-bind", device, device]
     for path in _python_paths():
         command += ["--ro-bind-try", path, path]
     command += ["--ro-bind", str(release), str(release), "--ro-bind", str(code), str(code)]
+    # Texts that a release has by reference are in a folder beside it.
     rebuilt = str(rebuild.folder_of(release))
     command += ["--ro-bind-try", rebuilt, rebuilt]
     command += ["--bind", str(work), str(work), "--chdir", str(work)]
+    # Many machines forbid what bwrap needs, and that shows only when it starts.
     probe = subprocess.run([*command, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if probe.returncode:
         from stages.rl.sandbox.cell import remedy  # which Linux alone can import

@@ -42,6 +42,7 @@ def select_steps(source: Source, phase: str, first: int | None, last: int | None
         raise AtomError(f"the release has no checkpoints of {phase}; phases that can be replayed: {phases}")
     steps = sorted({*steps_by_phase[phase], *([0] if phase in WITHOUT_ORDER else [])})
     end = steps[-1] if last is None else last
+    # -1 is no step, so the message below names those that can be replayed.
     start = max((step for step in steps if step < end), default=-1) if first is None else first
     if start not in steps or end not in steps or start >= end:
         span = f"steps {start}:{end}" if start >= 0 else f"the steps up to {end}"
@@ -107,6 +108,7 @@ class Plan:
                 )
         else:
             start = post_training.previous_checkpoint(source, materials["init"])
+            # `file` raises CheckFailed for a file that differs from its checksum.
             for file in checkpoint_files(source, start):
                 source.file(file)
         parameters = provenance.parameters_of(body)
@@ -129,6 +131,7 @@ class Plan:
             for file in checkpoint_files(source, reference):
                 source.file(file)
         overrides: dict[str, Any] = {"watchdog_timeout_seconds": WATCHDOG_SECONDS}
+        # Nobody resumes a replay, so it needs no checkpoints on the way.
         overrides |= {"checkpoint_interval": config.phase.steps}
         overrides |= {"parallelism": Layout.model_validate(layouts[-1]) if ranks == 1 else Layout()}
         order: list[Path] = []
@@ -138,6 +141,7 @@ class Plan:
             meta = source.copy(materials["order"], "meta.json")
             first_step = int(json.loads(meta.read_bytes()).get("first_step", 1))
             for path in order:
+                # Reads the footer, so that a damaged table is found before the training.
                 if path.suffix == ".parquet":
                     column_names(path)
         # Phases of post-training read published answers or pairs instead of an order.

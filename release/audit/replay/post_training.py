@@ -59,6 +59,7 @@ def require_pairs_of_answers(source: Source, key: str) -> None:
     rounds = read_table(pairs, ["round"])["round"].to_pylist()
     if rounds != sorted(rounds):
         raise CheckFailed(f"{pairs.name}: the pairs are not in the order of their rounds; it was changed")
+    # Rounds of the config as well, so that one whose pairs were all removed is found.
     for number in sorted({*rounds, *range(1, phase.steps + 1)}):
         published = read_table(pairs, filters=[("round", "=", number)]).to_pylist()
         if published != pair_rows(rollouts.read(answers, number), tasks, phase.min_margin):
@@ -111,6 +112,7 @@ def require_same_consumption(path: Path, log: Iterable[Mapping[str, Any]]) -> No
     from stages.rl.rollout import rollouts
 
     lines = [line for line in log if "policy" in line]
+    # Answers name a policy by the step after which it was made, which is one before the step that used it.
     policies = {line["step"] - 1: line["policy"] for line in lines}
     for line in lines:
         answers = rollouts.read(path, line["step"])
@@ -142,6 +144,7 @@ def previous_checkpoint(source: Source, key: str) -> str:
     steps = {int(match[1]): file for file in source.listed(key) if (match := STATE.fullmatch(file))}
     if not steps:
         raise CheckFailed(f"the manifest of {key} lists no checkpoint; it was changed")
+    # Imported weights are published once, as the model `model-base`, and not again as a checkpoint.
     if source.manifests[key].node == IMPORT and source.place(key, steps[max(steps)]) is None:
         return BASE
     return source.copy(key, steps[max(steps)]).parent.relative_to(source.folder).as_posix()

@@ -110,11 +110,13 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
     inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
     stage = registry.stage("tokenize")
     config = stage.config.model_validate(provenance.parameters_of(body)["config"])
+    # No step has this number, so the stage runs to its end.
     stage.run(config, inputs, work, out, StopAtStep(-1, lambda text: None))
     shutil.copyfile(source.copy(key, "meta.json"), out / "meta.json")  # of all sources, as published
     artifact = write_manifest(out, key)
     shards = {row.path: row.sha256 for row in artifact.rows if row.path.endswith(SHARD)}
     listed = {path: digest for path, digest in source.listed(key).items() if path.endswith(SHARD)}
+    # Only the sources of the phase are tokenized here, so only their shards can be compared.
     expected = {path: digest for path, digest in listed.items() if path.split("/")[1] in mix}
     if mismatches := sorted(path for path in {*shards, *expected} if shards.get(path) != expected.get(path)):
         raise CheckFailed(
@@ -157,6 +159,7 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
         shapes = plan.config.phase.adapter.shapes(shapes)
     check_tensors(shapes, tensors.shapes(), plan.start)
     flat = {f"weight.{name}": tensor.flatten() for name, tensor in tensors.items()}
+    # A checkpoint before the first update has no moments.
     if state["optimizer_step"]:
         moments = release_checkpoint.Tensors(published, release_checkpoint.OPTIMIZER)
         states = plan.config.phase.optimizer.state_shapes(shapes)
@@ -184,6 +187,7 @@ def train(plan: Plan, inputs: Mapping[str, Artifact], folder: Path, progress: Pr
     out_folder.mkdir()
     try:
         plan.stage.run(plan.config, inputs, folder / "work", out_folder, StopAtStep(plan.last, progress))
+    # A stage has no way to end early, so its report ends it by an exception.
     except StepSealed as sealed:
         return sealed.folder
     raise CheckFailed(f"{plan.end} is published, but its config seals no checkpoint at that step; verify the release")
@@ -207,6 +211,7 @@ class StopAtStep:
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         tenth = 10 * done // max(self.step, 1)
+        # A replay may train thousands of steps, so it reports at most ten times.
         if tenth != self.reported_tenth and done <= self.step:
             self.reported_tenth = tenth
             self.send_progress(

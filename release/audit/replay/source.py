@@ -32,6 +32,7 @@ class Source:
         schema.require_readable(release)
         self.folder = release.absolute()
         self.sums = read_sums(release / SUMS, SUMS)
+        # The root's checksums cover the list of all files, so it is compared before it is trusted.
         self.file(ALL_SUMS)
         self.sums |= read_sums(release / ALL_SUMS, ALL_SUMS)
 
