@@ -73,6 +73,7 @@ class Reference(Config):
                     f"release.by_reference names {source.name}, whose texts {block.block} of an extension makes; "
                     "others cannot make them again, so leave the source out"
                 )
+        # The expected size is for `atom plan`, and tells nobody how to read the documents.
         settings = source.model_dump(mode="json", exclude={"expected"})
         settings["reader"] = {name: value for name, value in settings["reader"].items() if name not in PLACES}
         if isinstance(source.reader, Hub):
@@ -115,6 +116,7 @@ class Reference(Config):
         if folder is not None:
             reader["path"] = str(folder.resolve())
         if self.lock is not None:
+            # Numbered, since the name of a source comes from the release, and may be no name of a file.
             lock = temporary / f"{len(os.listdir(temporary))}.lock.yaml"
             lock.write_text(self.lock, "utf-8")
             reader["lock"] = str(lock)
@@ -122,6 +124,7 @@ class Reference(Config):
             source = Source.model_validate({**self.source, "reader": reader})
         except ValidationError as error:
             first = error.errors()[0]
+            # The path is the setting that was left out on purpose, so its absence has a remedy.
             if first["type"] == "missing" and first["loc"][-1] == "path":
                 raise AtomError(
                     f"the files of source {name} ({self.origin}) are not on a Hub; get them, and give their folder: "
@@ -144,6 +147,7 @@ def _lock_of(source: Source) -> str | None:
     if not isinstance(reader, Hub):
         return None
     with scratch.folder() as temporary:
+        # The maker's lock may name other sources, which are not published here.
         hub_files.write(temporary / "lock.yaml", {source.name: hub_files.read(Path(reader.lock))[source.name]})
         return (temporary / "lock.yaml").read_text("utf-8")
 

@@ -143,6 +143,7 @@ def _replace(draft: Path, target: Path) -> None:
             os.rename(target, previous)
         os.rename(draft, target)
     except OSError as error:
+        # The new release did not get its place, so the earlier one gets it back.
         if previous.exists() and not target.exists():
             os.rename(previous, target)
         raise AtomError(f"release {target} cannot be put in place: {error}") from None

@@ -105,10 +105,12 @@ def _rebuild_source(
             present += 1
         else:
             progress(f"source {name}: reading part {number + 1} of {len(tables)} of {reference.origin}")
+            # A run that is cut off leaves no half table, which the next run would take for a finished one.
             with atomic_files.replacing(path) as draft:
                 _write_part(listed, draft, source, reference, number)
         rows, length = _compare(listed, path)
         documents, size = documents + rows, size + length
+        # Another version of the library may write other bytes for equal rows, so this is counted and no problem.
         equal += sha256_file(path) == published.get(f"kept/{name}/{path.name}")
     return RebuiltSource(name, reference.origin, documents, size, len(tables), equal if published else None, present)
 
@@ -147,6 +149,7 @@ class _Texts:
                 f"document {printable(id)} is not in the files of {self.reference.origin}, or not in its place; "
                 "read them with the version of atom that made the release"
             )
+        # Most documents were kept as they were read, so the steps run only for the others.
         for text in (document.text, *self._edited(id, document)):
             if content_hash(text) == digest:
                 return text

@@ -84,6 +84,7 @@ def entries(png: bytes) -> dict[str, str] | None:
             return None
         length, kind = struct.unpack(">I4s", png[offset : offset + 8])
         end = offset + 8 + length
+        # The checksum of a chunk covers its kind and its data, and not its length.
         if png[end : end + 4] != struct.pack(">I", zlib.crc32(png[offset + 4 : end])):
             return None
         # A chunk: length, kind, data, and the checksum of kind and data.
@@ -91,6 +92,7 @@ def entries(png: bytes) -> dict[str, str] | None:
         if kind == b"tEXt":
             texts[name.decode("latin-1")] = text.decode("latin-1")
         offset = end + 4
+    # Bytes after the last chunk would be no part of the picture.
     return texts if offset == len(png) else None
 
 

@@ -109,6 +109,7 @@ def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
     dataset = data_id(release)
     # All models of a release come from its base; the base itself from a published model, or from none.
     base = f"{release.repository}-base" if title != "base" else None
+    # Only these models were trained on the published one directly; all others on the release's base.
     if model.base and (title == "base" or model.on_published):
         base = model.base["repo"]
     # A copy is no finetune: nothing was trained.
@@ -119,6 +120,7 @@ def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
         library_name="transformers",
         pipeline_tag="text-generation",
         language=list(release.languages) or None,
+        # Nothing of this release's data trained a copy of a published model.
         datasets=None if model.is_copy else [dataset],
         base_model=base,
         **relation,
@@ -224,6 +226,7 @@ def data_metadata(release: ReleaseInfo, data: DataFacts) -> Any:
     return load().DatasetCardData(
         pretty_name=f"{release.title}{OF_DATA}",
         language=list(release.languages) or None,
+        # The Hub sorts data sets by the number of their rows.
         size_categories=size_category(sum(row.kept for row in data.sources.values())),
         task_categories=["text-generation"],
         configs=[

@@ -158,6 +158,7 @@ def _look_alike(published: bytes, drawn: bytes) -> bool:
     pictures = [Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA") for data in (published, drawn)]
     if pictures[0].size != pictures[1].size:
         return False
+    # A histogram counts the pixels by their difference, so no loop over pixels is needed.
     bands = ImageChops.difference(*pictures).split()
     return not any(any(band.histogram()[ROUNDED + 1 :]) for band in bands)
 
@@ -202,6 +203,7 @@ def card_metadata(release: Release) -> Findings:
         expected = render.plain_metadata(stated.license.code)
         if kind == "dataset":
             expected = render.data_metadata(stated, release.data)
+    # Compared as texts, which also shows duplicate keys and comments, which a parser drops.
     is_equal = schema.metadata_of(text) == str(expected)
     return Findings([] if is_equal else [f"{CARD}: its metadata are not those that the files beside it give"])
 

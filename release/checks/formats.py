@@ -168,6 +168,7 @@ def templates(folder: Path) -> dict[str, str]:
             continue
         body = untrusted.read_json(folder / name, follow=True)
         inside = body.get("chat_template") if isinstance(body, dict) else None
+        # A config holds one template as a text, or several by name in a mapping or a list.
         if isinstance(inside, str):
             texts[name] = inside
         elif isinstance(inside, dict):
@@ -192,15 +193,16 @@ def render(template: str) -> str:
     compiled = compile_template(template)
     texts = []
     for messages in MESSAGES:
+        # Templates take another branch where an answer is to follow.
         for ask in (True, False):
             texts.append(compiled.render(messages=messages, add_generation_prompt=ask, bos_token="", eos_token=""))
     return "".join(texts)
 
 
 def compile_template(template: str) -> Any:
-    """The template in the Jinja sandbox that transformers uses, with the functions that chat templates may call.
+    """Compiles a template in the Jinja sandbox that transformers uses.
 
-    Raises what Jinja raises.
+    It has the functions that chat templates may call. Raises what Jinja raises.
     """
     import jinja2
     import jinja2.ext
@@ -226,5 +228,6 @@ def compile_template(template: str) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
+    # The date of a template differs from day to day, so its form stands for it here.
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
     return environment.from_string(template)

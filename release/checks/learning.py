@@ -47,14 +47,17 @@ def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
 
 
 def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
-    """The loss on the sources that the phase reads is within the recipe's limit. None without mid-training."""
+    """Checks that the loss on the sources that the phase reads is within the recipe's limit. None without mid-training."""
     if "mid" not in build.release.data.evaluation:
         return None
     return _keeps_bits_per_byte(build, "base", {"mid": "midtrain"})
 
 
 def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
-    """The loss in bits per byte on short texts is within the recipe's limit. None without long-context phases."""
+    """Checks that the loss in bits per byte on short texts is within the recipe's limit.
+
+    None without long-context phases.
+    """
     long = [model for model in build.release.data.evaluation if model.startswith("long")]
     if not long:
         return None
@@ -192,7 +195,7 @@ def _text(changes: Mapping[str, Change]) -> str:
 
 
 def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
-    """RLVR gains more on the test problems than the recipe requires.
+    """Checks that RLVR gains more on the test problems than the recipe requires.
 
     None without that phase, and without a model before it that converses.
     """
@@ -203,7 +206,7 @@ def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
 
 
 def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
-    """Learning from preferences loses no more on the test problems than the recipe allows.
+    """Checks that learning from preferences loses no more on the test problems than the recipe allows.
 
     None without such phases after RLVR.
     """

@@ -107,6 +107,7 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
                     same = same.to_numpy(zero_copy_only=False)
                     known[rows] |= same
                     within[rows] |= same & proper[rows] & (end[rows] <= tokens)
+        # One number for step and row, so that batches are compared without a loop.
         places = columns["step"] << 32 | columns["row"], columns["segment"]
         row_key, segment_key = (np.concatenate([old, new]) for old, new in zip(previous, places, strict=True))
         previous = row_key[-1:], segment_key[-1:]
@@ -143,6 +144,7 @@ def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes:
     starts: dict[int, dict[str, Place]] = {}
     # Computing all blocks of a large order again takes as long as making them.
     if config.blocks > BLOCKS:
+        # The sample follows from the file, so that every reader checks the same blocks.
         blocks = sorted(random.Random(sha256_file(folder / "meta.json")).sample(blocks, BLOCKS))
         starts = order_lookup.starts_of(meta)
     used = {name: indexes[name] for name in sorted(config.mix)}
@@ -155,6 +157,7 @@ def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes:
         name = names[n]
         stated = {key: parts[n][key] for key in ("first_step", "last_step")}
         steps = config.steps_of_block(n)
+        # The last step is part of the block.
         if stated != {"first_step": steps.start, "last_step": steps.stop - 1}:
             yield f"meta.json states other steps of {name} than its settings give"
         if config.pack and (problem := _wrong_place(order, n, parts, end)):

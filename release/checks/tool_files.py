@@ -204,6 +204,7 @@ def _licenses(release: Release, findings: Findings) -> Iterator[str]:
     text = (folder / "LICENSE").read_bytes()
     stated = re.match(rb"SPDX-License-Identifier: (\S+)\n", text)
     spdx = stated[1].decode() if stated else CODE_LICENSE
+    # A license without its full text begins with its SPDX identifier.
     if stated and text != license_text(spdx, "", []):
         yield "LICENSE is not the text that this atom writes"
     elif not stated and text != code_license_text(roots()):

@@ -211,7 +211,10 @@ def conversions(release: Release) -> Findings:
 
 
 def _sum(release: Path, name: str, problems: list[str]) -> str:
-    """The sentence on how far an adapter on its base is the final model; "" if it is not, which is a problem."""
+    """Returns a sentence on how far an adapter on its base is the final model.
+
+    If it is not, that is a problem, and the sentence is "".
+    """
     from stages.export.variants import adapter_files
 
     try:

@@ -309,9 +309,9 @@ def earlier_orders(dataset: Path, phase: str) -> list[Path]:
 
 
 def order_facts(folders: list[Path]) -> OrderFacts:
-    """The steps of one phase and the data of each part of them: one part, unless the phase resumed from an earlier run.
+    """Returns the steps of one phase and the data of each part of them.
 
-    folders: the order indices that the phase followed in sequence, each up to the start of the next.
+    There is one part, unless the phase resumed from an earlier run.
     """
     first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
     ends: list[int | None] = [step - 1 for step in first_steps[1:]] + [None]
@@ -373,7 +373,7 @@ class _Rows:
     last: int = -1
 
     def add(self, rows: Any, folder: Path) -> None:
-        """rows: numbers of rows, as an array. Raises CheckFailed if they are not in order."""
+        """Adds the next numbers of rows, an array. Raises CheckFailed if they are not in order."""
         steps = rows[1:] - rows[:-1]
         if rows[0] < self.last or (steps < 0).any():
             raise CheckFailed(f"{folder.name}: the order is not sorted by step and row")

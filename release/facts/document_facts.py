@@ -98,7 +98,7 @@ class ScoreFacts:
         return 1.0
 
     def add(self, scores: NDArray[np.float64]) -> None:
-        """scores: from 0 to 1, of further documents."""
+        """Adds the scores of further documents, which are from 0 to 1."""
         import numpy as np
 
         numbers = np.minimum((scores * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
@@ -315,7 +315,10 @@ def read_opt_outs(dataset: Path) -> list[OptOut]:
 
 
 def removed_documents(dataset: Path) -> Iterator[dict[str, Any]]:
-    """The dispositions of the documents that were removed on request, with `found` and `requests` of their match."""
+    """Yields the dispositions of the documents that were removed on request.
+
+    Each has the kind `found` and the `requests` of its match.
+    """
     import pyarrow.compute as pc
 
     for batch in stream_batches(data_layout.all_files(data_layout.disposition_files(dataset)), OPT_OUT_COLUMNS, BATCH):

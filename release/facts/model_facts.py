@@ -187,6 +187,7 @@ def _measured(model: Path, scores: dict[str, ModelScores]) -> dict[str, float]:
     """Returns {figure: value} of a prediction's model: its scores, and the last held-out loss of its phase."""
     figures = {name: scores[forecast.MODEL][name]["value"] for name in (forecast.BITS, forecast.ACCURACY)}  # type: ignore[literal-required]
     if (log := training.logs(model).get(forecast.PHASE)) is not None:
+        # Only the fields that are needed are kept, since logs may be long.
         lines = training.read(log, ("step", forecast.LOSS))
         losses = [line[forecast.LOSS] for line in lines if forecast.LOSS in line]
         figures |= {forecast.LOSS: losses[-1]} if losses else {}
@@ -201,6 +202,7 @@ def _config_keys(config: dict[str, Any]) -> tuple[str, ...]:
 def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
     shapes: dict[str, list[int]] = {}
     for path in sorted(model.glob("*.safetensors")):
+        # The header alone is read: weights may be larger than the memory.
         shapes |= tensor_shapes(path)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)

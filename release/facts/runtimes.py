@@ -163,7 +163,7 @@ def bound_of(runtime: str, variant: Variant) -> Bound:
 
 
 def compare_all(release: Path, progress: Callable[[str], None] = lambda text: None) -> list[ProgramRun]:
-    """The runs of all programs on the final model and its variants, of a release that has their files and its goldens.
+    """Runs all programs on the final model and its variants, of a release that has their files and its goldens.
 
     A program that is not here is a run that was skipped, with the reason.
     """

@@ -59,6 +59,7 @@ class _Graph:
             words = stated or "; ".join(licenses)
             digest = sha256_bytes(words.encode(errors="surrogatepass"))
             text, comment = (f"LicenseRef-{digest[:12]}", words) if words else ("NOASSERTION", "")
+        # Many elements share a license, which is one element of the document.
         if text not in self.licenses:
             place = f"license/{len(self.licenses)}"
             self.licenses[text] = self.add(
@@ -143,6 +144,7 @@ def _model(graph: _Graph, facts: StandardFacts, folder: str, provider: str) -> s
 
 def _energy(facts: StandardFacts) -> Json:
     """Returns the energy of the whole release, as a decimal without an exponent."""
+    # A decimal in XML Schema has no exponent, which Python writes for small numbers.
     quantity = format(Decimal(repr(energy(facts)["total"]["energy_kwh"])), "f")
     spent = {"type": "ai_EnergyConsumptionDescription", "ai_energyUnit": "kilowattHour", "ai_energyQuantity": quantity}
     return {"type": "ai_EnergyConsumption", "ai_trainingEnergyConsumption": [spent]}

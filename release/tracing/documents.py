@@ -240,7 +240,10 @@ def _licenses_and_origins(
 
 
 def _trained_by(model: str) -> str:
-    """The phase of an exported model: midtrain of `mid`, longcontext-2 of `long-2`, else the phase of the same name."""
+    """Returns the phase that trained an exported model.
+
+    It is midtrain for `mid`, longcontext-2 for `long-2`, and else the phase of the same name.
+    """
     kind, number = numbered(model)
     phase = {"base": "pretrain", "mid": "midtrain", "long": "longcontext"}.get(kind, kind)
     return f"{phase}-{number}" if number else phase

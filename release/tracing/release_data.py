@@ -110,6 +110,7 @@ class ReleaseData:
         for phase in sorted(final_orders, key=when):
             folders = [*earlier_orders(self.data, phase), final_orders[phase]]
             first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+            # Each order was followed up to the step before the next one began.
             last_steps = [*(n - 1 for n in first_steps[1:]), float("inf")]
             parts_by_phase[phase] = [OrderPart(*part) for part in zip(folders, first_steps, last_steps, strict=True)]
         return parts_by_phase
@@ -122,6 +123,7 @@ class ReleaseData:
         log = self.release and self.release / f"evidence/training/{order.name}/training.jsonl"
         if not log or not log.exists() or order.parent.name not in ("order", "rl"):
             return lambda step: None
+        # A line with a loss is of an update, unless the update was skipped.
         steps = {line["step"] for line in training.read(log) if "loss" in line and not line.get("skipped")}
         return lambda step: step in steps
 

@@ -61,6 +61,7 @@ def last_steps(data: ReleaseData) -> dict[str, int]:
         if (path := folder / ANSWERS).exists():
             with read_errors(path), pq.ParquetFile(path) as file:
                 if groups := file.num_row_groups:
+                    # The rows are in the order of their steps, so the last group has the last step.
                     last[phase] = int(pc.max(file.read_row_group(groups - 1, columns=["step"])["step"]).as_py())
     if (order := RewardOrder.locate(data)) is not None:
         last[REWARD] = order.steps
@@ -165,11 +166,13 @@ def _answers(data: ReleaseData, folder: Path, condition: tuple[str, str, object]
     if not path.exists():
         return []
     updates = data.weight_updates(folder)
+    # Only phases that call tools have this column.
     with_turns = "turns" in _columns(path)
     answers = []
     for row in select_rows(path, [*OF_ANSWER, *(["turns"] if with_turns else [])], condition):
         turns = row.pop("turns", None)
         calls = [call for turn in turns or () for call in turn["calls"]]
+        # A dropped answer is in the table with the reason, and no update used it.
         learnt = _learnt(row["dropped"], updates(row["step"]))
         answers.append(SampledAnswer(**{**row, "parts": _parts(path, row["parts"])}, calls=calls, learnt=learnt))
     return answers
@@ -195,6 +198,7 @@ def _pairs(data: ReleaseData, folder: Path, condition: tuple[str, str, object]) 
         return []
     rows = _numbered_rows(path, condition)
     order = RewardOrder.locate(data)
+    # The reward model reads the pairs of one table; nothing is known about those of others.
     steps = order.steps_of(set(rows)) if order is not None and order.table == path else None
     return [PairRecord(row=n, reward_steps=None if steps is None else steps[n], **row) for n, row in rows.items()]
 

@@ -167,6 +167,7 @@ def runs_nothing(text: str) -> bool:
     # The head has the policy that forbids scripts; a second one could not loosen it, but a changed one could.
     head = (FOLDER / TEMPLATE).read_text(encoding="utf-8").partition("<title>")[0]
     lower = text.lower()
+    # In lower case, since HTML does not tell the cases of a tag apart.
     return text.startswith(head) and "<script" not in lower and lower.count("<meta") == head.count("<meta")
 
 

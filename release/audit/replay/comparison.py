@@ -107,7 +107,10 @@ def first_divergence(plan: Plan, log: Path) -> int | None:
 
 
 def _lines_by_step(log: Iterable[Mapping[str, Any]], plan: Plan) -> dict[int, list[Mapping[str, Any]]]:
-    """{step: its lines} of the steps of a plan, except what a phase of post-training sampled to measure itself."""
+    """Returns {step: its lines} of the steps of a plan.
+
+    Lines in which a phase of post-training sampled answers to measure itself are left out.
+    """
     lines: dict[int, list[Mapping[str, Any]]] = {}
     for line in log:
         if plan.first < line["step"] <= plan.last and "validation" not in line:
