@@ -477,6 +477,7 @@ def _receivers(file: PublishedFile, names: Mapping[str, str], folders: Mapping[s
     if file.receivers == "own":
         return [folders[names["model"]]] if names["model"] in folders else []
     if file.receivers == "later":
+        # A file belongs to a model, or to a phase whose log the model's card reads.
         first = names.get("model") or names["read"]
         return [folder for model, folder in folders.items() if when(model) >= when(first)]
     return folders.values() if file.receivers == "every" else [MODEL]

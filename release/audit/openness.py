@@ -167,6 +167,7 @@ def _licenses(release: Published) -> Answer:
     by_source = []
     for path in sorted((release.dataset / "sources").glob("*.json")):
         source = read_json(path)
+        # A source that lists no licenses declares one for all its documents.
         bases = {row["found"] for row in source.get("licenses", [])} or {""}
         if source.get("files") != 0 and not bases.isdisjoint(BY_SOURCE):
             by_source.append(source["name"])
@@ -208,6 +209,7 @@ def _logs(release: Published) -> Answer:
 @_row("rollouts and preferences", "publish the rollouts and pairs of every phase")
 def _rollouts(release: Published) -> Answer:
     kinds = {phase: numbered(phase)[0] for phase in release.phases}
+    # Phases without an order are those that sample answers.
     wanted = {phase: f"dataset/rl/{phase}/rollouts.parquet" for phase, k in kinds.items() if k in WITHOUT_ORDER}
     wanted.pop("reward", None)  # it learns from the pairs of others
     if "dpo" in kinds.values():
@@ -232,6 +234,7 @@ def _contamination(release: Published) -> Answer:
     if release.passed("contamination_report") is None:
         return "P", "documents with items were removed by a rule; no detector was tested", ["dataset/dispositions"]
     report = read_json(release.dataset / CONTAMINATION)
+    # Items for validation are no test items.
     splits = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
     counts = {name: sum(verdicts[name] for verdicts in splits) for name in VERDICTS}
     recall = report["detector"]["recall"]

@@ -433,6 +433,7 @@ def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     bottom, top = axis.get_ylim()
     step = LABEL_STEP * (top - bottom)
     low, places = bottom - step, []
+    # From below, each label moves up until it does not touch the one before.
     for y, name, color in sorted(ends, key=lambda end: end[0]):
         low = max(low + step, y)
         places.append((low, name, color))
@@ -481,6 +482,7 @@ def _bars(axis: Axes, title: str, rows: Mapping[str, int], color: str) -> None:
     axis.barh(range(len(rows)), list(rows.values()), color=color, height=0.7)
     # matplotlib would read what two dollar signs enclose as a formula
     axis.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name in names], fontsize=8)
+    # matplotlib counts from below, and the largest bar stands first.
     axis.invert_yaxis()
     axis.set_title(title, loc="left", fontsize=10)
     axis.set_xticks([])

@@ -57,6 +57,7 @@ def computed_again(checks: Checks, release: Release) -> dict[str, GateResult | N
     """
     evaluation = EvaluationSection.model_validate(release.recipe["evaluation"]).model_dump()
     build, waived = BuildContext(release, evaluation), evaluation.get("waived_gates", {})
+    # Left out are gates with a check that `verify` runs by itself, and those that need what only the build has.
     others = {c.gate for c in checks if not isinstance(c, BuildCheck) or c.private}
     results = {name: run_gate(checks, name, build) for name in names(checks) if name not in others}
     return {name: result and waive(result, waived) for name, result in results.items()}

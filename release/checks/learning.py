@@ -47,7 +47,10 @@ def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
 
 
 def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
-    """Checks that the loss on the sources that the phase reads is within the recipe's limit. None without mid-training."""
+    """Checks that the loss on the sources that the phase reads is within the recipe's limit.
+
+    None without mid-training.
+    """
     if "mid" not in build.release.data.evaluation:
         return None
     return _keeps_bits_per_byte(build, "base", {"mid": "midtrain"})
@@ -96,6 +99,7 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
             for source in build.release.data.sources_read(name)
         }
         left_out = _changes(*(_bits(scores[name], earlier - read) for name in (before, model)))
+        # A sum over sources that are not judged would only be read as a judgement.
         left_out.pop(TOGETHER, None)
         if left_out:
             details.append(f"not judged, because {phase} does not read them: {_text(left_out)}")
@@ -108,9 +112,9 @@ def _nothing_to_judge(phase: str) -> Findings:
 
 
 def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
-    """The last model retrieves more keys than the mid-trained one from texts that are too long for that one.
+    """Checks that the last model retrieves more keys than the mid-trained one.
 
-    None if the models were not evaluated on keys.
+    The texts are too long for the mid-trained one. None if the models were not evaluated on keys.
     """
     scores = build.release.data.evaluation
     long = [model for model in scores if model.startswith("long")]
@@ -121,6 +125,7 @@ def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
     lengths = [length for length in sorted({*before, *after}, key=int) if int(length) > context]
     if not lengths:
         return Findings([f"no passkey was asked for beyond the {context} tokens of mid-training"])
+    # Longer texts are harder, so both models must be judged by the same lengths.
     if missing := [length for length in lengths if length not in before or length not in after]:
         return Findings([f"passkeys of {missing[0]} tokens were asked of one model only"])
     earlier, later = (_pooled([rows[length] for length in lengths]) for rows in (before, after))
@@ -169,6 +174,7 @@ def _bits(scores: ModelScores, sources: Collection[str]) -> dict[str, Figure]:
 
 def _changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> dict[str, Change]:
     """Figures before and after, by name, the greatest rise first."""
+    # A source that only one model has gives a rise that no limit allows.
     unknown: Figure = {"value": math.nan, "se": 0.0}
     changes = {name: (before.get(name, unknown), after.get(name, unknown)) for name in {*before, *after}}
     return dict(sorted(changes.items(), key=lambda change: (-_rise(change[1]), change[0])))

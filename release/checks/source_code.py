@@ -93,6 +93,7 @@ def no_secrets(build: BuildContext) -> Findings:
 
     What a model wrote may have the form of a key: it is stated.
     """
+    # Checksum files hold digests and paths, and no text of anybody.
     paths = [path for path in build.release.files if Path(path).name != SUMS]
     scan = scan_files(build.release.root, paths, build.machine)
     summary = "; ".join([f"{len(paths)} files searched", *(f"by a model: {text}" for text in scan.invented)])
@@ -182,5 +183,6 @@ def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
     for batch in pq.ParquetFile(path).iter_batches(batch_size=TEXT_BATCH):
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                # A NUL stands between the values, so that no secret is found across two of them.
                 joined = "\0".join(value for value in column.to_pylist() if value)
                 yield ("document" if name in TEXT_COLUMNS else "file"), joined.encode()

@@ -85,6 +85,7 @@ def _counts(path: Path) -> tuple[int, int]:
         column = file.schema_arrow.names.index("text")
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         statistics = [group.column(column).statistics for group in groups if group.num_rows]
+        # The footer of a table counts the nulls, so the texts need not be read.
         if all(each is not None and each.has_null_count for each in statistics):
             return file.metadata.num_rows, sum(each.null_count for each in statistics)
         without = sum(batch.column(0).null_count for batch in file.iter_batches(1024, columns=["text"]))

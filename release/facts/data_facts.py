@@ -311,7 +311,8 @@ def earlier_orders(dataset: Path, phase: str) -> list[Path]:
 def order_facts(folders: list[Path]) -> OrderFacts:
     """Returns the steps of one phase and the data of each part of them.
 
-    There is one part, unless the phase resumed from an earlier run.
+    There is one part, unless the phase resumed from an earlier run. folders: the order indices that the phase followed
+    in sequence, each up to the start of the next.
     """
     first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
     ends: list[int | None] = [step - 1 for step in first_steps[1:]] + [None]
@@ -332,6 +333,7 @@ def _part(folder: Path, end: int | None) -> OrderPart:
     tokens: Counter[str] = Counter()
     rows, rows_of = _Rows(), dict[str, _Rows]()
     documents: dict[str, Distinct] = {}
+    # More than any step, so that the first batch sets it.
     first, last = 1 << 62, 0
     columns = ["step", "row", "source", "part", "ordinal", "length"]
     for batch in stream_batches(order_files(folder), columns, BATCH):
@@ -377,6 +379,7 @@ class _Rows:
         steps = rows[1:] - rows[:-1]
         if rows[0] < self.last or (steps < 0).any():
             raise CheckFailed(f"{folder.name}: the order is not sorted by step and row")
+        # The rows are in order, so a row is new where its number rises.
         self.count += int((steps > 0).sum()) + int(rows[0] > self.last)
         self.last = int(rows[-1])
 
@@ -435,9 +438,11 @@ class Distinct:
 
         size = len(self._blocks)
         if size + len(blocks) > len(self._bits):
+            # Grows by half, so that adding one block at a time copies each bit only a few times.
             bits = np.zeros((max(size + len(blocks), len(self._bits) * 3 // 2), BYTES), np.uint8)
             bits[:size] = self._bits[:size]
             self._bits = bits
+        # New blocks get the next free rows of bits; only the small arrays are kept in order.
         places = np.searchsorted(self._blocks, blocks)
         self._rows = np.insert(self._rows, places, np.arange(size, size + len(blocks)))
         self._blocks = np.insert(self._blocks, places, blocks)

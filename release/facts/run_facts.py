@@ -84,6 +84,7 @@ def find_interventions(checkpoints: list[Checkpoint]) -> list[Intervention]:
         source_key, _, step = settings.pop("continue_from", "").partition("@")
         if source_key:
             previous = _settings(states[phase, int(step)])
+            # It names the run to go on from, and is no setting of the training.
             previous.pop("continue_from", None)
             names = sorted(
                 name for name in previous.keys() | settings.keys() if previous.get(name) != settings.get(name)
@@ -211,6 +212,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{name}.{key}".lstrip("."))
     elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
         for number, inner in enumerate(value):
+            # A section is compared with the one of its name, wherever it stands in the list.
             label = inner.get("name", number) if isinstance(inner, Mapping) else number
             yield from _leaves(inner, f"{name}.{label}")
     else:

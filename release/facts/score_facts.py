@@ -37,6 +37,7 @@ def compute_scores(folder: Path) -> ModelScores:
     from stages.evaluation.model_evaluation import KINDS, summary
 
     files = [folder / f"{name}.parquet" for name in KINDS]
+    # The first two tables must exist, so a missing one raises an error; the others come with long contexts.
     tables: list[Any] = [read_rows(path) if path.is_file() or path in files[:2] else [] for path in files]
     return cast(ModelScores, {**summary(*tables), **_stated(folder, "engine")})
 
@@ -158,6 +159,7 @@ def best_example(examples: Sequence[ExampleAnswer]) -> ExampleAnswer | None:
 
     An empty text is no answer.
     """
+    # False sorts before true, and `min` takes the first of equal ones.
     return min(filter(lambda answer: answer.text.strip(), examples), key=lambda answer: not answer.right, default=None)
 
 
@@ -168,6 +170,7 @@ def _in_conversation(dataset: Path, folder: Path) -> Iterator[tuple[str, Example
     ids = {row["id"] for row in rows}
     questions = {row["id"]: row["question"] for row in read_jsonl(path) if row["id"] in ids and "question" in row}
     for row in rows:
+        # A reward between the two is neither a right nor a wrong answer.
         if row["reward"] in (0.0, 1.0) and row["id"] in questions:
             right = row["reward"] == 1.0
             yield row["id"], ExampleAnswer(row["kind"], questions[row["id"]], row["text"], right, True)

@@ -115,6 +115,7 @@ def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -
     # A variant's repository alone: what only the original shows is as stated.
     if original is None:
         all_of: Any = {f"{name}_all": stated[name]["original"] for name in ("bits_per_byte", "accuracy")}
+        # Empty answers stand in for those of the original; what is computed from them is replaced below.
         known = Original(stated["bytes"]["original"], all_of, {row["id"]: "" for row in tables["items"]})
     else:
         known = original

@@ -137,6 +137,7 @@ def _url(facts: StandardFacts, component: Component) -> str:
 def _open(expression: str, known: frozenset[str]) -> bool:
     """Returns True if all licenses of an expression are known as open; of alternatives, one."""
     try:
+        # License expressions are read as those of the documents are.
         return AllowedLicenses(sorted(known)).allows(expression)
     except (IndexError, RecursionError):
         return False

@@ -93,6 +93,7 @@ def describe_packages(pairs: list[tuple[str, str]], roots: list[Path]) -> list[d
     rows = []
     for name, version in pairs:
         license, stated = _package_license(name, version)
+        # A lock that pins another version says nothing of this one.
         digests = sorted(hashes.get((normalized_package(name), version), ()))
         rows.append(asdict(Package(name, version, license, stated, digests)))
     return rows
@@ -109,6 +110,7 @@ def _package_license(name: str, version: str) -> tuple[str | None, str]:
         distribution = metadata.distribution(name)
     except (metadata.PackageNotFoundError, ValueError):
         return None, ""
+    # Another version may have another license.
     if distribution.version != version:
         return None, ""
     text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
@@ -248,6 +250,7 @@ def read_facts(release: Release) -> StandardFacts:
     methods, attempts, counted = set[str](), 0, 0
     for body in release.statements.values():
         finished = str(body["predicate"]["runDetails"]["metadata"]["finishedOn"])
+        # Times of one format in UTC sort as texts.
         ended = max(ended, finished)
         if provenance.parameters_of(body)["node"].startswith("acquire-"):
             acquired = max(acquired, finished)
