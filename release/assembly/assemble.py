@@ -425,6 +425,7 @@ def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[P
             table, packages = dataset / ATTRIBUTION / path.relative_to(dataset / "kept"), set[str]()
             with table_writer(table, COLUMNS) as write:
                 for rows in _attributed(path, _stream(acquired.get(source), "credits", path, CREDITS)):
+                    # The id of a document of a package is source/package/file.
                     packages.update(id.partition("/")[2].partition("/")[0] for id in rows["id"].to_pylist())
                     write(rows)
             yield table
@@ -445,7 +446,10 @@ def _asking(batch: pa.RecordBatch) -> list[str]:
 
 
 def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]:
-    """The rows of a table of kept documents. credits: of the documents of the part, in their order."""
+    """Yields the rows of a table of kept documents whose licenses ask for attribution.
+
+    credits: those of the documents of the part, in their order.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -454,6 +458,7 @@ def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]
         rows = pa.Table.from_batches([batch.filter(pc.is_in(batch["license"], value_set=asking))])
         stated = [_credit(credits, id, path) if credits else {} for id in rows["id"].to_pylist()]
         for name in ("title", "author"):
+            # An author's field may hold a key by mistake, and no release may publish one.
             values = [None if find_secret(credit.get(name)) else credit.get(name) for credit in stated]
             rows = rows.append_column(name, pa.array(values, pa.string()))
         yield rows

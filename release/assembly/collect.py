@@ -28,6 +28,7 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
     Raises AtomError with the nodes that are not sealed or have no statement, and for a recipe whose last model is its
     base.
     """
+    # The final model and the base have a repository each, so they cannot be one model.
     if models_of(graph.nodes)[-1] == MODEL:
         raise AtomError(
             f"{graph.recipe.title} trains no model after {PHASE}, and a release has one beside its base; add midtrain "
@@ -109,6 +110,7 @@ def _references(
         acquired = graph.nodes[f"acquire-{name}"].config
         if not isinstance(acquired, AcquireConfig):
             raise AtomError(f"release.by_reference names {name}, whose texts a model wrote here; leave it out")
+        # Only steps that edited a text are needed to make it again; the others removed documents.
         edits = artifacts["filter"].json("edits.json")[name]
         steps = next(source.steps for source in config.sources if source.name == name)
         references[name] = Reference.of(acquired.source, acquired.seed, [s for s in steps if edits.get(s.name)])

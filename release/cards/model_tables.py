@@ -23,6 +23,7 @@ SETTINGS = {
     "steps": "steps",
     "sequence length": "sequence_length",
     "global batch, tokens": "batch.global_tokens",
+    # Each kind of optimizer has further settings, which `card_rows` adds.
     "optimizer": "optimizer.kind",
     "peak learning rate": "optimizer.lr",
     "final learning rate": "optimizer.final_lr",

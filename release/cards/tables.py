@@ -84,6 +84,7 @@ def _columns_that_fit(pixels: Sequence[float], labels: int) -> list[list[int]]:
     # As few tables as fit.
     parts: list[list[int]] = [[]]
     for column in columns:
+        # A column that is too wide alone still gets a table.
         if parts[-1] and sum(pixels[n] for n in [*parts[-1], column]) > limit:
             parts.append([])
         parts[-1].append(column)
@@ -188,7 +189,10 @@ def positions(scores: dict[str, ModelScores]) -> list[str]:
 
 
 def passkeys_by_depth(scores: dict[str, ModelScores]) -> list[str]:
-    """Keys that the last model retrieved, by length of the text and depth of the key in it (0: at its start)."""
+    """Returns the keys that the last model retrieved, by length of the text and depth of the key in it.
+
+    Depth 0 is the start of the text.
+    """
     scores_by_length = scores[list(scores)[-1]].get("passkey_by_depth", {})
     depths = sorted({depth for row in scores_by_length.values() for depth in row}, key=float)
     body = [

@@ -57,6 +57,7 @@ class Findings:
 
     def compare_tables(self, card: str, tables: Sequence[CardTable[Any]], facts: Any) -> None:
         """Adds a problem for each line of the tables that the text of a card lacks."""
+        # Escaped on both sides, since a card is untrusted and a problem is printed.
         present = {escaped(line) for line in card.splitlines()}
         lines = (line for table in tables for line in table.lines(facts))
         self.problems += [f"README.md lacks the line {line!r}" for line in lines if escaped(line) not in present]

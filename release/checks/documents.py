@@ -335,7 +335,7 @@ def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collect
 
 
 def _stray_tokens(dataset: Path, part: data_layout.Part) -> Iterator[str]:
-    """Tokens of unknown sources or splits."""
+    """Yields a sentence for each row of tokens with an unknown source or split."""
     import pyarrow.compute as pc
 
     for batch in text_batches(part.tokens, ["id", "source", "split"]):

@@ -145,7 +145,7 @@ def _context_of_midtraining(build: BuildContext) -> int:
 
 
 def _losses_by_position(build: BuildContext, model: str, sources: Collection[str]) -> dict[str, Figure]:
-    """Bits per token of the long documents of some sources, at positions within mid-training's context.
+    """Returns bits per token of the long documents of some sources, at positions within mid-training's context.
 
     Empty if the model was not evaluated on long documents.
     """
@@ -162,7 +162,7 @@ def _losses_by_position(build: BuildContext, model: str, sources: Collection[str
 
 
 def _bits(scores: ModelScores, sources: Collection[str]) -> dict[str, Figure]:
-    """Bits per byte of the held-out documents of some sources, one by one and together."""
+    """Returns bits per byte of the held-out documents of some sources, one by one and together."""
     rows = {name: row for name, row in scores["bits_per_byte"].items() if name in sources}
     figures: dict[str, Figure] = {name: {"value": row["value"], "se": row["se"]} for name, row in rows.items()}
     if len(rows) > 1:
@@ -173,7 +173,7 @@ def _bits(scores: ModelScores, sources: Collection[str]) -> dict[str, Figure]:
 
 
 def _changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> dict[str, Change]:
-    """Figures before and after, by name, the greatest rise first."""
+    """Returns figures before and after, by name, the greatest rise first."""
     # A source that only one model has gives a rise that no limit allows.
     unknown: Figure = {"value": math.nan, "se": 0.0}
     changes = {name: (before.get(name, unknown), after.get(name, unknown)) for name in {*before, *after}}

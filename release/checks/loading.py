@@ -37,6 +37,7 @@ def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadR
 
     budget: the limits for untrusted models after the libraries are loaded.
     """
+    # -P keeps the working folder off the path, where a file could have the name of a library.
     command = [sys.executable, "-P", str(Path(export.__file__).with_name("load_check.py"))]
     command += [f"--whole={export.WHOLE_BYTES}"]
     command += [] if budget is None else [f"--memory={budget.memory}", f"--seconds={budget.seconds:.0f}"]
@@ -53,6 +54,7 @@ def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadR
         )
     except subprocess.TimeoutExpired:
         return _failed(folders, f"loading did not end within {wall_seconds} s")
+    # Libraries print lines of their own, so those with a report are marked.
     lines = [line.removeprefix("RELOAD ") for line in process.stdout.splitlines() if line.startswith("RELOAD ")]
     if len(lines) == len(folders):
         return [_report(json.loads(line)) for line in lines]
@@ -73,6 +75,7 @@ def _report(body: dict[str, Any]) -> LoadReport:
 
 
 def _failed(folders: list[Path], message: str) -> list[LoadReport]:
+    # One interpreter loads all models, so nobody knows which of them failed.
     return [LoadReport([LoadProblem(MODEL, message)])] * len(folders)
 
 
@@ -206,6 +209,7 @@ def _compare_conversations(model: Path, templates: dict[str, str], findings: Fin
         for number, row in enumerate(rows, 1):
             arguments = {argument: row[argument] for argument in ARGUMENTS}
             if row["enable_thinking"] is not None:
+                # It is left out where it is null, so that the template takes its own default.
                 arguments["enable_thinking"] = row["enable_thinking"]
             if compiled.render(**arguments) != row["text"]:
                 findings.problems.append(f"{model.name}/{name} renders conversation {number} of {GOLDENS} otherwise")

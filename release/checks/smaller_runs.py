@@ -72,7 +72,7 @@ def _statements(release: Release, names: list[str]) -> dict[str, provenance.Stat
 def _settings(
     section: dict[str, Any], base: provenance.Statement, size: provenance.Statement, name: str
 ) -> Iterator[str]:
-    """Problems of the settings and the inputs of a smaller model, whose section of the recipe is given."""
+    """Yields the problems of the settings and the inputs of a smaller model, whose section of the recipe is given."""
     wanted, config = (dict(provenance.parameters_of(each)["config"]) for each in (base, size))
     model, smaller = wanted.pop("model"), config.pop("model")
     try:
@@ -95,9 +95,10 @@ def _settings(
 
 
 def _log(folder: Path, size: run_facts.Trained) -> Iterator[str]:
-    """Problems of the figures of a smaller model, which its log states too."""
+    """Yields the problems of the figures of a smaller model, which its log states too."""
     last: dict[str, Any] = {}
     for line in training.stream(folder / TRAINING / size.name / "training.jsonl"):
+        # Not every line has every figure, so the last of each is kept.
         last |= {key: line[key] for key in ("step", "tokens", "heldout_loss") if key in line}
     for key, value in {"step": size.steps, "tokens": size.tokens, "heldout_loss": size.loss}.items():
         if last.get(key) != value:
@@ -146,7 +147,10 @@ def prediction(release: Release) -> Findings:
 
 
 def _of_training(release: Release, prediction_digest: str, statement: Any) -> list[str]:
-    """Problems of the statements about the training: each start must name the prediction, and begin after it."""
+    """Returns the problems of the statements about the training.
+
+    Each start must name the prediction, and begin after it.
+    """
     node = release.info.nodes[PHASE]
     finished = statement["predicate"]["runDetails"]["metadata"]["finishedOn"]
     problems, starts_seen = [], 0
@@ -157,6 +161,7 @@ def _of_training(release: Release, prediction_digest: str, statement: Any) -> li
             starts_seen += 1
             if start["prediction"] != prediction_digest:
                 problems.append(f"{path.name}: start {start['start']} of {PHASE} does not name the prediction")
+            # Both are times in UTC of one format, which sort as texts.
             if start["startedOn"] < finished:
                 problems.append(
                     f"{path.name}: start {start['start']} of {PHASE} began at {start['startedOn']}, before the "
@@ -168,7 +173,10 @@ def _of_training(release: Release, prediction_digest: str, statement: Any) -> li
 
 
 def _of_runs(predicted: forecast.Prediction, statement: Any) -> list[str]:
-    """Problems of the runs: their digests are the statement's materials, and the forecast is what follows from them."""
+    """Returns the problems of the runs.
+
+    Their digests must be the statement's materials, and the forecast must be the one that follows from them.
+    """
     problems = []
     digests = {row["digest"]["sha256"] for row in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
     for point in predicted.points:

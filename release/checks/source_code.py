@@ -107,7 +107,7 @@ BY_MODELS = ("dataset/rl/", "dataset/evaluation/")
 
 
 def machine_patterns(paths: list[Path]) -> dict[str, Pattern]:
-    """Patterns that identify this machine: its host name, the user's home, and the folders of the run.
+    """Returns patterns that identify this machine: its host name, the user's home, and the folders of the run.
 
     A host name that is a common word or very short would match everywhere and is left out.
     """

@@ -109,7 +109,10 @@ def _problems(release: Release, findings: Findings) -> Iterator[str]:
 
 
 def _of_evidence(release: Release) -> Iterator[str]:
-    """Problems of the verifier, of the README of the code, and of release.json, which follows from the recipe."""
+    """Yields the problems of the verifier, of the README of the code, and of release.json.
+
+    release.json must follow from the recipe.
+    """
     if _differs(release.root / SECOND_VERIFIER, OWN_VERIFIER.read_bytes()):
         yield f"{SECOND_VERIFIER} is not the verifier of this atom"
     if _differs(release.root / CODE_README, render.code_readme(release.info).encode()):
@@ -120,7 +123,7 @@ def _of_evidence(release: Release) -> Iterator[str]:
 
 
 def _of_model(release: Release, model: Path, findings: Findings) -> Iterator[str]:
-    """Problems of the files of one model's repository."""
+    """Yields the problems of the files of one model's repository."""
     is_chat = release.models[model.name].is_chat
     repo, version = _names(release, model)
     expected = model_facts.serve_config(model, repo, version).encode() if is_chat else None
@@ -147,7 +150,7 @@ def _names(release: Release, model: Path) -> tuple[str, str]:
 
 
 def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterator[str]:
-    """Problems of the files that loaders read beside the weights.
+    """Yields the problems of the files that loaders read beside the weights.
 
     is_chat: whether it converses; None: of a variant, which may be either.
     """
@@ -193,7 +196,7 @@ def _of_data(release: Release, findings: Findings) -> Iterator[str]:
 
 
 def _licenses(release: Release, findings: Findings) -> Iterator[str]:
-    """Problems of the license of each repository: its text must be that of the license that is stated."""
+    """Yields the problems of the license of each repository: its text must be that of the license that is stated."""
     folder = release.root
     if release.kind in ("release", "evidence"):
         for place in [place.folder for place in release.repositories] if release.is_whole else [""]:

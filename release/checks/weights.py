@@ -51,6 +51,7 @@ def tensors(release: Release) -> Findings:
         if stated != files.get((path.parent, path.name.split(".")[0])):
             problems.append(f"{path.relative_to(folder).as_posix()}: it does not list the tensors of its files")
     for (model_folder, kind), names in files.items():
+        # The name of a moment is its kind, and after a point the name of its tensor.
         tensor_names = {name.split(".", 1)[1] for name in names}
         if kind == "optimizer" and tensor_names != files.get((model_folder, "model"), {}).keys():
             name = model_folder.relative_to(folder).as_posix()
@@ -71,6 +72,7 @@ def shards(release: Release) -> Findings:
             names_by_place.setdefault(f"{place}{slash}", []).append(name)
     for prefix, names in names_by_place.items():
         for stem in sorted({name.partition(".")[0].partition("-")[0] for name in names}):
+            # The character after the stem, so that `model` does not take the files of `models`.
             own = [name for name in names if re.match(f"{stem}[.-]", name)]
             findings.problems += [f"{prefix}{text}" for text in _shard_problems(folder / prefix, stem, own)]
             findings.compared = True
@@ -94,7 +96,7 @@ def _missing(release: Release) -> Iterator[str]:
 
 
 def _shard_problems(place: Path, stem: str, names: list[str]) -> Iterator[str]:
-    """Problems of the files of one stem, such as `model`, in a folder. names: of all of them."""
+    """Yields the problems of the files of one stem, such as `model`, in a folder. names: of all of them."""
     files = [name for name in names if name.endswith(".safetensors")]
     headers = {name: untrusted.tensor_header(place / name, follow=True) for name in files}
     # One file needs no index; a loader that finds both could take up other tensors than were checked.

@@ -51,7 +51,10 @@ def by_reference(release: Release) -> Findings:
 
 
 def _unreasoned(dataset: Path, stated: Mapping[str, Reference]) -> list[str]:
-    """Sources that a model wrote from one by reference, without a reason why their texts are published."""
+    """Returns a sentence on each source that lacks a reason why its texts are published.
+
+    Sources need one if a model wrote them from a source by reference.
+    """
     reasons, problems = references.published_reasons(dataset), []
     for path in sorted((dataset / "sources").glob("*.json")):
         generated = read_json(path).get("generated") or {}

@@ -91,4 +91,5 @@ def stream_batches(files: Path | Iterable[Path], columns: list[str] | None, size
             if missing := sorted({*wanted} - {*names}):
                 raise CheckFailed(f"{path.name} has no column {missing[0]}")
             for batch in file.iter_batches(batch_size=size, columns=wanted):
+                # The columns come in the order of the file, and callers expect that of their request.
                 yield batch.select(wanted)
