@@ -40,6 +40,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     plots.require()
     require_nodes(source.artifacts)
     target = home / "releases" / f"{source.name}-{source.version}"
+    # Beside the target and so on its file system, which makes the move to its place a single step.
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     refused = target.with_name(f"{target.name}.refused")
     shutil.rmtree(draft, ignore_errors=True)

@@ -110,6 +110,7 @@ def text(facts: dict[str, Any], width: int = WIDTH) -> str:
     from rich.padding import Padding
     from rich.table import Table
 
+    # A terminal obeys control characters, and the texts are those of whoever made the release.
     facts, buffer = cleaned(facts), io.StringIO()
     console = Console(file=buffer, width=min(width, WIDEST), highlight=False, markup=False)  # a title may have brackets
 

@@ -71,6 +71,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
     modes = keeps_modes(folder)
     problems = []
     for path, status in sorted(files.items()):
+        # The Hub's client writes there, and `release.tree` has refused all that it does not write.
         if path.startswith(".cache/"):
             continue
         source = archive and (path.startswith("code/") or path == SECOND_VERIFIER)

@@ -333,4 +333,5 @@ def _is_adapter_config(config: dict[str, Any], repo: str) -> bool:
         return False
     if any(not WORD.fullmatch(name) for name in modules or ()) or parameters not in (None, list(STACKED)):
         return False
+    # Made again from the values that may vary, so that every other key is as this tool writes it.
     return config == adapter_config(repo, rank, alpha, modules, parameters)

@@ -126,6 +126,7 @@ def _receipt_problems(release: Release, opt_outs: dict[str, OptOut]) -> Iterator
         yield f"{receipt_path(request)} is a receipt of a request that dataset/{OPT_OUTS} does not name"
     for request, opt_out in sorted(opt_outs.items()):
         path = receipt_path(request)
+        # A request is a part of the path, so it must be a digest.
         if not REQUEST.fullmatch(request) or request not in names:
             yield f"{path} is missing"
             continue

@@ -56,6 +56,7 @@ def evaluations(release: Release) -> dict[str, dict[str, Any]]:
     for node, artifact in nodes.items():
         kind, _, model = node.partition("-")
         table = release.dataset / "evaluation" / model / "items.parquet"
+        # The name of the model becomes a part of a path.
         if kind != "export" or not re.fullmatch(r"[a-z0-9-]+", model) or not table.is_file():
             continue
         rows = read_rows(table, ["id", "score"])

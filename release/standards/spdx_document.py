@@ -90,6 +90,7 @@ def document(facts: StandardFacts) -> Json:
     for variant in variants:
         graph.relate(variant, "descendantOf", final)
 
+    # Taken before the bill is added, which does not list itself.
     listed = [element["spdxId"] for element in graph.elements]
     bom = graph.add("software_Sbom", "bom", rootElement=final, element=listed, profileConformance=PROFILES)
     graph.add("SpdxDocument", "document", rootElement=[bom], profileConformance=PROFILES)

@@ -162,6 +162,7 @@ def select_rows(files: Path | Sequence[Path], columns: Sequence[str], *filters: 
     Reads the columns of the filters where the statistics of a row group allow a match, and the others where there is
     one. Raises AtomError for a damaged table.
     """
+    # No row is in an empty list, so no table is opened.
     if any(comparison == "in" and not values for _, comparison, values in filters):
         return []
     return [row for path in ([files] if isinstance(files, Path) else files) for row in _select(path, columns, filters)]
@@ -200,6 +201,7 @@ def _may_hold(group: Any, column: str, comparison: str, value: Any) -> bool:
     """Returns True if the statistics of a row group allow a value that passes a filter."""
     indices = (number for number in range(group.num_columns) if group.column(number).path_in_schema == column)
     statistics = next((group.column(number).statistics for number in indices), None)
+    # Without statistics the row group has to be read.
     if statistics is None or not statistics.has_min_max:
         return True
     low, high = statistics.min, statistics.max

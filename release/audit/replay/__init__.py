@@ -59,6 +59,7 @@ def replay(
             retrained = retrain(source, phase, first, last, folder, progress)
         else:
             retrained = carried_code.run(code, phase, first, last, folder, unconfined, progress)
+            # The carried code names these files, so they are compared with the checksums here.
             for path in retrained.subject:
                 source.file(path)
         progress("comparing")

@@ -163,6 +163,7 @@ def inputs(source: Source, files: Mapping[str, str], init: str | None, folder: P
         if init == BASE:
             _import(source, step)
         else:
+            # A checkpoint may be large, so it is linked and not copied.
             step.symlink_to(source.folder / init)
         rows = (FileRow(f"{step.name}/{row.path}", row.size, row.sha256) for row in rows_of(step))
         artifacts["init"] = Artifact(init, "", step.parent, tuple(rows))

@@ -206,6 +206,7 @@ class Certificate:
         of the environment.
         """
         first, last = self.notes["steps"]
+        # A certificate may come from anybody, so its texts are cut for the table.
         phase, verdict = (str(self.notes[name])[:80] for name in ("phase", "verdict"))
         counts = int(self.notes["tensors"]), int(self.notes["tensors_that_differ"])
         return [
