@@ -48,7 +48,7 @@ from stages.evaluation.scores import VERDICTS
 from stages.train.imported_weights import NAME as BASE
 
 SMALL_BYTES = 4_000_000_000
-"""Of weights: a billion parameters in fp32, which a laptop holds."""
+"""The size of weights that a laptop holds: a billion parameters in fp32."""
 LEAST_SIZES = 2
 """Smaller models of a family of sizes."""
 BY_SOURCE = ("", "none")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 SUFFIX = ".data"
-"""Of the folder beside a release that has its rebuilt tables."""
+"""The end of the name of the folder beside a release that has its rebuilt tables."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ PUBLISHED = "published base"
 PHASES: dict[str, str] = WORDS["phases"]
 """Titles of training phases."""
 IN_PROCESS = "transformers in the stage's process, in fp32"
-"""What computes scores without an engine."""
+"""The program that computes scores without an engine."""
 CONVERSATION_TITLES = {"system": "system messages", "tools": "tools", "reasoning": "reasoning"}
 CHAT_TITLES = {"test": "answers in conversation", "fresh": "answers to new items", "preferences": "preferences"}
 COLUMN_PIXELS, PADDING_PIXELS = 750, 27

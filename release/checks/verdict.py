@@ -22,7 +22,7 @@ OPEN = {
     "checkpoint": "whether these are the weights of its maker, " + _KEY,
     "repository": "whether these are the words of its maker, " + _KEY,
 }
-"""What nothing but a signature by a known key shows of a folder, by its kind."""
+"""The question about a folder that only a signature by a known key answers, by the kind of the folder."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from release import untrusted
 SCHEMA = 1
 FILE = "prediction.json"
 FOLDER = "evidence/prediction"
-"""Of a release: FILE, its manifest.json and its statement.json. FILE is also in the repository of the model."""
+"""The folder in a release of FILE, its manifest.json and its statement.json. The model's repository has FILE, too."""
 LEAST_RUNS, LEVEL = 3, 0.9
 """Runs that a law needs, and the share of a band."""
 PHASE, MODEL = "pretrain", "base"
-"""What is predicted: the model after this phase."""
+"""The phase after which the model is predicted, and the name of that model."""
 LOSS, BITS, ACCURACY = "heldout_loss", "bits_per_byte_all", "accuracy_all"
 NAMES = {LOSS: "held-out loss", BITS: "bits per byte, all sources", ACCURACY: "accuracy, all tasks"}
 

@@ -24,7 +24,7 @@ from stages.formats.table import SPLITS
 FOLDER = "messages"
 COLUMNS = ["id", "license", "split", "text"]
 METADATA = "atom.features"
-"""Of a table: JSON with the number of its conversations that have each of `chat_templates.FEATURES`."""
+"""The key of a table's metadata with the number of its conversations that have each of `chat_templates.FEATURES`."""
 
 
 def chat_sources(dataset: Path) -> dict[str, list[Path]]:

@@ -37,7 +37,7 @@ CONFIG_KEYS = (
 )  # fmt: skip
 """Fields of config.json, if the architecture has them."""
 EXPERTS = ("num_experts", "n_routed_experts")
-"""Of these, the one with the experts of a layer."""
+"""The fields of these that state the number of experts of a layer."""
 
 
 @dataclass

@@ -35,7 +35,7 @@ SECONDS = 3600
 VLLM_HEAD = 32
 """vLLM's kernels for the CPU know heads of this size and larger ones."""
 VLLM_LATENT = (512, 64)
-"""Of latent attention, they know this latent and this rotary part (its `CPUMLABackend`)."""
+"""For latent attention, they know this latent and this rotary part (its `CPUMLABackend`)."""
 ORIGINAL = Variant("safetensors", "", 0, "", "")
 """The final model among the variants."""
 

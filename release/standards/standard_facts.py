@@ -34,7 +34,7 @@ HUB = "https://huggingface.co"
 PACKAGES = "packages.json"
 WEIGHTS = (".safetensors", ".gguf")
 LEFT_OUT = "making of the machines, network, storage, experiments before this run, and use of the model"
-"""What the energy of a release does not include."""
+"""The uses of energy that the figures of a release leave out."""
 PROCEDURAL = ("problems", "chat-problems", "courtesies", "passkeys")
 """Readers whose documents a program of this project wrote."""
 MOST_STATED = 200

@@ -57,7 +57,7 @@ Places = Mapping[str, tuple[str, int]]
 
 
 MOST_EPOCHS = 10_000
-"""Of a source: above, its rows are faster searched than looked up."""
+"""The most epochs of a source; with more, a search of its rows is faster than looking them up."""
 
 
 def steps_by_file(data: Path, order: Path, places: Places) -> dict[Path, range] | None:

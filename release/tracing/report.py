@@ -14,7 +14,7 @@ USES = {
     False: "not trained on, since the step updated nothing",
     None: "trained on, if the step updated",
 }
-"""What became of an answer that was not dropped."""
+"""The use of an answer that was not dropped, by whether the step learnt from it."""
 
 
 def text(answer: Answer) -> str:
