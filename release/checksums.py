@@ -86,7 +86,7 @@ def compare(
 ) -> list[str]:
     """Returns the differences between a checksum file and a folder: every missing, extra and altered file, by name.
 
-    present: the regular files in the folder.
+    `present` lists the regular files in the folder.
     """
     wrong = [f"{path} is missing (listed in {name})" for path in sorted(set(sums) - set(present))]
     wrong += [f"{path} is not listed in {name}" for path in sorted(set(present) - set(sums))]

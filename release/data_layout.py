@@ -147,8 +147,9 @@ def cores() -> int:
 def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: Sequence[Path]) -> Iterator[Result]:
     """Yields the result of `work` for each part, in their order.
 
-    Each process holds what one part needs, so memory grows with the cores and not with the parts. work: picklable,
-    as parts and results are. files: that are read, for their size. An error of a call is raised.
+    Each process holds what one part needs, so memory grows with the cores and not with the parts. `work`, parts and
+    results must be picklable. `files` are those that are read; their size decides whether processes are worth it. An
+    error of a call is raised.
     """
     number = min(cores(), len(parts))
     if number < 2 or sum(path.stat().st_size for path in files if path.exists()) <= MOST_ALONE:

@@ -122,12 +122,12 @@ def models_of(nodes: Iterable[str]) -> list[str]:
 
 
 def model_name(folder: str, final: str) -> str:
-    """Returns the name of the exported model in a folder; final: the name of the last one."""
+    """Returns the name of the exported model in a folder. `final` is the name of the last one."""
     return final if folder == MODEL else folder.removeprefix(f"{MODEL}-")
 
 
 def folders_of(models: Sequence[str]) -> dict[str, str]:
-    """Returns {exported model: its folder}; models: in the order of training.
+    """Returns {exported model: its folder} of models in the order of training.
 
     The untrained one is only published as a checkpoint.
     """

@@ -31,8 +31,13 @@ FIELDS = {"table": str, "leaf": dict, "index": int, "size": int, "proof": list, 
 class Proof:
     """A row of a table under the table's root.
 
-    leaf: the row's columns that are hashed; index: of the row; size: rows of the table; proof: hex of the siblings,
-    from the leaf up; root: hex.
+    Attributes:
+        table: The table.
+        leaf: The row's columns that are hashed.
+        index: The number of the row.
+        size: The number of rows of the table.
+        proof: The siblings in hex, from the leaf up.
+        root: The root in hex.
     """
 
     table: str
@@ -87,7 +92,7 @@ def _index_of(files: Iterable[Path], doc_id: str) -> int | None:
 def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
     """Returns the problem with a proof, in a sentence; None if it is valid.
 
-    roots: those of `roots`, from a trusted source.
+    `roots` is a result of the function `roots`, from a trusted source.
     """
     for name, kind in FIELDS.items():
         # A bool is an int in Python, but no number of a row.
@@ -116,7 +121,7 @@ def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
 def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
     """Returns {table: the problem with its proof, or None} of a file that `atom trace --doc ID --report --json` wrote.
 
-    roots: a merkle.json from a trusted source. Raises AtomError if a file is malformed.
+    `roots` is a merkle.json from a trusted source. Raises AtomError if a file is malformed.
     """
     try:
         stated, trusted = untrusted.read_json(proofs, follow=True), untrusted.read_json(roots, follow=True)

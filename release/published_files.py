@@ -165,7 +165,10 @@ def shown(path: str) -> str:
 
 
 def _made(paths: str, origin: str, at: str = "") -> tuple[PublishedFile, ...]:
-    """Lists files of one origin. paths: after `at`, with an exclamation mark before those that are needed."""
+    """Lists files of one origin.
+
+    `paths` are those after `at`, with an exclamation mark before those that are needed.
+    """
     return tuple(
         PublishedFile(at + path.removeprefix("!"), origin, needed=path.startswith("!")) for path in paths.split()
     )
@@ -473,7 +476,7 @@ def placement(node: str, artifact: Artifact, folders: Mapping[str, str] | None =
 
 
 def _receivers(file: PublishedFile, names: Mapping[str, str], folders: Mapping[str, str]) -> Iterable[str]:
-    """Returns the folders of the models that get a copy. names: in the paths of its node and its file."""
+    """Returns the folders of the models that get a copy. `names` are those in the paths of its node and its file."""
     if file.receivers == "own":
         return [folders[names["model"]]] if names["model"] in folders else []
     if file.receivers == "later":

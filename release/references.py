@@ -45,8 +45,13 @@ PLACES = ("path", "lock", "folder", "extension")
 class Reference(Config):
     """The instructions to read the documents of a source again.
 
-    source: settings of the source, without places on a machine. lock: content of the reader's lock file. files: {path:
-    digest} of the files, of which `parts` are read one after the other. steps: those that edited texts, in order.
+    Attributes:
+        source: The settings of the source, without places on a machine.
+        seed: The seed of the recipe.
+        parts: The number of parts, which are read one after the other.
+        lock: The content of the reader's lock file.
+        files: {path: digest} of the files.
+        steps: The steps that edited texts, in order.
     """
 
     source: dict[str, Any] = Field(description="settings of the source")
@@ -108,8 +113,13 @@ class Reference(Config):
     def restored(self, folder: Path | None, temporary: Path) -> Source:
         """Returns the source with its places on this machine.
 
-        folder: of its files; temporary: gets its lock file. Raises CheckFailed if its settings are malformed,
-        AtomError if it needs a folder.
+        Args:
+            folder: The folder of its files.
+            temporary: A folder that gets its lock file.
+
+        Raises:
+            CheckFailed: The settings are malformed.
+            AtomError: The source needs a folder.
         """
         name = escaped(str(self.source.get("name")), 80)
         reader = {key: value for key, value in dict(self.source.get("reader", {})).items() if key not in PLACES}

@@ -87,7 +87,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def published(paths: Iterable[str], places: Iterable[Repository]) -> list[str]:
-    """Returns the sorted files below a folder that its checksum file lists. places: the repositories in it."""
+    """Returns the sorted files below a folder that its checksum file lists. `places` are the repositories in it."""
     signed = {f"{place.folder}/{name}".lstrip("/") for place in places for name in (SIGNATURE, PUBLIC_KEY)}
     return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/") and p not in signed)
 
@@ -103,9 +103,9 @@ def files_of(release: Path, repository: Repository) -> list[str]:
 
 
 def files_within(paths: Sequence[str], repository: Repository, models: Iterable[str]) -> list[str]:
-    """Returns the same, from the sorted paths of all files below a release.
+    """Returns the files of a repository as `files_of`, from the sorted paths of all files below a release.
 
-    models: its folders of models and variants.
+    `models` are the release's folders of models and variants.
     """
     prefix = f"{repository.folder}/" if repository.folder else ""
     below = paths[bisect_left(paths, prefix) : bisect_left(paths, f"{prefix}\U0010ffff")] if prefix else paths

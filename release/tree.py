@@ -110,7 +110,7 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
 def scan(folder: Path, listed_count: int) -> Tree:
     """Returns the files of a folder that may be read.
 
-    listed_count: the number of files that its checksum files can name, by their sizes.
+    `listed_count` is the number of files that its checksum files name.
     """
     tree = Tree()
     path_of_name: dict[str, str] = {}
@@ -218,7 +218,7 @@ def _blob(folder: Path, path: str) -> os.stat_result | None:
 def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
     """Returns True if the file system of a folder records executable modes, or is of an unknown kind.
 
-    mounts: the text of /proc/self/mountinfo.
+    `mounts` is the text of /proc/self/mountinfo.
     """
     try:
         text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape") if mounts is None else mounts

@@ -46,7 +46,7 @@ def cleaned(value: Any) -> Any:
 def open_regular(path: Path, follow: bool = False) -> BinaryIO:
     """Opens a regular file and nothing else: no endless device, no pipe that waits for a writer.
 
-    follow: whether the path may be a link. Raises CheckFailed.
+    `follow` allows the path to be a link. Raises CheckFailed.
     """
     flags = READ | (0 if follow else os.O_NOFOLLOW)
     try:

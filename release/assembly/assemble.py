@@ -413,8 +413,14 @@ COLUMNS = {name: "string" for name in ("id", "source", "license", "title", "auth
 def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[Path]:
     """Writes the tables for each part of a source with such documents, and yields their paths.
 
-    acquired: the artifact of acquire of each source. Raises AtomError if its credits are not those of the documents.
     Memory holds some thousand rows, the names of a part's packages, and the digests of all notices.
+
+    Args:
+        dataset: The dataset folder.
+        acquired: The artifact of acquire of each source.
+
+    Raises:
+        AtomError: The credits in an artifact are not those of the documents.
     """
     written = set[str]()
     for source, files in data_layout.kept_files(dataset).items():
@@ -448,7 +454,7 @@ def _asking(batch: pa.RecordBatch) -> list[str]:
 def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]:
     """Yields the rows of a table of kept documents whose licenses ask for attribution.
 
-    credits: those of the documents of the part, in their order.
+    `credits` are those of the documents of the part, in their order.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -23,10 +23,10 @@ from stages.recipe import ReleaseRecipe
 
 
 def build_input(graph: Graph, store: Store, previous: Path | None = None) -> BuildInput:
-    """Opens every artifact of the graph. previous: the folder of an earlier release.
+    """Opens every artifact of the graph.
 
-    Raises AtomError with the nodes that are not sealed or have no statement, and for a recipe whose last model is its
-    base.
+    `previous` is the folder of an earlier release. Raises AtomError with the nodes that are not sealed or have no
+    statement, and for a recipe whose last model is its base.
     """
     # The final model and the base have a repository each, so they cannot be one model.
     if models_of(graph.nodes)[-1] == MODEL:

@@ -64,8 +64,9 @@ def recognize(
 ) -> Verdict:
     """Returns the verdict with what was taken back from an intact copy since it was made.
 
-    retracted: a repository with a tombstone. Raises AtomError if that has none, or does not verify. ask_hub: without
-    it, to ask the evidence of the release on the Hub, if HF_ENDPOINT is set; not to reach it is no error.
+    `retracted` names a repository with a tombstone. Raises AtomError if it has none, or does not verify. Without it,
+    `ask_hub` makes this ask the evidence of the release on the Hub, if HF_ENDPOINT is set. It is no error if the Hub
+    cannot be reached.
     """
     # An altered copy is refused anyway, and one with a tombstone says of itself what was taken back.
     if not verdict.ok or verdict.retracted:

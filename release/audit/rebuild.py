@@ -40,8 +40,14 @@ SUFFIX = ".data"
 class RebuiltSource:
     """A source whose documents are here with their texts.
 
-    files: its tables; equal: those with the bytes that the stage made, None if the release's evidence is not here;
-    present: those that an earlier run had rebuilt.
+    Attributes:
+        source: Its name.
+        origin: The place that its files come from.
+        documents: The number of its documents.
+        bytes: The bytes of their texts.
+        files: The number of its tables.
+        equal: The number of those with the bytes that the stage made; None if the release's evidence is not here.
+        present: The number of those that an earlier run had rebuilt.
     """
 
     source: str
@@ -73,11 +79,18 @@ def rebuild(
 ) -> Rebuilt:
     """Writes `kept/<source>/part-*.parquet` with texts to `target`.
 
-    A part that is there already is compared, not made again; pulled files stay in $ATOM_HOME/hub. Memory holds a
-    row group.
+    A part that is there already is compared, not made again; pulled files stay in $ATOM_HOME/hub. Memory holds a row
+    group.
 
-    folders: by source, of files that no Hub has. Raises AtomError if files are missing or have other digests,
-    CheckFailed if a document is not there or has another text.
+    Args:
+        release: A release or its data repository.
+        target: The folder to write to.
+        folders: The folders of files that no Hub has, by source.
+        progress: Is told each step.
+
+    Raises:
+        AtomError: Files are missing or have other digests.
+        CheckFailed: A document is not there or has another text.
     """
     dataset = ReleaseData.locate(release).data
     by_name = references.read(dataset)

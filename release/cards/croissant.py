@@ -176,7 +176,7 @@ def _file(dataset: Path, path: Path, name: str, digest: Callable[[Path], str]) -
 
 
 def _records(path: Path, name: str, in_parts: bool) -> dict[str, Any]:
-    """Returns a record set with a field for each column. path: the table, or its first part."""
+    """Returns a record set with a field for each column of a table. `path` is the table, or its first part."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -61,7 +61,10 @@ def prediction(model: ModelFacts) -> list[str]:
 
 
 def memorization(scores: MemorizationScores | None) -> list[str]:
-    """Returns the share of training documents that a model continues verbatim. scores: None if not measured."""
+    """Returns the share of training documents that a model continues verbatim.
+
+    `scores` is None if it was not measured.
+    """
     if scores is None:
         return [NOT_MEASURED]
     body = [

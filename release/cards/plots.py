@@ -429,7 +429,10 @@ def _plain_ticks(axis: Axes) -> None:
 
 
 def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes the name of each curve next to its end, no two of them over each other. ends: value, name, color."""
+    """Writes the name of each curve next to its end, no two of them over each other.
+
+    `ends` has the value, the name and the color of each curve.
+    """
     bottom, top = axis.get_ylim()
     step = LABEL_STEP * (top - bottom)
     low, places = bottom - step, []

@@ -24,7 +24,7 @@ def results_path(dataset: str) -> str:
 
 
 def text(model: ModelFacts, dataset: str, version: str) -> str:
-    """Returns the file's content. dataset: the id of the release's data repository."""
+    """Returns the file's content. `dataset` is the id of the release's data repository."""
     return _dump(_rows(model, dataset, version))
 
 

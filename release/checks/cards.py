@@ -128,7 +128,7 @@ def drawn_plots(release: Release) -> Findings:
 def unexpected(folder: Path, drawings: Drawings) -> list[str]:
     """Returns sentences about plots that a repository lacks, or should not have.
 
-    drawings: those that it should have.
+    `drawings` are those that it should have.
     """
     present = {name for name in NAMES if (folder / name).is_file()}
     missing = [f"{name} is missing" for name in sorted(drawings.keys() - present)]

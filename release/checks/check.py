@@ -142,7 +142,7 @@ class Check:
 
 
 class LoadProblem(NamedTuple):
-    """part: MODEL or CHAT_TEMPLATE."""
+    """A problem with loading a model; `part` is MODEL or CHAT_TEMPLATE."""
 
     part: str
     text: str

@@ -133,7 +133,7 @@ class CheckRunner:
     def _run_confined(self, call: Callable[[], Any], budget: Budget) -> Any:
         """Returns the result of `call`.
 
-        budget: its allowance beside the shared one. Raises CheckFailed if it exceeds them.
+        `budget` is its allowance beside the shared one. Raises CheckFailed if the call exceeds both.
         """
         # The shared time is spent: a file that costs each check a little must not cost all of them much.
         if self.seconds <= 0:

@@ -276,7 +276,10 @@ def _not_in_both(dataset: Path, kept: Path, id: str) -> str:
 
 
 def _has(path: Path, id: str, only_kept: bool = False) -> bool:
-    """Returns True if a table has a document. only_kept: among the kept documents of a table of dispositions."""
+    """Returns True if a table has a document.
+
+    With `only_kept`, it must be among the kept documents of a table of dispositions.
+    """
     import pyarrow.compute as pc
 
     columns = ["id", "disposition"] if only_kept else ["id"]

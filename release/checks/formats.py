@@ -64,8 +64,10 @@ CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
     """Returns the problems with the kinds of files in a folder.
 
-    files: {path: its status}. archive: whether `code/` is the source code of the release, which only a release and its
-    evidence have.
+    Args:
+        folder: The folder.
+        files: {path: its status}.
+        archive: Whether `code/` is the source code of the release, which only a release and its evidence have.
     """
     # Some file systems show every file as executable.
     modes = keeps_modes(folder)

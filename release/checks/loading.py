@@ -35,7 +35,7 @@ NOTHING_FROM_THE_HUB = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
 def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadReport]:
     """Returns a report on each model folder, from one fresh interpreter.
 
-    budget: the limits for untrusted models after the libraries are loaded.
+    `budget` has the limits for untrusted models after the libraries are loaded.
     """
     # -P keeps the working folder off the path, where a file could have the name of a library.
     command = [sys.executable, "-P", str(Path(export.__file__).with_name("load_check.py"))]
@@ -199,7 +199,7 @@ def chat_templates(release: Release) -> Findings:
 
 
 def _compare_conversations(model: Path, templates: dict[str, str], findings: Findings) -> None:
-    """Compares the recorded conversations of a model. templates: {file: text}."""
+    """Compares the recorded conversations of a model. `templates` is {file: text}."""
     rows = untrusted.read_json(model / GOLDENS, follow=True).get("conversations")
     if rows is None:
         findings.problems.append(f"{model.name}/{GOLDENS} records no conversations")

@@ -142,7 +142,10 @@ def statements(release: Release) -> Findings:
 
 
 def _compare_metrics(release: Release, stated: Mapping[str, set[str]], findings: Findings) -> None:
-    """Compares the timed metrics with the statements about the artifacts. stated: {key: digests by its statements}."""
+    """Compares the timed metrics with the statements about the artifacts.
+
+    `stated` is {key of an artifact: digests of metrics by its statements}.
+    """
     unstated = []
     for name, manifest in release.manifests.items():
         path = release.root / f"evidence/metrics/{name}.jsonl"

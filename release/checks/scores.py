@@ -47,7 +47,7 @@ def scores(release: Release) -> Findings:
 
 
 def score_problems(evaluation: Path) -> list[str]:
-    """Returns the problems with scores. evaluation: the folder of that name in a dataset repository."""
+    """Returns the problems with scores. `evaluation` is the folder of that name in a dataset repository."""
     folders = [path.parent for path in sorted(evaluation.glob("*/scores.json"))]
     problems = [
         f"evaluation/{folder.name}/scores.json is not what its tables give"

@@ -152,7 +152,7 @@ def _names(release: Release, model: Path) -> tuple[str, str]:
 def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterator[str]:
     """Yields the problems of the files that loaders read beside the weights.
 
-    is_chat: whether it converses; None: of a variant, which may be either.
+    `is_chat` tells whether the model converses; it is None for a variant, which may be either.
     """
     yield from loader_config_problems(folder)
     if not (folder / CONFIG_FILE).is_file():  # GGUF, whose file has their content

@@ -96,7 +96,10 @@ def _missing(release: Release) -> Iterator[str]:
 
 
 def _shard_problems(place: Path, stem: str, names: list[str]) -> Iterator[str]:
-    """Yields the problems of the files of one stem, such as `model`, in a folder. names: of all of them."""
+    """Yields the problems of the files of one stem, such as `model`, in a folder.
+
+    `names` are those of all files of the stem.
+    """
     files = [name for name in names if name.endswith(".safetensors")]
     headers = {name: untrusted.tensor_header(place / name, follow=True) for name in files}
     # One file needs no index; a loader that finds both could take up other tensors than were checked.

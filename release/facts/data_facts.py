@@ -272,7 +272,7 @@ class _Fates:
     licenses: set[str] = field(default_factory=set)
 
     def add(self, license: str, disposition: str, split: str, rule: str, documents: int, size: int) -> None:
-        """Adds documents of equal dispositions. size: their bytes."""
+        """Adds documents of equal dispositions, which have `size` bytes together."""
         self.documents += documents
         self.bytes += size
         self.licenses.add(license)
@@ -311,8 +311,8 @@ def earlier_orders(dataset: Path, phase: str) -> list[Path]:
 def order_facts(folders: list[Path]) -> OrderFacts:
     """Returns the steps of one phase and the data of each part of them.
 
-    There is one part, unless the phase resumed from an earlier run. folders: the order indices that the phase followed
-    in sequence, each up to the start of the next.
+    There is one part, unless the phase resumed from an earlier run. `folders` are the order indices that the phase
+    followed in sequence, each up to the start of the next.
     """
     first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
     ends: list[int | None] = [step - 1 for step in first_steps[1:]] + [None]

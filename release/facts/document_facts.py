@@ -175,7 +175,8 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
 def _count_attributed(dataset: Path, asking: Counter[str]) -> dict[str, int]:
     """Returns the rows of the attribution tables by source.
 
-    asking: documents by source whose licenses ask for it. Raises CheckFailed if the tables do not list as many.
+    `asking` has the number of documents by source whose licenses ask for it. Raises CheckFailed if the tables do not
+    list as many.
     """
     counts = {
         source: sum(row_count(path) for path in files)

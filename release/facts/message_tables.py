@@ -109,7 +109,7 @@ def row_features(row: chat.MessagesRow) -> list[str]:
 
 
 def state_features(writer: Any, features: Counter[str]) -> None:
-    """Adds the features of a table's conversations to its metadata. writer: of the table's file."""
+    """Adds the features of a table's conversations to its metadata, by the writer of its file."""
     writer.add_key_value_metadata({METADATA: json.dumps(features, sort_keys=True)})
 
 

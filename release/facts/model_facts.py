@@ -231,7 +231,7 @@ SERVE_FILE = "serve.yaml"
 
 
 def serve_config(folder: Path, repo: str, version: str) -> str:
-    """Returns the content of serve.yaml of the model in a folder. repo: its repository on the Hub.
+    """Returns the content of serve.yaml of the model in a folder, whose repository on the Hub is `repo`.
 
     The parsers `hf` of vLLM read answers as `response_template` of the tokenizer says; without it none is set, and
     reasoning stays a part of the content.

@@ -69,9 +69,9 @@ def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, An
 def stream_rows(
     files: Path | Iterable[Path], columns: list[str] | None = None, size: int = BATCH
 ) -> Iterator[dict[str, Any]]:
-    """Streams the rows of a published table, or of its parts. Raises CheckFailed if a file lacks a column.
+    """Streams the rows of a published table, or of its parts; `size` of them are in memory.
 
-    size: of rows in memory.
+    Raises CheckFailed if a file lacks a column.
     """
     for batch in stream_batches(files, columns, size):
         yield from batch.to_pylist()

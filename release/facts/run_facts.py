@@ -56,7 +56,7 @@ class Intervention:
 
 
 def read_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Returns every published checkpoint with its state, by phase and step. folder: of the checkpoint repository."""
+    """Returns every published checkpoint of a checkpoint repository with its state, by phase and step."""
     checkpoints = []
     for path in folder.glob("*/state.json"):
         phase, _, step = path.parent.name.rpartition("-step-")

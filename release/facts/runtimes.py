@@ -65,11 +65,12 @@ BOUNDS = {"F16": Bound(0.01, 0.1, 0.25), "BF16": Bound(0.05, 1.0, 0.5)}
 
 
 class ProgramRun(TypedDict):
-    """One program on one folder.
+    """The run of one program on one folder.
 
-    reason: of a run that was skipped or failed. `reference`: the program that made goldens.json, which the gates on
-    loading judge. same_ids: texts whose token ids are the reference's; same_conversations: rendered ones with the
-    same; same_greedy: continuations. Differences are of log-probabilities, absolute.
+    A run that was skipped or failed has a `reason`. The status `reference` is that of the program that made
+    goldens.json, which the gates on loading judge. `same_ids` counts the texts whose token ids are the reference's,
+    `same_conversations` the rendered conversations with the same ids, and `same_greedy` the equal continuations.
+    Differences are absolute ones of log-probabilities.
     """
 
     folder: str

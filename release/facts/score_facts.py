@@ -142,9 +142,11 @@ class ExampleAnswer:
 def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
     """Returns the greedy answers to the first problems, by id, of each kind: SHOWN right ones and SHOWN wrong ones.
 
-    Of a model that was not measured in conversation, the continuations of problems in plain text.
+    For a model that was not measured in conversation, these are continuations of problems in plain text.
 
-    dataset: a dataset repository; model: the name of the exported model.
+    Args:
+        dataset: A dataset repository.
+        model: The name of the exported model.
     """
     folders = {path.name: path for path in (dataset / "evaluation/test").glob("*") if path.is_dir()}
     # A model that converses is shown in conversation.

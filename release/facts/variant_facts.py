@@ -102,7 +102,7 @@ def read_original(model: Path, evaluation: Path) -> Original:
 def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -> VariantLoss:
     """Returns `loss.json` of a variant from its tables; what measured it is as stated.
 
-    original: its model; None: what only that shows is as stated, too.
+    `original` is the model of the variant. If it is None, the figures that only the model shows are as stated, too.
     """
     from stages.evaluation.model_evaluation import summary as scores_of
     from stages.export.variants.loss import summary

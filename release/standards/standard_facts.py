@@ -81,7 +81,7 @@ def package_versions(release: Release) -> list[tuple[str, str]]:
 
 
 def describe_packages(pairs: list[tuple[str, str]], roots: list[Path]) -> list[dict[str, Any]]:
-    """Returns the content of packages.json. roots: checkouts, whose `requirements/*.lock` are read."""
+    """Returns the content of packages.json. `roots` are checkouts, whose `requirements/*.lock` are read."""
     hashes: dict[tuple[str, str], set[str]] = {}
     for path in (path for root in roots for path in root.glob("requirements/*.lock")):
         # An entry ends where the next line begins without a space.
@@ -239,7 +239,7 @@ class StandardFacts:
 
 
 def weights_only(digests: Mapping[str, str]) -> dict[str, str]:
-    """Returns the files with weights, sorted. digests: {path: SHA-256}."""
+    """Returns the files with weights among {path: SHA-256}, sorted."""
     return {path: digest for path, digest in sorted(digests.items()) if path.endswith(WEIGHTS)}
 
 

@@ -40,8 +40,8 @@ def write_receipts(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (request, receipt) of each request of a dataset folder.
 
-    earlier: the folder of an earlier release, which is searched for the documents of the deny-list. Raises AtomError
-    if it is none.
+    `earlier` is the folder of an earlier release, which is searched for the documents of the deny-list. Raises
+    AtomError if it is no release.
     """
     documents: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in removed_documents(dataset) if opt_outs else ():
@@ -107,8 +107,8 @@ class EarlierRelease:
     ) -> dict[str, dict[str, Any]]:
         """Returns {request: its documents here, and what they had reached}, for all requests of the deny-list.
 
-        removed: by request, what the later release removed: copies, near duplicates and rewrites are found by their
-        ids and hashes, since a deny-list names only the documents themselves.
+        `removed` has, by request, the documents that the later release removed. Copies, near duplicates and rewrites
+        are found by their ids and hashes, since a deny-list names only the documents themselves.
         """
         progress(f"looking for denied documents in {self.folder.name}")
         reaches = self._find(deny_list, removed)

@@ -118,7 +118,7 @@ class ReleaseData:
     def weight_updates(self, order: Path) -> Callable[[int], bool | None]:
         """Returns a function from a step to whether it updated the weights; None if the log is not available.
 
-        order: the folder of an order, or of the tables of a phase that samples its data.
+        `order` is the folder of an order, or of the tables of a phase that samples its data.
         """
         log = self.release and self.release / f"evidence/training/{order.name}/training.jsonl"
         if not log or not log.exists() or order.parent.name not in ("order", "rl"):
@@ -144,7 +144,10 @@ class ReleaseData:
         return sorted((name for name in names if numbered(name)[0] in EXPORTED), key=when)
 
     def unknown(self, checkpoints: bool = False) -> list[str]:
-        """Lists what these files do not state about steps, one sentence each. checkpoints: about checkpoints too."""
+        """Lists what these files do not state about steps, one sentence each.
+
+        With `checkpoints`, the sentences are about checkpoints, too.
+        """
         sentences = []
         if checkpoints and self.checkpoints() is None:
             sentences.append("which checkpoints include a step: they stand in the whole release only")

@@ -48,7 +48,10 @@ def _step_text(step: Step) -> str:
 
 
 def _task_text(task: TaskRecord, with_steps: bool = False) -> list[str]:
-    """Returns a task with its answers and pairs. Texts are cut; JSON has all of them. with_steps: of several steps."""
+    """Returns the lines of a task with its answers and pairs; with `with_steps`, those of several steps.
+
+    Texts are cut; JSON has all of them.
+    """
     prompt = " / ".join(message["content"] for message in task.messages or ()) or "its prompt is not in the tasks"
     lines = [f"  task {task.id} ({task.phase}): {_line(prompt)}"]
     for answer in task.answers:

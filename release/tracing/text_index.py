@@ -178,7 +178,10 @@ def _candidates(index: Path, span: str) -> Iterator[tuple[str, Sequence[int]]]:
 
 
 def _matching_rows(path: Path, span: str, rows: Sequence[int] | None) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a table whose text contains the span. rows: numbers of the rows to compare, None for all."""
+    """Yields the rows of a table whose text contains the span.
+
+    `rows` are the numbers of the rows to compare, None for all.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -251,7 +251,7 @@ def _measured(facts: PageFacts) -> list[tuple[str, Markup]]:
 def _sections(
     registered: Any, facts: Any, titles: Mapping[str, str], links: Mapping[str, Mapping[str, str]] | None = None
 ) -> list[tuple[str, Markup]]:
-    """Returns (title, content) of the tables that are not empty, in the order of `titles`. links: by table."""
+    """Returns (title, content) of the tables that are not empty, in the order of `titles`. `links` are by table."""
     lines, links = card_tables.lines_by_table(registered, facts), links or {}
     return [
         (title, markdown_html.blocks(lines[name], links.get(name))) for name, title in titles.items() if lines.get(name)

@@ -42,7 +42,7 @@ def replay(
 ) -> Replay:
     """Retrains the steps after `first` up to `last`, both steps of published checkpoints; the last two if None.
 
-    unconfined: run code of the release, if it is needed, without bubblewrap.
+    With `unconfined`, code of the release runs without bubblewrap, if it is needed.
 
     Raises AtomError for an unknown phase or step, CheckFailed if a file differs from SHA256SUMS, if the files do not
     state how the phase was trained, or if the kept documents do not give the token shards of the release.

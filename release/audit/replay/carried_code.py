@@ -69,7 +69,10 @@ replay.replay_into(Path(release), phase, int(first), int(last), Path(folder))
 class Code:
     """The code that trained a phase, as the release carries it.
 
-    modules: {module: SHA-256} of it; changed: those that differ here.
+    Attributes:
+        source: The release.
+        modules: {module: SHA-256} of the code.
+        changed: The modules that differ here.
     """
 
     source: Source
@@ -238,7 +241,7 @@ def _variables(code: Path, work: Path) -> dict[str, str]:
 def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -> list[str]:
     """Returns the bwrap command, without the program to run.
 
-    variables: the program's environment. Raises AtomError if bwrap is missing or cannot start.
+    `variables` is the program's environment. Raises AtomError if bwrap is missing or cannot start.
     """
     if shutil.which("bwrap") is None:
         raise AtomError(

@@ -39,7 +39,7 @@ class Comparison:
     different: dict[str, float]
 
     def verdict(self, state: Sequence[str]) -> str:
-        """Returns BITWISE, CLOSE or DIFFERS. state: fields of state.json that differ."""
+        """Returns BITWISE, CLOSE or DIFFERS. `state` lists the fields of state.json that differ."""
         if state or max(self.different.values(), default=0.0) > TOLERANCE:
             return DIFFERS
         return CLOSE if self.different else BITWISE

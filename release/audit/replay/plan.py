@@ -57,12 +57,23 @@ def select_steps(source: Source, phase: str, first: int | None, last: int | None
 class Plan:
     """The training of a phase from the checkpoint of step `first` to that of step `last`, from states and statements.
 
-    config: of the phase, with what a replay by one process needs. start: the folder of the checkpoint that the replay
-    begins with. start_state, end_state: state.json of the two checkpoints; start_state is None if the phase begins
-    there, with the weights of the phase before. reference: the folder of the checkpoint to whose policy a KL term
-    refers, or on which an adapter is trained. materials: {role: key} of the phase's inputs. environment: {name:
-    value} in which it was trained. ranks: processes that trained it. order_files: paths in the release. files: {role:
-    path} of what a phase of post-training reads beside. log: lines of training.jsonl, none if it is not published.
+    Attributes:
+        source: The release.
+        phase: The phase.
+        first: The step of the checkpoint that the replay begins with.
+        last: The step of the checkpoint that the replay is compared with.
+        stage: The stage that trained the phase.
+        config: The config of the phase, with what a replay by one process needs.
+        start: The folder of the checkpoint that the replay begins with.
+        start_state: Its state.json; None if the phase begins there, with the weights of the phase before.
+        reference: The folder of the checkpoint to whose policy a KL term refers, or on which an adapter is trained.
+        end_state: The state.json of the checkpoint that the replay is compared with.
+        materials: {role: key} of the phase's inputs.
+        environment: {name: value} of the environment in which it was trained.
+        ranks: The number of processes that trained it.
+        order_files: The files of its order, as paths in the release.
+        files: {role: path} of the other files that a phase of post-training reads.
+        log: The lines of training.jsonl; none if it is not published.
     """
 
     source: Source
@@ -224,7 +235,10 @@ def checkpoint_files(source: Source, checkpoint: str) -> dict[str, str]:
 def environment_values(version: int, code: Mapping[str, str], description: Mapping[str, Any]) -> dict[str, str]:
     """Returns {name: value} of an environment, the most important first.
 
-    version: of the stage; code: {module: SHA-256}.
+    Args:
+        version: The version of the stage.
+        code: {module: SHA-256} of its code.
+        description: The environment as statements describe it.
     """
     values = {"stage version": str(version), "python": description["python"]}
     values |= {f"device {name}": str(value) for name, value in sorted(description["device"].items())}

@@ -28,7 +28,14 @@ FILES = {"tasks": "tasks.jsonl", "pairs": "pairs.parquet"}
 def published_files(source: Source, key: str, stage: str, materials: Mapping[str, str]) -> dict[str, str]:
     """Returns {role: path in the release} of the files that a phase reads beside tokens and checkpoints.
 
-    key: of its artifact; materials: {role: key} of its inputs. Raises CheckFailed if one is missing or altered.
+    Args:
+        source: The release.
+        key: The key of the phase's artifact.
+        stage: The stage that trained it.
+        materials: {role: key} of its inputs.
+
+    Raises:
+        CheckFailed: A file is missing or altered.
     """
     files = {role: source.copy(materials[role], name) for role, name in FILES.items() if role in materials}
     if "pairs" in files:
@@ -42,8 +49,13 @@ def published_files(source: Source, key: str, stage: str, materials: Mapping[str
 def require_pairs_of_answers(source: Source, key: str) -> None:
     """Forms the pairs of a dpo phase from its published answers again.
 
-    key: of its artifact. Raises CheckFailed with the first round whose pairs differ from the published ones,
-    AtomError if one of the files is damaged.
+    Args:
+        source: The release.
+        key: The key of the artifact with the pairs.
+
+    Raises:
+        CheckFailed: The pairs differ from the published ones; the message names the first round.
+        AtomError: One of the files is damaged.
     """
     from stages.formats.table import read_jsonl, read_table, require_columns
     from stages.rl.algorithms.preferences import pair_rows
@@ -153,8 +165,11 @@ def previous_checkpoint(source: Source, key: str) -> str:
 def inputs(source: Source, files: Mapping[str, str], init: str | None, folder: Path) -> dict[str, Artifact]:
     """Returns the inputs of a phase of post-training.
 
-    files: {role: path in the release}; init: the folder of the checkpoint of the phase before, which is linked in
-    `folder`/init, if the replay reads it.
+    Args:
+        source: The release.
+        files: {role: path in the release}.
+        init: The folder of the checkpoint of the phase before; None if the replay does not read it.
+        folder: The folder of the replay, which gets a link to that checkpoint in `init`.
     """
     artifacts = {role: Artifact("", "", (source.folder / path).parent, ()) for role, path in files.items()}
     if init is not None:

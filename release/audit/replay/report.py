@@ -33,12 +33,22 @@ SHOWN = 12
 class Replay:
     """The result for the steps first + 1 to last.
 
-    verdict: BITWISE, CLOSE or DIFFERS. tensors: how many were compared. different: {name: relative difference} of the
-    tensors whose bits differ, by TOLERANCE's measure. state: fields of state.json that differ. diverges: the first step
-    whose lines in the published log differ; None if none do, or no log is published. ranks: processes that trained the
-    phase; here it was one. environment: `name: then, now` of all that differs. fingerprint: of the environment here.
-    materials, subject: {path: SHA-256} of what was read, and of what was compared. code: `here`, or the digest of the
-    code that trained the phase, which the release carries and which ran now.
+    Attributes:
+        phase: The phase.
+        first: The step of the checkpoint that the replay began with.
+        last: The last step.
+        verdict: BITWISE, CLOSE or DIFFERS.
+        tensors: The number of tensors that were compared.
+        different: {name: relative difference} of the tensors whose bits differ, by TOLERANCE's measure.
+        state: The fields of state.json that differ.
+        diverges: The first step whose lines in the published log differ; None if none do, or no log is published.
+        ranks: The number of processes that trained the phase; here it was one.
+        environment: A line `name: then, now` for each value that differs.
+        fingerprint: The fingerprint of the environment here.
+        materials: {path: SHA-256} of what was read.
+        subject: {path: SHA-256} of what was compared.
+        tolerance: The relative difference up to which the verdict is CLOSE.
+        code: `here`, or the digest of the code that trained the phase, which the release carries and which ran now.
     """
 
     phase: str
