@@ -30,7 +30,7 @@ def write_sums(target: Path, folder: Path, paths: list[str]) -> None:
 
 
 def read_sums(path: Path, name: str) -> dict[str, str]:
-    """{path: sha256}.
+    """Returns {path: sha256}.
 
     Raises CheckFailed with the line that is damaged, duplicate or out of order, or whose path no release can have.
     """
@@ -45,6 +45,7 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
         raise CheckFailed(str(error).replace(path.name, name, 1)) from None
     rows: dict[str, str] = {}
     last, line = "", b"\n"
+    # Splits at line feeds only; `splitlines` also splits at characters that a name may contain.
     for number, line in enumerate(io.BytesIO(data), 1):
         if number > SUMS_LINES:
             raise CheckFailed(f"{name} has more than {SUMS_LINES} lines")
@@ -83,9 +84,9 @@ def compare(
     name: str,
     digest: Callable[[Path], str] = sha256_file,
 ) -> list[str]:
-    """The differences between a checksum file and a folder: every missing, extra and altered file, by name.
+    """Returns the differences between a checksum file and a folder: every missing, extra and altered file, by name.
 
-    present: the regular files in the folder.
+    `present` lists the regular files in the folder.
     """
     wrong = [f"{path} is missing (listed in {name})" for path in sorted(set(sums) - set(present))]
     wrong += [f"{path} is not listed in {name}" for path in sorted(set(present) - set(sums))]
@@ -104,7 +105,10 @@ class Digests:
     """
 
     def __init__(self, folder: Path, tree: Tree, paths: Set[str] = frozenset()) -> None:
-        """paths: relative to the folder; their digests are computed at once, the largest file first."""
+        """Computes the digests of `paths` at once, the largest file first.
+
+        `paths` are relative to the folder. Digests of other files are computed when they are asked for.
+        """
         self.folder, self.tree = folder, tree
         # Largest first, so that no core ends with the longest file alone.
         present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)
@@ -122,7 +126,7 @@ class Digests:
         return self.digests[path]
 
     def _digest(self, path: str) -> str:
-        """The digest; "" for a file that may not be read, or that changes meanwhile."""
+        """Returns the digest; "" for a file that may not be read, or that changes meanwhile."""
         status = self.tree.files.get(path)
         if status is None:
             return ""

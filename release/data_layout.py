@@ -117,7 +117,7 @@ def orders(dataset: Path) -> list[Path]:
 
 
 def problems(dataset: Path) -> Iterator[str]:
-    """Names the tables with missing parts."""
+    """Yields a sentence for each table with missing parts."""
     for folder in (DISPOSITIONS, KEPT, TOKENS):
         for source, files in _parts(dataset / folder).items():
             if [path.name for path in files] != [part_file(number) for number in range(len(files))]:
@@ -140,15 +140,16 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: Sequence[Path]) -> Iterator[Result]:
-    """The result of `work` for each part, in their order.
+    """Yields the result of `work` for each part, in their order.
 
-    Each process holds what one part needs, so memory grows with the cores and not with the parts. work: picklable,
-    as parts and results are. files: that are read, for their size. An error of a call is raised.
+    Each process holds what one part needs, so memory grows with the cores and not with the parts. `work`, parts and
+    results must be picklable. `files` are those that are read; their size decides whether processes are worth it. An
+    error of a call is raised.
     """
     number = min(cores(), len(parts))
     if number < 2 or sum(path.stat().st_size for path in files if path.exists()) <= MOST_ALONE:
@@ -159,4 +160,5 @@ def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: S
     try:
         yield from pool.map(work, parts)
     finally:
+        # A caller that stops early does not wait for parts that have not begun.
         pool.shutdown(cancel_futures=True)

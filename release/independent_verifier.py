@@ -81,7 +81,7 @@ def checksums(root: Path) -> Iterator[str]:
 
 
 def artifacts(root: Path) -> dict[str, Any]:
-    """{node or key: manifest}"""
+    """Returns {node or key: manifest}."""
     return {path.stem: read(path) for path in sorted((root / "evidence/manifests").glob("*.json"))}
 
 

@@ -33,21 +33,21 @@ SITE = "site"
 """The folder of the page for people, made from all other files; a release may lack it."""
 PAGE = f"{SITE}/index.html"
 ROOTS = "merkle.json"
-"""Of the dataset repository: the Merkle root of each of its tables."""
+"""In the dataset repository, the Merkle root of each of its tables."""
 GOLDENS = "goldens.json"
-"""Of a model repository: token ids, text, logits and greedy continuations of fixed inputs."""
+"""In a model repository, token ids, text, logits and greedy continuations of fixed inputs."""
 FILTER_AGREEMENT = "filter_agreement.json"
-"""Of the dataset repository: how far the filters agree with their reference, by rule."""
+"""In the dataset repository, the agreement of the filters with their reference, by rule."""
 NOTICE = "NOTICE"
-"""Of the dataset repository: what the licenses of its documents ask to name."""
+"""In the dataset repository, the names and notices that the licenses of its documents ask for."""
 LICENSE_TEXTS = "license_texts"
-"""Of the dataset repository: the folder of the texts of licenses that ask to be kept with the documents."""
+"""In the dataset repository, the folder of the texts of licenses that ask to be kept with the documents."""
 OPT_OUTS = "opt_out.json"
-"""Of the dataset repository: the requests of the deny-list, if the corpus had one."""
+"""In the dataset repository, the requests of the deny-list, if the corpus had one."""
 REFERENCES = "references.json"
-"""Of the dataset repository: the sources whose texts are by reference, if there are any."""
+"""In the dataset repository, the sources whose texts are by reference, if there are any."""
 RETRACTED = "retracted.json"
-"""Of each repository from which documents were taken back: the tombstone."""
+"""In each repository from which documents were taken back, the tombstone."""
 CANARY = "evaluation/canary.json"
 SIGNATURE, PUBLIC_KEY = "model.sig", "model.pub"
 """In each repository, but in no checksum file: the signature covers the checksum files, and the fingerprint identifies
@@ -55,9 +55,9 @@ the key."""
 MODEL, BASE = "model", "model-base"
 VARIANT = "variant"
 LOSS = "loss.json"
-"""Of a variant's repository: what it loses against the original."""
+"""In a variant's repository, its loss against the original."""
 RUNTIMES = "evidence/runtimes.json"
-"""What other programs make of the final model and its variants."""
+"""The outputs of other programs for the final model and its variants."""
 PARTS = (MODEL, BASE, "dataset", "checkpoints")
 """The parts of every release beside its root; `model_folders` and `variant_folders` are further ones."""
 TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "dpo", "reward", "online-rlhf")
@@ -80,46 +80,54 @@ REWARD_EXPORT = "export-reward"
 
 
 def when(name: str) -> tuple[int, int, str]:
-    """Sort key of phases, or of exported models: midtrain, longcontext-1, …, longcontext-10; unknown ones last."""
+    """Returns the sort key of a phase, or of an exported model.
+
+    The order is midtrain, longcontext-1, …, longcontext-10; unknown ones come last.
+    """
     kind, number = numbered(name)
     return (ORDER.index(kind), number, name) if kind in ORDER else (len(ORDER), 0, name)
 
 
 def numbered(name: str) -> tuple[str, int]:
-    """The kind of a phase or an exported model, and its number: longcontext and 2 of longcontext-2; 0 for a single one,
-    such as online-rlhf."""
+    """Returns the kind of a phase or an exported model, and its number.
+
+    For longcontext-2 these are longcontext and 2. The number is 0 for a single one, such as online-rlhf.
+    """
     match = re.fullmatch(r"(.+)-([0-9]{1,9})", name)
     return (match[1], int(match[2])) if match else (name, 0)
 
 
 def phases_of(nodes: Iterable[str]) -> list[str]:
-    """The training phases among a graph's nodes, in order."""
+    """Returns the training phases among a graph's nodes, in order."""
     return sorted((node for node in nodes if numbered(node)[0] in TRAINING), key=when)
 
 
 def sizes_of(nodes: Iterable[str]) -> list[str]:
-    """The smaller models of the recipe among a graph's nodes, in order."""
+    """Returns the smaller models of the recipe among a graph's nodes, in order."""
     return sorted((node for node in nodes if numbered(node)[0] == SIZE), key=when)
 
 
 def order_of(phase: str) -> str:
-    """The phase whose order of documents a phase reads: a smaller model reads that of pre-training."""
+    """Returns the phase whose order of documents a phase reads: a smaller model reads that of pre-training."""
     return "pretrain" if numbered(phase)[0] == SIZE else phase
 
 
 def models_of(nodes: Iterable[str]) -> list[str]:
-    """The models that nodes export or evaluate, in the order of training: the last one is the release's model."""
+    """Returns the models that nodes export or evaluate, in the order of training.
+
+    The last one is the model of the release.
+    """
     named = (node.partition("-") for node in nodes if node != REWARD_EXPORT)
     return sorted({which for kind, _, which in named if kind in ("export", "evaluate")}, key=when)
 
 
 def model_name(folder: str, final: str) -> str:
-    """The name of the exported model in a folder; final: the name of the last one."""
+    """Returns the name of the exported model in a folder. `final` is the name of the last one."""
     return final if folder == MODEL else folder.removeprefix(f"{MODEL}-")
 
 
 def folders_of(models: Sequence[str]) -> dict[str, str]:
-    """{exported model: its folder}; models: in the order of training.
+    """Returns {exported model: its folder} of models in the order of training.
 
     The untrained one is only published as a checkpoint.
     """

@@ -31,8 +31,13 @@ FIELDS = {"table": str, "leaf": dict, "index": int, "size": int, "proof": list, 
 class Proof:
     """A row of a table under the table's root.
 
-    leaf: the row's columns that are hashed; index: of the row; size: rows of the table; proof: hex of the siblings,
-    from the leaf up; root: hex.
+    Attributes:
+        table: The table.
+        leaf: The row's columns that are hashed.
+        index: The number of the row.
+        size: The number of rows of the table.
+        proof: The siblings in hex, from the leaf up.
+        root: The root in hex.
     """
 
     table: str
@@ -44,10 +49,9 @@ class Proof:
 
 
 def roots(dataset: Path) -> dict[str, dict[str, Any]]:
-    """{table: {root (hex), size (rows), leaf (the columns of a row that are hashed)}} of a release's dataset folder.
+    """Returns {table: {root (hex), size (rows), leaf}} of a release's dataset folder.
 
-    Tables: `dispositions/<source>`, `kept/<source>`, `tokens/<source>`. Leaf i is the canonical JSON of row i, in the
-    order of the parts. Raises AtomError if a table is damaged.
+    `leaf` lists the columns of a row that are hashed.
     """
     table_roots = {}
     for name, (files, columns) in _tables(dataset).items():
@@ -57,7 +61,7 @@ def roots(dataset: Path) -> dict[str, dict[str, Any]]:
 
 
 def prove(dataset: Path, doc_id: str) -> dict[str, Proof]:
-    """{table: proof} for each table of `roots` that has the document.
+    """Returns {table: proof} for each table of `roots` that has the document.
 
     Raises AtomError for a document that no table has, or if a table is damaged.
     """
@@ -73,7 +77,7 @@ def prove(dataset: Path, doc_id: str) -> dict[str, Proof]:
 
 
 def _index_of(files: Iterable[Path], doc_id: str) -> int | None:
-    """The number of the first row of a document."""
+    """Returns the number of the first row of a document."""
     import pyarrow.compute as pc
 
     first = 0
@@ -86,8 +90,12 @@ def _index_of(files: Iterable[Path], doc_id: str) -> int | None:
 
 
 def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
-    """The problem with a proof, in a sentence; None if it is valid. roots: those of `roots`, from a trusted source."""
+    """Returns the problem with a proof, in a sentence; None if it is valid.
+
+    `roots` is a result of the function `roots`, from a trusted source.
+    """
     for name, kind in FIELDS.items():
+        # A bool is an int in Python, but no number of a row.
         if not isinstance(proof.get(name), kind) or isinstance(proof[name], bool):
             return f"the proof is malformed: its field {name} is missing or is no {kind.__name__}"
     table, index, size = proof["table"], proof["index"], proof["size"]
@@ -111,9 +119,9 @@ def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
 
 
 def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
-    """{table: the problem with its proof, or None} of a file that `atom trace --doc ID --report --json` wrote.
+    """Returns {table: the problem with its proof, or None} of a file that `atom trace --doc ID --report --json` wrote.
 
-    roots: a merkle.json from a trusted source. Raises AtomError if a file is malformed.
+    `roots` is a merkle.json from a trusted source. Raises AtomError if a file is malformed.
     """
     try:
         stated, trusted = untrusted.read_json(proofs, follow=True), untrusted.read_json(roots, follow=True)
@@ -127,7 +135,7 @@ def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
 
 
 def _tables(dataset: Path) -> dict[str, tuple[list[Path], list[str]]]:
-    """{table: (its files, the columns of its leaves)}"""
+    """Returns {table: (its files, the columns of its leaves)}."""
     tables: dict[str, tuple[list[Path], list[str]]] = {}
     for source, files in data_layout.disposition_files(dataset).items():
         tables[f"dispositions/{source}"] = files, column_names(files[0])
@@ -139,11 +147,12 @@ def _tables(dataset: Path) -> dict[str, tuple[list[Path], list[str]]]:
 
 
 def _leaves(files: Iterable[Path], columns: list[str]) -> Iterator[bytes]:
-    """The canonical JSON of each row. NaN and infinities are strings, since JSON has no such numbers.
+    """Yields the canonical JSON of each row. NaN and infinities are strings, since JSON has no such numbers.
 
     A row is joined from the texts of its values, column by column, in half the time of a row at a time.
     """
     names = sorted(columns)
+    # The line is a template for `%`, so a percent sign in a name is doubled.
     row = "{" + ",".join(encode_basestring(name).replace("%", "%%") + ":%s" for name in names) + "}"
     for batch in stream_part_batches(files, columns, LEAVES):
         texts = [map(_json_text, batch[name].to_pylist()) for name in names]
@@ -151,11 +160,12 @@ def _leaves(files: Iterable[Path], columns: list[str]) -> Iterator[bytes]:
 
 
 def _json_text(value: Any) -> str:
-    """A value as in canonical JSON."""
+    """Returns a value as in canonical JSON."""
     if isinstance(value, str):
         return encode_basestring(value)
     if value is None:
         return "null"
+    # Not `isinstance`: a bool is an int as well, and JSON writes it in another way.
     if type(value) is int:
         return int.__repr__(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -99,7 +99,7 @@ class Release:
 
     @cached_property
     def manifests(self) -> dict[str, Manifest]:
-        """{node: manifest of its artifact}"""
+        """The manifest of each node's artifact, by node."""
         return read_manifests(self.root)
 
     @cached_property
@@ -119,7 +119,7 @@ class Release:
 
     @cached_property
     def variants(self) -> dict[str, VariantFacts]:
-        """{end of the repository's name: facts of the variant}"""
+        """The facts of each variant, by the end of its repository's name."""
         return read_variants(self.root, self.variant_names)
 
     @cached_property

@@ -165,7 +165,10 @@ def shown(path: str) -> str:
 
 
 def _made(paths: str, origin: str, at: str = "") -> tuple[PublishedFile, ...]:
-    """Lists files of one origin. paths: after `at`, with an exclamation mark before those that are needed."""
+    """Lists files of one origin.
+
+    `paths` are those after `at`, with an exclamation mark before those that are needed.
+    """
     return tuple(
         PublishedFile(at + path.removeprefix("!"), origin, needed=path.startswith("!")) for path in paths.split()
     )
@@ -174,8 +177,11 @@ def _made(paths: str, origin: str, at: str = "") -> tuple[PublishedFile, ...]:
 def _copied(
     node: str, paths: str, at: str = "", below: str = "", receivers: Receivers = ""
 ) -> tuple[PublishedFile, ...]:
-    """Lists copies of files of one artifact, whose paths are those after `below` in the artifact and after `at` in the
-    repository. An exclamation mark stands before those that are needed."""
+    """Lists copies of files of one artifact.
+
+    The paths are those after `below` in the artifact and after `at` in the repository. An exclamation mark stands
+    before those that are needed.
+    """
     names = [(path.removeprefix("!"), path.startswith("!")) for path in paths.split()]
     return tuple(
         PublishedFile(at + name, node=node, source=below + name, receivers=receivers, needed=needed)
@@ -428,8 +434,10 @@ def placements(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, str, st
 
 
 def earlier_placements(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, str, str]]:
-    """Yields (key, file of its artifact, path in the release) of artifacts of earlier runs that training resumed from:
-    checkpoints among the others, data by their keys in dataset/earlier/."""
+    """Yields (key, file of its artifact, path in the release) of artifacts of earlier runs that training resumed from.
+
+    Their checkpoints stand among the others, and their data by their keys in dataset/earlier/.
+    """
     for key, artifact in sorted(artifacts.items()):
         for file, target in placement(key.rsplit("-", 1)[0], artifact):
             if target.startswith("dataset/"):
@@ -468,10 +476,11 @@ def placement(node: str, artifact: Artifact, folders: Mapping[str, str] | None =
 
 
 def _receivers(file: PublishedFile, names: Mapping[str, str], folders: Mapping[str, str]) -> Iterable[str]:
-    """Returns the folders of the models that get a copy. names: in the paths of its node and its file."""
+    """Returns the folders of the models that get a copy. `names` are those in the paths of its node and its file."""
     if file.receivers == "own":
         return [folders[names["model"]]] if names["model"] in folders else []
     if file.receivers == "later":
+        # A file belongs to a model, or to a phase whose log the model's card reads.
         first = names.get("model") or names["read"]
         return [folder for model, folder in folders.items() if when(model) >= when(first)]
     return folders.values() if file.receivers == "every" else [MODEL]
@@ -498,8 +507,10 @@ def code_license_text(roots: list[Path]) -> bytes | None:
 
 
 def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
-    """Returns the content of LICENSE: the full text if it is the license of the code and available; else the SPDX id
-    and the address of the text."""
+    """Returns the content of LICENSE.
+
+    This is the full text if it is the license of the code and available, else the SPDX id and the address of the text.
+    """
     text = code_license_text(roots)
     if spdx == code_license and text is not None:
         return text

@@ -19,6 +19,7 @@ def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
     """
     name = f"{remote.id}@{revision}"
     with translate_errors(f"pulling {name}"):
+        # A branch may move during the download, and a commit does not.
         commit = remote.commit(revision)
         files = remote.files(commit)
         if (unsafe := unsafe_path(files)) is not None:

@@ -1,5 +1,7 @@
-"""Sources that a release publishes by reference: of each document its id, license, origin and the hash of its text, and
-not the text itself, because its license or its size does not allow it.
+"""Sources that a release publishes by reference.
+
+Of each document, the release has its id, license, origin and the hash of its text. The text itself is left out, because
+its license or its size does not allow it.
 
 `references.json` of the dataset repository states how to read the texts again: the settings of the reader, the digest
 of every file, and the steps that edit texts. `atom rebuild-data` does it.
@@ -43,8 +45,13 @@ PLACES = ("path", "lock", "folder", "extension")
 class Reference(Config):
     """The instructions to read the documents of a source again.
 
-    source: settings of the source, without places on a machine. lock: content of the reader's lock file. files: {path:
-    digest} of the files, of which `parts` are read one after the other. steps: those that edited texts, in order.
+    Attributes:
+        source: The settings of the source, without places on a machine.
+        seed: The seed of the recipe.
+        parts: The number of parts, which are read one after the other.
+        lock: The content of the reader's lock file.
+        files: {path: digest} of the files.
+        steps: The steps that edited texts, in order.
     """
 
     source: dict[str, Any]
@@ -62,7 +69,10 @@ class Reference(Config):
 
     @classmethod
     def of(cls, source: Source, seed: int, steps: Sequence[AnyFilter]) -> Reference:
-        """Raises AtomError if the documents of a source are not in files, or if code of an extension makes them."""
+        """Describes a source as a release publishes it.
+
+        Raises AtomError if the documents of the source are not in files, or if code of an extension makes them.
+        """
         files = source.files()
         if not files:
             raise AtomError(
@@ -74,6 +84,7 @@ class Reference(Config):
                     f"release.by_reference names {source.name}, whose texts {block.block} of an extension makes; "
                     "others cannot make them again, so leave the source out"
                 )
+        # The expected size is for `atom plan`, and tells nobody how to read the documents.
         settings = source.model_dump(mode="json", exclude={"expected"})
         settings["reader"] = {name: value for name, value in settings["reader"].items() if name not in PLACES}
         if isinstance(source.reader, Hub):
@@ -91,7 +102,10 @@ class Reference(Config):
     @field_validator("steps")
     @classmethod
     def _leave_out_places(cls, steps: tuple[Filter, ...]) -> tuple[Filter, ...]:
-        """A release names no folder of this machine, from which code would be imported."""
+        """Leaves folders of this machine out of the steps.
+
+        A release names none of them, since code would be imported from there.
+        """
         return tuple(step.changed(_portable) for step in steps)
 
     @property
@@ -103,16 +117,22 @@ class Reference(Config):
         return escaped(str(self.source.get("origin")), 200)
 
     def restored(self, folder: Path | None, temporary: Path) -> Source:
-        """The source with its places on this machine.
+        """Returns the source with its places on this machine.
 
-        folder: of its files; temporary: gets its lock file. Raises CheckFailed if its settings are malformed,
-        AtomError if it needs a folder.
+        Args:
+            folder: The folder of its files.
+            temporary: A folder that gets its lock file.
+
+        Raises:
+            CheckFailed: The settings are malformed.
+            AtomError: The source needs a folder.
         """
         name = escaped(str(self.source.get("name")), 80)
         reader = {key: value for key, value in dict(self.source.get("reader", {})).items() if key not in PLACES}
         if folder is not None:
             reader["path"] = str(folder.resolve())
         if self.lock is not None:
+            # Numbered, since the name of a source comes from the release, and may be no name of a file.
             lock = temporary / f"{len(os.listdir(temporary))}.lock.yaml"
             lock.write_text(self.lock, "utf-8")
             reader["lock"] = str(lock)
@@ -120,6 +140,7 @@ class Reference(Config):
             source = Source.model_validate({**self.source, "reader": reader})
         except ValidationError as error:
             first = error.errors()[0]
+            # The path is the setting that was left out on purpose, so its absence has a remedy.
             if first["type"] == "missing" and first["loc"][-1] == "path":
                 raise AtomError(
                     f"the files of source {name} ({self.origin}) are not on a Hub; get them, and give their folder: "
@@ -135,13 +156,14 @@ def _portable(step: Filter) -> Filter:
 
 
 def _lock_of(source: Source) -> str | None:
-    """The content of a lock file for the source alone; None for a reader without one."""
+    """Returns the content of a lock file for the source alone; None for a reader without one."""
     reader = source.reader
     if isinstance(reader, Packages):
         return Path(reader.lock).read_text("utf-8")
     if not isinstance(reader, Hub):
         return None
     with scratch.folder() as temporary:
+        # The maker's lock may name other sources, which are not published here.
         hub_files.write(temporary / "lock.yaml", {source.name: hub_files.read(Path(reader.lock))[source.name]})
         return (temporary / "lock.yaml").read_text("utf-8")
 
@@ -156,7 +178,7 @@ class References(Config):
 
 
 def read(dataset: Path) -> Mapping[str, Reference]:
-    """The sources by reference of a dataset folder, by name; none without the file.
+    """Returns the sources by reference of a dataset folder, by name; none without the file.
 
     Raises CheckFailed if it is malformed.
     """
@@ -164,7 +186,7 @@ def read(dataset: Path) -> Mapping[str, Reference]:
 
 
 def published_reasons(dataset: Path) -> Mapping[str, str]:
-    """{source that a model wrote from one by reference: why its texts are published}. Raises CheckFailed."""
+    """Returns {source that a model wrote from one by reference: why its texts are published}. Raises CheckFailed."""
     return dict(sorted(_read(dataset).generated.items()))
 
 
@@ -182,14 +204,16 @@ def _read(dataset: Path) -> References:
 
 
 def kept_tables(dataset: Path, name: str, parts: int) -> Iterator[tuple[int, Path]]:
-    """(number, path) of the tables of the kept documents of a source by reference."""
+    """Yields (number, path) of the tables of the kept documents of a source by reference."""
     for number in range(parts):
         yield number, dataset / "kept" / name / part_file(number)
 
 
 def write_without_text(source: Path, target: Path) -> None:
-    """Writes a table of kept documents without their texts, and with the same row groups, so that the table with texts
-    can be written again byte for byte. Memory holds a row group."""
+    """Writes a table of kept documents without their texts, and with the same row groups.
+
+    So the table with texts can be written again byte for byte. Memory holds a row group.
+    """
     import pyarrow as pa
 
     with group_writer(target) as writer:
@@ -199,7 +223,7 @@ def write_without_text(source: Path, target: Path) -> None:
 
 
 def row_groups(path: Path) -> Iterator[pa.Table]:
-    """The row groups of a table of kept documents. Raises AtomError if it cannot be read."""
+    """Yields the row groups of a table of kept documents. Raises AtomError if it cannot be read."""
     import pyarrow.parquet as pq
 
     with read_errors(path), pq.ParquetFile(path) as file:
@@ -208,7 +232,7 @@ def row_groups(path: Path) -> Iterator[pa.Table]:
 
 
 def group_writer(path: Path) -> pq.ParquetWriter:
-    """A writer as that of the stage `dedup`: `stages.formats.table.table_writer`."""
+    """Returns a writer as that of the stage `dedup`: `stages.formats.table.table_writer`."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)

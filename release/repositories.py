@@ -33,20 +33,25 @@ class Repository:
 
 
 def model_folders(release: Path) -> list[str]:
-    """Lists the folders of a release that hold models, the final one first, then in the order of training; links to
-    folders are none."""
+    """Lists the folders of a release that hold models, the final one first, then in the order of training.
+
+    Links to folders are not listed.
+    """
     names = [path.name.removeprefix(f"{MODEL}-") for path in release.glob(f"{MODEL}-*") if _is_own_folder(path)]
     return [MODEL, *(f"{MODEL}-{name}" for name in sorted(names, key=when))]
 
 
 def variant_folders(release: Path) -> list[str]:
-    """The folders of a release that hold variants of the final model; links to folders are none."""
+    """Returns the folders of a release that hold variants of the final model; links to folders are none."""
     return sorted(path.name for path in release.glob(f"{VARIANT}-*") if _is_own_folder(path))
 
 
 def repositories(release: Path) -> list[Repository]:
-    """Lists the repositories of a release in the order in which they are made public: data, checkpoints, models, of
-    which the variants come before the final one; links to folders are none."""
+    """Lists the repositories of a release in the order in which they are made public.
+
+    The order is data, checkpoints, models, of which the variants come before the final one. Links to folders are not
+    listed.
+    """
     places = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
     steps = sorted(p.name for p in (release / "checkpoints").iterdir() if _is_own_folder(p))
     places.append(Repository("checkpoints", "-checkpoints", "model"))
@@ -62,8 +67,10 @@ def _is_own_folder(path: Path) -> bool:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Every file below a folder as sorted POSIX paths, without signatures and keys in their places, and without the
-    files that a Hub and its client add to a repository. Links are listed and not followed.
+    """Lists every file below a folder that is published, as sorted POSIX paths.
+
+    Signatures and keys in their places are left out, and so are the files that a Hub and its client add to a
+    repository. Links are listed and not followed.
 
     Raises CheckFailed if there are more files than any release has.
     """
@@ -80,13 +87,13 @@ def files_below(folder: Path) -> list[str]:
 
 
 def published(paths: Iterable[str], places: Iterable[Repository]) -> list[str]:
-    """The sorted files below a folder that its checksum file lists. places: the repositories in it."""
+    """Returns the sorted files below a folder that its checksum file lists. `places` are the repositories in it."""
     signed = {f"{place.folder}/{name}".lstrip("/") for place in places for name in (SIGNATURE, PUBLIC_KEY)}
     return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/") and p not in signed)
 
 
 def files_of(release: Path, repository: Repository) -> list[str]:
-    """The files of a repository, relative to its folder, without its checksum file.
+    """Returns the files of a repository, relative to its folder, without its checksum file.
 
     Raises CheckFailed as `files_below` does.
     """
@@ -96,7 +103,10 @@ def files_of(release: Path, repository: Repository) -> list[str]:
 
 
 def files_within(paths: Sequence[str], repository: Repository, models: Iterable[str]) -> list[str]:
-    """The same, from the sorted paths of all files below a release. models: its folders of models and variants."""
+    """Returns the files of a repository as `files_of`, from the sorted paths of all files below a release.
+
+    `models` are the release's folders of models and variants.
+    """
     prefix = f"{repository.folder}/" if repository.folder else ""
     below = paths[bisect_left(paths, prefix) : bisect_left(paths, f"{prefix}\U0010ffff")] if prefix else paths
     return _of(repository, published((path[len(prefix) :] for path in below), [Repository("", "", "")]), models)

@@ -146,6 +146,7 @@ def refusal(folder: Path) -> str:
             return ""
         names = ("format", "card_schema")
         numbers: list[Any] = [body.get(name) for name in names] if isinstance(body, dict) else []
+        # Not `isinstance`: `true` is an int for Python.
         if [type(number) for number in numbers] != [int, int]:
             return f"{RELEASE} does not state its format and card schema; get the release again"
         stated = Stated(*numbers)

@@ -21,7 +21,7 @@ PREFIX = "atom-scratch-"
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A new folder in TMPDIR, removed at the end. Sweeps folders of exited processes.
+    """Gives a new folder in TMPDIR, removed at the end. Sweeps folders of exited processes.
 
     Raises MachineError if none can be made or locked there.
     """
@@ -31,6 +31,7 @@ def folder() -> Iterator[Path]:
     try:
         yield path
     finally:
+        # While the lock is still held, so that no other process sweeps the folder at the same time.
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
@@ -43,6 +44,7 @@ def sweep(parent: Path) -> list[Path]:
             status = path.lstat()
             if status.st_uid != os.geteuid() or path.is_symlink() or not path.is_dir():
                 continue
+            # A living process holds the lock of its folder, and the system frees it however that process ends.
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,7 +56,7 @@ def sweep(parent: Path) -> list[Path]:
 
 
 def _make_locked_folder(parent: Path) -> tuple[Path, int]:
-    """A new folder, and the descriptor that holds its lock. Raises MachineError."""
+    """Returns a new folder, and the descriptor that holds its lock. Raises MachineError."""
     while True:
         try:
             path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
@@ -64,6 +66,7 @@ def _make_locked_folder(parent: Path) -> tuple[Path, int]:
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Fails if another process swept the folder before it was locked.
             path.lstat()
             return path, lock
         except OSError as error:

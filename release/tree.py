@@ -72,8 +72,11 @@ class Tree:
 
 
 def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """Lists (path, status) of everything below a folder but readable folders, at most DEPTH levels deep, with relative
-    paths. A deeper or unreadable folder is itself an entry, and "." follows after `max_entries` entries."""
+    """Yields (path, status) of everything below a folder but readable folders, with relative paths.
+
+    It descends at most DEPTH levels. A deeper or unreadable folder is itself an entry. If there are more than
+    `max_entries` entries, the entry "." comes last.
+    """
     entry_count = 0
     pending = [""]
     while pending:
@@ -105,12 +108,13 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
 
 
 def scan(folder: Path, listed_count: int) -> Tree:
-    """The files of a folder that may be read.
+    """Returns the files of a folder that may be read.
 
-    listed_count: the number of files that its checksum files can name, by their sizes.
+    `listed_count` is the number of files that its checksum files name.
     """
     tree = Tree()
     path_of_name: dict[str, str] = {}
+    # Beside the listed files there are folders, signatures and what the Hub's client adds.
     for path, status in walk(folder, ENTRIES + 4 * listed_count):
         if isinstance(status, OSError):
             if status.errno == errno.E2BIG:
@@ -128,7 +132,7 @@ def scan(folder: Path, listed_count: int) -> Tree:
 
 
 def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) -> str:
-    """The reason why a path may not be read; "" if it may."""
+    """Returns the reason why a path may not be read; "" if it may."""
     try:
         # Names are bytes on Linux, and what is no UTF-8 cannot be printed, listed or compared.
         path.encode()
@@ -164,12 +168,13 @@ def is_sparse(status: os.stat_result) -> bool:
 
 
 def real_bytes(files: Iterable[os.stat_result]) -> int:
-    """The bytes of files on the disk: holes do not count, and a file with several names counts once."""
+    """Returns the bytes of files on the disk: holes do not count, and a file with several names counts once."""
     return sum({inode(status): min(status.st_size, disk_bytes(status)) for status in files}.values())
 
 
 def disk_bytes(status: os.stat_result) -> int:
     """Returns the bytes that a file has on the disk."""
+    # The unit of `st_blocks` is 512 bytes on every file system.
     return status.st_blocks * 512
 
 
@@ -190,11 +195,14 @@ def is_foreign_link(folder: Path, path: str) -> bool:
 
 
 def _blob(folder: Path, path: str) -> os.stat_result | None:
-    """The status of the file that a link of the Hub client's cache leads to, from `<repository>/snapshots/<commit>`
-    into its `blobs`; None for any other link."""
+    """Returns the status of the file that a link of the Hub client's cache leads to; None for any other link.
+
+    Such a link leads from `<repository>/snapshots/<commit>` into the `blobs` of the repository.
+    """
     # The cache's layout: <repository>/snapshots/<commit>/<path> links to <repository>/blobs/<digest>.
     snapshot = folder.resolve()
     repository = snapshot.parent.parent
+    # Not `resolve`, which would follow further links.
     target = Path(os.path.normpath((snapshot / path).parent / os.readlink(folder / path)))
     if snapshot.parent.name != "snapshots" or CACHED.fullmatch(repository.name) is None:
         return None
@@ -210,7 +218,7 @@ def _blob(folder: Path, path: str) -> os.stat_result | None:
 def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
     """Returns True if the file system of a folder records executable modes, or is of an unknown kind.
 
-    mounts: the text of /proc/self/mountinfo.
+    `mounts` is the text of /proc/self/mountinfo.
     """
     try:
         text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape") if mounts is None else mounts
@@ -219,6 +227,7 @@ def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
     real_path, longest, kind = os.path.realpath(folder), -1, ""
     for line in text.splitlines():
         mount, _, filesystem = line.partition(" - ")
+        # The kernel writes spaces and backslashes of a path as octal numbers.
         mount_point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
         # a later mount covers an earlier
         if len(mount_point) >= longest and f"{real_path}/".startswith(mount_point.rstrip("/") + "/"):

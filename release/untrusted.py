@@ -46,7 +46,7 @@ def cleaned(value: Any) -> Any:
 def open_regular(path: Path, follow: bool = False) -> BinaryIO:
     """Opens a regular file and nothing else: no endless device, no pipe that waits for a writer.
 
-    follow: whether the path may be a link. Raises CheckFailed.
+    `follow` allows the path to be a link. Raises CheckFailed.
     """
     flags = READ | (0 if follow else os.O_NOFOLLOW)
     try:
@@ -63,9 +63,10 @@ def open_regular(path: Path, follow: bool = False) -> BinaryIO:
 
 
 def read(path: Path, limit: int, follow: bool = False) -> bytes:
-    """The bytes of a regular file. Raises CheckFailed for anything else, or for more than `limit` bytes."""
+    """Returns the bytes of a regular file. Raises CheckFailed for anything else, or for more than `limit` bytes."""
     with open_regular(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
+        # One byte more than allowed shows that a file has grown since its size was read.
         data = file.read(limit + 1) if size <= limit else b""
     if size > limit or len(data) > limit:
         raise CheckFailed(f"{path.name} has {max(size, len(data))} bytes, and at most {limit} are read of such a file")
@@ -97,8 +98,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]:
-    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, after checking every number in it: tensors are
-    contiguous, with the length of shape and dtype, up to the end of the file. Raises CheckFailed."""
+    """Returns {tensor: {dtype, shape, data_offsets}} of a safetensors file, after checking every number in it.
+
+    The tensors must be contiguous, with the length of shape and dtype, up to the end of the file. Raises CheckFailed
+    otherwise.
+    """
     with open_regular(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -125,10 +129,11 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
 
 
 def _span(file: str, name: str, entry: Any) -> tuple[int, int]:
-    """The start and the end of a tensor. Raises CheckFailed."""
+    """Returns the start and the end of a tensor. Raises CheckFailed."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [begin, end, *shape]
+        # Not `isinstance`: `true` is an int for Python.
         if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers) or len(shape) > 16:
             raise ValueError
         bits = DTYPE_BITS[dtype]

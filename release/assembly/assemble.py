@@ -266,6 +266,7 @@ def _place_evidence(draft: Draft) -> None:
     draft.json(RECIPE, source.recipe)
     draft.copy(OWN_VERIFIER, SECOND_VERIFIER)
     draft.json(RELEASE, describe(source).to_json())
+    # The facts are read from release.json in the folder, so it is written before.
     draft.write(CODE_README, render.code_readme(draft.release.info).encode())
 
 
@@ -383,6 +384,7 @@ def _write_standards(draft: Draft) -> None:
 
 
 def _write_origins(draft: Draft) -> None:
+    # Stated before the file is written, so that it lists itself.
     draft.state(ORIGINS)
     (draft.folder / ORIGINS).write_bytes(to_json(draft.origins))
 
@@ -411,8 +413,14 @@ COLUMNS = {name: "string" for name in ("id", "source", "license", "title", "auth
 def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[Path]:
     """Writes the tables for each part of a source with such documents, and yields their paths.
 
-    acquired: the artifact of acquire of each source. Raises AtomError if its credits are not those of the documents.
     Memory holds some thousand rows, the names of a part's packages, and the digests of all notices.
+
+    Args:
+        dataset: The dataset folder.
+        acquired: The artifact of acquire of each source.
+
+    Raises:
+        AtomError: The credits in an artifact are not those of the documents.
     """
     written = set[str]()
     for source, files in data_layout.kept_files(dataset).items():
@@ -423,6 +431,7 @@ def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[P
             table, packages = dataset / ATTRIBUTION / path.relative_to(dataset / "kept"), set[str]()
             with table_writer(table, COLUMNS) as write:
                 for rows in _attributed(path, _stream(acquired.get(source), "credits", path, CREDITS)):
+                    # The id of a document of a package is source/package/file.
                     packages.update(id.partition("/")[2].partition("/")[0] for id in rows["id"].to_pylist())
                     write(rows)
             yield table
@@ -438,12 +447,15 @@ def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[P
 
 
 def _asking(batch: pa.RecordBatch) -> list[str]:
-    """The licenses of documents that ask for attribution."""
+    """Returns the licenses of documents that ask for attribution."""
     return [license for license in batch["license"].unique().to_pylist() if asks_for_attribution(license)]
 
 
 def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]:
-    """The rows of a table of kept documents. credits: of the documents of the part, in their order."""
+    """Yields the rows of a table of kept documents whose licenses ask for attribution.
+
+    `credits` are those of the documents of the part, in their order.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -452,14 +464,17 @@ def _attributed(path: Path, credits: Iterator[Any] | None) -> Iterator[pa.Table]
         rows = pa.Table.from_batches([batch.filter(pc.is_in(batch["license"], value_set=asking))])
         stated = [_credit(credits, id, path) if credits else {} for id in rows["id"].to_pylist()]
         for name in ("title", "author"):
+            # An author's field may hold a key by mistake, and no release may publish one.
             values = [None if find_secret(credit.get(name)) else credit.get(name) for credit in stated]
             rows = rows.append_column(name, pa.array(values, pa.string()))
         yield rows
 
 
 def _stream(acquired: Path | None, name: str, path: Path, columns: Mapping[str, str]) -> Iterator[Any] | None:
-    """The rows of a table of acquire, of the part of a table of kept documents; None if the source has no such
-    table."""
+    """Returns the rows of a table of acquire that belong to one part of a table of kept documents.
+
+    None if the source has no such table.
+    """
     if acquired is None or part_number(path) is None:
         return None
     table = acquired / name / path.name

@@ -40,6 +40,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     plots.require()
     require_nodes(source.artifacts)
     target = home / "releases" / f"{source.name}-{source.version}"
+    # Beside the target and so on its file system, which makes the move to its place a single step.
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     refused = target.with_name(f"{target.name}.refused")
     shutil.rmtree(draft, ignore_errors=True)
@@ -87,8 +88,11 @@ def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes the file of each repository first, then the one over the whole release, then the root's, which covers that
-    one too."""
+    """Writes the checksum files of a release.
+
+    Each repository gets its own first. Then follows the one over the whole release, and last the root's, which covers
+    that one too.
+    """
     repos = repositories(folder)
     for repository in repos:
         # The checksum files of the other repositories are themselves files of the whole, so the root's come last.
@@ -140,6 +144,7 @@ def _replace(draft: Path, target: Path) -> None:
             os.rename(target, previous)
         os.rename(draft, target)
     except OSError as error:
+        # The new release did not get its place, so the earlier one gets it back.
         if previous.exists() and not target.exists():
             os.rename(previous, target)
         raise AtomError(f"release {target} cannot be put in place: {error}") from None

@@ -23,11 +23,12 @@ from stages.recipe import ReleaseRecipe
 
 
 def build_input(graph: Graph, store: Store, previous: Path | None = None) -> BuildInput:
-    """Opens every artifact of the graph. previous: the folder of an earlier release.
+    """Opens every artifact of the graph.
 
-    Raises AtomError with the nodes that are not sealed or have no statement, and for a recipe whose last model is its
-    base.
+    `previous` is the folder of an earlier release. Raises AtomError with the nodes that are not sealed or have no
+    statement, and for a recipe whose last model is its base.
     """
+    # The final model and the base have a repository each, so they cannot be one model.
     if models_of(graph.nodes)[-1] == MODEL:
         raise AtomError(
             f"{graph.recipe.title} trains no model after {PHASE}, and a release has one beside its base; add midtrain "
@@ -71,7 +72,7 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
 
 
 def _prediction(graph: Graph, store: Store) -> tuple[Artifact, Path] | None:
-    """The sealed prediction of this run and its statement, if it has one; only pre-training is predicted."""
+    """Returns the sealed prediction of this run and its statement, if it has one; only pre-training is predicted."""
     if PHASE not in graph.nodes:
         return None
     key = prediction_key(graph.nodes[PHASE].key)
@@ -92,7 +93,7 @@ def _deny_list(graph: Graph) -> DenyList | None:
 def _references(
     graph: Graph, artifacts: Mapping[str, Artifact], earlier: Mapping[str, Artifact]
 ) -> dict[str, Reference]:
-    """The sources by reference.
+    """Returns the sources by reference.
 
     Raises AtomError for a source that is in no files, or of a run that resumed from data of an earlier one.
     """
@@ -109,6 +110,7 @@ def _references(
         acquired = graph.nodes[f"acquire-{name}"].config
         if not isinstance(acquired, AcquireConfig):
             raise AtomError(f"release.by_reference names {name}, whose texts a model wrote here; leave it out")
+        # Only steps that edited a text are needed to make it again; the others removed documents.
         edits = artifacts["filter"].json("edits.json")[name]
         steps = next(source.steps for source in config.sources if source.name == name)
         references[name] = Reference.of(acquired.source, acquired.seed, [s for s in steps if edits.get(s.name)])
@@ -116,7 +118,7 @@ def _references(
 
 
 def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:
-    """{key: artifact} of earlier runs that this run resumes from: checkpoints and all their inputs."""
+    """Returns {key: artifact} of earlier runs that this run resumes from: checkpoints and all their inputs."""
     run_keys = {node.key for node in graph.nodes.values()}
     # The inputs of an input count as well, or no statement would lead to the texts of the first run.
     pending = [key for node in graph.nodes.values() for key in node.external.values()]

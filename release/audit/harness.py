@@ -25,7 +25,7 @@ PROBLEMS = "release_problems"
 
 
 def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
-    """The task with the evaluation problems; each row has `id`, `task`, `prompt` and `answer`."""
+    """Returns the task with the evaluation problems; each row has `id`, `task`, `prompt` and `answer`."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
@@ -49,9 +49,9 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
 
 
 def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
-    """The problems with a model's stated answers (`output`, `score`), and the longest answer allowed, in tokens.
+    """Reads the evaluation problems with a model's stated answers (`output`, `score`).
 
-    Raises CheckFailed if the release does not contain them.
+    Also returns the longest answer allowed, in tokens.
     """
     from release.facts.published_tables import read_json, read_rows
     from stages.evaluation.settings import EvaluationSection
@@ -66,7 +66,10 @@ def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int
 
 
 def evaluate(model: Any, tasks: list[str], include: Path | None = None, limit: int | None = None) -> dict[str, Any]:
-    """The harness's result on tasks by name: `results` by task, and `samples`. Raises AtomError for an unknown task."""
+    """Returns the harness's result on tasks by name: `results` by task, and `samples`.
+
+    Raises AtomError for an unknown task.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include is None else str(include))
@@ -76,8 +79,10 @@ def evaluate(model: Any, tasks: list[str], include: Path | None = None, limit: i
 
 
 def compare_answers(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
-    """Evaluates the release's problems with the harness: its figure, the stated one, and the ids of answers that
-    differ."""
+    """Evaluates the release's problems with the harness, and compares the answers with the published ones.
+
+    The result has the harness's figure, the stated one, and the ids of the answers that differ.
+    """
     stated, max_new_tokens = read_problems(release, folder)
     stated = sorted(stated, key=lambda row: row["id"])[:limit]
     rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]

@@ -62,10 +62,11 @@ def recognize(
     ask_hub: bool,
     verify_folder: Callable[..., Verdict],
 ) -> Verdict:
-    """The verdict with what was taken back from an intact copy since it was made.
+    """Returns the verdict with what was taken back from an intact copy since it was made.
 
-    retracted: a repository with a tombstone. Raises AtomError if that has none, or does not verify. ask_hub: without
-    it, to ask the evidence of the release on the Hub, if HF_ENDPOINT is set; not to reach it is no error.
+    `retracted` names a repository with a tombstone. Raises AtomError if it has none, or does not verify. Without it,
+    `ask_hub` makes this ask the evidence of the release on the Hub, if HF_ENDPOINT is set. It is no error if the Hub
+    cannot be reached.
     """
     # An altered copy is refused anyway, and one with a tombstone says of itself what was taken back.
     if not verdict.ok or verdict.retracted:
@@ -87,7 +88,10 @@ def recognize(
 
 
 def missing_revision(subject: str, deep: bool) -> Verdict | None:
-    """The verdict on a revision that is not on the Hub any more because its repository was retracted; else None."""
+    """Returns the verdict on a revision that is gone because its repository was retracted.
+
+    None if the repository was not retracted, or if no revision was asked for.
+    """
     name, _, revision = subject.partition("@")
     try:
         if not revision or not _has_tombstone(name):
@@ -141,7 +145,7 @@ def _has_tombstone(name: str) -> bool:
 
 
 def _evidence_of(folder: Path, kind: str) -> str | None:
-    """The evidence repository of a release, its evidence or its data, as they name it."""
+    """Returns the evidence repository of a release, its evidence or its data, as they name it."""
     if (folder / RELEASE).is_file():
         return f"{schema.read_release(folder).repository}-evidence"
     if kind != "dataset" or not (folder / schema.CARD).is_file():

@@ -48,7 +48,7 @@ from stages.evaluation.scores import VERDICTS
 from stages.train.imported_weights import NAME as BASE
 
 SMALL_BYTES = 4_000_000_000
-"""Of weights: a billion parameters in fp32, which a laptop holds."""
+"""The size of weights that a laptop holds: a billion parameters in fp32."""
 LEAST_SIZES = 2
 """Smaller models of a family of sizes."""
 BY_SOURCE = ("", "none")
@@ -104,17 +104,17 @@ class Published(Release):
         return str(read_json(path)["repo"]) if path.exists() else None
 
     def without(self, paths: dict[str, str]) -> list[str]:
-        """The names whose path, or pattern, matches no file."""
+        """Returns the names whose path, or pattern, matches no file."""
         return [name for name, path in paths.items() if next(self.root.glob(path), None) is None]
 
     def passed(self, gate: str) -> str | None:
-        """The detail of a gate that was passed."""
+        """Returns the detail of a gate that was passed."""
         result = self.gates.get(gate, {})
         return result["detail"] if result.get("ok") else None
 
 
 def _complete(missing: Sequence[str], total: int, whole: str, lack: str, evidence: Sequence[str]) -> Answer:
-    """Y if nothing is missing, N if all of `total` is, else P."""
+    """Returns Y if nothing is missing, N if all of `total` is, else P."""
     if not missing:
         return "Y", whole, evidence
     none_is_there = len(missing) == total
@@ -167,6 +167,7 @@ def _licenses(release: Published) -> Answer:
     by_source = []
     for path in sorted((release.dataset / "sources").glob("*.json")):
         source = read_json(path)
+        # A source that lists no licenses declares one for all its documents.
         bases = {row["found"] for row in source.get("licenses", [])} or {""}
         if source.get("files") != 0 and not bases.isdisjoint(BY_SOURCE):
             by_source.append(source["name"])
@@ -208,6 +209,7 @@ def _logs(release: Published) -> Answer:
 @_row("rollouts and preferences", "publish the rollouts and pairs of every phase")
 def _rollouts(release: Published) -> Answer:
     kinds = {phase: numbered(phase)[0] for phase in release.phases}
+    # Phases without an order are those that sample answers.
     wanted = {phase: f"dataset/rl/{phase}/rollouts.parquet" for phase, k in kinds.items() if k in WITHOUT_ORDER}
     wanted.pop("reward", None)  # it learns from the pairs of others
     if "dpo" in kinds.values():
@@ -232,6 +234,7 @@ def _contamination(release: Published) -> Answer:
     if release.passed("contamination_report") is None:
         return "P", "documents with items were removed by a rule; no detector was tested", ["dataset/dispositions"]
     report = read_json(release.dataset / CONTAMINATION)
+    # Items for validation are no test items.
     splits = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
     counts = {name: sum(verdicts[name] for verdicts in splits) for name in VERDICTS}
     recall = report["detector"]["recall"]
@@ -263,7 +266,10 @@ def _replay(release: Published) -> Answer:
     "replay it yourself: `atom replay . PHASE`; a certificate in NAME-VERSION.replays is a file that anybody can write",
 )
 def _bitwise(release: Published) -> Answer:
-    """Never Y from files: a certificate has no signature, so its maker may have written it."""
+    """Answers if the training can be repeated bit for bit.
+
+    Never Y from files: a certificate has no signature, so its maker may have written it.
+    """
     stated = {
         certificate.notes["phase"]: certificate.path.name
         for certificate in read_certificates(release.root)
@@ -305,7 +311,7 @@ def _signatures(release: Published) -> Answer:
 
 
 def _of_standards(release: Published, paths: Sequence[str]) -> Answer:
-    """Y if the documents are there and the gate found them valid and right."""
+    """Returns Y if the documents are there and the gate found them valid and right."""
     if missing := release.without({path: path for path in paths}):
         return "N", f"there is no {missing[0]}", []
     return _of_gate(release, "standards", paths)
@@ -402,7 +408,7 @@ def _sizes(release: Published) -> Answer:
 
 
 def rows(folder: Path, identity: str = "") -> Iterator[Row]:
-    """The twenty rows, in order. Raises AtomError if the folder is not a whole release that can be read.
+    """Yields the twenty rows, in order. Raises AtomError if the folder is not a whole release that can be read.
 
     Args:
         folder: Of the release.

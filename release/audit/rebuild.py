@@ -33,15 +33,21 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 SUFFIX = ".data"
-"""Of the folder beside a release that has its rebuilt tables."""
+"""The end of the name of the folder beside a release that has its rebuilt tables."""
 
 
 @dataclass(frozen=True)
 class RebuiltSource:
     """A source whose documents are here with their texts.
 
-    files: its tables; equal: those with the bytes that the stage made, None if the release's evidence is not here;
-    present: those that an earlier run had rebuilt.
+    Attributes:
+        source: Its name.
+        origin: The place that its files come from.
+        documents: The number of its documents.
+        bytes: The bytes of their texts.
+        files: The number of its tables.
+        equal: The number of those with the bytes that the stage made; None if the release's evidence is not here.
+        present: The number of those that an earlier run had rebuilt.
     """
 
     source: str
@@ -63,7 +69,7 @@ class Rebuilt:
 
 
 def folder_of(release: Path) -> Path:
-    """The folder of the rebuilt tables of a release, unless another one is given."""
+    """Returns the folder of the rebuilt tables of a release, unless another one is given."""
     release = release.absolute()
     return release.with_name(f"{release.name}{SUFFIX}")
 
@@ -73,11 +79,18 @@ def rebuild(
 ) -> Rebuilt:
     """Writes `kept/<source>/part-*.parquet` with texts to `target`.
 
-    A part that is there already is compared, not made again; pulled files stay in $ATOM_HOME/hub. Memory holds a
-    row group.
+    A part that is there already is compared, not made again; pulled files stay in $ATOM_HOME/hub. Memory holds a row
+    group.
 
-    folders: by source, of files that no Hub has. Raises AtomError if files are missing or have other digests,
-    CheckFailed if a document is not there or has another text.
+    Args:
+        release: A release or its data repository.
+        target: The folder to write to.
+        folders: The folders of files that no Hub has, by source.
+        progress: Is told each step.
+
+    Raises:
+        AtomError: Files are missing or have other digests.
+        CheckFailed: A document is not there or has another text.
     """
     dataset = ReleaseData.locate(release).data
     by_name = references.read(dataset)
@@ -105,10 +118,12 @@ def _rebuild_source(
             present += 1
         else:
             progress(f"source {name}: reading part {number + 1} of {len(tables)} of {reference.origin}")
+            # A run that is cut off leaves no half table, which the next run would take for a finished one.
             with atomic_files.replacing(path) as draft:
                 _write_part(listed, draft, source, reference, number)
         rows, length = _compare(listed, path)
         documents, size = documents + rows, size + length
+        # Another version of the library may write other bytes for equal rows, so this is counted and no problem.
         equal += sha256_file(path) == published.get(f"kept/{name}/{path.name}")
     return RebuiltSource(name, reference.origin, documents, size, len(tables), equal if published else None, present)
 
@@ -139,7 +154,7 @@ class _Texts:
         self.documents: Iterator[Document] = (each for each in documents if isinstance(each, Document))
 
     def find(self, id: str, digest: str) -> str:
-        """The text of the next kept document. Raises CheckFailed if it is not there or has another hash."""
+        """Returns the text of the next kept document. Raises CheckFailed if it is not there or has another hash."""
         name = id.removeprefix(f"{self.source.name}/")
         document = next((each for each in self.documents if each.name == name), None)
         if document is None:
@@ -147,6 +162,7 @@ class _Texts:
                 f"document {printable(id)} is not in the files of {self.reference.origin}, or not in its place; "
                 "read them with the version of atom that made the release"
             )
+        # Most documents were kept as they were read, so the steps run only for the others.
         for text in (document.text, *self._edited(id, document)):
             if content_hash(text) == digest:
                 return text
@@ -156,7 +172,7 @@ class _Texts:
         )
 
     def _edited(self, id: str, acquired: Document) -> Iterator[str]:
-        """The text after the steps that edited texts; nothing if one removes it."""
+        """Yields the text after the steps that edited texts; nothing if one removes it."""
         from stages.data.acquire.acquire_stage import document_row
         from stages.data.curate.source_filter import to_document
 
@@ -174,7 +190,7 @@ class _Texts:
 
 
 def _compare(listed: Path, path: Path) -> tuple[int, int]:
-    """(documents, bytes of their texts) of a rebuilt table.
+    """Returns (documents, bytes of their texts) of a rebuilt table.
 
     Raises CheckFailed unless it has the rows of the published one and every text its hash.
     """
@@ -221,7 +237,7 @@ def _require_digests(source: Source, reference: Reference, files: Files) -> None
 
 
 def _published(dataset: Path) -> Mapping[str, str]:
-    """{path: SHA-256} of the tables that the stage `dedup` made; empty without the release's evidence."""
+    """Returns {path: SHA-256} of the tables that the stage `dedup` made; empty without the release's evidence."""
     manifest = dataset.parent / "evidence/manifests/dedup.json"
     return Manifest.parse("dedup", read_json(manifest)).digests if manifest.is_file() else {}
 

@@ -84,6 +84,7 @@ def facts_of(release: Release) -> dict[str, Any]:
 
 def _key(folder: Path) -> str | None:
     """Returns the fingerprint of the key beside a signature, unchecked (`atom verify` checks it)."""
+    # A key without a signature signs nothing.
     if not ((folder / PUBLIC_KEY).is_file() and (folder / SIGNATURE).is_file()):
         return None
     try:
@@ -93,7 +94,7 @@ def _key(folder: Path) -> str | None:
 
 
 def _steps_and_tokens(order: OrderFacts) -> dict[str, int]:
-    """Steps of a phase, and the tokens that it predicted."""
+    """Returns steps of a phase, and the tokens that it predicted."""
     parts = [row.tokens for part in order.parts for row in part.by_source.values()]
     return {"steps": order.steps, "tokens": sum(parts)}
 
@@ -104,11 +105,12 @@ def _scores(model: ModelFacts) -> dict[str, Figure]:
 
 
 def text(facts: dict[str, Any], width: int = WIDTH) -> str:
-    """The page; control characters in it are escaped. width: its columns."""
+    """Returns the page, `width` columns wide; control characters in it are escaped."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
 
+    # A terminal obeys control characters, and the texts are those of whoever made the release.
     facts, buffer = cleaned(facts), io.StringIO()
     console = Console(file=buffer, width=min(width, WIDEST), highlight=False, markup=False)  # a title may have brackets
 

@@ -79,6 +79,7 @@ def verify(
         try:
             pulled = pull_named(name, folder)
         except AtomError:
+            # A retraction removes old revisions, so the tombstone in the present one says why this one is gone.
             if (gone := old_copies.missing_revision(name, deep)) is not None:
                 return gone
             raise
@@ -95,6 +96,7 @@ def _verify_folder(
             "give the folder that `atom build` made, or a repository that `atom publish` made"
         )
     verdict = Verdict(subject, kind_of(folder), deep)
+    # The rules below are those of this version, and say nothing about a folder of another one.
     if refusal := schema.refusal(folder):
         verdict.checks.append(answer("versions", [refusal]))
         return verdict
@@ -116,6 +118,7 @@ def _verify_folder(
     # The bytes.
     progress(f"hashing every file of {verdict.subject}")
     digests = Digests(folder, tree, listed_paths)
+    # The set of all paths may be large, and nothing below needs it.
     del listed_paths
     verdict.checks += _byte_checks(contents, digests)
     runner = CheckRunner(Release(folder, verdict.kind, digests), tree, deep)
@@ -130,6 +133,7 @@ def _verify_folder(
     verdict.checks.append(
         runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
     )
+    # Taken before the check of names, whose problems do not keep the content from being checked.
     bytes_hold = verdict.ok
     verdict.checks.append(listing.check_names(contents))
 
@@ -166,6 +170,7 @@ def _check_remainder(verdict: Verdict, runner: CheckRunner, bytes_hold: bool) ->
     verdict.checks.append(runner.run("tombstone", lambda: old_copies.check_tombstone(folder, verdict.kind)))
     verdict.retracted = old_copies.sentence(folder) if verdict.ok else ""
     applicable = list(registry.verifiers(release, True))
+    # Programs and options of servers do not depend on the documents, so they must still be what this tool writes.
     kept = [check for check in applicable if check.function is tool_files.tool_files and bytes_hold]
     verdict.checks += [runner.ask(check) for check in kept]
     if bytes_hold and (folder / SITE).exists():
@@ -178,12 +183,12 @@ def _check_remainder(verdict: Verdict, runner: CheckRunner, bytes_hold: bool) ->
 
 
 def _left_out(name: str, when: str, checks: Iterable[Check]) -> CheckResult:
-    """The result that stands for checks that do not run."""
+    """Returns the result that stands for checks that do not run."""
     return CheckResult(name, None, f"not checked {when}: {', '.join(check.name for check in checks)}")
 
 
 def _byte_checks(contents: Contents, digests: Digests) -> Iterator[CheckResult]:
-    """One check for each checksum file: all listed files exist unchanged, and no others exist."""
+    """Yields one check for each checksum file: all listed files exist unchanged, and no others exist."""
     if contents.kind != "release":
         yield _check_sums(contents, SUMS, "", [p for p in contents.present() if p != SUMS], digests)
         if contents.kind == "evidence":
@@ -192,6 +197,7 @@ def _byte_checks(contents: Contents, digests: Digests) -> Iterator[CheckResult]:
     if contents.missing:
         yield answer("release_complete", contents.missing)
         return
+    # The list of all files is written before the root's list, so it names neither itself nor that one.
     yield _check_sums(contents, ALL_SUMS, "", [p for p in contents.present() if p not in (SUMS, ALL_SUMS)], digests)
     for repository in contents.places:
         name = f"{repository.folder}/{SUMS}".lstrip("/")
@@ -236,6 +242,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
         problems += [prefix + text for text in verdict.problems]
         signers[prefix] = verdict.signer
     if not signers:
+        # A missing signature is a problem only for a caller who named a signer.
         if policy == TrustPolicy():
             return CheckResult(name, None, "not signed")
         message = f"not signed, so not by {policy.signer}"

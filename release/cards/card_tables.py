@@ -240,7 +240,7 @@ def folded(summary: str, text: str) -> str:
 
 
 def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str], mark: str) -> dict[str, str]:
-    """Returns {part of the card: its nonempty tables with a section of their own}. mark: begins their headings."""
+    """Returns {part of the card: its nonempty tables with a section of their own}. Their headings begin with `mark`."""
     parts: dict[str, list[str]] = {}
     for table in registered:
         if table.heading and texts[table.name]:

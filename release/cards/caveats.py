@@ -118,6 +118,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
     # Neighbors in training, and pairs that were compared, in this order and each once.
     measured, comparisons = parts(model.chat), model.chat.get("preferences", {})
     compared = {(row["before"], name): row for name, row in comparisons.items()}
+    # A pair may be both neighbors in training and compared; a dict keeps the order and drops the second.
     for before, after in dict.fromkeys([*pairwise(measured), *compared]):
         row, gains = compared.get((before, after)), []
         old, new = measured[before], measured[after]
@@ -125,6 +126,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
             old, new = (row["sides"][side]["parts"] for side in ("before", "model"))
         if rises(old["reward"], new["reward"]):
             gains.append(f"the preference reward rose ({_change(old['reward'], new['reward'])})")
+        # The lower end of the interval, so that a win by chance is none.
         if row is not None and (rate := row["win_rate"])["low"] > 0.5:
             gains.append(f"{title(after)} won {with_interval(rate)} of {count(rate['n'])} comparisons")
         if not gains:

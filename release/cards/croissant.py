@@ -130,6 +130,7 @@ def _tables(dataset: Path, data: DataFacts) -> dict[str, list[Path]]:
     places: dict[Path, list[Path]] = {}
     for path in sorted(dataset.rglob("*.parquet")):
         if path not in described:
+            # The parts of one table are in a folder of their own, which names it.
             places.setdefault(path.parent if part_number(path) is not None else path.with_suffix(""), []).append(path)
     further: dict[str, list[Path]] = {}
     for place, files in places.items():
@@ -175,7 +176,7 @@ def _file(dataset: Path, path: Path, name: str, digest: Callable[[Path], str]) -
 
 
 def _records(path: Path, name: str, in_parts: bool) -> dict[str, Any]:
-    """Returns a record set with a field for each column. path: the table, or its first part."""
+    """Returns a record set with a field for each column of a table. `path` is the table, or its first part."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -184,6 +185,7 @@ def _records(path: Path, name: str, in_parts: bool) -> dict[str, Any]:
     # A table in parts is a set of files; any other is one file.
     files = {"fileSet": {"@id": f"{name}-parts"}} if in_parts else {"fileObject": {"@id": f"{name}.parquet"}}
     for column in schema:
+        # A list has the type of its values, and any other column its own.
         value = getattr(column.type, "value_type", column.type)
         # A field here has one value or a list of values, so structs and bytes are none.
         if pa.types.is_nested(value) or pa.types.is_binary(value):
@@ -222,6 +224,7 @@ def problems(path: Path, records: int = 3) -> list[str]:
 
     import mlcroissant
 
+    # Its warnings are no findings, and would only be printed among the lines of the build.
     logging.getLogger("absl").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of its libraries about each other

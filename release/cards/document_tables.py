@@ -84,6 +84,7 @@ def attribution(data: DataFacts) -> list[str]:
     body = []
     for name, row in data.sources.items():
         if licenses := [license for license in row.licenses if asks_for_attribution(license)]:
+            # Without these tables the number is not known.
             documents = [count(listed.get(name, 0))] if listed else []
             body.append([name, few(licenses), *documents, escaped(row.origin), escaped(row.license_evidence)])
     tables = (
@@ -151,6 +152,7 @@ def languages(data: DataFacts) -> list[str]:
         shown, others = rows[:MOST_LANGUAGES], [row for _, row in rows[MOST_LANGUAGES:]]
         if others:
             rest = LanguageFacts(sum(row.documents for row in others), sum(row.tokens for row in others))
+            # The languages are sorted by tokens, so the smallest share one row.
             shown.append((f"{count(len(others))} other languages", rest))
         for name, row in shown:
             body.append([source, name, count(row.documents), count(row.tokens), _share(row.tokens, total)])

@@ -23,6 +23,7 @@ SETTINGS = {
     "steps": "steps",
     "sequence length": "sequence_length",
     "global batch, tokens": "batch.global_tokens",
+    # Each kind of optimizer has further settings, which `card_rows` adds.
     "optimizer": "optimizer.kind",
     "peak learning rate": "optimizer.lr",
     "final learning rate": "optimizer.final_lr",
@@ -60,7 +61,10 @@ def prediction(model: ModelFacts) -> list[str]:
 
 
 def memorization(scores: MemorizationScores | None) -> list[str]:
-    """Returns the share of training documents that a model continues verbatim. scores: None if not measured."""
+    """Returns the share of training documents that a model continues verbatim.
+
+    `scores` is None if it was not measured.
+    """
     if scores is None:
         return [NOT_MEASURED]
     body = [

@@ -84,6 +84,7 @@ def entries(png: bytes) -> dict[str, str] | None:
             return None
         length, kind = struct.unpack(">I4s", png[offset : offset + 8])
         end = offset + 8 + length
+        # The checksum of a chunk covers its kind and its data, and not its length.
         if png[end : end + 4] != struct.pack(">I", zlib.crc32(png[offset + 4 : end])):
             return None
         # A chunk: length, kind, data, and the checksum of kind and data.
@@ -91,6 +92,7 @@ def entries(png: bytes) -> dict[str, str] | None:
         if kind == b"tEXt":
             texts[name.decode("latin-1")] = text.decode("latin-1")
         offset = end + 4
+    # Bytes after the last chunk would be no part of the picture.
     return texts if offset == len(png) else None
 
 
@@ -427,10 +429,14 @@ def _plain_ticks(axis: Axes) -> None:
 
 
 def _label_ends(axis: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes the name of each curve next to its end, no two of them over each other. ends: value, name, color."""
+    """Writes the name of each curve next to its end, no two of them over each other.
+
+    `ends` has the value, the name and the color of each curve.
+    """
     bottom, top = axis.get_ylim()
     step = LABEL_STEP * (top - bottom)
     low, places = bottom - step, []
+    # From below, each label moves up until it does not touch the one before.
     for y, name, color in sorted(ends, key=lambda end: end[0]):
         low = max(low + step, y)
         places.append((low, name, color))
@@ -479,6 +485,7 @@ def _bars(axis: Axes, title: str, rows: Mapping[str, int], color: str) -> None:
     axis.barh(range(len(rows)), list(rows.values()), color=color, height=0.7)
     # matplotlib would read what two dollar signs enclose as a formula
     axis.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name in names], fontsize=8)
+    # matplotlib counts from below, and the largest bar stands first.
     axis.invert_yaxis()
     axis.set_title(title, loc="left", fontsize=10)
     axis.set_xticks([])
@@ -492,7 +499,6 @@ def _bars(axis: Axes, title: str, rows: Mapping[str, int], color: str) -> None:
 
 def law(drawing: Drawing) -> bytes:
     """Draws a law of `atom ladder` by compute, with its band, the runs, and the predictions."""
-
     import numpy as np
 
     def paint(figure: Figure) -> None:

@@ -105,10 +105,11 @@ def model_index(scores: ModelScores, dataset: str) -> list[Any]:
 
 
 def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
-    """Returns the metadata of a model's card. title: the end of its name; "" for the final model."""
+    """Returns the metadata of a model's card. `title` is the end of its name, which is "" for the final model."""
     dataset = data_id(release)
     # All models of a release come from its base; the base itself from a published model, or from none.
     base = f"{release.repository}-base" if title != "base" else None
+    # Only these models were trained on the published one directly; all others on the release's base.
     if model.base and (title == "base" or model.on_published):
         base = model.base["repo"]
     # A copy is no finetune: nothing was trained.
@@ -119,6 +120,7 @@ def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
         library_name="transformers",
         pipeline_tag="text-generation",
         language=list(release.languages) or None,
+        # Nothing of this release's data trained a copy of a published model.
         datasets=None if model.is_copy else [dataset],
         base_model=base,
         **relation,
@@ -130,7 +132,7 @@ def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
 
 
 def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
-    """Returns the card of a folder that holds a model. facts: those of the release and this model."""
+    """Returns the card of a folder that holds a model. `facts` are those of the release and this model."""
     model, dataset = facts.model, data_id(release)
     title = folder.removeprefix("model").removeprefix("-")
     card_data = model_metadata(title, release, model)
@@ -160,7 +162,7 @@ def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
 
 
 def variant_metadata(suffix: str, release: ReleaseInfo, facts: VariantFacts) -> Any:
-    """Returns the metadata of the card of a variant. suffix: the end of its repository's name."""
+    """Returns the metadata of the card of a variant. `suffix` is the end of its repository's name."""
     library = "gguf" if facts.file else "transformers"
     encoding = facts.variant.encoding.lower()
     tags = [facts.variant.writer, encoding, "open-data", "reproducible"]
@@ -224,6 +226,7 @@ def data_metadata(release: ReleaseInfo, data: DataFacts) -> Any:
     return load().DatasetCardData(
         pretty_name=f"{release.title}{OF_DATA}",
         language=list(release.languages) or None,
+        # The Hub sorts data sets by the number of their rows.
         size_categories=size_category(sum(row.kept for row in data.sources.values())),
         task_categories=["text-generation"],
         configs=[
@@ -237,7 +240,7 @@ def data_metadata(release: ReleaseInfo, data: DataFacts) -> Any:
 
 
 def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] | None = None) -> str:
-    """Returns the card of the data. canary: the string that identifies the evaluation problems."""
+    """Returns the card of the data. `canary` is the string that identifies the evaluation problems."""
     texts = _texts(card_tables.lines_by_table(card_tables.DATA_TABLES, data))
     text = load().DatasetCard.from_template(
         data_metadata(release, data),
@@ -263,7 +266,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
 
 
 def _config(name: str, split: str, path: str) -> dict[str, Any]:
-    """Returns a configuration of the data set for the Hub. path: the pattern of its files."""
+    """Returns a configuration of the data set for the Hub. `path` is the pattern of its files."""
     return {"config_name": name, "data_files": [{"split": split, "path": path}]}
 
 
@@ -279,7 +282,7 @@ def plain_metadata(license: str) -> Any:
 
 
 def plain_card(kind: str, release: ReleaseInfo, license: str, **table_lines: list[str]) -> str:
-    """Returns the card of the checkpoint or the evidence repository. kind: the name of the template."""
+    """Returns the card of the checkpoint or the evidence repository. `kind` is the name of the template."""
     text = load().RepoCard.from_template(
         plain_metadata(license),
         template_path=str(TEMPLATES / f"{kind}.md.jinja"),

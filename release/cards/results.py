@@ -24,7 +24,7 @@ def results_path(dataset: str) -> str:
 
 
 def text(model: ModelFacts, dataset: str, version: str) -> str:
-    """Returns the file's content. dataset: the id of the release's data repository."""
+    """Returns the file's content. `dataset` is the id of the release's data repository."""
     return _dump(_rows(model, dataset, version))
 
 
@@ -50,6 +50,7 @@ def problems(folder: Path, model: ModelFacts, dataset: str, version: str | None)
         return [f"{FOLDER} holds {', '.join(sorted(present))}, and not {path} alone"]
     content = (folder / path).read_text()
     stated, measured = yaml.safe_load(content), _rows(model, dataset, version or "")
+    # Equal values are not enough: the file could hold comments, or a key twice.
     written = _dump(stated) == content
     # The address of the source has the version.
     if version is None:

@@ -32,7 +32,7 @@ PUBLISHED = "published base"
 PHASES: dict[str, str] = WORDS["phases"]
 """Titles of training phases."""
 IN_PROCESS = "transformers in the stage's process, in fp32"
-"""What computes scores without an engine."""
+"""The program that computes scores without an engine."""
 CONVERSATION_TITLES = {"system": "system messages", "tools": "tools", "reasoning": "reasoning"}
 CHAT_TITLES = {"test": "answers in conversation", "fresh": "answers to new items", "preferences": "preferences"}
 COLUMN_PIXELS, PADDING_PIXELS = 750, 27
@@ -84,6 +84,7 @@ def _columns_that_fit(pixels: Sequence[float], labels: int) -> list[list[int]]:
     # As few tables as fit.
     parts: list[list[int]] = [[]]
     for column in columns:
+        # A column that is too wide alone still gets a table.
         if parts[-1] and sum(pixels[n] for n in [*parts[-1], column]) > limit:
             parts.append([])
         parts[-1].append(column)
@@ -188,7 +189,10 @@ def positions(scores: dict[str, ModelScores]) -> list[str]:
 
 
 def passkeys_by_depth(scores: dict[str, ModelScores]) -> list[str]:
-    """Keys that the last model retrieved, by length of the text and depth of the key in it (0: at its start)."""
+    """Returns the keys that the last model retrieved, by length of the text and depth of the key in it.
+
+    Depth 0 is the start of the text.
+    """
     scores_by_length = scores[list(scores)[-1]].get("passkey_by_depth", {})
     depths = sorted({depth for row in scores_by_length.values() for depth in row}, key=float)
     body = [
@@ -335,7 +339,7 @@ def license_evidence(data: DataFacts) -> list[str]:
 
 
 def funnel(data: DataFacts) -> list[str]:
-    """Removed documents, one row for each rule; the first row less the others is the last."""
+    """Returns removed documents, one row for each rule; the first row less the others is the last."""
     rules = sorted({rule for row in data.sources.values() for rule in row.removed})
 
     def line(label: str, numbers: Mapping[str, int]) -> list[str]:
@@ -384,7 +388,7 @@ def conversations(data: DataFacts, phases: Iterable[str]) -> list[str]:
 
 
 def further_evidence(release: Path) -> list[str]:
-    """Rows of the evidence card for what only some releases have."""
+    """Returns rows of the evidence card for what only some releases have."""
     rows = {
         RUNTIMES: "what other programs make of the final model and its variants: tokens and log-probabilities",
         f"{PREDICTION}/": "what smaller runs said of this one, sealed before it began",

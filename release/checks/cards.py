@@ -1,5 +1,7 @@
-"""Checks what people read of a release against its files: cards with their metadata, plots, the description of the
-data, and the page."""
+"""Checks the parts of a release that people read against its files.
+
+These are cards with their metadata, plots, the description of the data, and the page.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,10 @@ def drawn_plots(release: Release) -> Findings:
 
 
 def unexpected(folder: Path, drawings: Drawings) -> list[str]:
-    """Sentences about plots that a repository lacks, or should not have. drawings: those that it should have."""
+    """Returns sentences about plots that a repository lacks, or should not have.
+
+    `drawings` are those that it should have.
+    """
     present = {name for name in NAMES if (folder / name).is_file()}
     missing = [f"{name} is missing" for name in sorted(drawings.keys() - present)]
     return missing + [f"{name} shows what is not here" for name in sorted(present - drawings.keys())]
@@ -153,13 +158,16 @@ def _look_alike(published: bytes, drawn: bytes) -> bool:
     pictures = [Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGBA") for data in (published, drawn)]
     if pictures[0].size != pictures[1].size:
         return False
+    # A histogram counts the pixels by their difference, so no loop over pixels is needed.
     bands = ImageChops.difference(*pictures).split()
     return not any(any(band.histogram()[ROUNDED + 1 :]) for band in bands)
 
 
 def same_versions(release: Release) -> Findings:
-    """Checks that every card of a release or repository states the present versions, and that no file but release.json
-    does so too."""
+    """Checks that every card of a release or repository states the present versions.
+
+    Apart from the cards, release.json at the root is the only file that may state them.
+    """
     problems = []
     for path in release.files:
         place, _, name = path.rpartition("/")
@@ -195,6 +203,7 @@ def card_metadata(release: Release) -> Findings:
         expected = render.plain_metadata(stated.license.code)
         if kind == "dataset":
             expected = render.data_metadata(stated, release.data)
+    # Compared as texts, which also shows duplicate keys and comments, which a parser drops.
     is_equal = schema.metadata_of(text) == str(expected)
     return Findings([] if is_equal else [f"{CARD}: its metadata are not those that the files beside it give"])
 

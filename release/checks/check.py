@@ -1,5 +1,7 @@
-"""The definition of a check: one function over a release, which returns Findings, and its line of the registry with
-scope and conditions."""
+"""The definition of a check.
+
+A check is one function over a release, which returns Findings, and its line of the registry with scope and conditions.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ class Findings:
 
     @classmethod
     def of_measurement(cls, ok: bool, text: str) -> Findings:
-        """The findings for one figure and its threshold: the text is the summary if it passes, else the problem."""
+        """Returns the findings for one figure and its threshold.
+
+        The text is the summary if the figure passes, else the problem.
+        """
         return cls(summary=text) if ok else cls([text])
 
     def add(self, other: Findings, prefix: str = "") -> None:
@@ -52,6 +57,7 @@ class Findings:
 
     def compare_tables(self, card: str, tables: Sequence[CardTable[Any]], facts: Any) -> None:
         """Adds a problem for each line of the tables that the text of a card lacks."""
+        # Escaped on both sides, since a card is untrusted and a problem is printed.
         present = {escaped(line) for line in card.splitlines()}
         lines = (line for table in tables for line in table.lines(facts))
         self.problems += [f"README.md lacks the line {line!r}" for line in lines if escaped(line) not in present]
@@ -90,7 +96,7 @@ class Reads:
     weights: bool = False
 
     def below(self, folder: str) -> Reads:
-        """The same files, for places within a folder."""
+        """Returns the same files, for places within a folder."""
         return Reads(tuple(f"{folder}/{place}" for place in self.places), self.weights) if folder else self
 
 
@@ -136,7 +142,7 @@ class Check:
 
 
 class LoadProblem(NamedTuple):
-    """part: MODEL or CHAT_TEMPLATE."""
+    """A problem with loading a model; `part` is MODEL or CHAT_TEMPLATE."""
 
     part: str
     text: str

@@ -1,5 +1,7 @@
-"""Limits on the processor time and memory of checks: fixed ones, and ones by the size of the files that a check
-reads."""
+"""Limits on the processor time and memory of checks.
+
+Some are fixed, and some depend on the size of the files that a check reads.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,10 @@ def _result(name: str, findings: Findings) -> CheckResult:
 
 
 def guarded(name: str, question: Callable[[], CheckResult]) -> CheckResult:
-    """The result of a question about untrusted files, whatever it raises: checksums prove nothing about content, so a
-    malformed file is a finding."""
+    """Returns the result of a question about untrusted files, whatever it raises.
+
+    Checksums prove nothing about content, so a malformed file is a finding.
+    """
     try:
         return question()
     except ImportError as error:
@@ -118,14 +122,19 @@ class CheckRunner:
         if self.spent:
             return CheckResult(name, None, f"not checked, because {self.spent}")
         try:
+            # The result comes from another process as JSON.
             answered = self._run_confined(lambda: asdict(guarded(name, question)), self._allowance(reads))
             return CheckResult(**answered)
         except CheckFailed as error:
+            # Every further check could cost as much, so none runs.
             self.spent = f"{name} took all the time or memory that there is"
             return answer(name, [f"cannot be checked: it {error}"])
 
     def _run_confined(self, call: Callable[[], Any], budget: Budget) -> Any:
-        """The result of `call`. budget: its allowance beside the shared one. Raises CheckFailed if it exceeds them."""
+        """Returns the result of `call`.
+
+        `budget` is its allowance beside the shared one. Raises CheckFailed if the call exceeds both.
+        """
         # The shared time is spent: a file that costs each check a little must not cost all of them much.
         if self.seconds <= 0:
             raise CheckFailed(f"comes after checks that took {SECONDS:.0f} s of processor time")
@@ -135,7 +144,7 @@ class CheckRunner:
         return result
 
     def limits(self) -> Iterator[CheckResult]:
-        """A skipped check about the limits themselves, where there are none."""
+        """Yields a skipped check about the limits themselves, where there are none."""
         if self.unlimited:
             reason = f"needs {self.unlimited}: the checks ran without limits on their time and memory"
             yield CheckResult("limits", None, reason)
@@ -171,7 +180,7 @@ class CheckRunner:
         return {**body, "wrong": result.wrong or [result.detail] * (result.ok is None)}
 
     def _allowance(self, reads: Reads) -> Budget:
-        """The allowance of a check for the files that it reads."""
+        """Returns the allowance of a check for the files that it reads."""
         paths = [path for path in self.tree.files if path.startswith(reads.places)]
         texts = real_bytes(self.tree.files[path] for path in paths if path.endswith(".json"))
         logs = [real_bytes([self.tree.files[path]]) for path in paths if path.endswith(".jsonl")]

@@ -41,12 +41,12 @@ class Budget:
 
 
 def missing() -> str:
-    """Names what this platform lacks for limits on a child; "" on Linux."""
+    """Returns the name of what this platform lacks for limits on a child; "" on Linux."""
     return "" if os.path.exists(STATUS) else f"{STATUS}, which Linux has"
 
 
 def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
-    """The result of `call`, which must be JSON, and its processor time.
+    """Returns the result of `call`, which must be JSON, and its processor time.
 
     The call runs in a fork: it sees the state of this process and does not change it. Raises CheckFailed if the
     budget does not suffice, or if the child is killed.
@@ -64,6 +64,7 @@ def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
         os.close(read_end)
         _child(call, budget, write_end)
     os.close(write_end)
+    # Stays None if this process is interrupted while it waits; the child is then killed as well.
     data = None
     try:
         data = _receive(read_end, time.monotonic() + 10 + WAITING * budget.seconds)
@@ -88,7 +89,7 @@ def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
 
 
 def _receive(descriptor: int, deadline: float) -> bytes | None:
-    """All output of the child; None if it does not end in time."""
+    """Returns all output of the child; None if it does not end in time."""
     parts: list[bytes] = []
     while (remaining := deadline - time.monotonic()) > 0 and select.select([descriptor], [], [], remaining)[0]:
         part = os.read(descriptor, 1 << 16)
@@ -99,7 +100,7 @@ def _receive(descriptor: int, deadline: float) -> bytes | None:
 
 
 def _child(call: Callable[[], Any], budget: Budget, write_end: int) -> None:
-    """Never returns."""
+    """Runs `call` in the child process, sends its result to the parent, and ends the process; never returns."""
     body: dict[str, Any]
     gc.freeze()  # collections in the child do not end objects of its parent, whose threads it has not, and are quick
     try:
@@ -119,6 +120,7 @@ def _child(call: Callable[[], Any], budget: Budget, write_end: int) -> None:
 
 def _limit(budget: Budget) -> None:
     faulthandler.disable()
+    # The handlers are the parent's, and would do its cleaning up in the child.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDWR)
@@ -136,7 +138,9 @@ def set_limits(budget: Budget) -> None:
     """Limits this process."""
     # The limit counts from the start of the process, so what it has used already is added.
     seconds = max(1, round(budget.seconds + time.process_time()))
+    # A library that crashes on a crafted file must not leave a large core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The soft limit sends a signal that a process may ignore; the hard one, a second later, kills it.
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     # What is in use at the fork belongs to the parent and is not the fault of the file.
     data_limit = _data_bytes() + budget.memory
@@ -146,7 +150,7 @@ def set_limits(budget: Budget) -> None:
 
 
 def _data_bytes() -> int:
-    """The private writable memory of this process, which RLIMIT_DATA counts."""
+    """Returns the private writable memory of this process, which RLIMIT_DATA counts."""
     with open(STATUS) as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
 
@@ -154,6 +158,7 @@ def _data_bytes() -> int:
 def _reason(code: int, budget: Budget) -> str:
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"does not end within {budget.seconds:.0f} s of processor time"
+    # Libraries in C++ abort when they get no memory.
     if code == -signal.SIGABRT:
         return _too_large(budget)
     if code < 0:

@@ -1,5 +1,6 @@
-"""Checks that every document has one disposition, a license, and the same text in every table, the messages of
-conversations, and the Merkle roots of the tables.
+"""Checks the tables of documents: dispositions, licenses, texts, conversations and Merkle roots.
+
+Every document has one disposition, a license, and the same text in every table.
 
 Tables are streamed in bounded memory and compared row by row: the kept documents of a part stand in the order of their
 dispositions, and those of each split in the order of their tokens.
@@ -47,7 +48,7 @@ class Rows:
         self._rest: Any = None
 
     def take(self, count: int) -> Any:
-        """The next rows, as a batch; fewer than `count` at the end."""
+        """Returns the next rows, as a batch; fewer than `count` at the end."""
         import pyarrow as pa
 
         taken: list[Any] = []
@@ -68,13 +69,16 @@ class Rows:
         return pa.RecordBatch.from_arrays(columns, names=self.columns)
 
     def next(self) -> dict[str, Any] | None:
-        """The next row; None at the end."""
+        """Returns the next row; None at the end."""
         rows = self.take(1).to_pylist()
         return rows[0] if rows else None
 
 
 def _batches_where(path: Path, columns: list[str], where: Mapping[str, str]) -> Iterator[Any]:
-    """Not a method: the generator would refer to the object that holds it, and both would stay in memory."""
+    """Streams the rows that have the given values in some columns.
+
+    It is not a method: the generator would refer to the object that holds it, and both would stay in memory.
+    """
     for batch in text_batches(path, [*columns, *where], BATCH):
         for name, value in where.items():
             batch = batch.filter(equals(batch.column(name), value))
@@ -91,20 +95,21 @@ def text_batches(files: Path | list[Path], columns: list[str], size: int = BATCH
 
 
 def equals(column: Any, value: str) -> Any:
-    """Where a column has a value; false for null."""
+    """Returns a mask of the rows where a column has a value; false for null."""
     import pyarrow.compute as pc
 
     return pc.fill_null(pc.equal(column, value), False)
 
 
 def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
-    """(file, id) of every row whose id occurred in an earlier row."""
+    """Yields (file, id) of every row whose id occurred in an earlier row."""
     import numpy as np
     import pyarrow.parquet as pq
 
     total = sum(pq.read_metadata(path).num_rows for path in files)
     # Each pass keeps the hashes of one residue class, so memory is bounded for any number of documents.
     passes = max(1, -(-total // HASHES))
+    # Hashes spread evenly over the passes, so twice the average is room enough.
     room = total if passes == 1 else 2 * (total // passes) + 1024
     candidates: set[int] = set()
     for number in range(passes):
@@ -132,7 +137,7 @@ def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _id_hashes(files: list[Path]) -> Iterator[tuple[Path, list[str], Any]]:
-    """(file, ids, their hashes in this process) by batch.
+    """Yields (file, ids, their hashes in this process) by batch.
 
     Python's hash of a string is keyed, so no file can be made whose ids collide.
     """
@@ -164,7 +169,7 @@ def licenses(release: Release) -> Findings:
 
 
 def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:
-    """Sentences about documents without a license. Adds the licenses to `expressions`."""
+    """Yields sentences about documents without a license. Adds the licenses to `expressions`."""
     import pyarrow.compute as pc
 
     for path in data_layout.all_files(data_layout.disposition_files(dataset)):
@@ -179,8 +184,10 @@ def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:
 
 
 def dispositions(release: Release) -> Findings:
-    """Checks that each document has one disposition, that in = kept + removed, and that the kept ones are exactly those
-    of the tables of kept documents."""
+    """Checks that each document has one disposition, and that in = kept + removed.
+
+    The kept ones must be exactly those of the tables of kept documents.
+    """
     counts: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     problems = list(islice(_unbalanced(release.dataset, counts, kept), MOST_PROBLEMS))
@@ -249,6 +256,7 @@ def _misplaced(dataset: Path, part: data_layout.Part, table: Rows, expected: Any
     if row is not None:
         table.aligned = False
         id = expected.column("id")[row].as_py()
+        # A missing document and one in another place look alike here; a search tells which it is.
         if not _has(table.path, id) or row == len(actual):
             yield _not_in_both(dataset, table.path, id)
             return
@@ -268,7 +276,10 @@ def _not_in_both(dataset: Path, kept: Path, id: str) -> str:
 
 
 def _has(path: Path, id: str, only_kept: bool = False) -> bool:
-    """Returns True if a table has a document. only_kept: among the kept documents of a table of dispositions."""
+    """Returns True if a table has a document.
+
+    With `only_kept`, it must be among the kept documents of a table of dispositions.
+    """
     import pyarrow.compute as pc
 
     columns = ["id", "disposition"] if only_kept else ["id"]
@@ -282,8 +293,10 @@ def _has(path: Path, id: str, only_kept: bool = False) -> bool:
 
 
 def content_hashes(release: Release) -> Findings:
-    """Checks that the content hash of every kept document is that of its text, if the text is published, and equal in
-    every table."""
+    """Checks that the content hash of every kept document is equal in every table.
+
+    It must be that of the document's text, if the text is published.
+    """
     dataset = release.dataset
     by_reference = references.read(dataset).keys()
     parts = list(data_layout.document_parts(dataset))
@@ -315,6 +328,7 @@ def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collect
             for id in _other_hashes(batch.filter(equals(batch.column("split"), split)), rows):
                 yield f"{tokens_name}: the content hash of {id} is not that of {name}"
     for rows in tokens.values():
+        # Rows that are left over are of documents that the table of kept ones does not have.
         stray = rows.stray if not rows.aligned else (rows.next() or {}).get("id")
         if stray is not None:
             yield f"{tokens_name}: {stray} is no kept document"
@@ -324,7 +338,7 @@ def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collect
 
 
 def _stray_tokens(dataset: Path, part: data_layout.Part) -> Iterator[str]:
-    """Tokens of unknown sources or splits."""
+    """Yields a sentence for each row of tokens with an unknown source or split."""
     import pyarrow.compute as pc
 
     for batch in text_batches(part.tokens, ["id", "source", "split"]):
@@ -347,7 +361,7 @@ def _hashes_of_removed(dataset: Path, part: data_layout.Part) -> Iterator[str]:
 
 
 def _other_hashes(kept: Any, rows: Rows) -> Iterator[str]:
-    """The ids of kept documents whose hash in the next rows of another table differs, or that are not there.
+    """Yields the ids of kept documents whose hash in the next rows of another table differs, or that are not there.
 
     Nothing after the first that is not there.
     """
@@ -360,12 +374,13 @@ def _other_hashes(kept: Any, rows: Rows) -> Iterator[str]:
         rows.stray = other.column("id")[row].as_py() if row < len(other) else None
         yield kept.column("id")[row].as_py()
         return
+    # The tables have other names for this hash, such as `kept_hash`.
     for row in _differences(kept, other.rename_columns(["id", "content_hash"]), ["content_hash"]):
         yield kept.column("id")[row].as_py()
 
 
 def _first_difference(expected: Any, actual: Any) -> int | None:
-    """The first place where two columns differ, or where the second one ends."""
+    """Returns the first place where two columns differ, or where the second one ends."""
     import pyarrow.compute as pc
 
     count = len(actual)
@@ -377,11 +392,12 @@ def _first_difference(expected: Any, actual: Any) -> int | None:
 
 
 def _differences(expected: Any, actual: Any, columns: list[str]) -> list[int]:
-    """The rows of two tables of the same length that differ in a column."""
+    """Returns the rows of two tables of the same length that differ in a column."""
     import pyarrow.compute as pc
 
     equal = None
     for column in columns:
+        # Arrow has no answer for a comparison with null, and here two nulls are equal.
         left, right = (pc.fill_null(table.column(column), "\0") for table in (expected, actual))
         same = pc.equal(left, right)
         equal = same if equal is None else pc.and_(equal, same)

@@ -62,15 +62,18 @@ CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 
 
 def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
-    """The problems with the kinds of files in a folder.
+    """Returns the problems with the kinds of files in a folder.
 
-    files: {path: its status}. archive: whether `code/` is the source code of the release, which only a release and its
-    evidence have.
+    Args:
+        folder: The folder.
+        files: {path: its status}.
+        archive: Whether `code/` is the source code of the release, which only a release and its evidence have.
     """
     # Some file systems show every file as executable.
     modes = keeps_modes(folder)
     problems = []
     for path, status in sorted(files.items()):
+        # The Hub's client writes there, and `release.tree` has refused all that it does not write.
         if path.startswith(".cache/"):
             continue
         source = archive and (path.startswith("code/") or path == SECOND_VERIFIER)
@@ -85,7 +88,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
 
 
 def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
-    """The problem with one file. Raises CheckFailed if it cannot be read."""
+    """Yields the problem with one file. Raises CheckFailed if it cannot be read."""
     suffix, name = file.suffix.lower(), file.name
     with untrusted.open_regular(file, follow=True) as stream:
         start = stream.read(16)
@@ -129,8 +132,11 @@ def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
 
 
 def _json_problems(data: bytes, name: str) -> Iterator[str]:
-    """Problems of a JSON file: a form in which this tool writes none, and the name of code to load a model with, at any
-    depth and in any spelling."""
+    """Yields the problems of a JSON file.
+
+    They are a form in which this tool writes none, and the name of code to load a model with, at any depth and in any
+    spelling.
+    """
     value = untrusted.parse_json(data, name)
     if not any(data == text.encode(errors="surrogatepass") for text in _forms(value)):
         yield "is not in a form in which atom writes JSON"
@@ -149,14 +155,14 @@ def _json_problems(data: bytes, name: str) -> Iterator[str]:
 
 
 def _forms(value: Any) -> Iterator[str]:
-    """The texts of JSON that this tool and its libraries write for a value."""
+    """Yields the texts of JSON that this tool and its libraries write for a value."""
     yield json.dumps(value, indent=1) + "\n"
     yield json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     yield json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def templates(folder: Path) -> dict[str, str]:
-    """{where: template} of the chat templates of a model. Raises CheckFailed if a file cannot be read."""
+    """Returns {where: template} of the chat templates of a model. Raises CheckFailed if a file cannot be read."""
     texts = {}
     for path in [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
         texts[path.relative_to(folder).as_posix()] = untrusted.read(path, TEXT_BYTES, follow=True).decode()
@@ -165,6 +171,7 @@ def templates(folder: Path) -> dict[str, str]:
             continue
         body = untrusted.read_json(folder / name, follow=True)
         inside = body.get("chat_template") if isinstance(body, dict) else None
+        # A config holds one template as a text, or several by name in a mapping or a list.
         if isinstance(inside, str):
             texts[name] = inside
         elif isinstance(inside, dict):
@@ -189,15 +196,16 @@ def render(template: str) -> str:
     compiled = compile_template(template)
     texts = []
     for messages in MESSAGES:
+        # Templates take another branch where an answer is to follow.
         for ask in (True, False):
             texts.append(compiled.render(messages=messages, add_generation_prompt=ask, bos_token="", eos_token=""))
     return "".join(texts)
 
 
 def compile_template(template: str) -> Any:
-    """The template in the Jinja sandbox that transformers uses, with the functions that chat templates may call.
+    """Compiles a template in the Jinja sandbox that transformers uses.
 
-    Raises what Jinja raises.
+    It has the functions that chat templates may call. Raises what Jinja raises.
     """
     import jinja2
     import jinja2.ext
@@ -223,5 +231,6 @@ def compile_template(template: str) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = to_json
+    # The date of a template differs from day to day, so its form stands for it here.
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
     return environment.from_string(template)

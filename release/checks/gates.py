@@ -28,12 +28,15 @@ class GateResult:
 
 
 def names(checks: Checks) -> list[str]:
-    """The names of all gates, in the order of their checks."""
+    """Returns the names of all gates, in the order of their checks."""
     return list(dict.fromkeys(check.gate for check in checks if check.gate))
 
 
 def required(checks: Checks, release: Release) -> set[str]:
-    """The gates that apply to a release, or to the release of an evidence repository, as far as its files show it."""
+    """Returns the gates that apply to a release.
+
+    For an evidence repository, these are the gates of its release, as far as its files show it.
+    """
     # The evidence alone is judged as its whole release, as far as its files show it.
     whole = Release(release.root)
     return {
@@ -44,7 +47,9 @@ def required(checks: Checks, release: Release) -> set[str]:
 
 
 def computed_again(checks: Checks, release: Release) -> dict[str, GateResult | None]:
-    """{gate: its result by the published files; None if it does not apply} of the gates that follow from these alone.
+    """Computes the gates again that follow from the published files alone.
+
+    Returns {gate: its result; None if it does not apply}.
 
     Args:
         checks: All checks.
@@ -52,6 +57,7 @@ def computed_again(checks: Checks, release: Release) -> dict[str, GateResult | N
     """
     evaluation = EvaluationSection.model_validate(release.recipe["evaluation"]).model_dump()
     build, waived = BuildContext(release, evaluation), evaluation.get("waived_gates", {})
+    # Left out are gates with a check that `verify` runs by itself, and those that need what only the build has.
     others = {c.gate for c in checks if not isinstance(c, BuildCheck) or c.private}
     results = {name: run_gate(checks, name, build) for name in names(checks) if name not in others}
     return {name: result and waive(result, waived) for name, result in results.items()}

@@ -1,5 +1,7 @@
-"""Checks the effect of training: bits per byte, accuracy, passkeys and preferences of each model against the previous
-one."""
+"""Checks the effect of training.
+
+Bits per byte, accuracy, passkeys and preferences of each model are compared with those of the previous one.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ BEYOND = f", beyond {SURE} standard errors of the difference"
 
 
 def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
-    """For the sources that pre-training read, together and one by one, so that a large source does not hide a small
-    one. None without pre-training."""
+    """Checks that pre-training lowers the bits per byte on the sources that it read.
+
+    The sources are judged together and one by one, so that a large source does not hide a small one. None without
+    pre-training.
+    """
     if "init" not in build.release.data.evaluation:
         return None
     read = build.release.data.sources_read("pretrain")
@@ -34,7 +39,7 @@ def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings | None:
 
 
 def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
-    """By more than the recipe requires. None without mid-training."""
+    """Checks that mid-training raises the accuracy by more than the recipe requires. None without mid-training."""
     if "mid" not in build.release.data.evaluation:
         return None
     before, after = (build.release.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))
@@ -42,14 +47,20 @@ def midtraining_raises_accuracy(build: BuildContext) -> Findings | None:
 
 
 def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
-    """The loss on the sources that the phase reads is within the recipe's limit. None without mid-training."""
+    """Checks that the loss on the sources that the phase reads is within the recipe's limit.
+
+    None without mid-training.
+    """
     if "mid" not in build.release.data.evaluation:
         return None
     return _keeps_bits_per_byte(build, "base", {"mid": "midtrain"})
 
 
 def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
-    """The loss in bits per byte on short texts is within the recipe's limit. None without long-context phases."""
+    """Checks that the loss in bits per byte on short texts is within the recipe's limit.
+
+    None without long-context phases.
+    """
     long = [model for model in build.release.data.evaluation if model.startswith("long")]
     if not long:
         return None
@@ -57,10 +68,15 @@ def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
 
 
 def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, str]) -> Findings:
-    """Compares models with an earlier one on the held-out documents of the sources that the phase of each model reads,
-    together and one by one. A phase forgets what its mix leaves out: those sources are stated and not judged.
+    """Compares models with an earlier one on the held-out documents of the sources that the phase of each model reads.
 
-    phases: {model: the phase that trained it}.
+    The sources are compared together and one by one. A phase forgets the sources that its mix leaves out, so these are
+    stated and not judged.
+
+    Args:
+        build: The build whose models are judged.
+        before: The earlier model.
+        phases: {model: the phase that trained it}.
     """
     scores, allowed = build.release.data.evaluation, build.evaluation["bits_per_byte_tolerance"]
     details, worst = [], -math.inf
@@ -83,6 +99,7 @@ def _keeps_bits_per_byte(build: BuildContext, before: str, phases: Mapping[str, 
             for source in build.release.data.sources_read(name)
         }
         left_out = _changes(*(_bits(scores[name], earlier - read) for name in (before, model)))
+        # A sum over sources that are not judged would only be read as a judgement.
         left_out.pop(TOGETHER, None)
         if left_out:
             details.append(f"not judged, because {phase} does not read them: {_text(left_out)}")
@@ -95,9 +112,9 @@ def _nothing_to_judge(phase: str) -> Findings:
 
 
 def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
-    """The last model retrieves more keys than the mid-trained one from texts that are too long for that one.
+    """Checks that the last model retrieves more keys than the mid-trained one.
 
-    None if the models were not evaluated on keys.
+    The texts are too long for the mid-trained one. None if the models were not evaluated on keys.
     """
     scores = build.release.data.evaluation
     long = [model for model in scores if model.startswith("long")]
@@ -108,6 +125,7 @@ def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
     lengths = [length for length in sorted({*before, *after}, key=int) if int(length) > context]
     if not lengths:
         return Findings([f"no passkey was asked for beyond the {context} tokens of mid-training"])
+    # Longer texts are harder, so both models must be judged by the same lengths.
     if missing := [length for length in lengths if length not in before or length not in after]:
         return Findings([f"passkeys of {missing[0]} tokens were asked of one model only"])
     earlier, later = (_pooled([rows[length] for length in lengths]) for rows in (before, after))
@@ -116,7 +134,7 @@ def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
 
 
 def _pooled(shares: Sequence[Mean]) -> Mean:
-    """The share over all items of several sets."""
+    """Returns the share over all items of several sets."""
     n = sum(row["n"] for row in shares)
     value = sum(row["value"] * row["n"] for row in shares) / n
     return {"value": value, "se": math.sqrt(value * (1 - value) / n), "n": n}
@@ -127,7 +145,7 @@ def _context_of_midtraining(build: BuildContext) -> int:
 
 
 def _losses_by_position(build: BuildContext, model: str, sources: Collection[str]) -> dict[str, Figure]:
-    """Bits per token of the long documents of some sources, at positions within mid-training's context.
+    """Returns bits per token of the long documents of some sources, at positions within mid-training's context.
 
     Empty if the model was not evaluated on long documents.
     """
@@ -144,7 +162,7 @@ def _losses_by_position(build: BuildContext, model: str, sources: Collection[str
 
 
 def _bits(scores: ModelScores, sources: Collection[str]) -> dict[str, Figure]:
-    """Bits per byte of the held-out documents of some sources, one by one and together."""
+    """Returns bits per byte of the held-out documents of some sources, one by one and together."""
     rows = {name: row for name, row in scores["bits_per_byte"].items() if name in sources}
     figures: dict[str, Figure] = {name: {"value": row["value"], "se": row["se"]} for name, row in rows.items()}
     if len(rows) > 1:
@@ -155,21 +173,24 @@ def _bits(scores: ModelScores, sources: Collection[str]) -> dict[str, Figure]:
 
 
 def _changes(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> dict[str, Change]:
-    """Figures before and after, by name, the greatest rise first."""
+    """Returns figures before and after, by name, the greatest rise first."""
+    # A source that only one model has gives a rise that no limit allows.
     unknown: Figure = {"value": math.nan, "se": 0.0}
     changes = {name: (before.get(name, unknown), after.get(name, unknown)) for name in {*before, *after}}
     return dict(sorted(changes.items(), key=lambda change: (-_rise(change[1]), change[0])))
 
 
 def _rise(change: Change) -> float:
-    """The rise; infinite for a value that one of the models lacks or that is NaN."""
+    """Returns the rise; infinite for a value that one of the models lacks or that is NaN."""
     rise = change[1]["value"] - change[0]["value"]
     return rise if math.isfinite(rise) else math.inf
 
 
 def _sure_rise(change: Change) -> float:
-    """The significant part of a rise: a small source has few held-out documents, so its figures are too uncertain for
-    one bound for all sources."""
+    """Returns the significant part of a rise.
+
+    A small source has few held-out documents, so its figures are too uncertain for one bound for all sources.
+    """
     return _rise(change) - SURE * math.hypot(change[0]["se"], change[1]["se"])
 
 
@@ -180,7 +201,7 @@ def _text(changes: Mapping[str, Change]) -> str:
 
 
 def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
-    """RLVR gains more on the test problems than the recipe requires.
+    """Checks that RLVR gains more on the test problems than the recipe requires.
 
     None without that phase, and without a model before it that converses.
     """
@@ -191,7 +212,7 @@ def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
 
 
 def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
-    """Learning from preferences loses no more on the test problems than the recipe allows.
+    """Checks that learning from preferences loses no more on the test problems than the recipe allows.
 
     None without such phases after RLVR.
     """
@@ -213,8 +234,11 @@ def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
 
 
 def is_preferred(model: str, build: BuildContext) -> Findings | None:
-    """The answers of a model that learned from preferences win against the previous model; if those of the previous
-    model cannot be better, they do not lose. None if it was not compared."""
+    """Checks that the answers of a model that learned from preferences win against the previous model.
+
+    If those of the previous model cannot be better, it is enough that they do not lose. None if the model was not
+    compared.
+    """
     # A model may be evaluated without having been compared.
     if model not in _pass_at_1(build) or model not in build.release.data.chat.get("preferences", {}):
         return None
@@ -228,7 +252,7 @@ def is_preferred(model: str, build: BuildContext) -> Findings | None:
 
 
 def _pass_at_1(build: BuildContext) -> dict[str, Mean]:
-    """{model: accuracy on all test problems}, in the order of training; empty without a chat model."""
+    """Returns {model: accuracy on all test problems}, in the order of training; empty without a chat model."""
     return pass_at_1(build.release.data.chat.get("test", {}))
 
 
@@ -271,7 +295,7 @@ def at_ceiling(before: Mean) -> bool:
 
 
 def _chance(share: Mean) -> float:
-    """The difference of two shares over as many items that chance makes once in 20 times.
+    """Returns the difference of two shares over as many items that chance makes once in 20 times.
 
     Two right and two wrong items are added (Agresti and Coull 1998), because the standard error of a share of 1 is 0
     however few its items are.

@@ -38,7 +38,7 @@ SIGNS = (
 
 
 def kind_of(folder: Path) -> str:
-    """The kind of a folder, by the files that only that kind has.
+    """Returns the kind of a folder, by the files that only that kind has.
 
     Parts of a release beside each other are a release, even without its evidence: no repository has a folder of
     such a name.
@@ -46,6 +46,7 @@ def kind_of(folder: Path) -> str:
     # A release that lost its evidence is still a release, and not a repository that lacks its files.
     if parts_of(folder):
         return "release"
+    # The order matters: the repository of a variant may also have a config.json.
     marks = {
         "dispositions": "dataset",
         LOSS: "variant",
@@ -61,7 +62,7 @@ def kind_of(folder: Path) -> str:
 
 
 def parts_of(folder: Path) -> list[str]:
-    """The parts in a folder that only a release has beside its root: models, variants, dataset, checkpoints."""
+    """Returns the parts in a folder that only a release has beside its root: models, variants, dataset, checkpoints."""
     with os.scandir(folder) as entries:
         first_entries = islice(entries, MOST_ENTRIES)  # `scan` reports the overflow
         names = sorted(e.name for e in first_entries if e.is_dir(follow_symlinks=False) or e.is_symlink())
@@ -69,8 +70,10 @@ def parts_of(folder: Path) -> list[str]:
 
 
 def looks_like_release(folder: Path) -> bool:
-    """Returns True if a folder is, or was, part of a release: then a missing checksum file is a finding, and not a
-    wrong name."""
+    """Returns True if a folder is, or was, part of a release.
+
+    In such a folder a missing checksum file is a finding. In any other, the caller has given a wrong name.
+    """
     if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / marker) for marker in SIGNS):
         return True
     if any(os.path.lexists(folder / part / marker) for part in parts_of(folder) for marker in (SUMS, "config.json")):
@@ -116,19 +119,19 @@ class Checksums:
                 return
 
     def read(self, name: str) -> dict[str, str]:
-        """{path: sha256} of one of them. Raises CheckFailed if it is missing or damaged."""
+        """Returns {path: sha256} of one of them. Raises CheckFailed if it is missing or damaged."""
         if name not in self.rows:
             raise CheckFailed(self.problems.get(name, f"{name} is missing"))
         return self.rows[name]
 
     def listed(self) -> set[str]:
-        """Every file that a checksum file names, by its path in the folder."""
+        """Returns every file that a checksum file names, by its path in the folder."""
         bases = {name: "" if name == ALL_SUMS else name.removesuffix(SUMS) for name in self.rows}
         return {bases[name] + path for name, rows in self.rows.items() for path in rows}
 
 
 def _sums_files(folder: Path) -> list[str]:
-    """The names of the checksum files in a folder, those of its root first."""
+    """Returns the names of the checksum files in a folder, those of its root first."""
     bases = ["", *(f"{part}/" for part in parts_of(folder))]
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir() and not checkpoints.is_symlink():
@@ -171,11 +174,11 @@ class Contents:
         self.paths = sorted(tree.files)
 
     def present(self) -> list[str]:
-        """The files that the checksum file of the whole covers, and itself."""
+        """Returns the files that the checksum file of the whole covers, and itself."""
         return published(self.paths, self.places)
 
     def present_in(self, repository: Repository) -> list[str]:
-        """The files of one repository, relative to its folder, without its checksum file."""
+        """Returns the files of one repository, relative to its folder, without its checksum file."""
         if self.kind != "release":
             return [path for path in self.present() if path != SUMS]
         return files_within(self.paths, repository, self.models)
@@ -232,7 +235,7 @@ def check_names(contents: Contents) -> CheckResult:
 
 
 def missing_parts(folder: Path, kind: str) -> Problems:
-    """The parts that a folder of this kind requires and that are missing or exist too often."""
+    """Returns the parts that a folder of this kind requires and that are missing or exist too often."""
     if kind == "repository" and not any((folder / name).is_file() for name in ("index.json", RETRACTED)):
         return [
             "nothing here tells what it is: no release, model, dataset, checkpoint or evidence is without its files"
@@ -250,8 +253,10 @@ def missing_parts(folder: Path, kind: str) -> Problems:
 
 
 def _sizes(folder: Path, tree: Tree) -> dict[str, int]:
-    """{path: bytes} of the files copied from artifacts, by the readable manifests: a file of another size need not be
-    hashed."""
+    """Returns {path: bytes} of the files copied from artifacts, by the readable manifests.
+
+    A file of another size need not be hashed.
+    """
     sizes: dict[str, int] = {}
     try:
         rows: dict[tuple[str, str], Any] = {}

@@ -1,5 +1,7 @@
-"""Checks that plain transformers loads the models of a release, in a fresh interpreter, and that models, tokenizers and
-chat templates give the outputs that the build recorded."""
+"""Checks that plain transformers loads the models of a release, in a fresh interpreter.
+
+Models, tokenizers and chat templates must give the outputs that the build recorded.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,11 @@ NOTHING_FROM_THE_HUB = {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
 
 
 def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadReport]:
-    """A report on each model folder, from one fresh interpreter.
+    """Returns a report on each model folder, from one fresh interpreter.
 
-    budget: the limits for untrusted models after the libraries are loaded.
+    `budget` has the limits for untrusted models after the libraries are loaded.
     """
+    # -P keeps the working folder off the path, where a file could have the name of a library.
     command = [sys.executable, "-P", str(Path(export.__file__).with_name("load_check.py"))]
     command += [f"--whole={export.WHOLE_BYTES}"]
     command += [] if budget is None else [f"--memory={budget.memory}", f"--seconds={budget.seconds:.0f}"]
@@ -51,6 +54,7 @@ def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadR
         )
     except subprocess.TimeoutExpired:
         return _failed(folders, f"loading did not end within {wall_seconds} s")
+    # Libraries print lines of their own, so those with a report are marked.
     lines = [line.removeprefix("RELOAD ") for line in process.stdout.splitlines() if line.startswith("RELOAD ")]
     if len(lines) == len(folders):
         return [_report(json.loads(line)) for line in lines]
@@ -71,6 +75,7 @@ def _report(body: dict[str, Any]) -> LoadReport:
 
 
 def _failed(folders: list[Path], message: str) -> list[LoadReport]:
+    # One interpreter loads all models, so nobody knows which of them failed.
     return [LoadReport([LoadProblem(MODEL, message)])] * len(folders)
 
 
@@ -81,8 +86,10 @@ MEMORY, SECONDS = 400 << 20, 10
 
 
 def loads_with_goldens(release: Release) -> Findings:
-    """Checks that each model loads within limits, that its chat template round-trips, and that fixed inputs give the
-    outputs of the build."""
+    """Checks that each model loads within limits, and that fixed inputs give the outputs of the build.
+
+    Its chat template must round-trip, too.
+    """
     if lacking := confine.missing():
         raise Absent(f"not checked, because loading a model within limits needs {lacking}")
     for name in ("torch", "transformers"):  # the fresh interpreter would report their absence as a fault of the model
@@ -120,8 +127,10 @@ def _compare_with_goldens(model: Path, report: LoadReport) -> list[str]:
 
 
 def loads_as_exported(build: BuildContext) -> Findings:
-    """Checks that every model loads with all its tensors and the number of parameters in its files, and has finite
-    logits."""
+    """Checks that every model loads completely, and has finite logits.
+
+    It must have all its tensors and the number of parameters in its files.
+    """
     findings = Findings(summary="every model loads, finite logits")
     for folder, report in build.load_reports.items():
         findings.problems += [f"{folder}: {text}" for text in report.of_part(MODEL)]
@@ -133,8 +142,10 @@ def loads_as_exported(build: BuildContext) -> Findings:
 
 
 def chat_template_round_trips(build: BuildContext) -> Findings:
-    """Checks that the output of the chat template survives the tokenizer, with every marker as one token, and that the
-    files have the form that runtimes read."""
+    """Checks that the output of the chat template survives the tokenizer, with every marker as one token.
+
+    The files must have the form that runtimes read.
+    """
     findings = Findings(summary="text, tokens and markers survive")
     for folder, report in build.load_reports.items():
         texts = [*report.of_part(CHAT_TEMPLATE), *_form_problems(build.release.root / folder)]
@@ -164,8 +175,11 @@ ARGUMENTS = ("messages", "tools", "add_generation_prompt")
 
 
 def chat_templates(release: Release) -> Findings:
-    """Checks that every chat template of a model renders a conversation, and that sandboxed Jinja renders the recorded
-    conversations with both templates as transformers did at the build; `tokenizers` must give its token ids."""
+    """Checks that every chat template of a model renders the recorded conversations as at the build.
+
+    Every template must render a conversation. With both templates, sandboxed Jinja must render the recorded
+    conversations as transformers did at the build, and `tokenizers` must give the recorded token ids.
+    """
     findings = Findings(compared=False, summary="Jinja and transformers render the recorded conversations alike")
     for model in release.model_folders:
         templates = formats.templates(model)
@@ -185,7 +199,7 @@ def chat_templates(release: Release) -> Findings:
 
 
 def _compare_conversations(model: Path, templates: dict[str, str], findings: Findings) -> None:
-    """Compares the recorded conversations of a model. templates: {file: text}."""
+    """Compares the recorded conversations of a model. `templates` is {file: text}."""
     rows = untrusted.read_json(model / GOLDENS, follow=True).get("conversations")
     if rows is None:
         findings.problems.append(f"{model.name}/{GOLDENS} records no conversations")
@@ -195,6 +209,7 @@ def _compare_conversations(model: Path, templates: dict[str, str], findings: Fin
         for number, row in enumerate(rows, 1):
             arguments = {argument: row[argument] for argument in ARGUMENTS}
             if row["enable_thinking"] is not None:
+                # It is left out where it is null, so that the template takes its own default.
                 arguments["enable_thinking"] = row["enable_thinking"]
             if compiled.render(**arguments) != row["text"]:
                 findings.problems.append(f"{model.name}/{name} renders conversation {number} of {GOLDENS} otherwise")

@@ -1,5 +1,7 @@
-"""Checks that the order of training is within the training documents, is the one that its function gives, and ends at
-the last checkpoint."""
+"""Checks the order of training.
+
+It must be within the training documents, be the one that its function gives, and end at the last checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,10 @@ Indexes = Mapping[str, ChunkIndex]
 
 
 def segments(release: Release) -> Findings:
-    """Checks that every segment of the order is within a training document, that no held-out document was trained on,
-    and that the function of an order gives its rows: of all blocks, or of a sample of a large order.
+    """Checks that every segment of the order is within a training document, and that the order follows its function.
+
+    So no held-out document was trained on. The function of an order must give its rows: those of all blocks, or of a
+    sample of a large order.
 
     In memory is a part of the order and of the documents.
     """
@@ -70,7 +74,7 @@ def segments(release: Release) -> Findings:
 
 
 def read_documents(tokens: Path, work: Path, cut: Cut) -> dict[str, ChunkIndex]:
-    """The index of the training documents of each source, made in `work` from the published tables."""
+    """Returns the index of the training documents of each source, made in `work` from the published tables."""
     return {
         source: ChunkIndex([(part, seal_index(work, file, source, part, cut)) for part, file in files], cut)
         for source, files in document_files(tokens).items()
@@ -83,7 +87,7 @@ def _fits(meta: Mapping[str, Any], indexes: Indexes) -> bool:
 
 
 def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]:
-    """A sentence for each segment that is no part of a training document, or is out of order."""
+    """Yields a sentence for each segment that is no part of a training document, or is out of order."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -103,6 +107,7 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
                     same = same.to_numpy(zero_copy_only=False)
                     known[rows] |= same
                     within[rows] |= same & proper[rows] & (end[rows] <= tokens)
+        # One number for step and row, so that batches are compared without a loop.
         places = columns["step"] << 32 | columns["row"], columns["segment"]
         row_key, segment_key = (np.concatenate([old, new]) for old, new in zip(previous, places, strict=True))
         previous = row_key[-1:], segment_key[-1:]
@@ -118,7 +123,10 @@ def _wrong_segments(order: Path, candidates: Sequence[Indexes]) -> Iterator[str]
 
 
 def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes: Indexes, work: Path) -> Iterator[str]:
-    """A sentence for each block whose rows or places in the streams differ from those of the order's function."""
+    """Yields a sentence for each block that is not the one that the order's function gives.
+
+    Its rows differ, or its places in the streams.
+    """
     config = order_lookup.config_of(meta)
     # Computing blocks of other documents would only give a misleading difference.
     if not _fits(meta, indexes):
@@ -136,6 +144,7 @@ def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes:
     starts: dict[int, dict[str, Place]] = {}
     # Computing all blocks of a large order again takes as long as making them.
     if config.blocks > BLOCKS:
+        # The sample follows from the file, so that every reader checks the same blocks.
         blocks = sorted(random.Random(sha256_file(folder / "meta.json")).sample(blocks, BLOCKS))
         starts = order_lookup.starts_of(meta)
     used = {name: indexes[name] for name in sorted(config.mix)}
@@ -148,6 +157,7 @@ def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes:
         name = names[n]
         stated = {key: parts[n][key] for key in ("first_step", "last_step")}
         steps = config.steps_of_block(n)
+        # The last step is part of the block.
         if stated != {"first_step": steps.start, "last_step": steps.stop - 1}:
             yield f"meta.json states other steps of {name} than its settings give"
         if config.pack and (problem := _wrong_place(order, n, parts, end)):

@@ -1,5 +1,7 @@
-"""Checks that every file leads back to a statement: by the origins of copies to the manifest of an artifact, and from
-there to the in-toto statement about it."""
+"""Checks that every file leads back to a statement.
+
+The origins of copies lead to the manifest of an artifact, and from there to the in-toto statement about it.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,11 @@ def manifest_digests(release: Release) -> Findings:
 
 
 def origins(release: Release) -> Findings:
-    """Checks that every file has an origin: that each copy is, byte for byte, the file of its artifact's manifest, in
-    the place in which the build puts it, and that the others are files that the build makes."""
+    """Checks that every file has an origin, and that each copy is the file of its artifact's manifest.
+
+    A copy must be the same byte for byte, and stand in the place in which the build puts it. The other files must be
+    files that the build makes.
+    """
     folder, paths = release.root, release.files
     stated = untrusted.read_json(folder / ORIGINS, follow=True)
     problems = [f"{path} has no origin" for path in unexplained(stated, paths)]
@@ -55,7 +60,7 @@ def origins(release: Release) -> Findings:
 
 
 def _misplaced(release: Release, stated: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences about origins that are not those that the build gives to the artifacts of the release."""
+    """Yields sentences about origins that are not those that the build gives to the artifacts of the release."""
     nodes, manifests = release.info.nodes, release.manifests
     artifacts = {name: Artifact(row.key, row.digest, release.root, row.files) for name, row in manifests.items()}
     own = {node: artifacts[node] for node in nodes if node in artifacts}
@@ -83,8 +88,10 @@ ARTIFACT_URI = "atom:artifact/"
 
 
 def statements(release: Release) -> Findings:
-    """Checks that each artifact is the subject of a statement, that each statement's materials are the artifacts of the
-    release, and that the summary in it is that of its product."""
+    """Checks that each artifact is the subject of a statement, and that the statement describes it.
+
+    Its materials must be artifacts of the release, and the summary in it must be that of its product.
+    """
     folder, manifests = release.root, release.manifests
     artifact_digests = {manifest.key: manifest.digest for manifest in manifests.values()}
     published_summaries = _summaries(release)
@@ -118,6 +125,7 @@ def statements(release: Release) -> Findings:
         for key, _ in artifacts:
             if (summary := provenance.summary(body)) and published_summaries.get(key, summary) != summary:
                 problems.append(f"{name}: what it says is in {provenance.SUMMARY} of {key} is not what is there")
+        # A failed attempt has a statement, but no artifact here; its materials may be gone.
         for material in provenance.dependencies_of(body) if artifacts else ():
             uri = material.get("uri", "")
             key = uri.removeprefix(ARTIFACT_URI)
@@ -134,7 +142,10 @@ def statements(release: Release) -> Findings:
 
 
 def _compare_metrics(release: Release, stated: Mapping[str, set[str]], findings: Findings) -> None:
-    """Compares the timed metrics with the statements about the artifacts. stated: {key: digests by its statements}."""
+    """Compares the timed metrics with the statements about the artifacts.
+
+    `stated` is {key of an artifact: digests of metrics by its statements}.
+    """
     unstated = []
     for name, manifest in release.manifests.items():
         path = release.root / f"evidence/metrics/{name}.jsonl"
@@ -168,7 +179,10 @@ def _compare_build(release: Release, findings: Findings) -> None:
 
 
 def _summaries(release: Release) -> dict[str, Any]:
-    """{key: the byproduct that a statement about it should have} of each artifact whose summary.json is published."""
+    """Returns the byproduct that a statement about an artifact should have, by the key of the artifact.
+
+    These are the artifacts whose summary.json is published.
+    """
     summaries, present = {}, set(release.files)
     for path, origin in read_json(release.root / ORIGINS).items():
         if origin.get("file") == provenance.SUMMARY and path in present:

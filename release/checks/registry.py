@@ -186,7 +186,7 @@ def verifiers(release: Release, deep: bool) -> Iterator[Check]:
 
 
 def gate_names() -> list[str]:
-    """The names of all gates, in the order of the registry."""
+    """Returns the names of all gates, in the order of the registry."""
     return gates.names(CHECKS)
 
 
@@ -196,7 +196,7 @@ def run_gate(name: str, build: BuildContext) -> GateResult | None:
 
 
 def run_gates(build: BuildContext) -> list[GateResult]:
-    """The results of all gates that apply to the release."""
+    """Returns the results of all gates that apply to the release."""
     results = [result for name in gate_names() if (result := run_gate(name, build)) is not None]
     return [gates.waive(result, build.evaluation.get("waived_gates", {})) for result in results]
 

@@ -1,5 +1,7 @@
-"""Checks the measurements of a release: every scores.json against the tables beside it, every answer against its score,
-the contamination with evaluation items, and the fresh set.
+"""Checks the measurements of a release.
+
+These are every scores.json against the tables beside it, every answer against its score, the contamination with
+evaluation items, and the fresh set.
 
 The scorers of stages/scorers are frozen files, so an old answer is scored as before. Other scorers need a sandbox,
 other packages, a model or a server: they are not run, and the number of their answers is reported.
@@ -45,7 +47,7 @@ def scores(release: Release) -> Findings:
 
 
 def score_problems(evaluation: Path) -> list[str]:
-    """The problems with scores. evaluation: the folder of that name in a dataset repository."""
+    """Returns the problems with scores. `evaluation` is the folder of that name in a dataset repository."""
     folders = [path.parent for path in sorted(evaluation.glob("*/scores.json"))]
     problems = [
         f"evaluation/{folder.name}/scores.json is not what its tables give"
@@ -67,6 +69,7 @@ def score_problems(evaluation: Path) -> list[str]:
 
 def _equals_measured(path: Path, measured: Mapping[str, Any]) -> bool:
     """Returns True if a scores.json equals the measured scores."""
+    # By way of JSON, which turns tuples into lists, and keys into texts.
     return bool(read_json(path) == json.loads(json.dumps(measured)))
 
 
@@ -102,8 +105,10 @@ def contamination_report(build: BuildContext) -> Findings | None:
 
 
 def fresh_set(release: Release) -> Findings:
-    """Checks that the fresh set follows from the published weights: it is drawn from their digest, without the removed
-    problems."""
+    """Checks that the fresh set follows from the published weights.
+
+    It is drawn from their digest, without the removed problems.
+    """
     from stages.evaluation import generated_eval
     from stages.formats.table import read_jsonl
 
@@ -111,6 +116,7 @@ def fresh_set(release: Release) -> Findings:
     if not (folder / META).exists():
         return Findings(["evaluation/fresh/meta.json is missing: no item is known to be newer than the weights"])
     meta = read_json(folder / META)
+    # A data repository alone has no weights to compare with.
     if (folder / "model").is_dir() and (digest := generated_eval.digest_of(folder / "model")) != meta["digest"]:
         text = f"evaluation/fresh/meta.json was drawn from the weights {meta['digest']}, and these are {digest}"
         return Findings([text])
@@ -222,7 +228,7 @@ def _rescore_problems(dataset: Path, tally: Tally) -> list[str]:
 
 
 def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
-    """Every answer of a chat model with its scorer, by table, including those sampled for training."""
+    """Yields every answer of a chat model with its scorer, by table, including those sampled for training."""
     items = _tasks(dataset / "evaluation/chat.jsonl")
     for benchmark, tasks in (("test", items), ("fresh", _tasks(dataset / "evaluation/fresh/chat.jsonl"))):
         for path in chat_tables_of(dataset / "evaluation", benchmark):
@@ -269,7 +275,7 @@ def _scored_answer(location: str, tasks: dict[str, Row], task: str, row: Row) ->
 
 
 def _rescore_answers(scorer: Scorer, scored: Sequence[Scored], tally: Tally) -> list[str]:
-    """The problems of answers of one scorer; counts the answers in the tally."""
+    """Returns the problems of answers of one scorer; counts the answers in the tally."""
     if scorer not in scorers.SCORERS:
         tally.skip(scorer, _skip_reason(scorer), len(scored))
         return []

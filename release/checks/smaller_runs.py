@@ -1,5 +1,8 @@
-"""Checks what smaller runs say of a release: that the smaller models of its recipe were trained as it states, and that
-a prediction was sealed before training and follows from its runs."""
+"""Checks the smaller runs that belong to a release.
+
+The smaller models of its recipe must have been trained as the recipe states. A prediction must have been sealed before
+training, and follow from its runs.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,11 @@ SHARED = ("tokens", "order")
 
 
 def sizes(release: Release) -> Findings:
-    """Checks that the recipe states every smaller model; that each was trained with the recipe's settings but for those
-    that it states, on the rows of pre-training; that it is smaller; and that its figures are those of its log."""
+    """Checks that the recipe states every smaller model, and that each was trained as it states.
+
+    That is with the recipe's settings but for those stated for that model, and on the rows of pre-training. Each must
+    have fewer parameters than the model of the release, and its figures must be those of its log.
+    """
     folder = release.root
     stated = untrusted.read_json(folder / RECIPE, follow=True).get("sizes", [])
     expected, published = [f"{SIZE}-{n + 1}" for n in range(len(stated))], run_facts.smaller_models(folder)
@@ -52,7 +58,7 @@ def sizes(release: Release) -> Findings:
 
 
 def _statements(release: Release, names: list[str]) -> dict[str, provenance.Statement]:
-    """{node: statement about its artifact as it is here}"""
+    """Returns {node: statement about its artifact as it is here}."""
     manifests = release.manifests
     subjects = {(m.key, m.digest): name for name in names if (m := manifests.get(name)) is not None}
     statements = {}
@@ -66,7 +72,7 @@ def _statements(release: Release, names: list[str]) -> dict[str, provenance.Stat
 def _settings(
     section: dict[str, Any], base: provenance.Statement, size: provenance.Statement, name: str
 ) -> Iterator[str]:
-    """Problems of the settings and the inputs of a smaller model, whose section of the recipe is given."""
+    """Yields the problems of the settings and the inputs of a smaller model, whose section of the recipe is given."""
     wanted, config = (dict(provenance.parameters_of(each)["config"]) for each in (base, size))
     model, smaller = wanted.pop("model"), config.pop("model")
     try:
@@ -89,9 +95,10 @@ def _settings(
 
 
 def _log(folder: Path, size: run_facts.Trained) -> Iterator[str]:
-    """Problems of the figures of a smaller model, which its log states too."""
+    """Yields the problems of the figures of a smaller model, which its log states too."""
     last: dict[str, Any] = {}
     for line in training.stream(folder / TRAINING / size.name / "training.jsonl"):
+        # Not every line has every figure, so the last of each is kept.
         last |= {key: line[key] for key in ("step", "tokens", "heldout_loss") if key in line}
     for key, value in {"step": size.steps, "tokens": size.tokens, "heldout_loss": size.loss}.items():
         if last.get(key) != value:
@@ -107,8 +114,11 @@ PROOF = (
 
 
 def prediction(release: Release) -> Findings:
-    """Checks the chain from prediction.json over its manifest and statement to the statement about training, whose
-    first start names it, the order of their times, and that the forecast follows from the runs in it."""
+    """Checks that a prediction was sealed before training, and that its forecast follows from the runs in it.
+
+    The chain leads from prediction.json over its manifest and statement to the statement about training, whose first
+    start names it. The times must be in this order.
+    """
     folder, place = release.root, release.root / FOLDER
     predicted = forecast.read(place / FILE)
     manifest, statement = (untrusted.read_json(place / name) for name in ("manifest.json", "statement.json"))
@@ -137,7 +147,10 @@ def prediction(release: Release) -> Findings:
 
 
 def _of_training(release: Release, prediction_digest: str, statement: Any) -> list[str]:
-    """Problems of the statements about the training: each start must name the prediction, and begin after it."""
+    """Returns the problems of the statements about the training.
+
+    Each start must name the prediction, and begin after it.
+    """
     node = release.info.nodes[PHASE]
     finished = statement["predicate"]["runDetails"]["metadata"]["finishedOn"]
     problems, starts_seen = [], 0
@@ -148,6 +161,7 @@ def _of_training(release: Release, prediction_digest: str, statement: Any) -> li
             starts_seen += 1
             if start["prediction"] != prediction_digest:
                 problems.append(f"{path.name}: start {start['start']} of {PHASE} does not name the prediction")
+            # Both are times in UTC of one format, which sort as texts.
             if start["startedOn"] < finished:
                 problems.append(
                     f"{path.name}: start {start['start']} of {PHASE} began at {start['startedOn']}, before the "
@@ -159,7 +173,10 @@ def _of_training(release: Release, prediction_digest: str, statement: Any) -> li
 
 
 def _of_runs(predicted: forecast.Prediction, statement: Any) -> list[str]:
-    """Problems of the runs: their digests are the statement's materials, and the forecast is what follows from them."""
+    """Returns the problems of the runs.
+
+    Their digests must be the statement's materials, and the forecast must be the one that follows from them.
+    """
     problems = []
     digests = {row["digest"]["sha256"] for row in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
     for point in predicted.points:

@@ -28,8 +28,11 @@ NAMED = 10
 
 
 def source_files(release: Release) -> Findings:
-    """Checks that the published source files are those in the statements of the published artifacts, except for stale
-    ones. Says which files of the code are not those of this atom: they are to be read before they are run."""
+    """Checks that the published source files are those in the statements of the published artifacts.
+
+    Stale artifacts are left out. The findings also name the files of the code that the atom installed here does not
+    have in this form, since they are to be read before they are run.
+    """
     folder, info = release.root, release.info
     current = {artifact.key for node, artifact in info.nodes.items() if node not in info.stale}
     stated = _stated(release, current)
@@ -54,13 +57,13 @@ def source_files(release: Release) -> Findings:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first NAMED names, and the number of the others."""
+    """Returns the first NAMED names, and the number of the others."""
     shown = ", ".join(map(escaped, names[:NAMED]))
     return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} further files"
 
 
 def _stated(release: Release, artifacts: set[str]) -> Mapping[str, set[str]]:
-    """{module: digests of its file} by the statements about these artifacts."""
+    """Returns {module: digests of its file} by the statements about these artifacts."""
     digests_by_module: dict[str, set[str]] = {}
     for body in release.statements.values():
         if {subject["name"] for subject in body["subject"]} & artifacts:
@@ -90,6 +93,7 @@ def no_secrets(build: BuildContext) -> Findings:
 
     What a model wrote may have the form of a key: it is stated.
     """
+    # Checksum files hold digests and paths, and no text of anybody.
     paths = [path for path in build.release.files if Path(path).name != SUMS]
     scan = scan_files(build.release.root, paths, build.machine)
     summary = "; ".join([f"{len(paths)} files searched", *(f"by a model: {text}" for text in scan.invented)])
@@ -103,7 +107,7 @@ BY_MODELS = ("dataset/rl/", "dataset/evaluation/")
 
 
 def machine_patterns(paths: list[Path]) -> dict[str, Pattern]:
-    """Patterns that identify this machine: its host name, the user's home, and the folders of the run.
+    """Returns patterns that identify this machine: its host name, the user's home, and the folders of the run.
 
     A host name that is a common word or very short would match everywhere and is left out.
     """
@@ -123,7 +127,7 @@ def machine_patterns(paths: list[Path]) -> dict[str, Pattern]:
 
 
 def secret_values() -> dict[str, Pattern]:
-    """The secrets in the environment of this process.
+    """Returns the secrets in the environment of this process.
 
     The token of the local Hub is in the code of atom: it is not a secret.
     """
@@ -179,5 +183,6 @@ def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
     for batch in pq.ParquetFile(path).iter_batches(batch_size=TEXT_BATCH):
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                # A NUL stands between the values, so that no secret is found across two of them.
                 joined = "\0".join(value for value in column.to_pylist() if value)
                 yield ("document" if name in TEXT_COLUMNS else "file"), joined.encode()

@@ -1,5 +1,7 @@
-"""Checks what others read of a release by standards: the results of its gates, the in-toto attestations, and the bundle
-of documents."""
+"""Checks the documents of a release that others read by standards.
+
+These are the results of its gates, the in-toto attestations, and the bundle of documents.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,14 @@ from release.standards.standard_facts import read_facts
 
 
 def passed_gates(checks: Callable[[], Checks], release: Release) -> Findings:
-    """Checks that no gate failed when the release was built, that all gates which apply are there and no others, and
-    that those which follow from the published files have the result that these give.
+    """Checks that no gate failed when the release was built, and that the results of the gates are true.
 
-    checks: Gives all checks of the registry, which names this one.
+    All gates which apply must be there and no others. Those which follow from the published files must have the result
+    that these give.
+
+    Args:
+        checks: Gives all checks of the registry, which names this one.
+        release: The release.
     """
     published = untrusted.read_json(release.root / GATES, follow=True)
     failed = [(name, gate["detail"]) for name, gate in sorted(published.items()) if gate["ok"] is False]
@@ -38,7 +44,7 @@ def passed_gates(checks: Callable[[], Checks], release: Release) -> Findings:
 
 
 def _gate_problems(checks: Checks, release: Release, published: Mapping[str, Any], findings: Findings) -> Iterator[str]:
-    """Sentences about gates that are invented, missing, or not what the published files give."""
+    """Yields sentences about gates that are invented, missing, or not what the published files give."""
     yield from (
         f"{GATES}: there is no gate {escaped(name)}" for name in sorted(published.keys() - set(gates.names(checks)))
     )

@@ -1,5 +1,7 @@
-"""Checks the files that this tool writes without measuring anything: programs, options of servers, chat templates,
-texts of licenses. Each must be, byte for byte, what this tool writes, since people run them and rely on them.
+"""Checks the files that this tool writes without measuring anything.
+
+These are programs, options of servers, chat templates and texts of licenses. Each must be, byte for byte, the file that
+this tool writes, since people run them and rely on them.
 
 config.json and adapter_config.json, by which loaders choose the code that they run, have the keys that this tool writes
 and no others: a key such as `attn_implementation` names a kernel on the Hub, which transformers would download and run.
@@ -107,7 +109,10 @@ def _problems(release: Release, findings: Findings) -> Iterator[str]:
 
 
 def _of_evidence(release: Release) -> Iterator[str]:
-    """Problems of the verifier, of the README of the code, and of release.json, which follows from the recipe."""
+    """Yields the problems of the verifier, of the README of the code, and of release.json.
+
+    release.json must follow from the recipe.
+    """
     if _differs(release.root / SECOND_VERIFIER, OWN_VERIFIER.read_bytes()):
         yield f"{SECOND_VERIFIER} is not the verifier of this atom"
     if _differs(release.root / CODE_README, render.code_readme(release.info).encode()):
@@ -118,7 +123,7 @@ def _of_evidence(release: Release) -> Iterator[str]:
 
 
 def _of_model(release: Release, model: Path, findings: Findings) -> Iterator[str]:
-    """Problems of the files of one model's repository."""
+    """Yields the problems of the files of one model's repository."""
     is_chat = release.models[model.name].is_chat
     repo, version = _names(release, model)
     expected = model_facts.serve_config(model, repo, version).encode() if is_chat else None
@@ -131,7 +136,10 @@ def _of_model(release: Release, model: Path, findings: Findings) -> Iterator[str
 
 
 def _names(release: Release, model: Path) -> tuple[str, str]:
-    """The repository of a model, and the version of its release; alone, as its card and its results state them."""
+    """Returns the repository of a model, and the version of its release.
+
+    For a model repository alone, these are as its card and its results state them.
+    """
     if release.is_whole:
         return f"{release.info.repository}{model.name.removeprefix(MODEL)}", release.info.version
     card = (model / CARD).read_text()
@@ -142,9 +150,9 @@ def _names(release: Release, model: Path) -> tuple[str, str]:
 
 
 def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterator[str]:
-    """Problems of the files that loaders read beside the weights.
+    """Yields the problems of the files that loaders read beside the weights.
 
-    is_chat: whether it converses; None: of a variant, which may be either.
+    `is_chat` tells whether the model converses; it is None for a variant, which may be either.
     """
     yield from loader_config_problems(folder)
     if not (folder / CONFIG_FILE).is_file():  # GGUF, whose file has their content
@@ -188,7 +196,7 @@ def _of_data(release: Release, findings: Findings) -> Iterator[str]:
 
 
 def _licenses(release: Release, findings: Findings) -> Iterator[str]:
-    """Problems of the license of each repository: its text must be that of the license that is stated."""
+    """Yields the problems of the license of each repository: its text must be that of the license that is stated."""
     folder = release.root
     if release.kind in ("release", "evidence"):
         for place in [place.folder for place in release.repositories] if release.is_whole else [""]:
@@ -199,6 +207,7 @@ def _licenses(release: Release, findings: Findings) -> Iterator[str]:
     text = (folder / "LICENSE").read_bytes()
     stated = re.match(rb"SPDX-License-Identifier: (\S+)\n", text)
     spdx = stated[1].decode() if stated else CODE_LICENSE
+    # A license without its full text begins with its SPDX identifier.
     if stated and text != license_text(spdx, "", []):
         yield "LICENSE is not the text that this atom writes"
     elif not stated and text != code_license_text(roots()):
@@ -266,7 +275,7 @@ WORD = re.compile(r"[A-Za-z0-9_.]+")
 
 
 def loader_config_problems(folder: Path) -> Iterator[str]:
-    """Sentences about the configs in the folder of a model or of a variant."""
+    """Yields sentences about the configs in the folder of a model or of a variant."""
     if (folder / CONFIG).is_file():
         yield from _config_problems(read_json(folder / CONFIG), _quantization(folder))
     if (folder / ADAPTER_CONFIG).is_file() and not _is_adapter_config(
@@ -276,7 +285,7 @@ def loader_config_problems(folder: Path) -> Iterator[str]:
 
 
 def _quantization(folder: Path) -> dict[str, Any] | None:
-    """`quantization_config` that a folder's config.json should have; None: none."""
+    """Returns the `quantization_config` that a folder's config.json should have; None if it should have none."""
     if not (folder / LOSS).is_file():
         return None
     variant = VARIANTS.get(read_json(folder / LOSS)["variant"])
@@ -324,4 +333,5 @@ def _is_adapter_config(config: dict[str, Any], repo: str) -> bool:
         return False
     if any(not WORD.fullmatch(name) for name in modules or ()) or parameters not in (None, list(STACKED)):
         return False
+    # Made again from the values that may vary, so that every other key is as this tool writes it.
     return config == adapter_config(repo, rank, alpha, modules, parameters)

@@ -22,13 +22,15 @@ OPEN = {
     "checkpoint": "whether these are the weights of its maker, " + _KEY,
     "repository": "whether these are the words of its maker, " + _KEY,
 }
-"""What nothing but a signature by a known key shows of a folder, by its kind."""
+"""The question about a folder that only a signature by a known key answers, by the kind of the folder."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of one check; `wrong` names every file or number at fault, `skipped` every part that was not compared,
-    with the reason. `ok` is None if the check did not run.
+    """The result of one check.
+
+    `wrong` names every file or number at fault, and `skipped` every part that was not compared, with the reason. `ok`
+    is None if the check did not run.
 
     Names and contents of files are untrusted: every text is one line that is safe to print.
     """
@@ -47,7 +49,10 @@ class CheckResult:
 
 
 def _printable_texts(texts: list[str]) -> list[str]:
-    """Idempotent: its own output does not change."""
+    """Makes texts printable, and replaces those beyond NAMED by their number.
+
+    It is idempotent: its own output does not change.
+    """
     remaining = len(texts) - NAMED
     return [printable(text) for text in texts[: NAMED + (remaining == 1)]] + (
         [f"and {remaining} others"] if remaining > 1 else []
@@ -86,14 +91,20 @@ class Verdict:
         return all(check.ok is not False for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """{schema, subject, kind, deep, ok, retracted, digest, outcome, checks: [{name, ok, detail, wrong, skipped}]};
-        fields are only added."""
+        """Returns the verdict as a value for JSON; new versions only add fields.
+
+        It is {schema, subject, kind, deep, ok, retracted, digest, outcome, checks: [{name, ok, detail, wrong,
+        skipped}]}.
+        """
         body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
         body |= {"retracted": self.retracted, "digest": self.digest, "outcome": self.outcome()}
         return {**body, "checks": [asdict(check) for check in self.checks]}
 
     def in_one_sentence(self) -> str:
-        """A sentence to quote: the number of checks by their result, and the digest that stands for the bytes."""
+        """Returns a sentence to quote.
+
+        It has the number of checks by their result, and the digest that stands for the bytes.
+        """
         bad = [check.name for check in self.checks if check.ok is False]
         skipped = sum(check.ok is None for check in self.checks)
         parts = [f"{sum(check.ok is True for check in self.checks)} of {len(self.checks)} checks hold"]
@@ -103,7 +114,7 @@ class Verdict:
         return ", ".join(parts)
 
     def outcome(self) -> str:
-        """The verdict in one sentence, with what it leaves open: what only the signer's key can show."""
+        """Returns the verdict in one sentence, with what it leaves open: what only the signer's key can show."""
         if not self.ok:
             return "NOT what it claims to be"
         result = f"retracted: {self.retracted}" if self.retracted else "verified"
@@ -123,5 +134,5 @@ class Verdict:
 
 
 def answer(name: str, problems: Problems, detail: str = "holds") -> CheckResult:
-    """A check that holds without problems; the first problem is its detail."""
+    """Returns a check that holds without problems; the first problem is its detail."""
     return CheckResult(name, not problems, problems[0] if problems else detail, problems)

@@ -1,5 +1,8 @@
-"""Checks the tensors of models and checkpoints, the parity of exports, the published base, and the variants of the
-final model."""
+"""Checks the tensors of a release.
+
+These are the tensors of models and checkpoints, the parity of exports, the published base, and the variants of the
+final model.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ from stages.train.imported_weights import NAME, TOKENIZER
 
 
 def tensors(release: Release) -> Findings:
-    """Checks that every tensor is readable and finite, that an index lists the tensors of its files, and that an
-    optimizer has the tensors of its model."""
+    """Checks that every tensor is readable and finite.
+
+    An index must list the tensors of its files, and an optimizer must have the tensors of its model.
+    """
     import torch
     from safetensors import safe_open
 
@@ -46,6 +51,7 @@ def tensors(release: Release) -> Findings:
         if stated != files.get((path.parent, path.name.split(".")[0])):
             problems.append(f"{path.relative_to(folder).as_posix()}: it does not list the tensors of its files")
     for (model_folder, kind), names in files.items():
+        # The name of a moment is its kind, and after a point the name of its tensor.
         tensor_names = {name.split(".", 1)[1] for name in names}
         if kind == "optimizer" and tensor_names != files.get((model_folder, "model"), {}).keys():
             name = model_folder.relative_to(folder).as_posix()
@@ -54,8 +60,10 @@ def tensors(release: Release) -> Findings:
 
 
 def shards(release: Release) -> Findings:
-    """Checks that the tensors of each model and each optimizer are in one file, or in the shards of its index: no file
-    more or less, and in each the tensors that the index states."""
+    """Checks that the tensors of each model and each optimizer are in one file, or in the shards of its index.
+
+    There must be no file more or less, and each must have the tensors that the index states.
+    """
     folder, findings = release.root, Findings(compared=False)
     names_by_place: dict[str, list[str]] = {}
     for path in release.files:  # without those of a client, which has one for each file that it downloads
@@ -64,6 +72,7 @@ def shards(release: Release) -> Findings:
             names_by_place.setdefault(f"{place}{slash}", []).append(name)
     for prefix, names in names_by_place.items():
         for stem in sorted({name.partition(".")[0].partition("-")[0] for name in names}):
+            # The character after the stem, so that `model` does not take the files of `models`.
             own = [name for name in names if re.match(f"{stem}[.-]", name)]
             findings.problems += [f"{prefix}{text}" for text in _shard_problems(folder / prefix, stem, own)]
             findings.compared = True
@@ -73,7 +82,10 @@ def shards(release: Release) -> Findings:
 
 
 def _missing(release: Release) -> Iterator[str]:
-    """The stems of weights that a folder must have and lacks: a checkpoint has an optimizer but at step 0."""
+    """Yields the stems of weights that a folder must have and lacks.
+
+    Every checkpoint but that of step 0 has an optimizer.
+    """
     folder = release.root
     stems = [f"{model.relative_to(folder).as_posix()}/model".removeprefix("./") for model in release.model_folders]
     if release.kind == "variant":
@@ -84,7 +96,10 @@ def _missing(release: Release) -> Iterator[str]:
 
 
 def _shard_problems(place: Path, stem: str, names: list[str]) -> Iterator[str]:
-    """Problems of the files of one stem, such as `model`, in a folder. names: of all of them."""
+    """Yields the problems of the files of one stem, such as `model`, in a folder.
+
+    `names` are those of all files of the stem.
+    """
     files = [name for name in names if name.endswith(".safetensors")]
     headers = {name: untrusted.tensor_header(place / name, follow=True) for name in files}
     # One file needs no index; a loader that finds both could take up other tensors than were checked.
@@ -119,8 +134,11 @@ def export_parity(build: BuildContext) -> Findings:
 
 
 def published_base(release: Release) -> Findings:
-    """Checks that the weights and the tokenizer of `model-base` have the digests of the published model, which
-    `evidence/base.json` states. Nothing to compare if pre-training began with it."""
+    """Checks that the weights and the tokenizer of `model-base` have the digests of the published model.
+
+    `evidence/base.json` states them. Nothing is compared if pre-training began with the published model, since training
+    changes its weights.
+    """
     folder, base = release.root, read_json(release.root / "evidence" / NAME)
     # Pre-training from a published model changes its weights, so no digest can be compared.
     if "pretrain" in release.info.nodes:
@@ -170,8 +188,10 @@ def _loss(folder: Path, original: Original | None) -> Findings:
 
 
 def conversions(release: Release) -> Findings:
-    """Checks that the files of each variant are what the weights of the final model give, byte for byte; and of an
-    adapter, that its base in the release and it together are the final model."""
+    """Checks that the files of each variant are those that the weights of the final model give, byte for byte.
+
+    For an adapter, its base in the release and it together must be the final model.
+    """
     from stages.export.variants import conversion
 
     folder, problems, texts = release.root, list[str](), list[str]()
@@ -196,7 +216,10 @@ def conversions(release: Release) -> Findings:
 
 
 def _sum(release: Path, name: str, problems: list[str]) -> str:
-    """The sentence on how far an adapter on its base is the final model; "" if it is not, which is a problem."""
+    """Returns a sentence on how far an adapter on its base is the final model.
+
+    If it is not, that is a problem, and the sentence is "".
+    """
     from stages.export.variants import adapter_files
 
     try:
@@ -207,8 +230,10 @@ def _sum(release: Path, name: str, problems: list[str]) -> str:
 
 
 def runtimes(release: Release) -> Findings:
-    """Checks that each run of evidence/runtimes.json passed by its own figures or was skipped for a reason, and that no
-    program that reads the final model or a variant is left out."""
+    """Checks that each run of evidence/runtimes.json passed by its own figures or was skipped for a reason.
+
+    No program that reads the final model or a variant may be left out.
+    """
     folder, findings = release.root, Findings()
     runs = read_json(folder / FILE)
     for run in runs:

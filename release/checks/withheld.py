@@ -51,7 +51,10 @@ def by_reference(release: Release) -> Findings:
 
 
 def _unreasoned(dataset: Path, stated: Mapping[str, Reference]) -> list[str]:
-    """Sources that a model wrote from one by reference, without a reason why their texts are published."""
+    """Returns a sentence on each source that lacks a reason why its texts are published.
+
+    Sources need one if a model wrote them from a source by reference.
+    """
     reasons, problems = references.published_reasons(dataset), []
     for path in sorted((dataset / "sources").glob("*.json")):
         generated = read_json(path).get("generated") or {}
@@ -76,7 +79,7 @@ def _reference_problems(dataset: Path, name: str, reference: Reference, tables: 
 
 
 def _counts(path: Path) -> tuple[int, int]:
-    """(documents, documents without a text) of a table."""
+    """Returns (documents, documents without a text) of a table."""
     import pyarrow.parquet as pq
 
     with read_errors(path), pq.ParquetFile(path) as file:
@@ -85,6 +88,7 @@ def _counts(path: Path) -> tuple[int, int]:
         column = file.schema_arrow.names.index("text")
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
         statistics = [group.column(column).statistics for group in groups if group.num_rows]
+        # The footer of a table counts the nulls, so the texts need not be read.
         if all(each is not None and each.has_null_count for each in statistics):
             return file.metadata.num_rows, sum(each.null_count for each in statistics)
         without = sum(batch.column(0).null_count for batch in file.iter_batches(1024, columns=["text"]))
@@ -122,6 +126,7 @@ def _receipt_problems(release: Release, opt_outs: dict[str, OptOut]) -> Iterator
         yield f"{receipt_path(request)} is a receipt of a request that dataset/{OPT_OUTS} does not name"
     for request, opt_out in sorted(opt_outs.items()):
         path = receipt_path(request)
+        # A request is a part of the path, so it must be a digest.
         if not REQUEST.fullmatch(request) or request not in names:
             yield f"{path} is missing"
             continue

@@ -125,7 +125,7 @@ class OrderFacts:
     parts: list[OrderPart]
 
     def tokens(self) -> dict[str, int]:
-        """{source: predicted tokens}"""
+        """Returns {source: predicted tokens}."""
         tokens: Counter[str] = Counter()
         for part in self.parts:
             tokens.update({source: row.tokens for source, row in part.by_source.items()})
@@ -165,11 +165,11 @@ class DataFacts:
     probes: dict[str, dict[str, ProbedBin]] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
-        """The sources of a phase's order; none for a phase without an order."""
+        """Returns the sources of a phase's order; none for a phase without an order."""
         return set(self.tokens_read(phase))
 
     def tokens_read(self, phase: str) -> dict[str, int]:
-        """{source: tokens that a phase predicted}; none for a phase without an order."""
+        """Returns {source: tokens that a phase predicted}; none for a phase without an order."""
         return self.order[phase].tokens() if phase in self.order else {}
 
 
@@ -196,8 +196,10 @@ def read_data_facts(dataset: Path) -> DataFacts:
 
 
 def _first_documents(dataset: Path) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(source, (id, beginning of the text)) of the first sources with a training document near the start of their
-    table."""
+    """Yields an example document of each of the first sources: (source, (id, beginning of the text)).
+
+    It is the first training document near the start of the source's table; a source without one is left out.
+    """
     for source, files in list(data_layout.kept_files(dataset).items())[:EXAMPLES]:
         rows = islice(stream_rows(files, ["id", "text", "split"], EXAMPLE_ROWS), EXAMPLE_ROWS)
         first = next((row for row in rows if row["split"] == "train" and row["text"]), None)
@@ -237,8 +239,10 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
 
 
 def _totals(files: list[Path], columns: list[str], summed: str) -> Iterator[tuple[tuple[Any, ...], int, int]]:
-    """(values of columns, rows, sum of another column) of each combination of values, several times if it occurs in
-    several batches."""
+    """Yields (values of columns, rows, sum of another column) of each combination of values.
+
+    A combination comes several times if it occurs in several batches.
+    """
     import pyarrow as pa
 
     for batch in stream_batches(files, [*columns, summed], BATCH):
@@ -268,7 +272,7 @@ class _Fates:
     licenses: set[str] = field(default_factory=set)
 
     def add(self, license: str, disposition: str, split: str, rule: str, documents: int, size: int) -> None:
-        """Adds documents of equal dispositions. size: their bytes."""
+        """Adds documents of equal dispositions, which have `size` bytes together."""
         self.documents += documents
         self.bytes += size
         self.licenses.add(license)
@@ -298,16 +302,17 @@ def _by_name(folders: Iterable[Path]) -> list[tuple[str, Path]]:
 
 
 def earlier_orders(dataset: Path, phase: str) -> list[Path]:
-    """The orders of earlier runs that a phase followed before its own, the first one first."""
+    """Returns the orders of earlier runs that a phase followed before its own, the first one first."""
     metas = {p.parent: read_json(p) for p in (dataset / "earlier").glob("order-*/meta.json")}
     phase_orders = [folder for folder, meta in metas.items() if meta["phase"] == phase]
     return sorted(phase_orders, key=lambda folder: int(metas[folder].get("first_step", 1)))
 
 
 def order_facts(folders: list[Path]) -> OrderFacts:
-    """The steps of one phase and the data of each part of them: one part, unless the phase resumed from an earlier run.
+    """Returns the steps of one phase and the data of each part of them.
 
-    folders: the order indices that the phase followed in sequence, each up to the start of the next.
+    There is one part, unless the phase resumed from an earlier run. `folders` are the order indices that the phase
+    followed in sequence, each up to the start of the next.
     """
     first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
     ends: list[int | None] = [step - 1 for step in first_steps[1:]] + [None]
@@ -316,7 +321,7 @@ def order_facts(folders: list[Path]) -> OrderFacts:
 
 
 def _part(folder: Path, end: int | None) -> OrderPart:
-    """The data that the steps of an order index up to `end` read.
+    """Returns the data that the steps of an order index up to `end` read.
 
     A segment of n tokens predicts n - 1 of them. Documents are counted by their places in token shards. Raises
     CheckFailed if the order is not by step and row.
@@ -328,6 +333,7 @@ def _part(folder: Path, end: int | None) -> OrderPart:
     tokens: Counter[str] = Counter()
     rows, rows_of = _Rows(), dict[str, _Rows]()
     documents: dict[str, Distinct] = {}
+    # More than any step, so that the first batch sets it.
     first, last = 1 << 62, 0
     columns = ["step", "row", "source", "part", "ordinal", "length"]
     for batch in stream_batches(order_files(folder), columns, BATCH):
@@ -369,21 +375,22 @@ class _Rows:
     last: int = -1
 
     def add(self, rows: Any, folder: Path) -> None:
-        """rows: numbers of rows, as an array. Raises CheckFailed if they are not in order."""
+        """Adds the next numbers of rows, an array. Raises CheckFailed if they are not in order."""
         steps = rows[1:] - rows[:-1]
         if rows[0] < self.last or (steps < 0).any():
             raise CheckFailed(f"{folder.name}: the order is not sorted by step and row")
+        # The rows are in order, so a row is new where its number rises.
         self.count += int((steps > 0).sum()) + int(rows[0] > self.last)
         self.last = int(rows[-1])
 
 
 def _joined(table: Any, high: str, low: str) -> Any:
-    """Two columns of int32 as one array of int64."""
+    """Returns two columns of int32 as one array of int64."""
     return table[high].to_numpy().astype("int64") << 32 | table[low].to_numpy().astype("int64")
 
 
 def canary_of(items: str) -> dict[str, str]:
-    """A string that identifies evaluation items in a training corpus; its GUID follows from their digest."""
+    """Returns a string that identifies evaluation items in a training corpus; its GUID follows from their digest."""
     guid = uuid.uuid5(uuid.NAMESPACE_URL, f"sha256:{items}")
     return {"canary": f"Evaluation data; it should never appear in a training corpus. canary GUID {guid}"}
 
@@ -394,8 +401,10 @@ BYTES = (1 << BLOCK_BITS) // 8
 
 
 class Distinct:
-    """Counts distinct integers from 0 to 2^62 in a bit for each if their neighbors occur too, else in at most 800
-    bytes."""
+    """A counter of distinct integers from 0 to 2^62.
+
+    A number takes one bit if its neighbors occur too, else at most 800 bytes.
+    """
 
     def __init__(self) -> None:
         import numpy as np
@@ -407,7 +416,7 @@ class Distinct:
         self._bits = np.zeros((0, BYTES), np.uint8)
 
     def add(self, numbers: Any) -> None:
-        """numbers: array of int64."""
+        """Adds an array of int64."""
         import numpy as np
 
         numbers = np.unique(numbers)
@@ -429,9 +438,11 @@ class Distinct:
 
         size = len(self._blocks)
         if size + len(blocks) > len(self._bits):
+            # Grows by half, so that adding one block at a time copies each bit only a few times.
             bits = np.zeros((max(size + len(blocks), len(self._bits) * 3 // 2), BYTES), np.uint8)
             bits[:size] = self._bits[:size]
             self._bits = bits
+        # New blocks get the next free rows of bits; only the small arrays are kept in order.
         places = np.searchsorted(self._blocks, blocks)
         self._rows = np.insert(self._rows, places, np.arange(size, size + len(blocks)))
         self._blocks = np.insert(self._blocks, places, blocks)

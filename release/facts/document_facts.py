@@ -1,5 +1,7 @@
-"""Licenses, lengths, languages and quality scores of the tokenized documents, and opt-outs, from the tables of the
-dataset repository."""
+"""Licenses, lengths, languages and quality scores of the tokenized documents, and opt-outs.
+
+They are read from the tables of the dataset repository.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,7 @@ class ScoreFacts:
         return self.millionths / 1e6 / self.documents
 
     def quantile(self, share: float) -> float:
-        """The score that this share of the documents does not exceed, interpolated in its bin."""
+        """Returns the score that this share of the documents does not exceed, interpolated in its bin."""
         rank, below = share * self.documents, 0
         for number, count in enumerate(self.bins):
             if count and below + count >= rank:
@@ -96,7 +98,7 @@ class ScoreFacts:
         return 1.0
 
     def add(self, scores: NDArray[np.float64]) -> None:
-        """scores: from 0 to 1, of further documents."""
+        """Adds the scores of further documents, which are from 0 to 1."""
         import numpy as np
 
         numbers = np.minimum((scores * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
@@ -171,9 +173,10 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
 
 
 def _count_attributed(dataset: Path, asking: Counter[str]) -> dict[str, int]:
-    """The rows of the attribution tables by source.
+    """Returns the rows of the attribution tables by source.
 
-    asking: documents by source whose licenses ask for it. Raises CheckFailed if the tables do not list as many.
+    `asking` has the number of documents by source whose licenses ask for it. Raises CheckFailed if the tables do not
+    list as many.
     """
     counts = {
         source: sum(row_count(path) for path in files)
@@ -189,7 +192,10 @@ def _count_attributed(dataset: Path, asking: Counter[str]) -> dict[str, int]:
 
 
 def _count_notices(dataset: Path) -> int:
-    """The number of distinct notices. Raises CheckFailed if a digest is not that of a text, or has none before it."""
+    """Returns the number of distinct notices.
+
+    Raises CheckFailed if a digest is not that of a text, or has none before it.
+    """
     digests = set[str]()
     files = data_layout.all_files(data_layout.notice_files(dataset))
     for row in stream_rows(files, ["sha256", "text"], TEXT_BATCH):
@@ -224,7 +230,7 @@ def _add_measures(facts: DocumentFacts, source: str, tokens_file: Path, measures
 
 
 def _join(tokens_file: Path, measures_file: Path) -> Iterator[tuple[NDArray[np.int64], pa.RecordBatch]]:
-    """(tokens, measures) of the tokenized documents of a part, some thousand rows at a time.
+    """Yields (tokens, measures) of the tokenized documents of a part, some thousand rows at a time.
 
     Both tables have the documents of each split in the order of the part, and that of measures also has those that
     deduplication removed. Raises CheckFailed if it lacks one.
@@ -254,6 +260,7 @@ def _join_split(
                 pending = pending.slice(count)
                 break
             pending = next(batches, None)
+    # A batch without rows of this split is empty after the filter.
     while pending is not None and not len(pending):
         pending = next(batches, None)
     if pending is not None:
@@ -264,7 +271,7 @@ def _join_split(
 
 
 def _rows_by_value(column: pa.Array) -> list[tuple[str, NDArray[np.int64]]]:
-    """(value, numbers of the rows that have it) of each value of an Arrow column."""
+    """Returns (value, numbers of the rows that have it) of each value of an Arrow column."""
     import numpy as np
 
     encoded = column.dictionary_encode()
@@ -294,7 +301,7 @@ class OptOut:
 
 
 def read_opt_outs(dataset: Path) -> list[OptOut]:
-    """The requests of a dataset folder in the order of their hashes; none for a corpus without a deny-list."""
+    """Returns the requests of a dataset folder in the order of their hashes; none for a corpus without a deny-list."""
     if not (dataset / OPT_OUTS).exists():
         return []
     opt_outs = {
@@ -309,7 +316,10 @@ def read_opt_outs(dataset: Path) -> list[OptOut]:
 
 
 def removed_documents(dataset: Path) -> Iterator[dict[str, Any]]:
-    """The dispositions of the documents that were removed on request, with `found` and `requests` of their match."""
+    """Yields the dispositions of the documents that were removed on request.
+
+    Each has the kind `found` and the `requests` of its match.
+    """
     import pyarrow.compute as pc
 
     for batch in stream_batches(data_layout.all_files(data_layout.disposition_files(dataset)), OPT_OUT_COLUMNS, BATCH):

@@ -13,11 +13,11 @@ from release import untrusted
 SCHEMA = 1
 FILE = "prediction.json"
 FOLDER = "evidence/prediction"
-"""Of a release: FILE, its manifest.json and its statement.json. FILE is also in the repository of the model."""
+"""The folder in a release of FILE, its manifest.json and its statement.json. The model's repository has FILE, too."""
 LEAST_RUNS, LEVEL = 3, 0.9
 """Runs that a law needs, and the share of a band."""
 PHASE, MODEL = "pretrain", "base"
-"""What is predicted: the model after this phase."""
+"""The phase after which the model is predicted, and the name of that model."""
 LOSS, BITS, ACCURACY = "heldout_loss", "bits_per_byte_all", "accuracy_all"
 NAMES = {LOSS: "held-out loss", BITS: "bits per byte, all sources", ACCURACY: "accuracy, all tasks"}
 
@@ -114,7 +114,10 @@ class Outcome:
 
 
 def predict(target: RunSize, points: Sequence[Point]) -> Prediction:
-    """The prediction for a run from finished ones. Raises ValueError with a sentence if they cannot carry one."""
+    """Returns the prediction for a run from finished ones.
+
+    Raises ValueError with a sentence if they cannot carry one.
+    """
     from stages.evaluation import scaling_law
 
     # Equal input gives an equal prediction, in whatever order the runs were named.
@@ -156,5 +159,8 @@ def read(path: Path) -> Prediction:
 
 
 def outcomes(prediction: Prediction, measured: Mapping[str, float]) -> list[Outcome]:
-    """measured: by figure; others are left out."""
+    """Compares the forecasts with the measured values, which are given by figure.
+
+    Forecasts of a figure that was not measured are left out.
+    """
     return [Outcome(row, measured[row.figure]) for row in prediction.forecasts if row.figure in measured]

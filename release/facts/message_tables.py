@@ -1,5 +1,7 @@
-"""The conversations of chat sources as `messages`, which training libraries load unchanged: one row for each kept
-document, by source and split."""
+"""The conversations of chat sources as `messages`, which training libraries load unchanged.
+
+The tables have one row for each kept document, by source and split.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ from stages.formats.table import SPLITS
 FOLDER = "messages"
 COLUMNS = ["id", "license", "split", "text"]
 METADATA = "atom.features"
-"""Of a table: JSON with the number of its conversations that have each of `chat_templates.FEATURES`."""
+"""The key of a table's metadata with the number of its conversations that have each of `chat_templates.FEATURES`."""
 
 
 def chat_sources(dataset: Path) -> dict[str, list[Path]]:
-    """{source of conversations: its tables of kept documents}, without those by reference."""
+    """Returns {source of conversations: its tables of kept documents}, without those by reference."""
     by_reference = references.read(dataset)
     return {
         name: files
@@ -41,12 +43,12 @@ def _kind(dataset: Path, name: str) -> str | None:
 
 
 def table_of(dataset: Path, source: str, split: str, kept: Path) -> Path:
-    """The table of the conversations of a split in a table of kept documents."""
+    """Returns the table of the conversations of a split in a table of kept documents."""
     return dataset / FOLDER / source / split / kept.name
 
 
 def published(dataset: Path) -> dict[str, list[str]]:
-    """{source: splits} of the tables of a dataset folder."""
+    """Returns {source: splits} of the tables of a dataset folder."""
     folders = sorted((dataset / FOLDER).iterdir()) if (dataset / FOLDER).is_dir() else []
     return {path.name: [split for split in SPLITS if part_tables(path / split)] for path in folders}
 
@@ -96,7 +98,7 @@ def no_features() -> Counter[str]:
 
 
 def row_features(row: chat.MessagesRow) -> list[str]:
-    """The `chat_templates.FEATURES` of a conversation."""
+    """Returns the `chat_templates.FEATURES` of a conversation."""
     first = row["messages"][0]
     present = (
         first["role"] == "system" and bool((first["content"] or "").strip()),
@@ -107,13 +109,15 @@ def row_features(row: chat.MessagesRow) -> list[str]:
 
 
 def state_features(writer: Any, features: Counter[str]) -> None:
-    """Adds the features of a table's conversations to its metadata. writer: of the table's file."""
+    """Adds the features of a table's conversations to its metadata, by the writer of its file."""
     writer.add_key_value_metadata({METADATA: json.dumps(features, sort_keys=True)})
 
 
 def features_of(dataset: Path, source: str) -> dict[str, int] | None:
-    """The number of kept conversations of a source with each feature, as its tables state them and the check `messages`
-    compares; None without tables or statements."""
+    """Returns the number of kept conversations of a source with each feature.
+
+    Its tables state the numbers, and the check `messages` compares them. None without tables or statements.
+    """
     tables = [path for split in SPLITS for path in part_tables(dataset / FOLDER / source / split)]
     stated = [_stated_features(path) for path in tables]
     # A table that states nothing could have any number.
@@ -135,7 +139,7 @@ def _stated_features(path: Path) -> dict[str, int] | None:
 
 
 def message_row(document: dict[str, Any]) -> chat.MessagesRow:
-    """The row of a kept document. Raises CheckFailed."""
+    """Returns the row of a kept document. Raises CheckFailed."""
     try:
         messages, tools = chat.parse(document["text"])
     except (ValueError, KeyError) as error:
@@ -156,7 +160,7 @@ def problems(dataset: Path) -> Iterator[str]:
 
 
 def _part_problems(dataset: Path, source: str, kept: Path) -> list[str]:
-    """At most one for each table."""
+    """Lists the problems of the tables made from one part of a source, at most one for each table."""
     return [text for split in SPLITS if (text := _table_problem(dataset, source, split, kept))]
 
 
@@ -179,6 +183,7 @@ def _table_problem(dataset: Path, source: str, split: str, kept: Path) -> str:
     if next(rows, None) is not None:
         return f"{name} has more conversations than were kept"
     stated = _stated_features(path)
+    # A table without a statement claims nothing that could be wrong.
     return "" if stated in (None, dict(features)) else f"{name} states other features than its conversations have"
 
 

@@ -37,7 +37,7 @@ CONFIG_KEYS = (
 )  # fmt: skip
 """Fields of config.json, if the architecture has them."""
 EXPERTS = ("num_experts", "n_routed_experts")
-"""Of these, the one with the experts of a layer."""
+"""The fields of these that state the number of experts of a layer."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ class ModelFacts:
     rendered_chat: str = ""
 
     def own_scores(self) -> ModelScores:
-        """The scores of the model itself, the last ones, because a card compares only with earlier models."""
+        """Returns the scores of the model itself, the last ones, because a card compares only with earlier models."""
         return self.scores[self.name()]
 
     @property
@@ -131,11 +131,14 @@ class ModelFacts:
         return self.on_published and not self.training
 
     def license(self, release: str) -> str:
-        """The license of its weights: of a copy, the one of its original; else that of the release's weights."""
+        """Returns the license of the model's weights.
+
+        A copy has the license of its original, and others that of the release's weights.
+        """
         return str(self.base["license"]) if self.base and self.is_copy else release
 
     def name(self) -> str:
-        """The name of this exported model."""
+        """Returns the name of this exported model."""
         return list(self.scores)[-1]
 
 
@@ -175,15 +178,16 @@ def _special_tokens(model: Path) -> list[str]:
 
 
 def rendered_chat(goldens: Mapping[str, Any]) -> str:
-    """The last text of goldens.json: its messages in the chat template. "" for an empty one."""
+    """Returns the last text of goldens.json: its messages in the chat template. "" for an empty one."""
     rows = goldens.get("rows") or [{"text": ""}]
     return str(rows[-1]["text"])
 
 
 def _measured(model: Path, scores: dict[str, ModelScores]) -> dict[str, float]:
-    """{figure: value} of a prediction's model: its scores, and the last held-out loss of its phase."""
+    """Returns {figure: value} of a prediction's model: its scores, and the last held-out loss of its phase."""
     figures = {name: scores[forecast.MODEL][name]["value"] for name in (forecast.BITS, forecast.ACCURACY)}  # type: ignore[literal-required]
     if (log := training.logs(model).get(forecast.PHASE)) is not None:
+        # Only the fields that are needed are kept, since logs may be long.
         lines = training.read(log, ("step", forecast.LOSS))
         losses = [line[forecast.LOSS] for line in lines if forecast.LOSS in line]
         figures |= {forecast.LOSS: losses[-1]} if losses else {}
@@ -198,6 +202,7 @@ def _config_keys(config: dict[str, Any]) -> tuple[str, ...]:
 def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
     shapes: dict[str, list[int]] = {}
     for path in sorted(model.glob("*.safetensors")):
+        # The header alone is read: weights may be larger than the memory.
         shapes |= tensor_shapes(path)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
@@ -210,7 +215,10 @@ def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """{tensor: shape} from the header of a safetensors file, without reading the tensors. Raises CheckFailed."""
+    """Returns {tensor: shape} from the header of a safetensors file, without reading the tensors.
+
+    Raises CheckFailed.
+    """
     return {name: entry["shape"] for name, entry in tensor_header(path, follow=True).items()}
 
 
@@ -223,7 +231,7 @@ SERVE_FILE = "serve.yaml"
 
 
 def serve_config(folder: Path, repo: str, version: str) -> str:
-    """The content of serve.yaml of the model in a folder. repo: its repository on the Hub.
+    """Returns the content of serve.yaml of the model in a folder, whose repository on the Hub is `repo`.
 
     The parsers `hf` of vLLM read answers as `response_template` of the tokenizer says; without it none is set, and
     reasoning stays a part of the content.

@@ -42,7 +42,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, node: str, body: Any) -> Manifest:
-        """body: the content of the file. Raises CheckFailed for another shape."""
+        """Reads the content of a manifest. Raises CheckFailed if it has another shape."""
         try:
             files = tuple(FileRow(row["path"], row["size"], row["sha256"]) for row in body["files"])
             return cls(node, body["key"], body["digest"], files)
@@ -56,22 +56,22 @@ class Manifest:
 
 
 def read_manifests(release: Path) -> dict[str, Manifest]:
-    """{node: manifest} of evidence/manifests."""
+    """Returns {node: manifest} of evidence/manifests."""
     paths = sorted((release / "evidence/manifests").glob("*.json"))
     return {path.stem: Manifest.parse(path.stem, read_json(path)) for path in paths}
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """All rows of a published table, in the form of `stream_rows`."""
+    """Returns all rows of a published table, in the form of `stream_rows`."""
     return list(stream_rows(path, columns))
 
 
 def stream_rows(
     files: Path | Iterable[Path], columns: list[str] | None = None, size: int = BATCH
 ) -> Iterator[dict[str, Any]]:
-    """Streams the rows of a published table, or of its parts. Raises CheckFailed if a file lacks a column.
+    """Streams the rows of a published table, or of its parts; `size` of them are in memory.
 
-    size: of rows in memory.
+    Raises CheckFailed if a file lacks a column.
     """
     for batch in stream_batches(files, columns, size):
         yield from batch.to_pylist()
@@ -91,4 +91,5 @@ def stream_batches(files: Path | Iterable[Path], columns: list[str] | None, size
             if missing := sorted({*wanted} - {*names}):
                 raise CheckFailed(f"{path.name} has no column {missing[0]}")
             for batch in file.iter_batches(batch_size=size, columns=wanted):
+                # The columns come in the order of the file, and callers expect that of their request.
                 yield batch.select(wanted)

@@ -1,5 +1,7 @@
-"""The traces of the run of a release: its checkpoints and resumptions, its cost, its smaller models, and what changed
-since the version before."""
+"""The traces of the run of a release.
+
+These are its checkpoints and resumptions, its cost, its smaller models, and the changes since the version before.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ class Intervention:
 
 
 def read_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Every published checkpoint with its state, by phase and step. folder: of the checkpoint repository."""
+    """Returns every published checkpoint of a checkpoint repository with its state, by phase and step."""
     checkpoints = []
     for path in folder.glob("*/state.json"):
         phase, _, step = path.parent.name.rpartition("-step-")
@@ -63,18 +65,18 @@ def read_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def index_rows(checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
-    """The content of checkpoints/index.json."""
+    """Returns the content of checkpoints/index.json."""
     return [asdict(checkpoint) for checkpoint in checkpoints]
 
 
 def context_of(checkpoints: list[Checkpoint], phase: str) -> int:
-    """The context length that a phase was trained for, in tokens, from the state of its last checkpoint."""
+    """Returns the context length that a phase was trained for, in tokens, from the state of its last checkpoint."""
     states = [checkpoint.state for checkpoint in checkpoints if checkpoint.phase == phase]
     return int(states[-1]["config"]["model"]["context_length"])
 
 
 def find_interventions(checkpoints: list[Checkpoint]) -> list[Intervention]:
-    """All interventions, by phase and step."""
+    """Returns all interventions, by phase and step."""
     states = {(checkpoint.phase, checkpoint.step): checkpoint.state for checkpoint in checkpoints}
     sources: dict[tuple[str, int], tuple[str, list[tuple[str, Any, Any]]]] = {}
     for (phase, _), state in sorted(states.items()):
@@ -82,6 +84,7 @@ def find_interventions(checkpoints: list[Checkpoint]) -> list[Intervention]:
         source_key, _, step = settings.pop("continue_from", "").partition("@")
         if source_key:
             previous = _settings(states[phase, int(step)])
+            # It names the run to go on from, and is no setting of the training.
             previous.pop("continue_from", None)
             names = sorted(
                 name for name in previous.keys() | settings.keys() if previous.get(name) != settings.get(name)
@@ -102,7 +105,7 @@ def _settings(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(config: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, as in the section of the recipe."""
+    """Returns nested settings by dotted names, as in the section of the recipe."""
     if not isinstance(config, dict):
         return {name: config}
     return {k: v for part, value in config.items() for k, v in _flat(value, f"{name}.{part}".strip(".")).items()}
@@ -114,8 +117,11 @@ COST_COLUMNS = ("attempts", "failed", "core_hours", "gpu_hours", "energy_wh")
 
 
 def usage_by_stage(statements: Iterable[provenance.Statement]) -> Costs:
-    """{stage: {attempts, failed, core_hours (busy), gpu_hours (allotted), energy_wh (an estimate)}} in alphabetical
-    order. A release checkpoint is part of the attempt that wrote it and is not counted again."""
+    """Returns {stage: its cost}, with the stages in alphabetical order.
+
+    A cost is {attempts, failed, core_hours (busy), gpu_hours (allotted), energy_wh (an estimate)}. A release checkpoint
+    is part of the attempt that wrote it and is not counted again.
+    """
     costs_by_stage: Costs = {}
     for body in statements:
         # A release checkpoint is part of the attempt that wrote it.
@@ -136,7 +142,7 @@ def total_cost(costs: Costs) -> dict[str, float]:
 
 
 def cost_rows(costs: Costs) -> list[list[Any]]:
-    """Cells of a table: one row for each stage, and one for the total."""
+    """Returns cells of a table: one row for each stage, and one for the total."""
     all_rows = {**costs, "all": total_cost(costs)}
     return [
         [name, f"{row['attempts']:.0f}", f"{row['failed']:.0f}", *(f"{row[c]:.3g}" for c in COST_COLUMNS[2:])]
@@ -190,7 +196,7 @@ def compare_with_previous(previous: Path, recipe: Mapping[str, Any], model: Mode
 
 
 def read_changes(release: Path) -> Changes | None:
-    """The changes that a release states; None if it states none."""
+    """Returns the changes that a release states; None if it states none."""
     if not (release / CHANGES_FILE).exists():
         return None
     body = read_json(release / CHANGES_FILE)
@@ -200,12 +206,13 @@ def read_changes(release: Path) -> Changes | None:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(name with dots, value) of every setting; a list is one value, unless it is of sections."""
+    """Yields (name with dots, value) of every setting; a list is one value, unless it is of sections."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}".lstrip("."))
     elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
         for number, inner in enumerate(value):
+            # A section is compared with the one of its name, wherever it stands in the list.
             label = inner.get("name", number) if isinstance(inner, Mapping) else number
             yield from _leaves(inner, f"{name}.{label}")
     else:
@@ -246,12 +253,12 @@ class Trained:
 
 
 def smaller_models(release: Path) -> list[str]:
-    """The smaller models with a record of training, in order."""
+    """Returns the smaller models with a record of training, in order."""
     return sizes_of(path.parent.name for path in (release / TRAINING).glob("*/summary.json"))
 
 
 def read_sizes(release: Path) -> list[Trained]:
-    """The recipe's model after pre-training, and its smaller ones; none of a release without smaller ones."""
+    """Returns the recipe's model after pre-training, and its smaller ones; none of a release without smaller ones."""
     phases = smaller_models(release)
     stated = read_json(release / RECIPE).get("sizes", []) if phases else []
     settings = {f"{SIZE}-{number}": section["model"] for number, section in enumerate(stated, 1)}

@@ -1,10 +1,10 @@
-"""Runs the final model and its variants in other programs, and compares tokens and log-probabilities:
-`evidence/runtimes.json`.
+"""Runs the final model and its variants in other programs, and compares tokens and log-probabilities.
 
-Each program has an interpreter of its own, which an environment variable names; `make test-runtimes` makes them. The
-fixed inputs of goldens.json are compared: token ids of the texts, greedy continuations, and the log-probability of each
-token. The reference is transformers here, in fp32, on the weights as a variant stores them. So a difference is that of
-the program, and not of the rounding of weights, which `loss.json` states.
+The result is `evidence/runtimes.json`. Each program has an interpreter of its own, which an environment variable names;
+`make test-runtimes` makes them. The fixed inputs of goldens.json are compared: token ids of the texts, greedy
+continuations, and the log-probability of each token. The reference is transformers here, in fp32, on the weights as a
+variant stores them. So a difference is that of the program, and not of the rounding of weights, which `loss.json`
+states.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SECONDS = 3600
 VLLM_HEAD = 32
 """vLLM's kernels for the CPU know heads of this size and larger ones."""
 VLLM_LATENT = (512, 64)
-"""Of latent attention, they know this latent and this rotary part (its `CPUMLABackend`)."""
+"""For latent attention, they know this latent and this rotary part (its `CPUMLABackend`)."""
 ORIGINAL = Variant("safetensors", "", 0, "", "")
 """The final model among the variants."""
 
@@ -65,11 +65,12 @@ BOUNDS = {"F16": Bound(0.01, 0.1, 0.25), "BF16": Bound(0.05, 1.0, 0.5)}
 
 
 class ProgramRun(TypedDict):
-    """One program on one folder.
+    """The run of one program on one folder.
 
-    reason: of a run that was skipped or failed. `reference`: the program that made goldens.json, which the gates on
-    loading judge. same_ids: texts whose token ids are the reference's; same_conversations: rendered ones with the
-    same; same_greedy: continuations. Differences are of log-probabilities, absolute.
+    A run that was skipped or failed has a `reason`. The status `reference` is that of the program that made
+    goldens.json, which the gates on loading judge. `same_ids` counts the texts whose token ids are the reference's,
+    `same_conversations` the rendered conversations with the same ids, and `same_greedy` the equal continuations.
+    Differences are absolute ones of log-probabilities.
     """
 
     folder: str
@@ -156,14 +157,14 @@ RUNTIMES = {
 
 
 def bound_of(runtime: str, variant: Variant) -> Bound:
-    """The bound of a run."""
+    """Returns the bound of a run."""
     if runtime not in ("llama.cpp", "vLLM") or variant.encoding in ("", "F32", "bfloat16"):
         return EXACT
     return BOUNDS.get(variant.encoding, ROUNDED)
 
 
 def compare_all(release: Path, progress: Callable[[str], None] = lambda text: None) -> list[ProgramRun]:
-    """The runs of all programs on the final model and its variants, of a release that has their files and its goldens.
+    """Runs all programs on the final model and its variants, of a release that has their files and its goldens.
 
     A program that is not here is a run that was skipped, with the reason.
     """
@@ -221,6 +222,7 @@ def _reference(model: Path, folder: Path, place: Path, rows: Sequence[Mapping[st
         variant = read_json(folder / LOSS)["variant"]
         base = base_of(folder.parent, folder) if VARIANTS[variant].writer == "peft" else None
         conversion.write_dequantized(variant, model, folder, place, base)
+        # The recorded continuations are those of the final model; a variant may give others, so they are drawn again.
         request = [{"text": row["text"], "ids": row["ids"], "draw": len(row["greedy"])} for row in rows]
     read = _run(RUNTIMES[REFERENCE], model if folder == model else place, ORIGINAL, request)["rows"]
     request = [{**row, "greedy": answer["greedy"]} for row, answer in zip(rows, read, strict=True)]
@@ -284,9 +286,10 @@ def problem_of(run: ProgramRun) -> str:
 def _run(
     runtime: Runtime, folder: Path, variant: Variant, rows: Sequence[Mapping[str, Any]], texts: Sequence[str] = ()
 ) -> Answers:
-    """The answer of a program. Raises Failed."""
+    """Returns the answer of a program. Raises Failed."""
     # Programs such as vLLM need packages that exclude ours, so each has an interpreter of its own.
     python = os.environ[runtime.variable] if runtime.variable else sys.executable
+    # llama.cpp opens one file, and the others a folder.
     subject = next(iter(sorted(folder.glob("*.gguf"))), folder)
     script = Path(scripts.__path__[0]) / runtime.script
     command = [python, "-P", str(script), str(subject.resolve()), *runtime.arguments(variant)]
@@ -306,6 +309,7 @@ def _run(
     except OSError as error:
         setting = f"{runtime.variable} = {python}" if runtime.variable else python
         raise Failed(f"{setting} does not run ({error.strerror}); name a Python interpreter") from None
+    # Programs print messages of their own, so the line with the answer is marked.
     lines = [line.removeprefix("RUN ") for line in process.stdout.splitlines() if line.startswith("RUN ")]
     if process.returncode or not lines:
         last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
@@ -315,8 +319,11 @@ def _run(
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without its modules, network and threads. vLLM's engine runs in the program's own process: the
-    error of another one would only be "Engine core initialization failed"."""
+    """Returns the environment of a program: this process's, without its modules, network and threads.
+
+    vLLM's engine runs in the program's own process: the error of another one would only be "Engine core initialization
+    failed".
+    """
     ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     vllm = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -1,5 +1,8 @@
-"""Scores of models, published and recomputed from their tables, which `verify` compares; and answers for the cards,
-chosen by a rule, so that nobody picks the best ones."""
+"""Scores of models, and answers for the cards.
+
+The scores are the published ones and those recomputed from their tables, which `verify` compares. The answers are
+chosen by a rule, so that nobody picks the best ones.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +33,17 @@ HARNESS = "harness"
 
 
 def compute_scores(folder: Path) -> ModelScores:
-    """The scores of one phase, recomputed from its tables: two, and further ones with long contexts."""
+    """Returns the scores of one phase, recomputed from its tables: two, and further ones with long contexts."""
     from stages.evaluation.model_evaluation import KINDS, summary
 
     files = [folder / f"{name}.parquet" for name in KINDS]
+    # The first two tables must exist, so a missing one raises an error; the others come with long contexts.
     tables: list[Any] = [read_rows(path) if path.is_file() or path in files[:2] else [] for path in files]
     return cast(ModelScores, {**summary(*tables), **_stated(folder, "engine")})
 
 
 def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
-    """The scores recomputed from the tables, by benchmark and model. Empty without a chat model."""
+    """Returns the scores recomputed from the tables, by benchmark and model. Empty without a chat model."""
     from stages.evaluation import pass_at_k, win_rate
 
     facts: dict[str, ChatScores] = {}
@@ -75,14 +79,14 @@ class HarnessFacts:
 
 
 def read_harness(folder: Path) -> HarnessFacts | None:
-    """The published results of a model; None if it was not measured."""
+    """Returns the published results of a model; None if it was not measured."""
     if not (folder / "scores.json").exists():
         return None
     return HarnessFacts(read_json(folder / "scores.json"), read_json(folder / "tasks.json"))
 
 
 def compute_harness(folder: Path) -> HarnessScores:
-    """The scores of one model's task sets, recomputed from the table of its items."""
+    """Returns the scores of one model's task sets, recomputed from the table of its items."""
     from stages.evaluation import harness
 
     rows: Any = read_rows(folder / "items.parquet")
@@ -98,13 +102,15 @@ def compute_memorization(folder: Path) -> MemorizationScores:
 
 
 def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
-    """The tables of a benchmark, one for each model."""
+    """Returns the tables of a benchmark, one for each model."""
     return sorted((evaluation / benchmark).glob(f"*/{'pairs' if benchmark == 'preferences' else 'answers'}.parquet"))
 
 
 def _stated(folder: Path, *names: str) -> dict[str, str]:
-    """Returns the fields that no table has, as the published scores of a folder state them: the two models of a
-    comparison, and the engine that computed the scores."""
+    """Returns the fields that no table has, as the published scores of a folder state them.
+
+    These are the two models of a comparison, and the engine that computed the scores.
+    """
     path = folder / "scores.json"
     stated = read_json(path) if path.exists() else {}
     return {name: stated[name] for name in names if name in stated}
@@ -134,11 +140,13 @@ class ExampleAnswer:
 
 
 def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
-    """The greedy answers to the first problems, by id, of each kind: SHOWN right ones and SHOWN wrong ones.
+    """Returns the greedy answers to the first problems, by id, of each kind: SHOWN right ones and SHOWN wrong ones.
 
-    Of a model that was not measured in conversation, the continuations of problems in plain text.
+    For a model that was not measured in conversation, these are continuations of problems in plain text.
 
-    dataset: a dataset repository; model: the name of the exported model.
+    Args:
+        dataset: A dataset repository.
+        model: The name of the exported model.
     """
     folders = {path.name: path for path in (dataset / "evaluation/test").glob("*") if path.is_dir()}
     # A model that converses is shown in conversation.
@@ -149,7 +157,11 @@ def read_examples(dataset: Path, model: str) -> list[ExampleAnswer]:
 
 
 def best_example(examples: Sequence[ExampleAnswer]) -> ExampleAnswer | None:
-    """The answer for a reader to draw again: the first right one, or the first of all. An empty text is no answer."""
+    """Returns the answer for a reader to draw again: the first right one, or the first of all.
+
+    An empty text is no answer.
+    """
+    # False sorts before true, and `min` takes the first of equal ones.
     return min(filter(lambda answer: answer.text.strip(), examples), key=lambda answer: not answer.right, default=None)
 
 
@@ -160,6 +172,7 @@ def _in_conversation(dataset: Path, folder: Path) -> Iterator[tuple[str, Example
     ids = {row["id"] for row in rows}
     questions = {row["id"]: row["question"] for row in read_jsonl(path) if row["id"] in ids and "question" in row}
     for row in rows:
+        # A reward between the two is neither a right nor a wrong answer.
         if row["reward"] in (0.0, 1.0) and row["id"] in questions:
             right = row["reward"] == 1.0
             yield row["id"], ExampleAnswer(row["kind"], questions[row["id"]], row["text"], right, True)
@@ -183,7 +196,7 @@ def _chosen(answers: Iterable[tuple[str, ExampleAnswer]]) -> list[ExampleAnswer]
 
 
 def settings_of(recipe: Any, phase: str) -> dict[str, Any]:
-    """The section of a phase in a resolved recipe; empty if it has none."""
+    """Returns the section of a phase in a resolved recipe; empty if it has none."""
     kind, _, number = phase.partition("-")
     if kind == "longcontext":
         sections = recipe.get("long_context") or []

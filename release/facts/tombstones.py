@@ -105,7 +105,7 @@ _TOMBSTONES: TypeAdapter[list[Tombstone]] = TypeAdapter(list[Tombstone])
 
 
 def read_tombstones(folder: Path) -> list[Tombstone]:
-    """The retractions of a repository or release, the first one first; none without a tombstone file.
+    """Returns the retractions of a repository or release, the first one first; none without a tombstone file.
 
     Raises CheckFailed if it cannot be read.
     """

@@ -27,7 +27,7 @@ def logs(model: Path) -> dict[str, Path]:
 
 
 def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
-    """Reads the lines of a log. fields: those to keep, all by default; a log can be long."""
+    """Reads the lines of a log. Only `fields` are kept, or all if it is None; a log can be long."""
     return [line if fields is None else {name: line[name] for name in fields if name in line} for line in stream(log)]
 
 
@@ -71,7 +71,7 @@ class PhaseLog:
 
 
 def log_facts(lines: list[Facts]) -> PhaseLog:
-    """Computes the facts of a log. lines: with FIGURES at least."""
+    """Computes the facts of a log, whose lines have FIGURES at least."""
     steps = [line["step"] for line in lines if "tokens" in line]
     measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
     spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
@@ -103,8 +103,10 @@ def _first_and_last_means(means: list[float]) -> FirstAndLast:
 
 
 def curves(lines: list[Facts]) -> tuple[list[int], list[float], list[float]]:
-    """The steps that updated weights, and for each the largest violation of balance and the mean entropy of the
-    routers."""
+    """Returns the steps that updated weights, and two figures of the routers for each.
+
+    The figures are the largest violation of balance and the mean entropy.
+    """
     rows = [line for line in lines if "expert_max_violation" in line and "skipped" not in line]
     return (
         [row["step"] for row in rows],

@@ -34,7 +34,7 @@ class VariantFacts:
     base: str = ""
 
     def figures(self) -> dict[str, float]:
-        """The measured figures of the variant, for bills of materials."""
+        """Returns the measured figures of the variant, for bills of materials."""
         return {
             "bits per byte": self.loss["bits_per_byte"]["variant"]["value"],
             "exact match": self.loss["accuracy"]["variant"]["value"],
@@ -68,7 +68,10 @@ def read_variant_facts(folder: Path) -> VariantFacts:
 
 
 def base_of(release: Path, folder: Path) -> Path:
-    """The model in a release on which the variant in a folder is an adapter. Raises CheckFailed if it holds none."""
+    """Returns the model in a release on which the variant in a folder is an adapter.
+
+    Raises CheckFailed if it holds none.
+    """
     from stages.export.variants.adapter_files import digests
 
     stated = read_json(folder / BASE)["files"]
@@ -84,7 +87,12 @@ def read_variants(release: Path, folders: Iterable[str]) -> dict[str, VariantFac
 
 
 def read_original(model: Path, evaluation: Path) -> Original:
-    """model: its folder; evaluation: the folder of its scores and answers in the dataset."""
+    """Reads the original of the variants.
+
+    Args:
+        model: The folder of the model.
+        evaluation: The folder of its scores and answers in the dataset.
+    """
     from stages.export.variants.stage import weight_bytes
 
     answers = {row["id"]: row["output"] for row in read_rows(evaluation / "items.parquet", ["id", "output"])}
@@ -92,9 +100,9 @@ def read_original(model: Path, evaluation: Path) -> Original:
 
 
 def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -> VariantLoss:
-    """`loss.json` of a variant from its tables; what measured it is as stated.
+    """Returns `loss.json` of a variant from its tables; what measured it is as stated.
 
-    original: its model; None: what only that shows is as stated, too.
+    `original` is the model of the variant. If it is None, the figures that only the model shows are as stated, too.
     """
     from stages.evaluation.model_evaluation import summary as scores_of
     from stages.export.variants.loss import summary
@@ -107,6 +115,7 @@ def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -
     # A variant's repository alone: what only the original shows is as stated.
     if original is None:
         all_of: Any = {f"{name}_all": stated[name]["original"] for name in ("bits_per_byte", "accuracy")}
+        # Empty answers stand in for those of the original; what is computed from them is replaced below.
         known = Original(stated["bytes"]["original"], all_of, {row["id"]: "" for row in tables["items"]})
     else:
         known = original

@@ -28,7 +28,14 @@ BUILD_INPUTS = (ENVIRONMENT, RECIPE, RELEASE)
 def test_result(
     subjects: dict[str, str], configuration: dict[str, str], passed: Iterable[str], failed: Iterable[str]
 ) -> dict[str, Any]:
-    """subjects, configuration: {name: SHA-256}; passed, failed: names of tests. One failed test fails the result."""
+    """Returns an in-toto statement with the predicate test-result; one failed test fails the result.
+
+    Args:
+        subjects: {name: SHA-256} of the tested files.
+        configuration: {name: SHA-256} of the files that configure the tests.
+        passed: The names of the passed tests.
+        failed: The names of the failed tests.
+    """
     passed, failed = sorted(passed), sorted(failed)
     return {
         "_type": STATEMENT,
@@ -49,6 +56,7 @@ def evaluations(release: Release) -> dict[str, dict[str, Any]]:
     for node, artifact in nodes.items():
         kind, _, model = node.partition("-")
         table = release.dataset / "evaluation" / model / "items.parquet"
+        # The name of the model becomes a part of a path.
         if kind != "export" or not re.fullmatch(r"[a-z0-9-]+", model) or not table.is_file():
             continue
         rows = read_rows(table, ["id", "score"])
@@ -60,7 +68,7 @@ def evaluations(release: Release) -> dict[str, dict[str, Any]]:
 
 
 def evaluation_path(model: str) -> str:
-    """The path in a release of the statement about the evaluation of a model."""
+    """Returns the path in a release of the statement about the evaluation of a model."""
     return f"{FOLDER}/evaluation-{model}.json"
 
 
@@ -83,5 +91,5 @@ def gates(release: Release, results: Mapping[str, bool | None]) -> dict[str, Any
 
 
 def code_files(release: Path) -> list[Path]:
-    """The files of the folder `code/` of a release, in order."""
+    """Returns the files of the folder `code/` of a release, in order."""
     return sorted(path for path in (release / "code").rglob("*") if path.is_file())

@@ -215,6 +215,7 @@ def _domains_of_part(part: data_layout.Part) -> Counter[str]:
         if domain:
             sizes[domain] += disposition["bytes"]
             if len(sizes) > MOST_DOMAINS:
+                # One domain more than allowed tells the caller that there are too many.
                 break
     return sizes
 

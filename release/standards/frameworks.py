@@ -1,5 +1,7 @@
-"""mof.yml and osaid.json: the components of the Model Openness Framework 1.0 with the class that they reach, and the
-checklist of the Open Source AI Definition 1.0, both computed with reasons.
+"""mof.yml and osaid.json, which rate the openness of a release, both computed with reasons.
+
+mof.yml has the components of the Model Openness Framework 1.0 with the class that they reach, and osaid.json the
+checklist of the Open Source AI Definition 1.0.
 
 mof.yml has the fields of the register's schema (github.com/lfai/model_openness_tool, schema/mof_schema.json): exactly
 these seventeen names. It adds `class` and `missing`. OSAID has no schema: osaid.json is a list of requirements.
@@ -135,6 +137,7 @@ def _url(facts: StandardFacts, component: Component) -> str:
 def _open(expression: str, known: frozenset[str]) -> bool:
     """Returns True if all licenses of an expression are known as open; of alternatives, one."""
     try:
+        # License expressions are read as those of the documents are.
         return AllowedLicenses(sorted(known)).allows(expression)
     except (IndexError, RecursionError):
         return False

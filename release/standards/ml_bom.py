@@ -171,6 +171,7 @@ def _model_card(facts: StandardFacts, folder: str) -> Json:
     metrics = []
     for metric, rows in (("bits per byte", scores["bits_per_byte"]), ("exact match", scores["accuracy"])):
         for name, row in sorted(rows.items()):
+            # The interval covers 95 %, by the normal approximation.
             low, high = row["value"] - Z95 * row["se"], row["value"] + Z95 * row["se"]
             interval = {"lowerBound": repr(low), "upperBound": repr(high)}
             metrics.append({"type": metric, "slice": name, "value": repr(row["value"]), "confidenceInterval": interval})

@@ -38,7 +38,7 @@ class _Graph:
         self.licenses: dict[str, str] = {}
 
     def add(self, kind: str, place: str, **properties: Any) -> str:
-        """Adds an element and returns its id. place: unique in the document."""
+        """Adds an element and returns its id. `place` is unique in the document."""
         id = f"{self.base}{segment(place, '/')}"
         present = {name: value for name, value in properties.items() if value not in (None, [], "")}
         self.elements.append({"type": kind, "spdxId": id, "creationInfo": CREATION, **present})
@@ -52,13 +52,14 @@ class _Graph:
             self.add("Relationship", place, relationshipType=kind, to=targets, **{"from": source})
 
     def license(self, element: str, licenses: list[str], stated: str = "") -> None:
-        """States the declared and the concluded license of an element. stated: words that are no expression."""
+        """States the declared and the concluded license of an element. `stated` are words that are no expression."""
         text, comment = joined(licenses), None
         if text is None:
             # Words are no expression: they get an own reference, whose comment has them.
             words = stated or "; ".join(licenses)
             digest = sha256_bytes(words.encode(errors="surrogatepass"))
             text, comment = (f"LicenseRef-{digest[:12]}", words) if words else ("NOASSERTION", "")
+        # Many elements share a license, which is one element of the document.
         if text not in self.licenses:
             place = f"license/{len(self.licenses)}"
             self.licenses[text] = self.add(
@@ -89,6 +90,7 @@ def document(facts: StandardFacts) -> Json:
     for variant in variants:
         graph.relate(variant, "descendantOf", final)
 
+    # Taken before the bill is added, which does not list itself.
     listed = [element["spdxId"] for element in graph.elements]
     bom = graph.add("software_Sbom", "bom", rootElement=final, element=listed, profileConformance=PROFILES)
     graph.add("SpdxDocument", "document", rootElement=[bom], profileConformance=PROFILES)
@@ -99,7 +101,10 @@ def document(facts: StandardFacts) -> Json:
 def _add_model(
     graph: _Graph, facts: StandardFacts, place: str, provider: str, url: str, weights: Mapping[str, str], **fields: Any
 ) -> str:
-    """Adds a model or a variant of it. weights: {path: SHA-256}. fields: what only the one or the other has."""
+    """Adds a model or a variant of it.
+
+    `weights` is {path: SHA-256}, and `fields` are those that only a model or only a variant has.
+    """
     return graph.add(
         "ai_AIPackage",
         place,
@@ -143,6 +148,7 @@ def _model(graph: _Graph, facts: StandardFacts, folder: str, provider: str) -> s
 
 def _energy(facts: StandardFacts) -> Json:
     """Returns the energy of the whole release, as a decimal without an exponent."""
+    # A decimal in XML Schema has no exponent, which Python writes for small numbers.
     quantity = format(Decimal(repr(energy(facts)["total"]["energy_kwh"])), "f")
     spent = {"type": "ai_EnergyConsumptionDescription", "ai_energyUnit": "kilowattHour", "ai_energyQuantity": quantity}
     return {"type": "ai_EnergyConsumption", "ai_trainingEnergyConsumption": [spent]}
@@ -221,7 +227,7 @@ def _package(graph: _Graph, package: Package, index: int) -> str:
 
 
 def _hashes(digests: Mapping[str, str]) -> list[Json]:
-    """Returns digests as elements. digests: {comment: SHA-256}."""
+    """Returns digests, {comment: SHA-256}, as elements."""
     return [
         {"type": "Hash", "algorithm": "sha256", "hashValue": digest, "comment": comment}
         for comment, digest in digests.items()

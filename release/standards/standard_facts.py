@@ -34,7 +34,7 @@ HUB = "https://huggingface.co"
 PACKAGES = "packages.json"
 WEIGHTS = (".safetensors", ".gguf")
 LEFT_OUT = "making of the machines, network, storage, experiments before this run, and use of the model"
-"""What the energy of a release does not include."""
+"""The uses of energy that the figures of a release leave out."""
 PROCEDURAL = ("problems", "chat-problems", "courtesies", "passkeys")
 """Readers whose documents a program of this project wrote."""
 MOST_STATED = 200
@@ -81,7 +81,7 @@ def package_versions(release: Release) -> list[tuple[str, str]]:
 
 
 def describe_packages(pairs: list[tuple[str, str]], roots: list[Path]) -> list[dict[str, Any]]:
-    """Returns the content of packages.json. roots: checkouts, whose `requirements/*.lock` are read."""
+    """Returns the content of packages.json. `roots` are checkouts, whose `requirements/*.lock` are read."""
     hashes: dict[tuple[str, str], set[str]] = {}
     for path in (path for root in roots for path in root.glob("requirements/*.lock")):
         # An entry ends where the next line begins without a space.
@@ -93,6 +93,7 @@ def describe_packages(pairs: list[tuple[str, str]], roots: list[Path]) -> list[d
     rows = []
     for name, version in pairs:
         license, stated = _package_license(name, version)
+        # A lock that pins another version says nothing of this one.
         digests = sorted(hashes.get((normalized_package(name), version), ()))
         rows.append(asdict(Package(name, version, license, stated, digests)))
     return rows
@@ -109,6 +110,7 @@ def _package_license(name: str, version: str) -> tuple[str | None, str]:
         distribution = metadata.distribution(name)
     except (metadata.PackageNotFoundError, ValueError):
         return None, ""
+    # Another version may have another license.
     if distribution.version != version:
         return None, ""
     text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
@@ -237,7 +239,7 @@ class StandardFacts:
 
 
 def weights_only(digests: Mapping[str, str]) -> dict[str, str]:
-    """Returns the files with weights, sorted. digests: {path: SHA-256}."""
+    """Returns the files with weights among {path: SHA-256}, sorted."""
     return {path: digest for path, digest in sorted(digests.items()) if path.endswith(WEIGHTS)}
 
 
@@ -248,6 +250,7 @@ def read_facts(release: Release) -> StandardFacts:
     methods, attempts, counted = set[str](), 0, 0
     for body in release.statements.values():
         finished = str(body["predicate"]["runDetails"]["metadata"]["finishedOn"])
+        # Times of one format in UTC sort as texts.
         ended = max(ended, finished)
         if provenance.parameters_of(body)["node"].startswith("acquire-"):
             acquired = max(acquired, finished)

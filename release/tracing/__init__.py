@@ -1,5 +1,7 @@
-"""`atom trace`: the documents and tasks of a step, the fate of a document or a task, the documents that contain a text,
-and the scope of a removal request.
+"""The answers of `atom trace`.
+
+It finds the documents and tasks of a step, the fate of a document or a task, the documents that contain a text, and the
+scope of a removal request.
 
 `documents` answers the first two with `rollout_lookup`, `text_index` the third, `removal` the last, from the files as
 `release_data` reads them. `answers` has the types of the answers, `report` their text. A downloaded data repository

@@ -21,7 +21,7 @@ class Answer:
     KIND: ClassVar[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, and `schema`, `kind`; fields are only ever added."""
+        """Returns the fields, and `schema`, `kind`; fields are only ever added."""
         return {"schema": SCHEMA, "kind": self.KIND, **asdict(self)}
 
 
@@ -215,9 +215,11 @@ class Step(Answer):
 
 @dataclass(frozen=True)
 class Fate:
-    """The row of a document in a table of dispositions. table: its path in the data; origin: None if it was removed.
+    """The row of a document in a table of dispositions.
 
-    value, threshold: of the rule that removed it. content_hash, kept_hash: SHA-256 of its text as acquired and as kept.
+    `table` is the path of the table in the data. `origin` is None if the document was removed; `value` and `threshold`
+    are those of the rule that removed it. `content_hash` and `kept_hash` are the SHA-256 of its text as acquired and as
+    kept.
     """
 
     table: str
@@ -310,7 +312,7 @@ class Match:
 
 @dataclass(frozen=True)
 class TextMatches(Answer):
-    """The kept documents that contain a span. by: `index`, or `scan` if every text was read."""
+    """The kept documents that contain a span. `by` is `index`, or `scan` if every text was read."""
 
     KIND = "text"
     span: str

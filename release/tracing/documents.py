@@ -29,11 +29,17 @@ USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def trace_step(folder: Path, phase: str | None, n: int) -> Step:
-    """The documents of optimizer step `n` (from 1) of a release or its data repository, and the tasks, answers and
-    pairs of a step that sampled or read them.
+    """Returns the documents, tasks, answers and pairs of an optimizer step.
 
-    phase: None if only one phase has such a step. Raises AtomError for an unknown step or phase, and if several phases
-    have the step.
+    Only a step that sampled or read tasks, answers and pairs has them.
+
+    Args:
+        folder: A release or its data repository.
+        phase: The phase; None if only one has such a step.
+        n: The number of the step, from 1.
+
+    Raises:
+        AtomError: The step or the phase is unknown, or several phases have the step and none is named.
     """
     data = ReleaseData.locate(folder)
     orders, sampling = data.orders(), rollout_lookup.last_steps(data)
@@ -73,7 +79,7 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
 
 
 def trace_document(folder: Path, doc_id: str) -> Document:
-    """The fate of a document of a release or its data repository, or the use of a task.
+    """Returns the fate of a document of a release or its data repository, or the use of a task.
 
     Raises AtomError for an unknown document, with the nearest id.
     """
@@ -89,7 +95,7 @@ def trace_document(folder: Path, doc_id: str) -> Document:
 
 
 def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
-    """A task that is no document.
+    """Returns a task that is no document.
 
     Checkpoints and models are those after the first answer or pair that was learnt from.
     """
@@ -103,7 +109,10 @@ def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
 
 
 def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[list[str] | None, list[str]]:
-    """The folders of checkpoints, None if they are not available, and the names of models since a step of a phase."""
+    """Returns the folders of checkpoints and the names of models that were trained with or after a step of a phase.
+
+    The folders are None if they are not available.
+    """
     checkpoints = data.checkpoints()
     folders = [c.folder for c in checkpoints or () if first_use and (when(order_of(c.phase)), c.step) >= first_use]
     models = [name for name in data.models() if first_use and when(_trained_by(name)) >= first_use[0]]
@@ -111,7 +120,7 @@ def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[l
 
 
 def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]:
-    """{id: document} of those in a table of dispositions."""
+    """Returns {id: document} of those in a table of dispositions."""
     # A document may be in this run's tables and in those of earlier runs.
     fates: dict[str, list[Fate]] = {}
     for path in data.dispositions():
@@ -124,6 +133,7 @@ def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]
     uses, tasks = find_uses(data, fates, _training_places(data, fates)), _find_tasks(data, fates)
     unknown, documents = data.unknown(checkpoints=True), {}
     for id, document_fates in fates.items():
+        # A use counts unless the log says that it moved no weights; without the log it may have.
         moving_uses = [(when(use.phase), use.step) for use in uses.get(id, []) if use.moved is not False]
         checkpoints, models = _trained_on(data, min(moving_uses, default=None))
         documents[id] = Document(
@@ -140,10 +150,13 @@ def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]
 
 
 def find_uses(data: ReleaseData, ids: Iterable[str], places: Places | None = None) -> dict[str, list[Use]]:
-    """{id: the steps that read it, by order of training}
+    """Returns {id: the steps that read the document, by order of training}.
 
-    places: those of all the training documents among them, if known: where an order is a function, only the rows are
-    read that it gives for them.
+    Args:
+        data: The data of a release.
+        ids: The documents.
+        places: The places of all the training documents among them, if known. Where an order is a function, only the
+            rows are read that it gives for them.
     """
     sorted_ids, uses_by_id = sorted(ids), dict[str, dict[tuple[str, int], Use]]()
     for phase, parts in data.orders().items() if sorted_ids else ():
@@ -158,8 +171,9 @@ def find_uses(data: ReleaseData, ids: Iterable[str], places: Places | None = Non
 
 
 def _rows_with(data: ReleaseData, part: OrderPart, ids: Sequence[str], places: Places | None) -> Iterator[Any]:
-    """The rows of an order, as far as it was followed, that read one of the documents."""
+    """Yields the rows of an order, as far as it was followed, that read one of the documents."""
     steps_by_file = None
+    # Orders of earlier runs may have been computed from other tables than those of this run.
     if places is not None and part.folder.parent == data.data / "order":
         steps_by_file = order_lookup.steps_by_file(data.data, part.folder, places)
     if steps_by_file is None:
@@ -167,6 +181,7 @@ def _rows_with(data: ReleaseData, part: OrderPart, ids: Sequence[str], places: P
     else:
         searches = [([file], max(part.first, steps.start), steps[-1]) for file, steps in steps_by_file.items()]
     for files, first, last in searches:
+        # A part that was followed to its end has no last step.
         conditions = [("step", ">=", first), *([("step", "<=", int(last))] if last != float("inf") else [])]
         yield from select_rows(files, ["step", "id", *PLACE], ("id", "in", ids), *conditions)
 
@@ -182,7 +197,7 @@ def _training_places(data: ReleaseData, fates: Mapping[str, Sequence[Fate]]) -> 
 
 
 def kept_rows(data: ReleaseData, id: str, fates: Iterable[Fate]) -> Rows:
-    """[{id, text, content_hash}] of a document in the tables of kept text."""
+    """Returns [{id, text, content_hash}] of a document in the tables of kept text."""
     rows: Rows = []
     for fate in fates:
         if fate.kept:
@@ -205,7 +220,7 @@ def _last_step(part: OrderPart) -> int:
 def _licenses_and_origins(
     data: ReleaseData, documents: set[tuple[str, int, str]], order: Path
 ) -> dict[str, tuple[str, str]]:
-    """{id: (license, origin)} of kept documents, (source, part, id).
+    """Returns {id: (license, origin)} of kept documents, (source, part, id).
 
     Of an order of an earlier run, that run's tables take precedence.
     """
@@ -213,6 +228,7 @@ def _licenses_and_origins(
     for source, part, id in sorted(documents):
         ids_of_part.setdefault((source, part), []).append(id)
     origins: dict[str, tuple[str, str]] = {}
+    # What a later folder has replaces what an earlier one gave.
     folders = data.folders() if order.parent.name == "earlier" else data.folders()[::-1]
     for folder in folders:
         files = kept_files(folder)
@@ -224,14 +240,17 @@ def _licenses_and_origins(
 
 
 def _trained_by(model: str) -> str:
-    """The phase of an exported model: midtrain of `mid`, longcontext-2 of `long-2`, else the phase of the same name."""
+    """Returns the phase that trained an exported model.
+
+    It is midtrain for `mid`, longcontext-2 for `long-2`, and else the phase of the same name.
+    """
     kind, number = numbered(model)
     phase = {"base": "pretrain", "mid": "midtrain", "long": "longcontext"}.get(kind, kind)
     return f"{phase}-{number}" if number else phase
 
 
 def _find_tasks(data: ReleaseData, fates: dict[str, list[Fate]]) -> dict[str, list[TaskUse]]:
-    """{id: tasks of reinforcement learning with its id or its question, by order of training}"""
+    """Returns {id: tasks of reinforcement learning with its id or its question, by order of training}."""
     uses_by_id: dict[str, list[TaskUse]] = {}
     for id, use in _task_uses(data, fates):
         uses_by_id.setdefault(id, []).append(use)
@@ -242,6 +261,7 @@ def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tupl
     tables = sorted(data.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(path.parent.name))
     if not tables:
         return
+    # A task made from a document need not have its id, so it is also found by its question.
     questions = {
         (id, text)
         for id, document_fates in fates.items()
@@ -274,7 +294,7 @@ def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tupl
 
 
 def _nearest(data: ReleaseData, doc_id: str) -> str | None:
-    """The id most similar to an unknown one, if one is close. Compares the ids before and after it in order."""
+    """Returns the id most similar to an unknown one, if one is close. Compares the ids before and after it in order."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -289,7 +309,7 @@ def _nearest(data: ReleaseData, doc_id: str) -> str | None:
 
 
 def _outermost(ids: Any, others: Any, order: str) -> Any:
-    """The first of two arrays of ids in an order, at most NEAR / 2."""
+    """Returns the first of two arrays of ids in an order, at most NEAR / 2."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

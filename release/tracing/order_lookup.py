@@ -1,5 +1,8 @@
-"""The function of a published order, from its meta.json, and the steps in which it reads documents: by that function
-and the tables of documents, without a search of its rows."""
+"""The function of a published order, and the steps in which it reads documents.
+
+The function is stated in the order's meta.json. With the tables of documents it gives these steps without a search of
+the order's rows.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def cursor_of(meta: Meta) -> DataCursor:
 
 
 def starts_of(meta: Meta) -> dict[int, dict[str, Place]]:
-    """Where each stream of a packed phase stands at each block and at the end; nothing for other phases."""
+    """Returns the place of each stream of a packed phase at each block and at the end.
+
+    It is empty for other phases.
+    """
     if not meta.get("pack"):
         return {}
     places = [*(part["start"] for part in meta["parts"]), meta["end"]]
@@ -51,14 +57,18 @@ Places = Mapping[str, tuple[str, int]]
 
 
 MOST_EPOCHS = 10_000
-"""Of a source: above, its rows are faster searched than looked up."""
+"""The most epochs of a source; with more, a search of its rows is faster than looking them up."""
 
 
 def steps_by_file(data: Path, order: Path, places: Places) -> dict[Path, range] | None:
-    """{file of an order: the first to the last of its steps in which it may read the documents}; None if the order is
-    no function of the tables of documents, so that its rows have to be searched.
+    """Returns {file of an order: the first to the last of its steps in which it may read the documents}.
 
-    data: a dataset folder; order: the folder of one of its orders, not of an earlier run.
+    None if the order is no function of the tables of documents, so that its rows have to be searched.
+
+    Args:
+        data: A dataset folder.
+        order: The folder of one of its orders, not of an earlier run.
+        places: The places of the documents.
     """
     meta = read_json(order / "meta.json")
     try:

@@ -38,10 +38,10 @@ def write_receipts(
     deny_list: DenyList | None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(request, receipt) of each request of a dataset folder.
+    """Yields (request, receipt) of each request of a dataset folder.
 
-    earlier: the folder of an earlier release, which is searched for the documents of the deny-list. Raises AtomError
-    if it is none.
+    `earlier` is the folder of an earlier release, which is searched for the documents of the deny-list. Raises
+    AtomError if it is no release.
     """
     documents: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in removed_documents(dataset) if opt_outs else ():
@@ -105,10 +105,10 @@ class EarlierRelease:
     def reach(
         self, deny_list: DenyList, removed: Mapping[str, list[dict[str, Any]]], progress: Callable[[str], None]
     ) -> dict[str, dict[str, Any]]:
-        """{request: its documents here, and what they had reached}, for all requests of the deny-list.
+        """Returns {request: its documents here, and what they had reached}, for all requests of the deny-list.
 
-        removed: by request, what the later release removed: copies, near duplicates and rewrites are found by their
-        ids and hashes, since a deny-list names only the documents themselves.
+        `removed` has, by request, the documents that the later release removed. Copies, near duplicates and rewrites
+        are found by their ids and hashes, since a deny-list names only the documents themselves.
         """
         progress(f"looking for denied documents in {self.folder.name}")
         reaches = self._find(deny_list, removed)
@@ -143,6 +143,7 @@ class EarlierRelease:
     def _trace(self, reach: Reach) -> dict[str, Any]:
         documents: list[Document] = []
         ids = sorted(reach.kinds)
+        # Each call reads the tables once for all its documents.
         for start in range(0, len(ids), TRACED_TOGETHER):
             documents += find_documents(self.data, ids[start : start + TRACED_TOGETHER]).values()
         listed = documents[:MOST_LISTED]
@@ -155,7 +156,7 @@ class EarlierRelease:
         }
 
     def _places(self, documents: Sequence[Document]) -> dict[str, Any]:
-        """Where documents are: data, steps, tasks, checkpoints and models, by the names of repositories."""
+        """Returns the places of documents: data, steps, tasks, checkpoints and models, by the names of repositories."""
         splits = {(fate.source, fate.split) for each in documents for fate in each.fates if fate.kept}
         steps: dict[str, set[int]] = defaultdict(set)
         for use in (use for each in documents for use in each.uses):
@@ -176,7 +177,7 @@ class EarlierRelease:
 
 
 def receipt_path(request: str) -> str:
-    """The path of the receipt of a request in a release."""
+    """Returns the path of the receipt of a request in a release."""
     return f"evidence/opt_out/{request}.json"
 
 

@@ -73,8 +73,10 @@ class ReleaseData:
 
     @classmethod
     def locate(cls, folder: Path) -> ReleaseData:
-        """Raises AtomError if a folder is neither a release nor a data repository, CheckFailed if it states another
-        version."""
+        """Opens a release folder or a data repository.
+
+        Raises AtomError if a folder is neither, and CheckFailed if it states another version.
+        """
         schema.require_readable(folder)
         for opened in (Release(folder), Release(folder, "dataset")):
             if data_layout.has_documents(opened.dataset):
@@ -85,46 +87,48 @@ class ReleaseData:
         )
 
     def name(self, path: Path) -> str:
-        """The path of a file or folder in the data."""
+        """Returns the path of a file or folder in the data."""
         return path.relative_to(self.data).as_posix()
 
     def folders(self) -> list[Path]:
-        """The folder of this run's data, and those of the data of earlier runs."""
+        """Returns the folder of this run's data, and those of the data of earlier runs."""
         return [self.data, *sorted(self.data.glob("earlier/*"))]
 
     def dispositions(self) -> list[Path]:
-        """The tables of dispositions: those of this run before those of earlier runs."""
+        """Returns the tables of dispositions: those of this run before those of earlier runs."""
         files = [path for folder in self.folders() for path in all_files(disposition_files(folder))]
         return [path for path in files if path.exists()]
 
     def kept(self) -> list[Path]:
-        """The tables of kept documents: those of this run before those of earlier runs."""
+        """Returns the tables of kept documents: those of this run before those of earlier runs."""
         return [path for folder in self.folders() for path in all_files(kept_files(folder))]
 
     def orders(self) -> dict[str, list[OrderPart]]:
-        """{phase: the orders that it followed}, both in the order of training."""
+        """Returns {phase: the orders that it followed}, both in the order of training."""
         parts_by_phase = {}
         final_orders = {folder.name: folder for folder in data_layout.orders(self.data)}
         for phase in sorted(final_orders, key=when):
             folders = [*earlier_orders(self.data, phase), final_orders[phase]]
             first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+            # Each order was followed up to the step before the next one began.
             last_steps = [*(n - 1 for n in first_steps[1:]), float("inf")]
             parts_by_phase[phase] = [OrderPart(*part) for part in zip(folders, first_steps, last_steps, strict=True)]
         return parts_by_phase
 
     def weight_updates(self, order: Path) -> Callable[[int], bool | None]:
-        """A function from a step to whether it updated the weights; None if the log is not available.
+        """Returns a function from a step to whether it updated the weights; None if the log is not available.
 
-        order: the folder of an order, or of the tables of a phase that samples its data.
+        `order` is the folder of an order, or of the tables of a phase that samples its data.
         """
         log = self.release and self.release / f"evidence/training/{order.name}/training.jsonl"
         if not log or not log.exists() or order.parent.name not in ("order", "rl"):
             return lambda step: None
+        # A line with a loss is of an update, unless the update was skipped.
         steps = {line["step"] for line in training.read(log) if "loss" in line and not line.get("skipped")}
         return lambda step: step in steps
 
     def checkpoints(self) -> list[ReleaseCheckpoint] | None:
-        """By order of training; None if they are not available."""
+        """Returns the published checkpoints by order of training; None if they are not available."""
         if self.release is None or not (self.release / "checkpoints").is_dir():
             return None
         names = [path.parent.name for path in self.release.glob("checkpoints/*/state.json")]
@@ -135,12 +139,15 @@ class ReleaseData:
         return sorted(checkpoints, key=lambda checkpoint: (when(checkpoint.phase), checkpoint.step))
 
     def models(self) -> list[str]:
-        """Names of the exported models, by order of training."""
+        """Returns names of the exported models, by order of training."""
         names = (path.parent.name for path in self.data.glob("evaluation/*/scores.json"))
         return sorted((name for name in names if numbered(name)[0] in EXPORTED), key=when)
 
     def unknown(self, checkpoints: bool = False) -> list[str]:
-        """Lists what these files do not state about steps, one sentence each. checkpoints: about checkpoints too."""
+        """Lists what these files do not state about steps, one sentence each.
+
+        With `checkpoints`, the sentences are about checkpoints, too.
+        """
         sentences = []
         if checkpoints and self.checkpoints() is None:
             sentences.append("which checkpoints include a step: they stand in the whole release only")
@@ -158,6 +165,7 @@ def select_rows(files: Path | Sequence[Path], columns: Sequence[str], *filters: 
     Reads the columns of the filters where the statistics of a row group allow a match, and the others where there is
     one. Raises AtomError for a damaged table.
     """
+    # No row is in an empty list, so no table is opened.
     if any(comparison == "in" and not values for _, comparison, values in filters):
         return []
     return [row for path in ([files] if isinstance(files, Path) else files) for row in _select(path, columns, filters)]
@@ -196,6 +204,7 @@ def _may_hold(group: Any, column: str, comparison: str, value: Any) -> bool:
     """Returns True if the statistics of a row group allow a value that passes a filter."""
     indices = (number for number in range(group.num_columns) if group.column(number).path_in_schema == column)
     statistics = next((group.column(number).statistics for number in indices), None)
+    # Without statistics the row group has to be read.
     if statistics is None or not statistics.has_min_max:
         return True
     low, high = statistics.min, statistics.max
@@ -210,7 +219,7 @@ def _may_hold(group: Any, column: str, comparison: str, value: Any) -> bool:
 
 
 def _positions(file: Any, group: int, columns: list[str], filters: Sequence[tuple[str, str, Any]]) -> list[int]:
-    """The numbers of the rows of a row group that pass the filters, in order."""
+    """Returns the numbers of the rows of a row group that pass the filters, in order."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

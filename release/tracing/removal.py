@@ -16,7 +16,7 @@ from release.tracing.release_data import Progress, ReleaseData, select_rows
 
 
 def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: None) -> Removal:
-    """The scope of removing a document or a task. Reads every table of the release.
+    """Returns the scope of removing a document or a task. Reads every table of the release.
 
     Raises what `trace_document` raises.
     """
@@ -40,7 +40,7 @@ def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: N
 
 
 def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
-    """{other document: its relation}, along chains of duplicates."""
+    """Returns {other document: its relation}, along chains of duplicates."""
     relations: dict[str, str] = {document.id: ""}
     paths = data.dispositions()
     for relation, column, match_column in (
@@ -61,13 +61,17 @@ def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
     for path in paths:
         for name in ("content_hash", "kept_hash"):
             duplicates = select_rows(path, ["id"], (name, "in", hashes))
+            # A relation that the tables state says more than an equal text, so it is kept.
             relations = dict.fromkeys((row["id"] for row in duplicates), "it has the same text") | relations
     del relations[document.id]
     return relations
 
 
 def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progress) -> list[Mention]:
-    """The files of a release, or of its data, that have the id or contain a text, in a column or a JSON string."""
+    """Lists the files of a release, or of its data, that have the id or contain a text.
+
+    It may be in a column or in a JSON string.
+    """
     release, mentions = data.opened, []
     names: dict[str, str] = {}
     if release.is_whole and (release.root / "checkpoints").is_dir():
@@ -81,6 +85,8 @@ def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progres
             content = (release.root / path).read_bytes()
             # JSON may be written with and without escapes of letters.
             ids = {_json_bytes(doc_id, ascii) for ascii in (True, False)}
+            # An id stands alone between its quotes; a text may be part of a longer string, so it is searched without
+            # them.
             inner = {_json_bytes(text, ascii)[1:-1] for text in texts for ascii in (True, False)}
             by_id, by_text = (int(any(part in content for part in parts)) for parts in (ids, inner))
         else:
@@ -96,7 +102,7 @@ def _json_bytes(text: str, ascii: bool) -> bytes:
 
 
 def _count_rows(path: Path, doc_id: str, texts: set[str]) -> tuple[int, int]:
-    """Rows of a table with a column of strings that equals the id, and rows with one that contains a text."""
+    """Returns rows of a table with a column of strings that equals the id, and rows with one that contains a text."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -115,7 +121,7 @@ def _count_rows(path: Path, doc_id: str, texts: set[str]) -> tuple[int, int]:
 
 
 def _count_any(masks: list[Any]) -> int:
-    """The rows that any of the masks has."""
+    """Returns the rows that any of the masks has."""
     import pyarrow.compute as pc
 
     if not masks:

@@ -14,11 +14,11 @@ USES = {
     False: "not trained on, since the step updated nothing",
     None: "trained on, if the step updated",
 }
-"""What became of an answer that was not dropped."""
+"""The use of an answer that was not dropped, by whether the step learnt from it."""
 
 
 def text(answer: Answer) -> str:
-    """Any answer for a terminal; control characters in it are escaped."""
+    """Returns the text of an answer for a terminal; control characters in it are escaped."""
     answer = cleaned(answer)
     if isinstance(answer, Step):
         return _step_text(answer)
@@ -48,7 +48,10 @@ def _step_text(step: Step) -> str:
 
 
 def _task_text(task: TaskRecord, with_steps: bool = False) -> list[str]:
-    """A task with its answers and pairs. Texts are cut; JSON has all of them. with_steps: of several steps."""
+    """Returns the lines of a task with its answers and pairs; with `with_steps`, those of several steps.
+
+    Texts are cut; JSON has all of them.
+    """
     prompt = " / ".join(message["content"] for message in task.messages or ()) or "its prompt is not in the tasks"
     lines = [f"  task {task.id} ({task.phase}): {_line(prompt)}"]
     for answer in task.answers:
@@ -68,7 +71,7 @@ def _task_text(task: TaskRecord, with_steps: bool = False) -> list[str]:
 
 
 def _line(text: str) -> str:
-    """A text on one line, cut to WIDTH characters."""
+    """Returns a text on one line, cut to WIDTH characters."""
     line = " ".join(text.split())
     return f'"{line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"}"'
 
@@ -138,7 +141,7 @@ def _unknown_lines(unknown: Sequence[str]) -> list[str]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """1, 2, 3, 7 as 1-3, 7."""
+    """Returns sorted numbers as text, with neighbors joined: 1, 2, 3, 7 as 1-3, 7."""
     parts: list[list[int]] = []
     for n in numbers:
         if parts and n == parts[-1][-1] + 1:

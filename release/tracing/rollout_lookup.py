@@ -36,21 +36,23 @@ OF_PAIR = (
 
 
 def tables(data: ReleaseData) -> dict[str, Path]:
-    """{phase: the folder of its tables}, in the order of training."""
+    """Returns {phase: the folder of its tables}, in the order of training."""
     folders = {path.name: path for path in sorted(data.data.glob("rl/*")) if path.is_dir()}
     return dict(sorted(folders.items(), key=lambda entry: when(entry[0])))
 
 
 def log_folder(data: ReleaseData, phase: str) -> Path | None:
-    """A folder by whose name `ReleaseData.weight_updates` finds the log of a phase that samples its data; None of
-    another phase."""
+    """Returns a folder by whose name `ReleaseData.weight_updates` finds the log of a phase that samples its data.
+
+    None for another phase.
+    """
     if phase != REWARD:
         return tables(data).get(phase)
     return data.data / "rl" / REWARD if data.checkpoints() else None
 
 
 def last_steps(data: ReleaseData) -> dict[str, int]:
-    """{phase: the last step that sampled answers}"""
+    """Returns {phase: the last step that sampled answers}."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -59,6 +61,7 @@ def last_steps(data: ReleaseData) -> dict[str, int]:
         if (path := folder / ANSWERS).exists():
             with read_errors(path), pq.ParquetFile(path) as file:
                 if groups := file.num_row_groups:
+                    # The rows are in the order of their steps, so the last group has the last step.
                     last[phase] = int(pc.max(file.read_row_group(groups - 1, columns=["step"])["step"]).as_py())
     if (order := RewardOrder.locate(data)) is not None:
         last[REWARD] = order.steps
@@ -66,7 +69,7 @@ def last_steps(data: ReleaseData) -> dict[str, int]:
 
 
 def step_tasks(data: ReleaseData, phase: str, n: int) -> list[TaskRecord]:
-    """The tasks of a step with their answers of this step, and the pairs that the step formed or read.
+    """Returns the tasks of a step with their answers of this step, and the pairs that the step formed or read.
 
     Empty if the phase samples nothing in it.
     """
@@ -81,7 +84,7 @@ def step_tasks(data: ReleaseData, phase: str, n: int) -> list[TaskRecord]:
 
 
 def task_records(data: ReleaseData, task: str) -> list[TaskRecord]:
-    """A task in each phase that has one of this id, with all answers to it and all pairs of them."""
+    """Returns a task in each phase that has one of this id, with all answers to it and all pairs of them."""
     records = []
     for phase, folder in tables(data).items():
         if (row := _task_rows(folder, {task}).get(task)) is not None:
@@ -114,7 +117,10 @@ class RewardOrder:
 
     @classmethod
     def locate(cls, data: ReleaseData) -> RewardOrder | None:
-        """None without a reward model, or where its settings are not: they stand in the whole release only."""
+        """Returns the order of the reward model; None without such a model, or where its settings are missing.
+
+        The settings stand in the whole release only.
+        """
         steps = [c for c in data.checkpoints() or () if c.phase == REWARD]
         table = next((f / PAIRS for f in tables(data).values() if (f / PAIRS).exists()), None)
         if not steps or table is None or data.release is None:
@@ -130,13 +136,13 @@ class RewardOrder:
             ) from None
 
     def of_step(self, n: int) -> list[int]:
-        """The numbers of the rows that a step read, in its order."""
+        """Returns the numbers of the rows that a step read, in its order."""
         if not 1 <= n <= self.steps or not self.rows:
             return []
         return [self.rows[number] for number in self.order.of_step(n)]
 
     def steps_of(self, rows: set[int]) -> dict[int, list[int]]:
-        """{row: the steps that read it} of some rows of the table."""
+        """Returns {row: the steps that read it} of some rows of the table."""
         steps: dict[int, list[int]] = {row: [] for row in rows}
         for n in range(1, self.steps + 1) if rows else ():
             for row in self.of_step(n):
@@ -160,11 +166,13 @@ def _answers(data: ReleaseData, folder: Path, condition: tuple[str, str, object]
     if not path.exists():
         return []
     updates = data.weight_updates(folder)
+    # Only phases that call tools have this column.
     with_turns = "turns" in _columns(path)
     answers = []
     for row in select_rows(path, [*OF_ANSWER, *(["turns"] if with_turns else [])], condition):
         turns = row.pop("turns", None)
         calls = [call for turn in turns or () for call in turn["calls"]]
+        # A dropped answer is in the table with the reason, and no update used it.
         learnt = _learnt(row["dropped"], updates(row["step"]))
         answers.append(SampledAnswer(**{**row, "parts": _parts(path, row["parts"])}, calls=calls, learnt=learnt))
     return answers
@@ -184,18 +192,19 @@ def _parts(path: Path, text: str) -> dict[str, float]:
 
 
 def _pairs(data: ReleaseData, folder: Path, condition: tuple[str, str, object]) -> list[PairRecord]:
-    """The pairs of a phase that meet a condition, with the steps of the reward model that read them."""
+    """Returns the pairs of a phase that meet a condition, with the steps of the reward model that read them."""
     path = folder / PAIRS
     if not path.exists():
         return []
     rows = _numbered_rows(path, condition)
     order = RewardOrder.locate(data)
+    # The reward model reads the pairs of one table; nothing is known about those of others.
     steps = order.steps_of(set(rows)) if order is not None and order.table == path else None
     return [PairRecord(row=n, reward_steps=None if steps is None else steps[n], **row) for n, row in rows.items()]
 
 
 def _numbered_rows(path: Path, condition: tuple[str, str, object]) -> dict[int, dict[str, Any]]:
-    """{number in the table: row} of the rows whose column equals a value."""
+    """Returns {number in the table: row} of the rows whose column equals a value."""
     import pyarrow.compute as pc
 
     column, _, value = condition
@@ -210,7 +219,7 @@ def _numbered_rows(path: Path, condition: tuple[str, str, object]) -> dict[int, 
 def _records(
     data: ReleaseData, phase: str, folder: Path, answers: list[SampledAnswer], pairs: list[PairRecord]
 ) -> list[TaskRecord]:
-    """A record for each task of the answers and pairs, in their order."""
+    """Returns a record for each task of the answers and pairs, in their order."""
     ids = list(dict.fromkeys([*(answer.task for answer in answers), *(pair.task for pair in pairs)]))
     rows = _task_rows(folder, set(ids))
     by_task: dict[str, tuple[list[SampledAnswer], list[PairRecord]]] = {id: ([], []) for id in ids}
@@ -236,7 +245,7 @@ def _record(
 
 
 def _task_rows(folder: Path, ids: set[str]) -> dict[str, dict[str, Any]]:
-    """{id: row} of tasks, line by line."""
+    """Returns {id: row} of tasks, line by line."""
     path, rows = folder / TASKS, dict[str, dict[str, Any]]()
     if not ids or not path.exists():
         return rows

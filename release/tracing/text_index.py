@@ -41,12 +41,20 @@ ABOUT = ("id", "source", "license", "origin", "split", "content_hash")
 
 
 def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda text: None) -> TextMatches:
-    """Every kept document of a release or its data repository that contains the span exactly, with the steps that read
-    it. Steps are found by id: if an earlier run had another text under the same id, its steps read that text.
+    """Finds every kept document that contains the span exactly, with the steps that read it.
 
-    cache: folder of the index, which is made if it is missing, and is named by the checksums of the kept files in
-    `SHA256SUMS`; whether the files here have these checksums is for `atom verify`. A span of less than three characters
-    is searched for in every text. Raises AtomError for an empty span, or a damaged index.
+    Steps are found by id: if an earlier run had another text under the same id, its steps read that text. A span of
+    less than three characters is searched for in every text.
+
+    Args:
+        folder: A release or its data repository.
+        span: The text to find.
+        cache: The folder of the index, which is made if it is missing. The index is named by the checksums of the
+            kept files in `SHA256SUMS`; `atom verify` tells whether the files here have these checksums.
+        progress: Is told each step.
+
+    Raises:
+        AtomError: The span is empty, or the index is damaged.
     """
     data = ReleaseData.locate(folder)
     try:
@@ -57,6 +65,7 @@ def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda
         raise AtomError("the span is empty; give at least one character of the text")
     files, _ = _kept_files(data)
     index = build_index(folder, cache, progress) if len(span) >= 3 else None
+    # None stands for all rows: without an index every text is compared.
     scanned: Iterable[tuple[str, Sequence[int] | None]] = dict.fromkeys(files).items()
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, candidates in scanned if index is None else _candidates(index, span):
@@ -70,15 +79,18 @@ def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda
 
 
 def build_index(folder: Path, cache: Path, progress: Progress = lambda text: None) -> Path | None:
-    """The index of the kept texts of a release, made if it is not in the cache: trigrams of every text by running
-    number of row. None if this Python's SQLite cannot make one. Raises AtomError if a kept file differs from its
-    checksum, or if the cache cannot be written."""
+    """Returns the index of the kept texts of a release, and makes it if it is not in the cache.
+
+    It has the trigrams of every text by running number of row. None if this Python's SQLite cannot make one. Raises
+    AtomError if a kept file differs from its checksum, or if the cache cannot be written.
+    """
     if not _has_trigrams():
         return None
     files, sums = _kept_files(ReleaseData.locate(folder))
     index = cache / f"texts-{sha256_bytes(canonical([INDEX, dict(sums)]))}.sqlite"
     if index.exists():
         return index
+    # Each process writes a file of its own, and only a complete one gets the name of the index.
     draft = index.with_name(f".{index.name}.{os.getpid()}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -99,7 +111,7 @@ def build_index(folder: Path, cache: Path, progress: Progress = lambda text: Non
 
 
 def _kept_files(data: ReleaseData) -> tuple[dict[str, Path], dict[str, str]]:
-    """{table: its file} and {table: SHA-256 in the checksum file} of the tables of kept text.
+    """Returns {table: its file} and {table: SHA-256 in the checksum file} of the tables of kept text.
 
     Raises AtomError if one is missing or not listed.
     """
@@ -126,6 +138,7 @@ def _has_trigrams() -> bool:
 def _write_index(target: Path, files: Mapping[str, Path], progress: Progress) -> None:
     row_number = 0
     with closing(sqlite3.connect(target)) as db:
+        # An index that is not complete is thrown away, so it needs no journal.
         db.execute("PRAGMA journal_mode = OFF")
         db.execute("CREATE TABLE files (first INTEGER, name TEXT)")
         db.execute(TEXTS)
@@ -146,12 +159,13 @@ def _without_nul(text: str) -> str:
 
 
 def _candidates(index: Path, span: str) -> Iterator[tuple[str, Sequence[int]]]:
-    """(table, rows that have the trigrams of a span) of each table with such rows."""
+    """Yields (table, rows that have the trigrams of a span) of each table with such rows."""
     indexed_span = _without_nul(span)
     terms = sorted({indexed_span[i : i + 3] for i in range(len(indexed_span) - 2)})
     query = " AND ".join('"' + term.replace('"', '""') + '"' for term in terms[:: len(terms) // TERMS + 1])
     try:
         with closing(sqlite3.connect(f"{index.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            # A table without rows begins where the next one does; the one with rows comes last of them.
             starts = db.execute("SELECT first, name FROM files ORDER BY first, rowid").fetchall()
             rows = (
                 row for (row,) in db.execute("SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rowid", (query,))
@@ -164,7 +178,10 @@ def _candidates(index: Path, span: str) -> Iterator[tuple[str, Sequence[int]]]:
 
 
 def _matching_rows(path: Path, span: str, rows: Sequence[int] | None) -> Iterator[dict[str, Any]]:
-    """The rows of a table whose text contains the span. rows: numbers of the rows to compare, None for all."""
+    """Yields the rows of a table whose text contains the span.
+
+    `rows` are the numbers of the rows to compare, None for all.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -67,6 +67,7 @@ def read_products(release: Release) -> dict[str, Product]:
     # Statements name inputs by key; a reader knows nodes.
     nodes = {product.key: product.node for product in products.values()}
     for product in products.values():
+        # An input of which the release has no manifest keeps its key.
         product.inputs = {role: nodes.get(key, key) for role, key in product.inputs.items()}
     return {product.node: product for product in sorted(products.values(), key=lambda each: each.node)}
 

@@ -167,6 +167,7 @@ def runs_nothing(text: str) -> bool:
     # The head has the policy that forbids scripts; a second one could not loosen it, but a changed one could.
     head = (FOLDER / TEMPLATE).read_text(encoding="utf-8").partition("<title>")[0]
     lower = text.lower()
+    # In lower case, since HTML does not tell the cases of a tag apart.
     return text.startswith(head) and "<script" not in lower and lower.count("<meta") == head.count("<meta")
 
 
@@ -250,7 +251,7 @@ def _measured(facts: PageFacts) -> list[tuple[str, Markup]]:
 def _sections(
     registered: Any, facts: Any, titles: Mapping[str, str], links: Mapping[str, Mapping[str, str]] | None = None
 ) -> list[tuple[str, Markup]]:
-    """Returns (title, content) of the tables that are not empty, in the order of `titles`. links: by table."""
+    """Returns (title, content) of the tables that are not empty, in the order of `titles`. `links` are by table."""
     lines, links = card_tables.lines_by_table(registered, facts), links or {}
     return [
         (title, markdown_html.blocks(lines[name], links.get(name))) for name, title in titles.items() if lines.get(name)

@@ -158,6 +158,7 @@ def read_samples(release: Path) -> list[Sample]:
 
 
 def _hash(id: str) -> bytes:
+    # An id may have characters that UTF-8 does not allow.
     return hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()
 
 

@@ -42,7 +42,7 @@ def replay(
 ) -> Replay:
     """Retrains the steps after `first` up to `last`, both steps of published checkpoints; the last two if None.
 
-    unconfined: run code of the release, if it is needed, without bubblewrap.
+    With `unconfined`, code of the release runs without bubblewrap, if it is needed.
 
     Raises AtomError for an unknown phase or step, CheckFailed if a file differs from SHA256SUMS, if the files do not
     state how the phase was trained, or if the kept documents do not give the token shards of the release.
@@ -59,6 +59,7 @@ def replay(
             retrained = retrain(source, phase, first, last, folder, progress)
         else:
             retrained = carried_code.run(code, phase, first, last, folder, unconfined, progress)
+            # The carried code names these files, so they are compared with the checksums here.
             for path in retrained.subject:
                 source.file(path)
         progress("comparing")
@@ -82,8 +83,11 @@ def replay(
 
 
 def replay_into(release: Path, phase: str, first: int, last: int, folder: Path) -> None:
-    """Replays steps in `folder` as the code that a release carries, for `carried_code.run` of a later version: writes
-    the result there as JSON. Prints each line of progress after `ATOM`. Raises what `retrain` raises."""
+    """Replays steps in `folder` as the code that a release carries, and writes the result there as JSON.
+
+    `carried_code.run` of a later version starts it in a process of its own. Each line of progress is printed after
+    `ATOM`. Raises what `retrain` raises.
+    """
 
     def print_progress(line: str) -> None:
         print("ATOM " + " ".join(line.split()), flush=True)

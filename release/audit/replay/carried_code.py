@@ -69,7 +69,10 @@ replay.replay_into(Path(release), phase, int(first), int(last), Path(folder))
 class Code:
     """The code that trained a phase, as the release carries it.
 
-    modules: {module: SHA-256} of it; changed: those that differ here.
+    Attributes:
+        source: The release.
+        modules: {module: SHA-256} of the code.
+        changed: The modules that differ here.
     """
 
     source: Source
@@ -97,11 +100,16 @@ class Code:
 
 
 def find(source: Source, phase: str, last: int) -> Code | None:
-    """Returns the carried code, if the present code differs from the code that trained the phase or tokenized its
-    documents, and the release carries that code; else None. Raises CheckFailed if the release does not state it."""
+    """Returns the code that the release carries, if a replay needs it; else None.
+
+    It is needed if the present code differs from the code that trained the phase or tokenized its documents. None also
+    stands for a release that does not carry that code. Raises CheckFailed if the release does not state which code it
+    was.
+    """
     try:
         origin = source.origins[f"checkpoints/{phase}-step-{last}/state.json"]["artifact"]
         bodies = [source.statement(origin)[1]]
+        # A replay tokenizes the documents again, so the code of that stage counts as well.
         if (tokens := provenance.material_keys(bodies[0]).get("tokens")) is not None:
             bodies.append(source.statement(source.manifests[tokens].node)[1])
         stages = [provenance.parameters_of(body)["stage"] for body in bodies]
@@ -115,13 +123,14 @@ def find(source: Source, phase: str, last: int) -> Code | None:
     for stage in stages:
         current |= code_digests(registry.stages()[stage]) if stage in registry.stages() else {}
     changed = sorted(name for name in recorded if current.get(name) != recorded[name])
+    # Code that differs from what the statements name did not train the phase, and running it would prove nothing.
     if not changed or not recorded or any(_carried_digest(source, name) != digest for name, digest in recorded.items()):
         return None
     return Code(source, recorded, changed)
 
 
 def _carried_digest(source: Source, module: str) -> str | None:
-    """The digest of the file of a module that the release lists."""
+    """Returns the digest of the file of a module that the release lists."""
     stem = f"code/{module.replace('.', '/')}"
     return next((source.sums[path] for path in (f"{stem}.py", f"{stem}/__init__.py") if path in source.sums), None)
 
@@ -133,6 +142,7 @@ def run(code: Code, phase: str, first: int, last: int, folder: Path, unconfined:
     """
     code_folder, work = code.extract(folder), folder / "work"
     work.mkdir()
+    # -s and -P keep the packages of the user and the working folder off the path, where other code could be imported.
     command = [sys.executable, "-s", "-P", "-c", DRIVER]
     command += [str(code.source.folder), phase, str(first), str(last), str(work)]
     variables = _variables(code_folder, work)
@@ -168,7 +178,8 @@ def run(code: Code, phase: str, first: int, last: int, folder: Path, unconfined:
 
 
 def _lines(stream: Any) -> Iterator[str]:
-    """Lines of bounded length, without control characters."""
+    """Yields lines of bounded length, without control characters."""
+    # The code is not trusted, and may print a line without an end.
     while text := stream.readline(4096):
         yield "".join(c if c.isprintable() else " " for c in text.rstrip("\n"))
 
@@ -191,11 +202,13 @@ def write_result(retrained: Retrained, folder: Path) -> None:
 def _read_result(work: Path) -> Retrained:
     path = work / RESULT
     try:
+        # The carried code wrote this file, and could have linked it to one outside of its folder.
         if path.is_symlink() or path.stat().st_size > RESULT_BYTES:
             raise ValueError("it is a link, or too long")
         result = json.loads(path.read_bytes())
         mistyped = [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]
         checkpoint = (work / result["made"]).resolve()
+        # The checkpoint is read outside of the sandbox, so its path must not lead out of the folder.
         if mistyped or not checkpoint.is_relative_to(work.resolve()) or not checkpoint.is_dir():
             raise ValueError(f"{(mistyped or ['made'])[0]} has another type")
         texts = [*result["state"], *result["environment"]]
@@ -218,16 +231,17 @@ def _read_result(work: Path) -> Retrained:
 
 
 def _variables(code: Path, work: Path) -> dict[str, str]:
-    """The environment variables of the carried code."""
+    """Returns the environment variables of the carried code."""
     inherited = {name: value for name, value in os.environ.items() if ARITHMETIC.fullmatch(name)}
+    # The sandbox mounts the code read-only; what the code writes goes to its work folder.
     fixed = {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(work), "TMPDIR": str(work)}
     return inherited | fixed | {"PATH": os.defpath, "LANG": "C.UTF-8", "USER": "atom", "LOGNAME": "atom"}
 
 
 def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -> list[str]:
-    """The bwrap command, without the program to run.
+    """Returns the bwrap command, without the program to run.
 
-    variables: the program's environment. Raises AtomError if bwrap is missing or cannot start.
+    `variables` is the program's environment. Raises AtomError if bwrap is missing or cannot start.
     """
     if shutil.which("bwrap") is None:
         raise AtomError(
@@ -238,14 +252,17 @@ def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -
     for name, value in sorted(variables.items()):
         command += ["--setenv", name, value]
     command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    # `--dev` makes a minimal /dev, which has no GPUs.
     for device in sorted(glob.glob("/dev/nvidia*")):
         command += ["--dev-bind", device, device]
     for path in _python_paths():
         command += ["--ro-bind-try", path, path]
     command += ["--ro-bind", str(release), str(release), "--ro-bind", str(code), str(code)]
+    # Texts that a release has by reference are in a folder beside it.
     rebuilt = str(rebuild.folder_of(release))
     command += ["--ro-bind-try", rebuilt, rebuilt]
     command += ["--bind", str(work), str(work), "--chdir", str(work)]
+    # Many machines forbid what bwrap needs, and that shows only when it starts.
     probe = subprocess.run([*command, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if probe.returncode:
         from stages.rl.sandbox.cell import remedy  # which Linux alone can import
@@ -260,7 +277,7 @@ def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -
 
 
 def _python_paths() -> list[str]:
-    """Folders and files that Python and its packages need.
+    """Returns folders and files that Python and its packages need.
 
     No other folders of sys.path: the working folder can be one of them, and with it a home.
     """

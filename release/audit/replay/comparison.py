@@ -39,7 +39,7 @@ class Comparison:
     different: dict[str, float]
 
     def verdict(self, state: Sequence[str]) -> str:
-        """BITWISE, CLOSE or DIFFERS. state: fields of state.json that differ."""
+        """Returns BITWISE, CLOSE or DIFFERS. `state` lists the fields of state.json that differ."""
         if state or max(self.different.values(), default=0.0) > TOLERANCE:
             return DIFFERS
         return CLOSE if self.different else BITWISE
@@ -68,8 +68,10 @@ def compare_checkpoints(published: Path, retrained: Path) -> Comparison:
 
 
 def _relative_difference(published: torch.Tensor, retrained: torch.Tensor) -> float | None:
-    """The largest difference over the published largest absolute value, inf for another shape or what is not a number;
-    None if the bits are the same."""
+    """Returns the largest difference of two tensors, divided by the largest absolute value of the published one.
+
+    None if the bits are the same; infinite for another shape or type, and for what is not a number.
+    """
     import torch
 
     if published.dtype != retrained.dtype or published.shape != retrained.shape:
@@ -85,15 +87,17 @@ def _relative_difference(published: torch.Tensor, retrained: torch.Tensor) -> fl
 
 
 def changed_fields(plan: Plan, retrained: Path) -> tuple[str, ...]:
-    """Fields of a retrained checkpoint's state.json that differ from the published one."""
+    """Returns fields of a retrained checkpoint's state.json that differ from the published one."""
     state = json.loads((retrained / "state.json").read_text())
     compared = sorted({*state, *plan.end_state} - {"config", "rng"})  # the config was compared, `rng` is a sentence
     return tuple(name for name in compared if state.get(name) != plan.end_state.get(name))
 
 
 def first_divergence(plan: Plan, log: Path) -> int | None:
-    """The first step whose lines in a retrained log differ from the published log; None if none differ, or no log is
-    published."""
+    """Returns the first step whose lines in a retrained log differ from the published log.
+
+    None if none differ, or if no log is published.
+    """
     if not plan.log:
         return None
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -103,7 +107,10 @@ def first_divergence(plan: Plan, log: Path) -> int | None:
 
 
 def _lines_by_step(log: Iterable[Mapping[str, Any]], plan: Plan) -> dict[int, list[Mapping[str, Any]]]:
-    """{step: its lines} of the steps of a plan, except what a phase of post-training sampled to measure itself."""
+    """Returns {step: its lines} of the steps of a plan.
+
+    Lines in which a phase of post-training sampled answers to measure itself are left out.
+    """
     lines: dict[int, list[Mapping[str, Any]]] = {}
     for line in log:
         if plan.first < line["step"] <= plan.last and "validation" not in line:
@@ -112,8 +119,10 @@ def _lines_by_step(log: Iterable[Mapping[str, Any]], plan: Plan) -> dict[int, li
 
 
 def compare_environments(plan: Plan) -> tuple[tuple[str, ...], str]:
-    """(`name: then, now` of all that differs from when the phase was trained, the fingerprint of the environment here
-    as statements have it).
+    """Compares the environment here with the one in which the phase was trained.
+
+    Returns a line `name: then, now` for each value that differs, and the fingerprint of the environment here in the
+    form that statements have.
 
     Call it after training, as statements are written: training imports setuptools, which adds the packages that it
     carries to the path, so an earlier list lacks them.

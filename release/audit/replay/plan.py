@@ -28,7 +28,7 @@ another."""
 
 
 def select_steps(source: Source, phase: str, first: int | None, last: int | None) -> tuple[int, int]:
-    """The steps of the two checkpoints to replay between.
+    """Returns the steps of the two checkpoints to replay between.
 
     Step 0 of a phase of post-training is the last checkpoint of the phase before. Raises AtomError with the
     published ones.
@@ -42,6 +42,7 @@ def select_steps(source: Source, phase: str, first: int | None, last: int | None
         raise AtomError(f"the release has no checkpoints of {phase}; phases that can be replayed: {phases}")
     steps = sorted({*steps_by_phase[phase], *([0] if phase in WITHOUT_ORDER else [])})
     end = steps[-1] if last is None else last
+    # -1 is no step, so the message below names those that can be replayed.
     start = max((step for step in steps if step < end), default=-1) if first is None else first
     if start not in steps or end not in steps or start >= end:
         span = f"steps {start}:{end}" if start >= 0 else f"the steps up to {end}"
@@ -56,12 +57,23 @@ def select_steps(source: Source, phase: str, first: int | None, last: int | None
 class Plan:
     """The training of a phase from the checkpoint of step `first` to that of step `last`, from states and statements.
 
-    config: of the phase, with what a replay by one process needs. start: the folder of the checkpoint that the replay
-    begins with. start_state, end_state: state.json of the two checkpoints; start_state is None if the phase begins
-    there, with the weights of the phase before. reference: the folder of the checkpoint to whose policy a KL term
-    refers, or on which an adapter is trained. materials: {role: key} of the phase's inputs. environment: {name:
-    value} in which it was trained. ranks: processes that trained it. order_files: paths in the release. files: {role:
-    path} of what a phase of post-training reads beside. log: lines of training.jsonl, none if it is not published.
+    Attributes:
+        source: The release.
+        phase: The phase.
+        first: The step of the checkpoint that the replay begins with.
+        last: The step of the checkpoint that the replay is compared with.
+        stage: The stage that trained the phase.
+        config: The config of the phase, with what a replay by one process needs.
+        start: The folder of the checkpoint that the replay begins with.
+        start_state: Its state.json; None if the phase begins there, with the weights of the phase before.
+        reference: The folder of the checkpoint to whose policy a KL term refers, or on which an adapter is trained.
+        end_state: The state.json of the checkpoint that the replay is compared with.
+        materials: {role: key} of the phase's inputs.
+        environment: {name: value} of the environment in which it was trained.
+        ranks: The number of processes that trained it.
+        order_files: The files of its order, as paths in the release.
+        files: {role: path} of the other files that a phase of post-training reads.
+        log: The lines of training.jsonl; none if it is not published.
     """
 
     source: Source
@@ -107,6 +119,7 @@ class Plan:
                 )
         else:
             start = post_training.previous_checkpoint(source, materials["init"])
+            # `file` raises CheckFailed for a file that differs from its checksum.
             for file in checkpoint_files(source, start):
                 source.file(file)
         parameters = provenance.parameters_of(body)
@@ -129,6 +142,7 @@ class Plan:
             for file in checkpoint_files(source, reference):
                 source.file(file)
         overrides: dict[str, Any] = {"watchdog_timeout_seconds": WATCHDOG_SECONDS}
+        # Nobody resumes a replay, so it needs no checkpoints on the way.
         overrides |= {"checkpoint_interval": config.phase.steps}
         overrides |= {"parallelism": Layout.model_validate(layouts[-1]) if ranks == 1 else Layout()}
         order: list[Path] = []
@@ -138,6 +152,7 @@ class Plan:
             meta = source.copy(materials["order"], "meta.json")
             first_step = int(json.loads(meta.read_bytes()).get("first_step", 1))
             for path in order:
+                # Reads the footer, so that a damaged table is found before the training.
                 if path.suffix == ".parquet":
                     column_names(path)
         # Phases of post-training read published answers or pairs instead of an order.
@@ -174,7 +189,7 @@ class Plan:
 
     @staticmethod
     def checkpoint(phase: str, step: int) -> str:
-        """The folder of a published checkpoint."""
+        """Returns the folder of a published checkpoint."""
         return f"checkpoints/{phase}-step-{step}"
 
     @property
@@ -184,8 +199,10 @@ class Plan:
 
     @property
     def init(self) -> str | None:
-        """The folder of the checkpoint of the phase before, if the replay begins with it, has a KL term to it or trains
-        an adapter on it."""
+        """The folder of the checkpoint of the phase before, if the replay reads it.
+
+        It does so if it begins with that checkpoint, has a KL term to it or trains an adapter on it.
+        """
         return self.start if self.start_state is None else self.reference
 
     @property
@@ -205,18 +222,24 @@ class Plan:
         return (*self.order_files, *self.files.values())
 
     def order(self) -> Artifact:
-        """The published order, in its folder of the release."""
+        """Returns the published order, in its folder of the release."""
         return Artifact(self.materials["order"], "", (self.source.folder / self.order_files[0]).parent, ())
 
 
 def checkpoint_files(source: Source, checkpoint: str) -> dict[str, str]:
-    """{path: SHA-256} of a published checkpoint: its tensors, their index if they are split, and state.json."""
+    """Returns {path: SHA-256} of a published checkpoint: its tensors, their index if they are split, and state.json."""
     digests = source.digests(checkpoint)
     return {path: digest for path, digest in digests.items() if path.endswith((".safetensors", ".json"))}
 
 
 def environment_values(version: int, code: Mapping[str, str], description: Mapping[str, Any]) -> dict[str, str]:
-    """{name: value} of an environment, the most important first. version: of the stage; code: {module: SHA-256}."""
+    """Returns {name: value} of an environment, the most important first.
+
+    Args:
+        version: The version of the stage.
+        code: {module: SHA-256} of its code.
+        description: The environment as statements describe it.
+    """
     values = {"stage version": str(version), "python": description["python"]}
     values |= {f"device {name}": str(value) for name, value in sorted(description["device"].items())}
     values |= {f"code of {name}": digest[:12] for name, digest in sorted(code.items())}
@@ -224,7 +247,10 @@ def environment_values(version: int, code: Mapping[str, str], description: Mappi
 
 
 def _checked_state(source: Source, phase: str, step: int) -> dict[str, Any]:
-    """state.json of a checkpoint whose files all have their checksums. Raises CheckFailed if it is of another step."""
+    """Returns state.json of a checkpoint whose files all have their checksums.
+
+    Raises CheckFailed if it is of another step.
+    """
     checkpoint = Plan.checkpoint(phase, step)
     for path in checkpoint_files(source, checkpoint):
         source.file(path)
@@ -235,5 +261,5 @@ def _checked_state(source: Source, phase: str, step: int) -> dict[str, Any]:
 
 
 def _statement_of(source: Source, phase: str, step: int) -> tuple[str, provenance.Statement]:
-    """(key, statement) of the artifact that a published checkpoint comes from."""
+    """Returns (key, statement) of the artifact that a published checkpoint comes from."""
     return source.statement(source.origins[f"{Plan.checkpoint(phase, step)}/state.json"]["artifact"])

@@ -1,5 +1,7 @@
-"""The inputs of a replay of rlvr, dpo, reward or online-rlhf instead of an order of documents: published answers or
-pairs, tasks and tokenizer, and before step 1 the last checkpoint of the phase before.
+"""The inputs of a replay of rlvr, dpo, reward or online-rlhf.
+
+Instead of an order of documents, these phases read published answers or pairs, tasks and tokenizer, and before step 1
+the last checkpoint of the phase before.
 
 Nothing is sampled or scored again. `stages.rl.policy.RecordedRollouts` reads the answers as the phase consumed them.
 """
@@ -24,9 +26,16 @@ FILES = {"tasks": "tasks.jsonl", "pairs": "pairs.parquet"}
 
 
 def published_files(source: Source, key: str, stage: str, materials: Mapping[str, str]) -> dict[str, str]:
-    """{role: path in the release} of the files that a phase reads beside tokens and checkpoints.
+    """Returns {role: path in the release} of the files that a phase reads beside tokens and checkpoints.
 
-    key: of its artifact; materials: {role: key} of its inputs. Raises CheckFailed if one is missing or altered.
+    Args:
+        source: The release.
+        key: The key of the phase's artifact.
+        stage: The stage that trained it.
+        materials: {role: key} of its inputs.
+
+    Raises:
+        CheckFailed: A file is missing or altered.
     """
     files = {role: source.copy(materials[role], name) for role, name in FILES.items() if role in materials}
     if "pairs" in files:
@@ -40,8 +49,13 @@ def published_files(source: Source, key: str, stage: str, materials: Mapping[str
 def require_pairs_of_answers(source: Source, key: str) -> None:
     """Forms the pairs of a dpo phase from its published answers again.
 
-    key: of its artifact. Raises CheckFailed with the first round whose pairs differ from the published ones,
-    AtomError if one of the files is damaged.
+    Args:
+        source: The release.
+        key: The key of the artifact with the pairs.
+
+    Raises:
+        CheckFailed: The pairs differ from the published ones; the message names the first round.
+        AtomError: One of the files is damaged.
     """
     from stages.formats.table import read_jsonl, read_table, require_columns
     from stages.rl.algorithms.preferences import pair_rows
@@ -57,6 +71,7 @@ def require_pairs_of_answers(source: Source, key: str) -> None:
     rounds = read_table(pairs, ["round"])["round"].to_pylist()
     if rounds != sorted(rounds):
         raise CheckFailed(f"{pairs.name}: the pairs are not in the order of their rounds; it was changed")
+    # Rounds of the config as well, so that one whose pairs were all removed is found.
     for number in sorted({*rounds, *range(1, phase.steps + 1)}):
         published = read_table(pairs, filters=[("round", "=", number)]).to_pylist()
         if published != pair_rows(rollouts.read(answers, number), tasks, phase.min_margin):
@@ -67,8 +82,18 @@ def require_pairs_of_answers(source: Source, key: str) -> None:
 
 
 def require_same_policies(source: Source, path: str, log: Iterable[Mapping[str, Any]]) -> None:
-    """Compares the policies that drew the answers of each step with those of the log, which a replay compares with its
-    own. path: of rollouts.parquet. Raises CheckFailed with the first step that differs."""
+    """Compares the policies that drew the answers of each step with those of the log.
+
+    A replay compares the policies of the log with its own.
+
+    Args:
+        source: The release.
+        path: The path of rollouts.parquet in it.
+        log: The published lines of the phase.
+
+    Raises:
+        CheckFailed: A step differs; the message names the first.
+    """
     from stages.formats.table import read_table
 
     table = read_table(source.folder / path, ["step", "policy"]).group_by(["step", "policy"]).aggregate([])
@@ -85,11 +110,21 @@ def require_same_policies(source: Source, path: str, log: Iterable[Mapping[str, 
 
 
 def require_same_consumption(path: Path, log: Iterable[Mapping[str, Any]]) -> None:
-    """Compares the answers that each step of an asynchronous phase took, their order, and the policies that drew them
-    with those that the log seals. path: of rollouts.parquet. Raises CheckFailed with the first step that differs."""
+    """Compares the answers that each step of an asynchronous phase took with those that the log seals.
+
+    Their order and the policies that drew them are compared, too.
+
+    Args:
+        path: The file rollouts.parquet.
+        log: The published lines of the phase.
+
+    Raises:
+        CheckFailed: A step differs; the message names the first.
+    """
     from stages.rl.rollout import rollouts
 
     lines = [line for line in log if "policy" in line]
+    # Answers name a policy by the step after which it was made, which is one before the step that used it.
     policies = {line["step"] - 1: line["policy"] for line in lines}
     for line in lines:
         answers = rollouts.read(path, line["step"])
@@ -107,21 +142,34 @@ def require_same_consumption(path: Path, log: Iterable[Mapping[str, Any]]) -> No
 
 
 def previous_checkpoint(source: Source, key: str) -> str:
-    """The published folder of the last checkpoint of the phase before; without one, that of the published model that
-    the first phase began with. key: of its artifact. Raises CheckFailed if it is not published."""
+    """Returns the published folder of the last checkpoint of the phase before.
+
+    If no phase was before, it is that of the published model that the first phase began with.
+
+    Args:
+        source: The release.
+        key: The key of the artifact that has the checkpoint.
+
+    Raises:
+        CheckFailed: The checkpoint is not published.
+    """
     steps = {int(match[1]): file for file in source.listed(key) if (match := STATE.fullmatch(file))}
     if not steps:
         raise CheckFailed(f"the manifest of {key} lists no checkpoint; it was changed")
+    # Imported weights are published once, as the model `model-base`, and not again as a checkpoint.
     if source.manifests[key].node == IMPORT and source.place(key, steps[max(steps)]) is None:
         return BASE
     return source.copy(key, steps[max(steps)]).parent.relative_to(source.folder).as_posix()
 
 
 def inputs(source: Source, files: Mapping[str, str], init: str | None, folder: Path) -> dict[str, Artifact]:
-    """The inputs of a phase of post-training.
+    """Returns the inputs of a phase of post-training.
 
-    files: {role: path in the release}; init: the folder of the checkpoint of the phase before, which is linked in
-    `folder`/init, if the replay reads it.
+    Args:
+        source: The release.
+        files: {role: path in the release}.
+        init: The folder of the checkpoint of the phase before; None if the replay does not read it.
+        folder: The folder of the replay, which gets a link to that checkpoint in `init`.
     """
     artifacts = {role: Artifact("", "", (source.folder / path).parent, ()) for role, path in files.items()}
     if init is not None:
@@ -130,6 +178,7 @@ def inputs(source: Source, files: Mapping[str, str], init: str | None, folder: P
         if init == BASE:
             _import(source, step)
         else:
+            # A checkpoint may be large, so it is linked and not copied.
             step.symlink_to(source.folder / init)
         rows = (FileRow(f"{step.name}/{row.path}", row.size, row.sha256) for row in rows_of(step))
         artifacts["init"] = Artifact(init, "", step.parent, tuple(rows))

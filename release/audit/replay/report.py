@@ -33,12 +33,22 @@ SHOWN = 12
 class Replay:
     """The result for the steps first + 1 to last.
 
-    verdict: BITWISE, CLOSE or DIFFERS. tensors: how many were compared. different: {name: relative difference} of the
-    tensors whose bits differ, by TOLERANCE's measure. state: fields of state.json that differ. diverges: the first step
-    whose lines in the published log differ; None if none do, or no log is published. ranks: processes that trained the
-    phase; here it was one. environment: `name: then, now` of all that differs. fingerprint: of the environment here.
-    materials, subject: {path: SHA-256} of what was read, and of what was compared. code: `here`, or the digest of the
-    code that trained the phase, which the release carries and which ran now.
+    Attributes:
+        phase: The phase.
+        first: The step of the checkpoint that the replay began with.
+        last: The last step.
+        verdict: BITWISE, CLOSE or DIFFERS.
+        tensors: The number of tensors that were compared.
+        different: {name: relative difference} of the tensors whose bits differ, by TOLERANCE's measure.
+        state: The fields of state.json that differ.
+        diverges: The first step whose lines in the published log differ; None if none do, or no log is published.
+        ranks: The number of processes that trained the phase; here it was one.
+        environment: A line `name: then, now` for each value that differs.
+        fingerprint: The fingerprint of the environment here.
+        materials: {path: SHA-256} of what was read.
+        subject: {path: SHA-256} of what was compared.
+        tolerance: The relative difference up to which the verdict is CLOSE.
+        code: `here`, or the digest of the code that trained the phase, which the release carries and which ran now.
     """
 
     phase: str
@@ -66,7 +76,10 @@ class Replay:
         return max(self.different.values(), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; a difference without a finite number (another shape, not a number) is the string `inf`."""
+        """Returns the result as plain JSON.
+
+        A difference without a finite number (another shape, not a number) is the string `inf`.
+        """
         differences = {name: _number(value) for name, value in self.different.items()}
         return {
             **self.__dict__,
@@ -77,11 +90,13 @@ class Replay:
 
 
 def certificate(replay: Replay, release: Path) -> dict[str, Any]:
-    """An in-toto Statement v1 about the published checkpoint, with the predicate test-result v0.1: PASSED if every bit
-    is the same, WARNED if within tolerance or if the log diverges, FAILED otherwise. It contains no clock, host or path
-    of the machine.
+    """Returns an in-toto Statement v1 about the published checkpoint, with the predicate test-result v0.1.
+
+    The result is PASSED if every bit is the same, WARNED if the weights are within tolerance or the log diverges, and
+    FAILED otherwise. The statement contains no clock, host or path of the machine.
 
     https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
+
     Raises CheckFailed if the release was changed since the replay.
     """
     source = Source(release)
@@ -94,6 +109,7 @@ def certificate(replay: Replay, release: Path) -> dict[str, Any]:
     tests = {name: True for name, part in DATA.items() if any(part in path for path in replay.materials)}
     tests["state"] = not replay.state
     tests |= {"tensors_within_tolerance": replay.largest <= replay.tolerance, "tensors_bitwise": not replay.different}
+    # One process adds numbers in another order than several did, so its log need not be the same.
     if replay.ranks == 1:
         tests["log"] = replay.diverges is None
     missed = [name for name, passed in tests.items() if not passed]
@@ -135,7 +151,7 @@ def _descriptors(digests: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def text(replay: Replay) -> str:
-    """The result for a terminal: the verdict, then one line for each finding."""
+    """Returns the result for a terminal: the verdict, then one line for each finding."""
     steps = f"steps {replay.first + 1} to {replay.last}"
     start = next((path.split("/")[1] for path in replay.materials if path.startswith("checkpoints/")), "")
     previous, _, step = start.rpartition("-step-")
@@ -194,9 +210,13 @@ class Certificate:
     notes: dict[str, Any]
 
     def row(self) -> list[Any]:
-        """[name, result, phase, first step, last step, verdict, tensors, tensors that differ, fingerprint of the
-        environment], each a short text or a number."""
+        """Returns the cells of the certificate's row in a table, each a short text or a number.
+
+        They are name, result, phase, first step, last step, verdict, tensors, tensors that differ, and the fingerprint
+        of the environment.
+        """
         first, last = self.notes["steps"]
+        # A certificate may come from anybody, so its texts are cut for the table.
         phase, verdict = (str(self.notes[name])[:80] for name in ("phase", "verdict"))
         counts = int(self.notes["tensors"]), int(self.notes["tensors_that_differ"])
         return [
@@ -212,12 +232,12 @@ class Certificate:
 
 
 def folder_of(release: Path) -> Path:
-    """The folder of the certificates of a release."""
+    """Returns the folder of the certificates of a release."""
     return release.with_name(f"{release.name}.replays")
 
 
 def read_certificates(release: Path) -> list[Certificate]:
-    """The certificates of a release, by name. Raises AtomError for one that is not about it."""
+    """Returns the certificates of a release, by name. Raises AtomError for one that is not about it."""
     paths = sorted(folder_of(release).glob("*.json"))
     if not paths:
         return []
@@ -228,7 +248,7 @@ def read_certificates(release: Path) -> list[Certificate]:
 
 
 def read_certificate(path: Path, source: Source) -> Certificate:
-    """A certificate about the release of a source. Raises AtomError if it is none."""
+    """Returns a certificate about the release of a source. Raises AtomError if it is none."""
     if not NAME.fullmatch(path.stem):
         raise AtomError(f"{path}: the name of a certificate has 1 to 64 letters, digits, points, dashes, underscores")
     try:
@@ -237,6 +257,7 @@ def read_certificate(path: Path, source: Source) -> Certificate:
         is_replay = (body["_type"], body["predicateType"], replay["uri"]) == (provenance.STATEMENT, PREDICATE, METHOD)
         digests = {row["name"]: row["digest"]["sha256"] for row in [*body["subject"], *materials]}
         certificate = Certificate(path.stem, path, body["predicate"]["result"], replay["annotations"])
+        # Notes that lack a field or have another type raise their error here, and not while a page is written.
         certificate.row()
     except (CheckFailed, KeyError, TypeError, ValueError):
         is_replay = False

@@ -88,8 +88,11 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
 
 
 def tokenize(plan: Plan, folder: Path) -> Artifact:
-    """The token shards of the sources that the phase reads, from the published documents and tokenizer, in
-    `folder`/tokens. Raises CheckFailed if they differ from the manifest of the shards that were trained on."""
+    """Makes the token shards of the sources that the phase reads, from the published documents and tokenizer.
+
+    They are written to `folder`/tokens. Raises CheckFailed if they differ from the manifest of the shards that were
+    trained on.
+    """
     source, key = plan.source, plan.materials["tokens"]
     node, mix = source.manifests[key].node, plan.mix
     _, body = source.statement(node)
@@ -107,11 +110,13 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
     inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
     stage = registry.stage("tokenize")
     config = stage.config.model_validate(provenance.parameters_of(body)["config"])
+    # No step has this number, so the stage runs to its end.
     stage.run(config, inputs, work, out, StopAtStep(-1, lambda text: None))
     shutil.copyfile(source.copy(key, "meta.json"), out / "meta.json")  # of all sources, as published
     artifact = write_manifest(out, key)
     shards = {row.path: row.sha256 for row in artifact.rows if row.path.endswith(SHARD)}
     listed = {path: digest for path, digest in source.listed(key).items() if path.endswith(SHARD)}
+    # Only the sources of the phase are tokenized here, so only their shards can be compared.
     expected = {path: digest for path, digest in listed.items() if path.split("/")[1] in mix}
     if mismatches := sorted(path for path in {*shards, *expected} if shards.get(path) != expected.get(path)):
         raise CheckFailed(
@@ -123,7 +128,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
 
 
 def _kept_files(source: Source, key: str, name: str) -> list[str]:
-    """The paths in the artifact of dedup of a source's kept documents, by its manifest.
+    """Returns the paths in the artifact of dedup of a source's kept documents, by its manifest.
 
     Raises CheckFailed if it lists none.
     """
@@ -137,9 +142,11 @@ def _kept_files(source: Source, key: str, name: str) -> list[str]:
 
 
 def write_work_checkpoint(plan: Plan, work: Path) -> None:
-    """Writes the published checkpoint and the log up to it, like an attempt that was killed at that step; nothing if
-    the phase begins there with the weights of the phase before. Raises CheckFailed if tensors are missing or have other
-    shapes than the config implies."""
+    """Writes the published checkpoint and the log up to it, like an attempt that was killed at that step.
+
+    Writes nothing if the phase begins there with the weights of the phase before. Raises CheckFailed if tensors are
+    missing or have other shapes than the config implies.
+    """
     if (state := plan.start_state) is None:
         return
     from stages.mcore.model import check_tensors
@@ -152,6 +159,7 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
         shapes = plan.config.phase.adapter.shapes(shapes)
     check_tensors(shapes, tensors.shapes(), plan.start)
     flat = {f"weight.{name}": tensor.flatten() for name, tensor in tensors.items()}
+    # A checkpoint before the first update has no moments.
     if state["optimizer_step"]:
         moments = release_checkpoint.Tensors(published, release_checkpoint.OPTIMIZER)
         states = plan.config.phase.optimizer.state_shapes(shapes)
@@ -179,6 +187,7 @@ def train(plan: Plan, inputs: Mapping[str, Artifact], folder: Path, progress: Pr
     out_folder.mkdir()
     try:
         plan.stage.run(plan.config, inputs, folder / "work", out_folder, StopAtStep(plan.last, progress))
+    # A stage has no way to end early, so its report ends it by an exception.
     except StepSealed as sealed:
         return sealed.folder
     raise CheckFailed(f"{plan.end} is published, but its config seals no checkpoint at that step; verify the release")
@@ -202,6 +211,7 @@ class StopAtStep:
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         tenth = 10 * done // max(self.step, 1)
+        # A replay may train thousands of steps, so it reports at most ten times.
         if tenth != self.reported_tenth and done <= self.step:
             self.reported_tenth = tenth
             self.send_progress(

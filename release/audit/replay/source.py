@@ -22,18 +22,22 @@ class Source:
     """A release folder. sums: {path: SHA-256} of every file that the checksum files list."""
 
     def __init__(self, release: Path) -> None:
-        """Raises AtomError if the folder is not a release, CheckFailed if it cannot be read or its checksum files are
-        damaged."""
+        """Opens a release folder and reads its checksum files.
+
+        Raises AtomError if the folder is not a release, and CheckFailed if it cannot be read or its checksum files are
+        damaged.
+        """
         if not (release / ALL_SUMS).is_file():
             raise AtomError(f"{release} is not a release folder: it has no {ALL_SUMS}; give one that `atom build` made")
         schema.require_readable(release)
         self.folder = release.absolute()
         self.sums = read_sums(release / SUMS, SUMS)
+        # The root's checksums cover the list of all files, so it is compared before it is trusted.
         self.file(ALL_SUMS)
         self.sums |= read_sums(release / ALL_SUMS, ALL_SUMS)
 
     def file(self, path: str) -> Path:
-        """A file of the release. Raises CheckFailed if it is missing, a link, or differs from the checksums."""
+        """Returns a file of the release. Raises CheckFailed if it is missing, a link, or differs from the checksums."""
         if path not in self.sums:
             raise CheckFailed(f"{printable(path)} is not in the release, and a replay needs it")
         if is_foreign_link(self.folder, path):
@@ -44,28 +48,31 @@ class Source:
         return self.folder / path
 
     def json(self, path: str) -> Any:
-        """The content of a JSON file. Raises what `file` raises, and ValueError for other text."""
+        """Returns the content of a JSON file. Raises what `file` raises, and ValueError for other text."""
         return json.loads(self.file(path).read_bytes())
 
     def digests(self, *places: str) -> dict[str, str]:
-        """{path: SHA-256} of files, and of those in folders."""
+        """Returns {path: SHA-256} of files, and of those in folders."""
         return {path: d for path, d in self.sums.items() for place in places if f"{path}/".startswith(f"{place}/")}
 
     def listed(self, key: str) -> dict[str, str]:
-        """{file: SHA-256} of an artifact, by its manifest."""
+        """Returns {file: SHA-256} of an artifact, by its manifest."""
         return self.manifests[key].digests
 
     def place(self, key: str, file: str) -> str | None:
-        """The path in the release of a file of an artifact; None if it is not published."""
+        """Returns the path in the release of a file of an artifact; None if it is not published."""
         return self._places.get((self.manifests[key].node, file))
 
     def copy(self, key: str, file: str) -> Path:
-        """The published copy of a file of an artifact. Raises CheckFailed if it is missing or altered."""
+        """Returns the published copy of a file of an artifact. Raises CheckFailed if it is missing or altered."""
         return self.file(self.place(key, file) or f"{file} of {key}")
 
     def kept(self, key: str, file: str) -> Path:
-        """A table of kept documents of an artifact of `dedup`, which `atom rebuild-data` wrote if its texts are by
-        reference. Raises CheckFailed if it is missing or altered, AtomError if it is to be rebuilt."""
+        """Returns a table of kept documents of an artifact of `dedup`.
+
+        If its texts are by reference, it is the table that `atom rebuild-data` wrote. Raises CheckFailed if it is
+        missing or altered, and AtomError if it has to be rebuilt first.
+        """
         if self.place(key, file) is not None or f"dataset/{REFERENCES}" not in self.sums:
             return self.copy(key, file)
         rebuilt = rebuild.folder_of(self.folder) / file
@@ -76,7 +83,7 @@ class Source:
         return rebuilt
 
     def tokenizer(self, key: str) -> Path:
-        """The published tokenizer.json of an artifact of the tokenizer: each model's repository has a copy.
+        """Returns the published tokenizer.json of an artifact of the tokenizer: each model's repository has a copy.
 
         Raises CheckFailed if it is missing or altered.
         """
@@ -85,7 +92,10 @@ class Source:
         return self.file(next(copies, f"tokenizer.json of {key}"))
 
     def statement(self, node: str) -> tuple[str, Statement]:
-        """(key, provenance statement) of the artifact of a node. Raises CheckFailed if no statement is about it."""
+        """Returns (key, provenance statement) of the artifact of a node.
+
+        Raises CheckFailed if no statement is about it.
+        """
         manifest = self._manifest(f"evidence/manifests/{node}.json")
         subject = {"name": manifest.key, "digest": {"sha256": manifest.digest}}
         for body in self.statements:
@@ -103,7 +113,7 @@ class Source:
 
     @cached_property
     def _places(self) -> dict[tuple[str, str], str]:
-        """{(node, file of its artifact): the first path in the release}"""
+        """The first path in the release of each published file, by the node and the file of its artifact."""
         places: dict[tuple[str, str], str] = {}
         for path, origin in sorted(self.origins.items()):
             if set(origin) == {"artifact", "file"}:
