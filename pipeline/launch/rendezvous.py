@@ -39,9 +39,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
-import submitit
-from submitit.core.utils import environment_variables
-
 from pipeline.core import atomic_files, json_files, lease
 from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
@@ -116,6 +113,10 @@ class Ranks:
         """
         if size == 1:
             return cls()
+
+        # Imported here, since `atom plan` and `atom status` import this module.
+        import submitit
+
         job = submitit.JobEnvironment()
         folder = launch_folder(node_folder, job.job_id)
         folder.mkdir(parents=True, exist_ok=True)
@@ -294,6 +295,8 @@ class Ranks:
             yield
             return
         address = {"MASTER_ADDR": rendezvous.host, "MASTER_PORT": rendezvous.port}
+        from submitit.core.utils import environment_variables
+
         with environment_variables(RANK=self.rank, WORLD_SIZE=self.size, LOCAL_RANK=self.local_rank, **address):
             yield
 
