@@ -29,7 +29,7 @@ from transformers import GenerationConfig
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
 from stages.mcore.architectures import qwen3_moe
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.model import Initial
 from stages.models.qwen3_moe import Qwen3MoeConfig
 

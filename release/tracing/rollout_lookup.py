@@ -17,9 +17,9 @@ from release.facts.published_tables import read_json
 from release.layout import when
 from release.tracing.answers import PairRecord, SampledAnswer, TaskRecord
 from release.tracing.release_data import ReleaseData, select_rows
+from stages.formats.seeds import seed_label
 from stages.formats.table import read_errors, rows_at, stream_part_batches
 from stages.rl.rollout.rollouts import PairOrder, hash_fraction
-from stages.seed_labels import seed_label
 
 TASKS, ANSWERS, PAIRS = "tasks.jsonl", "rollouts.parquet", "pairs.parquet"
 REWARD = "reward"

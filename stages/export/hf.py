@@ -96,7 +96,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     import torch
 
     from stages.export import comparison
-    from stages.mcore.architectures.hf import hf_config
+    from stages.mcore.architectures.hf_mapping import hf_config
     from stages.train.checkpoint import release_checkpoint
 
     folder = out / "model"

@@ -1,4 +1,7 @@
-"""Seeds and permutations from a label and a number, independent of clocks, hash order and library versions."""
+"""Seeds and permutations from a label and a number, independent of clocks, hash order and library versions.
+
+The label of a phase never changes when the phase is renamed, because other seeds make other models.
+"""
 
 from __future__ import annotations
 
@@ -36,3 +39,12 @@ def permutation(n: int, label: str, seed: int) -> NDArray[np.int64]:
 
     hashes = split_mix(np.arange(1, n + 1, dtype=np.uint64), label, seed)
     return np.argsort(hashes, kind="stable").astype(np.int64)
+
+
+LABELS = {"dpo": "rlhf", "online-rlhf": "online"}
+"""{phase: its label, if this is an earlier name of the phase}"""
+
+
+def seed_label(phase: str) -> str:
+    """The label of a phase in its seeds."""
+    return LABELS.get(phase, phase)

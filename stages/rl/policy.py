@@ -18,12 +18,12 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.stage import Inputs, Report
 from pipeline.core.store import Artifact, sha256_file
-from stages.formats.seeds import seed_of
+from stages.formats.seeds import seed_label, seed_of
 from stages.formats.table import require_columns
 from stages.generation import samplers as sampler_registry
 from stages.generation import weights
 from stages.generation.protocols import Completion, Sampler, SamplerContext, decode_routes
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.models.base import Routing
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
 from stages.rl.protocols import Parts
@@ -31,7 +31,6 @@ from stages.rl.rewards.registry import make_verifiers
 from stages.rl.rollout import generation, rollouts, tasks, turns
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
-from stages.seed_labels import seed_label
 from stages.tasks.eval_set import chat_rows
 from stages.tasks.rows import Row
 from stages.train.checkpoint import release_checkpoint

@@ -107,7 +107,7 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     Raises CheckFailed for files that are not those of the digest, RecipeError for a model that is another than the
     recipe's.
     """
-    from stages.mcore.architectures.hf import hf_config
+    from stages.mcore.architectures.hf_mapping import hf_config
     from stages.train.checkpoint import release_checkpoint
 
     folder = config.place(home_folder())

@@ -11,7 +11,7 @@ import torch
 
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.model import full_tensor
 from tests.fixtures import gpu_fixtures, layout_fixtures, train_fixtures
 from tests.gpu.conftest import Report

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from stages.export import comparison, hf
 from stages.formats.tokenizer import END, PAD
 from stages.mcore.architectures import qwen3_next
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.model import Initial
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.models import registry

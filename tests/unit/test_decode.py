@@ -8,7 +8,7 @@ import torch
 from stages.generation.in_process import Decoder, InProcess, LibraryDecoder
 from stages.generation.protocols import Prompt
 from stages.mcore.architectures import qwen3_moe
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.model import full_tensor
 from stages.models.base import ModelConfig, Yarn
 from stages.models.qwen3 import Qwen3Config

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.mcore.architectures import qwen3_moe
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from tests.fixtures import train_fixtures
 

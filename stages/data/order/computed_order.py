@@ -20,8 +20,8 @@ from stages.data.order.order_config import OrderConfig
 from stages.data.order.row_draw import DataCursor, SourceDraw
 from stages.data.order.shards import document_files
 from stages.data.order.streams import Place, Stream
+from stages.formats.seeds import seed_label
 from stages.formats.table import ORDER, arrow_schema
-from stages.seed_labels import seed_label
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from stages.formats.seeds import seed_label
 from stages.generation.protocols import decode_routes
 from stages.models.base import Routing
 from stages.rl.algorithms import losses, policy_gradient
@@ -29,7 +30,6 @@ from stages.rl.rollout.asynchronous import Intake, LiveGroups, RecordedGroups, S
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout, pass_rate
-from stages.seed_labels import seed_label
 from stages.train.data import Batch, Order, RankBatch, Shards
 from stages.train.engine import Engine, Objective
 

@@ -13,7 +13,7 @@ import torch
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
 from stages.confidence import wilson
-from stages.formats.seeds import seed_of
+from stages.formats.seeds import seed_label, seed_of
 from stages.formats.table import arrow_schema, read_table, require_columns, write_rows
 from stages.rl.algorithms import losses
 from stages.rl.config import DpoPhase, DpoTrainConfig, PromptPool, RewardPhase, RewardTrainConfig
@@ -23,7 +23,6 @@ from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import PairOrder, Rollout, hash_fraction
-from stages.seed_labels import seed_label
 from stages.tasks.rows import Row, question
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective

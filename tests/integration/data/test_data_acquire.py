@@ -22,7 +22,7 @@ import data_recipes
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.readers import jsonl
+from stages.data.acquire.readers import row_files
 from stages.data.acquire.readers.base import Document, Unmapped, Unreadable
 from stages.data.acquire.readers.python_stdlib import own_terms, read_docstrings, read_functions, read_modules
 from stages.data.acquire.sources import Source, resolve_tree_digest
@@ -223,7 +223,7 @@ def test_zstandard_files(tmp_path: Path, run_stage: Any) -> None:
 
 def test_a_line_without_end_fails_alone(tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line in a file of a megabyte may have a terabyte."""
-    monkeypatch.setattr(jsonl, "MAX_LINE", 2**20)
+    monkeypatch.setattr(row_files, "MAX_LINE", 2**20)
     path = tmp_path / "x.jsonl.zst"
     lines = [b'{"text": "first"}\n', b'{"text": "' + b"x" * 2**25 + b'"}\n', b'{"text": "last"}\n']
     path.write_bytes(zstandard.compress(b"".join(lines)))

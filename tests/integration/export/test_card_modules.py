@@ -10,7 +10,7 @@ import torch
 
 from pipeline.core.yaml_text import parse_yaml
 from release.facts.model_facts import CONFIG_KEYS, ModelFacts, Parameters
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.models import registry
 from tests.fixtures import ROOT
 

@@ -27,7 +27,7 @@ from stages.generation.protocols import Completion, Prompt
 from stages.generation.vllm_sampler import VllmServer
 from stages.generation.weights import Broadcast, Weights
 from stages.mcore.architectures import qwen3_moe
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.model import full_tensor
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig

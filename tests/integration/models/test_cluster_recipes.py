@@ -20,7 +20,7 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from stages.data.acquire.sources import Source
 from stages.data.recipe import load
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.memory import memory_share
 from stages.models.parallel_layout import Layout
 from stages.models.qwen3_moe import Qwen3MoeConfig

@@ -22,7 +22,7 @@ from stages.export.variants import registry as variants
 from stages.generation.in_process import load_weights
 from stages.mcore import layer_spec
 from stages.mcore.architectures import deepseek_v3
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.fake_quantization import attach
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import Activations, memory_share

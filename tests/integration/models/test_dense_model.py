@@ -15,7 +15,7 @@ from release.cards import model_tables, tables
 from release.facts import training
 from release.facts.model_facts import read_model_facts
 from stages.export import hf
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share, state_bytes
 from stages.mcore.model import build, named_tensors

@@ -19,7 +19,7 @@ from release.facts.model_facts import read_model_facts
 from stages.export import hf
 from stages.export.variants import registry as variants
 from stages.mcore.architectures import glm4_moe
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share
 from stages.mcore.model import Initial, build, named_buffers, named_tensors

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.core.errors import AtomError
 from stages.export import comparison, hf, streamed_model
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.architectures.qwen3_moe import from_hf, to_hf
 from stages.mcore.model import full_tensor, transformer_config
 from stages.mcore.row_tables import frequencies

@@ -17,7 +17,7 @@ from stages.export import hf
 from stages.export.variants.registry import obstacle
 from stages.generation.in_process import InProcess, LibraryDecoder
 from stages.generation.protocols import Prompt
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share
 from stages.mcore.model import Initial, build, named_tensors

@@ -57,7 +57,7 @@ def gaps(precision: str, seed: int) -> tuple[float, float]:
     with routers that choose."""
     from stages.generation.in_process import InProcess
     from stages.generation.protocols import Prompt
-    from stages.mcore.architectures.hf import hf_config
+    from stages.mcore.architectures.hf_mapping import hf_config
     from stages.rl.algorithms.grpo import without_routes
     from stages.rl.rollout.batches import Example, build_rank_batch
     from stages.train import parallel

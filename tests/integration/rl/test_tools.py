@@ -18,7 +18,7 @@ from pipeline.core.store import Artifact
 from stages.formats.seeds import seed_of
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.mcore.architectures.hf import hf_config
+from stages.mcore.architectures.hf_mapping import hf_config
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl import sandbox
 from stages.rl.rollout import rollouts

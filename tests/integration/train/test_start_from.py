@@ -17,7 +17,7 @@ from pipeline.core.store import Artifact, Store, sha256_file
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from release.hub.local.store import Commit, current_time
-from stages.data.acquire.readers.parquet import Parquet
+from stages.data.acquire.readers.row_files import Parquet
 from stages.export import hf
 from stages.formats import tokenizer
 from stages.formats.table import KEPT, content_hash, write_rows

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from pipeline.core.text import escaped
-from stages.data.acquire.readers.zstd import decompressed
+from stages.data.acquire.readers.row_files import decompressed
 
 # Bytes of a member that is read. The longest texts of Debian's manuals have some 4 MB.
 MAX_MEMBER = 2**24
