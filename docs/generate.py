@@ -8,7 +8,10 @@ docs/errors.md the tables of failures and waiting reasons, and docs/llms.txt fro
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
+import itertools
 import json
 import re
 import textwrap
@@ -77,8 +80,45 @@ def pages() -> dict[str, str]:
         "cli.md": "\n\n".join(command_blocks()) + "\n",
         "configuration.md": "\n\n".join(configuration) + "\n",
         "errors.md": with_part("errors.md", "failures", failures(), "waiting", waiting()),
+        "formats.md": formats(),
         "llms.txt": llms(),
     }
+
+
+def formats() -> str:
+    """The page of formats, with the columns of each table whose row type a mark names."""
+    page = (FOLDER / "formats.md").read_text(encoding="utf-8")
+    parts: list[str] = []
+    for part in re.findall(MARK.format(part=r"([\w.]+(?::[\w.]+)?)"), page):
+        row, _, file = part.partition(":")
+        module, _, name = row.rpartition(".")
+        parts += [part, columns(importlib.import_module(module), name, f"column of `{file}`" if file else "column")]
+    return with_part("formats.md", *parts)
+
+
+def columns(module: types.ModuleType, name: str, head: str) -> str:
+    """A table of the columns of a row type, each with the text below its field."""
+    fields = get_type_hints(getattr(module, name), include_extras=True)
+    meanings = texts_below(ast.parse(inspect.getsource(module)), name)
+    lines = [f"| {head} | type | meaning |", "|---|---|---|"]
+    for column, hint in fields.items():
+        nullable = ", nullable" if type(None) in get_args(get_args(hint)[0]) else ""
+        lines.append(f"| `{column}` | {get_args(hint)[1]}{nullable} | {meanings[column]} |")
+    return "\n".join(lines)
+
+
+def texts_below(module: ast.Module, name: str) -> dict[str, str]:
+    """The text below each field of a class and of its bases in the same module."""
+    (owner,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name)
+    here = {node.name for node in module.body if isinstance(node, ast.ClassDef)}
+    texts: dict[str, str] = {}
+    for base in owner.bases:
+        if isinstance(base, ast.Name) and base.id in here:
+            texts |= texts_below(module, base.id)
+    for field, below in itertools.pairwise(owner.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return texts
 
 
 def with_part(name: str, *parts_and_bodies: str) -> str:

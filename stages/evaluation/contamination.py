@@ -75,22 +75,24 @@ RANGES = 256
 
 
 class OverlapRow(TypedDict):
-    """An item and a phase.
-
-    Attributes:
-        words: Words of the item.
-        longest: Words of its longest run that occurs.
-        overlap: Share of its n-grams that occur.
-    """
+    """An item, and what the texts of a phase have of it."""
 
     id: String
+    """id of the item"""
     split: String
+    """`test`, `validation` or `fresh`"""
     kind: String
+    """kind of the item"""
     phase: String
+    """the phase whose texts were searched"""
     words: Int32
+    """words of the item"""
     longest: Int32
+    """words of the longest matching run"""
     overlap: Double
+    """share of the item's n-grams that occur"""
     verdict: String
+    """`clean`, `overlap` or `contaminated`"""
 
 
 OVERLAPS = columns_of(OverlapRow)

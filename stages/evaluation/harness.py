@@ -33,13 +33,21 @@ class ItemResult(TypedDict):
     """A value of one metric on one item."""
 
     set: String
+    """the set of the task"""
     task: String
+    """the task"""
     number: Int32
-    filter: String  # the harness's name of how the answer was taken from the response
+    """the item, as in `benchmarks`"""
+    filter: String
+    """the harness's name for the way the answer was extracted from the response"""
     metric: String
+    """such as `acc` or `exact_match`"""
     value: Double
+    """value of the metric on this item"""
     target: String
-    response: String  # what the model answered, or, as JSON, the log-probabilities of the choices
+    """what the harness expects"""
+    response: String
+    """the answer, or as JSON the log-probabilities of the choices"""
 
 
 RESULTS = columns_of(ItemResult)

@@ -45,22 +45,34 @@ class PasskeyRow(TypedDict):
     """The answer to a passkey item of `length` tokens, with the key at `depth` from 0 (start) to 1 (end)."""
 
     id: String
+    """`<length>/<depth>/<number>`"""
     length: Int32
+    """tokens of the whole item"""
     depth: Double
+    """share of the text before the key, 0 to 1"""
     expected: String
+    """the answer"""
     output: String
+    """the most probable token at each place of the answer, given the correct tokens before it"""
     score: Annotated[int, "int8"]
+    """1 exactly if a greedy decoder writes `expected`"""
 
 
 class PositionRow(TypedDict):
     """The bits of the tokens of a document at the positions `first` to `last`."""
 
     source: String
+    """source of the document"""
     id: String
+    """id of the document"""
     first: Int32
+    """first position, which is the number of tokens before a token"""
     last: Int32
+    """last position"""
     tokens: Int32
+    """scored tokens; the first token of a document is not scored"""
     nll_bits: Double
+    """minus log2 of the probability of these tokens"""
 
 
 PASSKEY = columns_of(PasskeyRow)

@@ -63,12 +63,19 @@ class DocumentRow(TypedDict):
     """A drawn document."""
 
     id: String
+    """id of the document"""
     source: String
+    """source of the document"""
     split: String
+    """`train` or `heldout`"""
     times_seen: Int64
+    """rows of the orders that hold its prefix and continuation; 0 if held out"""
     prefix: Int32
+    """first tokens of the document, which the model receives"""
     continuation: Int32
-    matching: Int32  # tokens of the continuation before the first that the model does not predict
+    """tokens after them that are compared"""
+    matching: Int32
+    """tokens of the continuation before the first one that a greedy continuation gets wrong"""
 
 
 DOCUMENTS = columns_of(DocumentRow)

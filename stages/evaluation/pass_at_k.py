@@ -53,17 +53,29 @@ class Answer(TypedDict):
     """A row of answers.parquet."""
 
     id: String
+    """id of the item"""
     kind: String
-    sample: Int32  # GREEDY or 0, 1, …
+    """kind of the item"""
+    sample: Int32
+    """-1 for the greedy answer"""
     seed: Annotated[int, "uint64"]
+    """0 for the greedy answer"""
     text: String
+    """special tokens in words, without the stop token"""
     answer: String
+    """the text after the reasoning"""
     finished: Annotated[bool, "bool"]
-    tokens: Int32  # of the text, with the stop token
+    """whether the answer ended by itself"""
+    tokens: Int32
+    """all generated tokens"""
     reward: Double
-    parts: String  # those of the reward, as JSON
+    """reward by the verifier"""
+    parts: String
+    """parts of the reward, as JSON"""
     verifier: String
+    """the scorer"""
     verifier_version: String
+    """version of the scorer"""
 
 
 ANSWERS = columns_of(Answer)

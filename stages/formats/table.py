@@ -46,24 +46,35 @@ HeldoutFraction = Annotated[float, Range(0, 1, below=True)]
 
 
 class DocumentRow(TypedDict):
-    """A document as acquired; docs/formats.md explains each column of this and the other tables."""
+    """A document as acquired. docs/formats.md shows the columns of the tables from here."""
 
     id: String
+    """`<source>/<name>`: unique over all sources, the same in every run"""
     text: String
+    """the document"""
     source: String
+    """name of the source"""
     license: String
+    """SPDX expression of the document; that of its source unless the document has one"""
     origin: String
+    """the URL of a web document; else the source's origin, `#` and the file (or task) within it"""
     content_hash: String
+    """SHA-256 of the text"""
     prompt_chars: Int32
+    """leading characters that carry no loss in training; 0 for text"""
 
 
 class FailedRow(TypedDict):
     """A document that could not be read; its license is that of its source."""
 
     id: String
+    """`<source>/<file>:<line or row>`"""
     source: String
+    """source of the row"""
     license: String
+    """that of the source; LicenseRef-unmapped or LicenseRef-unknown-web where documents have their own"""
     reason: String
+    """what is wrong with the row"""
 
 
 class DerivedRow(TypedDict):
@@ -127,24 +138,38 @@ class DispositionRow(TypedDict):
     """The decision of curation about an input document."""
 
     id: String
+    """id of the input document"""
     source: String
+    """source of the input document"""
     license: String
+    """license of the input document"""
     content_hash: String
+    """SHA-256 of the text as acquired"""
     bytes: Int64
+    """bytes of the text as acquired"""
     disposition: String
+    """`kept` or `removed`"""
     split: OptionalString
+    """`train` or `heldout`; null if removed"""
     rule: OptionalString
+    """the rule that removed the document, below; null if kept"""
     value: OptionalDouble
+    """the value that the rule measured; null if kept, and for a [block](curation.md) that states none"""
     threshold: OptionalDouble
+    """the threshold that the value is compared with; null where `value` is"""
     duplicate_of: OptionalString
+    """id of the document that was kept instead when the rule was applied"""
     match: OptionalString
+    """id of the matching evaluation item; for deny-list and blocklist see below"""
     kept_hash: OptionalString
+    """hash of the kept text; differs from `content_hash` if a step edited the text; null if removed"""
 
 
 class GeneratedDispositionRow(DispositionRow):
     """The decision about a text that a generator wrote."""
 
     generator: String
+    """only of [texts that a model wrote](synthetic-data.md): its name"""
 
 
 class ItemRow(TypedDict):
@@ -176,15 +201,25 @@ class OrderRow(TypedDict):
     """A segment of a training step."""
 
     step: Int32
+    """step, from 1"""
     row: Int32
+    """row of the step's global batch"""
     segment: Int16
+    """place in the row; 0 unless rows are packed"""
     source: String
+    """source of the document"""
     part: Int32
+    """the part of the source, `train/<source>/part-<part>`"""
     ordinal: Int32
+    """the number of the document's sequence in that part"""
     id: String
+    """id of the document"""
     offset: Int32
+    """first token of the segment in the document"""
     length: Int32
+    """tokens of the segment, at most sequence_length + 1"""
     loss_from: Int32
+    """number of leading targets, of `length - 1`, that carry no loss"""
 
 
 def columns_of(row: type[Any]) -> dict[str, str]:
