@@ -13,8 +13,7 @@ from pathlib import Path
 from pipeline.core.errors import CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
-from release.tree import Tree, inode, is_foreign_link
-from release.untrusted import open_regular, read
+from release.untrusted import Tree, inode, is_foreign_link, open_regular, read
 
 SUMS_BYTES, SUMS_LINES = 32 << 20, 300_000
 """The limit on all checksum files of a release together, which list each file twice."""

@@ -8,12 +8,36 @@
 Every repository (and every checkpoint branch) carries its own `SHA256SUMS`, so that a pulled copy can be checked alone,
 and once it is signed a `model.sig`.
 `evidence/SHA256SUMS` covers every file of the release except itself and the root's, and the root's covers it.
+
+The tables of documents in a dataset folder are in parts by source:
+
+    kept/<source>/part-*.parquet
+    dispositions/<source>/part-*.parquet
+    tokens/documents/<source>/part-*.parquet
+    order/<phase>/part-*.parquet
+    measures/<source>/part-*.parquet
+    attribution/<source>/part-*.parquet
+    notices/<source>/part-*.parquet
+    generated/<source>/part-*.parquet
+
+Part n of each table is about the documents of part n of the source. `measures` is there for sources whose steps
+measure, `attribution` for licenses that ask for it, `notices` for packages, `generated` for texts of a model.
+`over_parts` reads them with several processes. The folders of earlier runs, `earlier/<key>/`, have the same files.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.core.parts import PART_NAME, part_file, part_tables
+from stages.formats.table import MEASURES
 
 SUMS = "SHA256SUMS"
 ALL_SUMS = f"evidence/{SUMS}"
@@ -132,3 +156,137 @@ def folders_of(models: Sequence[str]) -> dict[str, str]:
     The untrained one is only published as a checkpoint.
     """
     return {model: MODEL if model == models[-1] else f"{MODEL}-{model}" for model in models if model != "init"}
+
+
+KEPT_TABLE = re.compile(rf"(earlier/[^/]+/)?kept/[^/]+/{PART_NAME}")
+"""The paths of tables of kept documents in a dataset folder."""
+DISPOSITIONS, KEPT, TOKENS = "dispositions", "kept", "tokens/documents"
+ATTRIBUTION = "attribution"
+"""The folder of the tables of documents whose licenses ask for attribution."""
+NOTICES = "notices"
+"""The folder of the tables of the notices of packages that have such documents."""
+GENERATED = "generated"
+"""The folder of the tables of how each text of a model was made."""
+Files = dict[str, list[Path]]
+"""{source: the files of its table, by part}, by source."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tables of one part of the documents of a source. Each file may be missing.
+
+    Attributes:
+        source: The source.
+        dispositions: The dispositions.
+        kept: The kept documents.
+        tokens: Their tokens.
+    """
+
+    source: str
+    dispositions: Path
+    kept: Path
+    tokens: Path
+
+
+def has_documents(dataset: Path) -> bool:
+    """Returns True if a folder has dispositions, as every dataset folder does."""
+    return (dataset / DISPOSITIONS).is_dir()
+
+
+def kept_files(dataset: Path) -> Files:
+    return _parts(dataset / KEPT)
+
+
+def attribution_files(dataset: Path) -> Files:
+    return _parts(dataset / ATTRIBUTION)
+
+
+def disposition_files(dataset: Path) -> Files:
+    return _parts(dataset / DISPOSITIONS)
+
+
+def token_files(dataset: Path) -> Files:
+    return _parts(dataset / TOKENS)
+
+
+def all_files(files: Files) -> list[Path]:
+    return [path for paths in files.values() for path in paths]
+
+
+def kept_beside(dispositions: Path) -> Path:
+    """Returns the table of the kept documents that a table of dispositions is about."""
+    return dispositions.parents[2] / KEPT / dispositions.parent.name / dispositions.name
+
+
+def notice_files(dataset: Path) -> Files:
+    return _parts(dataset / NOTICES)
+
+
+def generated_files(dataset: Path) -> Files:
+    return _parts(dataset / GENERATED)
+
+
+def measure_files(dataset: Path) -> Files:
+    return _parts(dataset / MEASURES)
+
+
+def document_parts(dataset: Path) -> Iterator[Part]:
+    """Lists the parts of all documents, by source and number."""
+    folders = [dataset / name for name in (DISPOSITIONS, KEPT, TOKENS)]
+    parts = [_parts(folder) for folder in folders]
+    for source in sorted(set().union(*parts)):
+        for name in sorted({path.name for files in parts for path in files.get(source, [])}):
+            yield Part(source, *(folder / source / name for folder in folders))
+
+
+def orders(dataset: Path) -> list[Path]:
+    """Lists the folders of the orders of all phases."""
+    return sorted(path.parent for path in (dataset / "order").glob("*/meta.json"))
+
+
+def problems(dataset: Path) -> Iterator[str]:
+    """Yields a sentence for each table with missing parts."""
+    for folder in (DISPOSITIONS, KEPT, TOKENS):
+        for source, files in _parts(dataset / folder).items():
+            if [path.name for path in files] != [part_file(number) for number in range(len(files))]:
+                yield f"{folder}/{source} does not have the parts 0 to {len(files) - 1}"
+
+
+def _parts(folder: Path) -> Files:
+    """Lists the parts in a folder with a folder for each source."""
+    if not folder.is_dir():
+        return {}
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    parts = {path.name: part_tables(path) for path in folders}
+    return {source: files for source, files in parts.items() if files}
+
+
+MOST_ALONE = 64 << 20
+"""Bytes of parts that one process reads: a second one takes about as long to start."""
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: Sequence[Path]) -> Iterator[Result]:
+    """Yields the result of `work` for each part, in their order.
+
+    Each process holds what one part needs, so memory grows with the cores and not with the parts. `work`, parts and
+    results must be picklable. `files` are those that are read; their size decides whether processes are worth it. An
+    error of a call is raised.
+    """
+    number = min(cores(), len(parts))
+    if number < 2 or sum(path.stat().st_size for path in files if path.exists()) <= MOST_ALONE:
+        yield from map(work, parts)
+        return
+    # A fork would copy the threads' locks of Arrow in an unknown state.
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"))
+    try:
+        yield from pool.map(work, parts)
+    finally:
+        # A caller that stops early does not wait for parts that have not begun.
+        pool.shutdown(cancel_futures=True)

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.merkle_tree import Tree, verify_inclusion
 from pipeline.core.store import canonical
-from release import data_layout, untrusted
+from release import layout, untrusted
 from stages.formats.table import column_names, stream_part_batches
 
 KEPT = ("id", "source", "content_hash", "license", "split")
@@ -137,11 +137,11 @@ def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
 def _tables(dataset: Path) -> dict[str, tuple[list[Path], list[str]]]:
     """Returns {table: (its files, the columns of its leaves)}."""
     tables: dict[str, tuple[list[Path], list[str]]] = {}
-    for source, files in data_layout.disposition_files(dataset).items():
+    for source, files in layout.disposition_files(dataset).items():
         tables[f"dispositions/{source}"] = files, column_names(files[0])
-    for source, files in data_layout.kept_files(dataset).items():
+    for source, files in layout.kept_files(dataset).items():
         tables[f"kept/{source}"] = files, list(KEPT)
-    for source, files in data_layout.token_files(dataset).items():
+    for source, files in layout.token_files(dataset).items():
         tables[f"tokens/{source}"] = files, list(TOKENS)
     return tables
 

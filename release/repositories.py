@@ -13,7 +13,7 @@ from pipeline.core.errors import CheckFailed
 from pipeline.core.text import printable
 from release.checksums import SUMS_LINES
 from release.layout import MODEL, PARTS, PUBLIC_KEY, RELEASE, SIGNATURE, SUMS, VARIANT, when
-from release.tree import ENTRIES, walk
+from release.untrusted import ENTRIES, walk
 
 MOST_ENTRIES = ENTRIES + 4 * SUMS_LINES
 """The maximum number of files and folders of a release."""

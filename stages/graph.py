@@ -11,9 +11,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import Store
 from pipeline.core.text import escaped
-from pipeline.graph import checkpoints, registry
-from pipeline.graph.checkpoints import Checkpoint
-from pipeline.graph.dag import Graph, NodeSpec, build_graph, names_in_words, require_same_beginning
+from pipeline.graph import dag, registry
+from pipeline.graph.dag import Checkpoint, Graph, NodeSpec, build_graph, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
@@ -202,9 +201,7 @@ def _imported(recipe: Recipe, config: ReleaseRecipe, store: Store) -> tuple[Star
 def _continued_checkpoints(phases: Sequence[TextPhase], title: str, store: Store) -> dict[str, Checkpoint]:
     """Returns the checkpoint of an earlier run from which a phase continues, by the node of the phase."""
     return {
-        phase.node: checkpoints.find(
-            phase.config.continue_from, phase.node, f"{title}: {phase.where}.continue_from", store
-        )
+        phase.node: dag.find(phase.config.continue_from, phase.node, f"{title}: {phase.where}.continue_from", store)
         for phase in phases
         if phase.config.continue_from
     }

@@ -35,8 +35,7 @@ from pipeline.core.source_code import code_digests
 from pipeline.core.stage import family, identity, operation
 from pipeline.core.store import Artifact, Store, digest_of, rows_of, sha256_file
 from pipeline.graph import registry
-from pipeline.graph.checkpoints import Checkpoint
-from pipeline.graph.dag import Graph, Node
+from pipeline.graph.dag import Checkpoint, Graph, Node
 from pipeline.graph.run import Run
 from pipeline.launch.diagnoses import strip_paths
 from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, USAGE_SECONDS, Ranks, Usage

@@ -18,12 +18,11 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_number
 from pipeline.core.source_code import PACKAGES
 from pipeline.core.store import Artifact
-from release import data_layout, merkle, references
+from release import layout, merkle, references
 from release.cards import croissant, plots, render, results
 from release.checks import loading
 from release.checks.check import BuildContext, LoadReport
 from release.checks.tool_files import OWN_VERIFIER
-from release.data_layout import ATTRIBUTION
 from release.facts import model_facts, run_facts, runtimes
 from release.facts.forecast import FILE, FOLDER
 from release.facts.forecast import MODEL as MODEL_PREDICTED
@@ -32,6 +31,7 @@ from release.facts.model_facts import rendered_chat
 from release.facts.published_tables import to_json
 from release.facts.run_facts import index_rows
 from release.layout import (
+    ATTRIBUTION,
     CANARY,
     CODE_README,
     FILTER_AGREEMENT,
@@ -423,7 +423,7 @@ def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[P
         AtomError: The credits in an artifact are not those of the documents.
     """
     written = set[str]()
-    for source, files in data_layout.kept_files(dataset).items():
+    for source, files in layout.kept_files(dataset).items():
         # A source without such licenses has no table at all.
         if not any(_asking(batch) for path in files for batch in stream_batches(path, ["license"])):
             continue
@@ -436,7 +436,7 @@ def write_attribution(dataset: Path, acquired: Mapping[str, Path]) -> Iterator[P
                     write(rows)
             yield table
             if (notices := _stream(acquired.get(source), "notices", path, NOTICES)) is not None:
-                table = dataset / data_layout.NOTICES / source / path.name
+                table = dataset / layout.NOTICES / source / path.name
                 with row_writer(table, NOTICES) as write_row:
                     for row in notices:
                         if row["package"] in packages:

@@ -19,7 +19,7 @@ import yaml
 
 from pipeline.core import provenance
 from pipeline.core.errors import AtomError
-from release import data_layout, references, schema
+from release import layout, references, schema
 from release.audit.replay.plan import Plan, select_steps
 from release.audit.replay.report import read_certificates
 from release.audit.replay.source import Source
@@ -142,7 +142,7 @@ def _row(name: str, for_a_yes: str) -> Callable[[Callable[[Published], Answer]],
 def _documents(release: Published) -> Answer:
     import pyarrow.parquet as pq
 
-    files = data_layout.all_files(data_layout.kept_files(release.dataset))
+    files = layout.all_files(layout.kept_files(release.dataset))
     texts = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
     sources = read_json(release.dataset / "summary.json")["sources"].values()
     kept = sum(sum(s["kept"].values()) if isinstance(s["kept"], dict) else s["kept"] for s in sources)

@@ -25,7 +25,7 @@ from release.checksums import Digests, compare
 from release.layout import ALL_SUMS, PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS
 from release.opened_release import Release
 from release.signing import ANYONE, Trust, TrustPolicy
-from release.tree import scan
+from release.untrusted import scan
 from release.web_page import page as web_page
 
 __all__ = ["CheckResult", "Verdict", "kind_of", "verify"]

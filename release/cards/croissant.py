@@ -12,10 +12,10 @@ from typing import Any
 
 from pipeline.core.parts import PART_PATTERN, part_number
 from pipeline.core.store import sha256_file
-from release import data_layout
-from release.data_layout import all_files
+from release import layout
 from release.facts.data_facts import DataFacts, SourceFacts
 from release.facts.published_tables import read_json
+from release.layout import all_files
 from release.schema import ReleaseInfo
 
 NAME = "croissant.json"
@@ -112,17 +112,17 @@ def describe_dataset(
 
 def _tables(dataset: Path, data: DataFacts) -> dict[str, list[Path]]:
     """Returns the files of each table by its name."""
-    tables = {"dispositions": all_files(data_layout.disposition_files(dataset))}
+    tables = {"dispositions": all_files(layout.disposition_files(dataset))}
     by_source = {
-        "kept": {name: files for name, files in data_layout.kept_files(dataset).items() if name in data.sources},
-        "attribution": data_layout.attribution_files(dataset),
-        "notices": data_layout.notice_files(dataset),
-        "measures": data_layout.measure_files(dataset),
-        "generated": data_layout.generated_files(dataset),
+        "kept": {name: files for name, files in layout.kept_files(dataset).items() if name in data.sources},
+        "attribution": layout.attribution_files(dataset),
+        "notices": layout.notice_files(dataset),
+        "measures": layout.measure_files(dataset),
+        "generated": layout.generated_files(dataset),
     }
     for kind, sources in by_source.items():
         tables |= {f"{kind}-{name}": files for name, files in sources.items()}
-    tables["tokens"] = all_files(data_layout.token_files(dataset))
+    tables["tokens"] = all_files(layout.token_files(dataset))
     tables["problems"] = [dataset / "evaluation/items.parquet"]
 
     # The others are orders, rollouts and pairs, outputs and results of each item. Their names are made of their paths.

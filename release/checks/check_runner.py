@@ -17,7 +17,7 @@ from release.checks.check import HOLDS, NOTHING_LARGE, Absent, Check, Findings, 
 from release.checks.confine import Budget
 from release.checks.verdict import CheckResult, answer
 from release.opened_release import Release
-from release.tree import Tree, real_bytes
+from release.untrusted import Tree, real_bytes
 
 SECONDS, MEMORY = 20.0, 192 << 20
 """The processor time of all checks together, and the memory of each check in bytes."""

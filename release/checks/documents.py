@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from release import data_layout, merkle, references
+from release import layout, merkle, references
 from release.checks.check import Findings, require_file
 from release.facts import message_tables
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
@@ -172,7 +172,7 @@ def _unlicensed(dataset: Path, expressions: set[str]) -> Iterator[str]:
     """Yields sentences about documents without a license. Adds the licenses to `expressions`."""
     import pyarrow.compute as pc
 
-    for path in data_layout.all_files(data_layout.disposition_files(dataset)):
+    for path in layout.all_files(layout.disposition_files(dataset)):
         for batch in text_batches(path, ["id", "source", "license"]):
             stated = batch.column("license").unique().to_pylist()
             expressions.update(license or "" for license in stated)
@@ -198,13 +198,13 @@ def dispositions(release: Release) -> Findings:
 
 def _unbalanced(dataset: Path, counts: Counter[str], kept: Counter[str]) -> Iterator[str]:
     """Yields the problems of dispositions. Counts the documents of each source, and the kept ones."""
-    files = data_layout.all_files(data_layout.disposition_files(dataset))
+    files = layout.all_files(layout.disposition_files(dataset))
     for path, id in repeated_ids(files):
         yield f"{_name(dataset, path)}: document {id} has two fates"
     if not files:
-        yield f"{data_layout.DISPOSITIONS} has no table"
-    yield from data_layout.problems(dataset)
-    for part in data_layout.document_parts(dataset):
+        yield f"{layout.DISPOSITIONS} has no table"
+    yield from layout.problems(dataset)
+    for part in layout.document_parts(dataset):
         yield from _unbalanced_part(dataset, part, counts, kept)
     known = counts.keys() | read_json(dataset / "summary.json")["sources"].keys()
     for path in sorted((dataset / "sources").glob("*.json")):
@@ -216,7 +216,7 @@ def _unbalanced(dataset: Path, counts: Counter[str], kept: Counter[str]) -> Iter
             yield f"dispositions: {counts[source]} documents of {source}, the source says another number"
 
 
-def _unbalanced_part(dataset: Path, part: data_layout.Part, counts: Counter[str], kept: Counter[str]) -> Iterator[str]:
+def _unbalanced_part(dataset: Path, part: layout.Part, counts: Counter[str], kept: Counter[str]) -> Iterator[str]:
     import pyarrow.compute as pc
 
     name = _name(dataset, part.dispositions)
@@ -242,7 +242,7 @@ def _unbalanced_part(dataset: Path, part: data_layout.Part, counts: Counter[str]
         yield _not_in_both(dataset, table.path, row["id"])
 
 
-def _misplaced(dataset: Path, part: data_layout.Part, table: Rows, expected: Any) -> Iterator[str]:
+def _misplaced(dataset: Path, part: layout.Part, table: Rows, expected: Any) -> Iterator[str]:
     """Says how the next kept documents of a part differ from those that dispositions expect.
 
     Says nothing after the first that stands elsewhere, since the later ones then do too.
@@ -299,12 +299,12 @@ def content_hashes(release: Release) -> Findings:
     """
     dataset = release.dataset
     by_reference = references.read(dataset).keys()
-    parts = list(data_layout.document_parts(dataset))
+    parts = list(layout.document_parts(dataset))
     problems = (text for part in parts for text in _unequal_hashes(dataset, part, by_reference))
     return Findings(list(islice(problems, MOST_PROBLEMS)), compared=bool(parts))
 
 
-def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collection[str]) -> Iterator[str]:
+def _unequal_hashes(dataset: Path, part: layout.Part, by_reference: Collection[str]) -> Iterator[str]:
     if missing := [path for path in (part.dispositions, part.tokens) if not path.exists()]:
         yield f"{_name(dataset, missing[0])} is missing"
         return
@@ -337,7 +337,7 @@ def _unequal_hashes(dataset: Path, part: data_layout.Part, by_reference: Collect
     yield from _hashes_of_removed(dataset, part)
 
 
-def _stray_tokens(dataset: Path, part: data_layout.Part) -> Iterator[str]:
+def _stray_tokens(dataset: Path, part: layout.Part) -> Iterator[str]:
     """Yields a sentence for each row of tokens with an unknown source or split."""
     import pyarrow.compute as pc
 
@@ -350,7 +350,7 @@ def _stray_tokens(dataset: Path, part: data_layout.Part) -> Iterator[str]:
             yield f"{_name(dataset, part.tokens)}: {id} is no kept document"
 
 
-def _hashes_of_removed(dataset: Path, part: data_layout.Part) -> Iterator[str]:
+def _hashes_of_removed(dataset: Path, part: layout.Part) -> Iterator[str]:
     import pyarrow.compute as pc
 
     for batch in text_batches(part.dispositions, ["id", "disposition", "kept_hash"]):

@@ -16,7 +16,7 @@ from pipeline.core.text import unprintable
 from release import untrusted
 from release.cards.plots import entries
 from release.layout import LOSS, PAGE, PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SUMS
-from release.tree import keeps_modes
+from release.untrusted import keeps_modes
 
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
 """Names of files that hold pickles, or that loaders unpickle."""
@@ -73,7 +73,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
     modes = keeps_modes(folder)
     problems = []
     for path, status in sorted(files.items()):
-        # The Hub's client writes there, and `release.tree` has refused all that it does not write.
+        # The Hub's client writes there, and `release.untrusted` has refused all that it does not write.
         if path.startswith(".cache/"):
             continue
         source = archive and (path.startswith("code/") or path == SECOND_VERIFIER)

@@ -16,7 +16,7 @@ from release.checksums import SUMS_BYTES, SUMS_LINES, read_sums
 from release.layout import ALL_SUMS, LOSS, MODEL, ORIGINS, PARTS, RETRACTED, SUMS, VARIANT
 from release.published_files import kind_of_place, list_of, shown
 from release.repositories import MOST_ENTRIES, Repository, files_within, published, repositories
-from release.tree import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
+from release.untrusted import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
 
 SMALL_JSON = 4 << 20
 """The maximum size of a file that is read to identify a folder."""

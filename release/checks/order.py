@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.parts import part_file, part_tables
 from pipeline.core.store import sha256_file
 from release.checks.check import BuildContext, Findings
-from release.data_layout import orders
 from release.facts.published_tables import read_json, stream_batches
-from release.layout import WITHOUT_ORDER, phases_of
+from release.layout import WITHOUT_ORDER, orders, phases_of
 from release.opened_release import Release
 from release.tracing import order_lookup
 from stages.data.order.chunks import ChunkIndex, Cut, seal_index

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from release import data_layout, references, untrusted
+from release import layout, references, untrusted
 from release.checks.check import Findings
 from release.facts.document_facts import OptOut, read_opt_outs, removed_documents
 from release.facts.published_tables import read_json
@@ -29,7 +29,7 @@ def by_reference(release: Release) -> Findings:
     dataset = release.dataset
     stated = references.read(dataset)
     findings = Findings(compared=bool(stated))
-    for name, files in data_layout.kept_files(dataset).items():
+    for name, files in layout.kept_files(dataset).items():
         documents, without = map(sum, zip(*map(_counts, files), strict=True))
         if name not in stated:
             if without:
@@ -42,7 +42,7 @@ def by_reference(release: Release) -> Findings:
             f"the texts of {documents:,} documents of {name} are by reference to {stated[name].origin}; "
             "`atom rebuild-data` gets them and compares every hash"
         )
-    for name in sorted(stated.keys() - data_layout.kept_files(dataset).keys()):
+    for name in sorted(stated.keys() - layout.kept_files(dataset).keys()):
         findings.problems.append(f"references.json names {name}, of which there are no documents")
     findings.problems += _unreasoned(dataset, stated)
     names = ", ".join(findings.skipped)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
-from release import data_layout, references
+from release import layout, references
 from release.facts import message_tables
 from release.facts.document_facts import DocumentFacts, OptOut, read_document_facts, read_opt_outs
 from release.facts.published_tables import read_json, stream_batches, stream_rows
@@ -176,7 +176,7 @@ class DataFacts:
 def read_data_facts(dataset: Path) -> DataFacts:
     """Reads the facts from the dataset repository alone."""
     evaluation = dataset / "evaluation"
-    orders = _by_name(data_layout.orders(dataset))
+    orders = _by_name(layout.orders(dataset))
     scored = _by_name(scores.parent for scores in evaluation.glob("*/scores.json"))
     probed = _by_name(path.parent for path in dataset.glob(f"rl/*/{PROBES}"))
     return DataFacts(
@@ -200,7 +200,7 @@ def _first_documents(dataset: Path) -> Iterator[tuple[str, tuple[str, str]]]:
 
     It is the first training document near the start of the source's table; a source without one is left out.
     """
-    for source, files in list(data_layout.kept_files(dataset).items())[:EXAMPLES]:
+    for source, files in list(layout.kept_files(dataset).items())[:EXAMPLES]:
         rows = islice(stream_rows(files, ["id", "text", "split"], EXAMPLE_ROWS), EXAMPLE_ROWS)
         first = next((row for row in rows if row["split"] == "train" and row["text"]), None)
         if first is not None:
@@ -210,7 +210,7 @@ def _first_documents(dataset: Path) -> Iterator[tuple[str, tuple[str, str]]]:
 def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
     fates: dict[str, _Fates] = {}
     columns = ["source", "license", "disposition", "split", "rule"]
-    disposition_files = data_layout.all_files(data_layout.disposition_files(dataset))
+    disposition_files = layout.all_files(layout.disposition_files(dataset))
     for keys, documents, size in _totals(disposition_files, columns, "bytes"):
         source, license, disposition, split, rule = keys
         fates.setdefault(source, _Fates()).add(license, disposition, split, rule, documents, size)
@@ -222,15 +222,15 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
         sources[name].conversations = message_tables.features_of(dataset, name)
         if "generated" in declared:
             sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
-            records = sum(map(row_count, data_layout.generated_files(dataset).get(name, [])))
+            records = sum(map(row_count, layout.generated_files(dataset).get(name, [])))
             # Each text of a model must say how it was made.
             if records != sources[name].documents_in:
                 raise CheckFailed(
-                    f"{data_layout.GENERATED}/{name} has records of {records} texts, and {sources[name].documents_in} "
+                    f"{layout.GENERATED}/{name} has records of {records} texts, and {sources[name].documents_in} "
                     "documents of the source have dispositions"
                 )
     tokens: dict[str, Counter[str]] = {name: Counter() for name in sources}
-    token_files = data_layout.all_files(data_layout.token_files(dataset))
+    token_files = layout.all_files(layout.token_files(dataset))
     for (source, split), _, count in _totals(token_files, ["source", "split"], "tokens"):
         tokens[source][split] += count
     for name, by_split in tokens.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import CheckFailed
-from release import data_layout
+from release import layout
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches, stream_rows
 from release.layout import OPT_OUTS
 from stages.data.acquire.licenses.allow import asks_for_attribution
@@ -134,7 +134,7 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
     import numpy as np
 
     facts, asking = DocumentFacts(), Counter[str]()
-    files = data_layout.all_files(data_layout.token_files(dataset))
+    files = layout.all_files(layout.token_files(dataset))
     for batch in stream_batches(files, ["source", "license", "tokens"], BATCH):
         tokens = batch["tokens"].to_numpy()
         ranges, asks = np.searchsorted(LENGTHS, tokens), np.zeros(len(tokens), bool)
@@ -161,8 +161,8 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
     facts.lengths = dict(sorted(facts.lengths.items()))
     facts.attributed = _count_attributed(dataset, asking)
     facts.notices = _count_notices(dataset)
-    token_files = data_layout.token_files(dataset)
-    for source, files in data_layout.measure_files(dataset).items():
+    token_files = layout.token_files(dataset)
+    for source, files in layout.measure_files(dataset).items():
         by_name = {path.name: path for path in token_files.get(source, [])}
         for path in files:
             if path.name in by_name:
@@ -179,13 +179,12 @@ def _count_attributed(dataset: Path, asking: Counter[str]) -> dict[str, int]:
     list as many.
     """
     counts = {
-        source: sum(row_count(path) for path in files)
-        for source, files in data_layout.attribution_files(dataset).items()
+        source: sum(row_count(path) for path in files) for source, files in layout.attribution_files(dataset).items()
     }
     for source in sorted(asking if counts else ()):
         if counts.get(source, 0) != asking[source]:
             raise CheckFailed(
-                f"{data_layout.ATTRIBUTION}/{source} lists {counts.get(source, 0)} documents, and the licenses of "
+                f"{layout.ATTRIBUTION}/{source} lists {counts.get(source, 0)} documents, and the licenses of "
                 f"{asking[source]} ask for attribution"
             )
     return counts
@@ -197,13 +196,13 @@ def _count_notices(dataset: Path) -> int:
     Raises CheckFailed if a digest is not that of a text, or has none before it.
     """
     digests = set[str]()
-    files = data_layout.all_files(data_layout.notice_files(dataset))
+    files = layout.all_files(layout.notice_files(dataset))
     for row in stream_rows(files, ["sha256", "text"], TEXT_BATCH):
         # A text is published once, with the first package that has it.
         if row["sha256"] in digests:
             continue
         if content_hash(row["text"] or "") != row["sha256"]:
-            raise CheckFailed(f"{data_layout.NOTICES} has no text whose SHA-256 is {row['sha256']}")
+            raise CheckFailed(f"{layout.NOTICES} has no text whose SHA-256 is {row['sha256']}")
         digests.add(row["sha256"])
     return len(digests)
 
@@ -322,7 +321,7 @@ def removed_documents(dataset: Path) -> Iterator[dict[str, Any]]:
     """
     import pyarrow.compute as pc
 
-    for batch in stream_batches(data_layout.all_files(data_layout.disposition_files(dataset)), OPT_OUT_COLUMNS, BATCH):
+    for batch in stream_batches(layout.all_files(layout.disposition_files(dataset)), OPT_OUT_COLUMNS, BATCH):
         for row in batch.filter(pc.equal(batch.column("rule"), OPT_OUT_RULE)).to_pylist():
             kind, *requests = (row.pop("match") or "").split(" ")
             yield {**row, "found": kind, "requests": requests}

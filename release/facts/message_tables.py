@@ -15,9 +15,9 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.parts import part_tables
-from release import data_layout, references, untrusted
-from release.data_layout import over_parts
+from release import layout, references, untrusted
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
+from release.layout import over_parts
 from stages.formats import chat, chat_templates
 from stages.formats.table import SPLITS
 
@@ -32,7 +32,7 @@ def chat_sources(dataset: Path) -> dict[str, list[Path]]:
     by_reference = references.read(dataset)
     return {
         name: files
-        for name, files in data_layout.kept_files(dataset).items()
+        for name, files in layout.kept_files(dataset).items()
         if name not in by_reference and _kind(dataset, name) == "chat"
     }
 

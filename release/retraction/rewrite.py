@@ -12,9 +12,8 @@ from typing import Any
 from pipeline.core import atomic_files
 from release import merkle
 from release.cards.document_tables import is_example_of
-from release.data_layout import ATTRIBUTION
 from release.facts import message_tables
-from release.layout import ROOTS, SITE, SUMS
+from release.layout import ATTRIBUTION, ROOTS, SITE, SUMS
 from release.repositories import files_below
 from release.retraction.documents import Reached
 from release.schema import CARD

@@ -18,11 +18,10 @@ from urllib.parse import urlsplit
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.text import escaped
-from release import data_layout
-from release.data_layout import over_parts
+from release import layout
 from release.facts.data_facts import BATCH
 from release.facts.published_tables import stream_rows
-from release.layout import MODEL, WITHOUT_ORDER, numbered
+from release.layout import MODEL, WITHOUT_ORDER, numbered, over_parts
 from release.standards.standard_facts import NOT_STATED, StandardFacts
 
 Json = dict[str, Any]
@@ -183,7 +182,7 @@ def _domains(facts: StandardFacts, sources: tuple[str, ...]) -> list[Json] | str
     """Returns the largest tenth of the domains with the bytes of their kept documents as read, or why it has none."""
     # No text is read: the sizes stand in the dispositions, in the order of the kept documents.
     dataset, sizes = facts.folder / "dataset", Counter[str]()
-    parts = [part for part in data_layout.document_parts(dataset) if part.source in sources]
+    parts = [part for part in layout.document_parts(dataset) if part.source in sources]
     for of_part in over_parts(_domains_of_part, parts, [part.dispositions for part in parts]):
         sizes.update(of_part)
         if len(sizes) > MOST_DOMAINS:
@@ -193,7 +192,7 @@ def _domains(facts: StandardFacts, sources: tuple[str, ...]) -> list[Json] | str
     return [{"domain": domain, "bytes": size} for domain, size in tenth] or NOT_STATED
 
 
-def _domains_of_part(part: data_layout.Part) -> Counter[str]:
+def _domains_of_part(part: layout.Part) -> Counter[str]:
     """Returns the bytes of each domain of a part; at most one domain more than MOST_DOMAINS.
 
     Raises:

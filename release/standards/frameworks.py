@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from release import data_layout
+from release import layout
 from release.layout import MODEL, WITHOUT_ORDER, numbered
 from release.standards.standard_facts import NOT_STATED, StandardFacts, address
 from stages.data.acquire.licenses.allow import AllowedLicenses
@@ -173,7 +173,7 @@ def _data_requirements(facts: StandardFacts) -> Iterator[Requirement]:
     yield "data", "how the data was selected and processed is described", as_run, reason, "code/as-run"
 
     # Texts by reference count as listed, because anybody can get them where the release says.
-    rows = sum(row_count(path) for path in data_layout.all_files(data_layout.kept_files(folder / "dataset")))
+    rows = sum(row_count(path) for path in layout.all_files(layout.kept_files(folder / "dataset")))
     referenced = sum(sources[name].kept for name in facts.data.by_reference)
     reason = f"the texts of {rows - referenced} of {kept} kept documents are in the release"
     if referenced:

@@ -11,8 +11,7 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_number
-from release.data_layout import kept_beside, kept_files
-from release.layout import numbered, order_of, when
+from release.layout import kept_beside, kept_files, numbered, order_of, when
 from release.tracing import order_lookup, rollout_lookup
 from release.tracing.answers import Document, Fate, Place, Segment, Step, TaskRecord, TaskUse, Use
 from release.tracing.order_lookup import Places

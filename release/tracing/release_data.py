@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from release import data_layout, schema
-from release.data_layout import all_files, disposition_files, kept_files
+from release import layout, schema
 from release.facts import training
 from release.facts.data_facts import earlier_orders
 from release.facts.published_tables import BATCH, read_json
-from release.layout import EXPORTED, numbered, when
+from release.layout import EXPORTED, all_files, disposition_files, kept_files, numbered, when
 from release.opened_release import Release
 
 Rows = list[dict[str, Any]]
@@ -79,7 +78,7 @@ class ReleaseData:
         """
         schema.require_readable(folder)
         for opened in (Release(folder), Release(folder, "dataset")):
-            if data_layout.has_documents(opened.dataset):
+            if layout.has_documents(opened.dataset):
                 return cls(opened)
         raise AtomError(
             f"{folder} is neither a release nor its data repository: it has no dispositions; give the folder that "
@@ -106,7 +105,7 @@ class ReleaseData:
     def orders(self) -> dict[str, list[OrderPart]]:
         """Returns {phase: the orders that it followed}, both in the order of training."""
         parts_by_phase = {}
-        final_orders = {folder.name: folder for folder in data_layout.orders(self.data)}
+        final_orders = {folder.name: folder for folder in layout.orders(self.data)}
         for phase in sorted(final_orders, key=when):
             folders = [*earlier_orders(self.data, phase), final_orders[phase]]
             first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]

@@ -22,9 +22,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import canonical, sha256_bytes, sha256_file
 from release import references
 from release.checksums import read_sums
-from release.data_layout import KEPT_TABLE
 from release.facts.published_tables import TEXT_BATCH
-from release.layout import SUMS
+from release.layout import KEPT_TABLE, SUMS
 from release.tracing.answers import Match, TextMatches
 from release.tracing.documents import find_uses
 from release.tracing.release_data import Progress, ReleaseData

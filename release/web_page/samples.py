@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release import data_layout, tracing, untrusted
+from release import layout, tracing, untrusted
 from release.facts.data_facts import DataFacts
 from release.facts.published_tables import read_json, stream_batches, stream_rows
 from release.layout import when
@@ -78,7 +78,7 @@ def read_removals(dataset: Path) -> list[Removal]:
     import pyarrow.compute as pc
 
     removals: dict[str, Removal] = {}
-    files = data_layout.all_files(data_layout.disposition_files(dataset))
+    files = layout.all_files(layout.disposition_files(dataset))
     for batch in stream_batches(files, [*REMOVED_COLUMNS, "disposition"], 65536):
         removed = batch.filter(pc.equal(batch.column("disposition"), "removed"))
         rules, sizes = removed.column("rule").to_pylist(), removed.column("bytes").to_pylist()

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.graph.checkpoints import Checkpoint
-from pipeline.graph.dag import NodeSpec
+from pipeline.graph.dag import Checkpoint, NodeSpec
 from stages.mcore.lora import Lora
 from stages.models.base import ModelConfig
 from stages.train import smaller_model

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from release import data_layout
-from release.data_layout import over_parts
+from release import layout
 from release.facts import message_tables
+from release.layout import over_parts
 from stages.formats import chat
 from stages.formats.table import KEPT, write_rows
 
@@ -69,8 +69,8 @@ def test_the_tables_state_the_features_of_what_was_kept(tmp_path: Path) -> None:
 def test_several_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, together = write_dataset(tmp_path / "alone"), write_dataset(tmp_path / "together")
     list(message_tables.write_messages(alone))
-    monkeypatch.setattr(data_layout, "MOST_ALONE", 0)
-    monkeypatch.setattr(data_layout, "cores", lambda: 2)
+    monkeypatch.setattr(layout, "MOST_ALONE", 0)
+    monkeypatch.setattr(layout, "cores", lambda: 2)
     list(message_tables.write_messages(together))
     assert tables_of(alone) == tables_of(together)
     (together / "messages/talk/heldout/part-00002.parquet").unlink()
@@ -78,7 +78,7 @@ def test_several_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_error_in_a_process_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_layout, "MOST_ALONE", -1)
-    monkeypatch.setattr(data_layout, "cores", lambda: 2)
+    monkeypatch.setattr(layout, "MOST_ALONE", -1)
+    monkeypatch.setattr(layout, "cores", lambda: 2)
     with pytest.raises(FileNotFoundError):
         list(over_parts(Path.read_bytes, [tmp_path / "a", tmp_path / "b"], []))

@@ -11,7 +11,7 @@ import pytest
 from release.checks.check_runner import CheckRunner
 from release.checks.verdict import CheckResult
 from release.opened_release import Release
-from release.tree import scan
+from release.untrusted import scan
 
 
 class Panic(BaseException):

@@ -15,7 +15,7 @@ from release.audit import rebuild
 from release.checksums import compare, read_sums
 from release.facts.published_tables import Manifest
 from release.layout import ALL_SUMS, REFERENCES, SUMS
-from release.tree import is_foreign_link
+from release.untrusted import is_foreign_link
 
 
 class Source:

@@ -16,8 +16,8 @@ import pytest
 from pipeline.core.store import Artifact
 from release import tracing
 from release.checks import documents, order
-from release.data_layout import all_files, disposition_files, kept_files, token_files
 from release.facts.published_tables import read_json
+from release.layout import all_files, disposition_files, kept_files, token_files
 from release.opened_release import Release
 from release.tracing.documents import find_documents, find_uses
 from release.tracing.order_lookup import steps_by_file

@@ -17,7 +17,7 @@ from release.checks.formats import formats
 from release.facts.published_tables import read_rows
 from release.layout import PAGE, SITE
 from release.opened_release import Release
-from release.tree import scan
+from release.untrusted import scan
 from release.web_page import page as web_page
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from pipeline.core import text
 from pipeline.core.errors import CheckFailed, MachineError
-from release import scratch, tree, untrusted
+from release import scratch, untrusted
 from release.audit.verify import kind_of
 from release.checks import confine, formats
 from release.checks.check import NOTHING_LARGE, Reads
@@ -361,7 +361,7 @@ def test_names_that_no_terminal_should_see(copy: Path) -> None:
 
 def test_too_many_and_too_deep(copy: Path) -> None:
     (copy / "model/many").mkdir()
-    for number in range(tree.ENTRIES + 10_000):
+    for number in range(untrusted.ENTRIES + 10_000):
         os.link(copy / "LICENSE", copy / f"model/many/{number}")
     assert "entries, far more than its checksums name" in judge(copy)[0]
     shutil.rmtree(copy / "model/many")
@@ -451,7 +451,7 @@ def test_a_check_may_take_what_belongs_to_the_files_that_it_reads(tmp_path: Path
         (tmp_path / path).write_bytes(os.urandom(1 << 20))
     hole(tmp_path / "a/hole.json")
     (tmp_path / "a/again.json").hardlink_to(tmp_path / "a/x.json")
-    runner = CheckRunner(Release(tmp_path), tree.scan(tmp_path, 0), deep=False)
+    runner = CheckRunner(Release(tmp_path), untrusted.scan(tmp_path, 0), deep=False)
     runner.tables = {"a/x.parquet": (1 << 40, 1 << 40), "b/y.parquet": (10, 1000)}
     assert runner._allowance(NOTHING_LARGE) == Budget(0, 0)
     small = runner._allowance(Reads(("b/",)))
@@ -462,7 +462,7 @@ def test_a_check_may_take_what_belongs_to_the_files_that_it_reads(tmp_path: Path
 
 
 def test_checks_that_come_after_all_time_is_spent_are_not_ok(tmp_path: Path) -> None:
-    runner = CheckRunner(Release(tmp_path), tree.scan(tmp_path, 0), deep=False)
+    runner = CheckRunner(Release(tmp_path), untrusted.scan(tmp_path, 0), deep=False)
     runner.seconds = 0.0
     first, second = (runner.run(name, lambda: CheckResult("x", True, "holds")) for name in ("one", "two"))
     assert first.ok is False and "comes after checks that took 20 s" in first.detail
@@ -563,7 +563,7 @@ MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda rw
     ("place", "keeps"), [("/home/x", True), ("/media/a stick/release", False), ("/media/a", True), ("/mediaeval", True)]
 )
 def test_the_file_system_shows_whether_it_keeps_what_may_be_run(place: str, keeps: bool) -> None:
-    assert tree.keeps_modes(Path(place), MOUNTS) is keeps
+    assert untrusted.keeps_modes(Path(place), MOUNTS) is keeps
 
 
 def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from release.checks.verdict import CheckResult, answer
 from release.facts import model_facts
 from release.facts.published_tables import to_json
 from release.opened_release import Release
-from release.tree import Tree
+from release.untrusted import Tree
 from stages.export.hf import generation_config, model_tokenizer_config
 from stages.formats.tokenizer import tokenizer_config
 from stages.train.checkpoint import release_checkpoint

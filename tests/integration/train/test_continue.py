@@ -21,7 +21,7 @@ from pipeline.core.lease import Lease
 from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from pipeline.graph.checkpoints import Checkpoint
+from pipeline.graph.dag import Checkpoint
 from pipeline.launch.attempt import Attempt, CheckpointArtifacts, Task
 from pipeline.launch.rendezvous import Ranks
 from stages.data.order import order_stage
