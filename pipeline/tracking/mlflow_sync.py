@@ -116,7 +116,7 @@ def curve_metrics(rows: Iterable[Point], start: StartSettings | None) -> list[An
 
 
 def score_metrics(artifact: Artifact, prefix: str = "") -> list[Any]:
-    """Returns the scores of a product; with a prefix, which the parent run has, only the estimates among them."""
+    """Returns the scores of a product for the run of its stage; with a prefix, the estimates for the parent run."""
     from mlflow.entities import Metric
 
     numbers = scores_of(artifact)

@@ -41,7 +41,7 @@ def tensors(release: Release) -> Findings:
         with safe_open(path, framework="pt") as f:
             for key in f.keys():  # noqa: SIM118 (not a mapping)
                 tensor = f.get_tensor(key)
-                # PyTorch has no test for FP8.
+                # `isfinite` does not take FP8.
                 if tensor.itemsize == 1:
                     tensor = tensor.float()
                 if not torch.isfinite(tensor).all():
