@@ -29,19 +29,22 @@ def write_sums(target: Path, folder: Path, paths: list[str]) -> None:
 
 
 def read_sums(path: Path, name: str) -> dict[str, str]:
-    """Returns {path: sha256}.
+    """Returns {path: sha256} of a checksum file, which messages call `name`.
 
     Raises CheckFailed with the line that is damaged, duplicate or out of order, or whose path no release can have.
     """
     if not os.path.lexists(path):
         raise CheckFailed(f"{name} is missing")
     try:
-        root = path.parents[0 if os.path.isabs(name) else name.count("/")]  # of the repository
+        # The folder of the release, in which `name` is the path; that of the file itself for an absolute one.
+        depth = 0 if os.path.isabs(name) else name.count("/")
+        root = path.parents[depth]
         # A pulled repository in the Hub's cache is made of links, and no other link is followed.
         follow = not is_foreign_link(root, path.relative_to(root).as_posix())
         data = read(path, SUMS_BYTES, follow=follow)
     except CheckFailed as error:
         raise CheckFailed(str(error).replace(path.name, name, 1)) from None
+
     rows: dict[str, str] = {}
     last, line = "", b"\n"
     # Splits at line feeds only; `splitlines` also splits at characters that a name may contain.
@@ -87,14 +90,14 @@ def compare(
 
     `present` lists the regular files in the folder.
     """
-    wrong = [f"{path} is missing (listed in {name})" for path in sorted(set(sums) - set(present))]
-    wrong += [f"{path} is not listed in {name}" for path in sorted(set(present) - set(sums))]
-    wrong += [
+    differences = [f"{path} is missing (listed in {name})" for path in sorted(set(sums) - set(present))]
+    differences += [f"{path} is not listed in {name}" for path in sorted(set(present) - set(sums))]
+    differences += [
         f"{path} is altered: it is not the file that {name} lists"
         for path in sorted(set(sums) & set(present))
         if digest(folder / path) != sums[path]
     ]
-    return wrong
+    return differences
 
 
 class Digests:
@@ -111,12 +114,12 @@ class Digests:
         self.folder, self.tree = folder, tree
         # Largest first, so that no core ends with the longest file alone.
         present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)
-        path_of_inode = {self._file(path): path for path in present}  # a file of several names is hashed once
+        path_of_inode = {self._inode(path): path for path in present}  # a file of several names is hashed once
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
             digests = dict(zip(path_of_inode, pool.map(self._digest, path_of_inode.values()), strict=True))
-        self.digests = {folder / path: digests[self._file(path)] for path in present}
+        self.digests = {folder / path: digests[self._inode(path)] for path in present}
 
-    def _file(self, path: str) -> object:
+    def _inode(self, path: str) -> object:
         return inode(self.tree.files[path])
 
     def __call__(self, path: Path) -> str:
@@ -129,13 +132,14 @@ class Digests:
         status = self.tree.files.get(path)
         if status is None:
             return ""
+
         digest, remaining = hashlib.sha256(), status.st_size
         try:
             with open_regular(self.folder / path, follow=True) as file:
                 while chunk := file.read(min(1 << 20, remaining + 1)):
                     digest.update(chunk)
                     remaining -= len(chunk)
-                    # It grew since the listing, whose size set the limits.
+                    # The file grew since it was listed, and its size then set the limits.
                     if remaining < 0:
                         return ""
         except (OSError, CheckFailed):

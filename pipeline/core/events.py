@@ -101,7 +101,7 @@ class FileReport:
         self.fail(Failure(text))
 
     def fail(self, failure: Failure) -> NoReturn:
-        """Does the work of `abandon`, with the kind of the failure."""
+        """Has the failure recorded and ends the process, from any thread: `abandon` for a failure of any kind."""
         if not self.ending.acquire(blocking=False):
             sys.exit()  # in any thread but the main one this ends that thread only
         # The outcome is recorded in a thread with a deadline, so that the process ends even if something hangs.
@@ -116,10 +116,12 @@ class FileReport:
         if isinstance(outcome, Failure):
             values = {"outcome": outcome.text, "kind": outcome.kind}
         # On a full disk it waits a while, because failing stages free space when they remove their drafts.
-        deadline, write = time.monotonic() + ROOM_SECONDS, partial(self.event, "end", **values)
+        deadline = time.monotonic() + ROOM_SECONDS
+        write = partial(self.event, "end", **values)
         while True:
             try:
-                return write()
+                write()
+                return
             except OSError:
                 if time.monotonic() > deadline:
                     raise
@@ -171,7 +173,7 @@ class Attempt(_Event):
     """A job has started."""
 
     event: Literal["attempt"]
-    # The name of its folder of messages.
+    # The name of the folder with the messages of its ranks.
     launch: NotRequired[str]
 
 
@@ -179,7 +181,7 @@ class Start(_Event):
     """The attempt holds the lease, and the stage begins."""
 
     event: Literal["start"]
-    pid: int
+    pid: int  # of rank 0
     ranks: int
     gpus: NotRequired[int]  # allotted ones
 
@@ -194,6 +196,8 @@ class Progress(_Event):
 
 
 class Note(_Event):
+    """A line for people, which is in the log too."""
+
     event: Literal["note"]
     text: str
 
@@ -217,7 +221,7 @@ class End(_Event):
     """The end of the attempt."""
 
     event: Literal["end"]
-    outcome: str
+    outcome: str  # `sealed`, `busy`, or the sentence of a failure
     kind: NotRequired[str | None]  # of a failure
 
 
@@ -286,7 +290,7 @@ POINT: TypeAdapter[Point] = TypeAdapter(Point)
 Row = TypeVar("Row")
 # The longest accepted line, in bytes.
 LINE = 2**20
-# The bytes that one call reads. That many events take days.
+# The most bytes that one call of `Tail.read` reads. That many events take days.
 ONE_READ = 64 * 2**20
 
 
@@ -317,34 +321,40 @@ class Tail(Generic[Row]):
     def read(self) -> list[Row]:
         """Returns the lines since the last call."""
         rows: list[Row] = []
+        self.has_more = False
         try:
             with json_files.open_file(self.path) as file:
-                skipped = os.fstat(file.fileno()).st_size - ONE_READ
-                if skip := skipped > self.offset and not self.whole:
-                    location = json_files.printable(self.path)
-                    json_files.note(f"{location} has more than {ONE_READ:,} bytes; only the last ones are read")
-                    self.offset = skipped
+                last_bytes_offset = os.fstat(file.fileno()).st_size - ONE_READ
+                skips_bytes = last_bytes_offset > self.offset and not self.whole
+                if skips_bytes:
+                    name = json_files.printable(self.path)
+                    json_files.note(f"{name} has more than {ONE_READ:,} bytes; only the last ones are read")
+                    self.offset = last_bytes_offset
                 file.seek(self.offset)
                 end_offset = self.offset + self.chunk
-                if skip:
+                if skips_bytes:
                     file.readline(ONE_READ)  # the rest of a line
+
+                is_at_end = False
                 while file.tell() < end_offset and (line := file.readline(LINE)):
                     self.cut = not line.endswith(b"\n")
                     if self.cut and len(line) < LINE:
+                        is_at_end = True
                         break
                     # A longer line than LINE is skipped piece by piece, so that it is never in memory as a whole.
-                    long = self.cut
+                    is_too_long = self.cut
                     while self.cut and file.tell() < end_offset and (remainder := file.readline(LINE)):
                         self.cut = not remainder.endswith(b"\n")
                     location = f"the line that ends at byte {file.tell():,}: "
                     self.offset = file.tell()
                     try:
-                        if long:
+                        if is_too_long:
                             raise Damaged(self.path, f"{location}it is too long")
                         rows.append(json_files.parse(line, self.path, self.kind, location))
                     except Damaged as error:
                         json_files.report(error, "the other lines count")
-                self.has_more = file.tell() >= end_offset and not self.cut
+                # A line that is too long may go on after the last byte that was read here.
+                self.has_more = file.tell() >= end_offset and not is_at_end
         except FileNotFoundError:
             pass
         except Damaged as error:

@@ -45,12 +45,16 @@ class Process(TypedDict):
     """The body of a lease: the process that holds it."""
 
     host: str
+    # The id of the host's boot; empty if the host has none.
     boot: str
     pid: Annotated[int, Field(ge=1, lt=2**31)]
+    # The time at which the process started, in clock ticks since boot.
     start: str | None
+    # The id of its Slurm job, how often Slurm has started that again, and the number of the launch within this start.
     job: NotRequired[str]
     restart: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]
     relaunch: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]
+    # True once the holder has given the lease back.
     released: NotRequired[bool]
 
 
@@ -71,6 +75,7 @@ def _process_start(pid: int) -> str | None:
 
 
 def _boot() -> str:
+    """Returns the id of this host's boot; "" if the host has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -78,13 +83,14 @@ def _boot() -> str:
 
 
 def this_process() -> dict[str, str | int | None]:
-    """Returns this process in a form by which others can check whether it is alive.
-
-    In a Slurm job, it has the job and its start as well.
-    """
+    """Returns this process as a `Process`, by which others can check whether it is alive."""
     pid = os.getpid()
-    process: dict[str, str | int | None] = {"host": socket.gethostname(), "boot": _boot(), "pid": pid}
-    process["start"] = _process_start(pid)
+    process: dict[str, str | int | None] = {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": pid,
+        "start": _process_start(pid),
+    }
     if job := os.environ.get("SLURM_JOB_ID"):
         process |= {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
         if relaunch := os.environ.get(RELAUNCH_VARIABLE):
@@ -126,9 +132,12 @@ def has_exited(process: Mapping[str, Any]) -> bool:
 class Holder:
     """The holder of a lease, and whether the lease still counts."""
 
+    # The <n> of its file `lease.<n>`.
     number: int
+    # The host and the id of the process; `UNREADABLE` and 0 for an unreadable lease.
     host: str
     pid: int
+    # True if nobody may succeed the holder yet.
     alive: bool
 
 
@@ -227,7 +236,8 @@ class Lease:
             with suppress(OSError):
                 lost = self.lost
             if lost:
-                return self.on_lost()
+                self.on_lost()
+                return
 
     def release(self) -> None:
         """Lets a successor start at once.
@@ -283,17 +293,18 @@ class SharedProgress:
             size: Bytes that were read, hashed or written, for callers that count them. It is not used.
         """
         now = time.monotonic()
+        # Touching the file for each piece of work would load the file system.
         if now < self._next_touch:
             return
         self._next_touch = now + self.interval
-        # Touching the file for each piece of work would load the file system.
         with suppress(OSError):  # on a full disk the work itself fails with a sentence
             self.path.touch()
 
     def has_moved(self) -> bool:
         """Returns True if any process, this one included, has touched the file since the last call."""
         current = self._time()
-        moved, self._seen = current != self._seen, current
+        moved = current != self._seen
+        self._seen = current
         return moved
 
     def _time(self) -> int:

@@ -23,22 +23,29 @@ from pipeline.graph.run import Run
 def flat(value: Any, prefix: str = "", is_operational: bool = False) -> Iterator[tuple[str, tuple[Any, bool]]]:
     """Yields (dotted field, (plain value, operational)) of every setting.
 
-    An item of a list of sections is called by its `name`, else by its number.
+    An operational setting is in no key: see `pipeline.core.stage.operational`. An item of a list of sections is called
+    by its `name`, else by its number.
+
+    Args:
+        value: The setting, or a section of settings.
+        prefix: A point, and the dotted field of the section.
+        is_operational: True if the section is operational, and so is everything in it.
     """
     if isinstance(value, BaseModel):
         for name, info in type(value).model_fields.items():
             extra = info.json_schema_extra
-            inner = isinstance(extra, dict) and extra.get("identity") is False
-            yield from flat(getattr(value, name), f"{prefix}.{name}", is_operational or inner)
+            is_operational_field = isinstance(extra, dict) and extra.get("identity") is False
+            yield from flat(getattr(value, name), f"{prefix}.{name}", is_operational or is_operational_field)
     elif isinstance(value, Mapping) and value:
         for name, item in value.items():
             yield from flat(item, f"{prefix}.{name}", is_operational)
     elif _is_list_of_sections(value):
         names = [_name(item) for item in value]
         # Names serve only if every item has one, and no two have the same.
-        distinct = None not in names and len(set(names)) == len(names)
+        are_distinct = None not in names and len(set(names)) == len(names)
         for number, item in enumerate(value):
-            yield from flat(item, f"{prefix}.{names[number] if distinct else number}", is_operational)
+            label = names[number] if are_distinct else number
+            yield from flat(item, f"{prefix}.{label}", is_operational)
     else:
         yield prefix.lstrip("."), (to_jsonable_python(value), is_operational)
 
@@ -64,21 +71,24 @@ def recipe_settings(run: Run) -> dict[str, Any]:
     return _settings(run, "recipes")
 
 
-def _settings(run: Run, kind: str) -> dict[str, Any]:
+def _settings(run: Run, folder: str) -> dict[str, Any]:
+    """Returns the settings in the YAML files of a folder of a run, without those of locks."""
     fields: dict[str, Any] = {}
-    for path in sorted((run.folder / kind).glob("*.yaml")):
-        title = f"{run.id}/{kind}/{path.name}"
-        if not path.name.endswith(LOCK_SUFFIX):
-            try:
-                fields |= {field: value for field, (value, _) in flat(parse_yaml(read_file(path, title), title))}
-            except RecipeError as error:
-                json_files.note(f"{error}; its settings are left out")
+    for path in sorted((run.folder / folder).glob("*.yaml")):
+        if path.name.endswith(LOCK_SUFFIX):
+            continue
+        title = f"{run.id}/{folder}/{path.name}"
+        try:
+            settings = parse_yaml(read_file(path, title), title)
+            fields |= {field: value for field, (value, _) in flat(settings)}
+        except RecipeError as error:
+            json_files.note(f"{error}; its settings are left out")
     return fields
 
 
 # The files of an artifact with results of a measurement.
 SCORES = ("scores.json", "report.json")
-# The field of an estimate beside its standard error and its count; the estimate has the name of the whole.
+# The field of an estimate beside its standard error and its count. Its number gets the name of the object with them.
 ESTIMATE = "value"
 _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
@@ -101,14 +111,18 @@ def scores_of(artifact: Artifact) -> dict[str, float]:
 
 def estimates(numbers: dict[str, float]) -> dict[str, float]:
     """Returns the numbers that have a standard error, an interval or a count beside them."""
-    wholes = {name.rpartition("/")[0] for name in numbers}
-    return {name: value for name, value in numbers.items() if name in wholes}
+    # `a` is an estimate if there is `a/se`.
+    names_above = {name.rpartition("/")[0] for name in numbers}
+    return {name: value for name, value in numbers.items() if name in names_above}
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Yields the numbers in a JSON value, by their dotted names. Texts, flags, null and lists are left out."""
+    """Yields the numbers in a JSON value, by their names with slashes. Texts, flags, null and lists are left out."""
     if isinstance(value, dict):
-        for part, inner in value.items():
-            yield from _numbers(inner, name if part == ESTIMATE and name else f"{name}/{part}".lstrip("/"))
+        for field, inner in value.items():
+            if field == ESTIMATE and name:
+                yield from _numbers(inner, name)
+            else:
+                yield from _numbers(inner, f"{name}/{field}".lstrip("/"))
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield name, float(value)

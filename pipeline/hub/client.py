@@ -29,12 +29,13 @@ from pipeline.hub.limits import PUBLIC_HUB, HubLimit
 
 # Status codes after which a call is repeated.
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
-# Without Retry-After, the waits between them take half a minute together.
+# The number of attempts. Without Retry-After, the waits between them take half a minute together.
 ATTEMPTS = 6
-# The number of attempts without any answer.
+# The number of attempts if the Hub does not answer at all.
 UNREACHABLE_ATTEMPTS = 3
 # The number of files that are downloaded at the same time.
 DOWNLOADS = 8
+# The longest wait between two attempts.
 MAX_RETRY_SECONDS = 60.0
 # The maximum number of files, branches or commits that a Hub may list.
 MAX_LISTED = 1_000_000
@@ -81,9 +82,9 @@ def load() -> Any:
 @lru_cache(maxsize=1)
 def _limit_client(hub_module: Any) -> None:
     """Puts `limits` on every client that the module creates from now on."""
-    from huggingface_hub.utils import _http
+    from huggingface_hub.utils import _http as client_http
 
-    hub_module.set_client_factory(lambda: limits.install(_http.default_client_factory(), endpoint()))
+    hub_module.set_client_factory(lambda: limits.install(client_http.default_client_factory(), endpoint()))
 
 
 def _http() -> Any:
@@ -124,6 +125,8 @@ class RetryingClient:
         self._retrying(download_all)()
 
     def _retrying(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that makes a call, up to ATTEMPTS times."""
+
         def retrying(*arguments: Any, **options: Any) -> Any:
             inspect.signature(call).bind(*arguments, **options)  # raises TypeError for a wrong call
             with limits.limited():
@@ -176,18 +179,22 @@ def _answer(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 def _pause(error: Exception, attempt: int) -> float | None:
     """Returns the seconds until a failed call is repeated; None if it is not repeated.
 
-    They are the Hub's Retry-After, or else 1, 2, 4, … by the number of the attempt.
+    The seconds are the Hub's Retry-After, or else 1, 2, 4, … by the number of the attempt.
     """
-    if isinstance(error, json.JSONDecodeError):  # a failing server's; the client reads some answers before their status
+    # A failing server sends it: the client reads some answers before it checks their status.
+    if isinstance(error, json.JSONDecodeError):
         return 2.0**attempt
-    # the client's error for a failed download; its cause says why
+
+    # The client raises LocalEntryNotFoundError for a failed download; its cause says why.
     cause = error.__cause__ if isinstance(error, load().errors.LocalEntryNotFoundError) else error
-    is_silent = isinstance(cause, _http().TransportError)
-    if _status(cause) not in RETRIED_STATUSES and not (is_silent and attempt < UNREACHABLE_ATTEMPTS - 1):
+    is_unanswered = isinstance(cause, _http().TransportError)
+    if _status(cause) not in RETRIED_STATUSES and not (is_unanswered and attempt < UNREACHABLE_ATTEMPTS - 1):
         return None
+
     response = getattr(cause, "response", None)
     retry_after = str(response.headers.get("Retry-After", "")) if response is not None else ""
-    return min(float(retry_after) if retry_after.isdigit() else 2.0**attempt, MAX_RETRY_SECONDS)
+    seconds = float(retry_after) if retry_after.isdecimal() else 2.0**attempt
+    return min(seconds, MAX_RETRY_SECONDS)
 
 
 def api() -> Any:
@@ -285,8 +292,9 @@ def _status(error: Any) -> int | None:
 # itself recommends files below 200 GB and stores none above 500 GB (`docs/hub/storage-limits.md` of
 # github.com/huggingface/hub-docs, read at commit 003e04e94a59).
 FILE_BYTES = 50 * 10**9
+# The most files of a folder.
 FOLDER_FILES = 10_000
-# A recommendation: the Hub refuses no repository for its files.
+# The most files of a repository. A recommendation: the Hub refuses no repository for its files.
 REPOSITORY_FILES = 100_000
 # The longest part of a path and the longest path of a repository. File systems take 255 bytes and 4,096, of which the
 # client needs some for its own files beside them.

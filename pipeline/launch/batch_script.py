@@ -39,16 +39,17 @@ EARLY_SIGNAL_SECONDS = 60
 class BatchScript:
     """The values of the template."""
 
+    # The id of the run, and the name of the stage.
     run: str
     stage: str
-    # Options by their names without dashes; True for one that takes no value.
+    # The options of sbatch by their names without dashes; True for one that takes no value.
     sbatch_options: Mapping[str, str | int | bool]
     # Variables of the process that submits, which are set before the modules.
     forwarded_variables: Mapping[str, str]
     modules: tuple[str, ...]
     # Variables that are set after the modules.
     variables: Mapping[str, str]
-    # Lines of shell.
+    # Lines of shell that the profile runs before the stage.
     setup: tuple[str, ...]
     srun_options: str
     # The shell command for Python, perhaps in a container.
@@ -57,12 +58,12 @@ class BatchScript:
     submitit_folder: Path
     launches_folder: Path
     is_array: bool
-    # The number of restarts of a job whose attempts are not counted otherwise.
+    # The most restarts without progress.
     restarts: int
     # The folder of the bad nodes, each of which is avoided for so many seconds.
     nodes_folder: Path
     avoid_seconds: int
-    # A file of the run, which a node with the home folder has.
+    # A file of the run; a node that lacks it does not see the home folder.
     run_file: Path
     # True if the container has an image whose variables would take precedence over the job's.
     has_image: bool
@@ -84,13 +85,16 @@ class BatchScript:
 
     def text(self) -> str:
         """Returns the script, as sbatch takes it."""
-        of_profile = [name for name in self.forwarded_variables if name not in clean_environment.TAKEN_OVER]
+        container_variables: tuple[str, ...] = ()
+        if self.has_image:
+            forwarded = [name for name in self.forwarded_variables if name not in clean_environment.TAKEN_OVER]
+            container_variables = (*self.stage_variables, *self.variables, *forwarded)
         return _template().render(
             vars(self),
             non_secret_parts=clean_environment.NON_SECRET_PARTS,
             secret_names=clean_environment.SECRET_NAMES,
             allowed_names=tuple(dict.fromkeys((*clean_environment.ALLOWED, *self.forwarded_variables))),
-            container_variables=(*self.stage_variables, *self.variables, *of_profile) if self.has_image else (),
+            container_variables=container_variables,
             decisions={name: Decision[name.upper()] for name in ("sealed", "done", "restart", "relaunch", "failed")},
             relaunch_variable=RELAUNCH_VARIABLE,
             open_files=preflight.OPEN_FILES,
@@ -162,6 +166,7 @@ class RunScripts:
         """
         needs = node.stage.needs(node.config)
         allocation = self.slurm.allocation(node.name, needs)
+
         options = _sbatch_options(
             self.slurm,
             allocation.jobs,
@@ -180,6 +185,7 @@ class RunScripts:
             options["array"] = f"0-{tasks - 1}%{min(tasks, allocation.jobs.array_tasks or self.slurm.array_tasks)}"
         if allocation.spare_nodes:
             options["no-kill"] = True  # Slurm takes a lost node out of the job, and leaves the job its other nodes
+
         script = self._script(node, allocation.jobs, "shards" if tasks else "", options)
         script = replace(script, stage_variables=needs.environment)
         if not tasks:
@@ -208,7 +214,9 @@ class RunScripts:
             conditions: Dependencies in Slurm's notation.
         """
         options = _sbatch_options(self.slurm, servers, 1, 1, servers.cpus_per_task, servers.gpus_per_node)
-        options |= {"array": numbers} | ({"dependency": ",".join(conditions)} if conditions else {})
+        options["array"] = numbers
+        if conditions:
+            options["dependency"] = ",".join(conditions)
         return replace(
             self._script(node, servers, "servers", options),
             served_folder=f"/logs/{self.run.id}/{node.name}/submitit/",
@@ -219,8 +227,8 @@ class RunScripts:
     def _with_relaunches(self, script: BatchScript, allocation: Allocation) -> BatchScript:
         """Returns the script of a stage's job, which may launch its ranks again, with spare nodes beside theirs."""
         if allocation.spare_nodes:
-            place = f" --nodes={allocation.nodes} --ntasks={allocation.ranks}"
-            script = replace(script, srun_options=script.srun_options + place)
+            size = f" --nodes={allocation.nodes} --ntasks={allocation.ranks}"
+            script = replace(script, srun_options=script.srun_options + size)
         seconds = self.slurm.signal_before_limit_seconds + EARLY_SIGNAL_SECONDS
         relaunches = self.slurm.restarts_in_allocation
         return replace(script, relaunches=relaunches, relaunch_seconds=seconds, step_nodes=allocation.nodes)
@@ -249,9 +257,11 @@ class RunScripts:
             "chdir": str(store.home),
         }
 
-        # Of a step, whose command is a shell. Not every version of srun takes the cores from sbatch.
-        step = ["--unbuffered", "--output", str(log), "--export=ALL", "--mpi=none", f"--job-name={options['job-name']}"]
-        step += [f"--cpus-per-task={options['cpus-per-task']}", "--kill-on-bad-exit=1"]
+        # Not every version of srun takes the cores from sbatch.
+        srun = ["--unbuffered", "--output", str(log), "--export=ALL", "--mpi=none", f"--job-name={options['job-name']}"]
+        srun += [f"--cpus-per-task={options['cpus-per-task']}", "--kill-on-bad-exit=1"]
+        srun += [*_container_options(slurm, store, jobs.srun), *jobs.srun]
+
         return BatchScript(
             run=run.id,
             stage=node.name,
@@ -260,7 +270,7 @@ class RunScripts:
             modules=slurm.modules,
             variables={**variables, **slurm.environment, **jobs.environment},
             setup=slurm.setup,
-            srun_options=shlex.join([*step, *_container_options(slurm, store, jobs.srun), *jobs.srun]),
+            srun_options=shlex.join(srun),
             python=_python(slurm, store),
             submitit_folder=folder / "submitit",
             launches_folder=folder / "ranks",
@@ -280,10 +290,11 @@ def _sbatch_options(
     """Returns the sbatch options of every job of the profile."""
     gpus = f"{jobs.gpu_type}:{gpus_per_node}" if jobs.gpu_type and gpus_per_node else gpus_per_node
     is_exclusive = jobs.exclusive or jobs.whole_nodes
-    is_alone = is_exclusive or 0 < gpus_per_node == jobs.gpus_per_node
+    takes_whole_node = is_exclusive or 0 < gpus_per_node == jobs.gpus_per_node
     memory = f"{round(jobs.memory_gb * 1024)}M" if jobs.memory_gb else None
-    if jobs.memory_gb == 0 or (jobs.memory_gb is None and is_alone):
+    if jobs.memory_gb == 0 or (jobs.memory_gb is None and takes_whole_node):
         memory = "0"  # all of the node: Slurm gives even an exclusive job no more than DefMemPerCPU by itself
+
     options: dict[str, str | int | bool | None] = {
         "partition": jobs.partition,
         "time": jobs.minutes,
@@ -319,6 +330,7 @@ def _python(slurm: Slurm, store: Store) -> str:
     if container.kind == "apptainer":
         start = shlex.join(["apptainer", "exec", "--nv", "--bind", ",".join(_mounts(slurm, store)), container.image])
         return f'{start} env "${{job_variables[@]}}" {shlex.quote(container.python)}'
+
     binds: list[str] = []
     for mount in (*_HOST_MOUNTS, *_mounts(slurm, store)):
         source, _, target = mount.partition(":")
@@ -335,18 +347,20 @@ _HOST_MOUNTS = ("/proc", "/sys", "/dev", "/tmp", "/etc/hosts", "/etc/resolv.conf
 
 def _mounts(slurm: Slurm, store: Store) -> list[str]:
     """Returns the paths of the host that the container sees, as from:to or one path."""
-    assert slurm.container is not None, "there is one"
-    places = [str(store.home), *([slurm.scratch] if slurm.scratch else [])]
-    return [*(f"{place}:{place}" for place in places), *slurm.container.mounts]
+    assert slurm.container is not None, "only a container has mounts"
+    mounts = [f"{store.home}:{store.home}"]
+    if slurm.scratch:
+        mounts.append(f"{slurm.scratch}:{slurm.scratch}")
+    return [*mounts, *slurm.container.mounts]
 
 
-def _container_options(slurm: Slurm, store: Store, words: Iterable[str]) -> list[str]:
+def _container_options(slurm: Slurm, store: Store, profile_options: Iterable[str]) -> list[str]:
     """Returns srun's options for a container by pyxis.
 
     Args:
         slurm: The profile's section, with the container.
         store: The home, which is mounted.
-        words: Further options of the profile, which count more.
+        profile_options: The profile's own options of srun, which take precedence.
     """
     container = slurm.container
     if container is None or container.kind != "pyxis":
@@ -354,5 +368,5 @@ def _container_options(slurm: Slurm, store: Store, words: Iterable[str]) -> list
     options = [f"--container-image={container.image}", f"--container-mounts={','.join(_mounts(slurm, store))}"]
     # Without these, pyxis mounts the user's home folder and runs the entry point of the image, where the site has
     # configured that.
-    stated = {name.removeprefix("no-") for name in options_of(words)}
+    stated = {name.removeprefix("no-") for name in options_of(profile_options)}
     return options + [f"--no-{name}" for name in ("container-mount-home", "container-entrypoint") if name not in stated]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 # The MLFLOW_TRACKING_URI with which nothing is sent.
 NO_TRACKING = "none"
+# The signals with which a terminal and Slurm end a run.
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
 
 
@@ -23,7 +24,7 @@ class Companion:
             anything: many hosts cannot write one file of SQLite on a shared file system.
     """
 
-    # Seconds in which the process may send the rest: at the end of a run, and while idle nodes wait for it.
+    # Seconds in which the process may send the rest: usually, and while idle nodes wait for it.
     LAST_CHANCE = 60.0
     QUICK = 2.0
 
@@ -33,7 +34,7 @@ class Companion:
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         if uri == NO_TRACKING or not (whole or uri.startswith(("http:", "https:"))):
             return
-        # A terminal and Slurm signal all processes; this one ends when its input ends.
+        # A terminal and Slurm signal all processes. The new one inherits this mask, and ends when its input ends.
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             command = [sys.executable, "-m", "pipeline.tracking.mlflow_sync", str(home), run, "whole" if whole else ""]
@@ -45,7 +46,7 @@ class Companion:
         """Lets the process send the rest.
 
         Args:
-            over: True if the run has ended, too.
+            over: True if the run has ended, and not only this job of it.
             quick: True if idle nodes stay allocated meanwhile, so that there is little time.
         """
         if self.process is None:
@@ -55,8 +56,11 @@ class Companion:
             self.process.communicate("over" if over else "", timeout=seconds)
         except subprocess.TimeoutExpired:
             self.kill()
-            why = f"no answer within {seconds:.0f} seconds"
-            print(f"MLflow did not accept everything ({why}); `atom sync {self.run}` sends it later", flush=True)
+            print(
+                f"MLflow did not accept everything (no answer within {seconds:.0f} seconds); `atom sync {self.run}` "
+                "sends it later",
+                flush=True,
+            )
 
     def kill(self) -> None:
         """Ends the process at once."""

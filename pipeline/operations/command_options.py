@@ -35,7 +35,7 @@ def open_store() -> Store:
 
 
 def find_run(reference: str | None) -> tuple[Run, Store]:
-    """Returns the run whose id begins with `reference`, or the latest, and the home, after a warning of it."""
+    """Returns the run whose id begins with `reference`, or the latest, and the home. Warns of the home's problems."""
     from pipeline.graph import run as runs
 
     store = open_store()
@@ -64,6 +64,7 @@ def confirm(statement: str, action: str) -> None:
 
 
 def graph_of(recipe: str, without_data: bool = False) -> Graph:
+    """Returns the graph of a recipe, by its name or the path of its file. See `dag.compose` for `without_data`."""
     from pipeline.graph import dag
     from pipeline.graph import recipe as recipes
 

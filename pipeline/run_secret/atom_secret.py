@@ -40,13 +40,17 @@ def make(path: Path) -> None:
 
 
 def read(path: Path) -> bytes:
-    """Returns the secret in a file. Raises UnusableSecret if another user owns the file or may read it."""
+    """Returns the secret in a file.
+
+    Raises UnusableSecret if the file holds none, or if another user owns it or may read it.
+    """
     try:
         # A link is not followed, and the writer of a pipe is not waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = os.fdopen(descriptor, errors="replace")  # not of a folder
     except OSError as error:
         raise UnusableSecret(f"the secret {path} cannot be read ({error.strerror})") from None
-    with os.fdopen(descriptor) as file:
+    with file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
             raise UnusableSecret(f"the secret {path} must be a file of this user that nobody else may read; remove it")

@@ -45,6 +45,7 @@ from pipeline.launch.companion import NO_TRACKING
 BATCH, PARAMS_PER_BATCH = 1000, 100
 # The curve from which the utilization of the GPUs is computed.
 SPEED = "step_tokens_per_s"
+# The names of `error_tags`.
 ERROR_TAGS = ("atom.error", "atom.error_kind")
 
 
@@ -55,15 +56,18 @@ def send_batch(
     metrics: Sequence[Any] = (),
     tags: Mapping[str, str] | None = None,
 ) -> None:
-    """Sends any number of each, in as many requests as MLflow wants. It cuts long values itself."""
+    """Sends the tags, and any number of params and metrics in as many requests as MLflow wants.
+
+    MLflow cuts long values itself.
+    """
     from mlflow.entities import Param, RunTag
 
-    every = [Param(name, value) for name, value in (params or {}).items()]
+    param_entities = [Param(name, value) for name, value in (params or {}).items()]
     client.log_batch(run, tags=[RunTag(name, value) for name, value in (tags or {}).items()])
     for i in range(0, len(metrics), BATCH):
         client.log_batch(run, metrics=metrics[i : i + BATCH])
-    for i in range(0, len(every), PARAMS_PER_BATCH):
-        client.log_batch(run, params=every[i : i + PARAMS_PER_BATCH])
+    for i in range(0, len(param_entities), PARAMS_PER_BATCH):
+        client.log_batch(run, params=param_entities[i : i + PARAMS_PER_BATCH])
 
 
 def start_tags(start: StartSettings) -> dict[str, str]:
@@ -87,7 +91,8 @@ def run_tags(run: Run) -> dict[str, str]:
 def error_tags(node: NodeStatus) -> dict[str, str]:
     """Returns the tags about the failure of a stage."""
     sentence = redacted(node.message or node.reason or "the cause is not known")
-    return dict(zip(ERROR_TAGS, (sentence, node.kind or "unknown"), strict=True))
+    sentence_tag, kind_tag = ERROR_TAGS
+    return {sentence_tag: sentence, kind_tag: node.kind or "unknown"}
 
 
 def curve_metrics(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
@@ -111,7 +116,7 @@ def curve_metrics(rows: Iterable[Point], start: StartSettings | None) -> list[An
 
 
 def score_metrics(artifact: Artifact, prefix: str = "") -> list[Any]:
-    """Returns the scores of a product. With a prefix, for the run that has it: the estimates alone."""
+    """Returns the scores of a product for the run of its stage; with a prefix, the estimates for the parent run."""
     from mlflow.entities import Metric
 
     numbers = scores_of(artifact)
@@ -138,16 +143,28 @@ def as_params(values: Any) -> dict[str, str]:
 
 
 class _Progress(TypedDict):
+    """What MLflow has of a stage."""
+
+    # The bytes of metrics.jsonl that were sent.
     offset: Annotated[int, Field(ge=0, lt=2**63)]
+    # The id of its child run.
     id: NotRequired[str]
+    # The number of the start whose params and tags were sent last.
     start: NotRequired[int]
+    # The status of the child run; without it, RUNNING.
     status: NotRequired[str]
+    # True once everything of the sealed stage was sent.
     ended: NotRequired[bool]
 
 
 class _State(TypedDict):
+    """The content of mlflow.json."""
+
+    # By the names of the stages.
     nodes: dict[str, _Progress]
+    # The tracking URI, redacted.
     uri: NotRequired[str]
+    # The ids of the parent run and of the experiment.
     parent: NotRequired[str]
     experiment: NotRequired[str]
 
@@ -155,6 +172,7 @@ class _State(TypedDict):
 STATE: TypeAdapter[Any] = TypeAdapter(_State)
 # Seconds between two transfers.
 EVERY = 5.0
+# The first bytes of an SQLite file.
 SQLITE = b"SQLite format 3\0"
 # The largest result file that is sent, in bytes.
 SMALL = 1_000_000
@@ -243,8 +261,11 @@ class Forwarder:
             is_local = self.state["uri"].startswith("sqlite:")
             location = (self.store.home / "mlartifacts" / name).as_uri() if is_local else None
             experiment = client.get_experiment_by_name(name)
-            id = experiment.experiment_id if experiment else client.create_experiment(name, artifact_location=location)
-            self.state["experiment"] = id
+            if experiment:
+                self.state["experiment"] = experiment.experiment_id
+            else:
+                self.state["experiment"] = client.create_experiment(name, artifact_location=location)
+
             tags = run_tags(self.run)
             run = client.create_run(self.state["experiment"], run_name=self.run.id, tags=tags)
             self.state["parent"] = run.info.run_id
@@ -275,19 +296,21 @@ class Forwarder:
 
         It becomes FINISHED, or FAILED or KILLED with the error, or RUNNING again after one of these.
         """
-        before, now = progress.get("status", "RUNNING"), child_status(node)
-        if now == before:
+        sent_status, new_status = progress.get("status", "RUNNING"), child_status(node)
+        if new_status == sent_status:
             return
-        if now in ("FAILED", "KILLED"):
+
+        if new_status in ("FAILED", "KILLED"):
             send_batch(client, progress["id"], tags=error_tags(node))
-        elif before != "RUNNING":
+        elif sent_status != "RUNNING":
             for tag in ERROR_TAGS:
                 client.delete_tag(progress["id"], tag)
-        if now == "RUNNING":
-            client.update_run(progress["id"], status=now)
+
+        if new_status == "RUNNING":
+            client.update_run(progress["id"], status=new_status)
         else:
-            client.set_terminated(progress["id"], now)
-        progress["status"] = now
+            client.set_terminated(progress["id"], new_status)
+        progress["status"] = new_status
         self._save()
 
     def _metrics(self, client: Any, name: str, progress: dict[str, Any], start: StartSettings | None) -> None:
@@ -340,8 +363,8 @@ def outcome_of(nodes: list[NodeStatus]) -> str:
 def _require_sqlite(uri: str, artifact_folder: Path) -> None:
     """Raises Damaged if something else has the path of an SQLite file or of the folder of artifacts.
 
-    MLflow would retry for a minute, and wait forever for a pipe. Only called before SQLite opens the file, because
-    closing it here would release SQLite's locks on it.
+    MLflow would retry for a minute, and wait forever for a pipe. A success is cached, so that the file is opened here
+    only before SQLite opens it: closing it here later would release SQLite's locks on it.
     """
     if not uri.startswith("sqlite:///"):
         return
@@ -387,23 +410,25 @@ def follow(home: Path, run_id: str, whole: bool) -> None:
     store = Store(home)
     run = runs.find(store, run_id)
     folder = run.folder / "mlflow"
-    end = folder / "over"
+    # Exists once the run is over, for every process that may send.
+    over_file = folder / "over"
     lease = Lease.take(folder)
     # The input ends with the process that started this one, also if that process is killed.
     while not select.select([sys.stdin], [], [], EVERY)[0]:
         if lease is None or lease.lost:
             lease = Lease.take(folder)
         if lease is not None:
-            send(run, store, end.exists())
+            send(run, store, over_file.exists())
+
     over = whole or sys.stdin.read() == "over"
     if over:
-        end.touch()
+        over_file.touch()
     # At the end of a run its rest is sent here, once no other process sends.
     while lease is None and over:
         time.sleep(0.5)
         lease = Lease.take(folder)
     if lease is not None:
-        problem = send(run, store, end.exists())
+        problem = send(run, store, over_file.exists())
         lease.release()
         if problem:
             print(

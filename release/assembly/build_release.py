@@ -39,6 +39,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     # Fail before hours of copying and loading, and not after them.
     plots.require()
     require_nodes(source.artifacts)
+
     target = home / "releases" / f"{source.name}-{source.version}"
     # Beside the target and so on its file system, which makes the move to its place a single step.
     draft = target.with_name(f".{target.name}.{os.getpid()}")
@@ -59,6 +60,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         write_checksums(draft)
         for gate in results:
             progress(f"gate {gate.name}: {OUTCOMES[gate.ok]}, {gate.detail}")
+
         shutil.rmtree(refused, ignore_errors=True)
         # Kept for inspection; an earlier release stays in its place.
         if failed:
@@ -90,15 +92,14 @@ def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
 def write_checksums(folder: Path) -> None:
     """Writes the checksum files of a release.
 
-    Each repository gets its own first. Then follows the one over the whole release, and last the root's, which covers
-    that one too.
+    Those of the repositories in folders come first, then the one over the whole release, which lists them, and last the
+    one of the root's repository, which lists that one.
     """
     repos = repositories(folder)
     for repository in repos:
-        # The checksum files of the other repositories are themselves files of the whole, so the root's come last.
         if repository.folder:
             write_sums(folder / repository.folder / SUMS, folder / repository.folder, files_of(folder, repository))
-    write_sums(folder / ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)])
+    write_sums(folder / ALL_SUMS, folder, [path for path in files_below(folder) if path not in (SUMS, ALL_SUMS)])
     root_repository = next(repository for repository in repos if repository.folder == "")
     write_sums(folder / SUMS, folder, files_of(folder, root_repository))
 
@@ -124,6 +125,7 @@ def rewrite_page(release: Path, progress: Callable[[str], None] = lambda text: N
             ) from error
         if not any(web_page.differences(release / SITE, folder / SITE)) and (release / SUMS).exists():
             return False
+
         if (release / SIGNATURE).exists():
             raise AtomError(
                 f"{release} is signed, and another page would break the signature of its root; remove "

@@ -22,6 +22,7 @@ from release.layout import MODEL, model_name, models_of
 from stages.evaluation import harness
 
 PROBLEMS = "release_problems"
+"""The name of the task with the evaluation problems of the release."""
 
 
 def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
@@ -58,11 +59,12 @@ def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int
 
     models = models_of(path.stem for path in (release / "evidence/manifests").glob("*.json"))
     model = model_name(folder, models[-1] if models else "")
-    stated = release / "dataset/evaluation" / model / "items.parquet"
+    items = release / "dataset/evaluation" / model / "items.parquet"
     recipe = release / "evidence/recipe.json"
-    if not (stated.is_file() and recipe.is_file()):
-        raise CheckFailed(f"{release} does not contain {stated.relative_to(release)} and evidence/recipe.json")
-    return read_rows(stated), EvaluationSection.model_validate(read_json(recipe)["evaluation"]).max_new_tokens
+    if not (items.is_file() and recipe.is_file()):
+        raise CheckFailed(f"{release} does not contain {items.relative_to(release)} and evidence/recipe.json")
+    settings = EvaluationSection.model_validate(read_json(recipe)["evaluation"])
+    return read_rows(items), settings.max_new_tokens
 
 
 def evaluate(model: Any, tasks: list[str], include: Path | None = None, limit: int | None = None) -> dict[str, Any]:
@@ -83,17 +85,20 @@ def compare_answers(release: Path, folder: str, limit: int | None = None) -> dic
 
     The result has the harness's figure, the stated one, and the ids of the answers that differ.
     """
-    stated, max_new_tokens = read_problems(release, folder)
-    stated = sorted(stated, key=lambda row: row["id"])[:limit]
-    rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]
+    published, max_new_tokens = read_problems(release, folder)
+    published = sorted(published, key=lambda row: row["id"])[:limit]
+    rows = [
+        {"id": row["id"], "task": row["task"], "prompt": row["prompt"], "answer": row["expected"]} for row in published
+    ]
+
     results = harness.evaluate(harness.language_model(release / folder), [problems(rows, max_new_tokens)], None)
     answers = {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in results["samples"][PROBLEMS]}
     return {
         "model": folder,
-        "problems": len(stated),
+        "problems": len(published),
         "exact_match": results["results"][PROBLEMS]["exact_match,none"],
-        "stated": sum(row["score"] for row in stated) / len(stated),
-        "other_answers": [row["id"] for row in stated if answers[row["id"]] != row["output"]],
+        "stated": sum(row["score"] for row in published) / len(published),
+        "other_answers": [row["id"] for row in published if answers[row["id"]] != row["output"]],
     }
 
 
@@ -115,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
             result = evaluate(model, options.tasks.split(","), options.include_path, options.limit)
             report = {"model": options.model, "results": result["results"], "n-samples": result["n-samples"]}
         print(json.dumps(report, default=str))
-        return int(bool(report.get("other_answers")))
+        return 1 if report.get("other_answers") else 0
     except AtomError as error:
         print(f"release.audit.harness: {error}", file=sys.stderr)
         return error.exit_code

@@ -28,6 +28,7 @@ TEMPLATES = Path(__file__).parent
 OF_DATA = ": data"
 """The end of the title of a release's data."""
 WHERE_FROM = "atom, in the version that made this release; a copy that you trust already is better"
+"""The remark beside the commands that install `atom`."""
 HUB_LICENSES = frozenset(tables.WORDS["hub_licenses"])
 """The Hub's identifiers that equal the SPDX identifier in lower case."""
 METRICS: dict[Literal["bits_per_byte", "accuracy"], tuple[str, str, str]] = {
@@ -39,7 +40,8 @@ METRICS: dict[Literal["bits_per_byte", "accuracy"], tuple[str, str, str]] = {
 
 def render_all(release: Release) -> Iterator[tuple[str, str]]:
     """Yields (path in the release, text) of each card of a release, which has all files that the cards describe."""
-    info, example = release.info, None
+    info = release.info
+    example = None
     for name in release.models:
         facts = card_tables.release_facts(release, name)
         if name == MODEL:
@@ -107,11 +109,12 @@ def model_index(scores: ModelScores, dataset: str) -> list[Any]:
 def model_metadata(title: str, release: ReleaseInfo, model: ModelFacts) -> Any:
     """Returns the metadata of a model's card. `title` is the end of its name, which is "" for the final model."""
     dataset = data_id(release)
-    # All models of a release come from its base; the base itself from a published model, or from none.
-    base = f"{release.repository}-base" if title != "base" else None
-    # Only these models were trained on the published one directly; all others on the release's base.
+    base: str | None = None
     if model.base and (title == "base" or model.on_published):
+        # These models were trained on a published model directly; all others on the release's base.
         base = model.base["repo"]
+    elif title != "base":
+        base = f"{release.repository}-base"
     # A copy is no finetune: nothing was trained.
     relation = {"base_model_relation": "finetune"} if model.on_published and not model.is_copy else {}
     return load().ModelCardData(
@@ -218,7 +221,9 @@ def data_of(card: str) -> str:
 def _listed_phases(model: ModelFacts) -> str:
     """Returns the titles of a model's phases in full, as a clause."""
     titles = [tables.title(phase, tables.WORDS["phases_in_full"]) for phase in model.training]
-    return " and ".join([", ".join(titles[:-1]), titles[-1]]) if len(titles) > 1 else "".join(titles)
+    if len(titles) < 2:
+        return "".join(titles)
+    return f"{', '.join(titles[:-1])} and {titles[-1]}"
 
 
 def data_metadata(release: ReleaseInfo, data: DataFacts) -> Any:
@@ -295,9 +300,11 @@ def plain_card(kind: str, release: ReleaseInfo, license: str, **table_lines: lis
 
 
 def size_category(documents: int) -> str:
-    """Returns the size category by the Hub's buckets."""
+    """Returns the size category by the Hub's buckets, of which each after the first has one digit more."""
     names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
-    return names[min(max(len(str(documents)) - 3, 0), len(names) - 1)]
+    names += ["10B<n<100B", "100B<n<1T", "n>1T"]
+    further_digits = max(len(str(documents)) - 3, 0)
+    return names[min(further_digits, len(names) - 1)]
 
 
 def _texts(table_lines: dict[str, list[str]]) -> dict[str, str]:
@@ -312,10 +319,12 @@ def _normalize_text(text: str) -> str:
 def mismatched_scores(card: str, scores: ModelScores) -> list[str]:
     """Returns the values of the card's model-index that differ from the measured ones."""
     data: Any = load().ModelCard(card).data
-    stated, measured = dict[Any, Any](), dict[Any, Any]()
+    # Both are {(metric, name): (value, standard error)}.
+    stated: dict[Any, Any] = {}
+    measured: dict[Any, Any] = {}
     for result in data.eval_results or []:
-        error = (result.metric_args or {}).get("standard_error")
-        stated[result.metric_type, result.dataset_config] = result.metric_value, error
+        standard_error = (result.metric_args or {}).get("standard_error")
+        stated[result.metric_type, result.dataset_config] = result.metric_value, standard_error
     for kind, (metric, _, _) in METRICS.items():
         for name, row in scores[kind].items():
             measured[metric, name] = row["value"], row["se"]

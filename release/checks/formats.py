@@ -22,12 +22,15 @@ PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pk
 """Names of files that hold pickles, or that loaders unpickle."""
 TEXTS = frozenset({".bib", ".cff", ".csv", ".jinja", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml"})
 TABLES = frozenset({".gguf", ".parquet", ".png", ".safetensors"})
+"""Tables, weights and pictures, which are no texts."""
 NAMES = frozenset({"LICENSE", "NOTICE", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
+"""Names of further texts."""
 SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed", ".css"})
 """Further kinds that are allowed in `code/` and for the second verifier, which only a release's evidence has."""
 TEXT_BYTES = 64 << 20
 """The maximum size of a text; the size of logs (.jsonl) follows from the length of the training."""
 GGUF = b"GGUF"
+"""The first bytes of a file of that format."""
 MAGIC = {
     b"\x7fELF": "a program",
     b"MZ": "a program",
@@ -51,14 +54,19 @@ MAGIC = {
     b"\x93NUMPY": "an array that may hold pickles",
     b"SQLite format 3": "a database",
 }
+"""{first bytes: what a file that begins with them is}"""
 STARTS = {".gguf": GGUF, ".parquet": b"PAR1", ".png": b"\x89PNG\r\n\x1a\n"}
+"""{kind: the bytes with which its files must begin}"""
 CODE_KEYS = ("auto_map", "custom_pipelines")
 """Keys of JSON that model loaders read as the name of code to run."""
 RUNS = "which a loader might run; a release holds none"
+"""The end of a sentence about code."""
 SHOWN = frozenset({".md", ".cff", ".yaml", ".yml"})
 """Texts that people, or a Hub for them, read."""
 ATTRIBUTES = re.compile(rb"(?:(?:#[^\n]*|[^\s#]+ filter=lfs diff=lfs merge=lfs -text)?\n)*")
+"""The content of `.gitattributes`: comments, and patterns of files in LFS."""
 CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
+"""Control characters other than white space."""
 
 
 def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
@@ -88,18 +96,24 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
 
 
 def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
-    """Yields the problem with one file. Raises CheckFailed if it cannot be read."""
+    """Yields the problems with one file. Raises CheckFailed if it cannot be read.
+
+    Args:
+        file: The file.
+        source: Whether it is source code of the release.
+        page: Whether it is the page of the release.
+    """
     suffix, name = file.suffix.lower(), file.name
     with untrusted.open_regular(file, follow=True) as stream:
         start = stream.read(16)
     # Protocols 2 to 5 of pickle begin with this byte and their number; PyTorch wraps them in a zip archive.
-    pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
-    if suffix in PICKLES or pickled or start.startswith(b"PK\3\4"):
+    is_pickle = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
+    if suffix in PICKLES or is_pickle or start.startswith(b"PK\3\4"):
         yield "is, or may be, a pickle, which runs code when it is loaded; a release holds none"
         return
     # A name is enough for a loader to import it.
     if suffix in (".py", ".pyc", ".pyo", ".pyd", ".so", ".sh") and not (source and suffix in SOURCES):
-        yield f"is code beside data or weights, {RUNS}" if not source else f"is compiled code, {RUNS}"
+        yield f"is compiled code, {RUNS}" if source else f"is code beside data or weights, {RUNS}"
         return
     kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
     if kind and not (source and kind == "a script"):
@@ -108,6 +122,7 @@ def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
     if start.startswith(GGUF) and suffix != ".gguf":
         yield f"is weights of another format by its first bytes, {RUNS}"
         return
+
     allowed = suffix in TEXTS or suffix in TABLES or name in NAMES or page
     if not (allowed or (source and (suffix in SOURCES or not suffix))):
         yield "is of a kind that a release does not hold"
@@ -134,13 +149,12 @@ def _file_problems(file: Path, source: bool, page: bool) -> Iterator[str]:
 def _json_problems(data: bytes, name: str) -> Iterator[str]:
     """Yields the problems of a JSON file.
 
-    They are a form in which this tool writes none, and the name of code to load a model with, at any depth and in any
-    spelling.
+    It must be in a form in which this tool writes JSON, and must not name code to load a model with, at any depth.
     """
     value = untrusted.parse_json(data, name)
     if not any(data == text.encode(errors="surrogatepass") for text in _forms(value)):
         yield "is not in a form in which atom writes JSON"
-    # Without recursion, since the nesting is the maker's choice.
+    # Without recursion, since whoever made the file chose how deep it is nested.
     pending = [value]
     while pending:
         value = pending.pop()
@@ -162,7 +176,10 @@ def _forms(value: Any) -> Iterator[str]:
 
 
 def templates(folder: Path) -> dict[str, str]:
-    """Returns {where: template} of the chat templates of a model. Raises CheckFailed if a file cannot be read."""
+    """Returns {where: template} of the chat templates of a model.
+
+    Raises CheckFailed if a file cannot be read, and UnicodeDecodeError if one is not UTF-8.
+    """
     texts = {}
     for path in [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
         texts[path.relative_to(folder).as_posix()] = untrusted.read(path, TEXT_BYTES, follow=True).decode()
@@ -170,14 +187,14 @@ def templates(folder: Path) -> dict[str, str]:
         if not (folder / name).is_file():
             continue
         body = untrusted.read_json(folder / name, follow=True)
-        inside = body.get("chat_template") if isinstance(body, dict) else None
+        stated = body.get("chat_template") if isinstance(body, dict) else None
         # A config holds one template as a text, or several by name in a mapping or a list.
-        if isinstance(inside, str):
-            texts[name] = inside
-        elif isinstance(inside, dict):
-            texts |= {f"{name} ({key})": str(text) for key, text in inside.items()}
-        elif isinstance(inside, list):
-            rows = [row for row in inside if isinstance(row, dict)]
+        if isinstance(stated, str):
+            texts[name] = stated
+        elif isinstance(stated, dict):
+            texts |= {f"{name} ({key})": str(text) for key, text in stated.items()}
+        elif isinstance(stated, list):
+            rows = [row for row in stated if isinstance(row, dict)]
             texts |= {f"{name} ({row.get('name')})": str(row.get("template")) for row in rows}
     return texts
 
@@ -186,10 +203,11 @@ MESSAGES = (
     [{"role": "user", "content": "What is 2+2?"}],
     [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}],
 )
+"""The conversations with which a template is tried."""
 
 
 def render(template: str) -> str:
-    """Renders a conversation with a chat template.
+    """Renders each of MESSAGES with a chat template; returns all the texts as one.
 
     Raises what Jinja raises; a template can loop forever, and fill the memory.
     """
@@ -197,8 +215,10 @@ def render(template: str) -> str:
     texts = []
     for messages in MESSAGES:
         # Templates take another branch where an answer is to follow.
-        for ask in (True, False):
-            texts.append(compiled.render(messages=messages, add_generation_prompt=ask, bos_token="", eos_token=""))
+        for adds_prompt in (True, False):
+            texts.append(
+                compiled.render(messages=messages, add_generation_prompt=adds_prompt, bos_token="", eos_token="")
+            )
     return "".join(texts)
 
 

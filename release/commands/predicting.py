@@ -93,7 +93,7 @@ def ladder(
     """
     from pipeline.core.errors import AtomError
     from pipeline.core.text import escaped
-    from release.prediction import ladder as instrument
+    from release.prediction import ladder as ladder_report
     from release.prediction import ladder_points
     from stages.evaluation.ladder_laws import FORMS
 
@@ -106,21 +106,23 @@ def ladder(
         raise AtomError("--budget must be a number of FLOPs above 0, and --serve a number of tokens from 0 on")
     if served and budget is None:
         raise AtomError("--serve has no effect without --budget, the FLOPs that training and serving cost in all")
+
     rows = ladder_points.read_runs([graph_of(name) for name in recipes or ()], open_store(), form) if recipes else []
     for path in points or ():
         rows += ladder_points.read_file(path, form)
     runs = [(name, _figures(name, form)) for name in following or ()]
-    result = instrument.make(form, rows, runs, budget, served)
+    result = ladder_report.make(form, rows, runs, budget, served)
+
     if out is not None:
         from release.cards import plots
 
-        instrument.write(result, plots.law(instrument.drawing(result)), out)
+        ladder_report.write(result, plots.law(ladder_report.drawing(result)), out)
     if as_json:
         print(json.dumps(result.to_json(), indent=1, sort_keys=True, allow_nan=False))
         return
-    print(*instrument.sentences(result), sep="\n")
+    print(*ladder_report.sentences(result), sep="\n")
     if out is not None:
-        print(f"written: {out / instrument.REPORT}, {out / instrument.PLOT}")
+        print(f"written: {out / ladder_report.REPORT}, {out / ladder_report.PLOT}")
 
 
 def _figures(run: str, form: Form) -> dict[str, float]:
@@ -129,9 +131,8 @@ def _figures(run: str, form: Form) -> dict[str, float]:
     from pipeline.core.text import escaped
     from release.prediction import ladder_points
 
-    parts = run.split(",")
     try:
-        values = [float(part) for part in parts]
+        values = [float(part) for part in run.split(",")]
     except ValueError:
         if not form.is_loss:
             raise AtomError(
@@ -140,9 +141,10 @@ def _figures(run: str, form: Form) -> dict[str, float]:
         size = ladder_points.size_of(graph_of(run, without_data=True))
         return {name: size[name] for name in form.columns}
     if len(values) != len(form.columns) or not all(0 < value < float("inf") for value in values):
+        noun = "numbers" if len(form.columns) > 1 else "number"
         raise AtomError(
-            f"--next {escaped(run, 80)} must be {len(form.columns)} number{'s' if len(form.columns) > 1 else ''} above "
-            f"0 ({', '.join(form.columns)}), or a recipe"
+            f"--next {escaped(run, 80)} must be {len(form.columns)} {noun} above 0 ({', '.join(form.columns)}), or a "
+            "recipe"
         )
     return dict(zip(form.columns, values, strict=True))
 
@@ -159,6 +161,6 @@ def demo(
 
     Example: atom demo atom-smoke
     """
-    from release import demo as whole
+    from release import demo as release_demo
 
-    whole.demo(recipe, quiet)
+    release_demo.demo(recipe, quiet)
