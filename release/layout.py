@@ -16,8 +16,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 SUMS = "SHA256SUMS"
+"""In each repository, the checksums of its files."""
 ALL_SUMS = f"evidence/{SUMS}"
+"""The checksums of the whole release."""
 ORIGINS = "evidence/origins.json"
+"""How each file of the release was made."""
 RELEASE = "evidence/release.json"
 STATEMENTS = "evidence/statements"
 """The folder of the provenance statements."""
@@ -53,7 +56,9 @@ SIGNATURE, PUBLIC_KEY = "model.sig", "model.pub"
 """In each repository, but in no checksum file: the signature covers the checksum files, and the fingerprint identifies
 the key."""
 MODEL, BASE = "model", "model-base"
+"""The folders of the final model and of the base model."""
 VARIANT = "variant"
+"""The beginning of the folders of the final model in other forms."""
 LOSS = "loss.json"
 """In a variant's repository, its loss against the original."""
 RUNTIMES = "evidence/runtimes.json"
@@ -61,14 +66,16 @@ RUNTIMES = "evidence/runtimes.json"
 PARTS = (MODEL, BASE, "dataset", "checkpoints")
 """The parts of every release beside its root; `model_folders` and `variant_folders` are further ones."""
 TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "dpo", "reward", "online-rlhf")
+"""Kinds of phases, as `stages.graph` names them, in the order of training."""
 EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "dpo", "online-rlhf")
-"""Kinds of phases and of exported models, as `stages.graph` names them, in the order of training."""
+"""Kinds of exported models, as `stages.graph` names them, in the order of training."""
 CHAT = EXPORTED[EXPORTED.index("sft") :]
 """Phases that train conversation, and the models after them."""
 ORDER = (
     "init", "pretrain", "size", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "dpo", "reward",
     "online-rlhf",
 )  # fmt: skip
+"""Kinds of phases and of exported models in one order: a model comes after the phase that made it."""
 WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
 """Phases that sample their training data; only their replayed data has an order."""
 SIZE = "size"
@@ -82,10 +89,12 @@ REWARD_EXPORT = "export-reward"
 def when(name: str) -> tuple[int, int, str]:
     """Returns the sort key of a phase, or of an exported model.
 
-    The order is midtrain, longcontext-1, …, longcontext-10; unknown ones come last.
+    Numbers are compared as numbers: longcontext-2 comes before longcontext-10. Unknown names come last.
     """
     kind, number = numbered(name)
-    return (ORDER.index(kind), number, name) if kind in ORDER else (len(ORDER), 0, name)
+    if kind in ORDER:
+        return ORDER.index(kind), number, name
+    return len(ORDER), 0, name
 
 
 def numbered(name: str) -> tuple[str, int]:
@@ -117,8 +126,12 @@ def models_of(nodes: Iterable[str]) -> list[str]:
 
     The last one is the model of the release.
     """
-    named = (node.partition("-") for node in nodes if node != REWARD_EXPORT)
-    return sorted({which for kind, _, which in named if kind in ("export", "evaluate")}, key=when)
+    models = set()
+    for node in nodes:
+        stage, _, model = node.partition("-")
+        if stage in ("export", "evaluate") and node != REWARD_EXPORT:
+            models.add(model)
+    return sorted(models, key=when)
 
 
 def model_name(folder: str, final: str) -> str:
@@ -131,4 +144,8 @@ def folders_of(models: Sequence[str]) -> dict[str, str]:
 
     The untrained one is only published as a checkpoint.
     """
-    return {model: MODEL if model == models[-1] else f"{MODEL}-{model}" for model in models if model != "init"}
+    folders = {}
+    for model in models:
+        if model != "init":
+            folders[model] = MODEL if model == models[-1] else f"{MODEL}-{model}"
+    return folders
