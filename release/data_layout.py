@@ -33,6 +33,7 @@ from stages.formats.table import MEASURES
 KEPT_TABLE = re.compile(rf"(earlier/[^/]+/)?kept/[^/]+/{PART_NAME}")
 """The paths of tables of kept documents in a dataset folder."""
 DISPOSITIONS, KEPT, TOKENS = "dispositions", "kept", "tokens/documents"
+"""The folders of the tables that every source has."""
 ATTRIBUTION = "attribution"
 """The folder of the tables of documents whose licenses ask for attribution."""
 NOTICES = "notices"
@@ -40,7 +41,7 @@ NOTICES = "notices"
 GENERATED = "generated"
 """The folder of the tables of how each text of a model was made."""
 Files = dict[str, list[Path]]
-"""{source: the files of its table, by part}, by source."""
+"""{source: the files of its table, in the order of their parts}, sorted by source."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,16 @@ def measure_files(dataset: Path) -> Files:
 def document_parts(dataset: Path) -> Iterator[Part]:
     """Lists the parts of all documents, by source and number."""
     folders = [dataset / name for name in (DISPOSITIONS, KEPT, TOKENS)]
-    parts = [_parts(folder) for folder in folders]
-    for source in sorted(set().union(*parts)):
-        for name in sorted({path.name for files in parts for path in files.get(source, [])}):
-            yield Part(source, *(folder / source / name for folder in folders))
+    tables = [_parts(folder) for folder in folders]
+    for source in sorted(set().union(*tables)):
+        names: set[str] = set()
+        for files in tables:
+            names.update(path.name for path in files.get(source, []))
+
+        # A table may lack a part that another table has.
+        for name in sorted(names):
+            dispositions, kept, tokens = (folder / source / name for folder in folders)
+            yield Part(source, dispositions, kept, tokens)
 
 
 def orders(dataset: Path) -> list[Path]:
@@ -125,7 +132,7 @@ def problems(dataset: Path) -> Iterator[str]:
 
 
 def _parts(folder: Path) -> Files:
-    """Lists the parts in a folder with a folder for each source."""
+    """Lists the parts of a table, in a folder with a folder for each source; sources without parts are left out."""
     if not folder.is_dir():
         return {}
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -134,29 +141,33 @@ def _parts(folder: Path) -> Files:
 
 
 MOST_ALONE = 64 << 20
-"""Bytes of parts that one process reads: a second one takes about as long to start."""
+"""Bytes of parts that one process reads alone: to start a second one would take about as long."""
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
 def cores() -> int:
     """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: Sequence[Path]) -> Iterator[Result]:
     """Yields the result of `work` for each part, in their order.
 
     Each process holds what one part needs, so memory grows with the cores and not with the parts. `work`, parts and
-    results must be picklable. `files` are those that are read; their size decides whether processes are worth it. An
-    error of a call is raised.
+    results must be picklable. `files` are those that are read; their size decides whether processes are worth it.
+    Raises the errors of `work`.
     """
-    number = min(cores(), len(parts))
-    if number < 2 or sum(path.stat().st_size for path in files if path.exists()) <= MOST_ALONE:
+    processes = min(cores(), len(parts))
+    size = sum(path.stat().st_size for path in files if path.exists())
+    if processes < 2 or size <= MOST_ALONE:
         yield from map(work, parts)
         return
+
     # A fork would copy the threads' locks of Arrow in an unknown state.
-    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
     try:
         yield from pool.map(work, parts)
     finally:
