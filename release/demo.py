@@ -1,6 +1,6 @@
 """`atom demo`: the whole pipeline with one command, from raw text to a verified release.
 
-It runs, builds, signs, publishes to a local Hub, pulls back and verifies; every step is the command of a user.
+It runs, builds, signs, publishes to a local Hub, pulls back and verifies; every step is a command that a user can run.
 
 On a terminal it is one screen that says what happens, with curves, and what each step proves. Elsewhere it prints the
 output of the commands. It needs no account and no network.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.core.store import Store
     from pipeline.graph.run import Run
 
+# The namespace on the local Hub, and the token that it takes.
 NAMESPACE, TOKEN = "local", "hf_local"
 WORDS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 # {command or kind of stage: the words on what it proves}
@@ -61,7 +62,17 @@ class Command:
 
 
 class Screen:
-    """The live screen. Without a terminal, it prints each command with its output. If it is quiet, it shows nothing."""
+    """The live screen. Without a terminal, it prints each command with its output. If it is quiet, it shows nothing.
+
+    Attributes:
+        recipe: The name of the recipe.
+        store: The store of the runs, whose latest run is shown.
+        quiet: True if nothing is shown.
+        console: The terminal.
+        live: True if the screen is drawn: on a terminal, unless it is quiet.
+        commands: The commands of the demo, in order.
+        note: What happens between two commands; "" if nothing is to be said.
+    """
 
     def __init__(self, recipe: str, store: Store, quiet: bool) -> None:
         from rich.console import Console
@@ -96,7 +107,8 @@ class Screen:
     def start(self, *arguments: str, **environment: str) -> Running:
         """Starts the next waiting command of that name, with its last arguments now known."""
         # The plan has the commands before all of their arguments are known.
-        command = next(row for row in self.commands if row.state == "waiting" and row.name == Command(arguments).name)
+        name = Command(arguments).name
+        command = next(planned for planned in self.commands if planned.state == "waiting" and planned.name == name)
         command.arguments, command.state, command.began = arguments, "running", time.monotonic()
         return Running(self, command, environment)
 
@@ -128,8 +140,8 @@ class Screen:
     def _last_line(self, command: Command) -> list[Any]:
         from rich.text import Text
 
-        # Programs end with empty lines.
-        text = next((line for line in reversed(command.output) if line.strip()), "")
+        # Programs end with empty lines. A copy, since another thread appends lines.
+        text = next((line for line in reversed(command.output.copy()) if line.strip()), "")
         return [Text(f"    {text.rstrip()}", style="dim")]
 
     def _stages(self) -> list[Any]:
@@ -158,8 +170,8 @@ class Screen:
             # At most three curves of a stage, so that all stages fit on the screen.
             for name in stage.names()[:3]:
                 assert stage.curves is not None
-                values = [mean for _, mean, _, _ in stage.curves.points(name)]
-                lines.append(Text(f"      {name[:20]:<20}{human(values[-1]):>8}  {snapshot.sparkline(values, 36)}"))
+                means = [mean for _, mean, _, _ in stage.curves.points(name)]
+                lines.append(Text(f"      {name[:20]:<20}{human(means[-1]):>8}  {snapshot.sparkline(means, 36)}"))
         return [*lines, Text()]
 
 
@@ -187,16 +199,16 @@ class Running:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        # The lines of two commands at once would mix: then each prints all of its output at its end.
-        alone = sum(row.state == "running" for row in self.screen.commands) == 1
-        shown = not self.screen.live and not self.screen.quiet
-        if shown and alone:
+        # A command that starts beside another prints its last lines at its end, so that the lines of two do not mix.
+        alone = sum(command.state == "running" for command in self.screen.commands) == 1
+        prints = not self.screen.live and not self.screen.quiet
+        if prints and alone:
             print(f"\n$ atom {' '.join(self.command.arguments)}", flush=True)
         for line in self.process.stdout:
             self.command.output.append(line)
-            if shown and alone:
+            if prints and alone:
                 print(line, end="", flush=True)
-        if shown and not alone:
+        if prints and not alone:
             print(f"\n$ atom {' '.join(self.command.arguments)}\n{''.join(self.command.output)}", end="", flush=True)
 
     def wait(self) -> None:
@@ -236,9 +248,10 @@ def demo(recipe: str, quiet: bool = False) -> None:
 
     started = time.monotonic()
     store = Store(home_folder())
-    identity = recipes.load(recipe).config
-    release = store.home / "releases" / f"{identity.name}-{identity.version}"
-    repository = f"{NAMESPACE}/{identity.name}@v{identity.version}"
+    config = recipes.load(recipe).config
+    release = store.home / "releases" / f"{config.name}-{config.version}"
+    repository = f"{NAMESPACE}/{config.name}@v{config.version}"
+    hub = store.home / "hub"
     with Screen(recipe, store, quiet) as screen:
         screen.plan(("run",), ("build",), ("sign",), ("verify", "--deep"), ("publish",), ("verify",))
         screen.run("run", recipe)
@@ -249,18 +262,20 @@ def demo(recipe: str, quiet: bool = False) -> None:
             screen.say(f"made a key for this demo, {_short_path(key)}")
             signing.make_key(key)
         screen.run("sign", str(release), "--key", str(key))
-        name = signing.fingerprint(signing.SigningKey(key).public_key())
+        fingerprint = signing.fingerprint(signing.SigningKey(key).public_key())
+
         screen.say("a local Hub with the routes of huggingface.co, empty at first")
-        shutil.rmtree(store.home / "hub", ignore_errors=True)  # a Hub keeps a version forever; this one may be rebuilt
-        with running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:
-            hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
-            publish = screen.start("publish", str(release), "--to", NAMESPACE, **hub)
-            with screen.start("verify", "--deep", str(release), "--key", name):  # it only reads
+        shutil.rmtree(hub, ignore_errors=True)  # a Hub keeps a version forever, and the demo may build it again
+        with running(hub, NAMESPACE, TOKEN) as endpoint:
+            environment = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
+            publish = screen.start("publish", str(release), "--to", NAMESPACE, **environment)
+            # The deep verification only reads the release, so it runs beside the publication.
+            with screen.start("verify", "--deep", str(release), "--key", fingerprint):
                 # The release is complete on the Hub only when `publish` has ended.
                 publish.wait()
-                screen.run("verify", repository, "--key", name, **hub)
+                screen.run("verify", repository, "--key", fingerprint, **environment)
         screen.say("")
-    summary(release, store.home / "hub", time.monotonic() - started)
+    summary(release, hub, time.monotonic() - started)
 
 
 def summary(release: Path, hub: Path, seconds: float) -> None:

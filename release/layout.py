@@ -40,8 +40,11 @@ from pipeline.core.parts import PART_NAME, part_file, part_tables
 from stages.formats.table import MEASURES
 
 SUMS = "SHA256SUMS"
+"""In each repository, the checksums of its files."""
 ALL_SUMS = f"evidence/{SUMS}"
+"""The checksums of the whole release."""
 ORIGINS = "evidence/origins.json"
+"""How each file of the release was made."""
 RELEASE = "evidence/release.json"
 STATEMENTS = "evidence/statements"
 """The folder of the provenance statements."""
@@ -77,7 +80,9 @@ SIGNATURE, PUBLIC_KEY = "model.sig", "model.pub"
 """In each repository, but in no checksum file: the signature covers the checksum files, and the fingerprint identifies
 the key."""
 MODEL, BASE = "model", "model-base"
+"""The folders of the final model and of the base model."""
 VARIANT = "variant"
+"""The beginning of the folders of the final model in other forms."""
 LOSS = "loss.json"
 """In a variant's repository, its loss against the original."""
 RUNTIMES = "evidence/runtimes.json"
@@ -85,14 +90,16 @@ RUNTIMES = "evidence/runtimes.json"
 PARTS = (MODEL, BASE, "dataset", "checkpoints")
 """The parts of every release beside its root; `model_folders` and `variant_folders` are further ones."""
 TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "dpo", "reward", "online-rlhf")
+"""Kinds of phases, as `stages.graph` names them, in the order of training."""
 EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "dpo", "online-rlhf")
-"""Kinds of phases and of exported models, as `stages.graph` names them, in the order of training."""
+"""Kinds of exported models, as `stages.graph` names them, in the order of training."""
 CHAT = EXPORTED[EXPORTED.index("sft") :]
 """Phases that train conversation, and the models after them."""
 ORDER = (
     "init", "pretrain", "size", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "dpo", "reward",
     "online-rlhf",
 )  # fmt: skip
+"""Kinds of phases and of exported models in one order: a model comes after the phase that made it."""
 WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
 """Phases that sample their training data; only their replayed data has an order."""
 SIZE = "size"
@@ -106,10 +113,12 @@ REWARD_EXPORT = "export-reward"
 def when(name: str) -> tuple[int, int, str]:
     """Returns the sort key of a phase, or of an exported model.
 
-    The order is midtrain, longcontext-1, …, longcontext-10; unknown ones come last.
+    Numbers are compared as numbers: longcontext-2 comes before longcontext-10. Unknown names come last.
     """
     kind, number = numbered(name)
-    return (ORDER.index(kind), number, name) if kind in ORDER else (len(ORDER), 0, name)
+    if kind in ORDER:
+        return ORDER.index(kind), number, name
+    return len(ORDER), 0, name
 
 
 def numbered(name: str) -> tuple[str, int]:
@@ -141,8 +150,12 @@ def models_of(nodes: Iterable[str]) -> list[str]:
 
     The last one is the model of the release.
     """
-    named = (node.partition("-") for node in nodes if node != REWARD_EXPORT)
-    return sorted({which for kind, _, which in named if kind in ("export", "evaluate")}, key=when)
+    models = set()
+    for node in nodes:
+        stage, _, model = node.partition("-")
+        if stage in ("export", "evaluate") and node != REWARD_EXPORT:
+            models.add(model)
+    return sorted(models, key=when)
 
 
 def model_name(folder: str, final: str) -> str:
@@ -155,12 +168,17 @@ def folders_of(models: Sequence[str]) -> dict[str, str]:
 
     The untrained one is only published as a checkpoint.
     """
-    return {model: MODEL if model == models[-1] else f"{MODEL}-{model}" for model in models if model != "init"}
+    folders = {}
+    for model in models:
+        if model != "init":
+            folders[model] = MODEL if model == models[-1] else f"{MODEL}-{model}"
+    return folders
 
 
 KEPT_TABLE = re.compile(rf"(earlier/[^/]+/)?kept/[^/]+/{PART_NAME}")
 """The paths of tables of kept documents in a dataset folder."""
 DISPOSITIONS, KEPT, TOKENS = "dispositions", "kept", "tokens/documents"
+"""The folders of the tables that every source has."""
 ATTRIBUTION = "attribution"
 """The folder of the tables of documents whose licenses ask for attribution."""
 NOTICES = "notices"
@@ -168,7 +186,7 @@ NOTICES = "notices"
 GENERATED = "generated"
 """The folder of the tables of how each text of a model was made."""
 Files = dict[str, list[Path]]
-"""{source: the files of its table, by part}, by source."""
+"""{source: the files of its table, in the order of their parts}, sorted by source."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +251,16 @@ def measure_files(dataset: Path) -> Files:
 def document_parts(dataset: Path) -> Iterator[Part]:
     """Lists the parts of all documents, by source and number."""
     folders = [dataset / name for name in (DISPOSITIONS, KEPT, TOKENS)]
-    parts = [_parts(folder) for folder in folders]
-    for source in sorted(set().union(*parts)):
-        for name in sorted({path.name for files in parts for path in files.get(source, [])}):
-            yield Part(source, *(folder / source / name for folder in folders))
+    tables = [_parts(folder) for folder in folders]
+    for source in sorted(set().union(*tables)):
+        names: set[str] = set()
+        for files in tables:
+            names.update(path.name for path in files.get(source, []))
+
+        # A table may lack a part that another table has.
+        for name in sorted(names):
+            dispositions, kept, tokens = (folder / source / name for folder in folders)
+            yield Part(source, dispositions, kept, tokens)
 
 
 def orders(dataset: Path) -> list[Path]:
@@ -253,7 +277,7 @@ def problems(dataset: Path) -> Iterator[str]:
 
 
 def _parts(folder: Path) -> Files:
-    """Lists the parts in a folder with a folder for each source."""
+    """Lists the parts of a table, in a folder with a folder for each source; sources without parts are left out."""
     if not folder.is_dir():
         return {}
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -262,29 +286,33 @@ def _parts(folder: Path) -> Files:
 
 
 MOST_ALONE = 64 << 20
-"""Bytes of parts that one process reads: a second one takes about as long to start."""
+"""Bytes of parts that one process reads alone: to start a second one would take about as long."""
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
 def cores() -> int:
     """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def over_parts(work: Callable[[Piece], Result], parts: Sequence[Piece], files: Sequence[Path]) -> Iterator[Result]:
     """Yields the result of `work` for each part, in their order.
 
     Each process holds what one part needs, so memory grows with the cores and not with the parts. `work`, parts and
-    results must be picklable. `files` are those that are read; their size decides whether processes are worth it. An
-    error of a call is raised.
+    results must be picklable. `files` are those that are read; their size decides whether processes are worth it.
+    Raises the errors of `work`.
     """
-    number = min(cores(), len(parts))
-    if number < 2 or sum(path.stat().st_size for path in files if path.exists()) <= MOST_ALONE:
+    processes = min(cores(), len(parts))
+    size = sum(path.stat().st_size for path in files if path.exists())
+    if processes < 2 or size <= MOST_ALONE:
         yield from map(work, parts)
         return
+
     # A fork would copy the threads' locks of Arrow in an unknown state.
-    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
     try:
         yield from pool.map(work, parts)
     finally:

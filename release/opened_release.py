@@ -104,7 +104,7 @@ class Release:
 
     @cached_property
     def statements(self) -> dict[Path, Statement]:
-        """{file: provenance statement} of the evidence, in the order of their names."""
+        """{file: provenance statement} of the evidence, in the order of the paths."""
         return {path: read_json(path) for path in sorted((self.root / STATEMENTS).rglob("*.json"))}
 
     @cached_property
@@ -114,12 +114,12 @@ class Release:
 
     @cached_property
     def models(self) -> dict[str, ModelFacts]:
-        """{folder: facts of its model}, the final model first."""
+        """{name of a folder: facts of its model}, the final model first."""
         return {folder.name: read_model_facts(folder) for folder in self.model_folders}
 
     @cached_property
     def variants(self) -> dict[str, VariantFacts]:
-        """The facts of each variant, by the end of its repository's name."""
+        """{end of a repository's name: facts of its variant}."""
         return read_variants(self.root, self.variant_names)
 
     @cached_property
@@ -152,7 +152,9 @@ class Release:
         licenses = self.info.license
         if self.is_whole and folder in self.models:
             return self.models[folder].license(licenses.weights)
-        return {"dataset": licenses.data_compilation, "": licenses.code}.get(folder, licenses.weights)
+        if folder == "":
+            return licenses.code
+        return licenses.data_compilation if folder == "dataset" else licenses.weights
 
     @property
     def canary(self) -> dict[str, str]:

@@ -29,6 +29,7 @@ from release.layout import (
     PUBLIC_KEY,
     RETRACTED,
     SIGNATURE,
+    SITE,
     SIZE,
     SUMS,
     TRAINING,
@@ -39,6 +40,7 @@ from release.layout import (
 )
 
 DISTRIBUTION, CODE_LICENSE = "atom-release", "Apache-2.0"
+"""The name of atom's wheel, and its license."""
 CODE_FILES = ("pyproject.toml", "LICENSE")
 """The files that build the code, beside the constraints."""
 STANDARD_DOCUMENTS = (
@@ -98,7 +100,7 @@ class PublishedFile:
     needed: bool = False
 
     def fits(self, path: str) -> bool:
-        return _compiled(self.path).fullmatch(path) is not None
+        return fits(self.path, path)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class FileList:
     Attributes:
         title: The kind, for sentences.
         files: All of them.
-        together: {a folder: names of files that it has if it has any}; the first that fits a folder counts.
+        together: {pattern of a folder: names, with spaces between, of the files that it has if it has any}; the first
+            pattern that fits a folder counts.
     """
 
     title: str
@@ -134,40 +137,51 @@ class FileList:
         for path in sorted(present):
             if not self.holds(path):
                 yield f"{shown(path)} is no file of {self.title}; a release holds what atom writes, and nothing else"
-        for path in self._needed(present) if complete else ():
+        if not complete:
+            return
+
+        for path in self._needed(present):
             if path not in present:
                 yield f"{path} is missing, and {self.title} has it"
 
     def _needed(self, present: set[str]) -> Iterator[str]:
-        """Yields the paths that must be there, beside these files."""
+        """Yields the paths that a repository with the files `present` must have."""
         yield from (file.path for file in self.files if file.needed)
-        for folder in sorted({path.rpartition("/")[0] for path in present}) if self.together else ():
-            names = next((names for place, names in self.together.items() if fits(place, folder)), "")
+        # Most kinds have no such folder, and a release may have very many files.
+        if not self.together:
+            return
+        for folder in sorted({path.rpartition("/")[0] for path in present}):
+            names = next((names for pattern, names in self.together.items() if fits(pattern, folder)), "")
             yield from (f"{folder}/{name}" for name in names.split())
 
 
 def fits(pattern: str, path: str) -> bool:
-    """Returns True if a path with NAMES between braces is the pattern of another one."""
+    """Returns True if a path fits a pattern: a path with NAMES between braces."""
     return _compiled(pattern).fullmatch(path) is not None
 
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     """Returns the regular expression of a path with NAMES between braces, each of which is a group."""
+    # Literal texts and names in turn, a literal text first.
     parts = re.split(r"\{(\w+)\}", pattern)
-    texts = [f"(?P<{part}>{NAMES[part]})" if number % 2 else re.escape(part) for number, part in enumerate(parts)]
-    return re.compile("".join(texts), re.ASCII)
+    expression = re.escape(parts[0])
+    for name, literal in zip(parts[1::2], parts[2::2], strict=True):
+        expression += f"(?P<{name}>{NAMES[name]})" + re.escape(literal)
+    return re.compile(expression, re.ASCII)
 
 
 def shown(path: str) -> str:
-    """Returns a path in which a letter of another script does not look like one of ours."""
-    return path if path.isascii() else f"{printable(path)} ({path.encode('unicode_escape').decode()})"
+    """Returns a path for a message, with escapes after one that is not ASCII: its letters may look like ASCII ones."""
+    if path.isascii():
+        return path
+    return f"{printable(path)} ({path.encode('unicode_escape').decode()})"
 
 
 def _made(paths: str, origin: str, at: str = "") -> tuple[PublishedFile, ...]:
     """Lists files of one origin.
 
-    `paths` are those after `at`, with an exclamation mark before those that are needed.
+    `paths` are those after `at`, with spaces between and an exclamation mark before each that is needed.
     """
     return tuple(
         PublishedFile(at + path.removeprefix("!"), origin, needed=path.startswith("!")) for path in paths.split()
@@ -179,8 +193,8 @@ def _copied(
 ) -> tuple[PublishedFile, ...]:
     """Lists copies of files of one artifact.
 
-    The paths are those after `below` in the artifact and after `at` in the repository. An exclamation mark stands
-    before those that are needed.
+    `paths` are those after `below` in the artifact and after `at` in the repository, with spaces between and an
+    exclamation mark before each that is needed.
     """
     names = [(path.removeprefix("!"), path.startswith("!")) for path in paths.split()]
     return tuple(
@@ -355,6 +369,7 @@ KINDS = {
     "dataset": DATASET,
     "evidence": EVIDENCE,
 }
+"""{kind of a repository: its files}; the files of a variant depend on its form."""
 PLACES = {
     "dataset": "dataset",
     "checkpoints": "repository",
@@ -371,14 +386,14 @@ PLACED: tuple[tuple[str, FileList], ...] = (
     *((f"{VARIANT_NODE}/", variant) for variant in (SAFETENSORS, PEFT, GGUF)),
     ("{folder}/", MODELS),
 )
-"""(prefix of the paths in a release, files) of the repositories that hold copies."""
+"""(prefix of the paths in a release, files) of the repositories that hold copies; `folder` is that of a model."""
 
 
 def list_of(kind: str, paths: Iterable[str]) -> FileList:
     """Returns the list of a repository.
 
     Args:
-        kind: As `listing.kind_of` names it.
+        kind: As `checks.listing.kind_of` names it.
         paths: The files of the repository, which show the form of a variant.
     """
     if kind != "variant":
@@ -392,8 +407,12 @@ def list_of(kind: str, paths: Iterable[str]) -> FileList:
 def place_of(path: str) -> str:
     """Returns the folder of the repository that a file of a release is in; "" is the root."""
     parts = path.split("/")
-    above = ["/".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
-    return next((folder for folder in above if kind_of_place(folder)), "")
+    # The innermost folder decides, since a checkpoint lies in the folder of the main branch.
+    for depth in range(len(parts) - 1, 0, -1):
+        folder = "/".join(parts[:depth])
+        if kind_of_place(folder):
+            return folder
+    return ""
 
 
 def kind_of_place(folder: str) -> str:
@@ -406,6 +425,7 @@ def kind_of_place(folder: str) -> str:
 def made(path: str) -> PublishedFile | None:
     """Returns the entry of a file of a release that `atom build` makes; None for a path of no such file."""
     folder = place_of(path)
+    # Without its files, the form of a variant is unknown; `atom build` makes the same files in each.
     return list_of(kind_of_place(folder), ()).made(path.removeprefix(f"{folder}/"))
 
 
@@ -416,7 +436,7 @@ def origin_of_copy(
 
     Args:
         node: The node of the artifact.
-        artifact: It.
+        artifact: The artifact.
         file: The path in the artifact.
         target: The path in the release.
         by_reference: Sources whose documents are placed without their texts.
@@ -464,14 +484,16 @@ def placement(node: str, artifact: Artifact, folders: Mapping[str, str] | None =
     for row in artifact.rows:
         # The forms of a variant share files, and each is copied once.
         targets: dict[str, None] = {}
-        for prefix, file, names in entries:
-            if match := _compiled(file.source).fullmatch(row.path):
-                names = names | match.groupdict()
-                if "step" in names:
-                    # The folder of a checkpoint has zeros before its step, and its branch has none.
-                    names["step"] = str(int(names["step"]))
-                for folder in _receivers(file, names, folders or {}) if file.receivers else ("",):
-                    targets[(prefix + file.path).format(**names, folder=folder)] = None
+        for prefix, file, node_names in entries:
+            if (match := _compiled(file.source).fullmatch(row.path)) is None:
+                continue
+            names = node_names | match.groupdict()
+            if "step" in names:
+                # The folder of a checkpoint has zeros before its step, and its branch has none.
+                names["step"] = str(int(names["step"]))
+            receivers = _receivers(file, names, folders or {}) if file.receivers else ("",)
+            for folder in receivers:
+                targets[(prefix + file.path).format(**names, folder=folder)] = None
         yield from ((row.path, target) for target in targets)
 
 
@@ -481,29 +503,33 @@ def _receivers(file: PublishedFile, names: Mapping[str, str], folders: Mapping[s
         return [folders[names["model"]]] if names["model"] in folders else []
     if file.receivers == "later":
         # A file belongs to a model, or to a phase whose log the model's card reads.
-        first = names.get("model") or names["read"]
-        return [folder for model, folder in folders.items() if when(model) >= when(first)]
-    return folders.values() if file.receivers == "every" else [MODEL]
+        earliest = names.get("model") or names["read"]
+        return [folder for model, folder in folders.items() if when(model) >= when(earliest)]
+    if file.receivers == "every":
+        return folders.values()
+    return [MODEL]
 
 
 def unexplained(origins: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     """Lists files of a release without an origin; checksum files, the result of the gates, and the page need none."""
     unlisted = {ALL_SUMS, GATES, GATES_STATED}
-    site = f"{Path(PAGE).parent}/"
-    return [
-        path
-        for path in paths
-        if path not in origins and path not in unlisted and Path(path).name != SUMS and not path.startswith(site)
-    ]
+    files = []
+    for path in paths:
+        needs_origin = path not in unlisted and Path(path).name != SUMS and not path.startswith(f"{SITE}/")
+        if needs_origin and path not in origins:
+            files.append(path)
+    return files
 
 
 def code_license_text(roots: list[Path]) -> bytes | None:
     """Returns the license text of atom: from the first root that has one, else from the installed wheel."""
-    license_root = next((root / "LICENSE" for root in roots if (root / "LICENSE").is_file()), None)
-    if license_root is not None:
-        return license_root.read_bytes()
-    texts = (each.read_text("licenses/LICENSE") for each in importlib.metadata.distributions(name=DISTRIBUTION))
-    return next((text.encode() for text in texts if text), None)
+    for root in roots:
+        if (root / "LICENSE").is_file():
+            return (root / "LICENSE").read_bytes()
+    for distribution in importlib.metadata.distributions(name=DISTRIBUTION):
+        if text := distribution.read_text("licenses/LICENSE"):
+            return text.encode()
+    return None
 
 
 def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:

@@ -36,13 +36,17 @@ def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
 def remove_client_files(folder: Path) -> None:
     """Removes the files that the Hub and its client add to a pulled repository."""
     for leftover in [*folder.rglob(".cache"), *folder.rglob(".gitattributes")]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            # It may have lain in a folder that is removed already.
+            leftover.unlink(missing_ok=True)
 
 
 def pull_named(name: str, target: Path) -> Path:
     """Downloads `namespace/name[@revision]`, a model or else a dataset, into `target`. Returns `target`.
 
-    Raises AtomError if there is no such repository that HF_TOKEN may read, and what `pull` raises.
+    Raises AtomError if there is no such repository that HF_TOKEN may read, and the errors of `pull`.
     """
     repo, _, revision = name.partition("@")
     for kind in ("model", "dataset"):

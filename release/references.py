@@ -43,19 +43,10 @@ PLACES = ("path", "lock", "folder", "extension")
 
 
 class Reference(Config):
-    """The instructions to read the documents of a source again.
-
-    Attributes:
-        source: The settings of the source, without places on a machine.
-        seed: The seed of the recipe.
-        parts: The number of parts, which are read one after the other.
-        lock: The content of the reader's lock file.
-        files: {path: digest} of the files.
-        steps: The steps that edited texts, in order.
-    """
+    """The instructions to read the documents of a source again."""
 
     source: dict[str, Any]
-    """settings of the source"""
+    """settings of the source, without places on a machine"""
     seed: int
     """seed of the recipe"""
     parts: PartCount
@@ -63,7 +54,7 @@ class Reference(Config):
     lock: str | None = None
     """content of the lock file of the reader"""
     files: dict[str, str]
-    """digest of each file"""
+    """digest of each file, by path"""
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
     """steps that edited texts, in order"""
 
@@ -78,10 +69,10 @@ class Reference(Config):
             raise AtomError(
                 f"release.by_reference names {source.name}, whose documents are drawn and in no file; leave it out"
             )
-        for block in (each for each in (source.reader, *all_steps(steps)) if isinstance(each, Block)):
-            if block.extension:
+        for maker in (source.reader, *all_steps(steps)):
+            if isinstance(maker, Block) and maker.extension:
                 raise AtomError(
-                    f"release.by_reference names {source.name}, whose texts {block.block} of an extension makes; "
+                    f"release.by_reference names {source.name}, whose texts {maker.block} of an extension makes; "
                     "others cannot make them again, so leave the source out"
                 )
         # The expected size is for `atom plan`, and tells nobody how to read the documents.
@@ -89,13 +80,14 @@ class Reference(Config):
         settings["reader"] = {name: value for name, value in settings["reader"].items() if name not in PLACES}
         if isinstance(source.reader, Hub):
             settings["reader"]["revision"] = hub_files.read(Path(source.reader.lock))[source.name].revision
+        paths = [path for path, _ in files]
         digests = source.reader.digests(source.name, files)
         return cls(
             source=settings,
             seed=seed,
             parts=source.parts,
             lock=_lock_of(source),
-            files=dict(zip((name for name, _ in files), digests, strict=True)),
+            files=dict(zip(paths, digests, strict=True)),
             steps=tuple(step.changed(_portable) for step in steps),
         )
 
@@ -111,16 +103,21 @@ class Reference(Config):
     @property
     def origin(self) -> str:
         """Where the files come from, for messages: a repository at a revision, or the origin that the source states."""
-        reader = self.source.get("reader", {})
+        reader = self._reader_settings()
         if "repo" in reader:
             return escaped(f"{reader['repo']}@{reader.get('revision')}", 200)
         return escaped(str(self.source.get("origin")), 200)
+
+    def _reader_settings(self) -> dict[str, Any]:
+        """Returns the settings of the reader; none if a release states no such settings."""
+        settings = self.source.get("reader")
+        return settings if isinstance(settings, dict) else {}
 
     def restored(self, folder: Path | None, temporary: Path) -> Source:
         """Returns the source with its places on this machine.
 
         Args:
-            folder: The folder of its files.
+            folder: The folder of its files; None if its reader needs none.
             temporary: A folder that gets its lock file.
 
         Raises:
@@ -128,7 +125,7 @@ class Reference(Config):
             AtomError: The source needs a folder.
         """
         name = escaped(str(self.source.get("name")), 80)
-        reader = {key: value for key, value in dict(self.source.get("reader", {})).items() if key not in PLACES}
+        reader = {key: value for key, value in self._reader_settings().items() if key not in PLACES}
         if folder is not None:
             reader["path"] = str(folder.resolve())
         if self.lock is not None:
@@ -152,6 +149,7 @@ class Reference(Config):
 
 
 def _portable(step: Filter) -> Filter:
+    """Returns a step without places on this machine."""
     return step.portable() if isinstance(step, Block) else step
 
 
@@ -186,11 +184,15 @@ def read(dataset: Path) -> Mapping[str, Reference]:
 
 
 def published_reasons(dataset: Path) -> Mapping[str, str]:
-    """Returns {source that a model wrote from one by reference: why its texts are published}. Raises CheckFailed."""
+    """Returns {source that a model wrote from one by reference: why its texts are published}.
+
+    Raises CheckFailed as `read` does.
+    """
     return dict(sorted(_read(dataset).generated.items()))
 
 
 def _read(dataset: Path) -> References:
+    """Returns the content of references.json; an empty one without the file."""
     if not (dataset / REFERENCES).exists():
         return References(sources={}, generated={})
     body = untrusted.read_json(dataset / REFERENCES, REFERENCE_BYTES, follow=True)
@@ -212,14 +214,15 @@ def kept_tables(dataset: Path, name: str, parts: int) -> Iterator[tuple[int, Pat
 def write_without_text(source: Path, target: Path) -> None:
     """Writes a table of kept documents without their texts, and with the same row groups.
 
-    So the table with texts can be written again byte for byte. Memory holds a row group.
+    Since the row groups are the same, the table with texts can be written again byte for byte. Memory holds one of
+    them.
     """
     import pyarrow as pa
 
     with group_writer(target) as writer:
         for group in row_groups(source):
-            place = group.schema.get_field_index("text")
-            write_group(writer, group.set_column(place, "text", pa.nulls(len(group), pa.string())))
+            column = group.schema.get_field_index("text")
+            write_group(writer, group.set_column(column, "text", pa.nulls(len(group), pa.string())))
 
 
 def row_groups(path: Path) -> Iterator[pa.Table]:
@@ -232,7 +235,7 @@ def row_groups(path: Path) -> Iterator[pa.Table]:
 
 
 def group_writer(path: Path) -> pq.ParquetWriter:
-    """Returns a writer as that of the stage `dedup`: `stages.formats.table.table_writer`."""
+    """Returns a writer with the settings of `stages.formats.table.table_writer`, by which `dedup` wrote the table."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,14 @@ MOST_ENTRIES = ENTRIES + 4 * SUMS_LINES
 
 @dataclass(frozen=True)
 class Repository:
-    """One revision of one Hub repository: `folder` is its place in the release ("" is the release's root)."""
+    """One revision of one Hub repository.
+
+    Attributes:
+        folder: Its place in the release; "" is the release's root.
+        suffix: The end of its name on the Hub, after the name of the release.
+        kind: model, dataset or space; "" where it does not matter.
+        branch: The branch.
+    """
 
     folder: str
     suffix: str
@@ -49,11 +56,11 @@ def variant_folders(release: Path) -> list[str]:
 def repositories(release: Path) -> list[Repository]:
     """Lists the repositories of a release in the order in which they are made public.
 
-    The order is data, checkpoints, models, of which the variants come before the final one. Links to folders are not
+    The order is data, evidence, checkpoints, models; the variants come before the final model. Links to folders are not
     listed.
     """
     places = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
-    steps = sorted(p.name for p in (release / "checkpoints").iterdir() if _is_own_folder(p))
+    steps = sorted(path.name for path in (release / "checkpoints").iterdir() if _is_own_folder(path))
     places.append(Repository("checkpoints", "-checkpoints", "model"))
     places += [Repository(f"checkpoints/{name}", "-checkpoints", "model", name) for name in steps]
     final, *others = model_folders(release)
@@ -82,14 +89,19 @@ def files_below(folder: Path) -> list[str]:
         elif stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
             paths.append(path)
     # Only a whole release has signatures of other repositories below its own.
-    whole = (folder / RELEASE).is_file() and (folder / "checkpoints").is_dir()
-    return published(paths, repositories(folder) if whole else [Repository("", "", "")])
+    is_whole = (folder / RELEASE).is_file() and (folder / "checkpoints").is_dir()
+    return published(paths, repositories(folder) if is_whole else [Repository("", "", "")])
 
 
 def published(paths: Iterable[str], places: Iterable[Repository]) -> list[str]:
-    """Returns the sorted files below a folder that its checksum file lists. `places` are the repositories in it."""
-    signed = {f"{place.folder}/{name}".lstrip("/") for place in places for name in (SIGNATURE, PUBLIC_KEY)}
-    return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/") and p not in signed)
+    """Returns the paths below a folder that are published, sorted: without signatures, keys, and files of a Hub.
+
+    `places` are the repositories in the folder.
+    """
+    left_out = {".gitattributes"}
+    for place in places:
+        left_out.update(f"{place.folder}/{name}".lstrip("/") for name in (SIGNATURE, PUBLIC_KEY))
+    return sorted(path for path in paths if path not in left_out and not path.startswith(".cache/"))
 
 
 def files_of(release: Path, repository: Repository) -> list[str]:
@@ -98,25 +110,31 @@ def files_of(release: Path, repository: Repository) -> list[str]:
     Raises CheckFailed as `files_below` does.
     """
     files = files_below(release / repository.folder)
-    inside = [*model_folders(release), *variant_folders(release)] if repository.folder == "" else []
-    return _of(repository, files, inside)
+    # Only the root of a release has the folders of other repositories in its own.
+    models = [*model_folders(release), *variant_folders(release)] if repository.folder == "" else []
+    return _without_others(repository, files, models)
 
 
 def files_within(paths: Sequence[str], repository: Repository, models: Iterable[str]) -> list[str]:
-    """Returns the files of a repository as `files_of`, from the sorted paths of all files below a release.
+    """Returns the files of a repository as `files_of` does, from the sorted paths of all files below a release.
 
     `models` are the release's folders of models and variants.
     """
-    prefix = f"{repository.folder}/" if repository.folder else ""
-    below = paths[bisect_left(paths, prefix) : bisect_left(paths, f"{prefix}\U0010ffff")] if prefix else paths
-    return _of(repository, published((path[len(prefix) :] for path in below), [Repository("", "", "")]), models)
+    below = list(paths)
+    if repository.folder:
+        # The paths of a folder lie together: U+10FFFF comes after every character of a name.
+        prefix = f"{repository.folder}/"
+        start, end = bisect_left(paths, prefix), bisect_left(paths, f"{prefix}\U0010ffff")
+        below = [path.removeprefix(prefix) for path in paths[start:end]]
+    return _without_others(repository, published(below, [Repository("", "", "")]), models)
 
 
-def _of(repository: Repository, paths: Iterable[str], models: Iterable[str]) -> list[str]:
+def _without_others(repository: Repository, paths: Iterable[str], models: Iterable[str]) -> list[str]:
+    """Returns the paths in the folder of a repository without its checksum file and the files of other repositories."""
     listed = [path for path in paths if path != SUMS]
     if repository.folder == "":
-        inside = {*PARTS, *models}
-        return [path for path in listed if path.split("/")[0] not in inside]
+        others = {*PARTS, *models}
+        return [path for path in listed if path.split("/")[0] not in others]
     if repository.folder == "checkpoints":
         return [path for path in listed if "/" not in path]
     return listed

@@ -25,14 +25,21 @@ CARD = "README.md"
 CARD_BYTES, RELEASE_BYTES = 4_000_000, 4_000_000
 """The maximum bytes that are read of a card and of release.json."""
 HEAD = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
+"""The metadata at the head of a card."""
 DATA_REPOSITORY = re.compile(r"^atom verify (\S+/\S+)-data$", re.MULTILINE)
 """The line of the data card that names its repository."""
 LINE = re.compile(r"^atom_(release_format|card_schema): ([0-9]{1,9})\r?$", re.MULTILINE)
+"""A line of the metadata that states a version."""
 
 
 @dataclass(frozen=True)
 class Stated:
-    """The versions that a release or a repository states."""
+    """The versions that a release or a repository states.
+
+    Attributes:
+        format: The format of the release.
+        cards: The card schema.
+    """
 
     format: int = FORMAT
     cards: int = CARDS
@@ -40,7 +47,12 @@ class Stated:
 
 @dataclass(frozen=True)
 class NodeArtifact:
-    """The artifact of a node that the release was built from."""
+    """The artifact of a node that the release was built from.
+
+    Attributes:
+        key: Its key.
+        digest: Its digest.
+    """
 
     key: str
     digest: str
@@ -48,7 +60,13 @@ class NodeArtifact:
 
 @dataclass(frozen=True)
 class PublishedLicenses:
-    """SPDX expressions; documents keep their own licenses."""
+    """The licenses of a release, as SPDX expressions.
+
+    Attributes:
+        code: That of the code.
+        data_compilation: That of the data as a whole; the documents keep their own licenses.
+        weights: That of the models.
+    """
 
     code: str
     data_compilation: str
@@ -60,11 +78,20 @@ class ReleaseInfo:
     """The content of evidence/release.json.
 
     Attributes:
+        format: The format of the release.
+        card_schema: The schema of its cards.
+        name: The name of the recipe.
+        version: The version of the recipe.
+        title: The title of the cards.
+        description: The recipe's description; "" without one.
         namespace: The namespace on the Hub.
-        commit: The commit of the checkout that built the release.
+        contact: A URL or an address for questions and requests; None if the recipe states none.
+        languages: The languages of the texts.
+        license: The licenses.
+        commit: The commit of the checkout that built the release; None without one.
         dirty: True if that checkout had uncommitted changes.
-        stale: The nodes whose artifacts were made by other code than that.
-        nodes: All nodes of the recipe's graph, by name.
+        stale: The nodes whose artifacts were made by other code than that checkout's.
+        nodes: The artifacts of all nodes of the recipe's graph, by node.
     """
 
     format: int
@@ -112,12 +139,12 @@ def stated_by_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def head() -> dict[str, int]:
-    """Returns the metadata of a card with its versions."""
+    """Returns the fields of a card's metadata that state the versions."""
     return {"atom_release_format": FORMAT, "atom_card_schema": CARDS}
 
 
 def metadata_of(card: str) -> str:
-    """Returns the metadata of a card as its text has them; "" without any."""
+    """Returns the metadata of a card as text; "" without any."""
     block = HEAD.match(card)
     return block[1] if block else ""
 
@@ -129,23 +156,25 @@ def of_card(folder: Path) -> Stated | None:
     except CheckFailed:
         return None
     numbers = {name: int(number) for name, number in LINE.findall(metadata_of(text))}
-    return Stated(numbers.get("release_format", FORMAT), numbers.get("card_schema", CARDS)) if numbers else None
+    if not numbers:
+        return None
+    return Stated(numbers.get("release_format", FORMAT), numbers.get("card_schema", CARDS))
 
 
 def refusal(folder: Path) -> str:
     """Returns a sentence if a release or a repository states other versions than the present ones; else "".
 
-    A folder of another version would be compared with less, so whoever forges one would state that.
+    A folder of another version is refused, not checked in part: a forger would state that version to be checked less.
     """
-    # A folder without a card, such as that of a checkpoint, is checked as one of the present versions.
     stated = of_card(folder) or Stated()
     if (folder / RELEASE).is_file():
         try:
             body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
         except CheckFailed:  # whoever reads it says what is wrong
             return ""
-        names = ("format", "card_schema")
-        numbers: list[Any] = [body.get(name) for name in names] if isinstance(body, dict) else []
+        numbers: list[Any] = []
+        if isinstance(body, dict):
+            numbers = [body.get("format"), body.get("card_schema")]
         # Not `isinstance`: `true` is an int for Python.
         if [type(number) for number in numbers] != [int, int]:
             return f"{RELEASE} does not state its format and card schema; get the release again"
@@ -164,7 +193,8 @@ def require_readable(folder: Path) -> None:
         raise CheckFailed(f"{folder}: {reason}")
 
 
-def _read(body: Mapping[str, Any]) -> ReleaseInfo:
+def _parse(body: Mapping[str, Any]) -> ReleaseInfo:
+    """Returns the content of release.json from its JSON. Raises KeyError if it lacks a field."""
     license = body["license"]
     return ReleaseInfo(
         format=body["format"],
@@ -193,4 +223,4 @@ def read_release(folder: Path) -> ReleaseInfo:
     """
     require_readable(folder)
     body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
-    return _read(body)
+    return _parse(body)

@@ -17,13 +17,16 @@ from pathlib import Path
 from pipeline.core.errors import MachineError
 
 PREFIX = "atom-scratch-"
+"""The beginning of the names of the folders."""
 
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """Gives a new folder in TMPDIR, removed at the end. Sweeps folders of exited processes.
+    """Gives a new folder in TMPDIR, and removes it at the end.
 
-    Raises MachineError if none can be made or locked there.
+    Before, it removes the folders of this user's exited processes.
+
+    Raises MachineError if no folder can be made or locked there.
     """
     parent = Path(tempfile.gettempdir())
     sweep(parent)
@@ -31,7 +34,7 @@ def folder() -> Iterator[Path]:
     try:
         yield path
     finally:
-        # While the lock is still held, so that no other process sweeps the folder at the same time.
+        # The lock is still held, so no other process sweeps the folder at the same time.
         shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
 
@@ -40,13 +43,13 @@ def sweep(parent: Path) -> list[Path]:
     """Removes the folders of this user's exited processes, and returns them."""
     removed = []
     for path in sorted(parent.glob(f"{PREFIX}*")):
-        with suppress(OSError):  # another process sweeps it at the same time, or it belongs to another user
+        with suppress(OSError):  # its process lives, another process sweeps it at the same time, or it is unreadable
             status = path.lstat()
             if status.st_uid != os.geteuid() or path.is_symlink() or not path.is_dir():
                 continue
-            # A living process holds the lock of its folder, and the system frees it however that process ends.
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
+                # Fails while the process of the folder lives.
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
                 removed.append(path)
@@ -72,7 +75,8 @@ def _make_locked_folder(parent: Path) -> tuple[Path, int]:
         except OSError as error:
             if lock is not None:
                 os.close(lock)
-            if error.errno in (errno.EWOULDBLOCK, errno.ENOENT):  # another process swept it before it was locked
+            # Another process sweeps the folder, or has swept it.
+            if error.errno in (errno.EWOULDBLOCK, errno.ENOENT):
                 continue
             shutil.rmtree(path, ignore_errors=True)
             raise _unusable(parent, error) from None

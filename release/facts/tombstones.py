@@ -18,8 +18,11 @@ from release import untrusted
 from release.layout import RETRACTED
 
 SCHEMA = 1
+"""The version of the form of the file."""
 TOMBSTONE_BYTES = 16 << 20
+"""The maximum bytes that are read of the file."""
 MOST_LISTED = 10_000
+"""The maximum number of documents that a tombstone names."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class ChangedFile:
 
     Attributes:
         path: Its path.
-        before: Its SHA-256 before.
+        before: Its SHA-256 before; "" if it is new.
         after: Its SHA-256 after; None if it was removed.
     """
 
@@ -63,7 +66,7 @@ class RetractedDocument:
     Attributes:
         id: Its id.
         found: How it was found, as in an opt-out.
-        requests: The SHA-256 of each reference.
+        requests: The SHA-256 of the reference of each request that reached it.
     """
 
     id: str
@@ -76,12 +79,12 @@ class Tombstone:
     """A retraction.
 
     Attributes:
-        release: Name and version.
-        dates: {request: its date}
+        release: The name and the version of the release.
+        dates: {SHA-256 of the reference of a request: its date}.
         count: The number of documents.
         documents: The first MOST_LISTED of them.
         repositories: The branches that were rewritten.
-        trained: Repositories of the models that were trained on a document.
+        trained: Repositories, and branches of checkpoints, that were trained on a document.
         removed: Those of them that were taken back as well.
     """
 

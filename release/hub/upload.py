@@ -1,4 +1,4 @@
-"""The steps of a publication that change a repository: upload, promote the verified branch, tag.
+"""The steps of a publication that change a repository: upload, promote the verified branch, tag, clear up.
 
 A private repository is filled in place. A branch of a public repository never holds unverified files: they go to the
 branch `upload-v<version>` (`upload-v<version>-<branch>` for a checkpoint's), and are moved to their final branch in one
@@ -84,7 +84,11 @@ class Difference:
 
 
 class Journal:
-    """A file with one JSON line for each call that changed the Hub."""
+    """A file with one JSON line for each call that changed the Hub.
+
+    Attributes:
+        path: The file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,7 +107,15 @@ class Journal:
 
 @dataclass(frozen=True)
 class Destination:
-    """A repository of a release, its place on the Hub, and the version's tag."""
+    """A repository of a release, and its place on the Hub.
+
+    Attributes:
+        release: The folder of the release.
+        repository: The repository.
+        remote: The repository on the Hub.
+        tag: The tag of the version.
+        journal: The record of the calls that change the Hub.
+    """
 
     release: Path
     repository: Repository
@@ -122,7 +134,10 @@ class Destination:
 
     @property
     def staging_branch(self) -> str:
-        return f"upload-{self.tag}" + ("" if self.branch == "main" else f"-{self.branch}")
+        """The branch that takes unverified files of a public repository."""
+        if self.branch == "main":
+            return f"upload-{self.tag}"
+        return f"upload-{self.tag}-{self.branch}"
 
     def refuse_changed_version(self) -> None:
         """Refuses a version that was published with other bytes. Changes nothing.
@@ -172,7 +187,8 @@ class Destination:
         Raises:
             AtomError: If the Hub refuses it.
         """
-        self.refuse_changed_version()  # another publication may have ended since it was looked at
+        # Another publication may have ended since the version was looked at.
+        self.refuse_changed_version()
         remote = self.remote
         with translate_errors(f"creating {remote.id}"):
             if not remote.exists():
@@ -183,7 +199,7 @@ class Destination:
             branches = self._branches()
 
         # Nothing unverified may be on a branch that everybody reads.
-        file_ids = self._wanted()
+        file_ids = self._wanted_ids()
         branch = self.branch
         difference = self._difference(file_ids, branches.get(branch))
         if difference and not private:
@@ -207,12 +223,12 @@ class Destination:
 
     def differs(self, revision: str) -> bool:
         """Returns True if a revision has other files than the folder."""
-        return bool(self._difference(self._wanted(), revision))
+        return bool(self._difference(self._wanted_ids(), revision))
 
     def replace_files(self) -> None:
         """Makes the branch equal to the folder in one commit. Raises AtomError if the Hub refuses it."""
         head = self._head(self.branch)
-        if difference := self._difference(self._wanted(), head):
+        if difference := self._difference(self._wanted_ids(), head):
             self._commit(self.branch, difference, "Retracted on request", head)
 
     def promote(self, staged: Published) -> Published:
@@ -258,14 +274,15 @@ class Destination:
     def clear_staging(self) -> None:
         """Deletes the staging branch of this version, also that of an interrupted publication."""
         remote, branch = self.remote, self.staging_branch
-        # Nothing is lost: the branch has the same files as main.
-        with suppress(Changed), translate_errors(f"deleting {remote.id}@{branch}"):  # another publication deleted it
+        # Nothing is lost: what was verified is on the final branch as well. Changed means that another publication
+        # deleted the staging branch.
+        with suppress(Changed), translate_errors(f"deleting {remote.id}@{branch}"):
             if branch in self._branches():
                 api().delete_branch(remote.id, repo_type=remote.kind, branch=branch)
                 self.journal.write("delete_branch", repo=remote.id, kind=remote.kind, branch=branch)
 
-    def _wanted(self) -> FileIds:
-        """Returns the files of the folder, those that end an upload last."""
+    def _wanted_ids(self) -> FileIds:
+        """Returns the ids of the files of the folder; those that end an upload come last."""
         last_files = [path for path in SENT_LAST if (self.folder / path).exists()]
         paths = [*files_of(self.release, self.repository), *last_files]
         return {path: _file_ids(self.folder / path) for path in paths}
@@ -325,29 +342,31 @@ class Destination:
         # Additions and deletions are one commit, so no reader sees one without the other.
         operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
         size = sum((self.folder / path).stat().st_size for path in difference.missing)
+        position = {"repo_type": remote.kind, "revision": branch, "parent_commit": parent}
         try:
             with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size):
-                place = {"repo_type": remote.kind, "revision": branch, "parent_commit": parent}
-                commit_info = api().create_commit(remote.id, operations, commit_message=message, **place)
+                commit_info = api().create_commit(remote.id, operations, commit_message=message, **position)
                 with parsing():
                     commit = str(commit_info.oid)
         except Changed:
             # It may be this very commit, if the answer to it was lost and the client repeated it.
             commit = self._head(branch)
-            now = self._difference({path: _file_ids(self.folder / path) for path in difference.missing}, commit)
-            if now.missing or set(now.surplus) & set(difference.surplus):
+            sent_ids = {path: _file_ids(self.folder / path) for path in difference.missing}
+            remaining = self._difference(sent_ids, commit)
+            # Every other file of the branch is surplus here, so only those that this commit deletes count.
+            if remaining.missing or set(remaining.surplus) & set(difference.surplus):
                 raise self._changed(branch) from None
         fields = {"branch": branch, "commit": commit, "files": difference.missing}
         self.journal.write("create_commit", repo=remote.id, kind=remote.kind, **fields)
         return commit
 
 
-def _chunks(difference: Difference, files: int) -> list[list[str]]:
-    """Returns the paths of each commit. The whole upload has `files` files."""
+def _chunks(difference: Difference, file_count: int) -> list[list[str]]:
+    """Returns the paths of each commit. The whole upload has `file_count` files."""
     paths = [path for path in difference.missing if path not in SENT_LAST]
-    # By the whole upload, so that one that goes on after a kill makes no smaller commits.
-    size = max(FILES_PER_COMMIT, math.ceil(files / COMMITS))
-    chunks = [paths[i : i + size] for i in range(0, len(paths), size)]
+    # The size follows from the whole upload, so that an upload that goes on after a kill makes no smaller commits.
+    size = max(FILES_PER_COMMIT, math.ceil(file_count / COMMITS))
+    chunks = [paths[start : start + size] for start in range(0, len(paths), size)]
     if last_files := [path for path in difference.missing if path in SENT_LAST]:
         chunks.append(last_files)
     # Surplus files alone need a commit as well.

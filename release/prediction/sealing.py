@@ -19,7 +19,9 @@ from release.facts.forecast import FILE, MODEL, PHASE, Point, Prediction, RunSiz
 from stages.evaluation import scaling_law
 
 VERSION = 1
+"""The version of the stage in its statement."""
 NODE, EVALUATION = PHASE, f"evaluate-{MODEL}"
+"""The nodes whose artifacts a prediction needs of each smaller run."""
 
 
 def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact, Prediction]:
@@ -31,8 +33,8 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
         store: The store of all runs.
 
     Raises:
-        AtomError: If a recipe has no pre-training, if it has begun, if it has a prediction already, if a run of the
-            ladder is not sealed or was measured on other data, or if the runs cannot carry a law.
+        AtomError: If a recipe has no pre-training, if that of the target has begun or has a prediction already, if a
+            run of the ladder is not sealed or was measured on other data, or if the runs cannot carry a law.
     """
     node = pretraining(target)
     # The key follows from that of the run, so a run has one prediction.
@@ -57,29 +59,31 @@ def seal(target: Graph, ladder: Sequence[Graph], store: Store) -> tuple[Artifact
 
 
 def _require_comparable(target: Graph, graph: Graph) -> None:
-    """Raises AtomError unless the texts, tokens and items of two runs are the same."""
+    """Raises AtomError unless the texts, tokens, items and scoring of two runs are the same."""
     require_same_text(target, graph)
     if _scoring(target) != _scoring(graph):
-        names = target.recipe.config.name, graph.recipe.config.name
-        raise AtomError(f"{names[1]} is evaluated in another way than {names[0]}; make their evaluation equal")
+        target_name, name = target.recipe.config.name, graph.recipe.config.name
+        raise AtomError(f"{name} is evaluated in another way than {target_name}; make their evaluation equal")
 
 
 def require_same_text(target: Graph, graph: Graph) -> None:
     """Raises AtomError unless the texts, tokens and rows of two runs are the same, as comparable losses need."""
-    names = target.recipe.config.name, graph.recipe.config.name
+    target_name, name = target.recipe.config.name, graph.recipe.config.name
     for node in ("tokenize", "items"):
         if target.nodes[node].key != graph.nodes[node].key:
-            raise AtomError(f"{names[1]} has other data than {names[0]}: its {node} has another key; change its recipe")
-    phases = [vars(pretraining(each).config)["phase"] for each in (target, graph)]
+            raise AtomError(f"{name} has other data than {target_name}: its {node} has another key; change its recipe")
+
+    target_phase, phase = (vars(pretraining(run).config)["phase"] for run in (target, graph))
     for field in ("sequence_length", "validation"):
-        values = [_value(phase, field) for phase in phases]
-        if values[0] != values[1]:
+        target_value, value = _compared_value(target_phase, field), _compared_value(phase, field)
+        if target_value != value:
             raise AtomError(
-                f"{names[1]} has {NODE}.{field} = {values[1]}, and {names[0]} has {values[0]}; make them equal"
+                f"{name} has {NODE}.{field} = {value}, and {target_name} has {target_value}; make them equal"
             )
 
 
-def _value(phase: Any, field: str) -> Any:
+def _compared_value(phase: Any, field: str) -> Any:
+    """Returns what must be equal in a setting of two phases."""
     value = getattr(phase, field)
     # How often a run measures does not change the loss at its end; the number of held-out rows does.
     return value.rows if field == "validation" else value
@@ -118,6 +122,7 @@ def sealed(graph: Graph, role: str, store: Store, until: str) -> Artifact:
 def size_of(graph: Graph) -> dict[str, Any]:
     """Returns the fields of RunSize of a recipe's pre-training. Raises AtomError if it has none, or reads no tokens."""
     node, name = pretraining(graph), graph.recipe.config.name
+    # Any, since the type of a node's config does not tell the phase.
     config: Any = node.config
     vocabulary, phase = config.padded_vocab_size, config.phase
     # Batches may grow during training, so rows are counted step by step.
@@ -130,6 +135,7 @@ def size_of(graph: Graph) -> dict[str, Any]:
 
 
 def _point(graph: Graph, artifacts: dict[str, Artifact]) -> Point:
+    """Returns the point of a smaller run, from its artifacts by node."""
     summary = json.loads((artifacts[NODE] / "summary.json").read_text())
     scores = json.loads((artifacts[EVALUATION] / "scores.json").read_text())
     return Point(

@@ -94,14 +94,14 @@ def retract(
     from release.retraction import hub
 
     release = release.resolve()
-    info, before = schema.read_release(release), read_tombstones(release)
+    info, earlier = schema.read_release(release), read_tombstones(release)
     reached = find_reached(release, deny_list)
     if not reached.kinds:
-        if not (before and _is_of(before[-1], deny_list)):
+        if not (earlier and _answers(earlier[-1], deny_list)):
             raise AtomError(f"{release} holds none of these documents; atom trace finds documents by id and by text")
         # An earlier attempt was interrupted on the Hub.
         progress("the folder has its tombstone already")
-        tombstone = before[-1]
+        tombstone = earlier[-1]
         if dry_run:
             return Retraction(tombstone, True)
     else:
@@ -113,8 +113,8 @@ def retract(
 
 
 def settle(release: Path) -> None:
-    """Ends the replacement of a folder that was killed in its middle."""
-    # Without a new folder the old one comes back; next to one, it is deleted with the texts in it.
+    """Ends the replacement of a folder by a command that was killed in its middle."""
+    # Without a new folder the old one comes back; beside a new one, it is deleted with the texts in it.
     draft, old = _draft(release), _old(release)
     if old.is_dir() and not release.exists():
         os.rename(old, release)
@@ -123,15 +123,18 @@ def settle(release: Path) -> None:
 
 
 def _draft(release: Path) -> Path:
+    """Returns the place of the folder without the documents, before it replaces the release."""
     return release.with_name(f".{release.name}.retracting")
 
 
 def _old(release: Path) -> Path:
+    """Returns the place of the old release while it is replaced."""
     return release.with_name(f".{release.name}.retracted")
 
 
-def _is_of(tombstone: Tombstone, deny_list: DenyList) -> bool:
-    # Dates are by request, so this compares the requests.
+def _answers(tombstone: Tombstone, deny_list: DenyList) -> bool:
+    """Returns True if all requests of a tombstone are in a deny-list."""
+    # The keys of the dates are the requests.
     return set(tombstone.dates) <= set(deny_list.dates)
 
 
@@ -152,7 +155,8 @@ def _rewrite_folder(
 ) -> Tombstone:
     """Makes the folder without the documents, and puts it in place unless it is a dry run."""
     draft = _draft(release)
-    # Hard links cost no space; every file that changes is replaced, never written in place.
+    # Hard links cost no space, whatever the size of the weights. A file that changes is replaced, never written in
+    # place.
     progress(f"writing {release.name} without {len(reached.kinds)} documents")
     shutil.copytree(release, draft, copy_function=_link)
     try:
@@ -162,11 +166,14 @@ def _rewrite_folder(
         rewrite.rewrite(draft, reached)
 
         trained = _trained_folders(release, reached)
-        for folder in trained if remove_models else ():
-            _empty(draft / folder)
+        if remove_models:
+            for folder in trained:
+                _empty(draft / folder)
         # Notices change cards, so they come before files are compared.
         noticed = _add_notices(draft, reached, info, trained, remove_models)
-        tombstone = _tombstone(info, reached, deny_list, [places[f] for f in trained], remove_models)
+        trained_places = [places[folder] for folder in trained]
+        tombstone = _tombstone(info, reached, deny_list, trained_places, remove_models)
+
         repositories_changed = []
         for folder, place in places.items():
             files = _changed_files(draft, place, before)
@@ -176,6 +183,7 @@ def _rewrite_folder(
             name = place.id(info.namespace, info.name)
             repositories_changed.append(ChangedRepository(name, place.branch, folder, checksums[folder], tuple(files)))
         tombstone = replace(tombstone, repositories=tuple(repositories_changed))
+
         # Earlier tombstones stay: a release may be retracted in part more than once.
         content = to_json(tombstones_json([*read_tombstones(release), tombstone]))
         for changed in repositories_changed:
@@ -190,8 +198,8 @@ def _rewrite_folder(
 
 
 def _link(source: str, target: str) -> None:
+    """Makes a hard link to a file, or a copy where there are no links."""
     try:
-        # A copy by links takes no space and no time, whatever the size of the weights.
         os.link(source, target)
     except OSError:  # no links on this file system
         shutil.copy2(source, target)
@@ -199,17 +207,16 @@ def _link(source: str, target: str) -> None:
 
 def _trained_folders(release: Path, reached: Reached) -> list[str]:
     """Returns the folders of the models and checkpoints that were trained on a document."""
-    models = folders_of(ReleaseData.locate(release).models())
-    folders = [models[name] for name in models if name in reached.models]
+    folder_of = folders_of(ReleaseData.locate(release).models())
+    folders = [folder for model, folder in folder_of.items() if model in reached.models]
     return folders + [f"checkpoints/{name}" for name in sorted(reached.checkpoints)]
 
 
 def _empty(folder: Path) -> None:
-    """Leaves the card and the license of a model."""
+    """Removes all files of a model or checkpoint but its card, its license and its tombstone."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        # The words on why the repository is empty stay in it.
         elif path.name not in KEPT_OF_REMOVED:
             path.unlink()
 
@@ -217,23 +224,33 @@ def _empty(folder: Path) -> None:
 def _add_notices(
     draft: Path, reached: Reached, info: ReleaseInfo, trained: list[str], remove_models: bool
 ) -> list[str]:
-    """Puts a notice on the cards of the data, of the checkpoints and of the trained models. Returns their folders."""
+    """Puts a notice on the cards of the data, of the evidence, and of the models and checkpoints in `trained`.
+
+    Returns their folders.
+    """
     count = len(reached.kinds)
     documents = f"{count} {'document was' if count == 1 else 'documents were'} taken back on request"
-    data = f"**Retracted in part.** {documents}; `{RETRACTED}` names them by id, and the requests by hash."
-    weights = f"**Trained on retracted data.** After the training, {documents} from the data; see `{RETRACTED}`."
-    gone = (
-        f"**Retracted.** This was trained on data of which {documents}, and is taken back with it; see `{RETRACTED}`."
-    )
-    notices = {"dataset": data, "": data}
+    data_notice = f"**Retracted in part.** {documents}; `{RETRACTED}` names them by id, and the requests by hash."
+    if remove_models:
+        model_notice = (
+            f"**Retracted.** This was trained on data of which {documents}, and is taken back with it; see "
+            f"`{RETRACTED}`."
+        )
+    else:
+        model_notice = (
+            f"**Trained on retracted data.** After the training, {documents} from the data; see `{RETRACTED}`."
+        )
+
+    notices = {"dataset": data_notice, "": data_notice}
     if any(folder.startswith("checkpoints/") for folder in trained):
-        notices["checkpoints"] = gone if remove_models else weights
+        notices["checkpoints"] = model_notice
     for folder in trained:
         if not folder.startswith("checkpoints/"):
-            notices[folder] = gone if remove_models else weights
+            notices[folder] = model_notice
         elif remove_models:
+            # A checkpoint has no card that says why it is empty.
             atomic_files.write(draft / folder / CARD, f"# {info.name}: {folder.partition('/')[2]}\n".encode())
-            notices[folder] = gone
+            notices[folder] = model_notice
     for folder, notice in notices.items():
         rewrite.add_notice(draft / folder / CARD, notice)
     return list(notices)
@@ -242,28 +259,38 @@ def _add_notices(
 def _tombstone(
     info: ReleaseInfo, reached: Reached, deny_list: DenyList, trained: list[Repository], remove_models: bool
 ) -> Tombstone:
+    """Returns the tombstone of a retraction, without the changes of the repositories."""
     names = []
     for place in trained:
         branch = "" if place.branch == "main" else f"@{place.branch}"
         names.append(place.id(info.namespace, info.name) + branch)
+
     documents, requests = [], set[str]()
-    for id, kind in sorted(reached.kinds.items()):
-        documents.append(RetractedDocument(id, kind, tuple(sorted(reached.requests[id]))))
-        requests |= reached.requests[id]
-    dates = {request: deny_list.dates[request] for request in sorted(requests)}
-    removed = tuple(names) if remove_models else ()
-    listed = tuple(documents[:MOST_LISTED])
-    return Tombstone(f"{info.name} {info.version}", dates, len(documents), listed, (), tuple(names), removed)
+    for document_id, kind in sorted(reached.kinds.items()):
+        documents.append(RetractedDocument(document_id, kind, tuple(sorted(reached.requests[document_id]))))
+        requests |= reached.requests[document_id]
+    return Tombstone(
+        release=f"{info.name} {info.version}",
+        dates={request: deny_list.dates[request] for request in sorted(requests)},
+        count=len(documents),
+        documents=tuple(documents[:MOST_LISTED]),
+        repositories=(),
+        trained=tuple(names),
+        removed=tuple(names) if remove_models else (),
+    )
 
 
 def _changed_files(draft: Path, place: Repository, before: dict[str, str]) -> list[ChangedFile]:
-    """Returns the files of a repository that are others than before, without its checksums."""
+    """Returns the files of a repository that changed, were removed or are new, without checksum files.
+
+    `before` is {path in the release: SHA-256}.
+    """
     prefix = f"{place.folder}/" if place.folder else ""
     after = {f"{prefix}{path}": sha256_file(draft / prefix / path) for path in files_of(draft, place)}
-    earlier = {path for path in before if _is_in(path, place) and not path.endswith(SUMS)}
+    paths = {path for path in before if _is_in(path, place)} | after.keys()
     changed = []
-    for path in sorted(earlier | {path for path in after if not path.endswith(SUMS)}):
-        if before.get(path) != after.get(path):
+    for path in sorted(paths):
+        if not path.endswith(SUMS) and before.get(path) != after.get(path):
             changed.append(ChangedFile(path, before.get(path, ""), after.get(path)))
     return changed
 
@@ -279,15 +306,17 @@ def _is_in(path: str, place: Repository) -> bool:
 
 
 def _seal(draft: Path, release: Path, changed: set[str], key: SigningKey | None, progress: Progress) -> None:
-    """Writes checksums, and signs the changed repositories; the others keep their signatures."""
-    for path in [*draft.rglob(SUMS)]:
-        atomic_files.write(path, path.read_bytes())  # no link to the release that is replaced
+    """Writes checksums, and signs the changed repositories; the others keep their signatures.
+
+    `changed` are the folders of the changed repositories.
+    """
+    _break_links(draft, SUMS)
     write_checksums(draft)
     if key is None:
         return
-    signatures = [path for name in (SIGNATURE, PUBLIC_KEY) for path in draft.rglob(name)]
-    for path in signatures:
-        atomic_files.write(path, path.read_bytes())
+
+    for name in (SIGNATURE, PUBLIC_KEY):
+        _break_links(draft, name)
     # Signing replaces all signatures; unchanged repositories get theirs back below.
     sign(draft, key, progress)
     for place in repositories(draft):
@@ -295,6 +324,12 @@ def _seal(draft: Path, release: Path, changed: set[str], key: SigningKey | None,
             original = release / place.folder / name
             if place.folder not in changed and original.exists():
                 shutil.copyfile(original, draft / place.folder / name)
+
+
+def _break_links(draft: Path, name: str) -> None:
+    """Replaces all files of a name by copies, so that writing them leaves the release as it is."""
+    for path in [*draft.rglob(name)]:
+        atomic_files.write(path, path.read_bytes())
 
 
 def _swap(draft: Path, release: Path) -> None:
@@ -316,7 +351,7 @@ def text(retraction: Retraction) -> str:
         lines.append(f"  and {others} more")
     for changed in tombstone.repositories:
         lines.append(f"{changed.repository}@{changed.branch}: {len(changed.files)} files {would}changed or removed")
-    kept = [name for name in tombstone.trained if name not in tombstone.removed]
+    remaining = [name for name in tombstone.trained if name not in tombstone.removed]
     lines += [f"{name}: trained on them, {would}removed" for name in tombstone.removed]
-    lines += [f"{name}: trained on them, and stays; --models takes it back" for name in kept]
+    lines += [f"{name}: trained on them, and stays; --models takes it back" for name in remaining]
     return "\n".join([*lines, *retraction.on_hub])

@@ -23,7 +23,12 @@ ONLINE = "; Sigstore needs a network, or give --trust-config of another instance
 
 @dataclass(frozen=True)
 class Identity:
-    """An address or a workflow's URL, and the OpenID provider that vouches for it."""
+    """Somebody who signs.
+
+    Attributes:
+        name: An e-mail address, or the URL of a workflow.
+        issuer: The OpenID provider that vouches for it.
+    """
 
     name: str
     issuer: str
@@ -34,7 +39,10 @@ class Identity:
 
 @contextmanager
 def as_atom_error(action: str, hint: str = "") -> Iterator[None]:
-    """Turns any error of the libraries, which have no base class in common, into one AtomError."""
+    """Turns any error of the libraries, which have no base class in common, into one AtomError.
+
+    Its message is the `action`, the error, and the `hint`.
+    """
     try:
         yield
     except Exception as error:
@@ -60,7 +68,7 @@ def signer(trust_config: Path | None) -> Any:
                 self.token = super()._get_identity_token()
             return self.token
 
-    _require(trust_config)
+    _require_file(trust_config)
     with as_atom_error("cannot sign without a key", ONLINE):
         return Signer(trust_config=trust_config)
 
@@ -69,12 +77,12 @@ def verifier(identity: Identity, trust_config: Path | None) -> Any:
     """Returns a verifier of bundles. Raises AtomError if the trust root cannot be loaded."""
     from model_signing._signing import sign_sigstore
 
-    _require(trust_config)
+    _require_file(trust_config)
     with as_atom_error(f"cannot verify whether {identity} signed", ONLINE):
         return sign_sigstore.Verifier(identity=identity.name, oidc_issuer=identity.issuer, trust_config=trust_config)
 
 
-def _require(trust_config: Path | None) -> None:
+def _require_file(trust_config: Path | None) -> None:
     if trust_config is not None and not trust_config.is_file():
         raise AtomError(f"there is no trust configuration {trust_config}; give the file of an instance of Sigstore")
 
@@ -88,32 +96,37 @@ def is_keyless(signature: Path) -> bool:
 
 
 def verify_bundle(signature: Path, bundle_verifier: Any = None) -> tuple[Identity, Any]:
-    """Returns the identity in a bundle, and the manifest that it signs. Raises what the libraries raise.
+    """Returns the identity in a bundle, and the manifest that it signs. Raises the errors of the libraries.
 
     Args:
         signature: The file of the bundle.
         bundle_verifier: A verifier; without one, nothing vouches for the certificate, and its name may be invented.
+
+    Raises:
+        ValueError: The file is not written as signers write it.
     """
     from model_signing._signing import sign_sigstore, signing
     from sigstore import dsse
 
     class SelfVerifier(signing.Verifier):  # type: ignore[misc]
+        """Verifies with the key in the bundle's own certificate: the bundle is whole, but anybody may have made it."""
+
         def _verify_signed_content(self, signature: Any) -> tuple[str, bytes]:
-            # The key in the bundle's own certificate: this proves that the bundle is whole, and not who made it.
             envelope = signature.bundle._dsse_envelope
             payload = dsse._verify(signature.bundle.signing_certificate.public_key(), envelope)
             return envelope._inner.payload_type, payload
 
     bundle_signature = sign_sigstore.Signature.read(signature)
-    if signature.read_text() != bundle_signature.bundle.to_json():  # base64 has bits that decide nothing
+    # Some bits of base64 decide nothing, so other files would be read as the same bundle.
+    if signature.read_text() != bundle_signature.bundle.to_json():
         raise ValueError("it is not written as signers write it")
-    return certificate_identity(bundle_signature.bundle.signing_certificate), (
-        bundle_verifier or SelfVerifier()
-    ).verify(bundle_signature)
+    identity = certificate_identity(bundle_signature.bundle.signing_certificate)
+    manifest = (bundle_verifier or SelfVerifier()).verify(bundle_signature)
+    return identity, manifest
 
 
 def recorded_identity(signature: Path) -> str | None:
-    """Returns the unchecked identity in a bundle; None for a signature with a key. `atom verify` checks it."""
+    """Returns the identity in a bundle, which nobody has checked; None for a signature with a key."""
     from model_signing._signing import sign_sigstore
 
     if not is_keyless(signature):

@@ -32,7 +32,9 @@ from stages.recipe import Category, Maker
 NOT_STATED = "not stated"
 HUB = "https://huggingface.co"
 PACKAGES = "packages.json"
+"""In the folder of the standards, the packages of all environments."""
 WEIGHTS = (".safetensors", ".gguf")
+"""The ends of the names of files with weights."""
 LEFT_OUT = "making of the machines, network, storage, experiments before this run, and use of the model"
 """The uses of energy that the figures of a release leave out."""
 PROCEDURAL = ("problems", "chat-problems", "courtesies", "passkeys")
@@ -40,11 +42,13 @@ PROCEDURAL = ("problems", "chat-problems", "courtesies", "passkeys")
 MOST_STATED = 200
 """Characters of a license in a package's own words."""
 HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
+"""A hash in an entry of a lock file."""
 ENTRY = re.compile(r"([A-Za-z0-9][\w.-]*)==([^\s;\\]+)")
 """The name and the version at the beginning of an entry of a lock file."""
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//[^/?]*(%5[BD]|:[0-9]*[^0-9/?]))")
 """Begins an address with a scheme, whose host has no bracket and whose port is a number."""
 LONE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+"""A percent sign that begins no escape."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Package:
         name: As its metadata has it.
         version: As installed.
         license: An SPDX expression; None if none is known.
-        stated: The license in the package's own words, if they are no expression.
+        stated: The license in the package's own words, if they are no expression; else "".
         hashes: SHA-256 of the files that the lock allows for this version.
     """
 
@@ -74,8 +78,8 @@ class Package:
 def package_versions(release: Release) -> list[tuple[str, str]]:
     """Returns (name, version) of the packages in a release's statements and in the environment of its build."""
     pairs = set[tuple[str, str]]()
-    bodies = map(provenance.environment_of, release.statements.values())
-    for environment in (read_json(release.root / "evidence/environment.json"), *bodies):
+    environments = map(provenance.environment_of, release.statements.values())
+    for environment in (read_json(release.root / "evidence/environment.json"), *environments):
         pairs |= {(str(name), str(version)) for name, version in environment.get("packages", {}).items()}
     return sorted(pairs)
 
@@ -83,7 +87,8 @@ def package_versions(release: Release) -> list[tuple[str, str]]:
 def describe_packages(pairs: list[tuple[str, str]], roots: list[Path]) -> list[dict[str, Any]]:
     """Returns the content of packages.json. `roots` are checkouts, whose `requirements/*.lock` are read."""
     hashes: dict[tuple[str, str], set[str]] = {}
-    for path in (path for root in roots for path in root.glob("requirements/*.lock")):
+    lock_files = [path for root in roots for path in root.glob("requirements/*.lock")]
+    for path in lock_files:
         # An entry ends where the next line begins without a space.
         for entry in re.split(r"\n(?=\S)", path.read_text()):
             if match := ENTRY.match(entry):
@@ -115,7 +120,9 @@ def _package_license(name: str, version: str) -> tuple[str | None, str]:
         return None, ""
     text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
     declared = parse([("PKG-INFO", text)], load_map("pep639")).license
-    return declared.expression, "" if declared.expression else " ".join(declared.name.split())[:MOST_STATED]
+    if declared.expression:
+        return declared.expression, ""
+    return None, " ".join(declared.name.split())[:MOST_STATED]
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,12 +232,15 @@ class StandardFacts:
             return "synthetic", "computed"
         if reader in PROCEDURAL:
             return "other", "computed"
-        public = reader == "hub" or self.data.sources[source].origin.startswith(("https://", "http://"))
-        return ("public" if public else "other"), "computed"
+        if reader == "hub" or self.data.sources[source].origin.startswith(("https://", "http://")):
+            return "public", "computed"
+        return "other", "computed"
 
     def read_by(self, folder: str) -> list[str]:
-        """Returns the sources that the phases of a model read."""
-        read = {name for phase in self.models[folder].training for name in self.data.sources_read(phase)}
+        """Returns the sources that the phases of a model read, in the order of the data."""
+        read: set[str] = set()
+        for phase in self.models[folder].training:
+            read.update(self.data.sources_read(phase))
         return [name for name in self.data.sources if name in read]
 
     def of_category(self, category: Category) -> list[str]:
@@ -247,7 +257,8 @@ def read_facts(release: Release) -> StandardFacts:
     """Returns the facts of a release, with what its statements and the declarations of its sources say."""
     ended = acquired = ""
     # Statements are read one by one, since a long run has very many.
-    methods, attempts, counted = set[str](), 0, 0
+    methods = set[str]()
+    attempts = counted = 0
     for body in release.statements.values():
         finished = str(body["predicate"]["runDetails"]["metadata"]["finishedOn"])
         # Times of one format in UTC sort as texts.
@@ -258,7 +269,8 @@ def read_facts(release: Release) -> StandardFacts:
         # The statement of a checkpoint is about the attempt that wrote it, which has a statement of its own.
         if provenance.phase_of(body) is None:
             attempts += 1
-            counted += "energy_joules_estimate" in usage
+            if "energy_joules_estimate" in usage:
+                counted += 1
         if "energy_method" in usage:
             methods.add(str(usage["energy_method"]))
     declared = {path.stem: read_json(path) for path in sorted((release.dataset / "sources").glob("*.json"))}
@@ -288,7 +300,8 @@ def energy(facts: StandardFacts) -> dict[str, Any]:
 
     carbon in kg = energy in kWh x overhead x grams of CO2 equivalent per kWh / 1000
     """
-    carbon, (counted, attempts) = facts.maker.carbon, facts.counted
+    carbon = facts.maker.carbon
+    counted, attempts = facts.counted
 
     def row(usage: dict[str, float]) -> dict[str, float | None]:
         kwh = usage["energy_wh"] / 1000
@@ -315,11 +328,14 @@ def energy(facts: StandardFacts) -> dict[str, Any]:
 
 def address(text: str) -> str:
     """Returns a text as the reference of a URI (RFC 3986): what no URI has is escaped, and escapes are kept."""
-    place, sign, fragment = quote(text, safe="/:?@!$&'()*+,;=-._~%#", errors="surrogatepass").partition("#")
+    escaped = quote(text, safe="/:?@!$&'()*+,;=-._~%#", errors="surrogatepass")
+    resource, sign, fragment = escaped.partition("#")
     # Without a scheme, a colon in the first segment would be read as the end of one.
-    if not SCHEME.match(place):
-        place = place.replace(":", "%3A")
-    return LONE_PERCENT.sub("%25", f"{place}{sign}{fragment.replace('#', '%23')}")
+    if not SCHEME.match(resource):
+        resource = resource.replace(":", "%3A")
+    # A fragment has no second sign.
+    fragment = fragment.replace("#", "%23")
+    return LONE_PERCENT.sub("%25", f"{resource}{sign}{fragment}")
 
 
 def segment(text: str, safe: str = "") -> str:
