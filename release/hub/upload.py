@@ -351,7 +351,7 @@ class Destination:
         except Changed:
             # It may be this very commit, if the answer to it was lost and the client repeated it.
             commit = self._head(branch)
-            sent_ids = {path: _file_ids(self.folder / path) for path in difference.missing}
+            sent_ids: dict[str, tuple[str, ...]] = {path: _file_ids(self.folder / path) for path in difference.missing}
             remaining = self._difference(sent_ids, commit)
             # Every other file of the branch is surplus here, so only those that this commit deletes count.
             if remaining.missing or set(remaining.surplus) & set(difference.surplus):
