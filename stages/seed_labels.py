@@ -6,9 +6,9 @@ A label never changes when its phase is renamed, because other seeds make other 
 from __future__ import annotations
 
 LABELS = {"dpo": "rlhf", "online-rlhf": "online"}
-"""{phase: its label, if this is an earlier name of the phase}"""
+"""{phase: its label}, for phases whose label is an earlier name."""
 
 
 def seed_label(phase: str) -> str:
-    """The label of a phase in its seeds."""
+    """Returns the label of a phase in its seeds."""
     return LABELS.get(phase, phase)
