@@ -107,7 +107,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     """
     config, data_recipe = recipe.config, recipe.data
     assert isinstance(config, ReleaseRecipe) and isinstance(data_recipe, DataRecipe)
-    for problem in problems(recipe):
+    if problem := next(problems(recipe), None):
         raise RecipeError(f"{recipe.title}: {problem}")
     data, absent = data_recipe.present() if without_data else (data_recipe.resolved(), ())
     seed, vocabulary, evaluation = config.seed, config.tokenizer.padded_vocab_size, config.evaluation
@@ -118,17 +118,17 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     # From sources to token shards, and the items that no training document may contain.
     items, evaluated, benchmarks = item_nodes(evaluation, seed, recipe.path.parent, recipe.title)
     specs = data.acquisition_nodes(seed) + items
-    imported_node = {}
+    import_inputs = {}
     if start and imported:
         specs.append(import_node(start, imported, vocabulary, is_published=config.pretrain is None))
-        imported_node = {"import": "import"}
-    specs += data.curation_nodes(seed, config.tokenizer, evaluated, imported_node)
+        import_inputs = {"import": "import"}
+    specs += data.curation_nodes(seed, config.tokenizer, evaluated, import_inputs)
 
     # Training.
     text_specs, trained = phase_nodes(phases, config.model, imported, continued, vocabulary, seed)
     smaller = size_nodes(config.sizes, config.model, config.pretrain, vocabulary, seed)
     base = phases[-1].node
-    learning = PostTraining(
+    post_training = PostTraining(
         rlvr=config.rlvr,
         dpo=config.dpo,
         reward_model=config.reward_model,
@@ -139,11 +139,11 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         seed=seed,
         benchmark_ngram=data.curation.decontamination.ngram if benchmarks else None,
     )
-    trained |= trained_models(learning)
-    specs += text_specs + offline_nodes(learning)
+    trained |= trained_models(post_training)
+    specs += text_specs + offline_nodes(post_training)
     if reward := trained.get("reward"):
         specs.append(reward_node(reward, vocabulary, evaluation.parity_tolerance))
-    specs += online_nodes(learning)
+    specs += online_nodes(post_training)
 
     # Exports and what is measured of them.
     models = {name: ExportedModel(name, node, step, trained[node]) for name, (node, step) in config.exported.items()}
@@ -172,17 +172,17 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     for phase in phases:
         if checkpoint := continued.get(phase.node):
             node = graph.nodes[phase.node]
-            began = {role: graph.nodes[name].key for role, name in node.inputs.items() if role == "init"}
-            require_same_beginning(checkpoint, began, f"{recipe.title}: {phase.where}.continue_from", store)
+            init_key = {role: graph.nodes[name].key for role, name in node.inputs.items() if role == "init"}
+            require_same_beginning(checkpoint, init_key, f"{recipe.title}: {phase.where}.continue_from", store)
     return graph
 
 
 def _imported(recipe: Recipe, config: ReleaseRecipe, store: Store) -> tuple[StartFrom | None, TrainedModel | None]:
-    """Returns the section `start_from` with the folder of the published model, and that model; None without one.
+    """Returns the section `start_from` with the path of its folder, and the model that it names; None without one.
 
     Raises:
-        RecipeError: No release may name the folder, or the model is on this machine in another type than the release
-            would export it in.
+        RecipeError: The folder is one that a published recipe may not name, or the model is on this machine in another
+            type than the release would export it in.
     """
     if config.start_from is None:
         return None, None
@@ -233,7 +233,7 @@ def _extra_nodes(config: ReleaseRecipe, names: Collection[str], title: str) -> l
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each contradiction between the sections of a recipe, or with its data recipe."""
+    """Yields a sentence for each contradiction between the sections of a recipe, or with its data recipe."""
     config, data = recipe.config, recipe.data
     assert isinstance(config, ReleaseRecipe) and isinstance(data, DataRecipe)
     yield from _problems_of_mixes(config, data)
@@ -254,46 +254,53 @@ def problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _problems_of_mixes(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]:
+    """Sources that the data recipe does not have, and shares that do not sum to 1."""
     names = [source.name for source in data.sources]
     mixes: dict[str, Mapping[str, float]] = {f"{phase.where}.mix": phase.config.mix for phase in config.text_phases}
     mixes |= {f"{where}.mix": mix for where, mix in config.replay_mixes().items()}
-    named = {
+    named_sources = {
         **mixes,
         **config.searched_sources(),
         "release.maker.sources": config.release.maker.sources,
         "release.by_reference": config.release.by_reference,
     }
-    for where, sources in named.items():
+    for where, sources in named_sources.items():
         for source in sources:
-            if source not in names:
-                near = difflib.get_close_matches(source, names, 1)
-                hint = f"did you mean {near[0]}? It has" if near else "it has"
-                yield (
-                    f"{where} names {source}, which data recipe {escaped(config.data, 80)} does not have; "
-                    f"{hint} {names_in_words(names)}"
-                )
+            if source in names:
+                continue
+            near = difflib.get_close_matches(source, names, 1)
+            hint = f"did you mean {near[0]}? It has" if near else "it has"
+            yield (
+                f"{where} names {source}, which data recipe {escaped(config.data, 80)} does not have; "
+                f"{hint} {names_in_words(names)}"
+            )
     for where, mix in mixes.items():
         if abs(sum(mix.values()) - 1) > 1e-6:
             yield f"{where} sums to {sum(mix.values()):g}; the shares must sum to 1"
 
 
 def _problems_of_generated(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]:
-    """Generated texts repeat what they are made from, so they follow its rule, or a person says why not."""
-    hidden = {name: parent for name, parent in data.generated.items() if parent in config.release.by_reference}
-    for name, parent in hidden.items():
+    """Sources that a model wrote from one by reference, whose texts they may repeat, without a reason to publish them.
+
+    Reasons for other sources are problems too.
+    """
+    by_reference = {name: parent for name, parent in data.generated.items() if parent in config.release.by_reference}
+    for name, parent in by_reference.items():
         if name not in config.release.publish_generated:
             yield (
                 f"release.by_reference names {parent}, whose texts are not published, and {name} is generated from "
                 f"them; state in release.publish_generated why those of {name} may be, or leave {name} out of the data "
                 "recipe"
             )
-    for name in sorted(set(config.release.publish_generated) - set(hidden)):
-        yield (f"release.publish_generated names {name}, which is not generated from a source by reference; remove it")
+    for name in sorted(set(config.release.publish_generated) - set(by_reference)):
+        yield f"release.publish_generated names {name}, which is not generated from a source by reference; remove it"
 
 
 def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:
+    """Heads that vLLM cannot spread over the GPUs of the evaluation."""
     gpus = config.evaluation.engine.gpus
-    for heads in (attention.heads for attention in config.model.attention()):
+    for attention in config.model.attention():
+        heads = attention.heads
         if gpus and heads % gpus:
             divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             yield (
@@ -303,15 +310,17 @@ def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:
 
 
 def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:
-    before = 0
+    """Phases of long_context that lengthen nothing, and rows of other phases beyond the model's context."""
+    length_before = 0
     for phase in config.text_phases:
         length, where = phase.config.sequence_length, phase.where
-        if where.startswith("long_context") and length <= before:
+        if where.startswith("long_context") and length <= length_before:
             yield (
-                f"{where}.sequence_length = {length} is no longer than the {before} tokens of the phase "
+                f"{where}.sequence_length = {length} is no longer than the {length_before} tokens of the phase "
                 "before; long_context phases only lengthen"
             )
-        before = length if phase.node != "sft" else before
+        length_before = length
+        # Only the phases of long_context have another node than their stage.
         if length > config.model.context_length and phase.node == phase.stage:
             yield (
                 f"{where}.sequence_length = {length} is longer than model.context_length = "
@@ -323,15 +332,17 @@ def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:
 def _problems_of_gates(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]:
     """Reasons known now for which a gate would refuse the release after its training."""
     gates = {"pretrain": "pretraining_lowers_bits_per_byte", "midtrain": "midtraining_keeps_bits_per_byte"}
-    evaluation, heldout = config.evaluation, {s.name for s in data.sources if data.heldout_fraction_of(s)}
+    evaluation = config.evaluation
+    heldout_sources = {source.name for source in data.sources if data.heldout_fraction_of(source)}
     for phase in config.text_phases:
         gate = gates.get(phase.node, "longcontext_keeps_bits_per_byte")
-        if phase.node == "sft" or gate in evaluation.waived_gates or heldout & phase.config.mix.keys():
+        if phase.node == "sft" or gate in evaluation.waived_gates or heldout_sources & phase.config.mix.keys():
             continue
         yield (
             f"{phase.where}.mix has no source with held-out documents, by which the gate {gate} judges the phase; set "
             "heldout_fraction of one in the data recipe"
         )
+
     gate, context = "longcontext_finds_passkeys", config.model.context_length
     texts = evaluation.context
     if config.long_context and texts and texts.lengths[-1] <= context and gate not in evaluation.waived_gates:

@@ -44,6 +44,7 @@ Category = Literal["public", "licensed", "third-party", "crawled", "user", "synt
 
 
 def _date(value: str) -> str | None:
+    """Returns the reason why a value is no date; None if it is one."""
     try:
         datetime.date.fromisoformat(value)
     except ValueError:
@@ -157,8 +158,9 @@ class ReleaseSection(Config):
     @field_validator("variants")
     @classmethod
     def _distinct(cls, names: tuple[VariantName, ...]) -> tuple[VariantName, ...]:
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"variants names {twice} twice; leave one of them out")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"variants names {name} twice; leave one of them out")
         return names
 
 
@@ -197,7 +199,7 @@ class ReleaseRecipe(Identity):
     """metadata of the model and dataset cards"""
 
     @model_validator(mode="after")
-    def _begins(self) -> ReleaseRecipe:
+    def _check_beginning(self) -> ReleaseRecipe:
         for name in ("pretrain", "midtrain"):
             if getattr(self, name) is None and self.start_from is None:
                 raise ValueError(
@@ -210,7 +212,7 @@ class ReleaseRecipe(Identity):
         return self
 
     @model_validator(mode="after")
-    def _together(self) -> ReleaseRecipe:
+    def _check_reward_model(self) -> ReleaseRecipe:
         if self.online_rlhf and self.reward_model is None:
             raise ValueError("online_rlhf learns from the reward model; add the section reward_model")
         if self.reward_model and self.dpo is None:
@@ -220,7 +222,8 @@ class ReleaseRecipe(Identity):
     @model_validator(mode="after")
     def _check_waived_gates(self) -> ReleaseRecipe:
         for gate in self.evaluation.waived_gates:
-            if not getattr(self, section := WAIVABLE_GATES[gate]):
+            section = WAIVABLE_GATES[gate]
+            if not getattr(self, section):
                 raise ValueError(
                     f"evaluation.waived_gates names {gate}, which judges {section}, and the recipe has no {section}; "
                     "leave it out"
@@ -229,11 +232,15 @@ class ReleaseRecipe(Identity):
 
     @model_validator(mode="after")
     def _check_by_reference(self) -> ReleaseRecipe:
-        """Results of a search are published with the answers."""
+        """No tool searches a source by reference, since results of a search are published with the answers."""
         for where, phase in {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}.items():
-            for tool in phase.tools.offered if phase and phase.tools else ():
-                all_sources = self.release.by_reference if "dedup" in tool.inputs.values() else ()
-                searched = tool.source_names or all_sources
+            if phase is None or phase.tools is None:
+                continue
+            for tool in phase.tools.offered:
+                searched = tool.source_names
+                if not searched and "dedup" in tool.inputs.values():
+                    # A tool that reads the documents and names no source searches all of them.
+                    searched = self.release.by_reference
                 if hidden := [name for name in searched if name in self.release.by_reference]:
                     raise ValueError(
                         f"{where}.tools searches {hidden[0]}, and answers are published with the results, but "
@@ -277,6 +284,8 @@ class ReleaseRecipe(Identity):
     def searched_sources(self) -> dict[str, tuple[str, ...]]:
         """The sources that the tools of phases name, by their location in the recipe."""
         phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}
-        offered = {where: phase.tools.offered for where, phase in phases.items() if phase and phase.tools}
-        named = {where: [name for tool in tools for name in tool.source_names] for where, tools in offered.items()}
-        return {f"{where}.tools": tuple(names) for where, names in named.items()}
+        searched: dict[str, tuple[str, ...]] = {}
+        for where, phase in phases.items():
+            if phase and phase.tools:
+                searched[f"{where}.tools"] = tuple(name for tool in phase.tools.offered for name in tool.source_names)
+        return searched

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-SPARE = 4  # a source is read until it has this many times the bytes of the sample
-ROWS = 256  # of text in memory at a time
+SPARE = 4  # files of a source are chosen until they have this many times the bytes of the sample
+ROWS = 256  # documents in memory at a time
 PENDING = 1_000_000  # documents that are collected before those with larger hashes are dropped
 
 
@@ -23,7 +23,7 @@ def choose_files(kept: Path, leave_out: Collection[str], size: int) -> dict[str,
     """Returns the files of kept documents of each source from which a sample of `size` bytes is drawn.
 
     These are all files, or as many of them, in the order of a hash of their number, as have SPARE times these bytes.
-    Reads their footers only.
+    Reads their footers only. Sources in `leave_out` are not in the result.
     """
     import pyarrow.parquet as pq
 
@@ -31,18 +31,23 @@ def choose_files(kept: Path, leave_out: Collection[str], size: int) -> dict[str,
     for name in sources_of(kept):
         if name in leave_out:
             continue
-        files, available = part_files(kept, name), 0
+        files = part_files(kept, name)
+        by_hash = sorted(range(len(files)), key=lambda number: content_hash(f"tokenizer/{name}/{number}"))
+
         numbers: list[int] = []
-        for number in sorted(range(len(files)), key=lambda number: content_hash(f"tokenizer/{name}/{number}")):
-            if available < SPARE * size:
-                numbers.append(number)
-                with read_errors(files[number]):
-                    available += _text_bytes(pq.read_metadata(files[number]))
+        available = 0
+        for number in by_hash:
+            if available >= SPARE * size:
+                break
+            numbers.append(number)
+            with read_errors(files[number]):
+                available += _text_bytes(pq.read_metadata(files[number]))
         chosen[name] = [files[number] for number in sorted(numbers)]
     return chosen
 
 
 def _text_bytes(footer: Any) -> int:
+    """Returns the uncompressed bytes of the texts of a file, by its footer."""
     column = footer.schema.names.index("text")
     return sum(footer.row_group(n).column(column).total_uncompressed_size for n in range(footer.num_row_groups))
 
@@ -65,7 +70,7 @@ class Sample:
 
     @classmethod
     def draw(cls, files: Sequence[Path], split: str | None, documents: int, size: int = 0) -> Sample:
-        """Returns at least so many documents and `size` bytes, or all documents if there are less."""
+        """Returns the sample of at least so many documents and `size` bytes, or of all documents if there are fewer."""
         import numpy as np
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -75,7 +80,8 @@ class Sample:
 
         def merge() -> None:
             nonlocal hashes, lengths
-            hashes, lengths = (np.concatenate(arrays) for arrays in zip((hashes, lengths), *pending, strict=True))
+            hashes = np.concatenate([hashes, *(more_hashes for more_hashes, _ in pending)])
+            lengths = np.concatenate([lengths, *(more_lengths for _, more_lengths in pending)])
             pending.clear()
             # The sample is the documents of smallest hash, so it does not depend on the order of the files.
             order = np.argsort(hashes, kind="stable")
@@ -85,7 +91,8 @@ class Sample:
 
         for path in files:
             for rows in _rows_of(path, split):
-                pending.append((_hashes(rows), pc.binary_length(rows["text"].cast(pa.binary())).to_numpy(False)))
+                row_lengths = pc.binary_length(rows["text"].cast(pa.binary())).to_numpy(zero_copy_only=False)
+                pending.append((_hashes(rows), row_lengths))
                 # Merged seldom: sorting costs more than keeping some batches.
                 if len(pending) * ROWS > len(hashes) + PENDING:
                     merge()
@@ -125,12 +132,18 @@ def interleave(lengths: Mapping[str, Sequence[int] | NDArray[np.int64]], limit: 
     Documents are taken in their order, until they have `limit` bytes in total. A source that is exhausted gives no
     more; the others go on. `lengths` are the bytes of each document, by source.
     """
-    counts, taken, total = dict.fromkeys(sorted(lengths), 0), dict.fromkeys(sorted(lengths), 0), 0
-    while taken and total < limit:
-        name = min(taken, key=lambda n: (taken[n], n))
+    counts = dict.fromkeys(sorted(lengths), 0)
+    # The bytes that are taken of each source that is not exhausted.
+    taken_bytes = dict.fromkeys(sorted(lengths), 0)
+    total = 0
+    while taken_bytes and total < limit:
+        name = min(taken_bytes, key=lambda source: (taken_bytes[source], source))
         if counts[name] == len(lengths[name]):
-            del taken[name]
-        else:
-            length = int(lengths[name][counts[name]])
-            counts[name], taken[name], total = counts[name] + 1, taken[name] + length, total + length
+            del taken_bytes[name]
+            continue
+
+        length = int(lengths[name][counts[name]])
+        counts[name] += 1
+        taken_bytes[name] += length
+        total += length
     return counts

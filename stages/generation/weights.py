@@ -54,12 +54,13 @@ FILE_BYTES = 250_000_000
 
 # The subfolder of files that are being written.
 PARTIAL = "partial"
+# Names and tensors.
 Tensors = Iterator[tuple[str, torch.Tensor]]
-# The index's entry of each tensor.
+# The index's entry of each tensor, by its name.
 Rows = dict[str, dict[str, Any]]
-# The tensors of a rank: their entries, and their files.
+# The tensors of a rank: their entries, and the file of each.
 Share = tuple[Rows, dict[str, str]]
-# Within which a group must form, and each of its broadcasts end.
+# Seconds in which a group must form, and each of its broadcasts end.
 GROUP_SECONDS = 120.0
 
 
@@ -147,12 +148,14 @@ def write_share(folder: Path, rank: int, tensors: Iterable[tuple[str, torch.Tens
     """Writes the tensors of a rank, one file after the other, into the folder's `partial`."""
     rows: Rows = {}
 
-    def described() -> Iterator[tuple[str, torch.Tensor]]:
+    def noted_tensors() -> Tensors:
         for name, tensor in tensors:
             rows[name] = row_of(tensor)
             yield name, tensor
 
-    return rows, release_checkpoint.write_files(folder / PARTIAL, f"rank-{rank:05d}", described(), FILE_BYTES)
+    # A tensor's entry is made as it is written, since the tensors are not kept.
+    files = release_checkpoint.write_files(folder / PARTIAL, f"rank-{rank:05d}", noted_tensors(), FILE_BYTES)
+    return rows, files
 
 
 def seal(folder: Path, names: Sequence[str], shares: Sequence[Share]) -> tuple[str, Path]:
@@ -161,11 +164,14 @@ def seal(folder: Path, names: Sequence[str], shares: Sequence[Share]) -> tuple[s
     Returns the policy's digest and that subfolder.
     """
     tensors = merge(names, [rows for rows, _ in shares])
-    files = {name: file for _, share in shares for name, file in share.items()}
+    files: dict[str, str] = {}
+    for _, files_of_rank in shares:
+        files |= files_of_rank
     digest = policy_digest(tensors)
     release_checkpoint.write_index(
         folder / PARTIAL, release_checkpoint.MODEL, files, {"policy": digest}, tensors=tensors
     )
+
     place = folder / f"weights-{digest.rpartition(':')[2][:16]}"
     replaced = folder / "replaced"
     if place.exists():  # the policy is as before, and a sampler may read its files anew
@@ -200,7 +206,7 @@ def merge(names: Sequence[str], shares: Sequence[Rows]) -> Rows:
         shares: Tensors of each rank.
 
     Raises:
-        AtomError: No rank has one, or more than one.
+        AtomError: A tensor is of no rank, or of more than one.
     """
     merged: Rows = {}
     for rank, share in enumerate(shares):
@@ -229,12 +235,13 @@ class Broadcast:
         self.tensors, self.ranks = tensors, ranks
         # The ranks in the groups, in their order there.
         self.senders: list[int] = []
+        # By server: this rank's end of the group with it.
         self.groups: dict[str, Group] = {}
-        # On rank 0, by server: that of the group which is to form.
+        # On rank 0, by server: the store of the group that is to form.
         self.stores: dict[str, dist.TCPStore] = {}
-        # On rank 0, by server: the key of the entries of that store, in hex.
+        # On rank 0, by server: the key by which the entries of that store are signed, in hex.
         self.keys: dict[str, str] = {}
-        # For each tensor of the policy: name, entry of the index, and the place of its rank among `senders`.
+        # For each tensor of the policy: name, entry of the index, and the place of the rank that sends it in `senders`.
         self.names: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.roots: list[int] = []
@@ -249,8 +256,9 @@ class Broadcast:
         """
         names, shares = describe(self.tensors(True), self.ranks)
         rows = merge(names, shares)
+        digest = policy_digest(rows)
         # All ranks know all entries, so that each can tell which tensors a packet has.
-        self.rows, digest = [rows[name] for name in names], policy_digest(rows)
+        self.rows = [rows[name] for name in names]
         # The senders follow from the names and the layout, so they are chosen once.
         if names != self.names:
             self.names = names
@@ -268,12 +276,16 @@ class Broadcast:
         return digest
 
     def _choose_senders(self) -> None:
-        """Chooses the ranks that send the tensors of these names. Collective."""
+        """Chooses the ranks that send the policy's tensors. Collective."""
         # Without turns the first data ranks alone have the tensors, and they send.
-        held = [name for name, tensor in self.tensors(False) if not tensor.is_meta]
-        root_of = {name: rank for rank, names in enumerate(self.ranks.gather(held)) for name in names}
+        local_names = [name for name, tensor in self.tensors(False) if not tensor.is_meta]
+        root_of: dict[str, int] = {}
+        for rank, names_of_rank in enumerate(self.ranks.gather(local_names)):
+            root_of |= dict.fromkeys(names_of_rank, rank)
+
         # Rank 0 is among them in any case, since the members of a group meet at its store.
-        if (senders := sorted({0, *root_of.values()})) != self.senders:
+        senders = sorted({0, *root_of.values()})
+        if senders != self.senders:
             self.close()
             self.senders = senders
         self.roots = [senders.index(root_of[name]) for name in self.names]
@@ -292,23 +304,26 @@ class Broadcast:
 
         Args:
             server: URL of the server.
-            secret: What this process shares with it.
+            secret: The secret that this process shares with it.
 
         Raises:
             OSError: It cannot be reached.
         """
         parts = urlsplit(server)
         # This host's address on the way to the server is that of a connection to it.
-        with socket.create_connection((parts.hostname or "", parts.port or 80), GROUP_SECONDS) as line:
-            host = str(line.getsockname()[0])
-        if self.ranks.world > 1 and ip_address(host).is_loopback:  # other ranks may be elsewhere
+        with socket.create_connection((parts.hostname or "", parts.port or 80), GROUP_SECONDS) as connection:
+            host = str(connection.getsockname()[0])
+        if self.ranks.world > 1 and ip_address(host).is_loopback:
+            # Ranks on other nodes cannot reach that address.
             host = own_address()[0] if os.environ["MASTER_ADDR"] != "127.0.0.1" else "127.0.0.1"
+
         # By itself the store would listen on all interfaces.
         listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        address, nonce = f"{host}:{listener.getsockname()[1]}", secrets.token_hex(16)
+        port = listener.getsockname()[1]
+        nonce = secrets.token_hex(16)
         self.stores[server] = dist.TCPStore(
             host,
-            listener.getsockname()[1],
+            port,
             is_master=True,
             wait_for_workers=False,
             timeout=timedelta(seconds=GROUP_SECONDS),
@@ -317,7 +332,7 @@ class Broadcast:
         self.keys[server] = sign(secret, GROUP, nonce)
         device = self.ranks.device
         return {
-            "store": address,
+            "store": f"{host}:{port}",
             "nonce": nonce,
             "ranks": len(self.senders),
             "seconds": GROUP_SECONDS,
@@ -346,6 +361,7 @@ class Broadcast:
             self._leave(server)
 
     def _lead(self, action: str, argument: Any) -> set[str]:
+        """Has all ranks run an action, from rank 0. Returns what `_run` returns."""
         self.ranks.from_first((action, argument))
         return self._run(action, argument)
 
@@ -363,7 +379,10 @@ class Broadcast:
             group.close()
 
     def _join(self, places: Mapping[str, tuple[str, str]]) -> set[str]:
-        """Joins groups, given address and key of each server's store. Returns the servers that it is with."""
+        """Joins groups, given address and key of each server's store.
+
+        Returns the servers with which this rank is in a group; of a rank that sends nothing, all.
+        """
         # A rank that sends nothing agrees to everything, since the results of all ranks are intersected.
         if self.ranks.rank not in self.senders:
             return set(places)
@@ -382,7 +401,9 @@ class Broadcast:
         return places.keys() & self.groups.keys()
 
     def _send(self, servers: Sequence[str]) -> set[str]:
-        groups = {server: self.groups[server] for server in servers if server in self.groups}  # none, if it sends none
+        """Sends this rank's tensors. Returns the servers with which no rank failed."""
+        # A rank that sends nothing is in no group.
+        groups = {server: self.groups[server] for server in servers if server in self.groups}
         remaining, tensors = set(servers), self.tensors(False)
         for together in packets(self.rows, self.roots):
             local_tensors: dict[int, torch.Tensor] = {}
@@ -402,32 +423,39 @@ class Broadcast:
     def _send_packets(
         self, together: Sequence[Packet], local_tensors: Mapping[int, torch.Tensor], groups: Mapping[str, Group]
     ) -> set[str]:
-        """Returns the servers to which it fails.
+        """Sends and receives packets. Returns the servers with whose groups this rank failed.
 
         Args:
             together: The packets that are under way at once.
             local_tensors: This rank's tensors by their numbers.
             groups: Groups with the servers, by their URLs.
         """
-        works, failed = [], set()
-        for packet in together if groups else ():
+        if not groups:
+            return set()
+
+        broadcasts = []
+        for packet in together:
             buffer = torch.empty(packet.size, dtype=torch.uint8, device=self.ranks.device)
             if self.senders[packet.root] == self.ranks.rank:
                 for number, offset in zip(packet.numbers, packet.offsets, strict=True):
                     view(buffer, offset, self.rows[number]).copy_(local_tensors[number])
-            # what another rank sends arrives here once in each group, with the same bytes
-            works += [(server, buffer, packet.root) for server in groups]
-        started = []
+            # What another rank sends arrives here once in each group, with the same bytes.
+            broadcasts += [(server, buffer, packet.root) for server in groups]
+
         # All broadcasts are started before one is awaited, so that a slow server delays no other.
-        for server, buffer, root in works:
+        started = []
+        failed = set()
+        for server, buffer, root in broadcasts:
             try:
                 started.append((server, groups[server].start(buffer, root)))
             except RuntimeError:
                 failed.add(server)
+
         for server, work in started:
+            if server in failed:
+                continue
             try:
-                if server not in failed:
-                    groups[server].end(work)
+                groups[server].end(work)
             except RuntimeError:
                 failed.add(server)
         return failed

@@ -21,14 +21,16 @@ from stages.models.parallel_layout import Layout
 def token_losses(
     hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor | None = None
 ) -> Tensor:
-    """Minus the log-probability of each label, fp32 [batch, sequence].
+    """Returns minus the log-probability of each label, fp32 [batch, sequence].
 
-    hidden: inputs of the head, [sequence, batch, hidden_size], all of them on each tensor rank. head: this tensor
-    rank's part of the matrix, [vocabulary / tensor ranks, hidden_size]. labels: [batch, sequence]. Ids from
-    `vocab_size` on have probability zero.
-
-    weights: [batch, sequence]. They promise that the backward pass is of a multiple of sum(weights * losses); then the
-    gradients are computed with the losses, from the same logits. Else it computes the logits again.
+    Args:
+        hidden: Inputs of the head [sequence, batch, hidden_size], all of them on each tensor rank.
+        head: This tensor rank's part of the matrix [vocabulary / tensor ranks, hidden_size].
+        labels: Ids [batch, sequence].
+        vocab_size: Ids from this one on have probability zero.
+        weights: Weights of the losses [batch, sequence], if the backward pass is of a multiple of
+            sum(weights * losses). The gradients are then computed with the losses, from the same logits. Without them,
+            the backward pass computes the logits again.
     """
     flat_weights = None if weights is None else weights.t().flatten().float()
     flat_labels = labels.t().flatten()
@@ -68,20 +70,20 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        head, *saved = ctx.saved_tensors
         if ctx.has_gradients:
-            of_hidden, of_head, weights = saved
+            head, of_hidden, of_head, weights = ctx.saved_tensors
             # The backward pass is a multiple of the weighted sum, whose factor this recovers.
             scale = gradient.dot(weights) / weights.dot(weights).clamp_min(torch.finfo(torch.float32).tiny)
             of_hidden = of_hidden * scale.to(of_hidden.dtype)
             of_head = torch.mul(of_head, scale, out=torch.empty_like(head))
         else:
-            hidden, labels = saved
+            head, hidden, labels = ctx.saved_tensors
             _, of_hidden, of_head = _losses_and_gradients(hidden, head, labels, ctx.vocab_size, gradient)
         return of_hidden, of_head.to(head.dtype), None, None, None
 
 
 def _parts(count: int) -> list[slice]:
+    """Returns the slices of that many tokens."""
     size = parallel_layout.LOSS_SLICE
     return [slice(begin, begin + size) for begin in range(0, count, size)]
 
@@ -93,18 +95,20 @@ def _losses(hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int) -> Te
 def _losses_and_gradients(
     hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses, and the gradients of sum(weights * losses) with respect to `hidden` and `head`.
+    """Returns the losses, and the gradients of sum(weights * losses) with respect to `hidden` and `head`.
 
     That of `hidden` is this tensor rank's share of a sum; that of `head` is in fp32.
     """
     losses = torch.empty_like(weights)
     of_hidden, of_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
     for part in _parts(len(labels)):
+        # `of_logits` begins as the probabilities and becomes the gradient in place.
         losses[part], of_logits, at_labels, is_here = _slice(hidden[part], head, labels[part], vocab_size)
-        of_logits *= weights[part, None]  # they were the probabilities
         # d loss / d logits = softmax - one at the label, by the weight of the token.
+        of_logits *= weights[part, None]
         of_logits[at_labels] -= weights[part] * is_here
-        of_logits = of_logits.to(hidden.dtype)  # no other name: the fp32 ones are gone before the products
+        # Under the same name, so that the fp32 tensor is freed before the products.
+        of_logits = of_logits.to(hidden.dtype)
         torch.mm(of_logits, head, out=of_hidden[part])
         if of_logits.dtype == of_head.dtype:
             of_head.addmm_(of_logits.t(), hidden[part])
@@ -117,10 +121,10 @@ def _losses_and_gradients(
 def _slice(
     hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
-    """The losses of a slice of tokens, and what their gradients are made of.
+    """Returns the losses of a slice of tokens, and what their gradients are made of.
 
-    After the losses come the probabilities of this tensor rank's ids, fp32 [tokens, ids]; where in them the labels are;
-    and whether this rank has them.
+    After the losses come the probabilities of this tensor rank's ids, fp32 [tokens, ids]; the indices of the labels in
+    them; and True for each label that this rank has.
     """
     group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
     logits = hidden @ head.t()
@@ -128,22 +132,23 @@ def _slice(
     logits = logits.float()
     # Cross-entropy over a split vocabulary (Shoeybi et al., 2019, arXiv:1909.08053, section 3): maximum, sum of
     # exponentials and the label's logit are reduced, instead of gathering the logits.
-    highest = logits.amax(-1)
+    maxima = logits.amax(-1)
     if group.size() > 1:
         # Without the common maximum, the exponentials of the ranks would have different scales.
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    logits -= highest[:, None]
-    ids = labels - rank * len(head)
-    is_here = (ids >= 0) & (ids < len(head))
-    at_labels = torch.arange(len(ids), device=ids.device), ids.where(is_here, 0)
-    chosen = logits[at_labels].where(is_here, 0.0)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, group)
+    logits -= maxima[:, None]
+
+    local_ids = labels - rank * len(head)
+    is_here = (local_ids >= 0) & (local_ids < len(head))
+    at_labels = torch.arange(len(local_ids), device=local_ids.device), local_ids.where(is_here, 0)
+    label_logits = logits[at_labels].where(is_here, 0.0)
     exponentials = logits.exp_()
     # Both in one collective, as latency is all that it costs.
-    sums = torch.stack([chosen, exponentials.sum(-1)])
+    sums = torch.stack([label_logits, exponentials.sum(-1)])
     if group.size() > 1:
         dist.all_reduce(sums, group=group)
-    chosen, total = sums
-    return total.log() - chosen, exponentials.div_(total[:, None]), at_labels, is_here
+    label_logits, total = sums
+    return total.log() - label_logits, exponentials.div_(total[:, None]), at_labels, is_here
 
 
 class TokenLosses:
@@ -152,9 +157,16 @@ class TokenLosses:
     It stands left of Megatron's among the bases, and acts where the layout has this loss (`Layout.slices_loss`). The
     argument `loss_mask` then has the meaning of `weights` in `token_losses`.
 
-    The model's `forward` passes its last hidden states to `_postprocess`, as GPTModel does. The argument `targets`
-    (`stages.train.data.Batch`) computes the logits of these alone; the losses have the shape of `labels`, and are 0
+    The model's `forward` passes its last hidden states to `_postprocess`, as GPTModel does. With the argument `targets`
+    (`stages.train.data.Batch`) the logits of these alone are computed; the losses have the shape of `labels`, and are 0
     elsewhere.
+
+    Attributes:
+        layout: The layout, which states whether losses are computed by slices.
+        real_vocab_size: Ids from this one on are padding.
+        targets: The targets of the present forward pass; None for all tokens.
+
+    The other attributes are Megatron's.
     """
 
     config: Any
@@ -175,15 +187,17 @@ class TokenLosses:
         self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None = None, **inputs: Any
     ) -> Any:
         if not self.post_process or labels is None:
-            return self._all_losses(hidden_states, labels, loss_mask, inputs)
-        targets, grid = self.targets, labels
+            return self._megatron_postprocess(hidden_states, labels, loss_mask, inputs)
+        targets, all_labels = self.targets, labels
         is_sliced = self.layout.slices_loss(
             labels.numel() if targets is None else targets.shape[1], self.config.hidden_size, self.vocab_size
         )
         if self.layout.tp > 1 and (is_sliced or targets is not None):
             # Collective among the tensor ranks: each has a part of the vocabulary and needs all tokens. The backward
             # pass scatters the sum of their gradients.
-            hidden_states, is_sliced = tensor_parallel.gather_from_sequence_parallel_region(hidden_states), True
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
+            # Megatron's loss would gather them again.
+            is_sliced = True
         if targets is not None:
             # One row of documents: only its targets pass through the head.
             hidden_states = hidden_states[:, 0].index_select(0, targets[0])[:, None]
@@ -196,14 +210,16 @@ class TokenLosses:
             head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
             losses = token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask)
         else:
-            losses = self._all_losses(hidden_states, labels, loss_mask, inputs)
+            losses = self._megatron_postprocess(hidden_states, labels, loss_mask, inputs)
         if targets is None:
             return losses
         # Megatron's schedule expects the shape of the labels.
-        return losses.new_zeros(grid.numel()).index_copy(0, targets[1], losses.flatten()).view(grid.shape)
+        return losses.new_zeros(all_labels.numel()).index_copy(0, targets[1], losses.flatten()).view(all_labels.shape)
 
-    def _all_losses(self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, inputs: Any) -> Any:
-        """Megatron's."""
+    def _megatron_postprocess(
+        self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, inputs: dict[str, Any]
+    ) -> Any:
+        """Returns what Megatron returns: hidden states before the last stage, logits without labels, else losses."""
         postprocess = super()._postprocess  # type: ignore[misc]
         return postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
 

@@ -22,16 +22,16 @@ from stages.models.costs import MemoryShare
 from stages.models.parallel_layout import Layout
 
 A, B = ".lora_A", ".lora_B"
+"""Endings of the names of an adapter's tensors."""
 TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (".self_attention.linear_qkv.weight", ".self_attention.linear_proj.weight"),
     "mlp": (".linear_fc1.weight", ".linear_fc2.weight"),
 }
 """Endings of the names of a target's matrices. `mlp` are the feed-forward matrices, those of each expert among them."""
-
-
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+"""The beginning of the name of a layer's tensor, with the number of the layer."""
 ARCHITECTURES = ("qwen3", "qwen3_moe")
-"""Those whose matrices have the names above."""
+"""The architectures whose matrices have the names of TARGETS."""
 
 
 class Lora(Config):
@@ -52,6 +52,7 @@ class Lora(Config):
 
     @property
     def scale(self) -> float:
+        """The factor of the product B A."""
         return self.alpha / self.rank
 
     def is_target(self, name: str) -> bool:
@@ -59,15 +60,19 @@ class Lora(Config):
         return name.endswith(tuple(ending for target in self.targets for ending in TARGETS[target]))
 
     def shapes(self, base: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The adapters' tensors by global name, and their full shapes. base: those of the model."""
+        """Returns the full shapes of the adapters' tensors by global name. base: those of the model."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in base.items():
             if self.is_target(name):
-                shapes |= {factor(name, A): (self.rank, shape[1]), factor(name, B): (shape[0], self.rank)}
+                shapes[factor(name, A)] = (self.rank, shape[1])
+                shapes[factor(name, B)] = (shape[0], self.rank)
         return shapes
 
     def sums(self, model: ModelConfig, layout: Layout) -> dict[int, list[float]]:
-        """The numbers of each sum W + alpha / rank * B A on one rank, by layer."""
+        """Returns by layer how many numbers of each sum W + alpha / rank * B A one rank has.
+
+        The matrices of every expert are among them, each at 1 / ep of its size, as a rank has that part of the experts.
+        """
         sizes: dict[int, list[float]] = {}
         for name, shape in model.shapes(1).items():
             if self.is_target(name) and (match := LAYER.match(name)):
@@ -76,19 +81,25 @@ class Lora(Config):
         return sizes
 
     def memory_share(self, model: ModelConfig, layout: Layout, layers: Collection[int]) -> MemoryShare:
-        """The parameters of the adapters of these layers on one rank."""
+        """Returns the parameters of the adapters of these layers on one rank."""
         dense = experts = 0
         for name, shape in self.shapes(model.shapes(1)).items():
-            if (match := LAYER.match(name)) and int(match[1]) in layers:
-                is_expert = ".experts." in name
-                split = layout.split_experts if is_expert else layout.tp
-                size = math.prod(shape) // (split if name.endswith(CUT_FACTORS) else 1)
-                dense += 0 if is_expert else size
-                experts += size if is_expert else 0
+            match = LAYER.match(name)
+            if match is None or int(match[1]) not in layers:
+                continue
+
+            is_expert = ".experts." in name
+            size = math.prod(shape)
+            if name.endswith(CUT_FACTORS):
+                size //= layout.split_experts if is_expert else layout.tp
+            if is_expert:
+                experts += size
+            else:
+                dense += size
         return MemoryShare(dense, experts // layout.ep)
 
     def problem(self, layout: Layout, precision: Precision, model: ModelConfig) -> str | None:
-        """The reason why these adapters cannot be trained in this way; None if they can.
+        """Returns the reason why these adapters cannot be trained in this way; None if they can.
 
         It is a sentence that starts with a field.
         """
@@ -97,11 +108,12 @@ class Lora(Config):
         if model.architecture not in ARCHITECTURES:
             known = " or ".join(ARCHITECTURES)
             return f"lora has no rules for the matrices of model.architecture = {model.architecture}; use {known}"
-        shapes = model.shapes(1)
-        if not (narrow := [min(shape) for name, shape in shapes.items() if self.is_target(name)]):
+
+        widths = [min(shape) for name, shape in model.shapes(1).items() if self.is_target(name)]
+        if not widths:
             return f"lora.targets = {', '.join(self.targets)} names no matrix of this architecture; name other ones"
-        if self.rank > min(narrow):
-            return f"lora.rank = {self.rank} is more than the {min(narrow)} of the narrowest target; lower it"
+        if self.rank > min(widths):
+            return f"lora.rank = {self.rank} is more than the {min(widths)} of the narrowest target; lower it"
         if "mlp" in self.targets and model.routing is not None and layout.split_experts > 1:
             return (
                 f"parallelism.etp = {layout.split_experts} splits each expert, whose adapters would be summed over no "
@@ -111,5 +123,5 @@ class Lora(Config):
 
 
 def factor(name: str, kind: str) -> str:
-    """The global name of an adapter's tensor. name: of the matrix. kind: A or B."""
+    """Returns the global name of an adapter's tensor. name: of the matrix. kind: A or B."""
     return name.removesuffix(".weight") + kind

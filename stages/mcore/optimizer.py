@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     import torch
 
 LearningRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01")]
+"""A learning rate; the peak is above 0."""
 PeakRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01", above=True)]
 Beta = Annotated[float, Range(0, 1, "usual: 0.9 and 0.95", below=True)]
 StateTensor = tuple[str, str, tuple[int, ...]]
-"""A state, the global name of its tensor, and their shape."""
+"""The name of a state, the global name of the tensor that it belongs to, and the shape of both."""
 STATE_BYTES = 4
-"""Bytes of a number of a state: fp32, as the weights that the optimizer updates."""
+"""Bytes of a number of a state: fp32, as that of the weights that the optimizer updates."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,12 @@ class OptimizerSettings(Config, ABC):
         Args:
             shapes: Shape of each trained tensor by its global name. Buffers have no state.
         """
-        kinds = dict.fromkeys((*cls.matrices.states, *cls.others.states))
-        return {
-            f"{state}.{name}": (state, name, shape)
-            for state in kinds
-            for name, shape in shapes.items()
-            if state in cls.rule_of(name, shape).states and not name.endswith(BUFFERS)
-        }
+        tensors: dict[str, StateTensor] = {}
+        for state in dict.fromkeys((*cls.matrices.states, *cls.others.states)):
+            for name, shape in shapes.items():
+                if state in cls.rule_of(name, shape).states and not name.endswith(BUFFERS):
+                    tensors[f"{state}.{name}"] = (state, name, shape)
+        return tensors
 
     @classmethod
     def state_bytes(cls, parameters: float, tables: float = 0) -> float:
@@ -198,8 +198,12 @@ def kind_of(section: Any) -> Any:
 
 
 def card_rows() -> dict[str, str]:
-    """Returns the place in a phase's section of the settings that some kind has, by their row of a model card."""
-    return {title: f"optimizer.{name}" for kind in KINDS.values() for title, name in kind.card.items()}
+    """Returns {row of a model card: place of its setting in a phase's section}, of the settings of all kinds."""
+    rows: dict[str, str] = {}
+    for kind in KINDS.values():
+        for title, setting in kind.card.items():
+            rows[title] = f"optimizer.{setting}"
+    return rows
 
 
 if TYPE_CHECKING:

@@ -21,10 +21,11 @@ from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, 
 from stages.models.parallel_layout import Layout
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
+"""A number of experts, or of groups of them."""
 PROXY_EXPERTS = 32
 """Maximum experts of a small proxy."""
 BEST = 2
-"""The score of a group of experts is the sum of its two best ones (DeepSeek-V3, section 2.1.2)."""
+"""A group of experts is scored by the sum of the scores of this many best ones (DeepSeek-V3, section 2.1.2)."""
 
 
 class RoutedConfig(DecoderConfig):
@@ -145,16 +146,17 @@ class MixtureConfig(RoutedConfig):
         router = self.experts * (hidden + 1 if self.has_expert_bias else hidden)
         shared = 3 * hidden * self.shared_width
         dense = self.dense_layers * 3 * hidden * (self.intermediate_size or 0)
+        rest = dense + sparse * (router + shared)
         # Gate, up and down: three matrices.
-        rest, expert = dense + sparse * (router + shared), 3 * hidden * self.moe_intermediate_size
+        expert = 3 * hidden * self.moe_intermediate_size
         return rest + sparse * self.experts * expert, rest + sparse * self.num_experts_per_tok * expert
 
     def mlp_matrices(self) -> int:
         hidden, sparse = self.hidden_size, self.layers - self.dense_layers
-        shared = self.shared_width
-        expert = 3 * hidden * (self.num_experts_per_tok * self.moe_intermediate_size + shared)
+        router = self.experts * hidden
+        visited = 3 * hidden * (self.num_experts_per_tok * self.moe_intermediate_size + self.shared_width)
         dense = 3 * hidden * (self.intermediate_size or 0)
-        return sparse * (self.experts * hidden + expert) + self.dense_layers * dense
+        return sparse * (router + visited) + self.dense_layers * dense
 
     def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
         """Parameters as in `Decoder.mlp_memory`; routers are whole on each tensor rank.
@@ -170,14 +172,17 @@ class MixtureConfig(RoutedConfig):
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
         if layer < self.dense_layers:
             return swiglu_activations(size, self.intermediate_size or 0, fused)
-        copies, ffn, saved = self.num_experts_per_tok, self.moe_intermediate_size, 1 if fused else 3
+        copies, ffn = self.num_experts_per_tok, self.moe_intermediate_size
+        # Tensors of the width of an expert that its SwiGLU keeps; unfused, its weighted product is one more.
+        swiglu = 1 if fused else 3
+        swiglu_and_weighted = 1 if fused else 4
         return {
             # fp32 logits, their softmax for the balance loss, sparse probabilities, and the map of bytes
             "router": 13 * self.experts,
             "tokens sent to experts": size * self.hidden_size * copies * layout.split_experts,
             "experts' gate and up": 2 * size * ffn * copies,
-            "experts' SwiGLU, and weighted": (saved if fused else saved + 1) * size * ffn * copies,
-            "shared expert": (2 + saved) * size * self.shared_width,
+            "experts' SwiGLU, and weighted": swiglu_and_weighted * size * ffn * copies,
+            "shared expert": (2 + swiglu) * size * self.shared_width,
             "experts' outputs, summed in one order": size * self.hidden_size * copies if layout.deterministic else 0,
         }
 
@@ -205,12 +210,17 @@ class MixtureConfig(RoutedConfig):
     def expert_split_sizes(self) -> list[tuple[str, str, int]]:
         inner, experts = super().expert_split_sizes()
         dense = ("tp", "intermediate_size", self.intermediate_size or 0)
-        return [inner, dense, ("tp", "shared_expert_intermediate_size", self.shared_width), experts]
+        shared = ("tp", "shared_expert_intermediate_size", self.shared_width)
+        return [inner, dense, shared, experts]
 
     def expert_widths(self) -> dict[str, int]:
         """As `inner_widths`, of the feed-forward parts."""
-        widths = {"expert": self.moe_intermediate_size, "dense": self.intermediate_size or 0}
-        return {name: size for name, size in {**widths, "shared expert": self.shared_width}.items() if size}
+        widths = {
+            "expert": self.moe_intermediate_size,
+            "dense": self.intermediate_size or 0,
+            "shared expert": self.shared_width,
+        }
+        return {name: size for name, size in widths.items() if size}
 
     def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:
         return {
@@ -221,7 +231,7 @@ class MixtureConfig(RoutedConfig):
 
 
 class GroupedMixtureConfig(MixtureConfig, GroupedQueryConfig):
-    """A decoder of grouped-query attention and such layers."""
+    """A decoder of grouped-query attention whose layers have SwiGLUs as experts."""
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [*super().split_sizes(), *self.expert_split_sizes()]
@@ -237,11 +247,13 @@ class GroupedMixtureConfig(MixtureConfig, GroupedQueryConfig):
 
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
         changes = super().scaled(hidden_size, width)
-        return changes and {**changes, **self.scaled_experts(width)}
+        if not changes:
+            return changes
+        return {**changes, **self.scaled_experts(width)}
 
 
 def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precision, alone: bool) -> float:
-    """Bytes of tokens on their way to experts and back, for each of a rank's tokens.
+    """Returns the bytes of tokens on their way to experts and back, for each of a rank's tokens.
 
     They are counted as sorted for the ranks that have them, as received, as the experts return them and as sorted back.
     With all experts on one rank these are what each expert returns, and that side by side. Ranks that split experts sum
@@ -251,7 +263,10 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
     `alone` means that a rank has one expert, for which nothing is sorted: it gets what is received, and returns what is
     sent.
     """
-    size, split, copies = 4 if precision == "fp32" else 2, layout.split_experts, hidden_size * top_k
+    size = 4 if precision == "fp32" else 2
+    split = layout.split_experts
+    # Numbers of a token's copies for the experts that it visits.
+    copies = hidden_size * top_k
     in_fp32 = 0 if precision == "fp32" else 4  # bytes of a copy in fp32 of what is summed
     if layout.ep * split == 1:
         return 2 * size * copies
@@ -267,21 +282,25 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
 
 
 def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
-    """At most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible.
+    """Returns at most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible.
 
-    The first number is the experts, the second those that a token visits. Of equally near choices, the fewest are
-    taken.
+    The first number is the experts, the second those that a token visits. Of equally near choices, the one with the
+    fewest visited experts is taken.
     """
     if experts <= PROXY_EXPERTS:
         return experts, top_k
-    pairs = [
-        (max(k, min(PROXY_EXPERTS, round(k * experts / top_k))), k) for k in range(2, min(top_k, PROXY_EXPERTS) + 1)
-    ]
-    return min(pairs, key=lambda pair: (abs(pair[0] / pair[1] - experts / top_k), pair[1]))
+
+    ratio = experts / top_k
+    choices = []
+    for visited in range(2, min(top_k, PROXY_EXPERTS) + 1):
+        count = max(visited, min(PROXY_EXPERTS, round(visited * experts / top_k)))
+        choices.append((abs(count / visited - ratio), visited, count))
+    _, visited, count = min(choices)
+    return count, visited
 
 
 class SigmoidMixtureConfig(MixtureConfig):
-    """A decoder whose layers have such experts."""
+    """A decoder whose layers have SwiGLUs as experts, scored by sigmoids with a bias for each (DeepSeek-V3)."""
 
     router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = 1e-3
     """change of an expert's bias per step in auxiliary-loss-free balancing; 0: biases stay zero"""
@@ -337,13 +356,16 @@ class SigmoidMixtureConfig(MixtureConfig):
         return {**experts, **self._scaled_groups(experts["experts"], experts["num_experts_per_tok"])}
 
     def _scaled_groups(self, experts: int, top_k: int) -> dict[str, int]:
-        """Groups for a proxy with so many experts, and those that a token visits.
+        """Returns the groups of a proxy with so many experts, and how many of them a token visits.
 
         Their ratio is as near to the recipe's as possible. It is one group if no other number fits.
         """
-        chosen = top_k // BEST
-        wanted = self.n_group * chosen / self.topk_group
-        sizes = [n for n in range(chosen, experts // BEST + 1) if experts % n == 0 and chosen * experts // n >= top_k]
-        if self.n_group == 1 or not sizes or top_k // chosen != BEST:
+        topk_group = top_k // BEST
+        wanted = self.n_group * topk_group / self.topk_group
+        fitting = []
+        for n_group in range(topk_group, experts // BEST + 1):
+            if experts % n_group == 0 and topk_group * experts // n_group >= top_k:
+                fitting.append(n_group)
+        if self.n_group == 1 or not fitting or top_k // topk_group != BEST:
             return {"n_group": 1, "topk_group": 1}
-        return {"n_group": min(sizes, key=lambda n: abs(n - wanted)), "topk_group": chosen}
+        return {"n_group": min(fitting, key=lambda n_group: abs(n_group - wanted)), "topk_group": topk_group}

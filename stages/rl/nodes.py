@@ -14,19 +14,28 @@ from stages.train.nodes import TrainedModel, published_dtype, training_config
 
 @dataclass(frozen=True)
 class PostTraining:
-    """The sections of a recipe that learn from answers, and what their nodes share."""
+    """The sections of a recipe that learn from answers, and what their nodes share.
+
+    Attributes:
+        rlvr: Section of RLVR; None, as of the next three, if the recipe has none.
+        dpo: Section of DPO.
+        reward_model: Section of the reward model.
+        online_rlhf: Section of online RLHF.
+        model: Model that the last phase on text leaves.
+        base: Node of that phase.
+        padded_vocab_size: Rows of the embedding.
+        seed: Seed of the recipe.
+        benchmark_ngram: Words of an n-gram by which tasks that occur in benchmarks are found; None without benchmarks.
+    """
 
     rlvr: RlPhase | None
     dpo: DpoPhase | None
     reward_model: RewardPhase | None
     online_rlhf: RlPhase | None
-    # Model that the last phase on text leaves, and the node of that phase.
     model: ModelConfig
     base: str
     padded_vocab_size: int
-    # Seed of the recipe.
     seed: int
-    # Words of an n-gram by which tasks that occur in benchmarks are found; None without benchmarks.
     benchmark_ngram: int | None
 
 
@@ -76,7 +85,7 @@ def _phase_nodes(
     name: str,
     stage: str,
     section: RlPhase | DpoPhase | RewardPhase,
-    base: Mapping[str, str],
+    start_inputs: Mapping[str, str],
     tasks: Sequence[Any] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> list[NodeSpec]:
@@ -87,21 +96,21 @@ def _phase_nodes(
         name: Name of the phase and its node.
         stage: Stage that runs it.
         section: Its section of the recipe.
-        base: The nodes that it begins with, by role.
+        start_inputs: The nodes that it begins with, by role.
         tasks: Sources of its tasks, if it draws answers.
         settings: Settings of the stage beside the common ones.
     """
     specs = []
-    inputs = {"tokenizer": "tokenizer", **base}
+    inputs = {"tokenizer": "tokenizer", **start_inputs}
     if tasks:
         # A reward phase has no tasks; the case is for the type checker.
         verifiers = {} if isinstance(section, RewardPhase) else section.verifiers
         config: dict[str, Any] = {"sources": tasks, "verifiers": verifiers, "seed": sections.seed}
-        searched = {"items": "items"}
+        task_inputs = {"items": "items"}
         if sections.benchmark_ngram is not None:
             config["ngram"] = sections.benchmark_ngram
-            searched["benchmarks"] = "benchmarks"
-        specs.append(NodeSpec(f"tasks-{name}", "tasks", config, searched))
+            task_inputs["benchmarks"] = "benchmarks"
+        specs.append(NodeSpec(f"tasks-{name}", "tasks", config, task_inputs))
         inputs |= {"tasks": f"tasks-{name}", "items": "items"}
     if isinstance(section, RlPhase) and (replay := section.replay):
         order = {
@@ -114,6 +123,7 @@ def _phase_nodes(
         }
         specs.append(NodeSpec(f"order-{name}", "order", order, {"tokens": "tokenize"}))
         inputs |= {"tokens": "tokenize", "order": f"order-{name}"}
+
     # A tool can read artifacts of earlier nodes.
     if isinstance(section, RlPhase) and section.tools:
         for tool in section.tools.offered:

@@ -23,9 +23,9 @@ from pipeline.core.environment import node_name
 INTERVAL = 5
 """Steps from one exchange to the next: a rank that becomes slow is named within two intervals."""
 SLOWER = 1.2
-"""A slow rank is busy so many times as long as its peers, …"""
+"""A rank is slow only if it is busy more than this many times as long as its peers."""
 COST = 0.1
-"""… and that much of a step longer."""
+"""A rank is slow only if it is busy longer than its peers by more than this part of its steps."""
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Waits:
     """This process's waits for collectives. A thread that hangs in one is seen by the others."""
 
     seconds: float = 0.0
+    """Seconds of the waits on a CPU since the last `take`."""
     number: int = 0
     """Collectives that this rank has waited for, the present one included."""
     since: float | None = None
@@ -40,25 +41,47 @@ class Waits:
     ended: float = field(default_factory=time.monotonic)
     """The time at which the last wait ended."""
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    """The begin and the end of each wait on a GPU that no `take` has counted."""
 
     def take(self) -> float:
-        """Seconds since the last call. Waits on a GPU that have not passed yet are left to the next call."""
-        # An event that has not passed would have to be waited for, which stalls the host.
-        passed = {pair for pair in self.events if pair[1].query()}
-        self.events = [pair for pair in self.events if pair not in passed]
-        seconds, self.seconds = self.seconds + sum(a.elapsed_time(b) for a, b in passed) / 1000, 0.0
-        return float(seconds)
+        """Returns the seconds of the waits since the last call.
+
+        Waits on a GPU that have not passed yet are left to the next call.
+        """
+        milliseconds = 0.0
+        not_passed = []
+        for begin, end in self.events:
+            # An event that has not passed would have to be waited for, which stalls the host.
+            if end.query():
+                milliseconds += begin.elapsed_time(end)
+            else:
+                not_passed.append((begin, end))
+        self.events = not_passed
+
+        seconds = self.seconds + milliseconds / 1000
+        self.seconds = 0.0
+        return seconds
 
     def place(self, rank: int) -> Place:
-        now, since = time.monotonic(), self.since
-        return Place(rank, node_name(), since is not None, self.number, now - (self.ended if since is None else since))
+        """Returns where this process, which is that rank, stands now."""
+        # Read once: another thread may end the wait meanwhile.
+        since = self.since
+        now = time.monotonic()
+        if since is None:
+            return Place(rank, node_name(), in_collective=False, number=self.number, seconds=now - self.ended)
+        return Place(rank, node_name(), in_collective=True, number=self.number, seconds=now - since)
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a rank stands in a hang.
 
-    number: of collectives that it has waited for. seconds: for which it stands in the last of them, or after it.
+    Attributes:
+        rank: Number of the rank.
+        node: Name of its node.
+        in_collective: True if it waits for a collective.
+        number: Collectives that it has waited for, the present one included.
+        seconds: Seconds since the present wait began, or since the last one ended.
     """
 
     rank: int
@@ -69,11 +92,10 @@ class Place:
 
 
 def first_missing(places: list[Place]) -> str:
-    """The rank for which the others wait, in words.
+    """Returns the rank for which the others wait, in words.
 
     It is one that is in no collective, or, if all are in one, that with the fewest.
     """
-    # A rank outside of any collective is the one for which the others wait.
     outside = [place for place in places if not place.in_collective]
     if outside:
         first = max(outside, key=lambda place: place.seconds)
@@ -86,31 +108,35 @@ def first_missing(places: list[Place]) -> str:
 
 
 WAITS = Waits()
+"""The waits of this process."""
 
 
 @contextmanager
 def measured_waits() -> Iterator[Waits]:
     """Measures the waits of this process for collectives within the context."""
     original = dist.Work.wait
-    vars(WAITS).update(vars(Waits()))  # another phase of this process may have left its own
+    vars(WAITS).update(vars(Waits()))  # an earlier phase in this process may have left its waits
 
     def wait(work: dist.Work, *arguments: Any, **options: Any) -> bool:
         # On a GPU `wait` returns at once, and the stream waits: only events show for how long.
         on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-        pair = None
+        events = None
         if on_gpu and not torch.cuda.is_current_stream_capturing():
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            pair[0].record()
-        WAITS.number, WAITS.since = WAITS.number + 1, time.monotonic()
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+        began = time.monotonic()
+        WAITS.number += 1
+        WAITS.since = began
         try:
             return bool(original(work, *arguments, **options))
         finally:
-            WAITS.ended = time.monotonic()
-            if pair is not None:
-                pair[1].record()
-                WAITS.events.append(pair)
+            ended = time.monotonic()
+            WAITS.ended = ended
+            if events is not None:
+                events[1].record()
+                WAITS.events.append(events)
             elif not on_gpu:
-                WAITS.seconds += WAITS.ended - WAITS.since
+                WAITS.seconds += ended - began
             WAITS.since = None
 
     dist.Work.wait = wait  # type: ignore[method-assign,assignment]
@@ -122,9 +148,15 @@ def measured_waits() -> Iterator[Waits]:
 
 @dataclass(frozen=True)
 class RankTime:
-    """Seconds of one rank in the steps of an interval.
+    """Mean seconds of one rank's step, over the steps of an interval.
 
-    `position` is that of its pipeline stage; ranks of one position do the same work.
+    Attributes:
+        rank: Number of the rank.
+        node: Name of its node.
+        position: Position of its pipeline stage; ranks of one position do the same work.
+        wall: Seconds of a step.
+        data: Seconds of a step in which it waited for data.
+        communication: Seconds of a step in which it waited for collectives.
     """
 
     rank: int
@@ -141,45 +173,68 @@ class RankTime:
 
     @property
     def compute(self) -> float:
+        """Seconds in which the rank waited neither for others nor for data."""
         return max(0.0, self.busy - self.data)
 
 
 @dataclass(frozen=True)
 class Slow:
-    """A slow rank: how many times as long as its peers it is busy, and whether it waits for data."""
+    """A slow rank.
+
+    Attributes:
+        time: Its times.
+        times: How many times as long as its peers it is busy.
+        reads: True if most of what it takes longer is waiting for data.
+    """
 
     time: RankTime
     times: float
     reads: bool
 
     def sentence(self, step: int) -> str:
+        """Returns a sentence about the rank, which is slow since that step."""
         cause = "waits for data" if self.reads else "computes"
         place = f"rank {self.time.rank} on {self.time.node}"
         return f"{place} {cause} {self.times:.1f} times as long as its peers since step {step}"
 
 
 def slow_rank(times: list[RankTime]) -> Slow | None:
-    """The rank for which the others wait, if any: of those of one position, compared with the faster half of them."""
+    """Returns the rank for which the others wait, if any.
+
+    A rank is compared with the usual one of its position, the lower median.
+    """
     slowest: Slow | None = None
-    for position in {each.position for each in times}:
-        peers = [each for each in times if each.position == position]
-        worst = max(peers, key=lambda each: each.busy)
-        # The faster half, so that with two ranks the slow one is not its own measure.
-        usual = statistics.median_low(each.busy for each in peers)
-        excess = worst.busy - usual
-        if len(peers) > 1 and worst.busy > SLOWER * usual and excess > COST * worst.wall:
-            reads = worst.data - statistics.median_low(each.data for each in peers) > excess / 2
-            slow = Slow(worst, worst.busy / max(usual, 1e-9), reads)
-            slowest = max(filter(None, (slowest, slow)), key=lambda each: each.times)
+    for position in {rank_time.position for rank_time in times}:
+        peers = [rank_time for rank_time in times if rank_time.position == position]
+        longest = max(peers, key=lambda peer: peer.busy)
+        # The lower median, so that with two ranks the slow one is not its own measure.
+        usual = statistics.median_low(peer.busy for peer in peers)
+        excess = longest.busy - usual
+        if len(peers) == 1 or longest.busy <= SLOWER * usual or excess <= COST * longest.wall:
+            continue
+
+        reads = longest.data - statistics.median_low(peer.data for peer in peers) > excess / 2
+        slow = Slow(longest, longest.busy / max(usual, 1e-9), reads)
+        if slowest is None or slow.times > slowest.times:
+            slowest = slow
     return slowest
 
 
 class StepTimes:
-    """The times of this rank's steps. gather: exchanges a value between all ranks. position: of the rank's stage."""
+    """The times of this rank's steps."""
 
     def __init__(self, waits: Waits, rank: int, position: int, gather: Callable[[RankTime], list[RankTime]]) -> None:
+        """Begins without a measured step.
+
+        Args:
+            waits: The waits of this process.
+            rank: Number of this rank.
+            position: Position of its pipeline stage.
+            gather: Returns every rank's value, on every rank.
+        """
         self.waits, self.rank, self.position, self.gather = waits, rank, position, gather
         self.wall = self.data = self.communication = 0.0
+        """Sums over the measured steps since the last exchange."""
         self.steps = -1
         """Measured steps since the last exchange. The first step does not count."""
 
@@ -187,7 +242,8 @@ class StepTimes:
     def step(self, data: Callable[[], float]) -> Iterator[None]:
         """Measures a step. What happens between steps, such as checkpoints of rank 0, does not count.
 
-        data: called at the end of the step for the seconds for which it waited for data.
+        Args:
+            data: Returns the seconds for which the step waited for data. It is called at the end of the step.
         """
         # Waits before the step, such as those of a checkpoint, are dropped.
         self.waits.take()
@@ -196,11 +252,12 @@ class StepTimes:
         wall, communication = time.monotonic() - started, self.waits.take()
         self.steps += 1
         if self.steps:
-            self.wall, self.communication = self.wall + wall, self.communication + communication
+            self.wall += wall
+            self.communication += communication
             self.data += data()
 
     def exchange(self) -> list[RankTime] | None:
-        """The mean times of all ranks since the last exchange; None if it is not yet due. Collective."""
+        """Returns the mean times of all ranks since the last exchange; None if it is not yet due. Collective."""
         if self.steps < INTERVAL:
             return None
         seconds = [total / self.steps for total in (self.wall, self.data, self.communication)]
@@ -210,14 +267,14 @@ class StepTimes:
 
 
 def metrics(times: list[RankTime]) -> dict[str, float]:
-    """The curves of an exchange: of the rank that is busy longest, and of the usual one."""
-    slowest = max(times, key=lambda each: each.busy)
+    """Returns the curves of an exchange: of the rank that is busy longest, and the medians of all ranks."""
+    slowest = max(times, key=lambda rank_time: rank_time.busy)
     return {
         "slowest_rank": float(slowest.rank),
         "slowest_compute_seconds": slowest.compute,
         "slowest_data_seconds": slowest.data,
         "slowest_communication_seconds": slowest.communication,
-        "median_compute_seconds": statistics.median(each.compute for each in times),
-        "median_data_seconds": statistics.median(each.data for each in times),
-        "median_communication_seconds": statistics.median(each.communication for each in times),
+        "median_compute_seconds": statistics.median(rank_time.compute for rank_time in times),
+        "median_data_seconds": statistics.median(rank_time.data for rank_time in times),
+        "median_communication_seconds": statistics.median(rank_time.communication for rank_time in times),
     }

@@ -29,7 +29,7 @@ from stages.train import parallel
 from stages.train.step_times import WAITS, Place, first_missing
 
 COLLECT_SECONDS = 10.0
-"""Seconds within which all ranks, which wait for each other at every step, detect a hang."""
+"""Seconds for which rank 0 waits for the stacks of all ranks, which detect a hang at about the same time."""
 START_SECONDS = 600.0
 """Minimum time for rendezvous and building the model."""
 PROGRESS_SECONDS = 10.0
@@ -47,15 +47,24 @@ RECORDER_SECONDS = 60.0
 
 
 class Watchdog:
-    """Watches from its creation to the end of the `with` block, including the rendezvous.
+    """Watches from the beginning to the end of the `with` block, including the rendezvous.
 
     `alive()` reports a finished step, and `progress()` bytes of a checkpoint for which this rank's training waits.
     Progress of one rank counts for all, because the others wait for it.
     """
 
     def __init__(self, phase: str, timeout: float, work: Path, report: Report) -> None:
+        """Makes a watchdog, which begins to watch with the `with` block.
+
+        Args:
+            phase: Name of the phase, for messages.
+            timeout: Seconds without a finished step after which the attempt ends.
+            work: Work folder, which all ranks see.
+            report: Ends the attempt.
+        """
         self.phase, self.timeout, self.work, self.report = phase, timeout, work, report
         self.rank, self.world = parallel.rank_and_world()
+        # The time of the last sign of progress, and the seconds until the next one may come.
         self.last_sign, self.limit = time.monotonic(), max(timeout, START_SECONDS)
         self.shared = SharedProgress(work / "progress", min(PROGRESS_SECONDS, timeout / 10))
         self.stop = threading.Event()
@@ -72,6 +81,7 @@ class Watchdog:
         self.thread.join()
 
     def alive(self) -> None:
+        """Reports that this rank has finished a step."""
         self.last_sign, self.limit = time.monotonic(), self.timeout
 
     def progress(self, size: int = 0) -> None:
@@ -88,15 +98,18 @@ class Watchdog:
                 self._abandon()
 
     def _abandon(self) -> None:
-        text = f"{self.phase}: no step was finished for {self.limit:g} s"
+        message = f"{self.phase}: no step was finished for {self.limit:g} s"
         try:
-            text += self._stacks()
+            message += self._stacks()
         except Exception as error:  # a full disk, or NCCL's recorder, must not keep a hang alive
-            text += f"; the stacks could not be written ({error})"
-        self.report.abandon(f"{text}; run again to go on from the last work checkpoint")
+            message += f"; the stacks could not be written ({error})"
+        self.report.abandon(f"{message}; run again to go on from the last work checkpoint")
 
     def _stacks(self) -> str:
-        """Writes this rank's stacks; rank 0 prints those of the others to the log. Returns the end of the message."""
+        """Writes and prints this rank's stacks; rank 0 prints those of the others too.
+
+        Returns the end of the message.
+        """
         folder = self.work / "stacks"
         folder.mkdir(exist_ok=True)
         path = folder / f"rank-{self.rank:05d}.txt"
@@ -111,35 +124,41 @@ class Watchdog:
             flush=True,
         )
         if self.rank == 0:
-            # Ranks find the hang within seconds of each other, as all wait in the same step.
-            hang_time, expected = time.time(), set(range(self.world))
-            deadline = time.monotonic() + COLLECT_SECONDS
-            while (missing := expected - self._ranks_with_stacks(hang_time)) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            for rank in sorted(expected - missing - {0}):
-                stacks = (folder / f"rank-{rank:05d}.txt").read_text()
-                print(f"rank {rank} stands here:\n{stacks}", file=sys.stderr, flush=True)
-            text = "; the stacks of all ranks are in the log"
-            if missing:
-                silent_ranks = ", ".join(map(str, sorted(missing)))
-                text = f"; no sign of rank {silent_ranks}; the stacks of the others are in the log"
-            elif self.world > 1:
-                places = [json.loads((folder / f"rank-{rank:05d}.json").read_text()) for rank in sorted(expected)]
-                text += f"; {first_missing([Place(**place) for place in places])}"
-            print(f"{self.phase}{text}", file=sys.stderr, flush=True)  # in case that the recorder hangs
-            recorded = write_collectives(folder, self.rank)
-            return text + (f"; what NCCL recorded is in {recorded}" if recorded else "")
+            return self._collect(folder)
         write_collectives(folder, self.rank)
         time.sleep(2 * COLLECT_SECONDS)  # rank 0 reports first
         return "; the stacks of all ranks are in the log"
 
-    def _ranks_with_stacks(self, since: float) -> set[int]:
-        """The ranks whose stacks were written in this hang."""
+    def _collect(self, folder: Path) -> str:
+        """Prints the stacks of the other ranks. Returns the end of rank 0's message."""
+        # Ranks find the hang within seconds of each other, as all wait in the same step.
+        hang_time, expected = time.time(), set(range(self.world))
+        deadline = time.monotonic() + COLLECT_SECONDS
+        while (missing := expected - self._ranks_with_stacks(hang_time)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for rank in sorted(expected - missing - {0}):
+            stacks = (folder / f"rank-{rank:05d}.txt").read_text()
+            print(f"rank {rank} stands here:\n{stacks}", file=sys.stderr, flush=True)
+
+        message = "; the stacks of all ranks are in the log"
+        if missing:
+            silent_ranks = ", ".join(map(str, sorted(missing)))
+            message = f"; no sign of rank {silent_ranks}; the stacks of the others are in the log"
+        elif self.world > 1:
+            places = [json.loads((folder / f"rank-{rank:05d}.json").read_text()) for rank in sorted(expected)]
+            message += f"; {first_missing([Place(**place) for place in places])}"
+        print(f"{self.phase}{message}", file=sys.stderr, flush=True)  # in case that the recorder hangs
+
+        recorded = write_collectives(folder, self.rank)
+        return message + (f"; what NCCL recorded is in {recorded}" if recorded else "")
+
+    def _ranks_with_stacks(self, hang_time: float) -> set[int]:
+        """Returns the ranks whose stacks were written in this hang, which rank 0 found at `hang_time`."""
         ranks = set()
         for path in (self.work / "stacks").glob("rank-*.json"):  # written after the stacks
             # The limit is a margin for the clocks of other nodes. Stacks of an earlier hang are older.
-            if path.stat().st_mtime > since - self.limit:
-                ranks.add(int(path.stem[5:]))
+            if path.stat().st_mtime > hang_time - self.limit:
+                ranks.add(int(path.stem.removeprefix("rank-")))
         return ranks
 
 
@@ -150,7 +169,7 @@ def prepare_recorder(folder: Path) -> None:
     """
     folder.mkdir(exist_ok=True)
     for name, value in {**SETTINGS, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / PREFIX)}.items():
-        # A cluster profile may set others.
+        # What the cluster profile sets stays.
         os.environ.setdefault(name, value)
 
 
@@ -167,7 +186,7 @@ def write_collectives(folder: Path, rank: int) -> Path | None:
 
 
 def _write_in_time(dump: Callable[[], bytes], path: Path) -> None:
-    # the recorder holds the interpreter, so no thread could
+    # The recorder holds the interpreter, so no thread of Python could end a process in which it hangs.
     faulthandler.dump_traceback_later(RECORDER_SECONDS, exit=True)
     try:
         path.write_bytes(dump())

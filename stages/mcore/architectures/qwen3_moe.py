@@ -19,12 +19,13 @@ from stages.models.qwen3_moe import Qwen3MoeConfig
 
 
 def megatron(model: Qwen3MoeConfig) -> dict[str, Any]:
+    """Returns keyword arguments of Megatron's TransformerConfig."""
     return megatron_attention(model) | {
         "ffn_hidden_size": model.intermediate_size or model.moe_intermediate_size,
         **megatron_experts(model),
         "moe_shared_expert_intermediate_size": model.shared_expert_intermediate_size,
         "moe_router_pre_softmax": False,  # softmax over the chosen experts = Hugging Face's norm_topk_prob
-        # Megatron's biases are for sigmoids
+        # Megatron has biases of experts only with sigmoids.
         "moe_router_score_function": "sigmoid" if model.router_bias_update_rate else "softmax",
         "moe_router_enable_expert_bias": model.router_bias_update_rate > 0,
         "moe_router_bias_update_rate": model.router_bias_update_rate,
@@ -32,12 +33,15 @@ def megatron(model: Qwen3MoeConfig) -> dict[str, Any]:
 
 
 def _router(model: Qwen3MoeConfig, layer: int) -> dict[str, str]:
-    """Megatron's name of a layer's router, and transformers'."""
+    """Returns {Megatron's name: transformers' name} of a layer's router; nothing for a dense layer."""
     return {} if layer < model.dense_layers else {"mlp.router.weight": "mlp.gate.weight"}
 
 
 def _swiglus(model: Qwen3MoeConfig, layer: int) -> list[tuple[str, str]]:
-    """(Megatron's, transformers') prefixes of a layer's SwiGLUs: one in a dense layer, else one for each expert."""
+    """Returns (Megatron's, transformers') prefixes of a layer's SwiGLUs.
+
+    It is one in a dense layer, else one for each expert.
+    """
     if layer < model.dense_layers:
         return [("mlp.", "mlp.")]
     return expert_swiglus(model)
@@ -52,6 +56,7 @@ def from_hf(tensors: Mapping[str, Tensor], model: Qwen3MoeConfig) -> Iterator[tu
 
 
 def hf_config(model: Qwen3MoeConfig) -> dict[str, Any]:
+    """Returns the entries of config.json."""
     return hf_attention(model) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -63,7 +68,7 @@ def hf_config(model: Qwen3MoeConfig) -> dict[str, Any]:
         "num_experts": model.experts,
         "num_experts_per_tok": model.num_experts_per_tok,
         "output_router_logits": False,
-        # Megatron divides its balance by num_experts_per_tok and sums it over layers; Hugging Face does neither
+        # Megatron divides its balance loss by num_experts_per_tok and sums it over layers; transformers does neither.
         "router_aux_loss_coef": model.aux_loss * (model.layers - model.dense_layers) / model.num_experts_per_tok,
     }
 

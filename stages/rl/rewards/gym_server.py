@@ -1,7 +1,7 @@
 """Verifier `nemo-gym`: a NeMo Gym resources server scores, by POST /verify. NeMo Gym itself is not needed.
 
-Request: the row's own fields, `responses_create_params`, and the answer in the form of an OpenAI response, all of whose
-keys below NeMo Gym 0.4 and 0.7 require. Reply: `reward`, and fields of the server's own.
+Request: all fields of the row, `responses_create_params` among them, and the answer in the form of an OpenAI response
+with the keys that NeMo Gym 0.4 and 0.7 require. Reply: `reward`, and fields of the server's own.
 
 A task that lists tools is scored in a session in which the calls of its answer were made again. The environment must
 answer them as it did when the answer was drawn.
@@ -23,7 +23,7 @@ from stages.rl.tools import gym_environment
 from stages.rl.tools.gym_environment import Session, Unanswered, functions_of
 from stages.tasks.rows import Row
 
-# The mark in a recorded result in place of its rest (stages/rl/rollout/turns.py).
+# The beginning of the mark that ends a recorded result whose rest is cut off (stages/rl/rollout/turns.py).
 CUT_MARK = "\n[cut: "
 
 
@@ -39,8 +39,9 @@ class GymSettings(Config):
 
 
 class GymServer(Verifier):
-    """Scores answers by a server. Refused connections, time-outs, 429 and 5xx are tried ATTEMPTS times.
+    """Scores answers by a server.
 
+    Requests that are refused a connection, time out, or get 429 or 5xx are tried `gym_environment.ATTEMPTS` times.
     Parts: `reward`, `finished`, and the finite numbers that the server adds.
     """
 
@@ -76,20 +77,27 @@ class GymServer(Verifier):
         if reply is None:
             shown = repr(payload[:200].decode(errors="replace"))
             raise self._failure(row, f"{self.url}/verify answered what is no JSON object: {shown}")
-        numbers = {
-            name: float(value)
-            for name, value in reply.items()
+        parts: Parts = {}
+        for name, value in reply.items():
             # A server can repeat the fields of the request, which are no parts of a reward.
-            if name not in body and isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        if not math.isfinite(numbers.get("reward", math.nan)):
+            if name in body and name != "reward":
+                continue
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                parts[name] = float(value)
+        if "reward" not in parts:
             raise self._failure(row, f"{self.url}/verify answered without a finite reward ({reply.get('reward')!r})")
-        return {**{k: v for k, v in numbers.items() if math.isfinite(v)}, "finished": 1.0}
+        return {**parts, "finished": 1.0}
 
     def _verify(self, session: Session, row: Row, body: Mapping[str, Any], response: Response) -> bytes:
-        """Scores in a session of the task, in which the calls of the answer are made again, if the task has tools."""
+        """Returns the reply of /verify in a new session.
+
+        If the task has tools, the calls of the answer are made again before.
+
+        Raises:
+            Unanswered: The server did not score, or answers a call otherwise than when the answer was drawn.
+        """
         if functions := functions_of(row):
-            calls = [call for _, calls in response.earlier for call in calls if is_of(call, functions)]
+            calls = [call for _, turn_calls in response.earlier for call in turn_calls if is_of(call, functions)]
             requests = [(call["tool"], json.loads(call["request"])["arguments"]) for call in calls]
             for call, (_, text) in zip(calls, session.begin(row, requests), strict=True):
                 if not as_recorded(text, call["result"]):
@@ -109,22 +117,24 @@ def read_reply(payload: bytes) -> dict[str, Any] | None:
     """Returns the JSON object of a reply, if it is one."""
     try:
         reply = json.loads(payload)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return reply if isinstance(reply, dict) else None
 
 
 def is_of(call: ToolCall, functions: Sequence[Mapping[str, Any]]) -> bool:
-    """Returns True if the environment answered a call: no other tool, and no refusal before."""
+    """Returns True if the environment answered a call: it has that tool, and the call was not refused before."""
     names = [function["name"] for function in functions]
     return call["tool"] in names and call["status"] in ("ok", "error")
 
 
 def as_recorded(text: str, result: str) -> bool:
-    """Returns True if a reply is the one that the model was given, as far as that was not cut."""
+    """Returns True if the reply `text` is the recorded `result`, as far as that was not cut."""
     # Recorded results have no lone surrogates (stages/rl/rollout/turns.py).
     text = text.encode(errors="replace").decode()
-    return text == result or (CUT_MARK in result and text.startswith(result[: result.rindex(CUT_MARK)]))
+    if text == result:
+        return True
+    return CUT_MARK in result and text.startswith(result[: result.rindex(CUT_MARK)])
 
 
 def request(row: Row, response: Response) -> dict[str, Any]:
@@ -134,22 +144,22 @@ def request(row: Row, response: Response) -> dict[str, Any]:
     """
     output: list[dict[str, Any]] = []
     for text, calls in response.earlier:
-        # In this form, calls are items of their own.
+        # In this form, calls are items of their own, so the text ends before the first one.
         output.append(message(text.partition("<tool_call>")[0]))
         for call in calls:
-            number = f"call-{len(output)}"
+            call_id = f"call-{len(output)}"
             arguments = (read_reply(call["request"].encode()) or {}).get("arguments")
             output.append(
                 {
                     "type": "function_call",
-                    "call_id": number,
+                    "call_id": call_id,
                     "name": call["tool"],
                     "status": "completed",
                     "arguments": json.dumps(arguments if isinstance(arguments, dict) else {}),
                 }
             )
-            output.append({"type": "function_call_output", "call_id": number, "output": call["result"]})
-    reply = {
+            output.append({"type": "function_call_output", "call_id": call_id, "output": call["result"]})
+    answer = {
         # The form requires these keys; constants keep the request of an answer the same.
         "id": "response",
         "created_at": 0,
@@ -160,7 +170,7 @@ def request(row: Row, response: Response) -> dict[str, Any]:
         "tool_choice": "auto",
         "tools": [],
     }
-    return {**row, "response": reply}
+    return {**row, "response": answer}
 
 
 def message(text: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ Timing decides that order, and nothing else: group n is issued when n + 1 - `que
 task comes from the curriculum as it is then, and its seeds from its number. So the order in which groups were taken,
 with their answers, determines all tasks and updates, and a replay from `rollouts.parquet` is exact.
 
-A kill loses no finished group; a crash of the machine may, which is then drawn again. The order of each step is on disk
-before its update, and an attempt that resumes before that step takes the same groups again. Groups in flight are issued
-again, with their numbers and seeds.
+A kill loses no finished group; a crash of the machine may lose one, which is then drawn again. The order of each step
+is on disk before its update, and an attempt that resumes before that step takes the same groups again. Groups in flight
+are issued again, with their numbers and seeds.
 """
 
 from __future__ import annotations
@@ -77,10 +77,18 @@ class Intake:
     """The groups that the steps take. Only rank 0 calls `take`; every rank holds the state."""
 
     def __init__(self, phase: RlPhase, curriculum: Curriculum, label: str, seed: int) -> None:
-        """Takes groups for a phase. `label` is that of the phase's seeds."""
+        """Takes groups for a phase.
+
+        Args:
+            phase: Settings of the phase.
+            curriculum: Draws the tasks.
+            label: The phase's label in its seeds.
+            seed: Seed of the recipe.
+        """
         assert phase.asynchronous is not None
         self.phase, self.curriculum, self.label, self.seed = phase, curriculum, label, seed
         self.max_staleness = phase.asynchronous.max_staleness
+        # Number of groups that were issued so far.
         self.issued = 0
         # By number: the groups that are issued and not taken.
         self.open: dict[int, Group] = {}
@@ -130,7 +138,8 @@ class Intake:
         answers: list[Rollout] = []
         usable, fresh = 0, 0
         prompts = self.phase.prompts_per_step
-        while usable < prompts and fresh < prompts * (self.phase.max_resample_rounds + 1):
+        most_fresh = prompts * (self.phase.max_resample_rounds + 1)
+        while usable < prompts and fresh < most_fresh:
             group, drawn = self.source.next(step, len(answers), self.history)
             del self.open[group.number]
             drawn = [replace(r, step=step, versions=self._spans(r)) for r in drawn]
@@ -138,7 +147,8 @@ class Intake:
             if oldest_version(drawn) < step - 1 - self.max_staleness:
                 taken = [replace(r, dropped="stale") for r in drawn]
             else:
-                taken, fresh = mark(drawn), fresh + 1
+                taken = mark(drawn)
+                fresh += 1
             if taken[0].dropped not in rollouts.WHOLE_GROUPS:
                 usable += 1
             # In the order in which groups are taken, which a replay repeats.
@@ -160,16 +170,19 @@ class Intake:
         ]
 
     def _issue(self, version: int) -> None:
+        """Issues groups until as many are open as the phase allows. version: of the policy now."""
         assert self.source is not None
         groups = []
         while len(self.open) < self.phase.queue_groups:
             (row,) = self.curriculum.draw(1, self.issued, 0)
-            groups.append(self._group(self.issued, row, version))
-            self.open[self.issued] = groups[-1]
+            group = self._group(self.issued, row, version)
+            groups.append(group)
+            self.open[group.number] = group
             self.issued += 1
         self.source.issue(groups)
 
     def _group(self, number: int, row: Row, version: int) -> Group:
+        """Returns a group with the seeds of its answers, which follow from its number."""
         labels = (f"{self.label}/answer/group {number}/{sample}" for sample in range(self.phase.num_generations))
         return Group(number, row, version, [(row, seed_of(label, self.seed)) for label in labels])
 
@@ -198,8 +211,9 @@ class LiveGroups:
         assert phase.asynchronous is not None and policy.sampler is not None
         self.files, self.policy, self.note = files, policy, files.report.note
         self.samples = phase.num_generations
+        # Guards what the threads share, and tells of its changes.
         self.changed = threading.Condition()
-        # Those that are issued and not taken.
+        # By number: the groups that are issued and not taken.
         self.groups: dict[int, Group] = {}
         # {step: the groups that it took in an earlier attempt}
         self.taken_before = self._read_steps(step)
@@ -207,15 +221,28 @@ class LiveGroups:
         self.on_disk: dict[int, Path] = {}
         # By number of a group: the answers that an earlier attempt drew, and those that it scored too.
         self.unscored, self.scored = self._read("drawn"), self._read("parquet")
+        # Number of the next draw.
         self.draws = 1 + max((int(path.stem.split("-")[1]) for path in files.folder.glob("groups-*")), default=0)
+        # Groups that no thread has begun to draw.
         self.pending: list[Group] = []
+        # Number and answers of the groups that are scored, in the order in which they were finished.
         self.finished: list[tuple[int, list[Rollout]]] = []
+        # The error at which a thread ended.
         self.error: BaseException | None = None
         # Number of `pending` groups that may be drawn.
         self.released = 0
+        # True once the threads are to end.
         self.closed = False
-        self.since, self.drawing, self.idle, self.waited, self.all_waited = time.monotonic(), 0, 0.0, 0.0, 0.0
+        # Number of threads that draw now.
+        self.drawing = 0
+        # The time of the last report.
+        self.since = time.monotonic()
+        # Seconds since then in which no thread drew, up to `idle_since`, and in which the trainer waited for a group.
+        self.idle, self.waited = 0.0, 0.0
+        # The time since which no thread draws; None while one does.
         self.idle_since: float | None = self.since
+        # Seconds that the trainer waited before the last report.
+        self.all_waited = 0.0
         self.serves_many = policy.sampler.serves_many
         # A sampler that draws one call after the other gains nothing from more threads.
         threads = phase.queue_groups if self.serves_many else 1
@@ -224,10 +251,12 @@ class LiveGroups:
             thread.start()
 
     def issue(self, groups: Iterable[Group]) -> None:
-        taken = {answers[0].group for step in self.taken_before.values() for answers in step}
+        taken_numbers: set[int] = set()
+        for groups_of_step in self.taken_before.values():
+            taken_numbers |= {answers[0].group for answers in groups_of_step}
         for group in groups:
             self.groups[group.number] = group
-            if group.number in taken:
+            if group.number in taken_numbers:
                 continue
             answers = self.scored.pop(group.number, [])
             with self.changed:
@@ -242,13 +271,13 @@ class LiveGroups:
         Raises the error of the sampler or a verifier, and MachineError if no group is finished in time.
         """
         while True:
-            before = self.taken_before.get(step)
-            answers = before[0] if before else self._wait(step)
+            taken_before = self.taken_before.get(step)
+            answers = taken_before[0] if taken_before else self._wait(step)
             group = self.groups.get(answers[0].group)
-            if group is not None and is_of(group, answers) and all(p in history for p in policies_of(answers)):
+            if group is not None and is_of(group, answers) and policies_of(answers) <= history.keys():
                 del self.groups[group.number]
-                if before:
-                    before.pop(0)
+                if taken_before:
+                    taken_before.pop(0)
                 # This attempt decides anew which answers are dropped.
                 return group, [replace(r, dropped="") for r in answers]
             # Its policy is not in the log of this attempt, which went on from an earlier checkpoint.
@@ -256,7 +285,7 @@ class LiveGroups:
                 f"group {answers[0].group} of step {step} was drawn by a policy that an earlier attempt had, and "
                 "is drawn again"
             )
-            if before:
+            if taken_before:
                 self._forget_from(step)
             elif group is not None:
                 self._store([group.number], None)
@@ -283,13 +312,14 @@ class LiveGroups:
             self.changed.notify_all()
 
     def join(self) -> None:
+        """Waits for the threads to end, for JOIN_SECONDS each."""
         for thread in self.threads:
             thread.join(JOIN_SECONDS)
 
     # -- the trainer's thread -----------------------------------------------------------------------------------------
 
     def _wait(self, step: int) -> list[Rollout]:
-        """Returns the group that was finished first."""
+        """Returns the answers of the group that was finished first, once there is one."""
         start = time.monotonic()
         with self.changed:
             if not self.finished:
@@ -317,26 +347,33 @@ class LiveGroups:
                 self.changed.notify_all()
 
     def _read(self, suffix: str) -> dict[int, list[Rollout]]:
-        groups: dict[int, list[Rollout]] = {}
+        """Returns the answers in the files with this suffix, by number of their group."""
+        by_number: dict[int, list[Rollout]] = {}
         for path in sorted(self.files.folder.glob(f"groups-*.{suffix}")):
             answers = self.files.read(path) or []
-            here = {group[0].group: group for group in in_groups(answers, self.samples)}
-            self._store(here, path)
-            groups |= here
-        return groups
+            in_file = {group_answers[0].group: group_answers for group_answers in in_groups(answers, self.samples)}
+            self._store(in_file, path)
+            by_number |= in_file
+        return by_number
 
     def _store(self, numbers: Iterable[int], path: Path | None) -> None:
-        """Notes the file that holds the answers of the groups now, or none. Removes those that hold nothing now."""
+        """Notes the file that holds the answers of the groups now, or none.
+
+        Removes the files that held them before, unless they still hold the answers of another group.
+        """
         with self.changed:
-            before = {self.on_disk.pop(number) for number in numbers if number in self.on_disk}
+            earlier_paths = {self.on_disk.pop(number) for number in numbers if number in self.on_disk}
             if path is not None:
                 self.on_disk |= dict.fromkeys(numbers, path)
-            before -= set(self.on_disk.values())
-        for unused in before:
-            unused.unlink(missing_ok=True)
+            unused = earlier_paths - set(self.on_disk.values())
+        for unused_path in unused:
+            unused_path.unlink(missing_ok=True)
 
     def _read_steps(self, last: int) -> dict[int, list[list[Rollout]]]:
-        """Returns the groups of the steps after the last one, as far as they are on disk one by one."""
+        """Returns the groups of the steps after the last one, up to the first step whose file is missing or damaged.
+
+        Removes the files of the steps from that one on.
+        """
         steps: dict[int, list[list[Rollout]]] = {}
         step = last + 1
         while (answers := self.files.read(self.files.path(step, 0))) is not None:
@@ -347,14 +384,22 @@ class LiveGroups:
 
     def _forget_from(self, step: int) -> None:
         """Forgets what an earlier attempt took in this step and later ones: its groups are drawn again."""
-        numbers = {answers[0].group for s, groups in self.taken_before.items() if s >= step for answers in groups}
-        self.taken_before = {s: groups for s, groups in self.taken_before.items() if s < step}
+        forgotten: set[int] = set()
+        kept: dict[int, list[list[Rollout]]] = {}
+        for taken_step, groups in self.taken_before.items():
+            if taken_step < step:
+                kept[taken_step] = groups
+            else:
+                forgotten |= {answers[0].group for answers in groups}
+        self.taken_before = kept
         self._remove_from(step)
         with self.changed:
             waiting = {group.number for group in self.pending} | {number for number, _ in self.finished}
-            self.pending += [g for n, g in self.groups.items() if n in numbers - waiting]
+            to_draw = forgotten - waiting
+            self.pending += [group for number, group in self.groups.items() if number in to_draw]
 
     def _remove_from(self, step: int) -> None:
+        """Removes the files of this step and later ones."""
         for path in self.files.all():
             if int(path.name.split("-")[0]) >= step:
                 path.unlink()
@@ -364,7 +409,8 @@ class LiveGroups:
         with self.changed:
             now = time.monotonic()
             if self.idle_since is not None:
-                self.idle, self.idle_since = self.idle + now - self.idle_since, now
+                self.idle += now - self.idle_since
+                self.idle_since = now
             seconds = max(now - self.since, 1e-9)
             self.files.report.metric(
                 step,
@@ -375,11 +421,13 @@ class LiveGroups:
                 sampler_idle_share=self.idle / seconds,
             )
             self.all_waited += self.waited
-            self.since, self.idle, self.waited = now, 0.0, 0.0
+            self.since = now
+            self.idle = self.waited = 0.0
 
     # -- the threads that draw ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        """Draws groups until the phase ends, or an error."""
         while groups := self._to_draw():
             try:
                 self._draw(groups)
@@ -401,7 +449,8 @@ class LiveGroups:
             groups, self.pending = self.pending[:count], self.pending[count:]
             self.released -= count
             if not self.drawing and self.idle_since is not None:
-                self.idle, self.idle_since = self.idle + time.monotonic() - self.idle_since, None
+                self.idle += time.monotonic() - self.idle_since
+                self.idle_since = None
             self.drawing += 1
             return groups
 
@@ -411,6 +460,8 @@ class LiveGroups:
             path = self.files.folder / f"groups-{self.draws:06d}.drawn"
             self.draws += 1
             earlier = [self.unscored.pop(group.number, []) for group in groups]
+
+        # What an earlier attempt drew is not drawn again.
         earlier = [answers if is_of(group, answers) else [] for group, answers in zip(groups, earlier, strict=True)]
         new = [group for group, answers in zip(groups, earlier, strict=True) if not answers]
         completions = iter(self.policy.draw([request for group in new for request in group.requests]))
@@ -420,15 +471,17 @@ class LiveGroups:
             self.drawing -= 1
             if not self.drawing:
                 self.idle_since = time.monotonic()
+
         rows = [row for group in groups for row, _ in group.requests]
-        answers = scored(rows, [answer for each in drawn for answer in each], self.policy)
-        by_group = in_groups(answers, self.samples)
+        drawn_answers = [answer for answers_of_group in drawn for answer in answers_of_group]
+        by_group = in_groups(scored(rows, drawn_answers, self.policy), self.samples)
         self._write(path.with_suffix(".parquet"), groups, by_group)
         with self.changed:
             self.finished += zip((group.number for group in groups), by_group, strict=True)
             self.changed.notify_all()
 
     def _unscored(self, group: Group, completions: Iterator[Completion]) -> list[Rollout]:
+        """Returns the answers of a group, which are the next completions."""
         answers = []
         for sample, (row, seed) in enumerate(group.requests):
             completion = next(completions)
@@ -440,7 +493,7 @@ class LiveGroups:
     def _write(self, path: Path, groups: Sequence[Group], answers: Iterable[Sequence[Rollout]]) -> None:
         """Writes the answers of each group to the file that holds them from now on."""
         # A group that a crash of the machine loses is drawn again.
-        rollouts.write(path, [answer for each in answers for answer in each], durable=False)
+        rollouts.write(path, [answer for group_answers in answers for answer in group_answers], durable=False)
         self._store([group.number for group in groups], path)
 
 
@@ -464,8 +517,16 @@ class RecordedGroups:
     """The groups of the rollouts.parquet of an earlier run, in their order."""
 
     def __init__(self, files: RecordedRollouts, policy: Policy, samples: int, step: int) -> None:
-        """Reads the groups of `files` from the step after the last finished one, `step`."""
+        """Reads recorded groups.
+
+        Args:
+            files: The file of the earlier run.
+            policy: The policy, by which the answers are checked.
+            samples: Answers of a group.
+            step: The last finished step, whose checkpoint the replay begins with.
+        """
         self.files, self.policy, self.samples, self.start = files, policy, samples, step
+        # By number: the groups that are issued and not taken.
         self.groups: dict[int, Group] = {}
 
     def issue(self, groups: Iterable[Group]) -> None:
@@ -487,6 +548,7 @@ class RecordedGroups:
             raise self.files.altered(
                 0, place, f"is of group {recorded[0].group}, which is not issued then or was taken before"
             )
+
         self.files.check(0, recorded, group.requests, self.policy, place)
         for number, r in enumerate(recorded, place):
             if not has_versions(r, group.version, step - 1):
@@ -499,11 +561,14 @@ class RecordedGroups:
                         number,
                         f"states the policy {span['policy']} after step {self.start}, which is not the checkpoint's",
                     )
-        answers = self.files.restore(0, recorded, group.requests, self.policy)
-        return group, [
-            replace(answer, group=group.number, sample=n, issued=group.version, versions=r.versions)
-            for n, (answer, r) in enumerate(zip(answers, recorded, strict=True))
-        ]
+
+        restored = self.files.restore(0, recorded, group.requests, self.policy)
+        answers = []
+        for sample, (answer, r) in enumerate(zip(restored, recorded, strict=True)):
+            answers.append(
+                replace(answer, group=group.number, sample=sample, issued=group.version, versions=r.versions)
+            )
+        return group, answers
 
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
         """Raises CheckFailed if the step took more, or if a column is another than follows."""
@@ -513,9 +578,14 @@ class RecordedGroups:
 
 
 def has_versions(r: Rollout, issued: int, version: int) -> bool:
-    """Returns True if an answer from a file can be of the policies that it states.
+    """Returns True if the policies that an answer from a file states can have drawn it.
 
-    They drew all its tokens, none before it was issued, later ones after earlier ones, up to the present version.
+    Their spans add up to its tokens, and their versions ascend, from that at which its group was issued to the present.
+
+    Args:
+        r: The answer.
+        issued: Version of the policy when its group was issued.
+        version: Version of the present policy.
     """
     spans = r.versions or ()
     try:

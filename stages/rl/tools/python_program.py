@@ -15,10 +15,12 @@ from stages.rl import sandbox
 from stages.rl.sandbox import Limits, Outcome, Pool, Program, SandboxFailed
 from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
 
-# Seconds of the clock for each of processor time: a program that computes ends by the one also on a busy machine.
+# Wall-clock seconds for each second of processor time: so many that on a busy machine too, a program that computes
+# reaches its limit of processor time first.
 WALL = Limits().wall_seconds / Limits().cpu_seconds
 # Bytes of memory of a program.
 MEMORY = 512 << 20
+# {status of a program that was ended: the reason that the model is given}
 ENDINGS = {
     "timeout": "the program was ended: it took too long",
     "memory": "the program was ended: it used too much memory",
@@ -43,7 +45,9 @@ class PythonTool(Tool):
 
     def missing(self) -> str | None:
         reason = sandbox.missing()
-        return reason and f"the tool python runs what the model writes: {reason}"
+        if reason is None:
+            return None
+        return f"the tool python runs what the model writes: {reason}"
 
     def open(self, inputs: Inputs, folder: Path) -> Programs:
         limits = Limits(cpu_seconds=self.cpu_seconds, wall_seconds=WALL * self.cpu_seconds, memory_bytes=MEMORY)
@@ -70,11 +74,12 @@ class Programs:
 def describe(outcome: Outcome) -> Result:
     """Returns what the program printed and, if it did not end well, a last line with the reason.
 
-    The reason of an error is its last line, as the rest of a traceback shows the sandbox.
+    Of an error this is the last line of its traceback, whose other lines show the sandbox.
     """
     if outcome.status == "ok":
         return Result("ok", outcome.stdout)
-    errors = outcome.stderr.strip().splitlines() or [f"exit code {outcome.exit_code}"]
-    reason = ENDINGS.get(outcome.status, errors[-1])
-    between = "\n" if outcome.stdout and not outcome.stdout.endswith("\n") else ""
-    return Result(outcome.status, f"{outcome.stdout}{between}{reason}")
+
+    error_lines = outcome.stderr.strip().splitlines() or [f"exit code {outcome.exit_code}"]
+    reason = ENDINGS.get(outcome.status, error_lines[-1])
+    line_break = "\n" if outcome.stdout and not outcome.stdout.endswith("\n") else ""
+    return Result(outcome.status, f"{outcome.stdout}{line_break}{reason}")

@@ -61,13 +61,16 @@ def draw(
         texts: (text, place) pairs, not empty, that filler is cut from: neighbors in order, from a drawn one on.
         count: Number of documents.
         chars: Least and most characters of a document, drawn log-uniformly: as many from 100 to 200 as from 1000 to
-            2000.
+            2000. A document may be two shorter, see `cut_filler`.
         digits: Digits of a key.
         rng: The source of randomness.
     """
     for _ in range(count):
         size = draw_size(chars, rng)
-        start, depth, key = rng.randrange(len(texts)), rng.random(), draw_key(rng, digits)
+        start = rng.randrange(len(texts))
+        depth = rng.random()
+        key = draw_key(rng, digits)
+
         filler = cut_filler(texts, start, size - min_characters(digits))
         # A key in the middle of a word would be easy to find.
         cut = word_start(filler, round(depth * len(filler)))
@@ -90,14 +93,17 @@ def word_start(filler: str, offset: int) -> int:
 
 
 def cut_filler(texts: Sequence[tuple[str, str]], start: int, size: int) -> str:
-    """Returns `size` characters of texts in order from `start` on, with an empty line between them; the last is cut."""
+    """Returns `size` characters of texts in order from `start` on, with an empty line between them; the last is cut.
+
+    Where a text ends one or two characters before `size`, the result ends with it.
+    """
     parts: list[str] = []
-    remaining, n = size, start
+    remaining, number = size, start
     while remaining > 0:
-        parts.append(texts[n % len(texts)][0][:remaining])
+        parts.append(texts[number % len(texts)][0][:remaining])
         # The empty line between two texts takes two characters.
         remaining -= len(parts[-1]) + 2
-        n += 1
+        number += 1
     return "\n\n".join(parts)[:size]
 
 
