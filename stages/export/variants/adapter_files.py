@@ -8,6 +8,7 @@ the experts of a layer in two stacked tensors, for which PEFT takes the factors 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -173,18 +174,21 @@ def largest_difference(base: Path, folder: Path, merged: Path) -> tuple[float, f
 
     Raises CheckFailed if they have other tensors.
     """
-    expected, worst, largest, eps = Tensors(merged), 0.0, 0.0, 0.0
+    expected = Tensors(merged)
+    # A tensor, because Python's `max` drops a NaN.
+    worst = torch.zeros(())
+    largest = eps = 0.0
     seen = set()
     for name, tensor in combined(base, folder):
         seen.add(name)
         if name not in expected or expected[name].shape != tensor.shape:
             raise CheckFailed(f"{merged} does not have {name} of {folder} on its base")
         eps = max(eps, torch.finfo(expected[name].dtype).eps)
-        worst = max(worst, float((tensor - expected[name].float()).abs().max()))
+        worst = torch.maximum(worst, (tensor - expected[name].float()).abs().max())
         largest = max(largest, float(tensor.abs().max()))
     if missing := sorted(set(expected) - seen):
         raise CheckFailed(f"{folder} on its base does not have {missing[0]} of {merged}")
-    return worst, ROUNDING * eps * largest
+    return float(worst), ROUNDING * eps * largest
 
 
 def require_sum(base: Path, folder: Path, merged: Path) -> str:
@@ -194,7 +198,7 @@ def require_sum(base: Path, folder: Path, merged: Path) -> str:
     """
     # Rounding of two ways to add: some units in the last place of the largest weight.
     difference, explained = largest_difference(base, folder, merged)
-    if not difference <= explained:  # not a number fails too
+    if not difference <= explained < math.inf:  # NaN and infinite weights fail too
         raise CheckFailed(
             f"{folder} on its base differs from {merged} by {difference:.3g} in a weight, which rounding explains up "
             f"to {explained:.3g}; run sft and its export again"
