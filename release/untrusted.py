@@ -19,14 +19,17 @@ from pipeline.core.json_files import READ
 from pipeline.core.text import printable
 
 JSON_BYTES = 64 << 20
+"""The maximum size of a JSON file."""
 HEADER_BYTES = 100_000_000
 """The maximum header of a safetensors file, by the format's own library."""
 TENSORS = 1_000_000
+"""The maximum number of entries in the header of a safetensors file."""
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+"""{data type in safetensors: bits of a value}"""
 
 
 def cleaned(value: Any) -> Any:
@@ -52,7 +55,7 @@ def open_regular(path: Path, follow: bool = False) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):  # a device is not even opened
             raise CheckFailed(f"{path.name} is not a regular file")
-        # The path may have changed since: what was opened is looked at again.
+        # The path may lead to another file by now, so the opened file is examined again.
         descriptor = os.open(path, flags)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -74,7 +77,7 @@ def read(path: Path, limit: int, follow: bool = False) -> bytes:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """Parses JSON that all parsers read alike: without duplicate keys. Raises CheckFailed.
+    """Parses JSON. Raises CheckFailed, also for a duplicate key, which parsers read differently.
 
     NaN and infinities are accepted, because training logs may have them.
     """
@@ -91,10 +94,10 @@ def read_json(path: Path, limit: int = JSON_BYTES, follow: bool = False) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    body = dict(pairs)
-    if len(body) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         raise ValueError("a key stands there twice")
-    return body
+    return mapping
 
 
 def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]:
@@ -105,17 +108,18 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
     """
     with open_regular(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        if len(start) < 8:
+        length_bytes = file.read(8)
+        if len(length_bytes) < 8:
             raise CheckFailed(f"{path.name} is cut: it has no header")
-        (length,) = struct.unpack("<Q", start)
-        # Before the header is read: its length is a number in the file.
+        (length,) = struct.unpack("<Q", length_bytes)
+        # The file states the length, so it is checked before that many bytes are read.
         if length > min(size - 8, HEADER_BYTES):
             raise CheckFailed(f"{path.name} says that its header has {length} bytes, which no model's has")
         body = parse_json(file.read(length), f"{path.name}: its header")
     if not isinstance(body, dict) or len(body) > TENSORS:
         raise CheckFailed(f"{path.name}: its header is no table of tensors")
     body.pop("__metadata__", None)
+
     spans = sorted(_span(path.name, name, entry) for name, entry in body.items())
     end = 0
     # A gap could hide bytes that no tensor has, and an overlap two meanings of the same bytes.
@@ -129,12 +133,14 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
 
 
 def _span(file: str, name: str, entry: Any) -> tuple[int, int]:
-    """Returns the start and the end of a tensor. Raises CheckFailed."""
+    """Returns the start and the end of a tensor in the data after the header. Raises CheckFailed."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(shape, list) or len(shape) > 16:
+            raise ValueError
         numbers = [begin, end, *shape]
         # Not `isinstance`: `true` is an int for Python.
-        if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers) or len(shape) > 16:
+        if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers):
             raise ValueError
         bits = DTYPE_BITS[dtype]
         for number in shape:
