@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DEPTH = 32
+"""The maximum number of folders around a file."""
 ENTRIES = 20_000
-"""The maximum number of entries of a folder with small checksum files."""
+"""The maximum number of entries below a folder, apart from those that its checksum files allow (`scan`)."""
 NAMED = 100
 """The maximum number of refusals that are named individually."""
 SPARSE_BYTES = 64 << 20
@@ -40,12 +41,14 @@ WITHOUT_MODES = frozenset(
 )
 """File systems that show every file as executable, or with the mode of the mount."""
 CACHED = re.compile(r"(models|datasets)--.+")
+"""Names of the folders of repositories in the cache of the Hub's client."""
 CLIENTS = re.compile(
     r"\.cache/huggingface/(CACHEDIR\.TAG|\.gitignore(\.lock)?|trees/[0-9a-f]+\.json|"
     r"(download|upload)/.+\.(metadata|lock|incomplete))"
 )
 """Files that the Hub's client creates in a download folder."""
 CLIENTS_BYTES = 16 << 20
+"""The maximum size of such a file."""
 
 
 @dataclass
@@ -53,9 +56,9 @@ class Tree:
     """The files of a folder.
 
     Attributes:
-        files: {path: its status} of all that may be read.
-        refused: A sentence for each other one, up to NAMED.
-        others: The number of further ones.
+        files: {path: its status} of the files that may be read.
+        refused: A sentence for each other entry, at most NAMED.
+        others: The number of entries that have no sentence because there are more than NAMED.
         overflow: Whether there are too many entries to list all.
     """
 
@@ -72,10 +75,10 @@ class Tree:
 
 
 def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """Yields (path, status) of everything below a folder but readable folders, with relative paths.
+    """Yields (relative path, status) of the entries below a folder; an OSError in place of a status that is unreadable.
 
-    It descends at most DEPTH levels. A deeper or unreadable folder is itself an entry. If there are more than
-    `max_entries` entries, the entry "." comes last.
+    Folders are descended into and not yielded, unless they are unreadable or deeper than DEPTH. If there are more than
+    `max_entries` entries, "." comes last, with an OSError of E2BIG.
     """
     entry_count = 0
     pending = [""]
@@ -96,7 +99,7 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
                     return
                 path = f"{directory}/{entry.name}".lstrip("/")
                 try:
-                    # Of the link itself: where it leads is decided below, and only for links of the Hub's cache.
+                    # The status of a link itself; `_blob` looks where links of the Hub's cache lead.
                     status = entry.stat(follow_symlinks=False)
                 except OSError as error:
                     yield path, error
@@ -143,9 +146,8 @@ def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) ->
     # On a file system without case, or for a reader, two such names are one.
     if (similar_path := path_of_name.setdefault(unicodedata.normalize("NFKC", path).casefold(), path)) != path:
         return f"has a name that looks like that of {similar_path}"
-    if ".cache" in path.split("/") and (
-        not CLIENTS.fullmatch(path) or not stat.S_ISREG(status.st_mode) or status.st_size > CLIENTS_BYTES
-    ):
+    is_clients = CLIENTS.fullmatch(path) and stat.S_ISREG(status.st_mode) and status.st_size <= CLIENTS_BYTES
+    if ".cache" in path.split("/") and not is_clients:
         return "lies in .cache, where a release keeps nothing and the Hub's client leaves no such file"
     if stat.S_ISDIR(status.st_mode):
         return f"lies more than {DEPTH} folders deep"
@@ -179,7 +181,7 @@ def disk_bytes(status: os.stat_result) -> int:
 
 
 def inode(status: os.stat_result) -> tuple[int, int]:
-    """Returns what two names of one file have in common."""
+    """Returns the device and the number of a file, which are equal for all names of one file."""
     return status.st_dev, status.st_ino
 
 
@@ -197,9 +199,8 @@ def is_foreign_link(folder: Path, path: str) -> bool:
 def _blob(folder: Path, path: str) -> os.stat_result | None:
     """Returns the status of the file that a link of the Hub client's cache leads to; None for any other link.
 
-    Such a link leads from `<repository>/snapshots/<commit>` into the `blobs` of the repository.
+    In the cache, `<repository>/snapshots/<commit>/<path>` links to `<repository>/blobs/<digest>`.
     """
-    # The cache's layout: <repository>/snapshots/<commit>/<path> links to <repository>/blobs/<digest>.
     snapshot = folder.resolve()
     repository = snapshot.parent.parent
     # Not `resolve`, which would follow further links.
@@ -224,12 +225,14 @@ def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
         text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape") if mounts is None else mounts
     except OSError:
         return True
-    real_path, longest, kind = os.path.realpath(folder), -1, ""
+    real_path = os.path.realpath(folder)
+    # The file system of a folder is mounted at the longest mount point around it.
+    longest, kind = -1, ""
     for line in text.splitlines():
         mount, _, filesystem = line.partition(" - ")
         # The kernel writes spaces and backslashes of a path as octal numbers.
         mount_point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
-        # a later mount covers an earlier
+        # A later mount covers an earlier one at the same point, hence `>=`.
         if len(mount_point) >= longest and f"{real_path}/".startswith(mount_point.rstrip("/") + "/"):
             longest, kind = len(mount_point), filesystem.split(" ")[0]
     return kind not in WITHOUT_MODES
