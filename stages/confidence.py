@@ -88,7 +88,8 @@ def powers_of_two(n: int) -> list[int]:
 def pass_at(n: int, correct: int, k: int) -> float:
     """Returns the probability that at least one of k answers is correct.
 
-    The k are drawn without replacement from n answers, of which `correct` are correct. This is the unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374).
+    The k are drawn without replacement from n answers, of which `correct` are correct. This is the unbiased estimator
+    of pass@k (Chen et al. 2021, arXiv 2107.03374).
     """
     # As a fraction, since binomials of many answers are beyond the range of floats.
     return float(1 - Fraction(math.comb(n - correct, k), math.comb(n, k)))

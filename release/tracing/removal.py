@@ -76,7 +76,7 @@ def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progres
     Searched are columns of strings in tables, and files of JSON outside of `code`.
     """
     release, mentions = data.opened, []
-    # {folder of a repository: its id}; "" is that of the evidence repository, which has the files outside of the others.
+    # {folder of a repository: its id}; "" is that of the evidence, which has the files outside of the other folders.
     repository_ids: dict[str, str] = {}
     if release.is_whole and (release.root / "checkpoints").is_dir():
         repository_ids = {row.folder: row.id(release.info.namespace, release.info.name) for row in release.repositories}
