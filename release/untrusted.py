@@ -23,14 +23,17 @@ from pipeline.core.json_files import READ
 from pipeline.core.text import printable
 
 JSON_BYTES = 64 << 20
+"""The maximum size of a JSON file."""
 HEADER_BYTES = 100_000_000
 """The maximum header of a safetensors file, by the format's own library."""
 TENSORS = 1_000_000
+"""The maximum number of entries in the header of a safetensors file."""
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+"""{data type in safetensors: bits of a value}"""
 
 
 def cleaned(value: Any) -> Any:
@@ -56,7 +59,7 @@ def open_regular(path: Path, follow: bool = False) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):  # a device is not even opened
             raise CheckFailed(f"{path.name} is not a regular file")
-        # The path may have changed since: what was opened is looked at again.
+        # The path may lead to another file by now, so the opened file is examined again.
         descriptor = os.open(path, flags)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
@@ -78,7 +81,7 @@ def read(path: Path, limit: int, follow: bool = False) -> bytes:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """Parses JSON that all parsers read alike: without duplicate keys. Raises CheckFailed.
+    """Parses JSON. Raises CheckFailed, also for a duplicate key, which parsers read differently.
 
     NaN and infinities are accepted, because training logs may have them.
     """
@@ -95,10 +98,10 @@ def read_json(path: Path, limit: int = JSON_BYTES, follow: bool = False) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    body = dict(pairs)
-    if len(body) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         raise ValueError("a key stands there twice")
-    return body
+    return mapping
 
 
 def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]:
@@ -109,17 +112,18 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
     """
     with open_regular(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        if len(start) < 8:
+        length_bytes = file.read(8)
+        if len(length_bytes) < 8:
             raise CheckFailed(f"{path.name} is cut: it has no header")
-        (length,) = struct.unpack("<Q", start)
-        # Before the header is read: its length is a number in the file.
+        (length,) = struct.unpack("<Q", length_bytes)
+        # The file states the length, so it is checked before that many bytes are read.
         if length > min(size - 8, HEADER_BYTES):
             raise CheckFailed(f"{path.name} says that its header has {length} bytes, which no model's has")
         body = parse_json(file.read(length), f"{path.name}: its header")
     if not isinstance(body, dict) or len(body) > TENSORS:
         raise CheckFailed(f"{path.name}: its header is no table of tensors")
     body.pop("__metadata__", None)
+
     spans = sorted(_span(path.name, name, entry) for name, entry in body.items())
     end = 0
     # A gap could hide bytes that no tensor has, and an overlap two meanings of the same bytes.
@@ -133,12 +137,14 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
 
 
 def _span(file: str, name: str, entry: Any) -> tuple[int, int]:
-    """Returns the start and the end of a tensor. Raises CheckFailed."""
+    """Returns the start and the end of a tensor in the data after the header. Raises CheckFailed."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(shape, list) or len(shape) > 16:
+            raise ValueError
         numbers = [begin, end, *shape]
         # Not `isinstance`: `true` is an int for Python.
-        if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers) or len(shape) > 16:
+        if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers):
             raise ValueError
         bits = DTYPE_BITS[dtype]
         for number in shape:
@@ -151,8 +157,9 @@ def _span(file: str, name: str, entry: Any) -> tuple[int, int]:
 
 
 DEPTH = 32
+"""The maximum number of folders around a file."""
 ENTRIES = 20_000
-"""The maximum number of entries of a folder with small checksum files."""
+"""The maximum number of entries below a folder, apart from those that its checksum files allow (`scan`)."""
 NAMED = 100
 """The maximum number of refusals that are named individually."""
 SPARSE_BYTES = 64 << 20
@@ -179,12 +186,14 @@ WITHOUT_MODES = frozenset(
 )
 """File systems that show every file as executable, or with the mode of the mount."""
 CACHED = re.compile(r"(models|datasets)--.+")
+"""Names of the folders of repositories in the cache of the Hub's client."""
 CLIENTS = re.compile(
     r"\.cache/huggingface/(CACHEDIR\.TAG|\.gitignore(\.lock)?|trees/[0-9a-f]+\.json|"
     r"(download|upload)/.+\.(metadata|lock|incomplete))"
 )
 """Files that the Hub's client creates in a download folder."""
 CLIENTS_BYTES = 16 << 20
+"""The maximum size of such a file."""
 
 
 @dataclass
@@ -192,9 +201,9 @@ class Tree:
     """The files of a folder.
 
     Attributes:
-        files: {path: its status} of all that may be read.
-        refused: A sentence for each other one, up to NAMED.
-        others: The number of further ones.
+        files: {path: its status} of the files that may be read.
+        refused: A sentence for each other entry, at most NAMED.
+        others: The number of entries that have no sentence because there are more than NAMED.
         overflow: Whether there are too many entries to list all.
     """
 
@@ -211,10 +220,10 @@ class Tree:
 
 
 def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """Yields (path, status) of everything below a folder but readable folders, with relative paths.
+    """Yields (relative path, status) of the entries below a folder; an OSError in place of a status that is unreadable.
 
-    It descends at most DEPTH levels. A deeper or unreadable folder is itself an entry. If there are more than
-    `max_entries` entries, the entry "." comes last.
+    Folders are descended into and not yielded, unless they are unreadable or deeper than DEPTH. If there are more than
+    `max_entries` entries, "." comes last, with an OSError of E2BIG.
     """
     entry_count = 0
     pending = [""]
@@ -235,7 +244,7 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
                     return
                 path = f"{directory}/{entry.name}".lstrip("/")
                 try:
-                    # Of the link itself: where it leads is decided below, and only for links of the Hub's cache.
+                    # The status of a link itself; `_blob` looks where links of the Hub's cache lead.
                     status = entry.stat(follow_symlinks=False)
                 except OSError as error:
                     yield path, error
@@ -282,9 +291,8 @@ def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) ->
     # On a file system without case, or for a reader, two such names are one.
     if (similar_path := path_of_name.setdefault(unicodedata.normalize("NFKC", path).casefold(), path)) != path:
         return f"has a name that looks like that of {similar_path}"
-    if ".cache" in path.split("/") and (
-        not CLIENTS.fullmatch(path) or not stat.S_ISREG(status.st_mode) or status.st_size > CLIENTS_BYTES
-    ):
+    is_clients = CLIENTS.fullmatch(path) and stat.S_ISREG(status.st_mode) and status.st_size <= CLIENTS_BYTES
+    if ".cache" in path.split("/") and not is_clients:
         return "lies in .cache, where a release keeps nothing and the Hub's client leaves no such file"
     if stat.S_ISDIR(status.st_mode):
         return f"lies more than {DEPTH} folders deep"
@@ -318,7 +326,7 @@ def disk_bytes(status: os.stat_result) -> int:
 
 
 def inode(status: os.stat_result) -> tuple[int, int]:
-    """Returns what two names of one file have in common."""
+    """Returns the device and the number of a file, which are equal for all names of one file."""
     return status.st_dev, status.st_ino
 
 
@@ -336,9 +344,8 @@ def is_foreign_link(folder: Path, path: str) -> bool:
 def _blob(folder: Path, path: str) -> os.stat_result | None:
     """Returns the status of the file that a link of the Hub client's cache leads to; None for any other link.
 
-    Such a link leads from `<repository>/snapshots/<commit>` into the `blobs` of the repository.
+    In the cache, `<repository>/snapshots/<commit>/<path>` links to `<repository>/blobs/<digest>`.
     """
-    # The cache's layout: <repository>/snapshots/<commit>/<path> links to <repository>/blobs/<digest>.
     snapshot = folder.resolve()
     repository = snapshot.parent.parent
     # Not `resolve`, which would follow further links.
@@ -363,12 +370,14 @@ def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
         text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape") if mounts is None else mounts
     except OSError:
         return True
-    real_path, longest, kind = os.path.realpath(folder), -1, ""
+    real_path = os.path.realpath(folder)
+    # The file system of a folder is mounted at the longest mount point around it.
+    longest, kind = -1, ""
     for line in text.splitlines():
         mount, _, filesystem = line.partition(" - ")
         # The kernel writes spaces and backslashes of a path as octal numbers.
         mount_point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
-        # a later mount covers an earlier
+        # A later mount covers an earlier one at the same point, hence `>=`.
         if len(mount_point) >= longest and f"{real_path}/".startswith(mount_point.rstrip("/") + "/"):
             longest, kind = len(mount_point), filesystem.split(" ")[0]
     return kind not in WITHOUT_MODES

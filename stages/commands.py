@@ -1,4 +1,4 @@
-"""Commands about training that need no run."""
+"""Commands that need no run: `simulate-precision` and `pin`."""
 
 from __future__ import annotations
 
@@ -92,6 +92,6 @@ def pin(
 
 
 def _report_text(report: dict[str, Any], folder: Path) -> str:
-    """The verdicts of a precision simulation, one line each."""
-    lines = [f"{x['precision']}: {x['verdict']}, {x['reason']}" for x in report["precisions"]]
+    """Returns the verdicts of a precision simulation, one line each, and the place of its table."""
+    lines = [f"{row['precision']}: {row['verdict']}, {row['reason']}" for row in report["precisions"]]
     return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; the table is in {folder}"])

@@ -23,8 +23,9 @@ def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: N
     data, subject = ReleaseData.locate(folder), trace_document(folder, doc_id)
     relations = _relations(data, subject)
     documents = find_documents(data, sorted(relations))
-    order = sorted(documents, key=lambda other: (relations[other], other))
-    related = [Related(relations[other], documents[other]) for other in order]
+    related_ids = sorted(documents, key=lambda id: (relations[id], id))
+    related = [Related(relations[id], documents[id]) for id in related_ids]
+
     unknown = list(subject.unknown)
     if data.release is None:
         unknown.append("which other repositories of the release name it: only the data is here")
@@ -33,14 +34,15 @@ def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: N
         unknown.append("a proof: tasks and answers are in no table that has a root")
     elif not in_release:
         unknown.append("a proof: the document is of an earlier run, and roots are over this release's own tables")
-    rows = [row for each in (subject, *documents.values()) for row in kept_rows(data, each.id, each.fates)]
+
+    rows = [row for document in (subject, *documents.values()) for row in kept_rows(data, document.id, document.fates)]
     texts = {row["text"] for row in rows if row["content_hash"] in subject.hashes and row["text"] is not None}
     mentions = _mentions(data, doc_id, texts, progress)
     return Removal(subject, related, mentions, merkle.prove(data.data, doc_id) if in_release else {}, unknown)
 
 
 def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
-    """Returns {other document: its relation}, along chains of duplicates."""
+    """Returns {id of another document: its relation}, along chains of duplicates."""
     relations: dict[str, str] = {document.id: ""}
     paths = data.dispositions()
     for relation, column, match_column in (
@@ -61,8 +63,9 @@ def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
     for path in paths:
         for name in ("content_hash", "kept_hash"):
             duplicates = select_rows(path, ["id"], (name, "in", hashes))
-            # A relation that the tables state says more than an equal text, so it is kept.
-            relations = dict.fromkeys((row["id"] for row in duplicates), "it has the same text") | relations
+            for row in duplicates:
+                # A relation that the tables state says more than an equal text, so it is kept.
+                relations.setdefault(row["id"], "it has the same text")
     del relations[document.id]
     return relations
 
@@ -70,12 +73,16 @@ def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
 def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progress) -> list[Mention]:
     """Lists the files of a release, or of its data, that have the id or contain a text.
 
-    It may be in a column or in a JSON string.
+    Searched are columns of strings in tables, and files of JSON outside of `code`.
     """
     release, mentions = data.opened, []
-    names: dict[str, str] = {}
+    # {folder of a repository: its id}; "" is that of the evidence, which has the files outside of the other folders.
+    repository_ids: dict[str, str] = {}
     if release.is_whole and (release.root / "checkpoints").is_dir():
-        names = {row.folder: row.id(release.info.namespace, release.info.name) for row in release.repositories}
+        repository_ids = {row.folder: row.id(release.info.namespace, release.info.name) for row in release.repositories}
+    # An id stands alone between its quotes; a text may be part of a longer string, so it is searched without them.
+    json_ids = _json_forms(doc_id)
+    json_texts = {form[1:-1] for text in texts for form in _json_forms(text)}
     # Every file, because an id may also stand in tables and logs that this code does not know.
     for path in release.files:
         if path.endswith(".parquet"):
@@ -83,22 +90,19 @@ def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progres
             by_id, by_text = _count_rows(release.root / path, doc_id, texts)
         elif path.endswith((".json", ".jsonl")) and not path.startswith("code/"):
             content = (release.root / path).read_bytes()
-            # JSON may be written with and without escapes of letters.
-            ids = {_json_bytes(doc_id, ascii) for ascii in (True, False)}
-            # An id stands alone between its quotes; a text may be part of a longer string, so it is searched without
-            # them.
-            inner = {_json_bytes(text, ascii)[1:-1] for text in texts for ascii in (True, False)}
-            by_id, by_text = (int(any(part in content for part in parts)) for parts in (ids, inner))
+            by_id = int(any(form in content for form in json_ids))
+            by_text = int(any(form in content for form in json_texts))
         else:
             continue
         if by_id or by_text:
-            repository = names.get(path.split("/")[0], names.get(""))
+            repository = repository_ids.get(path.split("/")[0], repository_ids.get(""))
             mentions.append(Mention(repository, path, by_id, by_text))
     return mentions
 
 
-def _json_bytes(text: str, ascii: bool) -> bytes:
-    return json.dumps(text, ensure_ascii=ascii).encode()
+def _json_forms(text: str) -> set[bytes]:
+    """Returns a text as JSON, which may be written with and without escapes of letters."""
+    return {json.dumps(text, ensure_ascii=escapes).encode() for escapes in (True, False)}
 
 
 def _count_rows(path: Path, doc_id: str, texts: set[str]) -> tuple[int, int]:
@@ -110,20 +114,22 @@ def _count_rows(path: Path, doc_id: str, texts: set[str]) -> tuple[int, int]:
     id_rows = text_rows = 0
     try:
         with pq.ParquetFile(path) as file:
-            fields = [f.name for f in file.schema_arrow if f.type in (pa.string(), pa.large_string())]
-            for batch in file.iter_batches(TEXT_BATCH, columns=fields) if fields else ():
+            names = [field.name for field in file.schema_arrow if field.type in (pa.string(), pa.large_string())]
+            for batch in file.iter_batches(TEXT_BATCH, columns=names) if names else ():
                 by_id = [pc.equal(column, doc_id) for column in batch.columns]
                 by_text = [pc.match_substring(column, text) for column in batch.columns for text in sorted(texts)]
-                id_rows, text_rows = id_rows + _count_any(by_id), text_rows + _count_any(by_text)
+                id_rows += _count_any(by_id)
+                text_rows += _count_any(by_text)
     except (pa.ArrowException, OSError) as error:
         raise AtomError(f"{path} cannot be read as Parquet ({error}); pull it again") from None
     return id_rows, text_rows
 
 
 def _count_any(masks: list[Any]) -> int:
-    """Returns the rows that any of the masks has."""
+    """Returns the number of rows for which one of the masks is true."""
     import pyarrow.compute as pc
 
     if not masks:
         return 0
-    return int(pc.sum(functools.reduce(pc.or_, (pc.fill_null(mask, False) for mask in masks))).as_py())
+    is_any = functools.reduce(pc.or_, (pc.fill_null(mask, False) for mask in masks))
+    return int(pc.sum(is_any).as_py())

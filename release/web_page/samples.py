@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,9 @@ from release.tracing.release_data import ReleaseData
 ITEMS, CONTAMINATED, REMOVED = 12, 40, 4
 """Items of an evaluation set, items by contamination, and removed documents of a rule that are shown."""
 TRACE_CHARACTERS = 2_000
+"""The maximum length of a report that is shown."""
 ROWS = 64
+"""Rows of a table of answers that are unpacked together; their texts may be long."""
 WORST = ("contaminated", "overlap", "clean")
 """The verdicts on contamination, the worst one first."""
 REMOVED_COLUMNS = ["id", "source", "rule", "bytes", "value", "threshold", "duplicate_of", "match"]
@@ -97,8 +100,8 @@ class Answer:
 
     Attributes:
         id: The id of the item.
-        question: The request, if it is known.
-        expected: The right answer, if it is known.
+        question: The request; None if it is not known.
+        expected: The right answer; None if it is not known.
         text: The output.
         verdict: A class of the page: right, partly or wrong.
         note: Further words on the output.
@@ -113,7 +116,7 @@ class Answer:
 
 
 Tables = Mapping[str, tuple[Path, Callable[[Path], Iterable[Answer]]]]
-"""The file of each column, which is a model as a rule, and the function that reads its answers."""
+"""{column: (its file, the function that reads the answers in it)}; a column is a model or a side of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -140,18 +143,20 @@ def read_samples(release: Path) -> list[Sample]:
     """Returns some items of each set of the evaluation."""
     samples = []
     for title, tables in _item_sets(release / "dataset/evaluation"):
-        # The smallest hashes of ids: nobody chooses these items. A file is read twice, so no text of others is held.
+        # The items with the smallest hashes of ids, so that nobody chooses them. Each file is read twice, so that the
+        # texts of other items are not kept in memory.
         ids = {answer.id for path, read in tables.values() for answer in read(path)}
-        given: dict[str, dict[str, Answer]] = {id: {} for id in heapq.nsmallest(ITEMS, ids, key=_hash)}
+        answers_by_id: dict[str, dict[str, Answer]] = {id: {} for id in heapq.nsmallest(ITEMS, ids, key=_hash)}
         for column, (path, read) in tables.items():
             for answer in read(path):
-                if answer.id in given:
-                    given[answer.id][column] = answer
+                if answer.id in answers_by_id:
+                    answers_by_id[answer.id][column] = answer
+
         files = dict.fromkeys(path.relative_to(release).as_posix() for path, _ in tables.values())
         items = []
-        for id, answers in given.items():
-            question = next((row.question for row in answers.values() if row.question is not None), None)
-            expected = next((row.expected for row in answers.values() if row.expected is not None), None)
+        for id, answers in answers_by_id.items():
+            question = next((answer.question for answer in answers.values() if answer.question is not None), None)
+            expected = next((answer.expected for answer in answers.values() if answer.expected is not None), None)
             items.append(Item(id, question, expected, {column: answers.get(column) for column in tables}))
         samples.append(Sample(title, list(files), len(ids), items))
     return samples
@@ -173,8 +178,10 @@ def _item_sets(evaluation: Path) -> Iterator[tuple[str, Tables]]:
         ("Task sets of lm-evaluation-harness", "harness/*/items.parquet", _harness_rows),
     ]
     for title, pattern, read in sets:
-        if paths := _by_model(path for path in evaluation.glob(pattern) if path.parent.name != "contamination"):
-            yield title, {model: (path, read) for model, path in paths.items()}
+        # Beside the folders of models is that of the contamination, whose items are no answers.
+        paths = [path for path in evaluation.glob(pattern) if path.parent.name != "contamination"]
+        if paths:
+            yield title, {model: (path, read) for model, path in _by_model(paths).items()}
     for model, path in _by_model(evaluation.glob("preferences/*/pairs.parquet")).items():
         # A comparison has the answers of two models in one table.
         before = read_json(path.parent / "scores.json")["before"]
@@ -183,8 +190,9 @@ def _item_sets(evaluation: Path) -> Iterator[tuple[str, Tables]]:
 
 
 def _by_model(paths: Iterable[Path]) -> dict[str, Path]:
-    named = {path.parent.name: path for path in paths}
-    return {model: named[model] for model in sorted(named, key=when)}
+    """Returns {model, whose name is that of the folder: path}, by order of training."""
+    paths_by_model = {path.parent.name: path for path in paths}
+    return {model: paths_by_model[model] for model in sorted(paths_by_model, key=when)}
 
 
 def _problem_rows(path: Path) -> Iterator[Answer]:
@@ -199,48 +207,55 @@ def _long_text_rows(path: Path) -> Iterator[Answer]:
 
 
 def _harness_rows(path: Path) -> Iterator[Answer]:
-    columns = ["set", "task", "number", "filter", "metric", "value", "target", "response"]
-    for row in stream_rows(path, columns, ROWS):
-        name = "/".join(str(row[column]) for column in columns[:5])
-        yield Answer(name, None, row["target"], row["response"], _verdict(row["value"]), row["metric"])
+    id_columns = ["set", "task", "number", "filter", "metric"]
+    for row in stream_rows(path, [*id_columns, "value", "target", "response"], ROWS):
+        id = "/".join(str(row[column]) for column in id_columns)
+        yield Answer(id, None, row["target"], row["response"], _verdict(row["value"]), row["metric"])
 
 
 def _chat_rows(items: Path) -> Callable[[Path], Iterator[Answer]]:
-    """Returns a reader of the greedy answers to the items of a file, which counts the right sampled ones."""
+    """Returns a reader of the greedy answers to the items of a file; each notes how many sampled answers are right."""
 
     def rows(path: Path) -> Iterator[Answer]:
-        # Sampled answers are numbered from 0; the greedy one has a negative number.
         questions = dict(_questions(items))
-        samples: dict[str, list[int]] = {}
+        drawn_counts, right_counts = Counter[str](), Counter[str]()
+        # Sampled answers are numbered from 0; the greedy one has a negative number.
         for row in stream_rows(path, ["id", "sample", "reward"]):
             if row["sample"] >= 0:
-                counts = samples.setdefault(row["id"], [0, 0])
-                counts[0], counts[1] = counts[0] + (row["reward"] == 1), counts[1] + 1
+                drawn_counts[row["id"]] += 1
+                if row["reward"] == 1:
+                    right_counts[row["id"]] += 1
+
         for row in stream_rows(path, ["id", "sample", "text", "reward", "finished", "parts"], ROWS):
             if row["sample"] >= 0:
                 continue
             question, expected = questions.get(row["id"], (None, None))
-            right, drawn = samples.get(row["id"], (0, 0))
-            notes = [f"{right} of {drawn} sampled answers right"] if drawn else []
-            notes += [] if row["finished"] else ["cut at the length limit"]
-            reward = _task(row["parts"], row["reward"])
-            yield Answer(row["id"], question, expected, row["text"], _verdict(reward), ", ".join(notes))
+            notes = []
+            if drawn := drawn_counts[row["id"]]:
+                notes.append(f"{right_counts[row['id']]} of {drawn} sampled answers right")
+            if not row["finished"]:
+                notes.append("cut at the length limit")
+            verdict = _verdict(_task_reward(row["parts"], row["reward"]))
+            yield Answer(row["id"], question, expected, row["text"], verdict, ", ".join(notes))
 
     return rows
 
 
 def _pair_rows(side: str) -> Callable[[Path], Iterator[Answer]]:
+    """Returns a reader of the answers of one side of a comparison: `before` or `model`."""
+
     def rows(path: Path) -> Iterator[Answer]:
         columns = ["id", "question", f"{side}_text", f"{side}_reward", f"{side}_parts"]
         for row in stream_rows(path, columns, ROWS):
             reward = row[f"{side}_reward"]
-            verdict = _verdict(_task(row[f"{side}_parts"], reward))
+            verdict = _verdict(_task_reward(row[f"{side}_parts"], reward))
             yield Answer(row["id"], row["question"], None, row[f"{side}_text"], verdict, f"reward {reward:.2f}")
 
     return rows
 
 
 def _questions(path: Path) -> Iterator[tuple[str, tuple[str, str | None]]]:
+    """Yields (id, (question, right answer or None)) of the items in a file."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
@@ -248,8 +263,8 @@ def _questions(path: Path) -> Iterator[tuple[str, tuple[str, str | None]]]:
             yield row["id"], (str(row.get("question", "")), None if expected is None else str(expected))
 
 
-def _task(parts: str | None, reward: float) -> float:
-    """Returns the part `task` of a reward, or else the whole of it."""
+def _task_reward(parts: str | None, reward: float) -> float:
+    """Returns the part `task` of a reward, or the whole reward if it has no such part."""
     # A table of a stranger may hold any text here.
     value = untrusted.parse_json(parts.encode(), "parts") if parts else None
     task = value.get("task") if isinstance(value, dict) else None
@@ -291,16 +306,17 @@ def read_contamination(release: Path) -> Contamination | None:
         item["verdicts"][row["phase"]] = row["verdict"]
         item["longest"] = max(item["longest"], row["longest"])
         item["overlap"] = max(item["overlap"], row["overlap"])
-    # By verdict, then by overlap; split and id break ties, so that equal facts give equal bytes.
-    worst = heapq.nsmallest(CONTAMINATED, items.values(), key=_order)
+    worst = heapq.nsmallest(CONTAMINATED, items.values(), key=_worst_first)
     rows = []
-    for row in worst:
-        verdicts = [row["verdicts"].get(phase, "not searched") for phase in phases]
-        names = [row["id"], row["kind"], row["split"], str(row["words"])]
-        rows.append([*names, *verdicts, str(row["longest"]), f"{row['overlap']:.4g}"])
+    for item in worst:
+        verdicts = [item["verdicts"].get(phase, "not searched") for phase in phases]
+        names = [item["id"], item["kind"], item["split"], str(item["words"])]
+        rows.append([*names, *verdicts, str(item["longest"]), f"{item['overlap']:.4g}"])
     return Contamination(list(phases), len(items), rows)
 
 
-def _order(row: Mapping[str, Any]) -> tuple[int, float, str, str]:
-    ranks = [WORST.index(verdict) if verdict in WORST else len(WORST) for verdict in row["verdicts"].values()]
-    return min(ranks), -row["overlap"], row["split"], row["id"]
+def _worst_first(item: Mapping[str, Any]) -> tuple[int, float, str, str]:
+    """Returns the key that orders items by verdict, then by overlap."""
+    ranks = [WORST.index(verdict) if verdict in WORST else len(WORST) for verdict in item["verdicts"].values()]
+    # Split and id break ties, so that equal facts give equal bytes.
+    return min(ranks), -item["overlap"], item["split"], item["id"]

@@ -45,7 +45,7 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
         super().__init__()
         self.client, self.tokenizer = client, tokenizer
         self.end = int(tokenizer.convert_tokens_to_ids(END))
-        # Tokens of a row with its last token, after which nothing is asked.
+        # Tokens of the longest row, one more than the context: nothing is predicted after the last token.
         self.longest = min(client.context + 1, client.longest)
 
     def close(self) -> None:
@@ -71,8 +71,10 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
         def score(request: tuple[Any, list[int], list[int]]) -> tuple[float, bool]:
             _, context, continuation = request
             # A row that is too long loses its beginning, so that the whole continuation is scored.
-            reads = self.client.read([*context, *continuation][-self.longest :])[-len(continuation) :]
-            return sum(read.logprob for read in reads), all(read.rank == 1 for read in reads)
+            row = [*context, *continuation][-self.longest :]
+            reads = self.client.read(row)[-len(continuation) :]
+            is_greedy = all(read.rank == 1 for read in reads)
+            return sum(read.logprob for read in reads), is_greedy
 
         return self.client.map(score, requests)
 
@@ -85,9 +87,10 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
         return [sum(value for value, _ in self._loglikelihood_tokens(windows(*request.args))) for request in requests]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        def answer(request: tuple[int, Any]) -> str:
-            number, (text, given) = request[0], request[1].args
-            settings = normalize_gen_kwargs(dict(given), MAX_NEW_TOKENS)
+        def answer(numbered_request: tuple[int, Any]) -> str:
+            number, request = numbered_request
+            text, task_settings = request.args
+            settings = normalize_gen_kwargs(dict(task_settings), MAX_NEW_TOKENS)
             until = handle_stop_sequences(settings.get("until"), eos=self.tokenizer.decode([self.eot_token_id]))
             room = int(settings["max_gen_toks"])
             if room >= self.client.context:
@@ -95,12 +98,14 @@ class Served(TemplateLM):  # type: ignore[misc, unused-ignore]
                     f"a task asks for answers of {room} tokens, and the model's context has {self.client.context}; "
                     "leave the task out of evaluation.harness"
                 )
-            # As `HFLM` does, the question loses its beginning where answer and question do not fit.
+
+            # As in `HFLM`, a question that does not fit with its answer loses its beginning.
             ids = self.tok_encode(text)[-(self.client.context - room) :]
             # The number of the request is its seed, so that drawn answers repeat.
             seed = number if settings["do_sample"] else None
             sampling = {name: settings[name] for name in SAMPLING if seed is not None and name in settings}
             drawn = self.client.draw(ids, room, [self.end], seed, **sampling).ids
+
             output = self.tokenizer.decode(drawn, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             return str(postprocess_generated_text(generation=output, stop=until, think_end_token=None))
 

@@ -23,8 +23,6 @@ from stages.tasks.task_sets import HarnessSection
 
 # Standard errors beyond which a difference is significant in one direction, at 95 %.
 SURE = 1.645
-
-
 # The gates on the effect of training, and the section of the recipe with the phase that each judges. No other gate can
 # be waived.
 WAIVABLE_GATES = {
@@ -94,13 +92,19 @@ class EvaluationSection(Config):
     """what computes evaluations: the stages' processes, or vLLM"""
 
     def tokens(self, sources: int) -> int:
-        """Returns the tokens that the evaluation of one model on so many sources reads and draws, at most."""
+        """Returns the most tokens that the evaluation of one model reads and draws, with this number of sources.
+
+        They are those of the held-out documents, the long texts and the problems; the other sections are not counted.
+        """
         documents = sources * self.heldout_documents * DOCUMENT_TOKENS
         long = 0 if self.context is None else self.context.tokens
         return documents + long + sum(self.problems.values()) * (QUESTION_TOKENS + self.max_new_tokens)
 
     def pieces(self, sources: int) -> int:
-        """Returns the pieces of the evaluation of one model on so many sources, at most."""
+        """Returns the most pieces into which the evaluation of one model is divided, with this number of sources.
+
+        They are those of the held-out documents, the long texts and the problems; the other sections are not counted.
+        """
         documents = count(sources * self.heldout_documents, ROWS_PER_BATCH)
         long = 0 if self.context is None else self.context.pieces
         return documents + count(sum(self.problems.values()), ROWS_PER_BATCH) + long

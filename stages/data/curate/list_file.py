@@ -13,7 +13,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import sha256_bytes
 
 MOST_LINE_BYTES = 20_000
-# (place for messages, line).
+# (file and number of the line for messages, line).
 Line = tuple[str, bytes]
 List = TypeVar("List")
 HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_-]{1,63})*")
@@ -48,16 +48,16 @@ class ListFile(Generic[List]):
         return f"sha256:{sha256_bytes(content)}"
 
     def read(self, path: Path, sha256: str) -> List:
-        """Returns the list of a file. Raises RecipeError if it cannot be read, or is not the one in the key."""
+        """Returns the list of a file. Raises RecipeError if it cannot be read, or has another digest than `sha256`."""
         content = self._read_bytes(path)
         if sha256 != f"sha256:{sha256_bytes(content)}":
             raise RecipeError(f"{self.title} {path} changed after the run was planned; plan and run again")
         return self.parse(self._lines(path, content))
 
     def require(self, path: str | None, sha256: str | None) -> List | None:
-        """Returns the list of a config of filter, or None without one.
+        """Returns the list that the config of a filter names by path and digest, or None without a path.
 
-        Raises RecipeError, and AtomError for a config whose digest is not resolved.
+        Raises what `read` raises, and AtomError for a config whose digest is not resolved.
         """
         if path is None:
             return None
@@ -83,7 +83,7 @@ class ListFile(Generic[List]):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The parts of a URL in which equal pages are equal: without the scheme and the port, in one form of quoting.
+    """The parts of a URL that are equal for equal pages: without the scheme and the port, in one form of quoting.
 
     Attributes:
         host: In lower case and ASCII.
@@ -104,12 +104,12 @@ class Address:
 
     @property
     def page(self) -> str:
-        """The page without a final slash."""
+        """The site, path and query, without a final slash of the path."""
         return f"{self.site}{self.path.rstrip('/')}{self.query}"
 
 
 def parse_url(url: str) -> Address:
-    """Parses a URL. Raises ValueError in words."""
+    """Parses a URL. Raises ValueError, whose text continues a sentence about the URL."""
     try:
         parts = urlsplit(url)
         host = host_name(parts.hostname or "")
@@ -126,26 +126,29 @@ def parse_url(url: str) -> Address:
 
 def page_address(origin: str) -> Address | None:
     """Returns the address of a document by its column `origin`; None if that is no URL of a page."""
+    if not origin.startswith(WEB):
+        return None
     try:
-        return parse_url(origin) if origin.startswith(WEB) else None
+        return parse_url(origin)
     except ValueError:
         return None
 
 
 def host_name(text: str) -> str:
-    """Returns a host in lower case and in ASCII. Raises ValueError in words."""
+    """Returns a host in lower case and in ASCII. Raises ValueError, whose text continues a sentence about the host."""
     name = text.strip().rstrip(".").lower()
-    try:
-        name = name.encode("idna").decode() if not name.isascii() else name
-    except UnicodeError:
-        name = ""
+    if not name.isascii():
+        try:
+            name = name.encode("idna").decode()
+        except UnicodeError:
+            name = ""
     if not (HOST.fullmatch(name) or re.fullmatch(r"[0-9a-f:.]{2,45}", name)):
         raise ValueError("is no host, such as example.org")
     return name
 
 
 def listed_host(text: str) -> str:
-    """Returns the form of a host that a list names, for `host_and_parents`. Raises ValueError in words."""
+    """Returns the form of a host in a list that `host_and_parents` yields. Raises what `host_name` raises."""
     return host_name(text).removeprefix("www.")
 
 

@@ -11,15 +11,20 @@ from stages.data.order.packing import LongDocuments
 
 # The rows of one step.
 Rows = Annotated[int, Range(1, 2**30)]
-# Of a block: rows that still fill well; the fraction of the phase that it is, if it has enough rows; the tokens that
-# limit the memory of a process, about a million chunks where they are as short as chats.
-LEAST_ROWS, BLOCKS, MOST_TOKENS = 4096, 256, 2**26
-# Of a row on disk, measured on 400,000 rows: 25 where ids are random 128-bit numbers in hex, and up to 2 more for the
-# part of a source of thousands of parts. A packed row of several documents has one for each.
+# The minimum number of rows of a block, with which packing still fills them well.
+LEAST_ROWS = 4096
+# The number of blocks of a phase, unless they then have too few rows or too many tokens.
+BLOCKS = 256
+# The maximum number of tokens of a block of more than LEAST_ROWS, which limits the memory of a process. As chats, they
+# are about a million chunks.
+MOST_TOKENS = 2**26
+# The bytes of a row of the table on disk, measured on 400,000 rows: 25 where ids are random 128-bit numbers in hex, and
+# up to 2 more for the part of a source of thousands of parts. A packed row has one row of the table for each document.
 ROW_BYTES = 27
-# Of the process that makes a block of MOST_TOKENS, or joins blocks: it maps the index of the documents.
+# The memory of a process that makes a block of MOST_TOKENS, or joins blocks: it maps the index of the documents.
 MEMORY_BYTES = 500_000_000
-# Of a phase, even if a block then has more tokens: each is a file, and a folder on the Hub has at most 10,000.
+# The maximum number of blocks of a phase, even if a block then has more tokens than MOST_TOKENS: each block is a file,
+# and a folder on the Hub has at most 10,000.
 MOST_BLOCKS = 9000
 
 
@@ -49,7 +54,6 @@ class OrderConfig(Config):
     """pack several chunks into a row"""
     long_documents: LongDocuments | None = added(None)
     """up-weighting of long chunks; requires pack; null: none"""
-
     block_rows: Rows | None = added(None)
     """rows of the steps that one part of the order holds and packs together, at least one step; null: a 256th of
     the phase, within bounds"""
@@ -60,38 +64,45 @@ class OrderConfig(Config):
         return (*self.ramp, (self.steps, self.rows))
 
     def rows_of(self, first: int, last: int | None = None) -> list[int]:
-        """Returns the number of rows of each step from `first` on, up to `last`."""
-        sizes = []
-        for step in range(first, (self.steps if last is None else last) + 1):
-            sizes.append(next((rows for last_step, rows in self.ramp if step <= last_step), self.rows))
-        return sizes
+        """Returns the number of rows of each step from `first` to `last`, which is that of the phase if it is None."""
+        last = self.steps if last is None else last
+        row_counts = []
+        for step in range(first, last + 1):
+            row_counts.append(next((rows for last_step, rows in self.ramp if step <= last_step), self.rows))
+        return row_counts
 
     def rows_from(self, first: int) -> int:
         """Returns the number of rows of all steps from `first` on."""
         return rows_from(first, self.sizes)
 
     def step_of(self, first: int, row: int) -> int:
-        """Returns the step of a row, counted from step `first` on."""
+        """Returns the step that has a row; rows are numbered from 0, the first one of step `first`."""
         for last, rows in self.sizes:
-            if row < (count := max(0, last - first + 1) * rows):
+            count = max(0, last - first + 1) * rows
+            if row < count:
                 return first + row // rows
-            row, first = row - count, max(first, last + 1)
+            row -= count
+            first = max(first, last + 1)
         raise ValueError("the phase has fewer rows")
 
     @property
     def block_steps(self) -> int:
         """Steps of a block."""
         # Large blocks fill well, small ones keep the memory of a process bounded.
-        rows = self.block_rows or max(LEAST_ROWS, min(self.rows_from(1) // BLOCKS, MOST_TOKENS // self.sequence_length))
-        return max(1, rows // self.rows, -(-self.steps // MOST_BLOCKS))
+        rows = self.block_rows
+        if rows is None:
+            rows = max(LEAST_ROWS, min(self.rows_from(1) // BLOCKS, MOST_TOKENS // self.sequence_length))
+        # Rounded up, so that there are at most MOST_BLOCKS.
+        least_steps = -(-self.steps // MOST_BLOCKS)
+        return max(1, rows // self.rows, least_steps)
 
     @property
     def blocks(self) -> int:
-        """Blocks from `first_step` on. They lie on a grid from step 1 on, wherever an order begins."""
+        """The number of blocks from that of `first_step` on."""
         return (self.steps - 1) // self.block_steps - (self.first_step - 1) // self.block_steps + 1
 
     def steps_of_block(self, n: int, first_step: int | None = None) -> range:
-        """Returns the steps of block `n`, from `first_step` on; without one, from that of the config on."""
+        """Returns the steps of block `n` from `first_step` on, which is that of the config if it is None."""
         # Blocks lie on a grid from step 1 on, so a resumed phase packs the same blocks.
         begin = ((self.first_step - 1) // self.block_steps + n) * self.block_steps + 1
         first = self.first_step if first_step is None else first_step

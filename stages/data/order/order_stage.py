@@ -75,8 +75,8 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     write_json(out / "meta.json", meta)
     for name, facts in meta["sources"].items():
         report.note(f"{name}: {facts['rows']} rows, {facts['documents_seen']} documents, {facts['epochs']:.2f} epochs")
-        if facts.get("long", {}).get("missing_tokens"):
-            long = facts["long"]
+        long = facts.get("long", {})
+        if long.get("missing_tokens"):
             report.note(
                 f"{name}: {long['chunks']} chunks of more than {long['over']} tokens hold {long['available_tokens']} "
                 f"tokens; shorter chunks replace {long['missing_tokens']} of {long['wanted_tokens']} tokens"
@@ -84,14 +84,18 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 def run_shard(config: OrderConfig, inputs: Inputs, work: Path, shard: int) -> None:
-    """Seals the part of one block of steps in `work`, and its share of the index of chunks."""
-    _seal_block(_open(config, inputs, work, shard / config.blocks)[0], work, shard)
+    """Seals the part of one block of steps in `work`, and the index of chunks where it is missing."""
+    order, _ = _open(config, inputs, work, shard / config.blocks)
+    _seal_block(order, work, shard)
 
 
 def _open(
     config: OrderConfig, inputs: Inputs, work: Path, turn: float = 0.0
 ) -> tuple[ComputedOrder, dict[str, Any] | None]:
-    """Returns the order as a function, and the position of every source at a checkpoint."""
+    """Returns the order as a function, and the position of every source at the checkpoint; None without one.
+
+    `turn` is that of `read_indexes`.
+    """
     indexes = read_indexes(config, inputs["tokens"].path, work, turn)
     cursor, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
@@ -114,15 +118,17 @@ def _seal_block(order: ComputedOrder, work: Path, n: int) -> Part:
 
         table, unread = order.block(n)
         write_table(folder / part_file(n), table)
+
+        # Every token of a segment but its first is a target; `loss_from` counts the first targets, which have no loss.
         targets = pc.subtract(table["length"], 1)
         counts = table.select(["source"]).append_column("tokens", targets)
         counts = counts.append_column("loss_tokens", pc.subtract(targets, table["loss_from"])).group_by("source")
         counts = counts.aggregate([("tokens", "count"), ("tokens", "sum"), ("loss_tokens", "sum")])
-        names = {"rows": "tokens_count", "tokens": "tokens_sum", "loss_tokens": "loss_tokens_sum"}
-        sources = {
-            row["source"]: {name: row[column] for name, column in names.items()}
-            for row in counts.sort_by("source").to_pylist()
-        }
+        sources = {}
+        for row in counts.sort_by("source").to_pylist():
+            facts = {"rows": row["tokens_count"], "tokens": row["tokens_sum"], "loss_tokens": row["loss_tokens_sum"]}
+            sources[row["source"]] = facts
+
         steps = order.config.steps_of_block(n)
         meta: dict[str, Any] = {"first_step": steps.start, "last_step": steps.stop - 1}
         meta["rows"] = {name: facts["rows"] for name, facts in sources.items()}
@@ -134,11 +140,12 @@ def _seal_block(order: ComputedOrder, work: Path, n: int) -> Part:
 
 
 def _source_facts(order: ComputedOrder, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
-    """Returns `sources` of meta.json: the sums over the parts, and the distinct documents, by one bit for each."""
+    """Returns `sources` of meta.json: the sums over the parts, and the number of distinct documents."""
     import numpy as np
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    # One bit for each document of a source, set if a row has the document.
     seen = {name: np.zeros(-(-int(index.documents[-1]) // 8), np.uint8) for name, index in order.indexes.items()}
     for number, part in enumerate(parts):
         with pq.ParquetFile(part.folder / part_file(number)) as file:
@@ -148,16 +155,20 @@ def _source_facts(order: ComputedOrder, parts: Sequence[Part]) -> dict[str, dict
                     numbers = order.indexes[name].document_numbers(rows["part"].to_numpy(), rows["ordinal"].to_numpy())
                     # Several rows of a batch can set bits of one byte: plain indexing would lose all but one.
                     np.bitwise_or.at(seen[name], numbers >> 3, np.uint8(1) << (numbers & 7).astype(np.uint8))
+
     sources = {}
     for name, index in order.indexes.items():
         counts = [part.facts["sources"][name] for part in parts if name in part.facts["sources"]]
         facts: dict[str, Any] = {key: sum(count[key] for count in counts) for key in ("rows", "tokens", "loss_tokens")}
         facts |= {"documents_seen": int(np.bitwise_count(seen[name]).sum()), "chunks": index.chunks}
-        epochs = facts["tokens"] / sum(index.slots.values()) if order.config.pack else facts["rows"] / index.chunks
-        facts["epochs"] = round(epochs, 6)
         if order.config.pack:
+            facts["epochs"] = round(facts["tokens"] / sum(index.slots.values()), 6)
             facts["unread"] = sum(part.facts["unread"].get(name, 0) for part in parts)
-        sources[name] = facts | ({"long": order.long[name]} if name in order.long else {})
+        else:
+            facts["epochs"] = round(facts["rows"] / index.chunks, 6)
+        if name in order.long:
+            facts["long"] = order.long[name]
+        sources[name] = facts
     return sources
 
 
@@ -207,24 +218,34 @@ def _resume_cursor(
             f"and the order was to begin with step {config.first_step} of {config.phase}"
         )
     data_position = state["data_position"]
-    previous_order, chunks = data_position["order"], data_position["chunks"] | {n: i.chunks for n, i in indexes.items()}
+    previous_order = data_position["order"]
+    chunks = data_position["chunks"] | {source: index.chunks for source, index in indexes.items()}
+
+    # {stream: [position, chunks of an epoch]}; a phase that is not packed has one stream for each source.
     by_source = {name: [count, data_position["chunks"][name]] for name, count in data_position["rows"].items()}
     streams: dict[str, list[int]] = data_position.get("streams", by_source)
     places = {name: place for name, (place, _) in streams.items()}
+    sizes: dict[str, int] = {}
     for source, index in indexes.items():
-        before = [streams[name] for name in streams if name.partition("/")[0] == source]
-        read, size = (sum(column) for column in zip(*before, strict=True)) if before else (0, 1)
+        # A stream that the checkpoint does not have begins at the fraction that was read of the whole source.
+        of_source = [streams[name] for name in streams if name.partition("/")[0] == source]
+        source_place = sum(place for place, _ in of_source)
+        source_epoch = sum(epoch for _, epoch in of_source) if of_source else 1
         for pool in index.cut.pools:
             name = stream_name(source, pool)
-            place, epoch = streams.get(name, (read, size))
+            sizes[name] = index.count(pool)
+            place, epoch = streams.get(name, (source_place, source_epoch))
             # Rounded up, so that no chunk that was read comes again.
-            places[name] = -(-place * index.count(pool) // epoch)
+            places[name] = -(-place * sizes[name] // epoch)
+
+    rows = data_position["rows"]
     # In a packed phase rows say nothing about the position in a stream.
-    rows = data_position["rows"] | ({} if config.pack else {name: places[name] for name in indexes})
+    if not config.pack:
+        rows = rows | {source: places[source] for source in indexes}
     start = {"rows": rows, "chunks": chunks}
     if config.pack:
-        sizes = {stream_name(source, pool): i.count(pool) for source, i in indexes.items() for pool in i.cut.pools}
         start["streams"] = {name: [place, sizes.get(name) or streams[name][1]] for name, place in places.items()}
+
     # Through JSON, because the checkpoint has lists where the config has tuples.
     requested = json.loads(json.dumps(settings(config)))
     previous = {name: value for name, value in previous_order.items() if name not in ("walk", "function")}
@@ -236,7 +257,7 @@ def _resume_cursor(
 
 
 def documents_of_step(order: Path, step: int) -> pa.Table:
-    """Returns the rows of a published order of one step (1-based), by row.
+    """Returns the rows of a published order of one step, counted from 1, by row.
 
     `order` is its folder, or a file of it.
     """
@@ -261,18 +282,20 @@ def _select(order: Path, condition: tuple[str, str, Any]) -> pa.Table:
 def estimate(config: OrderConfig) -> Estimate:
     """Returns the estimate, by figures of docs/lab-log.md.
 
-    The chunks of a packed row are as many as if they had 1,000 tokens. The process that joins the blocks reads the
-    places of all chunks.
+    The process that joins the blocks reads the places of all chunks.
     """
-    rows = config.rows_from(config.first_step)
-    chunks = rows * max(1, config.sequence_length // 1000) if config.pack else rows
+    rows = chunks = config.rows_from(config.first_step)
+    if config.pack:
+        # Chunks of documents are assumed to have 1,000 tokens.
+        chunks = rows * max(1, config.sequence_length // 1000)
+    table_bytes = ROW_BYTES * chunks
     return Estimate(
         cpu_seconds=2 + chunks * (3.7e-6 if config.pack else 2.6e-6),
         serial_seconds=2 + chunks * 0.2e-6,
         tokens=rows * config.sequence_length,
         memory_bytes=MEMORY_BYTES,
-        disk_bytes=(table := ROW_BYTES * chunks),
-        published=(Published("dataset", f"order/{config.phase}", config.blocks, table),),
+        disk_bytes=table_bytes,
+        published=(Published("dataset", f"order/{config.phase}", config.blocks, table_bytes),),
     )
 
 

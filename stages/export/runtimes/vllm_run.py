@@ -2,7 +2,8 @@
 
     python -P vllm_run.py FOLDER DTYPE < REQUEST
 
-Request and answer are those of transformers_run.py. This file imports no module of this project, on purpose.
+Request and answer are those of transformers_run.py, but a row without `greedy` is not supported. DTYPE is the data
+type of the computation. This file imports no module of this project, on purpose.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ def main() -> None:
     tokenizer, answers = llm.get_tokenizer(), []
     for row in rows:
         ids = row["ids"] + row["greedy"]
-        read = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-        (scored,) = llm.generate([{"prompt_token_ids": ids}], read, use_tqdm=False)
-        draw = SamplingParams(temperature=0, max_tokens=len(row["greedy"]), ignore_eos=True, detokenize=False)
-        (drawn,) = llm.generate([{"prompt_token_ids": row["ids"]}], draw, use_tqdm=False)
-        text, places = tokenizer(row["text"], add_special_tokens=False)["input_ids"], scored.prompt_logprobs[1:]
-        logprobs = [place[token].logprob for place, token in zip(places, ids[1:], strict=True)]
-        answers.append({"ids": text, "greedy": list(drawn.outputs[0].token_ids), "logprobs": logprobs})
+        # vLLM always draws a token; only the log-probabilities of the prompt are read.
+        scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        (scored,) = llm.generate([{"prompt_token_ids": ids}], scoring, use_tqdm=False)
+        drawing = SamplingParams(temperature=0, max_tokens=len(row["greedy"]), ignore_eos=True, detokenize=False)
+        (drawn,) = llm.generate([{"prompt_token_ids": row["ids"]}], drawing, use_tqdm=False)
+
+        # The first token has no log-probability.
+        entries_of_tokens = scored.prompt_logprobs[1:]
+        logprobs = [entries[token].logprob for entries, token in zip(entries_of_tokens, ids[1:], strict=True)]
+        text_ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        answers.append({"ids": text_ids, "greedy": list(drawn.outputs[0].token_ids), "logprobs": logprobs})
     # Builds for other devices have the same module in a package of another name.
     name = min(packages_distributions()["vllm"])
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request.get("texts", [])]

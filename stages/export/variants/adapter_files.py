@@ -8,6 +8,7 @@ the experts of a layer in two stacked tensors, for which PEFT takes the factors 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,13 +36,13 @@ ROUNDING = 8
 
 
 class _Marked(Mapping[str, Tensor]):
-    """Megatron's tensors, each with its own place in their order as every value; they take no memory."""
+    """Megatron's tensors, in which every value is the number of the tensor in their order; they take no memory."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.shapes, self.places = shapes, {name: place for place, name in enumerate(shapes)}
+        self.shapes, self.numbers = shapes, {name: number for number, name in enumerate(shapes)}
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.tensor(float(self.places[name]), dtype=torch.float64).expand(self.shapes[name])
+        return torch.tensor(float(self.numbers[name]), dtype=torch.float64).expand(self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -51,7 +52,7 @@ class _Marked(Mapping[str, Tensor]):
 
 
 class _Rows(_Marked):
-    """Megatron's matrices with an adapter, whose first columns are those of its B and the others zero."""
+    """Megatron's tensors: a matrix with an adapter has B in its first columns; all other values are zero."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], adapter: Mapping[str, Tensor], lora: Lora) -> None:
         super().__init__(shapes)
@@ -67,14 +68,18 @@ class _Rows(_Marked):
 def factors(
     adapter: Mapping[str, Tensor], lora: Lora, model: ModelConfig, vocab_size: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(transformers' name of a matrix, A, B) of all matrices with an adapter. adapter: Megatron's, by global name."""
+    """Yields (transformers' name of a matrix, A, B) for every matrix with an adapter.
+
+    `adapter` has Megatron's tensors by global name.
+    """
     shapes, to_hf = model.shapes(vocab_size), model.spec().to_hf
     names = list(shapes)
-    # The mapping renames matrices and cuts their rows. What becomes of a mark tells which matrix it was, and what
-    # becomes of B its rows.
-    marked, rows = to_hf(_Marked(shapes), model, vocab_size), to_hf(_Rows(shapes, adapter, lora), model, vocab_size)
-    for (hf_name, place), (_, padded) in zip(marked, rows, strict=True):
-        name = names[int(place.flatten()[0])]
+    # The mapping renames matrices and cuts their rows. A mark tells from which of Megatron's matrices a result is, and
+    # the padded B has the rows of that result.
+    marked = to_hf(_Marked(shapes), model, vocab_size)
+    rows = to_hf(_Rows(shapes, adapter, lora), model, vocab_size)
+    for (hf_name, mark), (_, padded) in zip(marked, rows, strict=True):
+        name = names[int(mark.flatten()[0])]
         if lora.is_target(name):
             yield hf_name, adapter[factor(name, A)], padded[:, : lora.rank]
 
@@ -84,49 +89,60 @@ def write(
 ) -> None:
     """Writes the adapter into a folder, beside base.json with the digests of its base's weights.
 
-    adapter: Megatron's tensors by global name. base: the folder of the exported model. repo: its repository on the
-    Hub.
+    Args:
+        adapter: Megatron's tensors by global name.
+        lora: The settings of the adapter.
+        model: The settings of the model.
+        vocab_size: The rows of the embedding.
+        base: The folder of the exported base.
+        repo: The repository of the base on the Hub.
+        folder: The folder to write.
     """
-    plain: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    # {module of the experts of a layer: {number of an expert: {gate, up or down: (A, B)}}}.
     stacks: dict[str, dict[int, dict[str, tuple[Tensor, Tensor]]]] = {}
     for name, a, b in factors(adapter, lora, model, vocab_size):
         if match := EXPERT.fullmatch(name):
             stacks.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = a, b
         else:
             module = PREFIX + name.removesuffix(".weight")
-            plain |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     # The last part of a module's name, such as q_proj.
-    modules = sorted({name.split(".")[-3] for name in plain})
+    modules = sorted({name.split(".")[-3] for name in tensors})
     for module, experts in stacks.items():
         for stacked, parts in {"gate_up": ("gate", "up"), "down": ("down",)}.items():
-            a = torch.cat([experts[n][parts[0]][0] for n in sorted(experts)])  # gate and up share theirs
-            # PEFT multiplies the factors of all experts as one matrix: the rank comes first, then the expert.
-            b = torch.stack([torch.cat([experts[n][part][1] for part in parts]) for n in sorted(experts)], -1)
+            a_of_experts, b_of_experts = [], []
+            for n in sorted(experts):
+                pairs = [experts[n][part] for part in parts]
+                a_of_experts.append(pairs[0][0])  # gate and up share their A
+                b_of_experts.append(torch.cat([b for _, b in pairs]))
+            # PEFT multiplies the factors of all experts as one matrix; in B the rank comes first, then the expert.
+            stacked_b = torch.stack(b_of_experts, -1).flatten(1)
             place = f"{PREFIX}{module}.{PLACES[stacked]}"
-            plain |= {f"{place}lora_A.weight": a, f"{place}lora_B.weight": b.flatten(1)}
+            tensors |= {f"{place}lora_A.weight": torch.cat(a_of_experts), f"{place}lora_B.weight": stacked_b}
     folder.mkdir(parents=True, exist_ok=True)
-    release_checkpoint.save_tensors(folder / f"{WEIGHTS}.safetensors", dict(sorted(plain.items())))
+    release_checkpoint.save_tensors(folder / f"{WEIGHTS}.safetensors", dict(sorted(tensors.items())))
     settings = adapter_config(repo, lora.rank, lora.alpha, modules or None, list(STACKED) if stacks else None)
     write_json(folder / CONFIG, settings)
     write_json(folder / BASE, {"repo": repo, "files": digests(base)})
 
 
 def write_trained(checkpoint: Artifact, lora: Lora, model: ModelConfig, base: Path, repo: str, folder: Path) -> None:
-    """`write` of the last release checkpoint of a phase."""
+    """Writes the adapter of a release checkpoint, as `write` does."""
     tensors = release_checkpoint.weights_of(checkpoint)
     vocab_size = json.loads((base / "config.json").read_text())["vocab_size"]
     write(tensors, lora, model, vocab_size, base, repo, folder)
 
 
 def digests(model: Path) -> dict[str, str]:
-    """The SHA-256 of each file of weights of an exported model."""
+    """Returns {name: SHA-256} of the files of weights of an exported model."""
     return {path.name: sha256_file(path) for path in sorted(model.glob("model*.safetensors*"))}
 
 
 def combined(base: Path, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The base's tensors with the adapter of a folder in them, as transformers names them, in fp32, by PEFT's formulas.
+    """Yields (transformers' name, tensor) of the base with the adapter of a folder added by PEFT's formulas, in fp32.
 
-    Raises CheckFailed if the adapter is another base's, or does not fit it.
+    Raises CheckFailed if the adapter is of another base, or changes a tensor that the base does not have.
     """
     stated = json.loads((folder / BASE).read_text())["files"]
     if stated != digests(base):
@@ -146,7 +162,7 @@ def combined(base: Path, folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _pairs(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """{transformers' name of a matrix: its A and B}, from PEFT's tensors."""
+    """Returns {transformers' name of a matrix: its A and B}, from PEFT's tensors."""
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name in tensors:
         if not name.endswith(".lora_A.weight"):
@@ -156,45 +172,51 @@ def _pairs(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, 
         if not re.search(r"\.mlp\.experts(\.base_layer)?$", module):
             pairs[f"{module}.weight"] = a, b
             continue
-        layer, is_inner = module.removesuffix(".base_layer"), module.endswith(".base_layer")
-        experts = len(a) // rank
-        for number in range(experts):
-            of_expert = a[number * rank : (number + 1) * rank], b.unflatten(1, (rank, experts))[:, :, number]
+        # The inner module has the factors of gate and up, the outer one those of down (`PLACES`).
+        experts, is_inner = module.removesuffix(".base_layer"), module.endswith(".base_layer")
+        count = len(a) // rank
+        for number in range(count):
+            expert_a = a[number * rank : (number + 1) * rank]
+            expert_b = b.unflatten(1, (rank, count))[:, :, number]
             if not is_inner:
-                pairs[f"{layer}.{number}.down_proj.weight"] = of_expert
+                pairs[f"{experts}.{number}.down_proj.weight"] = expert_a, expert_b
                 continue
-            for part, rows in zip(("gate", "up"), of_expert[1].chunk(2), strict=True):
-                pairs[f"{layer}.{number}.{part}_proj.weight"] = of_expert[0], rows
+            gate_rows, up_rows = expert_b.chunk(2)
+            pairs[f"{experts}.{number}.gate_proj.weight"] = expert_a, gate_rows
+            pairs[f"{experts}.{number}.up_proj.weight"] = expert_a, up_rows
     return pairs
 
 
 def largest_difference(base: Path, folder: Path, merged: Path) -> tuple[float, float]:
-    """The largest difference of a weight between base plus adapter and the merged model, and the largest from rounding.
+    """Returns the largest difference of a weight between base plus adapter and the merged model; NaN if one is NaN.
 
-    Raises CheckFailed if they have other tensors.
+    The second number is the largest difference that rounding explains. Raises CheckFailed if the tensors of the two
+    differ in name or shape.
     """
-    expected, worst, largest, eps = Tensors(merged), 0.0, 0.0, 0.0
+    expected = Tensors(merged)
+    # A tensor, because Python's `max` drops a NaN.
+    worst = torch.zeros(())
+    largest = eps = 0.0
     seen = set()
     for name, tensor in combined(base, folder):
         seen.add(name)
         if name not in expected or expected[name].shape != tensor.shape:
             raise CheckFailed(f"{merged} does not have {name} of {folder} on its base")
         eps = max(eps, torch.finfo(expected[name].dtype).eps)
-        worst = max(worst, float((tensor - expected[name].float()).abs().max()))
+        worst = torch.maximum(worst, (tensor - expected[name].float()).abs().max())
         largest = max(largest, float(tensor.abs().max()))
     if missing := sorted(set(expected) - seen):
         raise CheckFailed(f"{folder} on its base does not have {missing[0]} of {merged}")
-    return worst, ROUNDING * eps * largest
+    return float(worst), ROUNDING * eps * largest
 
 
 def require_sum(base: Path, folder: Path, merged: Path) -> str:
-    """The largest difference, in one sentence.
+    """Returns the largest difference, in one sentence.
 
-    Raises CheckFailed if the adapter in a folder does not make the merged model of its base.
+    Raises CheckFailed if the base with the adapter in a folder is not the merged model.
     """
-    # Rounding of two ways to add: some units in the last place of the largest weight.
     difference, explained = largest_difference(base, folder, merged)
-    if not difference <= explained:  # not a number fails too
+    if not difference <= explained < math.inf:  # NaN and infinite weights fail too
         raise CheckFailed(
             f"{folder} on its base differs from {merged} by {difference:.3g} in a weight, which rounding explains up "
             f"to {explained:.3g}; run sft and its export again"

@@ -25,10 +25,13 @@ from stages.data.acquire.web.pages import Page, PageReader
 Address = Annotated[str, Words(2000, "address: write http:// or https:// and a host", r"https?://[^\s/]+(/\S*)?")]
 Agents = Annotated[tuple[Line, ...], Field(max_length=100)]
 PageBytes = Annotated[int, Range(1000, 2**30)]
-# Bytes that are read for the headers of a record, or to its beginning.
+# The maximum number of bytes that are read for the headers of a record, and to find its beginning.
 MAX_HEADER_BYTES = 2**22
+# The bytes of a body that are read at once.
 PIECE = 2**16
+# The errors of reading and decompressing a damaged file.
 _ERRORS = (EOFError, OSError, ValueError, zlib.error)
+# The types of content that are pages.
 PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -67,11 +70,11 @@ class Html(WebReader):
             yield reader.read(Page(relative, relative, url, _read_bytes(path, self.max_page_bytes)))
 
 
-def _read_bytes(path: Path, most: int) -> bytes | None:
-    """Returns the content of a file; None if it has more bytes."""
+def _read_bytes(path: Path, max_bytes: int) -> bytes | None:
+    """Returns the content of a file; None if it has more than `max_bytes`."""
     with open(path, "rb") as file:
-        content = file.read(most + 1)
-    return content if len(content) <= most else None
+        content = file.read(max_bytes + 1)
+    return content if len(content) <= max_bytes else None
 
 
 class Warc(WebReader):
@@ -89,7 +92,7 @@ class Warc(WebReader):
         """Yields the text of every page, named by the file and the number of its record."""
         reader = PageReader(self.opt_out_agents, self.max_page_bytes)
         for relative, path in files:
-            # robots.txt may stand anywhere in the file, so it is read twice.
+            # robots.txt may stand after the pages, so the WARC file is read twice.
             robots = self._robots(path)
             try:
                 for number, record in _records(path):
@@ -103,20 +106,20 @@ class Warc(WebReader):
                 yield Refused(f"{relative}:{error.number}", "page", f"the file cannot be read from here on ({error})")
 
     def _robots(self, path: Path) -> Robots:
-        """Returns the robots.txt files in a WARC file, which may stand after the pages."""
+        """Returns the rules of the robots.txt files in a WARC file, up to where it is damaged."""
         robots = Robots(self.opt_out_agents)
         try:
             for _, record in _records(path):
                 is_robots = record.rec_type == "response" and _url(record).endswith("/robots.txt")
                 if is_robots and _status(record) == "200":
                     robots.add(_url(record), _read_start(record))
-        except _Damaged:
+        except _Damaged:  # `documents` reports it
             pass
         return robots
 
 
 class _Damaged(Exception):
-    """A file that cannot be read from a record on."""
+    """A file that cannot be read from the record `number` on."""
 
     def __init__(self, number: int, reason: str) -> None:
         super().__init__(reason)
@@ -124,7 +127,10 @@ class _Damaged(Exception):
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (number from 1, record) of every record. Raises _Damaged where the file is cut short or is no WARC."""
+    """Yields (number from 1, record) of every record. Raises _Damaged where the file is cut short or is no WARC.
+
+    The rest of a record is skipped before the next one is yielded.
+    """
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
@@ -150,17 +156,19 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
 
 
 def _skip_rest(record: Any) -> None:
-    """Reads a record to its end. Raises the errors of its file, and EOFError if the file ends before."""
+    """Reads a record to its end. Raises one of _ERRORS: EOFError if the file ends before, or the length is unknown."""
     while record.raw_stream.read(PIECE):
         pass
+    # The bytes of the record that were not in the file; None for a record without a length.
     missing = getattr(record.raw_stream, "limit", None)
+    if missing is None:
+        raise EOFError("the record has no length")
     if missing != 0:
-        lack = "has no length" if missing is None else f"lacks its last {missing} bytes"
-        raise EOFError(f"the record {lack}")
+        raise EOFError(f"the record lacks its last {missing} bytes")
 
 
 class _BoundedHeaders:
-    """A file that fails when headers are read that do not end.
+    """A file that raises ValueError when more bytes are read for headers than allowed.
 
     `budget` is the number of bytes that may still be read; None: any.
     """
@@ -185,9 +193,9 @@ class _BoundedHeaders:
 
 
 def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Refused | None:
-    """Returns the page of a record, why it cannot be read, or None for a record that is no page.
+    """Returns the page of a record, the reason why it cannot be read, or None for a record that is no page.
 
-    Raises _Damaged if the file ends in it.
+    Raises _Damaged if the file ends in the record.
     """
     name = f"{location}:{number}"
     headers = _http_headers(record)
@@ -198,7 +206,8 @@ def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Ref
     # The crawler's own finding goes before the server's claim.
     kind = record.rec_headers.get_header("WARC-Identified-Payload-Type") or _header(headers, "content-type")
     kind = (kind or record.content_type or "").partition(";")[0].strip().lower()
-    if kind not in (("text/plain",) if is_text else PAGE_TYPES):
+    is_page = kind == "text/plain" if is_text else kind in PAGE_TYPES
+    if not is_page:
         return None
     encoding = _header(headers, "content-encoding").strip().lower()
     # These are decoded on every machine; warcio decodes br only where another package is installed.
@@ -216,20 +225,20 @@ def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Ref
 
 
 def _require_whole(record: Any, number: int) -> None:
-    """Raises _Damaged if the file ends in a record, whose body would be taken for a whole one."""
+    """Raises _Damaged if the file ends in a record, so that no part of a body is taken for a whole one."""
     try:
         _skip_rest(record)
     except _ERRORS as error:
         raise _Damaged(number, _in_words(error)) from None
 
 
-def _read_body(record: Any, most: int) -> bytes | None:
-    """Returns the body of a record, decompressed and without the transfer encoding; None if it has more bytes."""
+def _read_body(record: Any, max_bytes: int) -> bytes | None:
+    """Returns the body of a record, decompressed and without the transfer encoding; None for more than `max_bytes`."""
     stream, pieces, size = record.content_stream(), [], 0
     while piece := stream.read(PIECE):
         pieces.append(piece)
         size += len(piece)
-        if size > most:
+        if size > max_bytes:
             return None
     return b"".join(pieces)
 
@@ -239,7 +248,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _read_start(record: Any) -> bytes:
-    """Returns the first bytes of a robots.txt file."""
+    """Returns the first bytes of a robots.txt file; none if it cannot be decoded."""
     try:
         start: bytes = record.content_stream().read(ROBOTS_BYTES)
         return start

@@ -26,10 +26,11 @@ _CREATIVE_COMMONS = re.compile(
 )
 _PUBLIC_DOMAIN = {"/publicdomain/zero/1.0": "CC0-1.0", "/publicdomain/mark/1.0": "CC-PDM-1.0"}
 _DEDICATION = "/licenses/publicdomain"
+# {host: beginning of the path of a license, whose last part is the SPDX identifier}.
 _BY_IDENTIFIER = {"spdx.org": "/licenses/", "opensource.org": "/license"}
 # {address of the text of a license, without scheme, www., ending and last slash: its expression}. The addresses of
 # the GFDL without a version lead to its newest one.
-_TEXTS = {
+_LICENSE_TEXTS = {
     "apache.org/licenses/license-2.0": "Apache-2.0",
     "gnu.org/licenses/fdl-1.1": "GFDL-1.1-only",
     "gnu.org/licenses/fdl-1.2": "GFDL-1.2-only",
@@ -48,13 +49,15 @@ QAPage Recipe Report ReportageNewsArticle ReviewNewsArticle ScholarlyArticle Tec
 """
 # Types of schema.org whose license is that of a page's text.
 TEXT_TYPES = frozenset(_TEXT_TYPES.split())
-# Types of parts of a page that may state it.
+# Types of schema.org of the parts of a page that may state its license.
 PAGE_PARTS = frozenset(("Blog", "WebPageElement", "WPFooter"))
 # Metadata with the address of the page, or of the one that it copies.
 ORIGINALS = frozenset(("og:url", "original-source", "syndication-source"))
+# Metadata with the license of a page.
 META_NAMES = frozenset(
     ("dc.license", "dc.rights", "dc.rights.license", "dcterms.license", "dcterms.rights", "dcterms:license", "license")
 )
+# Elements whose content is not the page's own text.
 _OTHER_ELEMENTS = "aside blockquote figcaption figure form iframe ins nav noscript q"
 OTHER_ELEMENTS = frozenset(_OTHER_ELEMENTS.split())
 _OTHER_PLACES = """
@@ -63,8 +66,9 @@ banner caption comment commentlist comments dfp disqus embed feedback gallery ou
 promotion quote related replies reply respond response responses review reviews sidebar sponsor sponsored sponsors
 taboola teaser testimonial thumbnail widget widgets
 """
-# Words of `class` and `id` of elements whose content is not the page's own text.
+# Words of the names (`_places`) of elements whose content is not the page's own text.
 OTHER_PLACES = frozenset(_OTHER_PLACES.split())
+# Words of the names of elements that are footers.
 FOOTER_PLACES = frozenset(("colophon", "copyright", "footer", "licence", "license", "licensing", "legal"))
 # Things other than the text, in a statement on a license.
 OTHER_THINGS = re.compile(
@@ -73,12 +77,16 @@ OTHER_THINGS = re.compile(
     r"sponsored)\b",
     re.IGNORECASE,
 )
+# Beginnings of headings after which the text is of readers.
 COMMENTS_HEADING = re.compile(
     r"\W*\d*\W*(comments?|responses?|replies|discussion|feedback|leave a (comment|reply))\b", re.IGNORECASE
 )
-# Characters of the block around a link that are a statement on it, rather than a text in which it occurs.
+# The maximum number of characters of a block around a link that states something about it; a longer block is a text in
+# which the link occurs.
 LONGEST_STATEMENT = 1000
+# First or last words of names that describe the layout of a page and not the place of an element.
 _LAYOUT = frozenset(("has", "no", "with", "without", "open", "closed", "enabled", "disabled"))
+# Elements within a line of text, which are no blocks.
 _INLINE = frozenset(("a", "abbr", "b", "bdi", "cite", "em", "font", "i", "small", "span", "strong", "u"))
 
 
@@ -99,7 +107,7 @@ def expression_of(address: str) -> str | None:
             return spdx(re.sub(r"\.(html|json|txt)$", "", path.rsplit("/", 1)[-1]))
         except ValueError:
             return None
-    return _TEXTS.get(re.sub(r"\.(html|txt|en\.html)$", "", f"{host}{path}".lower()))
+    return _LICENSE_TEXTS.get(re.sub(r"\.(html|txt|en\.html)$", "", f"{host}{path}".lower()))
 
 
 def _creative_commons(path: str) -> str | None:
@@ -107,8 +115,11 @@ def _creative_commons(path: str) -> str | None:
         kind, version, country = match.groups()
         if kind not in _KINDS:
             return None
-        kind = kind.upper().replace("ND-NC", "NC-ND")  # the order of version 1.0; SPDX has that of the later ones
-        name = f"CC-{kind}-{version}" + (f"-{country.upper()}" if country else "")
+        # Version 1.0 has the parts in another order than SPDX and the later versions.
+        kind = kind.upper().replace("ND-NC", "NC-ND")
+        name = f"CC-{kind}-{version}"
+        if country:
+            name += f"-{country.upper()}"
         try:
             return spdx(name)
         except ValueError:
@@ -123,8 +134,8 @@ class PageLicense:
     """The license that a page states.
 
     Attributes:
-        expression: SPDX; None if the page states nothing, or nothing usable.
-        stated: The statement in the page's own words.
+        expression: SPDX; None if the page states no license, an unknown one, or different ones.
+        stated: The statements, as expressions or, of unknown licenses, as addresses; "" if there are none.
     """
 
     expression: str | None = None
@@ -146,6 +157,7 @@ def license_of(tree: Any, url: str, headers: Headers) -> PageLicense:
     explicit = [*_in_headers(headers), *_in_metadata(tree, page), *_in_body(tree, page, explicit=True)]
     # A link in a footer counts only if nothing states a license explicitly.
     addresses = explicit or list(_in_body(tree, page, explicit=False))
+
     links = {urljoin(url, address) for address in addresses}
     statements = {expression_of(link) or link for link in links}
     stated = " and ".join(sorted(statements))[:500]
@@ -183,17 +195,22 @@ def _in_json(text: str) -> Iterator[str]:
         top = json.loads(text)
     except (ValueError, RecursionError):
         return
-    nodes = top if isinstance(top, list) else [top]
-    graph = [node for each in nodes if isinstance(each, dict) for node in _as_list(each.get("@graph"))]
-    for node in (*nodes, *graph):
+    nodes = list(top) if isinstance(top, list) else [top]
+    for node in list(nodes):
+        if isinstance(node, dict):
+            nodes += _as_list(node.get("@graph"))
+    for node in nodes:
         if isinstance(node, dict) and _types(node) & TEXT_TYPES:
             for license in _as_list(node.get("license")):
-                address = license.get("url") or license.get("@id") if isinstance(license, dict) else license
+                address = license
+                if isinstance(license, dict):
+                    address = license.get("url") or license.get("@id")
                 if isinstance(address, str) and address.strip():
                     yield address.strip()
 
 
 def _types(node: dict[str, Any]) -> set[str]:
+    """Returns the types of a node of JSON-LD, without the address of their vocabulary."""
     return {kind.rsplit("/", 1)[-1] for kind in _as_list(node.get("@type")) if isinstance(kind, str)}
 
 
@@ -207,26 +224,28 @@ def _in_microdata(tree: Any, page: _Places) -> Iterator[str]:
     for element in tree.iter("a", "link", "meta"):
         if "license" not in _words(element.get("itemprop")):
             continue
-        scope = next((each for each in element.iterancestors() if each.get("itemscope") is not None), None)
+        # A property is of the nearest item around it.
+        item = next((around for around in element.iterancestors() if around.get("itemscope") is not None), None)
         address = (element.get("href") or element.get("content") or "").strip()
-        if address and scope is not None and _item_types(scope) & TEXT_TYPES and not page.is_elsewhere(element):
+        if address and item is not None and _item_types(item) & TEXT_TYPES and not page.is_elsewhere(element):
             yield address
 
 
 def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
-    """Yields the addresses of links with rel=license or, not explicit, of links to licenses in footers."""
-    in_comments = 0
+    """Yields the addresses of links with rel=license; if not `explicit`, of links to known licenses in footers."""
+    # The level of the heading of readers' comments in which a link is; 0 outside of comments.
+    comments_level = 0
     for element in tree.iter("a", "area", "footer", "h1", "h2", "h3", "h4", "h5", "h6"):
         if element.tag == "footer":
-            in_comments = 0
+            comments_level = 0
         elif element.tag.startswith("h"):
             level = int(element.tag[1])
-            # Links after such a heading are of the readers, up to the next heading of the same level.
+            # Comments end at the next heading of the same or a higher level.
             if COMMENTS_HEADING.match(_text(element)[:60].strip()):
-                in_comments = level
-            elif in_comments and level <= in_comments:
-                in_comments = 0
-        elif not in_comments and page.is_own_statement(element, explicit):
+                comments_level = level
+            elif level <= comments_level:
+                comments_level = 0
+        elif not comments_level and page.is_own_statement(element, explicit):
             yield element.get("href").strip()
 
 
@@ -237,14 +256,16 @@ class _Places:
     """
 
     def __init__(self) -> None:
+        # {element: whether it, or an element around it, is a place of other text; is a footer}, and {block: its text}.
         self._elsewhere: dict[Any, bool] = {}
         self._in_footer: dict[Any, bool] = {}
         self._texts: dict[Any, str] = {}
 
     def is_own_statement(self, link: Any, explicit: bool) -> bool:
         """Returns True if a link states the license of the page's text."""
-        relations, address = _words(link.get("rel")), (link.get("href") or "").strip()
-        # Links that the author did not set himself.
+        relations = _words(link.get("rel"))
+        address = (link.get("href") or "").strip()
+        # Advertisers and readers set such links, not the author.
         if not address or relations & {"sponsored", "ugc"}:
             return False
         if explicit:
@@ -254,26 +275,31 @@ class _Places:
         return is_candidate and not self.is_elsewhere(link) and not OTHER_THINGS.search(self._statement(link))
 
     def is_elsewhere(self, element: Any) -> bool:
-        """Returns True if an element is in a place with text that is not the page's own, or describes another thing."""
+        """Returns True if an element is in a place with text that is not the page's own or is about another thing."""
         return self._inherits(element, self._elsewhere, _is_other)
 
     def _inherits(self, element: Any, known: dict[Any, bool], holds: Callable[[Any], bool]) -> bool:
-        """Returns True if a property holds for an element or one around it, up to the body of the page."""
+        """Returns True if `holds` for an element or one around it, up to the body of the page.
+
+        `known` has the results for elements, and gets those of the new ones.
+        """
         chain: list[Any] = []
-        verdict, each = False, element
-        while each is not None and each.tag not in ("html", "body", "main"):
-            if each in known:
-                verdict = known[each]
+        result, current = False, element
+        while current is not None and current.tag not in ("html", "body", "main"):
+            if current in known:
+                result = known[current]
                 break
-            chain.append(each)
-            each = each.getparent()
-        for each in reversed(chain):
-            verdict = known[each] = verdict or holds(each)
-        return verdict
+            chain.append(current)
+            current = current.getparent()
+        # From the outermost element inwards.
+        for current in reversed(chain):
+            result = result or holds(current)
+            known[current] = result
+        return result
 
     def _statement(self, link: Any) -> str:
         """Returns the text of the block around a link, or of the link alone if the block is a long text."""
-        block = next((each for each in link.iterancestors() if each.tag not in _INLINE), link)
+        block = next((around for around in link.iterancestors() if around.tag not in _INLINE), link)
         if block not in self._texts:
             self._texts[block] = _text(block)
         text = self._texts[block]
@@ -302,8 +328,13 @@ def _places(element: Any) -> set[str]:
     Names that describe the layout, such as has-sidebar and comments-open, are left out.
     """
     names = " ".join(element.get(key) or "" for key in ("class", "id", "role", "aria-label", "itemprop")).split()
-    words = (re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()) for name in names)
-    return {word for name in words if name and name[0] not in _LAYOUT and name[-1] not in _LAYOUT for word in name}
+    places: set[str] = set()
+    for name in names:
+        separated = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)  # camelCase
+        words = re.findall(r"[a-z]+", separated.lower())
+        if words and words[0] not in _LAYOUT and words[-1] not in _LAYOUT:
+            places.update(words)
+    return places
 
 
 def _text(element: Any) -> str:
@@ -321,32 +352,33 @@ def _is_copy(tree: Any, url: str) -> bool:
     for element in tree.iter("meta"):
         if (element.get("property") or element.get("name") or "").lower() in ORIGINALS:
             addresses.append(element.get("content"))
-    others = {site_of(urljoin(url, address.strip())) for address in addresses if address}
-    comments = (node.text or "" for node in tree.iter() if not isinstance(node.tag, str))
-    mirrored = (re.match(r"\s*Mirrored from ([^\s/]+)", text) for text in comments)  # as HTTrack writes it
-    others |= {site_of(f"http://{match[1]}") for match in mirrored if match}
-    return bool(site and others - {site, ""})
+    originals = {site_of(urljoin(url, address.strip())) for address in addresses if address}
+    for node in tree.iter():
+        # HTTrack writes a comment, whose tag is no string.
+        if not isinstance(node.tag, str) and (match := re.match(r"\s*Mirrored from ([^\s/]+)", node.text or "")):
+            originals.add(site_of(f"http://{match[1]}"))
+    return bool(site and originals - {site, ""})
 
 
 def site_of(url: str) -> str:
-    """Returns the registrable domain of an address, by the public suffix list; "" if it has none."""
+    """Returns the registrable domain of an address, by the public suffix list.
+
+    An IP address stands for itself. Of a host without such a domain, it is the last two labels; "" without a host.
+    """
     try:
         host = urlsplit(url).hostname or ""
     except ValueError:
         return ""
-    return _domain(host)
+    parts = _extractor()(host)
+    if parts.ipv4 or parts.ipv6:
+        return host
+    domain: str = parts.top_domain_under_public_suffix
+    return domain or ".".join(host.split(".")[-2:])
 
 
 @cache
 def _extractor() -> Any:
     import tldextract
 
+    # Without addresses of lists, the one in the package is used, and nothing is downloaded.
     return tldextract.TLDExtract(cache_dir=None, suffix_list_urls=(), include_psl_private_domains=True)
-
-
-def _domain(host: str) -> str:
-    parts = _extractor()(host)
-    if parts.ipv4 or parts.ipv6:
-        return host
-    domain: str = parts.top_domain_under_public_suffix
-    return domain or ".".join(host.split(".")[-2:])

@@ -18,12 +18,15 @@ from stages.data.curate.filters.base import Removal
 from stages.data.curate.ngrams import NGrams, duplicates
 from stages.data.curate.words import LETTER, NOT_PUNCTUATION, count_sentences, words_of
 
+# A function from a text to the kept text, or to its removal.
 Function = Callable[[str], str | Removal]
 # Every IPv4 address has this, and few texts do.
 _PART_OF_ADDRESS = re.compile(r"\.[0-9]{1,3}\.")
 
 
 def gopher_quality(block: Any) -> Function:
+    """Returns the function of Gopher's filter of quality, with the rules in the block's order."""
+
     def apply(text: str) -> str | Removal:
         words = words_of(text)
         lengths = words.lengths[(words.kinds & NOT_PUNCTUATION) > 0]
@@ -79,6 +82,8 @@ def gopher_quality(block: Any) -> Function:
 
 
 def gopher_repetition(block: Any) -> Function:
+    """Returns the function of Gopher's filter of repetition, with the rules in the block's order."""
+
     def apply(text: str) -> str | Removal:
         if not text:
             return Removal("empty")
@@ -107,21 +112,21 @@ def gopher_repetition(block: Any) -> Function:
 
 
 def c4_quality(block: Any) -> Function | None:
-    """Returns the function of C4's filter, which stops counting sentences when there are enough.
+    """Returns the function of C4's filter; None for a block that does not split the text into lines.
 
-    The block counts those of every line. None for a block that does not split the text into lines.
+    It stops counting sentences when there are enough; the block counts those of every line.
     """
     if not block.split_paragraph:
         return None
-    least = block.min_num_sentences
+    min_sentences, max_length = block.min_num_sentences, block.max_word_length
 
     def apply(text: str) -> str | Removal:
-        kept, sentences = [], 0
-        for whole in text.splitlines():
-            line = whole.strip()
+        kept_lines, sentences = [], 0
+        for unstripped in text.splitlines():
+            line = unstripped.strip()
             words = line.split()
-            most = block.max_word_length
-            if most != -1 and len(line) > most and any(len(word) > most for word in words):
+            # No word is longer than its line, so most lines need no look at their words.
+            if max_length != -1 and len(line) > max_length and any(len(word) > max_length for word in words):
                 continue
             if block.remove_citations and "[" in line:
                 line = CITATION_REGEX.sub("", line)
@@ -139,12 +144,12 @@ def c4_quality(block: Any) -> Function | None:
                 return Removal("curly_bracket")
             if block.filter_policy and any(phrase in lower for phrase in POLICY_SUBSTRINGS):
                 continue
-            if sentences < least:
+            if sentences < min_sentences:
                 sentences += count_sentences(line)
-            kept.append(line)
-        if sentences < least:
-            return Removal("too_few_sentences", sentences, least)
-        return "\n".join(kept).strip()
+            kept_lines.append(line)
+        if sentences < min_sentences:
+            return Removal("too_few_sentences", sentences, min_sentences)
+        return "\n".join(kept_lines).strip()
 
     return apply
 
@@ -165,7 +170,7 @@ def pii(block: Any) -> Function:
     return apply
 
 
-# {class of datatrove: its accelerator, which gives None for parameters that it does not have}.
+# {class of datatrove: its accelerator, which returns None for a block with parameters that it does not support}.
 ACCELERATORS: dict[str, Callable[[Any], Function | None]] = {
     "GopherQualityFilter": gopher_quality,
     "GopherRepetitionFilter": gopher_repetition,
