@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from pipeline.core.events import FileReport
+from pipeline.core.events import LINE, FileReport, Tail
+from pipeline.core.json_files import DamagedFile
 from pipeline.core.log_summary import POINTS, RECENT, Curves, EventSummary, LogSummary
 from pipeline.core.store import sha256_file
 
@@ -156,3 +158,23 @@ def test_metrics_end_with_the_digest_that_the_statement_names(tmp_path: Path) ->
     report.close()
     assert digest == sha256_file(tmp_path / "metrics.jsonl")
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def test_a_log_that_vanishes_has_no_more_lines(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n' * 3)
+    tail = Tail(log, TypeAdapter(dict[str, Any]), chunk=1)
+    assert tail.read() == [{"step": 1}] and tail.has_more
+    log.unlink()
+    assert tail.read() == [] and not tail.has_more, "whoever asks while there are more would never end"
+
+
+def test_a_line_longer_than_a_chunk_hides_no_later_line(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("x" * (2 * LINE) + '\n{"step": 1}\n')
+    tail = Tail(log, TypeAdapter(dict[str, Any]), chunk=LINE)
+    with pytest.warns(DamagedFile, match="too long|no JSON"):
+        rows = tail.read()
+        while tail.has_more:
+            rows += tail.read()
+    assert rows == [{"step": 1}]

@@ -289,3 +289,15 @@ def test_proofs_are_checked_against_the_roots_alone(dataset: Path, tmp_path: Pat
     os.mkfifo(proofs)
     with pytest.raises(AtomError, match="is not a regular file"):
         merkle.check_file(proofs, roots)
+
+
+@pytest.mark.parametrize("lost", ["size", "root"])
+def test_roots_without_a_field_are_malformed(lost: str, dataset: Path, tmp_path: Path) -> None:
+    proofs, roots = tmp_path / "report.json", tmp_path / "merkle.json"
+    proofs.write_text(json.dumps({"proofs": proofs_of(dataset, "prose/000")}))
+    stated = merkle.roots(dataset)
+    for table in stated.values():
+        del table[lost]
+    roots.write_text(json.dumps(stated))
+    with pytest.raises(AtomError, match="are not proofs and the roots"):
+        merkle.check_file(proofs, roots)
