@@ -4,11 +4,11 @@
     .venv/bin/python bench/rl.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
 A step draws a group of answers to each of 32 questions, scores them, and updates the weights once by DAPO's loss. Ours
-is `stages.rl.algorithms.grpo.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy;
-without max_resample_rounds, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step,
-without logging and checkpoints, with the fastest of transformers' expert implementations here. Both start from the same
-weights and ask the same questions in every step, at temperature 1, with the same load-balancing loss (ours counts a
-question once), optimizer, clip and advantages.
+is the step of `stages.rl.algorithms.grpo.GrpoTrainer` as a stage runs it, with what it writes to disk and the digest of
+the policy; without max_resample_rounds, replay or validation. The peer is `GRPOTrainer.training_step` and its
+optimizer's step, without logging and checkpoints, with the fastest of transformers' expert implementations here. Both
+start from the same weights and ask the same questions in every step, at temperature 1, with the same load-balancing
+loss (ours counts a question once), optimizer, clip and advantages.
 
 The same work, measured with two distributions of lengths. Real ones: answers end at the lengths of those of a small
 release, as many of each on both sides; the token that ends them is set there, and possible nowhere else. Equal ones:
