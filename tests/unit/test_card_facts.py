@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from release.cards import chat_tables, model_tables, tables
+from release.cards.render import size_category
 from release.facts.model_facts import ModelFacts, Parameters
 from release.facts.run_facts import Changes, _leaves, compare_with_previous, read_changes
 from release.facts.score_facts import SHOWN, ExampleAnswer, best_example, read_examples, settings_of
@@ -91,3 +92,18 @@ def test_the_answer_that_a_card_shows_is_right_if_there_is_a_right_one() -> None
     lines = chat_tables.output(plain)
     assert lines[2] != "````" and len(lines) == 5 and lines[3].endswith("x…")
     assert chat_tables.request(None) == ['inputs = tokenizer("The", return_tensors="pt")']
+
+
+@pytest.mark.parametrize(
+    ("documents", "category"),
+    [
+        (0, "n<1K"),
+        (999, "n<1K"),
+        (1000, "1K<n<10K"),
+        (10**10 - 1, "1B<n<10B"),
+        (10**10, "10B<n<100B"),
+        (10**13, "n>1T"),
+    ],
+)
+def test_a_number_of_documents_is_in_the_category_of_the_hub(documents: int, category: str) -> None:
+    assert size_category(documents) == category

@@ -46,6 +46,11 @@ def test_a_server_scores_in_the_order_of_the_answers(serve: Callable[..., Server
     assert server.seen[-1]["expected_answer"] == "4" and server.seen[-1]["id"] == "m1"
 
 
+def test_a_field_of_the_task_called_reward_hides_no_reward(serve: Callable[..., Server]) -> None:
+    server = serve(scoring_handler)
+    assert score_one(client(server), {**sum_row(), "reward": 0.25}, "4")["reward"] == 1
+
+
 def test_what_passes_is_tried_again(serve: Callable[..., Server]) -> None:
     for trouble in ((500, b"oops"), (503, b"busy"), (429, b"slow down"), None):
         server = serve(lambda n, request, trouble=trouble: scoring_handler(n, request) if n > 2 else trouble)
