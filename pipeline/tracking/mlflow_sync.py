@@ -143,7 +143,7 @@ def as_params(values: Any) -> dict[str, str]:
 
 
 class _Progress(TypedDict):
-    """What MLflow has of a stage."""
+    """The part of a stage that MLflow has received."""
 
     # The bytes of metrics.jsonl that were sent.
     offset: Annotated[int, Field(ge=0, lt=2**63)]

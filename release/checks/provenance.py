@@ -63,18 +63,18 @@ def _misplaced(release: Release, stated: Mapping[str, Any]) -> Iterator[str]:
     """Yields sentences about origins that are not those that the build gives to the artifacts of the release."""
     nodes, manifests = release.info.nodes, release.manifests
     artifacts = {name: Artifact(row.key, row.digest, release.root, row.files) for name, row in manifests.items()}
-    own = {node: artifacts[node] for node in nodes if node in artifacts}
+    present = {node: artifacts[node] for node in nodes if node in artifacts}
     earlier = {name: artifact for name, artifact in artifacts.items() if name not in nodes}
     for node, stated_artifact in nodes.items():
         key, digest = stated_artifact.key, stated_artifact.digest
-        if node not in own or (own[node].key, own[node].digest) != (key, digest):
+        if node not in present or (present[node].key, present[node].digest) != (key, digest):
             yield f"evidence/manifests/{node}.json is not the manifest of {key} in {RELEASE}"
     for name, artifact in earlier.items():
         if name != artifact.key:
             yield f"evidence/manifests/{name}.json is of no artifact of the release"
     by_reference = references.read(release.dataset).keys()
     expected: dict[str, dict[str, str]] = {}
-    for name, file, path in (*placements(own), *earlier_placements(earlier)):
+    for name, file, path in (*placements(present), *earlier_placements(earlier)):
         expected[path] = origin_of_copy(name, artifacts[name], file, path, by_reference)
     for path in sorted(expected.keys() | stated.keys()):
         origin, wanted = stated.get(path, {}), expected.get(path, {})

@@ -388,9 +388,9 @@ def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> Non
     expected = [f"{name} holds {secret}" for name, (_, secret) in planted.items()]
     expected.append(f"{answers} holds the value of HF_TOKEN")
     expected += ["t.parquet holds a Hugging Face token", f"u.parquet holds the machine's path {tmp_path}"]
-    found = source_code.scan_files(tmp_path, files_below(tmp_path), [tmp_path])
-    assert found.secrets == sorted(expected)
-    assert found.invented == [f"{answers} holds a GitHub token"]
+    scan = source_code.scan_files(tmp_path, files_below(tmp_path), [tmp_path])
+    assert scan.secrets == sorted(expected)
+    assert scan.invented == [f"{answers} holds a GitHub token"]
 
 
 def test_a_secret_is_refused(source, tmp_path: Path) -> None:
