@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.data_scale import Silent
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 
 LIMIT, LEAST_LIMIT = 4e9, 2e9
 """Bytes of a process at 10⁹ parameters, and at small models."""

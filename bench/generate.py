@@ -28,10 +28,9 @@ from transformers import GenerationConfig
 
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.mcore.architectures import qwen3_moe
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config, to_hf
 from stages.mcore.model import Initial
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 
 TARGET = 1.0
 EXPERTS = ("grouped_mm", "eager")
@@ -71,7 +70,7 @@ class Sides:
         self.size = size
         config = hf_config(size.model, size.vocab, 1, 0, "float32")
         shapes = size.model.shapes(size.vocab)
-        tensors = dict(qwen3_moe.to_hf(Initial(shapes, size.model, 0), size.model, size.vocab))
+        tensors = dict(to_hf(Initial(shapes, size.model, 0), size.model, size.vocab))
         self.sampler, other = (InProcess(config, stops=(), max_new_tokens=size.new) for _ in range(2))
         for sampler in (self.sampler, other):
             sampler.load(tensors)

@@ -48,8 +48,7 @@ from stages.formats.table import ITEMS, write_jsonl, write_rows
 from stages.formats.tokenizer import END, PAD, bpe_trainer, untrained
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Completion, Prompt
-from stages.mcore.architectures.hf_mapping import hf_config
-from stages.mcore.architectures.qwen3_moe import to_hf
+from stages.mcore.hf_mapping import hf_config, to_hf
 from stages.mcore.model import named_tensors
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig

@@ -29,10 +29,9 @@ import torch
 import torch.nn.functional as F
 from peer_kernels import plain_kernels
 
-from stages.mcore.architectures.hf_mapping import hf_config
-from stages.mcore.architectures.qwen3_moe import to_hf
+from stages.mcore.hf_mapping import hf_config, to_hf
 from stages.mcore.model import named_tensors
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Engine

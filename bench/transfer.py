@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.export import FULL, PADDED, QUICK, SIZES
 from pipeline.launch.rendezvous import free_port
 from pipeline.run_secret.atom_secret import sign
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 
 RANKS = 2
 SECRET = bytes(32)

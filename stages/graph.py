@@ -299,14 +299,13 @@ def _problems_of_generated(config: ReleaseRecipe, data: DataRecipe) -> Iterator[
 def _problems_of_engine(config: ReleaseRecipe) -> Iterator[str]:
     """Heads that vLLM cannot spread over the GPUs of the evaluation."""
     gpus = config.evaluation.engine.gpus
-    for attention in config.model.attention():
-        heads = attention.heads
-        if gpus and heads % gpus:
-            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            yield (
-                f"evaluation.engine.gpus = {gpus} does not divide the {heads} heads of the model, which vLLM "
-                f"spreads over them; use one of {divisors}"
-            )
+    heads = config.model.heads
+    if gpus and heads % gpus:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        yield (
+            f"evaluation.engine.gpus = {gpus} does not divide the {heads} heads of the model, which vLLM spreads over "
+            f"them; use one of {divisors}"
+        )
 
 
 def _problems_of_lengths(config: ReleaseRecipe) -> Iterator[str]:

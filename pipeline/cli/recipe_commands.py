@@ -137,7 +137,7 @@ def plan(
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
-    from pipeline.cli.tables import cost_table, long_context_table, phases_table, plan_table, simulation_table
+    from pipeline.cli.tables import cost_table, phases_table, plan_table, simulation_table
     from pipeline.graph import budget, dag, plan
     from pipeline.graph.plan import checkpoint_sentences, checkpoint_times, require_patient_watchdogs
     from pipeline.launch import cluster_profile
@@ -158,7 +158,6 @@ def plan(
     # Without a profile nothing limits the storage.
     storage_gb_s = None if profile is None else profile.storage.gb_s
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
-    long = plan.long_context(rows)
     if as_json:
         body: dict[str, Any] = {
             "recipe": identity.name,
@@ -173,7 +172,6 @@ def plan(
             stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
             body["simulations"] = {name: asdict(result) for name, result in simulations.items()}
-        body["long_context"] = asdict(long) if long else None
         body["unpublishable"] = fit.unpublishable(rows)
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
         # Errors come last, so that the plan is printed all the same.
@@ -188,9 +186,6 @@ def plan(
         console().print(phases)
         for text in checkpoint_sentences(rows, storage_gb_s):
             print(_wrapped(text))
-    if long:
-        console().print()
-        console().print(long_context_table(long))
     if costs and profile:
         console().print()
         console().print(cost_table(costs))

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.core.progress import duration, human, stages
-from pipeline.core.stage import LongContext, RankSimulation, Traffic
+from pipeline.core.stage import RankSimulation, Traffic
 from pipeline.core.text import escaped
 from pipeline.graph.flat_fields import estimates
 from pipeline.graph.plan import StagePlan, timed
@@ -124,17 +124,6 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
         "batch, row: tokens; state, activations, both: bytes of the fullest rank, host: of its copy in host memory; "
         "checkpoints: sealed ones;\ndata: token shards, and the order with one document a row"
     )
-    return result
-
-
-def long_context_table(cost: LongContext) -> Table:
-    """Returns the cache and the FLOPs of a long text, beside those of full attention in all layers."""
-    result = table(f"{cost.tokens:,} tokens", "cache in bf16", "GFLOP/token", right=2)
-    columns = ((cost.cache_bytes, cost.full_cache_bytes), (cost.flops_per_token, cost.full_flops_per_token))
-    (cache, full_cache), (flops, full_flops) = columns
-    result.add_row("this model", _binary(cache), f"{flops / 1e9:.4g}")
-    result.add_row("with full attention", _binary(full_cache), f"{full_flops / 1e9:.4g}")
-    result.add_row("saved", *(f"{1 - part / whole:.1%}" for part, whole in columns))
     return result
 
 

@@ -203,19 +203,6 @@ class ServedWork:
 
 
 @dataclass(frozen=True)
-class LongContext:
-    """The cost of a long text, compared with a model whose layers all have full attention."""
-
-    tokens: int
-    # Keys and values of all tokens, or what replaces them, in bf16 on one rank.
-    cache_bytes: int
-    # FLOPs of training on one token.
-    flops_per_token: float
-    full_cache_bytes: int
-    full_flops_per_token: float
-
-
-@dataclass(frozen=True)
 class Estimate:
     """The resources that a stage needs. None means: not estimated."""
 
@@ -243,8 +230,6 @@ class Estimate:
     published: tuple[Published, ...] = ()
     parameters: dict[str, int] = field(default_factory=dict)
     training: TrainingEstimate | None = None
-    # The cost of a long text for the trained model.
-    long_context: LongContext | None = None
     # The part of flops and cpu_seconds that servers take over.
     served: ServedWork | None = None
 

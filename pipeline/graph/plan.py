@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.stage import Accelerator, Estimate, LongContext, Needs, RankSimulation, TrainingTime, operation
+from pipeline.core.stage import Accelerator, Estimate, Needs, RankSimulation, TrainingTime, operation
 from pipeline.graph.dag import Graph, State
 
 # The fields of an estimate that the JSON of a plan has as they are.
@@ -123,11 +123,6 @@ def simulations(graph: Graph, rows: list[StagePlan], rank: int) -> dict[str, Ran
     if not results:
         raise AtomError("no stage of this plan can be simulated; choose a training phase with --only")
     return results
-
-
-def long_context(rows: list[StagePlan]) -> LongContext | None:
-    """Returns the cost of a long text to the model of a plan; None if the plan trains none."""
-    return next((row.estimate.long_context for row in rows if row.estimate.long_context), None)
 
 
 def remarks(rows: list[StagePlan]) -> list[str]:

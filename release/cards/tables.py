@@ -271,8 +271,6 @@ def context(model: ModelFacts) -> list[str]:
     # Known settings first; the further ones depend on the kind of scaling.
     rope = dict(model.rope)
     body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
-    if "sliding_window" in model.config:
-        body.append(["sliding window of the first, third, … layer, tokens", count(model.config["sliding_window"])])
     body.append(["RoPE base (`rope_theta`)", f"{rope.pop('rope_theta'):,.10g}"])
     kind = rope.pop("rope_type", "default")
     body.append(["RoPE scaling", "none" if kind == "default" else kind])

@@ -234,21 +234,15 @@ COMMON = """
 """
 GROUPED_QUERY = "head_dim max_window_layers sliding_window use_sliding_window"
 EXPERTS = "moe_intermediate_size num_experts num_experts_per_tok output_router_logits router_aux_loss_coef"
-QWEN3_MOE = f"{GROUPED_QUERY} {EXPERTS} decoder_sparse_step mlp_only_layers norm_topk_prob"
 SIGMOID_EXPERTS = """
     first_k_dense_replace moe_intermediate_size n_group n_routed_experts n_shared_experts norm_topk_prob
     num_experts_per_tok num_nextn_predict_layers routed_scaling_factor topk_group
 """
 KEYS = {
     "qwen3": ("Qwen3ForCausalLM", GROUPED_QUERY),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", QWEN3_MOE),
-    "qwen3_next": (
-        "Qwen3NextForCausalLM",
-        f"""
-        {QWEN3_MOE} full_attention_interval layer_types linear_conv_kernel_dim linear_key_head_dim
-        linear_num_key_heads linear_num_value_heads linear_value_head_dim partial_rotary_factor
-        shared_expert_intermediate_size
-        """,
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        f"{GROUPED_QUERY} {EXPERTS} decoder_sparse_step mlp_only_layers norm_topk_prob",
     ),
     "glm4_moe": ("Glm4MoeForCausalLM", f"{GROUPED_QUERY} {SIGMOID_EXPERTS} partial_rotary_factor use_qk_norm"),
     "deepseek_v3": (
@@ -257,10 +251,6 @@ KEYS = {
         {SIGMOID_EXPERTS} kv_lora_rank moe_layer_freq q_lora_rank qk_nope_head_dim qk_rope_head_dim rope_interleave
         scoring_func topk_method v_head_dim
         """,
-    ),
-    "gpt_oss": (
-        "GptOssForCausalLM",
-        f"{EXPERTS} head_dim layer_types num_local_experts sliding_window swiglu_limit",
     ),
 }
 """{model_type: (the class in transformers, the keys beside COMMON)} of the architectures that this tool exports, as

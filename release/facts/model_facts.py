@@ -31,9 +31,7 @@ CONFIG_KEYS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
     "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size", "n_routed_experts",
     "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "sliding_window",
-    "full_attention_interval", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
-    "linear_value_head_dim", "shared_expert_intermediate_size",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
 """Fields of config.json, if the architecture has them."""
 EXPERTS = ("num_experts", "n_routed_experts")

@@ -116,10 +116,6 @@ def _vllm_lacks(variant: Variant, config: Mapping[str, Any]) -> str:
             return f"its kernels for the CPU know latents of {sizes[0]}, and these are {sizes[1]}"
     elif config["head_dim"] < VLLM_HEAD:
         return f"its kernels for the CPU know heads of {VLLM_HEAD} and larger, and these have {config['head_dim']}"
-    if config.get("model_type") == "gpt_oss" and config.get("rope_scaling") is None:
-        return "its class of GPT-OSS reads models with YaRN only"
-    if "linear_num_value_heads" in config and _vllm_dtype(variant) == ["float32"]:
-        return "its kernel of gated delta nets for the CPU takes bf16 only, and this comparison is in fp32"
     if not any(key in config for key in EXPERTS):
         return ""
     if variant.encoding == "fp8":

@@ -23,9 +23,10 @@ from torch import Tensor
 from pipeline.core.errors import AtomError, CheckFailed
 from stages.export import SLICE_BYTES, parity_lengths
 from stages.mcore import gpu
+from stages.mcore.hf_mapping import from_hf
 from stages.mcore.model import build, check_tensors
-from stages.mcore.param_names import BUFFERS, global_name
 from stages.models.base import ModelConfig
+from stages.models.param_names import BUFFERS, global_name
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint
 
@@ -39,7 +40,7 @@ def compare_files(folder: Path, tensors: Mapping[str, Tensor], model: ModelConfi
     """
     remaining = set(tensors)
     try:
-        for name, actual in model.spec().from_hf(release_checkpoint.Tensors(folder), model):
+        for name, actual in from_hf(release_checkpoint.Tensors(folder), model):
             # Exports leave out the rows that pad the vocabulary.
             expected = tensors[name][:vocab_size] if name.endswith(TABLES) else tensors[name]
             if expected.dtype != actual.dtype or not torch.equal(expected, actual):

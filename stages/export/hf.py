@@ -29,10 +29,10 @@ from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
 from stages.formats.tokenizer import CONFIG_FILE, PAD, STOPS, TOKENIZER_FILES
 from stages.mcore.gpu_environment import variables
 from stages.mcore.lora import Lora
-from stages.mcore.param_names import BUFFERS
 from stages.models.base import PositiveInt
 from stages.models.costs import Rows
 from stages.models.parallel_layout import Layout
+from stages.models.param_names import BUFFERS
 from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
 
@@ -96,7 +96,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     import torch
 
     from stages.export import comparison
-    from stages.mcore.architectures.hf_mapping import hf_config
+    from stages.mcore.hf_mapping import hf_config, to_hf
     from stages.train.checkpoint import release_checkpoint
 
     folder = out / "model"
@@ -111,7 +111,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     # Rounded before both uses: Megatron's model computes with the weights that are exported, so no tolerance has to
     # allow for the rounding.
     tensors = Rounded(_weights(config, inputs), getattr(torch, config.dtype))
-    mapped = config.model.spec().to_hf(tensors, config.model, vocab_size)
+    mapped = to_hf(tensors, config.model, vocab_size)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
     _write(folder / "config.json", hf_config(config.model, vocab_size, ids[STOPS[0]], ids[PAD], config.dtype))
     (folder / "generation_config.json").write_bytes(generation_config(config.converses, ids))

@@ -44,6 +44,7 @@ from stages.generation.vllm_worker.atom_group import (
     view,
 )
 from stages.generation.vllm_worker.atom_index import policy_digest, row_of
+from stages.mcore.hf_mapping import to_hf
 from stages.mcore.tensor_sharding import FullTensors
 from stages.models.base import ModelConfig
 from stages.train.checkpoint import release_checkpoint
@@ -102,7 +103,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
 def hf_tensors(full: FullTensors, model: ModelConfig, vocab_size: int) -> Tensors:
     """Yields transformers' names and tensors; those that another rank hands over are on `meta`. Collective."""
-    return model.spec().to_hf(full, model, vocab_size)
+    return to_hf(full, model, vocab_size)
 
 
 def digest_of(tensors: Tensors, ranks: Ranks) -> str:

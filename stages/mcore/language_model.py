@@ -151,13 +151,10 @@ def _slice(
     return total.log() - label_logits, exponentials.div_(total[:, None]), at_labels, is_here
 
 
-class TokenLosses:
-    """A base class that gives a language model of Megatron its loss by slices of tokens.
+class LanguageModel(GPTModel):  # type: ignore[misc]
+    """Megatron's GPTModel with its loss by slices of tokens where the layout has this (`Layout.slices_loss`).
 
-    It stands left of Megatron's among the bases, and acts where the layout has this loss (`Layout.slices_loss`). The
-    argument `loss_mask` then has the meaning of `weights` in `token_losses`.
-
-    The model's `forward` passes its last hidden states to `_postprocess`, as GPTModel does. With the argument `targets`
+    The argument `loss_mask` then has the meaning of `weights` in `token_losses`. With the argument `targets`
     (`stages.train.data.Batch`) the logits of these alone are computed; the losses have the shape of `labels`, and are 0
     elsewhere.
 
@@ -165,23 +162,15 @@ class TokenLosses:
         layout: The layout, which states whether losses are computed by slices.
         real_vocab_size: Ids from this one on are padding.
         targets: The targets of the present forward pass; None for all tokens.
-
-    The other attributes are Megatron's.
     """
 
-    config: Any
-    output_layer: Any
-    post_process: bool
-    share_embeddings_and_output_weights: bool
-    shared_embedding_or_output_weight: Any
-    vocab_size: int
     layout: Layout
     real_vocab_size: int
     targets: Tensor | None = None
 
     def forward(self, *inputs: Any, targets: Tensor | None = None, **keywords: Any) -> Any:
         self.targets = targets
-        return super().forward(*inputs, **keywords)  # type: ignore[misc]
+        return super().forward(*inputs, **keywords)
 
     def _postprocess(
         self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None = None, **inputs: Any
@@ -220,9 +209,4 @@ class TokenLosses:
         self, hidden_states: Tensor, labels: Tensor | None, loss_mask: Tensor | None, inputs: dict[str, Any]
     ) -> Any:
         """Returns what Megatron returns: hidden states before the last stage, logits without labels, else losses."""
-        postprocess = super()._postprocess  # type: ignore[misc]
-        return postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)
-
-
-class LanguageModel(TokenLosses, GPTModel):  # type: ignore[misc]
-    """Megatron's GPTModel with these losses."""
+        return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **inputs)

@@ -1,8 +1,4 @@
-"""The kernels of a layer: Transformer Engine's if available, else PyTorch's. Only this file decides.
-
-With sinks, the softmax of each query has one score beyond those of its keys, a parameter of the head, and its value is
-zero (gpt-oss, arXiv:2508.10925; Xiao et al., 2024, arXiv:2309.17453). So a query may attend to nothing.
-"""
+"""The kernels of a layer: Transformer Engine's if available, else PyTorch's. Only this file decides."""
 
 from __future__ import annotations
 
@@ -28,13 +24,10 @@ from stages.mcore.megatron_imports import (
     get_num_layers_to_build,
     get_transformer_layer_offset,
     gpt_layer_specs,
-    is_layer_window_attention,
     parallel_state,
 )
 from stages.mcore.qkv import SelfAttention
 from stages.mcore.row_tables import Documents, Tables
-
-aten = torch.ops.aten
 
 
 def has_transformer_engine() -> bool:
@@ -79,8 +72,8 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
         if packed or is_partial or not engine:
             spec.submodules.self_attention.module = SelfAttention
-            # Its kernel for rows of several documents takes neither parts of rows nor sinks.
-            has_kernel = engine and config.context_parallel_size == 1 and config.softmax_type == "vanilla"
+            # Its kernel for rows of several documents takes no parts of rows.
+            has_kernel = engine and config.context_parallel_size == 1
             spec.submodules.self_attention.submodules.core_attention = EngineAttention if has_kernel else Attention
         return spec
 
@@ -101,26 +94,19 @@ class RMSNorm(torch.nn.RMSNorm):
     """PyTorch's norm, marked so that its gradient is summed over sequence-parallel ranks.
 
     Megatron's local one refuses sequence parallelism. On a CPU in fp32, where PyTorch has no kernel, this one gives
-    PyTorch's bits from fewer passes over memory. With an offset it computes in fp32, and multiplies by offset + weight:
-    by 1 + weight for norms around zero.
+    PyTorch's bits from fewer passes over memory.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         # Each tensor rank normalizes its share of the tokens, so the gradient is a sum over them.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.offset = 1 if config.layernorm_zero_centered_gamma else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.offset is None:
-            return self._normed(x, self.weight)
-        return self._normed(x.float(), self.offset + self.weight.float()).to(x.dtype)
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-            normed: torch.Tensor = Norm.apply(x, x, weight, self.eps)
+        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            normed: torch.Tensor = Norm.apply(x, x, self.weight, self.eps)
             return normed
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return super().forward(x)
 
 
 class Norm(torch.autograd.Function):
@@ -151,9 +137,6 @@ class Norm(torch.autograd.Function):
 class Attention(MegatronModule):  # type: ignore[misc]
     """Causal grouped-query attention with PyTorch's fused kernels, which never store the scores of a whole row.
 
-    As Megatron's configuration has it, a query of some layers sees a window of the latest keys, and heads have
-    sinks.
-
     Rows are padded on the right, so causality alone masks padding for every real position. Under context parallelism a
     rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal attention; it gathers
     the keys and values of the others. In packed rows, Megatron's attention mask argument
@@ -166,14 +149,6 @@ class Attention(MegatronModule):  # type: ignore[misc]
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
-        is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        self.window = config.window_size[0] + 1 if is_windowed else None
-        """Keys that a query sees at most, its own among them."""
-        self.softmax_offset: torch.nn.Parameter | None = None
-        """The sinks of this tensor rank's heads."""
-        if config.softmax_type == "learnable":
-            heads = config.num_attention_heads // config.tensor_model_parallel_size
-            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         """The output of this tensor rank's heads, [sequence, batch, heads*dim].
@@ -185,12 +160,11 @@ class Attention(MegatronModule):  # type: ignore[misc]
         if self.config.context_parallel_size > 1:
             # Queries stay where they are; each rank needs the keys and values of the whole row.
             k, v = GatherSlices.apply(k), GatherSlices.apply(v)
-        has_sinks = self.softmax_offset is not None
-        if tables.prefixes is not None and (has_sinks or not Attention.takes_documents(self, q)):
+        if tables.prefixes is not None and not Attention.takes_documents(self, q):
             return self.by_buckets(q, k, v, tables)
-        if has_sinks or not self.takes_documents(q):
+        if not self.takes_documents(q):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-            out = causal_attention(q, k, v, tables, self.scale, self.window, self.softmax_offset)
+            out = causal_attention(q, k, v, tables, self.scale)
             return out.permute(2, 0, 1, 3).flatten(2)
         batch = q.shape[1]
         documents = tables.documents(batch)
@@ -211,9 +185,8 @@ class Attention(MegatronModule):  # type: ignore[misc]
         kernel = varlen_kernel()
         assert kernel is not None
         ends = (documents.queries, documents.keys, documents.longest, documents.longest)
-        # The kernel counts the keys before a query's own one; -1 stands for all.
-        before = -1 if self.window is None else self.window - 1
-        attended: Tensor = kernel(q, k, v, *ends, scale=self.scale, window_size=(before, 0))
+        # Causal: a query sees all keys before its own one, for which -1 stands, and none after it.
+        attended: Tensor = kernel(q, k, v, *ends, scale=self.scale, window_size=(-1, 0))
         return attended
 
     def by_buckets(self, q: Tensor, k: Tensor, v: Tensor, tables: Tables) -> Tensor:
@@ -221,14 +194,14 @@ class Attention(MegatronModule):  # type: ignore[misc]
         length, batch = q.shape[:2]
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))  # [tokens of all rows, heads, dim]
         # Documents of one bucket have lengths within a factor of two, which bounds the padding.
-        buckets, place = tables.buckets(batch, q.dtype, self.window)
+        buckets, place = tables.buckets(batch, q.dtype)
         out = []
         for bucket in buckets:
             queries, keys, values = (
                 x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
                 for x, index in ((q, bucket.queries), (k, bucket.keys), (v, bucket.keys))
             )
-            attended = attend(queries, keys, values, bucket.mask, self.scale, self.softmax_offset)
+            attended = attend(queries, keys, values, bucket.mask, self.scale)
             out.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
         attended_rows: Tensor = torch.cat(out).index_select(0, place).unflatten(0, (batch, length))
         return attended_rows.transpose(0, 1).contiguous()
@@ -285,28 +258,23 @@ class EngineAttention(Attention):
         return out.view_as(q)
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Tables,
-    scale: float | None,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, tables: Tables, scale: float | None) -> Tensor:
     """Attention by slices of queries; q: [batch, heads, this rank's share of a row, dim]; k, v: of complete rows."""
-    out, slices = [], tables.slices(window)
+    out, slices = [], tables.slices
     for number, queries in enumerate(q.split([count for count, _, _ in slices], 2)):
         _, first, end = slices[number]
         keys, values = (x[:, :, first:end] for x in (k, v))
-        out.append(attend(queries, keys, values, tables.mask(number, q.dtype, window), scale, sinks))
+        out.append(attend(queries, keys, values, tables.mask(number, q.dtype), scale))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sinks: Tensor | None) -> Tensor:
-    """One call of a kernel; arguments and result as those of `attend_with_sinks`. sinks: None without any."""
-    if sinks is not None:
-        return attend_with_sinks(q, k, v, sinks, mask, scale)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """One call of a kernel.
+
+    `q` and the result are [batch, heads, queries, dim], `k` and `v` are [batch, kv_heads, keys, dim]. `mask` is added
+    to the scores, [queries, keys] or [batch, heads or 1, queries, keys]; None means causal, with as many keys as
+    queries. `scale` multiplies the scores; None means 1 / sqrt(dim).
+    """
     # Copies of the keys for each query head are cheaper than the scores that PyTorch would store.
     if not (shares := shares_keys(q, mask)):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -352,64 +320,3 @@ class GatherSlices(torch.autograd.Function):
         slices = gradient.chunk(2 * dist.get_world_size(group))
         rank = dist.get_rank(group)
         return torch.cat([slices[rank], slices[-1 - rank]])
-
-
-def attend_with_sinks(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None
-) -> Tensor:
-    """Attention with sinks, by a fused kernel on a CPU and by plain products elsewhere.
-
-    `q` and the result are [batch, heads, queries, dim], `k` and `v` are [batch, kv_heads, keys, dim], `sinks` is
-    [heads]. `mask` is added to the scores, [queries, keys] or [batch, heads or 1, queries, keys]; None means causal,
-    with as many keys as queries. `scale` multiplies the scores; None means 1 / sqrt(dim).
-    """
-    if q.device.type == "cpu":
-        out: Tensor = SinkAttention.apply(q, k, v, sinks, mask, scale)
-        return out
-    return plain_attention(q, k, v, sinks, mask, scale)
-
-
-class SinkAttention(torch.autograd.Function):
-    """By PyTorch's fused kernel for CPUs, which never stores the scores of a whole row.
-
-    The kernel's backward pass computes the probabilities from the log-sum-exp of the scores. With that of scores and
-    sink, and the output to match, they and all gradients are those with the sink.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None
-    ) -> Tensor:
-        out: Tensor
-        log_sums: Tensor
-        out, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
-        )
-        with_sink = torch.logaddexp(log_sums, sinks.float()[:, None])
-        out = out.mul_((log_sums - with_sink).exp_()[..., None])
-        ctx.save_for_backward(q, k, v, sinks, mask, out, with_sink)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, mask, out, with_sink = ctx.saved_tensors
-        d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, q, k, v, out, with_sink, 0.0, mask is None, attn_mask=mask, scale=ctx.scale
-        )
-        # A sink has no value: its gradient comes from the probability that it takes from the keys.
-        probability = (sinks.float()[:, None] - with_sink).exp_()
-        d_sinks = -(probability * (gradient.float() * out.float()).sum(-1)).sum((0, 2))
-        return d_q, d_k, d_v, d_sinks.to(sinks.dtype), None, None
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """The same by its definition, with all scores in memory, for devices without such a kernel."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is None:
-        mask = torch.full(scores.shape[-2:], -torch.inf, device=q.device).triu_(1)
-    sink = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
-    # The sink takes part in the softmax, and has no value to be weighted.
-    probabilities = torch.cat((scores + mask, sink), -1).softmax(-1)[..., :-1]
-    return probabilities.to(v.dtype) @ v

@@ -23,8 +23,6 @@ def problem(
         for field, size in (("ep", layout.ep), ("etp", layout.etp or 1)):
             if size > 1:
                 return f"parallelism.{field} = {size} splits experts, and the model has none; leave it out"
-    if obstacle := model.layout_obstacle(layout):
-        return obstacle
     sizes = {"tp": layout.tp, "etp": layout.split_experts, "ep": layout.ep}
     for field, dimension, value in [*model.split_sizes(), ("tp", "padded_vocab_size", padded_vocab_size)]:
         if value % (size := sizes[field]):

@@ -16,10 +16,10 @@ from pydantic import Field, field_validator
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config
-from stages.mcore.param_names import CUT_FACTORS
 from stages.models.base import ModelConfig, Precision
 from stages.models.costs import MemoryShare
 from stages.models.parallel_layout import Layout
+from stages.models.param_names import is_cut
 
 A, B = ".lora_A", ".lora_B"
 """Endings of the names of an adapter's tensors."""
@@ -90,7 +90,7 @@ class Lora(Config):
 
             is_expert = ".experts." in name
             size = math.prod(shape)
-            if name.endswith(CUT_FACTORS):
+            if is_cut(name):
                 size //= layout.split_experts if is_expert else layout.tp
             if is_expert:
                 experts += size

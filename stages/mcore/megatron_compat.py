@@ -6,7 +6,6 @@ Everything else uses names that all versions have. Tests run with the oldest (Py
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
 import types
@@ -165,8 +164,3 @@ class _MissingKernels(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return None
-
-
-def submodules_of(part: Any) -> Any:
-    """The parts of a part of a layer, which 0.16 has in a ModuleSpec, and 0.19 among the arguments of a `partial`."""
-    return part.keywords["submodules"] if isinstance(part, functools.partial) else part.submodules

@@ -17,9 +17,8 @@ from functools import cached_property
 
 from stages.mcore.lora import Lora
 from stages.mcore.optimizer import OptimizerSettings
-from stages.models.base import ModelConfig, Precision
-from stages.models.costs import MemoryShare, Rows, sliced_attention
-from stages.models.decoder import DecoderConfig
+from stages.models.base import ModelConfig, Precision, bytes_of
+from stages.models.costs import SLICE, MemoryShare, Rows
 from stages.models.parallel_layout import LOSS_SLICE, Layout
 
 Kind = OptimizerSettings | type[OptimizerSettings]
@@ -139,7 +138,7 @@ class Activations:
     @property
     def size(self) -> int:
         """Bytes of a value."""
-        return 4 if self.precision == "fp32" else 2
+        return bytes_of(self.precision)
 
     @property
     def tokens(self) -> float:
@@ -239,7 +238,6 @@ class Activations:
         """
         if "mlp" in lora.targets or self.layout.recompute == "layer":
             return 0.0
-        assert isinstance(self.model, DecoderConfig), "adapters are of its matrices"
         widths = [self.model.mlp_inputs(self.layout, layer) for chunk in self.chunks for layer in chunk]
         return self.size * self.tokens * (self.in_flight * sum(widths) - max(widths))
 
@@ -268,11 +266,17 @@ class Activations:
         return ranks if ranks > 1 else 0
 
     def _masks(self) -> float:
-        """Returns the bytes of the masks of a micro-batch; one for all rows if these are one document each."""
+        """Returns the bytes of the masks of a micro-batch; one for all rows if these are one document each.
+
+        In fp32 a GPU has no kernel for rows of several documents, or for parts of a row: attention then goes by slices
+        of queries, each with the keys up to its end.
+        """
         rows = self.rows
-        windows = self.model.masked_windows(self.layout, self.precision, rows, self.fused)
-        by_query = sum(sliced_attention(rows, window)[0] for window in windows)
-        return self.size * by_query * rows.length / self.layout.cp * (rows.rows if rows.packed else 1)
+        if self.precision != "fp32" or rows.targets is not None or not (rows.packed or self.layout.cp > 1):
+            return 0.0
+        ends = [min(start + SLICE, rows.length) for start in range(0, rows.length, SLICE)]
+        scores = sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+        return self.size * scores / self.layout.cp * (rows.rows if rows.packed else 1)
 
     def _inputs_of_loss(self) -> float:
         """Returns the bytes of the inputs of the final norm and of the output head, which has only the targets'."""

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from pipeline.core.errors import AtomError, RecipeError
 from stages.mcore import gpu, megatron_compat, megatron_patches
+from stages.mcore.architectures import architecture_of
 from stages.mcore.language_model import LanguageModel, mask_padding
 from stages.mcore.layer_spec import has_transformer_engine, uses_transformer_engine
 from stages.mcore.megatron_imports import GPTModel, MLATransformerConfig, TopKRouter, TransformerConfig, parallel_state
-from stages.mcore.param_names import BUFFERS, INTO_THE_STREAM, MATRICES, VECTORS, global_name
 from stages.mcore.row_tables import RowTables, frequencies, megatron_yarn
 from stages.mcore.tensor_sharding import is_copied
 from stages.models.base import ModelConfig, Precision, layers_in_bf16
 from stages.models.parallel_layout import Fusion, Layout
+from stages.models.param_names import BIASES, BUFFERS, INTO_THE_STREAM, MATRICES, global_name
 
 FUSIONS: dict[Fusion, tuple[dict[str, Any], str, str]] = {
     # Megatron's settings; the name in Megatron that is there with the kernel; what that takes
@@ -60,7 +61,7 @@ def transformer_config(
     It follows from the architecture of the model, its sizes, the layout and the precision. With `routing_replay`,
     routers can be given the experts of their tokens.
     """
-    words, of_model = keywords(precision, model.layers), model.spec().megatron(model)
+    words, of_model = keywords(precision, model.layers), architecture_of(model).megatron(model)
     engine = uses_transformer_engine(words["params_dtype"])
     # Before the routers are built: it is a switch of the process.
     megatron_compat.multiply_routers_with_transformer_engine(engine)
@@ -101,7 +102,7 @@ def transformer_config(
         config.moe_enable_routing_replay = True
         config.moe_router_fusion = False  # that kernel would choose experts of its own, without a word
     # for this project's attention; Megatron's own reads the following
-    config.rows = RowTables(frequencies(model), layout.cp, config.softmax_type == "learnable")
+    config.rows = RowTables(frequencies(model), layout.cp)
     for name, value in megatron_yarn(model).items():
         setattr(config, name, value)
     return config
@@ -142,14 +143,13 @@ def build(
     if on_meta:  # Megatron's layers then name no device; those of Transformer Engine name this one
         config.init_model_with_meta_device = uses_transformer_engine(config.params_dtype)
         config.use_cpu_initialization = not config.init_model_with_meta_device
-    spec, chunks = model.spec(), []
-    construct = spec.language_model or LanguageModel
+    spec_of_layers, chunks = architecture_of(model).layer_spec, []
     for number in range(layout.vpp):
         stage = number if layout.vpp > 1 else None
         with torch.device("meta") if on_meta else contextlib.nullcontext():
-            chunk = construct(
+            chunk = LanguageModel(
                 config=config,
-                transformer_layer_spec=spec.layer_spec(config, stage, packed),
+                transformer_layer_spec=spec_of_layers(config, stage, packed),
                 vocab_size=padded_vocab_size,
                 max_sequence_length=model.context_length,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -160,8 +160,7 @@ def build(
                 vp_stage=stage,
             )
         for layer in chunk.decoder.layers:
-            # Global names count the layers of the model, Megatron those of its own stack.
-            layer.model_layer = spec.layer_of(layer.layer_number - 1)
+            layer.model_layer = layer.layer_number - 1
             for router in layer.modules():
                 if isinstance(router, TopKRouter):
                     router.model_layer = layer.model_layer
@@ -343,26 +342,16 @@ def missing_requirement(precision: Precision) -> str | None:
 def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
     """The whole initial fp32 tensor of that global name.
 
-    Ones for norms (zeros where 1 is added to them), zeros for biases and sinks, otherwise normal with standard
-    deviation `init_std`, divided by sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling).
-    A gated delta net starts as Megatron's: ones for the biases of the decay, its rates uniform from 1 to 16, and a
-    convolution as PyTorch's.
+    Ones for norms, zeros for biases, otherwise normal with standard deviation `init_std`, divided by sqrt(2 * layers)
+    where a layer writes into the residual stream (GPT-2's scaling).
     Of an adapter, B is zero and A uniform up to 1 / sqrt(its columns), as PEFT draws it.
     """
     if name.endswith("layernorm.weight"):
-        return torch.zeros(shape) if model.zero_centered_norms else torch.ones(shape)
-    if name.endswith(("out_norm.weight", ".dt_bias")):
         return torch.ones(shape)
-    if name.endswith(("expert_bias", ".lora_B", *VECTORS)):
+    if name.endswith(("expert_bias", ".lora_B", *BIASES)):
         return torch.zeros(shape)
     if name.endswith(".lora_A"):
         bound = 1 / math.sqrt(shape[1])
-        return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
-    if name.endswith(".A_log"):
-        # Rates of decay as in Mamba-2 and in Megatron's layer, kept as logarithms.
-        return torch.empty(shape).uniform_(1.0, 16.0, generator=_generator(name, seed)).log_()
-    if name.endswith(".conv1d.weight"):
-        bound = 1 / math.sqrt(shape[-1])
         return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
     if not name.endswith(MATRICES):
         raise ValueError(f"there is no rule for the initial weights of {name}; add one to stages/mcore/model.py")

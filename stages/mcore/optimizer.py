@@ -16,7 +16,7 @@ from pydantic import Discriminator, Tag, model_validator
 
 from pipeline.core.bounds import Range, Steps
 from pipeline.core.stage import Config, added
-from stages.mcore.param_names import BUFFERS
+from stages.models.param_names import BUFFERS
 
 if TYPE_CHECKING:
     import torch

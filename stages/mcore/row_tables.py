@@ -63,7 +63,6 @@ class Tables:
         device: torch.device,
         rope: tuple[Tensor, float],
         step: int = 1,
-        has_sinks: bool = False,
     ) -> None:
         """Tables of rows of which this context rank has a share.
 
@@ -76,10 +75,9 @@ class Tables:
             device: Where the tables are made.
             rope: Frequencies and factor.
             step: The distance of neighbors' positions for the rotary embedding.
-            has_sinks: True if heads have sinks, for which a GPU has no kernel.
         """
         self.starts, self.length, self.context, self.device, self.rope = starts, length, context, device, rope
-        self.step, self.has_sinks = step, has_sinks
+        self.step = step
         self.positions = context_positions(length * context) if context > 1 else torch.arange(length)
         self.local_starts = None if starts is None else starts.cpu()[..., self.positions]
         """[batch, length], on the host."""
@@ -88,20 +86,14 @@ class Tables:
         if self.local_starts is not None and self.local_starts.dim() == 3:
             assert context == 1, "context ranks hold parts of rows"
             self.local_starts, self.prefixes = self.local_starts[0], self.local_starts[1:]
-        self._slices: dict[int | None, list[tuple[int, int, int]]] = {}
-        self._masks: dict[tuple[int, torch.dtype, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         self._documents: dict[int, Documents] = {}
-        self._buckets: dict[tuple[torch.dtype, int | None], tuple[list[Bucket], Tensor]] = {}
+        self._buckets: dict[torch.dtype, tuple[list[Bucket], Tensor]] = {}
 
     @cached_property
     def _on_device(self) -> tuple[Tensor, Tensor | None]:
         starts = None if self.local_starts is None else gpu.upload(self.local_starts, self.device)
         return gpu.upload(self.positions, self.device), starts
-
-    @property
-    def device_starts(self) -> Tensor | None:
-        """`local_starts` on the device."""
-        return self._on_device[1]
 
     @cached_property
     def rotary(self) -> tuple[Tensor, Tensor]:
@@ -120,54 +112,43 @@ class Tables:
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
-    def slices(self, window: int | None = None) -> list[tuple[int, int, int]]:
+    @cached_property
+    def slices(self) -> list[tuple[int, int, int]]:
         """(queries, first key, end of keys) of each slice of queries.
 
-        It sees no keys beyond its last position, and none before its first document or the window of its first
-        position. The CPU's kernel also computes masked scores, so this saves almost half of the work of long
-        rows, and with sinks, whose scores are kept, almost half of their memory on a GPU; a GPU's kernel does
-        not compute them, and takes a row that is one document whole. window: maximum keys that a query sees;
-        None: all.
+        It sees no keys beyond its last position, and none before its first document. The CPU's kernel also computes
+        masked scores, so this saves almost half of the work of long rows; a GPU's kernel does not compute them, and
+        takes a row that is one document whole.
         """
-        if window not in self._slices:
-            has_kernel = on_a_gpu(self.device) and not self.has_sinks
-            whole = has_kernel and self.local_starts is None and self.context == 1 and window is None
-            parts = self.positions.split(self.length if whole else SLICE)
-            starts = [None] * len(parts) if self.local_starts is None else self.local_starts.split(SLICE, 1)
-            self._slices[window] = [
-                (
-                    len(part),
-                    max(0 if start is None else int(start.min()), int(part.min()) + 1 - window if window else 0),
-                    int(part.max()) + 1,
-                )
-                for part, start in zip(parts, starts, strict=True)
-            ]
-        return self._slices[window]
+        whole = on_a_gpu(self.device) and self.local_starts is None and self.context == 1
+        parts = self.positions.split(self.length if whole else SLICE)
+        starts = [None] * len(parts) if self.local_starts is None else self.local_starts.split(SLICE, 1)
+        return [
+            (len(part), 0 if start is None else int(start.min()), int(part.max()) + 1)
+            for part, start in zip(parts, starts, strict=True)
+        ]
 
-    def mask(self, number: int, dtype: torch.dtype, window: int | None = None) -> Tensor | None:
+    def mask(self, number: int, dtype: torch.dtype) -> Tensor | None:
         """Returns the numbers to add to the scores of a slice, 0 or minus infinity; None if it is plainly causal.
 
         The shape is [queries, keys] or [batch, 1, queries, keys]. Autograd keeps masks: with it all layers share them.
         """
-        slices = self.slices(window)
-        count, first, end = slices[number]
+        count, first, end = self.slices[number]
         # As many keys as queries, so the kernel's own causal order is right without a mask.
-        if self.local_starts is None and end == count and (window is None or end <= window):
+        if self.local_starts is None and end == count:
             return None
-        if (number, dtype, window) in self._masks:
-            return self._masks[number, dtype, window]
+        if (number, dtype) in self._masks:
+            return self._masks[number, dtype]
         positions, starts = self._on_device
-        begin = sum(queries for queries, _, _ in slices[:number])
+        begin = sum(queries for queries, _, _ in self.slices[:number])
         key = torch.arange(first, end, device=self.device)
         seen = positions[begin : begin + count, None] >= key
-        if window is not None:
-            seen = seen & (positions[begin : begin + count, None] - key < window)
         if starts is not None:
             seen = (seen & (starts[:, begin : begin + count, None] <= key))[:, None]
         mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, -torch.inf)
         # Without gradients nothing keeps a mask, so neither do the tables.
         if torch.is_grad_enabled():
-            self._masks[number, dtype, window] = mask
+            self._masks[number, dtype] = mask
         return mask
 
     def documents(self, batch: int) -> Documents:
@@ -204,23 +185,20 @@ class Tables:
         queries, keys = (gpu.upload(x.int(), self.device) for x in (bounds, keys))
         return Documents(queries, keys, longest, gathered)
 
-    def buckets(self, batch: int, dtype: torch.dtype, window: int | None = None) -> tuple[list[Bucket], Tensor]:
+    def buckets(self, batch: int, dtype: torch.dtype) -> tuple[list[Bucket], Tensor]:
         """The documents of `batch` rows by length, for kernels that take rows of one length.
 
-        The second result is the place of each position in the queries of all buckets side by side. `window` is the
-        maximum of keys that a query sees; None means all.
+        The second result is the place of each position in the queries of all buckets side by side.
         """
-        if (dtype, window) not in self._buckets:
-            self._buckets[dtype, window] = self._make_buckets(self.documents(batch), dtype, window)
-        return self._buckets[dtype, window]
+        if dtype not in self._buckets:
+            self._buckets[dtype] = self._make_buckets(self.documents(batch), dtype)
+        return self._buckets[dtype]
 
-    def _make_buckets(
-        self, documents: Documents, dtype: torch.dtype, window: int | None
-    ) -> tuple[list[Bucket], Tensor]:
+    def _make_buckets(self, documents: Documents, dtype: torch.dtype) -> tuple[list[Bucket], Tensor]:
         assert documents.gathered is not None, "the documents have prefixes"
         count, total = (x.cpu().long().diff() for x in (documents.queries, documents.keys))
         prefix = total - count
-        # Documents with and without a prefix stay apart, as the latter need no mask unless a window cuts them.
+        # Documents with and without a prefix stay apart, as the latter need no mask.
         kinds: dict[tuple[bool, int], list[int]] = {}
         for document, (before, length) in enumerate(zip(prefix.tolist(), count.tolist(), strict=True)):
             kinds.setdefault((before > 0, (length - 1).bit_length()), []).append(document)
@@ -239,15 +217,11 @@ class Tables:
             place[queries[real]] = (offset + torch.arange(real.numel()).view(real.shape))[real]
             offset += real.numel()
             mask = None
-            width = before + longest if window is None else window
-            is_windowed = before + longest > width
-            if before or is_windowed:
+            if before:
                 # One mask serves the whole bucket if all its prefixes have one length.
                 if bool((ahead == ahead[0]).all()):
                     ahead = ahead[:1]
                 seen = (key <= before + query[:, None]) & (key >= ahead[:, :, None])
-                if is_windowed:
-                    seen &= before + query[:, None] - key < width
                 mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
                 mask = gpu.upload(mask, self.device)
             buckets.append(Bucket(gpu.upload(queries, self.device), gpu.upload(keys, self.device), mask))
@@ -261,8 +235,8 @@ class RowTables:
     unpacks it anew.
     """
 
-    def __init__(self, rope: tuple[Tensor, float], context: int, has_sinks: bool = False) -> None:
-        self.rope, self.context, self.has_sinks = rope, context, has_sinks
+    def __init__(self, rope: tuple[Tensor, float], context: int) -> None:
+        self.rope, self.context = rope, context
         self.steps: dict[int, int] = {}
         """{tokens of a row: distance of its neighbors' positions}, where it is not 1: to compute at far positions."""
         self.key: Any = None
@@ -280,7 +254,7 @@ class RowTables:
         if self.tables is None or key != self.key:
             step = self.steps.get(length, 1)
             self.key = key
-            self.tables = Tables(starts, length, self.context, device, self.rope, step, self.has_sinks)
+            self.tables = Tables(starts, length, self.context, device, self.rope, step)
         return self.tables
 
 

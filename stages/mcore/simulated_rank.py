@@ -34,7 +34,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stages.mcore import gpu, layer_spec, routers, row_tables
-from stages.mcore.layer_spec import attend_with_sinks, plain_attention
 from stages.mcore.megatron_imports import TopKRouter, parallel_state, tensor_parallel
 from stages.models.parallel_layout import Layout
 
@@ -259,7 +258,6 @@ def simulated(layout: Layout, rank: int) -> Iterator[SimulatedRank]:
         for target, name, replacement in (
             (torch.nn.Module, "bfloat16", _to_bfloat16),
             (layer_spec.Attention, "takes_documents", lambda attention, q: layer_spec.fits_flash_attention(q)),
-            (layer_spec, "attend_with_sinks", _attend_with_sinks),
             (row_tables, "on_a_gpu", lambda device: True),
             (layer_spec.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.weight)),
             (TopKRouter, "routing", balanced(TopKRouter.routing)),
@@ -285,12 +283,6 @@ def _to_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.bfloat16)
     return module
-
-
-def _attend_with_sinks(q: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """As on a GPU, but fp32 as on a CPU, which is what the plan counts."""
-    attend = attend_with_sinks if q.dtype == torch.float32 else plain_attention
-    return attend(q, *arguments)
 
 
 def balanced(route: Callable[..., Any]) -> Callable[..., Any]:

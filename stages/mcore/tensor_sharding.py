@@ -8,7 +8,6 @@ everything else is whole on every rank.
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 
@@ -16,22 +15,12 @@ import torch
 import torch.distributed as dist
 
 from stages.mcore.megatron_imports import parallel_state
-from stages.mcore.param_names import (
-    BUFFERS,
-    CUT_FACTORS,
-    CUT_MATRICES,
-    CUT_VECTORS,
-    INTO_THE_STREAM,
-    VECTORS,
-    WHOLE_MATRICES,
-)
+from stages.models.param_names import INTO_THE_STREAM, is_cut
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dimension of the full tensor."""
 EXPERTS = ".mlp.experts."
 """In the names of the tensors that expert ranks share out."""
-EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
-"""The number of an expert in the name of its tensor."""
 
 
 def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> tuple[Box, ...]:
@@ -58,17 +47,6 @@ def boxes(name: str, shape: tuple[int, ...], tensor_rank: int | None = None) -> 
     blocks = 2 if ".linear_fc1." in name else 1  # gate above up, each cut separately
     block, n = shape[0] // blocks, shape[0] // blocks // size
     return tuple(((b * block + rank * n, b * block + (rank + 1) * n), *full_box[1:]) for b in range(blocks))
-
-
-def is_cut(name: str) -> bool:
-    """Returns True if tensor parallelism cuts the tensor of that global name. Raises ValueError for an unknown name."""
-    if name.endswith((*CUT_MATRICES, *CUT_VECTORS)):
-        return True
-    if name.endswith((".lora_A", ".lora_B")):
-        return name.endswith(CUT_FACTORS)
-    if not name.endswith(("norm.weight", *WHOLE_MATRICES, *BUFFERS, *VECTORS)):
-        raise ValueError(f"there is no rule for the cut of {name}; add one to stages/mcore/tensor_sharding.py")
-    return False
 
 
 def is_copied(name: str) -> bool:
@@ -118,26 +96,17 @@ class FullTensors(Mapping[str, torch.Tensor]):
         shapes: Mapping[str, tuple[int, ...]],
         tied: bool,
         by_turns: bool = True,
-        stacked: bool = False,
     ) -> None:
         """The full tensors of which `local` are this rank's parts, both by global name.
 
         `shapes` are the full ones. `tied` is True if the model ties its embeddings, `by_turns` if data ranks take
-        turns, and `stacked` if one rank gets the equal tensors of all experts of a layer, which must be whole.
+        turns.
         """
-        self.local, self.shapes, self.tied, self.by_turns, self.stacked = local, shapes, tied, by_turns, stacked
-        self.stacks: dict[str, list[torch.Tensor]] = {}
-        """The tensors of experts on this rank, by their name without the number of the expert."""
-        for name, tensor in local.items() if stacked else ():
-            if EXPERT.search(name):
-                self.stacks.setdefault(EXPERT.sub("", name), []).append(tensor)
+        self.local, self.shapes, self.tied, self.by_turns = local, shapes, tied, by_turns
 
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]
         absent = torch.empty(shape, device="meta")
-        if self.stacked and (expert := EXPERT.search(name)):
-            part = self._of_stack(name, int(expert[0]))
-            return absent if part is None else part
         if name not in self.local or not speaks_for(name, self.tied, self.by_turns):
             return absent
         part = self.local[name]
@@ -162,28 +131,6 @@ class FullTensors(Mapping[str, torch.Tensor]):
         for rank, received in enumerate(parts):
             paste(full, boxes(name, shape, rank), received.view(part.dtype).view_as(part))
         return full
-
-    def _of_stack(self, name: str, expert: int) -> torch.Tensor | None:
-        """The tensor of an expert, on the rank that gets those of all experts of the layer; None on others."""
-        stack = EXPERT.sub("", name)
-        # Empty on the ranks of other pipeline stages.
-        equal = self.stacks.get(stack, [])
-        size = parallel_state.get_expert_data_parallel_world_size() if self.by_turns else 1
-        if not equal or _turn(stack) % size != parallel_state.get_expert_data_parallel_rank():
-            return None
-        group = parallel_state.get_expert_model_parallel_group()
-        # Experts lie on the ranks in runs, so the number of one gives its holder.
-        rank, holder, owner = group.rank(), expert // len(equal), (_turn(stack) >> 8) % group.size()
-        if rank == holder == owner:
-            return self.local[name]
-        if rank == holder:  # as bytes: gloo does not send every type
-            sent = self.local[name].contiguous().flatten().view(torch.uint8)
-            dist.send(sent, dist.get_global_rank(group, owner), group=group)
-        if rank != owner:
-            return None
-        part = torch.empty_like(equal[0])
-        dist.recv(part.flatten().view(torch.uint8), dist.get_global_rank(group, holder), group=group)
-        return part
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

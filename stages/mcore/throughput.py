@@ -29,7 +29,7 @@ Context-parallel and pipeline traffic are taken as hidden, and packed rows as sl
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -117,7 +117,7 @@ class Shape:
     hidden: int
     vocabulary: int
     layers: tuple[LayerShape, ...]
-    attention: tuple[AttentionCost, ...]
+    attention: AttentionCost
     experts: int = 1
     top_k: int = 1
     heads: int = 1
@@ -150,13 +150,14 @@ class Shape:
 def shape_of(model: ModelConfig, padded_vocab_size: int) -> Shape:
     """SwiGLU counts as one kernel, as it is on GPUs."""
     one, rows, groups = Layout(), Rows(1, model.context_length), []
+    experts, top_k = (model.routing.experts, model.routing.top_k) if model.routing else (1, 1)
     for layer in range(model.layers):
         parameters = model.layer_memory(one, layer)
         saved = sum(model.layer_activations(one, "bf16", rows, layer, fused=True).values())
-        working = model.layer_moved(Layout(ranks=2, ep=2), "bf16", layer)
+        # Tokens in bf16 that are sorted for their experts, received, returned and sorted back.
+        working = 4 * 2 * model.hidden_size * top_k if parameters.experts else 0
         groups.append(LayerShape(1, parameters.dense, parameters.experts, saved, working))
-    shape = Shape(model.hidden_size, padded_vocab_size, tuple(groups), tuple(model.attention()))
-    return replace(shape, experts=model.routing.experts, top_k=model.routing.top_k) if model.routing else shape
+    return Shape(model.hidden_size, padded_vocab_size, tuple(groups), model.attention(), experts, top_k)
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,9 @@ def _micro_batch(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -
     tokens = gathered / layout.tp
 
     met = total.dense + total.experts * shape.top_k / shape.experts / c.grouped
-    # A window, or half of the row: causal queries see no later keys.
-    scores = sum(a.layers * a.heads * max(a.qk + a.v, NARROWEST) * a.keys(run.rows.length) for a in shape.attention)
+    attention = shape.attention
+    widths = attention.layers * attention.heads * max(attention.qk + attention.v, NARROWEST)
+    scores = widths * attention.keys(run.rows.length)
     moved = (total.saved + total.working) * c.passes + total.saved * quantized
     held = total.dense / layout.tp + total.experts / (layout.ep * layout.split_experts)
     # of each half of a layer that is split: three gathers and two scatters; of experts: there and back, twice

@@ -1,28 +1,23 @@
-"""The interface of every architecture: the settings that all models share, and the methods of a `model` section.
+"""The base of all architectures: settings of a `model` section, its tensors, and its costs in closed form.
 
-An architecture is a file beside this one, with its settings and costs in closed form, and a file of the same name in
-stages/mcore/architectures with its ModelSpec: its construction in Megatron, and the names of its tensors in
-transformers. docs/extending.md shows one. No torch here: `atom plan` reads this file.
+A model is a decoder whose layers are an attention and a feed-forward part, each behind a norm. An architecture states
+its attention, and its feed-forward part if that is no SwiGLU; stages/mcore/architectures.py has its construction in
+Megatron and its names in transformers. docs/extending.md shows one. No torch here: `atom plan` reads this file.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import model_validator
-
 from pipeline.core.bounds import Context, Flag, Range
-from pipeline.core.stage import Config, LongContext, added, operational
+from pipeline.core.stage import Config, added, operational
 from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
 from stages.models.parallel_layout import Layout
-
-if TYPE_CHECKING:
-    import torch
+from stages.models.param_names import BUFFERS, is_cut
 
 PositiveInt = Annotated[int, Range(1, 2**31 - 1)]
 """A size: above zero, and small enough for every index that Megatron keeps."""
@@ -40,10 +35,12 @@ The NVFP4 paper (arXiv:2509.25149) keeps about as many linear layers in bf16, an
 PositiveCount = Annotated[int, Range(1, 1e15)]
 MOST_PARAMETERS = 10**14
 """Maximum parameters of a model; the largest published ones have 2e12."""
-LONG_CONTEXT = 2**17
-"""Tokens for which `atom plan` states the cache."""
-CACHE_WIDTH = 2
-"""Bytes of a number in that cache: bf16."""
+EIGHT_BITS: tuple[Precision, ...] = ("fp8-tensorwise", "fp8-blockwise", "mxfp8")
+EIGHT_BITS_BYTES = 1 + 1 / 32
+"""Bytes of a number of these formats, with its part of a scale: 4 bytes for 128, or one for 32."""
+EXPERT = "experts.local_experts.{}."
+"""The beginning of the names of an expert's tensors after `mlp.`, with a place for its number."""
+Shapes = dict[str, tuple[int, ...]]
 
 
 def layers_in_bf16(precision: Precision, layers: int) -> int:
@@ -120,124 +117,130 @@ class ModelConfig(Config, ABC):
     stated_parameters: StatedParameters | None = operational(None)
     """expected parameter counts; null: not checked"""
 
-    zero_centered_norms: ClassVar[bool] = False
-    """True if the norms around and in an attention layer multiply by 1 + weight, so that weights start as zeros."""
-    spec_module: ClassVar[str]
-    """The module that defines SPEC, the architecture's ModelSpec."""
     yarn_scales_heads: ClassVar[bool] = False
     """True if YaRN's factor scales whole queries and keys, though a part of them has no rotary embedding.
 
     The architecture's class in transformers decides it.
     """
-    if TYPE_CHECKING:  # each architecture declares the field with its name as the only value
+    if TYPE_CHECKING:  # each architecture declares these fields
         architecture: str
+        heads: int
+        intermediate_size: int | None
 
-    # -- methods that an architecture defines -------------------------------------------------------------------------
+    # -- the attention of a layer -------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def rotary_dim(self) -> int:
         """Width of the part of a head with rotary embedding."""
 
-    @property
-    def routing(self) -> Routing | None:
-        """The routers, or None if no layer has experts."""
-        return None
+    @abstractmethod
+    def attention_shapes(self) -> Shapes:
+        """The tensors of a layer's attention, by their names after `self_attention.`."""
 
     @abstractmethod
-    def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """The global name and full shape of every tensor, as stages/mcore/param_names.py names them."""
+    def attention(self) -> AttentionCost:
+        """The attention of all layers."""
 
     @abstractmethod
-    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
-        """Parameter counts in closed form: total, active (used by one token), embedding (the input table)."""
-
-    @abstractmethod
-    def matrices(self, padded_vocab_size: int) -> int:
-        """Matrix parameters that one token uses: active ones with the output head, without input table and norms."""
-
-    @abstractmethod
-    def attention(self) -> list[AttentionCost]:
-        """The attention layers, equal ones together."""
-
-    @abstractmethod
-    def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
-        """The parameters of a layer on one rank of a layout."""
-
-    @abstractmethod
-    def layer_activations(
-        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool = False
-    ) -> dict[str, float]:
-        """Bytes by tensor that a layer keeps for the backward pass, for each of a rank's tokens.
-
-        fused: SwiGLU as one kernel that keeps its input only, and attention with sinks in plain rows as one
-        that keeps no scores.
-        """
-
-    def layer_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
-        """Bytes that a layer has at one time beyond what it keeps, for each of a rank's tokens."""
-        return 0.0
-
-    def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:
-        """Bytes of temporary tensors that a forward pass of a layer writes, for each of a rank's tokens.
-
-        SwiGLU counts as one kernel.
-        """
-        return 0.0
-
-    def masked_windows(
-        self, layout: Layout, precision: Precision, rows: Rows, fused: bool = False
-    ) -> tuple[int | None, ...]:
-        """The windows of attention by slices of queries, whose masks all layers of a window share; None: the whole row.
-
-        The default: fp32 has no kernel for rows of several documents, or for parts of a row, on a GPU.
-        """
-        by_slices = precision == "fp32" and rows.targets is None and (rows.packed or layout.cp > 1)
-        return (None,) if by_slices else ()
-
-    @abstractmethod
-    def split_sizes(self) -> list[tuple[str, str, int]]:
-        """(setting of the layout, name, size) of each dimension that a layout splits: the setting must divide it."""
-
-    @abstractmethod
-    def proportions(self) -> dict[str, float]:
-        """The characteristic ratios of the model, which a small proxy keeps, by name."""
-
-    @abstractmethod
-    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        """The changed settings of a small proxy of that hidden size; width: an inner width, scaled.
-
-        None if there is no such proxy.
-        """
-
-    @abstractmethod
-    def describe(self) -> str:
-        """The sizes in words."""
-
     def cache_bytes(self, size: int, ranks: int, tokens: int) -> int:
         """Bytes that the model keeps of a text of so many tokens on each of so many tensor ranks while it generates.
 
         They are keys and values, or what stands for them. `size` is the bytes of a number.
         """
-        return size * sum(a.cached(tokens, ranks) for a in self.attention())
 
-    def full_attention(self) -> list[AttentionCost]:
-        """The attention layers if each kept keys and values of all its heads and tokens.
+    @abstractmethod
+    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, fused: bool) -> dict[str, float]:
+        """Bytes by tensor that the attention of a layer keeps for each of the rank's tokens, without its input.
 
-        `long_context` compares with these. The default leaves out windows.
+        fused: as in `layer_activations`.
         """
-        return [replace(a, window=None) for a in self.attention()]
+
+    @abstractmethod
+    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows) -> float:
+        """Bytes that the attention of a layer has at one time beyond what it keeps, for each of the rank's tokens."""
+
+    def attention_inputs(self) -> int:
+        """Numbers in the inputs of a layer's attention matrices that are kept quantized alone.
+
+        Transformer Engine keeps these without a copy in bf16. The count is for each of the rank's tokens.
+        """
+        return self.hidden_size
+
+    @abstractmethod
+    def describe_heads(self) -> str:
+        """The sizes of the attention in words."""
+
+    # -- the feed-forward part of a layer: one SwiGLU, unless an architecture has another -----------------------------
+
+    @property
+    def routing(self) -> Routing | None:
+        """The routers, or None if no layer has experts."""
+        return None
+
+    def mlp_shapes(self, layer: int) -> Shapes:
+        """The tensors of a layer's feed-forward part, by their names after `mlp.`; those of all experts once."""
+        return swiglu_shapes(self.hidden_size, self.intermediate_size or 0)
+
+    def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
+        """Bytes by tensor that the feed-forward part of a layer keeps for each of the rank's tokens.
+
+        They are gate and up, and, unless SwiGLU is one fused kernel, silu(gate), up, and their product. size: bytes of
+        a value.
+        """
+        intermediate = self.intermediate_size or 0
+        return {"gate and up": 2 * size * intermediate, "SwiGLU": (1 if fused else 3) * size * intermediate}
+
+    def mlp_working_set(self, layout: Layout, precision: Precision, layer: int) -> float:
+        """As `attention_working_set`, of the feed-forward part.
+
+        The gradients of its backward pass are at one time of its output, which skips it too, and gathered over tensor
+        ranks, and of the product. Later they are of the product and its two factors, without the product.
+        """
+        hidden, intermediate = self.hidden_size, self.intermediate_size or 0
+        gathered = max(intermediate, layout.tp * hidden if layout.tp > 1 else 0)
+        return bytes_of(precision) * (hidden + intermediate + gathered)
+
+    def mlp_inputs(self, layout: Layout, layer: int) -> int:
+        """Numbers in the inputs of the feed-forward matrices of a layer for each of the rank's tokens.
+
+        They leave out the norm that a router and shared experts read too.
+        """
+        shapes = self.mlp_shapes(layer)
+        if EXPERT + "linear_fc1.weight" not in shapes:
+            return sum(shapes[f"{name}.weight"][1] for name in ("linear_fc1", "linear_fc2"))
+        assert self.routing is not None
+        inner, hidden = (shapes[f"{EXPERT}{name}.weight"][1] for name in ("linear_fc2", "linear_fc1"))
+        shared = shapes.get("shared_experts.linear_fc2.weight", (0, 0))[1]
+        return self.routing.top_k * (inner + hidden * layout.split_experts) + shared
+
+    # -- limits and words ---------------------------------------------------------------------------------------------
+
+    def split_sizes(self) -> list[tuple[str, str, int]]:
+        """(setting of the layout, name, size) of each dimension that a layout splits: the setting must divide it."""
+        return []
+
+    def proportions(self) -> dict[str, float]:
+        """The characteristic ratios of the model, which a small proxy keeps, by name."""
+        return {}
 
     def inner_widths(self) -> dict[str, int]:
         """The widths inside of a layer, by name."""
-        return {}
+        return {"dense": self.intermediate_size} if self.intermediate_size else {}
 
-    def layout_obstacle(self, layout: Layout) -> str | None:
-        """The setting of a layout in which the model cannot be trained; None without one.
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        """The changed settings of a small proxy of that hidden size; width: an inner width, scaled.
 
-        It is a sentence that starts with the setting. Obstacles that `split_sizes` states are not repeated.
+        None if there is no such proxy.
         """
-        return None
+        return {
+            "hidden_size": hidden_size,
+            "intermediate_size": self.intermediate_size and width(self.intermediate_size),
+        }
+
+    def describe(self) -> str:
+        """The sizes in words."""
+        return f"{self.layers} layers, hidden size {self.hidden_size}, {self.describe_heads()}"
 
     def export_obstacle(self) -> str | None:
         """A sentence on the property of the model that its class in transformers cannot express; None without one."""
@@ -245,20 +248,106 @@ class ModelConfig(Config, ABC):
 
     # -- derived methods ----------------------------------------------------------------------------------------------
 
+    def layer_shapes(self, layer: int) -> Shapes:
+        """The tensors of a layer, by their names there; those of all experts once, with a place for the number."""
+        hidden = self.hidden_size
+        attention, mlp = self.attention_shapes(), self.mlp_shapes(layer)
+        return {
+            "input_layernorm.weight": (hidden,),
+            **{f"self_attention.{name}": shape for name, shape in attention.items()},
+            "pre_mlp_layernorm.weight": (hidden,),
+            **{f"mlp.{name}": shape for name, shape in mlp.items()},
+        }
+
+    def shapes(self, padded_vocab_size: int) -> Shapes:
+        """The global name and full shape of every tensor, as stages/models/param_names.py names them."""
+        table = (padded_vocab_size, self.hidden_size)
+        out: Shapes = {"embedding.word_embeddings.weight": table}
+        for layer in range(self.layers):
+            at = f"decoder.layers.{layer}."
+            expert: Shapes = {}
+            for name, shape in self.layer_shapes(layer).items():
+                (expert if EXPERT in name else out)[at + name] = shape
+            for number in range(self.routing.experts if self.routing and expert else 0):
+                out |= {name.format(number): shape for name, shape in expert.items()}
+        out["decoder.final_layernorm.weight"] = (self.hidden_size,)
+        if not self.tie_embeddings:
+            out["output_layer.weight"] = table
+        return out
+
+    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
+        """Parameter counts: total, active (used by one token), embedding (the input table)."""
+        embedding = padded_vocab_size * self.hidden_size
+        total = active = embedding * (1 if self.tie_embeddings else 2) + self.hidden_size
+        for layer in range(self.layers):
+            for name, shape in self.layer_shapes(layer).items():
+                experts, visited = self._copies(name)
+                total += experts * math.prod(shape)
+                active += visited * math.prod(shape)
+        return {"total": total, "active": active, "embedding": embedding}
+
+    def matrices(self, padded_vocab_size: int) -> int:
+        """Matrix parameters that one token uses: active ones with the output head, without input table and norms."""
+        used = padded_vocab_size * self.hidden_size
+        for layer in range(self.layers):
+            # Vectors, such as norms and biases, cost no product.
+            matrices = ((name, shape) for name, shape in self.layer_shapes(layer).items() if len(shape) > 1)
+            used += sum(self._copies(name)[1] * math.prod(shape) for name, shape in matrices)
+        return used
+
+    def _copies(self, name: str) -> tuple[int, int]:
+        """The number of a layer's tensors that a name of `layer_shapes` stands for, and of those that a token uses."""
+        routing = self.routing if EXPERT in name else None
+        return (routing.experts, routing.top_k) if routing else (1, 1)
+
+    def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
+        """The parameters of a layer on one rank of a layout, without biases of experts: a few kilobytes."""
+        dense = experts = 0
+        for name, shape in self.layer_shapes(layer).items():
+            size = math.prod(shape)
+            if EXPERT in name:
+                experts += self._copies(name)[0] // layout.ep * size // layout.split_experts
+            elif not name.endswith(BUFFERS):
+                dense += size // layout.tp if is_cut(name) else size
+        return MemoryShare(dense, experts)
+
+    def layer_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool = False
+    ) -> dict[str, float]:
+        """Bytes by tensor that the backward pass of a layer needs, for each of a rank's tokens.
+
+        A rank's tokens are its share of a micro-batch under context and sequence parallelism, rows * length / (context
+        * tensor). Between the projections it works on `tensor` times as many tokens and 1/tensor of the heads, which
+        comes to the same. fused: SwiGLU as one kernel that keeps its input only, and attention as Transformer Engine's.
+        """
+        size = bytes_of(precision)
+        tokens = size * self.hidden_size
+        quantized = self.attention_inputs() + self.mlp_inputs(layout, layer) if precision in EIGHT_BITS else 0
+        return {
+            "layer's input": tokens,
+            "its norm, input of the projections": tokens,
+            **self.attention_activations(layout, precision, rows, fused),
+            "input of the second half": tokens,
+            "its norm": tokens,
+            **self.mlp_activations(layout, size, layer, fused),
+            # Negative: these inputs are counted above in the model's type, and kept in 8 bits.
+            "inputs of matrices in 8 bits": -(size - EIGHT_BITS_BYTES) * quantized,
+        }
+
+    def layer_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+        """Bytes that a layer has at one time beyond what it keeps, for each of a rank's tokens: of one part at work.
+
+        Beside attention, nothing of the second half is there: not yet in the forward pass, and no longer in the
+        backward pass; it is counted without fusions.
+        """
+        size = bytes_of(precision)
+        second_half = 2 * size * self.hidden_size + sum(self.mlp_activations(layout, size, layer, False).values())
+        attention = self.attention_working_set(layout, precision, rows) - second_half
+        return max(self.mlp_working_set(layout, precision, layer), attention)
+
     def flops_per_token(self, padded_vocab_size: int, sequence_length: int) -> float:
         """Training FLOPs of one token in rows of that length, by `stages.models.costs.training_flops`."""
         return training_flops(self.matrices(padded_vocab_size), self.attention(), sequence_length)
-
-    def long_context(self, padded_vocab_size: int) -> LongContext:
-        """The cost of a text of LONG_CONTEXT tokens, compared with that of the same matrices with `full_attention`."""
-        full = self.full_attention()
-        return LongContext(
-            LONG_CONTEXT,
-            self.cache_bytes(CACHE_WIDTH, 1, LONG_CONTEXT),
-            self.flops_per_token(padded_vocab_size, LONG_CONTEXT),
-            CACHE_WIDTH * sum(a.cached(LONG_CONTEXT, 1) for a in full),
-            training_flops(self.matrices(padded_vocab_size), full, LONG_CONTEXT),
-        )
 
     def with_rope(self, rope: Rope | None, context_length: int) -> Self:
         """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
@@ -268,59 +357,25 @@ class ModelConfig(Config, ABC):
             changes |= {"rope_theta": rope.theta or self.rope_theta, "yarn": rope.yarn}
         return self.model_copy(update=changes)
 
-    def spec(self) -> ModelSpec:
-        """The construction of the model in Megatron and transformers. Imports torch."""
-        spec: ModelSpec = importlib.import_module(self.spec_module).SPEC
-        return spec
+
+def bytes_of(precision: Precision) -> int:
+    """Bytes of a value of the model: fp32, or bf16, which is also between the products of a lower precision."""
+    return 4 if precision == "fp32" else 2
 
 
-class UntiedConfig(ModelConfig):
-    """An architecture whose class in vLLM does not share the table with the head."""
-
-    tie_embeddings: Flag = False
-    """always false: vLLM's class of the architecture has a head of its own"""
-
-    @model_validator(mode="after")
-    def _possible_head(self) -> UntiedConfig:
-        if self.tie_embeddings:
-            raise ValueError(
-                f"tie_embeddings = true leaves vLLM's class of the architecture {self.architecture} without an output "
-                "head; set it to false"
-            )
-        return self
+def swiglu_shapes(hidden: int, intermediate: int, at: str = "") -> Shapes:
+    """The two matrices of a SwiGLU, with names that start with `at`; `linear_fc1` holds gate above up."""
+    return {f"{at}linear_fc1.weight": (2 * intermediate, hidden), f"{at}linear_fc2.weight": (hidden, intermediate)}
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """An architecture for Megatron and for transformers.
+def has_engine_attention(layout: Layout, precision: Precision, rows: Rows, fused: bool) -> bool:
+    """Returns True if attention is surely Transformer Engine's; this project's attention keeps more.
 
-    Tensors are full tensors by name; a mapping of them may read each on access, so a model of any size passes
-    through these functions one tensor at a time.
-
-    megatron: (model) -> keyword arguments of Megatron's TransformerConfig that are the architecture's own
-    (stages/mcore/model.py adds those of size, layout and precision).
-    layer_spec: (Megatron's TransformerConfig, virtual pipeline stage or None, whether rows are packed) -> the layers
-    from which Megatron's model is built (stages/mcore/layer_spec.py for attention with our kernels). They may be of
-    several kinds.
-    to_hf: (Megatron's tensors by global name, model, vocabulary size) -> transformers' names and tensors one after the
-    other, layer by layer; rows of the vocabulary beyond that size are padding and left out. from_hf: its inverse;
-    raises KeyError at a tensor that is missing and, at the end, ValueError, naming them, if some are left over.
-    hf_config: (model) -> the architecture's own entries of config.json; `architectures` and `model_type` name its class
-    in transformers (stages/export/hf.py adds the common ones).
-    language_model: gets the keyword arguments of Megatron's GPTModel, among them the result of layer_spec as
-    `transformer_layer_spec`, and gives one chunk of the model, which takes the arguments of
-    stages.mcore.language_model.TokenLosses; None: Megatron's GPTModel.
-    layer_of: (Megatron's layer, from 0) -> the layer of the model of which it is a part. Megatron's HybridModel counts
-    attention and feed-forward parts as layers of their own; global names have the model's.
-    stacks_experts: whether a tensor of transformers is made of those of all experts of a layer, which one rank then has
-    to hand over.
+    That is so in plain rows if the precision or the layout needs it, or if `fused` states it.
     """
+    return not rows.packed and (fused or layout.needs_engine or precision not in ("fp32", "bf16"))
 
-    megatron: Callable[[Any], dict[str, Any]]
-    layer_spec: Callable[[Any, int | None, bool], Any]
-    to_hf: Callable[[Mapping[str, torch.Tensor], Any, int], Iterator[tuple[str, torch.Tensor]]]
-    from_hf: Callable[[Mapping[str, torch.Tensor], Any], Iterator[tuple[str, torch.Tensor]]]
-    hf_config: Callable[[Any], dict[str, Any]]
-    language_model: Callable[..., Any] | None = None
-    layer_of: Callable[[int], int] = int
-    stacks_experts: bool = False
+
+def keys_of_tokens(layout: Layout, rows: Rows) -> float:
+    """The keys that this project's attention keeps for each token: of all context ranks, and copies of a prefix."""
+    return layout.cp + rows.prefixed / (rows.rows * rows.length)

@@ -8,16 +8,15 @@ Without multi-token prediction. transformers loads its export as DeepseekV3ForCa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from pipeline.core.bounds import Range
-from stages.models.base import Precision
+from stages.models.base import Precision, Shapes, bytes_of, has_engine_attention, keys_of_tokens
 from stages.models.costs import AttentionCost, Rows
-from stages.models.grouped_query import Heads, keys_of_tokens
+from stages.models.grouped_query import Heads
 from stages.models.mixture import SigmoidMixtureConfig
 from stages.models.parallel_layout import Layout
 
@@ -30,7 +29,6 @@ LATENT_EPS = 1e-6
 class DeepseekV3Config(SigmoidMixtureConfig):
     """A mixture of experts with multi-head latent attention: `architecture: deepseek_v3`."""
 
-    spec_module: ClassVar[str] = "stages.mcore.architectures.deepseek_v3"
     yarn_scales_heads: ClassVar[bool] = True
     architecture: Literal["deepseek_v3"]
     """deepseek_v3: a mixture of experts with latent attention and shared experts"""
@@ -73,58 +71,42 @@ class DeepseekV3Config(SigmoidMixtureConfig):
             )
         return None
 
-    def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+    def attention_shapes(self) -> Shapes:
         """The shapes of a layer's attention tensors by name.
 
         A head of `linear_q_up_proj` is its part without rotary embedding and the one with it. A head of
         `linear_kv_up_proj` is its key and its value.
         """
-        matrices, q = self._attention_matrices, self.q_lora_rank
-        return {
-            **{f"{name}.weight": shape for name, shape in matrices.items()},
-            **({"q_layernorm.weight": (q,)} if q is not None else {}),
-            "kv_layernorm.weight": (self.kv_lora_rank,),
-        }
-
-    @property
-    def _attention_matrices(self) -> dict[str, tuple[int, ...]]:
-        """Those of a layer, by name."""
-        hidden, q, kv = self.hidden_size, self.q_lora_rank, self.kv_lora_rank
-        queries = {"linear_q_proj": (self.heads * self.qk_head_dim, hidden)}
+        hidden, q, kv, queries = self.hidden_size, self.q_lora_rank, self.kv_lora_rank, self.heads * self.qk_head_dim
+        of_queries: Shapes = {"linear_q_proj.weight": (queries, hidden)}
         if q is not None:
-            queries = {"linear_q_down_proj": (q, hidden), "linear_q_up_proj": (self.heads * self.qk_head_dim, q)}
+            of_queries = {"linear_q_down_proj.weight": (q, hidden), "linear_q_up_proj.weight": (queries, q)}
         return {
-            **queries,
-            "linear_kv_down_proj": (kv + self.qk_rope_head_dim, hidden),
-            "linear_kv_up_proj": (self.heads * (self.qk_nope_head_dim + self.v_head_dim), kv),
-            "linear_proj": (hidden, self.heads * self.v_head_dim),
+            **of_queries,
+            "linear_kv_down_proj.weight": (kv + self.qk_rope_head_dim, hidden),
+            "linear_kv_up_proj.weight": (self.heads * (self.qk_nope_head_dim + self.v_head_dim), kv),
+            "linear_proj.weight": (hidden, self.heads * self.v_head_dim),
+            **({} if q is None else {"q_layernorm.weight": (q,)}),
+            "kv_layernorm.weight": (kv,),
         }
 
-    def attention_memory(self, layer: int) -> tuple[int, int]:
-        """Norms, and the matrices that give latents, are whole on each tensor rank, the other matrices are cut."""
-        sizes = {name: math.prod(shape) for name, shape in self._attention_matrices.items()}
-        whole = sum(size for name, size in sizes.items() if name.endswith("_down_proj"))
-        return (self.q_lora_rank or 0) + self.kv_lora_rank + whole, sum(sizes.values()) - whole
-
-    def attention(self) -> list[AttentionCost]:
-        return [AttentionCost(self.layers, self.heads, self.qk_head_dim, self.v_head_dim)]
+    def attention(self) -> AttentionCost:
+        return AttentionCost(self.layers, self.heads, self.qk_head_dim, self.v_head_dim)
 
     def cache_bytes(self, size: int, ranks: int, tokens: int) -> int:
         """The latent of keys and values, and the part of the key that heads share: each rank holds a copy."""
         return self.layers * (self.kv_lora_rank + self.qk_rope_head_dim) * tokens * size
 
-    def attention_activations(
-        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool
-    ) -> dict[str, float]:
+    def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, fused: bool) -> dict[str, float]:
         """Bytes by tensor that the attention of a layer keeps for each of the rank's tokens.
 
         A latent is kept before and after its norm; this project's attention widens the narrower ones of queries, keys
         and values, and narrows its output again.
         """
-        size = 4 if precision == "fp32" else 2
+        size = bytes_of(precision)
         qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
         keys, copied, wide = keys_of_tokens(layout, rows), self._copies_output(precision, rows), max(qk, v)
-        if self.has_engine_attention(layout, precision, rows, fused):
+        if has_engine_attention(layout, precision, rows, fused):
             keys, copied, wide = 1.0, False, 0
         q_wide, v_wide = max(qk, wide), max(v, wide)
         return {
@@ -136,18 +118,18 @@ class DeepseekV3Config(SigmoidMixtureConfig):
             "log-sum-exp of the scores": 4 * self.heads,
         }
 
-    def attention_inputs(self, layer: int) -> int:
+    def attention_inputs(self) -> int:
         """Normed latents. The two matrices that give latents quantize their input each, which gains nothing."""
         return (self.q_lora_rank or 0) + self.kv_lora_rank
 
-    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows, layer: int) -> float:
+    def attention_working_set(self, layout: Layout, precision: Precision, rows: Rows) -> float:
         """Bytes that the attention of a layer has at one time beyond what it keeps, for each of the rank's tokens.
 
         In bf16 these are the gradients of queries, keys, values and output. In fp32, which goes by slices of queries,
         they are those of keys and values of this slice, of the slices before, and their sum. The narrowed output is
         gone.
         """
-        if self.has_engine_attention(layout, precision, rows, False):
+        if has_engine_attention(layout, precision, rows, False):
             return 0.0
         size, gradients = (4, 6) if precision == "fp32" else (2, 4)
         qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
@@ -158,26 +140,25 @@ class DeepseekV3Config(SigmoidMixtureConfig):
         return rows.rows > 1 or precision == "fp32" or self.v_head_dim < self.qk_head_dim
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
-        return [("tp", "heads", self.heads), *self.expert_split_sizes()]
+        return [("tp", "heads", self.heads), *super().split_sizes()]
 
     def proportions(self) -> dict[str, float]:
         return {
             "rotary part / part without": self.qk_rope_head_dim / self.qk_nope_head_dim,
-            **self.expert_proportions(),
+            **super().proportions(),
         }
 
-    def describe(self) -> str:
+    def describe_heads(self) -> str:
         queries = f"latents of {self.q_lora_rank} for queries and" if self.q_lora_rank else "a latent of"
         return (
-            f"{self.layers} layers, hidden size {self.hidden_size}, {self.heads} heads of {self.qk_nope_head_dim} + "
-            f"{self.qk_rope_head_dim} from {queries} {self.kv_lora_rank} for keys and values, "
-            f"{self.describe_experts()}"
+            f"{self.heads} heads of {self.qk_nope_head_dim} + {self.qk_rope_head_dim} from {queries} "
+            f"{self.kv_lora_rank} for keys and values"
         )
 
     def inner_widths(self) -> dict[str, int]:
         latents = {"query latent": self.q_lora_rank, "key latent": self.kv_lora_rank}
         widths = {name: size for name, size in latents.items() if size}
-        return {**widths, "attention": self.heads * self.v_head_dim, **self.expert_widths()}
+        return {**widths, "attention": self.heads * self.v_head_dim, **super().inner_widths()}
 
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
         """Heads keep the shares of their parts; None if the attention cannot be divided into such heads."""
@@ -193,13 +174,13 @@ class DeepseekV3Config(SigmoidMixtureConfig):
             return None
         heads = min(choices, key=lambda n: abs(attention / n - self.v_head_dim))
         dim = attention // heads
-        return {
-            "hidden_size": hidden_size,
+        changes = super().scaled(hidden_size, width)
+        return changes and {
+            **changes,
             "heads": heads,
             "q_lora_rank": self.q_lora_rank and width(self.q_lora_rank),
             "kv_lora_rank": width(self.kv_lora_rank),
             "qk_nope_head_dim": dim * nope // self.v_head_dim,
             "qk_rope_head_dim": dim * rope // self.v_head_dim,
             "v_head_dim": dim,
-            **self.scaled_experts(width),
         }

@@ -2,8 +2,13 @@
 
 This module has its settings, and its costs in closed form.
 
-A token visits `num_experts_per_tok` of the experts of a layer. Of `MixtureConfig` these are SwiGLUs, all tokens visit
-the shared ones if there are some, and the first `dense_layers` have one SwiGLU instead.
+A token visits `num_experts_per_tok` of the SwiGLUs that are the experts of a layer. All tokens visit the shared ones if
+there are some, and the first `dense_layers` have one SwiGLU instead.
+
+Two architectures join it with grouped-query attention. Qwen3-MoE normalizes queries and keys. In GLM-4.5
+(arXiv:2508.06471) experts are those of DeepSeek-V3, without multi-token prediction, a part of each head has rotary
+embedding, and queries, keys and values may have biases, queries and keys a norm. transformers loads their exports as
+Qwen3MoeForCausalLM and Glm4MoeForCausalLM.
 """
 
 from __future__ import annotations
@@ -13,26 +18,35 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from pipeline.core.bounds import Range
+from pipeline.core.bounds import Flag, Range
 from pipeline.core.stage import added
-from stages.models.base import LossWeight, Precision, Routing, Width
-from stages.models.decoder import DecoderConfig
-from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_gradients, swiglu_shapes
+from stages.models.base import (
+    EXPERT,
+    LossWeight,
+    ModelConfig,
+    Precision,
+    Routing,
+    Shapes,
+    Width,
+    bytes_of,
+    swiglu_shapes,
+)
+from stages.models.grouped_query import GroupedQueryConfig
 from stages.models.parallel_layout import Layout
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
 """A number of experts, or of groups of them."""
+BiasRate = Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")]
 PROXY_EXPERTS = 32
 """Maximum experts of a small proxy."""
 BEST = 2
 """A group of experts is scored by the sum of the scores of this many best ones (DeepSeek-V3, section 2.1.2)."""
 
 
-class RoutedConfig(DecoderConfig):
-    """A decoder whose layers have experts of any kind.
+class MixtureConfig(ModelConfig):
+    """A decoder whose layers have SwiGLUs as experts.
 
-    An architecture derives its config from this class and states its attention and its experts, and joins the two
-    in the methods of every config.
+    It stands left of the class of the attention among the bases of an architecture: its methods continue those.
     """
 
     experts: Experts
@@ -47,9 +61,15 @@ class RoutedConfig(DecoderConfig):
     """tokens over which aux_loss balances experts: those of a micro-batch or of each row"""
     z_loss: LossWeight = added(0.0)
     """weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"""
+    router_bias_update_rate: BiasRate = added(0.0)
+    """change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"""
+    dense_layers: Annotated[int, Range(0, 1023)] = added(0)
+    """number of first layers with a dense SwiGLU instead of experts"""
+    intermediate_size: Width | None = added(None)
+    """inner width of the SwiGLU in dense layers"""
 
     @model_validator(mode="after")
-    def _possible_choice(self) -> RoutedConfig:
+    def _possible_choice(self) -> MixtureConfig:
         """A token can be routed to its number of experts, and the router can learn."""
         experts, top_k = self.experts, self.num_experts_per_tok
         if top_k == 1:
@@ -63,52 +83,6 @@ class RoutedConfig(DecoderConfig):
                 f"nearest: num_experts_per_tok {experts} or experts {top_k}"
             )
         return self
-
-    @property
-    def routing(self) -> Routing:
-        return Routing(self.experts, self.num_experts_per_tok, range(self.layers), self.z_loss > 0)
-
-    def expert_split_sizes(self) -> list[tuple[str, str, int]]:
-        """As `split_sizes`, of the feed-forward parts."""
-        return [("etp", "moe_intermediate_size", self.moe_intermediate_size), ("ep", "experts", self.experts)]
-
-    def expert_proportions(self) -> dict[str, float]:
-        """As `proportions`, of the feed-forward parts."""
-        return {"experts / experts a token visits": self.experts / self.num_experts_per_tok}
-
-    def describe_experts(self) -> str:
-        """As `describe`, of the feed-forward parts."""
-        return (
-            f"{self.experts} experts of {self.moe_intermediate_size}, of which a token visits "
-            f"{self.num_experts_per_tok}"
-        )
-
-    def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:
-        """As `scaled`, of the feed-forward parts: at most PROXY_EXPERTS experts."""
-        experts, top_k = proxy_experts(self.experts, self.num_experts_per_tok)
-        inner = width(self.moe_intermediate_size)
-        return {"experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": inner}
-
-
-class MixtureConfig(RoutedConfig):
-    """A decoder whose layers have SwiGLUs as experts."""
-
-    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = added(0.0)
-    """change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"""
-    dense_layers: Annotated[int, Range(0, 1023)] = added(0)
-    """number of first layers with a dense SwiGLU instead of experts"""
-    intermediate_size: Width | None = added(None)
-    """inner width of the SwiGLU in dense layers"""
-
-    @property
-    def shared_width(self) -> int:
-        """Inner width of the experts that every token uses, side by side; 0 without them."""
-        return 0
-
-    @property
-    def has_expert_bias(self) -> bool:
-        """True if each expert has a bias by which it is chosen."""
-        return self.router_bias_update_rate > 0
 
     @model_validator(mode="after")
     def _possible_layers(self) -> MixtureConfig:
@@ -125,53 +99,33 @@ class MixtureConfig(RoutedConfig):
         return self
 
     @property
+    def shared_width(self) -> int:
+        """Inner width of the experts that every token uses, side by side; 0 without them."""
+        return 0
+
+    @property
+    def has_expert_bias(self) -> bool:
+        """True if each expert has a bias by which it is chosen."""
+        return self.router_bias_update_rate > 0
+
+    @property
     def routing(self) -> Routing:
         return Routing(self.experts, self.num_experts_per_tok, range(self.dense_layers, self.layers), self.z_loss > 0)
 
-    def mlp_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+    def mlp_shapes(self, layer: int) -> Shapes:
         hidden = self.hidden_size
         if layer < self.dense_layers:
-            return swiglu_shapes(hidden, self.intermediate_size or 0)
-        out: dict[str, tuple[int, ...]] = {"router.weight": (self.experts, hidden)}
+            return super().mlp_shapes(layer)
+        out: Shapes = {"router.weight": (self.experts, hidden)}
         if self.has_expert_bias:
             out["router.expert_bias"] = (self.experts,)
         if self.shared_width:
             out |= swiglu_shapes(hidden, self.shared_width, "shared_experts.")
-        for expert in range(self.experts):
-            out |= swiglu_shapes(hidden, self.moe_intermediate_size, f"experts.local_experts.{expert}.")
-        return out
-
-    def mlp_parameters(self) -> tuple[int, int]:
-        hidden, sparse = self.hidden_size, self.layers - self.dense_layers
-        router = self.experts * (hidden + 1 if self.has_expert_bias else hidden)
-        shared = 3 * hidden * self.shared_width
-        dense = self.dense_layers * 3 * hidden * (self.intermediate_size or 0)
-        rest = dense + sparse * (router + shared)
-        # Gate, up and down: three matrices.
-        expert = 3 * hidden * self.moe_intermediate_size
-        return rest + sparse * self.experts * expert, rest + sparse * self.num_experts_per_tok * expert
-
-    def mlp_matrices(self) -> int:
-        hidden, sparse = self.hidden_size, self.layers - self.dense_layers
-        router = self.experts * hidden
-        visited = 3 * hidden * (self.num_experts_per_tok * self.moe_intermediate_size + self.shared_width)
-        dense = 3 * hidden * (self.intermediate_size or 0)
-        return sparse * (router + visited) + self.dense_layers * dense
-
-    def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
-        """Parameters as in `Decoder.mlp_memory`; routers are whole on each tensor rank.
-
-        Biases of experts are no parameters: a few kilobytes.
-        """
-        hidden = self.hidden_size
-        if layer < self.dense_layers:
-            return 0, 3 * hidden * (self.intermediate_size or 0), 0
-        experts = self.experts // layout.ep * 3 * hidden * self.moe_intermediate_size // layout.split_experts
-        return self.experts * hidden, 3 * hidden * self.shared_width, experts
+        return out | swiglu_shapes(hidden, self.moe_intermediate_size, EXPERT)
 
     def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
         if layer < self.dense_layers:
-            return swiglu_activations(size, self.intermediate_size or 0, fused)
+            return super().mlp_activations(layout, size, layer, fused)
         copies, ffn = self.num_experts_per_tok, self.moe_intermediate_size
         # Tensors of the width of an expert that its SwiGLU keeps; unfused, its weighted product is one more.
         swiglu = 1 if fused else 3
@@ -193,7 +147,7 @@ class MixtureConfig(RoutedConfig):
         for its weighted product, which is gone: in bf16 its gradient makes up for that.
         """
         if layer < self.dense_layers:
-            return swiglu_gradients(self.hidden_size, self.intermediate_size or 0, layout, precision)
+            return super().mlp_working_set(layout, precision, layer)
         hidden, top_k, local = self.hidden_size, self.num_experts_per_tok, self.experts // layout.ep
         size, weighted = (4, 2 * 4) if precision == "fp32" else (2, 3 * 4)
         outputs = size * (top_k * layout.split_experts + 1) * hidden
@@ -202,107 +156,40 @@ class MixtureConfig(RoutedConfig):
             outputs + weighted * self.moe_intermediate_size * top_k / local,
         )
 
-    def layer_moved(self, layout: Layout, precision: Precision, layer: int) -> float:
-        if layer < self.dense_layers:
-            return 0.0
-        return sent_tokens(self.hidden_size, self.num_experts_per_tok, layout, precision, alone=False)
-
-    def expert_split_sizes(self) -> list[tuple[str, str, int]]:
-        inner, experts = super().expert_split_sizes()
-        dense = ("tp", "intermediate_size", self.intermediate_size or 0)
-        shared = ("tp", "shared_expert_intermediate_size", self.shared_width)
-        return [inner, dense, shared, experts]
-
-    def expert_widths(self) -> dict[str, int]:
-        """As `inner_widths`, of the feed-forward parts."""
-        widths = {
-            "expert": self.moe_intermediate_size,
-            "dense": self.intermediate_size or 0,
-            "shared expert": self.shared_width,
-        }
-        return {name: size for name, size in widths.items() if size}
-
-    def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:
-        return {
-            **super().scaled_experts(width),
-            "dense_layers": min(self.dense_layers, 1),
-            "intermediate_size": self.intermediate_size and width(self.intermediate_size),
-        }
-
-
-class GroupedMixtureConfig(MixtureConfig, GroupedQueryConfig):
-    """A decoder of grouped-query attention whose layers have SwiGLUs as experts."""
-
     def split_sizes(self) -> list[tuple[str, str, int]]:
-        return [*super().split_sizes(), *self.expert_split_sizes()]
+        return [
+            *super().split_sizes(),
+            ("etp", "moe_intermediate_size", self.moe_intermediate_size),
+            ("tp", "intermediate_size", self.intermediate_size or 0),
+            ("tp", "shared_expert_intermediate_size", self.shared_width),
+            ("ep", "experts", self.experts),
+        ]
 
     def proportions(self) -> dict[str, float]:
-        return {**super().proportions(), **self.expert_proportions()}
+        return {**super().proportions(), "experts / experts a token visits": self.experts / self.num_experts_per_tok}
 
     def describe(self) -> str:
-        return f"{super().describe()}, {self.describe_experts()}"
+        return (
+            f"{super().describe()}, {self.experts} experts of {self.moe_intermediate_size}, of which a token visits "
+            f"{self.num_experts_per_tok}"
+        )
 
     def inner_widths(self) -> dict[str, int]:
-        return {**super().inner_widths(), **self.expert_widths()}
+        widths = {**super().inner_widths(), "expert": self.moe_intermediate_size, "shared expert": self.shared_width}
+        return {name: size for name, size in widths.items() if size}
 
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        """At most PROXY_EXPERTS experts."""
         changes = super().scaled(hidden_size, width)
-        if not changes:
-            return changes
-        return {**changes, **self.scaled_experts(width)}
-
-
-def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precision, alone: bool) -> float:
-    """Returns the bytes of tokens on their way to experts and back, for each of a rank's tokens.
-
-    They are counted as sorted for the ranks that have them, as received, as the experts return them and as sorted back.
-    With all experts on one rank these are what each expert returns, and that side by side. Ranks that split experts sum
-    what these return, below fp32 after another copy in fp32, and have their part of the sum. If all ranks gather all
-    tokens, there are as many outputs, which are summed in fp32.
-
-    `alone` means that a rank has one expert, for which nothing is sorted: it gets what is received, and returns what is
-    sent.
-    """
-    size = 4 if precision == "fp32" else 2
-    split = layout.split_experts
-    # Numbers of a token's copies for the experts that it visits.
-    copies = hidden_size * top_k
-    in_fp32 = 0 if precision == "fp32" else 4  # bytes of a copy in fp32 of what is summed
-    if layout.ep * split == 1:
-        return 2 * size * copies
-    if layout.dispatcher == "allgather":
-        outputs = (size + in_fp32) * layout.ep * split * hidden_size
-        return max(2 * split * size * copies, outputs + 4 * hidden_size)
-    if split == 1:
-        return (3 if alone else 4) * size * copies
-    # Ranks that split experts sum their outputs, below fp32 after a copy in fp32.
-    sent = 2 if layout.ep > 1 else 1
-    returned = (1 if alone else 2) * split
-    return ((sent + returned) * size + in_fp32 * split + 4) * copies
-
-
-def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
-    """Returns at most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible.
-
-    The first number is the experts, the second those that a token visits. Of equally near choices, the one with the
-    fewest visited experts is taken.
-    """
-    if experts <= PROXY_EXPERTS:
-        return experts, top_k
-
-    ratio = experts / top_k
-    choices = []
-    for visited in range(2, min(top_k, PROXY_EXPERTS) + 1):
-        count = max(visited, min(PROXY_EXPERTS, round(visited * experts / top_k)))
-        choices.append((abs(count / visited - ratio), visited, count))
-    _, visited, count = min(choices)
-    return count, visited
+        experts, top_k = proxy_experts(self.experts, self.num_experts_per_tok)
+        sizes = {"experts": experts, "num_experts_per_tok": top_k, "dense_layers": min(self.dense_layers, 1)}
+        return changes and {**changes, **sizes, "moe_intermediate_size": width(self.moe_intermediate_size)}
 
 
 class SigmoidMixtureConfig(MixtureConfig):
     """A decoder whose layers have SwiGLUs as experts, scored by sigmoids with a bias for each (DeepSeek-V3)."""
 
-    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = 1e-3
+    router_bias_update_rate: BiasRate = 1e-3
     """change of an expert's bias per step in auxiliary-loss-free balancing; 0: biases stay zero"""
     n_shared_experts: Annotated[int, Range(1, 64, "DeepSeek-V3: 1, Moonlight: 2")] = 1
     """experts that every token uses"""
@@ -345,15 +232,15 @@ class SigmoidMixtureConfig(MixtureConfig):
     def has_expert_bias(self) -> bool:
         return True
 
-    def expert_proportions(self) -> dict[str, float]:
-        return {**super().expert_proportions(), "groups / groups a token visits": self.n_group / self.topk_group}
+    def proportions(self) -> dict[str, float]:
+        return {**super().proportions(), "groups / groups a token visits": self.n_group / self.topk_group}
 
-    def describe_experts(self) -> str:
-        return f"{super().describe_experts()}, and {self.n_shared_experts} that all visit"
+    def describe(self) -> str:
+        return f"{super().describe()}, and {self.n_shared_experts} that all visit"
 
-    def scaled_experts(self, width: Callable[[int], int]) -> dict[str, Any]:
-        experts = super().scaled_experts(width)
-        return {**experts, **self._scaled_groups(experts["experts"], experts["num_experts_per_tok"])}
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        changes = super().scaled(hidden_size, width)
+        return changes and {**changes, **self._scaled_groups(changes["experts"], changes["num_experts_per_tok"])}
 
     def _scaled_groups(self, experts: int, top_k: int) -> dict[str, int]:
         """Returns the groups of a proxy with so many experts, and how many of them a token visits.
@@ -369,3 +256,126 @@ class SigmoidMixtureConfig(MixtureConfig):
         if self.n_group == 1 or not fitting or top_k // topk_group != BEST:
             return {"n_group": 1, "topk_group": 1}
         return {"n_group": min(fitting, key=lambda n_group: abs(n_group - wanted)), "topk_group": topk_group}
+
+
+class Qwen3MoeConfig(MixtureConfig, GroupedQueryConfig):
+    """A mixture of experts: `architecture: qwen3_moe`, the default of a section without this setting."""
+
+    architecture: Literal["qwen3_moe"] = added("qwen3_moe")
+    """qwen3_moe: a mixture of experts"""
+    shared_expert_intermediate_size: Width | None = added(None)
+    """inner width of a shared expert that every token uses; null: none"""
+
+    @property
+    def shared_width(self) -> int:
+        return self.shared_expert_intermediate_size or 0
+
+    def export_obstacle(self) -> str | None:
+        for field, value, what in (
+            ("router_bias_update_rate", self.router_bias_update_rate, "no bias of experts and no sigmoid scores"),
+            ("shared_expert_intermediate_size", self.shared_expert_intermediate_size, "no shared expert"),
+        ):
+            if value:
+                return (
+                    f"model.{field} = {value} cannot be exported: Qwen3MoeForCausalLM, which transformers, vLLM "
+                    f"and others load unchanged, has {what}; leave it out, or stop before the export"
+                )
+        return None
+
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        changes, shared = super().scaled(hidden_size, width), self.shared_expert_intermediate_size
+        return changes and {**changes, "shared_expert_intermediate_size": shared and width(shared)}
+
+
+class Glm4MoeConfig(SigmoidMixtureConfig, GroupedQueryConfig):
+    """A mixture of experts with shared ones and partial rotary embedding: `architecture: glm4_moe`."""
+
+    tie_embeddings: Flag = False
+    """always false: vLLM's class of the architecture has a head of its own"""
+    architecture: Literal["glm4_moe"]
+    """glm4_moe: a mixture of experts with shared ones, chosen by sigmoids, and grouped-query attention"""
+    partial_rotary_factor: Annotated[float, Range(0, 1, "GLM-4.5: 0.5", above=True)] = 0.5
+    """share of a head that has rotary embedding"""
+    attention_bias: Flag = True
+    """biases of queries, keys and values"""
+    use_qk_norm: Flag = False
+    """normalize each head's queries and keys"""
+
+    @model_validator(mode="after")
+    def _possible_head(self) -> Glm4MoeConfig:
+        if self.tie_embeddings:
+            raise ValueError(
+                f"tie_embeddings = true leaves vLLM's class of the architecture {self.architecture} without an output "
+                "head; set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _possible_part(self) -> Glm4MoeConfig:
+        turned = self.head_dim * self.partial_rotary_factor
+        if turned != int(turned) or int(turned) % 2:
+            nearest = max(2, 2 * round(turned / 2))
+            raise ValueError(
+                f"partial_rotary_factor = {self.partial_rotary_factor} gives {turned:g} of head_dim = {self.head_dim} "
+                f"rotary embedding, which turns pairs; nearest: {nearest / self.head_dim:g}"
+            )
+        return self
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.use_qk_norm
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+
+def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precision, alone: bool) -> float:
+    """Returns the bytes of tokens on their way to experts and back, for each of a rank's tokens.
+
+    They are counted as sorted for the ranks that have them, as received, as the experts return them and as sorted back.
+    With all experts on one rank these are what each expert returns, and that side by side. Ranks that split experts sum
+    what these return, below fp32 after another copy in fp32, and have their part of the sum. If all ranks gather all
+    tokens, there are as many outputs, which are summed in fp32.
+
+    `alone` means that a rank has one expert, for which nothing is sorted: it gets what is received, and returns what is
+    sent.
+    """
+    size = bytes_of(precision)
+    split = layout.split_experts
+    # Numbers of a token's copies for the experts that it visits.
+    copies = hidden_size * top_k
+    in_fp32 = 0 if precision == "fp32" else 4  # bytes of a copy in fp32 of what is summed
+    if layout.ep * split == 1:
+        return 2 * size * copies
+    if layout.dispatcher == "allgather":
+        outputs = (size + in_fp32) * layout.ep * split * hidden_size
+        return max(2 * split * size * copies, outputs + 4 * hidden_size)
+    if split == 1:
+        return (3 if alone else 4) * size * copies
+    # Ranks that split experts sum their outputs, below fp32 after a copy in fp32.
+    sent = 2 if layout.ep > 1 else 1
+    returned = (1 if alone else 2) * split
+    return ((sent + returned) * size + in_fp32 * split + 4) * copies
+
+
+def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
+    """Returns at most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible.
+
+    The first number is the experts, the second those that a token visits. Of equally near choices, the one with the
+    fewest visited experts is taken.
+    """
+    if experts <= PROXY_EXPERTS:
+        return experts, top_k
+
+    ratio = experts / top_k
+    choices = []
+    for visited in range(2, min(top_k, PROXY_EXPERTS) + 1):
+        count = max(visited, min(PROXY_EXPERTS, round(visited * experts / top_k)))
+        choices.append((abs(count / visited - ratio), visited, count))
+    _, visited, count = min(choices)
+    return count, visited

@@ -1,4 +1,4 @@
-"""The architectures that a recipe's `model` section may name. Adding one is a folder and one line here."""
+"""The architectures that a recipe's `model` section may name. Adding one is a class and one line here."""
 
 from __future__ import annotations
 
@@ -11,18 +11,13 @@ from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter
 from pipeline.core.text import shown
 from stages.models.base import ModelConfig
 from stages.models.deepseek_v3 import DeepseekV3Config
-from stages.models.glm4_moe import Glm4MoeConfig
-from stages.models.gpt_oss import GptOssConfig
-from stages.models.qwen3 import Qwen3Config
-from stages.models.qwen3_moe import Qwen3MoeConfig
-from stages.models.qwen3_next import Qwen3NextConfig
+from stages.models.grouped_query import Qwen3Config
+from stages.models.mixture import Glm4MoeConfig, Qwen3MoeConfig
 
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "qwen3_moe": Qwen3MoeConfig,
     "qwen3": Qwen3Config,
     "deepseek_v3": DeepseekV3Config,
-    "gpt_oss": GptOssConfig,
-    "qwen3_next": Qwen3NextConfig,
     "glm4_moe": Glm4MoeConfig,
 }
 DEFAULT = "qwen3_moe"

@@ -77,8 +77,7 @@ class Examples:
         questions = -(-examples // self.shared)
         tokens = questions * self.question + examples * (self.answer - 1)
         prefixed = examples * self.question if self.answer > 1 else 0
-        longest = self.question + self.answer - 1
-        return Rows(1, tokens, packed=True, targets=examples * self.answer, prefixed=prefixed, longest=longest)
+        return Rows(1, tokens, packed=True, targets=examples * self.answer, prefixed=prefixed)
 
 
 def fullest_row(config: AnyConfig) -> tuple[Examples, int]:

@@ -23,7 +23,7 @@ from stages.formats.table import require_columns
 from stages.generation import samplers as sampler_registry
 from stages.generation import weights
 from stages.generation.protocols import Completion, Sampler, SamplerContext, decode_routes
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config
 from stages.models.base import Routing
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
 from stages.rl.protocols import Parts

@@ -293,8 +293,7 @@ class Engine:
         """
         self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
-        model = self.config.model
-        return FullTensors(tensors, self.shapes, model.tie_embeddings, by_turns, model.spec().stacks_experts)
+        return FullTensors(tensors, self.shapes, self.config.model.tie_embeddings, by_turns)
 
     def local_weights(self) -> list[Tensor]:
         """Copies on CPU of this rank's tensors that the model computes with, in the model's order."""

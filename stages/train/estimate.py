@@ -60,7 +60,6 @@ def estimate(config: TrainConfig) -> Estimate:
         files=work * (2 * layout.ranks + 1 + checkpoint.files) + releases * checkpoint.files,
         published=checkpoint.published(trained, has_step_0),
         parameters=parameters,
-        long_context=model.long_context(config.padded_vocab_size),
         training=TrainingEstimate(
             steps=steps,
             batch_tokens=(*(share.global_tokens for share in phase.batch.ramp), phase.batch.global_tokens),

@@ -107,7 +107,7 @@ def run(config: ImportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     Raises CheckFailed for files that are not those of the digest, RecipeError for a model that is another than the
     recipe's.
     """
-    from stages.mcore.architectures.hf_mapping import hf_config
+    from stages.mcore.hf_mapping import hf_config
     from stages.train.checkpoint import release_checkpoint
 
     folder = config.place(home_folder())
@@ -146,6 +146,7 @@ def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
 
     Returns the number of its tensors. Raises RecipeError for a model that is another than the config's.
     """
+    from stages.mcore.hf_mapping import from_hf
     from stages.mcore.model import check_tensors
     from stages.train.checkpoint import release_checkpoint
 
@@ -154,7 +155,7 @@ def write_checkpoint(folder: Path, config: ImportConfig, step: Path) -> int:
     step.mkdir(parents=True)
     try:
         # The inverse of the export, so that an export of the import has the same bytes.
-        mapped = config.model.spec().from_hf(tensors, config.model)
+        mapped = from_hf(tensors, config.model)
         release_checkpoint.write_shards(step, release_checkpoint.MODEL, _padded(mapped, shapes))
     except (KeyError, ValueError) as error:
         raise RecipeError(

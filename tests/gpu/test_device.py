@@ -19,8 +19,8 @@ from stages.mcore import gpu
 from stages.mcore.layer_spec import Attention
 from stages.mcore.model import build, transformer_config
 from stages.models.base import Precision
+from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
-from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import gpu_fixtures, train_fixtures
 from tests.fixtures.device_test_fixtures import BREAKS, verdicts

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.core.store import digest_of, rows_of
 from stages.export import hf
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from tests.fixtures import gpu_fixtures, train_fixtures
 from tests.gpu.conftest import Report
 

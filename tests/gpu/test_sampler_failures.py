@@ -11,7 +11,7 @@ import torch
 
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config, to_hf
 from stages.mcore.model import full_tensor
 from tests.fixtures import gpu_fixtures, layout_fixtures, train_fixtures
 from tests.gpu.conftest import Report
@@ -24,7 +24,7 @@ def sampler() -> InProcess:
     model = gpu_fixtures.cut_recipe()[0] if gpu_fixtures.ON_GPU else gpu_fixtures.SMALL
     engine = InProcess(hf_config(model, VOCABULARY, 1, 0, "float32"), (), NEW)
     weights = {name: full_tensor(name, shape, model, 0) for name, shape in model.shapes(VOCABULARY).items()}
-    engine.load(dict(model.spec().to_hf(weights, model, VOCABULARY)))
+    engine.load(dict(to_hf(weights, model, VOCABULARY)))
     return engine
 
 

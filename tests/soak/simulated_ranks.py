@@ -111,12 +111,6 @@ ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
         "q_lora_rank": (None, 128, 384), "kv_lora_rank": (64, 256), "qk_nope_head_dim": (32, 64, 128),
         "qk_rope_head_dim": (16, 32, 64), "v_head_dim": (32, 64, 128),
     },
-    "gpt_oss": MODEL | EXPERTS | {"tie_embeddings": (False,), "sliding_window": (64, 128, 512)},
-    "qwen3_next": MODEL | EXPERTS | DENSE | {
-        "tie_embeddings": (False,), "shared_expert_intermediate_size": (128, 512), "full_attention_interval": (2, 4),
-        "linear_num_key_heads": (4, 8), "linear_num_value_heads": (8, 16), "linear_key_head_dim": (32, 64),
-        "linear_value_head_dim": (32, 64, 128),
-    },
     "glm4_moe": MODEL | EXPERTS | DENSE | GROUPS | {
         "tie_embeddings": (False,), "attention_bias": (True, False), "use_qk_norm": (True, False),
         "partial_rotary_factor": (0.5, 1.0),
@@ -146,7 +140,7 @@ def draw(seed: int, number: int) -> tuple[str, dict[str, Any], int]:
         layout["ranks"] = layout["tp"] * layout["pp"] * layout["cp"] * data
         model["context_length"], vocabulary = max(length, 2048), chance.choice((4096, 32768, 131072))
         phase: dict[str, Any] = {"precision": chance.choice(("bf16", "bf16", "bf16", "fp32")), "parallelism": layout}
-        is_slow = phase["precision"] == "fp32" or architecture in ("gpt_oss", "qwen3_next")  # attention by slices
+        is_slow = phase["precision"] == "fp32"  # attention by slices
         takes_long = model["layers"] > 2 * layout["pp"] or model.get("experts", 0) > 16 * layout["ep"]
         is_long = length > 16384
         takes_long |= (is_slow and length > 1024) or (is_long and (kind != "text" or layout["pp"] * layout["vpp"] > 2))

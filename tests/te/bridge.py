@@ -22,13 +22,11 @@ from safetensors.torch import load_file
 
 from stages.export import comparison, hf
 from stages.formats.tokenizer import END, PAD
-from stages.mcore.architectures import qwen3_next
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config, to_hf
 from stages.mcore.model import Initial
-from stages.mcore.param_names import BUFFERS, global_name
 from stages.models import registry
 from stages.models.base import ModelConfig
-from stages.models.qwen3_next import Qwen3NextConfig
+from stages.models.param_names import BUFFERS, global_name
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import train_fixtures
@@ -40,26 +38,21 @@ CPU: dict[str, Any] = {
     "bf16": False, "fp16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32,
     "gradient_accumulation_fusion": False, "apply_rope_fusion": False, "bias_activation_fusion": False,
     "moe_permute_fusion": False,
-    "deterministic_mode": True,  # of qwen3_next: the delta rule and its convolution in PyTorch's operations
 }  # fmt: skip
 """What a machine without a GPU needs of a provider: no fused kernels, and fp32 to compare with."""
-os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # or Megatron refuses that mode
 
 
 def random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Weights of which none is 0 or 1, as after training; gates of gpt_oss are large enough to be cut off."""
+    """Weights of which none is 0 or 1, as after training."""
     generator = torch.Generator().manual_seed(0)
     initial = Initial(model.shapes(VOCAB), model, 0)
-    tensors = {name: x + 0.05 * torch.randn(x.shape, generator=generator) for name, x in initial.items()}
-    if model.architecture == "gpt_oss":
-        tensors |= {name: 20 * x for name, x in tensors.items() if "linear_fc1" in name}
-    return tensors
+    return {name: x + 0.05 * torch.randn(x.shape, generator=generator) for name, x in initial.items()}
 
 
 def export(model: ModelConfig, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """What the export stage writes. Its gate, which compares with transformers, is not run here."""
     ids = hf.write_tokenizer(train_fixtures.tokenizer(folder.with_name("tokenizer")), folder, model.context_length)
-    mapped = model.spec().to_hf(tensors, model, VOCAB)
+    mapped = to_hf(tensors, model, VOCAB)
     release_checkpoint.write_shards(folder, release_checkpoint.MODEL, mapped)
     config = hf_config(model, VOCAB, ids[END], ids[PAD], "float32")
     (folder / "config.json").write_text(json.dumps(config))
@@ -92,7 +85,7 @@ def load(folder: Path, section: dict[str, Any], lines: str) -> dict[str, Any]:
         provider.finalize()
         (gpt,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
         named = [*gpt.named_parameters(), *((n, x) for n, x in gpt.named_buffers() if n.endswith(BUFFERS))]
-        theirs = dict(_in_our_order(_name(name), tensor.detach(), model) for name, tensor in named)
+        theirs = {_name(name): tensor.detach() for name, tensor in named}
         gpt.eval()
         logits = [gpt(torch.tensor([row]), torch.arange(len(row))[None], None)[0].float() for row in rows]
         written = dict(bridge.export_hf_weights([gpt], cpu=True, show_progress=False))
@@ -110,22 +103,8 @@ def load(folder: Path, section: dict[str, Any], lines: str) -> dict[str, Any]:
 
 
 def _name(name: str) -> str:
-    """The global name. Only the bridge has Transformer Engine's norms of latents, and of a gated delta net, inside the
-    matrix that follows."""
-    name = name.replace("self_attention.in_proj.layer_norm_weight", "input_layernorm.weight")
+    """The global name. Only the bridge has Transformer Engine's norms of latents inside the matrix that follows."""
     return re.sub(r"linear_(q|kv)_up_proj\.layer_norm_weight", r"\1_layernorm.weight", global_name(name))
-
-
-def _in_our_order(name: str, tensor: torch.Tensor, model: ModelConfig) -> tuple[str, torch.Tensor]:
-    """The name, and the tensor as this project has it: of a gated delta net the rows are in the order of key heads,
-    where Megatron has those of all queries, of all keys, ...; and its norm is not centered around zero."""
-    kind = name.partition(".self_attention.")[2]
-    if isinstance(model, Qwen3NextConfig) and kind in ("in_proj.weight", "conv1d.weight"):
-        heads = model.linear_num_key_heads
-        sizes = qwen3_next._parts(model, int(name.split(".")[2]))[kind == "conv1d.weight"]
-        parts = tensor.split([heads * size for size in sizes])
-        return name, qwen3_next._join([part.unflatten(0, (heads, -1)) for part in parts])
-    return name, tensor + 1 if kind == "out_norm.weight" else tensor
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

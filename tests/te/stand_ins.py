@@ -321,12 +321,6 @@ def rmsnorm_bwd(
     return dx.to(x.dtype), (dz * n).reshape(-1, n.shape[-1]).sum(0).to(gamma.dtype)
 
 
-def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x / sqrt(sum(x^2) + eps), the one kernel of flash-linear-attention that Megatron's gated delta net calls in its
-    deterministic mode."""
-    return x * x.float().square().sum(-1, keepdim=True).add(eps).rsqrt().to(x.dtype)
-
-
 @kernel
 def fused_multi_row_padding(
     input: torch.Tensor, output: torch.Tensor, rows: Sequence[int], padded: Sequence[int]
@@ -445,11 +439,6 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
 
     import stages.mcore.megatron_imports  # noqa: F401 - imports all of TE that Megatron uses
 
-    # isort: split
-    import megatron.core.ssm.gated_delta_net.gdn  # noqa: F401 - this project does not use it, Megatron-Bridge does
-    from megatron.core.ssm.gated_delta_net import common
-
-    common.HAVE_FLA, common.l2norm = True, l2norm
     cpu_torch = megatron_patches._cpu_torch()
     _cuda_names.update(
         is_available=lambda: True,

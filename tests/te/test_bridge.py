@@ -6,23 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from docs.examples import blocks_of
 from stages.models.registry import ARCHITECTURES
-from tests.fixtures import ROOT, architecture_fixtures, layout_fixtures
+from tests.fixtures import architecture_fixtures, layout_fixtures
 from tests.te.conftest import Spawn
 
 YARN = {"yarn": {"factor": 4.0, "original_length": 16}}
-QWEN3_MOE, QWEN3, QWEN3_NEXT, GLM, DEEPSEEK, GPT_OSS = (
-    architecture_fixtures.MODELS[name]
-    for name in ("qwen3_moe", "qwen3", "qwen3_next", "glm4_moe", "deepseek_v3", "gpt_oss")
+QWEN3_MOE, QWEN3, GLM, DEEPSEEK = (
+    architecture_fixtures.MODELS[name] for name in ("qwen3_moe", "qwen3", "glm4_moe", "deepseek_v3")
 )
 UNTIED = {"layers": 3, "tie_embeddings": False, "rope_theta": 1e6, "norm_eps": 1e-5}
 GLM_SPARSE = {k: v for k, v in GLM.items() if k not in ("dense_layers", "intermediate_size")}
-(GPT_OSS_ROPE,) = (
-    block.text for block in blocks_of((ROOT / "docs/users.md").read_text("utf-8")) if "provider.yarn_" in block.text
-)
-"""The lines of docs/users.md with which a user corrects what the bridge takes for the rotary embedding of gpt_oss."""
-
 Case = tuple[dict[str, Any], str]
 """The model's section, and the lines that change what the bridge provides."""
 LOADED: dict[str, Case] = {
@@ -45,26 +38,14 @@ LOADED: dict[str, Case] = {
     "deepseek_v3, tied": (
         {**DEEPSEEK, "tie_embeddings": True}, "provider.share_embeddings_and_output_weights = True",
     ),
-    "gpt_oss": (GPT_OSS, GPT_OSS_ROPE),
-    "gpt_oss, equal widths, YaRN": (
-        {**GPT_OSS, "layers": 3, "moe_intermediate_size": 32, "norm_eps": 1e-5, **YARN}, GPT_OSS_ROPE,
-    ),
-    "qwen3_next": (QWEN3_NEXT, ""),
-    "qwen3_next, groups": (
-        {**QWEN3_NEXT, "full_attention_interval": 2, "kv_heads": 4, "linear_num_value_heads": 2, "norm_eps": 1e-5}, "",
-    ),
 }  # fmt: skip
 OTHER_TENSORS: dict[str, Case] = {
     "qwen3_moe, a dense layer": ({**QWEN3_MOE, "dense_layers": 1, "intermediate_size": 48}, ""),
-    "qwen3_next, a dense layer": ({**QWEN3_NEXT, "dense_layers": 1, "intermediate_size": 48}, ""),
-    "gpt_oss, equal sides": ({**GPT_OSS, "moe_intermediate_size": 16}, GPT_OSS_ROPE),
     "deepseek_v3, tied, as provided": ({**DEEPSEEK, "tie_embeddings": True}, ""),
 }
 """What docs/users.md warns of: the bridge makes a model with other tensors, and at most its log says so."""
 OTHER_LOGITS: dict[str, Case] = {
-    "gpt_oss, as provided": (GPT_OSS, ""),
     "glm4_moe, YaRN": ({**GLM, **YARN}, ""),
-    "qwen3_next, YaRN": ({**QWEN3_NEXT, **YARN}, ""),
 }
 """Or one with the same tensors that computes something else, without a word."""
 LISTS = ("different", "unexpected", "written back differently", "written back in addition")

@@ -7,12 +7,11 @@ import torch
 
 from stages.generation.in_process import Decoder, InProcess, LibraryDecoder
 from stages.generation.protocols import Prompt
-from stages.mcore.architectures import qwen3_moe
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config, to_hf
 from stages.mcore.model import full_tensor
 from stages.models.base import ModelConfig, Yarn
-from stages.models.qwen3 import Qwen3Config
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.grouped_query import Qwen3Config
+from stages.models.mixture import Qwen3MoeConfig
 from tests.fixtures import rl_fixtures
 
 pytestmark = pytest.mark.numeric
@@ -30,7 +29,7 @@ def sampler(changes: dict[str, object], new: int = STEPS, seed: int = 0, **confi
     model = DENSE if changes.get("architecture") == "qwen3" else MODEL.model_copy(update=changes)
     engine = InProcess({**hf_config(model, VOCAB, 1, 0, "float32"), **config}, (), new)
     tensors = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
-    engine.load(dict(model.spec().to_hf(tensors, model, VOCAB)))
+    engine.load(dict(to_hf(tensors, model, VOCAB)))
     return engine
 
 
@@ -85,7 +84,7 @@ def test_a_prompt_asked_several_times_is_read_once() -> None:
 def test_weights_that_are_loaded_later_are_used() -> None:
     engine, requests = sampler({}, new=12), prompts([9, 4])
     before, shapes = engine.generate(requests), MODEL.shapes(VOCAB).items()
-    engine.load(dict(qwen3_moe.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB)))
+    engine.load(dict(to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB)))
     assert before != engine.generate(requests) == sampler({}, new=12, seed=5).generate(requests)
 
 

@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.mcore.architectures.hf_mapping import hf_config
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.mcore.hf_mapping import hf_config
+from stages.models.mixture import Qwen3MoeConfig
 from tests.fixtures.sampler_fixtures import MODEL, STOPS, VOCAB, prompts, tensors  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.numeric

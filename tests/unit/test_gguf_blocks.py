@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Kind
 from pipeline.core.errors import AtomError
 from stages.export.variants import gguf_file
 from stages.export.variants.registry import VARIANTS, obstacle
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from tests.fixtures import train_fixtures
 
 RANDOM = np.random.default_rng(0)

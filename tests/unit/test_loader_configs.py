@@ -11,7 +11,7 @@ import pytest
 
 from release.checks import loading, tool_files
 from stages.export.variants.registry import STACKED, adapter_config, quantization_config
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config
 from stages.models import registry
 from tests.fixtures.architecture_fixtures import MODELS
 

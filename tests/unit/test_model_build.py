@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stages.mcore.model import build, full_tensor, named_tensors
-from stages.mcore.param_names import global_name
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
+from stages.models.param_names import global_name
 from stages.train import parallel
 from tests.fixtures import train_fixtures
 from tests.fixtures.model_fixtures import load_tensors

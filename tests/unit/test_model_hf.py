@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.mcore.architectures import qwen3_moe
-from stages.mcore.architectures.hf_mapping import hf_config
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.mcore.hf_mapping import from_hf, hf_config, to_hf
+from stages.models.mixture import Qwen3MoeConfig
 from tests.fixtures import train_fixtures
 
 pytestmark = pytest.mark.numeric
@@ -32,27 +31,27 @@ def models(draw: st.DrawFn) -> Qwen3MoeConfig:
 def test_round_trip(model: Qwen3MoeConfig, vocab: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(vocab)
     ours = {n: torch.randn(s, generator=generator).to(dtype) for n, s in model.shapes(vocab).items()}
-    theirs = dict(qwen3_moe.to_hf(ours, model, vocab))
+    theirs = dict(to_hf(ours, model, vocab))
     assert sum(t.numel() for t in theirs.values()) == sum(t.numel() for t in ours.values())
-    restored = dict(qwen3_moe.from_hf(theirs, model))
+    restored = dict(from_hf(theirs, model))
     assert restored.keys() == ours.keys() and all(torch.equal(restored[n], ours[n]) for n in ours)
 
 
 def test_padded_vocabulary_is_dropped() -> None:
     model = Qwen3MoeConfig(**{**train_fixtures.MODEL, "tie_embeddings": False})
     ours = {n: torch.randn(s) for n, s in model.shapes(64).items()}
-    theirs = dict(qwen3_moe.to_hf(ours, model, 60))
+    theirs = dict(to_hf(ours, model, 60))
     assert theirs["lm_head.weight"].shape == theirs["model.embed_tokens.weight"].shape == (60, 32)
 
 
 def test_foreign_tensors_are_refused() -> None:
     model = Qwen3MoeConfig(**train_fixtures.MODEL)
-    theirs = dict(qwen3_moe.to_hf({n: torch.zeros(s) for n, s in model.shapes(64).items()}, model, 64))
+    theirs = dict(to_hf({n: torch.zeros(s) for n, s in model.shapes(64).items()}, model, 64))
     with pytest.raises(ValueError, match=r"does not have: model\.layers\.0\.mlp\.shared"):
-        list(qwen3_moe.from_hf({**theirs, "model.layers.0.mlp.shared": torch.zeros(1)}, model))
+        list(from_hf({**theirs, "model.layers.0.mlp.shared": torch.zeros(1)}, model))
     del theirs["model.norm.weight"]
     with pytest.raises(KeyError, match=r"model\.norm"):
-        list(qwen3_moe.from_hf(theirs, model))
+        list(from_hf(theirs, model))
 
 
 def test_config_is_read_as_written() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.mcore import layer_spec, row_tables
-from stages.mcore.layer_spec import Attention, Norm, causal_attention, plain_attention
+from stages.mcore.layer_spec import Attention, Norm, causal_attention
 from stages.mcore.qkv import Heads
 from stages.mcore.row_tables import Tables
 
@@ -54,20 +54,14 @@ def _tables(positions: torch.Tensor, starts: torch.Tensor | None = None, context
 
 
 def _reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor | None = None,
-    window: int | None = None, sinks: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor | None = None
+) -> torch.Tensor:
     scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
     key = torch.arange(k.shape[2])
     unseen = (positions[:, None] < key)[None, None]
     if starts is not None:
         unseen = unseen | (starts[:, positions][:, None, :, None] > key)
-    if window is not None:
-        unseen = unseen | (positions[:, None] - key >= window)[None, None]
     scores = scores.masked_fill(unseen, float("-inf"))
-    if sinks is not None:
-        sink = sinks[:, None, None].expand(*scores.shape[:3], 1)
-        return torch.cat((scores, sink), -1).softmax(-1)[..., :-1] @ v.repeat_interleave(2, 1)
     return scores.softmax(-1) @ v.repeat_interleave(2, 1)
 
 
@@ -100,38 +94,9 @@ def test_attention_by_slices(
         torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (q, k, v)), gradients)
 
 
-@pytest.mark.parametrize("positions", [ALL[:11], ENDS, MIDDLE])
-@pytest.mark.parametrize("starts", [None, PACKED])
-@pytest.mark.parametrize("window", [1, 3, 99, None])
-@pytest.mark.parametrize("fused", [True, False, None])
-def test_windows_and_sinks(
-    positions: torch.Tensor, starts: torch.Tensor | None, window: int | None, fused: bool | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """A window never reaches into the document before it; sinks by the CPU's kernel and by their definition, or none:
-    values, and all gradients."""
-    torch.manual_seed(0)
-    q, k, v = (_random(2, heads, size, 4) for heads, size in ((4, len(positions)), (2, 12), (2, 12)))
-    sinks = None if fused is None else _random(4)
-    inputs = [x for x in (q, k, v, sinks) if x is not None]
-    expected = _reference(q, k, v, positions, starts, window, sinks)
-    gradients = torch.autograd.grad(expected.square().sum(), inputs)
-    if fused is False:
-        monkeypatch.setattr(layer_spec, "attend_with_sinks", plain_attention)
-    tolerances = {"atol": 1e-6, "rtol": 1e-5}  # log-sum-exps are fp32
-    for slice_ in (4, 64):
-        monkeypatch.setattr(row_tables, "SLICE", slice_)
-        tables = _tables(positions, starts)
-        out = causal_attention(q, k, v, tables, 0.3, window, sinks)
-        torch.testing.assert_close(out, expected, **tolerances)
-        for actual, right in zip(torch.autograd.grad(out.square().sum(), inputs), gradients, strict=True):
-            torch.testing.assert_close(actual, right, **tolerances)
-
-
-@pytest.mark.parametrize(("has_sinks", "count"), [(False, 1), (True, 3)])
-def test_a_gpu_takes_a_row_whole_unless_scores_are_kept(has_sinks: bool, count: int) -> None:
+def test_a_gpu_takes_a_row_whole() -> None:
     rope = torch.ones(2), 1.0
-    assert len(Tables(None, 300, 1, torch.device("cuda"), rope, has_sinks=has_sinks).slices()) == count
+    assert [len(Tables(None, 300, 1, torch.device(kind), rope).slices) for kind in ("cuda", "cpu")] == [1, 3]
 
 
 @pytest.mark.parametrize("positions", [ALL, ENDS, MIDDLE])
@@ -161,7 +126,7 @@ def test_no_layer_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(context_parallel_size=1, rows=row_tables.RowTables((torch.ones(4), 1.0), 1))
     attention = Attention.__new__(Attention)
     torch.nn.Module.__init__(attention)
-    attention.config, attention.scale, attention.window, attention.softmax_offset = config, None, None, None
+    attention.config, attention.scale = config, None
     monkeypatch.setattr(Attention, "takes_documents", lambda self, q: True)
     seen: list[str] = []
 
@@ -188,7 +153,7 @@ def test_the_output_of_a_row_is_kept_once(monkeypatch: pytest.MonkeyPatch) -> No
     config = SimpleNamespace(context_parallel_size=1, rows=row_tables.RowTables((torch.ones(4), 1.0), 1))
     attention = Attention.__new__(Attention)
     torch.nn.Module.__init__(attention)
-    attention.config, attention.scale, attention.window, attention.softmax_offset = config, None, None, None
+    attention.config, attention.scale = config, None
     monkeypatch.setattr(Attention, "takes_documents", lambda self, q: True)
     kernel, outputs = layer_spec.varlen_kernel(), []
     assert kernel is not None

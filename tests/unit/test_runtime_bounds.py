@@ -25,8 +25,6 @@ LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_routed_experts": 8}
         ("bf16", {**MOE, "head_dim": 16}, True, "heads of 32 and larger"),
         ("bf16", LATENT, True, ""),
         ("bf16", {**LATENT, "kv_lora_rank": 32}, True, "latents of 512 + 64, and these are 32 + 64"),
-        ("bf16", {**MOE, "model_type": "gpt_oss"}, True, "with YaRN only"),
-        ("bf16", {**MOE, "model_type": "gpt_oss", "rope_scaling": {"rope_type": "yarn"}}, True, ""),
         ("int8", LATENT, False, "INT8 experts for x86 processors need AMX"),
     ],
 )

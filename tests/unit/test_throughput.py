@@ -20,8 +20,8 @@ from stages.mcore.throughput import (
     step_time,
 )
 from stages.models.costs import AttentionCost, Rows
+from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
-from stages.models.qwen3_moe import Qwen3MoeConfig
 
 GPU = Accelerator(
     {"bf16": 1000.0, "fp8": 2000.0, "fp4": 6000.0}, memory=100.0, nvlink=50.0, nvlink_gpus=8, network=10.0
@@ -29,8 +29,8 @@ GPU = Accelerator(
 PLAIN = Constants(
     bf16=0.5, fp8=0.5, grouped=0.5, attention=0.7, passes=2, link=0.5, launch=0.1, fp4=0.5, host=0, sparse_host=0
 )
-DENSE = Shape(10, 20, (LayerShape(4, 300, 0, 50, 0),), (AttentionCost(4, 2, 128, 128),))
-SPARSE = Shape(10, 20, (LayerShape(4, 300, 800, 50, 40),), (AttentionCost(4, 2, 128, 128),), experts=8, top_k=2)
+DENSE = Shape(10, 20, (LayerShape(4, 300, 0, 50, 0),), AttentionCost(4, 2, 128, 128))
+SPARSE = Shape(10, 20, (LayerShape(4, 300, 800, 50, 40),), AttentionCost(4, 2, 128, 128), experts=8, top_k=2)
 QWEN3_30B = shape_of(
     Qwen3MoeConfig(
         layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8,

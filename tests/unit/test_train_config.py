@@ -15,8 +15,8 @@ from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from stages.mcore.optimizer import Adam
+from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
-from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.config import PhaseConfig, TrainConfig
 from tests.fixtures import ROOT, train_fixtures
 

@@ -20,6 +20,7 @@ from pipeline.core.errors import CheckFailed
 from pipeline.core.store import Artifact, sha256_file
 from stages.export.variants.registry import STACKED, adapter_config
 from stages.formats.table import write_json
+from stages.mcore.hf_mapping import to_hf
 from stages.mcore.lora import A, B, Lora, factor
 from stages.models.base import ModelConfig
 from stages.train.checkpoint import release_checkpoint
@@ -72,7 +73,7 @@ def factors(
 
     `adapter` has Megatron's tensors by global name.
     """
-    shapes, to_hf = model.shapes(vocab_size), model.spec().to_hf
+    shapes = model.shapes(vocab_size)
     names = list(shapes)
     # The mapping renames matrices and cuts their rows. A mark tells from which of Megatron's matrices a result is, and
     # the padded B has the rows of that result.

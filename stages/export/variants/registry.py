@@ -30,8 +30,6 @@ ADAPTER: VariantName = "adapter"
 """The variant of a model that is an adapter on an earlier one."""
 GGUF_MODEL_TYPES = ("qwen3", "qwen3_moe")
 """The `model_type` in config.json of models for which llama.cpp's names are known (gguf_file.py)."""
-STACKED_EXPERTS = ("gpt_oss",)
-"""The `model_type` in config.json of models with experts in one tensor, which compressed-tensors cannot describe."""
 SUPER_BLOCK = 256
 """Weights of a row that a K-quant of GGUF encodes together."""
 LLAMA = "llama.cpp loads the file, with its tokenizer and chat template."
@@ -105,12 +103,7 @@ def obstacle(name: VariantName, model: ModelConfig) -> str | None:
     """The reason why a model has no such variant, in one sentence; None if it has."""
     if name == ADAPTER:
         return f"{name} is of a model whose sft has lora, and needs no mention; leave it out"
-    writer = VARIANTS[name].writer
-    if writer == "compressed-tensors" and model.architecture in STACKED_EXPERTS:
-        return f"stacked experts, as those of {model.architecture}, have no form in {writer}; leave {name} out"
-    if writer == "compressed-tensors" and model.architecture == "qwen3_next":
-        return f"8-bit forms of gated delta nets are not known here; leave {name} out"
-    if writer != "gguf":
+    if VARIANTS[name].writer != "gguf":
         return None
     if model.architecture not in GGUF_MODEL_TYPES:
         return f"GGUF files of the architecture {model.architecture} are not known here; leave {name} out"

@@ -24,7 +24,7 @@ from release.opened_release import Release
 from stages.export import comparison, hf
 from stages.formats.tokenizer import SPECIAL_TOKENS
 from stages.mcore.model import full_tensor
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import train_fixtures
 from tests.fixtures.run_fixtures import at_length

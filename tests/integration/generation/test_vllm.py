@@ -16,7 +16,7 @@ import torch
 
 from stages.export import hf
 from stages.models.base import Yarn
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from tests.fixtures import train_fixtures
 
 PYTHON = os.environ.get("ATOM_VLLM_PYTHON")

@@ -26,11 +26,10 @@ from stages.generation.in_process import InProcess
 from stages.generation.protocols import Completion, Prompt
 from stages.generation.vllm_sampler import VllmServer
 from stages.generation.weights import Broadcast, Weights
-from stages.mcore.architectures import qwen3_moe
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config, to_hf
 from stages.mcore.model import full_tensor
+from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
-from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl.rollout import rollouts
 from stages.train.parallel import Ranks
 from tests.fixtures import rl_fixtures, vllm_fixtures, weights_fixtures
@@ -57,7 +56,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     # no norm of a trained model is all ones
     noise = torch.Generator().manual_seed(seed)
     tensors |= {n: t * (1 + 0.2 * torch.randn(t.shape, generator=noise)) for n, t in tensors.items() if "norm" in n}
-    return dict(qwen3_moe.to_hf(tensors, model, rl_fixtures.PADDED))
+    return dict(to_hf(tensors, model, rl_fixtures.PADDED))
 
 
 CONFIG = hf_config(Qwen3MoeConfig(**MODEL), rl_fixtures.PADDED, 1, 0, "float32")

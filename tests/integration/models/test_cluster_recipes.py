@@ -20,10 +20,10 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from stages.data.acquire.sources import Source
 from stages.data.recipe import load
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config
 from stages.mcore.memory import memory_share
+from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
-from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.config import PhaseConfig
 from tests.fixtures import ROOT, fake_rank_fixtures
 from tests.fixtures.run_fixtures import SOAK, atom
@@ -219,10 +219,6 @@ def test_plan_without_the_data(name: str, tmp_path: Path) -> None:
     body = json.loads(atom(tmp_path, "plan", name, "--json").stdout)
     assert len(body["absent"]) == 20 and body["absent"][0] in lines
     training = {stage["name"]: stage["training"] for stage in body["stages"] if stage["training"]}
-    long = body["long_context"]
-    assert long["tokens"] == 131072 and 0 < long["cache_bytes"] <= long["full_cache_bytes"]
-    row = next(line for line in lines if line.startswith("this model  "))
-    assert f"{long['flops_per_token'] / 1e9:.4g}" in row
     assert training["pretrain"]["gflop_per_token"] > 2 and training["longcontext-2"]["sequence_length"] == 131072
     for command in ("run", name), ("submit", name, "--cluster", "h100-pyxis"):
         assert atom(tmp_path, *command, code=2).stderr == f"atom: {unpinned}\n"

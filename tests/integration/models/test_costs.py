@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.mcore import layer_spec, lora_layers
-from stages.mcore.layer_spec import plain_attention
 from stages.mcore.layout_check import problem
 from stages.mcore.lora import Lora
 from stages.mcore.megatron_imports import Float16Module
@@ -21,8 +20,8 @@ from stages.mcore.model import build
 from stages.mcore.optimizer import Adam
 from stages.models.base import ModelConfig
 from stages.models.costs import SLICE, AttentionCost, MemoryShare, Rows, training_flops
+from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
-from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.models.registry import parse
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
@@ -34,17 +33,12 @@ MODEL = dict(
     layers=4, hidden_size=64, heads=8, kv_heads=4, head_dim=16, experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
     context_length=512, tie_embeddings=False,
 )  # fmt: skip
-HYBRID = dict(
-    architecture="qwen3_next", full_attention_interval=2, shared_expert_intermediate_size=32, linear_num_key_heads=4,
-    linear_num_value_heads=8, linear_key_head_dim=16, linear_value_head_dim=24,
-)  # fmt: skip
-WINDOWED = {"architecture": "gpt_oss", "sliding_window": 64}
 GLM = {"architecture": "glm4_moe", "dense_layers": 1, "intermediate_size": 384, "moe_intermediate_size": 384}
 EXTRAS = st.fixed_dictionaries({
     "tie_embeddings": st.booleans(),
     "router_bias_update_rate": st.sampled_from([0.0, 1e-3]),
     "shared_expert_intermediate_size": st.sampled_from([None, 32]),
-}) | st.just({"dense_layers": 1, "intermediate_size": 96}) | st.sampled_from([WINDOWED, GLM])  # fmt: skip
+}) | st.just({"dense_layers": 1, "intermediate_size": 96}) | st.just(GLM)  # fmt: skip
 LAYOUTS = st.builds(
     Layout,
     ranks=st.sampled_from([8, 16, 32]),
@@ -100,10 +94,8 @@ def test_state_by_precision() -> None:
 
 
 def test_flops() -> None:
-    """By hand: two matrices, and attention to half a row or to a window."""
-    assert training_flops(10, [AttentionCost(1, 2, 3, 5)], 8) == 6 * (10 + 2 * 8 * 4)
-    assert AttentionCost(1, 1, 1, 1, window=4).keys(8) == pytest.approx((0 + 8 * 4 - 4 * 4 / 2) / 8)
-    assert AttentionCost(1, 1, 1, 1, window=99).keys(8) == 4
+    """By hand: two matrices, and attention to half a row."""
+    assert training_flops(10, AttentionCost(1, 2, 3, 5), 8) == 6 * (10 + 2 * 8 * 4)
     model = Qwen3MoeConfig(
         **{**MODEL, "dense_layers": 1, "intermediate_size": 96, "shared_expert_intermediate_size": 32}
     )
@@ -113,24 +105,10 @@ def test_flops() -> None:
     assert tied.matrices(VOCAB) == model.matrices(VOCAB)
 
 
-def test_a_long_text_is_compared_with_full_attention() -> None:
-    """By hand: a window keeps its own tokens, heads are shared by ranks or copied, and full attention keeps all."""
-    full, window = AttentionCost(3, 8, 16, 16, kv_heads=4), AttentionCost(2, 8, 16, 16, 128, 4)
-    assert full.cached(1000, 1) == 3 * 4 * 32 * 1000 and AttentionCost(1, 8, 16, 4).cached(10, 1) == 8 * 20 * 10
-    assert [full.cached(1000, ranks) for ranks in (2, 4, 8)] == [full.cached(1000, 1) / n for n in (2, 4, 4)]
-    assert [window.cached(tokens, 1) for tokens in (100, 128, 1000)] == [2 * 4 * 32 * n for n in (100, 128, 128)]
-
-    class Windowed(Qwen3MoeConfig):
-        def attention(self) -> list[AttentionCost]:
-            return [full, window]
-
-    cost, tokens = Windowed(**MODEL).long_context(VOCAB), 131_072
-    assert cost.cache_bytes == 2 * 4 * 32 * (3 * tokens + 2 * 128)
-    assert cost.full_cache_bytes == 2 * 4 * 32 * 5 * tokens
-    unseen = 2 * 8 * 32 * (tokens / 2 - 128 + 128 * 128 / (2 * tokens))
-    assert cost.full_flops_per_token - cost.flops_per_token == pytest.approx(6 * unseen)
-    same = Qwen3MoeConfig(**MODEL).long_context(VOCAB)
-    assert same.cache_bytes == same.full_cache_bytes and same.flops_per_token == same.full_flops_per_token
+def test_cache() -> None:
+    """By hand: heads of keys and values are shared by ranks, or copied where there are fewer."""
+    whole = 2 * 4 * 4 * 32 * 1000
+    assert [Qwen3MoeConfig(**MODEL).cache_bytes(2, n, 1000) for n in (1, 2, 4, 8)] == [whole / n for n in (1, 2, 4, 4)]
 
 
 def test_micro_batches_in_flight() -> None:
@@ -233,44 +211,25 @@ def test_ranks_share_the_sums() -> None:
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, WINDOWED, HYBRID, GLM],
-    ids=["experts", "dense layer", "shared expert", "windows", "hybrid", "part turned"],
+    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, GLM],
+    ids=["experts", "dense layer", "shared expert", "part turned"],
 )
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
     model, rows, layout = parse({**MODEL, **extra}), Rows(2, 512, packed=True), Layout(recompute=recompute)
-    is_plain = extra == WINDOWED and precision == "bf16"
-    if is_plain:  # as on a GPU
-        monkeypatch.setattr(layer_spec, "attend_with_sinks", plain_attention)
     measured = _saved_by_autograd(model, rows, layout, precision, monkeypatch)
     tokens, element = rows.rows * rows.length, 4 if precision == "fp32" else 2
     predicted = Activations(model, VOCAB, layout, precision, rows, 1, 0).saved()
     # by slices of queries, whose masks all layers share; half of a row on average
     masks = tokens * element * (rows.length + SLICE) / 2
-    if extra == WINDOWED:  # those of the window: the first slice has no keys before it
-        masks += tokens * element * (SLICE + (extra["sliding_window"] - 1) * (1 - SLICE / rows.length))
     if recompute == "layer":  # the tables are there, and autograd does not keep them
         predicted -= tokens * 8 * model.rotary_dim * rows.packed
-    elif is_plain:  # so are the masks
-        predicted -= masks
     elif precision == "bf16":  # on CPU attention goes by slices, which GPUs do in fp32
         predicted += masks
     # ids, labels and the like are some bytes a token, whatever the model's size
     assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
-
-
-def test_sinks_keep_the_scores_of_plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one document in bf16, as on a GPU without Transformer Engine, whose kernel would keep no scores."""
-    model, rows, layout = parse({**MODEL, **WINDOWED}), Rows(2, 512), Layout()
-    monkeypatch.setattr(layer_spec, "attend_with_sinks", plain_attention)
-    measured = _saved_by_autograd(model, rows, layout, "bf16", monkeypatch)
-    predicted = Activations(model, VOCAB, layout, "bf16", rows, 1, 0).saved()
-    assert measured == pytest.approx(predicted, rel=0.01, abs=64 * rows.rows * rows.length)
-    for by_engine in (Layout(fusions=("permute",)), Layout(fusions=("rope",))):
-        assert Activations(model, VOCAB, by_engine, "bf16", rows, 1, 0).saved() < predicted / 2
-    assert Activations(model, VOCAB, Layout(fusions=("bias_activation",)), "bf16", rows, 1, 0).saved() == predicted
 
 
 def test_parallel_ranks_share_activations() -> None:

@@ -1,4 +1,4 @@
-"""A dense decoder behind the same ModelSpec: built, counted, trained in several layouts, resumed, exported."""
+"""A dense decoder behind the same interface: built, counted, trained in several layouts, resumed, exported."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from release.cards import model_tables, tables
 from release.facts import training
 from release.facts.model_facts import read_model_facts
 from stages.export import hf
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share, state_bytes
 from stages.mcore.model import build, named_tensors
 from stages.mcore.optimizer import Adam
+from stages.models.grouped_query import Qwen3Config
 from stages.models.parallel_layout import Layout
-from stages.models.qwen3 import Qwen3Config
 from stages.train import parallel
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig

@@ -42,10 +42,9 @@ def test_counts_are_those_of_another_implementation(corpus: Path) -> None:
     from transformers import Qwen3MoeConfig as HfConfig
     from transformers import Qwen3MoeForCausalLM
 
-    from stages.mcore.architectures.hf_mapping import hf_config
-    from stages.mcore.architectures.qwen3_moe import to_hf
+    from stages.mcore.hf_mapping import hf_config, to_hf
     from stages.mcore.model import full_tensor
-    from stages.models.qwen3_moe import Qwen3MoeConfig
+    from stages.models.mixture import Qwen3MoeConfig
 
     model = Qwen3MoeConfig(**train_fixtures.MODEL)
     _, (figures,), share = step(corpus, {})

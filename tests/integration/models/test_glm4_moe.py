@@ -1,4 +1,4 @@
-"""GLM-4.5's shape behind the same ModelSpec: built, counted, trained in several layouts, exported, planned."""
+"""GLM-4.5's shape behind the same interface: built, counted, trained in several layouts, exported, planned."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from release.cards import tables
 from release.facts.model_facts import read_model_facts
 from stages.export import hf
 from stages.export.variants import registry as variants
-from stages.mcore.architectures import glm4_moe
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import from_hf, hf_config, to_hf
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share
 from stages.mcore.model import Initial, build, named_buffers, named_tensors
 from stages.models import registry
-from stages.models.glm4_moe import Glm4MoeConfig
+from stages.models.mixture import Glm4MoeConfig
 from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation
 from stages.train.checkpoint import release_checkpoint
@@ -80,7 +79,7 @@ def test_what_megatron_builds_has_the_stated_tensors_and_the_logits_of_transform
         assert (counts["total"], counts["active"]) == (total, total - experts // 2)
         load_tensors(chunks, model, VOCAB, tensors)
         alone, packed = (chunks[0].eval()(ids, places, documents) for documents in (None, starts))
-    exported = dict(glm4_moe.to_hf(tensors, model, VOCAB))
+    exported = dict(to_hf(tensors, model, VOCAB))
     release_checkpoint.save_tensors(tmp_path / "model.safetensors", exported)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(model, VOCAB, 1, 0, "float32")))
     theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -91,10 +90,10 @@ def test_what_megatron_builds_has_the_stated_tensors_and_the_logits_of_transform
         assert float((ours - expected).abs().max()) < 1e-5 and float(ours.std()) > 0.05
         assert float((ours.log_softmax(-1) - expected.log_softmax(-1)).abs().max()) < 1e-5
     assert theirs.config.num_nextn_predict_layers == 0
-    back = dict(glm4_moe.from_hf(exported, model))
+    back = dict(from_hf(exported, model))
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in back)
     with pytest.raises(ValueError, match=r"glm4_moe does not have: model\.layers\.2"):
-        list(glm4_moe.from_hf({**exported, "model.layers.2.extra": torch.zeros(1)}, model))
+        list(from_hf({**exported, "model.layers.2.extra": torch.zeros(1)}, model))
 
 
 @pytest.mark.parametrize(("name", "total", "active"), [("GLM-4.5", 355, 32), ("GLM-4.5-Air", 106, 12)])
@@ -114,8 +113,7 @@ def test_the_published_models(name: str, total: int, active: int) -> None:
     further = 2 * model.hidden_size**2 + model.layer_memory(Layout(), model.layers - 1).all
     stated = counts["total"] - 2 * counts["embedding"] + (name == "GLM-4.5") * further
     assert (round(stated / 1e9), round((counts["active"] - 2 * counts["embedding"]) / 1e9)) == (total, active)
-    long = model.long_context(vocabulary)
-    assert long.cache_bytes == long.full_cache_bytes == 2 * 2 * 8 * 128 * model.layers * 131_072
+    assert model.cache_bytes(2, 1, 131_072) == 2 * 2 * 8 * 128 * model.layers * 131_072
 
 
 @pytest.mark.parametrize(

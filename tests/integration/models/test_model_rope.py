@@ -12,13 +12,12 @@ import torch
 
 from pipeline.core.errors import AtomError
 from stages.export import comparison, hf, streamed_model
-from stages.mcore.architectures.hf_mapping import hf_config
-from stages.mcore.architectures.qwen3_moe import from_hf, to_hf
+from stages.mcore.hf_mapping import from_hf, hf_config, to_hf
 from stages.mcore.model import full_tensor, transformer_config
 from stages.mcore.row_tables import frequencies
 from stages.models.base import Rope, Yarn
+from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
-from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import train_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length

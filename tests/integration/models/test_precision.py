@@ -16,6 +16,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
 from stages.export import hf
 from stages.mcore import model
+from stages.mcore.hf_mapping import from_hf
 from stages.mcore.megatron_imports import gpt_layer_specs
 from stages.train.config import TrainConfig
 from tests.fixtures import train_fixtures
@@ -153,7 +154,6 @@ def test_gradients_are_summed_in_fp32(corpus: Path) -> None:
 
 def test_a_bf16_model_is_exported_as_it_computed(trained: Path, tmp_path: Path) -> None:
     """The file holds the optimizer's weights rounded once, which are those that the phase computed with."""
-    from stages.mcore.architectures.qwen3_moe import from_hf
 
     config = {"model": train_fixtures.MODEL, "padded_vocab_size": train_fixtures.VOCAB, "dtype": "bfloat16"}
     inputs = {

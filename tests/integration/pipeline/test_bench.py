@@ -62,32 +62,6 @@ def test_one_of_two_data_ranks_is_connected_with_a_server() -> None:
 
 @at_length("benchmarks", 15)
 @at_length("benchmarks", 15)
-def test_attention_kinds_benchmark() -> None:
-    """Equal FLOPs: what a token costs times the steps differs by half a step at most."""
-    *trained, _, full, windows, linear = run_quick("attention_kinds")
-    assert [line.split()[0] for line in (full, windows, linear)] == ["full", "windows", "linear"]
-    steps = [int(re.findall(r"(\d+) steps", line)[0]) for line in trained]
-    costs = [float(line.split()[1]) for line in (full, windows, linear)]
-    assert steps == [round(steps[0] * costs[0] / cost) for cost in costs] and steps[0] == 20
-    bits, recall = ([float(line.split()[n]) for line in (full, windows, linear)] for n in (2, 7))
-    assert max(bits) < 10 and all(0 < x < 0.2 for x in recall), "hardly trained"
-
-
-@at_length("benchmarks", 30)
-def test_saturation_benchmark(tmp_path: Path) -> None:
-    """Three policies from the same weights: each measured before its first update and after the others, in equal
-    numbers of updates."""
-    table = run_quick("rlhf_saturation", "--out", str(tmp_path))
-    measured = [re.findall(r"seed 0: (\w+), (\d) updates", line) for line in table]
-    arms = ("rlvr", "rlhf", "rules")
-    assert [updates[0] for updates in measured if updates] == [(arm, str(n)) for arm in arms for n in range(3)]
-    (curves,) = json.loads((tmp_path / "rlhf-saturation.json").read_text())
-    flops = {arm: [point["flops"] for point in curves[arm]] for arm in arms}
-    assert flops["rlvr"][0] == flops["rules"][0] == 0 < flops["rlhf"][0], "the reward model was trained before"
-    assert all(sorted(x) == x for x in flops.values())
-    assert curves["rlhf"][0]["win_rate"] == curves["rules"][0]["win_rate"] == 0.5, "the same weights, the same answers"
-    assert set(curves["rlhf"][0]["parts"]) >= {"task", "act", "person", "thing", "ending"}
-    assert draw_saturation(tmp_path, tmp_path / "again.png") == (tmp_path / "rlhf-saturation.png").read_bytes()
 
 
 def draw_saturation(folder: Path, figure: Path) -> bytes:

@@ -30,7 +30,7 @@ from stages.data import recipe as data_recipes
 from stages.data.curate.filters.language import LANGUAGES
 from stages.data.order.order_config import OrderConfig
 from stages.mcore.optimizer import Adam
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from stages.train.config import PhaseConfig
 from tests.fixtures.run_fixtures import atom
 

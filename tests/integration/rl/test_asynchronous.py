@@ -23,7 +23,7 @@ from release.audit.replay.post_training import require_same_consumption
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
 from stages.generation.weights import Weights
-from stages.mcore.architectures.hf_mapping import hf_config
+from stages.mcore.hf_mapping import hf_config
 from stages.rl.config import RlPhase
 from stages.rl.protocols import Response, VerifierFailed
 from stages.rl.rollout import generation, rollouts

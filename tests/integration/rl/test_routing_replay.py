@@ -57,7 +57,7 @@ def gaps(precision: str, seed: int) -> tuple[float, float]:
     with routers that choose."""
     from stages.generation.in_process import InProcess
     from stages.generation.protocols import Prompt
-    from stages.mcore.architectures.hf_mapping import hf_config
+    from stages.mcore.hf_mapping import hf_config, to_hf
     from stages.rl.algorithms.grpo import without_routes
     from stages.rl.rollout.batches import Example, build_rank_batch
     from stages.train import parallel
@@ -77,7 +77,7 @@ def gaps(precision: str, seed: int) -> tuple[float, float]:
     with parallel.session(seed) as ranks:
         engine = Engine(config, ranks, padded)
         engine.initialize()
-        sampler.load(dict(config.model.spec().to_hf(engine.full_tensors(), config.model, padded)))
+        sampler.load(dict(to_hf(engine.full_tensors(), config.model, padded)))
         examples = []
         for prompt, drawn in zip(prompts, sampler.generate(prompts), strict=True):
             assert drawn.routes is not None
@@ -121,7 +121,7 @@ def test_recorded_experts_that_no_router_chose_are_refused(place: Path, replayed
 def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() -> None:
     from stages.mcore.model import build, full_tensor
     from stages.mcore.routers import UNRECORDED, RoutingReplay
-    from stages.models.qwen3_moe import Qwen3MoeConfig
+    from stages.models.mixture import Qwen3MoeConfig
     from stages.train import parallel
     from tests.fixtures.model_fixtures import load_tensors
 

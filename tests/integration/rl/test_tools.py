@@ -18,8 +18,8 @@ from pipeline.core.store import Artifact
 from stages.formats.seeds import seed_of
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
-from stages.mcore.architectures.hf_mapping import hf_config
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.mcore.hf_mapping import hf_config, to_hf
+from stages.models.mixture import Qwen3MoeConfig
 from stages.rl import sandbox
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.generation import Chat
@@ -121,7 +121,7 @@ def test_each_token_is_of_the_weights_its_seed_and_all_tokens_before(
     model = Qwen3MoeConfig.model_validate(tool_fixtures.MODEL)
     sampler = InProcess(hf_config(model, chat.vocab_size, chat.end, chat.pad, "float32"), chat.stops, 6)
     weights = release_checkpoint.Tensors(place / "init" / release_checkpoint.name_of(3))
-    sampler.load(dict(model.spec().to_hf(weights, model, chat.vocab_size)))
+    sampler.load(dict(to_hf(weights, model, chat.vocab_size)))
     for r in [r for r in answers if r.step == 1 and len(r.turns or ()) > 1][:4]:
         position = 0
         for number, turn in enumerate(r.turns or (), 1):

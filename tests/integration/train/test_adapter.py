@@ -24,7 +24,7 @@ from release.audit.verify import verify
 from stages.export import hf
 from stages.export.variants import adapter_files
 from stages.mcore.lora import Lora
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import SftConfig
 from tests.fixtures import layout_fixtures, train_fixtures, variant_fixtures

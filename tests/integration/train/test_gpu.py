@@ -27,9 +27,9 @@ from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
 from stages.mcore.model import build, named_buffers, named_tensors, transformer_config
 from stages.mcore.tensor_sharding import Box, boxes, speaks_for
 from stages.models.base import Precision
+from stages.models.grouped_query import Qwen3Config
+from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
-from stages.models.qwen3 import Qwen3Config
-from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.data import RankBatch, Shards, heldout_rows

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from stages.generation.vllm_worker import atom_index
+from stages.mcore.hf_mapping import to_hf
 from stages.mcore.model import Initial
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length
@@ -54,7 +55,7 @@ def test_every_layout_trains_like_one_process(
     assert set(curves) == set(chosen)
     model = Qwen3MoeConfig(**layout_fixtures.MODEL)
     initial = Initial(model.shapes(train_fixtures.VOCAB), model, 0)
-    exported = dict(model.spec().to_hf(initial, model, train_fixtures.VOCAB))
+    exported = dict(to_hf(initial, model, train_fixtures.VOCAB))
     for name, steps in curves.items():
         assert len(steps) == 6
         layout_fixtures.agree(steps, one, TOLERANCE, name)

@@ -146,7 +146,7 @@ def test_a_packed_phase_goes_on_as_it_was_or_packs_the_rest_anew(tmp_path: Path,
 def test_a_document_in_company_computes_as_alone(tmp_path: Path) -> None:
     """Logits and gradients of three documents in one packed row are those of three rows; positions start anew."""
     from stages.mcore.model import build, full_tensor
-    from stages.models.qwen3_moe import Qwen3MoeConfig
+    from stages.models.mixture import Qwen3MoeConfig
     from stages.train import parallel
     from tests.fixtures.model_fixtures import load_tensors
 

@@ -18,7 +18,7 @@ from pipeline.core.progress import Display
 from pipeline.graph import recipe as recipes
 from stages.mcore import quantize
 from stages.mcore.quantize import E2M1, RECIPES, QuantizationRecipe
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from stages.train.precision_simulation import report, runner, simulation
 from stages.train.precision_simulation.report import compose, markdown, verdict_of
 from stages.train.precision_simulation.simulation import build_proxy, dimensions, ratios, step_tokens

@@ -22,7 +22,7 @@ from stages.export import hf
 from stages.formats import tokenizer
 from stages.formats.table import KEPT, content_hash, write_rows
 from stages.mcore.model import Initial
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from stages.train import imported_weights
 from stages.train.checkpoint import release_checkpoint
 from stages.train.pretrain import STAGE as PRETRAIN

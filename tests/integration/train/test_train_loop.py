@@ -47,7 +47,7 @@ def test_product_and_learning(undisturbed: Path) -> None:
 
 
 def test_sealed_tensors_are_whole_and_globally_named(undisturbed: Path) -> None:
-    from stages.models.qwen3_moe import Qwen3MoeConfig
+    from stages.models.mixture import Qwen3MoeConfig
     from stages.train.checkpoint import release_checkpoint
 
     shapes = Qwen3MoeConfig(**train_fixtures.MODEL).shapes(train_fixtures.VOCAB)

@@ -15,7 +15,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, sha256_file, write_manifest
 from stages.mcore.optimizer import Adam
-from stages.models.qwen3_moe import Qwen3MoeConfig
+from stages.models.mixture import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
 from tests.fixtures import train_fixtures

@@ -14,8 +14,6 @@ _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
 _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 
 _RENAMED = {
-    # Megatron's HybridModel
-    "decoder.final_norm.": "decoder.final_layernorm.",
     # Transformer Engine keeps a norm inside the linear layer that follows it.
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -37,32 +35,25 @@ CUT_MATRICES = (
     ".linear_proj.weight",
     ".linear_fc1.weight",
     ".linear_fc2.weight",
-    ".in_proj.weight",
-    ".conv1d.weight",
-    ".out_proj.weight",
     "output_layer.weight",
 )
 """Endings of the names of matrices that tensor parallelism cuts."""
-WHOLE_MATRICES = (".router.weight", ".gate_weight", ".linear_q_down_proj.weight", ".linear_kv_down_proj.weight")
+WHOLE_MATRICES = (".router.weight", ".linear_q_down_proj.weight", ".linear_kv_down_proj.weight")
 """Endings of the names of matrices that each tensor rank has whole."""
 CUT_FACTORS = (".linear_qkv.lora_B", ".linear_proj.lora_A", ".linear_fc1.lora_B", ".linear_fc2.lora_A")
 """Endings of the names of an adapter's factors that tensor parallelism cuts; it leaves the others whole."""
 MATRICES = (*CUT_MATRICES, *WHOLE_MATRICES)
 """Endings of the names of all matrices."""
-CUT_BIASES = (".linear_qkv.bias", ".linear_fc1.bias", ".softmax_offset")
-"""Endings of the names of biases, and of the attention sinks of heads, that tensor parallelism cuts."""
-CUT_VECTORS = (*CUT_BIASES, ".dt_bias", ".A_log")
-"""Endings of the names of these, and of what the decay of linear attention has for each head."""
-VECTORS = (*CUT_BIASES, ".linear_proj.bias", ".linear_fc2.bias", ".router.bias")
-"""Endings of the names of all biases and sinks, which are zero at first."""
-INTO_THE_STREAM = (".linear_proj.weight", ".linear_fc2.weight", ".out_proj.weight")
+BIASES = (".linear_qkv.bias",)
+"""Endings of the names of biases, which are zero at first, and which tensor parallelism cuts."""
+INTO_THE_STREAM = (".linear_proj.weight", ".linear_fc2.weight")
 """Endings of the names of matrices that write into the residual stream: their columns are cut."""
 
 
 def global_name(local: str, layers: Sequence[int] | None = None, first_expert: int = 0) -> str:
     """The global name of a parameter of this rank's model.
 
-    local: its name in `GPTModel.named_parameters()`, or in HybridModel's, with either layer specification.
+    local: its name in `GPTModel.named_parameters()`, with either layer specification.
     layers: the model's index of each of this rank's layers; None: they are its first ones.
     first_expert: the model's index of this rank's first expert.
     """
@@ -75,3 +66,14 @@ def global_name(local: str, layers: Sequence[int] | None = None, first_expert: i
     name = _GROUPED.sub(lambda m: f"mlp.experts.local_experts.{m[3]}.{m[1]}.{m[2]}", name)
     # An expert rank numbers its own experts from 0.
     return _EXPERT.sub(lambda m: f"mlp.experts.local_experts.{int(m[1]) + first_expert}.", name)
+
+
+def is_cut(name: str) -> bool:
+    """Returns True if tensor parallelism cuts the tensor of that global name. Raises ValueError for an unknown name."""
+    if name.endswith((*CUT_MATRICES, *BIASES)):
+        return True
+    if name.endswith((".lora_A", ".lora_B")):
+        return name.endswith(CUT_FACTORS)
+    if not name.endswith(("norm.weight", *WHOLE_MATRICES, *BUFFERS)):
+        raise ValueError(f"there is no rule for the cut of {name}; add one to stages/models/param_names.py")
+    return False

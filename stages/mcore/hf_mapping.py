@@ -5,27 +5,17 @@ Pure functions, exact in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.core.errors import AtomError
+from stages.mcore.architectures import architecture_of
 from stages.mcore.row_tables import frequencies
-from stages.models.base import ModelConfig
-
-Tensors = Mapping[str, Tensor]
-Read = Callable[[str], Tensor]
-"""Reads a tensor by its name."""
-Same = Callable[[int], Mapping[str, str]]
-"""(layer) -> its tensors with one counterpart of the same layout: Megatron's name in the layer, and transformers'."""
-Swiglus = Callable[[int], Sequence[tuple[str, str]]]
-"""(layer) -> (Megatron's, transformers') prefixes of its SwiGLUs."""
-Rest = Callable[[Read, int], Iterator[tuple[str, Tensor]]]
-"""(reads a tensor of a layer by its name there, layer) -> the layer's tensors of another layout, by names there: from
-Megatron's to transformers', or back."""
+from stages.models.base import EXPERT, ModelConfig
+from stages.models.grouped_query import GroupedQueryConfig
 
 OUTSIDE = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -35,34 +25,41 @@ OUTSIDE = {
 """Names of the tensors outside of layers, Megatron's to transformers'."""
 BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 """The tensors of transformers with a row for each token."""
+QKV = "self_attention.linear_qkv."
+"""The beginning of the names of Megatron's queries, keys and values in a layer."""
 
 
-def map_to_hf(
-    tensors: Tensors, model: ModelConfig, vocab_size: int, same: Same, swiglus: Swiglus, rest: Rest | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of transformers, layer by layer; each of Megatron's is read once.
+def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+    """Yields transformers' names and tensors one after the other, layer by layer; each of Megatron's is read once.
 
-    Rows of the vocabulary beyond `vocab_size` are padding and left out. A `linear_fc1` is gate above up.
+    A mapping of full tensors may read each on access, so a model of any size passes through one tensor at a time. Rows
+    of the vocabulary beyond `vocab_size` are padding and left out.
+
+    A group of heads in `linear_qkv` ([kv_heads, heads/kv_heads + 2, head_dim, ...]) is its queries, its key, its value.
+    A `linear_fc1` is gate above up.
     """
     for megatron_name, hf_name in _outside(model).items():
         yield hf_name, tensors[megatron_name][:vocab_size] if hf_name in BY_TOKEN else tensors[megatron_name]
     for layer in range(model.layers):
         megatron_at, hf_at = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for megatron_name, hf_name in same(layer).items():
+        same, projections, swiglus = _of_layer(model, layer)
+        for megatron_name, hf_name in same.items():
             yield hf_at + hf_name, tensors[megatron_at + megatron_name]
-        for name, tensor in rest(partial(_read, tensors.__getitem__, megatron_at), layer) if rest else ():
-            yield hf_at + name, tensor
-        for megatron_part, hf_part in swiglus(layer):
+        for kind in projections:
+            assert isinstance(model, GroupedQueryConfig)
+            groups = (model.kv_heads, model.heads // model.kv_heads + 2, model.head_dim)
+            qkv = tensors[megatron_at + QKV + kind].unflatten(0, groups)
+            for part, tensor in zip("qkv", qkv.split((groups[1] - 2, 1, 1), 1), strict=True):
+                yield f"{hf_at}self_attn.{part}_proj.{kind}", tensor.flatten(0, 2)
+        for megatron_part, hf_part in swiglus:
             gate, up = tensors[megatron_at + megatron_part + "linear_fc1.weight"].chunk(2, 0)
             yield hf_at + hf_part + "gate_proj.weight", gate
             yield hf_at + hf_part + "up_proj.weight", up
             yield hf_at + hf_part + "down_proj.weight", tensors[megatron_at + megatron_part + "linear_fc2.weight"]
 
 
-def map_from_hf(
-    tensors: Tensors, model: ModelConfig, same: Same, swiglus: Swiglus, rest: Rest | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of `map_to_hf`; the vocabulary has as many rows as transformers'.
+def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The inverse of `to_hf`; the vocabulary has as many rows as transformers'.
 
     Raises KeyError at a tensor that is missing, and at the end ValueError, naming them, if some are left over.
     """
@@ -76,11 +73,15 @@ def map_from_hf(
         yield megatron_name, take(hf_name)
     for layer in range(model.layers):
         megatron_at, hf_at = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for megatron_name, hf_name in same(layer).items():
+        same, projections, swiglus = _of_layer(model, layer)
+        for megatron_name, hf_name in same.items():
             yield megatron_at + megatron_name, take(hf_at + hf_name)
-        for name, tensor in rest(partial(_read, take, hf_at), layer) if rest else ():
-            yield megatron_at + name, tensor
-        for megatron_part, hf_part in swiglus(layer):
+        for kind in projections:
+            assert isinstance(model, GroupedQueryConfig)
+            parts = [take(f"{hf_at}self_attn.{part}_proj.{kind}") for part in "qkv"]
+            heads = [part.unflatten(0, (model.kv_heads, -1, model.head_dim)) for part in parts]
+            yield megatron_at + QKV + kind, torch.cat(heads, 1).flatten(0, 2)
+        for megatron_part, hf_part in swiglus:
             halves = [take(hf_at + hf_part + "gate_proj.weight"), take(hf_at + hf_part + "up_proj.weight")]
             yield megatron_at + megatron_part + "linear_fc1.weight", torch.cat(halves, 0)
             yield megatron_at + megatron_part + "linear_fc2.weight", take(hf_at + hf_part + "down_proj.weight")
@@ -96,9 +97,23 @@ def _outside(model: ModelConfig) -> dict[str, str]:
     }
 
 
-def _read(read: Read, at: str, name: str) -> Tensor:
-    """A tensor of a layer by its name there. at: what the names of the layer begin with in the model."""
-    return read(at + name)
+def _of_layer(model: ModelConfig, layer: int) -> tuple[dict[str, str], list[str], list[tuple[str, str]]]:
+    """Returns the names of a layer's tensors in three groups.
+
+    The first are those of one layout, Megatron's to transformers'. The second are the endings of `linear_qkv`. The
+    third are the SwiGLUs, by the beginnings of their names in both.
+    """
+    names = model.layer_shapes(layer)
+    same = {x: y for x, y in architecture_of(model).names.items() if x in names}
+    projections = [name.removeprefix(QKV) for name in names if name.startswith(QKV)]
+    swiglus = []
+    for part in (name.removesuffix("linear_fc1.weight") for name in names if name.endswith("linear_fc1.weight")):
+        if EXPERT in part:
+            assert model.routing is not None
+            swiglus += [(part.format(n), f"mlp.experts.{n}.") for n in range(model.routing.experts)]
+        else:
+            swiglus.append((part, part))
+    return same, projections, swiglus
 
 
 def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_id: int, dtype: str) -> dict[str, Any]:
@@ -109,7 +124,7 @@ def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_
     """
     if problem := model.export_obstacle():
         raise AtomError(problem)
-    entries = model.spec().hf_config(model)
+    entries = architecture_of(model).hf_config(model)
     rope = hf_rope(model) | entries.get("rope_parameters", {})
     return entries | {
         "bos_token_id": None,
