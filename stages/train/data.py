@@ -194,9 +194,8 @@ class RankBatch:
         ranks: Ranks,
         packed: bool = False,
         quantized: bool = False,
-        slots: int = 0,
     ) -> RankBatch:
-        """Reads this rank's part of the rows of a step, each with at least `slots` inputs.
+        """Reads this rank's part of the rows of a step.
 
         Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
         micro-batches are the same in every layout. An uneven last part (only in evaluation) is filled with padding.
@@ -207,7 +206,7 @@ class RankBatch:
         if layout.vpp > 1:  # the interleaved schedule needs groups of micro-batches
             per_rank = -(-per_rank // layout.pp) * layout.pp
         # The longest row of the whole step, not of this rank: all ranks need the same shapes.
-        width = padded_width(max(slots, *(row.slots for row in rows)), layout, quantized)
+        width = padded_width(max(row.slots for row in rows), layout, quantized)
         # Runs of rows, so that a micro-batch has the same rows for any number of data ranks.
         first = ranks.data_rank * per_rank * micro_rows
         rank_rows: list[Row | None] = list(rows[first : first + per_rank * micro_rows])
@@ -248,9 +247,7 @@ class Prefetcher:
     def _read(self, step: int) -> tuple[list[Row], RankBatch]:
         rows = self.order.rows(step)
         phase = self.phase
-        return rows, RankBatch.read(
-            rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.quantized, phase.least_slots
-        )
+        return rows, RankBatch.read(rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.quantized)
 
 
 class Order:
