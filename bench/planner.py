@@ -32,7 +32,7 @@ from bench import throughput
 from bench.published import MODELS, QWEN3_30B, QWEN3_VOCABULARY, anchors, systems
 from stages.mcore.memory import Activations, memory_share, state_bytes
 from stages.mcore.throughput import StepSetup, step_time
-from stages.models.costs import Rows, training_flops
+from stages.models.base import Rows, training_flops
 from stages.models.parallel_layout import Layout
 
 TARGET = 0.01

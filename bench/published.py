@@ -26,7 +26,7 @@ from pathlib import Path
 from pipeline.core.stage import Accelerator
 from pipeline.launch import cluster_profile
 from stages.mcore.throughput import LayerShape, Shape, shape_of
-from stages.models.costs import AttentionCost
+from stages.models.base import AttentionCost
 from stages.models.deepseek_v3 import DeepseekV3Config
 from stages.models.grouped_query import Qwen3Config
 from stages.models.mixture import Glm4MoeConfig, Qwen3MoeConfig

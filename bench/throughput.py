@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.published import MODELS, anchors, systems
 from pipeline.core.stage import Accelerator
 from stages.mcore.throughput import CONSTANTS, Constants, Shape, StepSetup, step_time
-from stages.models.costs import Rows
+from stages.models.base import Rows
 from stages.models.parallel_layout import Layout
 
 PRECISIONS = {"bf16": "bf16", "fp8": "fp8-tensorwise", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}

@@ -68,8 +68,8 @@ STAGES = {
     "order": "stages.data.order.order_stage",
     "import": "stages.train.imported_weights",
     "pretrain": "stages.train.pretrain",
-    "midtrain": "stages.train.midtrain",
-    "sft": "stages.train.sft",
+    "midtrain": "stages.train.pretrain:MIDTRAIN",
+    "sft": "stages.train.pretrain:SFT",
     "size": "stages.train.smaller_model",
     "tasks": "stages.rl.rollout.tasks",
     "rlvr": "stages.rl.rlvr",
@@ -85,7 +85,10 @@ STAGES = {
     "harness": "stages.evaluation.harness",
     "variant": "stages.export.variants.stage",
 }
-"""{stage: its module}. Importing one is cheap: no torch, datatrove or MLflow."""
+"""{stage: its module, and after a colon its name there if that is not STAGE}.
+
+Importing one is cheap: no torch, datatrove or MLflow.
+"""
 
 CHAT_MODELS = ("sft", "rlvr", "dpo", "online-rlhf")
 """Models that are trained on conversations, in the order of training."""

@@ -20,7 +20,7 @@ COMMANDS = ("stages.commands", "release.commands")
 class Definition(Protocol):
     """The contents of that module, which also has the members of `pipeline.graph.dag.Composer`."""
 
-    # The module of each stage by name.
+    # The module of each stage by name, and after a colon its name there if that is not STAGE.
     STAGES: dict[str, str]
     # The classes of a recipe and of a data recipe.
     RECIPE: type[Config]
@@ -50,6 +50,7 @@ def stages() -> dict[str, str]:
 @cache
 def stage(name: str) -> Stage:
     """Returns the stage of that name."""
-    registered: Stage = importlib.import_module(stages()[name]).STAGE
+    module, _, attribute = stages()[name].partition(":")
+    registered: Stage = getattr(importlib.import_module(module), attribute or "STAGE")
     assert registered.name == name, f"{stages()[name]} registers itself as {registered.name}"
     return registered

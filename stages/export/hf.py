@@ -29,8 +29,7 @@ from stages.export import SLICE_BYTES, WHOLE_BYTES, parity_lengths
 from stages.formats.tokenizer import CONFIG_FILE, PAD, STOPS, TOKENIZER_FILES
 from stages.mcore.gpu_environment import variables
 from stages.mcore.lora import Lora
-from stages.models.base import PositiveInt
-from stages.models.costs import Rows
+from stages.models.base import PositiveInt, Rows
 from stages.models.parallel_layout import Layout
 from stages.models.param_names import BUFFERS
 from stages.models.registry import Model

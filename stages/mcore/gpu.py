@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,23 +34,6 @@ def start(layout: Layout | None = None) -> torch.device:
 def number(local_rank: int, visible: int) -> int:
     """The GPU of a rank among those that it sees: `local_rank`, or the only one if each task sees just its own."""
     return local_rank % visible
-
-
-def sharing(places: Sequence[tuple[str, str]]) -> str | None:
-    """A sentence if two ranks have the same GPU, else None. places: the (node, GPU) of each rank.
-
-    NCCL would refuse two ranks on one GPU with a message that names neither of them.
-    """
-    first: dict[tuple[str, str], int] = {}
-    for rank, place in enumerate(places):
-        # Two processes on one GPU: MIG and wrong task counts lead here.
-        if (earlier := first.setdefault(place, rank)) != rank:
-            node = [p for p in places if p[0] == place[0]]
-            return (
-                f"ranks {earlier} and {rank} have the same GPU: node {place[0]} runs {len(node)} ranks on "
-                f"{len(set(node))} GPUs; lower parallelism.ranks, or correct gpus_per_node in the cluster profile"
-            )
-    return None
 
 
 @contextmanager

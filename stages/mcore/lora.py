@@ -16,8 +16,7 @@ from pydantic import Field, field_validator
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config
-from stages.models.base import ModelConfig, Precision
-from stages.models.costs import MemoryShare
+from stages.models.base import MemoryShare, ModelConfig, Precision
 from stages.models.parallel_layout import Layout
 from stages.models.param_names import is_cut
 

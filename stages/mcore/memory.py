@@ -17,8 +17,7 @@ from functools import cached_property
 
 from stages.mcore.lora import Lora
 from stages.mcore.optimizer import STATE_BYTES
-from stages.models.base import ModelConfig, Precision, bytes_of
-from stages.models.costs import SLICE, MemoryShare, Rows
+from stages.models.base import SLICE, MemoryShare, ModelConfig, Precision, Rows, bytes_of
 from stages.models.parallel_layout import LOSS_SLICE, Layout
 
 GRADIENT = 4
@@ -256,11 +255,7 @@ class Activations:
 
         It holds the inputs of a matrix of all tensor ranks, or those of all experts' ranks if each has all tokens.
         """
-        layout, experts = self.layout, 1
-        if self.model.routing and layout.dispatcher == "allgather":
-            experts = layout.ep * layout.split_experts
-        ranks = max(layout.tp, experts)
-        return ranks if ranks > 1 else 0
+        return self.layout.tp if self.layout.tp > 1 else 0
 
     def _masks(self) -> float:
         """Returns the bytes of the masks of a micro-batch; one for all rows if these are one document each.

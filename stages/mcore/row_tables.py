@@ -17,8 +17,7 @@ from torch import Tensor
 
 from stages.mcore import gpu
 from stages.mcore.megatron_imports import parallel_state
-from stages.models.base import ModelConfig
-from stages.models.costs import SLICE
+from stages.models.base import SLICE, ModelConfig
 
 
 class Documents(NamedTuple):

@@ -16,7 +16,7 @@ A micro-batch passes each layer forward and backward. Its time is the sum of wha
 - traffic of tensor and expert ranks: by NVLink inside a domain, by the network outside.
 
 No micro-batch takes less than the host, which issues each layer once, however few its tokens: small micro-batches and
-layers split over many ranks leave the GPU waiting. The dispatchers alltoall and allgather cost it more, since they send
+layers split over many ranks leave the GPU waiting. The dispatcher alltoall costs it more, since it sends
 counts of tokens to the host; flex keeps them on the GPU, and no published run shows what it costs.
 
 A step adds the pipeline's bubble of (pp - 1) / vpp micro-batches (Narayanan et al., 2021), the reduction of gradients
@@ -36,8 +36,7 @@ from typing import Literal
 from pipeline.core.stage import RECOMPUTED, Accelerator, family
 from stages.mcore.memory import GRADIENT, MASTER, NVFP4, sharing
 from stages.mcore.optimizer import STATE_BYTES
-from stages.models.base import ModelConfig
-from stages.models.costs import AttentionCost, Rows
+from stages.models.base import AttentionCost, ModelConfig, Rows
 from stages.models.parallel_layout import Layout
 
 FLOPS = 6
@@ -335,12 +334,10 @@ def dispatch(gpu: Accelerator, size: float, top_k: int, layout: Layout) -> float
     """Seconds in which a rank sends its tokens of `size` bytes to their experts at full bandwidth.
 
     alltoall: a copy for each expert. flex: once to each NVLink domain that has one of a token's experts, and from there
-    once to each rank (DeepSeek-AI, 2024, section 3.2.2). allgather: to every rank. Ranks that split an expert each need
+    once to each rank (DeepSeek-AI, 2024, section 3.2.2). Ranks that split an expert each need
     the tokens of all.
     """
     split = layout.split_experts
-    if layout.dispatcher == "allgather":
-        return collective(gpu, size * layout.ep * split, layout.ep * split, 1)
     # Expert ranks that lie in one NVLink domain.
     inside = min(layout.ep, max(1, gpu.nvlink_gpus // split))
     domains = layout.ep / inside

@@ -14,8 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import model_validator
 
 from pipeline.core.bounds import Range
-from stages.models.base import Precision, Shapes, bytes_of, has_engine_attention, keys_of_tokens
-from stages.models.costs import AttentionCost, Rows
+from stages.models.base import AttentionCost, Precision, Rows, Shapes, bytes_of, has_engine_attention, keys_of_tokens
 from stages.models.grouped_query import Heads
 from stages.models.mixture import SigmoidMixtureConfig
 from stages.models.parallel_layout import Layout

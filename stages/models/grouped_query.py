@@ -11,8 +11,17 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from pipeline.core.bounds import Range
-from stages.models.base import ModelConfig, Precision, Shapes, Width, bytes_of, has_engine_attention, keys_of_tokens
-from stages.models.costs import AttentionCost, Rows
+from stages.models.base import (
+    AttentionCost,
+    ModelConfig,
+    Precision,
+    Rows,
+    Shapes,
+    Width,
+    bytes_of,
+    has_engine_attention,
+    keys_of_tokens,
+)
 from stages.models.parallel_layout import Layout
 
 Heads = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128")]

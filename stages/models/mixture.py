@@ -339,8 +339,7 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
 
     They are counted as sorted for the ranks that have them, as received, as the experts return them and as sorted back.
     With all experts on one rank these are what each expert returns, and that side by side. Ranks that split experts sum
-    what these return, below fp32 after another copy in fp32, and have their part of the sum. If all ranks gather all
-    tokens, there are as many outputs, which are summed in fp32.
+    what these return, below fp32 after another copy in fp32, and have their part of the sum.
 
     `alone` means that a rank has one expert, for which nothing is sorted: it gets what is received, and returns what is
     sent.
@@ -352,9 +351,6 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
     in_fp32 = 0 if precision == "fp32" else 4  # bytes of a copy in fp32 of what is summed
     if layout.ep * split == 1:
         return 2 * size * copies
-    if layout.dispatcher == "allgather":
-        outputs = (size + in_fp32) * layout.ep * split * hidden_size
-        return max(2 * split * size * copies, outputs + 4 * hidden_size)
     if split == 1:
         return (3 if alone else 4) * size * copies
     # Ranks that split experts sum their outputs, below fp32 after a copy in fp32.

@@ -39,7 +39,7 @@ class Layout(Config):
     """expert-parallel ranks, which split the experts of a layer"""
     etp: Split | None = Field(default=None)
     """tensor-parallel ranks of each expert; null: as tp"""
-    dispatcher: Literal["alltoall", "allgather", "flex"] = Field(default="alltoall")
+    dispatcher: Literal["alltoall", "flex"] = Field(default="alltoall")
     """how tokens are sent to their experts; flex: by DeepEP's kernels, only with GPUs"""
     recompute: Literal["none", "layer"] = Field(default="none")
     """layer: keep only the input of each layer, and recompute the rest in the backward pass"""

@@ -17,8 +17,7 @@ from pipeline.core.stage import (
 from stages.generation import vllm_server
 from stages.mcore.memory import MASTER, memory_share
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
-from stages.models.base import layers_in_bf16
-from stages.models.costs import Rows
+from stages.models.base import Rows, layers_in_bf16
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
 from stages.train.config import WORK_CHECKPOINTS
 from stages.train.estimate import checkpoint_size, fullest, layout_label, silent_bytes

@@ -14,7 +14,7 @@ import json
 import math
 import threading
 import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +38,7 @@ from stages.models.parallel_layout import Layout
 from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks
 
+STEPS_AT_ONCE = 64  # of an order's table that are read and kept
 ALIGN = 8  # rows are padded to a multiple of this many tokens
 BLOCK_ALIGN = 128  # and of this many on each rank where matrices are quantized, which some formats do by blocks
 
@@ -272,26 +273,23 @@ class Order:
                 raise AtomError(f"order artifact {order.key} was made for {name} = {meta.get(name)}, not {value}")
         self.meta, self.key, self.phase = meta, order.key, phase
         self.first, self.last = int(meta.get("first_step", 1)), phase.steps
-        files, whole = order_files(order.path), [{"first_step": self.first, "last_step": self.last}]
-        if len(files) != len(meta.get("parts", whole)):
+        files = order_files(order.path)
+        if len(files) != len(meta["parts"]):
             raise AtomError(f"order artifact {self.key} has {len(files)} parts, and its meta.json lists others")
         self.parts = [
-            _OrderPart(part["first_step"], part["last_step"], file, part.get("rows"))
-            for part, file in zip(meta.get("parts", whole), files, strict=True)
+            _OrderPart(part["first_step"], part["last_step"], file, part["rows"])
+            for part, file in zip(meta["parts"], files, strict=True)
         ]
         self.lock = threading.Lock()
-        self.open: tuple[int, _PartReader] | None = None
-        """The number of the part that was read last, and its reader."""
-        # Opened now, so that a table with a wrong number of rows fails before the first step.
-        self._reader(0)
-        self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the parts before this one, by source
+        self.steps, self.table = range(0), arrow_schema(ORDER).empty_table()
+        """Some steps, and their part of the table."""
+        # Counted now, so that a table with a wrong number of rows fails before the first step.
+        self._require_rows(self.parts[0])
 
     def rows(self, step: int) -> list[Row]:
         """The rows of a step, first .. last. Raises AtomError if the table lacks rows of it."""
-        # Parts are in the order of steps.
-        number = bisect_left(self.parts, step, key=lambda part: part.last)
         rows: dict[int, list[Segment]] = {}
-        for record in self._reader(number).steps(step, step).to_pylist():
+        for record in self._rows_of(step).to_pylist():
             segment = Segment(
                 record["source"],
                 record["id"],
@@ -311,34 +309,37 @@ class Order:
         return step_rows
 
     def consumed(self, step: int) -> dict[str, int]:
-        """Segments of each source that the steps of this order up to `step` have read.
+        """Segments of each source that the steps of this order up to `step` have read."""
+        counts: Counter[str] = Counter()
+        for part in self.parts:
+            if part.last <= step:
+                counts.update(part.rows)
+            elif part.first <= step:
+                sources = pq.read_table(
+                    part.file, columns=["source"], partitioning=None, filters=[("step", "<=", step)]
+                )["source"]
+                counts.update({count["values"]: count["counts"] for count in sources.value_counts().to_pylist()})
+        return {name: counts[name] for name in sorted(counts)}
 
-        Cheap for one step after another, and a part of the table is read for any other step.
-        """
-        number, counts = self.counted
-        # After a rewind the count begins anew.
-        if number and self.parts[number - 1].last > step:
-            number, counts = 0, Counter()
-        while number < len(self.parts) and self.parts[number].last <= step:
-            part = self.parts[number]
-            # meta.json states the sums of whole parts, so a resumed phase reads one part only.
-            counts = counts + (Counter(part.rows) if part.rows is not None else self._reader(number).consumed(step))
-            number += 1
-        self.counted = number, counts
-        totals = counts + (self._reader(number).consumed(step) if number < len(self.parts) else Counter())
-        return {name: totals[name] for name in sorted(totals)}
-
-    def _reader(self, number: int) -> _PartReader:
+    def _rows_of(self, step: int) -> pa.Table:
+        """The table's part of a step, from that of some steps, which is read at once."""
         with self.lock:
-            if self.open is None or self.open[0] != number:
-                part = self.parts[number]
-                reader = _PartReader(part.file, self.COLUMNS)
-                expected = self.phase.rows_from(part.first) - self.phase.rows_from(part.last + 1)
-                # With packing, the number of segments is not known beforehand.
-                if not self.phase.pack and reader.file.metadata.num_rows != expected:
-                    raise self._row_mismatch()
-                self.open = number, reader
-            return self.open[1]
+            if step not in self.steps:
+                # Parts are in the order of steps.
+                part = self.parts[bisect_left(self.parts, step, key=lambda part: part.last)]
+                self._require_rows(part)
+                steps = range(step, min(step + STEPS_AT_ONCE, part.last + 1))
+                # The file's statistics of steps leave out what lies before and after.
+                span = [("step", ">=", steps.start), ("step", "<", steps.stop)]
+                self.table = pq.read_table(part.file, columns=self.COLUMNS, partitioning=None, filters=span)
+                self.steps = steps
+            return self.table.filter(pc.field("step") == step)
+
+    def _require_rows(self, part: _OrderPart) -> None:
+        expected = self.phase.rows_from(part.first) - self.phase.rows_from(part.last + 1)
+        # With packing, the number of segments is not known beforehand.
+        if not self.phase.pack and pq.read_metadata(part.file).num_rows != expected:
+            raise self._row_mismatch()
 
     def _row_mismatch(self) -> AtomError:
         return AtomError(f"order artifact {self.key} does not hold the rows that each of its steps should have")
@@ -346,62 +347,12 @@ class Order:
 
 @dataclass(frozen=True)
 class _OrderPart:
-    """A file of an order with the steps `first` to `last`. rows: its segments by source, None if not stated."""
+    """A file of an order with the steps `first` to `last`. rows: its segments by source."""
 
     first: int
     last: int
     file: Path
-    rows: Mapping[str, int] | None
-
-
-class _PartReader:
-    """Reads the row groups of one file of an order, one at a time."""
-
-    def __init__(self, file: Path, columns: Sequence[str]) -> None:
-        self.file, self.columns = pq.ParquetFile(file), [*columns]
-        step = self.file.schema_arrow.get_field_index("step")
-        # The rows are in the order of steps, so these statistics find a step without reading other row groups.
-        groups = [self.file.metadata.row_group(i).column(step).statistics for i in range(self.file.num_row_groups)]
-        self.spans = [(group.min, group.max) for group in groups]
-        """First and last step of each row group."""
-        self.lock = threading.Lock()
-        self.schema = pa.schema([arrow_schema(ORDER).field(name) for name in columns])
-        self.group: tuple[int, pa.Table] = (-1, self.schema.empty_table())
-        self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the groups before this one, by source
-
-    def steps(self, first: int, last: int) -> pa.Table:
-        """The table's part of these steps."""
-        begin = bisect_left(self.spans, first, key=lambda span: span[1])
-        end = bisect_right(self.spans, last, key=lambda span: span[0])
-        return pa.concat_tables([self.schema.empty_table(), *(self._slice(g, first, last) for g in range(begin, end))])
-
-    def consumed(self, step: int) -> Counter[str]:
-        """Segments of each source in the steps up to `step`."""
-        group, counts = self.counted
-        if group and self.spans[group - 1][1] > step:
-            group, counts = 0, Counter()
-        while group < len(self.spans) and self.spans[group][1] <= step:
-            counts = counts + _count_sources(self._read(group))
-            group += 1
-        self.counted = group, counts
-        return counts + (_count_sources(self._slice(group, 0, step)) if group < len(self.spans) else Counter())
-
-    def _slice(self, group: int, first: int, last: int) -> pa.Table:
-        table = self._read(group)
-        steps = table["step"].to_numpy()
-        begin, end = np.searchsorted(steps, first, "left"), np.searchsorted(steps, last, "right")
-        return table.slice(begin, end - begin)
-
-    def _read(self, group: int) -> pa.Table:
-        with self.lock:
-            if self.group[0] != group:
-                table = self.file.read_row_group(group, columns=self.columns)
-                self.group = group, table.select(self.columns).cast(self.schema)
-            return self.group[1]
-
-
-def _count_sources(table: pa.Table) -> Counter[str]:
-    return Counter({c["values"]: c["counts"] for c in table["source"].value_counts().to_pylist()})
+    rows: Mapping[str, int]
 
 
 def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:

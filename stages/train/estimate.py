@@ -20,8 +20,7 @@ from stages.mcore.memory import (
 )
 from stages.mcore.optimizer import STATE_BYTES
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
-from stages.models.base import layers_in_bf16
-from stages.models.costs import MemoryShare, Rows
+from stages.models.base import MemoryShare, Rows, layers_in_bf16
 from stages.models.parallel_layout import Layout
 from stages.train.checkpoint import FLUSH_BYTES, SHARD_BYTES
 from stages.train.config import WORK_CHECKPOINTS, PhaseConfig, TrainConfig, TrainerConfig

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,8 +110,8 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
 
     On CPU a rank computes on one thread with deterministic kernels: its sums have the same bits every time.
     timeout: seconds after which a collective that some rank did not join fails.
-    Raises AtomError if the number of processes is not the layout's, if this process lacks an environment variable that
-    its GPU needs, or if ranks share a GPU; PeerLost when another rank is lost.
+    Raises AtomError if the number of processes is not the layout's, or if this process lacks an environment variable
+    that its GPU needs; PeerLost when another rank is lost.
     """
     layout = layout or Layout()
     rank, world = rank_and_world()
@@ -139,8 +138,6 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         dist.init_process_group(gpu.BACKEND if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
         try:
             objects = create_groups(layout, timeout, on_gpu)
-            if objects is not None:
-                _require_own_gpu(objects)
             # Layers fork Megatron's named generators, which have to exist even without dropout.
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
             ranks = Ranks(
@@ -177,16 +174,6 @@ def create_groups(layout: Layout, timeout: float, on_gpu: bool) -> dist.ProcessG
         **layout.group_sizes, distributed_timeout_minutes=math.ceil(timeout / 60), create_gloo_process_groups=False
     )
     return objects
-
-
-def _require_own_gpu(objects: dist.ProcessGroup) -> None:
-    """Raises AtomError on every rank if two of them have the same GPU."""
-    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-    # All ranks learn of a conflict, so that all of them raise the same sentence.
-    places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (socket.gethostname(), str(uuid)), group=objects)
-    if problem := gpu.sharing(places):
-        raise AtomError(problem)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pipeline.core.stage import RankSimulation, Traffic
 from stages.mcore.megatron_imports import parallel_state
 from stages.mcore.model import named_tensors
 from stages.mcore.simulated_rank import Collective, LiveBytes, simulated
-from stages.models.costs import Rows
+from stages.models.base import Rows
 from stages.train import engine as engines
 from stages.train.config import TrainConfig, TrainerConfig
 from stages.train.data import Batch, RankBatch, padded_width

@@ -34,7 +34,7 @@ from stages.train.config import WORK_CHECKPOINTS, TrainerConfig
 from stages.train.engine import Engine
 from stages.train.log import Log, LogReplay, finite_or_none
 from stages.train.step_times import measured_waits
-from stages.train.watchdog import START_SECONDS, Watchdog, prepare_recorder
+from stages.train.watchdog import START_SECONDS, Watchdog
 
 # By weight: all ranks act on the largest status of any.
 RUNNING, STOP, FAILED = 0, 1, 2
@@ -317,9 +317,6 @@ def train(
     memory is full, or if another rank is lost; Interrupted after a stop signal; and the errors of the trainer.
     """
     timeout = config.phase.watchdog_timeout_seconds
-    if torch.cuda.is_available():
-        # NCCL reads these variables when the first group is created.
-        prepare_recorder(work / "stacks")
     # the watchdog acts before a collective times out, so that its stacks are in the log
     with (
         Watchdog(name, timeout, work, report) as watchdog,

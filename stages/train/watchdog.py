@@ -1,7 +1,7 @@
 """A watchdog for hanging ranks: logs the stacks of all ranks and ends the attempt.
 
 A rank that finishes no step for `timeout` seconds, while no rank reads or writes checkpoints, writes into the work
-folder the stacks of its threads, the collective that it is in, and on a GPU what NCCL's flight recorder has; since all
+folder the stacks of its threads and the collective that it is in; since all
 ranks wait for the one that hangs, all of them do so. Rank 0 prints the stacks to its log, names the ranks without
 stacks (stopped, or on a dead node) or else the one that did not arrive, and ends the attempt; the next one continues
 from the last work checkpoint.
@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-
-import torch
 
 from pipeline.core import atomic_files
 from pipeline.core.lease import SharedProgress
@@ -34,16 +30,6 @@ START_SECONDS = 600.0
 """Minimum time for rendezvous and building the model."""
 PROGRESS_SECONDS = 10.0
 """The longest time from one sign of progress to the next of a rank that reads or writes checkpoints."""
-
-PREFIX = "nccl-rank-"
-"""Prefix of the files of NCCL's flight recorder, by rank.
-
-`fr_trace FOLDER -p nccl-rank-` names the collective that a rank did not join.
-"""
-SETTINGS = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-"""Variables of PyTorch that start the recorder, unless the cluster profile sets others."""
-RECORDER_SECONDS = 60.0
-"""The time that the recorder may take to give what it has."""
 
 
 class Watchdog:
@@ -101,7 +87,7 @@ class Watchdog:
         message = f"{self.phase}: no step was finished for {self.limit:g} s"
         try:
             message += self._stacks()
-        except Exception as error:  # a full disk, or NCCL's recorder, must not keep a hang alive
+        except Exception as error:  # a full disk must not keep a hang alive
             message += f"; the stacks could not be written ({error})"
         self.report.abandon(f"{message}; run again to go on from the last work checkpoint")
 
@@ -125,7 +111,6 @@ class Watchdog:
         )
         if self.rank == 0:
             return self._collect(folder)
-        write_collectives(folder, self.rank)
         time.sleep(2 * COLLECT_SECONDS)  # rank 0 reports first
         return "; the stacks of all ranks are in the log"
 
@@ -147,10 +132,7 @@ class Watchdog:
         elif self.world > 1:
             places = [json.loads((folder / f"rank-{rank:05d}.json").read_text()) for rank in sorted(expected)]
             message += f"; {first_missing([Place(**place) for place in places])}"
-        print(f"{self.phase}{message}", file=sys.stderr, flush=True)  # in case that the recorder hangs
-
-        recorded = write_collectives(folder, self.rank)
-        return message + (f"; what NCCL recorded is in {recorded}" if recorded else "")
+        return message
 
     def _ranks_with_stacks(self, hang_time: float) -> set[int]:
         """Returns the ranks whose stacks were written in this hang, which rank 0 found at `hang_time`."""
@@ -160,35 +142,3 @@ class Watchdog:
             if path.stat().st_mtime > hang_time - self.limit:
                 ranks.add(int(path.stem.removeprefix("rank-")))
         return ranks
-
-
-def prepare_recorder(folder: Path) -> None:
-    """Makes NCCL's flight recorder of this process run, and write to `folder` when a collective times out.
-
-    Call it before the process groups are created.
-    """
-    folder.mkdir(exist_ok=True)
-    for name, value in {**SETTINGS, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / PREFIX)}.items():
-        # What the cluster profile sets stays.
-        os.environ.setdefault(name, value)
-
-
-def write_collectives(folder: Path, rank: int) -> Path | None:
-    """Writes what the recorder has; returns the folder, or None where PyTorch has no recorder.
-
-    A recorder that takes longer than RECORDER_SECONDS ends this process with exit code 1.
-    """
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
-    if dump is None or not torch.cuda.is_available():
-        return None
-    _write_in_time(dump, folder / f"{PREFIX}{rank}")
-    return folder
-
-
-def _write_in_time(dump: Callable[[], bytes], path: Path) -> None:
-    # The recorder holds the interpreter, so no thread of Python could end a process in which it hangs.
-    faulthandler.dump_traceback_later(RECORDER_SECONDS, exit=True)
-    try:
-        path.write_bytes(dump())
-    finally:
-        faulthandler.cancel_dump_traceback_later()

@@ -22,7 +22,7 @@ from pathlib import Path
 from pipeline.core.errors import AtomError
 from stages.mcore import gpu_environment
 from stages.mcore.megatron_imports import parallel_state
-from stages.models.costs import Rows
+from stages.models.base import Rows
 from stages.models.parallel_layout import Layout
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.engine import Engine

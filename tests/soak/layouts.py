@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "width 48, 8 layers": {"hidden_size": 48, "head_dim": 12, "layers": 8, "moe_intermediate_size": 24},
 }  # fmt: skip
-PLACES = ("one", "DP2", "TP2+SP", "PP2", "EP2 alltoall", "CP2", "PP2 interleaved", "EP2xDP2", "TP2xPP2", "PP2xEP2",
+PLACES = ("one", "DP2", "TP2+SP", "PP2", "EP2", "CP2", "PP2 interleaved", "EP2xDP2", "TP2xPP2", "PP2xEP2",
           "TP2xEP4 ETP1")  # fmt: skip
 KILLS, KILL_SEEDS, DRAWS, DRAWN_LAYOUTS = 5, 5, 3, 8
 
@@ -111,7 +111,7 @@ def possible_layouts(ranks: int, settings: dict[str, Any]) -> list[dict[str, Any
     sizes, candidates = [n for n in range(1, ranks + 1) if ranks % n == 0], []
     options: dict[str, list[Any]] = {
         "tp": sizes, "pp": sizes, "vpp": [1, 2], "cp": sizes, "ep": sizes,
-        "etp": sizes, "dispatcher": ["alltoall", "allgather"], "overlap_gradients": [False, True],
+        "etp": sizes, "overlap_gradients": [False, True],
     }  # fmt: skip
     for values in itertools.product(*options.values()):
         layout = dict(zip(options, values, strict=True))

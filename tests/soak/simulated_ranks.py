@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.core.stage import RankSimulation
-from stages.models.costs import Rows
+from stages.models.base import Rows
 from stages.rl.estimates import fullest_row
 from stages.train.config import SftConfig, TrainConfig, TrainerConfig
 from stages.train.estimate import rank_memory
@@ -118,7 +118,7 @@ ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
 }  # fmt: skip
 LAYOUT: dict[str, tuple[Any, ...]] = {
     "tp": (1, 2, 4, 8), "pp": (1, 1, 2, 4), "vpp": (1, 1, 2), "cp": (1, 1, 2, 4), "ep": (1, 2, 4, 8, 16),
-    "etp": (None, 1, 1), "dispatcher": ("alltoall", "alltoall", "allgather"), "recompute": ("none", "none", "layer"),
+    "etp": (None, 1, 1), "recompute": ("none", "none", "layer"),
     "overlap_gradients": (None, True), "deterministic": (False, False, False, True),
 }  # fmt: skip
 LENGTHS = (256, 1024, 2048, 4096, 8192, 16384, 131072)

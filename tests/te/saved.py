@@ -16,8 +16,7 @@ import torch
 
 from stages.mcore.megatron_imports import Float16Module
 from stages.mcore.model import build
-from stages.models.base import ModelConfig, Precision
-from stages.models.costs import Rows
+from stages.models.base import ModelConfig, Precision, Rows
 from stages.models.parallel_layout import Layout
 from stages.models.registry import parse
 from stages.train import parallel

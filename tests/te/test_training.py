@@ -43,7 +43,7 @@ LAYOUTS = {
     **{name: layout for name, layout in layout_fixtures.TWO.items() if name != "CP2"},
     "DP2, recomputed": {"recompute": "layer"},
 }
-PACKED_LAYOUTS = {name: layout_fixtures.TWO[name] for name in ("TP2+SP", "EP2 alltoall", "CP2")}
+PACKED_LAYOUTS = {name: layout_fixtures.TWO[name] for name in ("TP2+SP", "EP2", "CP2")}
 
 
 def settings_of(precision: str, packed: bool = False) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def test_layouts_in_fp8_train_like_one_process(compare_layouts: Compare, precisi
     """A tensor rank scales its own part of a weight, and an expert's tokens come from several ranks: not the same
     numbers are rounded together. Recomputation is left out: in FP8 it is TE's, which keeps CUDA's generators. So is TP
     in MXFP8: TE gathers the sequence in a way that fails over gloo."""
-    names = ["DP2 overlap", "PP2 interleaved", "EP2 alltoall", *(["TP2+SP"] if precision != "mxfp8" else [])]
+    names = ["DP2 overlap", "PP2 interleaved", "EP2", *(["TP2+SP"] if precision != "mxfp8" else [])]
     compare_layouts(precision, {n: LAYOUTS[n] for n in names}, 2, 0.25)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stages.mcore.memory import owned_bytes, state_bytes
 from stages.mcore.optimizer import STATES, state_shapes
-from stages.models.costs import MemoryShare
+from stages.models.base import MemoryShare
 from stages.models.parallel_layout import Layout
 
 SHAPES = {

@@ -238,7 +238,7 @@ def test_schedule() -> None:
 def test_estimates_need_no_torch() -> None:
     """`atom plan` imports every stage's config and estimate, and must stay light."""
     code = (
-        "import sys; from stages.train import pretrain, midtrain; from stages.export import hf as export\n"
+        "import sys; from stages.train import pretrain; from stages.export import hf as export\n"
         "from tests.fixtures import train_fixtures as w; c = pretrain.TrainConfig.model_validate(w.config()); e = pretrain.estimate(c)\n"
         "assert e.tokens == 12 * 256 and e.flops > 6 * e.tokens * 1e4\n"
         "assert e.training.state_bytes == 16 * e.parameters['total'] < e.memory_bytes\n"

@@ -28,8 +28,7 @@ from stages.mcore.memory import Activations, memory_share
 from stages.mcore.model import Initial, build, named_buffers, named_tensors
 from stages.mcore.quantize import RECIPES
 from stages.models import registry
-from stages.models.base import ModelConfig
-from stages.models.costs import Rows
+from stages.models.base import ModelConfig, Rows
 from stages.models.deepseek_v3 import DeepseekV3Config
 from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation

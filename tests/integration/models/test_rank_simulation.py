@@ -14,7 +14,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import RankSimulation, Traffic
 from stages.mcore.model import transformer_config
 from stages.mcore.simulated_rank import Collective, CollectiveLog
-from stages.models.costs import Rows
+from stages.models.base import Rows
 from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation
 from stages.train.config import SftConfig, TrainConfig
@@ -37,7 +37,6 @@ MORE_REAL: dict[str, dict[str, Any]] = {
     "DP2 overlap": {"overlap_gradients": True},
     "TP2+SP": {"tp": 2},
     "CP2 recompute": {"cp": 2, "recompute": "layer"},
-    "EP2 allgather": {"ep": 2, "dispatcher": "allgather"},
     "TP2 EP2 ETP1": {"tp": 2, "ep": 2, "etp": 1},
     "PP2 interleaved": {"pp": 2, "vpp": 2},
 }
@@ -58,7 +57,6 @@ MORE_MEMORY: dict[str, dict[str, Any]] = {
     "PP4 EP2": {"ranks": 8, "pp": 4, "ep": 2},
     "PP2 VPP2": {"ranks": 2, "pp": 2, "vpp": 2},
     "PP2 recompute": {"ranks": 2, "pp": 2, "recompute": "layer"},
-    "EP4 allgather": {"ranks": 4, "ep": 4, "dispatcher": "allgather"},
     "TP2 PP2 EP2": {"ranks": 8, "tp": 2, "pp": 2, "ep": 2},
 }  # fmt: skip
 
@@ -124,9 +122,6 @@ FEW_TOKENS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]
     "adapters, TP4": ({"ranks": 4, "tp": 4}, {"heads": 32}, {"lora": {"rank": 64, "alpha": 16}}, 256),
     "adapters, a large vocabulary": ({}, {"tie_embeddings": True}, {"lora": {"rank": 8, "alpha": 16}}, 128),
     "masks of fp32, CP4": ({"ranks": 4, "cp": 4}, {}, {"precision": "fp32"}, 2048),
-    "tokens of all ranks for experts, TP2 EP4": (
-        {"ranks": 8, "tp": 2, "ep": 4, "etp": 1, "dispatcher": "allgather"}, {"num_experts_per_tok": 2}, {}, 2048,
-    ),
 }  # fmt: skip
 """Layout, model, phase, row: what is a large part of the memory there, and was once planned wrong."""
 
@@ -157,7 +152,6 @@ SPLIT: dict[str, dict[str, Any]] = {
     "TP4": {"ranks": 4, "tp": 4},
     "TP2 EP2 PP2": {"ranks": 8, "tp": 2, "ep": 2, "pp": 2},
     "TP4 recompute": {"ranks": 4, "tp": 4, "recompute": "layer"},
-    "TP2 EP2 allgather": {"ranks": 4, "tp": 2, "ep": 2, "dispatcher": "allgather"},
 }
 
 

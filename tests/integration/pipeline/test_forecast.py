@@ -21,7 +21,7 @@ from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.operations.cost_estimate import Use, estimate_costs
 from stages.mcore.throughput import StepSetup, shape_of, step_time
-from stages.models.costs import Rows
+from stages.models.base import Rows
 from stages.train.estimate import training_time
 from tests.fixtures import ROOT
 from tests.fixtures.run_fixtures import atom

@@ -83,7 +83,7 @@ FEATURES: dict[str, tuple[dict, dict, float]] = {
     # mean over its own tokens, of which padding takes unevenly
     "bf16 and z-loss": ({"z_loss": 1e-3}, {"precision": "bf16"}, 5e-3),
 }
-FOR_FEATURES = ("TP2+SP", "PP2 interleaved", "EP2 alltoall", "CP2")
+FOR_FEATURES = ("TP2+SP", "PP2 interleaved", "EP2", "CP2")
 
 
 @at_length("training", 25)
@@ -120,7 +120,7 @@ def test_every_feature_trains_alike_in_every_layout(corpus: Path, tmp_path: Path
             layout_fixtures.agree(steps, one, tolerance, name)
 
 
-PAIRS = [("EP2 alltoall", "one"), ("TP2+SP", "PP2")] if SOAK else [("TP2+SP", "PP2")]
+PAIRS = [("EP2", "one"), ("TP2+SP", "PP2")] if SOAK else [("TP2+SP", "PP2")]
 """Of all, which `make soak PART=checkpoints` runs."""
 
 
@@ -150,7 +150,7 @@ def test_a_work_checkpoint_goes_on_in_another_layout(
 @at_length("training", 20)
 def test_a_killed_rank_changes_no_byte(corpus: Path, tmp_path: Path) -> None:
     """Same layout: bit for bit, whichever rank dies."""
-    settings = layout_fixtures.settings_named("EP2 alltoall")
+    settings = layout_fixtures.settings_named("EP2")
     layout_fixtures.run(corpus, tmp_path / "calm", settings)
     codes, logs = layout_fixtures.end(
         layout_fixtures.start(corpus, tmp_path / "killed", settings, TEST_DISTURB="1 7 SIGKILL")

@@ -278,7 +278,7 @@ def test_norms_are_not_decayed(corpus: Path) -> None:
 def test_midtrain_continues_the_weights_with_a_fresh_optimizer(
     corpus: Path, undisturbed: Path, tmp_path: Path, run_stage
 ) -> None:
-    from stages.train.midtrain import STAGE
+    from stages.train.pretrain import MIDTRAIN
 
     shutil.copytree(corpus / "order", tmp_path / "order")
     meta = json.loads((tmp_path / "order/meta.json").read_text())
@@ -286,7 +286,7 @@ def test_midtrain_continues_the_weights_with_a_fresh_optimizer(
     inputs = {"tokens": Artifact.open(corpus / "tokens"), "order": write_manifest(tmp_path / "order", "order-test")}
     shutil.copytree(undisturbed, tmp_path / "init")
     init = write_manifest(tmp_path / "init", "pretrain-test")
-    artifact = run_stage(STAGE, train_fixtures.config(), {**inputs, "init": init})
+    artifact = run_stage(MIDTRAIN, train_fixtures.config(), {**inputs, "init": init})
     assert losses(artifact.path, "heldout_loss")[0] == losses(undisturbed, "heldout_loss")[-1]
     state = artifact.json("step-000012/state.json")
     assert state["phase"] == "midtrain" and state["optimizer_step"] == 12
@@ -296,7 +296,7 @@ def test_midtrain_continues_the_weights_with_a_fresh_optimizer(
     with pytest.raises(
         AtomError, match=r"pretrain-test does not fit .*decoder.layers.2.input_layernorm.weight is None"
     ):
-        run_stage(STAGE, other, {**inputs, "init": init})
+        run_stage(MIDTRAIN, other, {**inputs, "init": init})
 
 
 def test_an_order_of_many_row_groups_reads_as_one(corpus: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_what_a_phase_begins_with_is_hashed_and_no_more(
     tmp_path: Path, run_stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the last checkpoint of the phase before, without its moments; the watchdog is told of each byte."""
-    from stages.train import midtrain
+    from stages.train.pretrain import MIDTRAIN
     from stages.train.watchdog import Watchdog
 
     train_fixtures.make(tmp_path / "corpus")
@@ -95,7 +95,7 @@ def test_what_a_phase_begins_with_is_hashed_and_no_more(
 
     monkeypatch.setattr(store, "sha256_file", record)
     monkeypatch.setattr(Watchdog, "progress", lambda self, size: progress.append(size))
-    run_stage(midtrain.STAGE, train_fixtures.config(), inputs)
+    run_stage(MIDTRAIN, train_fixtures.config(), inputs)
     made = [path for path in hashed if path.startswith("made/")]
     assert sorted(made) == ["made/step-000012/model.safetensors", "made/step-000012/state.json"]
     tensors = 4 * sum(map(math.prod, SHAPES.values()))
