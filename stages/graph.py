@@ -6,13 +6,13 @@ Only this module has their names; the engine (`pipeline/`) runs any graph.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import Store
 from pipeline.core.text import escaped
-from pipeline.graph import dag, registry
-from pipeline.graph.dag import Checkpoint, Graph, NodeSpec, build_graph, names_in_words, require_same_beginning
+from pipeline.graph import dag
+from pipeline.graph.dag import Checkpoint, Graph, build_graph, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
@@ -167,7 +167,6 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         repositories["base"] = start.repo
     evaluated_final = heldout_config(measured, final)
     specs += variant_nodes(models, repositories, config.release.variants, evaluated_final, recipe.title)
-    specs += _extra_nodes(config, {spec.name for spec in specs}, recipe.title)
     # Last, so that smaller models fill what the others leave of a cluster.
     specs += smaller
 
@@ -208,31 +207,6 @@ def _continued_checkpoints(phases: Sequence[TextPhase], title: str, store: Store
         for phase in phases
         if phase.config.continue_from
     }
-
-
-def _extra_nodes(config: ReleaseRecipe, names: Collection[str], title: str) -> list[NodeSpec]:
-    """Returns the nodes of the stages that the recipe names itself.
-
-    Args:
-        config: The recipe.
-        names: The nodes that they may read.
-        title: Name of the recipe, for errors.
-
-    Raises:
-        RecipeError: A stage cannot be added in this way.
-    """
-    specs = []
-    for name, settings in config.extra_stages.items():
-        where = f"{title}: extra_stages.{escaped(name, 80)}"
-        if name not in STAGES or not (reads := registry.stage(name).reads):
-            raise RecipeError(
-                f"{where} is no stage that a recipe can add; it needs a line in STAGES of stages/graph.py and `reads` "
-                "in its STAGE"
-            )
-        if missing := [node for node in reads.values() if node not in names]:
-            raise RecipeError(f"{where} reads {missing[0]}, which this recipe does not have; leave the stage out")
-        specs.append(NodeSpec(name, name, settings, reads))
-    return specs
 
 
 def problems(recipe: Recipe) -> Iterator[str]:

@@ -15,14 +15,12 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.core.bounds import (
     MOST_SOURCES,
     Flag,
-    Key,
     Language,
     License,
     Line,
     LongLine,
     Namespace,
     Range,
-    Settings,
     SourceName,
     Text,
     Words,
@@ -191,8 +189,6 @@ class ReleaseRecipe(Identity):
     """reinforcement learning with the reward model; requires reward_model; null: none"""
     evaluation: EvaluationSection
     """measurements after each phase, and thresholds of the release gates"""
-    extra_stages: Annotated[dict[Key, Settings], Field(max_length=100)] = added({})
-    """further stages by name, each with its settings; they read artifacts, and no other stage reads theirs"""
     sizes: Sizes = added(())
     """smaller models of the recipe, pre-trained on the same rows and published beside its model"""
     release: ReleaseSection

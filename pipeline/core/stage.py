@@ -395,7 +395,6 @@ class Stage(Generic[C]):
             before Python starts; one that the profile or the user has set takes precedence.
         time: The time of a training phase on GPUs; None: there is no model of it.
         simulate: Walks a rank's steps on this machine without the memory that they need; None: it cannot be simulated.
-        reads: The input node for each role, for a stage that a recipe adds by its name alone.
         shards: Pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`.
             Each leaves complete files in `work`; `run` does the missing ones, and makes the same bytes for any number.
         takes_servers: True if servers in jobs of their own can work for it.
@@ -420,7 +419,6 @@ class Stage(Generic[C]):
     environment: Callable[[C], Mapping[str, str]] = lambda config: {}
     time: Callable[[C, Accelerator], TrainingTime] | None = None
     simulate: Callable[[C, int], RankSimulation] | None = None
-    reads: Mapping[str, str] = field(default_factory=dict)
     shards: Callable[[C], int] = lambda config: 1
     run_shard: Callable[[C, Inputs, Path, int], None] | None = None
     takes_servers: Callable[[C], bool] = lambda config: False

@@ -93,45 +93,13 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
 class RMSNorm(torch.nn.RMSNorm):
     """PyTorch's norm, marked so that its gradient is summed over sequence-parallel ranks.
 
-    Megatron's local one refuses sequence parallelism. On a CPU in fp32, where PyTorch has no kernel, this one gives
-    PyTorch's bits from fewer passes over memory.
+    Megatron's local one refuses sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         # Each tensor rank normalizes its share of the tokens, so the gradient is a sum over them.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
-            normed: torch.Tensor = Norm.apply(x, x, self.weight, self.eps)
-            return normed
-        return super().forward(x)
-
-
-class Norm(torch.autograd.Function):
-    """RMSNorm of the last dimension, in PyTorch's order of operations. It keeps its input and 1/RMS.
-
-    The input comes twice: PyTorch adds its gradient to that of the residual stream in two steps, x's and 1/RMS's part.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out = x.square()
-        scale = out.mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return torch.mul(x, scale, out=out).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        # In PyTorch's order of operations: another one would change the bits of every later step.
-        product = gradient * (x * scale)
-        d_weight = product.sum(tuple(range(x.dim() - 1)))
-        d_normed = gradient * weight
-        d_scale = torch.mul(d_normed, x, out=product).sum(-1, keepdim=True)
-        d_mean = d_scale.mul_(-0.5).mul_(scale.pow(3)).div_(x.shape[-1])
-        return d_normed.mul_(scale), torch.mul(x, d_mean.mul_(2), out=product), d_weight, None
 
 
 class Attention(MegatronModule):  # type: ignore[misc]

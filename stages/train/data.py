@@ -15,10 +15,11 @@ import math
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +39,7 @@ from stages.models.parallel_layout import Layout
 from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks
 
+OPEN_SHARDS = 256  # token shards that are open at a time, those used last
 STEPS_AT_ONCE = 64  # of an order's table that are read and kept
 ALIGN = 8  # rows are padded to a multiple of this many tokens
 BLOCK_ALIGN = 128  # and of this many on each rank where matrices are quantized, which some formats do by blocks
@@ -118,25 +120,17 @@ class Batch:
 class Shards:
     """The token shards of one split, opened on demand. Files are mapped: of an index, only what is needed is read."""
 
-    OPEN: ClassVar = 256
-    """Shards that are open at a time, those used last."""
-
     def __init__(self, tokens: Artifact, split: str) -> None:
         self.pad_id: int = tokens.json("meta.json")["pad_id"]
         self.tokens, self.split = tokens, split
-        self.shards: OrderedDict[tuple[str, int], IndexedDataset] = OrderedDict()
+        self.shard = lru_cache(OPEN_SHARDS)(self._open)
 
-    def shard(self, source: str, part: int) -> IndexedDataset:
+    def _open(self, source: str, part: int) -> IndexedDataset:
         """Megatron's reader of a part. Raises AtomError if the shard is missing or not what its index says."""
-        if (source, part) not in self.shards:
-            name = shard_name(self.split, source, part)
-            # A truncated file would be noticed only when a document beyond its end is read.
-            check_sizes(self.tokens.path, name)
-            if len(self.shards) == self.OPEN:
-                self.shards.popitem(last=False)
-            self.shards[source, part] = IndexedDataset(str(self.tokens / name), mmap=True)
-        self.shards.move_to_end((source, part))
-        return self.shards[source, part]
+        name = shard_name(self.split, source, part)
+        # A truncated file would be noticed only when a document beyond its end is read.
+        check_sizes(self.tokens.path, name)
+        return IndexedDataset(str(self.tokens / name), mmap=True)
 
     def read(self, segment: Segment) -> np.ndarray:
         shard, end = self.shard(segment.source, segment.part), segment.offset + segment.length

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +28,7 @@ from stages.mcore.model import build, full_tensor, missing_requirement, named_bu
 from stages.mcore.optimizer import STATES
 from stages.mcore.routers import Experts, RouterWatch, RoutingReplay
 from stages.mcore.row_tables import context_positions
-from stages.mcore.tensor_sharding import Box, FullTensors, boxes, cut, is_repeated
+from stages.mcore.tensor_sharding import Box, FullTensors, boxes, cut
 from stages.train.config import TrainerConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.parallel import Ranks
@@ -63,7 +62,6 @@ class StepFigures:
     grad_norm: float  # before clipping
     router: RouterFigures | None  # of a model with experts
     refused: str | None = None  # reason for a skipped update
-    gradients: dict[str, float] | None = None  # norms by part of the model, for a skipped update
     extras: dict[str, float] = field(default_factory=dict)  # figures of the objective
 
     def metrics(self, lr: float) -> dict[str, float]:
@@ -237,7 +235,7 @@ class Engine:
         if reason:
             for name, buffer in self.buffers.items():  # Megatron moves the biases of experts with the backward pass
                 buffer.copy_(saved_buffers[name])
-            return StepFigures(loss, norm, router, reason, self._gradients(), extras)
+            return StepFigures(loss, norm, router, reason, extras)
         # Collective: the norm over all ranks, and the gathering of the weights.
         _, norm, _ = self.optimizer.step()
         self.step_done += 1
@@ -254,17 +252,6 @@ class Engine:
         experts = self.routers.collect(self.ranks.sum)
         z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
         return RouterFigures(aux, z if self.routers.routing.z_loss else None, experts)
-
-    def _gradients(self) -> dict[str, float]:
-        """Norms of the present gradients by part of the model, such as embedding, each layer's attention, experts."""
-        parts = sorted({part_of(name) for name in self.shapes})
-        # In float64, and what several ranks hold once, so that every layout gives the same norms.
-        squares, tied = torch.zeros(len(parts), dtype=torch.float64), self.config.model.tie_embeddings
-        for piece, _, main in self._pieces:
-            if not is_repeated(piece.name, tied) and main.grad is not None:
-                squares[parts.index(part_of(piece.name))] += main.grad.double().square().sum().cpu()
-        # One collective for all parts, after the loop: ranks have pieces of different tensors.
-        return dict(zip(parts, self.ranks.sum(squares).sqrt().tolist(), strict=True))
 
     def evaluate(self, rank_batch: RankBatch) -> float:
         """Mean loss over the targets of any rows, without an update."""
@@ -503,21 +490,6 @@ class Engine:
 def cross_entropy(losses: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the loss over targets with loss_mask 1."""
     return (losses * batch.loss_mask).sum(), {}
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a tensor belongs to, the key of gradient norms: `layer 003 experts`."""
-    match = re.match(r"decoder\.layers\.(\d+)\.(\w+)", name)
-    if match is None:
-        return name.split(".")[0]
-    kind = match[2]
-    if ".mlp.experts." in name:
-        kind = "experts"
-    elif ".router." in name:
-        kind = "router"
-    # A norm belongs to the part that reads it.
-    names = {"self_attention": "attention", "input_layernorm": "attention", "pre_mlp_layernorm": "mlp"}
-    return f"layer {int(match[1]):03d} {names.get(kind, kind)}"
 
 
 def _weak_method(method: Callable[..., Any]) -> Callable[..., Any]:

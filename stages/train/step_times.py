@@ -264,17 +264,3 @@ class StepTimes:
         self.wall = self.data = self.communication = 0.0
         self.steps = 0
         return self.gather(RankTime(self.rank, node_name(), self.position, *seconds))
-
-
-def metrics(times: list[RankTime]) -> dict[str, float]:
-    """Returns the curves of an exchange: of the rank that is busy longest, and the medians of all ranks."""
-    slowest = max(times, key=lambda rank_time: rank_time.busy)
-    return {
-        "slowest_rank": float(slowest.rank),
-        "slowest_compute_seconds": slowest.compute,
-        "slowest_data_seconds": slowest.data,
-        "slowest_communication_seconds": slowest.communication,
-        "median_compute_seconds": statistics.median(rank_time.compute for rank_time in times),
-        "median_data_seconds": statistics.median(rank_time.data for rank_time in times),
-        "median_communication_seconds": statistics.median(rank_time.communication for rank_time in times),
-    }

@@ -2,7 +2,7 @@
 
 The detector of spikes decides before the update, only from the log of the accepted steps before it, so that a resumed
 or repeated phase decides in the same way. The record of a spike is a line of training.jsonl: the reason, the documents
-of the batch, the experts of its tokens and the gradient norm by part of the model.
+of the batch and the experts of its tokens.
 """
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence
         "grad_norm": finite_or_none(figures.grad_norm),
         "documents": sorted({segment.id for row in rows for segment in row.segments}),
         **({"experts": figures.router.experts.json()} if figures.router else {}),
-        "gradient_norms": {part: finite_or_none(norm) for part, norm in (figures.gradients or {}).items()},
     }
 
 
@@ -198,7 +197,6 @@ class TextTrainer(Trainer):
         times = self.step_times.exchange()
         if times is None or not self.first:
             return
-        self.report.metric(step, **step_times.metrics(times))
         slow = step_times.slow_rank(times)
         rank = None if slow is None else slow.time.rank
         if rank != self.slow_rank:

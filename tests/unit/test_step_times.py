@@ -11,7 +11,7 @@ from pipeline.core.events import FileReport
 from pipeline.core.lease import Lease
 from pipeline.core.store import Store
 from pipeline.graph.run import NodeStatus, Run, node_status
-from stages.train.step_times import Place, RankTime, first_missing, metrics, slow_rank
+from stages.train.step_times import Place, RankTime, first_missing, slow_rank
 
 
 def ranks(*rows: tuple[float, float], data: tuple[float, ...] = (), positions: tuple[int, ...] = ()) -> list[RankTime]:
@@ -27,9 +27,6 @@ def test_the_rank_for_which_the_others_wait_is_named() -> None:
     slow = slow_rank(times)
     assert slow is not None
     assert slow.sentence(11) == "rank 2 on n2 computes 2.0 times as long as its peers since step 11"
-    figures = metrics(times)
-    assert figures["slowest_rank"] == 2.0 and figures["slowest_compute_seconds"] == pytest.approx(0.98)
-    assert figures["median_communication_seconds"] == pytest.approx(0.49) and "step_seconds" not in figures
 
 
 def test_a_rank_that_waits_for_data_is_named_so() -> None:

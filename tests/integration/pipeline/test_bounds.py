@@ -287,7 +287,7 @@ def test_every_field_has_a_bound(model: Any) -> None:
 
     def settings_of_others(where: str) -> bool:
         """Arguments that go elsewhere as they are, to other packages or to a stage: `bounds.setting` holds them."""
-        return where.endswith((".settings", ".parameters", ".verifiers{}", ".extra_stages{}", ".sizes[].model"))
+        return where.endswith((".settings", ".parameters", ".verifiers{}", ".sizes[].model"))
 
     def resolved(part: Any) -> Any:
         if isinstance(part, list):

@@ -96,9 +96,6 @@ def test_a_poisoned_batch_is_skipped_and_recorded(poisoned: Path, skipped: Path,
     assert spike["documents"] == [f"noise/{n}" for n in range(8)]
     shares = torch.tensor(spike["experts"]["share"])
     assert shares.shape == (2, 4) and torch.allclose(shares.sum(1), torch.ones(2), atol=1e-5)
-    norms = spike["gradient_norms"]
-    assert math.isclose(math.sqrt(sum(x * x for x in norms.values())), spike["grad_norm"], rel_tol=1e-5)
-    assert {"embedding", "layer 000 attention", "layer 001 experts", "layer 001 router"} <= set(norms)
     (line,) = [x for x in lines(skipped, "loss") if x["step"] == AT]
     assert line["skipped"] is True and line["tokens"] == next(
         x["tokens"] for x in lines(skipped, "loss") if x["step"] == AT - 1
@@ -295,6 +292,5 @@ def test_ranks_judge_together(poisoned: Path, tmp_path: Path) -> None:
         records[name, "losses"] = layout_fixtures.figures(tmp_path / name / "out")
     one, two = records["one"], records["two"]
     assert one["excluded"] == two["excluded"] == [14, 15, 16, 17] and one["documents"] == two["documents"]
-    assert two["gradient_norms"] == pytest.approx(one["gradient_norms"], rel=1e-3)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
     assert records["two", "losses"] == pytest.approx(records["one", "losses"], rel=1e-3)
