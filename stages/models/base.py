@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pipeline.core.bounds import Context, Flag, Range
-from pipeline.core.stage import Config, added, operational
+from pipeline.core.stage import Config, added
 from stages.models.parallel_layout import Layout
 from stages.models.param_names import BUFFERS, is_cut
 
@@ -35,7 +35,6 @@ BF16_SHARE = 0.15
 
 The NVFP4 paper (arXiv:2509.25149) keeps about as many linear layers in bf16, and finds the last layers to be enough.
 """
-PositiveCount = Annotated[int, Range(1, 1e15)]
 MOST_PARAMETERS = 10**14
 """Maximum parameters of a model; the largest published ones have 2e12."""
 EIGHT_BITS: tuple[Precision, ...] = ("fp8-tensorwise", "fp8-blockwise", "mxfp8")
@@ -139,15 +138,6 @@ class Rope(Config):
     """YaRN scaling; null: none"""
 
 
-class StatedParameters(Config):
-    """Expected parameter counts. A recipe whose model has other counts is refused."""
-
-    total: PositiveCount
-    """all parameters, with embeddings"""
-    active: PositiveCount
-    """parameters that one token uses, with embeddings"""
-
-
 @dataclass(frozen=True)
 class Routing:
     """The routers of a mixture of experts."""
@@ -180,8 +170,6 @@ class ModelConfig(Config, ABC):
     """standard deviation of the initial weights"""
     yarn: Yarn | None = added(None)
     """YaRN scaling of the rotary frequencies; null: none"""
-    stated_parameters: StatedParameters | None = operational(None)
-    """expected parameter counts; null: not checked"""
 
     yarn_scales_heads: ClassVar[bool] = False
     """True if YaRN's factor scales whole queries and keys, though a part of them has no rotary embedding.

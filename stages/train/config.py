@@ -326,16 +326,11 @@ class TrainConfig(TrainerConfig):
                 f"{self.model.context_length} tokens, from which some readers of an exported config compute the factor"
                 f"; use the factor {self.model.context_length / yarn.original_length:g}"
             )
-        stated, counts = self.model.stated_parameters, self.model.parameters(self.padded_vocab_size)
-        if counts["total"] > MOST_PARAMETERS:
+        total = self.model.parameters(self.padded_vocab_size)["total"]
+        if total > MOST_PARAMETERS:
             raise ValueError(
                 f"model.layers = {self.model.layers} with hidden_size = {self.model.hidden_size} makes "
-                f"{counts['total']:.1e} parameters; use at most {MOST_PARAMETERS:.0e} (Kimi K2: 1e12)"
-            )
-        if stated and (stated.total, stated.active) != (counts["total"], counts["active"]):
-            raise ValueError(
-                f"model.stated_parameters = {stated.total} in all, {stated.active} active, but the model has "
-                f"{counts['total']} and {counts['active']}; correct one or the other"
+                f"{total:.1e} parameters; use at most {MOST_PARAMETERS:.0e} (Kimi K2: 1e12)"
             )
         return self
 

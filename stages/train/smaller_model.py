@@ -45,7 +45,7 @@ class SmallerModel(Config):
         Raises ValidationError for settings that the architecture refuses.
         """
         whole = model.with_rope(phase.rope, model.context_length)
-        smaller = parse(whole.model_dump(mode="json") | {"stated_parameters": None} | self.model)
+        smaller = parse(whole.model_dump(mode="json") | self.model)
         changes: dict[str, Any] = {"release_checkpoint_interval": phase.steps, "parallelism": self.parallelism}
         if self.optimizer is not None:
             changes["optimizer"] = self.optimizer

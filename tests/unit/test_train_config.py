@@ -166,7 +166,6 @@ def test_phases_that_cannot_work(phase: dict, sentence: str) -> None:
          "rope.yarn.factor = 2 x original_length = 8 covers fewer tokens than sequence_length = 32; raise the factor to at least 4"),
         ({"yarn": {"factor": 8, "original_length": 16}},
          "rope.yarn.factor = 8 x original_length = 16 is not the context of 64 tokens, from which some readers of an exported config compute the factor; use the factor 4"),
-        ({"stated_parameters": {"total": 5, "active": 3}}, "model.stated_parameters = 5 in all, 3 active, but the model has"),
         ({"dense_layers": 2, "intermediate_size": 8}, "dense_layers = 2 leaves no layer of 2 with experts; use at most 1"),
         ({"dense_layers": 1}, "dense_layers = 1 and intermediate_size = None go together"),
     ],

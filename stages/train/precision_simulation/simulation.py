@@ -225,7 +225,6 @@ def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
         "context_length": CONTEXT,
         "init_std": min(1.0, model.init_std * (model.hidden_size / hidden) ** 0.5),  # the maximum of a model
         "yarn": None,
-        "stated_parameters": None,
     }
     return type(model).model_validate({**model.model_dump(), **changes})
 
