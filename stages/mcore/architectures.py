@@ -91,11 +91,11 @@ def megatron_attention(model: GroupedQueryConfig) -> dict[str, Any]:
 
 
 def megatron_latent_attention(model: DeepseekV3Config) -> dict[str, Any]:
-    """The same for latent attention. With YaRN, `softmax_scale` has the square of its factor.
+    """The same for latent attention, and experts.
 
-    Queries and keys have the factor each.
+    With YaRN, `softmax_scale` has the square of its factor, which queries and keys have each.
     """
-    return COMMON | {
+    latent = {
         "multi_latent_attention": True,
         "num_attention_heads": model.heads,
         "kv_channels": model.v_head_dim,
@@ -106,6 +106,7 @@ def megatron_latent_attention(model: DeepseekV3Config) -> dict[str, Any]:
         "v_head_dim": model.v_head_dim,
         "softmax_scale": yarn_factor(model) ** 2 / math.sqrt(model.qk_head_dim),
     }
+    return COMMON | latent | megatron_experts(model)
 
 
 def megatron_experts(model: MixtureConfig) -> dict[str, Any]:
@@ -242,16 +243,11 @@ def megatron_mixture(model: Any) -> dict[str, Any]:
     return megatron_attention(model) | megatron_experts(model)
 
 
-def megatron_latent_mixture(model: DeepseekV3Config) -> dict[str, Any]:
-    """The same for experts and latent attention."""
-    return megatron_latent_attention(model) | megatron_experts(model)
-
-
 ARCHITECTURES = {
     "qwen3": Architecture(megatron_attention, qwen3_config, GROUPED_QUERY, layer_spec),
     "qwen3_moe": Architecture(megatron_mixture, qwen3_moe_config, GROUPED_QUERY, layer_spec),
     "glm4_moe": Architecture(megatron_mixture, glm4_moe_config, GROUPED_QUERY, layer_spec),
-    "deepseek_v3": Architecture(megatron_latent_mixture, deepseek_v3_config, LATENT, latent_layer_spec),
+    "deepseek_v3": Architecture(megatron_latent_attention, deepseek_v3_config, LATENT, latent_layer_spec),
 }
 
 

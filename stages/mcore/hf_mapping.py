@@ -5,8 +5,9 @@ Pure functions, exact in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,33 +30,31 @@ QKV = "self_attention.linear_qkv."
 """The beginning of the names of Megatron's queries, keys and values in a layer."""
 
 
+class Mapped(NamedTuple):
+    """A tensor of Megatron, and those of transformers that it is made of.
+
+    Attributes:
+        name: Megatron's global name.
+        hf_names: The names in transformers.
+        split: Cuts Megatron's tensor into those of transformers.
+        join: The inverse.
+    """
+
+    name: str
+    hf_names: tuple[str, ...]
+    split: Callable[[Tensor], Sequence[Tensor]] = lambda tensor: (tensor,)
+    join: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0]
+
+
 def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     """Yields transformers' names and tensors one after the other, layer by layer; each of Megatron's is read once.
 
     A mapping of full tensors may read each on access, so a model of any size passes through one tensor at a time. Rows
     of the vocabulary beyond `vocab_size` are padding and left out.
-
-    A group of heads in `linear_qkv` ([kv_heads, heads/kv_heads + 2, head_dim, ...]) is its queries, its key, its value.
-    A `linear_fc1` is gate above up.
     """
-    for megatron_name, hf_name in _outside(model).items():
-        yield hf_name, tensors[megatron_name][:vocab_size] if hf_name in BY_TOKEN else tensors[megatron_name]
-    for layer in range(model.layers):
-        megatron_at, hf_at = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        same, projections, swiglus = _of_layer(model, layer)
-        for megatron_name, hf_name in same.items():
-            yield hf_at + hf_name, tensors[megatron_at + megatron_name]
-        for kind in projections:
-            assert isinstance(model, GroupedQueryConfig)
-            groups = (model.kv_heads, model.heads // model.kv_heads + 2, model.head_dim)
-            qkv = tensors[megatron_at + QKV + kind].unflatten(0, groups)
-            for part, tensor in zip("qkv", qkv.split((groups[1] - 2, 1, 1), 1), strict=True):
-                yield f"{hf_at}self_attn.{part}_proj.{kind}", tensor.flatten(0, 2)
-        for megatron_part, hf_part in swiglus:
-            gate, up = tensors[megatron_at + megatron_part + "linear_fc1.weight"].chunk(2, 0)
-            yield hf_at + hf_part + "gate_proj.weight", gate
-            yield hf_at + hf_part + "up_proj.weight", up
-            yield hf_at + hf_part + "down_proj.weight", tensors[megatron_at + megatron_part + "linear_fc2.weight"]
+    for mapped in _mapping(model):
+        for hf_name, part in zip(mapped.hf_names, mapped.split(tensors[mapped.name]), strict=True):
+            yield hf_name, part[:vocab_size] if hf_name in BY_TOKEN else part
 
 
 def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -64,56 +63,49 @@ def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple
     Raises KeyError at a tensor that is missing, and at the end ValueError, naming them, if some are left over.
     """
     remaining = set(tensors)
-
-    def take(name: str) -> Tensor:
-        remaining.discard(name)
-        return tensors[name]
-
-    for megatron_name, hf_name in _outside(model).items():
-        yield megatron_name, take(hf_name)
-    for layer in range(model.layers):
-        megatron_at, hf_at = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        same, projections, swiglus = _of_layer(model, layer)
-        for megatron_name, hf_name in same.items():
-            yield megatron_at + megatron_name, take(hf_at + hf_name)
-        for kind in projections:
-            assert isinstance(model, GroupedQueryConfig)
-            parts = [take(f"{hf_at}self_attn.{part}_proj.{kind}") for part in "qkv"]
-            heads = [part.unflatten(0, (model.kv_heads, -1, model.head_dim)) for part in parts]
-            yield megatron_at + QKV + kind, torch.cat(heads, 1).flatten(0, 2)
-        for megatron_part, hf_part in swiglus:
-            halves = [take(hf_at + hf_part + "gate_proj.weight"), take(hf_at + hf_part + "up_proj.weight")]
-            yield megatron_at + megatron_part + "linear_fc1.weight", torch.cat(halves, 0)
-            yield megatron_at + megatron_part + "linear_fc2.weight", take(hf_at + hf_part + "down_proj.weight")
+    for mapped in _mapping(model):
+        remaining -= set(mapped.hf_names)
+        yield mapped.name, mapped.join([tensors[hf_name] for hf_name in mapped.hf_names])
     if remaining:
         raise ValueError(f"tensors that {model.architecture} does not have: {', '.join(sorted(remaining)[:3])}")
 
 
-def _outside(model: ModelConfig) -> dict[str, str]:
-    return {
-        megatron_name: hf_name
-        for megatron_name, hf_name in OUTSIDE.items()
-        if hf_name != "lm_head.weight" or not model.tie_embeddings
-    }
+def _mapping(model: ModelConfig) -> Iterator[Mapped]:
+    """Yields all tensors, layer by layer: those of one layout, queries with keys and values, and SwiGLUs."""
+    for name, hf_name in OUTSIDE.items():
+        if hf_name != "lm_head.weight" or not model.tie_embeddings:
+            yield Mapped(name, (hf_name,))
+    for layer in range(model.layers):
+        at, hf_at, names = f"decoder.layers.{layer}.", f"model.layers.{layer}.", model.layer_shapes(layer)
+        for name, hf_name in architecture_of(model).names.items():
+            if name in names:
+                yield Mapped(at + name, (hf_at + hf_name,))
+        for kind in (name.removeprefix(QKV) for name in names if name.startswith(QKV)):
+            assert isinstance(model, GroupedQueryConfig)
+            hf_names = tuple(f"{hf_at}self_attn.{part}_proj.{kind}" for part in "qkv")
+            yield Mapped(at + QKV + kind, hf_names, partial(_split_heads, model), partial(_join_heads, model))
+        for part in (name.removesuffix("linear_fc1.weight") for name in names if name.endswith("linear_fc1.weight")):
+            experts = model.routing.experts if EXPERT in part and model.routing else 1
+            for place in dict.fromkeys(part.format(expert) for expert in range(experts)):
+                swiglu = hf_at + place.replace(".local_experts.", ".")
+                # A `linear_fc1` is gate above up.
+                gate_and_up = f"{swiglu}gate_proj.weight", f"{swiglu}up_proj.weight"
+                yield Mapped(f"{at}{place}linear_fc1.weight", gate_and_up, lambda tensor: tensor.chunk(2, 0), torch.cat)
+                yield Mapped(f"{at}{place}linear_fc2.weight", (f"{swiglu}down_proj.weight",))
 
 
-def _of_layer(model: ModelConfig, layer: int) -> tuple[dict[str, str], list[str], list[tuple[str, str]]]:
-    """Returns the names of a layer's tensors in three groups.
+def _split_heads(model: GroupedQueryConfig, tensor: Tensor) -> Sequence[Tensor]:
+    """Cuts `linear_qkv` into queries, keys and values.
 
-    The first are those of one layout, Megatron's to transformers'. The second are the endings of `linear_qkv`. The
-    third are the SwiGLUs, by the beginnings of their names in both.
+    A group of heads ([kv_heads, heads/kv_heads + 2, head_dim, ...]) is its queries, its key, its value.
     """
-    names = model.layer_shapes(layer)
-    same = {x: y for x, y in architecture_of(model).names.items() if x in names}
-    projections = [name.removeprefix(QKV) for name in names if name.startswith(QKV)]
-    swiglus = []
-    for part in (name.removesuffix("linear_fc1.weight") for name in names if name.endswith("linear_fc1.weight")):
-        if EXPERT in part:
-            assert model.routing is not None
-            swiglus += [(part.format(n), f"mlp.experts.{n}.") for n in range(model.routing.experts)]
-        else:
-            swiglus.append((part, part))
-    return same, projections, swiglus
+    groups = (model.kv_heads, model.heads // model.kv_heads + 2, model.head_dim)
+    parts = tensor.unflatten(0, groups).split((groups[1] - 2, 1, 1), 1)
+    return [part.flatten(0, 2) for part in parts]
+
+
+def _join_heads(model: GroupedQueryConfig, parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.unflatten(0, (model.kv_heads, -1, model.head_dim)) for part in parts], 1).flatten(0, 2)
 
 
 def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_id: int, dtype: str) -> dict[str, Any]:
