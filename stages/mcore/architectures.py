@@ -123,14 +123,13 @@ def megatron_experts(model: MixtureConfig) -> dict[str, Any]:
         "moe_z_loss_coeff": model.z_loss or None,
         "moe_shared_expert_intermediate_size": model.shared_width or None,
         "moe_router_pre_softmax": False,  # softmax over the chosen experts = Hugging Face's norm_topk_prob
-        # Megatron has biases of experts only with sigmoids.
-        "moe_router_score_function": "sigmoid" if model.has_expert_bias else "softmax",
-        "moe_router_enable_expert_bias": model.has_expert_bias,
-        "moe_router_bias_update_rate": model.router_bias_update_rate,
     }
     if isinstance(model, SigmoidMixtureConfig):
         words |= {
             "moe_router_pre_softmax": True,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": model.router_bias_update_rate,
             "moe_router_num_groups": model.n_group if model.n_group > 1 else None,
             "moe_router_group_topk": model.topk_group if model.n_group > 1 else None,
             "moe_router_topk_scaling_factor": model.routed_scaling_factor,

@@ -14,7 +14,7 @@ Qwen3MoeForCausalLM and Glm4MoeForCausalLM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -36,7 +36,6 @@ from stages.models.parallel_layout import Layout
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
 """A number of experts, or of groups of them."""
-BiasRate = Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")]
 PROXY_EXPERTS = 32
 """Maximum experts of a small proxy."""
 BEST = 2
@@ -61,8 +60,6 @@ class MixtureConfig(ModelConfig):
     """tokens over which aux_loss balances experts: those of a micro-batch or of each row"""
     z_loss: LossWeight = added(0.0)
     """weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"""
-    router_bias_update_rate: BiasRate = added(0.0)
-    """change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"""
     dense_layers: Annotated[int, Range(0, 1023)] = added(0)
     """number of first layers with a dense SwiGLU instead of experts"""
     intermediate_size: Width | None = added(None)
@@ -98,15 +95,13 @@ class MixtureConfig(ModelConfig):
             )
         return self
 
+    has_expert_bias: ClassVar[bool] = False
+    """True if each expert has a bias by which it is chosen."""
+
     @property
     def shared_width(self) -> int:
         """Inner width of the experts that every token uses, side by side; 0 without them."""
         return 0
-
-    @property
-    def has_expert_bias(self) -> bool:
-        """True if each expert has a bias by which it is chosen."""
-        return self.router_bias_update_rate > 0
 
     @property
     def routing(self) -> Routing:
@@ -161,7 +156,7 @@ class MixtureConfig(ModelConfig):
             *super().split_sizes(),
             ("etp", "moe_intermediate_size", self.moe_intermediate_size),
             ("tp", "intermediate_size", self.intermediate_size or 0),
-            ("tp", "shared_expert_intermediate_size", self.shared_width),
+            ("tp", "width of shared experts", self.shared_width),
             ("ep", "experts", self.experts),
         ]
 
@@ -189,7 +184,8 @@ class MixtureConfig(ModelConfig):
 class SigmoidMixtureConfig(MixtureConfig):
     """A decoder whose layers have SwiGLUs as experts, scored by sigmoids with a bias for each (DeepSeek-V3)."""
 
-    router_bias_update_rate: BiasRate = 1e-3
+    has_expert_bias: ClassVar[bool] = True
+    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = 1e-3
     """change of an expert's bias per step in auxiliary-loss-free balancing; 0: biases stay zero"""
     n_shared_experts: Annotated[int, Range(1, 64, "DeepSeek-V3: 1, Moonlight: 2")] = 1
     """experts that every token uses"""
@@ -228,10 +224,6 @@ class SigmoidMixtureConfig(MixtureConfig):
     def shared_width(self) -> int:
         return self.n_shared_experts * self.moe_intermediate_size
 
-    @property
-    def has_expert_bias(self) -> bool:
-        return True
-
     def proportions(self) -> dict[str, float]:
         return {**super().proportions(), "groups / groups a token visits": self.n_group / self.topk_group}
 
@@ -263,28 +255,6 @@ class Qwen3MoeConfig(MixtureConfig, GroupedQueryConfig):
 
     architecture: Literal["qwen3_moe"] = added("qwen3_moe")
     """qwen3_moe: a mixture of experts"""
-    shared_expert_intermediate_size: Width | None = added(None)
-    """inner width of a shared expert that every token uses; null: none"""
-
-    @property
-    def shared_width(self) -> int:
-        return self.shared_expert_intermediate_size or 0
-
-    def export_obstacle(self) -> str | None:
-        for field, value, what in (
-            ("router_bias_update_rate", self.router_bias_update_rate, "no bias of experts and no sigmoid scores"),
-            ("shared_expert_intermediate_size", self.shared_expert_intermediate_size, "no shared expert"),
-        ):
-            if value:
-                return (
-                    f"model.{field} = {value} cannot be exported: Qwen3MoeForCausalLM, which transformers, vLLM "
-                    f"and others load unchanged, has {what}; leave it out, or stop before the export"
-                )
-        return None
-
-    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        changes, shared = super().scaled(hidden_size, width), self.shared_expert_intermediate_size
-        return changes and {**changes, "shared_expert_intermediate_size": shared and width(shared)}
 
 
 class Glm4MoeConfig(SigmoidMixtureConfig, GroupedQueryConfig):

@@ -103,7 +103,6 @@ GROUPS: dict[str, tuple[Any, ...]] = {"n_shared_experts": (1, 2), "routed_scalin
 ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen3": MODEL | {"intermediate_size": (512, 2048, 4096)},
     "qwen3_moe": MODEL | EXPERTS | DENSE | {
-        "shared_expert_intermediate_size": (None, None, 512), "router_bias_update_rate": (0, 0, 1e-3),
         "balance": ("batch", "batch", "sequence"),
     },
     "deepseek_v3": {name: MODEL[name] for name in ("layers", "hidden_size", "heads", "tie_embeddings")}

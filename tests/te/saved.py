@@ -26,7 +26,7 @@ COMMON = dict(hidden_size=256, heads=4, kv_heads=2, head_dim=64, context_length=
 EXPERTS = dict(experts=4, num_experts_per_tok=2, moe_intermediate_size=384)
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"architecture": "qwen3", "intermediate_size": 512},
-    "experts": {**EXPERTS, "shared_expert_intermediate_size": 128},
+    "experts": EXPERTS,
     "sigmoid experts": {"architecture": "glm4_moe", **EXPERTS},
 }
 

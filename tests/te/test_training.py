@@ -23,13 +23,11 @@ from tests.te.conftest import Spawn, spawn_on
 
 FEATURES: dict[str, Any] = {
     "dense_layers": 1,
-    "shared_expert_intermediate_size": 16,
     "intermediate_size": 32,
     "z_loss": 1e-3,
 }
 WIDE: dict[str, Any] = {
     "hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 128, "intermediate_size": 256,
-    "shared_expert_intermediate_size": 128,
 }  # fmt: skip
 """Sizes that FP8 needs: whole blocks."""
 DEVICES = {"mxfp8": "blackwell"}

@@ -34,8 +34,6 @@ MODEL = dict(
 GLM = {"architecture": "glm4_moe", "dense_layers": 1, "intermediate_size": 384, "moe_intermediate_size": 384}
 EXTRAS = st.fixed_dictionaries({
     "tie_embeddings": st.booleans(),
-    "router_bias_update_rate": st.sampled_from([0.0, 1e-3]),
-    "shared_expert_intermediate_size": st.sampled_from([None, 32]),
 }) | st.just({"dense_layers": 1, "intermediate_size": 96}) | st.just(GLM)  # fmt: skip
 LAYOUTS = st.builds(
     Layout,
@@ -93,9 +91,9 @@ def test_flops() -> None:
     """By hand: two matrices, and attention to half a row."""
     assert training_flops(10, AttentionCost(1, 2, 3, 5), 8) == 6 * (10 + 2 * 8 * 4)
     model = Qwen3MoeConfig(
-        **{**MODEL, "dense_layers": 1, "intermediate_size": 96, "shared_expert_intermediate_size": 32}
+        **{**MODEL, "dense_layers": 1, "intermediate_size": 96}
     )
-    by_hand = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + 3 * 64 * 96 + 3 * (64 * 8 + 3 * 64 * (2 * 48 + 32))
+    by_hand = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + 3 * 64 * 96 + 3 * (64 * 8 + 3 * 64 * 2 * 48)
     assert model.matrices(VOCAB) == by_hand + VOCAB * 64
     tied = model.model_copy(update={"tie_embeddings": True})
     assert tied.matrices(VOCAB) == model.matrices(VOCAB)
@@ -207,8 +205,8 @@ def test_ranks_share_the_sums() -> None:
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}, GLM],
-    ids=["experts", "dense layer", "shared expert", "part turned"],
+    [{}, {"dense_layers": 1, "intermediate_size": 96}, GLM],
+    ids=["experts", "dense layer", "part turned"],
 )
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -101,8 +101,9 @@ def test_dead_and_busy() -> None:
 
 
 def test_biases_even_out_the_load_without_a_loss(corpus: Path) -> None:
-    engine, figures, _ = step(corpus, {"aux_loss": 0.0, "router_bias_update_rate": 0.02, "init_std": 1.0}, 12)
-    _, without, _ = step(corpus, {"aux_loss": 0.0, "router_bias_update_rate": 1e-9, "init_std": 1.0}, 12)
+    model = {**train_fixtures.SIGMOID, "aux_loss": 0.0, "init_std": 1.0}
+    engine, figures, _ = step(corpus, {**model, "router_bias_update_rate": 0.02}, 12)
+    _, without, _ = step(corpus, {**model, "router_bias_update_rate": 1e-9}, 12)
     uneven = [sum(x.router.experts.max_violation for x in part[4:]) for part in (figures, without)]
     assert uneven[0] < 0.9 * uneven[1]
     assert set(engine.buffers) == {f"decoder.layers.{n}.mlp.router.expert_bias" for n in (0, 1)}
@@ -113,7 +114,7 @@ def test_biases_even_out_the_load_without_a_loss(corpus: Path) -> None:
 
 def test_biases_are_kept_and_taken_over(corpus: Path, tmp_path: Path) -> None:
     settings = train_fixtures.config(precision="bf16")
-    settings["model"] = {**settings["model"], "router_bias_update_rate": 0.02}
+    settings["model"] = {**train_fixtures.SIGMOID, "router_bias_update_rate": 0.02}
     train_fixtures.pretrain(corpus, tmp_path / "work", tmp_path / "out", settings)
     with pytest.raises(KeyboardInterrupt):
         train_fixtures.pretrain(corpus, tmp_path / "w2", tmp_path / "o2", settings, train_fixtures.Reporter(7, 15))

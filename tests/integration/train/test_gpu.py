@@ -25,7 +25,7 @@ from stages.mcore.model import build, named_buffers, named_tensors, transformer_
 from stages.mcore.tensor_sharding import Box, boxes, speaks_for
 from stages.models.base import Precision
 from stages.models.grouped_query import Qwen3Config
-from stages.models.mixture import Qwen3MoeConfig
+from stages.models.mixture import Glm4MoeConfig, Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
 from stages.train import parallel
 from stages.train.trainer import full_memory
@@ -217,7 +217,7 @@ def test_what_an_image_for_gpus_sets_and_holds_changes_nothing_without_one(tmp_p
 def test_one_rank_speaks_for_each_part(layout: dict[str, Any]) -> None:
     """The parts that the ranks of a layout hand over are each full tensor, once, by turns of the data ranks or without;
     then one replica's ranks do it all."""
-    model = Qwen3MoeConfig(**layout_fixtures.MODEL, router_bias_update_rate=0.01)
+    model = Glm4MoeConfig(**train_fixtures.SIGMOID | {"layers": 4})
     shapes, ranks = model.shapes(train_fixtures.VOCAB), Layout(ranks=4, **layout)
     sent: dict[tuple[bool, str], list[Box]] = {}
     speakers: set[int] = set()

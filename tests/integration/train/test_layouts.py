@@ -68,12 +68,16 @@ def test_every_layout_trains_like_one_process(
 
 
 FEATURES: dict[str, tuple[dict, dict, float]] = {
-    "dense and shared": (
-        {"dense_layers": 1, "intermediate_size": 32, "shared_expert_intermediate_size": 16, "balance": "sequence"},
+    "dense and sequences": (
+        {"dense_layers": 1, "intermediate_size": 32, "balance": "sequence"},
         {"precision": "fp32"},
         TOLERANCE,
     ),
-    "biases, padded vocabulary": ({"router_bias_update_rate": 0.05}, {"spikes": {"action": "skip"}}, TOLERANCE),
+    "biases, padded vocabulary": (
+        {**train_fixtures.SIGMOID, "layers": 4, "router_bias_update_rate": 0.05},
+        {"spikes": {"action": "skip"}},
+        TOLERANCE,
+    ),
     "packed, padded vocabulary, sliced loss": (
         {"yarn": {"factor": 4.0, "original_length": 16}},
         {"pack": True},

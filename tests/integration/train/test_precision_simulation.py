@@ -194,7 +194,7 @@ BIG: dict[str, Any] = dict(
 )  # fmt: skip
 ODD: dict[str, Any] = dict(
     layers=8, hidden_size=1024, heads=12, kv_heads=3, head_dim=96, experts=60, num_experts_per_tok=5, moe_intermediate_size=704,
-    context_length=4096, dense_layers=2, intermediate_size=4096, shared_expert_intermediate_size=1408,
+    context_length=4096, dense_layers=2, intermediate_size=4096,
 )  # fmt: skip
 
 
