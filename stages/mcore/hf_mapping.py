@@ -43,7 +43,7 @@ class Mapped(NamedTuple):
     name: str
     hf_names: tuple[str, ...]
     split: Callable[[Tensor], Sequence[Tensor]] = lambda tensor: (tensor,)
-    join: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0]
+    join: Callable[[list[Tensor]], Tensor] = lambda parts: parts[0]
 
 
 def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
@@ -104,7 +104,7 @@ def _split_heads(model: GroupedQueryConfig, tensor: Tensor) -> Sequence[Tensor]:
     return [part.flatten(0, 2) for part in parts]
 
 
-def _join_heads(model: GroupedQueryConfig, parts: Sequence[Tensor]) -> Tensor:
+def _join_heads(model: GroupedQueryConfig, parts: list[Tensor]) -> Tensor:
     return torch.cat([part.unflatten(0, (model.kv_heads, -1, model.head_dim)) for part in parts], 1).flatten(0, 2)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from stages.mcore.lora import A, B, Lora, factor
-from stages.mcore.tensor_sharding import is_cut
+from stages.models.param_names import is_cut
 
 
 class Adapted(torch.nn.Module):
