@@ -171,11 +171,6 @@ class RankTime:
         """Seconds in which the rank did not wait for others."""
         return max(0.0, self.wall - self.communication)
 
-    @property
-    def compute(self) -> float:
-        """Seconds in which the rank waited neither for others nor for data."""
-        return max(0.0, self.busy - self.data)
-
 
 @dataclass(frozen=True)
 class Slow:
