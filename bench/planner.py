@@ -31,18 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import throughput
 from bench.published import MODELS, QWEN3_30B, QWEN3_VOCABULARY, anchors, systems
 from stages.mcore.memory import Activations, memory_share, state_bytes
+from stages.mcore.optimizer import Adam
 from stages.mcore.throughput import StepSetup, step_time
 from stages.models.base import Rows, training_flops
 from stages.models.parallel_layout import Layout
 
 TARGET = 0.01
-
-
-class WholeLoss(Layout):
-    """A layout in which the loss has all logits at once, as the published run's."""
-
-    def slices_loss(self, tokens: float, hidden_size: int, padded_vocab_size: int) -> bool:
-        return False
 
 
 def flops_errors() -> list[float]:
@@ -69,9 +63,9 @@ def _half_digit(text: str) -> float:
 
 def memory() -> None:
     """Prints state and peak memory of Qwen3-30B-A3B on 16 H100, ours and published."""
-    layout, gib = WholeLoss(ranks=16, ep=16), 2**30
+    layout, gib = Layout(ranks=16, ep=16, fusions=("cross_entropy",)), 2**30  # all logits at once
     part = memory_share(QWEN3_30B, QWEN3_VOCABULARY, layout, 0)
-    state = state_bytes(part, layout, "bf16") / gib
+    state = state_bytes(part, layout, "bf16", Adam) / gib
     rows = Rows(1, 4096)
     ours, fused = (
         Activations(QWEN3_30B, QWEN3_VOCABULARY, layout, "bf16", rows, 64, 0, fused=fused).peak() / gib

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from pipeline.core.store import sha256_file
-from stages.mcore.optimizer import STATES, state_shapes
+from stages.mcore.optimizer import ADAM, Adam
 from stages.train.checkpoint import release_checkpoint, sharded_state
 from stages.train.engine import Piece
 
@@ -47,7 +47,7 @@ def write_work_checkpoint(folder: Path, size: int) -> dict[str, tuple[int, ...]]
     for rank in range(2):
         start, stop = (0, half) if rank == 0 else (half, rows * WIDTH)
         pieces = [Piece(name, (((0, rows), (0, WIDTH)),), start, stop) for name in shapes]
-        kinds = ("weight", *STATES)
+        kinds = ("weight", *ADAM.states)
         tensors = {f"{kind}.{piece.name}": torch.rand(stop - start) for piece in pieces for kind in kinds}
         sharded_state.write(folder, rank, pieces, tensors)
     return shapes
@@ -59,7 +59,7 @@ def write_share(folder: Path, parts: Path, shapes: dict[str, tuple[int, ...]], r
     receipts = sharded_state.receipts(folder, 2)
     assert receipts is not None
     source = sharded_state.ShardReader(folder, receipts)
-    for file in release_checkpoint.plan(shapes, state_shapes(shapes))[rank::ranks]:
+    for file in release_checkpoint.plan(shapes, Adam.state_shapes(shapes))[rank::ranks]:
         release_checkpoint.write_part(parts, file, source.full)
 
 
@@ -83,7 +83,7 @@ def seal(folder: Path, shapes: dict[str, tuple[int, ...]], ranks: int) -> tuple[
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    files = release_checkpoint.plan(shapes, state_shapes(shapes))
+    files = release_checkpoint.plan(shapes, Adam.state_shapes(shapes))
     records = release_checkpoint.read_records(parts, files)
     assert records is not None
     release_checkpoint.join(folder / "sealed", parts, files, records, {})

@@ -13,6 +13,7 @@ from release.facts.model_facts import ModelFacts
 from release.facts.score_facts import HarnessFacts, settings_of
 from release.facts.variant_facts import VariantFacts
 from stages.evaluation.scores import MemorizationScores, Regurgitation
+from stages.mcore.optimizer import card_rows
 
 Facts = dict[str, Any]
 """A measurement of the experts, as the log has it."""
@@ -22,12 +23,13 @@ SETTINGS = {
     "steps": "steps",
     "sequence length": "sequence_length",
     "global batch, tokens": "batch.global_tokens",
+    # Each kind of optimizer has further settings, which `card_rows` adds.
+    "optimizer": "optimizer.kind",
     "peak learning rate": "optimizer.lr",
     "final learning rate": "optimizer.final_lr",
     "warm-up steps": "optimizer.warmup_steps",
     "weight decay": "optimizer.weight_decay",
-    "Adam β1": "optimizer.beta1",
-    "Adam β2": "optimizer.beta2",
+    **card_rows(),
     "gradient clipping, norm": "optimizer.clip",
     "prompts of a step": "prompts_per_step",
     "generations of a prompt": "num_generations",

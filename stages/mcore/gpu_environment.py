@@ -31,6 +31,9 @@ def variables(layout: Layout | None = None) -> dict[str, str]:
     if layout.ranks > 1:
         # Norm kernels leave multiprocessors to the collectives that run beside them.
         chosen |= {"NVTE_FWD_LAYERNORM_SM_MARGIN": "20", "NVTE_BWD_LAYERNORM_SM_MARGIN": "20"}
+    if layout.cuda_graphs:
+        # NCCL would register the buffers of a graph, which segments that grow may move; Megatron-core refuses both.
+        chosen["NCCL_GRAPH_REGISTER"] = "0"
     if layout.deterministic:
         chosen |= {
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # one workspace a stream, so that cuBLAS splits its sums alike
@@ -40,7 +43,7 @@ def variables(layout: Layout | None = None) -> dict[str, str]:
     return chosen
 
 
-NAMES = tuple(variables(Layout(ranks=2, deterministic=True)))
+NAMES = tuple(variables(Layout(ranks=2, cuda_graphs=True, deterministic=True)))
 """The variables of all layouts."""
 
 

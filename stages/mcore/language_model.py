@@ -193,6 +193,8 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
             labels = labels.flatten().index_select(0, targets[1])[None]
             loss_mask = None if loss_mask is None else loss_mask.flatten().index_select(0, targets[1])[None]
         if is_sliced:
+            for hook in self.output_layer._forward_pre_hooks.values():  # it would wait for weights (`overlap_weights`)
+                hook(self.output_layer, ())
             shared = self.share_embeddings_and_output_weights
             head = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
             losses = token_losses(hidden_states, head, labels, self.real_vocab_size, loss_mask)

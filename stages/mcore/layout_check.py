@@ -9,11 +9,16 @@ from stages.models.base import ModelConfig
 from stages.models.parallel_layout import Layout
 
 
-def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int]) -> str | None:
+def problem(
+    layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int], packed: bool = False
+) -> str | None:
     """The reason why this layout cannot train the model, as a sentence that starts with a field; None if it can.
 
-    micro_batches: of one optimizer step, over all ranks; several if the batch grows.
+    micro_batches: of one optimizer step, over all ranks; several if the batch grows. packed: rows hold several
+    documents.
     """
+    if layout.cuda_graphs and (reason := _no_graphs(layout, model, packed)):
+        return f"parallelism.cuda_graphs = true is not possible {reason}; leave it out"
     if model.routing is None:
         for field, size in (("ep", layout.ep), ("etp", layout.etp or 1)):
             if size > 1:
@@ -49,6 +54,11 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
         )
     if layout.vpp > 1 and layout.pp == 1:
         return f"parallelism.vpp = {layout.vpp} interleaves pipeline ranks, and pp = 1 has none; leave it out"
+    if layout.overlap_weights and layout.overlap_gradients is False:
+        return (
+            "parallelism.overlap_weights = true needs the buckets of overlap_gradients, which is false; "
+            "leave one of them out"
+        )
     # Of each batch of a ramp.
     for count in micro_batches:
         if count % layout.data:
@@ -64,6 +74,22 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
                 f"{layout.pp} micro-batches on each data-parallel rank, not {per_rank}; "
                 f"change batch.micro_tokens or ranks"
             )
+    return None
+
+
+def _no_graphs(layout: Layout, model: ModelConfig, packed: bool) -> str | None:
+    """Returns the reason why CUDA graphs, which repeat kernels with the sizes of a first run, are impossible here."""
+    if model.routing is not None:
+        return "with experts, the number of whose tokens differs from step to step and is read by the host"
+    if packed:
+        return "with packed rows, whose documents differ in number and length"
+    if layout.recompute != "none":
+        return f"with recompute = {layout.recompute}, as Megatron-core does not record a layer that is computed again"
+    if layout.pp > 1:
+        return (
+            f"with pp = {layout.pp}, where each micro-batch of a training step has graphs of its own, and an "
+            "evaluation has other micro-batches"
+        )
     return None
 
 

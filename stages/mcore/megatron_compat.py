@@ -42,6 +42,7 @@ def after_import() -> None:
     _te_general_gemm = moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     _count_without_padding()
     _balance_dispatched_experts()
+    _keep_graph_inputs()
 
 
 _te_general_gemm: Any = None
@@ -111,6 +112,27 @@ def _balance_dispatched_experts() -> None:
 
     router.topk_routing_with_score_function = dispatch_and_keep
     router.compute_routing_scores_for_aux_loss = scores_of_dispatched
+
+
+def _keep_graph_inputs() -> None:
+    """Keeps, in 0.16, the buffers of the inputs of CUDA graphs from being given to other tensors.
+
+    There the buffer of the first layer's input becomes that of the last layer's incoming gradient, though the first
+    layer's backward graph reads it, if its norm keeps its input: the gradient of the embedding would be wrong. Here
+    buffers of inputs, which Megatron marks, are not given to others; the process keeps them.
+    """
+    from megatron.core.transformer import cuda_graphs
+
+    record = cuda_graphs._CudagraphGlobalRecord
+    if not hasattr(record, "tensor_reuse_pool"):
+        return
+
+    class Pool(cuda_graphs.TensorReusePool):  # type: ignore[misc]
+        def insert(self, tensor: Tensor) -> None:
+            if not hasattr(tensor, "can_skip_replay_copy"):
+                super().insert(tensor)
+
+    record.tensor_reuse_pool = Pool()
 
 
 def router_losses() -> dict[str, Tensor]:

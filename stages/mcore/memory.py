@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from stages.mcore.lora import Lora
-from stages.mcore.optimizer import STATE_BYTES
+from stages.mcore.optimizer import OptimizerSettings
 from stages.models.base import SLICE, MemoryShare, ModelConfig, Precision, Rows, bytes_of
 from stages.models.parallel_layout import LOSS_SLICE, Layout
 
+Kind = OptimizerSettings | type[OptimizerSettings]
 GRADIENT = 4
 """Bytes of a gradient: summed over micro-batches and ranks in fp32."""
 NVFP4 = 4.5 / 8
@@ -59,7 +60,7 @@ def sharing(layout: Layout) -> tuple[int, int]:
     return layout.data * layout.cp, layout.ranks // (layout.split_experts * layout.ep * layout.pp)
 
 
-def state_bytes(share: MemoryShare, layout: Layout, precision: Precision) -> float:
+def state_bytes(share: MemoryShare, layout: Layout, precision: Precision, optimizer: Kind) -> float:
     """Returns the bytes of weights, gradients and optimizer on a rank: Megatron's distributed optimizer.
 
     bf16: 2 (weight) + 4 (gradient) + 12 (fp32 weight, two states) / ranks that share them: "18 bytes a parameter".
@@ -71,22 +72,24 @@ def state_bytes(share: MemoryShare, layout: Layout, precision: Precision) -> flo
     weight, master = (4, 0) if precision == "fp32" else (2, MASTER)
     copies = {"fp32": 0.0, "bf16": 0.0, "nvfp4": 2 * NVFP4}.get(precision, 2.0)
     quantized = copies * (share.all - share.table)
-    return (weight + GRADIENT) * share.all + _shared_bytes(share, layout, master) + quantized
+    return (weight + GRADIENT) * share.all + _shared_bytes(share, layout, master, optimizer) + quantized
 
 
-def owned_bytes(share: MemoryShare, layout: Layout) -> float:
+def owned_bytes(share: MemoryShare, layout: Layout, optimizer: Kind) -> float:
     """Returns the bytes of fp32 weights and states that a rank's optimizer owns.
 
     They are its part of a work checkpoint, and the size of the copy in host memory that is written while training
     continues.
     """
-    return _shared_bytes(share, layout, MASTER)
+    return _shared_bytes(share, layout, MASTER, optimizer)
 
 
-def _shared_bytes(share: MemoryShare, layout: Layout, weight: int) -> float:
+def _shared_bytes(share: MemoryShare, layout: Layout, weight: int, optimizer: Kind) -> float:
     """Returns the bytes of what ranks share out: `weight` bytes a parameter, and the optimizer's states."""
     dense, experts = sharing(layout)
-    return (weight + STATE_BYTES) * (share.dense / dense + share.experts / experts)
+    # Ranks share tensors by slices, or, if a kind takes whole tensors, by dealing them out: about the same size each.
+    of_dense = weight * share.dense + optimizer.state_bytes(share.dense, share.table)
+    return of_dense / dense + (weight * share.experts + optimizer.state_bytes(share.experts)) / experts
 
 
 def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:

@@ -22,22 +22,34 @@ from stages.mcore.megatron_imports import GPTModel, MLATransformerConfig, TopKRo
 from stages.mcore.row_tables import RowTables, frequencies, megatron_yarn
 from stages.mcore.tensor_sharding import is_copied
 from stages.models.base import ModelConfig, Precision, layers_in_bf16
-from stages.models.parallel_layout import Layout
+from stages.models.parallel_layout import Fusion, Layout
 from stages.models.param_names import BIASES, BUFFERS, INTO_THE_STREAM, MATRICES, global_name
 
-FUSIONS: tuple[tuple[dict[str, Any], str], ...] = (
-    # Megatron's settings; the name in Megatron that is there with the kernel
-    ({"moe_permute_fusion": True}, "transformer.moe.moe_utils.fused_permute"),
-    ({"moe_router_fusion": True}, "transformer.moe.moe_utils.fused_topk_with_score_function"),
-    (
+FUSIONS: dict[Fusion, tuple[dict[str, Any], str, str]] = {
+    # Megatron's settings; the name in Megatron that is there with the kernel; what that takes
+    "permute": ({"moe_permute_fusion": True}, "transformer.moe.moe_utils.fused_permute", "Transformer Engine 2.1"),
+    "router": (
+        {"moe_router_fusion": True},
+        "transformer.moe.moe_utils.fused_topk_with_score_function",
+        "Transformer Engine 2.7",
+    ),
+    "cross_entropy": (
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"},
         "models.common.language_module.language_module.te_parallel_cross_entropy",
+        "Transformer Engine",
     ),
-    # in rows of one document; those of several have a kernel of this project
-    ({"apply_rope_fusion": True}, "models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb"),
-    ({"bias_activation_fusion": True}, ""),
-    ({"gradient_accumulation_fusion": True}, "tensor_parallel.layers._grad_accum_fusion_available"),
-)
+    "rope": (  # in rows of one document; those of several have a kernel of this project
+        {"apply_rope_fusion": True},
+        "models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb",
+        "Transformer Engine",
+    ),
+    "bias_activation": ({"bias_activation_fusion": True}, "", "a GPU"),
+    "gradient_accumulation": (
+        {"gradient_accumulation_fusion": True},
+        "tensor_parallel.layers._grad_accum_fusion_available",
+        "Apex with its extension fused_weight_gradient_mlp_cuda",
+    ),
+}
 """Those that NVIDIA's recipes of mixtures of experts use. Without one, the same is several kernels of PyTorch."""
 
 
@@ -233,16 +245,27 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], actual: Mapping[str, Se
 
 
 def fusion_keywords(layout: Layout, engine: bool, experts: bool) -> dict[str, Any]:
-    """Keyword arguments of Megatron's TransformerConfig: with a GPU, all fused kernels that are there.
+    """Keyword arguments of Megatron's TransformerConfig.
 
     engine: layers are Transformer Engine's; experts: there are some.
+
+    Raises RecipeError if the layout names a kernel that is missing here; without names it takes those that are there.
     """
-    chosen: dict[str, Any] = {"bias_dropout_fusion": False, "masked_softmax_fusion": False, "persist_layer_norm": False}
-    for settings, place in FUSIONS:
-        has_kernel = gpu.device().type == "cuda" and (engine or not place) and _is_there(place)
-        applies = experts or not any(name.startswith("moe_") for name in settings)
+    if layout.cuda_graphs and gpu.device().type != "cuda":
+        raise RecipeError("parallelism.cuda_graphs = true needs a GPU, which this phase lacks here; leave it out")
+    chosen: dict[str, Any] = {"cuda_graph_impl": "local" if layout.cuda_graphs else "none"}  # of complete layers
+    chosen |= {"bias_dropout_fusion": False, "masked_softmax_fusion": False, "persist_layer_norm": False}
+    for fusion, (settings, place, needs) in FUSIONS.items():
+        has_kernel = gpu.device().type == "cuda" and (engine or fusion == "bias_activation") and _is_there(place)
+        if layout.fusions and fusion in layout.fusions and not has_kernel:
+            raise RecipeError(
+                f"parallelism.fusions = {fusion} needs {needs}, layers in bf16 or FP8, and a GPU, which "
+                f"this phase lacks here; leave it out"
+            )
+        wanted = layout.fusions is None or fusion in layout.fusions
+        applies = experts or fusion not in ("permute", "router")
         # Transformer Engine's cross-entropy adds atomically, in any order.
-        is_on = has_kernel and applies and not (layout.deterministic and "cross_entropy_loss_fusion" in settings)
+        is_on = wanted and has_kernel and applies and not (layout.deterministic and fusion == "cross_entropy")
         chosen |= {name: is_on if value is True else value for name, value in settings.items()}
     return chosen
 

@@ -1,15 +1,18 @@
-"""The optimizer: its settings in a recipe, its states, and how Megatron builds it.
+"""The kinds of optimizers: their settings in a recipe, their states, and how Megatron builds them.
 
-No torch at the top: `atom plan` imports this file.
+A kind is a class below `OptimizerSettings` and a line in `KINDS` (docs/extending.md). No torch at the top: `atom plan`
+imports this file.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import model_validator
+from pydantic import Discriminator, Tag, model_validator
 
 from pipeline.core.bounds import Range, Steps
 from pipeline.core.stage import Config, added
@@ -24,14 +27,36 @@ PeakRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01",
 Beta = Annotated[float, Range(0, 1, "usual: 0.9 and 0.95", below=True)]
 StateTensor = tuple[str, str, tuple[int, ...]]
 """The name of a state, the global name of the tensor that it belongs to, and the shape of both."""
-STATES = ("exp_avg", "exp_avg_sq")
-"""The states of each tensor, fp32 and of its shape: running means of the gradient and of its square."""
-STATE_BYTES = 4 * len(STATES)
-"""Bytes of the states of a parameter."""
+STATE_BYTES = 4
+"""Bytes of a number of a state: fp32, as that of the weights that the optimizer updates."""
 
 
-class Adam(Config):
-    """AdamW (arXiv:1412.6980) and its schedule: linear warmup from zero to `lr`, then decay to `final_lr` at the end.
+@dataclass(frozen=True)
+class Rule:
+    """The way in which an optimizer updates some of the tensors.
+
+    Attributes:
+        states: Names of the tensors that it keeps for each of them, fp32 and of the same shape, as checkpoints name
+            them.
+        sliced: True if any range of a flat tensor can be updated by itself, so that data ranks share a tensor by
+            slices. False if an update needs the whole tensor, as orthogonalization does.
+    """
+
+    states: tuple[str, ...]
+    sliced: bool = True
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the states of one parameter."""
+        return STATE_BYTES * len(self.states)
+
+
+ADAM = Rule(("exp_avg", "exp_avg_sq"))
+"""Kingma and Ba, 2015 (arXiv:1412.6980): running means of the gradient and of its square."""
+
+
+class OptimizerSettings(Config, ABC):
+    """Settings of every optimizer: its schedule, and Adam's for the tensors that other kinds leave to Adam.
 
     `cosine` decays from the end of warmup (Loshchilov and Hutter, 2017); `wsd` (warmup-stable-decay) holds `lr` and
     decays in the last `decay_steps` by 1 - sqrt (Hägele et al., 2024).
@@ -56,14 +81,25 @@ class Adam(Config):
     clip: Annotated[float, Range(0, 1000, "usual: 1", above=True)] = 1.0
     """maximum global norm of the gradients; larger ones are scaled down to it"""
 
+    title: ClassVar[str]
+    """The name in texts."""
+    matrices: ClassVar[Rule]
+    """The rule for the weight matrices of layers, experts among them."""
+    others: ClassVar[Rule] = ADAM
+    """The rule for embedding, output head, norms and biases."""
+    card: ClassVar[Mapping[str, str]] = {"Adam β1": "beta1", "Adam β2": "beta2"}
+    """{row of a model card: the setting that it states}, for settings that not every optimizer has."""
+    if TYPE_CHECKING:  # each kind declares the field with its name as the only value
+        kind: str
+
     @model_validator(mode="after")
-    def _rate_only_decays(self) -> Adam:
+    def _rate_only_decays(self) -> OptimizerSettings:
         if self.final_lr > self.lr:
             raise ValueError(f"final_lr = {self.final_lr} is above lr = {self.lr}; the rate only decays after warm-up")
         return self
 
     @model_validator(mode="after")
-    def _wsd_has_decay_steps(self) -> Adam:
+    def _wsd_has_decay_steps(self) -> OptimizerSettings:
         if (self.schedule == "wsd") != (self.decay_steps is not None):
             raise ValueError(
                 f"decay_steps = {self.decay_steps} with schedule = {self.schedule}: a wsd schedule needs it, and no "
@@ -83,6 +119,32 @@ class Adam(Config):
         progress = (step - self.warmup_steps) / (steps - self.warmup_steps)
         return self.final_lr + 0.5 * span * (1 + math.cos(math.pi * progress))
 
+    @classmethod
+    def rule_of(cls, name: str, shape: tuple[int, ...]) -> Rule:
+        """Returns the rule for a tensor, by its global name and its full shape."""
+        # The table and the output head are matrices too, but no layer's.
+        return cls.matrices if name.startswith("decoder.layers.") and len(shape) == 2 else cls.others
+
+    @classmethod
+    def state_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StateTensor]:
+        """Returns the states of a model by their names in checkpoints, `<state>.<global name>`, in their order there.
+
+        Args:
+            shapes: Shape of each trained tensor by its global name. Buffers have no state.
+        """
+        tensors: dict[str, StateTensor] = {}
+        for state in dict.fromkeys((*cls.matrices.states, *cls.others.states)):
+            for name, shape in shapes.items():
+                if state in cls.rule_of(name, shape).states and not name.endswith(BUFFERS):
+                    tensors[f"{state}.{name}"] = (state, name, shape)
+        return tensors
+
+    @classmethod
+    def state_bytes(cls, parameters: float, tables: float = 0) -> float:
+        """Returns the bytes of all states of that many parameters, `tables` of which are of embedding and head."""
+        return cls.matrices.bytes * (parameters - tables) + cls.others.bytes * tables
+
+    @abstractmethod
     def build(self, chunks: Collection[torch.nn.Module], **settings: Any) -> Any:
         """Builds Megatron's optimizer.
 
@@ -90,6 +152,23 @@ class Adam(Config):
             chunks: The rank's parts of the model, each in Megatron's DDP.
             settings: Of Megatron's OptimizerConfig, on the layout and the precision of the phase.
         """
+
+
+class Adam(OptimizerSettings):
+    """AdamW and its learning-rate schedule: linear warmup from zero to `lr`, then decay to `final_lr` at the last step.
+
+    `cosine` decays from the end of warmup (Loshchilov and Hutter, 2017); `wsd` (warmup-stable-decay) holds `lr` and
+    decays in the last `decay_steps` by 1 - sqrt (Hägele et al., 2024).
+    """
+
+    # Not written out: configs and keys of recipes without `kind` stay as they are. Another kind writes its name.
+    kind: Literal["adam"] = added("adam", exclude=True)
+    """kind of optimizer"""
+
+    title = "AdamW"
+    matrices = ADAM
+
+    def build(self, chunks: Collection[torch.nn.Module], **settings: Any) -> Any:
         from stages.mcore.megatron_imports import OptimizerConfig, get_megatron_optimizer
 
         config = OptimizerConfig(
@@ -106,11 +185,36 @@ class Adam(Config):
         return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
 
 
-def state_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StateTensor]:
-    """Returns the states of a model by their names in checkpoints, `<state>.<global name>`, in their order there.
+KINDS: dict[str, type[OptimizerSettings]] = {"adam": Adam}
+DEFAULT = "adam"
+"""The kind of a section without `kind`."""
 
-    Args:
-        shapes: Shape of each trained tensor by its global name. Buffers have no state.
-    """
-    trained = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
-    return {f"{state}.{name}": (state, name, shape) for state in STATES for name, shape in trained.items()}
+
+def kind_of(section: Any) -> Any:
+    """Returns the kind that a section names, or the default, whose settings then report what is wrong with it."""
+    if isinstance(section, Mapping):
+        return section.get("kind", DEFAULT)
+    return getattr(section, "kind", DEFAULT)
+
+
+def card_rows() -> dict[str, str]:
+    """Returns {row of a model card: place of its setting in a phase's section}, of the settings of all kinds."""
+    rows: dict[str, str] = {}
+    for kind in KINDS.values():
+        for title, setting in kind.card.items():
+            rows[title] = f"optimizer.{setting}"
+    return rows
+
+
+if TYPE_CHECKING:
+    Optimizer = OptimizerSettings
+else:
+    Optimizer = Annotated[
+        Union[tuple(Annotated[settings, Tag(name)] for name, settings in KINDS.items())],  # noqa: UP007 - computed
+        Discriminator(
+            kind_of,
+            custom_error_type="unknown_optimizer",
+            custom_error_message=f"kind is not known; known: {', '.join(KINDS)}",
+        ),
+    ]
+    """The type of a section `optimizer`: the settings of the kind that it names."""

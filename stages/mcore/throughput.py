@@ -182,6 +182,7 @@ class StepSetup:
     rows: Rows
     micro_batches: int
     gradient: int = GRADIENT
+    states: float = 2 * STATE_BYTES
     bf16_layers: int = 0
     graphs: Literal["none", "mlp", "partial", "full"] = "none"
     hides_experts: bool = False

@@ -422,12 +422,12 @@ def swiglu_shapes(hidden: int, intermediate: int, at: str = "") -> Shapes:
     return {f"{at}linear_fc1.weight": (2 * intermediate, hidden), f"{at}linear_fc2.weight": (hidden, intermediate)}
 
 
-def has_engine_attention(precision: Precision, rows: Rows, fused: bool) -> bool:
+def has_engine_attention(layout: Layout, precision: Precision, rows: Rows, fused: bool) -> bool:
     """Returns True if attention is surely Transformer Engine's; this project's attention keeps more.
 
-    That is so in plain rows if the precision needs it, or if `fused` states it.
+    That is so in plain rows if the precision or the layout needs it, or if `fused` states it.
     """
-    return not rows.packed and (fused or precision not in ("fp32", "bf16"))
+    return not rows.packed and (fused or layout.needs_engine or precision not in ("fp32", "bf16"))
 
 
 def keys_of_tokens(layout: Layout, rows: Rows) -> float:

@@ -105,7 +105,7 @@ class DeepseekV3Config(SigmoidMixtureConfig):
         size = bytes_of(precision)
         qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim
         keys, copied, wide = keys_of_tokens(layout, rows), self._copies_output(precision, rows), max(qk, v)
-        if has_engine_attention(precision, rows, fused):
+        if has_engine_attention(layout, precision, rows, fused):
             keys, copied, wide = 1.0, False, 0
         q_wide, v_wide = max(qk, wide), max(v, wide)
         return {
@@ -128,7 +128,7 @@ class DeepseekV3Config(SigmoidMixtureConfig):
         they are those of keys and values of this slice, of the slices before, and their sum. The narrowed output is
         gone.
         """
-        if has_engine_attention(precision, rows, False):
+        if has_engine_attention(layout, precision, rows, False):
             return 0.0
         size, gradients = (4, 6) if precision == "fp32" else (2, 4)
         qk, v = self.heads * self.qk_head_dim, self.heads * self.v_head_dim

@@ -81,15 +81,15 @@ class GroupedQueryConfig(ModelConfig):
         heads = -(-self.kv_heads // ranks)
         return size * self.layers * heads * 2 * self.head_dim * tokens
 
-    def _by_engine(self, precision: Precision, rows: Rows, fused: bool) -> bool:
+    def _by_engine(self, layout: Layout, precision: Precision, rows: Rows, fused: bool) -> bool:
         """Returns True if attention is surely Transformer Engine's, which turns whole heads only."""
-        return self.rotary_dim == self.head_dim and has_engine_attention(precision, rows, fused)
+        return self.rotary_dim == self.head_dim and has_engine_attention(layout, precision, rows, fused)
 
     def attention_activations(self, layout: Layout, precision: Precision, rows: Rows, fused: bool) -> dict[str, float]:
         size = bytes_of(precision)
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         tensors: dict[str, float]
-        if self._by_engine(precision, rows, fused):
+        if self._by_engine(layout, precision, rows, fused):
             tensors = {
                 "queries, keys and values as projected": size * (q + 2 * kv),
                 "queries and keys, normed and turned": size * (q + kv),
@@ -111,7 +111,7 @@ class GroupedQueryConfig(ModelConfig):
         there. Or, by slices of queries, they are gradients of keys and values in the backward pass, before and with
         those of a slice.
         """
-        if self._by_engine(precision, rows, False):
+        if self._by_engine(layout, precision, rows, False):
             return 0.0
         size = bytes_of(precision)
         converted = 0 if precision == "fp32" else 1  # tensors of queries that are there in fp32 as well

@@ -14,6 +14,7 @@ from pydantic import Field
 from pipeline.core.bounds import Flag, Range
 from pipeline.core.stage import Config
 
+Fusion = Literal["permute", "router", "cross_entropy", "bias_activation", "gradient_accumulation", "rope"]
 Split = Annotated[int, Range(1, 4096)]
 
 LOSS_SLICE = 1024
@@ -45,6 +46,12 @@ class Layout(Config):
     """layer: keep only the input of each layer, and recompute the rest in the backward pass"""
     overlap_gradients: Flag | None = Field(default=None)
     """overlap the reduction of gradients with the backward pass; null: if there are GPUs"""
+    overlap_weights: Flag = Field(default=False)
+    """overlap the gathering of updated weights with the next step's forward pass, and gradients"""
+    fusions: tuple[Fusion, ...] | None = Field(default=None, max_length=6)
+    """fused kernels, only with GPUs; null: all that the machine has"""
+    cuda_graphs: Flag = Field(default=False)
+    """only with GPUs: replay the kernels of a layer as one CUDA graph; for dense models in plain rows"""
     deterministic: Flag = Field(default=False)
     """only with GPUs, slower: kernels and collectives that add in one order, for equal bits of a repeated step (CPU
     ranks always have; not yet shown on a GPU)"""
@@ -80,10 +87,17 @@ class Layout(Config):
         """
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
+    @property
+    def needs_engine(self) -> bool:
+        """True if it names a kernel of Transformer Engine, without which its phase is refused."""
+        return not {"permute", "router", "cross_entropy", "rope"}.isdisjoint(self.fusions or ())
+
     def slices_loss(self, tokens: float, hidden_size: int, padded_vocab_size: int) -> bool:
         """Returns True if the loss of a micro-batch is computed by slices of tokens.
 
         It is if all logits take more memory than a slice and the fp32 sum of the head's gradients. `tokens` are those
         on one context rank.
         """
-        return tokens * padded_vocab_size > MOST_LOGITS * self.tp and tokens >= LOSS_SLICE + hidden_size
+        by_engine = "cross_entropy" in (self.fusions or ())
+        is_large = tokens * padded_vocab_size > MOST_LOGITS * self.tp
+        return not by_engine and is_large and tokens >= LOSS_SLICE + hidden_size

@@ -261,6 +261,11 @@ class RlPhase(PostTrainingPhase):
                 f"routing_replay = true is not possible with sampling.kind = {self.sampling.kind}: vLLM records its "
                 "experts only by a kernel in Triton, which needs a GPU, and they are not read here; use another kind"
             )
+        if self.routing_replay and "router" in (self.parallelism.fusions or ()):
+            raise ValueError(
+                "routing_replay = true has no effect on parallelism.fusions = router, whose kernel chooses the experts "
+                "by itself; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -147,7 +147,8 @@ def update_time(config: AnyConfig, gpu: Accelerator) -> TrainingTime:
         phase.micro_batches // layout.data,
         layers_in_bf16(phase.precision, config.model.layers),
     )
-    run = StepSetup(layout, phase.precision, Rows(1, length), micro_batches, bf16_layers=bf16_layers)
+    states = phase.optimizer.matrices.bytes
+    run = StepSetup(layout, phase.precision, Rows(1, length), micro_batches, states=states, bf16_layers=bf16_layers)
     seconds = phase.all_updates * step_time(shape_of(config.model, config.padded_vocab_size), gpu, run).total
     # A forward pass is a third of an update, whose backward pass costs two of them.
     return TrainingTime(seconds * (1 + readings(config) / 3), *UNFITTED_ERRORS)

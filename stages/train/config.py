@@ -17,7 +17,7 @@ from stages.data.order.order_config import rows_from
 from stages.data.order.packing import LongDocuments
 from stages.mcore.layout_check import multiples_around, problem
 from stages.mcore.lora import Lora
-from stages.mcore.optimizer import Adam
+from stages.mcore.optimizer import Optimizer
 from stages.models.base import MOST_PARAMETERS, PositiveInt, Precision, Rope
 from stages.models.parallel_layout import Layout
 from stages.models.registry import Model
@@ -102,7 +102,7 @@ class PhaseBase(Config):
 
     steps: Steps
     """optimizer steps, counted from the beginning of the phase"""
-    optimizer: Adam
+    optimizer: Optimizer
     """optimizer and its learning-rate schedule"""
     precision: Precision = "fp32"
     """data type of matrix multiplications"""
@@ -252,6 +252,14 @@ class PhaseConfig(PhaseBase):
         return self.pack
 
     @property
+    def least_slots(self) -> int:
+        """Inputs that each row has at least, with padding.
+
+        They are all of the sequence if kernels are repeated with the sizes of a first run.
+        """
+        return self.sequence_length if self.parallelism.cuda_graphs else 0
+
+    @property
     def micro_rows(self) -> int:
         return self.batch.micro_tokens // self.sequence_length
 
@@ -292,7 +300,7 @@ class TrainerConfig(Config):
     @model_validator(mode="after")
     def _possible_layout(self) -> TrainerConfig:
         phase = self.phase
-        wrong = problem(phase.parallelism, self.model, self.padded_vocab_size, phase.micro_batch_counts)
+        wrong = problem(phase.parallelism, self.model, self.padded_vocab_size, phase.micro_batch_counts, phase.packed)
         if phase.adapter and not wrong:
             wrong = phase.adapter.problem(phase.parallelism, phase.precision, self.model)
         if wrong:

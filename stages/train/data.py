@@ -189,8 +189,9 @@ class RankBatch:
         ranks: Ranks,
         packed: bool = False,
         quantized: bool = False,
+        slots: int = 0,
     ) -> RankBatch:
-        """Reads this rank's part of the rows of a step.
+        """Reads this rank's part of the rows of a step, each with at least `slots` inputs.
 
         Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
         micro-batches are the same in every layout. An uneven last part (only in evaluation) is filled with padding.
@@ -201,7 +202,7 @@ class RankBatch:
         if layout.vpp > 1:  # the interleaved schedule needs groups of micro-batches
             per_rank = -(-per_rank // layout.pp) * layout.pp
         # The longest row of the whole step, not of this rank: all ranks need the same shapes.
-        width = padded_width(max(row.slots for row in rows), layout, quantized)
+        width = padded_width(max(slots, *(row.slots for row in rows)), layout, quantized)
         # Runs of rows, so that a micro-batch has the same rows for any number of data ranks.
         first = ranks.data_rank * per_rank * micro_rows
         rank_rows: list[Row | None] = list(rows[first : first + per_rank * micro_rows])
@@ -242,7 +243,9 @@ class Prefetcher:
     def _read(self, step: int) -> tuple[list[Row], RankBatch]:
         rows = self.order.rows(step)
         phase = self.phase
-        return rows, RankBatch.read(rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.quantized)
+        return rows, RankBatch.read(
+            rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.quantized, phase.least_slots
+        )
 
 
 class Order:

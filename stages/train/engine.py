@@ -25,7 +25,6 @@ from stages.mcore.megatron_imports import (
     parallel_state,
 )
 from stages.mcore.model import build, full_tensor, missing_requirement, named_buffers, named_tensors
-from stages.mcore.optimizer import STATES
 from stages.mcore.routers import Experts, RouterWatch, RoutingReplay
 from stages.mcore.row_tables import context_positions
 from stages.mcore.tensor_sharding import Box, FullTensors, boxes, cut
@@ -111,6 +110,8 @@ class Engine:
         """
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
+        self._is_stale = False
+        """True if this rank lacks the updated weights of others, which the next step's forward pass gathers."""
         kind, model = config.phase.precision, config.model
         # Before the model is built: without the kernels, Transformer Engine fails late and in its own words.
         if reason := missing_requirement(kind):
@@ -156,7 +157,7 @@ class Engine:
         overlap = self.layout.overlap_gradients
         # By default on GPUs only: on a CPU the collective would take the cores of the backward pass.
         if overlap is None:
-            overlap = gpu.device().type == "cuda" and ranks.data_ranks > 1
+            overlap = self.layout.overlap_weights or (gpu.device().type == "cuda" and ranks.data_ranks > 1)
         self.ddp = [
             # The first chunk of a rank gets buckets wherever it lies in the pipeline. Later chunks are one bucket each,
             # as in Megatron.
@@ -167,6 +168,7 @@ class Engine:
                     grad_reduce_in_fp32=True,
                     use_distributed_optimizer=True,
                     overlap_grad_reduce=overlap,
+                    overlap_param_gather=self.layout.overlap_weights,
                 ),
                 module=chunk,
                 disable_bucketing=number > 0,
@@ -177,6 +179,7 @@ class Engine:
         ranks.wrapped.extend(self.ddp)
         self.optimizer = config.phase.optimizer.build(
             self.ddp,
+            overlap_param_gather=self.layout.overlap_weights,
             bf16=kind != "fp32",
             params_dtype=megatron.params_dtype,
         )
@@ -221,6 +224,7 @@ class Engine:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
+        self._is_stale = False
         # The backward pass moves the biases of experts, so a refused update has to put them back.
         saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
@@ -236,8 +240,9 @@ class Engine:
             for name, buffer in self.buffers.items():  # Megatron moves the biases of experts with the backward pass
                 buffer.copy_(saved_buffers[name])
             return StepFigures(loss, norm, router, reason, extras)
-        # Collective: the norm over all ranks, and the gathering of the weights.
+        # Collective: the norm over all ranks, and, unless overlap_weights defers it, the gathering of the weights.
         _, norm, _ = self.optimizer.step()
+        self._is_stale = self.layout.overlap_weights
         self.step_done += 1
         if not norm_first:
             check_update(loss, float(norm))
@@ -259,6 +264,7 @@ class Engine:
 
     def figures(self, rank_batch: RankBatch, objective: Objective) -> tuple[float, dict[str, float]]:
         """An objective's mean and figures over any rows, without an update."""
+        self._gather_weights()
         for chunk in self.ddp:
             chunk.eval()
         with torch.no_grad():
@@ -272,6 +278,7 @@ class Engine:
 
         Each is put together when it is read. `by_turns` has data ranks take turns at it.
         """
+        self._gather_weights()
         tensors = {**{name: tensor.data for name, tensor in named_tensors(self.chunks)}, **self.buffers}
         return FullTensors(tensors, self.shapes, self.config.model.tie_embeddings, by_turns)
 
@@ -294,7 +301,15 @@ class Engine:
         for tensor, value in zip(self._computed_with(), weights, strict=True):
             tensor.copy_(value)
 
+    def _gather_weights(self) -> None:
+        """Gathers the weights that the last step has updated, if its successor has not."""
+        if self._is_stale:
+            for chunk in self.ddp:
+                chunk.start_param_sync(force_sync=True)
+            self._is_stale = False
+
     def _computed_with(self) -> list[Tensor]:
+        self._gather_weights()
         return [*(tensor.data for _, tensor in named_tensors(self.chunks)), *self.buffers.values()]
 
     def _run(self, rank_batch: RankBatch, forward_only: bool, objective: Objective) -> tuple[float, dict[str, float]]:
@@ -417,7 +432,7 @@ class Engine:
         tied embeddings under pipeline parallelism) comes from each of them, and so does what has no gradient.
         """
         for piece, _, main, states in self._owned_state():
-            yield piece, {"weight": main, **{name: states[name] for name in STATES if name in states}}
+            yield piece, {"weight": main, **{name: states[name] for name in self._states_of(piece) if name in states}}
         for piece, buffer in self._buffer_pieces():
             yield piece, {"weight": buffer.flatten()}
 
@@ -439,7 +454,7 @@ class Engine:
         """
         for piece, part, main, states in self._owned_state():
             main.data.copy_(read("weight", piece))
-            for name in STATES if moments else ():
+            for name in self._states_of(piece) if moments else ():
                 if step:
                     states[name] = read(name, piece).to(main.device, torch.float32)
                 else:  # none were there yet
@@ -462,6 +477,9 @@ class Engine:
         frozen = [(name, tensor) for name, tensor in named_tensors(self.chunks) if not tensor.requires_grad]
         for name, tensor in [*frozen, *self.buffers.items()]:
             tensor.data.copy_(cut(tensors[name], boxes(name, self.model_shapes[name])))
+
+    def _states_of(self, piece: Piece) -> tuple[str, ...]:
+        return self.config.phase.optimizer.rule_of(piece.name, self.shapes[piece.name]).states
 
     def _distributed_optimizers(self) -> list[Any]:
         """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""

@@ -18,7 +18,6 @@ from stages.mcore.memory import (
     sharing,
     state_bytes,
 )
-from stages.mcore.optimizer import STATE_BYTES
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import MemoryShare, Rows, layers_in_bf16
 from stages.models.parallel_layout import Layout
@@ -92,7 +91,8 @@ def training_time(config: TrainConfig, gpu: Accelerator) -> TrainingTime:
         # A continued phase begins beyond the steps of some batch sizes.
         if last >= first:
             bf16_layers = layers_in_bf16(phase.precision, config.model.layers)
-            run = StepSetup(layout, phase.precision, rows, micro_batches, bf16_layers=bf16_layers)
+            states = phase.optimizer.matrices.bytes
+            run = StepSetup(layout, phase.precision, rows, micro_batches, states=states, bf16_layers=bf16_layers)
             seconds += (last - first + 1) * step_time(shape, gpu, run).total
             first = last + 1
     return TrainingTime(seconds, *UNFITTED_ERRORS)
@@ -117,7 +117,7 @@ def fullest(config: TrainerConfig, rows: Rows) -> tuple[int, int, int, int]:
         # An adapter's optimizer owns the adapter only.
         owned = adapter_share(config, rank) if config.phase.adapter else share
         most_state, most_activations = max(most_state, state), max(most_activations, activations)
-        most_owned = max(most_owned, owned_bytes(owned, layout))
+        most_owned = max(most_owned, owned_bytes(owned, layout, config.phase.optimizer))
         most = max(most, state + activations)
     return round(most_state), round(most_activations), round(most_owned), round(most)
 
@@ -134,7 +134,7 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
     frozen = phase.adapter is not None
     on_rank = Activations(model, vocabulary, layout, phase.precision, rows, micro_batches, pipeline_rank, frozen=frozen)
     activations = on_rank.peak()
-    state = state_bytes(share, layout, phase.precision)
+    state = state_bytes(share, layout, phase.precision, phase.optimizer)
     # before the update gradients are scaled, each with a copy; a table's is large
     if share.table and not phase.adapter:
         # A rank owns at most its slice of the table.
@@ -144,7 +144,7 @@ def rank_memory(config: TrainerConfig, rows: Rows, pipeline_rank: int) -> tuple[
         adapters = adapter_share(config, pipeline_rank)
         # The frozen base has weights, and neither gradients nor states.
         state = (4 if phase.precision == "fp32" else 2) * share.all
-        state += state_bytes(adapters, layout, phase.precision)
+        state += state_bytes(adapters, layout, phase.precision, phase.optimizer)
         share += adapters
         activations += on_rank.merged(phase.adapter)
         activations -= on_rank.unkept(phase.adapter)
@@ -209,8 +209,11 @@ class CheckpointSize:
 
 def checkpoint_size(config: TrainerConfig) -> CheckpointSize:
     """Returns the sizes of a release checkpoint of a phase after its first step."""
-    trained = trained_parameters(config)
-    return CheckpointSize(MASTER * trained, STATE_BYTES * trained)
+    trained, model = trained_parameters(config), config.model
+    tables = 0 if config.phase.adapter else model.parameters(config.padded_vocab_size)["embedding"]
+    if not model.tie_embeddings:
+        tables *= 2
+    return CheckpointSize(MASTER * trained, round(config.phase.optimizer.state_bytes(trained, tables)))
 
 
 def silent_bytes(parameters: Mapping[str, int], checkpoint: int) -> int:
@@ -230,4 +233,6 @@ def layout_label(layout: Layout) -> str:
         parts.insert(-1, f"ETP{layout.split_experts}")
     if layout.recompute == "layer":
         parts.append("recompute")
+    if layout.cuda_graphs:
+        parts.append("graphs")
     return " ".join(parts) or "one rank"

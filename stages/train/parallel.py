@@ -25,6 +25,7 @@ from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     RotaryEmbedding,
     YarnRotaryEmbedding,
+    delete_cuda_graphs,
     parallel_state,
     tensor_parallel,
 )
@@ -138,8 +139,11 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         dist.init_process_group(gpu.BACKEND if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
         try:
             objects = create_groups(layout, timeout, on_gpu)
-            # Layers fork Megatron's named generators, which have to exist even without dropout.
-            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            # Layers fork Megatron's named generators, which have to exist even without dropout. CUDA graphs need such
+            # that they can replay.
+            tensor_parallel.model_parallel_cuda_manual_seed(
+                seed, use_cudagraphable_rng=layout.cuda_graphs, force_reset_rng=layout.cuda_graphs
+            )
             ranks = Ranks(
                 rank,
                 world,
@@ -155,6 +159,8 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
             raise
         finally:
             if not failed:  # else it is left to the end of the process: NCCL would wait for the lost rank
+                if layout.cuda_graphs:  # a list of the process, which records no other model while it has some
+                    delete_cuda_graphs()
                 _destroy_groups(ranks)
 
 

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from pipeline.core.bounds import Settings, Words
 from pipeline.core.stage import Config, Inputs, Report, added, operational
-from stages.mcore.optimizer import Adam
+from stages.mcore.optimizer import Optimizer
 from stages.models.base import ModelConfig
 from stages.models.parallel_layout import Layout
 from stages.models.registry import parse
@@ -34,7 +34,7 @@ class SmallerModel(Config):
 
     model: Settings
     """the settings of the section model that differ"""
-    optimizer: Adam | None = added(None)
+    optimizer: Optimizer | None = added(None)
     """optimizer and its learning-rate schedule; null: as in pretrain"""
     parallelism: Layout = operational(Layout())
     """distribution of its training over processes"""

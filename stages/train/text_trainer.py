@@ -108,7 +108,9 @@ class TextTrainer(Trainer):
             Shards(inputs["tokens"], "heldout"),
             self.engine.ranks,
         )
-        self.heldout = RankBatch.read(rows, shards, micro_rows=phase.micro_rows, ranks=ranks, quantized=phase.quantized)
+        self.heldout = RankBatch.read(
+            rows, shards, micro_rows=phase.micro_rows, ranks=ranks, quantized=phase.quantized, slots=phase.least_slots
+        )
         self.heldout_rows = len(rows)
         self.prefetcher = Prefetcher(self.order, self.shards, phase, ranks)
         self.data_wait: float | None = None  # seconds that training waited for rows, except those of its first step

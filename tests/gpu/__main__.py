@@ -46,8 +46,9 @@ POINTS = {
     11: "sampler",
     12: "ranks that stop, memory that is full",
     13: "FP8 products",
-    14: "variants in vLLM",
-    15: "the device test before training",
+    14: "CUDA graphs",
+    15: "variants in vLLM",
+    16: "the device test before training",
 }
 ON_CPU = "**No GPU has run this kit.** These figures are a CPU's, on tiny models: they show that it works."
 Section = Mapping[str, Any]

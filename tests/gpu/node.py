@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> bool:
             difference = max(abs(a - b) / b for a, b in pairs)
             report(f"losses against {options.like}", f"relative difference {difference:.1e}", f"< {options.tolerance:g}", difference < options.tolerance)  # fmt: skip
         stall = longest_stall(engine)
-        bytes_of_a_rank = max(engine.ranks.gather(owned_bytes(share, layout)))
+        bytes_of_a_rank = max(engine.ranks.gather(owned_bytes(share, layout, config.phase.optimizer)))
         figure = f"{stall:.3f} s for {bytes_of_a_rank / 1e9:.2f} GB of a rank"
         report(
             "stall of a checkpoint",

@@ -149,7 +149,7 @@ def test_fp32_products_are_not_in_tf32(report: Report) -> None:
     report("a product in fp32", f"relative difference {error:.1e}", "< 1e-6", error < 1e-6)
 
 
-@pytest.mark.point(15)
+@pytest.mark.point(16)
 def test_the_rate_of_a_product_is_measured(report: Report) -> None:
     """By the process that a job starts before training, which names it in its complaint of a slow device."""
     profile = cluster_profile.load("h100-pyxis")
@@ -168,7 +168,7 @@ def test_the_rate_of_a_product_is_measured(report: Report) -> None:
         report(f"{name}, fp32", figure, f"measured; {criterion} in bf16 are asked of an H100", passes)
 
 
-@pytest.mark.point(15)
+@pytest.mark.point(16)
 def test_numbers_of_a_collective_are_known(monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
     """In a world of one, as NCCL takes one rank for each GPU."""
     gather = dist.all_gather
@@ -181,7 +181,7 @@ def test_numbers_of_a_collective_are_known(monkeypatch: pytest.MonkeyPatch, repo
 
 
 @gpu_fixtures.at_length(12)
-@pytest.mark.point(15)
+@pytest.mark.point(16)
 @pytest.mark.parametrize("name", ["sound", "product"])
 def test_ranks_test_their_devices(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
     """A rank on each GPU by NCCL; with fewer than two GPUs, two ranks on the CPU."""

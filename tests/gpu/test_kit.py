@@ -64,10 +64,10 @@ def test_a_figure_that_does_not_hold_fails(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_phases_of_a_gpu_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its sizes."""
+    """In its sizes, also those that only a GPU trains: CUDA graphs, which a model with experts cannot have."""
     monkeypatch.setattr(gpu_fixtures, "ON_GPU", True)
-    for dense in (False, True):
-        config = gpu_fixtures.phase(dense=dense)
+    for dense, changes in ((False, {}), (True, {}), (True, {"pack": False, "parallelism": {"cuda_graphs": True}})):
+        config = gpu_fixtures.phase(dense=dense, **changes)
         assert (config.model.architecture, config.model.layers) == ("qwen3" if dense else "qwen3_moe", 4)
 
 

@@ -1,10 +1,12 @@
-"""Points 8 to 10: what a step waits for and where its time goes, its memory, and what a checkpoint costs.
+"""Points 8 to 10, and 14: what a step waits for and where its time goes, its memory, what a checkpoint costs, and what
+CUDA graphs change.
 
 On a GPU the model is atom-1b-a300m cut to four layers, with packed rows of 4,096 tokens.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,3 +160,23 @@ def test_a_checkpoint_costs_what_is_planned(tmp_path: Path, report: Report) -> N
         report("stall of a checkpoint", figure, "> 10 GB/s", rate > 10)
     else:
         report("stall of a checkpoint", figure, "measured; 10 GB/s are asked of a GPU", rate > 0)
+
+
+@gpu_fixtures.needs_gpu("CUDA graphs")
+@pytest.mark.point(14)
+def test_graphs_repeat_the_kernels_of_a_layer(report: Report) -> None:
+    """The first step records them, the others replay."""
+    curves, seconds = [], []
+    for graphs in (False, True):
+        config = gpu_fixtures.phase(dense=True, pack=False, parallelism={"cuda_graphs": graphs})
+        with gpu_fixtures.engine(config) as engine:
+            batch = gpu_fixtures.random_batch(config, engine.ranks)
+            curve = [gpu_fixtures.train_step(engine, batch) for _ in range(4)]
+            began = time.monotonic()
+            curve += [gpu_fixtures.train_step(engine, batch) for _ in range(8)]
+        seconds.append((time.monotonic() - began) / 8)
+        curves.append(curve)
+    difference = max(abs(a - b) / b for a, b in zip(*curves, strict=True))
+    report("losses of 12 steps with CUDA graphs", f"relative difference {difference:.1e}", "< 1e-3", difference < 1e-3)
+    speed = seconds[0] / seconds[1]
+    report("a step with CUDA graphs", f"{1000 * seconds[1]:.1f} ms, {1000 * seconds[0]:.1f} ms without: {speed:.2f} times as fast", "> 0.98", speed > 0.98)  # fmt: skip

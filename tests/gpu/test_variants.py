@@ -43,7 +43,7 @@ def goldens(model: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.point(14)
+@pytest.mark.point(15)
 @pytest.mark.parametrize("name", ["int8", "fp8", "fp8-attention"])
 def test_vllm_serves_the_variant(name: VariantName, model: Path, tmp_path: Path, report: Report) -> None:
     folder = tmp_path / f"variant-{name}"
@@ -57,7 +57,7 @@ def test_vllm_serves_the_variant(name: VariantName, model: Path, tmp_path: Path,
            f"< {bound['mean']:g} and {bound['largest']:g}", run["status"] == "passed")  # fmt: skip
 
 
-@pytest.mark.point(14)
+@pytest.mark.point(15)
 @pytest.mark.skipif(not os.environ.get(COMPRESSOR), reason=f"{COMPRESSOR} is not set; name one with llm-compressor")
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_vllm_serves_calibrated_weights(method: str, model: Path, tmp_path: Path, report: Report) -> None:

@@ -18,7 +18,7 @@ BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2+SP": {"tp": 2},
     "PP2": {"pp": 2},
-    "EP2": {"ep": 2},
+    "EP2, weights gathered late": {"ep": 2, "overlap_weights": True},
     "DP2, recomputed": {"recompute": "layer"},
 }
 

@@ -150,7 +150,6 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
     if (state := plan.start_state) is None:
         return
     from stages.mcore.model import check_tensors
-    from stages.mcore.optimizer import state_shapes
     from stages.train.checkpoint import release_checkpoint, sharded_state, work_checkpoint
     from stages.train.engine import Piece
 
@@ -163,7 +162,7 @@ def write_work_checkpoint(plan: Plan, work: Path) -> None:
     # A checkpoint before the first update has no moments.
     if state["optimizer_step"]:
         moments = release_checkpoint.Tensors(published, release_checkpoint.OPTIMIZER)
-        states = state_shapes(shapes)
+        states = plan.config.phase.optimizer.state_shapes(shapes)
         check_tensors({name: shape for name, (_, _, shape) in states.items()}, moments.shapes(), plan.start)
         flat |= {name: tensor.flatten() for name, tensor in moments.items()}
     folder = work / "attempt-0001" / "checkpoints" / f"step-{plan.first:09d}"

@@ -96,7 +96,7 @@ VARIANTS: dict[VariantName, Variant] = {
         "PEFT puts it on its base, which `base.json` names by the digests of its weights.",
     ),
 }
-"""AWQ and GPTQ are not among them: both need calibration, and a GPU to be served (point 14 of the GPU kit)."""
+"""AWQ and GPTQ are not among them: both need calibration, and a GPU to be served (point 15 of the GPU kit)."""
 
 
 def obstacle(name: VariantName, model: ModelConfig) -> str | None:

@@ -70,7 +70,7 @@ def plan(shapes: Mapping[str, Shape], states: Mapping[str, StateTensor]) -> list
 
     Args:
         shapes: Shape of each tensor of the model.
-        states: The states of the optimizer (`stages.mcore.optimizer.state_shapes`); empty before the first step.
+        states: The states of the optimizer (`OptimizerSettings.state_shapes`); empty before the first step.
     """
     files = []
     weights = {name: ("weight", name, shape) for name, shape in shapes.items()}

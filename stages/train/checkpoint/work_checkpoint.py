@@ -41,7 +41,6 @@ from pipeline.core import atomic_files, os_errors
 from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import Report
 from pipeline.core.store import FileRecord, Progress, canonical, hand_over_hash, no_progress, sha256_bytes, sha256_file
-from stages.mcore.optimizer import state_shapes
 from stages.train.checkpoint import release_checkpoint, sharded_state
 from stages.train.checkpoint.sharded_state import ShardReader
 from stages.train.engine import Engine, Piece
@@ -246,7 +245,7 @@ class Checkpoints:
         source = ShardReader(folder, marker["files"], self._advance)
         shapes = self.engine.shapes
         # Before the first step there are no states.
-        states = state_shapes(shapes) if marker["state"]["optimizer_step"] else {}
+        states = self.engine.config.phase.optimizer.state_shapes(shapes) if marker["state"]["optimizer_step"] else {}
         files = release_checkpoint.plan(shapes, states)
         parts = folder / f"release-{_digest(marker)[:16]}"
         parts.mkdir(exist_ok=True)

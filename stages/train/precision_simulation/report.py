@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from stages.mcore import optimizer as optimizers
 from stages.mcore.quantize import KINDS, RECIPES, Counts
 from stages.models.registry import parse
 from stages.train.precision_simulation.runner import BASELINE, Settings
@@ -183,6 +184,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """Returns the report as Markdown: verdicts, the proxy, the rates of each linear layer."""
     settings, entries = report["settings"], report["precisions"]
     optimizer, data = settings["optimizer"], settings["data"]
+    title = optimizers.KINDS[optimizers.kind_of(optimizer)].title
     ratios = [[r["name"], f"{r['recipe']:.4g}", f"{r['proxy']:.4g}"] for r in report["ratios"]]
     deviations, norms = [], []
     for x in entries:
@@ -202,7 +204,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "Deviation of the gradient norm, before clipping, mean ± standard error:",
         *_table("precision|first step|last steps", norms),
         f"{parse(settings['model']).describe()}. A step is {settings['rows']} rows of {settings['sequence_length']} "
-        f"tokens. AdamW, peak rate {optimizer['lr']:.3g} after {optimizer['warmup_steps']} steps, cosine to a tenth.",
+        f"tokens. {title}, peak rate {optimizer['lr']:.3g} after {optimizer['warmup_steps']} steps, cosine to a tenth.",
         *_table("ratio|recipe|proxy", ratios),
         f"Data: the {data['files']} source files of Python {data['python']}'s standard library as bytes, "
         f"{data['bytes']} of them, SHA-256 {data['sha256']}; rows begin anywhere, drawn from the seed.",

@@ -20,7 +20,7 @@ from pydantic import NonNegativeInt
 from pipeline.core import atomic_files, process
 from pipeline.core.stage import Config
 from stages.data.acquire.readers.python_stdlib import library_files
-from stages.mcore.optimizer import Adam
+from stages.mcore.optimizer import Optimizer
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
 from stages.train.config import BatchSizes, PhaseConfig, TrainConfig, Validation
@@ -57,7 +57,7 @@ class Settings(Config):
     """rows of one step"""
     steps: PositiveInt
     """steps of a run"""
-    optimizer: Adam
+    optimizer: Optimizer
     """optimizer and its learning-rate schedule"""
     data: Data
     """training text"""

@@ -26,7 +26,7 @@ from pipeline.core.source_code import code_digests
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.graph.recipe import Recipe
 from stages.mcore.gpu_environment import missing
-from stages.mcore.optimizer import Adam
+from stages.mcore.optimizer import OptimizerSettings
 from stages.mcore.quantize import FP8, RECIPES
 from stages.models.base import ModelConfig
 from stages.train.config import PhaseConfig
@@ -104,7 +104,7 @@ def simulate(
     return report, folder
 
 
-def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Adam:
+def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> OptimizerSettings:
     """Returns the recipe's optimizer, with a learning rate for the proxy.
 
     The best rate of a matrix is inverse to its width (Yang et al., 2022, arXiv:2203.03466), hence the recipe's x hidden

@@ -17,6 +17,7 @@ from stages.mcore.lora import Lora
 from stages.mcore.megatron_imports import Float16Module
 from stages.mcore.memory import Activations, in_flight, layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.mcore.model import build
+from stages.mcore.optimizer import Adam
 from stages.models.base import SLICE, AttentionCost, MemoryShare, ModelConfig, Rows, training_flops
 from stages.models.mixture import Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
@@ -75,24 +76,24 @@ def test_state_of_the_published_layout() -> None:
     layout = Layout(ranks=16, ep=16)
     part = memory_share(model, 151936, layout, 0)
     assert part.experts == 48 * 8 * 3 * 2048 * 768 and sharing(layout) == (16, 1)
-    assert state_bytes(part, layout, "bf16") == pytest.approx(6 * part.dense + 12 * part.dense / 16 + 18 * part.experts)
-    assert state_bytes(part, layout, "bf16") / 2**30 == pytest.approx(40.0, abs=0.1)
+    assert state_bytes(part, layout, "bf16", Adam) == pytest.approx(
+        6 * part.dense + 12 * part.dense / 16 + 18 * part.experts
+    )
+    assert state_bytes(part, layout, "bf16", Adam) / 2**30 == pytest.approx(40.0, abs=0.1)
 
 
 def test_state_by_precision() -> None:
     part, layout = MemoryShare(1000, 0, 400), Layout(ranks=4)
-    assert state_bytes(part, layout, "fp32") == 8000 + 8000 / 4  # weights are the optimizer's own
-    assert state_bytes(part, layout, "bf16") == 6000 + 12000 / 4
-    assert state_bytes(part, layout, "fp8-blockwise") == 6000 + 12000 / 4 + 2 * 600
-    assert owned_bytes(part, layout) == 3000
+    assert state_bytes(part, layout, "fp32", Adam) == 8000 + 8000 / 4  # weights are the optimizer's own
+    assert state_bytes(part, layout, "bf16", Adam) == 6000 + 12000 / 4
+    assert state_bytes(part, layout, "fp8-blockwise", Adam) == 6000 + 12000 / 4 + 2 * 600
+    assert owned_bytes(part, layout, Adam) == 3000
 
 
 def test_flops() -> None:
     """By hand: two matrices, and attention to half a row."""
     assert training_flops(10, AttentionCost(1, 2, 3, 5), 8) == 6 * (10 + 2 * 8 * 4)
-    model = Qwen3MoeConfig(
-        **{**MODEL, "dense_layers": 1, "intermediate_size": 96}
-    )
+    model = Qwen3MoeConfig(**{**MODEL, "dense_layers": 1, "intermediate_size": 96})
     by_hand = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + 3 * 64 * 96 + 3 * (64 * 8 + 3 * 64 * 2 * 48)
     assert model.matrices(VOCAB) == by_hand + VOCAB * 64
     tied = model.model_copy(update={"tie_embeddings": True})

@@ -62,8 +62,6 @@ def test_one_of_two_data_ranks_is_connected_with_a_server() -> None:
 
 @at_length("benchmarks", 15)
 @at_length("benchmarks", 15)
-
-
 def draw_saturation(folder: Path, figure: Path) -> bytes:
     """The figure of the points in a folder."""
     command = [

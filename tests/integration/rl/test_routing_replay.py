@@ -166,6 +166,7 @@ def test_a_token_visits_the_given_experts_and_a_router_chooses_for_the_others() 
             {"sampling": {"kind": "vllm", "max_new_tokens": 12}},
             "vLLM records its experts only by a kernel in Triton",
         ),
+        ({}, {"parallelism": {"fusions": ["router"]}}, "whose kernel chooses the experts by itself"),
         ({"kind": "qwen3"}, {}, "has no effect on a dense model"),
     ],
 )

@@ -113,6 +113,29 @@ def test_the_host_waits_for_the_tokens_of_experts_only() -> None:
     assert by_mask in (1, 2) and {name: count / 2 for name, count in added.items() if count} == {"aten::_to_copy": 1}
 
 
+def test_cuda_graphs_compute_what_their_layers_do() -> None:
+    """Megatron records each layer, forward and backward, in the first step, in which the host may not wait. From the
+    second on it replays both for each micro-batch, and in an evaluation the first."""
+    forward = architecture_fixtures.MODELS["qwen3"]["layers"] * 2  # micro-batches
+    for precision, figures in steps_of("graphs", "qwen3")["qwen3"].items():
+        assert figures["replays"] == [0, 2 * forward, 2 * forward, forward], precision
+        bound = 1e-4 if precision == "fp32" else 1e-2  # copies may be aligned otherwise, which another processor rounds
+        for one, other in zip(figures["with"], figures["without"], strict=True):
+            assert one == pytest.approx(other, rel=bound), precision
+        assert figures["with"][2][0] < figures["with"][0][0] - 0.1, precision
+
+
+@run_fixtures.at_length("emulated-gpu", 120)
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"cp": 2}, {"overlap_weights": True}], ids=str)
+def test_layouts_train_alike_with_cuda_graphs(layout: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name, graphs in (("without", False), ("with", True)):
+        parallelism = {"ranks": 2, "cuda_graphs": graphs, **layout}
+        runs[name] = (corpus, {**train_fixtures.config(parallelism=parallelism), "model": train_fixtures.DENSE})
+    curves = layout_fixtures.compare_runs(runs, 2, tmp_path / "two.json", 3, through=EMULATED)
+    layout_fixtures.agree(curves["with"], curves["without"], 1e-5, str(layout))
+
+
 @run_fixtures.at_length("emulated-gpu", 15)
 def test_the_sampler_draws_as_on_a_cpu() -> None:
     """With deterministic kernels only: by this project's decoder, and by transformers' own models."""

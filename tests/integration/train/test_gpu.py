@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Artifact
 from pipeline.graph import registry
 from stages.mcore import gpu, gpu_environment, layer_spec, model
+from stages.mcore.layout_check import problem
 from stages.mcore.megatron_imports import TransformerConfig, gpt_layer_specs
 from stages.mcore.model import build, named_buffers, named_tensors, transformer_config
 from stages.mcore.tensor_sharding import Box, boxes, speaks_for
@@ -28,6 +31,9 @@ from stages.models.grouped_query import Qwen3Config
 from stages.models.mixture import Glm4MoeConfig, Qwen3MoeConfig
 from stages.models.parallel_layout import Layout
 from stages.train import parallel
+from stages.train.config import TrainConfig
+from stages.train.data import RankBatch, Shards, heldout_rows
+from stages.train.estimate import layout_label
 from stages.train.trainer import full_memory
 from tests.fixtures import ROOT, fake_rank_fixtures, layout_fixtures, train_fixtures
 
@@ -185,11 +191,69 @@ def test_fusions_are_those_that_the_machine_has(
     monkeypatch.setattr(gpu, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(moe_utils, "fused_permute", print, raising=False)
 
-    def chosen(experts: bool = True) -> list[str]:
-        return [name for name, value in model.fusion_keywords(Layout(), engine, experts).items() if value is True]
+    def chosen(layout: Layout, experts: bool = True) -> list[str]:
+        return [name for name, value in model.fusion_keywords(layout, engine, experts).items() if value is True]
 
-    assert chosen() == ["moe_permute_fusion", "bias_activation_fusion"][not engine :]
-    assert chosen(experts=False) == ["bias_activation_fusion"]
+    assert chosen(Layout()) == ["moe_permute_fusion", "bias_activation_fusion"][not engine :]
+    assert chosen(Layout(), experts=False) == ["bias_activation_fusion"] and chosen(Layout(fusions=())) == []
+    assert chosen(Layout(fusions=("bias_activation",))) == ["bias_activation_fusion"]
+    with pytest.raises(RecipeError, match="fusions = router needs Transformer Engine 2.7"):
+        model.fusion_keywords(Layout(fusions=("router",)), engine, experts=True)
+
+
+def test_cuda_graphs_are_megatrons_of_complete_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the configuration of a model, with the variable that Megatron then asks for; not without a GPU."""
+    layout, model = Layout(cuda_graphs=True), Qwen3Config(**train_fixtures.DENSE)
+    with parallel.session(0), pytest.raises(RecipeError) as refused:
+        build(model, train_fixtures.VOCAB, layout)
+    assert str(refused.value) == (
+        "parallelism.cuda_graphs = true needs a GPU, which this phase lacks here; leave it out"
+    )
+    assert "NCCL_GRAPH_REGISTER" not in gpu_environment.variables(Layout())
+    assert gpu_environment.variables(layout)["NCCL_GRAPH_REGISTER"] == "0" and layout_label(layout) == "graphs"
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 0.19 calls the default, complete layers, by another name
+        configs = [transformer_config(model, x) for x in (Layout(), layout)]
+    scopes = [getattr(config, "cuda_graph_modules", None) or config.cuda_graph_scope for config in configs]
+    assert [config.cuda_graph_impl for config in configs] == ["none", "local"] and not scopes[1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layout", "packed", "reason"),
+    [
+        ("qwen3", {}, False, None),
+        ("qwen3_moe", {}, False, "with experts, the number"),
+        ("qwen3", {}, True, "with packed rows, whose"),
+        ("qwen3", {"recompute": "layer"}, False, "with recompute = layer, as"),
+        ("qwen3", {"ranks": 2, "pp": 2}, False, "with pp = 2, where"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_sizes_change(
+    architecture: str, layout: dict[str, Any], packed: bool, reason: str | None
+) -> None:
+    model = Qwen3Config(**train_fixtures.DENSE) if architecture == "qwen3" else TINY
+    sentence = problem(Layout(cuda_graphs=True, **layout), model, train_fixtures.VOCAB, [4], packed)
+    if reason is None:
+        assert sentence is None
+    else:
+        assert sentence is not None and sentence.startswith(f"parallelism.cuda_graphs = true is not possible {reason}")
+
+
+def test_rows_of_cuda_graphs_have_one_width(tmp_path: Path) -> None:
+    """That of the phase, also where each row of a step is shorter."""
+    settings = train_fixtures.config(parallelism={"cuda_graphs": True})
+    settings["model"] = train_fixtures.DENSE
+    phase = TrainConfig.model_validate(settings).phase
+    train_fixtures.make(tmp_path)
+    tokens = Artifact.open(tmp_path / "tokens")
+    with parallel.session(0) as ranks:
+        rows = min(([row] for row in heldout_rows(tokens, phase)), key=lambda rows: rows[0].slots)
+        widths = [
+            RankBatch.read(rows, Shards(tokens, "heldout"), 1, ranks, slots=slots).width
+            for slots in (0, phase.least_slots)
+        ]
+    assert widths[0] < widths[1] == phase.sequence_length
 
 
 def test_a_dispatcher_without_its_kernels_is_one_sentence() -> None:

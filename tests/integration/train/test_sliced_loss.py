@@ -143,3 +143,5 @@ def test_when_the_loss_is_sliced() -> None:
     assert not Layout().slices_loss(4096, 4096, 151936), "the gradient of the head would take as much as its logits"
     split = Layout(ranks=4, tp=4)
     assert not split.slices_loss(8192, 1024, 2048) and split.slices_loss(8200, 1024, 2048)
+    assert not Layout(fusions=("cross_entropy",)).slices_loss(4096, 2048, 151936)
+    assert Layout(fusions=("rope",)).slices_loss(4096, 2048, 151936)

@@ -14,7 +14,7 @@ from pipeline.core import store
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, sha256_file, write_manifest
-from stages.mcore.optimizer import state_shapes
+from stages.mcore.optimizer import Adam
 from stages.models.mixture import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
@@ -35,7 +35,7 @@ def write(folder: Path) -> Path:
         "config": identity(TrainConfig.model_validate(train_fixtures.config())),
         "tokenizer": "",
     }
-    release_checkpoint.write(folder, SHAPES, state_shapes(SHAPES), read, state)
+    release_checkpoint.write(folder, SHAPES, Adam.state_shapes(SHAPES), read, state)
     return folder
 
 
