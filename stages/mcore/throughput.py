@@ -169,6 +169,7 @@ class StepSetup:
         rows: A micro-batch.
         micro_batches: Micro-batches of a step on one rank.
         gradient: Bytes of a gradient.
+        states: Bytes of the optimizer's states of a parameter.
         bf16_layers: Layers whose products are bf16 in any precision.
         graphs: The launches that the GPU replays: of all kernels, of MLPs, or of what is not the experts'. Not in this
             project's engine.
@@ -315,7 +316,7 @@ def _update(shape: Shape, gpu: Accelerator, run: StepSetup, c: Constants) -> tup
     )
     # fp32 weights and moments are read and written, a gradient read, a weight written; all gradients are measured
     # for the norm, and zeroed
-    owned = (2 * (MASTER + STATE_BYTES) + run.gradient + 2) * (dense / dense_ranks + experts / expert_ranks)
+    owned = (2 * (MASTER + run.states) + run.gradient + 2) * (dense / dense_ranks + experts / expert_ranks)
     return reduction / c.link, (owned + 2 * run.gradient * (dense + experts)) / gpu.memory
 
 
