@@ -28,7 +28,7 @@ from stages.data.acquire.readers.hub import Hub
 from stages.data.acquire.readers.packages import Packages
 from stages.data.acquire.sources import Source
 from stages.data.blocks import Block
-from stages.data.curate.filters.base import Filter, all_steps
+from stages.data.curate.filters.base import Filter
 from stages.data.curate.steps import MAX_STEPS, AnyFilter
 from stages.formats.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
 
@@ -69,7 +69,7 @@ class Reference(Config):
             raise AtomError(
                 f"release.by_reference names {source.name}, whose documents are drawn and in no file; leave it out"
             )
-        for maker in (source.reader, *all_steps(steps)):
+        for maker in (source.reader, *steps):
             if isinstance(maker, Block) and maker.extension:
                 raise AtomError(
                     f"release.by_reference names {source.name}, whose texts {maker.block} of an extension makes; "
@@ -88,7 +88,7 @@ class Reference(Config):
             parts=source.parts,
             lock=_lock_of(source),
             files=dict(zip(paths, digests, strict=True)),
-            steps=tuple(step.changed(_portable) for step in steps),
+            steps=tuple(map(_portable, steps)),
         )
 
     @field_validator("steps")
@@ -98,7 +98,7 @@ class Reference(Config):
 
         A release names none of them, since code would be imported from there.
         """
-        return tuple(step.changed(_portable) for step in steps)
+        return tuple(map(_portable, steps))
 
     @property
     def origin(self) -> str:

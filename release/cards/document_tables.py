@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from pipeline.core.text import escaped
 from release.cards.tables import count, explained_table, few, table
 from release.facts.data_facts import DataFacts, SourceFacts
@@ -14,7 +12,6 @@ MOST_LICENSES = 30
 """Licenses with a row of their own, those of most tokens; the others share one."""
 MOST_LANGUAGES = 10
 """Languages of a source with a row of their own, those of most tokens; the others share one."""
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 EXAMPLE_CHARACTERS = 240
 """Characters of an example document that are shown."""
 OPT_OUT_KINDS = ("id", "content_hash", "url", "host", "copy", "near_duplicate", "derived")
@@ -157,32 +154,10 @@ def languages(data: DataFacts) -> list[str]:
         for name, row in shown:
             body.append([source, name, count(row.documents), count(row.tokens), _share(row.tokens, total)])
     sentence = "The language of a document is what fastText's lid.176 took it for when it was filtered."
-    sentence += _not_measured(data, data.documents.languages, "No step identified it in")
+    if names := [name for name in data.sources if name not in data.documents.languages]:
+        sentence += f" No step identified it in {', '.join(names)}."
     head = ["source", "language", "documents", "tokens", "share of the source's tokens"]
     return explained_table(sentence, head, body, labels=2)
-
-
-def quality_scores(data: DataFacts) -> list[str]:
-    """Returns mean and quantiles of the scores of classifiers, for the sources with such a step."""
-    body = []
-    for source, by_classifier in data.documents.scores.items():
-        for classifier, row in by_classifier.items():
-            if row.documents:
-                quantiles = [f"{row.quantile(share):.2f}" for share in QUANTILES]
-                body.append([source, escaped(classifier), count(row.documents), f"{row.mean:.3f}", *quantiles])
-    sentence = (
-        "Scores from 0 to 1 of the documents after curation, by the quality classifiers of the data recipe. Columns "
-        "with a share are the score that this share of the documents does not exceed, to a hundredth."
-    )
-    sentence += _not_measured(data, data.documents.scores, "No classifier scored")
-    head = ["source", "classifier", "documents", "mean", *(f"{share:.0%}" for share in QUANTILES)]
-    return explained_table(sentence, head, body, labels=2)
-
-
-def _not_measured(data: DataFacts, measured: Collection[str], start: str) -> str:
-    """Returns a further sentence that names the sources without a measure, if there are some."""
-    names = [name for name in data.sources if name not in measured]
-    return f" {start} {', '.join(names)}." if names else ""
 
 
 def opt_outs(data: DataFacts) -> list[str]:

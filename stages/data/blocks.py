@@ -45,7 +45,7 @@ _REFUSED = {
     "`limit` of the reader",
     "LambdaFilter": "takes a Python function, which a data recipe cannot state; write a filter into a folder of "
     "`extensions`",
-    "UnigramLogProbFilter": "downloads a table of words that no digest pins; use step classifier",
+    "UnigramLogProbFilter": "downloads a table of words that no digest pins; write a filter of your own",
     "HuggingFaceDatasetReader": "reads what the Hub has at the moment; use reader hub, whose files `atom pin` pins",
 }
 

@@ -27,7 +27,6 @@ from stages.data.acquire.readers.generated import Generated
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.blocks import Block, Extensions, extension_files, extension_folders
 from stages.data.curate.alarms import RULES, Acknowledged
-from stages.data.curate.classifier_stage import ClassifierSettings
 from stages.data.curate.dedup_stage import DedupSource
 from stages.data.curate.deny_list import DENY_LIST
 from stages.data.curate.duplicates_stage import SearchedSource
@@ -90,8 +89,6 @@ class DataRecipe(Config):
     """short description of the corpus"""
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     """sources of the corpus"""
-    classifiers: tuple[ClassifierSettings, ...] = added((), max_length=MOST_SOURCES)
-    """quality classifiers, each trained on documents of some sources"""
     curation: CurationSettings = CurationSettings()
     """curation of all sources together"""
     extensions: Extensions = operational(())
@@ -132,23 +129,6 @@ class DataRecipe(Config):
                         f"source {source.name} is made from {parent.name}, whose license {license} forbids derived "
                         "texts; leave it out, or name another source"
                     )
-        return self
-
-    @model_validator(mode="after")
-    def _check_classifiers(self) -> DataRecipe:
-        names = {classifier.name for classifier in self.classifiers}
-        used = {name for source in self.sources for step in source.steps for name in step.classifiers}
-        if missing := sorted(used - names):
-            raise ValueError(f"a step uses the classifier {missing[0]}, which `classifiers` does not have; add it")
-        if unused := sorted(names - used):
-            raise ValueError(f"classifier {unused[0]} is used by no step; remove it, or add a step classifier")
-        sources = {source.name for source in self.sources}
-        for classifier in self.classifiers:
-            examples = (*classifier.positive, *classifier.negative)
-            if unknown := sorted(set(examples) - sources):
-                raise ValueError(f"classifier {classifier.name} has examples of {unknown[0]}, which is no source")
-            if repeated := [name for name, count in Counter(examples).items() if count > 1]:
-                raise ValueError(f"classifier {classifier.name} names {repeated[0]} twice; a source is one label")
         return self
 
     def resolved(self) -> DataRecipe:
@@ -199,11 +179,6 @@ class DataRecipe(Config):
             sources.append(_fields_of(source, FilteredSource) | {"generator": generator})
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
-    def classifier_config(self, name: str, seed: int) -> dict[str, Any]:
-        """Returns the config of stage classifier for one classifier."""
-        settings = next(classifier for classifier in self.classifiers if classifier.name == name)
-        return {"classifier": settings.model_dump(), "seed": seed}
-
     def duplicates_config(self) -> dict[str, Any]:
         """Returns the config of stage duplicates for all sources."""
         sources = [_fields_of(source, SearchedSource) for source in self.sources]
@@ -250,20 +225,12 @@ class DataRecipe(Config):
             evaluated: The nodes of evaluation items, by role. Training documents with such an item are removed.
             imported: The node of the published model whose tokenizer is used, by role; empty if one is trained.
         """
-        specs = []
         acquired = {source.name: f"acquire-{source.name}" for source in self.sources}
-        classifiers = {}
-        for classifier in self.classifiers:
-            node, config = f"classifier-{classifier.name}", self.classifier_config(classifier.name, seed)
-            examples = {name: acquired[name] for name in (*classifier.positive, *classifier.negative)}
-            specs.append(NodeSpec(node, "classifier", config, examples))
-            classifiers[node] = node
         tokenizer_config = tokenizer.model_dump() | {"leave_out": (*tokenizer.leave_out, *self.conversations)}
         # Later stages read the filtered documents beside what was found in them.
         searched = {"filter": "filter", "duplicates": "duplicates"}
         return [
-            *specs,
-            NodeSpec("filter", "filter", self.filter_config(seed), {**acquired, **classifiers, **evaluated}),
+            NodeSpec("filter", "filter", self.filter_config(seed), {**acquired, **evaluated}),
             NodeSpec("duplicates", "duplicates", self.duplicates_config(), {"filter": "filter"}),
             NodeSpec("representatives", "representatives", self.representatives_config(), searched),
             NodeSpec("dedup", "dedup", self.dedup_config(), {**searched, "representatives": "representatives"}),
@@ -348,7 +315,7 @@ def loads(content: bytes, path: Path) -> DataRecipe:
 
     def located(source: SourceConfig) -> SourceConfig:
         reader = locate(source.reader.absolute(path.parent).locked(lock))
-        steps = tuple(step.changed(locate) for step in source.steps)
+        steps = tuple(map(locate, source.steps))
         return source.model_copy(update={"reader": reader, "steps": steps})
 
     sources = tuple(map(located, recipe.sources))

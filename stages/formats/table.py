@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 # The folder with what steps measured of documents that pass filtering, by part: a row for each row of its `kept`,
 # with the id and the measures. Only sources with such steps have it.
 MEASURES = "measures"
-# How the names of scores in it begin, before the name of the classifier.
-SCORE = "score_"
 ROWS_PER_GROUP = 50_000
 # Bytes of a table, or characters of text, after which a writer ends a row group early, to bound readers.
 GROUP_BYTES = 2**25

@@ -81,5 +81,4 @@ def test_the_code_of_filter_is_that_of_its_steps() -> None:
     language = {"stages.data.curate.filters.language"}
     assert code() == base
     assert code({"block": "datatrove.pipeline.filters.RegexFilter"}) == base | block
-    held = {"step": "by_language", "rules": {"en": [{"block": "datatrove.pipeline.filters.RegexFilter"}]}}
-    assert code(held) == base | block | language
+    assert code({"step": "language"}) == base | language

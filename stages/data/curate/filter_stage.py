@@ -29,7 +29,6 @@ from stages.data.acquire.readers.base import REFUSED_RULES
 from stages.data.curate.alarms import Acknowledged, filter_losses, require_acknowledged
 from stages.data.curate.denied import DENIED, PARENTS, DeniedText, PartOptOut, Variants, denied_columns
 from stages.data.curate.deny_list import DENY_LIST, DenyList
-from stages.data.curate.filters.base import all_steps
 from stages.data.curate.settings import CurationSettings, MinHash
 from stages.data.curate.source_filter import Removed, SourceFilter, kept_disposition, removed_disposition
 from stages.data.curate.steps import MAX_STEPS, AnyFilter, code_of
@@ -102,8 +101,7 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     step edited. With a deny-list these are followed by the hashes of denied documents and the parents of kept ones, by
     part, and by the requests.
 
-    The inputs are the acquired documents of each source under its name, the evaluation items under `items`, and each
-    classifier that a step uses under `classifier-<name>`.
+    The inputs are the acquired documents of each source under its name, and the evaluation items under `items`.
 
     Resumes after the last sealed part. Raises AtomError if no document of any source is left, if many fail, or if a
     rule removes so large a share of a source that the recipe must acknowledge it.
@@ -179,8 +177,7 @@ class _PartMaker:
     def _filter_part(self, source: FilteredSource, number: int, folder: Path) -> dict[str, Any]:
         """Writes the tables of a part, and returns its counts."""
         acquired, file = self.inputs[source.name], part_file(number)
-        source_steps = [step.with_inputs(self.inputs) for step in source.steps]
-        steps = SourceFilter(source.name, source.kind, source_steps, self._index, source.license_allow, self._blocklist)
+        steps = SourceFilter(source.name, source.kind, source.steps, self._index, source.license_allow, self._blocklist)
         minhash = self._minhash(source)
         columns = hash_columns(_buckets(minhash))
         counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()
@@ -330,7 +327,7 @@ def inspect(config: FilterConfig) -> list[str]:
     """Returns the notes of all steps, each with its sources. Raises RecipeError for a step that cannot run."""
     notes: dict[str, list[str]] = {}
     for source in config.sources:
-        for step in all_steps(source.steps):
+        for step in source.steps:
             if (note := step.inspect()) and source.name not in notes.setdefault(note, []):
                 notes[note].append(source.name)
     return [f"{note} ({', '.join(sources)})" for note, sources in notes.items()]

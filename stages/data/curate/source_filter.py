@@ -60,8 +60,8 @@ class SourceFilter:
     Attributes:
         edits: Documents that each step edited, by step.
         failures: Documents on which a step raised an exception.
-        measures: {name: Arrow type} of the values that the steps record.
-        measured: The recorded values of the last document.
+        measures: {name: Arrow type} of the values that the steps measure.
+        measured: The measured values of the last document that passed the steps.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SourceFilter:
         self.source, self.kind, self.index = source, kind, index
         self.measures = {name: kind for step in steps for name, kind in step.measures.items()}
         self.measured: dict[str, str | float | None] = {}
-        self.functions = [(step.name, step.recorded(self.measured.__setitem__).function()) for step in steps]
+        self.functions = [(step.name, step.function()) for step in steps]
         self.edits = Counter[str]()
         self.failures = Failures(f"source {source}", "fail in its steps; check the steps")
 
@@ -99,8 +99,6 @@ class SourceFilter:
         exception of a step removes the document, unless it is of the machine.
         """
         self.require_public(row["id"])
-        # Measures of the document before must not be taken for this one's.
-        self.measured.update(dict.fromkeys(self.measures))
         try:
             result = self._apply_steps(row)
             return result if isinstance(result, Removed) else self._edited(row, result)
@@ -138,6 +136,7 @@ class SourceFilter:
                 )
             self.edits[step] += result != text
             document.text = text = result
+        self.measured = {name: document.metadata.get(name) for name in self.measures}
         # After the steps, since one of them may have removed the secret.
         if kind := find_secret(text, row["origin"]):
             return Removed(f"{SECRETS}/{kind.split(' ', 1)[1].replace(' ', '_').lower()}", 1.0, 0.0)

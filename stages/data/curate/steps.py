@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stages.data.blocks import union_of
 from stages.data.curate import filters
 from stages.data.curate.filters import FILTERS
-from stages.data.curate.filters.base import Filter, all_steps
+from stages.data.curate.filters.base import Filter
 
 # Steps of one source.
 MAX_STEPS = 100
@@ -21,4 +21,4 @@ else:
 
 def code_of(steps: Iterable[Filter]) -> dict[str, list[str]]:
     """Returns {registry of filters: the modules in it that these steps use}, for the digest of a stage's code."""
-    return {filters.__name__: sorted({FILTERS[step.step].partition(":")[0] for step in all_steps(steps)})}
+    return {filters.__name__: sorted({FILTERS[step.step].partition(":")[0] for step in steps})}

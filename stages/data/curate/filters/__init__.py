@@ -6,8 +6,6 @@ from __future__ import annotations
 FILTERS = {
     "datatrove": "stages.data.curate.filters.block:BlockStep",
     "language": "stages.data.curate.filters.language:Language",
-    "by_language": "stages.data.curate.filters.language:ByLanguage",
-    "classifier": "stages.data.curate.filters.classifier:Classifier",
     "top_n_grams": "stages.data.curate.filters.top_n_grams:TopNGrams",
     "code_shape": "stages.data.curate.filters.source_code:CodeShape",
     "python_syntax": "stages.data.curate.filters.source_code:PythonSyntax",

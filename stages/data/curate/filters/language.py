@@ -1,16 +1,14 @@
-"""Filters by language: `language` keeps documents of some languages, `by_language` applies other steps to each."""
+"""Filter `language`: keeps documents of some languages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import Field
 
 from pipeline.core.bounds import Share, Words
-from pipeline.core.stage import Inputs
-from stages.data.curate.filters.base import Document, Filter, FilterFunction, Record, Removal
+from stages.data.curate.filters.base import Document, Filter, FilterFunction, Removal
 
 _LID176 = """
 af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de diq
@@ -21,11 +19,10 @@ so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa w
 """
 # Characters of a text up to which the scores of all languages are worth avoiding.
 SHORT = 4000
-# What filters record that identify languages: the code of the language, and its score.
+# What the filter records: the code of the language, and its score.
 MEASURES = {"language": "string", "language_score": "float"}
 # The languages that lid.176 identifies (fasttext.cc/docs/en/language-identification.html).
 LANGUAGES = frozenset(_LID176.split())
-MOST_STEPS = 100
 
 
 def _language_error(language: str) -> str | None:
@@ -49,13 +46,6 @@ def _line(text: str) -> str:
     return text.replace("\n", " ") + "\n"
 
 
-def identify(text: str) -> tuple[float, str]:
-    """Returns the score and the code of the most probable language of a text."""
-    predictions = _model()(_line(text), 1, 0.0, "strict")
-    score, label = predictions[0] if predictions else (0.0, "")
-    return float(score), label.removeprefix("__label__")
-
-
 class Language(Filter):
     """Keeps documents whose fastText language score for one of `languages` exceeds the threshold."""
 
@@ -73,7 +63,7 @@ class Language(Filter):
     def function(self) -> FilterFunction:
         # datatrove compares the scores of all languages. They take about as long as reading a short text, and the
         # most probable language alone decides for most, so a short text is asked for that one first.
-        predict, record = _model(), self._record
+        predict = _model()
         labels = {f"__label__{language}" for language in self.languages}
 
         def best(line: str, count: int) -> tuple[float, str]:
@@ -88,81 +78,7 @@ class Language(Filter):
                 score, label = best(line, -1)
             if score <= self.language_threshold:
                 return Removal("score", score, self.language_threshold)
-            document.metadata["language"] = label.removeprefix("__label__")
-            record("language", document.metadata["language"])
-            record("language_score", score)
-            return document.text
-
-        return function
-
-
-def _parse(steps: Any) -> Any:
-    """Returns the steps of one language, which may be any but this one."""
-    from stages.data.curate.steps import AnyFilter
-
-    return tuple(TypeAdapter(tuple[AnyFilter, ...]).validate_python(steps))
-
-
-Steps = Annotated[tuple[Any, ...], Field(max_length=MOST_STEPS), BeforeValidator(_parse)]
-
-
-class ByLanguage(Filter):
-    """Runs the steps of the language that fastText identifies in a document."""
-
-    step: Literal["by_language"]
-    """selects this step"""
-    rules: dict[Identified, Steps] = Field(min_length=1, max_length=len(LANGUAGES))
-    """steps by language; a language may have none"""
-    language_threshold: Share = 0.65
-    """score that the most probable language must exceed"""
-    others: Literal["remove", "keep"] = "remove"
-    """treatment of documents in other languages"""
-
-    @property
-    def held(self) -> tuple[Filter, ...]:
-        return tuple(step for steps in self.rules.values() for step in steps)
-
-    @property
-    def classifiers(self) -> tuple[str, ...]:
-        return tuple(name for step in self.held for name in step.classifiers)
-
-    def with_inputs(self, inputs: Inputs) -> Self:
-        return self._with_steps(lambda step: step.with_inputs(inputs))
-
-    @property
-    def measures(self) -> dict[str, str]:
-        return MEASURES | {name: kind for step in self.held for name, kind in step.measures.items()}
-
-    def recorded(self, record: Record) -> Self:
-        return super().recorded(record)._with_steps(lambda step: step.recorded(record))
-
-    def changed(self, change: Callable[[Filter], Filter]) -> Filter:
-        return change(self._with_steps(lambda step: step.changed(change)))
-
-    def _with_steps(self, change: Callable[[Filter], Filter]) -> Self:
-        rules = {language: tuple(map(change, steps)) for language, steps in self.rules.items()}
-        return self.model_copy(update={"rules": rules})
-
-    def function(self) -> FilterFunction:
-        """Returns the function; its removals are named by the language, the step and its reason."""
-        record = self._record
-        functions = {
-            language: [(step.name, step.function()) for step in steps] for language, steps in self.rules.items()
-        }
-
-        def function(document: Document) -> str | Removal:
-            score, language = identify(document.text)
-            document.metadata["language"] = language
-            record("language", language)
-            record("language_score", score)
-            if language not in functions or score <= self.language_threshold:
-                return document.text if self.others == "keep" else Removal("other", score, self.language_threshold)
-            for name, apply in functions[language]:
-                result = apply(document)
-                if isinstance(result, Removal):
-                    reason = "/".join(filter(None, (language, name, result.reason)))
-                    return Removal(reason, result.value, result.threshold)
-                document.text = result
+            document.metadata |= {"language": label.removeprefix("__label__"), "language_score": score}
             return document.text
 
         return function
