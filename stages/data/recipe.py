@@ -7,7 +7,7 @@ here, because `atom plan` needs the recipe and the digests of the source trees b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,18 @@ from stages.data.acquire.readers.base import Reader
 from stages.data.acquire.readers.generated import Generated
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.blocks import Block, Extensions, extension_files, extension_folders
+from stages.data.curate import deny_list
 from stages.data.curate.alarms import RULES, Acknowledged
 from stages.data.curate.dedup_stage import DedupSource
-from stages.data.curate.deny_list import DENY_LIST
 from stages.data.curate.duplicates_stage import SearchedSource
 from stages.data.curate.filter_stage import FilteredSource
 from stages.data.curate.filters.base import Filter
-from stages.data.curate.list_file import ListFile
 from stages.data.curate.representatives_stage import CopiedSource
 from stages.data.curate.settings import CurationSettings
 from stages.data.curate.steps import MAX_STEPS, AnyFilter
-from stages.data.curate.url_blocklist import URL_BLOCKLIST
 from stages.data.estimates import Size
 from stages.formats.table import HeldoutFraction
 from stages.formats.tokenizer import TokenizerSection
-
-# The files of curation: each is a setting with its path, and one with its digest.
-LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)
 
 
 class SourceConfig(Source):
@@ -55,7 +50,7 @@ class SourceConfig(Source):
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
     """curation steps, in order"""
     acknowledged_removals: Acknowledged = operational({})
-    """by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, secrets, decontamination,
+    """by rule (the name of a step, opt_out, license, failed, generation, secrets, decontamination,
     deduplication), the share of the source that it may remove above curation.alarm_share"""
 
     @model_validator(mode="after")
@@ -132,17 +127,17 @@ class DataRecipe(Config):
         return self
 
     def resolved(self) -> DataRecipe:
-        """Returns the recipe with the digests of all source trees and of the lists of curation, from the files on disk.
+        """Returns the recipe with the digests of all source trees and of the deny-list, from the files on disk.
 
         Raises RecipeError if a pin differs.
         """
         sources = tuple(s.model_copy(update={"tree_digest": resolve_tree_digest(s)}) for s in self.sources)
-        return self.model_copy(update={"sources": sources, "curation": self._resolved_curation(LISTS)})
+        return self.model_copy(update={"sources": sources, "curation": self._resolved_curation()})
 
     def present(self) -> tuple[DataRecipe, tuple[str, ...]]:
-        """Resolves the digests of what is here, with a message for each source or list that is missing.
+        """Resolves the digests of what is here, with a message for each source that is missing, and for the deny-list.
 
-        A source with missing files keeps its digest, a pinned one or `auto`; so does a missing list.
+        A source with missing files keeps its digest, a pinned one or `auto`; so does a missing deny-list.
         """
         sources, messages = [], []
         for source in self.sources:
@@ -153,14 +148,12 @@ class DataRecipe(Config):
                 keys = "; keys below are provisional" if digest == "auto" else ""
                 messages.append(f"{missing}; {source.reader.remedy} before running{keys}")
             sources.append(source.model_copy(update={"tree_digest": digest}))
-        missing_lists = []
-        for file in LISTS:
-            path, pin = self._list(file)
-            if path is not None and not Path(path).is_file():
-                missing_lists.append(file)
-                keys = "; keys below are provisional" if pin is None else ""
-                messages.append(f"no {file.title} at {path}; put it there before running{keys}")
-        curation = self._resolved_curation([file for file in LISTS if file not in missing_lists])
+        path, curation = self.curation.deny_list, self.curation
+        if path is not None and not Path(path).is_file():
+            keys = "; keys below are provisional" if curation.deny_list_sha256 is None else ""
+            messages.append(f"no deny-list at {path}; put it there before running{keys}")
+        else:
+            curation = self._resolved_curation()
         return self.model_copy(update={"sources": tuple(sources), "curation": curation}), tuple(messages)
 
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
@@ -259,24 +252,18 @@ class DataRecipe(Config):
         """The sources whose documents are turns of conversations."""
         return tuple(source.name for source in self.sources if source.kind == "chat")
 
-    def _list(self, file: ListFile[Any]) -> tuple[str | None, str | None]:
-        """Returns the path and the pinned digest of a list."""
-        return getattr(self.curation, file.setting), getattr(self.curation, f"{file.setting}_sha256")
-
-    def _resolved_curation(self, lists: Sequence[ListFile[Any]]) -> CurationSettings:
-        """Returns the settings of curation with the digests of these lists, if it has them."""
-        digests = {}
-        for file in lists:
-            path, pin = self._list(file)
-            if path is None:
-                continue
-            digest = digests[f"{file.setting}_sha256"] = file.digest_of(Path(path))
-            if pin not in (None, digest):
-                raise RecipeError(
-                    f"curation.{file.setting}_sha256 is pinned to {pin}, but {path} has {digest}; restore the pinned "
-                    "file, or change the pin"
-                )
-        return self.curation.model_copy(update=digests)
+    def _resolved_curation(self) -> CurationSettings:
+        """Returns the settings of curation with the digest of the deny-list, if there is one."""
+        path, pin = self.curation.deny_list, self.curation.deny_list_sha256
+        if path is None:
+            return self.curation
+        digest = deny_list.digest_of(Path(path))
+        if pin not in (None, digest):
+            raise RecipeError(
+                f"curation.deny_list_sha256 is pinned to {pin}, but {path} has {digest}; restore the pinned file, or "
+                "change the pin"
+            )
+        return self.curation.model_copy(update={"deny_list_sha256": digest})
 
     def heldout_fraction_of(self, source: SourceConfig) -> float:
         """Returns the share of a source's documents that are held out from training."""
@@ -319,9 +306,9 @@ def loads(content: bytes, path: Path) -> DataRecipe:
         return source.model_copy(update={"reader": reader, "steps": steps})
 
     sources = tuple(map(located, recipe.sources))
-    stated = {file.setting: getattr(recipe.curation, file.setting) for file in LISTS}
-    absolute = {name: str((path.parent / file).resolve()) for name, file in stated.items() if file is not None}
-    curation = recipe.curation.model_copy(update=absolute)
+    curation = recipe.curation
+    if curation.deny_list is not None:
+        curation = curation.model_copy(update={"deny_list": str((path.parent / curation.deny_list).resolve())})
     return recipe.model_copy(update={"sources": sources, "curation": curation})
 
 

@@ -158,7 +158,7 @@ class DispositionRow(TypedDict):
     duplicate_of: OptionalString
     """id of the document that was kept instead when the rule was applied"""
     match: OptionalString
-    """id of the matching evaluation item; for deny-list and blocklist see below"""
+    """id of the matching evaluation item; for the deny-list see below"""
     kept_hash: OptionalString
     """hash of the kept text; differs from `content_hash` if a step edited the text; null if removed"""
 

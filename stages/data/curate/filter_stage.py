@@ -1,4 +1,4 @@
-"""Filter: the lists of the recipe, the steps of each source, secrets, then decontamination, part by part.
+"""Filter: the deny-list of the recipe, the steps of each source, secrets, then decontamination, part by part.
 
 The order matters. Personal data is replaced before deduplication, so copies that differ only in an address are
 duplicates. Contaminated documents are removed before duplicates, so the representative of a group of duplicates is
@@ -26,13 +26,13 @@ from stages.data import estimates
 from stages.data.acquire.failures import FAILED_RULE, Failures
 from stages.data.acquire.licenses.allow import Licenses
 from stages.data.acquire.readers.base import REFUSED_RULES
+from stages.data.curate import deny_list
 from stages.data.curate.alarms import Acknowledged, filter_losses, require_acknowledged
 from stages.data.curate.denied import DENIED, PARENTS, DeniedText, PartOptOut, Variants, denied_columns
-from stages.data.curate.deny_list import DENY_LIST, DenyList
+from stages.data.curate.deny_list import DenyList
 from stages.data.curate.settings import CurationSettings, MinHash
 from stages.data.curate.source_filter import Removed, SourceFilter, kept_disposition, removed_disposition
 from stages.data.curate.steps import MAX_STEPS, AnyFilter, code_of
-from stages.data.curate.url_blocklist import URL_BLOCKLIST, UrlBlocklist
 from stages.data.estimates import Size
 from stages.formats.seeds import seed_of
 from stages.formats.table import (
@@ -107,7 +107,7 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     rule removes so large a share of a source that the recipe must acknowledge it.
     """
     inspect(config)
-    # Missing lists and broken steps are found before the first document is read.
+    # A missing deny-list and broken steps are found before the first document is read.
     maker, parts = _PartMaker(config, inputs, work), dict[str, list[Part]]()
     jobs = config.parts()
     for done, (source, number) in enumerate(jobs, start=1):
@@ -120,8 +120,8 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     _require_acknowledged(config, parts, report)
     if not any(part.facts["kept"] for source_parts in parts.values() for part in source_parts):
         raise AtomError("curation removed every document of every source; loosen the steps of the data recipe")
-    if (deny_list := maker.deny_list) is not None:
-        requests = {"deny_list": config.curation.deny_list_sha256, "requests": deny_list.requests()}
+    if maker.deny_list is not None:
+        requests = {"deny_list": config.curation.deny_list_sha256, "requests": maker.deny_list.requests()}
         write_json(out / "opt_out.json", requests)
     write_json(out / "edits.json", {name: _add_up(source_parts, "edits") for name, source_parts in parts.items()})
 
@@ -157,12 +157,7 @@ class _PartMaker:
     @cached_property
     def deny_list(self) -> DenyList | None:
         curation = self.config.curation
-        return DENY_LIST.require(curation.deny_list, curation.deny_list_sha256)
-
-    @cached_property
-    def _blocklist(self) -> UrlBlocklist | None:
-        curation = self.config.curation
-        return URL_BLOCKLIST.require(curation.url_blocklist, curation.url_blocklist_sha256)
+        return deny_list.read(curation.deny_list, curation.deny_list_sha256)
 
     @cached_property
     def _variants(self) -> Variants:
@@ -177,7 +172,7 @@ class _PartMaker:
     def _filter_part(self, source: FilteredSource, number: int, folder: Path) -> dict[str, Any]:
         """Writes the tables of a part, and returns its counts."""
         acquired, file = self.inputs[source.name], part_file(number)
-        steps = SourceFilter(source.name, source.kind, source.steps, self._index, source.license_allow, self._blocklist)
+        steps = SourceFilter(source.name, source.kind, source.steps, self._index, source.license_allow)
         minhash = self._minhash(source)
         columns = hash_columns(_buckets(minhash))
         counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()

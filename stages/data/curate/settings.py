@@ -59,12 +59,6 @@ class CurationSettings(Config):
     """file of documents to remove on request (docs/opt-out.md); its digest, not the path, is part of the key"""
     deny_list_sha256: Sha256 | None = added(None)
     """expected digest of the deny-list; null: computed from the file present"""
-    url_blocklist: LongLine | None = operational(None)
-    """file of hosts and beginnings of URLs whose documents are removed (docs/licenses.md); its digest, not the
-    path, is part of the key"""
-    url_blocklist_sha256: Sha256 | None = added(None)
-    """expected digest of the URL blocklist; null: computed from the file present"""
-
     alarm_share: Annotated[float, Range(0, 1)] = operational(0.5)
     """a rule that removes a larger share of a source stops the run, unless acknowledged_removals of it allow that"""
 
@@ -72,6 +66,4 @@ class CurationSettings(Config):
     def _check_lists(self) -> CurationSettings:
         if self.deny_list_sha256 is not None and self.deny_list is None:
             raise ValueError("deny_list_sha256 is the digest of a deny-list; name the file in deny_list")
-        if self.url_blocklist_sha256 is not None and self.url_blocklist is None:
-            raise ValueError("url_blocklist_sha256 is the digest of a URL blocklist; name the file in url_blocklist")
         return self

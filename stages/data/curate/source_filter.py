@@ -1,4 +1,4 @@
-"""Filtering: the URL blocklist, licenses, the steps of a source, secrets, then decontamination, document by document.
+"""Filtering: licenses, the steps of a source, secrets, then decontamination, document by document.
 
 Every acquired document gets a disposition: kept, or removed by one rule. See docs/formats.md.
 """
@@ -15,7 +15,6 @@ from stages.data.acquire.failures import FAILED_RULE, Failures
 from stages.data.acquire.licenses.allow import NOT_ALLOWED, AllowedLicenses
 from stages.data.curate.filters.base import Document, Filter, Removal
 from stages.data.curate.secret_patterns import find_secret
-from stages.data.curate.url_blocklist import BLOCKED_RULE, UrlBlocklist
 from stages.formats.chat import control_tokens, prompt_chars
 from stages.formats.table import DispositionRow, DocumentRow, Kind, content_hash
 
@@ -34,7 +33,7 @@ class Removed:
         rule: The rule, as dispositions have it.
         value: The value that the rule compared, if it states one.
         threshold: The threshold that it compared with.
-        match: The evaluation item that occurs in the document, or the entry of a list that names it.
+        match: The evaluation item that occurs in the document, or the request that names it.
     """
 
     rule: str
@@ -71,7 +70,6 @@ class SourceFilter:
         steps: Sequence[Filter],
         index: ContaminationIndex,
         license_allow: Sequence[str] = (),
-        blocklist: UrlBlocklist | None = None,
     ) -> None:
         """Prepares the steps.
 
@@ -81,9 +79,7 @@ class SourceFilter:
             steps: Its steps, with the inputs that they need.
             index: The evaluation items.
             license_allow: The licenses of documents that are kept; empty: all.
-            blocklist: The URL blocklist; None without one.
         """
-        self.blocklist = blocklist
         self.allowed = AllowedLicenses(license_allow) if license_allow else None
         self.source, self.kind, self.index = source, kind, index
         self.measures = {name: kind for step in steps for name, kind in step.measures.items()}
@@ -118,9 +114,7 @@ class SourceFilter:
             )
 
     def _apply_steps(self, row: DocumentRow) -> str | Removed:
-        # The cheap rules come first; a document that they remove takes no time in the steps.
-        if self.blocklist is not None and (entry := self.blocklist.find(row["origin"])) is not None:
-            return Removed(BLOCKED_RULE, 1.0, 1.0, entry)
+        # The cheap rule comes first; a document that it removes takes no time in the steps.
         if self.allowed is not None and not self.allowed.allows(row["license"]):
             return Removed(NOT_ALLOWED, 0.0, 0.0)
         document, text = to_document(row), row["text"]

@@ -252,7 +252,10 @@ def test_hashes_are_those_of_the_texts_that_pass(tmp_path: Path, run_stage: Any)
 
 def test_languages_of_the_documents_that_pass_are_recorded(tmp_path: Path, run_stage: Any) -> None:
     texts = {"english": GOOD, "french": PROSE["french"], "short": PROSE["short"]}
-    steps: dict[str, list[dict[str, Any]]] = {"measured": [{"step": "language", "language_threshold": 0.1}], "plain": []}
+    steps: dict[str, list[dict[str, Any]]] = {
+        "measured": [{"step": "language", "language_threshold": 0.1}],
+        "plain": [],
+    }
     inputs = {name: acquired(tmp_path, name, texts) for name in steps}
     sources = [{"name": name, "kind": "prose", "steps": each} for name, each in steps.items()]
     settings = {"sources": sources, "curation": {"minhash": None, "decontamination": {}}, "seed": 0}
