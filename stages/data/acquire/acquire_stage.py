@@ -356,12 +356,6 @@ def _id_twice(source: Source, id: str) -> AtomError:
     return AtomError(f"source {source.name}: two documents have the id {id}; choose an id_field of distinct values")
 
 
-def inspect(config: AcquireConfig) -> list[str]:
-    """Returns the note of the reader. Raises RecipeError if it cannot run."""
-    note = config.source.reader.inspect()
-    return [] if note is None else [f"{note} ({config.source.name})"]
-
-
 def estimate(config: AcquireConfig) -> Estimate:
     """Returns the estimate by the expected size of the source.
 
@@ -381,6 +375,5 @@ STAGE = Stage(
     estimate=estimate,
     shards=lambda config: config.source.parts,
     run_shard=run_shard,
-    inspect=inspect,
     code=lambda config: config.source.code,
 )
