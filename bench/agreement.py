@@ -35,7 +35,7 @@ from bench.stock_blocks import BLOCKS, read_texts  # noqa: E402
 from stages.data.curate.agreement import FIGURES, agreement_of  # noqa: E402
 from stages.data.curate.filters.base import Filter  # noqa: E402
 from stages.data.curate.filters.block import BlockStep  # noqa: E402
-from stages.data.curate.filters.language import Language  # noqa: E402
+from stages.data.curate.filters.own import Language  # noqa: E402
 
 DOCUMENTS = ROOT / "tests/data/agreement/documents.jsonl.xz"
 STOCK = ROOT / "bench/stock_blocks.py"

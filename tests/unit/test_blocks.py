@@ -177,7 +177,7 @@ def test_a_document_has_its_license_and_its_address() -> None:
 
 
 def test_the_language_of_a_document_is_known_to_later_blocks() -> None:
-    from stages.data.curate.filters.language import Language
+    from stages.data.curate.filters.own import Language
 
     given = document("This sentence is written in English, as everybody can see who reads it.")
     Language(step="language").function()(given)

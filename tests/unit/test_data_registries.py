@@ -78,7 +78,7 @@ def test_the_code_of_filter_is_that_of_its_steps() -> None:
 
     base = {"stages.data.curate.filters.base"}
     block = {f"stages.data.curate.filters.{name}" for name in ("block", "accelerated")}
-    language = {"stages.data.curate.filters.language"}
+    language = {"stages.data.curate.filters.own"}
     assert code() == base
     assert code({"block": "datatrove.pipeline.filters.RegexFilter"}) == base | block
     assert code({"step": "language"}) == base | language

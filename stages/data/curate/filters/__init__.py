@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 # {step: its class}. Importing one is cheap: no datatrove or numpy.
 FILTERS = {
     "datatrove": "stages.data.curate.filters.block:BlockStep",
-    "language": "stages.data.curate.filters.language:Language",
-    "top_n_grams": "stages.data.curate.filters.top_n_grams:TopNGrams",
-    "code_shape": "stages.data.curate.filters.source_code:CodeShape",
-    "python_syntax": "stages.data.curate.filters.source_code:PythonSyntax",
+    "language": "stages.data.curate.filters.own:Language",
+    "top_n_grams": "stages.data.curate.filters.own:TopNGrams",
+    "code_shape": "stages.data.curate.filters.own:CodeShape",
+    "python_syntax": "stages.data.curate.filters.own:PythonSyntax",
 }
 # Steps of one source.
 MAX_STEPS = 100
