@@ -16,7 +16,7 @@ STEP_SECONDS = {
     "GopherRepetitionFilter": 0.16,
     "GopherQualityFilter": 0.06,
     "FineWebQualityFilter": 0.035,
-    "C4QualityFilter": 0.02,
+    "C4QualityFilter": 0.09,
 }
 # Core seconds a MB that the words of spaCy add.
 SPACY_SECONDS = 1.6

@@ -18,18 +18,9 @@ from stages.data.curate.filters.base import Removal
 from stages.data.curate.filters.block import BlockStep, _stock
 from stages.formats.table import part_files
 from tests.fixtures.agreement_fixtures import documents
-from tests.fixtures.block_fixtures import C4, FINEWEB, PII, QUALITY, REGEX, REPETITION, document
+from tests.fixtures.block_fixtures import FINEWEB, PII, QUALITY, REGEX, REPETITION, document
 from tests.fixtures.opt_out_fixtures import Text, acquired, no_items
 
-ALL_ON = {"block": C4, "words": "atom"}
-LINES_OFF = {
-    "remove_citations": False,
-    "filter_no_terminal_punct": False,
-    "min_words_per_line": -1,
-    "max_word_length": -1,
-    "filter_javascript": False,
-    "filter_policy": False,
-}
 SETTINGS: list[dict[str, Any]] = [
     {"block": QUALITY, "words": "atom"},
     {"block": QUALITY, "words": "atom", "min_doc_words": 0, "min_stop_words": 5, "stop_words": ["the", "a", "in", "of", "is"]},
@@ -41,11 +32,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"block": REPETITION, "words": "atom", "dup_line_frac": 0, "dup_para_frac": None, "top_n_grams": [[1, 0.1], [7, 0.3]]},
     {"block": REPETITION, "words": "atom", "top_n_grams": [], "dup_n_grams": [[2, 0.05], [5, 0.01], [12, 0.0]]},
     {"block": REPETITION, "words": "atom", "dup_line_frac": 0.05, "dup_line_char_frac": 0.01, "dup_para_char_frac": 0},
-    ALL_ON,
-    {**ALL_ON, **LINES_OFF},
-    {**ALL_ON, "min_num_sentences": -1, "max_word_length": 12, "min_words_per_line": 6},
-    {**ALL_ON, "filter_no_terminal_punct": False, "min_num_sentences": 1, "filter_curly_bracket": False},
-    {**ALL_ON, "filter_lorem_ipsum": False, "filter_javascript": False, "filter_policy": False, "min_num_sentences": 40},
     PII,
     {**PII, "remove_emails": False},
     {**PII, "remove_ips": False, "email_replacement": "a@b.cd"},
