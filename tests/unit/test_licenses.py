@@ -218,10 +218,9 @@ LINKS = {
     "https://creativecommons.org/licenses/by-odd/4.0/": None,
     "https://creativecommons.org/choose/": None,
     "https://creativecommons.org.evil.example/licenses/by/4.0/": None,
-    "https://opensource.org/license/mit": "MIT",
-    "https://spdx.org/licenses/EUPL-1.2.html": "EUPL-1.2",
-    "https://www.apache.org/licenses/LICENSE-2.0.txt": "Apache-2.0",
     "https://www.gnu.org/copyleft/fdl.html": "LicenseRef-GFDL",
+    "https://www.nationalarchives.gov.uk/doc/open-government-licence/version/3/": "OGL-UK-3.0",
+    "https://opensource.org/license/mit": None,
     "http://[broken": None,
     "": None,
 }

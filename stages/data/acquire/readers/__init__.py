@@ -16,5 +16,4 @@ READERS = {
     "courtesies": "stages.data.acquire.readers.procedural:Courtesies",
     "generated": "stages.data.acquire.readers.generated:Generated",
     "warc": "stages.data.acquire.readers.web_pages:Warc",
-    "html": "stages.data.acquire.readers.web_pages:Html",
 }
