@@ -66,7 +66,7 @@ from release.schema import CARDS, FORMAT, NodeArtifact, ReleaseInfo, stated_by_r
 from release.standards import attestations, bundle, standard_facts
 from release.standards.standard_facts import read_facts
 from release.tracing.receipts import receipt_path, write_receipts
-from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.acquire.licenses.expressions import asks_for_attribution
 from stages.data.curate.agreement import read_figures
 from stages.data.curate.deny_list import DenyList
 from stages.data.curate.secret_patterns import find_secret

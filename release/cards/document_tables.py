@@ -6,7 +6,7 @@ from pipeline.core.text import escaped
 from release.cards.tables import count, explained_table, few, table
 from release.facts.data_facts import DataFacts, SourceFacts
 from release.facts.document_facts import LENGTHS, LanguageFacts, LicenseFacts
-from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.acquire.licenses.expressions import asks_for_attribution
 
 MOST_LICENSES = 30
 """Licenses with a row of their own, those of most tokens; the others share one."""

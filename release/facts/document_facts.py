@@ -15,7 +15,7 @@ from pipeline.core.errors import CheckFailed
 from release import layout
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches, stream_rows
 from release.layout import OPT_OUTS
-from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.acquire.licenses.expressions import asks_for_attribution
 from stages.data.curate.deny_list import OPT_OUT_RULE
 from stages.formats.table import MEASURES, SPLITS, content_hash, row_count
 

@@ -16,7 +16,7 @@ from release.tracing.release_data import select_rows
 from stages.data.order.chunks import Cut, TableIndex
 from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder
 from stages.data.order.order_config import OrderConfig
-from stages.data.order.row_draw import DataCursor
+from stages.data.order.packing import DataCursor
 from stages.data.order.shards import document_files
 from stages.data.order.streams import Place
 

@@ -21,7 +21,7 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.dag import NodeSpec
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
-from stages.data.acquire.licenses.allow import AllowedLicenses, Licenses, forbids_derivatives
+from stages.data.acquire.licenses.expressions import AllowedLicenses, Licenses, forbids_derivatives
 from stages.data.acquire.readers.generated import Generated
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.curate import deny_list

@@ -15,7 +15,7 @@ from release.cards import document_tables
 from release.facts import document_facts
 from release.facts.data_facts import DataFacts, SourceFacts
 from release.facts.document_facts import read_document_facts
-from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.acquire.licenses.expressions import asks_for_attribution
 from stages.formats.table import NOTICES, TOKENIZED, content_hash, stream_rows, write_rows
 
 LICENSES = ("CC-BY-4.0", "CC0-1.0", "MIT OR Apache-2.0", "LicenseRef-unknown-web")

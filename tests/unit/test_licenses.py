@@ -10,10 +10,8 @@ from pydantic import ValidationError
 from pipeline.core.bounds import spdx
 from pipeline.core.stage import identity
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.licenses.allow import AllowedLicenses
-from stages.data.acquire.licenses.maps import LicenseMap, MapName, load_map
-from stages.data.acquire.readers.row_files import Jsonl
-from stages.data.acquire.readers.rows import field_at
+from stages.data.acquire.licenses.expressions import AllowedLicenses, LicenseMap, MapName, load_map
+from stages.data.acquire.readers.row_files import Jsonl, field_at
 from stages.data.acquire.web.claims import expression_of
 from stages.data.curate.filter_stage import FilteredSource
 from stages.data.curate.source_filter import Removed, SourceFilter

@@ -25,20 +25,25 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data import estimates
-from stages.data.acquire.failures import COUNTS, Failures, LicenseTally, kind_of, refused_row, report_refusals
-from stages.data.acquire.licenses.maps import UNKNOWN_WEB, UNMAPPED
+from stages.data.acquire.licenses.expressions import UNKNOWN_WEB, UNMAPPED
 from stages.data.acquire.readers.base import (
+    COUNTS,
     Document,
     Failed,
+    Failures,
     FileReader,
     Files,
     LicenseFound,
+    LicenseTally,
     Read,
     Refused,
     SampledReader,
     Unmapped,
     Unreadable,
     is_unicode,
+    kind_of,
+    refused_row,
+    report_refusals,
 )
 from stages.data.acquire.sources import Source
 from stages.formats import chat, chat_templates

@@ -13,7 +13,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.parts import PartCount, part_slice
 from pipeline.core.stage import Config, added, operational
 from stages.data.acquire import readers
-from stages.data.acquire.licenses.maps import UNKNOWN_WEB
+from stages.data.acquire.licenses.expressions import UNKNOWN_WEB
 from stages.data.acquire.readers import READERS
 from stages.data.acquire.readers.base import FileReader, Files, Reader
 from stages.data.acquire.readers.generated import Generated

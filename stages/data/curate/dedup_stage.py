@@ -87,8 +87,7 @@ def run_shard(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> No
 def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> Part:
     from stages.data.curate import duplicate_groups
     from stages.data.curate.opt_out_copies import OptOuts
-    from stages.data.curate.part_removal import PartRemoval
-    from stages.data.curate.representatives import Representatives
+    from stages.data.curate.part_removal import PartRemoval, Representatives
 
     number, part = config.parts()[shard]
     source, decisions = config.sources[number], inputs["duplicates"].path

@@ -23,9 +23,8 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, PartCount, link_parts, part_file, seal_part, shards_of
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from stages.data import estimates
-from stages.data.acquire.failures import FAILED_RULE, Failures
-from stages.data.acquire.licenses.allow import Licenses
-from stages.data.acquire.readers.base import REFUSED_RULES
+from stages.data.acquire.licenses.expressions import Licenses
+from stages.data.acquire.readers.base import FAILED_RULE, REFUSED_RULES, Failures
 from stages.data.curate import deny_list
 from stages.data.curate.alarms import Acknowledged, filter_losses, require_acknowledged
 from stages.data.curate.denied import DENIED, PARENTS, DeniedText, PartOptOut, Variants, denied_columns

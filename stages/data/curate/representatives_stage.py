@@ -70,7 +70,7 @@ def run_shard(config: RepresentativesConfig, inputs: Inputs, work: Path, shard: 
 
 def _seal_block(config: RepresentativesConfig, inputs: Inputs, work: Path, number: int) -> Part:
     from stages.data.curate import duplicate_groups
-    from stages.data.curate.representatives import block_folder, blocks_of, write_representatives
+    from stages.data.curate.part_removal import block_folder, blocks_of, write_representatives
 
     def make(folder: Path) -> dict[str, Any]:
         block, kept = blocks_of(config.parts())[number], inputs["filter"] / "kept"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError
-from stages.data.acquire.failures import FAILED_RULE, Failures
-from stages.data.acquire.licenses.allow import NOT_ALLOWED, AllowedLicenses
+from stages.data.acquire.licenses.expressions import NOT_ALLOWED, AllowedLicenses
+from stages.data.acquire.readers.base import FAILED_RULE, Failures
 from stages.data.curate.filters.base import Document, Filter, Removal
 from stages.data.curate.secret_patterns import find_secret
 from stages.formats.chat import control_tokens, prompt_chars

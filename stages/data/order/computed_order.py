@@ -17,7 +17,7 @@ from pipeline.core.errors import RecipeError
 from stages.data.order import packing
 from stages.data.order.chunks import ChunkIndex, Cut, seal_index
 from stages.data.order.order_config import OrderConfig
-from stages.data.order.row_draw import DataCursor, SourceDraw
+from stages.data.order.packing import DataCursor, SourceDraw
 from stages.data.order.shards import document_files
 from stages.data.order.streams import Place, Stream
 from stages.formats.seeds import seed_label

@@ -28,8 +28,7 @@ from pipeline.core.store import Artifact
 from stages.data.order.chunks import ChunkIndex
 from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder, read_indexes
 from stages.data.order.order_config import MEMORY_BYTES, ROW_BYTES, OrderConfig
-from stages.data.order.packing import require_enough
-from stages.data.order.row_draw import DataCursor
+from stages.data.order.packing import DataCursor, require_enough
 from stages.data.order.streams import stream_name
 from stages.formats.table import order_files, read_table, write_json, write_table
 

@@ -18,7 +18,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.licenses.maps import UNMAPPED
+from stages.data.acquire.licenses.expressions import UNMAPPED
 from stages.data.curate import dedup_stage, duplicates_stage, filter_stage, representatives_stage
 from stages.data.curate.decontamination import ContaminationIndex
 from stages.data.curate.filters.block import BlockStep

@@ -25,7 +25,7 @@ from stages.data.order import order_stage
 from stages.data.order.chunks import ALL, ChunkIndex, Cut, chunk, seal_index
 from stages.data.order.computed_order import ComputedOrder, read_indexes
 from stages.data.order.order_config import OrderConfig
-from stages.data.order.row_draw import DataCursor, SourceDraw, apportion
+from stages.data.order.packing import DataCursor, SourceDraw, apportion
 from stages.data.order.streams import Permutation
 from stages.formats.seeds import permutation
 from stages.formats.table import order_files

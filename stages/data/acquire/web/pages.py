@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from stages.data.acquire.licenses.maps import UNKNOWN_WEB
+from stages.data.acquire.licenses.expressions import UNKNOWN_WEB
 from stages.data.acquire.readers.base import Document, Refused, Unmapped
 from stages.data.acquire.web import claims
 
