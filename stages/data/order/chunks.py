@@ -29,20 +29,6 @@ ALL, LONG, SHORT = "", "long", "short"
 FILE = "chunks.arrow"
 
 
-def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, int, int]]:
-    """Returns (offset, length, targets without loss) of the chunks of one document that carry loss.
-
-    `loss_from` is the first token of the document that carries loss. A chunk of length n has n - 1 targets.
-    """
-    chunks = []
-    for offset in range(0, tokens - 1, sequence_length):
-        length = min(sequence_length + 1, tokens - offset)
-        without_loss = min(max(loss_from - offset - 1, 0), length - 1)
-        if without_loss < length - 1:
-            chunks.append((offset, length, without_loss))
-    return chunks
-
-
 @dataclass(frozen=True)
 class Cut:
     """The rule by which documents are cut.
@@ -60,7 +46,7 @@ class Cut:
         return (ALL,) if self.over is None else (LONG, SHORT)
 
     def ranges(self, tokens: NDArray[np.int64], loss_from: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        """Returns (first, first short, end) of the chunks of each document that carry loss, in closed form of `chunk`.
+        """Returns (first, first short, end) of the chunks of each document that carry loss, in closed form.
 
         Chunks without loss come first. Of the others, all but a document's last fill a row, so long ones come before
         short ones. With one pool every chunk is a short one.

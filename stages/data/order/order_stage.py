@@ -28,7 +28,7 @@ from pipeline.core.store import Artifact
 from stages.data.order.chunks import ChunkIndex
 from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder, read_indexes
 from stages.data.order.order_config import MEMORY_BYTES, ROW_BYTES, OrderConfig
-from stages.data.order.packing import DataCursor, require_enough
+from stages.data.order.packing import DataCursor
 from stages.data.order.streams import stream_name
 from stages.formats.table import order_files, read_table, write_json, write_table
 
@@ -51,7 +51,7 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     Every source is read in a seeded permutation of its chunks, a new one each epoch.
     `inputs["continue"]`, if present, is a checkpoint, at whose data position the cursors continue.
     Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
-    another step, or for long documents of which more are missing than the recipe allows.
+    another step.
     """
     order, start = _open(config, inputs, work)
     parts = []
@@ -101,8 +101,6 @@ def _open(
         # The sources go on where the checkpoint left them, so that no chunk is read twice in an epoch.
         cursor, start = _resume_cursor(config, inputs["continue"], indexes)
     order = ComputedOrder(config, indexes, cursor, work, turn)
-    if config.long_documents is not None:
-        require_enough(order.long, config.long_documents)
     return order, start
 
 

@@ -17,9 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pipeline.core.bounds import Context, Range, Share
-from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, added
+from pipeline.core.bounds import Context, Range
+from pipeline.core.stage import Config
 from stages.data.order.chunks import LONG, SHORT
 from stages.formats.seeds import permutation
 
@@ -138,8 +137,6 @@ class LongDocuments(Config):
     """share of the tokens of each source that come from long chunks"""
     max_epochs: Annotated[float, Range(0, 1000, above=True)] = 4.0
     """maximum number of times that a long chunk is read"""
-    max_missing: Share = added(1.0)
-    """share of the requested long tokens of a source that may be missing; with more, the order is refused"""
 
 
 def split(
@@ -169,26 +166,6 @@ def split(
         "wanted_tokens": round(wanted),
         "missing_tokens": round(wanted - allowed),
     }
-
-
-def require_enough(long: Mapping[str, Mapping[str, int]], rule: LongDocuments) -> None:
-    """Raises AtomError with the sources that lack more long chunks than the rule allows.
-
-    Args:
-        long: The report on the long chunks of each source.
-        rule: The up-weighting of long chunks.
-    """
-    lacks = [
-        f"{source} has {row['available_tokens']:,} tokens in {row['chunks']:,} chunks of more than {row['over']:,}, "
-        f"and {row['missing_tokens']:,} of {row['wanted_tokens']:,} asked tokens are missing"
-        for source, row in long.items()
-        if row["missing_tokens"] > rule.max_missing * row["wanted_tokens"]
-    ]
-    if lacks:
-        raise AtomError(
-            f"order: {'; '.join(lacks)}; long_documents.max_missing = {rule.max_missing:g} allows no more: "
-            "add long documents, lower share, or raise max_epochs or max_missing"
-        )
 
 
 def pack(segments: Mapping[str, Any], capacity: int, rows: int, label: str, seed: int) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def test_zstandard_files(tmp_path: Path, run_stage: Any) -> None:
     texts = zstd_file(path)
     assert [row["text"] for row in documents(run_stage(acquire_stage.STAGE, config(path), {}))] == texts
     whole = path.read_bytes()
-    for content, words in ((whole[:-100], "does not end"), (whole[:-9000] + b"\x00" * 9000, "")):
+    for content, words in ((whole[:-100], "Truncated"), (whole[:-9000] + b"\x00" * 9000, "")):
         path.write_bytes(content)
         with pytest.raises(
             AtomError, match=rf"x\.jsonl\.zst cannot be read at line \d+ .*{words}.*cut short or corrupt"

@@ -22,7 +22,7 @@ from pipeline.hub.client import FOLDER_FILES
 from release.checks.order import segments
 from release.opened_release import Release
 from stages.data.order import order_stage
-from stages.data.order.chunks import ALL, ChunkIndex, Cut, chunk, seal_index
+from stages.data.order.chunks import ALL, ChunkIndex, Cut, seal_index
 from stages.data.order.computed_order import ComputedOrder, read_indexes
 from stages.data.order.order_config import OrderConfig
 from stages.data.order.packing import DataCursor, SourceDraw, apportion
@@ -55,8 +55,11 @@ def test_shares_are_exact_and_every_chunk_comes_once_an_epoch(tmp_path: Path, ru
 @settings(max_examples=200, deadline=None)
 @given(length=st.integers(1, 300), loss_from=st.integers(0, 60), sequence_length=st.integers(2, 40))
 def test_chunks_make_every_token_a_target_once(length: int, loss_from: int, sequence_length: int) -> None:
+    (first,), _, (end,) = Cut(sequence_length).ranges(np.array([length]), np.array([loss_from]))
     targets = []
-    for offset, n, silent in chunk(length, loss_from, sequence_length):
+    for offset in range(first * sequence_length, end * sequence_length, sequence_length):
+        n = min(sequence_length + 1, length - offset)
+        silent = min(max(loss_from - offset - 1, 0), n - 1)
         assert 2 <= n <= sequence_length + 1 and 0 <= silent < n - 1
         targets += range(offset + 1 + silent, offset + n)
     assert targets == list(range(max(1, loss_from), length))
