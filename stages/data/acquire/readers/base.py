@@ -203,7 +203,7 @@ class Reader(Config):
 
     @property
     def names_files(self) -> bool:
-        """True if the name of every document contains that of its file, so that documents of two files differ."""
+        """True if every name states a file and a place in it, so that no two documents have the same."""
         return False
 
     @property
