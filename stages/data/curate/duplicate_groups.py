@@ -106,23 +106,31 @@ def write_stars(
         parts: The parts that are searched.
         partition: The column of hashes, and the range of its values.
     """
-    files = [str(part.file(hashes)) for part in parts]
     for part in parts:
         row_count(part.file(hashes))  # names a damaged file, which DuckDB would not
     smallest, largest = partition.bounds()
     # The optimizer would put the larger table on the right side, which is held in memory.
     database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
-    database.register("places", pa.table({"filename": files, "begin": [part.first for part in parts]}))
-    # Parts of sources that are not searched for near duplicates have no bands.
-    database.from_parquet(files, file_row_number=True, filename=True, union_by_name=True).create_view("hashes")
+    create_view(database, "hashes", [(part.file(hashes), part.first) for part in parts])
     database.execute(f"""
         CREATE OR REPLACE VIEW partition AS
-        SELECT {partition.column} AS key, hash_high AS high, hash_low AS low, begin + file_row_number AS address
-        FROM hashes JOIN places USING (filename)
+        SELECT {partition.column} AS key, hash_high AS high, hash_low AS low, address FROM hashes
         WHERE {partition.column} BETWEEN {smallest}::UBIGINT AND {largest}::UBIGINT""")
     stars = database.sql(_EXACT_STARS if partition.column == "hash_high" else _BAND_STARS)
     stars.write_parquet(str(folder / STARS), compression="zstd")
     return row_count(folder / STARS)
+
+
+def create_view(database: duckdb.DuckDBPyConnection, name: str, tables: Sequence[tuple[Path, int]]) -> None:
+    """Creates a view of the rows of tables, each (file, address of its first row), with the column `address`."""
+    files, begins = [str(file) for file, _ in tables], [first for _, first in tables]
+    database.register(f"{name}_files", pa.table({"filename": files, "begin": begins}))
+    # Parts of sources that are not searched for near duplicates have no bands.
+    rows = database.from_parquet(files, file_row_number=True, filename=True, union_by_name=True)
+    rows.create_view(f"{name}_rows")
+    database.execute(f"""
+        CREATE OR REPLACE VIEW {name} AS
+        SELECT *, begin + file_row_number AS address FROM {name}_rows JOIN {name}_files USING (filename)""")
 
 
 class Removed:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,36 +83,42 @@ def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part
     Its facts are `batches`, for each batch the number of its documents and of the chunks of each pool, and the `slots`
     of each pool.
     """
+    import numpy as np
     import pyarrow as pa
 
     fields: list[tuple[str, Any]] = [(f"start_{pool}", pa.uint32()) for pool in cut.pools]
     schema = pa.schema([*fields, ("tokens", pa.int32()), ("loss_from", pa.int32()), ("id", pa.large_string())])
 
     def make(folder: Path) -> dict[str, Any]:
-        facts = _Facts(cut)
+        batches, slots = list[list[int]](), dict.fromkeys(cut.pools, 0)
         with pa.OSFile(str(folder / FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in _documents(file, source, ["id"]):
-                starts = facts.add(batch)
-                arrays = [*starts.values(), batch["tokens"], batch["loss_from"], batch["id"]]
+            for batch in _documents(file, source):
+                tokens, loss_from = (batch[name].to_numpy().astype(np.int64) for name in ("tokens", "loss_from"))
+                counts = [cut.spans(pool, tokens, loss_from)[1] for pool in cut.pools]
+                batches.append([len(batch), *(int(count.sum()) for count in counts)])
+                for pool in cut.pools:
+                    slots[pool] += cut.slots(pool, tokens, loss_from)
+                # The number of chunks of each pool before each document.
+                starts = [np.cumsum(count) - count for count in counts]
+                arrays = [*starts, batch["tokens"], batch["loss_from"], batch["id"]]
                 writer.write_batch(
                     pa.record_batch([pa.array(a).cast(f.type) for a, f in zip(arrays, schema, strict=True)], schema)
                 )
-        return facts.facts()
+        return {"batches": batches, "slots": slots}
 
     return seal_part(work / "index" / source, f"{part:05d}", make)
 
 
-def _documents(file: Path, source: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yields the training documents of a source in a table, in batches of those among BATCH rows.
+def _documents(file: Path, source: str) -> Iterator[pa.RecordBatch]:
+    """Yields `tokens`, `loss_from` and `id` of the training documents of a source, some at a time.
 
-    Among their columns are `tokens`, `loss_from` and the columns asked for. Raises AtomError if the documents are not
-    counted from 0.
+    Raises AtomError if the documents are not counted from 0.
     """
     import numpy as np
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    names, ordinal = ["source", "split", "ordinal", "tokens", "loss_from", *columns], 0
+    names, ordinal = ["source", "split", "ordinal", "tokens", "loss_from", "id"], 0
     with read_errors(file), pq.ParquetFile(file) as parquet:
         for rows in parquet.iter_batches(BATCH, columns=names):
             batch = rows.filter((pc.field("source") == source) & (pc.field("split") == "train"))
@@ -124,27 +129,6 @@ def _documents(file: Path, source: str, columns: list[str]) -> Iterator[pa.Recor
                 raise AtomError(f"{file} does not count the training documents of {source} from 0; rebuild it")
             ordinal += len(batch)
             yield batch
-
-
-class _Facts:
-    """The facts of the index of one part, from its batches of documents."""
-
-    def __init__(self, cut: Cut) -> None:
-        self.cut, self.batches, self.slots = cut, list[list[int]](), dict.fromkeys(cut.pools, 0)
-
-    def add(self, batch: pa.RecordBatch) -> dict[str, NDArray[np.int64]]:
-        """Counts a batch, and returns the number of chunks of each pool before each of its documents."""
-        import numpy as np
-
-        tokens, loss_from = (batch[name].to_numpy().astype(np.int64) for name in ("tokens", "loss_from"))
-        counts = {pool: self.cut.spans(pool, tokens, loss_from)[1] for pool in self.cut.pools}
-        self.batches.append([len(batch), *(int(count.sum()) for count in counts.values())])
-        for pool in self.cut.pools:
-            self.slots[pool] += self.cut.slots(pool, tokens, loss_from)
-        return {pool: np.cumsum(count) - count for pool, count in counts.items()}
-
-    def facts(self) -> dict[str, Any]:
-        return {"batches": self.batches, "slots": self.slots}
 
 
 class ChunkIndex:
@@ -269,34 +253,6 @@ class ChunkIndex:
         path = self.files[self.place[batch]]
         with read_errors(path):
             return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(int(self.batch[batch]))
-
-
-class TableIndex(ChunkIndex):
-    """An index that is not on disk.
-
-    It counts chunks in the tables of documents, and reads a table again to look into it. For few look-ups, this is
-    faster than to make the files.
-    """
-
-    def __init__(self, files: Sequence[tuple[int, Path]], source: str, cut: Cut) -> None:
-        """Counts the chunks; `files` are the (number, table of documents) of each part, in order."""
-        parts = []
-        for number, file in files:
-            facts = _Facts(cut)
-            for batch in _documents(file, source, []):
-                facts.add(batch)
-            parts.append((number, Part(file.parent, (), facts.facts())))
-        super().__init__(parts, cut)
-        self.source, self.files = source, [file for _, file in files]
-
-    def _load(self, batch: int) -> Any:
-        import pyarrow as pa
-
-        documents = _documents(self.files[self.place[batch]], self.source, ["id"])
-        rows = next(islice(documents, int(self.batch[batch]), None))
-        starts = {f"start_{pool}": pa.array(start) for pool, start in _Facts(self.cut).add(rows).items()}
-        columns = starts | {name: rows[name] for name in ("tokens", "loss_from")}
-        return pa.record_batch(columns | {"id": rows["id"].cast(pa.large_string())})
 
 
 def _by_batch(

@@ -30,10 +30,10 @@ from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder, re
 from stages.data.order.order_config import MEMORY_BYTES, ROW_BYTES, OrderConfig
 from stages.data.order.packing import DataCursor
 from stages.data.order.streams import stream_name
-from stages.formats.table import order_files, read_table, write_json, write_table
+from stages.formats.table import write_json, write_table
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 VERSION = 2
 
@@ -251,29 +251,6 @@ def _resume_cursor(
     if same_function and requested == previous and chunks == data_position["chunks"]:
         return DataCursor(**previous_order["walk"]), start
     return DataCursor(config.first_step, previous_order["walk"]["seed"], places), start
-
-
-def documents_of_step(order: Path, step: int) -> pa.Table:
-    """Returns the rows of a published order of one step, counted from 1, by row.
-
-    `order` is its folder, or a file of it.
-    """
-    return _select(order, ("step", "=", step))
-
-
-def steps_of_document(order: Path, id: str) -> pa.Table:
-    """Returns the rows of a published order in which the document occurs, by step.
-
-    `order` is its folder, or a file of it.
-    """
-    return _select(order, ("id", "=", id))
-
-
-def _select(order: Path, condition: tuple[str, str, Any]) -> pa.Table:
-    import pyarrow as pa
-
-    files = order_files(order) if order.is_dir() else [order]
-    return pa.concat_tables([read_table(file, filters=[condition]) for file in files])
 
 
 def estimate(config: OrderConfig) -> Estimate:

@@ -28,7 +28,7 @@ from stages.data.order.order_config import OrderConfig
 from stages.data.order.packing import DataCursor, SourceDraw, apportion
 from stages.data.order.streams import Permutation
 from stages.formats.seeds import permutation
-from stages.formats.table import order_files
+from stages.formats.table import order_files, read_table
 from tests.fixtures.order_fixtures import config, tokens
 from tests.fixtures.train_fixtures import Reporter
 
@@ -74,16 +74,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path,
     assert sorted(permutation(1000, "x", 0).tolist()) == list(range(1000))
 
 
-def test_look_up_by_step_and_by_document(tmp_path: Path, run_stage: Any) -> None:
-    artifact = run_stage(order_stage.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
-    step = order_stage.documents_of_step(artifact.path, 7)
-    assert step["row"].to_pylist() == [0, 1, 2, 3, 4]
-    name = step["id"][0].as_py()
-    assert 7 in order_stage.steps_of_document(artifact.path, name)["step"].to_pylist()
-    assert len(order_stage.steps_of_document(artifact.path, "none")) == 0
-    assert len(order_stage.documents_of_step(artifact.path, 21)) == 0
-
-
 @pytest.mark.parametrize(
     ("mix", "words"),
     [
@@ -100,10 +90,10 @@ def test_a_wrong_mix_is_refused(tmp_path: Path, run_stage: Any, mix: dict[str, f
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "order.parquet"
     with pytest.raises(AtomError, match="is missing"):
-        order_stage.documents_of_step(path, 1)
+        read_table(path)
     path.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(AtomError, match=r"order\.parquet cannot be read"):
-        order_stage.documents_of_step(path, 1)
+        read_table(path)
 
 
 @given(shares=st.lists(st.integers(1, 50), min_size=1, max_size=6), total=st.integers(0, 5000))
