@@ -32,8 +32,7 @@ from stages.data.curate.filter_stage import FilteredSource
 from stages.data.curate.filters import MAX_STEPS, AnyFilter
 from stages.data.curate.filters.base import Filter
 from stages.data.curate.filters.block import BlockStep, Extensions, extension_files, extension_folders
-from stages.data.curate.representatives_stage import CopiedSource
-from stages.data.curate.settings import CurationSettings
+from stages.data.curate.settings import CurationSettings, SourceParts
 from stages.data.estimates import Size
 from stages.formats.table import HeldoutFraction
 from stages.formats.tokenizer import TokenizerSection
@@ -178,7 +177,7 @@ class DataRecipe(Config):
 
     def representatives_config(self) -> dict[str, Any]:
         """Returns the config of stage representatives for all sources."""
-        sources = [_fields_of(source, CopiedSource) for source in self.sources]
+        sources = [_fields_of(source, SourceParts) for source in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
     def dedup_config(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ documents that share one hash, but for 16 bytes for each document that shares a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.core.parts import part_file
 from stages.data.curate.minhash import Ints, components
+from stages.data.curate.settings import PART_BITS, ROW_BITS, Partition, SourcePart
 from stages.formats.database import connect
 from stages.formats.table import row_count
 
 if TYPE_CHECKING:
     import duckdb
 
-PART_BITS, ROW_BITS = 17, 36  # 100,000 parts; with 10 bits for the source below 2^63
 # Above the addresses of the documents of 1,000 sources; denied texts have higher ones (`opt_out`).
 MOST_ADDRESS = 1000 << (PART_BITS + ROW_BITS)
 # Rows that are read, joined or written at a time.
@@ -47,53 +45,8 @@ _BAND_STARS = """
 _FILES = ("address", "first", "firsts")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a source, by its files in a folder of parts of sources.
-
-    Attributes:
-        number: The number of the source, from 0.
-        source: The name of the source.
-        part: The number of the part.
-    """
-
-    number: int
-    source: str
-    part: int
-
-    @property
-    def first(self) -> int:
-        """The address of its first document."""
-        return (self.number << PART_BITS | self.part) << ROW_BITS
-
-    @property
-    def end(self) -> int:
-        return self.first + (1 << ROW_BITS)
-
-    def file(self, folder: Path) -> Path:
-        return folder / self.source / part_file(self.part)
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A range of the values of a column of hashes: the n-th of `count` equal ones."""
-
-    column: str
-    n: int
-    count: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.column}-{self.n:05d}-of-{self.count:05d}"
-
-    def bounds(self) -> tuple[int, int]:
-        """Returns the smallest and the largest value."""
-        # By Python's integers, since 2**64 does not fit into 64 bits.
-        return 2**64 * self.n // self.count, 2**64 * (self.n + 1) // self.count - 1
-
-
 def write_stars(
-    database: duckdb.DuckDBPyConnection, folder: Path, hashes: Path, parts: Sequence[Part], partition: Partition
+    database: duckdb.DuckDBPyConnection, folder: Path, hashes: Path, parts: Sequence[SourcePart], partition: Partition
 ) -> int:
     """Writes the stars of the documents that share a hash, of one partition; returns the number of their rows.
 
@@ -145,12 +98,12 @@ class Removed:
     def __init__(self, folder: Path) -> None:
         self.address, self.first, self.firsts = (mapped(folder / f"{name}.i64") for name in _FILES)
 
-    def of(self, part: Part) -> tuple[Ints, Ints]:
+    def of(self, part: SourcePart) -> tuple[Ints, Ints]:
         """Returns the removed rows of a part, and the address of the document that each duplicates."""
         start, stop = np.searchsorted(self.address, [part.first, part.end])
         return self.address[start:stop] - part.first, np.array(self.first[start:stop])
 
-    def firsts_of(self, part: Part) -> Ints:
+    def firsts_of(self, part: SourcePart) -> Ints:
         """Returns the rows of a part that removed documents duplicate."""
         start, stop = np.searchsorted(self.firsts, [part.first, part.end])
         return self.firsts[start:stop] - part.first

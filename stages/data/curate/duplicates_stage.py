@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.core.bounds import MOST_SOURCES, SourceName
-from pipeline.core.parts import Part, PartCount, link_parts, seal_part
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from pipeline.core.bounds import MOST_SOURCES
+from pipeline.core.parts import Part, link_parts, seal_part
+from pipeline.core.stage import Estimate, Inputs, Report, Stage, operational
 from stages.data import estimates
-from stages.data.curate.settings import MinHash
+from stages.data.curate.settings import DeduplicationConfig, Partition, SourcePart, SourceParts
 from stages.data.estimates import Size
 from stages.formats.database import connect
 from stages.formats.table import Kind
 
 if TYPE_CHECKING:
     import duckdb
-
-    from stages.data.curate import duplicate_groups
 
 
 VERSION = 1
@@ -34,22 +32,16 @@ PARTS_PER_RANGE = 500
 MEMORY = "250MB"
 
 
-class SearchedSource(Config):
+class SearchedSource(SourceParts):
     """The settings of one source that the search uses."""
 
-    name: SourceName
-    """name of the source"""
     kind: Kind
     """kind of the documents"""
-    parts: PartCount = added(1)
-    """parts of the source"""
 
 
-class DuplicatesConfig(Config):
+class DuplicatesConfig(DeduplicationConfig):
     sources: tuple[SearchedSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     """sources of the corpus"""
-    minhash: MinHash | None
-    """near-duplicate removal; null: none"""
     expected: Size | None = operational(None)
     """expected size of all sources; null: unknown"""
 
@@ -58,19 +50,11 @@ class DuplicatesConfig(Config):
         """The kinds of sources whose documents are searched for near duplicates."""
         return self.minhash.kinds if self.minhash is not None else ()
 
-    def parts(self) -> list[duplicate_groups.Part]:
-        """Returns the parts of all sources, in order."""
-        from stages.data.curate.duplicate_groups import Part
-
-        return [Part(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
-
-    def searched(self, part: duplicate_groups.Part) -> bool:
+    def searched(self, part: SourcePart) -> bool:
         return self.sources[part.number].kind in self.searched_kinds
 
-    def partitions(self) -> list[duplicate_groups.Partition]:
+    def partitions(self) -> list[Partition]:
         """Returns the partitions of the exact search, then those of each band."""
-        from stages.data.curate.duplicate_groups import Partition
-
         return [Partition(column, n, self.ranges) for column in self.columns for n in range(self.ranges)]
 
     @property

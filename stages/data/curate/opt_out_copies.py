@@ -24,8 +24,9 @@ import numpy as np
 from pipeline.core.parts import part_file
 from stages.data.curate.denied import DENIED, PARENTS
 from stages.data.curate.deny_list import match_text
-from stages.data.curate.duplicate_groups import MOST_ADDRESS, ROW_BITS, STARS, Part, create_view
+from stages.data.curate.duplicate_groups import MOST_ADDRESS, STARS, create_view
 from stages.data.curate.minhash import Ints
+from stages.data.curate.settings import ROW_BITS, SourcePart
 from stages.formats.database import connect
 from stages.formats.table import read_table, row_count, stream_batches
 
@@ -41,7 +42,7 @@ _JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(req
 _SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
-class DeniedPart(Part):
+class DeniedPart(SourcePart):
     """The denied texts of a part; `number` counts the parts of all sources."""
 
     @property
@@ -53,7 +54,7 @@ class DeniedPart(Part):
         return folder.parent / DENIED / self.source / part_file(self.part)
 
 
-def denied_parts(filtered: Path, parts: Sequence[Part]) -> list[DeniedPart]:
+def denied_parts(filtered: Path, parts: Sequence[SourcePart]) -> list[DeniedPart]:
     """Returns the denied texts of each part; none for a recipe without a deny-list."""
     if not (filtered / DENIED).is_dir():
         return []
@@ -61,7 +62,7 @@ def denied_parts(filtered: Path, parts: Sequence[Part]) -> list[DeniedPart]:
 
 
 def write_opt_outs(
-    folder: Path, work: Path, filtered: Path, parts: Sequence[Part], exact: Sequence[Path], near: Sequence[Path]
+    folder: Path, work: Path, filtered: Path, parts: Sequence[SourcePart], exact: Sequence[Path], near: Sequence[Path]
 ) -> int:
     """Writes the documents that requests reach beside the denied ones (REMOVED), by address; returns their number.
 
@@ -83,7 +84,7 @@ class _Search:
 
     database: duckdb.DuckDBPyConnection
     filtered: Path
-    parts: Sequence[Part]
+    parts: Sequence[SourcePart]
     exact: Sequence[Path]
     near: Sequence[Path]
 
@@ -197,7 +198,7 @@ class OptOuts:
         columns = [batch.column(0).to_numpy() for batch in batches]
         return np.concatenate([np.empty(0, np.int64), *columns])
 
-    def of(self, part: Part) -> dict[int, tuple[str, str, float, float]]:
+    def of(self, part: SourcePart) -> dict[int, tuple[str, str, float, float]]:
         """Returns {row: the columns duplicate_of, match, value, threshold of its disposition} of a part."""
         if not self.exists:
             return {}

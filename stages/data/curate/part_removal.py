@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_slice
 from stages.data.curate.deny_list import OPT_OUT_RULE
-from stages.data.curate.duplicate_groups import Part, Removed, mapped, write_array
+from stages.data.curate.duplicate_groups import Removed, mapped, write_array
 from stages.data.curate.minhash import Ints, UInts, jaccard, shingle_sets
-from stages.data.curate.settings import REPRESENTATIVE_BLOCKS, MinHash
+from stages.data.curate.settings import REPRESENTATIVE_BLOCKS, MinHash, SourcePart
 from stages.formats.table import (
     DISPOSITIONS,
     DOCUMENTS,
@@ -45,7 +45,7 @@ _AGAIN = "run filter again"
 _RULE = ("rule", "value", "threshold", "duplicate_of")
 
 
-def blocks_of(parts: Sequence[Part]) -> list[Sequence[Part]]:
+def blocks_of(parts: Sequence[SourcePart]) -> list[Sequence[SourcePart]]:
     """Runs of consecutive parts: their representatives are in one file."""
     blocks = min(REPRESENTATIVE_BLOCKS, len(parts))
     return [parts[part_slice(len(parts), block, blocks)] for block in range(blocks)]
@@ -57,7 +57,7 @@ def block_folder(folder: Path, number: int) -> Path:
 
 
 def write_representatives(
-    folder: Path, kept: Path, parts: Sequence[Part], exact: Removed, near: Removed, n_grams: int
+    folder: Path, kept: Path, parts: Sequence[SourcePart], exact: Removed, near: Removed, n_grams: int
 ) -> int:
     """Writes the representatives of a block as the files `records` and `index`, and returns their number.
 
@@ -107,7 +107,7 @@ def _within(rows: Ints, start: int, count: int) -> Any:
 class Representatives:
     """The representatives of all blocks, by address: a context, in which the files that were read stay open."""
 
-    def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
+    def __init__(self, folder: Path, parts: Sequence[SourcePart]) -> None:
         """Opens no file yet; `folder` is the artifact of stage `representatives`."""
         self.folder, self.starts = folder, [block[0].first for block in blocks_of(parts)]
         self.blocks: dict[int, _Block] = {}
@@ -150,7 +150,7 @@ class PartRemoval:
     def __init__(
         self,
         filtered: Path,
-        part: Part,
+        part: SourcePart,
         heldout_fraction: float,
         exact: Removed,
         near: Removed,

@@ -28,8 +28,7 @@ from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.parts import part_slice
 from pipeline.core.store import Artifact
 from stages.data.curate import duplicate_groups, duplicates_stage
-from stages.data.curate.duplicate_groups import Part, Partition
-from stages.data.curate.settings import MinHash
+from stages.data.curate.settings import MinHash, Partition, SourcePart
 from stages.data.curate.words import WORDS
 from stages.formats import database
 from stages.formats.table import DISPOSITIONS, KEPT, arrow_schema, write_table
@@ -174,7 +173,7 @@ def test_a_frequent_hash_takes_no_more_memory(tmp_path: Path) -> None:
     texts = np.where(rng.random(count) < 0.8, 7, rng.integers(0, count, count)).astype(np.uint64)
     bands = np.where(texts % 10 < 9, 5, texts).astype(np.uint64)
     columns = [texts << np.uint64(40), texts, bands << np.uint64(40)]
-    parts = [Part(0, "prose", part) for part in range(2)]
+    parts = [SourcePart(0, "prose", part) for part in range(2)]
     for part in parts:
         rows = part_slice(count, part.part, 2)
         table = pa.table([column[rows] for column in columns], names=["hash_high", "hash_low", "band_00"])
@@ -400,8 +399,8 @@ def test_partitions_cover_all_hashes_once() -> None:
         bounds = [Partition("hash_high", n, count).bounds() for n in range(count)]
         assert bounds[0][0] == 0 and bounds[-1][1] == 2**64 - 1
         assert all(high + 1 == low for (_, high), (low, _) in pairwise(bounds))
-    last = Part(999, "x", 99_999)
-    assert last.end <= 2**63 and Part(1, "x", 0).first == 2**53 > Part(0, "x", 99_999).end
+    last = SourcePart(999, "x", 99_999)
+    assert last.end <= 2**63 and SourcePart(1, "x", 0).first == 2**53 > SourcePart(0, "x", 99_999).end
 
 
 def test_no_documents_at_all(tmp_path: Path) -> None:
