@@ -166,7 +166,6 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("languages", document_tables.languages, heading="Languages of the documents"),
     CardTable("probes", chat_tables.probes, heading="Rewards without solving"),
     CardTable("opt_outs", document_tables.opt_outs, heading="Opt-outs"),
-    CardTable("filter_agreement", document_tables.filter_agreement, heading="Agreement of the filters"),
 )
 """Tables of data.md.jinja that the dataset repository alone can prove."""
 

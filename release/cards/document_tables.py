@@ -174,24 +174,6 @@ def opt_outs(data: DataFacts) -> list[str]:
     return explained_table(OPT_OUTS, head, body)
 
 
-def filter_agreement(data: DataFacts) -> list[str]:
-    """Returns the agreement of each rule with the reference that its published thresholds were made for."""
-    figures = data.filter_agreement
-    if not figures:
-        return []
-    body = []
-    for rule, row in figures["rules"].items():
-        kept = count(row["kept"]), count(row["reference_kept"])
-        body.append([escaped(rule), f"{row['agreement']:.1%}", f"{row['kappa']:.2f}", *kept])
-    head = ["rule", "agreement", "Cohen's κ", "kept by this pipeline", "kept by the reference"]
-    sentence = (
-        f"Thresholds of the rules are those published for the reference, {escaped(figures['reference'])}. At equal "
-        f"settings the rules gave these verdicts on {count(figures['documents'])} documents "
-        f"({escaped(figures['corpus'])}):"
-    )
-    return [sentence, "", *table(head, body)]
-
-
 def examples(data: DataFacts) -> list[str]:
     """Returns the beginning of the first document of each source that has one with a text."""
     items = [
