@@ -33,7 +33,7 @@ from intervals import interval
 from small_policies import argument_parser, prepare_process
 
 from stages.data.acquire.readers.base import Document
-from stages.data.acquire.readers.python_stdlib import library_files, read_docstrings
+from stages.data.acquire.readers.python_stdlib import library_files, read
 from stages.formats.seeds import seed_of
 from stages.models.registry import parse
 from stages.train.config import TrainConfig
@@ -77,7 +77,7 @@ class Rows:
 
     def __init__(self, split: str, seed: int) -> None:
         """split: `train` or `heldout`, every tenth docstring."""
-        docstrings = (each.text for each in read_docstrings(library_files(True)) if isinstance(each, Document))
+        docstrings = (each.text for each in read(library_files(True), "docstring") if isinstance(each, Document))
         texts = [text for n, text in enumerate(docstrings) if (n % 10 == 0) == (split == "heldout")]
         self.text = np.frombuffer("\n\n".join(texts).encode(), np.uint8)
         self.rng = np.random.default_rng(seed_of(f"bench/attention/{split}", seed))
