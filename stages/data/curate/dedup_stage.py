@@ -15,7 +15,7 @@ from pipeline.core.parts import Part, link_parts, seal_part, shards_of
 from pipeline.core.stage import Estimate, Inputs, Report, Stage, operational
 from stages.data import estimates
 from stages.data.curate.alarms import Acknowledged, AlarmShare, dedup_losses, require_acknowledged
-from stages.data.curate.settings import DeduplicationConfig, SourceParts
+from stages.data.curate.settings import DeduplicationConfig, SourceParts, no_counts
 from stages.data.estimates import Size
 from stages.formats.table import HeldoutFraction, write_json
 
@@ -107,8 +107,8 @@ def _summarize(config: DedupConfig, facts: list[dict[str, Any]], edits: dict[str
 
     `facts` are those of each part. Raises AtomError if the counts of a source do not balance.
     """
-    sources: dict[str, Any] = {source.name: _empty() for source in config.sources}
-    total = _empty()
+    sources: dict[str, Any] = {source.name: no_counts() for source in config.sources}
+    total = no_counts()
     for part, counts in zip(config.parts(), facts, strict=True):
         for sums in (sources[part.source], total):
             for name, value in counts.items():
@@ -127,11 +127,6 @@ def _summarize(config: DedupConfig, facts: list[dict[str, Any]], edits: dict[str
         del counts["written"]
     by_source = {name: {**counts, "edited": edits.get(name, {})} for name, counts in sorted(sources.items())}
     return {"sources": by_source, "total": total}
-
-
-def _empty() -> dict[str, Any]:
-    numbers = dict.fromkeys(("documents_in", "bytes_in", "removed_bytes", "written"), 0)
-    return {**numbers, "kept": Counter(), "removed": Counter()}
 
 
 def estimate(config: DedupConfig) -> Estimate:

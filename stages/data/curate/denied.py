@@ -6,9 +6,8 @@ the text as the steps of each source would leave it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,16 @@ from pipeline.core.errors import AtomError
 from stages.data.curate.deny_list import OPT_OUT_RULE, Denial, DenyList
 from stages.data.curate.filters.base import Filter, FilterFunction
 from stages.data.curate.source_filter import Removed, to_document
-from stages.formats.table import DERIVED, DocumentRow, content_hash, hash_columns, row_writer, stream_rows
+from stages.formats.table import DERIVED, DocumentRow, hash_columns, row_writer, stream_rows
 
 # The folders of the artifact of filter with the denied documents, and with the parents of kept ones, by part. They
 # are there only for a recipe with a deny-list.
 DENIED, PARENTS = "denied", "derived"
 # row: of the document in the table of kept ones.
 PARENT_COLUMNS = {"row": "int64", "parent": "string"}
+# A text of a denied document: its id, the SHA-256 of each reference with spaces between them, its origin, and the text
+# as acquired or as the steps of a source leave it.
+DeniedText = tuple[str, str, str, str]
 
 
 def denied_columns(buckets: int) -> dict[str, str]:
@@ -78,27 +80,11 @@ class Variants:
         return str(document.text)
 
 
-@dataclass(frozen=True)
-class DeniedText:
-    """A text of a denied document.
-
-    Attributes:
-        id: The id of the document.
-        requests: The SHA-256 of each reference, with spaces between them.
-        url: The origin of the document.
-        text: The text as acquired, or as the steps of a source leave it.
-        content_hash: The SHA-256 of the text.
-    """
-
-    id: str
-    requests: str
-    url: str
-    text: str
-    content_hash: str
-
-
 class PartOptOut:
-    """The opt-outs of one part of a source: finds them, and writes what deduplication needs."""
+    """The opt-outs of one part of a source: finds them, and writes what deduplication needs.
+
+    `texts` are those of the documents that were denied and are not written yet.
+    """
 
     def __init__(self, stack: ExitStack, deny_list: DenyList, variants: Variants, acquired_parents: Path) -> None:
         """Opens the part's table of parents, `acquired_parents`, which may be missing."""
@@ -142,13 +128,7 @@ class PartOptOut:
         denial = self.deny_list.find(row["id"], "", ())
         return None if denial is None else removed_on_request(denial)
 
-    def take_texts(self) -> Iterator[DeniedText]:
-        """Yields the texts of the documents that were denied since the last call."""
-        texts, self.texts = self.texts, []
-        yield from texts
-
     def _deny(self, row: DocumentRow, denial: Denial) -> Removed:
         requests = " ".join(denial.requests)
-        for text in self.variants.of(row):
-            self.texts.append(DeniedText(row["id"], requests, row["origin"], text, content_hash(text)))
+        self.texts += [(row["id"], requests, row["origin"], text) for text in self.variants.of(row)]
         return removed_on_request(denial)

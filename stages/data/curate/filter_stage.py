@@ -9,7 +9,7 @@ datatrove's executor, some seconds for each step. Memory holds some thousand doc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
@@ -27,7 +27,7 @@ from stages.data.acquire.licenses.expressions import Licenses
 from stages.data.acquire.readers.base import FAILED_RULE, REFUSED_RULES, Failures
 from stages.data.curate import deny_list
 from stages.data.curate.alarms import Acknowledged, filter_losses, require_acknowledged
-from stages.data.curate.denied import DENIED, PARENTS, DeniedText, PartOptOut, Variants, denied_columns
+from stages.data.curate.denied import DENIED, PARENTS, PartOptOut, Variants, denied_columns
 from stages.data.curate.deny_list import DenyList
 from stages.data.curate.filters import MAX_STEPS, AnyFilter, code_of
 from stages.data.curate.settings import CurationSettings, MinHash
@@ -213,7 +213,7 @@ class _PartMaker:
                 for hashes in self._hashes([(row["text"], row["content_hash"]) for row in kept], minhash):
                     write_hashes(dict(zip(columns, hashes, strict=True)))
                 if opt_out:
-                    self._write_denied(opt_out, list(opt_out.take_texts()))
+                    self._write_denied(opt_out)
                 counts.update(kept=len(kept))
             # Failed steps are counted among the documents that reached them, so before the ones that acquire refused.
             steps.failures.require_few(counts["documents"])
@@ -237,13 +237,13 @@ class _PartMaker:
         opt_out.open(folder / DENIED / source.name / file, folder / PARENTS / source.name / file, columns)
         return opt_out
 
-    def _write_denied(self, opt_out: PartOptOut, texts: Sequence[DeniedText]) -> None:
+    def _write_denied(self, opt_out: PartOptOut) -> None:
+        texts, opt_out.texts = opt_out.texts, []
         minhash = self._minhash(*self.config.sources)
         columns = denied_columns(_buckets(minhash))
-        all_hashes = self._hashes([(denied.text, denied.content_hash) for denied in texts], minhash)
-        for denied, hashes in zip(texts, all_hashes, strict=True):
-            values = [denied.id, denied.requests, denied.url, *hashes]
-            opt_out.write_denied(dict(zip(columns, values, strict=True)))
+        all_hashes = self._hashes([(text, content_hash(text)) for *_, text in texts], minhash)
+        for (id, requests, url, _), hashes in zip(texts, all_hashes, strict=True):
+            opt_out.write_denied(dict(zip(columns, [id, requests, url, *hashes], strict=True)))
 
     def _hashes(self, documents: list[tuple[str, str]], minhash: MinHash | None) -> Iterator[list[int | None]]:
         """Yields 128 bits of the SHA-256 of each (text, SHA-256), in halves, and with MinHash a hash of each bucket."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from pipeline.core.parts import part_slice
 from stages.data.curate.deny_list import OPT_OUT_RULE
 from stages.data.curate.duplicate_groups import Removed, mapped, write_array
 from stages.data.curate.minhash import Ints, UInts, jaccard, shingle_sets
-from stages.data.curate.settings import REPRESENTATIVE_BLOCKS, MinHash, SourcePart
+from stages.data.curate.settings import REPRESENTATIVE_BLOCKS, MinHash, SourcePart, no_counts
 from stages.formats.table import (
     DISPOSITIONS,
     DOCUMENTS,
@@ -184,7 +183,7 @@ class PartRemoval:
 
         These are documents_in, bytes_in, kept by split, removed by rule, removed_bytes, and `written` documents.
         """
-        documents, start, counts = _Rows(self.kept), 0, Counts()
+        documents, start, counts = _Rows(self.kept), 0, no_counts()
         is_generated = "generator" in column_names(self.dispositions)
         columns = GENERATED_DISPOSITIONS if is_generated else DISPOSITIONS
         with (
@@ -206,12 +205,12 @@ class PartRemoval:
                     decided = pc.replace_with_mask(column, passed, pa.array(values, column.type))
                     table = table.set_column(table.schema.get_field_index(name), name, decided)
                 write_dispositions(table)
-                counts.add(table, kept.true_count)
+                _count(counts, table, kept.true_count)
                 start += len(rows)
         # Rows are matched by their numbers alone; tables of different lengths would shift them silently.
         if documents.take(1) is not None or row_count(self.hashes) != start:
             raise AtomError(f"{self.hashes} and {self.kept} do not hold {start} rows each; {_AGAIN}")
-        return counts.facts
+        return counts
 
     def _decide(self, rows: pa.Table, start: int) -> Decisions:
         """Returns the decisions about rows of the part, of which the first has the number `start`."""
@@ -247,25 +246,16 @@ class PartRemoval:
             decisions[name][row] = value
 
 
-class Counts:
-    """The counts of a part for the summary."""
-
-    def __init__(self) -> None:
-        self.facts: dict[str, Any] = {
-            **dict.fromkeys(("documents_in", "bytes_in", "removed_bytes", "written"), 0),
-            "kept": Counter[str](),
-            "removed": Counter[str](),
-        }
-
-    def add(self, table: pa.Table, written: int) -> None:
-        removed = table.filter(pc.equal(table["disposition"], "removed"))
-        kept = table.filter(pc.equal(table["disposition"], "kept"))
-        self.facts["documents_in"] += len(table)
-        self.facts["written"] += written
-        self.facts["bytes_in"] += pc.sum(table["bytes"]).as_py() or 0
-        self.facts["removed_bytes"] += pc.sum(removed["bytes"]).as_py() or 0
-        for name, column in (("kept", kept["split"]), ("removed", removed["rule"])):
-            self.facts[name].update({row["values"]: row["counts"] for row in column.value_counts().to_pylist()})
+def _count(counts: dict[str, Any], table: pa.Table, written: int) -> None:
+    """Adds the dispositions of some documents to the counts of a part."""
+    removed = table.filter(pc.equal(table["disposition"], "removed"))
+    kept = table.filter(pc.equal(table["disposition"], "kept"))
+    counts["documents_in"] += len(table)
+    counts["written"] += written
+    counts["bytes_in"] += pc.sum(table["bytes"]).as_py() or 0
+    counts["removed_bytes"] += pc.sum(removed["bytes"]).as_py() or 0
+    for name, column in (("kept", kept["split"]), ("removed", removed["rule"])):
+        counts[name].update({row["values"]: row["counts"] for row in column.value_counts().to_pylist()})
 
 
 class _Rows:

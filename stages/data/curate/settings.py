@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, model_validator
 
@@ -106,6 +107,12 @@ class DeduplicationConfig(Config):
     def parts(self) -> list[SourcePart]:
         """Returns the parts of all sources, in order."""
         return [SourcePart(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
+
+
+def no_counts() -> dict[str, Any]:
+    """Returns the counts of a part or a source in the summary, of no document."""
+    numbers = dict.fromkeys(("documents_in", "bytes_in", "removed_bytes", "written"), 0)
+    return {**numbers, "kept": Counter[str](), "removed": Counter[str]()}
 
 
 # Consecutive words that make a match.

@@ -26,8 +26,14 @@ from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Estimate, Inputs, Published, Report, Stage, identity
 from pipeline.core.store import Artifact
 from stages.data.order.chunks import ChunkIndex
-from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder, read_indexes
-from stages.data.order.order_config import MEMORY_BYTES, ROW_BYTES, OrderConfig
+from stages.data.order.computed_order import (
+    FUNCTION_VERSION,
+    MEMORY_BYTES,
+    ROW_BYTES,
+    ComputedOrder,
+    OrderConfig,
+    read_indexes,
+)
 from stages.data.order.packing import DataCursor
 from stages.data.order.streams import stream_name
 from stages.formats.table import write_json, write_table
