@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pipeline.core.bounds import License, spdx
-from pipeline.core.store import sha256_bytes
 from pipeline.core.yaml_text import parse_yaml
 
 # {keyword of an exception: its SPDX identifier}. An exception only adds permissions, so a license with one that has
@@ -122,7 +121,6 @@ class LicenseMap:
         separator: Stands between licenses of one string that all apply.
         several: True if several licenses of a list all apply; otherwise they have no expression.
         ignored: Strings that state no license.
-        digest: Digest of the map's file; "" for the map of a recipe.
     """
 
     licenses: Mapping[str, str]
@@ -130,7 +128,6 @@ class LicenseMap:
     separator: str | None = None
     several: bool = True
     ignored: tuple[str, ...] = ()
-    digest: str = ""
     _known: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
 
     def expression(self, value: object) -> str | None:
@@ -150,9 +147,7 @@ class LicenseMap:
 
     def extended(self, licenses: Mapping[str, str]) -> LicenseMap:
         """Returns the map with the strings of a recipe, which come first."""
-        return LicenseMap(
-            {**self.licenses, **licenses}, self.syntax, self.separator, self.several, self.ignored, self.digest
-        )
+        return LicenseMap({**self.licenses, **licenses}, self.syntax, self.separator, self.several, self.ignored)
 
     def _expression_of(self, text: str) -> str | None:
         """Returns the expression of one string. The strings of a corpus are few, so they are remembered."""
@@ -208,7 +203,6 @@ def load_map(name: MapName) -> LicenseMap:
         fields.get("separator"),
         fields.get("several", True),
         tuple(fields.get("ignored", ())),
-        f"sha256:{sha256_bytes(content)}",
     )
 
 
