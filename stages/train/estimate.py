@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
-from stages.data.order.computed_order import ROW_BYTES
+from stages.data.order.order_config import ROW_BYTES
 from stages.mcore.memory import (
     GRADIENT,
     MASTER,

@@ -57,7 +57,7 @@ def test_the_code_of_a_source_is_that_of_its_reader() -> None:
     config = acquire_stage.AcquireConfig.model_validate({"source": {**SOURCE, "reader": reader}, "seed": 0})
     code = code_digests(acquire_stage.__name__, acquire_stage.STAGE.code(config))
     used = {name for name in code if name.startswith("stages.data.acquire.readers")}
-    assert {f"stages.data.acquire.readers.{name}" for name in ("base", "hub", "row_files", "rows")} <= used
+    assert {f"stages.data.acquire.readers.{name}" for name in ("base", "hub", "row_files")} <= used
     assert used.isdisjoint(
         {
             "stages.data.acquire.readers",

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, seal_part
 from stages.formats.table import read_errors
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-    from numpy.typing import NDArray
 
 # Documents of a batch of the index.
 BATCH = 1 << 16
@@ -50,8 +51,6 @@ class Cut:
         Chunks without loss come first. Of the others, all but a document's last fill a row, so long ones come before
         short ones. With one pool every chunk is a short one.
         """
-        import numpy as np
-
         row = self.sequence_length
         # A document of t tokens has t - 1 targets: ceil((t - 1) / row) chunks.
         end = np.maximum(tokens - 2 + row, 0) // row
@@ -83,9 +82,6 @@ def seal_index(work: Path, file: Path, source: str, part: int, cut: Cut) -> Part
     Its facts are `batches`, for each batch the number of its documents and of the chunks of each pool, and the `slots`
     of each pool.
     """
-    import numpy as np
-    import pyarrow as pa
-
     fields: list[tuple[str, Any]] = [(f"start_{pool}", pa.uint32()) for pool in cut.pools]
     schema = pa.schema([*fields, ("tokens", pa.int32()), ("loss_from", pa.int32()), ("id", pa.large_string())])
 
@@ -114,10 +110,6 @@ def _documents(file: Path, source: str) -> Iterator[pa.RecordBatch]:
 
     Raises AtomError if the documents are not counted from 0.
     """
-    import numpy as np
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     names, ordinal = ["source", "split", "ordinal", "tokens", "loss_from", "id"], 0
     with read_errors(file), pq.ParquetFile(file) as parquet:
         for rows in parquet.iter_batches(BATCH, columns=names):
@@ -136,8 +128,6 @@ class ChunkIndex:
 
     def __init__(self, parts: Sequence[tuple[int, Part]], cut: Cut) -> None:
         """Adds up the counts of the parts; `parts` are the (number, index) of each part, in order."""
-        import numpy as np
-
         self.cut, self.files = cut, [part.folder / FILE for _, part in parts]
         self.numbers = np.array([number for number, _ in parts], np.int32)
         table = [
@@ -168,9 +158,6 @@ class ChunkIndex:
 
         With `ids` also the column `id`, an Arrow array.
         """
-        import numpy as np
-        import pyarrow as pa
-
         by_number = np.argsort(chunks, kind="stable")
         names = ("part", "ordinal", "offset", "length", "loss_from")
         columns: dict[str, Any] = {name: np.empty(len(chunks), np.int32) for name in names}
@@ -196,8 +183,6 @@ class ChunkIndex:
 
     def chunks_of(self, part: int, ordinal: int) -> dict[str, range]:
         """Returns the chunks of a document, by pool. Raises AtomError if the source has no such training document."""
-        import numpy as np
-
         place = np.flatnonzero(self.numbers == part)
         batches = np.flatnonzero(self.place == place[0]) if len(place) else place
         for batch in batches.tolist():
@@ -215,9 +200,6 @@ class ChunkIndex:
 
     def documents_at(self, parts: NDArray[np.int64], ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], pa.Array]:
         """Returns (tokens, id) of these training documents; -1 and null where there is none."""
-        import numpy as np
-        import pyarrow as pa
-
         tokens, place = np.full(len(parts), -1), np.zeros(len(parts), np.int64)
         ids, count = [pa.array([], pa.large_string())], 0
         numbers = np.searchsorted(self.numbers, parts)
@@ -237,8 +219,6 @@ class ChunkIndex:
 
     def document_numbers(self, parts: NDArray[np.int64], ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the numbers of documents through all parts."""
-        import numpy as np
-
         first_batch = np.searchsorted(self.place, np.searchsorted(self.numbers, parts))
         return self.documents[first_batch] + ordinals
 
@@ -248,8 +228,6 @@ class ChunkIndex:
 
     def _load(self, batch: int) -> Any:
         """Returns a batch of the index, mapped and not copied."""
-        import pyarrow as pa
-
         path = self.files[self.place[batch]]
         with read_errors(path):
             return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(int(self.batch[batch]))
@@ -265,8 +243,6 @@ def _by_batch(
         numbers: The numbers to look up, in any order.
         by_number: Positions in `numbers`, in the order of the numbers.
     """
-    import numpy as np
-
     bounds = np.searchsorted(numbers[by_number], starts)
     for batch in np.flatnonzero(bounds[1:] > bounds[:-1]):
         rows = by_number[bounds[batch] : bounds[batch + 1]]
@@ -275,6 +251,4 @@ def _by_batch(
 
 def _sums(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Returns the sums of the first 0, 1, … counts."""
-    import numpy as np
-
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])

@@ -25,21 +25,12 @@ from pipeline.core.merkle_tree import Tree
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Estimate, Inputs, Published, Report, Stage, identity
 from pipeline.core.store import Artifact
-from stages.data.order.chunks import ChunkIndex
-from stages.data.order.computed_order import (
-    FUNCTION_VERSION,
-    MEMORY_BYTES,
-    ROW_BYTES,
-    ComputedOrder,
-    OrderConfig,
-    read_indexes,
-)
-from stages.data.order.packing import DataCursor
-from stages.data.order.streams import stream_name
+from stages.data.order.order_config import MEMORY_BYTES, ROW_BYTES, DataCursor, OrderConfig
 from stages.formats.table import write_json, write_table
 
 if TYPE_CHECKING:
-    pass
+    from stages.data.order.chunks import ChunkIndex
+    from stages.data.order.computed_order import ComputedOrder
 
 VERSION = 2
 
@@ -101,6 +92,8 @@ def _open(
 
     `turn` is that of `read_indexes`.
     """
+    from stages.data.order.computed_order import ComputedOrder, read_indexes
+
     indexes = read_indexes(config, inputs["tokens"].path, work, turn)
     cursor, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
@@ -214,6 +207,9 @@ def _resume_cursor(
     A source whose number of chunks changes (by another row length or other documents) continues at the same fraction of
     its epoch, and so does one whose chunks are divided anew into long and short ones.
     """
+    from stages.data.order.computed_order import FUNCTION_VERSION
+    from stages.data.order.streams import stream_name
+
     state = checkpoint.json("state.json")
     if (state["phase"], state["step"] + 1) != (config.phase, config.first_step):
         raise AtomError(

@@ -14,34 +14,19 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-from pipeline.core.bounds import Context, Range
-from pipeline.core.stage import Config
+import numpy as np
+from numpy.typing import NDArray
+
 from stages.data.order.chunks import LONG, SHORT
+from stages.data.order.order_config import LongDocuments
 from stages.formats.seeds import permutation
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 # The number of open rows: a larger number fills rows better and mixes the order of long and short chunks more.
 OPEN_ROWS = 64
 # Rows of a block, in which a seeded permutation mixes the sources.
 BLOCK = 4096
-
-
-@dataclass(frozen=True)
-class DataCursor:
-    """A position in the data: the first step, and the chunks of each stream that were read before that step.
-
-    `seed` orders the sources; a checkpoint passes it on, so that another recipe seed repeats no document.
-    """
-
-    first_step: int
-    seed: int
-    rows: dict[str, int] = field(default_factory=dict)
 
 
 class SourceDraw:
@@ -54,8 +39,6 @@ class SourceDraw:
 
     def read(self, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns (source, number of earlier rows of that source) of the rows from `first` to `end`, exclusive."""
-        import numpy as np
-
         sources, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for block in range(first // BLOCK, -(-end // BLOCK)):
             _, before, counts = self._find(lambda middle, _, block=block: block < middle)  # type: ignore[misc]
@@ -71,8 +54,6 @@ class SourceDraw:
 
     def row(self, source: int, place: int) -> int | None:
         """Returns the row of a source that has `place` earlier ones, the inverse of `read`; None without so many."""
-        import numpy as np
-
         if place >= self.totals[source]:
             return None
         block, before, counts = self._find(lambda _, until: place < until[source])
@@ -99,8 +80,6 @@ class SourceDraw:
 
     def _labels(self, block: int, counts: list[int]) -> NDArray[np.int64]:
         """Returns the source of each row of a block."""
-        import numpy as np
-
         labels = np.repeat(np.arange(len(counts)), counts)
         return labels[permutation(len(labels), f"{self.label}/block {block}", self.seed)]
 
@@ -121,22 +100,6 @@ def apportion(shares: Mapping[str, float], total: int) -> dict[str, int]:
     for name in by_remainder[: total - sum(counts.values())]:
         counts[name] += 1
     return counts
-
-
-class LongDocuments(Config):
-    """Up-weighting of long documents.
-
-    In each source, chunks of more than `over` tokens make up `share` of the tokens, unless they would be read more than
-    `max_epochs` times. Shorter chunks then make up the difference, which is reported. Four epochs cost next to nothing
-    (Muennighoff et al., 2023).
-    """
-
-    over: Context
-    """tokens above which a chunk is long; usually the previous context length"""
-    share: Annotated[float, Range(0, 1, above=True, below=True)]
-    """share of the tokens of each source that come from long chunks"""
-    max_epochs: Annotated[float, Range(0, 1000, above=True)] = 4.0
-    """maximum number of times that a long chunk is read"""
 
 
 def split(
@@ -182,8 +145,6 @@ def pack(segments: Mapping[str, Any], capacity: int, rows: int, label: str, seed
     Returns:
         The columns `row_index`, `segment` and those of the segments that fit, by row and segment.
     """
-    import numpy as np
-
     # Shuffled before filling, so that the rows of a block mix the sources.
     shuffled = permutation(len(segments["length"]), f"{label}/segments", seed)
     items, row_index = fill(segments["length"][shuffled] - 1, capacity, rows)
@@ -208,8 +169,6 @@ def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np
     Returns:
         (item, row) of those that fit in the first `rows` rows, by row and then by position in it.
     """
-    import numpy as np
-
     open_: list[tuple[int, int]] = []  # (room, row), ascending
     row_of = np.full(len(slots), -1, np.int64)
     rank: dict[int, int] = {}  # row -> its position in the order of closing

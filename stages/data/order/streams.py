@@ -15,18 +15,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from pipeline.core.parts import seal_part
 from stages.data.order.chunks import ALL, ChunkIndex
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import ArrayLike, NDArray
-
-    Digits = tuple[NDArray[np.uint64], NDArray[np.uint64]]
-
-
+Digits = tuple[NDArray[np.uint64], NDArray[np.uint64]]
 # The largest supported n.
 MOST = 1 << 40
 # Four rounds make a Feistel network pseudo-random (Luby and Rackoff, 1988); small squares need a few more.
@@ -59,8 +56,6 @@ class Permutation:
         return self._walk(images, self._backward)
 
     def _walk(self, values: ArrayLike, step: Callable[[Digits], Digits]) -> NDArray[np.int64]:
-        import numpy as np
-
         given = np.asarray(values, np.int64)
         flat = given.ravel()
         if flat.size and (int(flat.min()) < 0 or int(flat.max()) >= self.n):
@@ -77,8 +72,6 @@ class Permutation:
 
     def _apply(self, values: NDArray[np.uint64], step: Callable[[Digits], Digits]) -> NDArray[np.uint64]:
         """Returns one pass of the network over the square, of which 0..n-1 is a part."""
-        import numpy as np
-
         side = np.uint64(self.side)
         high = values // side
         high, low = step((high, values - high * side))
@@ -88,8 +81,6 @@ class Permutation:
 
     def _forward(self, digits: Digits) -> Digits:
         """Applies all rounds; a round is (left, right) -> (right, left + f(right))."""
-        import numpy as np
-
         (left, right), side = digits, np.uint64(self.side)
         for key in self.keys:
             left += self._round(right, key)
@@ -98,8 +89,6 @@ class Permutation:
         return left, right
 
     def _backward(self, digits: Digits) -> Digits:
-        import numpy as np
-
         (left, right), side = digits, np.uint64(self.side)
         for key in reversed(self.keys):
             left, right = right, left
@@ -112,8 +101,6 @@ class Permutation:
 
         It is SplitMix64's finalizer (Steele et al., 2014), and a multiplication in place of a remainder (Lemire, 2019).
         """
-        import numpy as np
-
         z = digit * np.uint64(0x9E3779B97F4A7C15)
         z += np.uint64(key)
         z ^= z >> np.uint64(30)
@@ -171,8 +158,6 @@ class Stream:
 
     def chunks(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the chunk at each of these ascending positions."""
-        import numpy as np
-
         # Positions ascend, so each epoch is one slice.
         epochs, places = np.divmod(positions, self.size)
         first, last = (int(epochs[0]), int(epochs[-1])) if len(epochs) else (0, -1)
@@ -193,8 +178,6 @@ class Stream:
 
     def lengths(self, first: int, end: int) -> NDArray[np.int64]:
         """Returns the number of targets of each chunk at positions `first` to `end`, exclusive."""
-        import numpy as np
-
         columns = self.index.read(self.pool, self.chunks(np.arange(first, end)), ids=False)
         return np.asarray(columns["length"], np.int64) - 1
 
@@ -216,8 +199,6 @@ class Stream:
 
         `work` and `turn` are as in `sums`.
         """
-        import numpy as np
-
         epoch, missing = divmod(tokens, self.index.slots[self.pool])
         before, begin = tokens - missing, epoch * self.size
         if not missing:
@@ -245,8 +226,6 @@ class Stream:
                 yield run * RUN + k * STRIDE, total
 
     def _run_sums(self, epoch: int, run: int, work: Path) -> list[int]:
-        import numpy as np
-
         def make(folder: Path) -> dict[str, Any]:
             first = epoch * self.size + run * RUN
             lengths = self.lengths(first, min(first + RUN, (epoch + 1) * self.size))

@@ -23,8 +23,9 @@ from release.checks.order import segments
 from release.opened_release import Release
 from stages.data.order import order_stage
 from stages.data.order.chunks import ALL, ChunkIndex, Cut, seal_index
-from stages.data.order.computed_order import ComputedOrder, OrderConfig, read_indexes
-from stages.data.order.packing import DataCursor, SourceDraw, apportion
+from stages.data.order.computed_order import ComputedOrder, read_indexes
+from stages.data.order.order_config import DataCursor, OrderConfig
+from stages.data.order.packing import SourceDraw, apportion
 from stages.data.order.streams import Permutation
 from stages.formats.seeds import permutation
 from stages.formats.table import order_files, read_table

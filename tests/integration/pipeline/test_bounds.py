@@ -28,7 +28,7 @@ from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from stages.data import recipe as data_recipes
 from stages.data.curate.filters.own import LANGUAGES
-from stages.data.order.computed_order import OrderConfig
+from stages.data.order.order_config import OrderConfig
 from stages.mcore.optimizer import Adam
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.train.config import PhaseConfig

@@ -17,7 +17,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.order import order_stage, packing
 from stages.data.order.chunks import ALL, LONG, SHORT
-from stages.data.order.packing import LongDocuments
+from stages.data.order.order_config import LongDocuments
 from stages.formats.table import TOKENIZED, write_rows
 from tests.fixtures import train_fixtures
 
