@@ -14,11 +14,10 @@ from pipeline.core.parts import part_file
 from release import scratch
 from release.facts.published_tables import read_json
 from release.tracing.release_data import select_rows
-from stages.data.order.chunks import ChunkIndex, Cut, seal_index
+from stages.data.order.chunks import ChunkIndex, Cut, Place, seal_index
 from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder
 from stages.data.order.order_config import DataCursor, OrderConfig
 from stages.data.order.shards import document_files
-from stages.data.order.streams import Place
 
 Meta = Mapping[str, Any]
 

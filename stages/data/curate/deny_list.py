@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.core.errors import AtomError, RecipeError
@@ -69,14 +69,6 @@ def match_text(kind: str, requests: str) -> str:
     return f"{kind} {requests}"
 
 
-class DeniedRequest(TypedDict):
-    """A request in the evidence: the SHA-256 of its reference, its date, and the number of its entries by kind."""
-
-    request: str
-    date: str
-    entries: dict[str, int]
-
-
 class DenyList:
     """The entries of a deny-list, by what they name."""
 
@@ -91,8 +83,8 @@ class DenyList:
                 raise RecipeError(f"{place}: more than {MOST_ENTRIES} entries; name hosts instead of their pages")
             self._add(place, line)
 
-    def requests(self) -> list[DeniedRequest]:
-        """Returns every request for the evidence."""
+    def requests(self) -> list[dict[str, Any]]:
+        """Returns the SHA-256 of the reference of every request, its date, and the number of its entries by kind."""
         return [
             {"request": request, "date": self.dates[request], "entries": dict(sorted(self.counts[request].items()))}
             for request in sorted(self.dates)

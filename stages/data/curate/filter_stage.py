@@ -27,9 +27,10 @@ from stages.data.acquire.licenses.expressions import Licenses
 from stages.data.acquire.readers.base import FAILED_RULE, REFUSED_RULES, Failures
 from stages.data.curate import deny_list
 from stages.data.curate.alarms import Acknowledged, filter_losses, require_acknowledged
-from stages.data.curate.denied import DENIED, PARENTS, PartOptOut, Variants, denied_columns
+from stages.data.curate.denied import DENIED, PARENTS, PartOptOut, denied_columns, variants_of
 from stages.data.curate.deny_list import DenyList
 from stages.data.curate.filters import MAX_STEPS, AnyFilter, code_of
+from stages.data.curate.filters.base import FilterFunction
 from stages.data.curate.settings import CurationSettings, MinHash
 from stages.data.curate.source_filter import Removed, SourceFilter, kept_disposition, removed_disposition
 from stages.data.estimates import Size
@@ -159,8 +160,10 @@ class _PartMaker:
         return deny_list.read(curation.deny_list, curation.deny_list_sha256)
 
     @cached_property
-    def _variants(self) -> Variants:
-        return Variants([source.steps for source in self.config.sources])
+    def _pipelines(self) -> list[list[FilterFunction]]:
+        """The functions of the steps of each source, which may load a model; each pipeline once."""
+        different = {repr(source.steps): source.steps for source in self.config.sources if source.steps}
+        return [[step.function() for step in steps] for steps in different.values()]
 
     def _minhash(self, *sources: FilteredSource) -> MinHash | None:
         """Returns the MinHash settings for sources, or None if the kind of none is deduplicated."""
@@ -232,7 +235,9 @@ class _PartMaker:
         if self.deny_list is None:
             return None
         file, acquired = part_file(number), self.inputs[source.name]
-        opt_out = PartOptOut(stack, self.deny_list, self._variants, acquired / "derived" / file)
+        opt_out = PartOptOut(
+            stack, self.deny_list, lambda row: variants_of(row, self._pipelines), acquired / "derived" / file
+        )
         columns = denied_columns(_buckets(self._minhash(*self.config.sources)))
         opt_out.open(folder / DENIED / source.name / file, folder / PARENTS / source.name / file, columns)
         return opt_out

@@ -36,10 +36,9 @@ if TYPE_CHECKING:
 TABLE = "opt_out.parquet"
 # The columns of a document that is removed on request. `bands` is the number of bands of MinHash that it shares with
 # the other text; null for a document that was found in another way.
-REMOVED = {"address": "int64", "duplicate_of": "string", "requests": "string", "found": "string", "bands": "int64"}
+REMOVED = ("address", "duplicate_of", "requests", "found", "bands")
 # All requests of a group.
 _JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(requests, ' '))))), ' ')"
-_SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
 class DeniedPart(SourcePart):
@@ -90,8 +89,7 @@ class _Search:
 
     def run(self) -> None:
         run, denied = self.database.execute, denied_parts(self.filtered, self.parts)
-        removed = ", ".join(f"{name} {_SQL_TYPES[kind]}" for name, kind in REMOVED.items())
-        run(f"CREATE TABLE removed ({removed})")
+        run("CREATE TABLE removed (address BIGINT, duplicate_of TEXT, requests TEXT, found TEXT, bands BIGINT)")
         kept = self.filtered / "kept"
         create_view(self.database, "documents", [(part.file(kept), part.first) for part in self.parts])
         create_view(self.database, "denied", [(part.file(kept), part.first) for part in denied])
@@ -106,14 +104,14 @@ class _Search:
         while run("SELECT count(*) FROM roots").fetchall()[0][0]:
             run("CREATE OR REPLACE TABLE reached AS SELECT * FROM roots")
             # Exact copies first: a copy is recorded as one, even if it shares bands as well.
-            self._add_copies("copy")
+            self._add_members("exact", "copy")
             run(
                 "CREATE OR REPLACE TABLE reached AS SELECT * FROM roots "
                 "UNION ALL SELECT address, duplicate_of, requests FROM removed WHERE found = 'copy'"
             )
-            self._add_near()
+            self._add_members("near", "near_duplicate", "count(DISTINCT band)")
             run("CREATE OR REPLACE TABLE reached AS SELECT address, duplicate_of AS id, requests FROM removed")
-            self._add_copies("near_duplicate")
+            self._add_members("exact", "near_duplicate")
             # Documents made from the ones that were reached begin the next round.
             self._next_roots()
 
@@ -136,25 +134,17 @@ class _Search:
             )
             self.database.execute(f"CREATE TABLE {name} AS {members}")
 
-    def _add_copies(self, kind: str) -> None:
-        """Adds the documents whose text equals that of a reached one."""
-        self.database.execute(f"INSERT INTO removed {self._members('exact', kind, 'NULL')}")
-
-    def _add_near(self) -> None:
-        """Adds the documents that share a band with a reached one."""
-        self.database.execute(f"INSERT INTO removed {self._members('near', 'near_duplicate', 'count(DISTINCT band)')}")
-
-    def _members(self, groups: str, kind: str, bands: str) -> str:
-        """Returns the other members of the groups of reached texts that are not removed yet."""
-        return f"""
-            SELECT address, min(id), {_JOINED}, '{kind}', {bands} FROM (
+    def _add_members(self, groups: str, kind: str, bands: str = "NULL") -> None:
+        """Adds the documents whose text equals that of a reached one, or that share a band with one."""
+        self.database.execute(f"""
+            INSERT INTO removed SELECT address, min(id), {_JOINED}, '{kind}', {bands} FROM (
                 SELECT other.address, reached.id, reached.requests, other.band FROM reached
                 JOIN {groups} AS member ON member.address = reached.address
                 JOIN {groups} AS other ON other.first = member.first AND other.band = member.band
             )
             WHERE address < {MOST_ADDRESS} AND address NOT IN (SELECT address FROM roots)
             AND address NOT IN (SELECT address FROM removed)
-            GROUP BY address"""
+            GROUP BY address""")
 
     def _next_roots(self) -> None:
         """Makes the documents roots that state a parent which was reached, and records them as removed."""

@@ -19,11 +19,10 @@ import pyarrow.compute as pc
 
 from pipeline.core.errors import RecipeError
 from stages.data.order import packing
-from stages.data.order.chunks import ChunkIndex, Cut, seal_index
+from stages.data.order.chunks import ChunkIndex, Cut, Place, Stream, seal_index
 from stages.data.order.order_config import DataCursor, OrderConfig
 from stages.data.order.packing import SourceDraw
 from stages.data.order.shards import document_files
-from stages.data.order.streams import Place, Stream
 from stages.formats.seeds import seed_label
 from stages.formats.table import ORDER, arrow_schema
 

@@ -207,8 +207,8 @@ def _resume_cursor(
     A source whose number of chunks changes (by another row length or other documents) continues at the same fraction of
     its epoch, and so does one whose chunks are divided anew into long and short ones.
     """
+    from stages.data.order.chunks import stream_name
     from stages.data.order.computed_order import FUNCTION_VERSION
-    from stages.data.order.streams import stream_name
 
     state = checkpoint.json("state.json")
     if (state["phase"], state["step"] + 1) != (config.phase, config.first_step):

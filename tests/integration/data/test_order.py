@@ -22,11 +22,10 @@ from pipeline.hub.client import FOLDER_FILES
 from release.checks.order import segments
 from release.opened_release import Release
 from stages.data.order import order_stage
-from stages.data.order.chunks import ALL, ChunkIndex, Cut, seal_index
+from stages.data.order.chunks import ALL, ChunkIndex, Cut, Permutation, seal_index
 from stages.data.order.computed_order import ComputedOrder, read_indexes
 from stages.data.order.order_config import DataCursor, OrderConfig
 from stages.data.order.packing import SourceDraw, apportion
-from stages.data.order.streams import Permutation
 from stages.formats.seeds import permutation
 from stages.formats.table import order_files, read_table
 from tests.fixtures.order_fixtures import config, tokens
@@ -344,7 +343,7 @@ def test_a_sample_of_many_blocks_is_computed_again(
     shutil.copytree(artifact.path, folder)
     blocks, block = [], ComputedOrder.block
     monkeypatch.setattr(ComputedOrder, "block", lambda self, n: blocks.append(n) or block(self, n))
-    monkeypatch.setattr("stages.data.order.streams.Stream.sums", None)
+    monkeypatch.setattr("stages.data.order.chunks.Stream.sums", None)
     check = partial(segments, Release(tmp_path / "dataset", "dataset"))
     assert check().problems == [] and len(set(blocks)) == 8 < len(order_files(folder))
     if changes.get("pack"):

@@ -197,13 +197,7 @@ def load_map(name: MapName) -> LicenseMap:
     """Returns a shipped map."""
     content = (files(__package__) / f"{name}.yaml").read_bytes()
     fields: dict[str, Any] = parse_yaml(content, f"license map {name}")
-    return LicenseMap(
-        fields["licenses"],
-        fields["syntax"],
-        fields.get("separator"),
-        fields.get("several", True),
-        tuple(fields.get("ignored", ())),
-    )
+    return LicenseMap(**{**fields, "ignored": tuple(fields.get("ignored", ()))})
 
 
 class AllowedLicenses:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.core.bounds import LongLine, Range
 from pipeline.core.errors import AtomError, RecipeError
@@ -335,13 +335,6 @@ class FileReader(SampledReader):
             )
 
 
-class FailureFacts(TypedDict):
-    """The number of failures, and the (id, reason) of the first ones."""
-
-    count: int
-    first: list[tuple[str, str]]
-
-
 class Failures:
     """The failed documents of a part, or of the parts of a source."""
 
@@ -377,11 +370,12 @@ class Failures:
                 f"{_name(*self.first[0])}"
             )
 
-    def facts(self) -> FailureFacts:
+    def facts(self) -> dict[str, Any]:
+        """Returns the number of failures, and the (id, reason) of the first ones."""
         return {"count": self.count, "first": self.first}
 
     @classmethod
-    def joined(cls, parts: Iterable[FailureFacts], kept: int = SHOWN) -> Failures:
+    def joined(cls, parts: Iterable[dict[str, Any]], kept: int = SHOWN) -> Failures:
         """Returns the failures of all parts."""
         failures = cls(kept=kept)
         for facts in parts:
