@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from pipeline.core.bounds import spdx
 from pipeline.core.stage import identity
+from pipeline.core.store import sha256_bytes
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.licenses.expressions import AllowedLicenses, LicenseMap, MapName, load_map
 from stages.data.acquire.readers.row_files import Jsonl, field_at
@@ -32,7 +33,8 @@ VERSION = 6
 
 def test_a_map_that_changes_raises_the_version_of_acquire() -> None:
     """A map is named in a key, and not contained in it."""
-    digests = {name: load_map(name).digest.removeprefix("sha256:")[:9] for name in get_args(MapName)}
+    folder = ROOT / "stages/data/acquire/licenses"
+    digests = {name: sha256_bytes((folder / f"{name}.yaml").read_bytes())[:9] for name in get_args(MapName)}
     message = "raise VERSION of stages/data/acquire/acquire_stage.py, then note both here"
     assert (digests, acquire_stage.VERSION) == (DIGESTS, VERSION), message
 
