@@ -6,10 +6,9 @@
 
 The text is what this machine has: descriptions of the installed Python packages, documentation of the installed
 programs, and the source of the standard library. A tokenizer is trained on it first. Ours is the stage as a task runs
-it: one part of Parquet is read, encoded with tiktoken, a sample of it again with `tokenizers`, and written as a shard
-with its table. The peers only encode the texts, which are in memory. All run in turn on one thread, and the shard must
-hold the ids of the peer. A round's ratio is the seconds of `encode_batch` by those of ours. The last line is one JSON
-object.
+it: one part of Parquet is read, encoded with tiktoken, and written as a shard with its table. The peers only encode the
+texts, which are in memory. All run in turn on one thread, and the shard must hold the ids of the peer. A round's ratio
+is the seconds of `encode_batch` by those of ours. The last line is one JSON object.
 """
 
 from __future__ import annotations

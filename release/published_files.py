@@ -304,7 +304,6 @@ DATASET = FileList(
         *_made("license_texts/python.txt", "license of the interpreter's standard library"),
         *_made("!merkle.json", "Merkle roots of the tables"),
         *_made("!croissant.json", "description of the tables"),
-        *_made("!filter_agreement.json", "stages.data.curate.agreement"),
         *_made("references.json", "settings of the sources by reference"),
         *_made("composition.png", "plot of the tables of kept documents"),
         *_made("!evaluation/canary.json", "made from the digest of the evaluation items"),

@@ -34,7 +34,6 @@ from release.layout import (
     ATTRIBUTION,
     CANARY,
     CODE_README,
-    FILTER_AGREEMENT,
     GOLDENS,
     IMPORT,
     MODEL,
@@ -66,8 +65,7 @@ from release.schema import CARDS, FORMAT, NodeArtifact, ReleaseInfo, stated_by_r
 from release.standards import attestations, bundle, standard_facts
 from release.standards.standard_facts import read_facts
 from release.tracing.receipts import receipt_path, write_receipts
-from stages.data.acquire.licenses.allow import asks_for_attribution
-from stages.data.curate.agreement import read_figures
+from stages.data.acquire.licenses.expressions import asks_for_attribution
 from stages.data.curate.deny_list import DenyList
 from stages.data.curate.secret_patterns import find_secret
 from stages.evaluation.settings import EvaluationSection
@@ -293,7 +291,6 @@ def _write_data_tables(draft: Draft) -> None:
         if reasons := source.recipe["release"].get("publish_generated"):
             stated["generated"] = reasons
         draft.json(f"dataset/{REFERENCES}", stated)
-    draft.json(f"dataset/{FILTER_AGREEMENT}", read_figures())
     prefix = "acquire-"
     acquired = {node.removeprefix(prefix): a.path for node, a in source.artifacts.items() if node.startswith(prefix)}
     for tables in (write_attribution(dataset, acquired), write_messages(dataset)):

@@ -17,7 +17,8 @@ from release.facts.forecast import MODEL, PHASE
 from release.layout import models_of
 from release.references import Reference
 from stages.data.acquire.acquire_stage import AcquireConfig
-from stages.data.curate.deny_list import DENY_LIST, DenyList
+from stages.data.curate import deny_list
+from stages.data.curate.deny_list import DenyList
 from stages.data.curate.filter_stage import FilterConfig
 from stages.recipe import ReleaseRecipe
 
@@ -87,7 +88,7 @@ def _prediction(graph: Graph, store: Store) -> tuple[Artifact, Path] | None:
 def _deny_list(graph: Graph) -> DenyList | None:
     data = graph.nodes["filter"].config
     assert isinstance(data, FilterConfig)
-    return DENY_LIST.require(data.curation.deny_list, data.curation.deny_list_sha256)
+    return deny_list.read(data.curation.deny_list, data.curation.deny_list_sha256)
 
 
 def _references(

@@ -164,10 +164,8 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     # Measures of the documents.
     CardTable("lengths", document_tables.lengths, heading="Lengths of the documents"),
     CardTable("languages", document_tables.languages, heading="Languages of the documents"),
-    CardTable("quality_scores", document_tables.quality_scores, heading="Quality scores of the documents"),
     CardTable("probes", chat_tables.probes, heading="Rewards without solving"),
     CardTable("opt_outs", document_tables.opt_outs, heading="Opt-outs"),
-    CardTable("filter_agreement", document_tables.filter_agreement, heading="Agreement of the filters"),
 )
 """Tables of data.md.jinja that the dataset repository alone can prove."""
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from pipeline.core.text import escaped
 from release.cards.tables import count, explained_table, few, table
 from release.facts.data_facts import DataFacts, SourceFacts
 from release.facts.document_facts import LENGTHS, LanguageFacts, LicenseFacts
-from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.acquire.licenses.expressions import asks_for_attribution
 
 MOST_LICENSES = 30
 """Licenses with a row of their own, those of most tokens; the others share one."""
 MOST_LANGUAGES = 10
 """Languages of a source with a row of their own, those of most tokens; the others share one."""
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 EXAMPLE_CHARACTERS = 240
 """Characters of an example document that are shown."""
 OPT_OUT_KINDS = ("id", "content_hash", "url", "host", "copy", "near_duplicate", "derived")
@@ -157,32 +154,10 @@ def languages(data: DataFacts) -> list[str]:
         for name, row in shown:
             body.append([source, name, count(row.documents), count(row.tokens), _share(row.tokens, total)])
     sentence = "The language of a document is what fastText's lid.176 took it for when it was filtered."
-    sentence += _not_measured(data, data.documents.languages, "No step identified it in")
+    if names := [name for name in data.sources if name not in data.documents.languages]:
+        sentence += f" No step identified it in {', '.join(names)}."
     head = ["source", "language", "documents", "tokens", "share of the source's tokens"]
     return explained_table(sentence, head, body, labels=2)
-
-
-def quality_scores(data: DataFacts) -> list[str]:
-    """Returns mean and quantiles of the scores of classifiers, for the sources with such a step."""
-    body = []
-    for source, by_classifier in data.documents.scores.items():
-        for classifier, row in by_classifier.items():
-            if row.documents:
-                quantiles = [f"{row.quantile(share):.2f}" for share in QUANTILES]
-                body.append([source, escaped(classifier), count(row.documents), f"{row.mean:.3f}", *quantiles])
-    sentence = (
-        "Scores from 0 to 1 of the documents after curation, by the quality classifiers of the data recipe. Columns "
-        "with a share are the score that this share of the documents does not exceed, to a hundredth."
-    )
-    sentence += _not_measured(data, data.documents.scores, "No classifier scored")
-    head = ["source", "classifier", "documents", "mean", *(f"{share:.0%}" for share in QUANTILES)]
-    return explained_table(sentence, head, body, labels=2)
-
-
-def _not_measured(data: DataFacts, measured: Collection[str], start: str) -> str:
-    """Returns a further sentence that names the sources without a measure, if there are some."""
-    names = [name for name in data.sources if name not in measured]
-    return f" {start} {', '.join(names)}." if names else ""
 
 
 def opt_outs(data: DataFacts) -> list[str]:
@@ -197,24 +172,6 @@ def opt_outs(data: DataFacts) -> list[str]:
     # A request is known by the hash of its reference, which names no person.
     head = ["request", "date", "named", "copies", "near duplicates", "rewrites"]
     return explained_table(OPT_OUTS, head, body)
-
-
-def filter_agreement(data: DataFacts) -> list[str]:
-    """Returns the agreement of each rule with the reference that its published thresholds were made for."""
-    figures = data.filter_agreement
-    if not figures:
-        return []
-    body = []
-    for rule, row in figures["rules"].items():
-        kept = count(row["kept"]), count(row["reference_kept"])
-        body.append([escaped(rule), f"{row['agreement']:.1%}", f"{row['kappa']:.2f}", *kept])
-    head = ["rule", "agreement", "Cohen's κ", "kept by this pipeline", "kept by the reference"]
-    sentence = (
-        f"Thresholds of the rules are those published for the reference, {escaped(figures['reference'])}. At equal "
-        f"settings the rules gave these verdicts on {count(figures['documents'])} documents "
-        f"({escaped(figures['corpus'])}):"
-    )
-    return [sentence, "", *table(head, body)]
 
 
 def examples(data: DataFacts) -> list[str]:

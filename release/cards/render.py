@@ -257,7 +257,7 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         messages=list(data.messages),
         attributed=bool(data.documents.attributed),
         notices=data.documents.notices,
-        measured=bool(data.documents.languages or data.documents.scores),
+        measured=bool(data.documents.languages),
         generated=any(row.generated for row in data.sources.values()),
         earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
         composition=bool(plots.amounts(data)) and plots.COMPOSITION,

@@ -19,11 +19,10 @@ from release.facts.published_tables import read_json, stream_batches
 from release.layout import WITHOUT_ORDER, orders, phases_of
 from release.opened_release import Release
 from release.tracing import order_lookup
-from stages.data.order.chunks import ChunkIndex, Cut, seal_index
+from stages.data.order.chunks import ChunkIndex, Cut, Place, seal_index
 from stages.data.order.computed_order import ComputedOrder
 from stages.data.order.order_stage import merkle_root
 from stages.data.order.shards import document_files
-from stages.data.order.streams import Place
 from stages.formats.table import read_table
 
 if TYPE_CHECKING:

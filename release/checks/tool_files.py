@@ -26,10 +26,9 @@ from release.cards import render
 from release.cards.results import FOLDER as RESULTS
 from release.checks.check import Findings
 from release.facts import model_facts
-from release.facts.published_tables import read_json, to_json
+from release.facts.published_tables import read_json
 from release.layout import (
     CODE_README,
-    FILTER_AGREEMENT,
     LOSS,
     MODEL,
     NOTICE,
@@ -42,7 +41,6 @@ from release.opened_release import Release
 from release.published_files import CODE_LICENSE, code_license_text, license_text
 from release.schema import CARD
 from release.standards import bundle
-from stages.data.curate.agreement import read_figures
 from stages.export.hf import generation_config, model_tokenizer_config
 from stages.export.variants.registry import STACKED, VARIANTS, adapter_config, quantization_config
 from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE, inference_template, training_template
@@ -181,8 +179,6 @@ def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterat
 
 
 def _of_data(release: Release, findings: Findings) -> Iterator[str]:
-    if _differs(release.dataset / FILTER_AGREEMENT, to_json(read_figures())):
-        yield f"{FILTER_AGREEMENT} does not have the figures of this atom"
     path = release.dataset / bundle.PYTHON_LICENSE
     if not path.is_file() or not _differs(path, bundle.python_license()):
         return

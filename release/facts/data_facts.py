@@ -16,7 +16,7 @@ from release.facts import message_tables
 from release.facts.document_facts import DocumentFacts, OptOut, read_document_facts, read_opt_outs
 from release.facts.published_tables import read_json, stream_batches, stream_rows
 from release.facts.score_facts import ChatScores, compute_chat_scores, compute_scores
-from release.layout import FILTER_AGREEMENT, when
+from release.layout import when
 from stages.evaluation.scores import ModelScores
 from stages.formats.table import order_files, row_count
 from stages.rl.rollout.probes import PROBES, ProbedBin
@@ -141,7 +141,6 @@ class DataFacts:
         order: By phase.
         chat: Scores by benchmark and model; empty without a chat model.
         evaluation: Scores by model.
-        filter_agreement: The agreement of the filters with their reference.
         opt_outs: Requests of the deny-list.
         documents: Licenses, lengths and measures after curation.
         by_reference: {source without published texts: where its files are}
@@ -155,7 +154,6 @@ class DataFacts:
     order: dict[str, OrderFacts] = field(default_factory=dict)
     chat: dict[str, ChatScores] = field(default_factory=dict)
     evaluation: dict[str, ModelScores] = field(default_factory=dict)
-    filter_agreement: dict[str, Any] = field(default_factory=dict)
     opt_outs: list[OptOut] = field(default_factory=list)
     documents: DocumentFacts = field(default_factory=DocumentFacts)
     by_reference: dict[str, str] = field(default_factory=dict)
@@ -184,7 +182,6 @@ def read_data_facts(dataset: Path) -> DataFacts:
         {phase: order_facts([*earlier_orders(dataset, phase), folder]) for phase, folder in orders},
         compute_chat_scores(evaluation),
         {model: compute_scores(folder) for model, folder in scored},
-        read_json(dataset / FILTER_AGREEMENT) if (dataset / FILTER_AGREEMENT).exists() else {},
         read_opt_outs(dataset),
         read_document_facts(dataset),
         {name: reference.origin for name, reference in references.read(dataset).items()},

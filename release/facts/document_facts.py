@@ -15,9 +15,9 @@ from pipeline.core.errors import CheckFailed
 from release import layout
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches, stream_rows
 from release.layout import OPT_OUTS
-from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.acquire.licenses.expressions import asks_for_attribution
 from stages.data.curate.deny_list import OPT_OUT_RULE
-from stages.formats.table import MEASURES, SCORE, SPLITS, column_names, content_hash, row_count
+from stages.formats.table import MEASURES, SPLITS, content_hash, row_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 BATCH = 65536
 LENGTHS = (256, 1024, 4096, 16384, 65536, 262144)
 """Upper bounds of the ranges of lengths, in tokens; a last range has no bound."""
-SCORE_BINS = 100
 
 
 @dataclass
@@ -69,45 +68,6 @@ class LanguageFacts:
 
 
 @dataclass
-class ScoreFacts:
-    """The scores of a source's documents by one classifier.
-
-    Attributes:
-        bins: Documents in each of SCORE_BINS equal ranges of 0 to 1.
-        millionths: The sum of the scores, in whole numbers so that it does not depend on the order.
-    """
-
-    bins: list[int] = field(default_factory=lambda: [0] * SCORE_BINS)
-    millionths: int = 0
-
-    @property
-    def documents(self) -> int:
-        return sum(self.bins)
-
-    @property
-    def mean(self) -> float:
-        return self.millionths / 1e6 / self.documents
-
-    def quantile(self, share: float) -> float:
-        """Returns the score that this share of the documents does not exceed, interpolated in its bin."""
-        rank, below = share * self.documents, 0
-        for number, count in enumerate(self.bins):
-            if count and below + count >= rank:
-                return (number + (rank - below) / count) / SCORE_BINS
-            below += count
-        return 1.0
-
-    def add(self, scores: NDArray[np.float64]) -> None:
-        """Adds the scores of further documents, which are from 0 to 1."""
-        import numpy as np
-
-        numbers = np.minimum((scores * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
-        counts = np.bincount(numbers, minlength=SCORE_BINS).tolist()
-        self.bins = [a + b for a, b in zip(self.bins, counts, strict=True)]
-        self.millionths += int(np.rint(scores * 1e6).astype(np.int64).sum())
-
-
-@dataclass
 class DocumentFacts:
     """Licenses and measures of the documents after curation.
 
@@ -118,7 +78,6 @@ class DocumentFacts:
         lengths: By source.
         languages: By source and code, that of most tokens first; a document without a measure has the language "".
             Only of sources whose steps measured them.
-        scores: By source and classifier. Only of sources whose steps measured them.
     """
 
     licenses: dict[str, LicenseFacts] = field(default_factory=dict)
@@ -126,7 +85,6 @@ class DocumentFacts:
     notices: int = 0
     lengths: dict[str, LengthFacts] = field(default_factory=dict)
     languages: dict[str, dict[str, LanguageFacts]] = field(default_factory=dict)
-    scores: dict[str, dict[str, ScoreFacts]] = field(default_factory=dict)
 
 
 def read_document_facts(dataset: Path) -> DocumentFacts:
@@ -166,7 +124,7 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
         by_name = {path.name: path for path in token_files.get(source, [])}
         for path in files:
             if path.name in by_name:
-                _add_measures(facts, source, by_name[path.name], path)
+                _add_languages(facts, source, by_name[path.name], path)
     for source, by_language in facts.languages.items():
         facts.languages[source] = dict(sorted(by_language.items(), key=lambda item: (-item[1].tokens, item[0])))
     return facts
@@ -207,25 +165,16 @@ def _count_notices(dataset: Path) -> int:
     return len(digests)
 
 
-def _add_measures(facts: DocumentFacts, source: str, tokens_file: Path, measures_file: Path) -> None:
-    """Adds the languages and scores of a part. Raises CheckFailed for a score outside 0 to 1."""
-    import pyarrow as pa
+def _add_languages(facts: DocumentFacts, source: str, tokens_file: Path, measures_file: Path) -> None:
+    """Adds the languages of a part."""
     import pyarrow.compute as pc
 
     for tokens, measures in _join(tokens_file, measures_file):
-        for name in measures.schema.names:
-            if name == "language":
-                languages = facts.languages.setdefault(source, {})
-                for language, rows in _rows_by_value(pc.fill_null(measures[name], "")):
-                    row = languages.setdefault(language, LanguageFacts())
-                    row.documents += len(rows)
-                    row.tokens += int(tokens[rows].sum())
-            elif name.startswith(SCORE):
-                scores = measures[name].drop_null().cast(pa.float64()).to_numpy(zero_copy_only=False)
-                if not ((scores >= 0) & (scores <= 1)).all():
-                    raise CheckFailed(f"{MEASURES}/{source}/{measures_file.name} has a {name} not in 0 to 1")
-                by_classifier = facts.scores.setdefault(source, {})
-                by_classifier.setdefault(name.removeprefix(SCORE), ScoreFacts()).add(scores)
+        languages = facts.languages.setdefault(source, {})
+        for language, rows in _rows_by_value(pc.fill_null(measures["language"], "")):
+            row = languages.setdefault(language, LanguageFacts())
+            row.documents += len(rows)
+            row.tokens += int(tokens[rows].sum())
 
 
 def _join(tokens_file: Path, measures_file: Path) -> Iterator[tuple[NDArray[np.int64], pa.RecordBatch]]:
@@ -247,8 +196,7 @@ def _join_split(
     rows_of_part = stream_batches(tokens_file, ["id", "split", "tokens"], BATCH)
     batches = (batch.filter(pc.equal(batch["split"], split)) for batch in rows_of_part)
     pending = next(batches, None)
-    names = [name for name in column_names(measures_file) if name == "language" or name.startswith(SCORE)]
-    for measures in stream_batches(measures_file, ["id", *names], BATCH):
+    for measures in stream_batches(measures_file, ["id", "language"], BATCH):
         while pending is not None:
             # Both tables are in the same order, so the rows before the first absent one are complete.
             rows = pc.index_in(pending["id"], value_set=measures["id"])

@@ -17,7 +17,8 @@ from pipeline.core.errors import AtomError
 from release.facts.published_tables import stream_rows
 from release.tracing.documents import find_documents
 from release.tracing.release_data import ReleaseData
-from stages.data.curate.deny_list import DENY_LIST, DenyList
+from stages.data.curate import deny_list
+from stages.data.curate.deny_list import DenyList
 
 
 def deny_list_of(documents: Sequence[str], request: str | None, date: str | None) -> DenyList:
@@ -37,7 +38,7 @@ def deny_list_of(documents: Sequence[str], request: str | None, date: str | None
 def _lines(documents: Sequence[str], request: str | None, date: str | None) -> Iterator[tuple[str, bytes]]:
     for document in documents:
         if Path(document).is_file():
-            yield from DENY_LIST.lines(Path(document))
+            yield from deny_list.lines(Path(document))
         elif request is None:
             raise AtomError(
                 f"there is no deny-list {document}; if that is the id of a document, give --request with the reference "

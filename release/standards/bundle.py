@@ -18,7 +18,7 @@ from release.facts.published_tables import to_json
 from release.layout import LICENSE_TEXTS, NOTICE, STANDARDS
 from release.standards import eu_summary, frameworks, ml_bom, spdx_document, standard_facts
 from release.standards.standard_facts import NOT_STATED, StandardFacts, address, energy
-from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.acquire.licenses.expressions import asks_for_attribution
 
 CYCLONEDX, SPDX = f"{STANDARDS}/bom.cdx.json", f"{STANDARDS}/bom.spdx3.json"
 EU_SUMMARY, MOF, CITATION = f"{STANDARDS}/eu_summary.json", f"{STANDARDS}/mof.yml", f"{STANDARDS}/CITATION.cff"

@@ -19,7 +19,7 @@ import yaml
 from release import layout
 from release.layout import MODEL, WITHOUT_ORDER, numbered
 from release.standards.standard_facts import NOT_STATED, StandardFacts, address
-from stages.data.acquire.licenses.allow import AllowedLicenses
+from stages.data.acquire.licenses.expressions import AllowedLicenses
 from stages.formats.table import row_count
 
 Json = dict[str, Any]

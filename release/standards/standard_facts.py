@@ -25,7 +25,7 @@ from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL, STANDARDS, VARIANT, phases_of
 from release.opened_release import Release
 from release.schema import ReleaseInfo
-from stages.data.acquire.licenses.maps import load_map
+from stages.data.acquire.licenses.expressions import load_map
 from stages.data.acquire.packages.python_metadata import parse
 from stages.recipe import Category, Maker
 

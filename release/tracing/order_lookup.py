@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.parts import part_file
+from release import scratch
 from release.facts.published_tables import read_json
 from release.tracing.release_data import select_rows
-from stages.data.order.chunks import Cut, TableIndex
+from stages.data.order.chunks import ChunkIndex, Cut, Place, seal_index
 from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder
-from stages.data.order.order_config import OrderConfig
-from stages.data.order.row_draw import DataCursor
+from stages.data.order.order_config import DataCursor, OrderConfig
 from stages.data.order.shards import document_files
-from stages.data.order.streams import Place
 
 Meta = Mapping[str, Any]
 
@@ -72,12 +71,15 @@ def steps_by_file(data: Path, order: Path, places: Places) -> dict[Path, range] 
     """
     meta = read_json(order / "meta.json")
     try:
-        return _look_up(data, order, places, meta) if is_function(meta) else None
+        if not is_function(meta):
+            return None
+        with scratch.folder() as work:
+            return _look_up(data, order, places, meta, work)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # `atom verify` says what is wrong in it
         return None
 
 
-def _look_up(data: Path, order: Path, places: Places, meta: Meta) -> dict[Path, range] | None:
+def _look_up(data: Path, order: Path, places: Places, meta: Meta, work: Path) -> dict[Path, range] | None:
     config, cursor = config_of(meta), cursor_of(meta)
     starts, cut = starts_of(meta), cut_of(meta)
     # Without the places at each block the streams would have to be read from the start.
@@ -88,7 +90,8 @@ def _look_up(data: Path, order: Path, places: Places, meta: Meta) -> dict[Path, 
     for id, place in sorted(places.items()):
         ids_by_part.setdefault(place, []).append(id)
     for source in sorted({source for source, _ in ids_by_part} & config.mix.keys()):
-        index = TableIndex(files[source], source, cut)
+        parts = [(part, seal_index(work, file, source, part, cut)) for part, file in files[source]]
+        index = ChunkIndex(parts, cut)
         reads = config.rows_from(cursor.first_step) * config.mix[source]
         if config.pack:
             ends = starts[config.blocks].items()

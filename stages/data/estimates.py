@@ -16,10 +16,8 @@ STEP_SECONDS = {
     "GopherRepetitionFilter": 0.16,
     "GopherQualityFilter": 0.06,
     "FineWebQualityFilter": 0.035,
-    "C4QualityFilter": 0.02,
+    "C4QualityFilter": 0.09,
 }
-# Core seconds a MB that the words of spaCy add.
-SPACY_SECONDS = 1.6
 # Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured.
 WORK = 1.0
 
@@ -56,7 +54,7 @@ class Law:
 # and MinHash here, and `disk` of `tokenize` assumes token ids of four bytes, as in a large vocabulary.
 LAWS = {
     "acquire": Law(0.012, 0.1, 0.4e9, 0.0, 0.42),
-    "filter": Law(0.19, 0.1, 0.45e9, 0.0, 0.48),
+    "filter": Law(0.28, 0.1, 0.45e9, 0.0, 0.48),
     "duplicates": Law(0.003, 0.5, 0.3e9, 8.0, 0.01),
     "representatives": Law(0.005, 0.1, 0.35e9, 0.0, 0.02),
     "dedup": Law(0.01, 0.1, 0.5e9, 0.0, 0.46),

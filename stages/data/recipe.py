@@ -7,7 +7,7 @@ here, because `atom plan` needs the recipe and the digests of the source trees b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,21 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.dag import NodeSpec
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
-from stages.data.acquire.licenses.allow import AllowedLicenses, Licenses, forbids_derivatives
-from stages.data.acquire.readers.base import Reader
+from stages.data.acquire.licenses.expressions import AllowedLicenses, Licenses, forbids_derivatives
 from stages.data.acquire.readers.generated import Generated
 from stages.data.acquire.sources import Source, resolve_tree_digest
-from stages.data.blocks import Block, Extensions, extension_files, extension_folders
+from stages.data.curate import deny_list
 from stages.data.curate.alarms import RULES, Acknowledged
-from stages.data.curate.classifier_stage import ClassifierSettings
 from stages.data.curate.dedup_stage import DedupSource
-from stages.data.curate.deny_list import DENY_LIST
 from stages.data.curate.duplicates_stage import SearchedSource
 from stages.data.curate.filter_stage import FilteredSource
+from stages.data.curate.filters import MAX_STEPS, AnyFilter
 from stages.data.curate.filters.base import Filter
-from stages.data.curate.list_file import ListFile
-from stages.data.curate.representatives_stage import CopiedSource
-from stages.data.curate.settings import CurationSettings
-from stages.data.curate.steps import MAX_STEPS, AnyFilter
-from stages.data.curate.url_blocklist import URL_BLOCKLIST
+from stages.data.curate.filters.block import BlockStep, Extensions, extension_files, extension_folders
+from stages.data.curate.settings import CurationSettings, SourceParts
 from stages.data.estimates import Size
 from stages.formats.table import HeldoutFraction
 from stages.formats.tokenizer import TokenizerSection
-
-# The files of curation: each is a setting with its path, and one with its digest.
-LISTS: tuple[ListFile[Any], ...] = (DENY_LIST, URL_BLOCKLIST)
 
 
 class SourceConfig(Source):
@@ -56,7 +48,7 @@ class SourceConfig(Source):
     steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS)
     """curation steps, in order"""
     acknowledged_removals: Acknowledged = operational({})
-    """by rule (the name of a step, opt_out, url_blocklist, license, failed, generation, secrets, decontamination,
+    """by rule (the name of a step, opt_out, license, failed, generation, secrets, decontamination,
     deduplication), the share of the source that it may remove above curation.alarm_share"""
 
     @model_validator(mode="after")
@@ -90,8 +82,6 @@ class DataRecipe(Config):
     """short description of the corpus"""
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     """sources of the corpus"""
-    classifiers: tuple[ClassifierSettings, ...] = added((), max_length=MOST_SOURCES)
-    """quality classifiers, each trained on documents of some sources"""
     curation: CurationSettings = CurationSettings()
     """curation of all sources together"""
     extensions: Extensions = operational(())
@@ -134,35 +124,18 @@ class DataRecipe(Config):
                     )
         return self
 
-    @model_validator(mode="after")
-    def _check_classifiers(self) -> DataRecipe:
-        names = {classifier.name for classifier in self.classifiers}
-        used = {name for source in self.sources for step in source.steps for name in step.classifiers}
-        if missing := sorted(used - names):
-            raise ValueError(f"a step uses the classifier {missing[0]}, which `classifiers` does not have; add it")
-        if unused := sorted(names - used):
-            raise ValueError(f"classifier {unused[0]} is used by no step; remove it, or add a step classifier")
-        sources = {source.name for source in self.sources}
-        for classifier in self.classifiers:
-            examples = (*classifier.positive, *classifier.negative)
-            if unknown := sorted(set(examples) - sources):
-                raise ValueError(f"classifier {classifier.name} has examples of {unknown[0]}, which is no source")
-            if repeated := [name for name, count in Counter(examples).items() if count > 1]:
-                raise ValueError(f"classifier {classifier.name} names {repeated[0]} twice; a source is one label")
-        return self
-
     def resolved(self) -> DataRecipe:
-        """Returns the recipe with the digests of all source trees and of the lists of curation, from the files on disk.
+        """Returns the recipe with the digests of all source trees and of the deny-list, from the files on disk.
 
         Raises RecipeError if a pin differs.
         """
         sources = tuple(s.model_copy(update={"tree_digest": resolve_tree_digest(s)}) for s in self.sources)
-        return self.model_copy(update={"sources": sources, "curation": self._resolved_curation(LISTS)})
+        return self.model_copy(update={"sources": sources, "curation": self._resolved_curation()})
 
     def present(self) -> tuple[DataRecipe, tuple[str, ...]]:
-        """Resolves the digests of what is here, with a message for each source or list that is missing.
+        """Resolves the digests of what is here, with a message for each source that is missing, and for the deny-list.
 
-        A source with missing files keeps its digest, a pinned one or `auto`; so does a missing list.
+        A source with missing files keeps its digest, a pinned one or `auto`; so does a missing deny-list.
         """
         sources, messages = [], []
         for source in self.sources:
@@ -173,14 +146,12 @@ class DataRecipe(Config):
                 keys = "; keys below are provisional" if digest == "auto" else ""
                 messages.append(f"{missing}; {source.reader.remedy} before running{keys}")
             sources.append(source.model_copy(update={"tree_digest": digest}))
-        missing_lists = []
-        for file in LISTS:
-            path, pin = self._list(file)
-            if path is not None and not Path(path).is_file():
-                missing_lists.append(file)
-                keys = "; keys below are provisional" if pin is None else ""
-                messages.append(f"no {file.title} at {path}; put it there before running{keys}")
-        curation = self._resolved_curation([file for file in LISTS if file not in missing_lists])
+        path, curation = self.curation.deny_list, self.curation
+        if path is not None and not Path(path).is_file():
+            keys = "; keys below are provisional" if curation.deny_list_sha256 is None else ""
+            messages.append(f"no deny-list at {path}; put it there before running{keys}")
+        else:
+            curation = self._resolved_curation()
         return self.model_copy(update={"sources": tuple(sources), "curation": curation}), tuple(messages)
 
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
@@ -199,11 +170,6 @@ class DataRecipe(Config):
             sources.append(_fields_of(source, FilteredSource) | {"generator": generator})
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
-    def classifier_config(self, name: str, seed: int) -> dict[str, Any]:
-        """Returns the config of stage classifier for one classifier."""
-        settings = next(classifier for classifier in self.classifiers if classifier.name == name)
-        return {"classifier": settings.model_dump(), "seed": seed}
-
     def duplicates_config(self) -> dict[str, Any]:
         """Returns the config of stage duplicates for all sources."""
         sources = [_fields_of(source, SearchedSource) for source in self.sources]
@@ -211,7 +177,7 @@ class DataRecipe(Config):
 
     def representatives_config(self) -> dict[str, Any]:
         """Returns the config of stage representatives for all sources."""
-        sources = [_fields_of(source, CopiedSource) for source in self.sources]
+        sources = [_fields_of(source, SourceParts) for source in self.sources]
         return {"sources": sources, "minhash": self.curation.model_dump()["minhash"], "expected": self.expected}
 
     def dedup_config(self) -> dict[str, Any]:
@@ -250,20 +216,12 @@ class DataRecipe(Config):
             evaluated: The nodes of evaluation items, by role. Training documents with such an item are removed.
             imported: The node of the published model whose tokenizer is used, by role; empty if one is trained.
         """
-        specs = []
         acquired = {source.name: f"acquire-{source.name}" for source in self.sources}
-        classifiers = {}
-        for classifier in self.classifiers:
-            node, config = f"classifier-{classifier.name}", self.classifier_config(classifier.name, seed)
-            examples = {name: acquired[name] for name in (*classifier.positive, *classifier.negative)}
-            specs.append(NodeSpec(node, "classifier", config, examples))
-            classifiers[node] = node
         tokenizer_config = tokenizer.model_dump() | {"leave_out": (*tokenizer.leave_out, *self.conversations)}
         # Later stages read the filtered documents beside what was found in them.
         searched = {"filter": "filter", "duplicates": "duplicates"}
         return [
-            *specs,
-            NodeSpec("filter", "filter", self.filter_config(seed), {**acquired, **classifiers, **evaluated}),
+            NodeSpec("filter", "filter", self.filter_config(seed), {**acquired, **evaluated}),
             NodeSpec("duplicates", "duplicates", self.duplicates_config(), {"filter": "filter"}),
             NodeSpec("representatives", "representatives", self.representatives_config(), searched),
             NodeSpec("dedup", "dedup", self.dedup_config(), {**searched, "representatives": "representatives"}),
@@ -292,24 +250,18 @@ class DataRecipe(Config):
         """The sources whose documents are turns of conversations."""
         return tuple(source.name for source in self.sources if source.kind == "chat")
 
-    def _list(self, file: ListFile[Any]) -> tuple[str | None, str | None]:
-        """Returns the path and the pinned digest of a list."""
-        return getattr(self.curation, file.setting), getattr(self.curation, f"{file.setting}_sha256")
-
-    def _resolved_curation(self, lists: Sequence[ListFile[Any]]) -> CurationSettings:
-        """Returns the settings of curation with the digests of these lists, if it has them."""
-        digests = {}
-        for file in lists:
-            path, pin = self._list(file)
-            if path is None:
-                continue
-            digest = digests[f"{file.setting}_sha256"] = file.digest_of(Path(path))
-            if pin not in (None, digest):
-                raise RecipeError(
-                    f"curation.{file.setting}_sha256 is pinned to {pin}, but {path} has {digest}; restore the pinned "
-                    "file, or change the pin"
-                )
-        return self.curation.model_copy(update=digests)
+    def _resolved_curation(self) -> CurationSettings:
+        """Returns the settings of curation with the digest of the deny-list, if there is one."""
+        path, pin = self.curation.deny_list, self.curation.deny_list_sha256
+        if path is None:
+            return self.curation
+        digest = deny_list.digest_of(Path(path))
+        if pin not in (None, digest):
+            raise RecipeError(
+                f"curation.deny_list_sha256 is pinned to {pin}, but {path} has {digest}; restore the pinned file, or "
+                "change the pin"
+            )
+        return self.curation.model_copy(update={"deny_list_sha256": digest})
 
     def heldout_fraction_of(self, source: SourceConfig) -> float:
         """Returns the share of a source's documents that are held out from training."""
@@ -343,18 +295,18 @@ def loads(content: bytes, path: Path) -> DataRecipe:
         raise explain(error, DataRecipe, title, raw) from None
     lock, extensions = lock_of(path), extension_folders(path.parent, recipe.extensions)
 
-    def locate(value: Filter | Reader) -> Any:
-        return value.located(path.parent, extensions) if isinstance(value, Block) else value
+    def locate(step: Filter) -> Filter:
+        return step.located(path.parent, extensions) if isinstance(step, BlockStep) else step
 
     def located(source: SourceConfig) -> SourceConfig:
-        reader = locate(source.reader.absolute(path.parent).locked(lock))
-        steps = tuple(step.changed(locate) for step in source.steps)
+        reader = source.reader.absolute(path.parent).locked(lock)
+        steps = tuple(map(locate, source.steps))
         return source.model_copy(update={"reader": reader, "steps": steps})
 
     sources = tuple(map(located, recipe.sources))
-    stated = {file.setting: getattr(recipe.curation, file.setting) for file in LISTS}
-    absolute = {name: str((path.parent / file).resolve()) for name, file in stated.items() if file is not None}
-    curation = recipe.curation.model_copy(update=absolute)
+    curation = recipe.curation
+    if curation.deny_list is not None:
+        curation = curation.model_copy(update={"deny_list": str((path.parent / curation.deny_list).resolve())})
     return recipe.model_copy(update={"sources": sources, "curation": curation})
 
 

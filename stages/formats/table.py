@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 # The folder with what steps measured of documents that pass filtering, by part: a row for each row of its `kept`,
 # with the id and the measures. Only sources with such steps have it.
 MEASURES = "measures"
-# How the names of scores in it begin, before the name of the classifier.
-SCORE = "score_"
 ROWS_PER_GROUP = 50_000
 # Bytes of a table, or characters of text, after which a writer ends a row group early, to bound readers.
 GROUP_BYTES = 2**25
@@ -160,7 +158,7 @@ class DispositionRow(TypedDict):
     duplicate_of: OptionalString
     """id of the document that was kept instead when the rule was applied"""
     match: OptionalString
-    """id of the matching evaluation item; for deny-list and blocklist see below"""
+    """id of the matching evaluation item; for the deny-list see below"""
     kept_hash: OptionalString
     """hash of the kept text; differs from `content_hash` if a step edited the text; null if removed"""
 

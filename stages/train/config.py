@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import MOST_RAMP_STEPS, Context, Flag, Line, Mix, Range, Seed, Steps
 from pipeline.core.stage import Config, added, operational
 from pipeline.core.text import shown
-from stages.data.order.order_config import rows_from
-from stages.data.order.packing import LongDocuments
+from stages.data.order.order_config import LongDocuments, rows_from
 from stages.mcore.layout_check import multiples_around, problem
 from stages.mcore.lora import Lora
 from stages.mcore.optimizer import Optimizer

@@ -14,7 +14,7 @@ REMOVED = {"opt_out": 10, "failed/parse": 2, "c4/javascript": 8, "c4/curly_brack
 
 def test_a_share_is_that_of_the_documents_that_reached_the_rule() -> None:
     losses = {loss.rule: loss for loss in filter_losses("web", ["c4", "pii"], 100, REMOVED)}
-    before = ["opt_out", "url_blocklist", "license", "failed", "generation"]
+    before = ["opt_out", "license", "failed", "generation"]
     assert list(losses) == [*before, "c4", "pii", "secrets", "decontamination", "mine"]
     assert losses["c4"] == Loss("web", "c4", 28, 88)
     assert losses["mine"] == Loss("web", "mine", 30, 60) and losses["mine"].share == 0.5
@@ -46,5 +46,5 @@ def test_an_acknowledged_rule_is_one_of_the_source() -> None:
     assert config.filter_config(0)["sources"][0]["acknowledged_removals"] == {"deduplication": 0.9}
     assert config.dedup_config()["sources"][0]["acknowledged_removals"] == {"deduplication": 0.9}
     recipe["sources"][0]["acknowledged_removals"] = {"dedup": 0.9}  # type: ignore[index]
-    with pytest.raises(ValueError, match="dedup is no rule of this source; it has opt_out, url_blocklist, license"):
+    with pytest.raises(ValueError, match="dedup is no rule of this source; it has opt_out, license"):
         DataRecipe.model_validate(recipe)

@@ -15,7 +15,7 @@ from release.assembly.assemble import write_attribution
 from release.retraction.documents import Reached
 from release.retraction.rewrite import rewrite
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.readers.rows import MOST_CHARACTERS, _names
+from stages.data.acquire.readers.row_files import MOST_CHARACTERS, _names
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.formats.table import DOCUMENTS, KEPT, content_hash, read_table, stream_rows, write_rows
 

@@ -18,8 +18,7 @@ from pipeline.core.store import write_manifest
 from release.cards import tables
 from release.facts.data_facts import DataFacts, OrderFacts, OrderPart, SourceFacts, SourceInOrder
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.failures import FAILED_RULE
-from stages.data.acquire.readers.base import Document, Failed, Unreadable
+from stages.data.acquire.readers.base import FAILED_RULE, Document, Failed, Unreadable
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.curate.filters.base import Filter, FilterFunction
 from stages.data.curate.source_filter import Removed, SourceFilter

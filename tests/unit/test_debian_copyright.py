@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from stages.data.acquire.licenses.maps import load_map
-from stages.data.acquire.packages import debian_copyright
-from stages.data.acquire.packages.debian_copyright import Copyright
+from stages.data.acquire.licenses.expressions import load_map
+from stages.data.acquire.packages import stated_licenses
+from stages.data.acquire.packages.stated_licenses import Copyright
 from tests.fixtures.package_fixtures import COPYRIGHT
 
 HEADER = "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n"
@@ -27,7 +27,7 @@ EXPAT_TEXT = """
 
 
 def parse(text: str) -> Copyright:
-    copyright = debian_copyright.parse(text, load_map("dep5"))
+    copyright = stated_licenses.parse(text, load_map("dep5"))
     assert copyright is not None
     return copyright
 
@@ -137,13 +137,13 @@ def test_a_pattern_of_an_installed_path() -> None:
     "text", ["", "This package was debianized by A.\n\nLicense: GPL\n", "Files: *\nLicense: Expat\n", "\0\n\n:\n"]
 )
 def test_other_files_are_not_machine_readable(text: str) -> None:
-    assert debian_copyright.parse(text, load_map("dep5")) is None
+    assert stated_licenses.parse(text, load_map("dep5")) is None
 
 
 def test_a_file_of_too_many_patterns_gives_no_license() -> None:
-    patterns = " ".join(f"a{n}*" for n in range(debian_copyright.MAX_PATTERNS + 1))
+    patterns = " ".join(f"a{n}*" for n in range(stated_licenses.MAX_PATTERNS + 1))
     text = f"{HEADER}\nFiles: {patterns}\nLicense: Expat\n"
-    assert debian_copyright.parse(text, load_map("dep5")) is None
+    assert stated_licenses.parse(text, load_map("dep5")) is None
 
 
 def test_the_header_may_have_the_license_of_everything() -> None:

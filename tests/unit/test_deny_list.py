@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.errors import RecipeError
 from stages.data.curate import deny_list
-from stages.data.curate.deny_list import DENY_LIST, DenyList
+from stages.data.curate.deny_list import DenyList
 
 REQUEST = {"request": "2026-0017", "date": "2026-11-03"}
 HASH = hashlib.sha256(b"text").hexdigest()
@@ -94,7 +94,7 @@ def test_another_line_is_one_sentence_with_its_number(tmp_path: Path, line: obje
     content = line if isinstance(line, bytes) else json.dumps({**REQUEST, **line}).encode()  # type: ignore[dict-item]
     path.write_bytes(json.dumps({**REQUEST, "id": "a"}).encode() + b"\n\n" + content + b"\n")
     with pytest.raises(RecipeError, match=f"deny-list {path}, line 3: .*{problem}") as error:
-        DENY_LIST.digest_of(path)
+        deny_list.digest_of(path)
     assert "\n" not in str(error.value)
 
 
@@ -103,11 +103,13 @@ def test_one_request_has_one_date(tmp_path: Path) -> None:
     lines = [{**REQUEST, "id": "a"}, {**REQUEST, "host": "a.example"}, {**REQUEST, "id": "b", "date": "2026-11-04"}]
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(RecipeError, match="line 3: request 2026-0017 has the date 2026-11-03 in another line"):
-        DENY_LIST.digest_of(path)
+        deny_list.digest_of(path)
     path.write_text("\n".join(map(json.dumps, lines[:2])))
-    entries = DENY_LIST.read(path, DENY_LIST.digest_of(path))
+    entries = deny_list.read(str(path), deny_list.digest_of(path))
     request = hashlib.sha256(b"2026-0017").hexdigest()
-    assert entries.requests() == [{"request": request, "date": "2026-11-03", "entries": {"host": 1, "id": 1}}]
+    assert entries is not None and entries.requests() == [
+        {"request": request, "date": "2026-11-03", "entries": {"host": 1, "id": 1}}
+    ]
 
 
 def test_a_list_of_too_many_entries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from release.cards import document_tables
 from release.facts import document_facts
 from release.facts.data_facts import DataFacts, SourceFacts
 from release.facts.document_facts import read_document_facts
-from stages.data.acquire.licenses.allow import asks_for_attribution
+from stages.data.acquire.licenses.expressions import asks_for_attribution
 from stages.formats.table import NOTICES, TOKENIZED, content_hash, stream_rows, write_rows
 
 LICENSES = ("CC-BY-4.0", "CC0-1.0", "MIT OR Apache-2.0", "LicenseRef-unknown-web")
@@ -112,7 +112,7 @@ def test_the_card_lists_sources_that_ask_for_attribution() -> None:
     assert document_tables.attribution(DataFacts(sources={"books": source("CC0-1.0")})) == []
 
 
-COLUMNS = {"id": "string", "language": "string", "language_score": "float", "score_quality": "float"}
+COLUMNS = {"id": "string", "language": "string", "language_score": "float"}
 
 
 def write_measures(dataset: Path, source: str, part: int) -> list[dict[str, Any]]:
@@ -121,23 +121,23 @@ def write_measures(dataset: Path, source: str, part: int) -> list[dict[str, Any]
     for document in stream_rows(dataset / "tokens/documents" / source / part_file(part), ["id", "tokens"]):
         removed = [f"{document['id']}/removed/{n}" for n in range(rng.choice([0, 0, 1, 9]))]
         for id in [*removed, document["id"]]:
-            language, score = rng.choice([("en", 0.5), ("de", 0.25), ("fr|", 0.75), (None, None), ("en", 1.0)])
-            rows.append({"id": id, "language": language, "language_score": 0.5, "score_quality": score})
+            language = rng.choice(["en", "de", "fr|", None, "en"])
+            rows.append({"id": id, "language": language, "language_score": 0.5})
         measured.append({**rows[-1], "tokens": document["tokens"]})
-    rows.append({"id": "a last one that was removed", "language": "en", "language_score": 0.5, "score_quality": 0.5})
+    rows.append({"id": "a last one that was removed", "language": "en", "language_score": 0.5})
     write_rows(dataset / "measures" / source / part_file(part), COLUMNS, rows)
     return measured
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1000])
-def test_languages_and_scores_are_those_of_the_tokenized_documents(
+def test_languages_are_those_of_the_tokenized_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     monkeypatch.setattr(document_facts, "BATCH", batch)
     write_dataset(tmp_path)
     rows = [row for part in range(2) for row in write_measures(tmp_path, "web", part)]
     facts = read_document_facts(tmp_path)
-    assert list(facts.languages) == list(facts.scores) == ["web"], "no step measured the documents of books"
+    assert list(facts.languages) == ["web"], "no step measured the documents of books"
     tokens = {
         language: [row["tokens"] for row in rows if (row["language"] or "") == language]
         for language in ("en", "de", "fr|", "")
@@ -145,28 +145,9 @@ def test_languages_and_scores_are_those_of_the_tokenized_documents(
     assert {name: (row.documents, row.tokens) for name, row in facts.languages["web"].items()} == {
         name: (len(each), sum(each)) for name, each in tokens.items()
     }
-    scores = [row["score_quality"] for row in rows if row["score_quality"] is not None]
-    quality = facts.scores["web"]["quality"]
-    assert (quality.documents, quality.millionths) == (len(scores), sum(int(score * 1e6) for score in scores))
-    assert [quality.bins[n] for n in (25, 50, 75, 99)] == [scores.count(n) for n in (0.25, 0.5, 0.75, 1.0)]
-    assert quality.mean == pytest.approx(sum(scores) / len(scores))
 
 
-def test_quantiles_are_known_to_a_bin() -> None:
-    import numpy as np
-
-    values = np.random.default_rng(0).beta(2, 5, 2000)
-    row = document_facts.ScoreFacts()
-    for part in np.array_split(values, 7):
-        row.add(part)
-    for share in document_tables.QUANTILES:
-        assert abs(row.quantile(share) - np.quantile(values, share)) < 0.01
-    single = document_facts.ScoreFacts()
-    single.add(np.array([1.0]))
-    assert 0.99 <= single.quantile(0.1) <= single.quantile(0.9) <= 1.0 and single.mean == 1.0
-
-
-def test_the_card_has_languages_and_scores_and_names_sources_without(tmp_path: Path) -> None:
+def test_the_card_has_languages_and_names_sources_without(tmp_path: Path) -> None:
     write_dataset(tmp_path)
     for part in range(2):
         write_measures(tmp_path, "web", part)
@@ -177,20 +158,15 @@ def test_the_card_has_languages_and_scores_and_names_sources_without(tmp_path: P
     assert {line.split(" | ")[1] for line in lines[4:]} == {"en", "de", "fr\\|", "not identified"}
     shares = [float(line.split(" | ")[4].rstrip("% |")) for line in lines[4:]]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
-    lines = document_tables.quality_scores(data)
-    assert lines[0].endswith("No classifier scored books.") and "| mean | 10% | 25% | 50% | 75% | 90% |" in lines[2]
-    (row,) = lines[4:]
-    quality = data.documents.scores["web"]["quality"]
-    assert row.startswith(f"| web | quality | {quality.documents} | {quality.mean:.3f} | ")
 
 
-def test_a_release_without_measures_has_neither_table(tmp_path: Path) -> None:
+def test_a_release_without_measures_has_no_such_table(tmp_path: Path) -> None:
     write_dataset(tmp_path)
     data = DataFacts(documents=read_document_facts(tmp_path))
-    assert document_tables.languages(data) == document_tables.quality_scores(data) == []
+    assert document_tables.languages(data) == []
 
 
-@pytest.mark.parametrize("damage", ["missing", "late", "score"])
+@pytest.mark.parametrize("damage", ["missing", "late"])
 def test_measures_of_other_documents_are_refused(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document_facts, "BATCH", 5)
     write_dataset(tmp_path)
@@ -201,11 +177,8 @@ def test_measures_of_other_documents_are_refused(tmp_path: Path, damage: str, mo
     row = rows.pop(first)
     if damage == "late":
         rows.append(row)
-    elif damage == "score":
-        rows.insert(first, {**row, "score_quality": float("nan")})
     write_rows(path, COLUMNS, rows)
-    sentence = "a score_quality not in 0 to 1" if damage == "score" else "does not have the document web/0/[78] among"
-    with pytest.raises(CheckFailed, match=f"measures/web/{part_file(0)} .*{sentence}"):
+    with pytest.raises(CheckFailed, match=f"measures/web/{part_file(0)} .*does not have the document web/0/[78] among"):
         read_document_facts(tmp_path)
 
 

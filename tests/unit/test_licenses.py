@@ -9,11 +9,10 @@ from pydantic import ValidationError
 
 from pipeline.core.bounds import spdx
 from pipeline.core.stage import identity
+from pipeline.core.store import sha256_bytes
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.licenses.allow import AllowedLicenses
-from stages.data.acquire.licenses.maps import LicenseMap, MapName, load_map
-from stages.data.acquire.readers.row_files import Jsonl
-from stages.data.acquire.readers.rows import field_at
+from stages.data.acquire.licenses.expressions import AllowedLicenses, LicenseMap, MapName, load_map
+from stages.data.acquire.readers.row_files import Jsonl, field_at
 from stages.data.acquire.web.claims import expression_of
 from stages.data.curate.filter_stage import FilteredSource
 from stages.data.curate.source_filter import Removed, SourceFilter
@@ -34,7 +33,8 @@ VERSION = 6
 
 def test_a_map_that_changes_raises_the_version_of_acquire() -> None:
     """A map is named in a key, and not contained in it."""
-    digests = {name: load_map(name).digest.removeprefix("sha256:")[:9] for name in get_args(MapName)}
+    folder = ROOT / "stages/data/acquire/licenses"
+    digests = {name: sha256_bytes((folder / f"{name}.yaml").read_bytes())[:9] for name in get_args(MapName)}
     message = "raise VERSION of stages/data/acquire/acquire_stage.py, then note both here"
     assert (digests, acquire_stage.VERSION) == (DIGESTS, VERSION), message
 
@@ -218,10 +218,9 @@ LINKS = {
     "https://creativecommons.org/licenses/by-odd/4.0/": None,
     "https://creativecommons.org/choose/": None,
     "https://creativecommons.org.evil.example/licenses/by/4.0/": None,
-    "https://opensource.org/license/mit": "MIT",
-    "https://spdx.org/licenses/EUPL-1.2.html": "EUPL-1.2",
-    "https://www.apache.org/licenses/LICENSE-2.0.txt": "Apache-2.0",
     "https://www.gnu.org/copyleft/fdl.html": "LicenseRef-GFDL",
+    "https://www.nationalarchives.gov.uk/doc/open-government-licence/version/3/": "OGL-UK-3.0",
+    "https://opensource.org/license/mit": None,
     "http://[broken": None,
     "": None,
 }

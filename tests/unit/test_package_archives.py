@@ -31,7 +31,7 @@ def read_until_error(folder: Path, content: bytes, name: str = "a_1_all.deb") ->
     return members_read, str(error.value)
 
 
-@pytest.mark.parametrize("compression", ["xz", "gz", "zst"])
+@pytest.mark.parametrize("compression", ["xz", "zst"])
 def test_members_of_a_deb(tmp_path: Path, compression: str) -> None:
     members_read = read(tmp_path, deb_of(NOTES, compression))
     assert members_read == [Member("usr/share/doc/a/one.txt", b"one"), Member("usr/share/doc/a/two.txt", b"two" * 1000)]
@@ -98,7 +98,7 @@ def test_a_bomb_is_read_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(members_read) == 3 and problem == "it has more than 3 members"
 
 
-@pytest.mark.parametrize("compression", ["xz", "gz", "zst"])
+@pytest.mark.parametrize("compression", ["xz", "zst"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
 def test_a_deb_that_is_cut_short(tmp_path: Path, compression: str, share: float) -> None:
     content = deb_of({f"{n}.txt": f"{n**n}" for n in range(300)}, compression)
@@ -109,7 +109,7 @@ def test_a_deb_that_is_cut_short(tmp_path: Path, compression: str, share: float)
 
 
 def test_damaged_bytes_are_no_traceback(tmp_path: Path) -> None:
-    for compression in ("xz", "gz", "zst"):
+    for compression in ("xz", "zst"):
         content = deb_of(NOTES, compression)
         for position in range(8, len(content), 7):
             damaged = content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :]

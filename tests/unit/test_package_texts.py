@@ -6,8 +6,7 @@ import gzip
 
 import pytest
 
-from stages.data.acquire.packages.man_pages import man_text
-from stages.data.acquire.packages.texts import NotText, content_of, decoded, html_text, plain_text, spdx_tag
+from stages.data.acquire.packages.texts import NotText, content_of, decoded, html_text, man_text, plain_text, spdx_tag
 
 
 @pytest.mark.parametrize(
@@ -139,34 +138,8 @@ def test_a_man_page_without_its_requests() -> None:
     ]  # fmt: skip
 
 
-MDOC = """.Dd January 1, 2020
-.Dt GARDEN 1
-.Os
-.Sh NAME
-.Nm garden
-.Nd grow plants
-.Sh SYNOPSIS
-.Nm
-.Op Fl q
-.Ar file ...
-.Sh DESCRIPTION
-See
-.Xr prune 1 .
-.Bl -tag
-.It Fl q
-Say nothing.
-.El
-"""
-
-
-def test_a_page_of_mdoc() -> None:
-    assert [line for line in man_text(MDOC).split("\n") if line] == [
-        "NAME", "garden", "grow plants", "SYNOPSIS", "garden", "[-q]", "file ...", "DESCRIPTION", "See", "prune(1).", "-q",
-        "Say nothing.",
-    ]  # fmt: skip
-
-
 def test_a_page_that_names_another_has_no_text() -> None:
     assert man_text(".so man1/other.1\n") == "" and man_text("") == ""
+    assert man_text(".Dd May 1, 2020\n.Dt GARDEN 1\n.Sh NAME\n") == "", "mdoc(7) is not read"
     assert plain_text("usr/share/man/man1/a.1", ".SH A\nb\n") == "A\nb\n"
     assert plain_text("a/b.rst", ".SH A\n") == ".SH A\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.data.acquire.licenses.maps import load_map
+from stages.data.acquire.licenses.expressions import load_map
 from stages.data.acquire.packages.python_metadata import Metadata, is_metadata, parse
 
 MIT = "License :: OSI Approved :: MIT License"

@@ -25,20 +25,25 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data import estimates
-from stages.data.acquire.failures import COUNTS, Failures, LicenseTally, kind_of, refused_row, report_refusals
-from stages.data.acquire.licenses.maps import UNKNOWN_WEB, UNMAPPED
+from stages.data.acquire.licenses.expressions import UNKNOWN_WEB, UNMAPPED
 from stages.data.acquire.readers.base import (
+    COUNTS,
     Document,
     Failed,
+    Failures,
     FileReader,
     Files,
     LicenseFound,
+    LicenseTally,
     Read,
     Refused,
     SampledReader,
     Unmapped,
     Unreadable,
     is_unicode,
+    kind_of,
+    refused_row,
+    report_refusals,
 )
 from stages.data.acquire.sources import Source
 from stages.formats import chat, chat_templates
@@ -114,8 +119,7 @@ def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, o
         raise AtomError(f"source {source.name} gave no documents; check its reader")
     # Files are linked, not copied: a large source needs its space once.
     link_parts(parts, out)
-    # Each part compares its own ids. Names without the file may be equal in two parts, so all ids are compared.
-    if source.parts > 1 and not source.reader.names_files:
+    if not source.reader.names_files:
         _require_distinct_ids(source, out, work)
     # A failed or refused document was acquired as well: curation gives each a disposition.
     documents = counts["documents"]
@@ -204,12 +208,11 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
                 write(document_row(source, id, document))
     # Checked at the end of a part, when the shares are known.
     failures.require_few(selection.taken)
-    skipped.require_few(len(selection.hashes) + skipped.count)
-    selection.require_distinct()
+    skipped.require_few(selection.found + skipped.count)
     return {
         "files": digests,
         "documents": selection.taken - failures.count - refused.total(),
-        "documents_found": len(selection.hashes),
+        "documents_found": selection.found,
         "bytes": size,
         "features": features,
         "skipped": skipped.facts(),
@@ -266,59 +269,37 @@ def _documents(config: AcquireConfig, files: Files) -> Iterator[Read]:
 class _Selection:
     """The choice of the first `limit` documents by a seeded hash of their id, in their original order.
 
-    Memory holds 8 bytes a document: the first 64 bits of each hash. With a limit, the reader is read twice.
+    With a limit, the reader is read twice, and memory holds 8 bytes a document. `found` counts the documents, and
+    `taken` the chosen ones.
     """
 
     def __init__(self, config: AcquireConfig, files: Files) -> None:
         self.config, self.files = config, files
         self.salt = f"{seed_of(f'limit/{config.source.name}', config.seed)}/"
-        self.hashes, self.taken = array("Q"), 0
+        self.found = self.taken = 0
         reader = config.source.reader
         self.limit = reader.limit if isinstance(reader, SampledReader) else None
         self.last = 2**64 if self.limit is None else self._last_hash(self.limit)
 
     def takes(self, id: str) -> bool:
         """Returns True if the next document is chosen."""
-        self.hashes.append(self._hash(id))
+        self.found += 1
         # Two documents may share the last hash; the count keeps the limit.
-        chosen = self.hashes[-1] <= self.last and (self.limit is None or self.taken < self.limit)
+        chosen = self.limit is None or (self._hash(id) <= self.last and self.taken < self.limit)
         self.taken += chosen
         return chosen
-
-    def require_distinct(self) -> None:
-        """Raises AtomError naming an id of two documents that were offered to `takes`."""
-        repeated = _repeated(self.hashes)
-        if repeated:
-            # Equal hashes of 64 bits are almost always equal ids, but only the ids prove it.
-            ids = set()
-            for id in self._ids():
-                if id in ids:
-                    raise _id_twice(self.config.source, id)
-                if self._hash(id) in repeated:
-                    ids.add(id)
 
     def _last_hash(self, limit: int) -> int:
         import numpy as np
 
         # The first pass reads the ids alone, to find the limit-th smallest hash.
-        hashes = np.frombuffer(array("Q", map(self._hash, self._ids())), np.uint64)
+        readable = (each for each in _documents(self.config, self.files) if not isinstance(each, Unreadable))
+        ids = (f"{self.config.source.name}/{document.name}" for document in readable)
+        hashes = np.frombuffer(array("Q", map(self._hash, ids)), np.uint64)
         return 2**64 if hashes.size <= limit else int(np.partition(hashes, limit - 1)[limit - 1])
-
-    def _ids(self) -> Iterator[str]:
-        for document in _documents(self.config, self.files):
-            if not isinstance(document, Unreadable):
-                yield f"{self.config.source.name}/{document.name}"
 
     def _hash(self, id: str) -> int:
         return int.from_bytes(hashlib.sha256((self.salt + id).encode()).digest()[:8], "big")
-
-
-def _repeated(hashes: array[int]) -> set[int]:
-    """Returns the values that occur twice."""
-    import numpy as np
-
-    values = np.sort(np.frombuffer(hashes, np.uint64))
-    return set(values[1:][values[1:] == values[:-1]].tolist())
 
 
 def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[str, str]]) -> None:
@@ -341,25 +322,18 @@ def _require_tree(source: Source, parts: Sequence[Part], files: Sequence[tuple[s
 
 
 def _require_distinct_ids(source: Source, out: Path, work: Path) -> None:
-    """Raises AtomError if documents of two parts have the same id."""
-    files = [str(path) for path in part_files(out, "documents")]
+    """Raises AtomError if two documents have the same id; failed ones are documents as well."""
+    files = {table: [str(path) for path in part_files(out, table)] for table in ("documents", "failed")}
+    ids = " UNION ALL ".join(f"SELECT id FROM read_parquet(${table})" for table in files)
     # Grouping hashes takes less memory than grouping ids; only the few candidates are compared by their ids.
-    repeated = "SELECT hash(id) FROM read_parquet($files) GROUP BY 1 HAVING count(*) > 1"
-    query = f"SELECT id FROM read_parquet($files) WHERE hash(id) IN ({repeated}) GROUP BY id HAVING count(*) > 1"
+    repeated = f"SELECT hash(id) FROM ({ids}) GROUP BY 1 HAVING count(*) > 1"
+    query = f"SELECT id FROM ({ids}) WHERE hash(id) IN ({repeated}) GROUP BY id HAVING count(*) > 1"
     with connect(work) as database:
-        row = database.execute(f"{query} ORDER BY id LIMIT 1", {"files": files}).fetchone()
+        row = database.execute(f"{query} ORDER BY id LIMIT 1", files).fetchone()
     if row:
-        raise _id_twice(source, row[0])
-
-
-def _id_twice(source: Source, id: str) -> AtomError:
-    return AtomError(f"source {source.name}: two documents have the id {id}; choose an id_field of distinct values")
-
-
-def inspect(config: AcquireConfig) -> list[str]:
-    """Returns the note of the reader. Raises RecipeError if it cannot run."""
-    note = config.source.reader.inspect()
-    return [] if note is None else [f"{note} ({config.source.name})"]
+        raise AtomError(
+            f"source {source.name}: two documents have the id {row[0]}; choose an id_field of distinct values"
+        )
 
 
 def estimate(config: AcquireConfig) -> Estimate:
@@ -381,6 +355,5 @@ STAGE = Stage(
     estimate=estimate,
     shards=lambda config: config.source.parts,
     run_shard=run_shard,
-    inspect=inspect,
     code=lambda config: config.source.code,
 )

@@ -22,7 +22,7 @@ from pipeline.core.stage import Estimate, Inputs, Report, Stage
 from stages.data import estimates
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.acquire_stage import AcquireConfig
-from stages.data.acquire.licenses.allow import forbids_derivatives
+from stages.data.acquire.licenses.expressions import forbids_derivatives
 from stages.data.acquire.readers.generated import PLACE, Generated
 from stages.data.acquire.sources import require_generator
 from stages.formats.seeds import seed_of

@@ -19,14 +19,13 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Report
 from stages.data.curate.deny_list import OPT_OUT_RULE
 from stages.data.curate.source_filter import SECRETS
-from stages.data.curate.url_blocklist import BLOCKED_RULE
 
 AlarmShare = Annotated[float, Range(0, 1)]
 # By rule, the share of a source that it may remove.
 Acknowledged = Annotated[dict[Key, AlarmShare], Field(max_length=200)]
 # Of fewer documents, a large share is no news.
 MIN_DOCUMENTS = 20
-BEFORE_STEPS = (OPT_OUT_RULE, BLOCKED_RULE, "license", "failed", "generation")
+BEFORE_STEPS = (OPT_OUT_RULE, "license", "failed", "generation")
 DECONTAMINATION, DEDUPLICATION = "decontamination", "deduplication"
 # The rules of every source beside its steps. Deduplication: exact and near duplicates.
 RULES = (*BEFORE_STEPS, SECRETS, DECONTAMINATION, DEDUPLICATION)

@@ -9,45 +9,35 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.core.bounds import MOST_SOURCES, SourceName
+from pipeline.core.bounds import MOST_SOURCES
 from pipeline.core.errors import AtomError
-from pipeline.core.parts import Part, PartCount, link_parts, seal_part, shards_of
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from pipeline.core.parts import Part, link_parts, seal_part, shards_of
+from pipeline.core.stage import Estimate, Inputs, Report, Stage, operational
 from stages.data import estimates
 from stages.data.curate.alarms import Acknowledged, AlarmShare, dedup_losses, require_acknowledged
-from stages.data.curate.settings import MinHash
+from stages.data.curate.settings import DeduplicationConfig, SourceParts, no_counts
 from stages.data.estimates import Size
 from stages.formats.table import HeldoutFraction, write_json
 
 VERSION = 4
 
 
-class DedupSource(Config):
+class DedupSource(SourceParts):
     """The settings of one source that deduplication uses."""
 
-    name: SourceName
-    """name of the source"""
     heldout_fraction: HeldoutFraction
     """share of documents held out from training"""
-    parts: PartCount = added(1)
-    """parts of the source"""
     acknowledged_removals: Acknowledged = operational({})
     """by rule, the share of the source that it may remove"""
     expected: Size | None = operational(None)
     """expected size of the source; null: unknown"""
 
 
-class DedupConfig(Config):
+class DedupConfig(DeduplicationConfig):
     sources: tuple[DedupSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     """sources of the corpus"""
-    minhash: MinHash | None
-    """near-duplicate removal; null: none"""
     alarm_share: AlarmShare = operational(0.5)
     """share of a source above which a removal must be acknowledged"""
-
-    def parts(self) -> list[tuple[int, int]]:
-        """Returns the number of the source, and part, of every part of all sources in order."""
-        return [(number, part) for number, source in enumerate(self.sources) for part in range(source.parts)]
 
 
 def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -87,12 +77,10 @@ def run_shard(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> No
 def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> Part:
     from stages.data.curate import duplicate_groups
     from stages.data.curate.opt_out_copies import OptOuts
-    from stages.data.curate.part_removal import PartRemoval
-    from stages.data.curate.representatives import Representatives
+    from stages.data.curate.part_removal import PartRemoval, Representatives
 
-    number, part = config.parts()[shard]
-    source, decisions = config.sources[number], inputs["duplicates"].path
-    parts = [duplicate_groups.Part(number, config.sources[number].name, part) for number, part in config.parts()]
+    parts, decisions = config.parts(), inputs["duplicates"].path
+    part, source = parts[shard], config.sources[parts[shard].number]
 
     def make(folder: Path) -> dict[str, Any]:
         exact, near = (
@@ -101,17 +89,17 @@ def _seal_part(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> P
         with Representatives(inputs["representatives"].path, parts) as representatives:
             removal = PartRemoval(
                 inputs["filter"].path,
-                parts[shard],
+                part,
                 source.heldout_fraction,
                 exact,
                 near,
                 representatives,
                 config.minhash,
-                OptOuts(duplicate_groups.removed_folder(decisions, "opt_out")).of(parts[shard]),
+                OptOuts(duplicate_groups.removed_folder(decisions, "opt_out")).of(part),
             )
             return removal.write(folder)
 
-    return seal_part(work, f"{source.name}-{part:05d}", make)
+    return seal_part(work, f"{source.name}-{part.part:05d}", make)
 
 
 def _summarize(config: DedupConfig, facts: list[dict[str, Any]], edits: dict[str, dict[str, int]]) -> dict[str, Any]:
@@ -119,10 +107,10 @@ def _summarize(config: DedupConfig, facts: list[dict[str, Any]], edits: dict[str
 
     `facts` are those of each part. Raises AtomError if the counts of a source do not balance.
     """
-    sources: dict[str, Any] = {source.name: _empty() for source in config.sources}
-    total = _empty()
-    for (number, _), counts in zip(config.parts(), facts, strict=True):
-        for sums in (sources[config.sources[number].name], total):
+    sources: dict[str, Any] = {source.name: no_counts() for source in config.sources}
+    total = no_counts()
+    for part, counts in zip(config.parts(), facts, strict=True):
+        for sums in (sources[part.source], total):
             for name, value in counts.items():
                 sums[name] += Counter(value) if isinstance(value, dict) else value
     for name, counts in sources.items():
@@ -139,11 +127,6 @@ def _summarize(config: DedupConfig, facts: list[dict[str, Any]], edits: dict[str
         del counts["written"]
     by_source = {name: {**counts, "edited": edits.get(name, {})} for name, counts in sorted(sources.items())}
     return {"sources": by_source, "total": total}
-
-
-def _empty() -> dict[str, Any]:
-    numbers = dict.fromkeys(("documents_in", "bytes_in", "removed_bytes", "written"), 0)
-    return {**numbers, "kept": Counter(), "removed": Counter()}
 
 
 def estimate(config: DedupConfig) -> Estimate:

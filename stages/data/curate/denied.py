@@ -6,24 +6,27 @@ the text as the steps of each source would leave it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
 from stages.data.curate.deny_list import OPT_OUT_RULE, Denial, DenyList
-from stages.data.curate.filters.base import Filter, FilterFunction
+from stages.data.curate.filters.base import FilterFunction
 from stages.data.curate.source_filter import Removed, to_document
-from stages.formats.table import DERIVED, DocumentRow, content_hash, hash_columns, row_writer, stream_rows
+from stages.formats.table import DERIVED, DocumentRow, hash_columns, row_writer, stream_rows
 
 # The folders of the artifact of filter with the denied documents, and with the parents of kept ones, by part. They
 # are there only for a recipe with a deny-list.
 DENIED, PARENTS = "denied", "derived"
 # row: of the document in the table of kept ones.
 PARENT_COLUMNS = {"row": "int64", "parent": "string"}
+# A text of a denied document: its id, the SHA-256 of each reference with spaces between them, its origin, and the text
+# as acquired or as the steps of a source leave it.
+DeniedText = tuple[str, str, str, str]
+# Returns the text of a document and its variants.
+TextsOf = Callable[[DocumentRow], list[str]]
 
 
 def denied_columns(buckets: int) -> dict[str, str]:
@@ -39,68 +42,38 @@ def removed_on_request(denial: Denial) -> Removed:
     return Removed(OPT_OUT_RULE, 1.0, 1.0, denial.match)
 
 
-class Variants:
-    """The texts that a document has after the steps of any source."""
+def variants_of(row: DocumentRow, pipelines: Sequence[Sequence[FilterFunction]]) -> list[str]:
+    """Returns the text of a document and the texts that it has after the steps of any source, without repetitions.
 
-    def __init__(self, steps: Sequence[tuple[Filter, ...]]) -> None:
-        """Loads nothing yet; `steps` are those of each source."""
-        self.steps = steps
-
-    @cached_property
-    def pipelines(self) -> list[list[FilterFunction]]:
-        """The functions of the steps, which may load a model."""
-        # Sources often have the same steps; each pipeline runs once.
-        different = {repr(pipeline): pipeline for pipeline in self.steps if pipeline}
-        return [[step.function() for step in pipeline] for pipeline in different.values()]
-
-    def of(self, row: DocumentRow) -> list[str]:
-        """Returns the text of a document and its variants, without repetitions.
-
-        A source whose steps remove it, or fail, has none.
-        """
-        edited = (self._edit(pipeline, row) for pipeline in self.pipelines)
-        return list(dict.fromkeys([row["text"], *(variant for variant in edited if variant is not None)]))
-
-    @staticmethod
-    def _edit(pipeline: Sequence[FilterFunction], row: DocumentRow) -> str | None:
-        """Returns the text after all steps; None if one removes it or raises an exception, which removes it as well."""
-        document = to_document(row)
-        try:
-            for function in pipeline:
-                edited = function(document)
-                if not isinstance(edited, str):
-                    return None
-                document.text = edited
-        except (AtomError, MemoryError, OSError):
-            raise
-        except Exception:
-            return None
-        return str(document.text)
-
-
-@dataclass(frozen=True)
-class DeniedText:
-    """A text of a denied document.
-
-    Attributes:
-        id: The id of the document.
-        requests: The SHA-256 of each reference, with spaces between them.
-        url: The origin of the document.
-        text: The text as acquired, or as the steps of a source leave it.
-        content_hash: The SHA-256 of the text.
+    A source whose steps remove it, or fail, has none.
     """
+    edited = (_edit(pipeline, row) for pipeline in pipelines)
+    return list(dict.fromkeys([row["text"], *(variant for variant in edited if variant is not None)]))
 
-    id: str
-    requests: str
-    url: str
-    text: str
-    content_hash: str
+
+def _edit(pipeline: Sequence[FilterFunction], row: DocumentRow) -> str | None:
+    """Returns the text after all steps; None if one removes it or raises an exception, which removes it as well."""
+    document = to_document(row)
+    try:
+        for function in pipeline:
+            edited = function(document)
+            if not isinstance(edited, str):
+                return None
+            document.text = edited
+    except (AtomError, MemoryError, OSError):
+        raise
+    except Exception:
+        return None
+    return str(document.text)
 
 
 class PartOptOut:
-    """The opt-outs of one part of a source: finds them, and writes what deduplication needs."""
+    """The opt-outs of one part of a source: finds them, and writes what deduplication needs.
 
-    def __init__(self, stack: ExitStack, deny_list: DenyList, variants: Variants, acquired_parents: Path) -> None:
+    `texts` are those of the documents that were denied and are not written yet.
+    """
+
+    def __init__(self, stack: ExitStack, deny_list: DenyList, variants: TextsOf, acquired_parents: Path) -> None:
         """Opens the part's table of parents, `acquired_parents`, which may be missing."""
         self.stack, self.deny_list, self.variants = stack, deny_list, variants
         self.states_parents = acquired_parents.exists()
@@ -142,13 +115,7 @@ class PartOptOut:
         denial = self.deny_list.find(row["id"], "", ())
         return None if denial is None else removed_on_request(denial)
 
-    def take_texts(self) -> Iterator[DeniedText]:
-        """Yields the texts of the documents that were denied since the last call."""
-        texts, self.texts = self.texts, []
-        yield from texts
-
     def _deny(self, row: DocumentRow, denial: Denial) -> Removed:
         requests = " ".join(denial.requests)
-        for text in self.variants.of(row):
-            self.texts.append(DeniedText(row["id"], requests, row["origin"], text, content_hash(text)))
+        self.texts += [(row["id"], requests, row["origin"], text) for text in self.variants(row)]
         return removed_on_request(denial)

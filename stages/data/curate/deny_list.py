@@ -19,12 +19,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote, unquote, urlsplit
 
-from pipeline.core.errors import RecipeError
+from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import sha256_bytes
 from pipeline.core.text import escaped
-from stages.data.curate.list_file import WEB, Line, ListFile, host_and_parents, listed_host, page_address, parse_url
 
 # The rule of the dispositions.
 OPT_OUT_RULE = "opt_out"
@@ -33,6 +34,12 @@ KINDS: tuple[Kind, ...] = ("id", "content_hash", "url", "host")
 Match = Literal["id", "content_hash", "url", "host", "derived"]
 # The maximum number of lines: each takes some 200 bytes of memory in every task. A host stands for all its pages.
 MOST_ENTRIES = 1_000_000
+MOST_LINE_BYTES = 20_000
+# (file and number of the line for messages, line).
+Line = tuple[str, bytes]
+HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_-]{1,63})*")
+IP_ADDRESS = re.compile(r"[0-9.]+|[0-9a-f]*:[0-9a-f:.]*")
+WEB = ("http://", "https://")
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,63}")
 
 
@@ -62,14 +69,6 @@ def match_text(kind: str, requests: str) -> str:
     return f"{kind} {requests}"
 
 
-class DeniedRequest(TypedDict):
-    """A request in the evidence: the SHA-256 of its reference, its date, and the number of its entries by kind."""
-
-    request: str
-    date: str
-    entries: dict[str, int]
-
-
 class DenyList:
     """The entries of a deny-list, by what they name."""
 
@@ -84,8 +83,8 @@ class DenyList:
                 raise RecipeError(f"{place}: more than {MOST_ENTRIES} entries; name hosts instead of their pages")
             self._add(place, line)
 
-    def requests(self) -> list[DeniedRequest]:
-        """Returns every request for the evidence."""
+    def requests(self) -> list[dict[str, Any]]:
+        """Returns the SHA-256 of the reference of every request, its date, and the number of its entries by kind."""
         return [
             {"request": request, "date": self.dates[request], "entries": dict(sorted(self.counts[request].items()))}
             for request in sorted(self.dates)
@@ -214,4 +213,129 @@ def _page(value: str) -> tuple[str, str]:
     return address.page, address.fragment
 
 
-DENY_LIST = ListFile("deny-list", "deny_list", DenyList)
+def digest_of(path: Path) -> str:
+    """Returns the digest of a deny-list, `sha256:…`, whose lines were all read. Raises RecipeError."""
+    content = _read_bytes(path)
+    # Parsed while planning, so that a wrong line is found before any stage runs.
+    DenyList(_lines(path, content))
+    return f"sha256:{sha256_bytes(content)}"
+
+
+def read(path: str | None, sha256: str | None) -> DenyList | None:
+    """Returns the deny-list that a config names by path and digest, or None without a path.
+
+    Raises RecipeError if it cannot be read, or has another digest, and AtomError for a digest that is not resolved.
+    """
+    if path is None:
+        return None
+    if sha256 is None:
+        raise AtomError(f"deny-list {path} has no digest; run through the recipe's resolved() form")
+    content = _read_bytes(Path(path))
+    if sha256 != f"sha256:{sha256_bytes(content)}":
+        raise RecipeError(f"deny-list {path} changed after the run was planned; plan and run again")
+    return DenyList(_lines(Path(path), content))
+
+
+def lines(path: Path) -> Iterator[Line]:
+    """Yields the lines that are not empty.
+
+    Raises RecipeError if the file cannot be read, or for a line that is too long.
+    """
+    return _lines(path, _read_bytes(path))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise RecipeError(f"deny-list {path} cannot be read ({reason}); check curation.deny_list") from None
+
+
+def _lines(path: Path, content: bytes) -> Iterator[Line]:
+    for number, line in enumerate(content.split(b"\n"), 1):
+        place = f"deny-list {path}, line {number}"
+        if len(line) > MOST_LINE_BYTES:
+            raise RecipeError(f"{place}: has {len(line)} bytes; an entry has at most {MOST_LINE_BYTES}")
+        if line.strip():
+            yield place, line
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """The parts of a URL that are equal for equal pages: without the scheme and the port, in one form of quoting.
+
+    Attributes:
+        host: In lower case and ASCII.
+        path: From the first slash on.
+        query: With its question mark, or empty.
+        fragment: Unquoted.
+    """
+
+    host: str
+    path: str
+    query: str
+    fragment: str
+
+    @property
+    def site(self) -> str:
+        """The host, without `www.`."""
+        return self.host.removeprefix("www.")
+
+    @property
+    def page(self) -> str:
+        """The site, path and query, without a final slash of the path."""
+        return f"{self.site}{self.path.rstrip('/')}{self.query}"
+
+
+def parse_url(url: str) -> Address:
+    """Parses a URL. Raises ValueError, whose text continues a sentence about the URL."""
+    try:
+        parts = urlsplit(url)
+        host = host_name(parts.hostname or "")
+    except ValueError:
+        raise ValueError("is no URL with a host") from None
+    # A user name in a list would be personal data, and is no part of a page.
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("holds a user name; leave it out")
+    # Quoting is undone and done again, so that %7E and ~ are equal.
+    path = quote(unquote(parts.path), safe="/:@!$&'()*+,;=~")
+    query = f"?{quote(unquote(parts.query), safe='/:@!$&()*+,;=?~%')}" if parts.query else ""
+    return Address(host, path, query, unquote(parts.fragment))
+
+
+def page_address(origin: str) -> Address | None:
+    """Returns the address of a document by its column `origin`; None if that is no URL of a page."""
+    if not origin.startswith(WEB):
+        return None
+    try:
+        return parse_url(origin)
+    except ValueError:
+        return None
+
+
+def host_name(text: str) -> str:
+    """Returns a host in lower case and in ASCII. Raises ValueError, whose text continues a sentence about the host."""
+    name = text.strip().rstrip(".").lower()
+    if not name.isascii():
+        try:
+            name = name.encode("idna").decode()
+        except UnicodeError:
+            name = ""
+    if not (HOST.fullmatch(name) or re.fullmatch(r"[0-9a-f:.]{2,45}", name)):
+        raise ValueError("is no host, such as example.org")
+    return name
+
+
+def listed_host(text: str) -> str:
+    """Returns the form of a host in a list that `host_and_parents` yields. Raises what `host_name` raises."""
+    return host_name(text).removeprefix("www.")
+
+
+def host_and_parents(host: str) -> Iterator[str]:
+    """Yields the names under which a list may have a host: its own, and those of the hosts above it."""
+    yield host
+    # An IP address has no hosts above it.
+    if not IP_ADDRESS.fullmatch(host):
+        labels = host.split(".")
+        yield from (".".join(labels[start:]) for start in range(1, len(labels)))

@@ -8,45 +8,36 @@ documents that share one hash, but for 16 bytes for each document that shares a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.core.parts import part_file
-from stages.data.curate.minhash import Ints, UInts, components
+from stages.data.curate.minhash import Ints, components
+from stages.data.curate.settings import PART_BITS, ROW_BITS, Partition, SourcePart
 from stages.formats.database import connect
-from stages.formats.table import row_count, stream_batches
+from stages.formats.table import row_count
 
 if TYPE_CHECKING:
     import duckdb
 
-PART_BITS, ROW_BITS = 17, 36  # 100,000 parts; with 10 bits for the source below 2^63
 # Above the addresses of the documents of 1,000 sources; denied texts have higher ones (`opt_out`).
 MOST_ADDRESS = 1000 << (PART_BITS + ROW_BITS)
-# Rows of a bucket on average, 2 MB.
-BUCKET_ROWS = 2**16
-MOST_ROWS = 2**20  # of a bucket in memory, where they take some 150 bytes each; a frequent hash gives a bucket more
-MAX_BUCKETS = 500  # files open at once
 # Rows that are read, joined or written at a time.
 BATCH = 2**17
-MEMORY = "250MB"  # of the database that groups a bucket of more rows
 STARS = "stars.parquet"
-KEY, HIGH, LOW, ADDRESS = range(4)  # columns of the rows of a bucket
-ROW_BYTES = 32
 _EXACT_STARS = """
-    SELECT address, first FROM bucket
-    JOIN (SELECT key, high, low, min(address) AS first FROM bucket GROUP BY key, high, low HAVING count(*) > 1)
+    SELECT address, first FROM partition
+    JOIN (SELECT key, high, low, min(address) AS first FROM partition GROUP BY key, high, low HAVING count(*) > 1)
     USING (key, high, low) WHERE address != first
 """
-# Only the first of equal texts takes part in a band, as in `_stars`.
+# Of documents with equal texts only the first stands for them in a band, or a page that occurs a million times would
+# give a million edges.
 _BAND_STARS = """
-    WITH texts AS MATERIALIZED (SELECT key, min(address) AS address FROM bucket GROUP BY key, high, low)
+    WITH texts AS MATERIALIZED (SELECT key, min(address) AS address FROM partition GROUP BY key, high, low)
     SELECT address, first FROM texts
     JOIN (SELECT key, min(address) AS first FROM texts GROUP BY key HAVING count(*) > 1)
     USING (key) WHERE address != first
@@ -54,169 +45,45 @@ _BAND_STARS = """
 _FILES = ("address", "first", "firsts")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a source, by its files in a folder of parts of sources.
-
-    Attributes:
-        number: The number of the source, from 0.
-        source: The name of the source.
-        part: The number of the part.
-    """
-
-    number: int
-    source: str
-    part: int
-
-    @property
-    def first(self) -> int:
-        """The address of its first document."""
-        return (self.number << PART_BITS | self.part) << ROW_BITS
-
-    @property
-    def end(self) -> int:
-        return self.first + (1 << ROW_BITS)
-
-    def file(self, folder: Path) -> Path:
-        return folder / self.source / part_file(self.part)
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A range of the values of a column of hashes: the n-th of `count` equal ones."""
-
-    column: str
-    n: int
-    count: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.column}-{self.n:05d}-of-{self.count:05d}"
-
-    def bounds(self) -> tuple[int, int]:
-        """Returns the smallest and the largest value."""
-        # By Python's integers, since 2**64 does not fit into 64 bits.
-        return 2**64 * self.n // self.count, 2**64 * (self.n + 1) // self.count - 1
-
-
-def write_stars(folder: Path, hashes: Path, parts: Sequence[Part], partition: Partition) -> int:
+def write_stars(
+    database: duckdb.DuckDBPyConnection, folder: Path, hashes: Path, parts: Sequence[SourcePart], partition: Partition
+) -> int:
     """Writes the stars of the documents that share a hash, of one partition; returns the number of their rows.
 
-    Of a band, documents with equal texts are one document: the first. Rows are dealt into buckets by ranges of their
-    hash, in files, so that memory holds one bucket; a bucket of more than MOST_ROWS is grouped on disk.
+    Of a band, documents with equal texts are one document: the first.
 
     Args:
+        database: Groups the rows; what exceeds its memory is on disk.
         folder: The folder to write to.
         hashes: The folder of the hashes of each part.
         parts: The parts that are searched.
         partition: The column of hashes, and the range of its values.
     """
-    # Hashes are uniform, so equal ranges of them give buckets of about equal size.
-    rows = sum(row_count(part.file(hashes)) for part in parts)
-    buckets = max(1, min(rows // partition.count // BUCKET_ROWS, MAX_BUCKETS))
-    smallest, largest = partition.bounds()
-    bounds = np.array([smallest + (largest + 1 - smallest) * n // buckets for n in range(buckets)], np.uint64)
-    files = [folder / f"bucket-{n}" for n in range(buckets)]
-    with ExitStack() as stack:
-        opened = [stack.enter_context(open(file, "wb")) for file in files]
-        # A stable sort keeps the rows of a bucket in the order of their addresses.
-        for piece in _rows(hashes, parts, partition):
-            order = np.argsort(bucket := np.searchsorted(bounds, piece[:, KEY], "right") - 1, kind="stable")
-            pieces = np.split(piece[order], np.searchsorted(bucket[order], np.arange(1, buckets)))
-            for out, piece in zip(opened, pieces, strict=True):
-                out.write(piece.tobytes())
-    exact, written = partition.column == "hash_high", 0
-    schema = pa.schema([("address", pa.int64()), ("first", pa.int64())])
-    with pq.ParquetWriter(folder / STARS, schema, compression="zstd") as writer:
-        for file in files:
-            # Only a hash that very many documents share makes a bucket that large.
-            is_large = file.stat().st_size > MOST_ROWS * ROW_BYTES
-            for stars in _stars_on_disk(file, exact) if is_large else [_stars(_read_bucket(file), exact)]:
-                writer.write_table(pa.table(list(stars.T.copy()), schema=schema))
-                written += len(stars)
-            # Each bucket goes as soon as its stars are written, so that the disk does not hold all of both.
-            file.unlink()
-    return written
-
-
-def _rows(hashes: Path, parts: Sequence[Part], partition: Partition) -> Iterator[UInts]:
-    """Yields the rows of a partition in the order of addresses, shape [rows, 4], about BATCH at a time."""
-    low, high = map(np.uint64, partition.bounds())
-    pending: list[UInts] = []
     for part in parts:
-        address = part.first
-        for batch in stream_batches(part.file(hashes), [partition.column, "hash_high", "hash_low"]):
-            keys = _numbers(batch, partition.column)
-            chosen = np.flatnonzero((keys >= low) & (keys <= high) & _numbers(batch, partition.column, valid=True))
-            columns = [keys, _numbers(batch, "hash_high"), _numbers(batch, "hash_low"), np.arange(len(keys)) + address]
-            pending.append(np.stack([column[chosen].astype(np.uint64) for column in columns], axis=1))
-            address += len(batch)
-            # In a narrow range most batches have few rows, so their number is bounded as well.
-            if sum(map(len, pending)) >= BATCH or len(pending) >= 1000:
-                yield np.concatenate(pending)
-                pending = []
-    if pending:
-        yield np.concatenate(pending)
+        row_count(part.file(hashes))  # names a damaged file, which DuckDB would not
+    smallest, largest = partition.bounds()
+    # The optimizer would put the larger table on the right side, which is held in memory.
+    database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
+    create_view(database, "hashes", [(part.file(hashes), part.first) for part in parts])
+    database.execute(f"""
+        CREATE OR REPLACE VIEW partition AS
+        SELECT {partition.column} AS key, hash_high AS high, hash_low AS low, address FROM hashes
+        WHERE {partition.column} BETWEEN {smallest}::UBIGINT AND {largest}::UBIGINT""")
+    stars = database.sql(_EXACT_STARS if partition.column == "hash_high" else _BAND_STARS)
+    stars.write_parquet(str(folder / STARS), compression="zstd")
+    return row_count(folder / STARS)
 
 
-def _read_bucket(file: Path, first: int = 0, count: int = -1) -> UInts:
-    """Returns `count` rows of a bucket from row `first` on, shape [rows, 4]; all for -1."""
-    values = np.fromfile(file, np.uint64, max(count * 4, -1), offset=first * ROW_BYTES)
-    return values.reshape(-1, 4)
-
-
-def _stars(rows: UInts, exact: bool) -> Ints:
-    """Returns the stars among the rows of a bucket, shape [stars, 2]: a document, and the first of its group."""
-    keys = np.sort(rows[:, KEY])
-    shared = np.unique(keys[1:][keys[1:] == keys[:-1]])
-    if not len(shared):
-        return np.empty((0, 2), np.int64)
-    # Most hashes occur once. Their rows are dropped before the sort, which takes longer.
-    place = np.minimum(np.searchsorted(shared, rows[:, KEY]), len(shared) - 1)
-    rows = rows[shared[place] == rows[:, KEY]]
-    rows, first = _grouped(rows, [KEY, HIGH, LOW])
-    # Of documents with equal texts only the first may stand for them in a band, or a page that occurs a million times
-    # would give a million edges.
-    if not exact:
-        rows, first = _grouped(rows[first == np.arange(len(rows))], [KEY])
-    others = np.flatnonzero(first != np.arange(len(rows)))
-    return rows[:, ADDRESS][np.stack([others, first[others]], axis=1)].astype(np.int64)
-
-
-def _stars_on_disk(file: Path, exact: bool) -> Iterator[Ints]:
-    """Yields the stars of `_stars`, some at a time, of a bucket of any size.
-
-    Hashes are spread evenly, so a large bucket has a few frequent ones: the table of those is what each row is looked
-    up in, hence joins must keep it on their right side.
-    """
-    table = file.with_suffix(".parquet")
-    schema = pa.schema([(name, pa.uint64()) for name in ("key", "high", "low", "address")])
-    with pq.ParquetWriter(table, schema, compression="zstd") as writer:
-        for first in range(0, file.stat().st_size // ROW_BYTES, BATCH):
-            writer.write_table(pa.table(list(_read_bucket(file, first, BATCH).T.copy()), schema=schema))
-    with connect(file.parent, MEMORY) as database:
-        # The optimizer would put the larger table on the right side, which is held in memory.
-        database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
-        database.from_parquet(str(table)).create_view("bucket")
-        for batch in database.sql(_EXACT_STARS if exact else _BAND_STARS).to_arrow_reader(BATCH):
-            yield np.stack([column.to_numpy() for column in batch.columns], axis=1).astype(np.int64)
-    table.unlink()
-
-
-def _grouped(rows: UInts, columns: list[int]) -> tuple[UInts, Ints]:
-    """Returns the rows sorted by columns and address, and for each the place of the first that equals it in these."""
-    # lexsort takes the most significant column last.
-    rows = rows[np.lexsort([rows[:, column] for column in (ADDRESS, *reversed(columns))])]
-    # Without rows the appended True would be one too many, hence the slice.
-    new = np.append(True, (rows[1:, columns] != rows[:-1, columns]).any(axis=1))[: len(rows)]
-    return rows, np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
-
-
-def _numbers(batch: pa.RecordBatch, column: str, valid: bool = False) -> NDArray[Any]:
-    """Returns a column with 0 for null; with `valid`, 1 for each value that is there."""
-    values = batch.column(column)
-    numbers: NDArray[Any] = (values.is_valid() if valid else values.fill_null(0)).to_numpy(zero_copy_only=False)
-    return numbers
+def create_view(database: duckdb.DuckDBPyConnection, name: str, tables: Sequence[tuple[Path, int]]) -> None:
+    """Creates a view of the rows of tables, each (file, address of its first row), with the column `address`."""
+    files, begins = [str(file) for file, _ in tables], [first for _, first in tables]
+    database.register(f"{name}_files", pa.table({"filename": files, "begin": begins}))
+    # Parts of sources that are not searched for near duplicates have no bands.
+    rows = database.from_parquet(files, file_row_number=True, filename=True, union_by_name=True)
+    rows.create_view(f"{name}_rows")
+    database.execute(f"""
+        CREATE OR REPLACE VIEW {name} AS
+        SELECT *, begin + file_row_number AS address FROM {name}_rows JOIN {name}_files USING (filename)""")
 
 
 class Removed:
@@ -231,12 +98,12 @@ class Removed:
     def __init__(self, folder: Path) -> None:
         self.address, self.first, self.firsts = (mapped(folder / f"{name}.i64") for name in _FILES)
 
-    def of(self, part: Part) -> tuple[Ints, Ints]:
+    def of(self, part: SourcePart) -> tuple[Ints, Ints]:
         """Returns the removed rows of a part, and the address of the document that each duplicates."""
         start, stop = np.searchsorted(self.address, [part.first, part.end])
         return self.address[start:stop] - part.first, np.array(self.first[start:stop])
 
-    def firsts_of(self, part: Part) -> Ints:
+    def firsts_of(self, part: SourcePart) -> Ints:
         """Returns the rows of a part that removed documents duplicate."""
         start, stop = np.searchsorted(self.firsts, [part.first, part.end])
         return self.firsts[start:stop] - part.first

@@ -7,105 +7,41 @@ shares a band with another. Stage `dedup` removes what is found here.
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.core.bounds import MOST_SOURCES, SourceName
-from pipeline.core.errors import MachineError
-from pipeline.core.parts import Part, PartCount, link_parts, seal_part
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from pipeline.core.bounds import MOST_SOURCES
+from pipeline.core.parts import Part, link_parts, seal_part
+from pipeline.core.stage import Estimate, Inputs, Report, Stage, operational
 from stages.data import estimates
-from stages.data.curate.settings import MinHash
+from stages.data.curate.settings import DeduplicationConfig, Partition, SourcePart, SourceParts
 from stages.data.estimates import Size
+from stages.formats.database import connect
 from stages.formats.table import Kind
 
 if TYPE_CHECKING:
-    from stages.data.curate import duplicate_groups
+    import duckdb
 
 
-# for_each(work_on, count) calls the picklable work_on with each number below count, and yields how many are done. An
-# error of a call ends the others, and is raised.
-ForEach = Callable[[Callable[[int], None], int], Iterator[int]]
 VERSION = 1
-# Parts of a corpus for each range of hashes: a range has some ten million documents, which are sorted in memory.
+# Parts of a corpus for each range of hashes: a range has some ten million documents.
 PARTS_PER_RANGE = 500
+# Of the database that groups the rows of a partition.
+MEMORY = "250MB"
 
 
-@contextmanager
-def processes(number: int) -> Iterator[ForEach]:
-    """Opens a context with a `ForEach` of at most `number` processes.
-
-    There are no more processes than cores that this one may use. With one, no other process is started.
-    """
-    number = min(number, len(os.sched_getaffinity(0)))
-    if number < 2:
-        yield _in_turn
-        return
-    earlier = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
-    with ProcessPoolExecutor(number, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-
-        def at_once(work_on: Callable[[int], None], count: int) -> Iterator[int]:
-            for done, future in enumerate(as_completed([pool.submit(work_on, n) for n in range(count)]), start=1):
-                future.result()
-                yield done
-
-        try:
-            yield at_once
-        # The pool does not say which process was killed; the kernel's memory killer is the usual cause.
-        except BrokenProcessPool:
-            raise MachineError(
-                "a process of this stage was killed, perhaps for its memory; run again: finished parts are kept"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            # Running calls are not cancelled by the shutdown, so their processes are ended.
-            for child in set(multiprocessing.active_children()) - earlier:
-                child.terminate()
-            raise
-
-
-def _in_turn(work_on: Callable[[int], None], count: int) -> Iterator[int]:
-    for n in range(count):
-        work_on(n)
-        yield n + 1
-
-
-def _end_with(parent: int) -> None:
-    """Lets this process leave Ctrl-C to its parent, and end when the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-class SearchedSource(Config):
+class SearchedSource(SourceParts):
     """The settings of one source that the search uses."""
 
-    name: SourceName
-    """name of the source"""
     kind: Kind
     """kind of the documents"""
-    parts: PartCount = added(1)
-    """parts of the source"""
 
 
-class DuplicatesConfig(Config):
+class DuplicatesConfig(DeduplicationConfig):
     sources: tuple[SearchedSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     """sources of the corpus"""
-    minhash: MinHash | None
-    """near-duplicate removal; null: none"""
     expected: Size | None = operational(None)
     """expected size of all sources; null: unknown"""
 
@@ -114,19 +50,11 @@ class DuplicatesConfig(Config):
         """The kinds of sources whose documents are searched for near duplicates."""
         return self.minhash.kinds if self.minhash is not None else ()
 
-    def parts(self) -> list[duplicate_groups.Part]:
-        """Returns the parts of all sources, in order."""
-        from stages.data.curate.duplicate_groups import Part
-
-        return [Part(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
-
-    def searched(self, part: duplicate_groups.Part) -> bool:
+    def searched(self, part: SourcePart) -> bool:
         return self.sources[part.number].kind in self.searched_kinds
 
-    def partitions(self) -> list[duplicate_groups.Partition]:
+    def partitions(self) -> list[Partition]:
         """Returns the partitions of the exact search, then those of each band."""
-        from stages.data.curate.duplicate_groups import Partition
-
         return [Partition(column, n, self.ranges) for column in self.columns for n in range(self.ranges)]
 
     @property
@@ -147,12 +75,13 @@ def run(config: DuplicatesConfig, inputs: Inputs, work: Path, out: Path, report:
     """Seals `removed/exact` and `removed/near`: the documents to remove, and which ones they duplicate.
 
     With a deny-list also `removed/opt_out`: those that requests reach through a denied document. `inputs["filter"]`
-    holds the hashes of each part. Uses all cores that the process may use. Resumes after the last finished partition.
+    holds the hashes of each part. Resumes after the last finished partition.
     """
     count = len(config.partitions())
-    with processes(count if shards(config) > 1 else 1) as for_each:
-        for done in for_each(partial(_find_stars, config, inputs["filter"].path, work), count):
-            report.progress(done, count, "partitions")
+    with connect(work, MEMORY) as database:
+        for number in range(count):
+            _find_stars(database, config, inputs["filter"].path, work, number)
+            report.progress(number + 1, count, "partitions")
     joined = _join_stars(config, inputs["filter"].path, work)
     link_parts(joined.values(), out)
     report.note(", ".join(f"{name}: {part.facts['documents']} documents" for name, part in joined.items()))
@@ -160,7 +89,8 @@ def run(config: DuplicatesConfig, inputs: Inputs, work: Path, out: Path, report:
 
 def run_shard(config: DuplicatesConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Finds the documents with equal hashes in one partition."""
-    _find_stars(config, inputs["filter"].path, work, shard)
+    with connect(work, MEMORY) as database:
+        _find_stars(database, config, inputs["filter"].path, work, shard)
 
 
 def shards(config: DuplicatesConfig) -> int:
@@ -168,7 +98,9 @@ def shards(config: DuplicatesConfig) -> int:
     return len(config.columns) * config.ranges if any(source.parts > 1 for source in config.sources) else 1
 
 
-def _find_stars(config: DuplicatesConfig, filtered: Path, work: Path, number: int) -> None:
+def _find_stars(
+    database: duckdb.DuckDBPyConnection, config: DuplicatesConfig, filtered: Path, work: Path, number: int
+) -> None:
     from stages.data.curate.duplicate_groups import write_stars
     from stages.data.curate.opt_out_copies import denied_parts
 
@@ -177,7 +109,7 @@ def _find_stars(config: DuplicatesConfig, filtered: Path, work: Path, number: in
     parts += denied_parts(filtered, config.parts())
 
     def make(folder: Path) -> dict[str, Any]:
-        return {"stars": write_stars(folder, filtered / "hashes", parts, partition)}
+        return {"stars": write_stars(database, folder, filtered / "hashes", parts, partition)}
 
     seal_part(work / "stars", partition.name, make)
 

@@ -1,4 +1,4 @@
-"""Filter: the lists of the recipe, the steps of each source, secrets, then decontamination, part by part.
+"""Filter: the deny-list of the recipe, the steps of each source, secrets, then decontamination, part by part.
 
 The order matters. Personal data is replaced before deduplication, so copies that differ only in an address are
 duplicates. Contaminated documents are removed before duplicates, so the representative of a group of duplicates is
@@ -9,7 +9,7 @@ datatrove's executor, some seconds for each step. Memory holds some thousand doc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
@@ -23,17 +23,16 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import Part, PartCount, link_parts, part_file, seal_part, shards_of
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from stages.data import estimates
-from stages.data.acquire.failures import FAILED_RULE, Failures
-from stages.data.acquire.licenses.allow import Licenses
-from stages.data.acquire.readers.base import REFUSED_RULES
+from stages.data.acquire.licenses.expressions import Licenses
+from stages.data.acquire.readers.base import FAILED_RULE, REFUSED_RULES, Failures
+from stages.data.curate import deny_list
 from stages.data.curate.alarms import Acknowledged, filter_losses, require_acknowledged
-from stages.data.curate.denied import DENIED, PARENTS, DeniedText, PartOptOut, Variants, denied_columns
-from stages.data.curate.deny_list import DENY_LIST, DenyList
-from stages.data.curate.filters.base import all_steps
+from stages.data.curate.denied import DENIED, PARENTS, PartOptOut, denied_columns, variants_of
+from stages.data.curate.deny_list import DenyList
+from stages.data.curate.filters import MAX_STEPS, AnyFilter, code_of
+from stages.data.curate.filters.base import FilterFunction
 from stages.data.curate.settings import CurationSettings, MinHash
 from stages.data.curate.source_filter import Removed, SourceFilter, kept_disposition, removed_disposition
-from stages.data.curate.steps import MAX_STEPS, AnyFilter, code_of
-from stages.data.curate.url_blocklist import URL_BLOCKLIST, UrlBlocklist
 from stages.data.estimates import Size
 from stages.formats.seeds import seed_of
 from stages.formats.table import (
@@ -102,14 +101,13 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     step edited. With a deny-list these are followed by the hashes of denied documents and the parents of kept ones, by
     part, and by the requests.
 
-    The inputs are the acquired documents of each source under its name, the evaluation items under `items`, and each
-    classifier that a step uses under `classifier-<name>`.
+    The inputs are the acquired documents of each source under its name, and the evaluation items under `items`.
 
     Resumes after the last sealed part. Raises AtomError if no document of any source is left, if many fail, or if a
     rule removes so large a share of a source that the recipe must acknowledge it.
     """
     inspect(config)
-    # Missing lists and broken steps are found before the first document is read.
+    # A missing deny-list and broken steps are found before the first document is read.
     maker, parts = _PartMaker(config, inputs, work), dict[str, list[Part]]()
     jobs = config.parts()
     for done, (source, number) in enumerate(jobs, start=1):
@@ -122,8 +120,8 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     _require_acknowledged(config, parts, report)
     if not any(part.facts["kept"] for source_parts in parts.values() for part in source_parts):
         raise AtomError("curation removed every document of every source; loosen the steps of the data recipe")
-    if (deny_list := maker.deny_list) is not None:
-        requests = {"deny_list": config.curation.deny_list_sha256, "requests": deny_list.requests()}
+    if maker.deny_list is not None:
+        requests = {"deny_list": config.curation.deny_list_sha256, "requests": maker.deny_list.requests()}
         write_json(out / "opt_out.json", requests)
     write_json(out / "edits.json", {name: _add_up(source_parts, "edits") for name, source_parts in parts.items()})
 
@@ -159,16 +157,13 @@ class _PartMaker:
     @cached_property
     def deny_list(self) -> DenyList | None:
         curation = self.config.curation
-        return DENY_LIST.require(curation.deny_list, curation.deny_list_sha256)
+        return deny_list.read(curation.deny_list, curation.deny_list_sha256)
 
     @cached_property
-    def _blocklist(self) -> UrlBlocklist | None:
-        curation = self.config.curation
-        return URL_BLOCKLIST.require(curation.url_blocklist, curation.url_blocklist_sha256)
-
-    @cached_property
-    def _variants(self) -> Variants:
-        return Variants([source.steps for source in self.config.sources])
+    def _pipelines(self) -> list[list[FilterFunction]]:
+        """The functions of the steps of each source, which may load a model; each pipeline once."""
+        different = {repr(source.steps): source.steps for source in self.config.sources if source.steps}
+        return [[step.function() for step in steps] for steps in different.values()]
 
     def _minhash(self, *sources: FilteredSource) -> MinHash | None:
         """Returns the MinHash settings for sources, or None if the kind of none is deduplicated."""
@@ -179,8 +174,7 @@ class _PartMaker:
     def _filter_part(self, source: FilteredSource, number: int, folder: Path) -> dict[str, Any]:
         """Writes the tables of a part, and returns its counts."""
         acquired, file = self.inputs[source.name], part_file(number)
-        source_steps = [step.with_inputs(self.inputs) for step in source.steps]
-        steps = SourceFilter(source.name, source.kind, source_steps, self._index, source.license_allow, self._blocklist)
+        steps = SourceFilter(source.name, source.kind, source.steps, self._index, source.license_allow)
         minhash = self._minhash(source)
         columns = hash_columns(_buckets(minhash))
         counts, removed = Counter[str](documents=0, bytes=0, kept=0), Counter[str]()
@@ -222,7 +216,7 @@ class _PartMaker:
                 for hashes in self._hashes([(row["text"], row["content_hash"]) for row in kept], minhash):
                     write_hashes(dict(zip(columns, hashes, strict=True)))
                 if opt_out:
-                    self._write_denied(opt_out, list(opt_out.take_texts()))
+                    self._write_denied(opt_out)
                 counts.update(kept=len(kept))
             # Failed steps are counted among the documents that reached them, so before the ones that acquire refused.
             steps.failures.require_few(counts["documents"])
@@ -241,18 +235,20 @@ class _PartMaker:
         if self.deny_list is None:
             return None
         file, acquired = part_file(number), self.inputs[source.name]
-        opt_out = PartOptOut(stack, self.deny_list, self._variants, acquired / "derived" / file)
+        opt_out = PartOptOut(
+            stack, self.deny_list, lambda row: variants_of(row, self._pipelines), acquired / "derived" / file
+        )
         columns = denied_columns(_buckets(self._minhash(*self.config.sources)))
         opt_out.open(folder / DENIED / source.name / file, folder / PARENTS / source.name / file, columns)
         return opt_out
 
-    def _write_denied(self, opt_out: PartOptOut, texts: Sequence[DeniedText]) -> None:
+    def _write_denied(self, opt_out: PartOptOut) -> None:
+        texts, opt_out.texts = opt_out.texts, []
         minhash = self._minhash(*self.config.sources)
         columns = denied_columns(_buckets(minhash))
-        all_hashes = self._hashes([(denied.text, denied.content_hash) for denied in texts], minhash)
-        for denied, hashes in zip(texts, all_hashes, strict=True):
-            values = [denied.id, denied.requests, denied.url, *hashes]
-            opt_out.write_denied(dict(zip(columns, values, strict=True)))
+        all_hashes = self._hashes([(text, content_hash(text)) for *_, text in texts], minhash)
+        for (id, requests, url, _), hashes in zip(texts, all_hashes, strict=True):
+            opt_out.write_denied(dict(zip(columns, [id, requests, url, *hashes], strict=True)))
 
     def _hashes(self, documents: list[tuple[str, str]], minhash: MinHash | None) -> Iterator[list[int | None]]:
         """Yields 128 bits of the SHA-256 of each (text, SHA-256), in halves, and with MinHash a hash of each bucket."""
@@ -330,7 +326,7 @@ def inspect(config: FilterConfig) -> list[str]:
     """Returns the notes of all steps, each with its sources. Raises RecipeError for a step that cannot run."""
     notes: dict[str, list[str]] = {}
     for source in config.sources:
-        for step in all_steps(source.steps):
+        for step in source.steps:
             if (note := step.inspect()) and source.name not in notes.setdefault(note, []):
                 notes[note].append(source.name)
     return [f"{note} ({', '.join(sources)})" for note, sources in notes.items()]

@@ -13,39 +13,35 @@ A rewrite whose source does not state what it was made from is found only where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.core.parts import part_file
 from stages.data.curate.denied import DENIED, PARENTS
 from stages.data.curate.deny_list import match_text
-from stages.data.curate.duplicate_groups import MOST_ADDRESS, ROW_BITS, STARS, Part
+from stages.data.curate.duplicate_groups import MOST_ADDRESS, STARS, create_view
 from stages.data.curate.minhash import Ints
+from stages.data.curate.settings import ROW_BITS, SourcePart
 from stages.formats.database import connect
-from stages.formats.table import read_table, row_count, rows_at, stream_batches
+from stages.formats.table import read_table, row_count, stream_batches
 
 if TYPE_CHECKING:
     import duckdb
 
 TABLE = "opt_out.parquet"
-BATCH = 2**14
 # The columns of a document that is removed on request. `bands` is the number of bands of MinHash that it shares with
 # the other text; null for a document that was found in another way.
-REMOVED = {"address": "int64", "duplicate_of": "string", "requests": "string", "found": "string", "bands": "int64"}
+REMOVED = ("address", "duplicate_of", "requests", "found", "bands")
 # All requests of a group.
 _JOINED = "array_to_string(list_sort(list_distinct(flatten(list(string_split(requests, ' '))))), ' ')"
-_SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
-class DeniedPart(Part):
+class DeniedPart(SourcePart):
     """The denied texts of a part; `number` counts the parts of all sources."""
 
     @property
@@ -57,7 +53,7 @@ class DeniedPart(Part):
         return folder.parent / DENIED / self.source / part_file(self.part)
 
 
-def denied_parts(filtered: Path, parts: Sequence[Part]) -> list[DeniedPart]:
+def denied_parts(filtered: Path, parts: Sequence[SourcePart]) -> list[DeniedPart]:
     """Returns the denied texts of each part; none for a recipe without a deny-list."""
     if not (filtered / DENIED).is_dir():
         return []
@@ -65,7 +61,7 @@ def denied_parts(filtered: Path, parts: Sequence[Part]) -> list[DeniedPart]:
 
 
 def write_opt_outs(
-    folder: Path, work: Path, filtered: Path, parts: Sequence[Part], exact: Sequence[Path], near: Sequence[Path]
+    folder: Path, work: Path, filtered: Path, parts: Sequence[SourcePart], exact: Sequence[Path], near: Sequence[Path]
 ) -> int:
     """Writes the documents that requests reach beside the denied ones (REMOVED), by address; returns their number.
 
@@ -87,32 +83,35 @@ class _Search:
 
     database: duckdb.DuckDBPyConnection
     filtered: Path
-    parts: Sequence[Part]
+    parts: Sequence[SourcePart]
     exact: Sequence[Path]
     near: Sequence[Path]
 
     def run(self) -> None:
-        run = self.database.execute
-        removed = ", ".join(f"{name} {_SQL_TYPES[kind]}" for name, kind in REMOVED.items())
-        run(f"CREATE TABLE removed ({removed})")
-        run("CREATE TABLE denied (address BIGINT, id VARCHAR, requests VARCHAR, url VARCHAR)")
-        run("CREATE TABLE names (address BIGINT, id VARCHAR)")
-        run("CREATE TABLE parents (address BIGINT, parent VARCHAR)")
+        run, denied = self.database.execute, denied_parts(self.filtered, self.parts)
+        run("CREATE TABLE removed (address BIGINT, duplicate_of TEXT, requests TEXT, found TEXT, bands BIGINT)")
+        kept = self.filtered / "kept"
+        create_view(self.database, "documents", [(part.file(kept), part.first) for part in self.parts])
+        create_view(self.database, "denied", [(part.file(kept), part.first) for part in denied])
+        stated = [(part.file(self.filtered / PARENTS), part.first) for part in self.parts]
+        if stated := [(file, first) for file, first in stated if file.exists()]:
+            create_view(self.database, "stated", stated)
+            run('CREATE TABLE parents AS SELECT begin + "row" AS address, parent FROM stated')
+        else:
+            run("CREATE TABLE parents (address BIGINT, parent VARCHAR)")
         self._create_groups()
-        self._insert("denied", self._denied())
         run("CREATE TABLE roots AS SELECT address, id, requests FROM denied")
-        self._insert("parents", self._stated_parents())
         while run("SELECT count(*) FROM roots").fetchall()[0][0]:
             run("CREATE OR REPLACE TABLE reached AS SELECT * FROM roots")
             # Exact copies first: a copy is recorded as one, even if it shares bands as well.
-            self._add_copies("copy")
+            self._add_members("exact", "copy")
             run(
                 "CREATE OR REPLACE TABLE reached AS SELECT * FROM roots "
                 "UNION ALL SELECT address, duplicate_of, requests FROM removed WHERE found = 'copy'"
             )
-            self._add_near()
+            self._add_members("near", "near_duplicate", "count(DISTINCT band)")
             run("CREATE OR REPLACE TABLE reached AS SELECT address, duplicate_of AS id, requests FROM removed")
-            self._add_copies("near_duplicate")
+            self._add_members("exact", "near_duplicate")
             # Documents made from the ones that were reached begin the next round.
             self._next_roots()
 
@@ -135,36 +134,30 @@ class _Search:
             )
             self.database.execute(f"CREATE TABLE {name} AS {members}")
 
-    def _add_copies(self, kind: str) -> None:
-        """Adds the documents whose text equals that of a reached one."""
-        self.database.execute(f"INSERT INTO removed {self._members('exact', kind, 'NULL')}")
-
-    def _add_near(self) -> None:
-        """Adds the documents that share a band with a reached one."""
-        self.database.execute(f"INSERT INTO removed {self._members('near', 'near_duplicate', 'count(DISTINCT band)')}")
-
-    def _members(self, groups: str, kind: str, bands: str) -> str:
-        """Returns the other members of the groups of reached texts that are not removed yet."""
-        return f"""
-            SELECT address, min(id), {_JOINED}, '{kind}', {bands} FROM (
+    def _add_members(self, groups: str, kind: str, bands: str = "NULL") -> None:
+        """Adds the documents whose text equals that of a reached one, or that share a band with one."""
+        self.database.execute(f"""
+            INSERT INTO removed SELECT address, min(id), {_JOINED}, '{kind}', {bands} FROM (
                 SELECT other.address, reached.id, reached.requests, other.band FROM reached
                 JOIN {groups} AS member ON member.address = reached.address
                 JOIN {groups} AS other ON other.first = member.first AND other.band = member.band
             )
             WHERE address < {MOST_ADDRESS} AND address NOT IN (SELECT address FROM roots)
             AND address NOT IN (SELECT address FROM removed)
-            GROUP BY address"""
+            GROUP BY address""")
 
     def _next_roots(self) -> None:
         """Makes the documents roots that state a parent which was reached, and records them as removed."""
         run = self.database.execute
-        self._name_removed()
+        if not run("SELECT count(*) FROM parents").fetchall()[0][0]:
+            run("DELETE FROM roots")
+            return
         # A parent may be named by its id, by its URL if it is denied, or by the document that it is a part of.
         run("""
             CREATE OR REPLACE TABLE known AS
             WITH named AS (
                 SELECT id, requests FROM denied
-                UNION SELECT names.id, requests FROM removed JOIN names ON names.address = removed.address
+                UNION SELECT documents.id, requests FROM documents JOIN removed USING (address)
             )
             SELECT id, requests FROM named UNION SELECT url, requests FROM denied
             UNION SELECT regexp_replace(id, '#[^#]*$', ''), requests FROM named""")
@@ -175,48 +168,10 @@ class _Search:
             GROUP BY address""")
         run("INSERT INTO removed SELECT address, parent, requests, 'derived', NULL FROM children")
         # The ids of the new roots are recorded with the copies that the next round finds.
-        self._name_removed()
         run(
-            "CREATE OR REPLACE TABLE roots AS SELECT children.address, names.id, requests FROM children "
-            "JOIN names ON names.address = children.address"
+            "CREATE OR REPLACE TABLE roots AS "
+            "SELECT address, documents.id, requests FROM documents JOIN children USING (address)"
         )
-
-    def _name_removed(self) -> None:
-        """Looks up the ids of removed documents, if any document states a parent."""
-        run = self.database.execute
-        if not run("SELECT count(*) FROM parents").fetchall()[0][0]:
-            return
-        query = "SELECT address FROM removed WHERE address NOT IN (SELECT address FROM names) ORDER BY address"
-        self._insert("names", self._names(np.asarray(run(query).fetchnumpy()["address"], np.int64)))
-
-    def _names(self, addresses: Ints) -> Iterator[pa.RecordBatch]:
-        parts = {part.first >> ROW_BITS: part for part in self.parts}
-        # Addresses are sorted, so each part's file is opened once.
-        for place, group in groupby(addresses.tolist(), lambda address: address >> ROW_BITS):
-            part, of_part = parts[place], list(group)
-            numbers = [address - part.first for address in of_part]
-            ids = [row["id"] for row in rows_at(part.file(self.filtered / "kept"), numbers, ["id"])]
-            yield pa.record_batch({"address": pa.array(of_part, pa.int64()), "id": pa.array(ids, pa.string())})
-
-    def _denied(self) -> Iterator[pa.RecordBatch]:
-        for part in denied_parts(self.filtered, self.parts):
-            address = part.first
-            for batch in stream_batches(part.file(self.filtered / "kept"), ["id", "requests", "url"], BATCH):
-                addresses = pa.array(np.arange(address, address + len(batch)))
-                yield pa.record_batch({"address": addresses, **{name: batch[name] for name in batch.schema.names}})
-                address += len(batch)
-
-    def _stated_parents(self) -> Iterator[pa.RecordBatch]:
-        for part in self.parts:
-            path = self.filtered / PARENTS / part.source / part_file(part.part)
-            for batch in stream_batches(path, ["row", "parent"], BATCH) if path.exists() else ():
-                yield pa.record_batch({"address": pc.add(batch["row"], part.first), "parent": batch["parent"]})
-
-    def _insert(self, table: str, batches: Any) -> None:
-        for batch in batches:
-            self.database.register("batch", batch)
-            self.database.execute(f"INSERT INTO {table} SELECT * FROM batch")
-            self.database.unregister("batch")
 
 
 class OptOuts:
@@ -233,7 +188,7 @@ class OptOuts:
         columns = [batch.column(0).to_numpy() for batch in batches]
         return np.concatenate([np.empty(0, np.int64), *columns])
 
-    def of(self, part: Part) -> dict[int, tuple[str, str, float, float]]:
+    def of(self, part: SourcePart) -> dict[int, tuple[str, str, float, float]]:
         """Returns {row: the columns duplicate_of, match, value, threshold of its disposition} of a part."""
         if not self.exists:
             return {}

@@ -1,9 +1,15 @@
-"""The last step of curation on one part: duplicates are removed, and every document gets its final disposition."""
+"""The last step of curation on one part: duplicates are removed, and every document gets its final disposition.
+
+The ids and shingles of the documents that removed ones duplicate, their representatives, are copied where every part
+can look them up.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +19,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.core.errors import AtomError
+from pipeline.core.parts import part_slice
 from stages.data.curate.deny_list import OPT_OUT_RULE
-from stages.data.curate.duplicate_groups import Part, Removed
-from stages.data.curate.minhash import jaccard, shingle_sets
-from stages.data.curate.representatives import Representatives
-from stages.data.curate.settings import MinHash
+from stages.data.curate.duplicate_groups import Removed, mapped, write_array
+from stages.data.curate.minhash import Ints, UInts, jaccard, shingle_sets
+from stages.data.curate.settings import REPRESENTATIVE_BLOCKS, MinHash, SourcePart, no_counts
 from stages.formats.table import (
     DISPOSITIONS,
     DOCUMENTS,
@@ -33,6 +39,108 @@ from stages.formats.table import (
 
 # For each document that filtering kept, in order, the columns of DISPOSITIONS that deduplication decides.
 Decisions = dict[str, list[Any]]
+_AGAIN = "run filter again"
+# The columns that state the rule of a removal.
+_RULE = ("rule", "value", "threshold", "duplicate_of")
+
+
+def blocks_of(parts: Sequence[SourcePart]) -> list[Sequence[SourcePart]]:
+    """Runs of consecutive parts: their representatives are in one file."""
+    blocks = min(REPRESENTATIVE_BLOCKS, len(parts))
+    return [parts[part_slice(len(parts), block, blocks)] for block in range(blocks)]
+
+
+def block_folder(folder: Path, number: int) -> Path:
+    """Returns the files of a block in the folder of an artifact or a part."""
+    return folder / "representatives" / f"block-{number:05d}"
+
+
+def write_representatives(
+    folder: Path, kept: Path, parts: Sequence[SourcePart], exact: Removed, near: Removed, n_grams: int
+) -> int:
+    """Writes the representatives of a block as the files `records` and `index`, and returns their number.
+
+    A record is an id and, if the representative has near duplicates, its shingles. The index has the addresses, then
+    the ends of the records, then the bytes of the ids.
+
+    Args:
+        folder: The folder of the block, which is made.
+        kept: The folder of the filtered documents of each part.
+        parts: The parts of the block.
+        exact: The exact duplicates.
+        near: The near duplicates.
+        n_grams: The number of words in a shingle.
+    """
+    addresses, ends, id_bytes = array("q"), array("q"), array("q")
+    folder.mkdir(parents=True)
+    with open(folder / "records", "wb") as file:
+        for part in parts:
+            near_rows = near.firsts_of(part)
+            rows = np.union1d(exact.firsts_of(part), near_rows)
+            start = 0
+            # Texts are read only where shingles are needed.
+            columns = ["id", "text"] if len(near_rows) else ["id"]
+            for batch in stream_batches(part.file(kept), columns) if len(rows) else ():
+                chosen, signed = (_within(numbers, start, len(batch)) for numbers in (rows, near_rows))
+                texts = batch.column("text").take(signed).to_pylist() if len(signed) else []
+                sets = dict(zip(signed.to_pylist(), shingle_sets(texts, n_grams), strict=True))
+                for row, id in zip(chosen.to_pylist(), batch.column("id").take(chosen).to_pylist(), strict=True):
+                    name = id.encode()
+                    file.write(name)
+                    if row in sets:
+                        file.write(sets[row].tobytes())
+                    addresses.append(part.first + start + row)
+                    ends.append(file.tell())
+                    id_bytes.append(len(name))
+                start += len(batch)
+    pieces = (np.frombuffer(column, np.int64) for column in (addresses, ends, id_bytes))
+    return write_array(folder / "index", pieces) // 3
+
+
+def _within(rows: Ints, start: int, count: int) -> Any:
+    """Returns the sorted rows that lie in a batch of `count` rows from `start`, by their place in it."""
+    first, stop = np.searchsorted(rows, [start, start + count])
+    return pa.array(rows[first:stop] - start)
+
+
+class Representatives:
+    """The representatives of all blocks, by address: a context, in which the files that were read stay open."""
+
+    def __init__(self, folder: Path, parts: Sequence[SourcePart]) -> None:
+        """Opens no file yet; `folder` is the artifact of stage `representatives`."""
+        self.folder, self.starts = folder, [block[0].first for block in blocks_of(parts)]
+        self.blocks: dict[int, _Block] = {}
+
+    def __enter__(self) -> Representatives:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for block in self.blocks.values():
+            block.records.close()
+
+    def read(self, address: int) -> tuple[str, UInts]:
+        """Returns the id and the shingles of a representative.
+
+        There are no shingles if all its duplicates are exact.
+        """
+        number = bisect_right(self.starts, address) - 1
+        # Removed documents of a part duplicate few blocks; their files stay open.
+        if number not in self.blocks:
+            self.blocks[number] = _Block(block_folder(self.folder, number))
+        return self.blocks[number].read(address)
+
+
+class _Block:
+    def __init__(self, folder: Path) -> None:
+        self.addresses, self.ends, self.id_bytes = mapped(folder / "index").reshape(3, -1)
+        self.records = open(folder / "records", "rb", buffering=0)  # noqa: SIM115  closed by Representatives
+
+    def read(self, address: int) -> tuple[str, UInts]:
+        row = int(np.searchsorted(self.addresses, address))
+        start = int(self.ends[row - 1]) if row else 0
+        record = os.pread(self.records.fileno(), int(self.ends[row]) - start, start)
+        size = int(self.id_bytes[row])
+        return record[:size].decode(), np.frombuffer(record, np.uint64, offset=size)
 
 
 class PartRemoval:
@@ -41,7 +149,7 @@ class PartRemoval:
     def __init__(
         self,
         filtered: Path,
-        part: Part,
+        part: SourcePart,
         heldout_fraction: float,
         exact: Removed,
         near: Removed,
@@ -75,7 +183,7 @@ class PartRemoval:
 
         These are documents_in, bytes_in, kept by split, removed by rule, removed_bytes, and `written` documents.
         """
-        documents, start, counts = _Rows(self.kept), 0, Counts()
+        documents, start, counts = _Rows(self.kept), 0, no_counts()
         is_generated = "generator" in column_names(self.dispositions)
         columns = GENERATED_DISPOSITIONS if is_generated else DISPOSITIONS
         with (
@@ -97,12 +205,12 @@ class PartRemoval:
                     decided = pc.replace_with_mask(column, passed, pa.array(values, column.type))
                     table = table.set_column(table.schema.get_field_index(name), name, decided)
                 write_dispositions(table)
-                counts.add(table, kept.true_count)
+                _count(counts, table, kept.true_count)
                 start += len(rows)
         # Rows are matched by their numbers alone; tables of different lengths would shift them silently.
         if documents.take(1) is not None or row_count(self.hashes) != start:
             raise AtomError(f"{self.hashes} and {self.kept} do not hold {start} rows each; {_AGAIN}")
-        return counts.facts
+        return counts
 
     def _decide(self, rows: pa.Table, start: int) -> Decisions:
         """Returns the decisions about rows of the part, of which the first has the number `start`."""
@@ -138,30 +246,16 @@ class PartRemoval:
             decisions[name][row] = value
 
 
-_AGAIN = "run filter again"
-# The columns that state the rule of a removal.
-_RULE = ("rule", "value", "threshold", "duplicate_of")
-
-
-class Counts:
-    """The counts of a part for the summary."""
-
-    def __init__(self) -> None:
-        self.facts: dict[str, Any] = {
-            **dict.fromkeys(("documents_in", "bytes_in", "removed_bytes", "written"), 0),
-            "kept": Counter[str](),
-            "removed": Counter[str](),
-        }
-
-    def add(self, table: pa.Table, written: int) -> None:
-        removed = table.filter(pc.equal(table["disposition"], "removed"))
-        kept = table.filter(pc.equal(table["disposition"], "kept"))
-        self.facts["documents_in"] += len(table)
-        self.facts["written"] += written
-        self.facts["bytes_in"] += pc.sum(table["bytes"]).as_py() or 0
-        self.facts["removed_bytes"] += pc.sum(removed["bytes"]).as_py() or 0
-        for name, column in (("kept", kept["split"]), ("removed", removed["rule"])):
-            self.facts[name].update({row["values"]: row["counts"] for row in column.value_counts().to_pylist()})
+def _count(counts: dict[str, Any], table: pa.Table, written: int) -> None:
+    """Adds the dispositions of some documents to the counts of a part."""
+    removed = table.filter(pc.equal(table["disposition"], "removed"))
+    kept = table.filter(pc.equal(table["disposition"], "kept"))
+    counts["documents_in"] += len(table)
+    counts["written"] += written
+    counts["bytes_in"] += pc.sum(table["bytes"]).as_py() or 0
+    counts["removed_bytes"] += pc.sum(removed["bytes"]).as_py() or 0
+    for name, column in (("kept", kept["split"]), ("removed", removed["rule"])):
+        counts[name].update({row["values"]: row["counts"] for row in column.value_counts().to_pylist()})
 
 
 class _Rows:

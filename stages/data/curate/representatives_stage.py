@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import Field
-
-from pipeline.core.bounds import MOST_SOURCES, SourceName
-from pipeline.core.parts import Part, PartCount, link_parts, seal_part
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from pipeline.core.parts import Part, link_parts, seal_part
+from pipeline.core.stage import Estimate, Inputs, Report, Stage, operational
 from stages.data import estimates
-from stages.data.curate.settings import REPRESENTATIVE_BLOCKS, MinHash
+from stages.data.curate.settings import REPRESENTATIVE_BLOCKS, DeduplicationConfig
 from stages.data.estimates import Size
-
-if TYPE_CHECKING:
-    from stages.data.curate import duplicate_groups
 
 VERSION = 1
 
 
-class CopiedSource(Config):
-    """The parts of one source."""
-
-    name: SourceName
-    """name of the source"""
-    parts: PartCount = added(1)
-    """parts of the source"""
-
-
-class RepresentativesConfig(Config):
-    sources: tuple[CopiedSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
-    """sources of the corpus"""
-    minhash: MinHash | None
-    """near-duplicate removal; null: none"""
+class RepresentativesConfig(DeduplicationConfig):
     expected: Size | None = operational(None)
     """expected size of all sources; null: unknown"""
-
-    def parts(self) -> list[duplicate_groups.Part]:
-        """Returns the parts of all sources, in order."""
-        from stages.data.curate import duplicate_groups
-
-        return [duplicate_groups.Part(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
 
     @property
     def blocks(self) -> int:
@@ -70,7 +45,7 @@ def run_shard(config: RepresentativesConfig, inputs: Inputs, work: Path, shard: 
 
 def _seal_block(config: RepresentativesConfig, inputs: Inputs, work: Path, number: int) -> Part:
     from stages.data.curate import duplicate_groups
-    from stages.data.curate.representatives import block_folder, blocks_of, write_representatives
+    from stages.data.curate.part_removal import block_folder, blocks_of, write_representatives
 
     def make(folder: Path) -> dict[str, Any]:
         block, kept = blocks_of(config.parts())[number], inputs["filter"] / "kept"

@@ -1,12 +1,16 @@
-"""Settings of the curation of all sources together."""
+"""Settings of the curation of all sources together, and the parts of the sources."""
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import LongLine, Range, Sha256
+from pipeline.core.bounds import MOST_SOURCES, LongLine, Range, Sha256, SourceName
+from pipeline.core.parts import PartCount, part_file
 from pipeline.core.stage import Config, added, operational
 from stages.formats.table import Kind
 
@@ -14,6 +18,7 @@ Hashes = Annotated[int, Range(1, 1000, "FineWeb: 14 buckets of 8 hashes over 5 w
 
 # Files that one process keeps open, however many parts there are.
 REPRESENTATIVE_BLOCKS = 100
+PART_BITS, ROW_BITS = 17, 36  # 100,000 parts; with 10 bits for the source below 2^63
 
 
 class MinHash(Config):
@@ -35,6 +40,79 @@ class MinHash(Config):
     def threshold(self) -> float:
         """The similarity at which the LSH curve is steepest."""
         return float((1 / self.num_buckets) ** (1 / self.hashes_per_bucket))
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """A part of a source, by its files in a folder of parts of sources.
+
+    Attributes:
+        number: The number of the source, from 0.
+        source: The name of the source.
+        part: The number of the part.
+    """
+
+    number: int
+    source: str
+    part: int
+
+    @property
+    def first(self) -> int:
+        """The address of its first document."""
+        return (self.number << PART_BITS | self.part) << ROW_BITS
+
+    @property
+    def end(self) -> int:
+        return self.first + (1 << ROW_BITS)
+
+    def file(self, folder: Path) -> Path:
+        return folder / self.source / part_file(self.part)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A range of the values of a column of hashes: the n-th of `count` equal ones."""
+
+    column: str
+    n: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.column}-{self.n:05d}-of-{self.count:05d}"
+
+    def bounds(self) -> tuple[int, int]:
+        """Returns the smallest and the largest value."""
+        # By Python's integers, since 2**64 does not fit into 64 bits.
+        return 2**64 * self.n // self.count, 2**64 * (self.n + 1) // self.count - 1
+
+
+class SourceParts(Config):
+    """The parts of one source."""
+
+    name: SourceName
+    """name of the source"""
+    parts: PartCount = added(1)
+    """parts of the source"""
+
+
+class DeduplicationConfig(Config):
+    """Base of the settings of the stages of deduplication, which choose what they need of a source."""
+
+    sources: tuple[SourceParts, ...] = Field(min_length=1, max_length=MOST_SOURCES)
+    """sources of the corpus"""
+    minhash: MinHash | None
+    """near-duplicate removal; null: none"""
+
+    def parts(self) -> list[SourcePart]:
+        """Returns the parts of all sources, in order."""
+        return [SourcePart(n, s.name, part) for n, s in enumerate(self.sources) for part in range(s.parts)]
+
+
+def no_counts() -> dict[str, Any]:
+    """Returns the counts of a part or a source in the summary, of no document."""
+    numbers = dict.fromkeys(("documents_in", "bytes_in", "removed_bytes", "written"), 0)
+    return {**numbers, "kept": Counter[str](), "removed": Counter[str]()}
 
 
 # Consecutive words that make a match.
@@ -59,12 +137,6 @@ class CurationSettings(Config):
     """file of documents to remove on request (docs/opt-out.md); its digest, not the path, is part of the key"""
     deny_list_sha256: Sha256 | None = added(None)
     """expected digest of the deny-list; null: computed from the file present"""
-    url_blocklist: LongLine | None = operational(None)
-    """file of hosts and beginnings of URLs whose documents are removed (docs/licenses.md); its digest, not the
-    path, is part of the key"""
-    url_blocklist_sha256: Sha256 | None = added(None)
-    """expected digest of the URL blocklist; null: computed from the file present"""
-
     alarm_share: Annotated[float, Range(0, 1)] = operational(0.5)
     """a rule that removes a larger share of a source stops the run, unless acknowledged_removals of it allow that"""
 
@@ -72,6 +144,4 @@ class CurationSettings(Config):
     def _check_lists(self) -> CurationSettings:
         if self.deny_list_sha256 is not None and self.deny_list is None:
             raise ValueError("deny_list_sha256 is the digest of a deny-list; name the file in deny_list")
-        if self.url_blocklist_sha256 is not None and self.url_blocklist is None:
-            raise ValueError("url_blocklist_sha256 is the digest of a URL blocklist; name the file in url_blocklist")
         return self

@@ -1,4 +1,4 @@
-"""Filtering: the URL blocklist, licenses, the steps of a source, secrets, then decontamination, document by document.
+"""Filtering: licenses, the steps of a source, secrets, then decontamination, document by document.
 
 Every acquired document gets a disposition: kept, or removed by one rule. See docs/formats.md.
 """
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError
-from stages.data.acquire.failures import FAILED_RULE, Failures
-from stages.data.acquire.licenses.allow import NOT_ALLOWED, AllowedLicenses
+from stages.data.acquire.licenses.expressions import NOT_ALLOWED, AllowedLicenses
+from stages.data.acquire.readers.base import FAILED_RULE, Failures
 from stages.data.curate.filters.base import Document, Filter, Removal
 from stages.data.curate.secret_patterns import find_secret
-from stages.data.curate.url_blocklist import BLOCKED_RULE, UrlBlocklist
 from stages.formats.chat import control_tokens, prompt_chars
 from stages.formats.table import DispositionRow, DocumentRow, Kind, content_hash
 
@@ -34,7 +33,7 @@ class Removed:
         rule: The rule, as dispositions have it.
         value: The value that the rule compared, if it states one.
         threshold: The threshold that it compared with.
-        match: The evaluation item that occurs in the document, or the entry of a list that names it.
+        match: The evaluation item that occurs in the document, or the request that names it.
     """
 
     rule: str
@@ -60,8 +59,8 @@ class SourceFilter:
     Attributes:
         edits: Documents that each step edited, by step.
         failures: Documents on which a step raised an exception.
-        measures: {name: Arrow type} of the values that the steps record.
-        measured: The recorded values of the last document.
+        measures: {name: Arrow type} of the values that the steps measure.
+        measured: The measured values of the last document that passed the steps.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class SourceFilter:
         steps: Sequence[Filter],
         index: ContaminationIndex,
         license_allow: Sequence[str] = (),
-        blocklist: UrlBlocklist | None = None,
     ) -> None:
         """Prepares the steps.
 
@@ -81,14 +79,12 @@ class SourceFilter:
             steps: Its steps, with the inputs that they need.
             index: The evaluation items.
             license_allow: The licenses of documents that are kept; empty: all.
-            blocklist: The URL blocklist; None without one.
         """
-        self.blocklist = blocklist
         self.allowed = AllowedLicenses(license_allow) if license_allow else None
         self.source, self.kind, self.index = source, kind, index
         self.measures = {name: kind for step in steps for name, kind in step.measures.items()}
         self.measured: dict[str, str | float | None] = {}
-        self.functions = [(step.name, step.recorded(self.measured.__setitem__).function()) for step in steps]
+        self.functions = [(step.name, step.function()) for step in steps]
         self.edits = Counter[str]()
         self.failures = Failures(f"source {source}", "fail in its steps; check the steps")
 
@@ -99,8 +95,6 @@ class SourceFilter:
         exception of a step removes the document, unless it is of the machine.
         """
         self.require_public(row["id"])
-        # Measures of the document before must not be taken for this one's.
-        self.measured.update(dict.fromkeys(self.measures))
         try:
             result = self._apply_steps(row)
             return result if isinstance(result, Removed) else self._edited(row, result)
@@ -120,9 +114,7 @@ class SourceFilter:
             )
 
     def _apply_steps(self, row: DocumentRow) -> str | Removed:
-        # The cheap rules come first; a document that they remove takes no time in the steps.
-        if self.blocklist is not None and (entry := self.blocklist.find(row["origin"])) is not None:
-            return Removed(BLOCKED_RULE, 1.0, 1.0, entry)
+        # The cheap rule comes first; a document that it removes takes no time in the steps.
         if self.allowed is not None and not self.allowed.allows(row["license"]):
             return Removed(NOT_ALLOWED, 0.0, 0.0)
         document, text = to_document(row), row["text"]
@@ -138,6 +130,7 @@ class SourceFilter:
                 )
             self.edits[step] += result != text
             document.text = text = result
+        self.measured = {name: document.metadata.get(name) for name in self.measures}
         # After the steps, since one of them may have removed the secret.
         if kind := find_secret(text, row["origin"]):
             return Removed(f"{SECRETS}/{kind.split(' ', 1)[1].replace(' ', '_').lower()}", 1.0, 0.0)

@@ -323,17 +323,12 @@ def words_of(text: str) -> Words:
     return Words(text)
 
 
-def count_sentences(text: str) -> int:
-    """Returns the number of sentences of a text; 1 if it has no words.
+def _sentence_starts(words: list[str]) -> list[int]:
+    """Returns the numbers of the words that begin sentences.
 
     A sentence begins at the first word after a full stop, question mark or the like; further punctuation belongs to
     the sentence before.
     """
-    return max(1, len(_sentence_starts(split_words(text))))
-
-
-def _sentence_starts(words: list[str]) -> list[int]:
-    """Returns the numbers of the words that begin sentences."""
     starts, ended = [0] if words else [], False
     for number, word in enumerate(words):
         if _SENTENCE_END.fullmatch(word):

@@ -11,20 +11,20 @@ from bisect import bisect
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.core.errors import RecipeError
 from stages.data.order import packing
-from stages.data.order.chunks import ChunkIndex, Cut, seal_index
-from stages.data.order.order_config import OrderConfig
-from stages.data.order.row_draw import DataCursor, SourceDraw
+from stages.data.order.chunks import ChunkIndex, Cut, Place, Stream, seal_index
+from stages.data.order.order_config import DataCursor, OrderConfig
+from stages.data.order.packing import SourceDraw
 from stages.data.order.shards import document_files
-from stages.data.order.streams import Place, Stream
 from stages.formats.seeds import seed_label
 from stages.formats.table import ORDER, arrow_schema
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # Changes with the rows that equal settings give.
 FUNCTION_VERSION = 2
@@ -219,8 +219,6 @@ class ComputedOrder:
             source, first = self.draw.names.index(stream.name), self.cursor.rows.get(stream.name, 0)
             rows = [self.draw.row(source, position - first) for position in positions]
             return {self.config.step_of(self.cursor.first_step, row) for row in rows if row is not None}
-        import pyarrow.compute as pc
-
         steps: set[int] = set()
         for block in self._blocks_at(stream, positions):
             here = (pc.field("part") == document[0]) & (pc.field("ordinal") == document[1])
@@ -237,8 +235,6 @@ class ComputedOrder:
 
     def _rows(self, steps: range) -> pa.Table:
         """Returns the table of steps of a phase with one chunk in each row."""
-        import numpy as np
-
         sources, places = self.draw.read(self._rows_before(steps.start), self._rows_before(steps.stop))
         rows, segments = [], []
         for number, stream in enumerate(self.streams):
@@ -252,8 +248,6 @@ class ComputedOrder:
 
     def _packed(self, n: int, steps: range) -> tuple[pa.Table, dict[str, int]]:
         """Returns the table of a block of a packed phase, and the number of chunks by source that fit in no row."""
-        import numpy as np
-
         places, ends, length = self.start(n), self.start(n + 1), self.config.sequence_length
         segments = [
             stream.read(np.arange(places[stream.name].position, ends[stream.name].position)) for stream in self.streams
@@ -278,9 +272,6 @@ class ComputedOrder:
 
     def _join(self, segments: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns the columns of the segments of all streams, with `source`."""
-        import numpy as np
-        import pyarrow as pa
-
         columns = {name: np.concatenate([each[name] for each in segments]) for name in segments[0] if name != "id"}
         sources = [pa.repeat(s.source, len(each["length"])) for s, each in zip(self.streams, segments, strict=True)]
         columns["id"] = pa.concat_arrays([each["id"] for each in segments])
@@ -289,9 +280,6 @@ class ComputedOrder:
 
     def _table(self, steps: range, columns: dict[str, Any]) -> pa.Table:
         """Returns the table of segments with `row_index` among the rows of these steps."""
-        import numpy as np
-        import pyarrow as pa
-
         counts = self.config.rows_of(steps.start, steps.stop - 1)
         step = np.repeat(np.array(steps), counts)
         row = np.arange(len(step)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -303,8 +291,6 @@ class ComputedOrder:
 
 def _from_step(table: pa.Table, first: int, last: int | None = None) -> pa.Table:
     """Returns the rows of the steps from `first` to `last`."""
-    import numpy as np
-
     steps = table["step"].to_numpy()
     begin, end = np.searchsorted(steps, first, "left"), np.searchsorted(steps, last or steps[-1], "right")
     return table.slice(begin, end - begin)

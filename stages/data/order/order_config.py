@@ -1,13 +1,13 @@
-"""The settings of the order of a phase, and the rows and blocks of its steps."""
+"""The settings of the order of a phase, the rows and blocks of its steps, and the position at which it begins."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Annotated
 
-from pipeline.core.bounds import MOST_RAMP_STEPS, Flag, Key, Mix, Range, Seed, Steps
+from pipeline.core.bounds import MOST_RAMP_STEPS, Context, Flag, Key, Mix, Range, Seed, Steps
 from pipeline.core.stage import Config, added
-from stages.data.order.packing import LongDocuments
 
 # The rows of one step.
 Rows = Annotated[int, Range(1, 2**30)]
@@ -26,6 +26,22 @@ MEMORY_BYTES = 500_000_000
 # The maximum number of blocks of a phase, even if a block then has more tokens than MOST_TOKENS: each block is a file,
 # and a folder on the Hub has at most 10,000.
 MOST_BLOCKS = 9000
+
+
+class LongDocuments(Config):
+    """Up-weighting of long documents.
+
+    In each source, chunks of more than `over` tokens make up `share` of the tokens, unless they would be read more than
+    `max_epochs` times. Shorter chunks then make up the difference, which is reported. Four epochs cost next to nothing
+    (Muennighoff et al., 2023).
+    """
+
+    over: Context
+    """tokens above which a chunk is long; usually the previous context length"""
+    share: Annotated[float, Range(0, 1, above=True, below=True)]
+    """share of the tokens of each source that come from long chunks"""
+    max_epochs: Annotated[float, Range(0, 1000, above=True)] = 4.0
+    """maximum number of times that a long chunk is read"""
 
 
 class OrderConfig(Config):
@@ -119,3 +135,15 @@ def rows_from(first: int, sizes: Iterable[tuple[int, int]]) -> int:
         total += max(0, last - last_counted) * rows
         last_counted = max(last_counted, last)
     return total
+
+
+@dataclass(frozen=True)
+class DataCursor:
+    """A position in the data: the first step, and the chunks of each stream that were read before that step.
+
+    `seed` orders the sources; a checkpoint passes it on, so that another recipe seed repeats no document.
+    """
+
+    first_step: int
+    seed: int
+    rows: dict[str, int] = field(default_factory=dict)

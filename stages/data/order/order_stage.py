@@ -25,16 +25,12 @@ from pipeline.core.merkle_tree import Tree
 from pipeline.core.parts import Part, link_parts, part_file, seal_part
 from pipeline.core.stage import Estimate, Inputs, Published, Report, Stage, identity
 from pipeline.core.store import Artifact
-from stages.data.order.chunks import ChunkIndex
-from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder, read_indexes
-from stages.data.order.order_config import MEMORY_BYTES, ROW_BYTES, OrderConfig
-from stages.data.order.packing import require_enough
-from stages.data.order.row_draw import DataCursor
-from stages.data.order.streams import stream_name
-from stages.formats.table import order_files, read_table, write_json, write_table
+from stages.data.order.order_config import MEMORY_BYTES, ROW_BYTES, DataCursor, OrderConfig
+from stages.formats.table import write_json, write_table
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from stages.data.order.chunks import ChunkIndex
+    from stages.data.order.computed_order import ComputedOrder
 
 VERSION = 2
 
@@ -52,7 +48,7 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     Every source is read in a seeded permutation of its chunks, a new one each epoch.
     `inputs["continue"]`, if present, is a checkpoint, at whose data position the cursors continue.
     Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
-    another step, or for long documents of which more are missing than the recipe allows.
+    another step.
     """
     order, start = _open(config, inputs, work)
     parts = []
@@ -96,14 +92,14 @@ def _open(
 
     `turn` is that of `read_indexes`.
     """
+    from stages.data.order.computed_order import ComputedOrder, read_indexes
+
     indexes = read_indexes(config, inputs["tokens"].path, work, turn)
     cursor, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
         # The sources go on where the checkpoint left them, so that no chunk is read twice in an epoch.
         cursor, start = _resume_cursor(config, inputs["continue"], indexes)
     order = ComputedOrder(config, indexes, cursor, work, turn)
-    if config.long_documents is not None:
-        require_enough(order.long, config.long_documents)
     return order, start
 
 
@@ -211,6 +207,9 @@ def _resume_cursor(
     A source whose number of chunks changes (by another row length or other documents) continues at the same fraction of
     its epoch, and so does one whose chunks are divided anew into long and short ones.
     """
+    from stages.data.order.chunks import stream_name
+    from stages.data.order.computed_order import FUNCTION_VERSION
+
     state = checkpoint.json("state.json")
     if (state["phase"], state["step"] + 1) != (config.phase, config.first_step):
         raise AtomError(
@@ -254,29 +253,6 @@ def _resume_cursor(
     if same_function and requested == previous and chunks == data_position["chunks"]:
         return DataCursor(**previous_order["walk"]), start
     return DataCursor(config.first_step, previous_order["walk"]["seed"], places), start
-
-
-def documents_of_step(order: Path, step: int) -> pa.Table:
-    """Returns the rows of a published order of one step, counted from 1, by row.
-
-    `order` is its folder, or a file of it.
-    """
-    return _select(order, ("step", "=", step))
-
-
-def steps_of_document(order: Path, id: str) -> pa.Table:
-    """Returns the rows of a published order in which the document occurs, by step.
-
-    `order` is its folder, or a file of it.
-    """
-    return _select(order, ("id", "=", id))
-
-
-def _select(order: Path, condition: tuple[str, str, Any]) -> pa.Table:
-    import pyarrow as pa
-
-    files = order_files(order) if order.is_dir() else [order]
-    return pa.concat_tables([read_table(file, filters=[condition]) for file in files])
 
 
 def estimate(config: OrderConfig) -> Estimate:

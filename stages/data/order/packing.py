@@ -1,46 +1,105 @@
-"""Packing: assigns the chunks of a block of a packed phase to its rows.
+"""The chunks of the rows of a phase: one in each row, or packed.
 
-A source's share of a packed phase is a share of tokens. Long chunks can be up-weighted: they are a stream of their own,
-read up to a number of epochs; shorter chunks make up the difference, which is reported. Rows are filled by best fit
-among a bounded number of open rows, in an order that depends only on the seed.
+With one chunk in each row, the shares of the mix are exact over the phase. A binary tree deals each source's rows to
+blocks of rows: every node gives each half its share, to the nearest whole row. The way from the root to one block is a
+few divisions, so any row is found in the same time, in a phase of any length.
+
+In a packed phase, the chunks of a block are assigned to its rows. A source's share of it is a share of tokens. Long
+chunks can be up-weighted: they are a stream of their own, read up to a number of epochs; shorter chunks make up the
+difference, which is reported. Rows are filled by best fit among a bounded number of open rows, in an order that depends
+only on the seed.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from pipeline.core.bounds import Context, Range, Share
-from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, added
+import numpy as np
+from numpy.typing import NDArray
+
 from stages.data.order.chunks import LONG, SHORT
+from stages.data.order.order_config import LongDocuments
 from stages.formats.seeds import permutation
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 # The number of open rows: a larger number fills rows better and mixes the order of long and short chunks more.
 OPEN_ROWS = 64
+# Rows of a block, in which a seeded permutation mixes the sources.
+BLOCK = 4096
 
 
-class LongDocuments(Config):
-    """Up-weighting of long documents.
+class SourceDraw:
+    """The source of each of `rows` rows. `names` are sorted; a source is named by its index in them."""
 
-    In each source, chunks of more than `over` tokens make up `share` of the tokens, unless they would be read more than
-    `max_epochs` times. Shorter chunks then make up the difference, which is reported. Four epochs cost next to nothing
-    (Muennighoff et al., 2023).
-    """
+    def __init__(self, mix: Mapping[str, float], rows: int, label: str, seed: int) -> None:
+        self.names, self.rows, self.label, self.seed = sorted(mix), rows, label, seed
+        quota = apportion(mix, rows)
+        self.totals = [quota[name] for name in self.names]
 
-    over: Context
-    """tokens above which a chunk is long; usually the previous context length"""
-    share: Annotated[float, Range(0, 1, above=True, below=True)]
-    """share of the tokens of each source that come from long chunks"""
-    max_epochs: Annotated[float, Range(0, 1000, above=True)] = 4.0
-    """maximum number of times that a long chunk is read"""
-    max_missing: Share = added(1.0)
-    """share of the requested long tokens of a source that may be missing; with more, the order is refused"""
+    def read(self, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns (source, number of earlier rows of that source) of the rows from `first` to `end`, exclusive."""
+        sources, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for block in range(first // BLOCK, -(-end // BLOCK)):
+            _, before, counts = self._find(lambda middle, _, block=block: block < middle)  # type: ignore[misc]
+            labels = self._labels(block, counts)
+            place = np.empty(len(labels), np.int64)
+            for source, count in enumerate(before):
+                rows = np.flatnonzero(labels == source)
+                place[rows] = count + np.arange(len(rows))
+            part = slice(max(first - block * BLOCK, 0), end - block * BLOCK)
+            sources.append(labels[part])
+            places.append(place[part])
+        return np.concatenate(sources), np.concatenate(places)
+
+    def row(self, source: int, place: int) -> int | None:
+        """Returns the row of a source that has `place` earlier ones, the inverse of `read`; None without so many."""
+        if place >= self.totals[source]:
+            return None
+        block, before, counts = self._find(lambda _, until: place < until[source])
+        rows = np.flatnonzero(self._labels(block, counts) == source)
+        return block * BLOCK + int(rows[place - before[source]])
+
+    def _find(self, is_left: Callable[[int, list[int]], bool]) -> tuple[int, list[int], list[int]]:
+        """Returns (block, rows of each source before it, rows of each source in it) of the block that is sought.
+
+        `is_left(middle, until)` is true if the block is before the block `middle`, before which each source has `until`
+        rows.
+        """
+        low, high, before, counts = 0, -(-self.rows // BLOCK), [0] * len(self.names), self.totals
+        # The counts are divided from the whole down to one block, so that no block needs those before it.
+        while high - low > 1:
+            middle = (low + high) // 2
+            left = _deal(counts, (middle - low) * BLOCK)
+            until = [a + b for a, b in zip(before, left, strict=True)]
+            if is_left(middle, until):
+                high, counts = middle, left
+            else:
+                low, before, counts = middle, until, [a - b for a, b in zip(counts, left, strict=True)]
+        return low, before, counts
+
+    def _labels(self, block: int, counts: list[int]) -> NDArray[np.int64]:
+        """Returns the source of each row of a block."""
+        labels = np.repeat(np.arange(len(counts)), counts)
+        return labels[permutation(len(labels), f"{self.label}/block {block}", self.seed)]
+
+
+def _deal(counts: list[int], rows: int) -> list[int]:
+    """Returns the part of each of these counts in `rows` of their rows (largest remainder; ties by place)."""
+    total = sum(counts)
+    shares = [divmod(count * rows, total) for count in counts]
+    missing = rows - sum(share for share, _ in shares)
+    largest = set(sorted(range(len(shares)), key=lambda place: (-shares[place][1], place))[:missing])
+    return [share + (place in largest) for place, (share, _) in enumerate(shares)]
+
+
+def apportion(shares: Mapping[str, float], total: int) -> dict[str, int]:
+    """Returns whole numbers in proportion to the shares that sum to `total` (largest remainder; ties by name)."""
+    counts = {name: int(share * total) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name] * total, name))
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
 
 
 def split(
@@ -72,26 +131,6 @@ def split(
     }
 
 
-def require_enough(long: Mapping[str, Mapping[str, int]], rule: LongDocuments) -> None:
-    """Raises AtomError with the sources that lack more long chunks than the rule allows.
-
-    Args:
-        long: The report on the long chunks of each source.
-        rule: The up-weighting of long chunks.
-    """
-    lacks = [
-        f"{source} has {row['available_tokens']:,} tokens in {row['chunks']:,} chunks of more than {row['over']:,}, "
-        f"and {row['missing_tokens']:,} of {row['wanted_tokens']:,} asked tokens are missing"
-        for source, row in long.items()
-        if row["missing_tokens"] > rule.max_missing * row["wanted_tokens"]
-    ]
-    if lacks:
-        raise AtomError(
-            f"order: {'; '.join(lacks)}; long_documents.max_missing = {rule.max_missing:g} allows no more: "
-            "add long documents, lower share, or raise max_epochs or max_missing"
-        )
-
-
 def pack(segments: Mapping[str, Any], capacity: int, rows: int, label: str, seed: int) -> dict[str, Any]:
     """Assigns the segments of a block to its rows.
 
@@ -106,8 +145,6 @@ def pack(segments: Mapping[str, Any], capacity: int, rows: int, label: str, seed
     Returns:
         The columns `row_index`, `segment` and those of the segments that fit, by row and segment.
     """
-    import numpy as np
-
     # Shuffled before filling, so that the rows of a block mix the sources.
     shuffled = permutation(len(segments["length"]), f"{label}/segments", seed)
     items, row_index = fill(segments["length"][shuffled] - 1, capacity, rows)
@@ -132,8 +169,6 @@ def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np
     Returns:
         (item, row) of those that fit in the first `rows` rows, by row and then by position in it.
     """
-    import numpy as np
-
     open_: list[tuple[int, int]] = []  # (room, row), ascending
     row_of = np.full(len(slots), -1, np.int64)
     rank: dict[int, int] = {}  # row -> its position in the order of closing

@@ -1,4 +1,4 @@
-"""Blocks with our words agree with those with spaCy's on real text, and the published figures say how far."""
+"""Blocks with our words agree with those with spaCy's on real text, and the figures of bench/agreement.yaml say how far."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from functools import cache
 
 import pytest
 
-from bench.agreement import our_reasons
+from bench.agreement import agreement_of, our_reasons, read_figures
 from bench.stock_blocks import BLOCKS
-from stages.data.curate.agreement import agreement_of, read_figures
 from tests.fixtures.agreement_fixtures import documents
 
 

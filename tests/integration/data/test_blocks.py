@@ -1,41 +1,26 @@
-"""Blocks of datatrove: accelerators give what the blocks give, and steps and readers run in their stages."""
+"""Blocks of datatrove: accelerators give what the blocks give, and steps run in their stage."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import random
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
-from stages.data.acquire import acquire_stage
-from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.curate import filter_stage
 from stages.data.curate.filters.accelerated import ACCELERATORS
 from stages.data.curate.filters.base import Removal
 from stages.data.curate.filters.block import BlockStep, _stock
 from stages.formats.table import part_files
 from tests.fixtures.agreement_fixtures import documents
-from tests.fixtures.block_fixtures import C4, FINEWEB, PII, QUALITY, REGEX, REPETITION, document
+from tests.fixtures.block_fixtures import FINEWEB, PII, QUALITY, REGEX, REPETITION, document
 from tests.fixtures.opt_out_fixtures import Text, acquired, no_items
 
-ALL_ON = {"block": C4, "words": "atom"}
-LINES_OFF = {
-    "remove_citations": False,
-    "filter_no_terminal_punct": False,
-    "min_words_per_line": -1,
-    "max_word_length": -1,
-    "filter_javascript": False,
-    "filter_policy": False,
-}
 SETTINGS: list[dict[str, Any]] = [
     {"block": QUALITY, "words": "atom"},
     {"block": QUALITY, "words": "atom", "min_doc_words": 0, "min_stop_words": 5, "stop_words": ["the", "a", "in", "of", "is"]},
@@ -47,11 +32,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"block": REPETITION, "words": "atom", "dup_line_frac": 0, "dup_para_frac": None, "top_n_grams": [[1, 0.1], [7, 0.3]]},
     {"block": REPETITION, "words": "atom", "top_n_grams": [], "dup_n_grams": [[2, 0.05], [5, 0.01], [12, 0.0]]},
     {"block": REPETITION, "words": "atom", "dup_line_frac": 0.05, "dup_line_char_frac": 0.01, "dup_para_char_frac": 0},
-    ALL_ON,
-    {**ALL_ON, **LINES_OFF},
-    {**ALL_ON, "min_num_sentences": -1, "max_word_length": 12, "min_words_per_line": 6},
-    {**ALL_ON, "filter_no_terminal_punct": False, "min_num_sentences": 1, "filter_curly_bracket": False},
-    {**ALL_ON, "filter_lorem_ipsum": False, "filter_javascript": False, "filter_policy": False, "min_num_sentences": 40},
     PII,
     {**PII, "remove_emails": False},
     {**PII, "remove_ips": False, "email_replacement": "a@b.cd"},
@@ -163,76 +143,3 @@ def test_a_step_that_cannot_run_stops_before_any_document(tmp_path: Path, run_st
     with pytest.raises(AtomError, match="has no parameter min_words"):
         run_stage(filter_stage.STAGE, config, {**inputs, "items": no_items(tmp_path)}, work)
     assert list(work.iterdir()) == []
-
-
-def read(folder: Path, run_stage: Any, **reader: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(documents, failed rows) of a source with a reader of datatrove."""
-    source = {
-        "name": "notes",
-        "kind": "prose",
-        "license": "CC-BY-4.0",
-        "license_evidence": "LICENSE",
-        "origin": "https://example.org",
-        "reader": {"path": str(folder), **reader},
-    }
-    digest = resolve_tree_digest(Source.model_validate(source))
-    artifact = run_stage(acquire_stage.STAGE, {"source": {**source, "tree_digest": digest}, "seed": 0}, {})
-    return rows_of(artifact, "documents"), rows_of(artifact, "failed")
-
-
-READERS = "datatrove.pipeline.readers"
-ROWS = [
-    {"id": "a", "body": "A note.", "license": "MIT", "url": "https://example.org/a"},
-    {"id": "b", "body": "", "license": "MIT", "url": "https://example.org/b"},
-    {"id": "c", "body": "Another note.", "license": "CC0-1.0", "url": "https://example.org/c"},
-]
-
-
-def write(folder: Path, kind: str) -> Path:
-    folder.mkdir()
-    if kind == "CSVReader":
-        with open(folder / "notes.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(ROWS[0]))
-            writer.writeheader()
-            writer.writerows(ROWS)
-    elif kind == "JsonlReader":
-        lines = [json.dumps(row) for row in ROWS]
-        (folder / "notes.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    elif kind == "ParquetReader":
-        pq.write_table(pa.Table.from_pylist(ROWS), folder / "notes.parquet")
-    else:
-        with pa.OSFile(str(folder / "notes.arrow"), "wb") as sink:
-            table = pa.Table.from_pylist(ROWS)
-            with pa.ipc.new_file(sink, table.schema) as stream:
-                stream.write_table(table)
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["CSVReader", "JsonlReader", "ParquetReader", "IpcReader"])
-def test_readers_of_datatrove(kind: str, tmp_path: Path, run_stage: Any) -> None:
-    folder = write(tmp_path / "corpus", kind)
-    settings = {"block": f"{READERS}.{kind}", "text_key": "body", "license_field": "license", "url_field": "url"}
-    documents, failed = read(folder, run_stage, **settings)
-    assert [(row["id"], row["text"], row["license"], row["origin"]) for row in documents] == [
-        (f"notes/{row['id']}", row["body"], row["license"], row["url"]) for row in ROWS if row["body"]
-    ]
-    assert [row["reason"] for row in failed] == ["it has no text"], "a row that the reader leaves out is counted"
-
-
-def test_a_line_that_a_reader_leaves_out_is_counted(tmp_path: Path, run_stage: Any) -> None:
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus/a.jsonl").write_text('{"text": "One."}\n{"text": \n{"text": "Two."}\n')
-    (tmp_path / "corpus/LICENSE").write_text("no corpus\n")
-    documents, failed = read(tmp_path / "corpus", run_stage, block=f"{READERS}.JsonlReader", pattern="*.jsonl")
-    assert [(row["id"], row["text"]) for row in documents] == [("notes/a.jsonl/0", "One."), ("notes/a.jsonl/2", "Two.")]
-    assert [row["id"] for row in failed] == ["notes/a.jsonl#1"] and failed[0]["reason"].startswith("Error when reading")
-
-
-def test_a_file_that_a_reader_cannot_read_is_named(tmp_path: Path, run_stage: Any) -> None:
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus/a.parquet").write_bytes(b"no parquet")
-    with pytest.raises(AtomError, match=r"a\.parquet cannot be read by ParquetReader after document 0: ArrowInvalid"):
-        read(tmp_path / "corpus", run_stage, block=f"{READERS}.ParquetReader")
-    (tmp_path / "corpus/a.parquet").write_bytes(b'{"text": "One."}\n{"text": "\xff\xff"}\n')
-    with pytest.raises(AtomError, match=r"a\.parquet.* may be corrupted"):
-        read(tmp_path / "corpus", run_stage, block=f"{READERS}.JsonlReader")

@@ -24,7 +24,7 @@ from pipeline.core.store import Artifact
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.readers import row_files
 from stages.data.acquire.readers.base import Document, Unmapped, Unreadable
-from stages.data.acquire.readers.python_stdlib import own_terms, read_docstrings, read_functions, read_modules
+from stages.data.acquire.readers.python_stdlib import own_terms, read
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.formats import chat
 from stages.formats.seeds import seed_of
@@ -213,7 +213,7 @@ def test_zstandard_files(tmp_path: Path, run_stage: Any) -> None:
     texts = zstd_file(path)
     assert [row["text"] for row in documents(run_stage(acquire_stage.STAGE, config(path), {}))] == texts
     whole = path.read_bytes()
-    for content, words in ((whole[:-100], "does not end"), (whole[:-9000] + b"\x00" * 9000, "")):
+    for content, words in ((whole[:-100], "Truncated"), (whole[:-9000] + b"\x00" * 9000, "")):
         path.write_bytes(content)
         with pytest.raises(
             AtomError, match=rf"x\.jsonl\.zst cannot be read at line \d+ .*{words}.*cut short or corrupt"
@@ -476,7 +476,7 @@ def test_library_files_are_cut_by_the_parsers_lines(tmp_path: Path) -> None:
     )
     (tmp_path / "b.py").write_text("print 'two'\n")
     files = [(name, tmp_path / name) for name in ("a.py", "b.py")]
-    functions = list(read_functions(files))
+    functions = list(read(files, "function"))
     url = f"https://github.com/python/cpython/blob/v{platform.python_version()}/Lib/a.py"
     outer = "def outer(x):\n    def inner():\n        '''Inside.'''\n    return x"
     assert functions == [
@@ -484,7 +484,7 @@ def test_library_files_are_cut_by_the_parsers_lines(tmp_path: Path) -> None:
         Document("a.py:C.value", "@property\ndef value(self):\n    return 1", "a.py", url=url),
         Unreadable("b.py"),
     ]
-    assert list(read_docstrings(files)) == [Document("a.py:outer", "Café.", "a.py", url=url), Unreadable("b.py")]
+    assert list(read(files, "docstring")) == [Document("a.py:outer", "Café.", "a.py", url=url), Unreadable("b.py")]
 
 
 @pytest.mark.parametrize(
@@ -508,8 +508,8 @@ def test_a_file_with_terms_of_its_own_is_not_under_the_librarys_license(
 ) -> None:
     (tmp_path / "a.py").write_text(f'{header}\ndef f(x):\n    """Double x."""\n    return 2 * x\n')
     files = [("a.py", tmp_path / "a.py")]
-    for read in (read_docstrings, read_functions, read_modules):
-        (document,) = read(files)
+    for unit in ("docstring", "function", "file"):
+        (document,) = read(files, unit)
         assert isinstance(document, Unmapped if terms else Document)
         if isinstance(document, Unmapped):
             assert (document.license, document.license_found) == (terms, "file")

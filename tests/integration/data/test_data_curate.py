@@ -18,7 +18,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.licenses.maps import UNMAPPED
+from stages.data.acquire.licenses.expressions import UNMAPPED
 from stages.data.curate import dedup_stage, duplicates_stage, filter_stage, representatives_stage
 from stages.data.curate.decontamination import ContaminationIndex
 from stages.data.curate.filters.block import BlockStep
@@ -248,6 +248,23 @@ def test_hashes_are_those_of_the_texts_that_pass(tmp_path: Path, run_stage: Any)
     assert {row["kept_hash"] for row in rows if row["disposition"] == "kept"} == kept_hashes
     assert {row["split"] for row in rows} == {None}, "deduplication decides on it"
     assert {row["rule"] for row in rows}.isdisjoint({"exact_duplicate", "near_duplicate"})
+
+
+def test_languages_of_the_documents_that_pass_are_recorded(tmp_path: Path, run_stage: Any) -> None:
+    texts = {"english": GOOD, "french": PROSE["french"], "short": PROSE["short"]}
+    steps: dict[str, list[dict[str, Any]]] = {
+        "measured": [{"step": "language", "language_threshold": 0.1}],
+        "plain": [],
+    }
+    inputs = {name: acquired(tmp_path, name, texts) for name in steps}
+    sources = [{"name": name, "kind": "prose", "steps": each} for name, each in steps.items()]
+    settings = {"sources": sources, "curation": {"minhash": None, "decontamination": {}}, "seed": 0}
+    artifact = run_stage(filter_stage.STAGE, settings, {**inputs, "items": evaluation_items(tmp_path)})
+    assert sources_of(artifact / "measures") == ["measured"], "no step of plain measures"
+    rows = pq.read_table(artifact / "measures/measured/part-00000.parquet").to_pylist()
+    kept = pq.read_table(artifact / "kept/measured/part-00000.parquet")["id"].to_pylist()
+    assert [row["id"] for row in rows] == kept, "one row for each document that passes, in their order"
+    assert {row["language"] for row in rows} == {"en"} and all(row["language_score"] > 0.1 for row in rows)
 
 
 def test_a_short_text_has_no_bands(tmp_path: Path, run_stage: Any) -> None:

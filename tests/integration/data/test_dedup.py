@@ -9,7 +9,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tracemalloc
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -29,8 +28,7 @@ from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.parts import part_slice
 from pipeline.core.store import Artifact
 from stages.data.curate import duplicate_groups, duplicates_stage
-from stages.data.curate.duplicate_groups import Part, Partition
-from stages.data.curate.settings import MinHash
+from stages.data.curate.settings import MinHash, Partition, SourcePart
 from stages.data.curate.words import WORDS
 from stages.formats import database
 from stages.formats.table import DISPOSITIONS, KEPT, arrow_schema, write_table
@@ -145,9 +143,7 @@ def test_kept_documents_and_dispositions_of_each_part_balance(tmp_path: Path) ->
 
 def test_any_number_of_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates_stage, "PARTS_PER_RANGE", 2)  # three ranges of each hash
-    monkeypatch.setattr(duplicate_groups, "BUCKET_ROWS", 2)
     monkeypatch.setattr(duplicate_groups, "BATCH", 2)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
     alone = deduplicate(config, artifact, tmp_path / "alone")
     for tasks in (3, 8):
@@ -171,31 +167,27 @@ def test_any_number_of_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: p
         assert digests(artifacts) == digests(alone)
 
 
-def test_a_frequent_hash_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frequent_hash_takes_no_more_memory(tmp_path: Path) -> None:
     """In a corpus where most documents have one text, and most others share a band with it."""
     count, rng = 200_000, np.random.default_rng(0)
     texts = np.where(rng.random(count) < 0.8, 7, rng.integers(0, count, count)).astype(np.uint64)
     bands = np.where(texts % 10 < 9, 5, texts).astype(np.uint64)
     columns = [texts << np.uint64(40), texts, bands << np.uint64(40)]
-    parts = [Part(0, "prose", part) for part in range(2)]
+    parts = [SourcePart(0, "prose", part) for part in range(2)]
     for part in parts:
         rows = part_slice(count, part.part, 2)
         table = pa.table([column[rows] for column in columns], names=["hash_high", "hash_low", "band_00"])
         write_table(part.file(tmp_path), table)
     partition = {exact: Partition("hash_high" if exact else "band_00", 0, 1) for exact in (True, False)}
 
-    def find(exact: bool, folder: Path) -> tuple[set[tuple[int, int]], int]:
+    def find(exact: bool, folder: Path, memory: str) -> set[tuple[int, int]]:
         folder.mkdir()
-        tracemalloc.start()
-        try:
-            written = duplicate_groups.write_stars(folder, tmp_path, parts, partition[exact])
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+        with database.connect(tmp_path, memory) as connection:
+            written = duplicate_groups.write_stars(connection, folder, tmp_path, parts, partition[exact])
         assert [path.name for path in folder.iterdir()] == [duplicate_groups.STARS]
         stars = pq.read_table(folder / duplicate_groups.STARS).to_pylist()
         assert written == len(stars)
-        return {(row["address"], row["first"]) for row in stars}, peak
+        return {(row["address"], row["first"]) for row in stars}
 
     addresses = np.concatenate([part.first + np.arange(count // 2) for part in parts])
     first_of_text, first_of_band, expected = dict[int, int](), dict[int, int](), {True: set(), False: set()}
@@ -205,27 +197,11 @@ def test_a_frequent_hash_takes_no_more_memory(tmp_path: Path, monkeypatch: pytes
         elif (first := first_of_band.setdefault(band, address)) != address:
             expected[False].add((address, first))
     for exact in (True, False):
-        assert find(exact, tmp_path / f"memory-{exact}")[0] == expected[exact]
-    monkeypatch.setattr(duplicate_groups, "BATCH", 2**13)
-    monkeypatch.setattr(duplicate_groups, "MOST_ROWS", 2**13)
-    monkeypatch.setattr(duplicate_groups, "MEMORY", "30MB")
-    for exact in (True, False):
-        stars, peak = find(exact, tmp_path / f"disk-{exact}")
-        assert stars == expected[exact]
-        assert peak < 200 * duplicate_groups.MOST_ROWS, "a bucket in memory"
+        for memory in (duplicates_stage.MEMORY, "30MB"):
+            assert find(exact, tmp_path / f"{memory}-{exact}", memory) == expected[exact]
 
 
-def test_several_processes_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
-    results = []
-    for cores in ({0}, {0, 1}):
-        monkeypatch.setattr("os.sched_getaffinity", lambda process, cores=cores: cores)
-        results.append(digests(deduplicate(config, artifact, tmp_path / str(len(cores)))))
-    assert results[0] == results[1]
-
-
-def test_killed_and_damaged_pieces_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+def test_killed_and_damaged_pieces_are_made_again(tmp_path: Path) -> None:
     artifact, config = filtered(tmp_path / "filtered"), config_of(SOURCES, {})
     expected = digests(deduplicate(config, artifact, tmp_path))
     shutil.rmtree(tmp_path / "out")
@@ -242,10 +218,7 @@ def test_killed_and_damaged_pieces_are_made_again(tmp_path: Path, monkeypatch: p
     assert digests(deduplicate(config, artifact, tmp_path)) == expected
 
 
-def test_rewriting_a_part_closes_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+def test_rewriting_a_part_closes_its_files(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     warnings.simplefilter("always")
     artifact = deduplicate(config_of(SOURCES, {}), filtered(tmp_path / "filtered"), tmp_path)["dedup"]
     gc.collect()
@@ -276,10 +249,7 @@ def test_a_part_that_is_removed_while_it_is_joined_is_one_sentence(tmp_path: Pat
         ("hashes of another part", "part-00001.parquet do not hold 3 rows each; run filter again"),
     ],
 )  # fmt: skip
-def test_a_corrupt_part_is_named_in_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, sentence: str
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+def test_a_corrupt_part_is_named_in_one_sentence(tmp_path: Path, damage: str, sentence: str) -> None:
     artifact = filtered(tmp_path / "filtered")
     kept, hashes = (artifact / f"{folder}/prose/part-00001.parquet" for folder in ("kept", "hashes"))
     {
@@ -289,14 +259,6 @@ def test_a_corrupt_part_is_named_in_one_sentence(
         "hashes of another part": lambda: shutil.copyfile(artifact / "hashes/prose/part-00002.parquet", hashes),
     }[damage]()
     with pytest.raises(AtomError, match=sentence):
-        deduplicate(config_of(SOURCES, {}), artifact, tmp_path)
-
-
-def test_an_error_in_another_process_is_that_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
-    artifact = filtered(tmp_path / "filtered")
-    (artifact / "hashes/prose/part-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(AtomError, match="part-00001.parquet cannot be read as Parquet"):
         deduplicate(config_of(SOURCES, {}), artifact, tmp_path)
 
 
@@ -437,8 +399,8 @@ def test_partitions_cover_all_hashes_once() -> None:
         bounds = [Partition("hash_high", n, count).bounds() for n in range(count)]
         assert bounds[0][0] == 0 and bounds[-1][1] == 2**64 - 1
         assert all(high + 1 == low for (_, high), (low, _) in pairwise(bounds))
-    last = Part(999, "x", 99_999)
-    assert last.end <= 2**63 and Part(1, "x", 0).first == 2**53 > Part(0, "x", 99_999).end
+    last = SourcePart(999, "x", 99_999)
+    assert last.end <= 2**63 and SourcePart(1, "x", 0).first == 2**53 > SourcePart(0, "x", 99_999).end
 
 
 def test_no_documents_at_all(tmp_path: Path) -> None:

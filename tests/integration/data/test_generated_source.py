@@ -23,7 +23,7 @@ from release.cards import document_tables
 from release.facts import data_facts
 from stages import graph
 from stages.data.acquire import generate_stage
-from stages.data.acquire.licenses.allow import forbids_derivatives
+from stages.data.acquire.licenses.expressions import forbids_derivatives
 from stages.data.acquire.readers.generated import Generated
 from stages.data.curate import dedup_stage, duplicates_stage, filter_stage, representatives_stage
 from stages.data.recipe import load

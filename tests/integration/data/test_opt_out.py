@@ -155,10 +155,8 @@ def test_a_request_reaches_copies_near_duplicates_and_rewrites(
     for path in filtered.path.rglob("denied/**/*.parquet"):
         assert not any(text.encode() in path.read_bytes() for text in denied_texts), "hashes, and no text"
 
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     monkeypatch.setattr(duplicates_stage, "PARTS_PER_RANGE", 2)  # three ranges of each hash
-    for name in ("BUCKET_ROWS", "BATCH"):
-        monkeypatch.setattr(duplicate_groups, name, 2)
+    monkeypatch.setattr(duplicate_groups, "BATCH", 2)
     again = deduplicate(configs(None, None)[1], filtered, tmp_path / "again")["dedup"]
     assert again.digest == artifact.digest
 

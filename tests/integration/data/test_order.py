@@ -22,13 +22,12 @@ from pipeline.hub.client import FOLDER_FILES
 from release.checks.order import segments
 from release.opened_release import Release
 from stages.data.order import order_stage
-from stages.data.order.chunks import ALL, ChunkIndex, Cut, chunk, seal_index
+from stages.data.order.chunks import ALL, ChunkIndex, Cut, Permutation, seal_index
 from stages.data.order.computed_order import ComputedOrder, read_indexes
-from stages.data.order.order_config import OrderConfig
-from stages.data.order.row_draw import DataCursor, SourceDraw, apportion
-from stages.data.order.streams import Permutation
+from stages.data.order.order_config import DataCursor, OrderConfig
+from stages.data.order.packing import SourceDraw, apportion
 from stages.formats.seeds import permutation
-from stages.formats.table import order_files
+from stages.formats.table import order_files, read_table
 from tests.fixtures.order_fixtures import config, tokens
 from tests.fixtures.train_fixtures import Reporter
 
@@ -55,8 +54,11 @@ def test_shares_are_exact_and_every_chunk_comes_once_an_epoch(tmp_path: Path, ru
 @settings(max_examples=200, deadline=None)
 @given(length=st.integers(1, 300), loss_from=st.integers(0, 60), sequence_length=st.integers(2, 40))
 def test_chunks_make_every_token_a_target_once(length: int, loss_from: int, sequence_length: int) -> None:
+    (first,), _, (end,) = Cut(sequence_length).ranges(np.array([length]), np.array([loss_from]))
     targets = []
-    for offset, n, silent in chunk(length, loss_from, sequence_length):
+    for offset in range(first * sequence_length, end * sequence_length, sequence_length):
+        n = min(sequence_length + 1, length - offset)
+        silent = min(max(loss_from - offset - 1, 0), n - 1)
         assert 2 <= n <= sequence_length + 1 and 0 <= silent < n - 1
         targets += range(offset + 1 + silent, offset + n)
     assert targets == list(range(max(1, loss_from), length))
@@ -69,16 +71,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path,
     assert run_stage(order_stage.STAGE, config(seed=1), inputs).digest != digest
     assert permutation(6, "fixed", 7).tolist() == [2, 5, 1, 0, 3, 4]
     assert sorted(permutation(1000, "x", 0).tolist()) == list(range(1000))
-
-
-def test_look_up_by_step_and_by_document(tmp_path: Path, run_stage: Any) -> None:
-    artifact = run_stage(order_stage.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
-    step = order_stage.documents_of_step(artifact.path, 7)
-    assert step["row"].to_pylist() == [0, 1, 2, 3, 4]
-    name = step["id"][0].as_py()
-    assert 7 in order_stage.steps_of_document(artifact.path, name)["step"].to_pylist()
-    assert len(order_stage.steps_of_document(artifact.path, "none")) == 0
-    assert len(order_stage.documents_of_step(artifact.path, 21)) == 0
 
 
 @pytest.mark.parametrize(
@@ -97,10 +89,10 @@ def test_a_wrong_mix_is_refused(tmp_path: Path, run_stage: Any, mix: dict[str, f
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "order.parquet"
     with pytest.raises(AtomError, match="is missing"):
-        order_stage.documents_of_step(path, 1)
+        read_table(path)
     path.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(AtomError, match=r"order\.parquet cannot be read"):
-        order_stage.documents_of_step(path, 1)
+        read_table(path)
 
 
 @given(shares=st.lists(st.integers(1, 50), min_size=1, max_size=6), total=st.integers(0, 5000))
@@ -351,7 +343,7 @@ def test_a_sample_of_many_blocks_is_computed_again(
     shutil.copytree(artifact.path, folder)
     blocks, block = [], ComputedOrder.block
     monkeypatch.setattr(ComputedOrder, "block", lambda self, n: blocks.append(n) or block(self, n))
-    monkeypatch.setattr("stages.data.order.streams.Stream.sums", None)
+    monkeypatch.setattr("stages.data.order.chunks.Stream.sums", None)
     check = partial(segments, Release(tmp_path / "dataset", "dataset"))
     assert check().problems == [] and len(set(blocks)) == 8 < len(order_files(folder))
     if changes.get("pack"):

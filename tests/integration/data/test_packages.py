@@ -17,9 +17,9 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, sha256_file
 from release.assembly.assemble import write_attribution
 from stages.data.acquire import acquire_stage
-from stages.data.acquire.licenses.maps import UNMAPPED
+from stages.data.acquire.licenses.expressions import UNMAPPED
 from stages.data.acquire.packages import fetch
-from stages.data.acquire.packages.lock import read_lock
+from stages.data.acquire.packages.fetch import read_lock
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.recipe import load
 from stages.formats.file_digests import tree_digest

@@ -17,7 +17,7 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.readers.base import Document, Unreadable
-from stages.data.acquire.readers.python_stdlib import StdlibSource, read_modules
+from stages.data.acquire.readers.python_stdlib import StdlibSource, read
 from stages.data.curate import filter_stage
 from stages.data.curate.settings import CurationSettings
 from stages.data.order.tokenize_stage import encode
@@ -181,7 +181,7 @@ def test_whole_files_lose_their_docstrings_and_still_parse(tmp_path: Path) -> No
     (tmp_path / "b.py").write_text("print 'two'\n")
     (tmp_path / "c.py").write_text('"""Nothing else."""\n')
     files = [(name, tmp_path / name) for name in ("a.py", "b.py", "c.py")]
-    document, bad = read_modules(files)
+    document, bad = read(files, "file")
     assert isinstance(document, Document) and bad == Unreadable("b.py")
     text = document.text
     assert (document.name, document.location) == ("a.py", "a.py")

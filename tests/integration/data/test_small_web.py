@@ -14,7 +14,7 @@ import pytest
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.readers.base import Document, Refused, Unmapped
-from stages.data.acquire.readers.web_pages import Html, Warc
+from stages.data.acquire.readers.web_pages import Warc
 from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.acquire.web import pages
 from stages.data.curate import filter_stage
@@ -189,32 +189,7 @@ def test_records_that_are_no_pages_are_no_documents(tmp_path: Path) -> None:
         record("https://meadow.example/image", b"GIF89a", {"Content-Type": "image/gif"}),
         record("https://meadow.example/gone", html).replace(b"200 OK", b"404 NO"),
     ]
-    text = b"Plain text of a page, as Common Crawl extracts it.\n"
-    wet = (
-        b"WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: https://meadow.example/wet\r\n"
-        b"Content-Type: text/plain\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n" % (len(text), text)
-    )
-    (document,) = read_warc(write_warc(tmp_path / "web.warc", [*others, wet]))
-    unknown = ("LicenseRef-unknown-web", "https://meadow.example/wet", "none")
-    assert document == Document("web.warc:4", text.decode(), "web.warc", 0, *unknown)
-
-
-def test_saved_pages(tmp_path: Path) -> None:
-    """The reader html: an address from the folder, or from the page itself; other encodings than UTF-8."""
-    body = html_of({**PAGE, "article": "<p>Grüße</p>"})
-    (tmp_path / "a b.html").write_bytes(body.encode("cp1252"))
-    canonical = '<link rel="canonical" href="https://meadow.example/own">'
-    (tmp_path / "c.htm").write_text(html_of({**PAGE, "head": canonical + OPEN}))
-    (tmp_path / "d.xhtml").write_bytes(b"x" * 6_000_000)
-    reader = Html(reader="html", path=str(tmp_path))
-    first, second, third = reader.documents("web", 0, reader.files("web"))
-    assert (first.url, first.license) == ("", "CC-BY-4.0") and "Grüße" in first.text
-    assert (second.url, second.license, second.name) == ("https://meadow.example/own", "CC-BY-4.0", "c.htm")
-    assert third == Refused("d.xhtml", "page", "larger than 5000000 bytes")
-    reader = Html(reader="html", path=str(tmp_path), base_url="https://copy.example/x/")
-    first, second, _ = reader.documents("web", 0, reader.files("web"))
-    assert (first.url, first.license) == ("https://copy.example/x/a%20b.html", "CC-BY-4.0")
-    assert second.license == "LicenseRef-unknown-web"  # its own address is on another site: a copy
+    assert read_warc(write_warc(tmp_path / "web.warc", others)) == []
 
 
 def test_the_declared_encoding_is_used_unless_the_bytes_are_utf_8() -> None:

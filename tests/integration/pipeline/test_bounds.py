@@ -27,7 +27,7 @@ from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from stages.data import recipe as data_recipes
-from stages.data.curate.filters.language import LANGUAGES
+from stages.data.curate.filters.own import LANGUAGES
 from stages.data.order.order_config import OrderConfig
 from stages.mcore.optimizer import Adam
 from stages.models.mixture import Qwen3MoeConfig

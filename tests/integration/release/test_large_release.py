@@ -24,8 +24,7 @@ from release.tracing.order_lookup import steps_by_file
 from release.tracing.release_data import ReleaseData
 from stages.data.order import order_stage
 from stages.data.order.computed_order import ComputedOrder, read_indexes
-from stages.data.order.order_config import OrderConfig
-from stages.data.order.row_draw import DataCursor
+from stages.data.order.order_config import DataCursor, OrderConfig
 from stages.formats.table import order_files, write_table
 from tests.fixtures.corpus_fixtures import make_corpus
 from tests.fixtures.run_fixtures import RecordingReport, at_length

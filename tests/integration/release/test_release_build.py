@@ -73,7 +73,6 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
         "dataset/evaluation/mid/items.parquet", "dataset/README.md", "code/release/assembly/build_release.py",
         "code/as-run/recipes/tiny.yaml",
         "dataset/croissant.json", "dataset/merkle.json", "dataset/evaluation/canary.json", "model/goldens.json",
-        "dataset/filter_agreement.json",
         "evidence/attestations/gates.json", "evidence/attestations/evaluation-mid.json",
         "evidence/standards/bom.cdx.json", "evidence/standards/CITATION.cff", "dataset/NOTICE",
         "evidence/gates.json", "evidence/SHA256SUMS", "evidence/manifests/dedup.json", "evidence/environment.json",

@@ -168,14 +168,16 @@ def test_a_killed_rank_changes_no_byte(corpus: Path, tmp_path: Path) -> None:
 @at_length("training", 12)
 def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
     """The rows that ranks really read, by step, are those of the order index, each by one data-parallel rank."""
-    from stages.data.order.order_stage import documents_of_step
+    from stages.formats.table import order_files, read_table
 
     settings = layout_fixtures.settings_of({"ep": 2}, 2, steps=12)
     layout_fixtures.run(corpus, tmp_path, settings, TEST_READS=str(tmp_path / "reads"))
     read = layout_fixtures.reads(tmp_path / "reads")
     assert set(read) == set(range(1, 13))
     for step, by_rank in read.items():
-        index = documents_of_step(corpus / "order", step).select(["source", "ordinal", "offset", "length"]).to_pylist()
+        columns = ["source", "ordinal", "offset", "length"]
+        tables = [read_table(file, columns, [("step", "=", step)]) for file in order_files(corpus / "order")]
+        index = [row for table in tables for row in table.to_pylist()]
         assert Counter(chain(*by_rank.values())) == Counter(tuple(row.values()) for row in index)
         assert {rank: len(rows) for rank, rows in by_rank.items()} == {0: 4, 1: 4}
 

@@ -127,15 +127,11 @@ def _unpacked(path: Path, stack: ExitStack) -> BinaryIO:
     if not path.name.endswith(".deb"):
         return cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
     name, part = _data_archive(file)
-    match name.removeprefix("data.tar"):
-        case ".xz":
-            return cast(BinaryIO, stack.enter_context(lzma.LZMAFile(part)))
-        case ".gz":
-            return cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=part)))
-        case ".zst":
-            return cast(BinaryIO, stack.enter_context(decompressed(part)))
-        case "":
-            return part
+    # Debian packs with xz, and Ubuntu with Zstandard.
+    if name == "data.tar.xz":
+        return cast(BinaryIO, stack.enter_context(lzma.LZMAFile(part)))
+    if name == "data.tar.zst":
+        return cast(BinaryIO, stack.enter_context(decompressed(part)))
     raise ValueError(f"{name} has an unknown compression")
 
 

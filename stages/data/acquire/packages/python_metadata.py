@@ -15,8 +15,8 @@ from pathlib import PurePosixPath
 
 from pipeline.core.bounds import spdx
 from pipeline.core.store import sha256_bytes
-from stages.data.acquire.licenses.maps import LicenseMap
-from stages.data.acquire.packages.debian_copyright import License
+from stages.data.acquire.licenses.expressions import LicenseMap
+from stages.data.acquire.packages.stated_licenses import License
 from stages.data.acquire.packages.texts import CODE
 
 LICENSE_FILE = re.compile(r"(licen[cs]e|copying|unlicense)([-._].*)?", re.IGNORECASE)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from stages.data.acquire.packages.archives import gunzip
-from stages.data.acquire.packages.man_pages import man_text
 
 Content = Literal["documentation", "code"]
 _PLAIN = """
@@ -193,3 +193,119 @@ def _characters(text: str | None, preformatted: int) -> str:
     if not text:
         return ""
     return KEPT + text.replace("\n", f"\n{KEPT}") if preformatted else SPACES.sub(" ", text)
+
+
+HEADINGS = frozenset(("SH", "SS"))
+BREAKS = {
+    **dict.fromkeys(("PP", "P", "LP", "HP", "sp", "TP", "TQ"), "\n\n"),
+    **dict.fromkeys(("br", "RS", "RE", "nf", "EX", "fi", "EE"), "\n"),
+}
+ALTERNATING = frozenset(["BR", "BI", "IB", "IR", "RB", "RI"])
+FONTS = frozenset(["B", "I", "SM", "SB", "R", "UR", "MT", "ME", "UE"])
+# Named characters of groff_char(7), and strings that pod2man defines.
+_CHARACTERS = r"""
+em— en– hy- lq“ rq” oq‘ cq’ aq' dq" bu• co© rg® tm™ mu× +-± ->→ <-← ha^ ti~ rs\ ga` at@ sh# ba| br| de° ssß :aä :oö
+:uü 'eé `eè 'aá <=≤ >=≥ !=≠ Fo« Fc» ul_ lB[ rB] lC{ rC} mi- pl+ eq= sl/ Do$ Eu€ fm′ ua↑ da↓ Aq' L"“ R"” ~nñ ,cç /oø
+oaå aa´ sc§ 12½ 14¼ 34¾ ci○ sq□
+"""
+CHARACTERS = {word[:-1]: word[-1] for word in _CHARACTERS.split()}
+# The first request of a page in mdoc(7).
+MDOC = re.compile(r"^\.Dd ", re.MULTILINE)
+ESCAPE = re.compile(
+    r"\\(?:"
+    r"(?P<comment>[\"#].*)"
+    r"|f(?:\([^\n]{2}|\[[^]\n]*\]|.)|[sM][-+]?(?:\([0-9]{2}|'[^'\n]*'|\[[^]\n]*\]|[0-9]{1,2})|[mFgkMnVY](?:\([^\n]{2}|\[[^]\n]*\]|.)"
+    r"|[hvwNDLlXxboRZ]'[^'\n]*'"
+    r"|\*?(?:\((?P<two>[^\n]{2})|\[(?P<named>[^]\n]*)\])|\*(?P<one>.)"
+    r"|(?P<space>[ ~0t])|(?P<backslash>[e\\E])|(?P<dash>[-])|(?P<quote>['`])|(?P<dot>\.)|[&|^/,:%cpdurz)!?{}a])"
+)
+
+
+def man_text(source: str) -> str:
+    """Returns the text of a page in man(7) without its requests: headings and paragraphs, a blank line before each.
+
+    The text is empty for a page that only names another (`.so`), and for one in mdoc(7), whose macros are text.
+    """
+    if MDOC.search(source):
+        return ""
+    pieces = "".join(_man_pieces(source.split("\n")))
+    lines = (line.rstrip() for line in pieces.split("\n"))
+    return f"{text}\n" if (text := re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")) else ""
+
+
+def _man_pieces(lines: list[str]) -> Iterator[str]:
+    number = 0
+    while number < len(lines):
+        line = lines[number]
+        number += 1
+        request = re.match(r"[.'][ \t]*([^\s\\]*)[ \t]*(.*)", line)
+        if request is None:
+            yield f"{unescaped(line)}\n"
+            continue
+        macro, rest = request[1], request[2]
+        # Definitions of macros, and text that is ignored, are no text of the page.
+        if macro in ("de", "de1", "am", "ig"):
+            number = _after(lines, number, r"\.\..*")
+        elif macro in ("if", "ie", "el", "while"):
+            number = _after_block(lines, number, rest)
+        elif macro in HEADINGS:
+            # The text of a heading may stand in the next line.
+            if not rest and number < len(lines):
+                rest, number = lines[number], number + 1
+            yield f"\n\n{unescaped(' '.join(arguments(rest)))}\n"
+        elif macro in BREAKS:
+            yield BREAKS[macro]
+        elif macro == "IP":
+            yield f"\n\n{unescaped(' '.join(arguments(rest)[:1]))}\n"
+        # Macros that alternate fonts join their arguments without spaces.
+        elif macro in ALTERNATING:
+            yield f"{unescaped(''.join(arguments(rest)))}\n"
+        elif macro in FONTS:
+            yield f"{unescaped(' '.join(arguments(rest)))}\n"
+        # The lines up to one that ends with a point lay out a table; the rows after it are text.
+        elif macro == "TS":
+            number = _after(lines, number, r".*\.[ \t]*")
+
+
+def _after(lines: list[str], number: int, end: str) -> int:
+    """Returns the number of the line after the one that ends a definition, which matches `end`."""
+    while number < len(lines):
+        number += 1
+        if re.fullmatch(end, lines[number - 1]):
+            return number
+    return number
+
+
+def _after_block(lines: list[str], number: int, rest: str) -> int:
+    """Returns the number of the line after a conditional request, whose block may have several lines."""
+    depth = rest.count("\\{") - rest.count("\\}")
+    while depth > 0 and number < len(lines):
+        depth += lines[number].count("\\{") - lines[number].count("\\}")
+        number += 1
+    return number
+
+
+def arguments(rest: str) -> list[str]:
+    """Returns the arguments of a macro; those with spaces are in double quotes."""
+    rest = re.sub(r"\\\".*", "", rest)
+    pairs = re.findall(r'"((?:[^"]|"")*)"?|((?:[^\s"\\]|\\.)(?:[^\s\\]|\\.)*|\\$)', rest)
+    return [quoted.replace('""', '"') or plain for quoted, plain in pairs if quoted or plain]
+
+
+def unescaped(text: str) -> str:
+    """Returns the text with its escape sequences replaced (groff(7))."""
+    return ESCAPE.sub(_character, text)
+
+
+def _character(match: re.Match[str]) -> str:
+    if match["space"]:
+        return "\t" if match["space"] == "t" else " "
+    if match["backslash"]:
+        return "\\"
+    if match["dash"] or match["quote"] or match["dot"]:
+        return match["dash"] or match["dot"] or {"'": "´", "`": "`"}[match["quote"]]
+    named = match["two"] or match["named"] or match["one"]
+    if named and re.fullmatch(r"u[0-9A-F]{4,6}", named):
+        code = int(named[1:], 16)
+        return chr(code) if code < 0xD800 or 0xE000 <= code <= 0x10FFFF else ""
+    return CHARACTERS.get(named or "", "")

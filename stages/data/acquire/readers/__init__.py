@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-# {reader: its class}. Importing one is cheap: no datatrove or pyarrow.
+# {reader: its class}. Importing one is cheap: no pyarrow.
 READERS = {
-    "datatrove": "stages.data.acquire.readers.block:BlockReader",
     "stdlib-docstrings": "stages.data.acquire.readers.python_stdlib:StdlibDocstrings",
     "stdlib-source": "stages.data.acquire.readers.python_stdlib:StdlibSource",
     "jsonl": "stages.data.acquire.readers.row_files:Jsonl",
@@ -17,5 +16,4 @@ READERS = {
     "courtesies": "stages.data.acquire.readers.procedural:Courtesies",
     "generated": "stages.data.acquire.readers.generated:Generated",
     "warc": "stages.data.acquire.readers.web_pages:Warc",
-    "html": "stages.data.acquire.readers.web_pages:Html",
 }

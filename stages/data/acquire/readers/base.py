@@ -1,26 +1,52 @@
-"""The interface of a data reader: its settings, the files that it reads, and the documents in them.
+"""The interface of a data reader: its settings, its files, the documents in them, and those that are not used.
 
 A reader is a class in a module of this folder, which is named in READERS. The module is imported when a recipe is
 planned, so heavy imports are inside `documents`.
+
+A failed document cannot be read or curated: it is counted, the first ones by name, and many of them are an error. A
+refused document is in order, but its author or its license does not allow the use.
 """
 
 from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pipeline.core.bounds import LongLine, Range
-from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, operational
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.stage import Config, Report, operational
+from stages.data.acquire.licenses.expressions import UNKNOWN_WEB, UNMAPPED
 from stages.formats.file_digests import file_digests
+from stages.formats.table import FailedRow
 
 # The maximum number of files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two
 # thousand.
 MAX_ENTRIES = 100_000
+
+# The rule of the dispositions of failed documents.
+FAILED_RULE = "failed/parse"
+MOST = 10
+# More failures than MOST, and than MOST_SHARE of the documents of a part, stop the stage.
+MOST_SHARE = 0.01
+# The failures that a sentence names.
+SHOWN = 3
+# {kind of refusal: its name in the counts of `source.json`}.
+COUNTS = {
+    "license": "documents_unmapped",
+    "opt_out": "documents_opted_out",
+    "page": "documents_unusable",
+    "derivatives": "documents_no_derivatives",
+    "generation": "documents_not_generated",
+}
+# Different license strings that are counted in a part; there may be one for each document.
+MOST_STRINGS = 1000
+# License strings that `source.json` lists, the most frequent ones.
+LISTED = 100
 
 Documents = Annotated[int, Range(1, 1e12)]
 # Procedural documents.
@@ -28,7 +54,6 @@ Drawn = Annotated[int, Range(1, 1e8, "they are drawn in memory")]
 
 # (path relative to the source, path) of every file that a reader reads, sorted.
 Files = Sequence[tuple[str, Path]]
-
 
 # How the license of a document was found: in a field of its row, in a file beside it, on its page, with the document
 # that it was made from, or not at all. Empty: it is the declaration of the source.
@@ -178,7 +203,7 @@ class Reader(Config):
 
     @property
     def names_files(self) -> bool:
-        """True if the name of every document contains that of its file, so that documents of two files differ."""
+        """True if every name states a file and a place in it, so that no two documents have the same."""
         return False
 
     @property
@@ -247,14 +272,6 @@ class Reader(Config):
         """Returns the reader with the lock file of its data recipe, which may be missing."""
         return self
 
-    def inspect(self) -> str | None:
-        """Imports what the reader needs, and returns a note on it for `atom validate`.
-
-        Raises:
-            RecipeError: The reader cannot run with these settings.
-        """
-        return None
-
     @abstractmethod
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """Yields the documents of `files`, in an order that depends only on the files, the settings and the seed.
@@ -316,3 +333,131 @@ class FileReader(SampledReader):
             yield from (
                 path for name in names if name.endswith(self.suffixes) and (path := Path(folder, name)).is_file()
             )
+
+
+class Failures:
+    """The failed documents of a part, or of the parts of a source."""
+
+    def __init__(self, subject: str = "", problem: str = "", most_share: float = MOST_SHARE, kept: int = SHOWN) -> None:
+        """Begins without failures.
+
+        Args:
+            subject: The beginning of the sentence if there are too many: `subject: 11 of 100 documents`.
+            problem: The rest of that sentence.
+            most_share: The largest share of failures that is no error.
+            kept: The number of failures whose names are kept.
+        """
+        self.subject, self.problem, self.most_share, self.kept = subject, problem, most_share, kept
+        self.count = 0
+        self.first: list[tuple[str, str]] = []
+
+    def __str__(self) -> str:
+        names = ", ".join(_name(*failure) for failure in self.first[:SHOWN])
+        total = f", … ({self.count} in all)" if self.count > SHOWN else ""
+        return f"{'document' if self.count == 1 else 'documents'} {names}{total}"
+
+    def add(self, id: str, reason: str = "") -> None:
+        self.count += 1
+        if len(self.first) < self.kept:
+            # Reasons can quote a document; a line of the log must stay one line.
+            self.first.append((id, " ".join(reason.split())[:200]))
+
+    def require_few(self, documents: int) -> None:
+        """Raises AtomError if so many of the documents of a part failed that the settings must be wrong."""
+        if self.count > MOST and self.count > self.most_share * documents:
+            raise AtomError(
+                f"{self.subject}: {self.count} of {documents} documents {self.problem}; the first is "
+                f"{_name(*self.first[0])}"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the number of failures, and the (id, reason) of the first ones."""
+        return {"count": self.count, "first": self.first}
+
+    @classmethod
+    def joined(cls, parts: Iterable[dict[str, Any]], kept: int = SHOWN) -> Failures:
+        """Returns the failures of all parts."""
+        failures = cls(kept=kept)
+        for facts in parts:
+            failures.count += facts["count"]
+            failures.first += [(id, reason) for id, reason in facts["first"][: kept - len(failures.first)]]
+        return failures
+
+
+def _name(id: str, reason: str) -> str:
+    return f"{id} ({reason})" if reason else id
+
+
+def kind_of(document: Unmapped | Refused) -> str:
+    return "license" if isinstance(document, Unmapped) else document.kind
+
+
+def refused_row(source: str, id: str, document: Unmapped | Refused) -> FailedRow:
+    """Returns the row of `failed`. Its license is not that of the source, which covers the documents that are used."""
+    if isinstance(document, Refused):
+        license, reason = document.license or UNKNOWN_WEB, document.reason
+    else:
+        stated = document.license.encode(errors="replace").decode()[:500]
+        license, reason = UNMAPPED, f"no map knows {stated!r}" if stated else "the document states none"
+    return {"id": id, "source": source, "license": license, "reason": f"{kind_of(document)}: {reason}"}
+
+
+def report_refusals(source: str, refusals: Counter[str], licenses: dict[str, Any], report: Report) -> None:
+    """Notes the counts of refusals, and the most frequent license strings that no map knows."""
+    for kind, count in sorted(refusals.items()):
+        report.note(f"source {source}: {count} documents will be removed by curation: {REFUSED_RULES[kind]}")
+    for row in licenses.get("licenses_unmapped", [])[:5]:
+        stated = f"the license {row['string']!r}, which no map knows" if row["string"] else "no license"
+        report.note(f"source {source}: {row['documents']} documents state {stated}")
+
+
+class LicenseTally:
+    """Counts of documents and bytes by license and how it was found, and of the strings that have no license."""
+
+    def __init__(self) -> None:
+        self.documents = Counter[tuple[str, str]]()
+        self.bytes = Counter[tuple[str, str]]()
+        self.unmapped = Counter[str]()
+
+    def add(self, license: str, basis: str, size: int) -> None:
+        self.documents[license, basis] += 1
+        self.bytes[license, basis] += size
+
+    def add_unmapped(self, document: Unmapped) -> None:
+        self.add(UNMAPPED, document.license_found if document.license else "none", len(document.text.encode()))
+        string = " ".join(document.license.split())[:200]
+        # A free text as a license could differ in every document; memory must not grow with them.
+        if string in self.unmapped or len(self.unmapped) < MOST_STRINGS:
+            self.unmapped[string] += 1
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the counts as JSON: `licenses`, and `licenses_unmapped` of the most frequent strings.
+
+        Empty for a source whose license is that of every document.
+        """
+        # An empty basis means that the declaration of the source is the license.
+        if all(basis == "" for _, basis in self.documents):
+            return {}
+        rows = [
+            {"license": license, "found": basis, "documents": count, "bytes": self.bytes[license, basis]}
+            for (license, basis), count in sorted(self.documents.items())
+        ]
+        strings = sorted(self.unmapped.items(), key=lambda item: (-item[1], item[0]))[:LISTED]
+        listed = [{"string": string, "documents": count} for string, count in strings]
+        return {"licenses": rows} | ({"licenses_unmapped": listed} if listed else {})
+
+    def part_facts(self) -> dict[str, Any]:
+        """Returns the counts as JSON, for `joined`."""
+        counts = [[*key, count, self.bytes[key]] for key, count in sorted(self.documents.items())]
+        return {"counts": counts, "unmapped": sorted(self.unmapped.items())}
+
+    @classmethod
+    def joined(cls, parts: Iterable[dict[str, Any]]) -> LicenseTally:
+        """Returns the counts of all parts."""
+        tally = cls()
+        for part in parts:
+            for license, basis, documents, size in part["counts"]:
+                tally.documents[license, basis] += documents
+                tally.bytes[license, basis] += size
+            tally.unmapped.update(dict(part["unmapped"]))
+        return tally

@@ -14,8 +14,7 @@ from pipeline.core.text import shown
 from stages.data.acquire import hub_files
 from stages.data.acquire.hub_files import LockedFile, LockedSource
 from stages.data.acquire.readers.base import Failed, Files
-from stages.data.acquire.readers.row_files import Jsonl, Parquet
-from stages.data.acquire.readers.rows import Row, RowReader
+from stages.data.acquire.readers.row_files import Jsonl, Parquet, Row, RowReader
 
 HOME = "$ATOM_HOME"
 FORMATS: dict[str, type[RowReader]] = {"jsonl": Jsonl, "parquet": Parquet}

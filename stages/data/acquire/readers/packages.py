@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 from pipeline.core.bounds import LongLine
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import operational
-from stages.data.acquire.licenses.maps import LicenseMap, load_map
-from stages.data.acquire.packages import debian_copyright, python_metadata
+from stages.data.acquire.licenses.expressions import LicenseMap, load_map
+from stages.data.acquire.packages import python_metadata, stated_licenses
 from stages.data.acquire.packages.archives import ArchiveError, Member, gunzip, members
-from stages.data.acquire.packages.debian_copyright import License
-from stages.data.acquire.packages.lock import LockedPackage, read_lock
+from stages.data.acquire.packages.fetch import LockedPackage, read_lock
+from stages.data.acquire.packages.stated_licenses import License
 from stages.data.acquire.packages.texts import Content, NotText, content_of, decoded, plain_text, spdx_tag
 from stages.data.acquire.readers.base import Document, Failed, FileReader, Files, Notice, Read, Unmapped, Unreadable
 from stages.formats.file_digests import file_digests
@@ -105,7 +105,7 @@ class Packages(FileReader):
         """
         for name, path in files:
             is_debian = path.name.endswith(".deb")
-            wanted = debian_copyright.is_copyright_file if is_debian else python_metadata.is_notice
+            wanted = stated_licenses.is_copyright_file if is_debian else python_metadata.is_notice
             # `documents` reports the damage.
             with suppress(ArchiveError):
                 for member in members(path, wanted):
@@ -165,9 +165,9 @@ def _document(package: LockedPackage, member: Member, license_of: LicenseOf) -> 
 def _debian_licenses(path: Path) -> LicenseOf:
     """Returns the licenses of a Debian package, by its own copyright file."""
     names = load_map("dep5")
-    for member in members(path, debian_copyright.is_copyright_file):
+    for member in members(path, stated_licenses.is_copyright_file):
         if member.content is not None:
-            copyright = debian_copyright.parse(_characters(member), names)
+            copyright = stated_licenses.parse(_characters(member), names)
             if copyright:
                 return copyright.license_of
             return lambda _: License(f"{member.path} is not machine-readable", None)

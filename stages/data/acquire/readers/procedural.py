@@ -133,7 +133,7 @@ class Passkeys(Reader):
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
         texts = []
-        for docstring in python_stdlib.read_docstrings(files):
+        for docstring in python_stdlib.read(files, "docstring"):
             if isinstance(docstring, Unreadable):
                 yield docstring
             elif isinstance(docstring, Document):  # the others have license terms of their own

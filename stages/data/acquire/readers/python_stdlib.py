@@ -16,8 +16,7 @@ import textwrap
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +43,7 @@ _SKIPPED = "test tests idlelib turtledemo lib2to3 site-packages dist-packages li
 _SKIPPED_FOLDERS = frozenset(_SKIPPED.split())
 _SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 Found = Document | Unmapped | Unreadable
+Unit = Literal["docstring", "function", "file"]
 
 
 def library_files(top_level: bool = False) -> Files:
@@ -73,84 +73,45 @@ def own_terms(text: str) -> str:
     return text[start : end if end >= 0 else None].strip("# \t\r")
 
 
-def read_docstrings(files: Files) -> Iterator[Found]:
-    """Yields every docstring, located by its file; a file that does not parse is unreadable."""
-    return _documents(
-        files, lambda file: ((name, ast.get_docstring(node)) for name, node in _definitions(file.tree, ""))
-    )
+def read(files: Files, unit: Unit) -> Iterator[Found]:
+    """Yields the docstrings in the files, or their functions, or the files themselves.
 
-
-def read_functions(files: Files) -> Iterator[Found]:
-    """Yields every function and method with more than a docstring; a file that does not parse is unreadable."""
-    return _documents(
-        files,
-        lambda file: (
-            (name, _source_without_docstring(node, file.lines))
-            for name, node in _definitions(file.tree, "")
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        ),
-    )
-
-
-def read_modules(files: Files) -> Iterator[Found]:
-    """Yields every file with more than docstrings; a file that does not parse is unreadable."""
-    return _documents(files, lambda file: [("", _file_without_docstrings(file.tree, file.lines))])
-
-
-def _documents(files: Files, texts_of: Callable[[_LibraryFile], Iterable[tuple[str, str | None]]]) -> Iterator[Found]:
-    """Yields the documents of (definition, text) that `texts_of` gives for each file."""
-    for file in _parse_files(files):
-        if isinstance(file, Unreadable):
-            yield file
-            continue
-        for name, text in texts_of(file):
-            if text and is_unicode(text):
-                yield file.document(name, text)
-
-
-@dataclass(frozen=True)
-class _LibraryFile:
-    """A file of the library, read and parsed.
-
-    Attributes:
-        path: Relative to the library's folder.
-        lines: Lines of its text, as the parser counts them.
-        tree: Its syntax tree.
-        terms: The line with which it states license terms of its own; "" if it states none.
+    Functions and files are without their docstrings. A file that does not parse is unreadable.
     """
-
-    path: str
-    lines: Sequence[str]
-    tree: ast.Module
-    terms: str
-
-    def document(self, definition: str, text: str) -> Document | Unmapped:
-        """Returns the document of a definition of the file; "" is the whole module."""
-        name = f"{self.path}:{definition}" if definition else self.path
-        if self.terms:
-            return Unmapped(name, text, self.terms, "file")
-        url = ADDRESS.format(version=platform.python_version(), path=self.path)
-        return Document(name, text, self.path, url=url)
-
-
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-
-
-def _parse_files(files: Files) -> Iterator[_LibraryFile | Unreadable]:
     for relative, path in files:
         data = path.read_bytes()
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-            text = data.decode(encoding)
+            source = data.decode(encoding)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # do not report invalid escapes in old modules
-                tree = ast.parse(text)
+                tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError):
             # Counted, not fatal: one file that Python cannot parse must not stop the source.
             yield Unreadable(relative)
             continue
         # not splitlines(): form feeds in the library's files are no line ends to the parser
-        yield _LibraryFile(relative, re.split(r"\r\n|\r|\n", text), tree, own_terms(text))
+        lines, terms = re.split(r"\r\n|\r|\n", source), own_terms(source)
+        url = ADDRESS.format(version=platform.python_version(), path=relative)
+        for definition, text in _texts(tree, lines, unit):
+            name = f"{relative}:{definition}" if definition else relative
+            if text and is_unicode(text):
+                yield Unmapped(name, text, terms, "file") if terms else Document(name, text, relative, url=url)
+
+
+def _texts(tree: ast.Module, lines: Sequence[str], unit: Unit) -> Iterator[tuple[str, str | None]]:
+    """Yields (definition, text) of the documents of a file; "" is the whole module."""
+    if unit == "file":
+        yield "", _file_without_docstrings(tree, lines)
+        return
+    for name, node in _definitions(tree, ""):
+        if unit == "docstring":
+            yield name, ast.get_docstring(node)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield name, _source_without_docstring(node, lines)
+
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _definitions(
@@ -223,7 +184,7 @@ class StdlibSource(SampledReader):
         return library_files(top_level=self.modules == "top-level")
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Found]:
-        return read_modules(files) if self.unit == "file" else read_functions(files)
+        return read(files, self.unit)
 
 
 class StdlibDocstrings(SampledReader):
@@ -238,4 +199,4 @@ class StdlibDocstrings(SampledReader):
         return library_files(top_level=self.modules == "top-level")
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Found]:
-        return read_docstrings(files)
+        return read(files, "docstring")

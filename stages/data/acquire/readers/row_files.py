@@ -1,4 +1,4 @@
-"""Readers `jsonl` and `parquet`: rows in files, JSON Lines also as gzip or Zstandard."""
+"""Readers `jsonl` and `parquet`: the rows of files as documents, JSON Lines also as gzip or Zstandard."""
 
 from __future__ import annotations
 
@@ -6,75 +6,305 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal, cast
+from typing import IO, Annotated, Any, ClassVar, Literal, cast
 
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import License, Line, Words
 from pipeline.core.errors import AtomError
-from stages.data.acquire.readers.base import Failed, Files
-from stages.data.acquire.readers.rows import Row, RowReader
+from pipeline.core.stage import added
+from stages.data.acquire.licenses.expressions import LicenseMap, MapName, load_map
+from stages.data.acquire.readers.base import Document, Failed, FileReader, Files, Read, Unmapped, Unreadable, is_unicode
 
-# Bytes of memory that a frame may ask for: `zstd --ultra --long=31`, as some large corpora are packed.
-MAX_WINDOW = 2**31
-# Bytes of input at a time: a block of 4 bytes can hold 128 KiB, so a piece of output has at most 128 MiB.
-CHUNK = 2**12
+# The name of a field or column in a user's files, or the path of a nested one, such as metadata.license.
+Column = Line
+# Of a title, or of all authors of a document.
+MOST_CHARACTERS = 4000
+# SPDX expressions by the license strings of a source.
+LicenseStrings = Annotated[dict[Annotated[str, Words(2000)], License], Field(max_length=1000)]
 
 
-def open_zstd(path: Path) -> IO[bytes]:
-    """Returns the decompressed bytes of a file.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a file.
 
-    Reading raises EOFError if it is cut short, and OSError if it is corrupt.
+    Attributes:
+        fields: The fields by name.
+        file: The file.
+        name: The name of the document if no field has an id.
     """
-    return decompressed(open(path, "rb"))
+
+    fields: dict[str, Any]
+    file: str
+    name: str
+
+
+class RowReader(FileReader):
+    """A reader of files of rows with a field for the text."""
+
+    text_field: Column = "text"
+    """field with the text of a document"""
+    messages_field: Column | None = added(None)
+    """field with messages (role, content, reasoning_content), read instead of text_field"""
+    tools_field: Column | None = added(None)
+    """field with the JSON schemas of the tools that a conversation offers, a list or its JSON; messages then have
+    tool_calls; null: tools and calls are left out"""
+    question_fields: Annotated[tuple[Column, ...], Field(max_length=10)] = added(())
+    """fields whose texts, joined by a blank line, are a user's message; the answer is in answer_field"""
+    answer_field: Column | None = added(None)
+    """field with the assistant's answer to question_fields; a row is then a conversation of one turn"""
+    id_field: Column | None = None
+    """field with a unique id; null: the id is the file name and the number of the line or row"""
+    license_field: Column | None = added(None)
+    """field with the license of a document, or a list of licenses that all apply, such as metadata.license; null:
+    that of the source"""
+    license_map: MapName | None = added(None)
+    """shipped map from the strings of license_field to SPDX; null: they are SPDX"""
+    license_strings: LicenseStrings = added({})
+    """SPDX expressions by strings of license_field, which come before those of license_map"""
+    url_field: Column | None = added(None)
+    """field with the URL of a document; null: documents have none"""
+    title_field: Column | None = added(None)
+    """field with the title of a document, for attribution; null: not stated"""
+    author_field: Column | None = added(None)
+    """field with the author of a document, or a list of them, such as metadata.authors.name; null: not stated"""
+    derived_from_field: Column | None = added(None)
+    """field with the id or URL of the original of a rewritten document, or a list; null: not stated"""
+
+    @model_validator(mode="after")
+    def _check_licenses(self) -> RowReader:
+        if self.license_field is None and (self.license_map or self.license_strings):
+            setting = "license_map" if self.license_map else "license_strings"
+            raise ValueError(f"{setting} is set, but no license_field; name the field that has the strings")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> RowReader:
+        if self.tools_field and not self.messages_field:
+            raise ValueError("tools_field is set, but no messages_field; name the field that has the conversations")
+        return self
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> RowReader:
+        if bool(self.question_fields) != (self.answer_field is not None):
+            raise ValueError("question_fields and answer_field belong together: a question and its answer; give both")
+        if self.messages_field and self.answer_field:
+            raise ValueError(
+                f"messages_field = {self.messages_field} holds whole conversations; leave it out, or answer_field and "
+                "question_fields"
+            )
+        return self
+
+    @property
+    def conversations(self) -> bool:
+        return bool(self.messages_field or self.answer_field)
+
+    @property
+    def names_files(self) -> bool:
+        return self.id_field is None
+
+    @property
+    def gives_licenses(self) -> bool:
+        return self.license_field is not None
+
+    @property
+    def columns(self) -> list[Column]:
+        """The fields that are read."""
+        content = [self.answer_field, *self.question_fields] if self.answer_field else [self.messages_field]
+        names = (
+            *(content if self.conversations else [self.text_field]),
+            self.tools_field,
+            self.id_field,
+            self.license_field,
+            self.url_field,
+            self.title_field,
+            self.author_field,
+            self.derived_from_field,
+        )
+        return [name for name in names if name]
+
+    @property
+    def states_parents(self) -> bool:
+        return self.derived_from_field is not None
+
+    @property
+    def states_credits(self) -> bool:
+        return bool(self.title_field or self.author_field)
+
+    @abstractmethod
+    def rows(self, files: Files, columns: Sequence[Column] | None = None) -> Iterator[Row | Failed]:
+        """Yields every row of every file, in order, with at least these columns, or those of the settings for None.
+
+        Raises AtomError naming the file that is corrupt.
+        """
+
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
+        """Yields one document for each row or, with messages_field, for each turn of the assistant.
+
+        A row whose messages are not a conversation is unreadable, one without its fields has failed, and one whose
+        license is unknown is unmapped.
+        """
+        from stages.formats.chat import turns
+
+        licenses = load_map(self.license_map) if self.license_map else LicenseMap({})
+        licenses = licenses.extended(self.license_strings)
+        for row in self.rows(files):
+            if isinstance(row, Failed):
+                yield row
+                continue
+            try:
+                content, name = self._content(row), self._name(row)
+                parents = _parents(row, self.derived_from_field) if self.derived_from_field else ()
+            except ValueError as error:
+                yield Failed(row.name, str(error))
+                continue
+            if isinstance(content, str):
+                # A row of plain text is one document.
+                yield self._document(row, licenses, name, content, parents)
+                continue
+            try:
+                tools = None if self.tools_field is None else _tools(field_at(row.fields, self.tools_field))
+                # A conversation is one document for each turn of the assistant.
+                for number, (text, prompt_chars) in enumerate(turns(content, tools)):
+                    yield self._document(row, licenses, f"{name}#{number}", text, parents, prompt_chars)
+            except ValueError as error:
+                yield Unreadable(f"{name} ({error})")
+
+    def _document(
+        self, row: Row, licenses: LicenseMap, name: str, text: str, parents: tuple[str, ...], prompt_chars: int = 0
+    ) -> Document | Unmapped:
+        stated_url, title, author = (
+            field_at(row.fields, field) if field else None
+            for field in (self.url_field, self.title_field, self.author_field)
+        )
+        url, credit = _url(stated_url), (_names(title), _names(author))
+        if self.license_field is None:
+            return Document(name, text, row.file, prompt_chars, None, url, "", parents, *credit)
+        stated = field_at(row.fields, self.license_field)
+        expression = licenses.expression(stated)
+        if expression is None:
+            return Unmapped(name, text, _in_words(stated))
+        return Document(name, text, row.file, prompt_chars, expression, url, "field", parents, *credit)
+
+    def _content(self, row: Row) -> str | list[Any]:
+        """Returns the text, or the list of messages. Raises ValueError in words."""
+        if self.answer_field:
+            question = [_text_at(row, field) for field in self.question_fields]
+            messages = {"user": "\n\n".join(filter(None, question)), "assistant": _text_at(row, self.answer_field)}
+            return [{"role": role, "content": content} for role, content in messages.items()]
+        field = self.messages_field or self.text_field
+        content = field_at(row.fields, field)
+        if not isinstance(content, list if self.messages_field else str):
+            available = ", ".join(sorted(map(str, row.fields)))
+            kind, setting = ("list of messages", "messages_field") if self.messages_field else ("text", "text_field")
+            raise ValueError(f"no {kind} in field {field!r} (fields: {available}); set reader.{setting}")
+        # Messages are checked as a whole: a surrogate may stand in any of their fields.
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        if not is_unicode(text):
+            raise ValueError(f"field {field!r} holds a lone surrogate, which is not Unicode")
+        result: str | list[Any] = content
+        return result
+
+    def _name(self, row: Row) -> str:
+        if self.id_field is None:
+            return row.name
+        value = field_at(row.fields, self.id_field)
+        if value in (None, ""):
+            raise ValueError(f"no id in field {self.id_field!r}; set reader.id_field to a field that every row has")
+        name = str(value)
+        if not is_unicode(name):
+            raise ValueError(f"the id in field {self.id_field!r} holds a lone surrogate, which is not Unicode")
+        return name
+
+
+def field_at(fields: Mapping[str, Any], path: str) -> Any:
+    """Returns the value of a field, or of a nested field whose names are joined by dots; None if there is none.
+
+    A field below a list of mappings has the list of their values.
+    """
+    value: Any = fields
+    # A field may have a dot in its own name, so the whole path is tried first.
+    for name in (path,) if path in fields else path.split("."):
+        if isinstance(value, list):
+            value = [element.get(name) if isinstance(element, dict) else None for element in value]
+        else:
+            value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _tools(value: Any) -> list[Any]:
+    """Returns the schemas of tools in a field; none if it is empty. Raises ValueError in words."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value or []
+    except (ValueError, RecursionError):
+        tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("its tools are no list of JSON schemas")
+    if not is_unicode(json.dumps(tools, ensure_ascii=False, default=str)):
+        raise ValueError("its tools hold a lone surrogate, which is not Unicode")
+    return tools
+
+
+def _text_at(row: Row, field: str) -> str:
+    """Returns the text of a field, which may be empty. Raises ValueError in words."""
+    content = field_at(row.fields, field)
+    if not isinstance(content, str):
+        available = ", ".join(sorted(map(str, row.fields)))
+        raise ValueError(
+            f"no text in field {field!r} (fields: {available}); set reader.question_fields and answer_field"
+        )
+    if not is_unicode(content):
+        raise ValueError(f"field {field!r} holds a lone surrogate, which is not Unicode")
+    return content
+
+
+def _in_words(stated: object) -> str:
+    """Returns the license that a row states, in its own words; empty if it states nothing."""
+    if stated is None or stated == []:
+        return ""
+    # A list or a mapping is shown as the row has it.
+    text = stated if isinstance(stated, str) else json.dumps(stated, ensure_ascii=False, default=str)
+    return text.encode(errors="replace").decode()
+
+
+def _url(value: object) -> str:
+    """Returns a web address, or an empty text for anything else."""
+    text = value.strip() if isinstance(value, str) else ""
+    is_address = text.startswith(("http://", "https://")) and len(text) <= 8192 and text.isprintable()
+    return text if is_address else ""
+
+
+def _names(value: object) -> str:
+    """Returns a title or a name, or a list of them, in one line; an empty text for anything else."""
+    values = value if isinstance(value, list) else [value]
+    names = [" ".join(name.split()) for name in values if isinstance(name, str) and is_unicode(name)]
+    return "; ".join(filter(None, names))[:MOST_CHARACTERS]
+
+
+def _parents(row: Row, field: str) -> tuple[str, ...]:
+    """Returns the ids or URLs of the documents that a row was made from.
+
+    Raises ValueError in words if that is not stated.
+    """
+    value = row.fields.get(field, 0)  # without the field nothing is stated; null states that there is none
+    parents = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(parent, str) and parent and is_unicode(parent) for parent in parents):
+        raise ValueError(f"field {field!r} does not name what it was made from: an id, a URL, a list of them, or null")
+    return tuple(dict.fromkeys(parents))
 
 
 def decompressed(file: IO[bytes]) -> IO[bytes]:
-    """Returns the decompressed bytes of an open file, which is closed with the result.
+    """Returns the bytes of an open file of Zstandard, which may have several frames.
 
-    Errors are those of `open_zstd`.
+    Reading raises OSError if it is cut short or corrupt.
     """
-    return cast(IO[bytes], io.BufferedReader(_Decompressed(file), 2**20))
+    import pyarrow as pa
 
-
-class _Decompressed(io.RawIOBase):
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._chunks, self._rest = file, _decompress(file), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        if not self._rest:
-            self._rest = next(self._chunks, b"")
-        size = min(len(buffer), len(self._rest))
-        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _decompress(file: IO[bytes]) -> Iterator[bytes]:
-    """Yields the decompressed bytes in pieces that are not empty."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-    frame = None
-    try:
-        while data := file.read(CHUNK):
-            # A file may have several frames, as parallel compressors and concatenation write them.
-            while data:
-                frame = frame or decompressor.decompressobj()
-                if piece := frame.decompress(data):
-                    yield piece
-                data = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from None
-    # An open frame at the end of the file is a file that was cut short.
-    if frame is not None:
-        raise EOFError("the last frame does not end")
+    return cast(IO[bytes], io.BufferedReader(pa.CompressedInputStream(file, "zstd"), 2**20))
 
 
 # Bytes of a line. A longer one fails alone, because a file of a megabyte can hold a line of a terabyte.
@@ -142,11 +372,7 @@ def _skip_line(file: IO[bytes]) -> None:
 def _open(path: Path) -> IO[bytes]:
     if path.name.endswith(".gz"):
         return cast(IO[bytes], gzip.open(path, "rb"))
-    if path.name.endswith(".zst"):
-        pass
-
-        return open_zstd(path)
-    return open(path, "rb")
+    return decompressed(open(path, "rb")) if path.name.endswith(".zst") else open(path, "rb")
 
 
 class Parquet(RowReader):

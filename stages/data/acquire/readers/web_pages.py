@@ -1,4 +1,4 @@
-"""Readers `warc` and `html`: web pages in WARC files, as Common Crawl has them, or saved one in each file.
+"""Reader `warc`: web pages in WARC files, as Common Crawl has them.
 
 WARC files (ISO 28500) are plain or gzip. warcio reads the records, as in datatrove's reader; that one reads bodies of
 any size, and drops the headers of HTTP. A file that is cut short ends there: what stands before it is used, and the
@@ -13,16 +13,13 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import quote
 
 from pydantic import Field
 
-from pipeline.core.bounds import Line, Range, Words
+from pipeline.core.bounds import Line, Range
 from stages.data.acquire.readers.base import FileReader, Files, Read, Refused
-from stages.data.acquire.web.page_opt_outs import AGENTS, ROBOTS_BYTES, Robots
-from stages.data.acquire.web.pages import Page, PageReader
+from stages.data.acquire.web.pages import AGENTS, ROBOTS_BYTES, Page, PageReader, Robots
 
-Address = Annotated[str, Words(2000, "address: write http:// or https:// and a host", r"https?://[^\s/]+(/\S*)?")]
 Agents = Annotated[tuple[Line, ...], Field(max_length=100)]
 PageBytes = Annotated[int, Range(1000, 2**30)]
 # The maximum number of bytes that are read for the headers of a record, and to find its beginning.
@@ -35,9 +32,17 @@ _ERRORS = (EOFError, OSError, ValueError, zlib.error)
 PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
 
-class WebReader(FileReader):
-    """Base of the readers of web pages. A document has the license that its page states, or LicenseRef-unknown-web."""
+class Warc(FileReader):
+    """Web pages of WARC files, plain or gzip; `path` is a file or a folder of *.warc and *.warc.gz.
 
+    A document has the license that its page states, or LicenseRef-unknown-web. Pages that are not 200 or not HTML are
+    no documents. robots.txt files in a WARC file apply to its pages.
+    """
+
+    suffixes: ClassVar = (".warc", ".warc.gz")
+
+    reader: Literal["warc"]
+    """selects this reader"""
     max_page_bytes: PageBytes = 5_000_000
     """bytes of a page; a larger one is removed"""
     opt_out_agents: Agents = AGENTS
@@ -50,43 +55,6 @@ class WebReader(FileReader):
     @property
     def names_files(self) -> bool:
         return True
-
-
-class Html(WebReader):
-    """Saved web pages, one in each file; `path` is a file or a folder of *.html, *.htm and *.xhtml."""
-
-    suffixes: ClassVar = (".html", ".htm", ".xhtml")
-
-    reader: Literal["html"]
-    """selects this reader"""
-    base_url: Address | None = None
-    """address of the folder, such as https://example.org/; null: the canonical address in each page"""
-
-    def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
-        """Yields the text of every page."""
-        reader = PageReader(self.opt_out_agents, self.max_page_bytes)
-        for relative, path in files:
-            url = f"{self.base_url.rstrip('/')}/{quote(relative)}" if self.base_url else ""
-            yield reader.read(Page(relative, relative, url, _read_bytes(path, self.max_page_bytes)))
-
-
-def _read_bytes(path: Path, max_bytes: int) -> bytes | None:
-    """Returns the content of a file; None if it has more than `max_bytes`."""
-    with open(path, "rb") as file:
-        content = file.read(max_bytes + 1)
-    return content if len(content) <= max_bytes else None
-
-
-class Warc(WebReader):
-    """Web pages of WARC files, plain or gzip; `path` is a file or a folder of *.warc and *.warc.gz.
-
-    Pages that are not 200 or not HTML are no documents. robots.txt files in a WARC file apply to its pages.
-    """
-
-    suffixes: ClassVar = (".warc", ".warc.gz")
-
-    reader: Literal["warc"]
-    """selects this reader"""
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """Yields the text of every page, named by the file and the number of its record."""
@@ -199,15 +167,11 @@ def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Ref
     """
     name = f"{location}:{number}"
     headers = _http_headers(record)
-    # WET files hold the text of pages as records of this type.
-    is_text = record.rec_type == "conversion"
-    if not is_text and (record.rec_type != "response" or _status(record) != "200"):
+    if record.rec_type != "response" or _status(record) != "200":
         return None
     # The crawler's own finding goes before the server's claim.
     kind = record.rec_headers.get_header("WARC-Identified-Payload-Type") or _header(headers, "content-type")
-    kind = (kind or record.content_type or "").partition(";")[0].strip().lower()
-    is_page = kind == "text/plain" if is_text else kind in PAGE_TYPES
-    if not is_page:
+    if (kind or record.content_type or "").partition(";")[0].strip().lower() not in PAGE_TYPES:
         return None
     encoding = _header(headers, "content-encoding").strip().lower()
     # These are decoded on every machine; warcio decodes br only where another package is installed.
@@ -221,7 +185,7 @@ def _page(record: Any, number: int, location: str, max_bytes: int) -> Page | Ref
     # A body that is too large is left unread, and is skipped with the rest of its record.
     if body is not None:
         _require_whole(record, number)
-    return Page(name, location, _url(record), body, headers, is_text)
+    return Page(name, location, _url(record), body, headers)
 
 
 def _require_whole(record: Any, number: int) -> None:

@@ -1,9 +1,9 @@
 """The license that a web page states for its own text.
 
-What counts: `rel=license` in the HTTP headers, in <link> and in <a>; license metadata of Dublin Core and of schema.org
-for a text; links to licenses in the page's footer. What does not: links in advertisements, comments, quotations,
-figures and asides; statements on other things, such as photos or icons; anything on a copy of a page of another site.
-Two different statements are none that can be used. The time is linear in the size of the page.
+What counts: `rel=license` in <link> and in <a>; the license of a text in JSON-LD; links to licenses in the page's
+footer. What does not: links in advertisements, comments, quotations, figures and asides; statements on other things,
+such as photos or icons; anything on a copy of a page of another site. Two different statements are none that can be
+used. The time is linear in the size of the page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from pipeline.core.bounds import spdx
-from stages.data.acquire.web.page_opt_outs import Headers
 
 _KIND_NAMES = "by by-sa by-nd by-nc by-nc-sa by-nc-nd by-nd-nc sa nd nc nc-sa nd-nc"
 _KINDS = frozenset(_KIND_NAMES.split())
@@ -26,26 +25,17 @@ _CREATIVE_COMMONS = re.compile(
 )
 _PUBLIC_DOMAIN = {"/publicdomain/zero/1.0": "CC0-1.0", "/publicdomain/mark/1.0": "CC-PDM-1.0"}
 _DEDICATION = "/licenses/publicdomain"
-# {host: beginning of the path of a license, whose last part is the SPDX identifier}.
-_BY_IDENTIFIER = {"spdx.org": "/licenses/", "opensource.org": "/license"}
 # {address of the text of a license, without scheme, www., ending and last slash: its expression}. The addresses of
 # the GFDL without a version lead to its newest one.
 _LICENSE_TEXTS = {
-    "apache.org/licenses/license-2.0": "Apache-2.0",
-    "gnu.org/licenses/fdl-1.1": "GFDL-1.1-only",
-    "gnu.org/licenses/fdl-1.2": "GFDL-1.2-only",
     "gnu.org/licenses/fdl-1.3": "GFDL-1.3-only",
     "gnu.org/licenses/fdl": "LicenseRef-GFDL",
     "gnu.org/copyleft/fdl": "LicenseRef-GFDL",
-    "nationalarchives.gov.uk/doc/open-government-licence/version/1": "OGL-UK-1.0",
-    "nationalarchives.gov.uk/doc/open-government-licence/version/2": "OGL-UK-2.0",
     "nationalarchives.gov.uk/doc/open-government-licence/version/3": "OGL-UK-3.0",
-    "unlicense.org": "Unlicense",
 }
 _TEXT_TYPES = """
-AboutPage AdvertiserContentArticle Article BlogPosting Book Chapter CollectionPage Course CreativeWork FAQPage Guide
-HowTo ItemPage LearningResource LiveBlogPosting MedicalScholarlyArticle MedicalWebPage NewsArticle OpinionNewsArticle
-QAPage Recipe Report ReportageNewsArticle ReviewNewsArticle ScholarlyArticle TechArticle Thesis WebPage WebSite
+AboutPage Article BlogPosting Book Chapter CollectionPage Course CreativeWork FAQPage HowTo ItemPage LearningResource
+NewsArticle OpinionNewsArticle QAPage Recipe Report ReportageNewsArticle ScholarlyArticle TechArticle WebPage WebSite
 """
 # Types of schema.org whose license is that of a page's text.
 TEXT_TYPES = frozenset(_TEXT_TYPES.split())
@@ -53,10 +43,6 @@ TEXT_TYPES = frozenset(_TEXT_TYPES.split())
 PAGE_PARTS = frozenset(("Blog", "WebPageElement", "WPFooter"))
 # Metadata with the address of the page, or of the one that it copies.
 ORIGINALS = frozenset(("og:url", "original-source", "syndication-source"))
-# Metadata with the license of a page.
-META_NAMES = frozenset(
-    ("dc.license", "dc.rights", "dc.rights.license", "dcterms.license", "dcterms.rights", "dcterms:license", "license")
-)
 # Elements whose content is not the page's own text.
 _OTHER_ELEMENTS = "aside blockquote figcaption figure form iframe ins nav noscript q"
 OTHER_ELEMENTS = frozenset(_OTHER_ELEMENTS.split())
@@ -102,11 +88,6 @@ def expression_of(address: str) -> str | None:
     host, path = (parts.hostname or "").removeprefix("www."), parts.path.rstrip("/")
     if host == "creativecommons.org":
         return _creative_commons(path.lower())
-    if host in _BY_IDENTIFIER and path.startswith(_BY_IDENTIFIER[host]):
-        try:
-            return spdx(re.sub(r"\.(html|json|txt)$", "", path.rsplit("/", 1)[-1]))
-        except ValueError:
-            return None
     return _LICENSE_TEXTS.get(re.sub(r"\.(html|txt|en\.html)$", "", f"{host}{path}".lower()))
 
 
@@ -142,19 +123,18 @@ class PageLicense:
     stated: str = ""
 
 
-def license_of(tree: Any, url: str, headers: Headers) -> PageLicense:
+def license_of(tree: Any, url: str) -> PageLicense:
     """Returns the license that a page states for its text.
 
     Args:
         tree: The page as lxml parsed it.
         url: Its address; "" if it is unknown.
-        headers: The headers of its HTTP response.
     """
     # A mirror often adds its own license to the text of others.
     if _is_copy(tree, url):
         return PageLicense()
     page = _Places()
-    explicit = [*_in_headers(headers), *_in_metadata(tree, page), *_in_body(tree, page, explicit=True)]
+    explicit = [*_in_metadata(tree, page), *_in_body(tree, page, explicit=True)]
     # A link in a footer counts only if nothing states a license explicitly.
     addresses = explicit or list(_in_body(tree, page, explicit=False))
 
@@ -166,27 +146,13 @@ def license_of(tree: Any, url: str, headers: Headers) -> PageLicense:
     return PageLicense(statements.pop() if is_known else None, stated)
 
 
-def _in_headers(headers: Headers) -> Iterator[str]:
-    for name, value in headers:
-        if name.lower() == "link":
-            for address, parameters in re.findall(r"<([^>]*)>([^,]*)", value[:8192]):
-                if re.search(r";\s*rel\s*=\s*\"?[^\";]*\blicense\b", parameters, re.IGNORECASE):
-                    yield address
-
-
 def _in_metadata(tree: Any, page: _Places) -> Iterator[str]:
     for element in tree.iter("link"):
         if "license" in _words(element.get("rel")) and element.get("href") and not page.is_elsewhere(element):
             yield element.get("href").strip()
-    for element in tree.iter("meta"):
-        name = (element.get("name") or element.get("property") or "").strip().lower()
-        content = (element.get("content") or "").strip()
-        if name in META_NAMES and content.startswith(("http://", "https://", "//")):
-            yield content
     for element in tree.iter("script"):
         if (element.get("type") or "").strip().lower() == "application/ld+json":
             yield from _in_json(element.text or "")
-    yield from _in_microdata(tree, page)
 
 
 def _in_json(text: str) -> Iterator[str]:
@@ -218,17 +184,6 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-def _in_microdata(tree: Any, page: _Places) -> Iterator[str]:
-    for element in tree.iter("a", "link", "meta"):
-        if "license" not in _words(element.get("itemprop")):
-            continue
-        # A property is of the nearest item around it.
-        item = next((around for around in element.iterancestors() if around.get("itemscope") is not None), None)
-        address = (element.get("href") or element.get("content") or "").strip()
-        if address and item is not None and _item_types(item) & TEXT_TYPES and not page.is_elsewhere(element):
-            yield address
 
 
 def _in_body(tree: Any, page: _Places, explicit: bool) -> Iterator[str]:
@@ -283,19 +238,12 @@ class _Places:
 
         `known` has the results for elements, and gets those of the new ones.
         """
-        chain: list[Any] = []
-        result, current = False, element
-        while current is not None and current.tag not in ("html", "body", "main"):
-            if current in known:
-                result = known[current]
-                break
-            chain.append(current)
-            current = current.getparent()
-        # From the outermost element inwards.
-        for current in reversed(chain):
-            result = result or holds(current)
-            known[current] = result
-        return result
+        if element is None or element.tag in ("html", "body", "main"):
+            return False
+        # The parser bounds the depth of elements in each other, and so that of the recursion.
+        if element not in known:
+            known[element] = self._inherits(element.getparent(), known, holds) or holds(element)
+        return known[element]
 
     def _statement(self, link: Any) -> str:
         """Returns the text of the block around a link, or of the link alone if the block is a long text."""
@@ -311,15 +259,10 @@ def _is_footer(element: Any) -> bool:
 
 
 def _is_other(element: Any) -> bool:
-    other_types = _item_types(element) - TEXT_TYPES - PAGE_PARTS
-    if element.tag in OTHER_ELEMENTS or _places(element) & OTHER_PLACES or other_types or element.get("about"):
-        return True
-    return any(str(name).startswith("data-ad") for name in element.attrib)
-
-
-def _item_types(element: Any) -> set[str]:
-    """Returns the types of schema.org of an element with microdata."""
-    return {kind.rsplit("/", 1)[-1] for kind in (element.get("itemtype") or "").split()}
+    types = {kind.rsplit("/", 1)[-1] for kind in (element.get("itemtype") or "").split()}
+    other_types = types - TEXT_TYPES - PAGE_PARTS
+    is_other_place = element.tag in OTHER_ELEMENTS or _places(element) & OTHER_PLACES
+    return bool(is_other_place or other_types or element.get("about"))
 
 
 def _places(element: Any) -> set[str]:
@@ -353,10 +296,6 @@ def _is_copy(tree: Any, url: str) -> bool:
         if (element.get("property") or element.get("name") or "").lower() in ORIGINALS:
             addresses.append(element.get("content"))
     originals = {site_of(urljoin(url, address.strip())) for address in addresses if address}
-    for node in tree.iter():
-        # HTTrack writes a comment, whose tag is no string.
-        if not isinstance(node.tag, str) and (match := re.match(r"\s*Mirrored from ([^\s/]+)", node.text or "")):
-            originals.add(site_of(f"http://{match[1]}"))
     return bool(site and originals - {site, ""})
 
 

@@ -12,11 +12,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from datatrove.pipeline.filters.c4_filters import CITATION_REGEX, ELLIPSIS, END_PUNCTUATION, POLICY_SUBSTRINGS
-
 from stages.data.curate.filters.base import Removal
 from stages.data.curate.ngrams import NGrams, duplicates
-from stages.data.curate.words import LETTER, NOT_PUNCTUATION, count_sentences, words_of
+from stages.data.curate.words import LETTER, NOT_PUNCTUATION, words_of
 
 # A function from a text to the kept text, or to its removal.
 Function = Callable[[str], str | Removal]
@@ -111,49 +109,6 @@ def gopher_repetition(block: Any) -> Function:
     return apply
 
 
-def c4_quality(block: Any) -> Function | None:
-    """Returns the function of C4's filter; None for a block that does not split the text into lines.
-
-    It stops counting sentences when there are enough; the block counts those of every line.
-    """
-    if not block.split_paragraph:
-        return None
-    min_sentences, max_length = block.min_num_sentences, block.max_word_length
-
-    def apply(text: str) -> str | Removal:
-        kept_lines, sentences = [], 0
-        for unstripped in text.splitlines():
-            line = unstripped.strip()
-            words = line.split()
-            # No word is longer than its line, so most lines need no look at their words.
-            if max_length != -1 and len(line) > max_length and any(len(word) > max_length for word in words):
-                continue
-            if block.remove_citations and "[" in line:
-                line = CITATION_REGEX.sub("", line)
-            if block.filter_no_terminal_punct and (not line.endswith(END_PUNCTUATION) or line.endswith(ELLIPSIS)):
-                continue
-            if len(words) < block.min_words_per_line:
-                continue
-            # The order of the rules is the block's: the first that holds gives the reason.
-            lower = line.lower()
-            if block.filter_lorem_ipsum and "lorem ipsum" in lower:
-                return Removal("lorem_ipsum")
-            if block.filter_javascript and "javascript" in lower:
-                continue
-            if block.filter_curly_bracket and "{" in line:
-                return Removal("curly_bracket")
-            if block.filter_policy and any(phrase in lower for phrase in POLICY_SUBSTRINGS):
-                continue
-            if sentences < min_sentences:
-                sentences += count_sentences(line)
-            kept_lines.append(line)
-        if sentences < min_sentences:
-            return Removal("too_few_sentences", sentences, min_sentences)
-        return "\n".join(kept_lines).strip()
-
-    return apply
-
-
 def pii(block: Any) -> Function:
     """Returns the function of the filter of personal data.
 
@@ -170,10 +125,9 @@ def pii(block: Any) -> Function:
     return apply
 
 
-# {class of datatrove: its accelerator, which returns None for a block with parameters that it does not support}.
-ACCELERATORS: dict[str, Callable[[Any], Function | None]] = {
+# {class of datatrove: its accelerator}.
+ACCELERATORS: dict[str, Callable[[Any], Function]] = {
     "GopherQualityFilter": gopher_quality,
     "GopherRepetitionFilter": gopher_repetition,
-    "C4QualityFilter": c4_quality,
     "PIIFormatter": pii,
 }

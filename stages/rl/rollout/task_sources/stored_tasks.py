@@ -25,8 +25,8 @@ from pipeline.core.store import sha256_file
 from stages.data.acquire.hub_files import Commit
 from stages.data.acquire.readers.base import is_unicode
 from stages.data.acquire.readers.hub import FORMATS, HOME, Hub, Repo
-from stages.data.acquire.readers.rows import Column, field_at
-from stages.data.acquire.readers.rows import Row as DataRow
+from stages.data.acquire.readers.row_files import Column, field_at
+from stages.data.acquire.readers.row_files import Row as DataRow
 from stages.formats import chat
 from stages.formats.seeds import seed_of
 from stages.rl.protocols import Response, VerifierFailed

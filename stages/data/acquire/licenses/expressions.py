@@ -1,4 +1,4 @@
-"""License maps: from the license strings of a source to SPDX expressions.
+"""SPDX expressions: from the license strings of a source, and what the licenses in them allow.
 
 A map is a YAML file of this folder, which says where its strings were read. A recipe names it, and may add strings of
 its own. A string that neither knows has no expression, and then the document is not used. The license fields of
@@ -10,14 +10,15 @@ A map decides what acquire writes: whoever changes one raises the version of tha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pipeline.core.bounds import spdx
-from pipeline.core.store import sha256_bytes
+from pydantic import Field
+
+from pipeline.core.bounds import License, spdx
 from pipeline.core.yaml_text import parse_yaml
 
 # {keyword of an exception: its SPDX identifier}. An exception only adds permissions, so a license with one that has
@@ -32,6 +33,15 @@ MapName = Literal["common-pile", "the-stack", "tulu-3", "dep5", "pep639"]
 UNKNOWN_WEB = "LicenseRef-unknown-web"
 # In the counts of a source and in the dispositions: the license of a document whose own is unknown.
 UNMAPPED = "LicenseRef-unmapped"
+Licenses = Annotated[tuple[License, ...], Field(max_length=1000)]
+# The rule of the dispositions of documents under other licenses.
+NOT_ALLOWED = "license/not-allowed"
+# Matches the SPDX identifiers of licenses that forbid derived works: CC-BY-ND-4.0, CC-BY-NC-ND-3.0-DE.
+NO_DERIVATIVES = re.compile(r"(^|-)ND(-|$)", re.IGNORECASE)
+# Dedications to the public domain, and licenses without conditions.
+FREE = """
+0BSD CC-PDDC CC0-1.0 LicenseRef-Public-Domain LicenseRef-public-domain MIT-0 PDDL-1.0 SAX-PD Unlicense WTFPL
+"""
 
 
 def normalized_name(name: str) -> str:
@@ -111,7 +121,6 @@ class LicenseMap:
         separator: Stands between licenses of one string that all apply.
         several: True if several licenses of a list all apply; otherwise they have no expression.
         ignored: Strings that state no license.
-        digest: Digest of the map's file; "" for the map of a recipe.
     """
 
     licenses: Mapping[str, str]
@@ -119,7 +128,6 @@ class LicenseMap:
     separator: str | None = None
     several: bool = True
     ignored: tuple[str, ...] = ()
-    digest: str = ""
     _known: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
 
     def expression(self, value: object) -> str | None:
@@ -139,9 +147,7 @@ class LicenseMap:
 
     def extended(self, licenses: Mapping[str, str]) -> LicenseMap:
         """Returns the map with the strings of a recipe, which come first."""
-        return LicenseMap(
-            {**self.licenses, **licenses}, self.syntax, self.separator, self.several, self.ignored, self.digest
-        )
+        return LicenseMap({**self.licenses, **licenses}, self.syntax, self.separator, self.several, self.ignored)
 
     def _expression_of(self, text: str) -> str | None:
         """Returns the expression of one string. The strings of a corpus are few, so they are remembered."""
@@ -191,11 +197,77 @@ def load_map(name: MapName) -> LicenseMap:
     """Returns a shipped map."""
     content = (files(__package__) / f"{name}.yaml").read_bytes()
     fields: dict[str, Any] = parse_yaml(content, f"license map {name}")
-    return LicenseMap(
-        fields["licenses"],
-        fields["syntax"],
-        fields.get("separator"),
-        fields.get("several", True),
-        tuple(fields.get("ignored", ())),
-        f"sha256:{sha256_bytes(content)}",
-    )
+    return LicenseMap(**{**fields, "ignored": tuple(fields.get("ignored", ()))})
+
+
+class AllowedLicenses:
+    """Decides whether a license is allowed, from a list of SPDX identifiers and expressions.
+
+    Of `A OR B`, which leaves the choice to the reader, one must be allowed; of `A AND B` both; of `A WITH B` that, or
+    A, because an exception only adds permissions. An expression in the list allows itself as a whole.
+    """
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self._allowed = frozenset(map(spdx, allowed))
+        self.allows = lru_cache(maxsize=100_000)(self._allows)
+
+    def _allows(self, license: str) -> bool:
+        if license in self._allowed:
+            return True
+        # A parser by recursive descent: OR binds weaker than AND, and AND weaker than WITH.
+        tokens = re.findall(r"[()]|[^\s()]+", license)
+        verdict, position = self._alternatives(tokens, 0)
+        return verdict and position == len(tokens)
+
+    def _alternatives(self, tokens: list[str], position: int) -> tuple[bool, int]:
+        """Returns the verdict on operands joined by OR from a position, and the position after them."""
+        verdict, position = self._conjunction(tokens, position)
+        while tokens[position : position + 1] == ["OR"]:
+            operand, position = self._conjunction(tokens, position + 1)
+            verdict = verdict or operand
+        return verdict, position
+
+    def _conjunction(self, tokens: list[str], position: int) -> tuple[bool, int]:
+        verdict, position = self._operand(tokens, position)
+        while tokens[position : position + 1] == ["AND"]:
+            operand, position = self._operand(tokens, position + 1)
+            verdict = verdict and operand
+        return verdict, position
+
+    def _operand(self, tokens: list[str], position: int) -> tuple[bool, int]:
+        if tokens[position] == "(":
+            verdict, position = self._alternatives(tokens, position + 1)
+            return verdict, position + 1
+        license, position = tokens[position], position + 1
+        if tokens[position : position + 1] == ["WITH"]:
+            with_exception, position = f"{license} WITH {tokens[position + 1]}", position + 2
+            return license in self._allowed or with_exception in self._allowed, position
+        return license in self._allowed, position
+
+
+def forbids_derivatives(expression: str) -> bool:
+    """Returns True if an SPDX expression forbids derived works, such as rephrased texts.
+
+    It forbids them if each of its alternatives does. True also for a text that is no expression.
+    """
+    identifiers = re.findall(r"[^\s()]+", re.sub(r" WITH \S+", "", expression))
+    # Allowed is every other license in the expression, so an alternative without ND is enough.
+    allowed = [name for name in identifiers if not NO_DERIVATIVES.search(name) and name not in ("AND", "OR")]
+    try:
+        return not AllowedLicenses(allowed).allows(expression)
+    except (IndexError, RecursionError, ValueError):
+        return True
+
+
+_FREE = AllowedLicenses([*FREE.split(), UNKNOWN_WEB])
+
+
+def asks_for_attribution(expression: str) -> bool:
+    """Returns True if an SPDX expression asks to name authors or to keep notices, whichever alternative one chooses.
+
+    False for web text without a license, whose terms nobody knows. True for a text that is no expression.
+    """
+    try:
+        return not _FREE.allows(expression)
+    except (IndexError, RecursionError):
+        return True

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.core.bounds import spdx
-from stages.data.acquire.licenses.maps import LicenseMap
+from stages.data.acquire.licenses.expressions import LicenseMap
 
 FORMAT_FIELDS = ("format", "format-specification")
 # Files that debhelper installs from the folder debian/ of a source package.
