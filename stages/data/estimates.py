@@ -18,6 +18,8 @@ STEP_SECONDS = {
     "FineWebQualityFilter": 0.035,
     "C4QualityFilter": 0.09,
 }
+# Core seconds a MB that the words of spaCy add.
+SPACY_SECONDS = 1.6
 # Bytes on disk by those of the text, beside the artifact of any stage here; assumed, 0.8 was measured.
 WORK = 1.0
 

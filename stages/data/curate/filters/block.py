@@ -28,6 +28,7 @@ from pipeline.core.stage import operational
 from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped
 from stages.data.curate.filters.base import Document, Filter, FilterFunction, Removal
+from stages.data.estimates import SPACY_SECONDS
 from stages.formats.file_digests import tree_digest
 
 DATATROVE = "datatrove"
@@ -49,6 +50,14 @@ BASES = (
     "datatrove.pipeline.filters.base_filter.BaseFilter",
     "datatrove.pipeline.formatters.base.BaseFormatter",
     "datatrove.pipeline.extractors.base.BaseExtractor",
+)
+# Classes of datatrove whose results depend on the version of spaCy, unless the recipe chooses other words.
+_COUNT_WORDS = (
+    "GopherQualityFilter",
+    "GopherRepetitionFilter",
+    "FineWebQualityFilter",
+    "C4QualityFilter",
+    "FastTextClassifierFilter",
 )
 _PROBE = "This plain text of two sentences shows whether a block can run. It is not one of the documents."
 # The function by which blocks of datatrove get files from the net.
@@ -93,7 +102,7 @@ class BlockStep(Filter):
     extension: Place = operational("")
     """folder of the extension that has the class; set when the data recipe is read"""
     words: Literal["atom"] | None = None
-    """atom: English words are counted by stages/data/curate/words.py; null: those of a `language`, or none"""
+    """atom: words are counted by stages/data/curate/words.py; null: as the block does it"""
     assets: Assets = Field({})
     """digests of files that the block reads, by paths from the data recipe"""
 
@@ -135,10 +144,13 @@ class BlockStep(Filter):
 
     def _present_code(self) -> str:
         """Returns the version of the code that is here."""
-        present = f"datatrove {datatrove_version()}"
-        if not self.extension:
-            return present
-        return f"{present}, {Path(self.extension).name} {extension_digest(Path(self.extension))}"
+        parts = [f"datatrove {datatrove_version()}"]
+        if self.extension:
+            parts.append(f"{Path(self.extension).name} {extension_digest(Path(self.extension))}")
+        counts_words = self.name in _COUNT_WORDS or bool(self.extension)
+        if counts_words and self.words is None and (spacy := _spacy_version()):
+            parts.append(f"spacy {spacy}")
+        return ", ".join(parts)
 
     def _require_code(self) -> None:
         present = self._present_code()
@@ -151,6 +163,11 @@ class BlockStep(Filter):
     @property
     def name(self) -> str:
         return self.block.rpartition(".")[2]
+
+    @property
+    def seconds_per_mb(self) -> float:
+        spacy = SPACY_SECONDS if self.name in _COUNT_WORDS and self.words is None else 0.0
+        return super().seconds_per_mb + spacy
 
     def inspect(self) -> str:
         block = self._create()
@@ -233,22 +250,28 @@ class BlockStep(Filter):
                 raise RecipeError(f"block {self.block} needs the parameter {name}; add it")
 
     def _words(self, kind: type[Any]) -> dict[str, Any]:
-        """Returns the parameter with the words of this project, for a block that counts English words."""
+        """Returns the parameter with the words of this project, if the recipe names them."""
         from datatrove.utils.typeshelper import Languages
+        from datatrove.utils.word_tokenizers import load_word_tokenizer
 
         language = parameters_of(kind).get("language")
         counts_words = language is not None and language.default == Languages.english
-        if self.words is None:
-            # Those of datatrove are spaCy's, whose version nothing pins.
-            if counts_words and "language" not in self.parameters:
-                raise RecipeError(f"block {self.block} counts words; write `words: atom`, or the `language` of others")
-            return {}
-        if not counts_words or "language" in self.parameters:
-            reason = "`language` chooses other words" if counts_words else "it counts none"
-            raise RecipeError(f"block {self.block}: words = atom, but {reason}; leave `words` out")
-        from stages.data.curate.words import WORDS
+        if self.words == "atom":
+            if not counts_words or "language" in self.parameters:
+                reason = "`language` chooses other words" if counts_words else "it counts none"
+                raise RecipeError(f"block {self.block}: words = atom, but {reason}; leave `words` out")
+            from stages.data.curate.words import WORDS
 
-        return {"language": WORDS}
+            return {"language": WORDS}
+        if counts_words:
+            try:
+                load_word_tokenizer(self.parameters.get("language", Languages.english))
+            except (ImportError, ValueError) as error:
+                raise RecipeError(
+                    f"block {self.block} cannot count words ({in_words(error)}); write `words: atom` for English, or "
+                    "install what it needs"
+                ) from None
+        return {}
 
     def _accelerated(self, block: Any) -> Callable[[str], str | Removal] | None:
         """Returns the accelerator of a block; None if it has none that is proven to give the same."""
@@ -344,6 +367,14 @@ def _add_package(name: str, folder: Path) -> None:
     package = ModuleType(name)
     package.__path__ = [str(folder)]
     sys.modules[name] = package
+
+
+@cache
+def _spacy_version() -> str | None:
+    try:
+        return metadata.version("spacy")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _stock(block: Any) -> FilterFunction:
