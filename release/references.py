@@ -27,9 +27,9 @@ from stages.data.acquire import hub_files
 from stages.data.acquire.readers.hub import Hub
 from stages.data.acquire.readers.packages import Packages
 from stages.data.acquire.sources import Source
-from stages.data.curate.filters import MAX_STEPS, AnyFilter
+from stages.data.blocks import Block
 from stages.data.curate.filters.base import Filter
-from stages.data.curate.filters.block import BlockStep
+from stages.data.curate.steps import MAX_STEPS, AnyFilter
 from stages.formats.table import KEPT, ROWS_PER_GROUP, arrow_schema, read_errors
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 REFERENCE_BYTES = 200_000_000
 """The maximum bytes that are read of references.json: a source has at most 100,000 files."""
-PLACES = ("path", "lock")
+PLACES = ("path", "lock", "folder", "extension")
 """Settings of a reader that name files of the machine."""
 
 
@@ -69,10 +69,10 @@ class Reference(Config):
             raise AtomError(
                 f"release.by_reference names {source.name}, whose documents are drawn and in no file; leave it out"
             )
-        for step in steps:
-            if isinstance(step, BlockStep) and step.extension:
+        for maker in (source.reader, *steps):
+            if isinstance(maker, Block) and maker.extension:
                 raise AtomError(
-                    f"release.by_reference names {source.name}, whose texts {step.block} of an extension makes; "
+                    f"release.by_reference names {source.name}, whose texts {maker.block} of an extension makes; "
                     "others cannot make them again, so leave the source out"
                 )
         # The expected size is for `atom plan`, and tells nobody how to read the documents.
@@ -150,7 +150,7 @@ class Reference(Config):
 
 def _portable(step: Filter) -> Filter:
     """Returns a step without places on this machine."""
-    return step.portable() if isinstance(step, BlockStep) else step
+    return step.portable() if isinstance(step, Block) else step
 
 
 def _lock_of(source: Source) -> str | None:

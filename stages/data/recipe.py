@@ -22,17 +22,18 @@ from pipeline.graph.dag import NodeSpec
 from pipeline.graph.recipe import explain, find, lock_of
 from stages.data import estimates
 from stages.data.acquire.licenses.expressions import AllowedLicenses, Licenses, forbids_derivatives
+from stages.data.acquire.readers.base import Reader
 from stages.data.acquire.readers.generated import Generated
 from stages.data.acquire.sources import Source, resolve_tree_digest
+from stages.data.blocks import Block, Extensions, extension_files, extension_folders
 from stages.data.curate import deny_list
 from stages.data.curate.alarms import RULES, Acknowledged
 from stages.data.curate.dedup_stage import DedupSource
 from stages.data.curate.duplicates_stage import SearchedSource
 from stages.data.curate.filter_stage import FilteredSource
-from stages.data.curate.filters import MAX_STEPS, AnyFilter
 from stages.data.curate.filters.base import Filter
-from stages.data.curate.filters.block import BlockStep, Extensions, extension_files, extension_folders
 from stages.data.curate.settings import CurationSettings, SourceParts
+from stages.data.curate.steps import MAX_STEPS, AnyFilter
 from stages.data.estimates import Size
 from stages.formats.table import HeldoutFraction
 from stages.formats.tokenizer import TokenizerSection
@@ -295,11 +296,11 @@ def loads(content: bytes, path: Path) -> DataRecipe:
         raise explain(error, DataRecipe, title, raw) from None
     lock, extensions = lock_of(path), extension_folders(path.parent, recipe.extensions)
 
-    def locate(step: Filter) -> Filter:
-        return step.located(path.parent, extensions) if isinstance(step, BlockStep) else step
+    def locate(value: Filter | Reader) -> Any:
+        return value.located(path.parent, extensions) if isinstance(value, Block) else value
 
     def located(source: SourceConfig) -> SourceConfig:
-        reader = source.reader.absolute(path.parent).locked(lock)
+        reader = locate(source.reader.absolute(path.parent).locked(lock))
         steps = tuple(map(locate, source.steps))
         return source.model_copy(update={"reader": reader, "steps": steps})
 

@@ -15,8 +15,11 @@ import yaml
 
 from pipeline.core.errors import AtomError, MissingData, RecipeError
 from pipeline.core.stage import identity
+from pipeline.graph.recipe import lock_of
 from release.published_files import made
 from release.references import Reference
+from stages.data import blocks
+from stages.data.acquire.readers.block import BlockReader
 from stages.data.acquire.sources import Source
 from stages.data.curate import filter_stage
 from stages.data.curate.filters import block as block_step_module
@@ -34,7 +37,7 @@ SOURCE = {
     "license_evidence": "see LICENSE",
     "origin": "https://example.org/notes",
 }
-READER = {"reader": "jsonl", "path": "notes.jsonl"}
+READER = {"block": "datatrove.pipeline.readers.CSVReader", "path": "notes.csv"}
 UNIQUE = '''
 """A filter of this test."""
 
@@ -55,9 +58,9 @@ class UniqueWords(BaseFilter):
 '''
 
 
-def write_recipe(folder: Path, *steps: dict[str, Any], **changes: Any) -> Path:
-    (folder / "notes.jsonl").write_text('{"text": "A note."}\n')
-    source = {**SOURCE, "reader": READER, "steps": list(steps)}
+def write_recipe(folder: Path, *steps: dict[str, Any], reader: dict[str, Any] = READER, **changes: Any) -> Path:
+    (folder / "notes.csv").write_text("text,id\nA note.,1\n")
+    source = {**SOURCE, "reader": reader, "steps": list(steps)}
     path = folder / "mine.yaml"
     path.write_text(yaml.safe_dump({"name": "mine", "description": "test", "sources": [source], **changes}))
     return path
@@ -212,9 +215,7 @@ def test_parameters_and_settings_of_the_step_are_told_apart(tmp_path: Path) -> N
     recipe = load(write_recipe(tmp_path, {"block": QUALITY, "words": "atom", "min_doc_words": 3}))
     config = filter_stage.FilterConfig.model_validate(recipe.filter_config(0))
     (key,) = identity(config)["sources"][0]["steps"]
-    assert key["code"] == f"datatrove {block_step_module.datatrove_version()}" and key["parameters"] == {
-        "min_doc_words": 3
-    }
+    assert key["code"] == f"datatrove {blocks.datatrove_version()}" and key["parameters"] == {"min_doc_words": 3}
     assert str(tmp_path) not in str(key)
 
 
@@ -264,7 +265,7 @@ def test_a_release_names_no_code_to_import(tmp_path: Path, extension: Path) -> N
     with pytest.raises(AtomError, match=r"whose texts blocks_of_mine\.unique\.UniqueWords of an extension makes"):
         Reference.of(source, 0, steps)
     stated = Reference.of(source, 0, steps[1:]).model_dump(mode="json")
-    assert str(tmp_path) not in str(stated) and stated["source"]["reader"]["reader"] == "jsonl"
+    assert str(tmp_path) not in str(stated) and stated["source"]["reader"]["block"] == READER["block"]
     stated["steps"] = [steps[0].model_dump(mode="json")]
     (step,) = Reference.model_validate(stated).steps
     with pytest.raises(RecipeError, match=r"blocks_of_mine\.unique\.UniqueWords"):
@@ -293,3 +294,23 @@ def test_an_extension_replaces_no_package(tmp_path: Path) -> None:
     (step,) = load(path).sources[0].steps
     with pytest.raises(RecipeError, match="another package is called json as well; give the folder .* its own"):
         step.inspect()
+
+
+def test_a_reader_is_checked_as_well(tmp_path: Path) -> None:
+    assert not lock_of(write_recipe(tmp_path)).exists()
+    reader = load(tmp_path / "mine.yaml").sources[0].reader
+    assert isinstance(reader, BlockReader) and reader.inspect() == f"block {READER['block']}: stock"
+    for change, sentence in (
+        ({"text_keys": "x"}, "has no parameter text_keys; did you mean text_key?"),
+        ({"glob_pattern": "x"}, "glob_pattern cannot be set; use `pattern`"),
+        (
+            {"block": "datatrove.pipeline.readers.HuggingFaceDatasetReader"},
+            "reads what the Hub has at the moment; use reader hub",
+        ),
+        ({"block": REGEX}, "is no reader of files"),
+    ):
+        source = load(write_recipe(tmp_path, reader={**READER, **change})).sources[0]
+        with pytest.raises(RecipeError, match=re.escape(sentence)):
+            source.reader.inspect()
+    with pytest.raises(ValueError, match="license_strings is set, but no license_field"):
+        Source.model_validate({**SOURCE, "reader": {**READER, "license_strings": {"a": "MIT"}}})

@@ -336,6 +336,12 @@ def _require_distinct_ids(source: Source, out: Path, work: Path) -> None:
         )
 
 
+def inspect(config: AcquireConfig) -> list[str]:
+    """Returns the note of the reader. Raises RecipeError if it cannot run."""
+    note = config.source.reader.inspect()
+    return [] if note is None else [f"{note} ({config.source.name})"]
+
+
 def estimate(config: AcquireConfig) -> Estimate:
     """Returns the estimate by the expected size of the source.
 
@@ -355,5 +361,6 @@ STAGE = Stage(
     estimate=estimate,
     shards=lambda config: config.source.parts,
     run_shard=run_shard,
+    inspect=inspect,
     code=lambda config: config.source.code,
 )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated, Union
+from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from pipeline.core.bounds import License, SourceName, Text
 from pipeline.core.errors import RecipeError
@@ -17,6 +16,7 @@ from stages.data.acquire.licenses.expressions import UNKNOWN_WEB
 from stages.data.acquire.readers import READERS
 from stages.data.acquire.readers.base import FileReader, Files, Reader
 from stages.data.acquire.readers.generated import Generated
+from stages.data.blocks import union_of
 from stages.data.estimates import Size
 from stages.formats.file_digests import TreeDigest, tree_digest
 from stages.formats.table import Kind
@@ -24,10 +24,7 @@ from stages.formats.table import Kind
 if TYPE_CHECKING:
     AnyReader = Reader
 else:
-    AnyReader = Annotated[
-        Union[tuple(map(resolve_name, READERS.values()))],  # noqa: UP007
-        Field(discriminator="reader"),
-    ]
+    AnyReader = union_of(READERS, "reader")
 
 # Licenses that govern the rights over a database, and not its contents individually (preamble of each).
 COLLECTION_LICENSES = ("ODC-By-1.0", "ODbL-1.0")

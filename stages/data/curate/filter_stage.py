@@ -29,10 +29,10 @@ from stages.data.curate import deny_list
 from stages.data.curate.alarms import Acknowledged, filter_losses, require_acknowledged
 from stages.data.curate.denied import DENIED, PARENTS, PartOptOut, denied_columns, variants_of
 from stages.data.curate.deny_list import DenyList
-from stages.data.curate.filters import MAX_STEPS, AnyFilter, code_of
 from stages.data.curate.filters.base import FilterFunction
 from stages.data.curate.settings import CurationSettings, MinHash
 from stages.data.curate.source_filter import Removed, SourceFilter, kept_disposition, removed_disposition
+from stages.data.curate.steps import MAX_STEPS, AnyFilter, code_of
 from stages.data.estimates import Size
 from stages.formats.seeds import seed_of
 from stages.formats.table import (

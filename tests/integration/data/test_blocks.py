@@ -1,17 +1,23 @@
-"""Blocks of datatrove: accelerators give what the blocks give, and steps run in their stage."""
+"""Blocks of datatrove: accelerators give what the blocks give, and steps and readers run in their stages."""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import random
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
+from stages.data.acquire import acquire_stage
+from stages.data.acquire.sources import Source, resolve_tree_digest
 from stages.data.curate import filter_stage
 from stages.data.curate.filters.accelerated import ACCELERATORS
 from stages.data.curate.filters.base import Removal
@@ -143,3 +149,76 @@ def test_a_step_that_cannot_run_stops_before_any_document(tmp_path: Path, run_st
     with pytest.raises(AtomError, match="has no parameter min_words"):
         run_stage(filter_stage.STAGE, config, {**inputs, "items": no_items(tmp_path)}, work)
     assert list(work.iterdir()) == []
+
+
+def read(folder: Path, run_stage: Any, **reader: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(documents, failed rows) of a source with a reader of datatrove."""
+    source = {
+        "name": "notes",
+        "kind": "prose",
+        "license": "CC-BY-4.0",
+        "license_evidence": "LICENSE",
+        "origin": "https://example.org",
+        "reader": {"path": str(folder), **reader},
+    }
+    digest = resolve_tree_digest(Source.model_validate(source))
+    artifact = run_stage(acquire_stage.STAGE, {"source": {**source, "tree_digest": digest}, "seed": 0}, {})
+    return rows_of(artifact, "documents"), rows_of(artifact, "failed")
+
+
+READERS = "datatrove.pipeline.readers"
+ROWS = [
+    {"id": "a", "body": "A note.", "license": "MIT", "url": "https://example.org/a"},
+    {"id": "b", "body": "", "license": "MIT", "url": "https://example.org/b"},
+    {"id": "c", "body": "Another note.", "license": "CC0-1.0", "url": "https://example.org/c"},
+]
+
+
+def write(folder: Path, kind: str) -> Path:
+    folder.mkdir()
+    if kind == "CSVReader":
+        with open(folder / "notes.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]))
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif kind == "JsonlReader":
+        lines = [json.dumps(row) for row in ROWS]
+        (folder / "notes.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    elif kind == "ParquetReader":
+        pq.write_table(pa.Table.from_pylist(ROWS), folder / "notes.parquet")
+    else:
+        with pa.OSFile(str(folder / "notes.arrow"), "wb") as sink:
+            table = pa.Table.from_pylist(ROWS)
+            with pa.ipc.new_file(sink, table.schema) as stream:
+                stream.write_table(table)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["CSVReader", "JsonlReader", "ParquetReader", "IpcReader"])
+def test_readers_of_datatrove(kind: str, tmp_path: Path, run_stage: Any) -> None:
+    folder = write(tmp_path / "corpus", kind)
+    settings = {"block": f"{READERS}.{kind}", "text_key": "body", "license_field": "license", "url_field": "url"}
+    documents, failed = read(folder, run_stage, **settings)
+    assert [(row["id"], row["text"], row["license"], row["origin"]) for row in documents] == [
+        (f"notes/{row['id']}", row["body"], row["license"], row["url"]) for row in ROWS if row["body"]
+    ]
+    assert [row["reason"] for row in failed] == ["it has no text"], "a row that the reader leaves out is counted"
+
+
+def test_a_line_that_a_reader_leaves_out_is_counted(tmp_path: Path, run_stage: Any) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/a.jsonl").write_text('{"text": "One."}\n{"text": \n{"text": "Two."}\n')
+    (tmp_path / "corpus/LICENSE").write_text("no corpus\n")
+    documents, failed = read(tmp_path / "corpus", run_stage, block=f"{READERS}.JsonlReader", pattern="*.jsonl")
+    assert [(row["id"], row["text"]) for row in documents] == [("notes/a.jsonl/0", "One."), ("notes/a.jsonl/2", "Two.")]
+    assert [row["id"] for row in failed] == ["notes/a.jsonl#1"] and failed[0]["reason"].startswith("Error when reading")
+
+
+def test_a_file_that_a_reader_cannot_read_is_named(tmp_path: Path, run_stage: Any) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(AtomError, match=r"a\.parquet cannot be read by ParquetReader after document 0: ArrowInvalid"):
+        read(tmp_path / "corpus", run_stage, block=f"{READERS}.ParquetReader")
+    (tmp_path / "corpus/a.parquet").write_bytes(b'{"text": "One."}\n{"text": "\xff\xff"}\n')
+    with pytest.raises(AtomError, match=r"a\.parquet.* may be corrupted"):
+        read(tmp_path / "corpus", run_stage, block=f"{READERS}.JsonlReader")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-# {reader: its class}. Importing one is cheap: no pyarrow.
+# {reader: its class}. Importing one is cheap: no datatrove or pyarrow.
 READERS = {
+    "datatrove": "stages.data.acquire.readers.block:BlockReader",
     "stdlib-docstrings": "stages.data.acquire.readers.python_stdlib:StdlibDocstrings",
     "stdlib-source": "stages.data.acquire.readers.python_stdlib:StdlibSource",
     "jsonl": "stages.data.acquire.readers.row_files:Jsonl",

@@ -272,6 +272,14 @@ class Reader(Config):
         """Returns the reader with the lock file of its data recipe, which may be missing."""
         return self
 
+    def inspect(self) -> str | None:
+        """Imports what the reader needs, and returns a note on it for `atom validate`.
+
+        Raises:
+            RecipeError: The reader cannot run with these settings.
+        """
+        return None
+
     @abstractmethod
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Read]:
         """Yields the documents of `files`, in an order that depends only on the files, the settings and the seed.
