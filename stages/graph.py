@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pipeline.core.errors import RecipeError
+from pipeline.core.extensions import extend
 from pipeline.core.store import Store
 from pipeline.core.text import escaped
 from pipeline.graph import dag, registry
@@ -85,6 +86,7 @@ STAGES = {
     "harness": "stages.evaluation.harness",
     "variant": "stages.export.variants.stage",
 }
+extend("stages", STAGES)
 """{stage: its module}. Importing one is cheap: no torch, datatrove or MLflow."""
 
 CHAT_MODELS = ("sft", "rlvr", "dpo", "online-rlhf")

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol, cast
 
+from pipeline.core.extensions import imported
 from pipeline.core.stage import Config, Stage
 
 DEFINITION = "stages.graph"
@@ -50,6 +51,6 @@ def stages() -> dict[str, str]:
 @cache
 def stage(name: str) -> Stage:
     """Returns the stage of that name."""
-    registered: Stage = importlib.import_module(stages()[name]).STAGE
+    registered: Stage = imported(stages()[name]).STAGE
     assert registered.name == name, f"{stages()[name]} registers itself as {registered.name}"
     return registered

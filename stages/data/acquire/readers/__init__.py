@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.core.extensions import extend
+
 # {reader: its class}. Importing one is cheap: no datatrove or pyarrow.
 READERS = {
     "datatrove": "stages.data.acquire.readers.block:BlockReader",
@@ -19,3 +21,4 @@ READERS = {
     "warc": "stages.data.acquire.readers.web_pages:Warc",
     "html": "stages.data.acquire.readers.web_pages:Html",
 }
+extend("readers", READERS)
