@@ -18,7 +18,7 @@ from pkgutil import resolve_name
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import BaseModel, Field
 
 from pipeline.core.bounds import Key, Words
 from pipeline.core.errors import RecipeError
@@ -47,7 +47,12 @@ ClassPath = Annotated[
 ]
 # {registry: {name: class}}.
 Extensions = dict[RegistryName, Annotated[dict[Key, ClassPath], Field(max_length=100)]]
-SECTION: TypeAdapter[Extensions] = TypeAdapter(Extensions)
+
+
+class _Recipe(BaseModel):
+    """The part of a recipe that is read before its schema is composed."""
+
+    extensions: Extensions = Field({})
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,8 @@ def read(section: Any, folder: Path) -> Installed:
         ValidationError: The section has another form.
         RecipeError: A package is missing, or has the name of another one.
     """
-    names: dict[str, dict[str, str]] = {
-        str(name): classes for name, classes in SECTION.validate_python(section).items()
-    }
+    stated = _Recipe.model_validate({"extensions": section}).extensions
+    names: dict[str, dict[str, str]] = {str(name): classes for name, classes in stated.items()}
     packages = sorted({path.partition(".")[0] for classes in names.values() for path in classes.values()})
     return Installed(str(folder.resolve()), names, {package: digest_of(folder / package) for package in packages})
 
