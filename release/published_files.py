@@ -354,7 +354,7 @@ EVIDENCE = FileList(
         *_made("!code/LICENSE code/{code} code/{constraints} code/{package}/{module}", "source code"),
         *_made("!code/README.md", "README of the code"),
         *_made(
-            "recipes/{recipe} data_recipes/{recipe} data_recipes/{extension}/{module}",
+            "recipes/{recipe} recipes/{extension}/{module} data_recipes/{recipe} data_recipes/{extension}/{module}",
             "recipe file as run",
             at="code/as-run/",
         ),

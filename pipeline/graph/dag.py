@@ -119,7 +119,10 @@ def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ..
             raise explain(error, stage.config, where) from None
         external = {"continue": spec.continued.key} if spec.continued else {}
         keys = {role: nodes[name].key for role, name in spec.inputs.items()} | external
-        digest = sha256_bytes(canonical([stage.name, stage.version, identity(config), keys]))
+        work = [stage.name, stage.version, identity(config), keys]
+        if used := recipe.extensions.used_by(work[2]):
+            work.append(used)
+        digest = sha256_bytes(canonical(work))
         nodes[spec.name] = Node(spec.name, stage, config, dict(spec.inputs), f"{spec.name}-{digest[:12]}", external)
     # After all configs, so that a mistake in one of them is reported first.
     for node in nodes.values():

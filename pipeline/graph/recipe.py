@@ -18,8 +18,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from pipeline.core import extensions
 from pipeline.core.bounds import OUT_OF_BOUNDS, LongLine, Range, ReleaseName, Seed, Text, Version
 from pipeline.core.errors import RecipeError
+from pipeline.core.extensions import Extensions, Installed
 from pipeline.core.stage import Config, operational
 from pipeline.core.text import escaped, shown, unprintable
 from pipeline.core.yaml_text import parse_yaml, read_file
@@ -52,6 +54,9 @@ class Identity(Config):
     """seed from which the seeds of all stages are derived"""
     data: LongLine
     """data recipe: the name of a packaged one, or a path relative to this file"""
+    extensions: Extensions = operational({})
+    """classes of your own by registry and name, in packages beside this file; the digests of those that a stage uses
+    are part of its key"""
     budget: Budget | None = operational(None)
     """limits on hours, enforced by `atom submit` and its jobs"""
 
@@ -82,6 +87,7 @@ class Recipe:
     data: Config
     # The files by their place in the folder of a run.
     files: dict[str, bytes]
+    extensions: Installed
 
     @property
     def title(self) -> str:
@@ -224,8 +230,13 @@ def load(reference: str) -> Recipe:
     title = _title(path)
     content = read_file(path, title)
     raw = parse_yaml(content, title)
+    install_extensions(raw, path)
     try:
         config = schema().model_validate(raw)
+        # Once all registries are filled, also what nothing in the recipe uses.
+        for classes in config.extensions.values():
+            for import_path in classes.values():
+                extensions.imported(import_path)
     except ValidationError as error:
         raise explain(error, schema(), title, raw) from None
     data_path = find(config.data, "data_recipes", "data recipe", path.parent)
@@ -234,9 +245,19 @@ def load(reference: str) -> Recipe:
     files = {f"recipes/{path.name}": content, f"data_recipes/{data_path.name}": data_content}
     modules = registry.definition().extension_modules(data, data_path)
     files |= {f"data_recipes/{name}": module for name, module in modules.items()}
+    files |= {f"recipes/{name}": module for name, module in extensions.installed().files().items()}
     if (lock := lock_of(data_path)).exists():
         files[f"data_recipes/{lock.name}"] = read_file(lock, f"lock file {escaped(lock.name, 80)}", LOCK_BYTES)
-    return Recipe(path, config, data, files)
+    return Recipe(path, config, data, files, extensions.installed())
+
+
+def install_extensions(raw: Any, path: Path) -> None:
+    """Makes the extensions of a recipe known, before the schema is composed. Raises RecipeError."""
+    section = raw.get("extensions", {}) if isinstance(raw, dict) else {}
+    try:
+        extensions.install(extensions.read(section, path.parent))
+    except ValidationError as error:
+        raise explain(error, Identity, _title(path), raw) from None
 
 
 def _title(path: Path) -> str:

@@ -26,13 +26,14 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 import pipeline
-from pipeline.core import atomic_files, environment, json_files, provenance
+from pipeline.core import atomic_files, environment, extensions, json_files, provenance
 from pipeline.core.errors import AtomError, Failure, Kind, MachineError
 from pipeline.core.events import FileReport, Number
+from pipeline.core.extensions import Installed
 from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.provenance import Start
 from pipeline.core.source_code import code_digests
-from pipeline.core.stage import family, identity, operation
+from pipeline.core.stage import Stage, family, identity, operation
 from pipeline.core.store import Artifact, Store, digest_of, rows_of, sha256_file
 from pipeline.graph import registry
 from pipeline.graph.dag import Checkpoint, Graph, Node
@@ -152,6 +153,12 @@ class Task:
     watts_per_gpu: float = 0.0
     server_gpus: int = 0  # of each of its servers in jobs of their own
     peaks: dict[str, float] = field(default_factory=dict)
+    extensions: Installed = field(default_factory=Installed)
+
+    def load_stage(self) -> Stage:
+        """Returns the stage of the node, with the extensions of the recipe installed. Raises RecipeError."""
+        extensions.install(self.extensions)
+        return registry.stage(self.stage)
 
     @classmethod
     def of(cls, graph: Graph, store: Store, run: Run, node: Node, **resources: Any) -> Task:
@@ -164,6 +171,7 @@ class Task:
             config=node.config.model_dump(mode="json"),
             inputs=graph.materials(node),
             key=node.key,
+            extensions=graph.recipe.extensions,
             **resources,
         )
 
@@ -193,7 +201,7 @@ class Attempt:
 
     def __init__(self, task: Task, store: Store, report: FileReport, ranks: Ranks) -> None:
         self.task, self.store, self.report, self.ranks = task, store, report, ranks
-        self.stage = registry.stage(task.stage)
+        self.stage = task.load_stage()
         self.config = self.stage.config.model_validate(task.config)
         self.materials: dict[str, Artifact] = {}
         self.started, self.usage_at_start = time.time(), Usage.now()

@@ -29,7 +29,7 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.lease import HEARTBEAT
 from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Store
-from pipeline.graph import budget, registry
+from pipeline.graph import budget
 from pipeline.graph.run import BODY
 from pipeline.launch import bad_nodes, clean_environment, device_test, preflight
 from pipeline.launch.attempt import ALIVE, Task
@@ -154,7 +154,7 @@ def run(task: Task, limits: JobLimits) -> str:
 def _check(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> Failure | None:
     """Returns the problem of a node, by the checks that the ranks make together before a stage."""
     problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
-    if problem is None and task.gpus and registry.stage(task.stage).trains and limits.device_test_share:
+    if problem is None and task.gpus and task.load_stage().trains and limits.device_test_share:
         problem = device_test.check(ranks, limits.device_test_share * task.peaks.get("bf16", 0.0))
     return problem
 
@@ -181,7 +181,7 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
     the profile allows. Finished shards are kept.
     """
     store, launch = _begin_task(task, limits, "shards")
-    stage, usage_at_start = registry.stage(task.stage), Usage.now()
+    stage, usage_at_start = task.load_stage(), Usage.now()
     assert stage.run_shard is not None, "only such stages are submitted so"
     if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
         return _end_task(problem, task, limits, store, launch)
@@ -249,7 +249,7 @@ def run_server(task: Task, limits: JobLimits) -> str:
     place = _Place(task, store, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
         return _end_task(problem, task, limits, store, launch)
-    stage = registry.stage(task.stage)
+    stage = task.load_stage()
     assert stage.serve is not None, "only such stages are submitted so"
     try:
         with stop_signals(), touching(launch / ALIVE):

@@ -22,7 +22,6 @@ from pipeline.core.events import FileReport, FollowerReport
 from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.store import Artifact, Store
-from pipeline.graph import registry
 from pipeline.launch.attempt import Attempt, CheckpointArtifacts, StartRecords, Task
 from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
@@ -134,7 +133,7 @@ def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
             with stop_signals():
                 rendezvous = ranks.join_rendezvous(help_to_check)
                 if rendezvous is not None:
-                    stage = registry.stage(task.stage)
+                    stage = task.load_stage()
                     config = stage.config.model_validate(task.config)
                     report = FollowerReport(rendezvous.lease, lambda failure: ranks.fail(failure, usage()))
                     out = draft_folder(folder, rendezvous.lease)

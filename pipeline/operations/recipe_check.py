@@ -55,7 +55,7 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
         store: The home.
         cluster: A cluster profile that is checked too, with the fit of the recipe to it; None: no profile.
     """
-    path, problems = _load(reference, "pipeline.recipes", "recipe", recipe.schema())
+    path, problems = _load(reference, "pipeline.recipes", "recipe", None)
     raw = _mapping(path)
     if path is not None and isinstance(data := raw.get("data"), str):
         problems += _data_problems(data, path)
@@ -92,11 +92,14 @@ def _load(
     reference: str,
     package: str,
     kind: str,
-    model: type[BaseModel],
+    model: type[BaseModel] | None,
     base: Path | None = None,
     folder: Path | None = None,
 ) -> tuple[Path | None, list[Problem]]:
-    """Returns the file of a recipe or a profile, None if there is none, and the fields that its schema refuses."""
+    """Returns the file of a recipe or a profile, None if there is none, and the fields that its schema refuses.
+
+    Without a model, the file is a recipe.
+    """
     try:
         path = recipe.find(reference, package, kind, base, folder)
     except RecipeError as error:
@@ -104,6 +107,10 @@ def _load(
     try:
         content = read_file(path, kind)
         raw = parse_yaml(content, kind)
+        if model is None:
+            # Before the schema, which has the names that the extensions of the recipe add.
+            recipe.install_extensions(raw, path)
+            model = recipe.schema()
     except RecipeError as error:
         return path, [_located(error, kind, path)]
     try:

@@ -34,11 +34,12 @@ def build(
 
     Example: atom build atom-tiny
     """
+    # Before the imports, so that registries get the names of the recipe's extensions.
+    store, graph = open_store(), graph_of(recipe)
     from release.assembly.build_release import build as build_release
     from release.assembly.collect import build_input
 
-    store = open_store()
-    folder = build_release(build_input(graph_of(recipe), store, previous), store.home, print)
+    folder = build_release(build_input(graph, store, previous), store.home, print)
     print(f"release built: {folder}; next: atom verify {folder}")
 
 

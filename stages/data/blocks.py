@@ -7,25 +7,21 @@ imported before `create`, so `atom plan` only parses the settings.
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from pkgutil import resolve_name
-from types import ModuleType
 from typing import Annotated, Any, ClassVar, Self, Union
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.core.bounds import LongLine, Settings, Words
 from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.extensions import add_package, digest_of, imported
 from pipeline.core.stage import Config, operational
-from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped
-from stages.formats.file_digests import tree_digest
 
 DATATROVE = "datatrove"
 # Folders of Python modules, relative to the data recipe. The last part of a path is the name of the package.
@@ -110,7 +106,7 @@ class Block(Config):
 
     def _present_code(self) -> str:
         """Returns the version of the code that is here."""
-        digest = [] if not self.extension else [f"{Path(self.extension).name} {extension_digest(Path(self.extension))}"]
+        digest = [] if not self.extension else [f"{Path(self.extension).name} {digest_of(Path(self.extension))}"]
         return ", ".join([f"datatrove {datatrove_version()}", *digest])
 
     def _require_code(self) -> None:
@@ -149,7 +145,7 @@ class Block(Config):
         if package != DATATROVE:
             if not self.extension:
                 raise RecipeError(f"block {self.block} is in no folder of `extensions`; list the folder {package}")
-            _add_package(package, Path(self.extension))
+            add_package(package, Path(self.extension))
         try:
             module = import_module(module_name)
         except Exception as error:
@@ -223,39 +219,9 @@ def extension_folders(recipe_folder: Path, extensions: Extensions) -> dict[str, 
                 f"extensions: {escaped(extension, 200)} gives no package a name of its own; name the folder with "
                 "letters, digits and '_'"
             )
-        if not extension_files(folder):
-            raise RecipeError(f"extensions: there is no Python module in {folder}; correct the path")
+        digest_of(folder)  # which refuses a folder without modules
         folders[folder.name] = folder
     return folders
-
-
-def extension_files(folder: Path) -> list[Path]:
-    """Returns the Python modules of an extension."""
-    return sorted(path for path in folder.rglob("*.py") if path.is_file())
-
-
-def extension_digest(folder: Path) -> str:
-    files = ((path.relative_to(folder).as_posix(), sha256_file(path)) for path in extension_files(folder))
-    return tree_digest(files)
-
-
-def _add_package(name: str, folder: Path) -> None:
-    """Makes the modules in a folder importable as those of a package.
-
-    Raises:
-        RecipeError: Another package has this name.
-    """
-    present = sys.modules.get(name)
-    if present is not None and list(getattr(present, "__path__", [])) == [str(folder)]:
-        return
-    if present is not None or importlib.util.find_spec(name) is not None:
-        raise RecipeError(
-            f"extensions: another package is called {name} as well; give the folder {folder} a name of its own"
-        )
-    # The folder becomes a package without being put on sys.path, where its modules could hide others.
-    package = ModuleType(name)
-    package.__path__ = [str(folder)]
-    sys.modules[name] = package
 
 
 def union_of(registry: Mapping[str, str], discriminator: str) -> Any:
@@ -269,7 +235,7 @@ def union_of(registry: Mapping[str, str], discriminator: str) -> Any:
         return {discriminator: "datatrove", **value} if is_block else value
 
     return Annotated[
-        Union[tuple(map(resolve_name, registry.values()))],  # noqa: UP007
+        Union[tuple(map(imported, registry.values()))],  # noqa: UP007
         Field(discriminator=discriminator),
         BeforeValidator(state_datatrove),
     ]

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import MOST_SOURCES, Key, Text
 from pipeline.core.errors import RecipeError
+from pipeline.core.extensions import modules_in
 from pipeline.core.stage import Config, added, operational
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
@@ -25,7 +26,7 @@ from stages.data.acquire.licenses.expressions import AllowedLicenses, Licenses, 
 from stages.data.acquire.readers.base import Reader
 from stages.data.acquire.readers.generated import Generated
 from stages.data.acquire.sources import Source, resolve_tree_digest
-from stages.data.blocks import Block, Extensions, extension_files, extension_folders
+from stages.data.blocks import Block, Extensions, extension_folders
 from stages.data.curate import deny_list
 from stages.data.curate.alarms import RULES, Acknowledged
 from stages.data.curate.dedup_stage import DedupSource
@@ -317,7 +318,7 @@ def extension_modules(recipe: DataRecipe, path: Path) -> dict[str, bytes]:
     return {
         f"{name}/{file.relative_to(folder).as_posix()}": file.read_bytes()
         for name, folder in folders.items()
-        for file in extension_files(folder)
+        for file in modules_in(folder)
     }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from pipeline.core.extensions import extend
 from pipeline.core.stage import Promise, ServerPlace
 from stages.generation import server_jobs, vllm_server
 from stages.generation.engine import SETTING, Engine, LanguageModel
@@ -41,6 +42,7 @@ SAMPLERS = {
         serve=server_jobs.serve,
     ),
 }
+extend("samplers", SAMPLERS, load=True)
 
 
 def takes_servers(settings: SamplingSettings) -> bool:

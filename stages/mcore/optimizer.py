@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import Discriminator, Tag, model_validator
 
 from pipeline.core.bounds import Range, Steps
+from pipeline.core.extensions import extend
 from pipeline.core.stage import Config, added
 from stages.models.param_names import BUFFERS
 
@@ -186,6 +187,7 @@ class Adam(OptimizerSettings):
 
 
 KINDS: dict[str, type[OptimizerSettings]] = {"adam": Adam}
+extend("optimizers", KINDS, load=True)
 DEFAULT = "adam"
 """The kind of a section without `kind`."""
 

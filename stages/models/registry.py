@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import BeforeValidator, Discriminator, Tag, TypeAdapter
 
+from pipeline.core.extensions import extend
 from pipeline.core.text import shown
 from stages.models.base import ModelConfig
 from stages.models.deepseek_v3 import DeepseekV3Config
@@ -20,6 +21,7 @@ ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "deepseek_v3": DeepseekV3Config,
     "glm4_moe": Glm4MoeConfig,
 }
+extend("architectures", ARCHITECTURES, load=True)
 DEFAULT = "qwen3_moe"
 """The architecture of a section without `architecture`."""
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
+
+from pipeline.core.extensions import extend, imported
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ ALGORITHMS = {
     "rloo": "stages.rl.algorithms.policy_gradient:RLOO",
     "reinforce++": "stages.rl.algorithms.policy_gradient:REINFORCE_PP",
 }
+extend("algorithms", ALGORITHMS)
 DEFAULT = "dapo-centered"
 # Added to the standard deviation of a group, as TRL does: rewards that hardly differ are no signal.
 TINY = 1e-4
@@ -110,7 +112,7 @@ class Algorithm:
 
 def load(name: str) -> Algorithm:
     """Returns the algorithm of that name, without importing torch."""
-    algorithm: Algorithm = resolve_name(ALGORITHMS[name])
+    algorithm: Algorithm = imported(ALGORITHMS[name])
     return algorithm
 
 

@@ -6,12 +6,12 @@ The file defines a class derived from `Verifier` (stages/rl/protocols.py), and i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pkgutil import resolve_name
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.extensions import extend, imported
 from pipeline.core.stage import Config, Inputs
 from pipeline.graph.recipe import explain
 from stages.rl.protocols import ChatTokenizer, Verifier, VerifierContext
@@ -28,13 +28,14 @@ VERIFIERS = {
     "reasoning-gym": "stages.rl.rewards.pooled_verifier:ReasoningGym",
     "reward-model": "stages.rl.rewards.reward_model:RewardModel",
 }
+extend("verifiers", VERIFIERS)
 
 
 def verifier_class(name: str) -> type[Verifier]:
     """Returns the class of a verifier. Raises RecipeError for an unknown name."""
     if name not in VERIFIERS:
         raise RecipeError(f"no verifier {name!r}; there are {', '.join(sorted(VERIFIERS))}")
-    verifier: type[Verifier] = resolve_name(VERIFIERS[name])
+    verifier: type[Verifier] = imported(VERIFIERS[name])
     return verifier
 
 

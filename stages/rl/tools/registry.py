@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from pipeline.core.errors import MachineError
+from pipeline.core.extensions import extend
 from pipeline.core.stage import Config, Inputs, Promise
 from stages.tasks.rows import Row
 
@@ -22,6 +23,7 @@ TOOLS = {
     "nemo-gym": "stages.rl.tools.gym_environment:GymTool",
     "search": "stages.rl.tools.corpus_search:SearchTool",
 }
+extend("tools", TOOLS)
 
 
 class ToolFailed(MachineError):

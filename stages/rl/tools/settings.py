@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Range, Words
 from pipeline.core.errors import AtomError
+from pipeline.core.extensions import imported
 from pipeline.core.stage import Config, Promise
 from stages.rl.tools.registry import TOOLS, Tool
 from stages.tasks.rows import Row
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     AnyTool = Tool
 else:
     # Here and not in the registry, whose classes the tools themselves import.
-    AnyTool = Annotated[Union[tuple(map(resolve_name, TOOLS.values()))], Field(discriminator="tool")]  # noqa: UP007
+    AnyTool = Annotated[Union[tuple(map(imported, TOOLS.values()))], Field(discriminator="tool")]  # noqa: UP007
 
 
 class Tools(Config):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.core.extensions import extend
+
 # {reader: its class}. Importing one is cheap: no datatrove or pyarrow.
 READERS = {
     "datatrove": "stages.data.acquire.readers.block:BlockReader",
@@ -18,3 +20,4 @@ READERS = {
     "generated": "stages.data.acquire.readers.generated:Generated",
     "warc": "stages.data.acquire.readers.web_pages:Warc",
 }
+extend("readers", READERS)

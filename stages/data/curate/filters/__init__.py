@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.core.extensions import extend
+
 # {step: its class}. Importing one is cheap: no datatrove or numpy.
 FILTERS = {
     "datatrove": "stages.data.curate.filters.block:BlockStep",
@@ -10,3 +12,4 @@ FILTERS = {
     "code_shape": "stages.data.curate.filters.own:CodeShape",
     "python_syntax": "stages.data.curate.filters.own:PythonSyntax",
 }
+extend("filters", FILTERS)

@@ -6,10 +6,10 @@ its only value. stages/rl/rollout/tasks.py imports all of them, for the recipe's
 
 from __future__ import annotations
 
-from pkgutil import resolve_name
 from typing import Annotated
 
 from pipeline.core.bounds import Range, Share, Words
+from pipeline.core.extensions import extend, imported
 from pipeline.core.stage import Config, operational
 from stages.rl.protocols import TaskSource
 
@@ -29,6 +29,7 @@ TASK_SOURCES = {
     "hub": "stages.rl.rollout.task_sources.stored_tasks:HubTasks",
     "rows": "stages.rl.rollout.task_sources.stored_tasks:FileTasks",
 }
+extend("task_sources", TASK_SOURCES)
 
 
 class SourceSettings(Config):
@@ -41,4 +42,4 @@ class SourceSettings(Config):
 
 def source_classes() -> tuple[type[TaskSource], ...]:
     """Returns the classes of all sources, in the order of the registry."""
-    return tuple(map(resolve_name, TASK_SOURCES.values()))
+    return tuple(map(imported, TASK_SOURCES.values()))
