@@ -125,7 +125,7 @@ def test_layouts_that_do_not_divide_are_refused() -> None:
             "a multiple of tp"
         )
     assert problem(Layout(ranks=2, tp=2, ep=2, etp=1), model, VOCAB, [4]) is None
-    for variant, word in (("gguf-q8_0", "GGUF files of the architecture gpt_oss"), ("int8", "stacked experts")):
+    for variant, word in (("gguf-q8_0", "GGUF files of the architecture gpt_oss"), ("fp8", "stacked experts")):
         assert word in (obstacle(variant, model) or ""), variant
     assert obstacle("bf16", model) is None
 
