@@ -113,7 +113,7 @@ def child(action: str, place: Path, config: Qwen3MoeConfig) -> None:
         "checkpoint": write_manifest(place / "checkpoint", "pretrain-bench"),
         "tokenizer": train_fixtures.tokenizer(place / "tokenizer", PADDED),
     }
-    others, ended = {"export/parity.py": 0, "export/load_check.py": 0}, threading.Event()
+    others, ended = {"export/streamed_model.py": 0, "export/load_check.py": 0}, threading.Event()
 
     def watch() -> None:
         task = Path(f"/proc/self/task/{os.getpid()}/children")
@@ -139,7 +139,7 @@ def child(action: str, place: Path, config: Qwen3MoeConfig) -> None:
     thread.join()
     delta = json.loads((place / "out/parity.json").read_text())["max_abs_logit_delta"]
     print(json.dumps({
-        "seconds": seconds, "stage": peak("self"), "transformers": others["export/parity.py"], "delta": delta,
+        "seconds": seconds, "stage": peak("self"), "transformers": others["export/streamed_model.py"], "delta": delta,
         "load": others["export/load_check.py"], "load_seconds": load_seconds,
         "file": max(path.stat().st_size for path in (place / "out/model").glob("*.safetensors")),
     }))  # fmt: skip

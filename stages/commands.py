@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import typer
 
 from pipeline.graph.recipe import lock_of
-from pipeline.operations.command_options import DATA, JsonOption, RecipeArgument, console, open_store
+from pipeline.operations.command_options import DATA, JsonOption, RecipeArgument, open_store
 
 app = typer.Typer()
 
@@ -20,7 +20,7 @@ def simulate_precision(
     recipe: RecipeArgument,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="fp8-tensorwise, fp8-blockwise, mxfp8, nvfp4 or mxfp4; repeatable; default: FP8's three"),
+        typer.Option(help="fp8-tensorwise, fp8-blockwise, mxfp8 or nvfp4; repeatable; default: FP8's three"),
     ] = None,
     steps: Annotated[
         int, typer.Option(min=8, max=1_000_000, help="optimizer steps of each run; the last quarter counts")
@@ -29,37 +29,27 @@ def simulate_precision(
         int, typer.Option(min=2, max=1000, help="initial weights and data orders, each run in every precision")
     ] = 3,
     bound: Annotated[float, typer.Option(min=0, max=1, help="largest relative deviation of the loss")] = 0.0025,
-    layers: Annotated[int | None, typer.Option(max=1000, help="layers of the proxy; default: 2")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="folder of the result; default: one under $ATOM_HOME/precision-simulations"),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure on any machine what FP8 and FP4 cost.
 
-    A small proxy of the recipe's model is trained on Python's standard library with linear layers that round, and
-    without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs are inconclusive; 2: a usage
-    error. Ctrl-C stops cleanly; the same command continues after the finished runs.
+    The recipe's model, of at most 50 million parameters, is trained on Python's standard library with linear layers
+    that round, and without. The runs and the report are kept below $ATOM_HOME/precision-simulations. Exit code 0: every
+    precision holds the bound; 1: one fails it, or the runs are inconclusive; 2: a usage error. Ctrl-C stops cleanly;
+    the same command continues after the finished runs.
 
     Example: atom simulate-precision atom-tiny --precision mxfp8
     """
-    from rich.console import Console
-
-    from pipeline.core.progress import Display
     from pipeline.graph import recipe as recipes
-    from stages.train.precision_simulation.simulation import simulate
+    from stages.train.precision_simulation import simulate, table
 
-    screen = Console(stderr=True) if as_json else console()
     try:
-        with Display(screen) as display:
-            report, folder = simulate(
-                recipes.load(recipe), open_store().home, display, precision or (), steps, seeds, bound, layers, out
-            )
+        note = partial(print, file=sys.stderr)
+        report, path = simulate(recipes.load(recipe), open_store().home, note, precision or (), steps, seeds, bound)
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(json.dumps(report, indent=1, sort_keys=True) if as_json else _report_text(report, folder))
+    print(json.dumps(report, indent=1, sort_keys=True) if as_json else f"{table(report)}\n{path}")
     if report["verdict"] != "holds":
         raise typer.Exit(1)
 
@@ -89,9 +79,3 @@ def pin(
             print(row)
     lock = lock_of(path)
     print(json.dumps({"lock": str(lock), "sources": pins}, indent=1) if as_json else f"written to {lock}")
-
-
-def _report_text(report: dict[str, Any], folder: Path) -> str:
-    """Returns the verdicts of a precision simulation, one line each, and the place of its table."""
-    lines = [f"{row['precision']}: {row['verdict']}, {row['reason']}" for row in report["precisions"]]
-    return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; the table is in {folder}"])

@@ -22,8 +22,7 @@ from release.facts.published_tables import read_json
 from release.layout import GOLDENS
 from release.opened_release import Release
 from stages import export
-from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE
-from stages.formats.tokenizer import THINK_END, THINK_START
+from stages.formats.tokenizer import INFERENCE_FILE, THINK_END, THINK_START, TRAINING_FILE
 
 MODEL, CHAT_TEMPLATE = "model", "chat_template"
 LOADING_SECONDS, BYTES_PER_SECOND = 3600, 5_000_000

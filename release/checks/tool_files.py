@@ -42,9 +42,15 @@ from release.published_files import CODE_LICENSE, code_license_text, license_tex
 from release.schema import CARD
 from release.standards import bundle
 from stages.export.hf import generation_config, model_tokenizer_config
-from stages.export.variants.registry import STACKED, VARIANTS, adapter_config, quantization_config
-from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE, inference_template, training_template
-from stages.formats.tokenizer import CONFIG_FILE, tokenizer_config
+from stages.export.variants.registry import QUANTIZATION_CONFIG, STACKED, VARIANTS, adapter_config
+from stages.formats.tokenizer import (
+    CONFIG_FILE,
+    INFERENCE_FILE,
+    TRAINING_FILE,
+    inference_template,
+    tokenizer_config,
+    training_template,
+)
 from stages.train.imported_weights import NAME as BASE
 
 OWN_VERIFIER = Path(release.__path__[0], Path(SECOND_VERIFIER).name)
@@ -275,7 +281,7 @@ def _quantization(folder: Path) -> dict[str, Any] | None:
     if not (folder / LOSS).is_file():
         return None
     variant = VARIANTS.get(read_json(folder / LOSS)["variant"])
-    return quantization_config(variant.encoding) if variant and variant.writer == "compressed-tensors" else None
+    return QUANTIZATION_CONFIG if variant and variant.writer == "compressed-tensors" else None
 
 
 def _config_problems(config: dict[str, Any], quantization: dict[str, Any] | None) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pipeline.core.parts import part_tables
 from release import layout, references, untrusted
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
 from release.layout import over_parts
-from stages.formats import chat, chat_templates
+from stages.formats import chat
 from stages.formats.table import SPLITS
 
 FOLDER = "messages"
@@ -94,7 +94,7 @@ def _write_part(dataset: Path, source: str, kept: Path) -> list[Path]:
 
 
 def no_features() -> Counter[str]:
-    return Counter(dict.fromkeys(chat_templates.FEATURES, 0))
+    return Counter(dict.fromkeys(chat.FEATURES, 0))
 
 
 def row_features(row: chat.MessagesRow) -> list[str]:
@@ -105,7 +105,7 @@ def row_features(row: chat.MessagesRow) -> list[str]:
         row["tools"] is not None,
         any(message.get("reasoning_content") is not None for message in row["messages"]),
     )
-    return [name for name, is_present in zip(chat_templates.FEATURES, present, strict=True) if is_present]
+    return [name for name, is_present in zip(chat.FEATURES, present, strict=True) if is_present]
 
 
 def state_features(writer: Any, features: Counter[str]) -> None:
@@ -123,7 +123,7 @@ def features_of(dataset: Path, source: str) -> dict[str, int] | None:
     # A table that states nothing could have any number.
     if not stated or None in stated:
         return None
-    return {name: sum((features or {})[name] for features in stated) for name in chat_templates.FEATURES}
+    return {name: sum((features or {})[name] for features in stated) for name in chat.FEATURES}
 
 
 def _stated_features(path: Path) -> dict[str, int] | None:
@@ -133,9 +133,9 @@ def _stated_features(path: Path) -> dict[str, int] | None:
     if METADATA.encode() not in metadata:
         return None
     body = untrusted.parse_json(metadata[METADATA.encode()], path.name)
-    if not isinstance(body, dict) or not all(isinstance(body.get(name), int) for name in chat_templates.FEATURES):
+    if not isinstance(body, dict) or not all(isinstance(body.get(name), int) for name in chat.FEATURES):
         raise CheckFailed(f"{path.name} states features that no conversation has")
-    return {name: body[name] for name in chat_templates.FEATURES}
+    return {name: body[name] for name in chat.FEATURES}
 
 
 def message_row(document: dict[str, Any]) -> chat.MessagesRow:

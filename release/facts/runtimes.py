@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +59,7 @@ EXACT = Bound(1e-4, 1e-3, 0.0)
 ROUNDED = Bound(0.2, 5.0, 1.0)
 """One that rounds activations to 8 bits. On near ties a router then takes other experts, and a greedy continuation goes
 another way; weights at wrong places are several nats off."""
-BOUNDS = {"F16": Bound(0.01, 0.1, 0.25), "BF16": Bound(0.05, 1.0, 0.5)}
+BOUNDS = {"F16": Bound(0.01, 0.1, 0.25)}
 """By encoding of a variant, of a program that computes in it."""
 
 
@@ -120,18 +119,7 @@ def _vllm_lacks(variant: Variant, config: Mapping[str, Any]) -> str:
         return ""
     if variant.encoding == "fp8":
         return "its FP8 experts for the CPU have a scale for each block of 128 weights, and these have one a channel"
-    if variant.encoding == "int8" and not _has_amx():
-        return "its INT8 experts for x86 processors need AMX, which this one does not have"
     return ""
-
-
-def _has_amx() -> bool:
-    """Returns True if this processor has AMX tiles, or if it is not known; then the program says it."""
-    path = Path("/proc/cpuinfo")
-    if platform.machine() != "x86_64" or not path.is_file():
-        return True
-    flags = next((line for line in path.read_text().splitlines() if line.startswith("flags")), "amx_tile")
-    return "amx_tile" in flags.split()
 
 
 def _vllm_dtype(variant: Variant) -> list[str]:
@@ -154,7 +142,7 @@ RUNTIMES = {
 
 def bound_of(runtime: str, variant: Variant) -> Bound:
     """Returns the bound of a run."""
-    if runtime not in ("llama.cpp", "vLLM") or variant.encoding in ("", "F32", "bfloat16"):
+    if runtime not in ("llama.cpp", "vLLM") or variant.encoding in ("", "bfloat16"):
         return EXACT
     return BOUNDS.get(variant.encoding, ROUNDED)
 

@@ -12,8 +12,8 @@ from release.facts.published_tables import read_json, read_rows
 from release.layout import LOSS, VARIANT
 from release.repositories import model_folders
 from stages.evaluation.scores import ModelScores
-from stages.export.variants.loss import VariantLoss
 from stages.export.variants.registry import VARIANTS, Variant
+from stages.export.variants.stage import VariantLoss
 from stages.train.imported_weights import NAME as BASE
 
 
@@ -105,8 +105,7 @@ def compute_loss(folder: Path, stated: VariantLoss, original: Original | None) -
     `original` is the model of the variant. If it is None, the figures that only the model shows are as stated, too.
     """
     from stages.evaluation.model_evaluation import summary as scores_of
-    from stages.export.variants.loss import summary
-    from stages.export.variants.stage import weight_bytes
+    from stages.export.variants.stage import summary, weight_bytes
 
     tables: dict[str, Any] = {
         name: read_rows(folder / f"evaluation/{name}.parquet") for name in ("documents", "items", "divergence")

@@ -166,7 +166,7 @@ def compare_logits(
         "OMP_NUM_THREADS": "1",
     }
     # -P keeps this package's folder off the module path, where its file names could hide the libraries'
-    command = [sys.executable, "-P", str(Path(__file__).with_name("parity.py")), str(folder)]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("streamed_model.py")), str(folder)]
     with tempfile.TemporaryFile(dir=work) as out, tempfile.TemporaryFile(dir=work) as errors:
         # It imports its libraries while Megatron's model computes, and loads its own when that one's layers are gone.
         with subprocess.Popen(

@@ -6,14 +6,12 @@ Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of [par
 whose part is `model` or `chat_template`, the number of `parameters`, and `goldens`, the outputs of tokenizer, template
 and model for fixed inputs: token ids, text, last row of logits in fp32, a greedy continuation, and conversations in the
 chat template. Any runtime can be compared with these. A model above --whole, in bytes of fp32, is in memory a layer at
-a time. --memory and --seconds limit the use beyond the libraries themselves. Neither this file nor those beside it,
-which it loads by their paths, import a module of this project, on purpose.
+a time. --memory and --seconds limit the use beyond the libraries themselves. Neither this file nor the one beside it,
+which it loads by its path, imports a module of this project, on purpose.
 """
 
 from __future__ import annotations
 
-import atexit
-import gc
 import json
 import math
 import resource
@@ -23,23 +21,17 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-gc.set_threshold(20_000)  # the imports leave half a million objects that never end
-atexit.register(gc.freeze)  # nor does the end of the process walk over them
+# First, because it prepares the process for the imports below.
+spec: Any = spec_from_file_location("streamed_model", Path(__file__).with_name("streamed_model.py"))
+streamed_model: Any = module_from_spec(spec)
+spec.loader.exec_module(streamed_model)
 
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from jinja2 import TemplateError  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-
-def load_beside(name: str) -> Any:
-    spec: Any = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-streamed_model, conversations = load_beside("streamed_model"), load_beside("conversations")
-
+CONVERSATIONS = yaml.safe_load(Path(__file__).with_name("conversations.yaml").read_text("utf-8"))["conversations"]
 MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4, «vier»\n"}]
 
 TALK = ("messages", "tools", "add_generation_prompt", "enable_thinking")
@@ -89,7 +81,7 @@ def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]], list[
     """Returns texts, messages and conversations: the inputs of the goldens.json in a folder, else the present ones."""
     path = Path(folder, "goldens.json")
     if not path.is_file():
-        return TEXTS, MESSAGES[:1], conversations.CONVERSATIONS
+        return TEXTS, MESSAGES[:1], CONVERSATIONS
     with open(path, "rb") as file:
         # A longer file is cut off here, and is no JSON any more.
         content = json.loads(file.read(MOST_BYTES))

@@ -13,13 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from stages.formats.chat_templates import FEATURES, TOOLS_BEGIN, TOOLS_END, training_template
-from stages.formats.tokenizer import SPECIAL_TOKENS, THINK_END, THINK_START, TURN_END, TURN_START
+from stages.formats.tokenizer import SPECIAL_TOKENS, THINK_END, THINK_START, TURN_END, TURN_START, training_template
 
 if TYPE_CHECKING:
     import jinja2
     from jinja2.parser import Parser
 
+# Parts that a conversation may have: a message of the system, tools, and reasoning.
+FEATURES = ("system", "tools", "reasoning")
+# The template's texts around the tools in the system turn.
+TOOLS_BEGIN, TOOLS_END = "These tools can be called:\n<tools>\n", "</tools>\n"
 # The template's text before an answer.
 BEGIN = f"{TURN_START}assistant\n"
 MARK = "\0"

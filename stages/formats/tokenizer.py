@@ -2,6 +2,18 @@
 
 The pre-tokenizer is Qwen2's pattern (llama.cpp: `pre=qwen2`), which splits digits singly. There is no normalizer, so
 that decode(encode(x)) == x for any text.
+
+The chat template is ChatML, in two texts that render the same. The inference template has no `generation` blocks, which
+several runtimes refuse. The training template has them around the assistant's tokens, so that training libraries put
+loss on these alone; this project renders its own examples with it. What they render:
+
+- `content` as a text, as a list of texts and parts of type `text`, or null. Parts are lines, as llama.cpp has it. Other
+  parts raise an error.
+- `tools` in the system turn, after the text of a first system message, and `tool_calls` in the form of Hermes and Qwen.
+  Arguments are an object, or its JSON, which is kept as it is. A result is a turn of the role `tool`.
+- Reasoning from `reasoning_content`, `reasoning`, or a think block in the content: only after the last message of the
+  user. Earlier reasoning is dropped from the history.
+- `enable_thinking=false` begins the answer with an empty think block.
 """
 
 from __future__ import annotations
@@ -9,6 +21,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,19 +30,13 @@ from pydantic import model_validator
 from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
-from stages.formats.chat_templates import (
-    INFERENCE_FILE,
-    RESPONSE_TEMPLATE,
-    TRAINING_FILE,
-    inference_template,
-    training_template,
-)
 from stages.formats.table import write_json
 from stages.formats.text_sample import Sample, choose_files, interleave
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.trainers import BpeTrainer
+
 
 VERSION = 3
 
@@ -51,6 +58,8 @@ PATTERN = (
 # Number of tokens; the minimum is all bytes and the special tokens.
 Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
 SampleBytes = Annotated[int, Range(1, 1e12, "the distinct words of the sample lie in memory")]
+# Loaders read the first template by its name. The second one is given to training libraries by its path.
+INFERENCE_FILE, TRAINING_FILE = "chat_template.jinja", "training_chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, INFERENCE_FILE, TRAINING_FILE)
 REPORTED = 2_000  # documents of each source on which the bytes per token are measured
@@ -84,15 +93,43 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     taken over instead. Of a large source only some parts are read, and the texts are streamed.
 
     Raises:
-        RecipeError: The corpus cannot yield vocab_size tokens.
+        RecipeError: The corpus cannot yield vocab_size tokens, or the published tokenizer has another number.
     """
-    if "import" in inputs:
-        _take_over(config, inputs, out, report)
-        return
     files = choose_files(inputs["dedup"] / "kept", config.leave_out, config.sample_bytes)
-    train = {
-        name: Sample.draw(source_files, "train", REPORTED, config.sample_bytes) for name, source_files in files.items()
-    }
+    train: dict[str, Sample] = {}
+    if "import" in inputs:
+        taken = {"documents": 0, "bytes": 0}
+        for path in sorted(inputs["import"].path.iterdir()):
+            if path.is_file() and path.name in TOKENIZER_FILES:
+                shutil.copyfile(path, out / path.name)
+    else:
+        train = {name: Sample.draw(paths, "train", REPORTED, config.sample_bytes) for name, paths in files.items()}
+        taken = _train(config, train, out)
+    tokenizer = load_for_corpus(out / "tokenizer.json")
+    if (size := tokenizer.get_vocab_size()) != config.vocab_size:
+        raise RecipeError(
+            f"tokenizer.vocab_size = {config.vocab_size}, but the imported tokenizer has {size}; write it"
+        )
+    samples = {}
+    for name, paths in files.items():
+        # Measured on held-out documents, as the tokenizer was fitted to the others; a source without any on those.
+        heldout = Sample.draw(paths, "heldout", REPORTED)
+        samples[name] = heldout if len(heldout.lengths) else train.get(name) or Sample.draw(paths, "train", REPORTED)
+    ratios = bytes_per_token(tokenizer, samples)
+    stats = {"vocab_size": size, "padded_vocab_size": config.padded_vocab_size, "bytes_per_token": ratios}
+    write_json(out / "stats.json", {**stats, "sample": taken})
+    if "import" in inputs:
+        report.note(f"took over the tokenizer of {inputs['import'].json('base.json')['repo']}")
+    else:
+        for name, part in ratios.items():
+            report.note(f"{name}: {part['value']:.2f} bytes a token ({part['split']})")
+
+
+def _train(config: TokenizerSection, train: Mapping[str, Sample], out: Path) -> dict[str, int]:
+    """Trains a tokenizer and saves it. Returns the number of documents that it read, and their bytes.
+
+    Raises RecipeError if they do not have vocab_size tokens.
+    """
     # Equal bytes of every source, so that a large one does not decide all merges.
     counts = interleave({name: sample.lengths for name, sample in train.items()}, config.sample_bytes)
     sample_bytes = sum(int(train[name].lengths[:count].sum()) for name, count in counts.items())
@@ -100,54 +137,14 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     # the tokenizer depends on the texts, not on their order
     texts = (text for name, count in counts.items() for batch in train[name].texts(count) for text in batch)
     tokenizer.train_from_iterator(texts, bpe_trainer(config.vocab_size))
-    size = tokenizer.get_vocab_size()
     # A small corpus has too few different pairs; the embedding would have rows without a token.
-    if size < config.vocab_size:
+    if (size := tokenizer.get_vocab_size()) < config.vocab_size:
         raise RecipeError(
             f"tokenizer.vocab_size = {config.vocab_size}, but {sample_bytes} bytes of training text yield only {size} "
             f"tokens; lower it, or give more text or sample_bytes"
         )
     save(tokenizer, out)
-    # Measured on held-out documents, as the tokenizer was fitted to the others.
-    heldout = {name: Sample.draw(source_files, "heldout", REPORTED) for name, source_files in files.items()}
-    ratios = bytes_per_token(
-        load_for_corpus(out / "tokenizer.json"),
-        # A source without held-out documents is measured on training documents.
-        {name: heldout[name] if len(heldout[name].lengths) else train[name] for name in files},
-    )
-    stats = {
-        "vocab_size": size,
-        "padded_vocab_size": config.padded_vocab_size,
-        "sample": {"documents": sum(counts.values()), "bytes": sample_bytes},
-        "bytes_per_token": ratios,
-    }
-    write_json(out / "stats.json", stats)
-    for name, part in ratios.items():
-        report.note(f"{name}: {part['value']:.2f} bytes a token ({part['split']})")
-
-
-def _take_over(config: TokenizerSection, inputs: Inputs, out: Path, report: Report) -> None:
-    """Copies the files of an imported tokenizer, and measures it on the corpus.
-
-    Raises RecipeError if its size is not the recipe's.
-    """
-    for path in sorted(inputs["import"].path.iterdir()):
-        if path.is_file() and path.name in TOKENIZER_FILES:
-            shutil.copyfile(path, out / path.name)
-    tokenizer = load_for_corpus(out / "tokenizer.json")
-    if (size := tokenizer.get_vocab_size()) != config.vocab_size:
-        raise RecipeError(
-            f"tokenizer.vocab_size = {config.vocab_size}, but the imported tokenizer has {size}; write it"
-        )
-    files = choose_files(inputs["dedup"] / "kept", config.leave_out, config.sample_bytes)
-    samples = {}
-    for name, source_files in files.items():
-        heldout = Sample.draw(source_files, "heldout", REPORTED)
-        samples[name] = heldout if len(heldout.lengths) else Sample.draw(source_files, "train", REPORTED)
-    ratios = bytes_per_token(tokenizer, samples)
-    stats = {"vocab_size": size, "padded_vocab_size": config.padded_vocab_size, "bytes_per_token": ratios}
-    write_json(out / "stats.json", {**stats, "sample": {"documents": 0, "bytes": 0}})
-    report.note(f"took over the tokenizer of {inputs['import'].json('base.json')['repo']}")
+    return {"documents": sum(counts.values()), "bytes": sample_bytes}
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
@@ -166,6 +163,24 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     write_json(folder / CONFIG_FILE, tokenizer_config())
 
 
+@cache
+def training_template() -> str:
+    return Path(__file__).with_name(TRAINING_FILE).read_text("utf-8")
+
+
+def inference_template() -> str:
+    """Returns the training template without the lines of its `generation` blocks."""
+    lines = training_template().splitlines(keepends=True)
+    return "".join(line for line in lines if line.strip() not in ("{%- generation -%}", "{%- endgeneration -%}"))
+
+
+def response_template() -> Any:
+    """Returns the parts of an answer that parsers of runtimes read."""
+    import yaml
+
+    return yaml.safe_load(Path(__file__).with_name("response_template.yaml").read_text("utf-8"))
+
+
 def tokenizer_config() -> dict[str, Any]:
     """Returns the content of tokenizer_config.json, without the length of a model's context."""
     return {
@@ -176,7 +191,7 @@ def tokenizer_config() -> dict[str, Any]:
         "additional_special_tokens": [TURN_START, TURN_END],
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
-        "response_template": RESPONSE_TEMPLATE,
+        "response_template": response_template(),
         "split_special_tokens": False,
     }
 

@@ -114,17 +114,24 @@ class SamplerContext:
     note: Callable[[str], None] = print
 
 
-class AnswerGenerator(Protocol):
+class AnswerGenerator(ABC):
     """A model that answers prompts: a sampler, or an exported model that is evaluated."""
 
+    @abstractmethod
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        """Returns one completion for each prompt, as `Sampler.generate` does."""
+        """Returns one completion for each prompt, in their order.
 
+        Args:
+            prompts: The prompts, each with the seed of its answer.
+            greedy: True for the likeliest tokens; log-probabilities are then those at temperature 1.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Frees what it holds, child processes included."""
 
 
-class Sampler(ABC):
+class Sampler(AnswerGenerator):
     """Draws completions at temperature 1. Not collective: one process holds it.
 
     An asynchronous phase calls it from several threads. Weights may change while it draws: the tokens after the change
@@ -149,19 +156,6 @@ class Sampler(ABC):
 
         They are a mapping by their Hugging Face names, with the policy's digest and, if they are in files, the folder.
         """
-
-    @abstractmethod
-    def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        """Returns one completion for each prompt, in their order.
-
-        Args:
-            prompts: The prompts, each with the seed of its answer.
-            greedy: True for the likeliest tokens; log-probabilities are then those at temperature 1.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Frees what it holds, child processes included."""
 
 
 def encode_routes(routes: torch.Tensor, experts: int) -> bytes:

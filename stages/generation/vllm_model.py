@@ -17,7 +17,7 @@ import torch
 from pipeline.core.errors import AtomError
 from stages.formats.tokenizer import END
 from stages.generation.engine import SETTING, Engine, LanguageModel
-from stages.generation.protocols import Completion, Prompt
+from stages.generation.protocols import AnswerGenerator, Completion, Prompt
 from stages.generation.vllm_server import (
     CPU_OPTIONS,
     GENERATE,
@@ -59,12 +59,6 @@ def context_of(folder: Path) -> int:
     return int(config_of(folder)["max_position_embeddings"])
 
 
-def dtype_of(folder: Path) -> str:
-    """Returns the data type of the weights in a folder; `auto` if it is not stated."""
-    config = config_of(folder)
-    return str(config.get("dtype") or config.get("torch_dtype") or "auto")
-
-
 def has_scaled_rope(folder: Path) -> bool:
     """Returns True if the rotary embedding of the model in a folder is scaled, and so ends with its context."""
     rope = config_of(folder).get("rope_parameters") or {}
@@ -100,7 +94,7 @@ class Client:
             AtomError: vLLM is missing, or a scaled embedding ends before `longest`.
             ServerLost: The server does not start.
         """
-        context = context_of(folder)
+        config, context = config_of(folder), context_of(folder)
         if longest > context and has_scaled_rope(folder):
             raise AtomError(
                 f"{setting}.kind = vllm cannot read {longest} tokens with the scaled rotary embedding of {folder}, "
@@ -109,7 +103,7 @@ class Client:
         longest = max(longest, context)
         settings: dict[str, Any] = {
             "model": folder.absolute(),
-            "dtype": dtype_of(folder),
+            "dtype": config.get("dtype") or config.get("torch_dtype") or "auto",
             "max-num-seqs": IN_FLIGHT,
             "logprobs-mode": "processed_logprobs",
             "generation-config": "vllm",
@@ -239,7 +233,7 @@ def _bits(reads: Iterable[Read]) -> float:
     return -math.fsum(read.logprob for read in reads) / math.log(2)
 
 
-class ServedSampler:
+class ServedSampler(AnswerGenerator):
     """Draws answers with a server.
 
     With equal seeds it draws equal tokens only up to rounding: the batches of requests depend on time.

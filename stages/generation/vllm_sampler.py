@@ -12,7 +12,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -97,12 +97,10 @@ class VllmServer(Sampler):
         return cls(context, search=ServerSearch.of_environment())
 
     def load(self, weights: Weights) -> None:
-        """Loads the weights, which are in a folder, into every server, under the policy's digest as their version.
+        """Loads the weights into every server, by a folder or by broadcast, under the policy's digest as their version.
 
-        Each server first checks its shards: those of the index, with their digests, from which that of the policy
-        follows. Only when all servers have them does one change its weights, so a refusal leaves all of them as they
-        were. A server that fails while it loads stays paused. Every later answer states the weights that drew it, and
-        each step compares its log-probabilities with the trainer's.
+        A server checks each tensor before it loads it; one that refuses or fails stays paused. Every later answer
+        states the weights that drew it, and each step compares its log-probabilities with the trainer's.
 
         A lost server is started anew, or taken back if it answers again.
 
@@ -218,48 +216,74 @@ class VllmServer(Sampler):
         return Completion(answer.ids, answer.logprobs, answer.ids[-1] in self.stops, versions=versions)
 
     def _renew(self) -> None:
-        """Gives the weights to all servers that are there."""
+        """Gives the weights to all servers that are there. One that fails is left out, and breaks nothing else."""
         assert self.weights is not None
         is_alone = not self.serving  # nobody could go on meanwhile, so those that are lost are waited for
         self._find(is_alone)
-        if self.weights.sender is not None:
-            serving = self._receive(self.weights.sender, self.weights.digest, is_alone)
-        else:
-            serving = self._read_folder(str(self.weights.folder), self.weights.digest, is_alone)
-        self.serving = serving
-        for server in serving:
-            self.lost.pop(server, None)
-        if not serving:
-            raise next(iter(self.lost.values()))
+        sender, digest = self.weights.sender, self.weights.digest
+        content = {"folder": str(self.weights.folder)} if sender is None else sender.content
+        # What a server is told of the trainer's model: the numbers of its config.
+        model = {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
+        invitations: dict[Server, dict[str, Any]] = {}
 
-    def _read_folder(self, folder: str, digest: str, is_alone: bool) -> list[Server]:
-        """Has all servers that are there read the weights from a folder. Returns those that have them."""
-        update = {"folder": folder, "digest": digest}
+        def greet(server: Server) -> None:
+            if server in self.serving and (sender is None or sender.has_group(server.url)):
+                return
+            self._greet(server, is_alone)
+            if sender is None:
+                server.post("/init_weight_transfer_engine", {"init_info": model})
+                return
+            try:
+                invitations[server] = sender.invite(server.url, server.key)
+            except OSError as error:
+                raise server.lost(str(error)) from None
 
-        def check(server: Server) -> None:
-            if server not in self.serving:
-                self._greet(server, is_alone)
-                server.post("/init_weight_transfer_engine", {"init_info": self._model()})
+        def update(server: Server) -> None:
             server.post("/start_weight_update", attempts=1)
-            server.post("/update_weights", {"update_info": {**update, "load": False}}, attempts=1)
-
-        def take(server: Server) -> None:
             # Running answers wait, and go on with the new weights, which read their tokens again.
             server.post("/pause?mode=keep")
-            server.post("/update_weights", {"update_info": {**update, "load": True}}, attempts=1)
+            server.post("/update_weights", {"update_info": {"digest": digest, **content}}, attempts=1)
+
+        def finish(server: Server) -> None:
             server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
             server.post("/resume")
 
-        # All check before one of them loads, so that a refusal leaves the old weights everywhere.
-        try:
-            present = self._each(check, self.servers)
-        except BaseException:
-            for server in self.servers:
-                with contextlib.suppress(AtomError):  # ends the update on the workers that did not refuse it
-                    server.post("/finish_weight_update", attempts=1)
-            raise
+        present = self._each(greet, self.servers)
+        if sender is None:
+            taken = self._each(update, present)
+        else:
+            present = self._invite(sender, model, invitations, present)
+            taken = self._beside(update, present, lambda: sender.send([server.url for server in present]))
         self.serving = []
-        return self._each(take, present)
+        self.serving = self._each(finish, taken)
+        for server in self.serving:
+            self.lost.pop(server, None)
+        if not self.serving:
+            raise next(iter(self.lost.values()))
+
+    def _invite(
+        self,
+        sender: Broadcast,
+        model: Mapping[str, Any],
+        invitations: Mapping[Server, dict[str, Any]],
+        present: Sequence[Server],
+    ) -> list[Server]:
+        """Has invited servers enter their groups. Returns the servers that are in one."""
+
+        def enter(server: Server) -> None:
+            invitation = invitations[server]
+            try:
+                server.post("/init_weight_transfer_engine", {"init_info": {**model, **invitation}}, attempts=1)
+            except BaseException:
+                sender.give_up(server.url, invitation)
+                raise
+
+        joined: list[Server] = []
+        if invitations:
+            # The group forms while the servers enter it: each side waits for the other.
+            by_url = {server.url: invitation for server, invitation in invitations.items()}
+            joined = self._beside(enter, list(invitations), lambda: sender.join(by_url))
+        return [server for server in present if server not in invitations or server in joined]
 
     def _find(self, is_alone: bool) -> None:
         """Makes `servers` those that are announced now, and those that serve.
@@ -306,53 +330,6 @@ class VllmServer(Sampler):
         if server.run is None:  # an earlier user may have left an update open
             with contextlib.suppress(AtomError):
                 server.post("/finish_weight_update", attempts=1)
-
-    def _model(self) -> dict[str, Any]:
-        """Returns what a server is told of the trainer's model: the numbers of its config."""
-        return {"sizes": {name: value for name, value in self.config.items() if type(value) in (int, float)}}
-
-    def _receive(self, sender: Broadcast, digest: str, is_alone: bool) -> list[Server]:
-        """Has all servers that are there receive the weights by broadcast. Returns those that have them.
-
-        A server that fails is left out, and breaks nothing else.
-        """
-        invitations: dict[Server, dict[str, Any]] = {}
-
-        def greet(server: Server) -> None:
-            if server in self.serving and sender.has_group(server.url):
-                return
-            self._greet(server, is_alone)
-            try:
-                invitations[server] = sender.invite(server.url, server.key)
-            except OSError as error:
-                raise server.lost(str(error)) from None
-
-        def enter(server: Server) -> None:
-            invitation = invitations[server]
-            try:
-                server.post("/init_weight_transfer_engine", {"init_info": {**self._model(), **invitation}}, attempts=1)
-            except BaseException:
-                sender.give_up(server.url, invitation)
-                raise
-
-        def update(server: Server) -> None:
-            server.post("/start_weight_update", attempts=1)
-            server.post("/pause?mode=keep")
-            server.post("/update_weights", {"update_info": {"digest": digest, **sender.content}}, attempts=1)
-
-        def finish(server: Server) -> None:
-            server.post("/finish_weight_update", {"weight_version": digest}, attempts=1)
-            server.post("/resume")
-
-        present = self._each(greet, self.servers)
-        if invitations:
-            # The group forms while the servers enter it: each side waits for the other.
-            by_url = {server.url: invitation for server, invitation in invitations.items()}
-            joined = self._beside(enter, list(invitations), lambda: sender.join(by_url))
-            present = [server for server in present if server not in invitations or server in joined]
-        taken = self._beside(update, present, lambda: sender.send([server.url for server in present]))
-        self.serving = []
-        return self._each(finish, taken)
 
     def _beside(
         self, request: Callable[[Server], None], servers: Sequence[Server], act: Callable[[], set[str]]

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from stages.mcore import gpu
-from stages.mcore.fake_quantization import multiply
-from stages.mcore.quantize import RECIPES, Kind, quantize
+from stages.mcore.fake_quantization import RECIPES, Kind, multiply, quantize
 from tests.gpu.conftest import Report
 
 pytestmark = pytest.mark.numeric

@@ -19,8 +19,7 @@ DEVICES = {"hopper": stand_ins.HOPPER, "blackwell": stand_ins.BLACKWELL}
 
 def simulate_fp8() -> None:
     """Has the engine train runs of an FP8 precision in bf16 with layers that round: what `atom simulate-precision` does."""
-    from stages.mcore.fake_quantization import attach
-    from stages.mcore.quantize import RECIPES
+    from stages.mcore.fake_quantization import RECIPES, attach
     from stages.train.engine import Engine
 
     initialize = Engine.__init__

@@ -19,8 +19,7 @@ from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8Bloc
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 
-from stages.mcore import fake_quantization
-from stages.mcore.quantize import FP8, KINDS, RECIPES, Kind
+from stages.mcore.fake_quantization import FP8, KINDS, RECIPES, Kind, Linear, Rounding
 from tests.fixtures.quantize_fixtures import quantize_dequantize
 from tests.te import stand_ins
 
@@ -62,7 +61,7 @@ def quantizers() -> Iterator[tuple[str, float]]:
                 both = [
                     difference(
                         stand_ins.values(quantized, rowwise),
-                        quantize_dequantize(x.float(), RECIPES[recipe], kind, summed)[0],
+                        quantize_dequantize(x.float(), RECIPES[recipe], kind, summed),
                     )
                     for rowwise, summed in ((True, 1), (False, 0))
                 ]
@@ -137,7 +136,7 @@ def rounded_products() -> Iterator[tuple[str, float]]:
             theirs = x.clone().requires_grad_()
             leaves = [w.clone().requires_grad_() for w in weights[: len(parts)]]
             expected = torch.cat([
-                fake_quantization.Linear.apply(part, w, RECIPES[recipe], None, fake_quantization.LinearRecord(256, 128))
+                Linear.apply(part, w, Rounding(RECIPES[recipe]))
                 for part, w in zip(theirs.split(parts), leaves, strict=True)
             ])  # fmt: skip
             expected.backward(dy)

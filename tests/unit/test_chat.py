@@ -25,10 +25,9 @@ from stages.data.curate.source_filter import Removed, SourceFilter
 from stages.data.order import tokenize_stage
 from stages.data.recipe import load
 from stages.formats import chat, tokenizer
-from stages.formats.chat_templates import TRAINING_FILE
 from stages.formats.seeds import seed_of
 from stages.formats.table import KEPT, content_hash, read_table, write_rows
-from stages.formats.tokenizer import TURN_END, TURN_START
+from stages.formats.tokenizer import TRAINING_FILE, TURN_END, TURN_START
 from stages.rl.rewards.reward_model import reward_input
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.turns import CALL_TEXT

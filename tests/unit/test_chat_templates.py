@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from release.checks import formats
 from stages.data.acquire.readers.procedural import ChatProblems, Courtesies
-from stages.export.conversations import CALL, CONVERSATIONS, TOOLS
 from stages.formats import chat, tokenizer
-from stages.formats.chat_templates import TRAINING_FILE, inference_template, training_template
+from stages.formats.tokenizer import TRAINING_FILE, inference_template, training_template
+from tests.fixtures.conversation_fixtures import CALL, CONVERSATIONS, TOOLS
 
 FORMER = """\
 {%- if tools -%}

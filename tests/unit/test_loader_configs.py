@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from release.checks import loading, tool_files
-from stages.export.variants.registry import STACKED, adapter_config, quantization_config
+from stages.export.variants.registry import QUANTIZATION_CONFIG, STACKED, adapter_config
 from stages.mcore.hf_mapping import hf_config
 from stages.models import registry
 from tests.fixtures.architecture_fixtures import MODELS
@@ -63,9 +63,9 @@ def test_what_no_export_writes_is_named(entry: dict[str, Any], tmp_path: Path) -
 
 
 def test_a_quantization_is_that_of_the_variant(tmp_path: Path) -> None:
-    config = config_of("qwen3") | {"quantization_config": quantization_config("int8")}
-    assert problems(tmp_path, config=config, loss={"variant": "int8"}) == []
-    for variant in ("fp8", "bf16", "evil"):
+    config = config_of("qwen3") | {"quantization_config": QUANTIZATION_CONFIG}
+    assert problems(tmp_path, config=config, loss={"variant": "fp8"}) == []
+    for variant in ("gguf-q4_0", "bf16", "evil"):
         assert len(problems(tmp_path, loss={"variant": variant})) == 1
 
 

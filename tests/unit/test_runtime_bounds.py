@@ -14,23 +14,16 @@ LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "n_routed_experts": 8}
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "amx", "lack"),
+    ("name", "config", "lack"),
     [
-        ("int8", MOE, False, "INT8 experts for x86 processors need AMX"),
-        ("int8", MOE, True, ""),
-        ("int8", DENSE, False, ""),
-        ("fp8", MOE, True, "a scale for each block of 128 weights"),
-        ("fp8", DENSE, False, ""),
-        ("fp8-attention", MOE, False, ""),
-        ("bf16", {**MOE, "head_dim": 16}, True, "heads of 32 and larger"),
-        ("bf16", LATENT, True, ""),
-        ("bf16", {**LATENT, "kv_lora_rank": 32}, True, "latents of 512 + 64, and these are 32 + 64"),
-        ("int8", LATENT, False, "INT8 experts for x86 processors need AMX"),
+        ("fp8", MOE, "a scale for each block of 128 weights"),
+        ("fp8", DENSE, ""),
+        ("bf16", {**MOE, "head_dim": 16}, "heads of 32 and larger"),
+        ("bf16", LATENT, ""),
+        ("bf16", {**LATENT, "kv_lora_rank": 32}, "latents of 512 + 64, and these are 32 + 64"),
+        ("fp8", LATENT, "a scale for each block of 128 weights"),
     ],
 )
-def test_what_vllm_lacks_on_a_cpu(
-    name: VariantName, config: dict[str, Any], amx: bool, lack: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runtimes, "_has_amx", lambda: amx)
+def test_what_vllm_lacks_on_a_cpu(name: VariantName, config: dict[str, Any], lack: str) -> None:
     stated = runtimes.RUNTIMES["vLLM"].lack(VARIANTS[name], config)
     assert lack in stated and bool(stated) == bool(lack)

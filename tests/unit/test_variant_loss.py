@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from stages.export.variants.loss import DivergenceRow, measured_by, summary
+from stages.export.variants.stage import DivergenceRow, measured_by, summary
 
 ROWS: list[DivergenceRow] = [
     {"id": "a", "positions": 4, "sum": 0.4, "largest": 0.3, "same_likeliest": 3},
@@ -19,7 +19,7 @@ def loss(answers: dict[str, str], engine: str = "") -> Any:
     scores: Any = {name: {"value": 0.5, "se": 0.1, "n": 2} for name in ("bits_per_byte_all", "accuracy_all")}
     items: Any = [{"id": "a", "output": "1"}, {"id": "b", "output": "2"}]
     sizes = {"variant": 1, "original": 2}
-    return summary("int8", sizes, ROWS, scores, scores, items, answers, measured_by(engine))
+    return summary("fp8", sizes, ROWS, scores, scores, items, answers, measured_by(engine))
 
 
 def test_a_loss_follows_from_its_tables() -> None:

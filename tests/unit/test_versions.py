@@ -14,8 +14,7 @@ from release.facts import model_facts
 from release.facts.published_tables import to_json
 from release.published_files import license_text
 from stages.export.hf import generation_config
-from stages.formats.chat_templates import inference_template, training_template
-from stages.formats.tokenizer import SPECIAL_TOKENS, tokenizer_config
+from stages.formats.tokenizer import SPECIAL_TOKENS, inference_template, tokenizer_config, training_template
 
 ROOT = Path(__file__).parents[2]
 

@@ -46,7 +46,7 @@ from stages.data.acquire.readers.base import (
     report_refusals,
 )
 from stages.data.acquire.sources import Source
-from stages.formats import chat, chat_templates
+from stages.formats import chat
 from stages.formats.database import connect
 from stages.formats.file_digests import tree_digest
 from stages.formats.seeds import seed_of
@@ -134,7 +134,7 @@ def join(config: AcquireConfig, parts: Sequence[Part], files: int, work: Path, o
     declaration |= {"reader": source.reader.reader, **source.reader.declared}
     if source.reader.conversations:
         declaration["conversations"] = {
-            name: sum(part.facts["features"][name] for part in parts) for name in chat_templates.FEATURES
+            name: sum(part.facts["features"][name] for part in parts) for name in chat.FEATURES
         }
     write_json(out / "source.json", {**declaration, **counts, **sizes, **licenses})
     report.note(
@@ -165,7 +165,7 @@ def read_part(config: AcquireConfig, number: int, files: Files, folder: Path) ->
     failures = Failures(subject, problem)
     skipped = Failures(subject, problem, MOST_SKIPPED_SHARE, SKIPPED_NAMES)
     licenses, refused, size = LicenseTally(), Counter[str](), 0
-    features = Counter(dict.fromkeys(chat_templates.FEATURES, 0)) if source.reader.conversations else None
+    features = Counter(dict.fromkeys(chat.FEATURES, 0)) if source.reader.conversations else None
     with (
         row_writer(folder / "documents" / part_file(number), DOCUMENTS) as write,
         row_writer(folder / "failed" / part_file(number), FAILED) as write_failed,

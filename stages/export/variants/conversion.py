@@ -1,6 +1,6 @@
 """Writes a variant of an exported model, and reads its weights back: pure functions of the model's files.
 
-compressed-tensors is the format that vLLM serves: each quantized matrix has `X.weight` [out, in] in 8 bits and
+compressed-tensors is the format that vLLM serves: each quantized matrix has `X.weight` [out, in] in e4m3 and
 `X.weight_scale` [out, 1] in fp32, and the value is their product. A server rounds activations to 8 bits by token as it
 goes. Embeddings, norms, routers and the output layer are those of the export.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.export.variants.registry import VARIANTS, VariantName, quantization_config
+from stages.export.variants.registry import QUANTIZATION_CONFIG, VARIANTS, VariantName
 from stages.formats.tokenizer import TOKENIZER_FILES
 from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.release_checkpoint import Tensors
@@ -25,8 +25,9 @@ from stages.train.checkpoint.release_checkpoint import Tensors
 COPIED = (*TOKENIZER_FILES, "generation_config.json")
 """Files of a model that its variants have unchanged, but for GGUF, whose file holds their content."""
 SCALE = "_scale"
-ALL = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
-ATTENTION = re.compile(r"model\.layers\.\d+\.self_attn\..*_proj(_with_mqa)?\.weight")
+MATRICES = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
+"""The tensors that are quantized."""
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def write(name: VariantName, model: Path, folder: Path) -> None:
@@ -45,11 +46,12 @@ def write(name: VariantName, model: Path, folder: Path) -> None:
         return
     copy_tokenizer(model, folder)
     if variant.writer == "compressed-tensors":
-        write_compressed(model, folder, variant.encoding)
+        tensors = _quantized(Tensors(model))
+        _write_config(model, folder, quantization_config=QUANTIZATION_CONFIG)
     else:
-        rounded = ((name, tensor.bfloat16()) for name, tensor in Tensors(model).items())
-        release_checkpoint.write_shards(folder, release_checkpoint.MODEL, rounded)
-        _write_config(model, folder, variant.encoding)
+        tensors = ((name, tensor.bfloat16()) for name, tensor in Tensors(model).items())
+        _write_config(model, folder, dtype=variant.encoding, torch_dtype=variant.encoding)
+    release_checkpoint.write_shards(folder, release_checkpoint.MODEL, tensors)
 
 
 def write_dequantized(name: VariantName, model: Path, folder: Path, target: Path, base: Path | None = None) -> None:
@@ -60,7 +62,7 @@ def write_dequantized(name: VariantName, model: Path, folder: Path, target: Path
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     copy_tokenizer(model, target)
-    _write_config(model, target, "float32")
+    _write_config(model, target, dtype="float32", torch_dtype="float32")
     release_checkpoint.write_shards(target, release_checkpoint.MODEL, _dequantized(name, model, folder, base))
 
 
@@ -76,7 +78,7 @@ def _dequantized(name: VariantName, model: Path, folder: Path, base: Path | None
 
         return gguf_file.dequantized(model, folder, variant.encoding)
     if variant.writer == "compressed-tensors":
-        return dequantize_compressed(model, folder, variant.encoding)
+        return _rescaled(model, folder)
     return ((name, tensor.float()) for name, tensor in Tensors(folder).items())
 
 
@@ -87,50 +89,13 @@ def copy_tokenizer(model: Path, folder: Path) -> None:
             shutil.copyfile(model / name, folder / name)
 
 
-def _write_config(model: Path, folder: Path, dtype: str) -> None:
-    """Writes config.json of a model with weights of another type."""
+def _write_config(model: Path, folder: Path, **entries: Any) -> None:
+    """Writes config.json of a model with these entries."""
     config = json.loads((model / "config.json").read_text())
-    text = json.dumps({**config, "dtype": dtype, "torch_dtype": dtype}, indent=1, sort_keys=True)
-    (folder / "config.json").write_text(f"{text}\n")
+    (folder / "config.json").write_text(json.dumps({**config, **entries}, indent=1, sort_keys=True) + "\n")
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """An encoding in 8 bits.
-
-    `matrices` is the pattern of the tensors that are quantized, and `largest` the largest number of the type.
-    """
-
-    matrices: re.Pattern[str]
-    largest: float
-    convert: Callable[[Tensor], Tensor]
-
-
-def _fp8(values: Tensor) -> Tensor:
-    return values.to(torch.float8_e4m3fn)
-
-
-def _int8(values: Tensor) -> Tensor:
-    return values.round().to(torch.int8)
-
-
-ENCODINGS = {
-    "fp8": Encoding(ALL, 448.0, _fp8),
-    "fp8-attention": Encoding(ATTENTION, 448.0, _fp8),
-    "int8": Encoding(ALL, 127.0, _int8),
-}
-
-
-def write_compressed(model: Path, folder: Path, name: str) -> None:
-    """Writes the exported model of a folder into another one, without the files of the tokenizer."""
-    encoding = ENCODINGS[name]
-    release_checkpoint.write_shards(folder, release_checkpoint.MODEL, _quantized(Tensors(model), encoding))
-    config = json.loads((model / "config.json").read_text())
-    text = json.dumps({**config, "quantization_config": quantization_config(name)}, indent=1, sort_keys=True)
-    (folder / "config.json").write_text(f"{text}\n")
-
-
-def dequantize_compressed(model: Path, folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+def _rescaled(model: Path, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The fp32 tensors of a folder, under the names of the exported model."""
     tensors = Tensors(folder)
     for tensor in Tensors(model):
@@ -138,15 +103,15 @@ def dequantize_compressed(model: Path, folder: Path, name: str) -> Iterator[tupl
         yield tensor, values * tensors[tensor + SCALE] if tensor + SCALE in tensors.files else values
 
 
-def _quantized(tensors: Mapping[str, Tensor], encoding: Encoding) -> Iterator[tuple[str, Tensor]]:
+def _quantized(tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
-        if not encoding.matrices.fullmatch(name):
+        if not MATRICES.fullmatch(name):
             yield name, tensor
             continue
         values = tensor.float()
-        scale = values.abs().amax(1, keepdim=True) / encoding.largest
+        scale = values.abs().amax(1, keepdim=True) / LARGEST
         # A channel of zeros stays zeros.
         scale[scale == 0] = 1.0
         # The division may round the largest value to a little more than the type holds.
-        yield name, encoding.convert((values / scale).clamp(-encoding.largest, encoding.largest))
+        yield name, (values / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         yield name + SCALE, scale

@@ -13,21 +13,23 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from pipeline.core.bounds import Line
+from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Published, Report, Stage, added
+from stages.confidence import Figure, Mean, Ratio, ratio
 from stages.evaluation import estimates
 from stages.evaluation.bits_per_byte import heldout_documents, token_ids
 from stages.evaluation.estimates import Piece, compute, compute_shard
-from stages.evaluation.model_evaluation import EvaluateConfig, load_tokenizer, measure, measure_shard
-from stages.export.variants.loss import DIVERGENCES, DivergenceRow, measured_by, summary
+from stages.evaluation.model_evaluation import EvaluateConfig, ProblemAnswer, load_tokenizer, measure, measure_shard
+from stages.evaluation.scores import ModelScores
 from stages.export.variants.registry import VARIANTS, VariantName
-from stages.formats.table import read_table, write_json, write_rows
+from stages.formats.table import Double, Int32, String, columns_of, read_table, write_json, write_rows
 from stages.mcore.lora import Lora
 from stages.models.registry import Model
 from stages.train.checkpoint import SHARD_BYTES
@@ -44,6 +46,7 @@ MODELS = 2
 FILES = 12
 """Files of an artifact beside its weights, which are tables, loss, tokenizer, index and manifest."""
 WEIGHTS = ("*.safetensors", "*.gguf")
+IN_PROCESS = "transformers in fp32, on the weights as the variant stores them"
 
 
 class AdapterSource(Config):
@@ -167,6 +170,112 @@ def _divergence(models: Models, name: str, ids: Sequence[int]) -> DivergenceRow:
         row["largest"] = max(row["largest"], float(divergence.max()))
         row["same_likeliest"] += int((original.argmax(-1) == variant.argmax(-1)).sum())
     return row
+
+
+def measured_by(engine: str = "") -> str:
+    """The sentence on what measured a variant.
+
+    engine: of scores and answers, the package of vLLM with its version; "" for transformers. Distributions are
+    compared by transformers in any case.
+    """
+    return f"vLLM ({engine}) in fp32, and its divergence by {IN_PROCESS}" if engine else IN_PROCESS
+
+
+class DivergenceRow(TypedDict):
+    """The next-token distributions of original and variant at all positions of a text.
+
+    id: of the problem, with the original's answer, or of the held-out document; sum, largest: of the
+    Kullback-Leibler divergence of the variant from the original, in nats; same_likeliest: positions at which both
+    have the same likeliest token.
+    """
+
+    id: String
+    positions: Int32
+    sum: Double
+    largest: Double
+    same_likeliest: Int32
+
+
+DIVERGENCES = columns_of(DivergenceRow)
+
+
+class Divergence(Figure):
+    """Kullback-Leibler divergence in nats: mean over positions with its standard error over texts, and maximum.
+
+    same_likeliest: share of positions with the same likeliest token.
+    """
+
+    max: float
+    positions: int
+    texts: int
+    same_likeliest: float
+
+
+class Compared(TypedDict):
+    """A score of the variant beside that of the original."""
+
+    variant: Mean | Ratio
+    original: Mean | Ratio
+
+
+class GreedyAgreement(TypedDict):
+    """Problems to which variant and original give the same answer, token for token."""
+
+    equal: int
+    n: int
+
+
+class VariantLoss(TypedDict):
+    """`loss.json`. bytes: of the files of the weights, of `variant` and `original`. greedy: of answers to problems."""
+
+    variant: str
+    title: str
+    bytes: Mapping[str, int]
+    divergence: Divergence
+    bits_per_byte: Compared
+    accuracy: Compared
+    greedy: GreedyAgreement
+    measured_by: str
+
+
+def summary(
+    name: VariantName,
+    sizes: Mapping[str, int],
+    divergences: Sequence[DivergenceRow],
+    scores: ModelScores,
+    original: ModelScores,
+    answers: Sequence[ProblemAnswer],
+    original_answers: Mapping[str, str],
+    stated_by: str,
+) -> VariantLoss:
+    """The content of `loss.json`.
+
+    `sizes` are the bytes of `variant` and `original`. `scores` are those of the variant, and `original` those of the
+    exported model. `original_answers` has the exported model's text by problem. `stated_by` becomes `measured_by`.
+
+    Raises AtomError if the exported model has no answer to a problem.
+    """
+    if missing := [row["id"] for row in answers if row["id"] not in original_answers]:
+        raise AtomError(f"the original has no answer to problem {missing[0]}; evaluate it on the same problems")
+    mean = ratio([(row["sum"], row["positions"]) for row in divergences], "tokens")
+    positions = sum(row["positions"] for row in divergences)
+    return {
+        "variant": name,
+        "title": VARIANTS[name].title,
+        "bytes": dict(sizes),
+        "divergence": {
+            "value": mean["value"],
+            "se": mean["se"],
+            "max": max(row["largest"] for row in divergences),
+            "positions": positions,
+            "texts": len(divergences),
+            "same_likeliest": math.fsum(row["same_likeliest"] for row in divergences) / positions,
+        },
+        "bits_per_byte": {"variant": scores["bits_per_byte_all"], "original": original["bits_per_byte_all"]},
+        "accuracy": {"variant": scores["accuracy_all"], "original": original["accuracy_all"]},
+        "greedy": {"equal": sum(row["output"] == original_answers[row["id"]] for row in answers), "n": len(answers)},
+        "measured_by": stated_by,
+    }
 
 
 def estimate(config: VariantConfig) -> Estimate:

@@ -2,12 +2,9 @@
 
 The trainer's ranks have written the weights to a folder, or broadcast them.
 
-An update by the folder has two requests. The first checks the folder: every tensor that the index lists is in its file,
-the digests are right, and their digest is that of the policy. The workers of a server share this reading. The second
-loads; until then a refusal leaves the old weights as they are.
-
-A broadcast states the digest of each tensor beforehand, and the workers share the check of what arrives: a tensor
-is loaded after its check. An update that fails half-way never ends, and the server answers nothing until one does.
+The index of the folder, or the request of a broadcast, states the digest of each tensor, from which that of the policy
+follows. The workers share the check of what arrives: a tensor is loaded after its check. An update that fails half-way
+never ends, and the server answers nothing until one does.
 """
 
 from __future__ import annotations
@@ -33,7 +30,6 @@ from atom_index import (  # type: ignore[import-not-found]
     HEAD,
     TABLE,
     Refused,
-    check,
     policy_digest,
     row_of,
     tensors,
@@ -78,7 +74,6 @@ class Weights(WeightTransferUpdateInfo):  # type: ignore[misc]
     Attributes:
         digest: Digest of the policy.
         folder: Folder with the weights; empty for a broadcast.
-        load: False to check the folder only.
         names: Names of the tensors of a broadcast, in order.
         rows: Their entries, as in the index.
         roots: Rank of the trainer that holds each.
@@ -86,7 +81,6 @@ class Weights(WeightTransferUpdateInfo):  # type: ignore[misc]
 
     digest: str
     folder: str = ""
-    load: bool = True
     names: list[str] | None = None
     rows: list[dict[str, Any]] | None = None
     roots: list[int] | None = None
@@ -96,8 +90,6 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
     """The engine in one worker. vLLM calls its methods."""
 
     init_info_cls, update_info_cls = Model, Weights
-    # The digest of the weights in a folder that this update has checked.
-    checked = ""
     # True while the model takes weights, until `finish_weight_update`.
     begun = False
     group: Group | None = None
@@ -127,19 +119,14 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
             self.group = Group(store, rank, info.ranks + workers, info.seconds, self.device, PATIENCE)
 
     def start_weight_update(self) -> None:
-        self.checked, self.begun = "", False
+        self.begun = False
 
     def receive_weights(self, info: Weights) -> None:
-        parallel = self.parallel_config
         if info.rows is not None:
             self._load(self._received(info), f"the policy {info.digest}")
-        elif not info.load:
-            check(Path(info.folder), info.digest, parallel.rank, parallel.world_size)
-            self.checked = info.digest
-        elif self.checked != info.digest:
-            raise Refused(f"the weights of {info.digest} were not checked before")
         else:
-            self._load([tensors(Path(info.folder))], info.folder)
+            part, parts = self.parallel_config.rank, self.parallel_config.world_size
+            self._load([tensors(Path(info.folder), info.digest, part, parts)], info.folder)
 
     def _received(self, info: Weights) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """Yields the tensors of a broadcast, of one packet after the other, checked."""
@@ -212,7 +199,7 @@ class Engine(WeightTransferEngine):  # type: ignore[misc]
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
-        self.checked, self.begun = "", False
+        self.begun = False
 
     def shutdown(self) -> None:
         if self.group is not None:

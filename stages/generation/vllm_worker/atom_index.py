@@ -47,57 +47,42 @@ def policy_digest(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return f"tensors-sha256:{hasher.hexdigest()}"
 
 
-def check(folder: Path, digest: str, part: int, parts: int) -> None:
-    """Compares a folder with the digest of the policy that it should hold.
+def tensors(folder: Path, digest: str, part: int = 0, parts: int = 1) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of a policy, layer by layer.
 
-    Files are divided into `parts`; this process reads the bytes of those of `part`, and the headers of all.
+    The tensors are divided into `parts`; this process checks those of `part`. A file is open from its first to its last
+    one: the pages that were read of an open file count as memory. A model with tied embeddings has its table twice,
+    since a server keeps two copies.
 
     Raises:
         Refused: The folder does not hold the policy of that digest, complete.
     """
     try:
         index = json.loads((folder / INDEX).read_text())
-        rows, files = index["tensors"], index["weight_map"]
     except FileNotFoundError:
         raise Refused(f"it does not see {folder / INDEX}; mount the run's work folder there") from None
+    rows, files = index["tensors"], index["weight_map"]
     if rows.keys() != files.keys():
         raise Refused(f"the index of {folder} names other tensors than it describes")
     if policy_digest(rows) != digest:
         raise Refused(f"{folder} holds the policy {policy_digest(rows)}, not {digest}")
-    listed_in: dict[str, set[str]] = {}
-    for tensor, name in files.items():
-        listed_in.setdefault(name, set()).add(tensor)
-    # In one order on all workers, so that each file is read by one of them.
-    for number, (name, listed) in enumerate(sorted(listed_in.items())):
-        try:
-            with safe_open(folder / name, "pt") as file:
-                if other := sorted(listed ^ set(file.keys())):
-                    raise Refused(f"{folder / name} and the index do not have the same tensors: {other[0]}")
-                for tensor in sorted(listed) if number % parts == part else ():
-                    if row_of(file.get_tensor(tensor)) != rows[tensor]:
-                        raise Refused(f"{tensor} in {folder / name} is not the tensor of the index")
-        except (OSError, SafetensorError) as error:
-            raise Refused(f"it cannot read {folder / name} ({error})") from None
-
-
-def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the tensors, layer by layer.
-
-    A file is open from its first to its last one: the pages that were read of an open file count as memory. A model
-    with tied embeddings has its table twice, since a server keeps two copies.
-    """
-    files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-    sources = {name: (name, file) for name, file in files.items()}
-    if HEAD not in files:
-        sources[HEAD] = (TABLE, files[TABLE])
-    remaining = Counter(file for _, file in sources.values())
+    remaining = Counter(files.values())
     opened: dict[str, tuple[ExitStack, Any]] = {}
-    for name in sorted(sources, key=_by_layer):
-        source, file = sources[name]
-        if file not in opened:
-            stack = ExitStack()
-            opened[file] = stack, stack.enter_context(safe_open(folder / file, "pt"))
-        yield name, opened[file][1].get_tensor(source)
+    for number, name in enumerate(sorted(files, key=_by_layer)):
+        file = files[name]
+        try:
+            if file not in opened:
+                stack = ExitStack()
+                opened[file] = stack, stack.enter_context(safe_open(folder / file, "pt"))
+            tensor = opened[file][1].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise Refused(f"it cannot read {folder / file} ({error})") from None
+        # Each worker checks a share of the tensors. All read the same files, and one refusal is enough.
+        if number % parts == part and row_of(tensor) != rows[name]:
+            raise Refused(f"{name} in {folder / file} is not the tensor of the index")
+        yield name, tensor
+        if name == TABLE and HEAD not in files:
+            yield HEAD, tensor
         remaining[file] -= 1
         if not remaining[file]:
             opened.pop(file)[0].close()

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from stages.export.conversations import CONVERSATIONS
 from tests.fixtures import taught_fixtures
+from tests.fixtures.conversation_fixtures import CONVERSATIONS
 
 TRANSFORMERS4 = """
 import json, sys

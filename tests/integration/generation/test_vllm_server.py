@@ -56,7 +56,7 @@ def test_requests_are_dealt_and_say_all_that_the_contract_needs(fakes: Any, samp
     assert sampler.generate([]) == []
 
 
-def test_a_server_takes_the_weights_once_all_servers_have_checked_them(fakes: Any, sampler: VllmServer) -> None:
+def test_each_server_takes_the_weights(fakes: Any, sampler: VllmServer) -> None:
     sampler.load(weights_fixtures.written(sampler.folder, TENSORS))
     assert not fakes[0][0].requests, "the same weights were loaded again"
     changed = weights_fixtures.written(sampler.folder, CHANGED)
@@ -65,11 +65,9 @@ def test_a_server_takes_the_weights_once_all_servers_have_checked_them(fakes: An
     weights.remove_earlier(changed.folder)
     assert [p for p in sampler.folder.iterdir() if p.is_dir()] == [changed.folder]
     for kind in fakes[0]:
-        loads = [body["update_info"]["load"] for path, body in kind.requests if path == "/update_weights"]
-        assert kind.version == changed.digest and loads == [False, True]
+        assert kind.version == changed.digest
         assert [path for path, _ in kind.requests] == [
-            "/start_weight_update", "/update_weights",
-            "/pause?mode=keep", "/update_weights", "/finish_weight_update", "/resume",
+            "/start_weight_update", "/pause?mode=keep", "/update_weights", "/finish_weight_update", "/resume",
         ]  # fmt: skip
 
 
@@ -110,12 +108,12 @@ def drop(folder: Path) -> None:
         (shutil.rmtree, r"it does not see .*model\.safetensors\.index\.json; mount the run's work folder there$"),
         (cut, r"it cannot read .*rank-00001\.safetensors \(.*No such file"),
         (flip, r"model\.embed_tokens\.weight in .*rank-00000\.safetensors is not the tensor of the index$"),
-        (exchange, r"rank-00001\.safetensors and the index do not have the same tensors: model\.norm\.weight$"),
+        (exchange, r"it cannot read .*rank-00001\.safetensors \(.*model\.norm\.weight"),
         (restate, r"holds the policy tensors-sha256:\w+, not tensors-sha256:\w+$"),
         (drop, r"the index of .* names other tensors than it describes$"),
     ],
 )
-def test_weights_that_do_not_add_up_are_refused_and_the_old_ones_stay(
+def test_weights_that_do_not_add_up_are_refused(
     fakes: Any, sampler: VllmServer, fault: Callable[[Path], None], sentence: str
 ) -> None:
     before, good = fakes[0][0].version, weights_fixtures.written(sampler.folder, CHANGED)
@@ -125,14 +123,13 @@ def test_weights_that_do_not_add_up_are_refused_and_the_old_ones_stay(
         sampler.load(good)
     for kind in fakes[0]:
         paths = [path for path, _ in kind.requests]
-        assert "/pause?mode=keep" not in paths and paths[-1] == "/finish_weight_update"
-        assert kind.version == before
+        assert paths[-1] == "/update_weights" and kind.version == before, "it stays paused"
     assert sampler.weights is None, "the run goes on with weights that it does not have"
 
 
 def test_a_server_that_fails_while_it_loads_stays_paused(fakes: Any, sampler: VllmServer) -> None:
     refused = {"error": {"message": "failed: '[[no tensor of <path> is a.weight of its model]]'"}}
-    fakes[0][1].trouble["/update_weights"] = [None, (500, refused)]
+    fakes[0][1].trouble["/update_weights"] = [(500, refused)]
     with pytest.raises(AtomError, match=r"refuses the weights: no tensor of /.*weights-\w+ is a\.weight of its model$"):
         sampler.load(weights_fixtures.written(sampler.folder, CHANGED))
     assert fakes[0][1].requests[-1][0] == "/update_weights" and sampler.weights is None

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 from pipeline.core.errors import AtomError
 from release.facts.model_facts import serve_config
-from stages.export.conversations import CONVERSATIONS
 from stages.generation.vllm_server import CPU_OPTIONS, Server
 from tests.fixtures import taught_fixtures
+from tests.fixtures.conversation_fixtures import CONVERSATIONS
 from tests.fixtures.taught_fixtures import LESSONS
 
 PYTHON = os.environ.get("ATOM_VLLM_PYTHON")

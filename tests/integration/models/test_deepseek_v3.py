@@ -21,12 +21,11 @@ from stages.export.hf import Rounded
 from stages.export.variants import registry as variants
 from stages.generation.in_process import load_weights
 from stages.mcore import layer_spec
-from stages.mcore.fake_quantization import attach
+from stages.mcore.fake_quantization import RECIPES, attach
 from stages.mcore.hf_mapping import from_hf, hf_config, to_hf
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import Activations, memory_share
 from stages.mcore.model import Initial, build, named_buffers, named_tensors
-from stages.mcore.quantize import RECIPES
 from stages.models import registry
 from stages.models.base import ModelConfig, Rows
 from stages.models.deepseek_v3 import DeepseekV3Config
@@ -34,7 +33,6 @@ from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
-from stages.train.precision_simulation.simulation import build_proxy, ratios
 from tests.fixtures import fake_rank_fixtures, layout_fixtures, train_fixtures
 from tests.fixtures.model_fixtures import load_tensors
 from tests.fixtures.run_fixtures import at_length
@@ -248,25 +246,17 @@ class _Norm(torch.autograd.Function):
         return torch.rms_norm(x, (x.shape[-1],)) * weight
 
 
-def test_the_small_proxy_keeps_the_proportions_and_every_matrix_is_rounded() -> None:
-    proxy = build_proxy(published.DEEPSEEK_V3, 128)
-    for name, of_model, of_proxy in ratios(published.DEEPSEEK_V3, proxy):
-        assert of_proxy == pytest.approx(of_model, rel=0.55 if "visits" in name else 0.05), name
+def test_every_matrix_is_rounded() -> None:
     small = DeepseekV3Config(**MODEL)
     with parallel.session(0):
         chunks = build(small, VOCAB)
-        record = attach(chunks, RECIPES["fp8-tensorwise"])
-        for parameter in chunks[0].parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-        ids = torch.randint(VOCAB, (2, 32))
-        chunks[0](ids, torch.arange(32).expand_as(ids), None, labels=ids)
-    kinds = {name for layer, name in record if layer == 1}
+        roundings = attach(chunks, RECIPES["fp8-tensorwise"])
+    kinds = {name for layer, name in roundings if layer == 1}
     matrices = [name for name, shape in small.attention_shapes().items() if len(shape) > 1]
     of_attention = {f"self_attention.{name.removesuffix('.weight')}" for name in matrices}
     assert kinds == of_attention | {
         f"mlp.{part}.linear_fc{n}" for part in ("experts", "shared_experts") for n in (1, 2)
     }
-    assert all(linear.tokens for linear in record.values())
 
 
 @at_length("training", 70)

@@ -28,7 +28,6 @@ from stages.models.parallel_layout import Layout
 from stages.train import parallel, rank_simulation
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
-from stages.train.precision_simulation.simulation import build_proxy, ratios
 from tests.fixtures import layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.architecture_fixtures import GLM4_MOE as MODEL
 from tests.fixtures.model_fixtures import load_tensors
@@ -138,12 +137,6 @@ def test_what_is_not_possible_is_refused_in_one_sentence() -> None:
     assert "tp = 4 does not divide kv_heads = 2" in str(problem(Layout(ranks=4, tp=4), model, VOCAB, [4]))
     assert "GGUF files of the architecture glm4_moe" in str(variants.obstacle("gguf-f16", model))
     assert variants.obstacle("fp8", model) is None and model.export_obstacle() is None
-
-
-def test_the_small_proxy_keeps_the_proportions() -> None:
-    proxy = build_proxy(published.GLM_45, 128)
-    for name, of_model, of_proxy in ratios(published.GLM_45, proxy):
-        assert of_proxy == pytest.approx(of_model, rel=0.25 if "visits" in name else 0.05), name
 
 
 def test_memory_of_a_simulated_rank_is_planned() -> None:

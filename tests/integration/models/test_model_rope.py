@@ -107,7 +107,7 @@ def test_a_row_spread_over_the_context_shows_its_rotary_embedding(inputs: dict, 
 def test_transformers_gives_the_logits_at_full_length(
     change: str, inputs: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exported folder in a fresh interpreter, on a row of the whole context (stages/export/parity.py)."""
+    """The exported folder in a fresh interpreter, on a row of the whole context (stages/export/streamed_model.py)."""
     if change != "base":
         monkeypatch.setattr(hf, "WHOLE_BYTES", 0)  # one layer at a time, as in a large model
     model = PLAIN.model_copy(update=LONG[change])

@@ -29,7 +29,7 @@ CLASSES = {
     "task_sources": ("stages.rl.rollout.task_sources.procedural_tasks", "ProblemTasks", "source"),
     "tools": ("stages.rl.tools.python_program", "PythonTool", "tool"),
     "optimizers": ("stages.mcore.optimizer", "Adam", "kind"),
-    "architectures": ("stages.models.qwen3_moe", "Qwen3MoeConfig", "architecture"),
+    "architectures": ("stages.models.mixture", "Qwen3MoeConfig", "architecture"),
 }
 """{registry: (module, class and field of the name of one of this project)}: an extension derives from it."""
 MODULES = {

@@ -23,9 +23,9 @@ from release.checks.scores import scores
 from release.checksums import read_sums
 from release.layout import ALL_SUMS, ORIGINS, SUMS
 from release.opened_release import Release
-from stages.export.conversations import CONVERSATIONS
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify
+from tests.fixtures.conversation_fixtures import CONVERSATIONS
 from tests.fixtures.release_fixtures import resum
 
 

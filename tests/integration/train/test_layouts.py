@@ -61,7 +61,7 @@ def test_every_layout_trains_like_one_process(
         layout_fixtures.agree(steps, one, TOLERANCE, name)
         # each rank wrote some of a sampler's weights, which are together those of the export
         (folder,) = (tmp_path / f"weights of {name}").iterdir()
-        atom_index.check(folder, steps[-1]["policy"], 0, 1)
+        assert len(list(atom_index.tensors(folder, steps[-1]["policy"]))) >= len(exported)
         assert len({path.name[:10] for path in folder.glob("rank-*")}) == ranks, name
         given = release_checkpoint.Tensors(folder)
         assert given.keys() == exported.keys() and all(torch.equal(given[n], t) for n, t in exported.items()), name
