@@ -23,7 +23,6 @@ from stages.evaluation.nodes import (
     heldout_config,
     heldout_node,
     item_nodes,
-    memorization_nodes,
 )
 from stages.export.nodes import export_node, reward_node, variant_nodes
 from stages.recipe import ReleaseRecipe
@@ -81,7 +80,6 @@ STAGES = {
     "fresh": "stages.evaluation.generated_eval",
     "prefer": "stages.evaluation.win_rate",
     "contamination": "stages.evaluation.contamination",
-    "memorization": "stages.evaluation.memorization",
     "harness": "stages.evaluation.harness",
     "variant": "stages.export.variants.stage",
 }
@@ -154,9 +152,6 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         specs.append(heldout_node(measured, model))
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
-    # A row that predicts n tokens is made of n + 1.
-    longest_row = max(phase.config.sequence_length for phase in phases) + 1
-    specs += memorization_nodes(measured, longest_row, list(trained), {spec.name for spec in specs})
     specs += harness_nodes(measured, benchmarks)
     final = list(models.values())[-1]
     repositories = {name: f"{config.release.namespace}/{config.name}-{name}" for name in models}

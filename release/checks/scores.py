@@ -21,11 +21,9 @@ from release.facts.published_tables import read_json, stream_rows
 from release.facts.score_facts import (
     CONTAMINATION,
     HARNESS,
-    MEMORIZATION,
     chat_tables_of,
     compute_chat_scores,
     compute_harness,
-    compute_memorization,
     compute_scores,
 )
 from release.opened_release import Release
@@ -59,11 +57,10 @@ def score_problems(evaluation: Path) -> list[str]:
             path, measured = table.with_name("scores.json"), models[table.parent.name]
             if not path.exists() or not _equals_measured(path, measured):
                 problems.append(f"evaluation/{benchmark}/{table.parent.name}/scores.json is not what its table gives")
-    for kind, name, compute in ((MEMORIZATION, "documents", compute_memorization), (HARNESS, "items", compute_harness)):
-        for path in sorted((evaluation / kind).glob(f"*/{name}.parquet")):
-            stated = path.with_name("scores.json")
-            if not stated.exists() or not _equals_measured(stated, compute(path.parent)):
-                problems.append(f"evaluation/{kind}/{path.parent.name}/scores.json is not what its tables give")
+    for path in sorted((evaluation / HARNESS).glob("*/items.parquet")):
+        stated = path.with_name("scores.json")
+        if not stated.exists() or not _equals_measured(stated, compute_harness(path.parent)):
+            problems.append(f"evaluation/{HARNESS}/{path.parent.name}/scores.json is not what its tables give")
     return problems
 
 

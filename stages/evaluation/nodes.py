@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import RecipeError
 from pipeline.graph.dag import NodeSpec
 from stages.data.recipe import DataRecipe
 from stages.evaluation import estimates, pass_at_k, win_rate
@@ -140,62 +139,17 @@ def _generation(measured: Measured, chat: ChatSection) -> dict[str, Any]:
     return {"max_new_tokens": chat.max_new_tokens, "seed": measured.seed, "engine": measured.section.engine}
 
 
-def memorization_nodes(
-    measured: Measured, longest_row: int, trained: Sequence[str], nodes: Collection[str]
-) -> list[NodeSpec]:
-    """Returns the nodes that measure how much of its training data a model reproduces.
-
-    Args:
-        measured: The models of the recipe.
-        longest_row: Tokens of the longest row of a phase on text.
-        trained: The nodes of all phases, in order.
-        nodes: All earlier nodes of the graph.
-
-    Raises:
-        RecipeError: No row of training is as long as the texts to compare.
-    """
-    section = measured.section.memorization
-    if section is None:
-        return []
-    length = section.prefix_tokens + section.continuation_tokens
-    if length > longest_row:
-        raise RecipeError(
-            f"{measured.title}: evaluation.memorization compares {length} tokens of a document (prefix_tokens + "
-            f"continuation_tokens), and no row of training has more than {longest_row}; lower one of them"
-        )
-    tokens = section.tokens(len(measured.data.sources))
-    settings = section.model_dump() | {"seed": measured.seed, "engine": measured.section.engine}
-    specs = []
-    for model in _chosen(measured, every_model=False):
-        config = settings | {"expected": _expected(measured, model, tokens)}
-        # Phases up to the one that made the model; it has not seen the data of later ones.
-        read = [f"order-{name}" for name in trained[: trained.index(model.node) + 1]]
-        inputs = {"model": f"export-{model.name}", "tokens": "tokenize"}
-        # A phase on prompts has no order.
-        inputs |= {order: order for order in read if order in nodes}
-        specs.append(NodeSpec(f"memorization-{model.name}", "memorization", config, inputs))
-    return specs
-
-
 def harness_nodes(measured: Measured, benchmarks: Mapping[str, Any]) -> list[NodeSpec]:
-    """Returns the nodes that run the task sets of lm-evaluation-harness, whose config is `benchmarks`."""
+    """Returns the node that runs the task sets on the final model; their config is `benchmarks`."""
     section, engine = measured.section.harness, measured.section.engine
     if section is None:
         return []
     tokens, tasks = section.tokens(engine.kind == "vllm"), section.tasks()
-    specs = []
-    for model in _chosen(measured, section.every_model):
-        config = {**benchmarks, "expected": _expected(measured, model, tokens, tasks), "engine": engine}
-        inputs = {"model": f"export-{model.name}", "benchmarks": "benchmarks"}
-        specs.append(NodeSpec(f"harness-{model.name}", "harness", config, inputs))
-    return specs
-
-
-def _chosen(measured: Measured, every_model: bool) -> list[ExportedModel]:
-    """Returns every model that is exported after its last step, or the final one alone."""
     # A model with a step is a checkpoint from within a phase.
-    whole = [model for model in measured.models.values() if model.step is None]
-    return whole if every_model else whole[-1:]
+    final = [model for model in measured.models.values() if model.step is None][-1]
+    config = {**benchmarks, "expected": _expected(measured, final, tokens, tasks), "engine": engine}
+    inputs = {"model": f"export-{final.name}", "benchmarks": "benchmarks"}
+    return [NodeSpec(f"harness-{final.name}", "harness", config, inputs)]
 
 
 def _expected(measured: Measured, model: ExportedModel, tokens: int, pieces: int = 1) -> estimates.Expected:

@@ -1,6 +1,6 @@
 """The fields of the JSON files of evaluation, which cards, gates and checks of a release read.
 
-They are `scores.json` of the stages evaluate, solve, prefer, memorization and harness, and `report.json` of the stage
+They are `scores.json` of the stages evaluate, solve, prefer and harness, and `report.json` of the stage
 contamination.
 
 Each has `engine`, the package and version of vLLM, if a server computed it; without, transformers did, in fp32.
@@ -213,30 +213,3 @@ class ContaminationReport(VerdictCounts):
     read: dict[str, int]
     detector: Detector
     scores: dict[str, dict[str, ScoresByVerdict]]
-
-
-class Regurgitation(TypedDict):
-    """Documents of one stratum.
-
-    Attributes:
-        identical: The share that the model continues verbatim.
-        matching: Tokens before the first other one; None for fewer than two documents.
-    """
-
-    identical: Proportion
-    matching: Mean | None
-
-
-class MemorizationScores(TypedDict):
-    """`scores.json` of the stage memorization.
-
-    Attributes:
-        by_times_seen: Documents by range of times seen, `0` for held-out ones.
-        by_source: The same by source.
-    """
-
-    prefix_tokens: int
-    continuation_tokens: int
-    by_times_seen: dict[str, Regurgitation]
-    by_source: dict[str, dict[str, Regurgitation]]
-    engine: NotRequired[str]

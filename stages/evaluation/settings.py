@@ -14,7 +14,6 @@ from pipeline.core.stage import Config, added
 from stages.evaluation.bits_per_byte import HeldoutLimit
 from stages.evaluation.estimates import DOCUMENT_TOKENS, QUESTION_TOKENS, count
 from stages.evaluation.long_context import ContextSection
-from stages.evaluation.memorization import MemorizationSection
 from stages.evaluation.model_evaluation import ROWS_PER_BATCH
 from stages.evaluation.pass_at_k import NumSamples
 from stages.generation.engine import Engine
@@ -84,8 +83,6 @@ class EvaluationSection(Config):
     """evaluation in conversations; null: none"""
     context: ContextSection | None = added(None)
     """evaluation on long texts: passkeys and loss by position; null: none"""
-    memorization: MemorizationSection | None = added(None)
-    """how much of its training data a model reproduces: verbatim continuations; null: not measured"""
     harness: HarnessSection | None = added(None)
     """task sets of lm-evaluation-harness; null: none"""
     engine: Engine = Engine()

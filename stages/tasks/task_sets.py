@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Flag, Key, License, Range, SourceName, Text, Words
+from pipeline.core.bounds import Key, License, Range, SourceName, Text, Words
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, operational
 from pipeline.core.store import sha256_file
@@ -133,8 +133,6 @@ class HarnessSection(Config):
     """task sets from your own folders"""
     limit: Annotated[int, Range(2, 1e6)] | None = None
     """first items of a task; null: all"""
-    every_model: Flag = False
-    """measure every trained model, not only the final one"""
 
     @model_validator(mode="after")
     def _check_names(self) -> HarnessSection:
