@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Context, Flag, Key, LongLine, Mix, Range, Settings, Steps, Words
+from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation.samplers import SAMPLERS
 from stages.models.base import ModelConfig
@@ -172,8 +172,6 @@ class RlPhase(PostTrainingPhase):
     """weight of the KL divergence from the policy at the start of the phase (k3 estimator); null: none"""
     tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = 2.0
     """cap of a token's importance weight, trainer over sampler"""
-    routing_replay: Flag = added(False)
-    """train each token with the experts that the sampler chose for it (R3); only for mixtures of experts"""
     max_resample_rounds: Retries = 2
     """extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"""
     asynchronous: Asynchronous | None = added(None)
@@ -255,20 +253,6 @@ class RlPhase(PostTrainingPhase):
         return self
 
     @model_validator(mode="after")
-    def _routing_can_be_replayed(self) -> RlPhase:
-        if self.routing_replay and self.sampling.kind == "vllm":
-            raise ValueError(
-                f"routing_replay = true is not possible with sampling.kind = {self.sampling.kind}: vLLM records its "
-                "experts only by a kernel in Triton, which needs a GPU, and they are not read here; use another kind"
-            )
-        if self.routing_replay and "router" in (self.parallelism.fusions or ()):
-            raise ValueError(
-                "routing_replay = true has no effect on parallelism.fusions = router, whose kernel chooses the experts "
-                "by itself; leave one of them out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _every_update_has_prompts_and_rows(self) -> RlPhase:
         if self.updates > self.prompts_per_step:
             raise ValueError(
@@ -281,10 +265,6 @@ class RlPhase(PostTrainingPhase):
                 f"them; use at least {self.updates} rows"
             )
         return self
-
-    @property
-    def replays_routing(self) -> bool:
-        return self.routing_replay
 
     @property
     def promise(self) -> Promise:
@@ -425,8 +405,6 @@ class RlTrainConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _model_fits_the_phase(self) -> RlTrainConfig:
-        if self.phase.routing_replay and self.model.routing is None:
-            raise ValueError("routing_replay = true has no effect on a dense model, which has no experts; leave it out")
         require_room(self.phase.sampling, self.model)
         return self
 

@@ -22,9 +22,8 @@ from stages.formats.seeds import seed_label, seed_of
 from stages.formats.table import require_columns
 from stages.generation import samplers as sampler_registry
 from stages.generation import weights
-from stages.generation.protocols import Completion, Sampler, SamplerContext, decode_routes
+from stages.generation.protocols import Completion, Sampler, SamplerContext
 from stages.mcore.architectures.hf_mapping import hf_config
-from stages.models.base import Routing
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
 from stages.rl.protocols import Parts
 from stages.rl.rewards.registry import make_verifiers
@@ -189,9 +188,7 @@ def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, 
     """Returns the sampler that the recipe names."""
     dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
     model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
-    context = SamplerContext(
-        model_config, chat.stops, work / "served", config.phase.sampling, config.phase.replays_routing, report.note
-    )
+    context = SamplerContext(model_config, chat.stops, work / "served", config.phase.sampling, report.note)
     return sampler_registry.make_sampler(config.phase.sampling.kind, context)
 
 
@@ -297,7 +294,6 @@ def unscored(
         verifier=row["verifier"],
         verifier_version="",
         dropped="",
-        routes=completion.routes,
         turns=None if completion.turns is None else list(completion.turns),
     )
 
@@ -319,7 +315,7 @@ def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> l
 
 
 def completion_of(r: Rollout) -> Completion:
-    """Returns the completion that an answer records, without its experts."""
+    """Returns the completion that an answer records."""
     turns_of_answer = None if r.turns is None else tuple(r.turns)
     return Completion(tuple(r.ids), tuple(r.logprobs), r.finished, turns=turns_of_answer)
 
@@ -335,7 +331,6 @@ class RecordedRollouts(RolloutFiles):
         self,
         artifact: Artifact,
         report: Report,
-        routing: Routing | None = None,
         asynchronous: bool = False,
         tools: bool = False,
     ) -> None:
@@ -344,7 +339,6 @@ class RecordedRollouts(RolloutFiles):
         Args:
             artifact: Artifact with rollouts.parquet.
             report: Report of the stage.
-            routing: Routing of the model, of a phase with routing replay.
             asynchronous: True for an asynchronous phase.
             tools: True for a phase with tools.
 
@@ -352,11 +346,10 @@ class RecordedRollouts(RolloutFiles):
             AtomError: The file is damaged, or has other columns than this version writes.
         """
         super().__init__(artifact.path, report)
-        self.routing = routing
         self.file, self.step = artifact / "rollouts.parquet", 0
         # The answers of `step`, the latest one that was asked for; step 0 has none.
         self.answers: list[Rollout] = []
-        require_columns(self.file, rollouts.schema(routing is not None, asynchronous, tools))
+        require_columns(self.file, rollouts.schema(asynchronous, tools))
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
@@ -405,8 +398,6 @@ class RecordedRollouts(RolloutFiles):
                 raise self.altered(wave, number, f"{recorded_answer}, and the phase asked for {requested}")
             if not is_answer(answer, policy.chat.vocab_size):
                 raise self.altered(wave, number, "has tokens, log-probabilities or a reward that no answer has")
-            if not has_routes(answer, self.routing):
-                raise self.altered(wave, number, "has experts that its tokens cannot have visited")
             if problem := turns.problem(answer, policy.chat, request[0], policy.limits):
                 raise self.altered(wave, number, problem)
 
@@ -420,7 +411,6 @@ class RecordedRollouts(RolloutFiles):
                 reward=r.reward,
                 parts=r.parts,
                 verifier_version=r.verifier_version,
-                routes=r.routes,
             )
             for (row, seed), r in zip(requests, recorded, strict=True)
         ]
@@ -467,18 +457,6 @@ def is_answer(r: Rollout, vocab_size: int) -> bool:
         return False
 
 
-def has_routes(r: Rollout, routing: Routing | None) -> bool:
-    """Returns True if an answer from a file has a record of experts if routing is replayed, and none otherwise."""
-    if routing is None or r.routes is None:
-        return routing is None and r.routes is None
-    try:
-        # No layer reads the last token, so it has no experts.
-        decode_routes(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
-    except ValueError:
-        return False
-    return True
-
-
 class PolicyTrainer(PostTrainer):
     """The loop of a phase that samples its policy.
 
@@ -494,12 +472,10 @@ class PolicyTrainer(PostTrainer):
         self.rows = tasks.read(self.inputs["tasks"])
         kinds, items = {row["kind"] for row in self.rows}, []
         if "rollouts" in self.inputs:
-            routing = self.config.model.routing if self.config.phase.replays_routing else None
             # A replay draws nothing, so it validates nothing and needs no items.
             self.files: RolloutFiles = RecordedRollouts(
                 self.inputs["rollouts"],
                 self.report,
-                routing,
                 self.config.phase.is_asynchronous,
                 self.policy.limits is not None,
             )

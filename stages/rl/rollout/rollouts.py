@@ -82,7 +82,6 @@ class Rollout:
     verifier: str
     verifier_version: str
     dropped: str  # the reason why no update used it, a key of DROPPED
-    routes: bytes | None = None  # the experts of its tokens, with routing replay
     issued: int | None = None  # the version of the policy when the group was issued
     versions: Sequence[Span] | None = None  # the policies of its tokens
     turns: Sequence[Turn] | None = None  # of a phase with tools
@@ -100,11 +99,10 @@ class Rollout:
         return len(self.ids) if self.turns is None else sum(turn["sampled"] for turn in self.turns)
 
 
-def schema(routes: bool = False, asynchronous: bool = False, tools: bool = False) -> pa.Schema:
+def schema(asynchronous: bool = False, tools: bool = False) -> pa.Schema:
     """Returns the columns of rollouts.parquet.
 
     Args:
-        routes: True for a phase with routing replay, whose answers have a column more.
         asynchronous: True for an asynchronous phase, whose answers have two columns more.
         tools: True for a phase with tools, whose answers have a column more.
     """
@@ -113,13 +111,13 @@ def schema(routes: bool = False, asynchronous: bool = False, tools: bool = False
     ids, text = pa.list_(pa.int32()), pa.string()
     types = {name: pa.int32() for name in ("step", "wave", "group", "sample", "level")}
     types |= {"seed": pa.uint64(), "prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
-    types |= {"finished": pa.bool_(), "reward": pa.float64(), "routes": pa.binary(), "issued": pa.int32()}
+    types |= {"finished": pa.bool_(), "reward": pa.float64(), "issued": pa.int32()}
     span = {"version": pa.int32(), "policy": text, "tokens": pa.int32()}
     types |= {"versions": pa.list_(pa.struct(list(span.items())))}
     call = pa.struct([(name, text) for name in ToolCall.__annotations__])
     turn = {"sampled": pa.int32(), "calls": pa.list_(call), "appended": pa.int32()}
     types |= {"turns": pa.list_(pa.struct(list(turn.items())))}
-    present = {"routes": routes, "issued": asynchronous, "versions": asynchronous, "turns": tools}
+    present = {"issued": asynchronous, "versions": asynchronous, "turns": tools}
     names = [name for name in Rollout.__dataclass_fields__ if present.get(name, True)]
     return pa.schema([(name, types.get(name, text)) for name in names])
 
@@ -138,7 +136,7 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
     rows = [{**vars(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
     path.parent.mkdir(parents=True, exist_ok=True)
     # A column that no answer fills is one that the phase does not have.
-    present = (any(getattr(r, name) is not None for r in rollouts) for name in ("routes", "versions", "turns"))
+    present = (any(getattr(r, name) is not None for r in rollouts) for name in ("versions", "turns"))
     table = pa.Table.from_pylist(rows, schema(*present))
     with atomic_files.replacing(path, durable) as draft:
         pq.write_table(table, draft, compression="zstd", row_group_size=ROWS_PER_GROUP)
@@ -191,14 +189,14 @@ def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def consumption_digest(rollouts: Sequence[Rollout]) -> str:
     """Returns SHA-256 over the answers of an asynchronous phase in their order.
 
-    Each answer gives a line of JSON (sorted keys, no spaces) with all columns but `logprobs`, `routes` and `turns`, its
-    log-probabilities as little-endian fp32, and the bytes of `routes`, if any.
+    Each answer gives a line of JSON (sorted keys, no spaces) with all columns but `logprobs` and `turns`, and its
+    log-probabilities as little-endian fp32.
     """
     hasher = hashlib.sha256()
     for r in rollouts:
-        columns = {name: value for name, value in vars(r).items() if name not in ("logprobs", "routes", "turns")}
+        columns = {name: value for name, value in vars(r).items() if name not in ("logprobs", "turns")}
         hasher.update(json.dumps(columns, sort_keys=True, separators=(",", ":")).encode() + b"\n")
-        hasher.update(struct.pack(f"<{len(r.logprobs)}f", *r.logprobs) + (r.routes or b""))
+        hasher.update(struct.pack(f"<{len(r.logprobs)}f", *r.logprobs))
     return f"sha256:{hasher.hexdigest()}"
 
 

@@ -160,7 +160,6 @@ class Episode:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.turns: list[Turn] = []
-        self.routes: bytes | None = None
         self.versions: list[tuple[str, int]] = []
         self.is_finished = False
 
@@ -176,8 +175,6 @@ class Episode:
         self.ids += drawn.ids
         self.logprobs += drawn.logprobs
         self.turns.append({"sampled": len(drawn.ids), "calls": [], "appended": 0})
-        if drawn.routes is not None:  # the experts of a token are those of the turn that first read it
-            self.routes = (self.routes or b"") + drawn.routes[len(self.routes or b"") :]
         for policy, tokens in drawn.versions:
             if self.versions and self.versions[-1][0] == policy:
                 # Successive tokens of one policy are one span, also across turns.
@@ -218,7 +215,6 @@ class Episode:
             tuple(self.ids),
             tuple(self.logprobs),
             self.is_finished,
-            self.routes,
             tuple(self.versions),
             tuple(self.turns),
         )

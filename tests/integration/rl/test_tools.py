@@ -150,16 +150,6 @@ def test_the_log_counts_drawn_tokens_and_calls(calm: Path, answers: list[rollout
 
 
 @at_length("training", 5)
-def test_each_token_visits_the_experts_that_it_visited_when_it_was_drawn(place: Path, tmp_path: Path) -> None:
-    replayed = tool_fixtures.config(routing_replay=True)
-    tool_fixtures.rlvr(place, tmp_path / "work", tmp_path / "routed", replayed)
-    assert max(x["max_sampler_gap"] for x in rl_fixtures.lines(tmp_path / "routed") if "max_sampler_gap" in x) < 1e-4
-    routed = rollouts.read(tmp_path / "routed" / "rollouts.parquet")
-    assert all(len(r.routes or b"") == (len(r.prompt_ids) + len(r.ids) - 1) * 2 * 2 for r in routed)
-    assert max(len(r.turns or ()) for r in routed) == 3
-
-
-@at_length("training", 5)
 def test_stopped_and_resumed_gives_the_same_bytes(place: Path, calm: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         reporter = train_fixtures.Reporter(1, signal.SIGTERM)
