@@ -137,7 +137,6 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     # Contamination.
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination)),
     CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores))),
-    CardTable("detector", lambda model: chat_tables.detector(model.contamination)),
     CardTable(
         "harness",
         lambda model: model_tables.task_sets(model.harness),

@@ -12,7 +12,7 @@ from release.facts.data_facts import DataFacts
 from release.facts.score_facts import ChatScores, ExampleAnswer
 from stages.confidence import Figure, Mean
 from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport
-from stages.rl.rollout.probes import MARGIN
+from stages.rl.rollout.tasks import MARGIN
 
 SHOWN, CHARACTERS = 4, 160
 """Sample pairs that a card shows, and characters of a text."""
@@ -212,19 +212,6 @@ def clean(report: ContaminationReport | None, names: Mapping[str, str]) -> list[
     sentence = f"For {count(same)} of {count(same + len(body))} scores every item is clean, so nothing changes."
     head = ["measure", "model after", "all items", "n", "clean items", "n"]
     return explained_table(f"{sentence} For the others:", head, body, labels=2) or [sentence]
-
-
-def detector(report: ContaminationReport | None) -> list[str]:
-    """Returns one sentence on the recall of the contamination detector on planted items."""
-    if report is None:
-        return []
-    # Planted items are known to be there: what is not found of them is the detector's error.
-    recall, false_positives = report["detector"]["recall"], report["detector"]["false_positives"]
-    return [
-        f"Of {count(recall['planted'])} items planted into a copy of the corpus the detector found "
-        f"{count(recall['found'])}; of {count(false_positives['absent'])} that are not there, "
-        f"{count(false_positives['found'])}."
-    ]
 
 
 def _value(row: Figure) -> str:

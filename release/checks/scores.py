@@ -30,9 +30,6 @@ from release.opened_release import Release
 from stages import scorers
 from stages.formats.table import read_jsonl
 
-MIN_RECALL, MIN_PLANTED = 0.9, 4
-"""The recall on items planted into a copy of the corpus that a valid detector has at least, and the minimum number of
-planted items."""
 MAX_CONTAMINATED = 0.05
 """The maximum share of the items of a split that may be in the training data."""
 META = "dataset/evaluation/fresh/meta.json"
@@ -71,7 +68,7 @@ def _equals_measured(path: Path, measured: Mapping[str, Any]) -> bool:
 
 
 def contamination_report(build: BuildContext) -> Findings | None:
-    """Checks that the detector finds the planted items, and finds few items of the evaluation.
+    """Checks that few items of the evaluation are in the training data.
 
     None without a chat model.
     """
@@ -81,19 +78,11 @@ def contamination_report(build: BuildContext) -> Findings | None:
     if not path.exists():
         return Findings(["there is no contamination report; run the stage contamination"])
     report = read_json(path)
-    recall, splits = report["detector"]["recall"], {name: dict(counts) for name, counts in report["items"].items()}
-    verdicts = "; ".join(
+    splits = {name: dict(counts) for name, counts in report["items"].items()}
+    text = "; ".join(
         f"{split}: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}" for split, counts in splits.items()
     )
-    text = f"{recall['found']} of {recall['planted']} planted items found; {verdicts}"
-    problems = []
-    if recall["planted"] < MIN_PLANTED:
-        problems.append(
-            "too few items could be planted to know how good the detector is; ask for more items, or cleaner ones"
-        )
-    elif recall["found"] < MIN_RECALL * recall["planted"]:
-        problems.append("the detector misses too much, look at its settings")
-    problems += [
+    problems = [
         f"the {split} items stand in what was trained on; draw others, or decontaminate the data"
         for split, counts in splits.items()
         if counts["contaminated"] > MAX_CONTAMINATED * sum(counts.values())

@@ -82,7 +82,7 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
         chat_models: Names of the models that were trained on conversations, in order.
         before: All earlier nodes of the graph, among which are the tasks, orders and evaluations to search in.
     """
-    section, data, seed = measured.section, measured.data, measured.seed
+    section, data = measured.section, measured.data
     chat = section.chat
     if chat is None or not chat_models:
         return []
@@ -107,7 +107,7 @@ def chat_nodes(measured: Measured, chat_models: Sequence[str], before: Sequence[
     if section.harness:
         inputs["benchmarks"] = "benchmarks"
     inputs |= {name: name for name in orders} | tasks | scored
-    specs.append(NodeSpec("contamination", "contamination", {"seed": seed, **corpus}, inputs))
+    specs.append(NodeSpec("contamination", "contamination", corpus, inputs))
     return specs
 
 

@@ -165,34 +165,6 @@ class VerdictCounts(TypedDict):
     phases: dict[str, dict[str, dict[str, int]]]
 
 
-class DetectorRecall(TypedDict):
-    """Planted items that were found, with Wilson's 95 % interval."""
-
-    planted: int
-    found: int
-    low: float
-    high: float
-
-
-class FalsePositives(TypedDict):
-    """Items that occur nowhere, and those of them that were found."""
-
-    absent: int
-    found: int
-
-
-class Detector(TypedDict):
-    """The detection rates of the search.
-
-    Attributes:
-        recall_by_form: {form: {planted, found}}.
-    """
-
-    recall: DetectorRecall
-    recall_by_form: dict[str, dict[str, int]]
-    false_positives: FalsePositives
-
-
 class ScoresByVerdict(TypedDict):
     """The mean score of one kind of item on three sets of items; None for fewer than two items."""
 
@@ -211,5 +183,4 @@ class ContaminationReport(VerdictCounts):
 
     thresholds: dict[str, Any]
     read: dict[str, int]
-    detector: Detector
     scores: dict[str, dict[str, ScoresByVerdict]]
