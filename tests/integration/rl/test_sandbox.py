@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.rl.sandbox import Outcome, Pool, Program, cgroups
+from stages.rl.sandbox import Outcome, Pool, Program, limits
 from stages.rl.sandbox.cell import Cell
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP, ROOT, Run, alive, cell, copy, run, until  # noqa: F401 - fixtures
 
@@ -85,7 +85,7 @@ if os.fork() == 0:
 for pid in [0, -1, *range(2, 200)]:
     try: os.kill(pid, 9)
     except OSError: pass
-for path in ('/atom/inside.py', '/atom/calls.py', sys.executable, json.__file__):
+for path in ('/atom/inside.py', '/atom/syscalls.py', sys.executable, json.__file__):
     for way in ('w', 'a'):
         try: open(path, way)
         except OSError: continue
@@ -131,4 +131,4 @@ def test_nothing_outlives_its_parent() -> None:
 def left_after_another(pid: int) -> list[Path]:
     with Pool(1) as pool:
         pool.run([Program("pass")])
-    return [f for c in cgroups.FILES for f in Path("/sys/fs/cgroup").glob(f"{c}/**/{cgroups.PREFIX}{pid}-*")]
+    return [f for c in limits.FILES for f in Path("/sys/fs/cgroup").glob(f"{c}/**/{limits.PREFIX}{pid}-*")]
