@@ -255,7 +255,6 @@ def _problems_of_mixes(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]
     mixes |= {f"{where}.mix": mix for where, mix in config.replay_mixes().items()}
     named_sources = {
         **mixes,
-        **config.searched_sources(),
         "release.maker.sources": config.release.maker.sources,
         "release.by_reference": config.release.by_reference,
     }

@@ -29,8 +29,8 @@ from stages.data import estimates
 from stages.data.estimates import Size
 from stages.formats.seeds import seed_of
 from stages.formats.table import part_files, stream_rows, write_json, write_jsonl
+from stages.tasks import Row, question, to_row
 from stages.tasks.eval_set import CHAT, Problems, chat_rows, texts_of
-from stages.tasks.rows import Row, question, to_row
 from stages.tasks.synthetic.problems import draw_distinct
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from stages.generation.samplers import open_sampler
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:
-    from stages.tasks.rows import Row
+    from stages.tasks import Row
 
 VERSION = 2
 # Number of the greedy answer among the samples.
@@ -147,7 +147,17 @@ def _loader(
 
 def _pieces(rows: Sequence[Row], config: SolveConfig) -> list[Piece[ChatModel]]:
     def answer(chat_model: ChatModel, batch: Sequence[Row]) -> list[Answer]:
-        return _answer_batch(chat_model, batch, config)
+        """Returns the greedy answers to the problems of a batch, then the samples to all of its items."""
+        problems = [row for row in batch if row["kind"] not in JUDGED]
+        # A greedy answer draws nothing, so its seed is 0.
+        answers = chat_model.answer([(row, GREEDY, 0) for row in problems], greedy=True) if problems else []
+        # A judged request is answered once: it has no right answer that a vote of several could find.
+        samples = [
+            (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed))
+            for row in batch
+            for n in range(1 if row["kind"] in JUDGED else config.num_samples)
+        ]
+        return answers + chat_model.answer(samples)
 
     return batched_pieces("answers", rows, ITEMS_PER_BATCH, answer)
 
@@ -194,7 +204,7 @@ class ChatModel:
     def __init__(self, setup: ChatSetup, folder: Path) -> None:
         import torch
 
-        from stages.rl.rewards.registry import make_verifiers
+        from stages.rl.protocols import make_verifiers
         from stages.rl.rollout import generation
 
         # One thread and deterministic kernels, so that the answers repeat bit for bit.
@@ -236,20 +246,6 @@ class ChatModel:
     def close(self) -> None:
         self.sampler.close()
         self.verifiers.close()
-
-
-def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
-    """Returns the greedy answers to the problems of a batch, then the samples to all of its items."""
-    problems = [row for row in batch if row["kind"] not in JUDGED]
-    # A greedy answer draws nothing, so its seed is 0.
-    answers = chat_model.answer([(row, GREEDY, 0) for row in problems], greedy=True) if problems else []
-    # A judged request is answered once: it has no right answer that a vote of several could find.
-    sample_requests = [
-        (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed))
-        for row in batch
-        for n in range(1 if row["kind"] in JUDGED else config.num_samples)
-    ]
-    return answers + chat_model.answer(sample_requests)
 
 
 def summary(answered: Sequence[Answer]) -> AnswerScores:

@@ -17,8 +17,8 @@ from stages.evaluation.long_context import ContextSection
 from stages.evaluation.model_evaluation import ROWS_PER_BATCH
 from stages.evaluation.pass_at_k import NumSamples
 from stages.generation.engine import Engine
+from stages.tasks.benchmarks import HarnessSection
 from stages.tasks.eval_set import ChatItems, Problems
-from stages.tasks.task_sets import HarnessSection
 
 # Standard errors beyond which a difference is significant in one direction, at 95 %.
 SURE = 1.645

@@ -29,7 +29,7 @@ from stages.formats.table import write_json, write_rows
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:
-    from stages.tasks.rows import Row
+    from stages.tasks import Row
 
 VERSION = 3
 ITEMS_PER_BATCH = 256
@@ -63,11 +63,13 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     Raises:
         AtomError: Fewer than two requests are held out.
     """
-    rows, pieces = _rows(inputs), _pieces(_rows(inputs), config)
-    sides: dict[str, list[Answer]] = {side: [] for side in SIDES}
-    results = compute(pieces, work, partial(_Models, rows, config, inputs, work, report.note), report, "answers")
-    for piece, answers in zip(pieces, results, strict=True):
-        sides[piece.name.partition("-")[0]] += answers
+    rows = _rows(inputs)
+    sides: dict[str, list[Answer]] = {}
+    # One side after the other: memory may not hold two models.
+    for side in SIDES:
+        load = _loader(rows, config, inputs, work, side, report.note)
+        results = compute(_pieces(rows, config, side), work, load, report, "answers")
+        sides[side] = [answer for answers in results for answer in answers]
     pairs = [_pair(row, *answers) for row, *answers in zip(rows, sides["model"], sides["before"], strict=True)]
     write_rows(out / "pairs.parquet", PAIRS, pairs)
     scores: ComparisonScores = {"model": config.model, "before": config.before, **summary(pairs)}
@@ -81,15 +83,15 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 def run_shard(config: PreferConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Answers the requests of one shard."""
-    rows = _rows(inputs)
-    load = partial(_Models, rows, config, inputs, work, partial(print, flush=True))
-    shards = estimates.shards(config.expected, len(SIDES), config.engine)
-    compute_shard(_pieces(rows, config), work, load, shard, shards)
+    rows, shards = _rows(inputs), estimates.shards(config.expected, len(SIDES), config.engine)
+    for side in SIDES:
+        load = _loader(rows, config, inputs, work, side, partial(print, flush=True))
+        compute_shard(_pieces(rows, config, side), work, load, shard, shards)
 
 
 def _pair(row: Row, model: Answer, before: Answer) -> dict[str, Any]:
     """Returns a row of pairs.parquet: columns that both answers share, and those of each side."""
-    from stages.tasks.rows import question
+    from stages.tasks import question
 
     # Both answers have the same id, seed and verifier, so those of one side are enough.
     pair = {name: value for name, value in model.items() if name in PAIRS} | {"question": question(row)}
@@ -106,41 +108,24 @@ def _rows(inputs: Inputs) -> list[dict[str, Any]]:
     return select_split(rows, "test")
 
 
-class _Models:
-    """The models of both sides, of which one is open at a time: memory may not hold two."""
-
-    def __init__(
-        self, rows: Sequence[Row], config: PreferConfig, inputs: Inputs, work: Path, note: Callable[[str], object]
-    ) -> None:
-        self.setup = ChatSetup(config.engine, config.max_new_tokens, rows, inputs, work, note)
-        self.side = ""
-        self.model: ChatModel | None = None
-
-    def open(self, side: str) -> ChatModel:
-        """Returns the model of a side, after closing that of the other one."""
-        if self.model is None or side != self.side:
-            self.close()
-            self.side = side
-            self.model = ChatModel(self.setup, self.setup.inputs[side] / "model")
-        return self.model
-
-    def close(self) -> None:
-        if self.model is not None:
-            self.model.close()
-            self.model = None
+def _loader(
+    rows: Sequence[Row],
+    config: PreferConfig,
+    inputs: Inputs,
+    work: Path,
+    side: str,
+    note: Callable[[str], object],
+) -> Callable[[], ChatModel]:
+    """Returns the function that opens the model of a side."""
+    setup = ChatSetup(config.engine, config.max_new_tokens, rows, inputs, work, note)
+    return lambda: ChatModel(setup, inputs[side] / "model")
 
 
-def _pieces(rows: Sequence[Row], config: PreferConfig) -> list[Piece[_Models]]:
-    """Returns batches of requests, all of one side before those of the other."""
+def _pieces(rows: Sequence[Row], config: PreferConfig, side: str) -> list[Piece[ChatModel]]:
+    """Returns batches of requests to one side."""
     # One seed for both sides, so that the comparison has less noise.
     requests = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
-
-    def answer(models: _Models, batch: Sequence[tuple[Row, int, int]], side: str) -> list[Answer]:
-        return models.open(side).answer(batch)
-
-    return [
-        piece for side in SIDES for piece in batched_pieces(side, requests, ITEMS_PER_BATCH, partial(answer, side=side))
-    ]
+    return batched_pieces(side, requests, ITEMS_PER_BATCH, ChatModel.answer)
 
 
 def summary(pairs: Sequence[dict[str, Any]]) -> PairScores:

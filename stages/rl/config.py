@@ -10,8 +10,8 @@ from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, S
 from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation.samplers import SAMPLERS
 from stages.models.base import ModelConfig
+from stages.rl import protocols as reward_registry
 from stages.rl.algorithms import policy_gradient
-from stages.rl.rewards import registry as reward_registry
 from stages.rl.rollout.tasks import Tasks, kinds_of
 from stages.rl.tools.settings import Tools
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
@@ -215,11 +215,6 @@ class RlPhase(PostTrainingPhase):
                     f"{side} = {value} has no effect with updates = 1, since the policy that drew the answers is the "
                     "one that is updated; leave it out, or use more updates"
                 )
-        if self.updates > 1 and not algorithm.updates:
-            raise ValueError(
-                f"updates = {self.updates} is not possible with algorithm {self.algorithm}, whose loss does not "
-                "correct for earlier updates; use 1, or another algorithm"
-            )
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,6 @@ draws and scores nothing: it reads the published answers, in the order in which 
 from __future__ import annotations
 
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,13 +24,12 @@ from stages.generation import weights
 from stages.generation.protocols import Completion, Sampler, SamplerContext
 from stages.mcore.architectures.hf_mapping import hf_config
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
-from stages.rl.protocols import Parts
-from stages.rl.rewards.registry import make_verifiers
-from stages.rl.rollout import generation, rollouts, tasks, turns
+from stages.rl.protocols import Parts, make_verifiers
+from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
+from stages.tasks import Row
 from stages.tasks.eval_set import chat_rows
-from stages.tasks.rows import Row
 from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Engine
 from stages.train.trainer import Trainer
@@ -113,10 +111,10 @@ class Policy:
         tools = config.phase.tools if isinstance(config.phase, RlPhase) else None
         self.chat = generation.Chat(inputs["tokenizer"], tools)
         # Bounds of an answer in turns; None without tools.
-        self.limits: turns.Limits | None = None
+        self.limits: generation.Limits | None = None
         if tools is not None:
-            self.limits = turns.Limits(tools.max_turns, sampling.max_new_tokens, config.model.context_length)
-        self.toolbox: turns.Toolbox | None = None
+            self.limits = generation.Limits(tools.max_turns, sampling.max_new_tokens, config.model.context_length)
+        self.toolbox: generation.Toolbox | None = None
         self.sampler: Sampler | None = None
         self.verifiers: generation.Verifiers | None = None
         if engine.ranks.first and draws:
@@ -127,7 +125,7 @@ class Policy:
             verifiers = make_verifiers(rows, inputs, self.chat, config.phase.verifiers)
             self.verifiers = generation.Verifiers(verifiers, report.note)
             if tools is not None:
-                self.toolbox = turns.Toolbox(tools, inputs, work / "tools")
+                self.toolbox = generation.Toolbox(tools)
 
     def _require_context(self, rows: Sequence[Row]) -> None:
         """Raises RecipeError for a question that leaves no room for an answer in the model's context."""
@@ -164,7 +162,7 @@ class Policy:
         assert self.sampler is not None, "rank 0 draws"
         if self.limits is None or self.toolbox is None:
             return generation.draw(self.sampler, self.chat, requests, greedy)
-        return turns.draw(self.sampler, self.chat, self.toolbox, self.limits, requests, greedy)
+        return generation.draw_turns(self.sampler, self.chat, self.toolbox, self.limits, requests, greedy)
 
     def score(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Parts]:
         assert self.verifiers is not None, "rank 0 scores"
@@ -202,16 +200,21 @@ class RolloutFiles:
         return self.folder / f"{step:06d}-{wave}.parquet"
 
     def all(self) -> list[Path]:
-        # Other names are those of groups in an asynchronous phase (stages/rl/rollout/asynchronous.py).
-        return sorted(p for p in self.folder.glob("*.parquet") if re.fullmatch(r"\d+-\d+\.parquet", p.name))
+        return sorted(self.folder.glob("*.parquet"))
+
+    def remove_after(self, step: int) -> None:
+        """Removes the files of the steps after this one."""
+        for path in self.all():
+            if int(path.name.split("-")[0]) > step:
+                path.unlink()
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
         """Returns the wave's answers with their rewards.
 
-        They are read from disk if an earlier attempt drew them with this policy, else drawn. They are written when
-        drawn and again when scored.
+        They are read from disk if an earlier attempt drew them with this policy, else drawn and scored. The caller
+        writes them, once it knows which are dropped.
 
         Args:
             step: Number of the step.
@@ -220,27 +223,17 @@ class RolloutFiles:
             requests: (task, seed) of each answer.
             policy: The policy, which draws and scores.
         """
-        scored_path, drawn_path = self.path(step, wave), self.path(step, wave).with_suffix(".drawn")
-        # The scored file is complete. The drawn one saves only the drawing, which costs most.
-        answers = self._read(scored_path, digest, requests)
+        answers = self._read(self.path(step, wave), digest, requests)
         if answers is not None:
             return answers
-        answers = self._read(drawn_path, digest, requests)
-        if answers is None:
-            completions = policy.draw(requests)
-            answers = [
-                unscored(step, wave, digest, row, seed, policy.chat, c)
-                for (row, seed), c in zip(requests, completions, strict=True)
-            ]
-            # On disk before the scoring, so that a verifier that fails costs no drawn answer.
-            rollouts.write(drawn_path, answers)
-        # The caller writes the scored file, once it knows which answers are dropped.
-        return scored([row for row, _ in requests], answers, policy)
+        drawn = [
+            unscored(step, wave, digest, row, seed, policy.chat, completion)
+            for (row, seed), completion in zip(requests, policy.draw(requests), strict=True)
+        ]
+        return scored([row for row, _ in requests], drawn, policy)
 
     def write(self, step: int, wave: int, answers: Sequence[Rollout]) -> None:
         rollouts.write(self.path(step, wave), answers)
-        # Only now, so that one of the two files is there at any time.
-        self.path(step, wave).with_suffix(".drawn").unlink(missing_ok=True)
 
     def finish_step(self, step: int, waves: int) -> None:
         """Removes the waves of a step beyond this number: an earlier attempt, with other arithmetic, needed more."""
@@ -398,7 +391,7 @@ class RecordedRollouts(RolloutFiles):
                 raise self.altered(wave, number, f"{recorded_answer}, and the phase asked for {requested}")
             if not is_answer(answer, policy.chat.vocab_size):
                 raise self.altered(wave, number, "has tokens, log-probabilities or a reward that no answer has")
-            if problem := turns.problem(answer, policy.chat, request[0], policy.limits):
+            if problem := generation.problem_of_turns(answer, policy.chat, request[0], policy.limits):
                 raise self.altered(wave, number, problem)
 
     def restore(

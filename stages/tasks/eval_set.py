@@ -16,7 +16,7 @@ from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
 from stages.formats.seeds import seed_of
 from stages.formats.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
-from stages.tasks.rows import Row, question, to_row
+from stages.tasks import Row, question, to_row
 from stages.tasks.synthetic import courtesy_notes
 from stages.tasks.synthetic.problems import TASKS, draw_distinct
 

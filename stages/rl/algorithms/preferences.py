@@ -23,7 +23,7 @@ from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import PairOrder, Rollout, hash_fraction
-from stages.tasks.rows import Row, question
+from stages.tasks import Row, question
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 

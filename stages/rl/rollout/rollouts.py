@@ -122,14 +122,8 @@ def schema(asynchronous: bool = False, tools: bool = False) -> pa.Schema:
     return pa.schema([(name, types.get(name, text)) for name in names])
 
 
-def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None:
-    """Writes the file atomically.
-
-    Args:
-        path: The file.
-        rollouts: Its answers.
-        durable: Waits until it is on disk, so that a crash of the machine keeps it too.
-    """
+def write(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Writes the file of some answers atomically. It is on disk when this returns, also if the machine crashes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -138,7 +132,7 @@ def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None
     # A column that no answer fills is one that the phase does not have.
     present = (any(getattr(r, name) is not None for r in rollouts) for name in ("versions", "turns"))
     table = pa.Table.from_pylist(rows, schema(*present))
-    with atomic_files.replacing(path, durable) as draft:
+    with atomic_files.replacing(path) as draft:
         pq.write_table(table, draft, compression="zstd", row_group_size=ROWS_PER_GROUP)
 
 

@@ -17,13 +17,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pipeline.core.bounds import Line, LongLine, Range
-from pipeline.core.stage import Inputs, Promise, operational
-from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
-from stages.tasks.rows import Row
+from pipeline.core.stage import Promise, operational
+from stages.rl.protocols import Call, Result, Tool, ToolFailed
+from stages.tasks import Row
 
 # Times that a request is tried.
 ATTEMPTS = 5
@@ -158,7 +157,7 @@ class GymTool(Tool):
         """Returns None: the server decides."""
         return None
 
-    def open(self, inputs: Inputs, folder: Path) -> Environment:
+    def open(self) -> Environment:
         return Environment(self.url.rstrip("/"), self.timeout)
 
 

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Range, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Promise
-from stages.rl.tools.registry import TOOLS, Tool
-from stages.tasks.rows import Row
+from stages.rl.protocols import TOOLS, Tool
+from stages.tasks import Row
 
 if TYPE_CHECKING:
     AnyTool = Tool

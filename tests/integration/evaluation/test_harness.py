@@ -29,9 +29,8 @@ from stages.evaluation.model_evaluation import load_tokenizer
 from stages.formats.table import read_table, write_json, write_rows
 from stages.formats.tokenizer import without_special
 from stages.rl.rollout import tasks
-from stages.tasks import benchmarks, eval_set
-from stages.tasks.rows import to_row
-from stages.tasks.task_sets import TASK_SETS, HarnessSection
+from stages.tasks import benchmarks, eval_set, to_row
+from stages.tasks.benchmarks import TASK_SETS, HarnessSection
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.harness_fixtures import CHOICES, OWN_TASKS, TASK, section_of, write_tasks
 from tests.fixtures.run_fixtures import evaluate_in_shards

@@ -28,7 +28,7 @@ from stages.rl.config import RlPhase
 from stages.rl.protocols import Response, VerifierFailed
 from stages.rl.rollout import generation, rollouts
 from stages.rl.rollout.asynchronous import LiveGroups
-from stages.tasks.rows import to_row
+from stages.tasks import to_row
 from tests.fixtures import ROOT, layout_fixtures, rl_fixtures, train_fixtures
 from tests.fixtures.rl_fixtures import first, place, rewrite, without_sampler  # noqa: F401 - fixtures
 from tests.fixtures.run_fixtures import at_length

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from stages.rl.protocols import Parts, Verifier, VerifierFailed
-from stages.rl.rewards import pooled_verifier, scoring_worker
-from stages.rl.rewards.registry import make_verifier
+from stages.rl.protocols import Parts, Verifier, VerifierFailed, make_verifier
+from stages.rl.rewards import pooled_verifier
+from stages.rl.rewards import pooled_verifier as scoring_worker
 from stages.rl.rollout.task_sources.procedural_tasks import reasoning_gym_rows
-from stages.tasks.rows import Row
+from stages.tasks import Row
 from tests.fixtures.verifier_fixtures import (
     response_of,
     score_one,

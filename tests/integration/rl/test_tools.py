@@ -21,10 +21,10 @@ from stages.generation.protocols import Prompt
 from stages.mcore.architectures.hf_mapping import hf_config
 from stages.models.qwen3_moe import Qwen3MoeConfig
 from stages.rl import sandbox
+from stages.rl.protocols import Call, RunningTool, ToolFailed
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.generation import Chat
 from stages.rl.tools.python_program import PythonTool
-from stages.rl.tools.registry import Call, RunningTool, ToolFailed
 from stages.rl.tools.settings import Tools
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import layout_fixtures, rl_fixtures, tool_fixtures, train_fixtures
@@ -62,7 +62,7 @@ def answers(calm: Path) -> list[rollouts.Rollout]:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningTool]:
-    running = PythonTool(tool="python", cpu_seconds=1, workers=1).open({}, tmp_path_factory.mktemp("python"))
+    running = PythonTool(tool="python", cpu_seconds=1, workers=1).open()
     yield running
     running.close()
 
@@ -214,7 +214,7 @@ def without_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise AssertionError("a replay calls no tool, draws and scores nothing")
 
-    for name in ("make_sampler", "make_verifiers", "turns.Toolbox"):
+    for name in ("make_sampler", "make_verifiers", "generation.Toolbox"):
         monkeypatch.setattr(f"stages.rl.policy.{name}", refuse)
 
 
