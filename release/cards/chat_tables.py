@@ -33,12 +33,11 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
                 part["greedy"]["accuracy"],
                 drawn["accuracy"],
                 part["at"][max_k]["pass"],
-                part["at"][max_k]["maj"],
             ]
             cells = [title(name), str(drawn["accuracy"]["n"]), *map(_value, figures), f"{drawn['tokens']:.1f}"]
             body.append([kind, *cells, f"{drawn['truncated']:.1%}", f"{drawn['reasoning']:.1%}"])
         for kind, row in model_scores["judged"].items():
-            cells = ["", _value(row["reward"]), "", "", f"{row['tokens']:.1f}", f"{row['truncated']:.1%}", ""]
+            cells = ["", _value(row["reward"]), "", f"{row['tokens']:.1f}", f"{row['truncated']:.1%}", ""]
             body.append([f"{kind} (preference reward)", title(name), str(row["reward"]["n"]), *cells])
         if model_scores["problems_all"]:
             max_k = max(model_scores["problems_all"]["at"], key=int)
@@ -49,7 +48,7 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
     # Models of one kind stand together, in the order in which the kinds come up.
     kinds = list(dict.fromkeys(row[0] for row in body))
     body.sort(key=lambda row: kinds.index(row[0]))
-    head = ["kind", "model after", "items", "greedy", "pass@1", f"pass@{most_drawn}", f"maj@{most_drawn}"]
+    head = ["kind", "model after", "items", "greedy", "pass@1", f"pass@{most_drawn}"]
     return table([*head, "tokens", "cut off", "with reasoning"], body, labels=3)
 
 

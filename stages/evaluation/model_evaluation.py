@@ -231,9 +231,7 @@ def summary(
         "accuracy_all": binomial([row["score"] for row in items]),
     }
     if passkeys and positions:
-        long = long_context.summary(passkeys, positions)
-        scores["passkey"], scores["passkey_by_depth"] = long["passkey"], long["passkey_by_depth"]
-        scores["loss_by_position"] = long["loss_by_position"]
+        scores.update(long_context.summary(passkeys, positions))
     return scores
 
 

@@ -144,7 +144,7 @@ def harness_nodes(measured: Measured, benchmarks: Mapping[str, Any]) -> list[Nod
     section, engine = measured.section.harness, measured.section.engine
     if section is None:
         return []
-    tokens, tasks = section.tokens(engine.kind == "vllm"), section.tasks()
+    tokens, tasks = section.tokens(), section.tasks()
     # A model with a step is a checkpoint from within a phase.
     final = [model for model in measured.models.values() if model.step is None][-1]
     config = {**benchmarks, "expected": _expected(measured, final, tokens, tasks), "engine": engine}

@@ -1,18 +1,14 @@
-"""Stage `solve`: pass@k and maj@k of one exported model in conversation.
+"""Stage `solve`: pass@k of one exported model in conversation.
 
     atom run atom-tiny --only solve-rlvr
 
-The model answers each problem once greedily and `num_samples` times at temperature 1. The figures of the samples, for k
-= 1, 2, 4, … answers and with their cost in generated tokens, are:
+The model answers each problem once greedily and `num_samples` times at temperature 1. pass@k is the chance that one of
+k answers is correct, for k = 1, 2, 4, …, with the cost of k answers in generated tokens: an exact expectation over all
+subsets of the samples (stages/confidence.py).
 
-- **pass@k**: one of k answers is correct;
-- **maj@k**: the most frequent of k answers is correct. An answer votes by its text without the reasoning. A truncated
-  answer has no vote. Ties are broken at random.
-
-Both are exact expectations over all subsets of the samples (stages/confidence.py). A request for a courteous
-note has no single correct answer: the model answers it once, and its mean reward is reported. Stage `prefer` measures
-which of two models is preferred. Standard errors are over items. Seeds follow from item and sample, so all models of a
-recipe draw with the same random numbers.
+A request for a courteous note has no single correct answer: the model answers it once, and its mean reward is reported.
+Stage `prefer` measures which of two models is preferred. Standard errors are over items. Seeds follow from item and
+sample, so all models of a recipe draw with the same random numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage
-from stages.confidence import clustered, majority_at, pass_at, powers_of_two
+from stages.confidence import clustered, pass_at, powers_of_two
 from stages.evaluation import estimates
 from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, compute, compute_shard
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
@@ -84,17 +80,22 @@ ANSWERS = columns_of(Answer)
 NumSamples = Annotated[int, Range(1, 4096)]
 
 
-class SolveConfig(EngineConfig):
-    """The items, the number of answers to each, and their maximum length."""
+class ChatConfig(EngineConfig):
+    """Settings of the stages in which a model answers in conversation."""
+
+    max_new_tokens: Context
+    """maximum number of tokens of an answer"""
+    seed: Seed
+    """seed of the recipe"""
+
+
+class SolveConfig(ChatConfig):
+    """The items, and the number of answers to each."""
 
     num_samples: NumSamples
     """answers per item"""
-    max_new_tokens: Context
-    """maximum number of tokens of an answer"""
     split: Literal["test", "validation"] = "test"
     """split of the items"""
-    seed: Seed
-    """seed of the recipe"""
 
 
 def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -107,7 +108,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         AtomError: A kind has fewer than two items; and the errors of the verifiers.
     """
     rows = _rows(config, inputs)
-    results = compute(_pieces(rows, config), work, _loader(rows, config, inputs, work, report.note), report)
+    results = compute(_pieces(rows, config), work, chat_loader(rows, config, inputs, work, report.note), report)
     answered: list[Answer] = [answer for answers in results for answer in answers]
     # In a batch all greedy answers come first; the table has the answers item by item.
     answered.sort(key=lambda row: (row["id"], row["sample"]))
@@ -120,7 +121,6 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         headline = {
             "greedy": part["greedy"]["accuracy"],
             f"pass@{largest_k}": part["at"][largest_k]["pass"],
-            f"maj@{largest_k}": part["at"][largest_k]["maj"],
         }
         report.note(f"{kind}: " + ", ".join(f"{x} {y['value']:.3f} ± {y['se']:.3f}" for x, y in headline.items()))
     for kind, judged in scores["judged"].items():
@@ -130,7 +130,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 def run_shard(config: SolveConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Answers the items of one shard."""
     rows = _rows(config, inputs)
-    load = _loader(rows, config, inputs, work, partial(print, flush=True))
+    load = chat_loader(rows, config, inputs, work, partial(print, flush=True))
     compute_shard(_pieces(rows, config), work, load, shard, estimates.shards(config.expected, 1, config.engine))
 
 
@@ -138,11 +138,17 @@ def _rows(config: SolveConfig, inputs: Inputs) -> list[dict[str, Any]]:
     return select_split(chat_rows(inputs["items"]), config.split)
 
 
-def _loader(
-    rows: Sequence[Row], config: SolveConfig, inputs: Inputs, work: Path, note: Callable[[str], object]
+def chat_loader(
+    rows: Sequence[Row],
+    config: ChatConfig,
+    inputs: Inputs,
+    work: Path,
+    note: Callable[[str], object],
+    role: str = "model",
 ) -> Callable[[], ChatModel]:
+    """Returns the function that opens the export inputs[role]; see `ChatSetup`."""
     setup = ChatSetup(config.engine, config.max_new_tokens, rows, inputs, work, note)
-    return lambda: ChatModel(setup, inputs["model"] / "model")
+    return lambda: ChatModel(setup, inputs[role] / "model")
 
 
 def _pieces(rows: Sequence[Row], config: SolveConfig) -> list[Piece[ChatModel]]:
@@ -274,15 +280,8 @@ def _summarize_problems(items: Mapping[str, list[Answer]]) -> ProblemScores:
         at[str(k)] = {
             "tokens": k * sample_statistics["tokens"],
             "pass": clustered([pass_at(len(rows), correct[id], k) for id, rows in samples.items()]),
-            "maj": clustered([_majority_of(rows, k) for rows in samples.values()]),
         }
     return {"greedy": _answer_statistics(greedy, "accuracy"), "samples": sample_statistics, "at": at}
-
-
-def _majority_of(rows: Sequence[Answer], k: int) -> float:
-    # An answer that was cut off has no vote.
-    votes = [row["answer"] if row["finished"] else None for row in rows]
-    return majority_at(votes, {row["answer"] for row in rows if row["reward"] >= 1}, k)
 
 
 def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accuracy", "reward"]) -> AnswerStatistics:

@@ -23,8 +23,8 @@ VERDICTS = ("clean", "overlap", "contaminated")
 HarnessScores = dict[str, dict[str, dict[str, Mean]]]
 
 
-class LongContextScores(TypedDict):
-    """The scores on long texts.
+class LongContextScores(TypedDict, total=False):
+    """The scores on long texts, if the recipe measures them.
 
     Attributes:
         passkey: Share of keys found, by length of the text.
@@ -37,10 +37,8 @@ class LongContextScores(TypedDict):
     loss_by_position: dict[str, Ratio]
 
 
-class ModelScores(TypedDict):
+class ModelScores(LongContextScores):
     """`scores.json` of the stage evaluate.
-
-    The fields that may be absent exist for a recipe with long contexts, as in LongContextScores.
 
     Attributes:
         bits_per_byte: Bits per byte by source.
@@ -51,9 +49,6 @@ class ModelScores(TypedDict):
     bits_per_byte_all: Ratio
     accuracy: dict[str, Mean]
     accuracy_all: Mean
-    passkey: NotRequired[dict[str, Mean]]
-    passkey_by_depth: NotRequired[dict[str, dict[str, Mean]]]
-    loss_by_position: NotRequired[dict[str, Ratio]]
     engine: NotRequired[str]
 
 
@@ -67,8 +62,8 @@ class AnswerStatistics(TypedDict):
     reasoning: float
 
 
-# k answers to each item: their tokens, pass@k and maj@k.
-SeveralAnswers = TypedDict("SeveralAnswers", {"tokens": float, "pass": Mean, "maj": Mean})
+# k answers to each item: their tokens and pass@k.
+SeveralAnswers = TypedDict("SeveralAnswers", {"tokens": float, "pass": Mean})
 
 
 class ProblemScores(TypedDict):

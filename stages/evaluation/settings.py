@@ -52,7 +52,7 @@ class ChatSection(Config):
     max_new_tokens: Context = 64
     """maximum number of tokens of an answer"""
     num_samples: NumSamples = 8
-    """answers per problem, for pass@k and maj@k"""
+    """answers per problem, for pass@k"""
     min_gain: Gain = 0.0
     """gain in pass@1 from SFT to RLVR that must be exceeded, as far as there is room for it"""
     min_win_rate: Annotated[float, Range(0.5, 1, below=True)] = 0.5

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.bounds import Context, Key, Seed
+from pipeline.core.bounds import Key
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage
 from stages.confidence import clustered, wilson
 from stages.evaluation import estimates
-from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, compute, compute_shard
-from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, ChatSetup, select_split
+from stages.evaluation.estimates import Piece, batched_pieces, compute, compute_shard
+from stages.evaluation.pass_at_k import JUDGED, Answer, ChatConfig, ChatModel, chat_loader, select_split
 from stages.evaluation.scores import ComparisonScores, PairScores, SideScores
 from stages.formats.seeds import seed_of
 from stages.formats.table import write_json, write_rows
@@ -41,17 +41,13 @@ PAIRS = {"id": "string", "question": "string", "seed": "uint64", "verifier": "st
 PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**SIDE_COLUMNS, "parts": "string"}.items()}
 
 
-class PreferConfig(EngineConfig):
-    """The names of the two models in the recipe, and the maximum length of an answer."""
+class PreferConfig(ChatConfig):
+    """The names of the two models in the recipe."""
 
     model: Key
     """name of the model"""
     before: Key
     """name of the model that it is compared with"""
-    max_new_tokens: Context
-    """maximum number of tokens of an answer"""
-    seed: Seed
-    """seed of the recipe"""
 
 
 def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -67,7 +63,7 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     sides: dict[str, list[Answer]] = {}
     # One side after the other: memory may not hold two models.
     for side in SIDES:
-        load = _loader(rows, config, inputs, work, side, report.note)
+        load = chat_loader(rows, config, inputs, work, report.note, side)
         results = compute(_pieces(rows, config, side), work, load, report, "answers")
         sides[side] = [answer for answers in results for answer in answers]
     pairs = [_pair(row, *answers) for row, *answers in zip(rows, sides["model"], sides["before"], strict=True)]
@@ -85,7 +81,7 @@ def run_shard(config: PreferConfig, inputs: Inputs, work: Path, shard: int) -> N
     """Answers the requests of one shard."""
     rows, shards = _rows(inputs), estimates.shards(config.expected, len(SIDES), config.engine)
     for side in SIDES:
-        load = _loader(rows, config, inputs, work, side, partial(print, flush=True))
+        load = chat_loader(rows, config, inputs, work, partial(print, flush=True), side)
         compute_shard(_pieces(rows, config, side), work, load, shard, shards)
 
 
@@ -108,24 +104,15 @@ def _rows(inputs: Inputs) -> list[dict[str, Any]]:
     return select_split(rows, "test")
 
 
-def _loader(
-    rows: Sequence[Row],
-    config: PreferConfig,
-    inputs: Inputs,
-    work: Path,
-    side: str,
-    note: Callable[[str], object],
-) -> Callable[[], ChatModel]:
-    """Returns the function that opens the model of a side."""
-    setup = ChatSetup(config.engine, config.max_new_tokens, rows, inputs, work, note)
-    return lambda: ChatModel(setup, inputs[side] / "model")
-
-
 def _pieces(rows: Sequence[Row], config: PreferConfig, side: str) -> list[Piece[ChatModel]]:
     """Returns batches of requests to one side."""
     # One seed for both sides, so that the comparison has less noise.
     requests = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
-    return batched_pieces(side, requests, ITEMS_PER_BATCH, ChatModel.answer)
+
+    def answer(model: ChatModel, batch: Sequence[tuple[Row, int, int]]) -> list[Answer]:
+        return model.answer(batch)
+
+    return batched_pieces(side, requests, ITEMS_PER_BATCH, answer)
 
 
 def summary(pairs: Sequence[dict[str, Any]]) -> PairScores:

@@ -19,9 +19,9 @@ from pipeline.core.stage import Inputs, Report
 from pipeline.core.store import Artifact, sha256_file
 from stages.formats.seeds import seed_label, seed_of
 from stages.formats.table import require_columns
-from stages.generation import samplers as sampler_registry
 from stages.generation import weights
 from stages.generation.protocols import Completion, Sampler, SamplerContext
+from stages.generation.samplers import SAMPLERS, make_sampler
 from stages.mcore.architectures.hf_mapping import hf_config
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
 from stages.rl.protocols import Parts, make_verifiers
@@ -105,7 +105,7 @@ class Policy:
             # Every rank has one, since its `load` is collective.
             self.broadcast = weights.Broadcast(self._tensors, engine.ranks)
         # A sampler in this process reads the tensors directly only if this rank holds all of them.
-        elif draws and (sampler_registry.SAMPLERS[sampling.kind].apart or engine.ranks.world > 1):
+        elif draws and (SAMPLERS[sampling.kind].apart or engine.ranks.world > 1):
             self.folder = work / "served"
 
         tools = config.phase.tools if isinstance(config.phase, RlPhase) else None
@@ -118,7 +118,10 @@ class Policy:
         self.sampler: Sampler | None = None
         self.verifiers: generation.Verifiers | None = None
         if engine.ranks.first and draws:
-            self.sampler = make_sampler(config, self.chat, work, report)
+            dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
+            model_config = hf_config(config.model, self.chat.vocab_size, self.chat.end, self.chat.pad, dtype)
+            context = SamplerContext(model_config, self.chat.stops, work / "served", sampling, report.note)
+            self.sampler = make_sampler(sampling.kind, context)
             # Validation items are answered too, so their questions must fit and their verifiers must work.
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
@@ -173,21 +176,14 @@ class Policy:
         """Returns the mean reward of greedy answers by kind of task."""
         # Greedy answers depend on no seed.
         completions = self.draw([(row, 0) for row in rows], greedy=True)
-        return generation.mean_reward_by_kind(list(zip(rows, self.score(rows, completions), strict=True)))
+        scores = zip(rows, self.score(rows, completions), strict=True)
+        return rollouts.mean_rewards((row["kind"], parts["reward"]) for row, parts in scores)
 
     def close(self) -> None:
         # The broadcast first: servers that still wait for its ranks are then freed.
         for resource in (self.broadcast, self.sampler, self.verifiers, self.toolbox):
             if resource is not None:
                 resource.close()
-
-
-def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path, report: Report) -> Sampler:
-    """Returns the sampler that the recipe names."""
-    dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
-    model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
-    context = SamplerContext(model_config, chat.stops, work / "served", config.phase.sampling, report.note)
-    return sampler_registry.make_sampler(config.phase.sampling.kind, context)
 
 
 class RolloutFiles:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from pipeline.core.bounds import Range, Share, Words
 from pipeline.core.errors import AtomError, MachineError, RecipeError
-from pipeline.core.stage import Config, Inputs, Promise, operational
+from pipeline.core.stage import Config, Inputs, operational
 from pipeline.graph.recipe import explain
 from stages.generation.protocols import ToolCall
 from stages.scorers import answer_of
@@ -324,8 +324,6 @@ class Tool(Config):
     description: ClassVar[str] = ""
     # {argument: what it is, for the model}. All are texts, and all are required.
     parameters: ClassVar[Mapping[str, str]] = {}
-    # "bitwise" if equal calls have equal results.
-    promise: ClassVar[Promise] = "bitwise"
 
     def missing(self) -> str | None:
         """Returns the requirement that this machine lacks, as a sentence with the remedy."""

@@ -55,8 +55,6 @@ class TaskSet(Config):
     """digest of the files of the folder; null: no folder"""
     items: Annotated[int, Range(1, 1e9)] | None = operational(None)
     """items that the tasks evaluate together, for `atom plan` alone; null: assumed"""
-    letters: Annotated[int, Range(1, 100)] = operational(1)
-    """choices of an item that are one token each, which transformers reads in one row, for `atom plan` alone"""
 
 
 def _packaged() -> dict[str, TaskSet]:
@@ -108,19 +106,14 @@ class HarnessSection(Config):
             raise ValueError(f"evaluation.harness has the task set {repeated} twice; names must differ")
         return self
 
-    def tokens(self, served: bool) -> int:
-        """Returns the number of tokens that the evaluation of one model reads, as assumed for `atom plan`.
-
-        If `served`, the evaluator is vLLM, which reads an item once with each choice.
-        """
+    def tokens(self) -> int:
+        """Returns the number of tokens that the evaluation of one model reads, as assumed for `atom plan`."""
+        sets = [(len(known.tasks), known.items) for known in map(TASK_SETS.__getitem__, self.sets)]
+        sets += [(len(folder.tasks), None) for folder in self.folders]
         total = 0
-        for tasks, items, letters in (
-            *((len(known.tasks), known.items, known.letters) for known in map(TASK_SETS.__getitem__, self.sets)),
-            *((len(folder.tasks), None, 1) for folder in self.folders),
-        ):
+        for tasks, items in sets:
             most = items or tasks * TASK_ITEMS
-            read = most if self.limit is None else min(most, tasks * self.limit)
-            total += read * ITEM_TOKENS // (1 if served else letters)
+            total += (most if self.limit is None else min(most, tasks * self.limit)) * ITEM_TOKENS
         return total
 
     def tasks(self) -> int:

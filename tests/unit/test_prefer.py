@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
-from stages.evaluation import win_rate
+from stages.evaluation import pass_at_k, win_rate
 from tests.fixtures import chat_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
 
@@ -72,7 +72,7 @@ def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path, 
         work = tmp_path / str(shards)
         config = evaluate_in_shards(win_rate.STAGE, CONFIG, inputs, work, shards)
         with monkeypatch.context() as patch:
-            patch.setattr(win_rate, "ChatModel", None)  # nothing is left to do
+            patch.setattr(pass_at_k, "ChatModel", None)  # nothing is left to do
             assert run_stage(win_rate.STAGE, config, inputs, work).digest == whole.digest
 
 

@@ -90,7 +90,7 @@ class Dpo(PolicyTrainer):
         scored = [r for r in answers if r.wave == 0]
         metrics: dict[str, Any] = {
             "reward": sum(r.reward for r in scored) / len(scored),
-            "rewards": rollouts.mean_rewards(scored),
+            "rewards": rollouts.mean_rewards((r.kind, r.reward) for r in scored),
             "pairs": len(pairs),
             "anchors": len(correct),
             "answers": len(answers),

@@ -170,13 +170,11 @@ class CodeVerifier(Verifier):
             raise self._failure(row, "it has no entry_point with a check")
         if not response.finished or not response.answer.strip() or len(response.answer) > MAX_ANSWER_CHARACTERS:
             return parts(False)
-        source, prelude = code_of(response.answer, row["entry_point"]), row.get("prelude", "")
         job: Job = {
             "role": "answer",
-            "prelude": prelude,
-            "source": source,
+            "prelude": row.get("prelude", ""),
+            "source": code_of(response.answer, row["entry_point"]),
             "entry_point": row["entry_point"],
-            "stdin": "",
         }
         with cells[0].begin(job) as answer:
             # The first line tells that the answer's code has run. Without it there is nothing to check.

@@ -64,7 +64,6 @@ class Chat:
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.tools = tools
         self._special, self._plain = special, load_for_corpus(tokenizer / "tokenizer.json")
-        self._latest: tuple[Row, tuple[int, ...]] | None = None
 
     def encode_prompt(self, row: Row) -> tuple[int, ...]:
         """Returns the token ids of a task's question up to the assistant's turn.
@@ -72,12 +71,6 @@ class Chat:
         Raises:
             AtomError: The question or a tool contains the name of a special token.
         """
-        latest = self._latest  # read once: several threads may draw
-        if latest is None or latest[0] is not row:  # the answers of a group come one after another
-            latest = self._latest = row, self._encode_prompt(row)
-        return latest[1]
-
-    def _encode_prompt(self, row: Row) -> tuple[int, ...]:
         messages, functions = row["responses_create_params"]["input"], self.functions(row)
         try:
             chat.check(messages)
@@ -195,14 +188,6 @@ def draw(
     # A prompt is encoded once, however many answers it has.
     ids = {str(row["id"]): chat.encode_prompt(row) for row, _ in requests}
     return sampler.generate([Prompt(ids[str(row["id"])], seed) for row, seed in requests], greedy)
-
-
-def mean_reward_by_kind(scored: Sequence[tuple[Row, Parts]]) -> dict[str, float]:
-    """Returns the mean reward by kind of task, in the order of their names."""
-    by_kind: dict[str, list[float]] = {}
-    for row, parts in scored:
-        by_kind.setdefault(str(row["kind"]), []).append(parts["reward"])
-    return {kind: sum(rewards) / len(rewards) for kind, rewards in sorted(by_kind.items())}
 
 
 @dataclass(frozen=True)

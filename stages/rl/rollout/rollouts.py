@@ -1,7 +1,7 @@
 """Rollouts: every answer that a phase draws, with all fields needed to check its part in training.
 
 `rollouts.parquet` has one row per answer; docs/formats.md describes the columns. The answers of a step are written
-before the update, so a kill loses no finished answer, and a resumed step reads them again.
+before the update, so a resumed step reads them again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -172,11 +172,11 @@ def pass_rate(group: Sequence[Rollout]) -> float:
     return sum(min(max(r.reward, 0.0), 1.0) for r in group) / len(group)
 
 
-def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Returns the mean reward by kind of task, in the order of their names."""
+def mean_rewards(rewards: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Returns the mean of (kind of task, reward) pairs by kind, in the order of their names."""
     kinds: dict[str, list[float]] = {}
-    for r in rollouts:
-        kinds.setdefault(r.kind, []).append(r.reward)
+    for kind, reward in rewards:
+        kinds.setdefault(kind, []).append(reward)
     return {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())}
 
 

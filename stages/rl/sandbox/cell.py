@@ -202,7 +202,6 @@ class Running:
 @dataclass(frozen=True)
 class Program:
     source: str
-    stdin: str = ""
 
 
 def command(limits: Limits) -> list[str]:
@@ -296,7 +295,7 @@ class Cell:
         Raises:
             SandboxFailed: The sandbox failed. If it died, one of DEATHS is raised instead.
         """
-        with self.begin({"role": "program", "source": program.source, "stdin": program.stdin}) as running:
+        with self.begin({"role": "program", "source": program.source}) as running:
             return running.finish()
 
     def begin(self, job: Job) -> Running:

@@ -52,6 +52,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 LIBC = ctypes.CDLL(None, use_errno=True)
 # The function that returns the plain value of a subclass, without its methods.
 PLAIN: list[tuple[type, Callable[[Any], Any]]] = [(int, int.__int__), (float, float.__float__), (str, str.__str__)]
+COLLECTIONS: dict[str, type[Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 # Bits of an int beyond which it is sent as hexadecimal digits: decimal ones take quadratic time, and Python reads at
 # most 4300.
 LONG = 14_000
@@ -146,13 +147,6 @@ def program(files: list[int], limits: dict[str, int]) -> int:
     os.closerange(CHANNEL + 1, 1024)
     channel = Channel()
     job = channel.receive()
-    if job["stdin"]:
-        # A file without a name, since a pipe holds only a short input.
-        file = os.open("/tmp", os.O_TMPFILE | os.O_RDWR, 0o600)
-        os.write(file, job["stdin"].encode("utf-8", "replace"))
-        os.lseek(file, 0, os.SEEK_SET)
-        os.dup2(file, 0)
-        os.close(file)
     confine(limits)
     random.seed(0)  # the same program, the same end
     channel.send({"confined": True})
@@ -233,8 +227,8 @@ def encode(value: Any) -> Any:
         return [encode(v) for v in value]
     if isinstance(value, dict):
         return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
-    for name, kinds in (("tuple", tuple), ("set", set), ("frozenset", frozenset)):
-        if isinstance(value, kinds):
+    for name, kind in COLLECTIONS.items():
+        if isinstance(value, kind):
             return {name: [encode(v) for v in value]}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
@@ -253,12 +247,8 @@ def decode(value: Any) -> Any:
     ((kind, parts),) = value.items()
     if kind == "dict":
         return {decode(k): decode(v) for k, v in parts}
-    if kind == "tuple":
-        return tuple(decode(v) for v in parts)
-    if kind == "set":
-        return {decode(v) for v in parts}
-    if kind == "frozenset":
-        return frozenset(decode(v) for v in parts)
+    if kind in COLLECTIONS:
+        return COLLECTIONS[kind](decode(v) for v in parts)
     if kind == "int":
         return int(parts, 16)
     if kind == "bytes":

@@ -29,14 +29,12 @@ class Job(TypedDict):
     Attributes:
         role: A whole program; or an answer's functions, which it calls on request; or a check that calls them.
         source: Its source.
-        stdin: Its standard input.
         prelude: Source that runs before; a program has none.
         entry_point: The name of the function.
     """
 
     role: Literal["program", "answer", "check"]
     source: str
-    stdin: str
     prelude: NotRequired[str]
     entry_point: NotRequired[str]
 

@@ -17,10 +17,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pipeline.core.bounds import Line, LongLine, Range
-from pipeline.core.stage import Promise, operational
+from pipeline.core.stage import operational
 from stages.rl.protocols import Call, Result, Tool, ToolFailed
 from stages.tasks import Row
 
@@ -138,8 +138,6 @@ def attempt(url: str, timeout: float, work: Callable[[Session], T]) -> T:
 
 class GymTool(Tool):
     """The tools of an environment of NeMo Gym, over HTTP."""
-
-    promise: ClassVar[Promise] = "numeric"
 
     tool: Literal["nemo-gym"]
     """selects this tool"""

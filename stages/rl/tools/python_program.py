@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pipeline.core.bounds import Range
-from pipeline.core.stage import Promise, operational
+from pipeline.core.stage import operational
 from stages.rl import sandbox
 from stages.rl.protocols import Call, Result, Tool, ToolFailed
 from stages.rl.sandbox import Limits, Outcome, Pool, Program, SandboxFailed
@@ -33,7 +33,6 @@ class PythonTool(Tool):
 
     description: ClassVar = "Runs a Python program and returns what it prints. Nothing is left for the next program."
     parameters: ClassVar = {"code": "the whole program; print what you need"}
-    promise: ClassVar[Promise] = "numeric"  # a program can print the time, or an address of its memory
 
     tool: Literal["python"]
     """selects this tool"""

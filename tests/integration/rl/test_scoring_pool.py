@@ -16,7 +16,6 @@ import pytest
 
 from stages.rl.protocols import Parts, Verifier, VerifierFailed, make_verifier
 from stages.rl.rewards import pooled_verifier
-from stages.rl.rewards import pooled_verifier as scoring_worker
 from stages.rl.rollout.task_sources.procedural_tasks import reasoning_gym_rows
 from stages.tasks import Row
 from tests.fixtures.verifier_fixtures import (
@@ -160,4 +159,4 @@ FORKS: dict[str, tuple[Callable[[str], float], dict[str, Any]]] = {
 @pytest.mark.parametrize("attack", FORKS)
 def test_a_fork_is_limited(attack: str) -> None:
     score, reply = FORKS[attack]
-    assert scoring_worker.score_in_fork(score, "", 1) == reply
+    assert pooled_verifier.score_in_fork(score, "", 1) == reply

@@ -178,7 +178,7 @@ def test_a_broken_sandbox_ends_the_run_and_costs_no_answer(
 
 
 def _die(cell: sandbox.Cell, program: sandbox.Program) -> sandbox.Outcome:
-    with cell.begin({"role": "program", "source": "while True: pass", "stdin": ""}) as running:
+    with cell.begin({"role": "program", "source": "while True: pass"}) as running:
         assert cell.pid is not None
         os.kill(cell.pid, signal.SIGKILL)
         return running.finish()
