@@ -230,7 +230,7 @@ def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
 def scores_by_verdict(
     scores: Mapping[str, tuple[str, float]], verdicts: Mapping[str, str]
 ) -> dict[str, ScoresByVerdict]:
-    """Returns the scores by kind on all items, on those that are not contaminated, and on clean ones.
+    """Returns the scores by kind on all items, and on clean ones.
 
     A score is null for fewer than two items.
 
@@ -244,7 +244,6 @@ def scores_by_verdict(
     return {
         kind: {
             "full": mean(kind, VERDICTS),
-            "not_contaminated": mean(kind, VERDICTS[:2]),
             "clean": mean(kind, VERDICTS[:1]),
         }
         for kind in sorted({kind for kind, _ in scores.values()})

@@ -7,9 +7,9 @@ of its parameters, and widen away from the runs. With few runs they are wide, si
 `atom ladder` fits L = E + A/N^alpha + B/D^beta of parameters N and tokens D (Hoffmann et al. 2022, arXiv:2203.15556),
 with bands from a bootstrap.
 
-Losses are fitted by their logarithms. The fit is Huber's: a point far from the law counts less. The band holds the
-middle LEVEL of refits to the law plus its own residuals, drawn with replacement, and, where one further run is
-predicted, the scatter of a run. Everything is drawn from one fixed seed.
+Losses are fitted by the least squares of their logarithms. The band holds the middle LEVEL of refits to the law plus
+its own residuals, drawn with replacement, and, where one further run is predicted, the scatter of a run. Everything is
+drawn from one fixed seed.
 """
 
 from __future__ import annotations
@@ -132,8 +132,6 @@ Array = Any
 FORMULA, COLUMNS, PARAMETERS = "loss = E + A/parameters^alpha + B/tokens^beta", ("parameters", "tokens"), 5
 # The share of a band, and the refits of a bootstrap.
 LEVEL, DRAWS, SEED = 0.9, 400, 0
-# Residuals beyond so many standard deviations count less (Huber 1964: 95 % efficient for normal scatter).
-TUNING = 1.345
 ITERATIONS = 60
 # A prediction beyond so many times the points, or below the same part of them, is an extrapolation.
 WITHIN = 10.0
@@ -209,13 +207,8 @@ def fit(columns: Sequence[Sequence[float]], values: Sequence[float]) -> Fit:
     starts = _starts(x, y)
     y = np.log(y)
     # From many starts: the loss of a fit has local minima.
-    candidates, costs = _minimize(starts, x, np.broadcast_to(y, (len(starts), len(y))), None)
+    candidates, costs = _minimize(starts, x, np.broadcast_to(y, (len(starts), len(y))))
     best = candidates[int(np.argmin(costs))]
-    plain = _log_losses(best[None], x)[0] - y
-    # The median absolute deviation of a normal scatter is 0.6745 standard deviations. A few bad points do not move it.
-    scale = max(float(np.median(np.abs(plain))) / 0.6745, 1e-9)
-    robust, _ = _minimize(best[None], x, y[None], scale)
-    best = robust[0]
     law = _log_losses(best[None], x)[0]
     # The fit takes up part of the scatter, by its number of parameters.
     freedom = len(y) - len(best)
@@ -224,7 +217,7 @@ def fit(columns: Sequence[Sequence[float]], values: Sequence[float]) -> Fit:
     residuals = residuals - residuals.mean()
     drawn = law + np.random.default_rng(SEED).choice(residuals, (DRAWS, len(y)))
     # Each refit begins at the law, which is near, so that one start is enough.
-    draws, _ = _minimize(np.broadcast_to(best, (DRAWS, len(best))), x, drawn, scale)
+    draws, _ = _minimize(np.broadcast_to(best, (DRAWS, len(best))), x, drawn)
     if min(best[3:]) <= 0:
         name = COLUMNS[int(np.argmin(best[3:]))]
         raise ValueError(f"the loss gets worse with {name} where the rest is equal, so that no law of scale holds")
@@ -260,14 +253,13 @@ def _line(x: Array, y: Array) -> tuple[float, float]:
     return slope, float(y.mean() - slope * x.mean())
 
 
-def _minimize(starts: Array, x: Array, y: Array, scale: float | None) -> tuple[Array, Array]:
+def _minimize(starts: Array, x: Array, y: Array) -> tuple[Array, Array]:
     """Fits the law by Levenberg-Marquardt, from each of B starts on its own.
 
     Args:
         starts: The starts [B, P].
         x: The places of the values.
         y: The values [B, n] that each start is fitted to.
-        scale: Standard deviation of the scatter, for Huber's weights; None: least squares.
 
     Returns:
         The parameters [B, P] and their costs [B].
@@ -275,12 +267,8 @@ def _minimize(starts: Array, x: Array, y: Array, scale: float | None) -> tuple[A
     theta, count = np.array(starts, float), starts.shape[1]
     damping = np.full(len(theta), 1e-2)
     rest = _log_losses(theta, x) - y
-    cost = _cost(rest, scale)
+    cost = (rest**2).sum(1)
     for _ in range(ITERATIONS):
-        # Huber's weights are 1 up to TUNING standard deviations, and fall beyond.
-        weights = (
-            np.ones_like(rest) if scale is None else np.minimum(1, TUNING * scale / np.maximum(np.abs(rest), 1e-300))
-        )
         # Derivatives by differences, since the law states none.
         steps = 1e-6 * np.maximum(1.0, np.abs(theta))
         jacobian = np.empty((*rest.shape, count))
@@ -288,9 +276,8 @@ def _minimize(starts: Array, x: Array, y: Array, scale: float | None) -> tuple[A
             moved = theta.copy()
             moved[:, k] += steps[:, k]
             jacobian[:, :, k] = (_log_losses(moved, x) - _log_losses(theta, x)) / steps[:, k, None]
-        weighted = jacobian * weights[:, :, None]
-        normal = np.einsum("bnp,bnq->bpq", weighted, jacobian)
-        gradient = np.einsum("bnp,bn->bp", weighted, rest)
+        normal = np.einsum("bnp,bnq->bpq", jacobian, jacobian)
+        gradient = np.einsum("bnp,bn->bp", jacobian, rest)
         diagonal = np.einsum("bpp->bp", normal)
         damped = normal + (damping[:, None] * diagonal + 1e-12)[:, :, None] * np.eye(count)
         change = np.linalg.solve(damped, gradient[:, :, None])[:, :, 0]
@@ -298,19 +285,12 @@ def _minimize(starts: Array, x: Array, y: Array, scale: float | None) -> tuple[A
         tried = theta - np.clip(change, -2.0, 2.0)
         with np.errstate(all="ignore"):
             tried_rest = _log_losses(tried, x) - y
-            tried_cost = np.where(np.isfinite(tried_rest).all(1), _cost(tried_rest, scale), np.inf)
+            tried_cost = np.where(np.isfinite(tried_rest).all(1), (tried_rest**2).sum(1), np.inf)
         # Each start has its own damping: less after a step that helps, more after one that does not.
         better = tried_cost < cost
         theta[better], rest[better], cost[better] = tried[better], tried_rest[better], tried_cost[better]
         damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-9, 1e9)
     return theta, cost
-
-
-def _cost(rest: Array, scale: float | None) -> Array:
-    if scale is None:
-        return (rest**2).sum(1)
-    limit, size = TUNING * scale, np.abs(rest)
-    return np.where(size <= limit, rest**2, 2 * limit * size - limit**2).sum(1)
 
 
 def _log_losses(p: Array, x: Array) -> Array:

@@ -161,10 +161,9 @@ class VerdictCounts(TypedDict):
 
 
 class ScoresByVerdict(TypedDict):
-    """The mean score of one kind of item on three sets of items; None for fewer than two items."""
+    """The mean score of one kind of item on two sets of items; None for fewer than two items."""
 
     full: Mean | None
-    not_contaminated: Mean | None
     clean: Mean | None
 
 

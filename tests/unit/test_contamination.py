@@ -98,7 +98,7 @@ def test_scores_stand_beside_each_other(run_stage, inputs) -> None:
     scores = run_stage(contamination.STAGE, CONFIG, inputs).json("report.json")["scores"]
     assert set(scores) == {"solve-sft", "fresh-solve-sft"}
     add = scores["solve-sft"]["add"]
-    assert (add["full"]["n"], add["not_contaminated"]["n"], add["clean"]["n"]) == (6, 4, 4)
+    assert (add["full"]["n"], add["clean"]["n"]) == (6, 4)
     assert scores["fresh-solve-sft"]["add"]["clean"]["n"] == 5
 
 
@@ -107,11 +107,7 @@ def test_subsets_by_hand() -> None:
     subsets = contamination.scores_by_verdict(
         scores, {"a": "contaminated", "b": "overlap", "c": "clean", "d": "clean"}
     )["add"]
-    assert [subsets[name]["value"] for name in ("full", "not_contaminated", "clean")] == [
-        0.5,
-        pytest.approx(1 / 3),
-        0.5,
-    ]
+    assert [subsets[name]["value"] for name in ("full", "clean")] == [0.5, 0.5]
     assert contamination.scores_by_verdict(scores, dict.fromkeys("abcd", "overlap"))["add"]["clean"] is None
 
 

@@ -24,7 +24,7 @@ from stages.rl.algorithms.policy_gradient import Algorithm, zero_variance
 from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer, RecordedRollouts
 from stages.rl.rollout import rollouts
-from stages.rl.rollout.asynchronous import Intake, LiveGroups, RecordedGroups, Source
+from stages.rl.rollout.asynchronous import GroupSource, Intake, LiveGroups, RecordedGroups
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout, pass_rate
@@ -79,7 +79,7 @@ class GrpoTrainer(PolicyTrainer):
         if self.intake is None or not self.first:
             return
         if isinstance(self.files, RecordedRollouts):
-            source: Source = RecordedGroups(self.files, self.policy, self.phase.num_generations, step)
+            source: GroupSource = RecordedGroups(self.files, self.policy, self.phase.num_generations, step)
         else:
             source = self.live = LiveGroups(self.files, self.policy, self.phase, step)
         self.intake.begin(source, self.log.lines())

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.core.errors import MachineError
 from stages.formats.seeds import seed_of
@@ -51,25 +51,6 @@ class Group:
     requests: Sequence[tuple[Row, int]]
 
 
-class Source(Protocol):
-    """A source of the answers of issued groups."""
-
-    def issue(self, groups: Iterable[Group]) -> None:
-        """Takes groups to draw."""
-
-    def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
-        """Returns the group that the step takes next, at this place among its answers, as it was drawn and scored.
-
-        Args:
-            step: Number of the step.
-            place: Number of answers that the step has taken so far.
-            history: {digest of a policy: its version} of all policies so far.
-        """
-
-    def finish(self, step: int, answers: Sequence[Rollout]) -> None:
-        """Takes note of the answers that the step took."""
-
-
 class Intake:
     """The groups that the steps take. Only rank 0 calls `take`; every rank holds the state."""
 
@@ -91,7 +72,7 @@ class Intake:
         self.open: dict[int, Group] = {}
         # {digest of a policy: the last step after which it was the trainer's}
         self.history: dict[str, int] = {}
-        self.source: Source | None = None
+        self.source: GroupSource | None = None
 
     def state(self) -> dict[str, Any]:
         """Returns the groups that are issued, as JSON."""
@@ -106,7 +87,7 @@ class Intake:
         groups = [self._group(g["number"], rows[g["task"]], g["version"]) for g in state["open"]]
         self.open = {group.number: group for group in groups}
 
-    def begin(self, source: Source, log: Iterable[Mapping[str, Any]]) -> None:
+    def begin(self, source: GroupSource, log: Iterable[Mapping[str, Any]]) -> None:
         """Begins to take groups. Rank 0 only.
 
         Args:
@@ -233,6 +214,7 @@ class LiveGroups:
             thread.start()
 
     def issue(self, groups: Iterable[Group]) -> None:
+        """Takes groups to draw."""
         for group in groups:
             self.groups[group.number] = group
             with self.changed:
@@ -429,3 +411,7 @@ def has_versions(r: Rollout, issued: int, version: int) -> bool:
         )
     except (TypeError, IndexError):  # a value is missing
         return False
+
+
+# The sources of the answers of issued groups.
+GroupSource = LiveGroups | RecordedGroups

@@ -155,26 +155,13 @@ class Verifiers:
     def _score_with_retries(self, verifier: Verifier, answers: list[Answer]) -> list[Parts]:
         for attempt in range(RETRIES + 1):
             try:
-                return self._note_killed(verifier.name, answers, verifier.score(answers))
+                return verifier.score(answers)
             except VerifierFailed as error:
                 if attempt == RETRIES:
                     raise
                 self.note(f"{error}; retrying")
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
-
-    def _note_killed(self, name: str, answers: list[Answer], scored: list[Parts]) -> list[Parts]:
-        """Reports the answers that were killed or that killed their verifier.
-
-        A reward of 0 does not show this.
-        """
-        killed = [str(row["id"]) for (row, _), parts in zip(answers, scored, strict=True) if parts.get("killed")]
-        if killed:
-            self.note(
-                f"verifier {name}: {len(killed)} of {len(answers)} answers were killed, or ended the process "
-                f"that scores them; their reward is 0; the first is to task {killed[0]}"
-            )
-        return scored
 
     def close(self) -> None:
         for verifier in self.by_name.values():
