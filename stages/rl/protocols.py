@@ -231,10 +231,14 @@ TASK_SOURCES = {
 class TaskSource(Config):
     """The settings of a source of tasks in a recipe. Its field `source` has the name in the registry."""
 
-    if TYPE_CHECKING:
-        source: str
-        # The name of the verifier that scores the answers: a setting, or the same for all tasks of a source.
-        verifier: str
+    if TYPE_CHECKING:  # a field of each source, and a field or a constant
+
+        @property
+        def source(self) -> str: ...
+
+        @property
+        def verifier(self) -> str:
+            """The name of the verifier that scores the answers."""
 
     acknowledged_reward: Share | None = operational(None)
     """mean reward up to which tasks are used although an answer that solves nothing earns it, which the cards

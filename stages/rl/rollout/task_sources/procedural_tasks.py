@@ -14,7 +14,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from stages.formats.seeds import seed_of
 from stages.rl.protocols import PROVENANCE, Count, Level, Response, TaskSource, make_verifier
 from stages.tasks import Row, to_row
-from stages.tasks.eval_set import Task, courtesy_row
+from stages.tasks.eval_set import Task, asking_for_fewer, courtesy_row
 from stages.tasks.synthetic import courtesy_notes, problems
 from stages.tasks.synthetic.courtesy_notes import LEVELS
 
@@ -67,12 +67,9 @@ class CourtesyTasks(TaskSource):
         return ["courtesy/1"]
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
-        try:
-            requests = courtesy_notes.draw_distinct(
-                self.count, random.Random(seed_of("tasks/courtesies", seed)), heldout=False
-            )
-        except ValueError as error:
-            raise RecipeError(f"tasks: {error}; ask for fewer") from None
+        rng = random.Random(seed_of("tasks/courtesies", seed))
+        with asking_for_fewer("tasks"):
+            requests = courtesy_notes.draw_distinct(self.count, rng, heldout=False)
         for i, request in enumerate(requests):
             yield courtesy_row(f"courtesy/{i:06d}", request, self.verifier, **PROVENANCE)
 
@@ -97,10 +94,8 @@ class InstructionTasks(TaskSource):
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         for level in self.levels:
             rng = random.Random(seed_of(f"tasks/instructions/{level}", seed))
-            try:
+            with asking_for_fewer("tasks"):
                 requests = courtesy_notes.requests(self.count, rng, level)
-            except ValueError as error:
-                raise RecipeError(f"tasks: {error}; ask for fewer") from None
             for i, (text, fields) in enumerate(requests):
                 id = f"instructions/{level}/{i:06d}"
                 yield to_row(id, text, self.verifier, "instructions", level, **fields, **PROVENANCE)
