@@ -16,7 +16,7 @@ from pipeline.graph.dag import Checkpoint, Graph, NodeSpec, build_graph, names_i
 from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
-from stages.evaluation.nodes import (
+from stages.evaluation.settings import (
     Measured,
     chat_nodes,
     harness_nodes,
