@@ -36,7 +36,7 @@ from stages.tasks.synthetic.problems import draw_distinct
 if TYPE_CHECKING:
     from stages.data.curate.decontamination import ItemRuns
 
-VERSION = 1
+VERSION = 2
 EVALUATION = "evaluation items"
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
@@ -29,14 +28,13 @@ from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, com
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
 from stages.formats.seeds import seed_of
 from stages.formats.table import Double, Int32, String, columns_of, write_json, write_rows
-from stages.generation.engine import Engine
 from stages.generation.samplers import open_sampler
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:
     from stages.tasks import Row
 
-VERSION = 2
+VERSION = 3
 # Number of the greedy answer among the samples.
 GREEDY = -1
 # Items that are answered together; a stage resumes after the last finished batch.
@@ -118,10 +116,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
     for kind, part in scores["problems"].items():
         largest_k = max(part["at"], key=int)
-        headline = {
-            "greedy": part["greedy"]["accuracy"],
-            f"pass@{largest_k}": part["at"][largest_k]["pass"],
-        }
+        headline = {"greedy": part["greedy"]["accuracy"], f"pass@{largest_k}": part["at"][largest_k]["pass"]}
         report.note(f"{kind}: " + ", ".join(f"{x} {y['value']:.3f} ± {y['se']:.3f}" for x, y in headline.items()))
     for kind, judged in scores["judged"].items():
         report.note(f"{kind}: mean reward {judged['reward']['value']:.3f} ± {judged['reward']['se']:.3f}")
@@ -146,9 +141,8 @@ def chat_loader(
     note: Callable[[str], object],
     role: str = "model",
 ) -> Callable[[], ChatModel]:
-    """Returns the function that opens the export inputs[role]; see `ChatSetup`."""
-    setup = ChatSetup(config.engine, config.max_new_tokens, rows, inputs, work, note)
-    return lambda: ChatModel(setup, inputs[role] / "model")
+    """Returns the function that opens the export inputs[role]; see `ChatModel`."""
+    return lambda: ChatModel(inputs[role] / "model", rows, config, inputs, work, note)
 
 
 def _pieces(rows: Sequence[Row], config: SolveConfig) -> list[Piece[ChatModel]]:
@@ -183,31 +177,28 @@ def select_split(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, A
     return selected
 
 
-@dataclass(frozen=True)
-class ChatSetup:
-    """The setting in which a model answers the items of a stage.
-
-    Attributes:
-        engine: What computes.
-        max_new_tokens: Maximum number of tokens of an answer.
-        rows: All items, whose verifiers are made.
-        inputs: Artifacts of the stage.
-        work: Work folder, for the log of a server.
-        note: Prints a line to the log.
-    """
-
-    engine: Engine
-    max_new_tokens: int
-    rows: Sequence[Row]
-    inputs: Inputs
-    work: Path
-    note: Callable[[str], object]
-
-
 class ChatModel:
     """The exported model in a folder with its chat template, and the verifiers of its items."""
 
-    def __init__(self, setup: ChatSetup, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[Row],
+        config: ChatConfig,
+        inputs: Inputs,
+        work: Path,
+        note: Callable[[str], object],
+    ) -> None:
+        """Opens the model.
+
+        Args:
+            folder: Folder of the model.
+            rows: All items, whose verifiers are made.
+            config: Settings of the stage.
+            inputs: Artifacts of the stage.
+            work: Work folder, for the log of a server.
+            note: Prints a line to the log.
+        """
         import torch
 
         from stages.rl.protocols import make_verifiers
@@ -217,8 +208,8 @@ class ChatModel:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         self.chat = generation.Chat(folder)
-        self.sampler = open_sampler(setup.engine, folder, self.chat.stops, setup.max_new_tokens, setup.work)
-        self.verifiers = generation.Verifiers(make_verifiers(setup.rows, setup.inputs, self.chat, {}), setup.note)
+        self.sampler = open_sampler(config.engine, folder, self.chat.stops, config.max_new_tokens, work)
+        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), note)
 
     def answer(self, requests: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
         """Returns the scored answers to requests, each (row, sample, seed)."""

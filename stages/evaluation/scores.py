@@ -107,15 +107,6 @@ class Proportion(Mean):
     high: float
 
 
-class DecidedWins(TypedDict):
-    """The share of wins among decided pairs, with Wilson's 95 % interval."""
-
-    value: float
-    n: int
-    low: float
-    high: float
-
-
 class SideScores(TypedDict):
     """The answers of one of two compared models.
 
@@ -137,7 +128,6 @@ class PairScores(TypedDict):
     """
 
     win_rate: Proportion
-    without_ties: DecidedWins | None
     wins: int
     ties: int
     losses: int

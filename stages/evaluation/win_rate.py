@@ -31,7 +31,7 @@ from stages.tasks.eval_set import chat_rows
 if TYPE_CHECKING:
     from stages.tasks import Row
 
-VERSION = 3
+VERSION = 4
 ITEMS_PER_BATCH = 256
 # Pairs that scores.json shows.
 EXAMPLES = 8
@@ -118,24 +118,21 @@ def _pieces(rows: Sequence[Row], config: PreferConfig, side: str) -> list[Piece[
 def summary(pairs: Sequence[dict[str, Any]]) -> PairScores:
     """Returns `scores.json`, except for the models' names, from the table alone.
 
-    win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. without_ties is the
-    share of wins among decided pairs with Wilson's interval; null without decided pairs. An answer whose part `task` is
-    not 1 does not win; a verifier without that part decides by the reward alone.
+    win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. An answer whose part
+    `task` is not 1 does not win; a verifier without that part decides by the reward alone.
     """
     margins = [_margin(pair) for pair in pairs]
     wins, losses = sum(margin > 0 for margin in margins), sum(margin < 0 for margin in margins)
     rate = clustered([0.5 if margin == 0 else float(margin > 0) for margin in margins])
-    decided = wins + losses
-    low, high = wilson(wins, decided) if decided else (0.0, 1.0)
+    ties = len(pairs) - wins - losses
     # Ties count as half a win, as in the rate.
-    rate_low, rate_high = wilson(wins + (len(pairs) - decided) / 2, len(pairs))
+    low, high = wilson(wins + ties / 2, len(pairs))
     # By a hash of the id, so that the examples are neither chosen by anyone nor all of one kind.
     shuffled = sorted(pairs, key=lambda pair: hashlib.sha256(pair["id"].encode()).hexdigest())
     return {
-        "win_rate": {**rate, "low": rate_low, "high": rate_high},
-        "without_ties": {"value": wins / decided, "n": decided, "low": low, "high": high} if decided else None,
+        "win_rate": {**rate, "low": low, "high": high},
         "wins": wins,
-        "ties": len(pairs) - decided,
+        "ties": ties,
         "losses": losses,
         "sides": {side: _summarize_side(pairs, side) for side in SIDES},
         "examples": [

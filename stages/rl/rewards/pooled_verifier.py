@@ -160,109 +160,6 @@ class WorkerDied(Exception):
     """A worker ended, or did not reply in time."""
 
 
-class ScoringPool:
-    """The workers of one verifier. Thread-safe."""
-
-    def __init__(
-        self, name: str, verifier: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int
-    ) -> None:
-        """Starts no worker yet: each starts at its first request.
-
-        Args:
-            name: Name of the verifier.
-            verifier: Its class, as `module:class`.
-            fields: Fields of a row that its scorer reads.
-            probe: Function that returns the correct answer to a row.
-            seconds: Processor time for one answer.
-        """
-        self.name, self.fields, self.probe = name, fields, probe
-        count = min(8, len(os.sched_getaffinity(0)))
-        self.workers = [Worker(verifier, seconds) for _ in range(count)]
-        self._retry_lock = threading.Lock()
-        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in self.workers:
-            self.idle.put(worker)
-
-    def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """Returns `reward` in [0, 1], `finished` and `unreadable` of each answer. Raises VerifierFailed."""
-        requests = [(row, json.dumps(self._fields_of(row)), response) for row, response in answers]
-        # One probe for each row, however many answers it has.
-        rows = {fields: row for row, fields, response in requests if response.finished}
-        with ThreadPoolExecutor(len(self.workers)) as pool:
-            list(pool.map(lambda item: self._probe(item[1], item[0]), rows.items()))
-            return list(pool.map(lambda item: self._score_answer(*item), requests))
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.stop()
-
-    def _fields_of(self, row: Row) -> dict[str, Any]:
-        missing = [name for name in self.fields if row.get(name) in (None, "")]
-        if missing:
-            raise VerifierFailed(f"{self._label(row)}: no {' or '.join(missing)} to score by; fix the row or drop it")
-        return {name: row[name] for name in self.fields}
-
-    def _label(self, row: Row) -> str:
-        return f"verifier {self.name}, row {row.get('id')}"
-
-    def _score_answer(self, row: Row, fields: str, response: Response) -> Parts:
-        if not response.finished:
-            return {"reward": 0.0, "finished": 0.0, "unreadable": 0.0}
-        reply = self._request(row, fields, response.answer)
-        if "score" in reply:
-            return {"reward": float(reply["score"]), "finished": 1.0, "unreadable": 0.0}
-        self._probe(row, fields)
-        return {"reward": 0.0, "finished": 1.0, "unreadable": 1.0}
-
-    def _probe(self, row: Row, fields: str) -> None:
-        for answer, correct in ((self.probe(row), True), (GARBAGE, False)):
-            reply = self._request(row, fields, answer)
-            if "died" in reply:
-                raise VerifierFailed(
-                    f"{self._label(row)}: the scorer failed {ATTEMPTS} times ({reply['died']}); "
-                    "check the machine and start again"
-                )
-            if (reply.get("score") == 1) != correct:
-                outcome = reply.get("error") or f"a score of {reply.get('score')}"
-                subject = "its own expected answer" if correct else f"the answer {GARBAGE!r}"
-                raise VerifierFailed(
-                    f"{self._label(row)}: {subject} got {outcome}, so no answer to it can be scored; "
-                    f"drop the row, or reinstall the package if every row says so"
-                )
-
-    def _request(self, row: Row, fields: str, answer: str) -> Reply:
-        """Returns a worker's reply; `died` if no worker survived any of the ATTEMPTS."""
-        worker = self.idle.get()
-        try:
-            reply = self._try(worker, row, fields, answer)
-        finally:
-            self.idle.put(worker)
-        if "died" not in reply:
-            return reply
-        with self._retry_lock:  # the memory of a parallel answer can be the cause of its death
-            # All workers are taken, so that no other answer is scored meanwhile.
-            workers = [self.idle.get() for _ in self.workers]
-            try:
-                for _ in range(1, ATTEMPTS):
-                    if "died" not in (reply := self._try(workers[0], row, fields, answer)):
-                        break
-            finally:
-                for worker in workers:
-                    self.idle.put(worker)
-        return reply
-
-    def _try(self, worker: Worker, row: Row, fields: str, answer: str) -> Reply:
-        try:
-            reply = worker.ask(fields, answer)
-        except WorkerDied as error:
-            return {"died": str(error)}
-        if "broken" in reply:
-            raise VerifierFailed(f"{self._label(row)}: {reply['broken']}; fix the row or drop it")
-        if reply.get("signal") == signal.SIGKILL:
-            return {"died": "it was killed from outside, as the kernel does when memory runs out"}
-        return reply
-
-
 class Worker:
     """One worker process, started at the first request and again after its death. Not thread-safe."""
 
@@ -354,7 +251,7 @@ class PoolSettings(Config):
 
 
 class PooledVerifier(Verifier):
-    """A verifier whose scorer runs in a pool of limited processes.
+    """A verifier whose scorer runs in a pool of limited processes. Thread-safe.
 
     Parts: `reward`, `finished`, `unreadable`. The version names that of each package.
     """
@@ -368,7 +265,12 @@ class PooledVerifier(Verifier):
     def __init__(self, context: VerifierContext[PoolSettings]) -> None:
         self.version = " ".join(["1", *(f"{package} {version(package)}" for package in self.packages)])
         place = f"{type(self).__module__}:{type(self).__qualname__}"
-        self._pool = ScoringPool(self.name, place, self.fields, self.correct_answer, context.settings.seconds)
+        # Each starts at its first request.
+        self.workers = [Worker(place, context.settings.seconds) for _ in range(min(8, len(os.sched_getaffinity(0))))]
+        self._retry_lock = threading.Lock()
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -390,10 +292,83 @@ class PooledVerifier(Verifier):
         """Returns a correct answer to the row, in the form of a model's answer."""
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        return self._pool.score(answers)
+        """Returns `reward` in [0, 1], `finished` and `unreadable` of each answer. Raises VerifierFailed."""
+        requests = [(row, json.dumps(self._fields_of(row)), response) for row, response in answers]
+        # One probe for each row, however many answers it has.
+        rows = {fields: row for row, fields, response in requests if response.finished}
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            list(pool.map(lambda item: self._probe(item[1], item[0]), rows.items()))
+            return list(pool.map(lambda item: self._score_answer(*item), requests))
 
     def close(self) -> None:
-        self._pool.close()
+        for worker in self.workers:
+            worker.stop()
+
+    def _fields_of(self, row: Row) -> dict[str, Any]:
+        missing = [name for name in self.fields if row.get(name) in (None, "")]
+        if missing:
+            raise VerifierFailed(f"{self._label(row)}: no {' or '.join(missing)} to score by; fix the row or drop it")
+        return {name: row[name] for name in self.fields}
+
+    def _label(self, row: Row) -> str:
+        return f"verifier {self.name}, row {row.get('id')}"
+
+    def _score_answer(self, row: Row, fields: str, response: Response) -> Parts:
+        if not response.finished:
+            return {"reward": 0.0, "finished": 0.0, "unreadable": 0.0}
+        reply = self._request(row, fields, response.answer)
+        if "score" in reply:
+            return {"reward": float(reply["score"]), "finished": 1.0, "unreadable": 0.0}
+        self._probe(row, fields)
+        return {"reward": 0.0, "finished": 1.0, "unreadable": 1.0}
+
+    def _probe(self, row: Row, fields: str) -> None:
+        for answer, correct in ((self.correct_answer(row), True), (GARBAGE, False)):
+            reply = self._request(row, fields, answer)
+            if "died" in reply:
+                raise VerifierFailed(
+                    f"{self._label(row)}: the scorer failed {ATTEMPTS} times ({reply['died']}); "
+                    "check the machine and start again"
+                )
+            if (reply.get("score") == 1) != correct:
+                outcome = reply.get("error") or f"a score of {reply.get('score')}"
+                subject = "its own expected answer" if correct else f"the answer {GARBAGE!r}"
+                raise VerifierFailed(
+                    f"{self._label(row)}: {subject} got {outcome}, so no answer to it can be scored; "
+                    f"drop the row, or reinstall the package if every row says so"
+                )
+
+    def _request(self, row: Row, fields: str, answer: str) -> Reply:
+        """Returns a worker's reply; `died` if no worker survived any of the ATTEMPTS."""
+        worker = self.idle.get()
+        try:
+            reply = self._try(worker, row, fields, answer)
+        finally:
+            self.idle.put(worker)
+        if "died" not in reply:
+            return reply
+        with self._retry_lock:  # the memory of a parallel answer can be the cause of its death
+            # All workers are taken, so that no other answer is scored meanwhile.
+            workers = [self.idle.get() for _ in self.workers]
+            try:
+                for _ in range(1, ATTEMPTS):
+                    if "died" not in (reply := self._try(workers[0], row, fields, answer)):
+                        break
+            finally:
+                for worker in workers:
+                    self.idle.put(worker)
+        return reply
+
+    def _try(self, worker: Worker, row: Row, fields: str, answer: str) -> Reply:
+        try:
+            reply = worker.ask(fields, answer)
+        except WorkerDied as error:
+            return {"died": str(error)}
+        if "broken" in reply:
+            raise VerifierFailed(f"{self._label(row)}: {reply['broken']}; fix the row or drop it")
+        if reply.get("signal") == signal.SIGKILL:
+            return {"died": "it was killed from outside, as the kernel does when memory runs out"}
+        return reply
 
 
 class MathVerify(PooledVerifier):

@@ -269,11 +269,7 @@ class LiveGroups:
         """Reports the metrics of the time since the last step took its groups."""
         now = time.monotonic()
         seconds = max(now - self.since, 1e-9)
-        self.files.report.metric(
-            step,
-            queued_groups=queued,
-            trainer_idle_share=self.waited / seconds,
-        )
+        self.files.report.metric(step, queued_groups=queued, trainer_idle_share=self.waited / seconds)
         self.all_waited += self.waited
         self.since = now
         self.waited = 0.0

@@ -40,7 +40,7 @@ def killing(times: int, attempts: list[int]) -> Callable[[list[Cell], int], str]
             attempts.append(item)
         kills = item == 3 and len(attempts) <= times
         seconds = 9 if kills else 0.1  # it must not end before it is killed
-        job = {"role": "program", "source": f"import time; time.sleep({seconds}); print({item})", "stdin": ""}
+        job = {"role": "program", "source": f"import time; time.sleep({seconds}); print({item})"}
         with cells[0].begin(job) as running:
             if kills:
                 os.kill(cells[0].pid or 0, 9)

@@ -48,7 +48,7 @@ def test_a_row_that_cannot_be_scored_is_no_reward(maths: Verifier, row: Row, wor
 
 def kill_workers(scorer: Verifier) -> int:
     """Kills every worker that runs, from outside. Returns how many."""
-    processes = [w.process for w in scorer._pool.workers if w.process]
+    processes = [w.process for w in scorer.workers if w.process]
     for process in processes:
         os.killpg(process.pid, signal.SIGKILL)
     return len(processes)
