@@ -242,10 +242,7 @@ def scores_by_verdict(
         return clustered(subset) if len(subset) > 1 else None
 
     return {
-        kind: {
-            "full": mean(kind, VERDICTS),
-            "clean": mean(kind, VERDICTS[:1]),
-        }
+        kind: {"full": mean(kind, VERDICTS), "clean": mean(kind, VERDICTS[:1])}
         for kind in sorted({kind for kind, _ in scores.values()})
     }
 

@@ -237,18 +237,14 @@ class RolloutFiles:
             if int(path.name.split("-")[1].split(".")[0]) >= waves:
                 path.unlink()
 
-    def read(self, path: Path) -> list[Rollout] | None:
-        """Returns the answers; None if the file is missing or damaged."""
+    def _read(self, path: Path, digest: str, requests: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
+        """Returns the answers; None if the file is missing, damaged or of others than the requests."""
         if not path.exists():
             return None
         try:
-            return rollouts.read(path)
+            answers = rollouts.read(path)
         except (AtomError, TypeError, ValueError) as error:
             self.report.note(f"{path.name} is damaged ({error}); its answers are drawn again")
-            return None
-
-    def _read(self, path: Path, digest: str, requests: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
-        if (answers := self.read(path)) is None:
             return None
         # A file of an earlier attempt counts only if this policy drew it for the same tasks: after a change of
         # arithmetic it may not have.

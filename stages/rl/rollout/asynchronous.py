@@ -247,7 +247,11 @@ class LiveGroups:
         self.files.write(step, 0, answers)
         with self.changed:
             self._release()
-            self._report(step, queued)
+            now = time.monotonic()
+            seconds = max(now - self.since, 1e-9)
+            self.files.report.metric(step, queued_groups=queued, trainer_idle_share=self.waited / seconds)
+            self.all_waited += self.waited
+            self.since, self.waited = now, 0.0
 
     def close(self) -> None:
         """Ends the threads, once the sampler is closed too: see `join`."""
@@ -264,15 +268,6 @@ class LiveGroups:
         """Lets the threads draw all that is issued: together, where one call draws many answers."""
         self.released = len(self.pending)
         self.changed.notify_all()
-
-    def _report(self, step: int, queued: int) -> None:
-        """Reports the metrics of the time since the last step took its groups."""
-        now = time.monotonic()
-        seconds = max(now - self.since, 1e-9)
-        self.files.report.metric(step, queued_groups=queued, trainer_idle_share=self.waited / seconds)
-        self.all_waited += self.waited
-        self.since = now
-        self.waited = 0.0
 
     # -- the threads that draw ----------------------------------------------------------------------------------------
 
