@@ -230,9 +230,7 @@ def summary(
         "accuracy": by_task,
         "accuracy_all": binomial([row["score"] for row in items]),
     }
-    if passkeys and positions:
-        scores.update(long_context.summary(passkeys, positions))
-    return scores
+    return {**scores, **long_context.summary(passkeys, positions)} if passkeys and positions else scores
 
 
 STAGE = Stage("evaluate", VERSION, EvaluateConfig, run, **estimates.of_engine(), run_shard=run_shard)
