@@ -148,7 +148,7 @@ VERIFIERS = {
     "exact": "stages.rl.rewards.frozen_scorer:Exact",
     "instructions": "stages.rl.rewards.frozen_scorer:Instructions",
     "math-verify": "stages.rl.rewards.pooled_verifier:MathVerify",
-    "nemo-gym": "stages.rl.tools.gym_environment:GymServer",
+    "nemo-gym": "stages.rl.rewards.gym_server:GymServer",
     "python-tests": "stages.rl.rewards.code_verifier:CodeVerifier",
     "reasoning-gym": "stages.rl.rewards.pooled_verifier:ReasoningGym",
     "reward-model": "stages.rl.rewards.reward_model:RewardModel",

@@ -40,7 +40,7 @@ RETRY_SECONDS = 2.0
 CALL_TEXT = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 # Calls of a turn that are answered; further ones are not.
 MOST_CALLS = 8
-# The mark in place of the rest of a result. stages/rl/tools/gym_environment.py looks for its beginning.
+# The mark in place of the rest of a result. stages/rl/rewards/gym_server.py looks for its beginning.
 CUT = "\n[cut: {} more characters]"
 # The form of a call, for messages to the model.
 FORM = '{"name": ..., "arguments": {...}}'
