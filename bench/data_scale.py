@@ -66,7 +66,7 @@ STAGES = (
     "acquire-web", "items", "filter", "duplicates", "representatives", "dedup", "tokenizer", "tokenize",
     "order-pretrain", "order-midtrain",
 )  # fmt: skip
-SEARCH, DRAW, READER = "contamination", "memorization", "a rank's reader"
+SEARCH, READER = "contamination", "a rank's reader"
 
 
 @dataclass(frozen=True)
@@ -195,15 +195,6 @@ def search_items(store: Store, graph: dag.Graph, mode: str) -> None:
         contamination.run_shard(config, inputs, work, shard)
 
 
-def draw_documents(store: Store, graph: dag.Graph) -> None:
-    """Counts readings and draws documents as memorization does; there is no model to continue them."""
-    from stages.evaluation import memorization
-
-    roles = {"tokens": "tokenize", "order-pretrain": "order-pretrain", "order-midtrain": "order-midtrain"}
-    inputs = {role: store.open(graph.nodes[name].key) for role, name in roles.items()}
-    memorization.draw(memorization.MemorizationConfig(prefix_tokens=16, continuation_tokens=16, seed=0), inputs)
-
-
 def read_as_a_rank(store: Store, graph: dag.Graph) -> None:
     """Opens the order and the token shards as a rank does, and reads the rows of twenty steps."""
     from stages.train.data import Order, Shards
@@ -241,8 +232,6 @@ def child(home: Path, recipe: Path, name: str, mode: str) -> None:
         read_as_a_rank(store, graph)
     elif name == SEARCH:
         search_items(store, graph, mode)
-    elif name == DRAW:
-        draw_documents(store, graph)
     else:
         run_stage(store, graph, name, mode)
     seconds, read = (after - start for after, start in zip(used(), before, strict=True))
@@ -270,7 +259,7 @@ def measure(documents: int, place: Path, words: int = SHORT, file_size: int = FI
     recipe = write_recipe(place, documents, file_size)
     graph = dag.compose(recipes.load(str(recipe)), Store(home))
     rows: list[Measured] = []
-    for name in (*STAGES, SEARCH, DRAW, READER):
+    for name in (*STAGES, SEARCH, READER):
         in_parts = name == SEARCH or (name in STAGES and graph.nodes[name].stage.run_shard is not None)
         for mode in ("parts", "join") if in_parts else ("join",):
             command = [sys.executable, "-P", __file__, "--child", str(home), str(recipe), name, mode]

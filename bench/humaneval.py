@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipeline.core.errors import AtomError
-from stages.tasks.rows import to_row
+from stages.tasks import to_row
 
 PROMPT = "Complete this function. Answer with the whole function in one ```python block.\n\n```python\n{prompt}```"
 

@@ -54,7 +54,7 @@ from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Parts, Response
 from stages.rl.rollout.task_sources.procedural_tasks import ProblemTasks
-from stages.tasks.rows import Row
+from stages.tasks import Row
 from stages.train.engine import Engine
 from stages.train.parallel import session
 

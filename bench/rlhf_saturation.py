@@ -57,8 +57,8 @@ from stages.rl.config import RlTrainConfig
 from stages.rl.policy import scored, unscored
 from stages.rl.rollout.batches import Example
 from stages.rl.rollout.task_sources.procedural_tasks import CourtesyTasks, ProblemTasks
+from stages.tasks import Row, question, to_row
 from stages.tasks.eval_set import courtesy_row
-from stages.tasks.rows import Row, question, to_row
 from stages.tasks.synthetic import courtesy_notes, problems
 from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Engine

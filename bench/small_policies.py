@@ -23,7 +23,7 @@ from stages.mcore.tensor_sharding import cut
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout.batches import Example, build_rank_batch
-from stages.tasks.rows import Row
+from stages.tasks import Row
 from stages.train.data import Batch
 from stages.train.engine import Engine, Piece
 

@@ -228,7 +228,6 @@ MODELS = FileList(
             )
         ),
         *_copied("contamination", "report.json", at="evaluation/contamination/", receivers="final"),
-        *_copied("memorization-{model}", "scores.json", at="evaluation/memorization/", receivers="own"),
         *_copied("harness-{model}", "scores.json tasks.json", at="evaluation/harness/", receivers="own"),
         *CARD_AND_LICENSE,
         *_made("!goldens.json", "what plain transformers makes of fixed inputs"),
@@ -293,7 +292,6 @@ DATASET = FileList(
         *_copied("solve-{model}", SCORES, at="evaluation/test/{model}/"),
         *_copied("fresh-solve-{model}", SCORES, at="evaluation/fresh/{model}/"),
         *_copied("prefer-{model}", SCORES, at="evaluation/preferences/{model}/"),
-        *_copied("memorization-{model}", SCORES, at="evaluation/memorization/{model}/"),
         *_copied("harness-{model}", f"{SCORES} tasks.json", at="evaluation/harness/{model}/"),
         *_copied("contamination", "items.parquet report.json", at="evaluation/contamination/"),
         *_copied("fresh", "chat.jsonl meta.json", at="evaluation/fresh/"),
@@ -317,7 +315,6 @@ DATASET = FileList(
         "evaluation/fresh": "chat.jsonl meta.json",
         "evaluation/{model}": "documents.parquet items.parquet scores.json",
         "evaluation/preferences/{model}": "pairs.parquet scores.json",
-        "evaluation/memorization/{model}": "documents.parquet scores.json",
         "evaluation/harness/{model}": "items.parquet scores.json tasks.json",
         "evaluation/test/{model}": "answers.parquet scores.json",
         "evaluation/fresh/{model}": "answers.parquet scores.json",

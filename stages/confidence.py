@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NotRequired, TypedDict
 
@@ -93,32 +92,3 @@ def pass_at(n: int, correct: int, k: int) -> float:
     """
     # As a fraction, since binomials of many answers are beyond the range of floats.
     return float(1 - Fraction(math.comb(n - correct, k), math.comb(n, k)))
-
-
-def majority_at(votes: Sequence[str | None], correct: Collection[str], k: int) -> float:
-    """Returns the probability that the most frequent of k answers is correct, drawn without replacement from all.
-
-    It is the expectation of maj@k over every subset, in closed form. An answer that is None has no vote; ties are
-    broken at random. A correct answer wins with j votes if no other has more; the number of ways to draw the others is
-    a convolution.
-    """
-    counts = Counter(vote for vote in votes if vote is not None)
-    abstentions, correct_ways = len(votes) - counts.total(), Fraction(0)
-    for winner in sorted(set(correct) & counts.keys()):
-        for j in range(1, min(counts[winner], k) + 1):
-            # {(votes drawn for others, number of others with j votes): ways to draw them}.
-            ways_of_others = {(0, 0): 1}
-            for other in counts.keys() - {winner}:
-                updated: dict[tuple[int, int], int] = defaultdict(int)
-                for (drawn, ties), ways in ways_of_others.items():
-                    for i in range(min(counts[other], j, k - j - drawn) + 1):
-                        new_ties = ties + 1 if i == j else ties
-                        updated[drawn + i, new_ties] += ways * math.comb(counts[other], i)
-                ways_of_others = updated
-
-            for (drawn, ties), ways in ways_of_others.items():
-                # The rest of the k answers are abstentions.
-                ways_of_rest = math.comb(abstentions, k - j - drawn)
-                # Of answers with equally many votes, each is chosen equally often.
-                correct_ways += Fraction(math.comb(counts[winner], j) * ways * ways_of_rest, ties + 1)
-    return float(correct_ways / math.comb(len(votes), k))

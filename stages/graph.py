@@ -16,14 +16,13 @@ from pipeline.graph.dag import Checkpoint, Graph, build_graph, names_in_words, r
 from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe, extension_modules
 from stages.data.recipe import loads as load_data_recipe
-from stages.evaluation.nodes import (
+from stages.evaluation.settings import (
     Measured,
     chat_nodes,
     harness_nodes,
     heldout_config,
     heldout_node,
     item_nodes,
-    memorization_nodes,
 )
 from stages.export.nodes import export_node, reward_node, variant_nodes
 from stages.recipe import ReleaseRecipe
@@ -80,7 +79,6 @@ STAGES = {
     "fresh": "stages.evaluation.generated_eval",
     "prefer": "stages.evaluation.win_rate",
     "contamination": "stages.evaluation.contamination",
-    "memorization": "stages.evaluation.memorization",
     "harness": "stages.evaluation.harness",
     "variant": "stages.export.variants.stage",
 }
@@ -156,9 +154,6 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         specs.append(heldout_node(measured, model))
     if config.sft:
         specs += chat_nodes(measured, chat_models, specs)
-    # A row that predicts n tokens is made of n + 1.
-    longest_row = max(phase.config.sequence_length for phase in phases) + 1
-    specs += memorization_nodes(measured, longest_row, list(trained), {spec.name for spec in specs})
     specs += harness_nodes(measured, benchmarks)
     final = list(models.values())[-1]
     repositories = {name: f"{config.release.namespace}/{config.name}-{name}" for name in models}
@@ -236,7 +231,6 @@ def _problems_of_mixes(config: ReleaseRecipe, data: DataRecipe) -> Iterator[str]
     mixes |= {f"{where}.mix": mix for where, mix in config.replay_mixes().items()}
     named_sources = {
         **mixes,
-        **config.searched_sources(),
         "release.maker.sources": config.release.maker.sources,
         "release.by_reference": config.release.by_reference,
     }

@@ -226,25 +226,6 @@ class ReleaseRecipe(Identity):
                 )
         return self
 
-    @model_validator(mode="after")
-    def _check_by_reference(self) -> ReleaseRecipe:
-        """No tool searches a source by reference, since results of a search are published with the answers."""
-        for where, phase in {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}.items():
-            if phase is None or phase.tools is None:
-                continue
-            for tool in phase.tools.offered:
-                searched = tool.source_names
-                if not searched and "dedup" in tool.inputs.values():
-                    # A tool that reads the documents and names no source searches all of them.
-                    searched = self.release.by_reference
-                if hidden := [name for name in searched if name in self.release.by_reference]:
-                    raise ValueError(
-                        f"{where}.tools searches {hidden[0]}, and answers are published with the results, but "
-                        f"release.by_reference names {hidden[0]}, whose texts are not; list other sources in the tool, "
-                        "or leave it out of release.by_reference"
-                    )
-        return self
-
     @property
     def text_phases(self) -> list[TextPhase]:
         """The phases that train on text, in order."""
@@ -276,12 +257,3 @@ class ReleaseRecipe(Identity):
         """The mixes of earlier data that phases of post-training replay, by their location in the recipe."""
         phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}
         return {f"{where}.replay": phase.replay.mix for where, phase in phases.items() if phase and phase.replay}
-
-    def searched_sources(self) -> dict[str, tuple[str, ...]]:
-        """The sources that the tools of phases name, by their location in the recipe."""
-        phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}
-        searched: dict[str, tuple[str, ...]] = {}
-        for where, phase in phases.items():
-            if phase and phase.tools:
-                searched[f"{where}.tools"] = tuple(name for tool in phase.tools.offered for name in tool.source_names)
-        return searched

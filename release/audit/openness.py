@@ -232,14 +232,17 @@ def _outputs(release: Published) -> Answer:
 @_row("contamination, item by item", "draw test items that share no run of words with the training data")
 def _contamination(release: Published) -> Answer:
     if release.passed("contamination_report") is None:
-        return "P", "documents with items were removed by a rule; no detector was tested", ["dataset/dispositions"]
+        return (
+            "P",
+            "documents with items were removed by a rule; nobody searched for the rest",
+            ["dataset/dispositions"],
+        )
     report = read_json(release.dataset / CONTAMINATION)
     # Items for validation are no test items.
     splits = [verdicts for split, verdicts in report["items"].items() if split != "validation"]
     counts = {name: sum(verdicts[name] for verdicts in splits) for name in VERDICTS}
-    recall = report["detector"]["recall"]
     detail = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-    reason = f"of the test items {detail}; the detector found {recall['found']} of {recall['planted']} planted copies"
+    reason = f"of the test items {detail}"
     return ("Y" if set(+Counter(counts)) <= {"clean"} else "P"), reason, [f"dataset/{CONTAMINATION}", GATES]
 
 

@@ -110,7 +110,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     # Scores, and what computed them.
     CardTable("evaluation", lambda model: tables.evaluation(model.scores)),
     CardTable("samples", lambda model: tables.samples(model.scores)),
-    CardTable("engines", lambda model: tables.engines(model.scores, model.chat, model.memorization, model.harness)),
+    CardTable("engines", lambda model: tables.engines(model.scores, model.chat, model.harness)),
     CardTable("prediction", model_tables.prediction, heading="Prediction and result"),
     # The model itself.
     CardTable("architecture", tables.architecture),
@@ -137,8 +137,6 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     # Contamination.
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination)),
     CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores))),
-    CardTable("detector", lambda model: chat_tables.detector(model.contamination)),
-    CardTable("given_away", lambda model: model_tables.memorization(model.memorization), heading="Memorization"),
     CardTable(
         "harness",
         lambda model: model_tables.task_sets(model.harness),

@@ -12,7 +12,7 @@ from release.facts.data_facts import DataFacts
 from release.facts.score_facts import ChatScores, ExampleAnswer
 from stages.confidence import Figure, Mean
 from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport
-from stages.rl.rollout.probes import MARGIN
+from stages.rl.rollout.tasks import MARGIN
 
 SHOWN, CHARACTERS = 4, 160
 """Sample pairs that a card shows, and characters of a text."""
@@ -33,12 +33,11 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
                 part["greedy"]["accuracy"],
                 drawn["accuracy"],
                 part["at"][max_k]["pass"],
-                part["at"][max_k]["maj"],
             ]
             cells = [title(name), str(drawn["accuracy"]["n"]), *map(_value, figures), f"{drawn['tokens']:.1f}"]
             body.append([kind, *cells, f"{drawn['truncated']:.1%}", f"{drawn['reasoning']:.1%}"])
         for kind, row in model_scores["judged"].items():
-            cells = ["", _value(row["reward"]), "", "", f"{row['tokens']:.1f}", f"{row['truncated']:.1%}", ""]
+            cells = ["", _value(row["reward"]), "", f"{row['tokens']:.1f}", f"{row['truncated']:.1%}", ""]
             body.append([f"{kind} (preference reward)", title(name), str(row["reward"]["n"]), *cells])
         if model_scores["problems_all"]:
             max_k = max(model_scores["problems_all"]["at"], key=int)
@@ -49,7 +48,7 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
     # Models of one kind stand together, in the order in which the kinds come up.
     kinds = list(dict.fromkeys(row[0] for row in body))
     body.sort(key=lambda row: kinds.index(row[0]))
-    head = ["kind", "model after", "items", "greedy", "pass@1", f"pass@{most_drawn}", f"maj@{most_drawn}"]
+    head = ["kind", "model after", "items", "greedy", "pass@1", f"pass@{most_drawn}"]
     return table([*head, "tokens", "cut off", "with reasoning"], body, labels=3)
 
 
@@ -212,19 +211,6 @@ def clean(report: ContaminationReport | None, names: Mapping[str, str]) -> list[
     sentence = f"For {count(same)} of {count(same + len(body))} scores every item is clean, so nothing changes."
     head = ["measure", "model after", "all items", "n", "clean items", "n"]
     return explained_table(f"{sentence} For the others:", head, body, labels=2) or [sentence]
-
-
-def detector(report: ContaminationReport | None) -> list[str]:
-    """Returns one sentence on the recall of the contamination detector on planted items."""
-    if report is None:
-        return []
-    # Planted items are known to be there: what is not found of them is the detector's error.
-    recall, false_positives = report["detector"]["recall"], report["detector"]["false_positives"]
-    return [
-        f"Of {count(recall['planted'])} items planted into a copy of the corpus the detector found "
-        f"{count(recall['found'])}; of {count(false_positives['absent'])} that are not there, "
-        f"{count(false_positives['found'])}."
-    ]
 
 
 def _value(row: Figure) -> str:

@@ -1,4 +1,4 @@
-"""The cards' tables about a model: prediction, memorization, task sets, variants, experts, spikes and settings."""
+"""The cards' tables about a model: prediction, task sets, variants, experts, spikes and settings."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core.text import escaped
-from release.cards.tables import PHASES, count, explained_table, table, title, with_error, with_interval
+from release.cards.tables import PHASES, count, explained_table, table, title, with_error
 from release.facts.forecast import FOLDER, NAMES
 from release.facts.model_facts import ModelFacts
 from release.facts.score_facts import HarnessFacts, settings_of
 from release.facts.variant_facts import VariantFacts
-from stages.evaluation.scores import MemorizationScores, Regurgitation
 from stages.mcore.optimizer import card_rows
 
 Facts = dict[str, Any]
 """A measurement of the experts, as the log has it."""
-NOT_MEASURED = "Memorization of training data and toxicity: not measured."
-TOXICITY = "Toxicity: not measured. No prompt set and classifier are open, small and run offline."
 SETTINGS = {
     "steps": "steps",
     "sequence length": "sequence_length",
@@ -58,36 +55,6 @@ def prediction(model: ModelFacts) -> list[str]:
         "",
         *table(["figure", "predicted", "band of 90 %", "measured", "in the band"], body),
     ]
-
-
-def memorization(scores: MemorizationScores | None) -> list[str]:
-    """Returns the share of training documents that a model continues verbatim.
-
-    `scores` is None if it was not measured.
-    """
-    if scores is None:
-        return [NOT_MEASURED]
-    body = [
-        [source, "0 (held out)" if seen == "0" else seen.replace("-", " to "), *_cells(row)]
-        for source, strata in {"all": scores["by_times_seen"], **scores["by_source"]}.items()
-        # Strata are named by numbers, such as `2-9`.
-        for seen, row in sorted(strata.items(), key=lambda pair: int(pair[0].split("-")[0]))
-    ]
-    return [
-        f"The model gets the first {count(scores['prefix_tokens'])} tokens of a document and continues greedily by "
-        f"{count(scores['continuation_tokens'])}. Identical: the share of documents that it continues verbatim, with "
-        "Wilson's 95 % interval. Matching tokens: those before the first that differs, ± standard error. Held-out "
-        "documents, which no phase trained on, are the baseline:",
-        "",
-        *table(["source", "times seen", "documents", "identical", "matching tokens"], body),
-        "",
-        TOXICITY,
-    ]
-
-
-def _cells(row: Regurgitation) -> list[str]:
-    share, matching = row["identical"], row["matching"]
-    return [count(share["n"]), with_interval(share), "one document" if matching is None else with_error(matching, 2)]
 
 
 def task_sets(facts: HarnessFacts | None) -> list[str]:

@@ -51,7 +51,6 @@ COLORS += ("#56b4e9", "#882255", "#999933", "#332288", "#444444")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FIGURES = ("step", "loss", "reward", "skipped", VALIDATION_LOSS)
 """Fields of the training logs that the plot of losses reads."""
-MEANINGS = {"pass": "pass@k: one of k is right", "maj": "maj@k: the most frequent is right"}
 MARKERS = "osv^P*Xd<>"
 POINTS: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "elinewidth": 1, "capsize": 2}
 """The style of points with intervals."""
@@ -350,7 +349,7 @@ def progress(model: ModelFacts) -> bytes:
 
 
 def inference(scores: Mapping[str, Any]) -> bytes:
-    """Draws accuracy against generated tokens for each problem: a panel for pass@k and one for maj@k.
+    """Draws pass@k against generated tokens for each problem.
 
     The axis is logarithmic, errors are 95 % intervals, and the greedy answer is one point.
 
@@ -359,30 +358,29 @@ def inference(scores: Mapping[str, Any]) -> bytes:
     """
 
     def paint(figure: Figure) -> None:
-        for axis, (metric, meaning) in zip(figure.subplots(1, 2, sharey=True), MEANINGS.items(), strict=True):
-            ends = []
-            for (name, model_scores), color, marker in zip(scores.items(), cycle(COLORS), cycle(MARKERS), strict=False):
-                part = model_scores["problems_all"]
-                ks = sorted(part["at"], key=int)
-                points = [part["at"][k][metric] for k in ks]
-                tokens = [part["at"][k]["tokens"] for k in ks]
-                values, errors = [p["value"] for p in points], [Z95 * p["se"] for p in points]
-                style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4}
-                axis.errorbar(tokens, values, errors, linewidth=1, elinewidth=0.6, **style)
-                greedy = part["greedy"]
-                place = greedy["tokens"], greedy["accuracy"]["value"]
-                axis.plot(*place, color=color, marker="D", markersize=6, mfc="none", linestyle="none")
-                ends.append((values[-1], tables.title(name), color))
-            axis.set_xscale("log")
-            _panel(axis, f"{meaning}, all problems", "share right" if metric == "pass" else "")
-            axis.set_xlabel("generated tokens for a problem (diamond: greedy)")
-            _plain_ticks(axis)
-            # Small shares would be flat lines on an axis up to 1.
-            top = min(1.02, 1.3 * axis.get_ylim()[1])
-            axis.set_ylim(-0.02 * top, top)
-            _label_ends(axis, ends)
+        axis, ends = figure.subplots(), []
+        for (name, model_scores), color, marker in zip(scores.items(), cycle(COLORS), cycle(MARKERS), strict=False):
+            part = model_scores["problems_all"]
+            ks = sorted(part["at"], key=int)
+            points = [part["at"][k]["pass"] for k in ks]
+            tokens = [part["at"][k]["tokens"] for k in ks]
+            values, errors = [p["value"] for p in points], [Z95 * p["se"] for p in points]
+            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4}
+            axis.errorbar(tokens, values, errors, linewidth=1, elinewidth=0.6, **style)
+            greedy = part["greedy"]
+            place = greedy["tokens"], greedy["accuracy"]["value"]
+            axis.plot(*place, color=color, marker="D", markersize=6, mfc="none", linestyle="none")
+            ends.append((values[-1], tables.title(name), color))
+        axis.set_xscale("log")
+        _panel(axis, "pass@k: one of k is right, all problems", "share right")
+        axis.set_xlabel("generated tokens for a problem (diamond: greedy)")
+        _plain_ticks(axis)
+        # Small shares would be flat lines on an axis up to 1.
+        top = min(1.02, 1.3 * axis.get_ylim()[1])
+        axis.set_ylim(-0.02 * top, top)
+        _label_ends(axis, ends)
 
-    return png((8.4, 3.8), paint)
+    return png((5.6, 3.8), paint)
 
 
 def reinforcement(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:

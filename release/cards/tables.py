@@ -225,14 +225,11 @@ def samples(scores: dict[str, ModelScores]) -> list[str]:
 def engines(
     scores: Mapping[str, ModelScores],
     chat: Mapping[str, ChatScores],
-    memorization: Mapping[str, Any] | None = None,
     harness: HarnessFacts | None = None,
 ) -> list[str]:
     """Returns one sentence on what computed the scores."""
     kinds: dict[str, Iterable[Mapping[str, Any]]] = {"evaluation on documents and problems": scores.values()}
     kinds |= {CHAT_TITLES[benchmark]: by_model.values() for benchmark, by_model in chat.items()}
-    if memorization:
-        kinds["what it gives away"] = [memorization]
     if harness:
         kinds["task sets"] = harness.task_sets.values()
     by_engine: dict[str, list[str]] = {}

@@ -21,20 +21,15 @@ from release.facts.published_tables import read_json, stream_rows
 from release.facts.score_facts import (
     CONTAMINATION,
     HARNESS,
-    MEMORIZATION,
     chat_tables_of,
     compute_chat_scores,
     compute_harness,
-    compute_memorization,
     compute_scores,
 )
 from release.opened_release import Release
 from stages import scorers
 from stages.formats.table import read_jsonl
 
-MIN_RECALL, MIN_PLANTED = 0.9, 4
-"""The recall on items planted into a copy of the corpus that a valid detector has at least, and the minimum number of
-planted items."""
 MAX_CONTAMINATED = 0.05
 """The maximum share of the items of a split that may be in the training data."""
 META = "dataset/evaluation/fresh/meta.json"
@@ -59,11 +54,10 @@ def score_problems(evaluation: Path) -> list[str]:
             path, measured = table.with_name("scores.json"), models[table.parent.name]
             if not path.exists() or not _equals_measured(path, measured):
                 problems.append(f"evaluation/{benchmark}/{table.parent.name}/scores.json is not what its table gives")
-    for kind, name, compute in ((MEMORIZATION, "documents", compute_memorization), (HARNESS, "items", compute_harness)):
-        for path in sorted((evaluation / kind).glob(f"*/{name}.parquet")):
-            stated = path.with_name("scores.json")
-            if not stated.exists() or not _equals_measured(stated, compute(path.parent)):
-                problems.append(f"evaluation/{kind}/{path.parent.name}/scores.json is not what its tables give")
+    for path in sorted((evaluation / HARNESS).glob("*/items.parquet")):
+        stated = path.with_name("scores.json")
+        if not stated.exists() or not _equals_measured(stated, compute_harness(path.parent)):
+            problems.append(f"evaluation/{HARNESS}/{path.parent.name}/scores.json is not what its tables give")
     return problems
 
 
@@ -74,7 +68,7 @@ def _equals_measured(path: Path, measured: Mapping[str, Any]) -> bool:
 
 
 def contamination_report(build: BuildContext) -> Findings | None:
-    """Checks that the detector finds the planted items, and finds few items of the evaluation.
+    """Checks that few items of the evaluation are in the training data.
 
     None without a chat model.
     """
@@ -84,19 +78,11 @@ def contamination_report(build: BuildContext) -> Findings | None:
     if not path.exists():
         return Findings(["there is no contamination report; run the stage contamination"])
     report = read_json(path)
-    recall, splits = report["detector"]["recall"], {name: dict(counts) for name, counts in report["items"].items()}
-    verdicts = "; ".join(
+    splits = {name: dict(counts) for name, counts in report["items"].items()}
+    text = "; ".join(
         f"{split}: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}" for split, counts in splits.items()
     )
-    text = f"{recall['found']} of {recall['planted']} planted items found; {verdicts}"
-    problems = []
-    if recall["planted"] < MIN_PLANTED:
-        problems.append(
-            "too few items could be planted to know how good the detector is; ask for more items, or cleaner ones"
-        )
-    elif recall["found"] < MIN_RECALL * recall["planted"]:
-        problems.append("the detector misses too much, look at its settings")
-    problems += [
+    problems = [
         f"the {split} items stand in what was trained on; draw others, or decontaminate the data"
         for split, counts in splits.items()
         if counts["contaminated"] > MAX_CONTAMINATED * sum(counts.values())

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipeline.operations.command_options import JsonOption, QuietOption, RecipeArgument, graph_of, open_store
-
-if TYPE_CHECKING:
-    from stages.evaluation.ladder_laws import Form
 
 app = typer.Typer()
 
@@ -59,9 +56,6 @@ def ladder(
     points: Annotated[
         list[Path] | None, typer.Option("--points", metavar="FILE", help="CSV or JSON file of points; repeatable")
     ] = None,
-    law: Annotated[
-        str, typer.Option("--law", help="what is fitted: pretraining, compute, reinforcement or inference")
-    ] = "pretraining",
     following: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,23 +77,18 @@ def ladder(
 ) -> None:
     """Fit a scaling law to runs, and say what follows.
 
-    Points are sealed runs of recipes, and files of points that others measured: columns parameters, tokens and loss of
-    the law pretraining; flops and loss of compute; compute and score of reinforcement and of inference. The law has
-    bands of 90 %. It predicts the next run before it is run, and says which size to train on how many tokens for a
-    budget, of which serving takes a part: a model that serves much should be smaller and trained for longer
-    (arXiv:2401.00448). An answer beyond ten times the points is marked. Nothing is run.
+    Points are sealed runs of recipes, and files of points that others measured: columns parameters, tokens and
+    loss. The law has bands of 90 %. It predicts the next run before it is
+    run, and says which size to train on how many tokens for a budget, of which serving takes a part: a model that
+    serves much should be smaller and trained for longer (arXiv:2401.00448). An answer beyond ten times the points is
+    marked. Nothing is run.
 
     Example: atom ladder --points runs.csv --next 7e9,1.4e11 --budget 1e22 --serve 2e12 --out ladder
     """
     from pipeline.core.errors import AtomError
-    from pipeline.core.text import escaped
     from release.prediction import ladder as ladder_report
     from release.prediction import ladder_points
-    from stages.evaluation.ladder_laws import FORMS
 
-    if law not in FORMS:
-        raise AtomError(f"--law {escaped(law, 40)} is none of {', '.join(FORMS)}")
-    form = FORMS[law]
     if not recipes and not points:
         raise AtomError("no points: name recipes whose runs are sealed, or give --points FILE")
     if not 0 <= served < float("inf") or (budget is not None and not 0 < budget < float("inf")):
@@ -107,11 +96,11 @@ def ladder(
     if served and budget is None:
         raise AtomError("--serve has no effect without --budget, the FLOPs that training and serving cost in all")
 
-    rows = ladder_points.read_runs([graph_of(name) for name in recipes or ()], open_store(), form) if recipes else []
+    rows = ladder_points.read_runs([graph_of(name) for name in recipes], open_store()) if recipes else []
     for path in points or ():
-        rows += ladder_points.read_file(path, form)
-    runs = [(name, _figures(name, form)) for name in following or ()]
-    result = ladder_report.make(form, rows, runs, budget, served)
+        rows += ladder_points.read_file(path)
+    runs = [(name, _figures(name)) for name in following or ()]
+    result = ladder_report.make(rows, runs, budget, served)
 
     if out is not None:
         from release.cards import plots
@@ -125,28 +114,23 @@ def ladder(
         print(f"written: {out / ladder_report.REPORT}, {out / ladder_report.PLOT}")
 
 
-def _figures(run: str, form: Form) -> dict[str, float]:
-    """Returns the columns of a law for `--next`, from numbers with commas between them or the size of a recipe."""
+def _figures(run: str) -> dict[str, float]:
+    """Returns the columns of the law for `--next`, from numbers with commas between them or the size of a recipe."""
     from pipeline.core.errors import AtomError
     from pipeline.core.text import escaped
     from release.prediction import ladder_points
+    from stages.evaluation.scaling_laws import COLUMNS
 
     try:
         values = [float(part) for part in run.split(",")]
     except ValueError:
-        if not form.is_loss:
-            raise AtomError(
-                f"--next {escaped(run, 80)} is no {form.columns[0]}, and the law {form.name} takes no recipe"
-            ) from None
         size = ladder_points.size_of(graph_of(run, without_data=True))
-        return {name: size[name] for name in form.columns}
-    if len(values) != len(form.columns) or not all(0 < value < float("inf") for value in values):
-        noun = "numbers" if len(form.columns) > 1 else "number"
+        return {name: size[name] for name in COLUMNS}
+    if len(values) != len(COLUMNS) or not all(0 < value < float("inf") for value in values):
         raise AtomError(
-            f"--next {escaped(run, 80)} must be {len(form.columns)} {noun} above 0 ({', '.join(form.columns)}), or a "
-            "recipe"
+            f"--next {escaped(run, 80)} must be {len(COLUMNS)} numbers above 0 ({', '.join(COLUMNS)}), or a recipe"
         )
-    return dict(zip(form.columns, values, strict=True))
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 @app.command()

@@ -19,7 +19,7 @@ from release.facts.score_facts import ChatScores, compute_chat_scores, compute_s
 from release.layout import when
 from stages.evaluation.scores import ModelScores
 from stages.formats.table import order_files, row_count
-from stages.rl.rollout.probes import PROBES, ProbedBin
+from stages.rl.rollout.tasks import PROBES, ProbedBin
 
 BATCH = 65536
 """Rows without text that are read together."""

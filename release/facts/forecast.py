@@ -118,7 +118,7 @@ def predict(target: RunSize, points: Sequence[Point]) -> Prediction:
 
     Raises ValueError with a sentence if they cannot carry one.
     """
-    from stages.evaluation import scaling_law
+    from stages.evaluation import scaling_laws
 
     # Equal input gives an equal prediction, in whatever order the runs were named.
     ordered = sorted(points, key=lambda point: (point.flops, point.key))
@@ -133,12 +133,12 @@ def predict(target: RunSize, points: Sequence[Point]) -> Prediction:
         )
     flops, forecasts = [point.flops for point in ordered], []
     for figure in (LOSS, BITS):
-        law, band = scaling_law.loss_band(flops, [getattr(point, figure) for point in ordered], target.flops)
+        law, band = scaling_laws.loss_band(flops, [getattr(point, figure) for point in ordered], target.flops)
         forecasts.append(Forecast(figure, law, **asdict(band)))
     # The uncertainty of the smallest evaluation.
     items = min(point.items for point in ordered)
     accuracies = [point.accuracy_all for point in ordered]
-    curve, band = scaling_law.accuracy_band(flops, accuracies, items, target.flops)
+    curve, band = scaling_laws.accuracy_band(flops, accuracies, items, target.flops)
     forecasts.append(Forecast(ACCURACY, curve, **asdict(band)))
     return Prediction(target, tuple(ordered), tuple(forecasts))
 

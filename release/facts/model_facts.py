@@ -16,7 +16,6 @@ from release.facts.score_facts import (
     CHAT_BENCHMARKS,
     CONTAMINATION,
     HARNESS,
-    MEMORIZATION,
     ChatScores,
     HarnessFacts,
     read_harness,
@@ -24,7 +23,7 @@ from release.facts.score_facts import (
 from release.facts.training import PhaseLog
 from release.layout import CHAT, GOLDENS, when
 from release.untrusted import tensor_header
-from stages.evaluation.scores import ContaminationReport, MemorizationScores, ModelScores
+from stages.evaluation.scores import ContaminationReport, ModelScores
 from stages.train.imported_weights import NAME as BASE
 
 CONFIG_KEYS = (
@@ -69,7 +68,6 @@ class ModelFacts:
         chat: The same by benchmark.
         contamination: The report; None without one.
         training: By phase.
-        memorization: Of the model itself; None if it was not measured.
         harness: Its results on task sets; None if it was not measured.
         prediction: The prediction that was sealed before training; None without one.
         outcomes: Its forecasts with the measured figures.
@@ -88,7 +86,6 @@ class ModelFacts:
     chat: dict[str, ChatScores] = field(default_factory=dict)
     contamination: ContaminationReport | None = None
     training: dict[str, PhaseLog] = field(default_factory=dict)
-    memorization: MemorizationScores | None = None
     harness: HarnessFacts | None = None
     prediction: Prediction | None = None
     outcomes: list[Outcome] = field(default_factory=list)
@@ -143,7 +140,7 @@ class ModelFacts:
 def read_model_facts(model: Path) -> ModelFacts:
     """Reads the facts from one model repository alone."""
     config, report, folder = read_json(model / "config.json"), model / CONTAMINATION, model / "evaluation"
-    logs, memorization = training.logs(model).items(), folder / MEMORIZATION / "scores.json"
+    logs = training.logs(model).items()
     scores = _scores_by_model(folder)
     prediction = forecast.read(model / forecast.FILE) if (model / forecast.FILE).exists() else None
     return ModelFacts(
@@ -157,7 +154,6 @@ def read_model_facts(model: Path) -> ModelFacts:
         chat={name: _scores_by_model(folder / name) for name in CHAT_BENCHMARKS if (folder / name).is_dir()},
         contamination=read_json(report) if report.exists() else None,
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
-        memorization=read_json(memorization) if memorization.exists() else None,
         harness=read_harness(folder / HARNESS),
         prediction=prediction,
         outcomes=forecast.outcomes(prediction, _measured(model, scores)) if prediction else [],

@@ -15,7 +15,7 @@ from typing import Any, cast
 from release.facts.published_tables import read_json, read_rows, stream_rows
 from release.layout import when
 from stages.evaluation.pass_at_k import GREEDY
-from stages.evaluation.scores import HarnessScores, MemorizationScores, ModelScores
+from stages.evaluation.scores import HarnessScores, ModelScores
 from stages.formats.table import read_jsonl
 
 ChatScores = dict[str, Any]
@@ -23,7 +23,6 @@ ChatScores = dict[str, Any]
 CHAT_BENCHMARKS = ("test", "fresh", "preferences")
 """The benchmarks of chat models, by the names of their folders."""
 CONTAMINATION = "evaluation/contamination/report.json"
-MEMORIZATION = "memorization"
 """The folder with what models give away of their training data, in `evaluation/`: by model in a dataset repository, of
 the model itself in its own."""
 
@@ -91,14 +90,6 @@ def compute_harness(folder: Path) -> HarnessScores:
 
     rows: Any = read_rows(folder / "items.parquet")
     return harness.summary(rows)
-
-
-def compute_memorization(folder: Path) -> MemorizationScores:
-    """Returns what one model gives away, recomputed from its table."""
-    from stages.evaluation import memorization
-
-    documents: list[Any] = read_rows(folder / "documents.parquet")
-    return cast(MemorizationScores, {**memorization.summary(documents), **_stated(folder, "engine")})
 
 
 def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:

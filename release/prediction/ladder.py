@@ -21,9 +21,8 @@ from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError
 from pipeline.core.text import short
 from release.prediction.ladder_points import Point
-from stages.evaluation import ladder_laws
-from stages.evaluation.ladder_laws import LEVEL, PRETRAINING, Array, Fit, Form, band
-from stages.evaluation.scaling_law import Band
+from stages.evaluation import scaling_laws
+from stages.evaluation.scaling_laws import COLUMNS, FORMULA, LEVEL, Array, Band, Fit, band, published
 
 # Version of the form of ladder.json.
 SCHEMA = 1
@@ -88,7 +87,7 @@ class Advice:
 
 
 def advise(fit: Fit, budget: float, served: float) -> Advice:
-    """Returns the advice of a fit of the law `pretraining`.
+    """Returns the advice of a fit.
 
     Args:
         fit: The law.
@@ -104,7 +103,7 @@ def advise(fit: Fit, budget: float, served: float) -> Advice:
             f"{budget:.3g}; raise --budget"
         )
     # The law of the fit, and those of its refits, from which the bands follow.
-    value, drawn = fit.form.published(fit.parameters[None]), fit.form.published(fit.draws)
+    value, drawn = published(fit.parameters[None]), published(fit.draws)
     best = _choice(value, _best_size(value, budget, served)[0], budget, served)
     # The bands are those of the best models by the refits.
     drawn_sizes = _best_size(drawn, budget, served)
@@ -166,7 +165,7 @@ def _least(cost: Any, low: Array, high: Array) -> Array:
 
 def frontier(fit: Fit, flops: Array) -> tuple[Array, Array, Array]:
     """Returns value, low and high of the least loss that training FLOPs buy, all [n]."""
-    value, drawn = fit.form.published(fit.parameters[None]), fit.form.published(fit.draws)
+    value, drawn = published(fit.parameters[None]), published(fit.draws)
 
     def least(law: dict[str, Array]) -> Array:
         losses = []
@@ -262,7 +261,7 @@ class Ladder:
         points: The runs.
         fit: The law.
         expectations: The runs that are predicted.
-        advice: The model to train for a budget; only the law `pretraining` can tell.
+        advice: The model to train for a budget.
         remarks: Sentences on how far the advice extrapolates.
     """
 
@@ -272,21 +271,16 @@ class Ladder:
     advice: Advice | None = None
     remarks: Sequence[str] = field(default=())
 
-    @property
-    def form(self) -> Form:
-        return self.fit.form
-
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
-            "law": self.form.name,
-            "formula": self.form.formula,
+            "formula": FORMULA,
             "level": LEVEL,
             "points": [{"name": point.name, **point.figures} for point in self.points],
             "fit": {name: asdict(row) for name, row in self.fit.published().items()},
             "residual": self.fit.rms,
             "predictions": [
-                {"name": row.name, **row.figures, self.form.value: asdict(row.band), "remarks": list(row.remarks)}
+                {"name": row.name, **row.figures, "loss": asdict(row.band), "remarks": list(row.remarks)}
                 for row in self.expectations
             ],
             "advice": None if self.advice is None else self.advice.to_json() | {"remarks": list(self.remarks)},
@@ -294,7 +288,6 @@ class Ladder:
 
 
 def make(
-    form: Form,
     points: Sequence[Point],
     following: Sequence[tuple[str, Mapping[str, float]]] = (),
     budget: float | None = None,
@@ -303,7 +296,6 @@ def make(
     """Fits a law to points, and answers by it.
 
     Args:
-        form: The law.
         points: The runs.
         following: (name, figures) of runs to predict.
         budget: FLOPs of training and serving to advise on.
@@ -312,17 +304,15 @@ def make(
     Raises:
         AtomError: If the points cannot carry the law, or it cannot answer.
     """
-    if budget is not None and form is not PRETRAINING:
-        raise AtomError(f"--budget asks for parameters and tokens, and the law {form.name} has none; leave it out")
     try:
-        columns = [[point.figures[name] for point in points] for name in form.columns]
-        fit = ladder_laws.fit(form, columns, [point.figures[form.value] for point in points])
+        columns = [[point.figures[name] for point in points] for name in COLUMNS]
+        fit = scaling_laws.fit(columns, [point.figures["loss"] for point in points])
         advice = None if budget is None else advise(fit, budget, served)
     except ValueError as error:
         raise AtomError(f"these {len(points)} points carry no answer: {error}") from None
     # A prediction far from the runs is marked, and not refused.
     expectations = [
-        Expectation(name, figures, fit.predict([figures[column] for column in form.columns]), fit.extrapolates(figures))
+        Expectation(name, figures, fit.predict([figures[column] for column in COLUMNS]), fit.extrapolates(figures))
         for name, figures in following
     ]
     remarks = [] if advice is None else fit.extrapolates(asdict(advice.best))
@@ -338,13 +328,13 @@ def write(ladder: Ladder, plot: bytes, folder: Path) -> None:
 
 def sentences(ladder: Ladder) -> list[str]:
     """Returns the lines that the command prints."""
-    form, fit = ladder.form, ladder.fit
-    lines = [f"{form.formula}, fitted to {len(ladder.points)} points; bands of {LEVEL:.0%}"]
+    fit = ladder.fit
+    lines = [f"{FORMULA}, fitted to {len(ladder.points)} points; bands of {LEVEL:.0%}"]
     lines += [f"  {name} = {_figure(row)}" for name, row in fit.published().items()]
-    lines.append(f"  residual: {fit.rms:.2%} of the loss" if form.is_loss else f"  residual: {fit.rms:.4f}")
+    lines.append(f"  residual: {fit.rms:.2%} of the loss")
     for row in ladder.expectations:
-        at = ", ".join(f"{short(row.figures[name])} {name}" for name in form.columns)
-        lines.append(f"{row.name} ({at}): {form.value} {_figure(row.band)}")
+        at = ", ".join(f"{short(row.figures[name])} {name}" for name in COLUMNS)
+        lines.append(f"{row.name} ({at}): loss {_figure(row.band)}")
         lines += [f"  {remark}" for remark in row.remarks]
     if (advice := ladder.advice) is not None:
         lines += _advice(advice)
@@ -376,44 +366,39 @@ def _figure(row: Band) -> str:
 
 
 def drawing(ladder: Ladder) -> Drawing:
-    """Returns the points, the law with its band, and the predictions, by compute.
+    """Returns the points, the least loss that compute buys by the law, with its band, and the predictions.
 
-    For the law `pretraining`, compute is 6 N D, and the line is the least loss that it buys.
+    Compute is 6 N D.
     """
-    form = ladder.form
-    at = [(_compute(form, point.figures), point.figures[form.value]) for point in ladder.points]
+    at = [(_compute(point.figures), point.figures["loss"]) for point in ladder.points]
     predicted = {
-        f"{row.name}, predicted": [(x, row.band.value, row.band.low, row.band.high)]
+        f"{row.name}, predicted": [(_compute(row.figures), row.band.value, row.band.low, row.band.high)]
         for row in ladder.expectations
-        if (x := _compute(form, row.figures)) > 0
     }
-    # The axis is logarithmic, and reinforcement has a point before any compute.
-    shown = [x for x, _ in at if x > 0] + [points[0][0] for points in predicted.values()]
+    shown = [x for x, _ in at] + [points[0][0] for points in predicted.values()]
     # From the smallest run to the largest one, predicted ones included.
     grid = np.geomspace(min(shown), max(shown), CURVE)
-    values = frontier(ladder.fit, grid) if form is PRETRAINING else ladder.fit.curve(grid[None])
-    runs = {label: [(x, y, y, y) for x, y in sorted(rows) if x > 0] for label, rows in _groups(ladder, at).items()}
-    unit = {"pretraining": "training FLOPs, 6 N D", "compute": "training FLOPs"}.get(form.name, "compute")
+    values = frontier(ladder.fit, grid)
+    runs = {label: [(x, y, y, y) for x, y in sorted(rows)] for label, rows in _groups(ladder, at).items()}
+    unit = "training FLOPs, 6 N D"
     return Drawing(
-        title=f"{form.value} by {unit}, with {LEVEL:.0%} bands",
+        title=f"loss by {unit}, with {LEVEL:.0%} bands",
         unit=unit,
-        label="least loss for the compute" if form is PRETRAINING else "law",
+        label="least loss for the compute",
         law=[(float(a), float(b), float(c), float(d)) for a, b, c, d in zip(grid, *values, strict=True)],
-        runs={label: points for label, points in runs.items() if points},
+        runs=runs,
         predicted=predicted,
     )
 
 
-def _compute(form: Form, figures: Mapping[str, float]) -> float:
-    if form is PRETRAINING:
-        return TRAIN * math.prod(figures[name] for name in form.columns)
-    return figures[form.columns[0]]
+def _compute(figures: Mapping[str, float]) -> float:
+    return TRAIN * math.prod(figures[name] for name in COLUMNS)
 
 
 def _groups(ladder: Ladder, at: Sequence[tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
-    """Returns the points by their size, if the law has sizes and they are few."""
-    sizes = [point.figures.get("parameters", 0.0) for point in ladder.points]
-    if ladder.form is not PRETRAINING or len(set(sizes)) > MOST_SIZES:
+    """Returns the points by their size, if sizes are few."""
+    sizes = [point.figures["parameters"] for point in ladder.points]
+    if len(set(sizes)) > MOST_SIZES:
         return {"runs": list(at)}
     groups: dict[str, list[tuple[float, float]]] = {}
     for size, row in sorted(zip(sizes, at, strict=True)):

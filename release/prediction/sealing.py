@@ -16,7 +16,7 @@ from pipeline.graph.dag import Graph, Node
 from pipeline.launch.attempt import PREDICTION, prediction_key
 from release.facts import forecast
 from release.facts.forecast import FILE, MODEL, PHASE, Point, Prediction, RunSize
-from stages.evaluation import scaling_law
+from stages.evaluation import scaling_laws
 
 VERSION = 1
 """The version of the stage in its statement."""
@@ -167,7 +167,7 @@ def write(prediction: Prediction, materials: dict[str, Artifact], store: Store, 
     body = json.dumps(prediction.to_json(), indent=1, sort_keys=True, allow_nan=False) + "\n"
     (draft / FILE).write_text(body)
     # The statement names the code of the law, so that a reader can compute it again.
-    code = {module.__name__: sha256_file(Path(str(module.__file__))) for module in (forecast, scaling_law)}
+    code = {module.__name__: sha256_file(Path(str(module.__file__))) for module in (forecast, scaling_laws)}
 
     def record(artifact: Artifact) -> None:
         attempt = provenance.AttemptRecord(

@@ -17,7 +17,7 @@ from release.tracing.answers import Document, Fate, Place, Segment, Step, TaskRe
 from release.tracing.order_lookup import Places
 from release.tracing.release_data import OrderPart, ReleaseData, Rows, select_rows
 from stages.formats.table import order_files, read_jsonl, stream_part_batches
-from stages.tasks.rows import question
+from stages.tasks import question
 
 NEAR = 20_000
 """The maximum number of ids that are compared with an unknown one."""

@@ -29,14 +29,14 @@ from stages.data import estimates
 from stages.data.estimates import Size
 from stages.formats.seeds import seed_of
 from stages.formats.table import part_files, stream_rows, write_json, write_jsonl
+from stages.tasks import Row, question, to_row
 from stages.tasks.eval_set import CHAT, Problems, chat_rows, texts_of
-from stages.tasks.rows import Row, question, to_row
 from stages.tasks.synthetic.problems import draw_distinct
 
 if TYPE_CHECKING:
     from stages.data.curate.decontamination import ItemRuns
 
-VERSION = 1
+VERSION = 2
 EVALUATION = "evaluation items"
 
 
@@ -73,18 +73,11 @@ def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     matches = find_places(rows, config, inputs, work, report)
     kept_rows = [row for row in rows if row["id"] not in matches]
     write_jsonl(out / CHAT, kept_rows)
-    place_names = sorted({name for names in matches.values() for name in names})
-    counts = {
-        name: sum(name in names for names in matches.values())
-        for name in [*searched_places(config, inputs), EVALUATION]
-    }
     by_id = {row["id"]: row for row in rows}
     removed = [{"id": id, "question": question(by_id[id]), "where": names} for id, names in sorted(matches.items())]
     meta = {"digest": digest, "seed": seed_from(digest), "problems": config.problems, "drawn": len(rows)}
-    write_json(out / "meta.json", meta | {"kept": len(kept_rows), "removed": removed, "removed_by_place": counts})
+    write_json(out / "meta.json", meta | {"kept": len(kept_rows), "removed": removed})
     report.note(f"{len(rows)} problems drawn from {digest}, {len(kept_rows)} kept")
-    for name in place_names:
-        report.note(f"{counts[name]} stand in {name}")
 
 
 def run_shard(config: FreshConfig, inputs: Inputs, work: Path, shard: int) -> None:
@@ -201,11 +194,6 @@ def _search_part(runs: ItemRuns, work: Path, source: str, number: int, path: Pat
 def task_roles(inputs: Inputs) -> list[str]:
     """Returns the inputs with the tasks of reinforcement and preference learning."""
     return sorted(role for role in inputs if role.startswith("tasks-"))
-
-
-def searched_places(config: FreshConfig, inputs: Inputs) -> list[str]:
-    """Returns the places that are searched beside the evaluation items."""
-    return [*config.phases, *task_roles(inputs)]
 
 
 def prompts(inputs: Inputs, role: str) -> Iterator[str]:

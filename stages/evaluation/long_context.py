@@ -181,7 +181,16 @@ def items(section: ContextSection, length: int, encode: Encode, filler: Sequence
             key = passkeys.draw_key(rng, section.digits, evaluation=True)
             statement, answer = encode(passkeys.STATEMENT.format(key)), encode(passkeys.ANSWER.format(key))
             available = length - len(statement) - len(question) - len(answer)
-            _require_room("evaluation.context.lengths", length, available, len(filler), "key and question alone take")
+            if available < 0:
+                raise AtomError(
+                    f"evaluate: evaluation.context.lengths names {length} tokens, but key and question alone take "
+                    f"{length - available}; leave it out"
+                )
+            if available > len(filler):
+                raise AtomError(
+                    f"evaluate: evaluation.context.lengths names {length} tokens, but all held-out text has "
+                    f"{len(filler)}; hold out more or ask for less"
+                )
             # The key stands at the depth; the question is always last.
             start, cut = rng.randrange(len(filler) - available + 1), round(depth * available)
             text = filler[start : start + available]
@@ -189,30 +198,14 @@ def items(section: ContextSection, length: int, encode: Encode, filler: Sequence
             yield f"{length}/{depth:g}/{n:03d}", depth, key, ids, answer
 
 
-def _require_room(setting: str, length: int, room: int, available: int, what: str) -> None:
-    """Raises AtomError unless an item leaves `room` tokens for text, and all held-out text has as many."""
-    if room < 0:
-        raise AtomError(f"evaluate: {setting} names {length} tokens, but {what} {length - room}; leave it out")
-    if room > available:
-        raise AtomError(
-            f"evaluate: {setting} names {length} tokens, but all held-out text has {available}; hold out more or ask "
-            "for less"
-        )
-
-
-def _answered(model: LanguageModel, tokenizer: Any, ids: Sequence[int], answer: list[int]) -> tuple[str, int]:
-    """Returns what a greedy decoder writes in place of the answer at the end of ids, and 1 if it is the answer."""
-    predicted = model.likeliest(ids, len(answer))
-    output = tokenizer.decode(predicted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return output, int(predicted == answer)
-
-
 def _score_cells(
     section: ContextSection, length: int, model: LanguageModel, tokenizer: Any, encode: Encode, filler: Sequence[int]
 ) -> list[PasskeyRow]:
     rows: list[PasskeyRow] = []
     for name, depth, key, ids, answer in items(section, length, encode, filler):
-        output, score = _answered(model, tokenizer, ids, answer)
+        predicted = model.likeliest(ids, len(answer))
+        output = tokenizer.decode(predicted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        score = int(predicted == answer)
         rows.append({"id": name, "length": length, "depth": depth, "expected": key, "output": output, "score": score})
     return rows
 

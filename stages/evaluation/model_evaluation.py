@@ -37,7 +37,7 @@ from stages.evaluation.bits_per_byte import (
 from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, compute, compute_shard
 from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
 from stages.evaluation.scores import ModelScores
-from stages.formats.table import ItemRow, String, arrow_schema, columns_of, read_table, write_rows
+from stages.formats.table import ItemRow, String, columns_of, read_table, write_rows
 from stages.generation.engine import LanguageModel
 from stages.generation.samplers import open_model
 
@@ -114,7 +114,8 @@ def measure(config: EvaluateConfig, model: Path, inputs: Inputs, work: Path, out
         long_context.report_passkeys(passkeys, report)
         write_rows(out / "passkey.parquet", long_context.PASSKEY, passkeys)
         write_rows(out / "positions.parquet", long_context.POSITIONS, positions)
-    write_tables(out, scored, answered)
+    write_rows(out / "documents.parquet", DOCUMENT_SCORES, scored)
+    write_rows(out / "items.parquet", PROBLEM_ANSWERS, answered)
     return summary(scored, answered, passkeys, positions)
 
 
@@ -229,21 +230,7 @@ def summary(
         "accuracy": by_task,
         "accuracy_all": binomial([row["score"] for row in items]),
     }
-    if passkeys and positions:
-        long = long_context.summary(passkeys, positions)
-        scores["passkey"], scores["passkey_by_depth"] = long["passkey"], long["passkey_by_depth"]
-        scores["loss_by_position"] = long["loss_by_position"]
-    return scores
-
-
-def write_tables(out: Path, documents: Sequence[DocumentScore], items: Sequence[ProblemAnswer]) -> None:
-    """Writes `documents.parquet` and `items.parquet`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    documents_schema, items_schema = arrow_schema(DOCUMENT_SCORES), arrow_schema(PROBLEM_ANSWERS)
-    pq.write_table(pa.Table.from_pylist(documents, documents_schema), out / "documents.parquet", compression="zstd")
-    pq.write_table(pa.Table.from_pylist(items, items_schema), out / "items.parquet", compression="zstd")
+    return {**scores, **long_context.summary(passkeys, positions)} if passkeys and positions else scores
 
 
 STAGE = Stage("evaluate", VERSION, EvaluateConfig, run, **estimates.of_engine(), run_shard=run_shard)

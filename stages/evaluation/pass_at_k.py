@@ -1,25 +1,20 @@
-"""Stage `solve`: pass@k and maj@k of one exported model in conversation.
+"""Stage `solve`: pass@k of one exported model in conversation.
 
     atom run atom-tiny --only solve-rlvr
 
-The model answers each problem once greedily and `num_samples` times at temperature 1. The figures of the samples, for k
-= 1, 2, 4, … answers and with their cost in generated tokens, are:
+The model answers each problem once greedily and `num_samples` times at temperature 1. pass@k is the chance that one of
+k answers is correct, for k = 1, 2, 4, …, with the cost of k answers in generated tokens: an exact expectation over all
+subsets of the samples (stages/confidence.py).
 
-- **pass@k**: one of k answers is correct;
-- **maj@k**: the most frequent of k answers is correct. An answer votes by its text without the reasoning. A truncated
-  answer has no vote. Ties are broken at random.
-
-Both are exact expectations over all subsets of the samples (stages/confidence.py). A request for a courteous
-note has no single correct answer: the model answers it once, and its mean reward is reported. Stage `prefer` measures
-which of two models is preferred. Standard errors are over items. Seeds follow from item and sample, so all models of a
-recipe draw with the same random numbers.
+A request for a courteous note has no single correct answer: the model answers it once, and its mean reward is reported.
+Stage `prefer` measures which of two models is preferred. Standard errors are over items. Seeds follow from item and
+sample, so all models of a recipe draw with the same random numbers.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
@@ -27,20 +22,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage
-from stages.confidence import clustered, majority_at, pass_at, powers_of_two
+from stages.confidence import clustered, pass_at, powers_of_two
 from stages.evaluation import estimates
 from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, compute, compute_shard
 from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
 from stages.formats.seeds import seed_of
 from stages.formats.table import Double, Int32, String, columns_of, write_json, write_rows
-from stages.generation.engine import Engine
 from stages.generation.samplers import open_sampler
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:
-    from stages.tasks.rows import Row
+    from stages.tasks import Row
 
-VERSION = 2
+VERSION = 3
 # Number of the greedy answer among the samples.
 GREEDY = -1
 # Items that are answered together; a stage resumes after the last finished batch.
@@ -84,17 +78,22 @@ ANSWERS = columns_of(Answer)
 NumSamples = Annotated[int, Range(1, 4096)]
 
 
-class SolveConfig(EngineConfig):
-    """The items, the number of answers to each, and their maximum length."""
+class ChatConfig(EngineConfig):
+    """Settings of the stages in which a model answers in conversation."""
+
+    max_new_tokens: Context
+    """maximum number of tokens of an answer"""
+    seed: Seed
+    """seed of the recipe"""
+
+
+class SolveConfig(ChatConfig):
+    """The items, and the number of answers to each."""
 
     num_samples: NumSamples
     """answers per item"""
-    max_new_tokens: Context
-    """maximum number of tokens of an answer"""
     split: Literal["test", "validation"] = "test"
     """split of the items"""
-    seed: Seed
-    """seed of the recipe"""
 
 
 def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -107,7 +106,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         AtomError: A kind has fewer than two items; and the errors of the verifiers.
     """
     rows = _rows(config, inputs)
-    results = compute(_pieces(rows, config), work, _loader(rows, config, inputs, work, report.note), report)
+    results = compute(_pieces(rows, config), work, chat_loader(rows, config, inputs, work, report.note), report)
     answered: list[Answer] = [answer for answers in results for answer in answers]
     # In a batch all greedy answers come first; the table has the answers item by item.
     answered.sort(key=lambda row: (row["id"], row["sample"]))
@@ -117,11 +116,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
     for kind, part in scores["problems"].items():
         largest_k = max(part["at"], key=int)
-        headline = {
-            "greedy": part["greedy"]["accuracy"],
-            f"pass@{largest_k}": part["at"][largest_k]["pass"],
-            f"maj@{largest_k}": part["at"][largest_k]["maj"],
-        }
+        headline = {"greedy": part["greedy"]["accuracy"], f"pass@{largest_k}": part["at"][largest_k]["pass"]}
         report.note(f"{kind}: " + ", ".join(f"{x} {y['value']:.3f} ± {y['se']:.3f}" for x, y in headline.items()))
     for kind, judged in scores["judged"].items():
         report.note(f"{kind}: mean reward {judged['reward']['value']:.3f} ± {judged['reward']['se']:.3f}")
@@ -130,7 +125,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 def run_shard(config: SolveConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Answers the items of one shard."""
     rows = _rows(config, inputs)
-    load = _loader(rows, config, inputs, work, partial(print, flush=True))
+    load = chat_loader(rows, config, inputs, work, partial(print, flush=True))
     compute_shard(_pieces(rows, config), work, load, shard, estimates.shards(config.expected, 1, config.engine))
 
 
@@ -138,16 +133,31 @@ def _rows(config: SolveConfig, inputs: Inputs) -> list[dict[str, Any]]:
     return select_split(chat_rows(inputs["items"]), config.split)
 
 
-def _loader(
-    rows: Sequence[Row], config: SolveConfig, inputs: Inputs, work: Path, note: Callable[[str], object]
+def chat_loader(
+    rows: Sequence[Row],
+    config: ChatConfig,
+    inputs: Inputs,
+    work: Path,
+    note: Callable[[str], object],
+    role: str = "model",
 ) -> Callable[[], ChatModel]:
-    setup = ChatSetup(config.engine, config.max_new_tokens, rows, inputs, work, note)
-    return lambda: ChatModel(setup, inputs["model"] / "model")
+    """Returns the function that opens the export inputs[role]; see `ChatModel`."""
+    return lambda: ChatModel(inputs[role] / "model", rows, config, inputs, work, note)
 
 
 def _pieces(rows: Sequence[Row], config: SolveConfig) -> list[Piece[ChatModel]]:
     def answer(chat_model: ChatModel, batch: Sequence[Row]) -> list[Answer]:
-        return _answer_batch(chat_model, batch, config)
+        """Returns the greedy answers to the problems of a batch, then the samples to all of its items."""
+        problems = [row for row in batch if row["kind"] not in JUDGED]
+        # A greedy answer draws nothing, so its seed is 0.
+        answers = chat_model.answer([(row, GREEDY, 0) for row in problems], greedy=True) if problems else []
+        # A judged request is answered once: it has no right answer that a vote of several could find.
+        samples = [
+            (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed))
+            for row in batch
+            for n in range(1 if row["kind"] in JUDGED else config.num_samples)
+        ]
+        return answers + chat_model.answer(samples)
 
     return batched_pieces("answers", rows, ITEMS_PER_BATCH, answer)
 
@@ -167,42 +177,39 @@ def select_split(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, A
     return selected
 
 
-@dataclass(frozen=True)
-class ChatSetup:
-    """The setting in which a model answers the items of a stage.
-
-    Attributes:
-        engine: What computes.
-        max_new_tokens: Maximum number of tokens of an answer.
-        rows: All items, whose verifiers are made.
-        inputs: Artifacts of the stage.
-        work: Work folder, for the log of a server.
-        note: Prints a line to the log.
-    """
-
-    engine: Engine
-    max_new_tokens: int
-    rows: Sequence[Row]
-    inputs: Inputs
-    work: Path
-    note: Callable[[str], object]
-
-
 class ChatModel:
     """The exported model in a folder with its chat template, and the verifiers of its items."""
 
-    def __init__(self, setup: ChatSetup, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[Row],
+        config: ChatConfig,
+        inputs: Inputs,
+        work: Path,
+        note: Callable[[str], object],
+    ) -> None:
+        """Opens the model.
+
+        Args:
+            folder: Folder of the model.
+            rows: All items, whose verifiers are made.
+            config: Settings of the stage.
+            inputs: Artifacts of the stage.
+            work: Work folder, for the log of a server.
+            note: Prints a line to the log.
+        """
         import torch
 
-        from stages.rl.rewards.registry import make_verifiers
+        from stages.rl.protocols import make_verifiers
         from stages.rl.rollout import generation
 
         # One thread and deterministic kernels, so that the answers repeat bit for bit.
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
         self.chat = generation.Chat(folder)
-        self.sampler = open_sampler(setup.engine, folder, self.chat.stops, setup.max_new_tokens, setup.work)
-        self.verifiers = generation.Verifiers(make_verifiers(setup.rows, setup.inputs, self.chat, {}), setup.note)
+        self.sampler = open_sampler(config.engine, folder, self.chat.stops, config.max_new_tokens, work)
+        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), note)
 
     def answer(self, requests: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
         """Returns the scored answers to requests, each (row, sample, seed)."""
@@ -238,20 +245,6 @@ class ChatModel:
         self.verifiers.close()
 
 
-def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
-    """Returns the greedy answers to the problems of a batch, then the samples to all of its items."""
-    problems = [row for row in batch if row["kind"] not in JUDGED]
-    # A greedy answer draws nothing, so its seed is 0.
-    answers = chat_model.answer([(row, GREEDY, 0) for row in problems], greedy=True) if problems else []
-    # A judged request is answered once: it has no right answer that a vote of several could find.
-    sample_requests = [
-        (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed))
-        for row in batch
-        for n in range(1 if row["kind"] in JUDGED else config.num_samples)
-    ]
-    return answers + chat_model.answer(sample_requests)
-
-
 def summary(answered: Sequence[Answer]) -> AnswerScores:
     """Returns `scores.json` from the table alone, so that it can be recomputed. A reward of 1 is a correct answer."""
     by_kind: dict[str, dict[str, list[Answer]]] = {}
@@ -278,15 +271,8 @@ def _summarize_problems(items: Mapping[str, list[Answer]]) -> ProblemScores:
         at[str(k)] = {
             "tokens": k * sample_statistics["tokens"],
             "pass": clustered([pass_at(len(rows), correct[id], k) for id, rows in samples.items()]),
-            "maj": clustered([_majority_of(rows, k) for rows in samples.values()]),
         }
     return {"greedy": _answer_statistics(greedy, "accuracy"), "samples": sample_statistics, "at": at}
-
-
-def _majority_of(rows: Sequence[Answer], k: int) -> float:
-    # An answer that was cut off has no vote.
-    votes = [row["answer"] if row["finished"] else None for row in rows]
-    return majority_at(votes, {row["answer"] for row in rows if row["reward"] >= 1}, k)
 
 
 def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accuracy", "reward"]) -> AnswerStatistics:

@@ -1,6 +1,6 @@
 """The fields of the JSON files of evaluation, which cards, gates and checks of a release read.
 
-They are `scores.json` of the stages evaluate, solve, prefer, memorization and harness, and `report.json` of the stage
+They are `scores.json` of the stages evaluate, solve, prefer and harness, and `report.json` of the stage
 contamination.
 
 Each has `engine`, the package and version of vLLM, if a server computed it; without, transformers did, in fp32.
@@ -23,8 +23,8 @@ VERDICTS = ("clean", "overlap", "contaminated")
 HarnessScores = dict[str, dict[str, dict[str, Mean]]]
 
 
-class LongContextScores(TypedDict):
-    """The scores on long texts.
+class LongContextScores(TypedDict, total=False):
+    """The scores on long texts, if the recipe measures them.
 
     Attributes:
         passkey: Share of keys found, by length of the text.
@@ -37,10 +37,8 @@ class LongContextScores(TypedDict):
     loss_by_position: dict[str, Ratio]
 
 
-class ModelScores(TypedDict):
+class ModelScores(LongContextScores):
     """`scores.json` of the stage evaluate.
-
-    The fields that may be absent exist for a recipe with long contexts, as in LongContextScores.
 
     Attributes:
         bits_per_byte: Bits per byte by source.
@@ -51,9 +49,6 @@ class ModelScores(TypedDict):
     bits_per_byte_all: Ratio
     accuracy: dict[str, Mean]
     accuracy_all: Mean
-    passkey: NotRequired[dict[str, Mean]]
-    passkey_by_depth: NotRequired[dict[str, dict[str, Mean]]]
-    loss_by_position: NotRequired[dict[str, Ratio]]
     engine: NotRequired[str]
 
 
@@ -67,8 +62,8 @@ class AnswerStatistics(TypedDict):
     reasoning: float
 
 
-# k answers to each item: their tokens, pass@k and maj@k.
-SeveralAnswers = TypedDict("SeveralAnswers", {"tokens": float, "pass": Mean, "maj": Mean})
+# k answers to each item: their tokens and pass@k.
+SeveralAnswers = TypedDict("SeveralAnswers", {"tokens": float, "pass": Mean})
 
 
 class ProblemScores(TypedDict):
@@ -112,15 +107,6 @@ class Proportion(Mean):
     high: float
 
 
-class DecidedWins(TypedDict):
-    """The share of wins among decided pairs, with Wilson's 95 % interval."""
-
-    value: float
-    n: int
-    low: float
-    high: float
-
-
 class SideScores(TypedDict):
     """The answers of one of two compared models.
 
@@ -142,7 +128,6 @@ class PairScores(TypedDict):
     """
 
     win_rate: Proportion
-    without_ties: DecidedWins | None
     wins: int
     ties: int
     losses: int
@@ -165,39 +150,10 @@ class VerdictCounts(TypedDict):
     phases: dict[str, dict[str, dict[str, int]]]
 
 
-class DetectorRecall(TypedDict):
-    """Planted items that were found, with Wilson's 95 % interval."""
-
-    planted: int
-    found: int
-    low: float
-    high: float
-
-
-class FalsePositives(TypedDict):
-    """Items that occur nowhere, and those of them that were found."""
-
-    absent: int
-    found: int
-
-
-class Detector(TypedDict):
-    """The detection rates of the search.
-
-    Attributes:
-        recall_by_form: {form: {planted, found}}.
-    """
-
-    recall: DetectorRecall
-    recall_by_form: dict[str, dict[str, int]]
-    false_positives: FalsePositives
-
-
 class ScoresByVerdict(TypedDict):
-    """The mean score of one kind of item on three sets of items; None for fewer than two items."""
+    """The mean score of one kind of item on two sets of items; None for fewer than two items."""
 
     full: Mean | None
-    not_contaminated: Mean | None
     clean: Mean | None
 
 
@@ -211,32 +167,4 @@ class ContaminationReport(VerdictCounts):
 
     thresholds: dict[str, Any]
     read: dict[str, int]
-    detector: Detector
     scores: dict[str, dict[str, ScoresByVerdict]]
-
-
-class Regurgitation(TypedDict):
-    """Documents of one stratum.
-
-    Attributes:
-        identical: The share that the model continues verbatim.
-        matching: Tokens before the first other one; None for fewer than two documents.
-    """
-
-    identical: Proportion
-    matching: Mean | None
-
-
-class MemorizationScores(TypedDict):
-    """`scores.json` of the stage memorization.
-
-    Attributes:
-        by_times_seen: Documents by range of times seen, `0` for held-out ones.
-        by_source: The same by source.
-    """
-
-    prefix_tokens: int
-    continuation_tokens: int
-    by_times_seen: dict[str, Regurgitation]
-    by_source: dict[str, dict[str, Regurgitation]]
-    engine: NotRequired[str]

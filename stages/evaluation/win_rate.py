@@ -11,27 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.bounds import Context, Key, Seed
+from pipeline.core.bounds import Key
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs, Report, Stage
 from stages.confidence import clustered, wilson
 from stages.evaluation import estimates
-from stages.evaluation.estimates import EngineConfig, Piece, batched_pieces, compute, compute_shard
-from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, ChatSetup, select_split
+from stages.evaluation.estimates import Piece, batched_pieces, compute, compute_shard
+from stages.evaluation.pass_at_k import JUDGED, Answer, ChatConfig, ChatModel, chat_loader, select_split
 from stages.evaluation.scores import ComparisonScores, PairScores, SideScores
 from stages.formats.seeds import seed_of
 from stages.formats.table import write_json, write_rows
 from stages.tasks.eval_set import chat_rows
 
 if TYPE_CHECKING:
-    from stages.tasks.rows import Row
+    from stages.tasks import Row
 
-VERSION = 3
+VERSION = 4
 ITEMS_PER_BATCH = 256
 # Pairs that scores.json shows.
 EXAMPLES = 8
@@ -41,17 +41,13 @@ PAIRS = {"id": "string", "question": "string", "seed": "uint64", "verifier": "st
 PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**SIDE_COLUMNS, "parts": "string"}.items()}
 
 
-class PreferConfig(EngineConfig):
-    """The names of the two models in the recipe, and the maximum length of an answer."""
+class PreferConfig(ChatConfig):
+    """The names of the two models in the recipe."""
 
     model: Key
     """name of the model"""
     before: Key
     """name of the model that it is compared with"""
-    max_new_tokens: Context
-    """maximum number of tokens of an answer"""
-    seed: Seed
-    """seed of the recipe"""
 
 
 def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -63,11 +59,13 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     Raises:
         AtomError: Fewer than two requests are held out.
     """
-    rows, pieces = _rows(inputs), _pieces(_rows(inputs), config)
-    sides: dict[str, list[Answer]] = {side: [] for side in SIDES}
-    results = compute(pieces, work, partial(_Models, rows, config, inputs, work, report.note), report, "answers")
-    for piece, answers in zip(pieces, results, strict=True):
-        sides[piece.name.partition("-")[0]] += answers
+    rows = _rows(inputs)
+    sides: dict[str, list[Answer]] = {}
+    # One side after the other: memory may not hold two models.
+    for side in SIDES:
+        load = chat_loader(rows, config, inputs, work, report.note, side)
+        results = compute(_pieces(rows, config, side), work, load, report, "answers")
+        sides[side] = [answer for answers in results for answer in answers]
     pairs = [_pair(row, *answers) for row, *answers in zip(rows, sides["model"], sides["before"], strict=True)]
     write_rows(out / "pairs.parquet", PAIRS, pairs)
     scores: ComparisonScores = {"model": config.model, "before": config.before, **summary(pairs)}
@@ -81,15 +79,15 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 def run_shard(config: PreferConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Answers the requests of one shard."""
-    rows = _rows(inputs)
-    load = partial(_Models, rows, config, inputs, work, partial(print, flush=True))
-    shards = estimates.shards(config.expected, len(SIDES), config.engine)
-    compute_shard(_pieces(rows, config), work, load, shard, shards)
+    rows, shards = _rows(inputs), estimates.shards(config.expected, len(SIDES), config.engine)
+    for side in SIDES:
+        load = chat_loader(rows, config, inputs, work, partial(print, flush=True), side)
+        compute_shard(_pieces(rows, config, side), work, load, shard, shards)
 
 
 def _pair(row: Row, model: Answer, before: Answer) -> dict[str, Any]:
     """Returns a row of pairs.parquet: columns that both answers share, and those of each side."""
-    from stages.tasks.rows import question
+    from stages.tasks import question
 
     # Both answers have the same id, seed and verifier, so those of one side are enough.
     pair = {name: value for name, value in model.items() if name in PAIRS} | {"question": question(row)}
@@ -106,64 +104,35 @@ def _rows(inputs: Inputs) -> list[dict[str, Any]]:
     return select_split(rows, "test")
 
 
-class _Models:
-    """The models of both sides, of which one is open at a time: memory may not hold two."""
-
-    def __init__(
-        self, rows: Sequence[Row], config: PreferConfig, inputs: Inputs, work: Path, note: Callable[[str], object]
-    ) -> None:
-        self.setup = ChatSetup(config.engine, config.max_new_tokens, rows, inputs, work, note)
-        self.side = ""
-        self.model: ChatModel | None = None
-
-    def open(self, side: str) -> ChatModel:
-        """Returns the model of a side, after closing that of the other one."""
-        if self.model is None or side != self.side:
-            self.close()
-            self.side = side
-            self.model = ChatModel(self.setup, self.setup.inputs[side] / "model")
-        return self.model
-
-    def close(self) -> None:
-        if self.model is not None:
-            self.model.close()
-            self.model = None
-
-
-def _pieces(rows: Sequence[Row], config: PreferConfig) -> list[Piece[_Models]]:
-    """Returns batches of requests, all of one side before those of the other."""
+def _pieces(rows: Sequence[Row], config: PreferConfig, side: str) -> list[Piece[ChatModel]]:
+    """Returns batches of requests to one side."""
     # One seed for both sides, so that the comparison has less noise.
     requests = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
 
-    def answer(models: _Models, batch: Sequence[tuple[Row, int, int]], side: str) -> list[Answer]:
-        return models.open(side).answer(batch)
+    def answer(model: ChatModel, batch: Sequence[tuple[Row, int, int]]) -> list[Answer]:
+        return model.answer(batch)
 
-    return [
-        piece for side in SIDES for piece in batched_pieces(side, requests, ITEMS_PER_BATCH, partial(answer, side=side))
-    ]
+    return batched_pieces(side, requests, ITEMS_PER_BATCH, answer)
 
 
 def summary(pairs: Sequence[dict[str, Any]]) -> PairScores:
     """Returns `scores.json`, except for the models' names, from the table alone.
 
-    win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. without_ties is the
-    share of wins among decided pairs with Wilson's interval; null without decided pairs. An answer whose part `task` is
-    not 1 does not win; a verifier without that part decides by the reward alone.
+    win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. An answer whose part
+    `task` is not 1 does not win; a verifier without that part decides by the reward alone.
     """
     margins = [_margin(pair) for pair in pairs]
     wins, losses = sum(margin > 0 for margin in margins), sum(margin < 0 for margin in margins)
     rate = clustered([0.5 if margin == 0 else float(margin > 0) for margin in margins])
-    decided = wins + losses
-    low, high = wilson(wins, decided) if decided else (0.0, 1.0)
+    ties = len(pairs) - wins - losses
     # Ties count as half a win, as in the rate.
-    rate_low, rate_high = wilson(wins + (len(pairs) - decided) / 2, len(pairs))
+    low, high = wilson(wins + ties / 2, len(pairs))
     # By a hash of the id, so that the examples are neither chosen by anyone nor all of one kind.
     shuffled = sorted(pairs, key=lambda pair: hashlib.sha256(pair["id"].encode()).hexdigest())
     return {
-        "win_rate": {**rate, "low": rate_low, "high": rate_high},
-        "without_ties": {"value": wins / decided, "n": decided, "low": low, "high": high} if decided else None,
+        "win_rate": {**rate, "low": low, "high": high},
         "wins": wins,
-        "ties": len(pairs) - decided,
+        "ties": ties,
         "losses": losses,
         "sides": {side: _summarize_side(pairs, side) for side in SIDES},
         "examples": [

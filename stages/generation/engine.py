@@ -108,12 +108,5 @@ class LanguageModel(ABC):
     def token_bits(self, ids: Sequence[int]) -> torch.Tensor:
         """Returns the bits of every token but the first, in the context of those before it, [len(ids) - 1]."""
 
-    @abstractmethod
-    def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
-        """Returns the number of tokens after the prefix that a greedy continuation has in common with each row.
-
-        All rows have one length.
-        """
-
     def close(self) -> None:  # noqa: B027 - a model in the process holds nothing
         """Ends what it has started."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -22,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
-from pipeline.core.errors import AtomError
-from stages.generation.protocols import Completion, Prompt, Sampler, SamplerContext, encode_routes
+from stages.generation.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.mcore import gpu
 
 # Answers that are drawn in parallel, which bounds the cache.
@@ -50,7 +48,6 @@ class InProcess(Sampler):
         max_new_tokens: int,
         temperature: float = 1.0,
         rows: int = ROWS,
-        routes: bool = False,
     ) -> None:
         """Makes the model.
 
@@ -60,10 +57,6 @@ class InProcess(Sampler):
             max_new_tokens: Maximum number of tokens of an answer.
             temperature: Temperature of sampling.
             rows: Answers that are drawn in parallel.
-            routes: True to record the experts of each token.
-
-        Raises:
-            AtomError: The decoder cannot record them.
         """
         if isinstance(config, Path):
             self.model = AutoModelForCausalLM.from_pretrained(config, dtype=torch.float32, local_files_only=True).eval()
@@ -74,15 +67,9 @@ class InProcess(Sampler):
         self.model.to(gpu.start()).requires_grad_(False)
         self.decoder: Decoder | LibraryDecoder
         if isinstance(self.model, CLASSES):
-            self.decoder = Decoder(self.model, routes)
-        elif routes:
-            raise AtomError(
-                f"routing_replay needs this project's decoder, which draws from {NAMES} models and not from "
-                f"{type(self.model).__name__}; leave it out"
-            )
+            self.decoder = Decoder(self.model)
         else:
             self.decoder = LibraryDecoder(self.model)
-        self.routes = routes
         self.stops, self.max_new_tokens = frozenset(stops), max_new_tokens
         self.temperature, self.rows = temperature, rows
         # The digest of the weights, if they have one.
@@ -94,7 +81,7 @@ class InProcess(Sampler):
     def create(cls, context: SamplerContext) -> Self:
         # The sampler computes in fp32, whatever the trainer's type is.
         config = {**context.config, "dtype": "float32", "torch_dtype": "float32"}
-        return cls(config, context.stops, context.settings.max_new_tokens, routes=context.routes)
+        return cls(config, context.stops, context.settings.max_new_tokens)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Loads the weights once no other thread draws."""
@@ -126,7 +113,6 @@ class InProcess(Sampler):
         logits = self.decoder.read([prompt.ids for prompt in prompts], max_tokens)
         tokens, log_probs = torch.zeros(max_tokens, count, dtype=torch.long), torch.zeros(max_tokens, count)
         active, unfinished = torch.arange(count), torch.ones(count, dtype=torch.bool)
-        of_steps: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows that were decoded, and their experts
         for step in range(max_tokens):
             next_tokens, log_probs[step, active] = self._choose(
                 logits, noise[active, step] if noise is not None else None
@@ -146,8 +132,6 @@ class InProcess(Sampler):
             if step + 1 == max_tokens:
                 break
             logits = self.decoder.step(next_tokens.to(device)).float()
-            if self.routes and isinstance(self.decoder, Decoder):
-                of_steps.append((active, self.decoder.step_routes()))
         completions = []
         for ids, logprobs in zip(tokens.T.tolist(), log_probs.T.tolist(), strict=True):
             # A finished row is decoded on until the cache is compacted; what follows its stop token is dropped.
@@ -156,36 +140,7 @@ class InProcess(Sampler):
             completions.append(
                 Completion(tuple(ids[:end]), tuple(logprobs[:end]), ids[end - 1] in self.stops, versions=drawn_by)
             )
-        if self.routes and isinstance(self.decoder, Decoder):
-            return self._with_routes(prompts, completions, self.decoder.prompt_routes, of_steps)
         return completions
-
-    def _with_routes(
-        self,
-        prompts: list[Prompt],
-        completions: list[Completion],
-        of_prompts: Mapping[tuple[int, ...], torch.Tensor],
-        of_steps: list[tuple[torch.Tensor, torch.Tensor]],
-    ) -> list[Completion]:
-        """Returns the completions with the experts of question and answer, without the last token.
-
-        Args:
-            prompts: The prompts.
-            completions: The completion of each prompt, without experts.
-            of_prompts: Experts by prompt.
-            of_steps: Rows and their experts, of each step.
-        """
-        experts = self.model.config.num_experts
-        answers: list[list[torch.Tensor]] = [[] for _ in prompts]
-        for rows, chosen in of_steps:
-            for row, of_token in zip(rows.tolist(), chosen, strict=True):
-                answers[row].append(of_token)
-        recorded = []
-        for prompt, completion, steps in zip(prompts, completions, answers, strict=True):
-            # No layer reads the last token, so it has no experts.
-            visited = torch.cat([of_prompts[prompt.ids], *(x[None] for x in steps[: len(completion.ids) - 1])])
-            recorded.append(replace(completion, routes=encode_routes(visited, experts)))
-        return recorded
 
     def _noise(self, prompts: list[Prompt]) -> torch.Tensor:
         """Returns uniform numbers in (0, 1), [rows, steps]: one for each token that may be drawn."""
@@ -248,8 +203,7 @@ def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
 class Decoder:
     """Decodes rows with the parameters of a model, which it reads in place, so that they may be overwritten."""
 
-    def __init__(self, model: Any, records_routes: bool = False) -> None:
-        """Reads the model's parameters; `records_routes` keeps the experts of each token."""
+    def __init__(self, model: Any) -> None:
         if not isinstance(model, CLASSES):
             raise TypeError(f"the decoder draws from {NAMES} models, not from {type(model).__name__}")
         self.reader, self.model = model, model.model
@@ -260,16 +214,6 @@ class Decoder:
         self.qkv = [_fuse_qkv(layer.self_attn) for layer in self.model.layers]
         self.device = model.device
         self.expert_ids = torch.arange(getattr(self.config, "num_experts", 0), device=model.device)
-        self.records_routes = records_routes
-        # The experts of the latest tokens, [tokens, experts of a token], layer by layer.
-        self.chosen: list[torch.Tensor] = []
-        # By prompt: [tokens, layers with experts, experts of a token].
-        self.prompt_routes: dict[tuple[int, ...], torch.Tensor] = {}
-        if records_routes:
-            for layer in self.model.layers:
-                if hasattr(layer.mlp, "experts"):
-                    # While prompts are read, transformers' own router chooses; its third output is the chosen experts.
-                    layer.mlp.gate.register_forward_hook(lambda gate, inputs, output: self.chosen.append(output[2]))
 
     def read(self, prompts: Sequence[tuple[int, ...]], room: int) -> torch.Tensor:
         """Fills the cache with prompts, the shortest first, with room for more tokens.
@@ -283,7 +227,6 @@ class Decoder:
         # Prompts are padded on the left to one width, so that all rows end at the same column.
         prompt_cache = self.allocate_cache(len(unique_prompts), width)
         logits, start = [], 0
-        self.prompt_routes.clear()
         while start < len(unique_prompts):
             batch = [unique_prompts[start]]
             while (
@@ -304,9 +247,6 @@ class Decoder:
                 logits_to_keep=1,
             )
             logits.append(output.logits[:, -1].float().cpu())
-            if self.records_routes:
-                of_batch = self.step_routes().unflatten(0, positions.shape)
-                self.prompt_routes |= {ids: x[longest - len(ids) :] for ids, x in zip(batch, of_batch, strict=True)}
             for layer_cache, layer in zip(prompt_cache, cache.layers, strict=True):
                 layer_cache[:, start : start + len(batch), :, width - longest :] = torch.stack(
                     (layer.keys, layer.values)
@@ -341,12 +281,6 @@ class Decoder:
         self.bias = torch.zeros(len(pads), longest, device=pads.device).masked_fill_(
             positions < pads[:, None], -torch.inf
         )
-
-    def step_routes(self) -> torch.Tensor:
-        """Returns the experts of the latest tokens, [tokens, layers with experts, experts of a token], on the host."""
-        routes = torch.stack(self.chosen, 1).cpu()
-        self.chosen.clear()
-        return routes
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only some rows."""
@@ -410,8 +344,6 @@ class Decoder:
             h: Hidden states of the new tokens, [rows, hidden].
         """
         probabilities, selected = F.linear(h, moe.gate.weight).softmax(-1).topk(self.config.num_experts_per_tok, -1)
-        if self.records_routes:
-            self.chosen.append(selected)
         if self.config.norm_topk_prob:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         # A stable sort, so that the sums of a token's experts have one order.

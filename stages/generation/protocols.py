@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypedDict
 
-from stages.models.base import Routing
-
 if TYPE_CHECKING:
-    import torch
-
     from stages.generation.weights import Weights
-
-# Number of experts up to which one byte holds an expert.
-BYTE_EXPERTS = 256
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,6 @@ class Completion:
         logprobs: Log-probability of each token under the distribution that it was drawn from (temperature applied,
             nothing cut off); 0 for tokens that the policy did not draw.
         finished: True if the answer ended by itself.
-        routes: Experts of its tokens, as `encode_routes` records them, if the sampler was asked for them.
         versions: Digest of each policy and the number of tokens that it drew, in order; empty if the weights have no
             digest.
         turns: The turns of an answer that may call tools.
@@ -78,7 +70,6 @@ class Completion:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
-    routes: bytes | None = None
     versions: tuple[tuple[str, int], ...] = ()
     turns: tuple[Turn, ...] | None = None
 
@@ -102,7 +93,6 @@ class SamplerContext:
         stops: Ids of the tokens that end an answer.
         folder: Folder for files of the sampler, in the stage's work folder.
         settings: The recipe's section `sampling`.
-        routes: True if completions are to have routes.
         note: Writes a line of the stage's log.
     """
 
@@ -110,7 +100,6 @@ class SamplerContext:
     stops: Sequence[int]
     folder: Path
     settings: SamplingSettings
-    routes: bool = False
     note: Callable[[str], None] = print
 
 
@@ -156,44 +145,3 @@ class Sampler(AnswerGenerator):
 
         They are a mapping by their Hugging Face names, with the policy's digest and, if they are in files, the folder.
         """
-
-
-def encode_routes(routes: torch.Tensor, experts: int) -> bytes:
-    """Records the experts of an answer as bytes.
-
-    Each is an unsigned integer, in the order [tokens, layers with experts, experts of a token], as vLLM has them. The
-    tokens are those of question and answer without the last one, which no layer has read.
-
-    Args:
-        routes: The experts, [tokens, layers, experts of a token].
-        experts: Number of experts of a layer.
-    """
-    record: bytes = routes.numpy().astype(_route_type(experts)).tobytes()
-    return record
-
-
-def decode_routes(record: bytes, tokens: int, routing: Routing) -> torch.Tensor:
-    """Returns the experts of a record, int16 [tokens, layers, experts of a token].
-
-    Raises:
-        ValueError: The bytes are no such record: another number of tokens, an expert that the model does not have, or
-            one twice.
-    """
-    import numpy as np
-    import torch
-
-    values = np.frombuffer(record, _route_type(routing.experts))
-    shape = tokens, len(routing.layers), routing.top_k
-    if values.size != tokens * shape[1] * shape[2]:
-        raise ValueError(f"{values.size} experts are not those of {tokens} tokens in {shape[1]} layers")
-    routes = torch.from_numpy(values.astype(np.int16)).view(shape)
-    # Sorted, so that an expert that is chosen twice stands beside itself.
-    ordered = routes.sort(-1).values
-    if bool((routes >= routing.experts).any() or (ordered[..., 1:] == ordered[..., :-1]).any()):
-        raise ValueError(f"a token visits an expert twice, or one that is not among {routing.experts}")
-    return routes
-
-
-def _route_type(experts: int) -> str:
-    # Little-endian, so that a record is the same on every machine.
-    return "u1" if experts <= BYTE_EXPERTS else "<u2"

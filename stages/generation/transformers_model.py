@@ -95,14 +95,3 @@ class TransformersModel(LanguageModel):
             with torch.inference_mode():  # not around the yield: a reader that stops early would leave the mode on
                 part = torch.log_softmax(self.model.get_output_embeddings()(states).double(), -1)
             yield part
-
-    def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
-        ids = torch.tensor(rows)
-        size = max(1, LOGITS // ((ids.shape[1] - prefix + 1) * self.model.config.vocab_size))
-        counts: list[int] = []
-        for batch in ids.split(size):
-            with torch.inference_mode():
-                logits = self.model(batch, logits_to_keep=ids.shape[1] - prefix + 1).logits[:, :-1]
-            # The running product is 1 up to the first token that differs.
-            counts += (logits.argmax(-1) == batch[:, prefix:]).long().cumprod(1).sum(1).tolist()
-        return counts

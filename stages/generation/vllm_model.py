@@ -217,14 +217,6 @@ class ServedModel(LanguageModel):
     def token_bits(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([-read.logprob for read in self.client.read(ids)], dtype=torch.float64) / math.log(2)
 
-    def matching_tokens(self, rows: Sequence[Sequence[int]], prefix: int) -> list[int]:
-        def count(ids: Sequence[int]) -> int:
-            # `read` leaves out the first token, so the prefix has one entry less than tokens.
-            reads = self.client.read(ids)[prefix - 1 :]
-            return next((n for n, read in enumerate(reads) if read.rank > 1), len(reads))
-
-        return self.client.map(count, rows)
-
     def close(self) -> None:
         self.client.close()
 

@@ -53,13 +53,10 @@ FUSIONS: dict[Fusion, tuple[dict[str, Any], str, str]] = {
 """Those that NVIDIA's recipes of mixtures of experts use. Without one, the same is several kernels of PyTorch."""
 
 
-def transformer_config(
-    model: ModelConfig, layout: Layout, precision: Precision = "fp32", routing_replay: bool = False
-) -> TransformerConfig:
+def transformer_config(model: ModelConfig, layout: Layout, precision: Precision = "fp32") -> TransformerConfig:
     """Megatron's configuration of a model without dropout or biases.
 
-    It follows from the architecture of the model, its sizes, the layout and the precision. With `routing_replay`,
-    routers can be given the experts of their tokens.
+    It follows from the architecture of the model, its sizes, the layout and the precision.
     """
     words, of_model = keywords(precision, model.layers), architecture_of(model).megatron(model)
     engine = uses_transformer_engine(words["params_dtype"])
@@ -98,9 +95,6 @@ def transformer_config(
         deterministic_mode=layout.deterministic and torch.cuda.is_available(),
         **fusion_keywords(layout, engine, model.routing is not None),
     )
-    if routing_replay:
-        config.moe_enable_routing_replay = True
-        config.moe_router_fusion = False  # that kernel would choose experts of its own, without a word
     # for this project's attention; Megatron's own reads the following
     config.rows = RowTables(frequencies(model), layout.cp)
     for name, value in megatron_yarn(model).items():
@@ -125,7 +119,6 @@ def build(
     packed: bool = False,
     vocab_size: int | None = None,
     on_meta: bool = False,
-    routing_replay: bool = False,
 ) -> list[GPTModel]:
     """This rank's part of the model, one chunk for each virtual pipeline stage, without its initial weights.
 
@@ -134,12 +127,11 @@ def build(
     packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
     vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
     on_meta: tensors take no memory until `to_empty` gives them some.
-    routing_replay: for `routers.RoutingReplay`.
 
     Needs a `stages.train.parallel.session` of the same layout.
     """
     layout = layout or Layout()
-    config = transformer_config(model, layout, precision, routing_replay)
+    config = transformer_config(model, layout, precision)
     if on_meta:  # Megatron's layers then name no device; those of Transformer Engine name this one
         config.init_model_with_meta_device = uses_transformer_engine(config.params_dtype)
         config.use_cpu_initialization = not config.init_model_with_meta_device

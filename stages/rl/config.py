@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Context, Flag, Key, LongLine, Mix, Range, Settings, Steps, Words
+from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, added, operational
 from stages.generation.samplers import SAMPLERS
-from stages.models.base import ModelConfig
+from stages.rl import protocols as reward_registry
 from stages.rl.algorithms import policy_gradient
-from stages.rl.rewards import registry as reward_registry
 from stages.rl.rollout.tasks import Tasks, kinds_of
 from stages.rl.tools.settings import Tools
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
@@ -145,7 +144,31 @@ class PostTrainingPhase(PhaseBase):
         return self
 
 
-class RlPhase(PostTrainingPhase):
+class SampledPhase(PostTrainingPhase):
+    """Common settings of the phases that draw answers from their policy."""
+
+    if TYPE_CHECKING:
+        updates: int
+    sampling: Sampling
+    """sampling of answers"""
+    max_logprob_diff: Gap = 1e-3
+    """maximum mean difference in token log-probability between sampler and trainer, in nats"""
+    validate_every: Steps
+    """steps between evaluations on the validation items; rounds in dpo"""
+    verifiers: Verifiers = operational({})
+    """settings of verifiers by name, such as the URL of a server"""
+
+    @property
+    def promise(self) -> Promise:
+        """The promise of the stage."""
+        return self.sampling.promise
+
+    @property
+    def all_updates(self) -> int:
+        return self.steps * self.updates
+
+
+class RlPhase(SampledPhase):
     """Policy gradients from groups of answers (GRPO and its relatives) with rewards from verifiers.
 
     The defaults are the advantages of Dr. GRPO without division, the token-level loss and asymmetric clip of DAPO, and
@@ -158,8 +181,6 @@ class RlPhase(PostTrainingPhase):
     """prompts of one step, counting only those whose answers differ in reward"""
     num_generations: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16")]
     """answers per prompt (the group size of GRPO)"""
-    sampling: Sampling
-    """sampling of answers"""
     algorithm: AlgorithmName = added(policy_gradient.DEFAULT)
     """advantages and loss, by name (docs/post-training.md)"""
     updates: Updates = added(1)
@@ -172,8 +193,6 @@ class RlPhase(PostTrainingPhase):
     """weight of the KL divergence from the policy at the start of the phase (k3 estimator); null: none"""
     tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = 2.0
     """cap of a token's importance weight, trainer over sampler"""
-    routing_replay: Flag = added(False)
-    """train each token with the experts that the sampler chose for it (R3); only for mixtures of experts"""
     max_resample_rounds: Retries = 2
     """extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"""
     asynchronous: Asynchronous | None = added(None)
@@ -182,12 +201,6 @@ class RlPhase(PostTrainingPhase):
     """tools that the model may call while it answers, in turns; null: none"""
     replay: Replay | None = None
     """replay of earlier training data; null: none"""
-    validate_every: Steps
-    """steps between evaluations on the validation items"""
-    max_logprob_diff: Gap = 1e-3
-    """maximum mean difference in token log-probability between sampler and trainer, in nats"""
-    verifiers: Verifiers = operational({})
-    """settings of verifiers by name, such as the URL of a server"""
 
     @model_validator(mode="before")
     @classmethod
@@ -217,11 +230,6 @@ class RlPhase(PostTrainingPhase):
                     f"{side} = {value} has no effect with updates = 1, since the policy that drew the answers is the "
                     "one that is updated; leave it out, or use more updates"
                 )
-        if self.updates > 1 and not algorithm.updates:
-            raise ValueError(
-                f"updates = {self.updates} is not possible with algorithm {self.algorithm}, whose loss does not "
-                "correct for earlier updates; use 1, or another algorithm"
-            )
         return self
 
     @model_validator(mode="after")
@@ -255,20 +263,6 @@ class RlPhase(PostTrainingPhase):
         return self
 
     @model_validator(mode="after")
-    def _routing_can_be_replayed(self) -> RlPhase:
-        if self.routing_replay and self.sampling.kind == "vllm":
-            raise ValueError(
-                f"routing_replay = true is not possible with sampling.kind = {self.sampling.kind}: vLLM records its "
-                "experts only by a kernel in Triton, which needs a GPU, and they are not read here; use another kind"
-            )
-        if self.routing_replay and "router" in (self.parallelism.fusions or ()):
-            raise ValueError(
-                "routing_replay = true has no effect on parallelism.fusions = router, whose kernel chooses the experts "
-                "by itself; leave one of them out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _every_update_has_prompts_and_rows(self) -> RlPhase:
         if self.updates > self.prompts_per_step:
             raise ValueError(
@@ -283,16 +277,11 @@ class RlPhase(PostTrainingPhase):
         return self
 
     @property
-    def replays_routing(self) -> bool:
-        return self.routing_replay
-
-    @property
     def promise(self) -> Promise:
         """The promise of the stage."""
-        # An asynchronous phase draws other answers in another time, and a program that the model writes can print the
-        # time, so only training from the recorded ones repeats bit for bit.
-        is_repeatable = self.asynchronous is None and (self.tools is None or self.tools.promise == "bitwise")
-        return self.sampling.promise if is_repeatable else "numeric"
+        # An asynchronous phase draws other answers in another time, and a tool may answer otherwise: a program can
+        # print the time. So only training from the recorded ones repeats bit for bit.
+        return self.sampling.promise if self.asynchronous is None and self.tools is None else "numeric"
 
     @property
     def is_asynchronous(self) -> bool:
@@ -309,10 +298,6 @@ class RlPhase(PostTrainingPhase):
     def max_sampled_tokens(self) -> int:
         """The maximum number of tokens of an answer that the policy draws."""
         return self.sampling.max_new_tokens * (1 if self.tools is None else self.tools.max_turns)
-
-    @property
-    def all_updates(self) -> int:
-        return self.steps * self.updates
 
     def replay_rows(self) -> PhaseConfig:
         """Returns the replayed rows in the form of a training phase, in which their order is made and read."""
@@ -342,7 +327,7 @@ class PromptPool(Config):
     """answers per prompt"""
 
 
-class DpoPhase(PostTrainingPhase):
+class DpoPhase(SampledPhase):
     """Rounds of length-normalized DPO (Tulu 3, arXiv 2411.15124) on the best and the worst answer to each prompt.
 
     In each round the policy answers and a reward function scores. The reference is the policy that gave the answers.
@@ -353,27 +338,14 @@ class DpoPhase(PostTrainingPhase):
     """prompts of the preference pairs"""
     sft_tasks: PromptPool | None = None
     """verified tasks whose correct answers are trained on with an NLL loss; null: none"""
-    sampling: Sampling
-    """sampling of answers"""
     updates: Updates
     """optimizer updates per round, among which its pairs are divided"""
     beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)]
     """beta of DPO: scale of the log-probability margin of a pair"""
-    max_logprob_diff: Gap = 1e-3
-    """maximum mean difference in token log-probability between sampler and trainer, in nats"""
     min_margin: Coefficient = 0.05
     """reward difference that a pair must exceed"""
     nll_coef: Coefficient = 1.0
     """weight of the mean NLL loss of correct answers; the loss of pairs has weight 1"""
-    validate_every: Steps
-    """rounds between evaluations on the validation items"""
-    verifiers: Verifiers = operational({})
-    """settings of verifiers by name, such as the URL of a server"""
-
-    @property
-    def promise(self) -> Promise:
-        """The promise of the stage."""
-        return self.sampling.promise
 
     @model_validator(mode="after")
     def _effective(self) -> DpoPhase:
@@ -383,10 +355,6 @@ class DpoPhase(PostTrainingPhase):
                 "leave it out, or name tasks"
             )
         return self
-
-    @property
-    def all_updates(self) -> int:
-        return self.steps * self.updates
 
 
 class RewardPhase(PostTrainingPhase):
@@ -415,7 +383,23 @@ def lack(phase: RlPhase | DpoPhase) -> str | None:
     return scoring or answering or SAMPLERS[phase.sampling.kind].obstacle(phase.sampling)
 
 
-class RlTrainConfig(TrainerConfig):
+class SampledConfig(TrainerConfig):
+    """Config of a phase that draws answers from its policy."""
+
+    phase: SampledPhase
+    """section of the phase"""
+
+    @model_validator(mode="after")
+    def _answers_fit_the_context(self) -> SampledConfig:
+        most, context = self.phase.sampling.max_new_tokens, self.model.context_length
+        if most >= context:
+            raise ValueError(
+                f"sampling.max_new_tokens = {most} leaves no room for a question in model.context_length = {context}"
+            )
+        return self
+
+
+class RlTrainConfig(SampledConfig):
     """Config of a phase of reinforcement learning."""
 
     name: Literal["rlvr", "online-rlhf"] = "rlvr"
@@ -423,24 +407,12 @@ class RlTrainConfig(TrainerConfig):
     phase: RlPhase
     """section of the phase"""
 
-    @model_validator(mode="after")
-    def _model_fits_the_phase(self) -> RlTrainConfig:
-        if self.phase.routing_replay and self.model.routing is None:
-            raise ValueError("routing_replay = true has no effect on a dense model, which has no experts; leave it out")
-        require_room(self.phase.sampling, self.model)
-        return self
 
-
-class DpoTrainConfig(TrainerConfig):
+class DpoTrainConfig(SampledConfig):
     """Config of a phase of preference optimization."""
 
     phase: DpoPhase
     """section of the phase"""
-
-    @model_validator(mode="after")
-    def _answers_fit_the_context(self) -> DpoTrainConfig:
-        require_room(self.phase.sampling, self.model)
-        return self
 
 
 class RewardTrainConfig(TrainerConfig):
@@ -448,12 +420,3 @@ class RewardTrainConfig(TrainerConfig):
 
     phase: RewardPhase
     """section of the phase"""
-
-
-def require_room(sampling: Sampling, model: ModelConfig) -> None:
-    """Raises ValueError if the maximum length of answers reaches the model's context."""
-    if sampling.max_new_tokens >= model.context_length:
-        raise ValueError(
-            f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a question in "
-            f"model.context_length = {model.context_length}"
-        )

@@ -123,11 +123,6 @@ def _phase_nodes(
         }
         specs.append(NodeSpec(f"order-{name}", "order", order, {"tokens": "tokenize"}))
         inputs |= {"tokens": "tokenize", "order": f"order-{name}"}
-
-    # A tool can read artifacts of earlier nodes.
-    if isinstance(section, RlPhase) and section.tools:
-        for tool in section.tools.offered:
-            inputs |= tool.inputs
     training = training_config(sections.model, section, sections.padded_vocab_size, sections.seed)
     specs.append(NodeSpec(name, stage, training | dict(settings or {}), inputs))
     return specs

@@ -7,7 +7,6 @@ draws and scores nothing: it reads the published answers, in the order in which 
 from __future__ import annotations
 
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,19 +19,17 @@ from pipeline.core.stage import Inputs, Report
 from pipeline.core.store import Artifact, sha256_file
 from stages.formats.seeds import seed_label, seed_of
 from stages.formats.table import require_columns
-from stages.generation import samplers as sampler_registry
 from stages.generation import weights
-from stages.generation.protocols import Completion, Sampler, SamplerContext, decode_routes
+from stages.generation.protocols import Completion, Sampler, SamplerContext
+from stages.generation.samplers import SAMPLERS, make_sampler
 from stages.mcore.hf_mapping import hf_config
-from stages.models.base import Routing
 from stages.rl.config import DpoTrainConfig, RlPhase, RlTrainConfig
-from stages.rl.protocols import Parts
-from stages.rl.rewards.registry import make_verifiers
-from stages.rl.rollout import generation, rollouts, tasks, turns
+from stages.rl.protocols import Parts, make_verifiers
+from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.generation import Chat
 from stages.rl.rollout.rollouts import Rollout
+from stages.tasks import Row
 from stages.tasks.eval_set import chat_rows
-from stages.tasks.rows import Row
 from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Engine
 from stages.train.trainer import Trainer
@@ -108,27 +105,30 @@ class Policy:
             # Every rank has one, since its `load` is collective.
             self.broadcast = weights.Broadcast(self._tensors, engine.ranks)
         # A sampler in this process reads the tensors directly only if this rank holds all of them.
-        elif draws and (sampler_registry.SAMPLERS[sampling.kind].apart or engine.ranks.world > 1):
+        elif draws and (SAMPLERS[sampling.kind].apart or engine.ranks.world > 1):
             self.folder = work / "served"
 
         tools = config.phase.tools if isinstance(config.phase, RlPhase) else None
         self.chat = generation.Chat(inputs["tokenizer"], tools)
         # Bounds of an answer in turns; None without tools.
-        self.limits: turns.Limits | None = None
+        self.limits: generation.Limits | None = None
         if tools is not None:
-            self.limits = turns.Limits(tools.max_turns, sampling.max_new_tokens, config.model.context_length)
-        self.toolbox: turns.Toolbox | None = None
+            self.limits = generation.Limits(tools.max_turns, sampling.max_new_tokens, config.model.context_length)
+        self.toolbox: generation.Toolbox | None = None
         self.sampler: Sampler | None = None
         self.verifiers: generation.Verifiers | None = None
         if engine.ranks.first and draws:
-            self.sampler = make_sampler(config, self.chat, work, report)
+            dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
+            model_config = hf_config(config.model, self.chat.vocab_size, self.chat.end, self.chat.pad, dtype)
+            context = SamplerContext(model_config, self.chat.stops, work / "served", sampling, report.note)
+            self.sampler = make_sampler(sampling.kind, context)
             # Validation items are answered too, so their questions must fit and their verifiers must work.
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_context(rows)
             verifiers = make_verifiers(rows, inputs, self.chat, config.phase.verifiers)
             self.verifiers = generation.Verifiers(verifiers, report.note)
             if tools is not None:
-                self.toolbox = turns.Toolbox(tools, inputs, work / "tools")
+                self.toolbox = generation.Toolbox(tools)
 
     def _require_context(self, rows: Sequence[Row]) -> None:
         """Raises RecipeError for a question that leaves no room for an answer in the model's context."""
@@ -165,7 +165,7 @@ class Policy:
         assert self.sampler is not None, "rank 0 draws"
         if self.limits is None or self.toolbox is None:
             return generation.draw(self.sampler, self.chat, requests, greedy)
-        return turns.draw(self.sampler, self.chat, self.toolbox, self.limits, requests, greedy)
+        return generation.draw_turns(self.sampler, self.chat, self.toolbox, self.limits, requests, greedy)
 
     def score(self, rows: Sequence[Row], completions: Sequence[Completion]) -> list[Parts]:
         assert self.verifiers is not None, "rank 0 scores"
@@ -176,23 +176,14 @@ class Policy:
         """Returns the mean reward of greedy answers by kind of task."""
         # Greedy answers depend on no seed.
         completions = self.draw([(row, 0) for row in rows], greedy=True)
-        return generation.mean_reward_by_kind(list(zip(rows, self.score(rows, completions), strict=True)))
+        scores = zip(rows, self.score(rows, completions), strict=True)
+        return rollouts.mean_rewards((row["kind"], parts["reward"]) for row, parts in scores)
 
     def close(self) -> None:
         # The broadcast first: servers that still wait for its ranks are then freed.
         for resource in (self.broadcast, self.sampler, self.verifiers, self.toolbox):
             if resource is not None:
                 resource.close()
-
-
-def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path, report: Report) -> Sampler:
-    """Returns the sampler that the recipe names."""
-    dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
-    model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
-    context = SamplerContext(
-        model_config, chat.stops, work / "served", config.phase.sampling, config.phase.replays_routing, report.note
-    )
-    return sampler_registry.make_sampler(config.phase.sampling.kind, context)
 
 
 class RolloutFiles:
@@ -205,16 +196,21 @@ class RolloutFiles:
         return self.folder / f"{step:06d}-{wave}.parquet"
 
     def all(self) -> list[Path]:
-        # Other names are those of groups in an asynchronous phase (stages/rl/rollout/asynchronous.py).
-        return sorted(p for p in self.folder.glob("*.parquet") if re.fullmatch(r"\d+-\d+\.parquet", p.name))
+        return sorted(self.folder.glob("*.parquet"))
+
+    def remove_after(self, step: int) -> None:
+        """Removes the files of the steps after this one."""
+        for path in self.all():
+            if int(path.name.split("-")[0]) > step:
+                path.unlink()
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
     ) -> list[Rollout]:
         """Returns the wave's answers with their rewards.
 
-        They are read from disk if an earlier attempt drew them with this policy, else drawn. They are written when
-        drawn and again when scored.
+        They are read from disk if an earlier attempt drew them with this policy, else drawn and scored. The caller
+        writes them, once it knows which are dropped.
 
         Args:
             step: Number of the step.
@@ -223,27 +219,17 @@ class RolloutFiles:
             requests: (task, seed) of each answer.
             policy: The policy, which draws and scores.
         """
-        scored_path, drawn_path = self.path(step, wave), self.path(step, wave).with_suffix(".drawn")
-        # The scored file is complete. The drawn one saves only the drawing, which costs most.
-        answers = self._read(scored_path, digest, requests)
+        answers = self._read(self.path(step, wave), digest, requests)
         if answers is not None:
             return answers
-        answers = self._read(drawn_path, digest, requests)
-        if answers is None:
-            completions = policy.draw(requests)
-            answers = [
-                unscored(step, wave, digest, row, seed, policy.chat, c)
-                for (row, seed), c in zip(requests, completions, strict=True)
-            ]
-            # On disk before the scoring, so that a verifier that fails costs no drawn answer.
-            rollouts.write(drawn_path, answers)
-        # The caller writes the scored file, once it knows which answers are dropped.
-        return scored([row for row, _ in requests], answers, policy)
+        drawn = [
+            unscored(step, wave, digest, row, seed, policy.chat, completion)
+            for (row, seed), completion in zip(requests, policy.draw(requests), strict=True)
+        ]
+        return scored([row for row, _ in requests], drawn, policy)
 
     def write(self, step: int, wave: int, answers: Sequence[Rollout]) -> None:
         rollouts.write(self.path(step, wave), answers)
-        # Only now, so that one of the two files is there at any time.
-        self.path(step, wave).with_suffix(".drawn").unlink(missing_ok=True)
 
     def finish_step(self, step: int, waves: int) -> None:
         """Removes the waves of a step beyond this number: an earlier attempt, with other arithmetic, needed more."""
@@ -251,18 +237,14 @@ class RolloutFiles:
             if int(path.name.split("-")[1].split(".")[0]) >= waves:
                 path.unlink()
 
-    def read(self, path: Path) -> list[Rollout] | None:
-        """Returns the answers; None if the file is missing or damaged."""
+    def _read(self, path: Path, digest: str, requests: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
+        """Returns the answers; None if the file is missing, damaged or of others than the requests."""
         if not path.exists():
             return None
         try:
-            return rollouts.read(path)
+            answers = rollouts.read(path)
         except (AtomError, TypeError, ValueError) as error:
             self.report.note(f"{path.name} is damaged ({error}); its answers are drawn again")
-            return None
-
-    def _read(self, path: Path, digest: str, requests: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
-        if (answers := self.read(path)) is None:
             return None
         # A file of an earlier attempt counts only if this policy drew it for the same tasks: after a change of
         # arithmetic it may not have.
@@ -297,7 +279,6 @@ def unscored(
         verifier=row["verifier"],
         verifier_version="",
         dropped="",
-        routes=completion.routes,
         turns=None if completion.turns is None else list(completion.turns),
     )
 
@@ -319,7 +300,7 @@ def scored(rows: Sequence[Row], answers: Sequence[Rollout], policy: Policy) -> l
 
 
 def completion_of(r: Rollout) -> Completion:
-    """Returns the completion that an answer records, without its experts."""
+    """Returns the completion that an answer records."""
     turns_of_answer = None if r.turns is None else tuple(r.turns)
     return Completion(tuple(r.ids), tuple(r.logprobs), r.finished, turns=turns_of_answer)
 
@@ -335,7 +316,6 @@ class RecordedRollouts(RolloutFiles):
         self,
         artifact: Artifact,
         report: Report,
-        routing: Routing | None = None,
         asynchronous: bool = False,
         tools: bool = False,
     ) -> None:
@@ -344,7 +324,6 @@ class RecordedRollouts(RolloutFiles):
         Args:
             artifact: Artifact with rollouts.parquet.
             report: Report of the stage.
-            routing: Routing of the model, of a phase with routing replay.
             asynchronous: True for an asynchronous phase.
             tools: True for a phase with tools.
 
@@ -352,11 +331,10 @@ class RecordedRollouts(RolloutFiles):
             AtomError: The file is damaged, or has other columns than this version writes.
         """
         super().__init__(artifact.path, report)
-        self.routing = routing
         self.file, self.step = artifact / "rollouts.parquet", 0
         # The answers of `step`, the latest one that was asked for; step 0 has none.
         self.answers: list[Rollout] = []
-        require_columns(self.file, rollouts.schema(routing is not None, asynchronous, tools))
+        require_columns(self.file, rollouts.schema(asynchronous, tools))
 
     def load_or_draw(
         self, step: int, wave: int, digest: str, requests: Sequence[tuple[Row, int]], policy: Policy
@@ -405,9 +383,7 @@ class RecordedRollouts(RolloutFiles):
                 raise self.altered(wave, number, f"{recorded_answer}, and the phase asked for {requested}")
             if not is_answer(answer, policy.chat.vocab_size):
                 raise self.altered(wave, number, "has tokens, log-probabilities or a reward that no answer has")
-            if not has_routes(answer, self.routing):
-                raise self.altered(wave, number, "has experts that its tokens cannot have visited")
-            if problem := turns.problem(answer, policy.chat, request[0], policy.limits):
+            if problem := generation.problem_of_turns(answer, policy.chat, request[0], policy.limits):
                 raise self.altered(wave, number, problem)
 
     def restore(
@@ -420,7 +396,6 @@ class RecordedRollouts(RolloutFiles):
                 reward=r.reward,
                 parts=r.parts,
                 verifier_version=r.verifier_version,
-                routes=r.routes,
             )
             for (row, seed), r in zip(requests, recorded, strict=True)
         ]
@@ -467,18 +442,6 @@ def is_answer(r: Rollout, vocab_size: int) -> bool:
         return False
 
 
-def has_routes(r: Rollout, routing: Routing | None) -> bool:
-    """Returns True if an answer from a file has a record of experts if routing is replayed, and none otherwise."""
-    if routing is None or r.routes is None:
-        return routing is None and r.routes is None
-    try:
-        # No layer reads the last token, so it has no experts.
-        decode_routes(r.routes, len(r.prompt_ids) + len(r.ids) - 1, routing)
-    except ValueError:
-        return False
-    return True
-
-
 class PolicyTrainer(PostTrainer):
     """The loop of a phase that samples its policy.
 
@@ -494,12 +457,10 @@ class PolicyTrainer(PostTrainer):
         self.rows = tasks.read(self.inputs["tasks"])
         kinds, items = {row["kind"] for row in self.rows}, []
         if "rollouts" in self.inputs:
-            routing = self.config.model.routing if self.config.phase.replays_routing else None
             # A replay draws nothing, so it validates nothing and needs no items.
             self.files: RolloutFiles = RecordedRollouts(
                 self.inputs["rollouts"],
                 self.report,
-                routing,
                 self.config.phase.is_asynchronous,
                 self.policy.limits is not None,
             )

@@ -1,21 +1,28 @@
-"""The interfaces of the RL loop: task sources provide tasks, and verifiers score the answers of a sampler.
+"""The parts of the RL loop that can be added: their interfaces, and the registries that name them.
 
-Each has a registry, which names its modules: stages/rl/rollout/task_sources/registry.py and
-stages/rl/rewards/registry.py. Nothing heavy is imported here.
+Verifiers (reward functions) score answers, sources provide tasks, and tools answer the calls of a model. A new one is a
+file in rewards/, rollout/task_sources/ or tools/ and a line in VERIFIERS, TASK_SOURCES or TOOLS. The file defines a
+class derived from `Verifier`, `TaskSource` or `Tool`; the field `source` or `tool` of the latter two has the name as
+its only value. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
-from pipeline.core.errors import MachineError
-from pipeline.core.stage import Config, Inputs
+from pydantic import ValidationError
+
+from pipeline.core.bounds import Range, Share, Words
+from pipeline.core.errors import AtomError, MachineError, RecipeError
+from pipeline.core.extensions import extend, imported
+from pipeline.core.stage import Config, Inputs, operational
+from pipeline.graph.recipe import explain
 from stages.generation.protocols import ToolCall
 from stages.scorers import answer_of
-from stages.tasks.rows import Row
+from stages.tasks import Row
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Verifier(ABC):
     def unsolved(cls, row: Row) -> dict[str, str]:
         """Returns answers that solve nothing, in the form that the verifier reads, each by a description of it.
 
-        Like those of stages/rl/rollout/probes.py, they show what can be earned without solving a task.
+        Like those of stages/rl/rollout/tasks.py, they show what can be earned without solving a task.
         """
         return {}
 
@@ -135,23 +142,115 @@ class Verifier(ABC):
         """Frees what it holds, child processes included."""
 
 
-class TaskSource(Protocol):
-    """A source of tasks: a Config in a recipe, whose field `source` has the name in the registry."""
+# {verifier: its class}. Importing one is cheap; packages are imported when it is constructed.
+VERIFIERS = {
+    "courtesy": "stages.rl.rewards.frozen_scorer:Courtesy",
+    "exact": "stages.rl.rewards.frozen_scorer:Exact",
+    "instructions": "stages.rl.rewards.frozen_scorer:Instructions",
+    "math-verify": "stages.rl.rewards.pooled_verifier:MathVerify",
+    "nemo-gym": "stages.rl.rewards.gym_server:GymServer",
+    "python-tests": "stages.rl.rewards.code_verifier:CodeVerifier",
+    "reasoning-gym": "stages.rl.rewards.pooled_verifier:ReasoningGym",
+    "reward-model": "stages.rl.rewards.reward_model:RewardModel",
+}
+extend("verifiers", VERIFIERS)
 
-    @property
-    def source(self) -> str: ...
 
-    @property
-    def verifier(self) -> str:
-        """The name of the verifier that scores the answers."""
+def verifier_class(name: str) -> type[Verifier]:
+    """Returns the class of a verifier. Raises RecipeError for an unknown name."""
+    if name not in VERIFIERS:
+        raise RecipeError(f"no verifier {name!r}; there are {', '.join(sorted(VERIFIERS))}")
+    verifier: type[Verifier] = imported(VERIFIERS[name])
+    return verifier
 
-    @property
-    def acknowledged_reward(self) -> float | None:
-        """The mean reward up to which its tasks are used although an answer that solves nothing earns it."""
 
+def make_verifier(
+    name: str,
+    settings: Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
+    chat: ChatTokenizer | None = None,
+) -> Verifier:
+    """Returns the verifier of that name.
+
+    Raises:
+        RecipeError: The name or a setting is unknown, or a requirement is missing.
+    """
+    verifier, validated = _checked(name, settings or {})
+    return verifier(VerifierContext(validated, inputs or {}, chat))
+
+
+def make_verifiers(
+    rows: Sequence[Row], inputs: Inputs, chat: ChatTokenizer | None, settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Verifier]:
+    """Returns the verifiers that tasks name, with their settings by name. Raises as `make_verifier` does."""
+    names = sorted({str(row["verifier"]) for row in rows})
+    return {name: make_verifier(name, settings.get(name), inputs, chat) for name in names}
+
+
+def obstacle(names: Iterable[str], settings: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Returns the reason why a verifier of these names cannot score here, if any."""
+    for name in sorted(set(names)):
+        try:
+            _checked(name, settings.get(name, {}))
+        except AtomError as error:
+            return str(error)
+    return None
+
+
+def _checked(name: str, settings: Mapping[str, Any]) -> tuple[type[Verifier], Config]:
+    """Returns the class of a verifier and its validated settings, without making one. Raises as `make_verifier`."""
+    verifier = verifier_class(name)
+    try:
+        validated = verifier.Settings.model_validate(settings)
+    except ValidationError as error:
+        title = f"verifier {verifier.name} with the settings {dict(settings)}"
+        raise explain(error, verifier.Settings, title) from None
+    if reason := verifier.missing():
+        raise RecipeError(reason)
+    return verifier, validated
+
+
+# A level of difficulty.
+Level = Annotated[int, Range(0, 1000)]
+# A number of tasks.
+Count = Annotated[int, Range(1, 1e7)]
+# A kind of tasks.
+Kind = Annotated[str, Words(64, "name of lower-case letters, digits, '_' and '-'", r"[a-z][a-z0-9_-]*")]
+# Fields of a row that this project generates.
+PROVENANCE = {"license": "Apache-2.0", "origin": "procedural"}
+# {source of tasks: its class}
+TASK_SOURCES = {
+    "problems": "stages.rl.rollout.task_sources.procedural_tasks:ProblemTasks",
+    "courtesies": "stages.rl.rollout.task_sources.procedural_tasks:CourtesyTasks",
+    "instructions": "stages.rl.rollout.task_sources.procedural_tasks:InstructionTasks",
+    "reasoning-gym": "stages.rl.rollout.task_sources.procedural_tasks:ReasoningGymTasks",
+    "hub": "stages.rl.rollout.task_sources.stored_tasks:HubTasks",
+    "rows": "stages.rl.rollout.task_sources.stored_tasks:FileTasks",
+}
+extend("task_sources", TASK_SOURCES)
+
+
+class TaskSource(Config):
+    """The settings of a source of tasks in a recipe. Its field `source` has the name in the registry."""
+
+    if TYPE_CHECKING:  # a field of each source, and a field or a constant
+
+        @property
+        def source(self) -> str: ...
+
+        @property
+        def verifier(self) -> str:
+            """The name of the verifier that scores the answers."""
+
+    acknowledged_reward: Share | None = operational(None)
+    """mean reward up to which tasks are used although an answer that solves nothing earns it, which the cards
+    state; null: 0.05 above chance"""
+
+    @abstractmethod
     def bins(self) -> list[str]:
         """Returns the bins that it fills, as `<kind>/<level>`."""
 
+    @abstractmethod
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         """Yields its tasks.
 
@@ -162,3 +261,99 @@ class TaskSource(Protocol):
         Raises:
             RecipeError: The settings give too few tasks.
         """
+
+
+# {tool: its class}.
+TOOLS = {
+    "python": "stages.rl.tools.python_program:PythonTool",
+    "nemo-gym": "stages.rl.tools.gym_environment:GymTool",
+}
+extend("tools", TOOLS)
+
+
+class ToolFailed(MachineError):
+    """A tool could not answer through no fault of the call. It ends the phase, and is never a result."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a call.
+
+    Attributes:
+        status: `ok`, or the reason why there is no more (`error`, `timeout`, ...).
+        text: Text for the model.
+    """
+
+    status: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that a tool can answer.
+
+    Attributes:
+        tool: Name of the tool in the registry.
+        name: Name of the function.
+        arguments: Arguments by name.
+        row: The task.
+        before: Earlier calls of the same answer that this tool answers, in order.
+    """
+
+    tool: str
+    name: str
+    arguments: Mapping[str, Any]
+    row: Row
+    before: Sequence[Call] = ()
+
+
+class RunningTool(Protocol):
+    """A tool that answers calls."""
+
+    def run(self, calls: Sequence[Call]) -> Sequence[Result]:
+        """Returns the result of each call, in order.
+
+        There is a result for any arguments, within bounds of time and memory that the tool sets.
+
+        Raises:
+            ToolFailed: The machine is at fault.
+        """
+
+    def close(self) -> None:
+        """Frees what it holds, child processes included."""
+
+
+class Tool(Config):
+    """The settings of a tool in a recipe. The docstring of a tool is its description in docs/configuration.md."""
+
+    tool: str
+    # Description of the tool for the model.
+    description: ClassVar[str] = ""
+    # {argument: what it is, for the model}. All are texts, and all are required.
+    parameters: ClassVar[Mapping[str, str]] = {}
+
+    def missing(self) -> str | None:
+        """Returns the requirement that this machine lacks, as a sentence with the remedy."""
+        return None
+
+    @abstractmethod
+    def open(self) -> RunningTool:
+        """Starts the tool.
+
+        Raises:
+            AtomError: A requirement is missing.
+        """
+
+    def functions(self, row: Row) -> list[dict[str, Any]]:
+        """Returns the JSON schemas of the functions that it gives a task: by default one with the tool's name."""
+        properties = {name: {"type": "string", "description": text} for name, text in self.parameters.items()}
+        parameters = {"type": "object", "properties": properties, "required": list(properties)}
+        return [{"name": self.tool, "description": self.description, "parameters": parameters}]
+
+    def refusal(self, arguments: Mapping[str, Any]) -> str | None:
+        """Returns the reason why it cannot take the arguments, as a sentence for the model."""
+        if arguments.keys() != self.parameters.keys():
+            return f"{self.tool} takes the arguments {', '.join(self.parameters)}"
+        if not all(isinstance(value, str) for value in arguments.values()):
+            return f"the arguments of {self.tool} are texts"
+        return None

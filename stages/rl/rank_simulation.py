@@ -56,27 +56,19 @@ def objective(phase: RlPhase | DpoPhase | RewardPhase) -> Objective:
 
 
 def full_batch(engine: Engine, config: AnyConfig, kind: Examples, number: int, micro_batches: int) -> RankBatch:
-    """Returns a rank's micro-batches, each of `number` examples; with routing replay, all tokens have experts."""
+    """Returns a rank's micro-batches, each of `number` examples."""
     phase, ranks = config.phase, engine.ranks
-    routes = None
     # Batches are built of real tensors: the places of tokens decide shapes.
     with unset_fake_temporarily():
-        if phase.replays_routing and (routing := config.model.routing) is not None:
-            tokens = kind.question + kind.answer - 1
-            # Successive numbers, so that the experts of a token differ, as those of a router do.
-            chosen = torch.arange(tokens * routing.top_k).view(tokens, 1, -1) % routing.experts
-            routes = chosen.to(torch.int16).expand(-1, len(routing.layers), -1)
         units = [
-            [_example(phase, kind, place, routes) for place in range(first, first + kind.unit)]
+            [_example(phase, kind, place) for place in range(first, first + kind.unit)]
             for _ in range(micro_batches * ranks.data_ranks)
             for first in range(0, number, kind.unit)
         ]
         return build_rank_batch(units, micro_batches * ranks.data_ranks, ranks, 0, len(units))
 
 
-def _example(
-    phase: RlPhase | DpoPhase | RewardPhase, kind: Examples, place: int, routes: torch.Tensor | None
-) -> Example:
+def _example(phase: RlPhase | DpoPhase | RewardPhase, kind: Examples, place: int) -> Example:
     """Returns the example at a place in its micro-batch. Neighboring questions differ."""
     # Two questions in turn are enough, since only neighbors with an equal question share its tokens.
     first = place // kind.shared % 2
@@ -89,7 +81,7 @@ def _example(
         row, by_token = {"advantage": 1.0, "weight": 1.0}, {"sampler": ones, "replay": ones}
     elif isinstance(phase, DpoPhase):
         row, by_token = {"pair": float(kind.unit > 1)}, {"reference": ones, "anchor": ones}
-    return Example(ids, kind.question, row, by_token, routes)
+    return Example(ids, kind.question, row, by_token)
 
 
 @contextmanager

@@ -5,6 +5,9 @@
 It runs before curation, so that decontamination searches the training data for these items, and so that the evaluation
 needs neither the network nor another version of the data. Needs the extra `harness`; sets of the Hub need the network,
 or the cache of the package `datasets`.
+
+A further set is one entry of task_sets.yaml. A recipe may also bring its own tasks, in a folder of the harness's YAML
+files.
 """
 
 from __future__ import annotations
@@ -16,14 +19,134 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from pydantic import Field
+import yaml
+from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Range
-from pipeline.core.errors import AtomError, installing
-from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
-from pipeline.core.store import Artifact
+from pipeline.core.bounds import Key, License, Range, SourceName, Text, Words
+from pipeline.core.errors import AtomError, RecipeError, installing
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
+from pipeline.core.store import Artifact, sha256_file
+from stages.formats.file_digests import TreeDigest, tree_digest
 from stages.formats.table import Int32, String, columns_of, read_table, write_json, write_rows
-from stages.tasks.task_sets import TaskSet
+
+# Of a folder of tasks.
+MOST_FILES = 10_000
+# Assumed items of a task of one's own, and tokens of an item, once with each of its choices. The test set of MMLU has
+# 6,967,453 bytes, 496 an item (README of cais/mmlu on the Hub), so 125 tokens of four bytes, read with four choices.
+TASK_ITEMS, ITEM_TOKENS = 2000, 500
+
+
+class TaskSet(Config):
+    """Tasks of the harness that read the same data."""
+
+    name: SourceName
+    """name of the set"""
+    tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)]
+    """tasks of the harness"""
+    license: License
+    """SPDX license of the data"""
+    license_evidence: Text
+    """text or URL that shows the license"""
+    revision: Text | None = None
+    """revision of the dataset on the Hub; null: data of a folder"""
+    folder: Text | None = operational(None)
+    """folder of the YAML files; null: the harness has the tasks"""
+    folder_digest: TreeDigest | None = Field(default=None)
+    """digest of the files of the folder; null: no folder"""
+    items: Annotated[int, Range(1, 1e9)] | None = operational(None)
+    """items that the tasks evaluate together, for `atom plan` alone; null: assumed"""
+
+
+def _packaged() -> dict[str, TaskSet]:
+    """Returns the task sets of task_sets.yaml, by name."""
+    body = yaml.safe_load(Path(__file__).with_name("task_sets.yaml").read_text())
+    return {name: TaskSet(name=name, **fields) for name, fields in body.items()}
+
+
+TASK_SETS = _packaged()
+
+
+def _set_error(name: str) -> str | None:
+    return None if name in TASK_SETS else f"is an unknown task set; known are {', '.join(sorted(TASK_SETS))}"
+
+
+class TaskFolder(Config):
+    """Your own tasks: YAML files in the form of the harness, and data files beside them."""
+
+    name: SourceName
+    """name of the set"""
+    path: Text
+    """folder of the YAML files, from that of the recipe; data files are named from it"""
+    tasks: Annotated[tuple[Key, ...], Field(min_length=1, max_length=1000)]
+    """tasks in the folder"""
+    license: License
+    """SPDX license of the data"""
+    license_evidence: Text
+    """text or URL that shows the license"""
+    digest: TreeDigest = "auto"
+    """expected digest of the files; auto: computed from the files"""
+
+
+class HarnessSection(Config):
+    """Task sets of lm-evaluation-harness; needs the extra `harness`."""
+
+    sets: Annotated[tuple[Annotated[str, Words(40, test=_set_error)], ...], Field(max_length=100)] = ()
+    """task sets by name"""
+    folders: Annotated[tuple[TaskFolder, ...], Field(max_length=100)] = ()
+    """task sets from your own folders"""
+    limit: Annotated[int, Range(2, 1e6)] | None = None
+    """first items of a task; null: all"""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> HarnessSection:
+        names = [*self.sets, *(folder.name for folder in self.folders)]
+        if not names:
+            raise ValueError("evaluation.harness names no task set; give `sets` or `folders`, or leave it out")
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"evaluation.harness has the task set {repeated} twice; names must differ")
+        return self
+
+    def tokens(self) -> int:
+        """Returns the number of tokens that the evaluation of one model reads, as assumed for `atom plan`."""
+        sets = [(len(known.tasks), known.items) for known in map(TASK_SETS.__getitem__, self.sets)]
+        sets += [(len(folder.tasks), None) for folder in self.folders]
+        total = 0
+        for tasks, items in sets:
+            most = items or tasks * TASK_ITEMS
+            total += (most if self.limit is None else min(most, tasks * self.limit)) * ITEM_TOKENS
+        return total
+
+    def tasks(self) -> int:
+        """Returns the number of all tasks."""
+        return sum(len(TASK_SETS[name].tasks) for name in self.sets) + sum(len(folder.tasks) for folder in self.folders)
+
+    def task_sets(self, base: Path, where: str) -> tuple[TaskSet, ...]:
+        """Returns the sets with the digests of their folders.
+
+        `base` is the folder of the recipe. Raises RecipeError if a folder is missing, has no YAML file, or differs
+        from its pin.
+        """
+        return (*(TASK_SETS[name] for name in self.sets), *(_of_folder(tasks, base, where) for tasks in self.folders))
+
+
+def _of_folder(tasks: TaskFolder, base: Path, where: str) -> TaskSet:
+    folder = (base / tasks.path).resolve()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    if not any(path.suffix == ".yaml" for path in files) or len(files) > MOST_FILES:
+        raise RecipeError(
+            f"{where}: task set {tasks.name} needs a folder of at most {MOST_FILES:,} files with a YAML file for each "
+            f"task, and {folder} is none; correct its path"
+        )
+    digest = tree_digest((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
+    # The tasks of a folder can change without a new name; the digest in the key notices that.
+    if tasks.digest not in ("auto", digest):
+        raise RecipeError(
+            f"{where}: task set {tasks.name} is pinned to {tasks.digest}, but {folder} has {digest}; restore the "
+            "files, or change the pin"
+        )
+    fields = tasks.model_dump(include={"name", "tasks", "license", "license_evidence"})
+    return TaskSet(**fields, folder=str(folder), folder_digest=digest)
+
 
 VERSION = 1
 

@@ -16,7 +16,7 @@ from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
 from stages.formats.seeds import seed_of
 from stages.formats.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
-from stages.tasks.rows import Row, question, to_row
+from stages.tasks import Row, question, to_row
 from stages.tasks.synthetic import courtesy_notes
 from stages.tasks.synthetic.problems import TASKS, draw_distinct
 
@@ -71,7 +71,7 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     for task in sorted(config.problems):
         # A stream of its own for each task: another number of items of one leaves the others as they are.
         rng = random.Random(seed_of(f"items/{task}", config.seed))
-        with _too_many("evaluation.problems"):
+        with asking_for_fewer("evaluation.problems"):
             problems = draw_distinct(task, config.problems[task], rng)
         for i, problem in enumerate(problems):
             row = {"task": task, "prompt": problem.prompt, "answer": problem.answer, "text": problem.question}
@@ -85,7 +85,7 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 @contextmanager
-def _too_many(setting: str) -> Iterator[None]:
+def asking_for_fewer(setting: str) -> Iterator[None]:
     """Raises RecipeError in the place of the ValueError of a task that has too few problems."""
     try:
         yield
@@ -107,13 +107,13 @@ def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Ite
         yield to_row(row["id"], row["text"], "exact", row["task"], 0, **fields)
     for task, count in sorted(config.validation.items()):
         rng = random.Random(seed_of(f"items/validation/{task}", seed))
-        with _too_many("evaluation.chat.validation"):
+        with asking_for_fewer("evaluation.chat.validation"):
             problems = draw_distinct(task, count, rng, without=excluded)
         for i, problem in enumerate(problems):
             fields = {"question": problem.question, "expected_answer": problem.answer, "split": "validation"}
             yield to_row(f"validation/{task}/{i:05d}", problem.question, "exact", task, 0, **fields)
     rng = random.Random(seed_of("items/courtesies", seed))
-    with _too_many("evaluation.chat.courtesies"):
+    with asking_for_fewer("evaluation.chat.courtesies"):
         requests = courtesy_notes.draw_distinct(config.courtesies + config.courtesies_validation, rng, heldout=True)
     for i, request in enumerate(requests):
         split = "test" if i < config.courtesies else "validation"

@@ -130,11 +130,6 @@ class PhaseBase(Config):
         return False
 
     @property
-    def replays_routing(self) -> bool:
-        """True if batches state the experts that tokens visit."""
-        return False
-
-    @property
     def all_updates(self) -> int:
         """Updates of the weights, which the optimizer's schedule counts."""
         return self.steps

@@ -95,8 +95,6 @@ class Batch:
     position, int64 [2, rows, width]; equal numbers stand for nothing.
     `targets`, where not each input has one target: of each target the input in the one row, and the place in `labels`,
     `loss_mask` and `extras`, which then have a shape of their own, flat; int64 [2, targets].
-    `routes`, with routing replay: the experts of each position of the one row, int16 [width, layers with experts,
-    experts of a token], or `routers.UNRECORDED`; None: those that the routers choose.
     """
 
     ids: torch.Tensor
@@ -106,7 +104,6 @@ class Batch:
     starts: torch.Tensor | None = None
     prefixes: torch.Tensor | None = None
     targets: torch.Tensor | None = None
-    routes: torch.Tensor | None = None
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property

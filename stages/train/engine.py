@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from stages.mcore.megatron_imports import (
     parallel_state,
 )
 from stages.mcore.model import build, full_tensor, missing_requirement, named_buffers, named_tensors
-from stages.mcore.routers import Experts, RouterWatch, RoutingReplay
+from stages.mcore.routers import Experts, RouterWatch
 from stages.mcore.row_tables import context_positions
 from stages.mcore.tensor_sharding import Box, FullTensors, boxes, cut
 from stages.train.config import TrainerConfig
@@ -132,7 +132,6 @@ class Engine:
             kind,
             config.phase.packed,
             vocab_size,
-            routing_replay=config.phase.replays_routing,
         )
         if self.lora:
             if uses_transformer_engine(self.chunks[0].config.params_dtype):
@@ -142,10 +141,6 @@ class Engine:
                 )
             # Before DDP, which makes buffers of gradients for the parameters that require them now.
             lora_layers.install(self.chunks, self.lora)
-        self.replay: RoutingReplay | None = None
-        if config.phase.replays_routing:
-            assert model.routing is not None, "the recipe's check"
-            self.replay = RoutingReplay(self.chunks, model.routing)
         self.routers = RouterWatch(self.chunks, model.routing) if model.routing else None
         megatron = self.chunks[0].config
         # Float16Module converts the weights, and inputs and outputs at the ends of the pipeline.
@@ -333,16 +328,15 @@ class Engine:
             # They let the sliced loss compute its gradients at once, which is right for a weighted sum only.
             weights = mask if objective is cross_entropy else None
             targets = None if batch.targets is None else gpu.upload(batch.targets, device)
-            with self._routing(batch, model, device):
-                losses = model(
-                    ids,
-                    positions,
-                    batch.segments,
-                    labels=labels,
-                    padding_mask=padding,
-                    loss_mask=weights,
-                    targets=targets,
-                )
+            losses = model(
+                ids,
+                positions,
+                batch.segments,
+                labels=labels,
+                padding_mask=padding,
+                loss_mask=weights,
+                targets=targets,
+            )
             extras = {n: gpu.upload(x, device) for n, x in batch.extras.items()}
             device_batch = replace(batch, loss_mask=mask, extras=extras)
 
@@ -367,9 +361,6 @@ class Engine:
             micro_batch_size=rank_batch.micro[0].ids.shape[0],
             forward_only=forward_only,
         )
-        if self.replay is not None:
-            # The routes of a step stay on the device for recomputation, until here.
-            self.replay.clear()
         # Tensor ranks have the same loss and earlier stages have none: one rank for each share of the tokens counts.
         has_loss = self.ranks.counts_loss and outputs
         loss_sum = torch.stack([x["sum"] for x in outputs]).sum() if has_loss else torch.zeros((), device=device)
@@ -401,17 +392,6 @@ class Engine:
             # Megatron cuts the router's padding for sequence parallelism where the embedding is, and nowhere else
             parts[-1] = parts[-1].chunk(self.layout.tp, 1)[parallel_state.get_tensor_model_parallel_rank()]
         yield from parts
-
-    def _routing(self, batch: Batch, model: Any, device: torch.device) -> AbstractContextManager[None]:
-        """The experts of a micro-batch, of this tensor rank's share of the row."""
-        if self.replay is None:
-            return nullcontext()
-        routes = batch.routes
-        if routes is not None:
-            # Sequence parallelism: a router sees this tensor rank's share of the row.
-            share = routes.chunk(self.layout.tp)[parallel_state.get_tensor_model_parallel_rank()]
-            routes = gpu.upload(share, device)
-        return self.replay.forward(self.ddp.index(model), routes)
 
     def _set_rates(self, lr: float) -> None:
         """Sets the learning rate and weight decay of each group of the optimizer.

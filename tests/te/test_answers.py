@@ -1,5 +1,5 @@
-"""Updates on packed answers with Transformer Engine's layers are those with ours: questions that answers share, replayed
-routing, the weights of another policy in the model, and full tensors."""
+"""Updates on packed answers with Transformer Engine's layers are those with ours: questions that answers share, the
+weights of another policy in the model, and full tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def settings_of(precision: str, layout: dict[str, Any], ranks: int) -> dict[str, Any]:
-    phase = {"precision": precision, "kl_coef": 0.1, "updates": 2, "routing_replay": True, "prompts_per_step": 4}
+    phase = {"precision": precision, "kl_coef": 0.1, "updates": 2, "prompts_per_step": 4}
     phase |= {"micro_batches": 2, "sampling": {"max_new_tokens": 8}, "num_generations": 4}
     settings = post_training("rlvr", {}, {**layout_fixtures.MODEL, "context_length": 16}, 64, **phase)
     return layout_fixtures.in_layout(settings, layout, ranks)

@@ -29,8 +29,7 @@ from stages.formats.seeds import seed_of
 from stages.formats.table import KEPT, content_hash, read_table, write_rows
 from stages.formats.tokenizer import TRAINING_FILE, TURN_END, TURN_START
 from stages.rl.rewards.reward_model import reward_input
-from stages.rl.rollout.generation import Chat
-from stages.rl.rollout.turns import CALL_TEXT
+from stages.rl.rollout.generation import CALL_TEXT, Chat
 from stages.rl.tools.settings import Tools
 from stages.scorers import LATEST, SCORERS
 from stages.tasks.synthetic import courtesy_notes

@@ -1,11 +1,10 @@
-"""What stands in the training data is found, what does not is not; scores beside each other; the detector's figures."""
+"""What stands in the training data is found, what does not is not; scores beside each other."""
 
 from __future__ import annotations
 
-import tracemalloc
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from pipeline.core.errors import AtomError
@@ -13,14 +12,12 @@ from pipeline.core.parts import part_file, part_slice
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.curate.decontamination import ItemRuns
 from stages.evaluation import contamination, generated_eval, pass_at_k
-from stages.evaluation.contamination import FORMS, CorpusSearch
-from stages.formats.table import KEPT, ORDER, read_jsonl, write_jsonl, write_rows, write_table
-from stages.tasks import benchmarks
+from stages.formats.table import KEPT, ORDER, read_jsonl, write_jsonl, write_rows
+from stages.tasks import benchmarks, question
 from stages.tasks.eval_set import chat_rows
-from stages.tasks.rows import question
 from tests.fixtures import chat_fixtures
 
-CONFIG = {"canaries": 8, "seed": 0}
+CONFIG: dict[str, Any] = {}
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +75,30 @@ def test_items_of_task_sets_are_searched_for(run_stage, inputs, tmp_path: Path) 
     assert report["phases"]["pretrain"]["task sets"] == {"clean": 1, "overlap": 0, "contaminated": 1}
 
 
-def test_the_detector_is_tried(run_stage, inputs) -> None:
-    detector = run_stage(contamination.STAGE, CONFIG, inputs).json("report.json")["detector"]
-    assert (detector["recall"]["planted"], detector["recall"]["found"]) == (8, 8)
-    assert detector["recall_by_form"] == {form: {"planted": 2, "found": 2} for form in FORMS}
-    assert detector["false_positives"] == {"absent": 8, "found": 0}
+FORMS = {
+    "verbatim": "\n{}\n",
+    "spacing": "\n{}\n",
+    "case": "\n{}\n",
+    "embedded": " (somebody asked: {}, and so on) ",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_item_is_found_in_every_form(form: str) -> None:
+    items = {"a": "How many apples are in 3 boxes of 12?", "b": "Sort 52410 by size, please, and count."}
+    text = items["a"].swapcase() if form == "case" else items["a"]
+    if form == "spacing":
+        text = "  ".join(text.split())
+    runs = ItemRuns(items)
+    closed = runs.with_prefixes(runs.search(f"{chat_fixtures.TEXT}{FORMS[form].format(text)}{chat_fixtures.TEXT}"))
+    assert runs.overlap("a", closed, 8)[0] == 1.0 and runs.overlap("b", closed, 8)[0] == 0.0
 
 
 def test_scores_stand_beside_each_other(run_stage, inputs) -> None:
     scores = run_stage(contamination.STAGE, CONFIG, inputs).json("report.json")["scores"]
     assert set(scores) == {"solve-sft", "fresh-solve-sft"}
     add = scores["solve-sft"]["add"]
-    assert (add["full"]["n"], add["not_contaminated"]["n"], add["clean"]["n"]) == (6, 4, 4)
+    assert (add["full"]["n"], add["clean"]["n"]) == (6, 4)
     assert scores["fresh-solve-sft"]["add"]["clean"]["n"] == 5
 
 
@@ -98,11 +107,7 @@ def test_subsets_by_hand() -> None:
     subsets = contamination.scores_by_verdict(
         scores, {"a": "contaminated", "b": "overlap", "c": "clean", "d": "clean"}
     )["add"]
-    assert [subsets[name]["value"] for name in ("full", "not_contaminated", "clean")] == [
-        0.5,
-        pytest.approx(1 / 3),
-        0.5,
-    ]
+    assert [subsets[name]["value"] for name in ("full", "clean")] == [0.5, 0.5]
     assert contamination.scores_by_verdict(scores, dict.fromkeys("abcd", "overlap"))["add"]["clean"] is None
 
 
@@ -124,28 +129,8 @@ def test_runs_against_a_slow_way() -> None:
 
 def test_artifacts_of_two_runs_are_refused_in_a_sentence(run_stage, inputs, tmp_path: Path) -> None:
     other = chat_fixtures.corpus(tmp_path, {"prose": ["only", "two"]})
-    with pytest.raises(AtomError, match="document prose/10 was trained on but is not among the kept ones of dedup"):
+    with pytest.raises(AtomError, match="documents of pretrain are not among the kept ones of dedup"):
         run_stage(contamination.STAGE, CONFIG, {**inputs, "dedup": other["dedup"]})
-
-
-def test_the_missing_document_is_looked_up_in_constant_memory(tmp_path: Path) -> None:
-    """Of 100,000 documents that were trained on, the first of two that were not kept."""
-    count, absent = 100_000, ("web/00070000", "web/00060000")
-    ids = [f"web/{n:08d}" for n in range(count)]
-    for role, names in (("dedup/kept/web", [id for id in ids if id not in absent]), ("order", ids[::-1])):
-        for part in range(2):
-            table = pa.table({"id": names[part_slice(len(names), part, 2)]})
-            write_table(tmp_path / role / part_file(part), table)
-    folders = {"dedup": tmp_path / "dedup", "order-pretrain": tmp_path / "order"}
-    inputs = {role: write_manifest(folder, role) for role, folder in folders.items()}
-    search = CorpusSearch(inputs, tmp_path / "work", ItemRuns({}), {}, 8, 0)
-    del ids, names, table
-    tracemalloc.start()
-    try:
-        assert search.missing() == absent[1]
-        assert tracemalloc.get_traced_memory()[1] < count, "less than a byte for each document"
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.fixture

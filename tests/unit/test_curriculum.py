@@ -10,7 +10,7 @@ import pytest
 from pipeline.core.errors import RecipeError
 from stages.rl.rollout import curriculum as module
 from stages.rl.rollout.curriculum import Curriculum
-from stages.tasks.rows import bin_of, to_row
+from stages.tasks import bin_of, to_row
 
 ROWS = [
     to_row(f"{kind}/{level}/{n}", f"{kind} {level} {n}", "exact", kind, level)

@@ -168,7 +168,7 @@ def test_thresholds_that_judge_results_are_in_no_stages_code() -> None:
     """Another threshold makes no evaluation stale."""
     stages = registry.stages()
     assert "stages.evaluation.model_evaluation" in code_digests(stages["evaluate"])
-    for name in ("evaluate", "solve", "fresh", "prefer", "contamination", "memorization", "items"):
+    for name in ("evaluate", "solve", "fresh", "prefer", "contamination", "items"):
         assert "stages.evaluation.settings" not in code_digests(stages[name]), name
 
 
@@ -177,7 +177,7 @@ def test_modules_that_plan_and_cli_import_are_light() -> None:
     import sys
 
     heavy = ("torch", "numpy", "pyarrow", "transformers", "huggingface_hub", "jinja2")
-    ours = "stages.evaluation.model_evaluation, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, stages.evaluation.memorization, release.assembly.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
+    ours = "stages.evaluation.model_evaluation, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, release.assembly.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
     code = f"import sys, json, {ours}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     root = ROOT
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

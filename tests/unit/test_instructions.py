@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from stages.rl.protocols import VerifierFailed
-from stages.rl.rewards.registry import make_verifier
+from stages.rl.protocols import VerifierFailed, make_verifier
 from stages.scorers.instructions_v1 import CHECKS
-from stages.tasks.rows import to_row
+from stages.tasks import to_row
 from stages.tasks.synthetic import courtesy_notes
 from tests.fixtures.verifier_fixtures import ARGUMENTS, form_row, score_one
 

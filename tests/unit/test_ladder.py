@@ -17,8 +17,7 @@ from pipeline.cli.main import app
 from pipeline.core.errors import AtomError
 from release.cards import plots
 from release.prediction import ladder, ladder_points
-from stages.evaluation import ladder_laws
-from stages.evaluation.ladder_laws import FORMS, PRETRAINING
+from stages.evaluation import scaling_laws
 
 pytestmark = pytest.mark.numeric
 
@@ -55,7 +54,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def test_a_law_without_scatter_is_found_exactly() -> None:
-    report = ladder.make(PRETRAINING, points(grid(0.0)), [("next", {"parameters": 7e9, "tokens": 1.4e11})])
+    report = ladder.make(points(grid(0.0)), [("next", {"parameters": 7e9, "tokens": 1.4e11})])
     for name, row in report.fit.published().items():
         assert row.value == pytest.approx(LAW[name], rel=1e-4)
     (expected,) = report.expectations
@@ -68,7 +67,7 @@ def test_bands_hold_the_truth_as_often_as_they_say() -> None:
     a chance of 0.5 % at 90 %."""
     held, widths = 0, []
     for seed in range(8):
-        fit = ladder.make(PRETRAINING, points(grid(0.005, seed))).fit
+        fit = ladder.make(points(grid(0.005, seed))).fit
         row = fit.predict((4e9, 1e11))
         truth = loss(4e9, 1e11) * math.exp(0.005 * np.random.default_rng(1000 + seed).normal())
         held += row.low <= truth <= row.high
@@ -76,28 +75,10 @@ def test_bands_hold_the_truth_as_often_as_they_say() -> None:
     assert held >= 5 and max(widths) < 0.12
 
 
-def test_other_laws_are_found() -> None:
-    compute = [{"flops": c, "loss": 1.5 + 30 * c**-0.1} for c in np.geomspace(1e15, 1e19, 6)]
-    power = ladder.make(FORMS["compute"], points(compute), [("next", {"flops": 1e20})])
-    assert power.expectations[0].band.value == pytest.approx(1.5 + 30 * 1e20**-0.1, rel=1e-4)
-
-    def score(c: float) -> float:
-        return 0.1 + 0.6 / (1 + (2e4 / c) ** 1.2) if c else 0.1
-
-    reward = [{"compute": c, "score": score(c)} for c in (0.0, *np.geomspace(1e3, 1e6, 8).tolist())]
-    sigmoid = ladder.make(FORMS["reinforcement"], points(reward)).fit.published()
-    for name, value in {"S0": 0.1, "S1": 0.7, "C_mid": 2e4, "B": 1.2}.items():
-        assert sigmoid[name].value == pytest.approx(value, rel=0.02)
-
-    answers = [{"compute": float(k), "score": math.exp(-2 * k**-0.5)} for k in (1, 2, 4, 8, 16)]
-    coverage = ladder.make(FORMS["inference"], points(answers), [("next", {"compute": 64.0})])
-    assert coverage.expectations[0].band.value == pytest.approx(math.exp(-2 / 8), rel=1e-4)
-
-
-def fitted(law: dict[str, float]) -> ladder_laws.Fit:
+def fitted(law: dict[str, float]) -> scaling_laws.Fit:
     rows = [{"parameters": n, "tokens": d, "loss": loss(n, d, law)}
             for n in (1e8, 1e9, 1e10) for d in (1e10, 1e11, 1e12)]  # fmt: skip
-    return ladder.make(PRETRAINING, points(rows)).fit
+    return ladder.make(points(rows)).fit
 
 
 def test_serving_makes_the_best_model_smaller_as_published() -> None:
@@ -133,7 +114,7 @@ def test_the_command_writes_points_fit_and_plot(tmp_path: Path) -> None:
     command = ["ladder", "--points", str(path), "--next", "7e9,1.4e11", "--budget", "1e22", "--serve", "2e12"]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "tokens = 6.75e+11 is 16.9 times the largest of the points" in result.output
+    assert "tokens = 6.79e+11 is 17 times the largest of the points" in result.output
     body = json.loads((tmp_path / "out/ladder.json").read_text())
     assert len(body["points"]) == 20 and body["points"][0]["name"] == "point 1"
     assert all(row["low"] <= LAW[name] <= row["high"] for name, row in body["fit"].items())
@@ -148,27 +129,23 @@ def test_bad_points_cost_one_sentence(tmp_path: Path) -> None:
     tied = [{**row, "tokens": 20 * row["parameters"]} for row in rows]
     worse = [{**row, "loss": 1 / row["loss"]} for row in rows]
     for number, (body, words) in enumerate((
-        (rows[:5], "the law pretraining has 5 parameters and needs more points than that, and there are 5"),
-        (one_size * 2, "the points have 1 different value of parameters, and the law pretraining needs 3"),
+        (rows[:5], "the law has 5 parameters and needs more points than that, and there are 5"),
+        (one_size * 2, "the points have 1 different value of parameters, and the law needs 3"),
         (tied, "tokens follow from parameters at all points"),
         (worse, "the loss gets worse with"),
         ([{**rows[0], "loss": "nan"}], "point 1 has loss = nan; it must be a number above 0"),
-        ([{"parameters": 1, "tokens": 2}], "point 1 has no loss; the law pretraining needs parameters, tokens, loss"),
+        ([{"parameters": 1, "tokens": 2}], "point 1 has no loss; the law needs parameters, tokens, loss"),
     )):  # fmt: skip
         path = write_csv(tmp_path / f"{number}.csv", body)
         with pytest.raises(AtomError, match=words) as caught:
-            ladder.make(PRETRAINING, ladder_points.read_file(path, PRETRAINING))
+            ladder.make(ladder_points.read_file(path))
         assert "\n" not in str(caught.value)
-    falling = [{"compute": float(c), "score": 0.9 - 0.1 * n} for n, c in enumerate((1, 10, 100, 1000, 10000))]
-    with pytest.raises(AtomError, match="score gets worse with compute"):
-        ladder.make(FORMS["reinforcement"], points(falling))
     (tmp_path / "x.json").write_text('{"points": 3}')
     with pytest.raises(AtomError, match=r"x.json is no list of points"):
-        ladder_points.read_file(tmp_path / "x.json", PRETRAINING)
+        ladder_points.read_file(tmp_path / "x.json")
     good = write_csv(tmp_path / "good.csv", rows)
     for options, words in (
         ([], "no points: name recipes"),
-        (["--law", "pretrain"], "--law pretrain is none of pretraining, compute, reinforcement, inference"),
         (["--points", str(tmp_path / "none.csv")], "none.csv does not exist"),
         (["--points", str(good), "--next", "1e9"], "must be 2 numbers above 0 (parameters, tokens), or a recipe"),
         (["--points", str(good), "--serve", "1e9"], "--serve has no effect without --budget"),

@@ -39,17 +39,6 @@ def standardized(groups: Sequence[Group]) -> list[list[float]]:
     return [[(r - fmean(group)) / (stdev(group) + 1e-4) for r in group] for group in groups]
 
 
-def leave_one_out(groups: Sequence[Group]) -> list[list[float]]:
-    return [[r - fmean([*group[:i], *group[i + 1 :]]) for i, r in enumerate(group)] for group in groups]
-
-
-def of_the_batch(groups: Sequence[Group]) -> list[list[float]]:
-    """Arrangement of arXiv 2501.03262: less the group's mean, then standardized over the batch."""
-    gains = centered(groups)
-    every = [gain for group in gains for gain in group]
-    return [[(gain - fmean(every)) / stdev(every) for gain in group] for group in gains]
-
-
 def ppo(ratio: Any, gain: float, low: float, high: float) -> Any:
     return -min(ratio * gain, min(max(ratio, 1 - low), 1 + high) * gain)
 
@@ -73,10 +62,6 @@ def cispo(new: Numbers, old: Numbers, gain: float) -> list[Any]:
     return [-min((n - o).exp().item(), 1 + 4.0) * gain * n for n, o in zip(new, old, strict=True)]
 
 
-def reinforce(new: Numbers, old: Numbers, gain: float) -> list[Any]:
-    return [-gain * n for n in new]
-
-
 def mean_of_tokens(answers: Sequence[Numbers]) -> Any:
     tokens = [loss for answer in answers for loss in answer]
     return sum(tokens) / len(tokens)
@@ -84,10 +69,6 @@ def mean_of_tokens(answers: Sequence[Numbers]) -> Any:
 
 def mean_of_answers(answers: Sequence[Numbers]) -> Any:
     return sum(sum(answer) / len(answer) for answer in answers) / len(answers)
-
-
-def mean_of_sums(answers: Sequence[Numbers]) -> Any:
-    return sum(sum(answer) for answer in answers) / len(answers)
 
 
 def by_constant(answers: Sequence[Numbers]) -> Any:
@@ -101,8 +82,6 @@ PAPERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., An
     "dr-grpo": (centered, by_token(0.2, 0.2), by_constant),
     "gspo": (standardized, by_answer(3e-4, 4e-4), mean_of_answers),
     "cispo": (standardized, cispo, mean_of_tokens),
-    "rloo": (leave_one_out, reinforce, mean_of_sums),
-    "reinforce++": (of_the_batch, by_token(0.2, 0.2), mean_of_answers),
 }
 """{algorithm: (advantages of groups of rewards, losses of an answer's tokens, their mean)}"""
 
@@ -151,7 +130,7 @@ SHAPES = {
 @pytest.mark.parametrize("first_update", [True, False])
 @pytest.mark.parametrize("name", PAPERS)
 def test_an_algorithm_is_its_papers(name: str, first_update: bool, kl: float | None, shape: str) -> None:
-    updates = 1 if first_update or name == "rloo" else 2
+    updates = 1 if first_update else 2
     config = rl_fixtures.config(algorithm=name, kl_coef=kl, updates=updates)
     phase, algorithm = RlTrainConfig.model_validate(config).phase, policy_gradient.load(name)
     answers = draw(SHAPES[shape], seed=len(shape))
@@ -254,8 +233,6 @@ def test_settings_that_were_added_are_in_no_key_by_default() -> None:
         ({"clip_high": 0.3}, "clip_high = 0.3 has no effect with updates = 1"),
         ({"algorithm": "grpo", "clip_low": 0.1}, "clip_low = 0.1 has no effect with updates = 1"),
         ({"algorithm": "cispo", "updates": 2, "clip_low": 0.1}, "algorithm cispo has no such clip; leave it out"),
-        ({"algorithm": "rloo", "clip_high": 0.2}, "algorithm rloo has no such clip; leave it out"),
-        ({"algorithm": "rloo", "updates": 2}, "updates = 2 is not possible with algorithm rloo"),
         ({"updates": 5}, "updates = 5 is more than prompts_per_step = 4"),
         (
             {"updates": 3, "replay": {"mix": {"a": 1.0}, "rows": 2, "sequence_length": 8, "weight": 1.0}},

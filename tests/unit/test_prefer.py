@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
-from stages.evaluation import win_rate
+from stages.evaluation import pass_at_k, win_rate
 from tests.fixtures import chat_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
 
@@ -39,9 +39,8 @@ def test_a_win_rate_by_hand() -> None:
     assert (rate["low"], rate["high"]) == (pytest.approx(0.2194, abs=1e-4), pytest.approx(0.9081, abs=1e-4))  # Wilson's
     few = win_rate.summary([pair("a", 1.0, 0.5), pair("b", 0.2, 0.1)])["win_rate"]
     assert few["value"] == few["high"] == 1 and few["low"] < 0.5, "two wins of two show nothing"
-    assert summary["without_ties"]["value"] == pytest.approx(2 / 3) and summary["without_ties"]["n"] == 3
     assert summary["sides"]["model"]["parts"]["reward"]["value"] == pytest.approx(0.375)
-    assert win_rate.summary([pair("a", 1, 1), pair("b", 0, 0)])["without_ties"] is None
+    assert win_rate.summary([pair("a", 1, 1), pair("b", 0, 0)])["ties"] == 2
 
 
 def test_an_answer_that_does_not_do_what_was_asked_wins_nothing() -> None:
@@ -72,7 +71,7 @@ def test_any_number_of_shards_gives_the_same_bytes(run_stage, inputs, tmp_path, 
         work = tmp_path / str(shards)
         config = evaluate_in_shards(win_rate.STAGE, CONFIG, inputs, work, shards)
         with monkeypatch.context() as patch:
-            patch.setattr(win_rate, "ChatModel", None)  # nothing is left to do
+            patch.setattr(pass_at_k, "ChatModel", None)  # nothing is left to do
             assert run_stage(win_rate.STAGE, config, inputs, work).digest == whole.digest
 
 

@@ -113,7 +113,7 @@ def changed_keys(tmp_path: Path, **changes: Any) -> set[str]:
 def test_a_changed_field_changes_the_keys_of_what_depends_on_it_and_no_others(tmp_path: Path) -> None:
     models, chatty = ("mid", "sft", "rlvr"), ("sft", "rlvr")
     after_midtrain = {f"{stage}-{model}" for stage in ("export", "evaluate") for model in models} | {"sft", "rlvr"}
-    after_midtrain |= {"fresh", "contamination", "prefer-rlvr", "memorization-rlvr"}
+    after_midtrain |= {"fresh", "contamination", "prefer-rlvr"}
     after_midtrain |= {f"{stage}-{model}" for stage in ("solve", "fresh-solve") for model in chatty}
     assert changed_keys(tmp_path, midtrain__optimizer__lr=1e-3) == {"midtrain"} | after_midtrain
     assert changed_keys(tmp_path, midtrain__steps=200) == {"order-midtrain", "midtrain"} | after_midtrain

@@ -331,14 +331,11 @@ def test_a_difference_states_fields_keys_reasons_and_cost(tmp_path: Path) -> Non
 
 def test_a_new_and_a_removed_stage_are_told_apart(tmp_path: Path) -> None:
     store, profile = Store(tmp_path), cluster_profile.load("local")
-    text = SMOKE.read_text()
-    (tmp_path / "r.yaml").write_text(
-        text.replace("  memorization: {documents: 4, prefix_tokens: 16, continuation_tokens: 16}\n", "")
-    )
-    first, second = (dag.compose(recipes.load(name), store) for name in ("atom-smoke", str(tmp_path / "r.yaml")))
-    assert comparison.compare(first, second, store, profile).removed == ("memorization-rlvr",)
+    (tmp_path / "r.yaml").write_text(SMOKE.read_text().replace("\nrelease:\n", "\nrelease:\n  variants: [fp8]\n"))
+    first, second = (dag.compose(recipes.load(name), store) for name in (str(tmp_path / "r.yaml"), "atom-smoke"))
+    assert comparison.compare(first, second, store, profile).removed == ("variant-fp8",)
     (stage,) = comparison.compare(second, first, store, profile).stages
-    assert (stage.name, stage.because, stage.before) == ("memorization-rlvr", "new", None)
+    assert (stage.name, stage.because, stage.before) == ("variant-fp8", "new", None)
 
 
 def test_what_this_machine_lacks_is_no_note_where_jobs_have_another_python(

@@ -35,7 +35,6 @@ def test_one_token_by_hand(ratio: float, gain: float, loss: float, clipped: int)
     logprob = old + math.log(ratio)
     value, figures = policy_loss(logprob, old, torch.tensor([gain]), torch.ones(1, 1), old_logprobs=old)
     assert value.item() == pytest.approx(loss, rel=1e-6) and figures["clip_fraction"].item() == clipped
-    assert figures["ratio"].item() == pytest.approx(ratio, rel=1e-6)
 
 
 def test_the_samplers_weight_by_hand() -> None:
@@ -43,11 +42,9 @@ def test_the_samplers_weight_by_hand() -> None:
     logprobs, weights = torch.full((1, 3), -2.0), torch.tensor([[0.5, 1.0, 3.0]])
     value, figures = policy_loss(logprobs, logprobs - weights.log(), torch.ones(1), torch.ones(1, 3))
     assert value.item() == pytest.approx(-3.5, rel=1e-6)
-    assert figures["importance_ratio"].item() == pytest.approx(3.5, rel=1e-6) and figures["truncated"].item() == 1
+    assert figures["importance_ratio"].item() == pytest.approx(3.5, rel=1e-6)
     assert figures["max_sampler_gap"].item() == pytest.approx(math.log(3), rel=1e-6)
     assert figures["sampler_gap"].item() == pytest.approx(math.log(3) + math.log(2), rel=1e-6)
-    kl = sum(w - 1 - math.log(w) for w in (0.5, 1, 3))
-    assert figures["sampler_kl"].item() == pytest.approx(kl, rel=1e-5)
 
 
 def test_a_pair_by_hand() -> None:

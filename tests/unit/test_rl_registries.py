@@ -17,11 +17,18 @@ from pipeline.core.source_code import code_digests
 from stages.generation.protocols import Sampler
 from stages.generation.samplers import SAMPLERS
 from stages.rl.algorithms.policy_gradient import ALGORITHMS, Algorithm
-from stages.rl.protocols import Verifier
+from stages.rl.protocols import (
+    TASK_SOURCES,
+    TOOLS,
+    VERIFIERS,
+    TaskSource,
+    Tool,
+    Verifier,
+    make_verifier,
+    obstacle,
+    verifier_class,
+)
 from stages.rl.rewards import pooled_verifier
-from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
-from stages.rl.rollout.task_sources.registry import TASK_SOURCES, SourceSettings
-from stages.rl.tools.registry import TOOLS, Tool
 from tests.fixtures import ROOT
 
 FOLDERS: dict[str, tuple[str, Callable[[Any], bool], list[str]]] = {
@@ -33,7 +40,7 @@ FOLDERS: dict[str, tuple[str, Callable[[Any], bool], list[str]]] = {
     ),
     "stages/rl/rollout/task_sources": (
         "TASK_SOURCES",
-        lambda x: is_class(x, SourceSettings) and "source" in x.model_fields,
+        lambda x: is_class(x, TaskSource) and "source" in x.model_fields,
         [*TASK_SOURCES.values()],
     ),
     "stages/rl/tools": ("TOOLS", lambda x: is_class(x, Tool), [*TOOLS.values()]),
@@ -123,7 +130,7 @@ def test_verifiers_are_imported_by_name_and_without_torch() -> None:
     code = """
 import sys
 from stages.rl import rlvr
-from stages.rl.rewards.registry import VERIFIERS, verifier_class
+from stages.rl.protocols import VERIFIERS, verifier_class
 print([place for place in VERIFIERS.values() if place.partition(':')[0] in sys.modules])
 for name in VERIFIERS: verifier_class(name)
 print([module for module in ("torch", "transformers", "pyarrow", "math_verify", "reasoning_gym") if module in sys.modules])

@@ -7,24 +7,24 @@ import pytest
 
 from release.facts import forecast
 from release.facts.forecast import Point, RunSize
-from stages.evaluation import scaling_law
+from stages.evaluation import scaling_laws
 
 
 def test_a_law_without_noise_is_continued() -> None:
     flops = [1e9 * 4**n for n in range(5)]
-    law, band = scaling_law.loss_band(flops, [40 * c**-0.15 + 1.5 for c in flops], 4**6 * 1e9)
+    law, band = scaling_laws.loss_band(flops, [40 * c**-0.15 + 1.5 for c in flops], 4**6 * 1e9)
     assert law["b"] == pytest.approx(0.15, rel=0.02) and band.value == pytest.approx(
         40 * (4**6 * 1e9) ** -0.15 + 1.5, rel=1e-3
     )
     assert band.low <= band.value <= band.high and band.high - band.low < 0.01
-    curve, accuracy = scaling_law.accuracy_band(flops, [0.1, 0.2, 0.3, 0.5, 0.7], 400, 4**5 * 1e9)
+    curve, accuracy = scaling_laws.accuracy_band(flops, [0.1, 0.2, 0.3, 0.5, 0.7], 400, 4**5 * 1e9)
     assert curve["slope"] > 0 and 0.7 < accuracy.value < 1 and 0 < accuracy.low < accuracy.value < accuracy.high < 1
 
 
 def test_no_score_is_outside_of_its_scale() -> None:
     flops = [1e9, 1e10, 1e11]
-    _, none = scaling_law.accuracy_band(flops, [0.0, 0.0, 0.0], 40, 1e12)
-    _, noisy = scaling_law.accuracy_band(flops, [0.0, 1.0, 0.0], 40, 1e12)
+    _, none = scaling_laws.accuracy_band(flops, [0.0, 0.0, 0.0], 40, 1e12)
+    _, noisy = scaling_laws.accuracy_band(flops, [0.0, 1.0, 0.0], 40, 1e12)
     assert 0 < none.low <= none.high < 0.05 and 0 <= noisy.low < 0.01 and 0.99 < noisy.high <= 1
 
 
@@ -40,7 +40,7 @@ def test_nine_of_ten_runs_fall_into_the_band(runs: int, floor: float) -> None:
         return float((30 * c**-0.1 + floor) * np.exp(rng.normal(0, 0.02)))
 
     for _ in range(trials):
-        _, band = scaling_law.loss_band(flops, [run(c) for c in flops], target)
+        _, band = scaling_laws.loss_band(flops, [run(c) for c in flops], target)
         hits += band.low <= run(target) <= band.high
     assert forecast.LEVEL - 0.035 <= hits / trials <= forecast.LEVEL + 0.065
 
@@ -48,7 +48,7 @@ def test_nine_of_ten_runs_fall_into_the_band(runs: int, floor: float) -> None:
 def test_losses_that_do_not_fall_carry_no_law() -> None:
     for losses in ([4.0, 4.1, 4.2], [4.0, 4.1, 4.2, 4.3]):
         with pytest.raises(ValueError, match="the losses of the runs do not fall with compute"):
-            scaling_law.loss_band([1e9 * 4**n for n in range(len(losses))], losses, 1e13)
+            scaling_laws.loss_band([1e9 * 4**n for n in range(len(losses))], losses, 1e13)
 
 
 def point(number: int, flops: float) -> Point:

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from stages import scorers
-from stages.rl.protocols import Response
-from stages.rl.rewards.registry import make_verifier
+from stages.rl.protocols import Response, make_verifier
 
 FOLDER = Path(scorers.__file__).parent
 FROZEN = {

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
-from stages.confidence import clustered, majority_at, pass_at, powers_of_two, wilson
+from stages.confidence import clustered, pass_at, powers_of_two, wilson
 from stages.evaluation import pass_at_k
 from tests.fixtures import chat_fixtures
 from tests.fixtures.run_fixtures import evaluate_in_shards
@@ -29,27 +29,6 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer() -> None:
     for n, right, k in ((8, 3, 2), (8, 3, 6), (5, 1, 4)):
         subsets = list(combinations([1] * right + [0] * (n - right), k))
         assert pass_at(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-
-@pytest.mark.parametrize(
-    "votes", [list("aabbc"), list("abcde"), ["a", None, "b", "b", None, "c", "a"], [None] * 4, list("aaabbbcc")]
-)
-def test_majority_is_the_expectation_over_all_subsets(votes: list[str | None]) -> None:
-    right = {"a", "c"} if len(votes) > 6 else {"a"}
-    for k in range(1, len(votes) + 1):
-        shares = []
-        for subset in combinations(votes, k):
-            voted = [vote for vote in subset if vote is not None]
-            most = max((voted.count(vote) for vote in voted), default=0)
-            winners = {vote for vote in voted if voted.count(vote) == most}
-            shares.append(len(winners & right) / len(winners) if winners else 0.0)
-        assert majority_at(votes, right, k) == pytest.approx(sum(shares) / len(shares))
-
-
-def test_a_majority_by_hand() -> None:
-    """Of a, a, b two are drawn: a-a wins, a-b and a-b are ties."""
-    assert majority_at(list("aab"), {"a"}, 2) == pytest.approx((1 + 0.5 + 0.5) / 3)
-    assert majority_at(list("aab"), {"a"}, 3) == 1 and majority_at(list("aab"), {"b"}, 3) == 0
 
 
 def test_small_estimators() -> None:
@@ -77,9 +56,6 @@ def test_scores_by_hand() -> None:
     assert add["samples"]["truncated"] == pytest.approx(1 / 6) and add["samples"]["accuracy"]["value"] == 0.5
     assert {k: part["tokens"] for k, part in add["at"].items()} == {"1": 10, "2": 20, "3": 30}
     assert add["at"]["2"]["pass"]["value"] == pytest.approx((1 + 2 / 3) / 2)
-    # of b: (1,2) is a tie, (1,-) is wrong, (2,-) is right; of all three a tie
-    assert add["at"]["2"]["maj"]["value"] == pytest.approx((2 / 3 + 1.5 / 3) / 2)
-    assert add["at"]["3"]["maj"]["value"] == pytest.approx((1 + 0.5) / 2)
     assert summary["judged"]["courtesy"]["reward"]["value"] == pytest.approx(0.6)
 
 

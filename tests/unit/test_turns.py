@@ -1,11 +1,11 @@
-"""Calls and results of tools without a model: what is read of a call, how results become tokens, what a search finds,
-which tokens carry a loss, and which recipes are refused."""
+"""Calls and results of tools without a model: what is read of a call, how results become tokens, which tokens carry a
+loss, and which recipes are refused."""
 
 from __future__ import annotations
 
 import json
 import re
-import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +14,14 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.core.errors import RecipeError
-from pipeline.core.store import Artifact, Store
+from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from stages.formats import chat
 from stages.rl.config import RlTrainConfig
-from stages.rl.rollout.generation import Chat
-from stages.rl.rollout.turns import CALL_TEXT, Request, Toolbox, is_result, read_call
-from stages.rl.tools.corpus_search import SearchTool, cut
-from stages.rl.tools.registry import Call, Result, RunningTool, ToolFailed
+from stages.rl.protocols import Call, Result
+from stages.rl.rollout.generation import CALL_TEXT, Chat, Request, Toolbox, is_result, read_call
+from stages.rl.tools.python_program import PythonTool
 from stages.rl.tools.settings import Tools
 from tests.fixtures import ROOT, rl_fixtures, tool_fixtures
 
@@ -41,9 +39,9 @@ FORM = 'write {"name": ..., "arguments": {...}}'
         ("1" * 5_000, "unreadable", "", f"error: the call is not JSON; {FORM}"),
         ('"python"', "unreadable", "", f"error: the call names no tool; {FORM}"),
         ('{"name": ["python"]}', "unreadable", "", f"error: the call names no tool; {FORM}"),
-        ('{"name": "rm \\ud800"}', "unknown", "rm ?", "error: there is no such tool; there are python, search"),
+        ('{"name": "rm \\ud800"}', "unknown", "rm ?", "error: there is no such tool; there are python"),
         ('{"name": "python"}', "arguments", "python", f"error: the call has no arguments; {FORM}"),
-        ('{"name": "search", "arguments": {"code": "1"}}', "arguments", "search", "error: search takes the arguments query"),
+        ('{"name": "python", "arguments": {"query": "1"}}', "arguments", "python", "error: python takes the arguments code"),
         ('{"name": "python", "arguments": {"code": 1}}', "arguments", "python", "error: the arguments of python are texts"),
     ],
 )  # fmt: skip
@@ -71,61 +69,17 @@ def test_results_are_the_templates_tokens_and_never_control_tokens(tmp_path: Pat
     assert special == [token for token in writer.encode_results(["a", "b"]) if token < len(chat.SPECIAL_TOKENS)]
 
 
-def search(index: RunningTool, *queries: str) -> list[Result]:
-    return index.run([Call("search", "search", {"query": query}, {}) for query in queries])
+def test_results_are_cut_with_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Printed:
+        def run(self, calls: Sequence[Call]) -> list[Result]:
+            return [Result("ok", call.arguments["code"]) for call in calls]
 
+        def close(self) -> None: ...
 
-def open_search(folder: Path, **settings: Any) -> Any:
-    from stages.formats.table import KEPT, write_rows
-
-    write_rows(folder / "kept" / "rivers" / "part-00000.parquet", KEPT, tool_fixtures.documents())
-    tool = SearchTool(tool="search", **settings)
-    assert tool.missing() is None
-    return tool.open({"documents": Artifact("", "", folder, ())}, folder)
-
-
-def test_a_search_gives_the_best_passages_of_training_documents(tmp_path: Path) -> None:
-    index = open_search(tmp_path, passages=2)
-    (best, none, wordless) = search(index, 'A "RIVER" of*', "ocean", '(" - *')
-    assert best.text == "[rivers/2]\na river of the north, a long river\n\n[rivers/0]\nthe elbe is a river"
-    assert (none.status, none.text) == ("ok", "no passage has any of these words")
-    assert (wordless.status, wordless.text) == ("error", "the query has no word")
-    odd = [
-        "secret",
-        "NEAR(river",
-        "text: river",
-        "_",
-        "river _",
-        "İ ŉ ̈ río",
-        "a" * 100_000,
-        "river " * 10_000,
-        "\0 river\ud800",
-    ]
-    results = [result.text for result in search(index, *odd)]
-    assert "secret" not in results[0], "it is held out"
-    assert [text for text in results if "river" in text] == [results[n] for n in (1, 2, 4, 7, 8)]
-    index.close()
-    with pytest.raises(ToolFailed, match=r"^tool search: its index cannot be read \(Cannot operate on a closed"):
-        search(index, "river")
-
-
-def test_an_index_has_the_first_documents_in_passages(tmp_path: Path) -> None:
-    index = open_search(tmp_path, documents=1, sources=["rivers"])
-    assert search(index, "elbe lake")[0].text == "[rivers/0]\nthe elbe is a river"
-    index.close()
-    text = " ".join(f"word{n}" for n in range(50)) + " " + "x" * 200
-    passages = list(cut(text, 50))
-    assert max(map(len, passages)) == 50 and "".join(passages).replace(" ", "") == text.replace(" ", "")
-    with pytest.raises(ToolFailed, match=r"^tool search: its index .* cannot be made \(unable to open"):
-        SearchTool(tool="search").open({"documents": Artifact("", "", tmp_path, ())}, tmp_path / "absent")
-    assert sqlite3.sqlite_version
-
-
-def test_results_are_cut_with_a_mark(tmp_path: Path) -> None:
-    tools = Tools.model_validate({"offered": [{"tool": "search"}], "max_result_characters": 20})
-    open_search(tmp_path).close()
-    toolbox = Toolbox(tools, {"documents": Artifact("", "", tmp_path, ())}, tmp_path / "work")
-    request = json.dumps({"name": "search", "arguments": {"query": "elbe"}})
+    monkeypatch.setattr(PythonTool, "open", lambda self: Printed())
+    tools = Tools.model_validate({"offered": [{"tool": "python"}], "max_result_characters": 20})
+    toolbox = Toolbox(tools)
+    request = json.dumps({"name": "python", "arguments": {"code": "[rivers/0]\nthe elbe is a river"}})
     (call, refused) = toolbox.answer([Request({}, [request]), Request({}, ["?"])])
     toolbox.close()
     assert call["result"] == "[rivers/0]\nthe elbe \n[cut: 10 more characters]"
@@ -167,13 +121,9 @@ def test_settings_without_a_sense_are_refused(phase: dict[str, Any], message: st
 def test_what_a_phase_with_tools_promises_and_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.rl.rlvr import STAGE
 
-    python, search = (
-        RlTrainConfig.model_validate(tool_fixtures.config(tools={"offered": [{"tool": tool}]}))
-        for tool in ("python", "search")
-    )
-    assert (STAGE.promise(python), STAGE.promise(search)) == ("numeric", "bitwise")
+    python = RlTrainConfig.model_validate(tool_fixtures.config(tools={"offered": [{"tool": "python"}]}))
+    assert STAGE.promise(python) == "numeric"
     monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap
-    assert STAGE.lack(search) is None
     assert "the tool python runs what the model writes: " in (STAGE.lack(python) or "")
     plain = RlTrainConfig.model_validate(tool_fixtures.config(tools=None))
     assert STAGE.estimate(python).tokens > STAGE.estimate(plain).tokens == 2 * 18 * 6
@@ -192,21 +142,5 @@ def test_the_example_of_the_docs_fits_into_a_recipe(tmp_path: Path) -> None:
     plain = compose(tmp_path / "r.yaml", body)
     both = {section: {**body[section], **settings} for section, settings in example.items()}
     nodes = compose(tmp_path / "r.yaml", {**body, **both})
-    assert nodes["rlvr"].inputs == {**plain["rlvr"].inputs, "documents": "dedup"}
+    assert nodes["rlvr"].inputs == plain["rlvr"].inputs
     assert nodes["tokenize"].key == plain["tokenize"].key and nodes["rlvr"].key != plain["rlvr"].key
-    both["rlvr"]["tools"]["offered"] = [{"tool": "search", "sources": ["docstring"]}]
-    with pytest.raises(
-        RecipeError, match="r: rlvr.tools names docstring, which .* does not have; did you mean docstrings"
-    ):
-        compose(tmp_path / "r.yaml", {**body, **both})
-
-
-@pytest.mark.parametrize("sources", [[], ["docstrings"]], ids=["all", "named"])
-def test_texts_by_reference_are_not_published_with_answers(tmp_path: Path, sources: list[str]) -> None:
-    body = yaml.safe_load(recipes.find("atom-smoke", "pipeline.recipes", "recipe").read_text())
-    body["rlvr"]["tools"] = {"offered": [{"tool": "search", "sources": sources}]}
-    body["release"]["by_reference"] = ["docstrings"]
-    with pytest.raises(RecipeError, match="rlvr.tools searches docstrings, and answers are published with the results"):
-        compose(tmp_path / "r.yaml", body)
-    body["rlvr"]["tools"] = {"offered": [{"tool": "search", "sources": ["code"]}]}
-    compose(tmp_path / "r.yaml", body)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,26 +86,6 @@ class ShardWriter:
         with open(_with_suffix(self.prefix, ".bin"), "ab") as file:
             file.write(self.buffer)
         self.buffer.clear()
-
-
-def first_tokens(folder: Path, name: str, ordinals: Sequence[int], count: int) -> NDArray[Any]:
-    """Returns the first `count` tokens of some sequences of a shard, [len(ordinals), count].
-
-    Raises AtomError if the shard is damaged, or has no such sequence.
-    """
-    import numpy as np
-
-    shard, rows = _Shard(folder, name), []
-    for ordinal in ordinals:
-        length, start = 0, 0
-        if ordinal < shard.sequences:
-            length = int(np.fromfile(shard.index, "<i4", 1, offset=shard.lengths + 4 * ordinal)[0])
-            start = int(np.fromfile(shard.index, "<i8", 1, offset=shard.pointers + 8 * ordinal)[0])
-        # A sequence that the index lacks counts as empty.
-        if length < count:
-            raise AtomError(f"{shard.tokens} has no {count} tokens of sequence {ordinal}; {shard.advice}")
-        rows.append(np.fromfile(shard.tokens, "<u2" if shard.width == 2 else "<i4", count, offset=start))
-    return np.array(rows, np.int64).reshape(len(rows), count)
 
 
 def check_sizes(folder: Path, name: str) -> int:

@@ -19,14 +19,12 @@ from typing import Any
 import torch
 
 from stages.formats.seeds import seed_label
-from stages.generation.protocols import decode_routes
-from stages.models.base import Routing
 from stages.rl.algorithms import losses, policy_gradient
 from stages.rl.algorithms.policy_gradient import Algorithm, zero_variance
 from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer, RecordedRollouts
 from stages.rl.rollout import rollouts
-from stages.rl.rollout.asynchronous import Intake, LiveGroups, RecordedGroups, Source
+from stages.rl.rollout.asynchronous import GroupSource, Intake, LiveGroups, RecordedGroups
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout, pass_rate
@@ -81,7 +79,7 @@ class GrpoTrainer(PolicyTrainer):
         if self.intake is None or not self.first:
             return
         if isinstance(self.files, RecordedRollouts):
-            source: Source = RecordedGroups(self.files, self.policy, self.phase.num_generations, step)
+            source: GroupSource = RecordedGroups(self.files, self.policy, self.phase.num_generations, step)
         else:
             source = self.live = LiveGroups(self.files, self.policy, self.phase, step)
         self.intake.begin(source, self.log.lines())
@@ -108,17 +106,12 @@ class GrpoTrainer(PolicyTrainer):
         answers, metrics, state = self.engine.ranks.from_first(drawn)
         self.restore_algorithm(state or self.algorithm_state())
         phase = self.phase
-        routing = self.config.model.routing if phase.routing_replay else None
-        groups = training_groups(answers, self.algorithm, routing)
+        groups = training_groups(answers, self.algorithm)
         self.tokens += (targets := sum(x.targets for group in groups for x in group))
         # All answers were dropped: there is no update, and the log says so.
         if not targets:
             return metrics | {"idle": True}
         batches, figures, minimize = self._batches(step, groups), [], objective(phase)
-        # It costs a forward pass over all batches, so it is measured only now and then.
-        if routing is not None and (step == 1 or step % phase.validate_every == 0):
-            gap_of_own = self._gap_of_own_routing(batches)
-            metrics["sampler_gap_own_routing"] = gap_of_own / targets
 
         for number, batch in batches.items():
             # The schedule counts all updates, those without answers included.
@@ -170,17 +163,6 @@ class GrpoTrainer(PolicyTrainer):
                 batches = {number: with_logprobs(self.engine, batch, "reference") for number, batch in batches.items()}
         return batches
 
-    def _gap_of_own_routing(self, batches: Mapping[int, RankBatch]) -> float:
-        """Returns the gap to the sampler, summed over tokens, if the trainer's routers choose. Collective."""
-
-        def gap(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            # Replayed rows have weight 0: no sampler drew them.
-            present = batch.extras["weight"][:, None] * batch.loss_mask > 0
-            total = (-cross_entropy - batch.extras["sampler"]).abs().masked_fill(~present, 0.0).sum()
-            return total, {"gap": total}
-
-        return sum(self.engine.figures(without_routes(batch), gap)[1]["gap"] for batch in batches.values())
-
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
         """Returns the answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
         phase = self.phase
@@ -192,7 +174,7 @@ class GrpoTrainer(PolicyTrainer):
         self.generated += sum(lengths)
         metrics = {
             "reward": sum(r.reward for r in answers) / len(answers),
-            "rewards": rollouts.mean_rewards(answers),
+            "rewards": rollouts.mean_rewards((r.kind, r.reward) for r in answers),
             "answers": len(answers),
             "groups": len({(r.wave, r.group) for r in answers if r.dropped not in rollouts.WHOLE_GROUPS}),
             "completion_length": sum(lengths) / len(answers),
@@ -256,7 +238,7 @@ class GrpoTrainer(PolicyTrainer):
         count = rollouts.merge(
             self.files.all(),
             out / "rollouts.parquet",
-            rollouts.schema(self.phase.routing_replay, self.phase.is_asynchronous, self.phase.tools is not None),
+            rollouts.schema(self.phase.is_asynchronous, self.phase.tools is not None),
         )
         gaps = [line["max_sampler_gap"] for line in self.log.lines() if "max_sampler_gap" in line]
         return {
@@ -311,9 +293,7 @@ def mark_dropped(answers: Sequence[Rollout], samples: int) -> tuple[list[Rollout
     return marked, equal.count(False)
 
 
-def training_groups(
-    answers: Sequence[Rollout], algorithm: Algorithm, routing: Routing | None = None
-) -> list[list[Example]]:
+def training_groups(answers: Sequence[Rollout], algorithm: Algorithm) -> list[list[Example]]:
     """Returns the training rows of the answers that are not dropped, by group.
 
     Advantages are of all answers of the groups that differ in reward, truncated ones among them.
@@ -321,7 +301,6 @@ def training_groups(
     Args:
         answers: All answers of the step.
         algorithm: The algorithm, which gives advantages and weights.
-        routing: Routing of a model whose routing is replayed.
     """
     groups: dict[tuple[int, int], list[Rollout]] = {}
     for r in answers:
@@ -333,31 +312,22 @@ def training_groups(
     lengths = torch.tensor([[r.length for r in group] for group in groups.values()])
     gains = algorithm.advantages(rewards, lengths).tolist()
     return [
-        [_example(r, gain, algorithm, routing) for r, gain in zip(group, group_gains, strict=True) if not r.dropped]
+        [_example(r, gain, algorithm) for r, gain in zip(group, group_gains, strict=True) if not r.dropped]
         for group, group_gains in zip(groups.values(), gains, strict=True)
     ]
 
 
-def _example(r: Rollout, advantage: float, algorithm: Algorithm, routing: Routing | None) -> Example:
+def _example(r: Rollout, advantage: float, algorithm: Algorithm) -> Example:
     tokens = {"sampler": r.logprobs, "replay": [0.0] * len(r.ids)}
     row = {"advantage": advantage, "weight": algorithm.mean.weight(r.length)}
-    ids, recorded = [*r.prompt_ids, *r.ids], None
-    if routing is not None:
-        assert r.routes is not None, "the sampler records them"
-        recorded = decode_routes(r.routes, len(ids) - 1, routing)
-    return Example(ids, len(r.prompt_ids), row, tokens, recorded, None if r.turns is None else r.is_sampled)
-
-
-def without_routes(rank_batch: RankBatch) -> RankBatch:
-    """Returns the batch for routers that choose."""
-    return replace(rank_batch, micro=[replace(batch, routes=None) for batch in rank_batch.micro])
+    mask = None if r.turns is None else r.is_sampled
+    return Example([*r.prompt_ids, *r.ids], len(r.prompt_ids), row, tokens, mask)
 
 
 def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch:
     """Returns the batch with the log-probabilities of its targets under the engine's present weights.
 
-    They are `name` among the `extras` of its micro-batches, where this rank computes the loss. The reference is another
-    policy, whose routers choose. Collective.
+    They are `name` among the `extras` of its micro-batches, where this rank computes the loss. Collective.
     """
     recorded: list[torch.Tensor] = []
 
@@ -365,7 +335,7 @@ def with_logprobs(engine: Engine, rank_batch: RankBatch, name: str) -> RankBatch
         recorded.append(-cross_entropy.cpu())
         return cross_entropy.sum(), {}
 
-    engine.figures(without_routes(rank_batch) if name == "reference" else rank_batch, record)
+    engine.figures(rank_batch, record)
     # Of a pipeline, the last rank alone computes log-probabilities.
     if not recorded:
         return rank_batch

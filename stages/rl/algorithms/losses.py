@@ -8,8 +8,6 @@ begins with `max_` combines by the maximum instead.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -49,9 +47,8 @@ def policy_loss(
         reference_logprobs: Log-probabilities under the reference policy, [rows, width]; None for no KL term.
         kl_coef: Weight of the KL term.
 
-    The figures, without the rows' weights, are: `tokens`; `clip_fraction`, tokens on which the clip acted; `ratio`;
-    `importance_ratio`, and `truncated`, tokens at its cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|;
-    `sampler_kl`, the k3 estimate of KL(sampler || old); with a reference, `kl`.
+    The figures, without the rows' weights, are: `tokens`; `clip_fraction`, tokens on which the clip acted;
+    `importance_ratio`; `sampler_gap` and `max_sampler_gap`, |old - sampler|; with a reference, `kl`.
     """
     mask = mask.bool()
     current = _masked(logprobs, mask)
@@ -65,20 +62,16 @@ def policy_loss(
     importance_weights = sampler_log_ratio.exp().clamp(max=tis_cap)
 
     log_ratio = current - old
-    ratio = log_ratio.exp()
     token_advantages = (advantages if advantages.dim() == 2 else advantages[:, None]).float()
-    tokens = Tokens(current, log_ratio, ratio, token_advantages.expand_as(current), mask)
+    tokens = Tokens(current, log_ratio, log_ratio.exp(), token_advantages.expand_as(current), mask)
     loss, clipped = token_loss(tokens, clip_low, clip_high)
     loss = loss * importance_weights
 
     figures = {
         "tokens": mask,
         "clip_fraction": clipped,
-        "ratio": ratio,
         "importance_ratio": importance_weights,
-        "truncated": sampler_log_ratio > math.log(tis_cap),
         "sampler_gap": sampler_log_ratio.abs(),
-        "sampler_kl": sampler_log_ratio.expm1() - sampler_log_ratio,
     }
     if reference_logprobs is not None:
         # The k3 estimate (joschu.net/blog/kl-approx.html) of KL(policy || reference), added to the loss of each token

@@ -10,7 +10,7 @@ packaged advantages read the rewards alone: they are 0 where all answers to a pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,8 +26,6 @@ ALGORITHMS = {
     "dr-grpo": "stages.rl.algorithms.policy_gradient:DR_GRPO",
     "gspo": "stages.rl.algorithms.policy_gradient:GSPO",
     "cispo": "stages.rl.algorithms.policy_gradient:CISPO",
-    "rloo": "stages.rl.algorithms.policy_gradient:RLOO",
-    "reinforce++": "stages.rl.algorithms.policy_gradient:REINFORCE_PP",
 }
 extend("algorithms", ALGORITHMS)
 DEFAULT = "dapo-centered"
@@ -74,19 +72,18 @@ class TokenLoss(Protocol):
         """Returns the loss of each token, and where the clip acted, both [rows, width]. Infinite: no clip."""
 
 
-class Mean(Protocol):
-    """The mean over the tokens of an update: the sum of weight times loss, by a divisor."""
+@dataclass(frozen=True)
+class Mean:
+    """The mean over the tokens of an update: the sum of weight times loss, by a divisor.
 
-    def weight(self, length: int) -> float:
-        """Returns the weight of each token of an answer of `length` tokens."""
+    Attributes:
+        weight: Function of an answer's tokens that returns the weight of each of them.
+        divisor: Function that returns the divisor of an update. Its arguments are the tokens of each answer of the
+            update, without truncated answers, which carry no loss, and the maximum length of an answer.
+    """
 
-    def divisor(self, lengths: Sequence[int], max_length: int) -> int:
-        """Returns the divisor of an update.
-
-        Args:
-            lengths: Tokens of each answer of the update. Truncated answers carry no loss and are not among them.
-            max_length: Maximum length of an answer.
-        """
+    weight: Callable[[int], float]
+    divisor: Callable[[Sequence[int], int], int]
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,6 @@ class Algorithm:
         mean: Mean over the tokens of an update.
         clip_low: Default lower range of the clip; None if there is no such clip.
         clip_high: Default upper range of the clip; None if there is no such clip.
-        updates: True if a step may take several updates, for which the loss corrects by its ratio.
     """
 
     advantages: Advantages
@@ -107,7 +103,6 @@ class Algorithm:
     mean: Mean
     clip_low: float | None
     clip_high: float | None
-    updates: bool = True
 
 
 def load(name: str) -> Algorithm:
@@ -140,64 +135,15 @@ def scaled(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return centered(rewards, lengths) / (rewards.float().std(1, keepdim=True) + TINY)
 
 
-def leave_one_out(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Returns the rewards less the mean of the group's other rewards (RLOO, arXiv 2402.14740)."""
-    samples = rewards.shape[1]
-    # r - mean of the others = (r - mean of all) * n / (n - 1)
-    return centered(rewards, lengths) * (samples / (samples - 1))
-
-
-def batch_scaled(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Returns centered rewards by their standard deviation over the batch (REINFORCE++, arXiv 2501.03262).
-
-    Their mean over the batch is 0, so it need not be subtracted. Without any signal they stay 0.
-    """
-    gains = centered(rewards, lengths)
-    deviation = gains.std()
-    return gains / deviation if deviation > 0 else gains
-
-
 # Means.
 
-
-class OverTokens:
-    """The mean over all tokens of the update: each token weighs the same (DAPO, arXiv 2503.14476)."""
-
-    def weight(self, length: int) -> float:
-        return 1.0
-
-    def divisor(self, lengths: Sequence[int], max_length: int) -> int:
-        return sum(lengths)
-
-
-class OverAnswers:
-    """The mean over answers of the mean over their tokens: each answer weighs the same (GRPO, arXiv 2402.03300)."""
-
-    def weight(self, length: int) -> float:
-        return 1.0 / length
-
-    def divisor(self, lengths: Sequence[int], max_length: int) -> int:
-        return len(lengths)
-
-
-class OfSums:
-    """The mean over answers of the sum over their tokens: an answer is one action (RLOO, arXiv 2402.14740)."""
-
-    def weight(self, length: int) -> float:
-        return 1.0
-
-    def divisor(self, lengths: Sequence[int], max_length: int) -> int:
-        return len(lengths)
-
-
-class ByConstant(OfSums):
-    """The mean of sums by the constant maximum length (Dr. GRPO, arXiv 2503.20783).
-
-    No answer's length changes the weight of its tokens, nor that of others.
-    """
-
-    def divisor(self, lengths: Sequence[int], max_length: int) -> int:
-        return len(lengths) * max_length
+# Over all tokens of the update: each token weighs the same (DAPO, arXiv 2503.14476).
+OVER_TOKENS = Mean(lambda length: 1.0, lambda lengths, max_length: sum(lengths))
+# Over answers of the mean over their tokens: each answer weighs the same (GRPO, arXiv 2402.03300).
+OVER_ANSWERS = Mean(lambda length: 1.0 / length, lambda lengths, max_length: len(lengths))
+# Over answers of the sum over their tokens, by the constant maximum length: no length changes the weight of a token of
+# its answer, nor that of others (Dr. GRPO, arXiv 2503.20783).
+BY_CONSTANT = Mean(lambda length: 1.0, lambda lengths, max_length: len(lengths) * max_length)
 
 
 # Losses of a token.
@@ -234,29 +180,18 @@ def bounded_weight(tokens: Tokens, clip_low: float, clip_high: float) -> tuple[t
     return -weight * tokens.advantages * tokens.logprobs, (tokens.ratio > 1 + clip_high) & (tokens.advantages > 0)
 
 
-def without_ratio(tokens: Tokens, clip_low: float, clip_high: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the plain policy gradient (RLOO)."""
-    return -tokens.advantages * tokens.logprobs, tokens.mask.new_zeros(tokens.mask.shape)
-
-
 # The token-level loss and asymmetric clip of DAPO on the centered rewards of Dr. GRPO. The default.
-DAPO_CENTERED = Algorithm(centered, by_token, OverTokens(), clip_low=0.2, clip_high=0.28)
+DAPO_CENTERED = Algorithm(centered, by_token, OVER_TOKENS, clip_low=0.2, clip_high=0.28)
 # DAPO (arXiv 2503.14476): GRPO with the mean over all tokens of the update and a wider upper clip.
-DAPO = Algorithm(scaled, by_token, OverTokens(), clip_low=0.2, clip_high=0.28)
+DAPO = Algorithm(scaled, by_token, OVER_TOKENS, clip_low=0.2, clip_high=0.28)
 # GRPO (DeepSeekMath, arXiv 2402.03300): rewards standardized by their group, PPO's clip, the mean over answers of the
 # mean over tokens.
-GRPO = Algorithm(scaled, by_token, OverAnswers(), clip_low=0.2, clip_high=0.2)
+GRPO = Algorithm(scaled, by_token, OVER_ANSWERS, clip_low=0.2, clip_high=0.2)
 # Dr. GRPO (arXiv 2503.20783): GRPO without the two biases that it found, the division by the deviation of the group and
 # the division by the length of the answer.
-DR_GRPO = Algorithm(centered, by_token, ByConstant(), clip_low=0.2, clip_high=0.2)
+DR_GRPO = Algorithm(centered, by_token, BY_CONSTANT, clip_low=0.2, clip_high=0.2)
 # GSPO (arXiv 2507.18071): GRPO with one ratio per answer. The ranges are those of the paper's section 5.1.
-GSPO = Algorithm(scaled, by_answer, OverAnswers(), clip_low=3e-4, clip_high=4e-4)
+GSPO = Algorithm(scaled, by_answer, OVER_ANSWERS, clip_low=3e-4, clip_high=4e-4)
 # CISPO (MiniMax-M1, arXiv 2506.13585). There is no lower clip; the paper leaves the upper one open, and 1 + 4 is among
 # the values of ScaleRL (arXiv 2510.13786).
-CISPO = Algorithm(scaled, bounded_weight, OverTokens(), clip_low=None, clip_high=4.0)
-# RLOO (arXiv 2402.14740): REINFORCE with the mean reward of the other answers to the prompt as its baseline. An answer
-# is one action, so the loss is summed over its tokens; without a ratio, a step is one update.
-RLOO = Algorithm(leave_one_out, without_ratio, OfSums(), clip_low=None, clip_high=None, updates=False)
-# REINFORCE++ with baseline (arXiv 2501.03262), the variant for several answers to a prompt: rewards are centered by
-# their group and divided by the deviation of the whole batch, under PPO's clip.
-REINFORCE_PP = Algorithm(batch_scaled, by_token, OverAnswers(), clip_low=0.2, clip_high=0.2)
+CISPO = Algorithm(scaled, bounded_weight, OVER_TOKENS, clip_low=None, clip_high=4.0)

@@ -23,7 +23,7 @@ from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import PairOrder, Rollout, hash_fraction
-from stages.tasks.rows import Row, question
+from stages.tasks import Row, question
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 
@@ -90,7 +90,7 @@ class Dpo(PolicyTrainer):
         scored = [r for r in answers if r.wave == 0]
         metrics: dict[str, Any] = {
             "reward": sum(r.reward for r in scored) / len(scored),
-            "rewards": rollouts.mean_rewards(scored),
+            "rewards": rollouts.mean_rewards((r.kind, r.reward) for r in scored),
             "pairs": len(pairs),
             "anchors": len(correct),
             "answers": len(answers),

@@ -1,29 +1,27 @@
 """Verifier `python-tests`: scores code by tests, with the expected values out of the code's reach.
 
-An answer's functions run in a sandbox that receives arguments and returns plain data only. Tests that are a list of
-inputs and expected values are compared here. Tests that are a program with asserts (HumanEval's check) run in a second
-sandbox, where the candidate is a proxy that calls the first. An answer that ends its process, rewrites modules,
-searches memory or returns objects that equal everything can therefore only change its own return values.
+An answer's functions run in a sandbox that receives arguments and returns plain data only. The check, a program with
+asserts (HumanEval's), runs in a second sandbox, where the candidate is a proxy that calls the first. An answer that
+ends its process, rewrites modules, searches memory or returns objects that equal everything can therefore only change
+its own return values.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from pipeline.core.bounds import Range
 from pipeline.core.stage import Config
 from stages.rl import sandbox
 from stages.rl.protocols import Answer, Parts, Verifier, VerifierContext, VerifierFailed
 from stages.rl.sandbox import Limits, Pool, SandboxFailed
-from stages.rl.sandbox.calls import decode, encode
 from stages.rl.sandbox.cell import Cell, Running
-from stages.rl.sandbox.outcome import Job
-from stages.tasks.rows import Row
+from stages.rl.sandbox.limits import Job
+from stages.tasks import Row
 
 # Characters of an answer beyond which it is not run.
 MAX_ANSWER_CHARACTERS = 256 << 10
@@ -110,17 +108,14 @@ class CodeSettings(Config):
 class CodeVerifier(Verifier):
     """Scores code by running it against the tests of its row.
 
-    A row has `entry_point`, the name of the function, and one of these:
-
-    - `tests`: a list of {"input": positional arguments, "expected": value}, all of JSON; a tuple counts as a list, and
-      an expected float may be missed by a billionth of itself, 0.0 by a billionth;
-    - `check`: Python that defines `check(candidate)`, as HumanEval's does. It passes and is given plain data.
+    A row has `entry_point`, the name of the function, and `check`, Python that defines `check(candidate)`, as that of
+    HumanEval does. It passes and is given plain data.
 
     `prelude`, if present, is Python that runs before the answer and before the check. The limits of a check are four
     times those of an answer. A check that ends without a verdict before the answer replies is broken: VerifierFailed.
 
-    Parts: `reward`; `passed`, the share of passed tests; `killed`, 1 if the answer was killed (time, memory, output, a
-    signal), if its return value led to the killing of the check, or if it killed the sandbox.
+    Parts: `reward`; `killed`, 1 if the answer was killed (time, memory, output, a signal), if its return value led to
+    the killing of the check, or if it killed the sandbox.
     """
 
     name = "python-tests"
@@ -162,7 +157,7 @@ class CodeVerifier(Verifier):
             VerifierFailed: A sandbox failed, or a row's tests cannot run.
         """
         try:
-            return self._pool.map(self._score, answers, lambda _: parts(0.0, killed=True))
+            return self._pool.map(self._score, answers, lambda _: parts(False, killed=True))
         except SandboxFailed as e:
             raise VerifierFailed(f"verifier {self.name} cannot score: {e}") from e
 
@@ -171,37 +166,20 @@ class CodeVerifier(Verifier):
 
     def _score(self, cells: list[Cell], item: Answer) -> Parts:
         row, response = item
-        if not isinstance(row.get("entry_point"), str) or not (row.get("tests") or row.get("check")):
-            raise self._failure(row, "it has no entry_point with tests or a check")
+        if not isinstance(row.get("entry_point"), str) or not row.get("check"):
+            raise self._failure(row, "it has no entry_point with a check")
         if not response.finished or not response.answer.strip() or len(response.answer) > MAX_ANSWER_CHARACTERS:
-            return parts(0.0)
-        source, prelude = code_of(response.answer, row["entry_point"]), row.get("prelude", "")
+            return parts(False)
         job: Job = {
             "role": "answer",
-            "prelude": prelude,
-            "source": source,
+            "prelude": row.get("prelude", ""),
+            "source": code_of(response.answer, row["entry_point"]),
             "entry_point": row["entry_point"],
-            "stdin": "",
         }
-        return self._compare(cells, job, row) if row.get("tests") else self._check(cells, job, row)
-
-    def _compare(self, cells: list[Cell], job: Job, row: Row) -> Parts:
-        passed = 0
-        with cells[0].begin(job) as answer:
-            alive = answer.ask() is not None
-            for test in row["tests"]:
-                # Values travel as plain data: an object of the answer could compare equal to anything.
-                line = answer.ask(json.dumps({"call": encode([list(test["input"]), {}])}).encode()) if alive else None
-                alive = line is not None
-                if line is not None and returns_expected(line, test["expected"]):
-                    passed += 1
-            return parts(passed / len(row["tests"]), killed=not alive and ended_by_force(answer))
-
-    def _check(self, cells: list[Cell], job: Job, row: Row) -> Parts:
         with cells[0].begin(job) as answer:
             # The first line tells that the answer's code has run. Without it there is nothing to check.
             if answer.ask() is None:
-                return parts(0.0, killed=ended_by_force(answer))
+                return parts(False, killed=ended_by_force(answer))
             with cells[1].begin({**job, "role": "check", "source": row["check"]}) as check:
                 return self._relay(answer, check, row)
 
@@ -213,52 +191,24 @@ class CodeVerifier(Verifier):
                 message = json.loads(line)
                 if message["verdict"] is None:
                     raise self._failure(row, message["reason"])
-                return parts(float(message["verdict"] is True))
+                return parts(message["verdict"] is True)
             reply = answer.ask(line)
             if reply is None:
-                return parts(0.0, killed=ended_by_force(answer))
+                return parts(False, killed=ended_by_force(answer))
             replies += 1
             line = check.ask(reply)
         if replies:  # its return value may be the cause
-            return parts(0.0, killed=True)
+            return parts(False, killed=True)
         raise self._failure(row, f"its check ends without a verdict before it calls the candidate: {check.finish()}")
 
     def _failure(self, row: Row, reason: str) -> VerifierFailed:
         return VerifierFailed(f"verifier {self.name} cannot score row {row.get('id', '(no id)')}: {reason}")
 
 
-def parts(passed: float, killed: bool = False) -> Parts:
-    return {"reward": float(passed == 1.0), "passed": passed, "killed": float(killed)}
+def parts(passed: bool, killed: bool = False) -> Parts:
+    return {"reward": float(passed), "killed": float(killed)}
 
 
 def ended_by_force(answer: Running) -> bool:
     """Returns True if an ended answer was killed."""
     return answer.finish().status not in ("ok", "error")
-
-
-def returns_expected(line: bytes, expected: Any) -> bool:
-    """Returns True if a line from an answer's sandbox, which may hold anything, reports the expected return value."""
-    try:
-        return equal(decode(json.loads(line)["value"]), expected)
-    # No line of an answer may stop the verifier.
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError):
-        return False
-
-
-def equal(value: Any, expected: Any) -> bool:
-    """Returns True if plain data equals JSON: True is not 1, a tuple is a list, a key that is no string is its JSON."""
-    if isinstance(value, bool) or isinstance(expected, bool):
-        return value is expected
-    if isinstance(expected, float) and isinstance(value, int | float):
-        return math.isclose(value, expected, rel_tol=1e-9, abs_tol=0.0 if expected else 1e-9)
-    if isinstance(expected, list) and isinstance(value, list | tuple):
-        return len(value) == len(expected) and all(equal(*pair) for pair in zip(value, expected, strict=True))
-    if isinstance(expected, dict) and isinstance(value, dict):
-        # Two keys with one JSON would hide a value, so their number must stay.
-        by_name = {k if isinstance(k, str) else json.dumps(k): v for k, v in value.items()}
-        return (
-            len(by_name) == len(value)
-            and by_name.keys() == expected.keys()
-            and all(equal(by_name[k], v) for k, v in expected.items())
-        )
-    return bool(value == expected)

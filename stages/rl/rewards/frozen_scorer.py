@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from stages.rl.protocols import Answer, NoSettings, Parts, Response, Verifier, VerifierContext, VerifierFailed
 from stages.scorers import LATEST, SCORERS, answer_of
-from stages.tasks.rows import Row
+from stages.tasks import Row
 
 # A row can ask for any number of a letter, and the answer below must stay short.
 MOST_LETTERS = 1000

@@ -21,9 +21,9 @@ from stages.generation.protocols import ToolCall
 from stages.rl.protocols import Answer, Parts, Response, Verifier, VerifierContext, VerifierFailed
 from stages.rl.tools import gym_environment
 from stages.rl.tools.gym_environment import Session, Unanswered, functions_of
-from stages.tasks.rows import Row
+from stages.tasks import Row
 
-# The beginning of the mark that ends a recorded result whose rest is cut off (stages/rl/rollout/turns.py).
+# The beginning of the mark that ends a recorded result whose rest is cut off (stages/rl/rollout/generation.py).
 CUT_MARK = "\n[cut: "
 
 
@@ -130,7 +130,7 @@ def is_of(call: ToolCall, functions: Sequence[Mapping[str, Any]]) -> bool:
 
 def as_recorded(text: str, result: str) -> bool:
     """Returns True if the reply `text` is the recorded `result`, as far as that was not cut."""
-    # Recorded results have no lone surrogates (stages/rl/rollout/turns.py).
+    # Recorded results have no lone surrogates (stages/rl/rollout/generation.py).
     text = text.encode(errors="replace").decode()
     if text == result:
         return True

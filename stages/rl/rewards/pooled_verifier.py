@@ -1,6 +1,13 @@
 """Verifiers whose package parses answers, and the pool of limited processes in which they run.
 
-A worker (`scoring_worker`) imports the scorer's package once and forks for every answer.
+A worker imports the scorer's package once and forks for every answer:
+
+    python -m stages.rl.rewards.pooled_verifier VERIFIER SECONDS
+
+VERIFIER is the class of a pooled verifier, as `module:class`. The worker reads requests, [a row's fields as JSON, an
+answer], and writes replies, one JSON line each. A fork may use SECONDS of processor time and MEMORY bytes beyond what
+the worker has; it may not write, start a program or open a connection (`refuse`). Nothing of one answer reaches the
+next.
 
 If there is no score, a probe shows the cause. The probe is the row's own correct answer: a working scorer gives it full
 marks, and less to GARBAGE.
@@ -21,6 +28,7 @@ import contextlib
 import json
 import os
 import queue
+import resource
 import select
 import signal
 import subprocess
@@ -30,130 +38,126 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, ClassVar, cast
+from pkgutil import resolve_name
+from typing import Annotated, Any, ClassVar, TypedDict, cast
 
 from pipeline.core.bounds import Range
 from pipeline.core.errors import installing
 from pipeline.core.stage import Config
 from stages.rl.protocols import Answer, Parts, Response, Verifier, VerifierContext, VerifierFailed
-from stages.rl.rewards import scoring_worker
-from stages.rl.rewards.scoring_worker import BindRow, Reply, ScoreAnswer
-from stages.tasks.rows import Row
+from stages.tasks import Row
+
+# Scores an answer in [0, 1].
+ScoreAnswer = Callable[[str], float]
+# A function of a row's fields that returns a scorer of answers. Trusted work, such as parsing the correct answer, is
+# done here, once per row, and outside the limits.
+BindRow = Callable[[Row], ScoreAnswer]
+
 
 # Times that an answer is tried while its worker dies.
 ATTEMPTS = 3
 # An answer to which no working scorer gives full marks.
 GARBAGE = "?"
 START_SECONDS = 300  # to import the package, on a machine that is busy
+# Bytes that a fork may use beyond what its worker has.
+MEMORY = 1 << 30
+# Beginnings of the audit events that a fork may not cause.
+FORBIDDEN = ("ctypes.", "os.exec", "os.fork", "os.kill", "os.posix", "os.re", "os.system", "shutil.", "socket.", "subp")
+
+
+class Reply(TypedDict, total=False):
+    """The result for an answer.
+
+    It has `score`; or `error`, with `signal` if one ended its fork; or `broken`, the reason why the row cannot be
+    scored; or `died`, the reason why no worker replied.
+    """
+
+    score: float
+    error: str
+    signal: int
+    broken: str
+    died: str
+
+
+def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    """Refuses what a fork may not do. It is an audit hook.
+
+    It is not a sandbox for code. No code of an answer runs here, so it is a second barrier.
+    """
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes or event.startswith(FORBIDDEN):
+        raise PermissionError(f"a scorer must not call {event}")
+
+
+def score_in_fork(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
+    """Returns the reply of a fork that scores one answer."""
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(readable)
+        os.write(writable, json.dumps(_score_confined(score, answer, seconds)).encode())
+        # Not sys.exit, which would run the exit handlers of the worker in its fork.
+        os._exit(0)
+    os.close(writable)
+    with os.fdopen(readable, "rb") as pipe:
+        payload = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        signal_number = os.WTERMSIG(status)
+        return {"signal": signal_number, "error": signal.Signals(signal_number).name}
+    return cast(Reply, json.loads(payload)) if payload else {"error": "nothing"}
+
+
+def _score_confined(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
+    try:
+        with open("/proc/self/statm") as statm:
+            size = int(statm.read().split()[0]) * resource.getpagesize()
+        for limit, maximum in (
+            (resource.RLIMIT_CPU, seconds),  # counts from the fork; SIGXCPU needs no Python handler
+            (resource.RLIMIT_AS, size + MEMORY),
+            (resource.RLIMIT_FSIZE, 0),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            # The soft limit of processor time sends SIGXCPU. At the hard one the kernel sends SIGKILL, which would look
+            # like a lack of memory.
+            resource.setrlimit(limit, (maximum, maximum + 1 if limit == resource.RLIMIT_CPU else maximum))
+        sys.addaudithook(refuse)
+        value = score(answer)
+        return {"score": value} if 0 <= value <= 1 else {"error": f"a score of {value}"}
+    # Exits and a lack of memory too: the fork must reply.
+    except BaseException as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:200]}".encode(errors="replace").decode()}
+
+
+def serve(verifier: str, seconds: int) -> None:
+    """Answers requests until standard input closes.
+
+    Args:
+        verifier: A pooled one, as `module:class`.
+        seconds: Processor time for one answer.
+    """
+    # A package that reads standard input or prints must reach neither of the two pipes.
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(2, 1)  # output of a package is not a reply
+    bind: BindRow = resolve_name(verifier).load_scorer()
+    bound = lru_cache(maxsize=4096)(lambda fields: bind(json.loads(fields)))
+    replies.write(b"ready\n")
+    replies.flush()
+    for line in requests:
+        fields, answer = json.loads(line)
+        try:
+            reply = score_in_fork(bound(fields), answer, seconds)
+        except Exception as error:
+            reply = {"broken": f"{type(error).__name__}: {error}"}
+        replies.write(json.dumps(reply).encode() + b"\n")
+        replies.flush()
 
 
 class WorkerDied(Exception):
     """A worker ended, or did not reply in time."""
-
-
-class ScoringPool:
-    """The workers of one verifier. Thread-safe."""
-
-    def __init__(
-        self, name: str, verifier: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int
-    ) -> None:
-        """Starts no worker yet: each starts at its first request.
-
-        Args:
-            name: Name of the verifier.
-            verifier: Its class, as `module:class`.
-            fields: Fields of a row that its scorer reads.
-            probe: Function that returns the correct answer to a row.
-            seconds: Processor time for one answer.
-        """
-        self.name, self.fields, self.probe = name, fields, probe
-        count = min(8, len(os.sched_getaffinity(0)))
-        self.workers = [Worker(verifier, seconds) for _ in range(count)]
-        self._retry_lock = threading.Lock()
-        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in self.workers:
-            self.idle.put(worker)
-
-    def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """Returns `reward` in [0, 1], `finished` and `unreadable` of each answer. Raises VerifierFailed."""
-        requests = [(row, json.dumps(self._fields_of(row)), response) for row, response in answers]
-        # One probe for each row, however many answers it has.
-        rows = {fields: row for row, fields, response in requests if response.finished}
-        with ThreadPoolExecutor(len(self.workers)) as pool:
-            list(pool.map(lambda item: self._probe(item[1], item[0]), rows.items()))
-            return list(pool.map(lambda item: self._score_answer(*item), requests))
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.stop()
-
-    def _fields_of(self, row: Row) -> dict[str, Any]:
-        missing = [name for name in self.fields if row.get(name) in (None, "")]
-        if missing:
-            raise VerifierFailed(f"{self._label(row)}: no {' or '.join(missing)} to score by; fix the row or drop it")
-        return {name: row[name] for name in self.fields}
-
-    def _label(self, row: Row) -> str:
-        return f"verifier {self.name}, row {row.get('id')}"
-
-    def _score_answer(self, row: Row, fields: str, response: Response) -> Parts:
-        if not response.finished:
-            return {"reward": 0.0, "finished": 0.0, "unreadable": 0.0}
-        reply = self._request(row, fields, response.answer)
-        if "score" in reply:
-            return {"reward": float(reply["score"]), "finished": 1.0, "unreadable": 0.0}
-        self._probe(row, fields)
-        return {"reward": 0.0, "finished": 1.0, "unreadable": 1.0}
-
-    def _probe(self, row: Row, fields: str) -> None:
-        for answer, correct in ((self.probe(row), True), (GARBAGE, False)):
-            reply = self._request(row, fields, answer)
-            if "died" in reply:
-                raise VerifierFailed(
-                    f"{self._label(row)}: the scorer failed {ATTEMPTS} times ({reply['died']}); "
-                    "check the machine and start again"
-                )
-            if (reply.get("score") == 1) != correct:
-                outcome = reply.get("error") or f"a score of {reply.get('score')}"
-                subject = "its own expected answer" if correct else f"the answer {GARBAGE!r}"
-                raise VerifierFailed(
-                    f"{self._label(row)}: {subject} got {outcome}, so no answer to it can be scored; "
-                    f"drop the row, or reinstall the package if every row says so"
-                )
-
-    def _request(self, row: Row, fields: str, answer: str) -> Reply:
-        """Returns a worker's reply; `died` if no worker survived any of the ATTEMPTS."""
-        worker = self.idle.get()
-        try:
-            reply = self._try(worker, row, fields, answer)
-        finally:
-            self.idle.put(worker)
-        if "died" not in reply:
-            return reply
-        with self._retry_lock:  # the memory of a parallel answer can be the cause of its death
-            # All workers are taken, so that no other answer is scored meanwhile.
-            workers = [self.idle.get() for _ in self.workers]
-            try:
-                for _ in range(1, ATTEMPTS):
-                    if "died" not in (reply := self._try(workers[0], row, fields, answer)):
-                        break
-            finally:
-                for worker in workers:
-                    self.idle.put(worker)
-        return reply
-
-    def _try(self, worker: Worker, row: Row, fields: str, answer: str) -> Reply:
-        try:
-            reply = worker.ask(fields, answer)
-        except WorkerDied as error:
-            return {"died": str(error)}
-        if "broken" in reply:
-            raise VerifierFailed(f"{self._label(row)}: {reply['broken']}; fix the row or drop it")
-        if reply.get("signal") == signal.SIGKILL:
-            return {"died": "it was killed from outside, as the kernel does when memory runs out"}
-        return reply
 
 
 class Worker:
@@ -208,7 +212,7 @@ class Worker:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", scoring_worker.__name__, self.verifier, str(self.seconds)]
+        command = [sys.executable, "-m", __name__, self.verifier, str(self.seconds)]
         # Not a pipe, which nobody would read while the worker runs.
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
@@ -247,7 +251,7 @@ class PoolSettings(Config):
 
 
 class PooledVerifier(Verifier):
-    """A verifier whose scorer runs in a pool of limited processes.
+    """A verifier whose scorer runs in a pool of limited processes. Thread-safe.
 
     Parts: `reward`, `finished`, `unreadable`. The version names that of each package.
     """
@@ -261,7 +265,12 @@ class PooledVerifier(Verifier):
     def __init__(self, context: VerifierContext[PoolSettings]) -> None:
         self.version = " ".join(["1", *(f"{package} {version(package)}" for package in self.packages)])
         place = f"{type(self).__module__}:{type(self).__qualname__}"
-        self._pool = ScoringPool(self.name, place, self.fields, self.correct_answer, context.settings.seconds)
+        # Each starts at its first request.
+        self.workers = [Worker(place, context.settings.seconds) for _ in range(min(8, len(os.sched_getaffinity(0))))]
+        self._retry_lock = threading.Lock()
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -283,10 +292,83 @@ class PooledVerifier(Verifier):
         """Returns a correct answer to the row, in the form of a model's answer."""
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        return self._pool.score(answers)
+        """Returns `reward` in [0, 1], `finished` and `unreadable` of each answer. Raises VerifierFailed."""
+        requests = [(row, json.dumps(self._fields_of(row)), response) for row, response in answers]
+        # One probe for each row, however many answers it has.
+        rows = {fields: row for row, fields, response in requests if response.finished}
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            list(pool.map(lambda item: self._probe(item[1], item[0]), rows.items()))
+            return list(pool.map(lambda item: self._score_answer(*item), requests))
 
     def close(self) -> None:
-        self._pool.close()
+        for worker in self.workers:
+            worker.stop()
+
+    def _fields_of(self, row: Row) -> dict[str, Any]:
+        missing = [name for name in self.fields if row.get(name) in (None, "")]
+        if missing:
+            raise VerifierFailed(f"{self._label(row)}: no {' or '.join(missing)} to score by; fix the row or drop it")
+        return {name: row[name] for name in self.fields}
+
+    def _label(self, row: Row) -> str:
+        return f"verifier {self.name}, row {row.get('id')}"
+
+    def _score_answer(self, row: Row, fields: str, response: Response) -> Parts:
+        if not response.finished:
+            return {"reward": 0.0, "finished": 0.0, "unreadable": 0.0}
+        reply = self._request(row, fields, response.answer)
+        if "score" in reply:
+            return {"reward": float(reply["score"]), "finished": 1.0, "unreadable": 0.0}
+        self._probe(row, fields)
+        return {"reward": 0.0, "finished": 1.0, "unreadable": 1.0}
+
+    def _probe(self, row: Row, fields: str) -> None:
+        for answer, correct in ((self.correct_answer(row), True), (GARBAGE, False)):
+            reply = self._request(row, fields, answer)
+            if "died" in reply:
+                raise VerifierFailed(
+                    f"{self._label(row)}: the scorer failed {ATTEMPTS} times ({reply['died']}); "
+                    "check the machine and start again"
+                )
+            if (reply.get("score") == 1) != correct:
+                outcome = reply.get("error") or f"a score of {reply.get('score')}"
+                subject = "its own expected answer" if correct else f"the answer {GARBAGE!r}"
+                raise VerifierFailed(
+                    f"{self._label(row)}: {subject} got {outcome}, so no answer to it can be scored; "
+                    f"drop the row, or reinstall the package if every row says so"
+                )
+
+    def _request(self, row: Row, fields: str, answer: str) -> Reply:
+        """Returns a worker's reply; `died` if no worker survived any of the ATTEMPTS."""
+        worker = self.idle.get()
+        try:
+            reply = self._try(worker, row, fields, answer)
+        finally:
+            self.idle.put(worker)
+        if "died" not in reply:
+            return reply
+        with self._retry_lock:  # the memory of a parallel answer can be the cause of its death
+            # All workers are taken, so that no other answer is scored meanwhile.
+            workers = [self.idle.get() for _ in self.workers]
+            try:
+                for _ in range(1, ATTEMPTS):
+                    if "died" not in (reply := self._try(workers[0], row, fields, answer)):
+                        break
+            finally:
+                for worker in workers:
+                    self.idle.put(worker)
+        return reply
+
+    def _try(self, worker: Worker, row: Row, fields: str, answer: str) -> Reply:
+        try:
+            reply = worker.ask(fields, answer)
+        except WorkerDied as error:
+            return {"died": str(error)}
+        if "broken" in reply:
+            raise VerifierFailed(f"{self._label(row)}: {reply['broken']}; fix the row or drop it")
+        if reply.get("signal") == signal.SIGKILL:
+            return {"died": "it was killed from outside, as the kernel does when memory runs out"}
+        return reply
 
 
 class MathVerify(PooledVerifier):
@@ -386,3 +468,7 @@ def _refuse_evaluation(event: str, arguments: tuple[Any, ...]) -> None:
     """Refuses to compile strings, the first step of eval and exec. It is an audit hook."""
     if event == "compile" and isinstance(arguments[0], str | bytes) and arguments[1] == "<string>":
         raise PermissionError("the scorer would have evaluated a string as Python, which needs the sandbox")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))

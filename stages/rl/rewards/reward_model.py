@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeline.core.errors import AtomError, RecipeError
 from stages.formats.chat import control_tokens
 from stages.rl.protocols import Answer, ChatTokenizer, NoSettings, Parts, Verifier, VerifierContext, VerifierFailed
-from stages.tasks.rows import question
+from stages.tasks import question
 
 # Answers that are scored at once, on a core and on a GPU: all of their tokens have logits.
 ROWS, GPU_ROWS = 64, 8

@@ -7,29 +7,26 @@ Timing decides that order, and nothing else: group n is issued when n + 1 - `que
 task comes from the curriculum as it is then, and its seeds from its number. So the order in which groups were taken,
 with their answers, determines all tasks and updates, and a replay from `rollouts.parquet` is exact.
 
-A kill loses no finished group; a crash of the machine may lose one, which is then drawn again. The order of each step
-is on disk before its update, and an attempt that resumes before that step takes the same groups again. Groups in flight
-are issued again, with their numbers and seeds.
+The groups of each step are on disk before its update, for the published file. A phase that is killed goes on from its
+last checkpoint: the groups that were open there are drawn again, with their numbers and seeds.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.core.errors import MachineError
 from stages.formats.seeds import seed_of
-from stages.generation.protocols import Completion
 from stages.rl.config import RlPhase
 from stages.rl.policy import Policy, RecordedRollouts, RolloutFiles, scored, unscored
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout, Span
-from stages.tasks.rows import Row
+from stages.tasks import Row
 
 # Seconds that a thread may take to end.
 JOIN_SECONDS = 10.0
@@ -54,25 +51,6 @@ class Group:
     requests: Sequence[tuple[Row, int]]
 
 
-class Source(Protocol):
-    """A source of the answers of issued groups."""
-
-    def issue(self, groups: Iterable[Group]) -> None:
-        """Takes groups to draw."""
-
-    def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
-        """Returns the group that the step takes next, at this place among its answers, as it was drawn and scored.
-
-        Args:
-            step: Number of the step.
-            place: Number of answers that the step has taken so far.
-            history: {digest of a policy: its version} of all policies so far.
-        """
-
-    def finish(self, step: int, answers: Sequence[Rollout]) -> None:
-        """Takes note of the answers that the step took."""
-
-
 class Intake:
     """The groups that the steps take. Only rank 0 calls `take`; every rank holds the state."""
 
@@ -94,7 +72,7 @@ class Intake:
         self.open: dict[int, Group] = {}
         # {digest of a policy: the last step after which it was the trainer's}
         self.history: dict[str, int] = {}
-        self.source: Source | None = None
+        self.source: GroupSource | None = None
 
     def state(self) -> dict[str, Any]:
         """Returns the groups that are issued, as JSON."""
@@ -109,7 +87,7 @@ class Intake:
         groups = [self._group(g["number"], rows[g["task"]], g["version"]) for g in state["open"]]
         self.open = {group.number: group for group in groups}
 
-    def begin(self, source: Source, log: Iterable[Mapping[str, Any]]) -> None:
+    def begin(self, source: GroupSource, log: Iterable[Mapping[str, Any]]) -> None:
         """Begins to take groups. Rank 0 only.
 
         Args:
@@ -193,11 +171,7 @@ def oldest_version(answers: Sequence[Rollout]) -> int:
 
 
 class LiveGroups:
-    """Draws and scores groups in threads, and keeps those that are not taken in files.
-
-    There is one file for the groups that were drawn at once: `groups-<number of the draw>.parquet`, before they are
-    scored `.drawn`.
-    """
+    """Draws and scores groups in threads."""
 
     def __init__(self, files: RolloutFiles, policy: Policy, phase: RlPhase, step: int) -> None:
         """Starts the threads that draw.
@@ -206,23 +180,16 @@ class LiveGroups:
             files: Files of the answers.
             policy: The policy, which draws and scores.
             phase: Settings of the phase.
-            step: The last finished step. Later ones of an earlier attempt are taken again as they were.
+            step: The last finished step. The files of later ones, which an earlier attempt left, are removed.
         """
         assert phase.asynchronous is not None and policy.sampler is not None
-        self.files, self.policy, self.note = files, policy, files.report.note
+        self.files, self.policy = files, policy
         self.samples = phase.num_generations
+        files.remove_after(step)
         # Guards what the threads share, and tells of its changes.
         self.changed = threading.Condition()
         # By number: the groups that are issued and not taken.
         self.groups: dict[int, Group] = {}
-        # {step: the groups that it took in an earlier attempt}
-        self.taken_before = self._read_steps(step)
-        # By number of a group: the file that holds its answers.
-        self.on_disk: dict[int, Path] = {}
-        # By number of a group: the answers that an earlier attempt drew, and those that it scored too.
-        self.unscored, self.scored = self._read("drawn"), self._read("parquet")
-        # Number of the next draw.
-        self.draws = 1 + max((int(path.stem.split("-")[1]) for path in files.folder.glob("groups-*")), default=0)
         # Groups that no thread has begun to draw.
         self.pending: list[Group] = []
         # Number and answers of the groups that are scored, in the order in which they were finished.
@@ -233,14 +200,10 @@ class LiveGroups:
         self.released = 0
         # True once the threads are to end.
         self.closed = False
-        # Number of threads that draw now.
-        self.drawing = 0
         # The time of the last report.
         self.since = time.monotonic()
-        # Seconds since then in which no thread drew, up to `idle_since`, and in which the trainer waited for a group.
-        self.idle, self.waited = 0.0, 0.0
-        # The time since which no thread draws; None while one does.
-        self.idle_since: float | None = self.since
+        # Seconds since then in which the trainer waited for a group.
+        self.waited = 0.0
         # Seconds that the trainer waited before the last report.
         self.all_waited = 0.0
         self.serves_many = policy.sampler.serves_many
@@ -251,59 +214,44 @@ class LiveGroups:
             thread.start()
 
     def issue(self, groups: Iterable[Group]) -> None:
-        taken_numbers: set[int] = set()
-        for groups_of_step in self.taken_before.values():
-            taken_numbers |= {answers[0].group for answers in groups_of_step}
+        """Takes groups to draw."""
         for group in groups:
             self.groups[group.number] = group
-            if group.number in taken_numbers:
-                continue
-            answers = self.scored.pop(group.number, [])
             with self.changed:
-                if is_of(group, answers):  # an earlier attempt has scored them
-                    self.finished.append((group.number, answers))
-                else:
-                    self.pending.append(group)
+                self.pending.append(group)
 
     def next(self, step: int, place: int, history: Mapping[str, int]) -> tuple[Group, list[Rollout]]:
-        """Returns the group that the step takes next, with its answers.
+        """Returns the group that was finished first, once there is one, with its answers.
 
         Raises the error of the sampler or a verifier, and MachineError if no group is finished in time.
         """
-        while True:
-            taken_before = self.taken_before.get(step)
-            answers = taken_before[0] if taken_before else self._wait(step)
-            group = self.groups.get(answers[0].group)
-            if group is not None and is_of(group, answers) and policies_of(answers) <= history.keys():
-                del self.groups[group.number]
-                if taken_before:
-                    taken_before.pop(0)
-                # This attempt decides anew which answers are dropped.
-                return group, [replace(r, dropped="") for r in answers]
-            # Its policy is not in the log of this attempt, which went on from an earlier checkpoint.
-            self.note(
-                f"group {answers[0].group} of step {step} was drawn by a policy that an earlier attempt had, and "
-                "is drawn again"
-            )
-            if taken_before:
-                self._forget_from(step)
-            elif group is not None:
-                self._store([group.number], None)
-                with self.changed:
-                    self.pending.append(group)
+        start = time.monotonic()
+        with self.changed:
+            if not self.finished:
+                self._release()
+            while not self.finished:
+                if self.error is not None:
+                    raise self.error
+                if not self.changed.wait(max(0.0, start + STARVED_SECONDS - time.monotonic())) and not self.finished:
+                    raise MachineError(
+                        f"step {step} waited {STARVED_SECONDS:g} s for a group of answers and the sampler finished "
+                        f"none of {len(self.groups)}; see its log and run again to go on"
+                    )
+            self.waited += time.monotonic() - start
+            number, answers = self.finished.pop(0)
+        return self.groups.pop(number), answers
 
     def finish(self, step: int, answers: Sequence[Rollout]) -> None:
         with self.changed:
             queued = len(self.finished)
-        if self.taken_before.get(step):  # an earlier attempt took more
-            self._forget_from(step)
-        self.taken_before.pop(step, None)
-        # On disk before the update, so that a resumed step takes the same groups.
         self.files.write(step, 0, answers)
-        # The file of the step holds them now.
-        self._store({r.group for r in answers}, None)
-        self._release()
-        self._report(step, queued)
+        with self.changed:
+            self._release()
+            now = time.monotonic()
+            seconds = max(now - self.since, 1e-9)
+            self.files.report.metric(step, queued_groups=queued, trainer_idle_share=self.waited / seconds)
+            self.all_waited += self.waited
+            self.since, self.waited = now, 0.0
 
     def close(self) -> None:
         """Ends the threads, once the sampler is closed too: see `join`."""
@@ -316,113 +264,10 @@ class LiveGroups:
         for thread in self.threads:
             thread.join(JOIN_SECONDS)
 
-    # -- the trainer's thread -----------------------------------------------------------------------------------------
-
-    def _wait(self, step: int) -> list[Rollout]:
-        """Returns the answers of the group that was finished first, once there is one."""
-        start = time.monotonic()
-        with self.changed:
-            if not self.finished:
-                self.released = len(self.pending)
-                self.changed.notify_all()
-            while not self.finished:
-                if self.error is not None:
-                    raise self.error
-                if not self.changed.wait(max(0.0, start + STARVED_SECONDS - time.monotonic())) and not self.finished:
-                    raise MachineError(
-                        f"step {step} waited {STARVED_SECONDS:g} s for a group of answers and the sampler finished "
-                        f"none of {len(self.groups)}; see its log and run again to go on"
-                    )
-            self.waited += time.monotonic() - start
-            return self.finished.pop(0)[1]
-
     def _release(self) -> None:
-        """Lets the threads draw all that is issued, unless steps of an earlier attempt come first.
-
-        The answers would be stale by then.
-        """
-        if not self.taken_before:
-            with self.changed:
-                self.released = len(self.pending)
-                self.changed.notify_all()
-
-    def _read(self, suffix: str) -> dict[int, list[Rollout]]:
-        """Returns the answers in the files with this suffix, by number of their group."""
-        by_number: dict[int, list[Rollout]] = {}
-        for path in sorted(self.files.folder.glob(f"groups-*.{suffix}")):
-            answers = self.files.read(path) or []
-            in_file = {group_answers[0].group: group_answers for group_answers in in_groups(answers, self.samples)}
-            self._store(in_file, path)
-            by_number |= in_file
-        return by_number
-
-    def _store(self, numbers: Iterable[int], path: Path | None) -> None:
-        """Notes the file that holds the answers of the groups now, or none.
-
-        Removes the files that held them before, unless they still hold the answers of another group.
-        """
-        with self.changed:
-            earlier_paths = {self.on_disk.pop(number) for number in numbers if number in self.on_disk}
-            if path is not None:
-                self.on_disk |= dict.fromkeys(numbers, path)
-            unused = earlier_paths - set(self.on_disk.values())
-        for unused_path in unused:
-            unused_path.unlink(missing_ok=True)
-
-    def _read_steps(self, last: int) -> dict[int, list[list[Rollout]]]:
-        """Returns the groups of the steps after the last one, up to the first step whose file is missing or damaged.
-
-        Removes the files of the steps from that one on.
-        """
-        steps: dict[int, list[list[Rollout]]] = {}
-        step = last + 1
-        while (answers := self.files.read(self.files.path(step, 0))) is not None:
-            steps[step] = in_groups(answers, self.samples)
-            step += 1
-        self._remove_from(step)
-        return steps
-
-    def _forget_from(self, step: int) -> None:
-        """Forgets what an earlier attempt took in this step and later ones: its groups are drawn again."""
-        forgotten: set[int] = set()
-        kept: dict[int, list[list[Rollout]]] = {}
-        for taken_step, groups in self.taken_before.items():
-            if taken_step < step:
-                kept[taken_step] = groups
-            else:
-                forgotten |= {answers[0].group for answers in groups}
-        self.taken_before = kept
-        self._remove_from(step)
-        with self.changed:
-            waiting = {group.number for group in self.pending} | {number for number, _ in self.finished}
-            to_draw = forgotten - waiting
-            self.pending += [group for number, group in self.groups.items() if number in to_draw]
-
-    def _remove_from(self, step: int) -> None:
-        """Removes the files of this step and later ones."""
-        for path in self.files.all():
-            if int(path.name.split("-")[0]) >= step:
-                path.unlink()
-
-    def _report(self, step: int, queued: int) -> None:
-        """Reports the metrics of the time since the last step took its groups."""
-        with self.changed:
-            now = time.monotonic()
-            if self.idle_since is not None:
-                self.idle += now - self.idle_since
-                self.idle_since = now
-            seconds = max(now - self.since, 1e-9)
-            self.files.report.metric(
-                step,
-                queued_groups=queued,
-                trainer_idle_seconds=self.waited,
-                trainer_idle_share=self.waited / seconds,
-                sampler_idle_seconds=self.idle,
-                sampler_idle_share=self.idle / seconds,
-            )
-            self.all_waited += self.waited
-            self.since = now
-            self.idle = self.waited = 0.0
+        """Lets the threads draw all that is issued: together, where one call draws many answers."""
+        self.released = len(self.pending)
+        self.changed.notify_all()
 
     # -- the threads that draw ----------------------------------------------------------------------------------------
 
@@ -448,69 +293,28 @@ class LiveGroups:
             count = 1 if self.serves_many else self.released
             groups, self.pending = self.pending[:count], self.pending[count:]
             self.released -= count
-            if not self.drawing and self.idle_since is not None:
-                self.idle += time.monotonic() - self.idle_since
-                self.idle_since = None
-            self.drawing += 1
             return groups
 
     def _draw(self, groups: Sequence[Group]) -> None:
-        """Draws and scores the groups. Their answers are on disk before they are scored."""
-        with self.changed:
-            path = self.files.folder / f"groups-{self.draws:06d}.drawn"
-            self.draws += 1
-            earlier = [self.unscored.pop(group.number, []) for group in groups]
+        """Draws and scores the groups."""
+        requests = [request for group in groups for request in group.requests]
+        completions = self.policy.draw(requests)
 
-        # What an earlier attempt drew is not drawn again.
-        earlier = [answers if is_of(group, answers) else [] for group, answers in zip(groups, earlier, strict=True)]
-        new = [group for group, answers in zip(groups, earlier, strict=True) if not answers]
-        completions = iter(self.policy.draw([request for group in new for request in group.requests]))
-        drawn = [answers or self._unscored(group, completions) for group, answers in zip(groups, earlier, strict=True)]
-        self._write(path, groups, drawn)
-        with self.changed:
-            self.drawing -= 1
-            if not self.drawing:
-                self.idle_since = time.monotonic()
-
-        rows = [row for group in groups for row, _ in group.requests]
-        drawn_answers = [answer for answers_of_group in drawn for answer in answers_of_group]
-        by_group = in_groups(scored(rows, drawn_answers, self.policy), self.samples)
-        self._write(path.with_suffix(".parquet"), groups, by_group)
+        drawn = []
+        owners = [(group, sample) for group in groups for sample in range(self.samples)]
+        for (group, sample), (row, seed), completion in zip(owners, requests, completions, strict=True):
+            spans: list[Span] = [{"version": None, "policy": p, "tokens": n} for p, n in completion.versions]
+            answer = unscored(0, 0, spans[0]["policy"], row, seed, self.policy.chat, completion)
+            drawn.append(replace(answer, group=group.number, sample=sample, issued=group.version, versions=spans))
+        by_group = in_groups(scored([row for row, _ in requests], drawn, self.policy), self.samples)
         with self.changed:
             self.finished += zip((group.number for group in groups), by_group, strict=True)
             self.changed.notify_all()
-
-    def _unscored(self, group: Group, completions: Iterator[Completion]) -> list[Rollout]:
-        """Returns the answers of a group, which are the next completions."""
-        answers = []
-        for sample, (row, seed) in enumerate(group.requests):
-            completion = next(completions)
-            spans: list[Span] = [{"version": None, "policy": p, "tokens": n} for p, n in completion.versions]
-            answer = unscored(0, 0, spans[0]["policy"], row, seed, self.policy.chat, completion)
-            answers.append(replace(answer, group=group.number, sample=sample, issued=group.version, versions=spans))
-        return answers
-
-    def _write(self, path: Path, groups: Sequence[Group], answers: Iterable[Sequence[Rollout]]) -> None:
-        """Writes the answers of each group to the file that holds them from now on."""
-        # A group that a crash of the machine loses is drawn again.
-        rollouts.write(path, [answer for group_answers in answers for answer in group_answers], durable=False)
-        self._store([group.number for group in groups], path)
-
-
-def is_of(group: Group, answers: Sequence[Rollout]) -> bool:
-    """Returns True if the answers are to the tasks of the group, by their seeds."""
-    requested = [(row["id"], seed, group.number, group.version) for row, seed in group.requests]
-    return requested == [(r.task, r.seed, r.group, r.issued) for r in answers]
 
 
 def in_groups(answers: Sequence[Rollout], samples: int) -> list[list[Rollout]]:
     """Returns successive answers in groups of `samples`."""
     return [list(answers[start : start + samples]) for start in range(0, len(answers), samples)]
-
-
-def policies_of(answers: Sequence[Rollout]) -> set[str]:
-    """Returns the digests of the policies that drew the answers."""
-    return {span["policy"] for r in answers for span in r.versions or ()}
 
 
 class RecordedGroups:
@@ -598,3 +402,7 @@ def has_versions(r: Rollout, issued: int, version: int) -> bool:
         )
     except (TypeError, IndexError):  # a value is missing
         return False
+
+
+# The sources of the answers of issued groups.
+GroupSource = LiveGroups | RecordedGroups

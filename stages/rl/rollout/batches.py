@@ -16,7 +16,6 @@ from itertools import accumulate
 
 import torch
 
-from stages.mcore.routers import UNRECORDED
 from stages.train.data import ALIGN, Batch, RankBatch
 from stages.train.parallel import Ranks
 
@@ -32,15 +31,12 @@ class Example:
         tokens: Numbers of each token of the answer by name.
         mask: True for each token of the answer that is a target, by default for all. The others, such as results of
             tools, are only read.
-        routes: The experts of all tokens but the last, int16 [tokens, layers with experts, experts of a token]; None:
-            those that the routers choose.
     """
 
     ids: Sequence[int]
     start: int
     row: Mapping[str, float] = field(default_factory=dict)
     tokens: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    routes: torch.Tensor | None = None
     mask: Sequence[bool] | None = None
 
     @property
@@ -78,9 +74,7 @@ def build_rank_batch(
         widths = [max(widths)] * len(widths)
     per_rank = micro_batches // ranks.data_ranks
     mine = slice(ranks.data_rank * per_rank, (ranks.data_rank + 1) * per_rank)
-    # Megatron needs routes for all micro-batches of an update, or for none.
-    recorded = next((x.routes for unit in units for x in unit if x.routes is not None), None)
-    batches = [_batch(part, width, pad_id, recorded) for part, width in zip(parts[mine], widths[mine], strict=True)]
+    batches = [_batch(part, width, pad_id) for part, width in zip(parts[mine], widths[mine], strict=True)]
     return RankBatch(batches, max(widths), targets)
 
 
@@ -122,7 +116,7 @@ def _segments(examples: Sequence[Example]) -> list[Segment]:
     return segments
 
 
-def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch.Tensor | None) -> Batch:
+def _batch(examples: Sequence[Example], width: int, pad_id: int) -> Batch:
     """Returns one row of `width` tokens.
 
     Labels, loss mask and extras have a row for each example, a column for each token of its answer.
@@ -131,7 +125,6 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
         examples: The examples of the row, from left to right.
         width: Tokens of the row, padding included.
         pad_id: Id of the padding token.
-        recorded: The routes of some example of the update, if any has some.
     """
     segments = _segments(examples)
     ids, padding = torch.full((1, width), pad_id), torch.ones(1, width, dtype=torch.bool)
@@ -163,26 +156,4 @@ def _batch(examples: Sequence[Example], width: int, pad_id: int, recorded: torch
     targets = torch.stack((torch.cat(inputs), torch.cat(cells)))
     if not targets.numel():  # the first input predicts a token that the loss mask leaves out
         targets = torch.zeros(2, 1, dtype=torch.long)
-    return Batch(
-        ids, labels, mask, padding, starts, prefixes, targets, _routes(examples, answers, width, recorded), extras
-    )
-
-
-def _routes(
-    examples: Sequence[Example], answers: Sequence[Segment], width: int, recorded: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Returns the experts of a row's tokens, for `Batch.routes`: all micro-batches of an update have them, or none.
-
-    Args:
-        examples: The examples of the row.
-        answers: The segment of each example's answer.
-        width: Tokens of the row, padding included.
-        recorded: The routes of some example of the update, if any has some.
-    """
-    if recorded is None:
-        return None
-    routes = recorded.new_full((width, *recorded.shape[1:]), UNRECORDED)
-    for example, (begin, end, first, last, _) in zip(examples, answers, strict=True):
-        if example.routes is not None:
-            routes[first:last], routes[begin:end] = example.routes.split((example.start, end - begin))
-    return routes
+    return Batch(ids, labels, mask, padding, starts, prefixes, targets, extras)

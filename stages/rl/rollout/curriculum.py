@@ -13,7 +13,7 @@ from typing import TypedDict
 
 from pipeline.core.errors import AtomError, RecipeError
 from stages.formats.seeds import seed_of
-from stages.tasks.rows import Row, bin_of
+from stages.tasks import Row, bin_of
 
 # The pass rate at which the next level of a kind is unlocked.
 UNLOCK = 0.7

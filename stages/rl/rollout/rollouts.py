@@ -1,7 +1,7 @@
 """Rollouts: every answer that a phase draws, with all fields needed to check its part in training.
 
 `rollouts.parquet` has one row per answer; docs/formats.md describes the columns. The answers of a step are written
-before the update, so a kill loses no finished answer, and a resumed step reads them again.
+before the update, so a resumed step reads them again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -82,7 +82,6 @@ class Rollout:
     verifier: str
     verifier_version: str
     dropped: str  # the reason why no update used it, a key of DROPPED
-    routes: bytes | None = None  # the experts of its tokens, with routing replay
     issued: int | None = None  # the version of the policy when the group was issued
     versions: Sequence[Span] | None = None  # the policies of its tokens
     turns: Sequence[Turn] | None = None  # of a phase with tools
@@ -100,11 +99,10 @@ class Rollout:
         return len(self.ids) if self.turns is None else sum(turn["sampled"] for turn in self.turns)
 
 
-def schema(routes: bool = False, asynchronous: bool = False, tools: bool = False) -> pa.Schema:
+def schema(asynchronous: bool = False, tools: bool = False) -> pa.Schema:
     """Returns the columns of rollouts.parquet.
 
     Args:
-        routes: True for a phase with routing replay, whose answers have a column more.
         asynchronous: True for an asynchronous phase, whose answers have two columns more.
         tools: True for a phase with tools, whose answers have a column more.
     """
@@ -113,34 +111,28 @@ def schema(routes: bool = False, asynchronous: bool = False, tools: bool = False
     ids, text = pa.list_(pa.int32()), pa.string()
     types = {name: pa.int32() for name in ("step", "wave", "group", "sample", "level")}
     types |= {"seed": pa.uint64(), "prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
-    types |= {"finished": pa.bool_(), "reward": pa.float64(), "routes": pa.binary(), "issued": pa.int32()}
+    types |= {"finished": pa.bool_(), "reward": pa.float64(), "issued": pa.int32()}
     span = {"version": pa.int32(), "policy": text, "tokens": pa.int32()}
     types |= {"versions": pa.list_(pa.struct(list(span.items())))}
     call = pa.struct([(name, text) for name in ToolCall.__annotations__])
     turn = {"sampled": pa.int32(), "calls": pa.list_(call), "appended": pa.int32()}
     types |= {"turns": pa.list_(pa.struct(list(turn.items())))}
-    present = {"routes": routes, "issued": asynchronous, "versions": asynchronous, "turns": tools}
+    present = {"issued": asynchronous, "versions": asynchronous, "turns": tools}
     names = [name for name in Rollout.__dataclass_fields__ if present.get(name, True)]
     return pa.schema([(name, types.get(name, text)) for name in names])
 
 
-def write(path: Path, rollouts: Sequence[Rollout], durable: bool = True) -> None:
-    """Writes the file atomically.
-
-    Args:
-        path: The file.
-        rollouts: Its answers.
-        durable: Waits until it is on disk, so that a crash of the machine keeps it too.
-    """
+def write(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Writes the file of some answers atomically. It is on disk when this returns, also if the machine crashes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows = [{**vars(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
     path.parent.mkdir(parents=True, exist_ok=True)
     # A column that no answer fills is one that the phase does not have.
-    present = (any(getattr(r, name) is not None for r in rollouts) for name in ("routes", "versions", "turns"))
+    present = (any(getattr(r, name) is not None for r in rollouts) for name in ("versions", "turns"))
     table = pa.Table.from_pylist(rows, schema(*present))
-    with atomic_files.replacing(path, durable) as draft:
+    with atomic_files.replacing(path) as draft:
         pq.write_table(table, draft, compression="zstd", row_group_size=ROWS_PER_GROUP)
 
 
@@ -180,25 +172,25 @@ def pass_rate(group: Sequence[Rollout]) -> float:
     return sum(min(max(r.reward, 0.0), 1.0) for r in group) / len(group)
 
 
-def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Returns the mean reward by kind of task, in the order of their names."""
+def mean_rewards(rewards: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Returns the mean of (kind of task, reward) pairs by kind, in the order of their names."""
     kinds: dict[str, list[float]] = {}
-    for r in rollouts:
-        kinds.setdefault(r.kind, []).append(r.reward)
+    for kind, reward in rewards:
+        kinds.setdefault(kind, []).append(reward)
     return {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())}
 
 
 def consumption_digest(rollouts: Sequence[Rollout]) -> str:
     """Returns SHA-256 over the answers of an asynchronous phase in their order.
 
-    Each answer gives a line of JSON (sorted keys, no spaces) with all columns but `logprobs`, `routes` and `turns`, its
-    log-probabilities as little-endian fp32, and the bytes of `routes`, if any.
+    Each answer gives a line of JSON (sorted keys, no spaces) with all columns but `logprobs` and `turns`, and its
+    log-probabilities as little-endian fp32.
     """
     hasher = hashlib.sha256()
     for r in rollouts:
-        columns = {name: value for name, value in vars(r).items() if name not in ("logprobs", "routes", "turns")}
+        columns = {name: value for name, value in vars(r).items() if name not in ("logprobs", "turns")}
         hasher.update(json.dumps(columns, sort_keys=True, separators=(",", ":")).encode() + b"\n")
-        hasher.update(struct.pack(f"<{len(r.logprobs)}f", *r.logprobs) + (r.routes or b""))
+        hasher.update(struct.pack(f"<{len(r.logprobs)}f", *r.logprobs))
     return f"sha256:{hasher.hexdigest()}"
 
 

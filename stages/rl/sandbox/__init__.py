@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from pipeline.core.errors import AtomError
 from stages.rl.sandbox.cell import Cell, Program
-from stages.rl.sandbox.outcome import DEATHS, Limits, Outcome, SandboxFailed
+from stages.rl.sandbox.limits import DEATHS, Limits, Outcome, SandboxFailed
 
 __all__ = ["Limits", "Outcome", "Pool", "Program", "SandboxFailed", "missing"]
 

@@ -17,21 +17,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stages.rl.sandbox.cgroups import PREFIX, Cgroup
 from stages.rl.sandbox.inside import DEVICES
-from stages.rl.sandbox.outcome import PATIENCE, Job, Limits, Outcome, SandboxFailed, Status
+from stages.rl.sandbox.limits import PATIENCE, PREFIX, Cgroup, Job, Limits, Outcome, SandboxFailed, Status
 
-INSIDE = ("inside.py", "calls.py", "syscalls.py")
+INSIDE = ("inside.py", "syscalls.py", "syscalls.txt")
 OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor
 # Bytes of memory of these processes.
 OWN_MEMORY = 64 << 20
-SYSCTLS = Path("/proc/sys")
-# Settings of the kernel, each with the value that forbids user namespaces and one that allows them.
-USER_NAMESPACES = (
-    ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
-    ("kernel/unprivileged_userns_clone", "0", "1"),
-    ("user/max_user_namespaces", "0", "15000"),
-)
+# Words of bwrap's errors where user namespaces are forbidden.
+FORBIDDEN = ("namespace", "uid map", "No permissions")
 
 
 class Running:
@@ -208,7 +202,6 @@ class Running:
 @dataclass(frozen=True)
 class Program:
     source: str
-    stdin: str = ""
 
 
 def command(limits: Limits) -> list[str]:
@@ -247,12 +240,11 @@ def remedy(error: str) -> str:
     """Returns what to do about an error of bwrap; empty if that is unknown."""
     if "disable-userns" in error:
         return "; bubblewrap 0.8 or newer is needed"
-    for name, forbids, allows in USER_NAMESPACES:
-        with contextlib.suppress(OSError):
-            if (SYSCTLS / name).read_text().strip() == forbids:
-                return f"; this kernel forbids user namespaces; as root: sysctl -w {name.replace('/', '.')}={allows}"
-    if "namespace" in error or "uid map" in error:
-        return "; user namespaces are needed, which a chroot and some containers forbid, see docs/sandbox.md"
+    if any(word in error for word in FORBIDDEN):
+        return (
+            "; user namespaces are needed, which a setting of the kernel, a chroot and some containers forbid, see "
+            "docs/sandbox.md"
+        )
     return ""
 
 
@@ -303,7 +295,7 @@ class Cell:
         Raises:
             SandboxFailed: The sandbox failed. If it died, one of DEATHS is raised instead.
         """
-        with self.begin({"role": "program", "source": program.source, "stdin": program.stdin}) as running:
+        with self.begin({"role": "program", "source": program.source}) as running:
             return running.finish()
 
     def begin(self, job: Job) -> Running:

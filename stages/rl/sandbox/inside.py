@@ -5,12 +5,19 @@
 This process never runs model-written code. A program's child has process, mount, IPC and network namespaces of its own
 and is process 1 and leader of a session there: it can signal no process outside, and when it ends or is killed, all its
 children are dead, and its /tmp and its sockets are gone. Its supervisor, outside of those namespaces, reports its end;
-the child has no descriptor for doing so itself. Standard library only; no other file of this project is visible here.
+the child has no descriptor for doing so itself. Standard library only; of this project, only the files beside it are
+visible here.
+
+A check and the answer that it tests run in two sandboxes, and only plain data passes between them, as JSON: None, bool,
+int, float, str and list unchanged, and {kind: parts} for tuple, set, frozenset, dict, bytes, complex and a long int. A
+subclass (an Enum of strings) passes as its plain value. An object of any other class does not pass, so no object with
+its own comparison is compared with an expected value.
 """
 
 from __future__ import annotations
 
 import atexit
+import builtins
 import ctypes
 import fcntl
 import gc
@@ -26,14 +33,15 @@ import socket
 import struct
 import sys
 import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from stages.rl.sandbox import calls, syscalls
+    from stages.rl.sandbox import syscalls
+    from stages.rl.sandbox.limits import Job
 else:  # inside there is no package, only the files beside this one
     sys.path.insert(0, os.path.dirname(__file__))
-    import calls
     import syscalls
 
     sys.path.pop(0)
@@ -42,6 +50,12 @@ else:  # inside there is no package, only the files beside this one
 CHANNEL = 3
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 LIBC = ctypes.CDLL(None, use_errno=True)
+# The function that returns the plain value of a subclass, without its methods.
+PLAIN: list[tuple[type, Callable[[Any], Any]]] = [(int, int.__int__), (float, float.__float__), (str, str.__str__)]
+COLLECTIONS: dict[str, type[Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+# Bits of an int beyond which it is sent as hexadecimal digits: decimal ones take quadratic time, and Python reads at
+# most 4300.
+LONG = 14_000
 
 
 class Channel:
@@ -133,22 +147,16 @@ def program(files: list[int], limits: dict[str, int]) -> int:
     os.closerange(CHANNEL + 1, 1024)
     channel = Channel()
     job = channel.receive()
-    if job["stdin"]:
-        # A file without a name, since a pipe holds only a short input.
-        file = os.open("/tmp", os.O_TMPFILE | os.O_RDWR, 0o600)
-        os.write(file, job["stdin"].encode("utf-8", "replace"))
-        os.lseek(file, 0, os.SEEK_SET)
-        os.dup2(file, 0)
-        os.close(file)
     confine(limits)
     random.seed(0)  # the same program, the same end
     channel.send({"confined": True})
+    roles = {"answer": answer, "check": check}
     try:
         if job["role"] == "program":
             os.close(CHANNEL)
             load("__main__", job["source"])
         else:
-            getattr(calls, job["role"])(channel, load, job)
+            roles[job["role"]](channel, job)
     except SystemExit as e:
         if isinstance(e.code, int | None):
             return e.code or 0
@@ -200,6 +208,142 @@ def confine(limits: dict[str, int]) -> None:
 def _check(result: int, call: str) -> None:
     if result:
         raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
+
+
+def encode(value: Any) -> Any:
+    """Encodes a value.
+
+    Raises:
+        TypeError: The value is not plain data.
+    """
+    # Before int, of which bool is a subclass.
+    if value is None or isinstance(value, bool):
+        return value
+    for kind, plain in PLAIN:
+        if isinstance(value, kind):
+            value = plain(value)
+            return {"int": hex(value)} if kind is int and value.bit_length() > LONG else value
+    if isinstance(value, list):
+        return [encode(v) for v in value]
+    if isinstance(value, dict):
+        return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
+    for name, kind in COLLECTIONS.items():
+        if isinstance(value, kind):
+            return {name: [encode(v) for v in value]}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    raise TypeError(f"a {type(value).__name__} is not plain data")
+
+
+def decode(value: Any) -> Any:
+    """Decodes a value. Raises TypeError or ValueError for anything but output of `encode`."""
+    if isinstance(value, list):
+        return [decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    # Any other number of entries is a ValueError.
+    ((kind, parts),) = value.items()
+    if kind == "dict":
+        return {decode(k): decode(v) for k, v in parts}
+    if kind in COLLECTIONS:
+        return COLLECTIONS[kind](decode(v) for v in parts)
+    if kind == "int":
+        return int(parts, 16)
+    if kind == "bytes":
+        return bytes.fromhex(parts)
+    if kind == "complex":
+        return complex(*parts)
+    raise ValueError(f"unknown kind {kind}")
+
+
+def answer(channel: Channel, job: Job) -> None:
+    """Loads the answer, then calls its function on request. The answer can only change its own return values here."""
+    module = load("answer", job["prelude"], job["source"])
+    channel.send({"loaded": True})
+    while True:
+        try:
+            call = channel.receive()
+        except EOFError:
+            return
+        try:
+            args, kwargs = decode(call["call"])
+            channel.send({"value": encode(getattr(module, job["entry_point"])(*args, **kwargs))})
+        except Exception as e:
+            channel.send({"raised": describe_exception(e)})
+
+
+def describe_exception(e: Exception) -> list[Any]:
+    """Returns the exception's builtin classes, nearest first, its text, and its arguments if plain and short."""
+    names = [kind.__name__ for kind in type(e).__mro__ if kind.__module__ == "builtins"]
+    text = ""
+    try:
+        text = str(e)[:500]
+        arguments = encode(list(e.args))
+    except Exception:  # its own methods are the answer's, and may raise anything
+        arguments = [text]
+    return [names, text, arguments if len(ascii(arguments)) <= 16384 else [text]]
+
+
+def rebuild_exception(names: list[str], text: str, arguments: Any) -> Exception:
+    """Returns the exception of an answer as the nearest builtin one.
+
+    For any message of the answer, it has a class of this process and plain data. It is never a StopIteration, which
+    would end a loop of the check, and with it the check.
+    """
+    stops = (StopIteration, StopAsyncIteration)
+    for kind in (*(getattr(builtins, str(name), None) for name in names), Exception):
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, stops):
+            for parts in (decode(arguments), [text]):
+                try:
+                    e = kind(*parts)
+                    if parts == [text] or str(e)[:500] == text:
+                        return e
+                except (TypeError, ValueError, RecursionError):  # a UnicodeDecodeError is made of five parts
+                    continue
+    return Exception(text)
+
+
+def check(channel: Channel, job: Job) -> None:
+    """Runs `check(candidate)` of a trusted source, where candidate, also under its own name, calls the other sandbox.
+
+    The last line is the verdict: true, false, or null with a reason if the row is broken.
+    """
+    unsuited: list[str] = []
+    calls = 0
+
+    def candidate(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        try:
+            call = encode([list(args), kwargs])
+        except TypeError as e:
+            unsuited.append(f"its check passes what cannot leave a process: {e}")
+            raise
+        channel.send({"call": call})
+        reply = channel.receive()
+        if "raised" in reply:
+            raise rebuild_exception(*reply["raised"])
+        return decode(reply["value"])
+
+    try:
+        module = load("check", job["prelude"], job["source"])
+        # Some checks call the function by its own name.
+        setattr(module, job["entry_point"], candidate)
+        function = module.check
+    except Exception as e:
+        channel.send({"verdict": None, "reason": f"its check does not load: {type(e).__name__}: {e}"})
+        return
+    try:
+        function(candidate)
+        verdict = True
+    except Exception:
+        verdict = False
+    if not calls:
+        # Such a check would pass any answer.
+        unsuited.append("its check never calls the candidate")
+    channel.send({"verdict": None, "reason": unsuited[0]} if unsuited else {"verdict": verdict})
 
 
 if __name__ == "__main__":

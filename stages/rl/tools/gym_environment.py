@@ -17,13 +17,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pipeline.core.bounds import Line, LongLine, Range
-from pipeline.core.stage import Inputs, Promise, operational
-from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
-from stages.tasks.rows import Row
+from pipeline.core.stage import operational
+from stages.rl.protocols import Call, Result, Tool, ToolFailed
+from stages.tasks import Row
 
 # Times that a request is tried.
 ATTEMPTS = 5
@@ -140,8 +139,6 @@ def attempt(url: str, timeout: float, work: Callable[[Session], T]) -> T:
 class GymTool(Tool):
     """The tools of an environment of NeMo Gym, over HTTP."""
 
-    promise: ClassVar[Promise] = "numeric"
-
     tool: Literal["nemo-gym"]
     """selects this tool"""
     url: LongLine = operational(...)
@@ -158,7 +155,7 @@ class GymTool(Tool):
         """Returns None: the server decides."""
         return None
 
-    def open(self, inputs: Inputs, folder: Path) -> Environment:
+    def open(self) -> Environment:
         return Environment(self.url.rstrip("/"), self.timeout)
 
 

@@ -6,14 +6,13 @@ Each call is a program of its own: no variable and no file of an earlier one is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pipeline.core.bounds import Range
-from pipeline.core.stage import Inputs, Promise, operational
+from pipeline.core.stage import operational
 from stages.rl import sandbox
+from stages.rl.protocols import Call, Result, Tool, ToolFailed
 from stages.rl.sandbox import Limits, Outcome, Pool, Program, SandboxFailed
-from stages.rl.tools.registry import Call, Result, Tool, ToolFailed
 
 # Wall-clock seconds for each second of processor time: so many that on a busy machine too, a program that computes
 # reaches its limit of processor time first.
@@ -34,7 +33,6 @@ class PythonTool(Tool):
 
     description: ClassVar = "Runs a Python program and returns what it prints. Nothing is left for the next program."
     parameters: ClassVar = {"code": "the whole program; print what you need"}
-    promise: ClassVar[Promise] = "numeric"  # a program can print the time, or an address of its memory
 
     tool: Literal["python"]
     """selects this tool"""
@@ -49,7 +47,7 @@ class PythonTool(Tool):
             return None
         return f"the tool python runs what the model writes: {reason}"
 
-    def open(self, inputs: Inputs, folder: Path) -> Programs:
+    def open(self) -> Programs:
         limits = Limits(cpu_seconds=self.cpu_seconds, wall_seconds=WALL * self.cpu_seconds, memory_bytes=MEMORY)
         return Programs(Pool(self.workers, limits))
 

@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Range, Words
 from pipeline.core.errors import AtomError
 from pipeline.core.extensions import imported
-from pipeline.core.stage import Config, Promise
-from stages.rl.tools.registry import TOOLS, Tool
-from stages.tasks.rows import Row
+from pipeline.core.stage import Config
+from stages.rl.protocols import TOOLS, Tool
+from stages.tasks import Row
 
 if TYPE_CHECKING:
     AnyTool = Tool
@@ -39,11 +39,6 @@ class Tools(Config):
         if twice := [name for name, count in counts.items() if count > 1]:
             raise ValueError(f"tools.offered has {twice[0]} twice, and a call names one; give each tool once")
         return self
-
-    @property
-    def promise(self) -> Promise:
-        """The promise of a phase with these tools."""
-        return "numeric" if any(tool.promise == "numeric" for tool in self.offered) else "bitwise"
 
     def functions(self, row: Row) -> dict[str, tuple[Tool, dict[str, Any]]]:
         """Returns {name: (tool, JSON schema)} of the functions that a task offers.

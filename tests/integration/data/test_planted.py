@@ -141,7 +141,7 @@ def test_every_verdict_is_the_known_answer(planted: Planted, tmp_path: Path, run
         "items": write_manifest(tmp_path / "items", "items"),
         "order-pretrain": write_order(tmp_path / "order", [id for id in kept if id not in planted.unread]),
     }
-    config = {"canaries": 8, "seed": 0, "parts": {name: len(documents) for name, documents in sources.items()}}
+    config = {"parts": {name: len(documents) for name, documents in sources.items()}}
     run_by_tasks(contamination.STAGE, config, inputs, tmp_path / "contamination", parts)
     searched = run_stage(contamination.STAGE, config, inputs, tmp_path / "contamination")
     verdicts = {row["id"]: row["verdict"] for row in pq.read_table(searched / "items.parquet").to_pylist()}

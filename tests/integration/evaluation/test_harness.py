@@ -29,9 +29,8 @@ from stages.evaluation.model_evaluation import load_tokenizer
 from stages.formats.table import read_table, write_json, write_rows
 from stages.formats.tokenizer import without_special
 from stages.rl.rollout import tasks
-from stages.tasks import benchmarks, eval_set
-from stages.tasks.rows import to_row
-from stages.tasks.task_sets import TASK_SETS, HarnessSection
+from stages.tasks import benchmarks, eval_set, to_row
+from stages.tasks.benchmarks import TASK_SETS, HarnessSection
 from tests.fixtures import ROOT, release_fixtures
 from tests.fixtures.harness_fixtures import CHOICES, OWN_TASKS, TASK, section_of, write_tasks
 from tests.fixtures.run_fixtures import evaluate_in_shards
@@ -111,12 +110,12 @@ def own_tasks(tmp_path: Path) -> Path:
 
 
 def test_a_plan_counts_the_items_of_known_sets(tmp_path: Path) -> None:
-    """Of MMLU 14,042, whose four letters transformers reads in one row; of a folder 2,000 a task, or the limit."""
+    """Of MMLU 14,042; of a folder 2,000 a task, or the limit."""
     mmlu = HarnessSection(sets=("mmlu",))
-    assert (mmlu.tokens(served=False), mmlu.tokens(served=True)) == (14_042 * 125, 14_042 * 500)
-    assert HarnessSection(sets=("mmlu",), limit=10).tokens(served=True) == 57 * 10 * 500
-    assert HarnessSection(sets=("arc",), limit=10_000).tokens(served=True) == 3548 * 500
-    assert not {"items", "letters"} & identity(TASK_SETS["mmlu"]).keys()
+    assert mmlu.tokens() == 14_042 * 500
+    assert HarnessSection(sets=("mmlu",), limit=10).tokens() == 57 * 10 * 500
+    assert HarnessSection(sets=("arc",), limit=10_000).tokens() == 3548 * 500
+    assert "items" not in identity(TASK_SETS["mmlu"])
 
 
 def test_the_stage_seals_the_results_of_every_item(

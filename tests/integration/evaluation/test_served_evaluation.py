@@ -114,12 +114,6 @@ def test_a_served_model_measures_what_transformers_does(
     assert torch.allclose(served.token_bits(full[0]), oracle.token_bits(full[0]), atol=1e-4)
     assert served.likeliest(full[1], 9) == oracle.likeliest(full[1], 9)
     assert served.continue_greedily(short, 6) == oracle.continue_greedily(short, 6)
-    continued = [
-        row[:5] + answer for row, answer in zip(short, oracle.continue_greedily([r[:5] for r in short], 4), strict=True)
-    ]
-    continued[0][7], continued[1][5] = 4, 5
-    whole = [row for row in continued if len(row) == 9]
-    assert served.matching_tokens(whole, 5) == oracle.matching_tokens(whole, 5)
     with pytest.raises(AtomError, match=f"a row has {CONTEXT + 2} tokens, and the vLLM server reads at most"):
         served.token_bits([5] * (CONTEXT + 2))
 

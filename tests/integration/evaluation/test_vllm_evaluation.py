@@ -85,7 +85,6 @@ def test_log_probabilities_and_greedy_answers_are_those_of_transformers(client: 
     assert gap < GAP and served.likeliest(long, 50) == oracle.likeliest(long, 50)
     prompts = [row[: 3 + n] for n, row in enumerate(rows_of(32, 40, seed=3))]
     assert served.continue_greedily(prompts, 16) == oracle.continue_greedily(prompts, 16)
-    assert served.matching_tokens(short, 4) == oracle.matching_tokens(short, 4)
     with pytest.raises(AtomError, match=f"a row has {BEYOND + 1} tokens, and the vLLM server reads at most {BEYOND}"):
         served.token_bits([*long, 5])
 

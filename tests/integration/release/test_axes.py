@@ -9,7 +9,7 @@ def scores(value: float) -> dict:
     def part(x: float) -> dict:
         return {"value": x, "se": 0.02, "n": 50}
 
-    at = {str(k): {"tokens": 20.0 * k, "pass": part(value + k / 20), "maj": part(value)} for k in (1, 2, 4, 8)}
+    at = {str(k): {"tokens": 20.0 * k, "pass": part(value + k / 20)} for k in (1, 2, 4, 8)}
     figures = {"greedy": {"accuracy": part(value), "tokens": 19.0}, "at": at}
     return {"problems_all": figures}
 

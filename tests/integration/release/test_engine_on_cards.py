@@ -21,8 +21,8 @@ SERVED = f"vLLM ({ENGINE}), in the data type of the exported weights"
 
 
 def test_the_cards_name_it_and_are_compared(copy: Path) -> None:
-    documents, others = "evaluation on documents and problems", "what it gives away, task sets"
-    assert f"\nComputed by {IN_PROCESS}: {documents}, {others}; by {SERVED}: {documents}.\n" in (
+    documents = "evaluation on documents and problems"
+    assert f"\nComputed by {IN_PROCESS}: {documents}, task sets; by {SERVED}: {documents}.\n" in (
         (copy / "model/README.md").read_text()
     )
     assert f"\nComputed by {IN_PROCESS}.\n" in (copy / "model-base/README.md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -122,7 +121,7 @@ def test_a_waived_gate_refuses_nothing_and_is_stated(built: Path) -> None:
     assert WAIVABLE_GATES.keys() <= set(registry.gate_names())
 
 
-def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):
+def chat_context(folder: Path, contaminated: int = 0, **changed: tuple[float, float]):
     """A release with these (value, standard error) of pass@1 by model, of the win rate and of the reward of the model
     that it was compared with, each over 1,000 items, and a contamination report."""
     right = {"sft": (0.4, 0.02), "rlvr": (0.6, 0.01), "dpo": (0.59, 0.01), **changed}
@@ -130,10 +129,7 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     test = {name: {"problems_all": {"samples": {"accuracy": mean(*figure)}}} for name, figure in right.items()}
     rate = {"value": win, "low": win - 1.96 * se, "high": win + 1.96 * se}
     counts = {"clean": 100 - contaminated, "overlap": 0, "contaminated": contaminated}
-    detector = {"recall": {"planted": planted, "found": round(0.95 * planted)}}
-    release_fixtures.write_json(
-        folder / "dataset" / CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
-    )
+    release_fixtures.write_json(folder / "dataset" / CONTAMINATION, {"items": {"test": counts, "fresh": counts}})
     comparison = {"win_rate": rate, "sides": {"before": {"parts": {"reward": mean(*reward)}}}}
     data = DataFacts(chat={"test": test, "preferences": {"dpo": comparison}})
     limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}, "waived_gates": {}}
@@ -162,7 +158,6 @@ def mean(value: float, se: float, n: int = 1000) -> Mean:
         ({"sft": (0.995, 0.002), "rlvr": (0.9, 0.008), "dpo": (0.9, 0.008)}, "rlvr_raises_pass_at_1"),
         ({"win": (0.5, 0.0), "reward": (1.0, 0.0)}, None),
         ({"win": (0.4, 0.02), "reward": (1.0, 0.0)}, "dpo_is_preferred"),
-        ({"planted": 0}, "contamination_report"),
         ({"contaminated": 6}, "contamination_report"),
     ],
     ids=str,
@@ -175,14 +170,8 @@ def test_post_training_that_does_not_teach_is_refused(tmp_path: Path, changed, g
     assert all("run again" in detail or "items" in detail for detail in failed.values())
 
 
-def test_a_detector_that_misses_and_a_fresh_set_that_does_not_follow_are_refused(tmp_path: Path) -> None:
-    context = chat_context(tmp_path)
-    path = tmp_path / "dataset" / CONTAMINATION
-    report = json.loads(path.read_text())
-    report["detector"]["recall"]["found"] = 35
-    path.write_text(json.dumps(report))
-    failed = failures((*POST_TRAINING, "fresh_set"), context)
-    assert set(failed) == {"fresh_set", "contamination_report"} and "misses too much" in failed["contamination_report"]
+def test_a_fresh_set_that_does_not_follow_is_refused(tmp_path: Path) -> None:
+    assert set(failures((*POST_TRAINING, "fresh_set"), chat_context(tmp_path))) == {"fresh_set"}
 
 
 def test_no_contamination_report_is_refused(tmp_path: Path) -> None:

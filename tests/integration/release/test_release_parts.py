@@ -73,7 +73,6 @@ def test_its_facts_are_those_of_one_part(built: Path, in_parts: Path) -> None:
 
 
 OUTPUTS = [f"evaluation/{model}/{table}" for model in ("init", "base", "mid") for table in ("documents", "items")]
-OUTPUTS.append("evaluation/memorization/mid/documents")
 OUTPUTS += ["evaluation/harness/mid/items"]
 
 

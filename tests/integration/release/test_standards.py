@@ -111,21 +111,21 @@ def test_a_table_too_large_for_memory_is_not_loaded(built: Path, limit: int, mon
 
 
 def test_rollouts_of_every_kind_are_described_and_load(copy: Path) -> None:
-    """Routes, policies of the tokens and turns are bytes and structures, which are no fields."""
+    """Policies of the tokens and turns are structures, which are no fields."""
     rows = [{
         "step": 1, "wave": 0, "group": 2, "sample": 3, "task": "add/1", "kind": "add", "level": 0, "policy": "ab",
         "seed": 2**64 - 1, "prompt_ids": [1, 2], "ids": [3], "logprobs": [-0.5], "text": 'a "b"\n', "finished": True,
-        "reward": 1.0, "parts": "{}", "verifier": "problems", "verifier_version": "1", "dropped": "", "routes": b"\x00",
+        "reward": 1.0, "parts": "{}", "verifier": "problems", "verifier_version": "1", "dropped": "",
         "issued": 0, "versions": [{"version": None, "policy": "ab", "tokens": 1}],
         "turns": [{"sampled": 1, "calls": [], "appended": 0}],
     }]  # fmt: skip
     path = copy / "dataset/rl/rlvr/rollouts.parquet"
     path.parent.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows, rollouts.schema(routes=True, asynchronous=True, tools=True)), path)
+    pq.write_table(pa.Table.from_pylist(rows, rollouts.schema(asynchronous=True, tools=True)), path)
     dataset = copy / "dataset"
     description = croissant.describe_dataset(read_release(copy), dataset, read_data_facts(dataset))
     (dataset / croissant.NAME).write_text(json.dumps(description))
     (records,) = (row for row in description["recordSet"] if row["@id"] == "rl-rlvr-rollouts")
-    assert records["description"] == "Columns that are no field: routes, versions, turns."
+    assert records["description"] == "Columns that are no field: versions, turns."
     assert {field["name"] for field in records["field"] if field.get("isArray")} == {"prompt_ids", "ids", "logprobs"}
     assert croissant.problems(dataset / croissant.NAME) == []

@@ -20,27 +20,16 @@ from stages.rl.rewards.code_verifier import (
     CodeSettings,
     CodeVerifier,
     code_of,
-    equal,
-    returns_expected,
 )
 from stages.rl.sandbox import Limits, SandboxFailed
-from stages.rl.sandbox.calls import decode, encode
 from stages.rl.sandbox.cell import Cell, Running
+from stages.rl.sandbox.inside import decode, encode
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 
 pytestmark = NEEDS_BUBBLEWRAP
 
-FULL = {"reward": 1.0, "passed": 1.0, "killed": 0.0}
+FULL = {"reward": 1.0, "killed": 0.0}
 RIGHT = "def add(a, b):\n    return a + b\n"
-TESTS = {
-    "id": "add-tests",
-    "entry_point": "add",
-    "tests": [
-        {"input": [1, 2], "expected": 3},
-        {"input": ["a", "b"], "expected": "ab"},
-        {"input": [[1], [2]], "expected": [1, 2]},
-    ],
-}
 CHECK = {
     "id": "add-check",
     "entry_point": "add",
@@ -133,36 +122,33 @@ def response(code: str, finished: bool = True) -> Response:
     return Response.parse(code, finished)
 
 
-@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
-def test_right_and_wrong(verifier: CodeVerifier, row: dict[str, Any]) -> None:
+def test_right_and_wrong(verifier: CodeVerifier) -> None:
     right = [
         RIGHT,
         f"Here:\n```python\n{RIGHT}```\nas asked",
         f"<think>def add(a, b): ...</think>```py\n{RIGHT}",
         f"```\n{RIGHT}```\n```\nadd(1, 2)\n```",
     ]
-    assert verifier.score([(row, response(r)) for r in right]) == [FULL] * len(right)
-    assert verifier.score([(row, response(RIGHT, finished=False))])[0]["reward"] == 0
-    numbers_only = verifier.score([(row, response("def add(a, b):\n    return 3\n"))])[0]
-    assert numbers_only == {"reward": 0.0, "passed": 1 / 3 if row is TESTS else 0.0, "killed": 0.0}
+    assert verifier.score([(CHECK, response(r)) for r in right]) == [FULL] * len(right)
+    assert verifier.score([(CHECK, response(RIGHT, finished=False))])[0]["reward"] == 0
+    numbers_only = verifier.score([(CHECK, response("def add(a, b):\n    return 3\n"))])[0]
+    assert numbers_only == {"reward": 0.0, "killed": 0.0}
 
 
-@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
-def test_attacks_get_nothing(row: dict[str, Any]) -> None:
+def test_attacks_get_nothing() -> None:
     verifier = code_verifier(workers=2, limits=Limits(cpu_seconds=1, wall_seconds=6, memory_bytes=256 << 20))
     try:
-        parts = verifier.score([(row, response(code)) for code in HOSTILE.values()])
+        parts = verifier.score([(CHECK, response(code)) for code in HOSTILE.values()])
         assert {name: p["reward"] for name, p in zip(HOSTILE, parts, strict=True)} == dict.fromkeys(HOSTILE, 0.0)
         forced = {name for name, p in zip(HOSTILE, parts, strict=True) if p["killed"]}
         assert {"bomb", "computes", "shouts", "endless line"} <= forced and not forced & {"say so", "equals everything"}
-        assert verifier.score([(row, response(RIGHT))] * 4) == [FULL] * 4, "nor harm others"
+        assert verifier.score([(CHECK, response(RIGHT))] * 4) == [FULL] * 4, "nor harm others"
     finally:
         verifier.close()
 
 
-@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
-def test_garbage_gets_nothing(verifier: CodeVerifier, row: dict[str, Any]) -> None:
-    assert [p["reward"] for p in verifier.score([(row, response(text)) for text in GARBAGE])] == [0.0] * len(GARBAGE)
+def test_garbage_gets_nothing(verifier: CodeVerifier) -> None:
+    assert [p["reward"] for p in verifier.score([(CHECK, response(text)) for text in GARBAGE])] == [0.0] * len(GARBAGE)
 
 
 def test_noise_does_not_fail_a_right_answer(verifier: CodeVerifier) -> None:
@@ -170,7 +156,7 @@ def test_noise_does_not_fail_a_right_answer(verifier: CodeVerifier) -> None:
         "import os, sys\nprint('working')\nprint('{\"value\": 0}', file=sys.stderr)\nopen('/tmp/x', 'w').write('x')\nif os.fork() == 0:\n    os._exit(1)\n"
         + RIGHT
     )
-    assert [p["reward"] for p in verifier.score([(TESTS, response(noisy)), (CHECK, response(noisy))])] == [1.0, 1.0]
+    assert [p["reward"] for p in verifier.score([(CHECK, response(noisy))])] == [1.0]
 
 
 def test_exceptions_reach_the_check(verifier: CodeVerifier) -> None:
@@ -247,20 +233,18 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
-def test_what_ends_by_itself_was_not_killed(row: dict[str, Any]) -> None:
+def test_what_ends_by_itself_was_not_killed() -> None:
     verifier = code_verifier(workers=1)
     try:
-        items = [(row, response(code)) for code in ENDS.values()]
+        items = [(CHECK, response(code)) for code in ENDS.values()]
         for _ in range(5):
             each = dict(zip(ENDS, verifier.score(items), strict=True))
-            assert each == {name: {"reward": 0.0, "passed": 0.0, "killed": 0.0} for name in ENDS}
+            assert each == {name: {"reward": 0.0, "killed": 0.0} for name in ENDS}
     finally:
         verifier.close()
 
 
-@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
-def test_a_channel_that_says_what_none_does_is_a_verdict(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_channel_that_says_what_none_does_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte out of band: there is something to read, and then there is not. The filter refuses it, so it is sent here."""
     begin, pair, theirs = Cell.begin, socket.socketpair, []
 
@@ -278,13 +262,13 @@ def test_a_channel_that_says_what_none_does_is_a_verdict(row: dict[str, Any], mo
 
     verifier = code_verifier(workers=1)
     try:
-        verifier.score([(row, response(RIGHT))])  # it is warm, so the pairs that follow are channels
+        verifier.score([(CHECK, response(RIGHT))])  # it is warm, so the pairs that follow are channels
         monkeypatch.setattr(socket, "socketpair", recording_pair)
         monkeypatch.setattr(Cell, "begin", odd)
         codes = (RIGHT, "import time\ntime.sleep(9)  # odd", RIGHT)
         start = time.process_time()
-        parts = verifier.score([(row, response(code)) for code in codes])
-        assert parts == [FULL, {"reward": 0.0, "passed": 0.0, "killed": 1.0}, FULL]
+        parts = verifier.score([(CHECK, response(code)) for code in codes])
+        assert parts == [FULL, {"reward": 0.0, "killed": 1.0}, FULL]
         assert time.process_time() - start < 2, "it does not look again and again"
     finally:
         verifier.close()
@@ -304,11 +288,8 @@ def f(x, prefix):
     found = re.search(prefix + '-[0-9a-f]{4}', ' '.join(texts))
     return found and found[0]
 """
-    tests = [(["argument-7f3a", "argument"], "argument-7f3a"), (["", "secret"], "secret-b2c9")]
-    row = {"entry_point": "f", "tests": [{"input": i, "expected": e} for i, e in tests]}
     check = "SECRET = 'secret-b2c9'\ndef check(candidate):\n    assert candidate('argument-7f3a', 'argument') == 'argument-7f3a'\n    assert candidate('', 'secret') is None"
-    parts = verifier.score([(row, response(search)), ({"entry_point": "f", "check": check}, response(search))])
-    assert parts == [{"reward": 0.0, "passed": 0.5, "killed": 0.0}, FULL]
+    assert verifier.score([({"entry_point": "f", "check": check}, response(search))]) == [FULL]
 
 
 def test_rows_that_cannot_be_scored(verifier: CodeVerifier) -> None:
@@ -318,7 +299,7 @@ def test_rows_that_cannot_be_scored(verifier: CodeVerifier) -> None:
         assert str(e.value).startswith("verifier python-tests cannot score row row-9: ")
         return str(e.value)
 
-    assert "no entry_point" in why() and "no entry_point" in why(entry_point="add", tests=[])
+    assert "no entry_point" in why() and "no entry_point" in why(entry_point="add")
     assert "SyntaxError" in why(entry_point="add", check="def check(")
     assert "no attribute 'check'" in why(entry_point="add", check="pass")
     assert "never calls" in why(entry_point="add", check="def check(candidate): pass")
@@ -330,7 +311,7 @@ def test_an_answer_that_ends_its_check_has_a_reward_and_a_reason(verifier: CodeV
     """What it returns can make a check compute for ever, eat memory or end. It is a 0, and stops nothing."""
     row = {"entry_point": "f", "check": "import os\ndef check(c):\n    if c(1) != 5: os._exit(0)"}
     parts = verifier.score([(row, response(f"def f(x): return {value}")) for value in (5, 6)])
-    assert parts == [FULL, {"reward": 0.0, "passed": 0.0, "killed": 1.0}]
+    assert parts == [FULL, {"reward": 0.0, "killed": 1.0}]
 
 
 def test_an_answer_that_kills_its_sandbox_each_time_has_a_reward_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,17 +327,14 @@ def test_an_answer_that_kills_its_sandbox_each_time_has_a_reward_and_a_reason(mo
     monkeypatch.setattr(Cell, "begin", deadly)
     verifier = code_verifier(workers=2)
     try:
-        for row in (TESTS, CHECK):
-            parts = verifier.score(
-                [(row, response(text)) for text in (RIGHT, "import time\ntime.sleep(9)  # deadly", RIGHT)]
-            )
-            assert parts == [FULL, {"reward": 0.0, "passed": 0.0, "killed": 1.0}, FULL]
+        texts = (RIGHT, "import time\ntime.sleep(9)  # deadly", RIGHT)
+        parts = verifier.score([(CHECK, response(text)) for text in texts])
+        assert parts == [FULL, {"reward": 0.0, "killed": 1.0}, FULL]
     finally:
         verifier.close()
 
 
-@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
-def test_no_reward_by_what_an_earlier_answer_left(row: dict[str, Any]) -> None:
+def test_no_reward_by_what_an_earlier_answer_left() -> None:
     """Answers that leave a state behind, and then one that is right only if it finds some; one worker, so one sandbox."""
     niceness = os.getpriority(os.PRIO_PROCESS, 0)  # which the sandbox inherits
     leave = (
@@ -380,7 +358,7 @@ def test_no_reward_by_what_an_earlier_answer_left(row: dict[str, Any]) -> None:
     )
     verifier = code_verifier(workers=1)
     try:
-        parts = verifier.score([(row, response(text)) for text in (leave, find, leave, RIGHT)])
+        parts = verifier.score([(CHECK, response(text)) for text in (leave, find, leave, RIGHT)])
         assert [p["reward"] for p in parts] == [0, 0, 0, 1]
     finally:
         verifier.close()
@@ -400,7 +378,7 @@ def test_a_failed_sandbox_is_not_a_reward(
     with pytest.raises(VerifierFailed, match="verifier python-tests cannot score: the sandbox cannot start"):
         broken = code_verifier(workers=1)
         try:
-            broken.score([(TESTS, response(RIGHT))])
+            broken.score([(CHECK, response(RIGHT))])
         except SandboxFailed as e:
             raise AssertionError("the verifier's own error is expected") from e
         finally:
@@ -425,7 +403,7 @@ def test_a_sandbox_killed_at_work_is_tried_again(cell: int) -> None:
 def test_scores_are_the_same_again(verifier: CodeVerifier) -> None:
     """Though the answer draws lots and depends on the order of a set."""
     chance = "import random\ndef add(a, b):\n    return a + b if random.random() + list({'x', 'y', 'z'}).index('x') < 1.5 else None"
-    first, *others = verifier.score([(TESTS, response(chance))] * 8)
+    first, *others = verifier.score([(CHECK, response(chance))] * 8)
     assert others == [first] * 7
 
 
@@ -552,40 +530,3 @@ def test_of_a_subclass_the_plain_value_passes() -> None:
 
     for value, plain in ((StrEnum("C", {"RED": "red"})["RED"], "red"), (Mixed.RED, "red"), (Code(3), 3)):
         assert encode(value) == plain and type(encode(value)) is type(plain)
-
-
-def test_same() -> None:
-    assert (
-        equal((1, 2), [1, 2])
-        and equal({1: "a"}, {"1": "a"})
-        and equal(0.1 + 0.2, 0.3)
-        and equal(2, 2.0)
-        and equal(2.0, 2)
-    )
-    assert (
-        not equal(1, True)
-        and not equal(True, 1)
-        and not equal([1], [1, 2])
-        and not equal("1", 1)
-        and not equal(None, [])
-    )
-    assert (
-        not equal(0, 1e-19) and not equal(0.0, 1e-19) and not equal(2e-19, 1e-19) and equal(1e-19 * (1 + 1e-12), 1e-19)
-    )
-    assert equal(1e300, 1e300 * (1 + 1e-12)) and equal(5e-17, 0.0) and equal(0, 0.0) and not equal(1e-6, 0.0)
-    assert not equal(-1e-19, 1e-19) and not equal(float("inf"), 1e308) and equal(float("inf"), float("inf"))
-    assert not equal({1: "a", "1": "a"}, {"1": "a"})
-    assert not equal(float("nan"), 1.0) and not equal({"a": 1, "b": 2}, {"a": 1})
-    for line in (
-        b"",
-        b"\xff",
-        b"[]",
-        b"3",
-        b"{}",
-        b'{"value": {}}',
-        b'{"value": {"set": [[]]}}',
-        b'{"value": 1e999}',
-        b"[" * 9999,
-        b'{"value": ' + b"9" * 5000 + b"}",
-    ):
-        assert not returns_expected(line, 1.0)

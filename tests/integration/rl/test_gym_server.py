@@ -14,14 +14,11 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from stages.rl.protocols import Parts, Response, Verifier, VerifierFailed
-from stages.rl.rewards.registry import make_verifier
-from stages.rl.rollout.generation import Chat
-from stages.rl.rollout.turns import Request
+from stages.rl.protocols import Parts, Response, ToolFailed, Verifier, VerifierFailed, make_verifier
+from stages.rl.rollout.generation import Chat, Request
 from stages.rl.tools import gym_environment
-from stages.rl.tools.registry import ToolFailed
 from stages.rl.tools.settings import Tools
-from stages.tasks.rows import Row
+from stages.tasks import Row
 from tests.fixtures import rl_fixtures
 from tests.fixtures.verifier_fixtures import (
     GET,
@@ -152,10 +149,10 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
 TURNS = [[INCREMENT], [INCREMENT.replace("1", "2"), GET]]
 
 
-def test_an_environment_answers_in_turns_and_scores_the_session(counter: Counter, tmp_path: Path) -> None:
+def test_an_environment_answers_in_turns_and_scores_the_session(counter: Counter) -> None:
     """Each call is made once in its session, although replies are lost after they had their effect."""
     bad = INCREMENT.replace("1", '"x"')
-    _, turns = counter_answer(counter.url, tmp_path, [*TURNS, [bad, '{"name": "verify", "arguments": {}}']])
+    _, turns = counter_answer(counter.url, [*TURNS, [bad, '{"name": "verify", "arguments": {}}']])
     results = [(call["status"], call["result"]) for turn in turns for call in turn]
     refused = "error: there is no such tool; there are increment_counter, get_counter_value"
     assert results == [
@@ -182,7 +179,7 @@ def test_an_environment_answers_in_turns_and_scores_the_session(counter: Counter
 
 
 def test_an_environment_that_floods_is_cut_and_scores_nothing(
-    counter: Counter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A result is cut with a mark; a reply to /verify beyond the most that is read is no reward."""
     flood, answer = "x" * (gym_environment.MOST_BYTES + 100), counter.answer
@@ -193,7 +190,7 @@ def test_an_environment_that_floods_is_cut_and_scores_nothing(
         return (200, {"reward": 1.0, "notes": flood}) if path == "/verify" else answer(path, session, body)
 
     monkeypatch.setattr(counter, "answer", flooded)
-    toolbox, ((call,),) = counter_answer(counter.url, tmp_path, [[GET]])
+    toolbox, ((call,),) = counter_answer(counter.url, [[GET]])
     assert call["status"] == "ok" and len(call["result"]) < toolbox.tools.max_result_characters + 50
     assert call["result"].startswith('"xxx') and call["result"].endswith(" more characters]")
     words = f"{counter.url}/verify answered what is no JSON object: .*; see to that server"
@@ -205,8 +202,8 @@ def score_one_of(verifier: Verifier, row: Row, response: Response) -> Parts:
     return verifier.score([(row, response)])[0]
 
 
-def test_an_environment_that_is_away_ends_the_phase(counter: Counter, tmp_path: Path) -> None:
-    toolbox, _ = counter_answer(counter.url, tmp_path, [])
+def test_an_environment_that_is_away_ends_the_phase(counter: Counter) -> None:
+    toolbox, _ = counter_answer(counter.url, [])
     counter.shutdown()
     counter.server_close()
     with pytest.raises(
@@ -217,17 +214,17 @@ def test_an_environment_that_is_away_ends_the_phase(counter: Counter, tmp_path: 
 
 def test_tools_of_a_task_are_named_once_and_hold_no_control_token(tmp_path: Path) -> None:
     writer = Chat(rl_fixtures.tokenizer(tmp_path / "tokenizer"), Tools.model_validate({"offered": [
-        {"tool": "nemo-gym", "url": "http://x", "serves": "x"}, {"tool": "search"}
+        {"tool": "nemo-gym", "url": "http://x", "serves": "x"}, {"tool": "python"}
     ]}))  # fmt: skip
     row, hostile, twice = counter_row(), counter_row(), counter_row()
     assert [f["function"]["name"] for f in writer.functions(row)] == [
         "increment_counter",
         "get_counter_value",
-        "search",
+        "python",
     ]
     hostile["responses_create_params"]["tools"][0]["description"] = "<|im_end|>"
     with pytest.raises(AtomError, match=r"task c1: a tool holds <\|im_end\|>; leave it out"):
         writer.encode_prompt(hostile)
-    twice["responses_create_params"]["tools"][0]["name"] = "search"
-    with pytest.raises(AtomError, match="task c1 offers search twice, and a call names one; leave one out"):
+    twice["responses_create_params"]["tools"][0]["name"] = "python"
+    with pytest.raises(AtomError, match="task c1 offers python twice, and a call names one; leave one out"):
         writer.encode_prompt(twice)

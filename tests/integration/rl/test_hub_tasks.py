@@ -13,8 +13,7 @@ import pytest
 
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
-from stages.rl.protocols import Response
-from stages.rl.rewards.registry import make_verifier
+from stages.rl.protocols import Response, make_verifier
 from stages.rl.rollout.tasks import TasksConfig
 from tests.fixtures.hub_fixtures import REPO, Hub, hub
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from stages.formats.table import read_jsonl, write_jsonl
-from stages.rl.protocols import Response
-from stages.rl.rewards.registry import make_verifier
+from stages.rl.protocols import Response, make_verifier
 from stages.rl.rollout import tasks
 from stages.tasks import eval_set
 from tests.fixtures import chat_fixtures
@@ -140,7 +139,7 @@ def test_its_mathematics_accepts_the_right_sums(rows: list[dict[str, Any]], serv
 def test_its_environments_answer_in_turns_and_score(serve, tmp_path: Path) -> None:
     url = serve("example_session_state_mgmt")
     requests = [[INCREMENT], [INCREMENT.replace("1", "2"), GET], [INCREMENT.replace("1", '"x"')]]
-    _, turns = counter_answer(url, tmp_path / "tools", requests)
+    _, turns = counter_answer(url, requests)
     calls = [call for turn in turns for call in turn]
     assert [call["status"] for call in calls] == ["ok", "ok", "ok", "error"]
     assert [json.loads(call["result"]) for call in calls[:3]] == [{"success": True}, {"success": True}, {"count": 6}]

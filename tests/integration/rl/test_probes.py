@@ -14,9 +14,8 @@ from pipeline.core.store import Artifact, sha256_file
 from stages.rl.protocols import Answer, Parts, VerifierFailed
 from stages.rl.rewards.frozen_scorer import Instructions
 from stages.rl.rollout import tasks
-from stages.rl.rollout.probes import ProbedBin, probe, require_solving
-from stages.tasks import eval_set
-from stages.tasks.rows import Row, to_row
+from stages.rl.rollout.tasks import ProbedBin, probe, require_solving
+from stages.tasks import Row, eval_set, to_row
 from tests.fixtures import chat_fixtures
 from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 from tests.fixtures.verifier_fixtures import Server, serve
@@ -146,8 +145,8 @@ def test_programs_that_compute_nothing_earn_nothing(items: Artifact, tmp_path: P
     """Tests of one kind of value pass a function that always returns it."""
 
     def row(number: int, expected: bool) -> Row:
-        tests = [{"input": [number], "expected": expected}]
-        return to_row(str(number), f"Is {number} even?", "python-tests", "own", 1, entry_point="even", tests=tests)
+        check = f"def check(candidate): assert candidate({number}) is {expected}"
+        return to_row(str(number), f"Is {number} even?", "python-tests", "own", 1, entry_point="even", check=check)
 
     always = [row(n, True) for n in range(8)]
     with pytest.raises(AtomError, match="tasks own/1: a function that returns True, which solves nothing"):

@@ -16,9 +16,8 @@ from release.facts.model_facts import read_model_facts
 from stages.evaluation import pass_at_k, win_rate
 from stages.export import hf
 from stages.formats.table import ITEMS, write_jsonl, write_rows
-from stages.rl import rlvr
-from stages.rl.rewards import registry
-from stages.tasks.rows import to_row
+from stages.rl import protocols, rlvr
+from stages.tasks import to_row
 from tests.fixtures import flattery_fixtures, release_fixtures, rl_fixtures
 from tests.fixtures.run_fixtures import at_length
 
@@ -35,7 +34,7 @@ def verifiers() -> Any:
     """The registry with both reward functions."""
     with pytest.MonkeyPatch.context() as patch:
         for name, verifier in flattery_fixtures.VERIFIERS.items():
-            patch.setitem(registry.VERIFIERS, name, f"{verifier.__module__}:{verifier.__name__}")
+            patch.setitem(protocols.VERIFIERS, name, f"{verifier.__module__}:{verifier.__name__}")
         yield
 
 

@@ -70,10 +70,8 @@ def test_memory_of_more_phases_is_planned(name: str, precision: str) -> None:
 
 
 def test_the_reference_of_a_kl_term_is_on_the_host() -> None:
-    """Its copies are those that the plan adds to the host's memory; replayed routing adds nothing that is seen."""
-    result = rank_simulation.simulate(
-        configured("rlvr", {"ranks": 4, "ep": 4}, kl_coef=0.1, routing_replay=True, prompts_per_step=2), 0
-    )
+    """Its copies are those that the plan adds to the host's memory."""
+    result = rank_simulation.simulate(configured("rlvr", {"ranks": 4, "ep": 4}, kl_coef=0.1, prompts_per_step=2), 0)
     require_planned_memory(result)
     assert result.copies_bytes == result.planned_copies_bytes == 2 * 2 * result.parameters
 
@@ -97,7 +95,7 @@ def test_the_fullest_row_is_that_of_real_batches(kind: str, phase: dict[str, Any
 def test_collectives_are_those_of_real_ranks(kind: str, tmp_path: Path) -> None:
     layouts = {"EP2": {"ep": 2}, "PP2": {"pp": 2}, "TP2+SP": {"tp": 2}}
     phase: dict[str, Any] = {"sampling": {"max_new_tokens": 8}} if kind != "reward" else {"pairs": 4}
-    phase |= {"kl_coef": 0.1, "updates": 2, "routing_replay": True} if kind == "rlvr" else {}
+    phase |= {"kl_coef": 0.1, "updates": 2} if kind == "rlvr" else {}
     model = {**rank_simulation_fixtures.MODEL, "context_length": 16}
     phases = {name: post_training(kind, {"ranks": 2, **x}, model, 64, **phase) for name, x in layouts.items()}
     compare_phases_with_real_ranks(kind, phases, tmp_path)

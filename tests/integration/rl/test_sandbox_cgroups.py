@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from stages.rl.sandbox import Program, cgroups
+from stages.rl.sandbox import Program, limits
 from stages.rl.sandbox.cell import OWN_PROCESSES, Cell
-from stages.rl.sandbox.cgroups import Cgroup, Home, homes
+from stages.rl.sandbox.limits import Cgroup, Home, homes
 from tests.fixtures.sandbox_fixtures import LIMITS, NEEDS_BUBBLEWRAP, until
 
 pytestmark = NEEDS_BUBBLEWRAP
@@ -63,7 +63,7 @@ def test_closing_kills_what_is_in_a_group(version: int, monkeypatch: pytest.Monk
     if version == 2:
         mounts = "\n".join(line for line in mounts.splitlines() if " - cgroup2 " in line)
         names = {"pids": ("", "cgroup.max.depth"), "memory": ("", "cgroup.max.descendants")}
-        monkeypatch.setattr(cgroups, "FILES", names)
+        monkeypatch.setattr(limits, "FILES", names)
     at = homes(mounts, Path("/proc/self/cgroup").read_text())
     if os.geteuid() or {home.version for home in at.values()} != {version}:
         pytest.skip(f"it takes root and control groups of version {version}")

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from stages.rl.protocols import Parts, Verifier, VerifierFailed
-from stages.rl.rewards import pooled_verifier, scoring_worker
-from stages.rl.rewards.registry import make_verifier
+from stages.rl.protocols import Parts, Verifier, VerifierFailed, make_verifier
+from stages.rl.rewards import pooled_verifier
 from stages.rl.rollout.task_sources.procedural_tasks import reasoning_gym_rows
-from stages.tasks.rows import Row
+from stages.tasks import Row
 from tests.fixtures.verifier_fixtures import (
     response_of,
     score_one,
@@ -49,7 +48,7 @@ def test_a_row_that_cannot_be_scored_is_no_reward(maths: Verifier, row: Row, wor
 
 def kill_workers(scorer: Verifier) -> int:
     """Kills every worker that runs, from outside. Returns how many."""
-    processes = [w.process for w in scorer._pool.workers if w.process]
+    processes = [w.process for w in scorer.workers if w.process]
     for process in processes:
         os.killpg(process.pid, signal.SIGKILL)
     return len(processes)
@@ -160,4 +159,4 @@ FORKS: dict[str, tuple[Callable[[str], float], dict[str, Any]]] = {
 @pytest.mark.parametrize("attack", FORKS)
 def test_a_fork_is_limited(attack: str) -> None:
     score, reply = FORKS[attack]
-    assert scoring_worker.score_in_fork(score, "", 1) == reply
+    assert pooled_verifier.score_in_fork(score, "", 1) == reply

@@ -167,24 +167,6 @@ def test_the_loss_of_an_algorithm_is_trls(
             assert figures["clip_fraction"].item() / tokens == pytest.approx(clipped, abs=1e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_gradient_of_rloo_is_trls(shape: tuple[int, int]) -> None:
-    """At the first update, where TRL's ratio is 1. TRL has no correction for the sampler."""
-    from trl import RLOOTrainer
-
-    b = batch(*shape, seed=sum(shape))
-    trainer = SimpleNamespace(
-        accelerator=ACCELERATOR, model=SimpleNamespace(training=True), epsilon_low=0.2, epsilon_high=0.2,
-        aux_loss_enabled=False, _metrics={"train": defaultdict(list)},
-        _get_per_token_logps_and_entropies=lambda *_, **__: (leaf, torch.zeros(shape), None),
-    )  # fmt: skip
-    leaf = b["logprobs"].clone().requires_grad_()
-    inputs = without_tokens(b) | {"old_logps": (b["logprobs"] * b["mask"]).sum(1)}
-    (expected,) = torch.autograd.grad(RLOOTrainer._compute_loss(trainer, None, inputs), leaf)
-    _, gradient = with_gradient(our_loss({**b, "sampler_logprobs": b["logprobs"]}, "rloo", {}), b["logprobs"])
-    torch.testing.assert_close(gradient, expected, **CLOSE)
-
-
 @pytest.mark.parametrize("shape", [(1, 2), (3, 4), (8, 16)])
 @pytest.mark.parametrize("name", TRL)
 def test_advantages_are_trls(name: str, shape: tuple[int, int]) -> None:
@@ -207,23 +189,6 @@ def test_advantages_are_trls(name: str, shape: tuple[int, int]) -> None:
     advantages = policy_gradient.load(name).advantages
     torch.testing.assert_close(advantages(rewards, torch.ones(shape).long()), scope["advantages"].view(shape), **CLOSE)
     assert zero_variance(rewards).tolist() == scope["is_std_zero"].view(shape)[:, 0].tolist()
-
-
-@pytest.mark.parametrize("shape", [(1, 2), (3, 4), (8, 16)])
-def test_the_advantages_of_rloo_are_trls(shape: tuple[int, int]) -> None:
-    from trl import RLOOTrainer
-
-    rewards = torch.rand(shape, generator=torch.Generator().manual_seed(1))
-    scope = trl_fragment(
-        RLOOTrainer._generate_and_score_completions,
-        "scorable_counts = ",
-        "# Normalize advantages over the scorable subset only",
-        rewards=rewards.flatten(),
-        grouped_rewards=rewards,
-        num_generations=shape[1],
-    )
-    advantages = policy_gradient.load("rloo").advantages(rewards, torch.ones(shape).long())
-    torch.testing.assert_close(advantages.flatten(), scope["advantages"], **CLOSE)
 
 
 # --- DPO against TRL ------------------------------------------------------------------------------------------------

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError
-from stages.rl.protocols import Verifier, VerifierFailed
-from stages.rl.rewards.registry import make_verifier
+from stages.rl.protocols import Verifier, VerifierFailed, make_verifier
 from stages.rl.rollout.task_sources.procedural_tasks import reasoning_gym_rows
 from stages.scorers.instructions_v1 import CHECKS
-from stages.tasks.rows import question, to_row
+from stages.tasks import question, to_row
 from stages.tasks.synthetic import problems
 from tests.fixtures.verifier_fixtures import (
     ARGUMENTS,

@@ -12,16 +12,14 @@ from pydantic import Field, model_validator
 from pipeline.core.bounds import Key, Range, Settings
 from pipeline.core.errors import AtomError, RecipeError
 from stages.formats.seeds import seed_of
-from stages.rl.protocols import Response
-from stages.rl.rewards.registry import make_verifier
-from stages.rl.rollout.task_sources.registry import PROVENANCE, Count, Level, SourceSettings
-from stages.tasks.eval_set import Task, courtesy_row
-from stages.tasks.rows import Row, to_row
+from stages.rl.protocols import PROVENANCE, Count, Level, Response, TaskSource, make_verifier
+from stages.tasks import Row, to_row
+from stages.tasks.eval_set import Task, asking_for_fewer, courtesy_row
 from stages.tasks.synthetic import courtesy_notes, problems
 from stages.tasks.synthetic.courtesy_notes import LEVELS
 
 
-class ProblemTasks(SourceSettings):
+class ProblemTasks(TaskSource):
     """Procedural problems, of which the answer alone is verified."""
 
     verifier: ClassVar[str] = "exact"
@@ -55,7 +53,7 @@ class ProblemTasks(SourceSettings):
                 yield to_row(id, problem.question, self.verifier, self.task, level, **fields)
 
 
-class CourtesyTasks(SourceSettings):
+class CourtesyTasks(TaskSource):
     """Requests for a courteous note, scored by a reward function."""
 
     source: Literal["courtesies"]
@@ -69,17 +67,14 @@ class CourtesyTasks(SourceSettings):
         return ["courtesy/1"]
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
-        try:
-            requests = courtesy_notes.draw_distinct(
-                self.count, random.Random(seed_of("tasks/courtesies", seed)), heldout=False
-            )
-        except ValueError as error:
-            raise RecipeError(f"tasks: {error}; ask for fewer") from None
+        rng = random.Random(seed_of("tasks/courtesies", seed))
+        with asking_for_fewer("tasks"):
+            requests = courtesy_notes.draw_distinct(self.count, rng, heldout=False)
         for i, request in enumerate(requests):
             yield courtesy_row(f"courtesy/{i:06d}", request, self.verifier, **PROVENANCE)
 
 
-class InstructionTasks(SourceSettings):
+class InstructionTasks(TaskSource):
     """Requests for a note of a form (stages/tasks/synthetic/courtesy_notes.py).
 
     The level is the number of constraints.
@@ -99,16 +94,14 @@ class InstructionTasks(SourceSettings):
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         for level in self.levels:
             rng = random.Random(seed_of(f"tasks/instructions/{level}", seed))
-            try:
+            with asking_for_fewer("tasks"):
                 requests = courtesy_notes.requests(self.count, rng, level)
-            except ValueError as error:
-                raise RecipeError(f"tasks: {error}; ask for fewer") from None
             for i, (text, fields) in enumerate(requests):
                 id = f"instructions/{level}/{i:06d}"
                 yield to_row(id, text, self.verifier, "instructions", level, **fields, **PROVENANCE)
 
 
-class ReasoningGymTasks(SourceSettings):
+class ReasoningGymTasks(TaskSource):
     """A dataset of the package reasoning-gym."""
 
     verifier: ClassVar[str] = "reasoning-gym"

@@ -29,10 +29,8 @@ from stages.data.acquire.readers.row_files import Column, field_at
 from stages.data.acquire.readers.row_files import Row as DataRow
 from stages.formats import chat
 from stages.formats.seeds import seed_of
-from stages.rl.protocols import Response, VerifierFailed
-from stages.rl.rewards.registry import make_verifier
-from stages.rl.rollout.task_sources.registry import Count, Kind, Level, SourceSettings
-from stages.tasks.rows import Row, question, to_row
+from stages.rl.protocols import Count, Kind, Level, Response, TaskSource, VerifierFailed, make_verifier
+from stages.tasks import Row, question, to_row
 
 CODE_PROMPT = (
     "{question}\n\nName the function {entry_point}. Your code must pass this test, among others:\n\n"
@@ -46,7 +44,7 @@ ROWS_PER_TASK = 4
 BATCH = 256
 
 
-class FileTasks(SourceSettings):
+class FileTasks(TaskSource):
     """Rows of a file in the format of NeMo Gym, one JSON object per line."""
 
     source: Literal["rows"]
@@ -86,7 +84,7 @@ class FileTasks(SourceSettings):
             yield {"license": self.license, "origin": self.origin, **row, **fields, "id": f"{self.kind}/{number:06d}"}
 
 
-class HubTasks(SourceSettings):
+class HubTasks(TaskSource):
     """Rows of a dataset on the Hub, at a commit.
 
     A row without a question or an answer in its fields is no task, and neither is a row of code whose own solution
