@@ -30,8 +30,9 @@ from typer.main import get_command
 
 from pipeline.cli.main import app
 from pipeline.core.bounds import Range, Words
+from pipeline.graph import recipe, registry
 from pipeline.launch import diagnoses
-from pipeline.operations import recipe_template
+from pipeline.launch.cluster_profile import Profile
 
 FOLDER = Path(__file__).parent
 PROSE_WIDTH = 100
@@ -53,12 +54,6 @@ Every setting of the three kinds of YAML file. *Operational* settings state how 
 part of a key, so changing one does not run a sealed stage again. All other settings of a recipe and of a data recipe
 are part of the keys of the stages that read them. An unknown setting is an error.
 """
-SCHEMAS = """
-Editors complete and check these files by their JSON Schemas, if the first line of a file is
-`# yaml-language-server: $schema=PATH`. `atom init` writes that line, and the schema beside the
-recipe. `python -m pipeline.operations.recipe_template KIND` prints the schema of a `recipe`, a
-`data_recipe` or a `cluster_profile`. Only `atom validate` finds contradictions between fields.
-"""
 DOCUMENTS = {
     "recipe": "One release. Packaged recipes are in `pipeline/recipes/`.",
     "data_recipe": "The sources of a corpus and their curation. Packaged ones are in `data_recipes/`.",
@@ -70,11 +65,11 @@ DOCUMENTS = {
 
 def pages() -> dict[str, str]:
     """The content of each generated file, by its path in this folder."""
-    models = recipe_template.schema_models()
+    models = {"recipe": recipe.schema(), "data_recipe": registry.definition().DATA_RECIPE, "cluster_profile": Profile}
     documents = [
         Document(kind.replace("_", " ").capitalize(), intro, models[kind]) for kind, intro in DOCUMENTS.items()
     ]
-    configuration = ["# Configuration", GENERATED, prose(CONFIGURATION), prose(SCHEMAS)]
+    configuration = ["# Configuration", GENERATED, prose(CONFIGURATION)]
     configuration += [block for document in documents for block in document.blocks()]
     return {
         "cli.md": "\n\n".join(command_blocks()) + "\n",

@@ -132,14 +132,12 @@ def plan(
     With --simulate, the engine of that rank is built at full size and walks through training steps on this machine,
     without the memory that they need: its parameters, peak memory and collectives are shown beside the estimate.
 
-    Exit code 2 says that the Hub would not take a file or a folder of the release, or that the watchdog of a phase
-    would take the sealing of a checkpoint for a hang.
+    Exit code 2 says that the Hub would not take a file or a folder of the release.
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
     from pipeline.cli.tables import cost_table, long_context_table, phases_table, plan_table, simulation_table
     from pipeline.graph import budget, dag, plan
-    from pipeline.graph.plan import checkpoint_sentences, checkpoint_times, require_patient_watchdogs
     from pipeline.launch import cluster_profile
     from pipeline.operations import fit
     from pipeline.operations.cost_estimate import estimate_costs
@@ -155,8 +153,6 @@ def plan(
         fitting = fit.fits(rows, {use.name: use for use in costs.uses}, profile)
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
-    # Without a profile nothing limits the storage.
-    storage_gb_s = None if profile is None else profile.storage.gb_s
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
     long = plan.long_context(rows)
     if as_json:
@@ -166,9 +162,6 @@ def plan(
             "absent": list(composed.absent),
             "stages": [r.json() for r in rows],
         }
-        for stage, row in zip(body["stages"], rows, strict=True):
-            times = checkpoint_times(row, storage_gb_s)
-            stage["checkpoint_seconds"] = times and asdict(times)
         for stage, stage_fit in zip(body["stages"], fitting, strict=bool(fitting)):
             stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
@@ -178,7 +171,6 @@ def plan(
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
         # Errors come last, so that the plan is printed all the same.
         fit.require_publishable(rows)
-        require_patient_watchdogs(rows, storage_gb_s)
         return
     for text in composed.absent:
         print(text)
@@ -186,15 +178,13 @@ def plan(
     if phases := phases_table(rows):
         console().print()
         console().print(phases)
-        for text in checkpoint_sentences(rows, storage_gb_s):
-            print(_wrapped(text))
     if long:
         console().print()
         console().print(long_context_table(long))
-    if costs and profile:
+    if costs:
         console().print()
         console().print(cost_table(costs))
-        for text in (*costs.assumed, *filter(None, [fit.unlimited(rows, profile)]), *beyond):
+        for text in (*costs.assumed, *beyond):
             print(text)
         for stage_fit in fitting:
             if stage_fit.reasons:
@@ -205,7 +195,6 @@ def plan(
     for text in plan.remarks(rows):
         print(_wrapped(text))
     fit.require_publishable(rows)
-    require_patient_watchdogs(rows, storage_gb_s)
 
 
 def _wrapped(text: str) -> str:

@@ -150,12 +150,6 @@ class TrainingEstimate:
     activation_bytes: int
     # Bytes of one checkpoint, all ranks together.
     checkpoint_bytes: int
-    # Bytes of a sealed checkpoint that one rank writes, at most.
-    share_bytes: int
-    # The most that a rank reads or writes of it between two reports of progress.
-    silent_bytes: int
-    # Seconds without progress after which an attempt is ended.
-    watchdog_seconds: float
     # The number of sealed checkpoints, and of kept work checkpoints.
     release_checkpoints: int
     work_checkpoints: int

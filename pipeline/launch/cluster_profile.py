@@ -427,7 +427,7 @@ class Slurm(Section):
 
 
 class Storage(Section):
-    """Space and speed of the storage that the stages may take.
+    """Space of the storage that the stages may take.
 
     `atom plan --cluster` compares them with what the stages need, and `atom submit` refuses what does not fit.
     """
@@ -436,10 +436,6 @@ class Storage(Section):
     """GB that $ATOM_HOME may hold; null: not limited"""
     home_files: Annotated[int, Range(1, 1e12)] | None = None
     """files that $ATOM_HOME may hold (inodes); null: not limited"""
-    hub_gb: Annotated[float, Range(0, 1e9, above=True)] | None = None
-    """GB that the namespace on the Hub may hold; null: not limited"""
-    gb_s: Annotated[float, Range(0, 1e6, above=True)] | None = None
-    """GB/s that all nodes together read or write of $ATOM_HOME; null: not limited"""
 
 
 class Profile(Section):
@@ -456,7 +452,7 @@ class Profile(Section):
     gpu: Gpu | None = None
     """speed and memory of the GPUs; null: no estimate of training time, and no limit of memory"""
     storage: Storage = Storage()
-    """space and speed of $ATOM_HOME, and space on the Hub"""
+    """space of $ATOM_HOME"""
     slurm: Slurm | None = None
     """Slurm cluster, required by `atom submit`"""
 

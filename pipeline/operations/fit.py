@@ -11,7 +11,7 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import family
 from pipeline.core.store import Store
 from pipeline.graph.dag import Graph, states
-from pipeline.graph.plan import StagePlan, is_small, plan, require_patient_watchdogs
+from pipeline.graph.plan import StagePlan, is_small, plan
 from pipeline.hub.client import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
 from pipeline.launch.cluster_profile import Profile
 from pipeline.operations.cost_estimate import Use, estimate_costs, servers_of
@@ -47,14 +47,13 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
     Raises:
         RecipeError: The ranks of a stage do not fill the profile's nodes equally.
     """
-    disk = files = published = 0
+    disk = files = 0
     results, storage = [], profile.storage
     for row in rows:
         estimate, name = row.estimate, row.state.name
         reasons = []
         disk += estimate.disk_bytes or 0
         files += estimate.files or FILES + FILES_PER_SHARD * row.shards
-        published += estimate.published_bytes
         if row.state.text == "to run":
             reasons += _nodes(row, profile) + _format(row, profile)
             reasons += _memory(row, profile) + _server_memory(row, profile)
@@ -66,10 +65,6 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
             reasons.append(f"$ATOM_HOME then has {at_most / GB:,.0f} GB, of {storage.home_gb:,.0f} (storage.home_gb)")
         if storage.home_files is not None and files > storage.home_files:
             reasons.append(f"$ATOM_HOME then has {files:,} files, of {storage.home_files:,} (storage.home_files)")
-        if storage.hub_gb is not None and published > storage.hub_gb * GB and estimate.published_bytes:
-            reasons.append(
-                f"the release then has {published / GB:,.0f} GB, of {storage.hub_gb:,.0f} on the Hub (storage.hub_gb)"
-            )
         results.append(Fit(name, tuple(reasons)))
     return results
 
@@ -77,11 +72,10 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
 def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -> None:
     """Raises RecipeError if a selected stage does not fit the cluster.
 
-    It is also raised if the Hub would not take what a stage publishes, or if a watchdog is too impatient.
+    It is also raised if the Hub would not take what a stage publishes.
     """
     rows = plan(graph, states(graph, store), selected)
     require_publishable(rows)
-    require_patient_watchdogs(rows, profile.storage.gb_s)
     uses = {use.name: use for use in estimate_costs(rows, profile, is_small(graph)).uses}
     misfits = [result for result in fits(rows, uses, profile) if result.reasons]
     if misfits:
@@ -230,18 +224,3 @@ def _time(row: StagePlan, use: Use, profile: Profile) -> list[str]:
         return []
     stated = f"slurm.{allocation.section}.minutes"
     return [f"{what} needs {hours:,.1f} hours in one start, and a job has {minutes / 60:,.1f} ({stated})"]
-
-
-def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
-    """Returns a sentence on the limits that the profile does not state; None if it states all that the plan needs."""
-    missing = []
-    if profile.slurm is not None:
-        jobs = [profile.slurm.allocation(row.state.name, row.needs) for row in rows]
-        if any(job.gpus for job in jobs) and (profile.gpu is None or profile.gpu.memory_gb is None):
-            missing.append("gpu.memory_gb")
-        sections = {f"slurm.{job.section}.memory_gb" for job in jobs if not job.jobs.memory_gb}
-        sections |= {f"slurm.{job.section}.nodes" for job in jobs if job.nodes > 1 and job.jobs.nodes is None}
-        servers = [servers for row in rows if (servers := servers_of(row, profile)) is not None]
-        missing += sorted(sections | {"slurm.servers.memory_gb" for server in servers if not server.memory_gb})
-    missing += [f"storage.{name}" for name, value in profile.storage if value is None]
-    return f"not limited by profile {profile.name}: {', '.join(missing)}" if missing else None
