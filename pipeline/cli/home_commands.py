@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -101,23 +100,10 @@ def watch(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="look once, for cron; exit code 1 if an alert stands")] = False,
     every: Annotated[float, typer.Option(min=1, max=86_400, help="seconds between two looks")] = 60.0,
-    state: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="where sent alerts are kept; default: watch.json of the run")
-    ] = None,
-    stalled_steps: Annotated[
-        float, typer.Option(min=2, max=1e6, help="median step times without a report after which a stage has stalled")
-    ] = 20.0,
     stalled_seconds: Annotated[
-        float, typer.Option(min=1, max=1e6, help="and at least so many seconds; evaluation and checkpoints take time")
+        float, typer.Option(min=1, max=1e6, help="seconds without a report after which a stage has stalled")
     ] = 300.0,
-    budget_share: Annotated[float, typer.Option(min=0, max=1, help="share of the budget that is an alert")] = 0.9,
     free_gb: Annotated[float, typer.Option(min=0, max=1e9, help="free GB on the disk of $ATOM_HOME")] = 1.0,
-    waiting_hours: Annotated[
-        float, typer.Option(min=0, max=1e5, help="hours of waiting for Slurm alone that are an alert")
-    ] = 24.0,
-    restarts_a_day: Annotated[
-        int, typer.Option(min=1, max=1000, help="starts of a stage within a day, above which is an alert")
-    ] = 5,
 ) -> None:
     """Send an alert when something in a run is wrong.
 
@@ -133,8 +119,8 @@ def watch(
     from pipeline.tracking import snapshot
 
     chosen_run, store = find_run(run)
-    limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb, waiting_hours, restarts_a_day)
-    watcher = alerts.Watcher(chosen_run.id, state or chosen_run.folder / "watch.json", command)
+    limits = alerts.Thresholds(stalled_seconds, free_gb)
+    watcher = alerts.Watcher(chosen_run.id, chosen_run.folder / "watch.json", command)
     # A lack of answers is printed when it begins, not at each look.
     answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None
     while True:

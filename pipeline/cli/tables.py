@@ -295,20 +295,21 @@ def print_comparison(rows: list[Measured], console: Console) -> None:
 
 
 def _measured_costs(rows: list[Measured], names: list[str]) -> Table:
-    result = table("cost", *names, right=len(names), wraps=ALL)
+    caption = "cost: of all attempts at the stages of a run, failed ones and those of other runs included"
+    result, costs = table("cost", *names, right=len(names), wraps=ALL, caption=caption), [row.cost for row in rows]
     result.add_row("stages sealed", *(f"{row.sealed} of {len(row.keys)}" for row in rows))
-    for title, kind in (("", "cost"), (", this run alone", "spent")):
-        costs = [getattr(row, kind) for row in rows]
-        result.add_row(f"attempts{title}", *(str(cost.attempts) for cost in costs))
-        for name, unit in (("wall_hours", "h"), ("core_hours", "h"), ("gpu_hours", "h"), ("energy_wh", "Wh")):
-            if any(getattr(cost, name) for cost in costs):
-                label = name.rpartition("_")[0].replace("gpu", "GPU")
-                result.add_row(f"{label} {unit}{title}", *(f"{getattr(cost, name):.3g}" for cost in costs))
-        if any(cost.money is not None for cost in costs):
-            money = (f"{cost.money:,.2f} {escape(cost.currency)}" if cost.money is not None else "" for cost in costs)
-            result.add_row(f"money{title}", *money)
-    result.caption = "cost: of all attempts at the stages of a run, failed ones and those of other runs included"
-    result.caption_justify = "left"
+    result.add_row("attempts", *(str(cost.attempts) for cost in costs))
+    for name, label in (
+        ("wall_hours", "wall h"),
+        ("core_hours", "core h"),
+        ("gpu_hours", "GPU h"),
+        ("energy_wh", "energy Wh"),
+    ):
+        if any(getattr(cost, name) for cost in costs):
+            result.add_row(label, *(f"{getattr(cost, name):.3g}" for cost in costs))
+    if any(cost.money is not None for cost in costs):
+        money = (f"{cost.money:,.2f} {escape(cost.currency)}" if cost.money is not None else "" for cost in costs)
+        result.add_row("money", *money)
     return result
 
 

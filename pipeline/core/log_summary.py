@@ -46,8 +46,8 @@ PROOF = 4096
 LAST_NOTES, LAST_ATTEMPTS = 20, 32
 # The reports of progress from which the step time is computed.
 PACE = 65
-# The points of a curve, the curves of a stage, and the losses that are kept unthinned.
-POINTS, MAX_CURVES, RECENT = 150, 32, 129
+# The points of a curve, and the curves of a stage.
+POINTS, MAX_CURVES = 150, 64
 SAVE_EVERY = 10.0
 # Seconds that the last save may take: the other ranks of a failed launch end within five.
 LAST_SECONDS = 2.0
@@ -243,8 +243,6 @@ class CurveState(TypedDict):
     """The state of the curves of a stage."""
 
     curves: dict[str, Curve]
-    # [step, loss] of the latest steps.
-    recent: list[list[Number]]
 
 
 class _CurveBody(TypedDict):
@@ -265,7 +263,7 @@ class Curves(LogSummary[Point]):
     state: CurveState
 
     def empty(self) -> CurveState:
-        return {"curves": {}, "recent": []}
+        return {"curves": {}}
 
     def add(self, row: Point) -> None:
         step, curves = row["step"], self.state["curves"]
@@ -274,10 +272,6 @@ class Curves(LogSummary[Point]):
                 continue
             if name in curves or len(curves) < MAX_CURVES:
                 _add_point(curves.setdefault(name, {"width": 1, "buckets": []}), step, value)
-            if name == "loss":
-                # Losses of this and later steps are those of an attempt before a restart.
-                kept = [point for point in self.state["recent"][1 - RECENT :] if point[0] < step]
-                self.state["recent"] = [*kept, [step, value]]
 
     def points(self, name: str) -> list[tuple[float, float, float, float]]:
         """Returns (step, mean, smallest, largest) of each bucket of a curve."""

@@ -202,47 +202,16 @@ class Jobs(Resources):
     """maximum number of tasks of a job array that run at once; null: slurm.array_tasks"""
 
 
-class Changes(Section):
-    """Other requests for the jobs of some stages than for those of their kind; null: as their kind."""
+class Changes(Jobs):
+    """Other requests for the jobs of some stages; what is left out is as for the jobs of their kind.
 
-    partition: SlurmName | None = None
+    Options and variables are added to those of the kind.
+    """
+
+    partition: SlurmName | None = None  # type: ignore[assignment]  # here it may be left out
     """Slurm partition, or several"""
-    minutes: Annotated[int, Range(1, 525_600)] | None = None
+    minutes: Annotated[int, Range(1, 525_600)] | None = None  # type: ignore[assignment]
     """time limit of one start in minutes"""
-    gpus_per_node: Annotated[int, Range(0, 1024)] | None = None
-    """GPUs per node; 0: none"""
-    gpu_type: SlurmName | None = None
-    """type of the GPUs"""
-    tasks_per_node: Annotated[int, Range(1, 1024)] | None = None
-    """maximum number of ranks per node"""
-    spare_nodes: Annotated[int, Range(0, 1024)] | None = None
-    """idle nodes beside those of the ranks"""
-    nodes: Annotated[int, Range(1, 1e6)] | None = None
-    """nodes that the jobs can have at once"""
-    array_tasks: Annotated[int, Range(1, 1e6)] | None = None
-    """maximum number of tasks of a job array that run at once"""
-    cpus_per_task: Annotated[int, Range(1, 4096)] | None = None
-    """CPU cores per rank"""
-    memory_gb: Annotated[float, Range(0, 1e6)] | None = None
-    """memory per node in GiB; 0: all of the node"""
-    account: SlurmName | None = None
-    """Slurm account"""
-    qos: SlurmName | None = None
-    """Slurm quality of service"""
-    constraint: SlurmExpression | None = None
-    """required node features"""
-    exclude: SlurmExpression | None = None
-    """nodes to avoid"""
-    exclusive: Flag | None = None
-    """do not share nodes with other jobs"""
-    whole_nodes: Flag | None = None
-    """request all GPUs of a node"""
-    sbatch: Options = ()
-    """options of sbatch, after those of the kind"""
-    srun: Options = ()
-    """options of srun, after those of the kind"""
-    environment: dict[Variable, Value] = Field({}, max_length=1000)
-    """environment variables, beside those of the kind"""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -250,9 +219,9 @@ class Changes(Section):
         return self
 
     def apply(self, jobs: Jobs) -> Jobs:
-        """Returns the jobs with these changes. Options and variables are added, all else is replaced."""
-        changed = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
-        added = {name: getattr(jobs, name) + changed[name] for name in ("sbatch", "srun")}
+        """Returns the jobs with these changes."""
+        changed = {name: getattr(self, name) for name in self.model_fields_set}
+        added = {name: getattr(jobs, name) + getattr(self, name) for name in ("sbatch", "srun")}
         return jobs.model_copy(update={**changed, **added, "environment": {**jobs.environment, **self.environment}})
 
 

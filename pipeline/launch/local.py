@@ -221,9 +221,8 @@ class LocalLauncher:
     def _submit(self, node: Node) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
         gpus = visible_gpus()
-        peaks = self.profile.peaks() if gpus else {}
-        resources = {"watts_per_core": self.profile.power.watts_per_core, "ranks": number, "peaks": peaks}
-        task = Task.of(self.graph, self.store, self.run, node, **resources)
+        watts_per_core = self.profile.power.watts_per_core
+        task = Task.of(self.graph, self.store, self.run, node, watts_per_core=watts_per_core, ranks=number)
         # `env` becomes the stage's process, without denied variables
         options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
         options.append(f"ATOM_HOME={self.store.home}")

@@ -114,7 +114,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
             note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)
             avoidance = Avoidance(bad_nodes.read(store))
             submission.kept_nodes = avoidance.kept
-            scripts, limits = RunScripts(store, run, slurm, code), _limits(graph, slurm)
+            scripts, limits = RunScripts(store, run, slurm, code), _limits(graph, profile)
             submitter = _Submitter(graph, scripts, run, profile, slurm_jobs, submission, avoidance, limits)
             for name in selected:
                 submitter.submit(graph.nodes[name])
@@ -202,10 +202,19 @@ class _Submitter:
             submission.servers[name].append(start_servers(script, task, self.limits, range(1, servers.count)))
 
 
-def _limits(graph: Graph, slurm: Slurm) -> JobLimits:
-    limits = JobLimits(budget.limits_of(graph.recipe.config), slurm.restarts, slurm.free_gb, slurm.scratch)
-    rest = {name: getattr(slurm, name) for name in ("variables", "avoid_seconds", "device_test_share")}
-    return replace(limits, **rest)
+def _limits(graph: Graph, profile: Profile) -> JobLimits:
+    slurm, test = profile.cluster(), None
+    if slurm.device_test_share:
+        test = slurm.device_test_share * profile.peaks().get("bf16", 0.0)
+    return JobLimits(
+        budget=budget.limits_of(graph.recipe.config),
+        restarts=slurm.restarts,
+        free_gb=slurm.free_gb,
+        scratch=slurm.scratch,
+        variables=slurm.variables,
+        avoid_seconds=slurm.avoid_seconds,
+        device_test_flops=test,
+    )
 
 
 def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseException) -> str:
@@ -398,8 +407,7 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
         ranks=allocation.ranks,
         gpus=allocation.all_gpus,
         watts_per_gpu=profile.power.watts_per_gpu,
-        server_gpus=servers.gpus_per_node if servers else 0,
-        peaks=profile.peaks() if allocation.gpus else {},
+        server_gpus=servers.count * servers.gpus_per_node if servers else 0,
     )
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from pipeline.core import atomic_files, json_files
-from pipeline.core.errors import AtomError
-from pipeline.core.log_summary import Curves, EventSummary, spike_limit
+from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.progress import duration
 from pipeline.core.progress import stages as stage_count
 from pipeline.core.store import Store
@@ -30,11 +29,16 @@ from pipeline.tracking.status import ENDING, HIDDEN, UNSUBMITTED
 
 # The time that the command of an alert may take.
 SECONDS = 30.0
-# Those of a recipe that sets no others (`spikes`).
-SPIKE_WINDOW, SPIKE_SIGMAS = 64, 6.0
+# The steps for which a loss spike is an alert.
+SPIKE_STEPS = 64
 # The steps after which an expert without tokens is an alert: in the first ones, routers have not settled.
 DEAD_STEPS = 1000
 DAY = 86_400
+# Median step times without a report after which a stage has stalled, if these are more than the seconds of Thresholds.
+STALLED_STEPS = 20.0
+# The used share of a budget, the hours in which nothing but Slurm keeps a job waiting, and the starts of a stage within
+# a day, above which something is an alert.
+BUDGET_SHARE, WAITING_HOURS, RESTARTS_A_DAY = 0.9, 24.0, 5
 # The states of a stage that does not go on by itself.
 FAILED = ("failed", "lost", "damaged", ENDING, UNSUBMITTED)
 LONG_WAIT = "long wait"
@@ -45,18 +49,10 @@ STATE = TypeAdapter(dict[str, str])
 class Thresholds:
     """The limits beyond which something is an alert."""
 
-    # Median step times without a report.
-    stalled_steps: float = 20.0
-    # And at least so many seconds.
+    # Seconds without a report, at least.
     stalled_seconds: float = 300.0
-    # The used share of a budget.
-    budget_share: float = 0.9
     # On the disk of the home.
     free_gb: float = 1.0
-    # Hours in which nothing but Slurm keeps a job waiting.
-    waiting_hours: float = 24.0
-    # Starts of a stage.
-    restarts_a_day: int = 5
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
     if free < limits.free_gb:
         text = f"the disk that holds {store.home} has {free:.3g} GB left; free some space"
         current.append(Alert("disk", "disk", None, text))
-    current += _of_jobs([stage.status for stage in snapshot.stages], snapshot.time, limits)
+    current += _of_jobs([stage.status for stage in snapshot.stages], snapshot.time)
     current += [alert for stage in snapshot.stages for alert in _of_stage(stage, snapshot.time, limits)]
     for entry in bad_nodes.read(store):
         if entry.run == snapshot.run.id:
@@ -86,7 +82,7 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
         spending, resource = snapshot.spending, name.replace("_", " ")
         if not (spending.limits and (limit := spending.limits.get(name))):
             continue
-        if spending.now(name) >= limits.budget_share * limit:
+        if spending.now(name) >= BUDGET_SHARE * limit:
             text = f"{spending.now(name):,.4g} of the budget of {limit:,.10g} {resource} are used"
             current.append(Alert(f"budget {name}", "budget", None, text))
         elif spending.expected(name) > limit:
@@ -95,7 +91,7 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
     return current
 
 
-def _of_jobs(stages: Sequence[NodeStatus], now: float, limits: Thresholds) -> Iterator[Alert]:
+def _of_jobs(stages: Sequence[NodeStatus], now: float) -> Iterator[Alert]:
     """Yields alerts on jobs that do not start: one for each cause, however many jobs have it."""
     causes: dict[str, list[NodeStatus]] = {}
     for stage in stages:
@@ -103,7 +99,7 @@ def _of_jobs(stages: Sequence[NodeStatus], now: float, limits: Thresholds) -> It
             causes.setdefault(REFUSED, []).append(stage)
         elif stage.alert:
             causes.setdefault(stage.alert, []).append(stage)
-        elif stage.waits_since is not None and now - stage.waits_since > 3600 * limits.waiting_hours:
+        elif stage.waits_since is not None and now - stage.waits_since > 3600 * WAITING_HOURS:
             causes.setdefault(LONG_WAIT, []).append(stage)
     for cause, concerned in causes.items():
         first, others = concerned[0], len(concerned) - 1
@@ -120,7 +116,7 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
         reason = stage.status.message or stage.status.reason or "the cause is not known"
         yield Alert(f"failed {name}", "failed", name, f"stage {name} {state}: {reason}")
     begins = [begin for begin in stage.events.state["began_at"] if now - begin < DAY]
-    if state not in ("sealed", *FAILED) and len(begins) > limits.restarts_a_day:
+    if state not in ("sealed", *FAILED) and len(begins) > RESTARTS_A_DAY:
         text = f"stage {name} has begun {len(begins)} times within a day; atom logs {name} shows why"
         yield Alert(f"restarts {name}", "restarts", name, text)
     slow_since = stage.events.state["slow_since"]
@@ -135,26 +131,14 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
         yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}{hidden}")
     if curves is None:
         return
-    if (spike := _last_spike(curves.state["recent"])) is not None:
-        yield Alert(f"loss spike {name}", "loss spike", name, f"stage {name}: {spike}")
     skipped = curves.points("spike")
-    if skipped and stage.status.done - skipped[-1][0] <= SPIKE_WINDOW:
+    if skipped and stage.status.done - skipped[-1][0] <= SPIKE_STEPS:
         text = f"stage {name}: spikes so far: {curves.count('spike')}, the last one near step {skipped[-1][0]:.0f}"
         yield Alert(f"skipped {name} {skipped[-1][0]:.0f}", "loss spike", name, text)
     if dead := _dead_experts(curves):
         experts = f"{dead:.0f} experts have" if dead > 1 else "1 expert has"
         text = f"stage {name}: {experts} been dead for {DEAD_STEPS:,} steps"
         yield Alert(f"dead experts {name}", "dead experts", name, text)
-
-
-def _last_spike(recent: Sequence[Sequence[float]]) -> str | None:
-    """Returns a clause on the last spike among [step, loss] of the latest steps; None without one."""
-    losses = [loss for _, loss in recent]
-    for number in reversed(range(max(SPIKE_WINDOW, len(losses) - SPIKE_WINDOW), len(losses))):
-        _, limit = spike_limit(losses[number - SPIKE_WINDOW : number], SPIKE_SIGMAS)
-        if losses[number] > limit:
-            return f"the loss is {losses[number]:.4g} at step {recent[number][0]:.0f}, above {limit:.4g}"
-    return None
 
 
 def _dead_experts(curves: Curves) -> float:
@@ -174,7 +158,7 @@ def _stalled(events: EventSummary, now: float, limits: Thresholds) -> str | None
     last, step = events.state["last"], events.step_seconds()
     if last is None:
         return None
-    silent, allowed = now - last["time"], max(limits.stalled_seconds, limits.stalled_steps * (step or 0.0))
+    silent, allowed = now - last["time"], max(limits.stalled_seconds, STALLED_STEPS * (step or 0.0))
     if silent <= allowed:
         return None
     usual = f"; a step takes {step:.3g} s" if step else ""
@@ -204,7 +188,7 @@ class Watcher:
             The alerts that are new, and a sentence for each failure of the command.
 
         Raises:
-            AtomError: The file of sent alerts cannot be written.
+            OSError: The file of sent alerts cannot be written.
         """
         stored, problems = self._read(), list[str]()
         sent = {id: text for id, text in stored.items() if any(alert.id == id for alert in current)}
@@ -226,11 +210,7 @@ class Watcher:
         if self.command is None:
             self.shown = dict(sent)
             return
-        try:
-            atomic_files.write(self.state, json.dumps(sent, indent=1, sort_keys=True) + "\n")
-        except OSError as error:
-            place = json_files.printable(self.state)
-            raise AtomError(f"{place} cannot be written ({error.strerror}); name a writable file by --state") from error
+        atomic_files.write(self.state, json.dumps(sent, indent=1, sort_keys=True) + "\n")
 
     def _read(self) -> dict[str, str]:
         if self.command is None:

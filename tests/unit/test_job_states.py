@@ -241,7 +241,7 @@ def test_alerts_on_a_slow_rank_an_avoided_node_many_starts_and_a_long_wait(world
     assert lease is not None
     try:
         _, current = world.look(stalled_seconds=40)
-        assert [alert.kind for alert in world.look(waiting_hours=48, restarts_a_day=7)[1]] == ["avoided node"], (
+        assert {alert.kind for alert in world.look()[1]} == {"avoided node", "restarts", "long wait"}, (
             "a rank is slow for a moment now and then"
         )
     finally:

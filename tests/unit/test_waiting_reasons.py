@@ -11,7 +11,6 @@ from pipeline.graph.run import NodeStatus
 from pipeline.launch import diagnoses, slurm_client
 from pipeline.launch.slurm_client import Answers, Job, NoAnswer
 from pipeline.operations import alerts
-from pipeline.operations.alerts import Thresholds
 from tests.fixtures import slurm_reason_fixtures
 from tests.fixtures.slurm_reason_fixtures import CONTROLLER, TABLE, Known, explained, installed, reasons, recorded
 
@@ -92,9 +91,9 @@ def test_what_needs_a_person_is_one_alert(line: str) -> None:
     """At once, and the rest after a day; one for all jobs that wait for the same."""
     reason, alert, sentence = line.split("\t")
     stages = [status(reason, since=1000.0, number=number) for number in range(3)]
-    at_once = list(alerts._of_jobs(stages, 1000.0, Thresholds()))
+    at_once = list(alerts._of_jobs(stages, 1000.0))
     assert len(at_once) == bool(alert)
     for each in at_once:
         assert each.text == f"stage stage0: {sentence}; the same holds for 2 stages more"
-    later = list(alerts._of_jobs(stages, 1000.0 + 86_500, Thresholds()))
+    later = list(alerts._of_jobs(stages, 1000.0 + 86_500))
     assert len(later) == 1 and (alert or later[0].kind == "long wait")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
 from pipeline.operations import alerts
 from pipeline.operations.alerts import Alert, Thresholds, Watcher
@@ -74,7 +73,7 @@ def test_budget_and_disk(tmp_path: Path) -> None:
     hours = 16 * 2 * 300 / 3600
     for share, expected in ((0.8, []), (0.95, ["budget"]), (1.5, ["budget"])):
         budget = {"gpu_hours": hours / share, "core_hours": None}
-        limits = Thresholds(budget_share=0.9, free_gb=0)
+        limits = Thresholds(free_gb=0)
         fields = {"steps": 300, "budget": budget}
         run, store = make_run(tmp_path / str(share), **fields)  # type: ignore[arg-type]
         append(run.node_folder("pretrain") / "events.jsonl", {  # all but done, so that nothing more is expected
@@ -95,12 +94,6 @@ def test_spikes_and_dead_experts(tmp_path: Path) -> None:
         with running(tmp_path):
             return alerts.alerts(snapshot.take(run, store), store, Thresholds(free_gb=0))
 
-    train(folder, time.time(), 201, 4.2)
-    (spike,) = current()
-    assert spike.kind == "loss spike" and "the loss is 4.2 at step 201" in spike.text
-    for step in range(202, 270):
-        train(folder, time.time(), step, 2.4)
-    assert current() == [], "64 steps later it is over"
     append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "spike": 1.0})
     append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "dead_experts": 2.0})
     assert [(alert.kind, alert.text.partition(": ")[2]) for alert in current()] == [
@@ -138,7 +131,7 @@ def test_an_alert_is_sent_once_until_it_is_over(tmp_path: Path) -> None:
         watcher().send(current)
     assert sent.read_text().split() == ["text", "full", "text"]
     assert Watcher(RUN, tmp_path / "nowhere" / "watch.json").send([]) == ([], [])
-    with pytest.raises(AtomError, match="cannot be written .No such file or directory.; name a writable file"):
+    with pytest.raises(FileNotFoundError):
         watcher(tmp_path / "nowhere" / "watch.json").send([alert])
     assert len(sent.read_text().split()) == 3, "what cannot be remembered is not sent"
     (tmp_path / "watch.json").write_text("{")
@@ -178,7 +171,6 @@ JOB = """
 import sys, time
 from pathlib import Path
 from pipeline.core.events import FileReport
-from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
 home, run = map(Path, sys.argv[1:])
 lease, report = Lease.take(home / "work" / "pretrain-0123456789ab"), FileReport(run / "pretrain")
