@@ -94,9 +94,6 @@ def print_submission(submission: Submission) -> None:
         parts.append(f"{stages(len(submission.submitted))} submitted")
     if submission.attached:
         parts.append(f"{len(submission.attached)} already queued in Slurm")
-    for user in sorted(set(submission.waiting.values())):
-        names = ", ".join(name for name, owner in submission.waiting.items() if owner == user)
-        parts.append(f"{names} after the job of {user}, which Slurm hides")
     if submission.released:
         parts.append(f"{', '.join(submission.released)} released")
     if submission.sealed:

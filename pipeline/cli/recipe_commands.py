@@ -258,13 +258,13 @@ def submit(
     if not ignore_fit:
         fit.require(composed, store, selected, settings)
     if dry_run:
-        written = slurm.dry_run(composed, store, selected, settings)
+        checks = slurm.dry_run(composed, store, selected, settings)
         if as_json:
-            print(json.dumps({"scripts": [row.json() for row in written.checks]}, indent=1))
+            print(json.dumps({"scripts": [row.json() for row in checks]}, indent=1))
         else:
-            for row in written.checks:
+            for row in checks:
                 print(f"{row.script}: {row.answer}")
-        written.require_taken()
+        slurm.require_taken(checks)
         slurm.Submission(damaged=damage_of(composed, store, selected)).require_undamaged()
         return
     submission = slurm.submit(composed, store, selected, settings, cluster)

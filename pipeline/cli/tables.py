@@ -299,12 +299,8 @@ def _measured_costs(rows: list[Measured], names: list[str]) -> Table:
     result, costs = table("cost", *names, right=len(names), wraps=ALL, caption=caption), [row.cost for row in rows]
     result.add_row("stages sealed", *(f"{row.sealed} of {len(row.keys)}" for row in rows))
     result.add_row("attempts", *(str(cost.attempts) for cost in costs))
-    for name, label in (
-        ("wall_hours", "wall h"),
-        ("core_hours", "core h"),
-        ("gpu_hours", "GPU h"),
-        ("energy_wh", "energy Wh"),
-    ):
+    labels = {"wall_hours": "wall h", "core_hours": "core h", "gpu_hours": "GPU h", "energy_wh": "energy Wh"}
+    for name, label in labels.items():
         if any(getattr(cost, name) for cost in costs):
             result.add_row(label, *(f"{getattr(cost, name):.3g}" for cost in costs))
     if any(cost.money is not None for cost in costs):

@@ -321,7 +321,7 @@ class NodeStatus:
 
     name: str
     key: str
-    # Sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, lost or hidden.
+    # Sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, or lost.
     state: str
     done: float = 0
     total: float = 0

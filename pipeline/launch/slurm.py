@@ -7,12 +7,9 @@ disappear.
 from __future__ import annotations
 
 import io
-import math
 import os
-import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -30,7 +27,7 @@ from pipeline.graph import budget
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import LauncherFields, Run, RunFolder
-from pipeline.launch import bad_nodes, diagnoses, job, slurm_client, submission_lock
+from pipeline.launch import bad_nodes, job, slurm_client, submission_lock
 from pipeline.launch.attempt import Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.batch_script import BatchScript, RunScripts, servers_of
@@ -61,8 +58,6 @@ class Submission:
     sealed: list[str] = field(default_factory=list)
     # The attached stages whose jobs Slurm held back after a failed launch.
     released: list[str] = field(default_factory=list)
-    # The submitted stages that wait for the end of a job that Slurm hides, and whose that is.
-    waiting: dict[str, str] = field(default_factory=dict)
     # The job arrays for the shards of submitted stages, and those of their servers.
     arrays: dict[str, str] = field(default_factory=dict)
     servers: dict[str, list[str]] = field(default_factory=dict)
@@ -111,7 +106,6 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
         try:
-            note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)
             avoidance = Avoidance(bad_nodes.read(store))
             submission.kept_nodes = avoidance.kept
             scripts, limits = RunScripts(store, run, slurm, code), _limits(graph, profile)
@@ -154,7 +148,7 @@ class _Submitter:
     def submit(self, node: Node) -> None:
         """Submits a stage, unless it is sealed, or another run has a job for it."""
         submission, slurm_jobs, store = self.submission, self.slurm_jobs, self.scripts.store
-        claim = submission_lock.read(store, node.key, slurm_jobs)
+        claim = submission_lock.read(store, node.key)
         if store.sealed(node.key):
             submission.sealed.append(node.name)
             return
@@ -166,23 +160,19 @@ class _Submitter:
                 slurm_client.run_command("scontrol", "release", claim.job)
                 submission.released.append(node.name)
         else:
-            previous = None
-            if claim is not None and claim.is_hidden(slurm_jobs):
-                # That job may still live, so the new one waits for its end, however it ends.
-                previous, submission.waiting[node.name] = claim.job, claim.user
-            self._start(node, previous)
+            self._start(node)
             submission_lock.write(store, node.key, Owner(self.run.id, node.name), submission.submitted[node.name])
         array, servers = submission.arrays.get(node.name), submission.servers.get(node.name)
         job, shards = submission.jobs[node.name], node.stage.shards(node.config)
         self.run.note_job(node.name, job, node.name in submission.attached, array, shards, servers, user)
 
-    def _start(self, node: Node, previous: str | None) -> None:
+    def _start(self, node: Node) -> None:
         """Starts the jobs of a stage: the array of its shards, its first server, its job, and the other servers."""
         submission, scripts, name, jobs = self.submission, self.scripts, node.name, self.submission.jobs
         dependencies = sorted({jobs[source] for source in node.inputs.values() if source in jobs}, key=int)
         task = task_of(self.graph, scripts.store, self.run, node, self.profile)
         if tasks := array_of(scripts.slurm, node):
-            script = self.avoidance.apply(scripts.of_stage(node, dependencies, tasks, previous))
+            script = self.avoidance.apply(scripts.of_stage(node, dependencies, tasks))
             submission.arrays[name] = start_array(script, task, self.limits, tasks)
             # The array waits for the inputs, so the stage's job need wait for the array alone.
             dependencies = [submission.arrays[name]]
@@ -194,7 +184,7 @@ class _Submitter:
             server_job = start_servers(script, task, self.limits, range(1))
             submission.servers[name] = [server_job]
 
-        script = scripts.of_stage(node, dependencies, previous=previous, server_job=server_job)
+        script = scripts.of_stage(node, dependencies, server_job=server_job)
         submission.submitted[name] = start(self.avoidance.apply(script), task, self.limits)
         if servers and servers.count > 1:
             numbers, conditions = f"1-{servers.count - 1}", [f"after:{submission.submitted[name]}"]
@@ -235,29 +225,6 @@ def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseExc
             f"{reason}; a record of a cancelled job cannot be removed ({failure}); `atom retry` submits the run again"
         )
     return f"{reason}; then `atom retry` submits the run again"
-
-
-def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[str, Job], seconds: int) -> None:
-    """Notes the nodes as bad at which Slurm could not start the script of the last job of these keys.
-
-    That job had no process that could. Without accounting nothing is known of them.
-    """
-    claims = [submission_lock.read(store, key, slurm_jobs) for key in keys if not store.sealed(key)]
-    ended = {claim.job: claim for claim in claims if claim is not None and not claim.holds(slurm_jobs)}
-    try:
-        finished = slurm_client.finished_jobs(ended) if seconds else {}
-    except slurm_client.NoAnswer:
-        return
-    for id, claim in ended.items():
-        slurm_job = finished.get(id)
-        row = None if slurm_job is None else diagnoses.of_job(slurm_job.state, slurm_job.code)
-        if slurm_job is None or row is None or not row.bad_node or slurm_job.owner not in (None, claim.owner):
-            continue
-        if slurm_job.nodes in ("", "None assigned"):
-            continue
-        head = slurm_client.first_node(slurm_job.nodes)
-        until = int(time.time()) + seconds
-        bad_nodes.record(store, BadNode(until, head, row.text(nodes=head), claim.run, claim.node, id))
 
 
 class Avoidance:
@@ -318,7 +285,7 @@ def _can_start(script: BatchScript, excluded: str) -> bool:
     """Returns True if Slurm would start the job without these nodes; the jobs that it waits for may not exist yet."""
     options = {name: value for name, value in script.sbatch_options.items() if name != "dependency"}
     try:
-        slurm_client.test_only("sbatch", text=_without(replace(script, sbatch_options=options), excluded).text())
+        slurm_client.test_only(text=_without(replace(script, sbatch_options=options), excluded).text())
     except slurm_client.Refused:
         return False
     return True
@@ -457,43 +424,26 @@ class Checked:
         return {"stage": self.stage, "script": self.script, "ok": self.ok, "said": self.answer}
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """The written scripts, and the folder that has them.
-
-    `lack` is the reason why there was no Slurm that could have checked them; None if there was one.
-    """
-
-    folder: Path
-    checks: list[Checked]
-    lack: str | None
-
-    def require_taken(self) -> None:
-        """Raises AtomError if there was no Slurm, or if it would refuse a script."""
-        if self.lack and self.checks:
-            raise AtomError(
-                f"no Slurm answers on this host ({self.lack}), so the scripts in {self.folder} are written and none is "
-                "checked; give the command again on a host of the cluster, such as its login node"
-            )
-        if bad := [row for row in self.checks if not row.ok]:
-            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].answer}; fix the cluster profile")
+def require_taken(checks: list[Checked]) -> None:
+    """Raises AtomError if Slurm would refuse a script, or did not check it."""
+    for row in checks:
+        if not row.ok:
+            raise AtomError(f"stage {row.stage}: {row.answer}; {row.script} is written")
 
 
-def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> DryRun:
-    """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/`, and has Slurm test them.
+def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> list[Checked]:
+    """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/`, and has `sbatch` test each.
 
-    If there is a Slurm, `sbatch --test-only` tests each script, and `srun --test-only` its call of srun. Dependencies
-    are comments, because the jobs to wait for do not exist.
+    Dependencies are comments, because the jobs to wait for do not exist.
     """
     require_inputs(graph, store, selected, profile.other_python)
     code = source_code.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
-    checks, slurm, lack = [], profile.cluster(), slurm_client.lack()
+    slurm, checks = profile.cluster(), list[Checked]()
     scripts = RunScripts(store, run, slurm, code)
-    avoidance, limits = Avoidance([] if lack else bad_nodes.read(store)), {} if lack else slurm_client.time_limits()
 
     def check(script: BatchScript, file: str, dependencies: list[str]) -> None:
-        checks.append(_check_script(script, run.folder / file, dependencies, limits, lack))
+        checks.append(_check_script(script, run.folder / file, dependencies))
 
     for name in selected:
         node = graph.nodes[name]
@@ -503,41 +453,28 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
         if tasks := array_of(slurm, node):
             check(scripts.of_stage(node, [], tasks), f"{name}.shards.sh", dependencies)
             dependencies = ["its shards"]
-        check(avoidance.apply(scripts.of_stage(node, [])), f"{name}.sh", dependencies)
+        check(scripts.of_stage(node, []), f"{name}.sh", dependencies)
         if servers := servers_of(slurm, node):
             script = scripts.of_servers(node, servers, f"0-{servers.count - 1}", [])
             check(script, f"{name}.servers.sh", [f"the start of {name}, except the first one, for which {name} waits"])
-    return DryRun(run.folder, checks, lack)
+    return checks
 
 
-def _check_script(
-    script: BatchScript, path: Path, dependencies: list[str], limits: Mapping[str, float], lack: str | None = None
-) -> Checked:
-    """Writes a script and has Slurm check it, unless there is none.
-
-    Without `EnforcePartLimits`, Slurm takes a job beyond them and never starts it, unless the QOS lifts the limit.
+def _check_script(script: BatchScript, path: Path, dependencies: list[str]) -> Checked:
+    """Writes a script, and asks Slurm whether it would take it.
 
     Args:
         script: The script.
         path: The file to write.
         dependencies: The stages that the job would wait for, for a comment.
-        limits: The time limits of the partitions, in minutes.
-        lack: The reason why there is no Slurm; None if it answers.
     """
     head, _, body = script.text().partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}\n# waits for: {', '.join(dependencies) or 'nothing'}\n{body}")
-    if lack:
-        return Checked(script.stage, str(path), False, "written, and not checked")
     try:
-        answer = slurm_client.test_only("sbatch", str(path))
-        slurm_client.test_only("srun", *_request(script), *shlex.split(script.srun_options), "true")
+        answer = slurm_client.test_only(str(path))
     except slurm_client.Refused as error:
-        return Checked(script.stage, str(path), False, refusal(str(error), script))
-    partitions, minutes = str(script.sbatch_options["partition"]), int(script.sbatch_options["time"])
-    # Slurm may start the job in any of its partitions, so the longest limit counts.
-    longest = max(limits.get(name, math.inf) for name in partitions.split(","))
-    if minutes > longest and "qos" not in script.sbatch_options:
-        answer = f"minutes = {minutes} is more than the time limit of partition {partitions}, {longest:.0f} minutes"
-        return Checked(script.stage, str(path), False, answer)
+        return Checked(script.stage, str(path), False, f"Slurm refuses it: {refusal(str(error), script)}")
+    except NoAnswer as error:
+        return Checked(script.stage, str(path), False, f"not checked, since {error}")
     return Checked(script.stage, str(path), True, f"Slurm takes it, {answer}" if answer else "Slurm takes it")

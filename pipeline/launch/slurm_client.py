@@ -5,14 +5,12 @@ What asks in a loop does so through `Answers`, so that the controller gets a bou
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -96,7 +94,6 @@ class Job:
         code: Exit code and signal of an ended job.
         user: The user who submitted it.
         partition: Its partition, or several with commas between.
-        reservation: The reservation that it asks for; empty without one.
         waits_since: The time since which nothing but Slurm keeps it waiting, in seconds since the epoch; None if it
             waits for another job, or if that is not known.
         cancelled_by: The user who cancelled it; empty if nobody did or it is not known.
@@ -111,7 +108,6 @@ class Job:
     code: str = ""
     user: str = ""
     partition: str = ""
-    reservation: str = ""
     waits_since: float | None = None
     cancelled_by: str = ""
 
@@ -130,17 +126,17 @@ def run_command(*command: str, seconds: float = SECONDS) -> str:
     return _run(command, seconds).stdout
 
 
-def test_only(*command: str, text: str | None = None) -> str:
+def test_only(*script: str, text: str | None = None) -> str:
     """Returns the start that Slurm expects for a job, in its words; empty if it names none. Nothing is submitted.
 
     Args:
-        *command: sbatch or srun, and its arguments.
+        *script: The file of the script.
         text: The script, if no file has it.
 
     Raises:
         Refused: Slurm would not take the job.
     """
-    answer = _run((command[0], "--test-only", *command[1:]), SECONDS, text).stderr
+    answer = _run(("sbatch", "--test-only", *script), SECONDS, text).stderr
     _, _, start = answer.partition(" to start at ")
     return f"to start at {start.splitlines()[0].strip()}" if start else ""
 
@@ -154,25 +150,15 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
         raise NoAnswer(f"{command[0]} gave no answer within {seconds:.0f} s; see whether slurmctld is up") from None
     if process.returncode:
         message = process.stderr.strip() or f"exit code {process.returncode}"
-        # These commands judge a request, so their errors are about the request and not about Slurm.
-        if command[0] == "sbatch" or "--test-only" in command:
+        # It judges a request, so its errors are about the request and not about Slurm.
+        if command[0] == "sbatch":
             raise Refused(f"{command[0]}: {message}")
         raise NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
     return process
 
 
-def lack() -> str | None:
-    """Returns the reason that there is no Slurm for this host, in a few words; None if it answers."""
-    try:
-        run_command("sinfo", "--noheader", "--format=%P")
-    except NoAnswer as error:
-        before, _, fatal = str(error).partition("fatal: ")
-        return f"sinfo: {fatal}" if fatal else before.partition(";")[0]
-    return None
-
-
 # The fields of `squeue`. The comment is anybody's text, so it is the last one.
-_QUEUE_FIELDS = "JobArrayID State NodeList TimeUsed Reason UserName Partition EligibleTime Reservation Command Comment"
+_QUEUE_FIELDS = "JobArrayID State NodeList TimeUsed Reason UserName Partition EligibleTime Command Comment"
 QUEUE_FIELDS = tuple(_QUEUE_FIELDS.split())
 
 
@@ -189,9 +175,11 @@ def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
             *values, text = row.split("|", len(QUEUE_FIELDS) - 2)
             if len(values) < len(QUEUE_FIELDS) - 2 or (owner := Owner.read(text)) is None:
                 continue
-            id, state, nodes, elapsed, reason, submitter, partition, eligible, reservation = map(_word, values)
-            job = Job(id, state, reason, nodes, elapsed, owner, user=submitter, waits_since=_seconds(eligible))
-            jobs[id] = replace(job, partition=partition, reservation=reservation)
+            id, state, nodes, elapsed, reason, submitter, partition, eligible = map(_word, values)
+            waits_since = _seconds(eligible)
+            jobs[id] = Job(
+                id, state, reason, nodes, elapsed, owner, user=submitter, partition=partition, waits_since=waits_since
+            )
     return jobs
 
 
@@ -209,18 +197,6 @@ def _seconds(time_text: str) -> float | None:
         return datetime.fromisoformat(time_text).timestamp()
     except ValueError:  # N/A
         return None
-
-
-def hides_jobs() -> bool:
-    """Returns True if Slurm shows this user no jobs of others: `PrivateData` has `jobs`.
-
-    Root sees all. Raises NoAnswer.
-    """
-    if os.geteuid() == 0:
-        return False
-    lines = (line.partition("=") for line in run_command("scontrol", "show", "config").splitlines())
-    settings = {name.strip(): value.strip() for name, _, value in lines}
-    return "jobs" in settings.get("PrivateData", "").split(",")
 
 
 def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
@@ -271,45 +247,6 @@ def in_bytes(size: str) -> float:
         return float(size.rstrip("KMGTPkmgtp")) * 1024.0 ** max(0, unit)
     except ValueError:
         return 0.0
-
-
-def time_limits() -> dict[str, float]:
-    """Returns the longest time of a job in each partition, in minutes. Raises NoAnswer."""
-    rows = (row.partition("|") for row in run_command("sinfo", "-h", "-o", "%R|%l").splitlines())
-    return {name.strip(): _minutes(limit.strip()) for name, _, limit in rows}
-
-
-def _minutes(limit: str) -> float:
-    """Returns a time limit in the notation of Slurm, [days-][hours:]minutes:seconds. Infinite if it is none."""
-    if not (match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)):
-        return math.inf
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return (days * 24 + hours) * 60 + minutes + seconds / 60
-
-
-def unavailable_nodes() -> str:
-    """Returns the nodes that are down or drained, with the reasons that were given: `n4: bad fan`. Raises NoAnswer."""
-    rows = (row.partition("|") for row in run_command("sinfo", "-h", "-R", "-o", "%N|%E").splitlines())
-    return "; ".join(f"{nodes.strip()}: {' '.join(reason.split())}" for nodes, _, reason in rows)
-
-
-def reservation(name: str | None) -> str:
-    """Returns the name, the begin and the end of a reservation, in words. Raises NoAnswer.
-
-    Args:
-        name: None for the next maintenance.
-    """
-    lines = run_command("scontrol", "-o", "show", "reservation", *([name] if name else [])).splitlines()
-    rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
-    rows = [row for row in rows if name or "MAINT" in row.get("Flags", "").split(",")]
-    if not rows:
-        return "see `scontrol show reservation`"
-    row = min(rows, key=lambda row: row.get("StartTime", ""))
-    text = f"{row.get('ReservationName')} from {row.get('StartTime')} to {row.get('EndTime')}"
-    minutes = int(((_seconds(row.get("StartTime", "")) or 0.0) - time.time()) / 60)
-    if name is None and minutes > 0:
-        text += f"; with minutes of at most {minutes} in the profile it could start before that"
-    return text
 
 
 def first_node(nodes: str) -> str:

@@ -25,7 +25,7 @@ from pipeline.graph.budget import RESOURCES
 from pipeline.graph.run import REFUSED, NodeStatus
 from pipeline.launch import bad_nodes
 from pipeline.tracking.snapshot import Snapshot, StageView
-from pipeline.tracking.status import ENDING, HIDDEN, UNSUBMITTED
+from pipeline.tracking.status import ENDING, UNSUBMITTED
 
 # The time that the command of an alert may take.
 SECONDS = 30.0
@@ -122,13 +122,12 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
     slow_since = stage.events.state["slow_since"]
     if stage.status.slow and slow_since is not None and now - slow_since >= limits.stalled_seconds:
         yield Alert(f"slow rank {name}", "slow rank", name, f"stage {name}: {stage.status.slow}")
-    if state not in ("running", HIDDEN):
+    if state != "running":
         return
 
     # The rest is about a stage at work.
     if stalled := _stalled(stage.events, now, limits):
-        hidden = f"; {stage.status.reason}" if state == HIDDEN else ""
-        yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}{hidden}")
+        yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}")
     if curves is None:
         return
     skipped = curves.points("spike")

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, process, provenance
+from pipeline.core import json_files, provenance
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
@@ -285,14 +285,11 @@ def _why_active(store: Store, run: Run) -> str | None:
     if run.on_slurm:
         try:
             slurm_jobs = slurm_client.queued_jobs(run.users())
-            is_hidden = run.owner != process.current_user() and slurm_client.hides_jobs()
         except slurm_client.NoAnswer as error:
             return f"whose jobs are not known ({error})"
         job_ids = {str(row["job"]) for row in run.jobs().values()}
         if any(job.alive and (id in job_ids or _is_of(job, run)) for id, job in slurm_jobs.items()):
             return "which Slurm has jobs of"
-        if is_hidden:
-            return f"which may have jobs that Slurm shows to {run.owner} alone"
     return None
 
 

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import process
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
@@ -38,7 +37,7 @@ class RunRow:
     recipe: str
     version: str
     # `sealed` if all of its stages are; `running`; `queued` in Slurm; `refused` by Slurm; `failed`; `stopped`; or
-    # `unfinished` if its process is gone, or Slurm hides its jobs.
+    # `unfinished` if its process is gone.
     state: str
     stages: int
     # The number of sealed stages.
@@ -173,15 +172,13 @@ STOP_SECONDS = 30.0
 def cancel_jobs(run: Run, store: Store) -> list[str]:
     """Cancels the run's jobs in Slurm, but not those that other runs submitted.
 
-    Returns the names of the stages. Raises AtomError if Slurm hides the jobs from this user, or refuses.
+    Returns the names of the stages. Raises AtomError if Slurm refuses.
     """
     # Under the lock, so that no submitter attaches to a job that is about to be cancelled.
     with submission_lock.submitting(store):
         jobs = _living_jobs(run)
         rows = [row for name, row in run.jobs().items() if name in jobs]
         arrays = [array for row in rows for array in (row.get("array"), *row.get("servers", ())) if array]
-        if not jobs and run.owner != process.current_user() and slurm_client.hides_jobs():
-            raise AtomError(f"Slurm shows jobs of {run.owner} to no other user; let {run.owner} cancel run {run.id}")
         if jobs:
             slurm_client.run_command("scancel", *jobs.values(), *arrays)
     return list(jobs)

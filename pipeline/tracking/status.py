@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, process
+from pipeline.core import json_files
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
@@ -31,8 +31,6 @@ FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
 ENDING = "ending"
 # The state of a stage whose attempt has ended while Slurm still has its job, which starts the stage again.
 RESTARTING = "restarting"
-# The state of a stage of another user that has recorded no end, and whose job Slurm does not show.
-HIDDEN = "hidden"
 # The state of a stage of a run on Slurm that has no job, because its submission was killed.
 UNSUBMITTED = "unsubmitted"
 
@@ -65,8 +63,6 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         finished_jobs = {id: job for id, job in ended.items() if not job.alive}
     except NoAnswer as error:
         problem = FAILURES["no_accounting"].text(detail=str(error))
-    unknown = missing_jobs - set(finished_jobs)
-    hidden_of = owner if unknown and owner != process.current_user() and _hides_jobs(answers) else None
     rows = []
     for node in stages:
         row = jobs.get(node.name)
@@ -76,7 +72,7 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         slurm_job = _merge(queued.get(node.name), finished_jobs.get(row["job"]), run, row, node.name)
         submitter = _submitter(run, row, slurm_job, store)
         launch = _last_launch(submitter, node.name, row["job"])
-        with_job = _add_job_state(node, row["job"], slurm_job, launch, hidden_of, answers)
+        with_job = _add_job_state(node, row["job"], slurm_job, launch, answers)
         if slurm_job is not None and slurm_job.user not in ("", owner):
             with_job = replace(with_job, user=slurm_job.user)
         with_job = replace(with_job, servers=_servers(row, slurm_jobs))
@@ -131,9 +127,7 @@ def living_jobs(run: Run, slurm_jobs: Mapping[str, Job]) -> dict[str, Job]:
     return living
 
 
-def _add_job_state(
-    node: NodeStatus, id: str, job: Job | None, launch: Path | None, hidden_of: str | None, answers: Answers
-) -> NodeStatus:
+def _add_job_state(node: NodeStatus, id: str, job: Job | None, launch: Path | None, answers: Answers) -> NodeStatus:
     """Returns the status of a node from its files and from Slurm's state of its job; an artifact outranks both.
 
     Args:
@@ -141,7 +135,6 @@ def _add_job_state(
         id: The id of the job.
         job: The job as Slurm describes it; None if Slurm does not know it.
         launch: The folder of the last launch.
-        hidden_of: The user whose jobs Slurm does not show to this one.
         answers: Answers of Slurm.
     """
     node = replace(node, job=id)
@@ -149,8 +142,6 @@ def _add_job_state(
         begins, relaunches = launch_number(launch)
         node = replace(node, restarts=max(node.restarts or 0, begins + relaunches) or None)
     if job is None:
-        if hidden_of and (node.state == "waiting" or node.message == CUT_OFF):
-            return replace(node, state=HIDDEN, message="", reason=FAILURES["hidden_job"].text(detail=hidden_of))
         if node.state in ("sealed", "running", "failed"):
             return node
         return replace(node, state="lost", message=FAILURES["lost_job"].text(job=id))
@@ -168,7 +159,7 @@ def _add_job_state(
         is_final = verdict.decision is Decision.FAILED if verdict else node.kind is not None and Kind(node.kind).final
         return replace(node, state=ENDING if is_final else RESTARTING)
     node = replace(node, state=job.state.lower(), reason=job.reason or None, message="", kind=None)
-    if waiting := diagnoses.explain(job, answers):
+    if waiting := diagnoses.explain(job):
         row, sentence = waiting
         node = replace(node, reason=sentence, alert=row.name if row.alert else None)
     return replace(node, waits_since=job.waits_since) if job.state == "PENDING" else node
@@ -182,13 +173,6 @@ def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
     if node.state != "failed" or node.kind is None or node.events is None:
         return False
     return launch is None or launch.name == node.events.state["launch"]
-
-
-def _hides_jobs(answers: Answers) -> bool:
-    try:
-        return answers.ask(slurm_client.hides_jobs)
-    except NoAnswer:  # the states are shown all the same
-        return False
 
 
 def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers, kind: str | None = None) -> str:
@@ -305,5 +289,5 @@ def kept_nodes(run: Run) -> list[str]:
 
 def over(stages: list[NodeStatus]) -> bool:
     """Returns True if no stage of a run continues by itself."""
-    active_states = {"running", ENDING, RESTARTING, HIDDEN, *(state.lower() for state in slurm_client.LIVING)}
+    active_states = {"running", ENDING, RESTARTING, *(state.lower() for state in slurm_client.LIVING)}
     return not any(stage.state in active_states for stage in stages)

@@ -167,7 +167,7 @@ def test_a_sites_comment_changes_nothing(comment: str, world: World) -> None:
     stage, _ = world.look()
     assert (stage.state, stage.reason) == ("pending", "jobs of higher priority come first (Priority)")
     jobs = slurm_client.queued_jobs(["root"])
-    claim = submission_lock.read(world.store, KEYS["pretrain"], jobs)
+    claim = submission_lock.read(world.store, KEYS["pretrain"])
     assert claim is not None and claim.holds(jobs), "it is not submitted a second time"
     assert run_actions.cancel_jobs(world.run, world.store) == ["pretrain"]
     assert (world.folder / "bin/calls").read_text().splitlines()[-1] == "scancel 7"
@@ -199,17 +199,9 @@ def test_an_id_that_slurm_gave_to_another_job_is_left_alone(name: str, world: Wo
         "Slurm no longer has its job (a later job may have the id 7); `atom retry` submits it again"
     )
     jobs = slurm_client.queued_jobs(["root"])
-    claim = submission_lock.read(world.store, KEYS["pretrain"], jobs)
+    claim = submission_lock.read(world.store, KEYS["pretrain"])
     assert claim is not None and not claim.holds(jobs)
     assert run_actions.cancel_jobs(world.run, world.store) == []
-
-
-def test_an_unreadable_claim_is_found_by_the_run_that_the_job_belongs_to(world: World) -> None:
-    (submission_lock.folder(world.store) / f"{KEYS['pretrain']}.json").write_text("{")
-    world.says(squeue=squeue("7", "RUNNING", RUN, "pretrain"))
-    with pytest.warns(UserWarning, match="is asked of Slurm"):
-        claim = submission_lock.read(world.store, KEYS["pretrain"], slurm_client.queued_jobs(["root"]))
-    assert claim is not None and (claim.job, claim.run, claim.node) == ("7", RUN, "pretrain")
 
 
 def test_a_stage_without_a_job_says_so(world: World) -> None:
@@ -294,39 +286,14 @@ def test_starts_on_one_machine_are_timed_as_well(world: World) -> None:
 
 def test_queued_jobs_are_read_as_slurm_prints_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
-        "21|PENDING||0:00|ReqNodeNotAvail, Reserved for maintenance|nobody|test|2026-11-30T21:31:27|(null)|"
+        "21|PENDING||0:00|ReqNodeNotAvail, Reserved for maintenance|nobody|test|2026-11-30T21:31:27|"
         f"{script_path(RUN, 'pretrain')}|(null)|",
-        "22|PENDING||0:00|Reservation|nobody|test|N/A|res2|/home/ann/sub.sh|(null)|",
+        "22|PENDING||0:00|Reservation|nobody|test|N/A|/home/ann/sub.sh|(null)|",
         "a comment may have lines|",
         "",
     ]
     monkeypatch.setenv("PATH", programs(tmp_path / "bin", squeue="\n".join(lines)))
     (job,) = slurm_client.queued_jobs(["nobody"]).values()
-    assert (job.id, job.state, job.user, job.partition, job.reservation) == ("21", "PENDING", "nobody", "test", "")
+    assert (job.id, job.state, job.user, job.partition) == ("21", "PENDING", "nobody", "test")
     assert job.owner == Owner(RUN, "pretrain") and job.reason == "ReqNodeNotAvail, Reserved for maintenance"
     assert job.waits_since == time.mktime(time.strptime("2026-11-30T21:31:27", "%Y-%m-%dT%H:%M:%S"))
-
-
-RESERVATIONS = """\
-ReservationName=llm StartTime=2026-11-30T21:00:00 EndTime=2026-11-30T23:00:00 Duration=02:00:00 Nodes=n1 Flags=SPEC_NODES
-ReservationName=maint1 StartTime={start} EndTime={end} Duration=01:00:00 Nodes=n[1-4] NodeCnt=4 Flags=MAINT,IGNORE_JOBS
-"""
-
-
-def test_a_maintenance_is_named_with_its_end_and_the_minutes_that_fit_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def at(seconds: float) -> str:
-        return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
-
-    start, end = at(630), at(4230)
-    text = RESERVATIONS.format(start=start, end=end)
-    monkeypatch.setenv("PATH", programs(tmp_path / "bin", scontrol=text))
-    assert slurm_client.reservation(None) == (
-        f"maint1 from {start} to {end}; with minutes of at most 10 in the profile it could start before that"
-    )
-    text = RESERVATIONS.format(start=at(-60), end=end)
-    monkeypatch.setenv("PATH", programs(tmp_path / "bin", scontrol=text))
-    assert slurm_client.reservation(None).endswith(f" to {end}"), "it has begun"
-    programs(tmp_path / "bin", scontrol=RESERVATIONS.splitlines()[0])
-    assert slurm_client.reservation("llm") == "llm from 2026-11-30T21:00:00 to 2026-11-30T23:00:00"

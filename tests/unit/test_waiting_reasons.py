@@ -3,16 +3,14 @@ those of Slurm's own list: as recorded, and as the installed Slurm has it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from pipeline.graph.run import NodeStatus
 from pipeline.launch import diagnoses, slurm_client
-from pipeline.launch.slurm_client import Answers, Job, NoAnswer
+from pipeline.launch.slurm_client import Job
 from pipeline.operations import alerts
 from tests.fixtures import slurm_reason_fixtures
-from tests.fixtures.slurm_reason_fixtures import CONTROLLER, TABLE, Known, explained, installed, reasons, recorded
+from tests.fixtures.slurm_reason_fixtures import CONTROLLER, TABLE, explained, installed, reasons, recorded
 
 
 def test_each_reason_has_the_sentence_and_the_alert_of_the_table() -> None:
@@ -62,21 +60,10 @@ def test_each_state_of_slurm_is_one_of_a_living_job_or_has_a_sentence() -> None:
 
 
 def test_only_a_job_that_waits_is_explained() -> None:
-    assert diagnoses.explain(Job("7", "RUNNING", "Priority"), Known()) is None
-    assert diagnoses.explain(Job("7", "PENDING", ""), Known()) is None
-    held = diagnoses.explain(Job("7", "REQUEUE_HOLD", "job requeued in held state"), Known())
+    assert diagnoses.explain(Job("7", "RUNNING", "Priority")) is None
+    assert diagnoses.explain(Job("7", "PENDING", "")) is None
+    held = diagnoses.explain(Job("7", "REQUEUE_HOLD", "job requeued in held state"))
     assert held is not None and held[0].alert
-
-
-class Silent(Answers):
-    def ask(self, function: Any, *arguments: Any, **_: Any) -> Any:
-        raise NoAnswer(f"{function.__name__} failed")
-
-
-def test_without_further_answers_the_sentence_names_the_command() -> None:
-    for reason, command in (("NodeDown", "sinfo -R"), ("Reservation", "scontrol show reservation")):
-        explanation = diagnoses.explain(Job("7", "PENDING", reason), Silent())
-        assert explanation is not None and f"see `{command}`" in explanation[1]
 
 
 def status(reason: str, since: float, number: int = 1) -> NodeStatus:

@@ -26,7 +26,6 @@ from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import submission_lock
 from pipeline.launch.diagnoses import failure_kind, failure_message
-from pipeline.launch.slurm_client import Job, Owner
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
@@ -364,18 +363,12 @@ def test_only_a_path_of_the_command_line_or_the_home_is_the_users_mistake(
         main.main()
 
 
-def test_a_damaged_claim_is_asked_of_slurm(tmp_path: Path) -> None:
+def test_a_damaged_claim_is_reported(tmp_path: Path) -> None:
     store, key = Store(tmp_path), "pretrain-000000000000"
     submission_lock.folder(store).mkdir()
     (submission_lock.folder(store) / f"{key}.json").write_text("{}")
-    job = Job("7", "RUNNING", "", "n1", "", Owner("run-1", "pretrain"), user="ann")
-    assert submission_lock.read(store, key, {}) is None
-    assert submission_lock.read(store, key, {"7": job}) is None, "what that job makes is not known"
-    body = {"id": "run-1", "recipe": "r", "version": "1", "recipe_path": "r", "profile": "dev", "launcher": "slurm"}
-    (store.logs / "run-1").mkdir(parents=True)
-    nodes = [{"name": "pretrain", "stage": "pretrain", "key": key}]
-    (store.logs / "run-1/run.json").write_text(json.dumps({**body, "nodes": nodes}))
-    assert submission_lock.read(store, key, {"7": job}) == submission_lock.Claim(key, "7", "run-1", "pretrain", "ann")
+    with pytest.warns(UserWarning, match="whether a job makes this key is not known"):
+        assert submission_lock.read(store, key) is None
 
 
 @pytest.mark.parametrize(

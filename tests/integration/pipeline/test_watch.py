@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from pipeline.core.lease import Lease
 from pipeline.operations import alerts
 from pipeline.operations.alerts import Alert, Thresholds, Watcher
 from pipeline.tracking import snapshot
-from pipeline.tracking.status import HIDDEN
 from tests.fixtures.live_fixtures import RUN, append, make_run, train
 from tests.fixtures.run_fixtures import atom
 
@@ -55,18 +53,6 @@ def test_a_stage_without_a_step_has_stalled(tmp_path: Path) -> None:
     few = Thresholds(stalled_seconds=1, free_gb=0)
     assert kinds(tmp_path / "c", few, steps=30, ago=35) == []
     assert kinds(tmp_path / "d", few, steps=30, ago=45) == ["stalled"]
-
-
-def test_a_stage_whose_job_is_hidden_has_stalled_as_well(tmp_path: Path) -> None:
-    run, store = make_run(tmp_path, steps=30, ago=400)
-    taken = snapshot.take(run, store)
-    hidden = [
-        replace(stage, status=replace(stage.status, state=HIDDEN, reason="Slurm shows jobs of ann to no other user"))
-        for stage in taken.stages
-    ]
-    current = alerts.alerts(replace(taken, stages=tuple(hidden)), store, Thresholds(free_gb=0))
-    assert [(alert.kind, alert.stage) for alert in current] == [("stalled", "pretrain")], "the others have not begun"
-    assert current[0].text.endswith("the node that it runs on; Slurm shows jobs of ann to no other user")
 
 
 def test_budget_and_disk(tmp_path: Path) -> None:
