@@ -148,9 +148,6 @@ def gc(
     include: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="this artifact and its work, too, whatever references it")
     ] = None,
-    ignore_run: Annotated[
-        list[str] | None, typer.Option(metavar="RUN", help="what only this run references is not needed any more")
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List unused data, or delete it.
@@ -165,8 +162,8 @@ def gc(
 
     if as_json and delete and not yes:
         raise AtomError("atom gc --delete --json asks no question; add --yes")
-    store, named, ignored = open_store(), include or (), ignore_run or ()
-    rows, notes = collector.loose(store, named, ignored)
+    store, named = open_store(), include or ()
+    rows, notes = collector.loose(store, named)
     size = human(sum(row.bytes for row in rows))
     if not as_json:
         for row in rows:
@@ -176,7 +173,7 @@ def gc(
         if rows and not yes:
             confirm(f"{size}B are to be deleted for good", "delete them")
         # Only what was shown is deleted, though more may be loose by now.
-        rows = collector.delete(store, {row.path for row in rows}, named, ignored)
+        rows = collector.delete(store, {row.path for row in rows}, named)
     if as_json:
         print(json.dumps({"loose": [row.json() for row in rows], "kept": notes, "deleted": delete}, indent=1))
     elif delete:

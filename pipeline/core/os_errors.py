@@ -18,11 +18,7 @@ from pipeline.core.json_files import printable
 
 FULL_DISK_BYTES = 1_000_000
 AGAIN = "run the same command to go on"
-UNUSABLE = "{place} cannot be used ({why}); "
-NAME = UNUSABLE + "name a file that you may read, or a folder that you may write"
-HOME = (
-    UNUSABLE + "let yourself read and write it, or set ATOM_HOME to a folder that you may write, with everything in it"
-)
+NAME = "{place} cannot be used ({why}); see that you may read and write it, and that nothing else is in its place"
 
 
 @dataclass(frozen=True)
@@ -87,33 +83,10 @@ def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> F
         return Fault(fault.kind) if cause is error else None
 
     # A name that is neither the caller's nor of the home: the code made it up, so the error is a bug.
-    path, named_paths = _path(cause), list(named_paths)
+    path = _path(cause)
     if path is None or not any(_on_one_line(path, place) for place in (str(home), *named_paths)):
         return None
-    if cause.errno == errno.ENOENT and _on_one_line(path, str(home)) and not home.exists():
-        text = (
-            f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME to another folder"
-        )
-        return Fault(fault.kind, text)
-    where, root = Path(os.path.abspath(path)), Path(os.path.abspath(home))
-    return Fault(fault.kind, _advice(where, cause.errno or 0, root, named_paths))
-
-
-def _advice(path: Path, number: int, home: Path, named_paths: Iterable[str]) -> str:
-    """Returns the sentence for a path of the home, or for a named path."""
-    fields = {"place": printable(path), "why": os.strerror(number)}
-    if str(path) in map(os.path.abspath, named_paths) or not _on_one_line(str(path), str(home)):
-        return NAME.format(**fields)
-    # A file may be in the place of a folder of the home: the first such folder, from the home on, is the cause.
-    folders = [place for place in reversed(path.parents) if home in place.parents]
-    if number in (errno.EEXIST, errno.ENOTDIR) and home in path.parents:  # a folder is expected there
-        folders.append(path)
-    if obstacle := next(filter(None, map(misplaced_file, folders)), None):
-        return f"{obstacle}, and {AGAIN}"
-    if home not in path.parents or number in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-        return HOME.format(**fields)
-    remedy = "see what removed it" if number == errno.ENOENT else "move it away"
-    return f"{UNUSABLE.format(**fields)}{remedy}, and {AGAIN}"
+    return Fault(fault.kind, NAME.format(place=printable(os.path.abspath(path)), why=os.strerror(cause.errno or 0)))
 
 
 def misplaced_file(path: Path) -> str | None:
