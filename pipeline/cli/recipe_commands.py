@@ -245,7 +245,6 @@ def submit(
     """
     from pipeline.cli import execution
     from pipeline.launch import cluster_profile, slurm
-    from pipeline.launch.local import damage_of
     from pipeline.operations import fit
 
     composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
@@ -265,7 +264,6 @@ def submit(
             for row in checks:
                 print(f"{row.script}: {row.answer}")
         slurm.require_taken(checks)
-        slurm.Submission(damaged=damage_of(composed, store, selected)).require_undamaged()
         return
     submission = slurm.submit(composed, store, selected, settings, cluster)
     if as_json:
@@ -274,9 +272,7 @@ def submit(
             "submitted": submission.submitted,
             "attached": submission.attached,
             "sealed": submission.sealed,
-            "damaged": submission.damaged,
         }
         print(json.dumps({**body, "unknown": submission.lack}, indent=1))
     else:
         execution.print_submission(submission)
-    submission.require_undamaged()

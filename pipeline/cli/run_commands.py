@@ -229,7 +229,6 @@ def retry(
 
         submission = slurm.submit(composed, store, selected, cluster_profile.load(cluster), cluster)
         execution.print_submission(submission)
-        submission.require_undamaged()
     else:
         execution.run(composed, store, selected, cluster, cluster_profile.load(cluster), reference)
 

@@ -2,8 +2,6 @@
 
 Each rank checks its node (space, clock, GPU, versions) and writes the result, `checked-<rank>.json`, to the folder of
 the launch. Rank 0 gathers the results and reports for all.
-
-`nvidia-smi` tells the state of the GPUs. It has run on no GPU yet: the tests have a program in its place.
 """
 
 from __future__ import annotations
@@ -12,12 +10,8 @@ import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from pipeline.core import environment
@@ -33,18 +27,6 @@ RESULT = re.compile(r"checked-([0-9]+)\.json")
 # The files and sockets that each process may have open, where the node's hard limit allows so many; the job's script
 # asks for as many.
 OPEN_FILES = 65536
-# Seconds for a call of nvidia-smi, which hangs with its driver.
-SMI_SECONDS = 60.0
-# The fields of `nvidia-smi --query-gpu`, and the values of a sound GPU. The last one is that of newer drivers.
-SOUND = {
-    "ecc.errors.uncorrected.volatile.total": ("0",),
-    "remapped_rows.pending": ("no", "0"),
-    "remapped_rows.failure": ("no", "0"),
-    "clocks_throttle_reasons.hw_slowdown": ("not active",),
-    "gpu_recovery_action": ("none",),
-}
-# What it answers, in brackets or not, where a GPU or a driver does not have a field.
-UNKNOWN = ("n/a", "not supported", "unknown", "requested functionality has been deprecated", "")
 
 
 def least_open_files(ranks: int) -> int:
@@ -135,62 +117,13 @@ def check_node(home: Path, free_gb: float, scratch: str | None, ranks: int = 1) 
 def _gpus(name: str) -> Failure | None:
     """Returns the problem of the GPUs that Slurm allocated here; None without one.
 
-    They must exist, by their device files and without torch, and be sound.
+    They must exist, by their device files and without torch. Before training, the device test tries them.
     """
     assigned = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
     device_files = list(Path("/dev").glob("nvidia[0-9]*"))
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
         gave = f"and Slurm gave {len(assigned)}; check the NVIDIA driver"
         return Failure(f"node {name} has {len(device_files)} GPUs under /dev, {gave}", bad_node=name)
-    # One rank of a node checks for all of them, unless each rank sees its own GPUs only.
-    is_first = os.environ.get("SLURM_LOCALID", "0") == "0"  # of the ranks of this node, if all have the same GPUs
-    has_part = len(assigned) < int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-    return gpu_problem(name, assigned) if assigned and (is_first or has_part) else None
-
-
-def gpu_problem(node: str, gpus: Sequence[str]) -> Failure | None:
-    """Returns the problem of one of these GPUs of this node, in one sentence; None without one.
-
-    Without nvidia-smi nothing is known, which a line of the log says.
-
-    Args:
-        node: The name of this node.
-        gpus: The numbers of the GPUs; the others may be another job's.
-    """
-    if shutil.which("nvidia-smi") is None:
-        text = f"node {node} has no nvidia-smi here, so ECC errors and clocks of its GPUs are not checked"
-        print(text, file=sys.stderr)
-        return None
-    fields = list(SOUND)
-    while True:
-        query = f"--query-gpu=index,{','.join(fields)}"
-        command = ["nvidia-smi", f"--id={','.join(gpus)}", query, "--format=csv,noheader,nounits"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        try:
-            stdout, stderr = process.communicate(timeout=SMI_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            with suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps a killed process
-                process.communicate(timeout=1.0)
-            why = f"nvidia-smi gave no answer within {SMI_SECONDS:.0f} s"
-            return Failure(f"{why} on node {node}; have its GPUs and their driver checked", bad_node=node)
-        output = " ".join((stdout + stderr).split())
-        if unknown := [field for field in fields if f'"{field}" is not a valid field' in output]:
-            fields = [field for field in fields if field not in unknown]  # an older driver
-            continue
-        if process.returncode:
-            text = f"nvidia-smi failed on node {node} ({output[:200]}); have its GPUs and their driver checked"
-            return Failure(text, bad_node=node)
-        return _first_problem(node, fields, stdout)
-
-
-def _first_problem(node: str, fields: list[str], output: str) -> Failure | None:
-    for line in output.splitlines():
-        index, *values = (value.strip() for value in line.split(","))
-        for field, value in zip(fields, values, strict=False):
-            if value.strip("[]").lower() not in (*SOUND[field], *UNKNOWN):
-                text = f"GPU {index} of node {node} is not sound ({field}: {value}); have it reset or repaired"
-                return Failure(text, bad_node=node)
     return None
 
 

@@ -21,7 +21,6 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from pipeline.core import source_code
 from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.progress import stages
 from pipeline.core.store import Store
 from pipeline.graph import budget
 from pipeline.graph import run as runs
@@ -33,7 +32,7 @@ from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.batch_script import BatchScript, RunScripts, servers_of
 from pipeline.launch.cluster_profile import Allocation, Profile, Slurm
 from pipeline.launch.job import JobLimits
-from pipeline.launch.local import damage_of, require_inputs
+from pipeline.launch.local import require_inputs
 from pipeline.launch.slurm_client import Job, NoAnswer, Owner
 
 # Restarts that submitit itself may allow. The job's script counts restarts instead.
@@ -61,8 +60,6 @@ class Submission:
     # The job arrays for the shards of submitted stages, and those of their servers.
     arrays: dict[str, str] = field(default_factory=dict)
     servers: dict[str, list[str]] = field(default_factory=dict)
-    # The skipped stages, each with a sentence on the damaged file.
-    damaged: dict[str, str] = field(default_factory=dict)
     # A sentence on each bad node that jobs may get all the same.
     kept_nodes: list[str] = field(default_factory=list)
     # The information about the jobs that will be missing, in one sentence.
@@ -73,11 +70,6 @@ class Submission:
         """The job of each stage that has one."""
         return self.attached | self.submitted
 
-    def require_undamaged(self) -> None:
-        """Raises AtomError if a stage was skipped for a damaged file."""
-        if self.damaged:
-            raise AtomError(f"{stages(len(self.damaged))} not submitted: {next(iter(self.damaged.values()))}")
-
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
     """Submits the stages that are neither sealed nor queued in Slurm.
@@ -85,11 +77,9 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     Raises AtomError before anything is submitted, or after the submissions of this call have been canceled.
     """
     slurm = profile.cluster()
-    damage = damage_of(graph, store, selected)
-    selected = [name for name in selected if name not in damage]
-    if all(store.sealed(graph.nodes[name].key) for name in selected):
-        return Submission(sealed=selected, damaged=damage)
     require_inputs(graph, store, selected, profile.other_python)
+    if all(store.sealed(graph.nodes[name].key) for name in selected):
+        return Submission(sealed=selected)
     require_image(profile)
     every_key = [node.key for node in graph.nodes.values()]
     if over_budget := budget.exceeded(budget.limits_of(graph.recipe.config), store, every_key):
@@ -104,7 +94,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         fields: LauncherFields = {"launcher": "slurm", "cluster": profile.name, "code": code.name}
         fields["prices"] = profile.costs()
         run = runs.start(graph, store, selected, reference, fields)
-        submission = Submission(run, damaged=damage)
+        submission = Submission(run)
         try:
             avoidance = Avoidance(bad_nodes.read(store))
             submission.kept_nodes = avoidance.kept

@@ -218,37 +218,6 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
     return jobs
 
 
-def memory_of(id: str) -> tuple[str, str]:
-    """Returns (requested memory, used memory) of a job in the notation of Slurm, from the accounting.
-
-    The first is for all nodes of the job. The second is the most that a task was seen to use. Either is empty where the
-    accounting knows none. Raises NoAnswer without accounting.
-    """
-    lines = run_command("sacct", "-n", "-P", "-o", "ReqMem,NNodes,MaxRSS", "-j", id).splitlines()
-    rows = [[*line.split("|"), "", ""][:3] for line in lines]
-    requested = next((f"{size} on {nodes} nodes" if nodes != "1" else size for size, nodes, _ in rows if size), "")
-    return requested, max((used for *_, used in rows if used), key=in_bytes, default="")
-
-
-def time_of(id: str) -> tuple[str, str]:
-    """Returns (time limit of a job, time that it ran) in the notation of Slurm, from the accounting.
-
-    Either is empty where the accounting knows none. Raises NoAnswer without accounting.
-    """
-    rows = run_command("sacct", "-X", "-n", "-P", "-o", "Timelimit,Elapsed", "-j", id).splitlines()
-    limit, _, elapsed = rows[-1].partition("|") if rows else ("", "", "")
-    return limit, elapsed
-
-
-def in_bytes(size: str) -> float:
-    """Returns a size in the notation of Slurm: 302040K, 1.5G. Zero if it is none."""
-    unit = " KMGTP".find(size[-1:].upper())
-    try:
-        return float(size.rstrip("KMGTPkmgtp")) * 1024.0 ** max(0, unit)
-    except ValueError:
-        return 0.0
-
-
 def first_node(nodes: str) -> str:
     """Returns the first of a list of nodes as Slurm writes it, such as `n[1-3]`: the one that runs a job's script.
 

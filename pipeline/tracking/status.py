@@ -203,11 +203,6 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
     if row in (FAILURES["not_launched"], FAILURES["no_home"]) and job.nodes:
         with suppress(NoAnswer):  # the sentence has all nodes then
             fields["nodes"] = answers.ask(slurm_client.first_node, job.nodes)
-    if row in (FAILURES["memory"], FAILURES["time_limit"]):
-        with suppress(NoAnswer):  # the sentence has no figures then
-            question = slurm_client.memory_of if row is FAILURES["memory"] else slurm_client.time_of
-            requested, used = answers.ask(question, job.id)
-            fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
     return row.text(**fields)
 
 
