@@ -70,8 +70,6 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
 
 def print_submission(submission: Submission) -> None:
     """Prints the problems of a submission on standard error, and one line on what became of its stages."""
-    if submission.lack:
-        print(f"atom: {submission.lack}", file=sys.stderr)
     for text in dict.fromkeys(submission.kept_nodes):
         print(f"atom: {text}", file=sys.stderr)
     if submission.run is None:
@@ -83,8 +81,6 @@ def print_submission(submission: Submission) -> None:
         parts.append(f"{stages(len(submission.submitted))} submitted")
     if submission.attached:
         parts.append(f"{len(submission.attached)} already queued in Slurm")
-    if submission.released:
-        parts.append(f"{', '.join(submission.released)} released")
     if submission.sealed:
         parts.append(f"{len(submission.sealed)} sealed already")
     print(f"run {submission.run.id}: {', '.join(parts)}; watch it: atom status --watch")

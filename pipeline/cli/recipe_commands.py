@@ -273,6 +273,6 @@ def submit(
             "attached": submission.attached,
             "sealed": submission.sealed,
         }
-        print(json.dumps({**body, "unknown": submission.lack}, indent=1))
+        print(json.dumps(body, indent=1))
     else:
         execution.print_submission(submission)

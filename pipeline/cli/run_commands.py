@@ -110,19 +110,6 @@ def logs(
     def read(run: Run) -> NodeStatus:
         return next(s for s in status.status(run, store, answers)[0] if s.name == stage)
 
-    def may_begin(run: Run) -> bool:
-        stages, problem = status.status(run, store, answers)
-        return problem is not None or not status.over([s for s in stages if s.name == stage])
-
-    # Another run may have submitted the job that this one waits for; its log is there.
-    queued = run_actions.submitted_run(candidates, stage) if follow else None
-    if queued is not None and not run_actions.has_log(queued, stage, rank) and may_begin(queued):
-        present = read(queued)
-        reason = f" ({present.reason})" if present.reason else ""
-        print(f"{stage} has not begun: job {present.job} is {present.state}{reason}", file=sys.stderr)
-        while not run_actions.has_log(queued, stage, rank) and may_begin(queued):
-            time.sleep(1)
-        candidates = [queued]
     chosen, path = run_actions.find_log(store, candidates, stage, rank)
     if (present := read(chosen)).state in ("failed", "lost", "cancelled"):
         print(f"{stage} {present.state}: {present.message or present.reason or 'the cause is not known'}\n")

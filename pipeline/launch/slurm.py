@@ -55,15 +55,11 @@ class Submission:
     submitted: dict[str, str] = field(default_factory=dict)
     attached: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
-    # The attached stages whose jobs Slurm held back after a failed launch.
-    released: list[str] = field(default_factory=list)
     # The job arrays for the shards of submitted stages, and those of their servers.
     arrays: dict[str, str] = field(default_factory=dict)
     servers: dict[str, list[str]] = field(default_factory=dict)
     # A sentence on each bad node that jobs may get all the same.
     kept_nodes: list[str] = field(default_factory=list)
-    # The information about the jobs that will be missing, in one sentence.
-    lack: str | None = None
 
     @property
     def jobs(self) -> dict[str, str]:
@@ -111,13 +107,6 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                 print(f"run {run.id} cannot be marked as refused ({failure}): {sentence}", file=sys.stderr)
             raise
 
-    # A question that costs Slurm nothing shows whether there is accounting.
-    try:
-        slurm_client.run_command("sacct", "-n", "-X", "-j", "1", seconds=5)
-    except slurm_client.NoAnswer as error:
-        submission.lack = (
-            f"{error}; the jobs are submitted, but the outcome of jobs that Slurm has forgotten will be unknown"
-        )
     return submission
 
 
@@ -146,9 +135,6 @@ class _Submitter:
         if claim is not None and claim.holds(slurm_jobs):
             submission.attached[node.name] = claim.job
             user = slurm_jobs[claim.job].user
-            if slurm_jobs[claim.job].stuck:
-                slurm_client.run_command("scontrol", "release", claim.job)
-                submission.released.append(node.name)
         else:
             self._start(node)
             submission_lock.write(store, node.key, Owner(self.run.id, node.name), submission.submitted[node.name])

@@ -115,11 +115,6 @@ class Job:
     def alive(self) -> bool:
         return self.state in LIVING
 
-    @property
-    def stuck(self) -> bool:
-        """True if Slurm holds the job after a failed launch: it waits until it is released."""
-        return self.state == "PENDING" and "launch" in self.reason and "held" in self.reason
-
 
 def run_command(*command: str, seconds: float = SECONDS) -> str:
     """Returns the output of a Slurm command. Raises NoAnswer with its standard error, or Refused if sbatch refuses."""

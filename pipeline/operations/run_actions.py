@@ -131,22 +131,6 @@ def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> 
     raise AtomError(f"there is no log of stage {stage} under {store.logs}{hint or '; it never ran there'}")
 
 
-def submitted_run(candidates: Sequence[Run], stage: str) -> Run | None:
-    """Returns the run that submitted the job of a stage in the first run that has it, perhaps an earlier one.
-
-    None if there is no such job.
-    """
-    rows = [(run, run.jobs().get(stage)) for run in candidates if any(n["name"] == stage for n in run.body["nodes"])]
-    if not rows or rows[0][1] is None:
-        return None
-    job = rows[0][1]["job"]
-    return next((run for run, row in rows if row is not None and row["job"] == job and not row["attached"]), None)
-
-
-def has_log(run: Run, stage: str, rank: int) -> bool:
-    return any(_name_of_rank(log, rank).exists() for log in _logs(run, stage))
-
-
 def _logs(run: Run, stage: str) -> list[Path]:
     """Returns rank 0's logs of a stage, the latest last."""
     return sorted((run.folder / stage / "submitit").glob(f"*{FIRST}"), key=lambda path: path.stat().st_mtime)

@@ -43,19 +43,9 @@ def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) 
         third = json.loads(atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain", "--json").stdout)
         job = slurm_fixtures.job_of(home, "pretrain")
         assert third["attached"] == {"pretrain": job} and not third["submitted"]
-        follow = [sys.executable, "-m", "pipeline.cli", "logs", "pretrain", "--follow"]
-        log = subprocess.Popen(follow, env=environment, stderr=subprocess.PIPE, **pipes)
-        assert log.stderr is not None
-        line = log.stderr.readline()
-        closed = f"pretrain has not begun: job {job} is pending (partition test is closed: its jobs wait until an administrator opens it (PartitionDown)"
-        assert line.startswith(closed), line
     finally:
         slurm_fixtures.slurm("scontrol", "update", "partitionname=test", "state=up")
-    try:
-        assert finish(home) == calm
-        assert "120/120 steps" in log.communicate(timeout=60)[0] and log.returncode == 0
-    finally:
-        log.kill()
+    assert finish(home) == calm
     assert slurm_fixtures.attempts(home, "pretrain") == 1
     assert "all sealed" not in atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain").stdout
 
