@@ -9,12 +9,12 @@ import typer
 
 from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
+from pipeline.core.process import Companion
 from pipeline.core.progress import Display, stages
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch.cluster_profile import Profile
-from pipeline.launch.companion import Companion
 from pipeline.launch.local import LocalLauncher, prepare_environment, require_inputs
 from pipeline.operations.command_options import console
 

@@ -116,7 +116,7 @@ def watch(
     """
     from pipeline.launch import slurm_client
     from pipeline.operations import alerts
-    from pipeline.tracking import snapshot
+    from pipeline.tracking import status
 
     chosen_run, store = find_run(run)
     limits = alerts.Thresholds(stalled_seconds, free_gb)
@@ -124,7 +124,7 @@ def watch(
     # A lack of answers is printed when it begins, not at each look.
     answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None
     while True:
-        current = snapshot.take(chosen_run, store, answers)
+        current = status.take(chosen_run, store, answers)
         if current.lack and current.lack != lack:
             print(f"atom: {current.lack}", file=sys.stderr, flush=True)
         lack = current.lack

@@ -46,9 +46,9 @@ def init(
 
     Example: atom init my-model --from atom-smoke
     """
-    from pipeline.operations import recipe_template
+    from pipeline.operations import recipe_check
 
-    path = recipe_template.write(name, source, Path(), start_from)
+    path = recipe_check.write_recipe(name, source, Path(), start_from)
     print(f"{path} is a copy of {source}; change it, and check it: atom validate {path}")
 
 
@@ -140,7 +140,7 @@ def plan(
     from pipeline.graph import budget, dag, plan
     from pipeline.launch import cluster_profile
     from pipeline.operations import fit
-    from pipeline.operations.cost_estimate import estimate_costs
+    from pipeline.operations.fit import estimate_costs
 
     composed, store = graph_of(recipe, without_data=True), open_store()
     warn_of_home(store)

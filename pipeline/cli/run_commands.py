@@ -49,7 +49,7 @@ def status(
     from pipeline.cli.tables import status_table
     from pipeline.graph import budget
     from pipeline.launch import bad_nodes, slurm_client
-    from pipeline.tracking import snapshot, status
+    from pipeline.tracking import status
 
     chosen, store = find_run(run)
     nodes, lack = status.status(chosen, store)
@@ -73,11 +73,11 @@ def status(
     answers = slurm_client.Answers(slurm_client.ASK_EVERY)
     with Live(table, console=console(), auto_refresh=False) as live:
         while True:
-            current = snapshot.take(chosen, store, answers)
+            current = status.take(chosen, store, answers)
             nodes = [stage.status for stage in current.stages]
             used = budget.hours(current.spending.now)
             table = status_table(chosen.id, chosen.owner, nodes, budget.describe(used, chosen.body.get("prices")))
-            live.update(Group(table, *(escape(line) for line in snapshot.lines(current))), refresh=True)
+            live.update(Group(table, *(escape(line) for line in status.lines(current))), refresh=True)
             if current.over:
                 return
             time.sleep(2)

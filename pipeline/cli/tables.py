@@ -16,7 +16,7 @@ from pipeline.graph.flat_fields import estimates
 from pipeline.graph.plan import StagePlan, timed
 from pipeline.graph.run import NodeStatus
 from pipeline.operations.comparison import Difference, Measured, differing_settings
-from pipeline.operations.cost_estimate import CostEstimate
+from pipeline.operations.fit import CostEstimate
 from pipeline.operations.run_actions import RunRow
 
 # Characters of a value in a table.

@@ -23,11 +23,10 @@ from pipeline.core.store import Store
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
 from pipeline.launch import bad_nodes, clean_environment, diagnoses, preflight
-from pipeline.launch.cluster_profile import Allocation, Resources, Servers, Slurm
+from pipeline.launch.cluster_profile import Allocation, Resources, Servers, Slurm, options_of
 from pipeline.launch.local import JOB_ENVIRONMENT
 from pipeline.launch.rendezvous import Decision
 from pipeline.launch.slurm_client import Owner
-from pipeline.launch.slurm_options import options_of
 
 # Seconds before the second relaunch of launches that end within a minute; the third one waits twice as long.
 RELAUNCH_PAUSE_SECONDS = 30

@@ -26,13 +26,13 @@ from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
 from pipeline.core.json_files import Damaged
 from pipeline.core.log_summary import SummaryWriter
+from pipeline.core.process import Companion
 from pipeline.core.store import Store
 from pipeline.graph import budget, registry
 from pipeline.graph.run import BODY
 from pipeline.launch import bad_nodes, clean_environment, device_test, preflight
 from pipeline.launch.attempt import Task
 from pipeline.launch.bad_nodes import BadNode
-from pipeline.launch.companion import Companion
 from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.rendezvous import (
     Decision,

@@ -24,8 +24,7 @@ from pipeline.core.store import Store
 from pipeline.graph.budget import RESOURCES
 from pipeline.graph.run import REFUSED, NodeStatus
 from pipeline.launch import bad_nodes
-from pipeline.tracking.snapshot import Snapshot, StageView
-from pipeline.tracking.status import ENDING, UNSUBMITTED
+from pipeline.tracking.status import ENDING, UNSUBMITTED, Snapshot, StageView
 
 # The time that the command of an alert may take.
 SECONDS = 30.0

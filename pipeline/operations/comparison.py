@@ -23,7 +23,7 @@ from pipeline.graph.flat_fields import flat, scores_of, settings_of
 from pipeline.graph.plan import is_small, plan
 from pipeline.graph.run import NodeRow, Run
 from pipeline.launch.cluster_profile import Profile
-from pipeline.operations.cost_estimate import CostEstimate, estimate_costs
+from pipeline.operations.fit import CostEstimate, estimate_costs
 
 # In the place of a value that one of two recipes does not have.
 ABSENT = "absent"

@@ -5,7 +5,7 @@ be called again at any time: after an outage of the tracking server the next cal
 
     python -m pipeline.tracking.mlflow_sync HOME RUN [whole]
 
-runs beside `atom run` and beside each Slurm job (`Companion` in pipeline/launch/companion.py). One process of a run at
+runs beside `atom run` and beside each Slurm job (`Companion` in pipeline/core/process.py). One process of a run at
 a time sends, for all jobs.
 """
 
@@ -31,12 +31,12 @@ from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import POINT, Point, Tail, curves_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease
+from pipeline.core.process import NO_TRACKING
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import flat_fields
 from pipeline.graph import run as runs
 from pipeline.graph.flat_fields import estimates, recipe_settings, scores_of
 from pipeline.graph.run import NodeStatus, Run, status
-from pipeline.launch.companion import NO_TRACKING
 
 # The most metrics and the most params that MLflow takes in one request.
 BATCH, PARAMS_PER_BATCH = 1000, 100

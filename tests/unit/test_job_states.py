@@ -22,7 +22,7 @@ from pipeline.launch.rendezvous import Decision, Verdict
 from pipeline.launch.slurm_client import Owner
 from pipeline.operations import alerts, run_actions
 from pipeline.operations.alerts import Thresholds
-from pipeline.tracking import snapshot
+from pipeline.tracking import status
 from tests.fixtures.slurm_line_fixtures import programs, sacct, script_path, squeue
 
 KEYS = {name: f"{name}-0123456789ab" for name in ("pretrain", "sft")}
@@ -67,7 +67,7 @@ class World:
 
     def look(self, **limits: Any) -> tuple[NodeStatus, list[alerts.Alert]]:
         """The status of pretrain, and the alerts of the run."""
-        taken = snapshot.take(runs.find(self.store, None), self.store)
+        taken = status.take(runs.find(self.store, None), self.store)
         current = alerts.alerts(taken, self.store, Thresholds(free_gb=0, **limits))
         return taken.stages[0].status, current
 
@@ -209,7 +209,7 @@ def test_a_stage_without_a_job_says_so(world: World) -> None:
     jobs = world.run.folder / "jobs.jsonl"
     jobs.write_text(jobs.read_text().splitlines(keepends=True)[0])
     world.says(squeue=squeue("7", "PENDING", RUN, "pretrain", "Priority"))
-    taken = snapshot.take(world.run, world.store)
+    taken = status.take(world.run, world.store)
     stage = taken.stages[1].status
     assert (stage.state, stage.message) == ("unsubmitted", "no job was submitted for it; `atom retry` submits it")
     jobs.unlink()

@@ -16,7 +16,7 @@ from pipeline.core.store import Store, sha256_file
 from pipeline.graph import dag, flat_fields
 from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
-from pipeline.operations import comparison, recipe_check, recipe_template
+from pipeline.operations import comparison, recipe_check
 from tests.fixtures import home_fixtures
 
 SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")
@@ -57,7 +57,7 @@ def published(release: Path, dtype: str = "float32", license: str = "license: mi
 @pytest.mark.parametrize("source", PACKAGED)
 def test_a_recipe_of_ones_own_is_valid_and_differs_by_its_name_alone(tmp_path: Path, source: str) -> None:
     model = str(published(tmp_path / "release")) if source == ADAPTER else None
-    path = recipe_template.write("my-model", source, tmp_path, model)
+    path = recipe_check.write_recipe("my-model", source, tmp_path, model)
     findings = recipe_check.check(str(path), Store(tmp_path / "home"))
     assert findings.problems == ()
     before, after = (dict(flat_fields.flat(recipes.load(name).config)) for name in (source, str(path)))
@@ -88,7 +88,7 @@ def test_a_model_with_which_no_recipe_begins_is_refused(tmp_path: Path, monkeypa
         (ADAPTER, "broken/model", "the card of us/base states no license that SPDX knows: None"),
     ):
         with pytest.raises(AtomError, match=sentence):
-            recipe_template.write("mine", source, Path(), model)
+            recipe_check.write_recipe("mine", source, Path(), model)
     assert not Path("mine.yaml").exists()
 
 
@@ -100,7 +100,7 @@ def test_what_no_release_could_have_of_a_published_model_is_refused_before_it_ru
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ATOM_HOME", str(home))
     model = published(home / "releases/base")
-    path = recipe_template.write("mine", ADAPTER, Path(), str(model))
+    path = recipe_check.write_recipe("mine", ADAPTER, Path(), str(model))
     text, store = path.read_text(), Store(home)
     assert 'folder: "home/releases/base/model"' in text, "a folder of the home is named from here"
     graph = dag.compose(recipes.load(str(path)), store)
@@ -139,7 +139,7 @@ def test_what_no_release_could_have_of_a_published_model_is_refused_before_it_ru
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    path = recipe_template.write("my-model", "atom-smoke", tmp_path)
+    path = recipe_check.write_recipe("my-model", "atom-smoke", tmp_path)
     path.write_text("mine")
     for name, source, sentence in (
         ("my-model", "atom-smoke", "my-model.yaml exists, and is not overwritten"),
@@ -150,7 +150,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         ("other", str(path), "is no packaged recipe"),
     ):
         with pytest.raises(AtomError, match=sentence):
-            recipe_template.write(name, source, tmp_path)
+            recipe_check.write_recipe(name, source, tmp_path)
     assert path.read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {"my-model.yaml"}
 
 

@@ -18,7 +18,7 @@ from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from pipeline.operations import fit
-from pipeline.operations.cost_estimate import Use, estimate_costs
+from pipeline.operations.fit import Use, estimate_costs
 from stages.evaluation.estimates import BASE_BYTES
 from tests.fixtures import ROOT
 from tests.fixtures.fit_fixtures import BODY, GIB, TRAINING

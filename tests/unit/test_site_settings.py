@@ -15,7 +15,7 @@ from pipeline.graph import plan
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile, slurm
 from pipeline.launch.cluster_profile import Profile, Slurm
-from pipeline.operations.cost_estimate import estimate_costs
+from pipeline.operations.fit import estimate_costs
 from tests.fixtures.batch_fixtures import SLURM, script
 from tests.fixtures.fit_fixtures import BODY
 

@@ -15,7 +15,7 @@ from pipeline.core.errors import Failure, Kind
 from pipeline.core.events import FileReport
 from pipeline.core.lease import Lease
 from pipeline.core.log_summary import SummaryWriter
-from pipeline.tracking import snapshot
+from pipeline.tracking import status
 from tests.fixtures import home_fixtures, live_fixtures
 from tests.fixtures.live_fixtures import append, make_run, train
 from tests.fixtures.run_fixtures import atom
@@ -32,12 +32,12 @@ def test_a_snapshot_has_curves_counts_hours_and_money(tmp_path: Path) -> None:
     lease = Lease.take(store.work("pretrain-0123456789ab"))
     assert lease is not None
     try:
-        current = snapshot.take(run, store)
+        current = status.take(run, store)
     finally:
         lease.release()
     assert 16 * 1600 / 3600 < current.spending.now("gpu_hours") < 16 * 1700 / 3600
     assert current.spending.coming["gpu_hours"] == pytest.approx(16 * 400 / 3600, rel=0.01)
-    shown = "\n".join(snapshot.lines(current))
+    shown = "\n".join(status.lines(current))
     for part in ("loss", "grad_norm", "▁", "1 loss spike", "3 dead experts", "budget.gpu_hours = 20", " EUR"):
         assert part in shown, part
 

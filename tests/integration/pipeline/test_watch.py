@@ -17,7 +17,7 @@ import pytest
 from pipeline.core.lease import Lease
 from pipeline.operations import alerts
 from pipeline.operations.alerts import Alert, Thresholds, Watcher
-from pipeline.tracking import snapshot
+from pipeline.tracking import status
 from tests.fixtures.live_fixtures import RUN, append, make_run, train
 from tests.fixtures.run_fixtures import atom
 
@@ -37,9 +37,7 @@ def running(home: Path) -> Iterator[None]:
 def kinds(home: Path, limits: Thresholds | None = None, **fields: object) -> list[str]:
     run, store = make_run(home, **fields)  # type: ignore[arg-type]
     with running(home):
-        return [
-            alert.kind for alert in alerts.alerts(snapshot.take(run, store), store, limits or Thresholds(free_gb=0))
-        ]
+        return [alert.kind for alert in alerts.alerts(status.take(run, store), store, limits or Thresholds(free_gb=0))]
 
 
 def test_a_healthy_run_raises_no_alert(tmp_path: Path) -> None:
@@ -65,7 +63,7 @@ def test_budget_and_disk(tmp_path: Path) -> None:
         append(run.node_folder("pretrain") / "events.jsonl", {  # all but done, so that nothing more is expected
             "time": time.time(), "event": "progress", "done": 1000, "total": 1000, "unit": "steps"})  # fmt: skip
         with running(store.home):
-            current = alerts.alerts(snapshot.take(run, store), store, limits)
+            current = alerts.alerts(status.take(run, store), store, limits)
         assert [alert.kind for alert in current] == expected, share
     over = kinds(tmp_path / "forecast", steps=300, budget={"gpu_hours": hours * 2, "core_hours": None})
     assert over == ["budget"], "1000 steps take 3.3 times as long"
@@ -78,7 +76,7 @@ def test_spikes_and_dead_experts(tmp_path: Path) -> None:
 
     def current() -> list[Alert]:
         with running(tmp_path):
-            return alerts.alerts(snapshot.take(run, store), store, Thresholds(free_gb=0))
+            return alerts.alerts(status.take(run, store), store, Thresholds(free_gb=0))
 
     append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "spike": 1.0})
     append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "dead_experts": 2.0})
@@ -97,7 +95,7 @@ def test_an_expert_that_stays_dead_is_an_alert_and_one_of_the_first_steps_is_not
     def texts(step: int, dead: float) -> list[str]:
         append(metrics, {"time": 1.0, "step": step, "dead_experts": dead})
         with running(tmp_path):
-            return [alert.text for alert in alerts.alerts(snapshot.take(run, store), store, Thresholds(free_gb=0))]
+            return [alert.text for alert in alerts.alerts(status.take(run, store), store, Thresholds(free_gb=0))]
 
     for step in range(0, 1000, 10):
         assert texts(step, 2.0) == []
