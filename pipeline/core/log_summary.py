@@ -323,7 +323,7 @@ class SummaryWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.problem = folder, ""
+        self.folder = folder
         self._summaries: list[LogSummary[Any]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="summaries", daemon=True)
@@ -340,16 +340,8 @@ class SummaryWriter:
                     summary.read()
                     summary.save()
             except Exception as error:  # whatever it is, it must not end the stage
-                self._report(error)
-
-    def _report(self, error: Exception) -> None:
-        """Prints a problem once, as long as it stays the same."""
-        # The path of an OSError may be that of a draft, which has another name each time.
-        reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
-        problem = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
-        if problem != self.problem:
-            self.problem = problem
-            print(f"the summaries are not up to date ({problem}); the stage goes on", file=sys.stderr, flush=True)
+                print(f"the summaries are not up to date ({error}); the stage goes on", file=sys.stderr, flush=True)
+                return
 
     def close(self) -> None:
         """Saves once more, unless that takes too long."""

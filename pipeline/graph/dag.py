@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -124,27 +124,18 @@ def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ..
     return Graph(recipe, nodes, absent)
 
 
-class Composer(Protocol):
-    """The part of a definition that composes the graph of a recipe."""
-
-    def compose(self, recipe: Recipe, store: Store, without_data: bool) -> Graph: ...
-
-    def problems(self, recipe: Recipe) -> Iterator[str]:
-        """Yields a sentence for each contradiction between sections or files; `compose` raises the first."""
-
-
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     """Returns the graph of a recipe by the registered definition. Raises RecipeError.
 
     With `without_data`, source trees may be absent. Keys that depend on a tree without a pinned digest are provisional
     then.
     """
-    return cast(Composer, registry.definition()).compose(recipe, store, without_data)
+    return registry.definition().compose(recipe, store, without_data)
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
     """Yields a sentence for each contradiction between the sections of a recipe, or with its data recipe."""
-    return cast(Composer, registry.definition()).problems(recipe)
+    return registry.definition().problems(recipe)
 
 
 def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:

@@ -6,11 +6,17 @@ The module is imported at its first use; its import must stay cheap (no torch, d
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from pipeline.core.stage import Config, Stage
+from pipeline.core.store import Store
+
+if TYPE_CHECKING:
+    from pipeline.graph.dag import Graph
+    from pipeline.graph.recipe import Recipe
 
 DEFINITION = "stages.graph"
 # Modules with commands of `atom` beside the engine's, each as `app`. Importing one must stay cheap, too.
@@ -18,13 +24,18 @@ COMMANDS = ("stages.commands", "release.commands")
 
 
 class Definition(Protocol):
-    """The contents of that module, which also has the members of `pipeline.graph.dag.Composer`."""
+    """The contents of that module."""
 
     # The module of each stage by name.
     STAGES: dict[str, str]
     # The classes of a recipe and of a data recipe.
     RECIPE: type[Config]
     DATA_RECIPE: type[Config]
+
+    def compose(self, recipe: Recipe, store: Store, without_data: bool) -> Graph: ...
+
+    def problems(self, recipe: Recipe) -> Iterator[str]:
+        """Yields a sentence for each contradiction between sections or files; `compose` raises the first."""
 
     def load_data_recipe(self, content: bytes, path: Path) -> Config:
         """Reads the file that a recipe names as its data."""

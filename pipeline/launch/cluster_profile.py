@@ -5,13 +5,11 @@ Options of sbatch and srun that a profile adds are written as on the command lin
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
@@ -523,24 +521,12 @@ class Profile(Section):
         return self.slurm
 
 
-# The environment variable with the path of a folder of further profiles, such as those of a site.
-FOLDER_VARIABLE = "ATOM_CLUSTERS"
-
-
-def site_folder() -> Path | None:
-    """Returns the folder that ATOM_CLUSTERS names; None if it is not set. Raises RecipeError if it is no folder."""
-    folder = Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None
-    if folder is not None and not folder.is_dir():
-        raise RecipeError(f"{FOLDER_VARIABLE} = {escaped(str(folder), 200)} is not a folder; name one, or unset it")
-    return folder
-
-
 def load(reference: str) -> Profile:
     """Loads a profile by its name (its file name without `.yaml`) or by its path. Raises RecipeError.
 
-    Names are looked up in pipeline/clusters and in the site's folder.
+    Names are looked up in pipeline/clusters.
     """
-    path = find(reference, "pipeline.clusters", "cluster profile", folder=site_folder())
+    path = find(reference, "pipeline.clusters", "cluster profile")
     title = f"cluster profile {escaped(path.stem, 80)}"
     raw = parse_yaml(read_file(path, title), title)
     try:

@@ -27,6 +27,7 @@ from pipeline.core.events import EventTail, FileReport
 from pipeline.core.json_files import Damaged
 from pipeline.core.log_summary import SummaryWriter
 from pipeline.core.process import Companion
+from pipeline.core.stage import ServerPlace
 from pipeline.core.store import Store
 from pipeline.graph import budget, registry
 from pipeline.graph.run import BODY
@@ -209,35 +210,6 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
     return Decision.SEALED
 
 
-@dataclass(frozen=True)
-class _Place:
-    """The place of a server, of this task of a job array."""
-
-    task: Task
-    store: Store
-    launch: Path
-    number: int
-
-    @property
-    def run(self) -> str:
-        return self.task.run
-
-    @property
-    def folder(self) -> Path:
-        return self.launch.parent.parent / "announced"
-
-    @property
-    def log(self) -> Path:
-        return self.launch / "server.log"
-
-    def ended(self) -> bool:
-        # the job's script creates the file
-        return self.store.sealed(self.task.key) or (self.launch / "ended").exists()
-
-    def ready(self) -> None:
-        (self.launch / "further").touch()
-
-
 def run_server(task: Task, limits: JobLimits) -> str:
     """Runs a server for a node, in this task of a job array, until the stage has ended.
 
@@ -245,7 +217,7 @@ def run_server(task: Task, limits: JobLimits) -> str:
     often as the profile allows.
     """
     store, launch = _begin_task(task, limits, "servers")
-    place = _Place(task, store, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
+    place = ServerPlace(store, task.key, task.run, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
         return _end_task(problem, task, limits, store, launch)
     stage = registry.stage(task.stage)

@@ -24,7 +24,7 @@ from pipeline.core.store import Store
 from pipeline.graph.budget import RESOURCES
 from pipeline.graph.run import REFUSED, NodeStatus
 from pipeline.launch import bad_nodes
-from pipeline.tracking.status import ENDING, UNSUBMITTED, Snapshot, StageView
+from pipeline.tracking.status import ENDING, Snapshot, StageView
 
 # The time that the command of an alert may take.
 SECONDS = 30.0
@@ -39,7 +39,7 @@ STALLED_STEPS = 20.0
 # a day, above which something is an alert.
 BUDGET_SHARE, WAITING_HOURS, RESTARTS_A_DAY = 0.9, 24.0, 5
 # The states of a stage that does not go on by itself.
-FAILED = ("failed", "lost", "damaged", ENDING, UNSUBMITTED)
+FAILED = ("failed", "lost", "damaged", ENDING)
 LONG_WAIT = "long wait"
 STATE = TypeAdapter(dict[str, str])
 

@@ -21,6 +21,10 @@ from pipeline.graph.plan import StagePlan, is_small, plan
 from pipeline.hub.client import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
 from pipeline.launch.cluster_profile import Profile, Rate, Servers, Slurm
 
+GIB, GB = 2**30, 10**9
+# Of an artifact without an estimate: of each shard, and beside them. atom-smoke's have at most 3 and 6.
+FILES_PER_SHARD, FILES = 4, 10
+
 
 @dataclass(frozen=True)
 class Use:
@@ -236,8 +240,6 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
             assumptions.append(row.estimate.served.assumed)
     return [
         *_rates(rows, on_gpus, profile),
-        *_servers_beside(rows, uses, profile),
-        *_unused_gpus(rows, profile),
         *(f"assumed: {sentence}" for sentence in dict.fromkeys(assumptions) if sentence),
         *_without_estimate(uses),
     ]
@@ -272,48 +274,12 @@ def _rates(rows: list[StagePlan], on_gpus: Collection[str], profile: Profile) ->
     return sentences
 
 
-def _servers_beside(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
-    """Returns sentences on the servers in jobs of their own, and whether their hours are counted."""
-    servers = profile.slurm.servers if profile.slurm is not None else None
-    if servers is None:
-        return []
-    each = f"{servers.gpus_per_node} GPUs" if servers.gpus_per_node else f"{servers.cpus_per_task} cores"
-    served, sentences = {row.state.name for row in rows if row.takes_servers}, []
-    for counted, where in ((True, "counted in its hours"), (False, "in no figure")):
-        names = [use.name for use in uses if use.name in served and (use.why is None) == counted]
-        if names:
-            jobs = f"{servers.count} jobs of a server with {each}, {where}"
-            sentences.append(f"beside {' and '.join(names)}, while it runs: {jobs}")
-    return sentences
-
-
 def _without_estimate(uses: tuple[Use, ...]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for use in uses:
         if use.why:
             reasons.setdefault(use.why, []).append(use.name)
     return [f"no time is given for {', '.join(names)}: {why}" for why, names in reasons.items()]
-
-
-def _unused_gpus(rows: list[StagePlan], profile: Profile) -> list[str]:
-    """Returns sentences on the stages whose jobs request whole nodes and leave some GPUs unused."""
-    if profile.slurm is None:
-        return []
-    names: dict[tuple[int, int], list[str]] = {}
-    for row in rows:
-        allocation = profile.slurm.allocation(row.state.name, row.needs)
-        used, requested = allocation.gpus_per_node, allocation.requested_gpus_per_node
-        if row.state.text == "to run" and used < requested:
-            names.setdefault((used, requested), []).append(row.state.name)
-    return [
-        f"{', '.join(stages)}: {used} of the {requested} GPUs of a node are used, and all are paid for (whole_nodes)"
-        for (used, requested), stages in names.items()
-    ]
-
-
-GIB, GB = 2**30, 10**9
-# Of an artifact without an estimate: of each shard, and beside them. atom-smoke's have at most 3 and 6.
-FILES_PER_SHARD, FILES = 4, 10
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,7 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
     if path is not None and isinstance(data := raw.get("data"), str):
         problems += _data_problems(data, path)
     if cluster is not None:
-        model, folder = cluster_profile.Profile, cluster_profile.site_folder()
-        problems += _load(cluster, "pipeline.clusters", "cluster profile", model, folder=folder)[1]
+        problems += _load(cluster, "pipeline.clusters", "cluster profile", cluster_profile.Profile)[1]
     # Contradictions between sections and limits of the graph follow once all files are in order.
     if problems or path is None:
         return Findings(tuple(problems))
@@ -162,16 +161,11 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
 
 
 def _load(
-    reference: str,
-    package: str,
-    kind: str,
-    model: type[BaseModel],
-    base: Path | None = None,
-    folder: Path | None = None,
+    reference: str, package: str, kind: str, model: type[BaseModel], base: Path | None = None
 ) -> tuple[Path | None, list[Problem]]:
     """Returns the file of a recipe or a profile, None if there is none, and the fields that its schema refuses."""
     try:
-        path = recipe.find(reference, package, kind, base, folder)
+        path = recipe.find(reference, package, kind, base)
     except RecipeError as error:
         return None, [Problem(reference, str(error))]
     try:

@@ -19,7 +19,6 @@ import select
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -133,8 +132,6 @@ class _State(TypedDict):
 STATE: TypeAdapter[Any] = TypeAdapter(_State)
 # Seconds between two transfers.
 EVERY = 5.0
-# The first bytes of an SQLite file.
-SQLITE = b"SQLite format 3\0"
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -200,7 +197,6 @@ class Forwarder:
         uri = tracking_uri(self.store)
         if uri == NO_TRACKING:
             raise AtomError(f"MLFLOW_TRACKING_URI = {NO_TRACKING}, so nothing is sent; unset it, or name a store")
-        _require_sqlite(uri)
         # Before the import, because MLflow reads some of them when it is imported.
         os.environ.update({k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ})
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -299,26 +295,6 @@ def outcome_of(nodes: list[NodeStatus]) -> str:
     if statuses == {"FINISHED"}:
         return "FINISHED"
     return "FAILED" if "FAILED" in statuses else "KILLED"
-
-
-@cache
-def _require_sqlite(uri: str) -> None:
-    """Raises Damaged if something else has the path of an SQLite file, for which MLflow would retry or wait forever.
-
-    A success is cached, so that the file is opened here only before SQLite opens it: closing it here later would
-    release SQLite's locks on it.
-    """
-    if not uri.startswith("sqlite:///"):
-        return
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    try:
-        with json_files.open_file(path) as file:
-            if file.read(len(SQLITE)) not in (b"", SQLITE):
-                raise Damaged(path, "it is no SQLite database")
-    except FileNotFoundError:
-        pass
-    except Damaged as error:
-        raise Damaged(path, error.why, "move it away") from error
 
 
 def send(run: Run, store: Store, over: bool = False) -> str | None:

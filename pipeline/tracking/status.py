@@ -18,7 +18,6 @@ from typing_extensions import TypedDict
 from pipeline.core import json_files
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
-from pipeline.core.lease import holder
 from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.progress import duration, human
 from pipeline.core.store import Store
@@ -26,7 +25,7 @@ from pipeline.graph import budget
 from pipeline.graph import run as runs
 from pipeline.graph.budget import RESOURCES, Hours, Limits, Resource
 from pipeline.graph.run import CUT_OFF, REFUSED, JobRow, NodeStatus, Run, RunFolder
-from pipeline.launch import diagnoses, slurm_client, submission_lock
+from pipeline.launch import diagnoses, slurm_client
 from pipeline.launch.diagnoses import FAILURES
 from pipeline.launch.rendezvous import Decision, Verdict, launch_number
 from pipeline.launch.slurm_client import Answers, Job, NoAnswer
@@ -37,8 +36,6 @@ FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
 ENDING = "ending"
 # The state of a stage whose attempt has ended while Slurm still has its job, which starts the stage again.
 RESTARTING = "restarting"
-# The state of a stage of a run on Slurm that has no job, because its submission was killed.
-UNSUBMITTED = "unsubmitted"
 
 
 def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
@@ -48,8 +45,6 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
     """
     answers = answers or Answers()
     stages, jobs = runs.status(run, store), run.jobs()
-    if run.on_slurm:
-        stages = [stage if stage.name in jobs else _without_job(stage, store) for stage in stages]
     if not jobs:
         return stages, None
     try:
@@ -84,14 +79,6 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         with_job = replace(with_job, servers=_servers(row, slurm_jobs))
         rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
-
-
-def _without_job(node: NodeStatus, store: Store) -> NodeStatus:
-    """Returns the status of a stage of a run on Slurm that has no job."""
-    submitter = holder(submission_lock.folder(store))
-    if node.state != "waiting" or (submitter is not None and submitter.alive):
-        return node
-    return replace(node, state=UNSUBMITTED, message="no job was submitted for it; `atom retry` submits it")
 
 
 def _merge(queued: Job | None, finished: Job | None, run: Run, row: JobRow, name: str) -> Job | None:

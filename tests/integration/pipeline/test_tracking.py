@@ -155,19 +155,6 @@ def test_a_dead_server_stops_nothing_and_a_real_one_gets_everything_later(tmp_pa
     assert "MLFLOW_TRACKING_URI = none, so nothing is sent" in atom(home, "sync", code=2).stderr
 
 
-@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a text"])
-def test_what_is_no_database_is_reported_at_once(tmp_path: Path, kind: str) -> None:
-    store = Store(tmp_path / "home")
-    run = home_fixtures.start(store, home_fixtures.graphs(tmp_path)[0], ["acquire-sums"])
-    path = store.home / "mlflow.db"
-    make = {"a folder": path.mkdir, "a pipe": lambda: os.mkfifo(path)}
-    make.get(kind, lambda: path.write_text("x" * 100))()
-    begun = time.monotonic()
-    problem = mlflow_sync.send(run, store)
-    assert problem and problem.startswith(f"{path} is damaged (it is ") and problem.endswith("; move it away"), problem
-    assert time.monotonic() - begun < 10
-
-
 @at_length("training", 20)
 def test_the_sentence_about_a_failed_stage_is_a_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "home")
