@@ -249,9 +249,6 @@ def submit(
 
     composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
     selected = composed.select(until, only)
-    # A dry run may be made on a host without the image, the data or Slurm.
-    if not dry_run:
-        slurm.require_image(settings)
     for text in filter(None, (*composed.absent, slurm.missing_image(settings))):
         print(f"note: {text}", file=sys.stderr)
     if not ignore_fit:

@@ -35,8 +35,8 @@ def status(
 ) -> None:
     """Show the progress and the resource use of a run.
 
-    The use of time, energy and money includes failed attempts. --watch also shows curves, spikes, dead experts, and
-    what the running stages still need.
+    The use of time, energy and money includes failed attempts. --watch also shows curves, spikes and dead
+    experts.
 
     Example: atom status --watch
     """
@@ -75,8 +75,8 @@ def status(
         while True:
             current = status.take(chosen, store, answers)
             nodes = [stage.status for stage in current.stages]
-            used = budget.hours(current.spending.now)
-            table = status_table(chosen.id, chosen.owner, nodes, budget.describe(used, chosen.body.get("prices")))
+            used = budget.describe(current.used, chosen.body.get("prices"))
+            table = status_table(chosen.id, chosen.owner, nodes, used)
             live.update(Group(table, *(escape(line) for line in status.lines(current))), refresh=True)
             if current.over:
                 return

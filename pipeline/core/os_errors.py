@@ -89,15 +89,6 @@ def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> F
     return Fault(fault.kind, NAME.format(place=printable(os.path.abspath(path)), why=os.strerror(cause.errno or 0)))
 
 
-def misplaced_file(path: Path) -> str | None:
-    """Returns the remedy for a file in the place of a folder; None if the path is a folder or missing."""
-    if os.path.isdir(path) or not os.path.lexists(path):
-        return None
-    if path.is_symlink():
-        return f"{printable(path)} is a link that leads to no folder; have its disk mounted, or move it away"
-    return f"{printable(path)} is no folder; move it away"
-
-
 def device(error: BaseException, home: Path) -> Fault | None:
     """Returns the fault of a disk, a file server or a limit behind an error, in any wrapper; None for other errors."""
     cause: BaseException | None = error

@@ -25,7 +25,6 @@ from typing_extensions import TypedDict
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.json_files import Damaged, printable
-from pipeline.core.os_errors import misplaced_file
 
 MANIFEST = "manifest.json"
 # The largest accepted manifest, in bytes: five million files.
@@ -364,11 +363,6 @@ class Store:
         self.artifacts = self.home / "artifacts"
         self.ledger = self.home / "ledger"
         self.logs = self.home / "logs"
-
-    def misplaced(self) -> str | None:
-        """Returns one sentence on a file in the place of a folder of the home; None without one."""
-        folders = (self.home / "work", self.artifacts, self.ledger, self.logs)
-        return next(filter(None, map(misplaced_file, folders)), None)
 
     def work(self, key: str) -> Path:
         return self.home / "work" / key

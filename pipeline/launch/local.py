@@ -73,10 +73,8 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
 
     Raises:
         AtomError: A stage needs one that is neither selected nor sealed, or cannot run at all, an artifact of it or of
-            an input is damaged, or a file is in the place of a folder of the home.
+            an input is damaged.
     """
-    if obstacle := store.misplaced():
-        raise AtomError(f"{obstacle}, and run the same command again")
     for name in selected:
         node = graph.nodes[name]
         keys = [node.key] if store.sealed(node.key) else graph.materials(node).values()

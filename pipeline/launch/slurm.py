@@ -20,7 +20,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from pipeline.core import source_code
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import AtomError
 from pipeline.core.store import Store
 from pipeline.graph import budget
 from pipeline.graph import run as runs
@@ -76,7 +76,6 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     require_inputs(graph, store, selected, profile.other_python)
     if all(store.sealed(graph.nodes[name].key) for name in selected):
         return Submission(sealed=selected)
-    require_image(profile)
     every_key = [node.key for node in graph.nodes.values()]
     if over_budget := budget.exceeded(budget.limits_of(graph.recipe.config), store, every_key):
         raise AtomError(over_budget)
@@ -371,19 +370,6 @@ def missing_image(profile: Profile) -> str | None:
     if container is None or not container.image.startswith("/") or Path(container.image).exists():
         return None
     return f"slurm.container.image = {container.image} is not on this host; each node of a job needs it"
-
-
-def require_image(profile: Profile) -> None:
-    """Raises RecipeError if the container's image is missing from a folder that this host has.
-
-    If the folder is not here either, it may be one of the nodes alone.
-    """
-    container = profile.cluster().container
-    if container is not None and missing_image(profile) and Path(container.image).parent.is_dir():
-        raise RecipeError(
-            f"cluster profile {profile.name}: slurm.container.image = {container.image} is not there; make it, or name "
-            "another"
-        )
 
 
 @dataclass(frozen=True)

@@ -78,15 +78,12 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
         if entry.run == snapshot.run.id:
             current.append(Alert(f"node {entry.node} {entry.until}", "avoided node", entry.stage, entry.sentence))
     for name in RESOURCES:
-        spending, resource = snapshot.spending, name.replace("_", " ")
-        if not (spending.limits and (limit := spending.limits.get(name))):
+        limits_of_run, resource = snapshot.run.body.get("budget"), name.replace("_", " ")
+        if not (limits_of_run and (limit := limits_of_run.get(name))):
             continue
-        if spending.now(name) >= BUDGET_SHARE * limit:
-            text = f"{spending.now(name):,.4g} of the budget of {limit:,.10g} {resource} are used"
+        if snapshot.used[name] >= BUDGET_SHARE * limit:
+            text = f"{snapshot.used[name]:,.4g} of the budget of {limit:,.10g} {resource} are used"
             current.append(Alert(f"budget {name}", "budget", None, text))
-        elif spending.expected(name) > limit:
-            text = f"{spending.expected(name):,.4g} {resource} are expected, more than the budget of {limit:,.10g}"
-            current.append(Alert(f"forecast {name}", "budget", None, text))
     return current
 
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from pipeline.core.progress import duration, human
 from pipeline.core.store import Store
 from pipeline.graph import budget
 from pipeline.graph import run as runs
-from pipeline.graph.budget import RESOURCES, Hours, Limits, Resource
+from pipeline.graph.budget import RESOURCES, Hours, Resource
 from pipeline.graph.run import CUT_OFF, REFUSED, JobRow, NodeStatus, Run, RunFolder
 from pipeline.launch import diagnoses, slurm_client
 from pipeline.launch.diagnoses import FAILURES
@@ -326,28 +325,6 @@ class StageView:
 
 
 @dataclass(frozen=True)
-class Spending:
-    """Hours of a run."""
-
-    # Hours of ended attempts.
-    used: Hours
-    # Hours of the present attempts so far, where a rank without GPUs counts as one busy core.
-    running: Hours
-    # Hours that the running stages still need at their pace.
-    coming: Hours
-    limits: Limits | None
-    # Stages that have not begun.
-    waiting: int
-
-    def now(self, name: Resource) -> float:
-        return self.used[name] + self.running[name]
-
-    def expected(self, name: Resource) -> float:
-        """Returns the use that is expected at the end of the running stages."""
-        return self.now(name) + self.coming[name]
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """A run at one moment."""
 
@@ -356,7 +333,8 @@ class Snapshot:
     stages: tuple[StageView, ...]
     # A sentence on missing information.
     lack: str | None
-    spending: Spending
+    # Hours of ended attempts and of the present ones, where a rank without GPUs counts as one busy core.
+    used: Hours
 
     @property
     def over(self) -> bool:
@@ -368,18 +346,12 @@ class Snapshot:
         return sorted(reversed(with_curves), key=lambda stage: stage.status.state != "running")
 
     def spending_text(self) -> list[str]:
-        """Returns lines on the hours and the money, used and expected, beside the budget."""
-        prices, lines = self.run.body.get("prices"), []
-        total = budget.hours(self.spending.now)
-        expected = budget.hours(self.spending.expected)
-        lines.append(f"used so far: {budget.describe(total, prices)}")
-        lines.append(f"expected when the running stages end: {budget.describe(expected, prices)}")
+        """Returns lines on the hours and the money so far, beside the budget."""
+        lines = [f"used so far: {budget.describe(self.used, self.run.body.get('prices'))}"]
+        limits = self.run.body.get("budget")
         for name in RESOURCES:
-            if self.spending.limits and (limit := self.spending.limits.get(name)):
-                share, coming = total[name] / limit, expected[name] / limit
-                lines.append(f"budget.{name} = {limit:,.10g}: {share:.0%} used, {coming:.0%} expected")
-        if self.spending.waiting:
-            lines.append(f"not in what is expected: {self.spending.waiting} stages that have not begun")
+            if limits and (limit := limits.get(name)):
+                lines.append(f"budget.{name} = {limit:,.10g}: {self.used[name] / limit:.0%} used")
         return lines
 
 
@@ -395,39 +367,18 @@ def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
         curves = Curves(folder) if (folder / "metrics.jsonl").exists() else None
         stages.append(StageView(node, curves))
     now = time.time()
-    return Snapshot(run, now, tuple(stages), lack, _spending(run, store, stages, now))
+    return Snapshot(run, now, tuple(stages), lack, _used(store, stages, now))
 
 
-def _spending(run: Run, store: Store, stages: Iterable[StageView], now: float) -> Spending:
-    used, running, coming = (budget.hours(lambda name: 0.0) for _ in range(3))
-    waiting = 0
+def _used(store: Store, stages: Iterable[StageView], now: float) -> Hours:
+    stages = list(stages)
+    used = budget.used(store, (stage.status.key for stage in stages))
     for stage in stages:
-        ended = used_hours(store, stage.status.key)
-        for resource in RESOURCES:
-            used[resource] += ended[resource]
         start = stage.events.state["start"]
         if stage.status.state == "running" and start:
             name: Resource = "gpu_hours" if stage.gpus else "core_hours"
-            places = stage.gpus or start["ranks"]
-            running[name] += max(0.0, now - start["time"]) * places / 3600
-            coming[name] += (stage.status.eta or 0.0) * places / 3600
-        waiting += stage.status.state not in ("sealed", "running")
-    limits = run.body.get("budget")
-    return Spending(used, running, coming, limits, waiting)
-
-
-def used_hours(store: Store, key: str) -> Hours:
-    """Returns the use of all ended attempts at a key; statements that this process has read are not read again."""
-    try:
-        return _hours(store.home, key, tuple(json_files.names(store.ledger / key)))
-    except Damaged:
-        return budget.used(store, [key])  # which reports it
-
-
-# A statement never changes, so the names of statements stand for their content.
-@lru_cache(maxsize=10_000)
-def _hours(home: Path, key: str, names: tuple[str, ...]) -> Hours:
-    return budget.used(Store(home), [key])
+            used[name] += max(0.0, now - start["time"]) * (stage.gpus or start["ranks"]) / 3600
+    return used
 
 
 def sparkline(values: list[float], width: int = 48) -> str:

@@ -458,8 +458,6 @@ def test_what_stands_where_a_folder_should_be_is_named(tmp_path: Path, place: st
         Lease.take(store.home / place / ("key-1" if place == "work" else ""))
     message = failure_message(raised.value, "pretrain", store)
     assert message.startswith(f"{store.home / place}") and "cannot be used (" in message, message
-    sentence = store.misplaced()
-    assert sentence and sentence.startswith(f"{store.home / place} is ") and "move it away" in sentence
 
 
 def test_a_file_in_the_place_of_a_folder_is_one_sentence_of_every_command(home: Path, composed: Graph) -> None:
@@ -469,8 +467,3 @@ def test_a_file_in_the_place_of_a_folder_is_one_sentence_of_every_command(home: 
     (home / "work" / key).touch()
     process = atom(home, "run", recipe, "--until", "acquire-sums", code=2)
     assert f"{home / 'work' / key} cannot be used (" in process.stderr.splitlines()[-1], process.stderr
-    shutil.rmtree(home / "artifacts")
-    os.mkfifo(home / "artifacts")
-    for line, code in ((["status"], 0), (["plan", recipe], 0), (["run", recipe], 2)):
-        stderr = atom(home, *line, code=code).stderr
-        assert stderr.count(f"atom: {home / 'artifacts'} is no folder; move it away") == 1, stderr
