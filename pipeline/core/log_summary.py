@@ -14,7 +14,6 @@ import statistics
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast
@@ -347,16 +346,3 @@ class SummaryWriter:
         """Saves once more, unless that takes too long."""
         self._stop.set()
         self._thread.join(LAST_SECONDS)
-
-
-# Standard deviation of a normal distribution by its median absolute deviation.
-SIGMA = 1.4826
-# Lower bound of the standard deviation, as a share of the median: small changes of a flat loss are no spikes.
-MIN_SIGMA = 0.01
-
-
-def spike_limit(losses: Collection[float], sigmas: float) -> tuple[float, float]:
-    """Returns (the median, the limit) of the latest losses."""
-    median = statistics.median(losses)
-    spread = SIGMA * statistics.median(abs(x - median) for x in losses)
-    return median, median + sigmas * max(spread, MIN_SIGMA * median)

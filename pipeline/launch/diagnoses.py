@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ import yaml
 from pipeline.core import os_errors
 from pipeline.core.environment import node_name
 from pipeline.core.errors import AtomError, Failure, Interrupted, Kind, installing
-from pipeline.core.progress import duration
 from pipeline.core.store import Store
 from pipeline.launch.slurm_client import Job
 
@@ -135,7 +133,7 @@ def failure_kind(error: BaseException, store: Store) -> Kind:
 def failure_message(error: BaseException, stage: str, store: Store) -> str:
     """Returns the problem and the remedy as one sentence."""
     if isinstance(error, Interrupted):
-        return f"stopped on request ({error}{_before_limit(str(error))}); run the same command to go on"
+        return f"stopped on request ({error}); run the same command to go on"
     if fault := _fault(error, store):
         message = f"stage {stage} failed by its machine or network ({error}); {os_errors.AGAIN}"
         return fault.text or message.replace("\n", " ")
@@ -144,17 +142,6 @@ def failure_message(error: BaseException, stage: str, store: Store) -> str:
     if isinstance(error, ImportError) and _is_third_party(error):
         return f"stage {stage} needs {error.name}; {installing('data,train')}, and the same command again"
     return f"a bug in stage {stage}: {type(error).__name__}: {error}; the traceback is in its log".replace("\n", " ")
-
-
-def _before_limit(signal_name: str) -> str:
-    """Returns the time between the signal to save and the time limit of the Slurm job, in words.
-
-    Slurm signals a job shortly before the limit, and for a preemption.
-    """
-    start, end = (os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
-    if signal_name != "SIGUSR2" or not (start.isdigit() and end.isdigit()):
-        return ""
-    return f", {duration(max(0.0, int(end) - time.time()))} before its time limit of {duration(int(end) - int(start))}"
 
 
 def _fault(error: BaseException, store: Store) -> os_errors.Fault | None:

@@ -213,14 +213,6 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
     return jobs
 
 
-def first_node(nodes: str) -> str:
-    """Returns the first of a list of nodes as Slurm writes it, such as `n[1-3]`: the one that runs a job's script.
-
-    Raises NoAnswer.
-    """
-    return run_command("scontrol", "show", "hostnames", nodes).split()[0]
-
-
 @dataclass
 class Answers:
     """The answers of Slurm to one process, each at most `seconds` old: also that there is none."""

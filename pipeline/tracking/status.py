@@ -72,7 +72,7 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         slurm_job = _merge(queued.get(node.name), finished_jobs.get(row["job"]), run, row, node.name)
         submitter = _submitter(run, row, slurm_job, store)
         launch = _last_launch(submitter, node.name, row["job"])
-        with_job = _add_job_state(node, row["job"], slurm_job, launch, answers)
+        with_job = _add_job_state(node, row["job"], slurm_job, launch)
         if slurm_job is not None and slurm_job.user not in ("", owner):
             with_job = replace(with_job, user=slurm_job.user)
         with_job = replace(with_job, servers=_servers(row, slurm_jobs))
@@ -119,7 +119,7 @@ def living_jobs(run: Run, slurm_jobs: Mapping[str, Job]) -> dict[str, Job]:
     return living
 
 
-def _add_job_state(node: NodeStatus, id: str, job: Job | None, launch: Path | None, answers: Answers) -> NodeStatus:
+def _add_job_state(node: NodeStatus, id: str, job: Job | None, launch: Path | None) -> NodeStatus:
     """Returns the status of a node from its files and from Slurm's state of its job; an artifact outranks both.
 
     Args:
@@ -127,7 +127,6 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, launch: Path | No
         id: The id of the job.
         job: The job as Slurm describes it; None if Slurm does not know it.
         launch: The folder of the last launch.
-        answers: Answers of Slurm.
     """
     node = replace(node, job=id)
     if launch is not None:
@@ -142,7 +141,7 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, launch: Path | No
         return node
     verdict = None if launch is None else Verdict.read(launch)
     if not job.alive:
-        node = replace(node, state="failed", message=end_message(job, node.message, verdict, answers, node.kind))
+        node = replace(node, state="failed", message=end_message(job, node.message, verdict, node.kind))
         if job.state != "CANCELLED":
             return node
         by_another = job.cancelled_by not in ("", job.user)
@@ -167,7 +166,7 @@ def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
     return launch is None or launch.name == node.events.state["launch"]
 
 
-def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers, kind: str | None = None) -> str:
+def end_message(job: Job, recorded: str, verdict: Verdict | None, kind: str | None = None) -> str:
     """Returns the sentence about an ended job.
 
     It is the outcome that the stage or the script of the job recorded, or else follows from Slurm's final state.
@@ -176,7 +175,6 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
         job: The job.
         recorded: The outcome that the stage recorded; empty, or CUT_OFF, if it recorded none.
         verdict: The decision of the last launch; None without one.
-        answers: Answers of Slurm.
         kind: The kind of the recorded failure.
     """
     row = diagnoses.of_job(job.state, job.code)
@@ -191,11 +189,7 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
         return verdict.text
     if row is None:
         return (verdict.text if verdict else "") or recorded or _plain_end(job)
-    fields = {"nodes": job.nodes or "its nodes"}
-    if row in (FAILURES["not_launched"], FAILURES["no_home"]) and job.nodes:
-        with suppress(NoAnswer):  # the sentence has all nodes then
-            fields["nodes"] = answers.ask(slurm_client.first_node, job.nodes)
-    return row.text(**fields)
+    return row.text(nodes=job.nodes or "its nodes")
 
 
 def _plain_end(job: Job) -> str:

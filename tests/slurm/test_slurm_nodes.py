@@ -3,8 +3,6 @@ in `atom status`."""
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from pathlib import Path
 
@@ -113,20 +111,6 @@ def test_a_stage_that_does_not_save_before_its_time_limit(tmp_path: Path) -> Non
     message = ended(store, "failed")["message"]
     assert message.startswith("its time limit came on n[1-2] before it saved; ")
     assert slurm_fixtures.slurm("sacct", "-n", "-X", "-P", "-j", job, "-o", "State").strip() == "TIMEOUT"
-
-
-@at_length("slurm-stages", 60)
-def test_a_stage_that_stops_for_its_time_limit_names_it(tmp_path: Path) -> None:
-    _, run, _ = start(tmp_path, "sleep", 2, train={"minutes": 1}, restarts=0)
-    (folder,) = [run.node_folder(node["name"]) for node in run.body["nodes"]]
-
-    def end() -> str:
-        rows = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
-        return next((row["outcome"] for row in rows if row["event"] == "end"), "")
-
-    slurm_fixtures.until(lambda: (folder / "events.jsonl").exists(), "an attempt")
-    outcome = slurm_fixtures.until(end, "its end")
-    assert re.match(r"stopped on request \(SIGUSR2, 0:\d\d before its time limit of 1:00\); run the same ", outcome)
 
 
 @at_length("slurm-stages", 60)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import Interrupted, Kind
-from pipeline.core.store import Store
+from pipeline.core.errors import Kind
 from pipeline.graph.run import CUT_OFF
 from pipeline.launch import diagnoses
-from pipeline.launch.diagnoses import FAILURES, failure_message
+from pipeline.launch.diagnoses import FAILURES
 from pipeline.launch.rendezvous import Decision, Verdict
-from pipeline.launch.slurm_client import Answers, Job
+from pipeline.launch.slurm_client import Job
 from pipeline.tracking import status
 
 
 def end_message(job: Job, recorded: str, verdict: Verdict | None) -> str:
-    return status.end_message(job, recorded, verdict, Answers())
+    return status.end_message(job, recorded, verdict)
 
 
 ENDED = {
@@ -131,16 +129,3 @@ def test_each_row_is_told_apart_and_names_a_remedy() -> None:
     assert {row.name for row in FAILURES.values() if row.bad_node and row.kind.final} == set(), (
         "a final failure blames no node"
     )
-
-
-def test_a_stage_that_is_signaled_before_its_time_limit_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, begin = Store(tmp_path), int(time.time()) - 3600
-    text = failure_message(Interrupted("SIGUSR2"), "pretrain", store)
-    assert text == "stopped on request (SIGUSR2); run the same command to go on", "not in a job of Slurm"
-    monkeypatch.setenv("SLURM_JOB_START_TIME", str(begin))
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(begin + 3700))
-    text = failure_message(Interrupted("SIGUSR2"), "pretrain", store)
-    assert re.match(r"stopped on request \(SIGUSR2, 1:[34]\d before its time limit of 1:01:40\); run", text)
-    assert failure_message(Interrupted("SIGTERM"), "pretrain", store).startswith("stopped on request (SIGTERM);")
