@@ -52,10 +52,10 @@ def simulate_precision(
 
     screen = Console(stderr=True) if as_json else console()
     try:
-        with Display(screen) as display:
-            report, folder = simulate(
-                recipes.load(recipe), open_store().home, display, precision or (), steps, seeds, bound, layers, out
-            )
+        display, home = Display(screen), open_store().home
+        report, folder = simulate(
+            recipes.load(recipe), home, display, precision or (), steps, seeds, bound, layers, out
+        )
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None

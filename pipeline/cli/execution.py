@@ -55,8 +55,7 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
     companion = Companion(store.home, new_run.id, whole=True)
     print(f"run {new_run.id}, logs in {new_run.folder}", flush=True)
     try:
-        with Display(console()) as display:
-            LocalLauncher(composed, store, new_run, selected, profile, display).go()
+        LocalLauncher(composed, store, new_run, selected, profile, Display(console())).go()
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None

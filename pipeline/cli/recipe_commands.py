@@ -256,7 +256,7 @@ def submit(
     if dry_run:
         checks = slurm.dry_run(composed, store, selected, settings)
         if as_json:
-            print(json.dumps({"scripts": [row.json() for row in checks]}, indent=1))
+            print(json.dumps({"scripts": [asdict(row) for row in checks]}, indent=1))
         else:
             for row in checks:
                 print(f"{row.script}: {row.answer}")

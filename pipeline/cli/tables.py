@@ -257,8 +257,6 @@ def print_difference(difference: Difference, first: str, second: str, console: C
     )
     if difference.removed:
         print(f"not in {second}: {', '.join(difference.removed)}")
-    if difference.unsealed:
-        print(f"unchanged, and not sealed here either: {', '.join(difference.unsealed)}")
 
 
 def print_comparison(rows: list[Measured], console: Console) -> None:

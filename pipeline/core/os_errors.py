@@ -36,16 +36,12 @@ _MACHINE = {
     errno.EDQUOT: "the quota for {place} is used up; free some space, or have it raised, and ",
     errno.EROFS: "{place} is on a file system that cannot be written now; have it mounted for writing, and ",
     errno.EIO: "the disk that holds {place} failed (input/output error); see the system's log, have it repaired, and ",
-    errno.ESTALE: "{place} was taken away by its file server (stale file handle); have it mounted again, and ",
-    errno.ENODEV: "the device that holds {place} is gone; have it mounted again, and ",
-    errno.ENXIO: "the device that holds {place} is gone; have it mounted again, and ",
-    errno.ENOTCONN: "the file server of {place} is not connected; have it mounted again, and ",
-    errno.ETIMEDOUT: "the file server of {place} gave no answer; see whether it is up, and ",
-    errno.EHOSTDOWN: "the file server of {place} is down; wait until it is up, and ",
     errno.EMFILE: "this process may open no more files; raise the limit (ulimit -n), and ",
     errno.ENFILE: "this machine may open no more files; close other programs, and ",
-    errno.ENOLCK: "the file system of {place} has no locks left; see its server, and ",
 }
+# A file server or a device that does not answer.
+_AWAY = "ESTALE ENODEV ENXIO ENOTCONN ETIMEDOUT EHOSTDOWN"
+GONE = "the file server or the device of {place} is away; have it mounted again, and "
 # An error in a name: a bug, unless the name is below $ATOM_HOME or from the command line.
 _NAMES = "EACCES EPERM ENOTDIR EISDIR ELOOP ENAMETOOLONG ENOTEMPTY EEXIST ETXTBSY"
 # The machine or its network: another attempt may succeed, or run on another node.
@@ -53,6 +49,7 @@ _CALLS = "ENOMEM EAGAIN EBUSY EPIPE EREMOTEIO ECONNREFUSED ECONNRESET EHOSTUNREA
 # By number. Any other number is a bug of atom.
 FAULTS = {
     **{number: Fault(Kind.MACHINE, text + AGAIN) for number, text in _MACHINE.items()},
+    **{getattr(errno, name): Fault(Kind.MACHINE, GONE + AGAIN) for name in _AWAY.split()},
     errno.EMLINK: Fault(Kind.USER, "the file system of {place} takes no more hard links to a file; use another one"),
     errno.EXDEV: Fault(Kind.USER, "{place} lies on another file system than the rest of $ATOM_HOME, which must be one"),
     errno.ENOENT: Fault(Kind.MACHINE, NAME),

@@ -18,9 +18,8 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-import pipeline
 from pipeline.core import atomic_files, json_files, process
-from pipeline.core.environment import git_commit
+from pipeline.core.environment import code_root, git_commit
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import Tail, figures_of
 from pipeline.core.json_files import Damaged
@@ -225,7 +224,7 @@ def _write_body(folder: Path, body: Body) -> None:
 @cache
 def _commit() -> tuple[str | None, bool]:
     """Returns the commit of this process's code, and whether it was changed since."""
-    return git_commit(Path(pipeline.__path__[0]).parent)
+    return git_commit(code_root())
 
 
 def require_same_recipe(run: Run, recipe: Recipe) -> None:

@@ -22,7 +22,6 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-import pipeline
 from pipeline.core import atomic_files, environment, json_files, provenance
 from pipeline.core.errors import AtomError, Failure, Kind, MachineError
 from pipeline.core.events import FileReport
@@ -64,7 +63,7 @@ class StartRecords:
 
     def add(self, store: Store, key: str, started: float) -> None:
         """Adds this start. Its prediction is the digest of the one that is sealed at this moment, None without one."""
-        commit, dirty = environment.git_commit(Path(pipeline.__path__[0]).parent)
+        commit, dirty = environment.git_commit(environment.code_root())
         predicted = prediction_key(key)
         record: Start = {
             "start": self.number,

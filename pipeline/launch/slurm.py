@@ -14,7 +14,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -380,10 +380,6 @@ class Checked:
     script: str
     ok: bool
     answer: str
-
-    def json(self) -> dict[str, Any]:
-        """Returns the fields, with the published name of the answer."""
-        return {"stage": self.stage, "script": self.script, "ok": self.ok, "said": self.answer}
 
 
 def require_taken(checks: list[Checked]) -> None:

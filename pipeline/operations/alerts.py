@@ -166,15 +166,21 @@ class Watcher:
 
     Attributes:
         run: The id of the run.
-        state: The file with the alerts that were sent and still stand.
+        state: The file that keeps `sent`.
         command: The shell command that gets each alert. Without it nothing is sent, and the file is neither read nor
             written.
+        sent: The alerts that were sent and still stand.
     """
 
     run: str
     state: Path
     command: str | None = None
-    shown: dict[str, str] = field(default_factory=dict)
+    sent: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.command is not None:
+            consequence = "all alerts that stand are sent again"
+            self.sent = json_files.read_optional(self.state, STATE, consequence) or {}
 
     def send(self, current: list[Alert]) -> tuple[list[Alert], list[str]]:
         """Sends what was not sent yet. An alert whose command failed is sent again the next time.
@@ -185,32 +191,23 @@ class Watcher:
         Raises:
             OSError: The file of sent alerts cannot be written.
         """
-        stored, problems = self._read(), list[str]()
-        sent = {id: text for id, text in stored.items() if any(alert.id == id for alert in current)}
+        problems = list[str]()
         # An alert that was over is forgotten, so that it is sent again when it returns.
-        new = [alert for alert in current if alert.id not in sent]
-        if new or sent != stored:
-            self._write(sent)  # raises before anything is sent that would be sent at every look
+        self.sent = {id: text for id, text in self.sent.items() if any(alert.id == id for alert in current)}
+        new = [alert for alert in current if alert.id not in self.sent]
+        self._write()  # raises before anything is sent that would be sent at every look
         for alert in new:
             problem = None if self.command is None else run_command(self.command, self.run, alert)
             if problem is None:
-                sent[alert.id] = alert.text
+                self.sent[alert.id] = alert.text
             else:
                 problems.append(problem)
-        if new:
-            self._write(sent)
+        self._write()
         return new, problems
 
-    def _write(self, sent: dict[str, str]) -> None:
-        if self.command is None:
-            self.shown = dict(sent)
-            return
-        atomic_files.write(self.state, json.dumps(sent, indent=1, sort_keys=True) + "\n")
-
-    def _read(self) -> dict[str, str]:
-        if self.command is None:
-            return dict(self.shown)
-        return json_files.read_optional(self.state, STATE, "all alerts that stand are sent again") or {}
+    def _write(self) -> None:
+        if self.command is not None:
+            atomic_files.write(self.state, json.dumps(self.sent, indent=1, sort_keys=True) + "\n")
 
 
 def run_command(command: str, run: str, alert: Alert) -> str | None:

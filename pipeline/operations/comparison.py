@@ -67,8 +67,6 @@ class Difference:
     stages: tuple[StageChange, ...]
     removed: tuple[str, ...]
     unchanged: int
-    # Stages with equal keys in both recipes that are not sealed.
-    unsealed: tuple[str, ...]
     # The cost of the changed stages that are not sealed.
     costs: CostEstimate
 
@@ -78,7 +76,6 @@ class Difference:
             "stages": [{**asdict(change), "because": change.because} for change in self.stages],
             "removed": list(self.removed),
             "unchanged": self.unchanged,
-            "unsealed": list(self.unsealed),
             "cost": self.costs.json(),
         }
 
@@ -101,7 +98,6 @@ def compare(first: Graph, second: Graph, store: Store, profile: Profile) -> Diff
         stages=changes,
         removed=tuple(name for name in first.nodes if name not in second.nodes),
         unchanged=len(unchanged),
-        unsealed=tuple(name for name in unchanged if states[name].text == "to run"),
         costs=estimate_costs(plan(second, states, names), profile, is_small(second)),
     )
 

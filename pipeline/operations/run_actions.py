@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.lease import holder
+from pipeline.core.provenance import clock
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import REFUSED, NodeStatus, Run
@@ -57,12 +58,8 @@ class RunRow:
         return (self.last_event - self.began) / 3600
 
     def json(self) -> dict[str, Any]:
-        times = {name: _time(getattr(self, name)) for name in ("began", "last_event")}
+        times = {name: clock(getattr(self, name)) for name in ("began", "last_event")}
         return {**asdict(self), **times, "hours": round(self.hours, 4)}
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def list_rows(listed: list[Run], store: Store) -> tuple[list[RunRow], str | None]:

@@ -274,12 +274,7 @@ def over(stages: list[NodeStatus]) -> bool:
     return not any(stage.state in active_states for stage in stages)
 
 
-# The first curves to show, in this order.
-_CURVES = """
-loss heldout_loss reward step_tokens_per_s tokens_per_s step_seconds grad_norm peak_gpu_memory_bytes peak_memory_bytes
-spike dead_experts expert_max_violation router_entropy data_wait_seconds checkpoint_stall_seconds lr
-"""
-CURVES = tuple(_CURVES.split())
+# The curves that are counted or summed, and not drawn.
 NO_CHARTS = ("tokens", "spike")
 
 
@@ -303,10 +298,9 @@ class StageView:
         return start.get("gpus", 0) if start else 0
 
     def names(self) -> list[str]:
-        """Returns the names of its curves, the best known ones first."""
+        """Returns the names of its curves, as its stage reports them."""
         names = [] if self.curves is None else list(self.curves.state["curves"])
-        known = [name for name in CURVES if name in names]
-        return [name for name in [*known, *sorted(set(names) - set(known))] if name not in NO_CHARTS]
+        return [name for name in names if name not in NO_CHARTS]
 
     def counts(self) -> list[str]:
         """Returns the numbers of restarts, spikes and dead experts, in words."""

@@ -348,7 +348,7 @@ SIGMA = 1.4826
 MIN_SIGMA = 0.01
 
 
-def spike_limit(losses: Sequence[float] | deque[float], sigmas: float) -> tuple[float, float]:
+def spike_limit(losses: Sequence[float], sigmas: float) -> tuple[float, float]:
     """Returns (the median, the limit) of the latest losses."""
     median = statistics.median(losses)
     spread = SIGMA * statistics.median(abs(x - median) for x in losses)

@@ -231,8 +231,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, options: dict[str, Any], sent
 def rehearse(home: Path, **options: Any) -> Any:
     from rich.console import Console
 
-    with Display(Console()) as display:
-        return simulation.simulate(recipes.load("atom-tiny"), home, display, **options)
+    return simulation.simulate(recipes.load("atom-tiny"), home, Display(Console()), **options)
 
 
 @at_length("training", 1)
