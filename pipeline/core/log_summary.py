@@ -42,7 +42,7 @@ from pipeline.core.json_files import Damaged
 CHUNK = 2**20
 # The bytes before `offset` whose hash shows that a summary is of this log.
 PROOF = 4096
-LAST_NOTES, LAST_ATTEMPTS = 20, 32
+LAST_NOTES = 20
 # The reports of progress from which the step time is computed.
 PACE = 65
 # The points of a curve, and the curves of a stage.
@@ -122,8 +122,6 @@ class EventState(TypedDict):
     began: Number | None
     # Seconds of all attempts before.
     ran: Number
-    # When the latest attempts began.
-    began_at: list[Number]
     # The number of all starts, and the latest.
     starts: Count
     start: Start | None
@@ -153,7 +151,7 @@ class EventSummary(LogSummary[Event | Other]):
 
     def empty(self) -> EventState:
         nothing = {name: None for name in ("began", "start", "first", "progress", "last", "slow", "slow_since")}
-        lists: dict[str, Any] = {name: [] for name in ("began_at", "notes", "pace")}
+        lists: dict[str, Any] = {name: [] for name in ("notes", "pace")}
         return cast(EventState, {"attempts": 0, "launch": "", "ran": 0.0, "starts": 0, **nothing, **lists})
 
     def add(self, row: Event | Other) -> None:
@@ -191,7 +189,6 @@ class EventSummary(LogSummary[Event | Other]):
         state = self.state
         state["ran"] = self.seconds() or 0.0
         state["began"] = now
-        state["began_at"] = [*state["began_at"], now][-LAST_ATTEMPTS:]
 
     def seconds(self, now: float | None = None) -> float | None:
         """Returns the seconds of all attempts together; None without one.

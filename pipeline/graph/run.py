@@ -345,8 +345,6 @@ class NodeStatus:
     # The cause for which its job waits, if a person must act.
     alert: str | None = None
     # Seconds since the epoch.
-    waits_since: float | None = None
-    # Seconds since the epoch.
     last_report: float | None = None
     message: str = ""
     # The kind of the failure in `message`.

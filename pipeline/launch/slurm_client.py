@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, ParamSpec, TypeVar, cast
 
 from pipeline.core.errors import AtomError
@@ -94,8 +93,6 @@ class Job:
         code: Exit code and signal of an ended job.
         user: The user who submitted it.
         partition: Its partition, or several with commas between.
-        waits_since: The time since which nothing but Slurm keeps it waiting, in seconds since the epoch; None if it
-            waits for another job, or if that is not known.
         cancelled_by: The user who cancelled it; empty if nobody did or it is not known.
     """
 
@@ -108,7 +105,6 @@ class Job:
     code: str = ""
     user: str = ""
     partition: str = ""
-    waits_since: float | None = None
     cancelled_by: str = ""
 
     @property
@@ -153,7 +149,7 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
 
 
 # The fields of `squeue`. The comment is anybody's text, so it is the last one.
-_QUEUE_FIELDS = "JobArrayID State NodeList TimeUsed Reason UserName Partition EligibleTime Command Comment"
+_QUEUE_FIELDS = "JobArrayID State NodeList TimeUsed Reason UserName Partition Command Comment"
 QUEUE_FIELDS = tuple(_QUEUE_FIELDS.split())
 
 
@@ -170,28 +166,14 @@ def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
             *values, text = row.split("|", len(QUEUE_FIELDS) - 2)
             if len(values) < len(QUEUE_FIELDS) - 2 or (owner := Owner.read(text)) is None:
                 continue
-            id, state, nodes, elapsed, reason, submitter, partition, eligible = map(_word, values)
-            waits_since = _seconds(eligible)
-            jobs[id] = Job(
-                id, state, reason, nodes, elapsed, owner, user=submitter, partition=partition, waits_since=waits_since
-            )
+            id, state, nodes, elapsed, reason, submitter, partition = map(_word, values)
+            jobs[id] = Job(id, state, reason, nodes, elapsed, owner, user=submitter, partition=partition)
     return jobs
 
 
 def _word(value: str) -> str:
     """Returns a value as Slurm shows it; empty where it shows that there is none."""
     return "" if value in ("None", "(null)") else value
-
-
-def _seconds(time_text: str) -> float | None:
-    """Returns a time of Slurm in seconds since the epoch; None if it is none.
-
-    Slurm writes times by the clock and the time zone of this host.
-    """
-    try:
-        return datetime.fromisoformat(time_text).timestamp()
-    except ValueError:  # N/A
-        return None
 
 
 def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:

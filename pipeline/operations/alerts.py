@@ -32,15 +32,12 @@ SECONDS = 30.0
 SPIKE_STEPS = 64
 # The steps after which an expert without tokens is an alert: in the first ones, routers have not settled.
 DEAD_STEPS = 1000
-DAY = 86_400
 # Median step times without a report after which a stage has stalled, if these are more than the seconds of Thresholds.
 STALLED_STEPS = 20.0
-# The used share of a budget, the hours in which nothing but Slurm keeps a job waiting, and the starts of a stage within
-# a day, above which something is an alert.
-BUDGET_SHARE, WAITING_HOURS, RESTARTS_A_DAY = 0.9, 24.0, 5
+# The used share of a budget above which it is an alert.
+BUDGET_SHARE = 0.9
 # The states of a stage that does not go on by itself.
 FAILED = ("failed", "lost", "damaged", ENDING)
-LONG_WAIT = "long wait"
 STATE = TypeAdapter(dict[str, str])
 
 
@@ -72,7 +69,7 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
     if free < limits.free_gb:
         text = f"the disk that holds {store.home} has {free:.3g} GB left; free some space"
         current.append(Alert("disk", "disk", None, text))
-    current += _of_jobs([stage.status for stage in snapshot.stages], snapshot.time)
+    current += _of_jobs([stage.status for stage in snapshot.stages])
     current += [alert for stage in snapshot.stages for alert in _of_stage(stage, snapshot.time, limits)]
     for entry in bad_nodes.read(store):
         if entry.run == snapshot.run.id:
@@ -87,21 +84,15 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
     return current
 
 
-def _of_jobs(stages: Sequence[NodeStatus], now: float) -> Iterator[Alert]:
+def _of_jobs(stages: Sequence[NodeStatus]) -> Iterator[Alert]:
     """Yields alerts on jobs that do not start: one for each cause, however many jobs have it."""
     causes: dict[str, list[NodeStatus]] = {}
     for stage in stages:
-        if stage.state == REFUSED:
-            causes.setdefault(REFUSED, []).append(stage)
-        elif stage.alert:
-            causes.setdefault(stage.alert, []).append(stage)
-        elif stage.waits_since is not None and now - stage.waits_since > 3600 * WAITING_HOURS:
-            causes.setdefault(LONG_WAIT, []).append(stage)
+        if cause := REFUSED if stage.state == REFUSED else stage.alert:
+            causes.setdefault(cause, []).append(stage)
     for cause, concerned in causes.items():
         first, others = concerned[0], len(concerned) - 1
         text = f"stage {first.name}: {first.message or first.reason}"
-        if cause == LONG_WAIT:
-            text = f"stage {first.name} has waited for {duration(now - (first.waits_since or now))}: {first.reason}"
         text += f"; the same holds for {stage_count(others)} more" if others else ""
         yield Alert(f"waits {cause}", cause, first.name, text)
 
@@ -111,10 +102,6 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
     if state in FAILED:
         reason = stage.status.message or stage.status.reason or "the cause is not known"
         yield Alert(f"failed {name}", "failed", name, f"stage {name} {state}: {reason}")
-    begins = [begin for begin in stage.events.state["began_at"] if now - begin < DAY]
-    if state not in ("sealed", *FAILED) and len(begins) > RESTARTS_A_DAY:
-        text = f"stage {name} has begun {len(begins)} times within a day; atom logs {name} shows why"
-        yield Alert(f"restarts {name}", "restarts", name, text)
     slow_since = stage.events.state["slow_since"]
     if stage.status.slow and slow_since is not None and now - slow_since >= limits.stalled_seconds:
         yield Alert(f"slow rank {name}", "slow rank", name, f"stage {name}: {stage.status.slow}")

@@ -31,7 +31,7 @@ from pipeline.graph import registry
 from pipeline.graph import run as runs
 from pipeline.graph.run import Run
 from pipeline.launch import slurm_client, submission_lock
-from pipeline.launch.attempt import prediction_key
+from pipeline.launch.attempt import PREDICTION, prediction_key
 from pipeline.launch.slurm_client import Job
 
 KEY = re.compile(r"[A-Za-z0-9][\w@.-]*-[0-9a-f]{12}")
@@ -105,7 +105,7 @@ def loose(store: Store, named: Sequence[str] = ()) -> tuple[list[Loose], list[st
     notes = list(needed.doubts)
     for key in _names(store.artifacts, KEY) if not needed.doubts else ():
         if key not in keys and not _is_needed(store, key, needed) and _is_trained(store, key, needed):
-            notes.append(f"{key} was trained, or predicts what is; --include {key} names it")
+            notes.append(f"{key} is kept, since {_why_kept(key)}; --include {key} names it")
     return sorted(loose_folders, key=lambda row: (-row.bytes, str(row.path))), notes
 
 
@@ -297,6 +297,12 @@ def _is_needed(store: Store, key: str, needed: Needed) -> bool:
     """Returns True if a run or release references a key, or the phase of the checkpoint with that key."""
     statements = provenance.statements(store.ledger, key)[0] if "@" in key else ()
     return key in needed.keys or any(provenance.phase_of(body) in needed.keys for _, body in statements)
+
+
+def _why_kept(key: str) -> str:
+    if key.startswith(f"{PREDICTION}-"):
+        return "a prediction is sealed once, before its run begins"
+    return "it was trained or it is not known what made it"
 
 
 def _is_trained(store: Store, key: str, needed: Needed) -> bool:

@@ -153,7 +153,7 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, launch: Path | No
     if waiting := diagnoses.explain(job):
         row, sentence = waiting
         node = replace(node, reason=sentence, alert=row.name if row.alert else None)
-    return replace(node, waits_since=job.waits_since) if job.state == "PENDING" else node
+    return node
 
 
 def _has_ended(node: NodeStatus, launch: Path | None) -> bool:

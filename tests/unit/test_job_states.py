@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -204,34 +203,26 @@ def test_an_id_that_slurm_gave_to_another_job_is_left_alone(name: str, world: Wo
     assert run_actions.cancel_jobs(world.run, world.store) == []
 
 
-def test_alerts_on_a_slow_rank_an_avoided_node_many_starts_and_a_long_wait(world: World) -> None:
+def test_alerts_on_a_slow_rank_and_an_avoided_node(world: World) -> None:
     now = time.time()
     report = FileReport(world.run.node_folder("pretrain"))
-    for begin in range(7):
-        report._events.write(json.dumps({"time": now - 100 + begin, "event": "attempt", "launch": f"7.{begin}"}) + "\n")
+    report._events.write(json.dumps({"time": now - 100, "event": "attempt", "launch": "7.0"}) + "\n")
     slow = {"event": "slow_rank", "text": "rank 1 on n2 computes 2.8 times as long as its peers since step 41"}
     report._events.write(json.dumps({"time": now - 50, **slow}) + "\n")
     report.close()
     for node, run in (("n2", RUN), ("n3", "other-1")):
         bad_nodes.record(world.store, BadNode(int(now) + 3600, node, "its fan is bad", run, "pretrain", "7"))
-    eligible = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now - 100_000))
-    waiting = squeue("8", "PENDING", RUN, "sft", "Priority", eligible=eligible)
-    world.says(squeue=squeue("7", "RUNNING", RUN, "pretrain", nodes="n1") + f"\n{waiting}")
+    world.says(squeue=squeue("7", "RUNNING", RUN, "pretrain", nodes="n1"))
     lease = Lease.take(world.store.work(KEYS["pretrain"]))
     assert lease is not None
     try:
         _, current = world.look(stalled_seconds=40)
-        assert {alert.kind for alert in world.look()[1]} == {"avoided node", "restarts", "long wait"}, (
-            "a rank is slow for a moment now and then"
-        )
+        assert {alert.kind for alert in world.look()[1]} == {"avoided node"}, "a rank is slow for a moment now and then"
     finally:
         lease.release()
     texts = {alert.kind: alert.text for alert in current}
-    assert texts["restarts"] == "stage pretrain has begun 7 times within a day; atom logs pretrain shows why"
     assert texts["slow rank"].endswith("rank 1 on n2 computes 2.8 times as long as its peers since step 41")
     assert texts["avoided node"].startswith("node n2 is avoided for another ") and "n3" not in str(texts)
-    waited = r"stage sft has waited for 27:4\d:\d\d: jobs of higher priority come first \(Priority\)"
-    assert re.fullmatch(waited, texts["long wait"])
 
 
 def test_the_time_of_a_stage_is_that_of_all_attempts_and_a_report_has_an_age(world: World) -> None:
@@ -274,9 +265,9 @@ def test_starts_on_one_machine_are_timed_as_well(world: World) -> None:
 
 def test_queued_jobs_are_read_as_slurm_prints_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
-        "21|PENDING||0:00|ReqNodeNotAvail, Reserved for maintenance|nobody|test|2026-11-30T21:31:27|"
+        "21|PENDING||0:00|ReqNodeNotAvail, Reserved for maintenance|nobody|test|"
         f"{script_path(RUN, 'pretrain')}|(null)|",
-        "22|PENDING||0:00|Reservation|nobody|test|N/A|/home/ann/sub.sh|(null)|",
+        "22|PENDING||0:00|Reservation|nobody|test|/home/ann/sub.sh|(null)|",
         "a comment may have lines|",
         "",
     ]
@@ -284,4 +275,3 @@ def test_queued_jobs_are_read_as_slurm_prints_them(tmp_path: Path, monkeypatch: 
     (job,) = slurm_client.queued_jobs(["nobody"]).values()
     assert (job.id, job.state, job.user, job.partition) == ("21", "PENDING", "nobody", "test")
     assert job.owner == Owner(RUN, "pretrain") and job.reason == "ReqNodeNotAvail, Reserved for maintenance"
-    assert job.waits_since == time.mktime(time.strptime("2026-11-30T21:31:27", "%Y-%m-%dT%H:%M:%S"))

@@ -66,21 +66,19 @@ def test_only_a_job_that_waits_is_explained() -> None:
     assert held is not None and held[0].alert
 
 
-def status(reason: str, since: float, number: int = 1) -> NodeStatus:
+def status(reason: str, number: int) -> NodeStatus:
     row, sentence = explained(reason)
     name = f"stage{number}"
     alert = row.name if row.alert else None
-    return NodeStatus(name, f"{name}-0", "pending", reason=sentence, alert=alert, waits_since=since)
+    return NodeStatus(name, f"{name}-0", "pending", reason=sentence, alert=alert)
 
 
 @pytest.mark.parametrize("line", TABLE.read_text().splitlines())
 def test_what_needs_a_person_is_one_alert(line: str) -> None:
-    """At once, and the rest after a day; one for all jobs that wait for the same."""
+    """One for all jobs that wait for the same."""
     reason, alert, sentence = line.split("\t")
-    stages = [status(reason, since=1000.0, number=number) for number in range(3)]
-    at_once = list(alerts._of_jobs(stages, 1000.0))
-    assert len(at_once) == bool(alert)
-    for each in at_once:
+    stages = [status(reason, number) for number in range(3)]
+    found = list(alerts._of_jobs(stages))
+    assert len(found) == bool(alert)
+    for each in found:
         assert each.text == f"stage stage0: {sentence}; the same holds for 2 stages more"
-    later = list(alerts._of_jobs(stages, 1000.0 + 86_500))
-    assert len(later) == 1 and (alert or later[0].kind == "long wait")

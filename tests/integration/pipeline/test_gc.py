@@ -215,7 +215,9 @@ def test_a_prediction_is_kept_for_a_run_to_come_and_named_as_what_it_is(three: l
         store.seal(draft, key, lambda product: None)
     assert collected_paths(store) == set()
     _, kept = garbage_collection.loose(store)
-    assert kept == [f"{to_come} was trained, or predicts what is; --include {to_come} names it"]
+    assert kept == [
+        f"{to_come} is kept, since a prediction is sealed once, before its run begins; --include {to_come} names it"
+    ]
     assert collected_paths(store, named=[to_come]) == {f"artifacts/{to_come}"}
 
 
