@@ -107,8 +107,8 @@ def watch(
 ) -> None:
     """Send an alert when something in a run is wrong.
 
-    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed, stalled or restarts too often; a job does not
-    start before a person acts, was cancelled by another user or waits for long; a slow rank, an avoided node, a loss
+    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed or stalled; a job does not start before a
+    person acts, or was cancelled by another user; a slow rank, an avoided node, a loss
     spike, dead experts, the budget, the disk. Each is sent once, and again only after it was over. A job that is queued
     again is no failure. The command needs nothing from the jobs: it sees a node that has vanished.
 

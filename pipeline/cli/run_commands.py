@@ -35,8 +35,7 @@ def status(
 ) -> None:
     """Show the progress and the resource use of a run.
 
-    The use of time, energy and money includes failed attempts. --watch also shows curves, spikes and dead
-    experts.
+    The use of time and money includes failed attempts.
 
     Example: atom status --watch
     """
@@ -47,40 +46,33 @@ def status(
     from rich.markup import escape
 
     from pipeline.cli.tables import status_table
-    from pipeline.graph import budget
     from pipeline.launch import bad_nodes, slurm_client
     from pipeline.tracking import status
 
     chosen, store = find_run(run)
-    nodes, lack = status.status(chosen, store)
-    used = budget.used(store, (stage.key for stage in nodes))
+    # The screen is drawn more often than Slurm is asked.
+    answers = slurm_client.Answers(slurm_client.ASK_EVERY)
+    current = status.take(chosen, store, answers)
     if as_json:
-        body: dict[str, Any] = {"schema": 1, "run": chosen.id, "owner": chosen.owner, "unknown": lack, "used": used}
-        body["stages"] = [s.json() for s in nodes]
+        body: dict[str, Any] = {"schema": 1, "run": chosen.id, "owner": chosen.owner}
+        body |= {"unknown": current.lack, "used": current.used}
+        body["stages"] = [stage.status.json() for stage in current.stages]
         if bad := bad_nodes.read(store):
             body["bad_nodes"] = [asdict(entry) for entry in bad]
         print(json.dumps(body, indent=1))
         return
-    if lack:
-        print(f"atom: {lack}", file=sys.stderr)
-    table = status_table(chosen.id, chosen.owner, nodes, budget.describe(used, chosen.body.get("prices")))
+    if current.lack:
+        print(f"atom: {current.lack}", file=sys.stderr)
     if not watch:
-        console().print(table)
+        console().print(status_table(current))
         for text in (*(entry.sentence for entry in bad_nodes.read(store)), *status.kept_nodes(chosen)):
             print(text)
         return
-    # The screen is drawn more often than Slurm is asked.
-    answers = slurm_client.Answers(slurm_client.ASK_EVERY)
-    with Live(table, console=console(), auto_refresh=False) as live:
-        while True:
-            current = status.take(chosen, store, answers)
-            nodes = [stage.status for stage in current.stages]
-            used = budget.describe(current.used, chosen.body.get("prices"))
-            table = status_table(chosen.id, chosen.owner, nodes, used)
-            live.update(Group(table, *(escape(line) for line in status.lines(current))), refresh=True)
-            if current.over:
-                return
+    with Live(status_table(current), console=console(), auto_refresh=False) as live:
+        while not current.over:
             time.sleep(2)
+            current = status.take(chosen, store, answers)
+            live.update(Group(status_table(current), escape(current.lack or "")), refresh=True)
 
 
 @app.command()

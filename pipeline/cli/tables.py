@@ -12,12 +12,13 @@ from rich.table import Table
 from pipeline.core.progress import duration, human, stages
 from pipeline.core.stage import LongContext, RankSimulation, Traffic
 from pipeline.core.text import escaped
+from pipeline.graph import budget
 from pipeline.graph.flat_fields import estimates
 from pipeline.graph.plan import StagePlan, timed
-from pipeline.graph.run import NodeStatus
 from pipeline.operations.comparison import Difference, Measured, differing_settings
 from pipeline.operations.fit import CostEstimate
 from pipeline.operations.run_actions import RunRow
+from pipeline.tracking.status import Snapshot
 
 # Characters of a value in a table.
 LONGEST_VALUE = 48
@@ -205,13 +206,15 @@ def _binary(value: float) -> str:
     return f"{value / 2**30:.3g}Gi" if value >= 2**30 else f"{value / 2**20:.3g}Mi"
 
 
-def status_table(run: str, owner: str, stages: list[NodeStatus], used: str) -> Table:
+def status_table(snapshot: Snapshot) -> Table:
+    run, stages = snapshot.run, [stage.status for stage in snapshot.stages]
+    used = budget.describe(snapshot.used, run.body.get("prices"))
     # The columns of jobs stand only where there are some.
     slurm = any(s.job for s in stages)
     sealed = sum(s.state == "sealed" for s in stages)
     columns = ("stage", "state", *(("job", "nodes", "restarts") if slurm else ()), "progress", "time", "left", "report")
     caption = f"{sealed} of {len(stages)} stages sealed; used so far: {used}"
-    result = table(*columns, "", wraps=1, caption=caption, title=f"run {run} of {owner}")
+    result = table(*columns, "", wraps=1, caption=caption, title=f"run {run.id} of {run.owner}")
     for s in stages:
         progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
         state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"

@@ -26,7 +26,6 @@ from pipeline.core.events import (
     EVENT,
     POINT,
     Event,
-    Note,
     Number,
     Other,
     Point,
@@ -42,7 +41,6 @@ from pipeline.core.json_files import Damaged
 CHUNK = 2**20
 # The bytes before `offset` whose hash shows that a summary is of this log.
 PROOF = 4096
-LAST_NOTES = 20
 # The reports of progress from which the step time is computed.
 PACE = 65
 # The points of a curve, and the curves of a stage.
@@ -129,7 +127,6 @@ class EventState(TypedDict):
     first: Progress | None
     progress: Progress | None
     last: Event | None
-    notes: list[Note]
     # [time, done] of the latest progress since the start.
     pace: list[list[Number]]
     # The sentence on the slow rank, and since when there is one.
@@ -151,7 +148,7 @@ class EventSummary(LogSummary[Event | Other]):
 
     def empty(self) -> EventState:
         nothing = {name: None for name in ("began", "start", "first", "progress", "last", "slow", "slow_since")}
-        lists: dict[str, Any] = {name: [] for name in ("notes", "pace")}
+        lists: dict[str, Any] = {name: [] for name in ("pace",)}
         return cast(EventState, {"attempts": 0, "launch": "", "ran": 0.0, "starts": 0, **nothing, **lists})
 
     def add(self, row: Event | Other) -> None:
@@ -178,8 +175,6 @@ class EventSummary(LogSummary[Event | Other]):
         elif event["event"] == "slow_rank":
             state["slow"] = event["text"]
             state["slow_since"] = None if event["text"] is None else state["slow_since"] or event["time"]
-        elif event["event"] == "note":
-            state["notes"] = [*state["notes"], event][-LAST_NOTES:]
         elif event["event"] == "end":
             state["ran"], state["began"] = self.seconds(event["time"]) or 0.0, None
         state["last"] = event
@@ -278,11 +273,6 @@ class Curves(LogSummary[Point]):
         """Returns the number of points of a curve."""
         curve = self.state["curves"].get(name)
         return int(sum(bucket[1] for bucket in curve["buckets"])) if curve else 0
-
-    def last(self, name: str) -> float | None:
-        """Returns the latest value of a curve; of several steps in its last bucket the mean."""
-        points = self.points(name)
-        return points[-1][1] if points else None
 
 
 def _add_point(curve: Curve, step: int, value: float) -> None:

@@ -17,17 +17,10 @@ LINE_EVERY = 10.0
 
 def human(value: float) -> str:
     """Returns a figure with three significant digits and a unit prefix: 21300 → 21.3k."""
-    for limit, divisor, suffix in (
-        (1e21, 1e21, "Z"),
-        (1e18, 1e18, "E"),
-        (1e15, 1e15, "P"),
-        (1e12, 1e12, "T"),
-        (1e9, 1e9, "G"),
-        (1e6, 1e6, "M"),
-        (1e4, 1e3, "k"),
-    ):
-        if abs(value) >= limit:
-            return f"{value / divisor:.3g}{suffix}"
+    for suffix, power in zip("ZEPTGMk", (21, 18, 15, 12, 9, 6, 3), strict=True):
+        # Four digits need no prefix.
+        if abs(value) >= max(1e4, 10.0**power):
+            return f"{value / 10.0**power:.3g}{suffix}"
     return f"{value:.4g}"
 
 

@@ -18,11 +18,10 @@ from pipeline.core import json_files
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
 from pipeline.core.log_summary import Curves, EventSummary
-from pipeline.core.progress import duration, human
 from pipeline.core.store import Store
 from pipeline.graph import budget
 from pipeline.graph import run as runs
-from pipeline.graph.budget import RESOURCES, Hours, Resource
+from pipeline.graph.budget import Hours, Resource
 from pipeline.graph.run import CUT_OFF, REFUSED, JobRow, NodeStatus, Run, RunFolder
 from pipeline.launch import diagnoses, slurm_client
 from pipeline.launch.diagnoses import FAILURES
@@ -302,15 +301,6 @@ class StageView:
         names = [] if self.curves is None else list(self.curves.state["curves"])
         return [name for name in names if name not in NO_CHARTS]
 
-    def counts(self) -> list[str]:
-        """Returns the numbers of restarts, spikes and dead experts, in words."""
-        counts = {
-            "restart": self.status.restarts or 0,
-            "loss spike": self.curves.count("spike") if self.curves else 0,
-            "dead expert": int((self.curves.last("dead_experts") if self.curves else 0) or 0),
-        }
-        return [f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count]
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -327,20 +317,6 @@ class Snapshot:
     @property
     def over(self) -> bool:
         return over([stage.status for stage in self.stages])
-
-    def shown(self) -> list[StageView]:
-        """Returns the stages whose curves are of interest: running ones first, then the latest of the others."""
-        with_curves = [stage for stage in self.stages if stage.curves is not None and stage.names()]
-        return sorted(reversed(with_curves), key=lambda stage: stage.status.state != "running")
-
-    def spending_text(self) -> list[str]:
-        """Returns lines on the hours and the money so far, beside the budget."""
-        lines = [f"used so far: {budget.describe(self.used, self.run.body.get('prices'))}"]
-        limits = self.run.body.get("budget")
-        for name in RESOURCES:
-            if limits and (limit := limits.get(name)):
-                lines.append(f"budget.{name} = {limit:,.10g}: {self.used[name] / limit:.0%} used")
-        return lines
 
 
 def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
@@ -369,22 +345,8 @@ def _used(store: Store, stages: Iterable[StageView], now: float) -> Hours:
     return used
 
 
-def sparkline(values: list[float], width: int = 48) -> str:
+def sparkline(values: list[float], width: int) -> str:
     """Returns the last values as one line of blocks."""
     values = values[-width:]
     low, high = min(values), max(values)
     return "".join("▁▂▃▄▅▆▇█"[min(7, int((value - low) / (high - low or 1) * 8))] for value in values)
-
-
-def lines(snapshot: Snapshot) -> list[str]:
-    """Returns the lines that `atom status --watch` shows below its table."""
-    text = []
-    for stage in snapshot.shown()[:2]:
-        assert stage.curves is not None
-        text.append("  ".join([f"{stage.status.name}:", *stage.counts()]))
-        for name in stage.names()[:8]:
-            values = [mean for _, mean, _, _ in stage.curves.points(name)]
-            text.append(f"  {name[:24]:<24} {human(values[-1]):>8}  {sparkline(values)}")
-        for event in stage.events.state["notes"][-3:]:
-            text.append(f"  {duration(max(0.0, snapshot.time - event['time']))} ago: {event['text'][:200]}")
-    return text + snapshot.spending_text() + ([snapshot.lack] if snapshot.lack else [])
