@@ -107,10 +107,10 @@ def watch(
 ) -> None:
     """Send an alert when something in a run is wrong.
 
-    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed or stalled; a job does not start before a
-    person acts, or was cancelled by another user; a slow rank, an avoided node, a loss
-    spike, dead experts, the budget, the disk. Each is sent once, and again only after it was over. A job that is queued
-    again is no failure. The command needs nothing from the jobs: it sees a node that has vanished.
+    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed or stalled; a job does not start before a person
+    acts, or was cancelled by another user; a slow rank, an avoided node, a loss spike, dead experts, the budget, the
+    disk. Each is sent once, and again only after it was over. A job that is queued again is no failure. The command
+    needs nothing from the jobs: it sees a node that has vanished.
 
     Example: atom watch --command 'curl -sSf --json @- https://chat.example.org/hook'
     """

@@ -134,16 +134,12 @@ def _logs(run: Run, stage: str) -> list[Path]:
 
 
 def _log_of_rank(run: Run, stage: str, first: Path, rank: int) -> Path:
-    path = _name_of_rank(first, rank)
+    path = first.with_name(first.name.replace(FIRST, f"_{rank}_log.out"))
     if not path.exists():
         number = len(list(path.parent.glob(first.name.replace(FIRST, "_*_log.out"))))
         ranks = "one rank, 0" if number == 1 else f"ranks 0 to {number - 1}"
         raise AtomError(f"stage {stage} has no rank {rank} in run {run.id}; its latest attempt ran as {ranks}")
     return path
-
-
-def _name_of_rank(first: Path, rank: int) -> Path:
-    return first.with_name(first.name.replace(FIRST, f"_{rank}_log.out"))
 
 
 # The total time to wait for stages on this machine.
