@@ -72,12 +72,13 @@ def validate(
 
     findings = recipe_check.check(recipe, open_store(), cluster)
     if as_json:
-        body = {"problems": [problem.json() for problem in findings.problems], "notes": list(findings.notes)}
+        body = {"problems": [asdict(problem) for problem in findings.problems], "notes": list(findings.notes)}
         print(json.dumps(body, indent=1))
     else:
         count = len(findings.problems)
         summary = f"{count} mistake{'s' if count > 1 else ''}" if count else "no mistake"
-        print(*recipe_check.lines(findings), f"{recipe}: {summary}", sep="\n")
+        notes = (f"note: {text}" for text in findings.notes)
+        print(*findings.problems, *notes, f"{recipe}: {summary}", sep="\n")
     if findings.problems:
         raise typer.Exit(2)
 

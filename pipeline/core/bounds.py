@@ -90,12 +90,8 @@ def _validation_error(message: str) -> PydanticCustomError:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e") if 1e7 <= value == _round(value) else f"{value:.16g}"
-
-
-def _round(value: float) -> float:
-    """Returns the value with one digit and zeros after it."""
-    return float(f"{value:.0e}")
+    short = f"{value:.0e}"  # one digit and zeros after it
+    return short.replace("e+0", "e").replace("e+", "e") if 1e7 <= value == float(short) else f"{value:.16g}"
 
 
 MOST_SOURCES = 1000

@@ -51,6 +51,15 @@ LAST_SECONDS = 2.0
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Row = TypeVar("Row")
+State = TypeVar("State")
+
+
+class _Saved(TypedDict, Generic[State]):
+    """The content of a summary: the state after the first `offset` bytes of a log."""
+
+    offset: Count
+    proof: str
+    state: State
 
 
 class LogSummary(ABC, Generic[Row]):
@@ -134,16 +143,10 @@ class EventState(TypedDict):
     slow_since: Number | None
 
 
-class _EventBody(TypedDict):
-    offset: Count
-    proof: str
-    state: EventState
-
-
 class EventSummary(LogSummary[Event | Other]):
     log = "events.jsonl"
     line = EVENT
-    body = TypeAdapter(_EventBody)
+    body = TypeAdapter(_Saved[EventState])
     state: EventState
 
     def empty(self) -> EventState:
@@ -236,12 +239,6 @@ class CurveState(TypedDict):
     curves: dict[str, Curve]
 
 
-class _CurveBody(TypedDict):
-    offset: Count
-    proof: str
-    state: CurveState
-
-
 class Curves(LogSummary[Point]):
     """The curves of a stage, each thinned to at most `POINTS` buckets.
 
@@ -250,7 +247,7 @@ class Curves(LogSummary[Point]):
 
     log = "metrics.jsonl"
     line = POINT
-    body = TypeAdapter(_CurveBody)
+    body = TypeAdapter(_Saved[CurveState])
     state: CurveState
 
     def empty(self) -> CurveState:

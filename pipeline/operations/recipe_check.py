@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -102,9 +101,6 @@ class Problem:
     text: str
     line: int | None = None
     field: str | None = None
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.text}" if self.line else f"{self.file}: {self.text}"
@@ -237,9 +233,3 @@ def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str
         spent = budget.used(store, (node.key for node in graph.nodes.values()))
         notes += budget.foreseen(budget.limits_of(graph.recipe.config), spent, costs.hours)
     return problems, notes
-
-
-def lines(findings: Findings) -> Iterator[str]:
-    """Yields the lines that `atom validate` prints."""
-    yield from map(str, findings.problems)
-    yield from (f"note: {text}" for text in findings.notes)

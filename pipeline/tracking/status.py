@@ -9,10 +9,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
-from typing_extensions import TypedDict
 
 from pipeline.core import json_files
 from pipeline.core.errors import Kind
@@ -244,16 +242,12 @@ def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[s
     return replace(node, done=sum(done_by_task.values()), total=row.get("shards", 0), unit="shards")
 
 
-class _Shards(TypedDict):
-    done: int
-
-
-_SHARDS: TypeAdapter[Any] = TypeAdapter(_Shards)
+_SHARDS: TypeAdapter[dict[str, int]] = TypeAdapter(dict[str, int])
 
 
 def _shards_done(path: Path) -> int:
     shards = json_files.read_optional(path, _SHARDS, "its shards are not counted")
-    return int(shards["done"]) if shards else 0
+    return int(shards.get("done", 0)) if shards else 0
 
 
 def kept_nodes(run: Run) -> list[str]:
