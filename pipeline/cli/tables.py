@@ -305,7 +305,7 @@ def _measured_costs(rows: list[Measured], names: list[str]) -> Table:
         if any(getattr(cost, name) for cost in costs):
             result.add_row(label, *(f"{getattr(cost, name):.3g}" for cost in costs))
     if any(cost.money is not None for cost in costs):
-        money = (f"{cost.money:,.2f} {escape(cost.currency)}" if cost.money is not None else "" for cost in costs)
+        money = (f"{cost.money:,.2f} {escape(str(cost.currency))}" if cost.money is not None else "" for cost in costs)
         result.add_row("money", *money)
     return result
 

@@ -122,9 +122,10 @@ def _document(events: Iterator[Any]) -> Any:
     """Returns the one document that the events of a parser describe; None if there is none."""
     value, has_begun = None, False
     for event in events:
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.DocumentStartEvent):
             if has_begun:
-                raise _Refused(event.start_mark.line + 1, "begins a second document; put each in its own file")
+                raise _Refused(line, "begins a second document; put each in its own file")
             value, has_begun = _value(next(events), events, 0, {}), True
     values = [value]
     for count, each in enumerate(values):
@@ -141,7 +142,8 @@ def _value(event: Any, events: Iterator[Any], depth: int, anchors: dict[str, Any
     if isinstance(event, yaml.AliasEvent):
         # An anchor counts from the end of its value on: a value cannot hold itself.
         if event.anchor not in anchors:
-            raise _Refused(line, f"is not valid YAML: no anchor &{escaped(event.anchor, 40)} ends before its alias")
+            name = escaped(str(event.anchor), 40)
+            raise _Refused(line, f"is not valid YAML: no anchor &{name} ends before its alias")
         return anchors[event.anchor]
     if event.tag not in (None, "!"):
         raise _Refused(line, f"has the tag {escaped(event.tag, 60)}; write plain values")

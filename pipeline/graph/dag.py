@@ -130,7 +130,8 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     With `without_data`, source trees may be absent. Keys that depend on a tree without a pinned digest are provisional
     then.
     """
-    return registry.definition().compose(recipe, store, without_data)
+    graph: Graph = registry.definition().compose(recipe, store, without_data)
+    return graph
 
 
 def problems(recipe: Recipe) -> Iterator[str]:

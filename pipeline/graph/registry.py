@@ -9,14 +9,10 @@ import importlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Any, Protocol, cast
 
 from pipeline.core.stage import Config, Stage
 from pipeline.core.store import Store
-
-if TYPE_CHECKING:
-    from pipeline.graph.dag import Graph
-    from pipeline.graph.recipe import Recipe
 
 DEFINITION = "stages.graph"
 # Modules with commands of `atom` beside the engine's, each as `app`. Importing one must stay cheap, too.
@@ -32,9 +28,10 @@ class Definition(Protocol):
     RECIPE: type[Config]
     DATA_RECIPE: type[Config]
 
-    def compose(self, recipe: Recipe, store: Store, without_data: bool) -> Graph: ...
+    # Their types are those of `pipeline.graph.dag`, which imports this module.
+    def compose(self, recipe: Any, store: Store, without_data: bool) -> Any: ...
 
-    def problems(self, recipe: Recipe) -> Iterator[str]:
+    def problems(self, recipe: Any) -> Iterator[str]:
         """Yields a sentence for each contradiction between sections or files; `compose` raises the first."""
 
     def load_data_recipe(self, content: bytes, path: Path) -> Config:

@@ -212,7 +212,8 @@ def test_alerts_on_a_slow_rank_and_an_avoided_node(world: World) -> None:
     report.close()
     for node, run in (("n2", RUN), ("n3", "other-1")):
         bad_nodes.record(world.store, BadNode(int(now) + 3600, node, "its fan is bad", run, "pretrain", "7"))
-    world.says(squeue=squeue("7", "RUNNING", RUN, "pretrain", nodes="n1"))
+    waiting = squeue("8", "PENDING", RUN, "sft", "Priority")
+    world.says(squeue=squeue("7", "RUNNING", RUN, "pretrain", nodes="n1") + f"\n{waiting}")
     lease = Lease.take(world.store.work(KEYS["pretrain"]))
     assert lease is not None
     try:
