@@ -4,7 +4,7 @@
     .venv/bin/python bench/seal.py --quick    # small files, to see that it works; its figures mean nothing
 
 Seconds are those of the processor, of the rank that takes most, unless they say that they are of the clock: what other
-programs or the disk take is not among them, and the planner adds the storage's speed.
+programs or the disk take is not among them.
 
 A work checkpoint of random numbers is written as the ranks of a phase write it. Then one or two processes make the
 release checkpoint from it, as the threads of that many ranks do: each reads the tensors of its files from the work

@@ -217,7 +217,7 @@ def place(folder: Path, home: Path, release: str) -> Iterator[Place]:
 
     for name in ("docs", "examples", "pipeline", "stages", "release", "data_recipes", "tests", "bench"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(home, folder / "runs", ignore=shutil.ignore_patterns("mlflow.db*", "mlartifacts", "work"))
+    shutil.copytree(home, folder / "runs", ignore=shutil.ignore_patterns("mlflow.db*", "work"))
     for name, arguments in (("atom", "-P -m pipeline.cli "), ("python", "")):
         command = folder / ".bin" / name
         command.parent.mkdir(exist_ok=True)

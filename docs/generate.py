@@ -9,6 +9,7 @@ docs/errors.md the tables of failures and waiting reasons, and docs/llms.txt fro
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import inspect
 import itertools
@@ -29,9 +30,12 @@ from pydantic_core import to_jsonable_python
 from typer.main import get_command
 
 from pipeline.cli.main import app
+from pipeline.core import os_errors
 from pipeline.core.bounds import Range, Words
+from pipeline.core.errors import Kind
+from pipeline.graph import recipe, registry
 from pipeline.launch import diagnoses
-from pipeline.operations import recipe_template
+from pipeline.launch.cluster_profile import Profile
 
 FOLDER = Path(__file__).parent
 PROSE_WIDTH = 100
@@ -53,12 +57,6 @@ Every setting of the three kinds of YAML file. *Operational* settings state how 
 part of a key, so changing one does not run a sealed stage again. All other settings of a recipe and of a data recipe
 are part of the keys of the stages that read them. An unknown setting is an error.
 """
-SCHEMAS = """
-Editors complete and check these files by their JSON Schemas, if the first line of a file is
-`# yaml-language-server: $schema=PATH`. `atom init` writes that line, and the schema beside the
-recipe. `python -m pipeline.operations.recipe_template KIND` prints the schema of a `recipe`, a
-`data_recipe` or a `cluster_profile`. Only `atom validate` finds contradictions between fields.
-"""
 DOCUMENTS = {
     "recipe": "One release. Packaged recipes are in `pipeline/recipes/`.",
     "data_recipe": "The sources of a corpus and their curation. Packaged ones are in `data_recipes/`.",
@@ -70,11 +68,11 @@ DOCUMENTS = {
 
 def pages() -> dict[str, str]:
     """The content of each generated file, by its path in this folder."""
-    models = recipe_template.schema_models()
+    models = {"recipe": recipe.schema(), "data_recipe": registry.definition().DATA_RECIPE, "cluster_profile": Profile}
     documents = [
         Document(kind.replace("_", " ").capitalize(), intro, models[kind]) for kind, intro in DOCUMENTS.items()
     ]
-    configuration = ["# Configuration", GENERATED, prose(CONFIGURATION), prose(SCHEMAS)]
+    configuration = ["# Configuration", GENERATED, prose(CONFIGURATION)]
     configuration += [block for document in documents for block in document.blocks()]
     return {
         "cli.md": "\n\n".join(command_blocks()) + "\n",
@@ -131,18 +129,47 @@ def with_part(name: str, *parts_and_bodies: str) -> str:
     return page
 
 
+# Whether another attempt is made, by the kind of a failure.
+ATTEMPTS = {
+    Kind.MACHINE: "at most `restarts` without progress",
+    Kind.STOPPED: "resumes",
+    Kind.USER: "none",
+    Kind.CHECK: "none",
+    Kind.BUG: "one",
+}
+# The faults of file systems that the table of failures lists.
+FILE_SYSTEM = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+
+
 def failures() -> str:
     """The table of failures, and the sentence about each."""
+    rows, sentences = [], []
+    for row in diagnoses.FAILURES.values():
+        rows.append((row.name, row.signs, row.attempt or ATTEMPTS[row.kind], "yes" if row.bad_node else ""))
+        sentences.append(item(f"*{row.name}*: {in_capitals(row.sentence)}"))
+    for number in FILE_SYSTEM:
+        fault, name = os_errors.FAULTS[number], errno.errorcode[number]
+        rows.append((name, "the error's number, in any wrapper", ATTEMPTS[fault.kind], ""))
+        sentences.append(item(f"*{name}*: {fault.text.format(place='PATH')}"))
     columns = ("failure", "recognized by", "another attempt", "node avoided")
-    sentences = [item(f"*{name}*: {sentence}") for name, _, _, _, sentence in diagnoses.rows()]
-    return table(columns, [row[:4] for row in diagnoses.rows()]) + "\n\n" + "\n".join(sentences)
+    return table(columns, rows) + "\n\n" + "\n".join(sentences)
 
 
 def waiting() -> str:
-    """The table of reasons for which a job waits, and the sentence about each."""
-    sentences = [item(f"*{cause}*: {sentence}") for cause, _, _, sentence in diagnoses.waiting_rows()]
-    rows = [row[:3] for row in diagnoses.waiting_rows()]
+    """The table of reasons for which a job waits, with * for any text, and the sentence about each."""
+    rows, sentences = [], []
+    for row in (*diagnoses.WAITING_REASONS, diagnoses.UNKNOWN):
+        words = re.sub(r"\([^()]*\)\??|\\S\+|\.\*", "*", row.reasons)
+        words = re.sub(r"\*+", "*", re.sub(r"\([^()]*\)\??", "*", words))  # groups within groups
+        reasons = ", ".join(f"`{word}`" for word in dict.fromkeys(words.split("|")) if word)
+        rows.append((row.name, reasons or "any other", "yes" if row.alert else ""))
+        sentences.append(item(f"*{row.name}*: {in_capitals(row.sentence)} (REASON)"))
     return table(("cause", "reasons of Slurm", "alert"), rows) + "\n\n" + "\n".join(sentences)
+
+
+def in_capitals(sentence: str) -> str:
+    """A template with its fields in capitals."""
+    return re.sub(r"{(\w+)}", lambda match: match[1].upper(), sentence)
 
 
 def llms() -> str:

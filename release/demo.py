@@ -149,7 +149,7 @@ class Screen:
         from rich.text import Text
 
         from pipeline.graph import run as runs
-        from pipeline.tracking import snapshot
+        from pipeline.tracking import status
 
         lines = [Text()]
         try:
@@ -157,7 +157,7 @@ class Screen:
             self._run = self._run or runs.find(self.store, None)
         except AtomError:  # the command has not begun its run yet
             return lines
-        current = snapshot.take(self._run, self.store)
+        current = status.take(self._run, self.store)
         sealed = [stage for stage in current.stages if stage.status.state == "sealed"]
         lines.append(Text(f"    {len(sealed)} of {len(current.stages)} stages sealed"))
         running = [stage for stage in current.stages if stage.status.state == "running"]
@@ -171,7 +171,7 @@ class Screen:
             for name in stage.names()[:3]:
                 assert stage.curves is not None
                 means = [mean for _, mean, _, _ in stage.curves.points(name)]
-                lines.append(Text(f"      {name[:20]:<20}{human(means[-1]):>8}  {snapshot.sparkline(means, 36)}"))
+                lines.append(Text(f"      {name[:20]:<20}{human(means[-1]):>8}  {status.sparkline(means, 36)}"))
         return [*lines, Text()]
 
 

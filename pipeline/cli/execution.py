@@ -9,13 +9,13 @@ import typer
 
 from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
+from pipeline.core.process import Companion
 from pipeline.core.progress import Display, stages
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch.cluster_profile import Profile
-from pipeline.launch.companion import Companion
-from pipeline.launch.local import LocalLauncher, damage_of, prepare_environment, require_inputs
+from pipeline.launch.local import LocalLauncher, prepare_environment, require_inputs
 from pipeline.operations.command_options import console
 
 if TYPE_CHECKING:
@@ -42,28 +42,20 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
             f"cluster profile {profile.name} is of a Slurm cluster, and `atom run` would run every stage on this host; "
             "use `atom submit`, or a profile with a section `local`"
         )
-    # Stages that a damaged file stops are left out, and make the command fail after the others have run.
-    damage = damage_of(composed, store, selected)
-    runnable = [name for name in selected if name not in damage]
-    if all(store.sealed(composed.nodes[name].key) for name in runnable):
-        if damage:
-            raise AtomError(next(iter(damage.values())))
-        print(f"{stages(len(runnable))}, all sealed already: nothing to run. Results are under {store.artifacts}.")
+    require_inputs(composed, store, selected)
+    if all(store.sealed(composed.nodes[name].key) for name in selected):
+        print(f"{stages(len(selected))}, all sealed already: nothing to run. Results are under {store.artifacts}.")
         return
-    for name, text in damage.items():
-        print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
-    require_inputs(composed, store, runnable)
     prepare_environment()
 
-    new_run = runs.start(composed, store, runnable, cluster, {"launcher": "local", "prices": profile.costs()})
+    new_run = runs.start(composed, store, selected, cluster, {"launcher": "local", "prices": profile.costs()})
     # While this lease is held, the run is not over, even if no stage runs at the moment.
     driver = Lease.take(new_run.folder / "driver")
     assert driver is not None, "the run was begun just now"
     companion = Companion(store.home, new_run.id, whole=True)
     print(f"run {new_run.id}, logs in {new_run.folder}", flush=True)
     try:
-        with Display(console()) as display:
-            LocalLauncher(composed, store, new_run, runnable, profile, display).go()
+        LocalLauncher(composed, store, new_run, selected, profile, Display(console())).go()
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -71,20 +63,14 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
         driver.release()
         companion.close(over=True)
 
-    if damage:
-        raise AtomError(f"{stages(len(runnable))} of {len(selected)} sealed; {next(iter(damage.values()))}")
-    next_command = "atom build" if len(runnable) == len(composed.nodes) else "atom run"
-    print(f"all of {stages(len(runnable))} sealed under {store.artifacts}; next: {next_command} {reference}")
+    next_command = "atom build" if len(selected) == len(composed.nodes) else "atom run"
+    print(f"all of {stages(len(selected))} sealed under {store.artifacts}; next: {next_command} {reference}")
 
 
 def print_submission(submission: Submission) -> None:
     """Prints the problems of a submission on standard error, and one line on what became of its stages."""
-    if submission.lack:
-        print(f"atom: {submission.lack}", file=sys.stderr)
     for text in dict.fromkeys(submission.kept_nodes):
         print(f"atom: {text}", file=sys.stderr)
-    for name, text in submission.damaged.items():
-        print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
     if submission.run is None:
         print(f"{stages(len(submission.sealed))} sealed already: nothing to submit")
         return
@@ -94,11 +80,6 @@ def print_submission(submission: Submission) -> None:
         parts.append(f"{stages(len(submission.submitted))} submitted")
     if submission.attached:
         parts.append(f"{len(submission.attached)} already queued in Slurm")
-    for user in sorted(set(submission.waiting.values())):
-        names = ", ".join(name for name, owner in submission.waiting.items() if owner == user)
-        parts.append(f"{names} after the job of {user}, which Slurm hides")
-    if submission.released:
-        parts.append(f"{', '.join(submission.released)} released")
     if submission.sealed:
         parts.append(f"{len(submission.sealed)} sealed already")
     print(f"run {submission.run.id}: {', '.join(parts)}; watch it: atom status --watch")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -101,44 +100,31 @@ def watch(
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="look once, for cron; exit code 1 if an alert stands")] = False,
     every: Annotated[float, typer.Option(min=1, max=86_400, help="seconds between two looks")] = 60.0,
-    state: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="where sent alerts are kept; default: watch.json of the run")
-    ] = None,
-    stalled_steps: Annotated[
-        float, typer.Option(min=2, max=1e6, help="median step times without a report after which a stage has stalled")
-    ] = 20.0,
     stalled_seconds: Annotated[
-        float, typer.Option(min=1, max=1e6, help="and at least so many seconds; evaluation and checkpoints take time")
+        float, typer.Option(min=1, max=1e6, help="seconds without a report after which a stage has stalled")
     ] = 300.0,
-    budget_share: Annotated[float, typer.Option(min=0, max=1, help="share of the budget that is an alert")] = 0.9,
     free_gb: Annotated[float, typer.Option(min=0, max=1e9, help="free GB on the disk of $ATOM_HOME")] = 1.0,
-    waiting_hours: Annotated[
-        float, typer.Option(min=0, max=1e5, help="hours of waiting for Slurm alone that are an alert")
-    ] = 24.0,
-    restarts_a_day: Annotated[
-        int, typer.Option(min=1, max=1000, help="starts of a stage within a day, above which is an alert")
-    ] = 5,
 ) -> None:
     """Send an alert when something in a run is wrong.
 
-    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed, stalled or restarts too often; a job does not
-    start before a person acts, was cancelled by another user or waits for long; a slow rank, an avoided node, a loss
-    spike, dead experts, the budget, the disk. Each is sent once, and again only after it was over. A job that is queued
-    again is no failure. The command needs nothing from the jobs: it sees a node that has vanished.
+    Run it on any host that sees $ATOM_HOME. Alerts: a stage has failed or stalled; a job does not start before a person
+    acts, or was cancelled by another user; a slow rank, an avoided node, a loss spike, dead experts, the budget, the
+    disk. Each is sent once, and again only after it was over. A job that is queued again is no failure. The command
+    needs nothing from the jobs: it sees a node that has vanished.
 
     Example: atom watch --command 'curl -sSf --json @- https://chat.example.org/hook'
     """
     from pipeline.launch import slurm_client
     from pipeline.operations import alerts
-    from pipeline.tracking import snapshot
+    from pipeline.tracking import status
 
     chosen_run, store = find_run(run)
-    limits = alerts.Thresholds(stalled_steps, stalled_seconds, budget_share, free_gb, waiting_hours, restarts_a_day)
-    watcher = alerts.Watcher(chosen_run.id, state or chosen_run.folder / "watch.json", command)
+    limits = alerts.Thresholds(stalled_seconds, free_gb)
+    watcher = alerts.Watcher(chosen_run.id, chosen_run.folder / "watch.json", command)
     # A lack of answers is printed when it begins, not at each look.
     answers, lack = slurm_client.Answers(slurm_client.ASK_EVERY), None
     while True:
-        current = snapshot.take(chosen_run, store, answers)
+        current = status.take(chosen_run, store, answers)
         if current.lack and current.lack != lack:
             print(f"atom: {current.lack}", file=sys.stderr, flush=True)
         lack = current.lack
@@ -162,9 +148,6 @@ def gc(
     include: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="this artifact and its work, too, whatever references it")
     ] = None,
-    ignore_run: Annotated[
-        list[str] | None, typer.Option(metavar="RUN", help="what only this run references is not needed any more")
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List unused data, or delete it.
@@ -179,8 +162,8 @@ def gc(
 
     if as_json and delete and not yes:
         raise AtomError("atom gc --delete --json asks no question; add --yes")
-    store, named, ignored = open_store(), include or (), ignore_run or ()
-    rows, notes = collector.loose(store, named, ignored)
+    store, named = open_store(), include or ()
+    rows, notes = collector.loose(store, named)
     size = human(sum(row.bytes for row in rows))
     if not as_json:
         for row in rows:
@@ -190,7 +173,7 @@ def gc(
         if rows and not yes:
             confirm(f"{size}B are to be deleted for good", "delete them")
         # Only what was shown is deleted, though more may be loose by now.
-        rows = collector.delete(store, {row.path for row in rows}, named, ignored)
+        rows = collector.delete(store, {row.path for row in rows}, named)
     if as_json:
         print(json.dumps({"loose": [row.json() for row in rows], "kept": notes, "deleted": delete}, indent=1))
     elif delete:

@@ -16,7 +16,6 @@ from pipeline.cli import home_commands, recipe_commands, run_commands
 from pipeline.core import os_errors, process
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import DamagedFile
-from pipeline.core.text import printable
 from pipeline.graph import registry
 from pipeline.operations.command_options import CHECK, DATA, PLAN_AND_RUN, RELEASE, open_store
 
@@ -89,28 +88,6 @@ def _show_warning(
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
-# The environment variables with paths that atom uses, or writes into files.
-PATH_VARIABLES = ("ATOM_HOME", "ATOM_CLUSTERS", "TMPDIR", "TEMP", "TMP", "HOME", "HF_HOME")
-
-
-def _require_utf8() -> None:
-    """Raises AtomError if a path of this call is not UTF-8, directly or as the target of a link.
-
-    Paths are written to JSON, to the scripts of jobs and to names.
-    """
-    places = [("the current folder", "."), ("the folder of atom's code", __file__), ("Python", sys.prefix)]
-    places += [(f"${name}", os.environ.get(name, "")) for name in PATH_VARIABLES]
-    places += [("the argument", word.partition("=")[2] if word.startswith("--") else word) for word in sys.argv[1:]]
-    for what, text in places:
-        try:
-            for path in (text, os.path.realpath(text)) if text and "\0" not in text else ():
-                path.encode()
-        except UnicodeEncodeError:
-            raise AtomError(f"{what} is {printable(path)}, which is not UTF-8; use a path that is") from None
-        except OSError:  # the current folder is gone, which the command reports if it needs it
-            continue
-
-
 def main() -> None:
     """Runs the command line. An AtomError becomes one sentence and an exit code; a bug keeps its traceback."""
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
@@ -119,7 +96,6 @@ def main() -> None:
     process.collect_rarely()  # before a command imports anything large
     warnings.showwarning = _show_warning
     try:
-        _require_utf8()
         app()
     except AtomError as error:
         print(f"atom: {error}", file=sys.stderr)

@@ -46,9 +46,9 @@ def init(
 
     Example: atom init my-model --from atom-smoke
     """
-    from pipeline.operations import recipe_template
+    from pipeline.operations import recipe_check
 
-    path = recipe_template.write(name, source, Path(), start_from)
+    path = recipe_check.write_recipe(name, source, Path(), start_from)
     print(f"{path} is a copy of {source}; change it, and check it: atom validate {path}")
 
 
@@ -72,12 +72,13 @@ def validate(
 
     findings = recipe_check.check(recipe, open_store(), cluster)
     if as_json:
-        body = {"problems": [problem.json() for problem in findings.problems], "notes": list(findings.notes)}
+        body = {"problems": [asdict(problem) for problem in findings.problems], "notes": list(findings.notes)}
         print(json.dumps(body, indent=1))
     else:
         count = len(findings.problems)
         summary = f"{count} mistake{'s' if count > 1 else ''}" if count else "no mistake"
-        print(*recipe_check.lines(findings), f"{recipe}: {summary}", sep="\n")
+        notes = (f"note: {text}" for text in findings.notes)
+        print(*findings.problems, *notes, f"{recipe}: {summary}", sep="\n")
     if findings.problems:
         raise typer.Exit(2)
 
@@ -132,17 +133,15 @@ def plan(
     With --simulate, the engine of that rank is built at full size and walks through training steps on this machine,
     without the memory that they need: its parameters, peak memory and collectives are shown beside the estimate.
 
-    Exit code 2 says that the Hub would not take a file or a folder of the release, or that the watchdog of a phase
-    would take the sealing of a checkpoint for a hang.
+    Exit code 2 says that the Hub would not take a file or a folder of the release.
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
     from pipeline.cli.tables import cost_table, phases_table, plan_table, simulation_table
     from pipeline.graph import budget, dag, plan
-    from pipeline.graph.plan import checkpoint_sentences, checkpoint_times, require_patient_watchdogs
     from pipeline.launch import cluster_profile
     from pipeline.operations import fit
-    from pipeline.operations.cost_estimate import estimate_costs
+    from pipeline.operations.fit import estimate_costs
 
     composed, store = graph_of(recipe, without_data=True), open_store()
     warn_of_home(store)
@@ -155,8 +154,6 @@ def plan(
         fitting = fit.fits(rows, {use.name: use for use in costs.uses}, profile)
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
-    # Without a profile nothing limits the storage.
-    storage_gb_s = None if profile is None else profile.storage.gb_s
     simulations = {} if simulate is None else plan.simulations(composed, rows, simulate)
     if as_json:
         body: dict[str, Any] = {
@@ -165,9 +162,6 @@ def plan(
             "absent": list(composed.absent),
             "stages": [r.json() for r in rows],
         }
-        for stage, row in zip(body["stages"], rows, strict=True):
-            times = checkpoint_times(row, storage_gb_s)
-            stage["checkpoint_seconds"] = times and asdict(times)
         for stage, stage_fit in zip(body["stages"], fitting, strict=bool(fitting)):
             stage |= {"fits": not stage_fit.reasons, "reasons": list(stage_fit.reasons)}
         if simulations:
@@ -176,7 +170,6 @@ def plan(
         print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
         # Errors come last, so that the plan is printed all the same.
         fit.require_publishable(rows)
-        require_patient_watchdogs(rows, storage_gb_s)
         return
     for text in composed.absent:
         print(text)
@@ -184,12 +177,10 @@ def plan(
     if phases := phases_table(rows):
         console().print()
         console().print(phases)
-        for text in checkpoint_sentences(rows, storage_gb_s):
-            print(_wrapped(text))
-    if costs and profile:
+    if costs:
         console().print()
         console().print(cost_table(costs))
-        for text in (*costs.assumed, *filter(None, [fit.unlimited(rows, profile)]), *beyond):
+        for text in (*costs.assumed, *beyond):
             print(text)
         for stage_fit in fitting:
             if stage_fit.reasons:
@@ -200,7 +191,6 @@ def plan(
     for text in plan.remarks(rows):
         print(_wrapped(text))
     fit.require_publishable(rows)
-    require_patient_watchdogs(rows, storage_gb_s)
 
 
 def _wrapped(text: str) -> str:
@@ -251,27 +241,22 @@ def submit(
     """
     from pipeline.cli import execution
     from pipeline.launch import cluster_profile, slurm
-    from pipeline.launch.local import damage_of
     from pipeline.operations import fit
 
     composed, store, settings = graph_of(recipe, without_data=dry_run), open_store(), cluster_profile.load(cluster)
     selected = composed.select(until, only)
-    # A dry run may be made on a host without the image, the data or Slurm.
-    if not dry_run:
-        slurm.require_image(settings)
     for text in filter(None, (*composed.absent, slurm.missing_image(settings))):
         print(f"note: {text}", file=sys.stderr)
     if not ignore_fit:
         fit.require(composed, store, selected, settings)
     if dry_run:
-        written = slurm.dry_run(composed, store, selected, settings)
+        checks = slurm.dry_run(composed, store, selected, settings)
         if as_json:
-            print(json.dumps({"scripts": [row.json() for row in written.checks]}, indent=1))
+            print(json.dumps({"scripts": [asdict(row) for row in checks]}, indent=1))
         else:
-            for row in written.checks:
+            for row in checks:
                 print(f"{row.script}: {row.answer}")
-        written.require_taken()
-        slurm.Submission(damaged=damage_of(composed, store, selected)).require_undamaged()
+        slurm.require_taken(checks)
         return
     submission = slurm.submit(composed, store, selected, settings, cluster)
     if as_json:
@@ -280,9 +265,7 @@ def submit(
             "submitted": submission.submitted,
             "attached": submission.attached,
             "sealed": submission.sealed,
-            "damaged": submission.damaged,
         }
-        print(json.dumps({**body, "unknown": submission.lack}, indent=1))
+        print(json.dumps(body, indent=1))
     else:
         execution.print_submission(submission)
-    submission.require_undamaged()

@@ -35,8 +35,7 @@ def status(
 ) -> None:
     """Show the progress and the resource use of a run.
 
-    The use of time, energy and money includes failed attempts. --watch also shows curves, spikes, dead experts, and
-    what the running stages still need.
+    The use of time and money includes failed attempts.
 
     Example: atom status --watch
     """
@@ -47,40 +46,33 @@ def status(
     from rich.markup import escape
 
     from pipeline.cli.tables import status_table
-    from pipeline.graph import budget
     from pipeline.launch import bad_nodes, slurm_client
-    from pipeline.tracking import snapshot, status
+    from pipeline.tracking import status
 
     chosen, store = find_run(run)
-    nodes, lack = status.status(chosen, store)
-    used = budget.used(store, (stage.key for stage in nodes))
+    # The screen is drawn more often than Slurm is asked.
+    answers = slurm_client.Answers(slurm_client.ASK_EVERY)
+    current = status.take(chosen, store, answers)
     if as_json:
-        body: dict[str, Any] = {"schema": 1, "run": chosen.id, "owner": chosen.owner, "unknown": lack, "used": used}
-        body["stages"] = [s.json() for s in nodes]
+        body: dict[str, Any] = {"schema": 1, "run": chosen.id, "owner": chosen.owner}
+        body |= {"unknown": current.lack, "used": current.used}
+        body["stages"] = [stage.status.json() for stage in current.stages]
         if bad := bad_nodes.read(store):
             body["bad_nodes"] = [asdict(entry) for entry in bad]
         print(json.dumps(body, indent=1))
         return
-    if lack:
-        print(f"atom: {lack}", file=sys.stderr)
-    table = status_table(chosen.id, chosen.owner, nodes, budget.describe(used, chosen.body.get("prices")))
+    if current.lack:
+        print(f"atom: {current.lack}", file=sys.stderr)
     if not watch:
-        console().print(table)
+        console().print(status_table(current))
         for text in (*(entry.sentence for entry in bad_nodes.read(store)), *status.kept_nodes(chosen)):
             print(text)
         return
-    # The screen is drawn more often than Slurm is asked.
-    answers = slurm_client.Answers(slurm_client.ASK_EVERY)
-    with Live(table, console=console(), auto_refresh=False) as live:
-        while True:
-            current = snapshot.take(chosen, store, answers)
-            nodes = [stage.status for stage in current.stages]
-            used = budget.hours(current.spending.now)
-            table = status_table(chosen.id, chosen.owner, nodes, budget.describe(used, chosen.body.get("prices")))
-            live.update(Group(table, *(escape(line) for line in snapshot.lines(current))), refresh=True)
-            if current.over:
-                return
+    with Live(status_table(current), console=console(), auto_refresh=False) as live:
+        while not current.over:
             time.sleep(2)
+            current = status.take(chosen, store, answers)
+            live.update(Group(status_table(current), escape(current.lack or "")), refresh=True)
 
 
 @app.command()
@@ -110,19 +102,6 @@ def logs(
     def read(run: Run) -> NodeStatus:
         return next(s for s in status.status(run, store, answers)[0] if s.name == stage)
 
-    def may_begin(run: Run) -> bool:
-        stages, problem = status.status(run, store, answers)
-        return problem is not None or not status.over([s for s in stages if s.name == stage])
-
-    # Another run may have submitted the job that this one waits for; its log is there.
-    queued = run_actions.submitted_run(candidates, stage) if follow else None
-    if queued is not None and not run_actions.has_log(queued, stage, rank) and may_begin(queued):
-        present = read(queued)
-        reason = f" ({present.reason})" if present.reason else ""
-        print(f"{stage} has not begun: job {present.job} is {present.state}{reason}", file=sys.stderr)
-        while not run_actions.has_log(queued, stage, rank) and may_begin(queued):
-            time.sleep(1)
-        candidates = [queued]
     chosen, path = run_actions.find_log(store, candidates, stage, rank)
     if (present := read(chosen)).state in ("failed", "lost", "cancelled"):
         print(f"{stage} {present.state}: {present.message or present.reason or 'the cause is not known'}\n")
@@ -229,7 +208,6 @@ def retry(
 
         submission = slurm.submit(composed, store, selected, cluster_profile.load(cluster), cluster)
         execution.print_submission(submission)
-        submission.require_undamaged()
     else:
         execution.run(composed, store, selected, cluster, cluster_profile.load(cluster), reference)
 

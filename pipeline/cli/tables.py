@@ -12,12 +12,13 @@ from rich.table import Table
 from pipeline.core.progress import duration, human, stages
 from pipeline.core.stage import RankSimulation, Traffic
 from pipeline.core.text import escaped
+from pipeline.graph import budget
 from pipeline.graph.flat_fields import estimates
 from pipeline.graph.plan import StagePlan, timed
-from pipeline.graph.run import NodeStatus
 from pipeline.operations.comparison import Difference, Measured, differing_settings
-from pipeline.operations.cost_estimate import CostEstimate
+from pipeline.operations.fit import CostEstimate
 from pipeline.operations.run_actions import RunRow
+from pipeline.tracking.status import Snapshot
 
 # Characters of a value in a table.
 LONGEST_VALUE = 48
@@ -194,13 +195,15 @@ def _binary(value: float) -> str:
     return f"{value / 2**30:.3g}Gi" if value >= 2**30 else f"{value / 2**20:.3g}Mi"
 
 
-def status_table(run: str, owner: str, stages: list[NodeStatus], used: str) -> Table:
+def status_table(snapshot: Snapshot) -> Table:
+    run, stages = snapshot.run, [stage.status for stage in snapshot.stages]
+    used = budget.describe(snapshot.used, run.body.get("prices"))
     # The columns of jobs stand only where there are some.
     slurm = any(s.job for s in stages)
     sealed = sum(s.state == "sealed" for s in stages)
     columns = ("stage", "state", *(("job", "nodes", "restarts") if slurm else ()), "progress", "time", "left", "report")
     caption = f"{sealed} of {len(stages)} stages sealed; used so far: {used}"
-    result = table(*columns, "", wraps=1, caption=caption, title=f"run {run} of {owner}")
+    result = table(*columns, "", wraps=1, caption=caption, title=f"run {run.id} of {run.owner}")
     for s in stages:
         progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
         state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
@@ -246,8 +249,6 @@ def print_difference(difference: Difference, first: str, second: str, console: C
     )
     if difference.removed:
         print(f"not in {second}: {', '.join(difference.removed)}")
-    if difference.unsealed:
-        print(f"unchanged, and not sealed here either: {', '.join(difference.unsealed)}")
 
 
 def print_comparison(rows: list[Measured], console: Console) -> None:
@@ -284,20 +285,17 @@ def print_comparison(rows: list[Measured], console: Console) -> None:
 
 
 def _measured_costs(rows: list[Measured], names: list[str]) -> Table:
-    result = table("cost", *names, right=len(names), wraps=ALL)
+    caption = "cost: of all attempts at the stages of a run, failed ones and those of other runs included"
+    result, costs = table("cost", *names, right=len(names), wraps=ALL, caption=caption), [row.cost for row in rows]
     result.add_row("stages sealed", *(f"{row.sealed} of {len(row.keys)}" for row in rows))
-    for title, kind in (("", "cost"), (", this run alone", "spent")):
-        costs = [getattr(row, kind) for row in rows]
-        result.add_row(f"attempts{title}", *(str(cost.attempts) for cost in costs))
-        for name, unit in (("wall_hours", "h"), ("core_hours", "h"), ("gpu_hours", "h"), ("energy_wh", "Wh")):
-            if any(getattr(cost, name) for cost in costs):
-                label = name.rpartition("_")[0].replace("gpu", "GPU")
-                result.add_row(f"{label} {unit}{title}", *(f"{getattr(cost, name):.3g}" for cost in costs))
-        if any(cost.money is not None for cost in costs):
-            money = (f"{cost.money:,.2f} {escape(cost.currency)}" if cost.money is not None else "" for cost in costs)
-            result.add_row(f"money{title}", *money)
-    result.caption = "cost: of all attempts at the stages of a run, failed ones and those of other runs included"
-    result.caption_justify = "left"
+    result.add_row("attempts", *(str(cost.attempts) for cost in costs))
+    labels = {"wall_hours": "wall h", "core_hours": "core h", "gpu_hours": "GPU h", "energy_wh": "energy Wh"}
+    for name, label in labels.items():
+        if any(getattr(cost, name) for cost in costs):
+            result.add_row(label, *(f"{getattr(cost, name):.3g}" for cost in costs))
+    if any(cost.money is not None for cost in costs):
+        money = (f"{cost.money:,.2f} {escape(str(cost.currency))}" if cost.money is not None else "" for cost in costs)
+        result.add_row("money", *money)
     return result
 
 

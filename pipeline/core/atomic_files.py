@@ -6,7 +6,6 @@ the file; nothing reads it.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import uuid
 from collections.abc import Iterator
@@ -51,18 +50,6 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_file_system(path: Path) -> None:
-    """Waits until all files of the file system that holds a path are on disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Python has no syncfs: its `os.sync` would wait for every file system of the machine.
-        library = ctypes.CDLL(None, use_errno=True)
-        if library.syncfs(descriptor):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
     finally:
         os.close(descriptor)
 

@@ -83,10 +83,6 @@ def open_file(path: Path) -> BinaryIO:
         if path.is_symlink():
             raise Damaged(path, "it is a link that leads nowhere") from None
         raise
-    except IsADirectoryError:
-        raise Damaged(path, "it is a directory") from None
-    except NotADirectoryError:
-        raise Damaged(path, "what should be its folder is a file") from None
     except OSError as error:
         raise Damaged(path, str(error.strerror)) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -175,7 +171,5 @@ def names(folder: Path) -> list[str]:
         if folder.is_symlink():
             raise Damaged(folder, "it is a link that leads nowhere") from None
         return []
-    except NotADirectoryError:
-        raise Damaged(folder, "it is no folder") from None
     except OSError as error:
         raise Damaged(folder, str(error.strerror)) from error

@@ -14,7 +14,6 @@ import statistics
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, cast
@@ -27,7 +26,6 @@ from pipeline.core.events import (
     EVENT,
     POINT,
     Event,
-    Note,
     Number,
     Other,
     Point,
@@ -43,17 +41,25 @@ from pipeline.core.json_files import Damaged
 CHUNK = 2**20
 # The bytes before `offset` whose hash shows that a summary is of this log.
 PROOF = 4096
-LAST_NOTES, LAST_ATTEMPTS = 20, 32
 # The reports of progress from which the step time is computed.
 PACE = 65
-# The points of a curve, the curves of a stage, and the losses that are kept unthinned.
-POINTS, MAX_CURVES, RECENT = 150, 32, 129
+# The points of a curve, and the curves of a stage.
+POINTS, MAX_CURVES = 150, 64
 SAVE_EVERY = 10.0
 # Seconds that the last save may take: the other ranks of a failed launch end within five.
 LAST_SECONDS = 2.0
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Row = TypeVar("Row")
+State = TypeVar("State")
+
+
+class _Saved(TypedDict, Generic[State]):
+    """The content of a summary: the state after the first `offset` bytes of a log."""
+
+    offset: Count
+    proof: str
+    state: State
 
 
 class LogSummary(ABC, Generic[Row]):
@@ -123,8 +129,6 @@ class EventState(TypedDict):
     began: Number | None
     # Seconds of all attempts before.
     ran: Number
-    # When the latest attempts began.
-    began_at: list[Number]
     # The number of all starts, and the latest.
     starts: Count
     start: Start | None
@@ -132,7 +136,6 @@ class EventState(TypedDict):
     first: Progress | None
     progress: Progress | None
     last: Event | None
-    notes: list[Note]
     # [time, done] of the latest progress since the start.
     pace: list[list[Number]]
     # The sentence on the slow rank, and since when there is one.
@@ -140,21 +143,15 @@ class EventState(TypedDict):
     slow_since: Number | None
 
 
-class _EventBody(TypedDict):
-    offset: Count
-    proof: str
-    state: EventState
-
-
 class EventSummary(LogSummary[Event | Other]):
     log = "events.jsonl"
     line = EVENT
-    body = TypeAdapter(_EventBody)
+    body = TypeAdapter(_Saved[EventState])
     state: EventState
 
     def empty(self) -> EventState:
         nothing = {name: None for name in ("began", "start", "first", "progress", "last", "slow", "slow_since")}
-        lists: dict[str, Any] = {name: [] for name in ("began_at", "notes", "pace")}
+        lists: dict[str, Any] = {name: [] for name in ("pace",)}
         return cast(EventState, {"attempts": 0, "launch": "", "ran": 0.0, "starts": 0, **nothing, **lists})
 
     def add(self, row: Event | Other) -> None:
@@ -181,8 +178,6 @@ class EventSummary(LogSummary[Event | Other]):
         elif event["event"] == "slow_rank":
             state["slow"] = event["text"]
             state["slow_since"] = None if event["text"] is None else state["slow_since"] or event["time"]
-        elif event["event"] == "note":
-            state["notes"] = [*state["notes"], event][-LAST_NOTES:]
         elif event["event"] == "end":
             state["ran"], state["began"] = self.seconds(event["time"]) or 0.0, None
         state["last"] = event
@@ -192,7 +187,6 @@ class EventSummary(LogSummary[Event | Other]):
         state = self.state
         state["ran"] = self.seconds() or 0.0
         state["began"] = now
-        state["began_at"] = [*state["began_at"], now][-LAST_ATTEMPTS:]
 
     def seconds(self, now: float | None = None) -> float | None:
         """Returns the seconds of all attempts together; None without one.
@@ -243,14 +237,6 @@ class CurveState(TypedDict):
     """The state of the curves of a stage."""
 
     curves: dict[str, Curve]
-    # [step, loss] of the latest steps.
-    recent: list[list[Number]]
-
-
-class _CurveBody(TypedDict):
-    offset: Count
-    proof: str
-    state: CurveState
 
 
 class Curves(LogSummary[Point]):
@@ -261,11 +247,11 @@ class Curves(LogSummary[Point]):
 
     log = "metrics.jsonl"
     line = POINT
-    body = TypeAdapter(_CurveBody)
+    body = TypeAdapter(_Saved[CurveState])
     state: CurveState
 
     def empty(self) -> CurveState:
-        return {"curves": {}, "recent": []}
+        return {"curves": {}}
 
     def add(self, row: Point) -> None:
         step, curves = row["step"], self.state["curves"]
@@ -274,10 +260,6 @@ class Curves(LogSummary[Point]):
                 continue
             if name in curves or len(curves) < MAX_CURVES:
                 _add_point(curves.setdefault(name, {"width": 1, "buckets": []}), step, value)
-            if name == "loss":
-                # Losses of this and later steps are those of an attempt before a restart.
-                kept = [point for point in self.state["recent"][1 - RECENT :] if point[0] < step]
-                self.state["recent"] = [*kept, [step, value]]
 
     def points(self, name: str) -> list[tuple[float, float, float, float]]:
         """Returns (step, mean, smallest, largest) of each bucket of a curve."""
@@ -288,11 +270,6 @@ class Curves(LogSummary[Point]):
         """Returns the number of points of a curve."""
         curve = self.state["curves"].get(name)
         return int(sum(bucket[1] for bucket in curve["buckets"])) if curve else 0
-
-    def last(self, name: str) -> float | None:
-        """Returns the latest value of a curve; of several steps in its last bucket the mean."""
-        points = self.points(name)
-        return points[-1][1] if points else None
 
 
 def _add_point(curve: Curve, step: int, value: float) -> None:
@@ -329,7 +306,7 @@ class SummaryWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.problem = folder, ""
+        self.folder = folder
         self._summaries: list[LogSummary[Any]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="summaries", daemon=True)
@@ -346,31 +323,10 @@ class SummaryWriter:
                     summary.read()
                     summary.save()
             except Exception as error:  # whatever it is, it must not end the stage
-                self._report(error)
-
-    def _report(self, error: Exception) -> None:
-        """Prints a problem once, as long as it stays the same."""
-        # The path of an OSError may be that of a draft, which has another name each time.
-        reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
-        problem = f"{type(error).__name__}: {reason}".splitlines()[0][:300]
-        if problem != self.problem:
-            self.problem = problem
-            print(f"the summaries are not up to date ({problem}); the stage goes on", file=sys.stderr, flush=True)
+                print(f"the summaries are not up to date ({error}); the stage goes on", file=sys.stderr, flush=True)
+                return
 
     def close(self) -> None:
         """Saves once more, unless that takes too long."""
         self._stop.set()
         self._thread.join(LAST_SECONDS)
-
-
-# Standard deviation of a normal distribution by its median absolute deviation.
-SIGMA = 1.4826
-# Lower bound of the standard deviation, as a share of the median: small changes of a flat loss are no spikes.
-MIN_SIGMA = 0.01
-
-
-def spike_limit(losses: Collection[float], sigmas: float) -> tuple[float, float]:
-    """Returns (the median, the limit) of the latest losses."""
-    median = statistics.median(losses)
-    spread = SIGMA * statistics.median(abs(x - median) for x in losses)
-    return median, median + sigmas * max(spread, MIN_SIGMA * median)

@@ -18,11 +18,7 @@ from pipeline.core.json_files import printable
 
 FULL_DISK_BYTES = 1_000_000
 AGAIN = "run the same command to go on"
-UNUSABLE = "{place} cannot be used ({why}); "
-NAME = UNUSABLE + "name a file that you may read, or a folder that you may write"
-HOME = (
-    UNUSABLE + "let yourself read and write it, or set ATOM_HOME to a folder that you may write, with everything in it"
-)
+NAME = "{place} cannot be used ({why}); see that you may read and write it, and that nothing else is in its place"
 
 
 @dataclass(frozen=True)
@@ -40,16 +36,12 @@ _MACHINE = {
     errno.EDQUOT: "the quota for {place} is used up; free some space, or have it raised, and ",
     errno.EROFS: "{place} is on a file system that cannot be written now; have it mounted for writing, and ",
     errno.EIO: "the disk that holds {place} failed (input/output error); see the system's log, have it repaired, and ",
-    errno.ESTALE: "{place} was taken away by its file server (stale file handle); have it mounted again, and ",
-    errno.ENODEV: "the device that holds {place} is gone; have it mounted again, and ",
-    errno.ENXIO: "the device that holds {place} is gone; have it mounted again, and ",
-    errno.ENOTCONN: "the file server of {place} is not connected; have it mounted again, and ",
-    errno.ETIMEDOUT: "the file server of {place} gave no answer; see whether it is up, and ",
-    errno.EHOSTDOWN: "the file server of {place} is down; wait until it is up, and ",
     errno.EMFILE: "this process may open no more files; raise the limit (ulimit -n), and ",
     errno.ENFILE: "this machine may open no more files; close other programs, and ",
-    errno.ENOLCK: "the file system of {place} has no locks left; see its server, and ",
 }
+# A file server or a device that does not answer.
+_AWAY = "ESTALE ENODEV ENXIO ENOTCONN ETIMEDOUT EHOSTDOWN"
+GONE = "the file server or the device of {place} is away; have it mounted again, and "
 # An error in a name: a bug, unless the name is below $ATOM_HOME or from the command line.
 _NAMES = "EACCES EPERM ENOTDIR EISDIR ELOOP ENAMETOOLONG ENOTEMPTY EEXIST ETXTBSY"
 # The machine or its network: another attempt may succeed, or run on another node.
@@ -57,6 +49,7 @@ _CALLS = "ENOMEM EAGAIN EBUSY EPIPE EREMOTEIO ECONNREFUSED ECONNRESET EHOSTUNREA
 # By number. Any other number is a bug of atom.
 FAULTS = {
     **{number: Fault(Kind.MACHINE, text + AGAIN) for number, text in _MACHINE.items()},
+    **{getattr(errno, name): Fault(Kind.MACHINE, GONE + AGAIN) for name in _AWAY.split()},
     errno.EMLINK: Fault(Kind.USER, "the file system of {place} takes no more hard links to a file; use another one"),
     errno.EXDEV: Fault(Kind.USER, "{place} lies on another file system than the rest of $ATOM_HOME, which must be one"),
     errno.ENOENT: Fault(Kind.MACHINE, NAME),
@@ -87,42 +80,10 @@ def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> F
         return Fault(fault.kind) if cause is error else None
 
     # A name that is neither the caller's nor of the home: the code made it up, so the error is a bug.
-    path, named_paths = _path(cause), list(named_paths)
+    path = _path(cause)
     if path is None or not any(_on_one_line(path, place) for place in (str(home), *named_paths)):
         return None
-    if cause.errno == errno.ENOENT and _on_one_line(path, str(home)) and not home.exists():
-        text = (
-            f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME to another folder"
-        )
-        return Fault(fault.kind, text)
-    where, root = Path(os.path.abspath(path)), Path(os.path.abspath(home))
-    return Fault(fault.kind, _advice(where, cause.errno or 0, root, named_paths))
-
-
-def _advice(path: Path, number: int, home: Path, named_paths: Iterable[str]) -> str:
-    """Returns the sentence for a path of the home, or for a named path."""
-    fields = {"place": printable(path), "why": os.strerror(number)}
-    if str(path) in map(os.path.abspath, named_paths) or not _on_one_line(str(path), str(home)):
-        return NAME.format(**fields)
-    # A file may be in the place of a folder of the home: the first such folder, from the home on, is the cause.
-    folders = [place for place in reversed(path.parents) if home in place.parents]
-    if number in (errno.EEXIST, errno.ENOTDIR) and home in path.parents:  # a folder is expected there
-        folders.append(path)
-    if obstacle := next(filter(None, map(misplaced_file, folders)), None):
-        return f"{obstacle}, and {AGAIN}"
-    if home not in path.parents or number in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-        return HOME.format(**fields)
-    remedy = "see what removed it" if number == errno.ENOENT else "move it away"
-    return f"{UNUSABLE.format(**fields)}{remedy}, and {AGAIN}"
-
-
-def misplaced_file(path: Path) -> str | None:
-    """Returns the remedy for a file in the place of a folder; None if the path is a folder or missing."""
-    if os.path.isdir(path) or not os.path.lexists(path):
-        return None
-    if path.is_symlink():
-        return f"{printable(path)} is a link that leads to no folder; have its disk mounted, or move it away"
-    return f"{printable(path)} is no folder; move it away"
+    return Fault(fault.kind, NAME.format(place=printable(os.path.abspath(path)), why=os.strerror(cause.errno or 0)))
 
 
 def device(error: BaseException, home: Path) -> Fault | None:

@@ -1,4 +1,4 @@
-"""The progress display of a run: live bars on a terminal, plain lines elsewhere."""
+"""Figures and progress as text: of a run in lines, of a command in one line that is drawn again."""
 
 from __future__ import annotations
 
@@ -10,25 +10,17 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# Seconds between two lines on a stage where there is no terminal.
-PLAIN_EVERY = 10.0
+# Seconds between two lines on the progress of a stage.
+LINE_EVERY = 10.0
 
 
 def human(value: float) -> str:
     """Returns a figure with three significant digits and a unit prefix: 21300 → 21.3k."""
-    for limit, divisor, suffix in (
-        (1e21, 1e21, "Z"),
-        (1e18, 1e18, "E"),
-        (1e15, 1e15, "P"),
-        (1e12, 1e12, "T"),
-        (1e9, 1e9, "G"),
-        (1e6, 1e6, "M"),
-        (1e4, 1e3, "k"),
-    ):
-        if abs(value) >= limit:
-            return f"{value / divisor:.3g}{suffix}"
+    for suffix, power in zip("ZEPTGMk", (21, 18, 15, 12, 9, 6, 3), strict=True):
+        # Four digits need no prefix.
+        if abs(value) >= max(1e4, 10.0**power):
+            return f"{value / 10.0**power:.3g}{suffix}"
     return f"{value:.4g}"
 
 
@@ -79,37 +71,14 @@ class StatusLine:
 
 
 class Display:
-    """The progress of stages, as the launcher reports it.
-
-    On a terminal it redraws bars. Elsewhere it prints one line for each stage every ten seconds.
-    """
+    """The progress of stages, as the launcher reports it: a line for each stage every ten seconds, and at its ends."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.live = console.is_terminal
         self.finished = self.total = 0
         self._seconds: dict[str, float] = {}
         self._last_printed: dict[str, float] = {}
         self._first: dict[str, tuple[float, float]] = {}
-        self._tasks: dict[str, TaskID] = {}
-        self._bars = Progress(
-            TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]}"),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not self.live,
-        )
-
-    def __enter__(self) -> Display:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()
 
     def begin(self, total: int, finished: int) -> None:
         self.total, self.finished = total, finished
@@ -120,29 +89,20 @@ class Display:
 
     def started(self, name: str, log: str, ranks: int = 1) -> None:
         self._first.pop(name, None)
-        if self.live:
-            title = name if ranks == 1 else f"{name} x {ranks}"
-            self._tasks[name] = self._bars.add_task(title, total=None, count="", figures="")
-        else:
-            self._line(f"{name}: started{'' if ranks == 1 else f' on {ranks} ranks'}, log {log}")
+        self._line(f"{name}: started{'' if ranks == 1 else f' on {ranks} ranks'}, log {log}")
 
     def progress(
         self, name: str, at: float, done: float, total: float, unit: str, figures: Mapping[str, float]
     ) -> None:
         """Shows the progress of a stage. `at` is the time of the report, in seconds since the epoch."""
-        count = f"{done}/{total} {unit}"
-        if name in self._tasks:
-            text = figures_text(figures)
-            self._bars.update(self._tasks[name], completed=done, total=total, count=count, figures=text)
-            return
         current_time = time.monotonic()
         first_time, first_done = self._first.setdefault(name, (at, done))
-        if current_time - self._last_printed.get(name, -PLAIN_EVERY) < PLAIN_EVERY:
+        if current_time - self._last_printed.get(name, -LINE_EVERY) < LINE_EVERY:
             return
         self._last_printed[name] = current_time
         rate = (done - first_done) / (at - first_time) if at > first_time else 0
         eta = f"  eta {duration((total - done) / rate)}" if rate > 0 else ""
-        self._line(f"{name}: {count}  {figures_text(figures)}{eta}")
+        self._line(f"{name}: {done}/{total} {unit}  {figures_text(figures)}{eta}")
 
     def note(self, name: str, text: str) -> None:
         self._line(f"{name}: {text}")
@@ -158,18 +118,12 @@ class Display:
 
     def sealed(self, name: str, elsewhere: bool = False) -> None:
         self.finished += 1
-        self._drop(name)
         duration_text = f" in {duration(self._seconds[name])}" if name in self._seconds else ""
         origin = " by another run" if elsewhere else ""
         self._line(f"{name}: sealed{origin}{duration_text}  [{self.finished}/{self.total}]")
 
     def failed(self, name: str, text: str) -> None:
-        self._drop(name)
         self._line(f"{name}: FAILED: {text}")
 
     def stopping(self) -> None:
         self._line("stopping: waiting for the running stages to leave clean work folders")
-
-    def _drop(self, name: str) -> None:
-        if name in self._tasks:
-            self._bars.remove_task(self._tasks.pop(name))

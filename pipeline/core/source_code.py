@@ -169,7 +169,7 @@ def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         path.chmod(0o444)
-    atomic_files.flush_file_system(draft)  # hundreds of files, one by one, would take seconds
+    os.sync()  # hundreds of files, one by one, would take seconds
     try:
         os.rename(draft, target)
         atomic_files.flush(target.parent)

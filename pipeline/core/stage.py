@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypeVar
 
-from pipeline.core.store import Artifact
+from pipeline.core.store import Artifact, Store
 
 Inputs = Mapping[str, Artifact]
 
@@ -150,12 +150,6 @@ class TrainingEstimate:
     activation_bytes: int
     # Bytes of one checkpoint, all ranks together.
     checkpoint_bytes: int
-    # Bytes of a sealed checkpoint that one rank writes, at most.
-    share_bytes: int
-    # The most that a rank reads or writes of it between two reports of progress.
-    silent_bytes: int
-    # Seconds without progress after which an attempt is ended.
-    watchdog_seconds: float
     # The number of sealed checkpoints, and of kept work checkpoints.
     release_checkpoints: int
     work_checkpoints: int
@@ -331,28 +325,41 @@ class Needs:
 Promise = Literal["bitwise", "numeric"]
 
 
-class ServerPlace(Protocol):
-    """One of the servers of a stage, in a job of its own."""
+@dataclass(frozen=True)
+class ServerPlace:
+    """One of the servers of a stage, in a job of its own.
+
+    Attributes:
+        store: The home.
+        key: The key of the stage.
+        run: The id of the run.
+        launch: The folder of this launch of the job.
+        number: The number of the server. A job that is started again has the same one.
+    """
+
+    store: Store
+    key: str
+    run: str
+    launch: Path
+    number: int
 
     @property
     def folder(self) -> Path:
         """The folder that all servers of the stage and the stage itself see."""
+        return self.launch.parent.parent / "announced"
 
     @property
-    def log(self) -> Path: ...
-
-    @property
-    def run(self) -> str: ...
-
-    @property
-    def number(self) -> int:
-        """The number of the server. A job that is started again has the same one."""
+    def log(self) -> Path:
+        return self.launch / "server.log"
 
     def ended(self) -> bool:
         """Returns True if the stage has ended, so that nobody will ask for more. Cheap: call it freely."""
+        # the job's script creates the file
+        return self.store.sealed(self.key) or (self.launch / "ended").exists()
 
     def ready(self) -> None:
         """Reports that the server answers: a job that got this far is started again however often it dies."""
+        (self.launch / "further").touch()
 
 
 @dataclass(frozen=True)

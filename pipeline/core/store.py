@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import stat
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,15 +24,12 @@ from typing_extensions import TypedDict
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.json_files import Damaged, printable
-from pipeline.core.os_errors import misplaced_file
 
 MANIFEST = "manifest.json"
 # The largest accepted manifest, in bytes: five million files.
 MANIFEST_LIMIT = 2**30
 # The most threads of a process that hash files at once.
 HASH_THREADS = 16
-# Seconds between two lines of the log on files that are being hashed.
-HASH_LINE_SECONDS = 10.0
 # Bytes that are hashed between two reports of progress.
 HASH_CHUNK = 4 * 2**20
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -80,24 +76,16 @@ def sha256_file(path: Path, progress: Progress = no_progress) -> str:
     return digest.hexdigest()
 
 
-def sha256_files(paths: Sequence[Path], owner: str = "", progress: Progress = no_progress) -> list[str]:
+def sha256_files(paths: Sequence[Path], progress: Progress = no_progress) -> list[str]:
     """Hashes files, several at once, each by one thread. Raises OSError.
 
     Args:
         paths: The files.
-        owner: The key of the artifact that the files belong to. With it, a line is printed every `HASH_LINE_SECONDS`.
         progress: Is called by several threads.
     """
     threads = max(1, min(HASH_THREADS, len(os.sched_getaffinity(0)), len(paths)))
-    hashes: list[str] = []
-    next_line = time.monotonic() + HASH_LINE_SECONDS
     with ThreadPoolExecutor(threads) as pool:
-        for sha256 in pool.map(lambda path: sha256_file(path, progress), paths):
-            hashes.append(sha256)
-            if owner and time.monotonic() > next_line:
-                print(f"hashing {owner}: {len(hashes)} of {len(paths)} files", flush=True)
-                next_line = time.monotonic() + HASH_LINE_SECONDS
-    return hashes
+        return list(pool.map(lambda path: sha256_file(path, progress), paths))
 
 
 class FileRecord(NamedTuple):
@@ -175,13 +163,12 @@ def regular_files(folder: Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def rows_of(folder: Path, handed_over: bool = False, owner: str = "") -> list[FileRow]:
+def rows_of(folder: Path, handed_over: bool = False) -> list[FileRow]:
     """Returns the files of `regular_files` with their hashes.
 
     Args:
         folder: The folder.
         handed_over: Take the hashes that `hand_over_hash` recorded instead of reading those files.
-        owner: The key of the artifact, for lines of progress, as for `sha256_files`.
     """
     files = regular_files(folder)
     hashes: dict[str, str] = {}
@@ -189,7 +176,7 @@ def rows_of(folder: Path, handed_over: bool = False, owner: str = "") -> list[Fi
         if (sha256 := _handed_over.get(_version_of(path))) is not None:
             hashes[name] = sha256
     unknown = [name for name in files if name not in hashes]
-    hashes |= dict(zip(unknown, sha256_files([files[name] for name in unknown], owner), strict=True))
+    hashes |= dict(zip(unknown, sha256_files([files[name] for name in unknown]), strict=True))
     return [FileRow(name, path.stat().st_size, hashes[name]) for name, path in files.items()]
 
 
@@ -279,7 +266,7 @@ class Artifact:
         rows = [row for row in self.rows if row.path.startswith(start) and select(row.path)][share[0] :: share[1]]
         # A file of another size differs for certain, so it is not read.
         same_size = [row for row in rows if row.path in files and files[row.path].stat().st_size == row.size]
-        hashes = sha256_files([files[row.path] for row in same_size], progress=progress)
+        hashes = sha256_files([files[row.path] for row in same_size], progress)
         intact = {row.path for row, sha256 in zip(same_size, hashes, strict=True) if sha256 == row.sha256}
         for row in rows:
             if row.path not in intact:
@@ -311,7 +298,7 @@ def write_manifest(folder: Path, key: str) -> Artifact:
 
     A file whose hash was handed over is not read again.
     """
-    rows = rows_of(folder, handed_over=True, owner=key)
+    rows = rows_of(folder, handed_over=True)
     digest = digest_of(rows)
     manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -364,11 +351,6 @@ class Store:
         self.artifacts = self.home / "artifacts"
         self.ledger = self.home / "ledger"
         self.logs = self.home / "logs"
-
-    def misplaced(self) -> str | None:
-        """Returns one sentence on a file in the place of a folder of the home; None without one."""
-        folders = (self.home / "work", self.artifacts, self.ledger, self.logs)
-        return next(filter(None, map(misplaced_file, folders)), None)
 
     def work(self, key: str) -> Path:
         return self.home / "work" / key

@@ -55,7 +55,7 @@ def read_file(path: Path, title: str, limit: int = MOST_BYTES) -> bytes:
 def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises RecipeError with the line if it is not YAML, or not a mapping."""
     try:
-        document = _Reader(_decode(data)).document()
+        document = _document(yaml.parse(_decode(data), _PARSER))
     except _Refused as error:
         raise RecipeError(f"{title}: line {error.line} {error.text}") from None
     except yaml.MarkedYAMLError as error:
@@ -118,110 +118,85 @@ def _require_printable(text: str, line: int) -> None:
         raise _Refused(line, f"holds the character U+{ord(character):04X}, which cannot be seen; remove it")
 
 
-class _Reader:
-    """Builds plain values from the events of a parser."""
-
-    def __init__(self, text: str) -> None:
-        self.events: Iterator[Any] = iter(yaml.parse(text, _PARSER))
-        self.count = 0
-        # By name: the value, and how many values it holds.
-        self.anchors: dict[str, tuple[Any, int]] = {}
-
-    def document(self) -> Any:
-        """Returns the one document; None if there is none."""
-        value = None
-        for event in self.events:
-            if event.start_mark and isinstance(event, yaml.DocumentStartEvent):
-                if self.count:
-                    raise _Refused(event.start_mark.line + 1, "begins a second document; put each in its own file")
-                value = self._value(next(self.events), 0)
-                self.count += 1
-        return value
-
-    def _value(self, event: Any, depth: int) -> Any:
-        line, count_before = event.start_mark.line + 1, self.count
-        self.count += 1
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in self.anchors:
-                name = escaped(str(event.anchor), 40)
-                raise _Refused(line, f"is not valid YAML: no anchor &{name} ends before its alias")
-            value, size = self.anchors[event.anchor]
-            self.count += size
-        elif isinstance(event, yaml.ScalarEvent):
-            value = self._scalar(event, line)
-        elif depth == DEEPEST:
-            raise _Refused(line, f"lies more than {DEEPEST} levels deep; no field does")
-        elif isinstance(event, yaml.SequenceStartEvent):
-            value = self._sequence(event, depth)
-        else:
-            value = self._mapping(event, depth)
-        if self.count > MOST_VALUES:
-            raise _Refused(line, f"is beyond {MOST_VALUES} values, aliases counted as what they stand for; shorten it")
-        # An anchor counts from here on, after its value: a value cannot hold itself.
-        if event.anchor and not isinstance(event, yaml.AliasEvent):
-            self.anchors[event.anchor] = value, self.count - count_before
-        return value
-
-    def _sequence(self, start: Any, depth: int) -> list[Any]:
-        _require_no_tag(start)
-        values = []
-        for event in self.events:
-            if isinstance(event, yaml.SequenceEndEvent):
-                break
-            values.append(self._value(event, depth + 1))
-        return values
-
-    def _mapping(self, start: Any, depth: int) -> dict[str, Any]:
-        _require_no_tag(start)
-        values: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
-        for event in self.events:
-            if isinstance(event, yaml.MappingEndEvent):
-                break
-            line = event.start_mark.line + 1
-            if not isinstance(event, yaml.ScalarEvent):
-                raise _Refused(line, "is not valid YAML for a recipe: a field is called by a word")
-            # A key is checked as a value is, and stays a text.
-            self._scalar(event, line)
-            self.count += 1
-            key, value = event.value, self._value(next(self.events), depth + 1)
-            if key == "<<" and event.implicit[0]:
-                # Of several merges, the first one takes precedence.
-                merged = _merge(value, line) | merged
-            elif key in values:
-                raise _Refused(line, f"is not valid YAML: {shown(key)} stands twice")
-            else:
-                values[key] = value
-        return merged | values
-
-    def _scalar(self, event: Any, line: int) -> Any:
-        _require_no_tag(event)
-        text: str = event.value
-        _require_printable(text, line)
-        if not event.implicit[0]:  # in quotes, or a block of text
-            return text
-        if text in _WORDS:
-            return _WORDS[text]
-        if _NO_NUMBER.fullmatch(text):
-            return float(text.replace(".", "", 1))
-        integer = _INTEGER.fullmatch(text)
-        if not integer and not _FLOAT.fullmatch(text):
-            return text
-        if len(text) > LONGEST_NUMBER:
-            raise _Refused(line, f"holds a number of {len(text)} characters; no field takes one")
-        return int(text.lstrip("+"), 0) if integer else float(text) + 0.0  # -0.0 + 0.0 is 0.0
+def _document(events: Iterator[Any]) -> Any:
+    """Returns the one document that the events of a parser describe; None if there is none."""
+    value, has_begun = None, False
+    for event in events:
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.DocumentStartEvent):
+            if has_begun:
+                raise _Refused(line, "begins a second document; put each in its own file")
+            value, has_begun = _value(next(events), events, 0, {}), True
+    values = [value]
+    for count, each in enumerate(values):
+        if count == MOST_VALUES:
+            raise _Refused(1, f"begins more than {MOST_VALUES} values, aliases counted as what they stand for; shorten")
+        if isinstance(each, (dict, list)):
+            values += each.values() if isinstance(each, dict) else each
+    return value
 
 
-def _merge(value: Any, line: int) -> dict[str, Any]:
-    """Returns the entries that `<<: *anchor` or `<<: [*one, *other]` adds; the first mapping takes precedence."""
-    merged: dict[str, Any] = {}
-    for part in value if isinstance(value, list) else [value]:
-        if not isinstance(part, dict):
-            raise _Refused(line, "is not valid YAML: << takes over mappings, and this is none")
-        merged = part | merged
-    return merged
-
-
-def _require_no_tag(event: Any) -> None:
+def _value(event: Any, events: Iterator[Any], depth: int, anchors: dict[str, Any]) -> Any:
+    """Returns the plain value that begins with an event, and notes it by its anchor."""
+    line = event.start_mark.line + 1
+    if isinstance(event, yaml.AliasEvent):
+        # An anchor counts from the end of its value on: a value cannot hold itself.
+        if event.anchor not in anchors:
+            name = escaped(str(event.anchor), 40)
+            raise _Refused(line, f"is not valid YAML: no anchor &{name} ends before its alias")
+        return anchors[event.anchor]
     if event.tag not in (None, "!"):
-        raise _Refused(event.start_mark.line + 1, f"has the tag {escaped(event.tag, 60)}; write plain values")
+        raise _Refused(line, f"has the tag {escaped(event.tag, 60)}; write plain values")
+    value: Any
+    if isinstance(event, yaml.ScalarEvent):
+        value = _scalar(event, line)
+    elif depth == DEEPEST:
+        raise _Refused(line, f"lies more than {DEEPEST} levels deep; no field does")
+    elif isinstance(event, yaml.SequenceStartEvent):
+        value = []
+        while not isinstance(item := next(events), yaml.SequenceEndEvent):
+            value.append(_value(item, events, depth + 1, anchors))
+    else:
+        value = _mapping(events, depth, anchors)
+    if event.anchor:
+        anchors[event.anchor] = value
+    return value
+
+
+def _mapping(events: Iterator[Any], depth: int, anchors: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
+    while not isinstance(key := next(events), yaml.MappingEndEvent):
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarEvent):
+            raise _Refused(line, "is not valid YAML for a recipe: a field is called by a word")
+        # A key is checked as a value is, and stays a text.
+        _value(key, events, depth, anchors)
+        value = _value(next(events), events, depth + 1, anchors)
+        if key.value == "<<" and key.implicit[0]:
+            for part in value if isinstance(value, list) else [value]:
+                if not isinstance(part, dict):
+                    raise _Refused(line, "is not valid YAML: << takes over mappings, and this is none")
+                merged = part | merged  # of several, the first one takes precedence
+        elif key.value in values:
+            raise _Refused(line, f"is not valid YAML: {shown(key.value)} stands twice")
+        else:
+            values[key.value] = value
+    return merged | values
+
+
+def _scalar(event: Any, line: int) -> Any:
+    text: str = event.value
+    _require_printable(text, line)
+    if not event.implicit[0]:  # in quotes, or a block of text
+        return text
+    if text in _WORDS:
+        return _WORDS[text]
+    if _NO_NUMBER.fullmatch(text):
+        return float(text.replace(".", "", 1))
+    integer = _INTEGER.fullmatch(text)
+    if not integer and not _FLOAT.fullmatch(text):
+        return text
+    if len(text) > LONGEST_NUMBER:
+        raise _Refused(line, f"holds a number of {len(text)} characters; no field takes one")
+    return int(text.lstrip("+"), 0) if integer else float(text) + 0.0  # -0.0 + 0.0 is 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 from typing_extensions import TypedDict
@@ -23,11 +23,6 @@ class Hours(TypedDict):
 
 Resource = Literal["gpu_hours", "core_hours"]
 RESOURCES: tuple[Resource, ...] = ("gpu_hours", "core_hours")
-
-
-def hours(figure: Callable[[Resource], float]) -> Hours:
-    """Returns a figure of each resource."""
-    return {"gpu_hours": figure("gpu_hours"), "core_hours": figure("core_hours")}
 
 
 def limits_of(recipe: Identity) -> Limits | None:

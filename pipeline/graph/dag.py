@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -107,7 +107,7 @@ def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ..
         absent: Sentences on sources whose files are missing.
 
     Raises:
-        RecipeError: A stage refuses its config, or a training phase needs more than any machine has.
+        RecipeError: A stage refuses its config.
     """
     nodes: dict[str, Node] = {}
     for spec in specs:
@@ -124,19 +124,7 @@ def build_graph(recipe: Recipe, specs: Iterable[NodeSpec], absent: tuple[str, ..
             work.append(used)
         digest = sha256_bytes(canonical(work))
         nodes[spec.name] = Node(spec.name, stage, config, dict(spec.inputs), f"{spec.name}-{digest[:12]}", external)
-    # After all configs, so that a mistake in one of them is reported first.
-    for node in nodes.values():
-        _check_size(f"{recipe.title}, stage {node.name}", node)
     return Graph(recipe, nodes, absent)
-
-
-class Composer(Protocol):
-    """The part of a definition that composes the graph of a recipe."""
-
-    def compose(self, recipe: Recipe, store: Store, without_data: bool) -> Graph: ...
-
-    def problems(self, recipe: Recipe) -> Iterator[str]:
-        """Yields a sentence for each contradiction between sections or files; `compose` raises the first."""
 
 
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
@@ -145,12 +133,13 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     With `without_data`, source trees may be absent. Keys that depend on a tree without a pinned digest are provisional
     then.
     """
-    return cast(Composer, registry.definition()).compose(recipe, store, without_data)
+    graph: Graph = registry.definition().compose(recipe, store, without_data)
+    return graph
 
 
 def problems(recipe: Recipe) -> Iterator[str]:
     """Yields a sentence for each contradiction between the sections of a recipe, or with its data recipe."""
-    return cast(Composer, registry.definition()).problems(recipe)
+    return registry.definition().problems(recipe)
 
 
 def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:
@@ -165,36 +154,6 @@ def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], 
             raise RecipeError(
                 f"{where} = {checkpoint} began from {began}, but this recipe's is {key}; take over that recipe's "
                 "sections up to this phase, or start the phase anew"
-            )
-
-
-# The limit for a training phase; the largest runs until 2025 took about 5e26 (epoch.ai/data/ai-models).
-MOST_FLOPS = 1e27
-# Bytes of one rank, on whatever device: 4 TiB. The largest accelerators have 288 GB.
-MOST_MEMORY = 2**42
-# Bytes of the checkpoints of a phase: an exabyte, more than the largest file systems of clusters hold.
-MOST_DISK = 1e18
-
-
-def _check_size(where: str, node: Node) -> None:
-    estimate = node.stage.estimate(node.config)
-    if estimate.training is not None:
-        flops, memory, disk = estimate.flops or 0.0, estimate.memory_bytes or 0, estimate.disk_bytes or 0
-        if flops > MOST_FLOPS:
-            raise RecipeError(
-                f"{where}: {estimate.tokens:.2g} tokens of {estimate.parameters['active']:.2g} active parameters are "
-                f"{flops:.1e} FLOPs; use at most {MOST_FLOPS:.0e} (Llama 3 405B: 4e25), by fewer steps, smaller "
-                "batches, or a smaller model"
-            )
-        if memory > MOST_MEMORY:
-            raise RecipeError(
-                f"{where}: a rank would hold {memory / 2**40:.3g} TiB; use at most {MOST_MEMORY >> 40}, by more ranks "
-                "and parallelism.tp, pp, ep or cp, or by smaller micro_tokens"
-            )
-        if disk > MOST_DISK:
-            raise RecipeError(
-                f"{where}: {estimate.training.release_checkpoints} sealed checkpoints are {disk:.1e} bytes; use at "
-                f"most {MOST_DISK:.0e}, by a larger release_checkpoint_interval"
             )
 
 

@@ -95,20 +95,16 @@ class Recipe:
         return _title(self.path)
 
 
-def find(reference: str, package: str, kind: str, base: Path | None = None, folder: Path | None = None) -> Path:
-    """Returns a YAML file by its name among the packaged ones and those of `folder`, or by its path from `base`.
+def find(reference: str, package: str, kind: str, base: Path | None = None) -> Path:
+    """Returns a YAML file by its name among the packaged ones, or by its path from `base`.
 
-    Raises RecipeError if there is none, with the existing names, or if both folders have one.
+    Raises RecipeError if there is none, with the existing names.
     """
     files = Path(str(resources.files(package))).glob("*.yaml")
     packaged = {path.stem: path for path in files if not path.name.endswith(LOCK_SUFFIX)}
-    others = {} if folder is None else {path.stem: path for path in folder.glob("*.yaml")}
-    if reference in packaged and reference in others:
-        raise RecipeError(f"{kind} {reference} is both packaged and in {folder}; give the file there another name")
-    named = {**packaged, **others}
-    if reference in named:
-        return named[reference]
-    names = sorted(named)
+    if reference in packaged:
+        return packaged[reference]
+    names = sorted(packaged)
     path, name = (base / reference) if base else Path(reference), escaped(reference, 80)
     try:
         mode = os.stat(path).st_mode

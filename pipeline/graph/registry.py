@@ -6,11 +6,13 @@ The module is imported at its first use; its import must stay cheap (no torch, d
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from pipeline.core.stage import Config, Stage
+from pipeline.core.store import Store
 
 DEFINITION = "stages.graph"
 # Modules with commands of `atom` beside the engine's, each as `app`. Importing one must stay cheap, too.
@@ -18,13 +20,19 @@ COMMANDS = ("stages.commands", "release.commands")
 
 
 class Definition(Protocol):
-    """The contents of that module, which also has the members of `pipeline.graph.dag.Composer`."""
+    """The contents of that module."""
 
     # The module of each stage by name, and after a colon its name there if that is not STAGE.
     STAGES: dict[str, str]
     # The classes of a recipe and of a data recipe.
     RECIPE: type[Config]
     DATA_RECIPE: type[Config]
+
+    # Their types are those of `pipeline.graph.dag`, which imports this module.
+    def compose(self, recipe: Any, store: Store, without_data: bool) -> Any: ...
+
+    def problems(self, recipe: Any) -> Iterator[str]:
+        """Yields a sentence for each contradiction between sections or files; `compose` raises the first."""
 
     def load_data_recipe(self, content: bytes, path: Path) -> Config:
         """Reads the file that a recipe names as its data."""

@@ -18,9 +18,8 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-import pipeline
 from pipeline.core import atomic_files, json_files, process
-from pipeline.core.environment import git_commit
+from pipeline.core.environment import code_root, git_commit
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import Tail, figures_of
 from pipeline.core.json_files import Damaged
@@ -225,7 +224,7 @@ def _write_body(folder: Path, body: Body) -> None:
 @cache
 def _commit() -> tuple[str | None, bool]:
     """Returns the commit of this process's code, and whether it was changed since."""
-    return git_commit(Path(pipeline.__path__[0]).parent)
+    return git_commit(code_root())
 
 
 def require_same_recipe(run: Run, recipe: Recipe) -> None:
@@ -321,7 +320,7 @@ class NodeStatus:
 
     name: str
     key: str
-    # Sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, lost or hidden.
+    # Sealed | running | failed | waiting | refused; of a Slurm job also one of Slurm, or lost.
     state: str
     done: float = 0
     total: float = 0
@@ -345,8 +344,6 @@ class NodeStatus:
     slow: str | None = None
     # The cause for which its job waits, if a person must act.
     alert: str | None = None
-    # Seconds since the epoch.
-    waits_since: float | None = None
     # Seconds since the epoch.
     last_report: float | None = None
     message: str = ""

@@ -1,1 +1,1 @@
-"""Access to the Hugging Face Hub: the client with limits and retries, and what a repository contains."""
+"""Access to the Hugging Face Hub: the client with retries, and what a repository contains."""

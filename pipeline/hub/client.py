@@ -11,22 +11,19 @@ import importlib.util
 import inspect
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
-from pipeline.core.text import printable, shown
-from pipeline.hub import limits
-from pipeline.hub.limits import PUBLIC_HUB, HubLimit
+from pipeline.core.text import printable
 
+PUBLIC_HUB = "https://huggingface.co"
 # Status codes after which a call is repeated.
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
 # The number of attempts. Without Retry-After, the waits between them take half a minute together.
@@ -37,18 +34,12 @@ UNREACHABLE_ATTEMPTS = 3
 DOWNLOADS = 8
 # The longest wait between two attempts.
 MAX_RETRY_SECONDS = 60.0
-# The maximum number of files, branches or commits that a Hub may list.
-MAX_LISTED = 1_000_000
-# The exceptions of the client, or of reading its return values, for JSON of another shape than a Hub's.
-SHAPE_ERRORS = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
+# The longest time without a byte; the client itself would wait for ever. A Hub may need some to process an upload.
+SILENT_SECONDS = 60.0
 
 
 class Changed(AtomError):
     """Somebody else changed or deleted on the Hub what was to be read or changed."""
-
-
-class MalformedAnswer(Exception):
-    """An answer of another shape than a Hub's; its text is the error that reading it raised."""
 
 
 def endpoint() -> str:
@@ -75,16 +66,21 @@ def load() -> Any:
         disable_progress_bars()
     if is_other_hub:
         constants.HF_HUB_DISABLE_XET = True
-    _limit_client(huggingface_hub)
+    _set_timeout(huggingface_hub)
     return huggingface_hub
 
 
 @lru_cache(maxsize=1)
-def _limit_client(hub_module: Any) -> None:
-    """Puts `limits` on every client that the module creates from now on."""
+def _set_timeout(hub_module: Any) -> None:
+    """Ends the requests of every client that the module creates from now on after `SILENT_SECONDS` without a byte."""
     from huggingface_hub.utils import _http as client_http
 
-    hub_module.set_client_factory(lambda: limits.install(client_http.default_client_factory(), endpoint()))
+    def make_client() -> Any:
+        client = client_http.default_client_factory()
+        client.timeout = SILENT_SECONDS
+        return client
+
+    hub_module.set_client_factory(make_client)
 
 
 def _http() -> Any:
@@ -95,7 +91,7 @@ def _http() -> Any:
 class RetryingClient:
     """The client's calls, each repeated if the Hub is busy or does not answer: the client itself repeats uploads only.
 
-    Every call here may be made twice. Raises what the client raises, MalformedAnswer, and HubLimit.
+    Every call here may be made twice. Raises what the client raises.
     """
 
     def __init__(self, client: Any) -> None:
@@ -128,52 +124,30 @@ class RetryingClient:
         """Returns a function that makes a call, up to ATTEMPTS times."""
 
         def retrying(*arguments: Any, **options: Any) -> Any:
-            inspect.signature(call).bind(*arguments, **options)  # raises TypeError for a wrong call
-            with limits.limited():
-                for attempt in range(ATTEMPTS - 1):
-                    try:
-                        return _answer(call, *arguments, **options)
-                    except Exception as error:
-                        if (seconds := _pause(error, attempt)) is None:
-                            raise
-                    time.sleep(seconds)
-                return _answer(call, *arguments, **options)
+            for attempt in range(ATTEMPTS - 1):
+                try:
+                    return _answer(call, *arguments, **options)
+                except Exception as error:
+                    if (seconds := _pause(error, attempt)) is None:
+                        raise
+                time.sleep(seconds)
+            return _answer(call, *arguments, **options)
 
         return retrying
 
 
-@contextmanager
-def parsing() -> Iterator[None]:
-    """Raises MalformedAnswer if the code of the block finds an answer of another shape than a Hub's."""
-    errors = load().errors
-    try:
-        yield
-    except (json.JSONDecodeError, errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError):
-        raise
-    except SHAPE_ERRORS as error:
-        raise MalformedAnswer(f"{type(error).__name__}: {_first_line(error)}") from error
+def _answer(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Makes a call; returns the rows of a listing as a list.
 
-
-def _call_unwrapped(call: Any, *arguments: Any, **options: Any) -> Any:
-    """Makes a call. Raises the error of an upload itself, not the RuntimeError in which the client wraps it."""
+    Raises the error of an upload itself, not the RuntimeError in which the client wraps it.
+    """
     try:
-        return call(*arguments, **options)
+        answer = call(*arguments, **options)
+        return list(answer) if inspect.isgenerator(answer) else answer  # each page of a listing is a request
     except RuntimeError as error:
         if error.__cause__ is None:
             raise
         raise error.__cause__ from None
-
-
-def _answer(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Makes a call; returns the rows of a listing as a list. Raises MalformedAnswer for another shape."""
-    with parsing():
-        answer = _call_unwrapped(call, *arguments, **options)
-        if not inspect.isgenerator(answer):
-            return answer
-        rows = list(islice(answer, MAX_LISTED + 1))  # each page is a request
-    if len(rows) > MAX_LISTED:
-        raise HubLimit(f"lists more than {MAX_LISTED} entries")
-    return rows
 
 
 def _pause(error: Exception, attempt: int) -> float | None:
@@ -217,7 +191,7 @@ def online() -> Iterator[None]:
 
 @contextmanager
 def translate_errors(action: str) -> Iterator[None]:
-    """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError.
+    """Turns the client's errors during `action` into one AtomError.
 
     It is a MachineError if another attempt may succeed.
     """
@@ -232,8 +206,6 @@ def translate_errors(action: str) -> Iterator[None]:
 def _translated(error: Exception) -> AtomError | None:
     """Returns the AtomError for an error of the client; None for an error of something else."""
     errors, http, hub = load().errors, _http(), endpoint()
-    if isinstance(error, HubLimit):
-        return MachineError(f"{hub} {printable(str(error))}")
     if isinstance(error, errors.RepositoryNotFoundError):
         if _status(error) == 401 and os.environ.get("HF_TOKEN"):
             return AtomError(f"{hub} refuses the token in HF_TOKEN or hides this repository from it")
@@ -254,14 +226,13 @@ def _translated(error: Exception) -> AtomError | None:
         (http.TooManyRedirects, AtomError, "{hub} redirects in a circle; check HF_ENDPOINT"),
         (http.RemoteProtocolError, MachineError, "{hub} interrupts or corrupts its answer: {text}"),
         (unreachable, MachineError, "{hub} cannot be reached ({kind}); check HF_ENDPOINT"),
-        (MalformedAnswer, AtomError, "{hub} sends a malformed answer ({error}); check HF_ENDPOINT"),
         (OSError, MachineError, "{hub} sends other bytes than it announced: {text}"),
     )
     for kinds, translation, sentence in rows:
         if isinstance(error, kinds):
             if kinds is OSError and error.errno is not None:
                 return None  # the disk's
-            fields = {"hub": hub, "text": _first_line(error), "kind": type(error).__name__, "error": error}
+            fields = {"hub": hub, "text": _first_line(error), "kind": type(error).__name__}
             return translation(sentence.format(**fields))
     return None
 
@@ -323,7 +294,7 @@ class RemoteFile:
 class RemoteRepository:
     """A repository at HF_ENDPOINT, read with HF_TOKEN.
 
-    Every method raises what the client raises, and MalformedAnswer: call it inside `translate_errors`.
+    Every method raises what the client raises: call it inside `translate_errors`.
     """
 
     # NAMESPACE/NAME.
@@ -335,39 +306,29 @@ class RemoteRepository:
         return bool(api().repo_exists(self.id, repo_type=self.kind))
 
     def is_private(self) -> bool:
-        info = api().repo_info(self.id, repo_type=self.kind)
-        with parsing():
-            return bool(info.private)
+        return bool(api().repo_info(self.id, repo_type=self.kind).private)
 
     def refs(self) -> Refs:
         refs = api().list_repo_refs(self.id, repo_type=self.kind)
-        with parsing():
-            return Refs(
-                {branch.name: _commit_id(branch.target_commit) for branch in refs.branches},
-                {tag.name: _commit_id(tag.target_commit) for tag in refs.tags},
-            )
+        branches, tags = ({ref.name: ref.target_commit for ref in kind} for kind in (refs.branches, refs.tags))
+        return Refs(branches, tags)
 
     def first_commit(self) -> str:
-        commits = api().list_repo_commits(self.id, repo_type=self.kind)
-        with parsing():
-            return _commit_id(commits[-1].commit_id)
+        return str(api().list_repo_commits(self.id, repo_type=self.kind)[-1].commit_id)
 
     def commit(self, revision: str) -> str:
         """Returns the commit of a branch, a tag, or a commit."""
-        info = api().repo_info(self.id, repo_type=self.kind, revision=revision)
-        with parsing():
-            return _commit_id(info.sha)
+        return str(api().repo_info(self.id, repo_type=self.kind, revision=revision).sha)
 
     def files(self, revision: str) -> dict[str, RemoteFile]:
         """Returns {path: file} of a revision."""
         entries = api().list_repo_tree(self.id, recursive=True, revision=revision, repo_type=self.kind)
-        with parsing():
-            return {
-                entry.path: RemoteFile(entry.lfs.sha256 if entry.lfs else entry.blob_id, int(entry.size))
-                for entry in entries
-                # Entries without a blob are folders.
-                if hasattr(entry, "blob_id")
-            }
+        return {
+            entry.path: RemoteFile(entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.size)
+            for entry in entries
+            # Entries without a blob are folders.
+            if hasattr(entry, "blob_id")
+        }
 
 
 def is_unsafe(path: str) -> bool:
@@ -393,13 +354,3 @@ def unsafe_path(paths: Iterable[str]) -> str | None:
         return unsafe
     folders = {str(parent) for path in sorted_paths for parent in PurePosixPath(path).parents}
     return next((path for path in sorted_paths if path in folders), None)
-
-
-def _commit_id(value: object) -> str:
-    """Returns the id of a commit, as the Hub states it.
-
-    Raises ValueError for anything else: the client makes paths of it.
-    """
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{40}", value):
-        raise ValueError(f"{shown(value)} is no commit")
-    return value

@@ -2,10 +2,9 @@
 
     work/<key>/starts.json               every start of a stage that trains: time, commit, dirty, prediction
     work/<key>/state/starts/0002.json    further facts by the stage: restored step, device, comparison with the log
-    logs/<run>/<node>/start.json         the latest start: settings and nodes, for MLflow
 
-The first two are for the statement of the stage, and name a start by the number of its lease. A killed start writes no
-statement, but stays in the next one's. Nothing depends on the third one.
+Both are for the statement of the stage, and name a start by the number of its lease. A killed start writes no
+statement, but stays in the next one's.
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,15 +22,14 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-import pipeline
 from pipeline.core import atomic_files, environment, extensions, json_files, provenance
 from pipeline.core.errors import AtomError, Failure, Kind, MachineError
-from pipeline.core.events import FileReport, Number
+from pipeline.core.events import FileReport
 from pipeline.core.extensions import Installed
 from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.provenance import Start
 from pipeline.core.source_code import code_digests
-from pipeline.core.stage import Stage, family, identity, operation
+from pipeline.core.stage import Stage, identity, operation
 from pipeline.core.store import Artifact, Store, digest_of, rows_of, sha256_file
 from pipeline.graph import registry
 from pipeline.graph.dag import Checkpoint, Graph, Node
@@ -43,7 +39,6 @@ from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, USAGE_SECONDS, Rank
 
 RECORDS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 RECORD: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
-SETTINGS = "start.json"
 # The consequence of a damaged record.
 NOT_STATED = "what it says of earlier starts is not stated"
 # The name of a prediction's key; the rest is that of the predicted stage's key.
@@ -69,7 +64,7 @@ class StartRecords:
 
     def add(self, store: Store, key: str, started: float) -> None:
         """Adds this start. Its prediction is the digest of the one that is sealed at this moment, None without one."""
-        commit, dirty = environment.git_commit(Path(pipeline.__path__[0]).parent)
+        commit, dirty = environment.git_commit(environment.code_root())
         predicted = prediction_key(key)
         record: Start = {
             "start": self.number,
@@ -92,39 +87,6 @@ class StartRecords:
         return json_files.read_optional(path, RECORD, NOT_STATED) or {}
 
 
-class StartSettings(TypedDict):
-    """The latest start of a stage, for MLflow."""
-
-    # The number of the lease, 1 for the first start at the key.
-    start: int
-    time: Number
-    # The part that is in the key.
-    config: dict[str, Any]
-    # The rest of the config.
-    operation: dict[str, Any]
-    ranks: int
-    gpus: int
-    # The layout of the ranks of a training phase, in words.
-    layout: str | None
-    # FLOPs of the model in training.
-    flops_per_token: Number | None
-    # FLOP/s of one GPU in the precision of the phase.
-    peak_flops: float | None
-    # The job and the nodes by Slurm; without it, None and the host.
-    job: str | None
-    nodes: str
-
-
-START_SETTINGS: TypeAdapter[StartSettings] = TypeAdapter(StartSettings)
-
-
-def read_settings(folder: Path) -> StartSettings | None:
-    """Returns the latest start of a stage with this folder of logs; None without one."""
-    consequence = "how the stage was started is not known"
-    start: StartSettings | None = json_files.read_optional(folder / SETTINGS, START_SETTINGS, consequence)
-    return start
-
-
 class _UsageFile(TypedDict):
     cpu_seconds: float
     peak_memory_bytes: int
@@ -135,10 +97,7 @@ USAGE: TypeAdapter[Any] = TypeAdapter(_UsageFile)
 
 @dataclass(frozen=True)
 class Task:
-    """The parameters of a job as plain values, so that its pickle is small.
-
-    `peaks` has the FLOP/s of a GPU by family of precisions, as the profile states them.
-    """
+    """The parameters of a job as plain values, so that its pickle is small."""
 
     home: str
     run: str
@@ -151,8 +110,7 @@ class Task:
     ranks: int
     gpus: int = 0
     watts_per_gpu: float = 0.0
-    server_gpus: int = 0  # of each of its servers in jobs of their own
-    peaks: dict[str, float] = field(default_factory=dict)
+    server_gpus: int = 0  # of all of its servers in jobs of their own
     extensions: Installed = field(default_factory=Installed)
 
     def load_stage(self) -> Stage:
@@ -176,26 +134,6 @@ class Task:
         )
 
 
-# The file of a server's start whose time is its last sign of life; `started-0` has that of its beginning.
-ALIVE = "alive"
-
-
-def server_seconds(folder: Path, start: float, end: float) -> float:
-    """Returns the seconds that all servers of a stage together ran between two times.
-
-    Args:
-        folder: The folder of the servers.
-        start: The first of the two times, by the clock of the file system.
-        end: The second one.
-    """
-    seconds = 0.0
-    for alive in folder.glob(f"ranks/*/{ALIVE}"):
-        with suppress(OSError):  # its folder is being removed
-            begin, last = alive.with_name("started-0").stat().st_mtime, alive.stat().st_mtime
-            seconds += max(0.0, min(end, last) - max(start, begin))
-    return seconds
-
-
 class Attempt:
     """One attempt at a node, from its start to its statement."""
 
@@ -210,34 +148,6 @@ class Attempt:
         self.operations = [operation(self.config)]
         # Of a stage that trains; the worker sets it.
         self.starts: StartRecords | None = None
-
-    def write_settings(self, number: int) -> None:
-        """Writes start.json. An error is printed, and the stage continues.
-
-        Args:
-            number: The number of the lease.
-        """
-        path = self.store.logs / self.task.run / self.task.node / SETTINGS
-        try:
-            atomic_files.write(path, json.dumps(self._settings(number)))
-        except Exception as error:  # whatever it is, it must not end the stage
-            print(f"{self.task.node}: {SETTINGS} was not written: {error}", file=sys.stderr, flush=True)
-
-    def _settings(self, number: int) -> StartSettings:
-        task, training = self.task, self.stage.estimate(self.config).training
-        return {
-            "start": number,
-            "time": self.started,
-            "config": identity(self.config),
-            "operation": self.operations[-1],
-            "ranks": task.ranks,
-            "gpus": task.gpus,
-            "layout": training.layout if training else None,
-            "flops_per_token": training.gflop_per_token * 1e9 if training else None,
-            "peak_flops": task.peaks.get(family(training.precision)) if training and task.peaks else None,
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "nodes": os.environ.get("SLURM_JOB_NODELIST") or socket.gethostname(),
-        }
 
     def record(self, artifact: Artifact, part: Checkpoint | None = None) -> None:
         """Writes the statement of a product just before it is sealed.
@@ -305,8 +215,7 @@ class Attempt:
         watts, gpu_seconds = self.task.watts_per_core, (finished - self.started) * self.task.gpus
         gpus = {"gpus": self.task.gpus, "gpu_seconds": round(gpu_seconds, 3)} if self.task.gpus else {}
         if self.task.server_gpus:
-            servers = self.store.logs / self.task.run / self.task.node / "servers"
-            served = self.task.server_gpus * server_seconds(servers, self.started, finished)
+            served = self.task.server_gpus * (finished - self.started)
             gpu_seconds += served
             gpus |= {"gpu_seconds": round(gpu_seconds, 3), "server_gpu_seconds": round(served, 3)}
         board = f", and allotted GPU seconds x {self.task.watts_per_gpu} W per GPU" if gpus else ""

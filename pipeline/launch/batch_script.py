@@ -23,11 +23,10 @@ from pipeline.core.store import Store
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
 from pipeline.launch import bad_nodes, clean_environment, diagnoses, preflight
-from pipeline.launch.cluster_profile import Allocation, Resources, Servers, Slurm
+from pipeline.launch.cluster_profile import Allocation, Resources, Servers, Slurm, options_of
 from pipeline.launch.local import JOB_ENVIRONMENT
 from pipeline.launch.rendezvous import Decision
 from pipeline.launch.slurm_client import Owner
-from pipeline.launch.slurm_options import options_of
 
 # Seconds before the second relaunch of launches that end within a minute; the third one waits twice as long.
 RELAUNCH_PAUSE_SECONDS = 30
@@ -149,7 +148,6 @@ class RunScripts:
         node: Node,
         dependencies: list[str],
         tasks: int = 0,
-        previous: str | None = None,
         server_job: str = "",
     ) -> BatchScript:
         """Returns the script of a node's job, or of the array for its shards.
@@ -158,7 +156,6 @@ class RunScripts:
             node: The node.
             dependencies: Ids of the jobs that must succeed before.
             tasks: The number of tasks of the array; 0: the job of the stage.
-            previous: Id of a job to wait for, however it ends.
             server_job: Id of the job of its first server, which must have started.
 
         Raises:
@@ -175,9 +172,8 @@ class RunScripts:
             allocation.cpus_per_task,
             allocation.requested_gpus_per_node,
         )
-        # In Slurm, `afterok` waits for a success, `afterany` for an end, and `after` for a start.
+        # In Slurm, `afterok` waits for a success, and `after` for a start.
         conditions = [f"afterok:{':'.join(dependencies)}"] if dependencies else []
-        conditions += [f"afterany:{previous}"] if previous else []
         conditions += [f"after:{server_job}"] if server_job else []
         if conditions:
             options["dependency"] = ",".join(conditions)

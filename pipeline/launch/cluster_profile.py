@@ -1,16 +1,18 @@
-"""Cluster profiles: the machines and resources of a run. Pure data, never part of a key."""
+"""Cluster profiles: the machines and resources of a run. Pure data, never part of a key.
+
+Options of sbatch and srun that a profile adds are written as on the command line: `--reservation=llm`.
+"""
 
 from __future__ import annotations
 
-import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.core.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.core.errors import RecipeError
@@ -20,7 +22,63 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
 from pipeline.graph.run import Prices as RunPrices
 from pipeline.launch.clean_environment import is_secret
-from pipeline.launch.slurm_options import Options, gpu_request
+
+# Options that have a field in the profile by another name, and that field.
+OF_PROFILE = {
+    "time": "minutes",
+    "ntasks-per-node": "tasks_per_node",
+    "mem": "memory_gb",
+    "mem-per-cpu": "memory_gb",
+    "mem-per-gpu": "memory_gb",
+    "signal": "signal_before_limit_seconds",
+    "array": "array_size and array_tasks",
+}
+# And those by the same name.
+_OF_PROFILE = "partition cpus-per-task gpus-per-node account qos constraint exclude exclusive"
+OF_PROFILE |= {name: name.replace("-", "_") for name in _OF_PROFILE.split()}
+# Options of sbatch by which a job would get GPUs that the profile does not know of, or fewer than it states.
+GPU_REQUESTS = {"gpus", "gpus-per-task", "gpus-per-socket", "cpus-per-gpu", "ntasks-per-gpu", "tres-per-task"}
+# Options that follow from the stage and from how atom starts, watches and stops it.
+_OF_ATOM = """
+chdir container-image container-mounts dependency error export export-file input jobid kill-on-bad-exit
+kill-on-invalid-dep no-kill no-requeue nodes ntasks open-mode output parsable requeue test-only unbuffered wait wrap
+"""
+OF_ATOM = frozenset(_OF_ATOM.split())
+
+
+def _addable(word: str) -> str:
+    name = name_of(word)
+    if name in OF_PROFILE:
+        raise ValueError(f"--{name} has a field here; write {OF_PROFILE[name]} instead")
+    if name in OF_ATOM:
+        raise ValueError(f"--{name} follows from the stage; leave it out")
+    return word
+
+
+def name_of(word: str) -> str:
+    return word.removeprefix("--").partition("=")[0]
+
+
+def options_of(words: Iterable[str]) -> dict[str, str | bool]:
+    """Returns {name: value} of options, True for one without a value.
+
+    Of two with one name the last counts, as in Slurm.
+    """
+    return {name_of(word): word.partition("=")[2] if "=" in word else True for word in words}
+
+
+def gpu_request(words: Iterable[str]) -> str | None:
+    """Returns the first of sbatch's options that asks for GPUs, which gpus_per_node states; None without one."""
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        if name in GPU_REQUESTS or (name == "gres" and re.search(r"\bgpu\b", value)):
+            return word
+    return None
+
+
+_FORM = "long option of Slurm, such as --nice=100, without spaces or quotes"
+Option = Annotated[str, Words(1000, _FORM, r"--[a-z][a-z0-9-]*(=[^\s'\"\\`$;<>]+)?"), AfterValidator(_addable)]
+Options = Annotated[tuple[Option, ...], Field(max_length=100)]
 
 
 class Section(Config):
@@ -202,47 +260,16 @@ class Jobs(Resources):
     """maximum number of tasks of a job array that run at once; null: slurm.array_tasks"""
 
 
-class Changes(Section):
-    """Other requests for the jobs of some stages than for those of their kind; null: as their kind."""
+class Changes(Jobs):
+    """Other requests for the jobs of some stages; what is left out is as for the jobs of their kind.
 
-    partition: SlurmName | None = None
+    Options and variables are added to those of the kind.
+    """
+
+    partition: SlurmName | None = None  # type: ignore[assignment]  # here it may be left out
     """Slurm partition, or several"""
-    minutes: Annotated[int, Range(1, 525_600)] | None = None
+    minutes: Annotated[int, Range(1, 525_600)] | None = None  # type: ignore[assignment]
     """time limit of one start in minutes"""
-    gpus_per_node: Annotated[int, Range(0, 1024)] | None = None
-    """GPUs per node; 0: none"""
-    gpu_type: SlurmName | None = None
-    """type of the GPUs"""
-    tasks_per_node: Annotated[int, Range(1, 1024)] | None = None
-    """maximum number of ranks per node"""
-    spare_nodes: Annotated[int, Range(0, 1024)] | None = None
-    """idle nodes beside those of the ranks"""
-    nodes: Annotated[int, Range(1, 1e6)] | None = None
-    """nodes that the jobs can have at once"""
-    array_tasks: Annotated[int, Range(1, 1e6)] | None = None
-    """maximum number of tasks of a job array that run at once"""
-    cpus_per_task: Annotated[int, Range(1, 4096)] | None = None
-    """CPU cores per rank"""
-    memory_gb: Annotated[float, Range(0, 1e6)] | None = None
-    """memory per node in GiB; 0: all of the node"""
-    account: SlurmName | None = None
-    """Slurm account"""
-    qos: SlurmName | None = None
-    """Slurm quality of service"""
-    constraint: SlurmExpression | None = None
-    """required node features"""
-    exclude: SlurmExpression | None = None
-    """nodes to avoid"""
-    exclusive: Flag | None = None
-    """do not share nodes with other jobs"""
-    whole_nodes: Flag | None = None
-    """request all GPUs of a node"""
-    sbatch: Options = ()
-    """options of sbatch, after those of the kind"""
-    srun: Options = ()
-    """options of srun, after those of the kind"""
-    environment: dict[Variable, Value] = Field({}, max_length=1000)
-    """environment variables, beside those of the kind"""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -250,9 +277,9 @@ class Changes(Section):
         return self
 
     def apply(self, jobs: Jobs) -> Jobs:
-        """Returns the jobs with these changes. Options and variables are added, all else is replaced."""
-        changed = {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
-        added = {name: getattr(jobs, name) + changed[name] for name in ("sbatch", "srun")}
+        """Returns the jobs with these changes."""
+        changed = {name: getattr(self, name) for name in self.model_fields_set}
+        added = {name: getattr(jobs, name) + getattr(self, name) for name in ("sbatch", "srun")}
         return jobs.model_copy(update={**changed, **added, "environment": {**jobs.environment, **self.environment}})
 
 
@@ -427,7 +454,7 @@ class Slurm(Section):
 
 
 class Storage(Section):
-    """Space and speed of the storage that the stages may take.
+    """Space of the storage that the stages may take.
 
     `atom plan --cluster` compares them with what the stages need, and `atom submit` refuses what does not fit.
     """
@@ -436,10 +463,6 @@ class Storage(Section):
     """GB that $ATOM_HOME may hold; null: not limited"""
     home_files: Annotated[int, Range(1, 1e12)] | None = None
     """files that $ATOM_HOME may hold (inodes); null: not limited"""
-    hub_gb: Annotated[float, Range(0, 1e9, above=True)] | None = None
-    """GB that the namespace on the Hub may hold; null: not limited"""
-    gb_s: Annotated[float, Range(0, 1e6, above=True)] | None = None
-    """GB/s that all nodes together read or write of $ATOM_HOME; null: not limited"""
 
 
 class Profile(Section):
@@ -456,7 +479,7 @@ class Profile(Section):
     gpu: Gpu | None = None
     """speed and memory of the GPUs; null: no estimate of training time, and no limit of memory"""
     storage: Storage = Storage()
-    """space and speed of $ATOM_HOME, and space on the Hub"""
+    """space of $ATOM_HOME"""
     slurm: Slurm | None = None
     """Slurm cluster, required by `atom submit`"""
 
@@ -498,24 +521,12 @@ class Profile(Section):
         return self.slurm
 
 
-# The environment variable with the path of a folder of further profiles, such as those of a site.
-FOLDER_VARIABLE = "ATOM_CLUSTERS"
-
-
-def site_folder() -> Path | None:
-    """Returns the folder that ATOM_CLUSTERS names; None if it is not set. Raises RecipeError if it is no folder."""
-    folder = Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None
-    if folder is not None and not folder.is_dir():
-        raise RecipeError(f"{FOLDER_VARIABLE} = {escaped(str(folder), 200)} is not a folder; name one, or unset it")
-    return folder
-
-
 def load(reference: str) -> Profile:
     """Loads a profile by its name (its file name without `.yaml`) or by its path. Raises RecipeError.
 
-    Names are looked up in pipeline/clusters and in the site's folder.
+    Names are looked up in pipeline/clusters.
     """
-    path = find(reference, "pipeline.clusters", "cluster profile", folder=site_folder())
+    path = find(reference, "pipeline.clusters", "cluster profile")
     title = f"cluster profile {escaped(path.stem, 80)}"
     raw = parse_yaml(read_file(path, title), title)
     try:

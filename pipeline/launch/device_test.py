@@ -1,11 +1,11 @@
 """A short test of GPUs and network before training: a product of matrices and a collective, whose results are known.
 
-    python -m pipeline.launch.device_test RANK RANKS LOCAL_RANK HOST PORT LEAST SECRET
+    python -m pipeline.launch.device_test RANK RANKS LOCAL_RANK HOST PORT LEAST FOLDER
 
 Each rank runs it in a process of its own, which frees the GPU at its end, leaves the stage's libraries unused and can
-be killed. LEAST is the FLOP/s that the product must reach, or 0 for any. SECRET is the file with which the ranks sign
-their reports. Without a GPU it runs on the CPU, with gloo. Prints one line of JSON: null, or the problem and the bad
-rank. Rank 0 speaks for all; another rank reports only the reason why it cannot take part.
+be killed. LEAST is the FLOP/s that the product must reach, or 0 for any. FOLDER is that of the launch, to which the
+ranks write their reports. Without a GPU it runs on the CPU, with gloo. Prints one line of JSON: null, or the problem
+and the bad rank. Rank 0 speaks for all; another rank reports only the reason why it cannot take part.
 """
 
 from __future__ import annotations
@@ -27,12 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from pipeline.core.environment import node_name
+from pipeline.core.environment import node_name, own_address
 from pipeline.core.errors import Failure
-from pipeline.launch.preflight import address
 from pipeline.launch.rendezvous import Ranks, free_port, polls, read, write
-from pipeline.run_secret import atom_secret
-from pipeline.run_secret.atom_secret import is_signed, sign
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +55,6 @@ def check(ranks: Ranks, least: float) -> Failure | None:
         least: FLOP/s that the product of matrices must reach on each GPU; 0: any.
     """
     place = {"host": address()[1].strip("[]"), "port": free_port()} if ranks.rank == 0 else None
-    if ranks.rank == 0 and ranks.size > 1:
-        atom_secret.make(ranks.secret)
     if place is None:
         place = next((there for _ in polls(time.monotonic() + SECONDS) if (there := read(ranks.folder / PLACE))), None)
     elif ranks.size > 1:
@@ -67,7 +62,7 @@ def check(ranks: Ranks, least: float) -> Failure | None:
     name = node_name()
     if place is None:
         return Failure(f"node {name} got no address for the test of devices within {SECONDS:.0f} s")
-    numbers = (ranks.rank, ranks.size, ranks.local_rank, place["host"], place["port"], least, ranks.secret.absolute())
+    numbers = (ranks.rank, ranks.size, ranks.local_rank, place["host"], place["port"], least, ranks.folder.absolute())
     command = [sys.executable, "-m", __spec__.name, *map(str, numbers)]
     with (
         tempfile.TemporaryFile("w+") as output,  # of any length, as with NCCL_DEBUG: a pipe would fill
@@ -102,71 +97,71 @@ class Problem(TypedDict):
 
 
 @dataclass(frozen=True)
-class Table:
-    """The reports of the ranks in the store of rank 0, to which anyone in the network may write.
+class Reports:
+    """The reports of the ranks, in the folder of the launch."""
 
-    So the ranks sign their reports with `key`, and reports that are not signed do not count.
-    """
-
-    store: Any
+    folder: Path
     size: int
-    key: bytes
 
     def write(self, rank: int, name: str, value: object) -> None:
-        entry, text = f"{name}-{rank}", json.dumps(value)
-        self.store.set(entry, sign(self.key, entry, text) + text)
+        write(self.folder / f"device-{name}-{rank}.json", {"value": value})
 
-    def get(self, rank: int, name: str) -> str | None:
-        """Returns the JSON of a report; None if it has not come, or is not signed."""
-        entry = f"{name}-{rank}"
-        if not self.store.check([entry]):
-            return None
-        text = self.store.get(entry).decode(errors="replace")
-        return text[64:] if is_signed(text[:64], self.key, entry, text[64:]) else None
+    def get(self, rank: int, name: str) -> dict[str, Any] | None:
+        """Returns {"value": the report}; None if it has not come."""
+        return read(self.folder / f"device-{name}-{rank}.json")
 
     def read(self, name: str) -> dict[int, Any]:
         """Returns the reports of that name by rank, as far as they came within SECONDS."""
         reports, deadline = dict[int, Any](), time.monotonic() + SECONDS
         for _ in polls(deadline):
             for rank in set(range(self.size)) - set(reports):
-                if (text := self.get(rank, name)) is not None:
-                    reports[rank] = json.loads(text)
+                if (report := self.get(rank, name)) is not None:
+                    reports[rank] = report["value"]
             if len(reports) == self.size:
                 break
         return reports
 
 
-def main(rank: int, size: int, local_rank: int, host: str, port: int, least: float, secret: Path) -> Problem | None:
+def main(rank: int, size: int, local_rank: int, host: str, port: int, least: float, folder: Path) -> Problem | None:
     """Returns the problem, and the bad rank, if it is known. Raises RuntimeError if the device of this rank fails."""
     import torch
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
-    patience = timedelta(seconds=SECONDS)
+    product = product_problem(device, least)
+    if size == 1:
+        return None if product is None else _of_product(0, product)
+    reports, patience = Reports(folder, size), timedelta(seconds=SECONDS)
+    reports.write(rank, "product", product)
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else NCCL's watchdog would end a process that waits too long
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
         # Rank 0 does not wait for the others here, so that it can name those that do not come.
         store = dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False)
     except dist.DistError as error:
         return {"rank": None, "text": f"rank 0 at {host}:{port} cannot be reached ({str(error).splitlines()[0][:300]})"}
-    # A single rank has no secret: it is alone with its store.
-    table = Table(store, size, atom_secret.read(secret) if size > 1 else bytes(32))
-    table.write(rank, "product", product_problem(device, least))
-    if size > 1:
-        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else NCCL's watchdog would end a process that waits too long
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        try:
-            dist.init_process_group(backend, store=table.store, rank=rank, world_size=size, timeout=patience)
-            table.write(rank, "wrong", wrong_senders(device, size, rank))
-        except RuntimeError as error:  # rank 0 names the ranks that did not come so far
-            table.write(rank, "error", str(error).splitlines()[0][:300])
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        reports.write(rank, "wrong", wrong_senders(device, size, rank))
+    except RuntimeError as error:  # rank 0 names the ranks that did not come so far
+        reports.write(rank, "error", str(error).splitlines()[0][:300])
     if rank:
         with suppress(dist.DistError):  # rank 0 has ended already
-            table.store.wait(["over"], timedelta(seconds=3 * SECONDS))
+            store.wait(["over"], timedelta(seconds=3 * SECONDS))
         return None
-    problem = verdict(table)
-    table.store.set("over", "")
+    problem = verdict(reports)
+    store.set("over", "")
     return problem
+
+
+def address() -> tuple[str, str]:
+    """Returns the address on which this node listens, and the host under which other nodes of the job reach it.
+
+    A job on one node uses the loopback.
+    """
+    nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    return own_address() if nodes > 1 else ("127.0.0.1", "127.0.0.1")
 
 
 def product_problem(device: torch.device, least: float) -> str | None:
@@ -216,34 +211,36 @@ def row_of(rank: int, device: torch.device) -> torch.Tensor:
     return torch.arange(rank, rank + ROW, dtype=torch.float32, device=device)
 
 
-def verdict(table: Table) -> Problem | None:
+def _of_product(rank: int, text: str) -> Problem:
+    return {"rank": rank, "text": f"{text}; have its GPU checked"}
+
+
+def verdict(reports: Reports) -> Problem | None:
     """Returns the first problem by the reports of all ranks."""
-    products = table.read("product")
-    for rank in range(table.size):
+    products = reports.read("product")
+    for rank in range(reports.size):
         text = products.get(rank, f"a product of matrices did not end within {SECONDS:.0f} s")
         if text is not None:
-            return {"rank": rank, "text": f"{text}; have its GPU checked"}
-    if table.size == 1:
-        return None
-    received = table.read("wrong")
+            return _of_product(rank, text)
+    received = reports.read("wrong")
     pairs = [(sender, receiver) for receiver, senders in received.items() for sender in senders]
     if pairs:
         # A rank with a bad link is in more of the wrong pairs than any other.
         (rank, count), *_ = Counter(rank for pair in pairs for rank in set(pair)).most_common()
         return {"rank": rank, "text": f"numbers to or from {count} ranks arrived wrong; have its network checked"}
-    if silent := sorted(set(range(table.size)) - set(received)):
-        errors = (table.get(rank, "error") for rank in silent)
-        why = next((f" ({json.loads(error)})" for error in errors if error is not None), "")
+    if silent := sorted(set(range(reports.size)) - set(received)):
+        errors = (reports.get(rank, "error") for rank in silent)
+        why = next((f" ({error['value']})" for error in errors if error is not None), "")
         if len(silent) == 1:
             return {"rank": silent[0], "text": f"a collective did not end{why}; have its network checked"}
         listed = ", ".join(map(str, silent[:8]))
-        text = f"a collective did not end on {len(silent)} of {table.size} ranks, {listed}{why}"
+        text = f"a collective did not end on {len(silent)} of {reports.size} ranks, {listed}{why}"
         return {"rank": None, "text": f"{text}; see the network, and the interfaces that the profile names"}
     return None
 
 
 if __name__ == "__main__":
-    rank, size, local_rank, host, port, least, secret = sys.argv[1:]
-    problem = main(int(rank), int(size), int(local_rank), host, int(port), float(least), Path(secret))
+    rank, size, local_rank, host, port, least, folder = sys.argv[1:]
+    problem = main(int(rank), int(size), int(local_rank), host, int(port), float(least), Path(folder))
     print(json.dumps(problem), flush=True)
     os._exit(0)  # NCCL would wait for ranks that are lost

@@ -3,7 +3,7 @@
 `failures.yaml` is the table of failures. The same sentence reaches the log, the decision of the launch, `atom status`
 and the alert: a rank writes it (`report_failure`), or the job's script (post_mortem.sh.jinja), or `atom status` for a
 job whose script never ran. MLflow gets what a rank writes. Faults of the operating system have their own table
-(os_errors.py), by number; `rows` lists them here as well.
+(os_errors.py), by number.
 
 `waiting_reasons.yaml` is the table of reasons for which a job waits. `squeue` shows either a name of Slurm's list
 (`job_state_reason_string`; job_reason_codes in Slurm's documentation) or a text of the controller. A reason that is in
@@ -12,14 +12,10 @@ neither has the sentence of `UNKNOWN`, so no sentence is about another reason.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
-import time
 import traceback
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +25,8 @@ import yaml
 from pipeline.core import os_errors
 from pipeline.core.environment import node_name
 from pipeline.core.errors import AtomError, Failure, Interrupted, Kind, installing
-from pipeline.core.progress import duration
 from pipeline.core.store import Store
-from pipeline.launch import slurm_client
-from pipeline.launch.slurm_client import Answers, Job, NoAnswer
+from pipeline.launch.slurm_client import Job
 
 # The exit code on a node without the run's files: EX_UNAVAILABLE of sysexits.h.
 NO_HOME_CODE = 69
@@ -75,16 +69,6 @@ def _diagnosis(row: dict[str, Any]) -> Diagnosis:
 
 # By the names that the job's script has for them.
 FAILURES = {name: _diagnosis(row) for name, row in _table("failures.yaml").items()}
-# Whether another attempt is made, by kind.
-ATTEMPTS = {
-    Kind.MACHINE: "at most `restarts` without progress",
-    Kind.STOPPED: "resumes",
-    Kind.USER: "none",
-    Kind.CHECK: "none",
-    Kind.BUG: "one",
-}
-# The faults of file systems that `rows` lists.
-FILE_SYSTEM = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def of_job(state: str, code: str) -> Diagnosis | None:
@@ -118,23 +102,6 @@ def of_error(error: BaseException) -> tuple[Diagnosis, str] | None:
     return None
 
 
-def rows() -> Iterator[tuple[str, str, str, str, str]]:
-    """Yields the table for the documentation: failure, signs, another attempt, avoided node, sentence."""
-    for row in FAILURES.values():
-        avoided = "yes" if row.bad_node else ""
-        attempt = row.attempt or ATTEMPTS[row.kind]
-        yield row.name, row.signs, attempt, avoided, _in_capitals(row.sentence)
-    for number in FILE_SYSTEM:
-        fault = os_errors.FAULTS[number]
-        sentence = fault.text.format(place="PATH")
-        yield errno.errorcode[number], "the error's number, in any wrapper", ATTEMPTS[fault.kind], "", sentence
-
-
-def _in_capitals(sentence: str) -> str:
-    """Returns a template with its fields in capitals, for the documentation."""
-    return re.sub(r"{(\w+)}", lambda match: match[1].upper(), sentence)
-
-
 def report_failure(error: BaseException, node: str, stage: str, store: Store) -> Failure:
     """Prints the sentence to the log, below the traceback of a bug; returns it with its kind."""
     failure = Failure(failure_message(error, stage, store), failure_kind(error, store))
@@ -166,7 +133,7 @@ def failure_kind(error: BaseException, store: Store) -> Kind:
 def failure_message(error: BaseException, stage: str, store: Store) -> str:
     """Returns the problem and the remedy as one sentence."""
     if isinstance(error, Interrupted):
-        return f"stopped on request ({error}{_before_limit(str(error))}); run the same command to go on"
+        return f"stopped on request ({error}); run the same command to go on"
     if fault := _fault(error, store):
         message = f"stage {stage} failed by its machine or network ({error}); {os_errors.AGAIN}"
         return fault.text or message.replace("\n", " ")
@@ -175,17 +142,6 @@ def failure_message(error: BaseException, stage: str, store: Store) -> str:
     if isinstance(error, ImportError) and _is_third_party(error):
         return f"stage {stage} needs {error.name}; {installing('data,train')}, and the same command again"
     return f"a bug in stage {stage}: {type(error).__name__}: {error}; the traceback is in its log".replace("\n", " ")
-
-
-def _before_limit(signal_name: str) -> str:
-    """Returns the time between the signal to save and the time limit of the Slurm job, in words.
-
-    Slurm signals a job shortly before the limit, and for a preemption.
-    """
-    start, end = (os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
-    if signal_name != "SIGUSR2" or not (start.isdigit() and end.isdigit()):
-        return ""
-    return f", {duration(max(0.0, int(end) - time.time()))} before its time limit of {duration(int(end) - int(start))}"
 
 
 def _fault(error: BaseException, store: Store) -> os_errors.Fault | None:
@@ -237,30 +193,10 @@ WAITING_REASONS = tuple(
 UNKNOWN = WaitingReason("unknown", "", "Slurm names a reason that atom does not know; see `scontrol show job {job}`")
 
 
-def explain(job: Job, answers: Answers) -> tuple[WaitingReason, str] | None:
+def explain(job: Job) -> tuple[WaitingReason, str] | None:
     """Returns the row and the sentence about a waiting job; None for another job, or if Slurm names no reason."""
     if job.state not in WAITING or not job.reason:
         return None
     row = next((row for row in WAITING_REASONS if row.fits(job.reason)), UNKNOWN)
-    fields = {"job": job.id, "partition": job.partition}
-
-    # Slurm is asked for details only where the sentence has them. Without an answer, it names the command to ask with.
-    if "{nodes}" in row.sentence:
-        fields["nodes"] = "see `sinfo -R`"
-        with suppress(NoAnswer):
-            fields["nodes"] = answers.ask(slurm_client.unavailable_nodes) or "none"
-    if "{reservation}" in row.sentence:
-        name = None if row.name == "maintenance" else job.reservation
-        fields["reservation"] = "see `scontrol show reservation`"
-        with suppress(NoAnswer):
-            fields["reservation"] = answers.ask(slurm_client.reservation, name)
-    return row, f"{row.sentence.format_map(fields)} ({job.reason})"
-
-
-def waiting_rows() -> Iterator[tuple[str, str, str, str]]:
-    """Yields the table for the documentation: cause, Slurm's reasons with * for any text, alert, sentence."""
-    for row in (*WAITING_REASONS, UNKNOWN):
-        words = re.sub(r"\([^()]*\)\??|\\S\+|\.\*", "*", row.reasons)
-        words = re.sub(r"\*+", "*", re.sub(r"\([^()]*\)\??", "*", words))  # groups within groups
-        reasons = ", ".join(f"`{word}`" for word in dict.fromkeys(words.split("|")) if word)
-        yield row.name, reasons or "any other", "yes" if row.alert else "", f"{_in_capitals(row.sentence)} (REASON)"
+    sentence = row.sentence.format(job=job.id, partition=job.partition)
+    return row, f"{sentence} ({job.reason})"

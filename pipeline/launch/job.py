@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,15 +25,15 @@ from pipeline.core.environment import node_name
 from pipeline.core.errors import Failure, Interrupted, Kind
 from pipeline.core.events import EventTail, FileReport
 from pipeline.core.json_files import Damaged
-from pipeline.core.lease import HEARTBEAT
 from pipeline.core.log_summary import SummaryWriter
+from pipeline.core.process import Companion
+from pipeline.core.stage import ServerPlace
 from pipeline.core.store import Store
 from pipeline.graph import budget
 from pipeline.graph.run import BODY
 from pipeline.launch import bad_nodes, clean_environment, device_test, preflight
-from pipeline.launch.attempt import ALIVE, Task
+from pipeline.launch.attempt import Task
 from pipeline.launch.bad_nodes import BadNode
-from pipeline.launch.companion import Companion
 from pipeline.launch.diagnoses import report_failure
 from pipeline.launch.rendezvous import (
     Decision,
@@ -61,8 +60,8 @@ class JobLimits:
     # The names of the variables that the profile forwards or sets.
     variables: tuple[str, ...] = ()
     avoid_seconds: int = 0
-    # Of the peak of a GPU; 0: its products and the collectives are not tested.
-    device_test_share: float = 0.0
+    # FLOP/s that a GPU must reach; 0: any; None: its products and the collectives are not tested.
+    device_test_flops: float | None = None
 
 
 def _begin(task: Task, limits: JobLimits) -> tuple[submitit.JobEnvironment, Store]:
@@ -154,8 +153,9 @@ def run(task: Task, limits: JobLimits) -> str:
 def _check(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> Failure | None:
     """Returns the problem of a node, by the checks that the ranks make together before a stage."""
     problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
-    if problem is None and task.gpus and task.load_stage().trains and limits.device_test_share:
-        problem = device_test.check(ranks, limits.device_test_share * task.peaks.get("bf16", 0.0))
+    least = limits.device_test_flops
+    if problem is None and task.gpus and task.load_stage().trains and least is not None:
+        problem = device_test.check(ranks, least)
     return problem
 
 
@@ -210,35 +210,6 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
     return Decision.SEALED
 
 
-@dataclass(frozen=True)
-class _Place:
-    """The place of a server, of this task of a job array."""
-
-    task: Task
-    store: Store
-    launch: Path
-    number: int
-
-    @property
-    def run(self) -> str:
-        return self.task.run
-
-    @property
-    def folder(self) -> Path:
-        return self.launch.parent.parent / "announced"
-
-    @property
-    def log(self) -> Path:
-        return self.launch / "server.log"
-
-    def ended(self) -> bool:
-        # the job's script creates the file
-        return self.store.sealed(self.task.key) or (self.launch / "ended").exists()
-
-    def ready(self) -> None:
-        (self.launch / "further").touch()
-
-
 def run_server(task: Task, limits: JobLimits) -> str:
     """Runs a server for a node, in this task of a job array, until the stage has ended.
 
@@ -246,13 +217,13 @@ def run_server(task: Task, limits: JobLimits) -> str:
     often as the profile allows.
     """
     store, launch = _begin_task(task, limits, "servers")
-    place = _Place(task, store, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
+    place = ServerPlace(store, task.key, task.run, launch, int(os.environ["SLURM_ARRAY_TASK_ID"]))
     if problem := preflight.check_node(store.home, limits.free_gb, limits.scratch):
         return _end_task(problem, task, limits, store, launch)
     stage = task.load_stage()
     assert stage.serve is not None, "only such stages are submitted so"
     try:
-        with stop_signals(), touching(launch / ALIVE):
+        with stop_signals():
             place.folder.mkdir(exist_ok=True)
             stage.serve(stage.config.model_validate(task.config), place)
     except Interrupted:
@@ -262,28 +233,6 @@ def run_server(task: Task, limits: JobLimits) -> str:
         return _end_task(report_failure(error, task.node, task.stage, store), task, limits, store, launch)
     Verdict(Decision.SEALED, "the stage has ended").write(launch)
     return Decision.SEALED
-
-
-@contextmanager
-def touching(path: Path) -> Iterator[None]:
-    """Keeps the time of a file fresh within a block."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(HEARTBEAT):
-            with suppress(OSError):  # the file system is away for a moment
-                path.touch()
-
-    path.touch()
-    thread = threading.Thread(target=beat, name=path.name, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        with suppress(OSError):
-            path.touch()
 
 
 def avoid_node(failure: Failure, task: Task, limits: JobLimits, store: Store) -> None:

@@ -72,13 +72,14 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
             lacks.
 
     Raises:
-        AtomError: A stage needs one that is neither selected nor sealed, or cannot run at all, or a file is in the
-            place of a folder of the home.
+        AtomError: A stage needs one that is neither selected nor sealed, or cannot run at all, an artifact of it or of
+            an input is damaged.
     """
-    if obstacle := store.misplaced():
-        raise AtomError(f"{obstacle}, and run the same command again")
     for name in selected:
         node = graph.nodes[name]
+        keys = [node.key] if store.sealed(node.key) else graph.materials(node).values()
+        if damage := next(filter(None, (store.damage(key) for key in keys if store.sealed(key))), None):
+            raise AtomError(f"stage {name} cannot be run: {damage}")
         lack = "" if other_python else node.stage.lack(node.config)
         if not store.sealed(node.key) and (obstacle := node.stage.obstacle(node.config) or lack):
             raise AtomError(f"{graph.recipe.title}, stage {name}: {obstacle}")
@@ -94,27 +95,6 @@ def require_inputs(graph: Graph, store: Store, selected: list[str], other_python
                     f"stage {name} needs {key} of an earlier run, which is not sealed under {store.artifacts}; run "
                     "that recipe here first, or copy the artifact and its folder of the ledger"
                 )
-
-
-def damage_of(graph: Graph, store: Store, selected: list[str]) -> dict[str, str]:
-    """Returns the selected stages that a damaged artifact stops, each with a sentence that names the file.
-
-    The damage is in the artifact of the stage itself, or in one of its inputs.
-    """
-    sentences: dict[str, str] = {}
-    for name in selected:
-        node = graph.nodes[name]
-        if store.sealed(node.key):
-            if text := store.damage(node.key):
-                sentences[name] = text
-            continue
-        inputs = {source: graph.nodes[source].key for source in node.inputs.values()}
-        for source, key in {**inputs, **{key: key for key in node.external.values()}}.items():
-            text = sentences.get(source) or (store.damage(key) if store.sealed(key) else None)
-            if text is not None:
-                sentences[name] = text
-                break
-    return sentences
 
 
 @dataclass
@@ -221,9 +201,8 @@ class LocalLauncher:
     def _submit(self, node: Node) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
         gpus = visible_gpus()
-        peaks = self.profile.peaks() if gpus else {}
-        resources = {"watts_per_core": self.profile.power.watts_per_core, "ranks": number, "peaks": peaks}
-        task = Task.of(self.graph, self.store, self.run, node, **resources)
+        watts_per_core = self.profile.power.watts_per_core
+        task = Task.of(self.graph, self.store, self.run, node, watts_per_core=watts_per_core, ranks=number)
         # `env` becomes the stage's process, without denied variables
         options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
         options.append(f"ATOM_HOME={self.store.home}")

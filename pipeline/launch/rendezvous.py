@@ -5,7 +5,6 @@ stale: `logs/<run>/<node>/ranks/<job>.<restarts>/`, or `<job>.<restarts>.<relaun
 the same allocation, with
 
     rank-<rank>.json    the process of a rank
-    secret              what the ranks sign their messages over the network with, for their user alone
     meeting.json        the decision of rank 0: an address, that it is not ready yet (and whether it checks the inputs),
                         or that no rank is needed
     end-<rank>.json     the outcome and usage of another rank
@@ -99,11 +98,6 @@ class Ranks:
     local_rank: int = 0
     one_host: bool = True
     folder: Path = Path()
-
-    @property
-    def secret(self) -> Path:
-        """The file with the secret of the launch, which rank 0 makes."""
-        return self.folder / "secret"
 
     @classmethod
     def from_environment(cls, size: int, node_folder: Path) -> Ranks:

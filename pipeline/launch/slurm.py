@@ -7,36 +7,32 @@ disappear.
 from __future__ import annotations
 
 import io
-import math
 import os
-import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from pipeline.core import source_code
-from pipeline.core.errors import AtomError, RecipeError
-from pipeline.core.progress import stages
+from pipeline.core.errors import AtomError
 from pipeline.core.store import Store
 from pipeline.graph import budget
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import LauncherFields, Run, RunFolder
-from pipeline.launch import bad_nodes, diagnoses, job, slurm_client, submission_lock
+from pipeline.launch import bad_nodes, job, slurm_client, submission_lock
 from pipeline.launch.attempt import Task
 from pipeline.launch.bad_nodes import BadNode
 from pipeline.launch.batch_script import BatchScript, RunScripts, servers_of
 from pipeline.launch.cluster_profile import Allocation, Profile, Slurm
 from pipeline.launch.job import JobLimits
-from pipeline.launch.local import damage_of, require_inputs
+from pipeline.launch.local import require_inputs
 from pipeline.launch.slurm_client import Job, NoAnswer, Owner
 
 # Restarts that submitit itself may allow. The job's script counts restarts instead.
@@ -59,29 +55,16 @@ class Submission:
     submitted: dict[str, str] = field(default_factory=dict)
     attached: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
-    # The attached stages whose jobs Slurm held back after a failed launch.
-    released: list[str] = field(default_factory=list)
-    # The submitted stages that wait for the end of a job that Slurm hides, and whose that is.
-    waiting: dict[str, str] = field(default_factory=dict)
     # The job arrays for the shards of submitted stages, and those of their servers.
     arrays: dict[str, str] = field(default_factory=dict)
     servers: dict[str, list[str]] = field(default_factory=dict)
-    # The skipped stages, each with a sentence on the damaged file.
-    damaged: dict[str, str] = field(default_factory=dict)
     # A sentence on each bad node that jobs may get all the same.
     kept_nodes: list[str] = field(default_factory=list)
-    # The information about the jobs that will be missing, in one sentence.
-    lack: str | None = None
 
     @property
     def jobs(self) -> dict[str, str]:
         """The job of each stage that has one."""
         return self.attached | self.submitted
-
-    def require_undamaged(self) -> None:
-        """Raises AtomError if a stage was skipped for a damaged file."""
-        if self.damaged:
-            raise AtomError(f"{stages(len(self.damaged))} not submitted: {next(iter(self.damaged.values()))}")
 
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
@@ -90,12 +73,9 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     Raises AtomError before anything is submitted, or after the submissions of this call have been canceled.
     """
     slurm = profile.cluster()
-    damage = damage_of(graph, store, selected)
-    selected = [name for name in selected if name not in damage]
-    if all(store.sealed(graph.nodes[name].key) for name in selected):
-        return Submission(sealed=selected, damaged=damage)
     require_inputs(graph, store, selected, profile.other_python)
-    require_image(profile)
+    if all(store.sealed(graph.nodes[name].key) for name in selected):
+        return Submission(sealed=selected)
     every_key = [node.key for node in graph.nodes.values()]
     if over_budget := budget.exceeded(budget.limits_of(graph.recipe.config), store, every_key):
         raise AtomError(over_budget)
@@ -109,12 +89,11 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         fields: LauncherFields = {"launcher": "slurm", "cluster": profile.name, "code": code.name}
         fields["prices"] = profile.costs()
         run = runs.start(graph, store, selected, reference, fields)
-        submission = Submission(run, damaged=damage)
+        submission = Submission(run)
         try:
-            note_failed_launches(store, keys, slurm_jobs, slurm.avoid_seconds)
             avoidance = Avoidance(bad_nodes.read(store))
             submission.kept_nodes = avoidance.kept
-            scripts, limits = RunScripts(store, run, slurm, code), _limits(graph, slurm)
+            scripts, limits = RunScripts(store, run, slurm, code), _limits(graph, profile)
             submitter = _Submitter(graph, scripts, run, profile, slurm_jobs, submission, avoidance, limits)
             for name in selected:
                 submitter.submit(graph.nodes[name])
@@ -127,13 +106,6 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                 print(f"run {run.id} cannot be marked as refused ({failure}): {sentence}", file=sys.stderr)
             raise
 
-    # A question that costs Slurm nothing shows whether there is accounting.
-    try:
-        slurm_client.run_command("sacct", "-n", "-X", "-j", "1", seconds=5)
-    except slurm_client.NoAnswer as error:
-        submission.lack = (
-            f"{error}; the jobs are submitted, but the outcome of jobs that Slurm has forgotten will be unknown"
-        )
     return submission
 
 
@@ -154,7 +126,7 @@ class _Submitter:
     def submit(self, node: Node) -> None:
         """Submits a stage, unless it is sealed, or another run has a job for it."""
         submission, slurm_jobs, store = self.submission, self.slurm_jobs, self.scripts.store
-        claim = submission_lock.read(store, node.key, slurm_jobs)
+        claim = submission_lock.read(store, node.key)
         if store.sealed(node.key):
             submission.sealed.append(node.name)
             return
@@ -162,27 +134,20 @@ class _Submitter:
         if claim is not None and claim.holds(slurm_jobs):
             submission.attached[node.name] = claim.job
             user = slurm_jobs[claim.job].user
-            if slurm_jobs[claim.job].stuck:
-                slurm_client.run_command("scontrol", "release", claim.job)
-                submission.released.append(node.name)
         else:
-            previous = None
-            if claim is not None and claim.is_hidden(slurm_jobs):
-                # That job may still live, so the new one waits for its end, however it ends.
-                previous, submission.waiting[node.name] = claim.job, claim.user
-            self._start(node, previous)
+            self._start(node)
             submission_lock.write(store, node.key, Owner(self.run.id, node.name), submission.submitted[node.name])
         array, servers = submission.arrays.get(node.name), submission.servers.get(node.name)
         job, shards = submission.jobs[node.name], node.stage.shards(node.config)
         self.run.note_job(node.name, job, node.name in submission.attached, array, shards, servers, user)
 
-    def _start(self, node: Node, previous: str | None) -> None:
+    def _start(self, node: Node) -> None:
         """Starts the jobs of a stage: the array of its shards, its first server, its job, and the other servers."""
         submission, scripts, name, jobs = self.submission, self.scripts, node.name, self.submission.jobs
         dependencies = sorted({jobs[source] for source in node.inputs.values() if source in jobs}, key=int)
         task = task_of(self.graph, scripts.store, self.run, node, self.profile)
         if tasks := array_of(scripts.slurm, node):
-            script = self.avoidance.apply(scripts.of_stage(node, dependencies, tasks, previous))
+            script = self.avoidance.apply(scripts.of_stage(node, dependencies, tasks))
             submission.arrays[name] = start_array(script, task, self.limits, tasks)
             # The array waits for the inputs, so the stage's job need wait for the array alone.
             dependencies = [submission.arrays[name]]
@@ -194,7 +159,7 @@ class _Submitter:
             server_job = start_servers(script, task, self.limits, range(1))
             submission.servers[name] = [server_job]
 
-        script = scripts.of_stage(node, dependencies, previous=previous, server_job=server_job)
+        script = scripts.of_stage(node, dependencies, server_job=server_job)
         submission.submitted[name] = start(self.avoidance.apply(script), task, self.limits)
         if servers and servers.count > 1:
             numbers, conditions = f"1-{servers.count - 1}", [f"after:{submission.submitted[name]}"]
@@ -202,10 +167,19 @@ class _Submitter:
             submission.servers[name].append(start_servers(script, task, self.limits, range(1, servers.count)))
 
 
-def _limits(graph: Graph, slurm: Slurm) -> JobLimits:
-    limits = JobLimits(budget.limits_of(graph.recipe.config), slurm.restarts, slurm.free_gb, slurm.scratch)
-    rest = {name: getattr(slurm, name) for name in ("variables", "avoid_seconds", "device_test_share")}
-    return replace(limits, **rest)
+def _limits(graph: Graph, profile: Profile) -> JobLimits:
+    slurm, test = profile.cluster(), None
+    if slurm.device_test_share:
+        test = slurm.device_test_share * profile.peaks().get("bf16", 0.0)
+    return JobLimits(
+        budget=budget.limits_of(graph.recipe.config),
+        restarts=slurm.restarts,
+        free_gb=slurm.free_gb,
+        scratch=slurm.scratch,
+        variables=slurm.variables,
+        avoid_seconds=slurm.avoid_seconds,
+        device_test_flops=test,
+    )
 
 
 def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseException) -> str:
@@ -226,29 +200,6 @@ def _withdraw(submission: Submission, store: Store, graph: Graph, error: BaseExc
             f"{reason}; a record of a cancelled job cannot be removed ({failure}); `atom retry` submits the run again"
         )
     return f"{reason}; then `atom retry` submits the run again"
-
-
-def note_failed_launches(store: Store, keys: Iterable[str], slurm_jobs: Mapping[str, Job], seconds: int) -> None:
-    """Notes the nodes as bad at which Slurm could not start the script of the last job of these keys.
-
-    That job had no process that could. Without accounting nothing is known of them.
-    """
-    claims = [submission_lock.read(store, key, slurm_jobs) for key in keys if not store.sealed(key)]
-    ended = {claim.job: claim for claim in claims if claim is not None and not claim.holds(slurm_jobs)}
-    try:
-        finished = slurm_client.finished_jobs(ended) if seconds else {}
-    except slurm_client.NoAnswer:
-        return
-    for id, claim in ended.items():
-        slurm_job = finished.get(id)
-        row = None if slurm_job is None else diagnoses.of_job(slurm_job.state, slurm_job.code)
-        if slurm_job is None or row is None or not row.bad_node or slurm_job.owner not in (None, claim.owner):
-            continue
-        if slurm_job.nodes in ("", "None assigned"):
-            continue
-        head = slurm_client.first_node(slurm_job.nodes)
-        until = int(time.time()) + seconds
-        bad_nodes.record(store, BadNode(until, head, row.text(nodes=head), claim.run, claim.node, id))
 
 
 class Avoidance:
@@ -309,7 +260,7 @@ def _can_start(script: BatchScript, excluded: str) -> bool:
     """Returns True if Slurm would start the job without these nodes; the jobs that it waits for may not exist yet."""
     options = {name: value for name, value in script.sbatch_options.items() if name != "dependency"}
     try:
-        slurm_client.test_only("sbatch", text=_without(replace(script, sbatch_options=options), excluded).text())
+        slurm_client.test_only(text=_without(replace(script, sbatch_options=options), excluded).text())
     except slurm_client.Refused:
         return False
     return True
@@ -398,8 +349,7 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
         ranks=allocation.ranks,
         gpus=allocation.all_gpus,
         watts_per_gpu=profile.power.watts_per_gpu,
-        server_gpus=servers.gpus_per_node if servers else 0,
-        peaks=profile.peaks() if allocation.gpus else {},
+        server_gpus=servers.count * servers.gpus_per_node if servers else 0,
     )
 
 
@@ -422,19 +372,6 @@ def missing_image(profile: Profile) -> str | None:
     return f"slurm.container.image = {container.image} is not on this host; each node of a job needs it"
 
 
-def require_image(profile: Profile) -> None:
-    """Raises RecipeError if the container's image is missing from a folder that this host has.
-
-    If the folder is not here either, it may be one of the nodes alone.
-    """
-    container = profile.cluster().container
-    if container is not None and missing_image(profile) and Path(container.image).parent.is_dir():
-        raise RecipeError(
-            f"cluster profile {profile.name}: slurm.container.image = {container.image} is not there; make it, or name "
-            "another"
-        )
-
-
 @dataclass(frozen=True)
 class Checked:
     """A written script, and the answer of Slurm to it: when and where the job could start, or why it is refused."""
@@ -444,48 +381,27 @@ class Checked:
     ok: bool
     answer: str
 
-    def json(self) -> dict[str, Any]:
-        """Returns the fields, with the published name of the answer."""
-        return {"stage": self.stage, "script": self.script, "ok": self.ok, "said": self.answer}
+
+def require_taken(checks: list[Checked]) -> None:
+    """Raises AtomError if Slurm would refuse a script, or did not check it."""
+    for row in checks:
+        if not row.ok:
+            raise AtomError(f"stage {row.stage}: {row.answer}; {row.script} is written")
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """The written scripts, and the folder that has them.
+def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> list[Checked]:
+    """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/`, and has `sbatch` test each.
 
-    `lack` is the reason why there was no Slurm that could have checked them; None if there was one.
-    """
-
-    folder: Path
-    checks: list[Checked]
-    lack: str | None
-
-    def require_taken(self) -> None:
-        """Raises AtomError if there was no Slurm, or if it would refuse a script."""
-        if self.lack and self.checks:
-            raise AtomError(
-                f"no Slurm answers on this host ({self.lack}), so the scripts in {self.folder} are written and none is "
-                "checked; give the command again on a host of the cluster, such as its login node"
-            )
-        if bad := [row for row in self.checks if not row.ok]:
-            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].answer}; fix the cluster profile")
-
-
-def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> DryRun:
-    """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/`, and has Slurm test them.
-
-    If there is a Slurm, `sbatch --test-only` tests each script, and `srun --test-only` its call of srun. Dependencies
-    are comments, because the jobs to wait for do not exist.
+    Dependencies are comments, because the jobs to wait for do not exist.
     """
     require_inputs(graph, store, selected, profile.other_python)
     code = source_code.freeze(store, graph.recipe.files)
     run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
-    checks, slurm, lack = [], profile.cluster(), slurm_client.lack()
+    slurm, checks = profile.cluster(), list[Checked]()
     scripts = RunScripts(store, run, slurm, code)
-    avoidance, limits = Avoidance([] if lack else bad_nodes.read(store)), {} if lack else slurm_client.time_limits()
 
     def check(script: BatchScript, file: str, dependencies: list[str]) -> None:
-        checks.append(_check_script(script, run.folder / file, dependencies, limits, lack))
+        checks.append(_check_script(script, run.folder / file, dependencies))
 
     for name in selected:
         node = graph.nodes[name]
@@ -495,41 +411,28 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
         if tasks := array_of(slurm, node):
             check(scripts.of_stage(node, [], tasks), f"{name}.shards.sh", dependencies)
             dependencies = ["its shards"]
-        check(avoidance.apply(scripts.of_stage(node, [])), f"{name}.sh", dependencies)
+        check(scripts.of_stage(node, []), f"{name}.sh", dependencies)
         if servers := servers_of(slurm, node):
             script = scripts.of_servers(node, servers, f"0-{servers.count - 1}", [])
             check(script, f"{name}.servers.sh", [f"the start of {name}, except the first one, for which {name} waits"])
-    return DryRun(run.folder, checks, lack)
+    return checks
 
 
-def _check_script(
-    script: BatchScript, path: Path, dependencies: list[str], limits: Mapping[str, float], lack: str | None = None
-) -> Checked:
-    """Writes a script and has Slurm check it, unless there is none.
-
-    Without `EnforcePartLimits`, Slurm takes a job beyond them and never starts it, unless the QOS lifts the limit.
+def _check_script(script: BatchScript, path: Path, dependencies: list[str]) -> Checked:
+    """Writes a script, and asks Slurm whether it would take it.
 
     Args:
         script: The script.
         path: The file to write.
         dependencies: The stages that the job would wait for, for a comment.
-        limits: The time limits of the partitions, in minutes.
-        lack: The reason why there is no Slurm; None if it answers.
     """
     head, _, body = script.text().partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}\n# waits for: {', '.join(dependencies) or 'nothing'}\n{body}")
-    if lack:
-        return Checked(script.stage, str(path), False, "written, and not checked")
     try:
-        answer = slurm_client.test_only("sbatch", str(path))
-        slurm_client.test_only("srun", *_request(script), *shlex.split(script.srun_options), "true")
+        answer = slurm_client.test_only(str(path))
     except slurm_client.Refused as error:
-        return Checked(script.stage, str(path), False, refusal(str(error), script))
-    partitions, minutes = str(script.sbatch_options["partition"]), int(script.sbatch_options["time"])
-    # Slurm may start the job in any of its partitions, so the longest limit counts.
-    longest = max(limits.get(name, math.inf) for name in partitions.split(","))
-    if minutes > longest and "qos" not in script.sbatch_options:
-        answer = f"minutes = {minutes} is more than the time limit of partition {partitions}, {longest:.0f} minutes"
-        return Checked(script.stage, str(path), False, answer)
+        return Checked(script.stage, str(path), False, f"Slurm refuses it: {refusal(str(error), script)}")
+    except NoAnswer as error:
+        return Checked(script.stage, str(path), False, f"not checked, since {error}")
     return Checked(script.stage, str(path), True, f"Slurm takes it, {answer}" if answer else "Slurm takes it")

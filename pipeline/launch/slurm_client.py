@@ -5,15 +5,12 @@ What asks in a loop does so through `Answers`, so that the controller gets a bou
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar, cast
 
 from pipeline.core.errors import AtomError
@@ -96,9 +93,6 @@ class Job:
         code: Exit code and signal of an ended job.
         user: The user who submitted it.
         partition: Its partition, or several with commas between.
-        reservation: The reservation that it asks for; empty without one.
-        waits_since: The time since which nothing but Slurm keeps it waiting, in seconds since the epoch; None if it
-            waits for another job, or if that is not known.
         cancelled_by: The user who cancelled it; empty if nobody did or it is not known.
     """
 
@@ -111,18 +105,11 @@ class Job:
     code: str = ""
     user: str = ""
     partition: str = ""
-    reservation: str = ""
-    waits_since: float | None = None
     cancelled_by: str = ""
 
     @property
     def alive(self) -> bool:
         return self.state in LIVING
-
-    @property
-    def stuck(self) -> bool:
-        """True if Slurm holds the job after a failed launch: it waits until it is released."""
-        return self.state == "PENDING" and "launch" in self.reason and "held" in self.reason
 
 
 def run_command(*command: str, seconds: float = SECONDS) -> str:
@@ -130,17 +117,17 @@ def run_command(*command: str, seconds: float = SECONDS) -> str:
     return _run(command, seconds).stdout
 
 
-def test_only(*command: str, text: str | None = None) -> str:
+def test_only(*script: str, text: str | None = None) -> str:
     """Returns the start that Slurm expects for a job, in its words; empty if it names none. Nothing is submitted.
 
     Args:
-        *command: sbatch or srun, and its arguments.
+        *script: The file of the script.
         text: The script, if no file has it.
 
     Raises:
         Refused: Slurm would not take the job.
     """
-    answer = _run((command[0], "--test-only", *command[1:]), SECONDS, text).stderr
+    answer = _run(("sbatch", "--test-only", *script), SECONDS, text).stderr
     _, _, start = answer.partition(" to start at ")
     return f"to start at {start.splitlines()[0].strip()}" if start else ""
 
@@ -154,25 +141,15 @@ def _run(command: tuple[str, ...], seconds: float, text: str | None = None) -> s
         raise NoAnswer(f"{command[0]} gave no answer within {seconds:.0f} s; see whether slurmctld is up") from None
     if process.returncode:
         message = process.stderr.strip() or f"exit code {process.returncode}"
-        # These commands judge a request, so their errors are about the request and not about Slurm.
-        if command[0] == "sbatch" or "--test-only" in command:
+        # It judges a request, so its errors are about the request and not about Slurm.
+        if command[0] == "sbatch":
             raise Refused(f"{command[0]}: {message}")
         raise NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
     return process
 
 
-def lack() -> str | None:
-    """Returns the reason that there is no Slurm for this host, in a few words; None if it answers."""
-    try:
-        run_command("sinfo", "--noheader", "--format=%P")
-    except NoAnswer as error:
-        before, _, fatal = str(error).partition("fatal: ")
-        return f"sinfo: {fatal}" if fatal else before.partition(";")[0]
-    return None
-
-
 # The fields of `squeue`. The comment is anybody's text, so it is the last one.
-_QUEUE_FIELDS = "JobArrayID State NodeList TimeUsed Reason UserName Partition EligibleTime Reservation Command Comment"
+_QUEUE_FIELDS = "JobArrayID State NodeList TimeUsed Reason UserName Partition Command Comment"
 QUEUE_FIELDS = tuple(_QUEUE_FIELDS.split())
 
 
@@ -189,38 +166,14 @@ def queued_jobs(users: Iterable[str]) -> dict[str, Job]:
             *values, text = row.split("|", len(QUEUE_FIELDS) - 2)
             if len(values) < len(QUEUE_FIELDS) - 2 or (owner := Owner.read(text)) is None:
                 continue
-            id, state, nodes, elapsed, reason, submitter, partition, eligible, reservation = map(_word, values)
-            job = Job(id, state, reason, nodes, elapsed, owner, user=submitter, waits_since=_seconds(eligible))
-            jobs[id] = replace(job, partition=partition, reservation=reservation)
+            id, state, nodes, elapsed, reason, submitter, partition = map(_word, values)
+            jobs[id] = Job(id, state, reason, nodes, elapsed, owner, user=submitter, partition=partition)
     return jobs
 
 
 def _word(value: str) -> str:
     """Returns a value as Slurm shows it; empty where it shows that there is none."""
     return "" if value in ("None", "(null)") else value
-
-
-def _seconds(time_text: str) -> float | None:
-    """Returns a time of Slurm in seconds since the epoch; None if it is none.
-
-    Slurm writes times by the clock and the time zone of this host.
-    """
-    try:
-        return datetime.fromisoformat(time_text).timestamp()
-    except ValueError:  # N/A
-        return None
-
-
-def hides_jobs() -> bool:
-    """Returns True if Slurm shows this user no jobs of others: `PrivateData` has `jobs`.
-
-    Root sees all. Raises NoAnswer.
-    """
-    if os.geteuid() == 0:
-        return False
-    lines = (line.partition("=") for line in run_command("scontrol", "show", "config").splitlines())
-    settings = {name.strip(): value.strip() for name, _, value in lines}
-    return "jobs" in settings.get("PrivateData", "").split(",")
 
 
 def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
@@ -240,84 +193,6 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
         owner = Owner.read(text)
         jobs[id] = Job(id, state, _word(reason), nodes, elapsed, owner, code, user, cancelled_by=canceller)
     return jobs
-
-
-def memory_of(id: str) -> tuple[str, str]:
-    """Returns (requested memory, used memory) of a job in the notation of Slurm, from the accounting.
-
-    The first is for all nodes of the job. The second is the most that a task was seen to use. Either is empty where the
-    accounting knows none. Raises NoAnswer without accounting.
-    """
-    lines = run_command("sacct", "-n", "-P", "-o", "ReqMem,NNodes,MaxRSS", "-j", id).splitlines()
-    rows = [[*line.split("|"), "", ""][:3] for line in lines]
-    requested = next((f"{size} on {nodes} nodes" if nodes != "1" else size for size, nodes, _ in rows if size), "")
-    return requested, max((used for *_, used in rows if used), key=in_bytes, default="")
-
-
-def time_of(id: str) -> tuple[str, str]:
-    """Returns (time limit of a job, time that it ran) in the notation of Slurm, from the accounting.
-
-    Either is empty where the accounting knows none. Raises NoAnswer without accounting.
-    """
-    rows = run_command("sacct", "-X", "-n", "-P", "-o", "Timelimit,Elapsed", "-j", id).splitlines()
-    limit, _, elapsed = rows[-1].partition("|") if rows else ("", "", "")
-    return limit, elapsed
-
-
-def in_bytes(size: str) -> float:
-    """Returns a size in the notation of Slurm: 302040K, 1.5G. Zero if it is none."""
-    unit = " KMGTP".find(size[-1:].upper())
-    try:
-        return float(size.rstrip("KMGTPkmgtp")) * 1024.0 ** max(0, unit)
-    except ValueError:
-        return 0.0
-
-
-def time_limits() -> dict[str, float]:
-    """Returns the longest time of a job in each partition, in minutes. Raises NoAnswer."""
-    rows = (row.partition("|") for row in run_command("sinfo", "-h", "-o", "%R|%l").splitlines())
-    return {name.strip(): _minutes(limit.strip()) for name, _, limit in rows}
-
-
-def _minutes(limit: str) -> float:
-    """Returns a time limit in the notation of Slurm, [days-][hours:]minutes:seconds. Infinite if it is none."""
-    if not (match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)):
-        return math.inf
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return (days * 24 + hours) * 60 + minutes + seconds / 60
-
-
-def unavailable_nodes() -> str:
-    """Returns the nodes that are down or drained, with the reasons that were given: `n4: bad fan`. Raises NoAnswer."""
-    rows = (row.partition("|") for row in run_command("sinfo", "-h", "-R", "-o", "%N|%E").splitlines())
-    return "; ".join(f"{nodes.strip()}: {' '.join(reason.split())}" for nodes, _, reason in rows)
-
-
-def reservation(name: str | None) -> str:
-    """Returns the name, the begin and the end of a reservation, in words. Raises NoAnswer.
-
-    Args:
-        name: None for the next maintenance.
-    """
-    lines = run_command("scontrol", "-o", "show", "reservation", *([name] if name else [])).splitlines()
-    rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
-    rows = [row for row in rows if name or "MAINT" in row.get("Flags", "").split(",")]
-    if not rows:
-        return "see `scontrol show reservation`"
-    row = min(rows, key=lambda row: row.get("StartTime", ""))
-    text = f"{row.get('ReservationName')} from {row.get('StartTime')} to {row.get('EndTime')}"
-    minutes = int(((_seconds(row.get("StartTime", "")) or 0.0) - time.time()) / 60)
-    if name is None and minutes > 0:
-        text += f"; with minutes of at most {minutes} in the profile it could start before that"
-    return text
-
-
-def first_node(nodes: str) -> str:
-    """Returns the first of a list of nodes as Slurm writes it, such as `n[1-3]`: the one that runs a job's script.
-
-    Raises NoAnswer.
-    """
-    return run_command("scontrol", "show", "hostnames", nodes).split()[0]
 
 
 @dataclass

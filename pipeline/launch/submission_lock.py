@@ -1,9 +1,7 @@
 """Records the Slurm job of a key in `$ATOM_HOME/jobs/<key>.json`, so that no stage is submitted twice.
 
 A submitter holds the lease of that folder. A claim counts while Slurm has a job with that id whose script is that of
-the same run and node, because a controller that lost its state assigns ids again. Where Slurm hides the jobs of other
-users (`PrivateData`), nobody but its owner can see whether such a job lives: then another job of the key waits for its
-end, so that two never run at once, and takes over.
+the same run and node, because a controller that lost its state assigns ids again.
 """
 
 from __future__ import annotations
@@ -21,12 +19,9 @@ from typing_extensions import TypedDict
 
 from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
-from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
 from pipeline.core.process import current_user, owner_of
 from pipeline.core.store import Store
-from pipeline.graph.run import BODY
-from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import Job, Owner
 
 # Seconds that a submitter waits for another one, which asks Slurm several times for each stage.
@@ -52,10 +47,6 @@ class Claim:
         slurm_job = slurm_jobs.get(self.job)
         return slurm_job is not None and slurm_job.alive and slurm_job.owner == self.owner
 
-    def is_hidden(self, slurm_jobs: Mapping[str, Job]) -> bool:
-        """Returns True if Slurm may have that job and not show it to this user. Raises NoAnswer."""
-        return self.job not in slurm_jobs and self.user != current_user() and slurm_client.hides_jobs()
-
 
 def folder(store: Store) -> Path:
     return store.home / "jobs"
@@ -80,26 +71,15 @@ def users_of(store: Store, keys: Iterable[str]) -> set[str]:
     return names
 
 
-def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
-    """Returns the claim on a key. If its file is unreadable, the living job of a run's stage with that key counts."""
+def read(store: Store, key: str) -> Claim | None:
+    """Returns the claim on a key; None without one, or if its file is damaged, which is reported."""
     path = folder(store) / f"{key}.json"
-    with json_files.reporting("whether a job makes this key is asked of Slurm"):
+    with json_files.reporting("whether a job makes this key is not known"):
         try:
             return Claim(**json_files.read(path, _CLAIM), user=owner_of(path))
         except FileNotFoundError:
             return None
-    for id, job in slurm_jobs.items():
-        if job.alive and job.owner is not None and not job.owner.part and _key_of(store, job.owner) == key:
-            return Claim(key, id, job.owner.run, job.owner.node, job.user)
     return None
-
-
-def _key_of(store: Store, owner: Owner) -> str | None:
-    try:
-        nodes = json_files.read(store.logs / owner.run / "run.json", BODY)["nodes"]
-    except (FileNotFoundError, Damaged):  # then nothing tells what that job makes
-        return None
-    return next((str(node["key"]) for node in nodes if node["name"] == owner.node), None)
 
 
 def write(store: Store, key: str, owner: Owner, job: str) -> None:

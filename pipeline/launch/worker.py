@@ -211,7 +211,6 @@ def _run_attempt(
                 if attempt.stage.trains:
                     attempt.starts = StartRecords(folder, lease.number)
                     attempt.starts.add(store, task.key, attempt.started)
-                attempt.write_settings(lease.number)
                 out.mkdir()
             with ranks.environment(ranks.open_rendezvous(lease.number)):
                 attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)

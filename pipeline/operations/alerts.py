@@ -17,27 +17,27 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from pipeline.core import atomic_files, json_files
-from pipeline.core.errors import AtomError
-from pipeline.core.log_summary import Curves, EventSummary, spike_limit
+from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.progress import duration
 from pipeline.core.progress import stages as stage_count
 from pipeline.core.store import Store
 from pipeline.graph.budget import RESOURCES
 from pipeline.graph.run import REFUSED, NodeStatus
 from pipeline.launch import bad_nodes
-from pipeline.tracking.snapshot import Snapshot, StageView
-from pipeline.tracking.status import ENDING, HIDDEN, UNSUBMITTED
+from pipeline.tracking.status import ENDING, Snapshot, StageView
 
 # The time that the command of an alert may take.
 SECONDS = 30.0
-# Those of a recipe that sets no others (`spikes`).
-SPIKE_WINDOW, SPIKE_SIGMAS = 64, 6.0
+# The steps for which a loss spike is an alert.
+SPIKE_STEPS = 64
 # The steps after which an expert without tokens is an alert: in the first ones, routers have not settled.
 DEAD_STEPS = 1000
-DAY = 86_400
+# Median step times without a report after which a stage has stalled, if these are more than the seconds of Thresholds.
+STALLED_STEPS = 20.0
+# The used share of a budget above which it is an alert.
+BUDGET_SHARE = 0.9
 # The states of a stage that does not go on by itself.
-FAILED = ("failed", "lost", "damaged", ENDING, UNSUBMITTED)
-LONG_WAIT = "long wait"
+FAILED = ("failed", "lost", "damaged", ENDING)
 STATE = TypeAdapter(dict[str, str])
 
 
@@ -45,18 +45,10 @@ STATE = TypeAdapter(dict[str, str])
 class Thresholds:
     """The limits beyond which something is an alert."""
 
-    # Median step times without a report.
-    stalled_steps: float = 20.0
-    # And at least so many seconds.
+    # Seconds without a report, at least.
     stalled_seconds: float = 300.0
-    # The used share of a budget.
-    budget_share: float = 0.9
     # On the disk of the home.
     free_gb: float = 1.0
-    # Hours in which nothing but Slurm keeps a job waiting.
-    waiting_hours: float = 24.0
-    # Starts of a stage.
-    restarts_a_day: int = 5
 
 
 @dataclass(frozen=True)
@@ -77,39 +69,30 @@ def alerts(snapshot: Snapshot, store: Store, limits: Thresholds) -> list[Alert]:
     if free < limits.free_gb:
         text = f"the disk that holds {store.home} has {free:.3g} GB left; free some space"
         current.append(Alert("disk", "disk", None, text))
-    current += _of_jobs([stage.status for stage in snapshot.stages], snapshot.time, limits)
+    current += _of_jobs([stage.status for stage in snapshot.stages])
     current += [alert for stage in snapshot.stages for alert in _of_stage(stage, snapshot.time, limits)]
     for entry in bad_nodes.read(store):
         if entry.run == snapshot.run.id:
             current.append(Alert(f"node {entry.node} {entry.until}", "avoided node", entry.stage, entry.sentence))
     for name in RESOURCES:
-        spending, resource = snapshot.spending, name.replace("_", " ")
-        if not (spending.limits and (limit := spending.limits.get(name))):
+        limits_of_run, resource = snapshot.run.body.get("budget"), name.replace("_", " ")
+        if not (limits_of_run and (limit := limits_of_run.get(name))):
             continue
-        if spending.now(name) >= limits.budget_share * limit:
-            text = f"{spending.now(name):,.4g} of the budget of {limit:,.10g} {resource} are used"
+        if snapshot.used[name] >= BUDGET_SHARE * limit:
+            text = f"{snapshot.used[name]:,.4g} of the budget of {limit:,.10g} {resource} are used"
             current.append(Alert(f"budget {name}", "budget", None, text))
-        elif spending.expected(name) > limit:
-            text = f"{spending.expected(name):,.4g} {resource} are expected, more than the budget of {limit:,.10g}"
-            current.append(Alert(f"forecast {name}", "budget", None, text))
     return current
 
 
-def _of_jobs(stages: Sequence[NodeStatus], now: float, limits: Thresholds) -> Iterator[Alert]:
+def _of_jobs(stages: Sequence[NodeStatus]) -> Iterator[Alert]:
     """Yields alerts on jobs that do not start: one for each cause, however many jobs have it."""
     causes: dict[str, list[NodeStatus]] = {}
     for stage in stages:
-        if stage.state == REFUSED:
-            causes.setdefault(REFUSED, []).append(stage)
-        elif stage.alert:
-            causes.setdefault(stage.alert, []).append(stage)
-        elif stage.waits_since is not None and now - stage.waits_since > 3600 * limits.waiting_hours:
-            causes.setdefault(LONG_WAIT, []).append(stage)
+        if cause := REFUSED if stage.state == REFUSED else stage.alert:
+            causes.setdefault(cause, []).append(stage)
     for cause, concerned in causes.items():
         first, others = concerned[0], len(concerned) - 1
         text = f"stage {first.name}: {first.message or first.reason}"
-        if cause == LONG_WAIT:
-            text = f"stage {first.name} has waited for {duration(now - (first.waits_since or now))}: {first.reason}"
         text += f"; the same holds for {stage_count(others)} more" if others else ""
         yield Alert(f"waits {cause}", cause, first.name, text)
 
@@ -119,42 +102,25 @@ def _of_stage(stage: StageView, now: float, limits: Thresholds) -> Iterator[Aler
     if state in FAILED:
         reason = stage.status.message or stage.status.reason or "the cause is not known"
         yield Alert(f"failed {name}", "failed", name, f"stage {name} {state}: {reason}")
-    begins = [begin for begin in stage.events.state["began_at"] if now - begin < DAY]
-    if state not in ("sealed", *FAILED) and len(begins) > limits.restarts_a_day:
-        text = f"stage {name} has begun {len(begins)} times within a day; atom logs {name} shows why"
-        yield Alert(f"restarts {name}", "restarts", name, text)
     slow_since = stage.events.state["slow_since"]
     if stage.status.slow and slow_since is not None and now - slow_since >= limits.stalled_seconds:
         yield Alert(f"slow rank {name}", "slow rank", name, f"stage {name}: {stage.status.slow}")
-    if state not in ("running", HIDDEN):
+    if state != "running":
         return
 
     # The rest is about a stage at work.
     if stalled := _stalled(stage.events, now, limits):
-        hidden = f"; {stage.status.reason}" if state == HIDDEN else ""
-        yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}{hidden}")
+        yield Alert(f"stalled {name}", "stalled", name, f"stage {name} {stalled}")
     if curves is None:
         return
-    if (spike := _last_spike(curves.state["recent"])) is not None:
-        yield Alert(f"loss spike {name}", "loss spike", name, f"stage {name}: {spike}")
     skipped = curves.points("spike")
-    if skipped and stage.status.done - skipped[-1][0] <= SPIKE_WINDOW:
+    if skipped and stage.status.done - skipped[-1][0] <= SPIKE_STEPS:
         text = f"stage {name}: spikes so far: {curves.count('spike')}, the last one near step {skipped[-1][0]:.0f}"
         yield Alert(f"skipped {name} {skipped[-1][0]:.0f}", "loss spike", name, text)
     if dead := _dead_experts(curves):
         experts = f"{dead:.0f} experts have" if dead > 1 else "1 expert has"
         text = f"stage {name}: {experts} been dead for {DEAD_STEPS:,} steps"
         yield Alert(f"dead experts {name}", "dead experts", name, text)
-
-
-def _last_spike(recent: Sequence[Sequence[float]]) -> str | None:
-    """Returns a clause on the last spike among [step, loss] of the latest steps; None without one."""
-    losses = [loss for _, loss in recent]
-    for number in reversed(range(max(SPIKE_WINDOW, len(losses) - SPIKE_WINDOW), len(losses))):
-        _, limit = spike_limit(losses[number - SPIKE_WINDOW : number], SPIKE_SIGMAS)
-        if losses[number] > limit:
-            return f"the loss is {losses[number]:.4g} at step {recent[number][0]:.0f}, above {limit:.4g}"
-    return None
 
 
 def _dead_experts(curves: Curves) -> float:
@@ -174,7 +140,7 @@ def _stalled(events: EventSummary, now: float, limits: Thresholds) -> str | None
     last, step = events.state["last"], events.step_seconds()
     if last is None:
         return None
-    silent, allowed = now - last["time"], max(limits.stalled_seconds, limits.stalled_steps * (step or 0.0))
+    silent, allowed = now - last["time"], max(limits.stalled_seconds, STALLED_STEPS * (step or 0.0))
     if silent <= allowed:
         return None
     usual = f"; a step takes {step:.3g} s" if step else ""
@@ -187,15 +153,21 @@ class Watcher:
 
     Attributes:
         run: The id of the run.
-        state: The file with the alerts that were sent and still stand.
+        state: The file that keeps `sent`.
         command: The shell command that gets each alert. Without it nothing is sent, and the file is neither read nor
             written.
+        sent: The alerts that were sent and still stand.
     """
 
     run: str
     state: Path
     command: str | None = None
-    shown: dict[str, str] = field(default_factory=dict)
+    sent: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.command is not None:
+            consequence = "all alerts that stand are sent again"
+            self.sent = json_files.read_optional(self.state, STATE, consequence) or {}
 
     def send(self, current: list[Alert]) -> tuple[list[Alert], list[str]]:
         """Sends what was not sent yet. An alert whose command failed is sent again the next time.
@@ -204,38 +176,25 @@ class Watcher:
             The alerts that are new, and a sentence for each failure of the command.
 
         Raises:
-            AtomError: The file of sent alerts cannot be written.
+            OSError: The file of sent alerts cannot be written.
         """
-        stored, problems = self._read(), list[str]()
-        sent = {id: text for id, text in stored.items() if any(alert.id == id for alert in current)}
+        problems = list[str]()
         # An alert that was over is forgotten, so that it is sent again when it returns.
-        new = [alert for alert in current if alert.id not in sent]
-        if new or sent != stored:
-            self._write(sent)  # raises before anything is sent that would be sent at every look
+        self.sent = {id: text for id, text in self.sent.items() if any(alert.id == id for alert in current)}
+        new = [alert for alert in current if alert.id not in self.sent]
+        self._write()  # raises before anything is sent that would be sent at every look
         for alert in new:
             problem = None if self.command is None else run_command(self.command, self.run, alert)
             if problem is None:
-                sent[alert.id] = alert.text
+                self.sent[alert.id] = alert.text
             else:
                 problems.append(problem)
-        if new:
-            self._write(sent)
+        self._write()
         return new, problems
 
-    def _write(self, sent: dict[str, str]) -> None:
-        if self.command is None:
-            self.shown = dict(sent)
-            return
-        try:
-            atomic_files.write(self.state, json.dumps(sent, indent=1, sort_keys=True) + "\n")
-        except OSError as error:
-            place = json_files.printable(self.state)
-            raise AtomError(f"{place} cannot be written ({error.strerror}); name a writable file by --state") from error
-
-    def _read(self) -> dict[str, str]:
-        if self.command is None:
-            return dict(self.shown)
-        return json_files.read_optional(self.state, STATE, "all alerts that stand are sent again") or {}
+    def _write(self) -> None:
+        if self.command is not None:
+            atomic_files.write(self.state, json.dumps(self.sent, indent=1, sort_keys=True) + "\n")
 
 
 def run_command(command: str, run: str, alert: Alert) -> str | None:

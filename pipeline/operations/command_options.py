@@ -72,13 +72,8 @@ def graph_of(recipe: str, without_data: bool = False) -> Graph:
 
 
 def warn_of_home(store: Store) -> None:
-    """Warns on standard error of a full disk, and of a file in the place of a folder of the home.
-
-    A full disk causes further errors, so it is named first.
-    """
+    """Warns on standard error of a full disk, which causes further errors."""
     from pipeline.core import os_errors
 
     if text := os_errors.full_disk(store.home):
-        print(f"atom: {text}", file=sys.stderr)
-    if text := store.misplaced():
         print(f"atom: {text}", file=sys.stderr)

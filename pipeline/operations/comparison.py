@@ -6,7 +6,6 @@ scores and costs, from their files alone.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import json_files, provenance
-from pipeline.core.events import POINT, Tail, curves_of
-from pipeline.core.json_files import Damaged
+from pipeline.core.log_summary import Curves
 from pipeline.core.provenance import Statement
 from pipeline.core.stage import identity
 from pipeline.core.store import Store
@@ -25,7 +23,7 @@ from pipeline.graph.flat_fields import flat, scores_of, settings_of
 from pipeline.graph.plan import is_small, plan
 from pipeline.graph.run import NodeRow, Run
 from pipeline.launch.cluster_profile import Profile
-from pipeline.operations.cost_estimate import CostEstimate, estimate_costs
+from pipeline.operations.fit import CostEstimate, estimate_costs
 
 # In the place of a value that one of two recipes does not have.
 ABSENT = "absent"
@@ -69,8 +67,6 @@ class Difference:
     stages: tuple[StageChange, ...]
     removed: tuple[str, ...]
     unchanged: int
-    # Stages with equal keys in both recipes that are not sealed.
-    unsealed: tuple[str, ...]
     # The cost of the changed stages that are not sealed.
     costs: CostEstimate
 
@@ -80,7 +76,6 @@ class Difference:
             "stages": [{**asdict(change), "because": change.because} for change in self.stages],
             "removed": list(self.removed),
             "unchanged": self.unchanged,
-            "unsealed": list(self.unsealed),
             "cost": self.costs.json(),
         }
 
@@ -103,7 +98,6 @@ def compare(first: Graph, second: Graph, store: Store, profile: Profile) -> Diff
         stages=changes,
         removed=tuple(name for name in first.nodes if name not in second.nodes),
         unchanged=len(unchanged),
-        unsealed=tuple(name for name in unchanged if states[name].text == "to run"),
         costs=estimate_costs(plan(second, states, names), profile, is_small(second)),
     )
 
@@ -145,10 +139,6 @@ def _stage_change(first: Graph, second: Graph, node: Node, state: str) -> StageC
     return StageChange(node.name, old.key, node.key, state, tuple(settings), tuple(dict.fromkeys(inputs)))
 
 
-# Of a log of metrics, from which the last values come: some 20,000 steps.
-LAST_BYTES = 4 * 2**20
-
-
 @dataclass(frozen=True)
 class Cost:
     """Hours on the clock, of busy cores and of GPUs, money by the prices of the run's profile, and estimated energy."""
@@ -176,13 +166,12 @@ class Measured:
     keys: dict[str, str]
     # The settings of the recipe files that it began with, by field.
     settings: dict[str, Any]
-    # The last value of each curve, by stage.
+    # The last value of each curve, by stage; of a long one, the mean of its last steps.
     metrics: dict[str, dict[str, float]]
     # The scores by stage.
     scores: dict[str, dict[str, float]]
-    # The cost of all attempts at its stages, in whatever run, and of those in this run alone.
+    # The cost of all attempts at its stages, in whatever run.
     cost: Cost
-    spent: Cost
 
     def json(self) -> dict[str, Any]:
         return {
@@ -197,26 +186,25 @@ class Measured:
             "metrics": self.metrics,
             "scores": self.scores,
             "cost": self.cost.json(),
-            "spent": self.spent.json(),
         }
 
 
 def measure(run: Run, store: Store) -> Measured:
     """Reads the metrics, scores and costs of a run so far. A damaged file is reported and left out."""
     metrics, scores = {}, {}
-    uses: list[tuple[dict[str, Any], bool]] = []
+    uses: list[dict[str, Any]] = []
     sealed = 0
     for node in run.body["nodes"]:
         statements = [body for _, body in provenance.read(store.ledger, node["key"])]
-        uses += [(provenance.usage(body), _invocation(body)[0] == run.id) for body in statements]
+        uses += map(provenance.usage, statements)
         if store.sealed(node["key"]):
             sealed += 1
             with json_files.reporting("its scores are left out"):
                 if numbers := scores_of(store.manifest(node["key"])):
                     scores[node["name"]] = numbers
-        if last := last_values(_log(run, store, node, statements)):
-            metrics[node["name"]] = last
-    prices = run.body.get("prices")
+        curves = Curves(_log_folder(run, store, node, statements))
+        if curves.state["curves"]:
+            metrics[node["name"]] = {name: curves.points(name)[-1][1] for name in curves.state["curves"]}
     return Measured(
         run,
         sealed,
@@ -224,8 +212,7 @@ def measure(run: Run, store: Store) -> Measured:
         settings_of(run),
         metrics,
         scores,
-        _cost([use for use, _ in uses], prices),
-        _cost([use for use, is_here in uses if is_here], prices),
+        _cost(uses, run.body.get("prices")),
     )
 
 
@@ -236,41 +223,15 @@ def differing_settings(rows: Sequence[Measured]) -> dict[str, list[Any]]:
     return {field: each for field, each in values.items() if any(value != each[0] for value in each)}
 
 
-def last_values(path: Path) -> dict[str, float]:
-    """Returns the last value of each curve in a log of metrics; none without a log.
-
-    Of a long log only the end is read.
-    """
-    values: dict[str, float] = {}
-    for row in Tail(path, POINT, _line_after(path, LAST_BYTES)).read():
-        values |= curves_of(row)
-    return values
-
-
-def _line_after(path: Path, limit: int) -> int:
-    """Returns the offset of the first whole line within the last `limit` bytes of a file."""
-    try:
-        with json_files.open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size <= limit:
-                return 0
-            file.seek(size - limit)
-            file.readline(limit)
-            return file.tell()
-    except (FileNotFoundError, Damaged):  # Tail reports what is damaged
-        return 0
-
-
-def _log(run: Run, store: Store, node: NodeRow, statements: Sequence[Statement]) -> Path:
-    """Returns the log of metrics of the attempt that sealed a stage, perhaps in another run; else that of this run."""
-    name = "metrics.jsonl"
-    here = run.node_folder(node["name"]) / name
-    if here.exists():
+def _log_folder(run: Run, store: Store, node: NodeRow, statements: Sequence[Statement]) -> Path:
+    """Returns the folder of logs of the attempt that sealed a stage, perhaps in another run; else that of this run."""
+    here = run.node_folder(node["name"])
+    if (here / "metrics.jsonl").exists():
         return here
     for body in reversed(statements):
         origin, stage = _invocation(body)
         if provenance.outcome(body) == "sealed" and origin:
-            return store.logs / origin / stage / name
+            return store.logs / origin / stage
     return here
 
 

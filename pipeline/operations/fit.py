@@ -1,24 +1,285 @@
-"""Checks that stages fit a cluster profile: nodes, memory, time limits, disk, files, and the Hub."""
+"""Estimates what a plan costs on a cluster, and checks that its stages fit.
+
+The hours, the money and the energy of each stage follow from its estimate and the cluster profile. The limits are those
+of nodes, memory, time, disk, files, and the Hub.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import family
+from pipeline.core.stage import RECOMPUTED, TrainingTime, family
 from pipeline.core.store import Store
+from pipeline.graph.budget import Hours
 from pipeline.graph.dag import Graph, states
-from pipeline.graph.plan import StagePlan, is_small, plan, require_patient_watchdogs
+from pipeline.graph.plan import StagePlan, is_small, plan
 from pipeline.hub.client import FILE_BYTES, FOLDER_FILES, REPOSITORY_FILES
-from pipeline.launch.cluster_profile import Profile
-from pipeline.operations.cost_estimate import Use, estimate_costs, servers_of
+from pipeline.launch.cluster_profile import Profile, Rate, Servers, Slurm
 
 GIB, GB = 2**30, 10**9
 # Of an artifact without an estimate: of each shard, and beside them. atom-smoke's have at most 3 and 6.
 FILES_PER_SHARD, FILES = 4, 10
+
+
+@dataclass(frozen=True)
+class Use:
+    """The expected use of one stage or of all."""
+
+    name: str
+    # Hours on the clock.
+    hours: float = 0.0
+    gpu_hours: float = 0.0
+    core_hours: float = 0.0
+    cost: float = 0.0
+    energy_wh: float = 0.0
+    # Of gpu_hours and core_hours, those of servers in jobs of their own.
+    server_gpu_hours: float = 0.0
+    server_core_hours: float = 0.0
+    # The reason for a missing estimate; None with an estimate.
+    why: str | None = None
+
+    def json(self) -> dict[str, Any]:
+        return {"name": self.name, "why": self.why} if self.why else asdict(self)
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """The estimates of the stages to run."""
+
+    profile: Profile
+    uses: tuple[Use, ...]
+    # The sum of the estimated stages; its hours assume one stage after the other.
+    total: Use
+    # Sentences on what the estimate rests on.
+    assumed: tuple[str, ...]
+
+    @property
+    def hours(self) -> Hours:
+        """The hours that the estimated stages add to the use of the recipe."""
+        return {"gpu_hours": self.total.gpu_hours, "core_hours": self.total.core_hours}
+
+    def json(self) -> dict[str, Any]:
+        prices = self.profile.costs()
+        return {
+            "profile": self.profile.name,
+            "currency": prices["currency"] if prices else None,
+            "stages": [use.json() for use in self.uses],
+            "total": asdict(self.total),
+            "assumed": list(self.assumed),
+        }
+
+
+def estimate_costs(rows: list[StagePlan], profile: Profile, small: bool) -> CostEstimate:
+    """Estimates the cost of the stages to run.
+
+    Args:
+        rows: The plan.
+        profile: The cluster.
+        small: As `plan.is_small` says of the graph.
+
+    Raises:
+        RecipeError: The ranks of a stage do not fill the profile's nodes equally.
+    """
+    uses = tuple(_priced(_use(row, profile, small), profile) for row in rows if row.state.text == "to run")
+    figures = [field.name for field in fields(Use) if field.name not in ("name", "why")]
+    total = Use("all", **{name: sum(getattr(use, name) for use in uses) for name in figures})
+    return CostEstimate(profile, uses, total, tuple(_assumed(rows, uses, profile)))
+
+
+def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
+    name, estimate = row.state.name, row.estimate
+    gpus, slurm = _gpus(row, profile), profile.slurm
+    if gpus and row.gpus and estimate.gpu_seconds is not None:
+        seconds = _in_shards(row, estimate.gpu_seconds / gpus, slurm)
+        # The job pays for all of its GPUs, and the stage may use only some of them.
+        held = _gpus(row, profile, all_of_job=True) / gpus
+        return Use(name, seconds / 3600, gpu_hours=held * estimate.gpu_seconds / 3600)
+    if gpus:
+        training = _training(row, profile)
+        if isinstance(training, str):
+            return Use(name, why=training)
+        seconds = training.seconds if isinstance(training, TrainingTime) else _seconds(row, training) / gpus
+        return _with_servers(Use(name, seconds / 3600), row, profile, _gpus(row, profile, all_of_job=True))
+    if estimate.cpu_seconds is None:
+        return Use(name, why="no estimate")
+    if estimate.fixed and not small:
+        return Use(name, why="known of small corpora only")
+    # Each rank computes with one thread, for any number of cores of its job.
+    places = row.ranks if slurm else min(row.ranks, profile.local.jobs)
+    served = estimate.served.flops / estimate.served.cpu_flops if estimate.served else 0.0
+    seconds = _in_shards(row, (estimate.cpu_seconds - served) / places, slurm)
+    return _with_servers(Use(name, seconds / 3600, core_hours=estimate.cpu_seconds / 3600), row, profile, 0)
+
+
+def _with_servers(use: Use, row: StagePlan, profile: Profile, gpus: int) -> Use:
+    """Returns the use of a stage with the work that its servers do, or rank 0 if it has no servers.
+
+    Servers in jobs of their own hold their GPUs as long as the stage runs.
+
+    Args:
+        use: The use without that work. Its `hours` are those in which the ranks compute.
+        row: The plan of the stage.
+        profile: The cluster profile.
+        gpus: The number of GPUs of the ranks.
+    """
+    work, servers = row.estimate.served, servers_of(row, profile)
+    if work is None:
+        return replace(use, gpu_hours=use.hours * gpus)
+    # Without servers in jobs of their own, rank 0 does their work: on one GPU if it has any, else on a core.
+    in_server = servers.gpus_per_node if servers else min(gpus, 1)
+    rate = in_server * work.gpu_flops or (servers.cpus_per_task if servers else 1) * work.cpu_flops
+    # Seconds of the servers' work, in parallel on all of them; it comes on top unless the ranks compute meanwhile.
+    drawing = work.flops / rate / (servers.count if servers else work.places) / 3600
+    hours = max(use.hours, drawing) if work.overlaps else use.hours + drawing
+    on_cores = 0.0 if in_server else work.flops / work.cpu_flops / 3600
+    core_hours = on_cores if gpus else use.core_hours - work.flops / work.cpu_flops / 3600 + on_cores
+    use = replace(use, hours=hours, gpu_hours=hours * gpus, core_hours=core_hours)
+    if servers is None:
+        return use
+    server_gpu_hours = servers.count * servers.gpus_per_node * hours
+    gpu_hours = use.gpu_hours + server_gpu_hours
+    return replace(use, gpu_hours=gpu_hours, server_gpu_hours=server_gpu_hours, server_core_hours=on_cores)
+
+
+def servers_of(row: StagePlan, profile: Profile) -> Servers | None:
+    """Returns the servers in jobs of their own that are submitted with a stage; None without any."""
+    return profile.slurm.servers if profile.slurm is not None and row.takes_servers else None
+
+
+def _in_shards(row: StagePlan, seconds: float, slurm: Slurm | None) -> float:
+    """Returns the time on the clock of a stage of so many seconds, whose shards an array may process."""
+    serial = row.estimate.serial_seconds
+    if slurm is None or row.shards == 1 or serial is None:
+        return seconds
+    return serial + (seconds - serial) / min(row.shards, slurm.array_size)
+
+
+def _training(row: StagePlan, profile: Profile) -> Rate | TrainingTime | str:
+    """Returns the source of the time of a training phase: a measured rate, or the model of training time.
+
+    Without either, returns the reason.
+    """
+    training, gpu, name = row.estimate.training, profile.gpu, f"cluster profile {profile.name}"
+    if training is None:
+        return "on GPUs training phases alone are estimated"
+    if gpu is None:
+        return f"{name} has no section gpu, with peaks and bandwidths"
+    if (rate := gpu.rate(training.precision)) is None:
+        return f"{name} has no rate for {training.precision} in its section gpu"
+    if rate.utilization is not None:
+        return rate
+    without = f"{name} has no utilization for {training.precision} in its section gpu, and the model of training time"
+    if row.time is None or training.precision == "fp32":
+        return f"{without} knows bf16, FP8 and NVFP4 alone"
+    if (accelerator := profile.accelerator) is None:
+        return f"{without} needs bf16, memory_tb_s, nvlink_gb_s and network_gb_s"
+    return row.time(accelerator)
+
+
+def _seconds(row: StagePlan, rate: Rate) -> float:
+    """Returns the GPU seconds of a training phase at a measured rate."""
+    assert rate.utilization is not None
+    return _flops_of_ranks(row) * (RECOMPUTED if _recomputes(row) else 1) / (rate.peak * rate.utilization)
+
+
+def _flops_of_ranks(row: StagePlan) -> float:
+    """Returns the FLOPs of a stage without those that servers may take over."""
+    assert row.estimate.flops is not None
+    return row.estimate.flops - (row.estimate.served.flops if row.estimate.served else 0.0)
+
+
+def _peak(row: StagePlan, rate: Rate) -> str:
+    assert row.estimate.training is not None
+    return f"{rate.peak_tflops:g} TFLOP/s in {family(row.estimate.training.precision)}"
+
+
+def _reached(row: StagePlan, time: TrainingTime, profile: Profile) -> str:
+    """Returns the share of the peak that the model gives a phase."""
+    assert row.estimate.training is not None and profile.gpu is not None
+    rate = profile.gpu.rate(row.estimate.training.precision)
+    assert rate is not None
+    return f"{_flops_of_ranks(row) / (time.seconds * _gpus(row, profile)) / rate.peak:.2f} of {_peak(row, rate)}"
+
+
+def _gpus(row: StagePlan, profile: Profile, all_of_job: bool = False) -> int:
+    """Returns the total number of GPUs of a stage's ranks.
+
+    With `all_of_job`, unused GPUs of its nodes and those of spare nodes count as well.
+    """
+    if profile.slurm is None:
+        return 0
+    allocation = profile.slurm.allocation(row.state.name, row.needs)
+    return allocation.all_gpus if all_of_job else allocation.gpus
+
+
+def _recomputes(row: StagePlan) -> bool:
+    return row.estimate.training is not None and row.estimate.training.recomputes
+
+
+def _priced(use: Use, profile: Profile) -> Use:
+    power, prices = profile.power, profile.prices
+    return replace(
+        use,
+        cost=use.gpu_hours * prices.gpu_hour + use.core_hours * prices.core_hour if prices else 0.0,
+        energy_wh=use.gpu_hours * power.watts_per_gpu + use.core_hours * power.watts_per_core,
+    )
+
+
+def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
+    """Returns sentences on the rates and their sources, on omitted costs, and on stages without an estimate."""
+    on_gpus = {use.name: use for use in uses if use.gpu_hours}
+    assumptions = [row.estimate.assumed for row in rows if row.state.name in on_gpus and row.gpus]
+    for row in rows:
+        use = on_gpus.get(row.state.name)
+        if use and row.estimate.served is not None and not use.server_core_hours:
+            assumptions.append(row.estimate.served.assumed)
+    return [
+        *_rates(rows, on_gpus, profile),
+        *(f"assumed: {sentence}" for sentence in dict.fromkeys(assumptions) if sentence),
+        *_without_estimate(uses),
+    ]
+
+
+def _rates(rows: list[StagePlan], on_gpus: Collection[str], profile: Profile) -> list[str]:
+    """Returns sentences on the speed of training phases: measured rates, or the model with its error."""
+    training = [(row, _training(row, profile)) for row in rows if row.state.name in on_gpus and _gpus(row, profile)]
+    gpu, sentences = profile.gpu, list[str]()
+    if gpu is None or not training:
+        return []
+    if measured := [(row, rate) for row, rate in training if isinstance(rate, Rate)]:
+        rates = " and ".join(dict.fromkeys(f"{rate.utilization:g} of {_peak(row, rate)}" for row, rate in measured))
+        recomputes = any(_recomputes(row) for row, _ in measured)
+        again = ", a third more FLOPs where layers are computed again" if recomputes else ""
+        sentences.append(f"assumed: {gpu.name} at {rates}{again}; {gpu.source}")
+    if modeled := [(row, time) for row, time in training if isinstance(time, TrainingTime)]:
+        phases: dict[str, list[str]] = {}
+        for row, time in modeled:
+            phases.setdefault(_reached(row, time, profile), []).append(row.state.name)
+        shares = ", ".join(f"{share} for {' and '.join(names)}" for share, names in phases.items())
+        time = modeled[0][1]
+        sentences.append(
+            f"assumed: {gpu.name} by a model of compute, memory and network, with even routing: {shares}; error on "
+            f"published runs that it was not fitted to: median {time.median_error:.0%}, largest "
+            f"{time.largest_error:.0%}; {gpu.source}"
+        )
+    sentences.append(
+        "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
+        "beside GPUs"
+    )
+    return sentences
+
+
+def _without_estimate(uses: tuple[Use, ...]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for use in uses:
+        if use.why:
+            reasons.setdefault(use.why, []).append(use.name)
+    return [f"no time is given for {', '.join(names)}: {why}" for why, names in reasons.items()]
 
 
 @dataclass(frozen=True)
@@ -47,14 +308,13 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
     Raises:
         RecipeError: The ranks of a stage do not fill the profile's nodes equally.
     """
-    disk = files = published = 0
+    disk = files = 0
     results, storage = [], profile.storage
     for row in rows:
         estimate, name = row.estimate, row.state.name
         reasons = []
         disk += estimate.disk_bytes or 0
         files += estimate.files or FILES + FILES_PER_SHARD * row.shards
-        published += estimate.published_bytes
         if row.state.text == "to run":
             reasons += _nodes(row, profile) + _format(row, profile)
             reasons += _memory(row, profile) + _server_memory(row, profile)
@@ -66,10 +326,6 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
             reasons.append(f"$ATOM_HOME then has {at_most / GB:,.0f} GB, of {storage.home_gb:,.0f} (storage.home_gb)")
         if storage.home_files is not None and files > storage.home_files:
             reasons.append(f"$ATOM_HOME then has {files:,} files, of {storage.home_files:,} (storage.home_files)")
-        if storage.hub_gb is not None and published > storage.hub_gb * GB and estimate.published_bytes:
-            reasons.append(
-                f"the release then has {published / GB:,.0f} GB, of {storage.hub_gb:,.0f} on the Hub (storage.hub_gb)"
-            )
         results.append(Fit(name, tuple(reasons)))
     return results
 
@@ -77,11 +333,10 @@ def fits(rows: list[StagePlan], uses: Mapping[str, Use], profile: Profile) -> li
 def require(graph: Graph, store: Store, selected: list[str], profile: Profile) -> None:
     """Raises RecipeError if a selected stage does not fit the cluster.
 
-    It is also raised if the Hub would not take what a stage publishes, or if a watchdog is too impatient.
+    It is also raised if the Hub would not take what a stage publishes.
     """
     rows = plan(graph, states(graph, store), selected)
     require_publishable(rows)
-    require_patient_watchdogs(rows, profile.storage.gb_s)
     uses = {use.name: use for use in estimate_costs(rows, profile, is_small(graph)).uses}
     misfits = [result for result in fits(rows, uses, profile) if result.reasons]
     if misfits:
@@ -230,18 +485,3 @@ def _time(row: StagePlan, use: Use, profile: Profile) -> list[str]:
         return []
     stated = f"slurm.{allocation.section}.minutes"
     return [f"{what} needs {hours:,.1f} hours in one start, and a job has {minutes / 60:,.1f} ({stated})"]
-
-
-def unlimited(rows: list[StagePlan], profile: Profile) -> str | None:
-    """Returns a sentence on the limits that the profile does not state; None if it states all that the plan needs."""
-    missing = []
-    if profile.slurm is not None:
-        jobs = [profile.slurm.allocation(row.state.name, row.needs) for row in rows]
-        if any(job.gpus for job in jobs) and (profile.gpu is None or profile.gpu.memory_gb is None):
-            missing.append("gpu.memory_gb")
-        sections = {f"slurm.{job.section}.memory_gb" for job in jobs if not job.jobs.memory_gb}
-        sections |= {f"slurm.{job.section}.nodes" for job in jobs if job.nodes > 1 and job.jobs.nodes is None}
-        servers = [servers for row in rows if (servers := servers_of(row, profile)) is not None]
-        missing += sorted(sections | {"slurm.servers.memory_gb" for server in servers if not server.memory_gb})
-    missing += [f"storage.{name}" for name, value in profile.storage if value is None]
-    return f"not limited by profile {profile.name}: {', '.join(missing)}" if missing else None

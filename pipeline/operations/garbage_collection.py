@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline.core import json_files, process, provenance
+from pipeline.core import json_files, provenance
 from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
@@ -79,30 +79,26 @@ class Needed:
         self.doubts.append(f"{json_files.printable(error.path)}: {consequence}")
 
 
-def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> tuple[list[Loose], list[str]]:
+def loose(store: Store, named: Sequence[str] = ()) -> tuple[list[Loose], list[str]]:
     """Returns the removable folders, the largest first, and notes on unreferenced ones that are kept, with the reason.
 
     Args:
         store: The home.
         named: Keys to remove in spite of references.
-        ignored: Ids of runs whose references do not count.
 
     Raises:
         AtomError: An unfinished job needs one of them.
     """
     all_runs, damaged = _read_runs(store)
-    ids = [run.id for run in all_runs] + [error.path.parent.name for error in damaged]
-    ignored_ids = {_match_prefix(name, ids) for name in ignored}
-    needed = _needed_by_runs(store, [run for run in all_runs if run.id not in ignored_ids])
+    needed = _needed_by_runs(store, all_runs)
     for error in damaged:
-        if error.path.parent.name not in ignored_ids:
-            needed.doubt(error, "what that run needs is not known")
+        needed.doubt(error, "what that run needs is not known")
     _add_needed_by_releases(store, needed)
     needed.keys |= {prediction_key(key) for key in needed.keys}  # of a run that began after it
     for run in all_runs:
         needed.stages |= {row["key"]: row["stage"] for row in run.body["nodes"]}
     keys = {_match_prefix(name, [*_names(store.artifacts, KEY), *_names(store.home / "work", KEY)]) for name in named}
-    _require_idle(store, all_runs, keys, ignored_ids)
+    _require_idle(store, all_runs, keys)
     rows = [*_loose_work(store, needed, keys), *_loose_artifacts(store, needed, keys), *_loose_code(store, needed)]
     sizes = freed(path for path, _ in rows)
     loose_folders = [Loose(path, sizes[path], reason) for path, reason in rows]
@@ -113,9 +109,7 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
     return sorted(loose_folders, key=lambda row: (-row.bytes, str(row.path))), notes
 
 
-def delete(
-    store: Store, confirmed: Collection[Path], named: Sequence[str] = (), ignored: Sequence[str] = ()
-) -> list[Loose]:
+def delete(store: Store, confirmed: Collection[Path], named: Sequence[str] = ()) -> list[Loose]:
     """Deletes removable folders, and what an interrupted deletion left. Submissions are locked out meanwhile.
 
     The folders are first moved to `$ATOM_HOME/trash`, so that a kill leaves no half of an artifact in its place. What a
@@ -125,7 +119,6 @@ def delete(
         store: The home.
         confirmed: The folders that may be deleted; others that `loose` would list by now stay.
         named: As for `loose`.
-        ignored: As for `loose`.
 
     Returns:
         The deleted folders.
@@ -139,7 +132,7 @@ def delete(
     with submission_lock.submitting(store):
         # `atom run` takes no lock: a run may begin while the folders are moved, and reference them.
         run_ids = {run.id for run in _read_runs(store)[0]}
-        rows = [row for row in loose(store, named, ignored)[0] if row.path in confirmed]
+        rows = [row for row in loose(store, named)[0] if row.path in confirmed]
         trash.mkdir(exist_ok=True)
         moved = {row: target for row in rows if (target := _move(store, row.path, trash)) is not None}
         newly_needed = _needed_by_runs(store, [run for run in _read_runs(store)[0] if run.id not in run_ids])
@@ -263,16 +256,12 @@ def _is_beside(path: Path) -> bool:
     return path.name.startswith(".") or beside
 
 
-def _require_idle(store: Store, run_list: list[Run], keys: set[str], ignored: set[str]) -> None:
-    """Raises AtomError if an unfinished run needs one of these keys or is among the ignored ones."""
-    for run in run_list:
-        reachable = _needed_by_runs(store, [run]).keys if keys else set()
-        if not (keys & reachable or run.id in ignored):
-            continue
-        if reason := _why_active(store, run):
-            needed = sorted(keys & reachable)
-            subject = f"{needed[0]} is needed by run" if needed else "it cannot be ignored: run"
-            raise AtomError(f"{subject} {run.id}, {reason}; stop it first: atom cancel {run.id}")
+def _require_idle(store: Store, run_list: list[Run], keys: set[str]) -> None:
+    """Raises AtomError if an unfinished run needs one of these keys."""
+    for run in run_list if keys else ():
+        needed = sorted(keys & _needed_by_runs(store, [run]).keys)
+        if needed and (reason := _why_active(store, run)):
+            raise AtomError(f"{needed[0]} is needed by run {run.id}, {reason}; stop it first: atom cancel {run.id}")
 
 
 def _why_active(store: Store, run: Run) -> str | None:
@@ -285,14 +274,11 @@ def _why_active(store: Store, run: Run) -> str | None:
     if run.on_slurm:
         try:
             slurm_jobs = slurm_client.queued_jobs(run.users())
-            is_hidden = run.owner != process.current_user() and slurm_client.hides_jobs()
         except slurm_client.NoAnswer as error:
             return f"whose jobs are not known ({error})"
         job_ids = {str(row["job"]) for row in run.jobs().values()}
         if any(job.alive and (id in job_ids or _is_of(job, run)) for id, job in slurm_jobs.items()):
             return "which Slurm has jobs of"
-        if is_hidden:
-            return f"which may have jobs that Slurm shows to {run.owner} alone"
     return None
 
 

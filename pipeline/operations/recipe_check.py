@@ -1,24 +1,96 @@
-"""Every problem of a recipe: of its files, of its graph, and of a cluster profile that is to run it. Nothing is run."""
+"""A recipe of one's own: written as a copy of a packaged one, and checked for every problem. Nothing is run.
+
+Problems are those of its files, of its graph, and of a cluster profile that is to run it.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from pipeline.core.bounds import ReleaseName
 from pipeline.core.errors import AtomError, MissingData, RecipeError
 from pipeline.core.store import Store
+from pipeline.core.text import escaped, shown
 from pipeline.core.yaml_text import line_of, parse_yaml, read_file
 from pipeline.graph import budget, dag, recipe, registry
 from pipeline.graph.dag import Graph
 from pipeline.graph.plan import is_small, plan
 from pipeline.launch import cluster_profile
 from pipeline.operations import fit
-from pipeline.operations.cost_estimate import estimate_costs
+from pipeline.operations.fit import estimate_costs
+
+HEAD = """\
+# {name}: a copy of {source} to begin with. `description` and `data` are the first lines to change.
+#
+#     atom validate {file}         every mistake, with file, line and field
+#     atom diff {source} {file}    which stages your changes run again, and what they cost
+#     atom plan {file}             stages, keys, memory and costs
+#
+# docs/configuration.md explains every setting. One that is left out has its default. `data` is the name of a packaged
+# data recipe, or the path of one of your own from here.
+#
+# What {source} says of itself:
+#
+"""
+
+
+def write_recipe(name: str, source: str, folder: Path, start_from: str | None = None) -> Path:
+    """Writes `<folder>/<name>.yaml` from a packaged recipe. Returns its path.
+
+    Args:
+        name: The name of the release, and of the file.
+        source: The name of the packaged recipe.
+        folder: The folder for the file.
+        start_from: The published model with which it begins, for a packaged recipe with that section.
+
+    Raises:
+        AtomError: The name is none of a release or is that of a packaged recipe, no packaged recipe is called `source`,
+            the model cannot be read, or the recipe cannot be written or exists already.
+    """
+    try:
+        TypeAdapter(ReleaseName).validate_python(name)
+    except ValidationError as error:
+        raise AtomError(f"{shown(name)} {error.errors()[0]['msg']}") from None
+    origin = recipe.find(source, "pipeline.recipes", "recipe")
+    if origin.parent != Path(str(resources.files("pipeline.recipes"))):
+        raise AtomError(f"{escaped(source, 80)} is no packaged recipe; copy your own file, and change its name")
+    if (origin.parent / f"{name}.yaml").exists():
+        raise AtomError(f"{name} is the name of a packaged recipe; choose another name")
+    path = folder / f"{name}.yaml"
+    # The name is the first field of a packaged recipe; the comments before it stay.
+    comments, _, fields = _with_start(origin, start_from).partition("\nname: ")
+    head = HEAD.format(name=name, source=origin.stem, file=path.name)
+    text = f"{head}{comments}\nname: {name}\n{fields.partition(chr(10))[2]}"
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise AtomError(f"{escaped(str(path))} exists, and is not overwritten; choose another name") from None
+    except OSError as error:
+        raise AtomError(f"{escaped(str(path))} cannot be written ({error.strerror}); go to another folder") from None
+    return path
+
+
+def _with_start(origin: Path, model: str | None) -> str:
+    """Returns the text of a packaged recipe, which begins with this published model, if it begins with one."""
+    text = origin.read_text(encoding="utf-8")
+    match = re.search(r"(?<=\n)(start_from:.*\n)( .*\n)+", text)
+    if match is None and model is not None:
+        raise AtomError(f"{origin.stem} begins with random weights; leave --start-from out, or copy another recipe")
+    if match is None:
+        return text
+    if model is None:
+        raise AtomError(f"{origin.stem} begins with a published model; name it: --start-from RELEASE/model")
+    fields = registry.definition().start_from(model)
+    lines = "".join(f"  {field}: {json.dumps(value)}\n" for field, value in fields.items())
+    return f"{text[: match.start()]}{match[1]}{lines}{text[match.end() :]}"
 
 
 @dataclass(frozen=True)
@@ -29,9 +101,6 @@ class Problem:
     text: str
     line: int | None = None
     field: str | None = None
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.text}" if self.line else f"{self.file}: {self.text}"
@@ -60,8 +129,7 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
     if path is not None and isinstance(data := raw.get("data"), str):
         problems += _data_problems(data, path)
     if cluster is not None:
-        model, folder = cluster_profile.Profile, cluster_profile.site_folder()
-        problems += _load(cluster, "pipeline.clusters", "cluster profile", model, folder=folder)[1]
+        problems += _load(cluster, "pipeline.clusters", "cluster profile", cluster_profile.Profile)[1]
     # Contradictions between sections and limits of the graph follow once all files are in order.
     if problems or path is None:
         return Findings(tuple(problems))
@@ -89,19 +157,14 @@ def check(reference: str, store: Store, cluster: str | None = None) -> Findings:
 
 
 def _load(
-    reference: str,
-    package: str,
-    kind: str,
-    model: type[BaseModel] | None,
-    base: Path | None = None,
-    folder: Path | None = None,
+    reference: str, package: str, kind: str, model: type[BaseModel] | None, base: Path | None = None
 ) -> tuple[Path | None, list[Problem]]:
     """Returns the file of a recipe or a profile, None if there is none, and the fields that its schema refuses.
 
     Without a model, the file is a recipe.
     """
     try:
-        path = recipe.find(reference, package, kind, base, folder)
+        path = recipe.find(reference, package, kind, base)
     except RecipeError as error:
         return None, [Problem(reference, str(error))]
     try:
@@ -177,9 +240,3 @@ def _of_graph(graph: Graph, store: Store, cluster: str | None) -> tuple[list[str
         spent = budget.used(store, (node.key for node in graph.nodes.values()))
         notes += budget.foreseen(budget.limits_of(graph.recipe.config), spent, costs.hours)
     return problems, notes
-
-
-def lines(findings: Findings) -> Iterator[str]:
-    """Yields the lines that `atom validate` prints."""
-    yield from map(str, findings.problems)
-    yield from (f"note: {text}" for text in findings.notes)

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import process
 from pipeline.core.errors import AtomError, Kind
 from pipeline.core.lease import holder
+from pipeline.core.provenance import clock
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import REFUSED, NodeStatus, Run
@@ -38,7 +38,7 @@ class RunRow:
     recipe: str
     version: str
     # `sealed` if all of its stages are; `running`; `queued` in Slurm; `refused` by Slurm; `failed`; `stopped`; or
-    # `unfinished` if its process is gone, or Slurm hides its jobs.
+    # `unfinished` if its process is gone.
     state: str
     stages: int
     # The number of sealed stages.
@@ -58,12 +58,8 @@ class RunRow:
         return (self.last_event - self.began) / 3600
 
     def json(self) -> dict[str, Any]:
-        times = {name: _time(getattr(self, name)) for name in ("began", "last_event")}
+        times = {name: clock(getattr(self, name)) for name in ("began", "last_event")}
         return {**asdict(self), **times, "hours": round(self.hours, 4)}
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def list_rows(listed: list[Run], store: Store) -> tuple[list[RunRow], str | None]:
@@ -132,38 +128,18 @@ def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> 
     raise AtomError(f"there is no log of stage {stage} under {store.logs}{hint or '; it never ran there'}")
 
 
-def submitted_run(candidates: Sequence[Run], stage: str) -> Run | None:
-    """Returns the run that submitted the job of a stage in the first run that has it, perhaps an earlier one.
-
-    None if there is no such job.
-    """
-    rows = [(run, run.jobs().get(stage)) for run in candidates if any(n["name"] == stage for n in run.body["nodes"])]
-    if not rows or rows[0][1] is None:
-        return None
-    job = rows[0][1]["job"]
-    return next((run for run, row in rows if row is not None and row["job"] == job and not row["attached"]), None)
-
-
-def has_log(run: Run, stage: str, rank: int) -> bool:
-    return any(_name_of_rank(log, rank).exists() for log in _logs(run, stage))
-
-
 def _logs(run: Run, stage: str) -> list[Path]:
     """Returns rank 0's logs of a stage, the latest last."""
     return sorted((run.folder / stage / "submitit").glob(f"*{FIRST}"), key=lambda path: path.stat().st_mtime)
 
 
 def _log_of_rank(run: Run, stage: str, first: Path, rank: int) -> Path:
-    path = _name_of_rank(first, rank)
+    path = first.with_name(first.name.replace(FIRST, f"_{rank}_log.out"))
     if not path.exists():
         number = len(list(path.parent.glob(first.name.replace(FIRST, "_*_log.out"))))
         ranks = "one rank, 0" if number == 1 else f"ranks 0 to {number - 1}"
         raise AtomError(f"stage {stage} has no rank {rank} in run {run.id}; its latest attempt ran as {ranks}")
     return path
-
-
-def _name_of_rank(first: Path, rank: int) -> Path:
-    return first.with_name(first.name.replace(FIRST, f"_{rank}_log.out"))
 
 
 # The total time to wait for stages on this machine.
@@ -173,15 +149,13 @@ STOP_SECONDS = 30.0
 def cancel_jobs(run: Run, store: Store) -> list[str]:
     """Cancels the run's jobs in Slurm, but not those that other runs submitted.
 
-    Returns the names of the stages. Raises AtomError if Slurm hides the jobs from this user, or refuses.
+    Returns the names of the stages. Raises AtomError if Slurm refuses.
     """
     # Under the lock, so that no submitter attaches to a job that is about to be cancelled.
     with submission_lock.submitting(store):
         jobs = _living_jobs(run)
         rows = [row for name, row in run.jobs().items() if name in jobs]
         arrays = [array for row in rows for array in (row.get("array"), *row.get("servers", ())) if array]
-        if not jobs and run.owner != process.current_user() and slurm_client.hides_jobs():
-            raise AtomError(f"Slurm shows jobs of {run.owner} to no other user; let {run.owner} cancel run {run.id}")
         if jobs:
             slurm_client.run_command("scancel", *jobs.values(), *arrays)
     return list(jobs)

@@ -5,7 +5,7 @@ be called again at any time: after an outage of the tracking server the next cal
 
     python -m pipeline.tracking.mlflow_sync HOME RUN [whole]
 
-runs beside `atom run` and beside each Slurm job (`Companion` in pipeline/launch/companion.py). One process of a run at
+runs beside `atom run` and beside each Slurm job (`Companion` in pipeline/core/process.py). One process of a run at
 a time sends, for all jobs.
 """
 
@@ -19,7 +19,6 @@ import select
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -31,22 +30,15 @@ from pipeline.core.errors import AtomError, Kind
 from pipeline.core.events import POINT, Point, Tail, curves_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease
-from pipeline.core.provenance import Statement
+from pipeline.core.process import NO_TRACKING
 from pipeline.core.store import Artifact, Store
 from pipeline.graph import flat_fields
 from pipeline.graph import run as runs
 from pipeline.graph.flat_fields import estimates, recipe_settings, scores_of
 from pipeline.graph.run import NodeStatus, Run, status
-from pipeline.launch import attempt
-from pipeline.launch.attempt import StartSettings
-from pipeline.launch.companion import NO_TRACKING
 
 # The most metrics and the most params that MLflow takes in one request.
 BATCH, PARAMS_PER_BATCH = 1000, 100
-# The curve from which the utilization of the GPUs is computed.
-SPEED = "step_tokens_per_s"
-# The names of `error_tags`.
-ERROR_TAGS = ("atom.error", "atom.error_kind")
 
 
 def send_batch(
@@ -70,15 +62,6 @@ def send_batch(
         client.log_batch(run, params=param_entities[i : i + PARAMS_PER_BATCH])
 
 
-def start_tags(start: StartSettings) -> dict[str, str]:
-    """Returns the tags about a start. A later start overwrites them."""
-    texts = {name: start[name] for name in ("job", "nodes", "layout", "ranks", "gpus", "start")}
-    return {
-        **{f"atom.{name}": str(value) for name, value in texts.items() if value is not None},
-        **{f"atom.operation.{name}": value for name, value in as_params(start["operation"]).items()},
-    }
-
-
 def run_tags(run: Run) -> dict[str, str]:
     """Returns the tags of a run and of all of its stages."""
     tags = {"atom.run": run.id, "atom.version": run.body["version"]}
@@ -88,31 +71,15 @@ def run_tags(run: Run) -> dict[str, str]:
     return tags
 
 
-def error_tags(node: NodeStatus) -> dict[str, str]:
-    """Returns the tags about the failure of a stage."""
-    sentence = redacted(node.message or node.reason or "the cause is not known")
-    sentence_tag, kind_tag = ERROR_TAGS
-    return {sentence_tag: sentence, kind_tag: node.kind or "unknown"}
-
-
-def curve_metrics(rows: Iterable[Point], start: StartSettings | None) -> list[Any]:
-    """Returns the points of a log of metrics, with `mfu` where the profile states the peak of its GPUs.
-
-    `mfu` is the share of that peak that the model's FLOPs of a step reach.
-    """
+def curve_metrics(rows: Iterable[Point]) -> list[Any]:
+    """Returns the points of a log of metrics."""
     from mlflow.entities import Metric
 
-    peak = flops = 0.0
-    if start is not None and start["peak_flops"] and start["flops_per_token"]:
-        peak, flops = start["peak_flops"] * start["ranks"], start["flops_per_token"]
-    metrics = []
-    for row in rows:
-        curves = curves_of(row)
-        if peak and SPEED in curves:
-            curves["mfu"] = curves[SPEED] * flops / peak
-        milliseconds = round(row["time"] * 1000)
-        metrics += [Metric(name, float(value), milliseconds, row["step"]) for name, value in curves.items()]
-    return metrics
+    return [
+        Metric(name, float(value), round(row["time"] * 1000), row["step"])
+        for row in rows
+        for name, value in curves_of(row).items()
+    ]
 
 
 def score_metrics(artifact: Artifact, prefix: str = "") -> list[Any]:
@@ -130,13 +97,6 @@ def metric_name(name: str) -> str:
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:250]
 
 
-def usage_metrics(body: Statement) -> list[Any]:
-    from mlflow.entities import Metric
-
-    numbers = {name: value for name, value in provenance.usage(body).items() if isinstance(value, (int, float))}
-    return [Metric(name, float(value), 0, 0) for name, value in sorted(numbers.items())]
-
-
 def as_params(values: Any) -> dict[str, str]:
     """Returns settings as texts by their dotted names."""
     return {name: str(value) for name, (value, _) in flat_fields.flat(values) if name}
@@ -149,8 +109,6 @@ class _Progress(TypedDict):
     offset: Annotated[int, Field(ge=0, lt=2**63)]
     # The id of its child run.
     id: NotRequired[str]
-    # The number of the start whose params and tags were sent last.
-    start: NotRequired[int]
     # The status of the child run; without it, RUNNING.
     status: NotRequired[str]
     # True once everything of the sealed stage was sent.
@@ -167,15 +125,13 @@ class _State(TypedDict):
     # The ids of the parent run and of the experiment.
     parent: NotRequired[str]
     experiment: NotRequired[str]
+    # True once the settings of the recipe were sent.
+    described: NotRequired[bool]
 
 
 STATE: TypeAdapter[Any] = TypeAdapter(_State)
 # Seconds between two transfers.
 EVERY = 5.0
-# The first bytes of an SQLite file.
-SQLITE = b"SQLite format 3\0"
-# The largest result file that is sent, in bytes.
-SMALL = 1_000_000
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -241,7 +197,6 @@ class Forwarder:
         uri = tracking_uri(self.store)
         if uri == NO_TRACKING:
             raise AtomError(f"MLFLOW_TRACKING_URI = {NO_TRACKING}, so nothing is sent; unset it, or name a store")
-        _require_sqlite(uri, self.store.home / "mlartifacts")
         # Before the import, because MLflow reads some of them when it is imported.
         os.environ.update({k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ})
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -258,22 +213,18 @@ class Forwarder:
     def _parent(self, client: Any) -> str:
         if "parent" not in self.state:
             name = self.run.body["recipe"]
-            is_local = self.state["uri"].startswith("sqlite:")
-            location = (self.store.home / "mlartifacts" / name).as_uri() if is_local else None
             experiment = client.get_experiment_by_name(name)
-            if experiment:
-                self.state["experiment"] = experiment.experiment_id
-            else:
-                self.state["experiment"] = client.create_experiment(name, artifact_location=location)
-
-            tags = run_tags(self.run)
-            run = client.create_run(self.state["experiment"], run_name=self.run.id, tags=tags)
+            self.state["experiment"] = experiment.experiment_id if experiment else client.create_experiment(name)
+            run = client.create_run(self.state["experiment"], run_name=self.run.id, tags=run_tags(self.run))
             self.state["parent"] = run.info.run_id
-            send_batch(client, self.state["parent"], params=as_params(recipe_settings(self.run)))
-            for file in sorted((self.run.folder / "recipes").glob("*")):
-                client.log_artifact(self.state["parent"], str(file), "recipe")
+            # At once: after an error further down, the next transfer must not create a second parent.
             self._save()
-        return str(self.state["parent"])
+        parent = str(self.state["parent"])
+        if not self.state.get("described"):
+            send_batch(client, parent, params=as_params(recipe_settings(self.run)))
+            self.state["described"] = True
+            self._save()
+        return parent
 
     def _child(self, client: Any, parent: str, node: NodeStatus, progress: dict[str, Any]) -> None:
         if "id" not in progress:
@@ -281,43 +232,30 @@ class Forwarder:
             run = client.create_run(self.state["experiment"], run_name=node.name, tags=tags)
             progress["id"] = run.info.run_id
             self._save()
-        start = attempt.read_settings(self.run.node_folder(node.name))
-        if start is not None and start["start"] != progress.get("start"):
-            send_batch(client, progress["id"], as_params(start["config"]), tags=start_tags(start))
-            progress["start"] = start["start"]
-            self._save()
-        self._metrics(client, node.name, progress, start)
+        self._metrics(client, node.name, progress)
         if node.state == "sealed":
             self._sealed(client, progress["id"], self.store.open(node.key))
         self._set_status(client, progress, node)
 
     def _set_status(self, client: Any, progress: dict[str, Any], node: NodeStatus) -> None:
-        """Sets the status of a stage, once for each change.
-
-        It becomes FINISHED, or FAILED or KILLED with the error, or RUNNING again after one of these.
-        """
-        sent_status, new_status = progress.get("status", "RUNNING"), child_status(node)
-        if new_status == sent_status:
+        """Sets the status of a stage once for each change, with the sentence of a failure."""
+        status = child_status(node)
+        if status == progress.get("status", "RUNNING"):
             return
-
-        if new_status in ("FAILED", "KILLED"):
-            send_batch(client, progress["id"], tags=error_tags(node))
-        elif sent_status != "RUNNING":
-            for tag in ERROR_TAGS:
-                client.delete_tag(progress["id"], tag)
-
-        if new_status == "RUNNING":
-            client.update_run(progress["id"], status=new_status)
+        failure = node.message or node.reason or "the cause is not known"
+        client.set_tag(progress["id"], "atom.error", redacted(failure) if status in ("FAILED", "KILLED") else "")
+        if status == "RUNNING":
+            client.update_run(progress["id"], status=status)
         else:
-            client.set_terminated(progress["id"], new_status)
-        progress["status"] = new_status
+            client.set_terminated(progress["id"], status)
+        progress["status"] = status
         self._save()
 
-    def _metrics(self, client: Any, name: str, progress: dict[str, Any], start: StartSettings | None) -> None:
+    def _metrics(self, client: Any, name: str, progress: dict[str, Any]) -> None:
         tail = Tail(self.run.node_folder(name) / "metrics.jsonl", POINT, progress["offset"], whole=True)
         has_more = True
         while has_more:
-            send_batch(client, progress["id"], metrics=curve_metrics(tail.read(), start))
+            send_batch(client, progress["id"], metrics=curve_metrics(tail.read()))
             has_more = tail.has_more
             # Recorded after the rows are sent: after a kill some are sent again, and none is lost.
             if tail.offset != progress["offset"]:
@@ -325,18 +263,18 @@ class Forwarder:
                 self._save()
 
     def _sealed(self, client: Any, child: str, artifact: Artifact) -> None:
-        """Sends the data of a finished stage: scores, usage, small result files."""
+        """Sends the settings, the scores and the usage of a finished stage."""
+        from mlflow.entities import Metric
+
         sealed_statement = provenance.sealed(self.store.ledger, artifact)
         if sealed_statement is None:
             return
         path, body = sealed_statement
+        usage = provenance.usage(body).items()
+        metrics = [Metric(name, float(value), 0, 0) for name, value in usage if isinstance(value, (int, float))]
         tags = {"atom.digest": artifact.digest, "atom.statement": path.stem}
-        send_batch(client, child, {}, [*usage_metrics(body), *score_metrics(artifact)], tags)
-        client.log_artifact(child, str(path), "statement")
-        for row in artifact.rows:
-            if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
-                client.log_artifact(child, str(artifact / row.path))
-        client.log_artifact(child, str(artifact / "manifest.json"))
+        params = as_params(provenance.parameters_of(body)["config"])
+        send_batch(client, child, params, [*metrics, *score_metrics(artifact)], tags)
 
 
 def child_status(node: NodeStatus) -> str:
@@ -357,28 +295,6 @@ def outcome_of(nodes: list[NodeStatus]) -> str:
     if statuses == {"FINISHED"}:
         return "FINISHED"
     return "FAILED" if "FAILED" in statuses else "KILLED"
-
-
-@cache
-def _require_sqlite(uri: str, artifact_folder: Path) -> None:
-    """Raises Damaged if something else has the path of an SQLite file or of the folder of artifacts.
-
-    MLflow would retry for a minute, and wait forever for a pipe. A success is cached, so that the file is opened here
-    only before SQLite opens it: closing it here later would release SQLite's locks on it.
-    """
-    if not uri.startswith("sqlite:///"):
-        return
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    try:
-        with json_files.open_file(path) as file:
-            if file.read(len(SQLITE)) not in (b"", SQLITE):
-                raise Damaged(path, "it is no SQLite database")
-    except FileNotFoundError:
-        pass
-    except Damaged as error:
-        raise Damaged(path, error.why, "move it away") from error
-    if os.path.lexists(artifact_folder) and not os.path.isdir(artifact_folder):
-        raise Damaged(artifact_folder, "it is no folder", "move it away")
 
 
 def send(run: Run, store: Store, over: bool = False) -> str | None:

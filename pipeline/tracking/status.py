@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
-from typing_extensions import TypedDict
 
-from pipeline.core import json_files, process
+from pipeline.core import json_files
 from pipeline.core.errors import Kind
 from pipeline.core.json_files import Damaged
-from pipeline.core.lease import holder
+from pipeline.core.log_summary import Curves, EventSummary
 from pipeline.core.store import Store
+from pipeline.graph import budget
 from pipeline.graph import run as runs
+from pipeline.graph.budget import Hours, Resource
 from pipeline.graph.run import CUT_OFF, REFUSED, JobRow, NodeStatus, Run, RunFolder
-from pipeline.launch import diagnoses, slurm_client, submission_lock
+from pipeline.launch import diagnoses, slurm_client
 from pipeline.launch.diagnoses import FAILURES
 from pipeline.launch.rendezvous import Decision, Verdict, launch_number
 from pipeline.launch.slurm_client import Answers, Job, NoAnswer
@@ -31,10 +32,6 @@ FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
 ENDING = "ending"
 # The state of a stage whose attempt has ended while Slurm still has its job, which starts the stage again.
 RESTARTING = "restarting"
-# The state of a stage of another user that has recorded no end, and whose job Slurm does not show.
-HIDDEN = "hidden"
-# The state of a stage of a run on Slurm that has no job, because its submission was killed.
-UNSUBMITTED = "unsubmitted"
 
 
 def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list[NodeStatus], str | None]:
@@ -44,8 +41,6 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
     """
     answers = answers or Answers()
     stages, jobs = runs.status(run, store), run.jobs()
-    if run.on_slurm:
-        stages = [stage if stage.name in jobs else _without_job(stage, store) for stage in stages]
     if not jobs:
         return stages, None
     try:
@@ -65,8 +60,6 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         finished_jobs = {id: job for id, job in ended.items() if not job.alive}
     except NoAnswer as error:
         problem = FAILURES["no_accounting"].text(detail=str(error))
-    unknown = missing_jobs - set(finished_jobs)
-    hidden_of = owner if unknown and owner != process.current_user() and _hides_jobs(answers) else None
     rows = []
     for node in stages:
         row = jobs.get(node.name)
@@ -76,20 +69,12 @@ def status(run: Run, store: Store, answers: Answers | None = None) -> tuple[list
         slurm_job = _merge(queued.get(node.name), finished_jobs.get(row["job"]), run, row, node.name)
         submitter = _submitter(run, row, slurm_job, store)
         launch = _last_launch(submitter, node.name, row["job"])
-        with_job = _add_job_state(node, row["job"], slurm_job, launch, hidden_of, answers)
+        with_job = _add_job_state(node, row["job"], slurm_job, launch)
         if slurm_job is not None and slurm_job.user not in ("", owner):
             with_job = replace(with_job, user=slurm_job.user)
         with_job = replace(with_job, servers=_servers(row, slurm_jobs))
         rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
-
-
-def _without_job(node: NodeStatus, store: Store) -> NodeStatus:
-    """Returns the status of a stage of a run on Slurm that has no job."""
-    submitter = holder(submission_lock.folder(store))
-    if node.state != "waiting" or (submitter is not None and submitter.alive):
-        return node
-    return replace(node, state=UNSUBMITTED, message="no job was submitted for it; `atom retry` submits it")
 
 
 def _merge(queued: Job | None, finished: Job | None, run: Run, row: JobRow, name: str) -> Job | None:
@@ -131,9 +116,7 @@ def living_jobs(run: Run, slurm_jobs: Mapping[str, Job]) -> dict[str, Job]:
     return living
 
 
-def _add_job_state(
-    node: NodeStatus, id: str, job: Job | None, launch: Path | None, hidden_of: str | None, answers: Answers
-) -> NodeStatus:
+def _add_job_state(node: NodeStatus, id: str, job: Job | None, launch: Path | None) -> NodeStatus:
     """Returns the status of a node from its files and from Slurm's state of its job; an artifact outranks both.
 
     Args:
@@ -141,16 +124,12 @@ def _add_job_state(
         id: The id of the job.
         job: The job as Slurm describes it; None if Slurm does not know it.
         launch: The folder of the last launch.
-        hidden_of: The user whose jobs Slurm does not show to this one.
-        answers: Answers of Slurm.
     """
     node = replace(node, job=id)
     if launch is not None:
         begins, relaunches = launch_number(launch)
         node = replace(node, restarts=max(node.restarts or 0, begins + relaunches) or None)
     if job is None:
-        if hidden_of and (node.state == "waiting" or node.message == CUT_OFF):
-            return replace(node, state=HIDDEN, message="", reason=FAILURES["hidden_job"].text(detail=hidden_of))
         if node.state in ("sealed", "running", "failed"):
             return node
         return replace(node, state="lost", message=FAILURES["lost_job"].text(job=id))
@@ -159,7 +138,7 @@ def _add_job_state(
         return node
     verdict = None if launch is None else Verdict.read(launch)
     if not job.alive:
-        node = replace(node, state="failed", message=end_message(job, node.message, verdict, answers, node.kind))
+        node = replace(node, state="failed", message=end_message(job, node.message, verdict, node.kind))
         if job.state != "CANCELLED":
             return node
         by_another = job.cancelled_by not in ("", job.user)
@@ -168,10 +147,10 @@ def _add_job_state(
         is_final = verdict.decision is Decision.FAILED if verdict else node.kind is not None and Kind(node.kind).final
         return replace(node, state=ENDING if is_final else RESTARTING)
     node = replace(node, state=job.state.lower(), reason=job.reason or None, message="", kind=None)
-    if waiting := diagnoses.explain(job, answers):
+    if waiting := diagnoses.explain(job):
         row, sentence = waiting
         node = replace(node, reason=sentence, alert=row.name if row.alert else None)
-    return replace(node, waits_since=job.waits_since) if job.state == "PENDING" else node
+    return node
 
 
 def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
@@ -184,14 +163,7 @@ def _has_ended(node: NodeStatus, launch: Path | None) -> bool:
     return launch is None or launch.name == node.events.state["launch"]
 
 
-def _hides_jobs(answers: Answers) -> bool:
-    try:
-        return answers.ask(slurm_client.hides_jobs)
-    except NoAnswer:  # the states are shown all the same
-        return False
-
-
-def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answers, kind: str | None = None) -> str:
+def end_message(job: Job, recorded: str, verdict: Verdict | None, kind: str | None = None) -> str:
     """Returns the sentence about an ended job.
 
     It is the outcome that the stage or the script of the job recorded, or else follows from Slurm's final state.
@@ -200,7 +172,6 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
         job: The job.
         recorded: The outcome that the stage recorded; empty, or CUT_OFF, if it recorded none.
         verdict: The decision of the last launch; None without one.
-        answers: Answers of Slurm.
         kind: The kind of the recorded failure.
     """
     row = diagnoses.of_job(job.state, job.code)
@@ -215,16 +186,7 @@ def end_message(job: Job, recorded: str, verdict: Verdict | None, answers: Answe
         return verdict.text
     if row is None:
         return (verdict.text if verdict else "") or recorded or _plain_end(job)
-    fields = {"nodes": job.nodes or "its nodes"}
-    if row in (FAILURES["not_launched"], FAILURES["no_home"]) and job.nodes:
-        with suppress(NoAnswer):  # the sentence has all nodes then
-            fields["nodes"] = answers.ask(slurm_client.first_node, job.nodes)
-    if row in (FAILURES["memory"], FAILURES["time_limit"]):
-        with suppress(NoAnswer):  # the sentence has no figures then
-            question = slurm_client.memory_of if row is FAILURES["memory"] else slurm_client.time_of
-            requested, used = answers.ask(question, job.id)
-            fields |= {name: size for name, size in (("requested", requested), ("used", used)) if size}
-    return row.text(**fields)
+    return row.text(nodes=job.nodes or "its nodes")
 
 
 def _plain_end(job: Job) -> str:
@@ -280,16 +242,12 @@ def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[s
     return replace(node, done=sum(done_by_task.values()), total=row.get("shards", 0), unit="shards")
 
 
-class _Shards(TypedDict):
-    done: int
-
-
-_SHARDS: TypeAdapter[Any] = TypeAdapter(_Shards)
+_SHARDS: TypeAdapter[dict[str, int]] = TypeAdapter(dict[str, int])
 
 
 def _shards_done(path: Path) -> int:
     shards = json_files.read_optional(path, _SHARDS, "its shards are not counted")
-    return int(shards["done"]) if shards else 0
+    return int(shards.get("done", 0)) if shards else 0
 
 
 def kept_nodes(run: Run) -> list[str]:
@@ -305,5 +263,84 @@ def kept_nodes(run: Run) -> list[str]:
 
 def over(stages: list[NodeStatus]) -> bool:
     """Returns True if no stage of a run continues by itself."""
-    active_states = {"running", ENDING, RESTARTING, HIDDEN, *(state.lower() for state in slurm_client.LIVING)}
+    active_states = {"running", ENDING, RESTARTING, *(state.lower() for state in slurm_client.LIVING)}
     return not any(stage.state in active_states for stage in stages)
+
+
+# The curves that are counted or summed, and not drawn.
+NO_CHARTS = ("tokens", "spike")
+
+
+@dataclass(frozen=True)
+class StageView:
+    """A stage with its logs."""
+
+    status: NodeStatus
+    # None if it has recorded none.
+    curves: Curves | None
+
+    @property
+    def events(self) -> EventSummary:
+        """The summary of its events, as it was when its status was read."""
+        assert self.status.events is not None, "the status of a node of a run has them"
+        return self.status.events
+
+    @property
+    def gpus(self) -> int:
+        start = self.events.state["start"]
+        return start.get("gpus", 0) if start else 0
+
+    def names(self) -> list[str]:
+        """Returns the names of its curves, as its stage reports them."""
+        names = [] if self.curves is None else list(self.curves.state["curves"])
+        return [name for name in names if name not in NO_CHARTS]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment."""
+
+    run: Run
+    time: float
+    stages: tuple[StageView, ...]
+    # A sentence on missing information.
+    lack: str | None
+    # Hours of ended attempts and of the present ones, where a rank without GPUs counts as one busy core.
+    used: Hours
+
+    @property
+    def over(self) -> bool:
+        return over([stage.status for stage in self.stages])
+
+
+def take(run: Run, store: Store, answers: Answers | None = None) -> Snapshot:
+    """Reads the files of a run, and asks Slurm for its jobs if it has any. Writes nothing.
+
+    `answers` are the answers of Slurm, which a loop keeps.
+    """
+    nodes, lack = status(run, store, answers)
+    stages = []
+    for node in nodes:
+        folder = run.node_folder(node.name)
+        curves = Curves(folder) if (folder / "metrics.jsonl").exists() else None
+        stages.append(StageView(node, curves))
+    now = time.time()
+    return Snapshot(run, now, tuple(stages), lack, _used(store, stages, now))
+
+
+def _used(store: Store, stages: Iterable[StageView], now: float) -> Hours:
+    stages = list(stages)
+    used = budget.used(store, (stage.status.key for stage in stages))
+    for stage in stages:
+        start = stage.events.state["start"]
+        if stage.status.state == "running" and start:
+            name: Resource = "gpu_hours" if stage.gpus else "core_hours"
+            used[name] += max(0.0, now - start["time"]) * (stage.gpus or start["ranks"]) / 3600
+    return used
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Returns the last values as one line of blocks."""
+    values = values[-width:]
+    low, high = min(values), max(values)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int((value - low) / (high - low or 1) * 8))] for value in values)

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.hub.client import load
-from pipeline.hub.limits import PUBLIC_HUB
+from pipeline.hub.client import PUBLIC_HUB, load
 from release.cards.render import METRICS
 from release.facts.model_facts import ModelFacts
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.hub.client import Changed, RemoteRepository, api, endpoint, parsing, translate_errors
+from pipeline.hub.client import Changed, RemoteRepository, api, endpoint, translate_errors
 from release import schema, scratch
 from release.audit.replay.report import read_certificates
 from release.audit.verify import verify
@@ -194,8 +194,7 @@ def _make_collection(mains: Sequence[RemoteRepository], title: str, namespace: s
     with translate_errors("making the collection"):
         # It may exist: a second run completes what an interrupted one began.
         collection = client.create_collection(title, namespace=namespace, private=False, exists_ok=True)
-        with parsing():
-            slug = str(collection.slug)
+        slug = str(collection.slug)
         for remote in mains:
             client.add_collection_item(slug, remote.id, remote.kind, exists_ok=True)
     journal.write("collection", slug=slug)

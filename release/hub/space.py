@@ -18,8 +18,7 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from pipeline.core.errors import CheckFailed
-from pipeline.hub.client import RemoteRepository, load
-from pipeline.hub.limits import PUBLIC_HUB
+from pipeline.hub.client import PUBLIC_HUB, RemoteRepository, load
 from release import scratch
 from release.audit.replay.report import Certificate
 from release.cards.render import license_fields

@@ -20,7 +20,6 @@ from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
-from pipeline.hub import limits
 from pipeline.hub.client import (
     FILE_BYTES,
     FOLDER_FILES,
@@ -30,7 +29,6 @@ from pipeline.hub.client import (
     api,
     endpoint,
     load,
-    parsing,
     translate_errors,
 )
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
@@ -341,13 +339,11 @@ class Destination:
         operations = [hub.CommitOperationAdd(path, self.folder / path) for path in difference.missing]
         # Additions and deletions are one commit, so no reader sees one without the other.
         operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
-        size = sum((self.folder / path).stat().st_size for path in difference.missing)
         position = {"repo_type": remote.kind, "revision": branch, "parent_commit": parent}
         try:
-            with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size):
+            with translate_errors(f"uploading to {remote.id}@{branch}"):
                 commit_info = api().create_commit(remote.id, operations, commit_message=message, **position)
-                with parsing():
-                    commit = str(commit_info.oid)
+                commit = str(commit_info.oid)
         except Changed:
             # It may be this very commit, if the answer to it was lost and the client repeated it.
             commit = self._head(branch)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
-from pipeline.hub.client import RemoteRepository, api, parsing, translate_errors
+from pipeline.hub.client import RemoteRepository, api, translate_errors
 from release.facts.tombstones import Tombstone
 from release.hub.space import space_of
 from release.hub.upload import Destination, Journal, Progress
@@ -122,8 +122,7 @@ def _delete_lfs(remote: RemoteRepository, journal: Journal) -> Iterator[str]:
         refs = remote.refs()
         revisions = {*refs.branches.values(), *refs.tags.values()}
         used = {file.id for revision in revisions for file in remote.files(revision).values()}
-        with parsing():
-            unused = [row for row in api().list_lfs_files(remote.id, repo_type=remote.kind) if row.file_oid not in used]
+        unused = [row for row in api().list_lfs_files(remote.id, repo_type=remote.kind) if row.file_oid not in used]
         if unused:
             api().permanently_delete_lfs_files(remote.id, unused, repo_type=remote.kind)
             objects = sorted(row.file_oid for row in unused)

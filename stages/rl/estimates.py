@@ -20,7 +20,7 @@ from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_t
 from stages.models.base import Rows, layers_in_bf16
 from stages.rl.config import DpoTrainConfig, RewardTrainConfig, RlPhase, RlTrainConfig, Sampling
 from stages.train.config import WORK_CHECKPOINTS
-from stages.train.estimate import checkpoint_size, fullest, layout_label, silent_bytes
+from stages.train.estimate import checkpoint_size, fullest, layout_label
 
 AnyConfig = RlTrainConfig | DpoTrainConfig | RewardTrainConfig
 # Assumed core-seconds before the first step.
@@ -252,9 +252,6 @@ def estimate(
             activation_bytes=activations,
             recomputes=layout.recompute == "layer",
             checkpoint_bytes=checkpoint.all,
-            share_bytes=checkpoint.largest_share(layout.ranks),
-            silent_bytes=silent_bytes(parameters, checkpoint.all),
-            watchdog_seconds=phase.watchdog_timeout_seconds,
             release_checkpoints=releases,
             work_checkpoints=work - 1,
             checkpoint_interval=phase.checkpoint_interval,

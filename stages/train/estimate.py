@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.core.stage import Accelerator, Estimate, Published, TrainingEstimate, TrainingTime
@@ -21,7 +20,7 @@ from stages.mcore.memory import (
 from stages.mcore.throughput import UNFITTED_ERRORS, StepSetup, shape_of, step_time
 from stages.models.base import MemoryShare, Rows, layers_in_bf16
 from stages.models.parallel_layout import Layout
-from stages.train.checkpoint import FLUSH_BYTES, SHARD_BYTES
+from stages.train.checkpoint import SHARD_BYTES
 from stages.train.config import WORK_CHECKPOINTS, PhaseConfig, TrainConfig, TrainerConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
@@ -70,9 +69,6 @@ def estimate(config: TrainConfig) -> Estimate:
             activation_bytes=activations,
             recomputes=layout.recompute == "layer",
             checkpoint_bytes=checkpoint.all,
-            share_bytes=checkpoint.largest_share(layout.ranks),
-            silent_bytes=silent_bytes(parameters, checkpoint.all),
-            watchdog_seconds=phase.watchdog_timeout_seconds,
             release_checkpoints=releases,
             work_checkpoints=work - 1,
             checkpoint_interval=phase.checkpoint_interval,
@@ -190,14 +186,6 @@ class CheckpointSize:
         """Weights and states in shards, their indices, state.json and manifest."""
         return -(-self.weights // SHARD_BYTES) - (-self.states // SHARD_BYTES) + 4
 
-    def largest_share(self, ranks: int) -> int:
-        """Returns the most bytes that one rank writes: ranks take the files by turns."""
-        sizes: list[int] = []
-        for size in (self.weights, self.states):
-            shards = -(-size // SHARD_BYTES)
-            sizes += [-(-size // shards)] * shards
-        return max(sum(sizes[rank::ranks]) for rank in range(ranks))
-
     def published(self, count: int, first: bool = False) -> tuple[Published, ...]:
         """Returns the files of `count` checkpoints, each a branch of its own, and, if `first`, of step 0."""
         whole = Published("checkpoint", "", self.files, self.all)
@@ -214,15 +202,6 @@ def checkpoint_size(config: TrainerConfig) -> CheckpointSize:
     if not model.tie_embeddings:
         tables *= 2
     return CheckpointSize(MASTER * trained, round(config.phase.optimizer.state_bytes(trained, tables)))
-
-
-def silent_bytes(parameters: Mapping[str, int], checkpoint: int) -> int:
-    """The most bytes of a checkpoint that a rank reads or writes between two reports of progress.
-
-    It flushes files as they grow, and reads a tensor at once, of which the embedding is the largest. `parameters` are
-    those of the model by part.
-    """
-    return min(checkpoint, max(FLUSH_BYTES, MASTER * parameters["embedding"]))
 
 
 def layout_label(layout: Layout) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from pipeline.core.log_summary import spike_limit
 from pipeline.core.stage import Inputs, identity
 from stages.data.order.order_stage import position
 from stages.mcore.megatron_imports import parallel_state
@@ -339,3 +338,16 @@ class TextTrainer(Trainer):
                     f"{self.name}: experts starve at step {step}: {names}{suffix} get less than "
                     f"{DEAD_SHARE:.0%} of a fair share"
                 )
+
+
+# Standard deviation of a normal distribution by its median absolute deviation.
+SIGMA = 1.4826
+# Lower bound of the standard deviation, as a share of the median: small changes of a flat loss are no spikes.
+MIN_SIGMA = 0.01
+
+
+def spike_limit(losses: Sequence[float], sigmas: float) -> tuple[float, float]:
+    """Returns (the median, the limit) of the latest losses."""
+    median = statistics.median(losses)
+    spread = SIGMA * statistics.median(abs(x - median) for x in losses)
+    return median, median + sigmas * max(spread, MIN_SIGMA * median)

@@ -3,14 +3,12 @@ in `atom status`."""
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.launch import bad_nodes, slurm_client
+from pipeline.launch import bad_nodes
 from tests.fixtures import slurm_fixtures
 from tests.fixtures.disturbance_fixtures import finish, status, submit
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
@@ -94,7 +92,7 @@ def test_drained_nodes_held_jobs_and_failed_launches_have_a_sentence_each(tmp_pa
             return text if word in text else None
 
         drained = slurm_fixtures.until(lambda: reason("drained"), "the reason of the drained nodes")
-        assert "down or drained" in drained and ": bad fan" in drained
+        assert "down or drained" in drained
         slurm_fixtures.slurm("scontrol", "hold", job)
         held = slurm_fixtures.until(lambda: reason("JobHeldAdmin"), "the held job")
         assert held.startswith("an administrator holds it") and f"`scontrol release {job}`" in held
@@ -111,24 +109,8 @@ def test_drained_nodes_held_jobs_and_failed_launches_have_a_sentence_each(tmp_pa
 def test_a_stage_that_does_not_save_before_its_time_limit(tmp_path: Path) -> None:
     store, _, job = start(tmp_path, "deaf", 2, train={"minutes": 1}, signal_before_limit_seconds=10, restarts=0)
     message = ended(store, "failed")["message"]
-    assert re.match(
-        r"its time limit came on n\[1-2\] before it saved: requested 00:01:00, used 00:0[12]:\d\d; ", message
-    )
+    assert message.startswith("its time limit came on n[1-2] before it saved; ")
     assert slurm_fixtures.slurm("sacct", "-n", "-X", "-P", "-j", job, "-o", "State").strip() == "TIMEOUT"
-
-
-@at_length("slurm-stages", 60)
-def test_a_stage_that_stops_for_its_time_limit_names_it(tmp_path: Path) -> None:
-    _, run, _ = start(tmp_path, "sleep", 2, train={"minutes": 1}, restarts=0)
-    (folder,) = [run.node_folder(node["name"]) for node in run.body["nodes"]]
-
-    def end() -> str:
-        rows = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
-        return next((row["outcome"] for row in rows if row["event"] == "end"), "")
-
-    slurm_fixtures.until(lambda: (folder / "events.jsonl").exists(), "an attempt")
-    outcome = slurm_fixtures.until(end, "its end")
-    assert re.match(r"stopped on request \(SIGUSR2, 0:\d\d before its time limit of 1:00\); run the same ", outcome)
 
 
 @at_length("slurm-stages", 60)
@@ -137,9 +119,7 @@ def test_a_stage_that_meets_its_memory_limit(tmp_path: Path) -> None:
         pytest.skip("the test cluster holds steps to their memory only where the first kind of cgroups may be written")
     store, run, job = start(tmp_path, "memory", 2, train={"memory_gb": 0.5}, restarts=0)
     message = ended(store, "failed")["message"]
-    sentence = r"memory of n1 ran out: requested 1G on 2 nodes, the most that Slurm saw in use (\S+); raise memory_gb"
-    match = re.search(sentence, message)
-    assert match and 2**26 < slurm_client.in_bytes(match[1]) <= 2**29, message
+    assert "memory of n1 ran out; raise memory_gb" in message
     (folder,) = [run.node_folder(node["name"]) for node in run.body["nodes"]]
     launches = sorted(path.name for path in folder.glob(f"ranks/{job}.[0-9]*"))
     assert launches == [f"{job}.0", f"{job}.1"], "it is not launched again in the same allocation"

@@ -40,7 +40,7 @@ def test_slurm_takes_every_script_of_a_recipe_as_it_is_meant(name: str, cluster:
     graph = dag.compose(recipe.load(name), store, without_data=True)
     selected = graph.select(None, None)
     fit.require(graph, store, selected, profile)
-    checks = slurm.dry_run(graph, store, selected, profile).checks
+    checks = slurm.dry_run(graph, store, selected, profile)
     assert not [f"{row.script}: {row.answer}" for row in checks if not row.ok]
     assert {row.stage for row in checks} == set(selected)
     for row in checks:

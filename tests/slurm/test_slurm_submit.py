@@ -43,19 +43,9 @@ def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) 
         third = json.loads(atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain", "--json").stdout)
         job = slurm_fixtures.job_of(home, "pretrain")
         assert third["attached"] == {"pretrain": job} and not third["submitted"]
-        follow = [sys.executable, "-m", "pipeline.cli", "logs", "pretrain", "--follow"]
-        log = subprocess.Popen(follow, env=environment, stderr=subprocess.PIPE, **pipes)
-        assert log.stderr is not None
-        line = log.stderr.readline()
-        closed = f"pretrain has not begun: job {job} is pending (partition test is closed: its jobs wait until an administrator opens it (PartitionDown)"
-        assert line.startswith(closed), line
     finally:
         slurm_fixtures.slurm("scontrol", "update", "partitionname=test", "state=up")
-    try:
-        assert finish(home) == calm
-        assert "120/120 steps" in log.communicate(timeout=60)[0] and log.returncode == 0
-    finally:
-        log.kill()
+    assert finish(home) == calm
     assert slurm_fixtures.attempts(home, "pretrain") == 1
     assert "all sealed" not in atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain").stdout
 
@@ -93,7 +83,6 @@ REFUSED: list[tuple[dict, str]] = [
     ({"train": {"partitions": "test"}}, "did you mean partition?"),
     ({"train": {"memory_gb": 9e5}}, "Requested node configuration is not available"),
     ({"train": {"account": "nobody"}}, "Invalid account or account/partition combination"),
-    ({"container": {"kind": "apptainer", "image": "/tmp/none.sif"}}, "/tmp/none.sif is not there; make it"),
 ]
 
 
@@ -103,8 +92,7 @@ def test_what_slurm_or_the_schema_refuses_is_one_sentence_and_leaves_nothing(
 ) -> None:
     folder = home.parent
     recipe, cluster = slurm_fixtures.write_recipe(folder), slurm_fixtures.write_profile(folder, **changed)
-    checked = ((), ("--dry-run",))[: 1 if "container" in changed else 2]  # the nodes may have an image that is not here
-    for options in checked:
+    for options in ((), ("--dry-run",)):
         stderr = atom(home, "submit", recipe, "--cluster", cluster, "--until", "midtrain", *options, code=2).stderr
         assert stderr.count("\n") == 1 and words in stderr, stderr
     assert not slurm_fixtures.slurm("squeue", "-h", "--me", "-t", "pending,running")

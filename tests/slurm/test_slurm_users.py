@@ -1,5 +1,4 @@
-"""On a real Slurm cluster that hides the jobs of other users: several users share a home folder by their group. A key has one
-job at a time, whoever submits; another user takes its work over; who may only read sees the status."""
+"""On a real Slurm cluster: several users share a home folder by their group. A job of a key is shared, whoever submits."""
 
 from __future__ import annotations
 
@@ -63,50 +62,6 @@ def files(home: Path) -> dict[str, tuple[int, int]]:
 
 def waits(job: str) -> bool:
     return slurm_fixtures.slurm("squeue", "-h", "-j", job, "-o", "%T %r").strip() == "PENDING Dependency"
-
-
-@at_length("slurm-stages", 90)
-def test_a_hidden_job_is_waited_for_and_its_work_taken_over(team: Team) -> None:
-    slurm_fixtures.slurm("scontrol", "update", "partitionname=test", "state=down")
-    try:
-        _, run, job = submit(team, FIRST, LONG)
-        assert FIRST in slurm_fixtures.slurm("squeue", "-h", "-j", job, "-o", "%u")
-        assert team.run(SECOND, "squeue", "-h") == ""
-        printed, second_run, second_job = submit(team, SECOND, 0.1)
-        assert f"counting after the job of {FIRST}, which Slurm hides" in printed, printed
-        assert stage(team, FIRST, run)["state"] == "pending"
-        for user in (SECOND, READER):
-            shown = stage(team, user, run)
-            assert shown["state"] == "hidden" and f"Slurm shows jobs of {FIRST} to no other user" in shown["reason"], (
-                shown
-            )
-    finally:
-        slurm_fixtures.slurm("scontrol", "update", "partitionname=test", "state=up")
-    counts(team)
-    slurm_fixtures.until(lambda: waits(second_job), "the job of the second user waits")
-    assert stage(team, SECOND, run)["state"] == "running"
-    text = team.atom(SECOND, "cancel", run, code=2)
-    assert f"run {run} is {FIRST}'s; add --yes" in text
-    text = team.atom(SECOND, "cancel", run, "--yes", code=2)
-    assert f"Slurm shows jobs of {FIRST} to no other user" in text
-    assert waits(second_job)
-    team.atom(FIRST, "cancel", run)
-    assert product(team) == COUNTED
-
-    def times() -> list[list[str]]:
-        rows = slurm_fixtures.slurm("sacct", "-XnP", "-j", f"{job},{second_job}", "-o", "JobID,User,Start,End,State")
-        return sorted(row.split("|") for row in rows.splitlines())
-
-    def over() -> bool:
-        return all(row[4].split()[0] in ("CANCELLED", "COMPLETED") for row in times())
-
-    slurm_fixtures.until(over, "the end of both jobs")
-    (_, user, _, end, _), (_, second_user, start, _, _) = times()
-    assert (user, second_user) == (FIRST, SECOND) and end <= start, "never two at once"
-    assert slurm_fixtures.events(team.home, "counting")[0]["event"] == "attempt"
-    assert team.closed_paths() == []
-    owners = {row["id"]: row["owner"] for row in json.loads(team.atom(READER, "runs", "--json"))["runs"]}
-    assert owners == {run: FIRST, second_run: SECOND}
 
 
 @at_length("slurm-stages", 60)

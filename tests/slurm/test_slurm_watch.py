@@ -62,7 +62,7 @@ def test_an_alert_is_sent_after_the_first_node_of_a_job_vanished(home: Path, cal
     try:
         slurm_fixtures.kill(node_processes(node), signal.SIGSTOP)
         time.sleep(4)
-        atom(home, *watch, "--stalled-seconds", "2", "--stalled-steps", "2", code=1)
+        atom(home, *watch, "--stalled-seconds", "2", code=1)
         crash(node)
     finally:
         slurm_fixtures.cluster("up")

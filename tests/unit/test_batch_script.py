@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import resource
@@ -19,7 +18,7 @@ from pipeline.core.stage import Config, Stage
 from pipeline.core.store import Store
 from pipeline.graph import dag, recipe, registry
 from pipeline.graph.dag import Graph, Node
-from pipeline.launch import clean_environment, cluster_profile, job, local, slurm, slurm_client
+from pipeline.launch import clean_environment, cluster_profile, job, local, slurm
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Changes, Slurm
 from pipeline.launch.rendezvous import Decision, Verdict
@@ -368,49 +367,19 @@ def test_smaller_models_request_what_training_does_and_what_the_profile_says_of_
     assert nodes["size-1"].inputs == {"tokens": "tokenize", "order": "order-pretrain"}, "they wait for no phase"
 
 
-def test_a_dry_run_has_slurm_check_the_options_of_srun_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """srun refuses what sbatch does not read; what it answers of a sound job is shown."""
-    (tmp_path / "bin").mkdir()
+def test_a_dry_run_shows_what_slurm_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = "Job 7 to start at 2026-11-28T16:09:21 using 2 processors on nodes n[1-2] in partition gpu"
-    for name, line in {
-        "sbatch": f"echo sbatch: {start} >&2",
-        "srun": f'echo "$*" >> {tmp_path}/srun; [[ "$*" != *bogus* ]] || {{ echo "srun: error: no bogus" >&2; exit 255; }}',
-    }.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    for option, ok, answer in (
-        ("--cpu-bind=cores", True, f"Slurm takes it, {start.partition('7 ')[2]}"),
-        ("--cpu-bind=bogus", False, "no bogus"),
+    batch, program = script(Slurm.model_validate(SLURM), tmp_path), tmp_path / "bin/sbatch"
+    program.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    for line, ok, answer in (
+        (f"echo 'sbatch: {start}' >&2", True, f"Slurm takes it, {start.partition('7 ')[2]}"),
+        ("echo 'sbatch: error: no bogus' >&2; exit 1", False, "Slurm refuses it: no bogus"),
     ):
-        kind = {**SLURM["train"], "partition": "gpu,low", "srun": [option], "gpus_per_node": 1, "exclusive": True}
-        batch = script(Slurm.model_validate({**SLURM, "train": kind}), tmp_path)
-        checked = slurm._check_script(batch, tmp_path / "job.sh", [], {})
+        program.write_text(f"#!/bin/bash\n{line}\n")
+        program.chmod(0o755)
+        checked = slurm._check_script(batch, tmp_path / "job.sh", [])
         assert (checked.ok, checked.answer) == (ok, answer)
-    minutes = SLURM["train"]["minutes"]
-    kind |= {"srun": []}
-    for qos, limits, ok in (
-        (None, {"gpu": minutes - 1.0, "low": minutes - 2.0}, False),
-        (None, {"gpu": minutes - 1.0, "low": float(minutes)}, True),
-        (None, {"gpu": minutes - 1.0}, True),
-        ("long", {"gpu": minutes - 1.0, "low": minutes - 2.0}, True),
-    ):
-        batch = script(Slurm.model_validate({**SLURM, "train": kind | {"qos": qos}}), tmp_path)
-        checked = slurm._check_script(batch, tmp_path / "job.sh", [], limits)
-        assert checked.ok == ok, "Slurm takes a job that no partition has the time for, and never starts it"
-        words = f"minutes = {minutes} is more than the time limit of partition gpu,low, {minutes - 1} minutes"
-        assert checked.answer == (f"Slurm takes it, {start.partition('7 ')[2]}" if ok else words)
-    call = (tmp_path / "srun").read_text().splitlines()[0]
-    assert call.startswith("--test-only --cpus-per-task=1 --exclusive --gpus-per-node=1 --mem=0 --nodes=2 ")
-    assert " --partition=gpu,low " in call and call.endswith(" --kill-on-bad-exit=1 --cpu-bind=cores true")
-
-
-def test_the_time_limits_of_partitions_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = "gpu|1-00:00:00\nshort|30:00\nhour|1:00:00\nall|infinite\n"
-    (tmp_path / "sinfo").write_text(f"#!/bin/sh\nprintf '{rows}'\n")
-    (tmp_path / "sinfo").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert slurm_client.time_limits() == {"gpu": 1440, "short": 30, "hour": 60, "all": math.inf}
 
 
 def test_a_refusal_shows_the_request_or_the_setting() -> None:
@@ -427,33 +396,19 @@ def test_a_refusal_shows_the_request_or_the_setting() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("sinfo", "reason"),
-    [
-        ("", "there is no sinfo here"),
-        ("echo 'sinfo: error: no host\nsinfo: fatal: no source' >&2; exit 1", "sinfo: no source"),
-    ],
-)
 def test_a_dry_run_without_slurm_writes_the_scripts_and_says_that_none_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    if sinfo:
-        (tmp_path / "bin/sinfo").write_text(f"#!/bin/bash\n{sinfo}\n")
-        (tmp_path / "bin/sinfo").chmod(0o755)
     store = Store(tmp_path / "home")
     graph, profile = dag.compose(recipe.load("atom-smoke"), store), cluster_profile.load("dev")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    written = slurm.dry_run(graph, store, ["items", "tasks-rlvr"], profile)
-    assert [(row.stage, row.ok, row.answer) for row in written.checks] == [
-        (name, False, "written, and not checked") for name in ("items", "tasks-rlvr")
-    ]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    checks = slurm.dry_run(graph, store, ["items", "tasks-rlvr"], profile)
+    assert [(row.stage, row.ok) for row in checks] == [("items", False), ("tasks-rlvr", False)]
     folder = tmp_path / "home/dry-run/atom-smoke"
     assert "#SBATCH --job-name=atom-items\n" in (folder / "items.sh").read_text()
-    sentence = f"no Slurm answers on this host ({reason}), so the scripts in {folder} are written and none is checked"
-    with pytest.raises(AtomError, match=re.escape(sentence)):
-        written.require_taken()
-    slurm.DryRun(folder, [], reason).require_taken()  # all stages are sealed
+    with pytest.raises(AtomError, match="stage items: not checked, since there is no sbatch here; submit from a host"):
+        slurm.require_taken(checks)
+    slurm.require_taken([])  # all stages are sealed
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Needs, Stage
 from pipeline.core.store import Store
 from pipeline.graph import dag, recipe
-from pipeline.graph import run as runs
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
 from pipeline.launch import cluster_profile, slurm
@@ -58,33 +56,11 @@ def test_a_new_file_is_found_without_further_registration(tmp_path: Path, monkey
     with pytest.raises(RecipeError, match="there is no cluster profile site, neither packaged nor a file"):
         cluster_profile.load("site")
 
-    folder = tmp_path / "site"
-    folder.mkdir()
-    (folder / "site.yaml").write_text(OURS)
-    monkeypatch.setenv("ATOM_CLUSTERS", str(folder))
-    assert cluster_profile.load("site") == cluster_profile.load(str(folder / "site.yaml")) == profile
-    assert cluster_profile.load("local").name == "local", "the packaged ones are still there"
 
-
-def test_a_folder_that_is_none_and_a_name_that_is_taken_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ATOM_CLUSTERS", str(tmp_path / "none"))
-    with pytest.raises(RecipeError, match="ATOM_CLUSTERS = .*none is not a folder; name one, or unset it"):
-        cluster_profile.load("local")
-    monkeypatch.setenv("ATOM_CLUSTERS", str(tmp_path))
-    (tmp_path / "local.yaml").write_text(yaml.safe_dump({"name": "local", "power": {"watts_per_core": 1}}))
-    with pytest.raises(
-        RecipeError, match="cluster profile local is both packaged and in .*; give the file there another name"
-    ):
-        cluster_profile.load("local")
-
-
-def test_a_job_knows_the_peaks_of_its_gpus_and_one_without_gpus_none(tmp_path: Path) -> None:
-    """MLflow's `mfu` is computed from them."""
+def test_the_device_test_asks_for_a_share_of_the_peak(tmp_path: Path) -> None:
     profile, store = cluster_profile.load("h100-pyxis"), Store(tmp_path)
     graph = dag.compose(recipe.load("atom-smoke"), store)
-    run = runs.start(graph, store, ["items", "pretrain"], "h100-pyxis", {"launcher": "slurm"})
-    gpu, cpu = (slurm.task_of(graph, store, run, graph.nodes[name], profile) for name in ("pretrain", "items"))
-    assert gpu.gpus and gpu.peaks == profile.peaks() and gpu.peaks["bf16"] == 989e12
-    assert not cpu.gpus and cpu.peaks == {}
+    assert profile.slurm is not None
+    assert slurm._limits(graph, profile).device_test_flops == profile.slurm.device_test_share * 989e12
+    no_test = profile.model_copy(update={"slurm": profile.slurm.model_copy(update={"device_test_share": 0.0})})
+    assert slurm._limits(graph, no_test).device_test_flops is None

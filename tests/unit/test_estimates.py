@@ -13,7 +13,7 @@ from pipeline.core.stage import Estimate
 from pipeline.graph import plan
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
-from pipeline.operations.cost_estimate import estimate_costs
+from pipeline.operations.fit import estimate_costs
 from stages.data import estimates
 from stages.data.acquire import acquire_stage
 from stages.data.curate import dedup_stage, duplicates_stage, filter_stage, representatives_stage

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from pipeline.core.events import LINE, FileReport, Tail
 from pipeline.core.json_files import DamagedFile
-from pipeline.core.log_summary import POINTS, RECENT, Curves, EventSummary, LogSummary
+from pipeline.core.log_summary import POINTS, Curves, EventSummary, LogSummary
 from pipeline.core.store import sha256_file
 
 NUMBER = st.integers(0, 500)
@@ -116,7 +116,7 @@ def test_a_curve_has_a_bounded_size_and_keeps_extremes(tmp_path: Path) -> None:
     mean = sum(row["loss"] for row in rows) / 20_000
     total = sum(bucket[2] for bucket in curves.state["curves"]["loss"]["buckets"])
     assert total / 20_000 == pytest.approx(mean, rel=1e-5)
-    assert curves.points("nan") == [] and len(curves.state["recent"]) == RECENT
+    assert curves.points("nan") == []
     curves.save()
     assert (tmp_path / "metrics.summary.json").stat().st_size < 12_000
 
@@ -129,7 +129,6 @@ def test_steps_that_are_trained_again_replace_the_former_ones(tmp_path: Path) ->
     assert curves.state == without_summary(Curves, tmp_path)
     points = curves.points("loss")
     assert points[-1][0] <= 300 and points[-1][1] == 1.0 and points[0][1] == 9.0
-    assert curves.state["recent"][-1] == [300, 1.0] and curves.state["recent"][0] == [201, 1.0]
 
 
 def test_a_failed_write_leaves_the_former_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,21 +6,18 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli.main import app
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Store, sha256_file
-from pipeline.core.yaml_text import parse_yaml
 from pipeline.graph import dag, flat_fields
 from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
-from pipeline.operations import comparison, recipe_check, recipe_template
-from tests.fixtures import ROOT, home_fixtures
+from pipeline.operations import comparison, recipe_check
+from tests.fixtures import home_fixtures
 
 SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")
 PACKAGED = sorted(path.stem for path in SMOKE.parent.glob("*.yaml"))
@@ -60,7 +57,7 @@ def published(release: Path, dtype: str = "float32", license: str = "license: mi
 @pytest.mark.parametrize("source", PACKAGED)
 def test_a_recipe_of_ones_own_is_valid_and_differs_by_its_name_alone(tmp_path: Path, source: str) -> None:
     model = str(published(tmp_path / "release")) if source == ADAPTER else None
-    path = recipe_template.write("my-model", source, tmp_path, model)
+    path = recipe_check.write_recipe("my-model", source, tmp_path, model)
     findings = recipe_check.check(str(path), Store(tmp_path / "home"))
     assert findings.problems == ()
     before, after = (dict(flat_fields.flat(recipes.load(name).config)) for name in (source, str(path)))
@@ -91,7 +88,7 @@ def test_a_model_with_which_no_recipe_begins_is_refused(tmp_path: Path, monkeypa
         (ADAPTER, "broken/model", "the card of us/base states no license that SPDX knows: None"),
     ):
         with pytest.raises(AtomError, match=sentence):
-            recipe_template.write("mine", source, Path(), model)
+            recipe_check.write_recipe("mine", source, Path(), model)
     assert not Path("mine.yaml").exists()
 
 
@@ -103,7 +100,7 @@ def test_what_no_release_could_have_of_a_published_model_is_refused_before_it_ru
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ATOM_HOME", str(home))
     model = published(home / "releases/base")
-    path = recipe_template.write("mine", ADAPTER, Path(), str(model))
+    path = recipe_check.write_recipe("mine", ADAPTER, Path(), str(model))
     text, store = path.read_text(), Store(home)
     assert 'folder: "home/releases/base/model"' in text, "a folder of the home is named from here"
     graph = dag.compose(recipes.load(str(path)), store)
@@ -142,7 +139,7 @@ def test_what_no_release_could_have_of_a_published_model_is_refused_before_it_ru
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    path = recipe_template.write("my-model", "atom-smoke", tmp_path)
+    path = recipe_check.write_recipe("my-model", "atom-smoke", tmp_path)
     path.write_text("mine")
     for name, source, sentence in (
         ("my-model", "atom-smoke", "my-model.yaml exists, and is not overwritten"),
@@ -153,58 +150,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         ("other", str(path), "is no packaged recipe"),
     ):
         with pytest.raises(AtomError, match=sentence):
-            recipe_template.write(name, source, tmp_path)
-    assert path.read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {"my-model.yaml", SCHEMA}
-    for content, is_kept in (("of another program", True), (recipe_template.schema_text("recipe") + " ", False)):
-        (tmp_path / SCHEMA).write_text(content)
-        recipe_template.write(f"other-{int(is_kept)}", "atom-smoke", tmp_path)
-        assert ((tmp_path / SCHEMA).read_text() == content) == is_kept
-
-
-SCHEMA = recipe_template.SCHEMA
-FILES = [
-    (kind, path)
-    for kind, folder in (
-        ("recipe", "pipeline/recipes"), ("data_recipe", "data_recipes"), ("cluster_profile", "pipeline/clusters"),
-    )
-    for path in sorted((ROOT / folder).glob("*.yaml")) if not path.name.endswith(recipes.LOCK_SUFFIX)
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def validators() -> dict[str, Any]:
-    out = {}
-    for kind in recipe_template.schema_models():
-        schema = json.loads(recipe_template.schema_text(kind))
-        jsonschema.Draft202012Validator.check_schema(schema)
-        out[kind] = jsonschema.Draft202012Validator(schema)
-    return out
-
-
-@pytest.mark.parametrize(("kind", "path"), FILES, ids=[path.name for _, path in FILES])
-def test_every_packaged_file_is_valid_by_its_schema(validators: dict[str, Any], kind: str, path: Path) -> None:
-    raw = parse_yaml(path.read_bytes(), path.name)
-    assert [error.message for error in validators[kind].iter_errors(raw)] == []
-    wrong = {**raw, "name": 3, "colour": 1}
-    places = {tuple(error.path) for error in validators[kind].iter_errors(wrong)}
-    assert {("name",), ()} <= places, "a number is no name, and an unknown field is refused"
-
-
-def test_a_recipe_of_ones_own_names_the_schema_beside_it(tmp_path: Path, validators: dict[str, Any]) -> None:
-    path = recipe_template.write("my-model", "atom-smoke", tmp_path)
-    first = path.read_text().split("\n")[0]
-    assert first == f"# yaml-language-server: $schema={SCHEMA}"
-    assert json.loads((tmp_path / SCHEMA).read_text()) == validators["recipe"].schema
-    raw = parse_yaml(path.read_bytes(), "r")
-    raw["pretrain"]["steps"], raw["model"]["experts"] = 0, "four"
-    sections = {error.path[0] for error in validators["recipe"].iter_errors(raw)}
-    assert sections == {"pretrain", "model"}
-
-
-def test_a_file_of_another_origin_in_the_place_of_the_schema_stays(tmp_path: Path) -> None:
-    (tmp_path / SCHEMA).write_bytes(b"\xff mine")
-    recipe_template.write("my-model", "atom-smoke", tmp_path)
-    assert (tmp_path / SCHEMA).read_bytes() == b"\xff mine"
+            recipe_check.write_recipe(name, source, tmp_path)
+    assert path.read_text() == "mine" and {p.name for p in tmp_path.iterdir()} == {"my-model.yaml"}
 
 
 def test_every_mistake_of_the_fields_has_its_line(tmp_path: Path) -> None:
@@ -325,7 +272,7 @@ def test_a_difference_states_fields_keys_reasons_and_cost(tmp_path: Path) -> Non
     assert run.body["nodes"]
     again = comparison.compare(first, second, store, profile)
     assert next(s for s in again.stages if s.name == "order-sft").state in ("sealed", "stale")
-    assert "order-sft" not in {use.name for use in again.costs.uses} and "tokenize" not in again.unsealed
+    assert "order-sft" not in {use.name for use in again.costs.uses}
     assert comparison.compare(second, second, store, profile).stages == ()
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from pipeline.graph import registry
 from pipeline.graph.dag import Node
 from pipeline.graph.run import Run
 from pipeline.launch import clean_environment, job, slurm, submission_lock
-from pipeline.launch.attempt import ALIVE, Task, server_seconds
+from pipeline.launch.attempt import Task
 from pipeline.launch.batch_script import BatchScript, RunScripts
 from pipeline.launch.cluster_profile import Profile, Slurm
 from pipeline.launch.rendezvous import Decision, Verdict
@@ -241,25 +239,3 @@ def test_a_server_is_started_again_after_it_has_answered_and_else_a_few_times(
     assert run(refuses, 1) == Verdict(Decision.FAILED, "there is no vLLM", Kind.USER)
     assert run(is_stopped, 50) == Verdict(Decision.RESTART, "interrupted", Kind.STOPPED)
     assert run(dies, 91) == Verdict(Decision.RESTART, "it is gone", Kind.MACHINE), "the first since it answered"
-
-
-def test_seconds_of_servers_are_those_within_the_attempt(tmp_path: Path) -> None:
-    """Of each start, from its beginning to its last sign of life: here 100 to 160 and, after it died, 170 to 200."""
-    for start, (begin, last) in enumerate(((100, 160), (170, 200))):
-        launch = tmp_path / f"ranks/8.{start}"
-        launch.mkdir(parents=True)
-        for name, when in (("started-0", begin), (ALIVE, last)):
-            (launch / name).touch()
-            os.utime(launch / name, (when, when))
-    (tmp_path / "ranks/9.0").mkdir()  # it waits for its stage
-    assert [server_seconds(tmp_path, *times) for times in ((0, 999), (150, 180), (0, 100), (200, 300))] == [
-        90,
-        20,
-        0,
-        0,
-    ]
-    assert server_seconds(tmp_path / "none", 0, 999) == 0
-    with job.touching(tmp_path / ALIVE):
-        begun = (tmp_path / ALIVE).stat().st_mtime_ns
-        time.sleep(0.02)
-    assert (tmp_path / ALIVE).stat().st_mtime_ns > begun

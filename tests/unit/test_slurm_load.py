@@ -11,7 +11,7 @@ from pipeline.core.store import Store
 from pipeline.graph.run import Run
 from pipeline.launch import slurm_client
 from pipeline.launch.slurm_client import Answers, NoAnswer
-from pipeline.tracking import snapshot
+from pipeline.tracking import status
 from tests.fixtures import slurm_line_fixtures
 
 STAGES = 30
@@ -30,7 +30,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         run.note_job(name, str(n + 1), False)
     waits = slurm_line_fixtures.squeue("1", "PENDING", run.id, names[0], "ReqNodeNotAvail, UnavailableNodes:n1")
     ended = slurm_line_fixtures.sacct("2", "OUT_OF_MEMORY", run.id, names[1], "0:125")
-    path = slurm_line_fixtures.programs(tmp_path / "bin", squeue=waits, sacct=ended, sinfo="n1|bad fan")
+    path = slurm_line_fixtures.programs(tmp_path / "bin", squeue=waits, sacct=ended)
     monkeypatch.setenv("PATH", path)
     return run
 
@@ -47,10 +47,10 @@ def test_a_minute_of_redrawing_asks_for_each_thing_six_times(
     monkeypatch.setattr(slurm_client.time, "monotonic", lambda: now[0])
     for look in range(30):
         now[0] = 2.0 * look
-        taken = snapshot.take(run, Store(tmp_path), answers)
-        assert taken.stages[0].status.reason and "bad fan" in taken.stages[0].status.reason
+        taken = status.take(run, Store(tmp_path), answers)
+        assert taken.stages[0].status.reason and "sinfo -R" in taken.stages[0].status.reason
         assert "ran out" in taken.stages[1].status.message
-    assert calls(tmp_path) == {"squeue": 6, "sinfo": 6, "sacct": 12}, "of the jobs, and of the memory of one"
+    assert calls(tmp_path) == {"squeue": 6, "sacct": 6}
     for look in range(100):  # the jobs of each look are others
         now[0] = 100.0 + slurm_client.ASK_EVERY * look
         answers.ask(slurm_client.finished_jobs, (str(look),))
@@ -58,17 +58,17 @@ def test_a_minute_of_redrawing_asks_for_each_thing_six_times(
 
 
 def test_one_look_asks_a_few_times_however_many_stages_there_are(run: Run, tmp_path: Path) -> None:
-    snapshot.take(run, Store(tmp_path))
-    assert calls(tmp_path) == {"squeue": 1, "sinfo": 1, "sacct": 2}
+    status.take(run, Store(tmp_path))
+    assert calls(tmp_path) == {"squeue": 1, "sacct": 1}
 
 
 def test_slurm_is_asked_for_the_jobs_of_the_run_alone(run: Run, tmp_path: Path) -> None:
     """By a user, or by one id: for anything else squeue takes the jobs of the whole cluster from the controller."""
-    snapshot.take(run, Store(tmp_path))
+    status.take(run, Store(tmp_path))
     requests = [line for line in (tmp_path / "bin/calls").read_text().splitlines() if line.startswith("squeue")]
     assert [request.partition(" -O")[0] for request in requests] == [f"squeue -h -t all -u {run.owner}"]
     run.note_job("stage3", "77", True, user="ann")
-    snapshot.take(run, Store(tmp_path))
+    status.take(run, Store(tmp_path))
     requests = [line for line in (tmp_path / "bin/calls").read_text().splitlines() if line.startswith("squeue")]
     assert {request.partition(" -u ")[2].split()[0] for request in requests[1:]} == {run.owner, "ann"}
 

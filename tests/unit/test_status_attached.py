@@ -11,7 +11,6 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import Run
 from pipeline.launch.rendezvous import Decision, Verdict
-from pipeline.operations import run_actions
 from pipeline.tracking import status
 from tests.fixtures import slurm_line_fixtures
 
@@ -44,19 +43,3 @@ def test_the_cause_of_a_job_of_another_run(
     Verdict(Decision.FAILED, CAUSE).write(launch)
     (node,), lack = status.status(write_run(store, "second", attached=True), store)
     assert (node.state, node.message, lack) == ("failed", shown, None)
-
-
-def test_the_log_of_a_job_is_in_the_run_that_submitted_it(tmp_path: Path) -> None:
-    """Not in a later one that submitted another job of that stage. The log of a rank begins after that of the first."""
-    store = Store(tmp_path / "home")
-    first = write_run(store, "first", attached=False)
-    second, third = write_run(store, "second", False, "8"), write_run(store, "third", attached=True)
-    assert run_actions.submitted_run([third, second, first], "filter") == first
-    assert run_actions.submitted_run([second, first], "filter") == second
-    assert run_actions.submitted_run([third, second], "filter") is run_actions.submitted_run([first], "dedup") is None
-    logs = first.folder / "filter/submitit"
-    logs.mkdir(parents=True)
-    (logs / "7_0_log.out").touch()
-    assert run_actions.has_log(first, "filter", 0) and not run_actions.has_log(first, "filter", 3)
-    (logs / "7_3_log.out").touch()
-    assert run_actions.has_log(first, "filter", 3)

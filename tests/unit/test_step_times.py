@@ -11,6 +11,7 @@ from pipeline.core.events import FileReport
 from pipeline.core.lease import Lease
 from pipeline.core.store import Store
 from pipeline.graph.run import NodeStatus, Run, node_status
+from pipeline.tracking.status import Snapshot, StageView
 from stages.train.step_times import Place, RankTime, first_missing, slow_rank
 
 
@@ -61,11 +62,13 @@ def test_status_names_the_slow_rank_while_it_is_slow(tmp_path: Path) -> None:
     report, lease = FileReport(run.node_folder("pretrain")), Lease.take(store.work(key))
     assert lease is not None
     row = {"name": "pretrain", "key": key}
+    (run.folder / "run.json").write_text("{}")  # its owner is the run's
 
     def slow() -> str | None:
         status = node_status(run, store, row)  # type: ignore[arg-type]
         assert isinstance(status, NodeStatus) and status.state == "running"
-        (cell,) = status_table("r", "u", [status], "0").columns[-1].cells
+        current = Snapshot(run, 0.0, (StageView(status, None),), None, {"gpu_hours": 0.0, "core_hours": 0.0})
+        (cell,) = status_table(current).columns[-1].cells
         assert (status.slow or "") in str(cell)
         return status.slow
 

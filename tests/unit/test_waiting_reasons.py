@@ -3,17 +3,14 @@ those of Slurm's own list: as recorded, and as the installed Slurm has it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from pipeline.graph.run import NodeStatus
 from pipeline.launch import diagnoses, slurm_client
-from pipeline.launch.slurm_client import Answers, Job, NoAnswer
+from pipeline.launch.slurm_client import Job
 from pipeline.operations import alerts
-from pipeline.operations.alerts import Thresholds
 from tests.fixtures import slurm_reason_fixtures
-from tests.fixtures.slurm_reason_fixtures import CONTROLLER, TABLE, Known, explained, installed, reasons, recorded
+from tests.fixtures.slurm_reason_fixtures import CONTROLLER, TABLE, explained, installed, reasons, recorded
 
 
 def test_each_reason_has_the_sentence_and_the_alert_of_the_table() -> None:
@@ -63,38 +60,25 @@ def test_each_state_of_slurm_is_one_of_a_living_job_or_has_a_sentence() -> None:
 
 
 def test_only_a_job_that_waits_is_explained() -> None:
-    assert diagnoses.explain(Job("7", "RUNNING", "Priority"), Known()) is None
-    assert diagnoses.explain(Job("7", "PENDING", ""), Known()) is None
-    held = diagnoses.explain(Job("7", "REQUEUE_HOLD", "job requeued in held state"), Known())
+    assert diagnoses.explain(Job("7", "RUNNING", "Priority")) is None
+    assert diagnoses.explain(Job("7", "PENDING", "")) is None
+    held = diagnoses.explain(Job("7", "REQUEUE_HOLD", "job requeued in held state"))
     assert held is not None and held[0].alert
 
 
-class Silent(Answers):
-    def ask(self, function: Any, *arguments: Any, **_: Any) -> Any:
-        raise NoAnswer(f"{function.__name__} failed")
-
-
-def test_without_further_answers_the_sentence_names_the_command() -> None:
-    for reason, command in (("NodeDown", "sinfo -R"), ("Reservation", "scontrol show reservation")):
-        explanation = diagnoses.explain(Job("7", "PENDING", reason), Silent())
-        assert explanation is not None and f"see `{command}`" in explanation[1]
-
-
-def status(reason: str, since: float, number: int = 1) -> NodeStatus:
+def status(reason: str, number: int) -> NodeStatus:
     row, sentence = explained(reason)
     name = f"stage{number}"
     alert = row.name if row.alert else None
-    return NodeStatus(name, f"{name}-0", "pending", reason=sentence, alert=alert, waits_since=since)
+    return NodeStatus(name, f"{name}-0", "pending", reason=sentence, alert=alert)
 
 
 @pytest.mark.parametrize("line", TABLE.read_text().splitlines())
 def test_what_needs_a_person_is_one_alert(line: str) -> None:
-    """At once, and the rest after a day; one for all jobs that wait for the same."""
+    """One for all jobs that wait for the same."""
     reason, alert, sentence = line.split("\t")
-    stages = [status(reason, since=1000.0, number=number) for number in range(3)]
-    at_once = list(alerts._of_jobs(stages, 1000.0, Thresholds()))
-    assert len(at_once) == bool(alert)
-    for each in at_once:
+    stages = [status(reason, number) for number in range(3)]
+    found = list(alerts._of_jobs(stages))
+    assert len(found) == bool(alert)
+    for each in found:
         assert each.text == f"stage stage0: {sentence}; the same holds for 2 stages more"
-    later = list(alerts._of_jobs(stages, 1000.0 + 86_500, Thresholds()))
-    assert len(later) == 1 and (alert or later[0].kind == "long wait")

@@ -31,7 +31,6 @@ from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped, printable, shown
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import LOCK_BYTES, explain
-from pipeline.hub import limits
 from pipeline.hub.client import RemoteRepository, api, endpoint, is_unsafe, online, translate_errors
 from stages.data.acquire.readers.base import MAX_ENTRIES
 
@@ -238,7 +237,7 @@ def _download(source: str, locked: LockedSource, file: LockedFile, target: Path)
     if file.size > (free := shutil.disk_usage(target.parent).free):
         raise AtomError(f"{name} has {file.size} bytes, and {target.parent} has room for {free}; make room")
     try:
-        with translate_errors(f"pulling {name}"), online(), limits.transfer(file.size):
+        with translate_errors(f"pulling {name}"), online():
             pulled = api().hf_hub_download(
                 locked.repo, file.path, repo_type="dataset", revision=locked.revision, local_dir=draft
             )

@@ -231,7 +231,6 @@ HOSTILE = {
     "a path outside": (lambda row: [{**row, "path": "data/../../x.jsonl.gz"}], "which is no file of a dataset"),
     "no digest": (lambda row: [{**row, "lfs": {**row["lfs"], "oid": "best"}}], "with the digest 'sha256:best'"),
     "a negative size": (lambda row: [{**row, "size": -1}], "of -1 bytes"),
-    "no list": (lambda row: {"error": "?"}, "sends a malformed answer"),
     "nothing": (lambda row: [], "none of 0 files matches 'data/\\*.jsonl.gz'|has no file that matches"),
 }  # fmt: skip
 

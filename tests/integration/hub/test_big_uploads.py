@@ -21,11 +21,11 @@ LIMITED = """
 import sys
 from pathlib import Path
 from pipeline.core.errors import MachineError
-from pipeline.hub import limits
+from pipeline.hub import client
 from pipeline.hub.client import RemoteRepository
 from release.hub.upload import Destination, Journal
 from release.repositories import Repository
-limits.LIMITS = limits.Limits(retry_after=1)
+client.MAX_RETRY_SECONDS = 1.0
 folder = Path(sys.argv[1])
 for name in range(120):
     (folder / f"{name:03d}.json").write_text(str(name))

@@ -126,8 +126,7 @@ def write(path: Path, body: Any) -> Path:
         ("release.license.code", "MIT AND (", "is not an SPDX expression"),
         ("release.license.code", "(" * 400, "is not an SPDX expression"),
         ("release.languages", [], "tuple should have at least 1 item"),
-        ("release.languages", ["xx"], "release.languages.0 = 'xx' is no language"),
-        ("release.languages", ["english"], "is no language"),
+        ("release.languages", ["english"], "release.languages.0 = 'english' is no language"),
         ("release.languages", [False], "input should be a valid string"),
         ("release.namespace", "a/b", "is no user or organization of the Hub"),
         ("pretrain.evil\x1b[31m\nkey", 1, "pretrain.evil\\x1b[31m\\nkey is not a field"),
@@ -146,9 +145,6 @@ def test_nonsense_is_refused_with_the_range_that_makes_sense(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"pretrain.steps": 10**8, "pretrain.batch.global_tokens": 2**30}, "FLOPs; use at most 1e+27"),
-        ({"pretrain.release_checkpoint_interval": 1}, "sealed checkpoints are"),
-        ({"pretrain.parallelism": {"ranks": 1}, "pretrain.batch.micro_tokens": 2**22, "pretrain.batch.ramp": []}, "a rank would hold"),
         ({"model.layers": 1024, "model.hidden_size": 2**16, "model.moe_intermediate_size": 2**17, "model.experts": 4096}, "parameters; use at most 1e+14"),
     ],
 )  # fmt: skip

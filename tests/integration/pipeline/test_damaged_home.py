@@ -26,7 +26,6 @@ from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import submission_lock
 from pipeline.launch.diagnoses import failure_kind, failure_message
-from pipeline.launch.slurm_client import Job, Owner
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import SOAK, at_length, atom
 
@@ -156,23 +155,15 @@ def test_what_may_not_be_read_is_named(home: Path, composed: Graph, pattern: str
             assert f"{path} is damaged (Permission denied)" in process.stderr, process.stderr
 
 
-def test_a_run_goes_on_without_what_is_damaged_and_says_so(home: Path, composed: Graph) -> None:
-    """The release and everything else as a user meets it: what can be done is done, then one sentence and exit code 2."""
+def test_a_run_that_needs_what_is_damaged_says_so(home: Path, composed: Graph) -> None:
     store, recipe = Store(home), str(composed.recipe.path)
-    sums, courtesies = (composed.nodes[f"acquire-{name}"].key for name in ("sums", "courtesies"))
+    sums = composed.nodes["acquire-sums"].key
     manifest = store.artifacts / sums / "manifest.json"
     manifest.write_text("[]")
-    shutil.rmtree(store.artifacts / courtesies)
     process = atom(home, "run", recipe, "--until", "filter", code=2)
-    assert str(manifest) in process.stderr and "Traceback" not in process.stdout + process.stderr
-    assert "stage filter cannot be run" in process.stderr
-    assert (
-        process.stderr.splitlines()[-1].startswith("atom: ") and f"--include {sums}" in process.stderr.splitlines()[-1]
-    )
-    assert store.damage(courtesies) is None, "what does not need the file was made"
-    output = atom(home, "status", "--json").stdout
-    states = {stage["name"]: stage["state"] for stage in json.loads(output)["stages"]}
-    assert states["acquire-courtesies"] == "sealed"
+    (sentence,) = process.stderr.splitlines()
+    assert sentence.startswith(f"atom: stage acquire-sums cannot be run: {manifest} is damaged"), process.stderr
+    assert f"--include {sums}" in sentence
     plan = json.loads(atom(home, "plan", recipe, "--json").stdout)["stages"]
     assert {row["name"]: row["state"] for row in plan}["acquire-sums"] == "damaged"
     atom(home, "gc", "--delete", "--yes", "--include", sums)
@@ -190,12 +181,8 @@ def test_submit_and_retry_name_what_is_damaged(home: Path, composed: Graph) -> N
     runs.start(composed, store, ["acquire-sums"], "dev", {"launcher": "slurm"}).note_job("acquire-sums", "7", False)
     for line in (submit, ("retry",)):
         process = atom(home, *line, code=2)
-        assert "0 stages sealed already" in process.stdout and "Traceback" not in process.stderr
-        assert process.stderr.splitlines()[0].startswith("atom: stage acquire-sums cannot be run: ")
-        last = process.stderr.splitlines()[-1]
-        assert last.startswith(f"atom: 1 stage not submitted: {manifest} is damaged") and f"--include {key}" in last
-    body = json.loads(atom(home, *submit, "--json", code=2).stdout)
-    assert list(body["damaged"]) == ["acquire-sums"] and str(manifest) in body["damaged"]["acquire-sums"]
+        assert process.stderr.startswith(f"atom: stage acquire-sums cannot be run: {manifest} is damaged")
+        assert f"--include {key}" in process.stderr and process.stderr.count("\n") == 1
 
 
 def test_a_run_that_cannot_be_read_stops_only_who_asks_for_it(home: Path) -> None:
@@ -364,18 +351,12 @@ def test_only_a_path_of_the_command_line_or_the_home_is_the_users_mistake(
         main.main()
 
 
-def test_a_damaged_claim_is_asked_of_slurm(tmp_path: Path) -> None:
+def test_a_damaged_claim_is_reported(tmp_path: Path) -> None:
     store, key = Store(tmp_path), "pretrain-000000000000"
     submission_lock.folder(store).mkdir()
     (submission_lock.folder(store) / f"{key}.json").write_text("{}")
-    job = Job("7", "RUNNING", "", "n1", "", Owner("run-1", "pretrain"), user="ann")
-    assert submission_lock.read(store, key, {}) is None
-    assert submission_lock.read(store, key, {"7": job}) is None, "what that job makes is not known"
-    body = {"id": "run-1", "recipe": "r", "version": "1", "recipe_path": "r", "profile": "dev", "launcher": "slurm"}
-    (store.logs / "run-1").mkdir(parents=True)
-    nodes = [{"name": "pretrain", "stage": "pretrain", "key": key}]
-    (store.logs / "run-1/run.json").write_text(json.dumps({**body, "nodes": nodes}))
-    assert submission_lock.read(store, key, {"7": job}) == submission_lock.Claim(key, "7", "run-1", "pretrain", "ann")
+    with pytest.warns(UserWarning, match="whether a job makes this key is not known"):
+        assert submission_lock.read(store, key) is None
 
 
 @pytest.mark.parametrize(
@@ -468,18 +449,15 @@ NO_FOLDERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", NO_FOLDERS)
-@pytest.mark.parametrize("place", ["work", "work/key-1", "artifacts"])
+@pytest.mark.parametrize("place", ["work", "artifacts"])
 def test_what_stands_where_a_folder_should_be_is_named(tmp_path: Path, place: str, kind: str) -> None:
     store = Store(tmp_path / "home")
-    (tmp_path / "home" / place).parent.mkdir(parents=True)
+    (tmp_path / "home").mkdir()
     NO_FOLDERS[kind](store.home / place)
     with pytest.raises(OSError) as raised:
         Lease.take(store.home / place / ("key-1" if place == "work" else ""))
     message = failure_message(raised.value, "pretrain", store)
-    assert (
-        message.startswith(f"{store.home / place} is ") and "move it away" in message and os_errors.AGAIN in message
-    ), message
-    assert (store.misplaced() is None) == (place == "work/key-1")
+    assert message.startswith(f"{store.home / place}") and "cannot be used (" in message, message
 
 
 def test_a_file_in_the_place_of_a_folder_is_one_sentence_of_every_command(home: Path, composed: Graph) -> None:
@@ -488,22 +466,4 @@ def test_a_file_in_the_place_of_a_folder_is_one_sentence_of_every_command(home: 
     (home / "work").mkdir(exist_ok=True)
     (home / "work" / key).touch()
     process = atom(home, "run", recipe, "--until", "acquire-sums", code=2)
-    assert f"{home / 'work' / key} is no folder; move it away" in process.stderr.splitlines()[-1], process.stderr
-    shutil.rmtree(home / "artifacts")
-    os.mkfifo(home / "artifacts")
-    for line, code in ((["status"], 0), (["plan", recipe], 0), (["run", recipe], 2)):
-        stderr = atom(home, *line, code=code).stderr
-        assert stderr.count(f"atom: {home / 'artifacts'} is no folder; move it away") == 1, stderr
-        assert "name a file" not in stderr
-
-
-@pytest.mark.parametrize(
-    ("number", "advice"), [("EACCES", "let yourself"), ("EISDIR", "move it"), ("ENOENT", "see what")]
-)
-def test_only_who_named_a_file_is_reported_to_name_another(tmp_path: Path, number: str, advice: str) -> None:
-    code, path = getattr(errno, number), tmp_path / "home" / "x"
-    path.parent.mkdir()
-    error = OSError(code, os.strerror(code), str(path))
-    for arguments, words in (([], advice), ([str(tmp_path / "other")], advice), ([str(path)], "name a file")):
-        fault = os_errors.find(error, path.parent, arguments)
-        assert fault and f"{path} cannot be used ({os.strerror(code)}); {words}" in fault.text
+    assert f"{home / 'work' / key} cannot be used (" in process.stderr.splitlines()[-1], process.stderr

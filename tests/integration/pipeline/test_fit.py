@@ -16,17 +16,10 @@ from pipeline.core.store import Store
 from pipeline.graph import dag, plan
 from pipeline.graph import recipe as recipes
 from pipeline.graph.dag import State
-from pipeline.graph.plan import (
-    HASH_RATE,
-    SEAL_RATE,
-    CheckpointTimes,
-    checkpoint_times,
-    require_patient_watchdogs,
-)
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from pipeline.operations import fit
-from pipeline.operations.cost_estimate import Use, estimate_costs
+from pipeline.operations.fit import Use, estimate_costs
 from tests.fixtures import ROOT
 from tests.fixtures.fit_fixtures import BODY, GIB, TRAINING
 from tests.fixtures.run_fixtures import atom
@@ -61,10 +54,6 @@ def reasons(rows: list[plan.StagePlan], hours: float = 0.5, body: dict[str, Any]
             "$ATOM_HOME then has 101 GB, of 100 (storage.home_gb)",
         ),
         (Estimate(files=1001), False, "$ATOM_HOME then has 1,001 files, of 1,000 (storage.home_files)"),
-        (
-            Estimate(disk_bytes=51 * 10**9, published=(Published("dataset", "f", 2, 51 * 10**9),)), False,
-            "the release then has 51 GB, of 50 on the Hub (storage.hub_gb)",
-        ),
     ],
 )  # fmt: skip
 def test_each_limit(estimate: Estimate, trains: bool, reason: str | None) -> None:
@@ -120,19 +109,12 @@ def test_what_must_end_within_a_start() -> None:
     assert reasons([row(Estimate(cpu_seconds=9 * 3600, serial_seconds=0), shards=10)], hours=5) == [()]
 
 
-def test_without_a_limit_nothing_is_exceeded_and_a_sentence_names_it() -> None:
+def test_without_a_limit_nothing_is_exceeded() -> None:
     jobs = {"partition": "p", "minutes": 60}
     body = {"name": "p", "power": {"watts_per_core": 8}, "slurm": {"cpu": jobs, "train": jobs | {"gpus_per_node": 8}}}
     rows = [row(Estimate(memory_bytes=999 * GIB, disk_bytes=10**15, files=10**9)), row(Estimate(10), True)]
     body["slurm"]["train"]["tasks_per_node"] = 8
     assert reasons(rows, body=body) == [(), ()]
-    assert fit.unlimited(rows, Profile.model_validate(body)) == (
-        "not limited by profile p: gpu.memory_gb, slurm.cpu.memory_gb, slurm.train.memory_gb, storage.home_gb, "
-        "storage.home_files, storage.hub_gb, storage.gb_s"
-    )
-    two_nodes = fit.unlimited([replace(rows[1], ranks=16)], Profile.model_validate(body)) or ""
-    assert "slurm.train.memory_gb, slurm.train.nodes, storage" in two_nodes
-    assert fit.unlimited(rows, Profile.model_validate(BODY)) is None
 
 
 def test_this_machine_holds_as_many_processes_as_run_at_once() -> None:
@@ -249,7 +231,6 @@ def test_gpus_of_a_stage_that_does_not_train() -> None:
         misfits([asks], Profile.model_validate(BODY | {"slurm": {**BODY["slurm"], "gpu": {**gpu, "gpus_per_node": 2}}}))
     on_cores = BODY | {"slurm": {**BODY["slurm"], "gpu": {**gpu, "gpus_per_node": 0, "memory_gb": 404}}}
     assert not any("memory" in reason for reason in misfits([asks], Profile.model_validate(on_cores))["it"])
-    assert fit.unlimited([asks], Profile.model_validate(with_gpus)) is None
 
 
 def test_every_stage_of_a_packaged_recipe_is_judged(tmp_path: Path) -> None:
@@ -307,67 +288,6 @@ def test_plan_and_submit_refuse_files_that_the_hub_does_not_take(tmp_path: Path)
             tmp_path / "home", "submit", str(tmp_path / "large.yaml"), "--cluster", "dev", "--dry-run", code=2
         ).stderr
     )
-
-
-def phase(ranks: int, text: str = "to run", **training: Any) -> plan.StagePlan:
-    return replace(row(Estimate(training=replace(TRAINING, **training)), trains=True, text=text), ranks=ranks)
-
-
-def test_seconds_of_a_checkpoint() -> None:
-    """By the share of the fullest rank, or by what the storage gives all of them together."""
-    sizes = {"checkpoint_bytes": 10**12, "share_bytes": 8 * 10**9, "silent_bytes": 2 * 10**9}
-    times = checkpoint_times(phase(128, **sizes), None)
-    assert times == CheckpointTimes(8e9 / SEAL_RATE, 8e9 / HASH_RATE, 2e9 / SEAL_RATE, 1800.0)
-    assert checkpoint_times(phase(128, **sizes), 5.0) == CheckpointTimes(400.0, 200.0, 51.2, 1800.0)
-    assert checkpoint_times(row(Estimate()), None) is None
-
-
-def test_a_watchdog_that_takes_sealing_for_a_hang_is_refused() -> None:
-    """What counts is the longest piece without a report, not the whole seal."""
-    patient = phase(128, checkpoint_bytes=10**12, share_bytes=8 * 10**9, silent_bytes=2 * 10**9, watchdog_seconds=52.0)
-    times = checkpoint_times(patient, 5.0)
-    assert times is not None and times.seal > times.watchdog
-    require_patient_watchdogs([row(Estimate()), patient], 5.0)
-    with pytest.raises(RecipeError, match=(
-        "stage it: while a checkpoint is sealed, with storage.gb_s = 4 for all ranks together, no rank may report progress "
-        "for 64 s, and watchdog_timeout_seconds = 52 would end each attempt; set it to 64 or more"
-    )):  # fmt: skip
-        require_patient_watchdogs([patient], 4.0)
-    impatient = phase(1, silent_bytes=10 * 10**9, watchdog_seconds=3.0)
-    with pytest.raises(RecipeError, match="while a checkpoint is sealed, no rank may report progress for"):
-        require_patient_watchdogs([impatient], None)
-    require_patient_watchdogs([replace(impatient, state=State("it", "it-0", "sealed"))], None)
-
-
-@pytest.mark.parametrize("name", ["atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b"])
-def test_the_watchdogs_of_the_recipes_for_clusters_are_patient(tmp_path: Path, name: str) -> None:
-    """Also on a storage of one GB/s, on which the largest takes more than an hour to seal."""
-    composed = dag.compose(recipes.load(name), Store(tmp_path), without_data=True)
-    rows = plan.plan(composed, dag.states(composed, Store(tmp_path)), composed.select(None, None))
-    for storage_gb_s in (None, 1.0):
-        require_patient_watchdogs(rows, storage_gb_s)
-    phases = [row for row in rows if row.estimate.training]
-    for row in phases:
-        training = row.estimate.training
-        assert training is not None and training.silent_bytes <= training.share_bytes <= 1.51e10
-        assert row.ranks * training.share_bytes >= training.checkpoint_bytes
-
-
-def test_plan_and_submit_refuse_an_impatient_watchdog(tmp_path: Path) -> None:
-    body = yaml.safe_load((ROOT / "pipeline/clusters/dev.yaml").read_text())
-    body["storage"] = {"gb_s": 1e-6}
-    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(body))
-    slow = ("--cluster", str(tmp_path / "slow.yaml"))
-    planned = atom(tmp_path / "home", "plan", "atom-smoke", *slow, "--json", code=2)
-    sentence = (
-        "stage pretrain: while a checkpoint is sealed, with storage.gb_s = 1e-06 for all ranks together, no rank may"
-    )
-    assert sentence in planned.stderr
-    seconds = {stage["name"]: stage["checkpoint_seconds"] for stage in json.loads(planned.stdout)["stages"]}
-    assert seconds["pretrain"]["silent"] > seconds["pretrain"]["watchdog"] and seconds["tokenize"] is None
-    assert sentence in atom(tmp_path / "home", "submit", "atom-smoke", *slow, "--dry-run", code=2).stderr
-    table = atom(tmp_path / "home", "plan", "atom-smoke").stdout
-    assert "checkpoint of pretrain, midtrain" in table and "no limit of storage.gb_s" in table
 
 
 def test_submit_refuses_what_does_not_fit(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pipeline.graph import dag, plan
 from pipeline.graph import recipe as recipes
 from pipeline.graph.dag import State
 from pipeline.launch import cluster_profile
-from pipeline.operations.cost_estimate import Use, estimate_costs
+from pipeline.operations.fit import Use, estimate_costs
 from stages.mcore.throughput import StepSetup, shape_of, step_time
 from stages.models.base import Rows
 from stages.train.estimate import training_time

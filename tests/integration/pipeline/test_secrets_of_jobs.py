@@ -117,8 +117,7 @@ def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "act" / "go").touch()
     (name,) = graph.nodes
     run = runs.start(graph, store, [name], "local", {"launcher": "local"})
-    with Display(Console(quiet=True)) as display:
-        LocalLauncher(graph, store, run, [name], cluster_profile.load("local"), display).go()
+    LocalLauncher(graph, store, run, [name], cluster_profile.load("local"), Display(Console(quiet=True))).go()
     assert os.environ["HF_TOKEN"] == PLANTED, "what runs the stages keeps its own"
     for role in ("stage", "child"):
         environ = (tmp_path / "act" / f"{role}.environ").read_bytes()

@@ -48,7 +48,8 @@ def test_a_failure_of_one_rank_ends_all_within_seconds(
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with pytest.raises(AtomError) as error, Display(Console(quiet=True)) as display:
+    display = Display(Console(quiet=True))
+    with pytest.raises(AtomError) as error:
         LocalLauncher(graph, store, run, [name], cluster_profile.load("local"), display).go()
     watcher.join(60)
     ends[0].require_promise(name, (tmp_path / "act" / "acted").stat().st_mtime)

@@ -10,17 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
 from pipeline.operations import alerts
 from pipeline.operations.alerts import Alert, Thresholds, Watcher
-from pipeline.tracking import snapshot
-from pipeline.tracking.status import HIDDEN
+from pipeline.tracking import status
 from tests.fixtures.live_fixtures import RUN, append, make_run, train
 from tests.fixtures.run_fixtures import atom
 
@@ -40,9 +37,7 @@ def running(home: Path) -> Iterator[None]:
 def kinds(home: Path, limits: Thresholds | None = None, **fields: object) -> list[str]:
     run, store = make_run(home, **fields)  # type: ignore[arg-type]
     with running(home):
-        return [
-            alert.kind for alert in alerts.alerts(snapshot.take(run, store), store, limits or Thresholds(free_gb=0))
-        ]
+        return [alert.kind for alert in alerts.alerts(status.take(run, store), store, limits or Thresholds(free_gb=0))]
 
 
 def test_a_healthy_run_raises_no_alert(tmp_path: Path) -> None:
@@ -58,32 +53,18 @@ def test_a_stage_without_a_step_has_stalled(tmp_path: Path) -> None:
     assert kinds(tmp_path / "d", few, steps=30, ago=45) == ["stalled"]
 
 
-def test_a_stage_whose_job_is_hidden_has_stalled_as_well(tmp_path: Path) -> None:
-    run, store = make_run(tmp_path, steps=30, ago=400)
-    taken = snapshot.take(run, store)
-    hidden = [
-        replace(stage, status=replace(stage.status, state=HIDDEN, reason="Slurm shows jobs of ann to no other user"))
-        for stage in taken.stages
-    ]
-    current = alerts.alerts(replace(taken, stages=tuple(hidden)), store, Thresholds(free_gb=0))
-    assert [(alert.kind, alert.stage) for alert in current] == [("stalled", "pretrain")], "the others have not begun"
-    assert current[0].text.endswith("the node that it runs on; Slurm shows jobs of ann to no other user")
-
-
 def test_budget_and_disk(tmp_path: Path) -> None:
     hours = 16 * 2 * 300 / 3600
     for share, expected in ((0.8, []), (0.95, ["budget"]), (1.5, ["budget"])):
         budget = {"gpu_hours": hours / share, "core_hours": None}
-        limits = Thresholds(budget_share=0.9, free_gb=0)
+        limits = Thresholds(free_gb=0)
         fields = {"steps": 300, "budget": budget}
         run, store = make_run(tmp_path / str(share), **fields)  # type: ignore[arg-type]
         append(run.node_folder("pretrain") / "events.jsonl", {  # all but done, so that nothing more is expected
             "time": time.time(), "event": "progress", "done": 1000, "total": 1000, "unit": "steps"})  # fmt: skip
         with running(store.home):
-            current = alerts.alerts(snapshot.take(run, store), store, limits)
+            current = alerts.alerts(status.take(run, store), store, limits)
         assert [alert.kind for alert in current] == expected, share
-    over = kinds(tmp_path / "forecast", steps=300, budget={"gpu_hours": hours * 2, "core_hours": None})
-    assert over == ["budget"], "1000 steps take 3.3 times as long"
     assert kinds(tmp_path / "disk", Thresholds(free_gb=1e6), steps=5) == ["disk"]
 
 
@@ -93,14 +74,8 @@ def test_spikes_and_dead_experts(tmp_path: Path) -> None:
 
     def current() -> list[Alert]:
         with running(tmp_path):
-            return alerts.alerts(snapshot.take(run, store), store, Thresholds(free_gb=0))
+            return alerts.alerts(status.take(run, store), store, Thresholds(free_gb=0))
 
-    train(folder, time.time(), 201, 4.2)
-    (spike,) = current()
-    assert spike.kind == "loss spike" and "the loss is 4.2 at step 201" in spike.text
-    for step in range(202, 270):
-        train(folder, time.time(), step, 2.4)
-    assert current() == [], "64 steps later it is over"
     append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "spike": 1.0})
     append(folder / "metrics.jsonl", {"time": 1.0, "step": 270, "dead_experts": 2.0})
     assert [(alert.kind, alert.text.partition(": ")[2]) for alert in current()] == [
@@ -118,7 +93,7 @@ def test_an_expert_that_stays_dead_is_an_alert_and_one_of_the_first_steps_is_not
     def texts(step: int, dead: float) -> list[str]:
         append(metrics, {"time": 1.0, "step": step, "dead_experts": dead})
         with running(tmp_path):
-            return [alert.text for alert in alerts.alerts(snapshot.take(run, store), store, Thresholds(free_gb=0))]
+            return [alert.text for alert in alerts.alerts(status.take(run, store), store, Thresholds(free_gb=0))]
 
     for step in range(0, 1000, 10):
         assert texts(step, 2.0) == []
@@ -138,7 +113,7 @@ def test_an_alert_is_sent_once_until_it_is_over(tmp_path: Path) -> None:
         watcher().send(current)
     assert sent.read_text().split() == ["text", "full", "text"]
     assert Watcher(RUN, tmp_path / "nowhere" / "watch.json").send([]) == ([], [])
-    with pytest.raises(AtomError, match="cannot be written .No such file or directory.; name a writable file"):
+    with pytest.raises(FileNotFoundError):
         watcher(tmp_path / "nowhere" / "watch.json").send([alert])
     assert len(sent.read_text().split()) == 3, "what cannot be remembered is not sent"
     (tmp_path / "watch.json").write_text("{")
@@ -178,7 +153,6 @@ JOB = """
 import sys, time
 from pathlib import Path
 from pipeline.core.events import FileReport
-from pipeline.core.errors import AtomError
 from pipeline.core.lease import Lease
 home, run = map(Path, sys.argv[1:])
 lease, report = Lease.take(home / "work" / "pretrain-0123456789ab"), FileReport(run / "pretrain")

@@ -267,7 +267,6 @@ for suffix, kind, file in (("", "model", "model.safetensors"), ("-evidence", "da
 
 
 MANY = """
-from pipeline.hub import limits
 from release.hub import upload
 from pipeline.hub.client import RemoteRepository
 from release.hub.upload import Destination, Difference, Journal
@@ -287,8 +286,6 @@ upload.FILE_BYTES = 1
 assert "bytes, and a file on the Hub has at most 1;" in said(AtomError, many.refuse_beyond_limits)
 upload.FOLDER_FILES = 3399
 assert "has 3400 files, and a folder on the Hub has at most 3399" in said(AtomError, many.refuse_beyond_limits)
-limits.REQUESTS = 0
-assert "times without success" in said(AtomError, many._commit, "main", Difference(names, []), "again", remote.commit("main"))
 """
 
 
