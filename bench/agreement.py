@@ -1,4 +1,4 @@
-"""Agreement of blocks with our words and with spaCy's, block by block: writes the figures of the data card.
+"""Agreement of blocks with our words and with spaCy's, block by block: writes agreement.yaml.
 
     .venv/bin/python bench/agreement.py              # reference verdicts and figures, about two minutes
     .venv/bin/python bench/agreement.py --collect    # the documents first, from the packages of Debian
@@ -6,8 +6,8 @@
 
 The documents are `tests/data/agreement/documents.jsonl.xz` (their README states origin and license), each with the
 verdicts of stock datatrove. The reference runs in an environment of its own with spaCy, `build/stock-datatrove`, which
-is made on demand (`--python` names another). The figures go to `stages/data/curate/agreement.yaml`, which a release
-publishes and `tests/integration/data/test_agreement.py` holds to the steps.
+is made on demand (`--python` names another). The figures go to `bench/agreement.yaml`, which
+`tests/integration/data/test_agreement.py` holds to the steps.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
@@ -32,7 +32,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.stock_blocks import BLOCKS, read_texts  # noqa: E402
-from stages.data.curate.agreement import FIGURES, agreement_of  # noqa: E402
 from stages.data.curate.filters.base import Filter  # noqa: E402
 from stages.data.curate.filters.block import BlockStep  # noqa: E402
 from stages.data.curate.filters.language import Language  # noqa: E402
@@ -44,6 +43,39 @@ REFERENCE = "datatrove 0.10.1 with spaCy 3.8.18"
 CORPUS = "documentation of SQLite and the Jargon File"
 PACKAGES = ("sqlite3-doc", "jargon-text")
 MAX_LENGTH = 12_000
+FIGURES = Path(__file__).with_suffix(".yaml")
+
+
+class Agreement(TypedDict):
+    """The agreement of a filter with its reference.
+
+    Attributes:
+        agreement: Share of the documents that both keep or both remove.
+        kappa: Cohen's kappa; 1.0 if both keep all.
+        kept: Documents that our filter keeps.
+        reference_kept: Documents that the reference keeps.
+    """
+
+    agreement: float
+    kappa: float
+    kept: int
+    reference_kept: int
+
+
+def agreement_of(ours: Sequence[str | None], reference: Sequence[str | None]) -> Agreement:
+    """Returns the agreement, by the reasons for removing each document, None where it is kept."""
+    count = len(ours)
+    kept, reference_kept = sum(reason is None for reason in ours), sum(reason is None for reason in reference)
+    equal = sum((a is None) == (b is None) for a, b in zip(ours, reference, strict=True)) / count
+    chance = (kept * reference_kept + (count - kept) * (count - reference_kept)) / count**2
+    kappa = (equal - chance) / (1 - chance) if chance < 1 else 1.0
+    return {"agreement": round(equal, 4), "kappa": round(kappa, 4), "kept": kept, "reference_kept": reference_kept}
+
+
+def read_figures() -> dict[str, Any]:
+    """Returns `reference`, `corpus`, number of `documents`, and the `rules` with an Agreement each."""
+    figures: dict[str, Any] = yaml.safe_load(FIGURES.read_text())
+    return figures
 
 
 def stock_python(given: str | None) -> str:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pipeline.core.text import escaped
-from release.cards.tables import count, explained_table, few, table
+from release.cards.tables import count, explained_table, table
 from release.facts.data_facts import DataFacts, SourceFacts
-from release.facts.document_facts import LENGTHS, LanguageFacts, LicenseFacts
-from stages.data.acquire.licenses.allow import asks_for_attribution
+from release.facts.document_facts import LanguageFacts, LicenseFacts
 
 MOST_LICENSES = 30
 """Licenses with a row of their own, those of most tokens; the others share one."""
 MOST_LANGUAGES = 10
 """Languages of a source with a row of their own, those of most tokens; the others share one."""
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 EXAMPLE_CHARACTERS = 240
 """Characters of an example document that are shown."""
 OPT_OUT_KINDS = ("id", "content_hash", "url", "host", "copy", "near_duplicate", "derived")
@@ -78,43 +76,6 @@ def by_reference(data: DataFacts) -> list[str]:
     return lines
 
 
-def attribution(data: DataFacts) -> list[str]:
-    """Returns the sources whose licenses ask for attribution or for notices; none if no source does."""
-    listed = data.documents.attributed
-    body = []
-    for name, row in data.sources.items():
-        if licenses := [license for license in row.licenses if asks_for_attribution(license)]:
-            # Without these tables the number is not known.
-            documents = [count(listed.get(name, 0))] if listed else []
-            body.append([name, few(licenses), *documents, escaped(row.origin), escaped(row.license_evidence)])
-    tables = (
-        "`attribution/` lists each of these documents with its license, its origin, and its title and authors where "
-        "the source states them."
-        if listed
-        else "`kept/` has the license and the origin of each document: its address, or its place in the source."
-    )
-    sentence = (
-        "Who uses texts of these sources must name their authors, or keep their notices, as the license of each "
-        f"document asks. {tables}"
-    )
-    if data.documents.notices:
-        number = count(data.documents.notices)
-        sentence += f" `notices/` has the {number} texts of licenses and notices of their packages, each once."
-    documents = ["documents"] if listed else []
-    return explained_table(sentence, ["source", "licenses", *documents, "origin", "evidence of the license"], body)
-
-
-def lengths(data: DataFacts) -> list[str]:
-    """Returns the share of each source's tokens by the length of its documents."""
-    bounds = [f"to {count(bound)}" for bound in LENGTHS] + [f"above {count(LENGTHS[-1])}"]
-    body = []
-    for name, row in data.documents.lengths.items():
-        total, documents = sum(row.tokens), sum(row.documents)
-        mean = f"{total / documents:,.0f}" if documents else ""
-        body.append([name, mean, *(_share(tokens, total) for tokens in row.tokens)])
-    return table(["source", "tokens of a document, mean", *bounds], body)
-
-
 def synthetic(data: DataFacts) -> list[str]:
     """Returns documents and tokens that generators wrote, by generator and digest; none without such a source."""
     by_generator: dict[tuple[str, ...], list[SourceFacts]] = {}
@@ -159,24 +120,7 @@ def languages(data: DataFacts) -> list[str]:
     sentence = "The language of a document is what fastText's lid.176 took it for when it was filtered."
     sentence += _not_measured(data, data.documents.languages, "No step identified it in")
     head = ["source", "language", "documents", "tokens", "share of the source's tokens"]
-    return explained_table(sentence, head, body, labels=2)
-
-
-def quality_scores(data: DataFacts) -> list[str]:
-    """Returns mean and quantiles of the scores of classifiers, for the sources with such a step."""
-    body = []
-    for source, by_classifier in data.documents.scores.items():
-        for classifier, row in by_classifier.items():
-            if row.documents:
-                quantiles = [f"{row.quantile(share):.2f}" for share in QUANTILES]
-                body.append([source, escaped(classifier), count(row.documents), f"{row.mean:.3f}", *quantiles])
-    sentence = (
-        "Scores from 0 to 1 of the documents after curation, by the quality classifiers of the data recipe. Columns "
-        "with a share are the score that this share of the documents does not exceed, to a hundredth."
-    )
-    sentence += _not_measured(data, data.documents.scores, "No classifier scored")
-    head = ["source", "classifier", "documents", "mean", *(f"{share:.0%}" for share in QUANTILES)]
-    return explained_table(sentence, head, body, labels=2)
+    return explained_table(sentence, head, body)
 
 
 def _not_measured(data: DataFacts, measured: Collection[str], start: str) -> str:
@@ -197,24 +141,6 @@ def opt_outs(data: DataFacts) -> list[str]:
     # A request is known by the hash of its reference, which names no person.
     head = ["request", "date", "named", "copies", "near duplicates", "rewrites"]
     return explained_table(OPT_OUTS, head, body)
-
-
-def filter_agreement(data: DataFacts) -> list[str]:
-    """Returns the agreement of each rule with the reference that its published thresholds were made for."""
-    figures = data.filter_agreement
-    if not figures:
-        return []
-    body = []
-    for rule, row in figures["rules"].items():
-        kept = count(row["kept"]), count(row["reference_kept"])
-        body.append([escaped(rule), f"{row['agreement']:.1%}", f"{row['kappa']:.2f}", *kept])
-    head = ["rule", "agreement", "Cohen's κ", "kept by this pipeline", "kept by the reference"]
-    sentence = (
-        f"Thresholds of the rules are those published for the reference, {escaped(figures['reference'])}. At equal "
-        f"settings the rules gave these verdicts on {count(figures['documents'])} documents "
-        f"({escaped(figures['corpus'])}):"
-    )
-    return [sentence, "", *table(head, body)]
 
 
 def examples(data: DataFacts) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import release
-from pipeline.core.source_code import roots
+from pipeline.core.environment import code_root
 from pipeline.core.text import escaped
 from pipeline.hub.client import load
 from release import schema
@@ -26,10 +26,9 @@ from release.cards import render
 from release.cards.results import FOLDER as RESULTS
 from release.checks.check import Findings
 from release.facts import model_facts
-from release.facts.published_tables import read_json, to_json
+from release.facts.published_tables import read_json
 from release.layout import (
     CODE_README,
-    FILTER_AGREEMENT,
     LOSS,
     MODEL,
     NOTICE,
@@ -42,7 +41,6 @@ from release.opened_release import Release
 from release.published_files import CODE_LICENSE, code_license_text, license_text
 from release.schema import CARD
 from release.standards import bundle
-from stages.data.curate.agreement import read_figures
 from stages.export.hf import generation_config, model_tokenizer_config
 from stages.export.variants.registry import STACKED, VARIANTS, adapter_config, quantization_config
 from stages.formats.chat_templates import INFERENCE_FILE, TRAINING_FILE, inference_template, training_template
@@ -181,8 +179,6 @@ def _of_loader(folder: Path, is_chat: bool | None, findings: Findings) -> Iterat
 
 
 def _of_data(release: Release, findings: Findings) -> Iterator[str]:
-    if _differs(release.dataset / FILTER_AGREEMENT, to_json(read_figures())):
-        yield f"{FILTER_AGREEMENT} does not have the figures of this atom"
     path = release.dataset / bundle.PYTHON_LICENSE
     if not path.is_file() or not _differs(path, bundle.python_license()):
         return
@@ -201,16 +197,16 @@ def _licenses(release: Release, findings: Findings) -> Iterator[str]:
     if release.kind in ("release", "evidence"):
         for place in [place.folder for place in release.repositories] if release.is_whole else [""]:
             spdx, path = release.license_of(place), f"{place}/LICENSE".lstrip("/")
-            if _differs(folder / path, license_text(spdx, release.info.license.code, [folder / "code"])):
+            if _differs(folder / path, license_text(spdx, release.info.license.code, folder / "code")):
                 yield f"{path} is not the text of {spdx}"
         return
     text = (folder / "LICENSE").read_bytes()
     stated = re.match(rb"SPDX-License-Identifier: (\S+)\n", text)
     spdx = stated[1].decode() if stated else CODE_LICENSE
     # A license without its full text begins with its SPDX identifier.
-    if stated and text != license_text(spdx, "", []):
+    if stated and text != license_text(spdx, "", code_root()):
         yield "LICENSE is not the text that this atom writes"
-    elif not stated and text != code_license_text(roots()):
+    elif not stated and text != code_license_text(code_root()):
         findings.skipped["LICENSE"] = "LICENSE: its text is not one that this atom writes; read it"
     elif (folder / CARD).is_file():
         card: Any = load().RepoCard((folder / CARD).read_text()).data.to_dict()

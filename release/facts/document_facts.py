@@ -1,4 +1,4 @@
-"""Licenses, lengths, languages and quality scores of the tokenized documents, and opt-outs.
+"""Licenses and languages of the tokenized documents, and opt-outs.
 
 They are read from the tables of the dataset repository.
 """
@@ -17,7 +17,7 @@ from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
 from release.layout import OPT_OUTS
 from stages.data.acquire.licenses.allow import asks_for_attribution
 from stages.data.curate.deny_list import OPT_OUT_RULE
-from stages.formats.table import MEASURES, SCORE, SPLITS, column_names, content_hash, row_count
+from stages.formats.table import MEASURES, SPLITS, column_names, content_hash, row_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 
 BATCH = 65536
-LENGTHS = (256, 1024, 4096, 16384, 65536, 262144)
-"""Upper bounds of the ranges of lengths, in tokens; a last range has no bound."""
-SCORE_BINS = 100
 
 
 @dataclass
@@ -48,63 +45,11 @@ class LicenseFacts:
 
 
 @dataclass
-class LengthFacts:
-    """The documents of a source in each range of LENGTHS.
-
-    Attributes:
-        documents: Documents of each range.
-        tokens: Tokens of each range.
-    """
-
-    documents: list[int]
-    tokens: list[int]
-
-
-@dataclass
 class LanguageFacts:
     """The documents of a source in one language."""
 
     documents: int = 0
     tokens: int = 0
-
-
-@dataclass
-class ScoreFacts:
-    """The scores of a source's documents by one classifier.
-
-    Attributes:
-        bins: Documents in each of SCORE_BINS equal ranges of 0 to 1.
-        millionths: The sum of the scores, in whole numbers so that it does not depend on the order.
-    """
-
-    bins: list[int] = field(default_factory=lambda: [0] * SCORE_BINS)
-    millionths: int = 0
-
-    @property
-    def documents(self) -> int:
-        return sum(self.bins)
-
-    @property
-    def mean(self) -> float:
-        return self.millionths / 1e6 / self.documents
-
-    def quantile(self, share: float) -> float:
-        """Returns the score that this share of the documents does not exceed, interpolated in its bin."""
-        rank, below = share * self.documents, 0
-        for number, count in enumerate(self.bins):
-            if count and below + count >= rank:
-                return (number + (rank - below) / count) / SCORE_BINS
-            below += count
-        return 1.0
-
-    def add(self, scores: NDArray[np.float64]) -> None:
-        """Adds the scores of further documents, which are from 0 to 1."""
-        import numpy as np
-
-        numbers = np.minimum((scores * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
-        counts = np.bincount(numbers, minlength=SCORE_BINS).tolist()
-        self.bins = [a + b for a, b in zip(self.bins, counts, strict=True)]
-        self.millionths += int(np.rint(scores * 1e6).astype(np.int64).sum())
 
 
 @dataclass
@@ -115,18 +60,16 @@ class DocumentFacts:
         licenses: By SPDX expression, that of most tokens first.
         attributed: {source: documents in its attribution table}
         notices: Distinct texts of licenses and notices of packages.
-        lengths: By source.
         languages: By source and code, that of most tokens first; a document without a measure has the language "".
-            Only of sources whose steps measured them.
-        scores: By source and classifier. Only of sources whose steps measured them.
+            Only of sources whose steps identified it.
+        measured: True if there are measures of documents at all.
     """
 
     licenses: dict[str, LicenseFacts] = field(default_factory=dict)
     attributed: dict[str, int] = field(default_factory=dict)
     notices: int = 0
-    lengths: dict[str, LengthFacts] = field(default_factory=dict)
     languages: dict[str, dict[str, LanguageFacts]] = field(default_factory=dict)
-    scores: dict[str, dict[str, ScoreFacts]] = field(default_factory=dict)
+    measured: bool = False
 
 
 def read_document_facts(dataset: Path) -> DocumentFacts:
@@ -137,7 +80,7 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
     files = layout.all_files(layout.token_files(dataset))
     for batch in stream_batches(files, ["source", "license", "tokens"], BATCH):
         tokens = batch["tokens"].to_numpy()
-        ranges, asks = np.searchsorted(LENGTHS, tokens), np.zeros(len(tokens), bool)
+        asks = np.zeros(len(tokens), bool)
         for license, rows in _rows_by_value(batch["license"]):
             row = facts.licenses.setdefault(license, LicenseFacts())
             row.documents += len(rows)
@@ -145,11 +88,6 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
             asks[rows] = asks_for_attribution(license)
         for source, rows in _rows_by_value(batch["source"]):
             asking[source] += int(asks[rows].sum())
-            lengths = facts.lengths.setdefault(source, LengthFacts([0] * (len(LENGTHS) + 1), [0] * (len(LENGTHS) + 1)))
-            counts = np.bincount(ranges[rows], minlength=len(LENGTHS) + 1)
-            sums = np.bincount(ranges[rows], tokens[rows], minlength=len(LENGTHS) + 1)
-            lengths.documents = [a + int(b) for a, b in zip(lengths.documents, counts, strict=True)]
-            lengths.tokens = [a + int(b) for a, b in zip(lengths.tokens, sums, strict=True)]
     # What the acquisition found of licenses, before anything was removed.
     for path in sorted((dataset / "sources").glob("*.json")):
         declared = read_json(path)
@@ -158,7 +96,6 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
             if row["license"] in facts.licenses:
                 facts.licenses[row["license"]].bases[row["found"]] += row["documents"]
     facts.licenses = dict(sorted(facts.licenses.items(), key=lambda item: (-item[1].tokens, item[0])))
-    facts.lengths = dict(sorted(facts.lengths.items()))
     facts.attributed = _count_attributed(dataset, asking)
     facts.notices = _count_notices(dataset)
     token_files = layout.token_files(dataset)
@@ -166,7 +103,8 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
         by_name = {path.name: path for path in token_files.get(source, [])}
         for path in files:
             if path.name in by_name:
-                _add_measures(facts, source, by_name[path.name], path)
+                facts.measured = True
+                _add_languages(facts, source, by_name[path.name], path)
     for source, by_language in facts.languages.items():
         facts.languages[source] = dict(sorted(by_language.items(), key=lambda item: (-item[1].tokens, item[0])))
     return facts
@@ -207,25 +145,18 @@ def _count_notices(dataset: Path) -> int:
     return len(digests)
 
 
-def _add_measures(facts: DocumentFacts, source: str, tokens_file: Path, measures_file: Path) -> None:
-    """Adds the languages and scores of a part. Raises CheckFailed for a score outside 0 to 1."""
-    import pyarrow as pa
+def _add_languages(facts: DocumentFacts, source: str, tokens_file: Path, measures_file: Path) -> None:
+    """Adds the languages of a part, if a step identified them."""
     import pyarrow.compute as pc
 
+    if "language" not in column_names(measures_file):
+        return
+    languages = facts.languages.setdefault(source, {})
     for tokens, measures in _join(tokens_file, measures_file):
-        for name in measures.schema.names:
-            if name == "language":
-                languages = facts.languages.setdefault(source, {})
-                for language, rows in _rows_by_value(pc.fill_null(measures[name], "")):
-                    row = languages.setdefault(language, LanguageFacts())
-                    row.documents += len(rows)
-                    row.tokens += int(tokens[rows].sum())
-            elif name.startswith(SCORE):
-                scores = measures[name].drop_null().cast(pa.float64()).to_numpy(zero_copy_only=False)
-                if not ((scores >= 0) & (scores <= 1)).all():
-                    raise CheckFailed(f"{MEASURES}/{source}/{measures_file.name} has a {name} not in 0 to 1")
-                by_classifier = facts.scores.setdefault(source, {})
-                by_classifier.setdefault(name.removeprefix(SCORE), ScoreFacts()).add(scores)
+        for language, rows in _rows_by_value(pc.fill_null(measures["language"], "")):
+            row = languages.setdefault(language, LanguageFacts())
+            row.documents += len(rows)
+            row.tokens += int(tokens[rows].sum())
 
 
 def _join(tokens_file: Path, measures_file: Path) -> Iterator[tuple[NDArray[np.int64], pa.RecordBatch]]:
@@ -247,8 +178,7 @@ def _join_split(
     rows_of_part = stream_batches(tokens_file, ["id", "split", "tokens"], BATCH)
     batches = (batch.filter(pc.equal(batch["split"], split)) for batch in rows_of_part)
     pending = next(batches, None)
-    names = [name for name in column_names(measures_file) if name == "language" or name.startswith(SCORE)]
-    for measures in stream_batches(measures_file, ["id", *names], BATCH):
+    for measures in stream_batches(measures_file, ["id", "language"], BATCH):
         while pending is not None:
             # Both tables are in the same order, so the rows before the first absent one are complete.
             rows = pc.index_in(pending["id"], value_set=measures["id"])

@@ -1,4 +1,4 @@
-"""Licenses and lengths of documents on the data card, against sums over all rows."""
+"""Licenses and languages of documents on the data card, against sums over all rows."""
 
 from __future__ import annotations
 
@@ -57,12 +57,6 @@ def test_facts_are_the_sums_over_all_rows(tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert dict(facts.licenses["CC-BY-4.0"].bases) == {"page": 7, "field": 5}
     assert dict(facts.licenses["CC0-1.0"].bases) == {"": 60}, "of books, whose license is that of every document"
-    for source, lengths in facts.lengths.items():
-        tokens = [row["tokens"] for row in rows if row["source"] == source]
-        low = [n for n in tokens if n <= 256]
-        assert (lengths.documents[0], lengths.tokens[0]) == (len(low), sum(low)), "a bound is inside its range"
-        assert lengths.documents[-1] == tokens.count(300_000) and sum(lengths.documents) == len(tokens) == 100
-        assert sum(lengths.tokens) == sum(tokens)
 
 
 def test_the_card_says_how_licenses_were_found(tmp_path: Path) -> None:
@@ -74,11 +68,6 @@ def test_the_card_says_how_licenses_were_found(tmp_path: Path) -> None:
     assert by_license["LicenseRef-unknown-web"].endswith("|  |"), "no source states it"
     shares = [float(line.split(" | ")[3].rstrip("%")) for line in by_license.values()]
     assert sum(shares) == pytest.approx(100, abs=0.2)
-    lengths = document_tables.lengths(data)
-    assert [line.count("|") - 1 for line in lengths if line.startswith("| source")] == [5, 5] or lengths[2].startswith(
-        "| books | "
-    )
-    assert any(line.endswith("| to 65,536 | to 262,144 | above 262,144 |") for line in lengths)
 
 
 def test_many_licenses_share_the_last_row(tmp_path: Path) -> None:
@@ -102,16 +91,6 @@ def test_licenses_that_ask_for_attribution(expression: str, asks: bool) -> None:
     assert asks_for_attribution(expression) == asks
 
 
-def test_the_card_lists_sources_that_ask_for_attribution() -> None:
-    def source(*licenses: str) -> SourceFacts:
-        return SourceFacts(1, 1, {}, {}, 1, 1, list(licenses), "https://example.org/corpus", "its card")
-
-    data = DataFacts(sources={"web": source("CC-BY-4.0", "CC0-1.0"), "books": source("CC0-1.0")})
-    lines = document_tables.attribution(data)
-    assert lines[-1] == "| web | CC-BY-4.0 | https://example.org/corpus | its card |" and len(lines) == 5
-    assert document_tables.attribution(DataFacts(sources={"books": source("CC0-1.0")})) == []
-
-
 COLUMNS = {"id": "string", "language": "string", "language_score": "float", "score_quality": "float"}
 
 
@@ -130,14 +109,14 @@ def write_measures(dataset: Path, source: str, part: int) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1000])
-def test_languages_and_scores_are_those_of_the_tokenized_documents(
+def test_languages_are_those_of_the_tokenized_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     monkeypatch.setattr(document_facts, "BATCH", batch)
     write_dataset(tmp_path)
     rows = [row for part in range(2) for row in write_measures(tmp_path, "web", part)]
     facts = read_document_facts(tmp_path)
-    assert list(facts.languages) == list(facts.scores) == ["web"], "no step measured the documents of books"
+    assert list(facts.languages) == ["web"] and facts.measured, "no step measured the documents of books"
     tokens = {
         language: [row["tokens"] for row in rows if (row["language"] or "") == language]
         for language in ("en", "de", "fr|", "")
@@ -145,28 +124,9 @@ def test_languages_and_scores_are_those_of_the_tokenized_documents(
     assert {name: (row.documents, row.tokens) for name, row in facts.languages["web"].items()} == {
         name: (len(each), sum(each)) for name, each in tokens.items()
     }
-    scores = [row["score_quality"] for row in rows if row["score_quality"] is not None]
-    quality = facts.scores["web"]["quality"]
-    assert (quality.documents, quality.millionths) == (len(scores), sum(int(score * 1e6) for score in scores))
-    assert [quality.bins[n] for n in (25, 50, 75, 99)] == [scores.count(n) for n in (0.25, 0.5, 0.75, 1.0)]
-    assert quality.mean == pytest.approx(sum(scores) / len(scores))
 
 
-def test_quantiles_are_known_to_a_bin() -> None:
-    import numpy as np
-
-    values = np.random.default_rng(0).beta(2, 5, 2000)
-    row = document_facts.ScoreFacts()
-    for part in np.array_split(values, 7):
-        row.add(part)
-    for share in document_tables.QUANTILES:
-        assert abs(row.quantile(share) - np.quantile(values, share)) < 0.01
-    single = document_facts.ScoreFacts()
-    single.add(np.array([1.0]))
-    assert 0.99 <= single.quantile(0.1) <= single.quantile(0.9) <= 1.0 and single.mean == 1.0
-
-
-def test_the_card_has_languages_and_scores_and_names_sources_without(tmp_path: Path) -> None:
+def test_the_card_has_languages_and_names_sources_without(tmp_path: Path) -> None:
     write_dataset(tmp_path)
     for part in range(2):
         write_measures(tmp_path, "web", part)
@@ -177,20 +137,15 @@ def test_the_card_has_languages_and_scores_and_names_sources_without(tmp_path: P
     assert {line.split(" | ")[1] for line in lines[4:]} == {"en", "de", "fr\\|", "not identified"}
     shares = [float(line.split(" | ")[4].rstrip("% |")) for line in lines[4:]]
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
-    lines = document_tables.quality_scores(data)
-    assert lines[0].endswith("No classifier scored books.") and "| mean | 10% | 25% | 50% | 75% | 90% |" in lines[2]
-    (row,) = lines[4:]
-    quality = data.documents.scores["web"]["quality"]
-    assert row.startswith(f"| web | quality | {quality.documents} | {quality.mean:.3f} | ")
 
 
-def test_a_release_without_measures_has_neither_table(tmp_path: Path) -> None:
+def test_a_release_without_measures_has_no_table(tmp_path: Path) -> None:
     write_dataset(tmp_path)
     data = DataFacts(documents=read_document_facts(tmp_path))
-    assert document_tables.languages(data) == document_tables.quality_scores(data) == []
+    assert document_tables.languages(data) == [] and not data.documents.measured
 
 
-@pytest.mark.parametrize("damage", ["missing", "late", "score"])
+@pytest.mark.parametrize("damage", ["missing", "late"])
 def test_measures_of_other_documents_are_refused(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document_facts, "BATCH", 5)
     write_dataset(tmp_path)
@@ -201,15 +156,13 @@ def test_measures_of_other_documents_are_refused(tmp_path: Path, damage: str, mo
     row = rows.pop(first)
     if damage == "late":
         rows.append(row)
-    elif damage == "score":
-        rows.insert(first, {**row, "score_quality": float("nan")})
     write_rows(path, COLUMNS, rows)
-    sentence = "a score_quality not in 0 to 1" if damage == "score" else "does not have the document web/0/[78] among"
+    sentence = "does not have the document web/0/[78] among"
     with pytest.raises(CheckFailed, match=f"measures/web/{part_file(0)} .*{sentence}"):
         read_document_facts(tmp_path)
 
 
-def test_the_card_says_how_many_documents_the_attribution_tables_list(tmp_path: Path) -> None:
+def test_attribution_tables_list_the_documents_that_ask_for_it(tmp_path: Path) -> None:
     rows = write_dataset(tmp_path)
     asking = [row for row in rows if row["license"] in ("CC-BY-4.0", "MIT OR Apache-2.0")]
     for source in ("web", "books"):
@@ -218,10 +171,6 @@ def test_the_card_says_how_many_documents_the_attribution_tables_list(tmp_path: 
         write_rows(tmp_path / f"attribution/{source}" / part_file(1), {"id": "string"}, ids[3:])
     facts = read_document_facts(tmp_path)
     assert facts.attributed["web"] == sum(row["source"] == "web" for row in asking) > 10
-    web = SourceFacts(1, 1, {}, {}, 1, 1, ["CC-BY-4.0"], "https://example.org", "its card")
-    lines = document_tables.attribution(DataFacts(sources={"web": web}, documents=facts))
-    assert "`attribution/` lists each of these documents" in lines[0]
-    assert lines[-1] == f"| web | CC-BY-4.0 | {facts.attributed['web']} | https://example.org | its card |"
     (tmp_path / "attribution/web" / part_file(1)).unlink()
     with pytest.raises(CheckFailed, match="attribution/web lists 3 documents, and the licenses of [0-9]+ ask"):
         read_document_facts(tmp_path)
@@ -238,9 +187,6 @@ def test_each_notice_has_its_text_once(tmp_path: Path) -> None:
         write_rows(tmp_path / "notices/web" / part_file(part), NOTICES, rows[part * 2 : part * 2 + 2])
     facts = read_document_facts(tmp_path)
     assert facts.notices == 2
-    web = SourceFacts(1, 1, {}, {}, 1, 1, ["MIT"], "", "")
-    lines = document_tables.attribution(DataFacts(sources={"web": web}, documents=facts))
-    assert "`notices/` has the 2 texts of licenses and notices" in lines[0]
     write_rows(tmp_path / "notices/web" / part_file(0), NOTICES, [{**rows[0], "text": "another"}])
     with pytest.raises(CheckFailed, match=f"notices has no text whose SHA-256 is {rows[0]['sha256']}"):
         read_document_facts(tmp_path)

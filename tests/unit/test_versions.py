@@ -13,7 +13,6 @@ from release.checks.tool_files import OWN_VERIFIER
 from release.facts import model_facts
 from release.facts.published_tables import to_json
 from release.published_files import license_text
-from stages.data.curate.agreement import read_figures
 from stages.export.hf import generation_config
 from stages.formats.chat_templates import inference_template, training_template
 from stages.formats.tokenizer import SPECIAL_TOKENS, tokenizer_config
@@ -48,15 +47,14 @@ def tool_files(folder: Path) -> list[bytes]:
         to_json(tokenizer_config()),
         generation_config(False, ids),
         generation_config(True, ids),
-        to_json(read_figures()),
-        license_text("MIT", "Apache-2.0", []),
+        license_text("MIT", "Apache-2.0", ROOT),
     ]
 
 
 WRITTEN: dict[str, tuple[Callable[[Path], Iterable[bytes]], str]] = {
-    "page": (page, "cd18d20860579ed1c23da85e212b81dc860101521aed4e405f4cdd41b3d68ecb"),
-    "words": (words, "ccbe5aaf358cf17af09cd9429081621095c6d859468810fd833457e47f7dcff0"),
-    "tool_files": (tool_files, "940b4cb19a11da5cf534fdc9f0f614e71a5c89cd2d9c5a4ac5110f2051ba5289"),
+    "page": (page, "cc798dac48dd9c905c0a433b23d43f3a93590c7e629eba9f1127e992cfa0345e"),
+    "words": (words, "67e0f2d580a806283e8f7d36f0928abcb5b38823938823dcb0b4067b57048200"),
+    "tool_files": (tool_files, "7eb1b8867b9edbf74cad3f9966a3965d472b2992f4306673b4de8646db31f253"),
 }
 """{part of a release that verification writes again: (its sources, their digest)}"""
 

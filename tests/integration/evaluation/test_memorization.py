@@ -14,7 +14,7 @@ from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from release.cards import model_tables
+from release.cards import tables
 from release.checks.cards import model_card
 from release.checks.scores import score_problems
 from release.facts.model_facts import read_model_facts
@@ -187,18 +187,18 @@ def test_strata_and_the_interval_by_hand() -> None:
     often, never = scores["by_times_seen"]["8-15"], scores["by_times_seen"]["0"]
     assert often["identical"]["value"] == pytest.approx(2 / 3) and often["matching"] == {"value": 3, "se": 1, "n": 3}
     assert (often["identical"]["low"], often["identical"]["high"]) == pytest.approx((0.2077, 0.9385), abs=1e-4)
-    assert never["matching"] is None and "| a | 0 (held out) | 1 |" in "\n".join(model_tables.memorization(scores))
+    assert never["matching"] is None and "| a | 0 (held out) | 1 |" in "\n".join(tables.memorization(scores))
 
 
 def test_a_card_says_what_was_not_measured() -> None:
-    (line,) = model_tables.memorization(None)
+    (line,) = tables.memorization(None)
     assert line.endswith("not measured.") and "toxicity" in line
 
 
 def test_a_release_holds_the_tables_and_its_card_the_figures(copy: Path) -> None:
     card = (copy / "model/README.md").read_text()
     assert "| prose | 2 to 3 | 7 | 0.571 (0.250 to 0.842) |" in card
-    assert model_tables.NOT_MEASURED in (copy / "model-base/README.md").read_text()
+    assert tables.NOT_MEASURED in (copy / "model-base/README.md").read_text()
     assert score_problems(copy / "dataset/evaluation") == []
     table = copy / "dataset/evaluation/memorization/mid/documents.parquet"
     rows = [row | {"matching": 0} for row in read_table(table).to_pylist()]

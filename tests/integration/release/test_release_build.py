@@ -73,7 +73,6 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
         "dataset/evaluation/mid/items.parquet", "dataset/README.md", "code/release/assembly/build_release.py",
         "code/as-run/recipes/tiny.yaml",
         "dataset/croissant.json", "dataset/merkle.json", "dataset/evaluation/canary.json", "model/goldens.json",
-        "dataset/filter_agreement.json",
         "evidence/attestations/gates.json", "evidence/attestations/evaluation-mid.json",
         "evidence/standards/bom.cdx.json", "evidence/standards/CITATION.cff", "dataset/NOTICE",
         "evidence/gates.json", "evidence/SHA256SUMS", "evidence/manifests/dedup.json", "evidence/environment.json",
@@ -351,8 +350,7 @@ def test_an_installed_wheel_brings_its_license_text(tmp_path: Path, monkeypatch)
     (info / "licenses/LICENSE").write_text("The wheel's license.\n")
     monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
     source = release_fixtures.build_input(tmp_path / "run")
-    for root in source.code_roots:
-        (root / "LICENSE").unlink()
+    (source.code_root / "LICENSE").unlink()
     folder = builder.build(source, tmp_path / "home")
     for path in ("LICENSE", "code/LICENSE", "model/LICENSE"):
         assert (folder / path).read_text() == "The wheel's license.\n", path
