@@ -184,26 +184,13 @@ def _phases(axis: Axes, phases: dict[str, list[training.Facts]], key: str) -> No
         if number:
             axis.axvline(begin, color="#bbbbbb", linewidth=0.6)
         # Names take three rows in turn, so that those of short phases do not overlap.
-        place, shift = (begin, 1.0), (3, -2 - 10 * (number % 3))
-        _annotate(axis, tables.title(phase, tables.PHASES), place, ("data", "axes fraction"), shift, color, va="top")
+        style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+        style |= {"xytext": (3, -2 - 10 * (number % 3)), "color": color, "weight": "bold"}
+        axis.annotate(tables.title(phase, tables.PHASES), (begin, 1.0), fontsize=8, **style)
         begin += last
     axis.set_xlim(0, max(begin, 1))
     low, high = axis.get_ylim()
     axis.set_ylim(low, high + 0.3 * (high - low))  # room for the names
-
-
-def _annotate(
-    axis: Axes,
-    text: str,
-    place: tuple[float, float],
-    coordinates: Any,
-    shift: tuple[float, float],
-    color: str,
-    **style: Any,
-) -> None:
-    """Writes a name in bold at a place of the axis, shifted by points."""
-    style = {"xycoords": coordinates, "xytext": shift, "textcoords": "offset points", "color": color, **style}
-    axis.annotate(text, place, fontsize=8, weight="bold", **style)
 
 
 def progress(model: ModelFacts) -> bytes:

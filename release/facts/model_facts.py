@@ -1,4 +1,4 @@
-"""The facts that a model repository proves of its model: architecture, parameters, parity, scores and training."""
+"""The facts that a model repository proves of its model: architecture, parameters, scores and training."""
 
 from __future__ import annotations
 
