@@ -319,7 +319,7 @@ def test_packages_have_licenses_and_hashes(tmp_path: Path) -> None:
     )
     (tmp_path / "requirements/x.lock").write_text(lock)
     known, older, unknown = standard_facts.describe_packages(
-        [("safetensors", version), ("safetensors", "0.0.1"), ("no-such-package", "1")], [tmp_path]
+        [("safetensors", version), ("safetensors", "0.0.1"), ("no-such-package", "1")], tmp_path
     )
     assert known["hashes"] == ["c" * 64] and (known["license"] or known["stated"])
     assert older == {"name": "safetensors", "version": "0.0.1", "license": None, "stated": "", "hashes": []}
