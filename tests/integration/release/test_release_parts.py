@@ -68,9 +68,7 @@ def test_its_facts_are_those_of_one_part(built: Path, in_parts: Path) -> None:
         for source, rows in facts.documents.languages.items()
     }
     assert measured == {"prose": {"en": 7, "de": 3}}, "of 12 documents without numbers 3 and 7, every third in German"
-    (scores,) = facts.documents.scores["prose"].values()
-    assert (scores.documents, scores.mean) == (10, 0.4)
-    documents = dataclasses.replace(facts.documents, languages={}, scores={})
+    documents = dataclasses.replace(facts.documents, languages={}, measured=False)
     assert dataclasses.replace(facts, documents=documents) == expected
 
 
