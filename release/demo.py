@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -43,22 +42,18 @@ class Command:
     """One `atom` command of the demo.
 
     Attributes:
-        arguments: Its arguments, the name of the command first.
+        name: Its words on the screen.
         state: waiting, running, done or failed.
         began: Monotonic time of its start.
         seconds: Its duration, once it has ended.
         output: Its last lines.
     """
 
-    arguments: tuple[str, ...]
+    name: str
     state: str = "waiting"
     began: float = 0.0
     seconds: float = 0.0
     output: deque[str] = field(default_factory=lambda: deque(maxlen=400))
-
-    @property
-    def name(self) -> str:
-        return f"{self.arguments[0]} --deep" if "--deep" in self.arguments else self.arguments[0]
 
 
 class Screen:
@@ -68,10 +63,7 @@ class Screen:
         recipe: The name of the recipe.
         store: The store of the runs, whose latest run is shown.
         quiet: True if nothing is shown.
-        console: The terminal.
-        live: True if the screen is drawn: on a terminal, unless it is quiet.
         commands: The commands of the demo, in order.
-        note: What happens between two commands; "" if nothing is to be said.
     """
 
     def __init__(self, recipe: str, store: Store, quiet: bool) -> None:
@@ -79,42 +71,62 @@ class Screen:
         from rich.live import Live
 
         self.recipe, self.store, self.quiet = recipe, store, quiet
-        self.console = Console()
-        self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
-        self.commands: list[Command] = []
-        self.note = ""
-        self._run: Run | None = None
-        self._display = Live(console=self.console, get_renderable=self._render, refresh_per_second=2, transient=False)
+        self.commands = [Command(name) for name in PROVES]
+        self._earlier_run: str | None = None
+        self._console = Console()
+        self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal and not quiet
+        self._display = Live(console=self._console, get_renderable=self._render, refresh_per_second=2, transient=False)
 
     def __enter__(self) -> Screen:
-        if self.live:
+        if self._is_live:
             self._display.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.live:
+        if self._is_live:
             self._display.stop()
 
-    def say(self, text: str) -> None:
-        """Shows a note on the steps between two commands."""
-        self.note = text
-        if not self.live and not self.quiet:
-            print(f"\n{text}", flush=True)
-
-    def plan(self, *commands: tuple[str, ...]) -> None:
-        self.commands += [Command(arguments) for arguments in commands]
-
-    def start(self, *arguments: str, **environment: str) -> Running:
-        """Starts the next waiting command of that name, with its last arguments now known."""
-        # The plan has the commands before all of their arguments are known.
-        name = Command(arguments).name
-        command = next(planned for planned in self.commands if planned.state == "waiting" and planned.name == name)
-        command.arguments, command.state, command.began = arguments, "running", time.monotonic()
-        return Running(self, command, environment)
-
     def run(self, *arguments: str, **environment: str) -> None:
-        """Runs a command to its end. Exits with its code if it fails."""
-        self.start(*arguments, **environment).wait()
+        """Runs a command to its end. Exits with its code, and the end of its output, if it fails."""
+        name = "verify --deep" if "--deep" in arguments else arguments[0]
+        command = next(command for command in self.commands if command.name == name)
+        prints = not self._is_live and not self.quiet
+        if prints:
+            print(f"\n$ atom {' '.join(arguments)}", flush=True)
+        if name == "run":
+            earlier = self._latest_run()
+            self._earlier_run = earlier.id if earlier else None
+        command.state, command.began = "running", time.monotonic()
+        # Not `atom` from PATH, which can be another installation.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            command.output.append(line)
+            if prints:
+                print(line, end="", flush=True)
+        code = process.wait()
+        command.seconds = time.monotonic() - command.began
+        command.state = "failed" if code else "done"
+        if code:
+            # The screen must be gone before the output is printed below it.
+            self.__exit__()
+            if not prints:
+                print("".join(command.output)[-TAIL:], end="", file=sys.stderr)
+            sys.exit(code)
+
+    def _latest_run(self) -> Run | None:
+        from pipeline.graph import run as runs
+
+        try:
+            return runs.find(self.store, None)
+        except AtomError:  # there is none
+            return None
 
     def _render(self) -> RenderableType:
         from rich.console import Group
@@ -129,42 +141,35 @@ class Screen:
             clock = duration(seconds) if command.state != "waiting" else ""
             words = f"atom {command.name:<14}{clock:>6}  "
             lines.append(Text.assemble((f"{mark} ", style), words, (PROVES[command.name], "dim")))
-            if command.state == "running":
-                lines += self._stages() if command.name == "run" else self._last_line(command)
-        if self.note:
-            lines += [Text(), Text(self.note, style="dim")]
+            if command.state == "running" and command.name == "run":
+                lines += self._stages()
+            elif command.state == "running":
+                # Programs end with empty lines. A copy, since another thread appends lines.
+                last = next((line for line in reversed(command.output.copy()) if line.strip()), "")
+                lines.append(Text(f"    {last.rstrip()}", style="dim"))
         for line in lines:
-            line.truncate(self.console.width - 1, overflow="ellipsis")
+            line.truncate(self._console.width - 1, overflow="ellipsis")
         return Group(*lines)
-
-    def _last_line(self, command: Command) -> list[Any]:
-        from rich.text import Text
-
-        # Programs end with empty lines. A copy, since another thread appends lines.
-        text = next((line for line in reversed(command.output.copy()) if line.strip()), "")
-        return [Text(f"    {text.rstrip()}", style="dim")]
 
     def _stages(self) -> list[Any]:
         """Returns lines on the stages that run, with their curves, and on the last ones that were sealed."""
         from rich.text import Text
 
-        from pipeline.graph import run as runs
         from pipeline.tracking import status
 
-        lines = [Text()]
-        try:
-            # The newest run of the store is the one that the demo has just begun.
-            self._run = self._run or runs.find(self.store, None)
-        except AtomError:  # the command has not begun its run yet
-            return lines
-        current = status.take(self._run, self.store)
+        run = self._latest_run()
+        # Until the command has begun its run, the latest one is of an earlier demo.
+        if run is None or run.id == self._earlier_run:
+            return []
+        current = status.take(run, self.store)
         sealed = [stage for stage in current.stages if stage.status.state == "sealed"]
-        lines.append(Text(f"    {len(sealed)} of {len(current.stages)} stages sealed"))
+        lines = [Text(), Text(f"    {len(sealed)} of {len(current.stages)} stages sealed")]
         running = [stage for stage in current.stages if stage.status.state == "running"]
         for stage in (*sealed[-MOST_STAGES:], *running):
             mark, color = ("▸", "yellow") if stage in running else ("✓", "green")
-            proof = STAGES_PROVE.get(kind_of(stage.status.name), "")
-            lines.append(Text.assemble((f"    {mark} ", color), f"{stage.status.name:<22}", (proof, "dim")))
+            name = stage.status.name
+            proof = STAGES_PROVE.get(name) or STAGES_PROVE.get(name.split("-")[0], "")
+            lines.append(Text.assemble((f"    {mark} ", color), f"{name:<22}", (proof, "dim")))
             if stage not in running:
                 continue
             # At most three curves of a stage, so that all stages fit on the screen.
@@ -173,68 +178,6 @@ class Screen:
                 means = [mean for _, mean, _, _ in stage.curves.points(name)]
                 lines.append(Text(f"      {name[:20]:<20}{human(means[-1]):>8}  {status.sparkline(means, 36)}"))
         return [*lines, Text()]
-
-
-def kind_of(node: str) -> str:
-    """Returns the kind of stage of a node, such as `order` for `order-pretrain`."""
-    return node if node in STAGES_PROVE else node.split("-")[0]
-
-
-class Running:
-    """A command that runs in parallel to others, until `wait` or the end of the `with` block."""
-
-    def __init__(self, screen: Screen, command: Command, environment: dict[str, str]) -> None:
-        self.screen, self.command = screen, command
-        self.process = subprocess.Popen(
-            # Not `atom` from PATH, which can be another installation.
-            [sys.executable, "-m", "pipeline.cli", *command.arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        # The output is read while the command runs: a full pipe would stop the command.
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        # A command that starts beside another prints its last lines at its end, so that the lines of two do not mix.
-        alone = sum(command.state == "running" for command in self.screen.commands) == 1
-        prints = not self.screen.live and not self.screen.quiet
-        if prints and alone:
-            print(f"\n$ atom {' '.join(self.command.arguments)}", flush=True)
-        for line in self.process.stdout:
-            self.command.output.append(line)
-            if prints and alone:
-                print(line, end="", flush=True)
-        if prints and not alone:
-            print(f"\n$ atom {' '.join(self.command.arguments)}\n{''.join(self.command.output)}", end="", flush=True)
-
-    def wait(self) -> None:
-        """Waits for the end of the command. Exits with its code, and the end of its output, if it fails."""
-        code = self.process.wait()
-        # The command can end before its last lines are read.
-        self.reader.join()
-        self.command.seconds = time.monotonic() - self.command.began
-        self.command.state = "failed" if code else "done"
-        if code:
-            # The screen must be gone before the output is printed below it.
-            self.screen.__exit__()
-            if self.screen.live or self.screen.quiet:
-                print("".join(self.command.output)[-TAIL:], end="", file=sys.stderr)
-            sys.exit(code)
-
-    def __enter__(self) -> Running:
-        return self
-
-    def __exit__(self, kind: object, *error: object) -> None:
-        if kind is not None:
-            # After an error in the block, the command must not go on in the background.
-            self.process.kill()
-            self.process.wait()
-            return
-        self.wait()
 
 
 def demo(recipe: str, quiet: bool = False) -> None:
@@ -253,28 +196,21 @@ def demo(recipe: str, quiet: bool = False) -> None:
     repository = f"{NAMESPACE}/{config.name}@v{config.version}"
     hub = store.home / "hub"
     with Screen(recipe, store, quiet) as screen:
-        screen.plan(("run",), ("build",), ("sign",), ("verify", "--deep"), ("publish",), ("verify",))
         screen.run("run", recipe)
         screen.run("build", recipe)
         # A second demo signs with the same key, so its fingerprint stays.
         key = store.home / "keys" / "demo.pem"
         if not key.exists():
-            screen.say(f"made a key for this demo, {_short_path(key)}")
             signing.make_key(key)
         screen.run("sign", str(release), "--key", str(key))
         fingerprint = signing.fingerprint(signing.SigningKey(key).public_key())
+        screen.run("verify", "--deep", str(release), "--key", fingerprint)
 
-        screen.say("a local Hub with the routes of huggingface.co, empty at first")
         shutil.rmtree(hub, ignore_errors=True)  # a Hub keeps a version forever, and the demo may build it again
         with running(hub, NAMESPACE, TOKEN) as endpoint:
             environment = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
-            publish = screen.start("publish", str(release), "--to", NAMESPACE, **environment)
-            # The deep verification only reads the release, so it runs beside the publication.
-            with screen.start("verify", "--deep", str(release), "--key", fingerprint):
-                # The release is complete on the Hub only when `publish` has ended.
-                publish.wait()
-                screen.run("verify", repository, "--key", fingerprint, **environment)
-        screen.say("")
+            screen.run("publish", str(release), "--to", NAMESPACE, **environment)
+            screen.run("verify", repository, "--key", fingerprint, **environment)
     summary(release, hub, time.monotonic() - started)
 
 

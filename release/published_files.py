@@ -1,5 +1,6 @@
 """The published files: one closed list of what each kind of repository holds, and where every file comes from.
 
+The list is published_files.yaml, and this module reads it.
 `atom build` copies and makes what stands here, and nothing else; `origins.json` states it; and `atom verify` refuses
 any other file. A loader takes up files by their names: an adapter, a second chat template, a further shard. So names
 that look like one on the list are refused as well.
@@ -10,10 +11,12 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from pipeline.core.parts import PART_NAME
 from pipeline.core.source_code import PACKAGES, SUFFIXES
@@ -25,7 +28,6 @@ from release.layout import (
     GATES,
     GATES_STATED,
     MODEL,
-    PAGE,
     PUBLIC_KEY,
     RETRACTED,
     SIGNATURE,
@@ -43,10 +45,6 @@ DISTRIBUTION, CODE_LICENSE = "atom-release", "Apache-2.0"
 """The name of atom's wheel, and its license."""
 CODE_FILES = ("pyproject.toml", "LICENSE")
 """The files that build the code, beside the constraints."""
-STANDARD_DOCUMENTS = (
-    "CITATION.cff bom.cdx.json bom.spdx3.json energy.json eu_summary.json eu_summary.md mof.yml osaid.json"
-)
-"""The documents in evidence/standards."""
 NAMES = {
     "code": "|".join(map(re.escape, CODE_FILES)),
     "constraints": r"constraints[A-Za-z0-9_.-]*\.txt",
@@ -110,13 +108,13 @@ class FileList:
     Attributes:
         title: The kind, for sentences.
         files: All of them.
-        together: {pattern of a folder: names, with spaces between, of the files that it has if it has any}; the first
-            pattern that fits a folder counts.
+        together: {pattern of a folder: names of the files that it has if it has any}; the first pattern that fits a
+            folder counts.
     """
 
     title: str
     files: tuple[PublishedFile, ...]
-    together: Mapping[str, str] = field(default_factory=dict)
+    together: Mapping[str, list[str]]
 
     def holds(self, path: str) -> bool:
         """Returns True if a repository of the kind may have a file of this path."""
@@ -151,8 +149,8 @@ class FileList:
         if not self.together:
             return
         for folder in sorted({path.rpartition("/")[0] for path in present}):
-            names = next((names for pattern, names in self.together.items() if fits(pattern, folder)), "")
-            yield from (f"{folder}/{name}" for name in names.split())
+            names = next((names for pattern, names in self.together.items() if fits(pattern, folder)), [])
+            yield from (f"{folder}/{name}" for name in names)
 
 
 def fits(pattern: str, path: str) -> bool:
@@ -178,194 +176,40 @@ def shown(path: str) -> str:
     return f"{printable(path)} ({path.encode('unicode_escape').decode()})"
 
 
-def _made(paths: str, origin: str, at: str = "") -> tuple[PublishedFile, ...]:
-    """Lists files of one origin.
-
-    `paths` are those after `at`, with spaces between and an exclamation mark before each that is needed.
-    """
-    return tuple(
-        PublishedFile(at + path.removeprefix("!"), origin, needed=path.startswith("!")) for path in paths.split()
-    )
-
-
-def _copied(
-    node: str, paths: str, at: str = "", below: str = "", receivers: Receivers = ""
-) -> tuple[PublishedFile, ...]:
-    """Lists copies of files of one artifact.
-
-    `paths` are those after `below` in the artifact and after `at` in the repository, with spaces between and an
-    exclamation mark before each that is needed.
-    """
-    names = [(path.removeprefix("!"), path.startswith("!")) for path in paths.split()]
-    return tuple(
-        PublishedFile(at + name, node=node, source=below + name, receivers=receivers, needed=needed)
-        for name, needed in names
-    )
+def _flat(paths: list[Any]) -> Iterator[str]:
+    """Yields the paths of a list, and of the lists in it."""
+    for path in paths:
+        if isinstance(path, str):
+            yield path
+        else:
+            yield from _flat(path)
 
 
-WEIGHTS = "model.safetensors model-{shard}.safetensors model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
-TOKENIZER = "!tokenizer.json !tokenizer_config.json !chat_template.jinja !training_chat_template.jinja"
-LOADED = f"!config.json !generation_config.json {TOKENIZER}"
-CARD_AND_LICENSE = (*_made("!README.md", "card from the published files"), *_made("!LICENSE", "license"))
-PREDICTED = "what was predicted before training, {key}"
-SCORES = "{table}.parquet scores.json"
-MODELS = FileList(
-    "a model repository",
-    (
-        *_copied("export-{model}", f"{LOADED} {WEIGHTS}", below="model/", receivers="own"),
-        *_copied("export-{model}", "!parity.json", receivers="own"),
-        *_copied("import", "base.json", receivers="every"),
-        # The repository alone proves the training facts of its card.
-        PublishedFile("training/{read}.jsonl", node="{read}", source="training.jsonl", receivers="later"),
-        PublishedFile("evaluation/{model}.json", node="evaluate-{model}", source="scores.json", receivers="later"),
-        *(
-            PublishedFile(f"evaluation/{benchmark}/{{model}}.json", node=node, source="scores.json", receivers="later")
-            for benchmark, node in (
-                ("test", "solve-{model}"),
-                ("fresh", "fresh-solve-{model}"),
-                ("preferences", "prefer-{model}"),
-            )
-        ),
-        *_copied("contamination", "report.json", at="evaluation/contamination/", receivers="final"),
-        *_copied("harness-{model}", "scores.json tasks.json", at="evaluation/harness/", receivers="own"),
-        *CARD_AND_LICENSE,
-        *_made("!goldens.json", "what plain transformers makes of fixed inputs"),
-        *_made("serve.yaml", "options of vLLM for this model"),
-        *_made("prediction.json", PREDICTED),
-        *_made(".eval_results/{release}-data.yaml", "scores in evaluation/ for the Hub"),
-        *_made("training.png experts.png", "plot of the logs in training/"),
-        *_made(
-            "!progress.png inference.png reinforcement.png",
-            "plot of the scores in evaluation/ and the logs in training/",
-        ),
-    ),
-)
+def _files(group: Mapping[str, Any]) -> Iterator[PublishedFile]:
+    """Yields the files of a group in the table."""
+    node = group.get("node", "")
+    for path in _flat(group["paths"]):
+        name = path.removeprefix("!")
+        source = group.get("source", group.get("from", "") + name) if node else ""
+        place, receivers = group.get("at", "") + name, group.get("receivers", "")
+        yield PublishedFile(place, group.get("origin", ""), node, source, receivers, needed=path != name)
+
+
+def _read_lists() -> dict[str, FileList]:
+    """Reads published_files.yaml."""
+    table = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+    del table["names"]
+    return {
+        kind: FileList(
+            row["title"], tuple(file for group in row["files"] for file in _files(group)), row.get("together", {})
+        )
+        for kind, row in table.items()
+    }
+
+
+LISTS = _read_lists()
+"""{kind of a repository, or form of a variant: its files}"""
 VARIANT_NODE = "variant-{variant}"
-MEASURED = (
-    *_copied(VARIANT_NODE, "!loss.json"),
-    *_copied(VARIANT_NODE, "{table}.parquet", at="evaluation/"),
-    *CARD_AND_LICENSE,
-)
-GGUF = FileList("a variant in GGUF", (*_copied(VARIANT_NODE, "model-{encoding}.gguf", below="model/"), *MEASURED))
-PEFT = FileList(
-    "an adapter",
-    (
-        *_copied(
-            VARIANT_NODE,
-            f"!adapter_config.json !{ADAPTER} !base.json generation_config.json {TOKENIZER}",
-            below="model/",
-        ),
-        *MEASURED,
-    ),
-)
-SAFETENSORS = FileList(
-    "a variant in safetensors", (*_copied(VARIANT_NODE, f"{LOADED} {WEIGHTS}", below="model/"), *MEASURED)
-)
-STATE = f"!state.json {WEIGHTS} {WEIGHTS.replace('model', 'optimizer')}"
-CHECKPOINTS = FileList(
-    "a checkpoint",
-    (
-        *_copied("{phase}", STATE, below="step-{step}/"),
-        *_copied("{phase}@{step}", STATE),
-        *_made("!LICENSE", "license"),
-    ),
-)
-CHECKPOINTS_MAIN = FileList(
-    "the main branch of the checkpoints", (*CARD_AND_LICENSE, *_made("!index.json", "states of the checkpoints"))
-)
-EARLIER = ("{part}", "{table}/{part}", "{table}/{source}/{part}", "{table}.parquet", "{table}.json", "{table}.jsonl")
-"""Files of artifacts of earlier runs."""
-DATASET = FileList(
-    "a data repository",
-    (
-        *_copied("dedup", "kept/{source}/{part} dispositions/{source}/{part} !summary.json"),
-        *_copied("tokenize", "documents/{source}/{part} !meta.json", at="tokens/"),
-        PublishedFile("tokens/tokenizer_stats.json", node="tokenizer", source="stats.json", needed=True),
-        PublishedFile("generated/{source}/{part}", node="acquire-{source}", source="generated/{part}"),
-        PublishedFile("sources/{source}.json", node="acquire-{source}", source="source.json"),
-        *_copied("filter", "measures/{source}/{part} opt_out.json"),
-        *_copied("order-{phase}", "{part} meta.json", at="order/{phase}/"),
-        *(PublishedFile(f"earlier/{{key}}/{path}") for path in EARLIER),
-        *_copied("items", "!items.parquet {table}.parquet chat.jsonl", at="evaluation/"),
-        *_copied("evaluate-{model}", SCORES, at="evaluation/{model}/"),
-        *_copied("solve-{model}", SCORES, at="evaluation/test/{model}/"),
-        *_copied("fresh-solve-{model}", SCORES, at="evaluation/fresh/{model}/"),
-        *_copied("prefer-{model}", SCORES, at="evaluation/preferences/{model}/"),
-        *_copied("harness-{model}", f"{SCORES} tasks.json", at="evaluation/harness/{model}/"),
-        *_copied("contamination", "items.parquet report.json", at="evaluation/contamination/"),
-        *_copied("fresh", "chat.jsonl meta.json", at="evaluation/fresh/"),
-        *_copied("tasks-{phase}", "tasks.jsonl probes.json {table}.parquet", at="rl/{phase}/"),
-        *_copied("{sampled}", "{table}.parquet", at="rl/{sampled}/"),
-        *CARD_AND_LICENSE,
-        *_made("!NOTICE", "release.standards.bundle"),
-        *_made("license_texts/python.txt", "license of the interpreter's standard library"),
-        *_made("!merkle.json", "Merkle roots of the tables"),
-        *_made("!croissant.json", "description of the tables"),
-        *_made("references.json", "settings of the sources by reference"),
-        *_made("composition.png", "plot of the tables of kept documents"),
-        *_made("!evaluation/canary.json", "made from the digest of the evaluation items"),
-        *_made("kept/{source}/{part}", "{file} of {key} without its texts"),
-        *_made("attribution/{source}/{part} notices/{source}/{part}", "release.assembly.assemble"),
-        *_made("messages/{source}/{table}/{part}", "release.facts.message_tables"),
-    ),
-    together={
-        "order/{phase}": "meta.json",
-        "evaluation/contamination": "items.parquet report.json",
-        "evaluation/fresh": "chat.jsonl meta.json",
-        "evaluation/{model}": "documents.parquet items.parquet scores.json",
-        "evaluation/preferences/{model}": "pairs.parquet scores.json",
-        "evaluation/harness/{model}": "items.parquet scores.json tasks.json",
-        "evaluation/test/{model}": "answers.parquet scores.json",
-        "evaluation/fresh/{model}": "answers.parquet scores.json",
-    },
-)
-EVIDENCE = FileList(
-    "the evidence repository",
-    (
-        *_copied("import", "base.json", at="evidence/"),
-        PublishedFile("evidence/parity/{model}.json", node="export-{model}", source="parity.json"),
-        PublishedFile("evidence/parity/reward.json", node="export-reward", source="parity.json"),
-        *_copied("{phase}", "training.jsonl summary.json", at="evidence/training/{phase}/"),
-        *CARD_AND_LICENSE,
-        *_made("!evidence/release.json !evidence/origins.json", "release.assembly.build_release"),
-        *_made("!evidence/recipe.json", "resolved recipe"),
-        *_made("!evidence/environment.json", "environment of the build"),
-        *_made("!evidence/runtimes.json", "what other programs make of the fixed inputs"),
-        *_made("!evidence/independent_verifier.py", "a second verifier, from docs/formats.md"),
-        *_made(
-            " ".join(f"!{name}" for name in STANDARD_DOCUMENTS.split()),
-            "release.standards.bundle",
-            at="evidence/standards/",
-        ),
-        *_made("!evidence/standards/packages.json", "packages of the statements, with licenses and hashes"),
-        *_made("evidence/manifests/{node}.json evidence/manifests/{key}.json", "manifest of {key}"),
-        *_made("evidence/statements/{sha256}.json", "statement of the ledger"),
-        *_made("evidence/metrics/{node}.jsonl evidence/metrics/{key}.jsonl", "timed metrics of the run"),
-        *_made("evidence/opt_out/{sha256}.json", "release.tracing.receipts"),
-        *_made("evidence/attestations/evaluation-{model}.json", "in-toto statement of what was measured"),
-        *_made("evidence/changes.json", "comparison with the release that --previous names"),
-        *_made("evidence/prediction/prediction.json", PREDICTED),
-        *_made("evidence/prediction/manifest.json", "manifest of {key}"),
-        *_made("evidence/prediction/statement.json", "statement of the ledger"),
-        *_made("!code/LICENSE code/{code} code/{constraints} code/{package}/{module}", "source code"),
-        *_made("!code/README.md", "README of the code"),
-        *_made(
-            "recipes/{recipe} recipes/{extension}/{module} data_recipes/{recipe} data_recipes/{extension}/{module}",
-            "recipe file as run",
-            at="code/as-run/",
-        ),
-        *(PublishedFile(path, needed=True) for path in (ALL_SUMS, GATES, GATES_STATED, PAGE)),
-    ),
-)
-KINDS = {
-    "model": MODELS,
-    "checkpoint": CHECKPOINTS,
-    "repository": CHECKPOINTS_MAIN,
-    "dataset": DATASET,
-    "evidence": EVIDENCE,
-}
-"""{kind of a repository: its files}; the files of a variant depend on its form."""
 PLACES = {
     "dataset": "dataset",
     "checkpoints": "repository",
@@ -376,13 +220,14 @@ PLACES = {
 }
 """{folder of a release: the kind of its repository}; the root is that of the evidence."""
 PLACED: tuple[tuple[str, FileList], ...] = (
-    ("", EVIDENCE),
-    ("dataset/", DATASET),
-    ("checkpoints/{phase}-step-{step}/", CHECKPOINTS),
-    *((f"{VARIANT_NODE}/", variant) for variant in (SAFETENSORS, PEFT, GGUF)),
-    ("{folder}/", MODELS),
+    ("", LISTS["evidence"]),
+    ("dataset/", LISTS["dataset"]),
+    ("checkpoints/{phase}-step-{step}/", LISTS["checkpoint"]),
+    *((f"{VARIANT_NODE}/", LISTS[form]) for form in ("safetensors", "adapter", "gguf")),
+    ("{folder}/", LISTS["model"]),
 )
 """(prefix of the paths in a release, files) of the repositories that hold copies; `folder` is that of a model."""
+ADAPTER = "adapter_model.safetensors"
 
 
 def list_of(kind: str, paths: Iterable[str]) -> FileList:
@@ -393,11 +238,11 @@ def list_of(kind: str, paths: Iterable[str]) -> FileList:
         paths: The files of the repository, which show the form of a variant.
     """
     if kind != "variant":
-        return KINDS[kind]
+        return LISTS[kind]
     names = set(paths)
     if any(name.endswith(".gguf") for name in names):
-        return GGUF
-    return PEFT if ADAPTER in names else SAFETENSORS
+        return LISTS["gguf"]
+    return LISTS["adapter" if ADAPTER in names else "safetensors"]
 
 
 def place_of(path: str) -> str:
@@ -517,23 +362,22 @@ def unexplained(origins: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     return files
 
 
-def code_license_text(roots: list[Path]) -> bytes | None:
-    """Returns the license text of atom: from the first root that has one, else from the installed wheel."""
-    for root in roots:
-        if (root / "LICENSE").is_file():
-            return (root / "LICENSE").read_bytes()
+def code_license_text(root: Path) -> bytes | None:
+    """Returns the license text of atom: that of the folder of its code, else that of the installed wheel."""
+    if (root / "LICENSE").is_file():
+        return (root / "LICENSE").read_bytes()
     for distribution in importlib.metadata.distributions(name=DISTRIBUTION):
         if text := distribution.read_text("licenses/LICENSE"):
             return text.encode()
     return None
 
 
-def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
+def license_text(spdx: str, code_license: str, root: Path) -> bytes:
     """Returns the content of LICENSE.
 
     This is the full text if it is the license of the code and available, else the SPDX id and the address of the text.
     """
-    text = code_license_text(roots)
+    text = code_license_text(root)
     if spdx == code_license and text is not None:
         return text
     address = f"https://spdx.org/licenses/{spdx}.html"

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from pipeline.core.errors import CheckFailed
 from release import untrusted
 from release.layout import RELEASE
@@ -193,34 +195,20 @@ def require_readable(folder: Path) -> None:
         raise CheckFailed(f"{folder}: {reason}")
 
 
-def _parse(body: Mapping[str, Any]) -> ReleaseInfo:
-    """Returns the content of release.json from its JSON. Raises KeyError if it lacks a field."""
-    license = body["license"]
-    return ReleaseInfo(
-        format=body["format"],
-        card_schema=body["card_schema"],
-        name=body["name"],
-        version=body["version"],
-        title=body["title"],
-        description=body["description"],
-        namespace=body["namespace"],
-        contact=body["contact"],
-        languages=tuple(body["languages"]),
-        license=PublishedLicenses(license["code"], license["data_compilation"], license["weights"]),
-        commit=body["commit"],
-        dirty=body["dirty"],
-        stale=tuple(body["stale"]),
-        nodes={node: NodeArtifact(artifact["key"], artifact["digest"]) for node, artifact in body["nodes"].items()},
-    )
+_RELEASE: TypeAdapter[ReleaseInfo] = TypeAdapter(ReleaseInfo)
 
 
 def read_release(folder: Path) -> ReleaseInfo:
     """Reads evidence/release.json of a folder.
 
     Raises:
-        CheckFailed: It cannot be read, or states another version.
-        KeyError: It lacks a field.
+        CheckFailed: It cannot be read, lacks a field, or states another version.
     """
     require_readable(folder)
     body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
-    return _parse(body)
+    try:
+        return _RELEASE.validate_python(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckFailed(f"{RELEASE}: {place or 'it'}: {first['msg']}") from None

@@ -88,7 +88,7 @@ class BuildInput:
         statements: In-toto statement files, including those of failed attempts.
         metrics: metrics.jsonl by node.
         environment: Versions of the build.
-        code_roots: Folders with the packages.
+        code_root: The folder with the packages.
         commit: Commit of the checkout, if it is one.
         dirty: Whether that checkout has uncommitted changes.
         stale: Nodes made by code that has changed since.
@@ -108,7 +108,7 @@ class BuildInput:
     statements: list[Path]
     metrics: dict[str, Path]
     environment: dict[str, Any]
-    code_roots: list[Path]
+    code_root: Path
     commit: str | None = None
     dirty: bool = False
     stale: list[str] = field(default_factory=list)
@@ -215,25 +215,17 @@ def place_artifacts(draft: Draft) -> None:
 
 
 def _place_code(draft: Draft) -> None:
-    """Places the source files of the packages of atom and the files that build them, from the first root that has each.
-
-    A root may also be one of the packages itself: then its parent is meant.
-    """
-    code_roots = draft.source.code_roots
-    roots = list(dict.fromkeys(root.parent if root.name in PACKAGES else root for root in code_roots))
+    """Places the source files of the packages of atom and the files that build them."""
+    root = draft.source.code_root
     for name in PACKAGES:
-        root = next((root for root in roots if (root / name).is_dir()), None)
-        if root is None:
-            raise AtomError(
-                f"the package {name} is in none of the code roots; the release must hold the code that made it"
-            )
+        if not (root / name).is_dir():
+            raise AtomError(f"the package {name} is not in {root}; the release must hold the code that made it")
         for path in source_code.sources(root, name):
             draft.copy(path, f"code/{path.relative_to(root).as_posix()}")
-    for root in reversed(roots):
-        for path in [root / name for name in CODE_FILES] + sorted(root.glob("constraints*.txt")):
-            if path.is_file() and f"code/{path.name}" not in draft.origins:
-                draft.copy(path, f"code/{path.name}")
-    text = code_license_text(roots)
+    for path in [root / name for name in CODE_FILES] + sorted(root.glob("constraints*.txt")):
+        if path.is_file():
+            draft.copy(path, f"code/{path.name}")
+    text = code_license_text(root)
     if text is not None and "code/LICENSE" not in draft.origins:
         draft.write("code/LICENSE", text)
         draft.origins["code/LICENSE"] = {"generated": "license text of the installed distribution"}
@@ -346,13 +338,11 @@ def _write_runtimes(draft: Draft) -> None:
 
 
 def _describe_data(draft: Draft) -> None:
-    """Writes the description, the Merkle roots and the plots of the tables, which are complete now."""
+    """Writes the description and the Merkle roots of the tables, which are complete now."""
     release = draft.release
     draft.json(f"dataset/{CANARY}", release.canary)
     draft.json(f"dataset/{ROOTS}", merkle.roots(release.dataset))
     draft.json(f"dataset/{croissant.NAME}", croissant.describe_dataset(release.info, release.dataset, release.data))
-    for name, draw in plots.data_plots(release.data).items():
-        draft.write(f"dataset/{name}", draw())
     for target, statement in attestations.evaluations(release).items():
         draft.json(target, statement)
     draft.json("checkpoints/index.json", index_rows(release.checkpoints))
@@ -364,13 +354,13 @@ def _write_cards(draft: Draft) -> None:
         draft.write(place, card.encode())
     for repository in draft.release.repositories:
         spdx = draft.release.license_of(repository.folder)
-        text = license_text(spdx, draft.release.info.license.code, draft.source.code_roots)
+        text = license_text(spdx, draft.release.info.license.code, draft.source.code_root)
         draft.write(f"{repository.folder}/LICENSE".lstrip("/"), text)
 
 
 def _write_standards(draft: Draft) -> None:
     """Writes the bundle of standards, which describes the other files."""
-    packages = standard_facts.describe_packages(standard_facts.package_versions(draft.release), draft.source.code_roots)
+    packages = standard_facts.describe_packages(standard_facts.package_versions(draft.release), draft.source.code_root)
     draft.json(bundle.RECORDED, packages)
     facts = read_facts(draft.release)
     readers = {row.get("reader") for row in facts.declared.values()}

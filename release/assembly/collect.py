@@ -60,7 +60,7 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
         statements=statements,
         metrics=metrics,
         environment=environment.describe(),
-        code_roots=[root],
+        code_root=root,
         commit=commit,
         dirty=dirty,
         stale=[s.name for s in states(graph, store).values() if s.text == "stale"],

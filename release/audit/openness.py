@@ -1,15 +1,15 @@
 """The openness of a release: twenty questions, each answered from the published files with evidence and a reason.
 
-Y: yes. P: partly. N: no. The questions join those of the Model Openness Framework (arXiv 2403.13784), OSAID 1.0 and the
-transparency duties of the EU's AI Act with what auditors of open models ask. A row is a yes only if its claim was
-shown, by the files or by somebody else. A claim of the maker's own is a part. `atom verify` checks that the files
-are right.
+Y: yes. P: partly. N: no. The questions, in openness.yaml, join those of the Model Openness Framework (arXiv
+2403.13784), OSAID 1.0 and the transparency duties of the EU's AI Act with what auditors of open models ask. A row is a
+yes only if its claim was shown, by the files or by somebody else. A claim of the maker's own is a part. `atom verify`
+checks that the files are right.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,6 @@ from release.layout import (
     GATES,
     MODEL,
     ORIGINS,
-    PAGE,
     REFERENCES,
     SIGNATURE,
     SIZE,
@@ -126,27 +125,31 @@ def _of_gate(release: Published, gate: str, evidence: Sequence[str]) -> Answer:
     return ("N", f"the gate {gate} was not passed", [GATES]) if detail is None else ("Y", detail, [*evidence, GATES])
 
 
-ROWS: dict[str, tuple[Callable[[Published], Answer], str]] = {}
-"""By question: the function that answers it, and what a maker must add for a yes."""
+def _of_standards(release: Published, paths: Sequence[str]) -> Answer:
+    """Returns Y if the documents are there and the gate found them valid and right."""
+    if missing := release.without({path: path for path in paths}):
+        return "N", f"there is no {missing[0]}", []
+    return _of_gate(release, "standards", paths)
 
 
-def _row(name: str, for_a_yes: str) -> Callable[[Callable[[Published], Answer]], Callable[[Published], Answer]]:
-    def register(function: Callable[[Published], Answer]) -> Callable[[Published], Answer]:
-        ROWS[name] = function, for_a_yes
-        return function
+def _of_files(release: Published, question: Mapping[str, Any]) -> Answer:
+    """Answers a question by the files of a release, of each phase or of the whole."""
+    phases, paths = release.phases, question.get("paths", {})
+    if "phases" in question:
+        if question.get("ordered"):
+            phases = [phase for phase in phases if numbered(phase)[0] not in WITHOUT_ORDER]
+        paths = {phase: question["phases"].format(phase=phase) for phase in phases}
+    whole = question["whole"].format(phases=", ".join(phases))
+    return _complete(release.without(paths), len(paths), whole, question["lack"], question["evidence"])
 
-    return register
 
-
-@_row("every document", "publish the texts of all kept documents, those that the base model was trained on included")
-def _documents(release: Published) -> Answer:
+def documents(release: Published, evidence: Sequence[str]) -> Answer:
     import pyarrow.parquet as pq
 
     files = layout.all_files(layout.kept_files(release.dataset))
     texts = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
     sources = read_json(release.dataset / "summary.json")["sources"].values()
     kept = sum(sum(s["kept"].values()) if isinstance(s["kept"], dict) else s["kept"] for s in sources)
-    evidence = ["dataset/kept", "dataset/summary.json"]
     if by_reference := references.read(release.dataset):
         named = ", ".join(f"{name} ({each.origin})" for name, each in by_reference.items())
         reason = f"of {kept:,} kept documents the texts, or how `atom rebuild-data` gets them again: {named}"
@@ -159,9 +162,8 @@ def _documents(release: Published) -> Answer:
     return "P" if texts else "N", f"the texts of {texts:,} of {kept:,} documents", evidence
 
 
-@_row("a license for each document", "read the license of each document from its own row, file or page")
-def _licenses(release: Published) -> Answer:
-    answer, detail, evidence = _of_gate(release, "licenses_known", ["dataset/dispositions", "dataset/sources"])
+def licenses(release: Published, evidence: Sequence[str]) -> Answer:
+    answer, detail, evidence = _of_gate(release, "licenses_known", evidence)
     if answer == "N":
         return answer, detail, evidence
     by_source = []
@@ -172,42 +174,11 @@ def _licenses(release: Published) -> Answer:
         if source.get("files") != 0 and not bases.isdisjoint(BY_SOURCE):
             by_source.append(source["name"])
     if by_source:
-        return (
-            "P",
-            f"{detail}; declared for the whole source, not document by document: {', '.join(by_source)}",
-            evidence,
-        )
-    return "Y", detail, evidence
+        detail += f"; declared for the whole source, not document by document: {', '.join(by_source)}"
+    return ("P" if by_source else "Y"), detail, evidence
 
 
-@_row("removed documents with reasons", "pass the gate counts_balance")
-def _removals(release: Published) -> Answer:
-    return _of_gate(release, "counts_balance", ["dataset/dispositions", "dataset/summary.json"])
-
-
-@_row("order of the data", "publish the order of every phase")
-def _order(release: Published) -> Answer:
-    phases = [phase for phase in release.phases if numbered(phase)[0] not in WITHOUT_ORDER]
-    missing = release.without({phase: f"dataset/order/{phase}/*.parquet" for phase in phases})
-    return _complete(missing, len(phases), f"every step of {', '.join(phases)}", "no order of", ["dataset/order"])
-
-
-@_row("checkpoints with optimizer states", "publish a checkpoint of every phase with its optimizer")
-def _checkpoints(release: Published) -> Answer:
-    missing = release.without({phase: f"checkpoints/{phase}-step-*/optimizer*" for phase in release.phases})
-    whole, evidence = f"of {', '.join(release.phases)}", ["checkpoints/index.json"]
-    return _complete(missing, len(release.phases), whole, "no state of the optimizer of", evidence)
-
-
-@_row("logs of training", "publish the log of every phase")
-def _logs(release: Published) -> Answer:
-    missing = release.without({phase: f"evidence/training/{phase}/training.jsonl" for phase in release.phases})
-    whole, evidence = "every step of every phase, without times", ["evidence/training"]
-    return _complete(missing, len(release.phases), whole, "no log of", evidence)
-
-
-@_row("rollouts and preferences", "publish the rollouts and pairs of every phase")
-def _rollouts(release: Published) -> Answer:
+def rollouts(release: Published, evidence: Sequence[str]) -> Answer:
     kinds = {phase: numbered(phase)[0] for phase in release.phases}
     # Phases without an order are those that sample answers.
     wanted = {phase: f"dataset/rl/{phase}/rollouts.parquet" for phase, k in kinds.items() if k in WITHOUT_ORDER}
@@ -217,20 +188,18 @@ def _rollouts(release: Published) -> Answer:
     if not wanted:
         return "Y", "no phase draws answers", ["evidence/training"]
     whole = "every sampled answer with tokens, log-probabilities and reward"
-    return _complete(release.without(wanted), len(wanted), whole, "no table of", ["dataset/rl"])
+    return _complete(release.without(wanted), len(wanted), whole, "no table of", evidence)
 
 
-@_row("outputs of each evaluation item", "publish the table of items beside each file of scores")
-def _outputs(release: Published) -> Answer:
+def outputs(release: Published, evidence: Sequence[str]) -> Answer:
     evaluation = release.dataset / "evaluation"
     measured = [path.parent.relative_to(release.root).as_posix() for path in sorted(evaluation.rglob("scores.json"))]
     missing = release.without({folder: f"{folder}/*.parquet" for folder in measured})
-    whole, evidence = f"tables beside {len(measured)} files of scores", ["dataset/evaluation"]
+    whole = f"tables beside {len(measured)} files of scores"
     return _complete(missing, len(measured), whole, "scores alone in", evidence)
 
 
-@_row("contamination, item by item", "draw test items that share no run of words with the training data")
-def _contamination(release: Published) -> Answer:
+def contamination(release: Published, evidence: Sequence[str]) -> Answer:
     if release.passed("contamination_report") is None:
         return (
             "P",
@@ -243,7 +212,7 @@ def _contamination(release: Published) -> Answer:
     counts = {name: sum(verdicts[name] for verdicts in splits) for name in VERDICTS}
     detail = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     reason = f"of the test items {detail}"
-    return ("Y" if set(+Counter(counts)) <= {"clean"} else "P"), reason, [f"dataset/{CONTAMINATION}", GATES]
+    return ("Y" if set(+Counter(counts)) <= {"clean"} else "P"), reason, evidence
 
 
 def _lack_of_replay(source: Source, phase: str) -> str:
@@ -255,20 +224,14 @@ def _lack_of_replay(source: Source, phase: str) -> str:
     return ""
 
 
-@_row("executable replay of every phase", "publish what the replay of each phase reads")
-def _replay(release: Published) -> Answer:
+def replay(release: Published, evidence: Sequence[str]) -> Answer:
     source = Source(release.root)
     reasons = [f"{phase} ({lack})" for phase in release.phases if (lack := _lack_of_replay(source, phase))]
     command = f"`atom replay . PHASE` has all it needs of {', '.join(release.phases)}"
-    evidence = ["checkpoints", "dataset", "evidence/statements"]
     return _complete(reasons, len(release.phases), command, "not of", evidence)
 
 
-@_row(
-    "bitwise replay",
-    "replay it yourself: `atom replay . PHASE`; a certificate in NAME-VERSION.replays is a file that anybody can write",
-)
-def _bitwise(release: Published) -> Answer:
+def bitwise(release: Published, evidence: Sequence[str]) -> Answer:
     """Answers if the training can be repeated bit for bit.
 
     Never Y from files: a certificate has no signature, so its maker may have written it.
@@ -290,15 +253,10 @@ def _bitwise(release: Published) -> Answer:
         parts.append(f"unsigned certificates say so of {', '.join(shown)}")
     if missing:
         parts.append(f"no certificate says so of {', '.join(missing)}")
-    return "P", "; ".join(parts), ["evidence/statements"]
+    return "P", "; ".join(parts), evidence
 
 
-@_row(
-    "signatures",
-    "sign with an identity that a third party vouches for: `atom sign --keyless`; a reader gives --identity and "
-    "--issuer, by which it is checked",
-)
-def _signatures(release: Published) -> Answer:
+def signatures(release: Published, evidence: Sequence[str]) -> Answer:
     places = [f"{place.folder}/{SIGNATURE}".lstrip("/") for place in release.repositories]
     missing = release.without({path: path for path in places})
     present = [path for path in places if path not in missing]
@@ -313,16 +271,8 @@ def _signatures(release: Published) -> Answer:
     return "Y", f"{whole}, by {release.identity}, which was checked", evidence
 
 
-def _of_standards(release: Published, paths: Sequence[str]) -> Answer:
-    """Returns Y if the documents are there and the gate found them valid and right."""
-    if missing := release.without({path: path for path in paths}):
-        return "N", f"there is no {missing[0]}", []
-    return _of_gate(release, "standards", paths)
-
-
-@_row("bill of materials", "pass the gate standards")
-def _bill(release: Published) -> Answer:
-    answer, detail, evidence = _of_standards(release, [bundle.CYCLONEDX, bundle.SPDX])
+def bill(release: Published, evidence: Sequence[str]) -> Answer:
+    answer, detail, evidence = _of_standards(release, evidence)
     if answer == "N":
         return answer, detail, evidence
     packages = read_json(release.root / bundle.RECORDED)
@@ -331,14 +281,8 @@ def _bill(release: Published) -> Answer:
     return answer, f"CycloneDX 1.7 and SPDX 3.0.1, valid: models, sources and {counts}", evidence
 
 
-@_row("Croissant", "pass the gate croissant")
-def _croissant(release: Published) -> Answer:
-    return _of_gate(release, "croissant", ["dataset/croissant.json"])
-
-
-@_row("EU summary of training content", "answer the fields that are not stated, in the recipe's section release.maker")
-def _eu_summary(release: Published) -> Answer:
-    answer, detail, evidence = _of_standards(release, [bundle.EU_SUMMARY])
+def eu_summary(release: Published, evidence: Sequence[str]) -> Answer:
+    answer, detail, evidence = _of_standards(release, evidence)
     if answer == "N":
         return answer, detail, evidence
     body = read_json(release.root / bundle.EU_SUMMARY)
@@ -348,9 +292,8 @@ def _eu_summary(release: Published) -> Answer:
     return ("P" if counts[NOT_STATED] else "Y"), reason, evidence
 
 
-@_row("Model Openness Framework", "add what is missing for a class; a technical report is named in release.maker")
-def _framework(release: Published) -> Answer:
-    answer, detail, evidence = _of_standards(release, [bundle.MOF, bundle.OSAID])
+def framework(release: Published, evidence: Sequence[str]) -> Answer:
+    answer, detail, evidence = _of_standards(release, evidence)
     if answer == "N":
         return answer, detail, evidence
     body = yaml.safe_load((release.root / bundle.MOF).read_text())
@@ -360,41 +303,22 @@ def _framework(release: Published) -> Answer:
     return ("P" if body["class"] == NO_CLASS else "Y"), reason, evidence
 
 
-@_row("data browser", "build the page, and publish the texts of the kept documents")
-def _browser(release: Published) -> Answer:
-    missing = release.without(
-        {"page that shows the data": PAGE, "table of kept documents": "dataset/kept/**/*.parquet"}
-    )
-    whole = "a page that shows the data, and tables of the kept documents, which the Hub shows and searches"
-    return _complete(missing, 2, whole, "there is no", [PAGE, "dataset/kept"])
-
-
-@_row("tracing", "publish these tables")
-def _tracing(release: Published) -> Answer:
-    tables = {name: f"dataset/{name}/**/*.parquet" for name in ("kept", "tokens/documents", "order")}
-    missing = release.without({**tables, "index of checkpoints": "checkpoints/index.json"})
-    whole = "`atom trace` leads from text to steps and checkpoints"
-    return _complete(missing, len(tables) + 1, whole, "it lacks", ["dataset/order"])
-
-
-@_row("energy and cost", "measure the energy with a meter; what this tool writes is an estimate")
-def _energy(release: Published) -> Answer:
-    if missing := release.without({bundle.ENERGY: bundle.ENERGY}):
-        return "N", f"there is no {missing[0]}", []
+def energy(release: Published, evidence: Sequence[str]) -> Answer:
+    if release.without({bundle.ENERGY: bundle.ENERGY}):
+        return "N", f"there is no {bundle.ENERGY}", []
     usages = [provenance.usage(body) for body in release.statements.values() if provenance.phase_of(body) is None]
     counted = sum("energy_joules_estimate" in usage for usage in usages)
     if not counted:
         return "N", "no statement has the energy of its stage", []
-    body, path = read_json(release.root / bundle.ENERGY), [bundle.ENERGY]
+    body = read_json(release.root / bundle.ENERGY)
     estimate = f"{body['total']['energy_kwh']:.3g} kWh by an estimate for {counted} of {len(usages)} attempts"
     if (carbon := body["factors"]["carbon"]) is None:
-        return "P", f"{estimate}; no carbon, since the maker states no factor", path
+        return "P", f"{estimate}; no carbon, since the maker states no factor", evidence
     factor = f"{carbon['grams_per_kwh']:g} g/kWh ({carbon['source']})"
-    return "P", f"{estimate}; {body['total']['co2_kg']:.3g} kg CO2e by {factor}", path
+    return "P", f"{estimate}; {body['total']['co2_kg']:.3g} kg CO2e by {factor}", evidence
 
 
-@_row("small sizes of the same recipe", "list two smaller models in the recipe's section `sizes`")
-def _sizes(release: Published) -> Answer:
+def sizes(release: Published, evidence: Sequence[str]) -> Answer:
     sizes, source = release.sizes[1:], Source(release.root)
     places = [f"{run_facts.TRAINING}/{size.name}" for size in sizes]
     reasons = [f"{size.name} ({lack})" for size in sizes if (lack := _lack_of_replay(source, size.name))]
@@ -410,6 +334,11 @@ def _sizes(release: Published) -> Answer:
     return answer, f"weights of {size / 1e6:,.1f} MB, one size; a release names no others of its recipe", [MODEL]
 
 
+FUNCTIONS = [documents, licenses, rollouts, outputs, contamination, replay, bitwise, signatures, bill]
+FUNCTIONS += [eu_summary, framework, energy, sizes]
+"""The answers that take more than a gate or the presence of files, by their names in openness.yaml."""
+
+
 def rows(folder: Path, identity: str = "") -> Iterator[Row]:
     """Yields the twenty rows, in order. Raises AtomError if the folder is not a whole release that can be read.
 
@@ -421,9 +350,16 @@ def rows(folder: Path, identity: str = "") -> Iterator[Row]:
         raise AtomError(f"{folder} is not a whole release; the openness of one repository alone is not computed")
     schema.require_readable(folder)
     published = Published(folder, identity)
-    for name, (function, for_a_yes) in ROWS.items():
-        answer, reason, evidence = function(published)
-        yield Row(name, answer, reason, tuple(evidence), "" if answer == "Y" else for_a_yes)
+    functions = {function.__name__: function for function in FUNCTIONS}
+    for question in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")):
+        if "function" in question:
+            answer, reason, evidence = functions[question["function"]](published, question["evidence"])
+        elif "gate" in question:
+            answer, reason, evidence = _of_gate(published, question["gate"], question["evidence"])
+        else:
+            answer, reason, evidence = _of_files(published, question)
+        for_a_yes = "" if answer == "Y" else question["for_a_yes"]
+        yield Row(question["name"], answer, reason, tuple(evidence), for_a_yes)
 
 
 def to_json(table: Sequence[Row]) -> list[dict[str, Any]]:

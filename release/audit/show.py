@@ -69,10 +69,7 @@ def facts_of(release: Release) -> dict[str, Any]:
         "removed": dict(sorted(removed.items(), key=lambda item: (-item[1], item[0]))),
         "seen": {phase: _steps_and_tokens(figures) for phase, figures in data.order.items()},
         "models": {folder: _scores(model) for folder, model in models.items()},
-        "caveats": [
-            *caveats.caveat_sentences(final),
-            *caveats.data_of_regressions(final.scores, data.order),
-        ],
+        "caveats": caveats.caveat_sentences(final),
         "pass_at_1": pass_at_1(data.chat.get("test", {})),
         "checkpoints": [row.branch for row in release.checkpoints],
         "gates": {name: gate["ok"] for name, gate in sorted(read_json(release.root / GATES).items())},

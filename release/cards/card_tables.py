@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-from release.cards import caveats, chat_tables, document_tables, model_tables, tables
+from release.cards import caveats, chat_tables, document_tables, tables
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
 from release.facts.run_facts import Changes, Costs, Intervention
-from release.facts.score_facts import ChatScores, ExampleAnswer, best_example, read_examples
+from release.facts.score_facts import ExampleAnswer, best_example, read_examples
 from release.facts.variant_facts import VariantFacts
 from release.layout import MODEL
 from release.opened_release import Release
@@ -97,10 +97,6 @@ def release_facts(release: Release, folder: str) -> ReleaseFacts:
     )
 
 
-def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:
-    return facts.chat.get("preferences", {})
-
-
 MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     # Head of the card.
     CardTable("summary", tables.summary),
@@ -109,37 +105,26 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("headline", tables.headline),
     # Scores, and what computed them.
     CardTable("evaluation", lambda model: tables.evaluation(model.scores)),
-    CardTable("samples", lambda model: tables.samples(model.scores)),
-    CardTable("engines", lambda model: tables.engines(model.scores, model.chat, model.harness)),
-    CardTable("prediction", model_tables.prediction, heading="Prediction and result"),
+    CardTable("engines", tables.engines),
+    CardTable("prediction", tables.prediction, heading="Prediction and result"),
     # The model itself.
-    CardTable("architecture", tables.architecture),
-    CardTable("parity", tables.parity),
-    CardTable("context", tables.context),
-    CardTable("tokenizer", tables.tokenizer),
     CardTable("chat_format", tables.chat_format),
     # Long contexts.
     CardTable("passkeys", lambda model: tables.passkeys(model.scores)),
-    CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores)),
-    CardTable("positions", lambda model: tables.positions(model.scores)),
     # Training.
-    CardTable("experts_by_phase", model_tables.experts_by_phase),
-    CardTable("experts", model_tables.experts),
-    CardTable("experts_verdict", model_tables.verdict),
-    CardTable("start", model_tables.start, heading="Where training began", part="training"),
-    CardTable("spikes", model_tables.spikes),
+    CardTable("experts_verdict", tables.verdict),
+    CardTable("start", tables.start, heading="Where training began", part="training"),
+    CardTable("spikes", tables.spikes),
     # Answers in conversation.
     CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {}))),
     CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {}))),
-    CardTable("preferences", lambda model: chat_tables.wins(_preferences(model))),
-    CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat)),
-    CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model))),
+    CardTable("preferences", lambda model: chat_tables.wins(model.chat.get("preferences", {}))),
     # Contamination.
     CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination)),
     CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination, tables.titles(model.scores))),
     CardTable(
         "harness",
-        lambda model: model_tables.task_sets(model.harness),
+        lambda model: tables.task_sets(model.harness),
         heading="Task sets of lm-evaluation-harness",
     ),
 )
@@ -151,18 +136,12 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("example_documents", document_tables.examples),
     CardTable("removals", tables.funnel),
     CardTable("order", tables.order),
-    CardTable("packing", tables.packing),
-    CardTable("long_documents", tables.long_documents),
     # Licenses and origins.
     CardTable("licenses", tables.license_evidence),
     CardTable("document_licenses", document_tables.licenses, heading="Licenses of the documents"),
     CardTable("synthetic", document_tables.synthetic, heading="Synthetic text"),
-    CardTable("attribution", document_tables.attribution, heading="Attribution"),
     CardTable("by_reference", document_tables.by_reference, heading="Texts by reference"),
-    # Measures of the documents.
-    CardTable("lengths", document_tables.lengths, heading="Lengths of the documents"),
     CardTable("languages", document_tables.languages, heading="Languages of the documents"),
-    CardTable("probes", chat_tables.probes, heading="Rewards without solving"),
     CardTable("opt_outs", document_tables.opt_outs, heading="Opt-outs"),
 )
 """Tables of data.md.jinja that the dataset repository alone can prove."""
@@ -194,26 +173,21 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("shares", _shares),
     CardTable("licenses", _licenses),
     CardTable("changes", lambda release: tables.changes(release.changes)),
-    CardTable("settings", lambda release: model_tables.settings(release.recipe, release.model)),
-    CardTable("conversations", lambda release: tables.conversations(release.data, release.model.training)),
     CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model())),
     CardTable("cost", lambda release: tables.cost(release.costs)),
     CardTable(
         "variants",
-        lambda release: model_tables.variants(release.variants),
+        lambda release: tables.variants(release.variants),
         heading="Other forms of the weights",
         part="use",
-    ),
-    CardTable(
-        "data_of_regressions", lambda release: caveats.data_of_regressions(release.model.scores, release.data.order)
     ),
 )
 """Tables of model.md.jinja that only the whole release can prove."""
 
 
 VARIANT_TABLES: tuple[CardTable[VariantFacts], ...] = (
-    CardTable("loss", model_tables.variant_loss),
-    CardTable("serving", model_tables.variant_serving),
+    CardTable("loss", tables.variant_loss),
+    CardTable("serving", tables.variant_serving),
 )
 """Tables of variant.md.jinja."""
 

@@ -3,8 +3,8 @@
 - The task: the share of held-out requests in which the model does it, if the reward measures that (the part `task`).
 - A rise of a reward from one phase to the next without a measured rise of its task: of the mean reward on held-out
 requests, of a win rate, and of the reward that a phase was trained on. Likewise a rise beside a part of the reward that
-fell, and one that a single part explains.
-- Regressions from one phase to the next, and what the phases read of the sources in question.
+fell.
+- Regressions from one phase to the next.
 
 A rise exceeds `SURE` standard errors of the difference; for a regression one standard error is enough.
 """
@@ -12,24 +12,19 @@ A rise exceeds `SURE` standard errors of the difference; for a regression one st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
-from release.cards.tables import PHASES, count, title, titles, with_error, with_interval
-from release.facts.data_facts import OrderFacts
+from release.cards.tables import count, title, titles, with_error, with_interval
 from release.facts.model_facts import ModelFacts
 from release.facts.score_facts import ChatScores
-from release.facts.training import FirstAndLast
 from stages.confidence import Figure, Mean
-from stages.evaluation.scores import AnswerStatistics, ModelScores
 from stages.evaluation.settings import SURE
 
 RULE = (
     "By rule from the figures below: what got worse from one phase to the next by more than a standard error of the "
     f"difference, and every reward that rose by more than {SURE} of them where its task did not, or a part of it fell."
 )
-LONGER = 1.25
-"""Ratio of lengths beyond which answers got longer or shorter."""
 NONE = "No reward rose without its task, and nothing that was measured got worse from one phase to the next."
 
 
@@ -42,47 +37,6 @@ def caveat_sentences(model: ModelFacts) -> list[str]:
         *_regressions(model),
     ]
     return [f"- {sentence}" for sentence in sentences] or [NONE]
-
-
-def data_of_regressions(scores: Mapping[str, ModelScores], order: Mapping[str, OrderFacts]) -> list[str]:
-    """Returns the tokens that phases predicted of the sources whose bits per byte rose, and their share.
-
-    Args:
-        scores: The scores of a model, in the order of training.
-        order: The orders of the phases.
-    """
-    # No cause is stated, since none was tested.
-    lines = []
-    for before, after in pairwise(scores):
-        phases = [phase for phase in (_phase_of(before), _phase_of(after)) if phase in order]
-        # A phase without an order, such as one of reinforcement learning, reads no sources.
-        if _phase_of(after) not in order or not (risen := _risen(scores[before], scores[after])):
-            continue
-        tokens = {phase: order[phase].tokens() for phase in phases}
-        read = [
-            f"{source} {' → '.join(_tokens_and_share(tokens[phase], source) for phase in phases)}" for source in risen
-        ]
-        names = " → ".join(title(phase, PHASES) for phase in phases)
-        lines.append(
-            f"- Tokens read of the sources that got worse after {title(after)} ({names}): {', '.join(read)}. "
-            "No cause was tested."
-        )
-    return lines
-
-
-def _tokens_and_share(tokens: Mapping[str, int], source: str) -> str:
-    if not (number := tokens.get(source, 0)):
-        return "none"
-    return f"{count(number)} ({number / sum(tokens.values()):.1%})"
-
-
-def _phase_of(model: str) -> str:
-    """Returns the phase that made an exported model."""
-    return PHASE.get(model, model.replace("long-", "longcontext-"))
-
-
-PHASE = {"base": "pretrain", "mid": "midtrain"}
-"""The phase of a model, if their names differ."""
 
 
 def parts(chat: Mapping[str, ChatScores]) -> dict[str, dict[str, Mean]]:
@@ -112,8 +66,7 @@ def _task_sentence(model: ModelFacts) -> Iterator[str]:
 def _reward_without_task(model: ModelFacts) -> Iterator[str]:
     """Yields a sentence on each pair of models of which the later one earns more, or wins, without a better task.
 
-    It is better if the share with a done task rose. Otherwise, no part of the reward may have fallen, and of a reward
-    that measures no task more than one part must have risen.
+    It is better if the share with a done task rose. Of a reward that measures no task, no part may have fallen.
     """
     # Neighbors in training, and pairs that were compared, in this order and each once.
     measured, comparisons = parts(model.chat), model.chat.get("preferences", {})
@@ -132,21 +85,20 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
         if not gains:
             continue
         # What fell from old to new is what rises in the other direction.
-        risen, fallen = moved(old, new), moved(new, old)
+        risen, fallen = (
+            ", ".join(f"{name} ({_change(old[name], new[name])})" for name in names)
+            for names in (moved(old, new), moved(new, old))
+        )
         start = f"from {title(before)} to {title(after)} {' and '.join(gains)}, and"
-        changes = {name: f"{name} ({_change(old[name], new[name])})" for name in (*risen, *fallen)}
         if "task" in new and not rises(old["task"], new["task"]):
             verb = "fell" if rises(new["task"], old["task"]) else "did not"
-            risen_parts = _listed(changes, risen) or "no part by itself"
-            fallen_parts = f" What fell: {_listed(changes, fallen)}." if fallen else ""
+            also_fell = f" What fell: {fallen}." if fallen else ""
             yield (
                 f"**A reward rose and its task {verb}**: {start} the share of answers that do what was asked {verb} "
-                f"({_change(old['task'], new['task'])}). What rose: {risen_parts}.{fallen_parts}"
+                f"({_change(old['task'], new['task'])}). What rose: {risen or 'no part by itself'}.{also_fell}"
             )
         elif fallen:
-            yield f"**A reward rose and a part of it fell**: {start} of its parts fell {_listed(changes, fallen)}."
-        elif "task" not in new and len(risen) == 1:
-            yield f"**One part alone explains a reward**: {start} of its parts only {_listed(changes, risen)} rose."
+            yield f"**A reward rose and a part of it fell**: {start} of its parts fell {fallen}."
 
 
 def moved(old: Mapping[str, Mean], new: Mapping[str, Mean]) -> list[str]:
@@ -154,48 +106,27 @@ def moved(old: Mapping[str, Mean], new: Mapping[str, Mean]) -> list[str]:
     return [name for name in new if name not in ("reward", "task") and name in old and rises(old[name], new[name])]
 
 
-def _listed(changes: Mapping[str, str], names: Iterable[str]) -> str:
-    return ", ".join(changes[name] for name in names)
-
-
 def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
     """Yields a sentence on each phase in which the training reward rose and its held-out figure did not."""
     chat, measured = model.chat.get("test", {}), parts(model.chat)
     for before, after in pairwise(chat):
-        for kind, reward in _rewards(model, after).items():
+        log = model.training.get(after)
+        for kind, reward in log.rewards.items() if log else ():
             if not rises(reward["first"], reward["last"]):
                 continue
             change = f"({_change(reward['first'], reward['last'])}, means of the first and the last steps)"
             start = f"during {title(after)}, its reward for {kind} rose {change}, and"
             if kind in chat[after]["problems"]:
                 target = f"the share of right answers to test problems ({kind})"
-                answers = [chat[name]["problems"][kind]["samples"] for name in (before, after)]
-                old, new = (statistics["accuracy"] for statistics in answers)
-                beside = _beside({}, {}, *answers)
+                old, new = (chat[name]["problems"][kind]["samples"]["accuracy"] for name in (before, after))
             elif kind in chat[after]["judged"] and all("task" in measured.get(name, {}) for name in (before, after)):
                 target = "the share of answers to held-out requests that do what was asked"
                 old, new = measured[before]["task"], measured[after]["task"]
-                answers = [chat[name]["judged"][kind] for name in (before, after)]
-                beside = _beside(measured[before], measured[after], *answers)
             else:
                 yield f"**A reward rose, and no task was measured**: {start} no held-out figure tells what it gave."
                 continue
             if not rises(old, new):
-                yield f"**A reward rose and its task did not**: {start} {target} did not ({_change(old, new)}){beside}."
-
-
-def _beside(old: Mapping[str, Mean], new: Mapping[str, Mean], before: AnswerStatistics, after: AnswerStatistics) -> str:
-    """Returns a clause on what else changed: parts of the preference reward, and the length of answers."""
-    risen = [f"{name} ({_change(old[name], new[name])})" for name in moved(old, new)]
-    # Longer answers are the usual way to a higher reward without a better answer.
-    if max(before["tokens"], after["tokens"]) > LONGER * min(before["tokens"], after["tokens"]):
-        risen.append(f"the length of answers ({before['tokens']:.1f} → {after['tokens']:.1f} tokens)")
-    return f"; what changed instead: {', '.join(risen)}" if risen else ""
-
-
-def _rewards(model: ModelFacts, phase: str) -> dict[str, FirstAndLast]:
-    """Returns the rewards that a phase was trained on, by kind of task; none for a phase without a log."""
-    return model.training[phase].rewards if phase in model.training else {}
+                yield f"**A reward rose and its task did not**: {start} {target} did not ({_change(old, new)})."
 
 
 def _regressions(model: ModelFacts) -> Iterator[str]:
@@ -204,9 +135,11 @@ def _regressions(model: ModelFacts) -> Iterator[str]:
     # A model is compared with the one before it, since a phase can only spoil what was there.
     for before, after in pairwise(model.scores):
         old, new = model.scores[before], model.scores[after]
+        bits = old["bits_per_byte"]
         regressions = [
-            f"bits per byte of {source} ({_change(old['bits_per_byte'][source], new['bits_per_byte'][source])})"
-            for source in _risen(old, new)
+            f"bits per byte of {source} ({_change(bits[source], row)})"
+            for source, row in new["bits_per_byte"].items()
+            if source in bits and rises(bits[source], row, 1)
         ]
         pairs = [
             (f"exact match of {task}", old["accuracy"].get(task, row), row) for task, row in new["accuracy"].items()
@@ -222,12 +155,6 @@ def _regressions(model: ModelFacts) -> Iterator[str]:
         regressions += [f"{measure} ({_change(low, high)})" for measure, low, high in pairs if rises(high, low, 1)]
         if regressions:
             yield f"From {names[before]} to {names[after]} these got worse: {', '.join(regressions)}."
-
-
-def _risen(before: ModelScores, after: ModelScores) -> list[str]:
-    """Returns the sources whose bits per byte rose."""
-    old, new = before["bits_per_byte"], after["bits_per_byte"]
-    return [source for source, row in new.items() if source in old and rises(old[source], row, 1)]
 
 
 def _change(before: Figure, after: Figure) -> str:

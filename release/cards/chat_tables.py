@@ -1,4 +1,4 @@
-"""The card's tables about chat models: answers to problems, preferences, and overlaps of items with training data."""
+"""The card's tables about chat models: answers to problems, preferences, examples, and overlaps with training data."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from collections.abc import Iterable, Mapping
 
 from pipeline.core.text import escaped
 from release.cards import caveats
-from release.cards.tables import PHASES, count, explained_table, table, title, with_error, with_interval
-from release.facts.data_facts import DataFacts
-from release.facts.score_facts import ChatScores, ExampleAnswer
+from release.cards.tables import count, explained_table, table, title, with_error, with_interval
+from release.facts.score_facts import ExampleAnswer
 from stages.confidence import Figure, Mean
 from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport
-from stages.rl.rollout.tasks import MARGIN
 
-SHOWN, CHARACTERS = 4, 160
-"""Sample pairs that a card shows, and characters of a text."""
-OUTPUT = 600
-"""Characters of the answer below the first example of a card."""
+CHARACTERS, OUTPUT = 160, 600
+"""Characters of a text in a list of examples, and of the answer below the first one of a card."""
 
 
 def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
@@ -49,7 +45,7 @@ def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
     kinds = list(dict.fromkeys(row[0] for row in body))
     body.sort(key=lambda row: kinds.index(row[0]))
     head = ["kind", "model after", "items", "greedy", "pass@1", f"pass@{most_drawn}"]
-    return table([*head, "tokens", "cut off", "with reasoning"], body, labels=3)
+    return table([*head, "tokens", "cut off", "with reasoning"], body)
 
 
 def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:
@@ -83,35 +79,6 @@ def _outcomes(row: ComparisonScores) -> str:
     return f"{count(row['win_rate']['n'])}: {count(row['wins'])}, {count(row['ties'])}, {count(row['losses'])}"
 
 
-def reward_parts(chat: Mapping[str, ChatScores]) -> list[str]:
-    """Returns the mean reward of all models on the held-out requests: one row for each of its parts."""
-    measured = caveats.parts(chat)
-    body = []
-    for name in ordered(name for parts in measured.values() for name in parts):
-        cells = [_value(parts[name]) if name in parts else "not measured" for parts in measured.values()]
-        body.append([name, *cells])
-    return table(["part of the reward", *map(title, measured)], body) if body else []
-
-
-def ordered(names: Iterable[str]) -> list[str]:
-    """Returns the distinct parts of a reward, the whole and the task first."""
-    return sorted(set(names), key=lambda name: (name != "reward", name != "task", name))
-
-
-def samples(preferences: Mapping[str, ComparisonScores]) -> list[str]:
-    """Returns a few pairs of the last comparison, with texts as code, so that no character of them is markup."""
-    if not preferences:
-        return []
-    # The last comparison is that of the final model.
-    comparison, lines = preferences[list(preferences)[-1]], []
-    for row in comparison["examples"][:SHOWN]:
-        lines.append(f"- {_code_cell(row['question'])}")
-        for side in ("before", "model"):
-            answer = f"{_code_cell(row[side]['answer'])} (reward {row[side]['reward']:.2f})"
-            lines.append(f"  - {title(comparison[side])}: {answer}")
-    return lines
-
-
 def examples(answers: Iterable[ExampleAnswer]) -> list[str]:
     """Returns one item for each answer: the request, and the answer with its reasoning; none without answers."""
     items = []
@@ -123,24 +90,6 @@ def examples(answers: Iterable[ExampleAnswer]) -> list[str]:
         f"at {count(CHARACTERS)} characters. Nobody chose them:"
     )
     return [rule, "", *items] if items else []
-
-
-def probes(data: DataFacts) -> list[str]:
-    """Returns one row for the tasks of each kind and level: the best of the answers that solve nothing."""
-    body = []
-    for phase, bins in data.probes.items():
-        for name, each in bins.items():
-            best, acknowledged = each["answers"][0], each["acknowledged"]
-            limit = "" if acknowledged is None else f"{acknowledged:g}"
-            figures = f"{each['chance']:.3f}", _value(best["reward"]), limit
-            body.append([name, title(phase, PHASES), _code_cell(best["name"]), *figures])
-    rule = (
-        "The tasks of a phase are drawn before it, and answers that solve nothing are scored by their verifier: "
-        "constants, the question itself, frequent answers. The best of them, beside what chance earns; without an "
-        f"acknowledged reward, tasks on which it earns more than {MARGIN:g} above chance are refused:"
-    )
-    head = ["tasks", "phase", "best answer", "chance", "reward", "acknowledged"]
-    return explained_table(rule, head, body, labels=2)
 
 
 def conversation(answer: ExampleAnswer | None) -> str:
@@ -210,7 +159,7 @@ def clean(report: ContaminationReport | None, names: Mapping[str, str]) -> list[
             body.append([measure, names.get(model) or title(model), _value(full), str(full["n"]), *cells])
     sentence = f"For {count(same)} of {count(same + len(body))} scores every item is clean, so nothing changes."
     head = ["measure", "model after", "all items", "n", "clean items", "n"]
-    return explained_table(f"{sentence} For the others:", head, body, labels=2) or [sentence]
+    return explained_table(f"{sentence} For the others:", head, body) or [sentence]
 
 
 def _value(row: Figure) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline.core.parts import PART_PATTERN, part_number
 from pipeline.core.store import sha256_file
 from release import layout
@@ -24,27 +26,8 @@ LOADED = 256 << 20
 TYPES = {"double": "sc:Float", "float": "sc:Float", "bool": "sc:Boolean"}
 TYPES |= dict.fromkeys(("int16", "int32", "int64", "uint64"), "sc:Integer")
 """{type of a column: its type in Croissant}; others are sc:Text."""
-TERMS = (
-    "arrayShape citeAs column containedIn equivalentProperty extract field fileObject fileProperty fileSet format "
-    "includes isArray isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace "
-    "samplingRate separator source subField transform"
-)
-"""The words of Croissant that mean nothing else."""
-CONTEXT: dict[str, Any] = {term: f"cr:{term}" for term in TERMS.split()} | {
-    "@language": "en",
-    "@vocab": "https://schema.org/",
-    "conformsTo": "dct:conformsTo",
-    "cr": "http://mlcommons.org/croissant/",
-    "data": {"@id": "cr:data", "@type": "@json"},
-    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-    "dct": "http://purl.org/dc/terms/",
-    "description": {"@container": "@language"},
-    "examples": {"@id": "cr:examples", "@type": "@json"},
-    "name": {"@container": "@language"},
-    "prov": "http://www.w3.org/ns/prov#",
-    "rai": "http://mlcommons.org/croissant/RAI/",
-    "sc": "https://schema.org/",
-}
+WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+CONTEXT: dict[str, Any] = {term: f"cr:{term}" for term in WORDS["terms"]} | WORDS["context"]
 
 
 def describe_dataset(
@@ -61,12 +44,18 @@ def describe_dataset(
     repo = f"https://huggingface.co/datasets/{release.repository}-data"
     tables = _tables(dataset, data)
     patterns = {name: _pattern(dataset, files) for name, files in tables.items() if part_number(files[0]) is not None}
-    documents_read = sum(row.documents_in for row in data.sources.values())
-    documents_kept = sum(row.kept for row in data.sources.values())
-    rules = sorted({rule.split("/")[0] for row in data.sources.values() for rule in row.removed})
     # Curation counts the documents in which it replaced personal data.
     curated = read_json(dataset / "summary.json")["sources"]
-    redacted_documents = sum(row.get("edited", {}).get("PIIFormatter", 0) for row in curated.values())
+    rules = sorted({rule.split("/")[0] for row in data.sources.values() for rule in row.removed})
+    figures = {
+        "read": sum(row.documents_in for row in data.sources.values()),
+        "kept": sum(row.kept for row in data.sources.values()),
+        "sources": len(data.sources),
+        "rules": ", ".join(rules) or "no rule",
+        "redacted": sum(row.get("edited", {}).get("PIIFormatter", 0) for row in curated.values()),
+        "dispositions": patterns["dispositions"],
+        "requests": release.contact or "the discussions of the repository",
+    }
     distribution = [
         _file_set(name, patterns[name]) if name in patterns else _file(dataset, files[0], name, digest)
         for name, files in tables.items()
@@ -88,26 +77,13 @@ def describe_dataset(
         "distribution": distribution,
         "recordSet": [_records(files[0], name, name in patterns) for name, files in tables.items()],
         "prov:wasDerivedFrom": [_source(dataset, name, row) for name, row in data.sources.items()],
-        "rai:dataCollection": f"{documents_read} documents of {len(data.sources)} sources were read; each source's "
-        "own file in sources/ says from where, under which license, and the evidence for it.",
-        "rai:dataPreprocessingProtocol": [
-            f"{documents_kept} of {documents_read} documents were kept; the others were removed by "
-            f"{', '.join(rules) or 'no rule'}.",
-            f"{patterns['dispositions']} names for each document the rule, the measured "
-            "value and the threshold; removed documents are listed without their text.",
-        ],
-        "rai:personalSensitiveInformation": [
-            f"Replaced by a placeholder where a pattern found them: in {redacted_documents} documents. What no pattern "
-            "finds stays; a document can be removed on request."
-        ],
-        "rai:dataLimitations": [
-            "Decontamination and deduplication compare words: paraphrases and translations are not found.",
-            "A license that stands beside a document is evidence, not legal clearance.",
-        ],
-        "rai:dataUseCases": "Training the models of this release, and checking what they were trained on.",
-        "rai:dataReleaseMaintenancePlan": "A version is published once; changes, removals on request too, come as a "
-        f"new version. Requests: {release.contact or 'the discussions of the repository'}.",
+        **{name: _filled(text, figures) for name, text in WORDS["data"].items()},
     }
+
+
+def _filled(text: str | list[str], figures: dict[str, Any]) -> str | list[str]:
+    """Returns a text, or each of a list, with the figures in it."""
+    return text.format(**figures) if isinstance(text, str) else [part.format(**figures) for part in text]
 
 
 def _tables(dataset: Path, data: DataFacts) -> dict[str, list[Path]]:

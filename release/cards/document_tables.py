@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pipeline.core.text import escaped
-from release.cards.tables import count, explained_table, few, table
+from release.cards.tables import count, explained_table, table
 from release.facts.data_facts import DataFacts, SourceFacts
-from release.facts.document_facts import LENGTHS, LanguageFacts, LicenseFacts
-from stages.data.acquire.licenses.expressions import asks_for_attribution
+from release.facts.document_facts import LanguageFacts, LicenseFacts
 
 MOST_LICENSES = 30
 """Licenses with a row of their own, those of most tokens; the others share one."""
@@ -75,43 +74,6 @@ def by_reference(data: DataFacts) -> list[str]:
     return lines
 
 
-def attribution(data: DataFacts) -> list[str]:
-    """Returns the sources whose licenses ask for attribution or for notices; none if no source does."""
-    listed = data.documents.attributed
-    body = []
-    for name, row in data.sources.items():
-        if licenses := [license for license in row.licenses if asks_for_attribution(license)]:
-            # Without these tables the number is not known.
-            documents = [count(listed.get(name, 0))] if listed else []
-            body.append([name, few(licenses), *documents, escaped(row.origin), escaped(row.license_evidence)])
-    tables = (
-        "`attribution/` lists each of these documents with its license, its origin, and its title and authors where "
-        "the source states them."
-        if listed
-        else "`kept/` has the license and the origin of each document: its address, or its place in the source."
-    )
-    sentence = (
-        "Who uses texts of these sources must name their authors, or keep their notices, as the license of each "
-        f"document asks. {tables}"
-    )
-    if data.documents.notices:
-        number = count(data.documents.notices)
-        sentence += f" `notices/` has the {number} texts of licenses and notices of their packages, each once."
-    documents = ["documents"] if listed else []
-    return explained_table(sentence, ["source", "licenses", *documents, "origin", "evidence of the license"], body)
-
-
-def lengths(data: DataFacts) -> list[str]:
-    """Returns the share of each source's tokens by the length of its documents."""
-    bounds = [f"to {count(bound)}" for bound in LENGTHS] + [f"above {count(LENGTHS[-1])}"]
-    body = []
-    for name, row in data.documents.lengths.items():
-        total, documents = sum(row.tokens), sum(row.documents)
-        mean = f"{total / documents:,.0f}" if documents else ""
-        body.append([name, mean, *(_share(tokens, total) for tokens in row.tokens)])
-    return table(["source", "tokens of a document, mean", *bounds], body)
-
-
 def synthetic(data: DataFacts) -> list[str]:
     """Returns documents and tokens that generators wrote, by generator and digest; none without such a source."""
     by_generator: dict[tuple[str, ...], list[SourceFacts]] = {}
@@ -157,7 +119,7 @@ def languages(data: DataFacts) -> list[str]:
     if names := [name for name in data.sources if name not in data.documents.languages]:
         sentence += f" No step identified it in {', '.join(names)}."
     head = ["source", "language", "documents", "tokens", "share of the source's tokens"]
-    return explained_table(sentence, head, body, labels=2)
+    return explained_table(sentence, head, body)
 
 
 def opt_outs(data: DataFacts) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pipeline.hub.client import load
 from release import schema
-from release.cards import card_tables, chat_tables, plots, tables
+from release.cards import card_tables, chat_tables, tables
 from release.cards.card_tables import ReleaseFacts
 from release.facts.data_facts import DataFacts
 from release.facts.message_tables import FOLDER as MESSAGES
@@ -57,8 +57,7 @@ def render_all(release: Release) -> Iterator[tuple[str, str]]:
         for place in release.repositories
     ]
     repository_table = tables.table(["repository", "kind", "branch", "place in the release"], places)
-    further = tables.further_evidence(release.root)
-    yield CARD, plain_card("evidence", info, info.license.code, repositories=repository_table, further=further)
+    yield CARD, plain_card("evidence", info, info.license.code, repositories=repository_table)
 
 
 def license_fields(spdx: str) -> dict[str, Any]:
@@ -257,10 +256,9 @@ def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] |
         messages=list(data.messages),
         attributed=bool(data.documents.attributed),
         notices=data.documents.notices,
-        measured=bool(data.documents.languages),
+        measured=data.documents.measured,
         generated=any(row.generated for row in data.sources.values()),
         earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
-        composition=bool(plots.amounts(data)) and plots.COMPOSITION,
         canary=canary and canary["canary"],
         chat=bool(data.chat),
         t=texts,
@@ -314,19 +312,3 @@ def _texts(table_lines: dict[str, list[str]]) -> dict[str, str]:
 def _normalize_text(text: str) -> str:
     # Empty tables and conditions of the templates leave empty lines.
     return re.sub(r"\n{3,}", "\n\n", text.replace("\r\n", "\n")).strip() + "\n"
-
-
-def mismatched_scores(card: str, scores: ModelScores) -> list[str]:
-    """Returns the values of the card's model-index that differ from the measured ones."""
-    data: Any = load().ModelCard(card).data
-    # Both are {(metric, name): (value, standard error)}.
-    stated: dict[Any, Any] = {}
-    measured: dict[Any, Any] = {}
-    for result in data.eval_results or []:
-        standard_error = (result.metric_args or {}).get("standard_error")
-        stated[result.metric_type, result.dataset_config] = result.metric_value, standard_error
-    for kind, (metric, _, _) in METRICS.items():
-        for name, row in scores[kind].items():
-            measured[metric, name] = row["value"], row["se"]
-    differing = (key for key in stated.keys() | measured.keys() if stated.get(key) != measured.get(key))
-    return sorted(f"{metric} {name}" for metric, name in differing)

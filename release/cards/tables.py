@@ -1,22 +1,25 @@
-"""Markdown tables of the cards. Every number of a card is formatted here, from facts."""
+"""Markdown tables of the cards, and their parts. Every number of a card is formatted here, from facts.
+
+Tables about documents are in `document_tables`, those about conversation in `chat_tables`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from pipeline.core.text import escaped
 from release.facts import run_facts
-from release.facts.data_facts import DataFacts, OrderPart
-from release.facts.forecast import FOLDER as PREDICTION
+from release.facts.data_facts import DataFacts
+from release.facts.forecast import FOLDER, NAMES
 from release.facts.model_facts import ModelFacts
 from release.facts.run_facts import Changes, Checkpoint, Intervention
-from release.facts.score_facts import ChatScores, HarnessFacts
-from release.layout import RUNTIMES, numbered
+from release.facts.score_facts import HarnessFacts
+from release.facts.variant_facts import VariantFacts
+from release.layout import numbered
 from stages.confidence import Figure
 from stages.evaluation.scores import ModelScores, Proportion
 
@@ -33,76 +36,30 @@ PHASES: dict[str, str] = WORDS["phases"]
 """Titles of training phases."""
 IN_PROCESS = "transformers in the stage's process, in fp32"
 """The program that computes scores without an engine."""
-CONVERSATION_TITLES = {"system": "system messages", "tools": "tools", "reasoning": "reasoning"}
-CHAT_TITLES = {"test": "answers in conversation", "fresh": "answers to new items", "preferences": "preferences"}
-COLUMN_PIXELS, PADDING_PIXELS = 750, 27
-"""The width of a card on the Hub, with a margin, and that of a cell's padding and border."""
-WIDE_PIXELS, NARROW_PIXELS, NARROW = 10.3, 5.2, " .,:;()|il'"
-"""Widths of characters there at 16 px, in DejaVu Sans, the widest of the usual fonts."""
+MOST_DEAD = 10
+"""Dead experts that a card names."""
+NOT_MEASURED = "Memorization of training data and toxicity: not measured."
+TOXICITY = "Toxicity: not measured. No prompt set and classifier are open, small and run offline."
 
 
 def count(value: int) -> str:
     return f"{value:,}"
 
 
-def table(head: Iterable[str], body: Iterable[Iterable[str]], labels: int = 1) -> list[str]:
-    """Returns the lines of a Markdown table.
-
-    No table is wider than the Hub's column: columns that do not fit are in further tables below it, each with the
-    labels again.
-
-    Args:
-        head: The names of the columns.
-        body: The cells of each row.
-        labels: The number of first columns, which name a row.
-    """
+def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
+    """Returns the lines of a Markdown table, from the names of its columns and the cells of each row."""
     # Without spaces around ±, a browser breaks no figure over two lines.
     head, rows = list(head), [[str(cell).replace("|", "\\|").replace(" ± ", "±") for cell in row] for row in body]
-    widths = [_pixels([name, *(row[n] for row in rows)]) for n, name in enumerate(head)]
-    lines: list[str] = []
-    for columns in _columns_that_fit(widths, labels):
-        if lines:
-            lines.append("")
-        rule = "|" + "|".join(["---"] * len(columns)) + "|"
-        lines += [_line([head[n] for n in columns]), rule]
-        lines += [_line([row[n] for n in columns]) for row in rows]
-    return lines
+    return [_line(head), "|" + "|".join(["---"] * len(head)) + "|", *map(_line, rows)]
 
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def explained_table(sentence: str, head: Iterable[str], body: list[list[str]], labels: int = 1) -> list[str]:
+def explained_table(sentence: str, head: Iterable[str], body: list[list[str]]) -> list[str]:
     """Returns the lines of a sentence and a table below it; none for a table without rows."""
-    return [sentence, "", *table(head, body, labels)] if body else []
-
-
-def _columns_that_fit(pixels: Sequence[float], labels: int) -> list[list[int]]:
-    """Returns the numbers of the columns of each table."""
-    limit, first, columns = COLUMN_PIXELS - sum(pixels[:labels]), list(range(labels)), range(labels, len(pixels))
-    # As few tables as fit.
-    parts: list[list[int]] = [[]]
-    for column in columns:
-        # A column that is too wide alone still gets a table.
-        if parts[-1] and sum(pixels[n] for n in [*parts[-1], column]) > limit:
-            parts.append([])
-        parts[-1].append(column)
-
-    # Equally many columns in each look better, if they fit as well.
-    size = math.ceil(len(columns) / len(parts)) or 1
-    even = [list(columns[n : n + size]) for n in range(0, len(columns), size)]
-    if all(sum(pixels[n] for n in part) <= limit for part in even):
-        parts = even or parts
-    return [first + part for part in parts]
-
-
-def _pixels(column: Sequence[str]) -> float:
-    """Returns the least width of a column, which is that of its longest word."""
-    widths = [0.0]
-    for word in (word for cell in column for word in cell.split()):
-        widths.append(sum(NARROW_PIXELS if character in NARROW else WIDE_PIXELS for character in word))
-    return max(widths) + PADDING_PIXELS
+    return [sentence, "", *table(head, body)] if body else []
 
 
 def with_error(row: Figure, digits: int) -> str:
@@ -180,80 +137,23 @@ def evaluation(scores: dict[str, ModelScores]) -> list[str]:
 
 def passkeys(scores: dict[str, ModelScores]) -> list[str]:
     """Returns keys retrieved from texts of each length, one column for each model that was evaluated on them."""
-    return _by_model(scores, "passkey", "tokens of the text")
-
-
-def positions(scores: dict[str, ModelScores]) -> list[str]:
-    """Returns bits per token of long documents by the token's position, one column for each model."""
-    return _by_model(scores, "loss_by_position", "position of the token")
-
-
-def passkeys_by_depth(scores: dict[str, ModelScores]) -> list[str]:
-    """Returns the keys that the last model retrieved, by length of the text and depth of the key in it.
-
-    Depth 0 is the start of the text.
-    """
-    scores_by_length = scores[list(scores)[-1]].get("passkey_by_depth", {})
-    depths = sorted({depth for row in scores_by_length.values() for depth in row}, key=float)
-    body = [
-        [count(int(length)), *(with_error(row[depth], 3) if depth in row else "" for depth in depths)]
-        for length, row in sorted(scores_by_length.items(), key=lambda pair: int(pair[0]))
-    ]
-    return table(["tokens of the text", *(f"depth {depth}" for depth in depths)], body) if body else []
-
-
-def _by_model(scores: dict[str, ModelScores], kind: Literal["passkey", "loss_by_position"], head: str) -> list[str]:
-    """Returns one row for each key of a kind of scores, by its first number; none if no model has that kind."""
-    names, columns = titles(scores), [model for model in scores if kind in scores[model]]
-    keys = sorted({key for model in columns for key in scores[model][kind]}, key=lambda key: int(key.split("-")[0]))
+    names, columns = titles(scores), [model for model in scores if "passkey" in scores[model]]
+    lengths = sorted({length for model in columns for length in scores[model]["passkey"]}, key=int)
     body = []
-    for key in keys:
-        cells = [scores[model][kind].get(key) for model in columns]
-        label = " to ".join(count(int(number)) for number in key.split("-"))
-        body.append([label, *(with_error(cell, 3) if cell else "not measured" for cell in cells)])
-    return table([head, *(names[model] for model in columns)], body) if body else []
+    for length in lengths:
+        cells = [scores[model]["passkey"].get(length) for model in columns]
+        body.append([count(int(length)), *(with_error(cell, 3) if cell else "not measured" for cell in cells)])
+    return table(["tokens of the text", *(names[model] for model in columns)], body) if body else []
 
 
-def samples(scores: dict[str, ModelScores]) -> list[str]:
-    """Returns the sample sizes of the evaluation: documents, bytes and problems."""
-    last_scores = scores[list(scores)[-1]]
-    body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last_scores["bits_per_byte"].items()]
-    body += [[name, "", "", count(r["n"])] for name, r in last_scores["accuracy"].items()]
-    return table(["source or task", "held-out documents", "bytes scored", "problems"], body)
-
-
-def engines(
-    scores: Mapping[str, ModelScores],
-    chat: Mapping[str, ChatScores],
-    harness: HarnessFacts | None = None,
-) -> list[str]:
+def engines(model: ModelFacts) -> list[str]:
     """Returns one sentence on what computed the scores."""
-    kinds: dict[str, Iterable[Mapping[str, Any]]] = {"evaluation on documents and problems": scores.values()}
-    kinds |= {CHAT_TITLES[benchmark]: by_model.values() for benchmark, by_model in chat.items()}
-    if harness:
-        kinds["task sets"] = harness.task_sets.values()
-    by_engine: dict[str, list[str]] = {}
-    for kind, rows in kinds.items():
-        for engine in dict.fromkeys(str(row.get("engine", "")) for row in rows):
-            by_engine.setdefault(engine, []).append(kind)
-    parts = []
-    for engine, names in by_engine.items():
-        title = f"vLLM ({engine}), in the data type of the exported weights" if engine else IN_PROCESS
-        # With one engine for everything, the names of the evaluations say nothing.
-        parts.append(title if len(by_engine) == 1 else f"{title}: {', '.join(names)}")
+    rows: list[Mapping[str, Any]] = [*model.scores.values()]
+    rows += [row for by_model in model.chat.values() for row in by_model.values()]
+    rows += model.harness.task_sets.values() if model.harness else []
+    names = dict.fromkeys(str(row.get("engine", "")) for row in rows)
+    parts = [f"vLLM ({name}), in the data type of the exported weights" if name else IN_PROCESS for name in names]
     return [f"Computed by {'; by '.join(parts)}."]
-
-
-def architecture(model: ModelFacts) -> list[str]:
-    sizes = {"parameters, total": model.parameters.total, "parameters, active for one token": model.parameters.active}
-    sizes |= {key.replace("_", " "): value for key, value in model.config.items()}
-    return table(["what", "value"], [[name, count(value)] for name, value in sizes.items()])
-
-
-def tokenizer(model: ModelFacts) -> list[str]:
-    """Returns the size of the vocabulary, and the tokens that stand for no text."""
-    special = ", ".join(f"`{escaped(token)}`" for token in model.special_tokens)
-    return [f"{count(model.config['vocab_size'])} ids in the vocabulary. Tokens that stand for no text: {special}."]
 
 
 def chat_format(model: ModelFacts) -> list[str]:
@@ -261,24 +161,6 @@ def chat_format(model: ModelFacts) -> list[str]:
     # The rendered request is one of the goldens, which not every model can answer.
     text = model.rendered_chat.replace("What is 2+2?", "REQUEST")
     return ["````text", *map(escaped, text.splitlines()), "````"] if text else []
-
-
-def context(model: ModelFacts) -> list[str]:
-    """Returns the context length and the position encoding, from config.json."""
-    # Known settings first; the further ones depend on the kind of scaling.
-    rope = dict(model.rope)
-    body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
-    body.append(["RoPE base (`rope_theta`)", f"{rope.pop('rope_theta'):,.10g}"])
-    kind = rope.pop("rope_type", "default")
-    body.append(["RoPE scaling", "none" if kind == "default" else kind])
-    body += [[f"{kind}: {key.replace('_', ' ')}", number(value)] for key, value in sorted(rope.items())]
-    return table(["what", "value"], body)
-
-
-def parity(model: ModelFacts) -> list[str]:
-    figures = {key: value for key, value in sorted(model.parity.items()) if not isinstance(value, dict)}
-    body = [[key.replace("_", " "), number(value)] for key, value in figures.items()]
-    return table(["export parity", "value"], body)
 
 
 def number(value: Any) -> str:
@@ -360,66 +242,7 @@ def order(data: DataFacts) -> list[str]:
             for name, figures in part.by_source.items():
                 cells = [count(number) for number in (figures.rows, figures.tokens, figures.documents)]
                 body.append([label, count(last - first + 1), name, *cells])
-    return table(
-        ["phase", "steps", "source", "rows that hold it", "tokens predicted", "different documents"], body, labels=3
-    )
-
-
-def conversations(data: DataFacts, phases: Iterable[str]) -> list[str]:
-    """Returns the features of the kept conversations that the phases read; nothing without any conversation."""
-    read = {source for phase in phases for source in data.sources_read(phase)}
-    body, absent = [], dict(CONVERSATION_TITLES)
-    for source, row in data.sources.items():
-        if source in read and row.conversations:
-            counts = [row.conversations[feature] for feature in CONVERSATION_TITLES]
-            body.append([source, count(row.kept), *map(count, counts)])
-            absent = {feature: title for feature, title in absent.items() if not row.conversations[feature]}
-    if not body:
-        return []
-    sentence = f"No kept conversation has: {', '.join(absent.values())}. " if absent else ""
-    heads = (f"with {title}" for title in CONVERSATION_TITLES.values())
-    lines = table(["source", "conversations kept", *heads], body)
-    return [*lines, "", f"{sentence}`enable_thinking=False` opens an empty think block, which no phase trained."]
-
-
-def further_evidence(release: Path) -> list[str]:
-    """Returns rows of the evidence card for what only some releases have."""
-    rows = {
-        RUNTIMES: "what other programs make of the final model and its variants: tokens and log-probabilities",
-        f"{PREDICTION}/": "what smaller runs said of this one, sealed before it began",
-    }
-    return [f"| `{path}` | {text} |" for path, text in rows.items() if (release / path).exists()]
-
-
-def packing(data: DataFacts) -> list[str]:
-    """Returns the fill of the rows of packed phases; empty if no phase is packed."""
-    body = []
-    for phase, part in _packed(data):
-        if (packing := part.packing) is not None:
-            sizes = [count(number) for number in (packing.rows, packing.sequence_length, packing.tokens)]
-            body.append([phase, *sizes, f"{100 * packing.fill:.2f} %"])
-    return table(["phase", "rows", "sequence length", "tokens predicted", "filled"], body) if body else []
-
-
-def long_documents(data: DataFacts) -> list[str]:
-    """Returns the requested and the missing share of long documents; empty if no phase up-weights them."""
-    keys = ("over", "chunks", "available_tokens", "wanted_tokens", "missing_tokens")
-    body = [
-        [phase, source, *(count(row[key]) for key in keys)]
-        for phase, part in _packed(data)
-        for source, row in part.long.items()
-    ]
-    # The order fills the missing share with shorter documents, which the last column states.
-    head = ["phase", "source", "long is more than, tokens", "long chunks", "tokens in them", "tokens asked for"]
-    return table([*head, "missing, made up by shorter ones"], body) if body else []
-
-
-def _packed(data: DataFacts) -> Iterator[tuple[str, OrderPart]]:
-    for phase, row in data.order.items():
-        for part in row.parts:
-            if part.packing is not None:
-                label = f", steps {count(part.first_step)} to {count(part.last_step)}"
-                yield title(phase, PHASES) + (label if len(row.parts) > 1 else ""), part
+    return table(["phase", "steps", "source", "rows that hold it", "tokens predicted", "different documents"], body)
 
 
 def interventions(rows: list[Intervention]) -> list[str]:
@@ -466,16 +289,165 @@ def checkpoints(rows: list[Checkpoint]) -> list[str]:
     return table(["branch", "phase", "step"], body)
 
 
-def cost(run_costs: run_facts.Costs) -> list[str]:
-    """Returns the cost of the whole release, by part of the work."""
-    part_of = {stage: part for part, stages in WORDS["stages"].items() for stage in stages}
-    # The known parts in their order, then stages that are parts of their own.
-    names = [*WORDS["stages"], *sorted(stage for stage in run_costs if stage not in part_of)]
-    parts: run_facts.Costs = {}
-    for name in names:
-        # Several stages may be one part, and a run need not have all parts.
-        rows = [row for stage, row in run_costs.items() if part_of.get(stage, stage) == name]
-        if rows:
-            parts[name] = {column: sum(row[column] for row in rows) for column in run_facts.COST_COLUMNS}
-    head = ["part", "attempts", "of these failed", "core hours", "GPU hours", "energy, Wh"]
-    return table(head, run_facts.cost_rows(parts))
+def cost(costs: run_facts.Costs) -> list[str]:
+    """Returns one sentence on the cost of the whole release."""
+    total = run_facts.total_cost(costs)
+    return [
+        f"{total['attempts']:.0f} attempts, of which {total['failed']:.0f} failed: {total['core_hours']:.3g} core "
+        f"hours, {total['gpu_hours']:.3g} GPU hours, about {total['energy_wh']:.3g} Wh."
+    ]
+
+
+def prediction(model: ModelFacts) -> list[str]:
+    """Returns what was predicted before training, and what was measured; none for a model without a prediction."""
+    if model.prediction is None:
+        return []
+    sealed = model.prediction
+    # Points are sorted by their compute.
+    smallest, largest = sealed.points[0], sealed.points[-1]
+    body = []
+    for row in model.outcomes:
+        forecast, within = row.forecast, "yes" if row.within else "no"
+        band = f"{forecast.low:.4f} to {forecast.high:.4f}"
+        body.append([NAMES[forecast.figure], f"{forecast.value:.4f}", band, f"{row.measured:.4f}", within])
+    return [
+        f"Sealed before pre-training, from {count(len(sealed.points))} runs of {smallest.flops:.3g} to "
+        f"{largest.flops:.3g} training FLOPs; this model has {sealed.target.flops:.3g}. Nine of ten such runs "
+        f"should fall into a band. The evidence repository has the prediction and its statement in `{FOLDER}/`.",
+        "",
+        *table(["figure", "predicted", "band of 90 %", "measured", "in the band"], body),
+    ]
+
+
+def task_sets(facts: HarnessFacts | None) -> list[str]:
+    """Returns the scores of task sets of lm-evaluation-harness; none if the recipe has no task sets."""
+    if facts is None:
+        return []
+    body = [
+        [task_set, task, metric.removesuffix(",none"), count(figure["n"]), with_error(figure, 3)]
+        for task_set, tasks in facts.scores.items()
+        for task, metrics in tasks.items()
+        for metric, figure in metrics.items()
+    ]
+    licenses = []
+    for name, stated in facts.task_sets.items():
+        revision = f"; revision {stated['revision']}" if stated["revision"] else ""
+        licenses.append(f"{name}: {stated['license']} ({stated['license_evidence']}{revision})")
+    return [
+        "Means over items, ± standard error. Decontamination searched the training data for these items.",
+        "",
+        *table(["set", "task", "metric", "items", "score"], body),
+        "",
+        f"Licenses of the data: {'; '.join(licenses)}.",
+    ]
+
+
+def variant_loss(facts: VariantFacts) -> list[str]:
+    """Returns the loss of a variant, measured on the same documents and problems as the original."""
+    loss = facts.loss
+    divergence, greedy, bits, accuracy = loss["divergence"], loss["greedy"], loss["bits_per_byte"], loss["accuracy"]
+    positions = f"{divergence['same_likeliest']:.4f} of {count(divergence['positions'])} positions"
+    body = [
+        ["bytes of the weights", count(loss["bytes"]["original"]), count(loss["bytes"]["variant"])],
+        ["bits per byte", with_error(bits["original"], 4), with_error(bits["variant"], 4)],
+        ["exact match", with_error(accuracy["original"], 3), with_error(accuracy["variant"], 3)],
+        ["divergence, mean in nats", "", f"{divergence['value']:.2e} ± {divergence['se']:.1e}"],
+        ["divergence, largest in nats", "", f"{divergence['max']:.2e}"],
+        ["same likeliest token", "", positions],
+        ["same greedy answer", "", f"{greedy['equal']} of {greedy['n']} problems"],
+    ]
+    return [*table(["measure", "original", "variant"], body), "", f"Measured by {loss['measured_by']}."]
+
+
+def variants(by_suffix: Mapping[str, VariantFacts]) -> list[str]:
+    """Returns the variants of a model, by the end of their repository's name; nothing without any."""
+    body = []
+    for name, facts in by_suffix.items():
+        loss = facts.loss
+        figures = [f"{loss['divergence']['value']:.2e}", with_error(loss["accuracy"]["variant"], 3)]
+        equal = f"{loss['greedy']['equal']} of {loss['greedy']['n']}"
+        body.append([f"`…{name}`", loss["title"], count(loss["bytes"]["variant"]), *figures, equal])
+    sentence = (
+        "Each is a repository of its own, whose name is this one's with the ending; its card says how it was measured."
+    )
+    head = ["repository", "weights", "bytes", "mean divergence in nats", "exact match", "same greedy answers"]
+    return explained_table(sentence, head, body)
+
+
+def variant_serving(facts: VariantFacts) -> list[str]:
+    return [facts.variant.serving]
+
+
+def verdict(model: ModelFacts) -> list[str]:
+    """Returns the last measurement of the experts in a sentence, and a warning if some of them are dead."""
+    if not model.has_experts:
+        return []
+    # Not every phase has measured its experts.
+    measured = [(phase, log.experts) for phase, log in model.training.items() if log.experts]
+    if not measured:
+        return ["Where the routers sent the tokens was not measured."] if model.training else []
+    phase, last = measured[-1]
+    total, dead = sum(len(row) for row in last["share"]), len(last["dead"])
+    place = f"At step {count(last['step'])} of {title(phase, PHASES)}, the last one measured"
+    busiest = max(share * len(row) for row in last["share"] for share in row)
+    load = f"the busiest expert of a layer got {busiest:.2f} times a fair share of its tokens"
+    if not dead:
+        return [f"{place}, none of the {count(total)} experts was dead, and {load}."]
+    # A dead expert gets hardly any token: its weights take memory and do next to nothing.
+    names = ", ".join(f"layer {layer}, expert {expert}" for layer, expert in last["dead"][:MOST_DEAD])
+    others = f" and {count(dead - MOST_DEAD)} others" if dead > MOST_DEAD else ""
+    return [
+        f"**Alarm: {count(dead)} of {count(total)} experts {'is' if dead == 1 else 'are'} dead.** {place}, hardly any "
+        f"token was sent to {names}{others}; {load}."
+    ]
+
+
+def spikes(model: ModelFacts) -> list[str]:
+    """Returns a line for each spike, one for the steps that the recipe excludes, and one for phases without either."""
+    lines, without = [], []
+    for phase, log in model.training.items():
+        name = title(phase, PHASES)
+        for spike in log.spikes:
+            documents = len(spike["documents"])
+            batch_size = f"{count(documents)} document{'s' if documents != 1 else ''}"
+            lines.append(
+                f"- {name}, step {count(spike['step'])}: {spike['reason']}; action {spike['action']}: "
+                f"{_skipped_steps(spike['excluded'])}; the batch that spiked held {batch_size}."
+            )
+        if log.excluded:
+            lines.append(f"- {name}: {_skipped_steps(log.excluded)}, because the recipe says so.")
+        if not log.spikes and not log.excluded:
+            without.append(f"{name} ({count(log.first)} to {count(log.last)})")
+    if without:
+        lines.append(f"- No step was skipped in: {', '.join(without)}.")
+    return lines
+
+
+def _skipped_steps(numbers: list[int]) -> str:
+    """Returns words on the skipped steps: `steps 3 to 5, 9 moved no weight`."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    steps = ", ".join(" to ".join(map(count, span)) for span in spans)
+    return f"step{'s' if len(numbers) > 1 else ''} {steps} moved no weight"
+
+
+def start(model: ModelFacts) -> list[str]:
+    """Returns the published model that training began with; none without one."""
+    if model.base is None:
+        return []
+    first = "Training" if model.on_published else "Pre-training"
+    sentence = f"{first} began with the weights and the tokenizer of a published model, with a fresh optimizer:"
+    if model.is_copy:
+        sentence = "These are the weights and the tokenizer of a published model:"
+    base = {name: escaped(model.base[name]) for name in ("repo", "license", "digest")}
+    return [
+        sentence,
+        "",
+        f"- model: `{base['repo']}`",
+        f"- license of its weights: {base['license']}",
+        f"- digest of its `SHA256SUMS`: `{base['digest']}`",
+    ]

@@ -16,7 +16,7 @@ from pipeline.core.errors import installing
 from pipeline.hub.client import load
 from release import schema
 from release.cards import card_tables, croissant, plots, render, results
-from release.cards.plots import NAMES, SOFTWARE, Drawings, data_plots, entries, model_plots, version
+from release.cards.plots import NAMES, SOFTWARE, Drawings, entries, model_plots, version
 from release.checks.check import BuildContext, Findings, require_file
 from release.checks.scores import score_problems
 from release.facts.model_facts import ModelFacts
@@ -58,8 +58,8 @@ def model_card(model: Path, facts: ModelFacts, info: ReleaseInfo | None = None) 
         info: The release that it is part of, if that is there.
     """
     card = (model / CARD).read_text()
-    findings = Findings([*_model_index(card, facts), *_plots(model)])
-    findings.problems += unexpected(model, plots.model_plots(model, facts))
+    findings = Findings(_plots(model))
+    findings.problems += unexpected(model, model_plots(model, facts))
     data_id, version = render.data_of(card), None
     if info is not None:
         data_id, version = render.data_id(info), info.version
@@ -68,27 +68,17 @@ def model_card(model: Path, facts: ModelFacts, info: ReleaseInfo | None = None) 
     return findings
 
 
-def _model_index(card: str, facts: ModelFacts) -> list[str]:
-    return [
-        f"README.md: model-index {name} is not the measured one"
-        for name in render.mismatched_scores(card, facts.own_scores())
-    ]
-
-
 def _plots(model: Path) -> list[str]:
-    drawn = [model / name for name in (plots.EXPERTS, plots.LOSS) if (model / name).exists()]
-    return [
-        f"{path.name} was not drawn from the logs in training/"
-        for path in drawn
-        if (plots.entries(path.read_bytes()) or {}).get(plots.SOURCE) != plots.source(model)
-    ]
+    path = model / plots.LOSS
+    if not path.exists() or (entries(path.read_bytes()) or {}).get(plots.SOURCE) == plots.source(model):
+        return []
+    return [f"{path.name} was not drawn from the logs in training/"]
 
 
 def data_card(release: Release) -> Findings:
     """Checks the data card against the tables beside it."""
     findings = Findings()
     findings.compare_tables((release.dataset / CARD).read_text(), card_tables.DATA_TABLES, release.data)
-    findings.problems += unexpected(release.dataset, plots.data_plots(release.data))
     return findings
 
 
@@ -117,11 +107,8 @@ ROUNDED = 16
 def drawn_plots(release: Release) -> Findings:
     """Checks that the plots of a folder look like those that its numbers give, if the same matplotlib drew them."""
     findings = Findings(compared=False)
-    if release.kind in ("release", "dataset"):
-        _compare_plots(release.dataset, data_plots(release.data), findings)
-    if release.kind in ("release", "model"):
-        for model in release.model_folders:
-            _compare_plots(model, model_plots(model, release.models[model.name]), findings)
+    for model in release.model_folders:
+        _compare_plots(model, model_plots(model, release.models[model.name]), findings)
     return findings
 
 

@@ -60,7 +60,6 @@ VARIANTS = Scope(("variant",))
 CARDS = Scope(("release", "evidence", "dataset", "model", "variant", "repository"))
 ALL = Scope((*CARDS.kinds, "checkpoint"))
 ALONE = Scope(tuple(kind for kind in CARDS.kinds if kind != "release"))
-PLOTTED = Scope(("release", "model", "dataset"))
 
 SIZES = f"{TRAINING}/{SIZE}-*"
 FORECAST = f"{FOLDER}/{FILE}"
@@ -134,7 +133,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     BuildCheck("contamination_report", scores.contamination_report),
     Check("card_metadata", cards.card_metadata, ALONE, EVERYTHING),
     Check("cards", cards.cards, MODELS, EVERYTHING, gate="card_numbers", remedy="build again"),
-    Check("plots", cards.drawn_plots, PLOTTED, EVERYTHING, deep=True, gate="card_numbers", remedy="build again"),
+    Check("plots", cards.drawn_plots, MODELS, EVERYTHING, deep=True, gate="card_numbers", remedy="build again"),
     Check("croissant", cards.described_data, RELEASE, EVERYTHING),
     BuildCheck("croissant", cards.valid_croissant, "fix release/cards/croissant.py", private=True),
     Check("standards", standards.standard_documents, RELEASE, EVERYTHING, gate="standards", remedy="build again"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import release
-from pipeline.core.source_code import roots
+from pipeline.core.environment import code_root
 from pipeline.core.text import escaped
 from pipeline.hub.client import load
 from release import schema
@@ -203,16 +203,16 @@ def _licenses(release: Release, findings: Findings) -> Iterator[str]:
     if release.kind in ("release", "evidence"):
         for place in [place.folder for place in release.repositories] if release.is_whole else [""]:
             spdx, path = release.license_of(place), f"{place}/LICENSE".lstrip("/")
-            if _differs(folder / path, license_text(spdx, release.info.license.code, [folder / "code"])):
+            if _differs(folder / path, license_text(spdx, release.info.license.code, folder / "code")):
                 yield f"{path} is not the text of {spdx}"
         return
     text = (folder / "LICENSE").read_bytes()
     stated = re.match(rb"SPDX-License-Identifier: (\S+)\n", text)
     spdx = stated[1].decode() if stated else CODE_LICENSE
     # A license without its full text begins with its SPDX identifier.
-    if stated and text != license_text(spdx, "", []):
+    if stated and text != license_text(spdx, "", code_root()):
         yield "LICENSE is not the text that this atom writes"
-    elif not stated and text != code_license_text(roots()):
+    elif not stated and text != code_license_text(code_root()):
         findings.skipped["LICENSE"] = "LICENSE: its text is not one that this atom writes; read it"
     elif (folder / CARD).is_file():
         card: Any = load().RepoCard((folder / CARD).read_text()).data.to_dict()

@@ -19,7 +19,6 @@ from release.facts.score_facts import ChatScores, compute_chat_scores, compute_s
 from release.layout import when
 from stages.evaluation.scores import ModelScores
 from stages.formats.table import order_files, row_count
-from stages.rl.rollout.tasks import PROBES, ProbedBin
 
 BATCH = 65536
 """Rows without text that are read together."""
@@ -43,8 +42,6 @@ class SourceFacts:
         license_evidence: The evidence for its license that it declares.
         tokens: {split: tokens}
         generated: Settings of a source that a generator wrote, and the generator's `digest`; None for another one.
-        conversations: {feature of a conversation: kept documents that have it}; None for a source without
-            conversations or by reference.
     """
 
     documents_in: int
@@ -58,7 +55,6 @@ class SourceFacts:
     license_evidence: str
     tokens: dict[str, int] = field(default_factory=dict)
     generated: dict[str, Any] | None = None
-    conversations: dict[str, int] | None = None
 
 
 @dataclass
@@ -77,23 +73,6 @@ class SourceInOrder:
 
 
 @dataclass
-class Packing:
-    """The fill of the rows of a packed order.
-
-    Attributes:
-        rows: Rows.
-        sequence_length: Tokens of a row.
-        tokens: Predicted tokens.
-        fill: The share of the predicted tokens in all positions.
-    """
-
-    rows: int
-    sequence_length: int
-    tokens: int
-    fill: float
-
-
-@dataclass
 class OrderPart:
     """The data that a phase read from its first to its last step.
 
@@ -101,15 +80,11 @@ class OrderPart:
         first_step: The first step.
         last_step: The last step.
         by_source: The share of each source.
-        packing: The fill of the rows of a packed order; None for another one.
-        long: {source: summary of the order stage on long documents that are drawn more often}
     """
 
     first_step: int
     last_step: int
     by_source: dict[str, SourceInOrder]
-    packing: Packing | None = None
-    long: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -147,7 +122,6 @@ class DataFacts:
         messages: {source: splits} of the tables of conversations.
         published_reasons: {source that a model wrote from one by reference: why its texts are published}
         first_documents: {source: (id, beginning of the text)} of the first training document of some sources.
-        probes: By phase, of the bins of its tasks.
     """
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
@@ -160,7 +134,6 @@ class DataFacts:
     messages: dict[str, list[str]] = field(default_factory=dict)
     published_reasons: dict[str, str] = field(default_factory=dict)
     first_documents: dict[str, tuple[str, str]] = field(default_factory=dict)
-    probes: dict[str, dict[str, ProbedBin]] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """Returns the sources of a phase's order; none for a phase without an order."""
@@ -176,7 +149,6 @@ def read_data_facts(dataset: Path) -> DataFacts:
     evaluation = dataset / "evaluation"
     orders = _by_name(layout.orders(dataset))
     scored = _by_name(scores.parent for scores in evaluation.glob("*/scores.json"))
-    probed = _by_name(path.parent for path in dataset.glob(f"rl/*/{PROBES}"))
     return DataFacts(
         _read_sources(dataset),
         {phase: order_facts([*earlier_orders(dataset, phase), folder]) for phase, folder in orders},
@@ -188,7 +160,6 @@ def read_data_facts(dataset: Path) -> DataFacts:
         message_tables.published(dataset),
         dict(references.published_reasons(dataset)),
         dict(_first_documents(dataset)),
-        {phase: read_json(folder / PROBES) for phase, folder in probed},
     )
 
 
@@ -216,7 +187,6 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
         path = dataset / "sources" / f"{name}.json"
         declared = read_json(path) if path.exists() else {}
         sources[name] = source_fates.facts(declared.get("origin", ""), declared.get("license_evidence", ""))
-        sources[name].conversations = message_tables.features_of(dataset, name)
         if "generated" in declared:
             sources[name].generated = {**declared["generated"], "digest": declared["tree_digest"]}
             records = sum(map(row_count, layout.generated_files(dataset).get(name, [])))
@@ -326,7 +296,6 @@ def _part(folder: Path, end: int | None) -> OrderPart:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    meta = read_json(folder / "meta.json")
     tokens: Counter[str] = Counter()
     rows, rows_of = _Rows(), dict[str, _Rows]()
     documents: dict[str, Distinct] = {}
@@ -356,12 +325,7 @@ def _part(folder: Path, end: int | None) -> OrderPart:
     by_source = {
         name: SourceInOrder(rows_of[name].count, tokens[name], documents[name].count()) for name in sorted(rows_of)
     }
-    if not meta.get("pack"):
-        return OrderPart(first, last, by_source)
-    predicted, length = tokens.total(), meta["sequence_length"]
-    long = {name: row["long"] for name, row in sorted(meta["sources"].items()) if "long" in row}
-    packing = Packing(rows.count, length, predicted, predicted / (rows.count * length))
-    return OrderPart(first, last, by_source, packing, long)
+    return OrderPart(first, last, by_source)
 
 
 @dataclass

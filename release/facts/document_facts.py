@@ -1,4 +1,4 @@
-"""Licenses, lengths, languages and quality scores of the tokenized documents, and opt-outs.
+"""Licenses and languages of the tokenized documents, and opt-outs.
 
 They are read from the tables of the dataset repository.
 """
@@ -17,7 +17,7 @@ from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
 from release.layout import OPT_OUTS
 from stages.data.acquire.licenses.expressions import asks_for_attribution
 from stages.data.curate.deny_list import OPT_OUT_RULE
-from stages.formats.table import MEASURES, SPLITS, content_hash, row_count
+from stages.formats.table import MEASURES, SPLITS, column_names, content_hash, row_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 BATCH = 65536
-LENGTHS = (256, 1024, 4096, 16384, 65536, 262144)
-"""Upper bounds of the ranges of lengths, in tokens; a last range has no bound."""
 
 
 @dataclass
@@ -47,19 +45,6 @@ class LicenseFacts:
 
 
 @dataclass
-class LengthFacts:
-    """The documents of a source in each range of LENGTHS.
-
-    Attributes:
-        documents: Documents of each range.
-        tokens: Tokens of each range.
-    """
-
-    documents: list[int]
-    tokens: list[int]
-
-
-@dataclass
 class LanguageFacts:
     """The documents of a source in one language."""
 
@@ -75,16 +60,16 @@ class DocumentFacts:
         licenses: By SPDX expression, that of most tokens first.
         attributed: {source: documents in its attribution table}
         notices: Distinct texts of licenses and notices of packages.
-        lengths: By source.
         languages: By source and code, that of most tokens first; a document without a measure has the language "".
-            Only of sources whose steps measured them.
+            Only of sources whose steps identified it.
+        measured: True if there are measures of documents at all.
     """
 
     licenses: dict[str, LicenseFacts] = field(default_factory=dict)
     attributed: dict[str, int] = field(default_factory=dict)
     notices: int = 0
-    lengths: dict[str, LengthFacts] = field(default_factory=dict)
     languages: dict[str, dict[str, LanguageFacts]] = field(default_factory=dict)
+    measured: bool = False
 
 
 def read_document_facts(dataset: Path) -> DocumentFacts:
@@ -95,7 +80,7 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
     files = layout.all_files(layout.token_files(dataset))
     for batch in stream_batches(files, ["source", "license", "tokens"], BATCH):
         tokens = batch["tokens"].to_numpy()
-        ranges, asks = np.searchsorted(LENGTHS, tokens), np.zeros(len(tokens), bool)
+        asks = np.zeros(len(tokens), bool)
         for license, rows in _rows_by_value(batch["license"]):
             row = facts.licenses.setdefault(license, LicenseFacts())
             row.documents += len(rows)
@@ -103,11 +88,6 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
             asks[rows] = asks_for_attribution(license)
         for source, rows in _rows_by_value(batch["source"]):
             asking[source] += int(asks[rows].sum())
-            lengths = facts.lengths.setdefault(source, LengthFacts([0] * (len(LENGTHS) + 1), [0] * (len(LENGTHS) + 1)))
-            counts = np.bincount(ranges[rows], minlength=len(LENGTHS) + 1)
-            sums = np.bincount(ranges[rows], tokens[rows], minlength=len(LENGTHS) + 1)
-            lengths.documents = [a + int(b) for a, b in zip(lengths.documents, counts, strict=True)]
-            lengths.tokens = [a + int(b) for a, b in zip(lengths.tokens, sums, strict=True)]
     # What the acquisition found of licenses, before anything was removed.
     for path in sorted((dataset / "sources").glob("*.json")):
         declared = read_json(path)
@@ -116,7 +96,6 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
             if row["license"] in facts.licenses:
                 facts.licenses[row["license"]].bases[row["found"]] += row["documents"]
     facts.licenses = dict(sorted(facts.licenses.items(), key=lambda item: (-item[1].tokens, item[0])))
-    facts.lengths = dict(sorted(facts.lengths.items()))
     facts.attributed = _count_attributed(dataset, asking)
     facts.notices = _count_notices(dataset)
     token_files = layout.token_files(dataset)
@@ -124,6 +103,7 @@ def read_document_facts(dataset: Path) -> DocumentFacts:
         by_name = {path.name: path for path in token_files.get(source, [])}
         for path in files:
             if path.name in by_name:
+                facts.measured = True
                 _add_languages(facts, source, by_name[path.name], path)
     for source, by_language in facts.languages.items():
         facts.languages[source] = dict(sorted(by_language.items(), key=lambda item: (-item[1].tokens, item[0])))
@@ -166,11 +146,13 @@ def _count_notices(dataset: Path) -> int:
 
 
 def _add_languages(facts: DocumentFacts, source: str, tokens_file: Path, measures_file: Path) -> None:
-    """Adds the languages of a part."""
+    """Adds the languages of a part, if a step identified them."""
     import pyarrow.compute as pc
 
+    if "language" not in column_names(measures_file):
+        return
+    languages = facts.languages.setdefault(source, {})
     for tokens, measures in _join(tokens_file, measures_file):
-        languages = facts.languages.setdefault(source, {})
         for language, rows in _rows_by_value(pc.fill_null(measures["language"], "")):
             row = languages.setdefault(language, LanguageFacts())
             row.documents += len(rows)

@@ -6,7 +6,6 @@ The tables have one row for each kept document, by source and split.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from pipeline.core.parts import part_tables
-from release import layout, references, untrusted
+from release import layout, references
 from release.facts.published_tables import TEXT_BATCH, read_json, stream_batches
 from release.layout import over_parts
 from stages.formats import chat
@@ -23,8 +22,6 @@ from stages.formats.table import SPLITS
 
 FOLDER = "messages"
 COLUMNS = ["id", "license", "split", "text"]
-METADATA = "atom.features"
-"""The key of a table's metadata with the number of its conversations that have each of `chat_templates.FEATURES`."""
 
 
 def chat_sources(dataset: Path) -> dict[str, list[Path]]:
@@ -64,17 +61,12 @@ def write_messages(dataset: Path) -> Iterator[Path]:
 
 
 def _write_part(dataset: Path, source: str, kept: Path) -> list[Path]:
-    """Writes the tables of the conversations in a table of kept documents.
-
-    Their metadata have the number of those with each feature, since conversations are long to read for three
-    numbers.
-    """
+    """Writes the tables of the conversations in a table of kept documents."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = chat.arrow_schema()
     paths = {split: table_of(dataset, source, split, kept) for split in SPLITS}
-    features = {split: no_features() for split in SPLITS}
     # The writers of all splits are open at once, so the kept documents are read once.
     with ExitStack() as stack:
         writers = {}
@@ -85,57 +77,8 @@ def _write_part(dataset: Path, source: str, kept: Path) -> list[Path]:
             rows = batch.to_pylist()
             for split, writer in writers.items():
                 of_split = [message_row(row) for row in rows if row["split"] == split]
-                for row in of_split:
-                    features[split].update(row_features(row))
                 writer.write_table(pa.Table.from_pylist(of_split, schema=schema))
-        for split, writer in writers.items():
-            state_features(writer, features[split])
     return list(paths.values())
-
-
-def no_features() -> Counter[str]:
-    return Counter(dict.fromkeys(chat.FEATURES, 0))
-
-
-def row_features(row: chat.MessagesRow) -> list[str]:
-    """Returns the `chat_templates.FEATURES` of a conversation."""
-    first = row["messages"][0]
-    present = (
-        first["role"] == "system" and bool((first["content"] or "").strip()),
-        row["tools"] is not None,
-        any(message.get("reasoning_content") is not None for message in row["messages"]),
-    )
-    return [name for name, is_present in zip(chat.FEATURES, present, strict=True) if is_present]
-
-
-def state_features(writer: Any, features: Counter[str]) -> None:
-    """Adds the features of a table's conversations to its metadata, by the writer of its file."""
-    writer.add_key_value_metadata({METADATA: json.dumps(features, sort_keys=True)})
-
-
-def features_of(dataset: Path, source: str) -> dict[str, int] | None:
-    """Returns the number of kept conversations of a source with each feature.
-
-    Its tables state the numbers, and the check `messages` compares them. None without tables or statements.
-    """
-    tables = [path for split in SPLITS for path in part_tables(dataset / FOLDER / source / split)]
-    stated = [_stated_features(path) for path in tables]
-    # A table that states nothing could have any number.
-    if not stated or None in stated:
-        return None
-    return {name: sum((features or {})[name] for features in stated) for name in chat.FEATURES}
-
-
-def _stated_features(path: Path) -> dict[str, int] | None:
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(path).metadata or {}
-    if METADATA.encode() not in metadata:
-        return None
-    body = untrusted.parse_json(metadata[METADATA.encode()], path.name)
-    if not isinstance(body, dict) or not all(isinstance(body.get(name), int) for name in chat.FEATURES):
-        raise CheckFailed(f"{path.name} states features that no conversation has")
-    return {name: body[name] for name in chat.FEATURES}
 
 
 def message_row(document: dict[str, Any]) -> chat.MessagesRow:
@@ -172,19 +115,14 @@ def _table_problem(dataset: Path, source: str, split: str, kept: Path) -> str:
     name = path.relative_to(dataset).as_posix()
     if not path.is_file():
         return f"{name} is missing"
-    rows, features = _rows_of(stream_batches(path, schema.names, TEXT_BATCH)), no_features()
+    rows = _rows_of(stream_batches(path, schema.names, TEXT_BATCH))
     for document in _rows_of(stream_batches(kept, COLUMNS, TEXT_BATCH)):
         if document["split"] != split:
             continue
         (expected,) = pa.Table.from_pylist([message_row(document)], schema=schema).to_pylist()
         if next(rows, None) != expected:
             return f"{name}: {document['id']} has other messages"
-        features.update(row_features(expected))
-    if next(rows, None) is not None:
-        return f"{name} has more conversations than were kept"
-    stated = _stated_features(path)
-    # A table without a statement claims nothing that could be wrong.
-    return "" if stated in (None, dict(features)) else f"{name} states other features than its conversations have"
+    return "" if next(rows, None) is None else f"{name} has more conversations than were kept"
 
 
 def _rows_of(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:

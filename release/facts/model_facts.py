@@ -1,4 +1,4 @@
-"""The facts that a model repository proves of its model: architecture, parameters, parity, scores and training."""
+"""The facts that a model repository proves of its model: architecture, parameters, scores and training."""
 
 from __future__ import annotations
 
@@ -61,8 +61,6 @@ class ModelFacts:
         config: CONFIG_KEYS of config.json.
         dtype: The type of the weights.
         parameters: Their numbers.
-        parity: As published.
-        rope: As published.
         scores: By model: the last are those of the model itself, the earlier ones those of the models that it
             descends from.
         chat: The same by benchmark.
@@ -72,7 +70,6 @@ class ModelFacts:
         prediction: The prediction that was sealed before training; None without one.
         outcomes: Its forecasts with the measured figures.
         base: The published model that training began with; None without one.
-        special_tokens: Tokens of the tokenizer that stand for no text.
         rendered_chat: A question in the chat template, as the published goldens have it; "" without them.
     """
 
@@ -80,8 +77,6 @@ class ModelFacts:
     config: dict[str, Any]
     dtype: str | None
     parameters: Parameters
-    parity: dict[str, Any]
-    rope: dict[str, Any]
     scores: dict[str, ModelScores]
     chat: dict[str, ChatScores] = field(default_factory=dict)
     contamination: ContaminationReport | None = None
@@ -90,7 +85,6 @@ class ModelFacts:
     prediction: Prediction | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     base: dict[str, Any] | None = None
-    special_tokens: list[str] = field(default_factory=list)
     rendered_chat: str = ""
 
     def own_scores(self) -> ModelScores:
@@ -148,8 +142,6 @@ def read_model_facts(model: Path) -> ModelFacts:
         config={key: config[key] for key in _config_keys(config) if config.get(key) is not None},
         dtype=config.get("dtype") or config.get("torch_dtype"),
         parameters=_count_parameters(model, config),
-        parity=read_json(model / "parity.json"),
-        rope=config["rope_parameters"],
         scores=scores,
         chat={name: _scores_by_model(folder / name) for name in CHAT_BENCHMARKS if (folder / name).is_dir()},
         contamination=read_json(report) if report.exists() else None,
@@ -158,17 +150,8 @@ def read_model_facts(model: Path) -> ModelFacts:
         prediction=prediction,
         outcomes=forecast.outcomes(prediction, _measured(model, scores)) if prediction else [],
         base=read_json(model / BASE) if (model / BASE).exists() else None,
-        special_tokens=_special_tokens(model),
         rendered_chat=rendered_chat(read_json(model / GOLDENS)) if (model / GOLDENS).exists() else "",
     )
-
-
-def _special_tokens(model: Path) -> list[str]:
-    """Lists the tokens for padding and the end of a text, then the further ones."""
-    config = read_json(model / "tokenizer_config.json") if (model / "tokenizer_config.json").exists() else {}
-    further = config.get("additional_special_tokens") or []
-    tokens = [config.get("pad_token"), config.get("bos_token"), config.get("eos_token"), *further]
-    return list(dict.fromkeys(token for token in tokens if isinstance(token, str)))
 
 
 def rendered_chat(goldens: Mapping[str, Any]) -> str:

@@ -184,14 +184,3 @@ def _chosen(answers: Iterable[tuple[str, ExampleAnswer]]) -> list[ExampleAnswer]
         for group in sorted(groups)
         for _, answer in heapq.nsmallest(SHOWN, groups[group], key=lambda pair: pair[0])
     ]
-
-
-def settings_of(recipe: Any, phase: str) -> dict[str, Any]:
-    """Returns the section of a phase in a resolved recipe; empty if it has none."""
-    kind, _, number = phase.partition("-")
-    if kind == "longcontext":
-        sections = recipe.get("long_context") or []
-        section = sections[int(number) - 1] if number.isdigit() and int(number) <= len(sections) else {}
-    else:
-        section = recipe.get(phase.replace("-", "_"))
-    return section if isinstance(section, dict) else {}

@@ -52,8 +52,6 @@ class PhaseLog:
         first: The first step that the log covers.
         last: The last one.
         experts: The last measurement of the routers with its `step`; None without one.
-        measurements: Their number.
-        dropped: The total of dropped assignments.
         spikes: Each with its `step`.
         rewards: {kind of task: mean reward of the first and the last quarter of the steps, with standard errors over
             steps}; none for fewer than four steps.
@@ -63,8 +61,6 @@ class PhaseLog:
     first: int
     last: int
     experts: Facts | None
-    measurements: int
-    dropped: int
     spikes: list[Facts]
     rewards: dict[str, FirstAndLast]
     excluded: list[int]
@@ -82,8 +78,6 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
         first=min(steps),
         last=max(steps),
         experts=measured[-1] if measured else None,
-        measurements=len(measured),
-        dropped=sum(measurement["dropped"] for measurement in measured),
         spikes=spikes,
         rewards=_first_and_last(rewards),
         excluded=[line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
@@ -100,16 +94,3 @@ def _first_and_last_means(means: list[float]) -> FirstAndLast:
     # Two at least, since one value has no standard error.
     size = max(2, len(means) // 4)
     return {"first": clustered(means[:size]), "last": clustered(means[-size:])}
-
-
-def curves(lines: list[Facts]) -> tuple[list[int], list[float], list[float]]:
-    """Returns the steps that updated weights, and two figures of the routers for each.
-
-    The figures are the largest violation of balance and the mean entropy.
-    """
-    rows = [line for line in lines if "expert_max_violation" in line and "skipped" not in line]
-    return (
-        [row["step"] for row in rows],
-        [row["expert_max_violation"] for row in rows],
-        [row["router_entropy"] for row in rows],
-    )

@@ -75,18 +75,10 @@ def _rewrite_table(path: Path, name: str, reached: Reached) -> None:
         if not any(_touches(batch, fates, reached, without) for batch in file.iter_batches(BATCH)):
             return
         schema = _with_strings(file.schema_arrow) if fates else file.schema_arrow
-        features = message_tables.no_features() if name.startswith(MESSAGES) else None
-        # The metadata state features of the old rows; those of the new ones are written at the end.
-        schema = schema if features is None else schema.remove_metadata()
         with atomic_files.replacing(path) as draft, pq.ParquetWriter(draft, schema, compression="zstd") as writer:
             for batch in file.iter_batches(BATCH):
                 kept = _decide(batch, reached, schema) if fates else batch.filter(without(batch, reached))
                 writer.write_batch(kept)
-                if features is not None:
-                    for row in kept.to_pylist():
-                        features.update(message_tables.row_features(row))
-            if features is not None:
-                message_tables.state_features(writer, features)
 
 
 def _touches(batch: Any, fates: bool, reached: Reached, without: Callable[[Any, Reached], Any]) -> bool:

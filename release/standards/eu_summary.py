@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -273,31 +274,12 @@ def _other(facts: StandardFacts) -> list[Json]:
 
 def page(facts: StandardFacts) -> str:
     """Returns the content of eu_summary.md, for readers."""
-    body = summary(facts)
-    lines = [f"# Public summary of training content: {_text(body['summary_of'])}", ""]
-    lines += [f"Template: {body['template']}. Version {body['version']}, last updated {body['last_update']}.", ""]
-    lines += [
-        "In brackets: *computed* from the files of the release, or stated by the *maker*. This is no legal advice."
-    ]
-    for section in body["sections"]:
-        lines += ["", f"## {section['number']} {section['title']}", ""]
-        for field in section["fields"]:
-            lines += _field(field)
-    return "\n".join(lines) + "\n"
+    import jinja2  # which `verify` needs for the documents alone
 
-
-def _field(field: Json) -> Iterator[str]:
-    """Yields the lines of a field."""
-    basis = "" if field["basis"] == NOT_STATED else f" *({field['basis']})*"
-    answer = field["answer"]
-    if not isinstance(answer, list):
-        yield f"- **{field['label']}**: {_text(answer)}{basis}"
-    elif not answer or not isinstance(answer[0], dict):
-        yield f"- **{field['label']}**: {', '.join(map(_text, answer)) or 'none'}{basis}"
-    else:
-        yield f"- **{field['label']}**{basis}:"
-        for row in answer:
-            yield f"  - {'; '.join(f'{name}: {_text(value)}' for name, value in row.items())}"
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=folder, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["words"] = _text
+    return environment.get_template("eu_summary.md.jinja").render(summary(facts))
 
 
 def _text(value: Any) -> str:

@@ -12,12 +12,11 @@ from typing import Any
 
 from pipeline.core.store import canonical
 from release.facts.model_facts import ModelFacts
-from release.layout import MODEL, SIZE, VARIANT, numbered
+from release.layout import MODEL, VARIANT, numbered
 from release.standards.standard_facts import (
     HUB,
     StandardFacts,
     address,
-    energy,
     expression,
     joined,
     normalized_package,
@@ -30,8 +29,6 @@ MOST_LOCKED = 200
 """Files of a package whose hashes are listed."""
 PROPERTY = "atom:"
 """The prefix of this project's own properties."""
-LABELS = {"pretrain": "training", "midtrain": "training", "longcontext": "training", SIZE: "training"}
-"""{kind of phase: the activity of CycloneDX}; other phases are fine-tuning, and other stages neither."""
 Z95 = 1.96
 
 
@@ -178,14 +175,11 @@ def _model_card(facts: StandardFacts, folder: str) -> Json:
     # CycloneDX has one approach for a model.
     kinds = {numbered(phase)[0] for phase in model.training}
     approach = "reinforcement-learning" if kinds & {"rlvr", "online-rlhf"} else "self-supervised"
-    considerations: Json = {
+    considerations = {
         "users": ["researchers and developers of language models"],
         "useCases": ["conversation in the trained chat template" if model.is_chat else "continuation of text"],
         "technicalLimitations": [f"context of {model.config['max_position_embeddings']} tokens"],
     }
-    # The energy is that of the whole release, so only the final model has it.
-    if folder == MODEL and facts.counted[0]:
-        considerations["environmentalConsiderations"] = {"energyConsumptions": _energy(facts)}
     return {
         "modelParameters": {
             "approach": {"type": approach},
@@ -199,31 +193,6 @@ def _model_card(facts: StandardFacts, folder: str) -> Json:
         "quantitativeAnalysis": {"performanceMetrics": metrics},
         "considerations": considerations,
     }
-
-
-def _energy(facts: StandardFacts) -> list[Json]:
-    """Returns the energy of each activity, and its carbon if the maker states a factor."""
-    kwh, co2_kg = dict[str, float](), dict[str, float]()
-    for stage, row in energy(facts)["stages"].items():
-        activity = LABELS.get(numbered(stage)[0], "fine-tuning" if stage in facts.phases else "other")
-        kwh[activity] = kwh.get(activity, 0.0) + row["energy_kwh"]
-        co2_kg[activity] = co2_kg.get(activity, 0.0) + (row["co2_kg"] or 0.0)
-
-    carbon, rows = facts.maker.carbon, []
-    for activity, value in sorted(kwh.items()):
-        spent = {"value": value, "unit": "kWh"}
-        provider = {
-            "description": carbon.source if carbon else "the source of the electricity is not stated",
-            # Required by the schema, and known to nobody here.
-            "organization": {"name": "not stated"},
-            "energySource": "unknown",
-            "energyProvided": spent,
-        }
-        cost: Json = {"activity": activity, "energyProviders": [provider], "activityEnergyCost": spent}
-        if carbon:
-            cost["co2CostEquivalent"] = {"value": co2_kg[activity] / 1000, "unit": "tCO2eq"}
-        rows.append(cost)
-    return rows
 
 
 def _source(facts: StandardFacts, name: str) -> Json:

@@ -84,11 +84,10 @@ def package_versions(release: Release) -> list[tuple[str, str]]:
     return sorted(pairs)
 
 
-def describe_packages(pairs: list[tuple[str, str]], roots: list[Path]) -> list[dict[str, Any]]:
-    """Returns the content of packages.json. `roots` are checkouts, whose `requirements/*.lock` are read."""
+def describe_packages(pairs: list[tuple[str, str]], root: Path) -> list[dict[str, Any]]:
+    """Returns the content of packages.json. `root` is a checkout, whose `requirements/*.lock` are read."""
     hashes: dict[tuple[str, str], set[str]] = {}
-    lock_files = [path for root in roots for path in root.glob("requirements/*.lock")]
-    for path in lock_files:
+    for path in root.glob("requirements/*.lock"):
         # An entry ends where the next line begins without a space.
         for entry in re.split(r"\n(?=\S)", path.read_text()):
             if match := ENTRY.match(entry):

@@ -24,22 +24,22 @@ from release.cards import card_tables, caveats, plots, tables
 from release.facts.data_facts import DataFacts
 from release.facts.model_facts import ModelFacts
 from release.facts.published_tables import read_json
-from release.facts.run_facts import Checkpoint, Costs, Trained
+from release.facts.run_facts import Checkpoint, Costs, Trained, cost_rows
 from release.layout import GATES, MODEL, PAGE, REFERENCES, SITE, STANDARDS, when
 from release.opened_release import Release
 from release.schema import ReleaseInfo
-from release.web_page import lineage, markdown_html, samples
+from release.web_page import markdown_html, samples
 from release.web_page.markdown_html import file_link
 from stages.evaluation.scores import VERDICTS
 
 FOLDER = Path(__file__).parent
 TEMPLATE = "page.html.jinja"
-STARTS, ARTIFACTS = 40, 200
-"""Starts of training that the page lists, the last ones, and artifacts, the first ones by name."""
+ARTIFACTS = 200
+"""Artifacts that the page lists, the first ones by name."""
 TRAINING = "evidence/training"
 TITLES: dict[str, dict[str, str]] = yaml.safe_load((FOLDER / "titles.yaml").read_text("utf-8"))
 """Titles of tables of the cards and captions of plots, in the order of the page."""
-IN_PLAIN_TEXT = ("evaluation", "passkeys", "positions")
+IN_PLAIN_TEXT = ("evaluation", "passkeys")
 """Tables of the model whose columns are from `dataset/evaluation/<model>/scores.json`."""
 NO_REPLAYS = Markup(
     '<p id="replays">None is in this copy, which was sealed before anybody replayed it. The Space of the page on the '
@@ -61,7 +61,6 @@ class PageFacts:
         products: Its artifacts, by node.
         documents: Some kept documents.
         answers: Some items of each set of the evaluation, with the answers of all models.
-        contamination: The items that share the most with the training data.
         sizes: The model after pre-training, and its smaller ones if there are any.
         costs: The cost of each stage.
     """
@@ -71,10 +70,9 @@ class PageFacts:
     data: DataFacts
     models: Mapping[str, ModelFacts]
     checkpoints: list[Checkpoint]
-    products: Mapping[str, lineage.Product]
+    products: Mapping[str, samples.Product]
     documents: list[samples.Document]
     answers: list[samples.Sample]
-    contamination: samples.Contamination | None
     sizes: list[Trained]
     costs: Costs
 
@@ -102,10 +100,9 @@ def read_facts(release: Release) -> PageFacts:
         data=release.data,
         models=release.models,
         checkpoints=release.checkpoints,
-        products=lineage.read_products(release),
+        products=samples.read_products(release),
         documents=samples.read_documents(release.root, release.data),
         answers=samples.read_samples(release.root),
-        contamination=samples.read_contamination(release.root),
         sizes=release.sizes,
         costs=release.costs,
     )
@@ -131,11 +128,10 @@ def render(facts: PageFacts) -> str:
         folder=facts.folder,
         # What it is, and whether it is any good.
         tiles=_tiles(facts),
-        caveats=_caveats(facts),
+        caveats=markdown_html.blocks(caveats.caveat_sentences(facts.final)),
         measured=_measured(facts),
         # Data, removals and documents.
         sources=_sources(facts),
-        composition=_picture(facts.folder, f"dataset/{plots.COMPOSITION}", "Kept tokens by source and by license"),
         seen=markdown_html.blocks(
             tables.order(facts.data),
             {tables.title(phase, tables.PHASES): f"dataset/order/{phase}/meta.json" for phase in facts.data.order},
@@ -149,14 +145,11 @@ def render(facts: PageFacts) -> str:
         sizes=_sizes(facts),
         # Contamination and outputs.
         contaminated=_sections(card_tables.MODEL_TABLES, facts.final, TITLES["contamination"]),
-        worst=_worst(facts),
         verdicts={"right": "✓ right", "partly": "◐ in part", "wrong": "✗ wrong"},
         # Lineage, verification and costs.
-        graph=lineage.drawing(facts.products),
         artifacts=_artifacts(facts),
         gates=read_json(facts.folder / GATES),
         replays=NO_REPLAYS,
-        starts=_starts(facts),
         cost=_cost(facts),
         energy=read_json(facts.folder / STANDARDS / "energy.json"),
     )
@@ -230,11 +223,6 @@ def _tiles(facts: PageFacts) -> list[tuple[str, str, Markup]]:
     return tiles
 
 
-def _caveats(facts: PageFacts) -> Markup:
-    sentences = caveats.caveat_sentences(facts.final)
-    return markdown_html.blocks(sentences + caveats.data_of_regressions(facts.final.scores, facts.data.order))
-
-
 def _measured(facts: PageFacts) -> list[tuple[str, Markup]]:
     titles = tables.titles(facts.data.evaluation)
     # Columns of these tables link to the file with the scores of their model.
@@ -278,22 +266,12 @@ def _foreign(text: str) -> Markup:
     return Markup('<bdi dir="auto">{}</bdi>').format(escaped(text, 120))
 
 
-def _worst(facts: PageFacts) -> Markup:
-    """Returns the items that share the most with the training data."""
-    contamination = facts.contamination
-    if contamination is None:
-        return Markup()
-    head = ["item", "kind", "split", "words", *contamination.phases, "longest run, words", "overlap"]
-    rows = [[_foreign(id), _foreign(kind), *cells] for id, kind, *cells in contamination.rows]
-    return markdown_html.table([head, *rows])
-
-
 def _artifacts(facts: PageFacts) -> Markup:
     """Returns the artifacts with those that they were made from; the first ones, if there are many."""
     products = [product for product in facts.products.values() if not product.checkpoint]
     rows: list[list[str]] = [["artifact", "stage", "made from", "seconds", "failed attempts", "statement"]]
     for product in products[:ARTIFACTS]:
-        manifest = file_link(f"{lineage.MANIFESTS}/{product.node}.json", product.node)
+        manifest = file_link(f"{samples.MANIFESTS}/{product.node}.json", product.node)
         inputs = ", ".join(dict.fromkeys(sorted(product.inputs.values())))
         statement = file_link(product.statement, "statement") if product.statement else "none"
         figures = [f"{product.seconds:,.1f}", tables.count(product.failed)]
@@ -315,29 +293,10 @@ def _sizes(facts: PageFacts) -> Markup:
     return markdown_html.table(rows) if facts.sizes else Markup()
 
 
-def _starts(facts: PageFacts) -> Markup:
-    """Returns the recorded starts of training, and how many steps each repeated with equal results."""
-    head = ["phase", "start", "went on from step", "steps repeated", "that differed", "statement"]
-    rows: list[list[str]] = []
-    for node, product in facts.products.items():
-        # A release checkpoint is part of an attempt that the artifact of its phase has, too.
-        if product.checkpoint:
-            continue
-        for start in product.starts:
-            replayed: Mapping[str, Any] = start.get("replayed") or {}
-            repeated = [tables.count(replayed.get(name) or 0) for name in ("lines", "deviating")]
-            step = start.get("restored_step")
-            begin = "its beginning" if step is None else tables.count(step)
-            rows.append([node, str(start["start"]), begin, *repeated, file_link(product.statement, "statement")])
-    if not rows:
-        return Markup()
-    left_out = len(rows) - STARTS
-    notes = [f"{tables.count(left_out)} starts before these are in the statements"] if left_out > 0 else []
-    return markdown_html.table([head, *rows[-STARTS:]]) + markdown_html.blocks(notes)
-
-
 def _cost(facts: PageFacts) -> Markup:
-    return markdown_html.blocks(tables.cost(facts.costs))
+    """Returns the cost of each stage."""
+    head = ["stage", "attempts", "of these failed", "core hours", "GPU hours", "energy, Wh"]
+    return markdown_html.table([head, *cost_rows(facts.costs)])
 
 
 def write(release: Release, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bounded samples of the tables of a release, for its page: documents, removals, answers, and contamination.
+"""Bounded samples of the tables of a release, for its page: documents, removals, answers, and artifacts.
 
 The page links to the tables, which have all rows.
 """
@@ -14,21 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import provenance
 from release import layout, tracing, untrusted
 from release.facts.data_facts import DataFacts
 from release.facts.published_tables import read_json, stream_batches, stream_rows
-from release.layout import when
+from release.layout import STATEMENTS, when
+from release.opened_release import Release
 from release.tracing.documents import find_documents
 from release.tracing.release_data import ReleaseData
 
-ITEMS, CONTAMINATED, REMOVED = 12, 40, 4
-"""Items of an evaluation set, items by contamination, and removed documents of a rule that are shown."""
+ITEMS, REMOVED = 12, 4
+"""Items of an evaluation set, and removed documents of a rule that are shown."""
+MANIFESTS = "evidence/manifests"
 TRACE_CHARACTERS = 2_000
 """The maximum length of a report that is shown."""
 ROWS = 64
 """Rows of a table of answers that are unpacked together; their texts may be long."""
-WORST = ("contaminated", "overlap", "clean")
-"""The verdicts on contamination, the worst one first."""
 REMOVED_COLUMNS = ["id", "source", "rule", "bytes", "value", "threshold", "duplicate_of", "match"]
 
 
@@ -172,10 +173,8 @@ def _item_sets(evaluation: Path) -> Iterator[tuple[str, Tables]]:
     fresh = _chat_rows(evaluation / "fresh/chat.jsonl")
     sets: list[tuple[str, str, Callable[[Path], Iterable[Answer]]]] = [
         ("Problems, continued as text", "*/items.parquet", _problem_rows),
-        ("Keys hidden in long texts", "*/passkey.parquet", _long_text_rows),
         ("Problems in conversation", "test/*/answers.parquet", _chat_rows(evaluation / "chat.jsonl")),
         ("New problems, from the digest of the weights", "fresh/*/answers.parquet", fresh),
-        ("Task sets of lm-evaluation-harness", "harness/*/items.parquet", _harness_rows),
     ]
     for title, pattern, read in sets:
         # Beside the folders of models is that of the contamination, whose items are no answers.
@@ -198,19 +197,6 @@ def _by_model(paths: Iterable[Path]) -> dict[str, Path]:
 def _problem_rows(path: Path) -> Iterator[Answer]:
     for row in stream_rows(path, ["id", "prompt", "expected", "output", "score"], ROWS):
         yield Answer(row["id"], row["prompt"], row["expected"], row["output"], _verdict(row["score"]))
-
-
-def _long_text_rows(path: Path) -> Iterator[Answer]:
-    for row in stream_rows(path, ["id", "length", "depth", "expected", "output", "score"], ROWS):
-        question = f"a text of {row['length']} tokens, in which what is needed begins at {row['depth']:.2g}"
-        yield Answer(row["id"], question, row["expected"], row["output"], _verdict(row["score"]))
-
-
-def _harness_rows(path: Path) -> Iterator[Answer]:
-    id_columns = ["set", "task", "number", "filter", "metric"]
-    for row in stream_rows(path, [*id_columns, "value", "target", "response"], ROWS):
-        id = "/".join(str(row[column]) for column in id_columns)
-        yield Answer(id, None, row["target"], row["response"], _verdict(row["value"]), row["metric"])
 
 
 def _chat_rows(items: Path) -> Callable[[Path], Iterator[Answer]]:
@@ -277,46 +263,52 @@ def _verdict(score: float) -> str:
     return "partly" if score > 0 else "wrong"
 
 
-@dataclass(frozen=True)
-class Contamination:
-    """The items that share the most with the training data.
+@dataclass
+class Product:
+    """An artifact.
 
     Attributes:
-        phases: The phases with a search.
-        total: The number of items.
-        rows: id, kind, split, words, the verdict for each phase, the longest run of words, and the overlap.
+        node: Its node; its key if it is of an earlier run.
+        key: Its key.
+        digest: Its digest.
+        stage: The stage that made it.
+        statement: The path of the statement on the attempt that made it.
+        inputs: {role: node} of its inputs.
+        seconds: Wall time of that attempt.
+        failed: Number of attempts that ended without it.
+        checkpoint: True for a checkpoint of a phase.
     """
 
-    phases: list[str]
-    total: int
-    rows: list[list[str]]
+    node: str
+    key: str
+    digest: str
+    stage: str = ""
+    statement: str = ""
+    inputs: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    failed: int = 0
+    checkpoint: bool = False
 
 
-def read_contamination(release: Path) -> Contamination | None:
-    """Returns the worst items; None for a release without a table of them."""
-    path = release / "dataset/evaluation/contamination/items.parquet"
-    if not path.exists():
-        return None
-    phases: dict[str, None] = {}
-    items: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in stream_rows(path, ["id", "kind", "split", "phase", "words", "longest", "overlap", "verdict"]):
-        phases.setdefault(row["phase"])
-        # An item has a row for each phase; its worst figures count.
-        item = items.setdefault((row["split"], row["id"]), {**row, "verdicts": {}})
-        item["verdicts"][row["phase"]] = row["verdict"]
-        item["longest"] = max(item["longest"], row["longest"])
-        item["overlap"] = max(item["overlap"], row["overlap"])
-    worst = heapq.nsmallest(CONTAMINATED, items.values(), key=_worst_first)
-    rows = []
-    for item in worst:
-        verdicts = [item["verdicts"].get(phase, "not searched") for phase in phases]
-        names = [item["id"], item["kind"], item["split"], str(item["words"])]
-        rows.append([*names, *verdicts, str(item["longest"]), f"{item['overlap']:.4g}"])
-    return Contamination(list(phases), len(items), rows)
-
-
-def _worst_first(item: Mapping[str, Any]) -> tuple[int, float, str, str]:
-    """Returns the key that orders items by verdict, then by overlap."""
-    ranks = [WORST.index(verdict) if verdict in WORST else len(WORST) for verdict in item["verdicts"].values()]
-    # Split and id break ties, so that equal facts give equal bytes.
-    return min(ranks), -item["overlap"], item["split"], item["id"]
+def read_products(release: Release) -> dict[str, Product]:
+    """Returns {node: product}, with the artifacts of earlier runs by their keys."""
+    products = {m.key: Product(node, m.key, m.digest) for node, m in release.manifests.items()}
+    for path, body in release.statements.items():
+        parameters = provenance.parameters_of(body)
+        product = products.get(parameters["key"])
+        if product is None:
+            continue
+        product.stage, product.checkpoint = parameters["stage"], provenance.phase_of(body) is not None
+        # The statement of an attempt that failed has no such subject.
+        if {"name": product.key, "digest": {"sha256": product.digest}} not in body["subject"]:
+            product.failed += 1
+            continue
+        product.statement = f"{STATEMENTS}/{path.name}"
+        product.inputs = provenance.material_keys(body)
+        product.seconds = float(provenance.usage(body).get("wall_seconds", 0.0))
+    # Statements name inputs by key; a reader knows nodes.
+    nodes = {product.key: product.node for product in products.values()}
+    for product in products.values():
+        # An input of which the release has no manifest keeps its key.
+        product.inputs = {role: nodes.get(key, key) for role, key in product.inputs.items()}
+    return {product.node: product for product in sorted(products.values(), key=lambda each: each.node)}

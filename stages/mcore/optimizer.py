@@ -88,8 +88,6 @@ class OptimizerSettings(Config, ABC):
     """The rule for the weight matrices of layers, experts among them."""
     others: ClassVar[Rule] = ADAM
     """The rule for embedding, output head, norms and biases."""
-    card: ClassVar[Mapping[str, str]] = {"Adam β1": "beta1", "Adam β2": "beta2"}
-    """{row of a model card: the setting that it states}, for settings that not every optimizer has."""
     if TYPE_CHECKING:  # each kind declares the field with its name as the only value
         kind: str
 
@@ -197,15 +195,6 @@ def kind_of(section: Any) -> Any:
     if isinstance(section, Mapping):
         return section.get("kind", DEFAULT)
     return getattr(section, "kind", DEFAULT)
-
-
-def card_rows() -> dict[str, str]:
-    """Returns {row of a model card: place of its setting in a phase's section}, of the settings of all kinds."""
-    rows: dict[str, str] = {}
-    for kind in KINDS.values():
-        for title, setting in kind.card.items():
-            rows[title] = f"optimizer.{setting}"
-    return rows
 
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What the cards show beside the figures: answers by a rule, hyper-parameters, changes since the version before."""
+"""What the cards show beside the figures: answers by a rule, and changes since the version before."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import ast
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.core.errors import AtomError
-from release.cards import chat_tables, model_tables, tables
+from release.cards import chat_tables, tables
 from release.cards.render import size_category
-from release.facts.model_facts import ModelFacts, Parameters
 from release.facts.run_facts import Changes, _leaves, compare_with_previous, read_changes
-from release.facts.score_facts import SHOWN, ExampleAnswer, best_example, read_examples, settings_of
+from release.facts.score_facts import SHOWN, ExampleAnswer, best_example, read_examples
 from tests.fixtures.release_fixtures import table
 
 
@@ -42,21 +40,6 @@ def test_a_model_without_conversation_has_continuations(tmp_path: Path) -> None:
     table(tmp_path / "evaluation/base/items.parquet", rows)
     (line,) = chat_tables.examples(read_examples(tmp_path, "base"))[2:]
     assert line == "- add, right: `1+1=` → `2/ 'x' <b>`"
-
-
-def test_hyper_parameters_of_each_phase() -> None:
-    optimizer = {"lr": 3e-3, "final_lr": 3e-4, "warmup_steps": 20}
-    recipe: dict[str, Any] = {
-        "pretrain": {"steps": 6000, "optimizer": optimizer, "batch": {"global_tokens": 4096}},
-        "long_context": [{"steps": 5}, {"steps": 7}], "online_rlhf": {"num_generations": 4}, "sft": "damaged",
-    }  # fmt: skip
-    phases: Any = dict.fromkeys(("pretrain", "longcontext-2", "sft", "online-rlhf"))
-    model = ModelFacts("Qwen3ForCausalLM", {}, None, Parameters(1, 1, 1), {}, {}, {}, training=phases)
-    lines = model_tables.settings(recipe, model)
-    assert lines[0] == "| setting | pre-training | long-context training 2 | SFT | online RLHF |"
-    assert lines[2] == "| steps | 6,000 | 7 |  |  |" and "| peak learning rate | 0.003 |  |  |  |" in lines
-    assert lines[-1] == "| generations of a prompt |  |  |  | 4 |"
-    assert model_tables.settings({}, model) == [] and settings_of(recipe, "longcontext-9") == {}
 
 
 def test_changes_since_the_version_before(tmp_path: Path) -> None:

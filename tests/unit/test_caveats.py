@@ -10,7 +10,6 @@ import pytest
 
 from release.cards import caveats, chat_tables
 from release.facts import training
-from release.facts.data_facts import OrderFacts, OrderPart, SourceInOrder
 from release.facts.model_facts import ModelFacts, Parameters
 
 
@@ -47,7 +46,7 @@ def facts(**changes: Any) -> ModelFacts:
     }
     sides = {"before": side(0.3, 0.3, 0.3), "model": side(0.6, 0.6, 0.5)}
     model = ModelFacts(
-        "Qwen3MoeForCausalLM", {}, "bfloat16", Parameters(1, 1, 1), {}, {}, scores,
+        "Qwen3MoeForCausalLM", {}, "bfloat16", Parameters(1, 1, 1), scores,
         chat={
             "test": {"sft": problems(0.4, 0.3), "rlvr": problems(0.8, 0.3), "dpo": problems(0.8, 0.6)},
             "preferences": {"dpo": compared("rlvr", sides)},
@@ -55,11 +54,6 @@ def facts(**changes: Any) -> ModelFacts:
         training={"rlvr": log(0.3, 0.31, 0.5, 0.79, 0.8), "dpo": log(0.3, 0.31, 0.5, 0.6, 0.59, kind="courtesy")},
     )  # fmt: skip
     return replace(model, **changes)
-
-
-def order(*sources: str) -> dict[str, OrderFacts]:
-    """Of sft, which read these sources."""
-    return {"sft": OrderFacts(1, [OrderPart(1, 1, {source: SourceInOrder(1, 1, 1) for source in sources})])}
 
 
 def caveat_lines(model: ModelFacts, part: str) -> list[str]:
@@ -104,7 +98,7 @@ def test_a_phase_whose_training_reward_rises_alone_is_named() -> None:
     assert len(caveat_lines(model, "and no task was measured**: during DPO, its reward for code rose")) == 1
 
 
-def test_what_got_worse_is_listed_with_what_the_phases_read_of_it() -> None:
+def test_what_got_worse_is_listed() -> None:
     model = facts()
     model.scores["sft"]["bits_per_byte"]["sums"] = value(9.1, 0.3)
     model.scores["sft"]["accuracy"]["add"] = value(0.1)
@@ -113,15 +107,6 @@ def test_what_got_worse_is_listed_with_what_the_phases_read_of_it() -> None:
         "- From mid-training to SFT these got worse: bits per byte of sums (1.900 ± 0.010 → 9.100 ± 0.300), "
         "exact match of add (0.200 ± 0.010 → 0.100 ± 0.010)."
     )
-    start = "- Tokens read of the sources that got worse after SFT (SFT): sums"
-    for source, tokens in (("prose", "none"), ("sums", "1 (100.0%)")):
-        (line,) = caveats.data_of_regressions(model.scores, order(source))
-        assert line == f"{start} {tokens}. No cause was tested."
-    before = {
-        "midtrain": OrderFacts(1, [OrderPart(1, 1, {"sums": SourceInOrder(1, 30, 1), "b": SourceInOrder(1, 10, 1)})])
-    }
-    (line,) = caveats.data_of_regressions(model.scores, before | order("prose"))
-    assert "(mid-training → SFT): sums 30 (75.0%) → none." in line
     model.scores["sft"]["bits_per_byte"]["sums"] = value(1.91, 0.3)
     assert "bits per byte" not in caveat_lines(model, "got worse")[0], "less than a standard error"
 
@@ -129,16 +114,9 @@ def test_what_got_worse_is_listed_with_what_the_phases_read_of_it() -> None:
 def test_a_reward_without_a_task_is_named_where_it_was_trained_on() -> None:
     model = facts()
     model.chat["preferences"]["dpo"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
-    one_part, line = caveats.caveat_sentences(model)
+    (line,) = caveats.caveat_sentences(model)
     assert "no task was measured**: during DPO, its reward for courtesy rose" in line
-    assert one_part == (
-        "- **One part alone explains a reward**: from RLVR to DPO the preference reward rose (0.200 ± 0.010 → 0.500 ± "
-        "0.010), and of its parts only ending (0.300 ± 0.010 → 0.900 ± 0.010) rose."
-    )
-    assert caveats.caveat_sentences(replace(model, training={})) == [one_part], "logs of older releases have no rewards"
-    for part in model.chat["preferences"]["dpo"]["sides"].values():
-        part["parts"]["act"] = part["parts"]["ending"]
-    assert caveats.caveat_sentences(replace(model, training={})) == [caveats.NONE], "two parts rise together"
+    assert caveats.caveat_sentences(replace(model, training={})) == [caveats.NONE], "no part fell"
 
 
 @pytest.mark.parametrize(("won", "expected"), [(0.5, 0), (0.54, 0), (0.545, 1)])
@@ -162,17 +140,6 @@ def test_a_task_that_falls_while_its_reward_rises_is_named() -> None:
                          "0.010 → 0.500 ± 0.010).")  # fmt: skip
 
 
-def test_what_changed_instead_of_the_task_is_beside_it() -> None:
-    model = facts()
-    model.chat["test"]["dpo"] = problems(0.8, 0.6, tokens=26.0)
-    model.chat["preferences"]["dpo"]["sides"]["model"] = side(0.3, 0.3, 0.9)
-    (line,) = caveat_lines(model, "during DPO")
-    assert line.endswith("; what changed instead: ending (0.300 ± 0.010 → 0.900 ± 0.010), the length of answers (20.0 → "
-                         "26.0 tokens).")  # fmt: skip
-    model.chat["test"]["dpo"] = problems(0.8, 0.6, tokens=24.0)
-    assert "length" not in caveat_lines(model, "during DPO")[0]
-
-
 def test_the_task_and_the_parts_are_beside_the_win_rate() -> None:
     model = facts()
     model.chat["preferences"]["dpo"] = compared("rlvr", {"before": side(0.3, 0.3, 0.9), "model": side(0.5, 0.5, 0.1)})
@@ -187,17 +154,6 @@ def test_the_task_and_the_parts_are_beside_the_win_rate() -> None:
         "| parts of it that fell | ending 0.900±0.010 → 0.100±0.010 |",
     ]
     assert chat_tables.wins({}) == []
-
-
-def test_parts_of_the_reward_by_model() -> None:
-    rows = chat_tables.reward_parts(facts().chat)
-    assert rows[0] == "| part of the reward | RLVR | DPO |"
-    assert rows[2:] == [
-        "| reward | 0.300±0.010 | 0.600±0.010 |",
-        "| task | 0.300±0.010 | 0.600±0.010 |",
-        "| ending | 0.300±0.010 | 0.500±0.010 |",
-    ]
-    assert chat_tables.reward_parts({}) == []
 
 
 def test_rewards_of_a_log_with_few_steps_say_nothing() -> None:

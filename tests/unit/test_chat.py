@@ -15,8 +15,6 @@ from transformers import AutoTokenizer
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
-from release.cards import tables
-from release.facts.data_facts import DataFacts, OrderFacts, OrderPart, SourceFacts, SourceInOrder
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.readers.base import FAILED_RULE, Document, Failed, Unreadable
 from stages.data.acquire.sources import Source, resolve_tree_digest
@@ -197,19 +195,6 @@ def test_features_of_a_document(talk: list[Any], tools: Any, features: list[str]
     *_, (text, _) = chat.turns(talk, tools)
     assert chat.features(text) == features
     assert not chat.features(text.replace("<|im_start|>", "").replace("<think>", ""))
-
-
-def test_the_card_says_what_no_conversation_has() -> None:
-    data = DataFacts({name: SourceFacts(40, 40, {}, {}, 1, 1, [], "", "") for name in ("talk", "other", "prose")})
-    data.order["sft"] = OrderFacts(1, [OrderPart(1, 1, {name: SourceInOrder(1, 1, 1) for name in ("talk", "prose")})])
-    assert tables.conversations(data, ["sft"]) == []
-    for name in ("talk", "other"):
-        data.sources[name].conversations = {"system": 3, "tools": 0, "reasoning": 0}
-    lines = tables.conversations(data, ["pretrain", "sft"])
-    assert lines[2:4] == ["| talk | 40 | 3 | 0 | 0 |", ""] and lines[4].startswith(
-        "No kept conversation has: tools, reasoning. "
-    )
-    assert tables.conversations(data, ["pretrain"]) == []
 
 
 @pytest.mark.parametrize(

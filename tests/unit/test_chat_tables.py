@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from release.cards import chat_tables, tables
+from release.cards import chat_tables
 from stages.evaluation.contamination import scores_by_verdict
 from stages.evaluation.pass_at_k import Answer, summary
 from stages.evaluation.scores import pass_at_1
@@ -41,13 +41,3 @@ def test_scores_on_clean_items_have_no_names_of_nodes() -> None:
         ["| add, in conversation", "online RLHF"],
         ["| add, on new problems", "DPO"],
     ]
-
-
-def test_no_table_is_wider_than_the_column_of_the_hub() -> None:
-    head = ["measure", *(f"model {n}" for n in range(9))]
-    lines = tables.table(head, [["bits per byte, docstrings", *["12.345 ± 0.678"] * 9]])
-    widths = [line.count("|") - 1 for line in lines if line.startswith("| measure")]
-    assert widths == [4, 4, 4] and lines.count("") == 2
-    assert all(line.startswith("| bits per byte, docstrings |") for line in lines if "±" in line)
-    assert sum(line.count("12.345±0.678") for line in lines) == 9
-    assert tables.table(["a", "b"], [["x" * 200, "1"]]) == ["| a | b |", "|---|---|", f"| {'x' * 200} | 1 |"]

@@ -1,4 +1,4 @@
-"""Tables of messages: part by part, in one process or several, with the features of their conversations."""
+"""Tables of messages: part by part, in one process or several."""
 
 from __future__ import annotations
 
@@ -45,25 +45,14 @@ def tables_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_tables_state_the_features_of_what_was_kept(tmp_path: Path) -> None:
+def test_the_tables_have_the_messages_of_what_was_kept(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path)
-    for text in (text for talk in TALKS for text, _ in chat.turns(talk)):
-        row = {"id": "", "license": "", "text": text}
-        assert message_tables.row_features(message_tables.message_row(row)) == chat.features(text)
     assert len(list(message_tables.write_messages(dataset))) == 6
-    assert message_tables.features_of(dataset, "talk") == {"system": 3, "tools": 3, "reasoning": 3}
     assert list(message_tables.problems(dataset)) == []
     path = dataset / "messages/talk/train/part-00001.parquet"
-    rows = pq.read_table(path)
-    stated = {message_tables.METADATA.encode(): b'{"system": 2, "tools": 0, "reasoning": 1}'}
-    pq.write_table(rows.replace_schema_metadata(stated), path)
-    assert list(message_tables.problems(dataset)) == [
-        "messages/talk/train/part-00001.parquet states other features than its conversations have"
-    ]
-    pq.write_table(rows.slice(1), path)
+    pq.write_table(pq.read_table(path).slice(1), path)
     (problem,) = message_tables.problems(dataset)
     assert problem.endswith("part-00001.parquet: talk/1-0 has other messages")
-    assert message_tables.features_of(dataset, "talk") is None, "a table states none"
 
 
 def test_several_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

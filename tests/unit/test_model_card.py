@@ -17,7 +17,7 @@ from release.facts.model_facts import ModelFacts, Parameters
 def card(phases: list[str], chat: dict[str, Any], scores: Any = (), **facts: Any) -> str:
     training: Any = dict.fromkeys(phases)
     model = ModelFacts(
-        "Qwen3ForCausalLM", {}, "float32", Parameters(1, 1, 1), {}, {}, dict(scores), chat=chat, training=training,
+        "Qwen3ForCausalLM", {}, "float32", Parameters(1, 1, 1), dict(scores), chat=chat, training=training,
         **facts,
     )  # fmt: skip
     names: Any = dict(name="tiny", namespace="local", title="Tiny", description="A test.")

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.core.stage import identity
 from stages.mcore.memory import owned_bytes, state_bytes
-from stages.mcore.optimizer import ADAM, Adam, Optimizer, OptimizerSettings, Rule, card_rows
+from stages.mcore.optimizer import ADAM, Adam, Optimizer, OptimizerSettings, Rule
 from stages.models.base import MemoryShare
 from stages.models.parallel_layout import Layout
 
@@ -64,7 +64,3 @@ def test_memory_counts_the_states_of_matrices_and_tables() -> None:
 
     assert state_bytes(share, layout, "bf16", Adam) == 18 * 1200 == 6 * 1200 + owned_bytes(share, layout, Adam)
     assert owned_bytes(share, layout, Momentum) == 4 * 1200 + 4 * 800 + 8 * 400
-
-
-def test_cards_state_the_settings_of_adam() -> None:
-    assert card_rows() == {"Adam β1": "optimizer.beta1", "Adam β2": "optimizer.beta2"}

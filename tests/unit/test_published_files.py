@@ -74,7 +74,7 @@ def test_only_checksums_gates_and_the_page_need_no_origin() -> None:
 
 def test_names_are_used() -> None:
     text = "".join(file.path + file.node + file.source for _, listed in PLACED for file in listed.files)
-    text += "".join([*published_files.PLACES, *(file.path for file in published_files.CHECKPOINTS_MAIN.files)])
+    text += "".join([*published_files.PLACES, *(file.path for file in published_files.LISTS["repository"].files)])
     assert not [name for name in NAMES if f"{{{name}}}" not in text]
 
 

@@ -38,10 +38,9 @@ CARDS = {
     "data.md.jinja": card_tables.DATA_TABLES,
 }
 NOT_REGISTERED = {
-    "tables.table", "tables.explained_table", "tables.checkpoints", "tables.further_evidence", "chat_tables.ordered",
+    "tables.table", "tables.explained_table", "tables.checkpoints",
 }  # fmt: skip
-"""What builds a table from cells, the tables of the cards of checkpoints and of evidence, which no check compares, and
-names."""
+"""What builds a table from cells, and the table of the card of checkpoints, which no check compares."""
 
 
 def functions_of(module: str) -> dict[str, Callable[..., Any]]:

@@ -119,7 +119,6 @@ def test_the_demo_shows_what_runs_with_curves_and_what_it_proves(
     _, store = live_fixtures.make_run(tmp_path, steps=60)
     monkeypatch.setenv("COLUMNS", "80")
     screen = demo.Screen("tiny", store, quiet=True)
-    screen.plan(("run",), ("verify",))
     screen.commands[0].state = "running"
     console = Console(width=80, no_color=True)
     lease = Lease.take(store.work("pretrain-0123456789ab"))
@@ -133,6 +132,8 @@ def test_the_demo_shows_what_runs_with_curves_and_what_it_proves(
     assert demo.STAGES_PROVE["pretrain"] in running
     assert any(line.strip().startswith("loss") and "█" in line and "▁" in line for line in lines)
     assert any("· atom verify" in line and demo.PROVES["verify"] in line for line in lines)
+    screen._earlier_run = screen._latest_run().id
+    assert screen._stages() == [], "the run of an earlier demo"
 
 
 def test_a_recording_shows_what_the_terminal_showed() -> None:

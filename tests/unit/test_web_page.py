@@ -1,16 +1,14 @@
-"""The parts of the page of a release: tables, links, the graph of artifacts, samples, and the absence of scripts."""
+"""The parts of the page of a release: tables, links, samples, and the absence of scripts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 from pipeline.core.text import short
-from release.cards import tables
 from release.hub.space import hub_address
-from release.web_page import lineage, markdown_html, page, samples
+from release.web_page import markdown_html, page, samples
 from tests.fixtures import release_fixtures
 
 
@@ -21,10 +19,6 @@ def test_tables_lists_and_links_escape_everything() -> None:
     assert "<b>x</b>" not in html and "&lt;b&gt;x&lt;/b&gt; | y" in html and '<td class="number">1.5</td>' in html
     assert '<a class="file" href="../dataset/a%20b%23c.json">base</a>' in html
     assert "<ul><li><b>bold</b> &lt;i&gt;</li><li>two</li></ul><p>text &amp; more</p>" in html
-    two = markdown_html.blocks(
-        tables.table(["measure", *(f"model {'w' * 30} {n}" for n in range(5))], [["x", *"12345"]])
-    )
-    assert two.count("<table>") > 1 and "---" not in two, "a wide table of a card is several"
     link = markdown_html.file_link("javascript:alert(1)//\"'>")
     assert 'href="../javascript%3Aalert' in link and "\"'>" not in link, (
         "every link begins in the folder of the release"
@@ -40,27 +34,6 @@ def test_numbers_are_short() -> None:
 def test_the_style_is_included_as_it_is() -> None:
     style = (page.FOLDER / "page.css").read_text()
     assert "</style" not in style and "url(" not in style and "@import" not in style
-
-
-def products(sources: int, checkpoints: int) -> dict[str, lineage.Product]:
-    """A graph of sources, each acquired and filtered, one phase, and its checkpoints."""
-    rows = {}
-    for n in range(sources):
-        rows[f"acquire-{n}"] = lineage.Product(f"acquire-{n}", "k", "d", "acquire")
-        rows[f"filter-{n}"] = lineage.Product(f"filter-{n}", "k", "d", "filter", inputs={"source": f"acquire-{n}"})
-    inputs = {f"filtered-{n}": f"filter-{n}" for n in range(sources)}
-    rows["pretrain"] = lineage.Product("pretrain", "k", "d", "pretrain", inputs=inputs)
-    for n in range(checkpoints):
-        rows[f"pretrain@{n}"] = lineage.Product(f"pretrain@{n}", "k", "d", "pretrain", checkpoint=True)
-    return rows
-
-
-def test_the_graph_folds_artifacts_of_one_stage() -> None:
-    few, many = lineage.drawing(products(3, 5)), lineage.drawing(products(500, 5_000))
-    assert few.count('class="box"') == 7 and few.count('class="edge"') == 6
-    assert many.count('class="box"') == 3 and many.count('class="edge"') == 2 and len(many) < 3_000
-    assert "500 × acquire" in many and "500 × filter" in many
-    ElementTree.fromstring(many)
 
 
 def test_a_sample_of_answers_is_bounded_and_has_all_models(tmp_path: Path) -> None:

@@ -31,3 +31,9 @@ def test_the_published_figures_are_those_of_the_steps(name: str) -> None:
 def test_the_same_rule_removes(name: str) -> None:
     pairs = zip(reasons_of(name), (row["reference"][name] for row in documents()), strict=True)
     assert sum(a == b for a, b in pairs) >= 0.97 * len(documents())
+
+
+def test_agreement_counts_verdicts_and_not_reasons() -> None:
+    figures = agreement_of(["short", None, None, "long"], ["other", None, "short", None])
+    assert figures == {"agreement": 0.5, "kappa": 0.0, "kept": 2, "reference_kept": 2}
+    assert agreement_of([None, None], [None, None])["kappa"] == 1.0

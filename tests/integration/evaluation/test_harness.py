@@ -18,7 +18,7 @@ from pipeline.core.store import Artifact, FileRow, Store, sha256_file, write_man
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from release.audit import harness
-from release.cards import model_tables
+from release.cards import tables
 from release.checks.scores import score_problems
 from release.facts.score_facts import read_harness
 from release.layout import folders_of
@@ -271,10 +271,10 @@ def test_a_release_holds_the_results_and_verifies_them(tmp_path: Path) -> None:
     assert score_problems(tmp_path / "evaluation") == []
     stated = {"license": "CC0-1.0", "license_evidence": "this test", "revision": None}
     write_json(folder / "tasks.json", {"own": stated})
-    lines = model_tables.task_sets(read_harness(folder))
+    lines = tables.task_sets(read_harness(folder))
     assert "| own | sums | acc | 4 | 0.500±0.289 |" in lines
     assert lines[-1] == "Licenses of the data: own: CC0-1.0 (this test)."
-    assert model_tables.task_sets(read_harness(tmp_path)) == []
+    assert tables.task_sets(read_harness(tmp_path)) == []
     rows[0]["value"] = 1.0
     write_json(folder / "scores.json", harness_stage.summary(rows))
     assert score_problems(tmp_path / "evaluation") == ["evaluation/harness/mid/scores.json is not what its tables give"]

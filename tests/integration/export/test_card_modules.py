@@ -26,7 +26,7 @@ def test_a_card_names_the_linear_modules_of_attention(architecture: str, tmp_pat
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     modules = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     known = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
-    facts = ModelFacts(config["architectures"][0], known, "float32", Parameters(1, 1, 1), {}, {}, {})
+    facts = ModelFacts(config["architectures"][0], known, "float32", Parameters(1, 1, 1), {})
     assert facts.has_experts
     assert set(facts.attention_modules) == {name.split(".")[-1] for name in modules if "_attn." in name}
     parameters = [name for name, _ in model.named_parameters()]

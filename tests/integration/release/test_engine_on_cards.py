@@ -11,7 +11,6 @@ import yaml
 
 from pipeline.core.errors import AtomError
 from release.audit.verify import verify
-from release.cards import tables
 from stages.generation import vllm_server
 from stages.generation.engine import Engine
 from tests.fixtures.release_fixtures import ENGINE
@@ -21,10 +20,7 @@ SERVED = f"vLLM ({ENGINE}), in the data type of the exported weights"
 
 
 def test_the_cards_name_it_and_are_compared(copy: Path) -> None:
-    documents = "evaluation on documents and problems"
-    assert f"\nComputed by {IN_PROCESS}: {documents}, task sets; by {SERVED}: {documents}.\n" in (
-        (copy / "model/README.md").read_text()
-    )
+    assert f"\nComputed by {IN_PROCESS}; by {SERVED}.\n" in (copy / "model/README.md").read_text()
     assert f"\nComputed by {IN_PROCESS}.\n" in (copy / "model-base/README.md").read_text()
     (results,) = (copy / "model/.eval_results").glob("*.yaml")
     assert all(row["notes"].endswith(f"; by vLLM ({ENGINE})") for row in yaml.safe_load(results.read_text()))
@@ -32,11 +28,6 @@ def test_the_cards_name_it_and_are_compared(copy: Path) -> None:
     path = copy / "model/evaluation/mid.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"engine": "vllm 9.9"}))
     assert {check.name for check in verify(copy / "model").checks if not check.ok} >= {"cards"}
-
-
-def test_one_engine_of_all_is_named_alone() -> None:
-    scores = {"base": {"engine": ENGINE}, "mid": {"engine": ENGINE}}
-    assert tables.engines(scores, {}) == [f"Computed by {SERVED}."]  # type: ignore[arg-type]
 
 
 def test_the_environment_of_vllm_says_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

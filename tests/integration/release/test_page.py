@@ -108,7 +108,7 @@ def test_hostile_documents_do_nothing(hostile: Path, tmp_path: Path) -> None:
     assert "Uncaught" not in process.stderr, process.stderr
     title = re.search("<title>(.*)</title>", document, re.DOTALL)
     assert title and title[1].startswith("tiny &lt;/script") and "<script" not in document
-    assert document.count("<img") == text.count('<img src="data:image/png;base64,') > 2
+    assert document.count("<img") == text.count('<img src="data:image/png;base64,') > 1
     assert 'href="javascript' not in document
 
 

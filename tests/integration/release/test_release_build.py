@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ import pytest
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import write_manifest
 from release.assembly import build_release as builder
+from release.checks.check import Findings
 from release.facts.model_facts import read_model_facts
 from release.layout import ALL_SUMS, GATES, GATES_STATED, PAGE, SUMS
+from release.opened_release import Release
 from release.repositories import files_below
 from release.schema import read_release
 from stages.recipe import ReleaseSection
@@ -170,16 +173,21 @@ def test_cards_are_valid_for_the_hub(built: Path) -> None:
 
 
 def test_a_wrong_number_on_a_card_is_found(built: Path, tmp_path: Path) -> None:
+    """In a table as well as in the metadata."""
     from release.checks import cards
 
     copy = tmp_path / "model"
     shutil.copytree(built / "model", copy)
-    assert cards.model_card(copy, read_model_facts(copy)).problems == []
+    checks: dict[str, Callable[[], Findings]] = {
+        "0.750±": lambda: cards.model_card(copy, read_model_facts(copy)),
+        "value: 0.75": lambda: cards.card_metadata(Release(copy, "model")),
+    }
     text = (copy / "README.md").read_text()
-    for old, new in (("0.750±", "0.850±"), ("value: 0.75", "value: 0.85")):
-        assert old in text
-        (copy / "README.md").write_text(text.replace(old, new, 1))
-        assert cards.model_card(copy, read_model_facts(copy)).problems
+    for number, check in checks.items():
+        assert number in text and check().problems == []
+        (copy / "README.md").write_text(text.replace(number, number.replace("0.7", "0.8"), 1))
+        assert check().problems
+        (copy / "README.md").write_text(text)
 
 
 def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) -> None:
@@ -350,8 +358,7 @@ def test_an_installed_wheel_brings_its_license_text(tmp_path: Path, monkeypatch)
     (info / "licenses/LICENSE").write_text("The wheel's license.\n")
     monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
     source = release_fixtures.build_input(tmp_path / "run")
-    for root in source.code_roots:
-        (root / "LICENSE").unlink()
+    (source.code_root / "LICENSE").unlink()
     folder = builder.build(source, tmp_path / "home")
     for path in ("LICENSE", "code/LICENSE", "model/LICENSE"):
         assert (folder / path).read_text() == "The wheel's license.\n", path

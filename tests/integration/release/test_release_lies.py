@@ -572,7 +572,7 @@ def test_a_file_that_nothing_wrote_is_named(place: str, built: Path, tmp_path: P
         (folder / ORIGINS).write_bytes(to_json(origins | {path: {"generated": "source code"} for path in added}))
     sum_again(folder)
     wrong = "\n".join(text for check in verify(folder).checks for text in check.wrong)
-    in_code = [path for path in added if path.startswith("code/") and published_files.EVIDENCE.holds(path)]
+    in_code = [path for path in added if path.startswith("code/") and published_files.LISTS["evidence"].holds(path)]
     shown = [f"{path.rpartition('/')[0]} is no folder" for path in added]
     silent = [
         path

@@ -192,8 +192,7 @@ assert heads() == before
 @at_length("release", 30)
 def test_a_later_version_is_verified_before_a_public_branch_moves(client, release: Path, tmp_path: Path) -> None:
     source = release_fixtures.build_input(tmp_path / "run")
-    for root in source.code_roots:
-        (root / "LICENSE").write_text("Another license.\n")  # it stands in the repository of every model
+    (source.code_root / "LICENSE").write_text("Another license.\n")  # it stands in the repository of every model
     later = builder.build(dataclasses.replace(source, version="0.2.0"), tmp_path / "home")
     where = f"later = pathlib.Path({str(later)!r})\n" + HEADS
     with running(tmp_path / "hub") as endpoint:

@@ -122,7 +122,7 @@ def grey(png: bytes, **entries: str) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", ["training.png", "experts.png", "progress.png"])
+@pytest.mark.parametrize("name", ["training.png", "progress.png"])
 def test_a_picture_is_drawn_again_and_compared(name: str, model: Path) -> None:
     subject, path = Release(model, "model"), model / name
     assert run_check("plots", lambda: cards.drawn_plots(subject)).ok

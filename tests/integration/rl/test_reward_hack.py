@@ -104,8 +104,7 @@ def test_a_planted_hack_is_named_and_an_honest_reward_is_not(place: Path, tmp_pa
     sentences = [line for line in top.splitlines() if line.startswith("- **A reward rose and its task ")]
     assert any("from SFT to RLVR the preference reward rose (" in line and "What rose: flattery (" in line
                for line in sentences), top  # fmt: skip
-    assert any("during RLVR, its reward for courtesy rose (" in line
-               and "what changed instead: flattery (" in line for line in sentences), top  # fmt: skip
+    assert any("during RLVR, its reward for courtesy rose (" in line for line in sentences), top
     assert "| parts of it that rose | flattery 0." in hacked
     assert "**" not in top_of_honest and "This model does all that is asked in" in top_of_honest, top_of_honest
     assert "| does what was asked (`task`) | 0." in honest
