@@ -217,16 +217,12 @@ def replay(
         str | None, typer.Option(metavar="A:B", help="steps of two published checkpoints; default: the last two")
     ] = None,
     certificate: Annotated[Path | None, typer.Option(help="write an in-toto statement of the result here")] = None,
-    unconfined: Annotated[
-        bool, typer.Option("--unconfined", help="run code of the release, if needed, without bubblewrap")
-    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Retrain published steps and compare every tensor.
 
     The steps are trained from their published checkpoint and data; phases of post-training read the published answers
     and draw none.
-    If the code here differs from the code that trained them, the code in the release runs instead, under bubblewrap.
     Exit code 0: every bit is the same, or all differences are within a stated tolerance; 1: it differs.
 
     Example: atom replay runs/releases/atom-tiny-0.1.0 pretrain
@@ -236,7 +232,7 @@ def replay(
     require_release(release)
     first, last = _span(steps)
     with StatusLine() as progress:
-        result = replays.replay(release, stage, first, last, progress, unconfined)
+        result = replays.replay(release, stage, first, last, progress)
     print(json.dumps(result.to_json(), indent=1) if as_json else replays.text(result), flush=True)
     if certificate is not None:
         certificate.write_text(json.dumps(replays.certificate(result, release), indent=1, sort_keys=True) + "\n")

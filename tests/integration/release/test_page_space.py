@@ -11,8 +11,7 @@ import yaml
 
 from release import schema
 from release.audit.replay import certificate
-from release.audit.replay.comparison import BITWISE
-from release.audit.replay.report import Replay, folder_of, read_certificate
+from release.audit.replay.report import BITWISE, Replay, folder_of, read_certificate
 from release.audit.replay.source import Source
 from release.hub.local.server import LOCAL_TOKEN, running
 from release.hub.local.store import HubStore
