@@ -12,7 +12,7 @@ import typer
 
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import StatusLine
-from pipeline.operations.command_options import CHECK, DATA, JsonOption, QuietOption, open_store
+from pipeline.operations.command_options import CHECK, DATA, JsonOption, QuietOption
 from release.commands.options import (
     AnyReleaseArgument,
     ReleaseArgument,
@@ -168,7 +168,7 @@ def trace(
         if step is not None:
             answer = tracing.trace_step(release, phase, step)
         elif text is not None:
-            answer = tracing.trace_text(release, text, open_store().home / "trace", progress)
+            answer = tracing.trace_text(release, text, progress)
         else:
             assert doc is not None, "one of the three was given"
             answer = tracing.trace_removal(release, doc, progress) if report else tracing.trace_document(release, doc)

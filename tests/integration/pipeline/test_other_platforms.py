@@ -80,7 +80,7 @@ def test_trace_gives_the_same_answer(question: str, built: Path, tmp_path: Path)
     options, answer = {
         "step": (("--step", "2", "--phase", "pretrain"), lambda: tracing.trace_step(built, "pretrain", 2)),
         "doc": (("--doc", "prose/001"), lambda: tracing.trace_document(built, "prose/001")),
-        "text": (("--text", "quick "), lambda: tracing.trace_text(built, "quick ", tmp_path / "trace")),
+        "text": (("--text", "quick "), lambda: tracing.trace_text(built, "quick ")),
     }[question]
     text = elsewhere(tmp_path, "trace", str(built), *options, "--json")
     assert json.loads(text) == json.loads(json.dumps(answer().to_json()))
