@@ -11,7 +11,7 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Store, write_manifest
 from pipeline.graph import dag
-from release.prediction import ladder, ladder_points
+from release.prediction import ladder
 from stages.evaluation.ladder_laws import FORMS, PRETRAINING
 from tests.fixtures.prediction_fixtures import SIZES, graph, recipe, seal_run
 
@@ -29,7 +29,7 @@ def runs(tmp_path: Path) -> tuple[Store, list[dag.Graph]]:
     for name in SIZES:
         for steps in (60, 120, 240):
             run = graph(recipe(tmp_path, name, pretrain={"steps": steps}), store.home)
-            size = ladder_points.size_of(run)
+            size = ladder.size_of(run)
             seal_run(store, run, loss(size["parameters"], size["tokens"]))
             graphs.append(run)
     return store, graphs
@@ -37,9 +37,9 @@ def runs(tmp_path: Path) -> tuple[Store, list[dag.Graph]]:
 
 def test_sealed_runs_predict_the_next_size(runs: tuple[Store, list[dag.Graph]]) -> None:
     store, graphs = runs
-    points = ladder_points.read_runs(graphs, store, PRETRAINING)
+    points = ladder.read_runs(graphs, store, PRETRAINING)
     assert len({point.figures["parameters"] for point in points}) == len({p.figures["tokens"] for p in points}) == 3
-    size = ladder_points.size_of(graph("atom-smoke", store.home))
+    size = ladder.size_of(graph("atom-smoke", store.home))
     (row,) = ladder.make(PRETRAINING, points, [("atom-smoke", size)]).expectations
     assert row.band.value == pytest.approx(loss(size["parameters"], size["tokens"]), rel=1e-3)
 
@@ -52,7 +52,7 @@ def test_other_data_and_missing_runs_are_refused(runs: tuple[Store, list[dag.Gra
         (graph("atom-smoke", store.home), "pretrain of atom-smoke is not sealed; run it first: atom run"),
     ):
         with pytest.raises(AtomError, match=words):
-            ladder_points.read_runs([*graphs, added], store, PRETRAINING)
+            ladder.read_runs([*graphs, added], store, PRETRAINING)
 
 
 def seal(store: Store, of: dag.Graph, node: str, name: str, text: str) -> None:
@@ -67,15 +67,15 @@ def test_reinforcement_and_answers_are_read(tmp_path: Path) -> None:
     run = graph("atom-smoke", store.home)
     last = [node for node in run.nodes if node.startswith("solve-")][-1]
     with pytest.raises(AtomError, match="rlvr of atom-smoke is not sealed"):
-        ladder_points.read_runs([run], store, FORMS["reinforcement"])
+        ladder.read_runs([run], store, FORMS["reinforcement"])
     log: list[dict[str, Any]] = [
         {"step": n, "generated": 1000 * n, "validation": {"add": 0.1 * n, "sort": 0.3}} for n in range(4)
     ]
     seal(store, run, "rlvr", "training.jsonl", "".join(json.dumps(row) + "\n" for row in (*log, {"step": 9})))
-    points = ladder_points.read_runs([run], store, FORMS["reinforcement"])
+    points = ladder.read_runs([run], store, FORMS["reinforcement"])
     assert [point.figures["compute"] for point in points] == [0.0, 1000.0, 2000.0, 3000.0]
     assert points[-1].figures["score"] == pytest.approx(0.3)
     at = {str(k): {"tokens": 20.0 * k, "pass": {"value": 0.1 * k, "se": 0.1, "n": 9}} for k in (1, 2, 4)}
     seal(store, run, last, "scores.json", json.dumps({"problems_all": {"at": at}}))
-    answers = ladder_points.read_runs([run], store, FORMS["inference"])
+    answers = ladder.read_runs([run], store, FORMS["inference"])
     assert [tuple(point.figures.values()) for point in answers] == [(20.0, 0.1), (40.0, 0.2), (80.0, 0.4)]
