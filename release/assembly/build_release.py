@@ -16,10 +16,9 @@ from release import scratch
 from release.assembly.assemble import BuildInput, assemble, require_nodes
 from release.cards import plots
 from release.checks import registry
-from release.checksums import write_sums
 from release.layout import ALL_SUMS, RETRACTED, SIGNATURE, SITE, SUMS
 from release.opened_release import Release
-from release.repositories import files_below, files_of, repositories
+from release.repositories import files_below, files_of, repositories, write_sums
 from release.web_page import page as web_page
 
 __all__ = ["BuildInput", "build", "rewrite_page", "write_checksums"]

@@ -110,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--include-path", type=Path, default=None, help="a folder of more tasks as YAML")
     parser.add_argument("--limit", type=int, default=None, help="only the first items")
     options = parser.parse_args(arguments)
+    if options.limit is not None and options.limit < 1:
+        parser.error("--limit takes a number from 1 on")
     try:
         if options.tasks is None:
             report = compare_answers(options.release, options.model, options.limit)

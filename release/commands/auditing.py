@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from release.checks.verdict import Verdict
 
 app = typer.Typer()
-# The exit code for published bytes of which documents were taken back since.
+# The exit code for a release of which documents were taken back.
 RETRACTED_CODE = 3
-# The check that recognizes an old copy.
-RETRACTION = "retraction"
 
 
 @app.command(rich_help_panel=CHECK)
@@ -48,10 +46,6 @@ def verify(
         str | None, typer.Option(metavar="URL", help="the OpenID provider that vouches for --identity")
     ] = None,
     trust_config: TrustConfigOption = None,
-    retracted: Annotated[
-        str | None,
-        typer.Option(metavar="PATH_OR_REPO", help="a repository with a tombstone, to recognize an old copy by"),
-    ] = None,
     proof: Annotated[
         Path | None,
         typer.Option(
@@ -68,8 +62,7 @@ def verify(
 
     The line before the last is one to quote: the checks by their result, and the digest that stands for all bytes.
     With --quiet it prints that, what is bad, and the verdict.
-    Exit code 1 says which file or claim is bad; 3 that the bytes are the published ones, and documents of them were
-    taken back since then.
+    Exit code 1 says which file or claim is bad; 3 that documents were taken back from it.
 
     Example: atom verify runs/releases/atom-tiny-0.1.0
     """
@@ -80,7 +73,7 @@ def verify(
 
     trust = Trust(key, identity, issuer, trust_config)
     with StatusLine(quiet) as progress:
-        verdict = verify_release(target, deep, progress, trust, retracted, ask_hub=True)
+        verdict = verify_release(target, deep, progress, trust)
     from release.audit import openness as audit
 
     # An identity counts only with a verified signature.
@@ -253,15 +246,14 @@ def _span(steps: str | None) -> tuple[int | None, int | None]:
 def _verdict_text(verdict: Verdict, quiet: bool = False) -> str:
     """Returns one line for each check, its problems below it, a sentence to quote, and the verdict last.
 
-    With `quiet`, only the checks that are bad or noted have a line.
+    With `quiet`, only the checks that are bad have a line.
     """
     marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
     lines = []
     for check in verdict.checks:
-        mark = "noted  " if check.name == RETRACTION and verdict.retracted else marks[check.ok]
-        if quiet and mark in (marks[True], marks[None]):
+        if quiet and check.ok is not False:
             continue
-        lines.append(f"{mark} {check.name}: {check.detail}")
+        lines.append(f"{marks[check.ok]} {check.name}: {check.detail}")
         lines += [f"          {text}" for text in check.wrong]
         lines += [f"{marks[None]} {check.name}: {text}" for text in check.skipped]
     return "\n".join([*lines, verdict.in_one_sentence(), f"{verdict.kind} {verdict.subject}: {verdict.outcome()}"])

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.core.text import short
 from release.cards import tables
-from release.hub.space import hub_address
+from release.hub.publish import hub_address
 from release.web_page import lineage, markdown_html, page, samples
 from tests.fixtures import release_fixtures
 

@@ -160,7 +160,7 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
     from huggingface_hub import parse_eval_result_entries
 
     from release.checks import cards
-    from release.checksums import read_sums
+    from release.repositories import read_sums
 
     for folder, model in (("model", "mid"), ("model-base", "base")):
         path = built / folder / ".eval_results/tiny-data.yaml"

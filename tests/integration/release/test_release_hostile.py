@@ -19,9 +19,9 @@ from pipeline.core.errors import CheckFailed
 from release.audit.replay.source import Source
 from release.checks.loading import load_models
 from release.checks.scores import scores
-from release.checksums import read_sums
 from release.layout import ALL_SUMS, ORIGINS, SUMS
 from release.opened_release import Release
+from release.repositories import read_sums
 from stages.export.conversations import CONVERSATIONS
 from tests.fixtures import release_fixtures
 from tests.fixtures.audit_fixtures import verify

@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from pipeline.core.errors import AtomError
 from release import merkle, tracing
 from release.assembly import build_release as builder
-from release.checksums import write_sums
 from release.facts.published_tables import read_rows
 from release.layout import SUMS
-from release.repositories import files_below
+from release.repositories import files_below, write_sums
 from release.tracing.documents import FATE, PLACE
 from stages.formats.table import DISPOSITIONS, write_rows
 from tests.fixtures import parts_fixtures, release_fixtures
