@@ -27,9 +27,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from release.audit.verify import verify
-from release.checksums import write_sums
 from release.layout import SUMS
-from release.repositories import files_below
+from release.repositories import files_below, write_sums
 
 TARGET = 0.7
 

@@ -164,27 +164,6 @@ NAMED = 100
 """The maximum number of refusals that are named individually."""
 SPARSE_BYTES = 64 << 20
 """The total size that sparse files may always have."""
-WITHOUT_MODES = frozenset(
-    {
-        "9p",
-        "cifs",
-        "drvfs",
-        "exfat",
-        "fuseblk",
-        "iso9660",
-        "msdos",
-        "ntfs",
-        "ntfs3",
-        "prl_fs",
-        "smb3",
-        "udf",
-        "vboxsf",
-        "vfat",
-        "vmhgfs",
-        "fuse.vmhgfs-fuse",
-    }
-)
-"""File systems that show every file as executable, or with the mode of the mount."""
 CACHED = re.compile(r"(models|datasets)--.+")
 """Names of the folders of repositories in the cache of the Hub's client."""
 CLIENTS = re.compile(
@@ -359,25 +338,3 @@ def _blob(folder: Path, path: str) -> os.stat_result | None:
     except OSError:
         return None
     return status if stat.S_ISREG(status.st_mode) else None
-
-
-def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
-    """Returns True if the file system of a folder records executable modes, or is of an unknown kind.
-
-    `mounts` is the text of /proc/self/mountinfo.
-    """
-    try:
-        text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape") if mounts is None else mounts
-    except OSError:
-        return True
-    real_path = os.path.realpath(folder)
-    # The file system of a folder is mounted at the longest mount point around it.
-    longest, kind = -1, ""
-    for line in text.splitlines():
-        mount, _, filesystem = line.partition(" - ")
-        # The kernel writes spaces and backslashes of a path as octal numbers.
-        mount_point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
-        # A later mount covers an earlier one at the same point, hence `>=`.
-        if len(mount_point) >= longest and f"{real_path}/".startswith(mount_point.rstrip("/") + "/"):
-            longest, kind = len(mount_point), filesystem.split(" ")[0]
-    return kind not in WITHOUT_MODES

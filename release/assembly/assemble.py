@@ -66,7 +66,6 @@ from release.standards import attestations, bundle, standard_facts
 from release.standards.standard_facts import read_facts
 from release.tracing.receipts import receipt_path, write_receipts
 from stages.data.acquire.licenses.expressions import asks_for_attribution
-from stages.data.curate.deny_list import DenyList
 from stages.data.curate.secret_patterns import find_secret
 from stages.evaluation.settings import EvaluationSection
 from stages.formats.table import CREDITS, NOTICES, row_writer, stream_batches, stream_rows, table_writer
@@ -94,9 +93,8 @@ class BuildInput:
         stale: Nodes made by code that has changed since.
         earlier: By key, artifacts of earlier runs that training resumed from, and their inputs.
         machine_paths: Folders of this machine that no published file may name.
-        deny_list: Of the data recipe.
         references: Sources whose texts are by reference, by name.
-        previous: Folder of an earlier release, in which receipts of opt-outs look for the documents.
+        previous: Folder of an earlier release, with which cards compare.
         prediction: The artifact that was sealed before training, and its statement.
     """
 
@@ -114,7 +112,6 @@ class BuildInput:
     stale: list[str] = field(default_factory=list)
     earlier: dict[str, Artifact] = field(default_factory=dict)
     machine_paths: list[Path] = field(default_factory=list)
-    deny_list: DenyList | None = None
     references: Mapping[str, Reference] = field(default_factory=dict)
     previous: Path | None = None
     prediction: tuple[Artifact, Path] | None = None
@@ -292,11 +289,8 @@ def _write_data_tables(draft: Draft) -> None:
 
 def _write_receipts(draft: Draft) -> None:
     """Writes the receipts of opt-outs."""
-    source, release = draft.source, draft.release
-    receipts = write_receipts(
-        release.dataset, release.info, release.data.opt_outs, source.previous, source.deny_list, draft.progress
-    )
-    for request, receipt in receipts:
+    release = draft.release
+    for request, receipt in write_receipts(release.dataset, release.info, release.data.opt_outs):
         draft.json(receipt_path(request), receipt)
 
 

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
-from release import scratch, tracing
+from release import scratch
 from release.assembly.assemble import BuildInput, assemble, require_nodes
 from release.cards import plots
 from release.checks import registry
-from release.checksums import write_sums
 from release.layout import ALL_SUMS, RETRACTED, SIGNATURE, SITE, SUMS
 from release.opened_release import Release
-from release.repositories import files_below, files_of, repositories
+from release.repositories import files_below, files_of, repositories, write_sums
 from release.web_page import page as web_page
 
 __all__ = ["BuildInput", "build", "rewrite_page", "write_checksums"]
@@ -30,8 +29,6 @@ OUTCOMES = {True: "passed", False: "FAILED", None: "not judged"}
 
 def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lambda text: None) -> Path:
     """Writes `<home>/releases/<name>-<version>/` and returns it; an earlier one of that name is replaced.
-
-    The index of its texts is written to `<home>/trace`.
 
     Raises AtomError if a part is missing, CheckFailed with the first failed gate; then the refused folder is kept as
     `<name>-<version>.refused` for inspection, and the earlier release is unchanged.
@@ -72,21 +69,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         _replace(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    # Outside of the release and after it, because the index follows from the files and is rebuilt at will.
-    _index(target, home / "trace", progress)
     return target
-
-
-def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
-    """Builds the index for `atom trace --text`, outside of the release.
-
-    The release is complete without it, so a missing index is reported and is no error.
-    """
-    try:
-        if tracing.build_index(release, cache, progress) is None:
-            progress("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text` reads every text")
-    except AtomError as error:
-        progress(f"no index of texts: {error}")
 
 
 def write_checksums(folder: Path) -> None:

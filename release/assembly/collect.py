@@ -17,8 +17,6 @@ from release.facts.forecast import MODEL, PHASE
 from release.layout import models_of
 from release.references import Reference
 from stages.data.acquire.acquire_stage import AcquireConfig
-from stages.data.curate import deny_list
-from stages.data.curate.deny_list import DenyList
 from stages.data.curate.filter_stage import FilterConfig
 from stages.recipe import ReleaseRecipe
 
@@ -64,7 +62,6 @@ def build_input(graph: Graph, store: Store, previous: Path | None = None) -> Bui
         commit=commit,
         dirty=dirty,
         stale=[s.name for s in states(graph, store).values() if s.text == "stale"],
-        deny_list=_deny_list(graph),
         prediction=_prediction(graph, store),
         references=_references(graph, artifacts, earlier),
         previous=previous,
@@ -83,12 +80,6 @@ def _prediction(graph: Graph, store: Store) -> tuple[Artifact, Path] | None:
     if (sealed := provenance.sealed(store.ledger, artifact)) is None:
         raise AtomError(f"{key} has no statement in {store.ledger}; a prediction without one proves nothing: remove it")
     return artifact, sealed[0]
-
-
-def _deny_list(graph: Graph) -> DenyList | None:
-    data = graph.nodes["filter"].config
-    assert isinstance(data, FilterConfig)
-    return deny_list.read(data.curation.deny_list, data.curation.deny_list_sha256)
 
 
 def _references(

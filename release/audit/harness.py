@@ -1,12 +1,10 @@
-"""lm-evaluation-harness (arXiv 2405.14782) on a release: a second implementation of its figures, and other tasks.
+"""lm-evaluation-harness (arXiv 2405.14782) on a release: a second implementation of its figures.
 
-    python -m release.audit.harness RELEASE                        # the release's own problems, and the stated figure
-    python -m release.audit.harness RELEASE --tasks NAME,… [--include-path FOLDER] [--limit N]
+    python -m release.audit.harness RELEASE [--model FOLDER] [--limit N]
 
-`RELEASE` is a built or pulled release folder. The model is a folder of it, in plain transformers and float32. Without
-`--tasks` the harness asks the evaluation problems that the release publishes and compares each answer with the one in
-the release, so that two programs compute the card's figure. With it, the tasks are the harness's own, by name, or YAML
-files of `--include-path`. The last line is one JSON object. Needs the extra `harness`.
+`RELEASE` is a built or pulled release folder. The model is a folder of it, in plain transformers and float32. The
+harness asks the evaluation problems that the release publishes and compares each answer with the one in the release, so
+that two programs compute the card's figure. The last line is one JSON object. Needs the extra `harness`.
 """
 
 from __future__ import annotations
@@ -67,19 +65,6 @@ def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int
     return read_rows(items), settings.max_new_tokens
 
 
-def evaluate(model: Any, tasks: list[str], include: Path | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Returns the harness's result on tasks by name: `results` by task, and `samples`.
-
-    Raises AtomError for an unknown task.
-    """
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=None if include is None else str(include))
-    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
-        raise AtomError(f"the harness has no task {unknown[0]}; `lm_eval ls tasks` lists them")
-    return harness.evaluate(model, tasks, manager, limit)
-
-
 def compare_answers(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
     """Evaluates the release's problems with the harness, and compares the answers with the published ones.
 
@@ -106,24 +91,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("release", type=Path, help="a release folder")
     parser.add_argument("--model", default=MODEL, metavar="FOLDER", help="which of its models; default: model")
-    parser.add_argument("--tasks", default=None, help="the harness's tasks, with commas; the release's own if absent")
-    parser.add_argument("--include-path", type=Path, default=None, help="a folder of more tasks as YAML")
     parser.add_argument("--limit", type=int, default=None, help="only the first items")
     options = parser.parse_args(arguments)
+    if options.limit is not None and options.limit < 1:
+        parser.error("--limit takes a number from 1 on")
     try:
-        if options.tasks is None:
-            report = compare_answers(options.release, options.model, options.limit)
-            comparison = f"{len(report['other_answers'])} of {report['problems']} answers differ"
-            print(f"exact match {report['exact_match']:.3f}, stated {report['stated']:.3f}; {comparison}")
-        else:
-            model = harness.language_model(options.release / options.model)
-            result = evaluate(model, options.tasks.split(","), options.include_path, options.limit)
-            report = {"model": options.model, "results": result["results"], "n-samples": result["n-samples"]}
-        print(json.dumps(report, default=str))
-        return 1 if report.get("other_answers") else 0
+        report = compare_answers(options.release, options.model, options.limit)
     except AtomError as error:
         print(f"release.audit.harness: {error}", file=sys.stderr)
         return error.exit_code
+    comparison = f"{len(report['other_answers'])} of {report['problems']} answers differ"
+    print(f"exact match {report['exact_match']:.3f}, stated {report['stated']:.3f}; {comparison}")
+    print(json.dumps(report, default=str))
+    return 1 if report["other_answers"] else 0
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.core import atomic_files
 from pipeline.core.errors import AtomError, CheckFailed
@@ -27,9 +26,6 @@ from stages.data.acquire.readers.base import Document, Files
 from stages.data.acquire.sources import Source
 from stages.data.curate.filters.base import FilterFunction
 from stages.formats.table import content_hash
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 Progress = Callable[[str], None]
 SUFFIX = ".data"
@@ -195,9 +191,9 @@ def _compare(listed: Path, path: Path) -> tuple[int, int]:
     Raises CheckFailed unless it has the rows of the published one and every text its hash.
     """
     documents = size = 0
-    ends: Iterator[pa.Table | None] = repeat(None)
     rebuilt = references.row_groups(path)
-    for rows, other in zip(references.row_groups(listed), _then(rebuilt, ends), strict=False):
+    for rows in references.row_groups(listed):
+        other = next(rebuilt, None)
         if other is None or not rows.drop(["text"]).equals(other.drop(["text"])):
             raise CheckFailed(f"{path} is not the table of this release; remove it, and rebuild it")
         for id, text, digest in zip(*(other[name].to_pylist() for name in ("id", "text", "content_hash")), strict=True):
@@ -208,11 +204,6 @@ def _compare(listed: Path, path: Path) -> tuple[int, int]:
     if next(rebuilt, None) is not None:
         raise CheckFailed(f"{path} has more documents than the table of this release; remove it, and rebuild it")
     return documents, size
-
-
-def _then(first: Iterator[Any], second: Iterator[Any]) -> Iterator[Any]:
-    yield from first
-    yield from second
 
 
 def _require_files(source: Source, reference: Reference) -> None:

@@ -15,15 +15,15 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.core.text import printable
 from release import schema, scratch, signing
-from release.audit import old_copies
 from release.checks import formats, listing, registry, tool_files
 from release.checks.check import Check, Findings
 from release.checks.check_runner import CheckRunner, run_check
 from release.checks.listing import Checksums, Contents, kind_of
 from release.checks.verdict import CheckResult, Problems, Verdict, answer
-from release.checksums import Digests, compare
+from release.facts.tombstones import ChangedRepository, Tombstone, read_tombstones
 from release.layout import ALL_SUMS, PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS
 from release.opened_release import Release
+from release.repositories import Digests, compare, read_sums
 from release.signing import ANYONE, Trust, TrustPolicy
 from release.untrusted import scan
 from release.web_page import page as web_page
@@ -38,8 +38,6 @@ def verify(
     deep: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     trust: Trust = ANYONE,
-    retracted: str | None = None,
-    ask_hub: bool = False,
 ) -> Verdict:
     """Checks a folder, or `namespace/name[@revision]`, which is first downloaded to a temporary folder.
 
@@ -48,8 +46,6 @@ def verify(
         deep: Whether to read every tensor and document, too.
         progress: Is told each step.
         trust: Whose signatures count.
-        retracted: A repository with a tombstone, by folder or name, to recognize an old copy by.
-        ask_hub: Without `retracted`, whether to ask the Hub for the tombstone of the release, if HF_ENDPOINT is set.
 
     Returns:
         The verdict, which has the problems of the subject.
@@ -59,31 +55,17 @@ def verify(
     """
     policy = trust.policy()  # report errors of the caller before reading anything
     name, path = str(subject), Path(subject)
-
-    def verify_at(folder: Path) -> Verdict:
-        verdict = _verify_folder(folder, name, deep, progress, policy)
-        return old_copies.recognize(verdict, folder, policy, retracted, ask_hub, _verify_folder)
-
     if path.exists():
         if not path.is_dir():
             raise AtomError(f"{printable(name)} is a file; give the folder of a release or of a pulled repository")
-        return verify_at(path)
+        return _verify_folder(path, name, deep, progress, policy)
     if name.split("@")[0].count("/") != 1 or name.startswith((".", "/")):
         raise AtomError(
             f"there is no folder {printable(name)}; a repository on the Hub is written namespace/name[@revision]"
         )
-    from release.pull import pull_named
-
     with scratch.folder() as folder:
         progress(f"downloading {name}")
-        try:
-            pulled = pull_named(name, folder)
-        except AtomError:
-            # A retraction removes old revisions, so the tombstone in the present one says why this one is gone.
-            if (gone := old_copies.missing_revision(name, deep)) is not None:
-                return gone
-            raise
-        return verify_at(pulled)
+        return _verify_folder(scratch.pull_named(name, folder), name, deep, progress, policy)
 
 
 def _verify_folder(
@@ -167,8 +149,8 @@ def _content_checks(runner: CheckRunner, bytes_hold: bool, progress: Callable[[s
 def _check_remainder(verdict: Verdict, runner: CheckRunner, bytes_hold: bool) -> None:
     """Checks a folder with a tombstone: what is left need not agree any more with what was measured on the whole."""
     release, folder = runner.release, runner.release.root
-    verdict.checks.append(runner.run("tombstone", lambda: old_copies.check_tombstone(folder, verdict.kind)))
-    verdict.retracted = old_copies.sentence(folder) if verdict.ok else ""
+    verdict.checks.append(runner.run("tombstone", lambda: check_tombstone(folder, verdict.kind)))
+    verdict.retracted = _taken_back(folder) if verdict.ok else ""
     applicable = list(registry.verifiers(release, True))
     # Programs and options of servers do not depend on the documents, so they must still be what this tool writes.
     kept = [check for check in applicable if check.function is tool_files.tool_files and bytes_hold]
@@ -180,6 +162,41 @@ def _check_remainder(verdict: Verdict, runner: CheckRunner, bytes_hold: bool) ->
     verdict.retracted = verdict.retracted if verdict.ok else ""
     left_out = [check for check in applicable if check not in kept]
     verdict.checks.append(_left_out("content", "since documents were taken back", left_out))
+
+
+def _taken_back(folder: Path) -> str:
+    """Returns a sentence on what was taken back from a folder with a tombstone."""
+    return "; ".join(tombstone.sentence for tombstone in read_tombstones(folder))
+
+
+def check_tombstone(folder: Path, kind: str) -> CheckResult:
+    """Checks that the files are those that the last tombstone states."""
+    try:
+        tombstones = read_tombstones(folder)
+        if not tombstones:
+            return answer("tombstone", [f"{RETRACTED} names no retraction"])
+        return answer("tombstone", _tombstone_problems(folder, kind, tombstones[-1]), tombstones[-1].sentence)
+    except CheckFailed as error:
+        return answer("tombstone", [str(error)])
+
+
+def _tombstone_problems(folder: Path, kind: str, tombstone: Tombstone) -> list[str]:
+    rows = tombstone.repositories
+    if kind == "release":
+        return [text for row in rows for text in _differences(folder / row.folder, row)]
+    if any(not _differences(folder, row) for row in rows):
+        return []
+    return ["the files are of no repository that the tombstone names"]
+
+
+def _differences(folder: Path, row: ChangedRepository) -> list[str]:
+    sums = read_sums(folder / SUMS, SUMS)
+    prefix = f"{row.folder}/" if row.folder else ""
+    return [
+        f"{file.path} is not what {RETRACTED} says"
+        for file in row.files
+        if sums.get(file.path.removeprefix(prefix)) != file.after
+    ]
 
 
 def _left_out(name: str, when: str, checks: Iterable[Check]) -> CheckResult:

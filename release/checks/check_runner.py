@@ -1,24 +1,37 @@
-"""Limits on the processor time and memory of checks.
+"""Runs each check of untrusted bytes in a process of its own, with limits on its time and memory.
 
-Some are fixed, and some depend on the size of the files that a check reads.
+Parsers of Parquet, YAML, certificates or templates have no bounds on time and memory. A child that exceeds its limit of
+processor time, additional memory or wall-clock time is ended, and the error is one sentence. Some limits are fixed, and
+some depend on the size of the files that a check reads.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed, installing
-from release.checks import confine
 from release.checks.check import HOLDS, NOTHING_LARGE, Absent, Check, Findings, Reads
-from release.checks.confine import Budget
 from release.checks.verdict import CheckResult, answer
 from release.opened_release import Release
 from release.untrusted import Tree, real_bytes
 
+STATUS = "/proc/self/status"
+WAITING = 5
+"""Wall-clock seconds for each second of processor time, because other processes use the processor as well."""
 SECONDS, MEMORY = 20.0, 192 << 20
 """The processor time of all checks together, and the memory of each check in bytes."""
 TEXT_SECONDS, TEXT_GROWTH, TEXT_MEMORY = 1e-7, 8, 128 << 20
@@ -38,6 +51,149 @@ GROWTH = 1000
 """The maximum growth factor of a table. Orders, the densest published tables, grow by 200 to 300."""
 SMALL = 32 << 20
 """A table may grow to this size in any case."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The limits of a call.
+
+    Attributes:
+        memory: Bytes beyond those in use at the start.
+        seconds: Seconds of processor time.
+    """
+
+    memory: int
+    seconds: float
+
+
+def missing_limits() -> str:
+    """Returns the name of what this platform lacks for limits on a child; "" on Linux."""
+    return "" if os.path.exists(STATUS) else f"{STATUS}, which Linux has"
+
+
+def run_limited(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
+    """Returns the result of `call`, which must be JSON, and its processor time.
+
+    The call runs in a fork: it sees the state of this process and does not change it. Raises CheckFailed if the
+    budget does not suffice, or if the child is killed.
+
+    Where `missing_limits` names something, the call runs in this process, without limits, in no time.
+    """
+    if missing_limits():
+        return call(), 0.0
+    # Else the child would write the buffered text of its parent a second time.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read_end)
+        _child(call, budget, write_end)
+    os.close(write_end)
+    # Stays None if this process is interrupted while it waits; the child is then killed as well.
+    data = None
+    try:
+        data = _receive(read_end, time.monotonic() + 10 + WAITING * budget.seconds)
+    finally:
+        os.close(read_end)
+        if data is None:
+            # A child that is late may ignore every other signal.
+            os.kill(child, signal.SIGKILL)
+        _, status, usage = os.wait4(child, 0)
+    if data is None:
+        raise CheckFailed(f"does not end within {10 + WAITING * budget.seconds:.0f} s")
+    # The line feed is written last: without it the child ended in the middle of its answer.
+    if not data.endswith(b"\n"):
+        raise CheckFailed(_reason(os.waitstatus_to_exitcode(status), budget))
+    body = json.loads(data)
+    # An error of this program, and not a finding about the file.
+    if "bug" in body:
+        raise RuntimeError(body["bug"])
+    if "memory" in body:
+        raise CheckFailed(_too_large(budget))
+    return body["value"], usage.ru_utime + usage.ru_stime
+
+
+def _receive(descriptor: int, deadline: float) -> bytes | None:
+    """Returns all output of the child; None if it does not end in time."""
+    parts: list[bytes] = []
+    while (remaining := deadline - time.monotonic()) > 0 and select.select([descriptor], [], [], remaining)[0]:
+        part = os.read(descriptor, 1 << 16)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+    return None
+
+
+def _child(call: Callable[[], Any], budget: Budget, write_end: int) -> None:
+    """Runs `call` in the child process, sends its result to the parent, and ends the process; never returns."""
+    body: dict[str, Any]
+    gc.freeze()  # collections in the child do not end objects of its parent, whose threads it has not, and are quick
+    try:
+        _limit(budget)
+        body = {"value": call()}
+    except MemoryError:
+        body = {"memory": True}
+    except BaseException:  # an AtomError: the parent raises it
+        body = {"bug": traceback.format_exc()}
+    try:
+        with os.fdopen(write_end, "wb") as file:
+            file.write(json.dumps(body).encode() + b"\n")
+    finally:
+        # No handler of the parent may run in the child: it shares its files and temporary folders.
+        os._exit(0)
+
+
+def _limit(budget: Budget) -> None:
+    faulthandler.disable()
+    # The handlers are the parent's, and would do its cleaning up in the child.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):  # a crashing library prints much
+        os.dup2(null, descriptor)
+    if torch := sys.modules.get("torch"):  # the fork has none of its threads
+        torch.set_num_threads(1)
+    if pyarrow := sys.modules.get("pyarrow"):
+        pyarrow.set_cpu_count(1)
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # others reserve a gigabyte at once
+    set_limits(budget)
+
+
+def set_limits(budget: Budget) -> None:
+    """Limits this process."""
+    # The limit counts from the start of the process, so what it has used already is added.
+    seconds = max(1, round(budget.seconds + time.process_time()))
+    # A library that crashes on a crafted file must not leave a large core file.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The soft limit sends a signal that a process may ignore; the hard one, a second later, kills it.
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    # What is in use at the fork belongs to the parent and is not the fault of the file.
+    data_limit = _data_bytes() + budget.memory
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    data_limit = data_limit if hard == resource.RLIM_INFINITY else min(data_limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+
+
+def _data_bytes() -> int:
+    """Returns the private writable memory of this process, which RLIMIT_DATA counts."""
+    with open(STATUS) as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
+
+
+def _reason(code: int, budget: Budget) -> str:
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"does not end within {budget.seconds:.0f} s of processor time"
+    # Libraries in C++ abort when they get no memory.
+    if code == -signal.SIGABRT:
+        return _too_large(budget)
+    if code < 0:
+        return f"ends by {signal.Signals(-code).name} in the library that reads it"
+    return "ends without a result in the library that reads it"
+
+
+def _too_large(budget: Budget) -> str:
+    return f"needs more than {budget.memory >> 20} MB of memory"
 
 
 def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
@@ -66,7 +222,7 @@ def guarded(name: str, question: Callable[[], CheckResult]) -> CheckResult:
         return answer(name, [str(error)])
     except Absent as error:
         return CheckResult(name, None, str(error))
-    # Not about the file: the limit on memory, which `confine` reports, or the user, who ends the run.
+    # Not about the file: the limit on memory, which `run_limited` reports, or the user, who ends the run.
     except (MemoryError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic of a parser in Rust is no Exception, nor is SystemExit
@@ -108,7 +264,7 @@ class CheckRunner:
         self.seconds = SECONDS
         self.tables: dict[str, tuple[int, int]] = {}
         self.spent = ""
-        self.unlimited = confine.missing()
+        self.unlimited = missing_limits()
 
     def ask(self, check: Check) -> CheckResult:
         """Returns the result of a registered check, which applies to the folder."""
@@ -138,7 +294,7 @@ class CheckRunner:
         # The shared time is spent: a file that costs each check a little must not cost all of them much.
         if self.seconds <= 0:
             raise CheckFailed(f"comes after checks that took {SECONDS:.0f} s of processor time")
-        result, seconds = confine.run(call, Budget(MEMORY + budget.memory, self.seconds + budget.seconds))
+        result, seconds = run_limited(call, Budget(MEMORY + budget.memory, self.seconds + budget.seconds))
         # Only what goes beyond the allowance for its own files counts against the time of all checks.
         self.seconds -= max(0.0, seconds - budget.seconds)
         return result

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from pipeline.core.text import unprintable
 from release import untrusted
 from release.cards.plots import entries
 from release.layout import LOSS, PAGE, PUBLIC_KEY, SECOND_VERIFIER, SIGNATURE, SUMS
-from release.untrusted import keeps_modes
 
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
 """Names of files that hold pickles, or that loaders unpickle."""
@@ -69,18 +68,16 @@ CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 """Control characters other than white space."""
 
 
-def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
+def formats(folder: Path, files: Iterable[str], archive: bool) -> list[str]:
     """Returns the problems with the kinds of files in a folder.
 
     Args:
         folder: The folder.
-        files: {path: its status}.
+        files: The paths of its files.
         archive: Whether `code/` is the source code of the release, which only a release and its evidence have.
     """
-    # Some file systems show every file as executable.
-    modes = keeps_modes(folder)
     problems = []
-    for path, status in sorted(files.items()):
+    for path in sorted(files):
         # The Hub's client writes there, and `release.untrusted` has refused all that it does not write.
         if path.startswith(".cache/"):
             continue
@@ -90,8 +87,8 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
             problems += [f"{path} {text}" for text in _file_problems(folder / path, source, page)]
         except CheckFailed as error:
             problems.append(f"{path}: {error}")
-        if modes and status.st_mode & 0o111 and not source:
-            problems.append(f"{path} may be executed; a release holds no programs")
+        except UnicodeDecodeError:
+            problems.append(f"{path} is a text that is not UTF-8")
     return problems
 
 
@@ -173,84 +170,3 @@ def _forms(value: Any) -> Iterator[str]:
     yield json.dumps(value, indent=1) + "\n"
     yield json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     yield json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def templates(folder: Path) -> dict[str, str]:
-    """Returns {where: template} of the chat templates of a model.
-
-    Raises CheckFailed if a file cannot be read, and UnicodeDecodeError if one is not UTF-8.
-    """
-    texts = {}
-    for path in [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
-        texts[path.relative_to(folder).as_posix()] = untrusted.read(path, TEXT_BYTES, follow=True).decode()
-    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
-        if not (folder / name).is_file():
-            continue
-        body = untrusted.read_json(folder / name, follow=True)
-        stated = body.get("chat_template") if isinstance(body, dict) else None
-        # A config holds one template as a text, or several by name in a mapping or a list.
-        if isinstance(stated, str):
-            texts[name] = stated
-        elif isinstance(stated, dict):
-            texts |= {f"{name} ({key})": str(text) for key, text in stated.items()}
-        elif isinstance(stated, list):
-            rows = [row for row in stated if isinstance(row, dict)]
-            texts |= {f"{name} ({row.get('name')})": str(row.get("template")) for row in rows}
-    return texts
-
-
-MESSAGES = (
-    [{"role": "user", "content": "What is 2+2?"}],
-    [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}],
-)
-"""The conversations with which a template is tried."""
-
-
-def render(template: str) -> str:
-    """Renders each of MESSAGES with a chat template; returns all the texts as one.
-
-    Raises what Jinja raises; a template can loop forever, and fill the memory.
-    """
-    compiled = compile_template(template)
-    texts = []
-    for messages in MESSAGES:
-        # Templates take another branch where an answer is to follow.
-        for adds_prompt in (True, False):
-            texts.append(
-                compiled.render(messages=messages, add_generation_prompt=adds_prompt, bos_token="", eos_token="")
-            )
-    return "".join(texts)
-
-
-def compile_template(template: str) -> Any:
-    """Compiles a template in the Jinja sandbox that transformers uses.
-
-    It has the functions that chat templates may call. Raises what Jinja raises.
-    """
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """The block that marks the text of the assistant."""
-
-        tags = {"generation"}  # noqa: RUF012 - so the base class has it
-
-        def parse(self, parser: Any) -> Any:
-            number = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=number)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None) -> str:  # Jinja's own escapes HTML and sorts
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    # The date of a template differs from day to day, so its form stands for it here.
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
-    return environment.from_string(template)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from release import untrusted
-from release.checks import confine
-from release.checks.confine import Budget
 from release.checks.verdict import CheckResult, Problems, answer
-from release.checksums import SUMS_BYTES, SUMS_LINES, read_sums
-from release.layout import ALL_SUMS, LOSS, MODEL, ORIGINS, PARTS, RETRACTED, SUMS, VARIANT
+from release.layout import ALL_SUMS, LOSS, MODEL, PARTS, RETRACTED, SUMS, VARIANT
 from release.published_files import kind_of_place, list_of, shown
-from release.repositories import MOST_ENTRIES, Repository, files_within, published, repositories
+from release.repositories import (
+    MOST_ENTRIES,
+    SUMS_BYTES,
+    SUMS_LINES,
+    Repository,
+    files_within,
+    published,
+    read_sums,
+    repositories,
+)
 from release.untrusted import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
 
 SMALL_JSON = 4 << 20
@@ -24,8 +29,6 @@ BRANCHES, MODELS = 10_000, 100
 """The maximum number of folders of checkpoints and of models."""
 HOLES = 4
 """The maximum ratio of the size of sparse files to their bytes on the disk."""
-SECONDS, MEMORY = 1.0, 128 << 20
-"""The limits for reading the sizes from manifests."""
 SIGNS = (
     "evidence",
     "code/as-run",
@@ -186,17 +189,13 @@ class Contents:
 
 def check_files(contents: Contents) -> CheckResult:
     """Checks that every file may be read and has a plausible size."""
-    folder, tree = contents.folder, contents.tree
+    tree = contents.tree
     problems = list(tree.refused)
     if tree.others:
         problems.append(f"and {tree.others} others that may not be read")
     if tree.overflow:
         return answer("files", problems)
     problems += contents.missing
-    try:
-        sizes, _ = confine.run(lambda: _sizes(folder, tree), Budget(MEMORY, SECONDS))
-    except CheckFailed:
-        sizes = {}  # the manifests have a check of their own
     # A file of holes costs its maker nothing, and whoever hashes it hours.
     holes = {path for path, status in tree.files.items() if is_sparse(status)}
     # compressing file systems store no zeros, and the moments of an optimizer start as zeros
@@ -205,11 +204,6 @@ def check_files(contents: Contents) -> CheckResult:
         for path in sorted(holes):
             status = tree.files.pop(path)
             problems.append(f"{path} is a file of holes: of its {status.st_size} bytes next to none are on the disk")
-    for path in sorted(tree.files.keys() & sizes.keys()):
-        size = tree.files[path].st_size
-        if size > sizes[path] + SPARSE_BYTES:  # a smaller one is hashed and compared by its digest
-            tree.files.pop(path)
-            problems.append(f"{path} has {size} bytes, and its manifest says {sizes[path]}")
     # Files that were taken out above are neither hashed nor read by later checks.
     contents.paths = sorted(tree.files)
     return answer("files", problems, f"{len(tree.files)} regular files")
@@ -250,23 +244,3 @@ def missing_parts(folder: Path, kind: str) -> Problems:
     if not problems and len(os.listdir(folder / "checkpoints")) > BRANCHES:
         problems.append(f"checkpoints holds more than {BRANCHES} branches")
     return problems
-
-
-def _sizes(folder: Path, tree: Tree) -> dict[str, int]:
-    """Returns {path: bytes} of the files copied from artifacts, by the readable manifests.
-
-    A file of another size need not be hashed.
-    """
-    sizes: dict[str, int] = {}
-    try:
-        rows: dict[tuple[str, str], Any] = {}
-        for path in tree.files:
-            if path.startswith("evidence/manifests/") and path.endswith(".json"):
-                body = untrusted.read_json(folder / path, follow=True)
-                rows |= {(Path(path).stem, row["path"]): row["size"] for row in body["files"]}
-        for path, origin in untrusted.read_json(folder / ORIGINS, follow=True).items():
-            if (size := rows.get((origin.get("artifact"), origin.get("file")))) is not None and type(size) is int:
-                sizes[path] = size
-    except (CheckFailed, KeyError, TypeError, AttributeError):
-        return {}
-    return sizes

@@ -10,14 +10,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import installing
 from release import untrusted
-from release.checks import confine, formats
+from release.checks import check_runner, formats
 from release.checks.check import Absent, BuildContext, Findings, LoadProblem, LoadReport, require_file
-from release.checks.confine import Budget
+from release.checks.check_runner import Budget
 from release.facts.published_tables import read_json
 from release.layout import GOLDENS
 from release.opened_release import Release
@@ -89,7 +90,7 @@ def loads_with_goldens(release: Release) -> Findings:
 
     Its chat template must round-trip, too.
     """
-    if lacking := confine.missing():
+    if lacking := check_runner.missing_limits():
         raise Absent(f"not checked, because loading a model within limits needs {lacking}")
     for name in ("torch", "transformers"):  # the fresh interpreter would report their absence as a fault of the model
         if importlib.util.find_spec(name) is None:
@@ -174,45 +175,41 @@ ARGUMENTS = ("messages", "tools", "add_generation_prompt")
 
 
 def chat_templates(release: Release) -> Findings:
-    """Checks that every chat template of a model renders the recorded conversations as at the build.
+    """Checks that both chat templates of each model render the recorded conversations as at the build.
 
-    Every template must render a conversation. With both templates, sandboxed Jinja must render the recorded
-    conversations as transformers did at the build, and `tokenizers` must give the recorded token ids.
+    Sandboxed Jinja must render them as transformers did, and `tokenizers` must give the recorded token ids.
     """
     findings = Findings(compared=False, summary="Jinja and transformers render the recorded conversations alike")
     for model in release.model_folders:
-        templates = formats.templates(model)
-        findings.compared = findings.compared or bool(templates)
-        for name, template in templates.items():
-            try:
-                formats.render(template)
-            except MemoryError:
-                raise
-            except Exception as error:  # a template can raise anything
-                message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                findings.problems.append(f"{model.name}/{name} renders no conversation: {message}")
-        if not findings.problems and (model / GOLDENS).is_file():
-            both = {name: templates[name] for name in (INFERENCE_FILE, TRAINING_FILE) if name in templates}
-            _compare_conversations(model, both, findings)
+        if not (model / GOLDENS).is_file():
+            continue
+        findings.compared = True
+        rows = untrusted.read_json(model / GOLDENS, follow=True).get("conversations")
+        if rows is None:
+            findings.problems.append(f"{model.name}/{GOLDENS} records no conversations")
+            continue
+        for name in (INFERENCE_FILE, TRAINING_FILE):
+            if (model / name).is_file():
+                findings.problems += [f"{model.name}/{name} {text}" for text in _template_problems(model / name, rows)]
+        findings.problems += [f"{model.name}: {text}" for text in _id_problems(model, rows, findings)]
     return findings
 
 
-def _compare_conversations(model: Path, templates: dict[str, str], findings: Findings) -> None:
-    """Compares the recorded conversations of a model. `templates` is {file: text}."""
-    rows = untrusted.read_json(model / GOLDENS, follow=True).get("conversations")
-    if rows is None:
-        findings.problems.append(f"{model.name}/{GOLDENS} records no conversations")
-        return
-    for name, template in templates.items():
-        compiled = formats.compile_template(template)
+def _template_problems(path: Path, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields the problems of a template with the recorded conversations."""
+    try:
+        compiled = compile_template(untrusted.read(path, formats.TEXT_BYTES, follow=True).decode())
         for number, row in enumerate(rows, 1):
             arguments = {argument: row[argument] for argument in ARGUMENTS}
             if row["enable_thinking"] is not None:
                 # It is left out where it is null, so that the template takes its own default.
                 arguments["enable_thinking"] = row["enable_thinking"]
             if compiled.render(**arguments) != row["text"]:
-                findings.problems.append(f"{model.name}/{name} renders conversation {number} of {GOLDENS} otherwise")
-    findings.problems += [f"{model.name}: {text}" for text in _id_problems(model, rows, findings)]
+                yield f"renders conversation {number} of {GOLDENS} otherwise"
+    except MemoryError:
+        raise
+    except Exception as error:  # a template can raise anything
+        yield f"renders no conversation: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _id_problems(model: Path, rows: list[dict[str, Any]], findings: Findings) -> list[str]:
@@ -229,3 +226,37 @@ def _id_problems(model: Path, rows: list[dict[str, Any]], findings: Findings) ->
         for number, row in enumerate(rows, 1)
         if tokenizer.encode(row["text"], add_special_tokens=False).ids != row["ids"]
     ]
+
+
+def compile_template(template: str) -> Any:
+    """Compiles a template in the Jinja sandbox that transformers uses.
+
+    It has the functions that chat templates may call. Raises what Jinja raises.
+    """
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """The block that marks the text of the assistant."""
+
+        tags = {"generation"}  # noqa: RUF012 - so the base class has it
+
+        def parse(self, parser: Any) -> Any:
+            number = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=number)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:  # Jinja's own escapes HTML and sorts
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    # The date of a template differs from day to day, so its form stands for it here.
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
+    return environment.from_string(template)

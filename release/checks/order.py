@@ -18,7 +18,7 @@ from release.checks.check import BuildContext, Findings
 from release.facts.published_tables import read_json, stream_batches
 from release.layout import WITHOUT_ORDER, orders, phases_of
 from release.opened_release import Release
-from release.tracing import order_lookup
+from release.tracing import release_data
 from stages.data.order.chunks import ChunkIndex, Cut, Place, seal_index
 from stages.data.order.computed_order import ComputedOrder
 from stages.data.order.order_stage import merkle_root
@@ -58,14 +58,14 @@ def segments(release: Release) -> Findings:
     for order in published:
         meta, name = read_json(order / "meta.json"), order.relative_to(dataset).as_posix()
         with TemporaryDirectory() as work:
-            cut = order_lookup.cut_of(meta)
+            cut = release_data.cut_of(meta)
             candidates = [
                 read_documents(tokens, Path(work, str(number)), cut)
                 for number, tokens in enumerate(tables if order in earlier else [current])
             ]
             wrong_segments = list(islice(_wrong_segments(order, candidates), MOST_PROBLEMS))
             problems += [f"{name}: {text}" for text in wrong_segments]
-            if not wrong_segments and order_lookup.is_function(meta):
+            if not wrong_segments and release_data.is_function(meta):
                 fitting = next((indexes for indexes in candidates if _fits(meta, indexes)), candidates[-1])
                 problems += [f"{name}: {text}" for text in _recompute(release, order, meta, fitting, Path(work))]
     return Findings(problems, compared=bool(published))
@@ -125,7 +125,7 @@ def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes:
 
     Its rows differ, or its places in the streams.
     """
-    config = order_lookup.config_of(meta)
+    config = release_data.config_of(meta)
     # Computing blocks of other documents would only give a misleading difference.
     if not _fits(meta, indexes):
         yield "the documents do not have the chunks that meta.json states"
@@ -144,9 +144,9 @@ def _recompute(release: Release, folder: Path, meta: Mapping[str, Any], indexes:
     if config.blocks > BLOCKS:
         # The sample follows from the file, so that every reader checks the same blocks.
         blocks = sorted(random.Random(sha256_file(folder / "meta.json")).sample(blocks, BLOCKS))
-        starts = order_lookup.starts_of(meta)
+        starts = release_data.starts_of(meta)
     used = {name: indexes[name] for name in sorted(config.mix)}
-    order = ComputedOrder(config, used, order_lookup.cursor_of(meta), work, starts=starts)
+    order = ComputedOrder(config, used, release_data.cursor_of(meta), work, starts=starts)
     if order.function != meta["function"]:
         yield "meta.json states another function than its settings give"
     if merkle_root(part["sha256"] for part in parts) != meta["merkle_root"]:

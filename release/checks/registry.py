@@ -13,21 +13,27 @@ from functools import partial
 from release.checks import (
     cards,
     documents,
-    gates,
+    evidence,
     learning,
     loading,
     order,
-    provenance,
     scores,
-    smaller_runs,
     source_code,
-    standards,
     tool_files,
     weights,
     withheld,
 )
-from release.checks.check import BuildCheck, BuildContext, Check, Reads, Scope
-from release.checks.gates import GateResult
+from release.checks.check import (
+    BuildCheck,
+    BuildContext,
+    Check,
+    GateResult,
+    Reads,
+    Scope,
+    names_of_gates,
+    result_of_gate,
+    waive,
+)
 from release.facts.forecast import FILE, FOLDER
 from release.facts.message_tables import FOLDER as MESSAGES
 from release.facts.published_tables import to_json
@@ -55,7 +61,6 @@ EVIDENCE = Scope(("release", "evidence"))
 DATASET = Scope(("release", "dataset"), "dataset")
 MODELS = Scope(("release", "model"))
 TENSORS = Scope(("release", "model", "variant", "checkpoint"))
-TEMPLATES = Scope(("release", "model", "variant"))
 VARIANTS = Scope(("variant",))
 CARDS = Scope(("release", "evidence", "dataset", "model", "variant", "repository"))
 ALL = Scope((*CARDS.kinds, "checkpoint"))
@@ -75,7 +80,7 @@ BASE_FILES = Reads(("evidence/", f"{MODEL_BASE}/"))
 SCORED = Reads(("evaluation/",))
 LOSSES = Reads((f"{VARIANT}-", "dataset/evaluation/"))
 CONVERTED = Reads((f"{VARIANT}-", "model"), weights=True)
-RENDERED = Reads(("model", "variant", "goldens", "tokenizer"))
+RENDERED = Reads(("model", "goldens", "tokenizer"))
 FRESH = Reads(("dataset/evaluation/fresh/", "model/"), weights=True)
 
 EXPORT = "fix the export or tokenizer stage and run again"
@@ -99,15 +104,13 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     BuildCheck("export_parity", weights.export_parity),
     BuildCheck("reload_in_transformers", loading.loads_as_exported, EXPORT, private=True),
     BuildCheck("chat_template_round_trip", loading.chat_template_round_trips, EXPORT, private=True),
-    Check("manifests", provenance.manifest_digests, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
-    Check("origins", provenance.origins, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
-    Check("statements", provenance.statements, EVIDENCE, STATEMENTS, gate="ledger_closed", remedy=STATE),
-    Check(
-        "prediction", smaller_runs.prediction, EVIDENCE, PROVENANCE, needs=FORECAST, gate="prediction", remedy=PREDICT
-    ),
-    Check("sizes", smaller_runs.sizes, EVIDENCE, PROVENANCE, needs=SIZES, gate="sizes", remedy=SMALLER),
-    Check("gates", partial(standards.passed_gates, lambda: CHECKS), EVIDENCE, EVERYTHING),
-    Check("attestations", standards.attestations, EVIDENCE, EVERYTHING),
+    Check("manifests", evidence.manifest_digests, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
+    Check("origins", evidence.origins, EVIDENCE, PROVENANCE, gate="ledger_closed", remedy=STATE),
+    Check("statements", evidence.statements, EVIDENCE, STATEMENTS, gate="ledger_closed", remedy=STATE),
+    Check("prediction", learning.prediction, EVIDENCE, PROVENANCE, needs=FORECAST, gate="prediction", remedy=PREDICT),
+    Check("sizes", learning.sizes, EVIDENCE, PROVENANCE, needs=SIZES, gate="sizes", remedy=SMALLER),
+    Check("gates", partial(evidence.passed_gates, lambda: CHECKS), EVIDENCE, EVERYTHING),
+    Check("attestations", evidence.attestations, EVIDENCE, EVERYTHING),
     Check("code", source_code.source_files, EVIDENCE, PROVENANCE),
     Check("tool_files", tool_files.tool_files, ALL, EVERYTHING, gate="tool_files", remedy="build again"),
     Check("licenses", documents.licenses, DATASET, FATES, gate="licenses_known", remedy=LICENSE),
@@ -136,10 +139,10 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check("plots", cards.drawn_plots, MODELS, EVERYTHING, deep=True, gate="card_numbers", remedy="build again"),
     Check("croissant", cards.described_data, RELEASE, EVERYTHING),
     BuildCheck("croissant", cards.valid_croissant, "fix release/cards/croissant.py", private=True),
-    Check("standards", standards.standard_documents, RELEASE, EVERYTHING, gate="standards", remedy="build again"),
+    Check("standards", evidence.standard_documents, RELEASE, EVERYTHING, gate="standards", remedy="build again"),
     Check(
         "standards_valid",
-        standards.valid_standards,
+        evidence.valid_standards,
         EVIDENCE,
         EVIDENCED,
         gate="standards",
@@ -166,7 +169,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
     Check(
         "chat_templates",
         loading.chat_templates,
-        TEMPLATES,
+        MODELS,
         RENDERED,
         gate="chat_template_round_trip",
         remedy=EXPORT,
@@ -186,18 +189,18 @@ def verifiers(release: Release, deep: bool) -> Iterator[Check]:
 
 def gate_names() -> list[str]:
     """Returns the names of all gates, in the order of the registry."""
-    return gates.names(CHECKS)
+    return names_of_gates(CHECKS)
 
 
 def run_gate(name: str, build: BuildContext) -> GateResult | None:
     """Runs all checks of one gate; the first problem counts. None if none of them applies to the release."""
-    return gates.run_gate(CHECKS, name, build)
+    return result_of_gate(CHECKS, name, build)
 
 
 def run_gates(build: BuildContext) -> list[GateResult]:
     """Returns the results of all gates that apply to the release."""
     results = [result for name in gate_names() if (result := run_gate(name, build)) is not None]
-    return [gates.waive(result, build.evaluation.get("waived_gates", {})) for result in results]
+    return [waive(result, build.evaluation.get("waived_gates", {})) for result in results]
 
 
 def write_gates(release: Release, results: list[GateResult]) -> None:

@@ -68,7 +68,7 @@ class Verdict:
         kind: release, evidence, dataset, model, variant, checkpoint or repository.
         deep: Whether the checks of `--deep` ran.
         checks: The results, in order.
-        retracted: What was taken back from it, or "": of an old copy since then, and of a rewritten one before.
+        retracted: What was taken back from it, or "".
         digest: The SHA-256 of its SHA256SUMS, which stands for all of its bytes, or "" if that could not be read.
         signed: Whether it has signatures, which hold.
         signer_is_known: Whether the caller named the signer.

@@ -12,7 +12,7 @@ import typer
 
 from pipeline.core.errors import AtomError
 from pipeline.core.progress import StatusLine
-from pipeline.operations.command_options import CHECK, DATA, JsonOption, QuietOption, open_store
+from pipeline.operations.command_options import CHECK, DATA, JsonOption, QuietOption
 from release.commands.options import (
     AnyReleaseArgument,
     ReleaseArgument,
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from release.checks.verdict import Verdict
 
 app = typer.Typer()
-# The exit code for published bytes of which documents were taken back since.
+# The exit code for a release of which documents were taken back.
 RETRACTED_CODE = 3
-# The check that recognizes an old copy.
-RETRACTION = "retraction"
 
 
 @app.command(rich_help_panel=CHECK)
@@ -48,10 +46,6 @@ def verify(
         str | None, typer.Option(metavar="URL", help="the OpenID provider that vouches for --identity")
     ] = None,
     trust_config: TrustConfigOption = None,
-    retracted: Annotated[
-        str | None,
-        typer.Option(metavar="PATH_OR_REPO", help="a repository with a tombstone, to recognize an old copy by"),
-    ] = None,
     proof: Annotated[
         Path | None,
         typer.Option(
@@ -68,8 +62,7 @@ def verify(
 
     The line before the last is one to quote: the checks by their result, and the digest that stands for all bytes.
     With --quiet it prints that, what is bad, and the verdict.
-    Exit code 1 says which file or claim is bad; 3 that the bytes are the published ones, and documents of them were
-    taken back since then.
+    Exit code 1 says which file or claim is bad; 3 that documents were taken back from it.
 
     Example: atom verify runs/releases/atom-tiny-0.1.0
     """
@@ -80,7 +73,7 @@ def verify(
 
     trust = Trust(key, identity, issuer, trust_config)
     with StatusLine(quiet) as progress:
-        verdict = verify_release(target, deep, progress, trust, retracted, ask_hub=True)
+        verdict = verify_release(target, deep, progress, trust)
     from release.audit import openness as audit
 
     # An identity counts only with a verified signature.
@@ -168,7 +161,7 @@ def trace(
         if step is not None:
             answer = tracing.trace_step(release, phase, step)
         elif text is not None:
-            answer = tracing.trace_text(release, text, open_store().home / "trace", progress)
+            answer = tracing.trace_text(release, text, progress)
         else:
             assert doc is not None, "one of the three was given"
             answer = tracing.trace_removal(release, doc, progress) if report else tracing.trace_document(release, doc)
@@ -217,16 +210,12 @@ def replay(
         str | None, typer.Option(metavar="A:B", help="steps of two published checkpoints; default: the last two")
     ] = None,
     certificate: Annotated[Path | None, typer.Option(help="write an in-toto statement of the result here")] = None,
-    unconfined: Annotated[
-        bool, typer.Option("--unconfined", help="run code of the release, if needed, without bubblewrap")
-    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Retrain published steps and compare every tensor.
 
     The steps are trained from their published checkpoint and data; phases of post-training read the published answers
     and draw none.
-    If the code here differs from the code that trained them, the code in the release runs instead, under bubblewrap.
     Exit code 0: every bit is the same, or all differences are within a stated tolerance; 1: it differs.
 
     Example: atom replay runs/releases/atom-tiny-0.1.0 pretrain
@@ -236,7 +225,7 @@ def replay(
     require_release(release)
     first, last = _span(steps)
     with StatusLine() as progress:
-        result = replays.replay(release, stage, first, last, progress, unconfined)
+        result = replays.replay(release, stage, first, last, progress)
     print(json.dumps(result.to_json(), indent=1) if as_json else replays.text(result), flush=True)
     if certificate is not None:
         certificate.write_text(json.dumps(replays.certificate(result, release), indent=1, sort_keys=True) + "\n")
@@ -257,15 +246,14 @@ def _span(steps: str | None) -> tuple[int | None, int | None]:
 def _verdict_text(verdict: Verdict, quiet: bool = False) -> str:
     """Returns one line for each check, its problems below it, a sentence to quote, and the verdict last.
 
-    With `quiet`, only the checks that are bad or noted have a line.
+    With `quiet`, only the checks that are bad have a line.
     """
     marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
     lines = []
     for check in verdict.checks:
-        mark = "noted  " if check.name == RETRACTION and verdict.retracted else marks[check.ok]
-        if quiet and mark in (marks[True], marks[None]):
+        if quiet and check.ok is not False:
             continue
-        lines.append(f"{mark} {check.name}: {check.detail}")
+        lines.append(f"{marks[check.ok]} {check.name}: {check.detail}")
         lines += [f"          {text}" for text in check.wrong]
         lines += [f"{marks[None]} {check.name}: {text}" for text in check.skipped]
     return "\n".join([*lines, verdict.in_one_sentence(), f"{verdict.kind} {verdict.subject}: {verdict.outcome()}"])

@@ -1,6 +1,6 @@
 """The commands that predict runs, and the one that shows the whole pipeline.
 
-`predict` seals what it says of a run, `ladder` fits a law and answers questions, and `demo` makes a tiny release.
+`predict` seals what it says of a run, `ladder` fits a law and predicts by it, and `demo` makes a tiny release.
 """
 
 from __future__ import annotations
@@ -64,43 +64,31 @@ def ladder(
             help="predict this run: a recipe, or its figures with commas between them, such as 7e9,1.4e11; repeatable",
         ),
     ] = None,
-    budget: Annotated[
-        float | None, typer.Option("--budget", metavar="FLOPS", help="say what to train for so many FLOPs in all")
-    ] = None,
-    served: Annotated[
-        float, typer.Option("--serve", metavar="TOKENS", help="tokens that the model serves over its life")
-    ] = 0.0,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FOLDER", help="write ladder.json and ladder.png there")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a scaling law to runs, and say what follows.
+    """Fit a scaling law to runs, and predict the next one.
 
     Points are sealed runs of recipes, and files of points that others measured: columns parameters, tokens and
-    loss. The law has bands of 90 %. It predicts the next run before it is
-    run, and says which size to train on how many tokens for a budget, of which serving takes a part: a model that
-    serves much should be smaller and trained for longer (arXiv:2401.00448). An answer beyond ten times the points is
-    marked. Nothing is run.
+    loss. The law has bands of 90 %, and predicts the next run before it is run. An answer beyond ten times the points
+    is marked. Nothing is run.
 
-    Example: atom ladder --points runs.csv --next 7e9,1.4e11 --budget 1e22 --serve 2e12 --out ladder
+
+    Example: atom ladder --points runs.csv --next 7e9,1.4e11 --out ladder
     """
     from pipeline.core.errors import AtomError
     from release.prediction import ladder as ladder_report
-    from release.prediction import ladder_points
 
     if not recipes and not points:
         raise AtomError("no points: name recipes whose runs are sealed, or give --points FILE")
-    if not 0 <= served < float("inf") or (budget is not None and not 0 < budget < float("inf")):
-        raise AtomError("--budget must be a number of FLOPs above 0, and --serve a number of tokens from 0 on")
-    if served and budget is None:
-        raise AtomError("--serve has no effect without --budget, the FLOPs that training and serving cost in all")
 
-    rows = ladder_points.read_runs([graph_of(name) for name in recipes], open_store()) if recipes else []
+    rows = ladder_report.read_runs([graph_of(name) for name in recipes], open_store()) if recipes else []
     for path in points or ():
-        rows += ladder_points.read_file(path)
+        rows += ladder_report.read_file(path)
     runs = [(name, _figures(name)) for name in following or ()]
-    result = ladder_report.make(rows, runs, budget, served)
+    result = ladder_report.make(rows, runs)
 
     if out is not None:
         from release.cards import plots
@@ -118,13 +106,13 @@ def _figures(run: str) -> dict[str, float]:
     """Returns the columns of the law for `--next`, from numbers with commas between them or the size of a recipe."""
     from pipeline.core.errors import AtomError
     from pipeline.core.text import escaped
-    from release.prediction import ladder_points
+    from release.prediction import ladder as ladder_report
     from stages.evaluation.scaling_laws import COLUMNS
 
     try:
         values = [float(part) for part in run.split(",")]
     except ValueError:
-        size = ladder_points.size_of(graph_of(run, without_data=True))
+        size = ladder_report.size_of(graph_of(run, without_data=True))
         return {name: size[name] for name in COLUMNS}
     if len(values) != len(COLUMNS) or not all(0 < value < float("inf") for value in values):
         raise AtomError(

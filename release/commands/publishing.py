@@ -25,7 +25,7 @@ def build(
     recipe: RecipeArgument,
     previous: Annotated[
         Path | None,
-        typer.Option(metavar="RELEASE", help="an earlier release: cards and receipts of opt-outs compare with it"),
+        typer.Option(metavar="RELEASE", help="an earlier release, with which cards compare"),
     ] = None,
 ) -> None:
     """Make the release folder, with its gates.

@@ -1,26 +1,28 @@
-"""`atom ladder`: fits a law with its bands to runs, predicts the next run, and advises on the model for a budget.
+"""`atom ladder`: fits a law with its bands to runs, and predicts the next run. It starts nothing.
 
-It starts nothing. The advice counts serving: a model of N parameters costs 6 N D FLOPs to train on D tokens and 2 N T
-to serve T tokens over its life, so the more it serves, the smaller and longer trained the best one is (Sardana et al.
-2024, arXiv:2401.00448). For a mixture of experts, N counts the active parameters. These are FLOPs alone: servers that
-wait, and batches that do not fill them, cost on top.
+Points come from sealed runs in `$ATOM_HOME`, or from a file of points that others measured.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from pipeline.core import atomic_files
+from pipeline.core import atomic_files, json_files
 from pipeline.core.errors import AtomError
-from pipeline.core.text import short
-from release.prediction.ladder_points import Point
+from pipeline.core.store import Store
+from pipeline.core.text import escaped, short
+from pipeline.graph.dag import Graph
+from release.prediction import sealing
 from stages.evaluation import scaling_laws
 from stages.evaluation.scaling_laws import COLUMNS, FORMULA, LEVEL, Array, Band, Fit, band, published
 
@@ -31,136 +33,98 @@ REPORT, PLOT = "ladder.json", "ladder.png"
 CURVE = 40
 # Sizes with a color of their own in the plot; of more, all points have one.
 MOST_SIZES = 6
-# FLOPs of a parameter and token.
-TRAIN, SERVE = 6.0, 2.0
-# Sizes that are compared at once, and how often the search narrows to the neighbors of the best one.
-GRID, ZOOMS = 200, 6
+# FLOPs of training for a parameter and token.
+TRAIN = 6.0
+# Sizes that are compared for the least loss.
+GRID = 2000
+# Points of a file: the refits of a band hold 16 kB for each.
+MOST_POINTS = 2000
+# {figure: its name in prediction.json of a release}
+ALIASES = {"parameters": "active", "loss": "heldout_loss"}
+ANY = TypeAdapter(Any)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A model.
+class Point:
+    """A run.
 
     Attributes:
-        parameters: N.
-        tokens: D, the tokens of training.
-        loss: Its loss by the law.
-        training: FLOPs of its training.
-        serving: FLOPs of serving it over its life.
+        name: The name of the run, or its place in a file.
+        figures: Columns and value of a law, by name.
     """
 
-    parameters: float
-    tokens: float
-    loss: float
-    training: float
-    serving: float
+    name: str
+    figures: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Advice:
-    """The model to train for a budget.
-
-    Attributes:
-        budget: FLOPs of training and serving.
-        served: Tokens that it serves over its life.
-        best: The model with the least loss of all that cost the budget.
-        parameters: The band of its parameters.
-        tokens: The band of its tokens.
-        loss: The band of its loss.
-        without_serving: The model that is optimal for its training alone and costs the budget as well.
-        same_loss: The cheapest model with the loss of that one.
-        saved: The share of the budget that the cheapest one saves.
-    """
-
-    budget: float
-    served: float
-    best: Choice
-    parameters: Band
-    tokens: Band
-    loss: Band
-    without_serving: Choice
-    same_loss: Choice
-    saved: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def advise(fit: Fit, budget: float, served: float) -> Advice:
-    """Returns the advice of a fit.
+def read_file(path: Path) -> list[Point]:
+    """Reads the points of a file. Columns and fields that the law does not have are not read.
 
     Args:
-        fit: The law.
-        budget: FLOPs of training and serving.
-        served: Tokens to serve.
+        path: A CSV file with a header, or a JSON file: a list of objects, or an object with `points`, such as
+            prediction.json of a release, or ladder.json.
 
     Raises:
-        ValueError: If serving a model of one parameter exceeds the budget.
+        AtomError: With the file, the point and the figure that is wrong.
     """
-    if SERVE * served >= budget:
-        raise ValueError(
-            f"serving {served:.3g} tokens costs {SERVE * served:.3g} FLOPs for each parameter, and the budget is "
-            f"{budget:.3g}; raise --budget"
-        )
-    # The law of the fit, and those of its refits, from which the bands follow.
-    value, drawn = published(fit.parameters[None]), published(fit.draws)
-    best = _choice(value, _best_size(value, budget, served)[0], budget, served)
-    # The bands are those of the best models by the refits.
-    drawn_sizes = _best_size(drawn, budget, served)
-    plain = _compute_optimal(value, budget, served)
-    cheap = _cheapest(value, plain.loss, served)
-    return Advice(
-        budget=budget,
-        served=served,
-        best=best,
-        parameters=band(best.parameters, drawn_sizes),
-        tokens=band(best.tokens, _tokens(drawn_sizes, budget, served)),
-        loss=fit.predict((best.parameters, best.tokens)),
-        without_serving=plain,
-        same_loss=cheap,
-        saved=1 - (cheap.training + cheap.serving) / budget,
-    )
+    try:
+        text = json_files.read_text(path)
+    except FileNotFoundError:
+        raise AtomError(f"{json_files.printable(path)} does not exist; give a CSV or JSON file of points") from None
+    if path.suffix == ".json":
+        body = json_files.parse(text.encode(), path, ANY)
+        rows = body.get("points") if isinstance(body, dict) else body
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise AtomError(f"{json_files.printable(path)} is no list of points, and has none in `points`")
+    else:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    if len(rows) > MOST_POINTS:
+        raise AtomError(f"{json_files.printable(path)} has {len(rows)} points; at most {MOST_POINTS} are fitted")
+    return [_point(row, f"{json_files.printable(path)}, point {number}") for number, row in enumerate(rows, 1)]
 
 
-def _loss(law: dict[str, Array], sizes: Array, tokens: Array) -> Array:
-    """Returns the losses of laws [B] at sizes and tokens [B, G], [B, G]."""
-    e, a, b, alpha, beta = (law[name][:, None] for name in ("E", "A", "B", "alpha", "beta"))
-    return e + a * sizes**-alpha + b * tokens**-beta
+def _point(row: Mapping[str, Any], where: str) -> Point:
+    name = row.get("name") or row.get("recipe") or where.rpartition(", ")[2]
+    return Point(escaped(str(name), 80), {key: _stated_figure(row, key, where) for key in (*COLUMNS, "loss")})
 
 
-def _tokens(sizes: Array, budget: float, served: float) -> Array:
-    """Returns the tokens of training that the budget pays for after serving."""
-    return (budget - SERVE * sizes * served) / (TRAIN * sizes)
+def _stated_figure(row: Mapping[str, Any], name: str, where: str) -> float:
+    # Published predictions have other names for some figures.
+    stated = next((row[key] for key in (name, ALIASES.get(name, name)) if key in row), None)
+    if stated is None:
+        raise AtomError(f"{where} has no {name}; the law needs {', '.join((*COLUMNS, 'loss'))}")
+    try:
+        # In Python a bool is an int, but it is no figure.
+        value = float(stated) if isinstance(stated, str | int | float) and not isinstance(stated, bool) else math.nan
+    except (ValueError, OverflowError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise AtomError(f"{where} has {name} = {escaped(str(stated), 40)}; it must be a number above 0")
+    return value
 
 
-def _choice(law: dict[str, Array], size: float, budget: float, served: float) -> Choice:
-    tokens = float(_tokens(size, budget, served))
-    loss = float(_loss(law, np.asarray([[size]]), np.asarray([[tokens]]))[0, 0])
-    return Choice(float(size), tokens, loss, TRAIN * size * tokens, SERVE * size * served)
+def read_runs(graphs: Sequence[Graph], store: Store) -> list[Point]:
+    """Reads the points of sealed runs: active parameters, tokens, FLOPs and held-out loss after pre-training.
+
+    Raises:
+        AtomError: If a stage is not sealed or has no such figures, or if runs were measured on different text.
+    """
+    # Losses on different text cannot lie on one law.
+    for graph in graphs[1:]:
+        sealing.require_same_text(graphs[0], graph)
+    return [_pretrained(graph, store) for graph in graphs]
 
 
-def _best_size(law: dict[str, Array], budget: float, served: float) -> Array:
-    """Returns the size with the least loss for each law, [B]."""
-    # From one parameter up to the size that leaves one token of training for each parameter.
-    largest = budget / (SERVE * served + TRAIN)
-    count = len(law["E"])
-
-    def cost(sizes: Array) -> Array:
-        return _loss(law, sizes, _tokens(sizes, budget, served))
-
-    return _least(cost, np.zeros(count), np.full(count, np.log(largest)))
+def size_of(graph: Graph) -> dict[str, float]:
+    """Returns parameters, tokens and FLOPs of the pre-training of a recipe."""
+    size = sealing.size_of(graph)
+    return {"parameters": float(size["active"]), "tokens": float(size["tokens"]), "flops": float(size["flops"])}
 
 
-def _least(cost: Any, low: Array, high: Array) -> Array:
-    """Returns e to the argument between low and high [B] at which the cost ([B, G] -> [B, G]) is least, [B]."""
-    # The cost has one valley, so the least one of a grid encloses it with its neighbors.
-    for _ in range(ZOOMS):
-        # Sizes are compared on a logarithmic scale.
-        grid = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, GRID)
-        place = np.argmin(cost(np.exp(grid)), axis=1)
-        rows = np.arange(len(grid))
-        low, high = grid[rows, np.maximum(place - 1, 0)], grid[rows, np.minimum(place + 1, GRID - 1)]
-    return np.exp((low + high) / 2)
+def _pretrained(graph: Graph, store: Store) -> Point:
+    size, artifact = size_of(graph), sealing.sealed(graph, sealing.NODE, store, sealing.NODE)
+    loss = json.loads((artifact / "summary.json").read_text())["heldout_loss"]["last"]
+    return Point(graph.recipe.config.name, {**size, "loss": float(loss)})
 
 
 def frontier(fit: Fit, flops: Array) -> tuple[Array, Array, Array]:
@@ -168,47 +132,18 @@ def frontier(fit: Fit, flops: Array) -> tuple[Array, Array, Array]:
     value, drawn = published(fit.parameters[None]), published(fit.draws)
 
     def least(law: dict[str, Array]) -> Array:
+        e, a, b, alpha, beta = (law[name][:, None] for name in ("E", "A", "B", "alpha", "beta"))
         losses = []
         for budget in flops:
-            sizes = _best_size(law, float(budget), 0.0)[:, None]
-            losses.append(_loss(law, sizes, _tokens(sizes, float(budget), 0.0))[:, 0])
+            # From one parameter up to the size that leaves one token of training.
+            sizes = np.geomspace(1.0, budget / TRAIN, GRID)
+            tokens = budget / (TRAIN * sizes)
+            losses.append((e + a * sizes**-alpha + b * tokens**-beta).min(axis=1))
         return np.stack(losses, axis=1)
 
     curve, low_high = least(value)[0], least(drawn)
     bands = [band(float(middle), low_high[:, n]) for n, middle in enumerate(curve)]
     return curve, np.asarray([row.low for row in bands]), np.asarray([row.high for row in bands])
-
-
-def _compute_optimal(law: dict[str, Array], budget: float, served: float) -> Choice:
-    """Returns the model that is optimal for its training FLOPs alone, and whose whole life costs the budget."""
-    # Its cost rises with the FLOPs of training, so bisection finds them.
-    low, high = np.log(1e-9 * budget), np.log(budget)
-    # After a hundred halvings, fp64 tells the two ends apart no more.
-    for _ in range(100):
-        middle = (low + high) / 2
-        size = _best_size(law, float(np.exp(middle)), 0.0)[0]
-        is_above = np.exp(middle) + SERVE * size * served > budget
-        low, high = (low, middle) if is_above else (middle, high)
-    return _choice(law, float(_best_size(law, float(np.exp(low)), 0.0)[0]), budget, served)
-
-
-def _cheapest(law: dict[str, Array], loss: float, served: float) -> Choice:
-    """Returns the model of a loss whose life costs least."""
-    # From L = E + A / N^alpha + B / D^beta: below this size, no number of tokens reaches the loss.
-    e, a, b, alpha, beta = (float(law[name][0]) for name in ("E", "A", "B", "alpha", "beta"))
-    smallest = (a / (loss - e)) ** (1 / alpha)
-
-    def tokens(sizes: Array) -> Array:
-        return (b / (loss - e - a * sizes**-alpha)) ** (1 / beta)
-
-    def cost(sizes: Array) -> Array:
-        return sizes * (TRAIN * tokens(sizes) + SERVE * served)
-
-    # Just above it: a model of the smallest size would need infinitely many tokens.
-    low = np.log(smallest) + 1e-6
-    size = _least(cost, np.asarray([low]), np.asarray([low + 20.0]))[0]
-    read = float(tokens(size))
-    return Choice(float(size), read, loss, TRAIN * size * read, SERVE * size * served)
 
 
 # Compute, the value there, and its band.
@@ -261,15 +196,11 @@ class Ladder:
         points: The runs.
         fit: The law.
         expectations: The runs that are predicted.
-        advice: The model to train for a budget.
-        remarks: Sentences on how far the advice extrapolates.
     """
 
     points: Sequence[Point]
     fit: Fit
     expectations: Sequence[Expectation] = ()
-    advice: Advice | None = None
-    remarks: Sequence[str] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -283,31 +214,22 @@ class Ladder:
                 {"name": row.name, **row.figures, "loss": asdict(row.band), "remarks": list(row.remarks)}
                 for row in self.expectations
             ],
-            "advice": None if self.advice is None else self.advice.to_json() | {"remarks": list(self.remarks)},
         }
 
 
-def make(
-    points: Sequence[Point],
-    following: Sequence[tuple[str, Mapping[str, float]]] = (),
-    budget: float | None = None,
-    served: float = 0.0,
-) -> Ladder:
-    """Fits a law to points, and answers by it.
+def make(points: Sequence[Point], following: Sequence[tuple[str, Mapping[str, float]]] = ()) -> Ladder:
+    """Fits a law to points, and predicts runs by it.
 
     Args:
         points: The runs.
         following: (name, figures) of runs to predict.
-        budget: FLOPs of training and serving to advise on.
-        served: Tokens to serve.
 
     Raises:
-        AtomError: If the points cannot carry the law, or it cannot answer.
+        AtomError: If the points cannot carry the law.
     """
     try:
         columns = [[point.figures[name] for point in points] for name in COLUMNS]
         fit = scaling_laws.fit(columns, [point.figures["loss"] for point in points])
-        advice = None if budget is None else advise(fit, budget, served)
     except ValueError as error:
         raise AtomError(f"these {len(points)} points carry no answer: {error}") from None
     # A prediction far from the runs is marked, and not refused.
@@ -315,8 +237,7 @@ def make(
         Expectation(name, figures, fit.predict([figures[column] for column in COLUMNS]), fit.extrapolates(figures))
         for name, figures in following
     ]
-    remarks = [] if advice is None else fit.extrapolates(asdict(advice.best))
-    return Ladder(points, fit, expectations, advice, remarks)
+    return Ladder(points, fit, expectations)
 
 
 def write(ladder: Ladder, plot: bytes, folder: Path) -> None:
@@ -336,28 +257,6 @@ def sentences(ladder: Ladder) -> list[str]:
         at = ", ".join(f"{short(row.figures[name])} {name}" for name in COLUMNS)
         lines.append(f"{row.name} ({at}): loss {_figure(row.band)}")
         lines += [f"  {remark}" for remark in row.remarks]
-    if (advice := ladder.advice) is not None:
-        lines += _advice(advice)
-        lines += [f"  {remark}" for remark in ladder.remarks]
-    return lines
-
-
-def _advice(advice: Advice) -> list[str]:
-    best, plain, cheap = advice.best, advice.without_serving, advice.same_loss
-    lines = [
-        f"{advice.budget:.3g} FLOPs for training and for serving {short(advice.served)} tokens:",
-        f"  train {short(best.parameters)} parameters ({short(advice.parameters.low)} to "
-        f"{short(advice.parameters.high)}) on {short(best.tokens)} tokens ({short(advice.tokens.low)} to "
-        f"{short(advice.tokens.high)}), {best.tokens / best.parameters:.3g} for each parameter",
-        f"  loss {_figure(advice.loss)}; serving is {best.serving / advice.budget:.0%} of the cost",
-    ]
-    # Without serving, the three models are one.
-    if advice.served:
-        lines.append(
-            f"  a model that is optimal for its training alone ({short(plain.parameters)} parameters, "
-            f"{short(plain.tokens)} tokens) costs as much and has a loss of {plain.loss:.4f}; "
-            f"{short(cheap.parameters)} parameters on {short(cheap.tokens)} tokens have it for {advice.saved:.1%} less"
-        )
     return lines
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.errors import CheckFailed
 from pipeline.hub.client import RemoteRepository, api, translate_errors
 from release.facts.tombstones import Tombstone
-from release.hub.space import space_of
+from release.hub.publish import space_of
 from release.hub.upload import Destination, Journal, Progress
 from release.repositories import repositories
 from release.schema import ReleaseInfo
-
-# The maximum number of characters of a collection's description.
-DESCRIPTION = 150
 
 
 def preview(release: Path, info: ReleaseInfo, tombstone: Tombstone) -> Iterator[str]:
@@ -59,8 +55,6 @@ def update(release: Path, info: ReleaseInfo, tombstone: Tombstone, progress: Pro
     # Branches of one repository share objects, so these go when all branches are rewritten.
     for remote in published.values():
         yield from _delete_lfs(remote, _journal(release))
-    if published:
-        _update_collections(info, tombstone, _journal(release))
 
 
 def _delete_space(space: RemoteRepository, journal: Journal) -> Iterator[str]:
@@ -132,17 +126,3 @@ def _delete_lfs(remote: RemoteRepository, journal: Journal) -> Iterator[str]:
     heads = set(refs.branches.values())
     for tag in sorted(tag for tag, commit in refs.tags.items() if commit not in heads):
         yield f"{remote.id}@{tag} is of another release, and keeps its files; retract that release as well"
-
-
-def _update_collections(info: ReleaseInfo, tombstone: Tombstone, journal: Journal) -> None:
-    """Takes removed models and the Space out of the release's collection, whose description says what happened."""
-    client: Any = api()
-    with translate_errors("updating the collection"):
-        title = f"{info.title} {info.version}"
-        for collection in [row for row in client.list_collections(owner=info.namespace) if row.title == title]:
-            for item in client.get_collection(collection.slug).items:
-                if item.item_id in (*tombstone.removed, space_of(info).id):
-                    client.delete_collection_item(collection.slug, item.item_object_id, missing_ok=True)
-            description = f"Retracted in part: {tombstone.sentence}"[:DESCRIPTION]
-            client.update_collection_metadata(collection.slug, description=description)
-            journal.write("update_collection_metadata", slug=collection.slug)

@@ -34,10 +34,10 @@ from release.facts.tombstones import (
     read_tombstones,
     tombstones_json,
 )
-from release.layout import PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS, folders_of
-from release.repositories import Repository, files_below, files_of, repositories
+from release.layout import MODEL, PUBLIC_KEY, RETRACTED, SIGNATURE, SITE, SUMS, folders_of
+from release.repositories import Repository, files_below, files_of, repositories, variant_folders
 from release.retraction import rewrite
-from release.retraction.documents import Reached, find_reached
+from release.retraction.rewrite import Reached, find_reached
 from release.schema import CARD, ReleaseInfo
 from release.signing import SigningKey, sign
 from release.tracing.release_data import ReleaseData
@@ -206,9 +206,11 @@ def _link(source: str, target: str) -> None:
 
 
 def _trained_folders(release: Path, reached: Reached) -> list[str]:
-    """Returns the folders of the models and checkpoints that were trained on a document."""
+    """Returns the folders of the models, variants and checkpoints that were trained on a document."""
     folder_of = folders_of(ReleaseData.locate(release).models())
     folders = [folder for model, folder in folder_of.items() if model in reached.models]
+    # The variants are made of the final model.
+    folders += variant_folders(release) if MODEL in folders else []
     return folders + [f"checkpoints/{name}" for name in sorted(reached.checkpoints)]
 
 

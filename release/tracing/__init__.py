@@ -3,16 +3,14 @@
 It finds the documents and tasks of a step, the fate of a document or a task, the documents that contain a text, and the
 scope of a removal request.
 
-`documents` answers the first two with `rollout_lookup`, `text_index` the third, `removal` the last, from the files as
-`release_data` reads them. `answers` has the types of the answers, `report` their text. A downloaded data repository
-answers the same questions. Fields that need the whole release are null and listed in `unknown`.
+`documents` answers the first two with `rollout_lookup`, `searches` the others, from the files as `release_data` reads
+them. `answers` has the types of the answers and their text. A downloaded data repository answers the same questions.
+Fields that need the whole release are null and listed in `unknown`.
 """
 
-from release.tracing.answers import Answer, Document, Removal, SampledAnswer, Step, TextMatches
+from release.tracing.answers import Answer, Document, Removal, SampledAnswer, Step, TextMatches, text
 from release.tracing.documents import trace_document, trace_step
-from release.tracing.removal import trace_removal
-from release.tracing.report import text
-from release.tracing.text_index import build_index, trace_text
+from release.tracing.searches import trace_removal, trace_text
 
 __all__ = [
     "Answer",
@@ -21,7 +19,6 @@ __all__ = [
     "SampledAnswer",
     "Step",
     "TextMatches",
-    "build_index",
     "text",
     "trace_document",
     "trace_removal",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -12,15 +11,12 @@ from typing import Any
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_number
 from release.layout import kept_beside, kept_files, numbered, order_of, when
-from release.tracing import order_lookup, rollout_lookup
+from release.tracing import release_data, rollout_lookup
 from release.tracing.answers import Document, Fate, Place, Segment, Step, TaskRecord, TaskUse, Use
-from release.tracing.order_lookup import Places
-from release.tracing.release_data import OrderPart, ReleaseData, Rows, select_rows
+from release.tracing.release_data import OrderPart, Places, ReleaseData, Rows, select_rows
 from stages.formats.table import order_files, read_jsonl, stream_part_batches
 from stages.tasks import question
 
-NEAR = 20_000
-"""The maximum number of ids that are compared with an unknown one."""
 PLACE = tuple(field.name for field in fields(Place))
 FATE = tuple(field.name for field in fields(Fate) if field.name not in ("table", "origin"))
 """Columns of an order and of dispositions in the answers."""
@@ -44,8 +40,6 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
     orders, sampling = data.orders(), rollout_lookup.last_steps(data)
     phases = sorted({*orders, *sampling}, key=when)
     if phase is not None and phase not in phases:
-        if phase == rollout_lookup.REWARD and data.checkpoints() is None:
-            raise AtomError(f"{folder} does not state how the reward model reads pairs; the whole release does")
         raise AtomError(f"{folder} has no order and no answers of phase {phase}; it has {', '.join(phases)}")
     matches: dict[str, tuple[Path | None, Rows, list[TaskRecord]]] = {}
     for name in phases if phase is None else [phase]:
@@ -71,7 +65,7 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
     for row in rows:
         license, origin = origins.get(row["id"], (None, None))
         segments.append(Segment(**row, license=license, origin=origin))
-    place = rollout_lookup.log_folder(data, name) or order
+    place = rollout_lookup.tables(data).get(name) or order
     assert place is not None, "the phase has an order, or samples its data"
     moved = data.weight_updates(place)(n)
     return Step(name, n, None if order is None else data.name(order), moved, segments, tasks, data.unknown())
@@ -80,31 +74,28 @@ def trace_step(folder: Path, phase: str | None, n: int) -> Step:
 def trace_document(folder: Path, doc_id: str) -> Document:
     """Returns the fate of a document of a release or its data repository, or the use of a task.
 
-    Raises AtomError for an unknown document, with the nearest id.
+    Raises AtomError for an unknown document.
     """
     data = ReleaseData.locate(folder)
     documents, tasks = find_documents(data, [doc_id]), rollout_lookup.task_records(data, doc_id)
     if tasks:
         return replace(documents[doc_id], tasks=tasks) if doc_id in documents else _task(data, doc_id, tasks)
     if doc_id not in documents:
-        nearest = _nearest(data, doc_id)
-        hint = f"did you mean {nearest}?" if nearest else "look for its id in the dispositions"
-        raise AtomError(f"{folder} has no document {doc_id}, and no task; {hint}")
+        raise AtomError(f"{folder} has no document {doc_id}, and no task; look for its id in the dispositions")
     return documents[doc_id]
 
 
 def _task(data: ReleaseData, id: str, tasks: list[TaskRecord]) -> Document:
     """Returns a task that is no document.
 
-    Checkpoints and models are those after the first answer or pair that was learnt from.
+    Checkpoints and models are those after the first answer that was learnt from.
     """
     steps = [(when(task.phase), answer.step) for task in tasks for answer in task.answers if answer.learnt is not False]
-    steps += [
-        (when(rollout_lookup.REWARD), step) for task in tasks for pair in task.pairs for step in pair.reward_steps or ()
-    ]
     checkpoints, models = _trained_on(data, min(steps, default=None))
-    uses = [use for _, use in _task_uses(data, {id: []})]
-    return Document(id, [], [], uses, tasks, checkpoints, models, data.unknown(checkpoints=True))
+    uses, unknown = [use for _, use in _task_uses(data, {id: []})], data.unknown(checkpoints=True)
+    if any(task.pairs for task in tasks):
+        unknown.append("which steps of a reward model read its pairs")
+    return Document(id, [], [], uses, tasks, checkpoints, models, unknown)
 
 
 def _trained_on(data: ReleaseData, first_use: tuple[Any, int] | None) -> tuple[list[str] | None, list[str]]:
@@ -174,7 +165,7 @@ def _rows_with(data: ReleaseData, part: OrderPart, ids: Sequence[str], places: P
     steps_by_file = None
     # Orders of earlier runs may have been computed from other tables than those of this run.
     if places is not None and part.folder.parent == data.data / "order":
-        steps_by_file = order_lookup.steps_by_file(data.data, part.folder, places)
+        steps_by_file = release_data.steps_by_file(data.data, part.folder, places)
     if steps_by_file is None:
         searches = [(order_files(part.folder), part.first, part.last)]
     else:
@@ -290,31 +281,3 @@ def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tupl
                     learnt=sum(row["dropped"] == "" for row in answers),
                 ),
             )
-
-
-def _nearest(data: ReleaseData, doc_id: str) -> str | None:
-    """Returns the id most similar to an unknown one, if one is close. Compares the ids before and after it in order."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    before, after = (pa.array([], pa.string()) for _ in range(2))
-    for batch in stream_part_batches(data.dispositions(), ["id"]):
-        ids = batch["id"].cast(pa.string())
-        less = pc.less(ids, doc_id)
-        before = _outermost(before, ids.filter(less), "descending")
-        after = _outermost(after, ids.filter(pc.invert(less)), "ascending")
-    close = difflib.get_close_matches(doc_id, [*reversed(before.to_pylist()), *after.to_pylist()], 1, 0.8)
-    return close[0] if close else None
-
-
-def _outermost(ids: Any, others: Any, order: str) -> Any:
-    """Returns the first of two arrays of ids in an order, at most NEAR / 2."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if len(ids) == NEAR // 2:  # most batches have none that is nearer
-        others = others.filter((pc.greater if order == "descending" else pc.less)(others, ids[-1]))
-    if not len(others):
-        return ids
-    joined = pa.concat_arrays([ids, others]).unique()
-    return joined.take(pc.array_sort_indices(joined, order=order)[: NEAR // 2])

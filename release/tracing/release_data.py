@@ -1,23 +1,38 @@
-"""The files of a release, or of its data repository alone, that `atom trace` reads."""
+"""The files of a release, or of its data repository alone, that `atom trace` reads.
+
+An order's meta.json states its function. With the tables of documents it gives the steps that read a document, without
+a search of the order's rows.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from release import layout, schema
+from pipeline.core.parts import part_file
+from release import layout, schema, scratch
 from release.facts import training
 from release.facts.data_facts import earlier_orders
-from release.facts.published_tables import BATCH, read_json
+from release.facts.published_tables import read_json
 from release.layout import EXPORTED, all_files, disposition_files, kept_files, numbered, when
 from release.opened_release import Release
+from stages.data.order.chunks import ChunkIndex, Cut, Place, seal_index
+from stages.data.order.computed_order import FUNCTION_VERSION, ComputedOrder
+from stages.data.order.order_config import DataCursor, OrderConfig
+from stages.data.order.shards import document_files
+from stages.formats.table import column_names, read_table
 
 Rows = list[dict[str, Any]]
 Progress = Callable[[str], None]
+Meta = Mapping[str, Any]
+"""The content of meta.json of an order"""
+Places = Mapping[str, tuple[str, int]]
+"""{id: the source and the part of a training document}"""
+MOST_EPOCHS = 10_000
+"""The most epochs of a source; with more, a search of its rows is faster than looking them up."""
 
 
 @dataclass(frozen=True)
@@ -161,79 +176,94 @@ class ReleaseData:
 def select_rows(files: Path | Sequence[Path], columns: Sequence[str], *filters: tuple[str, str, Any]) -> Rows:
     """Reads the rows of a table, or of its parts, that pass (column, comparison, value) filters.
 
-    Reads the columns of the filters where the statistics of a row group allow a match, and the others where there is
-    one. Raises AtomError for a damaged table.
+    Row groups are read whose statistics allow a match. Raises AtomError for a damaged table.
     """
     # No row is in an empty list, so no table is opened.
     if any(comparison == "in" and not values for _, comparison, values in filters):
         return []
-    return [row for path in ([files] if isinstance(files, Path) else files) for row in _select(path, columns, filters)]
+    rows: Rows = []
+    for path in [files] if isinstance(files, Path) else files:
+        if missing := sorted({*columns, *(name for name, _, _ in filters)} - {*column_names(path)}):
+            raise AtomError(f"{path} has no column {missing[0]}; verify this copy")
+        rows += read_table(path, list(columns), list(filters)).to_pylist()
+    return rows
 
 
-def _select(path: Path, columns: Sequence[str], filters: Sequence[tuple[str, str, Any]]) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def is_function(meta: Meta) -> bool:
+    """Returns True if this code computes the rows of the order."""
+    return bool(meta.get("function", {}).get("version") == FUNCTION_VERSION)
 
-    filter_columns = list(dict.fromkeys(name for name, _, _ in filters))
+
+def config_of(meta: Meta) -> OrderConfig:
+    return OrderConfig.model_validate({name: meta[name] for name in OrderConfig.model_fields if name in meta})
+
+
+def cut_of(meta: Meta) -> Cut:
+    long = meta.get("long_documents")
+    return Cut(meta["sequence_length"], long["over"] if long else None)
+
+
+def cursor_of(meta: Meta) -> DataCursor:
+    return DataCursor(**meta["walk"]) if "walk" in meta else DataCursor(1, meta["seed"])
+
+
+def starts_of(meta: Meta) -> dict[int, dict[str, Place]]:
+    """Returns the place of each stream of a packed phase at each block and at the end.
+
+    It is empty for other phases.
+    """
+    if not meta.get("pack"):
+        return {}
+    places = [*(part["start"] for part in meta["parts"]), meta["end"]]
+    return {n: {name: Place(*place) for name, place in start.items()} for n, start in enumerate(places)}
+
+
+def steps_by_file(data: Path, order: Path, places: Places) -> dict[Path, range] | None:
+    """Returns {file of an order: the first to the last of its steps in which it may read the documents}.
+
+    None if the order is no function of the tables of documents, so that its rows have to be searched.
+
+    Args:
+        data: A dataset folder.
+        order: The folder of one of its orders, not of an earlier run.
+        places: The places of the documents.
+    """
+    meta = read_json(order / "meta.json")
     try:
-        with pq.ParquetFile(path) as file:
-            if missing := sorted({*columns, *filter_columns} - {*file.schema_arrow.names}):
-                raise AtomError(f"{path} has no column {missing[0]}; verify this copy")
-            for group in range(file.num_row_groups):
-                # Statistics rule most groups out before any of their rows is read.
-                if not all(_may_hold(file.metadata.row_group(group), *each) for each in filters):
-                    continue
-                # The columns of the filters first: texts are read only where a row passes.
-                positions = _positions(file, group, filter_columns, filters)
-                first = 0
-                batches = file.iter_batches(BATCH, row_groups=[group], columns=list(columns))
-                for batch in batches if len(positions) else ():
-                    start, stop = (bisect_left(positions, number) for number in (first, first + len(batch)))
-                    taken = batch.take(pa.array([position - first for position in positions[start:stop]], pa.int64()))
-                    yield from taken.select(list(columns)).to_pylist()
-                    first += len(batch)
-                    if stop == len(positions):
-                        break
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise AtomError(f"{path} cannot be read as Parquet ({reason}); pull or build it again") from None
+        if not is_function(meta):
+            return None
+        with scratch.folder() as work:
+            return _look_up(data, order, places, meta, work)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # `atom verify` says what is wrong in it
+        return None
 
 
-def _may_hold(group: Any, column: str, comparison: str, value: Any) -> bool:
-    """Returns True if the statistics of a row group allow a value that passes a filter."""
-    indices = (number for number in range(group.num_columns) if group.column(number).path_in_schema == column)
-    statistics = next((group.column(number).statistics for number in indices), None)
-    # Without statistics the row group has to be read.
-    if statistics is None or not statistics.has_min_max:
-        return True
-    low, high = statistics.min, statistics.max
-    try:
-        if comparison == "in":
-            return any(low <= each <= high for each in value)
-        if comparison == "=":
-            return bool(low <= value <= high)
-        return bool(low <= value if comparison == "<=" else value <= high)
-    except TypeError:  # statistics of another type
-        return True
-
-
-def _positions(file: Any, group: int, columns: list[str], filters: Sequence[tuple[str, str, Any]]) -> list[int]:
-    """Returns the numbers of the rows of a row group that pass the filters, in order."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    compare = {"=": pc.equal, "<=": pc.less_equal, ">=": pc.greater_equal}
-    positions: list[int] = []
-    first = 0
-    for batch in file.iter_batches(BATCH, row_groups=[group], columns=columns):
-        mask = None
-        for name, comparison, value in filters:
-            column = batch.column(name)
-            if comparison == "in":
-                passes = pc.is_in(column, value_set=pa.array(list(value), column.type))
-            else:
-                passes = pc.fill_null(compare[comparison](column, value), False)
-            mask = passes if mask is None else pc.and_(mask, passes)
-        positions += [first + number for number in pc.indices_nonzero(mask).to_pylist()]
-        first += len(batch)
-    return positions
+def _look_up(data: Path, order: Path, places: Places, meta: Meta, work: Path) -> dict[Path, range] | None:
+    config, cursor = config_of(meta), cursor_of(meta)
+    starts, cut = starts_of(meta), cut_of(meta)
+    # Without the places at each block the streams would have to be read from the start.
+    if config.pack and len(starts) != config.blocks + 1:
+        return None
+    files, steps = document_files(data / "tokens"), dict[Path, range]()
+    ids_by_part: dict[tuple[str, int], list[str]] = {}
+    for id, place in sorted(places.items()):
+        ids_by_part.setdefault(place, []).append(id)
+    for source in sorted({source for source, _ in ids_by_part} & config.mix.keys()):
+        parts = [(part, seal_index(work, file, source, part, cut)) for part, file in files[source]]
+        index = ChunkIndex(parts, cut)
+        reads = config.rows_from(cursor.first_step) * config.mix[source]
+        if config.pack:
+            ends = starts[config.blocks].items()
+            reads = sum(place.position for stream, place in ends if stream.partition("/")[0] == source)
+        # The tables are not those of the order, or are read so often that a search of the rows is faster.
+        if index.chunks != meta["sources"][source]["chunks"] or reads > MOST_EPOCHS * index.chunks:
+            return None
+        computed = ComputedOrder(config, {source: index}, cursor, order, starts=starts)
+        for (_, part), ids in ((place, ids) for place, ids in ids_by_part.items() if place[0] == source):
+            table = data / "tokens/documents" / source / part_file(part)
+            for row in select_rows(table, ["ordinal"], ("id", "in", ids), ("split", "=", "train")):
+                for block, here in computed.blocks_of(source, part, row["ordinal"]).items():
+                    file = order / part_file(block)
+                    known = steps.get(file, here)
+                    steps[file] = range(min(known.start, here.start), max(known.stop, here.stop))
+    return dict(sorted(steps.items()))

@@ -12,8 +12,7 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.parts import part_file
 from release.assembly.assemble import write_attribution
-from release.retraction.documents import Reached
-from release.retraction.rewrite import rewrite
+from release.retraction.rewrite import Reached, rewrite
 from stages.data.acquire import acquire_stage
 from stages.data.acquire.readers.row_files import MOST_CHARACTERS, _names
 from stages.data.acquire.sources import Source, resolve_tree_digest

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from release.checks import formats
+from release.checks.loading import compile_template
 from stages.data.acquire.readers.procedural import ChatProblems, Courtesies
 from stages.formats import chat, tokenizer
 from stages.formats.tokenizer import TRAINING_FILE, inference_template, training_template
@@ -73,7 +73,7 @@ CALLED: list[dict[str, Any]] = [
     {"role": "user", "content": "And 2+2?"},
     {"role": "assistant", "content": "4"},
 ]
-INFERENCE, TRAINING = (formats.compile_template(text) for text in (inference_template(), training_template()))
+INFERENCE, TRAINING = (compile_template(text) for text in (inference_template(), training_template()))
 
 
 def user(content: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.core.errors import CheckFailed
 from release.checks.check import Absent
-from release.checks.standards import valid_standards
+from release.checks.evidence import valid_standards
 from release.facts.data_facts import OrderFacts, OrderPart, SourceInOrder
 from release.layout import MODEL
 from release.opened_release import Release

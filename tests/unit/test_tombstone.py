@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from release.audit.old_copies import check_tombstone, sentence
+from release.audit.verify import _taken_back, check_tombstone
 from release.layout import RETRACTED, SUMS
 
 FILE = {"path": "dataset/kept.json", "before": "0" * 64, "after": "1" * 64}
@@ -28,7 +28,7 @@ def write(folder: Path, **changes: Any) -> Path:
 
 def test_the_files_are_compared_with_the_tombstone(tmp_path: Path) -> None:
     assert check_tombstone(write(tmp_path), "dataset").ok
-    assert sentence(tmp_path) == "1 document of b 0.1.0 taken back on request"
+    assert _taken_back(tmp_path) == "1 document of b 0.1.0 taken back on request"
     for after in (None, hashlib.sha256().hexdigest()):
         changed = check_tombstone(
             write(tmp_path, repositories=[{**ROW, "files": [{**FILE, "after": after}]}]), "dataset"

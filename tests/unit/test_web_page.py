@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.text import short
-from release.hub.space import hub_address
+from release.hub.publish import hub_address
 from release.web_page import markdown_html, page, samples
 from tests.fixtures import release_fixtures
 

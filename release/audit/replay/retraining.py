@@ -1,4 +1,7 @@
-"""Trains the steps of a plan again: the token shards, the work checkpoint to resume from, and the stage itself."""
+"""Trains the steps of a plan again, and compares the checkpoint, the log and the environment with the published ones.
+
+It makes the token shards and the work checkpoint to resume from, and runs the stage itself.
+"""
 
 from __future__ import annotations
 
@@ -6,59 +9,36 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.core import provenance
+from pipeline.core import environment, provenance
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.parts import PART_NAME
-from pipeline.core.store import Artifact, sha256_bytes, write_manifest
+from pipeline.core.source_code import code_digests
+from pipeline.core.store import Artifact, canonical, sha256_bytes, write_manifest
 from pipeline.graph import registry
-from release.audit.replay import post_training
-from release.audit.replay.comparison import changed_fields, compare_environments, first_divergence
-from release.audit.replay.plan import Plan, checkpoint_files
+from release.audit.replay.plan import Plan, answer_inputs, checkpoint_files, environment_values
+from release.audit.replay.report import BITWISE, CLOSE, DIFFERS, TOLERANCE, Replay
 from release.audit.replay.source import Source
+
+if TYPE_CHECKING:
+    import torch
 
 Progress = Callable[[str], None]
 SHARD = (".bin", ".idx")
 
 
-@dataclass(frozen=True)
-class Retrained:
-    """A retrained checkpoint, and the comparison of its training with that of the published one.
-
-    Attributes:
-        checkpoint: Its folder.
-        state: Fields of state.json that differ.
-        diverges: The first step whose lines in the log differ; None if none do or no log is published.
-        ranks: Processes that trained the published one; here it was one.
-        environment: `name: then, now` of all that differs.
-        fingerprint: The fingerprint of the environment here.
-        materials: {path: SHA-256} of what was read.
-        subject: {path: SHA-256} of the published files to compare with.
-    """
-
-    checkpoint: Path
-    state: tuple[str, ...]
-    diverges: int | None
-    ranks: int
-    environment: tuple[str, ...]
-    fingerprint: str
-    materials: dict[str, str]
-    subject: dict[str, str]
-
-
-def retrain(source: Source, phase: str, first: int, last: int, folder: Path, progress: Progress) -> Retrained:
-    """Trains the steps after `first` up to `last` in `folder`.
+def retrain(source: Source, phase: str, first: int, last: int, folder: Path, progress: Progress) -> Replay:
+    """Trains the steps after `first` up to `last` in `folder`, and compares the result with the published checkpoint.
 
     Raises AtomError if they cannot be replayed, CheckFailed if files of the release are altered, contradict each other
     or do not state how the phase was trained.
     """
     try:
         plan = Plan.read(source, phase, first, last)
-        inputs = post_training.inputs(plan.source, plan.files, plan.init, folder)
+        inputs = answer_inputs(plan.source, plan.files, plan.init, folder)
         if plan.mix:
             progress("tokenizing the kept documents")
             inputs |= {"tokens": tokenize(plan, folder), "order": plan.order()}
@@ -71,16 +51,27 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
     progress(f"training steps {first + 1} to {last}")
     checkpoint = train(plan, inputs, folder, progress)
     # After training, as for the statements, because training adds packages to the path.
-    environment, fingerprint = compare_environments(plan)
+    differences, fingerprint = compare_environments(plan)
     checkpoints = checkpoint_files(source, plan.start) | (checkpoint_files(source, plan.init) if plan.init else {})
     tokens = inputs.get("tokens")
     shards = {f"{tokens.key}/{row.path}": row.sha256 for row in tokens.rows} if tokens else {}
-    return Retrained(
-        checkpoint=checkpoint,
-        state=changed_fields(plan, checkpoint),
+    progress("comparing")
+    tensors, different = compare_checkpoints(source.folder / plan.end, checkpoint)
+    state = changed_fields(plan, checkpoint)
+    verdict = CLOSE if different else BITWISE
+    if state or max(different.values(), default=0.0) > TOLERANCE:
+        verdict = DIFFERS
+    return Replay(
+        phase=phase,
+        first=first,
+        last=last,
+        verdict=verdict,
+        tensors=tensors,
+        different=different,
+        state=state,
         diverges=first_divergence(plan, checkpoint.parent.parent / "training.jsonl"),
         ranks=plan.ranks,
-        environment=environment,
+        environment=differences,
         fingerprint=fingerprint,
         materials=checkpoints | source.digests(*plan.data_files) | shards,
         subject=checkpoint_files(source, plan.end),
@@ -231,3 +222,98 @@ class StopAtStep:
 
     def abandon(self, text: str) -> NoReturn:
         raise AtomError(text)
+
+
+def compare_checkpoints(published: Path, retrained: Path) -> tuple[int, dict[str, float]]:
+    """Compares weights and optimizer of two folders of safetensors.
+
+    Returns the number of tensors, and {name: relative difference} of those whose bits differ. The difference is
+    infinite for another shape or type, a tensor that one of them lacks, or what is not a number.
+    """
+    from stages.train.checkpoint import release_checkpoint
+
+    count, different = 0, {}
+    for stem in (release_checkpoint.MODEL, release_checkpoint.OPTIMIZER):
+        folders = (published, retrained)  # without an optimizer if no step has moved a weight
+        published_tensors, retrained_tensors = (
+            release_checkpoint.Tensors(f, stem) if any(f.glob(f"{stem}*.safetensors")) else {} for f in folders
+        )
+        # A tensor that only one of them has is a difference, too.
+        names = sorted({*published_tensors, *retrained_tensors})
+        count += len(names)
+        for name in names:
+            difference: float | None = math.inf
+            if name in published_tensors and name in retrained_tensors:
+                difference = _relative_difference(published_tensors[name], retrained_tensors[name])
+            if difference is not None:
+                different[name] = difference
+    return count, different
+
+
+def _relative_difference(published: torch.Tensor, retrained: torch.Tensor) -> float | None:
+    """Returns the largest difference of two tensors, divided by the largest absolute value of the published one.
+
+    None if the bits are the same; infinite for another shape or type, and for what is not a number.
+    """
+    import torch
+
+    if published.dtype != retrained.dtype or published.shape != retrained.shape:
+        return math.inf
+    flat = [tensor.contiguous().flatten() for tensor in (published, retrained)]
+    # Bytes, because two zeros of different sign are equal as numbers, and not a number is not equal to itself.
+    if torch.equal(*(tensor.view(torch.uint8) for tensor in flat)):
+        return None
+    a, b = (tensor.double() for tensor in flat)
+    largest, scale = float((a - b).abs().max()), float(a.abs().max())
+    difference = largest / scale if scale else math.inf
+    return difference if math.isfinite(difference) else math.inf
+
+
+def changed_fields(plan: Plan, retrained: Path) -> tuple[str, ...]:
+    """Returns fields of a retrained checkpoint's state.json that differ from the published one."""
+    state = json.loads((retrained / "state.json").read_text())
+    compared = sorted({*state, *plan.end_state} - {"config", "rng"})  # the config was compared, `rng` is a sentence
+    return tuple(name for name in compared if state.get(name) != plan.end_state.get(name))
+
+
+def first_divergence(plan: Plan, log: Path) -> int | None:
+    """Returns the first step whose lines in a retrained log differ from the published log.
+
+    None if none differ, or if no log is published.
+    """
+    if not plan.log:
+        return None
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    replayed, published = (_lines_by_step(part, plan) for part in (lines, plan.log))
+    steps = sorted({*replayed, *published})
+    return next((step for step in steps if replayed.get(step) != published.get(step)), None)
+
+
+def _lines_by_step(log: Iterable[Mapping[str, Any]], plan: Plan) -> dict[int, list[Mapping[str, Any]]]:
+    """Returns {step: its lines} of the steps of a plan.
+
+    Lines in which a phase of post-training sampled answers to measure itself are left out.
+    """
+    lines: dict[int, list[Mapping[str, Any]]] = {}
+    for line in log:
+        if plan.first < line["step"] <= plan.last and "validation" not in line:
+            lines.setdefault(line["step"], []).append(line)
+    return lines
+
+
+def compare_environments(plan: Plan) -> tuple[tuple[str, ...], str]:
+    """Compares the environment here with the one in which the phase was trained.
+
+    Returns a line `name: then, now` for each value that differs, and the fingerprint of the environment here in the
+    form that statements have.
+
+    Call it after training, as statements are written: training imports setuptools, which adds the packages that it
+    carries to the path, so an earlier list lacks them.
+    """
+    packages: dict[str, str] = environment.packages()
+    description = environment.describe() | {"packages": packages}
+    fingerprint = sha256_bytes(canonical({name: description[name] for name in ("python", "packages", "device")}))
+    code = code_digests(registry.stages()[plan.stage.name])
+    then, now = plan.environment, environment_values(plan.stage.version, code, description)
+    names = [name for name in [*then, *sorted({*now} - {*then})] if then.get(name) != now.get(name)]
+    return tuple(f"{name}: {then.get(name, 'absent')}, {now.get(name, 'absent')}" for name in names), fingerprint

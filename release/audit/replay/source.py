@@ -12,9 +12,9 @@ from pipeline.core.provenance import Statement
 from pipeline.core.text import printable
 from release import schema
 from release.audit import rebuild
-from release.checksums import compare, read_sums
 from release.facts.published_tables import Manifest
 from release.layout import ALL_SUMS, REFERENCES, SUMS
+from release.repositories import compare, read_sums
 from release.untrusted import is_foreign_link
 
 

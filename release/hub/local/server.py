@@ -33,7 +33,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--token", action="append", default=[], metavar="USER=TOKEN", help="may be repeated")
     parser.add_argument("--lfs-bytes", type=int, default=10 << 20, help="files of this size and more go through LFS")
-    parser.add_argument("--part-bytes", type=int, default=64 << 20, help="size of one part of a multipart upload")
     parser.add_argument("--commits-per-hour", type=int, default=128, help="commits to one repository")
     parser.add_argument("--log", type=Path, help="file that gets a line for each request: its method and its path")
     options = parser.parse_args(argv)
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs = [pair.partition("=") for pair in options.token or [f"local={LOCAL_TOKEN}"]]
     # A token without a user belongs to `local`.
     tokens = {token if mark else user: user if mark else "local" for user, mark, token in pairs}
-    app = make_app(options.root, tokens, options.lfs_bytes, options.part_bytes, options.commits_per_hour, options.log)
+    app = make_app(options.root, tokens, options.lfs_bytes, options.commits_per_hour, options.log)
     config = uvicorn.Config(
         app, "127.0.0.1", options.port, log_level="warning", access_log=False, timeout_keep_alive=IDLE_SECONDS
     )

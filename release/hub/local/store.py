@@ -9,8 +9,6 @@ import datetime
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -137,16 +135,16 @@ def git_blob_oid(data: bytes) -> str:
 
 
 class HubStore:
-    """Repositories, blobs and collections below one folder.
+    """Repositories and blobs below one folder.
 
     The bytes of a repository's file grow with its changes, not with commits times files.
     """
 
     def __init__(self, root: Path) -> None:
-        self.blobs, self.repos, self.collections = root / "blobs", root / "repos", root / "collections"
+        self.blobs, self.repos = root / "blobs", root / "repos"
         # By file: its version, and the repository that was read from it.
         self._views: dict[Path, tuple[tuple[int, int, int], Repo | None]] = {}
-        for folder in (self.blobs, self.repos, self.collections):
+        for folder in (self.blobs, self.repos):
             folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, kind: str, repo_id: str) -> Path:
@@ -241,25 +239,6 @@ class HubStore:
             upload.unlink()
             raise HubError(422, f"the uploaded object is {digest}, not {sha256}")
         os.replace(upload, self.blob(sha256))
-
-    def join(self, parts: list[Path], sha256: str) -> None:
-        """Joins the parts of a multipart upload, in order, into the blob. Raises HubError 400 if a part is missing."""
-        # A name of its own, since an equal file may be joined at the same time.
-        joined = self.blobs / f"{sha256}.{uuid.uuid4().hex}.joined"
-        try:
-            with open(joined, "wb") as target:
-                for part in parts:
-                    with open(part, "rb") as f:
-                        shutil.copyfileobj(f, target, 1 << 20)
-        except FileNotFoundError:
-            joined.unlink()
-            # The upload of an equal file may have been faster, and have deleted the parts.
-            if self.blob(sha256).exists():
-                return
-            raise HubError(400, f"{part.name} was never uploaded") from None
-        self.accept(joined, sha256)
-        for part in parts:
-            part.unlink(missing_ok=True)
 
     def text_file(self, data: bytes) -> File:
         """Stores bytes as a file that git holds."""

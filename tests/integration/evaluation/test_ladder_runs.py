@@ -9,7 +9,7 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Store
 from pipeline.graph import dag
-from release.prediction import ladder, ladder_points
+from release.prediction import ladder
 from tests.fixtures.prediction_fixtures import SIZES, graph, recipe, seal_run
 
 pytestmark = pytest.mark.numeric
@@ -26,7 +26,7 @@ def runs(tmp_path: Path) -> tuple[Store, list[dag.Graph]]:
     for name in SIZES:
         for steps in (60, 120, 240):
             run = graph(recipe(tmp_path, name, pretrain={"steps": steps}), store.home)
-            size = ladder_points.size_of(run)
+            size = ladder.size_of(run)
             seal_run(store, run, loss(size["parameters"], size["tokens"]))
             graphs.append(run)
     return store, graphs
@@ -34,9 +34,9 @@ def runs(tmp_path: Path) -> tuple[Store, list[dag.Graph]]:
 
 def test_sealed_runs_predict_the_next_size(runs: tuple[Store, list[dag.Graph]]) -> None:
     store, graphs = runs
-    points = ladder_points.read_runs(graphs, store)
+    points = ladder.read_runs(graphs, store)
     assert len({point.figures["parameters"] for point in points}) == len({p.figures["tokens"] for p in points}) == 3
-    size = ladder_points.size_of(graph("atom-smoke", store.home))
+    size = ladder.size_of(graph("atom-smoke", store.home))
     (row,) = ladder.make(points, [("atom-smoke", size)]).expectations
     assert row.band.value == pytest.approx(loss(size["parameters"], size["tokens"]), rel=1e-3)
 
@@ -49,4 +49,4 @@ def test_other_data_and_missing_runs_are_refused(runs: tuple[Store, list[dag.Gra
         (graph("atom-smoke", store.home), "pretrain of atom-smoke is not sealed; run it first: atom run"),
     ):
         with pytest.raises(AtomError, match=words):
-            ladder_points.read_runs([*graphs, added], store)
+            ladder.read_runs([*graphs, added], store)

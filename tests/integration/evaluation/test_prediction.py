@@ -18,7 +18,7 @@ from pipeline.graph import dag
 from pipeline.launch.attempt import prediction_key
 from release.assembly import build_release as builder
 from release.audit import verify as audit
-from release.checks import smaller_runs as check_of_prediction
+from release.checks import learning as check_of_prediction
 from release.facts import forecast
 from release.facts.forecast import FILE, FOLDER, Point, RunSize
 from release.opened_release import Release

@@ -16,8 +16,7 @@ from pipeline.core.errors import RecipeError
 from release import signing
 from release.assembly import build_release as builder
 from release.audit.verify import verify
-from release.checksums import write_sums
-from release.repositories import repositories
+from release.repositories import repositories, write_sums
 from stages.evaluation.estimates import CPU_FLOPS, SHARD_SECONDS
 from stages.export.variants import conversion
 from stages.export.variants.registry import ADAPTER, VARIANTS

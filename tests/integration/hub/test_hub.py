@@ -3,7 +3,6 @@ environment at import)."""
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from release.hub.local.server import free_port, running
-from release.hub.local.store import HubError, HubStore
+from release.hub.local.store import HubStore
 
 PRELUDE = """
 import os, sys, pathlib, tempfile
@@ -35,7 +34,7 @@ def refused(error, call, *args, **kw):
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    extra = ("--token", "other=hf_other", "--part-bytes", "100000", "--lfs-bytes", "50000")
+    extra = ("--token", "other=hf_other", "--lfs-bytes", "50000")
     with running(tmp_path_factory.mktemp("hub"), "local", "hf_local", *extra) as url:
         yield url
 
@@ -63,7 +62,7 @@ d = tmp / "up"; (d / "sub dir").mkdir(parents=True)
 (d / "README.md").write_text("---\\nlicense: apache-2.0\\ntags: [x]\\n---\\n# Demo\\n")
 (d / "sub dir" / "é a.txt").write_text("hi"); (d / "empty.txt").write_text("")
 (d / "small.bin").write_bytes(os.urandom(1000))
-(d / "model.safetensors").write_bytes(os.urandom(350_001))          # four parts
+(d / "model.safetensors").write_bytes(os.urandom(350_001))
 (d / "long.json").write_text("1" * 60_000)                          # LFS by size
 first = api.upload_folder(folder_path=d, repo_id=rid, repo_type=kind)
 assert api.upload_folder(folder_path=d, repo_id=rid, repo_type=kind).oid == first.oid     # nothing to send
@@ -175,37 +174,14 @@ assert e.response.status_code == 403
 """)
 
 
-def test_collections_and_cards(client) -> None:
+def test_cards(client) -> None:
     client("""
 api.create_repo("local/carded")
-c = api.create_collection("My release", namespace="local", private=True)
-assert api.create_collection("My release", namespace="local", exists_ok=True).slug == c.slug
-api.add_collection_item(c.slug, "local/carded", "model")
-c = api.add_collection_item(c.slug, "local/carded", "model", exists_ok=True)
-assert [i.item_id for i in c.items] == ["local/carded"]
-refused(HfHubHTTPError, anonymous.get_collection, c.slug)
-assert not api.update_collection_metadata(c.slug, private=False).private
-assert anonymous.get_collection(c.slug).items
 hub.ModelCard("---\\nlicense: mit\\n---\\n# hi").push_to_hub("local/carded")
 assert hub.ModelCard.load("local/carded").data.license == "mit"
 bad = b"---\\na: [\\n---\\n"
 refused(Exception, api.upload_file, path_or_fileobj=bad, path_in_repo="README.md", repo_id="local/carded")
 """)
-
-
-def test_parts_joined_by_the_upload_of_an_equal_file_are_not_missing(tmp_path: Path) -> None:
-    store = HubStore(tmp_path)
-    data = os.urandom(300)
-    sha256 = hashlib.sha256(data).hexdigest()
-    parts = [store.blobs / f"{sha256}.part{number}" for number in (1, 2)]
-    parts[0].write_bytes(data[:200])
-    with pytest.raises(HubError, match=r"part2 was never uploaded"):
-        store.join(parts, sha256)
-    parts[1].write_bytes(data[200:])
-    store.join(parts, sha256)
-    store.join(parts, sha256)  # another client completes the same object a moment later
-    assert [path.name for path in store.blobs.iterdir()] == [sha256]
-    assert store.blob(sha256).read_bytes() == data
 
 
 def test_a_view_of_a_repository_follows_its_file(tmp_path: Path) -> None:

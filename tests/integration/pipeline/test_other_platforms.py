@@ -13,7 +13,7 @@ import pytest
 from release import tracing
 from release.audit import show as page
 from release.audit import verify as audit
-from release.checks import confine
+from release.checks import check_runner
 from release.hub.local.server import LOCAL_TOKEN, running
 from release.opened_release import Release
 from tests.fixtures import ROOT
@@ -40,7 +40,7 @@ def elsewhere(home: Path, *arguments: str, code: int = 0, **environment: str) ->
 
 
 def test_verify_gives_the_same_verdict_and_says_what_it_lacks(built: Path, tmp_path: Path) -> None:
-    assert confine.missing() == "", "this machine is the Linux that the other ones are compared with"
+    assert check_runner.missing_limits() == "", "this machine is the Linux that the other ones are compared with"
     expected = json.loads(json.dumps(audit.verify(built).to_json()))
     verdict = json.loads(elsewhere(tmp_path, "verify", str(built), "--json"))
     checks = {check["name"]: check for check in verdict["checks"]}
@@ -80,7 +80,7 @@ def test_trace_gives_the_same_answer(question: str, built: Path, tmp_path: Path)
     options, answer = {
         "step": (("--step", "2", "--phase", "pretrain"), lambda: tracing.trace_step(built, "pretrain", 2)),
         "doc": (("--doc", "prose/001"), lambda: tracing.trace_document(built, "prose/001")),
-        "text": (("--text", "quick "), lambda: tracing.trace_text(built, "quick ", tmp_path / "trace")),
+        "text": (("--text", "quick "), lambda: tracing.trace_text(built, "quick ")),
     }[question]
     text = elsewhere(tmp_path, "trace", str(built), *options, "--json")
     assert json.loads(text) == json.loads(json.dumps(answer().to_json()))

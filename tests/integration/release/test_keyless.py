@@ -215,7 +215,7 @@ trust = Trust(identity={IDENTITY!r}, issuer={ISSUER!r}, trust_config=pathlib.Pat
 for suffix in ("", "-data", "-evidence", "-checkpoints@pretrain-step-2"):
     found = next(c for c in verify("local/tiny" + suffix, trust=trust).checks if c.name == "signatures")
     assert found.ok, found
-from release.pull import pull_named
+from release.scratch import pull_named
 hidden = ".eval_results/tiny-data.yaml"
 came = pull_named("local/tiny", release.with_name("came")) / hidden
 assert came.read_bytes() == (release / "model" / hidden).read_bytes()

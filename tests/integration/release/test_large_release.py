@@ -20,8 +20,7 @@ from release.facts.published_tables import read_json
 from release.layout import all_files, disposition_files, kept_files, token_files
 from release.opened_release import Release
 from release.tracing.documents import find_documents, find_uses
-from release.tracing.order_lookup import steps_by_file
-from release.tracing.release_data import ReleaseData
+from release.tracing.release_data import ReleaseData, steps_by_file
 from stages.data.order import order_stage
 from stages.data.order.computed_order import ComputedOrder, read_indexes
 from stages.data.order.order_config import DataCursor, OrderConfig

@@ -1,4 +1,4 @@
-"""Receipts of opt-outs: one for each request, with what the documents had reached in the earlier release."""
+"""Receipts of opt-outs: one for each request."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import AtomError
 from release.audit.verify import verify
 from release.checks.withheld import receipts
 from release.opened_release import Release
-from release.tracing.receipts import EarlierRelease, receipt_path
+from release.tracing.receipts import receipt_path
 from tests.fixtures.opt_out_fixtures import hashed
 from tests.fixtures.opt_out_release_fixtures import MATCHES
 
@@ -23,32 +22,14 @@ def receipt(release: Path, request: str) -> Any:
     return json.loads((release / receipt_path(hashed(request))).read_text())
 
 
-def test_a_receipt_names_what_the_documents_had_reached(earlier_release: Path, later_release: Path) -> None:
+def test_a_receipt_names_the_removed_documents(later_release: Path) -> None:
     url = receipt(later_release, "r-url")
     assert url["removed"] == {"near_duplicate": 1, "url": 1} and url["rule"] == "opt_out"
     assert [(row["id"], row["found"], row["duplicate_of"]) for row in url["documents"]] == [
         ("prose/003", "url", None), ("sums/003", "near_duplicate", "prose/003"),
     ]  # fmt: skip
-    before = url["earlier"]
-    assert before["release"] == {"name": "tiny", "version": "0.1.0"} and before["documents"] == before["traced"] == 2
-    assert before["datasets"] == [
-        {"repository": "local/tiny-data", "source": source, "split": "train"} for source in ("prose", "sums")
-    ]
-    assert before["steps"] == {"pretrain": "2", "midtrain": "2"}
-    assert before["checkpoints"] == [
-        f"local/tiny-checkpoints@{name}" for name in ("midtrain-step-0", "midtrain-step-2", "pretrain-step-2")
-    ]
-    assert before["models"] == ["local/tiny-base", "local/tiny"]
-    by_id = {row["id"]: row for row in before["reached"]}
-    assert by_id["prose/003"]["found"] == "url" and by_id["sums/003"]["found"] == "near_duplicate"
-    assert by_id["sums/003"]["models"] == ["local/tiny-base", "local/tiny"]
-
-    other = receipt(later_release, "r-id")  # its document was removed by a filter of the earlier version
-    assert other["earlier"]["documents"] == 1
-    assert not any(other["earlier"][place] for place in ("datasets", "steps", "checkpoints", "models"))
     nothing = receipt(later_release, "r-none")
     assert (nothing["removed"], nothing["documents"], nothing["entries"]) == ({}, [], {"host": 1})
-    assert nothing["earlier"]["documents"] == 0
     for path in (later_release / "evidence/opt_out").iterdir():
         assert not {"r-url", "example.org", "nowhere"} & set(
             path.read_text().replace('"', " ").replace("/", " ").split()
@@ -103,8 +84,3 @@ def test_a_receipt_that_says_something_else_is_found(
     (tmp_path / "dataset/opt_out.json").write_text(json.dumps({"deny_list": "", "requests": []}))
     unnamed = [text for text in receipts(Release(tmp_path)).problems if text.startswith("dispositions:")]
     assert len(unnamed) == len(MATCHES) and "for a request that opt_out.json does not name" in unnamed[0]
-
-
-def test_an_earlier_release_is_a_release(tmp_path: Path) -> None:
-    with pytest.raises(AtomError, match="is no release folder; --previous takes one"):
-        EarlierRelease(tmp_path)

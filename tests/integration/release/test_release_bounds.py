@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import gc
 import hashlib
 import json
@@ -28,15 +27,13 @@ from pipeline.core import text
 from pipeline.core.errors import CheckFailed, MachineError
 from release import scratch, untrusted
 from release.audit.verify import kind_of
-from release.checks import confine, formats
+from release.checks import check_runner
 from release.checks.check import NOTHING_LARGE, Reads
-from release.checks.check_runner import CheckRunner
-from release.checks.confine import Budget
+from release.checks.check_runner import Budget, CheckRunner
 from release.checks.verdict import CheckResult
-from release.checksums import read_sums
 from release.layout import ALL_SUMS, SUMS
 from release.opened_release import Release
-from release.repositories import files_below
+from release.repositories import files_below, read_sums
 from tests.fixtures import ROOT
 from tests.fixtures.audit_fixtures import verify
 from tests.fixtures.release_fixtures import resum
@@ -225,11 +222,6 @@ def below_the_growth(release: Path) -> None:
 COLUMNS = ("id", "source", "license", "disposition", "split", "rule", "bytes", "kept_hash")
 
 
-def executable(release: Path) -> None:
-    for path in files_below(release):
-        (release / path).chmod(0o755)
-
-
 TREES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a checkpoint that is a link": (linked_folder("checkpoints/x"), "checkpoints/x is a link, not a regular file"),
     "a model that is a link": (linked_folder("model-x"), "model-x is a link, not a regular file"),
@@ -244,7 +236,6 @@ TREES: dict[str, tuple[Callable[[Path], None], str]] = {
     "files that give time": (with_allowances(endless_template), "cannot be checked: it does not end within"),
     "files that give memory": (with_allowances(long_values_of_many), "cannot be checked: it "),
     "a table below the limit": (below_the_growth, "cannot be checked: "),
-    "everything may be run": (executable, "model/config.json may be executed"),
 }  # fmt: skip
 BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "deep JSON": ("evidence/gates.json", lambda p: p.write_text("[" * 100_000), "nested too deeply"),
@@ -471,7 +462,7 @@ def test_checks_that_come_after_all_time_is_spent_are_not_ok(tmp_path: Path) -> 
 
 def test_a_confined_call_ends() -> None:
     budget = Budget(64 << 20, 1.0)
-    assert confine.run(lambda: {"a": [1, "é"]}, budget)[0] == {"a": [1, "é"]}
+    assert check_runner.run_limited(lambda: {"a": [1, "é"]}, budget)[0] == {"a": [1, "é"]}
 
     def loop() -> None:
         while True:
@@ -485,9 +476,9 @@ def test_a_confined_call_ends() -> None:
         (lambda: os._exit(3), "ends without a result"),
     ):
         with pytest.raises(CheckFailed, match=expected):
-            confine.run(call, budget)
+            check_runner.run_limited(call, budget)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        confine.run(lambda: 1 // 0, budget)
+        check_runner.run_limited(lambda: 1 // 0, budget)
 
 
 def test_a_confined_call_ends_nothing_of_its_parent() -> None:
@@ -507,7 +498,7 @@ def test_a_confined_call_ends_nothing_of_its_parent() -> None:
         group = Group()
         ended = group.ended
         del group
-        assert confine.run(lambda: gc.collect() >= 0, Budget(64 << 20, 0.5))[0] is True
+        assert check_runner.run_limited(lambda: gc.collect() >= 0, Budget(64 << 20, 0.5))[0] is True
     finally:
         ended.set()
         gc.enable()
@@ -521,64 +512,7 @@ def test_text_that_is_safe_to_print() -> None:
         untrusted.read(Path("/dev/zero"), 10, follow=True)
 
 
-def test_templates_of_every_place_are_rendered(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
-    )
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": [{"name": "a", "template": "{{ 1 + }}"}]})
-    )
-    texts = formats.templates(tmp_path)
-    assert set(texts) == {"chat_template.jinja", "tokenizer_config.json (a)"}
-    assert "What is 2+2?" in formats.render(texts["chat_template.jinja"])
-    with pytest.raises(Exception, match="unexpected"):
-        formats.render(texts["tokenizer_config.json (a)"])
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES])
-def test_a_place_without_locks_is_one_sentence(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(scratch.fcntl, "flock", refuse)
-    with (
-        pytest.raises(MachineError, match=f"{os.strerror(number)}; set TMPDIR to another file system"),
-        scratch.folder(),
-    ):
-        pass
-    assert not list(tmp_path.iterdir())
+def test_a_place_without_temporary_folders_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     with pytest.raises(MachineError, match="No such file or directory; set TMPDIR"), scratch.folder():
         pass
-
-
-MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda rw
-30 22 8:2 / /media/a\\040stick rw - vfat /dev/sdb rw
-31 22 0:50 / /media rw - tmpfs none rw
-"""
-
-
-@pytest.mark.parametrize(
-    ("place", "keeps"), [("/home/x", True), ("/media/a stick/release", False), ("/media/a", True), ("/mediaeval", True)]
-)
-def test_the_file_system_shows_whether_it_keeps_what_may_be_run(place: str, keeps: bool) -> None:
-    assert untrusted.keeps_modes(Path(place), MOUNTS) is keeps
-
-
-def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    code = f"import tempfile, time; tempfile.tempdir = {str(tmp_path)!r}\nfrom release import scratch\nwith scratch.folder() as f:\n (f / 'x').write_text('x'); print(f, flush=True); time.sleep(600)"
-    holders = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    dead, alive = (Path(holder.stdout.readline().strip()) for holder in holders if holder.stdout)
-    (tmp_path / "atom-scratch-file").write_text("x")
-    (tmp_path / "atom-scratch-link").symlink_to(alive)
-    holders[0].kill()
-    holders[0].wait()
-    with scratch.folder() as mine:
-        assert not dead.exists() and (alive / "x").exists() and mine.is_dir()
-        assert scratch.sweep(tmp_path) == []  # neither the other's nor mine
-    assert not mine.exists() and (tmp_path / "atom-scratch-file").exists()
-    holders[1].kill()
-    holders[1].wait()
-    assert scratch.sweep(tmp_path) == [alive]

@@ -93,18 +93,6 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
     assert "16 of 17" in (page := (built / "site/index.html").read_text()) and "gates passed, 1 not judged" in page
 
 
-def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> None:
-    from release import tracing
-
-    notes: list[str] = []
-    cache = built.parent.parent / "trace"
-    [index] = cache.iterdir()
-    modified = index.stat().st_mtime_ns
-    answer = tracing.trace_text(built, "quick brown fox", cache, notes.append)
-    assert answer.by == "index" and answer.matches and notes == [] and index.stat().st_mtime_ns == modified
-    assert not [path for path in files_below(built) if path.endswith(".sqlite")]  # no part of the release
-
-
 @pytest.mark.parametrize("folder, target", [(".", "."), (".", "dataset"), ("dataset", ".")])
 def test_a_question_in_the_folder_of_a_release_leaves_no_file_there(copy: Path, folder: str, target: str) -> None:
     """`atom trace .`, as a page of the documentation has it: without ATOM_HOME, and so with `runs` as the home folder."""
@@ -113,22 +101,6 @@ def test_a_question_in_the_folder_of_a_release_leaves_no_file_there(copy: Path, 
     environment = {name: value for name, value in os.environ.items() if name != "ATOM_HOME"} | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=copy / folder, env=environment, check=True)
     assert sorted(copy.rglob("*")) == before
-    assert list(copy.with_name(f"{copy.name}.runs").glob("trace/*.sqlite"))
-
-
-def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Path, monkeypatch) -> None:
-    from release.tracing import text_index
-
-    notes: list[str] = []
-    (tmp_path / "trace").write_text("")  # where no folder can be made
-    folder = builder.build(source, tmp_path, notes.append)
-    assert (folder / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
-    assert notes[-1].startswith("no index of texts: the index of texts cannot be written in ")
-    builder._index(folder, tmp_path / "cache", notes.append)
-    assert notes[-2:] == ["indexing kept/prose/part-00000.parquet", "indexing kept/sums/part-00000.parquet"]
-    monkeypatch.setattr(text_index, "TEXTS", text_index.TEXTS.replace("fts5", "fts_that_is_not_there"))
-    builder._index(folder, tmp_path / "cache", notes.append)
-    assert notes[-1].startswith("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text`")
 
 
 def test_sha256sum_agrees(built: Path) -> None:
@@ -195,7 +167,7 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
     from huggingface_hub import parse_eval_result_entries
 
     from release.checks import cards
-    from release.checksums import read_sums
+    from release.repositories import read_sums
 
     for folder, model in (("model", "mid"), ("model-base", "base")):
         path = built / folder / ".eval_results/tiny-data.yaml"

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from release.checks import learning, registry
-from release.checks.check import BuildContext
-from release.checks.gates import GateResult
+from release.checks.check import BuildContext, GateResult
 from release.facts.data_facts import DataFacts, read_data_facts
 from release.facts.score_facts import CONTAMINATION, compute_scores
 from stages.confidence import Mean

@@ -18,9 +18,8 @@ from release.assembly import build_release as builder
 from release.assembly.assemble import require_nodes
 from release.cards import card_tables, plots, render
 from release.checks import cards, registry
-from release.checks.check import BuildContext
-from release.checks.gates import GateResult
-from release.checks.provenance import statements
+from release.checks.check import BuildContext, GateResult
+from release.checks.evidence import statements
 from release.facts.data_facts import DataFacts, SourceInOrder, read_data_facts
 from release.facts.model_facts import read_model_facts
 from release.facts.published_tables import read_json

@@ -37,7 +37,7 @@ assert [r.commit for r in again.repositories] == [r.commit for r in report.repos
             endpoint,
         )
         rows = [json.loads(line) for line in journal.read_text().splitlines()]
-        assert not [row for row in rows if row["call"] in ("make_public", "collection")]
+        assert not [row for row in rows if row["call"] == "make_public"]
         assert all(len(row["files"]) <= 50 for row in rows if row["call"] == "create_commit")
         out = client('assert "that HF_TOKEN may read" in said(AtomError, verify, "local/tiny")', endpoint, token=None)
         out = client("print(json.dumps(publish(release, 'local', public=True).to_json()))", endpoint)
@@ -46,7 +46,7 @@ assert [r.commit for r in again.repositories] == [r.commit for r in report.repos
         opened = [row["repo"] for row in rows if row["call"] == "make_public"]
         order = ("-data", "-evidence", "-checkpoints", "-base", "", "-page")
         assert opened == ["local/tiny" + suffix for suffix in order]
-        assert rows[-1]["call"] == "collection" and report["collection"].startswith("local/tiny-0-1-0-")
+        assert report["public"] and rows[-1]["call"] == "make_public"
         assert rows.index(next(r for r in rows if r["call"] == "verified")) < rows.index(
             next(r for r in rows if r["call"] == "make_public")
         )

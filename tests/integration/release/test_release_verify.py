@@ -230,7 +230,7 @@ def test_a_statement_of_another_kind_is_named(copy: Path, field: str) -> None:
     path.unlink()
     data = canonical(body)
     path.with_name(f"{sha256_bytes(data)}.json").write_bytes(data)
-    from release.checks.provenance import statements
+    from release.checks.evidence import statements
 
     problems = statements(Release(copy)).problems
     name = f"evidence/statements/{sha256_bytes(data)}.json"

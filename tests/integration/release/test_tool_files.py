@@ -13,18 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from release.cards.plots import entries as entries_of
-from release.checks import (
-    cards,
-    check_runner,
-    formats,
-    loading,
-    order,
-    provenance,
-    scores,
-    source_code,
-    tool_files,
-    weights,
-)
+from release.checks import cards, check_runner, evidence, loading, order, scores, source_code, tool_files, weights
 from release.checks.check import Findings
 from release.checks.check_runner import CheckRunner, guarded, run_check
 from release.checks.loading import load_models
@@ -199,7 +188,7 @@ def no_nodes(folder: Path) -> None:
 
 EMPTY: dict[Callable[[Release], Findings], Callable[[Path], None]] = {
     loading.chat_templates: lambda folder: None,
-    provenance.manifest_digests: lambda folder: None,
+    evidence.manifest_digests: lambda folder: None,
     order.segments: lambda folder: None,
     weights.runtimes: nothing_ran,
     scores.scores: lambda folder: None,
@@ -232,7 +221,7 @@ def test_a_panic_of_a_parser_is_a_finding(tmp_path: Path) -> None:
     assert CheckRunner(Release(tmp_path), Tree(), False).run("it", panic) == expected
     with pytest.raises(KeyboardInterrupt):
         guarded("it", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
-    assert check_runner.run_check("it", lambda: formats.compile_template("{{").render()).ok is False  # type: ignore[arg-type]
+    assert check_runner.run_check("it", lambda: loading.compile_template("{{").render()).ok is False  # type: ignore[arg-type]
 
 
 ENDLESS = {"type": "Split", "pattern": {"Regex": "(?:a|aa)+c"}, "behavior": "Isolated", "invert": False}

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.core.errors import AtomError
 from release import tracing
 from release.facts.published_tables import read_rows
-from stages.formats.seeds import seed_of
-from stages.rl.rollout.rollouts import PairOrder, hash_fraction
+from stages.rl.rollout.rollouts import PairOrder
 from tests.fixtures import sampled_answers_fixtures
 from tests.fixtures.run_fixtures import atom
 from tests.fixtures.sampled_answers_fixtures import PHASES, STEPS
@@ -41,23 +38,6 @@ def updated(release: Path, phase: str) -> set[int]:
 
 def pairs(release: Path) -> list[dict[str, Any]]:
     return list(read_rows(release / "dataset/rl/dpo/pairs.parquet"))
-
-
-def reward_rows(release: Path) -> dict[int, list[int]]:
-    """{step of the reward model: the pairs that it read}, written down without the code that trained."""
-    config = json.loads((release / "checkpoints/reward-step-3/state.json").read_text())["config"]
-    rows = [
-        n
-        for n, row in enumerate(pairs(release))
-        if hash_fraction(row["question"]) >= config["phase"]["heldout_fraction"]
-    ]
-    per_step, sequence, epoch = config["phase"]["pairs"], [], 0
-    while len(sequence) < config["phase"]["steps"] * per_step:
-        shuffled = list(range(len(rows)))
-        random.Random(seed_of(f"reward/epoch {epoch}", config["seed"])).shuffle(shuffled)
-        sequence += [rows[number] for number in shuffled]
-        epoch += 1
-    return {n + 1: sequence[n * per_step :][:per_step] for n in range(config["phase"]["steps"])}
 
 
 def compare_answers(answers: list[tracing.SampledAnswer], rows: list[dict[str, Any]], moved: set[int]) -> None:
@@ -89,21 +69,6 @@ def test_a_step_has_its_prompts_answers_and_rewards(release: Path, phase: str) -
     assert {row["dropped"] for row in rows if row["step"] in moved} > {""}, "answers that no update used"
 
 
-def test_a_step_of_the_reward_model_has_its_pairs(release: Path) -> None:
-    rows, by_step = pairs(release), reward_rows(release)
-    for step, wanted in by_step.items():
-        answer = tracing.trace_step(release, "reward", step)
-        read = {pair.row: pair for task in answer.tasks for pair in task.pairs}
-        assert set(read) == set(wanted) and answer.moved and not answer.segments
-        for number, pair in read.items():
-            assert {
-                name: rows[number][name] for name in ("chosen", "rejected", "question", "learnt", "chosen_reward")
-            } == {name: getattr(pair, name) for name in ("chosen", "rejected", "question", "learnt", "chosen_reward")}
-        assert "by the reward model in steps" in tracing.text(answer)
-    with pytest.raises(AtomError, match="has no step 4 of reward; .*reward ends with step 3"):
-        tracing.trace_step(release, "reward", 4)
-
-
 def test_an_epoch_of_pairs_has_each_pair_once() -> None:
     order = PairOrder(7, 3, "reward", 5)
     read = [number for step in range(1, 8) for number in order.of_step(step)]
@@ -112,7 +77,7 @@ def test_an_epoch_of_pairs_has_each_pair_once() -> None:
 
 
 def test_every_task_leads_to_its_answers_pairs_and_checkpoints(release: Path) -> None:
-    table, by_step = pairs(release), reward_rows(release)
+    table = pairs(release)
     sampled = {phase: rollouts(release, phase) for phase in PHASES}
     ids = sorted({row["task"] for rows in sampled.values() for row in rows})
     reached = set()
@@ -125,15 +90,14 @@ def test_every_task_leads_to_its_answers_pairs_and_checkpoints(release: Path) ->
             )
             expected = [n for n, row in enumerate(table) if row["task"] == id] if task.phase == "dpo" else []
             assert [pair.row for pair in task.pairs] == expected
-            for pair in task.pairs:
-                assert pair.reward_steps == [step for step, rows in by_step.items() if pair.row in rows]
+        stated = "which steps of a reward model read its pairs" in document.unknown
+        assert stated == any(task.pairs for task in document.tasks)
         learnt = {task.phase for task in document.tasks if any(answer.learnt for answer in task.answers)}
-        learnt |= {"reward"} if any(pair.reward_steps for task in document.tasks for pair in task.pairs) else set()
         assert bool(document.checkpoints) == bool(learnt)
         assert (f"rlvr-step-{STEPS}" in (document.checkpoints or ())) == ("rlvr" in learnt)
         assert (f"online-rlhf-step-{STEPS}" in (document.checkpoints or ())) == bool(learnt)
         reached |= learnt
-    assert reached == {"rlvr", "dpo", "reward", "online-rlhf"}
+    assert reached == {"rlvr", "dpo", "online-rlhf"}
 
 
 def test_a_task_in_the_data_alone_and_in_a_request_for_removal(release: Path, tmp_path: Path) -> None:
@@ -141,9 +105,6 @@ def test_a_task_in_the_data_alone_and_in_a_request_for_removal(release: Path, tm
     alone = Path(shutil.copytree(release / "dataset", tmp_path / "alone"))
     document = tracing.trace_document(alone, id)
     assert document.checkpoints is None and {a.learnt for t in document.tasks for a in t.answers} == {None, False}
-    assert {pair.reward_steps for task in document.tasks for pair in task.pairs} == {None}
-    with pytest.raises(AtomError, match="does not state how the reward model reads pairs; the whole release does"):
-        tracing.trace_step(alone, "reward", 1)
     report = tracing.trace_removal(release, id)
     assert {file.path for file in report.files} >= {f"dataset/rl/dpo/{n}" for n in ("tasks.jsonl", "pairs.parquet")}
     assert report.proofs == {} and "a proof: tasks and answers are in no table that has a root" in report.unknown

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import AtomError, CheckFailed, Interrupted
-from release.audit.replay.post_training import require_same_consumption
+from release.audit.replay.plan import require_same_consumption
 from stages.generation.in_process import InProcess
 from stages.generation.protocols import Prompt
 from stages.generation.weights import Weights

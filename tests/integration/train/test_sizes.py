@@ -21,7 +21,7 @@ from release.assembly import assemble
 from release.audit import openness
 from release.audit.replay import replay
 from release.cards import tables
-from release.checks import smaller_runs as check_of_sizes
+from release.checks import learning as check_of_sizes
 from release.facts import run_facts
 from release.facts.run_facts import read_checkpoints
 from release.layout import RECIPE, sizes_of, when
