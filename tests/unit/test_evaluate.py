@@ -177,7 +177,7 @@ def test_modules_that_plan_and_cli_import_are_light() -> None:
     import sys
 
     heavy = ("torch", "numpy", "pyarrow", "transformers", "huggingface_hub", "jinja2")
-    ours = "stages.evaluation.model_evaluation, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, release.assembly.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
+    ours = "stages.evaluation.model_evaluation, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, release.commands.publishing, release.commands.auditing, release.commands.predicting, release.hub.local.server"
     code = f"import sys, json, {ours}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     root = ROOT
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

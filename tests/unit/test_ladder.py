@@ -77,7 +77,7 @@ def test_the_command_writes_points_fit_and_plot(tmp_path: Path) -> None:
     command = ["ladder", "--points", str(path), "--next", "7e9,6.75e11"]
     result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
-    assert "tokens = 6.79e+11 is 17 times the largest of the points" in result.output
+    assert "tokens = 6.75e+11 is 16.9 times the largest of the points" in result.output
     body = json.loads((tmp_path / "out/ladder.json").read_text())
     assert len(body["points"]) == 20 and body["points"][0]["name"] == "point 1"
     assert all(row["low"] <= LAW[name] <= row["high"] for name, row in body["fit"].items())

@@ -49,7 +49,7 @@ def write_tokens(folder: Path, names: list[str], heldout: dict[int, int] | None 
 def test_each_part_is_read_with_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.train.data import Segment, Shards
 
-    monkeypatch.setattr(Shards, "OPEN", 4)
+    monkeypatch.setattr("stages.train.data.OPEN_SHARDS", 4)
     tokens = write_tokens(tmp_path / "tokens", [f"text/part-{part:05d}" for part in range(PARTS)])
     shards = Shards(tokens, "train")
     rng, kept = np.random.default_rng(0), []

@@ -46,7 +46,7 @@ def tool_files(folder: Path) -> list[bytes]:
         to_json(tokenizer_config()),
         generation_config(False, ids),
         generation_config(True, ids),
-        license_text("MIT", "Apache-2.0", []),
+        license_text("MIT", "Apache-2.0", ROOT),
     ]
 
 
