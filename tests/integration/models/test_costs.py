@@ -90,9 +90,7 @@ def test_state_by_precision() -> None:
 def test_flops() -> None:
     """By hand: two matrices, and attention to half a row."""
     assert training_flops(10, AttentionCost(1, 2, 3, 5), 8) == 6 * (10 + 2 * 8 * 4)
-    model = Qwen3MoeConfig(
-        **{**MODEL, "dense_layers": 1, "intermediate_size": 96}
-    )
+    model = Qwen3MoeConfig(**{**MODEL, "dense_layers": 1, "intermediate_size": 96})
     by_hand = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + 3 * 64 * 96 + 3 * (64 * 8 + 3 * 64 * 2 * 48)
     assert model.matrices(VOCAB) == by_hand + VOCAB * 64
     tied = model.model_copy(update={"tie_embeddings": True})
