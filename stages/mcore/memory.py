@@ -6,8 +6,8 @@ PyTorch. Assumed: routing is balanced (real routing is less even, and the fulles
 saves queries, keys, values, output and log-sum-exp, but no scores, unless the architecture states otherwise; NVFP4's
 smaller copies of matrix inputs count as bf16. Left out: communication buffers and the allocator's fragments.
 
-`tests/integration/test_costs.py` compares with what autograd saves, `tests/integration/test_rank_simulation.py` with
-every byte that a simulated rank allocates.
+`tests/integration/models/test_costs.py` compares with what autograd saves, and
+`tests/integration/models/test_rank_simulation.py` with every byte that a simulated rank allocates.
 """
 
 from __future__ import annotations

@@ -60,8 +60,35 @@ def test_one_of_two_data_ranks_is_connected_with_a_server() -> None:
     assert (ranks, servers) == (2, 1) and 0 < sending < everyone
 
 
-@at_length("benchmarks", 15)
-@at_length("benchmarks", 15)
+def draw_saturation(folder: Path, figure: Path) -> bytes:
+    """The figure of the points in a folder."""
+    command = [
+        sys.executable,
+        str(ROOT / "bench/saturation_figure.py"),
+        str(folder / "rlhf-saturation.json"),
+        str(figure),
+    ]
+    subprocess.run(command, check=True, timeout=300)
+    return figure.read_bytes()
+
+
+@at_length("benchmarks", 30)
+def test_saturation_benchmark(tmp_path: Path) -> None:
+    """Three policies from the same weights: each measured before its first update and after the others, in equal
+    numbers of updates."""
+    table = run_quick("rlhf_saturation", "--out", str(tmp_path))
+    measured = [re.findall(r"seed 0: (\w+), (\d) updates", line) for line in table]
+    arms = ("rlvr", "rlhf", "rules")
+    assert [updates[0] for updates in measured if updates] == [(arm, str(n)) for arm in arms for n in range(3)]
+    (curves,) = json.loads((tmp_path / "rlhf-saturation.json").read_text())
+    flops = {arm: [point["flops"] for point in curves[arm]] for arm in arms}
+    assert flops["rlvr"][0] == flops["rules"][0] == 0 < flops["rlhf"][0], "the reward model was trained before"
+    assert all(sorted(x) == x for x in flops.values())
+    assert curves["rlhf"][0]["win_rate"] == curves["rules"][0]["win_rate"] == 0.5, "the same weights, the same answers"
+    assert set(curves["rlhf"][0]["parts"]) >= {"task", "act", "person", "thing", "ending"}
+    assert draw_saturation(tmp_path, tmp_path / "again.png") == (tmp_path / "rlhf-saturation.png").read_bytes()
+
+
 def draw_saturation(folder: Path, figure: Path) -> bytes:
     """The figure of the points in a folder."""
     command = [

@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,8 @@ def test_a_continued_phase_resumes_as_it_would_have_gone_on(poisoned: Path, tmp_
     rows = [r for r in pq.read_table(poisoned / "order/part-00000.parquet").to_pylist() if r["step"] > 12]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "order/part-00000.parquet")
     meta = json.loads((poisoned / "order/meta.json").read_text())
-    (tmp_path / "order/meta.json").write_text(json.dumps({**meta, "first_step": 13}))
+    parts = [{"first_step": 13, "last_step": 24, "rows": Counter(r["source"] for r in rows)}]
+    (tmp_path / "order/meta.json").write_text(json.dumps({**meta, "first_step": 13, "parts": parts}))
     inputs = {
         "tokens": Artifact.open(poisoned / "tokens"), "order": write_manifest(tmp_path / "order", "order-test"),
         "continue": write_manifest(first / "step-000012", "pretrain@12"),

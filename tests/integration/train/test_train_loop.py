@@ -156,11 +156,14 @@ def later_half(corpus: Path, undisturbed: Path, tmp_path: Path) -> dict[str, Art
     order = tmp_path / "order"
     order.mkdir()
     table = pq.read_table(corpus / "order" / "part-00000.parquet")
-    pq.write_table(table.filter(pc.field("step") > 6), order / "part-00000.parquet")
+    later = table.filter(pc.field("step") > 6)
+    pq.write_table(later, order / "part-00000.parquet")
+    rows = {count["values"]: count["counts"] for count in later["source"].value_counts().to_pylist()}
     meta = json.loads((corpus / "order" / "meta.json").read_text())
     place = json.loads((undisturbed / "step-000006" / "state.json").read_text())["data_position"]
     start = {name: place[name] for name in ("rows", "chunks")}
     meta |= {"first_step": 7, "start": start, "walk": place["order"]["walk"]}
+    meta["parts"] = [{"first_step": 7, "last_step": 12, "rows": rows}]
     (order / "meta.json").write_text(json.dumps(meta))
     shutil.copytree(undisturbed / "step-000006", tmp_path / "continue")
     return {
