@@ -159,7 +159,7 @@ def test_any_number_of_tasks_gives_the_same_bytes(tmp_path: Path, monkeypatch: p
         with monkeypatch.context() as context:
             for nothing_left in (
                 "duplicate_groups.write_stars",
-                "representatives.write_representatives",
+                "part_removal.write_representatives",
                 "part_removal.PartRemoval",
             ):
                 context.setattr(f"stages.data.curate.{nothing_left}", None)

@@ -249,7 +249,7 @@ def test_batches_and_sums_leave_no_trace(
 ) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
     digest = run_stage(order_stage.STAGE, config(**changes), inputs).digest
-    for name, value in (("chunks.BATCH", 3), ("streams.RUN", 6), ("streams.STRIDE", 2)):
+    for name, value in (("chunks.BATCH", 3), ("chunks.RUN", 6), ("chunks.STRIDE", 2)):
         monkeypatch.setattr(f"stages.data.order.{name}", value)
     assert run_stage(order_stage.STAGE, config(**changes), inputs).digest == digest
 
