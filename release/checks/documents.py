@@ -27,8 +27,6 @@ BATCH = 16_384
 """Rows that are read together."""
 CANDIDATES = 100_000
 """The maximum number of hashes that are compared by their ids."""
-HASHES = 100_000_000
-"""The maximum number of hashes of ids in memory, of eight bytes each; more documents take several passes."""
 
 
 class Rows:
@@ -106,29 +104,18 @@ def repeated_ids(files: list[Path]) -> Iterator[tuple[Path, str]]:
     import numpy as np
     import pyarrow.parquet as pq
 
-    total = sum(pq.read_metadata(path).num_rows for path in files)
-    # Each pass keeps the hashes of one residue class, so memory is bounded for any number of documents.
-    passes = max(1, -(-total // HASHES))
-    # Hashes spread evenly over the passes, so twice the average is room enough.
-    room = total if passes == 1 else 2 * (total // passes) + 1024
-    candidates: set[int] = set()
-    for number in range(passes):
-        hashes, count = np.empty(room, np.int64), 0
-        for _, _, values in _id_hashes(files):
-            if passes > 1:
-                values = values[values % passes == number]
-            values = values[: room - count]  # more only if many are equal
-            hashes[count : count + len(values)] = values
-            count += len(values)
-        hashes = hashes[:count]
-        hashes.sort()
-        repeated = hashes[1:][hashes[1:] == hashes[:-1]]
-        candidates.update(repeated[: CANDIDATES - len(candidates)].tolist())
-    if not candidates:
+    # Eight bytes in memory for each document.
+    hashes, count = np.empty(sum(pq.read_metadata(path).num_rows for path in files), np.int64), 0
+    for _, _, values in _id_hashes(files):
+        hashes[count : count + len(values)] = values
+        count += len(values)
+    hashes.sort()
+    repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+    wanted = np.unique(repeated[:CANDIDATES])
+    if not len(wanted):
         return
     # Equal hashes are only candidates: the ids themselves decide.
     seen: set[str] = set()
-    wanted = np.array(sorted(candidates), np.int64)
     for path, ids, values in _id_hashes(files):
         for position in np.flatnonzero(np.isin(values, wanted)).tolist():
             if (id := ids[position]) in seen:
