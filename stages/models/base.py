@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pipeline.core.bounds import Context, Flag, Range
 from pipeline.core.stage import Config, added
@@ -221,10 +221,6 @@ class ModelConfig(Config, ABC):
         """
         return self.hidden_size
 
-    @abstractmethod
-    def describe_heads(self) -> str:
-        """The sizes of the attention in words."""
-
     # -- the feed-forward part of a layer: one SwiGLU, unless an architecture has another -----------------------------
 
     @property
@@ -273,28 +269,6 @@ class ModelConfig(Config, ABC):
     def split_sizes(self) -> list[tuple[str, str, int]]:
         """(setting of the layout, name, size) of each dimension that a layout splits: the setting must divide it."""
         return []
-
-    def proportions(self) -> dict[str, float]:
-        """The characteristic ratios of the model, which a small proxy keeps, by name."""
-        return {}
-
-    def inner_widths(self) -> dict[str, int]:
-        """The widths inside of a layer, by name."""
-        return {"dense": self.intermediate_size} if self.intermediate_size else {}
-
-    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        """The changed settings of a small proxy of that hidden size; width: an inner width, scaled.
-
-        None if there is no such proxy.
-        """
-        return {
-            "hidden_size": hidden_size,
-            "intermediate_size": self.intermediate_size and width(self.intermediate_size),
-        }
-
-    def describe(self) -> str:
-        """The sizes in words."""
-        return f"{self.layers} layers, hidden size {self.hidden_size}, {self.describe_heads()}"
 
     def export_obstacle(self) -> str | None:
         """A sentence on the property of the model that its class in transformers cannot express; None without one."""

@@ -8,8 +8,7 @@ Without multi-token prediction. transformers loads its export as DeepseekV3ForCa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -140,46 +139,3 @@ class DeepseekV3Config(SigmoidMixtureConfig):
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [("tp", "heads", self.heads), *super().split_sizes()]
-
-    def proportions(self) -> dict[str, float]:
-        return {
-            "rotary part / part without": self.qk_rope_head_dim / self.qk_nope_head_dim,
-            **super().proportions(),
-        }
-
-    def describe_heads(self) -> str:
-        queries = f"latents of {self.q_lora_rank} for queries and" if self.q_lora_rank else "a latent of"
-        return (
-            f"{self.heads} heads of {self.qk_nope_head_dim} + {self.qk_rope_head_dim} from {queries} "
-            f"{self.kv_lora_rank} for keys and values"
-        )
-
-    def inner_widths(self) -> dict[str, int]:
-        latents = {"query latent": self.q_lora_rank, "key latent": self.kv_lora_rank}
-        widths = {name: size for name, size in latents.items() if size}
-        return {**widths, "attention": self.heads * self.v_head_dim, **super().inner_widths()}
-
-    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        """Heads keep the shares of their parts; None if the attention cannot be divided into such heads."""
-        attention, nope, rope = width(self.heads * self.v_head_dim), self.qk_nope_head_dim, self.qk_rope_head_dim
-        choices = [
-            n
-            for n in range(1, self.heads + 1)
-            if attention % n == 0
-            and attention // n * nope % self.v_head_dim == 0
-            and attention // n * rope % (2 * self.v_head_dim) == 0
-        ]
-        if not choices:
-            return None
-        heads = min(choices, key=lambda n: abs(attention / n - self.v_head_dim))
-        dim = attention // heads
-        changes = super().scaled(hidden_size, width)
-        return changes and {
-            **changes,
-            "heads": heads,
-            "q_lora_rank": self.q_lora_rank and width(self.q_lora_rank),
-            "kv_lora_rank": width(self.kv_lora_rank),
-            "qk_nope_head_dim": dim * nope // self.v_head_dim,
-            "qk_rope_head_dim": dim * rope // self.v_head_dim,
-            "v_head_dim": dim,
-        }

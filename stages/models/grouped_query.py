@@ -5,8 +5,7 @@ No torch here. transformers loads the export of `qwen3` as Qwen3ForCausalLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import model_validator
 
@@ -127,29 +126,6 @@ class GroupedQueryConfig(ModelConfig):
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [*super().split_sizes(), ("tp", "heads", self.heads), ("tp", "kv_heads", self.kv_heads)]
 
-    def proportions(self) -> dict[str, float]:
-        return {**super().proportions(), "query heads / key heads": self.heads / self.kv_heads}
-
-    def describe_heads(self) -> str:
-        return f"{self.heads} query and {self.kv_heads} key heads of {self.head_dim}"
-
-    def inner_widths(self) -> dict[str, int]:
-        return {"attention": self.heads * self.head_dim, **super().inner_widths()}
-
-    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        """Heads keep their groups; None if the attention cannot be divided into such heads, or their rotary part."""
-        attention, group = width(self.heads * self.head_dim), self.heads // self.kv_heads
-        choices = [n for n in range(1, self.kv_heads + 1) if attention % (2 * n * group) == 0]
-        if not choices:
-            return None
-        kv_heads = min(choices, key=lambda n: abs(attention / (n * group) - self.head_dim))
-        head_dim = attention // (kv_heads * group)
-        if head_dim * self.rotary_dim % (2 * self.head_dim):
-            return None
-        heads = {"heads": kv_heads * group, "kv_heads": kv_heads, "head_dim": head_dim}
-        changes = super().scaled(hidden_size, width)
-        return changes and {**changes, **heads}
-
 
 class Qwen3Config(GroupedQueryConfig):
     """A dense decoder: `architecture: qwen3`."""
@@ -161,9 +137,6 @@ class Qwen3Config(GroupedQueryConfig):
 
     def split_sizes(self) -> list[tuple[str, str, int]]:
         return [*super().split_sizes(), ("tp", "intermediate_size", self.intermediate_size)]
-
-    def describe(self) -> str:
-        return f"{super().describe()}, SwiGLU of {self.intermediate_size}"
 
 
 def _copies_of_output(precision: Precision, rows: Rows) -> int:

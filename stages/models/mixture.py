@@ -13,8 +13,7 @@ Qwen3MoeForCausalLM and Glm4MoeForCausalLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -36,8 +35,6 @@ from stages.models.parallel_layout import Layout
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
 """A number of experts, or of groups of them."""
-PROXY_EXPERTS = 32
-"""Maximum experts of a small proxy."""
 BEST = 2
 """A group of experts is scored by the sum of the scores of this many best ones (DeepSeek-V3, section 2.1.2)."""
 
@@ -160,26 +157,6 @@ class MixtureConfig(ModelConfig):
             ("ep", "experts", self.experts),
         ]
 
-    def proportions(self) -> dict[str, float]:
-        return {**super().proportions(), "experts / experts a token visits": self.experts / self.num_experts_per_tok}
-
-    def describe(self) -> str:
-        return (
-            f"{super().describe()}, {self.experts} experts of {self.moe_intermediate_size}, of which a token visits "
-            f"{self.num_experts_per_tok}"
-        )
-
-    def inner_widths(self) -> dict[str, int]:
-        widths = {**super().inner_widths(), "expert": self.moe_intermediate_size, "shared expert": self.shared_width}
-        return {name: size for name, size in widths.items() if size}
-
-    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        """At most PROXY_EXPERTS experts."""
-        changes = super().scaled(hidden_size, width)
-        experts, top_k = proxy_experts(self.experts, self.num_experts_per_tok)
-        sizes = {"experts": experts, "num_experts_per_tok": top_k, "dense_layers": min(self.dense_layers, 1)}
-        return changes and {**changes, **sizes, "moe_intermediate_size": width(self.moe_intermediate_size)}
-
 
 class SigmoidMixtureConfig(MixtureConfig):
     """A decoder whose layers have SwiGLUs as experts, scored by sigmoids with a bias for each (DeepSeek-V3)."""
@@ -223,31 +200,6 @@ class SigmoidMixtureConfig(MixtureConfig):
     @property
     def shared_width(self) -> int:
         return self.n_shared_experts * self.moe_intermediate_size
-
-    def proportions(self) -> dict[str, float]:
-        return {**super().proportions(), "groups / groups a token visits": self.n_group / self.topk_group}
-
-    def describe(self) -> str:
-        return f"{super().describe()}, and {self.n_shared_experts} that all visit"
-
-    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
-        changes = super().scaled(hidden_size, width)
-        return changes and {**changes, **self._scaled_groups(changes["experts"], changes["num_experts_per_tok"])}
-
-    def _scaled_groups(self, experts: int, top_k: int) -> dict[str, int]:
-        """Returns the groups of a proxy with so many experts, and how many of them a token visits.
-
-        Their ratio is as near to the recipe's as possible. It is one group if no other number fits.
-        """
-        topk_group = top_k // BEST
-        wanted = self.n_group * topk_group / self.topk_group
-        fitting = []
-        for n_group in range(topk_group, experts // BEST + 1):
-            if experts % n_group == 0 and topk_group * experts // n_group >= top_k:
-                fitting.append(n_group)
-        if self.n_group == 1 or not fitting or top_k // topk_group != BEST:
-            return {"n_group": 1, "topk_group": 1}
-        return {"n_group": min(fitting, key=lambda n_group: abs(n_group - wanted)), "topk_group": topk_group}
 
 
 class Qwen3MoeConfig(MixtureConfig, GroupedQueryConfig):
@@ -327,21 +279,3 @@ def sent_tokens(hidden_size: int, top_k: int, layout: Layout, precision: Precisi
     sent = 2 if layout.ep > 1 else 1
     returned = (1 if alone else 2) * split
     return ((sent + returned) * size + in_fp32 * split + 4) * copies
-
-
-def proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
-    """Returns at most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible.
-
-    The first number is the experts, the second those that a token visits. Of equally near choices, the one with the
-    fewest visited experts is taken.
-    """
-    if experts <= PROXY_EXPERTS:
-        return experts, top_k
-
-    ratio = experts / top_k
-    choices = []
-    for visited in range(2, min(top_k, PROXY_EXPERTS) + 1):
-        count = max(visited, min(PROXY_EXPERTS, round(visited * experts / top_k)))
-        choices.append((abs(count / visited - ratio), visited, count))
-    _, visited, count = min(choices)
-    return count, visited

@@ -89,18 +89,6 @@ def test_saturation_benchmark(tmp_path: Path) -> None:
     assert draw_saturation(tmp_path, tmp_path / "again.png") == (tmp_path / "rlhf-saturation.png").read_bytes()
 
 
-def draw_saturation(folder: Path, figure: Path) -> bytes:
-    """The figure of the points in a folder."""
-    command = [
-        sys.executable,
-        str(ROOT / "bench/saturation_figure.py"),
-        str(folder / "rlhf-saturation.json"),
-        str(figure),
-    ]
-    subprocess.run(command, check=True, timeout=300)
-    return figure.read_bytes()
-
-
 @at_length("benchmarks", 50)
 def test_forgetting_benchmark(tmp_path: Path) -> None:
     """Every arm begins with the same base and learns of the new task, and its figure is that of its points."""
