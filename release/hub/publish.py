@@ -64,6 +64,7 @@ class PublishReport:
         tag: The tag of the version.
         public: True if everybody may read them.
         repositories: In the order of `repositories`, then the Space if the release has a page.
+        collection: The slug of their collection, if the release is public.
     """
 
     endpoint: str
@@ -71,6 +72,7 @@ class PublishReport:
     tag: str
     public: bool
     repositories: list[Published]
+    collection: str | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,9 +140,11 @@ def publish(
     if space:
         published.append(space)
         mains.append(RemoteRepository(space.repo, space.kind))
+    collection = None
     if public:
         _make_public(mains, journal, progress)
-    return PublishReport(endpoint(), namespace, tag, public, published)
+        collection = _make_collection(mains, f"{release_info.title} {release_info.version}", namespace, journal)
+    return PublishReport(endpoint(), namespace, tag, public, published, collection)
 
 
 def _require_publishable(release_info: ReleaseInfo, namespace: str, public: bool, acknowledge: Sequence[str]) -> None:

@@ -62,7 +62,9 @@ def test_each_part_is_read_with_few_files_open(tmp_path: Path, monkeypatch: pyte
             ids = shards.read(Segment("text", "", ordinal, offset, length, 0, part))
             kept.append((ids, document(part, ordinal)[offset : offset + length].tolist()))
             mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".bin" in line}
-            assert shards.shard.cache_info().currsize <= 4 and len(mapped) <= 4 + 8  # Megatron's cache of index entries holds 8 more
+            assert (
+                shards.shard.cache_info().currsize <= 4 and len(mapped) <= 4 + 8
+            )  # Megatron's cache of index entries holds 8 more
     assert all(ids.tolist() == expected for ids, expected in kept)  # also after their files were closed
     with pytest.raises(AtomError, match=r"document x, which shard train/text/part-00002 does not hold; remove both"):
         shards.read(Segment("text", "x", DOCUMENTS, 0, 2, 0, 2))

@@ -11,13 +11,14 @@ import json
 import re
 import uuid
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from release.hub.local.store import LFS_SUFFIXES, Commit, File, HubError, HubStore, Repo, current_time
+from release.hub.local.store import LFS_SUFFIXES, Commit, File, HubError, HubStore, Repo, current_time, write_json
 
 # The YAML block at the head of a README.
 METADATA = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
@@ -32,6 +33,44 @@ def store_of(request: Request) -> HubStore:
 def base_url(request: Request) -> str:
     """Returns the address of this Hub, without a slash at its end."""
     return str(request.base_url).rstrip("/")
+
+
+async def create_collection(request: Request) -> Response:
+    body = await request.json()
+    user = writer(request, body["namespace"])
+    words = re.sub("[^a-z0-9]+", "-", body["title"].lower()).strip("-")
+    # As on the Hub: the words of the title and 24 digits, here the same for the same title.
+    slug = f"{user}/{words}-{hashlib.sha1(body['title'].encode()).hexdigest()[:24]}"
+    if _collection_file(request, slug).exists():
+        # The client reads `slug` from the conflict.
+        return JSONResponse({"error": "Collection already exists", "slug": slug}, 409)
+    stated = {name: body.get(name) for name in ("title", "description", "private")}
+    rest = {"owner": {"name": user}, "items": [], "position": 0, "theme": "blue", "upvotes": 0}
+    return _save_collection(request, {"slug": slug, **stated, **rest})
+
+
+async def read_collection(request: Request) -> Response:
+    return JSONResponse(json.loads(_collection_file(request, request.path_params["slug"]).read_bytes()))
+
+
+async def add_item(request: Request) -> Response:
+    path, item = _collection_file(request, request.path_params["slug"]), (await request.json())["item"]
+    collection = json.loads(path.read_bytes())
+    writer(request, collection["owner"]["name"])
+    if any(row["id"] == item["id"] and row["type"] == item["type"] for row in collection["items"]):
+        raise HubError(409, "the item is already in the collection")
+    number = len(collection["items"])
+    collection["items"].append({"_id": f"{number:024x}", "position": number, "note": None, **item})
+    return _save_collection(request, collection)
+
+
+def _collection_file(request: Request, slug: str) -> Path:
+    return store_of(request).collections / (slug.replace("/", "__") + ".json")
+
+
+def _save_collection(request: Request, collection: dict[str, Any]) -> Response:
+    write_json(_collection_file(request, collection["slug"]), collection | {"lastUpdated": current_time()})
+    return JSONResponse(collection | {"lastUpdated": current_time()})
 
 
 def caller(request: Request) -> str | None:

@@ -135,16 +135,16 @@ def git_blob_oid(data: bytes) -> str:
 
 
 class HubStore:
-    """Repositories and blobs below one folder.
+    """Repositories, blobs and collections below one folder.
 
     The bytes of a repository's file grow with its changes, not with commits times files.
     """
 
     def __init__(self, root: Path) -> None:
-        self.blobs, self.repos = root / "blobs", root / "repos"
+        self.blobs, self.repos, self.collections = root / "blobs", root / "repos", root / "collections"
         # By file: its version, and the repository that was read from it.
         self._views: dict[Path, tuple[tuple[int, int, int], Repo | None]] = {}
-        for folder in (self.blobs, self.repos):
+        for folder in (self.blobs, self.repos, self.collections):
             folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, kind: str, repo_id: str) -> Path:

@@ -46,7 +46,8 @@ assert [r.commit for r in again.repositories] == [r.commit for r in report.repos
         opened = [row["repo"] for row in rows if row["call"] == "make_public"]
         order = ("-data", "-evidence", "-checkpoints", "-base", "", "-page")
         assert opened == ["local/tiny" + suffix for suffix in order]
-        assert report["public"] and rows[-1]["call"] == "make_public"
+        assert report["public"] and rows[-1]["call"] == "collection"
+        assert report["collection"].startswith("local/tiny-0-1-0-")
         assert rows.index(next(r for r in rows if r["call"] == "verified")) < rows.index(
             next(r for r in rows if r["call"] == "make_public")
         )
