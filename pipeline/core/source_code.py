@@ -22,7 +22,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 
 from pipeline.core import atomic_files, environment, json_files
@@ -33,6 +33,8 @@ from pipeline.core.store import Store, canonical, sha256_bytes, sha256_file
 OURS = ("pipeline", "stages", "release")
 # The packages of a snapshot, and the endings of their files.
 PACKAGES = (*OURS, "data_recipes")
+# The endings of templates and tables that belong to a module.
+TEXTS = frozenset({".yaml", ".jinja", ".txt"})
 SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".css", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
 
 
@@ -77,8 +79,25 @@ def _imports(module: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in modules if name.split(".")[0] in OURS and _locate(name)))
 
 
+@cache
+def _texts_beside(module: str) -> tuple[Path, ...]:
+    """Returns the templates and tables beside a module whose names it states: what they say is code too."""
+    path = _locate(module)
+    constants = (
+        (node.value for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Constant))
+        if path
+        else ()
+    )
+    names = {
+        value for value in constants if isinstance(value, str) and PurePath(value).suffix in TEXTS and "/" not in value
+    }
+    return tuple(sorted(file for name in names if path and (file := path.with_name(name)).is_file()))
+
+
 def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType({})) -> dict[str, str]:
     """Returns {module name: sha256 of its file} for `module` and every module of atom that it imports.
+
+    Templates and tables beside these modules are among them, by their paths.
 
     Args:
         module: Full name of the first module.
@@ -95,6 +114,8 @@ def closure(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxyType(
         if name in digests or path is None:
             continue
         digests[name] = _digest(path)
+        package = "/".join(name.split(".")[:-1] if path.name != "__init__.py" else name.split("."))
+        digests.update({f"{package}/{file.name}": _digest(file) for file in _texts_beside(name)})
         pending.extend(_imports(name))
     return dict(sorted(digests.items()))
 
@@ -109,7 +130,9 @@ def code_digests(module: str, chosen: Mapping[str, Sequence[str]] = MappingProxy
     # Code that passes inputs to a stage cannot change its bytes, except for the contracts.
     contracts = ("pipeline.core.stage", "pipeline.core.store")
     digests = closure(module, chosen)
-    return {name: d for name, d in digests.items() if not name.startswith("pipeline.") or name in contracts}
+    return {
+        name: d for name, d in digests.items() if not name.startswith(("pipeline.", "pipeline/")) or name in contracts
+    }
 
 
 def roots() -> list[Path]:

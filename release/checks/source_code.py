@@ -39,7 +39,9 @@ def source_files(release: Release) -> Findings:
     findings = Findings(compared=bool(stated))
     for module, digests in sorted(stated.items()):
         stem = folder / "code" / module.replace(".", "/")
-        source_file = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()), None)
+        places = (stem.with_suffix(".py"), stem / "__init__.py", folder / "code" / module)
+        # A name with a slash is the path of a template or a table.
+        source_file = next((p for p in places if p.is_file()), None)
         if source_file is None:
             findings.problems.append(f"code: {module}, which the statements name, is not there")
         elif release.digest(source_file) not in digests:

@@ -172,6 +172,12 @@ def test_thresholds_that_judge_results_are_in_no_stages_code() -> None:
         assert "stages.evaluation.settings" not in code_digests(stages[name]), name
 
 
+def test_templates_and_tables_beside_a_module_are_its_code() -> None:
+    """A changed chat template makes the tokenizer stale, as a changed function does."""
+    names = code_digests(registry.stages()["tokenizer"])
+    assert {"stages/formats/training_chat_template.jinja", "stages/formats/response_template.yaml"} <= set(names)
+
+
 def test_modules_that_plan_and_cli_import_are_light() -> None:
     import subprocess
     import sys

@@ -119,7 +119,7 @@ class CodeVerifier(Verifier):
     """
 
     name = "python-tests"
-    version = "3"
+    version = "4"
     Settings = CodeSettings
 
     def __init__(self, context: VerifierContext[CodeSettings], limits: Limits | None = None) -> None:
