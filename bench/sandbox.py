@@ -5,10 +5,9 @@
 
 A verification is one answer that `CodeVerifier` scores: its code runs in fresh namespaces and is scored from outside.
 `check` scores HumanEval's canonical solutions by HumanEval's own asserts, which takes two sandboxes and a message for
-each call. `tests` scores one short function by three inputs and expected values, which takes one. The verifier stands
-warm. Every reward must be 1. Seconds are by the clock, so other programs on the machine lower the figures; the
-processor seconds that they took elsewhere are reported. The ratio is of `check`, the slower. The last line is one JSON
-object.
+each call; `short` scores one short function by two asserts. The verifier stands warm. Every reward must be 1. Seconds
+are by the clock, so other programs on the machine lower the figures; the processor seconds that they took elsewhere are
+reported. The ratio is of `check`, the slower. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -243,8 +243,8 @@ class TaskSource(Config):
             """The name of the verifier that scores the answers."""
 
     acknowledged_reward: Share | None = operational(None)
-    """mean reward up to which tasks are used although an answer that solves nothing earns it, which the cards
-    state; null: 0.05 above chance"""
+    """mean reward up to which tasks are used although an answer that solves nothing earns it; null: 0.05 above
+    chance"""
 
     @abstractmethod
     def bins(self) -> list[str]:
