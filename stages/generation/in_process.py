@@ -402,7 +402,7 @@ class LibraryDecoder:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps only some rows."""
-        self.cache.reorder_cache(rows)  # the one selection that states of linear attention have too
+        self.cache.reorder_cache(rows)
         self.mask = self.mask[rows.cpu()]
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
