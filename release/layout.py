@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.core.parts import PART_NAME, part_file, part_tables
+from pipeline.core.parts import part_file, part_tables
 from stages.formats.table import MEASURES
 
 SUMS = "SHA256SUMS"
@@ -173,8 +173,6 @@ def folders_of(models: Sequence[str]) -> dict[str, str]:
     return folders
 
 
-KEPT_TABLE = re.compile(rf"(earlier/[^/]+/)?kept/[^/]+/{PART_NAME}")
-"""The paths of tables of kept documents in a dataset folder."""
 DISPOSITIONS, KEPT, TOKENS = "dispositions", "kept", "tokens/documents"
 """The folders of the tables that every source has."""
 ATTRIBUTION = "attribution"

@@ -28,8 +28,6 @@ CARD_BYTES, RELEASE_BYTES = 4_000_000, 4_000_000
 """The maximum bytes that are read of a card and of release.json."""
 HEAD = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
 """The metadata at the head of a card."""
-DATA_REPOSITORY = re.compile(r"^atom verify (\S+/\S+)-data$", re.MULTILINE)
-"""The line of the data card that names its repository."""
 LINE = re.compile(r"^atom_(release_format|card_schema): ([0-9]{1,9})\r?$", re.MULTILINE)
 """A line of the metadata that states a version."""
 

@@ -144,7 +144,7 @@ def run(task: Task, limits: JobLimits) -> str:
             outcome = attempt(task, store, ranks, record_outcome)
         report.close()
     if isinstance(outcome, Failure) and ranks.size > 1:
-        end_process(1)  # and srun ends the remaining ranks
+        end_process()  # and srun ends the remaining ranks
     verdict = Verdict.read(launch)
     assert verdict is not None, "record_outcome wrote it"
     return verdict.decision

@@ -263,7 +263,7 @@ class Ranks:
         with suppress(OSError):
             while time.monotonic() < deadline and not any("over" in row for row in _rows(self.folder)):
                 time.sleep(0.2)
-        end_process(1)
+        end_process()
 
     def fail(self, failure: Failure, usage: Usage) -> NoReturn:
         """Dismisses all ranks, on another rank than 0, and ends this process."""
@@ -368,12 +368,12 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def end_process(code: int) -> NoReturn:
-    """Ends this process, whatever its other threads or the library of a collective do."""
+def end_process() -> NoReturn:
+    """Ends this process as a failed one, whatever its other threads or the library of a collective do."""
     # `os._exit` flushes nothing itself.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(1)
 
 
 def polls(deadline: float = float("inf")) -> Iterator[None]:

@@ -45,7 +45,7 @@ def work(task: Task) -> str:
     if isinstance(outcome, str):
         return outcome
     if task.ranks > 1 and outcome.kind is not Kind.STOPPED:
-        end_process(1)
+        end_process()
     return outcome.text
 
 

@@ -38,8 +38,6 @@ IN_PROCESS = "transformers in the stage's process, in fp32"
 """The program that computes scores without an engine."""
 MOST_DEAD = 10
 """Dead experts that a card names."""
-NOT_MEASURED = "Memorization of training data and toxicity: not measured."
-TOXICITY = "Toxicity: not measured. No prompt set and classifier are open, small and run offline."
 
 
 def count(value: int) -> str:

@@ -400,12 +400,6 @@ def column_names(path: Path) -> list[str]:
         return names
 
 
-def stream_parts(files: Iterable[Path], columns: list[str]) -> Iterator[Any]:
-    """Yields the rows of several files of one table, as `stream_rows` gives those of each."""
-    for path in files:
-        yield from stream_rows(path, columns)
-
-
 def stream_rows(path: Path, columns: list[str]) -> Iterator[Any]:
     """Yields the rows of a file of any size, a few thousand in memory at a time. Raises the errors of `read_table`."""
     for batch in stream_batches(path, columns):

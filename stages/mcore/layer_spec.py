@@ -112,9 +112,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
     [3, batch, complete row] with the ends of its prefix, which several documents of a row may share.
     """
 
-    def __init__(
-        self, config: TransformerConfig, softmax_scale: float | None = None, layer_number: int = 1, **_: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
 
@@ -204,7 +202,7 @@ class EngineAttention(Attention):
     ) -> None:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-        super().__init__(config, softmax_scale, layer_number)
+        super().__init__(config, softmax_scale)
         self.kernel = TEDotProductAttention(
             config=config, layer_number=layer_number, softmax_scale=softmax_scale, **settings
         )

@@ -124,7 +124,7 @@ def _config(recipe: Recipe, steps: int) -> TrainConfig:
     sections: Any = recipe.config  # stages.recipe, whose class this is, imports this package
     if (phase := sections.pretrain) is None:
         raise AtomError(f"{recipe.title} has no pretrain section, whose settings are simulated; add it")
-    model = type(sections.model).model_validate({**sections.model.model_dump(), "stated_parameters": None})
+    model = sections.model
     if (size := model.parameters(VOCABULARY)["total"]) > MOST_PARAMETERS:
         raise AtomError(
             f"{recipe.title} has a model of {size / 1e6:.0f} million parameters, and a simulation trains at most "

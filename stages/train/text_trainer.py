@@ -71,7 +71,7 @@ class SpikeDetector:
         return None
 
 
-def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence[Row], figures: StepFigures) -> Record:
+def spike_record(action: str, excluded: Sequence[int], rows: Sequence[Row], figures: StepFigures) -> Record:
     """The record of a spike in training.jsonl; excluded: the steps that are skipped because of it."""
     return {
         "reason": figures.refused,
@@ -302,7 +302,7 @@ class TextTrainer(Trainer):
         if policy.action == "skip":
             finite_metrics = {name: finite_or_none(value) for name, value in metrics.items()}
             self.log.write({"step": step, "tokens": self.tokens, **finite_metrics, "skipped": True})
-            self.log.write({"step": step, "spike": spike_record(step, "skip", [step], rows, figures)})
+            self.log.write({"step": step, "spike": spike_record("skip", [step], rows, figures)})
             return step
         # published checkpoints stay
         last_release = max(n for n in range(step) if self.is_release_step(n) or n < self.order.first)
@@ -315,7 +315,7 @@ class TextTrainer(Trainer):
         self.tokens = state["tokens"]
         # Spikes after the checkpoint are recorded again when their steps are passed.
         self.pending = [x for x in dropped_spikes if x["excluded"][-1] > state["step"]] + self.pending
-        self.pending.append(spike_record(step, "rewind", range(rewind_step + 1, step + 1), rows, figures))
+        self.pending.append(spike_record("rewind", range(rewind_step + 1, step + 1), rows, figures))
         # From the shortened log, as a phase that is resumed here would begin.
         self.spike_detector = SpikeDetector(policy, self.log_lines())
         if self.first:

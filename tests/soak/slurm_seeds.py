@@ -33,7 +33,6 @@ TASKS = 4
 QUIET = ROOT / "runs/soak/quiet"
 """Folder of the digests of the quiet run, a file for each commit: the seeds share it."""
 HEAD = ["seed", "disturbances", "stages disturbed", "starts of jobs", "starts on the bad node", "digests", "minutes"]
-SETTLED = ("sealed", "failed", "cancelled", "lost", "damaged")
 Report = dict[str, Any]
 
 

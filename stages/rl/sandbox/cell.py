@@ -267,7 +267,7 @@ class Cell:
             SandboxFailed: It cannot.
         """
         line, limits = command(self.limits), self.limits
-        # The kernel applies no limit on processes to root (see cgroups.py).
+        # The kernel applies no limit on processes to root (see limits.py).
         if os.geteuid() == 0:
             total = limits.memory_bytes + limits.disk_bytes + OWN_MEMORY
             name = f"{PREFIX}{os.getpid()}-{next(Cell._numbers)}"
